@@ -1,4 +1,4 @@
-"""The root of the project's error tree. Every message says what was wrong, the offending value, and what to do."""
+"""Base classes of the project's errors. Every message names the problem, the offending value and the remedy."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 
 
 class MtaError(Exception):
-    """Anything this project raises on purpose."""
+    """Base class of all errors that this project raises on purpose."""
 
 
 class RecipeError(MtaError, ValueError):
-    """A name that is not a canonical recipe, or weights that cannot make one (see `adapters/recipe.py`)."""
+    """The name is not a canonical recipe, or the weights cannot form one (see `adapters/recipe.py`)."""
 
 
 class FusionError(MtaError, ValueError):
-    """A well-formed recipe that asks for something that this bank cannot provide."""
+    """The recipe is well-formed, but this bank cannot provide it."""
 
 
 class UserAdapterError(MtaError, ValueError):
-    """Bytes that are not a user adapter, or one that this bank cannot serve."""
+    """The bytes are not a user adapter, or this bank cannot serve the adapter."""
 
 
 class TrainingError(MtaError, ValueError):
-    """Training that cannot begin, or whose loss explodes."""
+    """Training cannot start, or its loss diverges."""
 
 
-class _Beginning(reprlib.Repr):
-    """`repr` that looks only at the beginning of a value, however large or deep it is."""
+class _PrefixRepr(reprlib.Repr):
+    """A `repr` that reads only the beginning of a large or deeply nested value."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.maxlevel, self.maxdict, self.maxlist = 3, 8, 8
-        self.maxlong = self.maxother = sys.maxsize  # cut at their end, not in the middle
+        self.maxlong = self.maxother = sys.maxsize  # `excerpt` cuts at the end; reprlib would cut in the middle
         self._limit = limit
 
     def repr_str(self, text: Any, level: int) -> str:
@@ -49,12 +49,12 @@ class _Beginning(reprlib.Repr):
             f"{self.repr1(key, level - 1)}: {self.repr1(inner, level - 1)}"
             for key, inner in itertools.islice(value.items(), self.maxdict)
         ]
-        return "{" + ", ".join(pairs + ["..."] * (len(value) > self.maxdict)) + "}"  # reprlib's version sorts all keys
+        return "{" + ", ".join(pairs + ["..."] * (len(value) > self.maxdict)) + "}"  # reprlib would sort all keys
 
 
 def excerpt(value: object, limit: int = 80) -> str:
-    """`repr(value)` cut to `limit` characters: error messages quote the offending value, never a megabyte."""
-    return shortened(_Beginning(limit).repr(value), limit)
+    """Return `repr(value)` cut to `limit` characters, for error messages."""
+    return shortened(_PrefixRepr(limit).repr(value), limit)
 
 
 def shortened(text: str, limit: int = 120) -> str:

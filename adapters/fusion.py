@@ -1,9 +1,9 @@
-"""Fusion: from a recipe and the meta-LoRA matrix to the adapter it stands for. With weights w and a common row c::
+"""Fuse rows of the meta-LoRA matrix into the adapter of a recipe. With weights w and a common row c::
 
     shared   ΔW = (B_c + Σ wᵢ Bᵢ) A      all rows share one frozen A         rank R
     cat      ΔW = B_c A_c + Σ wᵢ Bᵢ Aᵢ   A stacked, B = [B_c | w₁B₁ | …]     rank (K [+ 1])·R, for imported adapters
 
-Both are exact: sums of the mapped bf16 rows run in float32 and are rounded once, to the serving dtype.
+Both methods sum the mapped bf16 rows in float32 and round once, to the serving dtype.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe
 
-PIECE = 131_072
-"""Numbers summed at a time: enough work for four threads at PyTorch's grain size, and half a MiB of float32."""
+CHUNK_NUMBERS = 131_072
+"""Numbers summed at a time: enough work for four threads at PyTorch's grain size, in half a MiB of float32."""
 
-BAGS = 64  # pieces that a row is summed in by one call: enough for all threads, few enough to be long
-WEIGHT_PARTS = 3  # numbers in bf16 that any weight in float32 is the sum of
+MAX_BAGS = 64  # maximum number of chunks per row in one `embedding_bag` call: enough for all threads
+WEIGHT_PARTS = 3  # number of bf16 values whose sum equals any float32 weight
 
 SumAcross = Callable[[torch.Tensor, Sequence[int], Sequence[float], int], torch.Tensor]
-"""Rows [N, R·ΣH_out] bf16, which of them, their weights and R → Σ wᵢ Bᵢ along H_out, [R, ΣH_out] bf16."""
+"""Rows [N, R·ΣH_out] bf16, row indices, weights and R → Σ wᵢ Bᵢ, transposed: [R, ΣH_out] bf16."""
 
 
 def fuse(matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
-    """`fuse_flat`, module by module; of `shared`, A are views of the one frozen A."""
+    """Return the result of `fuse_flat` per module; for method `shared`, every A is a view of the frozen A."""
     return fuse_flat(matrix, recipe, dtype).weights()
 
 
@@ -40,10 +40,10 @@ def fuse_flat(
     *,
     sum_across: SumAcross | None = None,
 ) -> FlatLora:
-    """Build the adapter that a recipe, which its bank has checked, stands for, without its user adapter.
+    """Build the adapter of a recipe that its bank has checked, without the user adapter.
 
-    It takes a handful of PyTorch's operations, whatever the number of modules: a thread that fuses beside a running
-    model needs Python's lock only between them. `sum_across` replaces PyTorch for the B of `shared` fusions to bf16.
+    Fusion takes a few PyTorch operations, independent of the number of modules, so a thread that fuses beside a running
+    model rarely needs the GIL. `sum_across` replaces PyTorch for the B of `shared` fusions to bf16.
     """
     rows = [matrix.common_index] if recipe.common else []
     rows += [term.anchor for term in recipe.terms]
@@ -58,7 +58,7 @@ def fuse_flat(
     split = layout.a_numbers
     blocks = [matrix.rows[row] for row in rows]
     b_blocks = [block[split:].view(-1, layout.rank).float() * w for block, w in zip(blocks, weights, strict=True)]
-    # A is copied: what is written to a slot later must not have to be read from the file then.
+    # Copy A now, so that writing the slot later does not read from the file.
     a = tuple(block[:split].to(dtype, copy=True) for block in blocks)
     return FlatLora(layout.modules, a, torch.cat(b_blocks, dim=1).to(dtype))
 
@@ -66,13 +66,13 @@ def fuse_flat(
 def _weighted_sum(
     rows: torch.Tensor, chosen: Sequence[int], weights: Sequence[float], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Σ wᵢ rowᵢ [D] of some rows of [N, D] bf16, summed in float32 and rounded once to `dtype`."""
+    """Return Σ wᵢ rowᵢ [D] over the chosen rows of [N, D] bf16, summed in float32 and rounded once to `dtype`."""
     if dtype is torch.bfloat16 and rows.dtype is torch.bfloat16:
         return _weighted_bag(rows, chosen, weights)
     total = torch.empty(rows.shape[1], dtype=dtype)
     for piece, parts in zip(
-        torch.split(total, PIECE), torch.split(rows, PIECE, dim=1), strict=True
-    ):  # the sum stays in the cache
+        torch.split(total, CHUNK_NUMBERS), torch.split(rows, CHUNK_NUMBERS, dim=1), strict=True
+    ):  # chunks are small enough for the sum to stay in the cache
         summed = torch.zeros(piece.shape)
         for row, weight in zip(chosen, weights, strict=True):
             summed.add_(parts[row], alpha=weight)
@@ -81,12 +81,12 @@ def _weighted_sum(
 
 
 def _weighted_bag(rows: torch.Tensor, chosen: Sequence[int], weights: Sequence[float]) -> torch.Tensor:
-    """The same in bf16 by one call of PyTorch: rows' pieces are entries of a table, a piece of the sum is a bag.
+    """Return the sum in bf16 with one `embedding_bag` call: each chunk of a row is a table entry, each sum a bag.
 
-    Bags add in float32, but their weights are bf16, so each weight comes as a sum of three.
+    Bags accumulate in float32 but take bf16 weights, so each weight is split into up to three bf16 parts.
     """
-    pieces = math.gcd(rows.shape[1], BAGS)
-    entries = [(row * pieces, part) for row, w in zip(chosen, weights, strict=True) for part in _in_bf16(w)]
+    pieces = math.gcd(rows.shape[1], MAX_BAGS)
+    entries = [(row * pieces, part) for row, w in zip(chosen, weights, strict=True) for part in _bf16_parts(w)]
     bags = torch.arange(pieces)[:, None] + torch.tensor([entry for entry, _ in entries])
     shares = torch.tensor([part for _, part in entries], dtype=torch.bfloat16).expand(pieces, -1).contiguous()
     table = rows.view(rows.shape[0] * pieces, -1)
@@ -94,8 +94,8 @@ def _weighted_bag(rows: torch.Tensor, chosen: Sequence[int], weights: Sequence[f
     return summed.view(-1)
 
 
-def _in_bf16(weight: float) -> tuple[float, ...]:
-    """One to three numbers of 8 significant bits that sum to a weight, to the precision of float32."""
+def _bf16_parts(weight: float) -> tuple[float, ...]:
+    """Split a weight into up to three bf16 values that sum to the weight with float32 precision."""
     parts: list[float] = []
     while weight and len(parts) < WEIGHT_PARTS:
         mantissa, exponent = math.frexp(weight)

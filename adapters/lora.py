@@ -1,4 +1,4 @@
-"""LoRA values, how a row of the meta-LoRA matrix is cut into them, and the letters of all tensor shapes.
+"""LoRA weights, the layout of a row of the meta-LoRA matrix, and the letters of all tensor shapes.
 
     R       rank of a LoRA
     H_in    a module's input width           H_out   its output width
@@ -6,8 +6,8 @@
     D       numbers in a meta-LoRA row       E       numbers in an embedding
 
 ΔW [H_out, H_in] = B A with A [R, H_in] and B [H_out, R]; alpha / R is folded into B, so scaling is 1 everywhere. A row
-is `[A₀ … A_L | B₀ … B_L]`, each matrix row by row, modules in the layout's order. In a `shared` bank all rows have one
-frozen A, kept beside the matrix, and a row is `[B₀ … B_L]`. Plain Python: the gateway reads it too.
+is `[A₀ … A_L | B₀ … B_L]`, each matrix row by row, modules in the layout's order. In a `shared` bank all rows use one
+frozen A, stored beside the matrix, and a row is `[B₀ … B_L]`. The gateway imports this module, so torch is not needed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values vLLM accepts for `--max-lora-rank`; every adapter slot is sized for the chosen one."""
+"""Values that vLLM accepts for `--max-lora-rank`; vLLM sizes every adapter slot for the chosen value."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
-    """A linear module that LoRAs are attached to, by its path in the Hugging Face model."""
+    """A linear module that LoRAs adapt; `name` is its path in the Hugging Face model."""
 
     name: str
     h_in: int
@@ -34,7 +34,7 @@ class ModuleShape:
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """The weights of one LoRA, scaling folded into B: module name → A [R, H_in] and B [H_out, R]."""
+    """Weights of one LoRA: A [R, H_in] and B [H_out, R] by module name, with scaling folded into B."""
 
     rank: int
     a: dict[str, torch.Tensor]
@@ -46,7 +46,7 @@ class LoraWeights:
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
-    """How a row is cut: modules in their order in it, R of every meta-LoRA, whether A is kept once for all rows."""
+    """Layout of a row: the modules in order, the rank R of every meta-LoRA, and whether all rows share one A."""
 
     modules: tuple[ModuleShape, ...]
     rank: int
@@ -62,11 +62,11 @@ class RowLayout:
 
     @property
     def row_numbers(self) -> int:
-        """D, the numbers in one row of the matrix."""
+        """Return D, the number of values in one row of the matrix."""
         return self.b_numbers + (0 if self.shared_a else self.a_numbers)
 
     def slices(self) -> Iterator[tuple[ModuleShape, slice, slice]]:
-        """Each module with the slices of its A and its B in the flat `[A₀ … A_L]` and `[B₀ … B_L]`."""
+        """Yield each module with the slices of its A and B in the flat `[A₀ … A_L]` and `[B₀ … B_L]`."""
         a = b = 0
         for module in self.modules:
             a_stop, b_stop = a + self.rank * module.h_in, b + self.rank * module.h_out
@@ -75,7 +75,7 @@ class RowLayout:
 
 
 def serving_rank(rank: int) -> int:
-    """The smallest rank vLLM can size its slots for that holds `rank`; ValueError when that is above vLLM's largest."""
+    """Return the smallest slot rank of vLLM that fits `rank`; raise ValueError above the largest slot rank."""
     for size in VLLM_RANKS:
         if rank <= size:
             return size

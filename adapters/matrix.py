@@ -1,6 +1,6 @@
-"""The meta-LoRA matrix: one bf16 row per anchor, contiguous, memory-mapped, shared by all processes on a host.
+"""The meta-LoRA matrix: one contiguous bf16 row per anchor, memory-mapped and shared by all processes on a host.
 
-A safetensors file of `rows` [N, D], or [N + 1, D] with the common row last, and for method `shared` `shared_a`.
+The safetensors file holds `rows` [N, D], or [N + 1, D] with the common row last, and `shared_a` for method `shared`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from safetensors.torch import save_file
 from adapters.errors import FusionError
 from adapters.lora import RowLayout
 
-PAGE_BYTES = 4096  # the smallest page of memory there is
+PAGE_BYTES = 4096  # smallest memory page size
 
 
 @dataclass(frozen=True, slots=True)
 class MetaMatrix:
     layout: RowLayout
-    rows: torch.Tensor  # [N, D] or [N + 1, D] bf16, the common row last
+    rows: torch.Tensor  # [N, D] or [N + 1, D] bf16, with the common row last
     anchors: int  # N
     common: bool
-    shared_a: torch.Tensor | None  # the frozen A of all rows, [R·ΣH_in] bf16, for method `shared`
+    shared_a: torch.Tensor | None  # frozen A of all rows, [R·ΣH_in] bf16; only for method `shared`
 
     @classmethod
     def open(cls, path: Path, layout: RowLayout, anchors: int, common: bool) -> MetaMatrix:
-        """Map a matrix file; FusionError when it is none, or of another shape than the manifest's."""
+        """Map a matrix file; raise FusionError if it cannot be read or its shape differs from the manifest."""
         try:
             with safe_open(path, framework="pt") as file:
                 rows = file.get_tensor("rows")
@@ -50,13 +50,13 @@ class MetaMatrix:
 
     @property
     def frozen(self) -> torch.Tensor:
-        """The one A of a `shared` bank, flat [R·ΣH_in]; FusionError when every row has an A of its own."""
+        """Return the frozen A of a `shared` bank, flat [R·ΣH_in]; raise FusionError if every row has its own A."""
         if self.shared_a is None:
             raise FusionError("method `shared` needs a bank with one frozen A")
         return self.shared_a
 
     def prepared(self, dtype: torch.dtype, *, pin_memory: bool = False) -> MetaMatrix:
-        """The same for many fusions to `dtype`: the frozen A, part of each, is converted once, here."""
+        """Return a matrix whose frozen A is already in `dtype`, so that fusions need not convert it."""
         if self.shared_a is None:
             return self
         shared_a = self.shared_a.to(dtype)
@@ -64,20 +64,20 @@ class MetaMatrix:
 
     @property
     def common_index(self) -> int:
-        """The common row's index in `rows`; FusionError when the bank has none."""
+        """Return the index of the common row in `rows`; raise FusionError if the bank has no common row."""
         if not self.common:
             raise FusionError("the recipe asks for the common row (`c`), but this bank was built without one")
         return self.anchors
 
     def touch(self) -> None:
-        """Have every page of the rows mapped and in memory, so that no fusion waits for the disk."""
+        """Read every page of the rows into memory, so that no fusion waits for the disk."""
         self.rows.view(-1)[:: PAGE_BYTES // self.rows.element_size()].sum()
 
 
 def write_matrix(
     path: Path, layout: RowLayout, rows: Sequence[torch.Tensor], shared_a: torch.Tensor | None = None
 ) -> None:
-    """Write flat rows [D], anchors in index order, then the common row if there is one, and the frozen A; as bf16."""
+    """Write bf16 rows [D] (anchors in index order, then the common row, if any) and the frozen A, if any."""
     matrix = torch.stack([row.reshape(-1).to(torch.bfloat16) for row in rows])
     if matrix.shape[1] != layout.row_numbers:
         raise FusionError(f"rows have {matrix.shape[1]} numbers, but the layout needs {layout.row_numbers}")

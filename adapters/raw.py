@@ -1,6 +1,6 @@
-"""bf16 tensors of safetensors files, and user adapters among them, in plain numpy: for processes without torch.
+"""Read bf16 safetensors files, including user adapters, with numpy alone, for processes without torch.
 
-A file: 8 bytes with its header's length, the header (JSON: name → dtype, shape, place; metadata), the tensors' bytes.
+File format: the header's length in 8 bytes, the header (JSON: dtype, shape and offsets by name, metadata), the data.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy.typing as npt
 from adapters.errors import UserAdapterError, excerpt
 from adapters.lora import RowLayout
 
-USER_FORMAT = "mta-user-1"  # the metadata entry of user adapters: JSON of kind, rank and recipe
-USER_KIND = "lora"  # in every header. An earlier kind, `core`, is no longer served: its users are adapted again.
+USER_FORMAT = "mta-user-1"  # metadata key of user adapters; the value is JSON with kind, rank and recipe
+USER_KIND = "lora"  # the only kind served. Users with an adapter of the former kind `core` must be adapted again.
 _LENGTH_BYTES = 8
 _DTYPE = "BF16"
-_EXPONENT = 0x7F80  # bf16's exponent bits: all set in infinities and NaN alone
+_EXPONENT = 0x7F80  # exponent bits of bf16; all are set only in infinities and NaN
 
-Bits = npt.NDArray[np.uint16]  # numbers in bf16: the upper half of their float32
+Bits = npt.NDArray[np.uint16]  # bf16 numbers as raw bits: the upper half of the float32
 
 
 class RawTensors:
-    """The tensors of a file of bf16 alone, from its bytes, mapped or not; ValueError when they are not such a file."""
+    """Tensors of a file that holds only bf16, given its bytes; raises ValueError for any other content."""
 
     def __init__(self, raw: npt.NDArray[np.uint8]) -> None:
         size = int.from_bytes(bytes(raw[:_LENGTH_BYTES]), "little")
@@ -42,7 +42,7 @@ class RawTensors:
 
     @classmethod
     def open(cls, path: Path) -> RawTensors:
-        """Map a file; OSError or ValueError when there is none that can be read."""
+        """Map a file; raise OSError or ValueError if it cannot be read."""
         return cls(np.memmap(path, np.uint8, "r"))
 
     @property
@@ -57,14 +57,14 @@ def _cut(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> Bits:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if entry["dtype"] != _DTYPE or not 0 <= start <= stop <= data.size:
-        raise ValueError(f"a tensor of it is not {_DTYPE}, or incomplete")
+        raise ValueError(f"one of its tensors is not {_DTYPE}, or is incomplete")
     return data[start:stop].view(np.uint16).reshape(shape)
 
 
 def read_user_adapter(layout: RowLayout, raw: bytes) -> tuple[str, int, RawTensors]:
-    """Recipe, rank R_u, and flat `a` [R_u·ΣH_in] and `b` [R_u·ΣH_out] of a user adapter's bytes.
+    """Return the recipe, the rank R_u, and the flat `a` [R_u·ΣH_in] and `b` [R_u·ΣH_out] of a user adapter.
 
-    UserAdapterError says what is wrong: everything that serving relies on is checked here.
+    Raise UserAdapterError if the bytes break any assumption that serving makes.
     """
     try:
         tensors = RawTensors(np.frombuffer(raw, np.uint8))
@@ -88,18 +88,18 @@ def read_user_adapter(layout: RowLayout, raw: bytes) -> tuple[str, int, RawTenso
 
 
 def to_float(bits: Bits) -> npt.NDArray[np.float32]:
-    """bf16 as float32, exactly."""
+    """Convert bf16 to float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def to_bits(numbers: npt.NDArray[np.float32]) -> Bits:
-    """float32 rounded to bf16, to the nearest, ties to even, as torch does; the numbers are finite."""
+    """Round finite float32 numbers to the nearest bf16, ties to even, as torch does."""
     wide = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
     return ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def file_head(shapes: Iterable[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """How a file of such tensors begins; their bytes follow in this order, without gaps."""
+    """Return the length and header of a bf16 file; the tensors' bytes must follow in this order, without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     place = 0
     for name, shape in shapes:

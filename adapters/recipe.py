@@ -1,17 +1,17 @@
-"""A fusion recipe and its canonical name.
+"""Fusion recipes and their canonical names.
 
-Grammar, one text per recipe::
+Grammar::
 
     name    = "mta3:" bank ":" method ":" terms [ ":u-" user ]
-    bank    = 8 lower-case hex digits, the start of the bank's fingerprint
+    bank    = 8 lower-case hex digits, the beginning of the bank's fingerprint
     method  = "cat" | "shared"
     terms   = "c" *( "+" anchor ) | anchor *( "+" anchor )       anchors in id order, each once
     anchor  = "a" index "*" weight                               weight in per mille, -4000 to 4000, never 0
     user    = user-key "." adapter-id                            26 base32 characters (128 bits) each
 
-`c` is the common row at weight 1; the others are steps along the anchors' rows, whatever their sum. A term that begins
-with `v` is reserved for other vectors, and refused. A worker builds the adapter from the name alone, and vLLM keys its
-caches by it, so equal recipes have equal names: a text that does not re-serialise to itself is refused.
+`c` is the common row at weight 1; the other terms add weighted anchor rows, and their weights may have any sum. Terms
+that start with `v` are reserved for other vectors and rejected. Workers build the adapter from the name alone, and vLLM
+keys its caches by the name. Equal recipes must therefore have equal names: a non-canonical name is rejected.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from adapters.errors import RecipeError, excerpt
 FORMAT = "mta3"
 _OLD_FORMATS = ("mta1", "mta2")
 PER_MILLE = 1000
-MAX_STEP = 4000  # longest step along an anchor's row, per mille, in either direction
+MAX_STEP = 4000  # largest absolute weight of an anchor, per mille
 MAX_ANCHORS = 1_000_000
 MAX_NAME_CHARS = 4096
 MAX_TERMS = 334
-"""As many as always fit into a name: 12 characters each (`+a1023*-4000`) beside 78 of head and user adapter."""
+"""Number of terms that always fit into a name: 12 characters each (`+a1023*-4000`) and 78 for the other parts."""
 
 _BANK = re.compile(r"[0-9a-f]{8}")
-_BASE32_128 = r"[a-z2-7]{25}[aeimquy4]"  # 16 bytes without padding: the last character carries three bits
+_BASE32_128 = r"[a-z2-7]{25}[aeimquy4]"  # 16 bytes without padding; the last character carries three bits
 _USER_ADAPTER = re.compile(rf"{_BASE32_128}\.{_BASE32_128}")
 _TERM = re.compile(r"a(\d{2}|[1-9]\d{2,5})\*(-?[1-9]\d{0,3})", re.ASCII)
 _RESERVED = "v"
 
 
 class FusionMethod(StrEnum):
-    """How the terms of a recipe become one adapter (formulas in `adapters/fusion.py`)."""
+    """Method that combines the terms of a recipe into one adapter (formulas in `adapters/fusion.py`)."""
 
     CAT = "cat"
     SHARED = "shared"
@@ -49,7 +49,7 @@ class FusionMethod(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """An anchor, by its index in its bank, and the weight of its row in per mille."""
+    """An anchor's index in its bank, and the weight of its row in per mille."""
 
     anchor: int
     weight: int
@@ -57,9 +57,9 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class UserAdapterId:
-    """`<user key>.<id>`, 128 bits in base32 each, or RecipeError: where the store keeps an adapter, not whose it is.
+    """`<user key>.<id>`, each 128 bits in base32; raises RecipeError otherwise. Identifies an adapter, not a person.
 
-    `id` is random; `server/store/tenants/user_key.py` makes the key.
+    `id` is random; `server/store/tenants/user_key.py` derives the key.
     """
 
     user_key: str
@@ -74,18 +74,18 @@ class UserAdapterId:
 
 
 def parse_user_adapter_id(text: str) -> UserAdapterId:
-    """The inverse of `str`; RecipeError."""
+    """Parse the result of `str`; raise RecipeError if the text is malformed."""
     user_key, _, adapter_id = text.partition(".")
     return UserAdapterId(user_key, adapter_id)
 
 
 @dataclass(frozen=True, slots=True)
 class FusionRecipe:
-    """What an adapter is made of; RecipeError unless it is canonical. Equal recipes are the same adapter everywhere."""
+    """The components of an adapter; raises RecipeError unless canonical. Equal recipes give equal adapters."""
 
-    bank: str  # the first 8 hex digits of its fingerprint
+    bank: str  # first 8 hex digits of the bank's fingerprint
     method: FusionMethod
-    common: bool  # whether the common row takes part
+    common: bool  # whether to add the common row
     terms: tuple[Term, ...]
     user_adapter: UserAdapterId | None = None
 
@@ -107,7 +107,7 @@ class FusionRecipe:
 
     @property
     def name(self) -> str:
-        """The canonical name; `parse_recipe` is its inverse."""
+        """Return the canonical name; `parse_recipe` is the inverse."""
         terms = (["c"] if self.common else []) + [f"{anchor_id(t.anchor)}*{t.weight}" for t in self.terms]
         stacked = f":u-{self.user_adapter}" if self.user_adapter else ""
         return f"{FORMAT}:{self.bank}:{self.method.value}:{'+'.join(terms)}{stacked}"
@@ -118,22 +118,22 @@ class FusionRecipe:
 
 
 def anchor_id(index: int) -> str:
-    """The public id of the anchor at `index`: `a03`, `a17`, `a1042`."""
+    """Return the public id of the anchor at `index`, e.g. `a03`, `a17` or `a1042`."""
     return f"a{index:02d}"
 
 
 def is_recipe_name(name: str | None) -> bool:
-    """Whether a model name is meant as a recipe, of whatever format (and must then be a valid one)."""
+    """Return whether a model name has the prefix of a recipe, in a current or former format."""
     return name is not None and name.startswith(tuple(f"{known}:" for known in (FORMAT, *_OLD_FORMATS)))
 
 
 def bank_of(name: str) -> str:
-    """The 8 hex digits of the bank in a stored recipe's name, of whatever format."""
+    """Return the bank's 8 hex digits from a stored recipe name, in a current or former format."""
     return name.split(":", 2)[1]
 
 
 def parse_recipe(name: str) -> FusionRecipe:
-    """Read a canonical name, e.g. `mta3:9f2c41d0:shared:c+a03*286+a17*-214`; RecipeError for any other text."""
+    """Parse a canonical name, e.g. `mta3:9f2c41d0:shared:c+a03*286+a17*-214`; raise RecipeError for any other text."""
     if len(name) > MAX_NAME_CHARS:
         raise RecipeError(f"recipe name has {len(name)} characters, but at most {MAX_NAME_CHARS} are allowed")
     parts = name.split(":")
@@ -173,10 +173,10 @@ def _parse_term(text: str, name: str) -> Term:
 
 
 def per_mille(weights: Sequence[float], total: int = PER_MILLE, grain: int = 1) -> list[int]:
-    """Round weights, in any scale, to multiples of `grain` that sum to `total`, by largest remainder.
+    """Scale weights to the sum `total` and round them to multiples of `grain`, by largest remainder.
 
-    Ties go to the earlier one, and the largest also gets what `total` exceeds a multiple by. RecipeError when a weight
-    is negative or not finite, or all are zero.
+    Ties go to the earlier weight. The largest weight also gets the remainder of `total` divided by `grain`. Raise
+    RecipeError if a weight is negative or not finite, or if all weights are zero.
     """
     scale = sum(weights)
     if not all(0 <= w < float("inf") for w in weights) or not 0 < scale < float("inf"):

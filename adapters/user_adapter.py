@@ -1,7 +1,7 @@
-"""User adapters: the LoRA that few-shot training adds to one user's fused adapter, as a value and as bytes.
+"""User adapters: the LoRA that few-shot training adds to one user's fused adapter, and its serialisation.
 
-ΔW_user = B_u A_u, of rank R_u, is stacked beside A and B of the recipe it was trained on, and served with no other.
-As bytes: two flat bf16 tensors in the order of the bank's layout (`adapters/raw.py` reads them).
+ΔW_user = B_u A_u, of rank R_u, is stacked on A and B of the recipe it was trained on, and served only with that recipe.
+The serialised form holds two flat bf16 tensors in the order of the bank's layout (`adapters/raw.py` reads them).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from adapters.raw import USER_FORMAT, USER_KIND, read_user_adapter
 
 @dataclass(frozen=True, slots=True)
 class UserAdapter:
-    """A trained user adapter, and the name of the plain recipe it was trained on."""
+    """A trained user adapter, with the name of the plain recipe it was trained on."""
 
     recipe: str
     weights: LoraWeights
 
 
 def stack(fused: LoraWeights, user: UserAdapter, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
-    """`stack_flat`, module by module."""
+    """Return the result of `stack_flat` per module."""
     return stack_flat(FlatLora.of(fused), user, dtype).weights()
 
 
 def stack_flat(fused: FlatLora, user: UserAdapter, dtype: torch.dtype = torch.bfloat16) -> FlatLora:
-    """The adapter that serves the user, of rank R + R_u: what their recipe stands for and their own LoRA together."""
+    """Combine the user's fused adapter and their own LoRA into one adapter of rank R + R_u."""
     own, modules = user.weights, fused.modules
     theirs = FlatLora.of(LoraWeights(own.rank, {m.name: own.a[m.name] for m in modules}, own.b))
     a = tuple(block.to(dtype) for block in (*fused.a, *theirs.a))
@@ -39,10 +39,10 @@ def stack_flat(fused: FlatLora, user: UserAdapter, dtype: torch.dtype = torch.bf
 
 
 def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
-    """The bytes that the store keeps; weights are rounded to bf16."""
+    """Serialise a user adapter for the store, with weights rounded to bf16."""
     tensors = {"a": flat_a(layout, user.weights), "b": flat_b(layout, user.weights)}
     header = {"kind": USER_KIND, "rank": user.weights.rank, "recipe": user.recipe}
-    # One entry only: safetensors writes several in varying order, and equal adapters must have equal bytes.
+    # Use a single entry: safetensors writes several in varying order, but equal adapters must have equal bytes.
     raw: bytes = save(
         {name: flat.to(torch.bfloat16) for name, flat in tensors.items()}, {USER_FORMAT: json.dumps(header)}
     )

@@ -1,20 +1,20 @@
-"""What an engine and its clients agree on: names, the key, and the private routes.
+"""Names, key header and private routes shared by the engine and its clients.
 
-The routes are called on each engine directly, never through a router; else clients speak OpenAI's protocol with a
-recipe's name as the model. Gateway, supervisor and engine do not import each other.
+Clients call these routes on each engine directly, never through a router. All other calls use OpenAI's protocol, with
+the recipe's name as the model. Gateway, supervisor and engine do not import each other.
 """
 
 from __future__ import annotations
 
-PLUGIN = "mta"  # the name of both of our vLLM entry points, and the value of `VLLM_PLUGINS`
-BASE_MODEL = "base"  # the name under which engines serve the base model
+PLUGIN = "mta"  # name of both vLLM entry points, and value of `VLLM_PLUGINS`
+BASE_MODEL = "base"  # model name under which engines serve the base model
 
 STATUS = "/mta/v1/status"
-"""GET: what the engine serves: `banks`, their fingerprints, `max_model_len`, in tokens, `max_num_seqs`, how many
-sequences a batch holds, `slots`, how many recipes it mixes, and, where known, `slots_taken`, `prepares` and `fuses`."""
+"""GET: the engine's status: `banks` (fingerprints), `max_model_len` (tokens), `max_num_seqs` (sequences per batch),
+`slots` (recipes per batch) and, if known, `slots_taken`, `prepares` and `fuses`."""
 
-RESIDENT = "/mta/v1/resident"  # GET: what the workers hold; for operators
-DROP = "/mta/v1/drop"  # POST `{"user_key"}`: drop a user's adapters
+RESIDENT = "/mta/v1/resident"  # GET: adapters that the workers hold, for operators
+DROP = "/mta/v1/drop"  # POST `{"user_key"}`: drop the adapters of a user
 
 
 def key_header(key: str | None) -> dict[str, str]:

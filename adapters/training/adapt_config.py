@@ -1,4 +1,4 @@
-"""How a user adapter is trained, and how much that reads. Plain Python: the gateway reads it too."""
+"""Training settings of user adapters, and the tokens that training reads. The gateway imports this without torch."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass, replace
 
 from adapters.errors import TrainingError, excerpt
 
-BATCH_SIZE = 4  # samples a step
-LOOK_EVERY = 2  # steps between two evaluations of the held-out loss
+BATCH_SIZE = 4  # samples per step
+EVAL_INTERVAL = 2  # steps between two evaluations of the held-out loss
 FOLDS = 2
-FEW = 20  # up to this many samples are folded; of more, a part is kept aside
+MAX_FOLDED = 20  # maximum number of samples for cross-validation; with more samples, a part is held out
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptConfig:
-    """Recorded with the job, so that the same job gives the same bytes; TrainingError for a value that cannot be.
+    """Settings of one training job, stored with the job to make it reproducible; raises TrainingError if invalid.
 
-    With these defaults ten samples of people outside the bank helped most on their later items, over two tasks
+    For people outside the bank with ten samples, these defaults gave the best results on later items in two tasks
     (docs/quality.md).
     """
 
     rank: int = 2
-    steps: int = 8  # most of one run; it ends earlier once nothing more is learnt
+    steps: int = 8  # maximum per run; a run stops early when the held-out loss no longer falls
     learning_rate: float = 1e-3  # after the warm-up
-    holdout: float = 0.2  # share of the samples that is held out if there are many
-    strength: float = 0.5  # of the anchors beneath it, relative to when merged; below 1 only with a common row
+    holdout: float = 0.2  # share of samples to hold out when there are more than `MAX_FOLDED`
+    strength: float = 0.5  # factor on the anchors' merged weights; below 1 only with a common row
     seed: int = 0
-    max_tokens: int = 2_000_000  # that all runs together may read, held-out samples included
-    max_seconds: int = 3600  # longest time that one worker trains
+    max_tokens: int = 2_000_000  # maximum tokens that all runs read, including held-out samples
+    max_seconds: int = 3600  # maximum training time of one worker
 
     def __post_init__(self) -> None:
         whole = "a whole number above 0"
@@ -45,19 +45,19 @@ class AdaptConfig:
                 raise TrainingError(f"{name} {excerpt(value)} cannot be trained with: it must be {wanted}")
 
     def tokens_read(self, lengths: Sequence[int]) -> int:
-        """Roughly the most tokens that all runs read, in training and held out, of samples of so many tokens each."""
+        """Estimate the maximum number of tokens read by all runs, given each sample's token count."""
         return math.ceil(self._samples_read(len(lengths)) * sum(lengths) / len(lengths))
 
     def room_for_past(self, lengths: Sequence[int]) -> int:
-        """How many tokens of past items may stand before all samples of these lengths, within `max_tokens`."""
+        """Return how many tokens of past items fit before samples of these lengths, within `max_tokens`."""
         return max(0, int(self.max_tokens * len(lengths) / self._samples_read(len(lengths))) - sum(lengths))
 
     def _samples_read(self, count: int) -> int:
-        """How many samples all runs read, each as often as it is read."""
-        looks = 1 + math.ceil(self.steps / LOOK_EVERY)
+        """Return the number of sample reads in all runs, repeated reads included."""
+        looks = 1 + math.ceil(self.steps / EVAL_INTERVAL)
         if count == 1:
             return max(1, self.steps // 2) + 2
-        if count <= FEW:
+        if count <= MAX_FOLDED:
             held = [len(range(fold, count, FOLDS)) for fold in range(FOLDS)]
             folds = sum(self.steps * min(BATCH_SIZE, count - aside) + looks * aside for aside in held)
             return folds + self.steps * min(BATCH_SIZE, count)
@@ -65,6 +65,6 @@ class AdaptConfig:
 
 
 def default_config(room: int, common: bool) -> AdaptConfig:
-    """How a job trains by default on a bank that leaves `room` for users' rank, with a common row or without."""
+    """Return the default settings for a bank with `room` ranks for user adapters, with or without a common row."""
     usual = AdaptConfig()
     return replace(usual, rank=max(1, min(usual.rank, room)), strength=usual.strength if common else 1.0)

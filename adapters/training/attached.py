@@ -1,7 +1,7 @@
-"""Attaching LoRAs to a base model for training, and detaching them.
+"""Attach LoRAs to a base model for training, and detach them.
 
-They compute in the base's own type, as they will be served; what moves is kept in float32, so that small steps are not
-lost. Forward and backward are written out: automatic differentiation would take half as long again.
+LoRAs compute in the base model's dtype, as in serving. The trained parameters are float32, so that small steps are not
+lost. Forward and backward passes are explicit: automatic differentiation takes 50 % longer.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from adapters.lora import LoraWeights
 
 @dataclass(frozen=True)
 class Attached:
-    """A base model that carries a LoRA to train and maybe a frozen one; its adapted modules are replaced meanwhile."""
+    """A base model with a trainable LoRA and optionally a frozen one; its adapted modules are replaced for now."""
 
     model: Any
-    _moving: dict[str, AdaptedLinear]
+    _trained: dict[str, AdaptedLinear]
 
     def put(self, lora: LoraWeights) -> None:
         with torch.no_grad():
-            for name, layer in self._moving.items():
+            for name, layer in self._trained.items():
                 layer.a.copy_(lora.a[name])
                 layer.b.copy_(lora.b[name])
 
     def trainable(self, *, train_a: bool) -> list[torch.nn.Parameter]:
-        """Freeze all but the trained LoRA's B (and its A with `train_a`), and return the parameters that move."""
-        parameters = [layer.b for layer in self._moving.values()]
+        """Freeze all but the trained LoRA's B (with `train_a` also its A), and return the trainable parameters."""
+        parameters = [layer.b for layer in self._trained.values()]
         if train_a:
-            parameters += [layer.a for layer in self._moving.values()]
+            parameters += [layer.a for layer in self._trained.values()]
         self.model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        self.model.eval()  # dropout of the base would make the loss noisy and the result depend on global state
+        self.model.eval()  # dropout would make the loss noisy and the result depend on global state
         return parameters
 
     def b_gradients(self) -> dict[str, torch.Tensor]:
-        """The gradient with respect to the trained LoRA's B, after a backward pass, on CPU."""
-        return {name: layer.b.grad.cpu() for name, layer in self._moving.items() if layer.b.grad is not None}
+        """Return the gradient of the trained LoRA's B after a backward pass, on CPU."""
+        return {name: layer.b.grad.cpu() for name, layer in self._trained.items() if layer.b.grad is not None}
 
     def weights(self) -> LoraWeights:
-        """The trained LoRA, float32 on CPU."""
-        a = {name: layer.a.detach().cpu().clone() for name, layer in self._moving.items()}
-        b = {name: layer.b.detach().cpu().clone() for name, layer in self._moving.items()}
+        """Return the trained LoRA, float32 on CPU."""
+        a = {name: layer.a.detach().cpu().clone() for name, layer in self._trained.items()}
+        b = {name: layer.b.detach().cpu().clone() for name, layer in self._trained.items()}
         return LoraWeights(len(next(iter(a.values()))), a, b)
 
 
 @contextmanager
 def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None) -> Iterator[Attached]:
-    """Attach a LoRA to train, from `trained` on, and one of maybe more modules; afterwards the model is as it was."""
+    """Attach a LoRA that starts at `trained`, and a frozen LoRA if given, which may adapt more modules; then detach."""
     layers = {}
     for name in {**(frozen.a if frozen else {}), **trained.a}:
         beside = (frozen.a[name], frozen.b[name]) if frozen else None
@@ -70,7 +70,7 @@ def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None
 
 
 class AdaptedLinear(torch.nn.Module):
-    """A frozen linear module with a LoRA that moves, `a` and `b`, in float32, and maybe one that does not."""
+    """A frozen linear module with a trainable float32 LoRA, `a` and `b`, and optionally a frozen LoRA."""
 
     def __init__(
         self, base: torch.nn.Linear, rank: int, frozen: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -102,10 +102,10 @@ class AdaptedLinear(torch.nn.Module):
 
 
 class _LowRank(torch.autograd.Function):
-    """y = x Wᵀ + bias + (x Downᵀ) Upᵀ; the last rows of Down are A, the last columns of Up are B."""
+    """y = x Wᵀ + bias + (x Downᵀ) Upᵀ, where the last rows of Down are A and the last columns of Up are B."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917  autograd hands over by position
+    def forward(  # noqa: PLR0917  autograd passes arguments by position
         ctx: Any,
         x: torch.Tensor,
         a: torch.Tensor,

@@ -1,4 +1,4 @@
-"""A conversation as token ids that ends with the answer: what training, judging and signing learn from."""
+"""A conversation as token ids, ending with the answer; used for training, evaluation and signing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of a prompt, the output, and the end of the assistant's turn; from `loss_from` on they carry loss."""
+    """Token ids of a prompt, its output and the end-of-turn token; ids from index `loss_from` on count in the loss."""
 
     ids: tuple[int, ...]
     loss_from: int

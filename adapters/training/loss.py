@@ -1,4 +1,4 @@
-"""The loss of examples under a model, the negative log-likelihood of their output tokens in nats, and its gradient."""
+"""Loss of examples under a model, as negative log-likelihood of the output tokens in nats, and its gradient."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROWS_AT_A_TIME = 16
 
 
 def backward(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> float:
-    """Add the gradient of the mean loss per output token to the parameters that move; return the loss, nats."""
+    """Add the gradient of the mean loss per output token to the trainable parameters, and return the loss in nats."""
     outputs, loss = output_tokens(examples), 0.0
     for row in pack(model, examples):
         row_loss = _losses(model, row, below).sum() / outputs
@@ -31,9 +31,9 @@ def backward(model: Any, examples: Sequence[Example], below: LowerLayers | None 
 
 
 def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example]) -> torch.Tensor:
-    """∂L/∂B at a LoRA, [R·ΣH_out] float32 on CPU in layout order; L is the examples' mean loss per output token.
+    """Return ∂L/∂B at a LoRA, [R·ΣH_out] float32 on CPU in layout order; L is the mean loss per output token.
 
-    For a B that differs by Δ, the loss differs by ⟨∂L/∂B, Δ⟩ to first order.
+    To first order, changing B by Δ changes the loss by ⟨∂L/∂B, Δ⟩.
     """
     with attached(model, lora) as here:
         here.trainable(train_a=False)
@@ -43,20 +43,20 @@ def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Seque
 
 
 def mean_loss(model: Any, examples: Sequence[Example]) -> float:
-    """Negative log-likelihood per output token, nats."""
+    """Return the negative log-likelihood per output token, in nats."""
     return sum(row_losses(model, examples)) / output_tokens(examples)
 
 
 @torch.no_grad()
 def row_losses(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> Iterator[float]:
-    """Negative log-likelihood of each row of examples, nats; a row is read only when it is asked for."""
+    """Yield the negative log-likelihood of each row of examples, in nats; compute each row on demand."""
     for row in pack(model, examples):
         yield float(_losses(model, row, below).sum())
 
 
 @torch.no_grad()
-def read(model: Any, examples: Sequence[Example], among: Sequence[int] = ()) -> list[tuple[float, list[float]]]:
-    """Each example's mean loss per output token, and how likely each of some ids is as its first, 0 to 1."""
+def score(model: Any, examples: Sequence[Example], among: Sequence[int] = ()) -> list[tuple[float, list[float]]]:
+    """Return each example's mean loss per output token, and the probability of each id in `among` as first output."""
     found: list[tuple[float, list[float]]] = []
     for row in pack(model, examples):
         logits = _logits(model, row)
@@ -84,7 +84,7 @@ def _logits(model: Any, row: Row, below: LowerLayers | None = None) -> torch.Ten
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """[N, V] logits and [N] wanted ids → [N] losses in float32, a few rows at a time: they stay in the cache."""
+    """[N, V] logits and [N] target ids → [N] losses in float32; processes a few rows at a time to stay in the cache."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Training one LoRA on a frozen base model: AdamW without weight decay, gradients clipped.
+"""Train one LoRA on a frozen base model, with AdamW without weight decay and with clipped gradients.
 
-Everything random comes from the plan's seed and nothing from global state, so the same call gives the same weights.
+All randomness comes from the plan's seed, never from global state, so the same call gives the same weights.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ CLIP_NORM = 1.0
 class TrainPlan:
     steps: int
     batch_size: int
-    learning_rate: float  # at its peak
-    seed: int  # of the examples' order
+    learning_rate: float  # peak rate
+    seed: int  # for the order of the examples
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    step: int  # from 1
+    step: int  # starts at 1
     loss: float  # mean per output token, before the step
-    tokens: int  # ids read
+    tokens: int  # number of tokens read
 
 
 def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[ModuleShape, ...]:
-    """In model order, those whose last parts are `targets`, else all but the output head; FusionError for no match."""
+    """Return the modules named in `targets`, or all but the output head; raise FusionError if nothing matches."""
     head = model.get_output_embeddings()
     found = [
         ModuleShape(name, module.in_features, module.out_features)
@@ -55,7 +55,7 @@ def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[Mo
 
 
 def initial_lora(modules: Sequence[ModuleShape], rank: int, seed: int) -> LoraWeights:
-    """The usual start, float32: A uniform in ±1/√H_in, B zero, so ΔW is zero."""
+    """Return the usual float32 start: A uniform in ±1/√H_in and B zero, so ΔW is zero."""
     generator = torch.Generator().manual_seed(seed)
     return LoraWeights(
         rank=rank,
@@ -65,7 +65,7 @@ def initial_lora(modules: Sequence[ModuleShape], rank: int, seed: int) -> LoraWe
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """The share of the peak rate at a step (from 0): linear warm-up over a tenth, then a half cosine down to 0."""
+    """Return the share of the peak rate at `step` (from 0): linear warm-up, then a half cosine down to 0."""
     warm_up = max(1, round(WARM_UP * steps))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -81,7 +81,7 @@ def train_lora(
     train_a: bool = True,
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> LoraWeights:
-    """Train a LoRA from `start`, which says what modules it adapts, to float32 on CPU; the model is left as it was."""
+    """Train a LoRA that starts at `start` and adapts the same modules, and return it as float32 on CPU."""
     if not examples:
         raise FusionError("there is nothing to train on: no example has an output")
     with attached(model, start) as lora:
@@ -99,7 +99,7 @@ def optimise(
     rate: Callable[[int, int], float] = rate_factor,
     below: LowerLayers | None = None,
 ) -> Iterator[StepReport]:
-    """Train parameters in place, a step for each report that is asked for; `rate` of (step from 0, steps)."""
+    """Train parameters in place, one step per report requested; `rate` maps (step from 0, steps) to a factor."""
     optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, plan.steps))
     batches = _batches(len(examples), plan.batch_size, plan.seed)
@@ -108,7 +108,7 @@ def optimise(
         loss = backward(model, batch, below)
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimiser.step()
-        torch.autograd.graph.increment_version(parameters)  # what PyTorch forgets where `fused`, and copies are kept by
+        torch.autograd.graph.increment_version(parameters)  # fused AdamW omits this, and `AdaptedLinear` needs it
         schedule.step()
         optimiser.zero_grad()
         yield StepReport(step, loss, sum(len(example.ids) for example in batch))

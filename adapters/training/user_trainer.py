@@ -1,7 +1,7 @@
-"""Few-shot training of a user adapter on a frozen fused one, judged on samples that it did not see.
+"""Few-shot training of a user adapter on a frozen fused adapter, evaluated on held-out samples.
 
-Few samples are trained in folds, each judged on what it left out, then all together for the steps that were best there;
-of many, a part is kept aside. An adapter is kept only if its loss there is below the fused adapter's own.
+With few samples, cross-validation finds the best number of steps, and a final run trains on all samples. With many
+samples, a part is held out. An adapter is kept only if its held-out loss is below that of the fused adapter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights, ModuleShape
-from adapters.training.adapt_config import BATCH_SIZE, FEW, FOLDS, LOOK_EVERY, AdaptConfig
+from adapters.training.adapt_config import BATCH_SIZE, EVAL_INTERVAL, FOLDS, MAX_FOLDED, AdaptConfig
 from adapters.training.attached import Attached, attached
 from adapters.training.example import Example, output_tokens
 from adapters.training.forward.lower_layers import LowerLayers, layer_of, upper_half
@@ -27,31 +27,31 @@ from adapters.training.trainer import StepReport, TrainPlan, initial_lora, optim
 
 WARM_UP_STEPS = 2
 
-PATIENCE = 2  # how many looks at the held-out loss without a new low end a run
-EXPLODED = 5.0
-"""Training fails when a step's loss is this many nats a token above the first one's: it will not come back down."""
+PATIENCE = 2  # number of evaluations without a new lowest held-out loss after which a run ends
+MAX_LOSS_RISE = 5.0
+"""Rise of the loss above the first step, in nats per token, at which training fails: such a run does not recover."""
 
-UPPER_PACE = 1.75
-"""The rate's factor where the upper half of the layers trains alone: with it that learns in eight steps about what all
-learn at the planned rate; with 1.9 on headlines, with 1.7 on mails."""
+UPPER_HALF_FACTOR = 1.75
+"""Learning-rate factor when only the upper half of the layers trains. With this factor, eight steps learn about as much
+as all layers do at the planned rate (the exact factor was 1.9 on headlines and 1.7 on mails)."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingProgress:
-    step: int  # over all runs, out of `of`
-    of: int
-    loss: float  # of that step
-    phase: str = ""  # what is being done, in a few words
-    held_out: float | None = None  # loss on samples that are not trained on, if it was taken after this step
+    step: int  # over all runs
+    of: int  # total number of steps
+    loss: float  # training loss of the step
+    phase: str = ""  # short description of the current run
+    held_out: float | None = None  # held-out loss, if evaluated after this step
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The outcome of training; losses are held-out ones, in nats per output token."""
+    """The outcome of training; the losses are held-out losses in nats per output token."""
 
-    weights: LoraWeights | None  # None when nothing lowered the loss
-    before: float  # the fused adapter alone
-    after: float  # with the user's
+    weights: LoraWeights | None  # None if training did not lower the loss
+    before: float  # loss of the fused adapter alone
+    after: float  # loss with the user adapter
     steps: int
 
 
@@ -61,10 +61,10 @@ _Losses = dict[int, float]  # held-out losses by step
 
 @dataclass
 class TrainingRun:
-    """Training that goes on only while it is iterated over: leave the loop to end it. The model is then as it was.
+    """Training that advances as it is iterated. Leaving the loop ends it and restores the model.
 
-    Yields the progress after every step, and after each row of samples read between steps. `judgement` is None until
-    training has ended.
+    Yields the progress after every step, and after each row of samples evaluated between steps. `judgement` is None
+    until training has finished.
     """
 
     progress: _Judging
@@ -81,9 +81,9 @@ class TrainingRun:
 
 
 def train_user(model: Any, fused: LoraWeights, samples: Sequence[Example], config: AdaptConfig) -> TrainingRun:
-    """Train a user adapter on what the user's recipe stands for, float32; TrainingError if there are no samples.
+    """Train a user adapter on top of the fused adapter (float32); raise TrainingError if there are no samples.
 
-    While training, TrainingError when the loss explodes or is no number.
+    The run raises TrainingError if the loss diverges or becomes NaN.
     """
     if not samples:
         raise TrainingError("there are no samples: send some")
@@ -91,13 +91,13 @@ def train_user(model: Any, fused: LoraWeights, samples: Sequence[Example], confi
 
 
 def _training(model: Any, fused: LoraWeights, samples: Sequence[Example], config: AdaptConfig) -> _Judging:
-    judge = _alone if len(samples) == 1 else _fold if len(samples) <= FEW else _hold_out
+    train = _train_single if len(samples) == 1 else _train_folds if len(samples) <= MAX_FOLDED else _train_with_holdout
     with user_run(model, fused, config) as run:
-        return (yield from judge(run, samples))
+        return (yield from train(run, samples))
 
 
-def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
-    """Judge by folds, each as long as the first, then train on everything for the number of steps that was best."""
+def _train_folds(run: UserRun, samples: Sequence[Example]) -> _Judging:
+    """Cross-validate, with all folds as long as the first, then train on all samples for the best number of steps."""
     order = _shuffled(len(samples), run.config.seed)
     before, after, steps = 0.0, defaultdict[int, float](float), run.config.steps
     for fold in range(FOLDS):
@@ -106,7 +106,7 @@ def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
         kept = [samples[i] for i in range(len(samples)) if i not in held]
         share = len(aside) / len(samples)
         before += share * (yield from run.begin(f"fold {fold + 1} of {FOLDS}", aside))
-        losses, _ = yield from run.watched(kept, aside, steps, runs=FOLDS + 1, patient=fold == 0)
+        losses, _ = yield from run.evaluated(kept, aside, steps, runs=FOLDS + 1, stop_early=fold == 0)
         steps = max(losses)
         for step, loss in losses.items():
             after[step] += share * loss
@@ -119,8 +119,8 @@ def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
     return Judgement(run.weights(), before, after[best], best)
 
 
-def _alone(run: UserRun, samples: Sequence[Example]) -> _Judging:
-    """One sample, judged on itself, for half the steps: nothing says when to stop."""
+def _train_single(run: UserRun, samples: Sequence[Example]) -> _Judging:
+    """Train on one sample and evaluate on the same, for half the steps, as no held-out loss can end the run."""
     steps = max(1, run.config.steps // 2)
     before = yield from run.begin("the one sample", samples)
     for report in run.train(samples, steps):
@@ -129,13 +129,13 @@ def _alone(run: UserRun, samples: Sequence[Example]) -> _Judging:
     return Judgement(run.weights() if after < before else None, before, after, steps)
 
 
-def _hold_out(run: UserRun, samples: Sequence[Example]) -> _Judging:
-    """Keep a part aside, and keep the adapter as it was at its best there."""
+def _train_with_holdout(run: UserRun, samples: Sequence[Example]) -> _Judging:
+    """Hold out a part of the samples, and return the weights with the lowest held-out loss."""
     order = _shuffled(len(samples), run.config.seed)
     size = max(1, round(run.config.holdout * len(samples)))
     aside, kept = [samples[i] for i in order[:size]], [samples[i] for i in order[size:]]
     before = yield from run.begin("all samples but those held out", aside)
-    losses, weights = yield from run.watched(kept, aside, run.config.steps, keep_below=before)
+    losses, weights = yield from run.evaluated(kept, aside, run.config.steps, keep_below=before)
     best = min(losses, key=losses.__getitem__)
     return Judgement(weights, before, losses[best], best)
 
@@ -146,16 +146,16 @@ def _shuffled(count: int, seed: int) -> list[int]:
 
 @dataclass(slots=True)
 class UserRun:
-    """Runs of one configuration on one attached LoRA, each from the same start; all but `parameters` is frozen.
+    """Training runs of one configuration on one attached LoRA. All runs share a start; only `parameters` is trained.
 
-    The rate is constant after its warm-up, so that a run stopped early equals a shorter run.
+    The rate is constant after the warm-up, so a run that stops early equals a shorter run.
     """
 
     config: AdaptConfig
     lora: Attached
     start: LoraWeights
-    modules: Sequence[ModuleShape]  # of the fused adapter
-    below: LowerLayers | None  # the layers below those that move
+    modules: Sequence[ModuleShape]  # modules of the fused adapter
+    below: LowerLayers | None  # layers below the trained ones
     parameters: list[torch.nn.Parameter]
     now: TrainingProgress = TrainingProgress(0, 0, 0.0)
 
@@ -163,7 +163,7 @@ class UserRun:
         self.now = replace(self.now, phase=phase)
 
     def begin(self, phase: str, held_out: Sequence[Example]) -> Generator[TrainingProgress, None, float]:
-        """Go back to the start, where the user's LoRA changes nothing, and return the held-out loss there."""
+        """Reset the user's LoRA to its start, which changes nothing, and return the held-out loss."""
         self.enter(phase)
         self.lora.put(self.start)
         loss = yield from self.loss(held_out)
@@ -171,37 +171,37 @@ class UserRun:
         return loss
 
     def loss(self, examples: Sequence[Example]) -> Generator[TrainingProgress, None, float]:
-        """The examples' mean loss under the adapter as it is now; yields the progress after each row of them."""
+        """Return the examples' mean loss under the current adapter; yield the progress after each row."""
         loss = 0.0
         for row_loss in row_losses(self.lora.model, examples, self.below):
             loss += row_loss
             yield self.now
         return loss / output_tokens(examples)
 
-    def watched(
+    def evaluated(
         self,
         samples: Sequence[Example],
         aside: Sequence[Example],
         steps: int,
         *,
         runs: int = 1,
-        patient: bool = True,
+        stop_early: bool = True,
         keep_below: float = -math.inf,
     ) -> Generator[TrainingProgress, None, tuple[_Losses, LoraWeights | None]]:
-        """One of so many runs, looking at what is held out; `patient`, until its loss has stopped falling.
+        """Train one of `runs` runs and evaluate the held-out loss; `stop_early` ends it when the loss stops falling.
 
-        Returns these losses and the weights at the lowest, if it is below `keep_below`.
+        Return the held-out losses, and the weights with the lowest one if it is below `keep_below`.
         """
         losses: _Losses = {}
         weights = None
         for report in self.train(samples, steps):
             loss = None
-            if report.step % LOOK_EVERY == 0 or report.step == steps:
+            if report.step % EVAL_INTERVAL == 0 or report.step == steps:
                 loss = losses[report.step] = yield from self.loss(aside)
                 best = min(losses, key=losses.__getitem__)
                 if best == report.step and loss < keep_below:
                     weights = self.weights()
-                if patient and report.step - best >= PATIENCE * LOOK_EVERY:
+                if stop_early and report.step - best >= PATIENCE * EVAL_INTERVAL:
                     steps = report.step
             yield self.count(report, of=steps * runs, held_out=loss)
             if report.step == steps:
@@ -209,14 +209,14 @@ class UserRun:
         return losses, weights
 
     def train(self, samples: Sequence[Example], steps: int) -> Iterator[StepReport]:
-        """One run from the start, a step for each report; TrainingError when the loss explodes or is no number."""
+        """Train from the start, one step per report; raise TrainingError if the loss diverges or becomes NaN."""
         self.lora.put(self.start)
-        rate = self.config.learning_rate * (UPPER_PACE if self.below else 1.0)
+        rate = self.config.learning_rate * (UPPER_HALF_FACTOR if self.below else 1.0)
         plan = TrainPlan(steps, min(BATCH_SIZE, len(samples)), rate, self.config.seed)
         first = math.nan
         for report in optimise(self.lora.model, self.parameters, samples, plan, rate=_constant, below=self.below):
             first = report.loss if report.step == 1 else first
-            if not report.loss <= first + EXPLODED:  # NaN is not below anything
+            if not report.loss <= first + MAX_LOSS_RISE:  # also true for NaN
                 raise TrainingError(
                     f"training exploded: a loss of {report.loss:.4g} at step {report.step}, {first:.4g} at the first "
                     "step: lower the learning rate"
@@ -228,8 +228,8 @@ class UserRun:
         return replace(self.now, held_out=held_out)
 
     def weights(self) -> LoraWeights:
-        """The user's LoRA as it is now, zero where no module moves, float32 on CPU."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):  # no loss was taken since
+        """Return the user's current LoRA, float32 on CPU, with zeros for modules that are not trained."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):  # not evaluated yet
             raise TrainingError(
                 "training exploded: its last step left weights that are not finite: lower the learning rate"
             )
@@ -241,14 +241,14 @@ class UserRun:
 
 @contextmanager
 def user_run(model: Any, fused: LoraWeights, config: AdaptConfig) -> Iterator[UserRun]:
-    """Attach a new user's LoRA on top of a fused adapter; the model is left as it was.
+    """Attach a new user LoRA on top of a fused adapter; restore the model afterwards.
 
-    It adapts the upper half of the layers where that can run alone, which takes half the time.
+    The LoRA adapts only the upper half of the layers if the model can run them alone: this halves the training time.
     """
     modules = [ModuleShape(name, a.shape[1], fused.b[name].shape[0]) for name, a in fused.a.items()]
     half = upper_half(model, fused.a)
-    moving = modules if half is None else [m for m in modules if layer_of(m.name) >= half[1]]
-    start = initial_lora(moving, config.rank, config.seed)
+    trained = modules if half is None else [m for m in modules if layer_of(m.name) >= half[1]]
+    start = initial_lora(trained, config.rank, config.seed)
     with attached(model, start, frozen=fused) as here:
         below = None if half is None else LowerLayers(model, model.get_submodule(half[0]), half[1])
         yield UserRun(config, here, start, modules, below, here.trainable(train_a=True))

@@ -17,7 +17,7 @@ from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
 from adapters.training.attached import Attached, attached
 from adapters.training.example import Example
-from adapters.training.loss import read
+from adapters.training.loss import score
 from adapters.user_adapter import UserAdapter, stack
 from bank.building.build import BASELINES
 from bank.errors import BankError
@@ -125,7 +125,7 @@ class Scorer:
         ids = [self.tokenizer.encode(score, add_special_tokens=False) for score in SCORES] if chances else []
         among = [one[0] for one in ids] if all(len(one) == 1 for one in ids) else []
         model = self._under(adapter)
-        found = read(model, examples, among)
+        found = score(model, examples, among)
         answers: list[Any] = [None] * len(found)
         if new_tokens:
             answers = self._generate(model, examples, new_tokens, do_sample=False)

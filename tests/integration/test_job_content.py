@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from adapters.recipe import FusionRecipe, Term
-from adapters.training.adapt_config import FEW, AdaptConfig
+from adapters.training.adapt_config import MAX_FOLDED, AdaptConfig
 from adapters.training.example import Example
 from adapters.training.loss import mean_loss
 from bank.items.profile import Item
@@ -187,7 +187,7 @@ def ids_read(
     return read
 
 
-@pytest.mark.parametrize("count", [1, 3, FEW + 1])
+@pytest.mark.parametrize("count", [1, 3, MAX_FOLDED + 1])
 def test_a_job_reads_about_as_much_as_it_is_said_to_and_never_more(trainer: AdapterTrainer, count: int) -> None:
     samples = some(count)
     said = FEW_STEPS.tokens_read(lengths_of(trainer, samples))

@@ -1,7 +1,7 @@
-"""Attention for training on CPUs, forward and backward written out: only what a block of ids can see is computed.
+"""Attention for training on CPUs, with explicit forward and backward passes that compute only visible positions.
 
-Plain attention computes all pairs of ids, repeats keys and values for each head that shares them, and keeps its softmax
-in float32. PyTorch's fused one is quick forward and slow backward on CPUs.
+Plain attention computes all pairs of positions, repeats keys and values for each head that shares them, and stores its
+softmax in float32. PyTorch's fused attention has a fast forward pass but a slow backward pass on CPUs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAME = "mta_training"
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Ids `first` to `last` of a row, which see no others than 0 to `shared` and `start` to `end`; ends exclusive."""
+    """Positions `first` to `last` of a row, which attend only to 0 to `shared` and `start` to `end`; ends exclusive."""
 
     first: int
     last: int
@@ -30,12 +30,12 @@ class Block:
     end: int
 
     def seen(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """What they see of a tensor with the row's ids along `dim`."""
+        """Return the visible part of a tensor that has the row's positions along `dim`."""
         near = tensor.narrow(dim, self.start, self.end - self.start)
         return torch.cat([tensor.narrow(dim, 0, self.shared), near], dim) if self.shared else near
 
     def add(self, total: torch.Tensor, part: torch.Tensor) -> None:
-        """Add to `total` [B, K, T, D] what belongs to the ids they see."""
+        """Add `part`, which covers the visible positions, to `total` [B, K, T, D]."""
         total[:, :, : self.shared] += part[:, :, : self.shared]
         total[:, :, self.start : self.end] += part[:, :, self.shared :]
 
@@ -45,7 +45,7 @@ _blocks: ContextVar[list[Block] | None] = ContextVar("blocks", default=None)
 
 @contextmanager
 def in_blocks(blocks: list[Block]) -> Iterator[None]:
-    """Until this ends, the model reads a row that can be attended to in these blocks."""
+    """Compute attention in these blocks while the context is active."""
     token = _blocks.set(blocks)
     try:
         yield
@@ -54,7 +54,7 @@ def in_blocks(blocks: list[Block]) -> Iterator[None]:
 
 
 def use_quick_attention(model: Any) -> None:
-    """Have a Hugging Face model use this attention, if its own code for plain attention is Llama's, word for word."""
+    """Make a Hugging Face model use this attention if the source of its plain attention equals Llama's."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
     from transformers.models.llama import modeling_llama
@@ -67,7 +67,7 @@ def use_quick_attention(model: Any) -> None:
     model.set_attn_implementation(_NAME)
 
 
-def _attend(  # noqa: PLR0917  an interface of Hugging Face's
+def _attend(  # noqa: PLR0917  Hugging Face's interface
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -76,17 +76,17 @@ def _attend(  # noqa: PLR0917  an interface of Hugging Face's
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as Hugging Face calls it; there is no dropout in evaluation mode."""
+    """Implement Hugging Face's attention interface; evaluation mode has no dropout."""
     blocks = _blocks.get() or [Block(0, query.shape[2], 0, 0, key.shape[2])]
     attended: torch.Tensor = _Attention.apply(query, key, value, attention_mask, scaling, blocks)  # type: ignore[no-untyped-call]
     return attended, None
 
 
 class _Attention(torch.autograd.Function):
-    """[B, H, T, D], [B, K, S, D] twice and a mask to add, [B, 1, T, S] → [B, T, H, D]; H/K heads share each key."""
+    """Query [B, H, T, D], key and value [B, K, S, D], additive mask [B, 1, T, S] → [B, T, H, D]; H/K heads per key."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917  autograd hands over by position
+    def forward(  # noqa: PLR0917  autograd passes arguments by position
         ctx: Any,
         query: torch.Tensor,
         key: torch.Tensor,

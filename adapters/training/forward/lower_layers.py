@@ -1,4 +1,4 @@
-"""The layers of a model below the first that moves: what they make of an example is computed once, not every step."""
+"""Cache the hidden states of each example below the first trained layer, so that every step need not recompute them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adapters.training.example import Example
 from adapters.training.forward.attention import in_blocks
 from adapters.training.forward.packing import Row, pack
 
-MAX_IDS = 32_768  # most ids whose states are kept; those of a 135M model take 38 MB
+MAX_IDS = 32_768  # maximum number of tokens with cached states, which take 38 MB for a 135M model
 
 _PLAIN = {
     *("self", "hidden_states", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position"),
@@ -24,10 +24,10 @@ _PLACE = re.compile(r"(.+?)\.(\d+)\.")
 
 
 def upper_half(model: Any, names: Iterable[str]) -> tuple[str, int] | None:
-    """Name of the list of layers, and the first layer of the upper half of those with these adapted modules.
+    """Return the name of the layer list, and the first layer of the upper half of the layers with adapted modules.
 
-    None unless a model can run from there on its own: all modules are in the layers of one list, and each layer turns
-    hidden states into hidden states and takes nothing else from the layers before it.
+    Return None unless the upper half can run alone: all modules must be in one layer list, and each layer must map
+    hidden states to hidden states and use no other output of earlier layers.
     """
     places = [_PLACE.match(name) for name in names]
     lists = {place[1] if place else "" for place in places}
@@ -49,35 +49,35 @@ def layer_of(name: str) -> int:
 
 
 class LowerLayers:
-    """The layers of a model below the `first` that moves."""
+    """The layers of a model below `first`, the first trained layer."""
 
     def __init__(self, model: Any, layers: torch.nn.ModuleList, first: int) -> None:
         self._model = model
         self._layers = layers
         self._first = first
-        self._kept: dict[Example, torch.Tensor] = {}
+        self._cache: dict[Example, torch.Tensor] = {}
 
     @contextmanager
     def skipped(self, row: Row) -> Iterator[None]:
-        """Until this ends, the model reads this row, and its lower layers are not run."""
+        """Skip the lower layers while the context is active; the model must then be called with this row."""
         states = self._states(row)
-        with self._instead(lambda layer: _passed if layer else lambda *_, **__: states, range(self._first)):
+        with self._replaced(lambda layer: _identity if layer else lambda *_, **__: states, range(self._first)):
             yield
 
     def _states(self, row: Row) -> torch.Tensor:
-        """What the lower layers make of a row, [1, T, H]."""
-        made = {example: self._kept[example] for example in row.examples if example in self._kept}
-        for missing in pack(self._model, [example for example in row.examples if example not in made]):
-            made |= self._made(missing)
+        """Return the hidden states of a row above the lower layers, [1, T, H]."""
+        states = {example: self._cache[example] for example in row.examples if example in self._cache}
+        for missing in pack(self._model, [example for example in row.examples if example not in states]):
+            states |= self._compute(missing)
         for example in row.examples:
-            if sum(len(kept.ids) for kept in self._kept) + len(example.ids) <= MAX_IDS:
-                self._kept[example] = made[example]
-        own = [made[example][row.shared :] for example in row.examples]
-        return torch.cat([made[row.examples[0]][: row.shared], *own])[None]
+            if sum(len(cached.ids) for cached in self._cache) + len(example.ids) <= MAX_IDS:
+                self._cache[example] = states[example]
+        own = [states[example][row.shared :] for example in row.examples]
+        return torch.cat([states[row.examples[0]][: row.shared], *own])[None]
 
     @torch.no_grad()
-    def _made(self, row: Row) -> dict[Example, torch.Tensor]:
-        """What the lower layers make of each example of a row, [T, H]."""
+    def _compute(self, row: Row) -> dict[Example, torch.Tensor]:
+        """Run the lower layers, and return the hidden states of each example of a row, [T, H]."""
         caught: list[torch.Tensor] = []
 
         def catch(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -85,14 +85,14 @@ class LowerLayers:
             return hidden_states
 
         above = range(self._first, len(self._layers))
-        with self._instead(lambda layer: catch if layer == self._first else _passed, above), in_blocks(row.blocks()):
+        with self._replaced(lambda layer: catch if layer == self._first else _identity, above), in_blocks(row.blocks()):
             self._model.base_model(**row.inputs(self._model, logits=False), use_cache=False)
         lengths = [row.shared, *(len(example.ids) - row.shared for example in row.examples)]
         shared, *own = torch.split(caught[0][0], lengths)
         return {example: torch.cat([shared, part]) for example, part in zip(row.examples, own, strict=True)}
 
     @contextmanager
-    def _instead(self, forward: Callable[[int], Callable[..., torch.Tensor]], layers: range) -> Iterator[None]:
+    def _replaced(self, forward: Callable[[int], Callable[..., torch.Tensor]], layers: range) -> Iterator[None]:
         for layer in layers:
             self._layers[layer].forward = forward(layer)
         try:
@@ -102,5 +102,5 @@ class LowerLayers:
                 del self._layers[layer].forward
 
 
-def _passed(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def _identity(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return hidden_states

@@ -1,6 +1,6 @@
-"""Several examples in one row: their common beginning, read once, then the rest of each; nothing is padded.
+"""Pack several examples into one row: their common prefix once, then the remainder of each, without padding.
 
-A rest sees the beginning and itself, at its own example's positions: every result is the same as for the example alone.
+Each remainder attends to the prefix and itself, at its own example's positions, as if the example were alone.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ import torch
 from adapters.training.example import Example
 from adapters.training.forward.attention import Block
 
-ROW_TOKENS = 512  # most ids in a row: enough to keep the processor busy, few enough to stay in its caches
+ROW_TOKENS = 512  # maximum tokens per row: enough to keep the processor busy, few enough to stay in its caches
 BLOCK_IDS = 128
-"""How many ids of a row attend together: fewer compute less that cannot be seen, more keep the processor busy."""
+"""Tokens per attention block: smaller blocks compute fewer masked pairs, larger ones keep the processor busy."""
 
-_BEGINNING = -1
+_PREFIX = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     ids: list[int]  # [T]
-    positions: list[int]  # of each id in its own example
-    owners: list[int]  # which example an id belongs to, -1 for the beginning
-    places: list[int]  # where the examples' output tokens are predicted, one example after the other
-    wanted: list[int]  # those tokens
-    counts: list[int]  # how many of them each example has
+    positions: list[int]  # position of each id in its own example
+    owners: list[int]  # index of the example that an id belongs to; -1 for the common prefix
+    places: list[int]  # row indices that predict output tokens, example by example
+    wanted: list[int]  # output tokens to predict at `places`
+    counts: list[int]  # number of output tokens per example
     examples: list[Example]
 
     @property
     def shared(self) -> int:
-        return self.owners.count(_BEGINNING)
+        return self.owners.count(_PREFIX)
 
     def inputs(self, model: Any, *, logits: bool = True) -> dict[str, torch.Tensor]:
-        """The model's keyword arguments; logits are computed only where an output token is predicted."""
+        """Return the model's keyword arguments, with logits only where an output token is predicted."""
         device = next(model.parameters()).device
         inputs = {"input_ids": torch.tensor([self.ids])}
         if logits:
@@ -48,28 +48,28 @@ class Row:
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
     def blocks(self, size: int = BLOCK_IDS) -> list[Block]:
-        """The row in blocks of ids, with what each can see at most."""
+        """Split the row into attention blocks, each with the range of positions that it can attend to."""
         found, shared = [], self.shared
         for first in range(0, len(self.ids), size):
             owner = self.owners[first]
             start = self.owners.index(owner)
-            alone = start <= shared  # nothing lies between the beginning and what it sees besides
+            alone = start <= shared  # the visible positions are contiguous with the prefix
             last = min(first + size, len(self.ids))
             found.append(Block(first, last, 0, 0, last) if alone else Block(first, last, shared, start, last))
         return found
 
     def _mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """[1, 1, T, T], added to attention scores: 0 where the row's id may see the column's, else as good as -∞."""
+        """Return the additive mask [1, 1, T, T]: 0 if the row's token may attend to the column's, else about -∞."""
         owners = torch.tensor(self.owners)
-        seen = ((owners == _BEGINNING) | (owners == owners[:, None])).tril()
+        seen = ((owners == _PREFIX) | (owners == owners[:, None])).tril()
         return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
 
 
 def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> list[Row]:
-    """Rows that hold the examples in their order, each row at most `limit` ids or a single example.
+    """Pack the examples, in order, into rows of at most `limit` tokens or a single example.
 
-    Each has at least one id before the first that carries loss. Every example has its own row where our mask cannot
-    replace the model's: if state is carried from id to id, or an example is longer than sliding attention's window.
+    Each remainder keeps at least one token before its first output token. Every example gets its own row if our mask
+    cannot replace the model's: if the model is stateful, or an example is longer than its attention window.
     """
     shared, limit = (_shared(examples), limit) if _packs(model, examples) else (0, 0)
     parts: list[list[Example]] = []
@@ -92,7 +92,7 @@ def _packs(model: Any, examples: Sequence[Example]) -> bool:
 
 
 def _shared(examples: Sequence[Example]) -> int:
-    """How many leading ids all examples share, the id before the first output token never counted."""
+    """Return the length of the common prefix, which ends before the token that predicts the first output."""
     if not examples:
         return 0
     same = takewhile(lambda column: len(set(column)) == 1, zip(*(example.ids for example in examples), strict=False))
@@ -100,15 +100,15 @@ def _shared(examples: Sequence[Example]) -> int:
 
 
 def _row(examples: Sequence[Example], shared: int) -> Row:
-    beginning = examples[0].ids[:shared]
-    row = Row(list(beginning), list(range(shared)), [_BEGINNING] * shared, [], [], [], list(examples))
+    prefix = examples[0].ids[:shared]
+    row = Row(list(prefix), list(range(shared)), [_PREFIX] * shared, [], [], [], list(examples))
     for owner, example in enumerate(examples):
-        moved = len(row.ids) - shared
+        offset = len(row.ids) - shared
         row.ids.extend(example.ids[shared:])
         row.positions.extend(range(shared, len(example.ids)))
         row.owners.extend([owner] * (len(example.ids) - shared))
         predicted = range(example.loss_from, len(example.ids))
-        row.places.extend(moved + place - 1 for place in predicted)
+        row.places.extend(offset + place - 1 for place in predicted)
         row.wanted.extend(example.ids[place] for place in predicted)
         row.counts.append(example.output_tokens)
     return row

@@ -19,7 +19,7 @@ from adapters.training.forward import lower_layers
 from adapters.training.forward.attention import Block, use_quick_attention
 from adapters.training.forward.lower_layers import LowerLayers, layer_of, upper_half
 from adapters.training.forward.packing import Row, pack
-from adapters.training.loss import backward, mean_loss, read, row_losses
+from adapters.training.loss import backward, mean_loss, row_losses, score
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
 from adapters.training.user_trainer import UserRun, user_run
 
@@ -77,7 +77,7 @@ def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, e
     for limit in (10_000, 120, 1):
         losses = [loss for row in pack(model, examples, limit) for loss in losses_of(model, row)]
         assert losses == pytest.approx(alone, rel=1e-5)
-    assert [loss for loss, _ in read(model, examples)] == pytest.approx(each, rel=1e-5)
+    assert [loss for loss, _ in score(model, examples)] == pytest.approx(each, rel=1e-5)
     assert mean_loss(model, examples) == pytest.approx(sum(alone) / sum(counts), rel=1e-5)
 
 
@@ -162,7 +162,7 @@ def test_blocks_of_any_size_give_what_plain_attention_gives(
     blocks = Row.blocks
     monkeypatch.setattr(Row, "blocks", lambda row: blocks(row, size))
     taken = examples[:count]
-    expected, found = read(model, taken), read(quick, taken)
+    expected, found = score(model, taken), score(quick, taken)
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
     assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in expected]
     of_plain, of_quick = gradient(model, taken), gradient(quick, taken)
@@ -174,14 +174,14 @@ def test_what_a_block_does_not_see_is_left_out(
     monkeypatch: pytest.MonkeyPatch, quick: Any, examples: list[Example]
 ) -> None:
     """Blocks that claim to see too little change the losses: they are what is computed."""
-    expected = [loss for loss, _ in read(quick, examples)]
+    expected = [loss for loss, _ in score(quick, examples)]
     blocks = Row.blocks
 
     def blind(row: Row) -> list[Any]:
         return [Block(b.first, b.last, 0, b.first, b.last) for b in blocks(row, 8)]
 
     monkeypatch.setattr(Row, "blocks", blind)
-    assert [loss for loss, _ in read(quick, examples)] != pytest.approx(expected, rel=1e-3)
+    assert [loss for loss, _ in score(quick, examples)] != pytest.approx(expected, rel=1e-3)
 
 
 def test_answers_are_those_of_plain_attention(model: Any, quick: Any, examples: list[Example]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights, RowLayout
-from adapters.training.adapt_config import FEW, AdaptConfig
+from adapters.training.adapt_config import MAX_FOLDED, AdaptConfig
 from adapters.training.attached import attached
 from adapters.training.example import Example
 from adapters.training.loss import mean_loss
@@ -76,7 +76,7 @@ def test_what_lowers_no_held_out_loss_is_rejected(
     assert judgement.after >= judgement.before
 
 
-@pytest.mark.parametrize("count", [2, 10, FEW + 5])
+@pytest.mark.parametrize("count", [2, 10, MAX_FOLDED + 5])
 def test_the_same_job_twice_gives_the_same_bytes(model: Any, fused: LoraWeights, encode: Any, count: int) -> None:
     samples = [encode(f"question {n}", f"{n} yes yes yes") for n in range(count)]
     layout = RowLayout(linear_modules(model), 4, shared_a=True)
@@ -91,7 +91,7 @@ def test_the_same_job_twice_gives_the_same_bytes(model: Any, fused: LoraWeights,
     assert raw() == first
 
 
-@pytest.mark.parametrize("count", [10, FEW + 5])
+@pytest.mark.parametrize("count", [10, MAX_FOLDED + 5])
 def test_progress_counts_every_step_up_to_its_end_and_shows_life_between_while_held_out_samples_are_read(
     model: Any, fused: LoraWeights, encode: Any, count: int
 ) -> None:
@@ -104,7 +104,7 @@ def test_progress_counts_every_step_up_to_its_end_and_shows_life_between_while_h
     assert told[-1].step == told[-1].of
 
 
-@pytest.mark.parametrize("count", [10, FEW + 5])
+@pytest.mark.parametrize("count", [10, MAX_FOLDED + 5])
 def test_training_ends_when_the_held_out_loss_has_stopped_falling(
     model: Any, fused: LoraWeights, encode: Any, count: int
 ) -> None:
@@ -117,7 +117,7 @@ def test_training_ends_when_the_held_out_loss_has_stopped_falling(
     assert 0 < len(told) < 200
     assert told[-1].step <= told[-1].of
     judgement = training.judgement
-    if count > FEW and judgement:  # the weights are those of the best look, which was not the last
+    if count > MAX_FOLDED and judgement:  # the weights are those of the best look, which was not the last
         order = random.Random(long.seed).sample(range(count), count)
         aside = [samples[place] for place in order[: round(long.holdout * count)]]
         assert judgement.steps < len(told)
@@ -125,7 +125,7 @@ def test_training_ends_when_the_held_out_loss_has_stopped_falling(
 
 
 @pytest.mark.parametrize("step", [0, 1])
-@pytest.mark.parametrize("count", [1, 10, FEW + 5])
+@pytest.mark.parametrize("count", [1, 10, MAX_FOLDED + 5])
 def test_training_that_is_left_ends_there_and_detaches(
     model: Any, fused: LoraWeights, encode: Any, count: int, step: int
 ) -> None:
