@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from adapters.errors import MtaError, excerpt
-from server.store.tenants.access_keys import CREATE, AccessKey, Scope, access_key, given_secret, new_secret
+from server.store.tenants.access_keys import CREATE, AccessKey, Scope, access_key, checked_secret, new_secret
 from server.store.tenants.rates import Allowance
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def create(
     if given and not supplied:
         typer.echo(f"MTA_FIRST_KEY holds no key, so none is kept: `{CREATE} {name} --first` makes one", err=True)
         return
-    secret = given_secret(supplied) if given else new_secret()
+    secret = checked_secret(supplied) if given else new_secret()
     key = access_key(
         secret,
         name,
@@ -94,7 +94,7 @@ def list_(data: Data = None) -> None:
     for key in ring.keys:
         revoked = _date(key.revoked_ms) if key.revoked_ms is not None else ""
         scopes, bank = ", ".join(sorted(key.scopes)), ring.banks.get(key.tenant, "")
-        limits = ", ".join(f"{what} {most or 'any'}" for what, most in key.allowance.said.items())
+        limits = ", ".join(f"{what} {most or 'any'}" for what, most in key.allowance.overrides.items())
         made = _date(key.created_ms)
         table.add_row(key.id, key.last, key.name, key.tenant, bank, scopes, limits, made, revoked)
     Console(markup=False).print(table)
@@ -135,7 +135,7 @@ def bank(
         tenants = sorted({key.tenant for key in (await keys.all()).keys})
         if tenant not in tenants:
             raise MtaError(f"no key belongs to the tenant {excerpt(tenant)}, only to {', '.join(tenants) or 'none'}")
-        await keys.name_bank(tenant, bank or "")
+        await keys.set_bank(tenant, bank or "")
 
     _in(_settings(data), named)
     typer.echo(f"tenant {tenant} is served by {f'the bank {bank}' if bank else 'the gateways’ own bank'} within 5 s")

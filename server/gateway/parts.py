@@ -39,7 +39,7 @@ from server.gateway.users.privacy import Erasing, Exporting
 from server.gateway.users.profiles import HistoryLimit, Profiles
 from server.gateway.users.sample_checks import SampleChecks
 from server.settings import Settings
-from server.store.durability import LOOK_S, ForgetsOnDisk
+from server.store.durability import REWRITE_CHECK_S, RewritableFile
 from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.samples import JobBudget
@@ -109,7 +109,7 @@ async def open_gateway(
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
         await keys.look(stores.keys)
         keys.check_host(settings.host)
-        if not stores.server.durability.lasts:
+        if not stores.server.durability.is_durable:
             log.warning("Redis does not guarantee to keep acknowledged writes: profiles and keys can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
         # Embedding yields the processor: on one machine, writes would slow answers down.
@@ -197,7 +197,7 @@ async def open_gateway(
         for beside in (
             health.watch(),
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
-            forever(LOOK_S, partial(_look_at_file, stores.file, metrics), log),
+            forever(REWRITE_CHECK_S, partial(_rewrite_file_if_due, stores.file, metrics), log),
             forever(LOOK_AGAIN_S, partial(keys.look, stores.keys), log),
             forever(COUNT_GATEWAYS_S, share.count_gateways, log),
             forever(RENEW_S, limiter.in_progress.renew, log),
@@ -228,9 +228,9 @@ async def _count_jobs(jobs: JobStore, banks: Iterable[str], metrics: Metrics) ->
         metrics.oldest_job.set(max(each.oldest_s for each in found))
 
 
-async def _look_at_file(file: ForgetsOnDisk, metrics: Metrics) -> None:
+async def _rewrite_file_if_due(file: RewritableFile, metrics: Metrics) -> None:
     metrics.rewrite_overdue.set(await file.overdue_s())
-    await file.look()
+    await file.rewrite_if_due()
 
 
 def _load_search(task: Task) -> None:

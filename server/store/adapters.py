@@ -16,13 +16,13 @@ from server.store.redis.servers.connection import RedisConnection
 _BATCH = 100
 
 # KEYS: adapter. ARGV: how long it stays (s), then fields and values.
-_LEND = """
+_PUT_TEMPORARY = """
 redis.call('HSET', KEYS[1], unpack(ARGV, 2))
 return redis.call('EXPIRE', KEYS[1], ARGV[1])
 """
 
 # KEYS: a list. ARGV: who is put on it, again if need be: a script that changes nothing is not waited for.
-_LIST = """
+_ADD_MEMBER = """
 redis.call('SREM', KEYS[1], ARGV[1])
 return redis.call('SADD', KEYS[1], ARGV[1])
 """
@@ -63,15 +63,15 @@ class AdapterStore:
         value = await self._connection.run(lambda redis: redis.hget(keys.adapter(user_key), "id"))
         return value.decode() if value is not None else None
 
-    async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
+    async def put_temporary(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
         """Keep an adapter that belongs to nobody for `ttl_s`, so that engines can serve it."""
         fields = ("id", stored.id, "recipe", stored.recipe, "sha256", stored.sha256, "raw", stored.raw)
-        await self._connection.write(_LEND, (keys.adapter(user_key),), ttl_s, *fields)
+        await self._connection.write(_PUT_TEMPORARY, (keys.adapter(user_key),), ttl_s, *fields)
 
-    async def list_adapted(self, user_key: str, bank: str) -> None:
+    async def add_adapted(self, user_key: str, bank: str) -> None:
         """Put a user on a bank's list, for good: in a cluster nothing that is written for the user makes it last."""
-        await self._connection.write(_LIST, (keys.BANKS,), bank)
-        await self._connection.write(_LIST, (keys.adapted(bank),), user_key)
+        await self._connection.write(_ADD_MEMBER, (keys.BANKS,), bank)
+        await self._connection.write(_ADD_MEMBER, (keys.adapted(bank),), user_key)
 
     async def banks(self) -> list[str]:
         """The banks (8 hex digits) that users were ever queued for, or user adapters trained on."""
@@ -94,8 +94,8 @@ class AdapterStore:
             if after == 0:
                 return
 
-    async def forget_adapted(self, user_key: str, *, but: str = "") -> None:
+    async def remove_adapted(self, user_key: str, *, except_bank: str = "") -> None:
         """Take a user off every bank's list, except that of `but`."""
         for bank in await self.banks():
-            if bank != but:
+            if bank != except_bank:
                 await self._connection.run(methodcaller("srem", keys.adapted(bank), user_key))

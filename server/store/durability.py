@@ -10,7 +10,7 @@ from typing import Protocol
 
 from server.errors import Unavailable
 
-LOOK_S = 10.0  # how often each gateway checks whether the file is due to be rewritten
+REWRITE_CHECK_S = 10.0  # how often each gateway checks whether the file is due to be rewritten
 FULL_SHARE = 0.99  # from where on a store counts as full: the next write may need more than is left
 
 
@@ -23,7 +23,7 @@ class Durability(StrEnum):
     EVICTS = "none: keys are evicted"
 
     @property
-    def lasts(self) -> bool:
+    def is_durable(self) -> bool:
         return self not in (Durability.NONE, Durability.EVICTS)
 
 
@@ -32,11 +32,11 @@ class Memory:
     """A store's memory; of several servers, the fullest one's."""
 
     used_bytes: int
-    most_bytes: int  # beyond which it refuses to store anything; 0 if nobody said
+    max_bytes: int  # beyond which it refuses to store anything; 0 if nobody said
 
     @property
     def share(self) -> float:
-        return self.used_bytes / self.most_bytes if self.most_bytes else 0.0
+        return self.used_bytes / self.max_bytes if self.max_bytes else 0.0
 
     @property
     def full(self) -> bool:
@@ -80,7 +80,7 @@ class Rewrite:
     rewritten_by_ms: int  # by when that is gone from the file
 
 
-class ForgetsOnDisk(Protocol):
+class RewritableFile(Protocol):
     """The store's file, or files, which holds erased data until it is rewritten (`AppendOnlyFile`)."""
 
     async def request_rewrite(self, user_key: str) -> Rewrite:
@@ -89,12 +89,12 @@ class ForgetsOnDisk(Protocol):
     async def overdue_s(self) -> float:
         """For how long a rewrite that was promised should have been done; 0 if none is late."""
 
-    async def look(self) -> None:
+    async def rewrite_if_due(self) -> None:
         """Settle a rewrite that has ended and begin one that is due. Only one of all gateways does so."""
 
 
 @contextmanager
-def readable() -> Iterator[None]:
+def corrupt_if_undecodable() -> Iterator[None]:
     """Translate decoding errors: the store is corrupt, or a later version wrote to it (`store_corrupt`)."""
     try:
         yield

@@ -23,7 +23,7 @@ import orjson
 from adapters.recipe import parse_recipe
 from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore, StoredAdapter
-from server.store.durability import readable
+from server.store.durability import corrupt_if_undecodable
 from server.store.profile_record import Profile, encode_profile
 from server.store.queue import Backlog, UserQueue
 from server.store.redis import keys, scripts
@@ -38,17 +38,17 @@ KEPT_S = 7 * 24 * 3600  # how long an ended job is remembered
 MAX_TRIES = 3
 _JOB_ID = re.compile(r"([a-z2-7]{26})\.([1-9][0-9]{0,9})")
 _TOO_MANY, _ERASED, _LATE = 0, -1, -2
-_FIRST_NUMBERS = 1 << 32
+_FIRST_NUMBER_RANGE = 1 << 32
 """A user's first job has one of so many numbers, since nothing remembers those of before an erasure."""
-_NEVER_ENDED = (
+_TRIES_EXHAUSTED = (
     f"this job was begun {MAX_TRIES} times and never ended, most likely since its workers died for lack of memory: "
     "send fewer or shorter samples, or give workers more; or its record is damaged: send the samples again. "
     "The workers' logs say which"
 )
-_TEXTS = ("config", "bank", "adapter", "error", "traceparent")
-_WHOLE = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
+_STRINGS = ("config", "bank", "adapter", "error", "traceparent")
+_INTEGERS = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
 _LOSSES = ("loss", "before", "after")
-_FIELDS = ("state", "curve", "key", *_TEXTS, *_WHOLE, *_LOSSES)
+_FIELDS = ("state", "curve", "key", *_STRINGS, *_INTEGERS, *_LOSSES)
 
 
 class JobState(StrEnum):
@@ -167,13 +167,13 @@ class JobStore:
         """
         queue = self._queue(submission.bank)
         # Before there is a job: a look in vain does no harm, a job that nobody looks at would wait for ever.
-        listing = await queue.enlist(user_key, background=submission.background)
+        reservation = await queue.reserve(user_key, background=submission.background)
         given = {
             "prefix": keys.job_prefix(user_key),
-            "number_before": secrets.randbelow(_FIRST_NUMBERS),
+            "number_before": secrets.randbelow(_FIRST_NUMBER_RANGE),
             "kept": KEPT_JOBS,
             "kept_s": KEPT_S,
-            "until_ms": listing.until_ms,
+            "until_ms": reservation.until_ms,
             "epoch": submission.epoch,
             "key": submission.idempotency_key,
             "token": submission.token,
@@ -187,9 +187,9 @@ class JobStore:
         number = int(await self._connection.write(scripts.SUBMIT, names, orjson.dumps(given), *submission.samples))
         job = await self.job(JobId(user_key, number)) if number > 0 else None
         if job is not None and job.state is JobState.QUEUED:
-            await queue.request(user_key, listing, background=submission.background)
+            await queue.add(user_key, reservation, background=submission.background)
         else:
-            await queue.unlist(listing)
+            await queue.cancel_reservation(reservation)
         if number == _LATE:
             raise Unavailable("the store took too long to accept the samples: send the request again")
         if job is None and number != _TOO_MANY:
@@ -199,14 +199,14 @@ class JobStore:
     async def job(self, job_id: JobId) -> Job | None:
         """A job's record, if it is remembered."""
         values = await self._connection.run(lambda redis: redis.hmget(keys.job(job_id), _FIELDS))
-        with readable():
+        with corrupt_if_undecodable():
             return _decoded(job_id, values)
 
     async def jobs(self, user_key: str) -> list[Job]:
         """A user's jobs that are remembered, oldest first."""
         arguments = (keys.job_prefix(user_key), KEPT_JOBS, *_FIELDS)
         found = await self._connection.evaluate(scripts.JOBS, (keys.jobs(user_key),), *arguments)
-        with readable():
+        with corrupt_if_undecodable():
             jobs = [_decoded(JobId(user_key, number), values) for number, values in found]
         return [job for job in jobs if job is not None]
 
@@ -225,16 +225,16 @@ class JobStore:
         queue, until_s = self._queue(bank), time.monotonic() + wait_s
         while (user_key := await queue.take(until_s - time.monotonic())) is not None:
             try:
-                job_id, held_ms = await self._look(user_key, bank)
+                job_id, held_ms = await self._open_job(user_key, bank)
             except Unavailable as error:
                 if error.code != "store_corrupt":
                     raise
                 log.error("%s: %s", user_key, error.explained)
                 continue  # taking it has moved it on: nobody else waits for it
             if job_id is None:
-                await queue.done(user_key)
+                await queue.remove(user_key)
             elif held_ms:
-                await queue.move(user_key, held_ms)
+                await queue.postpone(user_key, held_ms)
             else:
                 return job_id
         return None
@@ -245,13 +245,13 @@ class JobStore:
         A job that has been tried `MAX_TRIES` times ends as failed. Pass the same token again if the answer was lost.
         """
         token, lease_ms = token or secrets.token_hex(16), round(lease_s * 1000)
-        arguments = (token, lease_ms, MAX_TRIES, _NEVER_ENDED, KEPT_S)
+        arguments = (token, lease_ms, MAX_TRIES, _TRIES_EXHAUSTED, KEPT_S)
         if not await self._connection.write(scripts.CLAIM, (keys.job(job_id),), *arguments):
             return None
         job = await self.job(job_id)
         if job is None:
             return None
-        await self._queue(job.bank).move(job_id.user_key, lease_ms)
+        await self._queue(job.bank).postpone(job_id.user_key, lease_ms)
         return Lease(job, token)
 
     async def renew(
@@ -259,11 +259,11 @@ class JobStore:
     ) -> bool:
         """Extend a lease and note how far training is; False if it no longer holds. No `curve`: it is as it was."""
         queue, lease_ms = self._queue(lease.job.bank), round(lease_s * 1000)
-        shown = (step, of, _text(loss), b"" if curve is None else encode_curve(curve))
+        shown = (step, of, _loss_text(loss), b"" if curve is None else encode_curve(curve))
         if not await self._connection.write(scripts.RENEW, (keys.job(lease.job.id),), lease.token, lease_ms, *shown):
-            queue.leave(lease.job.id.user_key)
+            queue.forget_score(lease.job.id.user_key)
             return False
-        await queue.move(lease.job.id.user_key, lease_ms)
+        await queue.postpone(lease.job.id.user_key, lease_ms)
         return True
 
     async def release(self, lease: Lease, *, counts: bool) -> bool:
@@ -271,8 +271,8 @@ class JobStore:
         queue, arguments = self._queue(lease.job.bank), (lease.token, 0 if counts else -1)
         released = bool(await self._connection.write(scripts.RELEASE, (keys.job(lease.job.id),), *arguments))
         if released:
-            await queue.move(lease.job.id.user_key, 0)
-        queue.leave(lease.job.id.user_key)
+            await queue.postpone(lease.job.id.user_key, 0)
+        queue.forget_score(lease.job.id.user_key)
         return released
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
@@ -280,7 +280,7 @@ class JobStore:
         given = orjson.dumps(_outcome(lease, trained))
         done = bool(await self._connection.write(scripts.END, (keys.job(lease.job.id),), given))
         if done:
-            await self._queue(lease.job.bank).done(lease.job.id.user_key)
+            await self._queue(lease.job.bank).remove(lease.job.id.user_key)
         return done
 
     async def promote(
@@ -293,39 +293,39 @@ class JobStore:
         """
         user_key, bank = lease.job.id.user_key, parse_recipe(raw.recipe).bank
         # Before the promotion: an extra user on the list does no harm, a missing one would never be adapted again.
-        await self._adapters.list_adapted(user_key, bank)
+        await self._adapters.add_adapted(user_key, bank)
         given = _outcome(lease, trained) | {"adapter": raw.id, "bank": bank, "recipe": raw.recipe, "sha256": raw.sha256}
         names = (keys.job(lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
         raws = (version, encode_profile(profile), raw.raw)
         done = bool(await self._connection.write(scripts.PROMOTE, names, orjson.dumps(given), *raws))
         if done:
-            await self._adapters.forget_adapted(user_key, but=bank)
-            await self._queue(lease.job.bank).done(user_key)
+            await self._adapters.remove_adapted(user_key, except_bank=bank)
+            await self._queue(lease.job.bank).remove(user_key)
         elif not await self._has_jobs(user_key):  # erased meanwhile
-            await self._adapters.forget_adapted(user_key)
+            await self._adapters.remove_adapted(user_key)
         return done
 
     async def backlog(self, bank: str) -> Backlog:
         return await self._queue(bank).backlog()
 
-    async def withdraw(self, user_key: str, bank: str) -> None:
+    async def remove_erased(self, user_key: str, bank: str) -> None:
         """Remove an erased user from a bank's queue."""
         queue = self._queue(bank)
-        await queue.see(user_key)
+        await queue.remember_score(user_key)
         if await self._has_jobs(user_key):  # they are back already
-            queue.leave(user_key)
+            queue.forget_score(user_key)
         else:
-            await queue.done(user_key)
+            await queue.remove(user_key)
 
-    async def _look(self, user_key: str, bank: str) -> tuple[JobId | None, int]:
+    async def _open_job(self, user_key: str, bank: str) -> tuple[JobId | None, int]:
         """A user's open job of a bank, and for how many ms a worker still has it."""
-        found = await self._connection.evaluate(scripts.LOOK, (keys.jobs(user_key),), keys.job_prefix(user_key))
+        found = await self._connection.evaluate(scripts.OPEN_JOB, (keys.jobs(user_key),), keys.job_prefix(user_key))
         if not found:
             return None, 0
         number, state, of_bank, held_ms = found
         if state is None or of_bank != bank.encode():
             return None, 0
-        with readable():
+        with corrupt_if_undecodable():
             ended = JobState(state.decode()).ended
         return None if ended else JobId(user_key, int(number)), held_ms
 
@@ -337,15 +337,15 @@ def _outcome(lease: Lease, trained: Trained) -> dict[str, object]:
     return {
         "token": lease.token,
         "state": trained.state.value,
-        "before": _text(trained.before),
-        "after": _text(trained.after),
+        "before": _loss_text(trained.before),
+        "after": _loss_text(trained.after),
         "error": trained.error,
         "adapter": "",
         "kept_s": KEPT_S,
     }
 
 
-def _text(loss: float | None) -> str:
+def _loss_text(loss: float | None) -> str:
     return "" if loss is None else repr(loss)
 
 
@@ -353,8 +353,8 @@ def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:
     if values[0] is None:
         return None
     texts = {name: (value or b"").decode() for name, value in zip(_FIELDS, values, strict=True)}
-    fields: dict[str, Any] = {name: texts[name] for name in _TEXTS}
-    fields |= {name: int(texts[name] or 0) for name in _WHOLE}
+    fields: dict[str, Any] = {name: texts[name] for name in _STRINGS}
+    fields |= {name: int(texts[name] or 0) for name in _INTEGERS}
     fields |= {name: float(texts[name]) if texts[name] else None for name in _LOSSES}
     state, curve = JobState(texts["state"]), decode_curve(texts["curve"])
     return Job(job_id, state, curve=curve, idempotency_key=texts["key"], **fields)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from server.settings import Settings
 from server.store.adapters import AdapterStore
-from server.store.durability import CheckedStore, ForgetsOnDisk, Span, Timed, untimed
+from server.store.durability import CheckedStore, RewritableFile, Span, Timed, untimed
 from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
@@ -29,7 +29,7 @@ class Stores:
     jobs: JobStore
     adapters: AdapterStore
     signing: Callable[[str], UserQueue]
-    file: ForgetsOnDisk
+    file: RewritableFile
 
 
 @asynccontextmanager

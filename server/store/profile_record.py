@@ -75,7 +75,7 @@ class Profile:
     other: OtherEmbedding | None = None
     extra: Mapping[int, bytes] = field(default_factory=dict)  # parts that this version does not know, by tag
 
-    def seen_by(self, embedder: str) -> Profile | None:
+    def with_embedder(self, embedder: str) -> Profile | None:
         """The profile with its embedding by this embedder; None if there is none of the current items."""
         if self.embedder == embedder:
             return self

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from server.errors import Unavailable, UserErased
-from server.store.durability import readable
+from server.store.durability import corrupt_if_undecodable
 from server.store.jobs import KEPT_JOBS
 from server.store.profile_record import (
     Profile,
@@ -28,12 +28,12 @@ from server.store.profile_record import (
     encode_vector,
 )
 from server.store.redis import keys
-from server.store.redis.scripts import full_script, script
+from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.redis.servers.connection import RedisConnection
 
 TOMBSTONE_S = 7 * 24 * 3600
-NOBODY_S = 600  # of a user who was not there: longer than any request takes whose body is still arriving
+UNKNOWN_TOMBSTONE_S = 600  # of a user who was not there: longer than any request takes whose body is still arriving
 # From Valkey 8.1 on the first is one of three such logs.
 _FORGET = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RESET large-reply")
 
@@ -64,7 +64,7 @@ return 1
 
 # KEYS: the tombstone, then all that is stored of the user. Returns what the tombstone then says, except the new epoch;
 # nothing if there is somebody and it is too late. A tombstone without counts is that of a user who never existed.
-_ERASE = full_script("""
+_ERASE = oom_script("""
 local prefix, kept_jobs, somebody_s, nobody_s, epoch, until_ms, rewritten_by = unpack(ARGV)
 local tombstone, record, items, vectors, job_numbers, samples, adapter = unpack(KEYS)
 if now > tonumber(until_ms) and redis.call('EXISTS', unpack(KEYS, 2)) > 0 then return {} end
@@ -88,7 +88,7 @@ return redis.call('HMGET', tombstone, 'items', 'samples', 'jobs', 'adapters', 'k
 """)
 
 # KEYS: record. It is written as it is: who waits for that waits for all that was written before.
-_AGAIN = """
+_WRITE_AGAIN = """
 local current = redis.call('GET', KEYS[1])
 if current then redis.call('SET', KEYS[1], current) end
 return 1
@@ -159,7 +159,7 @@ class ProfileStore:
     async def load(self, key: str) -> Profile | None:
         """The record alone: all that a request needs."""
         record = await self._connection.run(lambda redis: redis.get(keys.profile(key)))
-        with readable():
+        with corrupt_if_undecodable():
             return decode_profile(record) if record else None
 
     async def read(self, key: str) -> Snapshot:
@@ -167,7 +167,7 @@ class ProfileStore:
         names = (*_names(key), keys.epoch(key))
         answer = await self._connection.evaluate(_READ, names, timeout_s=WRITE_TIMEOUT_S)
         record, raw_items, raw_vectors, epoch = answer
-        with readable():
+        with corrupt_if_undecodable():
             return Snapshot(
                 version=record or b"",
                 epoch=(epoch or b"").decode(),
@@ -179,7 +179,7 @@ class ProfileStore:
     async def items(self, key: str) -> Mapping[str, StoredItem]:
         """The items alone, by id, oldest first; empty for an unknown user."""
         raw_items = await self._connection.run(lambda redis: redis.hgetall(keys.items(key)), WRITE_TIMEOUT_S)
-        with readable():
+        with corrupt_if_undecodable():
             return _in_order(raw_items)
 
     async def epoch(self, key: str) -> str:
@@ -204,12 +204,12 @@ class ProfileStore:
             raise UserErased
         return bool(written)
 
-    async def settle(self, key: str) -> None:
+    async def wait_until_durable(self, key: str) -> None:
         """Return once what `read` has shown lasts: it may show a change that no disk or replica has yet."""
-        if not self._connection.shows_only_what_lasts:
-            await self._connection.write(_AGAIN, (keys.profile(key),))
+        if not self._connection.reads_are_durable:
+            await self._connection.write(_WRITE_AGAIN, (keys.profile(key),))
 
-    async def erase_nobody(self, key: str) -> tuple[bool, Erasure | None]:
+    async def erase_if_unknown(self, key: str) -> tuple[bool, Erasure | None]:
         """If nothing is stored of a user, have writes in progress store nothing either.
 
         Returns whether nothing is stored, and if so, the last erasure that is remembered.
@@ -242,7 +242,7 @@ class ProfileStore:
 
     async def _erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> list[bytes | None]:
         names = (keys.epoch(key), *_names(key), keys.jobs(key), keys.samples(key), keys.adapter(key))
-        arguments = (KEPT_JOBS, TOMBSTONE_S, NOBODY_S, secrets.token_hex(8), deadline_ms, rewritten_by_ms)
+        arguments = (KEPT_JOBS, TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, secrets.token_hex(8), deadline_ms, rewritten_by_ms)
         answer: list[bytes | None] = await self._connection.write(_ERASE, names, keys.job_prefix(key), *arguments)
         return answer
 

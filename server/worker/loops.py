@@ -146,7 +146,7 @@ class JobLoop:
         profile = await held.retry(self.profiles.load, key)
         if profile is None:
             raise TrainingError("the user no longer has a profile: create one with PUT /users/{id}/profile")
-        profile = profile.seen_by(self.bank.manifest.embedder.id)
+        profile = profile.with_embedder(self.bank.manifest.embedder.id)
         if profile is None:
             raise TrainingError("the user's profile was made with another embedder: submit the job again")
         with blamed("the job's configuration", CONFIG_REMEDY):
@@ -218,15 +218,15 @@ class SigningLoop:
             return False
         async with self.model_lock:
             await self._sign(user_key)
-        await self.queue.done(user_key)
+        await self.queue.remove(user_key)
         profile = await self.profiles.load(user_key)
         if profile is not None and not profile.is_signed(self.bank.manifest.short):
-            await self.queue.request(user_key)  # their items changed while the queue still held them
+            await self.queue.add(user_key)  # their items changed while the queue still held them
         return True
 
     async def _sign(self, user_key: str) -> None:
         """Sign a user's items, unless they are signed; waiting for a store that is away is part of the same try."""
-        tries = await self.queue.begin(user_key)
+        tries = await self.queue.count_attempt(user_key)
         bank = self.bank.manifest.short
         for _ in range(ATTEMPTS):
             try:

@@ -95,8 +95,8 @@ class Readapting:
             tally.settled += 1  # stays on the list, for the bank that does serve them
         elif profile is None or now != bank or not await self.jobs.samples(user_key):
             tally.settled += 1
-            await self.adapters.forget_adapted(user_key, but=now if now != bank else "")
-        elif profile.seen_by(self.manifest.embedder.id) is None:
+            await self.adapters.remove_adapted(user_key, except_bank=now if now != bank else "")
+        elif profile.with_embedder(self.manifest.embedder.id) is None:
             tally.waiting += 1
         else:
             while (await self.jobs.backlog(self.manifest.short)).open >= self.at_a_time:  # noqa: ASYNC110 - no event

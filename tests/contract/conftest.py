@@ -86,8 +86,8 @@ def user() -> str:
 @pytest.fixture
 def quick_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewrites of the append-only file follow quickly on each other."""
-    quick = {"INTERVAL_MS": 800, "ASKED_MS": 200, "CLOCKS_MS": 0, "BEGIN_MS": 500, "LOOK_S": 0.05, "REWRITE_MS": 0}
-    quick |= {"RETRY_MS": 150}
+    quick = {"INTERVAL_MS": 800, "ERASE_MS": 200, "CLOCK_SKEW_MS": 0, "START_MS": 500, "REWRITE_CHECK_S": 0.05}
+    quick |= {"REWRITE_MS": 0, "RETRY_MS": 150}
     for name, value in quick.items():
         monkeypatch.setattr(append_only_file, name, value)
 

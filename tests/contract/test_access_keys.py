@@ -183,10 +183,10 @@ async def test_another_ring_at_any_revision_is_no_newer_one(
 
 
 async def test_a_ring_keeps_its_id_whatever_changes(store: AccessKeys, secret: str) -> None:
-    await store.name_bank("acme", "9f2c41d0")
+    await store.set_bank("acme", "9f2c41d0")
     (ring, revision), key = await store.revision(), key_of(secret)
     assert len(ring) == 16
-    for change in (store.add(key), store.revoke(key.digest, 1), store.name_bank("acme", "")):
+    for change in (store.add(key), store.revoke(key.digest, 1), store.set_bank("acme", "")):
         await change
         assert await store.revision() == (ring, revision := revision + 1)
 

@@ -42,7 +42,7 @@ async def looked(file: AppendOnlyFile, seconds: float) -> None:
     """Look now and then, as a gateway does."""
     end_s = time.monotonic() + seconds
     while time.monotonic() < end_s:
-        await file.look()
+        await file.rewrite_if_due()
         await asyncio.sleep(0.05)
 
 
@@ -79,7 +79,7 @@ async def until_failed(raw: redis.Redis, file: AppendOnlyFile, caplog: pytest.Lo
     retries_ms: list[int] = []
     async with asyncio.timeout(60):
         while len(retries_ms) < 4:
-            await file.look()
+            await file.rewrite_if_due()
             if f"failed {len(retries_ms) + 1} times in a row" in caplog.text:
                 retries_ms.append(int(await raw.hget("mta:{rewrite}", "retry")))
             await asyncio.sleep(0.02)
@@ -104,7 +104,7 @@ async def test_a_rewrite_that_began_before_the_erasure_settles_nothing(
 ) -> None:
     await file.request_rewrite("a user")
     await asyncio.sleep(0.25)
-    await file.look()  # begins
+    await file.rewrite_if_due()  # begins
     asked = await file.request_rewrite("a user")
     await looked(file, 0.3)
     assert not await settled(raw)
@@ -125,7 +125,7 @@ async def test_a_rewrite_whose_gateway_died_is_begun_by_another(
 
     with monkeypatch.context() as patched:
         patched.setattr(file, "_begin", died)
-        await file.look()
+        await file.rewrite_if_due()
     assert await raw.hexists("mta:{rewrite}", "began")
     await until_settled(raw, file)
     assert not on_disk(SECRET, one_server)
@@ -137,7 +137,7 @@ async def test_a_rewrite_that_the_server_did_not_end_is_begun_again(
     await file.request_rewrite("a user")
     await raw.delete("secret")
     await asyncio.sleep(0.25)
-    await file.look()
+    await file.rewrite_if_due()
     one_server.kill()
     one_server.start()
     await raw.connection_pool.disconnect()

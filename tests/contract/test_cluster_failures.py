@@ -77,7 +77,7 @@ async def test_nor_is_one_that_is_sent_again(followed: ValkeyCluster, monkeypatc
     await connection.check()
     profiles, jobs = ProfileStore(connection), JobStore(connection)
     await profiles.commit(user, b"", change("a"))
-    await profiles.settle(user)
+    await profiles.wait_until_durable(user)
     await profiles.erase(erased, LATER_MS, 0)
     lease = await claimed(jobs, (await submitted(jobs, user)).id)
     await jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
@@ -85,7 +85,7 @@ async def test_nor_is_one_that_is_sent_again(followed: ValkeyCluster, monkeypatc
     await submitted(jobs, user)
     said = {
         "commit": profile_scripts._COMMIT,
-        "settle": profile_scripts._AGAIN,
+        "settle": profile_scripts._WRITE_AGAIN,
         "erase": profile_scripts._ERASE,
         "submit": scripts.SUBMIT,
         "cancel": scripts.CANCEL,

@@ -52,9 +52,9 @@ async def full(
     await worker.claim()
     assert await worker.promote()
     await submitted(parts.jobs, key, SAMPLE, "another")
-    await parts.signing.request(key)
+    await parts.signing.add(key)
     await parts.put(CAI, "about cai")
-    await UserQueue(parts.connection, "jobs", BANK).enlist(KEYS.key(CAI))
+    await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key(CAI))
     for node in nodes:
         ask(node, "CONFIG SET", "maxmemory", ask(node, "INFO", "memory")["used_memory"] + ROOM_BYTES)
         await _fill(parts, lambda user, node=node: node is _home(server, user))
@@ -82,16 +82,16 @@ async def test_it_refuses_what_would_be_stored_and_serves_who_is_in_it(full: Sto
     for refused in (
         full.put(BOB, "about bob"),
         submitted(full.jobs, KEYS.key(BOB)),
-        full.signing.request(KEYS.key(BOB)),
+        full.signing.add(KEYS.key(BOB)),
         full.connection.run(lambda redis: redis.set("mta:{bob}:samples", "x")),
     ):
         with pytest.raises(Unavailable, match="full") as caught:
             await refused
         assert (caught.value.status, caught.value.code) == (503, "store_full")
-    assert (await full.connection.check()).lasts
+    assert (await full.connection.check()).is_durable
     memory = full.connection.memory
     assert memory.full
-    assert memory.used_bytes > memory.most_bytes > 0
+    assert memory.used_bytes > memory.max_bytes > 0
     assert await full.profiles.load(KEYS.key(ANN)) is not None
 
     # A key is revoked, and another takes its place.

@@ -202,8 +202,8 @@ async def test_users_are_listed_by_the_bank_of_their_adapter(jobs: JobStore, par
         assert await jobs.promote(lease, BETTER, *record, made("a"))
     assert await adapters.adapted() == {BANK: 5}
     assert {user async for user in adapters.adapted_users(BANK)} == set(users)
-    await adapters.forget_adapted(users[0], but=BANK)
-    await adapters.forget_adapted(users[1])
+    await adapters.remove_adapted(users[0], except_bank=BANK)
+    await adapters.remove_adapted(users[1])
     assert await adapters.adapted() == {BANK: 4}
 
 

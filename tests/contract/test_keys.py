@@ -64,7 +64,7 @@ async def test_whatever_is_written_stands_in_the_table(
         change = replace(put_of(user, "text", snapshot), put_vectors={"it": StoredVector(EMBEDDER, np.ones(4, "f4"))})
         assert await parts.profiles.commit(key, snapshot.version, change)
         await submitted(parts.jobs, key)
-        await parts.signing.request(key)
+        await parts.signing.add(key)
     await AccessKeys(parts.connection).add(access_key(new_secret(), "app", "acme", Scope))
     rates = Rates(parts.connection)
     assert (await rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted
@@ -75,8 +75,8 @@ async def test_whatever_is_written_stands_in_the_table(
     await worker.claim()
     assert await worker.promote()
     await worker.take_signing()
-    await parts.signing.begin(KEYS.key("ada"))
-    await UserQueue(parts.connection, "jobs", BANK).enlist(KEYS.key("bob"), background=True)
+    await parts.signing.count_attempt(KEYS.key("ada"))
+    await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key("bob"), background=True)
     await parts.erase("bob")
 
     seen, expiring = set(), set()

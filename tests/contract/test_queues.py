@@ -80,7 +80,7 @@ async def test_a_job_that_no_gateway_called_for_is_found(
 async def test_a_job_made_long_after_it_was_listed_is_refused(
     jobs: JobStore, user: str, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.queue.LISTED_MS", -1000)
+    monkeypatch.setattr("server.store.queue.RESERVED_MS", -1000)
     with pytest.raises(Unavailable, match="too long"):
         await submitted(jobs, user)
     assert await jobs.jobs(user) == await jobs.samples(user) == await in_queue(raw) == []
@@ -166,15 +166,15 @@ async def test_a_repeated_request_does_not_call_for_what_a_worker_has(jobs: JobS
 async def test_a_call_before_a_worker_has_left_is_heard(parts: StoreParts, user: str, raw: redis.Redis) -> None:
     queue, gateway = (UserQueue(parts.connection, "jobs", BANK) for _ in range(2))
     for late in (False, True):
-        await gateway.request(user)
+        await gateway.add(user)
         assert await queue.take(1) == user
         if late:  # whoever took the user has been silent, so they are due
             await time_passes(raw)
-            await queue.see(user)
-        await gateway.request(user)
-        await queue.move(user, 60_000)
+            await queue.remember_score(user)
+        await gateway.add(user)
+        await queue.postpone(user, 60_000)
         assert await gateway.take(1) == user
-        await gateway.done(user)
+        await gateway.remove(user)
         assert await in_queue(raw) == []
 
 
@@ -182,10 +182,10 @@ async def test_a_listing_outlives_an_earlier_job(parts: StoreParts, user: str, r
     job = await submitted(parts.jobs, user)
     await parts.jobs.next_job(BANK, 1)
     lease = await claimed(parts.jobs, job.id)
-    listing = await UserQueue(parts.connection, "jobs", BANK).enlist(user)  # by another gateway, which is slow
+    reservation = await UserQueue(parts.connection, "jobs", BANK).reserve(user)  # by another gateway, which is slow
     assert await parts.jobs.end(lease, REJECTED)
-    await parts.jobs.withdraw(user, BANK)
-    assert await in_queue(raw) == [listing.entry]
+    await parts.jobs.remove_erased(user, BANK)
+    assert await in_queue(raw) == [reservation.entry]
     await time_passes(raw)  # it never made one
     assert await parts.jobs.next_job(BANK, 0.05) is None
     assert await in_queue(raw) == []
@@ -231,39 +231,39 @@ async def test_a_job_that_cannot_be_read_keeps_nobody_waiting(jobs: JobStore, us
 async def test_attempts_at_a_signature_are_counted_by_bank(parts: StoreParts, user: str, raw: redis.Redis) -> None:
     signing, other = parts.signing, UserQueue(parts.connection, "sign", OTHER_BANK)
     for _ in range(3):
-        await signing.request(user)
+        await signing.add(user)
     assert await other.take(0.05) is None
     for beginning in (1, 2, 3):  # each of them ends its worker
         assert await signing.take(1) == user
-        assert await signing.begin(user) == beginning
+        assert await signing.count_attempt(user) == beginning
         assert await signing.take(0.05) is None
         await time_passes(raw)
     assert await signing.take(1) == user
-    await signing.done(user)
+    await signing.remove(user)
     await time_passes(raw)
     assert await signing.take(0.05) is None
-    await signing.request(user)
+    await signing.add(user)
     assert await signing.take(1) == user
-    assert await signing.begin(user) == 1
+    assert await signing.count_attempt(user) == 1
 
 
 async def test_a_worker_that_is_slow_is_none_that_died(parts: StoreParts, user: str, raw: redis.Redis) -> None:
     others = UserQueue(parts.connection, "sign", BANK)
-    await parts.signing.request(user)
+    await parts.signing.add(user)
     for _ in range(3):
         assert await parts.signing.take(1) == user
         await time_passes(raw)
         assert await others.take(1) == user  # while the worker waits for the model
-        assert await parts.signing.begin(user) == 1
-        await parts.signing.done(user)
+        assert await parts.signing.count_attempt(user) == 1
+        await parts.signing.remove(user)
         await time_passes(raw)
 
 
 async def test_no_attempt_is_counted_of_an_erased_user(parts: StoreParts, user: str, raw: redis.Redis) -> None:
-    await parts.signing.request(user)
+    await parts.signing.add(user)
     assert await parts.signing.take(1) == user
-    await parts.signing.withdraw(user)
-    assert await parts.signing.begin(user) == 0
+    await parts.signing.remove_erased(user)
+    assert await parts.signing.count_attempt(user) == 0
     assert not await raw.exists(*keys.queue("sign", BANK))
 
 
@@ -271,8 +271,8 @@ async def test_an_erased_user_leaves_the_queues_of_every_bank(parts: StoreParts,
     user = KEYS.key("moved")
     await submitted(parts.jobs, user, bank=OTHER_BANK)
     for signing in (UserQueue(parts.connection, "sign", OTHER_BANK), parts.signing):
-        await signing.request(user)
-        assert await signing.begin(user) == 1
+        await signing.add(user)
+        assert await signing.count_attempt(user) == 1
     for number in range(KEPT_JOBS):  # until nothing of the user's own says which bank that was
         await submitted(parts.jobs, user, f"sample {number}", background=number % 2 == 0)
     assert await parts.erase("moved")
@@ -284,5 +284,5 @@ async def test_an_erased_user_leaves_the_queues_of_every_bank(parts: StoreParts,
 
 async def test_who_is_back_already_stays_in_the_queue(parts: StoreParts, user: str) -> None:
     job = await submitted(parts.jobs, user)
-    await parts.jobs.withdraw(user, BANK)
+    await parts.jobs.remove_erased(user, BANK)
     assert await parts.jobs.next_job(BANK, 1) == job.id

@@ -41,7 +41,7 @@ async def test_what_the_primary_acknowledges_its_replica_has(
     watched: WatchedValkey, connection: RedisConnection, user: str
 ) -> None:
     store = ProfileStore(connection)
-    assert not connection.shows_only_what_lasts
+    assert not connection.reads_are_durable
     for number in range(20):
         assert await store.commit(user, (await store.read(user)).version, change(chr(97 + number)))
         assert ask(watched.replica, "HLEN", keys.items(user)) == number + 1
@@ -58,7 +58,7 @@ async def test_a_write_waits_for_the_replica_until_it_is_down(
         async with asyncio.timeout(60):
             while True:
                 try:
-                    await store.settle(user)
+                    await store.wait_until_durable(user)
                 except Unavailable:
                     await asyncio.sleep(0.1)
                 else:

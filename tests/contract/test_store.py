@@ -15,7 +15,7 @@ import redis.asyncio as redis
 from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.errors import Unavailable, UserErased
-from server.store.profiles import NOBODY_S, TOMBSTONE_S, Change, ProfileStore
+from server.store.profiles import TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, Change, ProfileStore
 from tests.support.store_parts import KEYS, StoreParts, submitted
 from tests.support.stored import LATER_MS, change, opened, profile, vector
 
@@ -161,7 +161,7 @@ async def test_erasing_nobody_is_one_write_that_is_kept_for_minutes_and_no_rewri
         assert await parts.erase("nobody") is None
     assert written == [tombstone] * 2
     assert [name async for name in raw.scan_iter()] == [tombstone.encode()]
-    assert 0 < await raw.ttl(tombstone) <= NOBODY_S < 3600
+    assert 0 < await raw.ttl(tombstone) <= UNKNOWN_TOMBSTONE_S < 3600
 
 
 async def test_asking_again_makes_no_tombstone_shorter_or_younger(parts: StoreParts, raw: redis.Redis) -> None:
@@ -171,7 +171,7 @@ async def test_asking_again_makes_no_tombstone_shorter_or_younger(parts: StorePa
     assert erasure.rewritten_by_ms > 0
     await raw.expire(f"mta:{{{key}}}:epoch", TOMBSTONE_S - 100)
     assert await parts.erase("somebody") == erasure
-    assert NOBODY_S < await raw.ttl(f"mta:{{{key}}}:epoch") <= TOMBSTONE_S - 100
+    assert UNKNOWN_TOMBSTONE_S < await raw.ttl(f"mta:{{{key}}}:epoch") <= TOMBSTONE_S - 100
     before = await parts.profiles.read(key)
     await raw.expire(f"mta:{{{key}}}:epoch", 1)
     assert await parts.erase("somebody") == erasure

@@ -22,7 +22,7 @@ from bench.rig.valkey import FAKE_TIME
 from bench.rig.watched import WatchedValkey
 from server.errors import ApiError, Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS, JobId, JobState, Submission
-from server.store.profiles import NOBODY_S
+from server.store.profiles import UNKNOWN_TOMBSTONE_S
 from server.store.redis import keys
 from server.store.redis.servers import base
 from server.store.tenants.access_keys import Scope, access_key, new_secret
@@ -80,7 +80,7 @@ class Store(RuleBasedStateMachine):
     def finish_a_put(self, which: int, gateway: int, fault: Fault | None) -> None:
         put = self.under_way.pop(which % len(self.under_way))
         parts, expected = self.world.gateways[gateway], self.world.users[put.user]
-        if expected.was_nobody and self.jumped_s - put.jumped_s > NOBODY_S - 60:
+        if expected.was_nobody and self.jumped_s - put.jumped_s > UNKNOWN_TOMBSTONE_S - 60:
             return  # no request takes so long
         change = put_of(put.user, put.text, put.snapshot)
         work = parts.profiles.commit(KEYS.key(put.user), put.snapshot.version, change, put.snapshot.epoch)
@@ -98,7 +98,7 @@ class Store(RuleBasedStateMachine):
         assert not (self.world.full and outcome is True)
         expected.text = found
         if outcome is True:
-            self.world.tried(parts, parts.signing.request(KEYS.key(put.user)))
+            self.world.tried(parts, parts.signing.add(KEYS.key(put.user)))
 
     @rule(user=USERS, gateway=TWO, sample=TWO, append=BOOL, background=BOOL, fault=FAULTS, place=PLACES)
     def adapt(

@@ -18,15 +18,15 @@ from server.gateway.http import bodies, serving
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
-from server.store.tenants.rates import AS_USUAL, Allowance
+from server.store.tenants.rates import NO_OVERRIDES, Allowance
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, Keyed, chunks_of, generate, make_keys
 
 MOST, PLACES = 16, 8
 """Requests in progress, and of them in the engine."""
 ALLOWED: Mapping[str, Allowance] = {
-    "greedy": AS_USUAL,
-    "modest": AS_USUAL,
+    "greedy": NO_OVERRIDES,
+    "modest": NO_OVERRIDES,
     "one at once": Allowance(concurrent=1),
     "two a minute": Allowance(requests=2),
     "few tokens": Allowance(tokens=10),

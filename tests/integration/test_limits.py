@@ -19,7 +19,7 @@ from server.errors import Unavailable
 from server.gateway.users.adapting import Adapting
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
-from server.store.tenants.rates import AS_USUAL, Allowance
+from server.store.tenants.rates import NO_OVERRIDES, Allowance
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, Keyed, generate, make_keys, metric
 
@@ -30,7 +30,7 @@ PER_USER = 6
 PLACES, WAITING = 2, 3
 """In the engine, and before it."""
 ALLOWED: Mapping[str, Allowance] = {
-    "any": AS_USUAL,
+    "any": NO_OVERRIDES,
     "requests": Allowance(requests=PER_USER + 3),
     **dict.fromkeys(("tokens", "failures", "leavers"), Allowance(tokens=100)),
     "jobs": Allowance(jobs=3),

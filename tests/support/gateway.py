@@ -159,4 +159,4 @@ async def give_adapter(gateway: GatewayThread, user_id: str, tenant: str = "", b
         note = AdapterNote("a" * 26, f"mta3:{bank}:shared:c+a01*500", 1, 1)
         change = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
         assert await parts.profiles.commit(key, snapshot.version, change, snapshot.epoch)
-        await parts.adapters.list_adapted(key, bank)
+        await parts.adapters.add_adapted(key, bank)

@@ -177,11 +177,11 @@ class WorkerSteps:
 
     async def sign(self) -> None:
         assert self.signing is not None
-        await self.parts.signing.begin(self.signing)
+        await self.parts.signing.count_attempt(self.signing)
         snapshot = await self.parts.profiles.read(self.signing)
         if snapshot.profile is not None:
             made = StoredSignature(Signature(BANK, 1, np.ones(2, "f4")), snapshot.profile.updated_ms)
             change = Change(replace(snapshot.profile, signature=made), {}, {}, ())
             await self.parts.profiles.commit(self.signing, snapshot.version, change, snapshot.epoch)
-        await self.parts.signing.done(self.signing)
+        await self.parts.signing.remove(self.signing)
         self.signing = None

@@ -132,7 +132,7 @@ class StoreWorld:
             raise AssertionError("something is open for ever")
         for user in self.users:
             if self.text_of(user) is None:  # as `mta readapt` does
-                self.run(worker.parts.adapters.forget_adapted(KEYS.key(user)))
+                self.run(worker.parts.adapters.remove_adapted(KEYS.key(user)))
         self.gateways.append(worker.parts)
 
     def _let_time_pass(self) -> None:

@@ -84,7 +84,7 @@ async def until_forgotten(connection: RedisConnection, text: str, *servers: Valk
     file = AppendOnlyFile(connection)
     async with asyncio.timeout(60):
         while on_disk(text, *servers):
-            await file.look()
+            await file.rewrite_if_due()
             await asyncio.sleep(0.05)
 
 

@@ -122,7 +122,7 @@ class EngineScores:
         digest = hashlib.sha256(raw).hexdigest()
         if digest not in self._lent:
             lent = UserAdapterId(self._keys.key(digest), new_adapter_id())
-            await self._adapters.lend(lent.user_key, StoredAdapter(lent.id, user.recipe, digest, raw), LENT_S)
+            await self._adapters.put_temporary(lent.user_key, StoredAdapter(lent.id, user.recipe, digest, raw), LENT_S)
             self._lent[digest] = replace(adapter.recipe, user_adapter=lent).name
         return self._lent[digest]
 

@@ -11,7 +11,7 @@ from typing import Any
 from adapters.errors import MtaError, excerpt
 from server.errors import ApiError, Forbidden, Unauthorized
 from server.store.tenants.access_keys import CREATE, AccessKeys, Scope, digest_of
-from server.store.tenants.rates import AS_USUAL, Allowance
+from server.store.tenants.rates import NO_OVERRIDES, Allowance
 
 log = logging.getLogger("mta.gateway")
 
@@ -31,7 +31,7 @@ class Caller:
     tenant: str
     key_id: str  # the key's public name; empty while no key exists
     scopes: frozenset[Scope]
-    allowance: Allowance = AS_USUAL
+    allowance: Allowance = NO_OVERRIDES
 
     @property
     def name(self) -> str:

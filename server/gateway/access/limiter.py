@@ -120,7 +120,7 @@ class Limiter:
         self, caller: Caller, user_key: str | None = None, *, generates: bool = False
     ) -> AsyncIterator[RequestUsage]:
         """Count one request, for the duration of a `with` block; one that `generates` needs a token left."""
-        allowance = caller.allowance.or_else(self._per_key)
+        allowance = caller.allowance.with_defaults(self._per_key)
         usage, most = RequestUsage(caller, allowance), allowance.concurrent or 0
         uses = _uses(caller.name, allowance, {"requests": 1, "tokens": 0} if generates else {"requests": 1})
         uses += self._of_user(user_key, {"requests": 1})
@@ -147,12 +147,12 @@ class Limiter:
 
     def count_afterwards(self, caller: Caller) -> None:
         """Count a request that is never refused, for which nobody waits, against its key."""
-        if uses := _uses(caller.name, caller.allowance.or_else(self._per_key), {"requests": 1}):
+        if uses := _uses(caller.name, caller.allowance.with_defaults(self._per_key), {"requests": 1}):
             self._later(caller, self._correct(uses))
 
     async def take_job(self, caller: Caller, user_key: str) -> Sequence[Use]:
         """Count an adapt job; returns what `refund` takes if there is no new job after all."""
-        usage, jobs = RequestUsage(caller, caller.allowance.or_else(self._per_key)), {"jobs": 1}
+        usage, jobs = RequestUsage(caller, caller.allowance.with_defaults(self._per_key)), {"jobs": 1}
         if uses := _uses(caller.name, usage.allowance, jobs) + self._of_user(user_key, jobs):
             await self._use(usage, uses, 0)
         return usage.uses

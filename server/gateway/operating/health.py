@@ -170,11 +170,11 @@ class Health:
         unserved = self._store.unserved
         if (memory := self._store.memory) and memory.full:
             no_room = (
-                f"{memory.used_bytes >> 20} of {memory.most_bytes >> 20} MiB are taken, and nothing new is stored; "
+                f"{memory.used_bytes >> 20} of {memory.max_bytes >> 20} MiB are taken, and nothing new is stored; "
                 "erasing users and revoking keys work: make room, or raise maxmemory (of `mta up`: MTA_STORE_MIB)"
             )
             return StoreState(_FULL, durability, "; ".join(filter(None, (no_room, unserved))))
-        if not durability.lasts:
+        if not durability.is_durable:
             return StoreState("ok", durability, "acknowledged writes can be lost: MTA_REQUIRE_DURABLE_STORE is false")
         return StoreState(_PARTIAL, durability, unserved) if unserved else StoreState("ok", durability)
 

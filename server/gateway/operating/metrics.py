@@ -125,8 +125,8 @@ class _PartsCollector(Collector):
         yield GaugeMetricFamily("mta_ready", "Whether requests can be fully served, as /ready says.", float(ready))
         if memory := self.store.memory:
             yield GaugeMetricFamily("mta_store_used_bytes", "What the store's memory holds.", memory.used_bytes)
-            if memory.most_bytes:
-                yield GaugeMetricFamily("mta_store_max_bytes", "The most that it may hold.", memory.most_bytes)
+            if memory.max_bytes:
+                yield GaugeMetricFamily("mta_store_max_bytes", "The most that it may hold.", memory.max_bytes)
         up = GaugeMetricFamily("mta_engine_up", "Whether an engine answers.", labels=("engine",))
         slots = GaugeMetricFamily("mta_engine_slots", "An engine's LoRA slots.", labels=("engine",))
         resident = GaugeMetricFamily("mta_engine_slots_resident", "Slots that hold an adapter.", labels=("engine",))

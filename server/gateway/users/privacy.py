@@ -17,7 +17,7 @@ from bank.manifest import BankManifest
 from bank.peft.exported import ExportedAdapter
 from server.errors import UserErased
 from server.store.adapters import AdapterStore, StoredAdapter
-from server.store.durability import ForgetsOnDisk
+from server.store.durability import RewritableFile
 from server.store.jobs import Job, JobStore
 from server.store.profiles import Erasure, ProfileStore
 from server.store.queue import UserQueue
@@ -106,7 +106,7 @@ class Erasing:
     jobs: JobStore
     signing: Callable[[str], UserQueue]  # of a bank, by its 8 hex digits
     bank: str  # the one that is served
-    log_file: ForgetsOnDisk
+    log_file: RewritableFile
     drop: Callable[[str], Coroutine[Any, Any, None]]  # has every engine drop a user's adapters, by the user's key
     _dropping: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -117,16 +117,16 @@ class Erasing:
         An engine that cannot be reached finds out by itself: it asks the store about every adapter that it keeps.
         """
         key = user.key
-        is_nobody, erasure = await self.profiles.erase_nobody(key)
+        is_nobody, erasure = await self.profiles.erase_if_unknown(key)
         if not is_nobody:
             asked = await self.log_file.request_rewrite(key)
             erasure = await self.profiles.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
         if erasure is None:
             return None
-        await self.adapters.forget_adapted(key)
+        await self.adapters.remove_adapted(key)
         for bank in {self.bank, *erasure.banks, *await self.adapters.banks()}:
-            await self.jobs.withdraw(key, bank)
-            await self.signing(bank).withdraw(key)
+            await self.jobs.remove_erased(key, bank)
+            await self.signing(bank).remove_erased(key)
         if erasure.erased.adapters:
             task = asyncio.create_task(self.drop(key))
             self._dropping.add(task)

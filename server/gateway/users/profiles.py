@@ -77,7 +77,7 @@ class Profiles:
         profile = await self.store.load(user.key)
         if profile is None:
             return None
-        return profile.seen_by(self.embedder.id) or await self._refreshed(user)
+        return profile.with_embedder(self.embedder.id) or await self._refreshed(user)
 
     async def replace(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
         """Replace the history with these items, oldest first; `epoch` is the user's when the request was accepted.
@@ -97,7 +97,7 @@ class Profiles:
     async def want_signature(self, user: User) -> None:
         """Request a user's signature; does nothing if it has already been requested."""
         if self.signing is not None:
-            await self.signing.request(user.key)
+            await self.signing.add(user.key)
 
     async def _refreshed(self, user: User) -> Profile | None:
         """Remake another embedder's embedding; concurrent requests wait for the same work."""
@@ -127,9 +127,9 @@ class Profiles:
                 raise UserErased
             step = difference(snapshot.items, history)
             same = not step.put and not step.drop
-            seen = snapshot.profile and snapshot.profile.seen_by(self.embedder.id)
+            seen = snapshot.profile and snapshot.profile.with_embedder(self.embedder.id)
             if seen and same:
-                await self.store.settle(key)
+                await self.store.wait_until_durable(key)
                 return ProfileUpdate(seen, 0)
             vectors, fresh = await self._vectors(snapshot, history, made)
             embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))

@@ -19,7 +19,7 @@ def script(body: str) -> str:
     return _PRELUDE + body
 
 
-def full_script(body: str) -> str:
+def oom_script(body: str) -> str:
     """One that a server runs even at its `maxmemory`: what lets users go, and what decides which keys count."""
     return "#!lua flags=allow-oom" + script(body)
 
@@ -103,7 +103,7 @@ return found
 
 # KEYS: jobs. ARGV: prefix of job names. Returns the number of the user's newest job, its state and bank, and for how
 # many ms a worker still has it; nothing for a user without jobs.
-LOOK = _job_script("""
+OPEN_JOB = _job_script("""
 local last = redis.call('HGET', KEYS[1], 'last')
 if not last then return {} end
 local state, bank = unpack(redis.call('HMGET', ARGV[1] .. last, 'state', 'bank'))
@@ -158,7 +158,7 @@ redis.call('HDEL', KEYS[1], 'lease', 'lease_until', 'lease_ms', 'started_ms', 's
 return 1
 """
 
-_MINE = """
+_CHECK_LEASE = """
 local given = cjson.decode(ARGV[1])
 if redis.call('HGET', KEYS[1], 'ended_by') == given.token then
   redis.call('HSET', KEYS[1], 'ended_by', given.token)
@@ -167,7 +167,7 @@ end
 if redis.call('HGET', KEYS[1], 'lease') ~= given.token then return 0 end
 """
 
-_OUTCOME = """
+_WRITE_OUTCOME = """
 redis.call('HSET', KEYS[1], 'ended_by', given.token, 'before', given.before, 'after', given.after,
   'error', given.error, 'adapter', given.adapter)
 finish(KEYS[1], given.state, given.kept_s)
@@ -175,12 +175,12 @@ return 1
 """
 
 # KEYS: job. ARGV: JSON (`_outcome` in `jobs.py`). Returns whether it was written.
-END = _job_script(_MINE + _OUTCOME)
+END = _job_script(_CHECK_LEASE + _WRITE_OUTCOME)
 
 # KEYS: job, record, adapter, epoch. ARGV: JSON as of END, and of the adapter; the record expected, the new one, the
 # adapter's bytes. Returns whether all of it was written.
 PROMOTE = _job_script(
-    _MINE
+    _CHECK_LEASE
     + """
 local expected, record, raw = unpack(ARGV, 2)
 local epoch, bank = unpack(redis.call('HMGET', KEYS[1], 'epoch', 'bank'))
@@ -190,5 +190,5 @@ redis.call('SET', KEYS[2], record)
 redis.call('DEL', KEYS[3])
 redis.call('HSET', KEYS[3], 'id', given.adapter, 'recipe', given.recipe, 'sha256', given.sha256, 'raw', raw)
 """
-    + _OUTCOME
+    + _WRITE_OUTCOME
 )

@@ -18,17 +18,17 @@ import orjson
 
 from adapters.errors import MtaError, excerpt
 from server.errors import Unavailable
-from server.store.durability import readable
+from server.store.durability import corrupt_if_undecodable
 from server.store.redis import keys
-from server.store.redis.scripts import full_script
-from server.store.tenants.rates import AS_USUAL, Allowance
+from server.store.redis.scripts import oom_script
+from server.store.tenants.rates import NO_OVERRIDES, Allowance
 
 if TYPE_CHECKING:
     from server.store.redis.servers.connection import RedisConnection  # commands start without redis-py
 
 PREFIX = "mta_"
 SECRET_BYTES = 32
-FEWEST_KINDS = 10  # 64 random hexadecimal characters are of more kinds, all but one in a billion
+MIN_DISTINCT = 10  # 64 random hexadecimal characters are of more kinds, all but one in a billion
 MAX_NAME_CHARS = 64
 CREATE = "mta keys create"  # errors name it
 
@@ -53,7 +53,7 @@ class AccessKey:
     last: str  # the secret's last four characters, to recognise it by
     created_ms: int  # Unix time
     revoked_ms: int | None = None  # since when it counts no more
-    allowance: Allowance = AS_USUAL
+    allowance: Allowance = NO_OVERRIDES
 
     @property
     def id(self) -> str:
@@ -76,9 +76,9 @@ def new_secret() -> str:
     return PREFIX + secrets.token_urlsafe(SECRET_BYTES)
 
 
-def given_secret(text: str) -> str:
+def checked_secret(text: str) -> str:
     """The operator's own secret; raises `MtaError`, without repeating it, when it is short or cannot be random."""
-    if re.fullmatch(PREFIX + r"[A-Za-z0-9_-]{43,100}", text) and len(set(text.removeprefix(PREFIX))) >= FEWEST_KINDS:
+    if re.fullmatch(PREFIX + r"[A-Za-z0-9_-]{43,100}", text) and len(set(text.removeprefix(PREFIX))) >= MIN_DISTINCT:
         return text
     raise MtaError(
         f"MTA_FIRST_KEY must be `{PREFIX}` and 43 to 100 random letters, digits, `-` or `_`, and is not (it has "
@@ -87,7 +87,7 @@ def given_secret(text: str) -> str:
 
 
 def access_key(
-    secret: str, name: str, tenant: str, scopes: Iterable[Scope], allowance: Allowance = AS_USUAL
+    secret: str, name: str, tenant: str, scopes: Iterable[Scope], allowance: Allowance = NO_OVERRIDES
 ) -> AccessKey:
     """What is kept of a new secret; raises `MtaError` of a name or tenant that is none, and without a scope."""
     for what, text in (("a key's name", name), ("a tenant", tenant)):
@@ -111,7 +111,7 @@ _RING, _REVISION, _REVOKED, _BANK = "ring", "revision", "revoked:", "bank:"
 
 def _script(body: str) -> str:
     """KEYS: the hash. ARGV: an id for the ring, if it has none, and more. A repeated call changes nothing."""
-    return full_script(_CHANGED + body)
+    return oom_script(_CHANGED + body)
 
 
 _CHANGED = """
@@ -140,7 +140,7 @@ changed()
 return 1
 """)
 
-_NAME_BANK = _script("""
+_SET_BANK = _script("""
 local field, bank = unpack(ARGV, 2)
 if bank == '' then redis.call('HDEL', KEYS[1], field) else redis.call('HSET', KEYS[1], field, bank) end
 changed()
@@ -159,12 +159,12 @@ class AccessKeys:
     async def revision(self) -> tuple[str, int]:
         """What `KeyRing.id` and `KeyRing.revision` would be."""
         found = await self._connection.run(lambda redis: redis.hmget(keys.ACCESS_KEYS, _RING, _REVISION))
-        with readable():
+        with corrupt_if_undecodable():
             return (found[0] or b"").decode(), int(found[1] or 0)
 
     async def all(self) -> KeyRing:
         found = await self._connection.run(lambda redis: redis.hgetall(keys.ACCESS_KEYS))
-        with readable():
+        with corrupt_if_undecodable():
             fields = {name.decode(): raw for name, raw in found.items()}
             ring, revision = fields.pop(_RING, b"").decode(), int(fields.pop(_REVISION, 0))
             revoked = {digest: int(when_ms) for digest, when_ms in _pop(fields, _REVOKED)}
@@ -182,13 +182,13 @@ class AccessKeys:
             "scopes": sorted(key.scopes),
             "last": key.last,
             "created_ms": key.created_ms,
-            "allowance": key.allowance.said,
+            "allowance": key.allowance.overrides,
         }
         return bool(await self._change(_ADD, key.digest, orjson.dumps(record), int(only_first)))
 
-    async def name_bank(self, tenant: str, bank: str) -> None:
+    async def set_bank(self, tenant: str, bank: str) -> None:
         """Have a tenant be served by a bank (8 hex digits; empty for the gateways' own); on disk when it returns."""
-        await self._change(_NAME_BANK, f"{_BANK}{tenant}", bank)
+        await self._change(_SET_BANK, f"{_BANK}{tenant}", bank)
 
     async def revoke(self, digest: str, now_ms: int) -> bool:
         """Have a key count no more, on disk when it returns; returns whether it counted until now."""

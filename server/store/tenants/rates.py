@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from server.store.redis import keys
-from server.store.redis.scripts import full_script
+from server.store.redis.scripts import oom_script
 
 if TYPE_CHECKING:
     from server.store.redis.servers.connection import RedisConnection  # commands start without redis-py
@@ -30,17 +30,17 @@ class Allowance:
     jobs: int | None = None
     concurrent: int | None = None
 
-    def or_else(self, usual: Allowance) -> Allowance:
+    def with_defaults(self, usual: Allowance) -> Allowance:
         """What holds where nothing was said is as usual."""
-        return replace(usual, **self.said) if self.said else usual
+        return replace(usual, **self.overrides) if self.overrides else usual
 
     @property
-    def said(self) -> dict[str, int]:
+    def overrides(self) -> dict[str, int]:
         """What was said, by name."""
         return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
 
 
-AS_USUAL = Allowance()
+NO_OVERRIDES = Allowance()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class BucketLevels:
 # KEYS: a bucket for each use: how much is used, and when that was so, µs. It expires when nothing is.
 # ARGV: whether to count whatever is left, then of each use most, window (µs) and amount.
 # Returns of each whether there was room, and what is used. If not for all, nothing is counted.
-_CONSUME = full_script("""
+_CONSUME = oom_script("""
 local now = time[1] * 1000000 + time[2]
 local fit, used, ahead, all = {}, {}, {}, true
 for i = 1, #KEYS do
@@ -128,7 +128,7 @@ return answer
 
 # KEYS: who holds it, by when that ends. ARGV: most (-1: any number), lease (ms), members. Returns how many hold it, or
 # -1 if there is no room.
-_ACQUIRE = full_script("""
+_ACQUIRE = oom_script("""
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 local most, lease = tonumber(ARGV[1]), tonumber(ARGV[2])
 for i = 3, #ARGV do
@@ -141,7 +141,7 @@ return redis.call('ZCARD', KEYS[1])
 """)
 
 # KEYS: who holds it. ARGV: lease (ms), members. Whoever is not among the holders stays without.
-_RENEW = full_script("""
+_RENEW = oom_script("""
 for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', now + ARGV[1], ARGV[i]) end
 return redis.call('PEXPIRE', KEYS[1], ARGV[1])
 """)

@@ -11,16 +11,16 @@ import pytest
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
-from server.store.tenants.rates import AS_USUAL, Allowance
+from server.store.tenants.rates import NO_OVERRIDES, Allowance
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, Keyed, make_keys
 
 APP = frozenset((Scope.GENERATE, Scope.WRITE, Scope.ADAPT))
 KEYS: Mapping[str, tuple[str, frozenset[Scope], Allowance]] = {
-    **{tenant: (tenant, APP, AS_USUAL) for tenant in ("acme", "globex", "default")},
-    "revoked": ("acme", frozenset(Scope), AS_USUAL),
-    **{f"only {scope}": ("acme", frozenset((scope,)), AS_USUAL) for scope in Scope},
-    **{f"no {scope}": ("acme", frozenset(Scope) - {scope}, AS_USUAL) for scope in Scope},
+    **{tenant: (tenant, APP, NO_OVERRIDES) for tenant in ("acme", "globex", "default")},
+    "revoked": ("acme", frozenset(Scope), NO_OVERRIDES),
+    **{f"only {scope}": ("acme", frozenset((scope,)), NO_OVERRIDES) for scope in Scope},
+    **{f"no {scope}": ("acme", frozenset(Scope) - {scope}, NO_OVERRIDES) for scope in Scope},
 }
 
 

@@ -17,7 +17,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.cli import app
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
-from server.store.tenants.rates import AS_USUAL
+from server.store.tenants.rates import NO_OVERRIDES
 from tests.integration.security.conftest import ask
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import SECRET, GatewayThread, Keyed, generate, give_adapter, make_keys
@@ -37,7 +37,7 @@ def two_banks(
     gateway_settings: Settings, store: ValkeyProcess, second: Path, fake_engine_server: FakeEngine
 ) -> Iterator[Keyed]:
     """A gateway that has loaded both."""
-    secrets = make_keys(store.url, {tenant: (tenant, Scope, AS_USUAL) for tenant in ("acme", "globex")})
+    secrets = make_keys(store.url, {tenant: (tenant, Scope, NO_OVERRIDES) for tenant in ("acme", "globex")})
     settings = gateway_settings.model_copy(update={"redis_url": store.url, "next_bank": second})
     before = fake_engine_server.knobs.banks
     fake_engine_server.knobs.banks = (*before, read_manifest(second).fingerprint)

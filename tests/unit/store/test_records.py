@@ -102,12 +102,12 @@ def test_a_profile_is_seen_by_both_embedders_while_the_items_are_the_same() -> N
     both = profile(embedding=mine, other=OtherEmbedding("22" * 8, theirs, profile().updated_ms))
     read = decode_profile(encode_profile(both))
     for embedder, embedding in ((both.embedder, mine), ("22" * 8, theirs)):
-        seen = read.seen_by(embedder)
+        seen = read.with_embedder(embedder)
         assert (seen.embedder, seen.embedding.tolist()) == (embedder, embedding.tolist())
-        back = seen.seen_by(both.embedder)
+        back = seen.with_embedder(both.embedder)
         assert back.embedding.tolist() == mine.tolist()
-    assert read.seen_by("11" * 8) is None
-    assert replace(read, updated_ms=read.updated_ms + 1).seen_by("22" * 8) is None
+    assert read.with_embedder("11" * 8) is None
+    assert replace(read, updated_ms=read.updated_ms + 1).with_embedder("22" * 8) is None
 
 
 def test_the_stored_embedding_is_within_the_rounding_of_fp16() -> None:

@@ -5,7 +5,7 @@ the next is `due`; when the `last` successful one began; when the one in progres
 `count` of rewrites before; how many `failures` there were in a row, and when to `retry`.
 
 It is requested *before* a user is erased, so that a crash in between cannot leave the file as it was. The erasure
-follows within `ASKED_MS` or not at all: only a successful rewrite that began later than that settles what is due.
+follows within `ERASE_MS` or not at all: only a successful rewrite that began later than that settles what is due.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import orjson
 from redis.exceptions import ResponseError
 
 from server.errors import Unavailable
-from server.store.durability import LOOK_S, Rewrite
+from server.store.durability import REWRITE_CHECK_S, Rewrite
 from server.store.redis import keys
-from server.store.redis.scripts import full_script, script
+from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.base import StoreServer
 from server.store.redis.servers.connection import RedisConnection
 
 log = logging.getLogger("mta.store")
 
 INTERVAL_MS = 3_600_000  # shortest time between the starts of two rewrites
-ASKED_MS = 60_000  # how soon after the request the erasure must happen
-CLOCKS_MS = 10_000  # how far apart the clocks of a cluster's servers may be: another one judges the erasure's deadline
-BEGIN_MS = 30_000  # a gateway that has claimed a rewrite and not begun it within this time never will
+ERASE_MS = 60_000  # how soon after the request the erasure must happen
+CLOCK_SKEW_MS = 10_000  # maximum difference between the clocks of a cluster's servers
+START_MS = 30_000  # a gateway that has claimed a rewrite and not begun it within this time never will
 REWRITE_MS = 600_000  # how long a rewrite is assumed to take in the promised time
 RETRY_MS = 60_000  # until a failed rewrite is tried again; each further failure doubles it, up to `INTERVAL_MS`
 
 # KEYS: rewrite. ARGV: interval, time to erase (ms). Returns the time, and when a rewrite is due that is sure to begin
 # after the erasure: the one that is already due may begin too early.
-_ASK = full_script("""
+_REQUEST = oom_script("""
 redis.call('HSET', KEYS[1], 'asked', now)
 local from = now + ARGV[2]
 local due = tonumber(redis.call('HGET', KEYS[1], 'due'))
@@ -58,7 +58,7 @@ end
 """
 
 # KEYS: rewrite. ARGV: time until the next try, interval (ms). Returns how often rewrites have failed, below zero.
-_REFUSED = full_script(
+_REFUSED = oom_script(
     _FAIL
     + """
 if redis.call('HEXISTS', KEYS[1], 'began') == 1 then return failed(tonumber(ARGV[1]), tonumber(ARGV[2])) end
@@ -73,7 +73,7 @@ return math.max(0, now - (redis.call('HGET', KEYS[1], 'due') or now) - ARGV[1])
 
 # KEYS: rewrite. Returns 1 if the caller should begin a rewrite now, 0 if nobody should; below zero, how often rewrites
 # have failed in a row, one of them just now. A time too far ahead to have been set by this clock counts as reached.
-_SETTLE = full_script(
+_ADVANCE = oom_script(
     _FAIL
     + """
 local run, count, well, times = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4])
@@ -109,37 +109,37 @@ return 1
 
 
 class AppendOnlyFile:
-    """`server.store.durability.ForgetsOnDisk` on Redis."""
+    """`server.store.durability.RewritableFile` on Redis."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
     async def request_rewrite(self, user_key: str) -> Rewrite:
         states = [keys.rewrite(server) for server in await self._connection.holders(keys.profile(user_key))]
-        asked = [await self._connection.write(_ASK, (state,), INTERVAL_MS, ASKED_MS) for state in states]
+        asked = [await self._connection.write(_REQUEST, (state,), INTERVAL_MS, ERASE_MS) for state in states]
         now_ms, due_ms = min(now for now, _ in asked), max(due for _, due in asked)
-        return Rewrite(now_ms + ASKED_MS - CLOCKS_MS, due_ms + _taken_ms())
+        return Rewrite(now_ms + ERASE_MS - CLOCK_SKEW_MS, due_ms + _max_rewrite_ms())
 
     async def overdue_s(self) -> float:
         states = [(keys.rewrite(server.id),) for server in await self._connection.members()]
-        late_ms = [int(await self._connection.evaluate(_OVERDUE, state, _taken_ms())) for state in states]
+        late_ms = [int(await self._connection.evaluate(_OVERDUE, state, _max_rewrite_ms())) for state in states]
         return max(late_ms, default=0) / 1000
 
-    async def look(self) -> None:
+    async def rewrite_if_due(self) -> None:
         members = await self._connection.members()
-        looked = await asyncio.gather(*map(self._look_at, members), return_exceptions=True)
+        looked = await asyncio.gather(*map(self._check_server, members), return_exceptions=True)
         for error in looked:  # that one server is away keeps nobody from looking at the others
             if error is not None:
                 raise error
 
-    async def _look_at(self, server: StoreServer) -> None:
+    async def _check_server(self, server: StoreServer) -> None:
         state, info = keys.rewrite(server.id), await self._connection.send(server, "INFO")
         if info.get("aof_rewrite_in_progress") or info.get("aof_rewrite_scheduled"):
             return
         run, count = str(info["run_id"]), int(info.get("aof_rewrites", 0))
         well = int(info.get("aof_last_bgrewrite_status") == "ok")
-        times = {"interval": INTERVAL_MS, "to_erase": ASKED_MS, "to_begin": BEGIN_MS, "to_retry": RETRY_MS}
-        outcome = int(await self._connection.write(_SETTLE, (state,), run, count, well, orjson.dumps(times)))
+        times = {"interval": INTERVAL_MS, "to_erase": ERASE_MS, "to_begin": START_MS, "to_retry": RETRY_MS}
+        outcome = int(await self._connection.write(_ADVANCE, (state,), run, count, well, orjson.dumps(times)))
         if outcome < 0:
             _log_failure(server, -outcome, "it did not end well, which its own log says more of")
         if outcome > 0:
@@ -161,9 +161,9 @@ class AppendOnlyFile:
             _log_failure(server, failures, str(error.__cause__))
 
 
-def _taken_ms() -> int:
+def _max_rewrite_ms() -> int:
     """How long after it is due a rewrite is done at the latest, if nothing goes wrong."""
-    return round(2 * LOOK_S * 1000) + REWRITE_MS
+    return round(2 * REWRITE_CHECK_S * 1000) + REWRITE_MS
 
 
 def _log_failure(server: StoreServer, failures: int, why: str) -> None:

@@ -1,4 +1,4 @@
-"""What the stores need of Redis 7.2+ or Valkey 8+: one server (`alone.py`), a cluster, or a watched primary.
+"""What the stores need of Redis 7.2+ or Valkey 8+: one server (`single.py`), a cluster, or a watched primary.
 
 Every change is one Lua script on keys of one slot, so it is atomic on a cluster too. `WAITAOF` follows on the same
 connection: elsewhere it would wait for nothing.

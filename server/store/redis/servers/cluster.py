@@ -38,14 +38,14 @@ log = logging.getLogger("mta.store")
 # Between attempts: a replica takes over within seconds, and keys have moved by then, or an operator is needed.
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.5)
 REFRESH_S = 5.0  # how often to ask which servers there are: silent ones and new replicas cause no errors
-PATIENCE_S = 1.0  # how long to wait for a server that is asked which servers there are, before another is
+DISCOVERY_TIMEOUT_S = 1.0  # how long to wait for a server that is asked which servers there are, before another is
 READ_RETRIES = 3
-AWAY_S = 5.0  # how long nothing is sent to a server that did not answer to `durability`, asked every two seconds
+SKIP_S = 5.0  # how long nothing is sent to a server that did not answer to `durability`, asked every two seconds
 
 SLOTS = 16384
 _RANKS = (Durability.NONE, Durability.WAITAOF, Durability.ALWAYS)
 
-_PASSING = (
+_TRANSIENT = (
     exceptions.AskError,  # MOVED is one, too
     exceptions.ConnectionError,
     exceptions.TimeoutError,
@@ -57,28 +57,28 @@ _PASSING = (
 """What a write meets while a replica takes over, or while keys are on their way from server to server."""
 
 
-class Away(exceptions.ConnectionError):  # type: ignore[misc]  # untyped
+class NodeUnresponsive(exceptions.ConnectionError):  # type: ignore[misc]  # untyped
     """A server did not answer a moment ago, so it is not asked: who waits for it holds the place of others."""
 
 
 class _Client(RedisCluster):  # type: ignore[misc]  # untyped
     """Leaves servers alone that are away."""
 
-    _away: Collection[Any] = ()
+    _skipped: Collection[Any] = ()
     _until_s = 0.0
 
-    def stay_away(self, nodes: Collection[Any], for_s: float) -> None:
-        self._away, self._until_s = nodes, time.monotonic() + for_s
+    def skip(self, nodes: Collection[Any], for_s: float) -> None:
+        self._skipped, self._until_s = nodes, time.monotonic() + for_s
 
-    def is_away(self, node: Any) -> bool:
-        return node in self._away and time.monotonic() < self._until_s
+    def is_skipped(self, node: Any) -> bool:
+        return node in self._skipped and time.monotonic() < self._until_s
 
-    def refuse_away(self, node: Any) -> None:
-        if self.is_away(node):
-            raise Away(f"{node.name} did not answer when it was last looked at")
+    def raise_if_skipped(self, node: Any) -> None:
+        if self.is_skipped(node):
+            raise NodeUnresponsive(f"{node.name} did not answer when it was last looked at")
 
     async def _execute_command(self, target_node: Any, *args: Any, **kwargs: Any) -> Any:
-        self.refuse_away(target_node)
+        self.raise_if_skipped(target_node)
         return await super()._execute_command(target_node, *args, **kwargs)
 
 
@@ -129,10 +129,10 @@ class Cluster:
                     await self._refresh()
                     await self._client.initialize()
                     home = node or self._client.get_node_from_key(names[0])
-                    self._client.refuse_away(home)
+                    self._client.raise_if_skipped(home)
                     return await self._write(home, command, names[0], durability, asking=asking)
-            except _PASSING as error:
-                if pause_s is None or (isinstance(error, Away) and not self._replicas(home, names[0])):
+            except _TRANSIENT as error:
+                if pause_s is None or (isinstance(error, NodeUnresponsive) and not self._replicas(home, names[0])):
                     raise
                 await asyncio.sleep(pause_s)
                 await self._discover(home)
@@ -144,7 +144,7 @@ class Cluster:
         await self._refresh(at_once=True)
         nodes = self._client.get_primaries()
         found = dict(zip(nodes, await asyncio.gather(*map(self._probe, nodes)), strict=True))
-        self._client.stay_away({node for node, how in found.items() if how is None}, AWAY_S)
+        self._client.skip({node for node, how in found.items() if how is None}, SKIP_S)
         serving = {node: how for node, how in found.items() if isinstance(how, Durability)}
         self._note_unserved({node.name for node in nodes if node not in serving}, set(serving))
         not_durable = {node.name for node, how in serving.items() if how is Durability.NONE}
@@ -175,9 +175,9 @@ class Cluster:
     async def _probe(self, node: Any) -> Durability | str | None:
         """How durable a primary's writes are; the state of the cluster if it serves nobody; None if it is away."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(DISCOVERY_TIMEOUT_S):
                 for _ in range(1 + READ_RETRIES):  # connections end, too, because the client makes them anew
-                    with suppress(*_PASSING):
+                    with suppress(*_TRANSIENT):
                         info = await node.execute_command("CLUSTER INFO")
                         state = str(info["cluster_state"])
                         return await durability_of(node.execute_command) if state == "ok" else state
@@ -235,7 +235,7 @@ class Cluster:
         before = self._client.get_primaries()
         for _ in self._client.get_nodes():
             with suppress(TimeoutError):
-                async with asyncio.timeout(PATIENCE_S):
+                async with asyncio.timeout(DISCOVERY_TIMEOUT_S):
                     # Asks any server, another one each time.
                     await self._client.nodes_manager.initialize(last_failed_node_name=silent and silent.name)
                 break
@@ -252,7 +252,7 @@ class Cluster:
             if time.monotonic() < self._refreshed_s + REFRESH_S and not at_once:
                 return
             await self._client.initialize()
-            with suppress(*_PASSING):
+            with suppress(*_TRANSIENT):
                 node, shards = await self._ask_any("CLUSTER SLOTS")
                 if not self._knows(shards, node.host):
                     await self._discover()
@@ -261,9 +261,9 @@ class Cluster:
     async def _ask_any(self, command: str) -> tuple[Any, Any]:
         """A server and its answer: another one each time, and only at last one that is away."""
         nodes = self._client.get_nodes()
-        for node in sorted(random.sample(nodes, len(nodes)), key=self._client.is_away):
-            with suppress(*_PASSING):
-                async with asyncio.timeout(PATIENCE_S):
+        for node in sorted(random.sample(nodes, len(nodes)), key=self._client.is_skipped):
+            with suppress(*_TRANSIENT):
+                async with asyncio.timeout(DISCOVERY_TIMEOUT_S):
                     return node, await node.execute_command(command)
         raise exceptions.ConnectionError("no server of the cluster answers")
 

@@ -14,7 +14,6 @@ from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError
 from adapters.errors import MtaError
 from server.errors import Unavailable
 from server.store.durability import Durability, Memory, Span, Timed, untimed
-from server.store.redis.servers.alone import Alone
 from server.store.redis.servers.base import (
     CHECK_TIMEOUT_S,
     READ_TIMEOUT_S,
@@ -25,6 +24,7 @@ from server.store.redis.servers.base import (
 )
 from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.sentinel import Sentinel
+from server.store.redis.servers.single import SingleServer
 
 FULL_RETRY_S = 60  # somebody has to make room first
 _NOT_DURABLE = (
@@ -59,7 +59,7 @@ class RedisConnection:
         self, url: str, *, require_durable: bool = True, timed: Timed = untimed, span: Span = nullcontext
     ) -> None:
         try:
-            self._servers: Servers = _KINDS.get(urlsplit(url).scheme, Alone)(url)
+            self._servers: Servers = _KINDS.get(urlsplit(url).scheme, SingleServer)(url)
         except ValueError as error:
             raise MtaError(f"MTA_REDIS_URL is not a Redis URL: {error}") from error
         self._require_durable = require_durable
@@ -74,15 +74,15 @@ class RedisConnection:
         return self._servers.unserved
 
     @property
-    def shows_only_what_lasts(self) -> bool:
+    def reads_are_durable(self) -> bool:
         """Whether nothing can be read that is lost when a server dies: on one server that answers after its fsync."""
-        return self.durability is Durability.ALWAYS and isinstance(self._servers, Alone)
+        return self.durability is Durability.ALWAYS and isinstance(self._servers, SingleServer)
 
     async def check(self) -> Durability:
         async with _translated(CHECK_TIMEOUT_S):
             durability = await self._servers.durability()
             self._evicting, self.memory = await memory_of(await self._servers.members())
-            self.durability = Durability.EVICTS if self._evicting and durability.lasts else durability
+            self.durability = Durability.EVICTS if self._evicting and durability.is_durable else durability
         self._refuse_if_not_durable()
         return self.durability
 
@@ -126,7 +126,7 @@ class RedisConnection:
         await self._servers.close()
 
     def _refuse_if_not_durable(self) -> None:
-        if self._require_durable and not self.durability.lasts:
+        if self._require_durable and not self.durability.is_durable:
             evicts = self.durability is Durability.EVICTS
             message = _EVICTS.format(", ".join(self._evicting)) if evicts else _NOT_DURABLE
             raise Unavailable(message, code="store_not_durable")

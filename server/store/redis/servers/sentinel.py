@@ -17,8 +17,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from server.store.durability import Durability
-from server.store.redis.servers.alone import Alone
 from server.store.redis.servers.base import CONNECT_TIMEOUT_S, StoreServer, check_confirmed, confirmations
+from server.store.redis.servers.single import SingleServer
 
 log = logging.getLogger("mta.store")
 
@@ -26,10 +26,10 @@ FORM = "redis+sentinel://[user:password@]host:port[,host:port…]/service[/datab
 
 # How often to ask who is the primary and who follows it: no error tells that a replica has come, to be waited for.
 REFRESH_S = 5.0
-PATIENCE_S = 1.0  # how long to wait for a Sentinel, before another is asked; for the last one, the caller decides
+DISCOVERY_TIMEOUT_S = 1.0  # for one Sentinel; the last one asked has only the timeout of the caller
 
 # What a call meets when the server is no longer the primary.
-_PASSING = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
+_TRANSIENT = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class _Topology:
     primary: str
     replicas: frozenset[str]  # that follow the primary, and that Sentinel does not take for down
     known: frozenset[str]  # all that have followed it, down or not: their files hold what they held
-    server: Alone  # all connections are to the primary's address: what was said of its replicas is said of it
+    server: SingleServer  # all connections are to the primary's address: what was said of its replicas is said of it
 
 
 class Sentinel:
@@ -59,7 +59,7 @@ class Sentinel:
             redis.Redis.from_url(each, socket_connect_timeout=CONNECT_TIMEOUT_S, retry=Retry(NoBackoff(), 1))
             for each in sentinels
         ]
-        self._servers: dict[str, Alone] = {}
+        self._servers: dict[str, SingleServer] = {}
         self._topology: _Topology | None = None
         self._refreshing = asyncio.Lock()
         self._refreshed_s = -REFRESH_S
@@ -102,7 +102,7 @@ class Sentinel:
         topology = await self._current()
         try:
             return await work(topology)
-        except _PASSING:
+        except _TRANSIENT:
             now = await self._current(at_once=True)
             if now.primary == topology.primary:
                 raise
@@ -138,7 +138,7 @@ class Sentinel:
         said = []
         for sentinel in (asked := tuple(self._sentinels)):
             try:
-                async with asyncio.timeout(PATIENCE_S if sentinel is not asked[-1] else None):
+                async with asyncio.timeout(DISCOVERY_TIMEOUT_S if sentinel is not asked[-1] else None):
                     primary = await sentinel.sentinel_master(self._service)
                     replicas = await sentinel.sentinel_slaves(self._service)
             except (exceptions.RedisError, OSError) as error:
@@ -153,14 +153,14 @@ class Sentinel:
             return _Topology(name, up, frozenset(map(_name, replicas)), self._server(name))
         raise exceptions.ConnectionError(f"no Sentinel knows a primary of {self._service!r}: {'; '.join(said)}")
 
-    def _server(self, name: str) -> Alone:
+    def _server(self, name: str) -> SingleServer:
         if name not in self._servers:
             host, _, port = name.rpartition(":")
-            self._servers[name] = Alone(self._urls(f"[{host}]:{port}" if ":" in host else name))
+            self._servers[name] = SingleServer(self._urls(f"[{host}]:{port}" if ":" in host else name))
         return self._servers[name]
 
 
-def _execute(server: Alone) -> Callable[..., Awaitable[Any]]:
+def _execute(server: SingleServer) -> Callable[..., Awaitable[Any]]:
     return lambda *command: server.run(lambda client: client.execute_command(*command))
 
 

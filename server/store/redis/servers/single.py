@@ -24,7 +24,7 @@ from server.store.redis.servers.base import (
 T = TypeVar("T")
 
 
-class Alone:
+class SingleServer:
     """`Servers` that are one, at a URL as in redis-py; raises `ValueError` when it cannot be read.
 
     The address may pass to another server: a call that meets a replica drops all connections, to reach the new one.
