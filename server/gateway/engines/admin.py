@@ -1,6 +1,6 @@
-"""What the gateway asks every engine directly, never through a router: status, drops, tokens.
+"""Direct calls to the engines, bypassing any router: status, adapter drops and tokenisation.
 
-Every failure becomes an `EngineFault` here and nowhere else.
+This module alone converts failed calls to `EngineFault`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from server.errors import Unavailable
 log = logging.getLogger("mta.gateway")
 
 ROUTER_PATHS = ("/readiness", "/health")
-"""A router is ready while one of its engines is, and healthy only while all are; others know only the second path."""
+"""A router is ready if any engine is ready, but healthy only if all are; some routers have only the second path."""
 DROP_TIMEOUT_S = 5.0
 TOKENIZE_TIMEOUT_S = 5.0
-"""Longest wait for an answer about one conversation, which costs the engine milliseconds."""
+"""Longest wait for the tokenisation of one conversation, which takes the engine milliseconds."""
 
 
 class EngineFault(MtaError):
-    """Why an address did not answer as it should; `status` is `unavailable`, `wrong_key` or `not_an_mta_engine`."""
+    """A call to an address failed; `status` is `unavailable`, `wrong_key` or `not_an_mta_engine`."""
 
     def __init__(self, status: str, detail: str) -> None:
         super().__init__(detail)
@@ -39,7 +39,7 @@ class EngineFault(MtaError):
 
 @dataclass(frozen=True, slots=True)
 class AddressState:
-    """The state of the address that generates: an engine, or the router in front of several."""
+    """State of the address that serves generations: an engine or a router."""
 
     url: str
     status: str
@@ -48,7 +48,7 @@ class AddressState:
 
 @dataclass(frozen=True, slots=True)
 class EngineState(AddressState):
-    """What one engine says about itself; `status` is `ok`, or what is wrong."""
+    """State that one engine reports; `status` is `ok` or the kind of fault."""
 
     max_model_len: int | None = None
     banks: tuple[str, ...] = ()
@@ -56,44 +56,44 @@ class EngineState(AddressState):
 
 @dataclass(frozen=True, slots=True)
 class EngineFigures:
-    """What one engine says of its adapters and batches; None where it does not."""
+    """Adapter and batch figures of one engine; None if the engine does not report them."""
 
-    slots: int | None = None  # adapters that one batch can mix
+    slots: int | None = None  # maximum number of adapters in one batch
     slots_taken: int | None = None
-    prepares: int | None = None  # requests that it made an adapter ready for
-    fuses: int | None = None  # those of them that had to wait for it
-    max_num_seqs: int | None = None  # sequences that one batch holds
+    prepares: int | None = None  # number of requests for which the engine prepared an adapter
+    fuses: int | None = None  # number of those requests that waited for a fuse
+    max_num_seqs: int | None = None  # maximum number of sequences in one batch
 
     @property
     def sequences(self) -> int:
-        """Sequences that are computed at once even if each has a recipe of its own; 0 where nobody knows."""
+        """Number of sequences computed at once even if every recipe differs; 0 if unknown."""
         batch = self.max_num_seqs or 0
         return min(batch, self.slots or batch)
 
 
 class Engines:
-    """All engines that the gateway knows, and what they last said."""
+    """All engines of the gateway, with the state that they last reported."""
 
     def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], key: str | None) -> None:
         self._session = session
         self._headers = key_header(key)
         self.urls = tuple(urls)
-        self.answering: tuple[str, ...] = ()  # URLs of those that were well when last asked
-        self.context: int | None = None  # the shortest in tokens that they last reported
-        self.sequences: int | None = None  # computed at once by all that answer, whatever their recipes
+        self.answering: tuple[str, ...] = ()  # URLs of the engines with status `ok` at the last probe
+        self.context: int | None = None  # shortest context length last reported, in tokens
+        self.sequences: int | None = None  # total of `EngineFigures.sequences`; None if unknown
         self.figures: list[EngineFigures | None] = [None] * len(self.urls)
 
     async def states(self, timeout_s: float) -> tuple[EngineState, ...]:
-        """What each engine says about itself, in the order of `urls`; updates what is known of them."""
-        states = await asyncio.gather(*(self._state(place, url, timeout_s) for place, url in enumerate(self.urls)))
+        """Probe every engine, update the attributes and return the states in the order of `urls`."""
+        states = await asyncio.gather(*(self._state(index, url, timeout_s) for index, url in enumerate(self.urls)))
         self.answering = tuple(state.url for state in states if state.status == "ok")
-        told = [state.max_model_len for state in states if state.max_model_len]
-        self.context = min(told, default=self.context)
+        lengths = [state.max_model_len for state in states if state.max_model_len]
+        self.context = min(lengths, default=self.context)
         self.sequences = sum(figures.sequences for figures in self.figures if figures) or self.sequences
         return tuple(states)
 
     async def router_state(self, url: str, timeout_s: float) -> AddressState:
-        """The state of a router."""
+        """Return the state of a router."""
         for path in ROUTER_PATHS:
             try:
                 status, _ = await self._request("GET", url + path, timeout_s)
@@ -105,27 +105,27 @@ class Engines:
             return AddressState(url, "unavailable", f"it answered {status} to {path}")
         return AddressState(url, "ok")
 
-    def by_preference(self, thing: str) -> tuple[str, ...]:
-        """Where to ask directly: first the engine that `thing` always goes to, then those that stand in for it.
+    def by_preference(self, key: str) -> tuple[str, ...]:
+        """Return the engine URLs in the order to try them for `key`; the order is stable for each key.
 
-        Those that were not well when last asked come last: they may have come back since.
+        Engines that failed the last probe come last, because they may have recovered.
         """
-        order = {url: blake2b(f"{url} {thing}".encode(), digest_size=8).digest() for url in self.urls}
+        order = {url: blake2b(f"{url} {key}".encode(), digest_size=8).digest() for url in self.urls}
         return tuple(sorted(self.urls, key=lambda url: (url not in self.answering, order[url])))
 
     async def drop(self, user_key: str) -> None:
-        """Have every engine drop a user's adapters; failures are logged."""
+        """Tell every engine to drop a user's adapters; log failures."""
 
-        async def tell(url: str) -> None:
+        async def drop_at(url: str) -> None:
             try:
-                await self._ask("POST", url, DROP, DROP_TIMEOUT_S, {"user_key": user_key})
+                await self._call_private("POST", url, DROP, DROP_TIMEOUT_S, {"user_key": user_key})
             except EngineFault as fault:
                 log.warning("the engine at %s could not be told to drop an adapter: %s", url, fault)
 
-        await asyncio.gather(*map(tell, self.urls))
+        await asyncio.gather(*map(drop_at, self.urls))
 
     async def count_tokens(self, messages: list[dict[str, str]]) -> int | None:
-        """Length of a conversation in tokens; None if the engine cannot say, or not in time."""
+        """Return the length of a conversation in tokens; None if no engine answers in time."""
         try:
             status, answer = await self._tokenize(messages)
             return int(answer["count"]) if status == 200 else None
@@ -133,7 +133,7 @@ class Engines:
             return None
 
     async def template_refusal(self, messages: list[dict[str, str]]) -> str | None:
-        """Why the model's chat template refuses a conversation that ends with the answer; None if it accepts it."""
+        """Return why the chat template rejects a conversation that ends with the answer; None if it accepts it."""
         status, answer = await self._tokenize(messages)
         if status == 200:
             return None
@@ -142,10 +142,10 @@ class Engines:
         try:
             return str(answer["error"]["message"])
         except (KeyError, TypeError) as error:
-            raise Unavailable("the engine refused without a reason", code="engine_unavailable") from error
+            raise Unavailable("the engine refused the request without a reason", code="engine_unavailable") from error
 
     async def _request(self, method: str, url: str, timeout_s: float, body: object = None) -> tuple[int, bytes]:
-        """Status and body of an answer; raises `EngineFault` when none comes."""
+        """Return status and body of a response; raise `EngineFault` if there is no response."""
         try:
             async with (
                 asyncio.timeout(timeout_s),
@@ -157,23 +157,23 @@ class Engines:
         except (aiohttp.ClientError, OSError) as error:
             raise EngineFault("unavailable", str(error)) from error
 
-    async def _state(self, place: int, url: str, timeout_s: float) -> EngineState:
+    async def _state(self, index: int, url: str, timeout_s: float) -> EngineState:
         figures = None
         try:
-            answer = orjson.loads(await self._ask("GET", url, STATUS, timeout_s))
+            answer = orjson.loads(await self._call_private("GET", url, STATUS, timeout_s))
             banks, context = tuple(map(str, answer["banks"])), int(answer["max_model_len"])
-            told = {field.name: answer.get(field.name) for field in fields(EngineFigures)}
-            figures = EngineFigures(**{name: None if n is None else int(n) for name, n in told.items()})
+            reported = {field.name: answer.get(field.name) for field in fields(EngineFigures)}
+            figures = EngineFigures(**{name: None if n is None else int(n) for name, n in reported.items()})
         except EngineFault as fault:
             return EngineState(url, fault.status, str(fault))
         except (ValueError, TypeError, KeyError) as error:
-            return EngineState(url, "not_an_mta_engine", f"its status makes no sense: {error}")
+            return EngineState(url, "not_an_mta_engine", f"its status response is invalid: {error}")
         finally:
-            self.figures[place] = figures
+            self.figures[index] = figures
         return EngineState(url, "ok", None, context, banks)
 
-    async def _ask(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:
-        """The body of a private route's answer; raises `EngineFault` when the status is not 200."""
+    async def _call_private(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:
+        """Return the response body of a private route; raise `EngineFault` if the status is not 200."""
         status, raw = await self._request(method, url + route, timeout_s, body)
         if status in (401, 403):
             raise EngineFault("wrong_key", "it refused the gateway's key: MTA_ENGINE_KEY differs")
@@ -184,7 +184,7 @@ class Engines:
         return raw
 
     async def _tokenize(self, messages: list[dict[str, str]]) -> tuple[int, Any]:
-        """Status and body of what one engine, or a second one if need be, answers to vLLM's `/tokenize`."""
+        """Return status and body of vLLM's `/tokenize` from one engine; if it fails, from a second one."""
         body = {"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False}
         fault: Exception | None = None
         for url in self.by_preference(secrets.token_hex(4))[:2]:

@@ -1,6 +1,6 @@
-"""The client for generations: OpenAI's chat completions and completions over HTTP, streamed or whole.
+"""Client for generations: OpenAI's chat completions and completions over HTTP, streamed or whole.
 
-Closing the connection tells vLLM to abort. Every failure becomes one of our errors here.
+Closing the connection makes vLLM abort the request. This module converts every failure to an error of `server.errors`.
 """
 
 from __future__ import annotations
@@ -25,65 +25,65 @@ from server.gateway.engines.admin import Engines
 
 log = logging.getLogger("mta.gateway")
 
-_KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never reused while the engine closes it
+_KEEP_ALIVE_S = 4.0  # below vLLM's 5 s, so that no connection is reused while the engine closes it
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
-_NOT_REACHED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
-_NO_ENGINE = b"No available workers"  # vllm-router's answer while it trusts no engine, and so has asked none
-_MOST_SENDINGS = 2  # more would carry a request that kills engines through the fleet
-_MOST_DIRECT = 2  # engines that are asked directly, one after the other
+_CONNECT_ERRORS = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+_NO_HEALTHY_ENGINE = b"No available workers"  # vllm-router's response when it forwarded the request to no engine
+_MAX_SENDS = 2  # a higher limit would let one request crash engine after engine
+_MAX_DIRECT = 2  # maximum number of engines tried without the router
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
-_INTRICATE = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
-"""Fields that may be at fault where the engine names none; without them it is its chat template that refuses."""
-_ABORTED = "abort"  # the finish reason of an answer that vLLM gives up, e.g. when it is stopped
+_ERROR_PRONE_FIELDS = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
+"""Fields that may cause an error without a `param`; if all are absent, the chat template rejected the prompt."""
+_ABORTED = "abort"  # finish reason of an answer that vLLM aborts, e.g. during shutdown
 _USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")
 
 Conversation = list[dict[str, Any]]
-"""Messages in OpenAI's shape; `content` is a text, or absent beside tool calls."""
+"""Messages in OpenAI's format; `content` is a text, or missing if there are tool calls."""
 Prompt = str | list[str] | list[int] | list[list[int]]
-"""One text or several, or their token ids."""
+"""One or several prompts, as texts or token ids."""
 Piece = tuple[str, dict[str, Any]]
-"""The text of the first choice, often empty, and the JSON value that it came in."""
+"""Text of the first choice (often empty) and the JSON value that contained it."""
 
 
 class AdapterMissing(MtaError):
-    """The engine cannot serve the model it was asked for: another bank, an unknown anchor, a lost user adapter."""
+    """The engine cannot serve the requested model: another bank, an unknown anchor or a lost user adapter."""
 
 
 class EngineUnavailable(Unavailable):
-    """No answer comes from one address; another may have one."""
+    """One address does not answer; another one may."""
 
     def __init__(self, message: str, *, received: bool, silent: bool) -> None:
         super().__init__(message, code="engine_unavailable")
-        self.received = received  # an engine may have got the request
-        self.silent = silent  # not a byte came from the address, or from any engine behind it
+        self.received = received  # whether an engine may have received the request
+        self.silent = silent  # whether neither the address nor an engine behind it responded
 
 
-class BrokeOff(EngineFailed):
-    """The engine ended before the answer did, or gave it up."""
+class AnswerInterrupted(EngineFailed):
+    """The engine stopped or aborted before the answer was complete."""
 
-    received, silent = True, False  # as of `EngineUnavailable`
+    received, silent = True, False  # as in `EngineUnavailable`
 
     def __init__(self) -> None:
-        super().__init__("the engine broke off in the middle of the answer: send the request again")
+        super().__init__("the engine stopped in the middle of the answer: send the request again")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One generation; `prompt` is continued as it is, without a chat template, instead of `messages`."""
+    """One generation. If set, `prompt` replaces `messages` and is continued verbatim, without a chat template."""
 
-    request_id: str  # also the engine's, so that logs can be joined
-    model: str  # a recipe's name, or `base`
+    request_id: str  # the engine uses the same id, so that logs can be joined
+    model: str  # recipe name or `base`
     messages: Conversation
-    sampling: Mapping[str, Any]  # fields passed on as they are
-    prompt_param: str  # the client's name for the conversation, for errors
-    cache_salt: str  # the tenant's: no prompt profits from another tenant's in the prefix cache
+    sampling: Mapping[str, Any]  # fields passed on unchanged
+    prompt_param: str  # field name of the conversation in error messages
+    cache_salt: str  # per tenant, so that tenants do not share the prefix cache
     stream: bool = True
     prompt: Prompt | None = None
 
 
 class EngineClient:
-    """Speaks to one OpenAI server, vLLM or a router; where that fails, it asks the `engines` directly."""
+    """Sends generations to one OpenAI server (vLLM or a router); if that fails, directly to the `engines`."""
 
     def __init__(
         self,
@@ -103,56 +103,56 @@ class EngineClient:
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
         """Start a generation and wait for its first piece; leaving the context early aborts it in the engine.
 
-        If no piece comes because an engine cannot be reached, or breaks off, it is sent once more, on another route.
+        If an engine cannot be reached or stops before the first piece, resend the request once on another route.
 
         Raises:
-            AdapterMissing: when the engine has no such model.
-            InvalidRequest: when the engine refuses the request, e.g. a prompt longer than the context.
-            Unavailable: when no engine can be reached.
-            EngineFailed: when its answer makes no sense.
+            AdapterMissing: the engine cannot serve the model.
+            InvalidRequest: the engine refuses the request, e.g. a prompt longer than the context.
+            Unavailable: no engine can be reached.
+            EngineFailed: the engine's answer is invalid.
         """
-        stream, response = await self._begin(request)
+        stream, response = await self._send_with_retry(request)
         try:
             yield stream
-            if stream.complete:  # read the few bytes that end the body, so that the connection can be used again
+            if stream.complete:  # read the rest of the body, so that the connection can be reused
                 with contextlib.suppress(aiohttp.ClientError, OSError):
                     async with asyncio.timeout(_DRAIN_TIMEOUT_S):
                         await response.content.read()
         finally:
-            response.close()  # after a whole answer the connection is back in the pool, and this does nothing
+            response.close()  # no effect after a complete answer: the connection is back in the pool
 
-    async def _begin(self, request: EngineRequest) -> tuple[EngineStream, aiohttp.ClientResponse]:
-        """The answer by the first route that works; at most two routes may hand the request to an engine."""
-        failure: EngineUnavailable | BrokeOff | None = None
+    async def _send_with_retry(self, request: EngineRequest) -> tuple[EngineStream, aiohttp.ClientResponse]:
+        """Return the answer of the first route that works; let at most two routes reach an engine."""
+        failure: EngineUnavailable | AnswerInterrupted | None = None
         silent, sent = set(), 0
         for url, session_id in self._routes(request.model):
             if url in silent:
                 continue
             if failure:
-                log.warning("%s is sent on another route: %s", request.request_id, failure.explained)
+                log.warning("retrying %s on another route: %s", request.request_id, failure.explained)
                 self._retried()
             try:
                 return await self._send(request, url, session_id)
-            except (EngineUnavailable, BrokeOff) as error:
+            except (EngineUnavailable, AnswerInterrupted) as error:
                 failure = error
             if failure.silent:
                 silent.add(url)
             sent += failure.received
-            if sent == _MOST_SENDINGS:
+            if sent == _MAX_SENDS:
                 break
         assert failure
         raise failure
 
     def _routes(self, model: str) -> Iterator[tuple[str, str]]:
-        """Base URLs with the session ids that a router finds an engine by; best first.
+        """Yield pairs of base URL and session id, best first.
 
-        A router sends the same session to the same engine. Another session usually leads to another engine; where the
-        router cannot be reached, or trusts no engine, engines can be asked directly.
+        A router maps a session id to an engine, so another session id usually selects another engine. If the router
+        cannot be reached or has no healthy engine, the engines are called directly.
         """
         yield self._url, model
         if self._url not in self._engines.urls:
             yield self._url, f"{model}~"
-        yield from [(url, model) for url in self._engines.by_preference(model) if url != self._url][:_MOST_DIRECT]
+        yield from [(url, model) for url in self._engines.by_preference(model) if url != self._url][:_MAX_DIRECT]
 
     async def _send(
         self, request: EngineRequest, url: str, session_id: str
@@ -172,10 +172,10 @@ class EngineClient:
             raise EngineFailed("the engine did not answer in time", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
             message = "the engine cannot be reached now: send the request again"
-            raise EngineUnavailable(message, received=not isinstance(error, _NOT_REACHED), silent=True) from error
+            raise EngineUnavailable(message, received=not isinstance(error, _CONNECT_ERRORS), silent=True) from error
         try:
             if response.status != 200:
-                raise await _refusal(response, request)
+                raise await _error_from(response, request)
             stream = EngineStream(response.content, sent_s, streamed=request.stream, chat=request.prompt is None)
             await stream.begin()
         except BaseException:
@@ -185,26 +185,26 @@ class EngineClient:
 
 
 class EngineStream:
-    """An answer in progress: call `begin`, then iterate over its pieces; everything is known when they end.
+    """An answer in progress: call `begin`, then iterate over the pieces; all attributes are complete at the end.
 
-    Streamed, the usage in every chunk tells the prompt's length before anything is passed on. Whole, it is known only
-    at the end, but neither side spends time on chunks, which for a small model is much of an answer's time.
+    If streamed, every chunk reports the prompt's length before any text is passed on. A whole answer reports it only at
+    the end, but saves the cost of chunks, which for a small model is a large part of an answer's time.
 
-    Iterating raises `EngineFailed` when the engine breaks off, or sends something that is not an answer.
+    Iterating raises `EngineFailed` if the engine stops early or sends something that is not an answer.
     """
 
     def __init__(
         self, chunks: aiohttp.StreamReader, sent_s: float, *, streamed: bool = True, chat: bool = True
     ) -> None:
-        self.sent_s = sent_s  # by the performance counter
-        self.first_token_s: float | None = None  # stays None when the answer comes whole
-        self.prompt_tokens: int | None = None  # None if the engine does not report it with the first piece
-        self.finish_reason: str | None = None  # OpenAI's, of the first choice
+        self.sent_s = sent_s  # time of sending by the performance counter
+        self.first_token_s: float | None = None  # None if the answer is not streamed
+        self.prompt_tokens: int | None = None  # None if the first piece does not report it
+        self.finish_reason: str | None = None  # OpenAI's reason for the first choice
         self.usage: dict[str, int] = {}
         self.complete = False
         self._streamed = streamed
         self._field = ("delta" if streamed else "message") if chat else "text"
-        self._values = events(chunks) if streamed else _whole(chunks)
+        self._values = events(chunks) if streamed else _single_value(chunks)
         self._first: Piece | None = None
 
     async def begin(self) -> None:
@@ -234,15 +234,15 @@ class EngineStream:
             self.complete = True
             raise
         except aiohttp.SocketTimeoutError as error:
-            raise EngineFailed("the engine fell silent in the middle of the answer", code="engine_timeout") from error
+            raise EngineFailed("the engine stopped responding during the answer", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError, EOFError) as error:
-            raise BrokeOff from error
+            raise AnswerInterrupted from error
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise EngineFailed("the engine sent something that is not a completion") from error
 
     def _read(self, chunk: dict[str, Any]) -> str:
         if "error" in chunk:
-            message = _for_clients(excerpt(chunk["error"], 300))
+            message = _without_user_adapters(excerpt(chunk["error"], 300))
             raise EngineFailed(f"the engine failed in the middle of the answer: {message}")
         if usage := chunk.get("usage"):
             self.usage = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
@@ -250,18 +250,18 @@ class EngineStream:
         if not choices:
             return ""
         if any(choice.get("finish_reason") == _ABORTED for choice in choices):
-            raise BrokeOff
+            raise AnswerInterrupted
         self.finish_reason = choices[0].get("finish_reason") or self.finish_reason
-        said = choices[0][self._field]
-        return (said if self._field == "text" else said.get("content")) or ""
+        content = choices[0][self._field]
+        return (content if self._field == "text" else content.get("content")) or ""
 
 
 async def events(chunks: aiohttp.StreamReader) -> AsyncGenerator[Any, None]:
-    """The JSON values of a stream of server-sent events, up to `[DONE]`; comments and empty lines are skipped.
+    """Yield the JSON values of server-sent events up to `[DONE]`; skip comments and empty lines.
 
     Raises:
-        ValueError: when an event is not JSON.
-        EOFError: when the stream ends without `[DONE]`.
+        ValueError: an event is not JSON.
+        EOFError: the stream ends without `[DONE]`.
     """
     rest = b""
     async for chunk in chunks.iter_any():
@@ -276,12 +276,12 @@ async def events(chunks: aiohttp.StreamReader) -> AsyncGenerator[Any, None]:
     raise EOFError("the stream ended without [DONE]")
 
 
-async def _whole(chunks: aiohttp.StreamReader) -> AsyncGenerator[Any, None]:
+async def _single_value(chunks: aiohttp.StreamReader) -> AsyncGenerator[Any, None]:
     yield orjson.loads(await chunks.read())
 
 
 def open_session(timeout_s: float, **options: Any) -> aiohttp.ClientSession:
-    """The HTTP session for all engines: `timeout_s` is the longest silence within one answer."""
+    """Open the HTTP session for all engines; `timeout_s` is the longest pause within one answer."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=timeout_s),
@@ -292,13 +292,13 @@ def open_session(timeout_s: float, **options: Any) -> aiohttp.ClientSession:
     )
 
 
-async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> MtaError:
-    """The error that a status other than 200 means."""
-    said = b""
+async def _error_from(response: aiohttp.ClientResponse, request: EngineRequest) -> MtaError:
+    """Return the error for a status other than 200."""
+    body = b""
     try:
-        said = await response.read()
-        error = orjson.loads(said)["error"]
-        message, param = _for_clients(str(error["message"])), error.get("param")
+        body = await response.read()
+        error = orjson.loads(body)["error"]
+        message, param = _without_user_adapters(str(error["message"])), error.get("param")
         param = param and str(param).removeprefix("body.")
     except (aiohttp.ClientError, OSError, ValueError, TypeError, KeyError, AttributeError):
         message, param = f"HTTP {response.status} without a reason", None
@@ -307,18 +307,18 @@ async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> 
         return AdapterMissing(message)
     if status in (400, 422):
         too_long = param in _PROMPT_PARAMS
-        if too_long or (param is None and _INTRICATE.isdisjoint(request.sampling)):
+        if too_long or (param is None and _ERROR_PRONE_FIELDS.isdisjoint(request.sampling)):
             param = request.prompt_param
         return InvalidRequest(message, param=param, code="context_length_exceeded" if too_long else None)
     if status in (401, 403):
         return EngineFailed("the engine refused the gateway's key: MTA_ENGINE_KEY differs", code="engine_key")
-    if status == 503 and _NO_ENGINE in said:
+    if status == 503 and _NO_HEALTHY_ENGINE in body:
         return EngineUnavailable("no engine can be reached now: send the request again", received=False, silent=True)
     if status >= 500 or status == 429:
         return EngineUnavailable(f"the engine cannot answer now: {message}", received=True, silent=False)
     return EngineFailed(f"the engine answered {status}: {message}")
 
 
-def _for_clients(message: str) -> str:
-    """An engine's message, without the user adapters in recipe names: they hold users' keys."""
+def _without_user_adapters(message: str) -> str:
+    """Remove user adapters from recipe names in a message: they contain users' keys."""
     return _USER_ADAPTER.sub("", message)

@@ -1,1 +1,1 @@
-"""`POST /generate`: who speaks for the user, what the model is asked, and what it answers."""
+"""Generation: choose the user's recipe, build the prompt and collect the answer."""

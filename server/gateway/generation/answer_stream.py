@@ -1,7 +1,7 @@
-"""The answer to one request, which goes to the engines in parts of a few sequences if it asks for many.
+"""The answer to one request; a request for many sequences is split into several engine requests.
 
-A whole one would wait until enough places are free at once, and keep them until its last sequence ends. Parts wait one
-after another, and every sequence that ends gives its place back. Clients see one answer.
+An unsplit request would wait until all its places are free at once and hold them until its last sequence ends. Parts
+queue one after another, and each finished sequence releases its place. The client sees a single answer.
 """
 
 from __future__ import annotations
@@ -16,98 +16,98 @@ from server.gateway.access.queue import EngineLease
 from server.gateway.engines.chat import EngineRequest, EngineStream, Piece
 from server.gateway.generation.request import prompts_of
 
-_AHEAD = 64  # most chunks that are read ahead of a client
-_GREEDY = 1e-5  # below this temperature vLLM samples nothing
+_MAX_BUFFERED = 64  # maximum number of pieces read before the client takes them
+_GREEDY = 1e-5  # vLLM decodes greedily below this temperature
 
 
 @dataclass(frozen=True, slots=True)
 class SubRequest:
-    """One of an answer's requests to the engines."""
+    """One engine request of an answer."""
 
     request: EngineRequest
-    first: int  # index of the first of its choices in the whole answer
-    sequences: int  # how many choices it has
-    brings_prompt: bool = True  # its prompt's tokens count; only once where several parts have the same prompt
+    first: int  # index of its first choice in the whole answer
+    sequences: int  # number of choices
+    counts_prompt: bool = True  # whether to count its prompt tokens; parts that share a prompt count them once
 
 
-def in_parts(request: EngineRequest, most: int | None) -> list[SubRequest]:
-    """A request in parts of at most so many sequences; None for any number.
+def split_request(request: EngineRequest, max_sequences: int | None) -> list[SubRequest]:
+    """Split a request into parts of at most `max_sequences` sequences; None means no limit.
 
-    The choices are those that the whole would have: the engine adds to the seed a choice's number among its prompt's,
-    so a part begins with a seed further on.
+    The parts produce the same choices as the whole request. The engine seeds each choice with the request's seed plus
+    the choice's number within its prompt, so later parts get an increased seed.
     """
     prompts, n = prompts_of(request.prompt), int(request.sampling.get("n", 1))
-    if most is None or len(prompts) * n <= most:
+    if max_sequences is None or len(prompts) * n <= max_sequences:
         return [SubRequest(request, 0, len(prompts) * n)]
     if n > 1 and request.sampling.get("temperature", 1) < _GREEDY:
-        return [SubRequest(request, 0, most)]  # the engine refuses it, whatever its width: it samples nothing
+        return [SubRequest(request, 0, max_sequences)]  # the engine refuses n > 1 with greedy decoding, at any size
     parts: list[SubRequest] = []
 
-    def add(first: int, sequences: int, *, brings_prompt: bool = True, **changed: Any) -> None:
+    def add(first: int, sequences: int, *, counts_prompt: bool = True, **changed: Any) -> None:
         name = f"{request.request_id}-{len(parts)}" if parts else request.request_id
-        parts.append(SubRequest(replace(request, request_id=name, **changed), first, sequences, brings_prompt))
+        parts.append(SubRequest(replace(request, request_id=name, **changed), first, sequences, counts_prompt))
 
-    if n <= most:
-        for start in range(0, len(prompts), most // n):
-            some = prompts[start : start + most // n]
-            add(start * n, len(some) * n, prompt=some)
+    if n <= max_sequences:
+        for start in range(0, len(prompts), max_sequences // n):
+            chunk = prompts[start : start + max_sequences // n]
+            add(start * n, len(chunk) * n, prompt=chunk)
         return parts
     for number, prompt in enumerate(prompts):
-        for start in range(0, n, most):
-            size = min(most, n - start)
+        for start in range(0, n, max_sequences):
+            size = min(max_sequences, n - start)
             sampling = {**request.sampling, "n": size}
             if "seed" in sampling:
                 sampling["seed"] = (sampling["seed"] + start + (1 << 63)) % (1 << 64) - (1 << 63)
-            add(number * n + start, size, brings_prompt=not start, sampling=sampling, prompt=prompt)
+            add(number * n + start, size, counts_prompt=not start, sampling=sampling, prompt=prompt)
     return parts
 
 
 @dataclass(eq=False)
 class AnswerStream:
-    """An answer in progress: iterate `pieces`; everything is known when that ends.
+    """An answer in progress: iterate `pieces`; all attributes are complete when the iteration ends.
 
-    A context manager: at its end parts that are still in progress are aborted, as they are when one of them fails.
+    Leaving the context aborts the parts that are still running; so does the failure of any part.
     """
 
     parts: Sequence[SubRequest]
-    first: EngineStream  # of the first part, which has begun
-    lease: EngineLease  # the first part's
-    wait: Callable[[int], AbstractAsyncContextManager[EngineLease]]  # for places for so many sequences of another part
-    begin: Callable[[EngineRequest], AbstractAsyncContextManager[tuple[int, EngineStream]]]  # with another part
+    first: EngineStream  # stream of the first part, already started
+    lease: EngineLease  # lease of the first part
+    wait: Callable[[int], AbstractAsyncContextManager[EngineLease]]  # acquire places for another part
+    begin: Callable[[EngineRequest], AbstractAsyncContextManager[tuple[int, EngineStream]]]  # start another part
 
     def __post_init__(self) -> None:
         self._streams = [(self.parts[0], self.first)]
-        self._reading: asyncio.Task[None] | None = None
+        self._reader: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         if len(self.parts) > 1:
-            self._read = asyncio.Queue[tuple[SubRequest, Piece] | Exception | None](_AHEAD)
-            self._reading = asyncio.create_task(self._read_all())
+            self._buffer = asyncio.Queue[tuple[SubRequest, Piece] | Exception | None](_MAX_BUFFERED)
+            self._reader = asyncio.create_task(self._read_all_parts())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._reading:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
+        if self._reader:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
 
     @property
     def usage(self) -> dict[str, int]:
-        """Token counts of all parts, as far as the engine reported them."""
+        """Sum of the token counts that the engine has reported for the parts."""
         reported = [(part, stream.usage) for part, stream in self._streams if stream.usage]
         if not reported:
             return {}
-        prompt = sum(usage["prompt_tokens"] for part, usage in reported if part.brings_prompt)
+        prompt = sum(usage["prompt_tokens"] for part, usage in reported if part.counts_prompt)
         completion = sum(usage["completion_tokens"] for _, usage in reported)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def pieces(self) -> AsyncIterator[Piece]:
-        """All that the engines say: chunks, or the whole answer; iterating raises as `EngineStream` does."""
-        return self._joined() if self._reading else self._releasing(self.first, self.lease)
+        """Return the engines' chunks, or the whole answer as one piece; raises the errors of `EngineStream`."""
+        return self._merged_pieces() if self._reader else self._release_places(self.first, self.lease)
 
-    async def _joined(self) -> AsyncIterator[Piece]:
-        last: list[dict[str, Any]] = []  # whole answers, or what follows a stream's last choice
+    async def _merged_pieces(self) -> AsyncIterator[Piece]:
+        last: list[dict[str, Any]] = []  # whole answers, or each stream's final chunk without choices
         created: Any = None
-        while (read := await self._read.get()) is not None:
+        while (read := await self._buffer.get()) is not None:
             if isinstance(read, Exception):
                 raise read
             part, (text, value) = read
@@ -123,7 +123,7 @@ class AnswerStream:
             choices = sorted((choice for value in last for choice in value["choices"]), key=lambda one: one["index"])
             yield "", last[0] | {"choices": choices, "usage": self.usage or None}
 
-    async def _read_all(self) -> None:
+    async def _read_all_parts(self) -> None:
         try:
             async with AsyncExitStack() as leases, asyncio.TaskGroup() as reading:
                 reading.create_task(self._read_part(self.parts[0], self.first, self.lease))
@@ -131,9 +131,9 @@ class AnswerStream:
                     lease = await leases.enter_async_context(self.wait(part.sequences))
                     reading.create_task(self._begin_part(part, lease))
         except* Exception as errors:
-            await self._read.put(errors.exceptions[0])  # no group: tasks are not nested
+            await self._buffer.put(errors.exceptions[0])  # the first error only: the consumer does not handle groups
         else:
-            await self._read.put(None)
+            await self._buffer.put(None)
 
     async def _begin_part(self, part: SubRequest, lease: EngineLease) -> None:
         async with self.begin(part.request) as (_, stream):
@@ -141,11 +141,11 @@ class AnswerStream:
             await self._read_part(part, stream, lease)
 
     async def _read_part(self, part: SubRequest, stream: EngineStream, lease: EngineLease) -> None:
-        async for piece in self._releasing(stream, lease):
-            await self._read.put((part, piece))
+        async for piece in self._release_places(stream, lease):
+            await self._buffer.put((part, piece))
 
-    async def _releasing(self, stream: EngineStream, lease: EngineLease) -> AsyncIterator[Piece]:
-        """A part's pieces; a sequence that has ended gives its place back."""
+    async def _release_places(self, stream: EngineStream, lease: EngineLease) -> AsyncIterator[Piece]:
+        """Yield a part's pieces and release the place of each finished sequence."""
         ended: set[int] = set()
         async for piece in stream:
             for choice in piece[1]["choices"]:

@@ -1,4 +1,4 @@
-"""One answer, from request to last token: `Generator.answer` is the loop that every generation passes."""
+"""Generate one answer, from request to last token: every route calls `Generator.answer`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.gateway.access.limiter import Limiter, RequestUsage
 from server.gateway.access.queue import EngineLease, EngineQueue
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, EngineStream, Piece
-from server.gateway.generation.answer_stream import AnswerStream, SubRequest, in_parts
+from server.gateway.generation.answer_stream import AnswerStream, SubRequest, split_request
 from server.gateway.generation.personalizer import Personalization, Personalizer
 from server.gateway.generation.prompts import PromptBuilder, UserPrompt
 from server.gateway.generation.request import GenerationRequest, LengthLimits
@@ -21,12 +21,12 @@ from server.watching.logs import request_id
 
 
 class Timings:
-    """Where one request's milliseconds went."""
+    """How long each stage of one request took."""
 
     def __init__(self, started_s: float, gap: Callable[[float], None]) -> None:
-        self.started_s = started_s  # when it arrived, by the performance counter
-        self.gap = gap  # called with the seconds between two pieces that the engine streamed
-        self.ms: dict[str, float] = {}  # by name, in the order in which they became known
+        self.started_s = started_s  # arrival time by the performance counter
+        self.gap = gap  # called with the seconds between two streamed pieces
+        self.ms: dict[str, float] = {}  # milliseconds by stage name, in order of recording
 
     def record(self, name: str, since_s: float, until_s: float | None = None) -> None:
         """Set `name` to the time from `since_s` to `until_s` (default: now)."""
@@ -35,14 +35,14 @@ class Timings:
 
     @contextmanager
     def stage(self, name: str, *, counts: object = True) -> Iterator[None]:
-        """Set `name` to the time that the block takes, if it `counts` and does not fail."""
+        """Record the duration of the block under `name`, if `counts` is true and the block does not raise."""
         since_s = time.perf_counter()
         yield
         if counts:
             self.record(name, since_s)
 
     def header(self) -> str:
-        """The value of a `Server-Timing` header."""
+        """Return the value of a `Server-Timing` header."""
         return ", ".join(f"{name};dur={ms}" for name, ms in self.ms.items())
 
 
@@ -52,14 +52,14 @@ class Answer:
 
     id: str
     personalization: Personalization
-    fallbacks: int  # how many more personal ones the engine could not serve
+    fallbacks: int  # number of more personal candidates the engine could not serve
     prompt: UserPrompt
     stream: AnswerStream
-    timings: Timings  # complete once `pieces` has ended
-    limits: Mapping[str, str]  # headers that say what the caller may still use
+    timings: Timings  # complete when `pieces` has ended
+    limits: Mapping[str, str]  # response headers with the caller's remaining limits
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """All that the engine sends; see `AnswerStream.pieces`."""
+        """Yield the pieces of `AnswerStream.pieces` and record their timing."""
         stream, timings = self.stream, self.timings
         is_streamed, last_s = stream.first.first_token_s is not None, 0.0
         async for piece in stream.pieces():
@@ -75,7 +75,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generator:
-    """Answers requests."""
+    """Runs a request through limits, personalization, prompt, queue and engine."""
 
     personalizer: Personalizer
     prompts: PromptBuilder
@@ -83,13 +83,13 @@ class Generator:
     engines: Engines
     limiter: Limiter
     queue: EngineQueue
-    max_prompt_chars: int  # of the longest conversation, history included
+    max_prompt_chars: int  # maximum length of a conversation with its history, in characters
 
     @asynccontextmanager
     async def answer(self, request: GenerationRequest, usage: RequestUsage, timings: Timings) -> AsyncIterator[Answer]:
         """Start an answer and wait for its first piece; leaving the context early aborts it in the engine.
 
-        The request is within its key's own limits; `usage` is told what else it uses, `timings` what takes how long.
+        The caller has already checked the limits of the API key; `usage` collects the remaining consumption.
         """
         limits = LengthLimits(self.max_prompt_chars, self.engines.context)
         limits.check(request)
@@ -102,10 +102,10 @@ class Generator:
         await usage.within_limits()
         with timings.stage("history", counts=request.history):
             prompt = await self.prompts.build(request, profile, limits)
-        parts = in_parts(_engine_request(request, prompt, limits), self.queue.widest)
+        parts = split_request(_engine_request(request, prompt, limits), self.queue.widest)
         async with (
             self.queue.acquire(usage.caller.name, size=parts[0].sequences, patience_s=prompt.patience_s) as lease,
-            self._first_served(parts, candidates, lease, usage) as (fallbacks, stream),
+            self._start_answer(parts, candidates, lease, usage) as (fallbacks, stream),
         ):
             limits.check_answer(request, stream.first.prompt_tokens)
             if lease.waited_s:
@@ -115,24 +115,24 @@ class Generator:
                 yield Answer(name, who, fallbacks, prompt, stream, timings, usage.headers())
 
     @asynccontextmanager
-    async def _first_served(
+    async def _start_answer(
         self,
         parts: Sequence[SubRequest],
         candidates: Sequence[Personalization],
         lease: EngineLease,
         usage: RequestUsage,
     ) -> AsyncIterator[tuple[int, AnswerStream]]:
-        """Which candidate is the first that the engine can serve, and its answer; all have the same prompt."""
+        """Start the answer of the first candidate that the engine can serve; yield its index and the answer."""
         stream: AnswerStream | None = None
-        usage.tokens = None  # the engine is at work: a client that leaves meanwhile is charged the estimate
+        usage.tokens = None  # a client that disconnects before the engine reports its usage is charged the estimate
         try:
-            async with self._begin(parts[0].request, candidates) as (number, first):
+            async with self._start_part(parts[0].request, candidates) as (number, first):
                 stream = AnswerStream(
                     parts,
                     first,
                     lease,
                     wait=lambda size: self.queue.acquire(usage.caller.name, size=size, begun=True),
-                    begin=lambda request: self._begin(request, candidates[number : number + 1]),
+                    begin=lambda request: self._start_part(request, candidates[number : number + 1]),
                 )
                 yield number, stream
         except ApiError:
@@ -144,36 +144,36 @@ class Generator:
                 usage.tokens = stream.usage.get("total_tokens")
 
     @asynccontextmanager
-    async def _begin(
+    async def _start_part(
         self, request: EngineRequest, candidates: Sequence[Personalization]
     ) -> AsyncIterator[tuple[int, EngineStream]]:
-        """The first candidate that the engine can serve, by its number, and what the engine says to the request."""
-        lacking: AdapterMissing | None = None
+        """Start the request for the first candidate that the engine can serve; yield its index and the stream."""
+        missing: AdapterMissing | None = None
         async with AsyncExitStack() as stack:
             for number, candidate in enumerate(candidates):
                 wanted = replace(request, model=candidate.model)
                 try:
                     stream = await stack.enter_async_context(self.engine.generate(wanted))
                 except AdapterMissing as error:
-                    lacking = error
+                    missing = error
                 else:
                     yield number, stream
                     return
         if candidates[-1].recipe is None:
-            raise EngineFailed(f"the engine serves no model named {BASE_MODEL!r}: {lacking}") from lacking
-        raise Unavailable(f"the engine cannot serve this user's recipe: {lacking}", code="no_adapter") from lacking
+            raise EngineFailed(f"the engine serves no model named {BASE_MODEL!r}: {missing}") from missing
+        raise Unavailable(f"the engine cannot serve this user's recipe: {missing}", code="no_adapter") from missing
 
 
 def _engine_request(request: GenerationRequest, prompt: UserPrompt, limits: LengthLimits) -> EngineRequest:
-    # Of several answers the places come back one by one. The engine parses calls of tools better in a whole answer.
-    in_pieces = request.stream or (request.sequences > 1 and "tools" not in request.sampling)
+    # Streaming releases the places of several answers one by one, but the engine parses tool calls better in one piece.
+    streamed = request.stream or (request.sequences > 1 and "tools" not in request.sampling)
     return EngineRequest(
         request_id=f"{request.id_prefix}-{request_id.get()}",
-        model=BASE_MODEL,  # each candidate puts its own
+        model=BASE_MODEL,  # replaced by each candidate's model
         messages=prompt.messages,
         sampling=request.sampling,
         prompt_param=request.prompt_param,
-        stream=in_pieces or (request.splittable and not limits.allow_whole(prompt.messages, request.max_tokens)),
+        stream=streamed or (request.splittable and not limits.allow_whole(prompt.messages, request.max_tokens)),
         prompt=request.prompt,
         cache_salt=request.cache_salt,
     )

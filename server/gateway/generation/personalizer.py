@@ -1,4 +1,4 @@
-"""From a user id to the recipe that speaks for the user."""
+"""Find the recipe for a user."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mta.gateway")
 
-REQUEST_EVERY_S = 60.0
-"""How long a gateway waits before it requests a user's missing signature again."""
-_MOST_REMEMBERED = 10_000
+SIGNATURE_REQUEST_INTERVAL_S = 60.0
+"""Seconds until a gateway requests a user's missing signature again."""
+_MAX_REMEMBERED_USERS = 10_000
 
 
 class Level(StrEnum):
@@ -39,57 +39,57 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Personalization:
-    """Who speaks in an answer; without a recipe it is the base model."""
+    """The adapter that generates an answer; without a recipe the base model answers."""
 
     level: Level
     recipe: FusionRecipe | None = None
     source: str | None = None  # the evidence that the weights come from
-    weights: tuple[AnchorWeight, ...] = ()  # by the user's profile today; a user adapter keeps its older recipe
-    reason: str | None = None  # why the level is not higher
+    weights: tuple[AnchorWeight, ...] = ()  # by the current profile; a user adapter keeps the recipe it was trained on
+    reason: str | None = None  # why no higher level applies
     made_in: str = ""  # traceparent of the job that made the user's adapter
 
     @property
     def model(self) -> str:
-        """The name under which the engine serves it; not for clients, since it may hold the user's key."""
+        """The engine's model name. Do not show it to clients: it may contain the user's key."""
         return self.recipe.name if self.recipe else BASE_MODEL
 
     @property
-    def shown(self) -> str | None:
-        """The recipe's name as clients see it, without the user adapter; None for the base model."""
+    def public_recipe(self) -> str | None:
+        """The recipe name shown to clients, without the user adapter; None for the base model."""
         return self.recipe.plain.name if self.recipe else None
 
 
 class Personalizer:
-    """Finds recipes. All that it knows about a user is in the profile."""
+    """Finds recipes. It knows nothing about a user beyond the profile."""
 
     def __init__(self, bank: ServingBank, profiles: Profiles) -> None:
         self._bank = bank
         self._profiles = profiles
-        self._requested_s: dict[str, float] = {}
-        self._requesting: set[asyncio.Task[None]] = set()
+        self._last_request_s: dict[str, float] = {}
+        self._request_tasks: set[asyncio.Task[None]] = set()
 
     async def profile(self, request: GenerationRequest) -> Profile | None:
-        """The profile of the user who asks; None where none is wanted, or known."""
+        """Return the user's profile; None if there is no profile or the request does not need one."""
         if request.strength != 1 and not self._bank.manifest.common:
             raise InvalidRequest(
-                f"strength must be 1, got {request.strength}: this bank has no common row to take the anchors' place",
+                f"strength must be 1, got {request.strength}: this bank has no common row to replace the anchors",
                 param="strength",
             )
         return await self._profiles.current(request.user) if request.user and request.wants_profile else None
 
     def candidates(self, request: GenerationRequest, profile: Profile | None) -> tuple[Personalization, ...]:
-        """Who may speak, most personal first: the first that the engine can serve does.
+        """Return the possible personalizations, most personal first; the first one that the engine can serve is used.
 
-        Runs on the event loop: on one core the whole of it takes 30 µs over 12 anchors and 0.6 ms over 10,000 (the
-        most that are searched exhaustively), about what handing it to a thread and back would cost.
+        Runs on the event loop: one core needs 30 µs for 12 anchors and 0.6 ms for 10,000 (the maximum for exhaustive
+        search), about as much as a round trip to a thread.
         """
         user = request.user
         if user is None or profile is None:
             return (_without_profile(request),)
         if self._bank.manifest.signs and not profile.is_signed(self._bank.manifest.short):
-            self._want_signature(user)
-        found = self._bank.personalise(profile.embedding, profile.evidence, request.strength)
-        merged = Personalization(Level.MERGED, found.recipe, found.source, found.weights)
+            self._schedule_signature_request(user)
+        personal = self._bank.personalise(profile.embedding, profile.evidence, request.strength)
+        merged = Personalization(Level.MERGED, personal.recipe, personal.source, personal.weights)
         if request.personalize is Personalize.MERGED:
             return (merged,)
         base = Personalization(Level.BASE, reason="the engine cannot serve this user's recipe")
@@ -103,17 +103,17 @@ class Personalizer:
         stacked = replace(merged, level=Level.STACKED, recipe=trained_on, made_in=adapter.made_in)
         return stacked, replace(merged, reason="the engine cannot serve this user's adapter"), base
 
-    def _want_signature(self, user: User) -> None:
-        """Request a signature for this bank and profile, at most every `REQUEST_EVERY_S` for each user."""
+    def _schedule_signature_request(self, user: User) -> None:
+        """Request a signature for this bank and profile, at most once per user and `SIGNATURE_REQUEST_INTERVAL_S`."""
         now_s = time.monotonic()
-        if now_s < self._requested_s.get(user.key, -math.inf) + REQUEST_EVERY_S:
+        if now_s < self._last_request_s.get(user.key, -math.inf) + SIGNATURE_REQUEST_INTERVAL_S:
             return
-        if len(self._requested_s) >= _MOST_REMEMBERED:
-            self._requested_s.clear()
-        self._requested_s[user.key] = now_s
+        if len(self._last_request_s) >= _MAX_REMEMBERED_USERS:
+            self._last_request_s.clear()
+        self._last_request_s[user.key] = now_s
         task = asyncio.create_task(self._request_signature(user))
-        self._requesting.add(task)
-        task.add_done_callback(self._requesting.discard)
+        self._request_tasks.add(task)
+        task.add_done_callback(self._request_tasks.discard)
 
     async def _request_signature(self, user: User) -> None:
         try:
@@ -125,12 +125,12 @@ class Personalizer:
 def _without_profile(request: GenerationRequest) -> Personalization:
     if request.personalize is Personalize.NONE:
         return Personalization(Level.BASE, reason="the request asked for the base model")
-    param, insists = request.user_param, request.personalize is Personalize.MERGED
+    param, required = request.user_param, request.personalize is Personalize.MERGED
     if request.user is None:
-        if insists:
-            raise InvalidRequest(f"{param} is required where personalize is merged", param=param, code="missing")
+        if required:
+            raise InvalidRequest(f"{param} is required if personalize is merged", param=param, code="missing")
         return Personalization(Level.BASE, reason="the request names no user")
-    if insists:
-        message = f"{param} {excerpt(request.user.id)} has no profile: PUT /users/{{id}}/profile makes one"
+    if required:
+        message = f"{param} {excerpt(request.user.id)} has no profile: create one with PUT /users/{{id}}/profile"
         raise NotFound(message, param=param)
     return Personalization(Level.BASE, reason="unknown user")

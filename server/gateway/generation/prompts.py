@@ -1,4 +1,4 @@
-"""The prompt for a user: the conversation as sent, with past items before its last turn."""
+"""Build a user's prompt: the conversation as sent, with past items before its last turn."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from bank.items.tasks import Task
 from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import Conversation
-from server.gateway.generation.request import GenerationRequest, LengthLimits, chars_of, most_tokens, size_bytes
+from server.gateway.generation.request import GenerationRequest, LengthLimits, chars_of, max_prompt_tokens, size_bytes
 from server.store.profile_record import Profile, StoredItem
 from server.store.tenants.user_key import User
 
-KEPT_S = 300.0
-"""How long a history stays in memory after its last use."""
-MOST_WAITING = 16
-"""Longest line of each caller."""
+INDEX_TTL_S = 300.0
+"""Seconds a history index stays in memory after its last use."""
+MAX_QUEUED_BUILDS = 16
+"""Maximum number of queued index builds per caller."""
 _ANSWER_MARK_TOKENS = 64
-"""More than a chat template adds before the answer, which the engine's count leaves out."""
-_FEWEST_TOKENS = 1 / 8
-"""The fewest tokens per byte that a text is assumed to have; if one has fewer, it gets fewer items than would fit."""
-_LEFT_OUT = "the user's past items could not be read in time, because others were ahead: they are ready in a moment"
+"""Upper bound on the tokens a chat template adds before the answer; the engine's count omits them."""
+_MIN_TOKENS_PER_BYTE = 1 / 8
+"""Assumed minimum of tokens per byte; a text with fewer tokens gets fewer items than would fit."""
+_HISTORY_LATE = "the user's past items could not be read in time, because others were queued first: retry soon"
 
 Version = tuple[int, int, bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class UserPrompt:
-    """What the model is asked: the conversation, with so many past items in it."""
+    """The conversation for the model, with `items` past items in it."""
 
     messages: Conversation
     items: int
-    reason: str | None  # why there are none although some were wanted, if time was too short
-    patience_s: float | None  # how long the request may still wait; None for as long as is usual
+    reason: str | None  # why requested past items are missing; set if reading them took too long
+    patience_s: float | None  # seconds the request may still wait; None for the default
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptBuilder:
-    """Puts users' histories into prompts; a request waits at most half its patience for one."""
+    """Adds users' histories to prompts; a request waits for a history at most half its patience."""
 
     task: Task
     engines: Engines
     histories: HistoryIndexer
-    patience_s: float  # of requests that do not have less
+    patience_s: float  # maximum wait; a request may set a shorter one
 
     async def build(self, request: GenerationRequest, profile: Profile | None, limits: LengthLimits) -> UserPrompt:
-        """The conversation for the engine, with as much history as the request asks for and is sure to fit.
+        """Return the conversation for the engine, with as much of the requested history as certainly fits.
 
-        While the context is unknown nothing is sure to fit.
+        Add no history while the context length is unknown.
         """
         messages, patience_s, room = request.messages, request.patience_s, limits.room(request)
         wanted = request.history and messages[-1]["role"] == "user"
@@ -64,39 +64,38 @@ class PromptBuilder:
         index, waited_s = await self.histories.index(request.user, profile, request.caller.name, patience_s / 2)
         patience_s = max(0.0, patience_s - waited_s)
         if index is None:
-            return UserPrompt(messages, 0, _LEFT_OUT, patience_s)
+            return UserPrompt(messages, 0, _HISTORY_LATE, patience_s)
         memories = await asyncio.to_thread(index.memories, messages[-1]["content"], request.history)
-        return UserPrompt(*await self._fitted(messages, memories, room, limits.prompt_chars), None, patience_s)
+        return UserPrompt(*await self._fit(messages, memories, room, limits.prompt_chars), None, patience_s)
 
-    async def _fitted(
-        self, messages: Conversation, memories: Sequence[str], room: int, most_chars: int
+    async def _fit(
+        self, messages: Conversation, memories: Sequence[str], room: int, max_chars: int
     ) -> tuple[Conversation, int]:
-        """The conversation with the most relevant memories that fit into `room` tokens.
+        """Return the conversation with the most relevant memories that fit into `room` tokens, and their number.
 
-        One token per byte is a safe bound, but far more than text takes; so more memories are tried, and the engine
-        counts.
+        One token per byte is a safe bound but far above the usual count, so try more memories and let the engine count.
         """
-        tokens_a_byte = _FEWEST_TOKENS
+        tokens_per_byte = _MIN_TOKENS_PER_BYTE
         while True:
-            chosen = self._chosen(messages, memories, room / tokens_a_byte, most_chars)
+            chosen = self._select(messages, memories, room / tokens_per_byte, max_chars)
             if not chosen:
                 return messages, 0
-            built = self._with(messages, chosen)
-            if most_tokens(built) <= room:
+            built = self._with_memories(messages, chosen)
+            if max_prompt_tokens(built) <= room:
                 return built, len(chosen)
             tokens = await self.engines.count_tokens(built)
             if tokens is None:
-                tokens_a_byte = 1.0
+                tokens_per_byte = 1.0
             elif tokens + _ANSWER_MARK_TOKENS <= room:
                 return built, len(chosen)
             else:
-                tokens_a_byte = min(1.0, max(1.25 * tokens_a_byte, 1.05 * tokens / most_tokens(built)))
+                tokens_per_byte = min(1.0, max(1.25 * tokens_per_byte, 1.05 * tokens / max_prompt_tokens(built)))
 
-    def _chosen(self, messages: Conversation, memories: Sequence[str], room_bytes: float, most_chars: int) -> list[str]:
-        """The memories that fit, best first; one that does not fit makes way for the next."""
-        frame = self._with(messages, [""])
-        room_bytes -= most_tokens(frame)
-        room_chars = most_chars - chars_of(frame)
+    def _select(self, messages: Conversation, memories: Sequence[str], room_bytes: float, max_chars: int) -> list[str]:
+        """Return the memories that fit, best first; skip those that are too long."""
+        frame = self._with_memories(messages, [""])
+        room_bytes -= max_prompt_tokens(frame)
+        room_chars = max_chars - chars_of(frame)
         chosen = []
         for memory in memories:
             memory_bytes, memory_chars = size_bytes(memory) + len(JOIN), len(memory) + len(JOIN)
@@ -105,70 +104,70 @@ class PromptBuilder:
                 room_bytes, room_chars = room_bytes - memory_bytes, room_chars - memory_chars
         return chosen
 
-    def _with(self, messages: Conversation, memories: Sequence[str]) -> Conversation:
+    def _with_memories(self, messages: Conversation, memories: Sequence[str]) -> Conversation:
         turn = remembering(self.task, messages[-1]["content"], memories)
         return [*messages[:-1], *chat_messages(turn)]
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _CachedIndex:
     version: Version
     index: ItemIndex
     expiry: asyncio.TimerHandle
 
 
 class IndexCache:
-    """One index per user; the least recently used go first. Belongs to one event loop."""
+    """One index per user, evicted in least-recently-used order. Use it from one event loop."""
 
-    def __init__(self, max_bytes: int, kept_s: float = KEPT_S) -> None:
+    def __init__(self, max_bytes: int, ttl_s: float = INDEX_TTL_S) -> None:
         self.size_bytes = 0
         self._max_bytes = max_bytes
-        self._kept_s = kept_s
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._ttl_s = ttl_s
+        self._cached: OrderedDict[str, _CachedIndex] = OrderedDict()
 
     def get(self, user_key: str, version: Version) -> ItemIndex | None:
-        """The index of this version of a user's history; one of any other version is dropped."""
-        kept = self.drop(user_key)
-        if kept is None or kept.version != version:
+        """Return the index of this version of a user's history; drop an index of another version."""
+        cached = self.drop(user_key)
+        if cached is None or cached.version != version:
             return None
-        self.put(user_key, version, kept.index)
-        return kept.index
+        self.put(user_key, version, cached.index)
+        return cached.index
 
     def put(self, user_key: str, version: Version, index: ItemIndex) -> None:
-        """Keep an index, unless it alone exceeds `max_bytes`."""
+        """Store an index, unless it alone exceeds `max_bytes`."""
         self.drop(user_key)
         if index.size_bytes > self._max_bytes:
             return
-        expiry = asyncio.get_running_loop().call_later(self._kept_s, self.drop, user_key)
-        self._kept[user_key] = _Kept(version, index, expiry)
+        expiry = asyncio.get_running_loop().call_later(self._ttl_s, self.drop, user_key)
+        self._cached[user_key] = _CachedIndex(version, index, expiry)
         self.size_bytes += index.size_bytes
         while self.size_bytes > self._max_bytes:
-            self.drop(next(iter(self._kept)))
+            self.drop(next(iter(self._cached)))
 
-    def drop(self, user_key: str) -> _Kept | None:
-        """Forget a user's index, if there is one."""
-        kept = self._kept.pop(user_key, None)
-        if kept is not None:
-            kept.expiry.cancel()
-            self.size_bytes -= kept.index.size_bytes
-        return kept
+    def drop(self, user_key: str) -> _CachedIndex | None:
+        """Remove and return a user's index, if there is one."""
+        cached = self._cached.pop(user_key, None)
+        if cached is not None:
+            cached.expiry.cancel()
+            self.size_bytes -= cached.index.size_bytes
+        return cached
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Build:
-    """An index in the making; `begun` is done once its turn has come."""
+    """A queued or running index build; `started` completes when the build leaves the queue."""
 
     caller: str
-    begun: asyncio.Future[None]
+    started: asyncio.Future[None]
     task: asyncio.Task[ItemIndex]
 
 
 class HistoryIndexer:
-    """Indexes histories, whose items `read` reads. Belongs to one event loop.
+    """Indexes histories, whose items `read` returns. Use it from one event loop.
 
-    Indexing takes the interpreter from the event loop, up to a second for a long history. So one is made at a time,
-    callers take turns in bounded lines, and a request that waits too long goes without. A build stays in the line when
-    those who asked for it have left: it is ready for their next request.
+    Indexing blocks the event loop through the interpreter lock, up to a second for a long history. So only one build
+    runs at a time, callers take turns in bounded queues, and a request that waits too long gets no history. A build
+    stays queued after its requests have gone, so the index is ready for the user's next request.
     """
 
     def __init__(
@@ -178,40 +177,41 @@ class HistoryIndexer:
         self._task = task
         self._cache = cache
         self._builds: dict[tuple[str, Version], _Build] = {}
-        self._line = FairQueue(Shares(lambda: 1))
+        self._queue = FairQueue(Shares(lambda: 1))
 
     async def index(
         self, user: User, profile: Profile, caller: str, patience_s: float
     ) -> tuple[ItemIndex | None, float]:
-        """A user's items, ready to be searched, and how long their turn was waited for; None if it did not come.
+        """Return the index of a user's items and the seconds spent in the queue; None if the build did not start.
 
-        `patience_s` is the longest wait for the turn in the caller's line; what has begun is waited for to its end.
+        `patience_s` is the longest wait in the caller's queue; once started, the build is awaited without a limit.
         """
         version = (profile.updated_ms, profile.items, profile.embedding.tobytes())
-        if (kept := self._cache.get(user.key, version)) is not None:
-            return kept, 0.0
-        build = self._builds.get((user.key, version)) or self._begin(user, version, caller)
+        if (cached := self._cache.get(user.key, version)) is not None:
+            return cached, 0.0
+        build = self._builds.get((user.key, version)) or self._queue_build(user, version, caller)
         if build is None:
             return None, 0.0
         start_s = time.monotonic()
-        await asyncio.wait((build.begun,), timeout=patience_s)
+        await asyncio.wait((build.started,), timeout=patience_s)
         waited_s = time.monotonic() - start_s
-        return (await asyncio.shield(build.task) if build.begun.done() else None), waited_s
+        return (await asyncio.shield(build.task) if build.started.done() else None), waited_s
 
-    def _begin(self, user: User, version: Version, caller: str) -> _Build | None:
-        """Join the caller's line, unless it is full."""
-        if sum(build.caller == caller and not build.begun.done() for build in self._builds.values()) >= MOST_WAITING:
+    def _queue_build(self, user: User, version: Version, caller: str) -> _Build | None:
+        """Queue a build, unless the caller's queue is full."""
+        queued = sum(build.caller == caller and not build.started.done() for build in self._builds.values())
+        if queued >= MAX_QUEUED_BUILDS:
             return None
-        begun = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(self._build(user, version, caller, begun))
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to be told
-        build = self._builds[user.key, version] = _Build(caller, begun, task)
+        started = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(self._run_build(user, version, caller, started))
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved even without a waiter
+        build = self._builds[user.key, version] = _Build(caller, started, task)
         return build
 
-    async def _build(self, user: User, version: Version, caller: str, begun: asyncio.Future[None]) -> ItemIndex:
+    async def _run_build(self, user: User, version: Version, caller: str, started: asyncio.Future[None]) -> ItemIndex:
         try:
-            async with self._line.held(caller):
-                begun.set_result(None)
+            async with self._queue.held(caller):
+                started.set_result(None)
                 items = [Item(name, item.fields) for name, item in (await self._read(user)).items()]
                 index = await asyncio.to_thread(ItemIndex, self._task, items)
             self._cache.put(user.key, version, index)

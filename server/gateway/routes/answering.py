@@ -67,7 +67,7 @@ class PersonalizationAnswer(BaseModel, frozen=True):
         who = answer.personalization
         return cls(
             level=who.level,
-            recipe=who.shown,
+            recipe=who.public_recipe,
             source=who.source,
             anchors=anchors(who.recipe, who.weights) if who.recipe else [],
             history=answer.prompt.items,

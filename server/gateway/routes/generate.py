@@ -137,7 +137,7 @@ class _GenerateResponse(AnswerResponse):
         ).model_dump_json()
 
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
-        named = _named(answer.id, int(time.time()), answer.personalization.shown or BASE_MODEL)
+        named = _named(answer.id, int(time.time()), answer.personalization.public_recipe or BASE_MODEL)
         yield _chunk(named, {"role": "assistant", "content": ""}, personalization=PersonalizationAnswer.of(answer))
         async for text, _ in answer.pieces():
             if text:

@@ -14,7 +14,7 @@ import pytest
 from server.errors import EngineFailed
 from server.gateway.access.queue import EngineQueue
 from server.gateway.engines.chat import EngineRequest, EngineStream
-from server.gateway.generation.answer_stream import AnswerStream, in_parts
+from server.gateway.generation.answer_stream import AnswerStream, split_request
 from server.gateway.routes.openai.routes import joined
 
 
@@ -80,7 +80,7 @@ async def answering(
     engine: Engine, queue: EngineQueue, wanted: EngineRequest, most: int
 ) -> AsyncIterator[AnswerStream]:
     """An answer whose first part has begun, with an empty piece."""
-    parts = in_parts(wanted, most)
+    parts = split_request(wanted, most)
     async with queue.acquire("a", size=parts[0].sequences) as lease, engine.begin(parts[0].request) as (_, first):
         engine.say("id", piece(0, ""))
         await first.begin()
@@ -99,33 +99,33 @@ class TestParts:
 
     def test_what_is_narrow_enough_stays_whole(self) -> None:
         wanted = request(n=4, seed=1)
-        assert [part.request for part in in_parts(wanted, 4)] == [wanted]
-        assert [part.request for part in in_parts(wanted, None)] == [wanted]
+        assert [part.request for part in split_request(wanted, 4)] == [wanted]
+        assert [part.request for part in split_request(wanted, None)] == [wanted]
 
     def test_seeds_go_on_as_the_engine_s_do(self) -> None:
-        parts = in_parts(request(n=7, seed=(1 << 63) - 4), 3)
+        parts = split_request(request(n=7, seed=(1 << 63) - 4), 3)
         assert [(part.request.sampling["n"], part.first) for part in parts] == [(3, 0), (3, 3), (1, 6)]
         assert [part.request.sampling["seed"] for part in parts] == [(1 << 63) - 4, (1 << 63) - 1, -(1 << 63) + 2]
-        assert [part.brings_prompt for part in parts] == [True, False, False]
+        assert [part.counts_prompt for part in parts] == [True, False, False]
         assert len({part.request.request_id for part in parts}) == 3
 
     def test_several_prompts(self) -> None:
-        parts = in_parts(request(["a", "b", "c"], n=2), 4)
+        parts = split_request(request(["a", "b", "c"], n=2), 4)
         assert [(part.request.prompt, part.first, part.sequences) for part in parts] == [
             (["a", "b"], 0, 4),
             (["c"], 4, 2),
         ]
-        parts = in_parts(request([[1, 2], [3]], n=3), 2)
+        parts = split_request(request([[1, 2], [3]], n=3), 2)
         assert [(part.request.prompt, part.request.sampling["n"], part.first) for part in parts] == [
             ([1, 2], 2, 0),
             ([1, 2], 1, 2),
             ([3], 2, 3),
             ([3], 1, 5),
         ]
-        assert [part.brings_prompt for part in parts] == [True, False, True, False]
+        assert [part.counts_prompt for part in parts] == [True, False, True, False]
 
     def test_what_the_engine_refuses_is_refused_in_parts_too(self) -> None:
-        (part,) = in_parts(request(n=9, temperature=0), 1)
+        (part,) = split_request(request(n=9, temperature=0), 1)
         assert (part.request.sampling["n"], part.sequences) == (9, 1)
 
 

@@ -16,7 +16,7 @@ from bank.items.retrieval import ItemIndex
 from bank.items.tasks import get_task
 from server.errors import Unavailable
 from server.gateway.access.keys import Caller
-from server.gateway.generation.prompts import MOST_WAITING, HistoryIndexer, IndexCache, PromptBuilder, Version
+from server.gateway.generation.prompts import MAX_QUEUED_BUILDS, HistoryIndexer, IndexCache, PromptBuilder, Version
 from server.gateway.generation.request import LengthLimits
 from server.gateway.routes.generate import request_of
 from server.gateway.routes.requests import GenerateRequest
@@ -99,13 +99,13 @@ async def test_a_caller_whose_line_is_full_goes_without_at_once_and_others_do_no
 ) -> None:
     busy = ask(indexing, "busy")
     await settled()
-    waiting = [ask(indexing, f"user-{n}") for n in range(MOST_WAITING)]
+    waiting = [ask(indexing, f"user-{n}") for n in range(MAX_QUEUED_BUILDS)]
     await settled()
     assert await ask(indexing, "one too many") is None
     other = ask(indexing, "another's", "another")
     await settled()
     assert not other.done()
-    for _ in range(2 + MOST_WAITING):
+    for _ in range(2 + MAX_QUEUED_BUILDS):
         held.gate.release()
     assert None not in await asyncio.gather(busy, other, *waiting)
 
@@ -121,7 +121,7 @@ async def test_whoever_asks_for_the_same_history_shares_the_work_and_a_place_in_
     indexing: HistoryIndexer, held: Held
 ) -> None:
     busy = ask(indexing, "busy")
-    asking = [ask(indexing, "ada") for _ in range(MOST_WAITING + 5)]
+    asking = [ask(indexing, "ada") for _ in range(MAX_QUEUED_BUILDS + 5)]
     await settled()
     held.gate.release()
     held.gate.release()
@@ -234,7 +234,7 @@ async def test_it_never_takes_more_than_its_bytes_and_the_least_recently_used_go
 
 
 async def test_an_index_goes_some_time_after_its_last_use() -> None:
-    cache = IndexCache(1 << 20, kept_s=0.01)
+    cache = IndexCache(1 << 20, ttl_s=0.01)
     cache.put("ada", ONE, small_index())
     async with asyncio.timeout(10):
         while cache.size_bytes:

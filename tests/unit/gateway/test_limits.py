@@ -9,7 +9,7 @@ import pytest
 
 from server.errors import InvalidRequest
 from server.gateway.access.keys import Caller
-from server.gateway.generation.request import WHOLE_TOKENS, GenerationRequest, LengthLimits, most_tokens
+from server.gateway.generation.request import WHOLE_TOKENS, GenerationRequest, LengthLimits, max_prompt_tokens
 from server.gateway.routes.generate import request_of
 from server.gateway.routes.requests import GenerateRequest
 from server.store.tenants.user_key import UserKeys
@@ -61,8 +61,8 @@ def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
 
 def test_an_answer_comes_whole_when_it_is_short_and_surely_fits() -> None:
     messages = ask(prompt="ä" * 20).messages
-    room = 4096 - most_tokens(messages)
-    assert most_tokens(messages) > 40
+    room = 4096 - max_prompt_tokens(messages)
+    assert max_prompt_tokens(messages) > 40
     assert LengthLimits(100, 4096).allow_whole(messages, WHOLE_TOKENS)
     assert not LengthLimits(100, 4096).allow_whole(messages, WHOLE_TOKENS + 1)
     assert LengthLimits(100, 4096 - room + 8).allow_whole(messages, 8)

@@ -223,7 +223,7 @@ class _OpenAIResponse(AnswerResponse):
 
     def headers_of(self, answer: Answer) -> dict[str, str]:
         who = answer.personalization
-        return {"X-MTA-Level": who.level.value} | ({"X-MTA-Recipe": who.shown} if who.shown else {})
+        return {"X-MTA-Level": who.level.value} | ({"X-MTA-Recipe": who.public_recipe} if who.public_recipe else {})
 
     def _make_public(self, value: dict[str, Any], answer: Answer, kind: str) -> None:
         """Put public names for the engine's, of which the model's may hold a user's key."""
