@@ -77,12 +77,12 @@ class LossDifference(Frozen):
     high: float
 
     @property
-    def lower(self) -> bool:
+    def is_lower(self) -> bool:
         """Whether it is below 0, surely."""
         return self.high < 0
 
     @property
-    def higher(self) -> bool:
+    def is_higher(self) -> bool:
         """Whether it is above 0, surely."""
         return self.low > 0
 
@@ -152,7 +152,7 @@ class BankManifest(Frozen):
         return fused_rank(self.method, self.rank, self.weights.anchors, self.common)
 
     @property
-    def signs(self) -> bool:
+    def has_signatures(self) -> bool:
         """Whether signatures speak for its users."""
         return self.weights.posterior is not None
 

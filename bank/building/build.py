@@ -21,7 +21,7 @@ from bank.building.resume import finished_bank, inputs_key, workbench
 from bank.building.rows import RowProgress, pooled_lessons, row_job, row_seed, train_rows
 from bank.building.selection import (
     MIN_ITEMS,
-    left_out,
+    held_out_people,
     person_embedding,
     sampled_embedding,
     select_anchors,
@@ -53,9 +53,9 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
     task, options = get_task(options.task), options.resolved()
     rule = options.rule()
     bank_rank(FusionMethod.SHARED, options.rank, rule, True, options.user_rank)
-    people, aside = read_inputs(inputs, task, options)
-    if aside:
-        progress.say(f"{len(aside)} people are left out, to measure the bank on them")
+    people, held_out = read_inputs(inputs, task, options)
+    if held_out:
+        progress.say(f"{len(held_out)} people are left out, to measure the bank on them")
     candidates = [person for person in people if len(person.pairs(task)) >= MIN_ITEMS]
     progress.say(f"{len(people)} people, {len(candidates)} of them with at least {MIN_ITEMS} items to train on")
     if len(candidates) < options.anchors:
@@ -67,7 +67,7 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
     base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
-    key = inputs_key(options, task, people, aside, (base.hash, prompts_hash(model_folder), embedder.id))
+    key = inputs_key(options, task, people, held_out, (base.hash, prompts_hash(model_folder), embedder.id))
     if (built := finished_bank(inputs.out, key, force=inputs.force)) is not None:
         progress.say(f"{inputs.out} holds this very bank already")
         return built
@@ -137,8 +137,8 @@ def read_inputs(inputs: BuildInputs, task: Task, options: BuildOptions) -> tuple
     kept = [person for person in people if person.user_id not in excluded]
     if not kept:
         raise BankError(f"{inputs.exclude} leaves out everybody in {inputs.users}")
-    aside = left_out(kept, task, options.anchors) if options.verdict else []
-    return [person for person in kept if person not in aside], aside
+    held_out = held_out_people(kept, task, options.anchors) if options.verdict else []
+    return [person for person in kept if person not in held_out], held_out
 
 
 def build_baselines(

@@ -97,12 +97,12 @@ def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
 
 
 def inputs_key(
-    options: BuildOptions, task: Task, people: Sequence[History], aside: Sequence[History], models: Sequence[str]
+    options: BuildOptions, task: Task, people: Sequence[History], held_out: Sequence[History], models: Sequence[str]
 ) -> str:
     """SHA-256 (64 hex digits) of all that decides what the bank will be: equal keys, equal banks.
 
     The options are resolved; `models` are hashes of base model, prompts and embedder. The bank is measured on those
-    `aside`, and the verdict is a part of it.
+    `held_out`, and the verdict is a part of it.
     """
 
     def contents(people: Sequence[History]) -> list[object]:
@@ -115,7 +115,7 @@ def inputs_key(
         "options": chosen,
         "task": dataclasses.asdict(task),
         "people": contents(people),
-        "aside": contents(aside),
+        "aside": contents(held_out),
         "models": list(models),
         "served_items": SERVED_ITEMS,
     }

@@ -1,4 +1,4 @@
-"""Who becomes an anchor (of each k-means cluster of embeddings the longest history), and who is left out of a bank."""
+"""Choose the anchors (the longest history in each k-means cluster of embeddings) and the people held out of a bank."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from bank.items.histories import History
 from bank.items.profile import Item, Vectors, item_text, profile_embedding
 from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
-from bank.lookup.prior import answers_of
+from bank.lookup.prior import allowed_answers
 
-MIN_ITEMS = 11  # fewest trainable items of a candidate: the paper's have more than ten
-QUERIES, KNOWN = 3, 6  # of a person left out: the last items are asked for, at least so many before them are known
-FEWEST_ASIDE, MOST_ASIDE, ASIDE_OF = 6, 16, 4  # one person of 4 is left out; fewer show nothing, more would be missed
-SAMPLED_ITEMS = 64  # of one candidate, to tell candidates apart; there may be thousands, with hundreds each
-SERVED_ITEMS = 512  # the newest count in a profile, as many as a gateway keeps by default (`MTA_PROFILE_ITEMS`)
+MIN_ITEMS = 11  # minimum trainable items of an anchor candidate; the paper requires more than ten
+QUERIES, KNOWN = 3, 6  # per held-out person: number of last items used as queries; minimum items before them
+MIN_HELD_OUT, MAX_HELD_OUT = 6, 16  # fewer people give no significant result; a bank needs the others for training
+PEOPLE_PER_HELD_OUT = 4  # one person of this many is held out
+SAMPLED_ITEMS = 64  # items embedded per candidate for clustering; thousands of candidates may have hundreds each
+SERVED_ITEMS = 512  # newest items that count in a profile: the default of `MTA_PROFILE_ITEMS`
 
 
 def spread(items: Sequence[Item], limit: int = SAMPLED_ITEMS) -> list[Item]:
-    """At most `limit` items, evenly over the history, the first and the last among them."""
+    """Return at most `limit` items, evenly spaced over the history, including the first and the last."""
     if len(items) <= limit:
         return list(items)
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def sampled_embedding(history: History, task: Task, embedder: Embedder) -> Vectors:
-    """Roughly the embedding [E] of one person, from a sample of a long history: good enough to cluster people by."""
+    """Return an approximate embedding [E] of one person, from a sample of the items; precise enough for clustering."""
     return _mean(spread(history.items), task, embedder)
 
 
 def person_embedding(history: History, task: Task, embedder: Embedder) -> Vectors:
-    """The embedding [E] of one person, the mean that a gateway makes of a profile of the same items.
+    """Return the embedding [E] of one person, equal to the gateway's mean over a profile of the same items.
 
-    An anchor needs all of them: on headlines a sample of 64 has a cosine of 0.96 to 0.98 with the mean of 400, and two
-    people have 0.88 to 0.96 with each other.
+    Anchors need all items: on headlines the mean of 64 sampled items has a cosine of 0.96 to 0.98 with the mean of all
+    400, and two different people have 0.88 to 0.96.
     """
     return _mean(history.items[-SERVED_ITEMS:], task, embedder)
 
@@ -46,35 +47,35 @@ def _mean(items: Sequence[Item], task: Task, embedder: Embedder) -> Vectors:
     return profile_embedding(embedder.embed([item_text(item, task) for item in items]))
 
 
-def left_out(people: Sequence[History], task: Task, needed: int) -> list[History]:
-    """The people to measure a bank on: those with the shortest histories that suffice, whom it misses least.
+def held_out_people(people: Sequence[History], task: Task, needed: int) -> list[History]:
+    """Choose the people to measure a bank on: those with the shortest sufficient histories, which cost it least data.
 
-    So many candidates as are `needed` stay; where there are too few people, nobody is left out.
+    At least `needed` candidates remain. If there are too few people, nobody is held out.
     """
     lengths = {person.user_id: len(person.pairs(task)) for person in people}
     enough = [p for p in people if len(p.items) == lengths[p.user_id] >= QUERIES + KNOWN and _can_be_asked(p, task)]
     spare = sum(length >= MIN_ITEMS for length in lengths.values()) - needed
-    wanted, chosen = min(MOST_ASIDE, len(people) // ASIDE_OF), list[History]()
+    wanted, chosen = min(MAX_HELD_OUT, len(people) // PEOPLE_PER_HELD_OUT), list[History]()
     for person in sorted(enough, key=lambda person: lengths[person.user_id])[:wanted]:
         if lengths[person.user_id] >= MIN_ITEMS:
             spare -= 1
         if spare >= 0:
             chosen.append(person)
-    return chosen if len(chosen) >= FEWEST_ASIDE else []
+    return chosen if len(chosen) >= MIN_HELD_OUT else []
 
 
 def _can_be_asked(person: History, task: Task) -> bool:
-    """Whether the task has the person's last answers: what it lacks has no share in anybody's histogram."""
-    allowed = answers_of(task)
+    """Whether the task allows the person's last answers; the histogram of answers has no share for others."""
+    allowed = allowed_answers(task)
     return not allowed or all(answer in allowed for _, answer in person.pairs(task)[-QUERIES:])
 
 
 def select_anchors(embeddings: Vectors | None, lengths: Sequence[int], count: int, seed: int) -> list[int]:
-    """Choose exactly `count` people who are unlike each other and have long histories; ascending positions.
+    """Choose exactly `count` people who differ and have long histories; return their positions in ascending order.
 
-    `embeddings` [P, E] have a row for each candidate, at unit length; None goes by the histories' lengths alone. A
-    cluster that stays empty (people with equal embeddings) gives its place to the longest history not yet chosen; among
-    equal lengths the earlier candidate is taken.
+    `embeddings` [P, E] has a unit-length row per candidate; None selects by history length alone. For each empty
+    cluster (people with equal embeddings), take the longest history not yet chosen. Among equal lengths, take the
+    earlier candidate.
     """
     clusters = [0] * len(lengths) if embeddings is None else _cluster(embeddings, count, seed)
     by_length = sorted(range(len(lengths)), key=lambda person: (-lengths[person], person))
@@ -90,18 +91,20 @@ def _cluster(embeddings: Vectors, count: int, seed: int) -> np.ndarray[tuple[int
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    # One thread: several add up in any order, and the same seed must give the same clusters.
+    # One thread: several threads sum in varying order, and the same seed must give the same clusters.
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct people than clusters: handled above
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # fewer distinct people than clusters: handled by the caller
         labels = KMeans(count, n_init=10, random_state=seed).fit(np.asarray(embeddings, np.float64)).labels_
     return np.asarray(labels, dtype=np.int32)
 
 
 def typical_words(anchors: Sequence[History], task: Task, count: int = 6) -> list[tuple[str, ...]]:
-    """The words that tell an anchor from the others (tf-idf, English stop words left out), the most typical first.
+    """Return the words that distinguish each anchor (tf-idf without English stop words), most typical first.
 
-    They are an anchor's own words, for people who look at a bank. A word that they used in one item alone, which may be
-    a name or a number of somebody's, is never taken.
+    The words are the anchor's own and describe a bank to its operators. A word that occurs in only one item is never
+    used, because it may be personal, such as a name.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -110,7 +113,7 @@ def typical_words(anchors: Sequence[History], task: Task, count: int = 6) -> lis
     seen = [[words_of(item_text(item, task)) for item in anchor.items] for anchor in anchors]
     try:
         scores = vectorizer.fit_transform(" ".join(word for item in items for word in item) for items in seen)
-    except ValueError:  # there are only stop words
+    except ValueError:  # the texts hold only stop words
         return [()] * len(anchors)
     names = vectorizer.get_feature_names_out()
     found = []

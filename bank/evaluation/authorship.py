@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bank.errors import BankError
-from bank.evaluation.intervals import LEVEL, Interval, compared, markdown_table, over_users
+from bank.evaluation.intervals import LEVEL, Interval, compare_methods, markdown_table, over_users
 from bank.evaluation.run import Record
 from bank.items.histories import History
 from bank.items.tasks import Task
@@ -48,7 +48,7 @@ def authorship(people: Sequence[History], records: Sequence[Record], task: Task)
         method: {person: float(np.equal(places, 1).mean()) for person, places in found.items()}
         for method, found in ranks.items()
     }
-    against = compared({method: shares for method, shares in named.items() if method != GOLD})
+    against = compare_methods({method: shares for method, shares in named.items() if method != GOLD})
     rows = [
         AuthorshipRow(
             method,

@@ -32,18 +32,18 @@ class Interval:
     p: float | None = None
 
     @property
-    def sure(self) -> bool:
+    def significant(self) -> bool:
         return self.p is not None and self.p < LEVEL
 
     def __str__(self) -> str:
-        star = "*" if self.sure else ""
+        star = "*" if self.significant else ""
         return f"{self.mean:+.4f}{star} ({self.low:+.4f} to {self.high:+.4f}, {self.n} users)"
 
     def cell(self, form: str) -> str:
         """A cell of a Markdown table, bold where the difference is significant; `form` is a number's, e.g. `+.4f`."""
         mean, low, high = (format(value, form) for value in (self.mean, self.low, self.high))
         text = f"{mean} ({low} to {high})"
-        return f"**{text}**" if self.sure else text
+        return f"**{text}**" if self.significant else text
 
 
 def over_users(differences: Sequence[float]) -> Interval:
@@ -61,7 +61,7 @@ def over_users(differences: Sequence[float]) -> Interval:
     return Interval(mean, float(low), float(high), n)
 
 
-def against_one(differences: Mapping[str, Sequence[float]]) -> dict[str, Interval]:
+def compare_with_one(differences: Mapping[str, Sequence[float]]) -> dict[str, Interval]:
     """Several methods' differences from one, over the same users: an interval each, tested together."""
     adjusted = holm(sign_flip_p(list(differences.values()))) if differences else []
     return {
@@ -69,7 +69,7 @@ def against_one(differences: Mapping[str, Sequence[float]]) -> dict[str, Interva
     }
 
 
-def compared(
+def compare_methods(
     values: Mapping[str, Mapping[str, float]], untested: Collection[str] = ()
 ) -> Mapping[str, Mapping[str, Interval]]:
     """By method, its values by user less those of each method which covers all of its users, in the order of `values`.
@@ -83,7 +83,7 @@ def compared(
             for method, ours in values.items()
             if method != other and theirs.keys() >= ours.keys()
         }
-        tested = against_one(
+        tested = compare_with_one(
             {
                 method: less
                 for method, less in differences.items()

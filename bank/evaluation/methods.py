@@ -1,4 +1,4 @@
-"""The methods that are compared: a dict from name to method, each made for a user with the code that serves."""
+"""The methods an evaluation compares, by name; each builds a user's adapter with the serving code."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from adapters.training.user_trainer import train_user
 from adapters.user_adapter import encode_user_adapter
 from bank.building.signer import Signer
 from bank.errors import BankError
-from bank.evaluation.scoring import EvalAdapter, OpenBank, Reading, Scorer, Scores
+from bank.evaluation.scoring import EvalAdapter, ModelReader, OpenBank, Reading, Scorer
 from bank.items.histories import History
-from bank.items.lessons import encode_recalling, lessons
+from bank.items.lessons import encode_with_memories, lessons
 from bank.items.profile import Vectors, item_text, profile_embedding
 from bank.items.prompt import encode_pair
 from bank.items.retrieval import ItemIndex
-from bank.items.tasks import AnswerKind, few_and_many
+from bank.items.tasks import AnswerKind, past_count_range
 from bank.lookup.embedder import Embedder
 from bank.lookup.prior import SCORES, personal_shares, surprise
 from bank.lookup.serving import AnchorWeight, ServingBank, common_recipe, recipe_of_shares
 from bank.lookup.signature import MAX_ITEMS, Signature
 
-NUMBER_BYTES, EMBEDDED_BYTES = 4, 2  # as kept: of a signature or a histogram, and of a profile's embedding
-MOST_HISTORY, MOST_ITEMS = 16, 20
+NUMBER_BYTES, EMBEDDED_BYTES = 4, 2  # stored bytes per number: signatures and histograms; profile embeddings
+MAX_HISTORY, MAX_PROFILE_ITEMS = 16, 20
 
 
 @dataclass(slots=True)
 class Evidence:
-    """What is known of a user before any query; made once, however many methods and seeds need it.
+    """What is known about a user before any query, shared by all methods and seeds.
 
-    What is None at first is made when a method needs it.
+    Fields that start as None are computed when a method first needs them.
     """
 
     user: History
-    signed: Sequence[Example]  # the profile items that signatures are made of
-    embedding: Vectors  # of the profile, [E]
+    signature_examples: Sequence[Example]  # profile items the signature is computed from
+    embedding: Vectors  # profile embedding [E]
     signature: Signature | None = None
-    learnt: Sequence[Example] | None = None  # all profile items, some with past ones before them if rows know history
+    training_examples: Sequence[Example] | None = None  # all profile items, some with past items in the prompt
     trained: dict[tuple[str, int], LoraWeights | None] = field(default_factory=dict)
-    """Few-shot adapters by recipe and seed; None where nothing lowered the held-out loss."""
+    """Few-shot adapters by recipe and seed; None if training did not lower the held-out loss."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,14 +52,14 @@ class Evaluator:
     bank: OpenBank
     scorer: Scorer  # the base model
     embedder: Embedder
-    max_tokens: int = 512  # longest example; each past item in the prompt may add as many
-    task_bank: OpenBank | None = None  # the one that `--baselines` made, for `task`
-    engine: Scores | None = None  # reads queries instead of the scorer, which then only signs and trains
-    config: AdaptConfig = field(default_factory=AdaptConfig)  # of few-shot training; its seed is not used
+    max_tokens: int = 512  # longest example; each past item in the prompt may add the same number
+    task_bank: OpenBank | None = None  # bank built by `--baselines`, for the method `task`
+    engine: ModelReader | None = None  # reads the queries if set; the scorer then only signs and trains
+    config: AdaptConfig = field(default_factory=AdaptConfig)  # few-shot training; its seed is not used
     _signer: Signer | None = field(init=False, default=None)
 
     @property
-    def reader(self) -> Scores:
+    def reader(self) -> ModelReader:
         return self.engine or self.scorer
 
     def evidence(self, user: History) -> Evidence:
@@ -70,7 +70,7 @@ class Evaluator:
         return Evidence(user, signed, profile_embedding(embedded))
 
     def adapter(self, method: Method, evidence: Evidence, seed: int) -> EvalAdapter | None:
-        """A method's adapter for the user; None for the bare model. The seed is for random anchors and training."""
+        """Return a method's adapter for the user; None for the bare model. The seed sets random anchors and training."""
         if method.k:
             serving, rule = self.bank.serving, self.bank.manifest.weights
             posterior = rule.posterior and rule.posterior.model_copy(update={"anchors": method.k})
@@ -91,7 +91,7 @@ class Evaluator:
         return EvalAdapter(self.task_bank, common_recipe(self.task_bank.manifest))
 
     def equal(self, count: int | None = None, seed: str = "") -> EvalAdapter:
-        """All anchors, or so many random ones, with equal weights."""
+        """Return all anchors, or `count` random ones, with equal weights."""
         anchors: Sequence[int] = range(len(self.bank.manifest.anchors))
         if count:
             anchors = random.Random(seed).sample(anchors, min(count, len(anchors)))
@@ -100,12 +100,12 @@ class Evaluator:
         return EvalAdapter(self.bank, recipe)
 
     def fused(self, evidence: Evidence, share: float = 1.0, serving: ServingBank | None = None) -> EvalAdapter:
-        """What serving fuses for the user, by signature where the bank has them; `share` as in `personalise`."""
+        """Return the adapter that serving would fuse for the user; `share` as in `ServingBank.personalise`."""
         serving = serving or self.bank.serving
-        if serving.manifest.signs and evidence.signature is None:
+        if serving.manifest.has_signatures and evidence.signature is None:
             model = self.scorer.bare()
             self._signer = self._signer or Signer(model, self.bank.matrix)
-            evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signed)
+            evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signature_examples)
         return EvalAdapter(self.bank, serving.personalise(evidence.embedding, evidence.signature, share).recipe)
 
     def stacked(self, evidence: Evidence, seed: int) -> EvalAdapter:
@@ -113,26 +113,26 @@ class Evaluator:
         return found if found.trained else self.fused(evidence)
 
     def trained(self, beneath: EvalAdapter, evidence: Evidence, seed: int) -> EvalAdapter:
-        """With few-shot training on top, where there is something to learn from and it was not rejected."""
-        if evidence.learnt is None:
+        """Stack a few-shot adapter on `beneath`; return `beneath` alone if there is no data or it was rejected."""
+        if evidence.training_examples is None:
             share = self.bank.manifest.history_share
-            learnt = lessons(evidence.user, self.bank.serving.task, share, seed=0)
-            evidence.learnt = [lesson.example(self.scorer.tokenizer, self.max_tokens) for lesson in learnt]
+            found = lessons(evidence.user, self.bank.serving.task, share, seed=0)
+            evidence.training_examples = [lesson.example(self.scorer.tokenizer, self.max_tokens) for lesson in found]
         key = (beneath.recipe.name, seed)
-        if evidence.learnt and key not in evidence.trained:
+        if evidence.training_examples and key not in evidence.trained:
             config = replace(self.config, seed=seed)
-            judgement = train_user(self.scorer.bare(), beneath.lora(), evidence.learnt, config).finish()
+            judgement = train_user(self.scorer.bare(), beneath.lora(), evidence.training_examples, config).finish()
             evidence.trained[key] = judgement.weights
         return replace(beneath, trained=evidence.trained.get(key))
 
     def read(
         self, method: Method, evidence: Evidence, adapter: EvalAdapter | None, new_tokens: int = 0
     ) -> tuple[list[Example], list[Reading]]:
-        """The user's queries as the model sees them, and what it makes of them; `new_tokens` as in `Scores`."""
+        """Return the user's queries as model input, and their readings; `new_tokens` as in `ModelReader`."""
         task = self.bank.serving.task
         index = ItemIndex(task, evidence.user.items if method.history else ())
         examples = [
-            encode_recalling(
+            encode_with_memories(
                 self.scorer.tokenizer,
                 task,
                 query.input,
@@ -143,17 +143,17 @@ class Evaluator:
             for query in evidence.user.queries
         ]
         if method.adapter == "prior":
-            return examples, self._habits(evidence.user, examples)
+            return examples, self._read_prior(evidence.user, examples)
         return examples, self.reader.read(adapter, examples, new_tokens, chances=task.kind == "score")
 
     def kept_bytes(self, method: Method, evidence: Evidence, adapter: EvalAdapter | None) -> int:
-        """What a server keeps of the user for a method: embedding, signature, user adapter, past items, a histogram."""
+        """Return the bytes a server stores per user for a method: embedding, signature, adapter, items, histogram."""
         manifest, kept = self.bank.manifest, 0
         if method.adapter == "prior" and manifest.prior:
             kept += NUMBER_BYTES * len(manifest.prior.shares)
         if method.adapter in ("merged", "merged:topic", "stacked"):
             kept += EMBEDDED_BYTES * manifest.embedder.dim
-        if method.adapter in ("merged", "stacked") and manifest.signs:
+        if method.adapter in ("merged", "stacked") and manifest.has_signatures:
             kept += NUMBER_BYTES * len(manifest.anchors)
         if adapter and (user := adapter.user_adapter):
             kept += len(encode_user_adapter(manifest.layout, user))
@@ -162,16 +162,16 @@ class Evaluator:
             kept += sum(len(json.dumps(dict(item.fields), ensure_ascii=False).encode()) for item in items)
         return kept
 
-    def _habits(self, user: History, examples: Sequence[Example]) -> list[Reading]:
-        """What the user's past answers alone say of their next ones.
+    def _read_prior(self, user: History, examples: Sequence[Example]) -> list[Reading]:
+        """Predict the user's next answers from their past answers alone.
 
-        A surprise is shared among an answer's tokens, as a model's loss is.
+        The loss of an answer is divided by its number of tokens, to compare with a model's loss per token.
         """
         prior, task = self.bank.manifest.prior, self.bank.serving.task
         if prior is None:
             raise BankError(
-                f"this bank has no histogram of answers: the answers of {task.name} are free, or its adapters were "
-                "imported: leave out `prior`"
+                f"this bank has no histogram of answers, because the answers of {task.name} are free text or its "
+                "adapters were imported: leave out `prior`"
             )
         shares = personal_shares(prior, [gold for _, gold in user.pairs(task)])
         likeliest = max(shares, key=lambda answer: shares[answer])
@@ -183,29 +183,29 @@ class Evaluator:
 
 
 ADAPTERS: dict[str, Callable[[Evaluator, Evidence, int], EvalAdapter | None]] = {
-    "prior": lambda of, user, seed: None,  # no model reads anything: see `Evaluator.read`
+    "prior": lambda of, user, seed: None,  # uses no model: see `Evaluator.read`
     "base": lambda of, user, seed: None,
-    "common": lambda of, user, seed: of.common(),  # what all users share
-    "task": lambda of, user, seed: of.task(),  # the common row trained further, for as long as all anchors together
+    "common": lambda of, user, seed: of.common(),  # the row that all users share
+    "task": lambda of, user, seed: of.task(),  # the common row, trained as many more steps as all anchors together
     "mean": lambda of, user, seed: of.equal(),
-    # As many anchors as topics would pick.
+    # The same number of anchors as topic weights use.
     "random": lambda of, user, seed: of.equal(of.bank.manifest.weights.anchors, f"{seed}:{user.user.user_id}"),
-    # The paper's rule, then the bank's own as it is served.
+    # The paper's rule, then the bank's own rule, which is used in serving.
     "merged:topic": lambda of, user, seed: EvalAdapter(of.bank, of.bank.serving.personalise(user.embedding).recipe),
     "merged": lambda of, user, seed: of.fused(user),
-    "stacked": Evaluator.stacked,  # merged at part of its strength, and a few-shot adapter; merged if that is rejected
+    "stacked": Evaluator.stacked,  # merged at reduced strength plus a few-shot adapter; merged if that was rejected
     "own": lambda of, user, seed: of.trained(of.common(), user, seed),  # a few-shot adapter without anchors
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """An adapter, with past items in the prompt (`merged+history@h3`) or as a point of a curve (`merged@k4`, `@n5`)."""
+    """An adapter, with past items in the prompt (`merged+history@h3`) or as a curve point (`merged@k4`, `@n5`)."""
 
     adapter: str  # a key of `ADAPTERS`
-    history: int = 0  # how many of the user's most relevant past items stand in the prompt
-    k: int | None = None  # most anchors that are fused; None for the rule's
-    items: int | None = None  # how many of the profile's last items are known; None for all
+    history: int = 0  # number of the user's most relevant past items in the prompt
+    k: int | None = None  # maximum number of fused anchors; None for the rule's own
+    items: int | None = None  # number of the profile's last items in use; None for all
 
     @property
     def name(self) -> str:
@@ -222,7 +222,7 @@ class Method:
 
     @property
     def random(self) -> bool:
-        """Whether another seed changes it."""
+        """Whether the result depends on the seed."""
         return self.trained or self.adapter == "random"
 
 
@@ -230,36 +230,36 @@ METHODS = {
     method.name: method
     for method in (
         *(Method(adapter) for adapter in ADAPTERS),
-        *(Method(adapter, n) for adapter in ADAPTERS if adapter != "prior" for n in range(1, MOST_HISTORY + 1)),
+        *(Method(adapter, n) for adapter in ADAPTERS if adapter != "prior" for n in range(1, MAX_HISTORY + 1)),
         *(Method("merged", k=k) for k in range(1, MAX_TERMS + 1)),
-        *(Method("merged", items=n) for n in range(1, MOST_ITEMS + 1)),
+        *(Method("merged", items=n) for n in range(1, MAX_PROFILE_ITEMS + 1)),
     )
 }
 
 DEFAULT = "base,common,task,mean,random,merged,stacked,own"
 
 REMEMBERING = ("base", "common", "task", "merged", "stacked", "own")
-"""Also tried with past items in the prompt, which an app could do instead: as few and as many as rows know."""
+"""Methods also run with past items in the prompt: the smallest and the largest number that rows are trained with."""
 
 
 def parse_methods(text: str) -> list[Method]:
-    """Methods from their names, joined by commas; each once."""
+    """Parse a comma-separated list of method names; duplicates are dropped."""
     names = dict.fromkeys(name.strip() for name in text.split(","))
     if unknown := [name for name in names if name not in METHODS]:
         raise BankError(
             f"{unknown[0]!r} is not a method. Methods are {', '.join(ADAPTERS)}; merged takes @k4 (the best 4 anchors) "
-            "or @n5 (the last 5 items); each but prior takes +history@h3 (3 past items in the prompt)"
+            "or @n5 (the last 5 items); all except prior take +history@h3 (3 past items in the prompt)"
         )
     return [METHODS[name] for name in names]
 
 
 def default_methods(kind: AnswerKind) -> list[Method]:
     plain = parse_methods(DEFAULT if kind == "text" else f"prior,{DEFAULT}")
-    return plain + [Method(adapter, count) for adapter in REMEMBERING for count in few_and_many(kind)]
+    return plain + [Method(adapter, count) for adapter in REMEMBERING for count in past_count_range(kind)]
 
 
 def curves(anchors: int, items: int) -> list[Method]:
-    """`merged` by how many of the bank's anchors are fused, and by how many items of the longest profile are known."""
+    """Return `merged` with several numbers of anchors (at most the bank's) and of items (fewer than `items`)."""
     ks = sorted({k for k in (1, 2, 4, 8, 16) if k < anchors} | {min(anchors, MAX_TERMS)})
-    ns = [n for n in (1, 2, 5, 10, MOST_ITEMS) if n < items]
+    ns = [n for n in (1, 2, 5, 10, MAX_PROFILE_ITEMS) if n < items]
     return [Method("merged", k=k) for k in ks] + [Method("merged", items=n) for n in ns]

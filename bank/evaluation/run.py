@@ -143,7 +143,7 @@ def _records(
     examples, readings = evaluator.read(method, evidence, adapter, new_tokens)
     written = reader.write(adapter, examples, run.texts) if run.texts else [[] for _ in examples]
     first_ms = reader.first_token_ms(adapter, examples[0]) if run.timed else None
-    rejected = method.trained and bool(evidence.learnt) and not (adapter and adapter.trained)
+    rejected = method.trained and bool(evidence.training_examples) and not (adapter and adapter.trained)
     kept_bytes = evaluator.kept_bytes(method, evidence, adapter)
     return [
         Record(

@@ -84,7 +84,7 @@ class Reading:
     """How likely each of `SCORES` is as the first token; none when not asked for, or a score is several tokens."""
 
 
-class Scores(Protocol):
+class ModelReader(Protocol):
     """What reads examples, under an adapter or none: `Scorer`, or a running engine (`server.cli.eval.engine`)."""
 
     def read(

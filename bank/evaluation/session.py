@@ -15,7 +15,7 @@ from bank.evaluation.authorship import markdown as authorship_table
 from bank.evaluation.methods import Evaluator, curves
 from bank.evaluation.pictures import draw
 from bank.evaluation.run import EvalOptions, Record, Records, evaluate_user
-from bank.evaluation.scoring import OpenBank, Scorer, Scores
+from bank.evaluation.scoring import ModelReader, OpenBank, Scorer
 from bank.evaluation.summary import LAMP_FOLDER, MethodRow, markdown, summarise, tables, write_lamp_files
 from bank.items.histories import History, Query, read_excluded, read_histories
 from bank.items.tasks import Task
@@ -48,7 +48,7 @@ def evaluate(
     options: EvalOptions,
     config: AdaptConfig,
     progress: Callable[[int, int], None],
-    engine: Scores | None = None,
+    engine: ModelReader | None = None,
 ) -> tuple[dict[str, list[MethodRow]], list[AuthorshipRow]]:
     """Run what is not recorded yet, write the results; `progress` is told how many runs are done, of how many.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bank.evaluation.intervals import LEVEL, Interval, compared, markdown_table
+from bank.evaluation.intervals import LEVEL, Interval, compare_methods, markdown_table
 from bank.evaluation.methods import METHODS
 from bank.evaluation.run import Record
 from bank.items.tasks import Task
@@ -51,7 +51,7 @@ def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
     for record in records:
         by_method[record.method].append(record)
     losses = user_losses(records)
-    against = compared(losses, {method for method in losses if METHODS[method].on_curve})
+    against = compare_methods(losses, {method for method in losses if METHODS[method].on_curve})
     rows = []
     for method, found in by_method.items():
         answers = [record.prediction for record in found if record.prediction is not None]

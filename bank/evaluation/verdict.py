@@ -16,7 +16,7 @@ from bank.evaluation.methods import Evaluator, Method
 from bank.evaluation.run import MethodRun, evaluate_user
 from bank.evaluation.scoring import OpenBank, Scorer
 from bank.items.histories import History, Query
-from bank.items.tasks import few_and_many, get_task
+from bank.items.tasks import get_task, past_count_range
 from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, LossDifference, Verdict, write_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
@@ -35,8 +35,8 @@ def judge_bank(
     """Measure a finished bank and write the verdict into its manifest, unless it is there already."""
     if not options.verdict or manifest.verdict:
         return manifest
-    _, aside = read_inputs(inputs, get_task(options.task), options)
-    if not aside:
+    _, held_out = read_inputs(inputs, get_task(options.task), options)
+    if not held_out:
         progress.say("there are too few people to leave any out: what the bank gains is not measured")
         return manifest
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
@@ -44,11 +44,11 @@ def judge_bank(
     bank = OpenBank.open(inputs.out, embedder.id)
     evaluator = Evaluator(bank=bank, scorer=Scorer(*base), embedder=embedder, max_tokens=options.max_tokens)
     found = []
-    for place, person in enumerate(aside):
-        progress.piece("measuring on people left out", place, len(aside))
+    for place, person in enumerate(held_out):
+        progress.piece("measuring on people left out", place, len(held_out))
         found.append(_losses(evaluator, person))
-    progress.piece("measuring on people left out", len(aside), len(aside))
-    tried = few_and_many(bank.serving.task.kind)
+    progress.piece("measuring on people left out", len(held_out), len(held_out))
+    tried = past_count_range(bank.serving.task.kind)
     return write_manifest(inputs.out, manifest.model_copy(update={"verdict": verdict(found, tried)}))
 
 
@@ -57,7 +57,7 @@ def _losses(evaluator: Evaluator, person: History) -> Losses:
     task = evaluator.bank.serving.task
     asked = tuple(Query(str(place), *pair) for place, pair in enumerate(person.pairs(task)[-QUERIES:]))
     user = History(person.user_id, person.items[:-QUERIES], asked)
-    methods = [Method(name, history) for name in (COMMON, MERGED) for history in (0, *few_and_many(task.kind))]
+    methods = [Method(name, history) for name in (COMMON, MERGED) for history in (0, *past_count_range(task.kind))]
     methods += [Method(PRIOR)] if evaluator.bank.manifest.prior else []
     found = evaluate_user(evaluator, user, [MethodRun(method) for method in methods])
     return {records[0].method: fmean(record.loss for record in records) for records in found}
@@ -74,8 +74,8 @@ def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
 
     few, many = tried
     with_few, with_many = (Method(MERGED, count).name for count in tried)
-    history = few if less(with_few, MERGED).lower else 0
-    if less(with_many, with_few).lower and less(with_many, MERGED).lower:
+    history = few if less(with_few, MERGED).is_lower else 0
+    if less(with_many, with_few).is_lower and less(with_many, MERGED).is_lower:
         history = many
     common, merged = (Method(name, history or few).name for name in (COMMON, MERGED))
     return Verdict(

@@ -1,7 +1,7 @@
-"""What a person's adapters learn from: their items, a share of them with past items of the same person in the prompt.
+"""A person's training data: their items, a share of them with past items of the same person in the prompt.
 
-A model that was never trained with past items in the prompt takes them for noise. They are found and rendered as in
-serving (`bank/items/retrieval.py`); an item never sees itself, nor what came after it.
+A model that was never trained with past items in the prompt treats them as noise. Training retrieves and renders past
+items as serving does (`bank/items/retrieval.py`). An item's prompt never contains the item itself or a later one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from adapters.training.example import Example
 from bank.items.histories import History
 from bank.items.profile import Item, item_pair
 from bank.items.prompt import ChatTokenizer, chat_messages, encode_conversation, encode_pair
-from bank.items.retrieval import ItemIndex, remembering
+from bank.items.retrieval import ItemIndex, turn_with_memories
 from bank.items.tasks import PAST_COUNTS, Task
 
 
-class Past:
-    """A person's items, the oldest first, as the past of what is learnt from them.
+class PastItems:
+    """A person's items, oldest first, from which training prompts quote.
 
-    A `share` of the turns, 0 to 1, gets some of them; the seed decides which turns, and how many items.
+    A `share` of the turns, 0 to 1, gets past items; the seed decides which turns and how many items.
     """
 
     def __init__(self, task: Task, items: Sequence[Item], share: float, seed: int) -> None:
@@ -32,9 +32,9 @@ class Past:
         self._seed = seed
 
     def memories(self, turn: str, output: str) -> list[str]:
-        """The past items that stand before a turn, as prompts quote them, the best first; most often none or one.
+        """Return the past items to put before a turn, as prompts quote them, best first; often none or one.
 
-        Where turn and output are an item's, only those before it are its past; else all of them are.
+        If the turn and output are an item of this person, only earlier items are used; otherwise all items are.
         """
         chance = random.Random(f"{self._seed}:{turn}:{output}")
         if chance.random() >= self._share:
@@ -47,41 +47,42 @@ class Past:
 
     @cached_property
     def _places(self) -> dict[tuple[str, str], int]:
-        """Each pair's first place among the items."""
+        """Index of each pair's first occurrence among the items."""
         pairs = [(place, item_pair(item, self.task)) for place, item in enumerate(self._items)]
         return {pair: place for place, pair in reversed(pairs) if pair is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """One item to learn from: a complete user turn and what the person answered."""
+    """One item to train on: a complete user turn and the person's answer."""
 
-    past: Past
+    past: PastItems
     turn: str
     output: str
 
     def example(self, tokenizer: ChatTokenizer, max_tokens: int) -> Example:
-        """The item as the model sees it, with the memories that fit into `max_tokens`."""
+        """Encode the item with the memories that fit into `max_tokens`."""
         task, turn, output = self.past.task, self.turn, self.output
         memories = self.past.memories(turn, output)
-        return encode_recalling(tokenizer, task, turn, output, memories=memories, max_tokens=max_tokens)
+        return encode_with_memories(tokenizer, task, turn, output, memories=memories, max_tokens=max_tokens)
 
 
 def lessons(history: History, task: Task, share: float, seed: int) -> list[Lesson]:
-    """A person's items to learn from; `share` and `seed` as in `Past`."""
-    past = Past(task, history.items, share, seed)
+    """Return a person's items to train on; `share` and `seed` as in `PastItems`."""
+    past = PastItems(task, history.items, share, seed)
     return [Lesson(past, *pair) for pair in history.pairs(task)]
 
 
-def encode_recalling(
+def encode_with_memories(
     tokenizer: ChatTokenizer, task: Task, turn: str, output: str, *, memories: Sequence[str], max_tokens: int
 ) -> Example:
-    """As `encode_pair`, with the memories that fit before the turn."""
-    messages = recalling(tokenizer, task, chat_messages(turn), output, memories=memories, max_tokens=max_tokens)
+    """Encode a pair as `encode_pair` does, with the memories that fit before the turn."""
+    start = chat_messages(turn)
+    messages = messages_with_memories(tokenizer, task, start, output, memories=memories, max_tokens=max_tokens)
     return encode_pair(tokenizer, messages[-1]["content"], output, max_tokens)
 
 
-def recalling(
+def messages_with_memories(
     tokenizer: ChatTokenizer,
     task: Task,
     messages: list[dict[str, str]],
@@ -90,13 +91,13 @@ def recalling(
     memories: Sequence[str],
     max_tokens: int,
 ) -> list[dict[str, str]]:
-    """A conversation with memories, the best first, before the user's turn that ends it.
+    """Add memories, best first, to the user's turn that ends a conversation.
 
-    As in serving, a memory that does not fit into `max_tokens` ids of conversation and output makes way for the next.
+    As in serving, a memory is skipped if conversation and output would exceed `max_tokens` ids with it.
     """
     turn, chosen, found = messages[-1]["content"], list[str](), messages
     for memory in memories:
-        longer = [*messages[:-1], *chat_messages(remembering(task, turn, [*chosen, memory]))]
+        longer = [*messages[:-1], *chat_messages(turn_with_memories(task, turn, [*chosen, memory]))]
         if len(encode_conversation(tokenizer, longer, output).ids) <= max_tokens:
             chosen, found = [*chosen, memory], longer
     return found

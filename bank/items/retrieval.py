@@ -54,7 +54,7 @@ class ItemIndex:
         return [self._memories[place] for place in best]
 
 
-def remembering(task: Task, turn: str, memories: Sequence[str]) -> str:
+def turn_with_memories(task: Task, turn: str, memories: Sequence[str]) -> str:
     """A user turn with past items before it; the turn alone when there are none."""
     if not memories:
         return turn

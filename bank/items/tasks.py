@@ -23,7 +23,7 @@ PAST_COUNTS: Mapping[AnswerKind, tuple[int, ...]] = {"text": (1, 1, 1, 2, 3), "l
 """How many past items prompts get, each equally often: mostly one text, and more where each says little."""
 
 
-def few_and_many(kind: AnswerKind) -> tuple[int, int]:
+def past_count_range(kind: AnswerKind) -> tuple[int, int]:
     """The fewest and the most past items that rows are trained with: what is measured of them."""
     return min(PAST_COUNTS[kind]), max(PAST_COUNTS[kind])
 

@@ -19,7 +19,7 @@ WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # how many answers everyb
 QUERIES, PROFILE = 6, 10  # the weight is chosen on each person's last answers, from those before them
 
 
-def answers_of(task: Task) -> tuple[str, ...]:
+def allowed_answers(task: Task) -> tuple[str, ...]:
     """The answers that a task allows; none where they are free text."""
     return SCORES if task.kind == "score" else task.labels
 
@@ -29,7 +29,7 @@ def fit_prior(task: Task, histories: Sequence[Sequence[str]]) -> AnswerPrior | N
 
     Each person's answers come the oldest first. None for a task of free texts.
     """
-    allowed = answers_of(task)
+    allowed = allowed_answers(task)
     if not allowed:
         return None
     known = [[answer for answer in history if answer in allowed] for history in histories]

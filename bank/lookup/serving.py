@@ -69,7 +69,7 @@ class ServingBank:
     def open(cls, folder: Path, embedder_id: str) -> ServingBank:
         """Open the bank in `folder`; BankError if it is damaged, or made with another embedder than that of this id."""
         manifest = read_manifest(folder)
-        verify_files(folder, manifest, (INDEX_FILE, MAP_FILE, *([CURVATURE_FILE] * manifest.signs)))
+        verify_files(folder, manifest, (INDEX_FILE, MAP_FILE, *([CURVATURE_FILE] * manifest.has_signatures)))
         if manifest.embedder.id != embedder_id:
             raise BankError(
                 f"the bank at {folder} was made with embedder {manifest.embedder.id}, but this one is {embedder_id}: "
@@ -82,7 +82,7 @@ class ServingBank:
                 f"its manifest says {len(manifest.anchors)} of {manifest.embedder.dim}: build the bank again"
             )
         atlas = Atlas.load(folder / MAP_FILE, index.anchors, index.dim)
-        return cls(manifest, index, atlas, Curvature.load(folder / CURVATURE_FILE) if manifest.signs else None)
+        return cls(manifest, index, atlas, Curvature.load(folder / CURVATURE_FILE) if manifest.has_signatures else None)
 
     def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
         """The recipe for a user, and the anchors behind it, the strongest evidence first.
@@ -91,7 +91,7 @@ class ServingBank:
         finite, says nothing. The anchors get a share, 0 to 1, of their weights.
         """
         rule = self.manifest.weights
-        if rule.posterior and self.curvature and signature and signature.speaks_for(self.manifest.short):
+        if rule.posterior and self.curvature and signature and signature.is_usable_for(self.manifest.short):
             weights = posterior_weights(self.index, rule.posterior, self.curvature, embedding, signature)
             return UserRecipe(recipe_of_steps(self.manifest, weights, share), weights, "signature")
         weights = topic_weights(self.index, rule, embedding)

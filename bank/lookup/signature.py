@@ -37,7 +37,7 @@ class Signature:
     def length(self) -> float:
         return float(np.linalg.norm(self.products.astype(np.float64)))
 
-    def speaks_for(self, bank: str) -> bool:
+    def is_usable_for(self, bank: str) -> bool:
         """Whether there is evidence in it for the bank with these 8 hex digits."""
         return self.tokens > 0 and self.bank == bank and bool(np.isfinite(self.products).all())
 

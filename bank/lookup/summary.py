@@ -23,11 +23,11 @@ def summarise(folder: Path) -> dict[str, Any]:
         "room": manifest.room,
         "row_bytes": 2 * manifest.layout.row_numbers,
         "bytes": {name: (folder / name).stat().st_size for name in (*manifest.files, MANIFEST_FILE)},
-        "in_words": in_words(manifest.verdict) if manifest.verdict else "What it gains was not measured.",
+        "in_words": verdict_text(manifest.verdict) if manifest.verdict else "What it gains was not measured.",
     }
 
 
-def in_words(verdict: Verdict) -> str:
+def verdict_text(verdict: Verdict) -> str:
     """A judgement, and the figures behind it, each a sentence."""
     sentences = [
         f"{_judgement(verdict)} Measured on {verdict.people} people left out of the bank, for a typical one of them, "
@@ -43,13 +43,13 @@ def in_words(verdict: Verdict) -> str:
 
 
 def _judgement(verdict: Verdict) -> str:
-    if verdict.prior and verdict.prior.higher:
+    if verdict.prior and verdict.prior.is_higher:
         return "Not worth serving: the histogram of a person's own answers, without any model, predicts them better."
-    if verdict.history and not verdict.beyond.lower:
+    if verdict.history and not verdict.beyond.is_lower:
         return f"Worth serving with {_items(verdict)} in the prompt; beside that the anchors add nothing sure."
-    if verdict.merged.lower or verdict.beyond.lower:
+    if verdict.merged.is_lower or verdict.beyond.is_lower:
         return "Worth serving."
-    if verdict.merged.higher:
+    if verdict.merged.is_higher:
         return "Not worth serving: what all users share does better alone."
     return "Not shown to be worth serving: its gain is within chance."
 

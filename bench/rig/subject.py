@@ -61,7 +61,7 @@ class Subject:
         total = round(1000 * manifest.weights.strength)
         while (tries := tries + 1) < PATIENCE:
             anchors = sorted(generator.sample(range(len(manifest.anchors)), self.anchors))
-            if manifest.signs:
+            if manifest.has_signatures:
                 weights = [generator.choice((-1, 1)) * generator.randint(20, 500) for _ in anchors]
             else:
                 weights = per_mille([generator.uniform(0.2, 1) for _ in anchors], total)

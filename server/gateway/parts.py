@@ -145,7 +145,7 @@ async def open_gateway(
                 task=bank.task,
                 executor=embedding,
                 limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
-                signing=stores.signing(short) if bank.manifest.signs else None,
+                signing=stores.signing(short) if bank.manifest.has_signatures else None,
             )
             cache = IndexCache((settings.history_cache_mib << 20) // len(banks))
             histories = HistoryIndexer(profiles.items, bank.task, cache)

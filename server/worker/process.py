@@ -42,7 +42,7 @@ async def run_worker(settings: Settings) -> None:
         profiles, model_lock = stores.profiles, asyncio.Lock()
         jobs = JobLoop(stores.jobs, profiles, bank, trainer, model_lock=model_lock, metrics=metrics, tracing=tracing)
         loops = [work_forever(jobs.work_once)]
-        if bank.manifest.signs:
+        if bank.manifest.has_signatures:
             signing = stores.signing(bank.manifest.short)
             signs = SigningLoop(signing, profiles, bank, trainer, model_lock=model_lock, metrics=metrics)
             loops.append(work_forever(signs.work_once))

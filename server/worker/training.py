@@ -20,7 +20,7 @@ from adapters.training.trainer import TrainPlan, initial_lora, train_lora
 from adapters.training.user_trainer import Judgement, TrainingRun, train_user
 from adapters.user_adapter import UserAdapter, encode_user_adapter
 from bank.building.signer import Signer
-from bank.items.lessons import Past, recalling
+from bank.items.lessons import PastItems, messages_with_memories
 from bank.items.profile import Item
 from bank.items.prompt import encode_conversation, encode_pair
 from bank.items.tasks import get_task
@@ -88,14 +88,14 @@ class AdapterTrainer:
             self._example(f"samples.{place}", encode_conversation, list(sample.messages), sample.output)
             for place, sample in enumerate(samples)
         ]
-        past = Past(get_task(self.manifest.task), items, self.manifest.history_share, config.seed)
+        past = PastItems(get_task(self.manifest.task), items, self.manifest.history_share, config.seed)
         left = config.room_for_past([len(example.ids) for example in examples])
         for place, sample in enumerate(samples):
             if left and (memories := past.memories(sample.messages[-1]["content"], sample.output)):
                 what, alone = f"samples.{place}", len(examples[place].ids)
                 messages, most = list(sample.messages), min(alone + left, self._context)
                 with blamed(what, SAMPLE_REMEDY):
-                    messages = recalling(
+                    messages = messages_with_memories(
                         self.tokenizer, past.task, messages, sample.output, memories=memories, max_tokens=most
                     )
                 examples[place] = self._example(what, encode_conversation, messages, sample.output)

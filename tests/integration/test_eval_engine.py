@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.example import Example
-from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer, Scores
+from bank.evaluation.scoring import EvalAdapter, ModelReader, OpenBank, Scorer
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.models.load import load_base
@@ -19,7 +19,7 @@ from bench.rig.engine import KEY, running_engine
 from bench.rig.tiny import tiny_bank
 from bench.rig.user_adapters import random_user_adapter
 from bench.rig.valkey import ValkeyProcess
-from server.cli.eval.engine import EngineScores, engine_scores
+from server.cli.eval.engine import EngineReader, open_engine_reader
 from server.settings import Settings
 
 TURNS = ("Say 1", "Say something about trains", "And?")
@@ -39,11 +39,11 @@ def scorer(tiny_model_folder: Path) -> Iterator[Scorer]:
 
 
 @pytest.fixture(scope="module")
-def engine(bank: OpenBank, tiny_model_folder: Path, valkey: ValkeyProcess) -> Iterator[EngineScores]:
+def engine(bank: OpenBank, tiny_model_folder: Path, valkey: ValkeyProcess) -> Iterator[EngineReader]:
     folder = bank.folder
     with (
         running_engine(folder, tiny_model_folder, dtype="float32", redis_url=valkey.url) as running,
-        engine_scores(running.url, Settings(redis_url=valkey.url, engine_key=SecretStr(KEY))) as scores,
+        open_engine_reader(running.url, Settings(redis_url=valkey.url, engine_key=SecretStr(KEY))) as scores,
     ):
         yield scores
 
@@ -61,7 +61,7 @@ def examples(scorer: Scorer) -> list[Example]:
 
 
 def test_losses_are_those_in_process(
-    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[Example]
+    bank: OpenBank, scorer: Scorer, engine: EngineReader, examples: list[Example]
 ) -> None:
     found = {name: engine.read(adapter, examples) for name, adapter in adapters(bank).items()}
     for name, adapter in adapters(bank).items():
@@ -72,11 +72,11 @@ def test_losses_are_those_in_process(
 
 
 def test_answers_are_those_in_process(
-    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[Example]
+    bank: OpenBank, scorer: Scorer, engine: EngineReader, examples: list[Example]
 ) -> None:
     """But for a last character that is cut in the middle: vLLM leaves it out, transformers marks it."""
 
-    def answers(scores: Scores, adapter: EvalAdapter | None) -> list[str]:
+    def answers(scores: ModelReader, adapter: EvalAdapter | None) -> list[str]:
         return [(reading.answer or "").rstrip("\ufffd").strip() for reading in scores.read(adapter, examples, 8)]
 
     for adapter in adapters(bank).values():
@@ -84,7 +84,7 @@ def test_answers_are_those_in_process(
 
 
 def test_texts_are_as_many_as_asked_for_and_differ(
-    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[Example]
+    bank: OpenBank, scorer: Scorer, engine: EngineReader, examples: list[Example]
 ) -> None:
     adapter = adapters(bank)["merged"]
     for scores in (scorer, engine):
@@ -94,7 +94,7 @@ def test_texts_are_as_many_as_asked_for_and_differ(
 
 
 def test_a_bank_that_the_engine_does_not_serve_is_named(
-    bank: OpenBank, engine: EngineScores, examples: list[Example]
+    bank: OpenBank, engine: EngineReader, examples: list[Example]
 ) -> None:
     elsewhere = EvalAdapter(bank, FusionRecipe("ffffffff", bank.manifest.method, True, ()))
     with pytest.raises(MtaError, match=r"ffffffff.*MTA_NEXT_BANK"):

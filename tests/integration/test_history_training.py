@@ -94,7 +94,7 @@ def test_user_adapters_are_evaluated_as_the_bank_was_trained(
         evaluator = Evaluator(bank=bank, scorer=scorer, embedder=embedder, max_tokens=512, config=config)
         evidence = evaluator.evidence(user)
         evaluator.adapter(METHODS["own"], evidence, 0)
-        assert not any(recalls(scorer.tokenizer, example) for example in evidence.signed)
+        assert not any(recalls(scorer.tokenizer, example) for example in evidence.signature_examples)
     counts = [sum(recalls(scorer.tokenizer, example) for example in samples) for samples in trained_on]
     assert counts == [len(history.items) - 1, 0]
 

@@ -85,7 +85,7 @@ def build(
     prepare_to_train()
     from bank.building.build import build_bank, build_baselines
     from bank.evaluation.verdict import judge_bank
-    from bank.lookup.summary import in_words
+    from bank.lookup.summary import verdict_text
     from server.cli.bank.progress import ConsoleProgress
 
     inputs = BuildInputs(
@@ -108,7 +108,7 @@ def build(
             sys.exit(130)
     typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
     if manifest.verdict:
-        typer.echo(in_words(manifest.verdict))
+        typer.echo(verdict_text(manifest.verdict))
 
 
 @app.command()

@@ -71,7 +71,7 @@ def evaluate(
     from bank.lookup.embedder import Embedder
     from bank.manifest import read_manifest
     from bank.models.folders import ensure_base_model, ensure_embedder
-    from server.cli.eval.engine import engine_scores
+    from server.cli.eval.engine import open_engine_reader
     from server.cli.eval.tables import print_tables, print_voices
     from server.settings import load_settings
 
@@ -98,7 +98,7 @@ def evaluate(
     )
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    opened = engine_scores(engine_url, settings) if engine_url else nullcontext()
+    opened = open_engine_reader(engine_url, settings) if engine_url else nullcontext()
     with Progress(*columns, console=console) as progress, opened as engine:
         bar = progress.add_task("evaluating", total=None)
 

@@ -37,15 +37,15 @@ SILENCE_S = 300.0
 
 
 @contextmanager
-def engine_scores(url: str, settings: Settings) -> Iterator[EngineScores]:
+def open_engine_reader(url: str, settings: Settings) -> Iterator[EngineReader]:
     """The engine at this URL, its own and not a gateway's; its key and its store are those of the settings."""
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
     opened = AsyncExitStack()
 
-    async def begin() -> EngineScores:
+    async def begin() -> EngineReader:
         session = await opened.enter_async_context(open_session(SILENCE_S))
         stores = await opened.enter_async_context(open_stores(settings, checked=False))
-        return EngineScores(f"{url.rstrip('/')}/v1/completions", key_header(key), runner, session, stores.adapters)
+        return EngineReader(f"{url.rstrip('/')}/v1/completions", key_header(key), runner, session, stores.adapters)
 
     with asyncio.Runner() as runner:
         try:
@@ -54,8 +54,8 @@ def engine_scores(url: str, settings: Settings) -> Iterator[EngineScores]:
             runner.run(opened.aclose())
 
 
-class EngineScores:
-    """A running engine that reads the queries, as `bank.evaluation.scoring.Scores`.
+class EngineReader:
+    """A running engine that reads the queries, as `bank.evaluation.scoring.ModelReader`.
 
     All raise MtaError when the engine cannot be reached, or does not serve the adapter.
     """

@@ -69,4 +69,4 @@ def _table(title: str | None, heads: Sequence[str], lines: Sequence[Sequence[str
 def _gain(interval: Interval | None) -> str:
     if interval is None:
         return ""
-    return f"[bold]{interval.mean:+.3f}*[/bold]" if interval.sure else f"{interval.mean:+.3f} "
+    return f"[bold]{interval.mean:+.3f}*[/bold]" if interval.significant else f"{interval.mean:+.3f} "

@@ -86,7 +86,7 @@ class Personalizer:
         user = request.user
         if user is None or profile is None:
             return (_without_profile(request),)
-        if self._bank.manifest.signs and not profile.is_signed(self._bank.manifest.short):
+        if self._bank.manifest.has_signatures and not profile.is_signed(self._bank.manifest.short):
             self._schedule_signature_request(user)
         personal = self._bank.personalise(profile.embedding, profile.evidence, request.strength)
         merged = Personalization(Level.MERGED, personal.recipe, personal.source, personal.weights)

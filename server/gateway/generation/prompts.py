@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bank.items.profile import Item
 from bank.items.prompt import chat_messages
-from bank.items.retrieval import JOIN, ItemIndex, remembering
+from bank.items.retrieval import JOIN, ItemIndex, turn_with_memories
 from bank.items.tasks import Task
 from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.engines.admin import Engines
@@ -105,7 +105,7 @@ class PromptBuilder:
         return chosen
 
     def _with_memories(self, messages: Conversation, memories: Sequence[str]) -> Conversation:
-        turn = remembering(self.task, messages[-1]["content"], memories)
+        turn = turn_with_memories(self.task, messages[-1]["content"], memories)
         return [*messages[:-1], *chat_messages(turn)]
 
 

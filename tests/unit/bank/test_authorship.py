@@ -63,7 +63,7 @@ def test_methods_are_compared_over_the_same_people_and_the_table_says_what_chanc
     assert found[GOLD].against == {}
     own, base = found["own"].against, found["base"].against
     assert (own.keys(), own["base"].mean, base["own"].mean) == ({"base"}, 0.75, -0.75)
-    assert not own["base"].sure  # four people are too few
+    assert not own["base"].significant  # four people are too few
     table = markdown(list(found.values()))
     assert "4 people; chance names 25.0%" in table
     assert "| own | 100.0% (100.0% to 100.0%) | 1.00 (1.00 to 1.00) |" in table
@@ -78,7 +78,7 @@ def test_many_people_make_a_difference_sure() -> None:
         for method, sounds in (("own", someone), ("base", everybody[0]))
     ]
     found = {row.method: row for row in authorship(everybody, written, CHAT)}
-    assert found["own"].against["base"].sure
+    assert found["own"].against["base"].significant
     assert f"| **{found['own'].against['base'].mean:+.1%} (" in markdown(list(found.values()))
 
 

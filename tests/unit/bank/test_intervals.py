@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bank.evaluation.intervals import Interval, against_one, holm, over_users, sign_flip_p
+from bank.evaluation.intervals import Interval, compare_with_one, holm, over_users, sign_flip_p
 from bank.evaluation.run import Record
 from bank.evaluation.summary import CAPTION, markdown, summarise, tables
 from bank.items.tasks import get_task
@@ -64,12 +64,12 @@ def test_holm_multiplies_the_smallest_by_all_and_never_goes_down() -> None:
 def test_a_difference_that_is_sure_alone_is_not_among_many() -> None:
     chance = np.random.default_rng(5)
     gain = chance.normal(-0.8, 1.0, 12)
-    alone = against_one({"gain": gain})["gain"]
-    assert alone.sure and alone.high < 0
+    alone = compare_with_one({"gain": gain})["gain"]
+    assert alone.significant and alone.high < 0
     noise = {f"noise {n}": chance.normal(0, 1, 12) for n in range(9)}
-    among = against_one({"gain": gain, **noise})["gain"]
+    among = compare_with_one({"gain": gain, **noise})["gain"]
     assert (among.low, among.high) == (alone.low, alone.high)
-    assert not among.sure
+    assert not among.significant
     assert among.p == pytest.approx(10 * (alone.p or 0))
     assert "*" in str(alone) and "*" not in str(among)
 

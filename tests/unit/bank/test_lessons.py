@@ -8,7 +8,7 @@ from bank.building.options import BuildOptions
 from bank.building.resume import inputs_key
 from bank.building.rows import pooled_lessons
 from bank.items.histories import History
-from bank.items.lessons import Lesson, Past, encode_recalling, lessons
+from bank.items.lessons import Lesson, PastItems, encode_with_memories, lessons
 from bank.items.profile import parse_item
 from bank.items.prompt import encode_pair
 from bank.items.tasks import PAST_COUNTS, get_task
@@ -61,7 +61,7 @@ def test_of_an_item_that_is_there_twice_the_first_one_counts_and_of_a_turn_that_
     twice = History("ann", (*person("bread", "roses").items, *person("bread").items))
     seen = [bool(lesson.past.memories(lesson.turn, lesson.output)) for lesson in lessons(twice, CHAT, 1, 0)]
     assert seen == [False, True, False]
-    past = Past(CHAT, person(*SUBJECTS).items, share=1, seed=0)
+    past = PastItems(CHAT, person(*SUBJECTS).items, share=1, seed=0)
     assert past.memories("And more roses?", "something else")[0] == quoted(5, "more roses")
 
 
@@ -86,7 +86,7 @@ def test_memories_that_do_not_fit_make_way_for_the_next_and_the_turn_stays_whole
     memories = ["m" * 50, "n" * 10, "o" * 5]
 
     def prompt(max_tokens: int) -> str:
-        found = encode_recalling(CharTokenizer(), CHAT, "hi", "yo", memories=memories, max_tokens=max_tokens)
+        found = encode_with_memories(CharTokenizer(), CHAT, "hi", "yo", memories=memories, max_tokens=max_tokens)
         assert len(found.ids) <= max_tokens
         return CharTokenizer().decode(list(found.ids[6 : found.loss_from]))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from bank.items.profile import Item, parse_item
-from bank.items.retrieval import ItemIndex, remembering
+from bank.items.retrieval import ItemIndex, turn_with_memories
 from bank.items.tasks import Task, get_task, tasks
 
 NEWS = get_task("news_headline")
@@ -20,7 +20,7 @@ ITEMS = [
 
 
 def with_history(task: Task, turn: str, items: Sequence[Item], count: int) -> str:
-    return remembering(task, turn, ItemIndex(task, items).memories(turn, count))
+    return turn_with_memories(task, turn, ItemIndex(task, items).memories(turn, count))
 
 
 def test_the_most_relevant_items_stand_before_the_turn_in_lamps_words_the_best_first() -> None:

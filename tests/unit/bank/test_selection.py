@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bank.building.selection import (
     SERVED_ITEMS,
-    left_out,
+    held_out_people,
     person_embedding,
     sampled_embedding,
     select_anchors,
@@ -116,14 +116,14 @@ def crowd(*lengths: int) -> list[History]:
 def test_those_with_the_shortest_long_enough_histories_are_left_out_unless_anchors_or_figure_would_suffer(
     lengths: list[int], needed: int, found: list[int]
 ) -> None:
-    assert [len(person.items) for person in left_out(crowd(*lengths), get_task("chat"), needed)] == found
+    assert [len(person.items) for person in held_out_people(crowd(*lengths), get_task("chat"), needed)] == found
 
 
 def test_who_has_items_of_plain_text_stays() -> None:
     people = crowd(*[9] * 24)
     plain = [History(person.user_id, (*person.items, Item("text", {"text": "hi"}))) for person in people]
-    assert len(left_out(people, get_task("chat"), 0)) == 6
-    assert left_out(plain, get_task("chat"), 0) == []
+    assert len(held_out_people(people, get_task("chat"), 0)) == 6
+    assert held_out_people(plain, get_task("chat"), 0) == []
 
 
 def test_who_answers_what_the_task_lacks_stays() -> None:
@@ -135,8 +135,9 @@ def test_who_answers_what_the_task_lacks_stays() -> None:
             for n, last in enumerate(lasts)
         ]
 
-    assert [len(left_out(raters(*["5"] * 23, last), get_task("movie_rating"), 0)) for last in ("5", "4.5")] == [6, 6]
-    assert left_out(raters(*["4.5"] * 24), get_task("movie_rating"), 0) == []
+    for last in ("5", "4.5"):
+        assert len(held_out_people(raters(*["5"] * 23, last), get_task("movie_rating"), 0)) == 6
+    assert held_out_people(raters(*["4.5"] * 24), get_task("movie_rating"), 0) == []
 
 
 CHAT = get_task("chat")

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import wilcoxon
 
 from bank.evaluation.verdict import difference, verdict
-from bank.lookup.summary import in_words
+from bank.lookup.summary import verdict_text
 from bank.manifest import Verdict, read_manifest, write_manifest
 from tests.unit.bank.test_weights import manifest
 
@@ -38,15 +38,15 @@ def measured(
 def test_an_interval_says_what_the_signed_ranks_of_the_differences_say() -> None:
     found = difference([0.1, 0.2, 0.3, 0.4, 0.5, 0.7])
     assert (found.mean, found.low, found.high) == pytest.approx((0.35, 0.1, 0.7))
-    assert found.higher
-    assert difference([-0.1, -0.11, -0.09, -0.12, -0.08, -30]).lower, "one who gains much makes nobody unsure"
-    assert not difference([-0.1, -0.11, -0.09, -0.12, -0.08]).lower, "five people cannot show anything"
+    assert found.is_higher
+    assert difference([-0.1, -0.11, -0.09, -0.12, -0.08, -30]).is_lower, "one who gains much makes nobody unsure"
+    assert not difference([-0.1, -0.11, -0.09, -0.12, -0.08]).is_lower, "five people cannot show anything"
     chance = np.random.default_rng(0)
     for people in (6, 7, 11, 16):
         for shift in (0.0, 0.4, 0.8):
             values = chance.normal(shift, 1, people).tolist()
             found = difference(values)
-            assert (found.lower or found.higher) == (wilcoxon(values, method="exact").pvalue <= 0.05)
+            assert (found.is_lower or found.is_higher) == (wilcoxon(values, method="exact").pvalue <= 0.05)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_words_say_whether_to_serve_it_and_what_would_do_better(
     losses: dict[str, float], judgement: str, history: int
 ) -> None:
     found = measured(**losses)  # type: ignore[arg-type]
-    words = in_words(found)
+    words = verdict_text(found)
     assert words.startswith(judgement)
     assert "6 people" in words
     assert f"{found.merged.mean:+.3f}" in words
