@@ -1,1 +1,1 @@
-"""The bank of anchors: who they are, how a user finds them, and how the bank is built and checked."""
+"""The bank of anchors: building it, looking up a user's anchors, and evaluating it."""

@@ -1,4 +1,4 @@
-"""Errors of the bank's layer; the root is in `adapters/errors.py`."""
+"""Errors of the bank layer; their base class is in `adapters/errors.py`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from adapters.errors import MtaError
 
 
 class BankError(MtaError):
-    """A bank, a base model or an embedder that is missing, damaged, or not made for the other two."""
+    """A bank, a base model or an embedder is missing, damaged, or incompatible with the others."""
 
 
 class ProfileError(BankError, ValueError):
-    """Items that cannot be part of a profile; `param` says where the fault is in the request, e.g. `items.3.text`."""
+    """An item is not valid in a profile; `param` is the request field at fault, e.g. `items.3.text`."""
 
     def __init__(self, message: str, param: str = "items") -> None:
         super().__init__(message)

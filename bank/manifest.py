@@ -1,7 +1,7 @@
-"""`bank.json`: what a bank is, what it was made for, and the checksums that prove it is intact.
+"""`bank.json`: the manifest of a bank, with the models it was built for and the checksums of its files.
 
-It is written last, by rename: a folder without one is not a bank. Its fingerprint is the SHA-256 of its own canonical
-JSON, checksums included: equal fingerprints, equal banks. It holds no user ids, texts or times.
+The manifest is written last, by rename: a folder without one is not a bank. The fingerprint is the SHA-256 of the
+manifest's canonical JSON, so equal fingerprints mean equal banks. It holds no user ids, texts or times.
 """
 
 from __future__ import annotations
@@ -31,45 +31,45 @@ class Frozen(BaseModel):
 
 
 class BaseModelId(Frozen):
-    """The base model: its name for people, its hash for the check."""
+    """The base model: a display name, and the hash that is checked."""
 
     name: str
     hash: str
 
 
 class EmbedderId(Frozen):
-    """The embedder whose vectors the index holds. `id` is the hash of its ONNX file, `dim` is E."""
+    """The embedder that made the vectors in the index. `id` is the hash of its ONNX file; `dim` is E."""
 
     id: str
     dim: int = Field(gt=0)
 
 
 class PosteriorRule(Frozen):
-    """How a signature becomes steps from the common row (`bank/lookup/signature.py`)."""
+    """Constants that turn a signature into steps from the common row (`bank/lookup/signature.py`)."""
 
-    anchors: int = Field(default=1024, ge=1)  # K, along how many rows a user may step; the longest steps count
-    decay: float = Field(default=250.0, gt=0)  # λ in units of tr H / N: about how many output tokens it takes to trust
+    anchors: int = Field(default=1024, ge=1)  # K, maximum number of steps per user; the longest ones are kept
+    decay: float = Field(default=250.0, gt=0)  # λ in units of tr H / N: output tokens for evidence to equal the prior
 
 
 class WeightRule(Frozen):
-    """How a profile becomes weights (`bank/lookup/serving.py`)."""
+    """Constants that turn a profile into weights (`bank/lookup/serving.py`)."""
 
-    anchors: int = Field(default=2, ge=1)  # K, how many anchors take part by topics
-    strength: float = Field(default=1.0, gt=0, le=1)  # what their weights sum to; below 1 only beside a common row
-    posterior: PosteriorRule | None = None  # takes over once a user has a signature; None without a common row
+    anchors: int = Field(default=2, ge=1)  # K, number of anchors with a topic weight
+    strength: float = Field(default=1.0, gt=0, le=1)  # sum of the topic weights; below 1 only with a common row
+    posterior: PosteriorRule | None = None  # rule for users with a signature; None without a common row
 
 
 class AnswerPrior(Frozen):
-    """What people answer before anything is read (`bank/lookup/prior.py`)."""
+    """The distribution of answers, independent of the question (`bank/lookup/prior.py`)."""
 
-    weight: float = Field(gt=0)  # how many of a person's own answers everybody's shares count for
-    shares: dict[str, float]  # everybody's, by answer; they sum to 1
+    weight: float = Field(gt=0)  # weight of everybody's shares, as a number of a person's own answers
+    shares: dict[str, float]  # everybody's share of each answer; sums to 1
 
 
 class LossDifference(Frozen):
-    """A difference in loss over people, nats a token, with its 95 % interval; negative is better.
+    """A difference in loss over people, in nats per token, with its 95 % interval; negative is better.
 
-    `mean` is that of a typical person: the median of the means of any two.
+    `mean` is the Hodges-Lehmann estimate: the median of the means of all pairs of people.
     """
 
     mean: float
@@ -78,30 +78,31 @@ class LossDifference(Frozen):
 
     @property
     def is_lower(self) -> bool:
-        """Whether it is below 0, surely."""
+        """Whether the whole interval is below 0."""
         return self.high < 0
 
     @property
     def is_higher(self) -> bool:
-        """Whether it is above 0, surely."""
+        """Whether the whole interval is above 0."""
         return self.low > 0
 
 
 class Verdict(Frozen):
-    """What a bank does to the loss of later answers of people left out of it (`bank/evaluation/verdict.py`)."""
+    """A bank's effect on the loss of later answers of people held out of it (`bank/evaluation/verdict.py`)."""
 
-    people: int = Field(ge=1)  # how many there were
-    losses: dict[str, float]  # mean by method, nats a token
-    merged: LossDifference  # the bank's own rule less the common row alone
-    recalled: LossDifference  # the common row with `history` past items in the prompt (1 where that is 0), less without
-    both: LossDifference  # the bank's own rule with them, less without
-    beyond: LossDifference  # the bank's own rule with them, less the common row with them
-    prior: LossDifference | None = None  # the bank's own rule less the histogram of answers; None for free answers
-    history: int = Field(default=0, ge=0)  # how many past items prompts get by default
+    people: int = Field(ge=1)  # number of held-out people
+    losses: dict[str, float]  # mean loss by method, in nats per token
+    # Past items below: `history` items in the prompt, or the smallest tried number if `history` is 0.
+    merged: LossDifference  # the bank's rule minus the common row alone
+    recalled: LossDifference  # the common row with past items minus without
+    both: LossDifference  # the bank's rule with past items minus without
+    beyond: LossDifference  # the bank's rule minus the common row, both with past items
+    prior: LossDifference | None = None  # the bank's rule minus the histogram of answers; None for free-text answers
+    history: int = Field(default=0, ge=0)  # default number of past items in prompts
 
 
 class ModuleEntry(Frozen):
-    """One adapted linear module, as in `adapters.lora.ModuleShape`."""
+    """One adapted linear module; see `adapters.lora.ModuleShape`."""
 
     name: str
     h_in: int = Field(gt=0)
@@ -109,7 +110,7 @@ class ModuleEntry(Frozen):
 
 
 class AnchorEntry(Frozen):
-    """One anchor: its public id, how many items it was trained on and, if the build was to keep them, typical words."""
+    """One anchor: its public id, its number of training items and, if the build kept them, its typical words."""
 
     id: str
     items: int = Field(ge=0)
@@ -138,7 +139,7 @@ class BankManifest(Frozen):
 
     @property
     def short(self) -> str:
-        """The 8 hex digits that recipes carry."""
+        """First 8 hex digits of the fingerprint, which recipes carry."""
         return self.fingerprint[:8]
 
     @property
@@ -148,17 +149,17 @@ class BankManifest(Frozen):
 
     @property
     def fused_rank(self) -> int:
-        """The rank of the largest fusion this bank's rule makes, without user adapters."""
+        """Rank of the largest fusion under this bank's rule, without user adapters."""
         return fused_rank(self.method, self.rank, self.weights.anchors, self.common)
 
     @property
     def has_signatures(self) -> bool:
-        """Whether signatures speak for its users."""
+        """Whether users' weights come from signatures."""
         return self.weights.posterior is not None
 
     @property
     def history_share(self) -> float:
-        """Share of the training items that had past items of the same person in the prompt."""
+        """Share of the training items with past items of the same person in the prompt."""
         return float(self.training.get("history_share") or 0)
 
     @property
@@ -167,11 +168,11 @@ class BankManifest(Frozen):
 
     @property
     def room(self) -> int:
-        """The rank that the largest fusion leaves for a user's LoRA."""
+        """Rank left for a user's LoRA beside the largest fusion."""
         return self.serving_rank - self.fused_rank
 
     def check(self, recipe: FusionRecipe) -> None:
-        """Make sure that a recipe can be fused, its user adapter apart; FusionError names what the bank lacks."""
+        """Raise FusionError unless this bank can fuse the recipe; its user adapter is not checked."""
         if recipe.bank != self.short:
             raise FusionError(f"the recipe belongs to the bank {recipe.bank}, but this one is {self.short}")
         if recipe.method is not self.method:
@@ -181,7 +182,7 @@ class BankManifest(Frozen):
         if recipe.common and not self.common:
             raise FusionError(f"bank {recipe.bank} has no common row, but the recipe {recipe.name} asks for one")
         most = len(self.anchors) if self.method is FusionMethod.SHARED else self.weights.anchors
-        if len(recipe.terms) > most:  # of a `shared` bank they add no rank
+        if len(recipe.terms) > most:  # a `shared` bank allows all anchors, because they add no rank
             raise FusionError(
                 f"bank {recipe.bank} fuses at most {most} anchors, but the recipe has {len(recipe.terms)}"
             )
@@ -195,20 +196,20 @@ class BankManifest(Frozen):
         return fused_rank(self.method, self.rank, len(recipe.terms), recipe.common)
 
     def compute_fingerprint(self) -> str:
-        """SHA-256 (64 hex digits) of everything but the fingerprint itself."""
+        """Return the SHA-256 (64 hex digits) of all fields except the fingerprint."""
         content = self.model_dump(mode="json", exclude={"fingerprint"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def fused_rank(method: FusionMethod, rank: int, anchors: int, common: bool) -> int:
-    """The rank of a fusion of `anchors` meta-LoRAs of rank `rank`, with or without the common row."""
+    """Return the rank of a fusion of `anchors` meta-LoRAs of rank `rank`, with or without the common row."""
     if method is FusionMethod.SHARED:
         return rank
     return (anchors + common) * rank
 
 
 def read_manifest(folder: Path) -> BankManifest:
-    """Read and check `bank.json` alone; `verify_files` checks the rest."""
+    """Read and check `bank.json`; `verify_files` checks the other files."""
     path = folder / MANIFEST_FILE
     try:
         manifest = BankManifest.model_validate_json(path.read_bytes())
@@ -222,8 +223,8 @@ def read_manifest(folder: Path) -> BankManifest:
         first = error.errors()[0]
         if first["loc"] == ("format",):
             raise BankError(
-                f"the bank at {folder} is of format {excerpt(first['input'])}, which is not read: build it again with "
-                "`mta bank build`, or import it again with `mta bank import`"
+                f"the bank at {folder} has format {excerpt(first['input'])}, which is not supported: build it again "
+                "with `mta bank build`, or import it again with `mta bank import`"
             ) from None
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         raise BankError(f"{path} is not a bank manifest: {where}: {first['msg']}") from error
@@ -236,7 +237,7 @@ def read_manifest(folder: Path) -> BankManifest:
 
 
 def write_manifest(folder: Path, manifest: BankManifest) -> BankManifest:
-    """Stamp the fingerprint, which the answer has too, and put the manifest in place by rename, after all it names."""
+    """Set the fingerprint, write the manifest by rename, and return it; all files that it lists must exist already."""
     stamped = manifest.model_copy(update={"fingerprint": manifest.compute_fingerprint()})
     path = folder / MANIFEST_FILE
     draft = path.with_suffix(".json.tmp")
@@ -249,7 +250,7 @@ def write_manifest(folder: Path, manifest: BankManifest) -> BankManifest:
 
 
 def verify_files(folder: Path, manifest: BankManifest, names: tuple[str, ...] | None = None) -> None:
-    """Check files of the bank, all of them when None; BankError names the first that is missing or damaged."""
+    """Check the named files of the bank, or all if None; BankError names the first missing or damaged one."""
     for name in names if names is not None else tuple(manifest.files):
         path = folder / name
         try:

@@ -1,4 +1,4 @@
-"""A bank's rows, opened for fusing; apart from the manifest because they need torch, which a gateway does not have."""
+"""Open a bank's rows for fusion; separate from the manifest because this needs torch, which gateways do not install."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 
 
 def open_matrix(folder: Path, manifest: BankManifest) -> MetaMatrix:
-    """Check the meta-LoRA matrix of a bank against its checksum, and map it.
+    """Verify the checksum of a bank's meta-LoRA matrix and memory-map it.
 
     Raises:
-        BankError: when the file is missing or damaged, or its shape is not the manifest's.
+        BankError: The file is missing or damaged, or its shape does not match the manifest.
     """
     verify_files(folder, manifest, (MATRIX_FILE,))
     try:

@@ -1,1 +1,1 @@
-"""`mta bank build`: select anchors, train their rows, calibrate, assemble."""
+"""`mta bank build`: select anchors, train their rows, measure the curvature, write the bank."""

@@ -1,4 +1,4 @@
-"""The last step in making any bank: write matrix, index and map and, once all are in place, the manifest."""
+"""The last step of any bank's build: write the matrix, the index and the map, then the manifest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
-    """The rank that vLLM's slots are sized for: the largest fusion plus the room for user adapters."""
+    """Return the rank of vLLM's slots: the largest fusion plus the rank of user adapters."""
     try:
         return serving_rank(fused_rank(method, rank, rule.anchors, common) + user_rank)
     except ValueError as error:
@@ -64,10 +64,10 @@ def write_bank(
     curvature: Vectors | None = None,
     words: Sequence[tuple[str, ...]] = (),
 ) -> BankManifest:
-    """Write the artifact, the manifest last, so that a folder with a manifest is complete.
+    """Write a bank's files, the manifest last, so that a folder with a manifest is complete.
 
-    `rows` are flat, in anchor order, then the common row if there is one. `embeddings` [N, E], `items` (how many each
-    anchor was trained on) and `words` (typical ones, or none at all) are in anchor order; `curvature` is H [N, N].
+    `rows` are flat: the anchors' in order, then the common row if any. `embeddings` [N, E], `items` (number of training
+    items) and `words` (typical words, or empty) are in anchor order; `curvature` is H [N, N].
     """
     from adapters.matrix import write_matrix
 
@@ -113,8 +113,8 @@ def write_bank(
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A draft that is renamed to `path`: an engine that has the old file mapped keeps it intact."""
+    """Yield a draft and rename it to `path`; engines that have mapped the old file keep it intact."""
     draft = path.with_name(f"{path.name}.tmp")
     yield draft
-    draft.chmod(0o644)  # safetensors lets only the owner read
+    draft.chmod(0o644)  # safetensors makes files readable by the owner only
     draft.replace(path)

@@ -1,7 +1,7 @@
-"""`mta bank build`: from people's histories to a bank.
+"""`mta bank build`: build a bank from people's histories.
 
-Every finished piece is kept in the work folder (`bank/building/resume.py`); each depends on the inputs and its own seed
-alone, so a build that was killed and started again ends with the fingerprint it would have had.
+Every finished piece is kept in the work folder (`bank/building/resume.py`). Each piece depends only on the inputs and
+its own seed, so a build that was killed and restarted gives the same fingerprint as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ EMBED_THREADS = 2
 
 
 def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> BankManifest:
-    """Build a bank, or continue one that was begun, or find that the folder holds this very bank already.
+    """Build a bank, or continue an interrupted build; return the existing bank if the folder already holds this one.
 
-    What would be refused after training is refused before it; BankError says why.
+    Raises BankError for invalid inputs before any training.
     """
     task, options = get_task(options.task), options.resolved()
     rule = options.rule()
     bank_rank(FusionMethod.SHARED, options.rank, rule, True, options.user_rank)
     people, held_out = read_inputs(inputs, task, options)
     if held_out:
-        progress.say(f"{len(held_out)} people are left out, to measure the bank on them")
+        progress.say(f"{len(held_out)} people are held out to measure the bank on them")
     candidates = [person for person in people if len(person.pairs(task)) >= MIN_ITEMS]
     progress.say(f"{len(people)} people, {len(candidates)} of them with at least {MIN_ITEMS} items to train on")
     if len(candidates) < options.anchors:
@@ -69,7 +69,7 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
     base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
     key = inputs_key(options, task, people, held_out, (base.hash, prompts_hash(model_folder), embedder.id))
     if (built := finished_bank(inputs.out, key, force=inputs.force)) is not None:
-        progress.say(f"{inputs.out} holds this very bank already")
+        progress.say(f"{inputs.out} already holds this bank")
         return built
     with workbench(inputs.out, key) as work:
         lengths = [len(person.pairs(task)) for person in candidates]
@@ -97,7 +97,7 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
         )
         curvature = None
         if rule.posterior:
-            progress.say("measuring how the loss bends along the anchors' rows")
+            progress.say("measuring the curvature of the loss along the anchors' rows")
             curvature = measure_curvature(
                 Signer(model, trained.matrix()),
                 people,
@@ -109,7 +109,7 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
                 seed=options.seed,
                 on_anchor=lambda done, of: progress.piece("measuring", done, of),
             )
-            Curvature.of(curvature)  # refuses now what nobody could be served with
+            Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
         return write_bank(
             inputs.out,
             task=task.name,
@@ -131,7 +131,7 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
 
 
 def read_inputs(inputs: BuildInputs, task: Task, options: BuildOptions) -> tuple[list[History], list[History]]:
-    """Everybody who enters a bank, and who is left out of it to measure it on."""
+    """Read the people; return those the bank is built from, and those held out to measure it on."""
     people = read_histories(inputs.users, task, inputs.outputs)
     excluded = read_excluded(inputs.exclude) if inputs.exclude is not None else frozenset()
     kept = [person for person in people if person.user_id not in excluded]
@@ -144,14 +144,14 @@ def read_inputs(inputs: BuildInputs, task: Task, options: BuildOptions) -> tuple
 def build_baselines(
     inputs: BuildInputs, options: BuildOptions, manifest: BankManifest, progress: RowProgress
 ) -> BankManifest:
-    """Train the task's row of a finished bank, built from these inputs with these options, unless it is there.
+    """Train the task row of a finished bank, built from these inputs with these options, unless it exists.
 
-    It is the common row, trained further on everybody's data for as long as all anchors took: a bank's anchors also
-    teach the task, and what they bring beyond that is measured against it. It is kept in a folder inside the bank's, as
-    a bank with this common row and one anchor that changes nothing, so that an engine can serve it.
+    The task row is the common row, trained on everybody's data for as many more steps as all anchors together. Anchors
+    also learn the task itself, so their personal effect is measured against this row. The row is stored in a subfolder
+    of the bank, as a bank with this common row and one anchor of zeros, so that an engine can serve it.
     """
     out = inputs.out / BASELINES
-    with suppress(BankError):  # there is none, or one of an earlier version
+    with suppress(BankError):  # no task row yet, or one in an older format
         if (found := read_manifest(out)).training.get("of") == manifest.fingerprint:
             return found
     task = get_task(options.task)

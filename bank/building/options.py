@@ -1,4 +1,4 @@
-"""What a bank is built from and how: inputs, options, and their record in the manifest."""
+"""Inputs and options of a bank's build, and their record in the manifest."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from bank.errors import BankError
 from bank.lookup.signature import MAX_ANCHORS
 from bank.manifest import PosteriorRule, WeightRule
 
-TOPIC_STRENGTH = 0.5  # the sum of a topic recipe's weights: topics may mislead, so half is left to the common row
+TOPIC_STRENGTH = 0.5  # sum of a topic recipe's weights; topics are weak evidence, so the common row keeps half
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 T = TypeVar("T")
 
 
-def _names(given: object) -> object:
-    """Of a text, its parts between commas; None if there is nothing in it."""
+def _split_names(given: object) -> object:
+    """Split a comma-separated string; None if it is empty."""
     return tuple(part.strip() for part in given.split(",")) if given and isinstance(given, str) else given or None
 
 
 class _Checked:
-    """Options whose values are checked when they are made: a BankError names the first that makes no sense."""
+    """Options that are validated on creation; BankError names the first invalid one."""
 
     @model_validator(mode="wrap")
     @classmethod
-    def _named(cls, given: Any, made: ModelWrapValidatorHandler[T]) -> T:
+    def _validate(cls, given: Any, validate: ModelWrapValidatorHandler[T]) -> T:
         try:
-            return made(given)
+            return validate(given)
         except ValidationError as error:
             first = error.errors()[0]
             option = f"--{first['loc'][0]}".replace("_", "-")
@@ -41,14 +41,14 @@ class _Checked:
 
 @checked_dataclass(frozen=True, slots=True)
 class BuildOptions(_Checked):
-    """Everything that shapes a bank, apart from its people. The budgets are those of docs/quality.md."""
+    """All options of a build, apart from its inputs. The default budgets are those of docs/quality.md."""
 
     task: str
     anchors: Count = 12
     anchors_by: Literal["topics", "longest"] = "topics"
     rank: Count = 8
     user_rank: NotNegative = 8
-    target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = None
+    target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_split_names)] = None
     k: Count = 2
     steps: Count = 8
     common_steps: Count = 160
@@ -69,19 +69,19 @@ class BuildOptions(_Checked):
         return dataclasses.replace(self, dtype=dtype)
 
     def rule(self) -> WeightRule:
-        """The bank's rule of weights; of more anchors than a signature may have, topics alone speak."""
+        """Return the bank's weight rule; with more anchors than a signature may have, it uses topics alone."""
         posterior = PosteriorRule(anchors=self.anchors) if self.anchors <= MAX_ANCHORS else None
         return WeightRule(anchors=min(self.k, self.anchors), strength=TOPIC_STRENGTH, posterior=posterior)
 
     def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:
-        """The manifest's `training`: every option, how many people there were, and the key of all inputs."""
+        """Return the manifest's `training` field: all options, the number of people, and the key of all inputs."""
         modules = ",".join(self.target_modules) if self.target_modules else None
         return {**dataclasses.asdict(self), "target_modules": modules, "people": people, "inputs": key}
 
 
 @checked_dataclass(frozen=True, slots=True)
 class ImportOptions(_Checked):
-    """How imported adapters become a bank. They have no A in common: recipes are fused by `cat`."""
+    """Options of an import. Imported adapters do not share A, so their recipes are fused by `cat`."""
 
     task: str = "chat"
     user_rank: NotNegative = 8
@@ -90,7 +90,7 @@ class ImportOptions(_Checked):
 
 @dataclass(frozen=True, slots=True)
 class BuildInputs:
-    """Where a build reads and writes; default models are prepared in `cache_dir`, and None is the default embedder."""
+    """Paths and models of a build; default models are prepared in `cache_dir`, and None means the default embedder."""
 
     users: Path
     out: Path

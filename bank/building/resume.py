@@ -1,6 +1,6 @@
-"""The work folder of a build: what is finished survives a kill, and the next run of the same build continues from it.
+"""The work folder of a build: finished pieces survive a kill, and the next run of the same build reuses them.
 
-Its name is the hash of all inputs and options: pieces of another build are never used.
+The folder's name is the hash of all inputs and options, so pieces of another build are never used.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from bank.items.tasks import Task
 from bank.manifest import MANIFEST_FILE, BankManifest, read_manifest, verify_files
 
 WORK_FOLDER = ".build"
-_BUILD_FORMAT = 6  # part of the key: raise it when the same inputs would give another bank
+_BUILD_FORMAT = 6  # part of the key; increase it when the same inputs would give a different bank
 
 
 class Workbench:
-    """The finished pieces of one build; each is put in place by rename, so what is there is complete."""
+    """The finished pieces of one build; each is written by rename, so existing pieces are complete."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -39,7 +39,7 @@ class Workbench:
         return self._path(name).is_file()
 
     def vectors(self, name: str, make: Callable[[], Vectors]) -> Vectors:
-        """The array of this name, made now if no earlier run made it; on disk when this returns."""
+        """Return the array of this name; compute it and write it to disk if no earlier run did."""
         if not self.has(name):
             made, draft = make(), self._folder / "draft"
             with draft.open("wb") as file:
@@ -56,7 +56,7 @@ class Workbench:
 
 @contextmanager
 def workbench(out: Path, key: str) -> Iterator[Workbench]:
-    """The work folder of the build `key` of the bank at `out`, held by one process; removed if the block succeeds."""
+    """Lock and open the work folder of build `key` of the bank at `out`; remove it if the block succeeds."""
     root = out / WORK_FOLDER
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def workbench(out: Path, key: str) -> Iterator[Workbench]:
 
 
 def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
-    """The folder's bank if the build `key` made it; None when there is none to keep. Another needs `force`."""
+    """Return the folder's bank if build `key` made it, else None; BankError for another bank unless `force`."""
     if not (out / MANIFEST_FILE).exists():
         return None
     try:
@@ -99,17 +99,17 @@ def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
 def inputs_key(
     options: BuildOptions, task: Task, people: Sequence[History], held_out: Sequence[History], models: Sequence[str]
 ) -> str:
-    """SHA-256 (64 hex digits) of all that decides what the bank will be: equal keys, equal banks.
+    """Return the SHA-256 (64 hex digits) of everything that determines the bank: equal keys mean equal banks.
 
-    The options are resolved; `models` are hashes of base model, prompts and embedder. The bank is measured on those
-    `held_out`, and the verdict is a part of it.
+    The options are resolved; `models` are hashes of base model, prompts and embedder. The people `held_out` are
+    included because they determine the verdict, which is part of the bank.
     """
 
     def contents(people: Sequence[History]) -> list[object]:
         return [[person.user_id, [[item.id, dict(item.fields)] for item in person.items]] for person in people]
 
     chosen = dataclasses.asdict(options)
-    del chosen["verdict"]  # what follows from it is who is left out
+    del chosen["verdict"]  # it only decides which people are held out, and those are hashed below
     content = {
         "format": _BUILD_FORMAT,
         "options": chosen,

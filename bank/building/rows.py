@@ -1,7 +1,7 @@
-"""The rows of a bank: the common row on everybody's pooled data, then each anchor's on its own, on top of it.
+"""Train a bank's rows: the common row on everybody's data, then each anchor's row on its own data, on top of it.
 
-All rows have one A, the common row's. An anchor starts at the common B as it is stored, rounded to bf16, and trains B
-alone; its row is the change in B.
+All rows share the common row's A. An anchor's training starts at the stored common B, rounded to bf16, and changes B
+only; the anchor's row is the change in B.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ COMMON = "common"
 
 class RowProgress(Protocol):
     def say(self, text: str) -> None:
-        """Something is happening, or has happened."""
+        """Show a message."""
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
-        """Rows still to be trained, in order, with about how many ids each will read."""
+        """Start training the rows, in this order; the values are approximate numbers of token ids to read."""
 
     def step(self, row: str, steps: int, report: StepReport) -> None: ...
 
     def piece(self, what: str, done: int, of: int) -> None:
-        """Other long work is at piece `done` of `of`; told first when it begins, then after each piece."""
+        """Show progress of other long work: called at its start and after each piece."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowJob:
-    """One row to train: `common`, or an anchor's id, with what it is trained on and how."""
+    """One row to train: its name (`common` or an anchor's id), its examples and its training plan."""
 
     name: str
     examples: tuple[Example, ...]
@@ -55,21 +55,21 @@ class RowJob:
 
     @property
     def work_tokens(self) -> int:
-        """About how many ids training will read."""
+        """Approximate number of token ids that training will read."""
         mean = sum(len(example.ids) for example in self.examples) / len(self.examples)
         return round(self.plan.steps * self.plan.batch_size * mean)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedRows:
-    """The rows that training made: B of each anchor in order, then of the common row; and their A. All flat."""
+    """Trained rows, flat: B of each anchor in order, then B of the common row; and the shared A."""
 
     layout: RowLayout
     rows: list[torch.Tensor]
     shared_a: torch.Tensor
 
     def matrix(self) -> MetaMatrix:
-        """The rows as they will be served: rounded to bf16."""
+        """Return the rows as they will be served: rounded to bf16."""
         rows = torch.stack([row.to(torch.bfloat16) for row in self.rows])
         return MetaMatrix(self.layout, rows, len(rows) - 1, True, self.shared_a.to(torch.bfloat16))
 
@@ -85,7 +85,7 @@ def train_rows(
     options: BuildOptions,
     progress: RowProgress,
 ) -> TrainedRows:
-    """Train the common row, then one row per anchor; those that an earlier run finished are not trained again."""
+    """Train the common row, then one row per anchor; skip rows that an earlier run finished."""
     try:
         modules = linear_modules(model, options.target_modules)
     except FusionError as error:
@@ -94,7 +94,7 @@ def train_rows(
     jobs = _jobs(tokenizer, people, anchors, task, options)
     waiting = [job for job in jobs if not work.has(job.name)]
     if len(waiting) < len(jobs):
-        progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} rows are there from an earlier run")
+        progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} rows were finished in an earlier run")
     progress.begin({job.name: job.work_tokens for job in waiting})
 
     def trained(job: RowJob, start: LoraWeights, *, train_a: bool) -> LoraWeights:
@@ -106,7 +106,7 @@ def train_rows(
     def row(job: RowJob, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         found = torch.from_numpy(work.vectors(job.name, lambda: make().numpy()))
         if not found.isfinite().all():
-            raise BankError(f"training {job.name} went wrong: its numbers are not finite; try a lower --learning-rate")
+            raise BankError(f"training {job.name} diverged: the weights are not finite; try a lower --learning-rate")
         return found
 
     def common_row() -> torch.Tensor:
@@ -143,17 +143,17 @@ def pooled_lessons(people: Sequence[History], task: Task, options: BuildOptions)
 
 
 def row_job(name: str, lessons: Sequence[Lesson], plan: TrainPlan, tokenizer: Any, max_tokens: int) -> RowJob:
-    """A row's examples from its lessons, at least one: no more than training will read, chosen by the plan's seed."""
+    """Choose a row's examples from its lessons (at least one) by the plan's seed, at most as many as training reads."""
     wanted = min(len(lessons), plan.steps * plan.batch_size)
     chosen = random.Random(plan.seed).sample(range(len(lessons)), wanted)
     return RowJob(name, tuple(lessons[i].example(tokenizer, max_tokens) for i in chosen), plan)
 
 
 def row_seed(seed: int, name: str) -> int:
-    """A seed of its own for each row, so that a row never depends on which others were trained in the same run."""
+    """Derive a separate seed per row, so that a row does not depend on the other rows trained in the same run."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4])
 
 
 def _stored(numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers as the bank keeps them: float32 with bf16 precision."""
+    """Round numbers to the bank's stored precision, bf16, and return them as float32."""
     return numbers.to(torch.bfloat16).float()

@@ -1,4 +1,4 @@
-"""Gradients at a bank's common row: what users' items say about each anchor, and how the loss bends along its row."""
+"""Gradients at a bank's common row: users' signatures, and the curvature of the loss along the anchors' rows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from bank.items.prompt import ChatTokenizer, encode_pair
 from bank.items.tasks import Task
 from bank.lookup.signature import Signature, empty_signature
 
-POOLED_ITEMS, POOLED_OF_ONE = 64, 2  # that the curvature is measured on, and how many of them one person may give
+POOLED_ITEMS, ITEMS_PER_PERSON = 64, 2  # maximum items for measuring the curvature: in total, and per person
 
 
 class Signer:
-    """Takes gradients with respect to B at a bank's common row; FusionError where there is none, or no shared A."""
+    """Computes gradients with respect to B at a bank's common row; FusionError without a common row or a shared A."""
 
     def __init__(self, model: Any, matrix: MetaMatrix) -> None:
         self._model = model
@@ -36,7 +36,7 @@ class Signer:
         self._common = matrix.rows[matrix.common_index].float()
 
     def signature(self, bank: str, examples: Sequence[Example]) -> Signature:
-        """The signature of some items, for the bank with these 8 hex digits; empty without any or if not finite."""
+        """Return the items' signature for `bank` (8 hex digits); empty if there are no items or it is not finite."""
         if not examples:
             return empty_signature(bank, self._matrix.anchors)
         products = (-self.slopes(examples)).astype(np.float32)
@@ -44,7 +44,7 @@ class Signer:
         return made if made.finite else empty_signature(bank, self._matrix.anchors)
 
     def slopes(self, examples: Sequence[Example], beyond: int | None = None) -> Vectors:
-        """⟨g, rowᵢ⟩ [N], how the loss changes along each row, at the common row or an anchor's row beyond it."""
+        """Return ⟨g, rowᵢ⟩ [N], the loss's slope along each row, at the common row plus the row of anchor `beyond`."""
         at = self._common if beyond is None else self._common + self._matrix.rows[beyond].float()
         lora = LoraWeights(self._layout.rank, self._a, cut_b(self._layout, at))
         gradient = b_gradient(self._model, self._layout, lora, examples)
@@ -67,16 +67,16 @@ def measure_curvature(
     seed: int,
     on_anchor: Callable[[int, int], None] = lambda done, of: None,
 ) -> Vectors:
-    """Hᵢⱼ = ⟨rowᵢ, g(common + rowⱼ) − g(common)⟩, [N, N], over pooled items; finished columns are not measured again.
+    """Measure Hᵢⱼ = ⟨rowᵢ, g(common + rowⱼ) − g(common)⟩ [N, N] over pooled items; skip columns already measured.
 
-    The gradient is taken a whole row beyond the common row, for a user's step is about that long. `on_anchor` is told
-    how many columns are done and how many there are.
+    The gradient is taken one whole row away from the common row, because users' steps are about that long. `on_anchor`
+    receives the number of finished columns and the total.
     """
     chance = random.Random(seed)
     pooled = []
     for person in chance.sample(list(people), len(people)):
         pairs = person.pairs(task)
-        pooled += chance.sample(pairs, min(POOLED_OF_ONE, len(pairs)))
+        pooled += chance.sample(pairs, min(ITEMS_PER_PERSON, len(pairs)))
     examples = [encode_pair(tokenizer, *pair, max_tokens) for pair in pooled[:POOLED_ITEMS]]
     here = work.vectors("slopes", lambda: signer.slopes(examples))
     columns = []

@@ -70,7 +70,7 @@ class Evaluator:
         return Evidence(user, signed, profile_embedding(embedded))
 
     def adapter(self, method: Method, evidence: Evidence, seed: int) -> EvalAdapter | None:
-        """Return a method's adapter for the user; None for the bare model. The seed sets random anchors and training."""
+        """Return a method's adapter, or None for the bare model; the seed decides random anchors and training."""
         if method.k:
             serving, rule = self.bank.serving, self.bank.manifest.weights
             posterior = rule.posterior and rule.posterior.model_copy(update={"anchors": method.k})

@@ -1,1 +1,1 @@
-"""What a gateway needs from a bank: which anchors are near a user, and with which weights they speak for them."""
+"""Lookups in a bank by a gateway: the anchors near a user, and their weights."""

@@ -1,7 +1,7 @@
-"""The sentence embedder: one ONNX file and its tokenizer, run by bank build and gateway alike.
+"""The sentence embedder: one ONNX file and its tokenizer, used by bank builds and gateways.
 
-Any model will do whose graph takes `input_ids` and `attention_mask` [n, tokens] and returns unit vectors [n, E];
-`bank/models/embedder_export.py` makes one from a BERT-like sentence-transformers model.
+Any model works whose graph takes `input_ids` and `attention_mask` [n, tokens] and returns unit vectors [n, E];
+`bank/models/embedder_export.py` exports one from a BERT-like sentence-transformers model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENS = 256
-MAX_CHARS = 16 * MAX_TOKENS  # longer texts are cut before they are tokenised: a megabyte must not cost a second
+MAX_CHARS = 16 * MAX_TOKENS  # longer texts are cut before tokenisation, which takes about a second per megabyte
 BATCH = 32
 
 
 class Embedder:
-    """Texts to unit vectors. Safe to call from several threads at once."""
+    """Turns texts into unit vectors. Thread-safe."""
 
     def __init__(self, session: onnxruntime.InferenceSession, tokenizer: tokenizers.Tokenizer, identity: str) -> None:
         self._session = session
@@ -40,7 +40,7 @@ class Embedder:
     @classmethod
     def load(cls, folder: Path, threads: int = 1) -> Embedder:
         """Open the embedder in `folder`; one call uses `threads` threads."""
-        os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # from its import on it would report to its makers
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime sends telemetry from its import on
         import onnxruntime
         import tokenizers
 
@@ -53,7 +53,7 @@ class Embedder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the engine needs the cores too
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to the engine
         options.log_severity_level = 3
         try:
             session = onnxruntime.InferenceSession(
@@ -63,13 +63,13 @@ class Embedder:
             tokenizer.enable_truncation(MAX_TOKENS)
             tokenizer.enable_padding()
             return cls(session, tokenizer, file_sha256(folder / MODEL_FILE)[:16])
-        except Exception as error:  # ONNX Runtime and tokenizers raise bare exceptions of their own
+        except Exception as error:  # ONNX Runtime and tokenizers raise types of their own
             raise BankError(f"the embedder at {folder} cannot be loaded: {error}") from error
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """Texts, of which the first 256 tokens count, to [n, E] float32, each row at unit length."""
+        """Embed texts as [n, E] float32 with unit-length rows; only the first 256 tokens of a text count."""
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
-        by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # alike in length: less padding
+        by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # similar lengths need less padding
         for start in range(0, len(by_length), BATCH):
             rows = by_length[start : start + BATCH]
             encoded = self._tokenizer.encode_batch([texts[row][:MAX_CHARS] for row in rows])

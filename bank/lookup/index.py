@@ -1,4 +1,4 @@
-"""The anchors' embeddings as a FAISS inner-product index: exact for a small bank, HNSW for a large one."""
+"""A FAISS inner-product index of the anchors' embeddings: exact for small banks, HNSW for large ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINKS, _BUILD_DEPTH, _SEARCH_DEPTH = 32, 200, 128
 
 
 class AnchorIndex:
-    """Finds the anchors nearest to a profile. Searching is safe from several threads at once."""
+    """Finds the anchors nearest to a profile. Searching is thread-safe."""
 
     def __init__(self, index: Any) -> None:
         self._index = index
@@ -30,7 +30,7 @@ class AnchorIndex:
 
         vectors = np.ascontiguousarray(embeddings, dtype=np.float32)
         if vectors.ndim != 2 or not len(vectors):
-            raise BankError(f"an index needs anchors [N, E], got shape {vectors.shape}")
+            raise BankError(f"an index needs embeddings of shape [N, E], got shape {vectors.shape}")
         if len(vectors) <= flat_limit:
             flat = faiss.IndexFlatIP(vectors.shape[1])
             flat.add(vectors)
@@ -38,7 +38,7 @@ class AnchorIndex:
         index = faiss.IndexHNSWFlat(vectors.shape[1], _LINKS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = _BUILD_DEPTH
         index.hnsw.efSearch = _SEARCH_DEPTH
-        with _one_thread():  # links depend on the order of insertion: one thread, one file
+        with _one_thread():  # links depend on the insertion order; one thread gives the same file every time
             index.add(vectors)
         return cls(index)
 
@@ -73,11 +73,11 @@ class AnchorIndex:
         return held
 
     def search(self, embedding: Vectors, k: int) -> list[tuple[int, float]]:
-        """The `k` anchors, or all, with the largest inner product with an embedding [E], best first, ties in order."""
+        """Return up to `k` anchors by descending inner product with an embedding [E]; ties are in anchor order."""
         query: npt.NDArray[np.float32] = np.ascontiguousarray(embedding, dtype=np.float32)
         if query.shape != (self.dim,) or not np.isfinite(query).all():
             raise BankError(f"an embedding of this bank has {self.dim} finite numbers, got shape {query.shape}")
-        with _one_thread():  # one query is less work than waiting for a busy core
+        with _one_thread():  # one query takes less time than waiting for a busy core
             similarities, anchors = self._index.search(query[None], min(k, self.anchors))
         found = [(int(a), float(s)) for a, s in zip(anchors[0], similarities[0], strict=True) if a >= 0]
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))
@@ -85,7 +85,7 @@ class AnchorIndex:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """FAISS on one thread until this ends; the number is the caller's thread's, and torch's too in the same process."""
+    """Limit FAISS to one thread in the block; the limit is per calling thread and also applies to torch."""
     import faiss
 
     threads = faiss.omp_get_max_threads()

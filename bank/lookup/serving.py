@@ -1,4 +1,4 @@
-"""What a gateway needs of a bank: the way from a profile to weights, by topics or by signature, and to a recipe."""
+"""A bank opened in a gateway: turn a profile into weights, by topics or by signature, and into a recipe."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from bank.manifest import (
 )
 
 TOPIC_GRAIN = 50
-"""Weights by topic are multiples of so many per mille: people who are alike then have one recipe, and share its slot.
+"""Rounding step of topic weights, in per mille; a coarse step lets similar users share a recipe and its slot.
 
-Of 117 authors 88 had a recipe of their own kind by the per mille, and 25 by this (12 anchors, two a recipe); over the
-mails of 17 people it moved the loss by 0.0000 nats a token, 95 % interval -0.0006 to 0.0006.
+In a bank of 12 anchors with two per recipe, 117 authors had 88 distinct recipes with a step of 1, and 25 with 50. Over
+the mails of 17 people the change in loss was 0.0000 nats per token, 95 % interval -0.0006 to 0.0006.
 """
 
 
 @dataclass(slots=True, frozen=True)
 class AnchorWeight:
-    """One anchor's say, before rounding."""
+    """One anchor's weight before rounding."""
 
-    anchor: int  # its index in the bank
-    weight: float  # by topics a share of the rule's strength; by signature the step along its row, maybe negative
-    similarity: float  # the cosine of topics, -1 to 1
-    gain: float | None = None  # of its row for the user's own items, nats a token to first order; None by topics
+    anchor: int  # index in the bank
+    weight: float  # by topics: a share of the rule's strength; by signature: a step along the row, possibly negative
+    similarity: float  # cosine of topics, -1 to 1
+    gain: float | None = None  # first-order gain on the user's own items, in nats per token; None by topics
 
 
 @dataclass(frozen=True, slots=True)
 class UserRecipe:
-    """A user's recipe, the anchors behind it, and the evidence that it comes from, `topic` or `signature`."""
+    """A user's recipe, its anchors' weights, and the source of the weights, `topic` or `signature`."""
 
     recipe: FusionRecipe
     weights: tuple[AnchorWeight, ...]
@@ -54,7 +54,7 @@ class UserRecipe:
 
 
 class ServingBank:
-    """A bank opened for lookups; the weights of its adapters are never read here."""
+    """A bank opened for lookups, without the weights of its adapters."""
 
     def __init__(
         self, manifest: BankManifest, index: AnchorIndex, atlas: Atlas, curvature: Curvature | None = None
@@ -67,28 +67,28 @@ class ServingBank:
 
     @classmethod
     def open(cls, folder: Path, embedder_id: str) -> ServingBank:
-        """Open the bank in `folder`; BankError if it is damaged, or made with another embedder than that of this id."""
+        """Open the bank in `folder`; BankError if it is damaged or was built with a different embedder."""
         manifest = read_manifest(folder)
         verify_files(folder, manifest, (INDEX_FILE, MAP_FILE, *([CURVATURE_FILE] * manifest.has_signatures)))
         if manifest.embedder.id != embedder_id:
             raise BankError(
                 f"the bank at {folder} was made with embedder {manifest.embedder.id}, but this one is {embedder_id}: "
-                "their vectors cannot be compared. Set MTA_EMBEDDER to the bank's embedder or build the bank again"
+                "their vectors are not comparable. Set MTA_EMBEDDER to the bank's embedder or build the bank again"
             )
         index = AnchorIndex.load(folder / INDEX_FILE)
         if (index.anchors, index.dim) != (len(manifest.anchors), manifest.embedder.dim):
             raise BankError(
-                f"the index of the bank at {folder} holds {index.anchors} anchors of {index.dim} numbers, but "
+                f"the index of the bank at {folder} holds {index.anchors} anchors of {index.dim} dimensions, but "
                 f"its manifest says {len(manifest.anchors)} of {manifest.embedder.dim}: build the bank again"
             )
         atlas = Atlas.load(folder / MAP_FILE, index.anchors, index.dim)
         return cls(manifest, index, atlas, Curvature.load(folder / CURVATURE_FILE) if manifest.has_signatures else None)
 
     def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
-        """The recipe for a user, and the anchors behind it, the strongest evidence first.
+        """Return a user's recipe, and its anchors with the strongest evidence first.
 
-        The embedding [E] is the profile's, at unit length. A signature of another bank, or with a number that is not
-        finite, says nothing. The anchors get a share, 0 to 1, of their weights.
+        The profile's embedding [E] has unit length. A signature that is not finite or belongs to another bank is
+        ignored. The anchors' weights are multiplied by `share`, 0 to 1.
         """
         rule = self.manifest.weights
         if rule.posterior and self.curvature and signature and signature.is_usable_for(self.manifest.short):
@@ -99,9 +99,9 @@ class ServingBank:
 
 
 def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> tuple[AnchorWeight, ...]:
-    """The K anchors nearest to an embedding [E] at unit length, nearest first, weighted by cosine over their sum.
+    """Return the K anchors nearest to a unit-length embedding [E], nearest first, weighted in proportion to the cosine.
 
-    A negative cosine counts as 0; when all do, the weights are equal.
+    Negative cosines count as 0; if none is positive, the weights are equal.
     """
     found = index.search(embedding, rule.anchors)
     evidence = [max(similarity, 0.0) for _, similarity in found]
@@ -117,7 +117,7 @@ def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> t
 def posterior_weights(
     index: AnchorIndex, rule: PosteriorRule, curvature: Curvature, embedding: Vectors, signature: Signature
 ) -> tuple[AnchorWeight, ...]:
-    """Steps from the common row, the longest first; the embedding [E] is for the similarities alone."""
+    """Return steps from the common row, longest first; the embedding [E] only sets the similarities."""
     steps = curvature.step(signature, rule.decay)
     cosines = index.vectors(range(index.anchors)) @ np.asarray(embedding, np.float32)
     most = min(rule.anchors, MAX_TERMS)
@@ -133,7 +133,7 @@ def common_recipe(manifest: BankManifest) -> FusionRecipe:
 
 
 def recipe_of_steps(manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0) -> FusionRecipe:
-    """Round a share, 0 to 1, of each step to the per mille; steps that round to nothing are left out."""
+    """Multiply each step by `share`, 0 to 1, and round it to per mille; drop steps that round to zero."""
     steps = {w.anchor: round(share * w.weight * PER_MILLE) for w in sorted(weights, key=lambda w: w.anchor)}
     terms = tuple(Term(anchor, max(-MAX_STEP, min(MAX_STEP, step))) for anchor, step in steps.items() if step)
     return FusionRecipe(manifest.short, manifest.method, True, terms)
@@ -142,9 +142,9 @@ def recipe_of_steps(manifest: BankManifest, weights: Sequence[AnchorWeight], sha
 def recipe_of_shares(
     manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0, grain: int = 1
 ) -> FusionRecipe:
-    """Round non-negative weights to multiples of `grain` per mille that keep their sum; those of nothing are left out.
+    """Round non-negative weights to multiples of `grain` per mille that keep their sum; drop weights of zero.
 
-    They get a share, 0 to 1, of that sum. Without a common row, which would take the rest, they sum to 1000.
+    The sum is multiplied by `share`, 0 to 1. Without a common row to take the rest, it is always 1000.
     """
     total = round(share * sum(w.weight for w in weights) * PER_MILLE) if manifest.common else PER_MILLE
     ordered = sorted(weights, key=lambda w: w.anchor)

@@ -1,4 +1,4 @@
-"""What `mta bank info` shows of a bank; and its verdict in words."""
+"""The facts that `mta bank info` shows, and a bank's verdict as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bank.manifest import INDEX_FILE, MANIFEST_FILE, LossDifference, Verdict, re
 
 
 def summarise(folder: Path) -> dict[str, Any]:
-    """Everything worth knowing about a bank, as plain JSON values; the files' checksums are checked."""
+    """Return the facts about a bank as plain JSON values, after checking its files' checksums."""
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
     index = AnchorIndex.load(folder / INDEX_FILE)
@@ -28,7 +28,7 @@ def summarise(folder: Path) -> dict[str, Any]:
 
 
 def verdict_text(verdict: Verdict) -> str:
-    """A judgement, and the figures behind it, each a sentence."""
+    """Describe a verdict: a judgement, then its figures."""
     sentences = [
         f"{_judgement(verdict)} Measured on {verdict.people} people left out of the bank, for a typical one of them, "
         f"nats a token, below 0 is better: the bank's adapters {_figure(verdict.merged)} against what all users share",

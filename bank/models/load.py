@@ -1,4 +1,4 @@
-"""A base model in memory, frozen: for training rows and user adapters, and for scoring."""
+"""Load a frozen base model, for training rows and user adapters and for scoring."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bank.errors import BankError
 
 
 def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """The base model in `bfloat16` or `float32`, frozen, and its tokenizer; on the GPU where there is one."""
+    """Load the base model in `bfloat16` or `float32`, frozen, on the GPU if there is one; and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -30,8 +30,8 @@ def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
         raise BankError(f"cannot load the base model at {folder}: {error}") from error
     if not tokenizer.chat_template:
         raise BankError(
-            f"the base model at {folder} has no chat template, so no user turn can be rendered for it: use a chat "
-            "model, or add a chat_template to its tokenizer"
+            f"the base model at {folder} has no chat template, so user turns cannot be rendered: use a chat model, or "
+            "add a chat_template to its tokenizer"
         )
     if device == "cpu":
         use_quick_attention(model)
@@ -39,13 +39,13 @@ def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
 
 
 def limit_gpu(share: float | None) -> None:
-    """Take at most this share of the GPU's memory, what CUDA needs for itself aside; None for any."""
+    """Limit this process to a share of the GPU's memory, CUDA's own memory not counted; None for no limit."""
     if share and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(share)
 
 
 def resolve_dtype(dtype: str) -> str:
-    """`auto` as bfloat16 where the machine multiplies it fast, else float32; anything else unchanged."""
+    """Resolve `auto` to bfloat16 if the hardware multiplies it fast, else float32; return other values unchanged."""
     if dtype != "auto":
         return dtype
     fast = torch.cuda.is_available() or _cpu_has_bf16()
@@ -63,7 +63,7 @@ def _cpu_has_bf16() -> bool:
 def export_gguf(source: Path, target: Path) -> None:
     """Dequantise a GGUF file into a folder: config, bf16 safetensors, tokenizer with its chat template.
 
-    `python -m bank.models.load MODEL.gguf FOLDER` does it in a process of its own, because only this needs torch.
+    `python -m bank.models.load MODEL.gguf FOLDER` runs this in a separate process, so that the caller needs no torch.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -72,10 +72,10 @@ def export_gguf(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=file,
-        quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay packed
+        quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay quantised
         dtype=torch.float32,
     )
-    # `save_pretrained` would otherwise write the plain weights under a config that calls them GGUF.
+    # Otherwise `save_pretrained` would write the dequantised weights with a config that declares them as GGUF.
     for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(owner, attribute):
             delattr(owner, attribute)

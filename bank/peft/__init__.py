@@ -1,1 +1,1 @@
-"""Adapters as PEFT has them, in and out."""
+"""Import and export of adapters in PEFT's format."""

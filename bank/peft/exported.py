@@ -1,6 +1,6 @@
-"""An adapter of a bank as a PEFT folder's two files, in plain numpy: a gateway exports without torch or an engine.
+"""Export a bank's adapter as the two files of a PEFT folder, in numpy: a gateway exports without torch or an engine.
 
-It goes module by module, so that no more than one is in memory.
+Modules are exported one at a time, to keep only one in memory.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT puts it before the names of modules
+PREFIX = "base_model.model."  # prefix of module names in PEFT files
 
 
 class ExportedAdapter:
-    """What a recipe stands for, with the bytes of the user adapter that is stacked on it, if any.
+    """A recipe's adapter, with the user adapter stacked on it if its bytes are given.
 
-    Of the bank's matrix only the recipe's rows are read. `rank` is R of every module. BankError for a damaged bank,
-    FusionError for a recipe of another bank, UserAdapterError for bytes that are no user adapter of this recipe.
+    Only the recipe's rows of the bank's matrix are read. `rank` is R of every module. Raises BankError if the bank is
+    damaged, FusionError if the recipe is for another bank, UserAdapterError if the bytes are not an adapter for it.
     """
 
     def __init__(self, bank: Path, manifest: BankManifest, recipe: FusionRecipe, user: bytes | None = None) -> None:
@@ -35,11 +35,11 @@ class ExportedAdapter:
         manifest.check(recipe)
         self._rows = [(len(manifest.anchors), 1.0)] * recipe.common
         self._rows += [(term.anchor, term.weight / PER_MILLE) for term in recipe.terms]
-        self._matrix = self._opened(bank / MATRIX_FILE, manifest)
+        self._matrix = self._open_matrix(bank / MATRIX_FILE, manifest)
         self._user: RawTensors | None = None
         self._user_rank = 0
         if user is not None:
-            self._user, self._user_rank = self._decoded(user)
+            self._user, self._user_rank = self._decode_user_adapter(user)
         self.rank = manifest.rank_of(recipe) + self._user_rank
 
     def write(self, folder: Path) -> None:
@@ -52,14 +52,14 @@ class ExportedAdapter:
             raise BankError(f"cannot write a PEFT adapter to {folder}: {error}") from error
 
     def config(self) -> dict[str, Any]:
-        """The content of `adapter_config.json`; alpha equals the rank, because scaling is in B already."""
+        """Return the content of `adapter_config.json`; alpha equals the rank because B already includes the scaling."""
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self._base_model,
             "r": self.rank,
             "lora_alpha": self.rank,
-            # In full: the last parts alone could match other modules.
+            # Full names, because the last parts alone could match other modules.
             "target_modules": sorted(module.name for module in self._layout.modules),
             "bias": "none",
             "lora_dropout": 0.0,
@@ -67,7 +67,7 @@ class ExportedAdapter:
         }
 
     def weights(self) -> Iterator[bytes]:
-        """The bytes of `adapter_model.safetensors`, a module at a time."""
+        """Yield the bytes of `adapter_model.safetensors`, one module at a time."""
         shapes: list[tuple[str, tuple[int, ...]]] = []
         for module in self._layout.modules:
             shapes.append((f"{PREFIX}{module.name}.lora_A.weight", (self.rank, module.h_in)))
@@ -85,7 +85,7 @@ class ExportedAdapter:
             yield np.concatenate([block.reshape(module.h_out, -1) for block in b], axis=1).tobytes()
 
     def _fused(self, a_cut: slice, b_cut: slice) -> tuple[list[Bits], list[Bits]]:
-        """Blocks of a module's A and of its B, without the user adapter: one of each, or of `cat` one for each row."""
+        """Return a module's blocks of A and B without the user adapter: one each if A is shared, else one per row."""
         rows = self._matrix["rows"]
         if self._layout.shared_a:
             b = sum(to_float(rows[row, b_cut]) * np.float32(weight) for row, weight in self._rows)
@@ -97,7 +97,7 @@ class ExportedAdapter:
             [to_bits(to_float(rows[row, b_cut]) * np.float32(weight)) for row, weight in self._rows],
         )
 
-    def _opened(self, path: Path, manifest: BankManifest) -> RawTensors:
+    def _open_matrix(self, path: Path, manifest: BankManifest) -> RawTensors:
         try:
             matrix = RawTensors.open(path)
         except (OSError, ValueError) as error:
@@ -110,7 +110,7 @@ class ExportedAdapter:
             )
         return matrix
 
-    def _decoded(self, raw: bytes) -> tuple[RawTensors, int]:
+    def _decode_user_adapter(self, raw: bytes) -> tuple[RawTensors, int]:
         recipe, rank, tensors = read_user_adapter(self._layout, raw)
         if recipe != self._recipe.name:
             raise UserAdapterError(f"user adapter was trained on {recipe}, but {self._recipe.name} was expected")
@@ -118,7 +118,7 @@ class ExportedAdapter:
 
 
 def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False) -> None:
-    """Write one anchor's meta-LoRA as a PEFT folder, alone or with the common row in the same adapter."""
+    """Write one anchor's meta-LoRA as a PEFT folder, alone or together with the common row."""
     manifest = read_manifest(bank)
     ids = [entry.id for entry in manifest.anchors]
     if anchor not in ids:

@@ -1,4 +1,4 @@
-"""PEFT adapters as PEFT saved them, read with scaling folded into B; with profiles they become anchors of a bank."""
+"""Read PEFT adapters, folding the scaling into B, and make them, with profiles, the anchors of a bank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bank.manifest import BankManifest, BaseModelId, EmbedderId, WeightRule
 from bank.models.folders import model_hash
 from bank.peft.exported import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
-# Settings that make a PEFT LoRA more than ΔW = scaling · B A, with the value at which they do not.
+# PEFT settings that change ΔW = scaling · B A, each with the value at which it has no effect.
 _PLAIN = {
     "bias": "none",
     "use_dora": False,
@@ -41,7 +41,7 @@ _PLAIN = {
 
 @dataclass(frozen=True, slots=True)
 class PeftAdapter:
-    """A LoRA as PEFT saved it, by the folder's name; float32, scaling folded. Ranks may differ between modules."""
+    """A LoRA from a PEFT folder, named after it, in float32 with B scaled. Ranks may differ between modules."""
 
     name: str
     a: dict[str, torch.Tensor]
@@ -52,7 +52,7 @@ class PeftAdapter:
         return max(a.shape[0] for a in self.a.values())
 
     def padded(self, modules: Mapping[str, tuple[int, int]], rank: int) -> LoraWeights:
-        """The same ΔW padded with zeros, to at least its own rank, over modules (H_in, H_out), its own among them."""
+        """Return the same ΔW, zero-padded to `rank` and to all `modules`, given by name as (H_in, H_out)."""
         a = {name: torch.zeros(rank, h_in) for name, (h_in, _) in modules.items()}
         b = {name: torch.zeros(h_out, rank) for name, (_, h_out) in modules.items()}
         for name, own in self.a.items():
@@ -71,9 +71,9 @@ def import_bank(
     base_model: str,
     embedder: Embedder,
 ) -> BankManifest:
-    """Make a bank from PEFT folders, in anchor order; adapters of smaller rank are padded to the largest.
+    """Make a bank from PEFT folders, in anchor order; adapters of smaller rank are padded to the largest rank.
 
-    Profiles come in LaMP's per-user layout; each `user_id` is the name of an adapter's folder.
+    The profiles are in LaMP's per-user layout; each `user_id` is the name of an adapter's folder.
     """
     task = get_task(options.task)
     read = [read_peft(folder) for folder in adapters]
@@ -108,7 +108,7 @@ def import_bank(
 
 
 def _common_modules(read: Sequence[PeftAdapter], model_folder: Path) -> tuple[ModuleShape, ...]:
-    """Every module that any adapter has, layer by layer, checked against the base model's own shapes."""
+    """Return all modules of all adapters, in layer order; BankError if a shape differs from the base model's."""
     shapes = linear_shapes(model_folder)
     names = {name for adapter in read for name in adapter.a}
     for adapter in read:
@@ -123,7 +123,7 @@ def _common_modules(read: Sequence[PeftAdapter], model_folder: Path) -> tuple[Mo
 
 
 def linear_shapes(model_folder: Path) -> dict[str, tuple[int, int]]:
-    """Module name → (H_out, H_in) of every matrix in the base model's safetensors, from their headers alone."""
+    """Return (H_out, H_in) by module name for all matrices in the base model's safetensors; read only their headers."""
     from safetensors import safe_open
 
     shapes = {}
@@ -143,7 +143,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def read_peft(folder: Path) -> PeftAdapter:
-    """Read a PEFT LoRA: rank, alpha, their patterns and rank-stabilised scaling; BankError for what is more or less."""
+    """Read a plain PEFT LoRA, optionally with rank and alpha patterns and rsLoRA scaling; BankError for other kinds."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -156,7 +156,7 @@ def read_peft(folder: Path) -> PeftAdapter:
         raise BankError(f"{folder} holds a PEFT adapter of type {excerpt(config.get('peft_type'))}, not a LoRA")
     for key, plain in _PLAIN.items():
         if config.get(key) not in (plain, None, False):
-            raise BankError(f"{folder}: {key} = {excerpt(config[key])} is more than a LoRA: a bank cannot hold it")
+            raise BankError(f"{folder}: {key} = {excerpt(config[key])} is not supported: a bank holds plain LoRAs only")
     found: dict[str, dict[str, torch.Tensor]] = {"lora_A": {}, "lora_B": {}}
     for key, value in tensors.items():
         name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
@@ -172,12 +172,12 @@ def read_peft(folder: Path) -> PeftAdapter:
             raise BankError(f"{folder}: {name} has A of rank {a[name].shape[0]} and B of rank {b[name].shape[1]}")
         b[name] = b[name] * _scaling(folder, config, name, a[name].shape[0])
         if not (a[name].isfinite().all() and b[name].isfinite().all()):
-            raise BankError(f"{folder}: {name} holds numbers that are not finite: its training went wrong")
+            raise BankError(f"{folder}: {name} holds numbers that are not finite: its training diverged")
     return PeftAdapter(folder.resolve().name, a, b)
 
 
 def _scaling(folder: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / R, or alpha / √R where the adapter is rank-stabilised, by PEFT's own pattern rules."""
+    """Return alpha / R, or alpha / √R if the adapter is rank-stabilised, by PEFT's own pattern rules."""
     from peft.utils.other import get_pattern_key
 
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}

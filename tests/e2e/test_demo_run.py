@@ -25,7 +25,7 @@ def _command(tmp_path: Path) -> list[str]:
 
 def test_without_a_terminal_it_prints_the_table_and_stops_everything(tmp_path: Path) -> None:
     with running(_command(tmp_path), cwd=ROOT) as demo:
-        demo.wait_for(r"holds this very bank already", PATIENCE_S)
+        demo.wait_for(r"already holds this bank", PATIENCE_S)
         demo.wait_for(r"\[4/6\]", PATIENCE_S)
         family = descendants(demo.process.pid)
         status = demo.wait(PATIENCE_S)

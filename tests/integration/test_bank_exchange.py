@@ -205,7 +205,7 @@ def without(part: str) -> Callable[[Tensors], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora = True is more than a LoRA"),
+        ({"use_dora": True}, "use_dora = True is not supported"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "of type 'IA3'"),

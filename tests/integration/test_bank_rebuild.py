@@ -86,7 +86,7 @@ def test_a_killed_build_goes_on_with_the_next_anchor_and_ends_with_the_same_fing
     assert finished == {"embeddings.npy", "anchors.npy", "common.npy", "a00.npy"}
     progress = Recorder()
     assert bench.build("killed", progress).fingerprint == built.fingerprint
-    assert "2 of 4 rows are there from an earlier run" in progress.said
+    assert "2 of 4 rows were finished in an earlier run" in progress.said
     assert progress.begun == ["a01", "a02"]
 
 

@@ -180,7 +180,7 @@ FAULTS: dict[str, tuple[Callable[[Copies], None], str, str]] = {
     "matrix": (lambda copies: copies.flip(MATRIX_FILE), "meta_loras.safetensors is damaged", "engine up"),
     "index": (lambda copies: copies.flip(INDEX_FILE), "anchors.faiss is damaged", "gateway up"),
     "manifest": (Copies.rename_an_anchor, "does not match its fingerprint", "engine"),
-    "model": (Copies.change_the_model, "serve that model, or build a bank for this one", "engine up"),
+    "model": (Copies.change_the_model, "serve the bank's model, or build a bank for this one", "engine up"),
     "no embedder": (lambda copies: shutil.rmtree(copies.embedder), "no embedder at", "gateway up"),
     "embedder": (Copies.change_the_embedder, "was made with embedder", "gateway up"),
     "no bank": (lambda copies: shutil.rmtree(copies.bank), "no bank at", "engine gateway up"),

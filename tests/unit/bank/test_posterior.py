@@ -54,7 +54,7 @@ def test_little_evidence_makes_small_steps_and_much_of_it_goes_to_the_minimum() 
     assert many == pytest.approx(x / np.diag(h), rel=1e-5)
 
 
-@pytest.mark.parametrize(("number", "reason"), [(0.0, "does not bend"), (np.nan, "not finite")])
+@pytest.mark.parametrize(("number", "reason"), [(0.0, "no positive curvature"), (np.nan, "not finite")])
 def test_a_curvature_that_says_nothing_is_refused(number: float, reason: str) -> None:
     with pytest.raises(BankError, match=reason):
         Curvature.of(np.full((N, N), number))

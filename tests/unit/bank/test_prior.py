@@ -45,7 +45,7 @@ def test_a_persons_shares_are_their_counts_smoothed() -> None:
 
 def test_surprise_is_the_log_of_a_share_and_another_tasks_answer_is_refused() -> None:
     assert surprise({"4": 0.25}, "4") == pytest.approx(math.log(4))
-    with pytest.raises(BankError, match="'6' is not an answer of this task; they are 1, 2, 3, 4, 5"):
+    with pytest.raises(BankError, match="'6' is not an answer of this task; the answers are 1, 2, 3, 4, 5"):
         surprise(EVEN.shares, "6")
 
 

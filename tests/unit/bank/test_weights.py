@@ -158,7 +158,7 @@ def test_a_bank_of_before_is_refused_with_the_words_to_build_it_again(tmp_path: 
     saved_bank(tmp_path)
     path = tmp_path / MANIFEST_FILE
     path.write_text(path.read_text("utf-8").replace('"format": 4', '"format": 3'), "utf-8")
-    with pytest.raises(BankError, match=r"is of format 3, which is not read: build it again with `mta bank build`"):
+    with pytest.raises(BankError, match=r"has format 3, which is not supported: build it again with `mta bank build`"):
         ServingBank.open(tmp_path, "e" * 16)
 
 
