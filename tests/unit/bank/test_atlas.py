@@ -60,5 +60,5 @@ def test_what_is_no_map_is_refused_with_its_path(tmp_path: Path, content: str | 
     with pytest.raises(BankError, match=r"map\.json"):
         Atlas.load(path, 30, 16)
     Atlas.of(embeddings(30)).save(path)
-    with pytest.raises(BankError, match="not the map of 31 anchors"):
+    with pytest.raises(BankError, match="not a map of 31 anchors"):
         Atlas.load(path, 31, 16)
