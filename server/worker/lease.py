@@ -1,6 +1,6 @@
-"""Training on a thread while its lease is held, by the worker's own clock.
+"""Train a job on a thread while the worker holds the job's lease.
 
-A thread cannot be ended from outside: only its process can.
+A thread cannot be killed, only its process can.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from server.store.samples import Curve, Point
 
 log = logging.getLogger("mta.worker")
 
-LEASE_S = 15.0
-RENEW_S = 1.0
-ANSWER_S = 4.0  # how long to wait for an answer before calling the store again: a lost answer must not use up the lease
+LEASE_S = 15.0  # duration of a lease
+RENEW_S = 1.0  # interval between renewals
+STORE_TIMEOUT_S = 4.0  # timeout of one store call, short enough to retry within the lease
 STALL_S = 600.0
-"""A computation that shows no sign of life for this long hangs: a slow processor takes a minute for a step of a full
+"""Time without progress after which a computation counts as hung. A slow processor takes a minute for a step of a full
 context."""
 
-MOST_POINTS = 200  # of each curve
+MAX_CURVE_POINTS = 200  # maximum number of points of each curve
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class LeaseLost(Exception):
-    """The job has ended or is another worker's: this one's result is no longer wanted."""
+    """The job has ended or another worker has taken it, so the result is not needed."""
 
 
-class StoreSilent(Exception):
-    """The store gave no answer for as long as it may take."""
+class StoreTimeout(Exception):
+    """The store did not answer before the deadline."""
 
 
 class Stalled(Exception):
-    """A computation shows no sign of life; this process cannot go on."""
+    """A computation hangs; the process must restart."""
 
 
 async def retry_until(until_s: float, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The store's answer to a call that may be repeated; StoreSilent without one at `until_s` by `time.monotonic`.
+    """Retry an idempotent store call; raise StoreTimeout at `until_s` by `time.monotonic`.
 
-    Raises TrainingError when what is stored of the user is damaged.
+    Raises TrainingError if the user's stored data is damaged.
     """
     while True:
         try:
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(STORE_TIMEOUT_S):
                 return await call(*args, **kwargs)
         except (Unavailable, TimeoutError) as error:
             _wait_for_store(error, until_s)
@@ -61,133 +61,133 @@ async def retry_until(until_s: float, call: Callable[P, Awaitable[T]], *args: P.
 
 
 def _wait_for_store(error: Unavailable | TimeoutError, until_s: float) -> None:
-    """Log that the store is away; raises where waiting does not help."""
+    """Log that the store is unreachable; raise if waiting does not help."""
     cause = error.__cause__ or error.__context__
-    while cause is not None:  # a connection that fails for lack of memory or threads is not the store's fault
+    while cause is not None:  # lack of memory or threads is a fault of this process, not of the store
         if isinstance(cause, MemoryError | RuntimeError) or getattr(cause, "errno", None) == errno.ENOMEM:
             raise RuntimeError(f"this process can no longer reach the store: {cause!r}") from error
         cause = cause.__cause__ or cause.__context__
-    reason = f"the store gave no answer within {ANSWER_S:g} s"
+    reason = f"the store gave no answer within {STORE_TIMEOUT_S:g} s"
     if isinstance(error, Unavailable):
         reason = error.explained
         if error.code == "store_corrupt":
             raise TrainingError(f"{error.message}: delete the user and send the profile again") from error
     if time.monotonic() >= until_s:
-        raise StoreSilent(reason) from error
+        raise StoreTimeout(reason) from error
     log.warning("%s", reason)
 
 
 class HeldLease:
-    """A lease that this worker holds, for as long as it can be sure of it.
+    """A lease held by this worker. It expires by the worker's own clock, which is earlier than in the store.
 
-    The call that took it began at `since_s` by `time.monotonic`; the store counts from a later moment.
+    `since_s` is the time by `time.monotonic` just before the call that claimed the job.
     """
 
     def __init__(self, jobs: JobStore, lease: Lease, since_s: float) -> None:
         self.lease = lease
         self._jobs = jobs
         self._until_s = since_s + LEASE_S
-        self._written: Curve | None = None
+        self._written_curve: Curve | None = None
 
     async def renew(self, progress: TrainingProgress, curve: Curve) -> None:
-        """Extend it, and report how far training is; a curve is written only when it has changed.
+        """Extend the lease and report progress; write the curve only if it has changed.
 
-        Raises LeaseLost when the store says so, and StoreSilent once it has run out without the store.
+        Raises LeaseLost if the store refuses, and StoreTimeout if the lease expires while the store is unreachable.
         """
         since_s = time.monotonic()
         try:
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(STORE_TIMEOUT_S):
                 held = await self._jobs.renew(
                     self.lease,
                     LEASE_S,
                     step=progress.step,
                     of=progress.of,
                     loss=progress.loss if progress.step else None,
-                    curve=None if curve == self._written else curve,
+                    curve=None if curve == self._written_curve else curve,
                 )
         except (Unavailable, TimeoutError) as error:
             _wait_for_store(error, self._until_s)
             return
         if not held:
             raise LeaseLost
-        self._until_s, self._written = since_s + LEASE_S, curve
+        self._until_s, self._written_curve = since_s + LEASE_S, curve
 
     async def retry(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`retry_until` the lease has run out."""
+        """Retry a store call until the lease expires, as `retry_until`."""
         return await retry_until(self._until_s, call, *args, **kwargs)
 
 
-async def train_holding(held: HeldLease, most_s: float, train: Callable[[], TrainingRun]) -> Judgement:
-    """Train on a thread, for `most_s` at most, and renew the lease meanwhile.
+async def train_with_lease(held: HeldLease, max_s: float, train: Callable[[], TrainingRun]) -> Judgement:
+    """Train on a thread for at most `max_s`, and renew the lease meanwhile.
 
-    When the lease is lost or the time is up, training ends at its next sign of life, and so does this. If it is
-    cancelled, it does not wait for that: a step may take longer than a process that is stopped has left to hand its job
-    back. The thread uses the model until then, and nothing else does, since the process ends.
+    After a lost lease or a timeout, wait until training stops at its next step. After a cancellation, do not wait: a
+    step may take longer than a stopping process has left to release its job. The thread then goes on using the model,
+    which is safe because the process is about to exit.
 
-    Raises TrainingError when it takes longer, or from `train`; LeaseLost and StoreSilent as the lease; Stalled.
+    Raises TrainingError after `max_s` or from `train`; LeaseLost and StoreTimeout from the lease; and Stalled.
     """
-    thread = TrainingThread(str(held.lease.job.id), train, most_s)
+    thread = TrainingThread(str(held.lease.job.id), train, max_s)
     try:
         ended = False
         while not ended:
-            ended = await thread.ended()
+            ended = await thread.wait_ended()
             await held.renew(thread.progress.latest, thread.progress.curve)
         judgement = thread.task.result()
-        assert judgement is not None, "training is left early only once the lease is lost"
+        assert judgement is not None, "training stops early only after the lease is lost"
         return judgement
     except asyncio.CancelledError:
-        thread.task.cancel()  # the thread goes on
+        thread.task.cancel()  # does not stop the thread
         raise
     finally:
-        thread.unwanted.set()
-        while not await thread.ended():
+        thread.stop.set()
+        while not await thread.wait_ended():
             pass
         await asyncio.gather(thread.task, return_exceptions=True)
 
 
 class TrainingThread:
-    """The thread, started at once; `name` names the training in errors. Used from the event loop."""
+    """A training thread, started by the constructor; `name` appears in errors. Use it from the event loop."""
 
-    def __init__(self, name: str, train: Callable[[], TrainingRun], most_s: float) -> None:
+    def __init__(self, name: str, train: Callable[[], TrainingRun], max_s: float) -> None:
         self.progress = ProgressLog()
-        self.unwanted = threading.Event()  # has training end at its next sign of life
+        self.stop = threading.Event()  # makes training stop at its next step
         self._name = name
         self._train = train
-        self._most_s = most_s
+        self._max_s = max_s
         self._alive_s = time.monotonic()
-        self.task = asyncio.create_task(asyncio.to_thread(self._run, self._alive_s + most_s))
+        self.task = asyncio.create_task(asyncio.to_thread(self._run, self._alive_s + max_s))
 
-    async def ended(self) -> bool:
-        """Whether it has ended, or does so within `RENEW_S`; Stalled when the last sign of life is too long ago."""
+    async def wait_ended(self) -> bool:
+        """Wait up to `RENEW_S`; return whether training has ended. Raise Stalled after `STALL_S` without a step."""
         await asyncio.wait({self.task}, timeout=RENEW_S)
         if not self.task.done() and time.monotonic() - self._alive_s > STALL_S:
-            raise Stalled(f"{self._name}: no step within {STALL_S:g} s; this process cannot go on")
+            raise Stalled(f"{self._name}: no step within {STALL_S:g} s; the worker must restart")
         return self.task.done()
 
     def _run(self, end_s: float) -> Judgement | None:
         run = self._train()
-        for latest in run:  # each is a sign of life
+        for latest in run:
             self.progress.add(latest)
             self._alive_s = time.monotonic()
-            if self.unwanted.is_set():
+            if self.stop.is_set():
                 break
             if self._alive_s > end_s:
                 raise TrainingError(
-                    f"training ran over its limit of {self._most_s:g} s, at step {latest.step} of {latest.of}: "
+                    f"training ran over its limit of {self._max_s:g} s, at step {latest.step} of {latest.of}: "
                     "send fewer or shorter samples, or ask for fewer steps"
                 )
         return run.judgement
 
 
 class ProgressLog:
-    """The latest progress of training, and its curves: added by the thread, read by the event loop."""
+    """The latest progress and the loss curves, written by the training thread and read by the event loop."""
 
     def __init__(self) -> None:
         self.latest = TrainingProgress(0, 0, 0.0)
         self._loss, self._held_out = list[Point](), list[Point]()
 
     def add(self, progress: TrainingProgress) -> None:
-        """Add progress; the same step may come several times. A loss that is not finite is left out."""
+        """Add progress. A step may be reported several times; losses that are not finite are dropped."""
         if progress.step > self.latest.step and math.isfinite(progress.loss):
             self._loss.append((progress.step, round(progress.loss, 5)))
         if progress.held_out is not None and math.isfinite(progress.held_out):
@@ -196,10 +196,10 @@ class ProgressLog:
 
     @property
     def curve(self) -> Curve:
-        return Curve(self.latest.phase, thinned(self._loss), thinned(self._held_out))
+        return Curve(self.latest.phase, thin(self._loss), thin(self._held_out))
 
 
-def thinned(points: list[Point]) -> tuple[Point, ...]:
-    """At most `MOST_POINTS` points, evenly spaced, and always the last."""
-    every = math.ceil(len(points) / (MOST_POINTS - 1))
-    return (*points[:-1:every], points[-1]) if points else ()
+def thin(points: list[Point]) -> tuple[Point, ...]:
+    """Return at most `MAX_CURVE_POINTS` evenly spaced points, including the last."""
+    stride = math.ceil(len(points) / (MAX_CURVE_POINTS - 1))
+    return (*points[:-1:stride], points[-1]) if points else ()

@@ -1,7 +1,7 @@
-"""The worker's loops: one trains jobs, one makes signatures of users whose items have changed.
+"""The worker's loops: one trains jobs, the other signs users whose items have changed.
 
-A fault of the job's content ends the job; a fault of the process ends the process and counts as one of the job's tries;
-a fault of the store is waited out and costs no try. A worker whose lease has run out writes nothing more.
+An error in a job's content fails the job. An error of the process ends the process and counts as a try of the job.
+While the store is unreachable the worker waits; this is not a try. A worker writes nothing after its lease expires.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from server.worker.lease import (
     HeldLease,
     LeaseLost,
     Stalled,
-    StoreSilent,
+    StoreTimeout,
     retry_until,
-    train_holding,
+    train_with_lease,
 )
 from server.worker.metrics import GIVEN_UP, UNWANTED, WorkerMetrics
 from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, AdapterTrainer, blamed
 
 log = logging.getLogger("mta.worker")
 
-ATTEMPTS = 20  # how often a write is repeated after the user's record has changed meanwhile
-MAX_SIGN_TRIES = 3  # how many workers may die over one user's items; after that they get an empty signature
-RESERVE_BYTES = 16 << 20  # address space, given up to hand a job back without memory; untouched, it costs none
+MAX_WRITE_ATTEMPTS = 20  # writes per result, when the user's record keeps changing
+MAX_SIGN_TRIES = 3  # worker deaths per user; after that the user gets an empty signature
+RESERVE_BYTES = 16 << 20  # address space freed on a lack of memory, to release the job; untouched, it uses no memory
 
 
 @dataclass
 class JobLoop:
-    """Claims a job, holds its lease while it trains, and writes the outcome, once.
+    """Claims a job, holds its lease during training, and writes the outcome once.
 
-    `model_lock` is held meanwhile: training and signing take turns at the base model.
+    The loop holds `model_lock` while it uses the base model, which it shares with `SigningLoop`.
     """
 
     jobs: JobStore
@@ -72,7 +72,7 @@ class JobLoop:
         self._reserve = mmap.mmap(-1, RESERVE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     async def work_once(self, wait_s: float) -> bool:
-        """Wait for a job and train it, if it still needs a worker; False when there was none."""
+        """Wait for a job and train it if it still needs a worker; return False if no job came."""
         job_id = await self.jobs.next_job(self.bank.manifest.short, wait_s)
         if job_id is None:
             return False
@@ -81,13 +81,13 @@ class JobLoop:
         return True
 
     async def _claim(self, job_id: JobId) -> None:
-        """Claim a job and train it, if it still needs a worker."""
+        """Claim a job and train it if it still needs a worker."""
         since_s = time.monotonic()
         try:
             lease = await retry_until(math.inf, self.jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
         except TrainingError as error:
-            log.error("%s: cannot be read, which is a try: %s", job_id, error)
-            return  # its lease runs out
+            log.error("%s: cannot be read; this counts as a try: %s", job_id, error)
+            return  # the lease expires
         if lease is None:
             return
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
@@ -95,43 +95,43 @@ class JobLoop:
         try:
             with self.metrics.training(lease.job), self.tracing.span("adapt", follows=lease.job.traceparent):
                 traceparent.set(self.tracing.current())
-                outcome = await self._work(HeldLease(self.jobs, lease, since_s))
+                outcome = await self._train(HeldLease(self.jobs, lease, since_s))
                 self.tracing.note(outcome=outcome, tries=lease.job.tries)
         except LeaseLost:
             outcome = UNWANTED
-            log.info("%s: given up, the lease is lost", lease.job.id)
-        except StoreSilent as error:
-            log.warning("%s: given up, the lease ran out without the store: %s", lease.job.id, error)
-            # Another worker may have taken it by the time the store answers: then it still counts as a try.
-            await self._give_back(lease, math.inf, counts=False)
+            log.info("%s: training stopped, the lease is lost", lease.job.id)
+        except StoreTimeout as error:
+            log.warning("%s: training stopped, the lease expired: %s", lease.job.id, error)
+            # If another worker takes the job before the store answers, this try still counts.
+            await self._release(lease, math.inf, counts=False)
         except asyncio.CancelledError:
-            await self._give_back(lease, counts=False)
+            await self._release(lease, counts=False)
             raise
         except Exception as error:
             self._free_memory(error)
-            await self._give_back(lease, counts=True)
+            await self._release(lease, counts=True)
             raise
         finally:
             traceparent.set("")
             self.metrics.jobs.labels(outcome).inc()
 
-    async def _give_back(self, lease: Lease, until_s: float = 0.0, *, counts: bool) -> None:
-        """Let another worker take the job at once. If the store gives no answer until then, its lease runs out."""
+    async def _release(self, lease: Lease, until_s: float = 0.0, *, counts: bool) -> None:
+        """Return the job to the queue. If the store does not answer before `until_s`, the lease expires instead."""
         try:
             if await retry_until(until_s, self.jobs.release, lease, counts=counts):
                 log.info("%s: returned to the queue", lease.job.id)
-        except (MtaError, StoreSilent, RuntimeError) as error:
+        except (MtaError, StoreTimeout, RuntimeError) as error:
             log.warning("%s: not returned to the queue: %s", lease.job.id, error)
 
     def _free_memory(self, error: BaseException | None) -> None:
-        """Free what this process needs no more, so that there is memory to hand the job back: it may lack any."""
+        """Free memory, so that a process that ran out of memory can still release its job."""
         self._reserve.close()
         while error is not None:
-            traceback.clear_frames(error.__traceback__)  # they hold the training's tensors
+            traceback.clear_frames(error.__traceback__)  # the frames hold the training's tensors
             error = error.__cause__ or error.__context__
 
-    async def _work(self, held: HeldLease) -> JobState:
-        """Train a job and write its outcome; a fault of its content is an outcome too."""
+    async def _train(self, held: HeldLease) -> JobState:
+        """Train a job and write its outcome; an error in the job's content makes it FAILED."""
         try:
             return await self._adapt(held)
         except ApiError:
@@ -151,7 +151,7 @@ class JobLoop:
             raise TrainingError("the user's profile was made with another embedder: submit the job again")
         with blamed("the job's configuration", CONFIG_REMEDY):
             config = decode_config(lease.job.config)
-            most_s = float(config.max_seconds)
+            max_s = float(config.max_seconds)
             recipe = self.bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
         samples = []
         for place, raw in enumerate(await held.retry(self.jobs.samples, key)):
@@ -160,9 +160,9 @@ class JobLoop:
         items = []
         if self.bank.manifest.history_share:
             snapshot = await held.retry(self.profiles.read, key)
-            items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]  # the oldest first
+            items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]  # oldest first
         with self.tracing.span("train"):
-            judgement = await train_holding(held, most_s, partial(self.trainer.train, recipe, samples, config, items))
+            judgement = await train_with_lease(held, max_s, partial(self.trainer.train, recipe, samples, config, items))
             self.tracing.note(samples=len(samples), steps=judgement.steps)
         if judgement.weights is None:
             state = JobState.REJECTED
@@ -178,12 +178,12 @@ class JobLoop:
             raise LeaseLost
 
     async def _promote(self, held: HeldLease, recipe: FusionRecipe, judgement: Judgement) -> None:
-        """Write adapter and outcome in one step; tries again when the user's record changed meanwhile."""
+        """Write adapter and outcome atomically; retry if the user's record has changed meanwhile."""
         job_id = held.lease.job.id
         raw = await asyncio.to_thread(self.trainer.encoded, recipe, judgement)
         stored = StoredAdapter(new_adapter_id(), recipe.name, hashlib.sha256(raw).hexdigest(), raw)
         trained = Trained(JobState.SUCCEEDED, judgement.before, judgement.after)
-        for _ in range(ATTEMPTS):
+        for _ in range(MAX_WRITE_ATTEMPTS):
             snapshot = await held.retry(self.profiles.read, job_id.user_key)
             if snapshot.profile is None:
                 break
@@ -194,7 +194,7 @@ class JobLoop:
                 return
             job = await held.retry(self.jobs.job, job_id)
             if job is not None and job.adapter == stored.id:
-                return  # only the answer was lost
+                return  # the write succeeded, but its answer was lost
             if job is None or job.state.ended:
                 break
         raise LeaseLost
@@ -202,7 +202,7 @@ class JobLoop:
 
 @dataclass
 class SigningLoop:
-    """Makes one signature at a time, about a second each."""
+    """Makes signatures, one at a time; each takes about a second."""
 
     queue: UserQueue
     profiles: ProfileStore
@@ -212,7 +212,7 @@ class SigningLoop:
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
 
     async def work_once(self, wait_s: float) -> bool:
-        """Wait for a user and make their signature; returns whether there was one."""
+        """Wait for a user and make their signature; return False if no user came."""
         user_key = await self.queue.take(wait_s)
         if user_key is None:
             return False
@@ -221,14 +221,14 @@ class SigningLoop:
         await self.queue.remove(user_key)
         profile = await self.profiles.load(user_key)
         if profile is not None and not profile.is_signed(self.bank.manifest.short):
-            await self.queue.add(user_key)  # their items changed while the queue still held them
+            await self.queue.add(user_key)  # items changed during signing, when the queue ignored the request
         return True
 
     async def _sign(self, user_key: str) -> None:
-        """Sign a user's items, unless they are signed; waiting for a store that is away is part of the same try."""
+        """Sign a user's items unless they are already signed. Waiting for the store does not start a new try."""
         tries = await self.queue.count_attempt(user_key)
         bank = self.bank.manifest.short
-        for _ in range(ATTEMPTS):
+        for _ in range(MAX_WRITE_ATTEMPTS):
             try:
                 snapshot = await retry_until(math.inf, self.profiles.read, user_key)
                 profile = snapshot.profile
@@ -236,7 +236,7 @@ class SigningLoop:
                     return
                 items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
                 pairs = [pair for item in items if (pair := item_pair(item, self.bank.task)) is not None][-MAX_ITEMS:]
-                made = await self._made(user_key, pairs, tries)
+                made = await self._make_signature(user_key, pairs, tries)
                 change = Change(replace(profile, signature=StoredSignature(made, profile.updated_ms)), {}, {}, ())
                 commit = self.profiles.commit
                 if await retry_until(math.inf, commit, user_key, snapshot.version, change, snapshot.epoch):
@@ -249,16 +249,16 @@ class SigningLoop:
                 log.error("%s: cannot be signed: %s", user_key, error)
                 return
 
-    async def _made(self, user_key: str, pairs: Sequence[tuple[str, str]], tries: int) -> Signature:
-        """The items' signature, an empty one where none can be made of them; Stalled when it never comes."""
+    async def _make_signature(self, user_key: str, pairs: Sequence[tuple[str, str]], tries: int) -> Signature:
+        """Return the signature of the items, or an empty one if that fails; raise Stalled if the computation hangs."""
         empty = empty_signature(self.bank.manifest.short, len(self.bank.manifest.anchors))
         if tries > MAX_SIGN_TRIES:
-            log.error("%s: gets an empty signature: workers died over its items %d times", user_key, MAX_SIGN_TRIES)
+            log.error("%s: gets an empty signature, since signing killed %d workers", user_key, MAX_SIGN_TRIES)
             return empty
         making = asyncio.create_task(asyncio.to_thread(self.signer.signature, pairs))
         await asyncio.wait({making}, timeout=STALL_S)
         if not making.done():
-            raise Stalled(f"{user_key}: no signature within {STALL_S:g} s; this process cannot go on")
+            raise Stalled(f"{user_key}: no signature within {STALL_S:g} s; the worker must restart")
         try:
             made = making.result()
         except MtaError as error:

@@ -1,4 +1,4 @@
-"""A worker's metrics, at a port of its own where the settings name one."""
+"""A worker's metrics, served on `MTA_METRICS_PORT` if it is set."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ log = logging.getLogger("mta.worker")
 
 _BUCKETS_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 
-GIVEN_UP = "given up"  # for another worker to take
-UNWANTED = "unwanted"  # cancelled, superseded or erased meanwhile, or another worker's by now
+GIVEN_UP = "given up"  # returned to the queue
+UNWANTED = "unwanted"  # cancelled, superseded, erased, or taken by another worker
 
 
 class WorkerMetrics:
-    """The metrics of one worker, in a registry of its own. No label names a user or a job."""
+    """The metrics of one worker, in a separate registry. No label contains a user or a job."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         about = "Adapt jobs by how this worker left them."
         self.jobs = Counter("mta_worker_jobs", about, ("outcome",), registry=registry)
         for outcome in (JobState.SUCCEEDED, JobState.REJECTED, JobState.FAILED, UNWANTED, GIVEN_UP):
-            self.jobs.labels(outcome)  # from zero on: a first one is an increase
+            self.jobs.labels(outcome)  # start at zero, so that the first job counts as an increase
         about = "From a job's request to its first try."
         self.wait = Histogram("mta_worker_job_wait_seconds", about, buckets=_BUCKETS_S, registry=registry)
         about = "From taking a job to its outcome."
@@ -43,7 +43,7 @@ class WorkerMetrics:
         ProcessCollector(registry=registry)
 
     def publish(self, settings: Settings) -> None:
-        """Serve `/metrics` on a thread, if the settings name a port. Raises MtaError when nobody may listen there."""
+        """Serve `/metrics` on a thread if the settings have a port. Raises MtaError if the port cannot be opened."""
         if not settings.metrics_port:
             return
         host, port = settings.inner_host, settings.metrics_port
@@ -57,7 +57,7 @@ class WorkerMetrics:
 
     @contextmanager
     def training(self, job: Job) -> Iterator[None]:
-        """Time what is done about a job."""
+        """Measure waiting and training time of a job."""
         if job.tries == 1:
             self.wait.observe(max(0.0, job.started_ms - job.created_ms) / 1000)
         self._begun_s = time.monotonic()

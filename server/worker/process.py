@@ -1,4 +1,4 @@
-"""The worker as a process: its parts are built here, and its loops run until a signal."""
+"""The worker process: build the parts and run the loops until a signal."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from server.worker.training import AdapterTrainer
 
 log = logging.getLogger("mta.worker")
 
-WAIT_S = 5.0
-RETRY_S = 1.0
+QUEUE_WAIT_S = 5.0  # longest wait for a job or user per call
+STORE_RETRY_S = 1.0  # pause after a failed store call
 
 
 async def run_worker(settings: Settings) -> None:
-    """Open the parts, then train and, where the bank uses signatures, sign, in turns, until a signal.
+    """Open the parts, then train jobs and, if the bank has signatures, sign users, until a signal.
 
-    Raises MtaError when a part cannot be opened, or does not match.
+    Raises MtaError if a part cannot be opened or does not match.
     """
     limit_gpu(settings.worker_gpu_share)
     with heavy_imports():
-        bank, trainer = _opened(settings)
+        bank, trainer = _open_parts(settings)
     metrics, tracing = WorkerMetrics(), open_tracing(settings, "mta-worker")
     metrics.publish(settings)
     async with open_stores(settings, timed=metrics.store, span=tracing.span) as stores:
@@ -54,18 +54,17 @@ async def run_worker(settings: Settings) -> None:
             with suppress(asyncio.CancelledError):
                 await working
         except Exception:
-            # Here and now: any other way out waits for a thread that may hang, and starts one, which may never begin
-            # for lack of memory.
+            # Exit at once: a normal exit waits for threads, which may hang, and starts one, which may fail.
             try:
-                log.critical("the worker ends", exc_info=True)
+                log.critical("the worker exits", exc_info=True)
                 logging.shutdown()
             finally:
                 os._exit(1)
     await asyncio.to_thread(tracing.close)
 
 
-def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
-    """The bank, and what trains on top of it."""
+def _open_parts(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
+    """Open the bank and its trainer."""
     folder = settings.bank_folder()
     embedder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
     bank = ServingBank.open(folder, embedder.id)
@@ -77,14 +76,14 @@ def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
 
 
 async def work_forever(work_once: Callable[[float], Awaitable[object]]) -> None:
-    """Work until cancelled; waits for a store that cannot be reached.
+    """Work until cancelled; wait while the store is unreachable.
 
-    Unforeseen errors are raised, above all a lack of memory in its many disguises: the process had better start afresh,
-    and a job goes to another worker until its tries are used up.
+    Raises unexpected errors, most of which come from a lack of memory: a new process is safer, and other workers
+    retry the job until its tries are used up.
     """
     while True:
         try:
-            await work_once(WAIT_S)
+            await work_once(QUEUE_WAIT_S)
         except ApiError as error:
             log.warning("%s", error.explained)
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(STORE_RETRY_S)

@@ -1,7 +1,7 @@
-"""After a change of bank: user adapters of the old bank are trained again, from the stored samples.
+"""Retrain user adapters from stored samples after a change of bank.
 
-A user is on the list of the old bank until an adapter of another bank is promoted, so an interrupted run can simply be
-started again: the same samples for the same bank are the same job while it is waiting, running or succeeded.
+An interrupted run can be started again: a user stays on the old bank's list until an adapter of another bank is
+promoted, and the same samples for the same bank give the same job if it is waiting, running or succeeded.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from server.store.samples import MAX_SAMPLES, JobBudget, encode_config
 from server.store.tenants.access_keys import KeyRing
 from server.store.tenants.user_key import Tenants
 
-PAUSE_S = 0.5
+POLL_S = 0.5  # interval between backlog checks
 
 
 @dataclass(slots=True)
 class ReadaptTally:
-    """How many users on the list met which end."""
+    """Number of users by outcome."""
 
-    queued: int = 0  # have a job, made now or by an earlier run
-    settled: int = 0  # need none: erased, adapted since, without samples, or served by another bank
-    waiting: int = 0  # have a profile from another embedder; their next request remakes it, for the next run to see
+    queued: int = 0  # users with a job, from this run or an earlier one
+    settled: int = 0  # users who need no job: erased, already adapted, without samples, or served by another bank
+    waiting: int = 0  # users whose profile needs a new embedding: their next request makes it, and a later run the job
 
 
 @dataclass(frozen=True, slots=True)
 class ServedBanks:
-    """Which bank serves whom."""
+    """Maps users to the banks that serve them."""
 
     ring: KeyRing
-    own: str  # of tenants that name none
+    own: str  # bank of tenants without a bank of their own
     users: Tenants
-    tenant: str  # whose users were stored before there were keys
+    tenant: str  # tenant of users stored before the first key
 
     def of(self, user_key: str, user_id: str) -> str:
-        """A user's bank; empty for a user of no tenant that is known, such as by another secret."""
+        """Return a user's bank; empty if no known tenant has the user, for example because the secret is another."""
         for tenant in {self.tenant, *(key.tenant for key in self.ring.keys)}:
             if self.users.users(tenant).key(user_id) == user_key:
                 return self.ring.banks.get(tenant, self.own)
@@ -54,10 +54,10 @@ class ServedBanks:
 
 @dataclass(frozen=True, slots=True)
 class Readapting:
-    """Makes jobs for users whose adapter is of another bank than `manifest`, the one that is served now.
+    """Creates jobs for users whose adapter belongs to a bank other than `manifest`, the bank served now.
 
-    At most `at_a_time` jobs may be open. Without `served` this bank serves everybody; whom another bank serves is left
-    alone.
+    At most `at_a_time` jobs are open at once. `served` tells which users to skip, because another bank serves them;
+    without it this bank serves everybody.
     """
 
     jobs: JobStore
@@ -69,9 +69,9 @@ class Readapting:
     served: ServedBanks | None = None
 
     async def run(self, on_user: Callable[[ReadaptTally, int], None] = lambda tally, of: None) -> ReadaptTally:
-        """Work through the lists of all other banks; `on_user` is told of how many users the tally will be.
+        """Process the users of all other banks; `on_user` gets the tally and the total number of users.
 
-        Raises BankError where this bank leaves users no rank to adapt with.
+        Raises BankError if this bank has no rank left for users.
         """
         if not self.manifest.room:
             raise BankError(
@@ -92,7 +92,7 @@ class Readapting:
         profile = await self.profiles.load(user_key)
         now = bank_of(profile.adapter.recipe) if profile and profile.adapter else ""
         if profile and self.served and self.served.of(user_key, profile.user_id) != self.manifest.short:
-            tally.settled += 1  # stays on the list, for the bank that does serve them
+            tally.settled += 1  # keep the user on the list for their own bank
         elif profile is None or now != bank or not await self.jobs.samples(user_key):
             tally.settled += 1
             await self.adapters.remove_adapted(user_key, except_bank=now if now != bank else "")
@@ -100,10 +100,10 @@ class Readapting:
             tally.waiting += 1
         else:
             while (await self.jobs.backlog(self.manifest.short)).open >= self.at_a_time:  # noqa: ASYNC110 - no event
-                await asyncio.sleep(PAUSE_S)
-            usual = default_config(self.manifest.room, self.manifest.common)
-            config = encode_config(replace(usual, **asdict(self.budget)))
-            kept = Submission([], True, config, bank=self.manifest.short, epoch=epoch, background=True)
+                await asyncio.sleep(POLL_S)
+            defaults = default_config(self.manifest.room, self.manifest.common)
+            config = encode_config(replace(defaults, **asdict(self.budget)))
+            submission = Submission([], True, config, bank=self.manifest.short, epoch=epoch, background=True)
             with suppress(UserErased):
-                await self.jobs.submit(user_key, kept, MAX_SAMPLES)
+                await self.jobs.submit(user_key, submission, MAX_SAMPLES)
             tally.queued += 1

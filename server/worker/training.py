@@ -1,4 +1,4 @@
-"""From samples to a judged user adapter, with the code that serving uses. Plain functions on one base model."""
+"""Train and judge user adapters and make signatures, on one base model. No function here is asynchronous."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from bank.matrix import open_matrix
 from bank.models.load import load_base
 from server.store.samples import Sample
 
-MAX_SIGNED_TOKENS = 512  # longest item in a signature; a longer one loses the end of its input
+MAX_SIGNED_TOKENS = 512  # longest item in a signature; the inputs of longer items are cut at the end
 CONFIG_REMEDY = "submit the job again"
 SAMPLE_REMEDY = "send it as the model's chat template requires, or leave it out"
-_MOST_CHARS = 300
-_WARM_UP_TOKENS = 64
+_MAX_ERROR_CHARS = 300
+_WARM_UP_TOKENS = 64  # length of the warm-up example
 
 
 @contextmanager
 def blamed(what: str, remedy: str) -> Iterator[None]:
-    """Whatever goes wrong in a block is the fault of what a job holds, e.g. `samples.3`: a TrainingError.
+    """Turn errors in the block into a TrainingError about a part of the job, such as `samples.3`.
 
-    Lack of memory is the process's fault. For code that only reads and encodes, and touches no device.
+    MemoryError passes through, since it is the process's fault. The block must not use a device.
     """
     try:
         yield
     except (MtaError, MemoryError):
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"[:_MOST_CHARS]
+        reason = f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]
         raise TrainingError(f"{what} cannot be used ({reason}): {remedy}") from error
 
 
@@ -61,7 +61,7 @@ class AdapterTrainer:
         self.model = model
         self.tokenizer = tokenizer
         self._context = int(model.config.max_position_embeddings)
-        self._tokens = int(model.get_input_embeddings().num_embeddings)
+        self._vocab_size = int(model.get_input_embeddings().num_embeddings)
 
     @classmethod
     def open(cls, bank: Path, manifest: BankManifest, model_folder: Path, dtype: str) -> AdapterTrainer:
@@ -69,7 +69,7 @@ class AdapterTrainer:
         return cls(manifest, open_matrix(bank, manifest), *load_base(model_folder, dtype))
 
     def warm_up(self) -> None:
-        """Train a LoRA for one step and forget it: the first step of a process takes longer than others."""
+        """Train a throw-away LoRA for one step, because the first step of a process is slow."""
         start = initial_lora(self.manifest.layout.modules, 1, seed=0)
         train_lora(self.model, [Example((0,) * _WARM_UP_TOKENS, 1)], TrainPlan(1, 1, 1e-3, 0), start=start)
 
@@ -78,8 +78,8 @@ class AdapterTrainer:
     ) -> TrainingRun:
         """Train and judge a user adapter on top of a recipe, step by step.
 
-        In a bank whose rows know history, some of the user's `items`, oldest first, stand before samples, as far as the
-        job may read them.
+        If the bank was trained with history, prepend some of the user's `items` (oldest first) to samples, within the
+        job's token budget.
         """
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
         if config.rank > room:
@@ -93,19 +93,19 @@ class AdapterTrainer:
         for place, sample in enumerate(samples):
             if left and (memories := past.memories(sample.messages[-1]["content"], sample.output)):
                 what, alone = f"samples.{place}", len(examples[place].ids)
-                messages, most = list(sample.messages), min(alone + left, self._context)
+                messages, max_tokens = list(sample.messages), min(alone + left, self._context)
                 with blamed(what, SAMPLE_REMEDY):
                     messages = messages_with_memories(
-                        self.tokenizer, past.task, messages, sample.output, memories=memories, max_tokens=most
+                        self.tokenizer, past.task, messages, sample.output, memories=memories, max_tokens=max_tokens
                     )
                 examples[place] = self._example(what, encode_conversation, messages, sample.output)
                 left -= len(examples[place].ids) - alone
         return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, config)
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
-        """The signature of a user's items; an empty one when there is nothing to learn from them."""
-        most = min(MAX_SIGNED_TOKENS, self._context)
-        examples = [self._example(f"items.{place}", encode_pair, *pair, most) for place, pair in enumerate(pairs)]
+        """Return the signature of a user's items; an empty one if the items have nothing to learn from."""
+        max_tokens = min(MAX_SIGNED_TOKENS, self._context)
+        examples = [self._example(f"items.{place}", encode_pair, *pair, max_tokens) for place, pair in enumerate(pairs)]
         return self._signer.signature(self.manifest.short, examples)
 
     @cached_property
@@ -117,7 +117,7 @@ class AdapterTrainer:
         return encode_user_adapter(self.manifest.layout, UserAdapter(recipe.name, judgement.weights))
 
     def _example(self, what: str, encode: Callable[..., Example], *content: Any) -> Example:
-        """Encode; refuses what would otherwise fail inside the model and look like a fault of the process."""
+        """Encode; refuse content on which the model would fail with an error that looks like a fault of the process."""
         with blamed(what, SAMPLE_REMEDY):
             example = encode(self.tokenizer, *content)
         if len(example.ids) > self._context:
@@ -126,8 +126,8 @@ class AdapterTrainer:
             )
         if not 0 < example.loss_from < len(example.ids):
             raise TrainingError(f"{what} has no token to learn after a prompt: {SAMPLE_REMEDY}")
-        if max(example.ids) >= self._tokens:
+        if max(example.ids) >= self._vocab_size:
             raise TrainingError(
-                f"{what} has token id {max(example.ids)}, but the model knows only {self._tokens}: {SAMPLE_REMEDY}"
+                f"{what} has token id {max(example.ids)}, but the model knows only {self._vocab_size}: {SAMPLE_REMEDY}"
             )
         return example

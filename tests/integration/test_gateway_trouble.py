@@ -184,7 +184,7 @@ class TestBrokenEngine:
     ("limit", "admit_s", "samples"),
     [
         ("server.gateway.engines.admin.TOKENIZE_TIMEOUT_S", 600, 1),
-        ("server.gateway.users.sample_checks.PATIENCE_S", 0.3, 20),
+        ("server.gateway.users.sample_checks.MAX_CHECK_S", 0.3, 20),
     ],
 )
 def test_samples_are_taken_uncounted_when_the_engine_is_silent_or_slow(

@@ -152,7 +152,7 @@ async def test_a_lost_answer_changes_nothing(
     desk: Desk, worker: JobLoop, jobs: Shaky, monkeypatch: pytest.MonkeyPatch, *, call: str, silent: bool
 ) -> None:
     monkeypatch.setattr("server.worker.lease.RENEW_S", 0.05)
-    monkeypatch.setattr("server.worker.lease.ANSWER_S", 0.5 if silent else 4.0)
+    monkeypatch.setattr("server.worker.lease.STORE_TIMEOUT_S", 0.5 if silent else 4.0)
     jobs.lost, jobs.silent = {call}, silent
     job_id = await desk.submit(SAMPLES if call != "end" else [b"{"])
     assert await worker.work_once(1)

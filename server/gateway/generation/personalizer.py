@@ -117,7 +117,7 @@ class Personalizer:
 
     async def _request_signature(self, user: User) -> None:
         try:
-            await self._profiles.want_signature(user)
+            await self._profiles.request_signature(user)
         except ApiError as error:
             log.warning("a signature could not be requested: %s", error.explained)
 

@@ -213,7 +213,7 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     try:
         uses = await parts.limiter.take_job(caller_of(request), user.key)
     except TooMany:  # for new jobs: whoever lost the answer still gets the job
-        if (job := await parts.adapting.repeated(user, wanted, epoch)) is None:
+        if (job := await parts.adapting.find_duplicate(user, wanted, epoch)) is None:
             raise
     else:
         try:

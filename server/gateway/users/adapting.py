@@ -1,4 +1,4 @@
-"""The gateway's side of adapting: from a request to a job, and from a job to its outcome."""
+"""The gateway's side of adapting: create, find and cancel training jobs."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from server.watching.tracing import Tracing
 
 @dataclass(frozen=True, slots=True)
 class TrainingRequest:
-    """Samples to adapt to, none blank, each ending with the user's turn, and how: `options` are of `AdaptConfig`."""
+    """Training samples, none blank, each ending with a user turn; `options` are fields of `AdaptConfig`."""
 
     samples: Sequence[Sample]
     options: Mapping[str, Any]
     append: bool
-    idempotency_key: str  # empty for none
+    idempotency_key: str  # empty if the client sent none
 
 
 @dataclass
 class Adapting:
-    """Accepts samples, creates jobs, and looks them up."""
+    """Creates, finds and cancels jobs."""
 
     jobs: JobStore
     profiles: Profiles
@@ -45,11 +45,11 @@ class Adapting:
     tracing: Tracing
 
     async def submit(self, user: User, request: TrainingRequest, epoch: str) -> Job:
-        """Store the samples and create the job that trains on them; a user without a profile gets one made of them.
+        """Store the samples and create their training job; if the user has no profile, create one from the samples.
 
-        `epoch` is the user's when the request was accepted. InvalidRequest and UserErased leave everything as it was.
+        `epoch` is the user's epoch at the time of the request. InvalidRequest and UserErased leave the store unchanged.
         """
-        config, submission = await self._prepared(request, epoch)
+        config, submission = await self._prepare(request, epoch)
         await self.checks.check_template(request.samples)
         await self.checks.check_lengths(submission.samples)
         kept = await self.jobs.samples(user.key) if request.append else []
@@ -67,35 +67,35 @@ class Adapting:
             )
         return job
 
-    async def repeated(self, user: User, request: TrainingRequest, epoch: str) -> Job | None:
-        """The job that the same request has made before, if it has; nothing is changed. Otherwise as `submit`."""
-        _, submission = await self._prepared(request, epoch)
-        return await self.jobs.submit(user.key, submission, 0)  # without room for any sample there is no new job
+    async def find_duplicate(self, user: User, request: TrainingRequest, epoch: str) -> Job | None:
+        """Return the job that an earlier copy of this request created, or None. Arguments and errors as in `submit`."""
+        _, submission = await self._prepare(request, epoch)
+        return await self.jobs.submit(user.key, submission, 0)  # a limit of 0 samples prevents a new job
 
     async def job_ids(self, user: User) -> list[JobId]:
         return [job.id for job in await self.jobs.jobs(user.key)]
 
     async def job(self, users: UserKeys, job_id: JobId) -> Job:
-        """A job of a tenant's; NotFound when the tenant has no such job, or no longer."""
+        """Return a tenant's job; raise NotFound if the tenant has no such job."""
         job, owner = await asyncio.gather(self.jobs.job(job_id), self.profiles.store.load(job_id.user_key))
         if job is None or owner is None or users.key(owner.user_id) != job_id.user_key:
-            raise _unknown(job_id)
+            raise _unknown_job(job_id)
         return job
 
     async def cancel(self, users: UserKeys, job_id: JobId) -> Job:
-        """Cancel a job; a worker that is training it stops at its next step. Conflict when it has already ended."""
+        """Cancel a job; a running job stops at its next training step. Raise Conflict if the job has already ended."""
         await self.job(users, job_id)
         job, ended = await self.jobs.cancel(job_id)
         if job is None:
-            raise _unknown(job_id)
+            raise _unknown_job(job_id)
         if not ended:
             raise Conflict(f"job {job_id} has already ended: it is {job.state.value}", param="job_id", code="job_ended")
         return job
 
-    async def _prepared(self, request: TrainingRequest, epoch: str) -> tuple[AdaptConfig, Submission]:
+    async def _prepare(self, request: TrainingRequest, epoch: str) -> tuple[AdaptConfig, Submission]:
         config = replace(training_config(self.manifest, request.options), **asdict(self.budget))
-        # Megabytes of samples take a large part of a second: not on the event loop.
-        samples = await asyncio.to_thread(_encoded, request.samples)
+        # Encoding megabytes of samples would block the event loop for a large part of a second.
+        samples = await asyncio.to_thread(_encode_samples, request.samples)
         return config, Submission(
             samples,
             request.append,
@@ -107,8 +107,8 @@ class Adapting:
         )
 
 
-def _encoded(samples: Sequence[Sample]) -> list[bytes]:
-    """Each sample as it is stored."""
+def _encode_samples(samples: Sequence[Sample]) -> list[bytes]:
+    """Encode the samples as the store keeps them."""
     encoded = list(map(encode_sample, samples))
     for place, raw in enumerate(encoded):
         if len(raw) > MAX_ITEM_BYTES:
@@ -122,7 +122,7 @@ def _encoded(samples: Sequence[Sample]) -> list[bytes]:
 
 
 def training_config(manifest: BankManifest, options: Mapping[str, Any]) -> AdaptConfig:
-    """How a job trains: as requested, with the server's defaults for the rest; InvalidRequest if the bank cannot."""
+    """Fill in defaults for missing options; raise InvalidRequest if the bank does not support an option."""
     room = manifest.room
     config = replace(default_config(room, manifest.common), **options)
     if config.rank > room:
@@ -137,5 +137,5 @@ def training_config(manifest: BankManifest, options: Mapping[str, Any]) -> Adapt
     return config
 
 
-def _unknown(job_id: JobId) -> NotFound:
+def _unknown_job(job_id: JobId) -> NotFound:
     return NotFound(f"job_id {excerpt(str(job_id))} is unknown: ended jobs are kept for 7 days", param="job_id")

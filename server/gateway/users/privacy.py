@@ -1,4 +1,4 @@
-"""What a person may ask for: all that is stored of them, with their adapter as others can load it, and its erasure."""
+"""Data-subject requests: export all data of a user, including the adapter in PEFT format, and erase a user."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from server.store.queue import UserQueue
 from server.store.samples import decode_sample
 from server.store.tenants.user_key import User
 
-_END = b'"}}}'
+_JSON_END = b'"}}}'
 
 
 @dataclass
 class Exporting:
-    """Collects what is stored of a user; `bank` is the folder of the bank that is served."""
+    """Exports a user's data; `bank` is the folder of the served bank."""
 
     profiles: ProfileStore
     jobs: JobStore
@@ -38,9 +38,9 @@ class Exporting:
     manifest: BankManifest
 
     async def export(self, user: User, job_answer: Callable[[Job], dict[str, Any]]) -> Iterator[bytes] | None:
-        """All of it as one JSON object, in pieces; None for an unknown user. `job_answer` shows a job to clients.
+        """Return the export as pieces of one JSON object, or None for an unknown user. `job_answer` formats a job.
 
-        Raises UserErased when the user is erased meanwhile.
+        Raises UserErased if the user is erased during the export.
         """
         key = user.key
         snapshot = await self.profiles.read(key)
@@ -52,7 +52,7 @@ class Exporting:
         stored = await self.adapters.adapter(UserAdapterId(key, note.id)) if note else None
         if await self.profiles.epoch(key) != snapshot.epoch:
             raise UserErased
-        served, says = await asyncio.to_thread(self._served, stored) if stored else (None, "it is no longer stored")
+        served, says = await asyncio.to_thread(self._load, stored) if stored else (None, "it is no longer stored")
         signed = profile.signature
         document = {
             "user_id": profile.user_id,
@@ -61,10 +61,10 @@ class Exporting:
             "embedding": profile.embedding,
             "other_embedding": profile.other,
             "signature": {**asdict(signed.signature), "made_of_ms": signed.made_of_ms} if signed else None,
-            "of_later_versions": {str(tag): _text(raw) for tag, raw in profile.extra.items()},
+            "of_later_versions": {str(tag): _base64(raw) for tag, raw in profile.extra.items()},
             "items": [{"id": name, **item.fields} for name, item in snapshot.items.items()],
-            "vectors": {  # as they are stored: little-endian fp16
-                name: {"embedder": one.embedder, "fp16": _text(one.vector.astype("<f2").tobytes())}
+            "vectors": {  # little-endian fp16, as stored
+                name: {"embedder": one.embedder, "fp16": _base64(one.vector.astype("<f2").tobytes())}
                 for name, one in snapshot.vectors.items()
             },
             "samples": list(map(decode_sample, samples)),
@@ -80,13 +80,13 @@ class Exporting:
                 "traceparent": note.made_in or None,
                 "sha256": stored.sha256 if stored else None,
                 "says": says,
-                "stored": _text(stored.raw) if stored else None,
+                "stored": _base64(stored.raw) if stored else None,
                 "peft": {"config": served.config(), "weights": ""} if served else None,
             }
-        return _pieces(document, served)
+        return _json_pieces(document, served)
 
-    def _served(self, stored: StoredAdapter) -> tuple[ExportedAdapter | None, str]:
-        """The whole adapter, and what it is in words, or why there is none."""
+    def _load(self, stored: StoredAdapter) -> tuple[ExportedAdapter | None, str]:
+        """Return the complete adapter and its description, or None and the reason why it cannot be built."""
         try:
             served = ExportedAdapter(self.bank, self.manifest, parse_recipe(stored.recipe), stored.raw)
         except MtaError as error:
@@ -104,17 +104,17 @@ class Erasing:
     profiles: ProfileStore
     adapters: AdapterStore
     jobs: JobStore
-    signing: Callable[[str], UserQueue]  # of a bank, by its 8 hex digits
-    bank: str  # the one that is served
+    signing: Callable[[str], UserQueue]  # signing queue of a bank, by its 8 hex digits
+    bank: str  # 8 hex digits of the served bank
     log_file: RewritableFile
-    drop: Callable[[str], Coroutine[Any, Any, None]]  # has every engine drop a user's adapters, by the user's key
+    drop: Callable[[str], Coroutine[Any, Any, None]]  # drops a user's adapters from every engine
     _dropping: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def erase(self, user: User) -> Erasure | None:
-        """Erase a user; None if nothing was ever stored about them, or that is no longer remembered.
+        """Erase a user; return None if the store has neither data nor an erasure record of the user.
 
-        Each step may be repeated: a DELETE that failed half-way is finished by the next, which gets the same answer.
-        An engine that cannot be reached finds out by itself: it asks the store about every adapter that it keeps.
+        Every step is idempotent: a repeated DELETE finishes one that failed half-way and returns the same answer. An
+        unreachable engine needs no retry: engines check every adapter they hold against the store.
         """
         key = user.key
         is_nobody, erasure = await self.profiles.erase_if_unknown(key)
@@ -134,24 +134,24 @@ class Erasing:
         return erasure
 
 
-def _pieces(document: dict[str, Any], served: ExportedAdapter | None) -> Iterator[bytes]:
-    """The JSON; the weights of an adapter, its last field, are never in memory as a whole."""
+def _json_pieces(document: dict[str, Any], served: ExportedAdapter | None) -> Iterator[bytes]:
+    """Yield the JSON; the adapter's weights, the last field, are streamed and never held in memory at once."""
     raw = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     if served is None:
         yield raw
         return
-    assert raw.endswith(_END)
-    yield raw.removesuffix(_END)
-    yield from _in_base64(served.weights())
-    yield _END
+    assert raw.endswith(_JSON_END)
+    yield raw.removesuffix(_JSON_END)
+    yield from _base64_pieces(served.weights())
+    yield _JSON_END
 
 
-def _text(raw: bytes) -> str:
+def _base64(raw: bytes) -> str:
     return base64.b64encode(raw).decode()
 
 
-def _in_base64(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Pieces of bytes as pieces of one text in base64."""
+def _base64_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Encode a stream of bytes as one base64 text, piece by piece."""
     rest = b""
     for piece in pieces:
         data = rest + piece

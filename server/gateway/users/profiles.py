@@ -1,7 +1,7 @@
-"""The write side of profiles: how a history of items changes, and its embedding with it, each change one atomic step.
+"""Change users' item histories and the embeddings made from them; each change is atomic.
 
-Repeating a change changes nothing: an item that is there with the same content keeps its place, and a full history
-loses older items than those just given.
+Changes are idempotent: an item that is stored with the same content keeps its position, and a full history drops older
+items before the new ones.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
 
-EMBED_BATCH = 16  # texts per turn on an embedding thread: a long history does not keep a short one waiting
-MAX_ATTEMPTS = 64
-_MAX_PAUSE_S = 0.05
+EMBED_BATCH = 16  # texts per executor task, so that short histories need not wait for long ones
+MAX_ATTEMPTS = 64  # commits per change when other requests keep winning the race
+_MAX_PAUSE_S = 0.05  # longest pause between two attempts
 
 StoredItems = Mapping[str, StoredItem]  # by id, oldest first
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryLimit:
-    """The newest items within both limits are kept; `size_bytes` counts all of them, as JSON of their fields."""
+    """Limits on a history, which keeps the newest items; `size_bytes` is the total size of all fields as JSON."""
 
     items: int
     size_bytes: int
@@ -45,16 +45,16 @@ class HistoryLimit:
 
 @dataclass(frozen=True, slots=True)
 class HistoryDiff:
-    """What turns one history into another."""
+    """The writes that turn one history into another."""
 
-    put: dict[str, StoredItem]  # to write: new, replaced or moved
-    drop: tuple[str, ...]  # ids to remove
-    changed: int  # how many were added, removed, or have new content; a move alone does not count
+    put: dict[str, StoredItem]  # new, replaced and moved items
+    drop: tuple[str, ...]  # ids of removed items
+    changed: int  # number of items added, removed, or with new content; moved items do not count
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileUpdate:
-    """The profile after a change, and how many items were added, removed, or have new content."""
+    """The profile after a change, and `HistoryDiff.changed` of that change."""
 
     profile: Profile
     changed: int
@@ -62,45 +62,45 @@ class ProfileUpdate:
 
 @dataclass
 class Profiles:
-    """Changes and reads profiles."""
+    """Reads and changes profiles."""
 
     store: ProfileStore
     embedder: Embedder
     task: Task
     executor: Executor  # the embedder's threads
     limit: HistoryLimit
-    signing: UserQueue | None = None  # gets users whose items have changed; None where the bank has no signatures
+    signing: UserQueue | None = None  # users with changed items; None if the bank has no signatures
     _refreshing: dict[str, asyncio.Task[Profile | None]] = field(default_factory=dict)
 
     async def current(self, user: User) -> Profile | None:
-        """The profile with an embedding by the current embedder; None for an unknown user."""
+        """Return the profile, embedded by the current embedder; None for an unknown user."""
         profile = await self.store.load(user.key)
         if profile is None:
             return None
-        return profile.with_embedder(self.embedder.id) or await self._refreshed(user)
+        return profile.with_embedder(self.embedder.id) or await self._refresh_once(user)
 
     async def replace(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
-        """Replace the history with these items, oldest first; `epoch` is the user's when the request was accepted.
+        """Replace the history with these items, oldest first; `epoch` is the user's epoch at the time of the request.
 
-        Raises UserErased when the user is erased before the change is written; then nothing is written.
+        Raises UserErased, and writes nothing, if the user is erased before the change is written.
         """
-        return await self._change(user, lambda history: replaced(history, items, self.limit), epoch)
+        return await self._change(user, lambda history: replace_history(history, items, self.limit), epoch)
 
     async def add(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
-        """Add items to the history; an item whose id is there is replaced. Otherwise as `replace`."""
-        return await self._change(user, lambda history: added(history, items, self.limit), epoch)
+        """Add items to the history, replacing items with the same id. Otherwise like `replace`."""
+        return await self._change(user, lambda history: add_to_history(history, items, self.limit), epoch)
 
     async def items(self, user: User) -> Mapping[str, StoredItem]:
-        """A user's history by item id, oldest first; empty for an unknown user."""
+        """Return a user's history by item id, oldest first; empty for an unknown user."""
         return await self.store.items(user.key)
 
-    async def want_signature(self, user: User) -> None:
-        """Request a user's signature; does nothing if it has already been requested."""
+    async def request_signature(self, user: User) -> None:
+        """Request a user's signature unless it has already been requested."""
         if self.signing is not None:
             await self.signing.add(user.key)
 
-    async def _refreshed(self, user: User) -> Profile | None:
-        """Remake another embedder's embedding; concurrent requests wait for the same work."""
+    async def _refresh_once(self, user: User) -> Profile | None:
+        """Replace another embedder's embedding; concurrent calls share one task per user."""
         task = self._refreshing.get(user.key)
         if task is None:
             task = self._refreshing[user.key] = asyncio.create_task(self._refresh(user))
@@ -116,30 +116,30 @@ class Profiles:
     async def _change(
         self, user: User, apply: Callable[[StoredItems], StoredItems], epoch: str | None = None
     ) -> ProfileUpdate:
-        """Read, apply, embed what has no embedding yet, and commit; start over after a lost race."""
+        """Read, apply, embed new items, and commit; start over if another request commits first."""
         key = user.key
-        made: dict[tuple[str, str], Vectors] = {}  # by id and text: survives a lost race
+        embedded: dict[tuple[str, str], Vectors] = {}  # by id and text; reused when an attempt starts over
         for attempt in range(MAX_ATTEMPTS):
             snapshot = await self.store.read(key)
             epoch = snapshot.epoch if epoch is None else epoch
             history = apply(snapshot.items)
             if not history:  # nothing to make an embedding from
                 raise UserErased
-            step = difference(snapshot.items, history)
+            step = diff_histories(snapshot.items, history)
             same = not step.put and not step.drop
             seen = snapshot.profile and snapshot.profile.with_embedder(self.embedder.id)
             if seen and same:
                 await self.store.wait_until_durable(key)
                 return ProfileUpdate(seen, 0)
-            vectors, fresh = await self._vectors(snapshot, history, made)
+            vectors, fresh = await self._vectors(snapshot, history, embedded)
             embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
             profile = Profile(user.id, len(history), 0, self.embedder.id, embedding)
-            profile = _following(snapshot.profile, profile, same_items=same)
+            profile = _carry_over(snapshot.profile, profile, same_items=same)
             change = Change(profile, step.put, fresh, step.drop)
             if await self.store.commit(key, snapshot.version, change, epoch):
                 try:
-                    await self.want_signature(user)
-                except Unavailable as error:  # no write fails for that: the next answer without a signature requests it
+                    await self.request_signature(user)
+                except Unavailable as error:  # the next answer requests the signature again
                     log.warning("a signature could not be requested: %s", error.explained)
                 return ProfileUpdate(profile, step.changed)
             await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
@@ -149,9 +149,9 @@ class Profiles:
         )
 
     async def _vectors(
-        self, snapshot: Snapshot, history: StoredItems, made: dict[tuple[str, str], Vectors]
+        self, snapshot: Snapshot, history: StoredItems, embedded: dict[tuple[str, str], Vectors]
     ) -> tuple[dict[str, Vectors], dict[str, StoredVector]]:
-        """The embedding of every item [E], and those of them that the store lacks."""
+        """Return the embedding of every item [E], and those embeddings that are not stored yet."""
         texts = {name: item_text(Item(name, item.fields), self.task) for name, item in history.items()}
         kept = {
             name: stored.vector
@@ -161,20 +161,20 @@ class Profiles:
             and (after := history.get(name))
             and before.fields == after.fields
         }
-        lacking = [(name, text) for name, text in texts.items() if name not in kept]
-        unmade = [pair for pair in lacking if pair not in made]
-        for start in range(0, len(unmade), EMBED_BATCH):
-            batch = unmade[start : start + EMBED_BATCH]
+        missing = [(name, text) for name, text in texts.items() if name not in kept]
+        to_embed = [pair for pair in missing if pair not in embedded]
+        for start in range(0, len(to_embed), EMBED_BATCH):
+            batch = to_embed[start : start + EMBED_BATCH]
             rows = await asyncio.get_running_loop().run_in_executor(
                 self.executor, self.embedder.embed, [text for _, text in batch]
             )
-            made.update(zip(batch, map(as_stored, rows), strict=True))
-        vectors = {name: kept[name] if name in kept else made[name, text] for name, text in texts.items()}
-        return vectors, {name: StoredVector(self.embedder.id, made[name, text]) for name, text in lacking}
+            embedded.update(zip(batch, map(as_stored, rows), strict=True))
+        vectors = {name: kept[name] if name in kept else embedded[name, text] for name, text in texts.items()}
+        return vectors, {name: StoredVector(self.embedder.id, embedded[name, text]) for name, text in missing}
 
 
-def _following(before: Profile | None, profile: Profile, *, same_items: bool) -> Profile:
-    """The record that replaces another: all but the items stays, also an embedding of the same items by another."""
+def _carry_over(before: Profile | None, profile: Profile, *, same_items: bool) -> Profile:
+    """Copy adapter, signature and extra fields to the new record; for the same items, keep the other embedding too."""
     now_ms = time.time_ns() // 1_000_000
     if before is None:
         return replace(profile, updated_ms=now_ms)
@@ -185,16 +185,16 @@ def _following(before: Profile | None, profile: Profile, *, same_items: bool) ->
     return replace(kept, updated_ms=before.updated_ms, other=other)
 
 
-def replaced(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
-    """The given items alone, the newest within the limit, in the order given."""
+def replace_history(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
+    """Return the newest given items within the limit, in the given order."""
     fresh = _newest(_distinct(given), limit)
-    if list(fresh) == list(current):  # the same items in the same order: their places stay as they are
+    if list(fresh) == list(current):  # same items, same order: keep the stored positions
         return {name: StoredItem(current[name].order, fields) for name, fields in fresh.items()}
     return {name: StoredItem(order, fields) for order, (name, fields) in enumerate(fresh.items())}
 
 
-def added(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
-    """The history with the given items added; beyond the limit, the oldest that were not given go first."""
+def add_to_history(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
+    """Return the history with the given items added; beyond the limit, drop older items before given ones."""
     distinct = _distinct(given)
     untouched = {name: item.fields for name, item in current.items() if name not in distinct}
     kept = _newest(untouched | distinct, limit)
@@ -204,7 +204,7 @@ def added(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> d
     return merged | {name: StoredItem(order, kept[name]) for order, name in enumerate(new, order)}
 
 
-def difference(before: StoredItems, after: StoredItems) -> HistoryDiff:
+def diff_histories(before: StoredItems, after: StoredItems) -> HistoryDiff:
     put = {name: item for name, item in after.items() if before.get(name) != item}
     drop = tuple(name for name in before if name not in after)
     moved = sum(name in before and before[name].fields == item.fields for name, item in put.items())
@@ -212,7 +212,7 @@ def difference(before: StoredItems, after: StoredItems) -> HistoryDiff:
 
 
 def _distinct(given: Sequence[Item]) -> dict[str, Mapping[str, str]]:
-    """Fields by id; of items with the same id the last one counts, at its place."""
+    """Return fields by id; of items with the same id, keep the last one and its position."""
     distinct: dict[str, Mapping[str, str]] = {}
     for item in given:
         distinct.pop(item.id, None)

@@ -1,4 +1,4 @@
-"""What only the engine can say about samples: whether the chat template accepts them, and how long they are."""
+"""Sample checks that need an engine: chat template, number of tokens, and training budget."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from server.errors import InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
 from server.store.samples import Sample, decode_sample
 
-AT_A_TIME = 8  # concurrent requests to the engine for one adapt request
-PATIENCE_S = 10.0  # after that no further batch of them is begun
-MOST_SHAPES = 4096  # most sequences of roles that are remembered
+MAX_CONCURRENT = 8  # engine requests in flight for one adapt request
+MAX_CHECK_S = 10.0  # time after which no further batch of engine requests starts
+MAX_ACCEPTED = 4096  # maximum number of remembered role sequences
 A = TypeVar("A")
 
 
 @dataclass
 class SampleChecks:
-    """Asks the engine about samples. If it cannot say, they are accepted: the worker checks again."""
+    """Checks samples with an engine. Without an answer samples are accepted, since the worker checks them again."""
 
     engines: Engines
-    _accepted: set[str] = field(default_factory=set)  # sequences of roles
+    _accepted: set[str] = field(default_factory=set)  # role sequences
 
     async def check_template(self, samples: Sequence[Sample]) -> None:
-        """Refuse samples that the chat template does not accept. It goes by roles, so each sequence is asked once."""
+        """Refuse samples that the chat template refuses. Only roles matter, so each role sequence is checked once."""
         first: dict[str, int] = {}
         for place, sample in enumerate(samples):
-            first.setdefault(_roles(sample), place)
+            first.setdefault(_role_sequence(sample), place)
         places = [place for roles, place in first.items() if roles not in self._accepted]
         with suppress(Unavailable):
-            async for place, reason in _asked(
-                lambda place: self.engines.template_refusal(_answered(samples[place])), places
+            async for place, reason in _ask_each(
+                lambda place: self.engines.template_refusal(_conversation(samples[place])), places
             ):
                 if reason is not None:
-                    param, told = f"samples.{place}.input", excerpt(reason, 300)
-                    message = f"{param}: the model's chat template refuses these messages: {told}"
+                    param = f"samples.{place}.input"
+                    message = f"{param}: the model's chat template refuses these messages: {excerpt(reason, 300)}"
                     raise InvalidRequest(message, param=param, code="refused_by_template")
-                if len(self._accepted) >= MOST_SHAPES:
+                if len(self._accepted) >= MAX_ACCEPTED:
                     self._accepted.clear()
-                self._accepted.add(_roles(samples[place]))
+                self._accepted.add(_role_sequence(samples[place]))
 
     async def check_lengths(self, raw_samples: Sequence[bytes]) -> None:
-        """Refuse samples longer than the context; a token is at least a byte, so most need no counting."""
+        """Refuse samples longer than the context. A token has at least one byte, so few samples need counting."""
         context = self.engines.context
         if context is None:
             return
-        doubtful = [place for place, raw in enumerate(raw_samples) if len(raw) > context]
-        async for place, tokens in _asked(lambda place: self._count(raw_samples[place]), doubtful):
+        to_count = [place for place, raw in enumerate(raw_samples) if len(raw) > context]
+        async for place, tokens in _ask_each(lambda place: self._count(raw_samples[place]), to_count):
             if tokens is not None and tokens > context:
                 raise InvalidRequest(
                     f"samples.{place} has {tokens} tokens, the model's context is {context}: shorten it",
@@ -60,16 +60,16 @@ class SampleChecks:
                 )
 
     async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
-        """Refuse a job that would read more tokens than its configuration allows: a job's time must be bounded."""
+        """Refuse a job that would read more tokens than its configuration allows, which bounds the job's time."""
 
         def fits(steps: int) -> bool:
             return replace(config, steps=steps).tokens_read(lengths) <= config.max_tokens
 
         context = self.engines.context
-        lengths = [min(len(raw), context or len(raw)) for raw in raw_samples]  # in bytes: no fewer than tokens
+        lengths = [min(len(raw), context or len(raw)) for raw in raw_samples]  # bytes, an upper bound on tokens
         if fits(config.steps):
             return
-        async for place, tokens in _asked(lambda place: self._count(raw_samples[place]), range(len(raw_samples))):
+        async for place, tokens in _ask_each(lambda place: self._count(raw_samples[place]), range(len(raw_samples))):
             lengths[place] = lengths[place] if tokens is None else min(tokens, lengths[place])
         if fits(config.steps):
             return
@@ -90,26 +90,26 @@ class SampleChecks:
         )
 
     async def _count(self, raw: bytes) -> int | None:
-        return await self.engines.count_tokens(_answered(decode_sample(raw)))
+        return await self.engines.count_tokens(_conversation(decode_sample(raw)))
 
 
-async def _asked(ask: Callable[[int], Awaitable[A]], places: Sequence[int]) -> AsyncIterator[tuple[int, A]]:
-    """Each place with the answer about it, in order, a few asked at a time; ends early after `PATIENCE_S`."""
+async def _ask_each(ask: Callable[[int], Awaitable[A]], places: Sequence[int]) -> AsyncIterator[tuple[int, A]]:
+    """Yield each place and its answer, in order, with bounded concurrency; stop early after `MAX_CHECK_S`."""
     loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + PATIENCE_S
-    for start in range(0, len(places), AT_A_TIME):
+    deadline_s = loop.time() + MAX_CHECK_S
+    for start in range(0, len(places), MAX_CONCURRENT):
         if loop.time() > deadline_s:
             return
-        batch = places[start : start + AT_A_TIME]
+        batch = places[start : start + MAX_CONCURRENT]
         for place, answer in zip(batch, await asyncio.gather(*map(ask, batch)), strict=True):
             yield place, answer
 
 
-def _answered(sample: Sample) -> list[dict[str, str]]:
-    """The whole conversation, as training renders it."""
+def _conversation(sample: Sample) -> list[dict[str, str]]:
+    """Return the messages and the output as one conversation, as training renders it."""
     return [*sample.messages, {"role": "assistant", "content": sample.output}]
 
 
-def _roles(sample: Sample) -> str:
-    """One letter for each message."""
+def _role_sequence(sample: Sample) -> str:
+    """Return the first letter of each message's role."""
     return "".join(message["role"][0] for message in sample.messages)

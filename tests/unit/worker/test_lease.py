@@ -19,14 +19,14 @@ from adapters.training.user_trainer import Judgement, TrainingProgress, Training
 from server.errors import Unavailable
 from server.store.samples import Curve
 from server.worker.lease import (
-    MOST_POINTS,
+    MAX_CURVE_POINTS,
     LeaseLost,
     ProgressLog,
     Stalled,
-    StoreSilent,
+    StoreTimeout,
     retry_until,
-    thinned,
-    train_holding,
+    thin,
+    train_with_lease,
 )
 
 JUDGEMENT = Judgement(None, 2.0, 1.0, 3)
@@ -77,7 +77,7 @@ def held(run: Run, *, lost: bool = False) -> Any:
 
 async def test_training_whose_lease_is_lost_is_left_after_the_step_that_is_being_taken(run: Run) -> None:
     with pytest.raises(LeaseLost):
-        await train_holding(held(run, lost=True), 60, run.training)
+        await train_with_lease(held(run, lost=True), 60, run.training)
     assert (run.steps, run.left) == (2, True)
 
 
@@ -89,7 +89,7 @@ async def test_who_is_cancelled_does_not_wait_for_the_step_that_is_being_taken_w
             renewed.set()
 
     lease: Any = SimpleNamespace(renew=renew, lease=SimpleNamespace(job=SimpleNamespace(id="a.1")))
-    holding = asyncio.create_task(train_holding(lease, 60, run.training))
+    holding = asyncio.create_task(train_with_lease(lease, 60, run.training))
     await renewed.wait()
     holding.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -102,22 +102,22 @@ async def test_who_is_cancelled_does_not_wait_for_the_step_that_is_being_taken_w
 
 async def test_training_that_takes_longer_than_it_may_is_left_where_it_is(run: Run) -> None:
     with pytest.raises(TrainingError, match="limit of 0 s, at step 1 of 3"):
-        await train_holding(held(run), 0, run.training)
+        await train_with_lease(held(run), 0, run.training)
     assert (run.steps, run.left) == (1, True)
 
 
 async def test_training_without_a_sign_of_life_cannot_be_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.worker.lease.STALL_S", 0.05)
     with pytest.raises(Stalled, match=r"a\.1: no step"):
-        await train_holding(held(run), 60, run.training)
+        await train_with_lease(held(run), 60, run.training)
     run.may_go_on.set()
 
 
 @pytest.mark.parametrize(
     ("cause", "becomes"),
     [
-        (None, StoreSilent),
-        (OSError(errno.ECONNREFUSED, "refused"), StoreSilent),
+        (None, StoreTimeout),
+        (OSError(errno.ECONNREFUSED, "refused"), StoreTimeout),
         (MemoryError(), RuntimeError),
         (RuntimeError("can't start new thread"), RuntimeError),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), RuntimeError),
@@ -138,15 +138,15 @@ async def test_the_store_is_waited_for_unless_this_process_lacks_what_it_takes(
 
     with pytest.raises(becomes, match="the store"):
         await retry_until(time.monotonic() + 0.05, call)
-    assert (calls > 1) is (becomes is StoreSilent)
+    assert (calls > 1) is (becomes is StoreTimeout)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, MOST_POINTS - 1, MOST_POINTS, MOST_POINTS + 1, 5_000])
+@pytest.mark.parametrize("count", [0, 1, 2, MAX_CURVE_POINTS - 1, MAX_CURVE_POINTS, MAX_CURVE_POINTS + 1, 5_000])
 def test_a_curve_is_bounded_ends_with_the_last_point_and_is_evenly_spaced(count: int) -> None:
     points = [(step, step / 2) for step in range(count)]
-    kept = thinned(points)
+    kept = thin(points)
     assert kept[-1:] == tuple(points[-1:])
-    assert kept == tuple(points) if count < MOST_POINTS else MOST_POINTS / 2 <= len(kept) <= MOST_POINTS
+    assert kept == tuple(points) if count < MAX_CURVE_POINTS else MAX_CURVE_POINTS / 2 <= len(kept) <= MAX_CURVE_POINTS
     assert set(kept) <= set(points)
     assert len({after[0] - before[0] for before, after in itertools.pairwise(kept[:-1])}) <= 1
 
