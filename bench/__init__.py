@@ -12,14 +12,14 @@ import typer
 from adapters.errors import MtaError
 
 
-def end_in_order() -> None:
+def exit_on_sigterm() -> None:
     """Let SIGTERM end this process as Ctrl-C does, so that the servers it started end with it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def script(main: Callable[..., object]) -> None:
     """Run a benchmark as a program: known errors become one line on stderr and exit status 1."""
-    end_in_order()
+    exit_on_sigterm()
     try:
         typer.run(main)
     except MtaError as error:

@@ -1,4 +1,4 @@
-"""The `mta` command. Each module below holds one command or one group; heavy imports wait until it runs."""
+"""The `mta` command. Each module holds one command or group; heavy modules are imported when a command runs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from server.cli.users import chat
 from server.cli.users import commands as users
 
 app = typer.Typer(name="mta", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-# What the handlers of signals raise; the last one is `bench.end_in_order`'s.
-_LOST: dict[type[BaseException], signal.Signals] = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
-_AGAIN_S = 0.05
+# Exceptions that signal handlers raise; `bench.exit_on_sigterm` raises SystemExit.
+_SIGNALS: dict[type[BaseException], signal.Signals] = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
+_RESEND_DELAY_S = 0.05
 
 
 def _show_version(wanted: bool) -> None:
@@ -60,12 +60,12 @@ app.command("settings")(settings.settings)
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.unraisablehook = _signalled_again
+    sys.unraisablehook = _resend_signal
     run_and_exit(run)
 
 
 def run() -> None:
-    """Run what the arguments say: known errors become one line on stderr and exit status 1."""
+    """Run the command line; known errors become one line on stderr and exit status 1."""
     try:
         app()
     except MtaError as error:
@@ -73,12 +73,12 @@ def run() -> None:
         sys.exit(1)
 
 
-def _signalled_again(lost: sys.UnraisableHookArgs) -> None:
-    """Send a signal again if its exception was lost in a callback of the interpreter."""
-    number = _LOST.get(lost.exc_type)
+def _resend_signal(lost: sys.UnraisableHookArgs) -> None:
+    """Send a signal again if the interpreter swallowed its exception in a callback."""
+    number = _SIGNALS.get(lost.exc_type)
     if number is None:
         sys.__unraisablehook__(lost)
         return
-    timer = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
+    timer = threading.Timer(_RESEND_DELAY_S, os.kill, (os.getpid(), number))
     timer.daemon = True
     timer.start()

@@ -1,6 +1,6 @@
-"""`mta bench`: what the server costs and how far it scales, measured on the reader's own machine.
+"""`mta bench`: measure the cost and the scaling of the server on this machine.
 
-Each command's options are those of the benchmark's own `main`, which is imported when the command runs: it needs torch.
+A command takes the options of its benchmark's `main`, which is imported only when the command runs: it needs torch.
 """
 
 from __future__ import annotations
@@ -12,40 +12,40 @@ import typer
 from adapters.errors import MtaError
 
 app = typer.Typer(name="bench", help="Measure this machine: tables, JSON, pictures.", no_args_is_help=True)
-fleet = typer.Typer(name="fleet", help="Two engines behind a router, and many more.", no_args_is_help=True)
+fleet = typer.Typer(name="fleet", help="Several engines behind a router, and simulated fleets.", no_args_is_help=True)
 app.add_typer(fleet)
 
 BENCHMARKS = {
-    "bench.serving.cost": "What a personal answer costs: base model and recipe in turn.",
-    "bench.serving.cold": "How long until a never-seen recipe is usable, and where the time goes.",
-    "bench.serving.thrash": "More users than slots, beside a stock vLLM with as many PEFT folders.",
-    "bench.serving.stall": "What never-seen users cost those who are being answered.",
-    "bench.adapt.wait": "How long a user waits for few-shot adapting.",
+    "bench.serving.cost": "Cost of a personal answer: base model against recipe.",
+    "bench.serving.cold": "Time until a new recipe is usable, by step.",
+    "bench.serving.thrash": "More users than slots, compared with stock vLLM and as many PEFT folders.",
+    "bench.serving.stall": "Delay that new users cause for running streams.",
+    "bench.adapt.wait": "Time that a user waits for few-shot adaptation.",
     "bench.scale.__main__": "A million users in the store, 10,000 anchors, 100,000 recipes.",
-    "bench.fleet.overload": "Two gateways, 500 streams at once, twice what can be served, clients that do not read.",
-    "bench.fleet.fairness": "What one key costs the others: requests for many answers, and other greed.",
-    "bench.page.__main__": "Tables and pictures of docs/performance.md from the JSON files.",
-    "bench.fleet.chaos.__main__": "Whether everything promised is kept while parts are killed and paused under load.",
-    "bench.fleet.replicas": "Whether two engines behind the router answer as one.",
-    "bench.fleet.simulate": "How warm and how even fleets of 10, 100 and 1,000 engines are.",
-    "bench.fleet.rolling": "Whether every part, and the bank, can be exchanged under load without a failed request.",
+    "bench.fleet.overload": "Two gateways, 500 streams at once, twice the capacity, clients that do not read.",
+    "bench.fleet.fairness": "Effect of one greedy key on the others, such as requests for many answers.",
+    "bench.page.__main__": "Fill docs/performance.md with tables and pictures from the JSON files.",
+    "bench.fleet.chaos.__main__": "Check all guarantees while parts are killed and paused under load.",
+    "bench.fleet.replicas": "Check that two engines behind the router answer like one.",
+    "bench.fleet.simulate": "Warm hits and balance of simulated fleets of 10, 100 and 1,000 engines.",
+    "bench.fleet.rolling": "Replace every part and the bank under load without a failed request.",
 }
-_NAMES = {"bench.adapt.wait": "adapt", "bench.page.__main__": "report"}  # others are called as their modules
-_OF_A_FLEET = ("chaos", "replicas", "simulate", "rolling")
+_NAMES = {"bench.adapt.wait": "adapt", "bench.page.__main__": "report"}  # other commands are named after their module
+_FLEET_COMMANDS = ("chaos", "replicas", "simulate", "rolling")
 
 
 def _register(module: str, about: str) -> None:
-    """Make a command of a benchmark's `main`."""
+    """Register a benchmark's `main` as a command."""
     name = _NAMES.get(module) or module.removesuffix(".__main__").rpartition(".")[2]
-    group = fleet if name in _OF_A_FLEET else app
-    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
+    group = fleet if name in _FLEET_COMMANDS else app
+    pass_through = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-    @group.command(name, help=about, add_help_option=False, context_settings=passed_on)
+    @group.command(name, help=about, add_help_option=False, context_settings=pass_through)
     def run(context: typer.Context) -> None:
-        from bench import end_in_order
+        from bench import exit_on_sigterm
 
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        end_in_order()
+        exit_on_sigterm()
         try:
             inner.command()(import_module(module).main)
         except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""`mta models`: prepare the base model, the embedder and the CPU kernel ahead of time, and print where they are."""
+"""`mta models`: prepare the base model, the embedder and the CPU kernel ahead of time, and print their paths."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def models(
     model: Model = None,
     embedder: Embedder = None,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Where default models are prepared.", show_default="MTA_CACHE_DIR")
+        Path | None, typer.Option(help="Folder for default models.", show_default="MTA_CACHE_DIR")
     ] = None,
 ) -> None:
-    """Prepare the base model, the embedder and, where vLLM is for CPUs, its kernel, and print where they are.
+    """Prepare the base model, the embedder and, with vLLM for CPUs, the CPU kernel, and print their paths.
 
-    Every command that needs one prepares it on first use, if it may write there; this does so ahead of time.
+    Other commands prepare them on first use, if the folder is writable; this command does so ahead of time.
     """
     settings = load_settings(**locals())
     from bank.models.folders import ensure_base_model, ensure_embedder
@@ -41,7 +41,7 @@ def models(
 
 
 def _timed(what: str, prepare: Callable[[], Path]) -> Path:
-    """Progress goes to stderr, so that stdout holds only the folders."""
+    """Report progress on stderr, so that stdout has only the folders."""
     typer.echo(f"preparing the {what} …", err=True)
     start_s = time.perf_counter()
     folder = prepare()

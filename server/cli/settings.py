@@ -1,4 +1,4 @@
-"""`mta settings`: every setting, its variable, and its current value."""
+"""`mta settings`: show every setting, its variable and its current value."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _PASSWORD = re.compile(r"(://[^:/@]*:)[^/]+(?=@)")  # of a URL: up to its last @
 
 
 def settings() -> None:
-    """Show every setting: its environment variable, its current value, and what it is for. Secrets are not shown."""
+    """Show every setting: its environment variable, its current value and its purpose. Secrets are hidden."""
     current = load_settings()
     table = Table("variable", "value", "what it is", pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"
     for name, field in Settings.model_fields.items():
         value = getattr(current, name)
-        shown = "" if value is None else _PASSWORD.sub(r"\1***", str(value))  # a secret's text is asterisks already
+        shown = "" if value is None else _PASSWORD.sub(r"\1***", str(value))  # secrets print as asterisks
         table.add_row(f"MTA_{name.upper()}", Text(shown), Text(field.description or ""))
     Console(width=None if sys.stdout.isatty() else WIDTH_IN_FILES).print(table)

@@ -1,4 +1,4 @@
-"""What commands share: options, and what a process sets up before anything heavy is imported."""
+"""Options and process setup that commands share."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ RedisUrl = Annotated[str | None, typer.Option(help="URL of Redis or Valkey.", sh
 
 
 def prepare_to_train(threads: int | None = None, *, gpu: bool = True) -> None:
-    """Set how many threads torch has (all cores by default), how they wait, and whether it may see a GPU.
+    """Set the number of torch threads (default: all cores), how they wait, and whether torch sees a GPU.
 
-    Torch reads it when it is loaded. Threads spin for a moment at each barrier, then sleep: spinning on, the default,
-    makes training many times slower when anything else runs beside it, and never spinning halves its speed on an idle
-    machine.
+    Call this before torch is imported. Threads spin briefly at each barrier and then sleep: endless spinning, the
+    default, makes training many times slower on a busy machine, and no spinning halves the speed on an idle one.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if threads is not None:
@@ -30,10 +29,10 @@ def prepare_to_train(threads: int | None = None, *, gpu: bool = True) -> None:
 
 
 def end_on_signals() -> None:
-    """Have SIGINT and SIGTERM end a process in which there is nothing to close yet, until its event loop takes over.
+    """Let SIGINT and SIGTERM end the process at once until its event loop takes over; nothing needs closing before.
 
-    The default action would not do: the kernel spares process 1, which this is in a container. Nor would an exception,
-    which a callback of the interpreter may swallow.
+    The default action does not work for process 1 of a container: the kernel ignores it. An exception does not work
+    either: the interpreter can swallow it in a callback.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))

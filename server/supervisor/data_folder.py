@@ -1,4 +1,4 @@
-"""The folder that `mta up` owns: the lock, the secret, Valkey's files, the logs."""
+"""The data folder of `mta up`: the lock, the secret, Valkey's files and the logs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pathlib import Path
 from adapters.errors import MtaError
 
 MAX_LOG_BYTES = 64 << 20
-"""A log that grows beyond this is started afresh."""
+"""Size at which the log of a running part is rotated."""
 
-_HANDOVER_S = 5.0
+_HANDOVER_S = 5.0  # longest wait for the parts of a killed `mta up` to exit
 _SECRET_BYTES = 32
 
 
 class StartError(MtaError):
-    """Something that `mta up` needs is taken, missing, or did not become ready; the message says which and why."""
+    """Something that `mta up` needs is in use, missing or not ready; the message says what and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataFolder:
-    """A data folder in use by this process, until `close`."""
+    """A data folder that this process holds until `close`."""
 
     path: Path
-    lock: int  # guards hold it too, so that the folder stays taken until the last part of a killed `mta up` is gone
-    secret: str  # keys the hash of user ids; made once, never changed
+    lock: int  # guards inherit it: if `mta up` is killed, the folder stays locked until its last part has exited
+    secret: str  # keys the hash of user ids; generated once, never changed
 
     @classmethod
     def open(cls, path: Path) -> DataFolder:
-        """Make the folder if need be and lock it; StartError if another `mta up` uses it or it cannot be written."""
+        """Create the folder if needed and lock it; StartError if it is not writable or another `mta up` uses it."""
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             lock = _lock(path / "lock")
@@ -44,11 +44,11 @@ class DataFolder:
             raise StartError(f"cannot use the data folder {path}: {error}. Choose another with --data DIR") from error
 
     def log(self, part: str) -> Path:
-        """The log of a part's newest run; that of the run before lies beside it as `<part>.log.1`."""
+        """Return the path of a part's current log; the previous run's log is `<part>.log.1` in the same folder."""
         return self.path / "logs" / f"{part}.log"
 
-    def begin_log(self, part: str) -> int:
-        """A descriptor that appends to a new log; of no file where there can be none: a full disk prevents no start."""
+    def start_log(self, part: str) -> int:
+        """Open a new log for appending; fall back to /dev/null, so that a part can start on a full disk."""
         log = self.log(part)
         try:
             if log.exists():
@@ -57,10 +57,10 @@ class DataFolder:
         except OSError:
             return os.open(os.devnull, os.O_WRONLY)
 
-    def empty_large_log(self, part: str) -> None:
-        """Move the content of a running part's log to `<part>.log.1` when it has grown too large.
+    def rotate_large_log(self, part: str) -> None:
+        """Copy a running part's log to `<part>.log.1` and truncate it if it is larger than MAX_LOG_BYTES.
 
-        The file stays, since the part appends to it. What is written between copying and emptying is lost.
+        The part keeps the file open, so it cannot be renamed. Lines written between copy and truncation are lost.
         """
         log = self.log(part)
         if log.stat().st_size > MAX_LOG_BYTES:
@@ -73,7 +73,7 @@ class DataFolder:
 
 
 def _lock(path: Path) -> int:
-    """Lock the file for this process, and write our pid into it for the next process to read."""
+    """Lock the file for this process and write our pid to it, for the error message of another `mta up`."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline_s = time.monotonic() + _HANDOVER_S
     while True:
@@ -88,14 +88,14 @@ def _lock(path: Path) -> int:
                     f"the data folder {path.parent} is in use by another `mta up` (process {holder or 'unknown'}): "
                     "stop that one, or give this one its own with --data DIR and --port N"
                 ) from None
-            time.sleep(0.1)  # it was killed, and its parts are still ending
+            time.sleep(0.1)  # the holder was killed, and its parts are still exiting
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
     return handle
 
 
 def _secret(path: Path) -> str:
-    """The secret in `path`; if there is none, it is made and on disk before anything is keyed with it."""
+    """Read the secret from `path`, or generate it and sync it to disk before it is used."""
     if not path.exists():
         draft = path.with_suffix(".tmp")
         write_private(draft, secrets.token_hex(_SECRET_BYTES) + "\n")
@@ -110,7 +110,7 @@ def _secret(path: Path) -> str:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a new file that nobody else can read; it is on disk when this returns."""
+    """Write a new file that only this user can read, and sync it to disk."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)

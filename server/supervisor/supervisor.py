@@ -1,4 +1,4 @@
-"""Starts each part once those it needs are ready, restarts the ones that die, and stops all of them in reverse."""
+"""Start parts once their dependencies are ready, restart those that die, and stop all of them in reverse order."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from server.supervisor.services import Part
 from server.supervisor.status import Report, State
 
 GRACE_S = 2.0
-"""From the end of `mta up`, whatever its cause, to SIGKILL for what still runs."""
+"""Seconds from the end of `mta up`, whatever its cause, to SIGKILL for remaining processes."""
 POLL_S = 0.1
-LOG_LOOK_S = 60.0
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
-"""How long a part that died waits to be started again: twice as long after each death in a row, up to a limit."""
-FORGIVEN_S = 60.0
-"""A part that stayed up this long starts again with the shortest wait."""
-MOST_DEATHS = 10
-"""A part that has died so often in a row is not started again."""
+LOG_CHECK_INTERVAL_S = 60.0
+FIRST_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.5, 30.0
+"""Seconds until a part is restarted; the delay doubles with each death in a row, up to the maximum."""
+STABLE_AFTER_S = 60.0
+"""Uptime in seconds after which the count of deaths in a row starts anew."""
+MAX_DEATHS = 10
+"""Number of deaths in a row after which a part is not restarted."""
 _TAIL_BYTES = 16 << 10
 _TAIL_LINES = 20
 
 
 class Supervisor:
-    """Keeps parts running; they start as their needs allow, and stop in reverse order."""
+    """Keeps parts running; starts them in the order of their dependencies and stops them in reverse order."""
 
     def __init__(self, parts: Sequence[Part], data: DataFolder, report: Report) -> None:
         self._parts = tuple(parts)
         self._data = data
         self._report = report
         self._runs: dict[str, GuardedProcess] = {}
-        self._tried = {part.name: asyncio.Event() for part in parts}  # ready, or a spare one whose first start failed
+        self._tried = {part.name: asyncio.Event() for part in parts}  # set when ready or, if optional, failed
 
     async def run(self, stop: asyncio.Event, hurry: asyncio.Event, started: Callable[[], None]) -> None:
-        """Run until `stop` is set; no part is left when this returns or raises.
+        """Run until `stop` is set; all parts have exited when this returns or raises.
 
-        Once `hurry` is set, parts get no more time to finish. `started` is called once, when every part is ready, or is
-        spare and has failed to be. Raises StartError, with the end of its log, when a part that the others cannot do
-        without does not become ready on its first start, or has died too often.
+        `hurry` ends the time that parts have to finish. `started` is called once, when every required part is ready and
+        every optional part is ready or has failed. Raises StartError, with the end of the log, if a required part fails
+        its first start or has died too often.
         """
-        life = asyncio.create_task(self._live(started))
+        life = asyncio.create_task(self._run_parts(started))
         try:
             await _first_of(life, stop.wait())
         finally:
@@ -60,20 +60,20 @@ class Supervisor:
         if not life.cancelled():
             life.result()
 
-    async def _live(self, started: Callable[[], None]) -> None:
-        """Start every part, then keep all of them running for ever."""
+    async def _run_parts(self, started: Callable[[], None]) -> None:
+        """Start every part and keep all of them running until cancelled."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 for part in self._parts:
-                    tasks.create_task(self._keep(part))
+                    tasks.create_task(self._run_part(part))
                 for tried in self._tried.values():
                     await tried.wait()
                 started()
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
 
-    async def _keep(self, part: Part) -> None:
-        """Start a part as soon as those it needs have been, and again whenever it ends, until it has died too often."""
+    async def _run_part(self, part: Part) -> None:
+        """Start a part once its dependencies have started, and restart it when it ends, until it has died too often."""
         for name in part.needs:
             if other := self._tried.get(name):
                 await other.wait()
@@ -88,21 +88,21 @@ class Supervisor:
             else:
                 tried.set()
                 failure, tail = await self._await_end(part, process), ""
-                deaths = 1 if process.uptime_s >= FORGIVEN_S else deaths + 1
-            if deaths >= MOST_DEATHS:
+                deaths = 1 if process.uptime_s >= STABLE_AFTER_S else deaths + 1
+            if deaths >= MAX_DEATHS:
                 failure, tail = f"{failure}, {deaths} times in a row now", self._tail(part)
-            if not part.spare and (deaths >= MOST_DEATHS or not tried.is_set()):
+            if not part.optional and (deaths >= MAX_DEATHS or not tried.is_set()):
                 raise StartError(f"{part.name} {failure}{tail}")
             tried.set()
-            if deaths >= MOST_DEATHS:
+            if deaths >= MAX_DEATHS:
                 self._report(part.name, State.GIVEN_UP, f"{failure}; the others go on without it{tail}")
                 return
-            delay_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (deaths - 1))
+            delay_s = min(MAX_RESTART_DELAY_S, FIRST_RESTART_DELAY_S * 2 ** (deaths - 1))
             self._report(part.name, State.DOWN, f"{failure}; starting it again in {delay_s:g} s{tail}")
             await asyncio.sleep(delay_s)
 
     async def _start(self, part: Part) -> str:
-        """Start a part and wait until it is ready; else nothing of it is left, and the answer is what went wrong."""
+        """Start a part and wait until it is ready; on failure kill it and return the reason, otherwise return ""."""
         self._report(part.name, State.STARTING, part.address)
         process = self._runs[part.name] = await GuardedProcess.start(part, self._data)
         with suppress(TimeoutError):
@@ -118,11 +118,11 @@ class Supervisor:
         return f"was not ready after {part.start_timeout_s:.0f} s"
 
     async def _await_end(self, part: Part, process: GuardedProcess) -> str:
-        """Keep the log small until the part ends; the answer says how it did."""
+        """Rotate the log until the part ends; return a description of the end."""
         while process.running:
             with suppress(OSError):  # a full disk
-                await asyncio.to_thread(self._data.empty_large_log, part.name)
-            await _first_of(process.wait(), timeout_s=LOG_LOOK_S)
+                await asyncio.to_thread(self._data.rotate_large_log, part.name)
+            await _first_of(process.wait(), timeout_s=LOG_CHECK_INTERVAL_S)
         return f"ended with status {await process.wait()} after {process.uptime_s:.0f} s"
 
     def _tail(self, part: Part) -> str:
@@ -134,7 +134,7 @@ class Supervisor:
 
 
 class GuardedProcess:
-    """One run of a part under its guard (`guard.py`), from spawn to the end of its last descendant."""
+    """One run of a part under its guard (`guard.py`), from the spawn to the exit of its last descendant."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -142,8 +142,8 @@ class GuardedProcess:
 
     @classmethod
     async def start(cls, part: Part, data: DataFolder) -> GuardedProcess:
-        """Start a part under a guard of its own, its output in a new log; the guard holds the folder's lock as well."""
-        log = data.begin_log(part.name)
+        """Start a part under its own guard, with a new log for its output; the guard inherits the folder's lock."""
+        log = data.start_log(part.name)
         try:
             process = await asyncio.create_subprocess_exec(
                 *guarded(part.command, GRACE_S, part.niceness),
@@ -152,7 +152,7 @@ class GuardedProcess:
                 stderr=log,
                 env=dict(part.environment),
                 pass_fds=(data.lock,),
-                start_new_session=True,  # Ctrl-C is for us to handle: parts stop in order
+                start_new_session=True,  # only this process gets Ctrl-C, so that it can stop the parts in order
             )
         finally:
             os.close(log)
@@ -164,20 +164,20 @@ class GuardedProcess:
 
     @property
     def running(self) -> bool:
-        """Whether the guard, and so perhaps the part, still runs."""
+        """Whether the guard is still running."""
         return self._process.returncode is None
 
     async def wait(self) -> int:
-        """Wait until the part and all its descendants are gone; returns its status, 128 + n after signal n."""
+        """Wait until the part and its descendants have exited; return the status, 128 + n after signal n."""
         code = await self._process.wait()
-        if code < 0:  # the guard itself was killed, and could not clean up: the rest of its group is ours to end
+        if code < 0:  # the guard was killed before it could clean up its process group
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             return 128 - code
         return code
 
     async def stop(self, timeout_s: float, hurry: asyncio.Event) -> None:
-        """Ask the part to finish; kill it and its descendants if it has not after `timeout_s`, or once in a hurry."""
+        """Ask the part to finish; kill it and its descendants after `timeout_s` or once `hurry` is set."""
         assert self._process.stdin
         with suppress(BrokenPipeError, ConnectionResetError):
             self._process.stdin.write(b".")
@@ -185,7 +185,7 @@ class GuardedProcess:
         await self.kill()
 
     async def kill(self) -> None:
-        """End the part and its descendants now, within the guard's grace period."""
+        """End the part and its descendants within the guard's grace period."""
         assert self._process.stdin
         self._process.stdin.close()
         with suppress(TimeoutError):
@@ -196,12 +196,12 @@ class GuardedProcess:
 
 
 def guarded(command: Sequence[str], grace_s: float, niceness: int = 0) -> list[str]:
-    """The command, run under a guard: it has `grace_s` to stop once our end of its standard input is closed."""
+    """Return the command line that runs a command under a guard; it has `grace_s` to stop once stdin is closed."""
     return [sys.executable, "-I", str(Path(__file__).with_name("guard.py")), str(grace_s), str(niceness), *command]
 
 
 async def _first_of(*awaited: Awaitable[object], timeout_s: float | None = None) -> None:
-    """Wait for the first of these, and no longer for the others."""
+    """Wait for the first of these and cancel the others."""
     waiting = [asyncio.ensure_future(one) for one in awaited]
     try:
         await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)

@@ -34,7 +34,7 @@ def gateway(
     """Start the gateway. Secrets come from MTA_SECRET and MTA_ENGINE_KEY; `mta settings` lists all settings."""
     settings = load_settings(**locals())
     end_on_signals()
-    gc.disable()  # collections would take a tenth of the start
+    gc.disable()  # collections would take a tenth of the startup time
     import uvloop
 
     from server.supervisor.services import listening
@@ -45,7 +45,7 @@ def gateway(
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
-    """Open the parts, then serve until a signal; one that comes before all is open ends the process at once."""
+    """Open the app and serve until a signal; a signal during startup ends the process at once."""
     from server.gateway.app import create_app
     from server.gateway.http.serving import GatewayServer, uvicorn_config
 
@@ -56,7 +56,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
         gc.collect()
         gc.enable()
-        gc.freeze()  # what is here now stays: each collection that scanned it would block the event loop
+        gc.freeze()  # exclude the loaded modules from collections, which block the event loop
         host, port = listener.getsockname()[:2]
         log.info("listening on http://%s:%d (console: http://%s:%d/console)", host, port, host, port)
         await server.serve(sockets=[listener])

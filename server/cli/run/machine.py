@@ -1,6 +1,6 @@
-"""What `mta up` starts on this machine: which parts, on which ports, with which secrets, and who has which GPU.
+"""The plan of `mta up`: the parts to start, with their ports and secrets, and how engines and worker share the GPUs.
 
-vLLM measures at its start what else is on the card, so the plan comes first, and the worker after the engines.
+vLLM measures free GPU memory at startup, so memory is planned first and the worker starts after the engines.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from server.settings import Settings
 from server.supervisor import services
 from server.supervisor.data_folder import DataFolder
 
-STORE_SHARE = 8  # Valkey may store one part in so many of the memory; engine and worker want the rest
+STORE_SHARE = 8  # Valkey may store 1/8 of the memory; the rest is for engine and worker
 GIB = 1 << 30
-MOST = 0.92  # the share of a card that all our processes may take together: vLLM's own default
-CUDA_BYTES = GIB  # about what CUDA and its libraries take for each process
-FORWARD_BYTES = 2 * GIB  # about what an engine takes for activations and graphs
-LEAST_TRAINING_BYTES = 2 * GIB  # what a job takes beside the base model; a quarter of a large one's size
+MAX_GPU_SHARE = 0.92  # maximum share of a card for all our processes together: vLLM's default
+CUDA_BYTES = GIB  # estimate for CUDA and its libraries, per process
+FORWARD_BYTES = 2 * GIB  # estimate for an engine's activations and graphs
+MIN_TRAINING_BYTES = 2 * GIB  # minimum for a job besides the base model; a large model needs a quarter of its size
 
 _NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free", "--format=csv,noheader,nounits")
 _QUERY_S = 30
-_EXACT = 1e-6  # 92 % of a size, in whole bytes, is 92 hundredths of it
+_EXACT = 1e-6  # rounding tolerance: 92 % of a size in whole bytes must give 0.92
 
 
 def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -> tuple[Settings, list[services.Part]]:
-    """What to start, after checking bank, base model and embedder; none runs yet. `say` is told how GPUs are shared."""
+    """Check bank, base model and embedder, and return the parts without starting them; `say` gets the GPU plan."""
     given = settings.model_fields_set
     embedder = ensure_embedder(settings.embedder, settings.cache_dir)
     ServingBank.open(settings.bank_folder(), Embedder.load(embedder).id)
@@ -51,7 +51,7 @@ def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -
         valkey, url = services.valkey_part(data, store_mib << 20)
         settings = _with(settings, redis_url=url)
         parts.append(valkey)
-    if given & {"engine_url", "engine_urls"}:  # engines elsewhere have workers elsewhere
+    if given & {"engine_url", "engine_urls"}:  # external engines come with external workers
         return settings, [*parts, services.gateway_part(settings)]
     settings, engines, gpu = _engines(settings, say)
     before_worker = [part.name for part in engines] if settings.worker_gpu_share else []
@@ -60,14 +60,14 @@ def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -
 
 
 def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, list[services.Part], str | None]:
-    """The settings by which the engines are found; one engine, or several and a router; the worker's GPU, if any."""
+    """Return the settings with the engines' URLs, one engine or several and a router, and the worker's GPU, if any."""
     settings = _with(settings, engine_key=settings.engine_key or SecretStr(secrets.token_urlsafe(32)))
     manifests, model_folder = check_engine(settings)
     gpu = None
     if not is_cpu_build():
         engines = settings.replicas * settings.tensor_parallel_size
         shares = plan(cards(), engines, needs_of(model_folder, manifests, settings), settings)
-        say(shares.said)
+        say(shares.summary)
         settings = _with(settings, engine_gpu_share=shares.engine, worker_gpu_share=shares.worker)
         gpu = shares.worker_card
     ports = [services.free_port() for _ in range(settings.replicas)]
@@ -92,7 +92,7 @@ def _with(settings: Settings, **changed: object) -> Settings:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A GPU: the name by which CUDA finds it, its memory, and how much of that is free."""
+    """A GPU: its name for CUDA, and its total and free memory in bytes."""
 
     name: str
     total: int
@@ -101,41 +101,42 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What has to fit on a card, in bytes."""
+    """Estimated GPU memory of each process, in bytes."""
 
-    engine: int  # its part of the weights, adapter slots, the cache of one whole context, and what it computes in
-    worker: int  # the base model, what a job takes, and CUDA's own
+    engine: int  # its share of the weights, the adapter slots, the KV cache of one full context, and activations
+    worker: int  # the base model, one job, and CUDA
 
 
 @dataclass(frozen=True, slots=True)
 class GpuPlan:
-    """Who takes what."""
+    """How engines and worker share the GPUs."""
 
-    engine: float | None  # share of each of the engines' cards; None leaves it to vLLM
-    worker: float  # share of the worker's card, on which it starts after the engines; 0 is the CPU
-    worker_card: str | None  # CUDA's name for that card; None on the CPU
-    said: str  # the same, for people
+    engine: float | None  # share of each engine's card; None leaves it to vLLM
+    worker: float  # share of the worker's card; 0 means the CPU
+    worker_card: str | None  # CUDA's name for that card; None means the CPU
+    summary: str  # the plan in words
 
 
 def plan(cards: Sequence[Card], engines: int, needs: Needs, settings: Settings) -> GpuPlan:
-    """Share the cards out; the engines have the first `engines` of them.
+    """Assign the cards; the engines get the first `engines` of them.
 
-    A card that no engine has is the worker's. Else it gets a part of the last engine's, if the engine keeps what it
-    needs, and at least half. What the settings say stays.
+    The worker gets an unused card if there is one. Otherwise it shares the last engine's card, if the engine keeps
+    what it needs and at least half of the card. Shares from the settings are kept.
     """
     fixed, wanted = settings.engine_gpu_share, settings.worker_gpu_share
     if len(cards) < engines:
-        engine = "what vLLM takes by itself" if fixed is None else f"{fixed:.0%}"
-        said = f"GPU: how much memory it has is not known, the engine takes {engine}, the worker trains on the "
-        return GpuPlan(fixed, wanted or 0.0, None, said + (f"same, within {wanted:.0%}" if wanted else "CPU"))
-    taken, spare = cards[:engines], cards[engines:]
-    total, usable = min(card.total for card in taken), min(min(card.free, int(MOST * card.total)) for card in taken)
+        engine = "vLLM's default share" if fixed is None else f"{fixed:.0%}"
+        summary = f"GPU: memory size not known; the engine takes {engine}, the worker trains on the "
+        return GpuPlan(fixed, wanted or 0.0, None, summary + (f"same GPU, within {wanted:.0%}" if wanted else "CPU"))
+    taken, unused = cards[:engines], cards[engines:]
+    total = min(card.total for card in taken)
+    usable = min(min(card.free, int(MAX_GPU_SHARE * card.total)) for card in taken)
     needed = needs.worker if wanted is None else int(wanted * total) + CUDA_BYTES
     kept = max(needs.engine, usable // 2) if fixed is None else int(fixed * total)
     if wanted == 0:
-        place, where = None, "the CPU, as MTA_WORKER_GPU_SHARE says"
-    elif spare and spare[0].free >= needed:
-        place, where = spare[0], f"GPU {spare[0].name}"
+        place, where = None, "the CPU (MTA_WORKER_GPU_SHARE is 0)"
+    elif unused and unused[0].free >= needed:
+        place, where = unused[0], f"GPU {unused[0].name}"
     elif wanted or usable - needed >= kept:
         place, where = taken[-1], f"GPU {taken[-1].name}"
     else:
@@ -144,14 +145,14 @@ def plan(cards: Sequence[Card], engines: int, needs: Needs, settings: Settings) 
     worker_share = 0.0
     if place:
         worker_share = wanted or _share(needed - CUDA_BYTES, place.total)
-        where += f", within {worker_share:.0%} of it"
+        where += f", within {worker_share:.0%} of its memory"
     names = ", ".join(f"GPU {card.name}" for card in taken)
-    said = f"{names}: {_gib(usable)} of {_gib(total)} can be used, the engine takes {engine_share:.0%} of all"
-    return GpuPlan(engine_share, worker_share, place.name if place else None, f"{said}, the worker trains on {where}")
+    engine = f"{names}: {_gib(usable)} of {_gib(total)} usable, the engine takes {engine_share:.0%} of the total"
+    return GpuPlan(engine_share, worker_share, place.name if place else None, f"{engine}, the worker trains on {where}")
 
 
 def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Settings) -> Needs:
-    """About what an engine and a worker need; too much rather than too little."""
+    """Estimate the memory of an engine and a worker; rather too much than too little."""
     config = model_config(model_folder)
     stored = _NUMBER_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "", 2)
     weights = sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in model_folder.glob(kind))
@@ -165,18 +166,18 @@ def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Se
     trained = weights * 2 // stored
     return Needs(
         engine=shared + slots + FORWARD_BYTES,
-        worker=trained + max(LEAST_TRAINING_BYTES, trained // 4) + CUDA_BYTES,
+        worker=trained + max(MIN_TRAINING_BYTES, trained // 4) + CUDA_BYTES,
     )
 
 
 def cards() -> list[Card]:
-    """The GPUs that this process may use, in CUDA's order; none where the driver does not say what they have.
+    """Return the GPUs that this process may use, in CUDA's order; none if `nvidia-smi` does not report their memory.
 
-    The driver's tool is asked: CUDA itself would take memory for as long as this process runs.
+    This does not use CUDA, which would occupy GPU memory as long as this process runs.
     """
     try:
-        told = subprocess.run(_QUERY, capture_output=True, text=True, check=True, timeout=_QUERY_S).stdout
-        rows = [[cell.strip() for cell in line.split(",")] for line in told.splitlines() if line.strip()]
+        output = subprocess.run(_QUERY, capture_output=True, text=True, check=True, timeout=_QUERY_S).stdout
+        rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
         found = [(index, uuid, int(total) << 20, int(free) << 20) for index, uuid, total, free in rows]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
@@ -189,7 +190,7 @@ def cards() -> list[Card]:
 
 
 def _share(part: int, total: int) -> float:
-    """A part as a share, in hundredths, rounded down."""
+    """Return `part / total` rounded down to hundredths, at least 0.01."""
     return max(0.01, floor(100 * part / total + _EXACT) / 100)
 
 

@@ -1,4 +1,4 @@
-"""`mta engine`, `mta router` and `mta worker`: the processes beside gateways, each in the foreground."""
+"""`mta engine`, `mta router` and `mta worker`: one process each, in the foreground."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def router(
 ) -> None:
     """Start the router: become the vllm-router process, which sends the same recipe to the same engine.
 
-    It holds no key: the gateway's passes through it. Never open its port to the outside.
+    The router has no key of its own; it passes the gateway's key on. Never expose its port to the outside.
     """
     settings = load_settings(**locals())
     from server.supervisor.services import router_command
@@ -61,16 +61,16 @@ def worker(
     model: Model = None,
     redis_url: RedisUrl = None,
     worker_threads: Annotated[
-        int | None, typer.Option("--threads", help="How many threads train.", show_default="MTA_WORKER_THREADS")
+        int | None, typer.Option("--threads", help="Number of training threads.", show_default="MTA_WORKER_THREADS")
     ] = None,
 ) -> None:
-    """Train user adapters, one job at a time, until stopped. Run as many as you like."""
+    """Train user adapters, one job at a time, until stopped. You can run any number of workers."""
     settings = load_settings(**locals())
     end_on_signals()
     prepare_to_train(settings.worker_threads, gpu=settings.worker_gpu_share != 0)
     log_to_stderr(settings.log_format)
 
     with heavy_imports():
-        from server.worker.process import run_worker  # torch reads its threads when it is loaded
+        from server.worker.process import run_worker  # torch reads the number of threads on import
 
     asyncio.run(run_worker(settings))

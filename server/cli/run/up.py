@@ -1,4 +1,4 @@
-"""`mta up`: all parts on this machine, started, watched and stopped together."""
+"""`mta up`: start, watch and stop all parts on this machine."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ def up(
         str | None, typer.Option(help="Data type of weights and KV cache.", show_default="MTA_DTYPE")
     ] = None,
     replicas: Annotated[
-        int | None, typer.Option(help="How many engines, behind a router if several.", show_default="MTA_REPLICAS")
+        int | None, typer.Option(help="Number of engines; several get a router.", show_default="MTA_REPLICAS")
     ] = None,
     max_loras: Annotated[
-        int | None, typer.Option(help="How many recipes one batch can mix.", show_default="MTA_MAX_LORAS")
+        int | None, typer.Option(help="Maximum number of recipes in a batch.", show_default="MTA_MAX_LORAS")
     ] = None,
 ) -> None:
     """Start everything on this machine, keep it running, and stop it all on Ctrl-C.
 
-    It listens on 127.0.0.1 only. All other options are settings (`mta settings`), which every part gets.
+    The gateway listens on 127.0.0.1 only. All other options are settings (`mta settings`), which every part gets.
     """
     settings = load_settings(**locals())
     from server.cli.run.machine import parts_of
     from server.supervisor.data_folder import DataFolder
     from server.supervisor.services import LOOPBACK, free_port, listening
-    from server.supervisor.status import LastingConsole
+    from server.supervisor.status import PipeSafeConsole
 
     own = {"host": LOOPBACK, "inner_host": LOOPBACK, "port": settings.port or free_port()}
     settings = settings.model_copy(update=own)
-    console = LastingConsole(highlight=False)
+    console = PipeSafeConsole(highlight=False)
     listening(settings.host, settings.port).close()
     with closing(DataFolder.open(settings.data_dir.expanduser().resolve())) as data:
         console.print(f"mta up: data and logs in {data.path}", soft_wrap=True)
@@ -68,7 +68,7 @@ def up(
 
 
 async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, console: Console) -> None:
-    """Run the parts until a signal says otherwise; a second signal cuts their shutdown short."""
+    """Run the parts until a signal; a second signal cuts the shutdown short."""
     from server.supervisor.status import Status
     from server.supervisor.supervisor import Supervisor
 
@@ -90,7 +90,7 @@ async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, co
 
 
 def welcome(url: str) -> str:
-    """What to try next, with a key where one exists, so that the gateway answers nobody without one."""
+    """Return the message shown once all is ready, with an Authorization header if the gateway requires a key."""
     import httpx
 
     keyed = False

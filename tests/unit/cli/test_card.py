@@ -14,7 +14,7 @@ import pytest
 from bank.manifest import read_manifest
 from bank.models.load import limit_gpu
 from server.cli.run import machine
-from server.cli.run.machine import CUDA_BYTES, GIB, MOST, Card, Needs, cards, needs_of, parts_of, plan
+from server.cli.run.machine import CUDA_BYTES, GIB, MAX_GPU_SHARE, Card, Needs, cards, needs_of, parts_of, plan
 from server.cli.shared import prepare_to_train
 from server.engine import command
 from server.settings import Settings
@@ -46,10 +46,10 @@ def test_the_worker_is_on_the_card_only_if_the_engine_keeps_what_it_needs_and_ha
 ) -> None:
     shares = plan([one], 1, needs, Settings())
     assert (shares.worker > 0, shares.worker_card) == (on_card, "0" if on_card else None)
-    assert ("on the CPU" in shares.said) is not on_card
+    assert ("on the CPU" in shares.summary) is not on_card
     if on_card:
         assert shares.engine is not None
-        assert shares.engine * one.total >= max(needs.engine, 0.49 * MOST * one.total)
+        assert shares.engine * one.total >= max(needs.engine, 0.49 * MAX_GPU_SHARE * one.total)
 
 
 @pytest.mark.parametrize("needs", [SMALL, EIGHT_BILLION])
@@ -59,7 +59,7 @@ def test_both_together_never_take_more_than_is_free(needs: Needs) -> None:
         shares = plan([one], 1, needs, Settings())
         assert shares.engine is not None
         taken = shares.engine * one.total + (shares.worker * one.total + CUDA_BYTES if shares.worker else 0)
-        assert taken <= min(one.free, MOST * one.total) + 2048  # a share of hundredths is exact to less than that
+        assert taken <= min(one.free, MAX_GPU_SHARE * one.total) + 2048  # shares are rounded
 
 
 def test_a_card_that_no_engine_has_is_the_workers_and_engines_get_what_all_of_theirs_have() -> None:
@@ -89,7 +89,7 @@ def test_what_the_settings_say_stays(
     assert (shares.engine, shares.worker_card, shares.worker > 0) == (engine, worker_card, worker_card is not None)
     if settings.worker_gpu_share is not None:
         assert shares.worker == settings.worker_gpu_share
-    assert ("not known" in shares.said) is (not cards)
+    assert ("not known" in shares.summary) is (not cards)
 
 
 def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:

@@ -15,7 +15,7 @@ from server.cli import app
 SWALLOWED = """
 import signal, sys, time
 from server import cli
-from bench import end_in_order
+from bench import exit_on_sigterm
 
 class Dying:
     def __del__(self):
@@ -23,7 +23,7 @@ class Dying:
 
 @cli.app.command("wait")
 def wait():
-    end_in_order()
+    exit_on_sigterm()
     Dying()
     for _ in range(600):
         time.sleep(0.1)

@@ -51,7 +51,7 @@ class Record:
 
 @pytest.fixture(autouse=True)
 def quick_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.supervisor.supervisor.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("server.supervisor.supervisor.FIRST_RESTART_DELAY_S", 0.01)
 
 
 @pytest.fixture

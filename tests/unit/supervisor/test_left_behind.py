@@ -33,7 +33,7 @@ async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_ne
     tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.supervisor.data_folder.MAX_LOG_BYTES", LIMIT)
-    monkeypatch.setattr("server.supervisor.supervisor.LOG_LOOK_S", 0.05)
+    monkeypatch.setattr("server.supervisor.supervisor.LOG_CHECK_INTERVAL_S", 0.05)
     log = data.log("chatty")
     before = log.with_suffix(".log.1")
     rotated: list[str] = []

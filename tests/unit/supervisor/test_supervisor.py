@@ -100,7 +100,7 @@ async def test_a_part_that_takes_too_long_is_gone_and_fails_the_start_unless_it_
     def started_again() -> bool:
         return record.count("slow", State.STARTING) == 2 and not alive(int(witness.read_text().split()[0]))
 
-    await run_until(Supervisor([replace(slow, spare=True)], data, record), started_again)
+    await run_until(Supervisor([replace(slow, optional=True)], data, record), started_again)
     assert "was not ready after 1 s" in record.of("slow", State.DOWN)[0]
 
 
@@ -127,26 +127,26 @@ async def test_a_part_that_is_killed_is_started_again_and_the_others_are_left_al
 async def test_the_wait_before_a_restart_doubles_up_to_its_limit_unless_the_part_stayed_up_long_enough(
     tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch, forgiven_s: float, delays: list[str]
 ) -> None:
-    monkeypatch.setattr(supervisor, "FORGIVEN_S", forgiven_s)
-    monkeypatch.setattr(supervisor, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr(supervisor, "STABLE_AFTER_S", forgiven_s)
+    monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_S", 0.05)
     record = Record()
     await run_until(Supervisor([brief(tmp_path)], data, record), lambda: record.count("brief", State.DOWN) == 4)
     assert [detail.rpartition(" in ")[2] for detail in record.of("brief", State.DOWN)] == [f"{d} s" for d in delays]
 
 
 @pytest.mark.parametrize("starts", [True, False])
-@pytest.mark.parametrize("spare", [True, False])
+@pytest.mark.parametrize("optional", [True, False])
 async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_only_if_they_need_it(
-    tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch, *, spare: bool, starts: bool
+    tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch, *, optional: bool, starts: bool
 ) -> None:
-    monkeypatch.setattr(supervisor, "MOST_DEATHS", 3)
+    monkeypatch.setattr(supervisor, "MAX_DEATHS", 3)
     if not starts:  # however long it has tried, it was never up
-        monkeypatch.setattr(supervisor, "FORGIVEN_S", 0.0)
+        monkeypatch.setattr(supervisor, "STABLE_AFTER_S", 0.0)
     record = Record()
     code = "print('no room on the card', flush=True)" if starts else "raise SystemExit('no room on the card')"
-    parts = [python_part("steady", tmp_path, ""), replace(brief(tmp_path, code), spare=spare)]
+    parts = [python_part("steady", tmp_path, ""), replace(brief(tmp_path, code), optional=optional)]
     running = run_until(Supervisor(parts, data, record), lambda: record.count("brief", State.GIVEN_UP) == 1)
-    if spare:
+    if optional:
         await running
         assert "no room on the card" in record.of("brief", State.GIVEN_UP)[0]
         assert record.states.index(("steady", State.STOPPING)) > record.states.index(("brief", State.GIVEN_UP))
@@ -154,7 +154,7 @@ async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_
         ended = "status 0 .* 3 times in a row" if starts else "status 1 before it was ready"
         with pytest.raises(StartError, match=rf"brief ended with {ended}(.*\n)*no room on the card"):
             await running
-    assert record.count("brief", State.STARTING) == (3 if spare or starts else 1)
+    assert record.count("brief", State.STARTING) == (3 if optional or starts else 1)
     assert not alive(pid_of("steady", tmp_path))
 
 
@@ -177,7 +177,7 @@ async def test_a_spare_part_whose_first_start_fails_ends_nothing_and_is_started_
 ) -> None:
     record, mended = Record(), tmp_path / "mended"
     code = f"import pathlib\nif not pathlib.Path({str(mended)!r}).exists(): raise SystemExit('no room on the card')"
-    parts = [python_part("steady", tmp_path, ""), replace(python_part("worker", tmp_path, code), spare=True)]
+    parts = [python_part("steady", tmp_path, ""), replace(python_part("worker", tmp_path, code), optional=True)]
 
     def mended_and_back() -> bool:
         if record.count("worker", State.DOWN) > 1:
