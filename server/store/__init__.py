@@ -1,1 +1,1 @@
-"""What is kept: a port for each kind of data, its values as bytes, and its implementation on Redis."""
+"""Storage: one class for each kind of data, its encoding, and its implementation on Redis."""

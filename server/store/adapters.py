@@ -1,4 +1,4 @@
-"""User adapters, each under a key of its user, and lists of users by bank (keys: `server/store/redis/keys.py`)."""
+"""User adapters, one key per user, and the sets of users by bank (keys: `server/store/redis/keys.py`)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from server.store.redis.servers.connection import RedisConnection
 
 _BATCH = 100
 
-# KEYS: adapter. ARGV: how long it stays (s), then fields and values.
+# KEYS: adapter. ARGV: expiry (s), then fields and values.
 _PUT_TEMPORARY = """
 redis.call('HSET', KEYS[1], unpack(ARGV, 2))
 return redis.call('EXPIRE', KEYS[1], ARGV[1])
 """
 
-# KEYS: a list. ARGV: who is put on it, again if need be: a script that changes nothing is not waited for.
+# KEYS: a set. ARGV: the member. Always writes, because the store does not wait for a script that changes nothing.
 _ADD_MEMBER = """
 redis.call('SREM', KEYS[1], ARGV[1])
 return redis.call('SADD', KEYS[1], ARGV[1])
@@ -30,7 +30,7 @@ return redis.call('SADD', KEYS[1], ARGV[1])
 
 @dataclass(frozen=True, slots=True)
 class StoredAdapter:
-    """A user adapter: the recipe it was trained on, and the bytes that `adapters.user_adapter` encoded."""
+    """A user adapter: the recipe it was trained on, and its bytes as encoded by `adapters.user_adapter`."""
 
     id: str
     recipe: str
@@ -39,7 +39,7 @@ class StoredAdapter:
 
 
 def new_adapter_id() -> str:
-    """26 characters of base32: 128 random bits, in the alphabet and length that recipe names take."""
+    """Return 128 random bits as 26 base32 characters, the format that recipe names require."""
     return b32encode(secrets.token_bytes(16)).decode().rstrip("=").lower()
 
 
@@ -50,7 +50,7 @@ class AdapterStore:
         self._connection = connection
 
     async def adapter(self, adapter_id: UserAdapterId) -> StoredAdapter | None:
-        """An adapter, if its user still has it."""
+        """Return an adapter if it is still its user's current one."""
         fields = ("id", "recipe", "sha256", "raw")
         name = keys.adapter(adapter_id.user_key)
         values = await self._connection.run(lambda redis: redis.hmget(name, fields), WRITE_TIMEOUT_S)
@@ -59,33 +59,33 @@ class AdapterStore:
         return StoredAdapter(adapter_id.id, values[1].decode(), values[2].decode(), values[3])
 
     async def adapter_id(self, user_key: str) -> str | None:
-        """The `id` of the adapter that a user has now."""
+        """Return the id of a user's current adapter."""
         value = await self._connection.run(lambda redis: redis.hget(keys.adapter(user_key), "id"))
         return value.decode() if value is not None else None
 
     async def put_temporary(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
-        """Keep an adapter that belongs to nobody for `ttl_s`, so that engines can serve it."""
+        """Store an adapter for `ttl_s` seconds under a key that no user has, so that engines can serve it."""
         fields = ("id", stored.id, "recipe", stored.recipe, "sha256", stored.sha256, "raw", stored.raw)
         await self._connection.write(_PUT_TEMPORARY, (keys.adapter(user_key),), ttl_s, *fields)
 
     async def add_adapted(self, user_key: str, bank: str) -> None:
-        """Put a user on a bank's list, for good: in a cluster nothing that is written for the user makes it last."""
+        """Add a user to a bank's set durably: in a cluster, a durable write to the user's keys does not cover it."""
         await self._connection.write(_ADD_MEMBER, (keys.BANKS,), bank)
         await self._connection.write(_ADD_MEMBER, (keys.adapted(bank),), user_key)
 
     async def banks(self) -> list[str]:
-        """The banks (8 hex digits) that users were ever queued for, or user adapters trained on."""
+        """Return all banks (8 hex digits) that had queued users or trained user adapters."""
         banks = await self._connection.run(lambda redis: redis.smembers(keys.BANKS))
         return sorted(value.decode() for value in banks)
 
     async def adapted(self) -> dict[str, int]:
-        """The banks that user adapters were trained on, with the number of users of each."""
+        """Return the number of users with an adapter, by the bank it was trained on."""
         banks = await self.banks()
         counts = [await self._connection.run(methodcaller("scard", keys.adapted(bank))) for bank in banks]
         return {bank: count for bank, count in zip(banks, counts, strict=True) if count}
 
     async def adapted_users(self, bank: str) -> AsyncIterator[str]:
-        """The keys of users whose adapter was trained on a bank; by now some may have another, or none."""
+        """Yield the keys of users whose adapter was trained on a bank. Some may have another adapter or none by now."""
         name, after = keys.adapted(bank), 0
         while True:
             after, members = await self._connection.run(methodcaller("sscan", name, after, count=_BATCH))
@@ -95,7 +95,7 @@ class AdapterStore:
                 return
 
     async def remove_adapted(self, user_key: str, *, except_bank: str = "") -> None:
-        """Take a user off every bank's list, except that of `but`."""
+        """Remove a user from every bank's set except that of `except_bank`."""
         for bank in await self.banks():
             if bank != except_bank:
                 await self._connection.run(methodcaller("srem", keys.adapted(bank), user_key))

@@ -1,4 +1,4 @@
-"""What can be said of a store: how durable its writes are, how full it is, what calls take, when its file forgets."""
+"""State of a store: durability of its writes, memory use, call durations, and rewrites of its file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Protocol
 
 from server.errors import Unavailable
 
-REWRITE_CHECK_S = 10.0  # how often each gateway checks whether the file is due to be rewritten
-FULL_SHARE = 0.99  # from where on a store counts as full: the next write may need more than is left
+REWRITE_CHECK_S = 10.0  # seconds between a gateway's checks whether a rewrite of the file is due
+FULL_SHARE = 0.99  # memory use from which a store counts as full: the next write may need more than is free
 
 
 class Durability(StrEnum):
-    """How a write is known to be on disk before it is acknowledged."""
+    """How a write is confirmed to be on disk before it is acknowledged."""
 
     ALWAYS = "appendfsync always"
     WAITAOF = "WAITAOF after each write"
@@ -29,10 +29,10 @@ class Durability(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A store's memory; of several servers, the fullest one's."""
+    """Memory use of a store; with several servers, of the fullest one."""
 
     used_bytes: int
-    max_bytes: int  # beyond which it refuses to store anything; 0 if nobody said
+    max_bytes: int  # limit above which the server refuses writes; 0 if no limit is configured
 
     @property
     def share(self) -> float:
@@ -44,58 +44,58 @@ class Memory:
 
 
 Timed = Callable[[str, float, bool], None]
-"""Gets what a call took: `write` or `command`, in seconds, and whether the store could not be used."""
+"""Receives the kind of a call (`write` or `command`), its duration in seconds, and whether it failed."""
 
 
 def untimed(kind: str, seconds: float, failed: bool) -> None:
-    """Measures nothing."""
+    """Ignore the measurement."""
 
 
 Span = Callable[[str], AbstractContextManager[object]]
-"""Makes a block a part of its trace (`server.watching.tracing.Tracing.span`), or is `contextlib.nullcontext`."""
+"""Opens a tracing span (`server.watching.tracing.Tracing.span`), or does nothing (`contextlib.nullcontext`)."""
 
 
 class CheckedStore(Protocol):
-    """A store, and what `check` last found of it."""
+    """A store, with the results of its last `check`."""
 
     durability: Durability
-    memory: Memory | None  # None if the store does not say
+    memory: Memory | None  # None if the store does not report it
 
     @property
     def unserved(self) -> str | None:
-        """Who cannot be served while most can, in a sentence; None if nobody."""
+        """Message about users who cannot be served while most can; None if all can."""
 
     async def check(self) -> Durability:
-        """Reach the store and find out how its writes become durable.
+        """Connect to the store and determine how its writes become durable.
 
-        Raises `Unavailable` when it cannot be reached, or may lose what it acknowledges although that is forbidden.
+        Raises `Unavailable` if the store cannot be reached, or is not durable although the settings require it.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """A requested rewrite of the store's file. Unix time by the store's clock."""
+    """A requested rewrite of the store's file. Times are Unix time by the store's clock."""
 
-    erase_by_ms: int  # by when to erase what it must leave out
-    rewritten_by_ms: int  # by when that is gone from the file
+    erase_by_ms: int  # deadline for erasing the data that the rewrite must leave out
+    rewritten_by_ms: int  # when the erased data is gone from the file at the latest
 
 
 class RewritableFile(Protocol):
-    """The store's file, or files, which holds erased data until it is rewritten (`AppendOnlyFile`)."""
+    """The files of a store, which hold erased data until they are rewritten (`AppendOnlyFile`)."""
 
     async def request_rewrite(self, user_key: str) -> Rewrite:
-        """Request one that leaves out what is about to be erased of a user; raises `Unavailable`: erase nothing yet."""
+        """Request a rewrite that leaves out a user about to be erased. If it raises `Unavailable`, erase nothing."""
 
     async def overdue_s(self) -> float:
-        """For how long a rewrite that was promised should have been done; 0 if none is late."""
+        """Return how many seconds a promised rewrite is late; 0 if none is."""
 
     async def rewrite_if_due(self) -> None:
-        """Settle a rewrite that has ended and begin one that is due. Only one of all gateways does so."""
+        """Record the result of a finished rewrite and start one that is due. Only one gateway at a time does so."""
 
 
 @contextmanager
 def corrupt_if_undecodable() -> Iterator[None]:
-    """Translate decoding errors: the store is corrupt, or a later version wrote to it (`store_corrupt`)."""
+    """Turn decoding errors into `Unavailable` (`store_corrupt`): bad data, or a record of a newer version."""
     try:
         yield
     except (ValueError, KeyError, TypeError) as error:

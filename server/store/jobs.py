@@ -1,8 +1,8 @@
 """Adapt jobs: their records, and the samples they train on (keys: `server/store/redis/keys.py`).
 
-The record is the truth about a job; a queue for each bank (`queue.py`) says when to look at it. Its hash also holds the
-submission's `token` and `epoch`; `lease`, `lease_until` and `lease_ms` while a worker has it; and the token that it was
-`ended_by`. Only a user's newest job is ever open. Each change is one atomic step, which may be repeated.
+The record is authoritative; the bank's queue (`queue.py`) only says when to check it. Its hash also holds `token` and
+`epoch` of the submission; `lease`, `lease_until` and `lease_ms` while a worker has it; and `ended_by`, the token of the
+call that ended it. Only a user's newest job can be open. Each change is atomic and safe to repeat.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from server.store.samples import NO_CURVE, Curve, decode_curve, encode_curve
 
 log = logging.getLogger("mta.store")
 
-KEPT_JOBS = 20  # so many of a user's newest jobs are remembered
-KEPT_S = 7 * 24 * 3600  # how long an ended job is remembered
+KEPT_JOBS = 20  # number of newest jobs kept per user
+KEPT_S = 7 * 24 * 3600  # seconds an ended job is kept
 MAX_TRIES = 3
 _JOB_ID = re.compile(r"([a-z2-7]{26})\.([1-9][0-9]{0,9})")
 _TOO_MANY, _ERASED, _LATE = 0, -1, -2
 _FIRST_NUMBER_RANGE = 1 << 32
-"""A user's first job has one of so many numbers, since nothing remembers those of before an erasure."""
+"""Range of a user's first job number. It is random because an erasure also deletes the numbers used so far."""
 _TRIES_EXHAUSTED = (
-    f"this job was begun {MAX_TRIES} times and never ended, most likely since its workers died for lack of memory: "
-    "send fewer or shorter samples, or give workers more; or its record is damaged: send the samples again. "
-    "The workers' logs say which"
+    f"this job was started {MAX_TRIES} times and never finished. Most likely its workers ran out of memory: send fewer "
+    "or shorter samples, or give workers more memory. If its record is damaged, send the samples again. The workers' "
+    "logs show the cause"
 )
 _STRINGS = ("config", "bank", "adapter", "error", "traceparent")
 _INTEGERS = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
@@ -52,7 +52,7 @@ _FIELDS = ("state", "curve", "key", *_STRINGS, *_INTEGERS, *_LOSSES)
 
 
 class JobState(StrEnum):
-    """A job's state; all but the first two are final."""
+    """State of a job; all but the first two are final."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -69,9 +69,9 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JobId:
-    """`<user key>.<number>`: locates the job's keys, and says nothing about who the user is.
+    """`<user key>.<number>`: locates the job's keys without revealing the user's id.
 
-    A user's first number is random, the next is one more: numbers from before an erasure do not come again.
+    A user's first number is random and each further one is one higher, so numbers are not reused after an erasure.
     """
 
     user_key: str
@@ -88,7 +88,7 @@ def parse_job_id(text: str) -> JobId | None:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job's record. Times are Unix time, 0 until it happens; texts are empty where there is nothing to say."""
+    """A job's record. Times are Unix time, 0 if not reached; strings are empty if not set."""
 
     id: JobId
     state: JobState
@@ -97,36 +97,36 @@ class Job:
     bank: str  # 8 hex digits
     started_ms: int = 0
     ended_ms: int = 0
-    tries: int = 0  # how often a worker has claimed it
-    step: int = 0  # of `of`, over all its runs
-    of: int = 0
-    loss: float | None = None  # of the last step, nats per output token
+    tries: int = 0  # number of times a worker has claimed the job
+    step: int = 0  # steps done, over all runs
+    of: int = 0  # steps in total
+    loss: float | None = None  # loss of the last step, nats per output token
     curve: Curve = NO_CURVE
-    before: float | None = None  # held-out loss of the fused adapter alone
-    after: float | None = None  # the same with the trained adapter
+    before: float | None = None  # held-out loss with the fused adapter only
+    after: float | None = None  # held-out loss with the trained adapter too
     adapter: str = ""  # id of the promoted user adapter
-    error: str = ""  # why it failed, for people
-    traceparent: str = ""  # of the request's trace
+    error: str = ""  # why the job failed, in words
+    traceparent: str = ""  # trace context of the request
     idempotency_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A request for a job; see `Job`."""
+    """A request for a job."""
 
-    samples: Sequence[bytes]  # each encoded on its own; duplicates are kept once
-    append: bool  # whether they are added to the kept ones, or replace them
+    samples: Sequence[bytes]  # encoded separately; duplicates are stored once
+    append: bool  # add to the stored samples instead of replacing them
     config: str
     bank: str
-    epoch: str = ""  # the user's when the request began (`server/store/profiles.py`)
-    idempotency_key: str = ""  # the same key gives the same job, while that is remembered
+    epoch: str = ""  # the user's epoch when the request began (`server/store/profiles.py`)
+    idempotency_key: str = ""  # the same key returns the same job while that is kept
     traceparent: str = ""
-    background: bool = False  # nobody asked for it: it is trained when nothing else is due
+    background: bool = False  # not requested by a user: trained when nothing else is due
 
     @property
     def token(self) -> str:
-        """Identifies a repeated submission: it gets the user's newest job if that has this token and has not ended
-        without success."""
+        """Hash that identifies a repeated submission. It returns the user's newest job if that has the same token and
+        is open or succeeded."""
         digest = hashlib.sha256(f"{self.bank}\0{int(self.append)}\0{self.config}".encode())
         for sample in self.samples:
             digest.update(hashlib.sha256(sample).digest())
@@ -135,7 +135,7 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A worker's right to a job, for as long as the job's record holds the same token."""
+    """A worker's claim on a job, valid while the job's record holds the same token."""
 
     job: Job
     token: str
@@ -143,7 +143,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """How training ended, to be written if the lease still holds; the fields are those of `Job`."""
+    """Result of training; fields as in `Job`. It is stored only if the lease is still valid."""
 
     state: JobState
     before: float | None = None
@@ -152,21 +152,21 @@ class Trained:
 
 
 class JobStore:
-    """Keeps jobs and samples. Every method raises `Unavailable` when the store cannot be used."""
+    """Stores jobs and samples. Every method raises `Unavailable` when the store cannot be used."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
         self._adapters = AdapterStore(connection)
-        self._queue = cache(lambda bank: UserQueue(connection, "jobs", bank))  # it knows whom it has seen
+        self._queue = cache(lambda bank: UserQueue(connection, "jobs", bank))  # cached because a queue remembers scores
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
-        """Store samples and create the job that trains on them; older jobs of the user end as superseded.
+        """Store samples and create a job that trains on them; older open jobs of the user become superseded.
 
-        Returns the existing job for a repeated submission, None if there would be more than `max_samples`. Raises
-        `UserErased` when the user has been erased since the request began.
+        Returns the existing job for a repeated submission, and None if the user would have more than `max_samples`.
+        Raises `UserErased` if the user was erased after the request began.
         """
         queue = self._queue(submission.bank)
-        # Before there is a job: a look in vain does no harm, a job that nobody looks at would wait for ever.
+        # Reserve first: an entry without a job is harmless, but a job without an entry would never be trained.
         reservation = await queue.reserve(user_key, background=submission.background)
         given = {
             "prefix": keys.job_prefix(user_key),
@@ -197,13 +197,13 @@ class JobStore:
         return job
 
     async def job(self, job_id: JobId) -> Job | None:
-        """A job's record, if it is remembered."""
+        """Return a job's record, if it is still kept."""
         values = await self._connection.run(lambda redis: redis.hmget(keys.job(job_id), _FIELDS))
         with corrupt_if_undecodable():
             return _decoded(job_id, values)
 
     async def jobs(self, user_key: str) -> list[Job]:
-        """A user's jobs that are remembered, oldest first."""
+        """Return a user's kept jobs, oldest first."""
         arguments = (keys.job_prefix(user_key), KEPT_JOBS, *_FIELDS)
         found = await self._connection.evaluate(scripts.JOBS, (keys.jobs(user_key),), *arguments)
         with corrupt_if_undecodable():
@@ -211,17 +211,17 @@ class JobStore:
         return [job for job in jobs if job is not None]
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
-        """Returns the job as it is now, and whether this call ended it."""
+        """Cancel a job; return its current record and whether this call ended it."""
         ended = await self._connection.write(scripts.CANCEL, (keys.job(job_id),), secrets.token_hex(16), KEPT_S)
         return await self.job(job_id), bool(ended)
 
     async def samples(self, user_key: str) -> list[bytes]:
-        """The samples kept for a user, oldest first."""
+        """Return a user's stored samples, oldest first."""
         name = keys.samples(user_key)
         return list(await self._connection.run(lambda redis: redis.lrange(name, 0, -1), WRITE_TIMEOUT_S))
 
     async def next_job(self, bank: str, wait_s: float) -> JobId | None:
-        """Wait for a job that needs a worker; unless it is claimed, others find it a few seconds later."""
+        """Wait for a job that needs a worker. If it is not claimed, other workers get it a few seconds later."""
         queue, until_s = self._queue(bank), time.monotonic() + wait_s
         while (user_key := await queue.take(until_s - time.monotonic())) is not None:
             try:
@@ -230,7 +230,7 @@ class JobStore:
                 if error.code != "store_corrupt":
                     raise
                 log.error("%s: %s", user_key, error.explained)
-                continue  # taking it has moved it on: nobody else waits for it
+                continue  # `take` has postponed the entry, so it does not block the others
             if job_id is None:
                 await queue.remove(user_key)
             elif held_ms:
@@ -240,9 +240,9 @@ class JobStore:
         return None
 
     async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
-        """Take a job that is queued, or whose lease has run out; None if there is nothing to do.
+        """Claim a job that is queued or whose lease has expired; return None otherwise.
 
-        A job that has been tried `MAX_TRIES` times ends as failed. Pass the same token again if the answer was lost.
+        A job that was tried `MAX_TRIES` times fails instead. To repeat a call after a lost answer, pass the same token.
         """
         token, lease_ms = token or secrets.token_hex(16), round(lease_s * 1000)
         arguments = (token, lease_ms, MAX_TRIES, _TRIES_EXHAUSTED, KEPT_S)
@@ -257,7 +257,7 @@ class JobStore:
     async def renew(
         self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None, curve: Curve | None = None
     ) -> bool:
-        """Extend a lease and note how far training is; False if it no longer holds. No `curve`: it is as it was."""
+        """Extend a lease and record progress; False if it is no longer valid. No `curve`: keep the old one."""
         queue, lease_ms = self._queue(lease.job.bank), round(lease_s * 1000)
         shown = (step, of, _loss_text(loss), b"" if curve is None else encode_curve(curve))
         if not await self._connection.write(scripts.RENEW, (keys.job(lease.job.id),), lease.token, lease_ms, *shown):
@@ -267,7 +267,7 @@ class JobStore:
         return True
 
     async def release(self, lease: Lease, *, counts: bool) -> bool:
-        """Have another worker take a job; False if the lease no longer holds. `counts`: it was one of its tries."""
+        """Hand a job to another worker; False if the lease is no longer valid. `counts`: count the run as a try."""
         queue, arguments = self._queue(lease.job.bank), (lease.token, 0 if counts else -1)
         released = bool(await self._connection.write(scripts.RELEASE, (keys.job(lease.job.id),), *arguments))
         if released:
@@ -276,7 +276,7 @@ class JobStore:
         return released
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
-        """End a job without an adapter; False if the lease no longer holds."""
+        """End a job without an adapter; return False if the lease is no longer valid."""
         given = orjson.dumps(_outcome(lease, trained))
         done = bool(await self._connection.write(scripts.END, (keys.job(lease.job.id),), given))
         if done:
@@ -286,13 +286,13 @@ class JobStore:
     async def promote(
         self, lease: Lease, trained: Trained, profile: Profile, version: bytes, raw: StoredAdapter
     ) -> bool:
-        """End a job with an adapter, which replaces the user's previous one, all in one step.
+        """End a job with an adapter and replace the user's previous adapter, in one atomic step.
 
-        `profile` is the record `version` with the adapter noted in it. False if the lease no longer holds, the record
-        has changed, the user has been erased since the job was requested, or the job is for another bank.
+        `version` is the expected profile record, `profile` its replacement with the new adapter. Returns False if the
+        lease or the record has changed, the user was erased after the request, or the job is for another bank.
         """
         user_key, bank = lease.job.id.user_key, parse_recipe(raw.recipe).bank
-        # Before the promotion: an extra user on the list does no harm, a missing one would never be adapted again.
+        # Add the user first: an extra member is harmless, but a missing one would never be adapted again.
         await self._adapters.add_adapted(user_key, bank)
         given = _outcome(lease, trained) | {"adapter": raw.id, "bank": bank, "recipe": raw.recipe, "sha256": raw.sha256}
         names = (keys.job(lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
@@ -312,18 +312,18 @@ class JobStore:
         """Remove an erased user from a bank's queue."""
         queue = self._queue(bank)
         await queue.remember_score(user_key)
-        if await self._has_jobs(user_key):  # they are back already
+        if await self._has_jobs(user_key):  # the user has come back
             queue.forget_score(user_key)
         else:
             await queue.remove(user_key)
 
     async def _open_job(self, user_key: str, bank: str) -> tuple[JobId | None, int]:
-        """A user's open job of a bank, and for how many ms a worker still has it."""
+        """Return a user's open job for a bank, and the remaining lease time in ms."""
         found = await self._connection.evaluate(scripts.OPEN_JOB, (keys.jobs(user_key),), keys.job_prefix(user_key))
         if not found:
             return None, 0
-        number, state, of_bank, held_ms = found
-        if state is None or of_bank != bank.encode():
+        number, state, job_bank, held_ms = found
+        if state is None or job_bank != bank.encode():
             return None, 0
         with corrupt_if_undecodable():
             ended = JobState(state.decode()).ended

@@ -1,4 +1,4 @@
-"""The only place that knows which store is used: every process opens its stores here."""
+"""Opens the stores of a process. Only this module knows which kind of store is used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from server.store.tenants.rates import Rates
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """The stores of one process, all on the same server. A bank's queue of signatures goes by its 8 hex digits."""
+    """The stores of one process, all on the same server. `signing` takes a bank's 8 hex digits."""
 
     server: CheckedStore
     keys: AccessKeys
@@ -36,10 +36,10 @@ class Stores:
 async def open_stores(
     settings: Settings, *, checked: bool = True, timed: Timed = untimed, span: Span = nullcontext
 ) -> AsyncIterator[Stores]:
-    """The stores that the settings name, for the duration of a `with` block.
+    """Open the configured stores for the duration of a `with` block.
 
-    Raises `MtaError` when the URL cannot be read, `Unavailable` when the server cannot be reached or is not durable,
-    unless it is not `checked`: then the process must write nothing that has to last.
+    Raises `MtaError` if the URL is invalid, and `Unavailable` if the server cannot be reached or is not durable. With
+    `checked=False` the server is not checked, and the process must not make writes that need to be durable.
     """
     must_last = checked and settings.require_durable_store
     connection = RedisConnection(settings.redis_url, require_durable=must_last, timed=timed, span=span)

@@ -1,7 +1,7 @@
-"""A user's profile, the record that it is kept as, and the small encodings beside it.
+"""A user's profile, its binary record, and the encodings of items and vectors.
 
-A record is `version u8`, then parts of `tag u8 · length u16 · bytes`, all little-endian, in tag order. A reader keeps
-the parts that it does not know. With 384 fp16 numbers it stays under 1 KiB, which a Redis hash would not.
+A record is `version u8`, then parts of `tag u8 · length u16 · bytes`, all little-endian, in tag order. Readers keep
+unknown parts. With 384 fp16 numbers a record stays under 1 KiB; a Redis hash would be larger.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATU
 _REQUIRED = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
 _KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER}
 _HALF_BYTES = 2
-_SIGNED = struct.Struct("<4sIQf")  # bank, tokens, made of, length of the products
-_OTHER_HEAD = struct.Struct("<8sQ")  # embedder, made of
+_SIGNATURE_HEADER = struct.Struct("<4sIQf")  # bank, tokens, made_of_ms, length of the products
+_OTHER_HEADER = struct.Struct("<8sQ")  # embedder, made_of_ms
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterNote:
-    """Which user adapter a user has, noted in the record so that a request reads nothing else."""
+    """A user's current adapter, stored in the profile record so that a request needs only one read."""
 
     id: str
-    recipe: str  # the one that it was trained on, with which it is always served
+    recipe: str  # recipe it was trained on and is always served with
     size_bytes: int
-    created_ms: int  # when it was promoted, Unix time
-    made_in: str = ""  # traceparent of the job that made it, if that was traced
+    created_ms: int  # time of promotion, Unix time
+    made_in: str = ""  # traceparent of the job that trained it, if traced
 
 
 @dataclass(frozen=True, slots=True)
 class StoredSignature:
-    """A user's signature, of 0 tokens if there was nothing to make one from, and `updated_ms` of its profile."""
+    """A user's signature (0 tokens if there was no data for one), and `updated_ms` of the profile it was made from."""
 
     signature: Signature
     made_of_ms: int
@@ -51,9 +51,9 @@ class StoredSignature:
 
 @dataclass(frozen=True, slots=True)
 class OtherEmbedding:
-    """The profile's embedding [E] by a second embedder, kept while gateways move from one to the other.
+    """The profile's embedding [E] by a second embedder, used while gateways change embedders.
 
-    It is void unless `made_of_ms` is the profile's `updated_ms`.
+    It is valid only if `made_of_ms` equals the profile's `updated_ms`.
     """
 
     embedder: str
@@ -63,42 +63,42 @@ class OtherEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a request needs to know of a user."""
+    """The data about a user that a request needs."""
 
-    user_id: str  # as the app gave it; stored nowhere else
-    items: int  # how many are kept
+    user_id: str  # as sent by the app; stored nowhere else
+    items: int  # number of stored items
     updated_ms: int  # when the items last changed, Unix time; increases with every change
-    embedder: str  # embeddings of two embedders are never compared
-    embedding: Vectors  # [E] float32 at unit length, kept as fp16
+    embedder: str  # embeddings of different embedders are never compared
+    embedding: Vectors  # [E] float32 of unit length, stored as fp16
     adapter: AdapterNote | None = None
-    signature: StoredSignature | None = None  # maybe of an earlier profile, or for another bank
+    signature: StoredSignature | None = None  # may be outdated, or for another bank
     other: OtherEmbedding | None = None
-    extra: Mapping[int, bytes] = field(default_factory=dict)  # parts that this version does not know, by tag
+    extra: Mapping[int, bytes] = field(default_factory=dict)  # unknown parts, by tag
 
     def with_embedder(self, embedder: str) -> Profile | None:
-        """The profile with its embedding by this embedder; None if there is none of the current items."""
+        """Return the profile with its embedding by this embedder, or None if the current items have none."""
         if self.embedder == embedder:
             return self
         other = self.other
         if other is None or (other.embedder, other.made_of_ms) != (embedder, self.updated_ms):
             return None
-        mine = OtherEmbedding(self.embedder, self.embedding, self.updated_ms)
-        return replace(self, embedder=embedder, embedding=other.embedding, other=mine)
+        previous = OtherEmbedding(self.embedder, self.embedding, self.updated_ms)
+        return replace(self, embedder=embedder, embedding=other.embedding, other=previous)
 
     @property
     def evidence(self) -> Signature | None:
-        """The signature, however old."""
+        """The signature, even if outdated."""
         return self.signature.signature if self.signature else None
 
     def is_signed(self, bank: str) -> bool:
-        """Whether there is a signature of the current items for a bank (8 hex digits)."""
+        """Return whether the current items have a signature for a bank (8 hex digits)."""
         signed = self.signature
         return signed is not None and (signed.signature.bank, signed.made_of_ms) == (bank, self.updated_ms)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredItem:
-    """One item of a history; larger orders are newer, unique within a history, not dense."""
+    """An item of a history. `order` is unique within the history and larger for newer items; it may have gaps."""
 
     order: int
     fields: Mapping[str, str]
@@ -106,14 +106,14 @@ class StoredItem:
 
 @dataclass(frozen=True, slots=True)
 class StoredVector:
-    """An item's embedding [E] float32, kept as fp16, and the id of the embedder that made it."""
+    """An item's embedding ([E] float32, stored as fp16) and its embedder's id."""
 
     embedder: str
     vector: Vectors
 
 
 def encode_profile(profile: Profile) -> bytes:
-    """The record's bytes. A random revision makes each encoding unique: commits compare whole records."""
+    """Encode a record. A random revision makes each encoding unique, because commits compare whole records."""
     parts = {
         **profile.extra,
         _REVISION: secrets.token_bytes(8),
@@ -127,16 +127,16 @@ def encode_profile(profile: Profile) -> bytes:
         note = profile.adapter
         parts[_ADAPTER] = f"{note.id} {note.recipe} {note.size_bytes} {note.created_ms} {note.made_in}".encode()
     if profile.signature is not None:
-        parts[_SIGNATURE] = _signed(profile.signature)
+        parts[_SIGNATURE] = _signature_bytes(profile.signature)
     if profile.other is not None:
-        head = _OTHER_HEAD.pack(bytes.fromhex(profile.other.embedder), profile.other.made_of_ms)
+        head = _OTHER_HEADER.pack(bytes.fromhex(profile.other.embedder), profile.other.made_of_ms)
         parts[_OTHER] = head + _half(profile.other.embedding)
     body = b"".join(_PART.pack(tag, len(part)) + part for tag, part in sorted(parts.items()))
     return bytes([RECORD_VERSION]) + body
 
 
 def decode_profile(record: bytes) -> Profile:
-    """Raises `ValueError` of bytes that are not a record of this version."""
+    """Decode a record; raises `ValueError` if the bytes are not a record of this version."""
     if not record or record[0] != RECORD_VERSION:
         version = record[:1].hex() or "none"
         raise ValueError(f"profile record has version {version}, this gateway reads {RECORD_VERSION}")
@@ -166,7 +166,7 @@ def decode_item(raw: bytes) -> StoredItem:
 
 
 def encode_vector(stored: StoredVector) -> bytes:
-    """An item's embedding: its embedder's id (8 bytes), then fp16 [E]."""
+    """Encode an embedding: the embedder's id (8 bytes), then fp16 [E]."""
     return bytes.fromhex(stored.embedder) + _half(stored.vector)
 
 
@@ -175,21 +175,21 @@ def decode_vector(raw: bytes) -> StoredVector:
 
 
 def as_stored(vector: Vectors) -> Vectors:
-    """A vector [E] as it will be read back: rounded to fp16. So sums do not depend on which vectors were stored."""
+    """Round a vector [E] to fp16, as stored, so that sums do not depend on which vectors were read from the store."""
     return _single(_half(vector))
 
 
 def _parts(record: bytes) -> Iterator[tuple[int, bytes]]:
-    place = 1
-    while place < len(record):
-        if place + _PART.size > len(record):
+    offset = 1
+    while offset < len(record):
+        if offset + _PART.size > len(record):
             raise ValueError("profile record is cut short")
-        tag, length = _PART.unpack_from(record, place)
-        place += _PART.size
-        if place + length > len(record):
+        tag, length = _PART.unpack_from(record, offset)
+        offset += _PART.size
+        if offset + length > len(record):
             raise ValueError("profile record is cut short")
-        yield tag, record[place : place + length]
-        place += length
+        yield tag, record[offset : offset + length]
+        offset += length
 
 
 def _note(raw: bytes) -> AdapterNote:
@@ -197,31 +197,31 @@ def _note(raw: bytes) -> AdapterNote:
     return AdapterNote(adapter, recipe, int(size_bytes), int(created_ms), made_in)
 
 
-def _signed(stored: StoredSignature) -> bytes:
-    """The products scaled to unit length in fp16, and their length: gradients are small numbers."""
-    made = _sound(stored.signature)
+def _signature_bytes(stored: StoredSignature) -> bytes:
+    """Encode products as a unit vector in fp16 and a length, since gradients are too small for fp16."""
+    made = _finite(stored.signature)
     length = made.length
-    head = _SIGNED.pack(bytes.fromhex(made.bank), made.tokens, stored.made_of_ms, length)
+    head = _SIGNATURE_HEADER.pack(bytes.fromhex(made.bank), made.tokens, stored.made_of_ms, length)
     return head + _half(made.products / length if length else made.products)
 
 
 def _stored_signature(raw: bytes) -> StoredSignature:
-    (bank, tokens, made_of_ms, length), unit = _headed(_SIGNED, raw, "signature")
-    return StoredSignature(_sound(Signature(bank.hex(), tokens, unit * np.float32(length))), made_of_ms)
+    (bank, tokens, made_of_ms, length), unit = _with_header(_SIGNATURE_HEADER, raw, "signature")
+    return StoredSignature(_finite(Signature(bank.hex(), tokens, unit * np.float32(length))), made_of_ms)
 
 
-def _sound(made: Signature) -> Signature:
-    """The signature, or an empty one if it is not finite, since no recipe can be made from that."""
+def _finite(made: Signature) -> Signature:
+    """Replace a signature that is not finite with an empty one, since it cannot give a recipe."""
     return made if made.finite else empty_signature(made.bank, len(made.products))
 
 
 def _other(raw: bytes) -> OtherEmbedding:
-    (embedder, made_of_ms), embedding = _headed(_OTHER_HEAD, raw, "second embedding")
+    (embedder, made_of_ms), embedding = _with_header(_OTHER_HEADER, raw, "second embedding")
     return OtherEmbedding(embedder.hex(), embedding, made_of_ms)
 
 
-def _headed(head: struct.Struct, raw: bytes, what: str) -> tuple[tuple[Any, ...], Vectors]:
-    """The fields of a head, and the fp16 numbers behind it."""
+def _with_header(head: struct.Struct, raw: bytes, what: str) -> tuple[tuple[Any, ...], Vectors]:
+    """Return the fields of a header, and the fp16 numbers after it."""
     if len(raw) < head.size or (len(raw) - head.size) % _HALF_BYTES:
         raise ValueError(f"profile record has a {what} of {len(raw)} bytes: it is cut short")
     return head.unpack_from(raw), _single(raw[head.size :])

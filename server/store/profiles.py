@@ -1,8 +1,8 @@
-"""Profiles: record, items, vectors and epoch of a user (keys: `server/store/redis/keys.py`).
+"""Profiles: a user's record, items, vectors and epoch (keys: `server/store/redis/keys.py`).
 
-The record alone serves a request; items and vectors serve the next change. A commit writes only if the record is the
-one that the change was made from. Erasing a user starts a new *epoch*: a write names the epoch that it saw when it
-began, and is refused when another has begun since, so what was in progress stores nothing of an erased user.
+A request needs only the record; items and vectors are needed for changes. A commit succeeds only if the record has not
+changed since it was read. Erasing a user starts a new *epoch*. Each write names the epoch it saw at its start and is
+refused if the epoch has changed, so writes in progress store nothing of an erased user.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.redis.servers.connection import RedisConnection
 
 TOMBSTONE_S = 7 * 24 * 3600
-UNKNOWN_TOMBSTONE_S = 600  # of a user who was not there: longer than any request takes whose body is still arriving
-# From Valkey 8.1 on the first is one of three such logs.
-_FORGET = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RESET large-reply")
+UNKNOWN_TOMBSTONE_S = 600  # for an unknown user: longer than the body of any request takes to arrive
+# COMMANDLOG exists from Valkey 8.1 on.
+_CLEAR_LOGS = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RESET large-reply")
 
-# KEYS: record, items, vectors, epoch. ARGV as named, then id, item and vector of each put, empty where unchanged; then
-# the ids to drop. Returns 1 if it is written, 0 if the record is a different one, -1 if the user was erased.
+# KEYS: record, items, vectors, epoch. ARGV: as named; id, item and vector of each put, empty if unchanged; ids to drop.
+# Returns 1 if written, 0 if the record has changed, -1 if the user was erased.
 _COMMIT = script("""
 local expected, record, epoch, puts = unpack(ARGV)
 local current = redis.call('GET', KEYS[1]) or ''
@@ -62,8 +62,8 @@ end
 return 1
 """)
 
-# KEYS: the tombstone, then all that is stored of the user. Returns what the tombstone then says, except the new epoch;
-# nothing if there is somebody and it is too late. A tombstone without counts is that of a user who never existed.
+# KEYS: the tombstone, then all other keys of the user. Returns the tombstone's fields except the epoch, or nothing if
+# the user exists and the deadline has passed. A tombstone without counts belongs to an unknown user.
 _ERASE = oom_script("""
 local prefix, kept_jobs, somebody_s, nobody_s, epoch, until_ms, rewritten_by = unpack(ARGV)
 local tombstone, record, items, vectors, job_numbers, samples, adapter = unpack(KEYS)
@@ -87,21 +87,20 @@ if redis.call('TTL', tombstone) < stays_s then redis.call('EXPIRE', tombstone, s
 return redis.call('HMGET', tombstone, 'items', 'samples', 'jobs', 'adapters', 'keys', 'rewritten_by', 'banks')
 """)
 
-# KEYS: record. It is written as it is: who waits for that waits for all that was written before.
+# KEYS: record. Write it again unchanged: waiting for this write also waits for all earlier ones.
 _WRITE_AGAIN = """
 local current = redis.call('GET', KEYS[1])
 if current then redis.call('SET', KEYS[1], current) end
 return 1
 """
 
-# KEYS: record, items, vectors, epoch. All of one moment.
+# KEYS: record, items, vectors, epoch. Read atomically.
 _READ = """
 return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3]),
   redis.call('HGET', KEYS[4], 'epoch')}
 """
 
-
-# KEYS: some. Returns the memory that they take, bytes.
+# KEYS: any. Returns their memory use in bytes.
 _BYTES = """
 local bytes = 0
 for _, key in ipairs(KEYS) do bytes = bytes + (redis.call('MEMORY', 'USAGE', key, 'SAMPLES', 0) or 0) end
@@ -111,18 +110,18 @@ return bytes
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A user's profile with its items and vectors, as they were at one moment."""
+    """A consistent copy of a user's profile, items and vectors."""
 
-    version: bytes  # what `commit` compares; empty for an unknown user
-    epoch: str  # identifies the user's last erasure; empty when none is remembered
+    version: bytes  # record that `commit` compares; empty for an unknown user
+    epoch: str  # id of the user's last erasure; empty if none is kept
     profile: Profile | None  # None for an unknown user
     items: Mapping[str, StoredItem]  # by id, oldest first
-    vectors: Mapping[str, StoredVector]  # by item id; some or all may be missing
+    vectors: Mapping[str, StoredVector]  # by item id; may be incomplete
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one commit writes: the record; items and vectors that are new or differ, by item id; ids to remove."""
+    """One commit: the new record, new or changed items and vectors by item id, and ids to remove."""
 
     profile: Profile
     put_items: Mapping[str, StoredItem]
@@ -132,7 +131,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """How much an erasure removed; `keys` are all of the store's, whatever they held."""
+    """Numbers of removed objects; `keys` counts Redis keys of all kinds."""
 
     items: int
     samples: int
@@ -143,27 +142,27 @@ class Erased:
 
 @dataclass(frozen=True, slots=True)
 class Erasure:
-    """An erasure, as it is remembered."""
+    """An erasure as kept in the tombstone."""
 
     erased: Erased
-    rewritten_by_ms: int  # by when it is gone from the file on disk too, Unix time
-    banks: tuple[str, ...] = ()  # the banks (8 hex digits) of the jobs that it removed
+    rewritten_by_ms: int  # latest time at which the data is gone from disk too, Unix time
+    banks: tuple[str, ...] = ()  # banks (8 hex digits) of the removed jobs
 
 
 class ProfileStore:
-    """Keeps profiles. Every method raises `Unavailable` when the store cannot be reached or refuses."""
+    """Stores profiles. Every method raises `Unavailable` if the store cannot be reached or refuses."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
     async def load(self, key: str) -> Profile | None:
-        """The record alone: all that a request needs."""
+        """Return the record, which is all that a request needs."""
         record = await self._connection.run(lambda redis: redis.get(keys.profile(key)))
         with corrupt_if_undecodable():
             return decode_profile(record) if record else None
 
     async def read(self, key: str) -> Snapshot:
-        """A consistent snapshot: what a change starts from."""
+        """Return a consistent snapshot, the base for a change."""
         names = (*_names(key), keys.epoch(key))
         answer = await self._connection.evaluate(_READ, names, timeout_s=WRITE_TIMEOUT_S)
         record, raw_items, raw_vectors, epoch = answer
@@ -177,21 +176,21 @@ class ProfileStore:
             )
 
     async def items(self, key: str) -> Mapping[str, StoredItem]:
-        """The items alone, by id, oldest first; empty for an unknown user."""
+        """Return the items by id, oldest first; empty for an unknown user."""
         raw_items = await self._connection.run(lambda redis: redis.hgetall(keys.items(key)), WRITE_TIMEOUT_S)
         with corrupt_if_undecodable():
             return _in_order(raw_items)
 
     async def epoch(self, key: str) -> str:
-        """Identifies the user's last erasure; empty when none is remembered."""
+        """Return the id of the user's last erasure, or an empty string if none is kept."""
         epoch = await self._connection.run(lambda redis: redis.hget(keys.epoch(key), "epoch"))
         return (epoch or b"").decode()
 
     async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
-        """Write a change made from the snapshot of `version`, all or nothing: True when it is on disk, False when
-        someone else changed the user meanwhile.
+        """Write a change based on the snapshot of `version` atomically. Return True once it is on disk, False if the
+        user was changed meanwhile.
 
-        Raises `UserErased` when the user has been erased since `epoch`, the user's when work on the change began.
+        Raises `UserErased` if the user was erased since `epoch`, the user's epoch when work on the change began.
         """
         items = {name: encode_item(item) for name, item in change.put_items.items()}
         vectors = {name: encode_vector(vector) for name, vector in change.put_vectors.items()}
@@ -205,39 +204,39 @@ class ProfileStore:
         return bool(written)
 
     async def wait_until_durable(self, key: str) -> None:
-        """Return once what `read` has shown lasts: it may show a change that no disk or replica has yet."""
+        """Wait until the state that `read` returned is durable: it may include writes that are not yet on disk."""
         if not self._connection.reads_are_durable:
             await self._connection.write(_WRITE_AGAIN, (keys.profile(key),))
 
     async def erase_if_unknown(self, key: str) -> tuple[bool, Erasure | None]:
-        """If nothing is stored of a user, have writes in progress store nothing either.
+        """If nothing is stored about a user, start a new epoch, so that writes in progress are refused.
 
-        Returns whether nothing is stored, and if so, the last erasure that is remembered.
+        Returns whether nothing is stored, and in that case the last erasure, if kept.
         """
         answer = await self._erase(key, 0, 0)
         return bool(answer), _erasure(answer)
 
     async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
-        """Remove everything stored about a user, on disk before it returns.
+        """Remove everything stored about a user; the removal is on disk when this returns.
 
-        Returns the erasure; if nothing was stored, the last one that is remembered; None for an unknown user. Raises
-        `Unavailable` also when the store's clock is past `deadline_ms`, Unix time.
+        Returns the erasure; if nothing was stored, the last kept one; None for an unknown user. Also raises
+        `Unavailable` if the store's clock is past `deadline_ms`, Unix time.
         """
         answer = await self._erase(key, deadline_ms, rewritten_by_ms)
         if not answer:
             raise Unavailable("the store took too long to erase the user: send the request again")
         if (erasure := _erasure(answer)) is not None:
-            await self._forget_commands()
+            await self._clear_command_logs()
         return erasure
 
-    async def _forget_commands(self) -> None:
-        """Ask all servers to forget the commands that they log, with what people wrote; as far as they let us."""
+    async def _clear_command_logs(self) -> None:
+        """Clear the command logs of all servers, since they contain user texts. Refusals are ignored."""
         with suppress(Unavailable):
-            asked = [(server, command) for server in await self._connection.members() for command in _FORGET]
+            asked = [(server, command) for server in await self._connection.members() for command in _CLEAR_LOGS]
             await asyncio.gather(*(self._connection.send(*one) for one in asked), return_exceptions=True)
 
     async def stored_bytes(self, key: str) -> int:
-        """Memory that the user's profile, items and vectors take in the store."""
+        """Return the memory in bytes that a user's profile, items and vectors use in the store."""
         return int(await self._connection.evaluate(_BYTES, _names(key)))
 
     async def _erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> list[bytes | None]:
@@ -248,16 +247,16 @@ class ProfileStore:
 
 
 def _erasure(tombstone: list[bytes | None]) -> Erasure | None:
-    """What a tombstone says was erased; None for one that says nothing of it."""
-    said = [value for value in tombstone if value is not None]
-    if not said:
+    """Decode a tombstone; None if it has no counts."""
+    values = [value for value in tombstone if value is not None]
+    if not values:
         return None
-    *counts, rewritten_by, banks = said
+    *counts, rewritten_by, banks = values
     return Erasure(Erased(*map(int, counts)), int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
 
 
 def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
-    """A hash as Lua returns it: field, value, field, value."""
+    """Convert a hash as Lua returns it: field, value, field, value."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
@@ -267,5 +266,5 @@ def _in_order(raw_items: Mapping[bytes, bytes]) -> dict[str, StoredItem]:
 
 
 def _names(key: str) -> tuple[str, str, str]:
-    """The keys that a profile is stored under."""
+    """Return the names of the keys of a profile."""
     return keys.profile(key), keys.items(key), keys.vectors(key)

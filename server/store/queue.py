@@ -1,9 +1,9 @@
-"""Queues (keys: `server/store/redis/keys.py`): they say when a worker is to look at whose record.
+"""Work queues in Redis: sorted sets of users, scored by the time when a worker should check each user's record.
 
-Taking the first user that is due moves that entry on by `GRACE_MS`: if nothing comes of it the next worker looks again.
-After a look it is moved on while a worker is busy, or removed when nothing is left to do, unless the user was requested
-meanwhile. A request that is about to create work first adds an entry of its own, `<user key>+<random>`, which falls due
-and is taken like any other if the request dies; nothing that happens to the user's own entry touches it.
+Keys: `server/store/redis/keys.py`. `take` returns the first due user and postpones the entry by `GRACE_MS`, so that
+another worker retries if the first one dies. A worker postpones the entry while it is busy, and removes it when no work
+is left, unless new work was added meanwhile. A request that is about to create work first reserves an entry of its own,
+`<user key>+<random>`. If the request dies, that entry becomes due; changes to the user's entry do not affect it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.connection import RedisConnection
 
-POLL_S = 0.4  # how often an idle worker looks whether anybody is due: one command, and nothing is written
-GRACE_MS = 10_000  # how long a worker that has taken a user has to begin, until others look again
-RESERVED_MS = 60_000  # how long a request has to create the work that it listed a user for
+POLL_S = 0.4  # seconds between polls of an idle worker: one command, no write
+GRACE_MS = 10_000  # time a worker has to start on a user it has taken before another worker may take the user
+RESERVED_MS = 60_000  # time a request has to create its work after reserving an entry
 
-# KEYS of all: the set of what is due, that of the background, tries. The server's clock is the only one used.
+# KEYS of every script: foreground set, background set, attempts. Times come from the server's clock alone.
 
 _RESERVE = script("""
 local set, entry, ahead = KEYS[tonumber(ARGV[1])], ARGV[2], ARGV[3]
@@ -32,7 +32,7 @@ redis.call('ZADD', set, now + ahead, entry)
 return now
 """)
 
-# Who waits already keeps their place, but not their score: whoever has seen that would remove the entry.
+# A waiting user keeps their position but gets a new score, so a worker that remembers the old one removes nothing.
 _ADD = script("""
 local class, user, listed = tonumber(ARGV[1]), ARGV[2], ARGV[3]
 local due = tonumber(redis.call('ZSCORE', KEYS[class], user) or now + 1)
@@ -42,7 +42,7 @@ redis.call('ZREM', KEYS[class], listed)
 return 1
 """)
 
-# An entry further ahead than this clock ever sets one was made before it was set back.
+# An entry further in the future than any entry this clock creates was added before the clock was set back.
 _TAKE = oom_script("""
 local grace, furthest = unpack(ARGV)
 for class = 1, 2 do
@@ -58,8 +58,8 @@ end
 return {}
 """)
 
-# Moves an entry on by so many ms, or removes it where none are given, if it still has the score that the caller saw.
-# Returns its score after that, -1 without one.
+# Postpone an entry by the given ms, or remove it if none are given, provided that it has the score the caller saw.
+# Returns its new score, or -1 if there is no entry.
 _UPDATE = oom_script("""
 local user, seen, wait = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 if not wait then redis.call('HDEL', KEYS[3], user) end
@@ -85,7 +85,7 @@ end
 return {all, due, now - first}
 """)
 
-# Nothing would ever remove what is counted of somebody who was erased meanwhile.
+# Do not count a user who has left the queue: nothing would ever remove an erased user's count.
 _COUNT_ATTEMPT = """
 if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
 return redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
@@ -94,7 +94,7 @@ return redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A request's own entry in a set, and until when the request may create its work, by the server's clock."""
+    """A request's own queue entry, and its deadline for creating the work (server time)."""
 
     name: str
     entry: str
@@ -103,15 +103,15 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """About how much a bank's workers have to do."""
+    """Approximate amount of work that a bank's workers have."""
 
-    open: int  # jobs that have not ended
-    waiting: int  # those that no worker has
-    oldest_s: float  # how long the first of these has waited; 0 without one
+    open: int  # unfinished jobs
+    waiting: int  # unfinished jobs that no worker has claimed
+    oldest_s: float  # waiting time of the oldest waiting job; 0 if none waits
 
 
 class UserQueue:
-    """Users who wait for work of one kind, for one bank (8 hex digits), each once; the background comes after all else.
+    """Queue of users for one kind of work and one bank (8 hex digits). Background users come last.
 
     Methods raise `Unavailable` when the store cannot be used.
     """
@@ -120,28 +120,28 @@ class UserQueue:
         self._connection = connection
         self._bank = bank
         self._keys = keys.queue(work, bank)
-        self._scores: dict[str, int] = {}  # by user key: the entry's score when this process last took or moved it
+        self._scores: dict[str, int] = {}  # by user key: the last score of the entry that this process saw
         self._is_bank_registered = False
 
     async def reserve(self, user_key: str, *, background: bool = False) -> Reservation:
-        """Announce that work is about to be created: a worker is to look even if nobody calls."""
+        """Reserve an entry before creating work, so that a worker checks the user even if this process dies."""
         await self._register_bank()
         entry = f"{user_key}+{secrets.token_hex(4)}"
         now_ms = await self._write(_RESERVE, 1 + background, entry, RESERVED_MS + GRACE_MS)
         return Reservation(self._keys[background], entry, int(now_ms) + RESERVED_MS)
 
     async def cancel_reservation(self, reservation: Reservation) -> None:
-        """No work was created after all. Without a store the entry falls due, and nothing comes of it."""
+        """Remove a reservation for which no work was created. Errors are ignored: a worker then finds nothing to do."""
         with suppress(Unavailable):
             await self._connection.run(lambda redis: redis.zrem(reservation.name, reservation.entry))
 
     async def add(self, user_key: str, reservation: Reservation | None = None, *, background: bool = False) -> None:
-        """Have a worker look at a user now."""
+        """Make a user due now, and drop the reservation."""
         await self._register_bank()
         await self._write(_ADD, 1 + background, user_key, reservation.entry if reservation else "")
 
     async def take(self, wait_s: float) -> str | None:
-        """Wait for a user who is due; by now they may be gone, or have what they were to get."""
+        """Wait for a due user. The user may have been erased or served already."""
         until_s = time.monotonic() + wait_s
         while (left_s := until_s - time.monotonic()) > 0:
             if found := await self._run(_TAKE, GRACE_MS, 2 * (RESERVED_MS + GRACE_MS)):
@@ -152,24 +152,22 @@ class UserQueue:
         return None
 
     async def postpone(self, user_key: str, wait_ms: int) -> None:
-        """Look at a user again after so long. It is no fault if this fails: then somebody looks too early."""
+        """Make a user due again after `wait_ms`. Errors are ignored: a worker then only checks the user too early."""
         with suppress(Unavailable):
             self._scores[user_key] = int(await self._run(_UPDATE, user_key, self._scores.get(user_key, -1), wait_ms))
 
     async def remove(self, user_key: str) -> None:
-        """Look at a user no more, unless they were requested since this process last took or moved or saw them."""
+        """Remove a user, unless the user was added again since this process last saw their score."""
         await self._write(_UPDATE, user_key, self._scores.pop(user_key, -1))
 
     async def remember_score(self, user_key: str) -> None:
-        """Note when a user is due, for `done` or `leave`."""
+        """Remember a user's current score for `remove`."""
         self._scores[user_key] = int(await self._run(_UPDATE, user_key, -2, 0))
 
     def forget_score(self, user_key: str) -> None:
-        """Leave a user to others."""
         self._scores.pop(user_key, None)
 
     async def remove_erased(self, user_key: str) -> None:
-        """Remove an erased user."""
         await self.remember_score(user_key)
         await self.remove(user_key)
 
@@ -178,18 +176,18 @@ class UserQueue:
         return Backlog(all_, due, oldest_ms / 1000)
 
     async def count_attempt(self, user_key: str) -> int:
-        """Count an attempt; returns how many there were since `done`, from 1; 0 for who has left the queue."""
+        """Count an attempt; return the number since the last `remove`, from 1, or 0 if the user is not queued."""
         return int(await self._run(_COUNT_ATTEMPT, user_key))
 
     async def _write(self, script: str, *arguments: object) -> Any:
         return await self._connection.write(script, self._keys, *arguments)
 
     async def _run(self, script: str, *arguments: object) -> Any:
-        """A script whose changes need not last."""
+        """Run a script whose changes need not be durable."""
         return await self._connection.evaluate(script, self._keys, *arguments)
 
     async def _register_bank(self) -> None:
-        """Put the bank on the list of those whose queues an erasure looks into, once for all users."""
+        """Add the bank to the list of banks whose queues an erasure cleans."""
         if not self._is_bank_registered:
             await self._connection.run(lambda redis: redis.sadd(keys.BANKS, self._bank))
             self._is_bank_registered = True

@@ -1,4 +1,4 @@
-"""What gateway and worker share about adapting as bytes: samples, configuration and curves."""
+"""Encodings of samples, training configuration and loss curves, shared by gateway and worker."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ import orjson
 from adapters.errors import excerpt
 from adapters.training.adapt_config import AdaptConfig
 
-MAX_SAMPLES = 1000  # kept for a user
+MAX_SAMPLES = 1000  # maximum number of samples stored per user
 
 Messages = Sequence[dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One example of how a user wants to be answered."""
+    """An example of an answer that the user wants."""
 
-    messages: Messages  # the conversation, ending with the user's turn
-    output: str  # what the answer should have been
+    messages: Messages  # conversation, ending with the user's turn
+    output: str  # the wanted answer
 
 
 @dataclass(frozen=True, slots=True)
 class JobBudget:
-    """The most that one job may use; the fields are those of `AdaptConfig`."""
+    """Upper limits for one job; fields as in `AdaptConfig`."""
 
     max_tokens: int
     max_seconds: int
 
 
 Point = tuple[int, float]
-"""A step, counted over all runs of a job, and a loss in nats per output token."""
+"""A step number, counted over all runs of a job, and its loss in nats per output token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """How training goes; empty before it begins."""
+    """Progress of training; empty before it starts."""
 
-    phase: str = ""  # what is being done, in a few words
-    loss: tuple[Point, ...] = ()  # of the steps' samples
-    held_out: tuple[Point, ...] = ()  # of samples that are not trained on
+    phase: str = ""  # current activity, in a few words
+    loss: tuple[Point, ...] = ()  # training loss
+    held_out: tuple[Point, ...] = ()  # loss on held-out samples
 
 
 NO_CURVE = Curve()
@@ -61,10 +61,10 @@ def encode_config(config: AdaptConfig) -> str:
 
 
 def decode_config(text: str) -> AdaptConfig:
-    """Missing fields get their defaults.
+    """Decode a configuration; missing fields get their defaults.
 
-    Raises `TrainingError` naming a value that cannot be trained with, and `ValueError` of what is no configuration, or
-    has a field that this version does not know: ignoring it would not train what was asked for.
+    Raises `TrainingError` for an invalid value, and `ValueError` if the text is not a configuration or has an unknown
+    field, since ignoring that field would not train what was requested.
     """
     value = orjson.loads(text)
     if not isinstance(value, dict):
@@ -83,7 +83,7 @@ def encode_curve(curve: Curve) -> bytes:
 
 
 def decode_curve(text: str) -> Curve:
-    """An empty text is an empty curve; raises `ValueError`, `KeyError` or `TypeError` of what is no curve."""
+    """Decode a curve; empty text is an empty curve. Raises `ValueError`, `KeyError` or `TypeError` if invalid."""
     if not text:
         return NO_CURVE
     value = orjson.loads(text)

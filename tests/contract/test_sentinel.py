@@ -133,7 +133,7 @@ async def test_a_sentinel_that_is_away_is_passed_over(watched: WatchedValkey, us
         ("redis+sentinel:///users", "needs host and port, got ''"),
         ("redis+sentinel://a:26379,,b:26379/users", "needs host and port, got ''"),
         ("redis+sentinel://a:port/users", "port"),
-        ("redis+sentinel://a:26379/users/first", "'first' is no number"),
+        ("redis+sentinel://a:26379/users/first", "'first' is not a database number"),
         ("redis+sentinel://a:26379/users?socket_timeout=long", "socket_timeout"),
     ],
 )

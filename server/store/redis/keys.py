@@ -1,40 +1,40 @@
-"""The names of all keys. The part in braces decides the cluster slot, and a script can only change keys of one slot:
-so all keys of a user share a slot, and so do all keys of a queue.
+"""Names of all Redis keys. The part in braces decides the cluster slot. A script can only change keys of one slot, so
+all keys of a user share a slot, as do all keys of a queue.
 
-Of one user (`server/store/tenants/user_key.py`)::
+Per user (`server/store/tenants/user_key.py`)::
 
     key                       type    what                                                expiry
     mta:{<user key>}:profile  string  the record (`server/store/profile_record.py`)       -
     mta:{<user key>}:items    hash    item id → JSON                                      -
     mta:{<user key>}:vectors  hash    item id → embedder id and fp16 embedding            -
-    mta:{<user key>}:samples  list    encoded samples, the oldest first                   -
-    mta:{<user key>}:adapter  hash    id, recipe, sha256, raw                             - (if lent: as asked)
+    mta:{<user key>}:samples  list    encoded samples, oldest first                       -
+    mta:{<user key>}:adapter  hash    id, recipe, sha256, raw                             - (temporary: as given)
     mta:{<user key>}:jobs     hash    `last` → number of the newest job                   -
     mta:{<user key>}:job:<n>  hash    a job's record (`server/store/jobs.py`)             7 days or 20 jobs later
-    mta:{<user key>}:epoch    hash    tombstone: `epoch`, and what the erasure removed    7 days (of nobody: 10 minutes)
+    mta:{<user key>}:epoch    hash    tombstone: `epoch`, and what the erasure removed    7 days (unknown user: 10 min)
 
-Of one queue (`server/store/queue.py`), `jobs:<bank>` or `sign:<bank>`; neither these nor those below expire::
+Per queue (`server/store/queue.py`), `jobs:<bank>` or `sign:<bank>`; these keys and the shared ones do not expire::
 
-    mta:{<queue>}:due         zset    user key → when to look at the user, ms
-    mta:{<queue>}:background  zset    the same, of what nobody asked for
-    mta:{<queue>}:tries       hash    user key → how often a worker has begun with them, and not ended
+    mta:{<queue>}:due         zset    user key → time when the user is due, ms
+    mta:{<queue>}:background  zset    the same, for work no user requested
+    mta:{<queue>}:tries       hash    user key → number of attempts by workers
 
-Of all users::
+Shared by all users::
 
-    mta:adapted               set     banks that users were queued for, or user adapters trained on
-    mta:adapted:<bank>        set     keys of the users whose adapter was
-    mta:{rewrite}             hash    when the file is rewritten (`servers/append_only_file.py`)
-    mta:{rewrite}:<server>    hash    the same, of each server of several
-    mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`; of all:
-                                      `revision`, `ring` (a random id)
+    mta:adapted               set     banks that had queued users or trained user adapters
+    mta:adapted:<bank>        set     keys of the users whose adapter was trained on the bank
+    mta:{rewrite}             hash    state of file rewrites (`servers/append_only_file.py`)
+    mta:{rewrite}:<server>    hash    the same, per server if there are several
+    mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`;
+                                      `revision` and `ring` (a random id) of the whole set
 
-Of limits (`server/store/tenants/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
+Limits (`server/store/tenants/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
 
-    mta:rates:{<owner>}:<what>  string  how much is used, and when that was so, µs         after a window at most
-    mta:held:running/<owner>  zset    requests in progress → until when, ms               after the last lease
-    mta:held:gateways/<engines>  zset  gateways before the same engines → the same        after the last lease
+    mta:rates:{<owner>}:<what>  string  amount used, and the time of that value, µs        after one window at most
+    mta:held:running/<owner>  zset    requests in progress → end of the lease, ms         after the last lease
+    mta:held:gateways/<engines>  zset  gateways that share the engines → the same         after the last lease
 
-Scripts are passed these names. Only a job record's is built in Lua, from `job_prefix` and a number.
+Scripts receive these names as arguments. Only names of job records are built in Lua, from `job_prefix` and a number.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def job(job_id: JobId) -> str:
 
 
 def rewrite(server: str) -> str:
-    """Of a server's file, by the server's id; empty if it is the only one."""
+    """Return the key for a server's file; `server` is the server's id, empty if there is only one."""
     return f"{REWRITE}:{server}" if server else REWRITE
 
 
@@ -75,7 +75,7 @@ def adapted(bank: str) -> str:
 
 
 def rate(owner: str, what: str) -> str:
-    """All of an owner's are in one slot."""
+    """Return the key of a rate; all keys of an owner are in one slot."""
     return f"mta:rates:{{{owner}}}:{what}"
 
 
@@ -84,6 +84,6 @@ def held(name: str) -> str:
 
 
 def queue(work: Work, bank: str) -> tuple[str, str, str]:
-    """The names of one queue's keys: due, background, tries."""
+    """Return the names of a queue's keys: due, background, tries."""
     prefix = f"mta:{{{work}:{bank}}}:"
     return f"{prefix}due", f"{prefix}background", f"{prefix}tries"

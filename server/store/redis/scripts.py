@@ -1,13 +1,13 @@
-"""How Lua scripts are made, and those of jobs: each changes one user's keys in one step.
+"""Helpers for Lua scripts, and the scripts for jobs. Each script changes one user's keys atomically.
 
-The server's clock is the only one used. Each script may run twice, since its answer can be lost: the second run changes
-nothing and returns the same, but writes it again as it is, for else nobody waits until it lasts.
+Times come from the server's clock alone. A script may run twice, because its answer can be lost. The second run changes
+nothing and returns the same answer, but it repeats the write, because Redis waits for durability only after a write.
 """
 
 _PRELUDE = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local function erased_since(key, seen)  -- forgotten once the tombstone expires
+local function erased_since(key, seen)  -- false again once the tombstone expires
   local epoch = redis.call('HGET', key, 'epoch')
   return epoch and epoch ~= seen
 end
@@ -15,12 +15,12 @@ end
 
 
 def script(body: str) -> str:
-    """A script that knows what time it is (ms), and whether a user was erased since their epoch was seen."""
+    """Return a script with `now` (ms) and `erased_since(key, epoch)` defined."""
     return _PRELUDE + body
 
 
 def oom_script(body: str) -> str:
-    """One that a server runs even at its `maxmemory`: what lets users go, and what decides which keys count."""
+    """Return a script that also runs at `maxmemory`: for erasures, worker progress, limits and API keys."""
     return "#!lua flags=allow-oom" + script(body)
 
 
@@ -28,7 +28,7 @@ def _job_script(body: str) -> str:
     return script(_JOB + body)
 
 
-# A lease with more time left than its whole length was given before the clock was set back, and counts as lost.
+# A lease with more time left than its full length was granted before the clock was set back; it counts as expired.
 _JOB = """
 local function is_open(job)
   local state = redis.call('HGET', job, 'state')
@@ -46,8 +46,8 @@ local function finish(job, state, kept_s)
 end
 """
 
-# KEYS: jobs, samples, epoch. ARGV: JSON (`JobStore.submit`), then the samples. Returns the job's number, 0 if there
-# would be too many samples, -1 if the user was erased, -2 if it is too late.
+# KEYS: jobs, samples, epoch. ARGV: JSON (`JobStore.submit`), then the samples. Returns the job's number, 0 for too many
+# samples, -1 if the user was erased, -2 if the deadline has passed.
 SUBMIT = _job_script("""
 local given = cjson.decode(ARGV[1])
 if erased_since(KEYS[3], given.epoch) then return -1 end
@@ -92,7 +92,7 @@ redis.call('HSET', name(number), 'state', 'queued', 'config', given.config, 'cre
 return number
 """)
 
-# KEYS: jobs. ARGV: prefix of job names, how many are kept, fields. Returns each one's number and fields.
+# KEYS: jobs. ARGV: prefix of job names, number of kept jobs, fields. Returns number and fields of each job.
 JOBS = """
 local last, found = tonumber(redis.call('HGET', KEYS[1], 'last') or 0), {}
 for number = math.max(1, last - ARGV[2] + 1), last do
@@ -101,8 +101,8 @@ end
 return found
 """
 
-# KEYS: jobs. ARGV: prefix of job names. Returns the number of the user's newest job, its state and bank, and for how
-# many ms a worker still has it; nothing for a user without jobs.
+# KEYS: jobs. ARGV: prefix of job names. Returns number, state, bank and remaining lease time (ms) of the user's newest
+# job; nothing for a user without jobs.
 OPEN_JOB = _job_script("""
 local last = redis.call('HGET', KEYS[1], 'last')
 if not last then return {} end
@@ -123,7 +123,7 @@ finish(KEYS[1], 'cancelled', kept_s)
 return 1
 """)
 
-# KEYS: job. Returns whether the caller has it now.
+# KEYS: job. Returns whether the caller holds the lease now.
 CLAIM = _job_script("""
 local token, lease_ms, max_tries, error, kept_s = unpack(ARGV)
 if not is_open(KEYS[1]) then return 0 end
@@ -139,7 +139,7 @@ redis.call('HSETNX', KEYS[1], 'started_ms', now)
 return 1
 """)
 
-# KEYS: job. An empty curve leaves it as it was. Returns whether the lease holds.
+# KEYS: job. An empty curve keeps the stored one. Returns whether the lease is still valid.
 RENEW = script("""
 local token, lease_ms, step, of, loss, curve = unpack(ARGV)
 if redis.call('HGET', KEYS[1], 'lease') ~= token then return 0 end
@@ -177,8 +177,8 @@ return 1
 # KEYS: job. ARGV: JSON (`_outcome` in `jobs.py`). Returns whether it was written.
 END = _job_script(_CHECK_LEASE + _WRITE_OUTCOME)
 
-# KEYS: job, record, adapter, epoch. ARGV: JSON as of END, and of the adapter; the record expected, the new one, the
-# adapter's bytes. Returns whether all of it was written.
+# KEYS: job, record, adapter, epoch. ARGV: JSON as for END plus the adapter's fields, the expected record, the new one,
+# the adapter's bytes. Returns whether everything was written.
 PROMOTE = _job_script(
     _CHECK_LEASE
     + """

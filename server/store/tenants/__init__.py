@@ -1,1 +1,1 @@
-"""Tenants: the keys by which they call, and the names of their users."""
+"""Tenants: API keys, limits, and the keys of their users."""

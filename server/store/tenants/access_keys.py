@@ -1,6 +1,6 @@
-"""API keys: one hash for all (`server/store/redis/keys.py`), read as a whole and changed by scripts.
+"""API keys: one Redis hash for all (`server/store/redis/keys.py`), read as a whole and changed by scripts.
 
-A key is a secret that its owner alone has; what is kept recognises it.
+The store keeps only hashes of the secrets.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 PREFIX = "mta_"
 SECRET_BYTES = 32
-MIN_DISTINCT = 10  # 64 random hexadecimal characters are of more kinds, all but one in a billion
+MIN_DISTINCT = 10  # 64 random hex digits have fewer distinct ones once in a billion
 MAX_NAME_CHARS = 64
-CREATE = "mta keys create"  # errors name it
+CREATE = "mta keys create"  # named in error messages
 
 
 class Scope(StrEnum):
-    """What a key allows."""
+    """A permission of a key."""
 
     GENERATE = "generate"
     WRITE = "write"
@@ -44,65 +44,65 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AccessKey:
-    """What is kept of an API key."""
+    """The stored record of an API key."""
 
     digest: str  # SHA-256 of the secret, 64 hex digits
     name: str
     tenant: str
     scopes: frozenset[Scope]
-    last: str  # the secret's last four characters, to recognise it by
+    last: str  # last four characters of the secret, shown to users
     created_ms: int  # Unix time
-    revoked_ms: int | None = None  # since when it counts no more
+    revoked_ms: int | None = None  # time of revocation, Unix time
     allowance: Allowance = NO_OVERRIDES
 
     @property
     def id(self) -> str:
-        """The key's public name: of 256 random bits, hashed, it gives 48."""
+        """The key's public id: 48 bits of the hash."""
         return self.digest[:12]
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRing:
-    """All keys as they were at one moment."""
+    """A consistent copy of all keys."""
 
-    revision: int  # grows with every change; 0 while no key has ever been made
+    revision: int  # increases with every change; 0 if no key was ever created
     keys: Sequence[AccessKey]  # oldest first, revoked ones included
-    banks: Mapping[str, str] = field(default_factory=dict)  # of tenants that name one, its 8 hex digits
-    id: str = ""  # random, given with its first change
+    banks: Mapping[str, str] = field(default_factory=dict)  # 8 hex digits, by tenant, for tenants with their own bank
+    id: str = ""  # random, created with the first change
 
 
 def new_secret() -> str:
-    """A secret of 256 bits, with a beginning by which scanners find those that leaked."""
+    """Return a random secret of 256 bits, with a prefix by which scanners find leaked keys."""
     return PREFIX + secrets.token_urlsafe(SECRET_BYTES)
 
 
 def checked_secret(text: str) -> str:
-    """The operator's own secret; raises `MtaError`, without repeating it, when it is short or cannot be random."""
+    """Return the operator's secret; raise `MtaError`, without quoting it, if it is short or clearly not random."""
     if re.fullmatch(PREFIX + r"[A-Za-z0-9_-]{43,100}", text) and len(set(text.removeprefix(PREFIX))) >= MIN_DISTINCT:
         return text
     raise MtaError(
-        f"MTA_FIRST_KEY must be `{PREFIX}` and 43 to 100 random letters, digits, `-` or `_`, and is not (it has "
-        f'{len(text)} characters of {len(set(text))} kinds): `echo "{PREFIX}$(openssl rand -hex 32)"` makes one'
+        f"MTA_FIRST_KEY must be `{PREFIX}` followed by 43 to 100 random letters, digits, `-` or `_`; got {len(text)} "
+        f'characters, {len(set(text))} of them distinct. Create one with `echo "{PREFIX}$(openssl rand -hex 32)"`'
     )
 
 
 def access_key(
     secret: str, name: str, tenant: str, scopes: Iterable[Scope], allowance: Allowance = NO_OVERRIDES
 ) -> AccessKey:
-    """What is kept of a new secret; raises `MtaError` of a name or tenant that is none, and without a scope."""
+    """Return the record for a new secret; raises `MtaError` if the name or tenant is invalid or no scope is given."""
     for what, text in (("a key's name", name), ("a tenant", tenant)):
         if not text.isprintable() or not 0 < len(text) <= MAX_NAME_CHARS:
             raise MtaError(f"{what} must be 1 to {MAX_NAME_CHARS} printable characters, got {excerpt(text)}")
     allowed = frozenset(scopes)
     if not allowed:
-        raise MtaError(f"a key without a scope allows nothing: give it some of {', '.join(Scope)}")
+        raise MtaError(f"a key needs at least one scope: {', '.join(Scope)}")
     now_ms = time.time_ns() // 1_000_000
     digest = digest_of(secret.encode())
     return AccessKey(digest, name, tenant, allowed, secret[-4:], now_ms, allowance=allowance)
 
 
 def digest_of(secret: bytes) -> str:
-    """What is kept of a secret. It is random and long: a slow hash would add nothing."""
+    """Return the stored hash of a secret. Secrets are long and random, so a slow hash would add nothing."""
     return hashlib.sha256(secret).hexdigest()
 
 
@@ -110,7 +110,7 @@ _RING, _REVISION, _REVOKED, _BANK = "ring", "revision", "revoked:", "bank:"
 
 
 def _script(body: str) -> str:
-    """KEYS: the hash. ARGV: an id for the ring, if it has none, and more. A repeated call changes nothing."""
+    """Return a script. KEYS: the hash. ARGV: id for a new ring, then its own. A repeated call changes nothing."""
     return oom_script(_CHANGED + body)
 
 
@@ -148,16 +148,16 @@ changed()
 
 
 class AccessKeys:
-    """Keeps API keys. Every method raises `Unavailable` when the store cannot be reached or refuses.
+    """Stores API keys. Every method raises `Unavailable` if the store cannot be reached or refuses.
 
-    A key is never forgotten, only revoked: a store in which one was made never looks like one in which none was.
+    Keys are revoked, never deleted, so a store that once had keys never looks like a new one.
     """
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
     async def revision(self) -> tuple[str, int]:
-        """What `KeyRing.id` and `KeyRing.revision` would be."""
+        """Return the current `KeyRing.id` and `KeyRing.revision`."""
         found = await self._connection.run(lambda redis: redis.hmget(keys.ACCESS_KEYS, _RING, _REVISION))
         with corrupt_if_undecodable():
             return (found[0] or b"").decode(), int(found[1] or 0)
@@ -171,11 +171,11 @@ class AccessKeys:
             banks = {tenant: bank.decode() for tenant, bank in _pop(fields, _BANK)}
             known = [_decoded(digest, raw, revoked.get(digest)) for digest, raw in fields.items()]
         if bool(known) != bool(revision):
-            raise Unavailable("the store holds a part of the API keys only", code="store_corrupt")
+            raise Unavailable("the store holds only some of the API keys", code="store_corrupt")
         return KeyRing(revision, sorted(known, key=lambda key: (key.created_ms, key.digest)), banks, ring)
 
     async def add(self, key: AccessKey, *, only_first: bool = False) -> bool:
-        """Returns whether the key is kept, on disk: with `only_first` only if there is none, not even a revoked one."""
+        """Store a key; return whether it is stored. With `only_first` only if there is no key yet, revoked or not."""
         record = {
             "name": key.name,
             "tenant": key.tenant,
@@ -187,21 +187,21 @@ class AccessKeys:
         return bool(await self._change(_ADD, key.digest, orjson.dumps(record), int(only_first)))
 
     async def set_bank(self, tenant: str, bank: str) -> None:
-        """Have a tenant be served by a bank (8 hex digits; empty for the gateways' own); on disk when it returns."""
+        """Set the bank of a tenant (8 hex digits; empty for the gateways' own)."""
         await self._change(_SET_BANK, f"{_BANK}{tenant}", bank)
 
     async def revoke(self, digest: str, now_ms: int) -> bool:
-        """Have a key count no more, on disk when it returns; returns whether it counted until now."""
+        """Revoke a key; return whether it was valid until now."""
         return bool(await self._change(_REVOKE, digest, now_ms))
 
     async def _change(self, script: str, *arguments: object) -> object:
         return await self._connection.write(script, (keys.ACCESS_KEYS,), secrets.token_hex(8), *arguments)
 
 
-def _pop(fields: dict[str, bytes], beginning: str) -> list[tuple[str, bytes]]:
-    """The fields with a beginning, which is taken off, out of all fields."""
-    names = [name for name in fields if name.startswith(beginning)]
-    return [(name.removeprefix(beginning), fields.pop(name)) for name in names]
+def _pop(fields: dict[str, bytes], prefix: str) -> list[tuple[str, bytes]]:
+    """Remove the fields with a prefix and return them without the prefix."""
+    names = [name for name in fields if name.startswith(prefix)]
+    return [(name.removeprefix(prefix), fields.pop(name)) for name in names]
 
 
 def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:

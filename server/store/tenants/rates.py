@@ -1,7 +1,7 @@
-"""Limits: token buckets, and leases as sorted sets, which count for all gateways together.
+"""Limits shared by all gateways: token buckets, and leases as sorted sets.
 
-Nothing waits for the disk: a crash forgives what was used in the last seconds. A full store counts too, since it is
-small and expires, and whoever filled the store is to be held to their limits.
+Writes do not wait for the disk, so a crash forgets the use of the last seconds. Limits also apply while the store is
+full: their data is small and expires, and they restrain the caller who filled the store.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ DAY_S = 24 * 3600
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What one key, or one user, may use: requests and tokens in a minute, adapt jobs in a day, requests at once.
-    0 for any amount, None where nothing was said."""
+    """Limits of one key or one user: requests and tokens per minute, adapt jobs per day, concurrent requests.
+    0 means unlimited, None means not set."""
 
     requests: int | None = None
     tokens: int | None = None
     jobs: int | None = None
     concurrent: int | None = None
 
-    def with_defaults(self, usual: Allowance) -> Allowance:
-        """What holds where nothing was said is as usual."""
-        return replace(usual, **self.overrides) if self.overrides else usual
+    def with_defaults(self, defaults: Allowance) -> Allowance:
+        """Return this allowance with defaults for the limits that are not set."""
+        return replace(defaults, **self.overrides) if self.overrides else defaults
 
     @property
     def overrides(self) -> dict[str, int]:
-        """What was said, by name."""
+        """The limits that are set, by name."""
         return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
 
 
@@ -45,7 +45,7 @@ NO_OVERRIDES = Allowance()
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A limit: within a window an owner, whose name shows no user id, may use `most` requests, tokens or jobs."""
+    """A limit of `most` requests, tokens or jobs per window. The owner's name contains no user id."""
 
     what: str
     owner: str
@@ -55,7 +55,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Some of what a rate allows; below zero, some that is given back."""
+    """An amount used of a rate; negative to give some back."""
 
     rate: Rate
     amount: int
@@ -63,25 +63,25 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class BucketLevel:
-    """How much of a rate is used at a moment: 0 to `most`; it falls evenly, by all of `most` within the window."""
+    """Amount used of a rate, from 0 to `most`. It falls linearly, by `most` per window."""
 
     rate: Rate
     used: float
 
     @property
     def left(self) -> int:
-        """How much can be used now."""
+        """The amount available now."""
         return int(self.rate.most - self.used)
 
     def fits_in_s(self, amount: int) -> float:
-        """In how many seconds so much can be used."""
+        """Return the seconds until an amount is available."""
         return max(0.0, self.used + amount - self.rate.most) * self.rate.window_s / self.rate.most
 
 
 @dataclass(frozen=True, slots=True)
 class BucketLevels:
-    """What came of some uses: which of them there was room for, and the level of each one's rate afterwards. They were
-    counted if there was room for all."""
+    """Result of some uses: which of them fit, and the level of each one's rate afterwards. They are counted only if all
+    fit."""
 
     fit: Sequence[bool]
     levels: Sequence[BucketLevel]
@@ -91,9 +91,9 @@ class BucketLevels:
         return all(self.fit)
 
 
-# KEYS: a bucket for each use: how much is used, and when that was so, µs. It expires when nothing is.
-# ARGV: whether to count whatever is left, then of each use most, window (µs) and amount.
-# Returns of each whether there was room, and what is used. If not for all, nothing is counted.
+# KEYS: a bucket for each use: amount used and time of that value, µs. A bucket expires when it is empty.
+# ARGV: whether to count even if a use does not fit, then most, window (µs) and amount of each use.
+# Returns for each use whether it fits, and the amount used. Counts nothing unless all fit.
 _CONSUME = oom_script("""
 local now = time[1] * 1000000 + time[2]
 local fit, used, ahead, all = {}, {}, {}, true
@@ -105,7 +105,7 @@ for i = 1, #KEYS do
     local before, at = string.match(known, '^(%S+) (%S+)$')
     local leaked = math.max(0, now - tonumber(at)) * most / window
     used[i] = math.max(0, math.min(most, tonumber(before)) - leaked)
-    ahead[i] = tonumber(at) > now  -- the clock was set back: from now on it leaks again
+    ahead[i] = tonumber(at) > now  -- the clock was set back: restart the leak from now
   end
   fit[i] = used[i] + amount <= most
   all = all and fit[i]
@@ -126,8 +126,8 @@ end
 return answer
 """)
 
-# KEYS: who holds it, by when that ends. ARGV: most (-1: any number), lease (ms), members. Returns how many hold it, or
-# -1 if there is no room.
+# KEYS: holders, scored by the end of their lease. ARGV: most (-1: unlimited), lease (ms), members. Returns the number
+# of holders, or -1 if not all members fit.
 _ACQUIRE = oom_script("""
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 local most, lease = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -140,7 +140,7 @@ redis.call('PEXPIRE', KEYS[1], lease)
 return redis.call('ZCARD', KEYS[1])
 """)
 
-# KEYS: who holds it. ARGV: lease (ms), members. Whoever is not among the holders stays without.
+# KEYS: holders. ARGV: lease (ms), members. Members that are not holders are not added.
 _RENEW = oom_script("""
 for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', now + ARGV[1], ARGV[i]) end
 return redis.call('PEXPIRE', KEYS[1], ARGV[1])
@@ -148,31 +148,31 @@ return redis.call('PEXPIRE', KEYS[1], ARGV[1])
 
 
 class Rates:
-    """A rate is a bucket: what is used leaks out evenly, and after a window without use the whole limit is there at
-    once, never more. Every method raises `Unavailable` when the store cannot be reached."""
+    """Rates as leaky buckets: use drains linearly, so after a window without use the full limit is available again.
+    Every method raises `Unavailable` if the store cannot be reached."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
     async def consume(self, uses: Sequence[Use]) -> BucketLevels:
-        """Use all, or nothing if too little is left of one rate: all of one owner, no rate twice. 0 only asks."""
+        """Count all uses, or none if one does not fit; all for one owner and different rates. 0 only queries."""
         return await self._count(uses, anyway=False)
 
     async def correct(self, uses: Sequence[Use]) -> None:
-        """Count so much more or less of an owner's rates, whatever is left: no level leaves 0 to `most`."""
+        """Add to or subtract from an owner's rates regardless of the limit; levels stay within 0 to `most`."""
         await self._count(uses, anyway=True)
 
     async def acquire(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
-        """Be among those who hold something, for `lease_s` or until `release`; calling it again renews that.
+        """Add members to the holders of `name` for `lease_s` or until `release`, or renew them.
 
-        Returns how many hold it now; None if there is no room for all of the members among `most`.
+        Returns the number of holders, or None if not all members fit within `most`.
         """
         allowed, lease_ms = -1 if most is None else most, int(lease_s * 1000)
         count = await self._connection.evaluate(_ACQUIRE, (keys.held(name),), allowed, lease_ms, *members)
         return None if count < 0 else int(count)
 
     async def renew(self, name: str, members: Sequence[str], lease_s: float) -> None:
-        """Hold it for `lease_s` from now. A member that has been released, or never held it, stays without."""
+        """Extend the leases of members to `lease_s` from now. Members that are not holders are not added."""
         await self._connection.evaluate(_RENEW, (keys.held(name),), int(lease_s * 1000), *members)
 
     async def release(self, name: str, member: str) -> None:

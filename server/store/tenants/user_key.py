@@ -1,4 +1,4 @@
-"""User ids: which are accepted, and the keyed hash that stands for one outside its own profile record."""
+"""User ids: validation, and the keyed hash that replaces an id everywhere outside its profile record."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from adapters.errors import MtaError
 MAX_USER_ID_BYTES = 256
 MIN_SECRET_BYTES = 16
 _FORBIDDEN = frozenset("/\\{}")
-_UNDECODABLE = "\ufffd"  # what a percent-encoded byte that is not UTF-8 has become by the time the path is read
+_UNDECODABLE = "\ufffd"  # replaces percent-encoded bytes that are not UTF-8 when the path is decoded
 
 
 def check_user_id(user_id: str) -> str:
-    """Return a valid id; `ValueError` says which rule another one breaks, and the caller adds the value."""
-    # Characters first: a megabyte is refused without being encoded.
+    """Return the id if it is valid, else raise `ValueError` naming the broken rule (without the id)."""
+    # Check the characters first, so that a very long id is refused without being encoded.
     if not 0 < len(user_id) <= MAX_USER_ID_BYTES or len(user_id.encode("utf-8", "replace")) > MAX_USER_ID_BYTES:
         raise ValueError(f"must be 1 to {MAX_USER_ID_BYTES} bytes of UTF-8")
     if not user_id.isprintable() or " " in user_id or _UNDECODABLE in user_id:
@@ -35,15 +35,15 @@ def check_user_id(user_id: str) -> str:
 class User:
     """A user of one tenant."""
 
-    id: str  # as the app gives it, already checked
-    key: str  # stands for it: 26 characters of base32 (128 bits), the alphabet of recipe names
+    id: str  # as sent by the app, validated
+    key: str  # keyed hash of the id: 26 base32 characters (128 bits), the alphabet of recipe names
 
 
 class UserKeys:
-    """The keyed hashes of one tenant's users: the same id is another user in each tenant.
+    """Computes the user keys of one tenant; the same id is a different user in each tenant.
 
-    The secret is the same for all gateways and never changes: without it no user can be found again. Raises `MtaError`
-    when it is missing or short, or the tenant could be mistaken for another.
+    All gateways share the secret, and it must never change: without it users cannot be found again. Raises `MtaError`
+    if the secret is missing or short, or the tenant is empty or contains NUL.
     """
 
     def __init__(self, secret: str | None, tenant: str) -> None:
@@ -57,15 +57,14 @@ class UserKeys:
             raise MtaError(f"a tenant (MTA_TENANT) must have a name without NUL, got {tenant!r}")
         self._secret = secret.encode()
         self._tenant = tenant
-        self.cache_salt = self._digest(f"\0cache salt\0{tenant}")  # no tenant is empty: never a user's key
-        """What vLLM salts this tenant's prefix cache with: cached timing then says nothing to other tenants."""
+        self.cache_salt = self._digest(f"\0cache salt\0{tenant}")  # no user's key: no tenant is empty
+        """Salt for this tenant's prefix cache in vLLM: cache timing then reveals nothing to other tenants."""
 
     def user(self, user_id: str) -> User:
         return User(user_id, self.key(user_id))
 
     def key(self, user_id: str) -> str:
-        """The user's key, made from the id in Unicode normal form C: `é` is one letter, whether an app sends it as one
-        character or two."""
+        """Return a user's key. Ids are normalised to Unicode NFC: `é` may be sent as one character or two."""
         return self._digest(f"{self._tenant}\0{unicodedata.normalize('NFC', user_id)}")
 
     def _digest(self, text: str) -> str:
@@ -74,7 +73,7 @@ class UserKeys:
 
 
 class Tenants:
-    """The user keys of each tenant; those of `tenant` are made at once, so that a bad secret is noticed."""
+    """The `UserKeys` of each tenant. Those of `tenant` are created at once, so that a bad secret is noticed."""
 
     def __init__(self, secret: str | None, tenant: str) -> None:
         self.users = cache(lambda tenant: UserKeys(secret, tenant))

@@ -1,1 +1,1 @@
-"""The servers themselves: connections to them, whether their writes last, and what they write to disk."""
+"""Connections to Redis servers, the durability of their writes, and rewrites of their files."""

@@ -1,11 +1,11 @@
-"""The append-only file holds erased data until it is rewritten: requested at every erasure, done at most hourly.
+"""Rewrites of the append-only file, which holds erased data until then: requested by every erasure, at most hourly.
 
-A server has a file. The hash `keys.rewrite(server)` holds its state, in ms: when a rewrite was last `asked` for; when
-the next is `due`; when the `last` successful one began; when the one in progress `began`, the server's `run` and its
-`count` of rewrites before; how many `failures` there were in a row, and when to `retry`.
+Each server has its own file. The hash `keys.rewrite(server)` holds its state, times in ms: last request (`asked`), next
+rewrite (`due`), start of the `last` successful one, start of the current one (`began`) with the server's `run` id and
+earlier rewrites (`count`), consecutive `failures`, and the time of the next `retry`.
 
-It is requested *before* a user is erased, so that a crash in between cannot leave the file as it was. The erasure
-follows within `ERASE_MS` or not at all: only a successful rewrite that began later than that settles what is due.
+A rewrite is requested *before* a user is erased, so that a crash in between cannot leave the file unchanged. Erasure
+happens within `ERASE_MS` or not at all, so only a successful rewrite that started after that time clears `due`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from server.store.redis.servers.connection import RedisConnection
 
 log = logging.getLogger("mta.store")
 
-INTERVAL_MS = 3_600_000  # shortest time between the starts of two rewrites
-ERASE_MS = 60_000  # how soon after the request the erasure must happen
-CLOCK_SKEW_MS = 10_000  # maximum difference between the clocks of a cluster's servers
-START_MS = 30_000  # a gateway that has claimed a rewrite and not begun it within this time never will
-REWRITE_MS = 600_000  # how long a rewrite is assumed to take in the promised time
-RETRY_MS = 60_000  # until a failed rewrite is tried again; each further failure doubles it, up to `INTERVAL_MS`
+INTERVAL_MS = 3_600_000  # minimum time between the starts of two rewrites
+ERASE_MS = 60_000  # time from the request within which the erasure must happen
+CLOCK_SKEW_MS = 10_000  # maximum clock difference in a cluster: another server's clock judges the deadline
+START_MS = 30_000  # time a gateway has to start a rewrite that it has claimed
+REWRITE_MS = 600_000  # assumed duration of a rewrite, part of the promised time
+RETRY_MS = 60_000  # delay after a failed rewrite; doubled by each further failure, up to `INTERVAL_MS`
 
-# KEYS: rewrite. ARGV: interval, time to erase (ms). Returns the time, and when a rewrite is due that is sure to begin
-# after the erasure: the one that is already due may begin too early.
+# KEYS: rewrite. ARGV: interval, time to erase (ms). Returns the current time, and when a rewrite is due that is sure to
+# start after the erasure: the one already due may start too early.
 _REQUEST = oom_script("""
 redis.call('HSET', KEYS[1], 'asked', now)
 local from = now + ARGV[2]
@@ -57,7 +57,7 @@ local function failed(first, longest)
 end
 """
 
-# KEYS: rewrite. ARGV: time until the next try, interval (ms). Returns how often rewrites have failed, below zero.
+# KEYS: rewrite. ARGV: delay of the retry, interval (ms). Returns the number of consecutive failures, negated.
 _REFUSED = oom_script(
     _FAIL
     + """
@@ -66,13 +66,13 @@ return -tonumber(redis.call('HGET', KEYS[1], 'failures') or 0)
 """
 )
 
-# KEYS: rewrite. ARGV: how long a rewrite may take (ms). Returns for how long one should have been done, ms.
+# KEYS: rewrite. ARGV: allowed duration of a rewrite (ms). Returns how late a due rewrite is, ms.
 _OVERDUE = script("""
 return math.max(0, now - (redis.call('HGET', KEYS[1], 'due') or now) - ARGV[1])
 """)
 
-# KEYS: rewrite. Returns 1 if the caller should begin a rewrite now, 0 if nobody should; below zero, how often rewrites
-# have failed in a row, one of them just now. A time too far ahead to have been set by this clock counts as reached.
+# KEYS: rewrite. Returns 1 if the caller should start a rewrite now, 0 if not, and the negated number of consecutive
+# failures if a rewrite has just failed. A time too far in the future to be set by this clock counts as reached.
 _ADVANCE = oom_script(
     _FAIL
     + """
@@ -82,7 +82,7 @@ local function get(field) return redis.call('HGET', KEYS[1], field) end
 local began = tonumber(get('began'))
 if began then
   local same = get('run') == run
-  if same and tonumber(get('count')) >= tonumber(count) then  -- nobody has begun it
+  if same and tonumber(get('count')) >= tonumber(count) then  -- not started yet
     if now >= began and now - began < times.to_begin then return 0 end
     redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
   elseif not same or well ~= '1' then
@@ -127,8 +127,8 @@ class AppendOnlyFile:
 
     async def rewrite_if_due(self) -> None:
         members = await self._connection.members()
-        looked = await asyncio.gather(*map(self._check_server, members), return_exceptions=True)
-        for error in looked:  # that one server is away keeps nobody from looking at the others
+        results = await asyncio.gather(*map(self._check_server, members), return_exceptions=True)
+        for error in results:  # raise only after all servers were checked
             if error is not None:
                 raise error
 
@@ -141,7 +141,7 @@ class AppendOnlyFile:
         times = {"interval": INTERVAL_MS, "to_erase": ERASE_MS, "to_begin": START_MS, "to_retry": RETRY_MS}
         outcome = int(await self._connection.write(_ADVANCE, (state,), run, count, well, orjson.dumps(times)))
         if outcome < 0:
-            _log_failure(server, -outcome, "it did not end well, which its own log says more of")
+            _log_failure(server, -outcome, "see the server's log")
         if outcome > 0:
             await self._begin(server, enabled=bool(info.get("aof_enabled")))
 
@@ -156,20 +156,20 @@ class AppendOnlyFile:
         except Unavailable as error:
             if not isinstance(error.__cause__, ResponseError):
                 raise
-            # Another is running, or a managed service does it on its own.
+            # Another rewrite is running, or a managed service rewrites the file itself.
             failures = -int(await self._connection.write(_REFUSED, (state,), RETRY_MS, INTERVAL_MS))
             _log_failure(server, failures, str(error.__cause__))
 
 
 def _max_rewrite_ms() -> int:
-    """How long after it is due a rewrite is done at the latest, if nothing goes wrong."""
+    """Longest time from due to finished in normal operation."""
     return round(2 * REWRITE_CHECK_S * 1000) + REWRITE_MS
 
 
 def _log_failure(server: StoreServer, failures: int, why: str) -> None:
     log.error(
-        "the append-only file%s still holds erased users: rewriting it failed %d times in a row (%s), and is tried "
-        "again in %.0f s",
+        "the append-only file%s still contains erased users: %d rewrites in a row have failed (%s), next attempt in "
+        "%.0f s",
         f" of {server.id}" if server.id else "",
         failures,
         why,

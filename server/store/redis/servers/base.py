@@ -1,10 +1,10 @@
-"""What the stores need of Redis 7.2+ or Valkey 8+: one server (`single.py`), a cluster, or a watched primary.
+"""Interface to Redis 7.2+ or Valkey 8+: a single server (`single.py`), a cluster, or a primary watched by Sentinel.
 
-Every change is one Lua script on keys of one slot, so it is atomic on a cluster too. `WAITAOF` follows on the same
-connection: elsewhere it would wait for nothing.
+Every change is one Lua script on keys of one slot, so it is atomic on a cluster too. `WAITAOF` is sent on the same
+connection, because it only waits for writes of its own connection.
 
-`RedisConnection` stops waiting when its time is up, and cancels what it waited for. redis-py gets no `socket_timeout`:
-it would then send through `asyncio.wait_for`, in which Python 3.11 loses cancellations.
+`RedisConnection` enforces timeouts by cancellation. redis-py gets no `socket_timeout`: it would then send through
+`asyncio.wait_for`, which loses cancellations in Python 3.11.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ CONNECTIONS = 64
 CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 2.0
 WRITE_TIMEOUT_S = 15.0
-CHECK_TIMEOUT_S = 3.0  # in a cluster a silent server may be met twice, each time for a second
+CHECK_TIMEOUT_S = 3.0  # a check of a cluster may wait for a silent server twice, one second each
 WAITAOF_TIMEOUT_MS = 10_000
 REPLICA_TIMEOUT_MS = 4_000
 WAITAOF = ("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)
-MEMORY_TIMEOUT_S = 0.5  # for what one server says of its memory: a replica may be silent, and a check must end in time
+MEMORY_TIMEOUT_S = 0.5  # for `INFO memory` of one server: a replica may be silent, but a check must end in time
 
 Execute = Callable[..., Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class StoreServer:
-    """One server process, and how to send it a command: `execute("INFO")`."""
+    """A server process; `execute("INFO")` sends it a command."""
 
-    id: str  # which it keeps when its address changes; empty if it is not in a cluster
+    id: str  # stays the same when the address changes; empty if there is only one server
     execute: Execute
 
 
 class Servers(Protocol):
-    """One server, or several. Raises redis-py's errors; `RedisConnection` translates them."""
+    """One or more servers. Methods raise redis-py's errors, which `RedisConnection` translates."""
 
-    unserved: str | None  # who cannot be served while most can, as `durability` last found
+    unserved: str | None  # message about users who cannot be served while most can, set by `durability`
 
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any: ...
 
     async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
-        """Run a script on keys of one slot; return its answer once what it wrote is as durable as was found."""
+        """Run a script on keys of one slot; return its answer once its writes are as durable as `durability` says."""
 
     async def durability(self) -> Durability:
-        """How writes become durable on the server where they do so least, of those that take writes now."""
+        """Return the lowest durability among the servers that accept writes now."""
 
     async def members(self) -> list[StoreServer]:
-        """All servers that keep data and can be asked."""
+        """Return all reachable servers that hold data."""
 
     async def holders(self, name: str) -> list[str]:
-        """The ids of the servers whose files hold a key, whether or not they can be asked now."""
+        """Return the ids of the servers whose files hold a key, reachable or not."""
 
     async def close(self) -> None: ...
 
@@ -70,12 +70,12 @@ async def durability_of(execute: Execute) -> Durability:
         return await _try_waitaof(execute)
     found = decoded(config)
     if found.get("appendonly") != "yes" or found.get("appendfsync") == "no":
-        return Durability.NONE  # with `no` the server never learns what is on disk: WAITAOF would wait for ever
+        return Durability.NONE  # with `no` the server does not track fsyncs, so WAITAOF would never return
     return Durability.ALWAYS if found.get("appendfsync") == "always" else await _try_waitaof(execute)
 
 
 async def _try_waitaof(execute: Execute) -> Durability:
-    """On a connection that wrote nothing WAITAOF answers at once: with an error if there is no file to wait for."""
+    """Send WAITAOF on a connection without writes: it returns at once, or fails if there is no append-only file."""
     try:
         await execute("WAITAOF", 1, 0, 1)
     except ResponseError:
@@ -84,16 +84,16 @@ async def _try_waitaof(execute: Execute) -> Durability:
 
 
 async def memory_of(servers: Sequence[StoreServer]) -> tuple[list[str], Memory | None]:
-    """Which servers may drop keys to make room, each with its policy; and the memory of the fullest, if any says so.
+    """Return the servers that may evict keys, each with its policy, and the memory use of the fullest server.
 
-    It is read from `INFO`, for managed services hide `CONFIG`. A server that cannot be asked, or refuses, says nothing.
+    Reads `INFO`, because managed services hide `CONFIG`. Skips servers that cannot be reached or refuse.
     """
     evicting, fullest = [], None
     for server, info in zip(servers, await asyncio.gather(*map(_memory_info, servers)), strict=True):
         if (policy := str(info.get("maxmemory_policy", "noeviction"))) != "noeviction":
             evicting.append(f"{server.id} {policy}".strip())
         if info:
-            # What replicas and the append-only file are still to get does not count against the maximum.
+            # Buffers for replicas and the append-only file do not count towards maxmemory.
             used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))
             memory = Memory(used, int(info.get("maxmemory", 0)))
             fullest = memory if fullest is None or memory.share > fullest.share else fullest
@@ -108,9 +108,9 @@ async def _memory_info(server: StoreServer) -> dict[str, Any]:
 
 
 def confirmations(durability: Durability, *, replicas: bool) -> list[tuple[object, ...]]:
-    """The commands after a script that wait until its writes last.
+    """Return the commands to send after a script to wait until its writes are durable.
 
-    Also where the server fsyncs before it answers: one that takes over may not, and then this is an error.
+    They are sent even if the server fsyncs before it answers, so that a replacement that does not is noticed.
     """
     if durability is Durability.NONE:
         return []
@@ -118,7 +118,7 @@ def confirmations(durability: Durability, *, replicas: bool) -> list[tuple[objec
 
 
 def check_confirmed(answers: Sequence[Any]) -> None:
-    """Raises `Unavailable` unless the answers to `confirmations` say so; whoever sent the write sends it again."""
+    """Raise `Unavailable` unless the answers to `confirmations` confirm the write; the caller may send it again."""
     waits = (("on disk", WAITAOF_TIMEOUT_MS), ("on a replica", REPLICA_TIMEOUT_MS))
     for answer, (where, timeout_ms) in zip(answers, waits, strict=False):
         if (answer[0] if isinstance(answer, list) else answer) < 1:

@@ -1,7 +1,7 @@
-"""A cluster, over redis-py's client for clusters, which finds the server of each key and follows when keys move.
+"""A Redis cluster, through redis-py's cluster client, which finds the server of each key and follows keys that move.
 
-Writes bypass that client: it would send WAITAOF to a server of its choice, and after a lost connection repeat only what
-had no answer. Here a script and what it waits for go over one connection, and all of it is repeated.
+Writes bypass that client: it would send WAITAOF to any server, and after a lost connection repeat only the unanswered
+commands. Here a script and its confirmations use one connection and are repeated together.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from server.store.redis.servers.base import (
 
 log = logging.getLogger("mta.store")
 
-# Between attempts: a replica takes over within seconds, and keys have moved by then, or an operator is needed.
+# Pauses between attempts. Failovers and slot migrations finish within their sum; anything longer needs an operator.
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.5)
-REFRESH_S = 5.0  # how often to ask which servers there are: silent ones and new replicas cause no errors
-DISCOVERY_TIMEOUT_S = 1.0  # how long to wait for a server that is asked which servers there are, before another is
+REFRESH_S = 5.0  # seconds between topology queries: silent servers and new replicas cause no errors
+DISCOVERY_TIMEOUT_S = 1.0  # per server asked for the topology
 READ_RETRIES = 3
-SKIP_S = 5.0  # how long nothing is sent to a server that did not answer to `durability`, asked every two seconds
+SKIP_S = 5.0  # seconds to skip a server that did not answer `durability`, which runs every two seconds
 
 SLOTS = 16384
 _RANKS = (Durability.NONE, Durability.WAITAOF, Durability.ALWAYS)
@@ -54,15 +54,15 @@ _TRANSIENT = (
     exceptions.TryAgainError,
     OSError,
 )
-"""What a write meets while a replica takes over, or while keys are on their way from server to server."""
+"""Errors of a write during a failover or while keys move between servers."""
 
 
 class NodeUnresponsive(exceptions.ConnectionError):  # type: ignore[misc]  # untyped
-    """A server did not answer a moment ago, so it is not asked: who waits for it holds the place of others."""
+    """The server did not answer recently, so it is skipped: waiting for it would block a connection slot."""
 
 
 class _Client(RedisCluster):  # type: ignore[misc]  # untyped
-    """Leaves servers alone that are away."""
+    """A cluster client that skips unresponsive servers."""
 
     _skipped: Collection[Any] = ()
     _until_s = 0.0
@@ -75,7 +75,7 @@ class _Client(RedisCluster):  # type: ignore[misc]  # untyped
 
     def raise_if_skipped(self, node: Any) -> None:
         if self.is_skipped(node):
-            raise NodeUnresponsive(f"{node.name} did not answer when it was last looked at")
+            raise NodeUnresponsive(f"{node.name} did not answer the last check")
 
     async def _execute_command(self, target_node: Any, *args: Any, **kwargs: Any) -> Any:
         self.raise_if_skipped(target_node)
@@ -83,27 +83,27 @@ class _Client(RedisCluster):  # type: ignore[misc]  # untyped
 
 
 class Cluster:
-    """`Servers` that share the keys, each with replicas or without.
+    """A cluster of primaries, each with any number of replicas.
 
-    A write is on its primary's disk, and on one replica if there are any, so it survives when that one takes over.
+    A write is acknowledged once it is on its primary's disk and, if there are replicas, received by one of them.
 
-    Its URL is `redis+cluster://` or `rediss+cluster://`, then as redis-py reads it, with one host or several,
-    comma-separated, from which the others are found; raises `ValueError`.
+    The URL is `redis+cluster://` or `rediss+cluster://`, then as in redis-py, but with one or more comma-separated
+    hosts, from which the others are discovered. Raises `ValueError` if the URL is invalid.
     """
 
     def __init__(self, url: str) -> None:
         hosts, options = _read_url(url)
         self._client = _Client(
             startup_nodes=[ClusterNode(host, port) for host, port in hosts],
-            max_connections=4 * CONNECTIONS,  # those that are being closed count, too
+            max_connections=4 * CONNECTIONS,  # connections being closed count, too
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             socket_timeout=None,  # see `base.py`
             retry=Retry(NoBackoff(), READ_RETRIES),
-            reinitialize_steps=0,  # it would cut all connections off; we look around often enough
+            reinitialize_steps=0,  # would drop all connections; `_refresh` runs often enough
             **options,
         )
         self.unserved: str | None = None
-        self._connections = asyncio.Semaphore(CONNECTIONS)  # the client fails where it should wait for a connection
+        self._connections = asyncio.Semaphore(CONNECTIONS)  # the client fails instead of waiting for a free connection
         self._refreshing = asyncio.Lock()
         self._refreshed_s = -REFRESH_S
         self._not_durable: set[str] = set()
@@ -117,7 +117,7 @@ class Cluster:
             except exceptions.ClusterError as error:
                 if pause_s is None or type(error) is not exceptions.ClusterError:
                     raise
-                await asyncio.sleep(pause_s)  # its keys move: servers sent it to each other, and none did it
+                await asyncio.sleep(pause_s)  # its keys are moving: the servers redirected the command to each other
         raise AssertionError("unreachable")
 
     async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
@@ -140,7 +140,7 @@ class Cluster:
         raise AssertionError("unreachable")
 
     async def durability(self) -> Durability:
-        """How durable writes are where they can be made, if that is for most users; `unserved` says who is left."""
+        """Return the lowest durability of the usable primaries; `unserved` then names the unusable ones."""
         await self._refresh(at_once=True)
         nodes = self._client.get_primaries()
         found = dict(zip(nodes, await asyncio.gather(*map(self._probe, nodes)), strict=True))
@@ -149,7 +149,7 @@ class Cluster:
         self._note_unserved({node.name for node in nodes if node not in serving}, set(serving))
         not_durable = {node.name for node, how in serving.items() if how is Durability.NONE}
         if not_durable - self._not_durable:
-            log.warning("these servers of the cluster do not keep what they acknowledge: %s", sorted(not_durable))
+            log.warning("these servers of the cluster may lose acknowledged writes: %s", sorted(not_durable))
         self._not_durable = not_durable
         return min(serving.values(), key=_RANKS.index)
 
@@ -173,10 +173,10 @@ class Cluster:
         await self._client.aclose()
 
     async def _probe(self, node: Any) -> Durability | str | None:
-        """How durable a primary's writes are; the state of the cluster if it serves nobody; None if it is away."""
+        """Return a primary's durability, the cluster state if it is not ok, or None if the server does not answer."""
         with suppress(TimeoutError):
             async with asyncio.timeout(DISCOVERY_TIMEOUT_S):
-                for _ in range(1 + READ_RETRIES):  # connections end, too, because the client makes them anew
+                for _ in range(1 + READ_RETRIES):  # connections also end when the client replaces them
                     with suppress(*_TRANSIENT):
                         info = await node.execute_command("CLUSTER INFO")
                         state = str(info["cluster_state"])
@@ -184,20 +184,20 @@ class Cluster:
         return None
 
     def _note_unserved(self, away: set[str], serving: set[Any]) -> None:
-        """Raises `ClusterDownError` unless most slots are served."""
+        """Set `unserved`; raise `ClusterDownError` unless most slots are served."""
         served = sum(held[0] in serving for held in self._client.nodes_manager.slots_cache.values())
-        said = f"{1 - served / SLOTS:.0%} of all users cannot be served: {', '.join(sorted(away))} cannot be used"
-        unserved = said if served < SLOTS else None
+        message = f"{1 - served / SLOTS:.0%} of all users cannot be served: {', '.join(sorted(away))} cannot be used"
+        unserved = message if served < SLOTS else None
         if unserved and unserved != self.unserved:
             log.error("%s", unserved)
         self.unserved = unserved
         if served <= SLOTS / 2:
-            raise exceptions.ClusterDownError(said)
+            raise exceptions.ClusterDownError(message)
 
     async def _write(
         self, node: Any, command: Sequence[Any], name: str, durability: Durability, *, asking: bool
     ) -> Any:
-        """On one connection: leave to use keys that are arriving, the script, and what it waits for."""
+        """Send ASKING if needed, the script, and its confirmations on one connection."""
         before = [("ASKING",)] if asking else []
         replicas = self._replicas(node, name)
         after = confirmations(durability, replicas=bool(replicas))
@@ -208,12 +208,12 @@ class Cluster:
                 raise part.result
         answer, *confirmed = [part.result for part in sent[len(before) :]]
         if len(confirmed) > 1 and confirmed[1] < 1:
-            await self._discover(replicas[0])  # once the others count it as failed, writes no longer wait for it
+            await self._discover(replicas[0])  # writes stop waiting for a replica once the cluster marks it as failed
         check_confirmed(confirmed)
         return answer
 
     def _replicas(self, node: Any, name: str) -> tuple[Any, ...]:
-        """Which servers follow one that is asked for a key, its own or one that is arriving there."""
+        """Return the replicas of the server that is asked for a key, even if the key is still moving there."""
         slots = self._client.nodes_manager.slots_cache
         held = slots[self._client.keyslot(name)]
         if held[0] != node:
@@ -221,31 +221,31 @@ class Cluster:
         return tuple(held[1:])
 
     def _redirected(self, error: Exception) -> tuple[Any, bool]:
-        """Which server an error names, if any, and whether leave must be asked there."""
+        """Return the server that a redirection names, if any, and whether it needs ASKING."""
         if not isinstance(error, exceptions.AskError):
             return None, False
         node = self._client.get_node(host=error.host, port=error.port)
         return node, not isinstance(error, exceptions.MovedError)
 
     async def _discover(self, silent: Any = None) -> None:
-        """Find out again which servers there are and what they hold; the one that may be silent is asked last.
+        """Query the topology again; ask the possibly `silent` server last.
 
-        Connections are made anew, each when it is free; those to a former primary at once, since it may be silent.
+        Connections are replaced when they become free, those to a former primary at once, since it may be silent.
         """
         before = self._client.get_primaries()
         for _ in self._client.get_nodes():
             with suppress(TimeoutError):
                 async with asyncio.timeout(DISCOVERY_TIMEOUT_S):
-                    # Asks any server, another one each time.
+                    # Asks a different server each time.
                     await self._client.nodes_manager.initialize(last_failed_node_name=silent and silent.name)
                 break
         else:
-            raise exceptions.TimeoutError("no server says which others there are")
+            raise exceptions.TimeoutError("no server of the cluster returns the topology")
         now = self._client.get_primaries()
         await asyncio.gather(*(node.disconnect() for node in before if node not in now), return_exceptions=True)
 
     async def _refresh(self, *, at_once: bool = False) -> None:
-        """Every few seconds, look whether anything has changed; other calls wait for the result."""
+        """Check every few seconds whether the topology has changed; concurrent calls wait for the result."""
         if time.monotonic() < self._refreshed_s + REFRESH_S and not (at_once or self._refreshing.locked()):
             return
         async with self._refreshing:
@@ -259,7 +259,7 @@ class Cluster:
             self._refreshed_s = time.monotonic()
 
     async def _ask_any(self, command: str) -> tuple[Any, Any]:
-        """A server and its answer: another one each time, and only at last one that is away."""
+        """Send a command to a random server, skipped ones last; return the server and its answer."""
         nodes = self._client.get_nodes()
         for node in sorted(random.sample(nodes, len(nodes)), key=self._client.is_skipped):
             with suppress(*_TRANSIENT):
@@ -268,9 +268,9 @@ class Cluster:
         raise exceptions.ConnectionError("no server of the cluster answers")
 
     def _knows(self, shards: Sequence[Any], host: str) -> bool:
-        """Whether the client knows the primaries and replicas of all slots as the server at a host says.
+        """Return whether the client's view of primaries and replicas equals the view of the server at `host`.
 
-        Compared with what the client holds, not with what was said last: the next server may know less.
+        It is not compared with the last answer, because the next server asked may know less.
         """
         for first, last, *nodes in shards:
             primary, *replicas = (f"{text(node[0]) or host}:{node[1]}" for node in nodes)
@@ -280,23 +280,23 @@ class Cluster:
         return True
 
     def _layouts(self, first: int, last: int) -> list[list[str]]:
-        """The names of primary and replicas that the client has for some slots: each different list once.
+        """Return the client's lists of primary and replica names for a range of slots, each distinct list once.
 
-        redis-py shares one list among a primary's slots, except those that it was redirected from, of which it forgets
-        the replicas. So few lists are compared, not 16,384.
+        redis-py shares one list among a primary's slots, except slots that it was redirected from: there it forgets the
+        replicas. So there are few lists to compare, not 16,384.
         """
         slots = self._client.nodes_manager.slots_cache
         lists = {id(nodes): nodes for nodes in (slots.get(slot, ()) for slot in range(first, last + 1))}
         return [[node.name for node in nodes] for nodes in lists.values()]
 
     async def _shards(self) -> list[tuple[list[int], list[dict[str, Any]]]]:
-        """For each primary: its ranges of slots, first and last in turn; then its own fields and its replicas'."""
+        """Return for each shard its slot ranges (first, last, first, …) and the fields of its servers."""
         _, shards = await self._ask_any("CLUSTER SHARDS")
         return [(shard["slots"], [decoded(node) for node in shard["nodes"]]) for shard in shards]
 
 
 def _read_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
-    """Hosts with ports, and options of redis-py's client; raises `ValueError`."""
+    """Return hosts with ports, and options for redis-py's client; raises `ValueError` if the URL is invalid."""
     parts = urlsplit(url)
     login, at, hosts = parts.netloc.rpartition("@")
     scheme = parts.scheme.removesuffix("+cluster")

@@ -1,4 +1,4 @@
-"""The connection to Redis 7.2+ or Valkey 8+ that the stores share: where its errors become ours."""
+"""The connection to Redis 7.2+ or Valkey 8+ that all stores share; it translates Redis errors."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.sentinel import Sentinel
 from server.store.redis.servers.single import SingleServer
 
-FULL_RETRY_S = 60  # somebody has to make room first
+FULL_RETRY_S = 60  # an operator has to free memory first
 _NOT_DURABLE = (
-    "Redis does not guarantee to keep acknowledged writes: set `appendonly yes` and `appendfsync always` (or "
-    "`everysec`; Redis 7.2+ or Valkey 8+), or MTA_REQUIRE_DURABLE_STORE=false to accept losses"
+    "Redis may lose acknowledged writes: set `appendonly yes` and `appendfsync always` (or "
+    "`everysec`; Redis 7.2+ or Valkey 8+), or MTA_REQUIRE_DURABLE_STORE=false to accept data loss"
 )
 _FULL = (
-    "the store is full, and nothing was stored: send the request again once there is room; users can be erased and API "
-    "keys revoked all the same"
+    "the store is full and nothing was stored: send the request again once there is room; users can be erased and API "
+    "keys revoked nevertheless"
 )
 _EVICTS = (
-    "Redis drops acknowledged writes to make room (maxmemory-policy: {}): set `maxmemory-policy noeviction`, or "
-    "MTA_REQUIRE_DURABLE_STORE=false to accept losses"
+    "Redis drops acknowledged writes to free memory (maxmemory-policy: {}): set `maxmemory-policy noeviction`, or "
+    "MTA_REQUIRE_DURABLE_STORE=false to accept data loss"
 )
 _KINDS: dict[str, Callable[[str], Servers]] = {
     "redis+cluster": Cluster,
@@ -48,11 +48,11 @@ _KINDS: dict[str, Callable[[str], Servers]] = {
 
 
 class RedisConnection:
-    """Reads, and writes that are on disk when they return.
+    """Reads from Redis, and writes that are on disk when they return.
 
-    Its URL is one of redis-py, or of a cluster (`Cluster`), or of servers that Sentinel watches (`sentinel.FORM`);
-    `MtaError` when it cannot be read. `require_durable` refuses servers that may lose or evict what they acknowledged:
-    in a cluster, one such primary, or one server that evicts. A `span` is one write, however often it is sent.
+    The URL is a redis-py URL, or that of a cluster (`Cluster`) or of Sentinels (`sentinel.FORM`); `MtaError` if it is
+    invalid. `require_durable` refuses writes if any primary may lose acknowledged writes or any server may evict keys.
+    `span` covers one write, including retries.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class RedisConnection:
 
     @property
     def reads_are_durable(self) -> bool:
-        """Whether nothing can be read that is lost when a server dies: on one server that answers after its fsync."""
+        """Whether everything that can be read is durable: true for a single server that fsyncs before it answers."""
         return self.durability is Durability.ALWAYS and isinstance(self._servers, SingleServer)
 
     async def check(self) -> Durability:
@@ -89,20 +89,20 @@ class RedisConnection:
     async def evaluate(
         self, script: str, names: Sequence[str], *arguments: Any, timeout_s: float = READ_TIMEOUT_S
     ) -> Any:
-        """Run a script on some keys of one slot, whose changes need not last."""
+        """Run a script on keys of one slot whose changes need not be durable."""
         return await self.run(lambda redis: redis.eval(script, len(names), *names, *arguments), timeout_s)
 
     async def run(self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S) -> Any:
-        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`."""
+        """Run a command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`."""
         with _measured(self._timed, "command"):
             async with _translated(timeout_s):
                 return await self._servers.run(command)
 
     async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
-        """Run a script on some keys of one slot; return its answer once its writes are on disk.
+        """Run a script on keys of one slot; return its answer once its writes are on disk.
 
-        It may run twice, when its answer is lost. The second time it must return the same, and write again what it
-        says is so: a server waits for nothing if the connection wrote nothing, although disk or replica may lack it.
+        The script runs again if its answer is lost. The second run must return the same answer and repeat the write:
+        Redis does not wait if the connection wrote nothing, although the data may not be on disk or on a replica yet.
         """
         self._refuse_if_not_durable()
         with _measured(self._timed, "write"), self._span("store write"):
@@ -118,7 +118,7 @@ class RedisConnection:
             return await self._servers.holders(name)
 
     async def send(self, server: StoreServer, command: str) -> Any:
-        """One server's answer to a command; errors become `Unavailable`."""
+        """Send a command to one server; errors become `Unavailable`."""
         async with _translated(READ_TIMEOUT_S):
             return await server.execute(command)
 
@@ -134,7 +134,7 @@ class RedisConnection:
 
 @asynccontextmanager
 async def _translated(timeout_s: float) -> AsyncIterator[None]:
-    """The one place where Redis's errors become ours, and where we stop waiting for it."""
+    """Enforce a timeout and turn all Redis errors into `Unavailable`."""
     try:
         async with asyncio.timeout(timeout_s):
             yield

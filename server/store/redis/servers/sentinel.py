@@ -1,4 +1,4 @@
-"""A primary with replicas that Sentinel watches: when the primary is gone, Sentinel lets a replica take over."""
+"""A primary with replicas, watched by Redis Sentinel, which promotes a replica when the primary fails."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ log = logging.getLogger("mta.store")
 
 FORM = "redis+sentinel://[user:password@]host:port[,host:port…]/service[/database]"
 
-# How often to ask who is the primary and who follows it: no error tells that a replica has come, to be waited for.
+# Seconds between queries for the primary and its replicas: a new replica causes no error.
 REFRESH_S = 5.0
-DISCOVERY_TIMEOUT_S = 1.0  # for one Sentinel; the last one asked has only the timeout of the caller
+DISCOVERY_TIMEOUT_S = 1.0  # per Sentinel; the last one has the caller's timeout
 
-# What a call meets when the server is no longer the primary.
+# Errors of a call to a server that is no longer the primary.
 _TRANSIENT = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
 class _Topology:
-    """What a Sentinel said, in names of the form `host:port`."""
+    """The servers as reported by a Sentinel, named `host:port`."""
 
     primary: str
-    replicas: frozenset[str]  # that follow the primary, and that Sentinel does not take for down
-    known: frozenset[str]  # all that have followed it, down or not: their files hold what they held
-    server: SingleServer  # all connections are to the primary's address: what was said of its replicas is said of it
+    replicas: frozenset[str]  # replicas that Sentinel does not consider down
+    known: frozenset[str]  # all replicas so far, up or down: their files may hold erased data
+    server: SingleServer  # the client for the primary's address
 
 
 class Sentinel:
-    """`Servers` that are one primary and its replicas.
+    """A primary and its replicas.
 
-    A write is on the primary's disk, and on one replica if there are any, so it survives when that one takes over.
+    A write is acknowledged once it is on the primary's disk and, if there are replicas, received by one of them.
 
-    Its URL is as `FORM` says, or `rediss+sentinel://`, with redis-py's options after a `?`; raises `ValueError`. Login
-    and options are the servers'; `sentinel_username` and `sentinel_password` are the Sentinels' login.
+    The URL is as `FORM`, or `rediss+sentinel://…`, with redis-py's options after a `?`. Login and options are for the
+    servers; the Sentinels get `sentinel_username` and `sentinel_password`. Raises `ValueError` if it is invalid.
     """
 
-    unserved: str | None = None  # it serves all or none
+    unserved: str | None = None  # a primary serves all users or none
 
     def __init__(self, url: str) -> None:
         self._urls, sentinels, self._service = _read_url(url)
@@ -72,7 +72,7 @@ class Sentinel:
             confirm = confirmations(durability, replicas=bool(topology.replicas))
             answer, confirmed = await topology.server.send(script, names, arguments, confirm)
             if len(confirmed) > 1 and confirmed[1] < 1:
-                self._refreshed_s = -REFRESH_S  # once Sentinel takes the replica for down, nobody waits for it
+                self._refreshed_s = -REFRESH_S  # writes stop waiting for a replica once it is marked as down
             check_confirmed(confirmed)
             return answer
 
@@ -98,7 +98,7 @@ class Sentinel:
             await server.close()
 
     async def _with_primary(self, work: Callable[[_Topology], Awaitable[Any]]) -> Any:
-        """Do it, and once more if by now another server is the primary."""
+        """Run `work`, and once more if another server has become the primary."""
         topology = await self._current()
         try:
             return await work(topology)
@@ -109,7 +109,7 @@ class Sentinel:
         return await work(now)
 
     async def _current(self, *, at_once: bool = False) -> _Topology:
-        """The servers; Sentinel is asked every few seconds, and calls that come meanwhile wait for its answer."""
+        """Return the servers. Sentinel is asked every few seconds; concurrent calls wait for its answer."""
         called_s = time.monotonic()
         if self._topology and called_s < self._refreshed_s + REFRESH_S and not (at_once or self._refreshing.locked()):
             return self._topology
@@ -123,35 +123,35 @@ class Sentinel:
             except exceptions.ConnectionError as error:
                 if before is None:
                     raise
-                log.warning("%s; %s is used as before", error, before.primary)
+                log.warning("%s; %s stays the primary", error, before.primary)
                 return before
             if before and before.primary != now.primary:
-                log.warning("Sentinel says that %s is the primary of %s now", now.primary, self._service)
+                log.warning("%s is the new primary of %s", now.primary, self._service)
             for name in self._servers.keys() - {now.primary, *now.replicas}:
-                # At once: it may be silent, and whoever waits for it would wait in vain.
+                # Close at once: the server may be silent, and calls would wait for it.
                 with suppress(exceptions.RedisError, OSError):
                     await self._servers.pop(name).close()
             return now
 
     async def _discover(self) -> _Topology:
-        """The servers, as the first Sentinel says that knows them; raises `ConnectionError`: what each of them said."""
-        said = []
+        """Ask the Sentinels in turn for the servers; raises `ConnectionError` with every Sentinel's reason."""
+        reasons = []
         for sentinel in (asked := tuple(self._sentinels)):
             try:
                 async with asyncio.timeout(DISCOVERY_TIMEOUT_S if sentinel is not asked[-1] else None):
                     primary = await sentinel.sentinel_master(self._service)
                     replicas = await sentinel.sentinel_slaves(self._service)
             except (exceptions.RedisError, OSError) as error:
-                said.append(str(error) or "a Sentinel does not answer")
+                reasons.append(str(error) or "a Sentinel does not answer")
                 continue
             if _down(primary) or not primary["is_master"]:
-                said.append(f"{_name(primary)} is down, and nobody has taken over yet")
+                reasons.append(f"{_name(primary)} is down, and no replica has taken over yet")
                 continue
             self._sentinels.remove(sentinel)
             self._sentinels.insert(0, sentinel)
             name, up = _name(primary), frozenset(_name(replica) for replica in replicas if not _down(replica))
             return _Topology(name, up, frozenset(map(_name, replicas)), self._server(name))
-        raise exceptions.ConnectionError(f"no Sentinel knows a primary of {self._service!r}: {'; '.join(said)}")
+        raise exceptions.ConnectionError(f"no Sentinel knows a primary of {self._service!r}: {'; '.join(reasons)}")
 
     def _server(self, name: str) -> SingleServer:
         if name not in self._servers:
@@ -173,7 +173,7 @@ def _down(state: dict[str, Any]) -> bool:
 
 
 def _read_url(url: str) -> tuple[Callable[[str], str], list[str], str]:
-    """The URL of a server at an address, the Sentinels' URLs, and the name of the service; raises `ValueError`."""
+    """Return a function from address to server URL, the Sentinels' URLs, and the service; raises `ValueError`."""
     parts = urlsplit(url)
     scheme = parts.scheme.removesuffix("+sentinel")
     login, at, hosts = parts.netloc.rpartition("@")
@@ -181,9 +181,9 @@ def _read_url(url: str) -> tuple[Callable[[str], str], list[str], str]:
     options = dict(parse_qsl(parts.query))
     name, password = options.pop("sentinel_username", ""), options.pop("sentinel_password", "")
     if not service:
-        raise ValueError(f"it names no service: {FORM}")
+        raise ValueError(f"it names no service: use {FORM}")
     if database and not database.isdecimal():
-        raise ValueError(f"{database!r} is no number of a database: {FORM}")
+        raise ValueError(f"{database!r} is not a database number: use {FORM}")
     query = urlencode(options)
 
     def url_of(address: str) -> str:
@@ -197,5 +197,5 @@ def _read_url(url: str) -> tuple[Callable[[str], str], list[str], str]:
 
 
 def _check(parts: SplitResult) -> None:
-    if not parts.hostname or parts.port is None:  # `port` raises ValueError of what is none
+    if not parts.hostname or parts.port is None:  # `port` raises ValueError if it is not a number
         raise ValueError(f"each Sentinel needs host and port, got {parts.netloc.rpartition('@')[2]!r}: {FORM}")

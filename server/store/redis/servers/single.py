@@ -1,4 +1,4 @@
-"""One server on its own."""
+"""A single server without replicas."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ T = TypeVar("T")
 
 
 class SingleServer:
-    """`Servers` that are one, at a URL as in redis-py; raises `ValueError` when it cannot be read.
+    """A single server, at a URL as in redis-py. Raises `ValueError` if the URL is invalid.
 
-    The address may pass to another server: a call that meets a replica drops all connections, to reach the new one.
+    The address may move to another server. A call that reaches a replica therefore drops all connections.
     """
 
-    unserved: str | None = None  # it serves all or none
+    unserved: str | None = None  # a single server serves all users or none
 
     def __init__(self, url: str) -> None:
-        # One retry: a connection that idled through a restart of the server fails once. Commits may be repeated.
+        # One retry: an idle connection fails once after the server has restarted. Commits are safe to repeat.
         pool = redis.BlockingConnectionPool.from_url(
             url,
             max_connections=CONNECTIONS,
@@ -42,7 +42,7 @@ class SingleServer:
             socket_timeout=None,  # see `base.py`
             retry=Retry(NoBackoff(), 1),
         )
-        self._client: Any = redis.Redis(connection_pool=pool)  # Any: its annotations mix sync and async answers
+        self._client: Any = redis.Redis(connection_pool=pool)  # Any: redis-py's annotations mix sync and async results
 
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
         return await self._reconnecting(lambda: command(self._client))
@@ -56,7 +56,7 @@ class SingleServer:
     async def send(
         self, script: str, names: Sequence[str], arguments: Sequence[Any], confirm: Sequence[tuple[object, ...]]
     ) -> tuple[Any, list[Any]]:
-        """A script's answer, and those of the commands that follow it on the same connection."""
+        """Run a script and further commands on one connection; return all answers."""
 
         async def work() -> tuple[Any, list[Any]]:
             async with self._client.pipeline(transaction=False) as pipe:
@@ -82,7 +82,7 @@ class SingleServer:
         await self._client.connection_pool.disconnect()
 
     async def _writable_durability(self) -> Durability:
-        """Raises `ReadOnlyError` of a replica, even one that would take writes: it loses them."""
+        """Raise `ReadOnlyError` for a replica, even a writable one, since it loses writes."""
         replication = await self._client.info("replication")
         if replication["role"] != "master":
             place = f"{replication.get('master_host')}:{replication.get('master_port')}"
@@ -90,7 +90,7 @@ class SingleServer:
         return await durability_of(self._client.execute_command)
 
     async def _reconnecting(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Repeat it over a new connection if the server takes no writes: then nothing was written."""
+        """Run `work`, and once more on a new connection if the server refuses writes: then nothing was written."""
         try:
             return await work()
         except ReadOnlyError:
@@ -102,7 +102,7 @@ class SingleServer:
             raise
 
     async def _drop(self) -> None:
-        """Connect anew: at once, or as soon as a connection is free."""
+        """Drop all connections: idle ones at once, busy ones when they become free."""
         pool = self._client.connection_pool
         await pool.update_active_connections_for_reconnect()
         await pool.disconnect(inuse_connections=False)
