@@ -1,4 +1,4 @@
-"""The errors that clients see: an HTTP status and OpenAI's `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors returned to clients: an HTTP status and OpenAI's `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adapters.errors import MtaError
 
 
 class ApiError(MtaError):
-    """An error with an HTTP status. `param` is the request field at fault, in dots (`items.3.text`)."""
+    """An error with an HTTP status. `param` is the path of the invalid request field, e.g. `items.3.text`."""
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
@@ -25,15 +25,15 @@ class ApiError(MtaError):
 
     @property
     def explained(self) -> str:
-        """The message and its cause: for logs and operators only, since causes name internal addresses."""
+        """The message and its cause, for logs and operators only: causes can contain internal addresses."""
         return f"{self.message} ({self.__cause__})" if self.__cause__ else self.message
 
 
-class InvalidRequest(ApiError):  # a field is wrong; `param` names it
+class InvalidRequest(ApiError):  # `param` names the invalid field
     status, kind, default_code = 400, "invalid_request_error", "invalid_value"
 
 
-class Unauthorized(ApiError):  # no API key, or one that does not count
+class Unauthorized(ApiError):  # the API key is missing or invalid
     status, kind, default_code = 401, "authentication_error", "invalid_api_key"
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
@@ -41,7 +41,7 @@ class Unauthorized(ApiError):  # no API key, or one that does not count
         self.headers["WWW-Authenticate"] = "Bearer"
 
 
-class Forbidden(ApiError):  # the key does not allow this
+class Forbidden(ApiError):  # the API key does not allow this
     status, kind, default_code = 403, "permission_error", "missing_scope"
 
 
@@ -57,7 +57,7 @@ class TooSlow(ApiError):  # the request did not arrive in time
     status, kind, default_code = 408, "invalid_request_error", "request_timeout"
 
 
-class Conflict(ApiError):  # what the request acts on has already ended
+class Conflict(ApiError):  # the target of the request has already ended
     status, kind, default_code = 409, "invalid_request_error", "conflict"
 
 
@@ -66,8 +66,8 @@ class UserErased(Conflict):
 
     def __init__(self) -> None:
         super().__init__(
-            "the user was erased while this request was in progress, and nothing of it is stored: send it again to "
-            "store the user again",
+            "the user was erased while this request was in progress, and nothing was stored: send the request again "
+            "to store the user again",
             param="user_id",
         )
 
@@ -80,16 +80,16 @@ class WrongMediaType(ApiError):  # the body is not JSON
     status, kind, default_code = 415, "invalid_request_error", "unsupported_media_type"
 
 
-class HeadersTooLarge(ApiError):  # request line and headers
+class HeadersTooLarge(ApiError):  # request line and headers together
     status, kind, default_code = 431, "invalid_request_error", "headers_too_large"
 
 
-class EngineFailed(ApiError):  # the engine's answer makes no sense, or broke off
+class EngineFailed(ApiError):  # the engine's response is invalid or incomplete
     status, kind, default_code = 502, "engine_error", "engine_failed"
 
 
 class _TryAgain(ApiError):
-    """Carries Retry-After; `limits` are headers that say how much of each limit is left."""
+    """An error with `Retry-After`; `limits` are headers with the remaining amount of each limit."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class _TryAgain(ApiError):
         self.headers |= {"Retry-After": str(max(1, ceil(retry_after_s))), **(limits or {})}
 
 
-class TooMany(_TryAgain):  # a limit is reached, or too many wait
+class TooMany(_TryAgain):  # a limit is reached, or the queue is full
     status, kind, default_code = 429, "rate_limit_error", "rate_limit_exceeded"
 
 

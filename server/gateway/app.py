@@ -21,15 +21,15 @@ from server.settings import Settings
 from server.watching.tracing import open_tracing
 
 DESCRIPTION = """\
-Text in each user's own manner, from one base model. `PUT /users/{user_id}/profile` tells the server about a user,
-`POST /generate` answers as that user, and so do OpenAI's own routes under `/v1`. Errors have OpenAI's shape,
-`{"error": {"message", "type", "param", "code"}}`. Once API keys exist, every call needs one that has the call's scope:
+Text in each user's own style, from one base model. `PUT /users/{user_id}/profile` stores what is known about a user;
+`POST /generate` and the OpenAI-compatible routes under `/v1` answer in that user's style. Errors have OpenAI's shape,
+`{"error": {"message", "type", "param", "code"}}`. Once API keys exist, every call needs a key with the route's scope:
 `Authorization: Bearer KEY`.
 """
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application. Nothing is opened before its lifespan starts."""
+    """Create the application; its lifespan opens all parts."""
     metrics, keys = Metrics(settings.named_tenants), KnownKeys(settings.tenant)
     tracing = open_tracing(settings, "mta-gateway")
 

@@ -1,4 +1,4 @@
-"""The one place where the parts of a running gateway are opened, put together and closed."""
+"""Opens, connects and closes the parts of a gateway."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
 from server.errors import ApiError, Unavailable
-from server.gateway.access.keys import LOOK_AGAIN_S, KnownKeys, caller_of, name_of
-from server.gateway.access.limiter import RENEW_S, Limiter
+from server.gateway.access.keys import REFRESH_INTERVAL_S, KnownKeys, caller_of, name_of
+from server.gateway.access.limiter import RENEW_INTERVAL_S, Limiter
 from server.gateway.access.queue import COUNT_GATEWAYS_S, EngineQueue, GatewayShare
 from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.engines.admin import Engines
@@ -44,7 +44,7 @@ from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.samples import JobBudget
 from server.store.tenants.user_key import Tenants, User, UserKeys
-from server.watching.background import forever, stand_back
+from server.watching.background import forever, lower_priority
 from server.watching.tracing import Tracing
 
 log = logging.getLogger("mta.gateway")
@@ -52,7 +52,7 @@ log = logging.getLogger("mta.gateway")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of one gateway over one bank; those that are not the bank's own are shared with other banks."""
+    """The parts of a gateway for one bank; parts that do not depend on the bank are shared by all banks."""
 
     settings: Settings
     tenants: Tenants
@@ -70,9 +70,9 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """A gateway over all banks that it serves."""
+    """A gateway with all banks that it serves."""
 
-    parts: Mapping[str, Parts]  # by the bank's 8 hex digits; the first are for tenants that name no bank
+    parts: Mapping[str, Parts]  # by the first 8 hex digits of the bank; the first entry is the default bank
     keys: KnownKeys
     bodies: BodyReader
 
@@ -87,7 +87,7 @@ class Gateway:
         if (parts := self.parts.get(named)) is None:
             raise Unavailable(
                 f"this tenant's bank, {named}, is not served here, only {', '.join(self.parts)}: set MTA_BANK or "
-                "MTA_NEXT_BANK to its folder, or name another with `mta keys bank`",
+                "MTA_NEXT_BANK to its folder, or choose another with `mta keys bank`",
                 code="no_bank",
             )
         return parts
@@ -97,7 +97,7 @@ class Gateway:
 async def open_gateway(
     settings: Settings, metrics: Metrics, keys: KnownKeys, tracing: Tracing
 ) -> AsyncIterator[Gateway]:
-    """Open every part, refuse to start if one cannot serve, and close them in reverse order."""
+    """Open every part and close them in reverse order; raise if a part cannot serve."""
     tenants = Tenants(settings.secret.get_secret_value() if settings.secret else None, settings.tenant)
     embedder = await asyncio.to_thread(lambda: Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir)))
     banks = await asyncio.to_thread(_open_banks, settings.banks, embedder.id)
@@ -107,13 +107,13 @@ async def open_gateway(
             stores = await stack.enter_async_context(open_stores(settings, timed=metrics.store, span=tracing.span))
         except ApiError as error:
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
-        await keys.look(stores.keys)
+        await keys.refresh(stores.keys)
         keys.check_host(settings.host)
         if not stores.server.durability.is_durable:
-            log.warning("Redis does not guarantee to keep acknowledged writes: profiles and keys can be lost")
+            log.warning("Redis can lose acknowledged writes, and with them profiles and keys")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
-        # Embedding yields the processor: on one machine, writes would slow answers down.
-        embedding = stack.enter_context(ThreadPoolExecutor(1, "embed", stand_back))
+        # Embedding runs at low priority: on a shared machine, profile writes would slow generations down.
+        embedding = stack.enter_context(ThreadPoolExecutor(1, "embed", lower_priority))
         body_thread = stack.enter_context(ThreadPoolExecutor(1, "bodies"))
 
         engines = Engines(session, settings.engines, engine_key)
@@ -193,34 +193,34 @@ async def open_gateway(
         parts = {bank.manifest.short: parts_over(folder, bank) for folder, bank in banks.items()}
         for short in parts:
             metrics.bank.labels(short).set(1)
-        usual = next(iter(banks.values()))
-        for beside in (
+        default_bank = next(iter(banks.values()))
+        for background in (
             health.watch(),
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
             forever(REWRITE_CHECK_S, partial(_rewrite_file_if_due, stores.file, metrics), log),
-            forever(LOOK_AGAIN_S, partial(keys.look, stores.keys), log),
+            forever(REFRESH_INTERVAL_S, partial(keys.refresh, stores.keys), log),
             forever(COUNT_GATEWAYS_S, share.count_gateways, log),
-            forever(RENEW_S, limiter.in_progress.renew, log),
-            asyncio.to_thread(_load_search, usual.task),
+            forever(RENEW_INTERVAL_S, limiter.in_progress.renew, log),
+            asyncio.to_thread(_load_search, default_bank.task),
         ):
-            stack.push_async_callback(_stopped, asyncio.create_task(beside))
+            stack.push_async_callback(_cancel, asyncio.create_task(background))
         yield Gateway(parts, keys, bodies)
 
 
 def _open_banks(folders: Sequence[Path], embedder_id: str) -> dict[Path, ServingBank]:
-    """The banks by their folders, first the one for all tenants that name none."""
+    """Open the banks, by folder; the first is the default bank."""
     first, *others = folders
     banks = {first: ServingBank.open(first, embedder_id)}
     for folder in others:
         try:
             banks[folder] = ServingBank.open(folder, embedder_id)
         except MtaError as error:
-            log.warning("the next bank is for engines alone, tenants cannot name it here: %s", error)
+            log.warning("the gateway cannot serve MTA_NEXT_BANK, only engines can: %s", error)
     return banks
 
 
 async def _count_jobs(jobs: JobStore, banks: Iterable[str], metrics: Metrics) -> None:
-    """Count the banks' open jobs; while the store is away the last count stays."""
+    """Count the banks' open jobs; keep the last count while the store is down."""
     with contextlib.suppress(Unavailable):
         found = [await jobs.backlog(bank) for bank in banks]
         metrics.jobs.labels("queued").set(sum(each.waiting for each in found))
@@ -234,12 +234,12 @@ async def _rewrite_file_if_due(file: RewritableFile, metrics: Metrics) -> None:
 
 
 def _load_search(task: Task) -> None:
-    """Load the search library, which takes as long as all the rest and only histories in prompts need."""
+    """Load the search library in the background: it doubles startup time, and only histories in prompts need it."""
     ItemIndex(task, ())
-    gc.freeze()  # as when the gateway began to listen
+    gc.freeze()  # again, as at startup
 
 
-async def _stopped(task: asyncio.Task[None]) -> None:
+async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
@@ -251,7 +251,7 @@ def gateway_of(request: Request) -> Gateway:
 
 
 def parts_of(request: Request) -> Parts:
-    """The parts over the bank of the tenant that sent a request."""
+    """Return the parts for the bank of the caller's tenant."""
     return gateway_of(request).of(caller_of(request).tenant)
 
 
@@ -260,12 +260,12 @@ def users_of(request: Request) -> UserKeys:
 
 
 def user_of(request: Request, user_id: str) -> User:
-    """The user whom a request names: always one of the tenant's own."""
+    """Return the user that a request names, within the caller's tenant."""
     return users_of(request).user(user_id)
 
 
 class UserRoute(JsonRoute):
-    """A route that writes what its body says of a user: one who is erased while it arrives stays erased."""
+    """A route that writes its body to a user, unless the user is erased while the body arrives."""
 
     async def accepted(self, request: Request) -> None:
         user = user_of(request, request.path_params["user_id"])
@@ -277,6 +277,6 @@ class UserSamplesRoute(UserRoute, SamplesRoute):
 
 
 def epoch_of(request: Request) -> str:
-    """The epoch of the user of a `UserRoute` when the request was accepted."""
+    """Return the epoch that the user of a `UserRoute` had when the request was accepted."""
     epoch: str = request.state.epoch
     return epoch

@@ -1,4 +1,4 @@
-"""What every process does beside its work: it repeats steps, yields its core, and times the store."""
+"""Helpers for background work in every process: periodic steps, thread priority, store timings."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from server.errors import ApiError
 
-NICENESS = 10  # gets about a tenth of a core that something else wants
+NICENESS = 10  # about a tenth of a core's time when other threads compete for it
 BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
 async def forever(
     every_s: float | Callable[[], float], step: Callable[[], Awaitable[object]], log: logging.Logger
 ) -> NoReturn:
-    """Run a step now, and again after each pause; whatever it raises is logged, an `ApiError` as a warning."""
+    """Run `step` now and again after each pause; log what it raises, an `ApiError` as a warning."""
     while True:
         try:
             await step()
@@ -31,18 +31,18 @@ async def forever(
         await asyncio.sleep(every_s() if callable(every_s) else every_s)
 
 
-def stand_back() -> None:
-    """Have the scheduler prefer whatever else runs to this thread, and to those that it starts from now on."""
+def lower_priority() -> None:
+    """Lower the scheduling priority of this thread and of the threads that it starts from now on."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class StoreSeconds:
-    """How long the store takes. `kind` is `write` where the answer means that it is on disk, else `command`."""
+    """Histogram of store latency; `kind` is `write` if the reply means that data is on disk, else `command`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         histogram = Histogram(
             "mta_store_seconds",
-            "Round trips to the store, or several of them where one call makes several.",
+            "Time of calls to the store, each with one or more round trips.",
             ("kind", "outcome"),
             buckets=BUCKETS_S,
             registry=registry,

@@ -1,4 +1,4 @@
-"""Log lines for people or for machines, with the ids of the request and the trace that each belongs to."""
+"""Log lines as text or JSON, with the ids of the current request and trace."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 LogFormat = Literal["text", "json"]
 
 VLLM_CONFIG = Path(__file__).with_name("vllm_logging.json")
-"""For `VLLM_LOGGING_CONFIG_PATH`: an engine's process logs by `JsonFormatter`."""
+"""Value of `VLLM_LOGGING_CONFIG_PATH` that makes an engine log with `JsonFormatter`."""
 
 request_id: ContextVar[str] = ContextVar("mta_request_id", default="")
 traceparent: ContextVar[str] = ContextVar("mta_traceparent", default="")
-"""W3C's header of the current trace; empty where nothing is traced."""
+"""W3C `traceparent` header of the current trace; empty if the request is not traced."""
 
 
 def trace_id() -> str:
-    """The current trace's id, 32 hex digits; empty where nothing is traced."""
-    return traceparent.get()[3:35]  # after the header's version
+    """Return the current trace id, 32 hex digits; empty if the request is not traced."""
+    return traceparent.get()[3:35]  # skip the version
 
 
 def log_to_stderr(log_format: LogFormat) -> None:
-    """Log our own lines from INFO up, others' from WARNING up."""
+    """Log our own loggers from INFO up, all others from WARNING up."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -36,7 +36,7 @@ def log_to_stderr(log_format: LogFormat) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, logger and message; then the ids, unless the message has them."""
+    """Formats time, level, logger and message, then the ids that the message does not contain."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s%(ids)s")
@@ -49,7 +49,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: `time`, `level`, `logger`, `message`; `request` and `trace` where known; the fields of
+    """Formats one object per line: `time`, `level`, `logger`, `message`; `request` and `trace` if known; the fields of
     `extra={"fields": …}`; `error`, a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -69,7 +69,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class RequestIds:
-    """ASGI middleware of an engine: its log lines on a request carry the ids that the gateway sent."""
+    """ASGI middleware for engines that adds the ids sent by the gateway to the log lines of a request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

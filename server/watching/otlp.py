@@ -1,7 +1,7 @@
-"""Traces by OpenTelemetry, sent to a collector by OTLP over HTTP.
+"""OpenTelemetry traces, sent to a collector by OTLP over HTTP.
 
-Instrumentations put whatever they see into spans: paths with user ids, queries, addresses of clients, messages of
-exceptions. So what may leave the process is listed here, whatever a later version of them adds.
+Instrumentations put personal data into spans: paths with user ids, queries, client addresses, exception messages. So
+only the attributes on an allow list leave the process, whatever a later version of an instrumentation adds.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 _W3C = TraceContextTextMapPropagator()
 
-_EXPORT_TIMEOUT_S = 2  # for a silent collector, also at the end of the process
+_EXPORT_TIMEOUT_S = 2  # also limits how long an unresponsive collector delays shutdown
 _NOT_TRACED = r"^https?://[^/]+/(health|ready|metrics|docs|openapi\.json|console.*)$"
-_OURS = "mta."
-_KEPT = {
+_OWN_PREFIX = "mta."
+_ALLOWED = {
     *("http.method", "http.request.method", "http.route", "http.status_code", "http.response.status_code"),
     *("db.system", "db.system.name", "error.type", "exception.type"),
 }
 _ADDRESSES = {"http.url", "url.full", "net.peer.name", "net.peer.port", "server.address", "server.port"}
-"""Kept of calls to engines and the store, whose URLs hold no one's id."""
+"""Also allowed in client spans: URLs of engines and the store contain no user ids."""
 
 
 class SpanTracing(Tracing):
-    """Adds spans, by default to the provider that somebody else has set up, as vLLM does."""
+    """Adds spans to `provider`, by default the global one, which vLLM sets up in an engine."""
 
     def __init__(self, provider: trace.TracerProvider | None = None) -> None:
         self._tracer = trace.get_tracer("mta", tracer_provider=provider)
@@ -52,12 +52,12 @@ class SpanTracing(Tracing):
     @contextmanager
     def span(self, name: str, *, follows: str = "") -> Iterator[None]:
         context = _W3C.extract({"traceparent": follows}) if follows else None
-        # Errors name what they are about, which no span may.
+        # Error messages can contain user data, which must not get into spans.
         with self._tracer.start_as_current_span(name, context, record_exception=False, set_status_on_exception=False):
             yield
 
     def note(self, **attributes: str | int | float) -> None:
-        trace.get_current_span().set_attributes({f"{_OURS}{name}": value for name, value in attributes.items()})
+        trace.get_current_span().set_attributes({f"{_OWN_PREFIX}{name}": value for name, value in attributes.items()})
 
     def link(self, traceparent: str) -> None:
         other = trace.get_current_span(_W3C.extract({"traceparent": traceparent})).get_span_context()
@@ -66,10 +66,10 @@ class SpanTracing(Tracing):
 
 
 class OtlpTracing(SpanTracing):
-    """Traces a share of requests, with their calls to engines, the store's commands, and what the process adds."""
+    """Traces a share of requests with their engine calls, store commands and the process's own spans."""
 
     def __init__(self, endpoint: str, service: str, share: float) -> None:
-        # Here, since an engine, which has its own spans by vLLM, may lack them.
+        # Imported here because engines, which use vLLM's spans, may not have these packages.
         from opentelemetry.instrumentation.aiohttp_client import create_trace_config
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
         from opentelemetry.instrumentation.redis import RedisInstrumentor
@@ -83,7 +83,7 @@ class OtlpTracing(SpanTracing):
         exporter = _StrippingExporter(endpoint=endpoint.rstrip("/") + TRACES_PATH, timeout=_EXPORT_TIMEOUT_S)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         super().__init__(self._provider)
-        propagate.set_global_textmap(_W3C)  # and no baggage: what clients put there is nobody's business
+        propagate.set_global_textmap(_W3C)  # without baggage: do not pass on what clients put there
         self._commands.instrument(tracer_provider=self._provider)
 
     def watch_app(self, app: FastAPI) -> None:
@@ -91,7 +91,7 @@ class OtlpTracing(SpanTracing):
             app,
             tracer_provider=self._provider,
             excluded_urls=_NOT_TRACED,
-            exclude_spans=["receive", "send"],  # a span for every piece of a stream
+            exclude_spans=["receive", "send"],  # one span per chunk of a stream
         )
 
     def session_options(self) -> dict[str, Any]:
@@ -103,10 +103,10 @@ class OtlpTracing(SpanTracing):
 
 
 class _RequestSampler(TraceIdRatioBased):
-    """Traces begin with requests, not with what a process does by itself, such as looking at its parts."""
+    """Starts traces only at requests, not at background work such as health probes."""
 
     def should_sample(self, *given: Any, **named: Any) -> SamplingResult:
-        if named["kind"] is not SpanKind.SERVER:  # `ParentBased` names its arguments
+        if named["kind"] is not SpanKind.SERVER:  # `ParentBased` passes keyword arguments
             return SamplingResult(Decision.DROP)
         return super().should_sample(*given, **named)
 
@@ -117,10 +117,10 @@ class _StrippingExporter(OTLPSpanExporter):
 
 
 def _stripped(span: ReadableSpan) -> ReadableSpan:
-    """The span without what could name a user or quote one."""
-    attributes = _only(_KEPT | _ADDRESSES if span.kind is SpanKind.CLIENT else _KEPT, span.attributes)
+    """Return a copy of the span without anything that could identify or quote a user."""
+    attributes = _filtered(_ALLOWED | _ADDRESSES if span.kind is SpanKind.CLIENT else _ALLOWED, span.attributes)
     name = span.name
-    if span.kind is SpanKind.SERVER:  # its own name may be a path
+    if span.kind is SpanKind.SERVER:  # the original name may be a path
         method = attributes.get("http.request.method") or attributes.get("http.method") or "HTTP"
         name = f"{method} {attributes.get('http.route', 'unmatched')}"
     return ReadableSpan(
@@ -129,15 +129,15 @@ def _stripped(span: ReadableSpan) -> ReadableSpan:
         parent=span.parent,
         resource=span.resource,
         attributes=attributes,
-        events=[Event(event.name, _only(_KEPT, event.attributes), event.timestamp) for event in span.events],
+        events=[Event(event.name, _filtered(_ALLOWED, event.attributes), event.timestamp) for event in span.events],
         links=span.links,
         kind=span.kind,
-        status=Status(span.status.status_code),  # without its description, which is an exception's message
+        status=Status(span.status.status_code),  # without the description, which is an exception message
         start_time=span.start_time,
         end_time=span.end_time,
         instrumentation_scope=span.instrumentation_scope,
     )
 
 
-def _only(kept: set[str], attributes: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (attributes or {}).items() if name in kept or name.startswith(_OURS)}
+def _filtered(allowed: set[str], attributes: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (attributes or {}).items() if key in allowed or key.startswith(_OWN_PREFIX)}

@@ -1,6 +1,6 @@
-"""What a process traces. Without a collector: nothing, by code that imports nothing.
+"""The tracing interface. Without a collector nothing is traced, and OpenTelemetry is not imported.
 
-A trace is named by W3C's `traceparent`, which travels in headers and in the records of jobs.
+W3C's `traceparent` identifies a trace; headers and job records carry it.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 TRACES_PATH = "/v1/traces"
-"""Where collectors take spans, by OTLP over HTTP."""
+"""Path at which collectors accept spans by OTLP over HTTP."""
 
 
 class Tracing:
-    """Traces nothing; `otlp.py` has those that do."""
+    """Traces nothing; the implementations in `otlp.py` do."""
 
     def watch_app(self, app: FastAPI) -> None:
-        """Trace requests to an application, but for health checks and pages."""
+        """Trace requests to an application, except health checks and pages."""
 
     def session_options(self) -> dict[str, Any]:
-        """For an aiohttp session whose requests are traced, and carry the trace on."""
+        """Return the options for an aiohttp session whose requests are traced and propagate the trace."""
         return {}
 
     def current(self) -> str:
-        """The current traceparent; empty outside of any trace."""
+        """Return the current traceparent; empty outside a trace."""
         return ""
 
     def span(self, name: str, *, follows: str = "") -> AbstractContextManager[None]:
-        """A span of the current trace, or of that of the traceparent `follows`."""
+        """Open a span in the current trace, or in the trace of the traceparent `follows`."""
         return nullcontext()
 
     def note(self, **attributes: str | int | float) -> None:
-        """Add attributes to the current span. Never ids of users, or anything that they wrote."""
+        """Add attributes to the current span; never pass user ids or text that users wrote."""
 
     def link(self, traceparent: str) -> None:
-        """Link the current span to the one in another trace that led to it."""
+        """Link the current span to the span in another trace that caused it."""
 
     def close(self) -> None:
-        """Send what was not sent yet."""
+        """Send all pending spans."""
 
 
 def open_tracing(settings: Settings, service: str) -> Tracing:
-    """The process's tracing, as the settings say; `service` names the process, e.g. `mta-gateway`."""
+    """Create the tracing that the settings ask for; `service` is the process's name, e.g. `mta-gateway`."""
     if not settings.otlp_endpoint:
         return Tracing()
     try:

@@ -10,7 +10,7 @@ import pytest
 import redis.asyncio as redis
 
 from server.errors import ApiError, Forbidden, Unauthorized, Unavailable
-from server.gateway.access.keys import LOOK_AGAIN_S, Caller, KnownKeys
+from server.gateway.access.keys import REFRESH_INTERVAL_S, Caller, KnownKeys
 from server.store.redis.servers.connection import READ_TIMEOUT_S
 from server.store.tenants.access_keys import AccessKey, AccessKeys, Scope, access_key, new_secret
 from server.store.tenants.rates import Allowance
@@ -91,7 +91,7 @@ async def test_a_part_of_the_keys_is_no_answer(store: AccessKeys, raw: redis.Red
 
 async def test_while_no_key_exists_this_machine_alone_is_answered(store: AccessKeys) -> None:
     keys = KnownKeys("default")
-    await keys.look(store)
+    await keys.refresh(store)
     everything = Caller("default", "", frozenset(Scope))
     for host in (b"127.0.0.1:8000", b"localhost", b"LOCALHOST:80", b"[::1]:8000", b"127.8.9.1"):
         assert keys.caller([(b"host", host), (b"authorization", b"whatever")]) == everything
@@ -104,14 +104,14 @@ async def test_while_no_key_exists_this_machine_alone_is_answered(store: AccessK
 
 async def test_keys_count_once_they_were_seen_and_no_more_once_revoked(store: AccessKeys, secret: str) -> None:
     keys, key = KnownKeys("default"), key_of(secret)
-    await keys.look(store)
+    await keys.refresh(store)
     await store.add(key)
-    await keys.look(store)
+    await keys.refresh(store)
     assert keys.caller(sent(secret)) == Caller("acme", key.id, key.scopes, key.allowance)
     assert refused(keys, LOCAL) == "missing_api_key"
     assert refused(keys, sent(new_secret())) == "invalid_api_key"
     await store.revoke(key.digest, 1)
-    await keys.look(store)
+    await keys.refresh(store)
     assert refused(keys, sent(secret)) == "revoked_api_key"
     assert refused(keys, LOCAL) == "missing_api_key", "without a key that counts, nothing opens"
 
@@ -132,7 +132,7 @@ HEADERS = (
 async def test_only_a_bearer_with_the_whole_secret_counts(store: AccessKeys, secret: str) -> None:
     keys = KnownKeys("default")
     await store.add(key_of(secret))
-    await keys.look(store)
+    await keys.refresh(store)
     for header in HEADERS:
         value = header.replace("{}", secret).encode()
         assert refused(keys, [*LOCAL, (b"authorization", value)]) == "invalid_api_key", header
@@ -144,7 +144,7 @@ async def test_a_store_that_is_away_or_empty_opens_nothing(
 ) -> None:
     keys = KnownKeys("default")
     await store.add(key_of(secret))
-    await keys.look(store)
+    await keys.refresh(store)
     before, ring = keys.caller(sent(secret)), (await store.all()).id
 
     async def away(*_: object) -> int:
@@ -153,16 +153,16 @@ async def test_a_store_that_is_away_or_empty_opens_nothing(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(store, "revision", away)
         with pytest.raises(ApiError):
-            await keys.look(store)
+            await keys.refresh(store)
     assert keys.caller(sent(secret)) == before
     await raw.flushall()
-    await keys.look(store)
+    await keys.refresh(store)
     assert keys.caller(sent(secret)) == before
     assert refused(keys, LOCAL) == "missing_api_key"
     assert "lost API keys" in caplog.text
     await raw.hset(HASH, mapping={"revision": 1_000, "ring": ring})
     with pytest.raises(Unavailable):
-        await keys.look(store)
+        await keys.refresh(store)
     assert keys.caller(sent(secret)) == before
 
 
@@ -171,12 +171,12 @@ async def test_another_ring_at_any_revision_is_no_newer_one(
 ) -> None:
     keys, others = KnownKeys("default"), [new_secret() for _ in range(3)]
     await store.add(key_of(secret))
-    await keys.look(store)
+    await keys.refresh(store)
     before = keys.caller(sent(secret))
     await raw.flushall()
     for other in others:  # at a revision as high as the first ring's, and higher
         await store.add(key_of(other))
-        await keys.look(store)
+        await keys.refresh(store)
         assert keys.caller(sent(secret)) == before
         assert refused(keys, sent(other)) == "invalid_api_key"
     assert caplog.text.count("lost API keys") == len(others)
@@ -196,8 +196,8 @@ async def test_a_store_that_cannot_be_read_at_the_start_is_not_one_without_keys(
 ) -> None:
     await raw.set(HASH, "not a hash")
     with pytest.raises(Unavailable):
-        await KnownKeys("default").look(store)
+        await KnownKeys("default").refresh(store)
 
 
 def test_a_change_counts_everywhere_within_five_seconds() -> None:
-    assert LOOK_AGAIN_S + READ_TIMEOUT_S < 5
+    assert REFRESH_INTERVAL_S + READ_TIMEOUT_S < 5

@@ -125,7 +125,7 @@ def test_while_one_engine_is_down_every_request_is_answered_by_the_other(fleet: 
                 assert generate(fleet.client, user, stream=stream).is_success
         assert {seen.body["model"] for seen in up.seen} == set(fleet.recipes.values())
         said = fleet.becomes("unavailable", "ok")
-        assert (said["status"], said["detail"]) == ("ready", "1 of 2 engines cannot be used, and the others serve")
+        assert (said["status"], said["detail"]) == ("ready", "1 of 2 engines cannot be used, the others serve")
     finally:
         down.start()
     assert fleet.becomes("ok", "ok")["detail"] is None

@@ -59,7 +59,7 @@ def test_a_variable_that_is_no_setting_is_an_error_that_names_the_nearest(
     monkeypatch: pytest.MonkeyPatch, variable: str, nearest: str
 ) -> None:
     monkeypatch.setenv(variable, "")
-    with pytest.raises(MtaError, match=f"^{variable.upper()} is no setting; the nearest is {nearest}"):
+    with pytest.raises(MtaError, match=f"^{variable.upper()} is not a setting. Did you mean {nearest}"):
         load_settings()
 
 

@@ -47,9 +47,9 @@ def import_(
     from server.cli.bank.progress import ConsoleProgress
     from server.cli.users.importing import Import, Journal, count_people
     from server.cli.users.patience import PatientGateway, client_of
-    from server.watching.background import stand_back
+    from server.watching.background import lower_priority
 
-    stand_back()
+    lower_priority()
     total = count_people(file)
     with closing(Journal(file, state)) as journal, ConsoleProgress() as progress, client_of(url) as client:
         progress.piece("people", 0, total)

@@ -1,4 +1,4 @@
-"""Who sends a request, by API keys that are read at the start and every few seconds, never while a request waits."""
+"""API keys: identify a request's caller from keys that are loaded at startup and refreshed every few seconds."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from server.store.tenants.rates import NO_OVERRIDES, Allowance
 
 log = logging.getLogger("mta.gateway")
 
-LOOK_AGAIN_S = 2.0
-"""How often a gateway looks for changes. With a store that answers in time, they count in under 5 s."""
+REFRESH_INTERVAL_S = 2.0
+"""Seconds between refreshes of the keys; a change takes effect in under 5 s unless the store is slow."""
 
 _MAX_SECRET_BYTES = 128
-_EVERYTHING = frozenset(Scope)
+_ALL_SCOPES = frozenset(Scope)
 
 Headers = Iterable[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever sent a request."""
+    """The sender of a request."""
 
     tenant: str
-    key_id: str  # the key's public name; empty while no key exists
+    key_id: str  # public id of the key; empty while no key exists
     scopes: frozenset[Scope]
     allowance: Allowance = NO_OVERRIDES
 
     @property
     def name(self) -> str:
-        """Names whoever takes turns and has limits: a key, or a tenant while no key exists."""
+        """The owner of shares and limits: the key, or the tenant while no key exists."""
         return f"key-{self.key_id}" if self.key_id else f"tenant-{self.tenant}"
 
 
 def caller_of(request: Mapping[str, Any]) -> Caller:
-    """Who sent a request, given as Starlette's `Request` or as an ASGI scope; raises what `KnownKeys.caller` found.
+    """Return the caller of a request, given as Starlette's `Request` or as an ASGI scope.
 
-    Only open routes get so far without a key that counts.
+    Raise the error of `KnownKeys.caller` if the request has no valid key, which only open routes allow.
     """
     found: Caller | ApiError = request["state"]["caller"]
     if isinstance(found, ApiError):
@@ -51,26 +51,26 @@ def caller_of(request: Mapping[str, Any]) -> Caller:
 
 
 def name_of(request: Mapping[str, Any]) -> str:
-    """The sender's name where turns are taken; all who sent no key that counts share one."""
+    """Return the name under which the caller competes for places; all requests without a valid key share one name."""
     found = request["state"]["caller"]
     return found.name if isinstance(found, Caller) else ""
 
 
 def is_admin(request: Mapping[str, Any]) -> bool:
-    """Whether the sender may know how the server is doing."""
+    """Return whether the caller may see the state of the server."""
     found = request["state"]["caller"]
     return isinstance(found, Caller) and Scope.ADMIN in found.scopes
 
 
 class KnownKeys:
-    """Says who sent a request.
+    """Identifies callers by their keys.
 
-    Until the first key is made, everybody on this machine may do everything, as the `tenant` of the settings. From then
-    on neither an error nor a store that has lost its keys opens anything.
+    Until the first key is created, every local client has full access as the `tenant` of the settings. After that,
+    neither an error nor a store that has lost its keys grants access.
     """
 
     def __init__(self, tenant: str) -> None:
-        self._anybody = Caller(tenant, "", _EVERYTHING)
+        self._local_caller = Caller(tenant, "", _ALL_SCOPES)
         self._callers: dict[str, Caller] = {}
         self._revoked: frozenset[str] = frozenset()
         self._banks: Mapping[str, str] = {}
@@ -81,15 +81,15 @@ class KnownKeys:
     def any_exists(self) -> bool:
         return self._revision > 0
 
-    async def look(self, store: AccessKeys) -> None:
-        """Take over what has changed in the store."""
-        found, revision = await store.revision()
-        if revision < self._revision or (self._ring and found != self._ring):
+    async def refresh(self, store: AccessKeys) -> None:
+        """Load the keys from the store if they have changed."""
+        ring_id, revision = await store.revision()
+        if revision < self._revision or (self._ring and ring_id != self._ring):
             log.error(
-                "the store has lost API keys (revision %d of ring %s after %d of %s): those known here still count; "
-                "restart the gateways once it is meant to be so",
+                "the store has lost API keys (revision %d of ring %s after %d of %s): this gateway still accepts the "
+                "keys that it has loaded; if the change is intended, restart the gateways",
                 revision,
-                found or "none",
+                ring_id or "none",
                 self._revision,
                 self._ring or "none",
             )
@@ -105,44 +105,44 @@ class KnownKeys:
         self._revoked = frozenset(key.digest for key in ring.keys if key.revoked_ms is not None)
         self._banks = ring.banks
         self._ring, self._revision = ring.id, ring.revision
-        log.info("%d API keys count", len(self._callers))
+        log.info("loaded %d valid API keys", len(self._callers))
 
     def bank_of(self, tenant: str) -> str | None:
-        """The 8 hex digits of the bank that a tenant names."""
+        """Return the first 8 hex digits of the bank assigned to a tenant, or None for the default bank."""
         return self._banks.get(tenant)
 
     def check_host(self, host: str) -> None:
-        """Raise `MtaError` where other machines reach the gateway while there is no key."""
+        """Raise `MtaError` if no key exists and `host` is not a loopback address."""
         if not self.any_exists and not _is_loopback(host):
             raise MtaError(
-                f"MTA_HOST is {host}, but no API key exists, so everybody who reaches it could do everything. Make one "
-                f"with `{CREATE} NAME`, or listen on 127.0.0.1"
+                f"MTA_HOST is {host}, but no API key exists, so anyone who can reach it would have full access. Create "
+                f"a key with `{CREATE} NAME`, or listen on 127.0.0.1"
             )
 
     def caller(self, headers: Headers) -> Caller | ApiError:
-        """Who sent a request with these headers, or why nobody did.
+        """Return the caller for these headers, or the error if they carry no valid key.
 
-        Raises `Forbidden` when there is no key and the request names another host: a page in a browser on this machine
-        can be made to send such requests.
+        Raise `Forbidden` if no key exists and the `Host` header is not local: DNS rebinding can make a local browser
+        send such requests.
         """
         if not self.any_exists:
             _check_is_local(headers)
-            return self._anybody
+            return self._local_caller
         given = [value for name, value in headers if name == b"authorization"]
         if not given:
             return Unauthorized("an API key is required: send `Authorization: Bearer KEY`", code="missing_api_key")
         scheme, _, secret = given[0].partition(b" ")
         secret = secret.strip()
         if len(given) > 1 or scheme.lower() != b"bearer" or not 0 < len(secret) <= _MAX_SECRET_BYTES:
-            return Unauthorized("the Authorization header must be one, and `Bearer KEY`")
+            return Unauthorized("send exactly one Authorization header, in the form `Bearer KEY`")
         digest = digest_of(secret)
         if (caller := self._callers.get(digest)) is not None:
             return caller
         if digest in self._revoked:
-            return Unauthorized(f"this API key was revoked: `{CREATE} NAME` makes another", code="revoked_api_key")
-        return Unauthorized(
-            f"this API key is not known: `mta keys list` shows those that are, `{CREATE} NAME` makes one"
-        )
+            return Unauthorized(
+                f"this API key was revoked: create another with `{CREATE} NAME`", code="revoked_api_key"
+            )
+        return Unauthorized(f"this API key does not exist: `mta keys list` lists all keys, `{CREATE} NAME` creates one")
 
 
 def _check_is_local(headers: Headers) -> None:
@@ -151,8 +151,8 @@ def _check_is_local(headers: Headers) -> None:
     name, colon, port = host.rpartition(":")
     if not _is_loopback((name if colon and port.isdecimal() else host).strip("[]")):
         raise Forbidden(
-            f"no API key exists, so only requests to this machine's own address are answered, not to {excerpt(host)}: "
-            f"make a key with `{CREATE} NAME`, or ask http://127.0.0.1",
+            f"no API key exists, so the gateway only accepts requests to a loopback address, got host {excerpt(host)}: "
+            f"create a key with `{CREATE} NAME`, or use http://127.0.0.1",
             code="no_api_key_exists",
         )
 

@@ -1,7 +1,7 @@
-"""Limits of keys and users: requests and tokens a minute, requests at once, adapt jobs a day; others cost nothing.
+"""Rate limits per key and user: requests and tokens a minute, concurrent requests, adapt jobs a day.
 
-A key's own limits are checked before a request's body is read, in a round trip to the store; what only the body tells,
-the user and the tokens, is counted while the profile is read.
+A key's limits are checked before the body is read, in one round trip to the store. Limits that depend on the body (the
+user's, and tokens) are counted while the profile is read. Unlimited rates cost nothing.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
 
-RENEW_S = 15.0
-_LEASE_S = 60.0  # requests of a gateway that died count for so long
-_BUSY_S = 1.0
+RENEW_INTERVAL_S = 15.0
+_LEASE_S = 60.0  # seconds until the requests of a crashed gateway stop counting
+_CONCURRENT_RETRY_S = 1.0
 _USER = "user-"
-_SHOWN = ("requests", "tokens")
+_HEADER_RATES = ("requests", "tokens")
 
 
 @dataclass(slots=True)
 class RequestUsage:
-    """What a request uses of its limits, until the end of its answer: made by `Limiter`."""
+    """What a request consumes of its limits, until its response ends; created by `Limiter`."""
 
     caller: Caller
     allowance: Allowance
-    tokens: int | None = 0  # how many it used; None if nobody can say, and the estimate counts
-    uses: list[Use] = field(default_factory=list)  # what has been counted, and may be given back
-    levels: dict[Rate, BucketLevel] = field(default_factory=dict)  # of all rates that apply, as they were last seen
-    member: str = ""  # its name among the key's requests in progress; empty where they are not counted
-    body: asyncio.Task[None] | None = None  # counts what the body told
+    tokens: int | None = 0  # tokens used; None if unknown, in which case the estimate stands
+    uses: list[Use] = field(default_factory=list)  # counted uses, which can be refunded
+    levels: dict[Rate, BucketLevel] = field(default_factory=dict)  # last known level of each rate that applies
+    member: str = ""  # name among the key's concurrent requests; empty if those are unlimited
+    body: asyncio.Task[None] | None = None  # counts the limits that depend on the body
 
     async def within_limits(self) -> None:
-        """Return once what the body told is known to be within all limits."""
+        """Wait until the limits that depend on the body are checked; raise `TooMany` if one is exceeded."""
         if self.body:
-            await asyncio.shield(self.body)  # what it uses must be known, even if the client leaves now
+            await asyncio.shield(self.body)  # finish counting even if the client disconnects
 
     def headers(self) -> dict[str, str]:
-        """OpenAI's headers that say what is left, of the key's limit or the user's, whichever is nearer."""
+        """Return OpenAI's rate limit headers; if key and user both have a limit, show the one with less left."""
         headers = {}
         for level in sorted(self.levels.values(), key=lambda level: -level.left):
-            if (what := level.rate.what) in _SHOWN:
+            if (what := level.rate.what) in _HEADER_RATES:
                 headers[f"x-ratelimit-limit-{what}"] = str(level.rate.most)
                 headers[f"x-ratelimit-remaining-{what}"] = str(level.left)
                 headers[f"x-ratelimit-reset-{what}"] = f"{level.fits_in_s(level.rate.most):.3f}s"
@@ -60,28 +60,28 @@ class RequestUsage:
 
 
 def usage_of(request: Mapping[str, Any]) -> RequestUsage:
-    """The usage that the gates (`routes.py`) began, given as Starlette's `Request` or as an ASGI scope."""
+    """Return the usage created by the gates (`routes.py`), given Starlette's `Request` or an ASGI scope."""
     usage: RequestUsage = request["state"]["usage"]
     return usage
 
 
 class InProgress:
-    """Each caller's requests in progress, over all gateways."""
+    """Counts each caller's concurrent requests across all gateways."""
 
     def __init__(self, store: Rates) -> None:
         self._store = store
         self._members: defaultdict[str, set[str]] = defaultdict(set)
 
     async def enter(self, caller: str, most: int) -> str | None:
-        """A name for `leave`, or None if there are so many already; while the store is away there may be any number."""
+        """Return a name for `leave`, or None if `most` are in progress; there is no limit while the store is down."""
         member = secrets.token_hex(8)
         self._members[caller].add(member)
         try:
             if await self._store.acquire(f"running/{caller}", [member], _LEASE_S, most) is None:
                 self._members[caller].discard(member)
                 return None
-        except Unavailable as error:  # it may be counted all the same: its answer was lost
-            log.warning("a request in progress is not counted: %s", error.explained)
+        except Unavailable as error:  # the store may have counted the request: only its reply was lost
+            log.warning("a concurrent request may not be counted: %s", error.explained)
         return member
 
     async def leave(self, caller: str, member: str) -> None:
@@ -89,19 +89,19 @@ class InProgress:
         try:
             await self._store.release(f"running/{caller}", member)
         except Unavailable as error:
-            log.warning("a request in progress counts for another %g s: %s", _LEASE_S, error.explained)
+            log.warning("a finished request counts as concurrent for another %g s: %s", _LEASE_S, error.explained)
 
     async def renew(self) -> None:
-        """Go on counting what is still in progress; to be called every `RENEW_S`."""
+        """Renew the leases of all requests in progress; call this every `RENEW_INTERVAL_S`."""
         for caller, members in list(self._members.items()):
             if members:
                 await self._store.renew(f"running/{caller}", sorted(members), _LEASE_S)
 
 
 class Limiter:
-    """Counts requests of keys and users, for all gateways together.
+    """Enforces the limits of keys and users across all gateways.
 
-    The limits of keys in `settings` are for those without limits of their own; a tenant without keys counts as one key.
+    The key limits in `settings` apply to keys without limits of their own. A tenant without keys counts as one key.
     `refused` is called with the reason of each refusal.
     """
 
@@ -113,48 +113,48 @@ class Limiter:
         )
         self._per_user = Allowance(settings.user_requests, settings.user_tokens, settings.user_jobs)
         self._refused = refused
-        self._working: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)  # by caller
+        self._settling: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)  # by caller
 
     @asynccontextmanager
     async def counted(
         self, caller: Caller, user_key: str | None = None, *, generates: bool = False
     ) -> AsyncIterator[RequestUsage]:
-        """Count one request, for the duration of a `with` block; one that `generates` needs a token left."""
+        """Count one request for the duration of a `with` block; a request that `generates` needs a token left."""
         allowance = caller.allowance.with_defaults(self._per_key)
         usage, most = RequestUsage(caller, allowance), allowance.concurrent or 0
         uses = _uses(caller.name, allowance, {"requests": 1, "tokens": 0} if generates else {"requests": 1})
         uses += self._of_user(user_key, {"requests": 1})
         try:
-            if most and (settling := self._working[caller.name]):  # who has an answer may ask again at once
+            if most and (settling := self._settling[caller.name]):  # a client may send again right after a response
                 await asyncio.wait(settling)
             if uses or most:
-                await self._use(usage, uses, most)
+                await self._consume(usage, uses, most)
             yield usage
         finally:
             if uses or most or usage.body:
-                self._later(caller, self._settle(usage))
+                self._settle_in_background(caller, self._settle(usage))
 
     def count_body(self, usage: RequestUsage, user: User | None, tokens: Callable[[], int]) -> None:
-        """Count what only a generation's body tells; `RequestUsage.within_limits` says whether it fits.
+        """Start counting the limits that depend on a generation's body; `RequestUsage.within_limits` has the result.
 
-        `tokens` estimates how many it needs; in the end `usage.tokens` counts instead.
+        `tokens` returns an estimate, which `usage.tokens` replaces when the request ends.
         """
         amounts = {"tokens": tokens()} if usage.allowance.tokens or (user and self._per_user.tokens) else {}
         uses = _uses(usage.caller.name, usage.allowance, amounts)
         uses += self._of_user(user.key if user else None, {"requests": 1} | amounts)
         if uses:
-            usage.body = asyncio.create_task(self._use(usage, uses, 0))
+            usage.body = asyncio.create_task(self._consume(usage, uses, 0))
 
     def count_afterwards(self, caller: Caller) -> None:
-        """Count a request that is never refused, for which nobody waits, against its key."""
+        """Count a request against its key in the background, without ever refusing it."""
         if uses := _uses(caller.name, caller.allowance.with_defaults(self._per_key), {"requests": 1}):
-            self._later(caller, self._correct(uses))
+            self._settle_in_background(caller, self._correct(uses))
 
     async def take_job(self, caller: Caller, user_key: str) -> Sequence[Use]:
-        """Count an adapt job; returns what `refund` takes if there is no new job after all."""
+        """Count an adapt job; pass the result to `refund` if no job is created."""
         usage, jobs = RequestUsage(caller, caller.allowance.with_defaults(self._per_key)), {"jobs": 1}
         if uses := _uses(caller.name, usage.allowance, jobs) + self._of_user(user_key, jobs):
-            await self._use(usage, uses, 0)
+            await self._consume(usage, uses, 0)
         return usage.uses
 
     async def refund(self, uses: Sequence[Use]) -> None:
@@ -163,14 +163,14 @@ class Limiter:
     def _of_user(self, user_key: str | None, amounts: Mapping[str, int]) -> list[Use]:
         return [] if user_key is None else _uses(f"{_USER}{user_key}", self._per_user, amounts)
 
-    async def _use(self, usage: RequestUsage, uses: Sequence[Use], most: int) -> None:
-        """Use all of it, or raise and use nothing: a user who asks too often uses up nothing of their app's.
+    async def _consume(self, usage: RequestUsage, uses: Sequence[Use], most: int) -> None:
+        """Consume all `uses`, or none and raise: a user over their limit must not use up the limit of their app's key.
 
-        `usage` gets what the store counted. `most` requests of the caller may be in progress, 0 for any number.
+        Record in `usage` what the store counted. `most` is the caller's maximum of concurrent requests, 0 for no limit.
         """
-        tried = asyncio.gather(*(self._try(owned, usage) for owned in _by_owner(uses)))
+        tried = asyncio.gather(*(self._try_consume(owned, usage) for owned in _by_owner(uses)))
         is_full = False
-        if most:  # not where the body is counted, which must not forget the place that the request has
+        if most:  # 0 when the body is counted: `usage.member` must keep the request's name then
             unfit, member = await asyncio.gather(tried, self.in_progress.enter(usage.caller.name, most))
             usage.member, is_full = member or "", member is None
         else:
@@ -178,16 +178,16 @@ class Limiter:
         refused = [use for owned in unfit for use in owned]
         if not is_full and not refused:
             return
-        given, usage.uses = usage.uses, []
-        await self.refund(given)
+        consumed, usage.uses = usage.uses, []
+        await self.refund(consumed)
         raise self._refusal(refused, most, usage)
 
-    async def _try(self, uses: Sequence[Use], usage: RequestUsage) -> Sequence[Use]:
-        """Use some of an owner's rates, and return those that do not fit; where 0 is used, 1 has to be left."""
+    async def _try_consume(self, uses: Sequence[Use], usage: RequestUsage) -> Sequence[Use]:
+        """Consume from one owner's rates and return the uses that do not fit; a use of 0 needs at least 1 left."""
         try:
             found = await self._store.consume(uses)
         except Unavailable as error:
-            log.warning("a request is not counted: %s", error.explained)
+            log.warning("a request may not be counted against its limits: %s", error.explained)
             return ()
         usage.levels.update({level.rate: level for level in found.levels})
         if found.counted:
@@ -196,7 +196,7 @@ class Limiter:
         return [use for use, fits, level in known if not fits or level.left < (not use.amount)]
 
     async def _settle(self, usage: RequestUsage) -> None:
-        """Count the tokens that were really used, and give the place back."""
+        """Replace the token estimate by the tokens used, and leave the concurrent requests."""
         if usage.body:
             await asyncio.gather(usage.body, return_exceptions=True)
         if usage.tokens is not None:
@@ -210,7 +210,7 @@ class Limiter:
         try:
             await asyncio.gather(*map(self._store.correct, _by_owner(changed)))
         except Unavailable as error:
-            log.warning("what a request used could not be settled: %s", error.explained)
+            log.warning("the usage of a request could not be corrected: %s", error.explained)
 
     def _refusal(self, unfit: Sequence[Use], most: int, usage: RequestUsage) -> TooMany:
         self._refused(unfit[0].rate.what if unfit else "concurrent")
@@ -218,23 +218,23 @@ class Limiter:
             rate, wait_s = unfit[0].rate, max(usage.levels[use.rate].fits_in_s(use.amount or 1) for use in unfit)
             what = "adapt jobs a day" if rate.what == "jobs" else f"{rate.what} a minute"
             whose = "user" if rate.owner.startswith(_USER) else "API key"
-            reason = f"this {whose} may use {rate.most} {what}, and fewer are left than this request needs"
+            reason = f"the limit of this {whose} is {rate.most} {what}, and less is left than this request needs"
             message = f"{reason}: try again in {wait_s:.0f} s"
         else:
-            wait_s = _BUSY_S
-            message = f"{most} requests of this API key are in progress, the most at once: try again in a moment"
+            wait_s = _CONCURRENT_RETRY_S
+            message = f"this API key has {most} requests in progress, its maximum: try again in a moment"
         return TooMany(message, retry_after_s=wait_s, limits=usage.headers())
 
-    def _later(self, caller: Caller, work: Coroutine[Any, Any, None]) -> None:
-        """Do work that nobody waits for but the caller's next request."""
+    def _settle_in_background(self, caller: Caller, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` in the background; the caller's next request waits for it if concurrency is limited."""
         task = asyncio.create_task(work)
-        working = self._working[caller.name]
-        working.add(task)
-        task.add_done_callback(working.discard)
+        settling = self._settling[caller.name]
+        settling.add(task)
+        task.add_done_callback(settling.discard)
 
 
 def _uses(owner: str, allowance: Allowance, amounts: Mapping[str, int]) -> list[Use]:
-    """An owner's limited uses; an estimate above the limit would be refused for ever, and counts as all of it."""
+    """Return the uses of an owner's limited rates; cap each at its limit, or a larger estimate could never fit."""
     return [
         Use(Rate(what, owner, most, DAY_S if what == "jobs" else MINUTE_S), min(amount, most))
         for what, amount in amounts.items()
@@ -243,5 +243,5 @@ def _uses(owner: str, allowance: Allowance, amounts: Mapping[str, int]) -> list[
 
 
 def _by_owner(uses: Iterable[Use]) -> Iterable[list[Use]]:
-    """What goes to the store at once: an owner's rates lie together, there and in `uses`."""
+    """Group uses by owner, one call to the store each: in the store and in `uses`, an owner's rates are adjacent."""
     return [list(owned) for _, owned in groupby(uses, key=lambda use: use.rate.owner)]

@@ -1,9 +1,9 @@
-"""The line before the engines: how many generations they have at once, how many wait, and who is next.
+"""The queue in front of the engines: how many generations run at once, how many wait, and which one is next.
 
-An engine computes so many sequences in one batch; what it is sent beyond that waits inside it, first come, first
-served. So it is sent no more. The rest waits here, where the callers take turns, where a client who leaves frees its
-place, and where the line is short: what would wait longer than it may is refused at once, and what is admitted stays
-fast.
+An engine computes a limited number of sequences in one batch; anything beyond that would wait inside it, first come,
+first served. So an engine gets no more than one batch, and the rest waits here, where callers take turns and a client
+that disconnects frees its place. The queue is short: a request that would wait too long is refused at once, and
+admitted requests stay fast.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ COUNT_GATEWAYS_S = 2.0
 _GATEWAY_LEASE_S = 10.0
 _MOST_RETRY_S = 60.0
 _PACE_WEIGHT = 0.1
-_WIDEST = 4
-"""The part of all places that one request to the engines may need: a quarter."""
+_WIDEST_DIVISOR = 4
+"""One request to the engines may use at most a quarter of all places."""
 
 
 class GatewayShare:
-    """Shares the engines' places, as many as the sequences that they compute at once, evenly among all gateways."""
+    """This gateway's share of the engines' places: the sequences they compute at once, divided by all gateways."""
 
     def __init__(
         self, store: Rates, urls: Sequence[str], sequences: Callable[[], int | None], given: int | None
@@ -41,23 +41,23 @@ class GatewayShare:
         self._all = f"gateways/{blake2b(' '.join(sorted(urls)).encode(), digest_size=8).hexdigest()}"
 
     def __call__(self) -> int | None:
-        """The share, at least 1; None while no engine has said anything."""
+        """Return the share, at least 1; None until an engine has reported its size."""
         if self._given is not None or (sequences := self._sequences()) is None:
             return self._given
         return ceil(sequences / self._gateways)
 
     async def count_gateways(self) -> None:
-        """Be counted, and count the others; while the store is away their last number stays."""
+        """Register this gateway and count all gateways; keep the last number while the store is down."""
         self._gateways = await self._store.acquire(self._all, [self._name], _GATEWAY_LEASE_S) or 1
 
     async def leave(self) -> None:
-        """Leave this share to the others at once; a store that cannot be told forgets it in a few seconds."""
+        """Give this gateway's share to the others at once; if the store is down, its lease expires within seconds."""
         with suppress(Unavailable):
             await self._store.release(self._all, self._name)
 
 
 class EngineLease:
-    """A generation's places in the engines; they can be given back early, one by one or all, and only once."""
+    """A generation's places in the engines; each can be released early, and only once."""
 
     def __init__(self, release: Callable[[int], None], size: int, waited_s: float) -> None:
         self.waited_s = waited_s
@@ -65,7 +65,7 @@ class EngineLease:
         self._size = size
 
     def release(self, size: int | None = None) -> None:
-        """The engines need so many no more; None for all."""
+        """Release `size` places; all that are left if None."""
         size = self._size if size is None else min(size, self._size)
         if size:
             self._size -= size
@@ -73,14 +73,14 @@ class EngineLease:
 
 
 class EngineQueue:
-    """Gives places to generations, in turns over their callers.
+    """Assigns places to generations; callers take turns.
 
     Args:
-        places: how many sequences the engines compute at once; None while nobody knows: then nothing waits.
-        most_waiting: longest line; None for half as many as there are places: then nobody waits much longer than half
-            an answer takes.
-        waited: called with the seconds that each waited, those given up included.
-        refused: called with the reason whenever a generation is.
+        places: returns the number of sequences the engines compute at once; None while unknown, then nothing waits.
+        most_waiting: maximum length of the queue; None for half the number of places, which limits the wait to about
+            half the duration of an answer.
+        waited: called with the seconds that each generation waited, including those that gave up.
+        refused: called with the reason of each refusal.
     """
 
     def __init__(
@@ -104,33 +104,33 @@ class EngineQueue:
 
     @property
     def taken(self) -> int:
-        """How many places are taken."""
+        """Number of places taken."""
         return self._shares.taken
 
     @property
     def waiting(self) -> int:
-        """How many generations wait."""
+        """Number of generations that wait."""
         return self._line.waiting
 
     @property
     def widest(self) -> int | None:
-        """Most sequences that one request to the engines may have; None while nobody knows."""
+        """Maximum number of sequences in one request to the engines; None while unknown."""
         places = self._places()
-        return None if places is None else max(1, places // _WIDEST)
+        return None if places is None else max(1, places // _WIDEST_DIVISOR)
 
     def check(self, caller: str, patience_s: float | None) -> None:
-        """Refuse at once what `acquire` would refuse now: shedding costs less than finding out who is asking."""
+        """Raise if `acquire` would refuse the request now: refusing early saves looking up the user."""
         places = self._places()
         if places is not None and self.taken >= places:
-            self._see_to_room(caller, places, self._patience(patience_s), make=False)
+            self._check_room(caller, places, self._patience(patience_s), displace=False)
 
     @asynccontextmanager
     async def acquire(
         self, caller: str, *, size: int = 1, patience_s: float | None = None, begun: bool = False
     ) -> AsyncIterator[EngineLease]:
-        """Places for so many sequences, for the duration of a `with` block or until they are given back.
+        """Hold `size` places for the duration of a `with` block, or until they are released.
 
-        A `begun` answer has places for another part already, and waits as long as it takes.
+        `begun` means that another part of the same answer has been admitted already: it waits without a time limit.
         """
         places = self._places()
         size = min(size, places or 0)
@@ -144,7 +144,7 @@ class EngineQueue:
             lease.release()
 
     async def _enter(self, caller: str, size: int, places: int, patience_s: float, begun: bool) -> float:
-        """Return once the places are taken: after how many seconds."""
+        """Take the places and return the seconds waited."""
         if self._line.try_acquire(caller, size):
             return 0.0
         start_s = time.monotonic()
@@ -152,7 +152,7 @@ class EngineQueue:
         if begun:
             await self._line.wait(caller, size, None, passed_for_s, may_be_refused=False)
             return time.monotonic() - start_s
-        self._see_to_room(caller, places, patience_s, make=True)
+        self._check_room(caller, places, patience_s, displace=True)
         try:
             await self._line.wait(caller, size, patience_s, passed_for_s)
         except TimeoutError:
@@ -163,10 +163,10 @@ class EngineQueue:
     def _patience(self, given_s: float | None) -> float:
         return self._patience_s if given_s is None else min(given_s, self._patience_s)
 
-    def _see_to_room(self, caller: str, places: int, patience_s: float, *, make: bool) -> None:
-        """Refuse what cannot wait; if need be, `make` whoever came last of the longest line leave it instead."""
+    def _check_room(self, caller: str, places: int, patience_s: float, *, displace: bool) -> None:
+        """Raise if the queue has no room; with `displace`, refuse the last request of the longest line instead."""
         ahead = self._line.ahead_of(caller)
-        if ahead and (ahead + 1) * self._pace_s > patience_s:  # with nobody ahead it waits, and the pace is learnt anew
+        if ahead and (ahead + 1) * self._pace_s > patience_s:  # with nobody ahead, let it wait to measure the pace anew
             raise self._refusal("queue_timeout")
         most = max(1, places // 2) if self._most_waiting is None else self._most_waiting
         if self._line.newcomers < most:
@@ -174,16 +174,16 @@ class EngineQueue:
         longest = self._line.longest()
         if longest is None or longest == caller or self._line.length(longest) <= self._line.length(caller) + 1:
             raise self._refusal("queue_full")
-        if make:
+        if displace:
             self._line.refuse_last(longest, self._refusal("queue_full"))
 
     def _leave(self, caller: str, size: int) -> None:
-        """Give places back."""
-        self._keep_pace()
+        """Release places."""
+        self._update_pace()
         self._line.release(caller, size)
 
-    def _keep_pace(self) -> None:
-        """Learn how long it takes until another one is served, from the moments when somebody waits."""
+    def _update_pace(self) -> None:
+        """Update the mean time between two places becoming free, measured while generations wait."""
         now_s = time.monotonic()
         if self._last_s is not None:
             weight = _PACE_WEIGHT if self._pace_s else 1.0
@@ -193,7 +193,7 @@ class EngineQueue:
     def _refusal(self, reason: str) -> TooMany:
         self._refused(reason)
         return TooMany(
-            "the engines are busy, and as many requests wait as can be served in time: try again in a moment",
+            "the engines are busy and cannot serve this request in time: try again in a moment",
             code="overloaded",
             retry_after_s=min(_MOST_RETRY_S, self.waiting * self._pace_s),
         )

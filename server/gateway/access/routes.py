@@ -1,7 +1,7 @@
-"""Every route with the scope that it wants, and the first two of a request's three gates, both before its body is read.
+"""The scope that each route requires, and the first two of a request's three gates, both before its body is read.
 
-First the number of requests, of all and of each caller (`shares.py`); then what its key may do, and may use
-(`limiter.py`). The third gate is the queue before the engines (`queue.py`).
+First gate: the caller's share of all requests in progress (`shares.py`). Second gate: the key's scopes and rate limits
+(`limiter.py`). Third gate: the queue in front of the engines (`queue.py`).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from starlette.types import Scope as ASGIScope
 
 OPEN = None
-"""Wants no key: it says nothing of users, and nothing of the server that its source does not say."""
+"""Marks a route that requires no key: it reveals nothing about users or about this deployment."""
 
 
 class RouteKind(StrEnum):
-    """What a request takes of its caller's share."""
+    """What a request counts against."""
 
-    OPERATION = "operation"  # nothing: those who run the server are always served
-    UNLIMITED = "unlimited"  # a place: erasing must always work, and callers without a key have no limits
-    REQUEST = "request"  # a place, and one of the key's requests
-    EVENTS = "events"  # the same, and a place among the event streams: it may last for hours
-    GENERATION = "generation"  # a request, and as many tokens as its body says
+    OPERATION = "operation"  # nothing: operators are always served
+    UNLIMITED = "unlimited"  # a place, but no rate limit: erasing must always work, and open routes have no key
+    REQUEST = "request"  # a place and the key's request limit
+    EVENTS = "events"  # like REQUEST, plus a place among the event streams, which may stay open for hours
+    GENERATION = "generation"  # like REQUEST, plus the token limits
 
 
 ROUTES: Mapping[str, Scope | None] = {
@@ -55,8 +55,8 @@ ROUTES: Mapping[str, Scope | None] = {
     "GET /jobs/{job_id}/events": Scope.ADAPT,
     "DELETE /jobs/{job_id}": Scope.ADAPT,
     "GET /metrics": Scope.ADMIN,
-    "GET /health": OPEN,  # in detail to admin alone, and so is the next
-    "GET /ready": OPEN,
+    "GET /health": OPEN,  # details only with the admin scope
+    "GET /ready": OPEN,  # details only with the admin scope
     "GET /": OPEN,
     "GET /console": OPEN,
     "GET /console/": OPEN,
@@ -77,60 +77,60 @@ KINDS: Mapping[str, RouteKind] = {
     "GET /health": RouteKind.OPERATION,
     "GET /ready": RouteKind.OPERATION,
 }
-"""Any other open route is unlimited, and any other is a request."""
+"""Kinds that differ from the default, which is UNLIMITED for open routes and REQUEST for all others."""
 
-STREAMS = 4  # a quarter of all requests in progress may be event streams of jobs
+EVENTS_DIVISOR = 4  # at most a quarter of all requests in progress may be event streams of jobs
 
 _SCHEME = "API key"
 
 
 def guard(app: FastAPI, keys: KnownKeys, most: int, refused: Callable[[str], None]) -> None:
-    """Put the gates before every route that an application has by now, and have its document say so.
+    """Put the gates before every route that the application has so far, and add the keys to its OpenAPI document.
 
-    At most so many requests are in progress; `refused` is called with the reason whenever one finds no room. Raises
-    `KeyError` for a route that is not in the table: nobody has said who may use it.
+    `most` is the maximum number of requests in progress; `refused` is called with the reason when a request exceeds
+    it. Raise `KeyError` if a route is missing from `ROUTES`.
     """
     places = Shares(lambda: most)
-    of_kind = {RouteKind.EVENTS: [places, Shares(lambda: max(1, most // STREAMS))], RouteKind.OPERATION: []}
+    of_kind = {RouteKind.EVENTS: [places, Shares(lambda: max(1, most // EVENTS_DIVISOR))], RouteKind.OPERATION: []}
     for route in app.routes:
         assert isinstance(route, Route), route
         (method,) = (route.methods or set()) - {"HEAD"}
         name = f"{method} {route.path}"
-        wanted = ROUTES[name]
-        kind = KINDS.get(name, RouteKind.UNLIMITED if wanted is OPEN else RouteKind.REQUEST)
-        route.app = _Gates(route.app, keys, wanted, kind, of_kind.get(kind, [places]), refused)
-        if wanted is not OPEN and isinstance(route, APIRoute):
-            route.openapi_extra = {"security": [{_SCHEME: []}, {}]}  # or none, while no key exists
-    # A page from elsewhere does not even learn which routes there are.
+        required = ROUTES[name]
+        kind = KINDS.get(name, RouteKind.UNLIMITED if required is OPEN else RouteKind.REQUEST)
+        route.app = _Gates(route.app, keys, required, kind, of_kind.get(kind, [places]), refused)
+        if required is not OPEN and isinstance(route, APIRoute):
+            route.openapi_extra = {"security": [{_SCHEME: []}, {}]}  # {}: no key is needed while none exists
+    # Unknown paths pass the gates too, so that a page of another origin cannot find out which routes exist.
     app.router.default = _Gates(app.router.default, keys, OPEN, RouteKind.OPERATION, (), refused)
-    made = app.openapi
+    original = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = made()
-        says = "Of `mta keys create`; nothing while no key exists."
-        document["components"]["securitySchemes"] = {_SCHEME: {"type": "http", "scheme": "bearer", "description": says}}
+        document = original()
+        text = "A key from `mta keys create`; not needed while no key exists."
+        document["components"]["securitySchemes"] = {_SCHEME: {"type": "http", "scheme": "bearer", "description": text}}
         return document
 
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way of adding to it
+    app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI documents to extend OpenAPI
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Gates:
-    """A route behind its key, places and limits; notes the caller in a request's state, for `caller_of`."""
+    """Checks key, places and limits before a route; stores the caller in the request's state for `caller_of`."""
 
     app: ASGIApp
     keys: KnownKeys
-    wanted: Scope | None
+    required: Scope | None
     kind: RouteKind
     places: Sequence[Shares]
     refused: Callable[[str], None]
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         scope["state"]["caller"] = self.keys.caller(scope["headers"])
-        if self.wanted is not OPEN and self.wanted not in caller_of(scope).scopes:
+        if self.required is not OPEN and self.required not in caller_of(scope).scopes:
             raise Forbidden(
-                f"this API key lacks the scope `{self.wanted}`, which this route wants: "
-                f"`{CREATE} NAME --scope {self.wanted}` makes one that has it"
+                f"this API key lacks the scope `{self.required}`, which this route requires: "
+                f"create a key that has it with `{CREATE} NAME --scope {self.required}`"
             )
         name, taken = name_of(scope), list[Shares]()
         try:
@@ -159,7 +159,7 @@ class _Gates:
             return
         self.refused("places")
         if places.free < 1:
-            full = f"{places.taken} requests are in progress, the most at once: try again in a moment"
+            full = f"{places.taken} requests are in progress, the maximum: try again in a moment"
             raise Unavailable(full, code="overloaded", retry_after_s=1)
-        share = "this API key has its share of all that can be in progress at once: try again in a moment"
+        share = "this API key already has its full share of the requests in progress: try again in a moment"
         raise TooMany(share, code="overloaded", retry_after_s=1)

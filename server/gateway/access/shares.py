@@ -1,4 +1,4 @@
-"""Places that callers compete for, and the one rule of who may take another: of requests, large bodies, the engines."""
+"""Fair shares of the places that callers compete for: requests in progress, large bodies, sequences in the engines."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 LATELY_S = 30.0
-"""Over which a mean is taken: what is longer ago counts e times less."""
-_PRESENT_S = 10.0
-"""For how long a caller who has no place is still there."""
-_KEPT = 2.5
-"""How many times their mean others find free: of four who come by chance that is three standard deviations more."""
+"""Time constant of the exponential mean of places held, in seconds."""
+_ACTIVE_S = 10.0
+"""Seconds that a caller without a place still counts as active."""
+_RESERVE_FACTOR = 2.5
+"""Places kept for the other callers, as a multiple of their mean: three standard deviations more for a mean of four."""
 _CREDIT_S = 0.5
-"""The longest for which unused places count: so a burst is at most half as much again as the share."""
+"""Maximum credit for unused places, in seconds of the share: limits a burst to 1.5 times the share."""
 
 
 class Shares:
-    """How many places each caller has, where clients decide how long they keep them.
+    """Counts places that clients may keep for as long as they like.
 
-    A caller may have as many as it leaves free: alone, half of them. So however many callers come, the next one finds
-    some.
-
-    While nobody knows how many there are, everybody may take one.
+    A caller may hold at most as many places as it leaves free: half of them if it is alone. So a new caller always
+    finds a free place, however many callers there are. While the number of places is unknown, there is no limit.
     """
 
     def __init__(self, places: Callable[[], int | None]) -> None:
@@ -36,21 +34,21 @@ class Shares:
 
     @property
     def free(self) -> float:
-        """How many are."""
+        """Number of free places, infinite while the number of places is unknown."""
         places = self._places()
         return math.inf if places is None else places - self.taken
 
     def may_acquire(self, caller: str, size: int = 1) -> bool:
-        """Whether a caller may take so many places now; more than there are it may when all are free."""
+        """Return whether a caller may take `size` places now; more than exist are allowed if all are free."""
         return not self.taken or (size <= self.free and self.is_within_share(caller, size))
 
     def is_within_share(self, caller: str, size: int = 1) -> bool:
-        """Whether a caller's share has so many more places, free or not; a first one, however wide, it always has."""
+        """Return whether `size` more places are within a caller's share, free or not; the first request always is."""
         held = self._held[caller]
         return not held or held + size <= self._share(caller)
 
     def arrives(self, caller: str) -> None:
-        """Know that a caller is there, though it has no place yet."""
+        """Record that a caller is active, though it holds no place yet."""
 
     def acquire(self, caller: str, size: int = 1) -> None:
         """Count places as taken."""
@@ -69,14 +67,14 @@ class Shares:
 
 
 class _Mean:
-    """How many places were held lately, on average."""
+    """Exponential mean of the places held."""
 
     def __init__(self, now_s: float) -> None:
         self.value = 0.0
         self.since_s = now_s
 
     def add(self, held: int, now_s: float) -> float:
-        """Count that so many were held until now; after how many seconds."""
+        """Add that `held` places were held since the last call; return the seconds since then."""
         passed_s = now_s - self.since_s
         self.value += (1 - math.exp(-passed_s / LATELY_S)) * (held - self.value)
         self.since_s = now_s
@@ -84,27 +82,27 @@ class _Mean:
 
 
 class _Use(_Mean):
-    """One caller's use: `credit`, the places that it left unused of its share lately, times seconds."""
+    """One caller's use; `credit` is what it recently left unused of its share, in place-seconds."""
 
     credit = 0.0
 
 
 class FairShares(Shares):
-    """How many places each caller has, where they come back by themselves.
+    """Counts places that become free by themselves, such as sequences in an engine.
 
-    A caller's share is all places divided evenly among the callers who are there. Within its share it may take what is
-    free. Beyond it, it may take what it has left unused lately, so that who comes by chance may come in bursts; and
-    what leaves enough to the others: 2.5 times what they had on average. So what nobody needs lies idle for nobody, and
-    who takes all that it may, all the time, has no more than its share of what others need.
+    A caller's share is all places divided by the number of active callers. Within its share, a caller may take any free
+    place. Beyond its share, it may spend the credit for what it recently left unused, which allows short bursts, and it
+    may take places as long as the others keep 2.5 times their mean. So places that nobody needs do not stay idle, and a
+    caller that always takes the maximum gets no more than its share of what others need.
     """
 
     def __init__(self, places: Callable[[], int | None]) -> None:
         super().__init__(places)
         self._all = _Mean(time.monotonic())
-        self._uses: OrderedDict[str, _Use] = OrderedDict()  # of those who are there; seen longest ago comes first
+        self._uses: OrderedDict[str, _Use] = OrderedDict()  # of active callers, least recently seen first
 
     def may_acquire(self, caller: str, size: int = 1) -> bool:
-        """As `Shares.may_acquire`, and beyond the share as above."""
+        """As `Shares.may_acquire`, but also allow places beyond the share, as the class describes."""
         use, held = self._seen(caller), self._held[caller]
         if super().may_acquire(caller, size):
             return True
@@ -112,10 +110,10 @@ class FairShares(Shares):
             return False
         if held + size <= self._share(caller) + use.credit:
             return True
-        return self.free - size >= _KEPT * (self._all.value - use.value) - (self.taken - held)
+        return self.free - size >= _RESERVE_FACTOR * (self._all.value - use.value) - (self.taken - held)
 
     def arrives(self, caller: str) -> None:
-        """As `Shares.arrives`: from now on the caller counts."""
+        """As `Shares.arrives`: the caller is active from now on."""
         self._seen(caller)
 
     def acquire(self, caller: str, size: int = 1) -> None:
@@ -129,12 +127,12 @@ class FairShares(Shares):
         super().release(caller, size)
 
     def _seen(self, caller: str) -> _Use:
-        """A caller's use until now, and everybody's; forgets callers who have not been there for long."""
+        """Mark a caller as active and return its use; update the means and remove inactive callers."""
         now_s = time.monotonic()
         self._all.add(self.taken, now_s)
         while self._uses:
             other, oldest = next(iter(self._uses.items()))
-            if now_s < oldest.since_s + _PRESENT_S:
+            if now_s < oldest.since_s + _ACTIVE_S:
                 break
             if other in self._held:
                 self._count(other, oldest, now_s)
@@ -157,13 +155,13 @@ class FairShares(Shares):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiter:
-    """Somebody in a line.
+    """A request in a line.
 
     Attributes:
-        size: how many places they need.
-        keeps_from_s: until then others who need fewer may pass; from then on places are kept as they come free.
-        turn: tells them that they have them.
-        may_be_refused: whether somebody else may take their place in the line.
+        size: number of places it needs.
+        keeps_from_s: when, by the monotonic clock, freed places start being kept for it; smaller requests pass before.
+        turn: done once it has its places.
+        may_be_refused: whether it can be removed from the line in favour of another caller.
     """
 
     size: int
@@ -173,16 +171,16 @@ class Waiter:
 
 
 class FairQueue:
-    """Who waits for places, in turns over their callers. No place stays free while somebody waits who may take it."""
+    """Requests that wait for places; callers take turns. No place stays free while a waiting request may take it."""
 
     def __init__(self, shares: Shares) -> None:
         self.waiting = 0
         self._shares = shares
-        self._lines: OrderedDict[str, list[Waiter]] = OrderedDict()  # whose turn is next comes first; none is empty
+        self._lines: OrderedDict[str, list[Waiter]] = OrderedDict()  # by caller, in order of turns; no line is empty
 
     @asynccontextmanager
     async def held(self, caller: str) -> AsyncIterator[None]:
-        """One place, for the duration of a `with` block."""
+        """Hold one place for the duration of a `with` block."""
         if not self.try_acquire(caller, 1):
             await self.wait(caller, 1, None, math.inf)
         try:
@@ -191,7 +189,7 @@ class FairQueue:
             self.release(caller, 1)
 
     def try_acquire(self, caller: str, size: int) -> bool:
-        """Take places if that can be done at once."""
+        """Take places without waiting; return whether that was possible."""
         if not self._shares.may_acquire(caller, size) or any(
             self._keeps(other, waiting) for other, line in self._lines.items() for waiting in line
         ):
@@ -202,10 +200,10 @@ class FairQueue:
     async def wait(
         self, caller: str, size: int, patience_s: float | None, passed_for_s: float, *, may_be_refused: bool = True
     ) -> None:
-        """Wait for places; others who need fewer may pass for `passed_for_s`.
+        """Wait for places and take them; smaller requests may pass for `passed_for_s`.
 
         Raises:
-            TimeoutError: when it took longer than `patience_s`.
+            TimeoutError: after `patience_s` seconds.
         """
         keeps_from_s = time.monotonic() + passed_for_s
         waiting = Waiter(size, keeps_from_s, asyncio.get_running_loop().create_future(), may_be_refused)
@@ -226,37 +224,37 @@ class FairQueue:
 
     @property
     def newcomers(self) -> int:
-        """How many of those who wait may be refused."""
+        """Number of waiting requests that may be refused."""
         return sum(map(self.length, self._lines))
 
     def length(self, caller: str) -> int:
-        """How many of a caller's newcomers wait."""
+        """Return the number of a caller's waiting requests that may be refused."""
         return sum(waiting.may_be_refused for waiting in self._lines.get(caller, ()))
 
     def ahead_of(self, caller: str) -> int:
-        """How many would be served before another one of the caller's, for callers take turns."""
+        """Return the number of requests that would be served before a new one of this caller."""
         mine = self.length(caller)
         return sum(min(self.length(other), mine + 1) for other in self._lines)
 
     def longest(self) -> str | None:
-        """The caller who has most waiting."""
+        """Return the caller with the most waiting requests."""
         return max(self._lines, key=self.length, default=None)
 
     def refuse_last(self, caller: str, error: Exception) -> None:
-        """Send away which of a caller's newcomers came last."""
+        """Refuse a caller's most recent request that may be refused."""
         last = next(waiting for waiting in reversed(self._lines[caller]) if waiting.may_be_refused)
         self._remove(caller, last)
-        if not last.turn.done():  # it may be leaving at this moment
+        if not last.turn.done():  # done if the client is just disconnecting
             last.turn.set_exception(error)
 
     def _step_out(self, caller: str, waiting: Waiter) -> None:
-        """Leave the line; or, if the turn came at the same moment, pass it on."""
+        """Leave the line, or release the places if they were assigned at the same moment."""
         if waiting.turn.done() and not waiting.turn.cancelled():
             if waiting.turn.exception() is None:
                 self.release(caller, waiting.size)
         elif waiting in self._lines.get(caller, ()):
             self._remove(caller, waiting)
-            self._serve()  # who comes next may need fewer places
+            self._serve()  # the next request may need fewer places
 
     def _remove(self, caller: str, waiting: Waiter) -> None:
         line = self._lines[caller]
@@ -266,7 +264,7 @@ class FairQueue:
         self.waiting -= 1
 
     def _serve(self) -> None:
-        """Give places to those whose turn it is, as far as they go."""
+        """Give the free places to the waiting requests, in turn."""
         while found := self._next():
             caller, waiting = found
             self._lines.move_to_end(caller)
@@ -276,7 +274,7 @@ class FairQueue:
                 waiting.turn.set_result(None)
 
     def _next(self) -> tuple[str, Waiter] | None:
-        """Whose turn it is: first of those who have fewer places than their share."""
+        """Return the request whose turn it is; callers below their share go first."""
         if self._shares.free < 1 and self._shares.taken:
             return None
         beyond = None
@@ -291,7 +289,7 @@ class FairQueue:
         return beyond
 
     def _keeps(self, caller: str, waiting: Waiter) -> bool:
-        """Whether places are kept for somebody who has been passed for long enough."""
+        """Return whether freed places must be kept for a request, because others have passed it for long enough."""
         return (
             time.monotonic() >= waiting.keeps_from_s
             and waiting.size > self._shares.free

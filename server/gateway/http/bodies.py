@@ -1,4 +1,4 @@
-"""Routes whose JSON bodies are read within limits of size and time, parsed, and validated by our own rules."""
+"""Routes that read JSON bodies with limits on size and time, and parse them strictly."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from server.store.samples import MAX_SAMPLES
 
 MAX_BODY_BYTES = 8 << 20
 BODY_TIMEOUT_S = 60.0
-"""For a body to arrive. The store must remember for longer than this that an unknown user was erased."""
+"""Seconds for a body to arrive. The store must remember the erasure of an unknown user for longer than this."""
 SMALL_BYTES = 64 << 10
-"""Bodies up to this size are parsed on the event loop: it takes a millisecond or two."""
+"""Maximum size of a body that is parsed on the event loop, which takes a millisecond or two."""
 LARGE_AT_ONCE = 16
-"""Most larger bodies in memory; uvicorn stops reading the others once they are no longer small."""
+"""Maximum number of larger bodies in memory; uvicorn stops reading other bodies when they exceed `SMALL_BYTES`."""
 
 _LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
 
@@ -33,10 +33,10 @@ T = TypeVar("T")
 
 
 class BodyReader:
-    """Reads bodies.
+    """Reads request bodies.
 
-    One `thread` parses the large ones: more would only share the interpreter with the event loop. `large` waits for
-    one of the `LARGE_AT_ONCE` places for a request's large body, and holds it.
+    `thread` is one thread that parses large bodies: more threads would only compete with the event loop for the GIL.
+    `large` holds one of the `LARGE_AT_ONCE` places for a large body, and waits for a free one first.
     """
 
     def __init__(self, thread: Executor, large: Callable[[Request], AbstractAsyncContextManager[None]]) -> None:
@@ -44,7 +44,7 @@ class BodyReader:
         self._large = large
 
     async def read(self, request: Request, parse: Callable[[bytes], T]) -> T:
-        """Read and parse the body; raises `ClientDisconnect` when the client breaks off."""
+        """Read and parse the body; raise `ClientDisconnect` if the client disconnects."""
         async with AsyncExitStack() as held:
             body = await self._read(request, held)
             if len(body) <= SMALL_BYTES:
@@ -62,7 +62,7 @@ class BodyReader:
                     small, size = size <= SMALL_BYTES, size + len(chunk)
                     if size > MAX_BODY_BYTES:
                         raise TooLarge(
-                            f"the body has more than {MAX_BODY_BYTES} bytes, the most that are allowed", param="body"
+                            f"the body is too large: at most {MAX_BODY_BYTES} bytes are allowed", param="body"
                         )
                     if small and size > SMALL_BYTES:
                         waiting = True
@@ -74,7 +74,7 @@ class BodyReader:
                 busy = "too many large bodies are being received: try again in a moment"
                 raise Unavailable(busy, code="overloaded") from None
             raise TooSlow(
-                f"the body did not arrive within {BODY_TIMEOUT_S:g} s: only {size} bytes of it did", param="body"
+                f"the body did not arrive within {BODY_TIMEOUT_S:g} s: got only {size} bytes", param="body"
             ) from None
         return b"".join(chunks)
 
@@ -82,7 +82,7 @@ class BodyReader:
 class JsonRoute(APIRoute):
     """A FastAPI route whose JSON body is read by the gateway's `BodyReader`.
 
-    `lines` is the field that newline-delimited JSON fills, one value per line; None if a body must be one value.
+    `lines` is the field that takes newline-delimited JSON, one value per line; None if the route does not accept that.
     """
 
     lines: str | None = None
@@ -120,10 +120,10 @@ class JsonRoute(APIRoute):
         return strict
 
     async def accepted(self, request: Request) -> None:
-        """Called when all of a request but its body is there: for what must be known of that moment."""
+        """Run before the body is read, for state that must be captured at that moment."""
 
     def _is_in_lines(self, request: Request) -> bool:
-        """Whether the body is newline-delimited JSON; raises `WrongMediaType` where it is not JSON at all."""
+        """Return whether the body is newline-delimited JSON; raise `WrongMediaType` if it is not JSON at all."""
         given = request.headers.get("content-type")
         media_type = (given or "").partition(";")[0].strip().lower()
         if self.lines and media_type in _LINES:
@@ -142,16 +142,16 @@ class SamplesRoute(JsonRoute):
 
 
 class _ReadRequest(Request):
-    """A request that hands FastAPI the body as validated here; FastAPI passes a model on unchanged."""
+    """A request that gives FastAPI the validated body; FastAPI passes a model on unchanged."""
 
     def __init__(self, request: Request, body: Any) -> None:
         headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
-        headers.append((b"content-type", b"application/json"))  # FastAPI accepts a parsed body only of this type
+        headers.append((b"content-type", b"application/json"))  # FastAPI only calls `json` for this type
         super().__init__({**request.scope, "headers": headers}, request.receive)
         self._read = body
 
     async def body(self) -> bytes:
-        return b"{}"  # already read, but not empty
+        return b"{}"  # FastAPI would treat an empty body as missing
 
     async def json(self) -> Any:
         return self._read

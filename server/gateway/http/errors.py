@@ -1,4 +1,4 @@
-"""All errors in OpenAI's shape: ours, pydantic's, and Starlette's own."""
+"""Returns all errors in OpenAI's shape: our own, pydantic's and Starlette's."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from server.errors import ApiError, InvalidRequest, NotFound, WrongMethod
 
 log = logging.getLogger("mta.gateway")
 
-AS_TEXT, AS_MESSAGES = "as text", "as messages"  # tags of a field's forms, which pydantic puts into errors' locations
+AS_TEXT, AS_MESSAGES = "as text", "as messages"  # tags of a union's members, which pydantic adds to error locations
 MAX_SHOWN_CHARS = 120
 _PLACES = ("body", "path", "query", "header")
 _SUBJECT = re.compile(r"^(Value error, |(Input|String|List|Dictionary) should )")
 
 
 class ErrorDetail(BaseModel, frozen=True):
-    message: str = Field(description="What was wrong, the offending value, what to do.")
+    message: str = Field(description="What is wrong, the offending value, and what to do.")
     type: str
-    param: str | None = Field(description="The field at fault, in dots, e.g. `items.3.text`.")
+    param: str | None = Field(description="Path of the invalid field, e.g. `items.3.text`.")
     code: str = Field(description="A short machine-readable reason.")
 
 
 class ErrorAnswer(BaseModel, frozen=True):
-    """OpenAI's error shape, which every 4xx and 5xx answer has."""
+    """OpenAI's error shape, used by every 4xx and 5xx response."""
 
     error: ErrorDetail
 
@@ -41,13 +41,13 @@ class ErrorAnswer(BaseModel, frozen=True):
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Have an application answer in our shape, whatever is raised."""
+    """Make an application return every exception in OpenAI's error shape."""
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
 
 
 def fault_of(errors: Sequence[Any]) -> InvalidRequest:
-    """The first of pydantic's errors in our words, with its field and the offending value."""
+    """Convert the first of pydantic's errors to `InvalidRequest`, with the field and the offending value."""
     first = errors[0]
     path = first["loc"][1:] if first["loc"] and first["loc"][0] in _PLACES else first["loc"]
     path = [part for part in path if part not in (AS_TEXT, AS_MESSAGES)]
@@ -78,8 +78,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
             else:
                 found = NotFound(f"{place}: no such route; /docs lists all routes")
             found.headers |= error.headers or {}
-        case _:  # a bug of ours; Starlette raises it again for the log once this has been sent
-            found = ApiError("the gateway failed: its log says why")
+        case _:  # a bug; Starlette raises it again after the response, so that it gets logged
+            found = ApiError("internal error of the gateway: see its log")
     if found.status >= 500:
         log.warning("%s", found.explained)
     content = ErrorAnswer.of(found).model_dump_json()

@@ -1,6 +1,6 @@
-"""Strict JSON: no NaN, Infinity, NUL or lone surrogates, which Python's parser lets through.
+"""A strict JSON parser: rejects NaN, Infinity, NUL and lone surrogates, which Python's parser accepts.
 
-Parsing costs more by values than by bytes, so values are counted first: no step takes more than tens of milliseconds.
+Parsing time depends mostly on the number of values, so they are counted first: no step takes more than tens of ms.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from bank.items.profile import has_surrogate
 from server.errors import InvalidRequest
 
 MAX_STRUCTURE_BYTES = 512 << 10
-"""Most bytes that are quotes or outside quotes, except white space: every value has at least one of them."""
-MAX_FIELDS = 1000  # of one object: each unknown one is an error of its own
+"""Maximum number of quotes and non-space bytes outside strings; every value has at least one."""
+MAX_FIELDS = 1000  # per object, because pydantic reports an error for each unknown field
 
 _ESCAPED_BACKSLASH = rb"\\"
 _NUL = rb"\u0000"
@@ -25,8 +25,8 @@ _TOO_DEEP = "recursion limit"
 
 
 def parse_json(body: bytes) -> Any:
-    """The value of a JSON text, nested at most 200 levels deep."""
-    bare = body.replace(_ESCAPED_BACKSLASH, b"")  # any backslash left escapes what follows it
+    """Parse a JSON text with at most 200 levels of nesting."""
+    bare = body.replace(_ESCAPED_BACKSLASH, b"")  # each remaining backslash escapes the next character
     _check_structure(bare)
     try:
         value = from_json(body, allow_inf_nan=False, cache_strings="none")
@@ -34,15 +34,15 @@ def parse_json(body: bytes) -> Any:
         raise _fault(body, str(error)) from error
     _check_fields(value)
     if _NUL in bare:
-        _refuse_impossible(value)
-        raise InvalidRequest("the body holds NUL, which no text may contain", param="body")
+        _check_leaves(value)
+        raise InvalidRequest("the body contains NUL, which is not allowed in text", param="body")
     return value
 
 
 def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
-    """The values of newline-delimited JSON, which fill `field`: at most `most` lines, without the empty ones."""
+    """Parse newline-delimited JSON into the values of `field`; at most `most` lines, not counting empty ones."""
     count = body.count(b"\n") + 1
-    if count <= 2 * most:  # fewer lines are left without the empty ones
+    if count <= 2 * most:  # some lines may be empty, which do not count
         lines = [line for line in body.split(b"\n") if line.strip()]
         count = len(lines)
     if count > most:
@@ -62,7 +62,7 @@ def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
 
 
 def _check_structure(bare: bytes) -> None:
-    """Refuse a text with too many values, given without its escaped backslashes."""
+    """Raise if a text has too many values; `bare` is the text without its escaped backslashes."""
     if len(bare) <= MAX_STRUCTURE_BYTES:
         return
     bare = bare.replace(rb"\"", b"")
@@ -72,8 +72,8 @@ def _check_structure(bare: bytes) -> None:
         structure += len(outside.translate(None, b" \t\r\n"))
     if structure > MAX_STRUCTURE_BYTES:
         raise InvalidRequest(
-            f"the body has more than {MAX_STRUCTURE_BYTES} bytes of quotes, numbers and punctuation, the most that are "
-            "allowed besides text: send it in parts",
+            f"the body has more than {MAX_STRUCTURE_BYTES} bytes of quotes, numbers and punctuation, the maximum "
+            "besides text: send it in parts",
             param="body",
             code="too_many_values",
         )
@@ -95,22 +95,22 @@ def _check_fields(value: Any) -> None:
 
 
 def _fault(body: bytes, reason: str) -> InvalidRequest:
-    """Why a text was refused, from a second, slower parse that finds the place."""
+    """Return the error for an invalid text; a second, slower parse locates it."""
     if not body.strip():
         return InvalidRequest("the body is empty: send a JSON object", param="body", code="invalid_json")
     try:
         if _TOO_DEEP not in reason:
-            _refuse_impossible(json.loads(body.decode()))
+            _check_leaves(json.loads(body.decode()))
     except InvalidRequest as fault:
         return fault
     except UnicodeDecodeError as error:
         reason = f"byte {error.start} is not UTF-8"
     except (ValueError, RecursionError):
-        pass  # the first parse's reason stands
+        pass  # keep the reason of the first parse
     return InvalidRequest(f"the body is not JSON: {reason}, got {excerpt(body)}", param="body", code="invalid_json")
 
 
-def _refuse_impossible(value: Any) -> None:
+def _check_leaves(value: Any) -> None:
     if found := _find_fault(value):
         fault, path = found
         param = shortened(".".join(reversed(path))) or "body"
@@ -118,9 +118,9 @@ def _refuse_impossible(value: Any) -> None:
 
 
 def _find_fault(value: Any) -> tuple[str, list[str]] | None:
-    """The first thing that no field accepts, and the names on the way to it, the innermost first.
+    """Return the first invalid leaf's fault and its path, innermost name first; None if all leaves are valid.
 
-    A key at fault is found at its object's place.
+    The path of an invalid key is the path of its object.
     """
     if not isinstance(value, (dict, list)):
         return (fault, []) if (fault := _fault_of_leaf(value)) else None
@@ -137,7 +137,7 @@ def _fault_of_leaf(leaf: Any) -> str | None:
     if isinstance(leaf, float) and not math.isfinite(leaf):
         return f"must be a finite number, got {leaf}"
     if isinstance(leaf, str) and "\0" in leaf:
-        return f"holds NUL, which no text may contain: {excerpt(leaf)}"
+        return f"contains NUL, which is not allowed in text: {excerpt(leaf)}"
     if isinstance(leaf, str) and has_surrogate(leaf):
-        return f"holds a lone surrogate, which is not a character: {excerpt(leaf)}"
+        return f"contains a lone surrogate, which is not a character: {excerpt(leaf)}"
     return None

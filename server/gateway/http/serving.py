@@ -1,4 +1,4 @@
-"""How uvicorn serves the gateway, with bounds on each connection: its own headers have none of size or time."""
+"""Uvicorn's server with limits per connection: uvicorn itself limits neither size nor time of request headers."""
 
 from __future__ import annotations
 
@@ -21,56 +21,56 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 MAX_HEADER_BYTES = 32 << 10
-"""Of what a client sends in a row that is not body: request line and headers, or trailers."""
+"""Maximum number of consecutive bytes outside a body: request line and headers, or trailers."""
 HEADER_TIMEOUT_S = 10.0
 MAX_PIPELINED = 8
-"""Most requests that wait on one connection for earlier answers; no known client sends even a second."""
+"""Maximum number of requests that wait on one connection; no known client pipelines even a second one."""
 LINGER_S = 2.0
-"""How long we read and drop what a refused client still sends: closing at once would lose the answer."""
-UNREAD_BYTES = 128 << 10
-"""Of an answer, kept by the kernel for a client that does not read: megabytes by default, a minute of an engine."""
+"""Seconds to discard what a refused client still sends; closing at once would lose the response."""
+SEND_BUFFER_BYTES = 128 << 10
+"""Kernel send buffer per connection; the default of megabytes would hold a minute of an engine's output unread."""
 STALLED_S = 2.0
-"""A client that takes nothing for this long of what an engine generates is hung up on; ordinary answers fit into the
-buffers between."""
+"""Seconds after which a client that stops reading a generation is disconnected; ordinary answers fit into the
+buffers."""
 
 
 class Connection(HttpToolsProtocol):
-    """Bounds the size and time of all that a client sends except bodies, which are bounded where they are read.
+    """Limits the size and time of everything a client sends except bodies, which `BodyReader` limits.
 
-    A timer runs while no answer is in progress and no body is awaited: until the first byte, through the headers, and
-    when a body goes on after its answer. Two others run while a client takes nothing of what fills its buffers, the
-    longer one for `send_timeout_s`.
+    One timer runs while no response is in progress and no body is expected: before the first byte, during the headers,
+    and when a body continues after its response. Two more run while the send buffers are full because the client does
+    not read; the longer one is `send_timeout_s`.
     """
 
-    def __init__(self, *, send_timeout_s: float, **of_uvicorn: Any) -> None:
-        super().__init__(**of_uvicorn)
+    def __init__(self, *, send_timeout_s: float, **uvicorn_options: Any) -> None:
+        super().__init__(**uvicorn_options)
         self._send_timeout_s = send_timeout_s
         self._header_bytes = 0
         self._in_head = True
         self._refused = False
         self._timer: asyncio.TimerHandle | None = None
-        self._stalling: list[asyncio.TimerHandle] = []
+        self._stall_timers: list[asyncio.TimerHandle] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if (plain := transport.get_extra_info("socket")) is not None:
-            plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._start_timer(HEADER_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
-        self._resumed()
+        self._stop_stall_timers()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalling = [
+        self._stall_timers = [
             self.loop.call_later(STALLED_S, self._on_stall),
-            self.loop.call_later(self._send_timeout_s, self.transport.abort),  # closing would wait for the client
+            self.loop.call_later(self._send_timeout_s, self.transport.abort),  # `close` would wait for the client
         ]
 
     def resume_writing(self) -> None:
-        self._resumed()
+        self._stop_stall_timers()
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
@@ -78,8 +78,7 @@ class Connection(HttpToolsProtocol):
         while start < len(data) and not self._refused and not self.transport.is_closing():
             room = MAX_HEADER_BYTES - self._header_bytes
             if room <= 0:
-                long = f"the request's headers have more than {MAX_HEADER_BYTES} bytes: send fewer"
-                self._refuse(HeadersTooLarge(long))
+                self._refuse(HeadersTooLarge(f"the request's headers exceed {MAX_HEADER_BYTES} bytes: send fewer"))
                 return
             piece = data[start : start + room]
             start += len(piece)
@@ -90,12 +89,12 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError("too many requests wait")  # the parser turns it into an invalid request
-        self._header_bytes = max(1, self._header_bytes)  # one that began right after the last one was not counted
+            raise ValueError("too many pipelined requests")  # the parser turns it into an invalid request
+        self._header_bytes = max(1, self._header_bytes)  # 0 if the request began in the same piece as the previous end
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # trailers mean nothing here
+        if self._in_head:  # ignore trailers
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -119,10 +118,10 @@ class Connection(HttpToolsProtocol):
             self._start_timer(HEADER_TIMEOUT_S)
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(InvalidRequest("the request is not HTTP/1.1 that this server understands", code="invalid_http"))
+        self._refuse(InvalidRequest("the request is not valid HTTP/1.1", code="invalid_http"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer and hang up; only hang up if another answer is in progress."""
+        """Send the error and close the connection; only close it if another response is in progress."""
         if self._is_answering() or self.transport.is_closing():
             self.transport.close()
             return
@@ -136,15 +135,15 @@ class Connection(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _resumed(self) -> None:
-        for timer in self._stalling:
+    def _stop_stall_timers(self) -> None:
+        for timer in self._stall_timers:
             timer.cancel()
-        self._stalling = []
+        self._stall_timers = []
 
     def _on_stall(self) -> None:
         notes = self.cycle.scope["state"].get("notes") if self.cycle is not None else None
         if notes is not None and notes.generating:
-            self.transport.abort()  # the request's end tells the engine, then its place is given back
+            self.transport.abort()  # the disconnect stops the engine and releases the request's places
 
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
@@ -171,9 +170,9 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         app,
         http=protocol,
         ws="none",
-        lifespan="off",  # run around the server: uvicorn would turn its errors into a traceback in the log
+        lifespan="off",  # our own code runs the lifespan: uvicorn would log its errors as tracebacks
         log_config=None,
-        access_log=False,  # paths hold user ids
+        access_log=False,  # paths contain user ids
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
@@ -181,7 +180,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 
 class GatewayServer(uvicorn.Server):
-    """Uvicorn's server without its signal handlers, which come only when all is open: the caller handles signals."""
+    """Uvicorn's server without its signal handlers: the caller handles signals, from before startup."""
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()

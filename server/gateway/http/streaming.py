@@ -1,4 +1,4 @@
-"""Answers on their way: server-sent events, and clients that leave."""
+"""Streamed responses: server-sent events and client disconnects."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Send
 
 CLIENT_GONE = 499
-"""The status that is counted when the client left before the answer; it is never sent."""
+"""Status recorded when the client disconnects before the response; it is never sent."""
 KEEP_ALIVE_S = 15.0
-"""Longest silence of a stream: proxies take a much longer one for its end."""
+"""Maximum silence of a stream in seconds; proxies close streams that are silent for much longer."""
 
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # no proxy may keep events, or hold them back
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not cache or buffer events
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -28,22 +28,22 @@ T = TypeVar("T")
 
 
 def event(value: object, name: str = "") -> bytes:
-    """One event that carries `value` as JSON, models at any depth included."""
+    """Encode an event with `value` as JSON; the value may contain pydantic models."""
     named = f"event: {name}\n".encode() if name else b""
-    return named + b"data: " + orjson.dumps(value, default=_dumped) + b"\n\n"
+    return named + b"data: " + orjson.dumps(value, default=_dump_model) + b"\n\n"
 
 
-def _dumped(value: object) -> Any:
+def _dump_model(value: object) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     raise TypeError
 
 
 class EventSender:
-    """Sends a stream of events, and after `KEEP_ALIVE_S` without one a comment, which clients ignore.
+    """Sends a stream of events, and a comment, which clients ignore, after `KEEP_ALIVE_S` without an event.
 
-    The head of the response, with `headers()`, goes out with whichever comes first; once it has `begun`, the status is
-    200, and an error can only be an event.
+    The first event or comment also sends status 200 and `headers()`. Once the stream has `begun`, an error can only be
+    sent as an event.
     """
 
     def __init__(self, send: Send, headers: Callable[[], Mapping[str, str]]) -> None:
@@ -64,7 +64,7 @@ class EventSender:
         await self._stop_keeping_alive()
 
     async def write(self, data: bytes) -> None:
-        """Send whole events."""
+        """Send one or more complete events."""
         async with self._turn:
             if not self.begun:
                 self.begun = True
@@ -75,10 +75,10 @@ class EventSender:
             self._sent_s = time.monotonic()
 
     async def end(self) -> None:
-        """End the response; nothing can be sent after it."""
+        """End the response."""
         async with self._turn:
             await self._stop_keeping_alive()
-            # Whoever waits from now on learns of a disconnect, even from a client that has all of the answer.
+            # From now on `receive` reports a disconnect, even if the client has the complete response.
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _stop_keeping_alive(self) -> None:
@@ -101,7 +101,7 @@ class ClientGone(Exception):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` to its end; if the client leaves, cancel it, then raise `ClientGone`. The body must have been read."""
+    """Run `work`; if the client disconnects, cancel it and raise `ClientGone`. The body must have been read before."""
     working, is_gone = asyncio.current_task(), False
     assert working
 

@@ -1,4 +1,4 @@
-"""The state of each part: probed every few seconds in the background, and never on request."""
+"""The state of each part, probed every few seconds in the background and never by a request."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from server.watching.background import forever
 log = logging.getLogger("mta.gateway")
 
 PROBE_INTERVAL_S = 2.0
-FIRST_INTERVAL_S = 0.25
-"""Until all was ready once: who starts the server waits for that."""
+STARTUP_PROBE_INTERVAL_S = 0.25
+"""Probe interval until the gateway is ready for the first time, because someone is waiting for it to start."""
 
 PROBE_TIMEOUT_S = 2.0
 STALE_AFTER_S = 15.0
-"""A round of probes takes 4 s at most: an older result means that the watch hangs or has ended."""
+"""Age in seconds at which a result is stale. A round of probes takes at most 4 s, so the probe loop hangs or ended."""
 
 _FULL = "full"
 _PARTIAL = "partial"
 _USABLE = ("ok", _PARTIAL, _FULL)
-"""A full store still serves and erases, and a partial one serves most users: balancers must keep sending requests."""
+"""A full store still reads and erases, and a partial one serves most users, so load balancers must keep sending."""
 
 
 class Readiness(StrEnum):
-    """Whether requests can be fully served."""
+    """Whether the gateway can fully serve requests."""
 
     READY = "ready"
     NOT_READY = "not_ready"
@@ -42,7 +42,7 @@ class Readiness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """The store's state: `ok`, `partial` while it serves most users, `full`, or `unavailable`; `detail` says why."""
+    """The store's state: `ok`, `partial` (serves most users), `full` or `unavailable`; `detail` gives the reason."""
 
     status: str
     durability: Durability
@@ -58,7 +58,7 @@ class Unseen:
 
 @dataclass(frozen=True, slots=True)
 class BankPart:
-    """The bank, checked at startup; recipes begin with 8 hex digits of its fingerprint."""
+    """The bank, checked at startup; recipes begin with the first 8 hex digits of its fingerprint."""
 
     fingerprint: str
     task: str
@@ -68,7 +68,7 @@ class BankPart:
 
 @dataclass(frozen=True, slots=True)
 class EmbedderPart:
-    """The embedder, which was checked at startup."""
+    """The embedder, checked at startup."""
 
     id: str
     dim: int
@@ -77,7 +77,7 @@ class EmbedderPart:
 
 @dataclass(frozen=True, slots=True)
 class PartStates:
-    """Every part, as it was last seen."""
+    """The last known state of every part."""
 
     bank: BankPart
     embedder: EmbedderPart
@@ -91,10 +91,10 @@ class ProbeResult:
     """The state of every part that can fail while the gateway runs."""
 
     store: StoreState
-    generating: AddressState  # of where generations are sent
+    generating: AddressState  # the engine or router that generations are sent to
     engines: tuple[EngineState, ...]
-    lacking: tuple[str, ...]  # fingerprints of the banks that this gateway serves and no engine has
-    probed_s: float  # when the probes ended, by the monotonic clock
+    lacking: tuple[str, ...]  # fingerprints of this gateway's banks that no engine serves
+    probed_s: float  # end of the probes, by the monotonic clock
 
     @property
     def age_s(self) -> float:
@@ -102,31 +102,32 @@ class ProbeResult:
 
     @property
     def readiness(self) -> Readiness:
-        """One engine that has a bank is enough, and a router may be down."""
+        """Readiness needs one engine per bank; a router may be down."""
         if self.age_s > STALE_AFTER_S:
             return Readiness.STALE
         return Readiness.NOT_READY if self.lacking or self.store.status not in _USABLE else Readiness.READY
 
     @property
     def missing(self) -> str | None:
-        """What is missing while requests are served all the same, in a sentence; None if nothing is."""
+        """A description of what is missing although the gateway is ready; None if nothing is."""
         if self.readiness is not Readiness.READY:
             return None
         partly = sum(engine.status == "lacks_bank" for engine in self.engines)
         down = sum(engine.status != "ok" for engine in self.engines) - partly
-        said = {
-            f"store_full: {self.store.detail}": self.store.status == _FULL,
-            f"{down} of {len(self.engines)} engines cannot be used, and the others serve": down,
-            f"{partly} of {len(self.engines)} engines lack a bank that another one has": partly,
-            "MTA_ENGINE_URL cannot be used, and engines are asked directly": self.generating.status != "ok",
-            self.store.detail or "": self.store.status == _PARTIAL,
-        }
-        return "; ".join(text for text, is_so in said.items() if is_so) or None
+        problems = [f"store_full: {self.store.detail}"] if self.store.status == _FULL else []
+        if down:
+            problems.append(f"{down} of {len(self.engines)} engines cannot be used, the others serve")
+        if partly:
+            problems.append(f"{partly} of {len(self.engines)} engines lack a bank that another engine has")
+        if self.generating.status != "ok":
+            problems.append("MTA_ENGINE_URL cannot be used, the gateway calls engines directly")
+        if self.store.status == _PARTIAL and self.store.detail:
+            problems.append(self.store.detail)
+        return "; ".join(problems) or None
 
 
 class Health:
-    """Watches the parts: the engines must serve the banks of `fingerprints`; `generating` is an engine's or a router's
-    address."""
+    """Probes the parts. `fingerprints` are the banks the engines must serve, `generating` an engine or router URL."""
 
     def __init__(self, store: CheckedStore, engines: Engines, fingerprints: Sequence[str], *, generating: str) -> None:
         self._store = store
@@ -139,7 +140,7 @@ class Health:
 
     @property
     def readiness(self) -> Readiness:
-        """By the last probes; nothing is probed."""
+        """Readiness according to the last probes."""
         return self.last.readiness if self.last else Readiness.NOT_YET_SEEN
 
     async def probe(self) -> ProbeResult:
@@ -151,13 +152,13 @@ class Health:
         return self.last
 
     async def watch(self) -> None:
-        await forever(lambda: PROBE_INTERVAL_S if self._was_ready else FIRST_INTERVAL_S, self.probe, log)
+        await forever(lambda: PROBE_INTERVAL_S if self._was_ready else STARTUP_PROBE_INTERVAL_S, self.probe, log)
 
     def _log_lacking(self, lacking: tuple[str, ...]) -> None:
         if lacking and lacking != self._logged:
             log.error(
-                "not ready: engines answer, but none of them has the bank %s: name its folder in MTA_BANK or "
-                "MTA_NEXT_BANK of an engine, or leave it out here",
+                "not ready: engines respond, but none of them has the bank %s: set MTA_BANK or MTA_NEXT_BANK of an "
+                "engine to its folder, or remove it from the gateway's settings",
                 ", ".join(bank[:8] for bank in lacking),
             )
         self._logged = lacking
@@ -170,8 +171,8 @@ class Health:
         unserved = self._store.unserved
         if (memory := self._store.memory) and memory.full:
             no_room = (
-                f"{memory.used_bytes >> 20} of {memory.max_bytes >> 20} MiB are taken, and nothing new is stored; "
-                "erasing users and revoking keys work: make room, or raise maxmemory (of `mta up`: MTA_STORE_MIB)"
+                f"{memory.used_bytes >> 20} of {memory.max_bytes >> 20} MiB are used, and nothing new is stored; "
+                "erasing users and revoking keys still work: free memory, or raise maxmemory (`mta up`: MTA_STORE_MIB)"
             )
             return StoreState(_FULL, durability, "; ".join(filter(None, (no_room, unserved))))
         if not durability.is_durable:
@@ -179,26 +180,26 @@ class Health:
         return StoreState(_PARTIAL, durability, unserved) if unserved else StoreState("ok", durability)
 
     async def _probe_engines(self) -> tuple[EngineState, ...]:
-        """What engines say, but for those that are `ok` and lack a bank."""
+        """Probe the engines; those that lack a bank are not `ok`."""
         states = await self._engines.states(PROBE_TIMEOUT_S)
-        return tuple(self._judged(state) if state.status == "ok" else state for state in states)
+        return tuple(self._with_bank_status(state) if state.status == "ok" else state for state in states)
 
-    def _judged(self, state: EngineState) -> EngineState:
+    def _with_bank_status(self, state: EngineState) -> EngineState:
         lacking = [bank[:8] for bank in self._fingerprints if bank not in state.banks]
         if not lacking:
             return state
         status = "other_bank" if len(lacking) == len(self._fingerprints) else "lacks_bank"
         served = [bank[:8] for bank in state.banks]
-        detail = f"it serves the banks {served}, and not {', '.join(lacking)}, which this gateway uses"
+        detail = f"it serves the banks {served}, but not {', '.join(lacking)}, which this gateway uses"
         return replace(state, status=status, detail=detail)
 
     async def _probe_router(self) -> AddressState | None:
-        """None if generations go straight to an engine."""
+        """Probe the router; return None if generations go directly to an engine."""
         if self._generating in self._engines.urls:
             return None
         return await self._engines.router_state(self._generating, PROBE_TIMEOUT_S)
 
     def _as_address(self, engines: Sequence[EngineState]) -> AddressState:
-        """The state of the engine that generates, which has been probed already."""
+        """Return the probed state of the engine that generations go to."""
         state = engines[self._engines.urls.index(self._generating)]
         return AddressState(state.url, state.status, state.detail)

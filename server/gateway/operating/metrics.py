@@ -1,6 +1,6 @@
-"""What the gateway counts, and the log line of each request. Every label has few values: no user, no recipe, no path.
+"""The gateway's metrics and request log. Every label has few values: no users, recipes or paths.
 
-A tenant is a label only where the settings name it; all others together are `other`.
+Only tenants named in the settings appear as labels; all others are `other`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
 
 _GENERATING = frozenset(("/generate", "/v1/chat/completions", "/v1/completions"))
-"""The paths whose POSTs are generations."""
+"""Paths at which a POST is a generation."""
 _METHODS = frozenset(("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"))
 _OUTCOMES = {429: "limited", CLIENT_GONE: "gone", 503: "unavailable"}
 
 
 class Metrics:
-    """The metrics of one gateway, in a registry of its own; labels name these `tenants` alone."""
+    """The metrics of one gateway, in a registry of its own; `tenants` are the only tenants used as labels."""
 
     def __init__(self, tenants: Iterable[str] = ()) -> None:
         self._registry = registry = CollectorRegistry()
@@ -50,49 +50,49 @@ class Metrics:
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
         seconds = partial(Histogram, buckets=BUCKETS_S, registry=registry)
         of_requests = ("route", "method", "status", "level")
-        self.requests = counter("mta_requests", "Requests answered; level is set for generations.", of_requests)
+        self.requests = counter("mta_requests", "Requests answered; only generations have a level.", of_requests)
         self.generations = counter(
             "mta_generations",
-            "Generations by how they ended: answered, refused (4xx), limited (429), unavailable (503), failed (other "
-            "5xx), broken (an error amid a stream) or gone (the client left).",
+            "Generations by outcome: answered, refused (4xx), limited (429), unavailable (503), failed (other 5xx), "
+            "broken (error within a stream) or gone (client disconnected).",
             ("tenant", "level", "outcome"),
         )
         for tenant in self._tenants | {OTHER}:
             for outcome in ("refused", "limited", "unavailable", "failed"):
-                self.generations.labels(tenant, "", outcome)  # from zero on: a first failure is an increase
-        self.stages = seconds("mta_stage_seconds", "Where generations spent their time.", ("stage",))
-        self.ttft = seconds("mta_ttft_seconds", "From a request's arrival to its first streamed token.", ("level",))
-        self.inter_token = seconds("mta_inter_token_seconds", "Between two pieces of a streamed answer, a token each.")
-        self.tokens = counter("mta_tokens", "Tokens read and written.", ("level", "kind"))
-        self.queue_waiting = gauge("mta_queue_waiting", "Generations that wait for the engine.")
-        self.queue_running = gauge("mta_queue_running", "Generations that the engine works on.")
-        self.queue_seconds = seconds("mta_queue_seconds", "How long generations waited, given up ones included.")
-        self.shed = counter("mta_shed", "Requests turned away, by the reason.", ("reason",))
+                self.generations.labels(tenant, "", outcome)  # start at zero, so that the first failure is an increase
+        self.stages = seconds("mta_stage_seconds", "Duration of each stage of a generation.", ("stage",))
+        self.ttft = seconds("mta_ttft_seconds", "Time from arrival to the first streamed token.", ("level",))
+        self.inter_token = seconds("mta_inter_token_seconds", "Time between two tokens of a stream.")
+        self.tokens = counter("mta_tokens", "Prompt and completion tokens.", ("level", "kind"))
+        self.queue_waiting = gauge("mta_queue_waiting", "Generations that wait for the engines.")
+        self.queue_running = gauge("mta_queue_running", "Generations that the engines work on.")
+        self.queue_seconds = seconds("mta_queue_seconds", "Queue time of generations, including those that gave up.")
+        self.shed = counter("mta_shed", "Requests refused for lack of capacity or by a limit, by reason.", ("reason",))
         for reason in ("places", "queue_full", "queue_timeout"):
             self.shed.labels(reason)
         self.fallbacks = counter("mta_fallbacks", "Generations for which the engine could not serve the user's recipe.")
-        self.histories_left_out = counter("mta_histories_left_out", "Generations whose past items came too late.")
-        self.retries = counter("mta_retries", "Generations sent to the engines again, for nothing came of the first.")
+        self.histories_left_out = counter("mta_histories_left_out", "Generations whose past items loaded too late.")
+        self.retries = counter("mta_retries", "Generations sent to the engines again after a failed first attempt.")
         self.broken_streams = counter("mta_broken_streams", "Streams that ended in an error event.", ("code",))
-        self.disconnects = counter("mta_disconnects", "Generations whose client left before the end.")
+        self.disconnects = counter("mta_disconnects", "Generations whose client disconnected before the end.")
         self.profile_changes = counter("mta_profile_changes", "Profile items added, removed or replaced.")
         self.bank = gauge("mta_bank_info", "The bank served.", ("bank",))
-        self.jobs = gauge("mta_jobs", "About how many adapt jobs of the bank are queued or running.", ("state",))
-        self.oldest_job = gauge("mta_jobs_oldest_seconds", "How long the oldest queued job has waited.")
-        self.rewrite_overdue = gauge("mta_rewrite_overdue_seconds", "How late erased users leave the store's file.")
+        self.jobs = gauge("mta_jobs", "Approximate number of adapt jobs, by state: queued or running.", ("state",))
+        self.oldest_job = gauge("mta_jobs_oldest_seconds", "Age of the oldest queued job.")
+        self.rewrite_overdue = gauge("mta_rewrite_overdue_seconds", "Delay of removing erased users from the AOF.")
         self.store = StoreSeconds(registry)
         ProcessCollector(registry=registry)
 
     def watch(self, engines: Engines, health: Health, store: CheckedStore) -> None:
-        """Show what is known of the gateway's parts."""
+        """Add the metrics of the gateway's parts."""
         self._registry.register(_PartsCollector(engines, health, store))
 
     def count_refusal(self, reason: str) -> None:
-        """Count a request that was turned away."""
+        """Count a refused request."""
         self.shed.labels(reason).inc()
 
     def count_generation(self, tenant: str, level: str, status: int, *, broken: bool) -> None:
-        """Count a generation that is over; one that broke amid its stream has status 200."""
+        """Count a finished generation; a `broken` stream has status 200."""
         if broken:
             outcome = "broken"
         elif status < 400:
@@ -114,7 +114,7 @@ class Metrics:
 
 @dataclass(frozen=True, eq=False)
 class _PartsCollector(Collector):
-    """What the gateway last saw of its parts, at each scrape; engines are named by their place in the settings."""
+    """Collects the last known state of the parts at each scrape; engines are labelled by position in the settings."""
 
     engines: Engines
     health: Health
@@ -122,17 +122,17 @@ class _PartsCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         ready = self.health.readiness is Readiness.READY
-        yield GaugeMetricFamily("mta_ready", "Whether requests can be fully served, as /ready says.", float(ready))
+        yield GaugeMetricFamily("mta_ready", "Whether the gateway is ready, as in /ready.", float(ready))
         if memory := self.store.memory:
-            yield GaugeMetricFamily("mta_store_used_bytes", "What the store's memory holds.", memory.used_bytes)
+            yield GaugeMetricFamily("mta_store_used_bytes", "Memory used by the store.", memory.used_bytes)
             if memory.max_bytes:
-                yield GaugeMetricFamily("mta_store_max_bytes", "The most that it may hold.", memory.max_bytes)
-        up = GaugeMetricFamily("mta_engine_up", "Whether an engine answers.", labels=("engine",))
+                yield GaugeMetricFamily("mta_store_max_bytes", "Memory limit of the store.", memory.max_bytes)
+        up = GaugeMetricFamily("mta_engine_up", "Whether an engine responds.", labels=("engine",))
         slots = GaugeMetricFamily("mta_engine_slots", "An engine's LoRA slots.", labels=("engine",))
         resident = GaugeMetricFamily("mta_engine_slots_resident", "Slots that hold an adapter.", labels=("engine",))
         prepares = CounterMetricFamily(
             "mta_engine_prepares",
-            "Requests that an engine prepared an adapter for: warm ones found it there, cold ones had it fused.",
+            "Requests that an engine prepared an adapter for: warm if it was in memory, cold if it was fused.",
             labels=("engine", "kind"),
         )
         for place, figures in enumerate(self.engines.figures):
@@ -151,27 +151,27 @@ class _PartsCollector(Collector):
 
 @dataclass(slots=True)
 class RequestNotes:
-    """What the log and the count say about a request besides its route; what answers it fills them in."""
+    """What log and metrics report about a request besides its route; filled in by the code that answers it."""
 
-    started_s: float  # when it arrived, by the performance counter
-    answer_id: str = ""  # of a generation; it is in the engine's logs too
-    level: str = ""  # how personal a generation is
-    gone: bool = False  # the client left before the answer
-    broken: bool = False  # a stream ended in an error
-    generating: bool = False  # an engine is at work: then a client that takes nothing is soon hung up on
+    started_s: float  # time of arrival, by the performance counter
+    answer_id: str = ""  # id of the generation, also in the engine's logs
+    level: str = ""  # personalization level of the generation
+    gone: bool = False  # the client disconnected before the response
+    broken: bool = False  # the stream ended in an error
+    generating: bool = False  # an engine is working, so a client that stops reading is disconnected soon
 
 
 def notes_of(scope: Scope) -> RequestNotes:
-    """The notes on a request that `RequestLog` let in."""
+    """Return the notes that `RequestLog` created for a request."""
     notes: RequestNotes = scope["state"]["notes"]
     return notes
 
 
 class RequestLog:
-    """Middleware that begins the notes on a request, then logs and counts the answer; streams pass through untouched.
+    """Middleware that creates a request's notes, then logs and counts the response; it does not buffer streams.
 
-    HEAD is answered as GET is, without the body: the app below sees a GET. Neither path nor body is logged: both name
-    people. Answers carry the request's id, so that a client's report leads to the lines on it.
+    It turns HEAD into GET and drops the response body. It logs neither path nor body, because both can identify people.
+    Responses carry the request's id, so that a client's report can be matched with the log.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
@@ -192,7 +192,7 @@ class RequestLog:
         is_head = scope["method"] == "HEAD"
         inner = {**scope, "method": "GET"} if is_head else scope
 
-        async def watched(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status, headed
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -200,18 +200,18 @@ class RequestLog:
             elif is_head:
                 if headed:
                     return
-                headed, message = True, {"type": "http.response.body"}  # a stream's end as well: `receive` says so
+                headed, message = True, {"type": "http.response.body"}  # a stream stops too: `receive` disconnects
             await send(message)
 
         try:
-            await self._app(inner, receive, watched)
+            await self._app(inner, receive, send_with_id)
         finally:
             route = getattr(inner.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "OTHER"
             status = CLIENT_GONE if notes.gone else status
             self._metrics.requests.labels(route, method, status, notes.level).inc()
             if method == "POST" and scope["path"] in _GENERATING:
-                tenant = getattr(inner["state"].get("caller"), "tenant", "")  # as the gates noted it, if they did
+                tenant = getattr(inner["state"].get("caller"), "tenant", "")  # empty if the gates found no caller
                 self._metrics.count_generation(tenant, notes.level, status, broken=notes.broken)
             took_ms = round((time.perf_counter() - notes.started_s) * 1000, 1)
             log.info(

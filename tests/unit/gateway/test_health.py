@@ -45,8 +45,8 @@ def watching(store: Any, *banks: tuple[str, ...] | None) -> Health:
     return Health(store, engines, [ONE, OTHER], generating=engines.urls[0])
 
 
-DOWN = "1 of 2 engines cannot be used, and the others serve"
-LACKING = "{} of 2 engines lack a bank that another one has"
+DOWN = "1 of 2 engines cannot be used, the others serve"
+LACKING = "{} of 2 engines lack a bank that another engine has"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ LACKING = "{} of 2 engines lack a bank that another one has"
             [(ONE,), (OTHER,)],
             ["lacks_bank", "lacks_bank"],
             True,
-            f"{LACKING.format(2)}; MTA_ENGINE_URL cannot be used, and engines are asked directly",
+            f"{LACKING.format(2)}; MTA_ENGINE_URL cannot be used, the gateway calls engines directly",
         ),
         ([(ONE,), (ONE,)], ["lacks_bank", "lacks_bank"], False, None),
         ([(ONE,), None], ["lacks_bank", "unavailable"], False, None),
