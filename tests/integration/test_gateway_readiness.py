@@ -77,7 +77,9 @@ def test_one_of_two_engines_suffices_and_the_router_before_them_may_be_away(
                 router.stop()
             else:
                 router.knobs.status = 500
-            wait_until(lambda: "the gateway calls engines directly" in str(parts_of(client)[0]), "the gateway to see it")
+            wait_until(
+                lambda: "the gateway calls engines directly" in str(parts_of(client)[0]), "the gateway to see it"
+            )
             assert parts_of(client)[1]["engine_url"]["status"] == "unavailable"
             becomes(client, 200, "ok", "ok")
             router.reset()
