@@ -1,1 +1,1 @@
-"""Evaluation: methods, people, losses, predictions and metrics, and their summary over users."""
+"""Evaluation of a bank: methods, losses, predictions, metrics, and their summary over users."""

@@ -1,6 +1,6 @@
-"""Does it sound like them? How often a classifier of character n-grams names the right person for a generated text.
+"""Authorship of generated texts: how often a classifier of character n-grams names the right person.
 
-It is trained on what the evaluated people wrote in their profiles; their own later answers (`gold`) are the ceiling.
+The classifier is trained on the evaluated people's profiles; their own later answers (`gold`) are the upper bound.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ GOLD = "gold"
 
 @dataclass(frozen=True, slots=True)
 class AuthorshipRow:
-    """How the texts of one method, or of `gold`, are attributed, mean over people."""
+    """Attribution of the texts of one method, or of `gold`; means over people."""
 
     method: str
-    named: Interval  # how often the right person comes first
-    rank: Interval  # of the right person among all, from 1
-    against: Mapping[str, Interval] = field(default_factory=dict)  # `named` less another method's; not for `gold`
+    named: Interval  # share of texts for which the right person ranks first
+    rank: Interval  # rank of the right person among all, from 1
+    against: Mapping[str, Interval] = field(default_factory=dict)  # `named` minus another method's; empty for `gold`
 
 
 def authorship(people: Sequence[History], records: Sequence[Record], task: Task) -> list[AuthorshipRow]:
-    """One row for what the people (at least two) wrote, and one for each method that wrote texts for all of them."""
+    """Return one row for the people's own texts (at least two people), and one per method with texts for everyone."""
     texts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for person in people:
         texts[GOLD][person.user_id] = [query.gold for query in person.queries]
@@ -69,12 +69,12 @@ def markdown(rows: Sequence[AuthorshipRow]) -> str:
         + [row.against[name].cell("+.1%") if name in row.against else "" for name in others]
         for row in rows
     ]
-    title = f"**Whose voice?** {rows[0].named.n} people; chance names {1 / rows[0].named.n:.1%}; bold: p below {LEVEL}"
+    title = f"**Authorship** of {rows[0].named.n} people; chance level {1 / rows[0].named.n:.1%}; bold: p below {LEVEL}"
     return f"{title}\n\n{markdown_table(heads, lines)}\n"
 
 
 def _classifier(people: Sequence[History], task: Task) -> Callable[[str, Sequence[str]], list[int]]:
-    """What gives a person's place among all, from 1, for each of some texts; trained on the people's profiles."""
+    """Train a classifier on the people's profiles; return a function that ranks a person, from 1, for each text."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -85,7 +85,7 @@ def _classifier(people: Sequence[History], task: Task) -> Callable[[str, Sequenc
     try:
         model.fit([text for text, _ in known], [name for _, name in known])
     except ValueError as error:
-        raise BankError(f"the profiles have too little text to tell their {len(people)} people apart") from error
+        raise BankError(f"the profiles have too little text to distinguish their {len(people)} people") from error
 
     def ranks(person: str, texts: Sequence[str]) -> list[int]:
         shares = model.predict_proba(texts)

@@ -1,7 +1,7 @@
-"""How certain a mean over users is: bootstrap intervals, and tests of several methods against one.
+"""Uncertainty of means over users: bootstrap intervals, and tests of several methods against one.
 
-BCa intervals allow for skew, but not for how few users there are: with normal differences, about 90 of 100 hold the
-true mean over 10 users, and 93 over 20. So a test says whether a difference is significant, not the interval.
+BCa intervals correct for skew, but not for small numbers of users: with normal differences, a 95 % interval covers the
+true mean in about 90 % of cases with 10 users, 93 % with 20. So significance is decided by a test, not the interval.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-DRAWS = 9_999  # resamples of an interval, and sign flips of a test, which up to 13 users takes all of them
+DRAWS = 9_999  # resamples per interval, and sign flips per test; a test with up to 13 users enumerates all flips
 LEVEL = 0.05
 _BATCH = 1_000  # resamples in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """The mean of one difference per user, of `n` users, with its 95 % interval.
+    """The mean of one difference per user over `n` users, with its 95 % interval.
 
-    `p` is of the test that there is no difference, Holm-adjusted for all methods compared with the same one; None where
-    nothing was tested.
+    `p` is the p-value of the test for no difference, Holm-adjusted for all methods compared with the same one; None if
+    there was no test.
     """
 
     mean: float
@@ -40,16 +40,16 @@ class Interval:
         return f"{self.mean:+.4f}{star} ({self.low:+.4f} to {self.high:+.4f}, {self.n} users)"
 
     def cell(self, form: str) -> str:
-        """A cell of a Markdown table, bold where the difference is significant; `form` is a number's, e.g. `+.4f`."""
+        """Return a Markdown table cell, bold if the difference is significant; `form` formats numbers, e.g. `+.4f`."""
         mean, low, high = (format(value, form) for value in (self.mean, self.low, self.high))
         text = f"{mean} ({low} to {high})"
         return f"**{text}**" if self.significant else text
 
 
 def over_users(differences: Sequence[float]) -> Interval:
-    """The mean of one difference per user, and its bias-corrected and accelerated (BCa) bootstrap interval.
+    """Return the mean of one difference per user, and its bias-corrected and accelerated (BCa) bootstrap interval.
 
-    One user, or users who all differ by the same, have nothing to resample: the interval is the mean itself.
+    If there is only one user or all differences are equal, the interval is the mean itself.
     """
     values = np.asarray(differences, np.float64)
     mean, n = float(values.mean()), len(values)
@@ -62,7 +62,7 @@ def over_users(differences: Sequence[float]) -> Interval:
 
 
 def compare_with_one(differences: Mapping[str, Sequence[float]]) -> dict[str, Interval]:
-    """Several methods' differences from one, over the same users: an interval each, tested together."""
+    """Return the intervals of several methods' differences from one, over the same users, tested together."""
     adjusted = holm(sign_flip_p(list(differences.values()))) if differences else []
     return {
         name: replace(over_users(values), p=p) for (name, values), p in zip(differences.items(), adjusted, strict=True)
@@ -72,9 +72,9 @@ def compare_with_one(differences: Mapping[str, Sequence[float]]) -> dict[str, In
 def compare_methods(
     values: Mapping[str, Mapping[str, float]], untested: Collection[str] = ()
 ) -> Mapping[str, Mapping[str, Interval]]:
-    """By method, its values by user less those of each method which covers all of its users, in the order of `values`.
+    """Compare each method's values by user with each other method that covers all its users, in the order of `values`.
 
-    The differences from one method, all over the same users, are tested together, but for those of `untested` methods.
+    The differences from one method over the same users are tested together, except those of `untested` methods.
     """
     found: dict[str, dict[str, Interval]] = {method: {} for method in values}
     for other, theirs in values.items():
@@ -100,9 +100,9 @@ def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def sign_flip_p(differences: Sequence[Sequence[float]]) -> list[float]:
-    """Two-sided p-values of paired sign-flip permutation tests, one for each row of differences [M, users].
+    """Return two-sided p-values of paired sign-flip permutation tests, one per row of differences [M, users].
 
-    If there were no difference, each user's could just as well have the other sign.
+    Under the null hypothesis, both signs of each user's difference are equally likely.
     """
     values = np.asarray(differences, np.float64)
     if values.shape[1] < 2:
@@ -112,7 +112,7 @@ def sign_flip_p(differences: Sequence[Sequence[float]]) -> list[float]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: the chance of one false finding among all stays below the level (Holm, 1979)."""
+    """Adjust p-values by Holm's step-down method, which bounds the family-wise error rate (Holm, 1979)."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, for people who would rather look than read."""
+"""Charts of an evaluation's results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bank.evaluation.summary import MethodRow, user_losses
 GAINS_FILE, CURVES_FILE, PRICES_FILE = "gain_per_user.png", "loss_by_k_and_items.png", "loss_by_price.png"
 _INK, _GOOD, _BAD, _PALE = "#1f2933", "#2a9d8f", "#d1495b", "#9aa5b1"
 _COLOURS = ("#d1495b", "#2a9d8f", "#1f2933", "#e9a23b", "#3d6cb9", "#8a5fbf", "#9aa5b1", "#7a5c3e")
-_MARKS = ("o", "^", "s", "D")  # by how many past items the prompt has
+_MARKS = ("o", "^", "s", "D")  # one per number of past items in the prompt
 
 
 def draw(records: Sequence[Record], rows: Sequence[MethodRow], folder: Path) -> None:
@@ -31,7 +31,7 @@ def draw(records: Sequence[Record], rows: Sequence[MethodRow], folder: Path) -> 
 
 
 def draw_gains(losses: dict[str, dict[str, float]], theirs: dict[str, float], against: str, path: Path) -> None:
-    """Each user's gain over a baseline, sorted: how many gain, how much, and who loses; a panel for each method."""
+    """Draw each user's gain over a baseline, sorted, with one panel per method."""
     figure, panels = _panels(len(losses))
     for panel, (method, ours) in zip(panels, losses.items(), strict=True):
         gains = sorted((theirs[user] - loss for user, loss in ours.items()), reverse=True)
@@ -46,10 +46,10 @@ def draw_gains(losses: dict[str, dict[str, float]], theirs: dict[str, float], ag
 
 
 def draw_prices(rows: Sequence[MethodRow], path: Path) -> None:
-    """The loss of each method against what it costs: bytes kept of a user, and tokens that prompts get longer by.
+    """Draw the loss of each method against its costs: bytes stored per user, and additional prompt tokens.
 
-    A colour is an adapter, a mark how many past items the prompt has; a line joins what differs in that alone. The base
-    model must not stretch the scale: if it is above all others, it stands at the upper edge with its loss beside it.
+    Colours are adapters and marks are numbers of past items in the prompt; a line joins points with the same adapter.
+    If the base model is above all others, it is drawn at the upper edge with its loss, so as not to stretch the scale.
     """
     methods = [METHODS[row.method] for row in rows]
     adapters = list(dict.fromkeys(method.adapter for method in methods))
@@ -70,9 +70,9 @@ def draw_prices(rows: Sequence[MethodRow], path: Path) -> None:
         for x, losses in above.items():
             panel.annotate(f"{', '.join(losses)} ↑", (x, top), (4, 4), textcoords="offset points", fontsize=7)
     panels[0].set_xscale("symlog", linthresh=100)
-    panels[0].set(xlabel="bytes kept of a user", ylabel="loss, nats per token")
+    panels[0].set(xlabel="bytes stored per user", ylabel="loss, nats per token")
     panels[0].set_xlim(left=-30)
-    panels[1].set_xlabel("tokens that prompts get longer by")
+    panels[1].set_xlabel("additional prompt tokens")
     for name in adapters:
         panels[1].plot([], [], color=colours[name], linewidth=3, label=name)
     for count, mark in marks.items():
@@ -82,15 +82,15 @@ def draw_prices(rows: Sequence[MethodRow], path: Path) -> None:
 
 
 def draw_curves(by_user: dict[str, dict[str, float]], path: Path) -> None:
-    """Loss of `merged` against how many anchors are fused, and against how many items are known, where there are such.
+    """Draw the loss of `merged` against the number of fused anchors and of known items, if those were evaluated.
 
-    The dashed line is the bank's own rule with everything known, for the same users.
+    The dashed line is the bank's own rule with all items, for the same users.
     """
     points = {name: METHODS[name] for name in by_user if METHODS[name].on_curve}
     sampled = {user for name in points for user in by_user[name]}
     curves = {
-        "anchors that speak, k": sorted((method.k, name) for name, method in points.items() if method.k),
-        "items known of a user": sorted((method.items, name) for name, method in points.items() if method.items),
+        "fused anchors, k": sorted((method.k, name) for name, method in points.items() if method.k),
+        "known items per user": sorted((method.items, name) for name, method in points.items() if method.items),
     }
     shown = {label: found for label, found in curves.items() if found}
     if not shown:

@@ -1,4 +1,4 @@
-"""The loop of an evaluation over one user, and its records, one line a query, so that a killed run can go on."""
+"""Evaluate one user with all methods, and store a record per query, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    key: str  # hash of bank, settings and data: records with another key are not used
+    key: str  # hash of bank, settings and data; records with another key are ignored
     user_id: str
     query_id: str
     method: str
     seed: int
     loss: float  # nats per gold token
-    prediction: str | None  # the greedy answer; None when none was asked for
+    prediction: str | None  # greedy answer; None if not requested
     gold: str
-    rejected: bool = False  # whether few-shot training was, so that the method fell back to what lies beneath
+    rejected: bool = False  # whether few-shot training was rejected, so that the method used the adapter without it
     prompt_tokens: int = 0
-    first_token_ms: float | None = None  # of the user's first query; None where it was not measured
-    written: Sequence[str] = ()  # texts sampled as answers, for authorship
-    kept_bytes: int = 0  # what a server keeps of the user for this method
-    chances: Sequence[float] = ()  # how likely each score is, in tasks of scores; none where the reader cannot say
+    first_token_ms: float | None = None  # for the user's first query; None if not measured
+    written: Sequence[str] = ()  # sampled answers, for authorship
+    kept_bytes: int = 0  # bytes a server stores for the user with this method
+    chances: Sequence[float] = ()  # probability of each score; empty in other tasks or if the reader cannot tell
 
 
 @dataclass(frozen=True, slots=True)
 class MethodRun:
-    """One method with one seed over one user, with what is wanted besides losses."""
+    """One method with one seed for one user, and which results besides losses are requested."""
 
     method: Method
     seed: int = 0
@@ -50,22 +50,22 @@ class MethodRun:
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """What is compared, and how.
+    """Options of a comparison of methods.
 
-    What is costly, few-shot training, points of curves and generated texts, is for the first `sample` users; None is
-    all. In tasks with free answers the methods of `writing` write `texts` texts for each query, to see whose voice they
-    have.
+    Few-shot training, points of curves and generated texts are costly, so they are limited to the first `sample` users;
+    None means all. In tasks with free-text answers, the methods in `writing` generate `texts` texts per query, for the
+    authorship test.
     """
 
     methods: tuple[Method, ...]
-    seeds: int = 1  # how many; only what is random or trained is done for each
-    predict: bool = True  # whether answers are generated, for the task's metrics
+    seeds: int = 1  # number of seeds for methods that are random or trained; others run once
+    predict: bool = True  # whether to generate answers, for the task's metrics
     sample: int | None = None
     writing: tuple[Method, ...] = ()
     texts: int = 3
 
     def runs(self, place: int, kind: AnswerKind) -> Iterator[MethodRun]:
-        """What is done for the user at this place, in a task with such answers."""
+        """Yield the runs for the user at this index, in a task with answers of this kind."""
         sampled = self.sample is None or place < self.sample
         for seed in range(self.seeds):
             for method in self.methods:
@@ -78,7 +78,7 @@ class EvalOptions:
 
 
 class Records:
-    """The records of one folder, which is made if needed, of the evaluation with this key."""
+    """The records with this key in one folder, which is created if needed."""
 
     def __init__(self, folder: Path, key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ class Records:
         self._remember(record for record in read_records(self._path) if record.key == key)
 
     def have(self, user: History, run: MethodRun) -> bool:
-        """Whether all queries of a user are recorded, with all that is wanted."""
+        """Whether all queries of a user are recorded, with all requested results."""
         found = [self._found.get((user.user_id, run.method.name, run.seed, query.id)) for query in user.queries]
         return all(
             record and len(record.written) >= run.texts and not (run.predicted and record.prediction is None)
@@ -96,7 +96,7 @@ class Records:
         )
 
     def add(self, records: Sequence[Record]) -> None:
-        """Append the records of one user and run; they replace earlier ones."""
+        """Append the records of one user and run, which replace earlier ones."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
         self._remember(records)
@@ -109,7 +109,7 @@ class Records:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a file, if it is there; a line that a killed run has torn is cut off it."""
+    """Yield the records of a file, if it exists; remove an incomplete last line, which a killed run may leave."""
     whole, _, torn = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
     if torn:
         path.write_bytes(whole + b"\n" if whole else b"")
@@ -123,13 +123,13 @@ def read_records(path: Path) -> Iterator[Record]:
 def evaluate_user(
     evaluator: Evaluator, user: History, runs: Sequence[MethodRun], key: str = ""
 ) -> Iterator[list[Record]]:
-    """The records of each run in turn, one for each query; runs with one seed stand together."""
+    """Yield each run's records, one per query; runs must be grouped by seed."""
     known = {
         n: evaluator.evidence(replace(user, items=user.items[-(n or 0) :])) for n in {r.method.items for r in runs}
     }
     for _, group in groupby(runs, lambda run: run.seed):
-        # All adapters before any reading: attaching one costs more than a few passes, and signing and training need
-        # the bare model. Not those of all seeds: what is trained and not recorded is lost with a killed run.
+        # Make all adapters of a seed before any reading: attaching costs more than a few passes, and signing and
+        # training need the bare model. Make them per seed, because a killed run loses adapters without records.
         made = [(run, evaluator.adapter(run.method, known[run.method.items], run.seed)) for run in group]
         for run, adapter in made:
             yield _records(evaluator, known[run.method.items], run, adapter, key)

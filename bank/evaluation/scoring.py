@@ -1,4 +1,4 @@
-"""What is put on the model for one user, and what reads examples under it: the protocol, and a model in process."""
+"""Adapters under evaluation, and reading examples with them: the protocol, and an in-process model."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class OpenBank:
         return cls(serving, open_matrix(folder, serving.manifest), folder)
 
     def of_task(self, embedder_id: str) -> OpenBank:
-        """The bank of the task's own row, which was trained from this one's common row."""
+        """Open the bank of the task row, which was trained from this bank's common row."""
         folder = self.folder / BASELINES
         found = OpenBank.open(folder, embedder_id) if folder.is_dir() else None
         if found is None or found.manifest.training.get("of") != self.manifest.fingerprint:
-            said = "is that of another bank" if found else "is not there"
-            raise BankError(f"the task's row {said} ({folder}): build the bank at {self.folder} again with --baselines")
+            reason = "belongs to another bank" if found else "is missing"
+            raise BankError(f"the task row {reason} ({folder}): build the bank at {self.folder} again with --baselines")
         return found
 
     @property
@@ -58,7 +58,7 @@ class OpenBank:
 
 @dataclass(frozen=True, slots=True)
 class EvalAdapter:
-    """A recipe of a bank, and weights from few-shot training that are stacked on it."""
+    """A recipe of a bank, with few-shot weights stacked on it if trained."""
 
     bank: OpenBank
     recipe: FusionRecipe
@@ -69,40 +69,40 @@ class EvalAdapter:
         return UserAdapter(self.recipe.name, self.trained) if self.trained else None
 
     def lora(self) -> LoraWeights:
-        """Recipe and trained weights together, float32."""
+        """Return recipe and trained weights as one LoRA, float32."""
         fused, user = fuse(self.bank.matrix, self.recipe, torch.float32), self.user_adapter
         return stack(fused, user, torch.float32) if user else fused
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a model makes of one example."""
+    """A model's results for one example."""
 
-    loss: float  # mean over its output tokens, nats a token
-    answer: str | None  # the greedy answer to its prompt, without special tokens; None when none was asked for
+    loss: float  # mean over the output tokens, in nats per token
+    answer: str | None  # greedy answer to the prompt, without special tokens; None if not requested
     chances: Sequence[float] = ()
-    """How likely each of `SCORES` is as the first token; none when not asked for, or a score is several tokens."""
+    """Probability of each of `SCORES` as the first token; empty if not requested, or if a score is several tokens."""
 
 
 class ModelReader(Protocol):
-    """What reads examples, under an adapter or none: `Scorer`, or a running engine (`server.cli.eval.engine`)."""
+    """Reads examples with or without an adapter: `Scorer`, or a running engine (`server.cli.eval.engine`)."""
 
     def read(
         self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
     ) -> list[Reading]:
-        """Read examples, and answer their prompts with up to `new_tokens` tokens, if any; `chances` as in `Reading`."""
+        """Read examples, and answer their prompts if `new_tokens` > 0; `chances` requests the field of `Reading`."""
 
     def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
-        """So many answers to each prompt, in up to `WRITTEN_TOKENS` tokens, at a temperature of `TEMPERATURE`."""
+        """Sample `texts` answers per prompt, with at most `WRITTEN_TOKENS` tokens and temperature `TEMPERATURE`."""
 
     def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
-        """How long it takes to read a prompt of which nothing has been read before, up to the first token."""
+        """Measure the time to the first token for a prompt that is not cached."""
 
 
 class Scorer:
-    """A base model that adapters are put on, one after the other.
+    """A base model to which adapters are attached, one after the other.
 
-    Attaching costs more than a pass over a few examples, so an attached adapter stays and gets new numbers, until
+    Attaching costs more than a pass over a few examples, so an attached adapter stays and gets new weights until
     another rank or the bare model is needed.
     """
 
@@ -114,7 +114,7 @@ class Scorer:
         self._attached = ExitStack()
 
     def bare(self) -> Any:
-        """The base model with nothing attached, for a caller that attaches something itself."""
+        """Detach any adapter and return the base model."""
         self._attached.close()
         self._here = None
         return self._model
@@ -132,7 +132,7 @@ class Scorer:
         return [Reading(loss, answer, likely) for (loss, likely), answer in zip(found, answers, strict=True)]
 
     def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
-        """All in one batch: a step of many rows costs little more than one of few."""
+        """Sample all answers in one batch: a decoding step with many rows costs little more than one with few."""
         sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -151,7 +151,7 @@ class Scorer:
     def _generate(
         self, model: Any, examples: Sequence[Example], new_tokens: int, texts: int = 1, **sampling: Any
     ) -> list[str]:
-        """So many answers to each prompt, one after the other; each prompt is read once."""
+        """Generate `texts` answers per prompt, grouped by prompt; each prompt is read once."""
         prompts = [example.ids[: example.loss_from] for example in examples]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         width = max(len(prompt) for prompt in prompts)

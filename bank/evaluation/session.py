@@ -1,4 +1,4 @@
-"""From files to tables: opens what an evaluation needs, checks that it fits together, runs it, writes the results."""
+"""Run an evaluation from files to tables: open and check the inputs, evaluate the users, write the results."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ TABLE_FILE, SUMMARY_FILE = "table.md", "summary.json"
 
 @dataclass(frozen=True, slots=True)
 class EvalInputs:
-    """What is evaluated, and the folder `out` of records and results."""
+    """Inputs of an evaluation, and the folder `out` for records and results."""
 
     users: Path  # in the LaMP per-user layout
     bank: Path
     out: Path
     model_folder: Path
     embedder: Embedder
-    people: int | None = None  # how many of the first; all when None
-    only: Path | None = None  # a file of the ids that are evaluated
-    last: int = 0  # for files without queries: how many of each person's last items become queries
-    profile: int = 10  # with `last`: how many items before them are the profile
+    people: int | None = None  # number of people, from the first; None for all
+    only: Path | None = None  # file with the ids of the people to evaluate
+    last: int = 0  # for files without queries: number of each person's last items to use as queries
+    profile: int = 10  # with `last`: number of items before them to use as the profile
     dtype: str = "auto"
-    curves: bool = False  # whether `merged` is evaluated with other k and with fewer items too
+    curves: bool = False  # whether to also evaluate `merged` with other k and with fewer items
 
 
 def evaluate(
@@ -50,9 +50,9 @@ def evaluate(
     progress: Callable[[int, int], None],
     engine: ModelReader | None = None,
 ) -> tuple[dict[str, list[MethodRow]], list[AuthorshipRow]]:
-    """Run what is not recorded yet, write the results; `progress` is told how many runs are done, of how many.
+    """Do the runs without records and write the results; `progress` receives the number of finished runs and the total.
 
-    Returns the rows of methods by the title of their table, and whose voice the texts have, where some were written.
+    Return the methods' rows by table title, and the authorship rows, which are empty if no texts were written.
     """
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     task = bank.serving.task
@@ -89,12 +89,12 @@ def evaluate(
 
 
 def _key(bank: str, people: Sequence[History], config: AdaptConfig, how: str) -> str:
-    """SHA-256 (16 hex digits) of all that decides what a record is, seed and method aside.
+    """Return the SHA-256 (16 hex digits) of everything that determines a record, except seed and method.
 
-    The task's row has no part in it: the bank that it was trained from decides it.
+    The task row is not included, because the bank that it was trained from determines it.
     """
-    said = [[p.user_id, [dict(i.fields) for i in p.items], [asdict(q) for q in p.queries]] for p in people]
-    content = {"bank": bank, "config": asdict(replace(config, seed=0)), "people": said, "how": how}
+    contents = [[p.user_id, [dict(i.fields) for i in p.items], [asdict(q) for q in p.queries]] for p in people]
+    content = {"bank": bank, "config": asdict(replace(config, seed=0)), "people": contents, "how": how}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -108,7 +108,7 @@ def _people(inputs: EvalInputs, task: Task) -> list[History]:
     people = [person for person in people if kept is None or person.user_id in kept][: inputs.people]
     if not people:
         raise BankError(
-            f"nobody in {inputs.users} can be evaluated: with --last N, a history needs N and --profile items"
+            f"nobody in {inputs.users} can be evaluated: with --last N, a history needs at least N + --profile items"
         )
     return people
 
@@ -122,25 +122,25 @@ def _write(
     draw(records, list(found.values())[-1], out)
     write_lamp_files(records, task, out / LAMP_FOLDER)
     written = {record.user_id for record in records if record.written}
-    heard = [person for person in people if person.user_id in written and person.pairs(task)]
-    voices = authorship(heard, records, task) if options.writing and len(heard) > 1 else []
-    text = markdown(found) + ("\n" + authorship_table(voices) if voices else "")
+    authors = [person for person in people if person.user_id in written and person.pairs(task)]
+    authorship_rows = authorship(authors, records, task) if options.writing and len(authors) > 1 else []
+    text = markdown(found) + ("\n" + authorship_table(authorship_rows) if authorship_rows else "")
     (out / TABLE_FILE).write_text(text, encoding="utf-8")
     content = {
         "bank": bank.manifest.fingerprint,
         "people": len(people),
         "seeds": options.seeds,
         "methods": [asdict(row) for row in rows],
-        "authorship": [asdict(row) for row in voices],
+        "authorship": [asdict(row) for row in authorship_rows],
     }
     (out / SUMMARY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return found, voices
+    return found, authorship_rows
 
 
 def split_histories(histories: list[History], task: Task, *, queries: int, profile: int) -> list[History]:
-    """Users from whole histories: the last items become queries, the ones before them the profile.
+    """Split whole histories into users: the last items become queries, the items before them the profile.
 
-    Whoever has too few items, or one that is no (input, output) pair, is left out.
+    People with too few items, or with an item that is not an (input, output) pair, are skipped.
     """
     people = []
     for history in histories:

@@ -1,4 +1,4 @@
-"""From records to tables: each method's mean, LaMP's metrics, and its gain against others, paired over users."""
+"""Summarise records as tables: methods' mean losses, LaMP's metrics, and gains over other methods, paired by user."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ from bank.evaluation.methods import METHODS
 from bank.evaluation.run import Record
 from bank.items.tasks import Task
 
-COMPARED = ("prior", "common", "task", "mean", "random", "merged:topic", "merged", "own")  # a column each
+COMPARED = ("prior", "common", "task", "mean", "random", "merged:topic", "merged", "own")  # one column each
 LOWEST, HIGHEST = 1.0, 5.0
 LAMP_FOLDER, GOLDS = "lamp", "golds"
 CAPTION = (
-    "In brackets: the 95 % interval of each difference (BCa bootstrap over people). A difference is bold where "
-    f"it is significant: p is below {LEVEL} in a paired sign-flip test, after Holm's correction for all methods in its "
-    "column."
+    "In brackets: the 95 % interval of each difference (BCa bootstrap over people). Significant differences are bold: "
+    f"p is below {LEVEL} in a paired sign-flip test, after Holm's correction for all methods in the column."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """The results of one method, means over its users where nothing else is said."""
+    """The results of one method; means over its users unless stated otherwise."""
 
     method: str
-    users: int  # how many; differences are over the same ones
+    users: int  # number of users; differences are over the same users
     loss: float  # nats per gold token
-    metrics: Mapping[str, float]  # over all queries of all seeds; empty where some have no prediction
-    against: Mapping[str, Interval]  # its loss less another method's, by that method's name; negative is better
+    metrics: Mapping[str, float]  # over all queries and seeds; empty if some have no prediction
+    against: Mapping[str, Interval]  # loss minus another method's, by that method's name; negative is better
     rejected: float  # share of users whose training was rejected
     prompt_tokens: float  # mean over queries
-    first_token_ms: float | None  # median over users; None where it was not measured
+    first_token_ms: float | None  # median over users; None if not measured
     kept_bytes: float
 
     @property
@@ -46,7 +45,7 @@ class MethodRow:
 
 
 def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
-    """One row per method, the best loss last."""
+    """Return one row per method, in order of decreasing loss."""
     by_method: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_method[record.method].append(record)
@@ -73,7 +72,7 @@ def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
 
 
 def user_losses(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """By method, each user's mean loss over their queries and all seeds."""
+    """Return each user's mean loss over queries and seeds, by method."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         found[record.method][record.user_id].append(record.loss)
@@ -81,8 +80,8 @@ def user_losses(records: Sequence[Record]) -> dict[str, dict[str, float]]:
 
 
 def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> dict[str, list[MethodRow]]:
-    """Tables by title: the methods that everyone was evaluated with and, where other methods or predictions cover only
-    some people, all methods over those. Points of curves are left out; `rows` are those of all `records`.
+    """Return tables by title: the methods with results for everyone and, if other methods or predictions cover only
+    some people, all methods over those. Curve points are excluded; `rows` must be those of all `records`.
     """
     rows = [row for row in rows if not METHODS[row.method].on_curve]
     everyone = max(row.users for row in rows)
@@ -96,7 +95,7 @@ def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> 
 
 
 def _sample(records: Sequence[Record]) -> set[str]:
-    """Users with records of every method, and with predictions of every method that has some."""
+    """Return users with records of every method, and with predictions of every method that has any."""
     users: dict[str, set[str]] = defaultdict(set)
     answered: dict[str, set[str]] = defaultdict(set)
     for record in records:
@@ -107,13 +106,13 @@ def _sample(records: Sequence[Record]) -> set[str]:
 
 
 def columns(rows: Sequence[MethodRow]) -> tuple[list[str], list[str]]:
-    """The columns of a table of these rows: the metrics, and the rows' methods that are in `COMPARED`."""
+    """Return a table's columns: the metrics, and the rows' methods that are in `COMPARED`."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
     return metrics, [name for name in COMPARED if any(row.method == name for row in rows)]
 
 
 def markdown(found: Mapping[str, Sequence[MethodRow]]) -> str:
-    """Tables by title, in Markdown: with intervals, bold where a difference is significant, and a caption."""
+    """Format tables by title in Markdown, with intervals, significant differences in bold, and a caption."""
     blocks = [f"**{title}**\n\n{_table(rows)}" for title, rows in found.items()]
     return "\n\n".join([*blocks, CAPTION]) + "\n"
 
@@ -131,10 +130,10 @@ def _table(rows: Sequence[MethodRow]) -> str:
 
 
 def lamp_metrics(task: Task, predictions: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
-    """LaMP's metrics by its own definitions (Salemi et al., ACL 2024, and its evaluation code), over all queries.
+    """Compute LaMP's metrics over all queries, as defined in the paper (Salemi et al., ACL 2024) and its code.
 
     labels: accuracy and macro-F1 over the task's labels; a prediction that is not a label is always wrong.
-    score: MAE and RMSE; what is not a number counts as the end of the scale that is farther from the gold.
+    score: MAE and RMSE; a prediction that is not a number counts as the end of the scale farther from the gold.
     text: ROUGE-1 and ROUGE-L, F-measure, with stemming.
     """
     if task.kind == "labels":
@@ -166,9 +165,9 @@ def _score(prediction: str, gold: float) -> float:
 
 
 def write_lamp_files(records: Sequence[Record], task: Task, folder: Path) -> None:
-    """Predictions as LaMP's leaderboard reads them: `golds.json`, and `METHOD.json` for each method that has some.
+    """Write the first seed's predictions as LaMP's leaderboard reads them: `golds.json`, and `METHOD.json` per method.
 
-    Of the first seed; the folder is made if needed.
+    Methods without predictions are skipped; the folder is created if needed.
     """
     outputs: dict[str, dict[str, str]] = defaultdict(dict)
     for record in records:

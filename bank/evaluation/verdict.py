@@ -1,4 +1,4 @@
-"""The end of `mta bank build`: what the bank gains for people who were left out of it, and whether history helps."""
+"""The last step of `mta bank build`: measure the bank's gain on held-out people, and whether past items help."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Losses = dict[str, float]  # one person's mean loss by method, nats a token
 def judge_bank(
     inputs: BuildInputs, options: BuildOptions, manifest: BankManifest, progress: RowProgress
 ) -> BankManifest:
-    """Measure a finished bank and write the verdict into its manifest, unless it is there already."""
+    """Measure a finished bank and write the verdict into its manifest, unless it has one."""
     if not options.verdict or manifest.verdict:
         return manifest
     _, held_out = read_inputs(inputs, get_task(options.task), options)
     if not held_out:
-        progress.say("there are too few people to leave any out: what the bank gains is not measured")
+        progress.say("there are too few people to hold any out: the bank's gain is not measured")
         return manifest
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
     base = load_base(ensure_base_model(inputs.model, inputs.cache_dir), resolve_dtype(options.dtype))
@@ -45,15 +45,15 @@ def judge_bank(
     evaluator = Evaluator(bank=bank, scorer=Scorer(*base), embedder=embedder, max_tokens=options.max_tokens)
     found = []
     for place, person in enumerate(held_out):
-        progress.piece("measuring on people left out", place, len(held_out))
+        progress.piece("measuring on held-out people", place, len(held_out))
         found.append(_losses(evaluator, person))
-    progress.piece("measuring on people left out", len(held_out), len(held_out))
+    progress.piece("measuring on held-out people", len(held_out), len(held_out))
     tried = past_count_range(bank.serving.task.kind)
     return write_manifest(inputs.out, manifest.model_copy(update={"verdict": verdict(found, tried)}))
 
 
 def _losses(evaluator: Evaluator, person: History) -> Losses:
-    """The losses of a person's last answers, of which the bank knows only what came before them."""
+    """Return the losses of a person's last answers; only earlier items are their profile."""
     task = evaluator.bank.serving.task
     asked = tuple(Query(str(place), *pair) for place, pair in enumerate(person.pairs(task)[-QUERIES:]))
     user = History(person.user_id, person.items[:-QUERIES], asked)
@@ -64,9 +64,9 @@ def _losses(evaluator: Evaluator, person: History) -> Losses:
 
 
 def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
-    """What the losses of some people, all with the same methods, say of their bank.
+    """Judge a bank by people's losses, all with the same methods.
 
-    `tried` are numbers of past items; the larger has to be surely better to become the default.
+    `tried` are two numbers of past items; the larger becomes the default only if it is significantly better.
     """
 
     def less(method: str, other: str) -> LossDifference:
@@ -91,14 +91,14 @@ def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
 
 
 def difference(values: Sequence[float]) -> LossDifference:
-    """The typical difference with its exact interval, by signed ranks (Hodges and Lehmann, 1963).
+    """Return the Hodges-Lehmann estimate and its exact signed-rank interval (Hodges and Lehmann, 1963).
 
-    One person of a few who gains ten times what others do makes Student's interval wide, and the bootstrap's is too
-    narrow. Of six values it takes all, to be sure; fewer have no bounds.
+    With few people, one outlier makes Student's interval wide, and the bootstrap's interval is too narrow. Six values
+    are significant only if all have the same sign; fewer values have no bounds.
     """
     n = len(values)
     pairs = sorted((one + other) / 2 for one, other in combinations_with_replacement(values, 2))
-    sums = np.ones(1)  # in how many of the 2ⁿ choices of signs for the ranks 1 to n the positive ones sum to 0, 1, …
+    sums = np.ones(1)  # counts of the 2ⁿ sign choices of the ranks 1 to n by the sum of the positive ranks: 0, 1, …
     for rank in range(1, n + 1):
         sums = np.pad(sums, (0, rank)) + np.pad(sums, (rank, 0))
     outside = int(np.sum(np.cumsum(sums) / 2**n <= (1 - _LEVEL) / 2))

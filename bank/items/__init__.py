@@ -1,1 +1,1 @@
-"""What people have written: read, checked, turned into pairs to train on and into prompts."""
+"""Read and check people's items, and turn them into training pairs and prompts."""

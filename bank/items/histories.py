@@ -1,4 +1,4 @@
-"""People's histories from files: the LaMP per-user layout, or LaMP's own questions with their outputs."""
+"""Read people's histories from files: the LaMP per-user layout, or LaMP's own questions with their outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bank.items.tasks import Task
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One question to be answered as its person would: `gold` is their own answer."""
+    """One evaluation question; `gold` is the person's own answer."""
 
     __pydantic_config__ = ConfigDict(coerce_numbers_to_str=True)
     id: str
@@ -27,14 +27,14 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """One person's items in the order of the file, and for evaluation later queries; their id never enters a bank."""
+    """One person's items in file order, and later queries for evaluation; the user id is never stored in a bank."""
 
     user_id: str
     items: tuple[Item, ...]
     queries: tuple[Query, ...] = ()
 
     def pairs(self, task: Task) -> list[tuple[str, str]]:
-        """The (input, output) pairs to train on; items of plain text give none."""
+        """Return the (input, output) pairs to train on, which exclude plain-text items."""
         return [pair for item in self.items if (pair := item_pair(item, task)) is not None]
 
 
@@ -44,7 +44,7 @@ class RawName(BaseModel):
 
 
 class RawPerson(RawName):
-    id: str = ""  # of the question, in LaMP's own files
+    id: str = ""  # question id in LaMP's own files
     input: Any = None
     profile: list[Any]
     query: Any = None
@@ -61,11 +61,11 @@ class RawGolds(BaseModel):
 
 
 def read_histories(path: Path, task: Task, outputs: Path | None = None, *, queries: bool = False) -> list[History]:
-    """Read people's histories, with their `queries` if wanted; BankError names the person and the item at fault.
+    """Read people's histories, and their queries if `queries`; BankError names the person and the item at fault.
 
     There are two layouts. Per user: a list of `{"user_id", "profile": [item…], "query": [{"id", "input", "gold"}…]}`.
-    LaMP's own: a list of questions `{"id", "input", "profile": [item…]}`; with LaMP's `outputs` file, each question and
-    its gold answer are one more item of that person.
+    LaMP's own: a list of questions `{"id", "input", "profile": [item…]}`; with LaMP's `outputs` file, each question
+    with its gold answer becomes one more item of that person.
     """
     shape = '{"golds": [{"id", "output"}…]}'
     golds = None if outputs is None else {gold.id: gold.output for gold in _read(outputs, RawGolds, shape).golds}
@@ -74,7 +74,7 @@ def read_histories(path: Path, task: Task, outputs: Path | None = None, *, queri
     for raw in _read(path, list[RawPerson], 'a list of people, {"user_id" or "id", "profile": [item…]}'):
         who = f"{path}: person {excerpt(raw.user_id)}"
         if raw.user_id in people and raw.input is None:
-            raise BankError(f"{who} appears twice: join the two entries")
+            raise BankError(f"{who} appears twice: merge the two entries")
         entries = list(raw.profile)
         if golds is not None:
             if raw.id not in golds:
@@ -88,7 +88,7 @@ def read_histories(path: Path, task: Task, outputs: Path | None = None, *, queri
                 raise BankError(f"{who}: {error}") from error
             items[item.id] = item
         if not items:
-            raise BankError(f"{who} has an empty profile: leave them out")
+            raise BankError(f"{who} has an empty profile: remove this person")
         if queries:
             shape = 'a list of {"id", "input", "gold"}'
             asked[raw.user_id] = _checked(f"{who}: its `query`", raw.query or (), tuple[Query, ...], shape)
@@ -103,7 +103,7 @@ def read_histories(path: Path, task: Task, outputs: Path | None = None, *, queri
 
 
 def read_excluded(path: Path) -> frozenset[str]:
-    """The ids of people to leave out, from a file in a layout of `read_histories` or a list of ids."""
+    """Read people's ids from a file that is a list of ids or has a layout of `read_histories`."""
     found = _read(path, list[RawName | StrictStr | StrictInt], "a list of ids, or of people with a user_id or an id")
     return frozenset(one.user_id if isinstance(one, RawName) else str(one) for one in found)
 

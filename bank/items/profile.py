@@ -1,4 +1,4 @@
-"""A user's items: what is accepted, what is embedded, what is trained on, and the embedding of them all."""
+"""A user's items: validation, text to embed, pairs to train on, and the profile's embedding."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One item of a user's history: the fields that mean something to the task. Without an id, it has its hash."""
+    """One item of a user's history, with the fields that the task uses; the default id is a hash of the fields."""
 
     id: str
     fields: Mapping[str, str]
 
 
 def parse_item(raw: object, task: Task, position: int) -> Item:
-    """Read one item: the task's own fields as in LaMP's files, an `{"input", "output"}` pair, or plain `{"text"}`.
+    """Parse one item: the task's own fields as in LaMP's files, an `{"input", "output"}` pair, or plain `{"text"}`.
 
-    Fields that mean nothing to the task are ignored. ProfileError names the field at fault.
+    Fields that the task does not use are ignored. ProfileError names the field at fault.
     """
     where = f"items.{position}"
     if not isinstance(raw, Mapping):
@@ -54,7 +54,7 @@ def parse_item(raw: object, task: Task, position: int) -> Item:
 
 
 def item_text(item: Item, task: Task) -> str:
-    """The text that represents the item in the profile's embedding; all it has if it was made for another task."""
+    """Return the text to embed for the item; all its fields if it was made for another task."""
     if is_pair(item.fields):
         turn, output = (item.fields[name] for name in PAIR)
         return f"{turn.removeprefix(task.instruction)}\n{output}"
@@ -64,7 +64,7 @@ def item_text(item: Item, task: Task) -> str:
 
 
 def item_pair(item: Item, task: Task) -> tuple[str, str] | None:
-    """The (input, output) pair to train on, or None for an item of plain text."""
+    """Return the (input, output) pair to train on, or None for a plain-text item."""
     if is_pair(item.fields):
         return item.fields["input"], item.fields["output"]
     if all(name in item.fields for name in task.pair_fields):
@@ -73,12 +73,12 @@ def item_pair(item: Item, task: Task) -> tuple[str, str] | None:
 
 
 def is_pair(fields: Mapping[str, str]) -> bool:
-    """Whether the fields are a ready (input, output) pair, whatever the task."""
+    """Whether the fields are an (input, output) pair, which is valid in any task."""
     return all(name in fields for name in PAIR)
 
 
 def profile_embedding(vectors: Vectors) -> Vectors:
-    """The profile's embedding [E] float32: the mean of its items' [n, E], at unit length; zeros if they cancel out."""
+    """Return the profile's embedding [E] float32: the unit-length mean of its items' [n, E]; zeros if the mean is 0."""
     if len(vectors) == 0:
         raise ProfileError("a profile needs at least one item")
     mean = np.asarray(vectors, dtype=np.float64).mean(axis=0)
@@ -87,7 +87,7 @@ def profile_embedding(vectors: Vectors) -> Vectors:
 
 
 def _text(value: object, param: str) -> str:
-    """A field as text; numbers (a rating) are spelled out, an absent field is empty."""
+    """Return a field as text; numbers, such as ratings, are converted, and an absent field is empty."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -98,12 +98,12 @@ def _text(value: object, param: str) -> str:
         return repr(value).removesuffix(".0")
     text = str(value)
     if "\0" in text or has_surrogate(text):
-        raise ProfileError(f"{param} holds a NUL or a lone surrogate, which are not valid text: {excerpt(text)}", param)
+        raise ProfileError(f"{param} has a NUL or a lone surrogate, which are not valid text: {excerpt(text)}", param)
     return text
 
 
 def has_surrogate(text: str) -> bool:
-    """Whether a text holds a lone surrogate: half a character, which UTF-8 cannot encode."""
+    """Whether a text contains a lone surrogate, half of a UTF-16 pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:

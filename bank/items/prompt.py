@@ -1,4 +1,4 @@
-"""The one place where a conversation becomes what the model reads: the same tokens in training as in vLLM's serving."""
+"""The only module that turns a conversation into token ids, so that training uses the same tokens as vLLM's serving."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from adapters.training.example import Example
 
 
 class ChatTokenizer(Protocol):
-    """What this module needs from a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that this module uses."""
 
     @property
     def eos_token(self) -> str | None: ...
@@ -27,11 +27,11 @@ def chat_messages(turn: str) -> list[dict[str, str]]:
 
 
 def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: int) -> Example:
-    """Tokenise one (turn, output) pair as the model sees it when serving.
+    """Tokenise one (turn, output) pair as the model sees it in serving.
 
-    Prompt and output are tokenised separately, because serving tokenises the prompt alone. A pair of more than
-    `max_tokens` loses the end of the user's turn, never the chat template around it; the output is cut only if it alone
-    is too long.
+    Prompt and output are tokenised separately, because serving tokenises the prompt alone. If the pair exceeds
+    `max_tokens`, the end of the user's turn is cut, never the chat template around it; the output is cut only if it
+    alone is too long.
     """
     whole = encode_conversation(tokenizer, chat_messages(turn), output)
     before, after = list(whole.ids[: whole.loss_from]), list(whole.ids[whole.loss_from :])
@@ -40,14 +40,14 @@ def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: in
         turn_ids = tokenizer.encode(turn, add_special_tokens=False)
         kept = max(0, len(turn_ids) - overflow)
         before = prompt_ids(tokenizer, chat_messages(tokenizer.decode(turn_ids[:kept])))
-        while kept and len(before) + len(after) > max_tokens:  # cut within a character, it has more ids than before
+        while kept and len(before) + len(after) > max_tokens:  # a cut inside a character can add ids
             kept -= 1
             before = prompt_ids(tokenizer, chat_messages(tokenizer.decode(turn_ids[:kept])))
     return Example(tuple((before + after)[:max_tokens]), min(len(before), max_tokens))
 
 
 def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]], output: str) -> Example:
-    """Tokenise a conversation that ends with the user's turn, and what should have been answered; nothing is cut."""
+    """Tokenise a conversation that ends with the user's turn, and the expected answer, without cutting anything."""
     prompt = _prompt(tokenizer, messages)
     before = tokenizer.encode(prompt, add_special_tokens=False)
     after = tokenizer.encode(_completion(tokenizer, messages, output, prompt), add_special_tokens=False)
@@ -55,7 +55,7 @@ def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]]
 
 
 def prompt_ids(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation as the model sees it when asked to answer."""
+    """Return the token ids of a conversation, with the generation prompt."""
     return tokenizer.encode(_prompt(tokenizer, messages), add_special_tokens=False)
 
 
@@ -64,10 +64,10 @@ def _prompt(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> str:
 
 
 def _completion(tokenizer: ChatTokenizer, messages: list[dict[str, str]], output: str, prompt: str) -> str:
-    """The output and the end-of-turn marker of the template, without white space after it: generation has stopped."""
+    """Return the output and the template's end-of-turn marker, without white space after it, which is not generated."""
     answered = [*messages, {"role": "assistant", "content": output}]
     whole = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
-    body = output.strip()  # some templates strip what they are given
+    body = output.strip()  # some templates strip the content
     start = whole.find(body, len(prompt)) if whole.startswith(prompt) else -1
     end_of_turn = whole[start + len(body) :].strip() if start >= 0 else ""
     return output + (end_of_turn or tokenizer.eos_token or "")

@@ -1,6 +1,6 @@
-"""Past items in the prompt: the most relevant ones by BM25, rendered by the task's template before the user's turn.
+"""Past items in the prompt: retrieve the most relevant by BM25 and render them before the user's turn.
 
-Serving, training and evaluation all use it. The templates are LaMP's own (Salemi et al., ACL 2024, table of prompts).
+Serving, training and evaluation use this module. The templates are LaMP's (Salemi et al., ACL 2024, table of prompts).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from bank.items.profile import Item, is_pair, item_text
 from bank.items.tasks import Task, get_task
 
 JOIN = ", and "
-_POSTING_BYTES = 8  # a word in a text: its score and the text's number
-_WORD_BYTES = 128  # a word of the vocabulary, beyond its letters: its number, and its place in a dictionary and a set
+_POSTING_BYTES = 8  # memory per word in a text: a score and the text's index
+_WORD_BYTES = 128  # memory per vocabulary word beyond its string: its id, a dictionary entry and a set entry
 
 
 class ItemIndex:
-    """A history, the oldest item first, ready to be searched; items that have too little to quote are left out."""
+    """A search index of a history, oldest item first; items without the fields that prompts quote are excluded."""
 
     def __init__(self, task: Task, items: Sequence[Item]) -> None:
         import bm25s
@@ -29,25 +29,25 @@ class ItemIndex:
         self._places = [place for place, _, _ in known]
         self._memories = [memory for _, _, memory in known]
         self._retriever = None
-        self.size_bytes = sum(map(sys.getsizeof, self._memories))  # about how much memory it takes
+        self.size_bytes = sum(map(sys.getsizeof, self._memories))  # approximate memory of the index
         words = bm25s.tokenize([text for _, text, _ in known], show_progress=False)
-        if words.vocab:  # texts of stop words alone have none
+        if words.vocab:  # empty if the texts hold only stop words
             self._retriever = bm25s.BM25()
             self._retriever.index(words, show_progress=False)
             self.size_bytes += sum(sys.getsizeof(word) + _WORD_BYTES for word in words.vocab)
             self.size_bytes += _POSTING_BYTES * sum(map(len, words.ids))
 
     def memories(self, turn: str, count: int, before: int | None = None) -> list[str]:
-        """At most `count` items as prompts quote them, by BM25 against the turn: best first, newest among equals.
+        """Return at most `count` items as prompts quote them, by BM25 score for the turn; newest first among equals.
 
-        Only the history's first `before` items are searched; all of them when None.
+        Only the history's first `before` items are searched; all if None.
         """
         import bm25s
 
         query = turn.removeprefix(self._task.instruction)
         (words,) = bm25s.tokenize([query], show_progress=False, return_ids=False)
         scores: Sequence[float] = [0.0] * len(self._memories)
-        if self._retriever is not None and words:  # a turn of stop words alone has none
+        if self._retriever is not None and words:  # empty if the turn holds only stop words
             scores = self._retriever.get_scores(words)
         searched = len(self._memories) if before is None else bisect_left(self._places, before)
         best = sorted(range(searched), key=lambda place: (-scores[place], -place))[:count]
@@ -55,14 +55,14 @@ class ItemIndex:
 
 
 def turn_with_memories(task: Task, turn: str, memories: Sequence[str]) -> str:
-    """A user turn with past items before it; the turn alone when there are none."""
+    """Put past items before a user turn; return the turn unchanged if there are none."""
     if not memories:
         return turn
     return task.remembering.format_map({"memories": JOIN.join(memories), "input": turn})
 
 
 def _memory(task: Task, item: Item) -> str | None:
-    """A past item as a prompt quotes it; None for one that has too little to quote."""
+    """Return a past item as a prompt quotes it; None if it lacks the fields to quote."""
     if all(name in item.fields for name in task.memory_fields):
         return task.memory.format_map(item.fields)
     return get_task("chat").memory.format_map(item.fields) if is_pair(item.fields) else None

@@ -1,6 +1,6 @@
 """Tasks: the templates that turn a history's items into text to embed and pairs to train on.
 
-The templates are data (`tasks.toml`). They are never applied to a request: a prompt is already a complete user turn.
+The templates are data (`tasks.toml`). They are never applied to a request, whose prompt is already a complete turn.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from bank.errors import BankError
 AnswerKind = Literal["labels", "score", "text"]
 
 PAST_COUNTS: Mapping[AnswerKind, tuple[int, ...]] = {"text": (1, 1, 1, 2, 3), "labels": (1, 3, 9), "score": (1, 3, 9)}
-"""How many past items prompts get, each equally often: mostly one text, and more where each says little."""
+"""Numbers of past items in training prompts, equally frequent: mostly one text, but more labels or scores."""
 
 
 def past_count_range(kind: AnswerKind) -> tuple[int, int]:
-    """The fewest and the most past items that rows are trained with: what is measured of them."""
+    """Return the smallest and the largest number of past items in training prompts, which evaluations measure."""
     return min(PAST_COUNTS[kind]), max(PAST_COUNTS[kind])
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one task's items look like; the fields are described in `tasks.toml`."""
+    """The templates of one task; `tasks.toml` describes the fields."""
 
     name: str
     lamp: str | None
@@ -51,17 +51,17 @@ class Task:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Every field of an item that means something to this task."""
+        """All fields of an item that this task uses."""
         return tuple(dict.fromkeys((*self.text, *self.pair_fields)))
 
     @property
     def instruction(self) -> str:
-        """The words of the turn before its first field: the same for everybody, so never embedded."""
+        """The turn's text before its first field; it is the same for everybody, so it is never embedded."""
         return self.input.partition("{")[0]
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The possible answers, which the instruction lists in brackets; empty unless `kind` is labels."""
+        """The allowed answers, which the instruction lists in brackets; empty unless `kind` is labels."""
         found = re.search(r"\[([^\]]+)\]", self.instruction) if self.kind == "labels" else None
         return tuple(label.strip() for label in found[1].split(",")) if found else ()
 

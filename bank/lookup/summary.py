@@ -23,35 +23,36 @@ def summarise(folder: Path) -> dict[str, Any]:
         "room": manifest.room,
         "row_bytes": 2 * manifest.layout.row_numbers,
         "bytes": {name: (folder / name).stat().st_size for name in (*manifest.files, MANIFEST_FILE)},
-        "in_words": verdict_text(manifest.verdict) if manifest.verdict else "What it gains was not measured.",
+        "in_words": verdict_text(manifest.verdict) if manifest.verdict else "The bank's gain was not measured.",
     }
 
 
 def verdict_text(verdict: Verdict) -> str:
     """Describe a verdict: a judgement, then its figures."""
     sentences = [
-        f"{_judgement(verdict)} Measured on {verdict.people} people left out of the bank, for a typical one of them, "
-        f"nats a token, below 0 is better: the bank's adapters {_figure(verdict.merged)} against what all users share",
-        f"{_items(verdict)} in the prompt {_figure(verdict.both)} on top of that, "
-        f"{_figure(verdict.recalled)} without the adapters",
-        f"the adapters {_figure(verdict.beyond)} beside {_items(verdict)}",
+        f"{_judgement(verdict)} Measured on {verdict.people} people left out of the bank, difference in loss for a "
+        f"typical person in nats per token (negative is better): adapters against the common row "
+        f"{_figure(verdict.merged)}",
+        f"{_items(verdict)} in the prompt, with the adapters {_figure(verdict.both)}, without "
+        f"{_figure(verdict.recalled)}",
+        f"adapters against the common row, both with {_items(verdict)} {_figure(verdict.beyond)}",
     ]
     if verdict.prior:
-        sentences.append(f"the adapters {_figure(verdict.prior)} against the histogram of a person's own answers")
+        sentences.append(f"adapters against the histogram of a person's own answers {_figure(verdict.prior)}")
     history = f"Prompts get {_items(verdict)} by default." if verdict.history else ""
     return f"{'; '.join(sentences)}. {history}".rstrip()
 
 
 def _judgement(verdict: Verdict) -> str:
     if verdict.prior and verdict.prior.is_higher:
-        return "Not worth serving: the histogram of a person's own answers, without any model, predicts them better."
+        return "Not worth serving: the histogram of a person's own answers predicts better, without any model."
     if verdict.history and not verdict.beyond.is_lower:
-        return f"Worth serving with {_items(verdict)} in the prompt; beside that the anchors add nothing sure."
+        return f"Worth serving with {_items(verdict)} in the prompt; the anchors add no significant gain to that."
     if verdict.merged.is_lower or verdict.beyond.is_lower:
         return "Worth serving."
     if verdict.merged.is_higher:
-        return "Not worth serving: what all users share does better alone."
-    return "Not shown to be worth serving: its gain is within chance."
+        return "Not worth serving: the common row alone is better."
+    return "Not shown to be worth serving: its gain is not significant."
 
 
 def _items(verdict: Verdict) -> str:

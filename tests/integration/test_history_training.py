@@ -132,7 +132,7 @@ def test_a_bank_is_measured_once_on_people_who_have_no_part_in_it(bench: Bench) 
         name + history for name in ("common", "merged") for history in ("", "+history@h1", "+history@h3")
     }
     assert judged.verdict.merged.low <= judged.verdict.merged.mean <= judged.verdict.merged.high
-    assert progress.pieces[-1] == ("measuring on people left out", 6, 6)
+    assert progress.pieces[-1] == ("measuring on held-out people", 6, 6)
     assert judge_bank(where, OPTIONS, judged, progress) is judged
     assert bench.build("judged", inputs={"users": users}) == judged
     assert "6 people left out" in summarise(where.out)["in_words"]

@@ -30,7 +30,7 @@ def test_quick_builds_a_bank_and_evaluates_every_method(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr[-4000:]
     out = tmp_path / "quick"
     table = (out / TABLE_FILE).read_text("utf-8")
-    losses, _, voices = table.partition("**Whose voice?**")
+    losses, _, authors = table.partition("**Authorship**")
     everyone, _, sample = losses.partition("**2 of them**")
     assert everyone.startswith("**3 people**")
     assert _methods(everyone) == METHODS - {"stacked", "own"}
@@ -38,7 +38,7 @@ def test_quick_builds_a_bank_and_evaluates_every_method(tmp_path: Path) -> None:
     summary = json.loads((out / SUMMARY_FILE).read_text("utf-8"))
     assert (summary["people"], summary["seeds"]) == (3, 1)
     assert {row["method"] for row in summary["authorship"]} == WRITTEN | {"gold"}
-    assert _methods(voices) >= WRITTEN
+    assert _methods(authors) >= WRITTEN
     points = {row["method"] for row in summary["methods"]} - METHODS
     assert {"merged@k1", "merged@k3", "merged@n1", "merged@n5"} <= points
     assert all((out / name).read_bytes().startswith(PNG) for name in (GAINS_FILE, CURVES_FILE, PRICES_FILE))

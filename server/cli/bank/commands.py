@@ -19,13 +19,13 @@ from bank.errors import BankError
 from server.cli.shared import Embedder, Model, prepare_to_train
 from server.settings import load_settings
 
-app = typer.Typer(help="Build and inspect a bank, export and import its adapters.", no_args_is_help=True)
+app = typer.Typer(help="Build and inspect banks, export and import their adapters.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option(help="Output folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder.")]
 BankArgument = Annotated[Path | None, typer.Argument(help="Folder of the bank.", show_default="MTA_BANK")]
-UserRank = Annotated[int, typer.Option(help="Rank kept free for users' own stacked LoRAs.")]
-Top = Annotated[int, typer.Option(help="Most anchors in a recipe by topics.")]
+UserRank = Annotated[int, typer.Option(help="Rank reserved for users' own stacked LoRAs.")]
+Top = Annotated[int, typer.Option(help="Maximum number of anchors in a recipe by topics.")]
 _BUILD, _IMPORT = BuildOptions("chat"), ImportOptions()  # for their defaults
 T = TypeVar("T", BuildOptions, ImportOptions)
 
@@ -35,14 +35,14 @@ def build(
     *,
     users: Annotated[Path, typer.Option(help="People's histories: LaMP's per-user layout, or LaMP's own questions.")],
     out: Out,
-    outputs: Annotated[Path | None, typer.Option(help="With LaMP's questions: its outputs file.")] = None,
+    outputs: Annotated[Path | None, typer.Option(help="With LaMP's questions: the outputs file.")] = None,
     exclude: Annotated[
-        Path | None, typer.Option(help="People to leave out: a file in the same layout, or of ids.")
+        Path | None, typer.Option(help="People to exclude: a file in the same layout, or a list of ids.")
     ] = None,
-    task: Annotated[str, typer.Option(help="What the items are: news_headline, movie_rating, chat …")],
+    task: Annotated[str, typer.Option(help="Type of the items: news_headline, movie_rating, chat …")],
     anchors: Annotated[int, typer.Option(help="Exact number of anchors.")] = _BUILD.anchors,
     anchors_by: Annotated[
-        str, typer.Option(help="Who they are: topics (the longest history of each topic) or longest.")
+        str, typer.Option(help="Choice of anchors: topics (the longest history of each topic) or longest.")
     ] = _BUILD.anchors_by,
     rank: Annotated[int, typer.Option(help="Rank of every meta-LoRA.")] = _BUILD.rank,
     user_rank: UserRank = _BUILD.user_rank,
@@ -62,24 +62,22 @@ def build(
     ] = _BUILD.history_share,
     max_tokens: Annotated[int, typer.Option(help="Longest training example.")] = _BUILD.max_tokens,
     verdict: Annotated[
-        bool, typer.Option(help="Leave a few people out, and measure on them what the bank gains.")
+        bool, typer.Option(help="Hold out a few people, and measure the bank's gain on them.")
     ] = _BUILD.verdict,
     describe: Annotated[
         bool,
-        typer.Option(help="Keep a few typical words of each anchor, for people to look at: they are the anchor's own."),
+        typer.Option(help="Store a few typical words of each anchor, from the anchor's own texts, for display."),
     ] = _BUILD.describe,
-    seed: Annotated[int, typer.Option(help="Same inputs and seed, same bank.")] = _BUILD.seed,
-    dtype: Annotated[str, typer.Option(help="Of the frozen base model: auto, bfloat16 or float32.")] = _BUILD.dtype,
-    baselines: Annotated[
-        bool, typer.Option("--baselines", help="Also train the task's own row, for `mta eval`.")
-    ] = False,
+    seed: Annotated[int, typer.Option(help="Random seed; the same inputs and seed give the same bank.")] = _BUILD.seed,
+    dtype: Annotated[str, typer.Option(help="Base model's type: auto, bfloat16 or float32.")] = _BUILD.dtype,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Also train the task row, for `mta eval`.")] = False,
     model: Model = None,
     embedder: Embedder = None,
     force: Force = False,
 ) -> None:
     """Build a bank from people's histories.
 
-    If it is interrupted, run it again with the same options: it continues where it stopped and makes the same bank.
+    If the build is interrupted, run it again with the same options: it continues and gives the same bank.
     """
     options, settings = _options(BuildOptions, locals()), load_settings(model=model, embedder=embedder)
     prepare_to_train()
@@ -116,7 +114,7 @@ def info(
     bank: BankArgument = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Show what a bank holds: anchors, sizes, fingerprint, index, ranks, room for user adapters, rule of weights."""
+    """Show a bank's anchors, sizes, fingerprint, index, ranks, room for user adapters, and weight rule."""
     from bank.lookup.summary import summarise
 
     summary = summarise(load_settings(bank=bank).bank_folder())
@@ -132,7 +130,7 @@ def export(
     out: Out,
     bank: BankArgument = None,
     with_common: Annotated[
-        bool, typer.Option("--with-common", help="Add the common row, as a recipe of this anchor alone does.")
+        bool, typer.Option("--with-common", help="Add the common row, as a recipe with only this anchor does.")
     ] = False,
 ) -> None:
     """Write an anchor's adapter as a PEFT folder."""
@@ -150,7 +148,7 @@ def import_(
         Path, typer.Option(help="Profiles in LaMP's per-user layout; each user_id is the name of an adapter folder.")
     ],
     out: Out,
-    task: Annotated[str, typer.Option(help="What the profiles' items are.")] = _IMPORT.task,
+    task: Annotated[str, typer.Option(help="Type of the profiles' items.")] = _IMPORT.task,
     user_rank: UserRank = _IMPORT.user_rank,
     k: Top = _IMPORT.k,
     model: Model = None,
@@ -180,7 +178,7 @@ def import_(
 
 
 def _options(kind: type[T], parameters: Mapping[str, Any]) -> T:
-    """Those of a command's parameters that are options of this kind."""
+    """Create options of this kind from a command's parameters."""
     return kind(**{field.name: parameters[field.name] for field in fields(kind)})
 
 

@@ -1,4 +1,4 @@
-"""Progress of a bank's build: a live bar on a terminal, a line every few seconds anywhere else."""
+"""Progress of a bank's build: a live bar on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from adapters.training.trainer import StepReport
 
 LINE_EVERY_S = 5.0
-RECENT_S = 300.0  # the estimate follows the machine as it is now, not as it was when the build began
+RECENT_S = 300.0  # seconds of recent progress that the estimate of the remaining time is based on
 
 
 class ConsoleProgress:
-    """Prints steps, loss, and an estimate of what is left, to stderr; each work has a bar of its own."""
+    """Prints steps, loss and the estimated remaining time to stderr; each phase of work has its own bar."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True, highlight=False)
@@ -45,13 +45,13 @@ class ConsoleProgress:
         self._console.print(text, soft_wrap=True)
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
-        """Note what is to be trained, as tokens per row; the estimate starts here."""
+        """Start training, given the tokens per row; the time estimate starts here."""
         self._rows, self._pieces = list(work_tokens), None
         if self._rows:
             self._start(0, sum(work_tokens.values()))
 
     def step(self, row: str, steps: int, report: StepReport) -> None:
-        """Show one step; without a terminal, only a row's last one and one every few seconds."""
+        """Show one step; without a terminal, only each row's last step and one every few seconds."""
         work = self._advance(self._bars.tasks[-1].completed + report.tokens)
         text = (
             f"training {row} ({self._rows.index(row) + 1} of {len(self._rows)})  step {report.step}/{steps}  "
@@ -60,7 +60,7 @@ class ConsoleProgress:
         self._show(text, last=report.step == steps)
 
     def piece(self, what: str, done: int, of: int) -> None:
-        """Show how many pieces of other work are done; the first call announces it, and where it begins."""
+        """Show the number of finished pieces of other work; the first call for a phase sets its starting point."""
         begins = what != self._pieces
         if begins:
             self._pieces = what
@@ -88,6 +88,6 @@ class ConsoleProgress:
 
 
 def _left(work: Task) -> str:
-    """What the pace of the last minutes leaves; nothing until there is one."""
+    """Format the estimated remaining time; empty until there is an estimate."""
     left_s = work.time_remaining
     return "" if left_s is None else f"  about {int(left_s // 60)}:{int(left_s % 60):02d} min left"

@@ -1,4 +1,4 @@
-"""`mta eval`: does a bank personalise? Every method over every user, in one table."""
+"""`mta eval`: measure how well a bank personalises, with every method for every user, in one table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.cli.shared import prepare_to_train
 
 Methods = Annotated[str | None, typer.Option(help="Comma-separated; see docs/quality.md.", show_default="all")]
 SampleSize = Annotated[
-    int, typer.Option(help="How many people get what is costly: few-shot adapters, curves, texts.", min=2)
+    int, typer.Option(help="Number of people for the costly parts: few-shot adapters, curves, texts.", min=2)
 ]
 Predict = Annotated[bool, typer.Option("--predict/--no-predict", help="Generate answers, for LaMP's metrics.")]
 Curves = Annotated[
@@ -21,7 +21,7 @@ Curves = Annotated[
 Write = Annotated[
     str | None,
     typer.Option(
-        help="Comma-separated: these methods also write texts at length, to see whose voice they have.",
+        help="Comma-separated methods that also generate longer texts, for the authorship test.",
         show_default="none",
     ),
 ]
@@ -41,15 +41,15 @@ def evaluate(
         Path, typer.Option(help="Folder for records, table and pictures; an interrupted run continues there.")
     ],
     methods: Methods = None,
-    seeds: Annotated[int, typer.Option(help="Number of seeds for what is random or trained.", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="Number of seeds for random or trained methods.", min=1)] = 1,
     people: Annotated[int | None, typer.Option(help="Only the first N people.", min=2, show_default="all")] = None,
     sample: SampleSize = 10,
     predict: Predict = True,
     curves: Curves = True,
     write: Write = None,
-    texts: Annotated[int, typer.Option(help="With --write: how many texts for each query.", min=1)] = 3,
+    texts: Annotated[int, typer.Option(help="With --write: number of texts per query.", min=1)] = 3,
     last: Last = 0,
-    profile: Annotated[int, typer.Option(help="With --last: how many earlier items form the profile.", min=1)] = 10,
+    profile: Annotated[int, typer.Option(help="With --last: number of earlier items in the profile.", min=1)] = 10,
     only: Annotated[Path | None, typer.Option(help="Only these people: a file of ids.", show_default="all")] = None,
     model: Annotated[str | None, typer.Option(help="Base model.", show_default="MTA_MODEL")] = None,
     embedder: Annotated[Path | None, typer.Option(help="Folder of the embedder.", show_default="MTA_EMBEDDER")] = None,
@@ -72,14 +72,14 @@ def evaluate(
     from bank.manifest import read_manifest
     from bank.models.folders import ensure_base_model, ensure_embedder
     from server.cli.eval.engine import open_engine_reader
-    from server.cli.eval.tables import print_tables, print_voices
+    from server.cli.eval.tables import print_authorship, print_tables
     from server.settings import load_settings
 
     kind = get_task(read_manifest(bank).task).kind
     chosen = parse_methods(methods) if methods else default_methods(kind)
     writing = parse_methods(write) if write else []
     if writing and kind != "text":
-        raise typer.BadParameter(f"this bank's answers are {kind}, in which nobody has a voice", param_hint="--write")
+        raise typer.BadParameter(f"this bank's answers are {kind}, not free text", param_hint="--write")
     chosen = list(dict.fromkeys([*chosen, *writing]))
     options = EvalOptions(tuple(chosen), seeds, predict, sample, tuple(writing), texts)
     settings = load_settings(model=model, embedder=embedder, redis_url=redis_url)
@@ -105,7 +105,7 @@ def evaluate(
         def show(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
-        tables, voices = run(inputs, options, AdaptConfig(), show, engine)
+        tables, authorship = run(inputs, options, AdaptConfig(), show, engine)
     print_tables(tables, console)
-    print_voices(voices, console)
+    print_authorship(authorship, console)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

@@ -1,7 +1,7 @@
-"""Evaluating through a running engine: the same losses and answers, from what serves users.
+"""Evaluate through a running engine: the same losses and answers, computed by the serving code.
 
-The loss of a gold answer is read from vLLM's `prompt_logprobs` under the adapter's recipe name. A trained user adapter
-is lent to the engine's store under a made-up user's key.
+The loss of a gold answer comes from vLLM's `prompt_logprobs` with the adapter's recipe name as the model. A trained
+user adapter is stored temporarily in the engine's store under a random user key.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SILENCE_S = 300.0
 
 @contextmanager
 def open_engine_reader(url: str, settings: Settings) -> Iterator[EngineReader]:
-    """The engine at this URL, its own and not a gateway's; its key and its store are those of the settings."""
+    """Open a reader for the engine at this URL, which must not be a gateway's; key and store come from the settings."""
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
     opened = AsyncExitStack()
 
@@ -55,9 +55,9 @@ def open_engine_reader(url: str, settings: Settings) -> Iterator[EngineReader]:
 
 
 class EngineReader:
-    """A running engine that reads the queries, as `bank.evaluation.scoring.ModelReader`.
+    """A `bank.evaluation.scoring.ModelReader` that uses a running engine.
 
-    All raise MtaError when the engine cannot be reached, or does not serve the adapter.
+    All methods raise MtaError if the engine cannot be reached or does not serve the adapter.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class EngineReader:
         self._session = session
         self._adapters = adapters
         self._keys = UserKeys(secrets.token_hex(32), "evaluation")
-        self._lent: dict[str, str] = {}  # SHA-256 of the bytes → the name that serves them
+        self._lent: dict[str, str] = {}  # SHA-256 of an adapter's bytes → its model name
 
     def read(
         self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
     ) -> list[Reading]:
-        """Losses and answers; an engine does not say how likely each score is."""
+        """Read losses and answers; an engine does not report the probabilities of scores."""
         whole = [list(example.ids) for example in examples]
         read = self._complete_all(adapter, whole, max_tokens=1, temperature=0, prompt_logprobs=0)
         losses = [_loss(answer, example) for answer, example in zip(read, examples, strict=True)]
@@ -96,14 +96,14 @@ class EngineReader:
 
     def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
         start_s = time.perf_counter()
-        salt = secrets.token_hex(8)  # the engine remembers nothing of the prompt
+        salt = secrets.token_hex(8)  # prevents hits in the prefix cache
         self._complete_all(adapter, _prompts([example]), max_tokens=1, temperature=0, cache_salt=salt)
         return (time.perf_counter() - start_s) * 1e3
 
     def _complete_all(
         self, adapter: EvalAdapter | None, prompts: Sequence[list[int]], **fields: Any
     ) -> list[dict[str, Any]]:
-        """One completion for each prompt, all concurrently."""
+        """Request one completion per prompt, concurrently."""
 
         async def complete() -> list[dict[str, Any]]:
             body = {"model": await self._name(adapter)} | fields
@@ -112,7 +112,7 @@ class EngineReader:
         return self._runner.run(complete())
 
     async def _name(self, adapter: EvalAdapter | None) -> str:
-        """The name under which the engine serves an adapter; a trained one is lent to its store once."""
+        """Return an adapter's model name in the engine; store a trained adapter once, temporarily."""
         if adapter is None:
             return BASE_MODEL
         user = adapter.user_adapter
@@ -144,7 +144,7 @@ def _prompts(examples: Sequence[Example]) -> list[list[int]]:
 
 
 def _loss(answer: dict[str, Any], example: Example) -> float:
-    """Mean loss of the example's output tokens; the first entry of `prompt_logprobs` belongs to no token."""
+    """Return the mean loss of the example's output tokens; the first entry of `prompt_logprobs` is None."""
     entries = answer["choices"][0]["prompt_logprobs"]
     tokens = range(example.loss_from, len(example.ids))
     return -fmean(entries[place][str(example.ids[place])]["logprob"] for place in tokens)

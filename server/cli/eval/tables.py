@@ -1,4 +1,4 @@
-"""`mta eval`'s tables on a terminal: without the intervals, which do not fit on a line."""
+"""`mta eval`'s tables for the terminal, without intervals, which do not fit on a line."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from bank.evaluation.intervals import LEVEL, Interval
 from bank.evaluation.session import TABLE_FILE
 from bank.evaluation.summary import MethodRow, columns
 
-_ASIDE = ("prior", "random", "common", "mean")
-"""Columns that a narrow terminal leaves out, the first one first; each of them has a row."""
+_OPTIONAL = ("prior", "random", "common", "mean")
+"""Columns that are dropped on narrow terminals, in this order; the methods still have rows."""
 
 
 def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> None:
-    """Print rows of methods, each table under its title with what the methods cost, and how to read them."""
+    """Print each table of methods under its title, with a table of their costs, and a legend."""
     for title, rows in found.items():
         prices = [(row.method, f"{row.prompt_tokens:.0f}", row.first_ms, f"{row.kept_bytes:,.0f}") for row in rows]
-        heads = ("tokens of the prompt", "ms to the first token", "bytes kept")
+        heads = ("prompt tokens", "ms to first token", "bytes stored")
         console.print(_losses(title, rows, console.width), "", _table(None, heads, prices), "", sep="\n")
     console.print(
-        "loss in nats per token, lower is better; then the task's metrics; then the loss less that of another method, "
-        f"with a star where the difference is sure: p below {LEVEL} in a paired sign-flip test over people, after "
+        "Columns: loss in nats per token, lower is better; the task's metrics; the loss minus another method's, with a "
+        f"star if the difference is significant: p below {LEVEL} in a paired sign-flip test over people, after "
         f"Holm's correction for all methods in the column. The 95 % intervals are in {TABLE_FILE}."
     )
 
 
-def print_voices(rows: Sequence[AuthorshipRow], console: Console) -> None:
-    """Print whose voice the methods' texts have; nothing where none were written."""
+def print_authorship(rows: Sequence[AuthorshipRow], console: Console) -> None:
+    """Print the authorship of the methods' texts; nothing if no texts were written."""
     if rows:
         lines = [(row.method, f"{row.named.mean:.1%}", f"{row.rank.mean:.2f}") for row in rows]
-        title = f"whose voice? {rows[0].named.n} people"
+        title = f"authorship, {rows[0].named.n} people"
         console.print(_table(title, ("right person first", "mean rank"), lines))
 
 
@@ -41,8 +41,8 @@ def _losses(title: str, rows: Sequence[MethodRow], width: int) -> Table:
     metrics, compared = columns(rows)
     names = max(len(row.method) for row in rows) + 1
     room = (width - names - len(" 0.000") * (1 + len(metrics))) // len(" -0.000*")
-    for aside in _ASIDE:
-        compared = [name for name in compared if name != aside or len(compared) <= room]
+    for optional in _OPTIONAL:
+        compared = [name for name in compared if name != optional or len(compared) <= room]
     lines = [
         (
             row.method,

@@ -65,7 +65,7 @@ def test_methods_are_compared_over_the_same_people_and_the_table_says_what_chanc
     assert (own.keys(), own["base"].mean, base["own"].mean) == ({"base"}, 0.75, -0.75)
     assert not own["base"].significant  # four people are too few
     table = markdown(list(found.values()))
-    assert "4 people; chance names 25.0%" in table
+    assert "4 people; chance level 25.0%" in table
     assert "| own | 100.0% (100.0% to 100.0%) | 1.00 (1.00 to 1.00) |" in table
     assert "| +75.0% (" in table
 
@@ -84,5 +84,5 @@ def test_many_people_make_a_difference_sure() -> None:
 
 def test_profiles_without_anything_in_common_are_refused() -> None:
     silent = [replace(person, items=()) for person in PEOPLE]
-    with pytest.raises(BankError, match="too little text to tell their 4 people apart"):
+    with pytest.raises(BankError, match="too little text to distinguish their 4 people"):
         authorship(silent, [], CHAT)

@@ -67,7 +67,7 @@ def test_a_file_that_is_no_index_and_no_anchors_are_refused(tmp_path: Path) -> N
     (tmp_path / "anchors.faiss").write_bytes(b"not an index")
     with pytest.raises(BankError, match="not a FAISS index"):
         AnchorIndex.load(tmp_path / "anchors.faiss")
-    with pytest.raises(BankError, match="needs anchors"):
+    with pytest.raises(BankError, match="needs embeddings"):
         AnchorIndex.build(np.zeros((0, 4), dtype=np.float32))
 
 

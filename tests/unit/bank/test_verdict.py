@@ -60,7 +60,7 @@ def test_an_interval_says_what_the_signed_ranks_of_the_differences_say() -> None
         ({"merged": 3.0, "recalled": 3.1, "both": 3.1, "further": 0.3}, "Worth serving with 3 past items", 3),
         ({"merged": 2.9, "recalled": 2.7, "both": 2.7}, "Worth serving with one past item in the prompt;", 1),
         ({"merged": 3.0, "recalled": 3.0, "both": 3.0}, "Not shown to be worth serving: its gain", 0),
-        ({"merged": 3.2, "recalled": 3.2, "both": 3.3}, "Not worth serving: what all users share", 0),
+        ({"merged": 3.2, "recalled": 3.2, "both": 3.3}, "Not worth serving: the common row alone", 0),
         ({"merged": 2.9, "recalled": 3.0, "both": 3.0, "prior": 2.5}, "Not worth serving: the histogram", 0),
         ({"merged": 2.9, "recalled": 3.0, "both": 3.0, "prior": 3.5}, "Worth serving.", 0),
     ],
