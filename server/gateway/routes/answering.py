@@ -1,4 +1,4 @@
-"""Sends an answer to the client, streamed or whole; each route decides what it looks like."""
+"""Send an answer to the client, streamed or whole; each route defines the format."""
 
 from __future__ import annotations
 
@@ -29,50 +29,50 @@ log = logging.getLogger("mta.gateway")
 
 
 class AnchorAnswer(BaseModel, frozen=True):
-    """One anchor that speaks for the user."""
+    """One anchor in the user's recipe."""
 
     id: str = Field(examples=["a03"])
-    weight: float = Field(description="Its weight in the recipe; negative where the recipe steps away from it.")
+    weight: float = Field(description="Weight in the recipe; a negative weight moves the answer away from this anchor.")
     similarity: float | None = Field(
-        description="How near it is to the user's profile, -1 to 1; null if others are nearer by now."
+        description="Similarity to the user's profile, -1 to 1; null if other anchors are closer by now."
     )
     gain: float | None = Field(
-        description="Predicted reduction of the loss on the user's own items, nats per token; null where the weights "
+        description="Predicted reduction of the loss on the user's own items, in nats per token; null if the weights "
         "come from topics."
     )
 
 
 class PersonalizationAnswer(BaseModel, frozen=True):
-    """How personal an answer is, which anchors speak in it, and where the milliseconds went."""
+    """The level of personalisation, the anchors in the recipe and the time of each stage."""
 
     level: Level
     recipe: str | None = Field(
-        description="The fused adapter's name, without the user adapter that `stacked` adds; null for the base model."
+        description="Name of the fused adapter, without the user adapter that `stacked` adds; null for the base model."
     )
-    source: str | None = Field(description="The evidence behind the weights; null for the base model.")
+    source: str | None = Field(description="Source of the weights; null for the base model.")
     anchors: list[AnchorAnswer] = Field(description="Largest weight first.")
-    history: int = Field(description="How many of the user's past items are in the prompt.")
-    reason: str | None = Field(description="Why the level is not higher, if there is a reason to give.")
+    history: int = Field(description="Number of the user's past items in the prompt.")
+    reason: str | None = Field(description="Why the level is not higher, if known.")
     timings_ms: dict[str, float] = Field(
         description="`profile`: store. `recipe`: index and weights. `history`: past items. `engine_ttft`: engine, "
-        "until the first token that it streams. `engine`: engine in total. `total`: from the request's arrival."
+        "until its first streamed token. `engine`: engine in total. `total`: since the request arrived."
     )
     history_reason: str | None = Field(
-        description="Why no past items are in the prompt although some were wanted, if they could not be read in time."
+        description="Why the requested past items are not in the prompt, if they could not be read in time."
     )
 
     @classmethod
     def of(cls, answer: Answer) -> Self:
-        """What is known of an answer so far."""
-        who = answer.personalization
+        """Describe an answer as far as it is known."""
+        personalization = answer.personalization
         return cls(
-            level=who.level,
-            recipe=who.public_recipe,
-            source=who.source,
-            anchors=anchors(who.recipe, who.weights) if who.recipe else [],
+            level=personalization.level,
+            recipe=personalization.public_recipe,
+            source=personalization.source,
+            anchors=anchor_answers(personalization.recipe, personalization.weights) if personalization.recipe else [],
             history=answer.prompt.items,
             history_reason=answer.prompt.reason,
-            reason=who.reason,
+            reason=personalization.reason,
             timings_ms=answer.timings.ms,
         )
 
@@ -86,28 +86,28 @@ class Usage(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, answer: Answer) -> Self | None:
-        """Of a complete answer."""
+        """Return the usage of a complete answer, if the engine reported it."""
         return cls(**answer.stream.usage) if answer.stream.usage else None
 
 
-def anchors(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> list[AnchorAnswer]:
-    """The anchors of a recipe, largest weight first, with what the user's profile says of them today."""
-    today, answers = {weight.anchor: weight for weight in weights}, []
+def anchor_answers(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> list[AnchorAnswer]:
+    """Return the anchors of a recipe, largest weight first, with the current similarity and gain of each."""
+    current, answers = {weight.anchor: weight for weight in weights}, []
     for term in recipe.terms:
-        now = today.get(term.anchor)
+        weight = current.get(term.anchor)
         answers.append(
             AnchorAnswer(
                 id=anchor_id(term.anchor),
                 weight=term.weight / PER_MILLE,
-                similarity=round(now.similarity, 4) if now else None,
-                gain=round(now.gain, 4) if now and now.gain is not None else None,
+                similarity=round(weight.similarity, 4) if weight else None,
+                gain=round(weight.gain, 4) if weight and weight.gain is not None else None,
             )
         )
     return sorted(answers, key=lambda answer: (-abs(answer.weight), answer.id))
 
 
 class AnswerResponse(Response):
-    """Generates while it is being sent; when the client leaves, the engine stops. Each kind of route has a subclass."""
+    """A response that generates while it is sent and stops the engine if the client disconnects."""
 
     def __init__(self, parts: Parts, request: GenerationRequest) -> None:
         super().__init__()
@@ -117,14 +117,14 @@ class AnswerResponse(Response):
 
     @abstractmethod
     async def whole(self, answer: Answer) -> str | bytes:
-        """The JSON of an answer, once it is complete."""
+        """Wait until the answer is complete and return its JSON."""
 
     @abstractmethod
     def events(self, answer: Answer) -> AsyncIterator[bytes]:
-        """The events of a streamed answer, without `[DONE]`."""
+        """Yield the events of a streamed answer, without `[DONE]`."""
 
     def headers_of(self, answer: Answer) -> dict[str, str]:
-        """Headers besides `Server-Timing` and what is left of limits."""
+        """Return headers in addition to `Server-Timing` and the remaining limits."""
         return {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,7 +162,7 @@ class AnswerResponse(Response):
                 if isinstance(error, ApiError):
                     log.warning("%s", error.explained)
                 else:
-                    log.exception("%s broke", notes.answer_id or "a stream")
+                    log.exception("%s failed", notes.answer_id or "a stream")
                     error = ApiError("the gateway failed in the middle of the answer")
                 notes.broken = True
                 self._parts.metrics.broken_streams.labels(error.code).inc()
@@ -170,7 +170,7 @@ class AnswerResponse(Response):
             await sender.end()
 
     def _begin(self, scope: Scope, answer: Answer) -> None:
-        """Keep the answer for the headers, and note for the log and the metrics what only this route knows."""
+        """Keep the answer for the headers and record its notes, metrics and trace attributes."""
         self._answer, notes = answer, notes_of(scope)
         notes.answer_id, notes.level = answer.id, answer.personalization.level.value
         metrics, stream, timings = self._parts.metrics, answer.stream.first, answer.timings
@@ -184,7 +184,7 @@ class AnswerResponse(Response):
             self._parts.tracing.link(made_in)
 
     def _known_headers(self, timings: Timings) -> dict[str, str]:
-        """Headers as far as they are known: a comment can begin a stream before anything is."""
+        """Return the headers known so far: a keep-alive comment may start the stream before there is an answer."""
         known = {**self.headers_of(self._answer), **self._answer.limits} if self._answer else {}
         return {"Server-Timing": timings.header()} | known
 

@@ -20,14 +20,14 @@ from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, event
 from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import AnchorAnswer, AnswerResponse, PersonalizationAnswer, Usage
-from server.gateway.routes.requests import GenerateRequest, QueueTimeout, items_wanted
+from server.gateway.routes.requests import GenerateRequest, QueueTimeout, history_items
 from server.store.tenants.user_key import UserKeys
 
 _SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
 
 
 class GenerateAnswer(BaseModel, frozen=True):
-    """The text and who speaks in it."""
+    """The text and its personalisation."""
 
     id: str
     text: str
@@ -36,17 +36,17 @@ class GenerateAnswer(BaseModel, frozen=True):
     personalization: PersonalizationAnswer
 
 
-def _named(answer_id: str, created_s: int, recipe: str) -> dict[str, Any]:
-    """What all pieces of a streamed answer begin with."""
+def _chunk_base(answer_id: str, created_s: int, recipe: str) -> dict[str, Any]:
+    """Return the fields that all chunks of a streamed answer share."""
     return {"id": answer_id, "object": "chat.completion.chunk", "created": created_s, "model": recipe}
 
 
-def _chunk(named: dict[str, Any], delta: dict[str, str], finish_reason: str | None = None, **beside: object) -> bytes:
-    """A piece of a streamed answer, as an event. A plain dictionary: one is made for every token."""
-    return event({**named, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **beside})
+def _chunk(base: dict[str, Any], delta: dict[str, str], finish_reason: str | None = None, **more: object) -> bytes:
+    """Return one chunk as an event. Uses a plain dictionary for speed: there is one chunk per token."""
+    return event({**base, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **more})
 
 
-_EXAMPLE = GenerateAnswer(  # nothing in it is null: FastAPI leaves null fields out
+_EXAMPLE = GenerateAnswer(  # no field is null, because FastAPI drops null base from examples
     id="gen-1b0330fa255959863cff0464",
     text="up early, straight to the water",
     finish_reason="stop",
@@ -65,11 +65,11 @@ _EXAMPLE = GenerateAnswer(  # nothing in it is null: FastAPI leaves null fields 
         timings_ms={"profile": 0.3, "recipe": 0.1, "engine": 160.2, "total": 161.4},
     ),
 )
-_EXAMPLE_NAMED = _named(_EXAMPLE.id, 1790000000, "mta3:9f2c41d0:shared:c+a03*803+a17*197")
+_EXAMPLE_BASE = _chunk_base(_EXAMPLE.id, 1790000000, "mta3:9f2c41d0:shared:c+a03*803+a17*197")
 _STREAMED = (
-    _chunk(_EXAMPLE_NAMED, {"role": "assistant", "content": ""}, personalization=_EXAMPLE.personalization)
-    + _chunk(_EXAMPLE_NAMED, {"content": "up"})
-    + _chunk(_EXAMPLE_NAMED, {}, "stop", usage=_EXAMPLE.usage, timings_ms=_EXAMPLE.personalization.timings_ms)
+    _chunk(_EXAMPLE_BASE, {"role": "assistant", "content": ""}, personalization=_EXAMPLE.personalization)
+    + _chunk(_EXAMPLE_BASE, {"content": "up"})
+    + _chunk(_EXAMPLE_BASE, {}, "stop", usage=_EXAMPLE.usage, timings_ms=_EXAMPLE.personalization.timings_ms)
     + DONE
 ).decode()
 _CONTENT: dict[str, Any] = {
@@ -88,22 +88,21 @@ router = APIRouter(route_class=JsonRoute, tags=["generate"])
 async def generate(request: Request, body: GenerateRequest, x_queue_timeout: QueueTimeout = None) -> Response:
     """Answer a prompt in the user's own manner.
 
-    With `stream` the answer comes as server-sent events in the shape of OpenAI's chunks: the first carries
-    `personalization`, the last `usage` and `timings_ms`, then `data: [DONE]`. An error midway is an event
-    `{"error": …}`, without `[DONE]`. While there is nothing to send, a comment (`: keep-alive`) comes every 15 seconds.
-    The first event or comment sets the status to 200, even if no text has begun: a later error is an event, an earlier
-    one an answer with a status of its own.
+    With `stream`, the answer is sent as server-sent events in the format of OpenAI's chunks: the first contains
+    `personalization`, the last `usage` and `timings_ms`; then follows `data: [DONE]`. An error during the stream is an
+    event `{"error": …}` without `[DONE]`. While there is nothing to send, a comment (`: keep-alive`) follows every 15
+    seconds. An error before the first event or comment is a response with its own status; after it, the status is 200.
     """
     parts = parts_of(request)
-    usual = parts.bank.manifest.history_default
-    wanted = request_of(body, users_of(request), caller_of(request), history=usual, patience_s=x_queue_timeout)
-    return _GenerateResponse(parts, wanted)
+    default = parts.bank.manifest.history_default
+    generation = request_of(body, users_of(request), caller_of(request), history=default, patience_s=x_queue_timeout)
+    return _GenerateResponse(parts, generation)
 
 
 def request_of(
     request: GenerateRequest, users: UserKeys, caller: Caller, *, history: int = 0, patience_s: float | None = None
 ) -> GenerationRequest:
-    """What a request of a tenant asks of the generator; `history` is what `auto` stands for."""
+    """Convert an HTTP request to a generation request; `history` is the number of items for `auto`."""
     prompt, messages = request.prompt, request.messages or ()
     return GenerationRequest(
         id_prefix="gen",
@@ -111,7 +110,7 @@ def request_of(
         personalize=request.personalize,
         strength=request.strength,
         messages=[message.model_dump() for message in messages] if prompt is None else chat_messages(prompt),
-        history=items_wanted(request.history, history),
+        history=history_items(request.history, history),
         max_tokens=request.max_tokens,
         sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
         stream=request.stream,
@@ -137,9 +136,9 @@ class _GenerateResponse(AnswerResponse):
         ).model_dump_json()
 
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
-        named = _named(answer.id, int(time.time()), answer.personalization.public_recipe or BASE_MODEL)
-        yield _chunk(named, {"role": "assistant", "content": ""}, personalization=PersonalizationAnswer.of(answer))
+        base = _chunk_base(answer.id, int(time.time()), answer.personalization.public_recipe or BASE_MODEL)
+        yield _chunk(base, {"role": "assistant", "content": ""}, personalization=PersonalizationAnswer.of(answer))
         async for text, _ in answer.pieces():
             if text:
-                yield _chunk(named, {"content": text})
-        yield _chunk(named, {}, answer.stream.first.finish_reason, usage=Usage.of(answer), timings_ms=answer.timings.ms)
+                yield _chunk(base, {"content": text})
+        yield _chunk(base, {}, answer.stream.first.finish_reason, usage=Usage.of(answer), timings_ms=answer.timings.ms)

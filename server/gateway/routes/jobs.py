@@ -33,17 +33,17 @@ MAX_STEPS = 500
 _POLL_S = 0.5
 
 
-def _not_blank(text: str) -> str:
+def _check_not_blank(text: str) -> str:
     if not text.strip():
-        raise PydanticCustomError("blank", "must hold more than white space")
+        raise PydanticCustomError("blank", "must contain more than white space")
     return text
 
 
-def _users_turn(conversation: str | list[Message]) -> str | list[Message]:
+def _ends_with_user_turn(conversation: str | list[Message]) -> str | list[Message]:
     last = Message(role="user", content=conversation) if isinstance(conversation, str) else conversation[-1]
-    _not_blank(last.content)
+    _check_not_blank(last.content)
     if last.role != "user":
-        raise PydanticCustomError("turn", f"must end with the user's turn, it ends with {last.role!r}")
+        raise PydanticCustomError("turn", f"must end with a user turn, but ends with {last.role!r}")
     return conversation
 
 
@@ -54,35 +54,35 @@ class SampleRequest(Strict):
         Annotated[str, Field(min_length=1), Tag(AS_TEXT)]
         | Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), Tag(AS_MESSAGES)],
         Discriminator(lambda value: AS_MESSAGES if isinstance(value, list) else AS_TEXT),
-        AfterValidator(_users_turn),
+        AfterValidator(_ends_with_user_turn),
     ] = Field(description="One user turn, or a conversation that ends with one.")
-    output: Annotated[str, Field(min_length=1), AfterValidator(_not_blank)] = Field(
-        description="What the answer should have been."
+    output: Annotated[str, Field(min_length=1), AfterValidator(_check_not_blank)] = Field(
+        description="The desired answer."
     )
 
 
 class AdaptOptions(Strict):
-    """How to train; the server chooses what is not given."""
+    """Training options; the server chooses those that are not set."""
 
     rank: int | None = Field(
-        None, ge=1, le=MAX_USER_RANK, description="Rank of the user's LoRA, within what the bank leaves for users."
+        None, ge=1, le=MAX_USER_RANK, description="Rank of the user's LoRA, up to the bank's limit for users."
     )
-    steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Most optimiser steps of one run.")
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Maximum number of optimiser steps in one run.")
     learning_rate: float | None = Field(None, gt=0, le=1)
     holdout: float | None = Field(
-        None, ge=0.05, le=0.5, description="Share of the samples held out, if there are many."
+        None, ge=0.05, le=0.5, description="Share of the samples to hold out, if there are many."
     )
     strength: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Weight of the anchors beneath, relative to the merged adapter: 1 trains on top of that, 0 on what "
-        "all users share. By default 0.5; 1 if the bank has no common row.",
+        description="Factor on the anchor weights of the merged adapter to train on: 1 trains on that adapter, 0 on "
+        "the common row alone. By default 0.5; 1 if the bank has no common row.",
     )
 
 
 class AdaptRequest(Strict):
-    """Samples to adapt to."""
+    """Samples to train on."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -101,7 +101,7 @@ class AdaptRequest(Strict):
     config: AdaptOptions = AdaptOptions()
     append: bool = Field(False, description="Add to the kept samples instead of replacing them.")
     idempotency_key: str | None = Field(
-        None, min_length=1, max_length=128, description="The same key again gives the same job."
+        None, min_length=1, max_length=128, description="Repeating the key returns the same job."
     )
 
 
@@ -109,41 +109,41 @@ class JobProgress(BaseModel, frozen=True):
     """A job's progress, over all its training runs. Losses are in nats per output token."""
 
     step: int
-    steps: int = Field(description="As far as known: a run ends early once nothing more is learnt.")
-    phase: str = Field(description="What is being done, in a few words.", examples=["fold 1 of 2"])
+    steps: int = Field(description="Current estimate: a run stops early when the loss no longer falls.")
+    phase: str = Field(description="Current activity in a few words.", examples=["fold 1 of 2"])
     loss: list[tuple[int, float]] = Field(
-        description="Step and loss of its samples. Of many steps a part, and always the last; at most 200."
+        description="Step and training loss; at most 200 points, always including the last step."
     )
     held_out: list[tuple[int, float]] = Field(
-        description="Step and loss of samples that are not trained on, where it was taken. Each run starts afresh."
+        description="Step and loss on held-out samples, where measured. Each run starts again."
     )
 
 
 class HeldOut(BaseModel, frozen=True):
-    """Loss on samples that were not trained on, nats per output token; null until it is known."""
+    """Loss on held-out samples in nats per output token; null until it is known."""
 
-    before: float | None = Field(description="Of the fused adapter alone.")
-    after: float | None = Field(description="With the user adapter.")
+    before: float | None = Field(description="Loss with the fused adapter alone.")
+    after: float | None = Field(description="Loss with the user adapter.")
 
 
 class JobAnswer(BaseModel, frozen=True):
-    """A job's current state."""
+    """The current state of a job."""
 
     id: str
-    state: JobState = Field(description="All but the first two are final. `rejected`: trained, but no better.")
+    state: JobState = Field(description="All but the first two are final. `rejected`: trained, but not better.")
     config: dict[str, Any]
     progress: JobProgress
     held_out: HeldOut
     created_at: str
     started_at: str | None
     ended_at: str | None
-    tries: int = Field(description="How often a worker has taken it.")
-    adapter: str | None = Field(description="Id of the user adapter that it made.")
-    error: str | None = Field(description="Why it failed, and what to do.")
+    tries: int = Field(description="Number of times a worker has started the job.")
+    adapter: str | None = Field(description="Id of the user adapter that the job made.")
+    error: str | None = Field(description="Why the job failed, and what to do.")
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """A job as clients see it."""
+        """Return a job as clients see it."""
         return cls(
             id=str(job.id),
             state=job.state,
@@ -166,7 +166,7 @@ class JobAnswer(BaseModel, frozen=True):
 
 
 def iso(unix_ms: int) -> str:
-    """UTC, ISO 8601, to the millisecond."""
+    """Format a time as ISO 8601 in UTC, to the millisecond."""
     return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
@@ -175,7 +175,7 @@ router = APIRouter(
     tags=["adapt"],
     responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
 )
-JobIdInPath = Annotated[str, Path(description="As `POST /users/{user_id}/adapt` returned it.", max_length=64)]
+JobIdInPath = Annotated[str, Path(description="Id returned by `POST /users/{user_id}/adapt`.", max_length=64)]
 
 _EXAMPLE = JobAnswer(
     id="q5kxv7d2m4zr3yh6wncb2tpaei.1871290335",
@@ -203,53 +203,53 @@ _EVENTS = {"text/event-stream": {"example": event(_EXAMPLE, "job").decode()}}
 async def adapt(request: Request, response: Response, user_id: UserIdInPath, body: AdaptRequest) -> JobAnswer:
     """Train a small adapter for the user on samples of how they want to be answered.
 
-    The samples replace the previous ones, and the job supersedes the user's earlier jobs. A user without a profile gets
-    one made from the samples. The adapter is served once it has lowered the loss on samples it was not trained on.
-    Samples can also be sent as newline-delimited JSON (`application/x-ndjson`), one per line.
+    The samples replace the previous ones, and the job supersedes the user's earlier jobs. If the user has no profile,
+    one is created from the samples. The adapter is served only if it lowers the loss on held-out samples. Samples can
+    also be sent as newline-delimited JSON (`application/x-ndjson`), one per line.
     """
     parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
-    wanted = await asyncio.to_thread(_training_request, body)
-    job, known = None, list[JobId]()
+    training = await asyncio.to_thread(_training_request, body)
+    job, earlier_ids = None, list[JobId]()
     try:
-        uses = await parts.limiter.take_job(caller_of(request), user.key)
-    except TooMany:  # for new jobs: whoever lost the answer still gets the job
-        if (job := await parts.adapting.find_duplicate(user, wanted, epoch)) is None:
+        rate_uses = await parts.limiter.take_job(caller_of(request), user.key)
+    except TooMany:  # the limit is for new jobs: a client that lost the response still gets its job
+        if (job := await parts.adapting.find_duplicate(user, training, epoch)) is None:
             raise
     else:
         try:
-            known = await parts.adapting.job_ids(user) if uses else known
-            job = await parts.adapting.submit(user, wanted, epoch)
+            earlier_ids = await parts.adapting.job_ids(user) if rate_uses else earlier_ids
+            job = await parts.adapting.submit(user, training, epoch)
         finally:
-            if job is None or job.id in known:  # refused, or a repeated request
-                await parts.limiter.refund(uses)
+            if job is None or job.id in earlier_ids:  # refused, or a repeated request
+                await parts.limiter.refund(rate_uses)
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobAnswer.of(job)
 
 
 @router.get("/jobs/{job_id}")
 async def read_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
-    """The job's current state."""
-    return JobAnswer.of(await parts_of(request).adapting.job(users_of(request), _parsed(job_id)))
+    """Return the job's current state."""
+    return JobAnswer.of(await parts_of(request).adapting.job(users_of(request), _checked_job_id(job_id)))
 
 
 @router.delete("/jobs/{job_id}")
 async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
-    """Cancel a job that has not ended; training stops within a step, and nothing of it is kept."""
-    return JobAnswer.of(await parts_of(request).adapting.cancel(users_of(request), _parsed(job_id)))
+    """Cancel a job that has not ended; training stops within one step and its result is discarded."""
+    return JobAnswer.of(await parts_of(request).adapting.cancel(users_of(request), _checked_job_id(job_id)))
 
 
 @router.get("/jobs/{job_id}/events", responses={200: {"content": _EVENTS}})
 async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
-    """The job as server-sent events named `job`, now and whenever it changes, until it has ended; then one, `done`.
+    """Stream the job as server-sent events: `job` now and after each change, then `done` when the job has ended.
 
-    While nothing changes, a comment (`: keep-alive`) comes every 15 seconds.
+    While nothing changes, a comment (`: keep-alive`) is sent every 15 seconds.
     """
     users, adapting = users_of(request), parts_of(request).adapting
-    return _JobEvents(adapting, users, await adapting.job(users, _parsed(job_id)))
+    return _JobEvents(adapting, users, await adapting.job(users, _checked_job_id(job_id)))
 
 
 class _JobEvents(Response):
-    """Polls a job while it is being sent, until the job ends or the client leaves."""
+    """Polls and sends a job until the job ends or the client disconnects."""
 
     def __init__(self, adapting: Adapting, users: UserKeys, job: Job) -> None:
         super().__init__()
@@ -278,14 +278,14 @@ class _JobEvents(Response):
 
 
 def _training_request(body: AdaptRequest) -> TrainingRequest:
-    def messages(said: str | list[Message]) -> list[dict[str, str]]:
-        return chat_messages(said) if isinstance(said, str) else [message.model_dump() for message in said]
+    def messages(turns: str | list[Message]) -> list[dict[str, str]]:
+        return chat_messages(turns) if isinstance(turns, str) else [message.model_dump() for message in turns]
 
     samples = [Sample(messages(sample.input), sample.output) for sample in body.samples]
     return TrainingRequest(samples, body.config.model_dump(exclude_none=True), body.append, body.idempotency_key or "")
 
 
-def _parsed(text: str) -> JobId:
+def _checked_job_id(text: str) -> JobId:
     if (job_id := parse_job_id(text)) is None:
         message = f"job_id {excerpt(text)} is not a job id: use the id that POST /users/{{id}}/adapt returned"
         raise NotFound(message, param="job_id")

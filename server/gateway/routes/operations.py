@@ -1,4 +1,4 @@
-"""`/health`, `/ready`, `/metrics`: for those who run the server."""
+"""`/health`, `/ready` and `/metrics`, for operators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.gateway.parts import Parts, gateway_of
 
 router = APIRouter(tags=["operations"])
 
-_FOR_ADMIN = "Null without the scope admin."
+_FOR_ADMIN = "Null without the scope `admin`."
 
 
 class HealthAnswer(BaseModel, frozen=True):
@@ -27,15 +27,15 @@ class HealthAnswer(BaseModel, frozen=True):
 class ReadyAnswer(BaseModel, frozen=True):
     """Whether requests can be answered."""
 
-    status: Readiness = Field(description="Without the scope admin, `ready` or `not_ready`.")
+    status: Readiness = Field(description="Without the scope `admin`: `ready` or `not_ready`.")
     detail: str | None = Field(None, description="What is missing, or what to do.")
-    seen_s_ago: float | None = Field(None, description="How old the last look is, in seconds.")
+    seen_s_ago: float | None = Field(None, description="Age of the last probe, in seconds.")
     parts: PartStates | None = Field(None, description=_FOR_ADMIN)
 
 
 @router.get("/health")
 async def health(request: Request) -> HealthAnswer:
-    """Whether this process is alive: 200 if it answers. The parts are as they were last seen; nothing is probed."""
+    """Report that the process is alive: always 200. Returns the last known state of the parts without probing them."""
     if not is_admin(request):
         return HealthAnswer()
     parts = gateway_of(request).usual
@@ -46,19 +46,19 @@ async def health(request: Request) -> HealthAnswer:
     "/ready", responses={503: {"model": ReadyAnswer, "description": "A part that every request needs is not ready."}}
 )
 async def ready(request: Request, response: Response) -> ReadyAnswer:
-    """Whether requests can be fully served: 503 if not.
+    """Report whether requests can be fully served: 503 if not.
 
-    Ready means that most users can be served from the store, and that for each bank that is served at least one engine
-    with it can be reached; `detail` says what is missing all the same. This is what was last seen, at most a few
-    seconds ago; nothing is probed. Before the first look `status` is `not_yet_seen`; when the last one is too old to
-    rely on, it is `stale`.
+    Ready means that the store can serve most users and that, for each served bank, at least one engine with that bank
+    can be reached; `detail` lists whatever else is missing. The result is that of the last probe, at most a few seconds
+    ago; the request itself probes nothing. `status` is `not_yet_seen` before the first probe, and `stale` if the last
+    probe is too old.
     """
     parts = gateway_of(request).usual
     last, readiness = parts.health.last, parts.health.readiness
     response.status_code = 200 if readiness is Readiness.READY else 503
     if not is_admin(request):
         return ReadyAnswer(status=Readiness.READY if readiness is Readiness.READY else Readiness.NOT_READY)
-    stale = "the gateway's watch over its parts hangs or has ended: restart the gateway; its log may say why"
+    stale = "the gateway's health probe hangs or has stopped: restart the gateway; its log may give the reason"
     return ReadyAnswer(
         status=readiness,
         detail=stale if readiness is Readiness.STALE else last and last.missing,
@@ -69,7 +69,7 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
-    """Metrics in Prometheus's text format."""
+    """Return metrics in Prometheus's text format."""
     return Response(gateway_of(request).usual.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 

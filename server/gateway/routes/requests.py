@@ -1,4 +1,4 @@
-"""What clients send. Strict: no value is converted to another type, no unknown field is accepted."""
+"""Request bodies and parameters. Strict: values are not converted to other types, unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def _history(value: Any) -> int | Literal["auto"]:
 
 
 _HISTORY = (
-    "How many of the user's most relevant past items go into the prompt; fewer if it has no room, none if they cannot "
-    "be read in time. `auto`: as many as were found to help when the bank was built."
+    "Number of the user's most relevant past items to put into the prompt; fewer if they do not fit, none if they "
+    "cannot be read in time. `auto`: the number found to help when the bank was built."
 )
 _HISTORY_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_HISTORY}, {"const": AUTO}]}
 History = Annotated[
@@ -58,16 +58,16 @@ History = Annotated[
 ]
 
 
-def items_wanted(history: int | Literal["auto"], usual: int) -> int:
-    """How many past items are asked for, where `auto` stands for `usual`."""
-    return usual if isinstance(history, str) else history
+def history_items(history: int | Literal["auto"], default: int) -> int:
+    """Return the requested number of past items; `auto` means `default`."""
+    return default if isinstance(history, str) else history
 
 
-Wanted = Annotated[
+Mode = Annotated[
     Personalize,
     Field(
         strict=False,  # enum values arrive as JSON strings
-        description="`auto`: all that is known about the user. `merged`: a recipe or an error. `none`: the base model.",
+        description="`auto`: as personal as possible. `merged`: the merged recipe or an error. `none`: the base model.",
     ),
 ]
 Strength = Annotated[
@@ -76,8 +76,8 @@ Strength = Annotated[
         ge=0,
         le=1,
         multiple_of=0.05,
-        description="Factor on the anchors' weights beside the common row, which alone speaks at 0; in steps of 0.05. "
-        "Below 1 a user's own adapter is left out.",
+        description="Factor on the anchor weights, in steps of 0.05; at 0 only the common row is used. Below 1 the "
+        "user's own adapter is left out.",
     ),
 ]
 
@@ -88,14 +88,14 @@ QueueTimeout = Annotated[
         alias="X-Queue-Timeout",
         ge=0,
         allow_inf_nan=False,
-        description="Most seconds that the request may wait for a place in the engines, if that is less than usual. At "
-        "most half of them it waits for past items, while those of others are read.",
+        description="Longest wait for a place in the engines, in seconds, if shorter than the default. At most half "
+        "of it is spent waiting for past items while those of other users are read.",
     ),
 ]
 
 
 class Strict(BaseModel):
-    """No value is converted to another type, no unknown field is accepted."""
+    """A body whose values are not converted to other types and whose unknown fields are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -108,7 +108,7 @@ class Message(Strict):
 
 
 class GenerateRequest(Strict):
-    """A generation for one user: a prompt, or a conversation."""
+    """A generation for one user, from a prompt or a conversation."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -132,25 +132,25 @@ class GenerateRequest(Strict):
         None, fail_fast=True, min_length=1, max_length=MAX_MESSAGES, description="A conversation, instead of a prompt."
     )
     max_tokens: int = Field(
-        128, ge=1, description="Most tokens of the answer; refused if the context has no room for them."
+        128, ge=1, description="Maximum length of the answer in tokens; refused if it exceeds the context."
     )
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Share of the probability to sample from.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the most likely tokens with this total probability.")
     stop: Stops | None = Field(None, description="Texts that end the answer; a single string is accepted.")
     seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
     stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
     history: History = "auto"
-    personalize: Wanted = Personalize.AUTO
+    personalize: Mode = Personalize.AUTO
     strength: Strength = 1.0
 
     @model_validator(mode="after")
-    def _one_conversation(self) -> Self:
+    def _check_conversation(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            fault = "give prompt or messages, not both" if self.prompt else "give prompt or messages"
-            raise PydanticCustomError("one_of", fault, {"param": "prompt"})
+            message = "set prompt or messages, not both" if self.prompt else "set prompt or messages"
+            raise PydanticCustomError("one_of", message, {"param": "prompt"})
         return self
 
     @property
     def conversation_param(self) -> str:
-        """The field that holds the conversation."""
+        """Name of the field with the conversation."""
         return "prompt" if self.messages is None else "messages"

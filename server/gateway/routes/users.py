@@ -1,4 +1,4 @@
-"""`/users/{user_id}`: profiles, what is stored, and erasing it."""
+"""`/users/{user_id}`: write, read, export and erase a user's data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.parts import Parts, UserRoute, epoch_of, parts_of, user_of
-from server.gateway.routes.answering import AnchorAnswer, anchors
+from server.gateway.routes.answering import AnchorAnswer, anchor_answers
 from server.gateway.routes.jobs import JobAnswer, iso
 from server.gateway.routes.requests import Strict, UserIdInPath
 from server.gateway.users.profiles import ProfileUpdate
@@ -44,11 +44,11 @@ class ItemsRequest(Strict):
     )
 
     items: list[dict[str, Any]] = Field(
-        fail_fast=True,  # four million wrong items would be four million errors
+        fail_fast=True,  # otherwise millions of invalid items would produce millions of errors
         min_length=1,
         max_length=MAX_ITEMS,
-        description="Items of the bank's task, `{input, output}` pairs, or plain `{text}`. Without an `id` the hash of "
-        "the content is used. Fields that the task does not use are ignored.",
+        description="Items of the bank's task, `{input, output}` pairs, or plain `{text}`. The default `id` is the "
+        "hash of the content. Fields that the task does not use are ignored.",
     )
 
 
@@ -56,9 +56,9 @@ class ProfileAnswer(BaseModel, frozen=True):
     """The result of a profile change."""
 
     user_id: str
-    received: int = Field(description="Items in the request.")
-    kept: int = Field(description="Items in the profile now.")
-    changed: int = Field(description="Items added, removed, or with new content; 0 for a repeated request.")
+    received: int = Field(description="Number of items in the request.")
+    kept: int = Field(description="Number of items in the profile now.")
+    changed: int = Field(description="Number of items added, removed or replaced; 0 for a repeated request.")
     recipe: str
     anchors: list[AnchorAnswer]
 
@@ -67,33 +67,33 @@ class AdapterAnswer(BaseModel, frozen=True):
     """A user adapter."""
 
     id: str
-    recipe: str = Field(description="The recipe that it was trained on, and is always served with.")
-    bytes: int = Field(description="Stored size.")
+    recipe: str = Field(description="The recipe it was trained on and is always served with.")
+    bytes: int = Field(description="Stored size in bytes.")
     created_at: str = Field(description="UTC, ISO 8601.")
-    stale: bool = Field(description="Whether it belongs to another bank, and so is not served.")
+    stale: bool = Field(description="Whether it belongs to another bank and is therefore not served.")
 
 
 class UserAnswer(BaseModel, frozen=True):
-    """What is stored about a user, and which anchors speak for them."""
+    """A user's stored data and the anchors of their recipe."""
 
     user_id: str
     items: int
-    bytes: int = Field(description="Memory that the profile and its items take in the store.")
+    bytes: int = Field(description="Memory used by the profile and its items in the store.")
     embedder: str
     updated_at: str = Field(description="UTC, ISO 8601.")
     recipe: str
     source: str
     anchors: list[AnchorAnswer]
-    at: tuple[float, float] = Field(description="Where they lie on the bank's map (`GET /bank`).")
-    adapter: AdapterAnswer | None = Field(description="The user adapter; null without one.")
+    at: tuple[float, float] = Field(description="Position on the bank's map (`GET /bank`).")
+    adapter: AdapterAnswer | None = Field(description="The user adapter; null if there is none.")
 
 
 class ErasedAnswer(BaseModel, frozen=True):
-    """What was erased."""
+    """The number of erased records of each kind."""
 
     user_id: str
     erased: Erased
-    log_rewritten_by: str = Field(description="By when it is gone from the store's file on disk too. UTC, ISO 8601.")
+    log_rewritten_by: str = Field(description="Time by which it is also gone from the store's file. UTC, ISO 8601.")
 
 
 router = APIRouter(
@@ -108,7 +108,7 @@ router = APIRouter(
 async def replace_profile(request: Request, user_id: UserIdInPath, body: ItemsRequest) -> ProfileAnswer:
     """Replace the user's history with these items.
 
-    By default the newest 512 within 2 MiB are kept. Repeating the request changes nothing.
+    By default, the newest 512 items within 2 MiB are kept. Repeating the request changes nothing.
     """
     parts = parts_of(request)
     return await _change(parts, user_of(request, user_id), epoch_of(request), body, parts.profiles.replace)
@@ -116,7 +116,7 @@ async def replace_profile(request: Request, user_id: UserIdInPath, body: ItemsRe
 
 @router.post("/profile/items")
 async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest) -> ProfileAnswer:
-    """Add items to the user's history; an item whose `id` is already there is replaced.
+    """Add items to the user's history; an item with an existing `id` is replaced.
 
     Repeating the request changes nothing.
     """
@@ -126,21 +126,21 @@ async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest)
 
 @router.get("")
 async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
-    """What is stored about the user, and which anchors speak for them."""
+    """Return the user's stored data and the anchors of their recipe."""
     parts, user = parts_of(request), user_of(request, user_id)
     if (profile := await parts.profiles.current(user)) is None:
         raise _unknown(user_id)
     adapter = profile.adapter
-    speaking = parts.bank.personalise(profile.embedding, profile.evidence)
+    personal = parts.bank.personalise(profile.embedding, profile.evidence)
     return UserAnswer(
         user_id=user_id,
         items=profile.items,
         bytes=await parts.profiles.store.stored_bytes(user.key),
         embedder=profile.embedder,
         updated_at=iso(profile.updated_ms),
-        recipe=speaking.recipe.name,
-        source=speaking.source,
-        anchors=anchors(speaking.recipe, speaking.weights),
+        recipe=personal.recipe.name,
+        source=personal.source,
+        anchors=anchor_answers(personal.recipe, personal.weights),
         at=parts.bank.atlas.at(profile.embedding),
         adapter=adapter
         and AdapterAnswer(
@@ -155,12 +155,11 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
 
 @router.get("/export", response_class=Response, responses={200: {"content": {"application/json": {}}}})
 async def export_user(request: Request, user_id: UserIdInPath) -> Response:
-    """Everything that is stored about the user, as one JSON object.
+    """Export everything that is stored about the user, as one JSON object.
 
-    That is the fields of their record, `items`, the items' `vectors`, `samples`, `jobs` with the idempotency key and
-    the trace of each one's request, and `adapter`: the user adapter as it is stored and, in `peft`, the whole adapter
-    that serves them, as the `config` and the `weights` (base64) of a PEFT folder; `says` tells what it is, or why there
-    is none.
+    It contains the fields of the user's record, `items`, their `vectors`, `samples`, `jobs` (with the idempotency key
+    and trace of each request) and `adapter`: the stored user adapter and, in `peft`, the complete adapter that is
+    served, as the `config` and `weights` (base64) of a PEFT folder; `says` describes it, or why it is missing.
     """
     export = await parts_of(request).exporting.export(user_of(request, user_id), _exported_job)
     if export is None:
@@ -172,7 +171,7 @@ async def export_user(request: Request, user_id: UserIdInPath) -> Response:
 async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
     """Erase everything stored about the user. Engines drop the user's adapter within 30 seconds.
 
-    No limit is in the way; where nothing was stored, the request counts against the API key afterwards.
+    No limit applies beforehand; if nothing was stored, the request then counts against the API key.
     """
     parts = parts_of(request)
     erasure = await parts.erasing.erase(user_of(request, user_id))
@@ -189,29 +188,29 @@ async def _change(
     body: ItemsRequest,
     change: Callable[[User, Sequence[Item], str], Awaitable[ProfileUpdate]],
 ) -> ProfileAnswer:
-    # Megabytes of items take a large part of a second to read: not on the event loop.
+    # Parsing megabytes of items takes a large part of a second, too long for the event loop.
     items = await asyncio.to_thread(_items, parts, body.items)
-    changed = await change(user, items, epoch)
-    parts.metrics.profile_changes.inc(changed.changed)
-    speaking = parts.bank.personalise(changed.profile.embedding, changed.profile.evidence)
+    update = await change(user, items, epoch)
+    parts.metrics.profile_changes.inc(update.changed)
+    personal = parts.bank.personalise(update.profile.embedding, update.profile.evidence)
     return ProfileAnswer(
         user_id=user.id,
         received=len(body.items),
-        kept=changed.profile.items,
-        changed=changed.changed,
-        recipe=speaking.recipe.name,
-        anchors=anchors(speaking.recipe, speaking.weights),
+        kept=update.profile.items,
+        changed=update.changed,
+        recipe=personal.recipe.name,
+        anchors=anchor_answers(personal.recipe, personal.weights),
     )
 
 
 def _exported_job(job: Job) -> dict[str, Any]:
-    """A job with what a client sent beside it."""
-    sent = {"idempotency_key": job.idempotency_key or None, "traceparent": job.traceparent or None}
-    return JobAnswer.of(job).model_dump(mode="json") | sent
+    """Return a job with the idempotency key and trace of its request."""
+    request = {"idempotency_key": job.idempotency_key or None, "traceparent": job.traceparent or None}
+    return JobAnswer.of(job).model_dump(mode="json") | request
 
 
 def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
-    """Parse the items, all of them before anything is changed."""
+    """Parse all items before anything is changed."""
     items = []
     for position, raw in enumerate(raw_items):
         try:
@@ -231,4 +230,4 @@ def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
 
 
 def _unknown(user_id: str) -> NotFound:
-    return NotFound(f"user_id {excerpt(user_id)} is unknown: nothing is stored about them", param="user_id")
+    return NotFound(f"user_id {excerpt(user_id)} is unknown: no data is stored for this user", param="user_id")

@@ -15,7 +15,7 @@ from server.errors import EngineFailed
 from server.gateway.access.queue import EngineQueue
 from server.gateway.engines.chat import EngineRequest, EngineStream
 from server.gateway.generation.answer_stream import AnswerStream, split_request
-from server.gateway.routes.openai.routes import joined
+from server.gateway.routes.openai.routes import join_chunks
 
 
 def request(prompt: Any = None, **sampling: Any) -> EngineRequest:
@@ -154,7 +154,7 @@ async def test_parts_wait_one_after_another_and_come_back_as_one(engine: Engine,
         engine.say("id", piece(0, "a", "stop"), end(5, 2), DONE)
         engine.say("id-2", piece(0, "e", "stop"), piece(1, "f", "stop"), end(5, 3), DONE)
         values = [value async for _, value in stream.pieces()]
-        whole = joined(values, "text_completion")
+        whole = join_chunks(values, "text_completion")
         assert [choice["text"] for choice in whole["choices"]] == list("abcdef")
         assert [choice["index"] for choice in whole["choices"]] == list(range(6))
         assert values[-1]["usage"] == {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
@@ -197,7 +197,7 @@ def test_a_conversation_s_chunks_become_the_message_that_the_engine_would_have_s
         chunk(1, {}, "stop"),
         {"choices": [], "usage": {"total_tokens": 3}},
     ]
-    value = joined(chunks, "chat.completion")
+    value = join_chunks(chunks, "chat.completion")
     assert (value["object"], value["id"], value["usage"]) == ("chat.completion", "x", {"total_tokens": 3})
     first, second = value["choices"]
     assert first["message"] == {"role": "assistant", "content": "a c", "refusal": None, "reasoning": "so"}

@@ -14,7 +14,7 @@ from server.gateway.app import create_app
 from server.gateway.routes.answering import PersonalizationAnswer, Usage
 from server.gateway.routes.generate import GenerateAnswer
 from server.gateway.routes.jobs import AdaptRequest, JobAnswer
-from server.gateway.routes.openai.requests import IGNORED, OURS, STEERING, ChatRequest, CompletionRequest
+from server.gateway.routes.openai.requests import IGNORED, OWN_FIELDS, REFUSED, ChatRequest, CompletionRequest
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.routes.users import ItemsRequest
 from server.settings import Settings
@@ -75,5 +75,5 @@ def test_the_table_of_openais_fields_is_the_gateways() -> None:
     text = (ROOT / "docs/openai.md").read_text(encoding="utf-8")
     rows = [set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| (`\w+`.*?) \|", text, re.MULTILINE)]
     ours, personal, passed, ignored, refused = rows[-5:]
-    passed_on = (ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()) - OURS
-    assert (ours | personal, passed, ignored, refused) == (OURS, passed_on, IGNORED, STEERING)
+    passed_on = (ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()) - OWN_FIELDS
+    assert (ours | personal, passed, ignored, refused) == (OWN_FIELDS, passed_on, IGNORED, REFUSED)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from server.errors import InvalidRequest
 from server.gateway.generation.request import Personalize
 from server.gateway.http.errors import MAX_SHOWN_CHARS, fault_of
-from server.gateway.routes.openai.requests import IGNORED, OURS, STEERING, ChatRequest, CompletionRequest
+from server.gateway.routes.openai.requests import IGNORED, OWN_FIELDS, REFUSED, ChatRequest, CompletionRequest
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.routes.users import ItemsRequest
 
@@ -105,7 +105,7 @@ def test_what_is_ignored_is_taken_whatever_it_holds(name: str) -> None:
         assert ChatRequest.model_validate(CHAT | {name: value}) == ChatRequest.model_validate(CHAT)
 
 
-@pytest.mark.parametrize("name", sorted(STEERING))
+@pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_steers_the_engine_is_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         ChatRequest.model_validate(CHAT | {name: None})
@@ -140,15 +140,16 @@ PASSED: dict[str, Any] = {
 
 
 def test_what_is_passed_on_is_passed_as_it_came() -> None:
-    assert PASSED.keys() | {"echo"} == (ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()) - OURS
-    assert ChatRequest.model_validate(CHAT | PASSED).passed == PASSED
+    known = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
+    assert PASSED.keys() | {"echo"} == known - OWN_FIELDS
+    assert ChatRequest.model_validate(CHAT | PASSED).engine_fields == PASSED
     of_texts = {"echo": True, "logprobs": 2}
-    assert CompletionRequest.model_validate(TEXT | of_texts).passed == of_texts
+    assert CompletionRequest.model_validate(TEXT | of_texts).engine_fields == of_texts
 
 
 def test_nothing_is_passed_that_was_not_sent_and_null_is_nothing() -> None:
     request = ChatRequest.model_validate(CHAT | dict.fromkeys(PASSED) | {"model": None, "user": None, "stream": None})
-    assert (request.passed, request.model, request.stream) == ({}, "mta", False)
+    assert (request.engine_fields, request.model, request.stream) == ({}, "mta", False)
 
 
 @pytest.mark.parametrize(

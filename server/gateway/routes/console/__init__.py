@@ -1,1 +1,1 @@
-"""The console: pages for people, in `static/`, and what only they ask for."""
+"""The web console: its pages in `static/` and the routes that only they use."""

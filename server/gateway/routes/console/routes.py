@@ -1,4 +1,4 @@
-"""The console: `/console`, the files in `static/`, and `GET /bank`, which only they ask for."""
+"""The web console: `/console` with the files in `static/`, and `GET /bank`, which only the console uses."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ router = APIRouter()
 
 STATIC = Path(__file__).parent / "static"
 _FILES = StaticFiles(directory=STATIC, check_dir=False)
-"""Serves nothing outside the folder, whatever the path; knows entity tags and ranges."""
+"""Serves only files inside the folder, for any path; supports entity tags and ranges."""
 HEADERS = {
-    # The page may load its own files and call its own server: whatever text of a user's it shows, nothing else runs.
+    # The page may load only its own files and call only its own server, so text from users cannot run scripts.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # ask each time whether it has changed
+    "Cache-Control": "no-cache",  # revalidate on every request
 }
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -33,52 +33,52 @@ _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-"""Others are guessed from tables of the system, which images may lack."""
+"""Explicit types, because the system's type tables may be missing in container images."""
 
-Place = tuple[float, float]
+Point = tuple[float, float]
 
 
 class RuleAnswer(BaseModel, frozen=True):
-    """How what is known of a user becomes weights."""
+    """The rule that turns a user's profile into anchor weights."""
 
     name: str = Field(description="`topic` or `posterior`.")
-    says: str = Field(description="The same in words.")
+    says: str = Field(description="The rule in words.")
     constants: dict[str, int | float]
 
 
 class AnchorOnMap(BaseModel, frozen=True):
-    """An anchor: nothing says who it is."""
+    """An anchor, without its identity."""
 
     id: str = Field(examples=["a03"])
-    items: int = Field(description="How many items it was trained on.")
-    at: Place = Field(description="Where it lies on the map.")
-    words: list[str] = Field(description="Typical words of its own, where the bank was built with `--describe`.")
+    items: int = Field(description="Number of items it was trained on.")
+    at: Point = Field(description="Position on the map.")
+    words: list[str] = Field(description="Typical words, if the bank was built with `--describe`.")
 
 
 class MapAnswer(BaseModel, frozen=True):
     """The map: the first two principal components of the anchors' embeddings."""
 
-    explained: Place = Field(description="Which share of the embeddings' variance lies along each axis.")
+    explained: Point = Field(description="Share of the embeddings' variance along each axis.")
 
 
 class BankAnswer(BaseModel, frozen=True):
     """The bank that is served."""
 
-    bank: str = Field(description="Its 8 hex digits, which recipes carry.")
+    bank: str = Field(description="The bank's 8 hex digits, as in recipe names.")
     model: str
     embedder: str
     method: str
     rank: int
-    serving_rank: int = Field(description="What the engine's slots are sized for.")
+    serving_rank: int = Field(description="Rank that the engine's slots are sized for.")
     rule: RuleAnswer
-    common_row: bool = Field(description="Whether an adapter that all people share is part of every recipe.")
+    common_row: bool = Field(description="Whether every recipe contains an adapter shared by all users.")
     anchors: list[AnchorOnMap]
     map: MapAnswer
 
 
 @router.get("/bank", tags=["operations"])
 async def read_bank(request: Request) -> BankAnswer:
-    """The bank that is served: its anchors on a map, and the rule of their weights in words."""
+    """Return the served bank: its anchors on a map and the weight rule in words."""
     bank = parts_of(request).bank
     manifest, atlas = bank.manifest, bank.atlas
     places = [(float(x), float(y)) for x, y in atlas.anchors]
@@ -100,9 +100,9 @@ async def read_bank(request: Request) -> BankAnswer:
 
 
 def rule_answer(rule: WeightRule) -> RuleAnswer:
-    """A rule in words, with its constants."""
+    """Describe a rule in words, with its constants."""
     topic = (
-        f"{rule.anchors} anchors whose topics are most similar to a user's speak, by similarity, in steps of "
+        f"{rule.anchors} anchors most similar in topic to the user are merged, weighted by similarity in steps of "
         f"{TOPIC_GRAIN / PER_MILLE:g}; their weights sum to {rule.strength:g}."
     )
     if (posterior := rule.posterior) is None:
@@ -110,9 +110,9 @@ def rule_answer(rule: WeightRule) -> RuleAnswer:
         return RuleAnswer(name="topic", says=f"The {topic}", constants=constants)
     return RuleAnswer(
         name="posterior",
-        says="A user's own items say how far to step along each anchor's adapter from what all people share, in "
-        f"either direction: the more they have written the further, halfway at about {posterior.decay:g} tokens. "
-        f"At most {posterior.anchors} steps are taken, the longest. Until the items have been read, the {topic}",
+        says="The user's own items determine how far to move from the common row along each anchor's adapter, in "
+        f"either direction. More text moves further: half of the full distance at about {posterior.decay:g} tokens. "
+        f"At most {posterior.anchors} steps are used, the longest. Until the items have been read, the {topic}",
         constants={
             "anchors": posterior.anchors,
             "decay": posterior.decay,
@@ -124,20 +124,20 @@ def rule_answer(rule: WeightRule) -> RuleAnswer:
 
 @router.get("/", include_in_schema=False)
 async def root() -> Response:
-    """Where a person who opens the server's address wants to be."""
+    """Redirect browsers from the server's root to the console."""
     return RedirectResponse("/console")
 
 
 @router.get("/console", include_in_schema=False)
 @router.get("/console/", include_in_schema=False)
 async def index(request: Request) -> Response:
-    """The page."""
+    """Serve the page."""
     return await file(request, "index.html")
 
 
 @router.get("/console/{path:path}", include_in_schema=False)
 async def file(request: Request, path: str) -> Response:
-    """A file of the page's."""
+    """Serve a file of the page."""
     response = await _FILES.get_response(path, request.scope)
     if response.status_code == 200 and (kind := _TYPES.get(Path(path).suffix)):
         response.headers["Content-Type"] = kind

@@ -1,6 +1,6 @@
-"""What clients of OpenAI's API send; strict like all requests. Null means the same as nothing.
+"""Request bodies of OpenAI's API; strict like all requests. Null means that a field is not set.
 
-What is neither a field here nor ignored is refused. What is not ours the engine gets as it came.
+Fields that are neither defined nor ignored are refused. Fields outside `OWN_FIELDS` go to the engine unchanged.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
 from server.gateway.generation.request import Personalize, prompts_of
-from server.gateway.routes.requests import MAX_MESSAGES, SEED_MAX, History, Stops, Strength, Strict, UserId, Wanted
+from server.gateway.routes.requests import MAX_MESSAGES, SEED_MAX, History, Mode, Stops, Strength, Strict, UserId
 
 PERSONAL_MODEL = "mta"
-OURS = {"model", "user", "messages", "prompt", "stream", "stream_options", "history", "personalize", "strength"}
+OWN_FIELDS = {"model", "user", "messages", "prompt", "stream", "stream_options", "history", "personalize", "strength"}
 IGNORED = frozenset(("store", "metadata", "service_tier"))
-STEERING = frozenset(
+REFUSED = frozenset(
     ("cache_salt", "priority", "request_id", "session_id", "kv_transfer_params", "vllm_xargs", "chat_template")
 )
-"""Fields that would steer the engine."""
+"""Fields that control the engine."""
 MAX_CHOICES = 128
-"""Most answers to one request: prompts times `n`."""
-_MOST = (1 << 31) - 1
-"""Largest token id, and most tokens: what an engine can count to."""
+"""Maximum number of answers to one request: prompts times `n`."""
+_MAX_INT32 = (1 << 31) - 1
+"""Largest token id and token count: engines use 32-bit integers."""
 
 
 def _without_nulls(value: Any) -> Any:
@@ -33,54 +33,54 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _text_of(value: Any) -> Any:
-    """A content in parts as one text, joined as vLLM joins them."""
+    """Join content parts into one text, as vLLM does."""
     if not isinstance(value, list):
         return value
     texts: list[Any] = [part.get("text") for part in value if isinstance(part, dict)]
     if value != [{"type": "text", "text": text} for text in texts] or not all(isinstance(text, str) for text in texts):
-        raise PydanticCustomError("parts", "must be a text, or parts of type text")
+        raise PydanticCustomError("parts", "must be a text or a list of parts of type text")
     return "\n".join(texts)
 
 
-def _prompt(value: Any) -> str | list[Any]:
+def _check_prompt(value: Any) -> str | list[Any]:
     prompts = value if isinstance(value, list) else [value]
     texts, ids = all(isinstance(one, str) and one for one in prompts), all(map(_are_ids, prompts))
     if not prompts or not (texts or ids or _are_ids(value)):
-        raise PydanticCustomError("prompt", "must be a text, token ids, or a list of either, none empty")
+        raise PydanticCustomError("prompt", "must be a non-empty text, token ids, or a list of either")
     return value  # type: ignore[no-any-return]
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) is int and 0 <= one <= _MOST for one in value)
+    return isinstance(value, list) and bool(value) and all(type(one) is int and 0 <= one <= _MAX_INT32 for one in value)
 
 
-def _encodable(value: Any) -> Any:
+def _check_encodable(value: Any) -> Any:
     try:
         orjson.dumps(value)
     except TypeError:
-        raise PydanticCustomError("number", "must hold no integer beyond 64 bits") from None
+        raise PydanticCustomError("number", "must not contain integers beyond 64 bits") from None
     return value
 
 
-def _format(value: dict[str, Any]) -> dict[str, Any]:
+def _check_format(value: dict[str, Any]) -> dict[str, Any]:
     if value.get("type") not in _FORMATS:
-        raise PydanticCustomError("format", f"must have a type of {', '.join(_FORMATS)}")
+        raise PydanticCustomError("format", f"must have a type: {', '.join(_FORMATS)}")
     schema = value.get("json_schema")
     if value["type"] == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("schema"), dict)):
         raise PydanticCustomError("format", "must have a json_schema with a name and a schema")
-    return _encodable(value)  # type: ignore[no-any-return]
+    return _check_encodable(value)  # type: ignore[no-any-return]
 
 
-def _text_or_object(value: Any) -> Any:
+def _check_tool_choice(value: Any) -> Any:
     if not isinstance(value, (str, dict)):
         raise PydanticCustomError("tool_choice", "must be a text or an object")
-    return _encodable(value)
+    return _check_encodable(value)
 
 
 _FORMATS = ("text", "json_object", "json_schema")
 _FORMAT = {"type": "object", "properties": {"type": {"enum": list(_FORMATS)}}, "required": ["type"]}
 _TEXT = {"type": "string", "minLength": 1}
-_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": _MOST}}
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": _MAX_INT32}}
 _PROMPTS = {"anyOf": [_TEXT, _IDS, *({"type": "array", "minItems": 1, "items": one} for one in (_TEXT, _IDS))]}
 _PART = {
     "type": "object",
@@ -91,7 +91,7 @@ _PART = {
 _CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
 _CHOICE = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}
 
-NotNull = BeforeValidator(_without_nulls)
+NoNulls = BeforeValidator(_without_nulls)
 
 
 class Function(Strict):
@@ -99,7 +99,7 @@ class Function(Strict):
 
     name: str = Field(min_length=1)
     description: str | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_encodable)] | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_check_encodable)] | None = None
     strict: bool | None = None
 
 
@@ -111,14 +111,14 @@ class Tool(Strict):
 
 
 class CalledFunction(Strict):
-    """A function as the model called it."""
+    """A function call by the model."""
 
     name: str = Field(min_length=1)
     arguments: str
 
 
 class ToolCall(Strict):
-    """A call of an earlier answer."""
+    """A tool call in an earlier answer."""
 
     id: str
     type: Literal["function"]
@@ -130,34 +130,34 @@ class ChatMessage(Strict):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_text_of), WithJsonSchema(_CONTENT)] | None = Field(
-        None, description="A text, or parts of type `text`; an assistant's can be left out beside `tool_calls`."
+        None, description="A text, or parts of type `text`; optional for an assistant message with `tool_calls`."
     )
     name: str | None = None
     tool_calls: list[ToolCall] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     tool_call_id: str | None = None
-    reasoning: str | None = Field(None, description="Of an earlier answer; vLLM's own.")
+    reasoning: str | None = Field(None, description="Reasoning of an earlier answer; a vLLM extension.")
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _check_content(self) -> Self:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise PydanticCustomError("content", "must have a content")
+            raise PydanticCustomError("content", "must have content")
         return self
 
 
 class StreamOptions(Strict):
-    """What a stream carries besides the answer."""
+    """Optional contents of a stream."""
 
-    include_usage: bool = Field(False, description="A last chunk with the answer's usage, and no choices.")
-    continuous_usage_stats: bool = Field(False, description="Usage so far in every chunk; vLLM's own.")
-    include_obfuscation: bool = Field(False, description="Without effect: no chunk is padded.")
+    include_usage: bool = Field(False, description="Send a last chunk with the usage and without choices.")
+    continuous_usage_stats: bool = Field(False, description="Send the usage so far in every chunk; a vLLM extension.")
+    include_obfuscation: bool = Field(False, description="No effect: chunks are not padded.")
 
 
 class OpenAIRequest(Strict):
-    """What both kinds have in common."""
+    """Fields of both chat completions and completions."""
 
     model: str = Field(PERSONAL_MODEL, description="`mta`, or `base` for the base model.")
-    user: UserId | None = Field(None, description="Who asks; instead of the header X-User-ID.")
-    max_tokens: int | None = Field(None, ge=1, le=_MOST)
+    user: UserId | None = Field(None, description="User id; alternative to the header X-User-ID.")
+    max_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -165,65 +165,65 @@ class OpenAIRequest(Strict):
     seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=2, description="vLLM's own.")
+    repetition_penalty: float | None = Field(None, gt=0, le=2, description="A vLLM extension.")
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    response_format: Annotated[dict[str, Any], AfterValidator(_format), WithJsonSchema(_FORMAT)] | None = None
+    response_format: Annotated[dict[str, Any], AfterValidator(_check_format), WithJsonSchema(_FORMAT)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    personalize: Wanted = Personalize.AUTO
+    personalize: Mode = Personalize.AUTO
     strength: Strength = 1.0
 
     @model_validator(mode="before")
     @classmethod
-    def _known_fields(cls, value: Any) -> Any:
-        """The fields without ignored ones and nulls; unknown ones stay, and the validation refuses them."""
+    def _drop_ignored_fields(cls, value: Any) -> Any:
+        """Drop ignored fields and nulls; keep unknown fields for validation to refuse."""
         if not isinstance(value, dict):
             return value
-        if steering := next((name for name in value if name in STEERING), None):
+        if refused := next((name for name in value if name in REFUSED), None):
             raise InvalidRequest(
-                f"{steering} steers the engine, which is the server's own business: leave it out",
-                param=steering,
+                f"{refused} controls the engine, which only the server may do: leave it out",
+                param=refused,
                 code="refused_field",
             )
         known = cls.model_fields
         return {n: field for n, field in value.items() if n not in IGNORED and (field is not None or n not in known)}
 
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> Self:
+    def _check_stream_options(self) -> Self:
         if self.stream_options and not self.stream:
-            raise PydanticCustomError("one_of", "stream_options is for streams", {"param": "stream_options"})
+            raise PydanticCustomError("one_of", "stream_options requires stream", {"param": "stream_options"})
         return self
 
     @property
-    def passed(self) -> dict[str, Any]:
-        """What the engine gets as it came."""
-        return self.model_dump(exclude=OURS, exclude_unset=True)
+    def engine_fields(self) -> dict[str, Any]:
+        """The fields that the engine gets unchanged."""
+        return self.model_dump(exclude=OWN_FIELDS, exclude_unset=True)
 
 
 class ChatRequest(OpenAIRequest):
     """An answer to a conversation."""
 
-    messages: list[Annotated[ChatMessage, NotNull]] = Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1, le=_MOST, description="Wins over `max_tokens`.")
+    messages: list[Annotated[ChatMessage, NoNulls]] = Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32, description="Overrides `max_tokens`.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Annotated[Tool, NotNull]] | None = Field(None, fail_fast=True, min_length=1, max_length=MAX_CHOICES)
-    tool_choice: Annotated[Any, AfterValidator(_text_or_object), WithJsonSchema(_CHOICE)] = None
+    tools: list[Annotated[Tool, NoNulls]] | None = Field(None, fail_fast=True, min_length=1, max_length=MAX_CHOICES)
+    tool_choice: Annotated[Any, AfterValidator(_check_tool_choice), WithJsonSchema(_CHOICE)] = None
     parallel_tool_calls: bool | None = None
     history: History = 0
 
 
 class CompletionRequest(OpenAIRequest):
-    """A continuation of a prompt as it is, without a chat template."""
+    """A continuation of a prompt, verbatim and without a chat template."""
 
-    prompt: Annotated[str | list[Any], PlainValidator(_prompt), WithJsonSchema(_PROMPTS)]
-    max_tokens: int | None = Field(None, ge=0, le=_MOST, description="16 by default; 0 only with `echo`.")
+    prompt: Annotated[str | list[Any], PlainValidator(_check_prompt), WithJsonSchema(_PROMPTS)]
+    max_tokens: int | None = Field(None, ge=0, le=_MAX_INT32, description="16 by default; 0 only with `echo`.")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
 
     @model_validator(mode="after")
-    def _not_too_many(self) -> Self:
+    def _check_choices(self) -> Self:
         if len(prompts_of(self.prompt)) * (self.n or 1) > MAX_CHOICES:
-            fault = f"prompt times n must be at most {MAX_CHOICES} answers"
-            raise PydanticCustomError("one_of", fault, {"param": "prompt"})
+            message = f"the number of prompts times n must be at most {MAX_CHOICES}"
+            raise PydanticCustomError("one_of", message, {"param": "prompt"})
         return self

@@ -1,6 +1,6 @@
 """`POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models`, `GET /v1/models/{model}`.
 
-Answers are what the engine says, under public names, and beside it who spoke.
+Responses are those of the engine with public names, and with `personalization` added.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from server.gateway.routes.openai.requests import (
     OpenAIRequest,
     StreamOptions,
 )
-from server.gateway.routes.requests import QueueTimeout, items_wanted
+from server.gateway.routes.requests import QueueTimeout, history_items
 from server.store.tenants.user_key import check_user_id
 
 _MODELS = (PERSONAL_MODEL, BASE_MODEL)
@@ -41,18 +41,18 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorAnswer},
     "5XX": {"model": ErrorAnswer},
 }
-_INTERNAL = ("kv_transfer_params", "ec_transfer_params")  # what engines tell each other
+_INTERNAL_FIELDS = ("kv_transfer_params", "ec_transfer_params")  # fields that engines exchange with each other
 _NULLABLE = {"content", "refusal", "logprobs", "finish_reason", "usage"}
-"""What may be null in OpenAI's schema; any other null field is left out."""
-_PIECEWISE = frozenset(("index", "delta", "text", "logprobs"))
+"""Fields that may be null in OpenAI's schema; other null fields are removed."""
+_JOINED_FIELDS = frozenset(("index", "delta", "text", "logprobs"))
 
 
 class _Completion(BaseModel, frozen=True):
     id: str
     created: int = Field(description="Seconds since 1970.")
-    model: str = Field(description="As the request named it.")
+    model: str = Field(description="The model named in the request.")
     usage: dict[str, Any]
-    personalization: PersonalizationAnswer = Field(description="Who spoke: beside OpenAI's own fields.")
+    personalization: PersonalizationAnswer = Field(description="Not part of OpenAI's schema.")
 
 
 class ChatCompletion(_Completion, frozen=True):
@@ -60,7 +60,7 @@ class ChatCompletion(_Completion, frozen=True):
 
     object: Literal["chat.completion"]
     choices: list[dict[str, Any]] = Field(
-        description="OpenAI's: `index`, `message`, `finish_reason`, `logprobs`; of a stream `delta` for `message`."
+        description="OpenAI's: `index`, `message`, `finish_reason`, `logprobs`; streams have `delta` for `message`."
     )
 
 
@@ -72,22 +72,22 @@ class TextCompletion(_Completion, frozen=True):
 
 
 class ModelAnswer(BaseModel, frozen=True):
-    """A name that requests can call for."""
+    """A model that requests can name."""
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(0, description="Not known.")
+    created: int = Field(0, description="Unknown.")
     owned_by: str = "mta"
 
 
 class ModelsAnswer(BaseModel, frozen=True):
-    """All names; recipes are none of them."""
+    """All models; recipes are not listed."""
 
     object: Literal["list"] = "list"
     data: list[ModelAnswer]
 
 
-UserHeader = Annotated[str | None, Header(alias="X-User-ID", description="Who asks; instead of the field `user`.")]
+UserHeader = Annotated[str | None, Header(alias="X-User-ID", description="User id; alternative to the field `user`.")]
 router = APIRouter(route_class=JsonRoute, prefix="/v1", tags=["openai"])
 
 
@@ -95,12 +95,12 @@ router = APIRouter(route_class=JsonRoute, prefix="/v1", tags=["openai"])
 async def chat_completions(
     request: Request, body: ChatRequest, x_user_id: UserHeader = None, x_queue_timeout: QueueTimeout = None
 ) -> Response:
-    """Answer a conversation in the user's own manner, in OpenAI's shape.
+    """Answer a conversation in the user's own manner, in OpenAI's format.
 
-    Without a user, and with the model `base`, the base model answers. `personalization` beside the answer, in a stream
-    beside the first chunk, and the headers X-MTA-Level and X-MTA-Recipe say who spoke. `store`, `metadata` and
-    `service_tier` are ignored; what steers the engine is refused. Without `max_tokens` an answer may be as long as the
-    context allows.
+    Without a user, or with the model `base`, the base model answers. The field `personalization` (in a stream, of the
+    first chunk) and the headers X-MTA-Level and X-MTA-Recipe describe the personalisation. `store`, `metadata` and
+    `service_tier` are ignored; fields that control the engine are refused. Without `max_tokens`, an answer may fill the
+    rest of the context.
     """
     return _answer(request, body, x_user_id, x_queue_timeout)
 
@@ -109,7 +109,7 @@ async def chat_completions(
 async def completions(
     request: Request, body: CompletionRequest, x_user_id: UserHeader = None, x_queue_timeout: QueueTimeout = None
 ) -> Response:
-    """Continue a prompt as it is, in the user's own manner, in OpenAI's shape: no chat template, and no history.
+    """Continue a prompt in the user's own manner, in OpenAI's format, without a chat template or history.
 
     Everything else is as for chat completions.
     """
@@ -118,21 +118,21 @@ async def completions(
 
 @router.get("/models")
 async def models() -> ModelsAnswer:
-    """The models that requests can name."""
+    """List the models that requests can name."""
     return ModelsAnswer(data=[ModelAnswer(id=name) for name in _MODELS])
 
 
 @router.get("/models/{model:path}", responses={"4XX": {"model": ErrorAnswer}})
-async def model(model: Annotated[str, Path(description="Its name.", examples=[PERSONAL_MODEL])]) -> ModelAnswer:
-    """One of them."""
-    return ModelAnswer(id=_known(model))
+async def model(model: Annotated[str, Path(description="Model name.", examples=[PERSONAL_MODEL])]) -> ModelAnswer:
+    """Return one model."""
+    return ModelAnswer(id=_checked_model(model))
 
 
 def _answer(
     request: Request, body: ChatRequest | CompletionRequest, header: str | None, patience_s: float | None
 ) -> Response:
     personalize = body.personalize
-    if _known(body.model) == BASE_MODEL:
+    if _checked_model(body.model) == BASE_MODEL:
         if personalize is Personalize.MERGED:
             raise InvalidRequest("personalize is merged, but the model is base", param="personalize")
         personalize = Personalize.NONE
@@ -142,35 +142,35 @@ def _answer(
         user=None if user_id is None else users.user(user_id),
         personalize=personalize,
         strength=body.strength,
-        sampling=body.passed,
+        sampling=body.engine_fields,
         stream=body.stream,
-        splittable=False,  # logprobs, tool calls and several choices are not put together again
+        splittable=False,  # chunks with logprobs, tool calls or several choices are not rejoined
         cache_salt=users.cache_salt,
         caller=caller_of(request),
         patience_s=patience_s,
         user_param="user",
     )
     if isinstance(body, ChatRequest):
-        kind, of_its_own = "chat.completion", body.max_completion_tokens
-        wanted = request_of(
+        kind, max_completion_tokens = "chat.completion", body.max_completion_tokens
+        generation = request_of(
             id_prefix="chatcmpl",
             messages=[message.model_dump(exclude_unset=True) for message in body.messages],
-            history=items_wanted(body.history, parts.bank.manifest.history_default),
-            max_tokens=of_its_own or body.max_tokens,
-            max_tokens_param="max_completion_tokens" if of_its_own else "max_tokens",
+            history=history_items(body.history, parts.bank.manifest.history_default),
+            max_tokens=max_completion_tokens or body.max_tokens,
+            max_tokens_param="max_completion_tokens" if max_completion_tokens else "max_tokens",
             prompt_param="messages",
         )
     else:
         kind = "text_completion"
-        wanted = request_of(
+        generation = request_of(
             id_prefix="cmpl", messages=[], prompt=body.prompt, max_tokens=body.max_tokens, prompt_param="prompt"
         )
-    return _OpenAIResponse(parts, wanted, body, kind)
+    return _OpenAIResponse(parts, generation, body, kind)
 
 
-def _known(model: str) -> str:
+def _checked_model(model: str) -> str:
     if model not in _MODELS:
-        message = f"the model {excerpt(model)} does not exist: there are {' and '.join(_MODELS)}"
+        message = f"the model {excerpt(model)} does not exist: use {' or '.join(_MODELS)}"
         raise NotFound(message, param="model", code="model_not_found")
     return model
 
@@ -179,29 +179,29 @@ def _user_id(user: str | None, header: str | None) -> str | None:
     if header is None:
         return user
     try:
-        named = check_user_id(header.encode("latin-1").decode())
+        header_id = check_user_id(header.encode("latin-1").decode())
     except UnicodeDecodeError:
         raise InvalidRequest(f"X-User-ID must be UTF-8, got {excerpt(header)}", param="x-user-id") from None
     except ValueError as error:
         raise InvalidRequest(f"X-User-ID {error}, got {excerpt(header)}", param="x-user-id") from None
-    if user is not None and unicodedata.normalize("NFC", user) != unicodedata.normalize("NFC", named):
-        message = f"user is {excerpt(user)}, but X-User-ID is {excerpt(named)}: send one of them"
+    if user is not None and unicodedata.normalize("NFC", user) != unicodedata.normalize("NFC", header_id):
+        message = f"user is {excerpt(user)}, but X-User-ID is {excerpt(header_id)}: send one of them"
         raise InvalidRequest(message, param="user")
-    return named
+    return header_id
 
 
 class _OpenAIResponse(AnswerResponse):
-    """An answer whose `object` is `kind`, without a chunk's ending; `model` as the request named it."""
+    """An answer in OpenAI's format; `kind` is the value of `object`, in chunks of a chat plus `.chunk`."""
 
-    def __init__(self, parts: Parts, wanted: GenerationRequest, body: OpenAIRequest, kind: str) -> None:
-        super().__init__(parts, wanted)
+    def __init__(self, parts: Parts, generation: GenerationRequest, body: OpenAIRequest, kind: str) -> None:
+        super().__init__(parts, generation)
         self._model = body.model
         self._options = body.stream_options or StreamOptions()
         self._kind = kind
 
     async def whole(self, answer: Answer) -> bytes:
         values = [value async for _, value in answer.pieces()]
-        value = values[0] if answer.stream.first.first_token_s is None else joined(values, self._kind)
+        value = values[0] if answer.stream.first.first_token_s is None else join_chunks(values, self._kind)
         self._make_public(value, answer, self._kind)
         value["personalization"] = PersonalizationAnswer.of(answer).model_dump()
         return orjson.dumps(value)
@@ -222,45 +222,45 @@ class _OpenAIResponse(AnswerResponse):
             yield event(chunk)
 
     def headers_of(self, answer: Answer) -> dict[str, str]:
-        who = answer.personalization
-        return {"X-MTA-Level": who.level.value} | ({"X-MTA-Recipe": who.public_recipe} if who.public_recipe else {})
+        recipe = answer.personalization.public_recipe
+        return {"X-MTA-Level": answer.personalization.level.value} | ({"X-MTA-Recipe": recipe} if recipe else {})
 
     def _make_public(self, value: dict[str, Any], answer: Answer, kind: str) -> None:
-        """Put public names for the engine's, of which the model's may hold a user's key."""
+        """Replace the engine's names with public ones: its model name may contain a user's key."""
         value["id"], value["object"], value["model"] = answer.id, kind, self._model
-        for name in _INTERNAL:
+        for name in _INTERNAL_FIELDS:
             value.pop(name, None)
-        said = [choice.get("message") or choice.get("delta") or {} for choice in value["choices"]]
-        for part in (value, value.get("usage") or {}, *value["choices"], *said):
+        contents = [choice.get("message") or choice.get("delta") or {} for choice in value["choices"]]
+        for part in (value, value.get("usage") or {}, *value["choices"], *contents):
             for name in [name for name, inner in part.items() if inner is None and name not in _NULLABLE]:
                 del part[name]
 
 
-def joined(chunks: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """The answer that an engine would have given in one piece, out of all its chunks, the last with the usage.
+def join_chunks(chunks: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """Join all chunks of a stream into the answer the engine would have sent whole; the last chunk has the usage.
 
-    They are of one choice or several, in any order between the choices.
+    The chunks of several choices may be interleaved in any order.
     """
     choices: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
         for piece in chunk["choices"]:
             if (choice := choices.get(piece["index"])) is None:
-                said = {"message": {"role": "assistant", "content": "", "refusal": None}}
-                choice = {"index": piece["index"]} | (said if "delta" in piece else {"text": ""})
+                content = {"message": {"role": "assistant", "content": "", "refusal": None}}
+                choice = {"index": piece["index"]} | (content if "delta" in piece else {"text": ""})
                 choices[piece["index"]] = choice = choice | {"logprobs": None, "finish_reason": None}
-            _add(choice, piece)
+            _append_piece(choice, piece)
     common = {name: value for name, value in chunks[0].items() if name != "choices"}
     ordered = [choices[index] for index in sorted(choices)]
     return common | {"object": kind, "choices": ordered, "usage": chunks[-1].get("usage")}
 
 
-def _add(choice: dict[str, Any], piece: dict[str, Any]) -> None:
-    for name, said in piece.get("delta", {}).items():
-        if isinstance(said, str) and name != "role":
-            choice["message"][name] = (choice["message"].get(name) or "") + said
+def _append_piece(choice: dict[str, Any], piece: dict[str, Any]) -> None:
+    for name, text in piece.get("delta", {}).items():
+        if isinstance(text, str) and name != "role":
+            choice["message"][name] = (choice["message"].get(name) or "") + text
     if "text" in piece:
         choice["text"] += piece["text"]
     for name, values in (piece.get("logprobs") or {}).items():
         known = choice["logprobs"] = choice["logprobs"] or {}
         known[name] = [*(known.get(name) or ()), *values] if isinstance(values, list) else values
-    choice |= {name: value for name, value in piece.items() if value is not None and name not in _PIECEWISE}
+    choice |= {name: value for name, value in piece.items() if value is not None and name not in _JOINED_FIELDS}
