@@ -1,4 +1,4 @@
-"""`mta keys`: API keys in the store, which every gateway reads within five seconds."""
+"""`mta keys`: manage API keys in the store, which every gateway reloads within five seconds."""
 
 from __future__ import annotations
 
@@ -24,41 +24,39 @@ T = TypeVar("T")
 
 app = typer.Typer(help="Keys for a gateway's HTTP API; each belongs to a tenant.", no_args_is_help=True)
 
-Data = Annotated[
-    Path | None, typer.Option(help="Data folder of the `mta up` whose keys these are.", show_default="MTA_DATA_DIR")
-]
+Data = Annotated[Path | None, typer.Option(help="Data folder of `mta up`.", show_default="MTA_DATA_DIR")]
 
 
-def _limit(what: str, setting: str) -> Any:
-    return typer.Option(help=f"{what}; 0 for any number.", min=0, show_default=f"MTA_{setting}")
+def _limit_option(what: str, setting: str) -> Any:
+    return typer.Option(help=f"{what}; 0 for no limit.", min=0, show_default=f"MTA_{setting}")
 
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(help="What to call it, for example after the app that gets it.")],
-    tenant: Annotated[str | None, typer.Option(help="Whose users it reaches.", show_default="MTA_TENANT")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the key, for example the app that uses it.")],
+    tenant: Annotated[str | None, typer.Option(help="Tenant of the key's users.", show_default="MTA_TENANT")] = None,
     scope: Annotated[
         list[Scope] | None,
-        typer.Option(help="What it allows; may be repeated.", show_default="generate, write, adapt; --first: all"),
+        typer.Option(help="Allowed operations; may be repeated.", show_default="generate, write, adapt; --first: all"),
     ] = None,
-    requests: Annotated[int | None, _limit("Requests a minute", "KEY_REQUESTS")] = None,
-    tokens: Annotated[int | None, _limit("Tokens a minute", "KEY_TOKENS")] = None,
-    concurrent: Annotated[int | None, _limit("Requests at once", "KEY_CONCURRENT")] = None,
-    jobs: Annotated[int | None, _limit("Adapt jobs a day", "KEY_JOBS")] = None,
-    first: Annotated[bool, typer.Option("--first", help="Make one only if none was ever made.")] = False,
+    requests: Annotated[int | None, _limit_option("Requests a minute", "KEY_REQUESTS")] = None,
+    tokens: Annotated[int | None, _limit_option("Tokens a minute", "KEY_TOKENS")] = None,
+    concurrent: Annotated[int | None, _limit_option("Requests at once", "KEY_CONCURRENT")] = None,
+    jobs: Annotated[int | None, _limit_option("Adapt jobs a day", "KEY_JOBS")] = None,
+    first: Annotated[bool, typer.Option("--first", help="Create the key only if the store never had one.")] = False,
     given: Annotated[
-        bool, typer.Option("--given", help="Keep the one in MTA_FIRST_KEY, and print nothing of it; without one, none.")
+        bool, typer.Option("--given", help="Store the key in MTA_FIRST_KEY, if any, and do not print it.")
     ] = False,
     data: Data = None,
 ) -> None:
-    """Make a key and print it: this once, for only its SHA-256 is kept.
+    """Create a key and print it once; only its SHA-256 is stored.
 
-    From the first key on no gateway answers without one.
+    After the first key, gateways refuse requests without a key.
     """
     settings = _settings(data)
     supplied = settings.first_key.get_secret_value() if given and settings.first_key else ""
     if given and not supplied:
-        typer.echo(f"MTA_FIRST_KEY holds no key, so none is kept: `{CREATE} {name} --first` makes one", err=True)
+        typer.echo(f"MTA_FIRST_KEY is empty, so no key was stored: `{CREATE} {name} --first` creates one", err=True)
         return
     secret = checked_secret(supplied) if given else new_secret()
     key = access_key(
@@ -68,29 +66,29 @@ def create(
         scope or (Scope if first else (Scope.GENERATE, Scope.WRITE, Scope.ADAPT)),
         Allowance(requests, tokens, jobs, concurrent),
     )
-    if not _in(settings, lambda keys: keys.add(key, only_first=first)):
-        typer.echo(f"a key was made before, so none is made now: `{CREATE} NAME` makes another", err=True)
+    if not _with_keys(settings, lambda keys: keys.add(key, only_first=first)):
+        typer.echo(f"the store has had a key before, so none was created: `{CREATE} NAME` creates another", err=True)
         return
     if given:
-        typer.echo(f"the key in MTA_FIRST_KEY is kept as {key.id} ({name}, tenant {key.tenant})", err=True)
+        typer.echo(f"the key in MTA_FIRST_KEY is stored as {key.id} ({name}, tenant {key.tenant})", err=True)
         return
     typer.echo(secret)
     typer.echo(
-        f"key {key.id} ({name}, tenant {key.tenant}: {', '.join(sorted(key.scopes))}) is valid within 5 s. It is not "
-        "shown again. Send it as `Authorization: Bearer KEY`; mta's own commands take it from MTA_API_KEY",
+        f"key {key.id} ({name}, tenant {key.tenant}: {', '.join(sorted(key.scopes))}) is valid within 5 s. It is "
+        "shown only once. Send it as `Authorization: Bearer KEY`; `mta` commands take it from MTA_API_KEY",
         err=True,
     )
 
 
 @app.command("list")
 def list_(data: Data = None) -> None:
-    """List all keys, revoked ones included; the secrets are kept nowhere."""
+    """List all keys, including revoked ones, without their secrets."""
     from rich.console import Console
     from rich.table import Table
 
     columns = ("id", "ends in", "name", "tenant", "bank", "scopes", "limits", "made", "revoked")
     table = Table(*columns, pad_edge=False)
-    ring = _in(_settings(data), lambda keys: keys.all())
+    ring = _with_keys(_settings(data), lambda keys: keys.all())
     for key in ring.keys:
         revoked = _date(key.revoked_ms) if key.revoked_ms is not None else ""
         scopes, bank = ", ".join(sorted(key.scopes)), ring.banks.get(key.tenant, "")
@@ -102,17 +100,17 @@ def list_(data: Data = None) -> None:
 
 @app.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(help="As `mta keys list` shows it.", metavar="ID")], data: Data = None
+    key_id: Annotated[str, typer.Argument(help="Id from `mta keys list`.", metavar="ID")], data: Data = None
 ) -> None:
-    """Revoke a key: within five seconds no gateway accepts it."""
+    """Revoke a key; gateways refuse it within five seconds."""
 
-    async def revoked(keys: AccessKeys) -> tuple[AccessKey, bool]:
+    async def find_and_revoke(keys: AccessKeys) -> tuple[AccessKey, bool]:
         found = [key for key in (await keys.all()).keys if key.id == key_id]
         if not found:
-            raise MtaError(f"no key has the id {excerpt(key_id)}: `mta keys list` shows all")
+            raise MtaError(f"no key has the id {excerpt(key_id)}: `mta keys list` lists all")
         return found[0], await keys.revoke(found[0].digest, time.time_ns() // 1_000_000)
 
-    key, was_valid = _in(_settings(data), revoked)
+    key, was_valid = _with_keys(_settings(data), find_and_revoke)
     typer.echo(f"key {key.id} ({key.name}) " + ("is refused within 5 s" if was_valid else "was revoked before"))
 
 
@@ -120,29 +118,29 @@ def revoke(
 def bank(
     tenant: Annotated[str, typer.Argument(help="A tenant that has keys.")],
     bank: Annotated[
-        str | None, typer.Argument(help="The bank's 8 hex digits (`mta bank info`).", show_default="the gateways' own")
+        str | None, typer.Argument(help="The bank's 8 hex digits (`mta bank info`).", show_default="gateways' MTA_BANK")
     ] = None,
     data: Data = None,
 ) -> None:
-    """Serve a tenant's users by a bank of their own, one of those that gateways and engines have loaded.
+    """Choose the bank that serves a tenant's users: MTA_BANK or MTA_NEXT_BANK of gateways and engines.
 
-    Those are MTA_BANK and MTA_NEXT_BANK. Users' adapters belong to a bank: they are trained again for the new one.
+    Users' adapters belong to a bank, so `mta readapt` must retrain them for the new one.
     """
     if bank is not None and not re.fullmatch(r"[0-9a-f]{8}", bank):
-        raise MtaError(f"a bank is named by 8 hex digits, got {excerpt(bank)}: `mta bank info FOLDER` shows them")
+        raise MtaError(f"the name of a bank has 8 hex digits, got {excerpt(bank)}: `mta bank info FOLDER` shows them")
 
-    async def named(keys: AccessKeys) -> None:
+    async def name_bank(keys: AccessKeys) -> None:
         tenants = sorted({key.tenant for key in (await keys.all()).keys})
         if tenant not in tenants:
             raise MtaError(f"no key belongs to the tenant {excerpt(tenant)}, only to {', '.join(tenants) or 'none'}")
         await keys.set_bank(tenant, bank or "")
 
-    _in(_settings(data), named)
+    _with_keys(_settings(data), name_bank)
     typer.echo(f"tenant {tenant} is served by {f'the bank {bank}' if bank else 'the gateways’ own bank'} within 5 s")
 
 
 def _settings(data: Path | None) -> Settings:
-    """The settings, with the store of a running `mta up` where no other is named."""
+    """Load the settings; without another store, use the one of a running `mta up`."""
     from server.settings import load_settings
     from server.supervisor.services import valkey_url
 
@@ -152,24 +150,24 @@ def _settings(data: Path | None) -> Settings:
     url = valkey_url(settings.data_dir.expanduser())
     if url is None:
         raise MtaError(
-            f"there is no `mta up` on {settings.data_dir}: name its folder with --data, or the store with MTA_REDIS_URL"
+            f"no `mta up` runs in {settings.data_dir}: set its folder with --data, or the store with MTA_REDIS_URL"
         )
     return settings.model_copy(update={"redis_url": url})
 
 
-def _in(settings: Settings, command: Callable[[AccessKeys], Awaitable[T]]) -> T:
-    """Run a command in the store."""
+def _with_keys(settings: Settings, command: Callable[[AccessKeys], Awaitable[T]]) -> T:
+    """Run a command on the store's keys."""
     from server.errors import Unavailable
     from server.store.opening import open_stores
 
-    async def done() -> T:
+    async def run() -> T:
         async with open_stores(settings) as stores:
             return await command(stores.keys)
 
     try:
-        return asyncio.run(done())
+        return asyncio.run(run())
     except Unavailable as error:
-        raise MtaError(f"{error.explained}. Does `mta up` run, or is MTA_REDIS_URL right?") from error
+        raise MtaError(f"{error.explained}. Check that `mta up` is running or that MTA_REDIS_URL is correct") from error
 
 
 def _date(ms: int) -> str:

@@ -68,7 +68,7 @@ def test_both_sides_answer_a_conversation_that_an_error_does_not_end(talk: Termi
     talk.type("hello\n")
     talk.wait_for("error: strength must be a multiple of 0.05")
     talk.type("/strength much\n")
-    talk.wait_for("/quit +leave")
+    talk.wait_for("/quit +quit")
     talk.type("/quit\n")
     assert talk.process.wait(PATIENCE_S) == 0
 

@@ -22,7 +22,7 @@ from bench.rig.processes import wait_until
 from bench.rig.valkey import free_port
 from server.cli import app
 from server.cli.users.importing import Import, ImportCounts, Journal
-from server.cli.users.patience import PatientGateway, Refused
+from server.cli.users.retrying import RequestRefused, RetryingGateway
 from tests.support.gateway import GatewayThread
 
 NewUser = Callable[[], str]
@@ -67,7 +67,7 @@ def test_everybody_in_a_file_has_a_profile_and_a_second_run_imports_whoever_has_
     path, ids = tmp_path / "people", [new_user() for _ in range(5)]
     profiles: dict[str, list[Any]] = {user: [f"I am {user}", {"id": "it", "text": "and more"}] for user in ids}
     written(path, profiles, layout)
-    assert last_line() == "5 imported, 0 were already, 0 failed"
+    assert last_line() == "5 imported, 0 already imported, 0 failed"
     assert [client.get(f"/users/{user}").json()["items"] for user in ids] == [2] * 5
     state = path.with_name("people.imported")
     assert stat.S_IMODE(state.stat().st_mode) == 0o600
@@ -77,10 +77,10 @@ def test_everybody_in_a_file_has_a_profile_and_a_second_run_imports_whoever_has_
     written(path, profiles, layout)
     with state.open("a") as file:
         file.write("abc")  # killed while it wrote
-    assert last_line() == "1 imported, 4 were already, 0 failed"
+    assert last_line() == "1 imported, 4 already imported, 0 failed"
     assert client.get(f"/users/{ids[3]}/export").json()["items"][0]["text"] == "I have changed"
     assert client.get(f"/users/{ids[0]}").status_code == 404  # whoever was erased stays so
-    assert last_line() == "0 imported, 5 were already, 0 failed"
+    assert last_line() == "0 imported, 5 already imported, 0 failed"
 
 
 def test_whoever_cannot_be_imported_is_named_with_the_reason_and_the_rest_go_on(
@@ -104,7 +104,7 @@ def test_whoever_cannot_be_imported_is_named_with_the_reason_and_the_rest_go_on(
     done = mta("import", str(path), "--url", gateway.url, "--state", str(tmp_path / "far" / "state"))
     assert done.exit_code == 1
     failures = lines_of(tmp_path / "far" / "people.ndjson.failed.ndjson")
-    assert done.output.splitlines()[-1].startswith("3 imported, 0 were already, 8 failed: see ")
+    assert done.output.splitlines()[-1].startswith("3 imported, 0 already imported, 8 failed: see ")
     reasons = {failure["entry"]: failure["reason"] for failure in failures}
     for place, reason in {
         1: "not JSON",
@@ -161,20 +161,20 @@ def stub() -> Stub:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long the gateway's callers were to wait, each time; nobody waits for that long here."""
     asked: list[float] = []
-    back_off = PatientGateway._back_off
+    back_off = RetryingGateway._back_off
 
-    def noted(self: PatientGateway, error: mta_client.MtaError) -> None:
+    def noted(self: RetryingGateway, error: mta_client.MtaError) -> None:
         asked.append(error.retry_after_s or math.nan)
         back_off(self, error)
 
     monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
-    monkeypatch.setattr(PatientGateway, "_back_off", noted)
+    monkeypatch.setattr(RetryingGateway, "_back_off", noted)
     return asked
 
 
 def imported(stub: Stub, path: Path, at_a_time: int = 3) -> ImportCounts:
     with closing(Journal(path)) as journal:
-        return Import(PatientGateway(stub.client, 60), journal).run(path, at_a_time)
+        return Import(RetryingGateway(stub.client, 60), journal).run(path, at_a_time)
 
 
 def test_a_busy_gateway_is_asked_again_and_a_few_requests_are_in_flight(
@@ -195,31 +195,31 @@ def test_an_import_that_was_broken_off_goes_on_where_it_stopped(
 ) -> None:
     path, ids = people
     stub.answers = [(200, {})] * 4 + [(503, {"Retry-After": "61"})] * 100
-    with pytest.raises(MtaError, match="told to say 503; given up"):
+    with pytest.raises(MtaError, match="told to say 503; gave up"):
         imported(stub, path, at_a_time=1)
     assert stub.served == ids[:4]
     stub.answers = []
     counts = imported(stub, path)
-    assert (counts.imported, counts.before) == (6, 4)
+    assert (counts.imported, counts.skipped) == (6, 4)
     assert sorted(stub.served) == sorted(ids)
 
 
 def test_nobody_there_is_said_after_a_while(waits: list[float]) -> None:
-    nobody = PatientGateway(mta_client.Client(f"http://127.0.0.1:{free_port()}"), patience_s=0)
-    with pytest.raises(MtaError, match=r"got no answer.*given up after"):
+    nobody = RetryingGateway(mta_client.Client(f"http://127.0.0.1:{free_port()}"), max_retry_s=0)
+    with pytest.raises(MtaError, match=r"got no answer.*gave up after"):
         nobody.call(lambda client: client.user("ada"))
 
 
 def test_a_no_is_not_asked_again(stub: Stub) -> None:
     stub.answers = [(413, {})]
-    with pytest.raises(Refused, match=r"^told to say 413$"):
-        PatientGateway(stub.client).call(lambda client: client.put_profile("a", []))
+    with pytest.raises(RequestRefused, match=r"^told to say 413$"):
+        RetryingGateway(stub.client).call(lambda client: client.put_profile("a", []))
     assert stub.served == []
 
 
 def test_a_call_that_waits_ends_when_all_is_stopped(stub: Stub) -> None:
     stub.answers = [(503, {"Retry-After": "300"})]
-    gateway = PatientGateway(stub.client, patience_s=600)
+    gateway = RetryingGateway(stub.client, max_retry_s=600)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(gateway.call, lambda client: client.put_profile("a", []))
         wait_until(lambda: gateway._not_before_s, "the gateway to say that it is busy")
@@ -259,5 +259,5 @@ def test_a_user_with_a_strange_id_is_shown_exported_and_erased(
     erased = mta("erase", STRANGE, "--url", gateway.url, "--yes")
     assert "1 items, 0 samples" in erased.output
     gone = mta("show", STRANGE, "--url", gateway.url).exception
-    assert isinstance(gone, Refused)
+    assert isinstance(gone, RequestRefused)
     assert "unknown" in str(gone)

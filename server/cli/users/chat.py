@@ -1,4 +1,4 @@
-"""`mta chat`: a conversation in the terminal, as one of the users."""
+"""`mta chat`: chat with the server in the terminal as one of its users."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ if TYPE_CHECKING:
     from mta_client import Client
 
 COMMANDS = {
-    "/base": "the base model answers",
-    "/me": "your own adapter answers",
-    "/strength X": "how much the anchors say, 0 to 1 in steps of 0.05",
-    "/new": "begin a new conversation",
-    "/quit": "leave; so does Ctrl-D",
+    "/base": "use the base model",
+    "/me": "use your adapter",
+    "/strength X": "strength of the anchors, 0 to 1 in steps of 0.05",
+    "/new": "start a new conversation",
+    "/quit": "quit (or press Ctrl-D)",
 }
-# An answer must not control the terminal.
-_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# Removed from answers, which must not control the terminal.
+_CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def chat(
-    user: Annotated[str, typer.Option(help="Whose adapter answers.")],
+    user: Annotated[str, typer.Option(help="The user whose adapter answers.")],
     url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8000",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in an answer.", min=1)] = 256,
 ) -> None:
     """Talk to the server as one of its users; Ctrl-C stops an answer."""
     import mta_client
-    from server.cli.users.patience import client_of
+    from server.cli.users.retrying import gateway_client
 
-    with client_of(url) as client, ExitStack() as after:
+    with gateway_client(url) as client, ExitStack() as after:
         try:
             client.health()
         except mta_client.MtaError as error:
-            raise MtaError(f"no gateway at {url}: {error}. Start one with `mta up`, or name it by --url") from error
+            raise MtaError(f"no gateway at {url}: {error}. Start one with `mta up`, or set --url") from error
         after.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
         with suppress(ImportError):
             import readline  # noqa: F401 - gives `input` its line editing
-        _note("/base, /me, /strength X, /new, /quit; Ctrl-C stops an answer")
+        _print_note("/base, /me, /strength X, /new, /quit; Ctrl-C stops an answer")
         Conversation(client, user, max_tokens).run()
 
 
 class Conversation:
-    """The messages so far, and who answers next. Ctrl-C drops the line that is being typed, or stops the answer."""
+    """A conversation and the options of its next answer. Ctrl-C discards the typed line or stops the answer."""
 
     def __init__(self, client: Client, user: str, max_tokens: int) -> None:
         self._client = client
@@ -60,11 +60,11 @@ class Conversation:
         self._interrupted = False
 
     def run(self) -> None:
-        """Read lines until the last one."""
+        """Read and process lines until the user quits."""
         while True:
             line = None
             try:
-                with self._ended_by_ctrl_c():
+                with self._until_ctrl_c():
                     line = input(self._prompt).strip()
             except EOFError:
                 typer.echo()
@@ -79,8 +79,8 @@ class Conversation:
                 self._ask(line)
 
     @contextmanager
-    def _ended_by_ctrl_c(self) -> Iterator[None]:
-        """Ctrl-C ends the block, and is ignored after it."""
+    def _until_ctrl_c(self) -> Iterator[None]:
+        """End the block on Ctrl-C; ignore Ctrl-C after the block."""
         self._interrupted = False
         with suppress(KeyboardInterrupt):
             signal.signal(signal.SIGINT, self._interrupt)
@@ -90,12 +90,12 @@ class Conversation:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._interrupted = True  # an exception raised in a callback of the interpreter is lost
+        self._interrupted = True  # the exception may be lost in an interpreter callback
         raise KeyboardInterrupt
 
     @property
     def _prompt(self) -> str:
-        """The text before a question: it names who will answer."""
+        """The input prompt, which names the base model or the user."""
         if self._options["personalize"] == "none":
             return "base> "
         return f"{self._user} {self._options['strength']:g}> " if self._options["strength"] < 1 else f"{self._user}> "
@@ -111,38 +111,38 @@ class Conversation:
         elif name == "/strength" and re.fullmatch(r"-?\d*\.?\d+", value):
             self._options["strength"] = float(value)
         else:
-            _note("\n".join(f"{command:<12} {what}" for command, what in COMMANDS.items()))
+            _print_note("\n".join(f"{command:<12} {what}" for command, what in COMMANDS.items()))
 
     def _ask(self, question: str) -> None:
-        """Print the answer as it comes, and who gave it; the text of a stopped answer stays in the conversation."""
+        """Stream the answer and print its personalization. The text of a stopped answer stays in the conversation."""
         import mta_client
-        from server.cli.users.patience import reason_of
+        from server.cli.users.retrying import describe_error
 
         messages = [*self._messages, {"role": "user", "content": question}]
-        text, level, end, first_s, begun_s = "", "", "stopped", None, time.monotonic()
+        text, level, end, first_s, start_s = "", "", "stopped", None, time.monotonic()
         try:
             chunks = self._client.stream(self._user, messages, **self._options)
-            with self._ended_by_ctrl_c(), closing(chunks):
+            with self._until_ctrl_c(), closing(chunks):
                 for chunk in chunks:
                     if who := chunk.personalization:
                         reasons = "; ".join(filter(None, (who.reason, who.history_reason)))
                         level = f"{who.level} ({reasons})" if reasons else who.level
                     first_s = first_s or (time.monotonic() if chunk.text else None)
                     text += chunk.text
-                    typer.echo(chunk.text.translate(_CONTROLS), nl=False)
+                    typer.echo(chunk.text.translate(_CONTROL_CHARACTERS), nl=False)
                     if chunk.usage:
                         end = f"{chunk.usage['completion_tokens']} tokens"
                     if self._interrupted:
                         break
         except mta_client.MtaError as error:
-            typer.secho(f"{chr(10) if text else ''}error: {reason_of(error)}", fg=typer.colors.RED)
+            typer.secho(f"{chr(10) if text else ''}error: {describe_error(error)}", fg=typer.colors.RED)
             return
         typer.echo()
-        first = "no token" if first_s is None else f"first token after {(first_s - begun_s) * 1000:.0f} ms"
-        _note(", ".join(filter(None, (level, first, end))))
+        first = "no token" if first_s is None else f"first token after {(first_s - start_s) * 1000:.0f} ms"
+        _print_note(", ".join(filter(None, (level, first, end))))
         if text:
             self._messages = [*messages, {"role": "assistant", "content": text}]
 
 
-def _note(text: str) -> None:
+def _print_note(text: str) -> None:
     typer.secho(text, dim=True)

@@ -1,4 +1,4 @@
-"""`mta users`: profiles into a gateway from a file, and what it stores of a person; and `mta readapt`."""
+"""`mta users`: import, show, export and erase users through a gateway; and `mta readapt`."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-app = typer.Typer(help="People's profiles, over a gateway's HTTP API.", no_args_is_help=True)
+app = typer.Typer(help="Import, show, export and erase users through a gateway.", no_args_is_help=True)
 
 Url = Annotated[str | None, typer.Option(help="URL of the gateway.", show_default="http://127.0.0.1, at MTA_PORT")]
 UserId = Annotated[str, typer.Argument(help="The id that the app gives the user.", metavar="ID")]
 
-_SHORT_PATIENCE_S = 5.0
+_MAX_RETRY_S = 5.0  # for commands about one user
 
 
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="LaMP's per-user layout, or newline-delimited JSON.")],
     url: Url = None,
-    at_a_time: Annotated[int, typer.Option(help="Most requests in flight.", min=1, max=64)] = 4,
+    at_a_time: Annotated[int, typer.Option(help="Maximum number of requests in flight.", min=1, max=64)] = 4,
     state: Annotated[
-        Path | None, typer.Option(help="What is done, by hash.", show_default="FILE.imported, beside it")
+        Path | None, typer.Option(help="File with a hash of each imported person.", show_default="FILE.imported")
     ] = None,
 ) -> None:
-    """Write the profile of everybody in FILE: `{"user_id": …, "profile": [items]}`, a list of them or one per line.
+    """Import the people in FILE: a list of `{"user_id": …, "profile": [items]}`, or one such object per line.
 
-    An item is an object with the fields of the bank's task, or a text. A person's history is replaced. If it is
-    interrupted, run it again: it continues where it stopped. Whoever cannot be imported is in FILE.failed.ndjson with
-    the reason, and the exit status is 1. While the gateway is busy or away, it waits, up to five minutes.
+    An item is a text, or an object with the fields of the bank's task. Each person's history is replaced. To continue
+    an interrupted import, run the command again. People who cannot be imported are listed with the reason in
+    FILE.failed.ndjson, and the exit status is 1. While the gateway is busy or down, retry for up to five minutes.
     """
     from server.cli.bank.progress import ConsoleProgress
     from server.cli.users.importing import Import, Journal, count_people
-    from server.cli.users.patience import PatientGateway, client_of
+    from server.cli.users.retrying import RetryingGateway, gateway_client
     from server.watching.background import lower_priority
 
     lower_priority()
     total = count_people(file)
-    with closing(Journal(file, state)) as journal, ConsoleProgress() as progress, client_of(url) as client:
+    with closing(Journal(file, state)) as journal, ConsoleProgress() as progress, gateway_client(url) as client:
         progress.piece("people", 0, total)
-        work = Import(PatientGateway(client), journal, lambda counts: progress.piece("people", counts.seen, total))
+        work = Import(RetryingGateway(client), journal, lambda counts: progress.piece("people", counts.total, total))
         counts = work.run(file, at_a_time)
     typer.echo(
-        f"{counts.imported} imported, {counts.before} were already, {counts.failed} failed"
+        f"{counts.imported} imported, {counts.skipped} already imported, {counts.failed} failed"
         + (f": see {journal.failed}" if counts.failed else "")
     )
     if counts.failed:
@@ -65,7 +65,7 @@ def import_(
 
 @app.command()
 def show(user_id: UserId, url: Url = None) -> None:
-    """Show what is stored of a user, and which anchors speak for them."""
+    """Show the stored data of a user, and the anchors that serve them."""
     from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
@@ -74,19 +74,19 @@ def show(user_id: UserId, url: Url = None) -> None:
     user = _call(url, lambda client: client.user(user_id))
     described = "none"
     if adapter := user.adapter:
-        stale = ", of another bank: not served until it is trained again" if adapter["stale"] else ""
-        made = f"{decimal(adapter['bytes'])}, of {adapter['created_at']}{stale}"
+        stale = ", for another bank: not served until it is retrained" if adapter["stale"] else ""
+        made = f"{decimal(adapter['bytes'])}, made {adapter['created_at']}{stale}"
         described = f"{adapter['id']}, {made}; on {adapter['recipe']}"
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in {
         "user": user.user_id,
-        "items": f"{user.items}, with their vectors {decimal(user.bytes)}",
+        "items": f"{user.items}, {decimal(user.bytes)} with vectors",
         "updated": user.updated_at,
         "recipe": f"{user.recipe} (weights by {user.source})",
         "adapter": described,
     }.items():
         facts.add_row(name, Text(value, overflow="fold"))
-    anchors = Table("anchor", "weight", "similarity", "predicted gain", title="Who speaks", title_justify="left")
+    anchors = Table("anchor", "weight", "similarity", "predicted gain", title="Anchors", title_justify="left")
     for anchor in user.anchors:
         numbers = (anchor.weight, anchor.similarity, anchor.gain)
         anchors.add_row(anchor.id, *("–" if number is None else f"{number:.3f}" for number in numbers))
@@ -99,15 +99,15 @@ def show(user_id: UserId, url: Url = None) -> None:
 def erase(
     user_id: UserId,
     url: Url = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Erase everything that is stored of a user, for good."""
+    """Erase all stored data of a user permanently."""
     if not yes:
-        typer.confirm(f"Erase everything that is stored of {user_id!r}?", abort=True)
+        typer.confirm(f"Erase all stored data of {user_id!r}?", abort=True)
     answer = _call(url, lambda client: client.forget(user_id))
     assert answer
     counts = ", ".join(f"{count} {what}" for what, count in answer.erased.items())
-    typer.echo(f"erased: {counts}; gone from the store's file on disk by {answer.log_rewritten_by}")
+    typer.echo(f"erased: {counts}; removed from the store's file on disk by {answer.log_rewritten_by}")
 
 
 @app.command()
@@ -115,11 +115,11 @@ def export(
     user_id: UserId,
     url: Url = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write, new or empty.", show_default="export-<hash of the id>")
+        Path | None, typer.Option(help="New or empty folder to write.", show_default="export-<hash of the id>")
     ] = None,
 ) -> None:
-    """Write everything that is stored of a user to a folder: `user.json`, and `adapter/` as PEFT loads it."""
-    # No id is ever part of a path.
+    """Export all stored data of a user to a folder: `user.json`, and `adapter/` in PEFT format."""
+    # Use a hash, since an id must not be part of a path.
     out = out or Path(f"export-{hashlib.sha256(user_id.encode()).hexdigest()[:16]}")
     document = _call(url, lambda client: client.export(user_id))
     for name in _write_export(out, document):
@@ -129,9 +129,9 @@ def export(
 
 
 def _write_export(out: Path, document: dict[str, Any]) -> list[str]:
-    """Write an export to a folder that is not there yet or empty; returns the files' names.
+    """Write an export atomically to a new or empty folder that only its owner can read; return the file names.
 
-    Only its owner can read the folder, which appears when it is complete. MtaError when it cannot be written.
+    Raises MtaError if the folder cannot be written.
     """
     import orjson
 
@@ -160,25 +160,23 @@ def _write_export(out: Path, document: dict[str, Any]) -> list[str]:
 
 
 def readapt(
-    bank: Annotated[
-        Path | None, typer.Option(help="Folder of the bank that is served now.", show_default="MTA_BANK")
-    ] = None,
+    bank: Annotated[Path | None, typer.Option(help="Folder of the served bank.", show_default="MTA_BANK")] = None,
     redis_url: Annotated[str | None, typer.Option(help="URL of Redis or Valkey.", show_default="MTA_REDIS_URL")] = None,
-    at_a_time: Annotated[int, typer.Option(help="Most jobs open at a time.", min=1)] = 4,
+    at_a_time: Annotated[int, typer.Option(help="Maximum number of open jobs.", min=1)] = 4,
 ) -> None:
-    """Make a job for every user whose adapter belongs to an old bank, from their stored samples; workers train them.
+    """Create a training job from stored samples for every user whose adapter belongs to an old bank.
 
-    If it is interrupted, run it again: it continues where it stopped. Users are served merged until they are adapted.
-    Where tenants name banks (`mta keys bank`), users whom another bank serves are left alone; MTA_SECRET, the gateways'
-    own, tells whose users they are. For a tenant's bank give --bank, and leave MTA_BANK as the gateways have it.
+    To continue an interrupted run, run the command again. Users are served merged until they are adapted. If tenants
+    have banks of their own (`mta keys bank`), users of other banks are skipped; this needs the gateways' MTA_SECRET.
+    For a tenant's bank set --bank, and leave MTA_BANK as the gateways have it.
     """
     from server.settings import load_settings
 
     asyncio.run(_readapt(load_settings(bank=bank, redis_url=redis_url), load_settings().bank, at_a_time))
 
 
-async def _readapt(settings: Settings, usual: Path | None, at_a_time: int) -> None:
-    """Train for the settings' bank; `usual` is the folder of the gateways' own."""
+async def _readapt(settings: Settings, default_bank: Path | None, at_a_time: int) -> None:
+    """Create jobs for the settings' bank; `default_bank` is the folder of the gateways' default bank."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
@@ -192,9 +190,9 @@ async def _readapt(settings: Settings, usual: Path | None, at_a_time: int) -> No
     async with open_stores(settings) as stores:
         ring, served = await stores.keys.all(), None
         if ring.banks:
-            own = manifest.short  # of tenants that name none
+            own = manifest.short  # bank of tenants without a bank of their own
             if own in ring.banks.values():
-                own = read_manifest(usual).short if usual else ""
+                own = read_manifest(default_bank).short if default_bank else ""
             secret = settings.secret.get_secret_value() if settings.secret else None
             served = ServedBanks(ring, own, Tenants(secret, settings.tenant), settings.tenant)
         budget = JobBudget(settings.job_tokens, settings.job_seconds)
@@ -213,7 +211,7 @@ async def _readapt(settings: Settings, usual: Path | None, at_a_time: int) -> No
 
 
 def _call(url: str | None, method: Callable[[Client], T]) -> T:
-    from server.cli.users.patience import PatientGateway, client_of
+    from server.cli.users.retrying import RetryingGateway, gateway_client
 
-    with client_of(url) as client:
-        return PatientGateway(client, _SHORT_PATIENCE_S).call(method)
+    with gateway_client(url) as client:
+        return RetryingGateway(client, _MAX_RETRY_S).call(method)

@@ -121,7 +121,7 @@ class TestGiven:
         assert listed[1:] == listed[:1] * 2
         another = self.given(monkeypatch, "mta_" + "fedcba9876543210" * 4)
         assert (another.exit_code, another.stdout) == (0, "")
-        assert "none is made now" in another.stderr
+        assert "none was created" in another.stderr
         assert keys("list").stdout == listed[0]
 
     @pytest.mark.parametrize(

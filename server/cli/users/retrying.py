@@ -1,4 +1,4 @@
-"""Calls of a gateway that are repeated while it is busy or away, never earlier than it asks."""
+"""Gateway calls that are retried while the gateway is busy or down, and respect `Retry-After`."""
 
 from __future__ import annotations
 
@@ -17,76 +17,76 @@ from server.settings import load_settings
 
 T = TypeVar("T")
 
-PATIENCE_S = 300.0  # how long a gateway may be away or busy before a command gives up
-_BUSY = frozenset((408, 429, 502, 503, 504))
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+MAX_RETRY_S = 300.0  # time after which a command gives up on a gateway that is busy or down
+_RETRIED_STATUSES = frozenset((408, 429, 502, 503, 504))
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 30.0
 
 
-class Refused(MtaError):
-    """The gateway refused the request, and would again."""
+class RequestRefused(MtaError):
+    """The gateway refused the request; a retry would not help."""
 
 
-class PatientGateway:
-    """Calls to one gateway, from any thread.
+class RetryingGateway:
+    """Thread-safe calls to one gateway.
 
-    While it is busy or away, all calls wait together: one that was told to come back later speaks for the others.
+    While the gateway is busy or down, all calls wait: a delay requested in one answer applies to all calls.
     """
 
-    def __init__(self, client: mta_client.Client, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, client: mta_client.Client, max_retry_s: float = MAX_RETRY_S) -> None:
         self.url = client.url
         self._client = client
-        self._patience_s = patience_s
-        self._state = threading.Lock()
+        self._max_retry_s = max_retry_s
+        self._lock = threading.Lock()
         self._not_before_s = 0.0
         self._failing_since_s: float | None = None
         self._stopped = threading.Event()
 
     def call(self, method: Callable[[mta_client.Client], T]) -> T:
-        """Call a method of the client, one that can be repeated, until it answers.
+        """Call an idempotent method of the client until the gateway answers.
 
-        Raises Refused when the gateway refuses it, and MtaError when it has been busy or away for too long.
+        Raises RequestRefused if the gateway refuses, and MtaError if it is busy or down for too long.
         """
         while True:
             while (left_s := self._not_before_s - time.monotonic()) > 0 and not self._stopped.wait(left_s):
-                pass  # another call may have moved it on
+                pass  # another call may have extended the wait
             if self._stopped.is_set():
                 raise MtaError(f"{self.url}: stopped")
             try:
                 answer = method(self._client)
             except mta_client.MtaError as error:
-                if error.code != "no_answer" and error.status not in _BUSY:
-                    raise Refused(reason_of(error)) from error
+                if error.code != "no_answer" and error.status not in _RETRIED_STATUSES:
+                    raise RequestRefused(describe_error(error)) from error
                 self._back_off(error)
                 continue
             self._failing_since_s = None
             return answer
 
     def stop(self) -> None:
-        """End the calls that wait, with an error."""
+        """Make waiting calls raise MtaError."""
         self._stopped.set()
 
     def _back_off(self, error: mta_client.MtaError) -> None:
-        """Let all calls wait as long as the gateway asks for, or as long as it has been away already."""
+        """Delay all calls for as long as the gateway asks, or for as long as it has been down so far."""
         now_s = time.monotonic()
-        with self._state:
+        with self._lock:
             since_s = self._failing_since_s = now_s if self._failing_since_s is None else self._failing_since_s
-            pause_s = min(max(now_s - since_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+            pause_s = min(max(now_s - since_s, _FIRST_PAUSE_S), _MAX_PAUSE_S)
             if error.retry_after_s is not None:
-                pause_s = min(error.retry_after_s, self._patience_s)
-            if now_s + pause_s > since_s + self._patience_s:
-                raise MtaError(f"{self.url}: {reason_of(error)}; given up after {now_s - since_s:.0f} s")
+                pause_s = min(error.retry_after_s, self._max_retry_s)
+            if now_s + pause_s > since_s + self._max_retry_s:
+                raise MtaError(f"{self.url}: {describe_error(error)}; gave up after {now_s - since_s:.0f} s")
             self._not_before_s = max(self._not_before_s, now_s + pause_s * random.uniform(1, 1.2))
 
 
-def reason_of(error: mta_client.MtaError) -> str:
-    """What an error says, in a line: it may come from a proxy, too."""
+def describe_error(error: mta_client.MtaError) -> str:
+    """Return an error as one line; it may come from a proxy."""
     if error.code == "not_understood" and error.status:
         return f"it answered {error.status}: {excerpt(error.message)}"
-    return error.message + ("; MTA_API_KEY is where this command takes the key from" if error.status == 401 else "")
+    return error.message + ("; this command takes the key from MTA_API_KEY" if error.status == 401 else "")
 
 
-def client_of(url: str | None) -> mta_client.Client:
-    """A client of the gateway at `url`, by default this machine's, with the key in MTA_API_KEY."""
+def gateway_client(url: str | None) -> mta_client.Client:
+    """Return a client with the key in MTA_API_KEY for the gateway at `url`, by default on this machine."""
     settings = load_settings()
     url = url or f"http://127.0.0.1:{settings.port}"
     try:
@@ -94,5 +94,5 @@ def client_of(url: str | None) -> mta_client.Client:
     except ValidationError as error:
         raise MtaError(f"{excerpt(url)} is not the URL of a gateway, such as http://127.0.0.1:8000") from error
     key = settings.api_key.get_secret_value() if settings.api_key else None
-    # Proxies of the environment are for what is outside.
+    # Ignore proxy settings, which are for hosts outside.
     return mta_client.Client(url, key=key, trust_env=False, verify=ssl.create_default_context())
