@@ -1,4 +1,4 @@
-"""A small client for the MTA server's HTTP API; it needs httpx and no other package of this project.
+"""A small client for the MTA server's HTTP API; it needs httpx and no other part of this project.
 
 with Client("http://127.0.0.1:8000") as client:  # with MTA_API_KEY from the environment, or key="mta_…"
     client.put_profile("rosa", ["Dear friend,\\nThe first roses are open."])

@@ -24,14 +24,14 @@ Prompt = str | Sequence[Mapping[str, str]]
 """One user turn, or a conversation of messages."""
 
 CONNECT_S = 5.0
-KEEP_ALIVE_S = 2.0  # idle connections are dropped before the server closes them (after 5 s)
+KEEP_ALIVE_S = 2.0  # the server closes idle connections after 5 s
 
 
 class Client:
-    """A client for one server. Methods raise only `MtaError`; threads may share a client.
+    """A thread-safe client for one server. Methods raise only `MtaError`.
 
-    `timeout_s` is the longest silence within an answer; a healthy stream is never silent for longer than 15 s. The key
-    is by default the environment's MTA_API_KEY. Other options are those of `httpx.Client`, such as `verify`.
+    `timeout_s` is the longest wait for data within an answer; a healthy stream sends some at least every 15 s. `key`
+    defaults to MTA_API_KEY from the environment. Other options go to `httpx.Client`, for example `verify`.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 120.0, key: str | None = None, **options: Any) -> None:
@@ -48,13 +48,13 @@ class Client:
         self._http.close()
 
     def ready(self) -> bool:
-        """Whether requests can be fully served (`GET /ready`)."""
+        """Return whether the server can fully serve requests (`GET /ready`)."""
         with suppress(MtaError):
             return bool(self._json("GET", "/ready"))
         return False
 
     def health(self) -> dict[str, Any]:
-        """The gateway's parts, as it last saw them (`GET /health`)."""
+        """Return the last known state of the server's parts (`GET /health`)."""
         return self._json("GET", "/health")
 
     def put_profile(self, user_id: str, items: Items) -> Profile:
@@ -62,19 +62,19 @@ class Client:
         return self._call(Profile, "PUT", f"{_path('users', user_id)}/profile", {"items": _items(items)})
 
     def add_items(self, user_id: str, items: Items) -> Profile:
-        """Add items to a user's history; an item whose `id` is already there is replaced."""
+        """Add items to a user's history, replacing items with the same `id`."""
         return self._call(Profile, "POST", f"{_path('users', user_id)}/profile/items", {"items": _items(items)})
 
     def user(self, user_id: str) -> User:
-        """What is stored about a user, and which anchors speak for them."""
+        """Return a summary of a user's stored data, and the anchors that serve them."""
         return self._call(User, "GET", _path("users", user_id))
 
     def export(self, user_id: str) -> dict[str, Any]:
-        """Everything that is stored about a user (`GET /users/{id}/export`)."""
+        """Return all stored data of a user (`GET /users/{id}/export`)."""
         return self._json("GET", f"{_path('users', user_id)}/export")
 
     def forget(self, user_id: str, *, missing_ok: bool = False) -> Erased | None:
-        """Erase a user; with `missing_ok`, returns None if nothing was stored about them."""
+        """Erase a user; with `missing_ok`, return None if nothing is stored about them."""
         try:
             return self._call(Erased, "DELETE", _path("users", user_id))
         except MtaError as error:
@@ -83,26 +83,26 @@ class Client:
             raise
 
     def generate(self, user_id: str, prompt: Prompt, **options: Any) -> Answer:
-        """Generate a whole answer; `options` are the other fields of `POST /generate`, for example `max_tokens`."""
-        return self._call(Answer, "POST", "/generate", _question(user_id, prompt) | options)
+        """Generate an answer; `options` are the other fields of `POST /generate`, for example `max_tokens`."""
+        return self._call(Answer, "POST", "/generate", _generate_body(user_id, prompt) | options)
 
     def stream(self, user_id: str, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
-        """Generate an answer piece by piece; closing the generator stops it."""
-        body = _question(user_id, prompt) | options | {"stream": True}
+        """Stream an answer; closing the generator stops the generation."""
+        body = _generate_body(user_id, prompt) | options | {"stream": True}
         with self._response("POST", "/generate", body) as response:
             for event in _events(response):
                 yield read_chunk(event)
 
     def adapt(self, user_id: str, samples: Sequence[Mapping[str, Any]], *, append: bool = False, **config: Any) -> Job:
-        """Start training a user's adapter on samples of `input` and `output`.
+        """Start training a user's adapter on samples with `input` and `output`.
 
-        They replace the previous ones, or with `append` are added to them; `config` says how, for example `steps`.
+        The samples replace the stored ones, or extend them with `append`. `config` has options such as `steps`.
         """
         body = {"samples": _dicts(samples), "append": append, "config": config}
         return self._call(Job, "POST", f"{_path('users', user_id)}/adapt", body)
 
     def events(self, job_id: str) -> Generator[Job, None, None]:
-        """Yield a job now and whenever it changes, until it has ended."""
+        """Yield a job now and after each change, until it has ended."""
         with self._response("GET", f"{_path('jobs', job_id)}/events") as response:
             for event in _events(response):
                 yield read(Job, event)
@@ -126,7 +126,7 @@ class Client:
 
     @contextmanager
     def _response(self, method: str, path: str, body: object = None) -> Iterator[httpx.Response]:
-        """A 2xx response, open while the block reads it; any failure becomes an `MtaError`."""
+        """Send a request and yield its 2xx response; turn every failure into an `MtaError`."""
         with _sendable():
             request = self._http.build_request(method, path, json=body)
         try:
@@ -134,7 +134,7 @@ class Client:
             try:
                 if not response.is_success:
                     response.read()
-                    raise _refusal(response)
+                    raise _error_of(response)
                 yield response
             finally:
                 response.close()
@@ -146,23 +146,23 @@ class Client:
             ) from error
 
 
-def _refusal(response: httpx.Response) -> MtaError:
-    """The error in a 4xx or 5xx answer, which may also come from a proxy."""
-    pause = response.headers.get("Retry-After", "")
-    told: dict[str, Any] = {
+def _error_of(response: httpx.Response) -> MtaError:
+    """Return the error in a 4xx or 5xx answer, which may come from a proxy."""
+    retry_after = response.headers.get("Retry-After", "")
+    details: dict[str, Any] = {
         "status": response.status_code,
-        "retry_after_s": float(pause) if pause.isdecimal() else None,
+        "retry_after_s": float(retry_after) if retry_after.isdecimal() else None,
     }
     try:
         error = response.json()["error"]
-        return MtaError(error["message"], error["code"], param=error["param"], **told)
+        return MtaError(error["message"], error["code"], param=error["param"], **details)
     except (ValueError, LookupError, TypeError):
-        return MtaError(response.text[:2000], "not_understood", **told)
+        return MtaError(response.text[:2000], "not_understood", **details)
 
 
 @contextmanager
 def _sendable() -> Iterator[None]:
-    """Whatever is wrong with what a caller gives becomes an `MtaError`; also decorates functions that prepare it."""
+    """Turn errors caused by the caller's arguments into an `MtaError`; also used as a decorator."""
     try:
         yield
     except (TypeError, ValueError, RecursionError, httpx.InvalidURL) as error:
@@ -170,8 +170,8 @@ def _sendable() -> Iterator[None]:
 
 
 @_sendable()
-def _path(kind: str, its_id: str) -> str:
-    return f"/{kind}/{quote(its_id, safe='')}"
+def _path(kind: str, identifier: str) -> str:
+    return f"/{kind}/{quote(identifier, safe='')}"
 
 
 @_sendable()
@@ -180,16 +180,16 @@ def _items(items: Items) -> list[dict[str, Any]]:
 
 
 @_sendable()
-def _dicts(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [dict(one) for one in given]
+def _dicts(mappings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [dict(one) for one in mappings]
 
 
-def _question(user_id: str, prompt: Prompt) -> dict[str, Any]:
+def _generate_body(user_id: str, prompt: Prompt) -> dict[str, Any]:
     return {"user_id": user_id, **({"prompt": prompt} if isinstance(prompt, str) else {"messages": _dicts(prompt)})}
 
 
 def _events(response: httpx.Response) -> Iterator[Mapping[str, Any]]:
-    """The JSON of each server-sent event, up to `[DONE]`; comments and empty lines are skipped."""
+    """Yield the JSON of each server-sent event up to `[DONE]`; skip comments and empty lines."""
     for line in _lines(response):
         if line.startswith(b"data: [DONE]"):
             return
@@ -202,7 +202,7 @@ def _events(response: httpx.Response) -> Iterator[Mapping[str, Any]]:
 
 
 def _lines(response: httpx.Response) -> Iterator[bytes]:
-    """Lines, split at newlines only; `Response.iter_lines` also splits at characters that may occur in a text."""
+    """Yield lines split at newlines only; `Response.iter_lines` also splits at characters that may occur in text."""
     rest = b""
     for piece in response.iter_bytes():
         *lines, rest = (rest + piece).split(b"\n")

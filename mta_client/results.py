@@ -1,4 +1,4 @@
-"""The server's answers as frozen values with the same fields; fields that a later server adds are ignored."""
+"""The server's answers as frozen dataclasses with the same fields; unknown fields of newer servers are ignored."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class MtaError(Exception):
     """A call that failed.
 
     Attributes:
-        message: what was wrong, for people.
-        code: the server's machine-readable reason; `not_sendable` (what was given is no text, URL or JSON, such as
-            a lone surrogate or NaN), `no_answer`, `broken_off`, `timed_out` and `not_understood` are the client's own.
-        status: the HTTP status; 0 when nothing was sent, no answer came or a stream broke off.
-        param: the field at fault, if there is one.
-        retry_after_s: when to try again, where the server says so.
+        message: what went wrong, for people.
+        code: the server's machine-readable reason, or one of the client: `not_sendable` (an argument cannot be sent as
+            text, URL or JSON, such as NaN), `no_answer`, `broken_off`, `timed_out` and `not_understood`.
+        status: the HTTP status; 0 if nothing was sent, no answer came or a stream broke off.
+        param: the invalid field, if there is one.
+        retry_after_s: seconds until a retry makes sense, if the server says so.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class MtaError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """An anchor that speaks for a user."""
+    """An anchor adapter in a user's recipe."""
 
     id: str
     weight: float
@@ -44,9 +44,9 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Personalization:
-    """Who speaks in an answer: `level` is `base`, `merged` or `stacked`, and `reason` says why it is not higher.
+    """How an answer was personalized: `level` is `base`, `merged` or `stacked`; `reason` says why it is not higher.
 
-    `history` counts past items in the prompt; `history_reason` says why there are none, if they were not read in time.
+    `history` is the number of past items in the prompt; `history_reason` says why it is 0, if they came too late.
     """
 
     level: str
@@ -61,7 +61,7 @@ class Personalization:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer; `usage` counts tokens, unless the engine does not report it."""
+    """An answer; `usage` has token counts, or is None if the engine does not report them."""
 
     id: str
     text: str
@@ -72,7 +72,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a stream: the first says who speaks; the last has the finish reason, token counts and timings."""
+    """A chunk of a stream. The first has the personalization, the last the finish reason, token counts and timings."""
 
     text: str
     finish_reason: str | None
@@ -83,7 +83,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The result of a profile change: how many items were received, are kept, and were changed."""
+    """The result of a profile change: the numbers of received, kept and changed items, and the new recipe."""
 
     user_id: str
     received: int
@@ -95,7 +95,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """What is stored about a user (`bytes` in the store), which anchors speak for them, `at` which point of the map."""
+    """A user's stored data (`bytes` is its size), the anchors that serve them, and `at`, their point on the map."""
 
     user_id: str
     items: int
@@ -111,7 +111,7 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """What was erased, and by when it is gone from the store's file on disk too."""
+    """What was erased, and the time by which it is gone from the store's file on disk."""
 
     user_id: str
     erased: Mapping[str, int]
@@ -120,7 +120,7 @@ class Erased:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A training job's current state; `tries` is how often a worker has taken it.
+    """A training job's current state; `tries` is the number of times that a worker took it.
 
     `progress` has `step`, `steps`, `phase`, and pairs of step and loss in `loss` and `held_out`.
     """
