@@ -1,5 +1,5 @@
-"""Benchmarks, each a command: `mta bench NAME`, or `python -m bench.…` for those that acceptance runs. They need the
-extra `cpu` or `gpu`."""
+"""Benchmarks. Each is a command: `mta bench NAME`, or `python -m bench.…` for those that only acceptance runs. They
+need the extra `cpu` or `gpu`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adapters.errors import MtaError
 
 
 def exit_on_sigterm() -> None:
-    """Let SIGTERM end this process as Ctrl-C does, so that the servers it started end with it."""
+    """Let SIGTERM exit this process like Ctrl-C, so that it stops the servers it has started."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 

@@ -79,7 +79,7 @@ def _counts(value: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", value))
 
 
-AS_IT_SAYS = Target("", "as the script itself demands", lambda value: "← wrong" not in str(value))
+OWN_VERDICT = Target("", "as the script itself demands", lambda value: "← wrong" not in str(value))
 ORACLE = tuple(
     Target(f"{method}{stacked}, float32", "at most 1e-2", lambda value: float(value) <= 1e-2)
     for method in ("shared", "cat")
@@ -164,28 +164,28 @@ def main(
     if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build, "--baselines")):
         run.step("fuse", ("-m", "bench.serving.cold", "--bank", bank), FUSE)
         run.step("soak", ("-m", "bench.scale.soak"), SOAK)
-        run.step("chaos", ("-m", "bench.fleet.chaos"), (AS_IT_SAYS,))
-        run.step("all exchanged under load", ("-m", "bench.fleet.rolling"), (AS_IT_SAYS,))
+        run.step("chaos", ("-m", "bench.fleet.chaos"), (OWN_VERDICT,))
+        run.step("all exchanged under load", ("-m", "bench.fleet.rolling"), (OWN_VERDICT,))
         run.step("a simulated fleet", ("-m", "bench.fleet.simulate", "--check"))
         with run.needing("a tiny server"), _served(out / "tiny-data", *_tiny(out / "tiny")) as (url, engine, key):
             measure = ("-m", "bench.serving.gateway", "--gateway", url, "--engine", engine, "--max-tokens", 32)
             run.step("gateway", measure, GATEWAY, key)
-        run.step("overload", ("-m", "bench.fleet.overload"), (AS_IT_SAYS,))
+        run.step("overload", ("-m", "bench.fleet.overload"), (OWN_VERDICT,))
         run.step("oracle", ("-m", "bench.oracle", *people), ORACLE)
         # In float32: in bfloat16 an answer depends on what it is batched with, wherever two tokens nearly tie.
         with run.needing("an exact server"), _served(out / "data", *served, "--dtype", "float32") as (url, engine, key):
             serve = ("-m", "bench.serving.users", "--users", users, "--url", url, "--engine", engine)
-            run.step("users", serve, (AS_IT_SAYS,), key)
+            run.step("users", serve, (OWN_VERDICT,), key)
         with run.needing("a server that adapts"), ExitStack() as ending:
             store = ValkeyProcess(out / "valkey")
             ending.callback(store.kill)
             redis = ("--redis-url", store.start().url)
             url, _, _ = ending.enter_context(_served(out / "adapt-data", *served, *redis))
             adapt = ("-m", "bench.adapt.users", *people, *redis, "--url", url)
-            run.step("few-shot users", adapt, (AS_IT_SAYS, *ADAPTED))
-            run.step("beside a job", ("-m", "bench.adapt.beside", "--gateway", url), (AS_IT_SAYS,))
-        run.step("two engines as one", ("-m", "bench.fleet.replicas", *people), (AS_IT_SAYS,))
-        run.step("two evaluators", ("-m", "bench.quality.engine", *people, "--people", 2), (AS_IT_SAYS,))
+            run.step("few-shot users", adapt, (OWN_VERDICT, *ADAPTED))
+            run.step("beside a job", ("-m", "bench.adapt.beside", "--gateway", url), (OWN_VERDICT,))
+        run.step("two engines as one", ("-m", "bench.fleet.replicas", *people), (OWN_VERDICT,))
+        run.step("two evaluators", ("-m", "bench.quality.engine", *people, "--people", 2), (OWN_VERDICT,))
         run.step("quality", ("-m", "server.cli", "eval", *people, "--out", out / "quality", "--no-predict"))
     console().print(_table(run.outcomes))
     passed = all(outcome.passed for outcome in run.outcomes)

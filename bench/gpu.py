@@ -1,11 +1,12 @@
-"""The engine on a GPU, for anyone who has one: no weights and no bank are needed.
+"""Measure the engine on a GPU; needs no weights and no bank.
 
     python -m bench.gpu                                          # a tiny and an 8B-shaped Llama, 1 to 256 recipes
-    python -m bench.gpu --shape tiny --recipes 1 --recipes 2     # a glance, on any machine
+    python -m bench.gpu --shape tiny --recipes 1 --recipes 2     # a quick run on any machine
 
-Each model is a shape with random weights (`--load-format dummy`) and gets a bank of 50 random anchors. Measured are the
-cold path, from the engine's own histograms, and tokens a second of a closed loop whose clients share 1 to 256 recipes,
-in turn with the base model on the same server. Then the same on a vLLM without the plugin, with PEFT folders.
+Each model is a shape with random weights (`--load-format dummy`) and gets a bank of 50 random anchors. The benchmark
+measures the cold path with the engine's own histograms, and tokens per second of a closed loop whose clients share 1 to
+256 recipes, in turn with the base model on the same server. It repeats this on a vLLM without the plugin, with PEFT
+folders.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from bench.page.report import Figures, Spread, tabulate
 from bench.rig.engine import Engine
 from bench.rig.servers import Flavour, vllm_server
 from bench.rig.subject import Subject
-from bench.rig.tiny import hollow_model, tiny_bank
-from bench.serving.histograms import COLD_PATH, ON_THE_LOOP, means_ms, totals
+from bench.rig.tiny import tiny_bank, weightless_model
+from bench.serving.histograms import BLOCKING_STEPS, COLD_PATH, means_ms, totals
 from bench.serving.load import Ask, Loader, Prompts, loading
 from bench.serving.peft_folders import load_folders, peft_folders
 from server.engine_protocol import BASE_MODEL
 from server.settings import Settings
 
-NEVER_SEEN = 20
-"""Recipes that the cold path is measured on."""
+NEW_RECIPES = 20
+"""Number of recipes for measuring the cold path."""
 
 
 class Shape(StrEnum):
-    """Models by their shape."""
+    """Shape of a model."""
 
     TINY = "tiny"
     LLAMA_8B = "8b"
@@ -73,7 +74,7 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The closed loop: clients, requests in a block, tokens of prompts and answers, turns."""
+    """The closed loop: clients, requests per block, tokens per prompt and per answer, and turns."""
 
     clients: int
     requests: int
@@ -89,9 +90,9 @@ def main(
         list[int] | None, typer.Option(help="May be repeated.", min=1, show_default="1, 4, 16, 64, 256")
     ] = None,
     anchors: Annotated[int, typer.Option(help="Anchors of the bank.", min=2)] = 50,
-    rank: Annotated[int, typer.Option(help="Their rank.", min=1)] = 8,
+    rank: Annotated[int, typer.Option(help="Rank of the anchors.", min=1)] = 8,
     slots: Annotated[int | None, typer.Option(help="Adapter slots.", min=1, show_default="as many as recipes")] = None,
-    clients: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 256,
+    clients: Annotated[int, typer.Option(help="Concurrent requests.", min=1)] = 256,
     requests: Annotated[int, typer.Option(help="Requests in a block.", min=1)] = 512,
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 64,
@@ -124,7 +125,7 @@ def main(
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """One model's servers, and what is asked of each."""
+    """One model's servers and their load."""
 
     subject: Subject
     counts: Sequence[int]
@@ -133,14 +134,14 @@ class _Measured:
     progress: Progress
 
     def server(self, flavour: Flavour) -> AbstractContextManager[Engine]:
-        """A server with weights that are made up."""
+        """Return a server with dummy weights."""
         load = self.load
         sizes = {"max_num_seqs": load.clients, "max_model_len": load.prompt + load.tokens + 32}
         hollow = ("--load-format", "dummy")
         return vllm_server(self.subject, flavour, arguments=hollow, max_loras=self.slots, **sizes)
 
     def in_turn(self, what: str, engine: Engine, names: Sequence[str]) -> list[list[object]]:
-        """Tokens a second over 1, 4, … of the adapters in turn with the base model; a row for each."""
+        """Measure tokens per second with 1, 4, … adapters in turn with the base model; return a row for each."""
         turns = self.load.pairs + 1
         bar = self.progress.add_task(f"{what} in turn with base", total=len(self.counts) * turns)
         prompts, lines = Prompts(self.subject.model), list[list[object]]()
@@ -162,14 +163,14 @@ class _Measured:
 
 
 async def _block(loader: Loader, models: Sequence[str], prompts: Prompts, load: Load) -> float:
-    """Tokens a second of a closed loop over some adapters."""
+    """Return the tokens per second of a closed loop over some adapters."""
     asks = (Ask(models[i % len(models)], prompts(load.prompt), load.tokens) for i in range(load.requests))
     answers, seconds = await loader.closed_loop(asks, load.clients)
     return sum(answer.tokens for answer in answers) / seconds
 
 
 def _subject(where: Path, shape: Shape, anchors: int, rank: int) -> Subject:
-    model = hollow_model(where / "model", **SHAPES[shape])
+    model = weightless_model(where / "model", **SHAPES[shape])
     embedder = ensure_embedder(Settings().embedder, Settings().cache_dir)
     vectors = np.random.default_rng(0).standard_normal((anchors, 384)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -188,10 +189,10 @@ def _subject(where: Path, shape: Shape, anchors: int, rank: int) -> Subject:
 
 
 def _cold(shape: Shape, engine: Engine, subject: Subject, prompt: int) -> Figures:
-    """The steps from a never-seen recipe to its adapter, µs, as the engine counts them."""
-    names = COLD_PATH | ON_THE_LOOP
+    """Measure the steps from a new recipe to its adapter in µs, with the engine's histograms."""
+    names = COLD_PATH | BLOCKING_STEPS
     prompts, taken = Prompts(subject.model), {step: list[float]() for step in names}
-    for recipe in itertools.islice(subject.recipes(seed=1), NEVER_SEEN):
+    for recipe in itertools.islice(subject.recipes(seed=1), NEW_RECIPES):
         before = totals(engine.client.get("/metrics").text, names)
         body = {"model": recipe.name, "prompt": prompts(prompt), "max_tokens": 1}
         engine.client.post("/v1/completions", json=body).raise_for_status()
@@ -199,7 +200,7 @@ def _cold(shape: Shape, engine: Engine, subject: Subject, prompt: int) -> Figure
         for step, ms in means_ms(before, after).items():
             taken[step].append(1000 * ms)
     lines = [[step, Spread.of(readings) if readings else None] for step, readings in taken.items()]
-    return Figures(f"{shape.value}: a never-seen recipe, {NEVER_SEEN} times", ("step", "µs"), lines)
+    return Figures(f"{shape.value}: a never-seen recipe, {NEW_RECIPES} times", ("step", "µs"), lines)
 
 
 def _device() -> str:

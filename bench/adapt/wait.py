@@ -18,7 +18,7 @@ from rich.progress import track
 
 from bench import script
 from bench.page.report import Figures, Spread, tabulate
-from bench.rig.subject import BankOption, ModelOption, TinyOption, given, tiny
+from bench.rig.subject import BankOption, ModelOption, TinyOption, configured_subject, tiny
 from bench.rig.up import up
 from bench.serving.front import WORDS
 from mta_client import Client
@@ -39,7 +39,7 @@ def main(
     """Measure the time from posting samples to the first stacked answer."""
     seconds, ended, levels = [], Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
-        subject = tiny(Path(scratch)) if tiny_model else given(bank, model)
+        subject = tiny(Path(scratch)) if tiny_model else configured_subject(bank, model)
         options = ("--bank", str(subject.bank), "--model", str(subject.model))
         with up(Path(scratch) / "data", *options) as server, Client(server.url, timeout_s=600) as client:
             for person in track(range(people + 1), "adapt and ask"):

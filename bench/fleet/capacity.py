@@ -15,7 +15,7 @@ from bench.page.report import Spread
 USERS = 16
 PLACES = 16
 """Sequences in a batch where there is to be more than fits."""
-MOST_LONGER = 1.5
+MAX_P99_RATIO = 1.5
 TURNS = 5
 """Of two loads that are compared: what else the machine does, both have to bear."""
 SEND_TIMEOUT_S = 5
@@ -34,7 +34,7 @@ WRONG = "← wrong"
 
 Rows = list[tuple[str, object]]
 """What was found, with `WRONG` where a claim fails."""
-Told = Callable[[Stream], object]
+OnStream = Callable[[Stream], object]
 
 
 def _bodies(tokens: int) -> Iterator[dict[str, Any]]:
@@ -50,12 +50,12 @@ class Overload:
     Args:
         urls: the gateways'.
         tokens: of an answer.
-        begin: told what is measured next; what it returns is told of each stream that ends.
+        begin: on_stream what is measured next; what it returns is on_stream of each stream that ends.
         records: gets all loads, by what they were.
     """
 
     def __init__(
-        self, urls: Sequence[str], tokens: int, begin: Callable[[str], Told], records: dict[str, Load]
+        self, urls: Sequence[str], tokens: int, begin: Callable[[str], OnStream], records: dict[str, Load]
     ) -> None:
         self._urls = urls
         self._tokens = tokens
@@ -71,7 +71,7 @@ class Overload:
         chunks = sum(stream.chunks for stream in load.served)
         return [
             (f"{what}: begun", len(load.streams)),
-            (f"{what}: lost", _judged(f"{lost} {load.failures or ''}".strip(), lost == 0)),
+            (f"{what}: lost", _marked(f"{lost} {load.failures or ''}".strip(), lost == 0)),
             (f"{what}: chunks a second", round(chunks / load.seconds)),
             (f"{what}: first chunk, p50 and p99, ms", _two(load.first_ms)),
             (f"{what}: whole, p50 and p99, ms", _two(load.whole_ms)),
@@ -98,7 +98,7 @@ class Overload:
         rise = [load.refused / len(load.streams) for load in (self._records[what] for what in whats)]
         return [
             *itertools.chain(*map(self._rows, whats)),
-            ("429s rise with what is offered", _judged(f"{rise[0]:.0%} to {rise[1]:.0%}", rise[0] < rise[1])),
+            ("429s rise with what is offered", _marked(f"{rise[0]:.0%} to {rise[1]:.0%}", rise[0] < rise[1])),
             ("admitted: p99 at twice over p99 at capacity", _at_most_longer(twice, once)),
         ]
 
@@ -118,7 +118,7 @@ class Overload:
         return [
             *itertools.chain(*map(self._rows, whats)),
             ("p99 beside clients that do not read over p99 alone", _at_most_longer(beside, alone)),
-            ("places still taken at the end", _judged(f"{left:g}", left == 0)),
+            ("places still taken at the end", _marked(f"{left:g}", left == 0)),
         ]
 
     async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str) -> float:
@@ -133,7 +133,7 @@ class Overload:
         return [
             (f"{what}: served a second", round(load.rate, 1)),
             (f"{what}: refused (429)", f"{load.refused} of {len(load.streams)}"),
-            (f"{what}: failed in any other way", _judged(str(load.failures or 0), not load.failures)),
+            (f"{what}: failed in any other way", _marked(str(load.failures or 0), not load.failures)),
             (f"{what}: first chunk, p50 and p99, ms", _two(load.first_ms)),
             (f"{what}: whole, p50 and p99, ms", _two(load.whole_ms)),
         ]
@@ -148,14 +148,14 @@ class Overload:
         return taken
 
 
-def _judged(shown: str, right: bool) -> str:
+def _marked(shown: str, right: bool) -> str:
     return shown if right else f"{shown} {WRONG}"
 
 
 def _at_most_longer(over: Sequence[float], under: Sequence[float]) -> str:
     """The ratio of two loads' p99, turn by turn: the median decides, so that a hiccup is one turn."""
     ratio = Spread.ratio(over, under)
-    return _judged(f"{ratio}, at most {MOST_LONGER}", ratio.median <= MOST_LONGER)
+    return _marked(f"{ratio}, at most {MAX_P99_RATIO}", ratio.median <= MAX_P99_RATIO)
 
 
 def _two(of: Callable[[float], float]) -> str:

@@ -49,14 +49,14 @@ PLACES = 32
 USERS = 8
 KEYS = ("ada", "bob", "kai", "eve")
 """The fourth does its worst."""
-LEAST_SERVED, MOST_LONGER = 0.8, 1.5
+MIN_RATE_RATIO, MAX_P99_RATIO = 0.8, 1.5
 WORST = {"events": 64, "trickling": 32, "wide": 8, "unread": 16, "deletes": 2}
 """What the fourth does at its worst, and over how many connections."""
 SMALL_BODY = 64 << 10
 UNREAD = {name: value for name, value in LONG.items() if name not in ("logprobs", "top_logprobs")}
 """More than a socket's buffers take; no more work for the engine than any other answer of this length."""
-AGAIN_S = 0.05
-BEFORE_S = 4.0
+RETRY_DELAY_S = 0.05
+LEAD_IN_S = 4.0
 """How long the three have been there when a measurement begins; the fourth begins halfway."""
 
 Key = dict[str, str]
@@ -167,7 +167,7 @@ class Fairness:
         wide: list[float] = []
         for turn in range(turns):
             await self._offered(whats[0], [loader], per_s, seconds, turn)
-            async with self._again_and_again({"wide": self._ask_for_many(self._keys[0], wide)}, 1):
+            async with self._repeating({"wide": self._ask_for_many(self._keys[0], wide)}, 1):
                 await self._offered(whats[1], [loader], per_s, seconds, turn)
         return [
             *itertools.chain(*map(self._rows, whats)),
@@ -185,8 +185,8 @@ class Fairness:
             behaving = asyncio.create_task(fourth.open(per_s, seconds, lambda _: None, seed=1000 + turn))
             await self._offered(whats[0], three, per_s, seconds, turn)
             await behaving
-            before = [asyncio.create_task(loader.open(per_s, BEFORE_S, lambda _: None)) for loader in three]
-            await asyncio.sleep(BEFORE_S / 2)
+            before = [asyncio.create_task(loader.open(per_s, LEAD_IN_S, lambda _: None)) for loader in three]
+            await asyncio.sleep(LEAD_IN_S / 2)
             async with self._worst(worst):
                 await asyncio.wait(before)
                 await self._offered(whats[1], three, per_s, seconds, turn)
@@ -197,11 +197,11 @@ class Fairness:
             ("what the fourth did", ", ".join(f"{number} {what}" for what, number in sorted(worst.items()))),
             (
                 "the three's answers a second, worst over behaving",
-                _judged(f"{rate}, at least {LEAST_SERVED}", rate.median >= LEAST_SERVED),
+                _marked(f"{rate}, at least {MIN_RATE_RATIO}", rate.median >= MIN_RATE_RATIO),
             ),
             (
                 "the three's p99, worst over behaving",
-                _judged(f"{longer}, at most {MOST_LONGER}", longer.median <= MOST_LONGER),
+                _marked(f"{longer}, at most {MAX_P99_RATIO}", longer.median <= MAX_P99_RATIO),
             ),
         ]
 
@@ -269,7 +269,7 @@ class Fairness:
         async with AsyncExitStack() as stack:
             for what in self._worst_of_all:
                 if what in kinds:
-                    clients = self._again_and_again({what: kinds[what]}, WORST[what], key, counts)
+                    clients = self._repeating({what: kinds[what]}, WORST[what], key, counts)
                 else:
                     clients = reading([self._url] * WORST[what], LONG_PATH, UNREAD, 0.0, key)
                 await stack.enter_async_context(clients)
@@ -292,7 +292,7 @@ class Fairness:
         return ask
 
     @asynccontextmanager
-    async def _again_and_again(
+    async def _repeating(
         self,
         acts: dict[str, Callable[[aiohttp.ClientSession], Awaitable[int]]],
         clients: int,
@@ -311,7 +311,7 @@ class Fairness:
                         counts[what] = counts.get(what, 0) + 1
                         status = await act(session)
                     counts[f"{what}: {status}"] = counts.get(f"{what}: {status}", 0) + 1
-                    await asyncio.sleep(AGAIN_S)
+                    await asyncio.sleep(RETRY_DELAY_S)
 
             tasks = [asyncio.create_task(client(what, act)) for what, act in acts.items() for _ in range(clients)]
             try:
@@ -329,7 +329,7 @@ def _bodies(tokens: int) -> Iterator[dict[str, Any]]:
         yield {"user_id": user, "prompt": prompt, "max_tokens": tokens, "stream": True, "history": 0}
 
 
-def _judged(shown: str, right: bool) -> str:
+def _marked(shown: str, right: bool) -> str:
     return shown if right else f"{shown} {WRONG}"
 
 

@@ -44,7 +44,7 @@ class Machine:
         return said is not None and said["status"] == "ready" and said["detail"] is None
 
 
-def until_routed(up: Up) -> None:
+def wait_for_router(up: Up) -> None:
     """Wait until the router uses every engine: it begins with the first that answers, and finds the others later."""
     health = f"http://{up.address('router')}/health"
     wait_until(lambda: httpx.get(health).status_code == httpx.codes.OK, "the router to know every engine")
@@ -77,7 +77,7 @@ def tiny_machine(
             url = f"redis://127.0.0.1:{lossy.port}/0"
             chosen = ("--bank", str(bank), "--model", str(model), "--replicas", "2", "--redis-url", url, *options)
             with up(folder / "data", *chosen, environment={"MTA_ENGINE_KEY": KEY, **(environment or {})}) as started:
-                until_routed(started)
+                wait_for_router(started)
                 yield Machine(started, store, lossy)
     finally:
         store.kill()

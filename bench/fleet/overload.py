@@ -23,7 +23,7 @@ import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.fleet.capacity import PLACES, SEND_TIMEOUT_S, USERS, WRONG, Overload, Rows, Told
+from bench.fleet.capacity import PLACES, SEND_TIMEOUT_S, USERS, WRONG, OnStream, Overload, Rows
 from bench.fleet.streams import Load, Stream
 from bench.page.report import console, report
 from bench.rig.engine import KEY
@@ -78,14 +78,14 @@ class _Bar:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def __call__(self, what: str) -> Told:
+    def __call__(self, what: str) -> OnStream:
         task = self._progress.add_task(what, total=None)
 
-        def told(stream: Stream) -> None:
+        def on_stream(stream: Stream) -> None:
             self._progress.advance(task)
             self._progress.update(task, description=f"{what}: {self._progress.tasks[task].completed:.0f}")
 
-        return told
+        return on_stream
 
 
 @contextmanager

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from bench import script
-from bench.fleet.machine import ENGINES, engine_client, until_routed
+from bench.fleet.machine import ENGINES, engine_client, wait_for_router
 from bench.page.report import report
 from bench.rig.engine import KEY
-from bench.rig.subject import BankOption, ModelOption, given
+from bench.rig.subject import BankOption, ModelOption, configured_subject
 from bench.rig.up import Up, up
 from mta_client import Client
 
-AT_A_TIME = 4
+CONCURRENCY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,15 @@ class Found:
         return [
             (
                 "answers equal to one engine's",
-                _judged(f"{equal} of {self.answers}", not self.differing),
+                _marked(f"{equal} of {self.answers}", not self.differing),
             ),
-            ("recipes", _judged(str(len(self.recipes)), everywhere)),
+            ("recipes", _marked(str(len(self.recipes)), everywhere)),
             *held,
-            ("recipes on both engines", _judged(str(len(self.twice)), not self.twice)),
+            ("recipes on both engines", _marked(str(len(self.twice)), not self.twice)),
         ]
 
 
-def _judged(value: str, good: bool) -> str:
+def _marked(value: str, good: bool) -> str:
     return value if good else f"{value}  ← wrong"
 
 
@@ -76,13 +76,13 @@ def compared(started: Up, people: Sequence[Mapping[str, Any]], max_tokens: int) 
             assert answer.personalization.recipe
             asked.append((answer.personalization.recipe, query["input"], answer.text))
 
-    with Client(started.url, timeout_s=600) as client, ThreadPoolExecutor(AT_A_TIME) as pool:
+    with Client(started.url, timeout_s=600) as client, ThreadPoolExecutor(CONCURRENCY) as pool:
         list(pool.map(serve, people))
     resident = {}
     for name in ENGINES:
         with engine_client(started, name) as engine:
             resident[name] = set(engine.get("/mta/v1/resident").raise_for_status().json()["resident"])
-    with engine_client(started, ENGINES[0]) as engine, ThreadPoolExecutor(AT_A_TIME) as pool:
+    with engine_client(started, ENGINES[0]) as engine, ThreadPoolExecutor(CONCURRENCY) as pool:
 
         def alone(recipe: str, text: str) -> str:
             body = {"model": recipe, "messages": [{"role": "user", "content": text}], **greedy}
@@ -104,13 +104,13 @@ def main(
 ) -> None:
     """Serve every user of a file by two engines, and compare with one; status 1 when they differ."""
     people = json.loads(users.read_text(encoding="utf-8"))
-    subject = given(bank, model)
+    subject = configured_subject(bank, model)
     options = ("--bank", str(subject.bank), "--model", str(subject.model), "--replicas", "2", "--dtype", "float32")
     with (
         tempfile.TemporaryDirectory() as data,
         up(Path(data), *options, environment={"MTA_ENGINE_KEY": KEY}) as started,
     ):
-        until_routed(started)
+        wait_for_router(started)
         found = compared(started, people, max_tokens)
     report(f"{len(people)} users, two engines", found.rows, out)
     if any("wrong" in value for _, value in found.rows):

@@ -29,7 +29,7 @@ from bench.rig.engine import KEY
 from bench.rig.processes import Background, mta, running, wait_until
 from bench.rig.router import running_router
 from bench.rig.tiny import WORLDS, tiny_bank, tiny_model
-from bench.rig.up import unset
+from bench.rig.up import cleared_settings
 from bench.rig.valkey import ValkeyProcess
 from mta_client import Client
 from server.engine_protocol import STATUS
@@ -113,8 +113,8 @@ class Load(threading.Thread):
                 response = client.request(method, path, json=body)
             except Exception as error:  # whatever ends a request; this thread must go on
                 # Nothing came, and no gateway began anything: it did not take the connection, or had closed it.
-                unheard = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-                if unheard or "without sending a response" in str(error):
+                not_accepted = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+                if not_accepted or "without sending a response" in str(error):
                     continue
                 self.failures.append(f"{method} {path}: {error!r}")
                 return None
@@ -131,7 +131,7 @@ def _recipe(answer: str) -> str:
     return answer.partition('"recipe":"')[2].partition('"')[0]
 
 
-class Rolled:
+class RollingFleet:
     """The fleet, its bank's next one, and what it takes to exchange its parts.
 
     Args:
@@ -148,7 +148,7 @@ class Rolled:
         self._router_port = free_port()
         engines = [free_port() for _ in range(2)]
         self.engine_urls = [f"http://127.0.0.1:{port}" for port in engines]
-        self.settings: Environment = unset() | {
+        self.settings: Environment = cleared_settings() | {
             "MTA_REDIS_URL": store.url,
             "MTA_ENGINE_KEY": KEY,
             "MTA_ENGINE_URLS": ",".join(self.engine_urls),
@@ -201,7 +201,7 @@ class Rolled:
 def main(out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None) -> None:
     """Exchange every part and the bank under load; status 1 when a request failed."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as running:
-        rolled = Rolled(Path(scratch), running)
+        rolled = RollingFleet(Path(scratch), running)
         loads = [Load(rolled.gateway_urls, seed) for seed in range(CLIENTS)]
         for load in loads:
             load.start()

@@ -20,7 +20,7 @@ import orjson
 from bench.page.report import percentile
 
 DONE = b"data: [DONE]\n\n"
-GIVES_UP_S = 10.0
+RECONNECT_AFTER_S = 10.0
 """After how long a client that reads nothing goes away, and asks again."""
 NO_KEY: Mapping[str, str] = {}
 BROKEN = 0
@@ -64,7 +64,7 @@ class Load:
 
     @property
     def refused(self) -> int:
-        """How many were told to come back."""
+        """How many were on_stream to come back."""
         return sum(stream.status == 429 for stream in self.streams)
 
     @property
@@ -107,7 +107,7 @@ class Loader:
             error = repr(failure)
         return Stream(status, error, first_s, time.perf_counter() - start_s, chunks)
 
-    async def closed(self, clients: int, seconds: float, told: Callable[[Stream], object]) -> Load:
+    async def closed(self, clients: int, seconds: float, on_stream: Callable[[Stream], object]) -> Load:
         """Clients that ask again as soon as they are answered; after so many seconds they finish what they have.
 
         Each asks one gateway, and each gateway has as many.
@@ -118,19 +118,19 @@ class Loader:
         async def client(url: str) -> None:
             while time.perf_counter() < start_s + seconds:
                 streams.append(await self.stream(url))
-                told(streams[-1])
+                on_stream(streams[-1])
 
         await asyncio.gather(*map(client, itertools.islice(itertools.cycle(self._urls), clients)))
         return Load(streams, time.perf_counter() - start_s)
 
-    async def open(self, per_s: float, seconds: float, told: Callable[[Stream], object], seed: int = 0) -> Load:
+    async def open(self, per_s: float, seconds: float, on_stream: Callable[[Stream], object], seed: int = 0) -> Load:
         """Arrivals of a Poisson process at the gateways in turn, however long the answers take."""
         chance, under_way, urls = random.Random(seed), [], itertools.cycle(self._urls)
         start_s = next_s = time.perf_counter()
         while (next_s := next_s + chance.expovariate(per_s)) < start_s + seconds:
             await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
             under_way.append(asyncio.create_task(self.stream(next(urls))))
-            under_way[-1].add_done_callback(lambda task: told(task.result()))
+            under_way[-1].add_done_callback(lambda task: on_stream(task.result()))
         return Load(await asyncio.gather(*under_way), time.perf_counter() - start_s)
 
 
@@ -178,7 +178,7 @@ async def _reader(url: str, path: str, body: bytes, per_s: float, key: Mapping[s
             try:
                 while True:
                     if per_s == 0:
-                        await asyncio.sleep(GIVES_UP_S)
+                        await asyncio.sleep(RECONNECT_AFTER_S)
                         break
                     if not await reader.read(max(1, round(per_s / 10))):
                         break

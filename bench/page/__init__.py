@@ -1,1 +1,1 @@
-"""docs/performance.md from the JSON of the other benchmarks: `mta bench report`."""
+"""`mta bench report`: fill docs/performance.md from the JSON files of the other benchmarks."""

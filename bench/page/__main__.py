@@ -1,7 +1,7 @@
-"""Tables and pictures from the JSON files of the other benchmarks, so that nobody types a figure.
+"""Fill a page with tables and pictures from the JSON files of the other benchmarks, so that nobody types a figure.
 
-A page says where a file's tables go: between `<!-- figures: NAME -->` and `<!-- end of figures -->` stand the tables of
-`NAME.json`, or of its Nth alone (`NAME 2`), and their picture. Where there is no such file, the page keeps what it has.
+The block between `<!-- figures: NAME -->` and `<!-- end of figures -->` is replaced by the tables of `NAME.json`, or by
+its Nth table (`NAME 2`), and their picture. If there is no such file, the block stays as it is.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def main(
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The benchmarks' JSON files of a folder by name, without `.json`.
+    """Read the benchmarks' JSON files from a folder, by name without `.json`.
 
     Raises:
-        MtaError: when there is none, or one cannot be read.
+        MtaError: if there is none, or one cannot be read.
     """
     found = {}
     for path in sorted(folder.glob("*.json")):

@@ -1,4 +1,4 @@
-"""Figures as Markdown, and a page's blocks filled with them."""
+"""Render figures as Markdown, and fill the blocks of a page with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A page with its blocks filled; the results that were, and those that are missing."""
+    """A filled page, and the names of the results that were used and that are missing."""
 
     text: str
     names: tuple[str, ...]
@@ -25,7 +25,7 @@ class Filled:
 
 
 def fill(page: str, results: Mapping[str, Mapping[str, Any]], pictures: Mapping[str, str] | None = None) -> Filled:
-    """Replace what stands in a page's blocks of results that are there; `pictures` are those of the same names."""
+    """Replace the content of every block whose results exist; `pictures` has their links, by the same names."""
     names, missing = dict[str, None](), dict[str, None]()
 
     def replace(block: re.Match[str]) -> str:
@@ -43,7 +43,7 @@ def fill(page: str, results: Mapping[str, Mapping[str, Any]], pictures: Mapping[
 
 
 def tables_of(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The tables of a JSON file; rows of two columns are one, too."""
+    """Return the tables of a JSON file; a two-column report counts as one table."""
     if "tables" in content:
         tables: Sequence[Mapping[str, Any]] = content["tables"]
         return tables
@@ -51,7 +51,7 @@ def tables_of(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def table(title: str, columns: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    """One table under its title; columns without any value are left out."""
+    """Render one table under its title, without empty columns."""
     kept = [at for at in range(len(columns)) if at == 0 or any(line[at] is not None for line in lines)]
     rows = [[columns[at].strip() for at in kept], ["---" if at == 0 else "---:" for at in kept]]
     rows += [[shown(line[at]) for at in kept] for line in lines]
@@ -60,7 +60,7 @@ def table(title: str, columns: Sequence[str], lines: Sequence[Sequence[object]])
 
 
 def _block(content: Mapping[str, Any], number: int | None) -> str:
-    """The tables of a file, or its Nth alone, then how they were made."""
+    """Render the tables of a file, or only its Nth, followed by the command and the machine."""
     tables = tables_of(content)
     wanted = tables if number is None else tables[number - 1 : number]
     parts = [table(found["title"], found["columns"], found["lines"]) for found in wanted]

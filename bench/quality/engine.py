@@ -1,7 +1,7 @@
-"""One result, two evaluators: `mta eval` in process against `mta eval` through a running vLLM, query by query.
+"""Compare `mta eval` in process with `mta eval` through a running vLLM, query by query.
 
-Both score the same gold answers of the same people in float32: in process with the adapter put on the model, in the
-engine under the recipe's name by vLLM's `prompt_logprobs`. The losses must agree, and the methods rank alike.
+Both score the same gold answers of the same people in float32: in process with the adapter attached to the model, in
+the engine under the recipe's name with vLLM's `prompt_logprobs`. The losses and the ranking of methods must agree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
 
 AGREE = 0.01
-"""Largest difference between two losses that agree, nats per token."""
+"""Largest accepted difference between two losses, in nats per token."""
 
 
 def main(
@@ -72,7 +72,7 @@ def main(
 
 
 def _ranking(records: Sequence[Record]) -> Sequence[str]:
-    """Methods, the best first."""
+    """Return the methods, best first."""
     losses: dict[str, list[float]] = defaultdict(list)
     for record in records:
         losses[record.method].append(record.loss)

@@ -1,12 +1,11 @@
-"""For tasks whose answers are scores: how far from the truth is the score that a model expects, and what does it add to
-a person's habit?
+"""Measure the error of the expected score for tasks whose answers are scores, and the gain over a person's habit.
 
-`mta eval` judges the likeliest score, as LaMP does: of two that are nearly equally likely it sees only one. Its records
-also say how likely each score is, and the mean of that distribution is what a model expects.
+`mta eval` judges the most likely score, as LaMP does, and ignores a second score that is nearly as likely. Its records
+also have the probability of each score; the mean of that distribution is the expected score.
 
-A habit needs no model (`prior`), and what a model knows of a person is for a part the same habit. So each method is
-also judged with the habit on top: each score's chance times how much likelier the person's histogram makes it than
-everybody's. In an engine that is a bias on five logits, a field of the request.
+A person's habit (`prior`) needs no model, and a model of a person partly learns the same habit. So each method is also
+judged with the habit added: each score's probability is multiplied by the ratio of the person's histogram to
+everybody's. An engine can do this with a bias on five logits, a field of the request.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from bench.quality import mta
 from bench.rig.subject import ModelOption
 
 TOKENS = 2
-"""Of an answer: the score and the end of the turn, which costs nothing."""
+"""Tokens of an answer: the score, and the end of the turn, whose loss is zero."""
 
 PRIOR, BIASED = "prior", "+prior"
 EVERYBODY = 1_000_000
 
 Chances = Mapping[str, float]
-"""How likely each score is."""
+"""Probability of each score."""
 
 Figures = Mapping[str, Mapping[str, list[float]]]
-"""By method and person, one figure for each query."""
+"""One figure per query, by method and person."""
 
 
 def main(
@@ -55,10 +54,10 @@ def main(
     model: ModelOption = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Report each method's loss and mean absolute error of the expected score, and both less those of the ones above.
+    """Report each method's loss and mean absolute error of the expected score, and the differences between methods.
 
-    Intervals and stars are those of `mta eval`. The loss is that of the gold score among the five, over the answer's
-    tokens, so that it stands on the scale of `mta eval`.
+    Intervals and stars are those of `mta eval`. The loss is that of the gold score among the five, divided by the
+    answer's tokens, as in `mta eval`.
     """
     manifest = read_manifest(bank)
     if get_task(manifest.task).kind != "score" or not manifest.prior:
@@ -76,7 +75,7 @@ def main(
 
 
 def judged(records: Sequence[Record], everybody: Chances) -> tuple[Figures, Figures]:
-    """Errors of the expected score, and losses, of each method with and without the habit."""
+    """Return the errors of the expected score and the losses of each method, with and without the habit."""
     errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     losses: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     habits = {(r.user_id, r.query_id): _shares(r.chances) for r in records if r.method == PRIOR}
@@ -94,7 +93,7 @@ def judged(records: Sequence[Record], everybody: Chances) -> tuple[Figures, Figu
 
 
 def _rows(what: str, found: Figures) -> list[tuple[str, object]]:
-    """Each method's mean over people, then its differences to those before it."""
+    """Return rows with each method's mean over people, then with its differences to the earlier methods."""
     means = {name: [fmean(queries) for queries in people.values()] for name, people in found.items()}
     rows: list[tuple[str, object]] = [(f"{name}: {what}", f"{fmean(each):.4f}") for name, each in means.items()]
     for place, (other, theirs) in enumerate(means.items()):
@@ -106,12 +105,12 @@ def _rows(what: str, found: Figures) -> list[tuple[str, object]]:
 
 
 def _shares(chances: Sequence[float]) -> Chances:
-    """How likely each score is among the scores."""
+    """Normalise the probabilities of the scores."""
     return {score: chance / sum(chances) for score, chance in zip(SCORES, chances, strict=True)}
 
 
 def _biased(chances: Chances, habit: Chances, everybody: Chances) -> Chances:
-    """Chances with a person's habit on top."""
+    """Return probabilities with a person's habit added."""
     moved = {score: chances[score] * habit[score] / everybody[score] for score in SCORES}
     return {score: chance / sum(moved.values()) for score, chance in moved.items()}
 

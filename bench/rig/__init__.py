@@ -1,1 +1,1 @@
-"""What benchmarks and tests are built on: tiny models, made-up people, and real processes around them."""
+"""Shared tools of benchmarks and tests: tiny models, made-up people, and real processes."""

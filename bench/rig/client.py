@@ -1,4 +1,4 @@
-"""What benchmarks of a running server need besides `mta_client`: its API key, and patience with its worker."""
+"""Helpers for benchmarks of a running server: its API key, and a wait for signatures."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ import httpx
 from mta_client import Client
 
 PATIENCE_S = 120.0
-"""How long the worker may take over one user's items; a job of another user's may be in its way."""
+"""Maximum seconds for one user's signature; another user's job may come first."""
 
 POLL_S = 0.5
 
 
 def authorization() -> dict[str, str]:
-    """The header with the API key in MTA_API_KEY, as `mta_client` sends it; none without a key."""
+    """Return the header with the API key from MTA_API_KEY, as `mta_client` sends it; empty without a key."""
     key = os.environ.get("MTA_API_KEY")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def until_signed(client: Client, users: Iterable[str]) -> set[str]:
-    """Wait until users are served by their signatures, if the server's bank has such: until then their recipes change.
+    """Wait until users are served by their signatures, if the server's bank has them: until then their recipes change.
 
-    Those whose items teach nothing, such as plain texts, stay with their topics: when nobody else got a signature for
-    `PATIENCE_S`, the wait is over.
+    Users whose items give no signature, such as plain texts, stay with their topics: the wait ends when nobody got a
+    signature for `PATIENCE_S`.
 
     Args:
-        client: of the server.
-        users: who have a profile.
+        client: a client of the server.
+        users: users with a profile.
 
     Returns:
-        Those who are served by topic.
+        The users who are still served by topic.
 
     Raises:
-        httpx.HTTPError: when the server does not say what its bank is.
+        httpx.HTTPError: if the server does not describe its bank.
     """
     left, last_s = set(users), time.monotonic()
     answer = httpx.get(f"{client.url}/bank", headers=authorization(), timeout=60)

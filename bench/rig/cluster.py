@@ -1,4 +1,4 @@
-"""A real Valkey cluster of processes: primaries that share the slots, and replicas that follow them."""
+"""A real Valkey cluster of processes: primaries that share the slots, and their replicas."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from server.supervisor.services import free_port
 
 SLOTS = 16384
 NODE_TIMEOUT_MS = 1000
-"""How long a node may be silent before the others count it as failed."""
+"""Milliseconds of silence after which the others count a node as failed."""
 
 
 class ValkeyCluster:
-    """Some primaries, the first of them with replicas, on free ports; offers the tests what a `ValkeyProcess` does."""
+    """Some primaries on free ports, the first of them with replicas; has the interface of `ValkeyProcess`."""
 
     def __init__(
         self, folder: Path, options: Sequence[str] = DURABLE, *, primaries: int = 3, replicas: int = 0
@@ -32,15 +32,15 @@ class ValkeyCluster:
 
     @property
     def url(self) -> str:
-        """For `MTA_REDIS_URL`."""
+        """The URL for `MTA_REDIS_URL`."""
         return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
 
     def client(self) -> redis.asyncio.RedisCluster:
-        """A client of the cluster."""
+        """Return a client of the cluster."""
         return redis.asyncio.RedisCluster(host="127.0.0.1", port=self.nodes[-1].port)
 
     def start(self) -> ValkeyCluster:
-        """Start all nodes, share out the slots, and wait until every node knows of them."""
+        """Start all nodes, distribute the slots, and wait until every node knows the others."""
         try:
             self._start()
         except BaseException:
@@ -64,17 +64,17 @@ class ValkeyCluster:
         wait_until(lambda: all(map(self.lists_replicas, self.nodes)), "the replicas to follow")
 
     def lists_replicas(self, node: ValkeyProcess) -> bool:
-        """Whether a node tells its clients of all replicas."""
+        """Whether a node reports all replicas to its clients."""
         found = [replica for _, _, _, *replicas in ask(node, "CLUSTER SLOTS") for replica in replicas]
         return len(found) == len(self.replicas)
 
     def kill(self) -> None:
-        """SIGKILL to all."""
+        """Send SIGKILL to all nodes."""
         for node in self.nodes:
             node.kill()
 
     def move(self, slot: int, source: ValkeyProcess, target: ValkeyProcess) -> None:
-        """Move a slot with its keys from one primary to another, as operators do: key by key."""
+        """Move a slot from one primary to another, key by key, as operators do."""
         here, there = (ask(node, "CLUSTER MYID").decode() for node in (source, target))
         ask(target, f"CLUSTER SETSLOT {slot} IMPORTING {here}")
         ask(source, f"CLUSTER SETSLOT {slot} MIGRATING {there}")
@@ -85,7 +85,7 @@ class ValkeyCluster:
             ask(node, f"CLUSTER SETSLOT {slot} NODE {there}")
 
     def home_of(self, key: str) -> ValkeyProcess:
-        """The primary that a key belonged to at first."""
+        """Return the primary that a key belonged to initially."""
         share = -(-SLOTS // len(self.primaries))
         return self.primaries[int(redis.crc.key_slot(key.encode())) // share]
 
@@ -102,14 +102,14 @@ class ValkeyCluster:
         return info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == len(self.nodes)
 
 
-class Asked(Protocol):
+class HasUrl(Protocol):
     """A server with a URL."""
 
     @property
     def url(self) -> str: ...
 
 
-def ask(node: Asked, command: str, *arguments: object) -> Any:
-    """One node's answer to a command."""
+def ask(node: HasUrl, command: str, *arguments: object) -> Any:
+    """Send a command to one node and return its answer."""
     with redis.Redis.from_url(node.url) as raw:
         return raw.execute_command(command, *arguments)

@@ -1,4 +1,4 @@
-"""A real vLLM with the plugin, started as `mta engine` starts it, for as long as a block runs."""
+"""A real vLLM with the plugin, started like `mta engine`, for the duration of a block."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ START_TIMEOUT_S = 180
 class Engine:
     """A running engine."""
 
-    url: str  # where it listens
+    url: str  # its HTTP address
     pid: int  # of the API process
     client: httpx.Client  # an HTTP client that carries its key
 
     def chat(self, model: str, text: str = "hello there", **options: object) -> httpx.Response:
-        """One greedy chat completion of 8 tokens, unless options say otherwise."""
+        """Request one greedy chat completion, by default of 8 tokens."""
         body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0}
         return self.client.post("/v1/chat/completions", json=body | options)
 
     @contextmanager
     def long_answer(self, model: str) -> Iterator[Iterator[str]]:
-        """The lines of a streamed answer of 400 tokens; open as soon as the request is admitted."""
+        """Yield the lines of a streamed answer of 400 tokens once the request is admitted."""
         messages = [{"role": "user", "content": "x"}]
         body = {"model": model, "messages": messages, "max_tokens": 400, "ignore_eos": True, "stream": True}
         with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -39,26 +39,26 @@ class Engine:
             yield response.iter_lines()
 
     def status(self) -> dict[str, object]:
-        """The private status route's answer."""
+        """Return the answer of the private status route."""
         response = self.client.get("/mta/v1/status")
         response.raise_for_status()
         answer: dict[str, object] = response.json()
         return answer
 
     def resident(self) -> dict[str, list[str]]:
-        """What the workers hold: recipes that are `resident`, and those whose user adapter is `held`."""
+        """Return what the workers hold: `resident` recipes, and recipes whose user adapter is `held`."""
         response = self.client.get("/mta/v1/resident")
         response.raise_for_status()
         answer: dict[str, list[str]] = response.json()
         return answer
 
     def metric(self, name: str) -> float:
-        """The sum of a metric's samples, whatever their labels."""
+        """Return the sum of a metric over all labels."""
         lines = self.client.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
 
     def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
-        """Log-probability of each prompt token given those before it, from the second token on."""
+        """Return the log-probability of each prompt token given those before it, from the second token on."""
         body = {"model": model, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         response = self.client.post("/v1/completions", json=body)
         response.raise_for_status()
@@ -68,7 +68,7 @@ class Engine:
 
 @contextmanager
 def running_engine(bank: Path, model: Path, **settings: object) -> Iterator[Engine]:
-    """Start an engine, wait until it serves, and end all its processes afterwards."""
+    """Start an engine, wait until it serves, and stop all its processes afterwards."""
     port = free_port()
     given = {"bank": bank, "model": model, "engine_port": port, "engine_key": KEY, "max_num_seqs": 16, **settings}
     with served(mta("engine"), {f"MTA_{name.upper()}": str(value) for name, value in given.items()}, port) as engine:
@@ -77,7 +77,7 @@ def running_engine(bank: Path, model: Path, **settings: object) -> Iterator[Engi
 
 @contextmanager
 def served(command: Sequence[str], environment: Mapping[str, str], port: int) -> Iterator[Engine]:
-    """Any vLLM server, started by its command, once it answers `/health`; its key is `KEY`."""
+    """Start any vLLM server by its command and wait until it answers `/health`; its key is `KEY`."""
     url = f"http://127.0.0.1:{port}"
     with (
         running(command, environment) as background,

@@ -1,4 +1,4 @@
-"""How fast it could be: what this machine moves and multiplies, and how much of it a model needs."""
+"""Speed limits: this machine's memory bandwidth and arithmetic, and the amount of both that a model needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WHILE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes read a second from memory, and bf16 operations a second in products of a prompt's size, all cores."""
+    """Memory bytes per second, and bf16 operations per second in products of a prompt's size, on all cores."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -37,14 +37,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a step of a decoder needs, from its configuration.
+    """Sizes of a decoder, from its configuration.
 
     Attributes:
-        weights: numbers in all its linear layers, the head included.
+        weights: number of weights in all linear layers, including the head.
         hidden, inner: sizes of the residual stream and of the feed-forward layer.
-        heads_size: the attention heads' numbers together.
-        cached: numbers in the KV cache for each token.
-        layers: how many.
+        heads_size: total size of the attention heads.
+        cached: numbers in the KV cache per token.
+        layers: number of layers.
     """
 
     weights: int
@@ -56,7 +56,7 @@ class Model:
 
     @classmethod
     def read(cls, folder: Path) -> Model:
-        """From a model's folder."""
+        """Read the sizes from a model's folder."""
         config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
         hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
         heads = config["num_attention_heads"]
@@ -67,7 +67,7 @@ class Model:
         return cls(weights, hidden, inner, heads * size, 2 * layers * keys, layers)
 
     def step_bytes(self, contexts: int, adapters: int = 0, manifest: BankManifest | None = None) -> int:
-        """Bytes that one decode step reads over so many tokens of context and adapters; a shared A is read once."""
+        """Return the bytes that a decode step reads for `contexts` tokens and `adapters`; a shared A is read once."""
         numbers = self.weights + contexts * self.cached
         if adapters and manifest is not None:
             rank = manifest.fused_rank
@@ -77,7 +77,7 @@ class Model:
         return numbers * BF16_BYTES
 
     def prompt_flops(self, tokens: int, manifest: BankManifest | None = None) -> int:
-        """Operations for a prompt; the head answers for its last token alone."""
+        """Return the operations for a prompt; the head computes only its last token."""
         head = self.weights - self._body
         attention = 2 * self.layers * self.heads_size * tokens * tokens  # the causal half of Q Kᵀ and of P V
         adapter = 0
@@ -87,13 +87,13 @@ class Model:
 
     @property
     def _body(self) -> int:
-        """Numbers in all linear layers but the head."""
+        """Number of weights in all linear layers but the head."""
         keys = self.cached // (2 * self.layers)
         return self.layers * self.hidden * (2 * self.heads_size + 2 * keys + 3 * self.inner)
 
 
 def _fastest(work: Any) -> float:
-    """Seconds of the fastest run within a while: a limit is what the machine can do when nothing disturbs it."""
+    """Return the seconds of the fastest of several runs, which is the least disturbed one."""
     times: list[float] = []
     while sum(times) < _WHILE_S or len(times) < 3:
         start_s = time.perf_counter()

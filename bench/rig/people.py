@@ -1,4 +1,4 @@
-"""Made-up people with histories of the task `chat`: each talks about one thing, in their own way."""
+"""Made-up people with histories of the task `chat`: each has one topic and one manner of writing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MANNERS = ("!", "...", " ok", " :)", " indeed", "?")
 
 
 def people(count: int, items: int = 14) -> list[dict[str, Any]]:
-    """`count` people in LaMP's per-user layout; person i has `items` + i items and talks about `WORLDS[i]`."""
+    """Return people in LaMP's per-user layout; person i has `items` + i items and talks about `WORLDS[i]`."""
     return [
         {
             "user_id": f"secret-person-{i}",
@@ -28,6 +28,6 @@ def people(count: int, items: int = 14) -> list[dict[str, Any]]:
 
 
 def write_people(path: Path, everybody: Sequence[object]) -> Path:
-    """Write a file of people, as `mta bank build --users` reads it."""
+    """Write a file of people for `mta bank build --users`."""
     path.write_text(json.dumps(list(everybody)), "utf-8")
     return path

@@ -1,4 +1,4 @@
-"""Starting, watching and stopping real processes."""
+"""Start, watch and stop real processes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PATIENCE_S = 60.0
-"""How long to wait for what must happen; says nothing about how long it may take."""
+"""Default timeout of waits in seconds; it makes no claim about speed."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
-    """Poll `condition` until it holds; an AssertionError naming `what` when it does not within `timeout_s`."""
+    """Poll `condition` until it holds; AssertionError naming `what` if that takes longer than `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"waited {timeout_s:.0f} s in vain for {what}"
@@ -28,7 +28,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATI
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """Whether a process is running; a zombie is not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -37,7 +37,7 @@ def alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """The direct children of a process."""
+    """Return the direct children of a process."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -48,16 +48,16 @@ def children(pid: int) -> list[int]:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below one, parents before children."""
+    """Return all descendants of a process, parents before children."""
     found = children(pid)
-    for child in found:  # grows as it is walked
+    for child in found:  # the list grows during the loop
         found += children(child)
     return found
 
 
 @contextmanager
-def standing_still(*pids: int) -> Iterator[None]:
-    """Pause processes until the block ends: their connections stay open, but nobody answers."""
+def paused(*pids: int) -> Iterator[None]:
+    """Pause processes until the block ends: their connections stay open without answers."""
     try:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -68,7 +68,7 @@ def standing_still(*pids: int) -> Iterator[None]:
 
 
 def memory_mib(pid: int) -> float:
-    """A process's resident set; 0 when there is no such process."""
+    """Return a process's resident set in MiB; 0 if there is no such process."""
     with suppress(FileNotFoundError):
         for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines():
             if line.startswith("VmRSS:"):
@@ -77,12 +77,12 @@ def memory_mib(pid: int) -> float:
 
 
 def command_line(pid: int) -> str:
-    """A process's argv, as anyone on the machine can read it."""
+    """Return a process's argv, as every local user can read it."""
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
 
 
 class Background:
-    """A command that runs in the background, its output kept; None in its environment removes a variable."""
+    """A command in the background whose output is kept; None in the environment removes a variable."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str | None] | None = None, cwd: Path | None = None
@@ -104,11 +104,11 @@ class Background:
 
     @property
     def output(self) -> str:
-        """What it has written so far."""
+        """The output so far."""
         return b"".join(self._chunks).decode("utf-8", "replace")
 
     def wait_for(self, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
-        """Wait for a matching line of output; an AssertionError with the output when it ends or takes too long."""
+        """Wait for a matching line of output; AssertionError with the output if the command ends or takes too long."""
         deadline_s = time.monotonic() + timeout_s
         while not (match := re.search(pattern, self.output, re.MULTILINE)):
             ended = self.process.poll() is not None and not self._reader.is_alive()
@@ -118,7 +118,7 @@ class Background:
         return match
 
     def wait(self, timeout_s: float = PATIENCE_S) -> int:
-        """Wait until it ends and all its output is read; returns its exit status."""
+        """Wait until the command ends and its output is read; return its exit status."""
         code = self.process.wait(timeout_s)
         self._reader.join(timeout_s)
         return code
@@ -128,7 +128,7 @@ class Background:
         self.process.send_signal(number)
 
     def stop_reading(self) -> None:
-        """Close our end of the pipe that it writes to."""
+        """Close our end of the output pipe."""
         self._deaf.set()
         self._reader.join()
 
@@ -147,7 +147,7 @@ class Background:
 def running(
     command: Sequence[str], environment: Mapping[str, str | None] | None = None, cwd: Path | None = None
 ) -> Iterator[Background]:
-    """A background command that is gone, with all its descendants, when the block ends."""
+    """Run a background command, and end it with all its descendants when the block ends."""
     background = Background(command, environment, cwd)
     try:
         yield background
@@ -166,12 +166,12 @@ def running(
 
 
 def mta(*arguments: str) -> list[str]:
-    """The `mta` command as this interpreter runs it."""
+    """Return an `mta` command line for this interpreter."""
     return [sys.executable, "-m", "server.cli", *arguments]
 
 
 def listening(pid: int) -> set[tuple[str, int]]:
-    """Address and port of every TCP socket that a process listens on; IPv6 addresses as the kernel writes them."""
+    """Return address and port of all TCP sockets that a process listens on; IPv6 addresses in the kernel's notation."""
     inodes = set()
     for handle in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""A network between a client and a server that loses answers: bytes pass, until a connection breaks at a bad moment."""
+"""A proxy that loses answers of a server: it forwards bytes and randomly breaks connections before an answer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _CHUNK = 1 << 16
 
 
 class LossyProxy:
-    """Forwards a port, in a thread of its own; a context manager that returns once it listens.
+    """Forwards a port in its own thread; as a context manager, it returns once it listens.
 
     Args:
-        to_port: of the server, on this machine; another one counts for connections that are made from then on.
-        share: of the answers that are lost, with their connection; the server has done what it was asked for by then.
-        seed: of the choice.
+        to_port: the server's port on this machine; a change applies to new connections.
+        share: share of the answers that are lost with their connection, after the server has processed the request.
+        seed: seed of the random choice.
     """
 
     def __init__(self, to_port: int, share: float = 0.0, seed: int = 0) -> None:

@@ -18,14 +18,14 @@ class Router:
     """A running router."""
 
     process: Background  # with its log
-    url: str  # where it listens
-    port: int  # the same
-    metrics_url: str  # where it counts
+    url: str  # its HTTP address
+    port: int  # the port of that address
+    metrics_url: str  # the address of its metrics
 
 
 @contextmanager
 def running_router(engines: Sequence[str], port: int | None = None) -> Iterator[Router]:
-    """A router in front of these engines, once it listens: at least one of them must answer."""
+    """Run a router in front of these engines; wait until it listens, which needs one engine that answers."""
     port, metrics_port = port or free_port(), free_port()
     settings = Settings(engine_urls=",".join(engines), router_port=port, metrics_port=metrics_port)
     argv, environment = router_command(settings)

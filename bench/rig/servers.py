@@ -1,4 +1,4 @@
-"""vLLM servers to compare with each other: as the product starts it, with vLLM's own LoRA path, and without LoRA."""
+"""vLLM servers for comparison: the product's engine, vLLM with its own LoRA path, and vLLM without LoRA."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from server.settings import Settings
 from server.supervisor.services import free_port
 
 Flavour = Literal["ours", "stock", "plain"]
-"""`ours` is the product's engine; `stock` has vLLM's own LoRA, loaded at run time, without the plugin; `plain` has no
-LoRA at all, and is compiled where vLLM compiles."""
+"""`ours` is the product's engine; `stock` has no plugin and loads adapters at run time with vLLM's own LoRA; `plain`
+has no LoRA, and vLLM may compile it."""
 
 _LORA = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
 
@@ -23,7 +23,7 @@ _LORA = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
 def vllm_server(
     subject: Subject, flavour: Flavour = "ours", *, arguments: Sequence[str] = (), **settings: object
 ) -> Iterator[Engine]:
-    """A running vLLM of a flavour, all other options being the same."""
+    """Run a vLLM of a flavour; all other options are the same for each flavour."""
     port = free_port()
     argv, environment = vllm_command(subject, flavour, port, **settings)
     with served([*argv, *arguments], environment, port) as engine:
@@ -31,7 +31,7 @@ def vllm_server(
 
 
 def vllm_command(subject: Subject, flavour: Flavour, port: int, **settings: object) -> tuple[list[str], dict[str, str]]:
-    """argv and environment of such a server on a port."""
+    """Return argv and environment of a server of a flavour on a port."""
     chosen: dict[str, object] = {"bank": subject.bank, "engine_port": port, "engine_key": KEY, "max_num_seqs": 16}
     argv, environment = engine_command(
         Settings(**chosen | settings),  # type: ignore[arg-type]
@@ -45,7 +45,7 @@ def vllm_command(subject: Subject, flavour: Flavour, port: int, **settings: obje
     if flavour == "stock":
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         return argv, environment
-    environment.pop("TORCHDYNAMO_DISABLE", None)  # it may compile
+    environment.pop("TORCHDYNAMO_DISABLE", None)  # allow compilation
     argv = _without(argv, *_LORA)
     modules = argv.index("--lora-target-modules") + 1
     while modules < len(argv) and not argv[modules].startswith("--"):
@@ -55,7 +55,7 @@ def vllm_command(subject: Subject, flavour: Flavour, port: int, **settings: obje
 
 
 def _without(argv: Sequence[str], *options: str) -> list[str]:
-    """The command without some options and their values."""
+    """Return the command without some options and their values."""
     kept = list(argv)
     for option in options:
         if option in kept:

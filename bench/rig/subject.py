@@ -1,4 +1,4 @@
-"""What is measured: a base model and a bank for it, given, or random ones made on the spot."""
+"""The subject of a benchmark: a base model and its bank, from the settings or random."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ BankOption = Annotated[Path | None, typer.Option(help="The bank.", show_default=
 ModelOption = Annotated[
     str | None, typer.Option(help="Base model: folder, hub id or `default`.", show_default="MTA_MODEL")
 ]
-TinyOption = Annotated[
-    bool, typer.Option("--tiny", help="A tiny random model and a bank for it: checks the machinery.")
-]
+TinyOption = Annotated[bool, typer.Option("--tiny", help="Use a tiny random model and bank, to test the benchmark.")]
 TINY_CONTEXT = 2048
-PATIENCE = 10_000
-"""How often the same recipe may come up again before there are no others."""
+MAX_REPEATS = 10_000
+"""Number of repeated recipes in a row after which the bank counts as exhausted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +39,25 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """What the tables' titles say about it."""
+        """The description of model and bank for the titles of tables."""
         bank = self.manifest
         return f"{bank.base_model.name}, {bank.method.value}, rank {bank.rank} in slots of {bank.serving_rank}"
 
     @property
     def anchors(self) -> int:
-        """How many a recipe has of somebody whose answers the bank has as evidence, or else of anybody."""
+        """Number of anchors in a recipe: of the posterior if the bank has one, otherwise of the weights by topic."""
         weights = self.manifest.weights
         return min((weights.posterior or weights).anchors, len(self.manifest.anchors))
 
     def recipes(self, seed: int = 0) -> Iterator[FusionRecipe]:
-        """Recipes of as many anchors as the bank uses, each once, in a seeded order.
+        """Yield distinct recipes with the bank's number of anchors, in a seeded order.
 
         Raises:
-            MtaError: when the bank has no more.
+            MtaError: if the bank has no more.
         """
         generator, seen, manifest, tries = random.Random(seed), set(), self.manifest, 0
         total = round(1000 * manifest.weights.strength)
-        while (tries := tries + 1) < PATIENCE:
+        while (tries := tries + 1) < MAX_REPEATS:
             anchors = sorted(generator.sample(range(len(manifest.anchors)), self.anchors))
             if manifest.has_signatures:
                 weights = [generator.choice((-1, 1)) * generator.randint(20, 500) for _ in anchors]
@@ -74,15 +72,15 @@ class Subject:
         raise MtaError(f"the bank at {self.bank} makes only {len(seen)} recipes: use one with more anchors")
 
     def names(self, count: int, seed: int = 0) -> list[str]:
-        """The names of so many different recipes."""
+        """Return the names of `count` distinct recipes."""
         return [recipe.name for recipe in itertools.islice(self.recipes(seed), count)]
 
 
-def given(bank: Path | None, model: str | None) -> Subject:
-    """The bank and the model that the options or the settings name.
+def configured_subject(bank: Path | None, model: str | None) -> Subject:
+    """Open the bank and the model that the options or the settings name.
 
     Raises:
-        MtaError: when no bank was named, or there is no such bank or model.
+        MtaError: if no bank was named, or the bank or the model does not exist.
     """
     settings = load_settings(bank=bank, model=model)
     folder = settings.bank_folder()
@@ -91,13 +89,13 @@ def given(bank: Path | None, model: str | None) -> Subject:
 
 
 def tiny(scratch: Path, *, anchors: int = 16, embeddings: Vectors | None = None) -> Subject:
-    """A tiny random model with a random bank, whose anchors' embeddings [N, E] can be given."""
+    """Create a tiny random model with a random bank; `embeddings` [N, E] are those of its anchors."""
     model = tiny_model(scratch / "tiny", context=TINY_CONTEXT)
     return _random(scratch / "tiny-bank", model, "tiny", anchors=anchors, rank=4, embeddings=embeddings)
 
 
-def of_rank(scratch: Path, model: str | None, rank: int, *, anchors: int = 16) -> Subject:
-    """A bank of random rows of a rank, without room for user adapters, for a base model."""
+def random_subject(scratch: Path, model: str | None, rank: int, *, anchors: int = 16) -> Subject:
+    """Create a bank of random rows of a rank for a base model, without room for user adapters."""
     settings = load_settings(model=model)
     folder = ensure_base_model(settings.model, settings.cache_dir)
     return _random(scratch / f"rank-{rank}", folder, model_name(settings.model, folder), anchors=anchors, rank=rank)
@@ -114,7 +112,7 @@ def _random(
         anchors=anchors,
         rank=rank,
         user_rank=0,
-        scale=0.01,  # small enough to leave a real model's answers sound; how large they are costs nothing
+        scale=0.01,  # small enough to keep a real model's answers sound; the size does not affect the cost
         name=name,
         embeddings=embeddings,
     )

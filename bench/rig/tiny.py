@@ -1,4 +1,4 @@
-"""A tiny random Llama, and banks of random rows for any model: real files for real processes, no training."""
+"""A tiny random Llama and banks of random rows for any model: real files for real processes, without training."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
     return folder
 
 
-def hollow_model(folder: Path, **shape: int) -> Path:
+def weightless_model(folder: Path, **shape: int) -> Path:
     """Write a Llama of any shape without weights, for vLLM's `--load-format dummy`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _byte_tokenizer(shape["vocab_size"])
@@ -88,20 +88,20 @@ def tiny_bank(
     name: str = "tiny",
     embeddings: Vectors | None = None,
 ) -> Path:
-    """Write a bank of random rows for a model, its index over real embeddings.
+    """Write a bank of random rows for a model, with an index of real embeddings.
 
     Args:
-        folder: where; made if needed.
+        folder: the bank's folder; created if needed.
         model_folder: the base model; only its configuration is read.
-        embedder_folder: the embedder that the index is made with.
-        anchors: N; anchor i embeds the text `WORLDS[i]`, numbered beyond their count.
+        embedder_folder: the embedder for the index.
+        anchors: number of anchors, N; anchor i embeds the text `world(i)`.
         method, common, rank, user_rank, k: as in `mta bank build`.
-        targets: last parts of the names of the modules that it adapts; by default all linear ones.
+        targets: last name parts of the adapted modules; by default all linear modules.
         scale: standard deviation of the rows' numbers.
-        signs: whether it has the posterior, with a curvature of 1 along every row.
-        seed: of the rows.
-        name: what its base model is called.
-        embeddings: [N, E], instead of those of texts.
+        signs: whether the bank has the posterior, with a curvature of 1 along every row.
+        seed: seed of the rows.
+        name: name of the base model.
+        embeddings: embeddings [N, E] of the anchors, instead of those of texts.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
@@ -131,13 +131,13 @@ def tiny_bank(
 
 
 def world(index: int) -> str:
-    """The text that anchor `index` embeds: a user who writes it is nearest to that anchor."""
+    """Return the text that anchor `index` embeds: a user who writes it is nearest to that anchor."""
     turn, place = divmod(index, len(WORLDS))
     return WORLDS[place] if not turn else f"{WORLDS[place]}, chapter {turn}"
 
 
 def _byte_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
-    """One token per byte, and the chat marks; filled up to `size` tokens."""
+    """Return a tokenizer with one token per byte and the chat marks, filled up to `size` tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet += [f"filler{i}" for i in range(size - len(alphabet) - len(SPECIAL))]
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))

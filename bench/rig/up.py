@@ -1,4 +1,4 @@
-"""A running `mta up`, and which of its processes is which part; a running gateway alone."""
+"""A running `mta up` and the processes of its parts, or a single running gateway."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _MARKS = {
 class Up:
     """A running `mta up`."""
 
-    process: Background  # the process itself, with its output
-    url: str  # of its gateway
+    process: Background  # the process with its output
+    url: str  # the gateway's URL
     data: Path  # its data folder
 
     @property
@@ -42,48 +42,48 @@ class Up:
         return self.process.process.pid
 
     def part(self, name: str) -> int | None:
-        """The pid of a part, the child of its guard; None while it does not run. Of several engines: `engine-1`, …"""
+        """Return the pid of a part, the child of its guard, or None if it is not running. Engines: `engine-1`, …"""
         kind, _, number = name.partition("-")
         port = f"--port {self.address(name).rpartition(':')[2]} " if number else ""
         for guard in children(self.pid):
-            with suppress(FileNotFoundError):  # it ended while we looked
+            with suppress(FileNotFoundError):  # the process has exited in the meantime
                 command = command_line(guard)
                 if "guard.py" in command and _MARKS[kind] in command and port in command:
                     return next(iter(children(guard)), None)
         return None
 
     def address(self, name: str) -> str:
-        """Where a part listens, as `mta up` said."""
+        """Return the address of a part, from the output of `mta up`."""
         return self.process.wait_for(rf"^  {name} +starting +(\S+)")[1]
 
     def starts(self, name: str) -> int:
-        """How often a part has become ready so far."""
+        """Return how often a part has become ready so far."""
         return len(re.findall(rf"^  {name} +ready ", self.process.output, re.MULTILINE))
 
     def client(self, timeout_s: float = 60) -> httpx.Client:
-        """A client of its gateway."""
+        """Return a client of the gateway."""
         return httpx.Client(base_url=self.url, timeout=timeout_s)
 
     def ready(self) -> bool:
-        """Whether the gateway answers and finds every part ready."""
+        """Whether the gateway answers and reports every part as ready."""
         with Client(self.url, timeout_s=10) as client:
             return client.ready()
 
 
-def unset() -> dict[str, str | None]:
-    """The caller's settings, all to be removed but for the embedder and where models are prepared: a bank is served
-    with the embedder that it was made with."""
+def cleared_settings() -> dict[str, str | None]:
+    """Return an environment that clears the caller's settings, except the cache folder and the embedder: a bank must be
+    served with the embedder that built it."""
     return {name: None for name in os.environ if name.startswith("MTA_") and name not in _KEPT}
 
 
 def up_command(data: Path, *options: str) -> tuple[list[str], dict[str, str | None]]:
-    """Command and environment of `mta up`, with `unset` settings."""
-    return mta("up", "--data", str(data), *options), unset()
+    """Return command and environment of `mta up`, with `cleared_settings`."""
+    return mta("up", "--data", str(data), *options), cleared_settings()
 
 
 @contextmanager
 def up(data: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Up]:
-    """`mta up` once it is ready; on a free port unless the options name one."""
+    """Run `mta up` and wait until it is ready; it uses a free port unless the options name one."""
     command, clean = up_command(data, *(options if "--port" in options else ("--port", "0", *options)))
     with running(command, clean | dict(environment or {})) as process:
         yield Up(process, process.wait_for(READY, START_S)[1], data)
@@ -93,9 +93,9 @@ def up(data: Path, *options: str, environment: Mapping[str, str] | None = None) 
 def running_gateway(
     bank: Path, redis_url: str, engine_url: str, engine_key: str, secret: str, **settings: object
 ) -> Iterator[Background]:
-    """A gateway process alone, once it listens; its URL is in `gateway_url`. Its engine may be absent."""
+    """Run a single gateway and wait until it listens; `gateway_url` returns its URL. Its engine may be absent."""
     given = {f"MTA_{name.upper()}": str(value) for name, value in settings.items()}
-    environment = unset() | given | {"MTA_SECRET": secret, "MTA_ENGINE_KEY": engine_key}
+    environment = cleared_settings() | given | {"MTA_SECRET": secret, "MTA_ENGINE_KEY": engine_key}
     options = ("--bank", str(bank), "--redis-url", redis_url, "--engine-url", engine_url, "--port", str(free_port()))
     with running(mta("gateway", *options), environment) as process:
         process.wait_for(LISTENING, START_S)
@@ -103,5 +103,5 @@ def running_gateway(
 
 
 def gateway_url(process: Background) -> str:
-    """Where a `running_gateway` listens."""
+    """Return the URL of a `running_gateway`."""
     return process.wait_for(LISTENING)[1]

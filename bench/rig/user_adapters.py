@@ -1,4 +1,4 @@
-"""User adapters without training: random ones, kept where an engine looks for them."""
+"""Random user adapters without training, in the place where an engine looks for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bank.manifest import BankManifest
 def random_user_adapter(
     manifest: BankManifest, recipe: FusionRecipe, *, rank: int = 2, scale: float = 0.2
 ) -> UserAdapter:
-    """A random user adapter for a recipe of this bank, rounded to bf16; `scale` is its numbers' standard deviation."""
+    """Create a random user adapter for a recipe, rounded to bf16; `scale` is the standard deviation of its numbers."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def random_user_adapter(
 def keep_user_adapter(
     redis_url: str, recipe: FusionRecipe, user: UserAdapter, manifest: BankManifest, **changes: str | bytes
 ) -> None:
-    """Store an adapter as promotion does, for the user whom the recipe names; `changes` are wrong values."""
+    """Store an adapter as promotion does, for the user named by the recipe; `changes` override fields."""
     adapter = recipe.user_adapter
     assert adapter is not None
     raw = encode_user_adapter(manifest.layout, user)

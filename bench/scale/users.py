@@ -40,12 +40,12 @@ COMMITTED = 200
 SAMPLE = 2000
 """How many users' memory is asked for."""
 ARRIVALS_PER_S = 1000
-AT_A_TIME = 16
+CONCURRENCY = 16
 ABSENT_ENGINE = "http://127.0.0.1:9"  # port 9, discard: nothing listens there
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Workload:
     """How many users, which share of them signed for a bank of how many anchors, and how many lookups."""
 
     users: int
@@ -54,7 +54,7 @@ class Wanted:
     lookups: int
 
 
-def measure(wanted: Wanted, folder: Path, progress: Progress) -> Figures:
+def measure(workload: Workload, folder: Path, progress: Progress) -> Figures:
     """Write the users, and measure; a table of one row for each figure."""
     subject = tiny(folder)
     keys = UserKeys(SECRET, Settings().tenant)
@@ -62,40 +62,43 @@ def measure(wanted: Wanted, folder: Path, progress: Progress) -> Figures:
     try:
         with redis.Redis.from_url(store.url) as raw:
             empty = raw.info("memory")["used_memory"]
-            make = _maker(wanted, subject.manifest.embedder.id)
+            make = _maker(workload, subject.manifest.embedder.id)
             asyncio.run(_commit(store.url, keys, make))
             committed = {name: raw.strlen(_key(keys, name)) for name in map(_name, range(COMMITTED))}
             start_s = time.perf_counter()
-            _write(raw, keys, make, wanted.users, progress)
+            _write(raw, keys, make, workload.users, progress)
             written_s = time.perf_counter() - start_s
             if any(raw.strlen(_key(keys, name)) != size for name, size in committed.items()):
                 raise RuntimeError("the records written in pipelines are not those that the store commits")
             memory = raw.info("memory")
-            sizes = _sizes(raw, keys, wanted)
-        alone, arriving, per_s = asyncio.run(_look_up(store.url, keys, wanted, progress))
-        before, after, seen = _through_gateway(subject.bank, store.url, wanted, progress)
+            sizes = _sizes(raw, keys, workload)
+        alone, arriving, per_s = asyncio.run(_look_up(store.url, keys, workload, progress))
+        before, after, seen = _through_gateway(subject.bank, store.url, workload, progress)
     finally:
         store.kill()
     kinds = {
-        "without a signature": [n for n in sizes if not _is_signed(n, wanted)],
-        f"with a signature over {wanted.anchors} anchors": [n for n in sizes if _is_signed(n, wanted)],
+        "without a signature": [n for n in sizes if not _is_signed(n, workload)],
+        f"with a signature over {workload.anchors} anchors": [n for n in sizes if _is_signed(n, workload)],
     }
     lines: list[list[object]] = [
         [f"bytes of a user {kind}: mean", fmean(sizes[n] for n in found)] for kind, found in kinds.items() if found
     ]
     lines += [
-        ["bytes of the store for each user, keys and overhead and all", (memory["used_memory"] - empty) / wanted.users],
+        [
+            "bytes of the store for each user, keys and overhead and all",
+            (memory["used_memory"] - empty) / workload.users,
+        ],
         ["resident memory of the store, MiB", memory["used_memory_rss"] / 2**20],
-        ["users written a second, in pipelines, every write on disk", wanted.users / written_s],
+        ["users written a second, in pipelines, every write on disk", workload.users / written_s],
     ]
     for how, taken in (("one after the other", alone), (f"arriving {ARRIVALS_PER_S:,} a second", arriving)):
         lines += [[f"lookups {how}: p{round(100 * share)}, ms", percentile(taken, share)] for share in (0.5, 0.99)]
-    lines.append([f"lookups a second by one client process, {AT_A_TIME} at a time", per_s])
+    lines.append([f"lookups a second by one client process, {CONCURRENCY} at a time", per_s])
     lines += [
         ["a gateway's memory when it has started, MiB", before],
         [f"the same after {seen:,} different users, MiB", after],
     ]
-    title = f"{wanted.users:,} users in Valkey, {round(100 * wanted.signed)} % of them with a signature"
+    title = f"{workload.users:,} users in Valkey, {round(100 * workload.signed)} % of them with a signature"
     return Figures(title, ("users", "figure"), lines)
 
 
@@ -107,22 +110,22 @@ def _key(keys: UserKeys, name: str) -> str:
     return f"mta:{{{keys.key(name)}}}:profile"
 
 
-def _is_signed(number: int, wanted: Wanted) -> bool:
+def _is_signed(number: int, workload: Workload) -> bool:
     """Spread evenly: each hundred users has its share."""
-    return number % 100 < 100 * wanted.signed
+    return number % 100 < 100 * workload.signed
 
 
-def _maker(wanted: Wanted, embedder: str) -> Callable[[int], Profile]:
+def _maker(workload: Workload, embedder: str) -> Callable[[int], Profile]:
     """Makes profiles as they are before anything is adapted: ten items' embedding, perhaps a signature."""
     numbers = np.random.default_rng(0)
     vectors = numbers.standard_normal((512, 384)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    products = numbers.standard_normal((512, wanted.anchors)).astype(np.float32)
+    products = numbers.standard_normal((512, workload.anchors)).astype(np.float32)
 
     def make(number: int) -> Profile:
         at = number % 512
         signature = None
-        if _is_signed(number, wanted):
+        if _is_signed(number, workload):
             signature = StoredSignature(Signature("0badcafe", 240, products[at]), made_of_ms=1_700_000_000_000)
         return Profile(_name(number), 10, 1_700_000_000_000, embedder, vectors[at], signature=signature)
 
@@ -149,9 +152,9 @@ def _write(raw: Any, keys: UserKeys, make: Callable[[int], Profile], users: int,
         progress.advance(bar, len(batch))
 
 
-def _sizes(raw: Any, keys: UserKeys, wanted: Wanted) -> dict[int, int]:
+def _sizes(raw: Any, keys: UserKeys, workload: Workload) -> dict[int, int]:
     """`MEMORY USAGE` of some users, by number."""
-    chosen = random.Random(1).sample(range(wanted.users), min(SAMPLE, wanted.users))
+    chosen = random.Random(1).sample(range(workload.users), min(SAMPLE, workload.users))
     with raw.pipeline(transaction=False) as pipe:
         for number in chosen:
             pipe.memory_usage(_key(keys, _name(number)), samples=0)
@@ -159,17 +162,17 @@ def _sizes(raw: Any, keys: UserKeys, wanted: Wanted) -> dict[int, int]:
 
 
 async def _look_up(
-    url: str, keys: UserKeys, wanted: Wanted, progress: Progress
+    url: str, keys: UserKeys, workload: Workload, progress: Progress
 ) -> tuple[list[float], list[float], float]:
     """Lookups by the store's own read path, users by chance: ms of each one after the other, ms of each of a Poisson
     process, and how many a second a closed loop gets."""
-    chance, third = random.Random(2), wanted.lookups // 3
+    chance, third = random.Random(2), workload.lookups // 3
     bar = progress.add_task("lookups", total=3 * third)
 
     async with open_stores(Settings(redis_url=url)) as stores:
 
         async def look_up() -> float:
-            key = keys.key(_name(chance.randrange(wanted.users)))
+            key = keys.key(_name(chance.randrange(workload.users)))
             start_s = time.perf_counter()
             found = await stores.profiles.load(key)
             taken_ms = (time.perf_counter() - start_s) * 1000
@@ -186,18 +189,18 @@ async def _look_up(
         arriving = await asyncio.gather(*under_way)
 
         async def client() -> None:
-            for _ in range(third // AT_A_TIME):
+            for _ in range(third // CONCURRENCY):
                 await look_up()
 
         start_s = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(AT_A_TIME)))
-        return alone, arriving, third // AT_A_TIME * AT_A_TIME / (time.perf_counter() - start_s)
+        await asyncio.gather(*(client() for _ in range(CONCURRENCY)))
+        return alone, arriving, third // CONCURRENCY * CONCURRENCY / (time.perf_counter() - start_s)
 
 
-def _through_gateway(bank: Path, url: str, wanted: Wanted, progress: Progress) -> tuple[float, float, int]:
+def _through_gateway(bank: Path, url: str, workload: Workload, progress: Progress) -> tuple[float, float, int]:
     """A real gateway's memory before and after different users were looked up through it, and how many they were."""
-    count = min(wanted.lookups, wanted.users)
-    chosen: Sequence[int] = random.Random(3).sample(range(wanted.users), count)
+    count = min(workload.lookups, workload.users)
+    chosen: Sequence[int] = random.Random(3).sample(range(workload.users), count)
     with (
         running_gateway(bank, url, ABSENT_ENGINE, KEY, SECRET) as process,
         httpx.Client(base_url=gateway_url(process), timeout=30) as client,

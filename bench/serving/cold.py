@@ -34,8 +34,8 @@ from bench.page.report import Spread, report
 from bench.rig.engine import Engine
 from bench.rig.limits import BF16_BYTES, Limits, Model
 from bench.rig.servers import vllm_server
-from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, given, tiny
-from bench.serving.histograms import COLD_PATH, FOREIGN, ON_THE_LOOP, Total, means_ms, totals
+from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, configured_subject, tiny
+from bench.serving.histograms import BLOCKING_STEPS, COLD_PATH, FOLDER_LOADS, Total, means_ms, totals
 from bench.serving.peft_folders import peft_folders, write_peft
 from server.engine_protocol import BASE_MODEL
 
@@ -57,10 +57,10 @@ def main(
 ) -> None:
     """Measure the time until a never-seen recipe is usable, against merging and loading a PEFT folder."""
     readings: dict[str, list[float]] = {way: [] for way in ("worker", "merge", "disk", "cold", "warm")}
-    inside: dict[str, list[float]] = {step: [] for step in (*COLD_PATH, *ON_THE_LOOP, *FOREIGN)}
+    inside: dict[str, list[float]] = {step: [] for step in (*COLD_PATH, *BLOCKING_STEPS, *FOLDER_LOADS)}
     with tempfile.TemporaryDirectory() as scratch:
         where = Path(scratch)
-        subject = tiny(where) if tiny_model else given(bank, model)
+        subject = tiny(where) if tiny_model else configured_subject(bank, model)
         manifest, matrix = subject.manifest, open_matrix(subject.bank, subject.manifest)
         limits = Limits.measured(Model.read(subject.model))
         recipes = subject.recipes()
@@ -78,12 +78,12 @@ def main(
                 _first_token_ms(ours, name)
             turns = itertools.cycle(names)
             for pair in track(range(pairs + 2), "Worker, merge and disk in turn"):
-                before = _totals(ours, COLD_PATH | ON_THE_LOOP)
+                before = _totals(ours, COLD_PATH | BLOCKING_STEPS)
                 taken = {"worker": _until_usable_ms(ours, next(recipes).name)}
-                steps = means_ms(before, _totals(ours, COLD_PATH | ON_THE_LOOP))
-                before = _totals(ours, FOREIGN)
+                steps = means_ms(before, _totals(ours, COLD_PATH | BLOCKING_STEPS))
+                before = _totals(ours, FOLDER_LOADS)
                 _first_token_ms(ours, next(turns))
-                steps |= means_ms(before, _totals(ours, FOREIGN))
+                steps |= means_ms(before, _totals(ours, FOLDER_LOADS))
                 taken["merge"] = _merge_and_load_ms(stock, matrix, next(recipes), where / f"merge-{pair}", subject)
                 disk = where / f"disk-{pair}"
                 write_peft(disk, fuse(matrix, next(recipes)), manifest.base_model.name)
@@ -116,7 +116,7 @@ def _inside(inside: dict[str, list[float]]) -> Iterator[tuple[str, object]]:
     for step, taken in inside.items():
         yield f"in the engine: {step}", Spread.of(taken) if taken else "no histogram"
     steps = [inside[step] for step in COLD_PATH if inside[step]]
-    loads = [taken for step in FOREIGN for taken in inside[step]]
+    loads = [taken for step in FOLDER_LOADS for taken in inside[step]]
     if steps and loads:
         yield (
             "in the engine: load over all steps of ours",

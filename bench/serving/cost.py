@@ -33,7 +33,7 @@ from bench.page.report import Figures, Spread, tabulate
 from bench.rig.engine import Engine
 from bench.rig.limits import Limits, Model
 from bench.rig.servers import vllm_server
-from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, given, of_rank, tiny
+from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, configured_subject, random_subject, tiny
 from bench.serving.front import through_gateway
 from bench.serving.load import Ask, Loader, Prompts, loading
 from server.engine_protocol import BASE_MODEL
@@ -110,7 +110,7 @@ def main(
         if tiny_model:
             subjects = [tiny(where)]
         else:
-            subjects = [of_rank(where, model, r) for r in rank] if rank else [given(bank, model)]
+            subjects = [random_subject(where, model, r) for r in rank] if rank else [configured_subject(bank, model)]
         shape = Model.read(subjects[0].model)
         limits = Limits.measured(shape)
         plan = Plan(chosen, pairs, dtype, without_lora, where / "gateway" if gateway else None)

@@ -12,10 +12,10 @@ COLD_PATH = {
 }
 """The steps from a never-seen recipe to its adapter, by what they are called here, and the histograms of each."""
 
-ON_THE_LOOP = {"what the step waits for it": "mta_engine_bring_in_seconds"}
+BLOCKING_STEPS = {"what the step waits for it": "mta_engine_bring_in_seconds"}
 """The part that everybody waits for; the rest may be done ahead, in a thread."""
 
-FOREIGN = {"load from a folder": "mta_engine_load_seconds"}
+FOLDER_LOADS = {"load from a folder": "mta_engine_load_seconds"}
 """vLLM's own way, for adapters that are not recipes."""
 
 

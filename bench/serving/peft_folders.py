@@ -17,7 +17,7 @@ from bank.peft.exported import PREFIX, WEIGHTS_FILE
 from bench.rig.engine import Engine
 from bench.rig.subject import Subject
 
-DIFFERENT = 16
+DISTINCT_FOLDERS = 16
 """How many of the folders hold files of their own; the others link to theirs."""
 
 
@@ -27,11 +27,11 @@ def peft_folders(subject: Subject, folder: Path, count: int) -> list[Path]:
     made: list[Path] = []
     for number, recipe in enumerate(itertools.islice(subject.recipes(), count)):
         here = folder / f"user-{number}"
-        if number < DIFFERENT:
+        if number < DISTINCT_FOLDERS:
             write_peft(here, fuse(matrix, recipe), subject.manifest.base_model.name)
         else:
             here.mkdir()
-            for file in made[number % DIFFERENT].iterdir():
+            for file in made[number % DISTINCT_FOLDERS].iterdir():
                 (here / file.name).hardlink_to(file)
         made.append(here)
     return made

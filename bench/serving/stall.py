@@ -37,8 +37,8 @@ from bench import script
 from bench.gpu import SHAPES, Shape
 from bench.page.report import Figures, Spread, percentile, tabulate
 from bench.rig.servers import vllm_server
-from bench.rig.subject import BankOption, ModelOption, TinyOption, given, of_rank, tiny
-from bench.serving.histograms import ON_THE_LOOP, totals
+from bench.rig.subject import BankOption, ModelOption, TinyOption, configured_subject, random_subject, tiny
+from bench.serving.histograms import BLOCKING_STEPS, totals
 from bench.serving.load import Answer, Ask, Loader, Prompts, loading
 from server.engine.cpu import native
 from server.engine.fusing.ahead import AHEAD, Ahead
@@ -74,19 +74,21 @@ def main(
 ) -> None:
     """Measure inter-token p50 and p99 of warm streams beside arrivals."""
     if line is not None:
-        tabulate([_behind(line, rank or LINE_RANK, pairs)], out, bench="stall")
+        tabulate([_measure_queue(line, rank or LINE_RANK, pairs)], out, bench="stall")
         return
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
         if rank is not None:
-            subject = of_rank(Path(scratch), model, rank)
+            subject = random_subject(Path(scratch), model, rank)
         else:
-            subject = tiny(Path(scratch), anchors=64) if tiny_model else given(bank, model)
+            subject = tiny(Path(scratch), anchors=64) if tiny_model else configured_subject(bank, model)
         bar = progress.add_task("blocks in turn", total=len(KINDS) * (pairs + 1))
         with vllm_server(subject, max_loras=slots, dtype=dtype, max_num_seqs=16) as engine:
 
             def waited_ms() -> float:
                 """What steps have waited for adapters so far."""
-                return 1000 * sum(t.seconds for t in totals(engine.client.get("/metrics").text, ON_THE_LOOP).values())
+                return 1000 * sum(
+                    t.seconds for t in totals(engine.client.get("/metrics").text, BLOCKING_STEPS).values()
+                )
 
             async def measure() -> dict[str, list[_Block]]:
                 recipes, prompts = (recipe.name for recipe in subject.recipes()), Prompts(subject.model)
@@ -139,7 +141,7 @@ def main(
     tabulate([Figures(title, columns, lines)], out, bench="stall", p99_ms=p99)
 
 
-def _behind(line: int, rank: int, pairs: int) -> Figures:
+def _measure_queue(line: int, rank: int, pairs: int) -> Figures:
     """What a step waits for its adapter while others are in the line, and while nobody is."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SHAPES[Shape.LLAMA_8B]))

@@ -25,7 +25,7 @@ from bench import script
 from bench.page.report import Figures, Spread, percentile, tabulate
 from bench.rig.engine import Engine
 from bench.rig.servers import vllm_server
-from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, given, tiny
+from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, configured_subject, tiny
 from bench.serving.load import Ask, Loader, Prompts, loading
 from bench.serving.peft_folders import load_folders, peft_folders
 
@@ -73,7 +73,7 @@ def main(
     """Measure time to first token and tokens a second as more users share the slots."""
     levels, clients = sorted(users or [8, 16, 80, 800]), clients or slots
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress, ExitStack() as servers:
-        subject = tiny(Path(scratch), anchors=64) if tiny_model else given(bank, model)
+        subject = tiny(Path(scratch), anchors=64) if tiny_model else configured_subject(bank, model)
         running: dict[str, Any] = {"max_loras": slots, "dtype": dtype, "max_num_seqs": clients}
         sides = {"ours": servers.enter_context(vllm_server(subject, **running))}
         names = {"ours": subject.names(levels[-1])}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench.rig.cluster import ValkeyCluster, ask
-from bench.rig.processes import standing_still, wait_until
+from bench.rig.processes import paused, wait_until
 from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.errors import Unavailable
 from server.store import profiles as profile_scripts
@@ -45,7 +45,7 @@ async def test_a_write_without_a_replica_is_not_acknowledged(
     users = users_at(followed, followed.primaries[0])
     async with opened(followed.url) as store:
         assert await store.commit(next(users), b"", change("a"))
-        with standing_still(followed.replicas[0].pid):
+        with paused(followed.replicas[0].pid):
             with pytest.raises(Unavailable, match="on a replica"):
                 await store.commit(next(users), b"", change("a"))
             elsewhere = next(users_at(followed, followed.primaries[1]))
@@ -95,7 +95,7 @@ async def test_nor_is_one_that_is_sent_again(followed: ValkeyCluster, monkeypatc
     for name, script in said.items():
         wait_until(lambda: all(map(followed.lists_replicas, followed.nodes)), "the replica to be back")
         await connection.check()
-        with standing_still(followed.replicas[0].pid), monkeypatch.context() as briefly:
+        with paused(followed.replicas[0].pid), monkeypatch.context() as briefly:
             briefly.setattr(REPLICA_TIMEOUT_MS, 100)
             try:
                 await connection.write(script, *connection.written[script])
@@ -159,7 +159,7 @@ async def test_who_lives_elsewhere_is_served(lenient: ValkeyCluster, *, silent: 
     async with connected(lenient.url) as connection:
         store = ProfileStore(connection)
         assert connection.unserved is None
-        with standing_still(*([gone.pid] if silent else [])):
+        with paused(*([gone.pid] if silent else [])):
             if not silent:
                 gone.kill()
             assert await connection.check() is Durability.ALWAYS

@@ -11,7 +11,7 @@ import pytest
 
 from adapters.errors import MtaError
 from bench.rig.cluster import ask
-from bench.rig.processes import standing_still, wait_until
+from bench.rig.processes import paused, wait_until
 from bench.rig.valkey import free_port
 from bench.rig.watched import SERVICE, WatchedValkey
 from server.errors import Unavailable
@@ -52,7 +52,7 @@ async def test_a_write_waits_for_the_replica_until_it_is_down(
 ) -> None:
     monkeypatch.setattr("server.store.redis.servers.base.REPLICA_TIMEOUT_MS", 100)
     store = ProfileStore(connection)
-    with standing_still(watched.replica.pid):
+    with paused(watched.replica.pid):
         with pytest.raises(Unavailable, match="on a replica"):
             await store.commit(user, b"", change("a"))
         async with asyncio.timeout(60):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.serving.histograms import COLD_PATH, ON_THE_LOOP
+from bench.serving.histograms import BLOCKING_STEPS, COLD_PATH
 
 RUN = [sys.executable, "-m", "server.cli", "bench"]
 
@@ -72,7 +72,7 @@ def test_the_script_for_gpus_runs_without_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", "--shape", "tiny", "--anchors", "4", "--pairs", "1", *few]
     content = ran(tmp_path / "gpu.json", *command)["gpu"]
     cold, throughput = content["tables"]
-    assert [line[0] for line in cold["lines"]] == [*COLD_PATH, *ON_THE_LOOP]
+    assert [line[0] for line in cold["lines"]] == [*COLD_PATH, *BLOCKING_STEPS]
     compared = [[what, count] for what in ("recipes", "PEFT folders") for count in (1, 2)]
     assert [line[:2] for line in throughput["lines"]] == compared
     assert content["device"]

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from bench.rig.engine import KEY, Engine, running_engine
-from bench.rig.processes import PATIENCE_S, command_line, descendants, standing_still
+from bench.rig.processes import PATIENCE_S, command_line, descendants, paused
 from bench.rig.tiny import tiny_bank, tiny_model
 from server.engine.admission.door import WITH_KEY
 from server.engine.command import is_cpu_build
@@ -156,7 +156,7 @@ def test_a_preflight_request_opens_nothing(engine: Engine) -> None:
 
 def test_its_status_waits_for_no_step_of_the_model(engine: Engine) -> None:
     core = next(pid for pid in descendants(engine.pid) if "EngineCore" in command_line(pid))
-    with standing_still(core):
+    with paused(core):
         status = engine.client.get("/mta/v1/status", timeout=20)
     assert status.json()["banks"] == engine.status()["banks"]
 

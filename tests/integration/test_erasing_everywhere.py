@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from bench.rig.engine import KEY, Engine, running_engine
-from bench.rig.processes import PATIENCE_S, descendants, standing_still, wait_until
+from bench.rig.processes import PATIENCE_S, descendants, paused, wait_until
 from bench.rig.tiny import world
 from bench.rig.valkey import ValkeyProcess
 from server.engine.admission.user_adapters import SWEEP_S
@@ -78,8 +78,8 @@ def test_who_is_erased_is_gone_from_the_store_at_once_and_from_every_engine_in_t
     kept = [IDLE.encode(), ANSWERED.encode(), SECRET_WORDS.encode(), *blobs]
     assert all(words in _everything(valkey) for words in kept)
 
-    with standing_still(far.pid, *descendants(far.pid)), ExitStack() as open_answer:
-        with standing_still(*descendants(near.pid)):  # its model, so that the answer cannot end before
+    with paused(far.pid, *descendants(far.pid)), ExitStack() as open_answer:
+        with paused(*descendants(near.pid)):  # its model, so that the answer cannot end before
             lines = open_answer.enter_context(near.long_answer(recipes[ANSWERED]))
             for user in recipes:
                 assert client.delete(f"/users/{user}").json()["erased"]["adapters"] == 1

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from bench.rig.cluster import ValkeyCluster, ask
-from bench.rig.processes import standing_still, wait_until
+from bench.rig.processes import paused, wait_until
 from bench.rig.valkey import DURABLE, ValkeyProcess, free_port
 from deploy.observe.pictures.receiver import Receiver, receiving
 from server.settings import Settings
@@ -115,7 +115,7 @@ def test_a_write_without_a_replica_is_refused_each_time(
 ) -> None:
     monkeypatch.setattr("server.store.redis.servers.base.REPLICA_TIMEOUT_MS", 100)
     user = somebody(gateway, cluster, 0)
-    with standing_still(cluster.replicas[0].pid):
+    with paused(cluster.replicas[0].pid):
         said = [put(client, user, "growing roses") for _ in range(2)]
     assert [answer.status_code for answer in said] == [503, 503]
     assert {answer.json()["error"]["code"] for answer in said} == {"store_not_durable"}

@@ -21,7 +21,7 @@ from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bench.oracle.dense import stacked_adapter, token_logprobs
 from bench.rig.engine import Engine, running_engine
-from bench.rig.processes import descendants, standing_still, wait_until
+from bench.rig.processes import descendants, paused, wait_until
 from bench.rig.tiny import tiny_bank
 from bench.rig.user_adapters import keep_user_adapter, random_user_adapter
 from bench.rig.valkey import ValkeyProcess
@@ -158,7 +158,7 @@ def test_what_an_open_stream_uses_is_dropped_when_it_has_ended(stacked: Served) 
         return int(engine.client.post("/mta/v1/drop", json={"user_key": USER}).json()["held"])
 
     with ExitStack() as open_stream:
-        with standing_still(*descendants(engine.pid)):  # the model, so that the answer cannot end before
+        with paused(*descendants(engine.pid)):  # the model, so that the answer cannot end before
             lines = open_stream.enter_context(engine.long_answer(recipe.name))
             assert still_held() == 1
         assert [line for line in lines if line][-1] == "data: [DONE]"

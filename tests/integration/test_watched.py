@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.rig.processes import standing_still, wait_until
+from bench.rig.processes import paused, wait_until
 from deploy.observe import dashboard
 from deploy.observe.pictures.prometheus import BINARY, HERE
 from deploy.observe.pictures.receiver import Span
@@ -156,7 +156,7 @@ def test_alerts_fire_when_an_engine_stands_still(run: Watched) -> None:
     assert not run.prometheus.firing() & {"MtaPartDown", "MtaNotReady"}
     pid = run.server.part("engine")
     assert pid
-    with standing_still(pid):
+    with paused(pid):
         wait_until(lambda: run.prometheus.firing() >= {"MtaPartDown", "MtaNotReady"}, "the alerts")
     wait_until(lambda: not run.prometheus.firing() & {"MtaPartDown", "MtaNotReady"}, "them to end")
 
@@ -164,7 +164,7 @@ def test_alerts_fire_when_an_engine_stands_still(run: Watched) -> None:
 def test_an_alert_fires_when_no_worker_takes_a_job(run: Watched) -> None:
     worker = run.server.part("worker")
     assert worker
-    with standing_still(worker), run.client as client:
+    with paused(worker), run.client as client:
         samples = [{"input": "q", "output": "a"}] * 2
         job = client.post("/users/ben/adapt", json={"samples": samples}).raise_for_status().json()
         wait_until(lambda: "MtaJobsWait" in run.prometheus.firing(), "the alert")
@@ -175,7 +175,7 @@ def test_alerts_fire_when_the_store_is_gone(run: Watched) -> None:
     valkey = run.server.part("valkey")
     assert valkey
     body = {"user_id": "ben", "prompt": "x", "max_tokens": 1}
-    with standing_still(valkey), run.client as client:
+    with paused(valkey), run.client as client:
         wanted = {"MtaStoreFails", "MtaGenerationsFail", "MtaNotReady"}
 
         def fired() -> bool:  # asked again and again: a rate is seen from a series' second sample on

@@ -72,11 +72,11 @@ def under_load(plan: Plan, machine: Machine) -> list[Claim]:
     for thread in (*crowds, imports):
         thread.start()
     time.sleep(WARM_UP_S)
-    before, machine.lossy.share = census.taken(machine), plan.loses
+    before, machine.lossy.share = census.usage(machine), plan.loses
     inflicting = Faults(machine, chance)
     for fault in plan.faults:
         outage = inflicting.inflict(fault)
-        shown.print(f"{time.monotonic() - begun_s:6.1f} s  {fault.part:<8} whole again after {outage.mended_s:.1f} s")
+        shown.print(f"{time.monotonic() - begun_s:6.1f} s  {fault.part:<8} whole again after {outage.recovery_s:.1f} s")
         time.sleep(chance.uniform(*CALM_S))
     time.sleep(max(0.0, begun_s + plan.lasts_s - time.monotonic()))
     machine.lossy.share = 0.0
@@ -91,7 +91,7 @@ def under_load(plan: Plan, machine: Machine) -> list[Claim]:
             raise crowd.failure
     asked = [one for crowd in crowds for one in crowd.asked]
     people = [person for crowd in crowds for person in crowd.people]
-    after = census.taken(machine)
+    after = census.usage(machine)
     with httpx.Client(base_url=machine.up.url, timeout=TIMEOUT_S) as client:
         claims = [
             *verdict.about_requests(asked, inflicting.outages),
@@ -106,13 +106,13 @@ def under_load(plan: Plan, machine: Machine) -> list[Claim]:
     return claims
 
 
-def _growth(before: dict[str, census.Taken], after: dict[str, census.Taken]) -> list[Claim]:
+def _growth(before: dict[str, census.Usage], after: dict[str, census.Usage]) -> list[Claim]:
     return [
         Claim(
             f"{name}: memory, descriptors",
             f"{then.memory_mib:.0f} to {after[name].memory_mib:.0f} MiB, "
             f"{then.descriptors} to {after[name].descriptors}",
-            not then.grew_to(after[name]),
+            not then.exceeded_by(after[name]),
         )
         for name, then in before.items()
     ]

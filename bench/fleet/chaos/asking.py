@@ -22,7 +22,7 @@ class End(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestResult:
     """One request. Times are of the monotonic clock.
 
     Attributes:
@@ -41,7 +41,9 @@ class Asked:
     streaming: bool = False
 
 
-def ask(client: httpx.Client, method: str, path: str, body: object = None, headers: Any = None) -> tuple[Asked, Any]:
+def ask(
+    client: httpx.Client, method: str, path: str, body: object = None, headers: Any = None
+) -> tuple[RequestResult, Any]:
     """Send a request that is answered whole; also what was answered, None if nothing was."""
     begun_s, answer = time.monotonic(), None
     try:
@@ -51,10 +53,10 @@ def ask(client: httpx.Client, method: str, path: str, body: object = None, heade
         end, reason = End.UNCLEAR, repr(error)
     except httpx.TransportError as error:
         end, reason = End.CUT, repr(error)
-    return Asked(f"{method} {path}", begun_s, time.monotonic(), end, reason), answer
+    return RequestResult(f"{method} {path}", begun_s, time.monotonic(), end, reason), answer
 
 
-def stream(client: httpx.Client, path: str, body: object, headers: Any = None) -> Asked:
+def stream(client: httpx.Client, path: str, body: object, headers: Any = None) -> RequestResult:
     """Send a generation that is answered in pieces."""
     begun_s, pieces = time.monotonic(), 0
     end, reason = End.UNCLEAR, "the stream ended without [DONE]"
@@ -77,7 +79,7 @@ def stream(client: httpx.Client, path: str, body: object, headers: Any = None) -
         end, reason = End.UNCLEAR, repr(error)
     except httpx.TransportError as error:
         end, reason = End.CUT, repr(error)
-    return Asked(f"POST {path}, streamed", begun_s, time.monotonic(), end, reason, pieces > 0)
+    return RequestResult(f"POST {path}, streamed", begun_s, time.monotonic(), end, reason, pieces > 0)
 
 
 def _judged(response: httpx.Response) -> tuple[End, str, Any]:

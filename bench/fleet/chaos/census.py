@@ -20,19 +20,19 @@ GONE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class Usage:
     """What one part takes, with all processes below it: resident MiB and open descriptors."""
 
     memory_mib: float
     descriptors: int
 
-    def grew_to(self, later: Taken) -> bool:
+    def exceeded_by(self, later: Usage) -> bool:
         """Whether `later` is more than a part may take that took this before."""
         beyond_memory = later.memory_mib > self.memory_mib * MEMORY_GROWTH + MEMORY_SLACK_MIB
         return beyond_memory or later.descriptors > self.descriptors + DESCRIPTOR_SLACK
 
 
-def taken(machine: Machine) -> dict[str, Taken]:
+def usage(machine: Machine) -> dict[str, Usage]:
     """What each part takes now, and `mta up` itself."""
     found = {"mta up": _of([machine.up.pid])}
     for name in (*ENGINES, "router", "gateway", "worker"):
@@ -42,9 +42,9 @@ def taken(machine: Machine) -> dict[str, Taken]:
     return found
 
 
-def _of(pids: list[int]) -> Taken:
+def _of(pids: list[int]) -> Usage:
     handles = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
-    return Taken(sum(map(memory_mib, pids)), handles)
+    return Usage(sum(map(memory_mib, pids)), handles)
 
 
 def kinds_of_keys(url: str) -> Counter[str]:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.fleet.machine import ENGINES, Machine
-from bench.rig.processes import descendants, standing_still, wait_until
+from bench.rig.processes import descendants, paused, wait_until
 
 PARTS = ("gateway", "engine", "router", "worker", "valkey")
 STORE_AWAY_S = 1.0
 """From the store's death to its restart, which is ours to do."""
 
-MEND_S = 120.0
+MAX_RECOVERY_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Outage:
     over_s: float  # when nothing was missing any more
 
     @property
-    def mended_s(self) -> float:
+    def recovery_s(self) -> float:
         """How long it took until nothing was missing, after a killed part had died or a paused one went on."""
         return self.over_s - self.begun_s - self.fault.pause_s
 
@@ -67,11 +67,11 @@ class Faults:
         if fault.part == "valkey":
             self._store(fault)
         elif fault.pause_s:
-            with standing_still(*self._family(name)):
+            with paused(*self._family(name)):
                 time.sleep(fault.pause_s)
         else:
             self._kill(name)
-        wait_until(self._machine.whole, f"all parts after {fault}", MEND_S)
+        wait_until(self._machine.whole, f"all parts after {fault}", MAX_RECOVERY_S)
         outage = Outage(fault, begun_s, time.monotonic())
         self.outages.append(outage)
         return outage
@@ -81,7 +81,7 @@ class Faults:
         starts, pid = up.starts(name), up.part(name)
         assert pid, f"{name} does not run"
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: up.starts(name) > starts, f"{name} to be started again", MEND_S)
+        wait_until(lambda: up.starts(name) > starts, f"{name} to be started again", MAX_RECOVERY_S)
 
     def _family(self, name: str) -> Sequence[int]:
         pid = self._machine.up.part(name)
@@ -90,7 +90,7 @@ class Faults:
 
     def _store(self, fault: Fault) -> None:
         if fault.pause_s:
-            with standing_still(self._machine.store.pid):
+            with paused(self._machine.store.pid):
                 time.sleep(fault.pause_s)
         else:
             self._machine.store.kill()

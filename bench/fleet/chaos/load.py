@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from bench.fleet.chaos.asking import Asked, End, ask, stream
+from bench.fleet.chaos.asking import End, RequestResult, ask, stream
 from bench.rig.people import write_people
 from bench.rig.processes import mta
 from bench.rig.tiny import WORLDS
@@ -19,7 +19,7 @@ from bench.rig.tiny import WORLDS
 TIMEOUT_S = 90.0
 """Beyond every pause: nothing is sent again while the first may still be on its way."""
 
-AGAIN_S = 0.3
+RETRY_DELAY_S = 0.3
 TURNS = {"generate": 25, "stream": 25, "openai": 10, "openai stream": 10, "write": 18, "adapt": 4, "erase": 3}
 
 
@@ -56,7 +56,7 @@ class Crowd(threading.Thread):
     def __init__(self, url: str, name: str, size: int, seed: str, pause_s: float = 0.1) -> None:
         super().__init__(name=name, daemon=True)
         self.people = [Person(f"{name}-{number}") for number in range(size)]
-        self.asked: list[Asked] = []
+        self.asked: list[RequestResult] = []
         self.failure: BaseException | None = None
         self._url = url
         self._chance = random.Random(seed)
@@ -143,7 +143,7 @@ class Crowd(threading.Thread):
             if asked.end is End.ANSWERED or (gone_is_done and asked.reason == "not_found"):
                 return done
             assert asked.end is not End.REFUSED or not answer or answer["error"]["type"] == "service_unavailable", asked
-            time.sleep(AGAIN_S)
+            time.sleep(RETRY_DELAY_S)
 
 
 class Imports(threading.Thread):

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import httpx
 
-from bench.fleet.chaos.asking import Asked, End
+from bench.fleet.chaos.asking import End, RequestResult
 from bench.fleet.chaos.faults import Outage
 from bench.fleet.chaos.load import Person
 
-MOST_FAILED = 0.01
+MAX_FAILED_SHARE = 0.01
 """Share of requests that may fail, before anything of their answer came, while one of two engines is down."""
 
-MEND_S = 60.0
+MAX_RECOVERY_S = 60.0
 JOBS_END_S = 240.0
 TOMBSTONE = "epoch"
 SHARED_KINDS = 13
@@ -39,7 +39,7 @@ class Claim:
         return self.what, self.found if self.holds else f"{self.found}  ← wrong"
 
 
-def about_requests(asked: Sequence[Asked], outages: Sequence[Outage]) -> list[Claim]:
+def about_requests(asked: Sequence[RequestResult], outages: Sequence[Outage]) -> list[Claim]:
     """How requests ended, and how many failed while one of two engines was down."""
     ends = Counter(one.end for one in asked)
     unclear = Counter(one.reason for one in asked if one.end is End.UNCLEAR)
@@ -65,7 +65,7 @@ def about_requests(asked: Sequence[Asked], outages: Sequence[Outage]) -> list[Cl
         Claim(
             "failed before their first token while one of two engines was down",
             f"{_counted(failed)} of {len(waiting):,}, {share:.2%}",
-            share < MOST_FAILED,
+            share < MAX_FAILED_SHARE,
         ),
     ]
 
@@ -75,11 +75,11 @@ def about_outages(outages: Sequence[Outage]) -> list[Claim]:
     claims = []
     for part in sorted({outage.fault.part for outage in outages}):
         of_part = [outage for outage in outages if outage.fault.part == part]
-        kills = [outage.mended_s for outage in of_part if not outage.fault.pause_s]
-        pauses = [outage.mended_s for outage in of_part if outage.fault.pause_s]
+        kills = [outage.recovery_s for outage in of_part if not outage.fault.pause_s]
+        pauses = [outage.recovery_s for outage in of_part if outage.fault.pause_s]
         said = [f"{len(kills)} kills, whole again after {max(kills):.1f} s at most"] if kills else []
         said += [f"{len(pauses)} pause, after {max(pauses):.1f} s"] if pauses else []
-        claims.append(Claim(f"{part}", "; ".join(said), max([*kills, *pauses]) <= MEND_S))
+        claims.append(Claim(f"{part}", "; ".join(said), max([*kills, *pauses]) <= MAX_RECOVERY_S))
     return claims
 
 

@@ -11,8 +11,8 @@ from adapters.errors import MtaError
 from adapters.recipe import parse_recipe
 from bank.manifest import PosteriorRule, WeightRule, read_manifest
 from bank.matrix import open_matrix
-from bench.rig.subject import Subject, given, of_rank
-from bench.rig.tiny import hollow_model, tiny_bank
+from bench.rig.subject import Subject, configured_subject, random_subject
+from bench.rig.tiny import tiny_bank, weightless_model
 
 
 @pytest.fixture
@@ -45,18 +45,18 @@ def test_a_bank_with_too_few_anchors_says_so_and_no_bank_names_the_setting(
         next(recipes)
     monkeypatch.delenv("MTA_BANK", raising=False)
     with pytest.raises(MtaError, match="MTA_BANK"):
-        given(None, None)
+        configured_subject(None, None)
 
 
 def test_a_random_bank_has_the_rank_that_was_asked_for(tmp_path: Path, tiny_model_folder: Path) -> None:
-    made = of_rank(tmp_path, str(tiny_model_folder), 16, anchors=3)
+    made = random_subject(tmp_path, str(tiny_model_folder), 16, anchors=3)
     assert (made.manifest.rank, made.manifest.serving_rank, made.manifest.user_rank) == (16, 16, 0)
     assert open_matrix(made.bank, made.manifest).rows.shape[0] == 4  # the common row beside them
 
 
 def test_a_model_without_weights_can_have_a_bank(tmp_path: Path, embedder_folder: Path) -> None:
     shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    model = hollow_model(tmp_path / "model", num_attention_heads=4, num_key_value_heads=2, **shape)
+    model = weightless_model(tmp_path / "model", num_attention_heads=4, num_key_value_heads=2, **shape)
     manifest = read_manifest(tiny_bank(tmp_path / "bank", model, embedder_folder))
     sizes = {module.name.rpartition(".")[2]: (module.h_in, module.h_out) for module in manifest.modules}
     assert len(manifest.modules) == 3 * 7
