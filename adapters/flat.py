@@ -32,7 +32,7 @@ class FlatLora:
         h_in = sum(m.h_in for m in self.modules)
         return tuple(block.numel() // h_in for block in self.a)
 
-    def across(self) -> FlatLora:
+    def transposed(self) -> FlatLora:
         """Return a copy whose B has the same shape but is contiguous along H_out, as [R, ΣH_out] in memory."""
         if self.b.t().is_contiguous():
             return self

@@ -24,7 +24,7 @@ CHUNK_NUMBERS = 131_072
 MAX_BAGS = 64  # maximum number of chunks per row in one `embedding_bag` call: enough for all threads
 WEIGHT_PARTS = 3  # number of bf16 values whose sum equals any float32 weight
 
-SumAcross = Callable[[torch.Tensor, Sequence[int], Sequence[float], int], torch.Tensor]
+TransposedSum = Callable[[torch.Tensor, Sequence[int], Sequence[float], int], torch.Tensor]
 """Rows [N, R·ΣH_out] bf16, row indices, weights and R → Σ wᵢ Bᵢ, transposed: [R, ΣH_out] bf16."""
 
 
@@ -38,20 +38,20 @@ def fuse_flat(
     recipe: FusionRecipe,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    sum_across: SumAcross | None = None,
+    sum_transposed: TransposedSum | None = None,
 ) -> FlatLora:
     """Build the adapter of a recipe that its bank has checked, without the user adapter.
 
     Fusion takes a few PyTorch operations, independent of the number of modules, so a thread that fuses beside a running
-    model rarely needs the GIL. `sum_across` replaces PyTorch for the B of `shared` fusions to bf16.
+    model rarely needs the GIL. `sum_transposed` replaces PyTorch for the B of `shared` fusions to bf16.
     """
     rows = [matrix.common_index] if recipe.common else []
     rows += [term.anchor for term in recipe.terms]
     weights = [1.0] * recipe.common + [term.weight / PER_MILLE for term in recipe.terms]
     layout = matrix.layout
     if recipe.method is FusionMethod.SHARED:
-        if sum_across is not None and dtype is torch.bfloat16:
-            b = sum_across(matrix.rows, rows, weights, layout.rank).t()
+        if sum_transposed is not None and dtype is torch.bfloat16:
+            b = sum_transposed(matrix.rows, rows, weights, layout.rank).t()
         else:
             b = _weighted_sum(matrix.rows, rows, weights, dtype).view(-1, layout.rank)
         return FlatLora(layout.modules, (matrix.frozen.to(dtype),), b)

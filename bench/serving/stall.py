@@ -41,7 +41,7 @@ from bench.rig.subject import BankOption, ModelOption, TinyOption, configured_su
 from bench.serving.histograms import BLOCKING_STEPS, totals
 from bench.serving.load import Answer, Ask, Loader, Prompts, loading
 from server.engine.cpu import native
-from server.engine.fusing.ahead import AHEAD, Ahead
+from server.engine.fusing.prefetch import MAX_PREFETCHED, FusionPrefetcher
 from server.settings import Settings
 
 KINDS = ("never-seen users", "resident users", "nobody")
@@ -67,7 +67,7 @@ def main(
     ] = None,
     line: Annotated[
         int | None,
-        typer.Option(help="Fusions in the line before a step's own; starts no engine.", min=1, max=AHEAD - 1),
+        typer.Option(help="Fusions in the line before a step's own; starts no engine.", min=1, max=MAX_PREFETCHED - 1),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/stall.json"),
@@ -149,21 +149,21 @@ def _measure_queue(line: int, rank: int, pairs: int) -> Figures:
     rows = (torch.randn(LINE_ROWS, layout.row_numbers) * 0.01).to(torch.bfloat16)
     matrix = MetaMatrix(layout, rows, LINE_ROWS - 1, True, torch.zeros(layout.a_numbers, dtype=torch.bfloat16))
     compiled = native.kernels(Settings().cache_dir)
-    sum_across = compiled.weighted_sum_across if compiled else None
-    ahead = Ahead(lambda name: fuse_flat(matrix, parse_recipe(name), sum_across=sum_across))
+    sum_transposed = compiled.weighted_sum_transposed if compiled else None
+    prefetcher = FusionPrefetcher(lambda name: fuse_flat(matrix, parse_recipe(name), sum_transposed=sum_transposed))
     terms = ((first, other) for first in range(1, 500) for other in range(1, 500))
     names = (f"mta3:00000000:shared:c+a00*{first}+a01*{other}" for first, other in terms)
 
     def waited_ms(before: int) -> float:
         others, mine = list(itertools.islice(names, before)), next(names)
         for name in others:
-            ahead.begin(name)
+            prefetcher.start(name)
         start = time.perf_counter()
-        ahead.take(mine)
+        prefetcher.result(mine)
         waited = 1000 * (time.perf_counter() - start)
         for name in (mine, *others):
-            ahead.take(name)
-            ahead.done(name)
+            prefetcher.result(name)
+            prefetcher.discard(name)
         return waited
 
     turns = [(waited_ms(0), waited_ms(line)) for _ in track(range(pairs + 1), "nobody and a line in turn")][1:]

@@ -1,4 +1,4 @@
-"""`python -m server.engine`: vLLM's own OpenAI server."""
+"""`python -m server.engine`: run vLLM's OpenAI server."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 from bank.models.process_startup import heavy_imports, run_and_exit
 
 COMPILER = "torch._inductor.lowering"
-"""vLLM corrects it once it is imported itself; it brings the rest of the compiler, a fifth of all modules."""
+"""Module that vLLM patches when it is imported; importing it loads the compiler, a fifth of all modules."""
 
 if __name__ == "__main__":
     compiles = os.environ.get("TORCHDYNAMO_DISABLE") != "1"  # `command.py`
     with heavy_imports(*(() if compiles else (COMPILER,))):
         from vllm.entrypoints.launchers.api_server.entry import main
-        from vllm.v1.engine import async_llm, core  # noqa: F401  `main` would import them, more slowly
+        from vllm.v1.engine import async_llm, core  # noqa: F401  importing these in `main` would be slower
 
     run_and_exit(main)

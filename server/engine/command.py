@@ -1,4 +1,4 @@
-"""The command line and environment of the vLLM process: `mta engine`, `mta up` and the tests start the same one."""
+"""Command line and environment of the vLLM process, as used by `mta engine`, `mta up` and the tests."""
 
 from __future__ import annotations
 
@@ -24,43 +24,43 @@ from server.watching.tracing import TRACES_PATH
 
 T = TypeVar("T")
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""What configurations call the number of a layer's experts."""
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Configuration keys for the number of experts per layer."""
 
-MEMORY_SHARE = 16  # on CPU slots take at most one part in so many of the memory that this process may use
+SLOT_MEMORY_DIVISOR = 16  # on CPU, slots take at most 1/16 of the memory available to this process
 
-FEWEST_SLOTS, MOST_SLOTS = 8, 64
-"""On CPU; with more a batch would have fewer requests than there are slots."""
+MIN_SLOTS, MAX_SLOTS = 8, 64
+"""Limits on the number of slots on CPU; with more slots, a batch would have fewer requests than slots."""
 
 VIEWS, VIEW_BYTES = 9, 600
-"""Of each module and slot: the tensors by which a plain and a stacked adapter are written (`fusing/cells.py`)."""
+"""Number and size of the tensor views per module and slot, for plain and stacked adapters (`fusing/cells.py`)."""
 
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where a container's limit stands, in the two versions of control groups."""
+MEMORY_LIMIT_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Files with a container's memory limit, for cgroups v2 and v1."""
 
 _PRELOADED = (
     ("vllm", "libs/libtcmalloc_minimal*.so*", ("libtcmalloc",)),
     ("torch", "../torch.libs/libgomp*.so*", ("libgomp", "libomp", "libiomp")),
     ("torch", "lib/libgomp*.so*", ("libgomp", "libomp", "libiomp")),
 )
-"""What vLLM preloads on CPU: package, place in it, and the libraries beside which it is left out."""
+"""Libraries that vLLM preloads on CPU: package, path pattern, and names of libraries that make it redundant."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one of several engines on a machine gets of it."""
+    """One engine's share of the machine's cores or GPUs."""
 
-    place: int  # from 0
-    of: int
+    index: int  # of this engine, from 0
+    count: int  # number of engines on the machine
 
     def part(self, whole: Sequence[T]) -> list[T]:
-        """Neighbours, and at least one."""
-        begin, end = (len(whole) * edge // self.of for edge in (self.place, self.place + 1))
-        return list(whole[begin:end]) or [whole[self.place % len(whole)]]
+        """Return this engine's contiguous part, with at least one item."""
+        begin, end = (len(whole) * edge // self.count for edge in (self.index, self.index + 1))
+        return list(whole[begin:end]) or [whole[self.index % len(whole)]]
 
 
 def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
-    """The banks, and the folder of the base model, which is fetched if need be; MtaError if any is not fit to serve."""
+    """Return the banks and the folder of the base model, fetched if missing; raise MtaError if one cannot be served."""
     folders = settings.banks
     if settings.engine_key is None:
         raise BankError("no engine key: set MTA_ENGINE_KEY to a long random text, the same for gateway and engine")
@@ -70,9 +70,9 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
     model_folder = ensure_base_model(settings.model, settings.cache_dir)
     if is_cpu_build() and (experts := _experts(model_config(model_folder))) > 1:
         raise BankError(
-            f"the base model at {model_folder} is a Mixture of Experts ({experts} a layer): vLLM serves those on GPUs "
-            "alone, and on CPU, where its kernels find no Triton, the engine would end at the first request. Take a "
-            "dense model, or a GPU"
+            f"the base model at {model_folder} is a Mixture of Experts ({experts} a layer): vLLM serves such models "
+            "only on GPUs; on CPU its kernels lack Triton, and the engine would crash at the first request. Use a "
+            "dense model or a GPU"
         )
     banks = {folder: read_manifest(folder) for folder in folders}
     for folder, manifest in banks.items():
@@ -84,12 +84,12 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
 
 
 def _experts(config: object) -> int:
-    """The most experts of a layer in a model's configuration, or a part of it."""
+    """Return the maximum number of experts per layer in a model's configuration, or in a part of it."""
     if isinstance(config, list):
         return max(map(_experts, config), default=0)
     if not isinstance(config, dict):
         return 0
-    counts = [config.get(name) for name in EXPERTS]
+    counts = [config.get(name) for name in EXPERT_KEYS]
     numbers = [n for value in counts for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
     return max([*numbers, *map(_experts, config.values())], default=0)
 
@@ -97,12 +97,12 @@ def _experts(config: object) -> int:
 def engine_command(
     settings: Settings, manifests: Sequence[BankManifest], model_folder: Path, share: Share | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """argv and environment of the vLLM process, perhaps one of several on this machine; checks nothing."""
+    """Return argv and environment of the vLLM process, for a `share` of this machine if given; check nothing."""
     on_cpu = is_cpu_build()
     cores = sorted(os.sched_getaffinity(0))
     number_bytes = 4 if settings.dtype == "float32" else 2
     slots = settings.max_loras or (_slots_on_cpu(manifests, number_bytes) if on_cpu else settings.max_num_seqs)
-    turns = "FairScheduler" if on_cpu else "FairAsyncScheduler"
+    scheduler = "FairScheduler" if on_cpu else "FairAsyncScheduler"
     options: dict[str, object] = {
         "model": model_folder,
         "served-model-name": BASE_MODEL,
@@ -111,26 +111,26 @@ def engine_command(
         "dtype": settings.dtype,
         "max-num-seqs": settings.max_num_seqs,
         "max-loras": slots,
-        # The CPU tier must hold more than the slots, or bringing in an adapter would evict what is running.
+        # The CPU tier must hold more adapters than the slots, or loading an adapter would evict a running one.
         "max-cpu-loras": max(settings.max_cpu_loras, 2 * slots),
         "max-lora-rank": max(manifest.serving_rank for manifest in manifests),
-        "scheduler-cls": f"server.engine.admission.turns.{turns}",
+        "scheduler-cls": f"server.engine.admission.fair_scheduler.{scheduler}",
         "worker-extension-cls": "server.engine.fusing.manager.WorkerExtension",
         "tensor-parallel-size": settings.tensor_parallel_size,
-        "generation-config": "vllm",  # sampling defaults are ours to choose, not the model folder's
+        "generation-config": "vllm",  # ignore the sampling defaults in the model folder
         "api-server-count": 1,
     }
     if settings.max_model_len is not None:
         options["max-model-len"] = settings.max_model_len
     if settings.engine_gpu_share is not None and not on_cpu:
         options["gpu-memory-utilization"] = settings.engine_gpu_share
-    # Routers drop the request for usage in every chunk, by which the gateway knows the prompt's length in time.
+    # Routers drop the option for usage in every chunk, from which the gateway learns the prompt's length early.
     argv = [sys.executable, "-m", "server.engine", "--enable-lora", "--enable-force-include-usage"]
     for option, value in options.items():
         argv += [f"--{option}", str(value)]
-    # Modules no bank adapts are left unwrapped: vLLM pays for each wrapped one on every token.
+    # Wrap only modules that a bank adapts: vLLM spends time on each wrapped module for every token.
     argv += ["--lora-target-modules", *sorted({module for m in manifests for module in m.target_modules})]
-    # Its key is the only secret it needs; with the gateway's it could tell whose user keys it sees.
+    # The engine needs only its own key; the gateway's secrets would let it map user keys to people.
     secrets = {f"MTA_{name.upper()}" for name, value in settings if isinstance(value, SecretStr)}
     environment = {name: value for name, value in os.environ.items() if name.upper() not in secrets} | {
         "VLLM_PLUGINS": PLUGIN,
@@ -152,7 +152,7 @@ def engine_command(
             "MTA_OTLP_ENDPOINT": settings.otlp_endpoint,
             "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
             "OTEL_SERVICE_NAME": "mta-engine",
-            "OTEL_TRACES_SAMPLER": "parentbased_always_off",  # gateways decide what is traced
+            "OTEL_TRACES_SAMPLER": "parentbased_always_off",  # gateways decide which requests are traced
         }
     environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
     if share and on_cpu:
@@ -161,15 +161,15 @@ def engine_command(
         environment["OMP_NUM_THREADS"] = str(_threads(environment.get("OMP_NUM_THREADS"), len(cores)))
     elif share:
         ranks = settings.tensor_parallel_size
-        devices = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(share.of * ranks)))).split(",")
+        devices = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(share.count * ranks)))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.part(devices)[:ranks])
     if on_cpu:
         argv.append("--enforce-eager")
-        environment["TORCHDYNAMO_DISABLE"] = "1"  # nor is any of vLLM's helpers compiled, while a request waits for it
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # otherwise vLLM compiles helper functions while a request waits
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
         if settings.tensor_parallel_size > 1:
             if "VLLM_CPU_OMP_THREADS_BIND" not in environment:
-                environment |= _team_of_rank(cores, settings.tensor_parallel_size, environment.get("OMP_NUM_THREADS"))
+                environment |= _rank_binding(cores, settings.tensor_parallel_size, environment.get("OMP_NUM_THREADS"))
         else:
             argv += ["--distributed-executor-backend", "server.engine.cpu.executor.InProcessExecutor"]
             environment["LD_PRELOAD"] = preloads(environment.get("LD_PRELOAD", ""))
@@ -181,10 +181,10 @@ def _threads(wanted: str | None, cores: int) -> int:
     return min(int(wanted), cores) if wanted and wanted.isdecimal() and int(wanted) else cores
 
 
-def _team_of_rank(cores: Sequence[int], ranks: int, threads: str | None) -> dict[str, str]:
-    """How many threads each rank has, and where (`0,1|2,3`); by default vLLM wants a NUMA node for every rank.
+def _rank_binding(cores: Sequence[int], ranks: int, threads: str | None) -> dict[str, str]:
+    """Return the settings for threads and cores per rank (`0,1|2,3`); vLLM's default needs a NUMA node per rank.
 
-    Fewer threads than cores are bound to none: a container's limit on cores leaves all of them to be seen.
+    Do not bind if there are fewer threads than cores: a container with a CPU limit still sees all cores.
     """
     if (fewer := _threads(threads, len(cores))) < len(cores):
         return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, fewer // ranks))}
@@ -193,7 +193,7 @@ def _team_of_rank(cores: Sequence[int], ranks: int, threads: str | None) -> dict
 
 
 def preloads(given: str) -> str:
-    """The LD_PRELOAD with which vLLM would spawn its core, `given` the one so far; imports nothing."""
+    """Return the LD_PRELOAD that vLLM would use to spawn its core, in addition to `given`; import nothing."""
     libraries = [given] if given else []
     for package, pattern, alike in _PRELOADED:
         spec = importlib.util.find_spec(package)
@@ -212,19 +212,19 @@ def is_cpu_build() -> bool:
 
 
 def _slots_on_cpu(manifests: Sequence[BankManifest], number_bytes: int) -> int:
-    fit = memory_bytes() // MEMORY_SHARE // max(1, slot_bytes(manifests, number_bytes))
-    return max(FEWEST_SLOTS, min(MOST_SLOTS, fit))
+    fit = memory_bytes() // SLOT_MEMORY_DIVISOR // max(1, slot_bytes(manifests, number_bytes))
+    return max(MIN_SLOTS, min(MAX_SLOTS, fit))
 
 
 def slot_bytes(manifests: Sequence[BankManifest], number_bytes: int) -> int:
-    """Of one slot: A and B of every module that any bank adapts, at the highest serving rank, and their views."""
+    """Return the size of one slot: A and B of all adapted modules at the highest serving rank, and their views."""
     rank = max(manifest.serving_rank for manifest in manifests)
     widths = {m.name: m.h_in + m.h_out for manifest in manifests for m in manifest.modules}
     return rank * sum(widths.values()) * number_bytes + len(widths) * VIEWS * VIEW_BYTES
 
 
-def memory_bytes(limits: Sequence[Path] = LIMITS) -> int:
-    """The memory that this process may use: the machine's, or a container's limit below it."""
+def memory_bytes(limits: Sequence[Path] = MEMORY_LIMIT_FILES) -> int:
+    """Return the memory available to this process: the machine's memory, or a lower container limit."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in limits:
         text = path.read_text().strip() if path.is_file() else ""

@@ -9,7 +9,7 @@ from server.engine_protocol import PLUGIN
 
 
 def register() -> None:
-    """Have vLLM's workers fuse recipes, if it serves a bank; BankError unless it is as known and gets our routes."""
+    """Make vLLM's workers fuse recipes if MTA_BANK is set; raise BankError for a wrong setup or version of vLLM."""
     if not os.environ.get("MTA_BANK"):
         return
     if PLUGIN not in os.environ.get("VLLM_PLUGINS", "").split(","):

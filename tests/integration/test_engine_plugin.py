@@ -16,7 +16,7 @@ import pytest
 from bench.rig.engine import KEY, Engine, running_engine
 from bench.rig.processes import PATIENCE_S, command_line, descendants, paused
 from bench.rig.tiny import tiny_bank, tiny_model
-from server.engine.admission.door import WITH_KEY
+from server.engine.admission.access import KEYED_ROUTES
 from server.engine.command import is_cpu_build
 from tests.support.engine import text_of
 
@@ -106,7 +106,7 @@ def test_of_all_routes_of_vllm_those_of_the_product_answer_and_with_the_key_alon
     assert set(some) < routes
     ours = {("GET", "/mta/v1/status"), ("GET", "/mta/v1/resident"), ("POST", "/mta/v1/drop")}
     for method, path in routes | ours:
-        known = (method, path) in WITH_KEY
+        known = (method, path) in KEYED_ROUTES
         for key in (None, "Bearer wrong", f"Bearer {KEY}x", f"Basic {KEY}", KEY):
             headers = {"Authorization": key} if key else {}
             response = httpx.request(method, engine.url + path, headers=headers, json={"model": "base", "prompt": "x"})
@@ -117,7 +117,7 @@ def test_of_all_routes_of_vllm_those_of_the_product_answer_and_with_the_key_alon
             assert method == "HEAD" or response.json()["error"]["type"] == "invalid_request_error"
         answered = engine.client.request(method, path, json={}).status_code not in (401, 404)
         assert answered == known or path == "/health", f"{method} {path} with the key"
-    assert WITH_KEY - ours < routes, "a route of ours is none of vLLM's any more"
+    assert KEYED_ROUTES - ours < routes, "a route of ours is none of vLLM's any more"
 
 
 @pytest.mark.parametrize(

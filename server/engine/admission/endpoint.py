@@ -1,4 +1,4 @@
-"""Entry point `vllm.endpoint_plugins`: wires the plugin into the API process and adds the route `/mta/v1/`."""
+"""Entry point `vllm.endpoint_plugins`: connects the plugin to the API process and adds the routes `/mta/v1/`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm.engine.protocol import EngineClient
 from bank.errors import BankError
 from bank.manifest import read_manifest
 from server.engine.admission import metrics
-from server.engine.admission.door import Door, Drain
+from server.engine.admission.access import AccessMiddleware, Drain
 from server.engine.admission.prepare import AdapterNames, HoldNames, Manifests, Preparer
 from server.engine.admission.user_adapters import SWEEP_S, UserAdapters
 from server.engine_protocol import DROP, PLUGIN, RESIDENT, STATUS
@@ -28,38 +28,38 @@ from server.watching.background import StoreSeconds, forever
 from server.watching.logs import RequestIds
 from server.watching.tracing import Tracing
 
-IDLE_ADAPTER_BYTES = 256 << 20  # user adapters that an engine keeps beyond those in use
+IDLE_ADAPTER_BYTES = 256 << 20  # maximum size of the user adapters that an engine keeps, unless more are in use
 log = logging.getLogger("mta.engine")
 
 
 class MtaEndpointPlugin:
-    """vLLM's `EndpointPlugin` protocol: routes first, then the state behind them."""
+    """Implements vLLM's `EndpointPlugin` protocol: vLLM first adds the routes, then initialises their state."""
 
     name = PLUGIN
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
         self._keys: list[bytes] = []
-        self._opened = AsyncExitStack()  # for as long as the process lives
+        self._resources = AsyncExitStack()  # stays open until the process ends
         self._engine: Any = None
         self._users: UserAdapters | None = None
-        self._figures: metrics.AdapterFigures | None = None
+        self._metrics: metrics.AdapterMetrics | None = None
         self._status: Callable[[], dict[str, Any]] = dict
-        self._sweeping: asyncio.Task[None] | None = None  # the event loop holds tasks only weakly
+        self._sweeping: asyncio.Task[None] | None = None  # the event loop keeps only weak references to tasks
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_middleware(HoldNames)
-        app.add_middleware(metrics.Refreshing, figures=lambda: self._figures)
+        app.add_middleware(metrics.RefreshMetrics, metrics=lambda: self._metrics)
         app.add_middleware(RequestIds)
         app.add_api_route(STATUS, self.status)
         app.add_api_route(RESIDENT, self.resident)
         app.add_api_route(DROP, self.drop, methods=["POST"])
-        build = app.build_middleware_stack  # vLLM adds its own middleware later, and so further out
+        build = app.build_middleware_stack  # wrapped here, because vLLM adds its own middleware later, outside ours
         drain = Drain(Settings().drain_s)
-        app.build_middleware_stack = lambda: Door(build(), lambda: self._keys, drain)  # type: ignore[method-assign]
+        app.build_middleware_stack = lambda: AccessMiddleware(build(), lambda: self._keys, drain)  # type: ignore[method-assign]
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Read the banks, take over the model names, and refuse options that are not safe to serve with (BankError)."""
+        """Read the banks and install the plugin's state; raise BankError for options that are unsafe to serve with."""
         settings = Settings()
         manifests = {manifest.short: manifest for manifest in map(read_manifest, settings.banks)}
         keys = [key for key in (args.api_key or []) if key] or list(filter(None, [os.environ.get("VLLM_API_KEY")]))
@@ -75,8 +75,8 @@ class MtaEndpointPlugin:
         names = AdapterNames(
             state.openai_serving_models.lora_requests, capacity=settings.max_adapter_names, in_flight=in_flight
         )
-        opening = open_stores(settings, checked=False, timed=StoreSeconds(REGISTRY))  # nothing is written here
-        stores = await self._opened.enter_async_context(opening)
+        opening = open_stores(settings, checked=False, timed=StoreSeconds(REGISTRY))  # the engine only reads
+        stores = await self._resources.enter_async_context(opening)
         self._users = users = UserAdapters(
             stores.adapters,
             engine.collective_rpc,
@@ -86,8 +86,8 @@ class MtaEndpointPlugin:
             in_use=lambda: names.in_use,
         )
         self._sweeping = asyncio.create_task(forever(SWEEP_S, users.sweep, log))
-        self._figures = figures = metrics.publish(engine, names, args.max_loras)
-        Preparer(manifests, names, users, figures.check, _tracing(settings)).install()
+        self._metrics = adapter_metrics = metrics.publish(engine, names, args.max_loras)
+        Preparer(manifests, names, users, adapter_metrics.check, _tracing(settings)).install()
         self._status = lambda: {
             "status": "ok",
             "model": engine.model_config.model,
@@ -98,20 +98,20 @@ class MtaEndpointPlugin:
             "slots": args.max_loras,
             "names": len(names),
             "user_adapters": len(users),
-            **figures.brief(),
+            **adapter_metrics.summary(),
         }
 
     async def status(self) -> dict[str, Any]:
         return self._status()
 
     async def resident(self) -> dict[str, list[str]]:
-        """What the workers say they hold: fused recipes, and stacked ones whose user adapter is still there."""
+        """Return the fused recipes of the first worker, and the stacked recipes whose user adapter any worker holds."""
         rpc = self._engine.collective_rpc
         fused, held = await asyncio.gather(rpc("mta", args=("resident",)), rpc("mta", args=("held",)))
         return {"resident": fused[0], "held": sorted({name for worker in held for name in worker})}
 
     async def drop(self, user_key: Annotated[str, Body(embed=True)]) -> dict[str, int]:
-        """Let go of a user's adapters; answers how many are still held by unfinished requests."""
+        """Drop a user's adapters; return how many are still held by unfinished requests."""
         return {"held": await self._users.drop(user_key) if self._users else 0}
 
 
@@ -128,7 +128,7 @@ def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: li
         raise BankError("the engine runs without LoRA: start it with `mta engine`, or pass --enable-lora")
     if (getattr(args, "api_server_count", None) or 1) != 1:
         raise BankError(
-            f"--api-server-count is {args.api_server_count}: recipes get their ids in one API process: use 1"
+            f"--api-server-count is {args.api_server_count}: recipes need a single API process for their ids: use 1"
         )
     if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").strip().lower() in ("1", "true"):
         raise BankError("VLLM_ALLOW_RUNTIME_LORA_UPDATING lets anyone bind a name to a folder: unset it")

@@ -1,7 +1,7 @@
-"""Prepare before admission: a recipe is checked, named and held before vLLM sees the request that asks for it.
+"""Check, register and lease the recipe of a request before vLLM admits the request.
 
-An exception inside `execute_model` ends the engine: so whatever could be wrong with a recipe is found here, in the API
-process, and answered with a 404 that the gateway understands.
+An exception inside `execute_model` ends the engine. Every possible fault of a recipe is therefore found here, in the
+API process, and answered with a 404 that the gateway understands.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from adapters.recipe import FusionRecipe, is_recipe_name, parse_recipe
 from bank.manifest import BankManifest
 from server.engine import patches
 from server.engine.admission.user_adapters import UserAdapters
-from server.engine.fusing.figures import timed
+from server.engine.fusing.metrics import timed
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
 
 MAX_ID = 2**31 - 1  # vLLM's kernels index adapters by int32
 
 Manifests = Mapping[str, BankManifest]
-"""An engine's banks by the 8 hex digits that recipes carry: two while a fleet moves from one to the next."""
+"""Banks of an engine by the 8 hex digits in recipe names; two banks while a fleet migrates to a new bank."""
 
-_held: ContextVar[ExitStack] = ContextVar("mta_held_names")  # releases the names that the current HTTP request holds
+_held: ContextVar[ExitStack] = ContextVar("mta_held_names")  # releases the leases of the current HTTP request
 
 
 @dataclass(eq=False)
 class AdapterNames:
-    """The engine ids of recipes, least recently used first: bounded, and unchanged while anything may ask for them.
+    """Bounded map from recipe names to engine ids, least recently used first; ids in use never change.
 
     vLLM compares adapters by name but tracks them by id, so one name under two ids in one batch is fatal. A name keeps
-    its id while it is leased (an open HTTP request named it) or `in_flight` (the engine holds such a request);
-    `capacity` counts the others. vLLM looks names up in `entries`, which nothing else writes.
+    its id while it is leased (an open HTTP request uses it) or `in_flight` (the engine holds such a request). At most
+    `capacity` entries are kept, unless more are in use. vLLM reads `entries`; only this class writes it.
     """
 
     entries: dict[str, LoRARequest]
     capacity: int
     in_flight: Callable[[], Set[str]]
     next_id: int = 1
-    shared: int = 0  # leases of a name that another open request held already
+    shared: int = 0  # number of leases granted while another open request held the same name
     _leases: Counter[str] = field(default_factory=Counter)
     _ids: set[int] = field(default_factory=set)
 
@@ -64,7 +64,7 @@ class AdapterNames:
         return self.in_flight() | self._leases.keys()
 
     def lease(self, name: str) -> LoRARequest:
-        """Return the entry of a name and keep it until `release`; release each lease once."""
+        """Return the entry of a name and keep it until `release`; call `release` once per lease."""
         entry = self.entries.pop(name, None) or self._make(name)
         self.entries[name] = entry  # now the most recently used
         self.shared += name in self._leases
@@ -79,9 +79,9 @@ class AdapterNames:
             del self._leases[name]
 
     def _evict(self) -> None:
-        """Drop the least recently used names that nobody holds, an eighth of the capacity at a time.
+        """Drop the least recently used names that are not in use, an eighth of the capacity at a time.
 
-        Finding what is in flight costs a pass over the engine's requests; evicting in batches makes that rare.
+        Finding the names in flight takes a pass over the engine's requests, so names are evicted in batches.
         """
         held = self.in_use
         surplus = len(self.entries) - self.capacity + self.capacity // 8
@@ -89,13 +89,13 @@ class AdapterNames:
             self._ids.discard(self.entries.pop(name).lora_int_id)
 
     def _make(self, name: str) -> LoRARequest:
-        """Under the next free id; after MAX_ID they start over at 1."""
+        """Create an entry with the next free id; ids wrap from MAX_ID to 1."""
         while self.next_id in self._ids:
             self.next_id = self.next_id % MAX_ID + 1
         new = self.next_id
         self._ids.add(new)
         self.next_id = new % MAX_ID + 1
-        # vLLM's prefix cache is keyed by name and path: with the name as path the cache is always right.
+        # vLLM keys its prefix cache by name and path; with the name as path, cache hits are always correct.
         return LoRARequest(lora_name=name, lora_int_id=new, lora_path=name)
 
 
@@ -104,13 +104,13 @@ class Preparer:
     manifests: Manifests
     names: AdapterNames
     users: UserAdapters
-    check: Histogram  # gets how long checking and naming a recipe takes, without its user adapter
+    check: Histogram  # duration of checking and leasing a recipe, without its user adapter
     tracing: Tracing
 
     async def prepare(self, name: str) -> None:
-        """Check a recipe, hold its name for the rest of the current HTTP request, and load its user adapter.
+        """Check a recipe, lease its name for the rest of the current HTTP request, and load its user adapter.
 
-        MtaError: the name is not canonical, no bank of this engine can fuse it, or its user adapter is at fault.
+        Raise MtaError if the name is not canonical, no bank can fuse the recipe, or the user adapter is unusable.
         """
         held = _held.get()
         with timed(self.check):
@@ -121,7 +121,7 @@ class Preparer:
             await self.users.ensure(recipe)
 
     def _checked(self, name: str) -> FusionRecipe:
-        """A recipe whose fusion cannot fail, apart from its user adapter."""
+        """Return the parsed recipe, checked so that its fusion cannot fail, except for its user adapter."""
         recipe = parse_recipe(name)
         manifest = self.manifests.get(recipe.bank)
         if manifest is None:
@@ -132,7 +132,7 @@ class Preparer:
         return recipe
 
     def install(self) -> None:
-        """Make vLLM's serving classes prepare recipe names where they check that a model exists."""
+        """Make vLLM's serving classes prepare recipe names when they check that a model exists."""
 
         def preparing(vllm_check: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
             async def check_model(serving: Any, request: Any) -> Any:
@@ -156,7 +156,7 @@ class Preparer:
 
 @dataclass(frozen=True)
 class HoldNames:
-    """ASGI middleware: names prepared during an HTTP request are released when it has ended, streams included."""
+    """ASGI middleware that releases the names leased by an HTTP request when the response has ended."""
 
     app: ASGIApp
 

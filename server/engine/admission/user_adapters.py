@@ -1,6 +1,6 @@
-"""User adapters in the engine: fetched, verified and handed to every worker before a request is admitted.
+"""Fetch user adapters, verify them and send them to every worker before a request is admitted.
 
-Workers keep one while its recipe's name is leased or in flight; after that, only while there is room.
+Workers keep a user adapter while its recipe's name is leased or in flight, and after that while there is room.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from server.store.adapters import AdapterStore, StoredAdapter
 log = logging.getLogger("mta.engine")
 
 SWEEP_S = 30.0
-"""Time within which an engine drops adapters that their user no longer has, unless a request still uses them."""
+"""Interval at which an engine drops adapters that were replaced or erased, unless a request still uses them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,60 +34,60 @@ class _Held:
 @dataclass(eq=False)
 class UserAdapters:
     store: AdapterStore
-    rpc: Callable[..., Awaitable[object]]  # `collective_rpc` to all workers: calls are carried out as they come
+    rpc: Callable[..., Awaitable[object]]  # `collective_rpc` to all workers, which execute calls in order
     manifests: Mapping[str, BankManifest]
-    max_rank: int  # that a slot can hold
-    capacity_bytes: int  # that workers hold, unless what is in use is more
-    in_use: Callable[[], Set[str]]  # recipe names that must stay
+    max_rank: int  # maximum rank of a slot
+    capacity_bytes: int  # maximum size of the adapters that workers hold, unless more are in use
+    in_use: Callable[[], Set[str]]  # recipe names that must be kept
     _held: OrderedDict[str, _Held] = field(default_factory=OrderedDict)  # by recipe name, least recently used first
     _sending: dict[str, asyncio.Task[bool]] = field(default_factory=dict)
-    _releasing: set[asyncio.Future[object]] = field(default_factory=set)  # the event loop holds tasks only weakly
+    _releasing: set[asyncio.Future[object]] = field(default_factory=set)  # keeps references to running tasks
 
     def __len__(self) -> int:
         return len(self._held)
 
     async def ensure(self, recipe: FusionRecipe) -> None:
-        """Make sure that all workers have the user adapter of a recipe, whose name is leased.
+        """Ensure that all workers have the user adapter of a leased recipe.
 
-        The store is asked every time, so that nothing is served that was replaced or erased. Once sending has begun it
-        goes on even if the client leaves, and it is noted beforehand, so that the adapter can always be let go.
-        UserAdapterError when it is missing, damaged, or not for this recipe.
+        Query the store every time, so that no replaced or erased adapter is served. Once started, sending continues
+        even if the client disconnects; the adapter is recorded before, so that it can always be released. Raise
+        UserAdapterError if the adapter is missing, damaged, or not for this recipe.
         """
         assert recipe.user_adapter is not None
         plain = f"the plain recipe is {recipe.plain.name}"
-        while recipe.name in self._sending:  # for another request, whose failure must not be this one's
+        while recipe.name in self._sending:  # another request sends it; its failure must not fail this request
             await asyncio.wait([self._sending[recipe.name]])
         try:
             if recipe.name in self._held:
-                there = await self._is_current(recipe.user_adapter)
+                exists = await self._is_current(recipe.user_adapter)
             else:
                 self._sending[recipe.name] = asyncio.create_task(self._send(recipe, recipe.user_adapter))
-                there = await asyncio.shield(self._sending[recipe.name])
+                exists = await asyncio.shield(self._sending[recipe.name])
         except ApiError as error:
             raise UserAdapterError(f"user adapter {recipe.user_adapter} cannot be fetched: {error}; {plain}") from error
-        if not there:
+        if not exists:
             raise UserAdapterError(f"user adapter {recipe.user_adapter} does not exist; {plain}")
         self._held.move_to_end(recipe.name)
-        await self._make_room()
+        await self._evict()
 
     async def sweep(self) -> None:
-        """Let go of every adapter that its user no longer has and that no request uses."""
+        """Release every replaced or erased adapter that no request uses."""
         gone = [name for name, held in list(self._held.items()) if not await self._is_current(held.adapter)]
         in_use = self.in_use()
-        await self._let_go([name for name in gone if name not in in_use])
+        await self._release([name for name in gone if name not in in_use])
 
     async def drop(self, user_key: str) -> int:
-        """Let go of all adapters of a user that no request uses; returns how many are still held."""
+        """Release all adapters of a user that no request uses; return how many are still held."""
         mine = [name for name, held in self._held.items() if held.adapter.user_key == user_key]
         in_use = self.in_use()
-        await self._let_go([name for name in mine if name not in in_use])
+        await self._release([name for name in mine if name not in in_use])
         return sum(name in in_use for name in mine)
 
     async def _is_current(self, adapter: UserAdapterId) -> bool:
         return await self.store.adapter_id(adapter.user_key) == adapter.id
 
     async def _send(self, recipe: FusionRecipe, adapter: UserAdapterId) -> bool:
-        """Fetch and verify an adapter and send it to all workers; False when the store has none."""
+        """Fetch and verify an adapter and send it to all workers; return False if the store does not have it."""
         try:
             stored = await self.store.adapter(adapter)
             if stored is None:
@@ -98,19 +98,19 @@ class UserAdapters:
             except BaseException:
                 self._held.pop(recipe.name, None)
                 raise
-            if recipe.name not in self._held:  # it was let go of meanwhile
+            if recipe.name not in self._held:  # released in the meantime
                 return False
             try:
                 await self.rpc("mta", args=("hold", recipe.name, stored.raw))
             except Exception:
-                await self._let_go([recipe.name])  # some workers may have it
+                await self._release([recipe.name])  # some workers may have received it
                 raise
             return True
         finally:
             del self._sending[recipe.name]
 
     def _check(self, recipe: FusionRecipe, stored: StoredAdapter) -> None:
-        """Find here whatever could go wrong in a worker; for 40 MiB it takes a quarter of a second."""
+        """Raise UserAdapterError for any fault that would fail in a worker; takes about 0.25 s for 40 MiB."""
         if hashlib.sha256(stored.raw).hexdigest() != stored.sha256:
             raise UserAdapterError(f"user adapter {recipe.user_adapter} is damaged: its SHA-256 differs")
         manifest = self.manifests[recipe.bank]
@@ -125,7 +125,7 @@ class UserAdapters:
                 f"user adapter {recipe.user_adapter} adds rank {added} to {fused}, but slots hold rank {self.max_rank}"
             )
 
-    async def _make_room(self) -> None:
+    async def _evict(self) -> None:
         surplus = sum(held.size_bytes for held in self._held.values()) - self.capacity_bytes
         if surplus <= 0:
             return
@@ -134,10 +134,10 @@ class UserAdapters:
             if surplus > 0 and name not in in_use:
                 chosen.append(name)
                 surplus -= held.size_bytes
-        await self._let_go(chosen)
+        await self._release(chosen)
 
-    async def _let_go(self, names: list[str]) -> None:
-        """Have the workers forget adapters, even if the caller is cancelled; calls reach them in order."""
+    async def _release(self, names: list[str]) -> None:
+        """Make the workers release adapters, even if the caller is cancelled; workers get calls in order."""
         for name in names:
             self._held.pop(name, None)
         if names:

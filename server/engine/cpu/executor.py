@@ -1,10 +1,10 @@
-"""One worker, inside the engine core's own process: how a CPU serves at tensor-parallel size 1.
+"""Executor that runs a single worker inside the engine core's process, for CPUs with tensor-parallel size 1.
 
-On CPUs vLLM's worker is a second process, and each of the two polls a shared buffer while the other computes: on few
-cores that starves everything else, even kernel threads were seen to wait for seconds. Here nothing polls.
+On CPUs, vLLM's worker is a second process, and each process polls a shared buffer while the other computes. With few
+cores this starves everything else; even kernel threads waited for seconds. This executor does not poll.
 
-Each thread of the model's OpenMP team has a core of its own, because they spin at barriers: with two on one core, when
-something else keeps the other busy, a token would take some seconds.
+Each thread of the model's OpenMP team is bound to its own core, because the threads spin at barriers. With two threads
+on one core, because another process uses a core, a token would take several seconds.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from server.engine import patches
 log = logging.getLogger("mta.engine")
 
 TASKS = Path("/proc/self/task")
-ENOUGH_FOR_ALL = 1 << 20  # elements enough for an operation to be shared among all threads
+PARALLEL_ELEMENTS = 1 << 20  # number of elements for which an operation uses all threads
 
 
 class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
-    """vLLM's single-process executor under another name: under its own, the CPU platform replaces it."""
+    """vLLM's single-process executor under a new name, because vLLM's CPU platform replaces the original."""
 
     def _init_executor(self) -> None:
         patches.check(patches.CPU_CORE)
@@ -36,23 +36,23 @@ class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
         super()._init_executor()
 
     def collective_rpc(self, *args: Any, **kwargs: Any) -> Any:
-        with first_of_team(bound=self._bound):
+        with on_first_core(bound=self._bound):
             return super().collective_rpc(*args, **kwargs)
 
 
 def bind_team() -> bool:
-    """Give each thread of the caller's OpenMP team but the caller a core, before anything is computed.
+    """Bind each thread of the caller's OpenMP team, except the caller, to its own core; call before any computation.
 
-    Answers whether it is done: only if the team has as many threads as this process has cores.
+    Return whether the threads are bound; they are only if the team has as many threads as this process has cores.
     """
     cores = sorted(os.sched_getaffinity(0))
     if torch.get_num_threads() != len(cores):
         return False
     before = {task.name for task in TASKS.iterdir()}
-    torch.ones(ENOUGH_FOR_ALL).exp_()
+    torch.ones(PARALLEL_ELEMENTS).exp_()
     team = sorted({int(task.name) for task in TASKS.iterdir() if task.name not in before})
     if len(team) != len(cores) - 1:
-        log.warning("the model's threads are not bound to cores: found %d of %d", len(team) + 1, len(cores))
+        log.warning("cannot bind the model's threads to cores: found %d of %d threads", len(team) + 1, len(cores))
         return False
     for thread, core in zip(team, cores[1:], strict=True):
         os.sched_setaffinity(thread, {core})
@@ -60,8 +60,8 @@ def bind_team() -> bool:
 
 
 @contextmanager
-def first_of_team(*, bound: bool) -> Iterator[None]:
-    """Keep the caller on the core that its team leaves free, until the block ends; later threads are not bound."""
+def on_first_core(*, bound: bool) -> Iterator[None]:
+    """Keep the caller on the core that its team leaves free until the block ends; new threads stay unbound."""
     if not bound:
         yield
         return

@@ -1,4 +1,4 @@
-"""What vLLM 0.32 does otherwise on CPUs than an engine needs: how its core starts, AMX attention, seeds."""
+"""Fixes of vLLM 0.32 on CPUs: start of the engine core, AMX attention, seeded requests."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 def install() -> None:
-    patches.replace(patches.CPU_CONFIG, forking)
-    patches.replace(patches.CPU_CONTEXT, choosing)
-    patches.replace(patches.CPU_ATTENTION, attention_off_amx)
-    patches.replace(patches.CPU_SEEDS, seeds_that_begin_again)
+    patches.replace(patches.CPU_CONFIG, with_fork)
+    patches.replace(patches.CPU_CONTEXT, with_fork_context)
+    patches.replace(patches.CPU_ATTENTION, without_amx)
+    patches.replace(patches.CPU_SEEDS, with_restarting_generator)
 
 
-def forking(settle: Callable[[Any], None]) -> Any:
-    """The engine core is a fork, which need not import vLLM again: 10.6 s of CPU time for a tiny model, not 24.3.
+def with_fork(update_config: Callable[[Any], None]) -> Any:
+    """Fork the engine core, so that it need not import vLLM again: 10.6 s of CPU time for a tiny model, not 24.3 s.
 
-    vLLM's CPU platform insists on spawning it, to preload libraries into it, which the whole engine has here from its
-    start (`command.py`), and because a process that has computed cannot compute in a fork, where OpenMP waits for
-    threads that are not there. But its teams belong to threads: one without a team forks (`CoreContext`).
+    vLLM's CPU platform always spawns the core, for two reasons. It preloads libraries, but here the whole engine has
+    them from the start (`command.py`). And OpenMP hangs in a fork, waiting for threads of a team that does not exist
+    there. But teams belong to threads, so a thread without a team does the fork (`CoreContext`).
     """
 
-    def settle_but_fork(config: Any) -> None:
-        settle(config)
+    def update_config_and_fork(config: Any) -> None:
+        update_config(config)
         if config.parallel_config.world_size == 1:
             os.environ[METHOD] = "fork"
 
-    return staticmethod(settle_but_fork)
+    return staticmethod(update_config_and_fork)
 
 
-def choosing(choose_context: Callable[[], Any]) -> Callable[[], Any]:
+def with_fork_context(choose_context: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: CoreContext() if os.environ.get(METHOD) == "fork" else choose_context()
 
 
 class _ForkedProcess(ForkProcess):
-    """A process forked by a thread made for that; in the fork it is the main thread."""
+    """A process forked by a new thread, which becomes the main thread of the fork."""
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:  # noqa: N802  multiprocessing's name
@@ -52,30 +52,30 @@ class _ForkedProcess(ForkProcess):
         thread.start()
         thread.join()
         if not started:
-            raise OSError("the engine core could not be forked: the lines above say why")
+            raise OSError("the engine core could not be forked: see the error above")
         return started[0]
 
 
 class CoreContext(ForkContext):
-    """How multiprocessing makes processes that may compute, in a process that has computed."""
+    """Multiprocessing context whose forks can use OpenMP even if the parent process has used it."""
 
     Process = _ForkedProcess
 
 
-def attention_off_amx(choose: Callable[..., str]) -> Callable[..., str]:
-    """CPUs with AMX compute attention with AVX-512: vLLM's AMX kernel uses threads whose tiles were never configured.
+def without_amx(choose: Callable[..., str]) -> Callable[..., str]:
+    """Compute attention with AVX-512 on CPUs with AMX: vLLM's AMX kernel uses threads with unconfigured tiles.
 
-    With a model that has as many key heads as query heads, a prompt of one token kills the engine with SIGILL.
+    If a model has as many key heads as query heads, a prompt of one token would kill the engine with SIGILL.
     """
 
-    def choose_but_amx(*args: Any, **kwargs: Any) -> str:
+    def choose_without_amx(*args: Any, **kwargs: Any) -> str:
         isa = choose(*args, **kwargs)
         return "vec" if isa == "amx" else isa
 
-    return choose_but_amx
+    return choose_without_amx
 
 
-class _BeginningAgain(torch.Generator):
+class _RestartingGenerator(torch.Generator):
     def get_offset(self) -> int:
         return 0
 
@@ -83,17 +83,17 @@ class _BeginningAgain(torch.Generator):
         return self.manual_seed(self.initial_seed())
 
 
-def seeds_that_begin_again(settle: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Requests' generators take back draws, by beginning again.
+def with_restarting_generator(initialise: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Give requests a generator that undoes draws by restarting from its seed.
 
-    vLLM samples at the end of each step that reads a prompt, and moves the generator's offset back. CPU generators have
-    none: a seeded request whose prompt takes several steps ends the engine. An answer that made way for others midway
-    draws the same numbers twice.
+    vLLM samples after each step of a prompt, then moves the generator's offset back. CPU generators have no offset, so
+    a seeded request whose prompt takes several steps would end the engine. Limitation: an answer that is preempted
+    midway draws the same numbers twice.
     """
 
-    def settle_with_generator(state: Any) -> None:
-        settle(state)
+    def initialise_with_generator(state: Any) -> None:
+        initialise(state)
         if state.generator is not None:
-            state.generator = _BeginningAgain().manual_seed(state.generator.initial_seed())
+            state.generator = _RestartingGenerator().manual_seed(state.generator.initial_seed())
 
-    return settle_with_generator
+    return initialise_with_generator

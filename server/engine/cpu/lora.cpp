@@ -1,9 +1,9 @@
-// One LoRA layer on a CPU: y += x Aᵀ Bᵀ in place, for the rows of a step that have an adapter, each with its own.
+// One LoRA layer on a CPU: y += x Aᵀ Bᵀ in place, for the rows of a step that have an adapter.
 //
-// Rows come sorted by adapter, so that up to eight of one adapter read its weights once. A is [rank, h_in]; B lies
-// transposed, [rank, h_out], so that both products run along contiguous memory. Sums are float32, y is rounded once.
+// Rows are sorted by adapter, so that up to eight rows of one adapter read its weights once. A is [rank, h_in]. B is
+// stored transposed, [rank, h_out], so that both products read contiguous memory. Sums are float32; y is rounded once.
 //
-// And what fills a B that lies so: the weighted sum of a bank's rows.
+// Also the weighted sum of a bank's rows, which gives such a transposed B.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -21,9 +21,9 @@ namespace {
 
 using bf16 = uint16_t;
 constexpr int LANES = 16;
-constexpr int TILE = 8;                      // rows of one adapter that are computed together
-constexpr int64_t STRETCH = 128;             // outputs that are summed before they are turned: they stay in the cache
-constexpr int64_t WORTH_A_THREAD = 2000000;  // multiplications below which waking the team costs more than it brings
+constexpr int TILE = 8;                    // rows of one adapter computed together
+constexpr int64_t SUM_BLOCK = 128;         // outputs summed before transposing, so that they stay in the cache
+constexpr int64_t MIN_PRODUCTS = 2000000;  // multiplications that justify waking another thread
 
 #define MTA_INLINE static inline __attribute__((always_inline))
 
@@ -70,17 +70,17 @@ namespace avx512_bf16 {
 struct Products {
   decltype(&any_processor::shrink) shrink;
   decltype(&any_processor::expand) expand;
-  decltype(&any_processor::sum_across) sum_across;
+  decltype(&any_processor::sum_transposed) sum_transposed;
 };
 
 Products of_this_processor() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("x86-64-v4"))
-    return {avx512_bf16::shrink, avx512_bf16::expand, avx512_bf16::sum_across};
-  if (__builtin_cpu_supports("x86-64-v4")) return {avx512::shrink, avx512::expand, avx512::sum_across};
-  if (__builtin_cpu_supports("x86-64-v3")) return {avx2::shrink, avx2::expand, avx2::sum_across};
+    return {avx512_bf16::shrink, avx512_bf16::expand, avx512_bf16::sum_transposed};
+  if (__builtin_cpu_supports("x86-64-v4")) return {avx512::shrink, avx512::expand, avx512::sum_transposed};
+  if (__builtin_cpu_supports("x86-64-v3")) return {avx2::shrink, avx2::expand, avx2::sum_transposed};
 #endif
-  return {any_processor::shrink, any_processor::expand, any_processor::sum_across};
+  return {any_processor::shrink, any_processor::expand, any_processor::sum_transposed};
 }
 
 const Products& products() {
@@ -88,7 +88,7 @@ const Products& products() {
   return found;
 }
 
-// One layer of several modules side by side (q, k, v): their A and B over all slots.
+// A and B over all slots of one layer, which may consist of several modules (q, k, v).
 struct Layer {
   std::vector<const bf16*> a, b;
   std::vector<int64_t> h_out;
@@ -98,13 +98,13 @@ struct Layer {
       : h_in(a_stacks[0].size(3)), slot_rank(a_stacks[0].size(2)), width(h_in * a_stacks.size()) {
     for (const at::Tensor& stack : a_stacks) {
       TORCH_CHECK(stack.is_contiguous() && stack.scalar_type() == at::kBFloat16, "A must be [S, 1, R, H_in] bf16");
-      TORCH_CHECK(stack.size(2) == slot_rank && stack.size(3) == h_in, "all A of a layer must be alike");
+      TORCH_CHECK(stack.size(2) == slot_rank && stack.size(3) == h_in, "all A of a layer must have the same shape");
       a.push_back(static_cast<const bf16*>(stack.const_data_ptr()));
     }
     for (const at::Tensor& stack : b_stacks) {
       TORCH_CHECK(stack.transpose(2, 3).is_contiguous() && stack.scalar_type() == at::kBFloat16,
                   "B must be [S, 1, H_out, R] bf16, transposed in memory");
-      TORCH_CHECK(stack.size(3) == slot_rank, "A and B must have one rank");
+      TORCH_CHECK(stack.size(3) == slot_rank, "A and B must have the same rank");
       b.push_back(static_cast<const bf16*>(stack.const_data_ptr()));
       h_out.push_back(stack.size(2));
       width += h_out.back();
@@ -114,11 +114,11 @@ struct Layer {
 
 // y[rows] += x[rows] Aᵀ Bᵀ.
 //   y, x       [N, ΣH_out], [N, H_in] bf16
-//   a, b       of one layer, see Layer
-//   rows       [n] int32, the rows that have an adapter, sorted so that equal slots are neighbours
-//   slots      [n] int32, whose B is theirs
-//   a_slots    [n] int32, whose A is theirs: adapters may share one
-//   ranks      [n] int32, of their adapters; at most R counts
+//   a, b       weights of one layer, see Layer
+//   rows       [n] int32, indices of the rows that have an adapter, sorted so that equal slots are adjacent
+//   slots      [n] int32, slot with the row's B
+//   a_slots    [n] int32, slot with the row's A, which adapters may share
+//   ranks      [n] int32, rank of the row's adapter, capped at R
 void lora_linear_(
     at::Tensor& y, const at::Tensor& x, at::TensorList a, at::TensorList b,
     const at::Tensor& rows, const at::Tensor& slots, const at::Tensor& a_slots, const at::Tensor& ranks) {
@@ -132,7 +132,7 @@ void lora_linear_(
   const auto outputs = static_cast<bf16*>(y.mutable_data_ptr());
   const int64_t x_stride = x.stride(0), y_stride = y.stride(0);
 
-  const auto some_rows = [&](int64_t begin, int64_t end) {
+  const auto add_rows = [&](int64_t begin, int64_t end) {
     std::vector<float> low(TILE * layer.slot_rank);
     const bf16* from[TILE];
     bf16* to[TILE];
@@ -150,12 +150,12 @@ void lora_linear_(
       }
     }
   };
-  at::parallel_for(0, rows.size(0), std::max<int64_t>(1, WORTH_A_THREAD / (layer.slot_rank * layer.width)), some_rows);
+  at::parallel_for(0, rows.size(0), std::max<int64_t>(1, MIN_PRODUCTS / (layer.slot_rank * layer.width)), add_rows);
 }
 
-// Σ weights[i] · rows[chosen[i]], each row a B [H_out, R] without gaps → [R, H_out], by one thread.
+// Σ weights[i] · rows[chosen[i]] as [R, H_out], where each row is a contiguous B [H_out, R]; uses one thread.
 //   rows       [N, H_out · R] bf16
-at::Tensor weighted_sum_across(
+at::Tensor weighted_sum_transposed(
     const at::Tensor& rows, at::IntArrayRef chosen, at::ArrayRef<double> weights, int64_t rank) {
   TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.scalar_type() == at::kBFloat16, "rows must be [N, D] bf16");
   TORCH_CHECK(!chosen.empty() && chosen.size() == weights.size(), "each chosen row must have one weight");
@@ -163,15 +163,15 @@ at::Tensor weighted_sum_across(
   const int64_t h_out = rows.size(1) / rank;
   std::vector<const bf16*> of;
   for (const int64_t row : chosen) {
-    TORCH_CHECK(0 <= row && row < rows.size(0), "there is no row ", row);
+    TORCH_CHECK(0 <= row && row < rows.size(0), "no such row: ", row);
     of.push_back(static_cast<const bf16*>(rows.const_data_ptr()) + row * rows.size(1));
   }
   const std::vector<float> weight(weights.begin(), weights.end());
   at::Tensor sum = at::empty({rank, h_out}, rows.options());
-  std::vector<float> sums(STRETCH * rank);
-  for (int64_t first = 0; first < h_out; first += STRETCH)
-    products().sum_across(
-        of.size(), of.data(), weight.data(), rank, h_out, first, std::min(first + STRETCH, h_out), sums.data(),
+  std::vector<float> sums(SUM_BLOCK * rank);
+  for (int64_t first = 0; first < h_out; first += SUM_BLOCK)
+    products().sum_transposed(
+        of.size(), of.data(), weight.data(), rank, h_out, first, std::min(first + SUM_BLOCK, h_out), sums.data(),
         static_cast<bf16*>(sum.mutable_data_ptr()));
   return sum;
 }
@@ -182,9 +182,9 @@ TORCH_LIBRARY(mta_cpu, library) {
   library.def(
       "lora_linear_(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor rows, Tensor slots, Tensor a_slots, "
       "Tensor ranks) -> ()");
-  library.def("weighted_sum_across(Tensor rows, int[] chosen, float[] weights, int rank) -> Tensor");
+  library.def("weighted_sum_transposed(Tensor rows, int[] chosen, float[] weights, int rank) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(mta_cpu, CPU, library) {
   library.impl("lora_linear_", &lora_linear_);
-  library.impl("weighted_sum_across", &weighted_sum_across);
+  library.impl("weighted_sum_transposed", &weighted_sum_transposed);
 }

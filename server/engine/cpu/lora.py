@@ -1,8 +1,8 @@
-"""LoRA on CPUs: operators, slots as they read them, sums. Every row gets its own adapter, rows without one nothing.
+"""LoRA operators for CPUs, and slots in the layout that the operators read.
 
-vLLM's copy a whole A and B for every token, and take a row's -1, for no adapter, as the index of the last slot. Here a
-step's rows are sorted by adapter once, and each layer is one call of a compiled kernel, or, without a compiler or in
-other types than bfloat16, one dense product for each adapter.
+vLLM's operators copy a whole A and B for every token, and read a row's -1 (no adapter) as the index of the last slot.
+Here a step's rows are sorted by adapter once, and each layer takes one call of a compiled kernel. Without a compiler,
+or for dtypes other than bfloat16, each layer takes one dense product per adapter.
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ from bank.errors import BankError
 from server.engine import patches
 from server.engine.cpu.native import kernels
 from server.engine.fusing.manager import FusingLoRAManager
-from server.engine.fusing.slots import FusedSlots, Tenant
+from server.engine.fusing.slots import FusedSlots, SlotContent
 from server.settings import Settings
 
 KNOWN_OPERATIONS = {
     *("add_shrink", "add_expand", "add_lora_linear", "add_lora_embedding", "add_lora_logits"),
-    "apply_lora_full_linear",  # skips rows without an adapter on its own
+    "apply_lora_full_linear",  # already skips rows without an adapter
 }
-"""Of vLLM's wrapper; `patches.py` knows the parameters of those that are overridden here."""
+"""Operations of vLLM's wrapper; `patches.py` lists the parameters of those overridden here."""
 
-UNKNOWN_RANK = 1 << 16  # as many ranks as the slot has
+UNKNOWN_RANK = 1 << 16  # use all ranks of the slot
 
 Stacks = tuple[torch.Tensor, ...]
-"""A or B of a layer's modules (q, k and v are one layer), each over all slots: [S, 1, rows, columns]."""
+"""A or B over all slots for each module of a layer (q, k and v are one layer): [S, 1, rows, columns]."""
 
 
 class SlotTable:
-    """What the kernels know of each slot besides its weights."""
+    """Data about each slot, besides its weights, that the kernels need."""
 
     def __init__(self, slots: int) -> None:
         self.ranks = np.full(slots, UNKNOWN_RANK, np.int32)  # [S]
-        self.a_slots = np.arange(slots, dtype=np.int32)  # for each slot, the first one that holds the same A [S]
+        self.a_slots = np.arange(slots, dtype=np.int32)  # [S], the first slot with the same A
         self._a: list[Hashable] = list(range(slots))
 
-    def note(self, slot: int, rank: int | None, same_a: Hashable = None) -> None:
-        """A new tenant; `same_a` is equal for those that have the same A in every module, None for one's own."""
+    def note(self, slot: int, rank: int | None, shared_a_key: Hashable = None) -> None:
+        """Record a new adapter; `shared_a_key` is equal for adapters with the same A, None for an A of its own."""
         self.ranks[slot] = UNKNOWN_RANK if rank is None else rank
-        self._a[slot] = slot if same_a is None else same_a
+        self._a[slot] = slot if shared_a_key is None else shared_a_key
         first: dict[Hashable, int] = {}
         self.a_slots[:] = [first.setdefault(of, index) for index, of in enumerate(self._a)]
 
 
-@dataclass(frozen=True)  # no slots: `groups` is cached
+@dataclass(frozen=True)  # without slots, because `groups` is cached
 class Rows:
-    """The rows of a step that have an adapter, sorted by slot; all [n] int32."""
+    """The rows of a step that have an adapter, sorted by slot; all tensors are [n] int32."""
 
-    places: torch.Tensor  # their indices among all rows
-    slots: torch.Tensor  # the slot that holds their adapter
-    a_slots: torch.Tensor  # a slot that holds their adapter's A, the same for all adapters that share it
-    ranks: torch.Tensor  # of their adapter
+    places: torch.Tensor  # index among all rows
+    slots: torch.Tensor  # slot with the row's adapter
+    a_slots: torch.Tensor  # slot with the adapter's A, equal for all adapters that share it
+    ranks: torch.Tensor  # rank of the adapter
 
     @classmethod
     def among(cls, slots: torch.Tensor, table: SlotTable) -> Rows | None:
-        """Given the slots of all rows [N], where -1 is no adapter; None where no row has one."""
+        """Select rows by the slots of all rows [N], where -1 means no adapter; return None if no row has one."""
         of_all = slots.numpy(force=True)
         places = np.flatnonzero(of_all >= 0)
         if not len(places):
@@ -76,7 +76,7 @@ class Rows:
 
     @cached_property
     def groups(self) -> list[tuple[int, int, torch.Tensor]]:
-        """Each adapter of the step: its slot, its rank, the indices of its rows [m] int64; found once a step."""
+        """Return slot, rank and row indices ([m] int64) of each adapter of the step."""
         slots, counts = torch.unique_consecutive(self.slots, return_counts=True)
         ranks = self.ranks[counts.cumsum(0) - counts]
         places = torch.split(self.places.long(), counts.tolist())
@@ -137,14 +137,14 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         scale: float,
         **_: Any,
     ) -> None:
-        """y += x Aᵀ Bᵀ · scale, for the rows that are sampled from."""
+        """y += x Aᵀ Bᵀ · scale, for the rows that are sampled."""
         if self._samples:
             _add_products(_flat(y), x, lora_a_stacked, lora_b_stacked, scale=scale, rows=self._samples)
 
     def add_shrink(self, *_: Any, **__: Any) -> None:
-        """vLLM calls it only for LoRA that is itself cut in shares of the ranks; no bank adapts embeddings."""
+        """Reject the call: vLLM uses these operations only for fully sharded LoRAs and for embeddings."""
         raise NotImplementedError(
-            "LoRA of embeddings, or fully sharded: start the engine without --fully-sharded-loras"
+            "fully sharded LoRAs and LoRAs of embeddings are not supported: do not pass --fully-sharded-loras"
         )
 
     add_expand = add_lora_embedding = add_shrink
@@ -153,7 +153,7 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
 def _add_products(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, scale: float, rows: Rows
 ) -> None:
-    """vLLM may pad y."""
+    """Add each adapter's product to its rows of y, which vLLM may have padded."""
     x = _flat(x)
     for slot, rank, places in rows.groups:
         low = scale * (x[places] @ a[slot, 0, :rank].t())
@@ -167,7 +167,7 @@ def _flat(rows: torch.Tensor) -> torch.Tensor:
 
 
 class CpuSlots(FusedSlots):
-    """Every layer's B lies along H_out in memory, as the kernel reads and writes it, whatever shape vLLM knows."""
+    """Slots whose B is contiguous along H_out, as the kernel needs, with unchanged tensor shapes for vLLM."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -175,15 +175,15 @@ class CpuSlots(FusedSlots):
         for wrapper in self.punica_wrapper_mapping.values():
             wrapper.watch(self._table)
         for module in self.modules.values():
-            lay_b_across(module)
+            transpose_b(module)
 
-    def _put(self, index: int, tenant: Tenant) -> None:
-        super()._put(index, tenant)
-        self._table.note(index, tenant.rank, tenant.same_a)
+    def _record(self, index: int, content: SlotContent) -> None:
+        super()._record(index, content)
+        self._table.note(index, content.rank, content.shared_a_key)
 
 
-def lay_b_across(layer: Any) -> None:
-    """Transpose a layer's B in memory; its slots must be empty."""
+def transpose_b(layer: Any) -> None:
+    """Make a layer's B contiguous along H_out; the slots must be empty."""
     stacks = layer.lora_b_stacked
     if isinstance(stacks, tuple):
         layer.lora_b_stacked = tuple(
@@ -193,26 +193,26 @@ def lay_b_across(layer: Any) -> None:
 
 
 class CpuLoRAManager(FusingLoRAManager):
-    """Sums with the compiled kernel, if there is one, and lays B out as it lies in the slots."""
+    """Sums rows with the compiled kernel, if available, and stores B in the layout of the slots."""
 
     _manager_cls = CpuSlots
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         compiled = kernels(Settings().cache_dir)
-        self._sum_across = compiled.weighted_sum_across.default if compiled else None
+        self._sum_transposed = compiled.weighted_sum_transposed.default if compiled else None
         return super().create_lora_manager(model, vllm_config)
 
     def _lay_out(self, flat: FlatLora) -> FlatLora:
-        return flat.across()
+        return flat.transposed()
 
 
 def install() -> None:
-    """Have CPUs use `CpuLoRA`; BankError for a vLLM with an operation that could touch rows that it must not."""
+    """Make vLLM use `CpuLoRA` on CPUs; raise BankError if vLLM has an unknown operation, which could mix adapters."""
     unknown = sorted({name for name in vars(PunicaWrapperCPU) if not name.startswith("_")} - KNOWN_OPERATIONS)
     if unknown:
         raise BankError(
-            f"this vLLM's PunicaWrapperCPU has {unknown}, which may not keep adapters apart: install the version of "
-            "vLLM that mta-server requires"
+            f"PunicaWrapperCPU of this vLLM has {unknown}, which may mix up adapters: install the version of vLLM "
+            "that mta-server requires"
         )
     name = f"{CpuLoRA.__module__}.{CpuLoRA.__name__}"
     patches.replace(patches.CPU_OPERATORS, lambda original: classmethod(lambda platform: name))

@@ -1,4 +1,4 @@
-"""The compiled kernels: built once for each source and PyTorch, then loaded from the cache folder. Imports no torch."""
+"""Build the CPU kernels once per source and PyTorch version, and load them from the cache. Does not import torch."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ FLAGS = ("-O3", "-fopenmp", "-Wno-psabi")
 
 
 def library_path(cache_dir: Path) -> Path:
-    """Where the library of this source, compiler flags, PyTorch and processor family lies."""
+    """Return the library's path, which depends on source, compiler flags, PyTorch version and processor family."""
     sources = (source.read_text(encoding="utf-8") for source in SOURCES)
-    made_of = (*sources, *FLAGS, version("torch"), platform.machine())
-    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    inputs = (*sources, *FLAGS, version("torch"), platform.machine())
+    digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     return cache_dir / "kernels" / digest / f"{NAME}.so"
 
 
 def build(cache_dir: Path) -> bool:
-    """Compile the library if need be, in 10 to 30 s; False, and the reason is logged, if that is impossible."""
+    """Compile the library if missing, in 10 to 30 s; log the reason and return False if that fails."""
     path = library_path(cache_dir)
     if path.exists():
         return True
     if shutil.which("c++") is None:
-        log.warning("no C++ compiler (`c++`): personal answers take twice as long as they could; install g++")
+        log.warning("no C++ compiler (`c++`): personal answers take twice as long; install g++")
         return False
-    log.info("compiling the CPU kernel, once")
+    log.info("compiling the CPU kernel (only once)")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.parent / "lock"), TemporaryDirectory(dir=path.parent) as folder:
@@ -45,7 +45,7 @@ def build(cache_dir: Path) -> bool:
                 _compile(folder)
                 (Path(folder) / path.name).rename(path)
     except (RuntimeError, OSError, ImportError) as error:
-        log.warning("the CPU kernel did not compile, personal answers take twice as long as they could: %s", error)
+        log.warning("the CPU kernel did not compile, so personal answers take twice as long: %s", error)
         return False
     return True
 
@@ -60,15 +60,15 @@ def _compile(folder: str) -> None:
 
 @cache
 def kernels(cache_dir: Path) -> Any | None:
-    """PyTorch's namespace of the library's operators (lora.cpp), compiled if need be; None where that cannot be.
+    """Return PyTorch's namespace of the library's operators (lora.cpp); None if the library cannot be compiled.
 
-    `lora_linear_(y, x, a, b, rows, slots, a_slots, ranks)` adds to y in place; `weighted_sum_across(rows, chosen,
-    weights, rank)` makes one B of several, [R, ΣH_out].
+    `lora_linear_(y, x, a, b, rows, slots, a_slots, ranks)` adds to y in place; `weighted_sum_transposed(rows, chosen,
+    weights, rank)` returns the weighted sum of several B, [R, ΣH_out].
     """
     import torch
 
     if not build(cache_dir):
         return None
-    if not hasattr(torch.ops.mta_cpu, "lora_linear_"):  # it is already there in the process that compiled it
+    if not hasattr(torch.ops.mta_cpu, "lora_linear_"):  # already loaded in the process that compiled the library
         torch.ops.load_library(library_path(cache_dir))  # type: ignore[no-untyped-call]
     return torch.ops.mta_cpu

@@ -1,8 +1,8 @@
-// What lora.cpp computes, compiled once for each kind of processor: the two products of a few rows that have one
-// adapter, and a weighted sum.
+// The inner loops of lora.cpp, compiled once per processor type: the two products for a few rows of one adapter, and
+// a weighted sum.
 //
-// Vectors are GCC's own, so the same lines serve every width; where the processor multiplies pairs of bf16
-// (MTA_BF16_PAIRS), the longer product and the rounding use that, with a third of the instructions.
+// GCC's vector types let the same code serve every vector width. If the processor multiplies pairs of bf16
+// (MTA_BF16_PAIRS), the longer product and the rounding use such instructions, a third as many.
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -14,7 +14,7 @@ MTA_INLINE floats load(const bf16* from) {
   return (floats)(__builtin_convertvector(raw, words) << 16);
 }
 
-MTA_INLINE void store(bf16* to, floats value) {  // to nearest, ties to even; what is not a number stays so
+MTA_INLINE void store(bf16* to, floats value) {  // rounds to nearest, ties to even; NaN stays NaN
 #ifdef MTA_BF16_PAIRS
   const __m256bh raw = _mm512_cvtneps_pbh((__m512)value);
 #else
@@ -122,8 +122,8 @@ void expand(
   }
 }
 
-// out[r][o] = Σ weight[i] · rows[i][o · rank + r] for the outputs o from `first` to `last`; `sums` has room for them.
-void sum_across(
+// out[r][o] = Σ weight[i] · rows[i][o · rank + r] for outputs o from `first` to `last`; `sums` is a buffer for them.
+void sum_transposed(
     int count, const bf16* const* rows, const float* weight, int64_t rank, int64_t h_out, int64_t first, int64_t last,
     float* sums, bf16* out) {
   const int64_t begin = first * rank, numbers = (last - first) * rank;

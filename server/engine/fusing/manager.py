@@ -1,8 +1,8 @@
-"""A worker's loop for adapters: a recipe comes in, rows of its bank are summed, a slot is written.
+"""The adapter manager of a worker: it sums the bank rows of each recipe and writes the sum into a slot.
 
-A request's arrival starts its fusion (`notice`, `ahead.py`), which cannot fail, because the name was checked before
-admission. The step that runs the request writes the sum into a slot (`_apply_adapters`, `slots.py`): what the running
-batch uses is never evicted, nor is an id with another recipe used.
+The arrival of a request starts its fusion (`prefetch.py`), which cannot fail, as the name was checked before admission.
+The step that runs the request writes the sum into a slot (`_apply_adapters`, `slots.py`). The manager never evicts an
+adapter of the running batch, and never serves an id with another recipe.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from adapters.flat import FlatLora
-from adapters.fusion import SumAcross, fuse_flat
+from adapters.fusion import TransposedSum, fuse_flat
 from adapters.matrix import MetaMatrix
 from adapters.recipe import is_recipe_name, parse_recipe
 from adapters.user_adapter import decode_user_adapter, stack_flat
 from bank.manifest import read_manifest
 from bank.matrix import open_matrix
-from server.engine.fusing.ahead import Ahead, on_arrival
-from server.engine.fusing.figures import WorkerFigures, timed
+from server.engine.fusing.metrics import WorkerMetrics, timed
+from server.engine.fusing.prefetch import FusionPrefetcher, prefetch_on_arrival
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
 
 
 class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
-    """vLLM's LRU manager, with recipes fused into slots; other adapters are left to vLLM."""
+    """vLLM's LRU manager, extended to fuse recipes into slots; vLLM handles all other adapters."""
 
     _manager_cls = FusedSlots
     _adapter_manager: FusedSlots
     _matrices: dict[str, MetaMatrix]
     _vllm_names: Mapping[str, Mapping[str, str]]
-    _users: dict[str, bytes]  # user adapters by the recipe that names them, as they are kept
-    _ahead: Ahead[FlatLora]
+    _users: dict[str, bytes]  # serialised user adapters by the name of the stacked recipe
+    _prefetcher: FusionPrefetcher[FlatLora]
     _pinned: bool
-    _sum_across: SumAcross | None = None
+    _sum_transposed: TransposedSum | None = None
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
-        """Wrap the model's layers as vLLM does, then open the banks; BankError unless they are whole and fit it."""
+        """Wrap the model's layers as vLLM does, then open the banks; raise BankError if a bank is broken or unfit."""
         wrapped = super().create_lora_manager(model, vllm_config)
-        self._pinned = PIN_MEMORY and self.device.type != "cpu"  # GPU slots copy fast only from pinned pages
+        self._pinned = PIN_MEMORY and self.device.type != "cpu"  # copies to the GPU are fast only from pinned memory
         self._users = {}
         self._matrices = {}
         for folder in Settings().banks:
@@ -57,31 +57,31 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         self._vllm_names = {bank: slots.vllm_names(bank, matrix.layout) for bank, matrix in self._matrices.items()}
         for matrix in self._matrices.values():
             matrix.touch()
-        self._ahead = Ahead(self._fuse)
-        on_arrival(self)
+        self._prefetcher = FusionPrefetcher(self._fuse)
+        prefetch_on_arrival(self)
         return wrapped
 
-    # A request has arrived
+    # When a request arrives
 
-    def notice(self, request: LoRARequest) -> None:
-        """Fuse what a request will need, unless it is here; called from the thread that receives requests."""
-        self._ahead.begin(request.lora_name, needed=lambda: self._lacks(request))
+    def prefetch(self, request: LoRARequest) -> None:
+        """Start to fuse the adapter of a request, unless it is here; called from the thread that receives requests."""
+        self._prefetcher.start(request.lora_name, needed=lambda: self._needs_fusion(request))
 
     def unfused(self, requests: Sequence[LoRARequest]) -> set[int]:
-        """The ids of waiting requests' adapters that are still to be fused; they are, in this order."""
-        needed = {request.lora_int_id: request.lora_name for request in requests if self._lacks(request)}
-        missing = self._ahead.missing(needed.values())
-        return {lora_id for lora_id, name in needed.items() if name in missing}
+        """Queue the adapters of waiting requests in this order, and return the ids of those not fused yet."""
+        needed = {request.lora_int_id: request.lora_name for request in requests if self._needs_fusion(request)}
+        unfinished = self._prefetcher.unfinished(needed.values())
+        return {lora_id for lora_id, name in needed.items() if name in unfinished}
 
-    def _lacks(self, request: LoRARequest) -> bool:
-        """Whether a request's recipe is not in the CPU tier; may be asked in any thread."""
+    def _needs_fusion(self, request: LoRARequest) -> bool:
+        """Return whether a request's recipe is missing from the CPU tier; safe in any thread."""
         name: str = request.lora_name
         return is_recipe_name(name) and self._adapter_manager.held_recipe(request.lora_int_id) != name
 
-    # Its rows are summed, in the thread of `Ahead`
+    # In the prefetcher's thread
 
     def _fuse(self, name: str) -> FlatLora:
-        with timed(self.figures.fuse):
+        with timed(self.metrics.fuse):
             flat = self._lay_out(self._flat(name))
         self._adapter_manager.prepare(self._model_of(1, name, flat))
         return flat
@@ -89,7 +89,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     def _flat(self, name: str) -> FlatLora:
         recipe = parse_recipe(name)
         matrix, dtype = self._matrices[recipe.bank], self.lora_config.lora_dtype
-        fused = fuse_flat(matrix, recipe, dtype, sum_across=self._sum_across)
+        fused = fuse_flat(matrix, recipe, dtype, sum_transposed=self._sum_transposed)
         if recipe.user_adapter is None:
             return fused
         return stack_flat(fused, decode_user_adapter(matrix.layout, self._users[name]), dtype)
@@ -102,39 +102,39 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         shares_a = self._matrices[bank].shared_a is not None
         return FusedLoRAModel(lora_id, name, flat, self._vllm_names[bank], bank=bank, shares_a=shares_a)
 
-    # A step is about to run it: its slot is written
+    # Before a step
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
-        """Put the adapters of the next step into slots; RuntimeError for more than there are, or two under one id."""
+        """Write the adapters of the next step into slots; raise RuntimeError if slots are too few or ids ambiguous."""
         slots, wanted = self._adapter_manager, {request.lora_int_id: request for request in lora_requests if request}
         if len(wanted) > slots.lora_slots:
             raise RuntimeError(f"the step uses {len(wanted)} adapters, there are {slots.lora_slots} slots")
         if len(wanted) < len(lora_requests):
             raise RuntimeError(f"two adapters under one id in one step: {sorted(r.lora_name for r in lora_requests)}")
-        # First make what this step uses and is already here the most recent, in both tiers: then whatever is evicted
-        # for the rest is nothing that this step uses.
+        # Mark the adapters of this step that are already here as most recently used, in both tiers, so that loading
+        # the others does not evict them.
         for lora_id in wanted:
             slots.touch(lora_id)
-        self._ahead.hurry([request.lora_name for request in wanted.values() if self._lacks(request)])
+        self._prefetcher.prioritise([request.lora_name for request in wanted.values() if self._needs_fusion(request)])
         for lora_id, request in wanted.items():
             start = time.perf_counter()
             self.add_adapter(request)
             if slots.activate_adapter(lora_id):
-                self.figures.bring_in.observe(time.perf_counter() - start)
+                self.metrics.bring_in.observe(time.perf_counter() - start)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """Bring an adapter into the CPU tier under its own name, and into no slot; returns whether it was made now."""
+        """Add an adapter to the CPU tier, but to no slot; return whether it was new."""
         slots, lora_id, name = self._adapter_manager, lora_request.lora_int_id, lora_request.lora_name
-        present = slots.get_adapter(lora_id)  # also makes it the most recent
+        present = slots.get_adapter(lora_id)  # also marks the adapter as most recently used
         if present is not None:
             if not is_recipe_name(name) or slots.held_recipe(lora_id) == name:
                 return False
-            slots.remove_adapter(lora_id)  # a stale tenant of this id must never be served as the new one
+            slots.remove_adapter(lora_id)  # never serve the former recipe of a reused id
         if is_recipe_name(name):
-            self._register(self._model_of(lora_id, name, self._ahead.take(name)))
-            self._ahead.done(name)
+            self._register(self._model_of(lora_id, name, self._prefetcher.result(name)))
+            self._prefetcher.discard(name)
         else:
-            with timed(self.figures.load):
+            with timed(self.metrics.load):
                 self._register(self._load_adapter(lora_request))
         return True
 
@@ -143,27 +143,27 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             self._adapter_manager.remove_oldest_adapter()
         self._adapter_manager.add_adapter(model)
 
-    # User adapters, and what the API process asks
+    # Calls from the API process
 
     def hold(self, name: str, raw: bytes) -> None:
-        """Keep the user adapter of a stacked recipe, which has been checked, until `release`; fuse it ahead."""
+        """Keep the checked user adapter of a stacked recipe until `release`, and start to fuse the recipe."""
         self._users[name] = raw
-        self._ahead.begin(name)
+        self._prefetcher.start(name)
 
     def release(self, names: Sequence[str]) -> None:
-        """Forget user adapters that nothing uses, and what was fused with them, in slots too."""
+        """Delete unused user adapters and all adapters fused with them, including those in slots."""
         gone = set(names)
         for name in gone:
             self._users.pop(name, None)
-        self._ahead.forget(gone)
+        self._prefetcher.cancel(gone)
         for lora_id, model in list(self._adapter_manager.list_adapters().items()):
             if getattr(model, "recipe", None) in gone:
                 self._adapter_manager.remove_adapter(lora_id)
         self._adapter_manager.wipe(gone)
 
     def held(self) -> list[str]:
-        """Stacked recipes whose user adapter is still here: as bytes, being fused, or fused into a slot."""
-        fused = {*self._ahead.names, *self._adapter_manager.written}
+        """Return the stacked recipes whose user adapter is still here, as bytes, in a fusion or in a slot."""
+        fused = {*self._prefetcher.names, *self._adapter_manager.written_recipes}
         return sorted({*self._users, *(name for name in fused if parse_recipe(name).user_adapter is not None)})
 
     def resident(self) -> list[str]:
@@ -171,21 +171,21 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         return [model.recipe for model in models if isinstance(model, FusedLoRAModel)]
 
     def measured(self) -> tuple[int, str]:
-        """How many slots are taken, and the figures of this worker."""
-        return self._adapter_manager.taken, self.figures.text
+        """Return the number of slots in use, and this worker's metrics as text."""
+        return self._adapter_manager.slots_taken, self.metrics.text
 
     @property
-    def figures(self) -> WorkerFigures:
-        return self._adapter_manager.figures
+    def metrics(self) -> WorkerMetrics:
+        return self._adapter_manager.metrics
 
 
 class WorkerExtension:
-    """`--worker-extension-cls`: mixed into vLLM's worker, where the API process calls it (`collective_rpc`)."""
+    """Mixed into vLLM's worker by `--worker-extension-cls`; the API process calls it through `collective_rpc`."""
 
     model_runner: Any
 
     def mta(self, act: str, *args: Any) -> Any:
-        """One of the manager's `hold`, `release`, `held`, `resident`, `measured`."""
+        """Call the manager's `hold`, `release`, `held`, `resident` or `measured`."""
         manager = self.model_runner.lora_manager
         if not isinstance(manager, FusingLoRAManager):
             raise RuntimeError(f"the worker's adapter manager is {type(manager).__name__}, not FusingLoRAManager")

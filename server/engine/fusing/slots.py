@@ -1,6 +1,6 @@
-"""What is in vLLM's slots, and how a fused adapter is written into one.
+"""Write fused adapters into vLLM's slots, and record what each slot holds.
 
-A slot is one index S into each layer's tensors. Of one module, with the bank's rank r and a user's rank u::
+A slot is one index S into each layer's tensors. For one module, with the bank's rank r and the user's rank u::
 
                 ◀──────── H_in ────────▶                 ◀── r ──▶◀─ u ─▶◀ rest ▶
               ┌────────────────────────┐                ┌─────────┬──────┬──────┐ ▲
@@ -14,11 +14,11 @@ A slot is one index S into each layer's tensors. Of one module, with the bank's 
               └────────────────────────┘                 along H_out in memory (`cpu/lora.py`)
                lora_a_stacked[module][S, 0]
 
-A `cat` bank has a block of A for each row of the recipe. vLLM fills a slot module by module: it packs q, k and v (gate
-and up) into one, zeroes both matrices, copies both. Here one call writes all modules (`cells.py`). Over a tenant of the
-same bank and ranks nothing is zeroed, because the same cells are written again; in a `shared` bank the one A is there
-already, and only B is copied, and what a user adds to A. What vLLM slices first (tensor parallelism, mixtures of
-experts) is left to it.
+A `cat` bank has a block of A for each row of the recipe. vLLM writes a slot module by module: it packs q, k and v (or
+gate and up) into one layer, then zeroes and copies both matrices. Here one call writes all modules (`cells.py`). If the
+slot last held an adapter of the same bank and ranks, nothing is zeroed, because the same cells are overwritten. In a
+`shared` bank the slot already has the frozen A, so only B and the user's A are copied. vLLM still writes adapters that
+it slices first (tensor parallelism, mixtures of experts).
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from adapters.flat import FlatLora
 from adapters.lora import RowLayout
 from bank.errors import BankError
 from server.engine.fusing.cells import Cells
-from server.engine.fusing.figures import WorkerFigures, timed
+from server.engine.fusing.metrics import WorkerMetrics, timed
 
-Filling = tuple[str, tuple[int, ...]]
-"""Bank and the ranks of the blocks of A: adapters that agree in both fill the same cells of a slot."""
+Footprint = tuple[str, tuple[int, ...]]
+"""Bank and ranks of the blocks of A; adapters with equal footprints fill the same cells of a slot."""
 
-Stacks = list[tuple[torch.Tensor, torch.Tensor]]  # A and B of each of a bank's modules, over all slots
+Stacks = list[tuple[torch.Tensor, torch.Tensor]]  # A and B over all slots, for each module of a bank
 
 
 class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
-    """An adapter that was fused here; vLLM's objects for each module's A and B are made only where vLLM writes it.
+    """A fused adapter; it creates vLLM's per-module objects only if vLLM writes the slot.
 
-    `bank` is a recipe's 8 hex digits; `shares_a`: the first block of A is the same for all adapters of the bank.
+    `bank` is the bank's 8 hex digits; `shares_a` says whether all adapters of the bank share the first block of A.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
     ) -> None:
         super().__init__(lora_id, flat.rank, {})
         self.recipe, self.flat, self.bank, self.shares_a = recipe, flat, bank, shares_a
-        self.filling: Filling = (bank, flat.ranks)
+        self.footprint: Footprint = (bank, flat.ranks)
         self._vllm_names = vllm_names
 
     def unpack(self) -> None:
@@ -67,8 +67,8 @@ class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
         }
 
     @property
-    def same_a(self) -> str | None:
-        """Equal for adapters that have the same A in every module; None for one that has an A of its own."""
+    def shared_a_key(self) -> str | None:
+        """Return a key that is equal for adapters with the same A in every module; None if the adapter adds its own."""
         return self.bank if self.shares_a and len(self.flat.a) == 1 else None
 
     @property
@@ -77,31 +77,31 @@ class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
 
 
 @dataclass(slots=True)
-class Tenant:
-    """What lies in a slot: also of an adapter that lost the slot, until another one is written over it."""
+class SlotContent:
+    """Content of a slot, including the weights of an evicted adapter until another one overwrites them."""
 
-    rank: int | None = None  # None where nothing is known of it
-    recipe: str | None = None  # None for an adapter that was not fused here
-    same_a: str | None = None
-    filling: Filling | None = None  # None where the next tenant must be written whole
+    rank: int | None = None  # None if unknown
+    recipe: str | None = None  # None unless the adapter was fused here
+    shared_a_key: str | None = None
+    footprint: Footprint | None = None  # None if the next adapter must be written completely
 
 
 class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
-    """vLLM's two tiers, CPU and slots, with a record of what each slot holds."""
+    """vLLM's two tiers (CPU and slots), with a record of the content of each slot."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._note_nothing_written()
+        self._reset_records()
 
-    def _note_nothing_written(self) -> None:
-        self.figures = WorkerFigures()
-        self._tenants = [Tenant() for _ in range(self.lora_slots)]
-        self._recipes: dict[int, str] = {}  # of the CPU tier, by id: vLLM's cache cannot be read without moving it
-        self._cells: dict[Filling, list[Cells]] = {}
+    def _reset_records(self) -> None:
+        self.metrics = WorkerMetrics()
+        self._contents = [SlotContent() for _ in range(self.lora_slots)]
+        self._recipes: dict[int, str] = {}  # recipes in the CPU tier by id: reading vLLM's cache changes its LRU order
+        self._cells: dict[Footprint, list[Cells]] = {}
         self._stacks: dict[str, Stacks] = {}
 
     def vllm_names(self, bank: str, layout: RowLayout) -> dict[str, str]:
-        """vLLM's name for each of a bank's modules; BankError when this model does not have one of them."""
+        """Return vLLM's names by module of a bank; raise BankError if this model lacks one of the modules."""
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
         rename = mapper.get_rename_mapper() if mapper is not None else None
         known = {*self.modules, *(name for packed in self.packed_modules.values() for name in packed)}
@@ -117,20 +117,20 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         return names
 
     @property
-    def written(self) -> set[str]:
-        """The recipes whose weights are in slots, including evicted ones that nothing has overwritten."""
-        return {tenant.recipe for tenant in self._tenants if tenant.recipe is not None}
+    def written_recipes(self) -> set[str]:
+        """Return the recipes whose weights are in slots, including evicted ones that are not overwritten yet."""
+        return {content.recipe for content in self._contents if content.recipe is not None}
 
     @property
-    def taken(self) -> int:
+    def slots_taken(self) -> int:
         return len(self._active_adapters)
 
     def held_recipe(self, lora_id: int) -> str | None:
-        """The recipe that the CPU tier has under an id; may be asked in any thread."""
+        """Return the recipe that the CPU tier holds under an id; safe in any thread."""
         return self._recipes.get(lora_id)
 
     def touch(self, lora_id: int) -> None:
-        """Make an adapter the most recent of both tiers, if it is there."""
+        """Mark an adapter as most recently used in both tiers, if present."""
         self.get_adapter(lora_id)
         self._active_adapters.touch(lora_id)
 
@@ -142,56 +142,56 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             super()._add_adapter(lora)
 
     def deactivate_adapter(self, adapter_id: int) -> bool:
-        """As vLLM's; the CPU tier calls it for what it has just removed."""
+        """Deactivate an adapter as vLLM does; the CPU tier also calls this after it removes an adapter."""
         if adapter_id not in self._registered_adapters:
             self._recipes.pop(adapter_id, None)
         deactivated: bool = super().deactivate_adapter(adapter_id)
         return deactivated
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """Make sure that an adapter is in a slot, as the most recent; returns whether it had to be written."""
+        """Ensure that an adapter is in a slot and most recently used; return whether it had to be written."""
         if lora_id in self._active_adapters:
             self._active_adapters.touch(lora_id)
             return False
         if len(self._active_adapters) >= self.lora_slots:
             self._active_adapters.remove_oldest()
-            self.figures.evictions.inc()
+            self.metrics.evictions.inc()
         index = self.lora_index_to_id.index(None)
-        with timed(self.figures.slot_write):
+        with timed(self.metrics.slot_write):
             self._write(index, self._registered_adapters[lora_id])
         return True
 
     def _write(self, index: int, model: LoRAModel) -> None:
-        """Write an adapter into a free slot and say so to vLLM."""
-        before = self._tenants[index].filling
-        tenant = Tenant(model.rank, getattr(model, "recipe", None), getattr(model, "same_a", None))
-        self._put(index, tenant)
+        """Write an adapter into a free slot and register it with vLLM."""
+        before = self._contents[index].footprint
+        content = SlotContent(model.rank, getattr(model, "recipe", None), getattr(model, "shared_a_key", None))
+        self._record(index, content)
         if isinstance(model, FusedLoRAModel) and self._stacks_of(model):
             self._active_adapters[model.id] = None
             self.lora_index_to_id[index] = model.id
             self._overwrite(index, model, before)
-            tenant.filling = model.filling  # only now: the writing may have failed midway
+            content.footprint = model.footprint  # set last, as a write may fail midway
             return
         if isinstance(model, FusedLoRAModel):
             model.unpack()
             super()._add_adapter(model)
-        super().activate_adapter(model.id)  # takes the same slot: the first free one
+        super().activate_adapter(model.id)  # uses the same slot, the first free one
 
-    def _overwrite(self, index: int, model: FusedLoRAModel, before: Filling | None) -> None:
+    def _overwrite(self, index: int, model: FusedLoRAModel, before: Footprint | None) -> None:
         same_bank = before is not None and before[0] == model.bank
         if not same_bank:
             self._clear(index)
-        is_clear = not same_bank or before == model.filling
-        self._cells_of(model)[index].write(model.flat, a_is_there=same_bank, rest_is_clear=is_clear)
+        is_clear = not same_bank or before == model.footprint
+        self._cells_of(model)[index].write(model.flat, has_shared_a=same_bank, padding_is_zero=is_clear)
 
-    def _put(self, index: int, tenant: Tenant) -> None:
-        self._tenants[index] = tenant
+    def _record(self, index: int, content: SlotContent) -> None:
+        self._contents[index] = content
 
     def wipe(self, recipes: Set[str]) -> None:
-        """Zero every slot that holds the weights of one of these recipes; its next tenant is written whole."""
-        for index, tenant in enumerate(self._tenants):
-            if tenant.recipe in recipes:
-                self._put(index, Tenant())
+        """Zero every slot that holds weights of one of these recipes; the next adapter is written completely."""
+        for index, content in enumerate(self._contents):
+            if content.recipe in recipes:
+                self._record(index, SlotContent())
                 self._clear(index)
 
     def _clear(self, index: int) -> None:
@@ -199,17 +199,17 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             module.reset_lora(index)
 
     def prepare(self, model: FusedLoRAModel) -> None:
-        """Find out in any thread, ahead of a step, where adapters like this one lie: it takes a tenth of a second."""
+        """Compute the cells of adapters like this one ahead of a step, in any thread; it takes about 0.1 s."""
         if self._stacks_of(model):
             self._cells_of(model)
 
     def _cells_of(self, model: FusedLoRAModel) -> list[Cells]:
-        if model.filling not in self._cells:
-            self._cells[model.filling] = Cells.of_slots(self._stacks_of(model), model.flat.ranks, model.shares_a)
-        return self._cells[model.filling]
+        if model.footprint not in self._cells:
+            self._cells[model.footprint] = Cells.of_slots(self._stacks_of(model), model.flat.ranks, model.shares_a)
+        return self._cells[model.footprint]
 
     def _stacks_of(self, model: FusedLoRAModel) -> Stacks:
-        """The tensors over all slots of the model's modules; empty where vLLM slices first."""
+        """Return the tensors of the adapter's modules over all slots; empty if vLLM slices adapters first."""
         if model.bank not in self._stacks:
             stacks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
             for name, module in self.modules.items():
@@ -223,5 +223,5 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
 
 
 def _is_plain(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether tensors over all slots are of the shape [slots, 1, rows, columns], each slot's A without gaps."""
+    """Return whether both tensors have the shape [slots, 1, rows, columns], with A contiguous in each slot."""
     return all(stack.dim() == 4 and stack.shape[1] == 1 for stack in (a, b)) and a[0].is_contiguous()

@@ -29,7 +29,7 @@ def test_ours_is_the_product_s_own_command_and_stock_has_vllm_s_own_way_to_load(
     stock, environment = vllm_command(subject, "stock", PORT, max_loras=3)
     assert set(ours) - set(stock) == {
         *("--worker-extension-cls", "server.engine.fusing.manager.WorkerExtension"),
-        *("--scheduler-cls", "server.engine.admission.turns.FairScheduler"),
+        *("--scheduler-cls", "server.engine.admission.fair_scheduler.FairScheduler"),
     }
     assert set(stock) <= set(ours)
     assert (environment["VLLM_PLUGINS"], environment["MTA_BANK"]) == ("", "")

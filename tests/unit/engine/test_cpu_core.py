@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from bench.rig.processes import PATIENCE_S
 from server.engine.command import preloads
-from server.engine.cpu.fixes import seeds_that_begin_again
+from server.engine.cpu.fixes import with_restarting_generator
 
 
 def printed(program: str, **environment: str) -> str:
@@ -66,13 +66,13 @@ PLACES = """
 import os, sys, types
 import torch
 sys.modules["vllm.v1.executor.uniproc_executor"] = types.SimpleNamespace(UniProcExecutor=object)  # vLLM's takes long
-from server.engine.cpu.executor import TASKS, bind_team, first_of_team
+from server.engine.cpu.executor import TASKS, bind_team, on_first_core
 cores = os.sched_getaffinity(0)
 for threads in (len(cores) - 1, len(cores)):
     torch.set_num_threads(threads)
     bound = bind_team()
     places = [sorted(os.sched_getaffinity(int(task.name))) for task in TASKS.iterdir()]
-    with first_of_team(bound=bound):
+    with on_first_core(bound=bound):
         inside = os.sched_getaffinity(0)
     kept = sorted(place for place in places if len(place) == 1)
     print(bound, kept, sorted(inside), os.sched_getaffinity(0) == cores, sep=";")
@@ -93,7 +93,7 @@ def drawn(generator: torch.Generator) -> list[float]:
 
 def state(generator: torch.Generator | None) -> CachedRequestState:
     made = CachedRequestState("r", [1, 2, 3], [], None, generator, ([0],), 0, [])
-    seeds_that_begin_again(lambda state: None)(made)
+    with_restarting_generator(lambda state: None)(made)
     return made
 
 

@@ -23,7 +23,7 @@ from adapters.matrix import MetaMatrix
 from adapters.recipe import PER_MILLE, parse_recipe
 from bank.errors import BankError
 from server.engine.cpu import lora, native
-from server.engine.cpu.lora import CpuLoRA, SlotTable, lay_b_across
+from server.engine.cpu.lora import CpuLoRA, SlotTable, transpose_b
 from server.settings import Settings
 
 ROUNDING = 2**-8
@@ -87,7 +87,7 @@ def layer_of(step: Step) -> Layer:
         tuple(random(slots, 1, step.slot_rank, step.h_in) for _ in step.h_out),
         tuple(torch.zeros(slots, 1, size, step.slot_rank, dtype=step.dtype) for size in step.h_out),
     )
-    lay_b_across(layer)
+    transpose_b(layer)
     for b in layer.lora_b_stacked:
         b.copy_(random(*b.shape))
     for a in layer.lora_a_stacked:
@@ -239,22 +239,22 @@ def test_it_is_the_exact_sum_rounded_once(compiled: Any, rank: int, h_out: list[
     matrix = MetaMatrix(layout, rows, anchors=3, common=True, shared_a=a)
     recipe = parse_recipe(f"mta3:9f2c41d0:shared:{terms}")
 
-    ours = fuse_flat(matrix, recipe, sum_across=compiled.weighted_sum_across)
+    ours = fuse_flat(matrix, recipe, sum_transposed=compiled.weighted_sum_transposed)
 
     shares = [(matrix.common_index, 1.0)] * recipe.common + [(t.anchor, t.weight / PER_MILLE) for t in recipe.terms]
     exact = sum(rows[row].double() * share for row, share in shares).view(-1, rank)
-    assert ours.b.t().is_contiguous() and ours.across() is ours
+    assert ours.b.t().is_contiguous() and ours.transposed() is ours
     torch.testing.assert_close(ours.b.double(), exact, rtol=HALF_A_PLACE, atol=1e-6)
     torch.testing.assert_close(ours.b, fuse_flat(matrix, recipe).b, rtol=2 * HALF_A_PLACE, atol=1e-6)
 
 
 def test_a_row_alone_comes_back_as_it_is_what_is_not_a_number_too(compiled: Any) -> None:
     rows = torch.tensor([[1.0, -2.0, float("inf"), float("nan"), 0.5, 3.0]]).bfloat16()
-    summed = compiled.weighted_sum_across(rows, [0], [1.0], 2)
+    summed = compiled.weighted_sum_transposed(rows, [0], [1.0], 2)
     torch.testing.assert_close(summed, rows.view(3, 2).t().contiguous(), equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("chosen, weights, rank", [([4], [1.0], 2), ([-1], [1.0], 2), ([], [], 2), ([0], [1.0], 4)])
 def test_what_is_not_there_is_refused(compiled: Any, chosen: list[int], weights: list[float], rank: int) -> None:
     with pytest.raises(RuntimeError):
-        compiled.weighted_sum_across(torch.zeros(4, 6).bfloat16(), chosen, weights, rank)
+        compiled.weighted_sum_transposed(torch.zeros(4, 6).bfloat16(), chosen, weights, rank)

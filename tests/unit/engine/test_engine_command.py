@@ -146,7 +146,9 @@ def test_a_slots_size_counts_the_views_by_which_it_is_written() -> None:
     before = _resident_bytes()
     kept = [Cells.of_slots(stacks, ranks, shares_a=True) for ranks in ((8,), (8, 2))]
     taken = _resident_bytes() - before
-    views = sum(len(run.cells) for cells in kept for run in cells[0].runs) + sum(len(cells[0].rest) for cells in kept)
+    views = sum(len(run.cells) for cells in kept for run in cells[0].runs) + sum(
+        len(cells[0].padding) for cells in kept
+    )
     assert views == modules * engine.VIEWS
     assert taken / slots < 1.5 * views * engine.VIEW_BYTES
 

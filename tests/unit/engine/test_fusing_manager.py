@@ -26,9 +26,9 @@ from adapters.lora import LoraWeights, ModuleShape, RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.user_adapter import UserAdapter, encode_user_adapter
 from bench.rig.processes import PATIENCE_S, wait_until
-from server.engine.fusing.ahead import AHEAD, Ahead
 from server.engine.fusing.manager import FusingLoRAManager
-from server.engine.fusing.slots import Filling, FusedLoRAModel, FusedSlots
+from server.engine.fusing.prefetch import MAX_PREFETCHED, FusionPrefetcher
+from server.engine.fusing.slots import Footprint, FusedLoRAModel, FusedSlots
 
 SLOTS, CPU_TIER = 2, 4
 BANK = "00000000"
@@ -43,9 +43,9 @@ class BareSlots(FusedSlots):
         self.modules: dict[str, Any] = {}
         self._registered_adapters = AdapterLRUCache(CPU_TIER, self.deactivate_adapter)
         self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
-        self._note_nothing_written()
+        self._reset_records()
         self.activated: list[int] = []
-        self.prepared: list[tuple[Filling, str]] = []
+        self.prepared: list[tuple[Footprint, str]] = []
 
     def _stacks_of(self, model: FusedLoRAModel) -> list[Any]:
         return [()]
@@ -53,7 +53,7 @@ class BareSlots(FusedSlots):
     def _overwrite(self, index: int, model: FusedLoRAModel, before: Any) -> None: ...
 
     def prepare(self, model: FusedLoRAModel) -> None:
-        self.prepared.append((model.filling, current_thread().name))
+        self.prepared.append((model.footprint, current_thread().name))
 
     def activate_adapter(self, lora_id: int) -> bool:
         made: bool = super().activate_adapter(lora_id)
@@ -70,7 +70,7 @@ class CountingManager(FusingLoRAManager):
         self._users = {}
         self._vllm_names = {BANK: {}}
         self._matrices: Any = {BANK: SimpleNamespace(shared_a=None)}
-        self._ahead = Ahead(self._fuse)
+        self._prefetcher = FusionPrefetcher(self._fuse)
         self._pinned = False
         self.fused: list[str] = []
         self.fusing, self.gate = Event(), Event()
@@ -87,7 +87,7 @@ class CountingManager(FusingLoRAManager):
         self.gate.clear()
         self.fusing.clear()
         for request in requests:
-            self.notice(request)
+            self.prefetch(request)
         assert self.fusing.wait(PATIENCE_S)
 
     @contextmanager
@@ -116,7 +116,7 @@ def active(manager: CountingManager) -> set[int]:
 
 def counted(manager: CountingManager) -> dict[str, float]:
     """How often a worker has done each thing that it has done at all."""
-    metrics = text_string_to_metric_families(manager.figures.text)
+    metrics = text_string_to_metric_families(manager.metrics.text)
     samples = {sample.name: sample.value for metric in metrics for sample in metric.samples}
     return {
         name.removeprefix("mta_engine_").removesuffix(end): value
@@ -197,11 +197,11 @@ def stacked(letter: str) -> LoRARequest:
 def test_two_requests_for_a_recipe_that_nobody_asked_for_before_fuse_it_once(manager: CountingManager) -> None:
     manager.arrive(recipe(1), recipe(1))
     with manager.meanwhile(manager._apply_adapters, {recipe(1)}):
-        manager.notice(recipe(1))
-    manager.notice(recipe(1))  # it is here now
+        manager.prefetch(recipe(1))
+    manager.prefetch(recipe(1))  # it is here now
     manager._apply_adapters({recipe(1)})
     assert manager.fused == [recipe(1).lora_name]
-    assert manager._ahead.names == []
+    assert manager._prefetcher.names == []
     assert active(manager) == {1}
 
 
@@ -223,7 +223,7 @@ def test_who_is_erased_while_their_adapter_is_being_fused_leaves_nothing(manager
     with manager.meanwhile(manager.release, [stacked("a").lora_name]):
         pass
     assert manager.held() == []
-    assert manager._ahead.names == manager.resident() == []
+    assert manager._prefetcher.names == manager.resident() == []
 
 
 def test_what_an_aborted_request_had_fused_counts_as_held_until_it_is_released(manager: CountingManager) -> None:
@@ -235,38 +235,38 @@ def test_what_an_aborted_request_had_fused_counts_as_held_until_it_is_released(m
 
 
 def test_requests_that_wait_keep_no_more_than_a_few_fusions(manager: CountingManager) -> None:
-    for lora_id in range(1, 3 * AHEAD):
-        manager.notice(recipe(lora_id))
-    assert manager._ahead.names == [recipe(lora_id).lora_name for lora_id in range(1, AHEAD + 1)]
+    for lora_id in range(1, 3 * MAX_PREFETCHED):
+        manager.prefetch(recipe(lora_id))
+    assert manager._prefetcher.names == [recipe(lora_id).lora_name for lora_id in range(1, MAX_PREFETCHED + 1)]
 
 
 def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for() -> None:
-    ahead = Ahead(str.upper)
-    for number in range(AHEAD):
-        ahead.begin(f"old {number}")
-    ahead.begin("new")
-    assert "new" not in ahead.names
-    while ahead.missing(["old 1", "new"]):
+    prefetcher = FusionPrefetcher(str.upper)
+    for number in range(MAX_PREFETCHED):
+        prefetcher.start(f"old {number}")
+    prefetcher.start("new")
+    assert "new" not in prefetcher.names
+    while prefetcher.unfinished(["old 1", "new"]):
         pass
-    assert ahead.names == [*(f"old {number}" for number in range(1, AHEAD)), "new"]
-    assert ahead.take("old 0") == "OLD 0"
-    assert len(ahead.names) == AHEAD
+    assert prefetcher.names == [*(f"old {number}" for number in range(1, MAX_PREFETCHED)), "new"]
+    assert prefetcher.result("old 0") == "OLD 0"
+    assert len(prefetcher.names) == MAX_PREFETCHED
 
 
 def test_of_more_that_wait_than_are_kept_the_first_are_fused_and_the_next_as_they_are_taken() -> None:
-    ahead, waiting = Ahead(str.upper), [f"{number}" for number in range(2 * AHEAD)]
-    for taken in range(AHEAD):
-        while ahead.missing(waiting[taken:]) != set(waiting[taken + AHEAD :]):
+    prefetcher, waiting = FusionPrefetcher(str.upper), [f"{number}" for number in range(2 * MAX_PREFETCHED)]
+    for taken in range(MAX_PREFETCHED):
+        while prefetcher.unfinished(waiting[taken:]) != set(waiting[taken + MAX_PREFETCHED :]):
             pass
-        assert ahead.names == waiting[taken : taken + AHEAD]
-        ahead.take(waiting[taken])
-        ahead.done(waiting[taken])
+        assert prefetcher.names == waiting[taken : taken + MAX_PREFETCHED]
+        prefetcher.result(waiting[taken])
+        prefetcher.discard(waiting[taken])
 
 
 def test_a_step_waits_for_its_own_fusions_and_for_none_that_is_only_in_the_line(manager: CountingManager) -> None:
     manager.arrive(*map(recipe, range(1, 6)))
     with manager.meanwhile(manager._apply_adapters, dict.fromkeys((recipe(5), recipe(4)))):
-        wait_until(lambda: manager._ahead.names[0] == recipe(5).lora_name, "the step to wait")
+        wait_until(lambda: manager._prefetcher.names[0] == recipe(5).lora_name, "the step to wait")
     assert manager.fused[:3] == [recipe(lora_id).lora_name for lora_id in (1, 5, 4)]
     manager._apply_adapters({recipe(2), recipe(3)})
     assert manager.fused[3:] == [recipe(lora_id).lora_name for lora_id in (2, 3)]
@@ -295,18 +295,18 @@ def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
             raise answer
         return answer
 
-    ahead = Ahead(fuse)
-    ahead.begin("x")
-    while not ahead._begun["x"].done():
+    prefetcher = FusionPrefetcher(fuse)
+    prefetcher.start("x")
+    while not prefetcher._futures["x"].done():
         pass
-    assert ahead.names == []
-    assert ahead.take("x") == "fused"
+    assert prefetcher.names == []
+    assert prefetcher.result("x") == "fused"
 
 
 def test_the_thread_that_fuses_an_adapter_finds_where_it_goes(manager: CountingManager) -> None:
     manager._apply_adapters({recipe(1)})
-    ((filling, thread),) = manager._adapter_manager.prepared
-    assert filling == (BANK, ())
+    ((footprint, thread),) = manager._adapter_manager.prepared
+    assert footprint == (BANK, ())
     assert thread.startswith("mta-fuse")
 
 
@@ -344,7 +344,7 @@ def test_on_a_gpu_the_thread_that_fuses_pins_whatever_is_copied_to_a_slot(
     own = LoraWeights(2, {"q": torch.randn(2, 8)}, {"q": torch.randn(6, 2)})
     manager._users[name] = encode_user_adapter(layout, UserAdapter(plain, own))
     monkeypatch.setattr(manager, "_flat", partial(FusingLoRAManager._flat, manager))
-    flat = manager._ahead.take(name)
+    flat = manager._prefetcher.result(name)
     assert {tensor.data_ptr() for tensor in (flat.b, *flat.a)} <= pinning.pointers
     assert pinning.threads == {"mta-fuse"}
 

@@ -50,7 +50,7 @@ class BareSlots(FusedSlots):
         self.is_pooling_model = self._enable_mixed_moe_lora_format = False
         self._registered_adapters = AdapterLRUCache(4, self.deactivate_adapter)
         self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
-        self._note_nothing_written()
+        self._reset_records()
 
     def model(self, lora_id: int, recipe: str, number: float, *, own: bool = False, bank: str = BANK) -> FusedLoRAModel:
         """An adapter whose B is this number everywhere; perhaps with a user's A of it stacked on the bank's."""
@@ -101,7 +101,7 @@ def test_a_slot_is_zeroed_when_what_it_holds_is_wiped_and_no_other(slots: BareSl
     slots.serve(2, "bob", 2.0)
     slots.wipe({"ann", "somebody else"})
     assert slots.numbers == [(0, 0), (A, 2 * B)]
-    assert slots.written == {"bob"}
+    assert slots.written_recipes == {"bob"}
 
 
 def test_weights_that_outlived_their_place_are_wiped_too_and_the_next_are_written_whole(slots: BareSlots) -> None:
@@ -120,7 +120,7 @@ def test_what_was_overwritten_is_not_wiped_again(slots: BareSlots) -> None:
     slots.serve(2, "bob", 2.0)
     slots.wipe({"ann"})
     assert slots.numbers[0] == (A, 2 * B)
-    assert slots.written == {"bob"}
+    assert slots.written_recipes == {"bob"}
 
 
 def test_a_stacked_adapter_is_written_whole_and_overwritten_without_a_trace(slots: BareSlots) -> None:

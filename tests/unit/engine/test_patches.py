@@ -15,7 +15,7 @@ from vllm.lora import worker_manager
 
 from bank.errors import BankError
 from server.engine import patches
-from server.engine.admission.turns import FairScheduler
+from server.engine.admission.fair_scheduler import FairScheduler
 from server.engine.command import is_cpu_build
 from server.engine.cpu.executor import InProcessExecutor
 from server.engine.cpu.lora import CpuLoRA, CpuLoRAManager

@@ -45,7 +45,7 @@ def test_a_slot_holds_every_modules_matrices_and_zero_beside_them(
 ) -> None:
     stacks, flat = stacks_of(dtype), adapter(ranks, dtype)
     weights, rank = flat.weights(), sum(ranks)
-    flat = flat.across() if across else flat
+    flat = flat.transposed() if across else flat
     Cells.of_slots(stacks, ranks, shares_a=True)[1].write(flat)
     for module, (a, b) in zip(MODULES, stacks, strict=True):
         assert torch.equal(a[1, 0, :rank], weights.a[module.name])
@@ -60,7 +60,7 @@ def test_a_slot_holds_every_modules_matrices_and_zero_beside_them(
 def test_the_shared_a_is_written_unless_it_is_there() -> None:
     stacks, flat = apart(torch.bfloat16), adapter((8, 4), torch.bfloat16)
     cells = Cells.of_slots(stacks, (8, 4), shares_a=True)[0]
-    cells.write(flat, a_is_there=True, rest_is_clear=True)
+    cells.write(flat, has_shared_a=True, padding_is_zero=True)
     first, own = stacks[0][0][0, 0, :8], stacks[0][0][0, 0, 8:12]
     assert (first == 7).all()
     assert torch.equal(own, flat.a[1][: own.numel()].view(own.shape))

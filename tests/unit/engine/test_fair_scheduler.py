@@ -17,9 +17,9 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.engine.core import EngineCore
 
 from server.engine import patches
-from server.engine.admission import turns
-from server.engine.admission.turns import PATIENCE_S, FairScheduler, held_back
-from server.engine.fusing.ahead import on_arrival
+from server.engine.admission import fair_scheduler
+from server.engine.admission.fair_scheduler import PATIENCE_S, FairScheduler, held_back
+from server.engine.fusing.prefetch import prefetch_on_arrival
 
 SLOTS, NOW = 8, 1000.0
 
@@ -88,7 +88,7 @@ def only_slots_count(monkeypatch: pytest.MonkeyPatch) -> None:
         return admitted
 
     monkeypatch.setattr(scheduler.Scheduler, "schedule", schedule)
-    monkeypatch.setattr(turns.time, "time", lambda: NOW)
+    monkeypatch.setattr(fair_scheduler.time, "time", lambda: NOW)
 
 
 def test_a_recipe_gets_its_slot_however_many_keep_coming_for_the_others() -> None:
@@ -113,7 +113,7 @@ class Fusing:
     def __init__(self, *unfused: int) -> None:
         self.left, self.asked = set(unfused), list[int]()
 
-    def notice(self, request: Any) -> None:
+    def prefetch(self, request: Any) -> None:
         raise AssertionError("a scheduler hears of no arrivals")
 
     def unfused(self, requests: Sequence[Any]) -> set[int]:
@@ -137,7 +137,7 @@ def test_who_is_left_out_of_a_step_keeps_their_place(
     requests = [Asked(*request) for request in waiting]
     left = [request for place, request in enumerate(requests) if place not in admitted]
     fair = Bare(requests, running)
-    fair.fuser = fuser = Fusing(*unfused)
+    fair.adapter_manager = fuser = Fusing(*unfused)
     assert fair.schedule() == [requests[place] for place in admitted]
     assert list(fair.waiting) == left
     assert fuser.asked == [request.lora_request.lora_int_id for request in requests if request.lora_request]
@@ -150,19 +150,19 @@ def test_the_adapter_of_a_request_is_known_when_it_arrives(monkeypatch: pytest.M
     monkeypatch.setattr(EngineCore, "preprocess_add_request", lambda self, request: f"preprocessed {request.id}")
     fuser = Fusing()
     seen: list[str] = []
-    monkeypatch.setattr(fuser, "notice", seen.append)
-    on_arrival(fuser)  # type: ignore[arg-type]
-    core: Any = SimpleNamespace(scheduler=SimpleNamespace(fuser=None))
+    monkeypatch.setattr(fuser, "prefetch", seen.append)
+    prefetch_on_arrival(fuser)  # type: ignore[arg-type]
+    core: Any = SimpleNamespace(scheduler=SimpleNamespace(adapter_manager=None))
     for number, adapter in enumerate((None, "x")):
         request = SimpleNamespace(id=number, lora_request=adapter)
         assert EngineCore.preprocess_add_request(core, request) == f"preprocessed {number}"
     assert seen == ["x"]
-    assert core.scheduler.fuser is fuser
+    assert core.scheduler.adapter_manager is fuser
     patches.check(patches.CORE)  # as the scheduler does, which is made after it
 
 
 def test_a_worker_without_an_engine_core_hears_of_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     before = EngineCore.preprocess_add_request
     monkeypatch.delitem(sys.modules, "vllm.v1.engine.core")
-    on_arrival(Fusing())  # type: ignore[arg-type]
+    prefetch_on_arrival(Fusing())  # type: ignore[arg-type]
     assert EngineCore.preprocess_add_request is before

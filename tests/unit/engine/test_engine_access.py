@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.rig.processes import PATIENCE_S
-from server.engine.admission.door import OPEN, WITH_KEY, Door, Drain
+from server.engine.admission.access import KEYED_ROUTES, PUBLIC_ROUTES, AccessMiddleware, Drain
 
 KEYS = [b"first-key", b"second-key"]
 
@@ -26,11 +26,11 @@ async def knock(method: str, path: str, authorization: bytes | None = None, **ch
     headers = [] if authorization is None else [(b"authorization", authorization)]
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": headers}
     drain = changes.pop("drain", None) or Drain(0)
-    await Door(behind, changes.pop("keys", lambda: KEYS), drain)(scope | changes, None, send)  # type: ignore[arg-type]
+    await AccessMiddleware(behind, changes.pop("keys", lambda: KEYS), drain)(scope | changes, None, send)  # type: ignore[arg-type]
     return int(sent[0].get("status", sent[0].get("code")))
 
 
-@pytest.mark.parametrize(("method", "path"), sorted(WITH_KEY))
+@pytest.mark.parametrize(("method", "path"), sorted(KEYED_ROUTES))
 async def test_a_route_of_the_product_opens_to_each_key_and_to_nothing_else(method: str, path: str) -> None:
     for key in KEYS:
         assert await knock(method, path, b"Bearer " + key) == 200
@@ -43,7 +43,7 @@ async def test_a_route_of_the_product_opens_to_each_key_and_to_nothing_else(meth
 
 @pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "get"])
 async def test_no_other_method_opens_with_a_key_or_without(method: str) -> None:
-    for path in sorted({path for _, path in OPEN | WITH_KEY}):
+    for path in sorted({path for _, path in PUBLIC_ROUTES | KEYED_ROUTES}):
         assert await knock(method, path, b"Bearer first-key") == 404
         assert await knock(method, path) == 404
 
@@ -59,7 +59,7 @@ async def test_a_websocket_is_refused_as_soon_as_it_knocks() -> None:
 
 async def test_an_engine_that_is_to_stop_sends_everybody_on_to_another() -> None:
     drain = Drain(0, stop=lambda: None)
-    drain.begin()
+    drain.start()
     assert await knock("GET", "/health", drain=drain) == 503
     assert await knock("POST", "/v1/chat/completions", b"Bearer first-key", drain=drain) == 503
     assert await knock("POST", "/v1/chat/completions", b"Bearer wrong", drain=drain) == 401
@@ -70,8 +70,8 @@ async def test_it_stops_once_what_it_had_begun_is_done() -> None:
     drain = Drain(PATIENCE_S, stop=stopped.set)
     with drain.request():
         with drain.request():
-            drain.begin()
-            drain.begin()
+            drain.start()
+            drain.start()
         for _ in range(10):
             await asyncio.sleep(0)
         assert not stopped.is_set()
@@ -82,5 +82,5 @@ async def test_it_stops_when_its_time_is_up() -> None:
     stopped = asyncio.Event()
     drain = Drain(0.01, stop=stopped.set)
     with drain.request():
-        drain.begin()
+        drain.start()
         await asyncio.wait_for(stopped.wait(), PATIENCE_S)

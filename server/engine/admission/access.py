@@ -1,7 +1,7 @@
-"""The engine's only door: it lets through what the product uses, with a key, and answers 404 to everything else.
+"""Access control and graceful shutdown of the engine's HTTP server.
 
-vLLM opens dozens of routes and checks its key on some alone. It would also answer what arrives while it stops with an
-empty text: here that is a 503, which sends a router on, and vLLM stops once what had begun is finished.
+vLLM has dozens of routes and checks its key on some only. Here, every route that the product does not use answers 404.
+A stopping vLLM would return empty texts. Here, new requests then get a 503, and open requests finish first.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from server.engine_protocol import DROP, RESIDENT, STATUS
 
 log = logging.getLogger("mta.engine")
 
-OPEN = frozenset({("GET", "/health")})  # routes that need no key, as method and path
+PUBLIC_ROUTES = frozenset({("GET", "/health")})  # method and path of routes that need no key
 
-WITH_KEY = frozenset(
+KEYED_ROUTES = frozenset(
     {
         ("POST", "/v1/chat/completions"),
-        ("POST", "/v1/completions"),  # evaluation's log-probabilities
+        ("POST", "/v1/completions"),  # for log-probabilities in evaluation
         ("POST", "/tokenize"),
         ("GET", "/v1/models"),
         ("GET", "/metrics"),
@@ -36,59 +36,59 @@ WITH_KEY = frozenset(
         ("POST", DROP),
     }
 )
-"""Routes that need one of the engine's keys."""
+"""Method and path of routes that need one of the engine's keys."""
 
 
 def _stop_vllm() -> None:
-    """vLLM stops at once on either signal; the other one is still its own."""
+    """Stop vLLM by SIGINT, whose handler is still vLLM's own; it stops at once on SIGINT and on SIGTERM."""
     os.kill(os.getpid(), signal.SIGINT)
 
 
 class Drain:
-    """Counts what is under way, and once the engine is asked to stop, waits for its end, for at most `most_s`."""
+    """Counts open requests; after a stop request, waits up to `timeout_s` for them to finish."""
 
-    def __init__(self, most_s: float, stop: Callable[[], None] = _stop_vllm) -> None:
-        self.begun = False  # whether nothing new is taken
-        self._most_s = most_s
+    def __init__(self, timeout_s: float, stop: Callable[[], None] = _stop_vllm) -> None:
+        self.started = False  # whether new requests are refused
+        self._timeout_s = timeout_s
         self._stop = stop
-        self._under_way = 0
+        self._open = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._ending: asyncio.Task[None] | None = None  # the event loop holds tasks only weakly
+        self._task: asyncio.Task[None] | None = None  # the event loop keeps only weak references to tasks
 
-    def take_over(self) -> None:
-        """Have SIGTERM begin the drain; vLLM's handler must be in place already."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.begin)
+    def handle_sigterm(self) -> None:
+        """Start the drain on SIGTERM; call this after vLLM has installed its own handler."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.start)
 
-    def begin(self) -> None:
-        """Take nothing new, and end the engine once nothing is under way, or the time is up."""
-        if not self.begun:
-            self.begun = True
-            log.info("asked to stop: %d requests are finished first, for at most %g s", self._under_way, self._most_s)
-            self._ending = asyncio.get_running_loop().create_task(self._end())
+    def start(self) -> None:
+        """Refuse new requests, and stop the engine when no request is open or the time is up."""
+        if not self.started:
+            self.started = True
+            log.info("stopping: waiting up to %g s for %d open requests", self._timeout_s, self._open)
+            self._task = asyncio.get_running_loop().create_task(self._finish())
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        self._under_way += 1
+        self._open += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self._under_way -= 1
-            if not self._under_way:
+            self._open -= 1
+            if not self._open:
                 self._idle.set()
 
-    async def _end(self) -> None:
+    async def _finish(self) -> None:
         try:
-            await asyncio.wait_for(self._idle.wait(), self._most_s)
+            await asyncio.wait_for(self._idle.wait(), self._timeout_s)
         except TimeoutError:
-            log.warning("%d requests are cut off: they took more than %g s", self._under_way, self._most_s)
+            log.warning("aborting %d requests that are still open after %g s", self._open, self._timeout_s)
         self._stop()
 
 
 @dataclass(frozen=True)
-class Door:
-    """ASGI middleware, the outermost; without any keys it opens for nobody."""
+class AccessMiddleware:
+    """Outermost ASGI middleware. Without keys, only public routes are open."""
 
     app: ASGIApp
     keys: Callable[[], Sequence[bytes]]
@@ -96,7 +96,7 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            self.drain.take_over()
+            self.drain.handle_sigterm()
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
@@ -110,9 +110,9 @@ class Door:
         wanted = scope["method"], scope["path"]
         if scope.get("raw_path", scope["path"].encode()) != scope["path"].encode():
             return _error(404, "no such route: send the engine's paths without percent-escapes")
-        if wanted in OPEN or (wanted in WITH_KEY and self._has_key(scope)):
-            return _error(503, "this engine is stopping: ask another") if self.drain.begun else None
-        if wanted in WITH_KEY:
+        if wanted in PUBLIC_ROUTES or (wanted in KEYED_ROUTES and self._has_key(scope)):
+            return _error(503, "this engine is stopping: use another engine") if self.drain.started else None
+        if wanted in KEYED_ROUTES:
             return _error(
                 401, "missing or wrong engine key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
             )
@@ -121,7 +121,7 @@ class Door:
     def _has_key(self, scope: Scope) -> bool:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
-        # Every key is compared, so that timing reveals nothing.
+        # Compare with every key, so that the timing reveals nothing.
         good = [secrets.compare_digest(key, known) for known in self.keys()]
         return scheme.lower() == b"bearer" and any(good)
 

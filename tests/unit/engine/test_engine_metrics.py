@@ -13,16 +13,16 @@ from prometheus_client import CollectorRegistry, generate_latest
 from starlette.types import Message
 
 from server.engine.admission import metrics
-from server.engine.admission.metrics import AdapterFigures, Refreshing
+from server.engine.admission.metrics import AdapterMetrics, RefreshMetrics
 from server.engine.admission.prepare import AdapterNames
-from server.engine.fusing.figures import WorkerFigures
+from server.engine.fusing.metrics import WorkerMetrics
 
 
 class Worker:
     """Answers as a worker does, once `gate` is open; counts the questions."""
 
     def __init__(self) -> None:
-        self.figures, self.gate, self.asked = WorkerFigures(), asyncio.Event(), 0
+        self.metrics, self.gate, self.asked = WorkerMetrics(), asyncio.Event(), 0
         self.gate.set()
         self.failure: Exception | None = None
 
@@ -31,7 +31,7 @@ class Worker:
         await self.gate.wait()
         if self.failure:
             raise self.failure
-        return [(3, self.figures.text), None]
+        return [(3, self.metrics.text), None]
 
 
 @pytest.fixture
@@ -45,22 +45,22 @@ def names() -> AdapterNames:
 
 
 @pytest.fixture
-def published(worker: Worker, names: AdapterNames) -> AdapterFigures:
-    return AdapterFigures(worker.ask, names, slots=8)
+def published(worker: Worker, names: AdapterNames) -> AdapterMetrics:
+    return AdapterMetrics(worker.ask, names, slots=8)
 
 
-def shown(figures: AdapterFigures) -> dict[str, float]:
+def shown(figures: AdapterMetrics) -> dict[str, float]:
     registry = CollectorRegistry()
     registry.register(figures)
     lines = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
-async def test_what_was_measured_here_and_by_the_worker_is_shown(published: AdapterFigures, worker: Worker) -> None:
+async def test_what_was_measured_here_and_by_the_worker_is_shown(published: AdapterMetrics, worker: Worker) -> None:
     published.check.observe(0.00007)
     for seconds in (0.00001, 0.00005, 0.0006, 7.0):
-        worker.figures.fuse.observe(seconds)
-    worker.figures.evictions.inc(5)
+        worker.metrics.fuse.observe(seconds)
+    worker.metrics.evictions.inc(5)
     await published.refresh()
     metrics = shown(published)
     fuse = "mta_engine_fuse_seconds"
@@ -70,7 +70,7 @@ async def test_what_was_measured_here_and_by_the_worker_is_shown(published: Adap
     assert [metrics[f"mta_engine_{count}"] for count in counts] == [1, 4, 4, 5]
 
 
-async def test_everything_is_shown_before_a_worker_has_said_anything(published: AdapterFigures) -> None:
+async def test_everything_is_shown_before_a_worker_has_said_anything(published: AdapterMetrics) -> None:
     first = shown(published)
     await published.refresh()
     assert shown(published).keys() == first.keys()
@@ -80,7 +80,7 @@ async def test_everything_is_shown_before_a_worker_has_said_anything(published: 
 
 
 async def test_requests_under_one_name_at_once_share_a_slot_and_names_are_counted(
-    published: AdapterFigures, names: AdapterNames
+    published: AdapterMetrics, names: AdapterNames
 ) -> None:
     for name in ("a", "b", "a", "a"):
         names.lease(name)
@@ -94,13 +94,13 @@ async def test_requests_under_one_name_at_once_share_a_slot_and_names_are_counte
 
 
 async def test_a_worker_amid_a_step_is_not_waited_for_and_asked_once(
-    published: AdapterFigures, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    published: AdapterMetrics, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "FRESH_S", 0.01)
-    worker.figures.load.observe(0.1)
+    monkeypatch.setattr(metrics, "REFRESH_TIMEOUT_S", 0.01)
+    worker.metrics.load.observe(0.1)
     await published.refresh()
     worker.gate.clear()
-    worker.figures.load.observe(0.1)
+    worker.metrics.load.observe(0.1)
     await asyncio.gather(published.refresh(), published.refresh())
     await published.refresh()
     assert shown(published)["mta_engine_load_seconds_count"] == 1
@@ -111,23 +111,23 @@ async def test_a_worker_amid_a_step_is_not_waited_for_and_asked_once(
 
 
 async def test_a_gateway_is_told_in_brief_what_was_said_last_and_waits_for_nothing(
-    published: AdapterFigures, worker: Worker
+    published: AdapterMetrics, worker: Worker
 ) -> None:
     worker.gate.clear()
-    worker.figures.fuse.observe(0.1)
+    worker.metrics.fuse.observe(0.1)
     published.check.observe(0.1)
     published.check.observe(0.1)
-    assert published.brief() == {"prepares": 0, "fuses": 0}  # both as of the same moment
-    published.brief()
+    assert published.summary() == {"prepares": 0, "fuses": 0}  # both as of the same moment
+    published.summary()
     worker.gate.set()
     await published.refresh()
-    assert published.brief() == {"prepares": 2, "fuses": 1, "slots_taken": 3}
+    assert published.summary() == {"prepares": 2, "fuses": 1, "slots_taken": 3}
     await published.refresh()
     assert worker.asked == 2
 
 
-async def test_a_worker_that_cannot_answer_leaves_what_was_known(published: AdapterFigures, worker: Worker) -> None:
-    worker.figures.load.observe(0.1)
+async def test_a_worker_that_cannot_answer_leaves_what_was_known(published: AdapterMetrics, worker: Worker) -> None:
+    worker.metrics.load.observe(0.1)
     await published.refresh()
     worker.failure = RuntimeError("the engine is dead")
     await published.refresh()
@@ -136,7 +136,7 @@ async def test_a_worker_that_cannot_answer_leaves_what_was_known(published: Adap
 
 @pytest.mark.parametrize(("path", "asked"), [("/metrics", 1), ("/v1/models", 0)])
 async def test_the_worker_is_asked_when_metrics_are(
-    published: AdapterFigures, worker: Worker, path: str, asked: int
+    published: AdapterMetrics, worker: Worker, path: str, asked: int
 ) -> None:
     async def app(*_: object) -> None:
         assert worker.asked == asked
@@ -144,4 +144,4 @@ async def test_the_worker_is_asked_when_metrics_are(
     async def nothing(*_: object) -> Message:
         raise AssertionError
 
-    await Refreshing(app, lambda: published)({"type": "http", "path": path}, nothing, nothing)
+    await RefreshMetrics(app, lambda: published)({"type": "http", "path": path}, nothing, nothing)

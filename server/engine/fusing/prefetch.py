@@ -1,0 +1,130 @@
+"""Fuse adapters ahead of use, in a separate thread, while the model computes.
+
+If the worker shares the engine core's process, the arrival of a request starts its fusion, often a whole step before
+the request is scheduled. A step that needs an adapter waits for its fusion and for the one already running.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+
+from server.engine import patches
+
+if TYPE_CHECKING:
+    from server.engine.fusing.manager import FusingLoRAManager
+
+Fused = TypeVar("Fused")
+
+MAX_PREFETCHED = 32  # maximum number of queued, running and finished fusions; further requests start as space frees
+
+
+class FusionPrefetcher(Generic[Fused]):
+    """Queued, running and finished fusions that no step has used yet; one thread fuses each recipe once."""
+
+    def __init__(self, fuse: Callable[[str], Fused]) -> None:
+        self._fuse = fuse
+        self._lock = Lock()
+        self._futures: dict[str, Future[Fused]] = {}  # by recipe name, in the order of fusion
+        threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(1, "mta-fuse", torch.set_num_threads, (1,))
+        self._pool.submit(int).result()  # start the thread now, before its creator is bound to one core
+        torch.set_num_threads(threads)  # the thread's setting also applies to threads that start later
+
+    def start(self, name: str, needed: Callable[[], bool] = lambda: True) -> None:
+        """Queue a recipe if it is new, there is space, and `needed` (called under the lock) returns true."""
+        with self._lock:
+            if name not in self._futures and len(self._futures) < MAX_PREFETCHED and needed():
+                self._queue(name)
+
+    def unfinished(self, names: Iterable[str]) -> set[str]:
+        """Queue recipes in this order, as space allows, and return those that are not fused yet."""
+        with self._lock:
+            wanted = list(dict.fromkeys(names))
+            self._queue_all(wanted[:MAX_PREFETCHED])
+            return {name for name in wanted if name not in self._futures or not self._futures[name].done()}
+
+    def prioritise(self, names: Iterable[str]) -> None:
+        """Fuse these recipes next, in this order."""
+        with self._lock:
+            first = list(dict.fromkeys(names))
+            self._queue_all(first)
+            self._futures = {name: self._futures[name] for name in first} | self._futures
+
+    def result(self, name: str) -> Fused:
+        """Prioritise a recipe, wait for its fusion and return the adapter; the caller then calls `discard`.
+
+        The fusing thread runs even a fusion that has not started. On a machine with busy cores, the caller's several
+        threads would take many times as long.
+        """
+        self.prioritise([name])
+        return self._futures[name].result()
+
+    def discard(self, name: str) -> None:
+        """Drop the result; the manager now holds the adapter."""
+        with self._lock:
+            self._futures.pop(name, None)
+
+    def cancel(self, names: Iterable[str]) -> None:
+        """Cancel or drop these fusions; wait for the running one."""
+        with self._lock:
+            futures = [self._futures.pop(name) for name in names if name in self._futures]
+        for future in futures:
+            if not future.cancel():
+                future.exception()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the recipes whose fusion is queued, running or finished without an error."""
+        with self._lock:
+            futures = list(self._futures.items())
+        return [name for name, future in futures if not future.done() or future.exception() is None]
+
+    def _queue_all(self, names: Sequence[str]) -> None:
+        """Queue new and failed recipes; evict the oldest others when full."""
+        others = [name for name in self._futures if name not in names]
+        for name in names:
+            future = self._futures.get(name)
+            if future is None or (future.done() and future.exception() is not None):
+                if len(self._futures) >= MAX_PREFETCHED and others:
+                    self._futures.pop(others.pop(0)).cancel()
+                self._queue(name)
+
+    def _queue(self, name: str) -> None:
+        self._futures[name] = Future()
+        self._pool.submit(self._fuse_next)
+
+    def _fuse_next(self) -> None:
+        """Fuse the first queued recipe, if any; runs once per queued recipe."""
+        with self._lock:
+            queued = (item for item in self._futures.items() if not (item[1].running() or item[1].done()))
+            name, future = next(queued, ("", None))
+            if future is None:
+                return
+            future.set_running_or_notify_cancel()
+        try:
+            future.set_result(self._fuse(name))
+        except BaseException as error:
+            future.set_exception(error)
+
+
+def prefetch_on_arrival(manager: FusingLoRAManager) -> None:
+    """Make this process's engine core, if any, pass each new request to `manager`, and `manager` to the scheduler."""
+    if "vllm.v1.engine.core" not in sys.modules:
+        return
+
+    def with_prefetch(preprocess: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def prefetch_and_preprocess(self: Any, request: Any) -> Any:  # `patches.py` checks these parameter names
+            if request.lora_request is not None:
+                self.scheduler.adapter_manager = manager
+                manager.prefetch(request.lora_request)
+            return preprocess(self, request)
+
+        return prefetch_and_preprocess
+
+    patches.replace(patches.ARRIVAL, with_prefetch)
