@@ -92,13 +92,12 @@ class Verdict(Frozen):
 
     people: int = Field(ge=1)  # number of held-out people
     losses: dict[str, float]  # mean loss by method, in nats per token
-    # Past items below: `history` items in the prompt, or the smallest tried number if `history` is 0.
     merged: LossDifference  # the bank's rule minus the common row alone
     recalled: LossDifference  # the common row with past items minus without
     both: LossDifference  # the bank's rule with past items minus without
     beyond: LossDifference  # the bank's rule minus the common row, both with past items
     prior: LossDifference | None = None  # the bank's rule minus the histogram of answers; None for free-text answers
-    history: int = Field(default=0, ge=0)  # default number of past items in prompts
+    history: int = Field(default=0, ge=0)  # default number of past items in prompts; if 0, those above have 1
 
 
 class ModuleEntry(Frozen):

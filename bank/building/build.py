@@ -136,7 +136,7 @@ def read_inputs(inputs: BuildInputs, task: Task, options: BuildOptions) -> tuple
     excluded = read_excluded(inputs.exclude) if inputs.exclude is not None else frozenset()
     kept = [person for person in people if person.user_id not in excluded]
     if not kept:
-        raise BankError(f"{inputs.exclude} leaves out everybody in {inputs.users}")
+        raise BankError(f"{inputs.exclude} excludes everybody in {inputs.users}")
     held_out = held_out_people(kept, task, options.anchors) if options.verdict else []
     return [person for person in kept if person not in held_out], held_out
 

@@ -53,7 +53,7 @@ def held_out_people(people: Sequence[History], task: Task, needed: int) -> list[
     At least `needed` candidates remain. If there are too few people, nobody is held out.
     """
     lengths = {person.user_id: len(person.pairs(task)) for person in people}
-    enough = [p for p in people if len(p.items) == lengths[p.user_id] >= QUERIES + KNOWN and _can_be_asked(p, task)]
+    enough = [p for p in people if len(p.items) == lengths[p.user_id] >= QUERIES + KNOWN and _can_query(p, task)]
     spare = sum(length >= MIN_ITEMS for length in lengths.values()) - needed
     wanted, chosen = min(MAX_HELD_OUT, len(people) // PEOPLE_PER_HELD_OUT), list[History]()
     for person in sorted(enough, key=lambda person: lengths[person.user_id])[:wanted]:
@@ -64,7 +64,7 @@ def held_out_people(people: Sequence[History], task: Task, needed: int) -> list[
     return chosen if len(chosen) >= MIN_HELD_OUT else []
 
 
-def _can_be_asked(person: History, task: Task) -> bool:
+def _can_query(person: History, task: Task) -> bool:
     """Whether the task allows the person's last answers; the histogram of answers has no share for others."""
     allowed = allowed_answers(task)
     return not allowed or all(answer in allowed for _, answer in person.pairs(task)[-QUERIES:])
@@ -93,9 +93,7 @@ def _cluster(embeddings: Vectors, count: int, seed: int) -> np.ndarray[tuple[int
 
     # One thread: several threads sum in varying order, and the same seed must give the same clusters.
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # fewer distinct people than clusters: handled by the caller
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the caller handles fewer distinct people than clusters
         labels = KMeans(count, n_init=10, random_state=seed).fit(np.asarray(embeddings, np.float64)).labels_
     return np.asarray(labels, dtype=np.int32)
 

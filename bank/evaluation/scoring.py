@@ -109,14 +109,14 @@ class Scorer:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._model = model
-        self._here: Attached | None = None
+        self._current: Attached | None = None
         self._rank = 0
         self._attached = ExitStack()
 
     def bare(self) -> Any:
         """Detach any adapter and return the base model."""
         self._attached.close()
-        self._here = None
+        self._current = None
         return self._model
 
     def read(
@@ -124,7 +124,7 @@ class Scorer:
     ) -> list[Reading]:
         ids = [self.tokenizer.encode(score, add_special_tokens=False) for score in SCORES] if chances else []
         among = [one[0] for one in ids] if all(len(one) == 1 for one in ids) else []
-        model = self._under(adapter)
+        model = self._model_with(adapter)
         found = score(model, examples, among)
         answers: list[Any] = [None] * len(found)
         if new_tokens:
@@ -136,12 +136,12 @@ class Scorer:
         sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            written = self._generate(self._under(adapter), examples, WRITTEN_TOKENS, texts, **sampling)
+            written = self._generate(self._model_with(adapter), examples, WRITTEN_TOKENS, texts, **sampling)
         return [written[first : first + texts] for first in range(0, len(written), texts)]
 
     @torch.no_grad()
     def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
-        model = self._under(adapter)
+        model = self._model_with(adapter)
         ids = torch.tensor([example.ids[: example.loss_from]]).to(model.device)
         start_s = time.perf_counter()
         model(input_ids=ids, logits_to_keep=1)
@@ -170,12 +170,12 @@ class Scorer:
         )
         return [text.strip() for text in self.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)]
 
-    def _under(self, adapter: EvalAdapter | None) -> Any:
+    def _model_with(self, adapter: EvalAdapter | None) -> Any:
         if adapter is None:
             return self.bare()
         lora = adapter.lora()
-        if self._here is None or self._rank != lora.rank:
-            self._here = self._attached.enter_context(attached(self.bare(), lora))
+        if self._current is None or self._rank != lora.rank:
+            self._current = self._attached.enter_context(attached(self.bare(), lora))
             self._rank = lora.rank
-        self._here.put(lora)
-        return self._here.model
+        self._current.put(lora)
+        return self._current.model

@@ -63,8 +63,8 @@ def evaluate(
         points = curves(len(bank.manifest.anchors), max(len(user.items) for user in people))
         options = replace(options, methods=tuple(dict.fromkeys((*options.methods, *points))))
     dtype = resolve_dtype(inputs.dtype)
-    how = f"{'in an engine' if engine else 'in process'}, {dtype}"
-    records = Records(inputs.out, _key(bank.manifest.fingerprint, people, config, how))
+    setup = f"{'in an engine' if engine else 'in process'}, {dtype}"
+    records = Records(inputs.out, _key(bank.manifest.fingerprint, people, config, setup))
     evaluator = Evaluator(
         bank=bank,
         task_bank=bank.of_task(inputs.embedder.id) if with_task else None,
@@ -88,13 +88,13 @@ def evaluate(
     return _write(inputs.out, made, bank, people, options)
 
 
-def _key(bank: str, people: Sequence[History], config: AdaptConfig, how: str) -> str:
+def _key(bank: str, people: Sequence[History], config: AdaptConfig, setup: str) -> str:
     """Return the SHA-256 (16 hex digits) of everything that determines a record, except seed and method.
 
     The task row is not included, because the bank that it was trained from determines it.
     """
     contents = [[p.user_id, [dict(i.fields) for i in p.items], [asdict(q) for q in p.queries]] for p in people]
-    content = {"bank": bank, "config": asdict(replace(config, seed=0)), "people": contents, "how": how}
+    content = {"bank": bank, "config": asdict(replace(config, seed=0)), "people": contents, "how": setup}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

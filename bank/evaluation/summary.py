@@ -119,7 +119,7 @@ def markdown(found: Mapping[str, Sequence[MethodRow]]) -> str:
 
 def _table(rows: Sequence[MethodRow]) -> str:
     metrics, others = columns(rows)
-    heads = ["method", "loss", "prompt tokens", "first token, ms", "bytes kept", *metrics]
+    heads = ["method", "loss", "prompt tokens", "first token, ms", "bytes stored", *metrics]
     lines = [
         [row.method, f"{row.loss:.4f}", f"{row.prompt_tokens:.0f}", row.first_ms, f"{row.kept_bytes:.0f}"]
         + [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in metrics]

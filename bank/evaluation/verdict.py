@@ -26,7 +26,7 @@ COMMON, MERGED, PRIOR = "common", "merged", "prior"
 _LEVEL = 0.95
 _NO_BOUND = 1e9  # JSON has no infinity
 
-Losses = dict[str, float]  # one person's mean loss by method, nats a token
+Losses = dict[str, float]  # one person's mean loss by method, in nats per token
 
 
 def judge_bank(

@@ -77,12 +77,11 @@ def encode_with_memories(
     tokenizer: ChatTokenizer, task: Task, turn: str, output: str, *, memories: Sequence[str], max_tokens: int
 ) -> Example:
     """Encode a pair as `encode_pair` does, with the memories that fit before the turn."""
-    start = chat_messages(turn)
-    messages = messages_with_memories(tokenizer, task, start, output, memories=memories, max_tokens=max_tokens)
+    messages = add_memories(tokenizer, task, chat_messages(turn), output, memories=memories, max_tokens=max_tokens)
     return encode_pair(tokenizer, messages[-1]["content"], output, max_tokens)
 
 
-def messages_with_memories(
+def add_memories(
     tokenizer: ChatTokenizer,
     task: Task,
     messages: list[dict[str, str]],

@@ -14,7 +14,7 @@ from bank.errors import BankError
 from bank.items.profile import Vectors
 
 FLAT_LIMIT = 10_000  # above this many anchors the index is approximate
-_LINKS, _BUILD_DEPTH, _SEARCH_DEPTH = 32, 200, 128
+_LINKS, _BUILD_DEPTH, _SEARCH_DEPTH = 32, 200, 128  # HNSW's M, efConstruction and efSearch
 
 
 class AnchorIndex:

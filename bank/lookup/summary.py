@@ -30,11 +30,9 @@ def summarise(folder: Path) -> dict[str, Any]:
 def verdict_text(verdict: Verdict) -> str:
     """Describe a verdict: a judgement, then its figures."""
     sentences = [
-        f"{_judgement(verdict)} Measured on {verdict.people} people left out of the bank, difference in loss for a "
-        f"typical person in nats per token (negative is better): adapters against the common row "
-        f"{_figure(verdict.merged)}",
-        f"{_items(verdict)} in the prompt, with the adapters {_figure(verdict.both)}, without "
-        f"{_figure(verdict.recalled)}",
+        f"{_judgement(verdict)} Measured on {verdict.people} people left out of the bank, typical loss differences in "
+        f"nats per token, negative is better: adapters against the common row {_figure(verdict.merged)}",
+        f"{_items(verdict)} in the prompt, with adapters {_figure(verdict.both)}, without {_figure(verdict.recalled)}",
         f"adapters against the common row, both with {_items(verdict)} {_figure(verdict.beyond)}",
     ]
     if verdict.prior:

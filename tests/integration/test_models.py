@@ -86,7 +86,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BankError, match=r"cannot read config\.json"):
         model_hash(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(BankError, match="there is no"):
+    with pytest.raises(BankError, match="it has no"):
         model_hash(tmp_path)
 
 
@@ -103,7 +103,7 @@ def test_every_bank_has_to_be_for_the_model_at_hand(
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all"])
 def test_a_path_that_does_not_exist_is_never_looked_up_elsewhere(name: str, tmp_path: Path) -> None:
-    with pytest.raises(BankError, match="no such folder"):
+    with pytest.raises(BankError, match="does not exist"):
         ensure_base_model(name, tmp_path)
 
 
@@ -121,7 +121,7 @@ def test_preparing_at_once_makes_it_once(tmp_path: Path) -> None:
         (draft / "landmark").write_text("whole")
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: folders._prepared(tmp_path / "model", "landmark", make), range(5)))
+        found = list(pool.map(lambda _: folders._prepare(tmp_path / "model", "landmark", make), range(5)))
     assert len(made) == 1
     assert (found[-1] / "landmark").read_text() == "whole"
 
@@ -132,7 +132,7 @@ def test_a_preparation_that_fails_leaves_nothing_half_done(tmp_path: Path) -> No
         raise BankError("the disk is full")
 
     with pytest.raises(BankError, match="disk is full"):
-        folders._prepared(tmp_path / "model", "landmark", fail)
+        folders._prepare(tmp_path / "model", "landmark", fail)
     assert [p.name for p in tmp_path.iterdir()] == [".model.lock"]
 
 

@@ -194,7 +194,7 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
         "embedder": f"{embedder['id']}, {embedder['dim']} dimensions",
         "method": f"{summary['method']}, {common}",
         "adapted": f"{summary['modules']} modules: {', '.join(summary['target_modules'])}",
-        "weights": _rule(weights),
+        "weights": _describe_rule(weights),
         "index": f"{index['kind']}, {index['anchors']} anchors of {index['dim']} dimensions",
         "rank": f"{summary['rank']} per anchor, {summary['fused_rank']} fused, {summary['serving_rank']} served; "
         f"user adapters: up to rank {summary['room']}",
@@ -212,9 +212,9 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
     console.print(anchors)
 
 
-def _rule(weights: Mapping[str, Any]) -> str:
+def _describe_rule(weights: Mapping[str, Any]) -> str:
     topic = f"topic, at most {weights['anchors']} anchors, strength {weights['strength']:g}"
-    if stepping := weights["posterior"]:
-        rule = f"posterior, at most {stepping['anchors']} anchors, decay {stepping['decay']:g}"
+    if posterior := weights["posterior"]:
+        rule = f"posterior, at most {posterior['anchors']} anchors, decay {posterior['decay']:g}"
         return f"{rule}; until there is a signature, {topic}"
     return topic

@@ -32,8 +32,8 @@ from server.store.adapters import AdapterStore, StoredAdapter, new_adapter_id
 from server.store.opening import open_stores
 from server.store.tenants.user_key import UserKeys
 
-LENT_S = 3600
-SILENCE_S = 300.0
+LENT_S = 3600  # seconds until the store drops a trained adapter
+SILENCE_S = 300.0  # timeout for a response without new data
 
 
 @contextmanager
