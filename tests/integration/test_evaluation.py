@@ -114,7 +114,7 @@ def test_a_bank_without_baselines_is_told_which_flag_it_lacks(inputs: EvalInputs
     with pytest.raises(BankError, match="--baselines"):
         run(dataclasses.replace(inputs, bank=bench.folder / "bare"))
     shutil.copytree(inputs.bank / BASELINES, bench.folder / "bare" / BASELINES)
-    with pytest.raises(BankError, match="of another bank"):
+    with pytest.raises(BankError, match="belongs to another bank"):
         run(dataclasses.replace(inputs, bank=bench.folder / "bare"))
 
 

@@ -73,4 +73,5 @@ def test_the_rule_of_weights_is_told_in_a_line() -> None:
     topic = "topic, at most 2 anchors, strength 0.5"
     posterior = f"posterior, at most 16 anchors, decay 250; until there is a signature, {topic}"
     for rule, words in ((None, topic), (PosteriorRule(anchors=16), posterior)):
-        assert commands._rule(WeightRule(anchors=2, strength=0.5, posterior=rule).model_dump(mode="json")) == words
+        weights = WeightRule(anchors=2, strength=0.5, posterior=rule)
+        assert commands._describe_rule(weights.model_dump(mode="json")) == words
