@@ -88,7 +88,7 @@ class EngineFailed(ApiError):  # the engine's response is invalid or incomplete
     status, kind, default_code = 502, "engine_error", "engine_failed"
 
 
-class _TryAgain(ApiError):
+class _RetryableError(ApiError):
     """An error with `Retry-After`; `limits` are headers with the remaining amount of each limit."""
 
     def __init__(
@@ -104,9 +104,9 @@ class _TryAgain(ApiError):
         self.headers |= {"Retry-After": str(max(1, ceil(retry_after_s))), **(limits or {})}
 
 
-class TooMany(_TryAgain):  # a limit is reached, or the queue is full
+class TooMany(_RetryableError):  # a limit is reached, or the queue is full
     status, kind, default_code = 429, "rate_limit_error", "rate_limit_exceeded"
 
 
-class Unavailable(_TryAgain):  # a part is down
+class Unavailable(_RetryableError):  # a part is down
     status, kind, default_code = 503, "service_unavailable", "unavailable"

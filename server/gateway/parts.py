@@ -22,7 +22,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
 from server.errors import ApiError, Unavailable
-from server.gateway.access.keys import REFRESH_INTERVAL_S, KnownKeys, caller_of, name_of
+from server.gateway.access.keys import REFRESH_INTERVAL_S, KnownKeys, caller_name_of, caller_of
 from server.gateway.access.limiter import RENEW_INTERVAL_S, Limiter
 from server.gateway.access.queue import COUNT_GATEWAYS_S, EngineQueue, GatewayShare
 from server.gateway.access.shares import FairQueue, Shares
@@ -77,13 +77,13 @@ class Gateway:
     bodies: BodyReader
 
     @property
-    def usual(self) -> Parts:
+    def default_parts(self) -> Parts:
         return next(iter(self.parts.values()))
 
     def of(self, tenant: str) -> Parts:
         named = self.keys.bank_of(tenant)
         if named is None:
-            return self.usual
+            return self.default_parts
         if (parts := self.parts.get(named)) is None:
             raise Unavailable(
                 f"this tenant's bank, {named}, is not served here, only {', '.join(self.parts)}: set MTA_BANK or "
@@ -127,7 +127,7 @@ async def open_gateway(
         stack.push_async_callback(share.leave)
         queue = EngineQueue(
             share,
-            most_waiting=settings.queue_places,
+            max_waiting=settings.queue_places,
             patience_s=settings.queue_timeout_s,
             waited=metrics.queue_seconds.observe,
             refused=metrics.count_refusal,
@@ -135,7 +135,7 @@ async def open_gateway(
         metrics.queue_running.set_function(lambda: queue.taken)
         metrics.queue_waiting.set_function(lambda: queue.waiting)
         large = FairQueue(Shares(lambda: LARGE_AT_ONCE))
-        bodies = BodyReader(body_thread, lambda request: large.held(name_of(request)))
+        bodies = BodyReader(body_thread, lambda request: large.held(caller_name_of(request)))
 
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
             short = bank.manifest.short
@@ -222,10 +222,10 @@ def _open_banks(folders: Sequence[Path], embedder_id: str) -> dict[Path, Serving
 async def _count_jobs(jobs: JobStore, banks: Iterable[str], metrics: Metrics) -> None:
     """Count the banks' open jobs; keep the last count while the store is down."""
     with contextlib.suppress(Unavailable):
-        found = [await jobs.backlog(bank) for bank in banks]
-        metrics.jobs.labels("queued").set(sum(each.waiting for each in found))
-        metrics.jobs.labels("running").set(sum(each.open - each.waiting for each in found))
-        metrics.oldest_job.set(max(each.oldest_s for each in found))
+        backlogs = [await jobs.backlog(bank) for bank in banks]
+        metrics.jobs.labels("queued").set(sum(each.waiting for each in backlogs))
+        metrics.jobs.labels("running").set(sum(each.open - each.waiting for each in backlogs))
+        metrics.oldest_job.set(max(each.oldest_s for each in backlogs))
 
 
 async def _rewrite_file_if_due(file: RewritableFile, metrics: Metrics) -> None:
@@ -256,7 +256,7 @@ def parts_of(request: Request) -> Parts:
 
 
 def users_of(request: Request) -> UserKeys:
-    return gateway_of(request).usual.tenants.users(caller_of(request).tenant)
+    return gateway_of(request).default_parts.tenants.users(caller_of(request).tenant)
 
 
 def user_of(request: Request, user_id: str) -> User:
@@ -267,7 +267,7 @@ def user_of(request: Request, user_id: str) -> User:
 class UserRoute(JsonRoute):
     """A route that writes its body to a user, unless the user is erased while the body arrives."""
 
-    async def accepted(self, request: Request) -> None:
+    async def before_body(self, request: Request) -> None:
         user = user_of(request, request.path_params["user_id"])
         request.state.epoch = await parts_of(request).profiles.store.epoch(user.key)
 

@@ -96,7 +96,7 @@ class TestRequests:
                 assert begins(stream).startswith(b"HTTP/1.1 200")
                 refused = client.get("/v1/models")
                 assert refused.status_code == 429
-                assert "1 requests of this API key" in refused.json()["error"]["message"]
+                assert "limit of concurrent requests, 1:" in refused.json()["error"]["message"]
             wait_until(lambda: client.get("/v1/models").status_code == 200, "the stream to be over")
 
     def test_whoever_has_an_answer_may_ask_again_at_once(self, keyed: Keyed) -> None:

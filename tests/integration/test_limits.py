@@ -259,7 +259,7 @@ class TestAtOnce:
             asked = [many.submit(generate, one, "ada", max_tokens=20) for one in (client, other)]
             wait_until(lambda: len(limited.engine.seen) == 2, "both to be in progress")
             for one in (client, other):
-                assert "this API key has 2 requests" in refused(generate(one, "kai"))["message"]
+                assert "limit of concurrent requests, 2:" in refused(generate(one, "kai"))["message"]
             assert {answer.result().status_code for answer in asked} == {200}
             wait_until(lambda: generate(other, limited.new_user()).status_code == 200, "a place to be free")
 

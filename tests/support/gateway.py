@@ -45,7 +45,7 @@ class GatewayThread:
     @property
     def parts(self) -> Parts:
         gateway: Gateway = self.app.state.gateway
-        return gateway.usual
+        return gateway.default_parts
 
     def key(self, user_id: str) -> str:
         """The key of a user of the tenant that there is while no API key exists."""

@@ -44,22 +44,22 @@ def caller_of(request: Mapping[str, Any]) -> Caller:
 
     Raise the error of `KnownKeys.caller` if the request has no valid key, which only open routes allow.
     """
-    found: Caller | ApiError = request["state"]["caller"]
-    if isinstance(found, ApiError):
-        raise found
-    return found
+    caller: Caller | ApiError = request["state"]["caller"]
+    if isinstance(caller, ApiError):
+        raise caller
+    return caller
 
 
-def name_of(request: Mapping[str, Any]) -> str:
+def caller_name_of(request: Mapping[str, Any]) -> str:
     """Return the name under which the caller competes for places; all requests without a valid key share one name."""
-    found = request["state"]["caller"]
-    return found.name if isinstance(found, Caller) else ""
+    caller = request["state"]["caller"]
+    return caller.name if isinstance(caller, Caller) else ""
 
 
 def is_admin(request: Mapping[str, Any]) -> bool:
     """Return whether the caller may see the state of the server."""
-    found = request["state"]["caller"]
-    return isinstance(found, Caller) and Scope.ADMIN in found.scopes
+    caller = request["state"]["caller"]
+    return isinstance(caller, Caller) and Scope.ADMIN in caller.scopes
 
 
 class KnownKeys:

@@ -72,12 +72,12 @@ class InProgress:
         self._store = store
         self._members: defaultdict[str, set[str]] = defaultdict(set)
 
-    async def enter(self, caller: str, most: int) -> str | None:
-        """Return a name for `leave`, or None if `most` are in progress; there is no limit while the store is down."""
+    async def enter(self, caller: str, limit: int) -> str | None:
+        """Return a name for `leave`, or None if `limit` are in progress; there is no limit while the store is down."""
         member = secrets.token_hex(8)
         self._members[caller].add(member)
         try:
-            if await self._store.acquire(f"running/{caller}", [member], _LEASE_S, most) is None:
+            if await self._store.acquire(f"running/{caller}", [member], _LEASE_S, limit) is None:
                 self._members[caller].discard(member)
                 return None
         except Unavailable as error:  # the store may have counted the request: only its reply was lost
@@ -121,17 +121,17 @@ class Limiter:
     ) -> AsyncIterator[RequestUsage]:
         """Count one request for the duration of a `with` block; a request that `generates` needs a token left."""
         allowance = caller.allowance.with_defaults(self._per_key)
-        usage, most = RequestUsage(caller, allowance), allowance.concurrent or 0
+        usage, limit = RequestUsage(caller, allowance), allowance.concurrent or 0
         uses = _uses(caller.name, allowance, {"requests": 1, "tokens": 0} if generates else {"requests": 1})
         uses += self._of_user(user_key, {"requests": 1})
         try:
-            if most and (settling := self._settling[caller.name]):  # a client may send again right after a response
+            if limit and (settling := self._settling[caller.name]):  # a client may send again right after a response
                 await asyncio.wait(settling)
-            if uses or most:
-                await self._consume(usage, uses, most)
+            if uses or limit:
+                await self._consume(usage, uses, limit)
             yield usage
         finally:
-            if uses or most or usage.body:
+            if uses or limit or usage.body:
                 self._settle_in_background(caller, self._settle(usage))
 
     def count_body(self, usage: RequestUsage, user: User | None, tokens: Callable[[], int]) -> None:
@@ -163,15 +163,15 @@ class Limiter:
     def _of_user(self, user_key: str | None, amounts: Mapping[str, int]) -> list[Use]:
         return [] if user_key is None else _uses(f"{_USER}{user_key}", self._per_user, amounts)
 
-    async def _consume(self, usage: RequestUsage, uses: Sequence[Use], most: int) -> None:
+    async def _consume(self, usage: RequestUsage, uses: Sequence[Use], limit: int) -> None:
         """Consume all `uses`, or none and raise: a user over their limit must not use up the limit of their app's key.
 
-        Record in `usage` what the store counted. `most` is the caller's maximum of concurrent requests, 0 for no limit.
+        Record in `usage` what the store counted. `limit` is the caller's maximum of concurrent requests, 0 for none.
         """
         tried = asyncio.gather(*(self._try_consume(owned, usage) for owned in _by_owner(uses)))
         is_full = False
-        if most:  # 0 when the body is counted: `usage.member` must keep the request's name then
-            unfit, member = await asyncio.gather(tried, self.in_progress.enter(usage.caller.name, most))
+        if limit:  # 0 when the body is counted: `usage.member` must keep the request's name then
+            unfit, member = await asyncio.gather(tried, self.in_progress.enter(usage.caller.name, limit))
             usage.member, is_full = member or "", member is None
         else:
             unfit = await tried
@@ -180,19 +180,19 @@ class Limiter:
             return
         consumed, usage.uses = usage.uses, []
         await self.refund(consumed)
-        raise self._refusal(refused, most, usage)
+        raise self._refusal(refused, limit, usage)
 
     async def _try_consume(self, uses: Sequence[Use], usage: RequestUsage) -> Sequence[Use]:
         """Consume from one owner's rates and return the uses that do not fit; a use of 0 needs at least 1 left."""
         try:
-            found = await self._store.consume(uses)
+            result = await self._store.consume(uses)
         except Unavailable as error:
             log.warning("a request may not be counted against its limits: %s", error.explained)
             return ()
-        usage.levels.update({level.rate: level for level in found.levels})
-        if found.counted:
+        usage.levels.update({level.rate: level for level in result.levels})
+        if result.counted:
             usage.uses += uses
-        known = zip(uses, found.fit, found.levels, strict=True)
+        known = zip(uses, result.fit, result.levels, strict=True)
         return [use for use, fits, level in known if not fits or level.left < (not use.amount)]
 
     async def _settle(self, usage: RequestUsage) -> None:
@@ -212,7 +212,7 @@ class Limiter:
         except Unavailable as error:
             log.warning("the usage of a request could not be corrected: %s", error.explained)
 
-    def _refusal(self, unfit: Sequence[Use], most: int, usage: RequestUsage) -> TooMany:
+    def _refusal(self, unfit: Sequence[Use], limit: int, usage: RequestUsage) -> TooMany:
         self._refused(unfit[0].rate.what if unfit else "concurrent")
         if unfit:
             rate, wait_s = unfit[0].rate, max(usage.levels[use.rate].fits_in_s(use.amount or 1) for use in unfit)
@@ -222,7 +222,7 @@ class Limiter:
             message = f"{reason}: try again in {wait_s:.0f} s"
         else:
             wait_s = _CONCURRENT_RETRY_S
-            message = f"this API key has {most} requests in progress, its maximum: try again in a moment"
+            message = f"this API key is at its limit of concurrent requests, {limit}: try again in a moment"
         return TooMany(message, retry_after_s=wait_s, limits=usage.headers())
 
     def _settle_in_background(self, caller: Caller, work: Coroutine[Any, Any, None]) -> None:
@@ -236,9 +236,9 @@ class Limiter:
 def _uses(owner: str, allowance: Allowance, amounts: Mapping[str, int]) -> list[Use]:
     """Return the uses of an owner's limited rates; cap each at its limit, or a larger estimate could never fit."""
     return [
-        Use(Rate(what, owner, most, DAY_S if what == "jobs" else MINUTE_S), min(amount, most))
+        Use(Rate(what, owner, limit, DAY_S if what == "jobs" else MINUTE_S), min(amount, limit))
         for what, amount in amounts.items()
-        if (most := getattr(allowance, what))
+        if (limit := getattr(allowance, what))
     ]
 
 

@@ -21,7 +21,7 @@ from server.store.tenants.rates import Rates
 
 COUNT_GATEWAYS_S = 2.0
 _GATEWAY_LEASE_S = 10.0
-_MOST_RETRY_S = 60.0
+_MAX_RETRY_S = 60.0
 _PACE_WEIGHT = 0.1
 _WIDEST_DIVISOR = 4
 """One request to the engines may use at most a quarter of all places."""
@@ -77,7 +77,7 @@ class EngineQueue:
 
     Args:
         places: returns the number of sequences the engines compute at once; None while unknown, then nothing waits.
-        most_waiting: maximum length of the queue; None for half the number of places, which limits the wait to about
+        max_waiting: maximum length of the queue; None for half the number of places, which limits the wait to about
             half the duration of an answer.
         waited: called with the seconds that each generation waited, including those that gave up.
         refused: called with the reason of each refusal.
@@ -87,13 +87,13 @@ class EngineQueue:
         self,
         places: Callable[[], int | None],
         *,
-        most_waiting: int | None,
+        max_waiting: int | None,
         patience_s: float,
         waited: Callable[[float], object] = lambda seconds: None,
         refused: Callable[[str], object] = lambda reason: None,
     ) -> None:
         self._places = places
-        self._most_waiting = most_waiting
+        self._max_waiting = max_waiting
         self._patience_s = patience_s
         self._waited = waited
         self._refused = refused
@@ -168,8 +168,8 @@ class EngineQueue:
         ahead = self._line.ahead_of(caller)
         if ahead and (ahead + 1) * self._pace_s > patience_s:  # with nobody ahead, let it wait to measure the pace anew
             raise self._refusal("queue_timeout")
-        most = max(1, places // 2) if self._most_waiting is None else self._most_waiting
-        if self._line.newcomers < most:
+        limit = max(1, places // 2) if self._max_waiting is None else self._max_waiting
+        if self._line.newcomers < limit:
             return
         longest = self._line.longest()
         if longest is None or longest == caller or self._line.length(longest) <= self._line.length(caller) + 1:
@@ -195,5 +195,5 @@ class EngineQueue:
         return TooMany(
             "the engines are busy and cannot serve this request in time: try again in a moment",
             code="overloaded",
-            retry_after_s=min(_MOST_RETRY_S, self.waiting * self._pace_s),
+            retry_after_s=min(_MAX_RETRY_S, self.waiting * self._pace_s),
         )

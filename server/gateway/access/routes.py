@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.routing import Route
 
 from server.errors import Forbidden, TooMany, Unavailable
-from server.gateway.access.keys import KnownKeys, caller_of, name_of
+from server.gateway.access.keys import KnownKeys, caller_name_of, caller_of
 from server.gateway.access.shares import Shares
 from server.store.tenants.access_keys import CREATE, Scope
 
@@ -84,24 +84,25 @@ EVENTS_DIVISOR = 4  # at most a quarter of all requests in progress may be event
 _SCHEME = "API key"
 
 
-def guard(app: FastAPI, keys: KnownKeys, most: int, refused: Callable[[str], None]) -> None:
+def guard(app: FastAPI, keys: KnownKeys, max_requests: int, refused: Callable[[str], None]) -> None:
     """Put the gates before every route that the application has so far, and add the keys to its OpenAPI document.
 
-    `most` is the maximum number of requests in progress; `refused` is called with the reason when a request exceeds
-    it. Raise `KeyError` if a route is missing from `ROUTES`.
+    `max_requests` limits the requests in progress; `refused` is called with the reason of each refusal. Raise
+    `KeyError` if a route is missing from `ROUTES`.
     """
-    places = Shares(lambda: most)
-    of_kind = {RouteKind.EVENTS: [places, Shares(lambda: max(1, most // EVENTS_DIVISOR))], RouteKind.OPERATION: []}
+    places = Shares(lambda: max_requests)
+    streams = Shares(lambda: max(1, max_requests // EVENTS_DIVISOR))
+    by_kind = {RouteKind.EVENTS: [places, streams], RouteKind.OPERATION: []}
     for route in app.routes:
         assert isinstance(route, Route), route
         (method,) = (route.methods or set()) - {"HEAD"}
         name = f"{method} {route.path}"
         required = ROUTES[name]
         kind = KINDS.get(name, RouteKind.UNLIMITED if required is OPEN else RouteKind.REQUEST)
-        route.app = _Gates(route.app, keys, required, kind, of_kind.get(kind, [places]), refused)
+        route.app = _Gates(route.app, keys, required, kind, by_kind.get(kind, [places]), refused)
         if required is not OPEN and isinstance(route, APIRoute):
             route.openapi_extra = {"security": [{_SCHEME: []}, {}]}  # {}: no key is needed while none exists
-    # Unknown paths pass the gates too, so that a page of another origin cannot find out which routes exist.
+    # Unknown paths pass the gates too: a page of another origin must not learn which routes exist.
     app.router.default = _Gates(app.router.default, keys, OPEN, RouteKind.OPERATION, (), refused)
     original = app.openapi
 
@@ -132,7 +133,7 @@ class _Gates:
                 f"this API key lacks the scope `{self.required}`, which this route requires: "
                 f"create a key that has it with `{CREATE} NAME --scope {self.required}`"
             )
-        name, taken = name_of(scope), list[Shares]()
+        name, taken = caller_name_of(scope), list[Shares]()
         try:
             for places in self.places:
                 self._acquire(places, name)
@@ -146,7 +147,7 @@ class _Gates:
                 places.release(name)
 
     async def _counted(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        caller, parts = caller_of(scope), scope["app"].state.gateway.usual
+        caller, parts = caller_of(scope), scope["app"].state.gateway.default_parts
         user_id = scope["path_params"].get("user_id")
         user_key = None if user_id is None else parts.tenants.users(caller.tenant).key(user_id)
         generates = self.kind is RouteKind.GENERATION

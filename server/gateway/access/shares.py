@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-LATELY_S = 30.0
+MEAN_TIME_S = 30.0
 """Time constant of the exponential mean of places held, in seconds."""
 _ACTIVE_S = 10.0
 """Seconds that a caller without a place still counts as active."""
@@ -76,7 +76,7 @@ class _Mean:
     def add(self, held: int, now_s: float) -> float:
         """Add that `held` places were held since the last call; return the seconds since then."""
         passed_s = now_s - self.since_s
-        self.value += (1 - math.exp(-passed_s / LATELY_S)) * (held - self.value)
+        self.value += (1 - math.exp(-passed_s / MEAN_TIME_S)) * (held - self.value)
         self.since_s = now_s
         return passed_s
 
@@ -103,7 +103,7 @@ class FairShares(Shares):
 
     def may_acquire(self, caller: str, size: int = 1) -> bool:
         """As `Shares.may_acquire`, but also allow places beyond the share, as the class describes."""
-        use, held = self._seen(caller), self._held[caller]
+        use, held = self._touch(caller), self._held[caller]
         if super().may_acquire(caller, size):
             return True
         if size > self.free:
@@ -114,19 +114,19 @@ class FairShares(Shares):
 
     def arrives(self, caller: str) -> None:
         """As `Shares.arrives`: the caller is active from now on."""
-        self._seen(caller)
+        self._touch(caller)
 
     def acquire(self, caller: str, size: int = 1) -> None:
         """As `Shares.acquire`."""
-        self._seen(caller)
+        self._touch(caller)
         super().acquire(caller, size)
 
     def release(self, caller: str, size: int = 1) -> None:
         """As `Shares.release`."""
-        self._seen(caller)
+        self._touch(caller)
         super().release(caller, size)
 
-    def _seen(self, caller: str) -> _Use:
+    def _touch(self, caller: str) -> _Use:
         """Mark a caller as active and return its use; update the means and remove inactive callers."""
         now_s = time.monotonic()
         self._all.add(self.taken, now_s)
@@ -135,14 +135,14 @@ class FairShares(Shares):
             if now_s < oldest.since_s + _ACTIVE_S:
                 break
             if other in self._held:
-                self._count(other, oldest, now_s)
+                self._update(other, oldest, now_s)
             else:
                 del self._uses[other]
         use = self._uses.setdefault(caller, _Use(now_s))
-        self._count(caller, use, now_s)
+        self._update(caller, use, now_s)
         return use
 
-    def _count(self, caller: str, use: _Use, now_s: float) -> None:
+    def _update(self, caller: str, use: _Use, now_s: float) -> None:
         self._uses.move_to_end(caller)
         share, held = self._share(caller), self._held[caller]
         unused = share - held if math.isfinite(share) else 0.0
@@ -159,13 +159,13 @@ class Waiter:
 
     Attributes:
         size: number of places it needs.
-        keeps_from_s: when, by the monotonic clock, freed places start being kept for it; smaller requests pass before.
+        keep_from_s: when, by the monotonic clock, freed places start being kept for it; smaller requests pass before.
         turn: done once it has its places.
         may_be_refused: whether it can be removed from the line in favour of another caller.
     """
 
     size: int
-    keeps_from_s: float
+    keep_from_s: float
     turn: asyncio.Future[None]
     may_be_refused: bool
 
@@ -191,7 +191,7 @@ class FairQueue:
     def try_acquire(self, caller: str, size: int) -> bool:
         """Take places without waiting; return whether that was possible."""
         if not self._shares.may_acquire(caller, size) or any(
-            self._keeps(other, waiting) for other, line in self._lines.items() for waiting in line
+            self._must_keep_for(other, waiting) for other, line in self._lines.items() for waiting in line
         ):
             return False
         self._shares.acquire(caller, size)
@@ -205,8 +205,8 @@ class FairQueue:
         Raises:
             TimeoutError: after `patience_s` seconds.
         """
-        keeps_from_s = time.monotonic() + passed_for_s
-        waiting = Waiter(size, keeps_from_s, asyncio.get_running_loop().create_future(), may_be_refused)
+        keep_from_s = time.monotonic() + passed_for_s
+        waiting = Waiter(size, keep_from_s, asyncio.get_running_loop().create_future(), may_be_refused)
         self._shares.arrives(caller)
         self._lines.setdefault(caller, []).append(waiting)
         self.waiting += 1
@@ -214,7 +214,7 @@ class FairQueue:
             async with asyncio.timeout(patience_s):
                 await waiting.turn
         except BaseException:
-            self._step_out(caller, waiting)
+            self._leave(caller, waiting)
             raise
 
     def release(self, caller: str, size: int) -> None:
@@ -247,7 +247,7 @@ class FairQueue:
         if not last.turn.done():  # done if the client is just disconnecting
             last.turn.set_exception(error)
 
-    def _step_out(self, caller: str, waiting: Waiter) -> None:
+    def _leave(self, caller: str, waiting: Waiter) -> None:
         """Leave the line, or release the places if they were assigned at the same moment."""
         if waiting.turn.done() and not waiting.turn.cancelled():
             if waiting.turn.exception() is None:
@@ -284,14 +284,14 @@ class FairQueue:
                     if self._shares.is_within_share(caller, waiting.size):
                         return caller, waiting
                     beyond = beyond or (caller, waiting)
-                elif self._keeps(caller, waiting):
+                elif self._must_keep_for(caller, waiting):
                     return None
         return beyond
 
-    def _keeps(self, caller: str, waiting: Waiter) -> bool:
+    def _must_keep_for(self, caller: str, waiting: Waiter) -> bool:
         """Return whether freed places must be kept for a request, because others have passed it for long enough."""
         return (
-            time.monotonic() >= waiting.keeps_from_s
+            time.monotonic() >= waiting.keep_from_s
             and waiting.size > self._shares.free
             and self._shares.is_within_share(caller, waiting.size)
         )

@@ -86,7 +86,7 @@ class JsonRoute(APIRoute):
     """
 
     lines: str | None = None
-    most_lines = 0
+    max_lines = 0
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -105,11 +105,11 @@ class JsonRoute(APIRoute):
 
         def of_lines(body: bytes) -> Any:
             assert self.lines
-            return valid({self.lines: parse_lines(body, self.lines, self.most_lines)})
+            return valid({self.lines: parse_lines(body, self.lines, self.max_lines)})
 
         async def strict(request: Request) -> Response:
             parse = of_lines if self._is_in_lines(request) else of_json
-            await self.accepted(request)
+            await self.before_body(request)
             bodies: BodyReader = request.app.state.gateway.bodies
             try:
                 body = await bodies.read(request, parse)
@@ -119,7 +119,7 @@ class JsonRoute(APIRoute):
 
         return strict
 
-    async def accepted(self, request: Request) -> None:
+    async def before_body(self, request: Request) -> None:
         """Run before the body is read, for state that must be captured at that moment."""
 
     def _is_in_lines(self, request: Request) -> bool:
@@ -138,7 +138,7 @@ class JsonRoute(APIRoute):
 
 class SamplesRoute(JsonRoute):
     lines = "samples"
-    most_lines = MAX_SAMPLES
+    max_lines = MAX_SAMPLES
 
 
 class _ReadRequest(Request):

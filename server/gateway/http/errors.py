@@ -60,27 +60,27 @@ def fault_of(errors: Sequence[Any]) -> InvalidRequest:
             return InvalidRequest(f"unknown field {param!r}, got {value}", param=param, code="unknown_field")
         case "one_of":
             return InvalidRequest(f"{first['msg']}, got {value}", param=param)
-    found = _SUBJECT.match(first["msg"])
-    rule = first["msg"][found.end() :] if found else first["msg"]
+    subject = _SUBJECT.match(first["msg"])
+    rule = first["msg"][subject.end() :] if subject else first["msg"]
     return InvalidRequest(f"{param} {rule if rule.startswith('must') else f'must {rule}'}, got {value}", param=param)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     match error:
         case ApiError():
-            found = error
+            shown = error
         case RequestValidationError():
-            found = fault_of(error.errors())
+            shown = fault_of(error.errors())
         case HTTPException():  # Starlette's own
             place = f"{request.method} {excerpt(request.url.path)}"
             if error.status_code == 405:
-                found = WrongMethod(f"{place}: method not allowed on this route; /docs lists all routes")
+                shown = WrongMethod(f"{place}: method not allowed on this route; /docs lists all routes")
             else:
-                found = NotFound(f"{place}: no such route; /docs lists all routes")
-            found.headers |= error.headers or {}
+                shown = NotFound(f"{place}: no such route; /docs lists all routes")
+            shown.headers |= error.headers or {}
         case _:  # a bug; Starlette raises it again after the response, so that it gets logged
-            found = ApiError("internal error of the gateway: see its log")
-    if found.status >= 500:
-        log.warning("%s", found.explained)
-    content = ErrorAnswer.of(found).model_dump_json()
-    return Response(content, found.status, found.headers, media_type="application/json")
+            shown = ApiError("internal error of the gateway: see its log")
+    if shown.status >= 500:
+        log.warning("%s", shown.explained)
+    content = ErrorAnswer.of(shown).model_dump_json()
+    return Response(content, shown.status, shown.headers, media_type="application/json")

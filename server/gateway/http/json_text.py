@@ -31,7 +31,7 @@ def parse_json(body: bytes) -> Any:
     try:
         value = from_json(body, allow_inf_nan=False, cache_strings="none")
     except ValueError as error:
-        raise _fault(body, str(error)) from error
+        raise _parse_error(body, str(error)) from error
     _check_fields(value)
     if _NUL in bare:
         _check_leaves(value)
@@ -39,15 +39,15 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
-def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
-    """Parse newline-delimited JSON into the values of `field`; at most `most` lines, not counting empty ones."""
+def parse_lines(body: bytes, field: str, max_lines: int) -> list[Any]:
+    """Parse newline-delimited JSON into the values of `field`; at most `max_lines` lines, not counting empty ones."""
     count = body.count(b"\n") + 1
-    if count <= 2 * most:  # some lines may be empty, which do not count
+    if count <= 2 * max_lines:  # some lines may be empty, which do not count
         lines = [line for line in body.split(b"\n") if line.strip()]
         count = len(lines)
-    if count > most:
+    if count > max_lines:
         raise InvalidRequest(
-            f"{field} has {count} lines, at most {most} are allowed", param=field, code="too_many_lines"
+            f"{field} has {count} lines, at most {max_lines} are allowed", param=field, code="too_many_lines"
         )
     _check_structure(body.replace(_ESCAPED_BACKSLASH, b""))
     values = []
@@ -94,7 +94,7 @@ def _check_fields(value: Any) -> None:
         inside += [inner for inner in value if isinstance(inner, (dict, list))]
 
 
-def _fault(body: bytes, reason: str) -> InvalidRequest:
+def _parse_error(body: bytes, reason: str) -> InvalidRequest:
     """Return the error for an invalid text; a second, slower parse locates it."""
     if not body.strip():
         return InvalidRequest("the body is empty: send a JSON object", param="body", code="invalid_json")
@@ -123,9 +123,9 @@ def _find_fault(value: Any) -> tuple[str, list[str]] | None:
     The path of an invalid key is the path of its object.
     """
     if not isinstance(value, (dict, list)):
-        return (fault, []) if (fault := _fault_of_leaf(value)) else None
+        return (fault, []) if (fault := _leaf_fault(value)) else None
     for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(name, str) and (fault := _fault_of_leaf(name)):
+        if isinstance(name, str) and (fault := _leaf_fault(name)):
             return fault, []
         if found := _find_fault(inner):
             found[1].append(str(name))
@@ -133,7 +133,7 @@ def _find_fault(value: Any) -> tuple[str, list[str]] | None:
     return None
 
 
-def _fault_of_leaf(leaf: Any) -> str | None:
+def _leaf_fault(leaf: Any) -> str | None:
     if isinstance(leaf, float) and not math.isfinite(leaf):
         return f"must be a finite number, got {leaf}"
     if isinstance(leaf, str) and "\0" in leaf:

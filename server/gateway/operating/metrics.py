@@ -34,7 +34,7 @@ log = logging.getLogger("mta.gateway")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
 
-_GENERATING = frozenset(("/generate", "/v1/chat/completions", "/v1/completions"))
+_GENERATION_PATHS = frozenset(("/generate", "/v1/chat/completions", "/v1/completions"))
 """Paths at which a POST is a generation."""
 _METHODS = frozenset(("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"))
 _OUTCOMES = {429: "limited", CLIENT_GONE: "gone", 503: "unavailable"}
@@ -210,7 +210,7 @@ class RequestLog:
             method = scope["method"] if scope["method"] in _METHODS else "OTHER"
             status = CLIENT_GONE if notes.gone else status
             self._metrics.requests.labels(route, method, status, notes.level).inc()
-            if method == "POST" and scope["path"] in _GENERATING:
+            if method == "POST" and scope["path"] in _GENERATION_PATHS:
                 tenant = getattr(inner["state"].get("caller"), "tenant", "")  # empty if the gates found no caller
                 self._metrics.count_generation(tenant, notes.level, status, broken=notes.broken)
             took_ms = round((time.perf_counter() - notes.started_s) * 1000, 1)

@@ -38,7 +38,7 @@ async def health(request: Request) -> HealthAnswer:
     """Report that the process is alive: always 200. Returns the last known state of the parts without probing them."""
     if not is_admin(request):
         return HealthAnswer()
-    parts = gateway_of(request).usual
+    parts = gateway_of(request).default_parts
     return HealthAnswer(parts=_states(parts, parts.health.last))
 
 
@@ -53,7 +53,7 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
     ago; the request itself probes nothing. `status` is `not_yet_seen` before the first probe, and `stale` if the last
     probe is too old.
     """
-    parts = gateway_of(request).usual
+    parts = gateway_of(request).default_parts
     last, readiness = parts.health.last, parts.health.readiness
     response.status_code = 200 if readiness is Readiness.READY else 503
     if not is_admin(request):
@@ -70,7 +70,7 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Return metrics in Prometheus's text format."""
-    return Response(gateway_of(request).usual.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    return Response(gateway_of(request).default_parts.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 def _states(parts: Parts, last: ProbeResult | None) -> PartStates:

@@ -72,7 +72,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def queue() -> EngineQueue:
-    return EngineQueue(lambda: 4, most_waiting=4, patience_s=60)
+    return EngineQueue(lambda: 4, max_waiting=4, patience_s=60)
 
 
 @asynccontextmanager

@@ -18,9 +18,9 @@ from server.gateway.access.queue import EngineQueue, GatewayShare
 class Line:
     """A queue for two sequences and its callers; `served` names those who got a place, in order."""
 
-    def __init__(self, places: int | None = 2, most_waiting: int | None = 2) -> None:
+    def __init__(self, places: int | None = 2, max_waiting: int | None = 2) -> None:
         self.places = places
-        self.queue = EngineQueue(lambda: self.places, most_waiting=most_waiting, patience_s=60)
+        self.queue = EngineQueue(lambda: self.places, max_waiting=max_waiting, patience_s=60)
         self.served: list[str] = []
         self._ends: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -98,8 +98,8 @@ which order, and who is refused."""
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 async def test_scenarios(scenario: tuple[int | None, int | None, str, str, str]) -> None:
-    places, most_waiting, steps, served, refused = scenario
-    line = Line(places, most_waiting)
+    places, max_waiting, steps, served, refused = scenario
+    line = Line(places, max_waiting)
     for step in steps.split():
         name, _, size = step.lstrip("-~").partition("*")
         if step[0] == "-":
@@ -160,7 +160,7 @@ async def test_patience_ends(line: Line) -> None:
 
 
 async def test_what_would_wait_too_long_is_refused_at_once(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    line.queue = EngineQueue(lambda: 2, most_waiting=10, patience_s=60)
+    line.queue = EngineQueue(lambda: 2, max_waiting=10, patience_s=60)
     now_s = 0.0
     monkeypatch.setattr("server.gateway.access.queue.time", SimpleNamespace(monotonic=lambda: now_s))
     await line.come(*(f"{name}{turn}" for turn in range(5) for name in "ab"))
@@ -182,7 +182,7 @@ class TestWide:
     ) -> None:
         now_s = 0.0
         monkeypatch.setattr("server.gateway.access.shares.time", SimpleNamespace(monotonic=lambda: now_s))
-        line.queue = EngineQueue(lambda: 4, most_waiting=10, patience_s=60)
+        line.queue = EngineQueue(lambda: 4, max_waiting=10, patience_s=60)
         await line.come("a1", "b1", "c1")
         await line.come("d1", size=4)
         now_s = 29.0
@@ -233,7 +233,7 @@ class TestWide:
 
 
 async def test_no_place_idles_while_somebody_waits_who_may_have_it(line: Line) -> None:
-    line.queue = EngineQueue(lambda: 8, most_waiting=100, patience_s=60)
+    line.queue = EngineQueue(lambda: 8, max_waiting=100, patience_s=60)
     for name in "abc":
         await line.come(*(f"{name}{n}" for n in range(30)))
     ended: list[str] = []
@@ -255,7 +255,7 @@ async def test_places_come_and_go_with_the_engines(line: Line) -> None:
 
 
 async def test_a_place_is_given_back_once() -> None:
-    queue = EngineQueue(lambda: 1, most_waiting=0, patience_s=1)
+    queue = EngineQueue(lambda: 1, max_waiting=0, patience_s=1)
     async with AsyncExitStack() as stack:
         lease = await stack.enter_async_context(queue.acquire("a"))
         lease.release()

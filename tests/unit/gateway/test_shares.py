@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from server.gateway.access import shares
-from server.gateway.access.shares import LATELY_S, FairShares, Shares
+from server.gateway.access.shares import MEAN_TIME_S, FairShares, Shares
 
 
 def taken(places: Shares, *callers: str, at_most: int = 100) -> dict[str, int]:
@@ -72,7 +72,7 @@ class TestFairShares:
         places.release("b", 2)
         assert taken(places, "a")["a"] == 0
         for _ in range(4):
-            self.now_s += LATELY_S * math.log(2) / 4
+            self.now_s += MEAN_TIME_S * math.log(2) / 4
             places.arrives("b")
         assert taken(places, "a")["a"] == 1  # of the four that are free, 2.5 times their mean of one stay
 
