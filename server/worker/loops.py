@@ -44,7 +44,7 @@ from server.worker.lease import (
     train_with_lease,
 )
 from server.worker.metrics import GIVEN_UP, UNWANTED, WorkerMetrics
-from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, AdapterTrainer, blamed
+from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, AdapterTrainer, as_training_error
 
 log = logging.getLogger("mta.worker")
 
@@ -149,13 +149,13 @@ class JobLoop:
         profile = profile.with_embedder(self.bank.manifest.embedder.id)
         if profile is None:
             raise TrainingError("the user's profile was made with another embedder: submit the job again")
-        with blamed("the job's configuration", CONFIG_REMEDY):
+        with as_training_error("the job's configuration", CONFIG_REMEDY):
             config = decode_config(lease.job.config)
             max_s = float(config.max_seconds)
             recipe = self.bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
         samples = []
         for place, raw in enumerate(await held.retry(self.jobs.samples, key)):
-            with blamed(f"samples.{place}", SAMPLE_REMEDY):
+            with as_training_error(f"samples.{place}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
         items = []
         if self.bank.manifest.history_share:

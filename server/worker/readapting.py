@@ -40,15 +40,15 @@ class ServedBanks:
     """Maps users to the banks that serve them."""
 
     ring: KeyRing
-    own: str  # bank of tenants without a bank of their own
+    default_bank: str  # bank of tenants without a bank of their own
     users: Tenants
     tenant: str  # tenant of users stored before the first key
 
-    def of(self, user_key: str, user_id: str) -> str:
+    def serving_bank(self, user_key: str, user_id: str) -> str:
         """Return a user's bank; empty if no known tenant has the user, for example because the secret is another."""
         for tenant in {self.tenant, *(key.tenant for key in self.ring.keys)}:
             if self.users.users(tenant).key(user_id) == user_key:
-                return self.ring.banks.get(tenant, self.own)
+                return self.ring.banks.get(tenant, self.default_bank)
         return ""
 
 
@@ -91,7 +91,7 @@ class Readapting:
         epoch = await self.profiles.epoch(user_key)
         profile = await self.profiles.load(user_key)
         now = bank_of(profile.adapter.recipe) if profile and profile.adapter else ""
-        if profile and self.served and self.served.of(user_key, profile.user_id) != self.manifest.short:
+        if profile and self.served and self.served.serving_bank(user_key, profile.user_id) != self.manifest.short:
             tally.settled += 1  # keep the user on the list for their own bank
         elif profile is None or now != bank or not await self.jobs.samples(user_key):
             tally.settled += 1

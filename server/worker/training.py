@@ -38,7 +38,7 @@ _WARM_UP_TOKENS = 64  # length of the warm-up example
 
 
 @contextmanager
-def blamed(what: str, remedy: str) -> Iterator[None]:
+def as_training_error(what: str, remedy: str) -> Iterator[None]:
     """Turn errors in the block into a TrainingError about a part of the job, such as `samples.3`.
 
     MemoryError passes through, since it is the process's fault. The block must not use a device.
@@ -94,7 +94,7 @@ class AdapterTrainer:
             if left and (memories := past.memories(sample.messages[-1]["content"], sample.output)):
                 what, alone = f"samples.{place}", len(examples[place].ids)
                 messages, max_tokens = list(sample.messages), min(alone + left, self._context)
-                with blamed(what, SAMPLE_REMEDY):
+                with as_training_error(what, SAMPLE_REMEDY):
                     messages = add_memories(
                         self.tokenizer, past.task, messages, sample.output, memories=memories, max_tokens=max_tokens
                     )
@@ -118,7 +118,7 @@ class AdapterTrainer:
 
     def _example(self, what: str, encode: Callable[..., Example], *content: Any) -> Example:
         """Encode; refuse content on which the model would fail with an error that looks like a fault of the process."""
-        with blamed(what, SAMPLE_REMEDY):
+        with as_training_error(what, SAMPLE_REMEDY):
             example = encode(self.tokenizer, *content)
         if len(example.ids) > self._context:
             raise TrainingError(

@@ -61,7 +61,7 @@ class Adapting:
         job = await self.jobs.submit(user.key, submission, MAX_SAMPLES)
         if job is None:
             raise InvalidRequest(
-                f"samples: with those already kept there would be more than {MAX_SAMPLES}: send them without `append`",
+                f"samples: more than {MAX_SAMPLES} together with the stored samples: send them without `append`",
                 param="samples",
                 code="too_many_samples",
             )

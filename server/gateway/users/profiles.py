@@ -127,10 +127,10 @@ class Profiles:
                 raise UserErased
             step = diff_histories(snapshot.items, history)
             same = not step.put and not step.drop
-            seen = snapshot.profile and snapshot.profile.with_embedder(self.embedder.id)
-            if seen and same:
+            current = snapshot.profile and snapshot.profile.with_embedder(self.embedder.id)
+            if current and same:
                 await self.store.wait_until_durable(key)
-                return ProfileUpdate(seen, 0)
+                return ProfileUpdate(current, 0)
             vectors, fresh = await self._vectors(snapshot, history, embedded)
             embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
             profile = Profile(user.id, len(history), 0, self.embedder.id, embedding)
