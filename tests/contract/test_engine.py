@@ -257,5 +257,5 @@ async def test_it_takes_a_drop_and_one_that_does_not_is_logged(
 ) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     await Engines(session, [nobody, subject.url], key).drop("a" * 26)
-    warned = {url for url in (nobody, subject.url) if f"the engine at {url} could not be told" in caplog.text}
+    warned = {url for url in (nobody, subject.url) if f"the engine at {url} did not drop an adapter" in caplog.text}
     assert warned == ({nobody} if told else {nobody, subject.url})

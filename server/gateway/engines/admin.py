@@ -120,7 +120,7 @@ class Engines:
             try:
                 await self._call_private("POST", url, DROP, DROP_TIMEOUT_S, {"user_key": user_key})
             except EngineFault as fault:
-                log.warning("the engine at %s could not be told to drop an adapter: %s", url, fault)
+                log.warning("the engine at %s did not drop an adapter: %s", url, fault)
 
         await asyncio.gather(*map(drop_at, self.urls))
 

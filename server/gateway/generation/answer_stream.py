@@ -131,7 +131,7 @@ class AnswerStream:
                     lease = await leases.enter_async_context(self.wait(part.sequences))
                     reading.create_task(self._begin_part(part, lease))
         except* Exception as errors:
-            await self._buffer.put(errors.exceptions[0])  # the first error only: the consumer does not handle groups
+            await self._buffer.put(errors.exceptions[0])  # never a nested group: the tasks start no task groups
         else:
             await self._buffer.put(None)
 

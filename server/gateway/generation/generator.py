@@ -110,9 +110,9 @@ class Generator:
             limits.check_answer(request, stream.first.prompt_tokens)
             if lease.waited_s:
                 timings.record("queue", 0.0, lease.waited_s)
-            name, who = parts[0].request.request_id, candidates[fallbacks]
+            answer_id, personalization = parts[0].request.request_id, candidates[fallbacks]
             async with stream:
-                yield Answer(name, who, fallbacks, prompt, stream, timings, usage.headers())
+                yield Answer(answer_id, personalization, fallbacks, prompt, stream, timings, usage.headers())
 
     @asynccontextmanager
     async def _start_answer(
@@ -151,9 +151,9 @@ class Generator:
         missing: AdapterMissing | None = None
         async with AsyncExitStack() as stack:
             for number, candidate in enumerate(candidates):
-                wanted = replace(request, model=candidate.model)
+                attempt = replace(request, model=candidate.model)
                 try:
-                    stream = await stack.enter_async_context(self.engine.generate(wanted))
+                    stream = await stack.enter_async_context(self.engine.generate(attempt))
                 except AdapterMissing as error:
                     missing = error
                 else:

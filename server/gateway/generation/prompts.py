@@ -57,8 +57,8 @@ class PromptBuilder:
         Add no history while the context length is unknown.
         """
         messages, patience_s, room = request.messages, request.patience_s, limits.room(request)
-        wanted = request.history and messages[-1]["role"] == "user"
-        if not wanted or request.user is None or profile is None or room is None:
+        needs_history = request.history and messages[-1]["role"] == "user"
+        if not needs_history or request.user is None or profile is None or room is None:
             return UserPrompt(messages, 0, None, patience_s)
         patience_s = self.patience_s if patience_s is None else min(patience_s, self.patience_s)
         index, waited_s = await self.histories.index(request.user, profile, request.caller.name, patience_s / 2)

@@ -1,7 +1,7 @@
-// The gateway's own API. Every failure becomes a `Failure` with a message that can be shown to a person.
+// Client of the gateway's API. Every failure becomes a `Failure` with a message for the user.
 
 const ROOT = new URL('../', import.meta.url);
-const SILENT_MS = 45_000; // the gateway says something every 15 s
+const SILENT_MS = 45_000; // the gateway sends a comment every 15 s
 
 export class Failure extends Error {
 	constructor(message, status = 0) {
@@ -10,13 +10,13 @@ export class Failure extends Error {
 	}
 }
 
-const GONE = 'The gateway does not answer. It may be restarting, or the connection to it is lost: try again in a moment.';
+const GONE = 'The gateway does not answer. It may be restarting, or the connection may be lost: try again in a moment.';
 const BROKEN = 'The answer broke off: the connection to the gateway was lost.';
-const SILENT = 'Nothing has come from the gateway for 45 seconds, so this was given up. Try again.';
+const SILENT = 'The gateway has sent nothing for 45 seconds. Try again.';
 
 export const gateway = (path = '') => new URL(path.replace(/^\//, ''), ROOT).href;
 
-/** The API key, which this tab alone keeps. */
+/** The API key, stored for this tab only. */
 export const key = {
 	get: () => sessionStorage.getItem('key') ?? '',
 	set: (value) => sessionStorage.setItem('key', value),
@@ -26,7 +26,7 @@ export const userPath = (id) => `/users/${encodeURIComponent(id)}`;
 
 export const wasStopped = (error) => error?.name === 'AbortError';
 
-/** One call; answers its JSON. `also` lists statuses beside 2xx whose body is an answer too. */
+/** Calls the API and returns the JSON; `also` lists accepted statuses besides 2xx. */
 export async function call(method, path, body, { signal, also = [] } = {}) {
 	const response = await send(method, path, body, signal, also);
 	try {
@@ -41,7 +41,7 @@ export async function text(path, signal) {
 	return response.text().catch((error) => { throw wasStopped(error) ? error : new Failure(BROKEN); });
 }
 
-/** The values of a stream of server-sent events, until `[DONE]` or an event named `done`. */
+/** Yields the values of server-sent events until `[DONE]` or an event named `done`. */
 export async function* events(method, path, body, signal) {
 	const response = await send(method, path, body, signal, []);
 	const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -90,7 +90,7 @@ async function refusal(response) {
 		const { error } = await response.json();
 		return new Failure(error.message, status);
 	} catch {
-		return new Failure(`The gateway answered with status ${status}, and with nothing that explains it.`, status);
+		return new Failure(`The gateway answered with status ${status} and no explanation.`, status);
 	}
 }
 

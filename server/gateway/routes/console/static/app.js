@@ -1,4 +1,4 @@
-// The console: what is around its pages, and which page a link names.
+// The console's frame, and the routing from links to pages.
 import { render } from './vendor/preact.js';
 import { call, key } from './api.js';
 import { html, useEffect, useRef, useState } from './parts/html.js';
@@ -46,7 +46,7 @@ function Console() {
 		</main>`;
 }
 
-/** Whether requests can be answered, in two words, at all times. */
+/** A constant display of whether the gateway is ready. */
 function Readiness() {
 	const [status, setStatus] = useState('looking');
 	useEffect(() => {

@@ -1,4 +1,4 @@
-// Few-shot training: samples in, the loss as it falls, and answers from before and after.
+// Few-shot training: samples, the loss during training, and answers before and after.
 import { call, userPath, wasStopped } from '../api.js';
 import { ask } from '../parts/asking.js';
 import { Chart } from '../parts/chart.js';
@@ -14,9 +14,9 @@ const STATES = {
 	queued: 'Waiting for a worker',
 	running: 'Training',
 	succeeded: 'Succeeded: the adapter is served from now on',
-	rejected: 'Rejected: it lowered no loss on samples held out, so it is not served',
+	rejected: 'Rejected: the held-out loss did not fall, so the adapter is not served',
 	failed: 'Failed',
-	cancelled: 'Cancelled: nothing of it is kept',
+	cancelled: 'Cancelled: the result is discarded',
 	superseded: 'Superseded by a newer job of the same user',
 };
 
@@ -106,18 +106,18 @@ export function Adapt({ params }) {
 	const submit = (event) => { event.preventDefault(); start(); };
 	return html`
 		<h1 tabindex="-1">Adapt</h1>
-		<p class="lead">A few samples of how somebody wants to be answered become a small adapter of their own. It is served
-			only if it lowers the loss on samples that it was not trained on.</p>
+		<p class="lead">Train a small adapter for one user on samples of the answers they want. It is served only
+			if it lowers the loss on held-out samples.</p>
 		<form class="card ask" onSubmit=${submit}>
 			<div>
-				<${UserId} value=${user} onValue=${setUser} hint="Somebody new gets a profile made from the samples." />
+				<${UserId} value=${user} onValue=${setUser} hint="A new user gets a profile made from the samples." />
 				<${SampleInput} text=${text} onText=${setText} samples=${samples} faults=${faults} />
 			</div>
 			<div>
 				<${Input} area rows="4" label="Questions to ask before and after" value=${asked} onValue=${setAsked}
-					hint="One a line; leave it empty to ask none." />
+					hint="One per line; optional." />
 				<${Input} type="number" min="1" max="500" label="Steps at most" value=${steps} onValue=${setSteps}
-					hint="Empty: what the server thinks right." />
+					hint="Empty: the server decides." />
 				<div class="actions">
 					<button type="submit" class="main" disabled=${busy || !samples.length}>Train on ${count(samples.length, 'sample')}</button>
 					${job && !ended(job) && html`<button type="button" onClick=${cancel}>Cancel training</button>`}
@@ -125,7 +125,7 @@ export function Adapt({ params }) {
 				<${Notice} error=${fault} again=${job && !ended(job) ? () => watch(job.id, restart()) : undefined} />
 			</div>
 		</form>
-		${phase === 'before' && html`<p class="dim" role="status">Asking the questions as it is now …</p>`}
+		${phase === 'before' && html`<p class="dim" role="status">Asking the questions before training …</p>`}
 		${job && html`<${Training} job=${job} lost=${lost} />`}
 		${rows.length > 0 && html`<${BeforeAfter} rows=${rows} />`}`;
 }
@@ -134,15 +134,15 @@ function Training({ job, lost }) {
 	const { step, steps, phase, loss: losses, held_out: held } = job.progress;
 	const said = losses.length
 		? `Training loss from ${loss(losses[0][1])} to ${loss(losses.at(-1)[1])}; held out ${held.map(([, value]) => loss(value)).join(', ')}`
-		: 'No step has been made yet';
+		: 'No steps yet';
 	const { before, after } = job.held_out ?? {};
 	return html`<section class="card" aria-label="Training">
 		<h2>Training</h2>
 		<p role="status">${STATES[job.state] ?? job.state}${job.state === 'running' ? `: ${phase}` : ''}.
-			${lost && ' The connection is lost; trying to make it again …'}</p>
+			${lost && ' The connection is lost; reconnecting …'}</p>
 		${job.error && html`<${Notice}>${job.error}<//>`}
 		${steps > 0 && html`<label class="progress">Step ${step} of ${steps}<progress value=${step} max=${steps}></progress></label>`}
-		${losses.length > 0 && html`<${Chart} across="step" up="loss, nats a token" said=${said} series=${[
+		${losses.length > 0 && html`<${Chart} across="step" up="loss, nats per token" said=${said} series=${[
 			{ label: 'loss in training', points: losses },
 			{ label: 'loss held out', points: held, dots: true },
 		]} />`}

@@ -1,4 +1,4 @@
-// Parts of the page that adapts: what it reads samples from, and the table of answers.
+// Parts of the Adapt page: the sample input and the table of answers.
 import { html, useState } from '../parts/html.js';
 import { Input, Level } from '../parts/widgets.js';
 import { count } from '../parts/words.js';
@@ -6,13 +6,13 @@ import { count } from '../parts/words.js';
 const SHOWN = 3;
 const MOST_BYTES = 8 << 20;
 
-/** A place to drop a file, to choose one, or to paste. */
+/** An input to drop, choose or paste samples. */
 export function SampleInput({ text, onText, samples, faults }) {
 	const [over, setOver] = useState(false);
 	const [refused, setRefused] = useState('');
 	const take = async (file) => {
 		if (!file) return;
-		setRefused(file.size > MOST_BYTES ? `${file.name} is larger than the 8 MiB that can be sent.` : '');
+		setRefused(file.size > MOST_BYTES ? `${file.name} is larger than the limit of 8 MiB.` : '');
 		if (file.size <= MOST_BYTES) onText(await file.text());
 	};
 	const drop = (event) => {
@@ -42,7 +42,7 @@ export function SampleInput({ text, onText, samples, faults }) {
 	</div>`;
 }
 
-/** The same questions before and after. */
+/** Answers to the same questions before and after training. */
 export function BeforeAfter({ rows }) {
 	return html`<section class="card" aria-label="Before and after">
 		<h2>Before and after</h2>

@@ -1,4 +1,4 @@
-// The bank: its anchors on a map, how many items each was trained on, and how weights are made.
+// The bank: its anchors on a map, the number of items of each, and the weight rule.
 import { call, userPath } from '../api.js';
 import { useBank } from '../parts/bank.js';
 import { html, useEffect, useState } from '../parts/html.js';
@@ -28,7 +28,7 @@ export function Bank({ params }) {
 	const submit = (event) => { event.preventDefault(); look(); };
 	return html`
 		<h1 tabindex="-1">Bank</h1>
-		<p class="lead">The anchors: people whose adapters are mixed for everybody else.</p>
+		<p class="lead">The anchors: people whose adapters are merged for all other users.</p>
 		<${Notice} error=${failure} again=${() => location.reload()} />
 		${!bank && !failure && html`<p class="dim" role="status">Reading the bank …</p>`}
 		${bank && html`
@@ -36,7 +36,7 @@ export function Bank({ params }) {
 				<section class="card" aria-label="Map of the anchors">
 					<h2>Map</h2>
 					<${AnchorMap} anchors=${bank.anchors} user=${user} />
-					<p class="hint">Near each other: writing about the same. A larger dot has more items.${explained(bank.map)}</p>
+					<p class="hint">Close anchors write about similar topics. A larger dot has more items.${explained(bank.map)}</p>
 					<form class="inline" onSubmit=${submit}>
 						<${UserId} label="Show a user" value=${typed} onValue=${setTyped} />
 						<button type="submit">Show</button>
@@ -54,7 +54,7 @@ export function Bank({ params }) {
 							['Embedder', shortId(bank.embedder), true],
 							['Fusion', bank.method],
 							['Rank', `${bank.rank}, served in slots of ${bank.serving_rank}`],
-							['Common row', bank.common_row ? 'yes: what all users share is part of every answer' : 'none'],
+							['Common row', bank.common_row ? 'yes, in every answer' : 'none'],
 						]} />
 					</section>
 					<${AnchorTable} anchors=${bank.anchors} />
@@ -62,7 +62,7 @@ export function Bank({ params }) {
 			</div>`}`;
 }
 
-const explained = ({ explained: shares }) => ` The two directions shown hold ${percent(shares[0] + shares[1])} of what differs.`;
+const explained = ({ explained: shares }) => ` The two axes cover ${percent(shares[0] + shares[1])} of the variance.`;
 
 const shortId = (id) => (id.length > 16 ? `${id.slice(0, 12)}…` : id);
 
@@ -74,7 +74,7 @@ function Shown({ user }) {
 
 function Rule({ rule }) {
 	return html`<section class="card" aria-label="The rule of weights">
-		<h2>How weights are made</h2>
+		<h2>Weight rule</h2>
 		<p>${rule.says}</p>
 		<${Facts} label="Constants of the rule" rows=${[
 			['Rule', rule.name],

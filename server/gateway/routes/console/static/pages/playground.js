@@ -1,4 +1,4 @@
-// The base model's and the personal answer to one question, side by side.
+// The base model's answer and the personal answer to one question, side by side.
 import { call, userPath } from '../api.js';
 import { Answer, ask, BLANK, busy } from '../parts/asking.js';
 import { useBank } from '../parts/bank.js';
@@ -28,7 +28,7 @@ export function Playground({ params }) {
 	const [from, setFrom] = useState(params.has('user') ? 'id' : 'paste');
 	const [user, setUser] = useState(params.get('user') ?? '');
 	const [pasted, setPasted] = useState('');
-	const [stored, setStored] = useState(null); // {id, text} of the throw-away user
+	const [stored, setStored] = useState(null); // {id, text} of the temporary user
 	const [erased, setErased] = useState(null);
 	const [prompt, setPrompt] = useState(params.get('ask') ?? '');
 	const [strength, setStrength] = useState(numberIn(params, 'strength', 1));
@@ -49,7 +49,7 @@ export function Playground({ params }) {
 	async function store(signal) {
 		if (from === 'id') return user.trim();
 		const items = pieces(pasted);
-		if (!items.length) throw new Error('Paste at least a line of somebody’s writing, or pick a user by id.');
+		if (!items.length) throw new Error('Paste at least one line of text, or choose a user by id.');
 		const id = stored?.id ?? throwaway();
 		if (stored?.text !== pasted) {
 			setStored({ id, text: null });
@@ -120,7 +120,7 @@ export function Playground({ params }) {
 
 	return html`
 		<h1 tabindex="-1">Playground</h1>
-		<p class="lead">The same question to the base model, and to the model as it speaks for one person.</p>
+		<p class="lead">Ask the base model and one user’s personal model the same question.</p>
 		<form class="card ask" ref=${form} onSubmit=${submit} onKeyDown=${keys}>
 			<fieldset class="who">
 				<legend>Who asks</legend>
@@ -130,21 +130,21 @@ export function Playground({ params }) {
 							onChange=${() => setFrom(value)} />${label}</label>`)}
 				</div>
 				${from === 'id'
-					? html`<${UserId} value=${user} onValue=${setUser} hint="The exact id. An unknown one is answered by the base model." />`
+					? html`<${UserId} value=${user} onValue=${setUser} hint="The exact id. The base model answers unknown users." />`
 					: html`<${Input} area rows="4" label="A few lines of their writing" value=${pasted} onValue=${setPasted}
-							hint=${html`One piece a line; longer ones with an empty line between them.
+							hint=${html`One text per line, or texts separated by empty lines.
 								${pasted.trim() ? ` ${count(pieces(pasted).length, 'piece')}.` : ' '}
 								${!pasted && html`<button type="button" class="link" onClick=${() => setPasted(EXAMPLE)}>Use an example</button>`}`} />`}
-				${kept && html`<div class="kept"><p>Stored for this as <span class="mono">${kept}</span>, until it is erased.</p>
+				${kept && html`<div class="kept"><p>Stored as <span class="mono">${kept}</span> until it is erased.</p>
 					<${Sure} label="Erase" question="Erase this writing?" onYes=${() => erase(kept)} /></div>`}
 				${erased && html`<${Erased} erased=${erased} />`}
 			</fieldset>
 			<div class="question">
-				<${Input} area rows="2" required label="Question" hint="Ctrl or ⌘ with Enter asks." value=${prompt} onValue=${setPrompt} />
+				<${Input} area rows="2" required label="Question" hint="Ctrl+Enter or ⌘+Enter asks." value=${prompt} onValue=${setPrompt} />
 				<${Input} type="range" min="0" max="1" step="0.05" label=${`Strength ${strength.toFixed(2)}`} value=${strength}
 					disabled=${mute} onValue=${(value) => setStrength(Number(value))} onChange=${(event) => askAgain(Number(event.target.value))}
-					hint=${mute ? 'This bank has no common row to take the anchors’ place: they always speak in full.'
-						: 'How loudly the anchors speak beside what all users share. Another value asks again.'} />
+					hint=${mute ? 'This bank has no common row to replace the anchors, so strength is always 1.'
+						: 'Factor on the anchors’ weights. A new value asks again.'} />
 				<details>
 					<summary>Settings</summary>
 					<div class="row">

@@ -1,4 +1,4 @@
-// How the server is doing, live: its parts by /ready, its figures by /metrics.
+// Live state of the server: parts from /ready, figures from /metrics.
 import { call, text } from '../api.js';
 import { html, useEffect, useRef, useState } from '../parts/html.js';
 import { Figures } from '../parts/figures.js';
@@ -12,8 +12,8 @@ const KEPT = 90; // readings: three minutes
 const STATES = {
 	ready: 'Ready: requests are answered in full.',
 	not_ready: 'Not ready: a part that every request needs is missing.',
-	not_yet_seen: 'Starting: the parts have not been looked at yet.',
-	stale: 'Unknown: the last look at the parts is too old to rely on.',
+	not_yet_seen: 'Starting: the parts have not been probed yet.',
+	stale: 'Unknown: the last probe of the parts is too old.',
 };
 
 export function System() {
@@ -48,7 +48,7 @@ export function System() {
 	return html`
 		<h1 tabindex="-1">System</h1>
 		<div class="actions">
-			<p class="dim">${live ? 'Live, every two seconds' : 'Paused'}; rates and times are of the last minute.</p>
+			<p class="dim">${live ? 'Live, every two seconds' : 'Paused'}; rates and times cover the last minute.</p>
 			<button type="button" class="quiet" aria-pressed=${!live} onClick=${() => setLive(!live)}>${live ? 'Pause' : 'Go on'}</button>
 		</div>
 		<${Notice} error=${fault} />
@@ -74,6 +74,6 @@ function Parts({ ready: { status, detail, seen_s_ago: seen, parts } }) {
 			<span><strong>${name}</strong> ${part.status.replaceAll('_', ' ')}</span>
 			<p class="dim">${more}${more && part.detail ? '. ' : ''}${part.detail}</p>
 		</li>`)}</ul>
-		${seen != null && html`<p class="hint">Looked at ${figure(seen)} s ago.</p>`}
+		${seen != null && html`<p class="hint">Probed ${figure(seen)} s ago.</p>`}
 	</section>`;
 }

@@ -1,4 +1,4 @@
-// What is stored about one person, who speaks for them, and how to erase it.
+// One user's stored data and anchors; export and erase.
 import { call, text, userPath } from '../api.js';
 import { html, useEffect, useState } from '../parts/html.js';
 import { go, note } from '../parts/links.js';
@@ -8,7 +8,7 @@ import { bytes, count, moment, pieces, SOURCES } from '../parts/words.js';
 export function Users({ params }) {
 	const [typed, setTyped] = useState(params.get('id') ?? '');
 	const [id, setId] = useState(params.get('id') ?? '');
-	const [user, setUser] = useState(null); // null, 'looking', 'unknown' or what is stored
+	const [user, setUser] = useState(null); // null, 'looking', 'unknown' or the stored data
 	const [fault, setFault] = useState(null);
 	const [erased, setErased] = useState(null);
 	useEffect(() => { if (id) look(id); }, []);
@@ -49,7 +49,7 @@ export function Users({ params }) {
 	const submit = (event) => { event.preventDefault(); look(typed.trim()); };
 	return html`
 		<h1 tabindex="-1">Users</h1>
-		<p class="lead">Ids are stored as keyed hashes: a user is found by the exact id, and there is no list.</p>
+		<p class="lead">Ids are stored as keyed hashes, so users can be found by exact id but not listed.</p>
 		<form class="card inline" role="search" onSubmit=${submit}>
 			<${UserId} value=${typed} onValue=${setTyped} />
 			<button type="submit" class="main">Look up</button>
@@ -59,15 +59,15 @@ export function Users({ params }) {
 		<div aria-live="polite">
 			${user === 'looking' && html`<p class="dim">Looking …</p>`}
 			${user === 'unknown' && html`<p class="notice calm">Nothing is stored about <span class="mono">${id}</span>.
-				The first lines that you add below make them known.</p>`}
+				Add items below to create a profile.</p>`}
 			${user?.user_id && html`<${Stored} user=${user} />`}
 		</div>
 		${(user === 'unknown' || user?.user_id) && html`<div class="pair">
 			<${AddItems} key=${id} id=${id} onAdded=${() => look(id, true)} />
-			${user.user_id && html`<section class="card" aria-label="Take along or erase">
-				<h2>Take along, or erase</h2>
-				<p><button type="button" class="link" onClick=${take}>Export</button> all that is stored about
-					${' '}<span class="mono">${id}</span> as JSON, or take it away: items, samples, jobs and adapters.</p>
+			${user.user_id && html`<section class="card" aria-label="Export or erase">
+				<h2>Export or erase</h2>
+				<p><button type="button" class="link" onClick=${take}>Export</button> all data of
+					${' '}<span class="mono">${id}</span> as JSON, or erase it: items, samples, jobs and adapters.</p>
 				<${Sure} label="Erase" question=${`Erase ${id} for good?`} onYes=${erase} />
 			</section>`}
 		</div>`}`;
@@ -111,7 +111,7 @@ function Adapter({ adapter }) {
 					['Made', moment(adapter.created_at)],
 				]} />
 				${adapter.stale && html`<p class="notice calm">It belongs to another bank, so it is not served.</p>`}`
-			: html`<p class="dim">None: no samples have been learned from.</p>`}
+			: html`<p class="dim">None: not trained on any samples.</p>`}
 	</section>`;
 }
 
@@ -137,7 +137,7 @@ function AddItems({ id, onAdded }) {
 	return html`<form class="card" onSubmit=${add} aria-label="Add items">
 		<h2>Add items</h2>
 		<${Input} area rows="3" required label="What they have written" value=${typed} onValue=${setTyped}
-			hint="One item a line; longer ones with an empty line between them." />
+			hint="One item per line, or items separated by empty lines." />
 		<div class="actions">
 			<button type="submit" disabled=${sending || !found.length}>Add ${found.length ? count(found.length, 'item') : ''}</button>
 			<p role="status">${added && `${count(added.changed, 'item')} changed, ${count(added.kept, 'item')} kept.`}</p>

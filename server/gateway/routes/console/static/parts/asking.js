@@ -1,4 +1,4 @@
-// One streamed answer, and how it looks: text as it comes, who speaks, and what it took.
+// One streamed answer and its display: text, anchors and timings.
 import { events, wasStopped } from '../api.js';
 import { asBody } from '../reading/snippets.js';
 import { html } from './html.js';
@@ -7,7 +7,7 @@ import { figure, milliseconds } from './words.js';
 
 export const BLANK = { phase: 'idle', text: '' };
 
-/** Asks, and calls `tell` with the state of the answer whenever it changes. Never throws. */
+/** Asks, and calls `tell` with every new state of the answer. Never throws. */
 export async function ask(question, personalize, signal, tell) {
 	const sent = performance.now();
 	let state = { phase: 'waiting', text: '' };
@@ -39,7 +39,7 @@ export const busy = ({ phase }) => phase === 'waiting' || phase === 'streaming';
 
 const PHASES = { waiting: 'Waiting for the first token …', stopped: 'Stopped.', done: 'The answer is empty.' };
 
-/** A side of the comparison. `marked` is the text with what differs, once that is known. */
+/** One side of the comparison; `marked` is the text with its differences, when known. */
 export function Answer({ title, hint, answer, marked, again }) {
 	const { phase, text, who, error } = answer;
 	return html`<section class="card answer" aria-label=${title}>
@@ -47,7 +47,7 @@ export function Answer({ title, hint, answer, marked, again }) {
 		<div class="text" aria-live="polite" aria-busy=${busy(answer)}>
 			${text ? shown(text, marked) : html`<p class="dim">${PHASES[phase] ?? (phase === 'failed' ? '' : hint)}</p>`}
 			${phase === 'streaming' && html`<span class="caret" aria-hidden="true"></span>`}
-			${answer.finish === 'length' && html`<span class="dim" title="It has reached the limit of tokens"> …</span>`}
+			${answer.finish === 'length' && html`<span class="dim" title="The token limit was reached"> …</span>`}
 		</div>
 		${phase === 'stopped' && text && html`<p class="dim">Stopped.</p>`}
 		<${Notice} error=${error && { message: text ? `The answer broke off. ${sentence(error.message)}` : error.message }} again=${again} />

@@ -1,4 +1,4 @@
-// The bank that is served: asked for once, since pages only differ by it.
+// The served bank, requested once for all pages.
 import { call } from '../api.js';
 import { useEffect, useState } from './html.js';
 

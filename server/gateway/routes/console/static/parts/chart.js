@@ -1,4 +1,4 @@
-// Curves by uPlot, in the page's colours. It is loaded when the first one is drawn.
+// Curves drawn with uPlot in the page's colours; uPlot is loaded on first use.
 import { html, useEffect, useRef } from './html.js';
 
 const dark = matchMedia('(prefers-color-scheme: dark)');
@@ -8,7 +8,7 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 /**
  * Curves over one axis.
  *
- * `series` is [{label, points: [[x, y]…], dots}…]; `said` describes the picture to those who do not see it.
+ * `series` is [{label, points: [[x, y]…], dots}…]; `said` is the description for screen readers.
  */
 export function Chart({ series, across, up, said, height = 240 }) {
 	const place = useRef();
@@ -42,7 +42,7 @@ export function Chart({ series, across, up, said, height = 240 }) {
 	</figure>`;
 }
 
-/** uPlot wants one list of x, and a y or a gap for each; two points of one series may share their x. */
+/** Converts to uPlot's format: one list of x, and a y or a gap for each. Points of a series may share an x. */
 function aligned(series) {
 	const points = series.flatMap(({ points: own }, index) => own.map(([x, y]) => [x, index + 1, y]));
 	const rows = [];

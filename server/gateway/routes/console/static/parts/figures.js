@@ -1,11 +1,11 @@
-// The figures of the system page: what changed within the last minute, and what engines and jobs say of now.
+// The figures of the System page: rates over the last minute, and the current engines and jobs.
 import { growth, quantile, total } from '../reading/metrics.js';
 import { html } from './html.js';
 import { figure, milliseconds } from './words.js';
 
 const WINDOW_MS = 60_000;
 const REQUESTS = 'mta_requests_total';
-const OWN = /^\/($|ready|health|metrics|bank|console)/; // what the console itself asks, and probes
+const OWN = /^\/($|ready|health|metrics|bank|console)/; // requests of the console and of probes
 const others = ({ route }) => !OWN.test(route);
 const answers = ({ level }) => Boolean(level);
 const of = (name, value) => (labels) => labels[name] === value;

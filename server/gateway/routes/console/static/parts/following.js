@@ -1,11 +1,11 @@
-// A training job, followed to its end, over as many connections as that takes.
+// Follows a training job to its end and reconnects as needed.
 import { events, wasStopped } from '../api.js';
 
 const MOST_LOSSES = 6;
 
 export const ended = (job) => Boolean(job) && !['queued', 'running'].includes(job.state);
 
-/** Follows a job; `tell` gets it whenever it changes, `lost` whether the connection is being made again. */
+/** Follows a job; calls `tell` with every change, and `lost` with whether it is reconnecting. */
 export async function follow(id, signal, tell, lost) {
 	let last = null;
 	for (let losses = 0; ;) {

@@ -1,4 +1,4 @@
-// What every page draws with: templates that escape whatever they are given, and preact's hooks.
+// Templates that escape all values, and preact's hooks.
 import { h } from '../vendor/preact.js';
 import htm from '../vendor/htm.js';
 

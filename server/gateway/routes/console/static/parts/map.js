@@ -1,4 +1,4 @@
-// The map of anchors, drawn in SVG: dots by how many items an anchor has, a user with lines to those who speak.
+// The map of anchors in SVG: dots sized by items, and a user with lines to their anchors.
 import { html, useEffect, useRef, useState } from './html.js';
 import { percent } from './words.js';
 
@@ -38,7 +38,7 @@ export function AnchorMap({ anchors, user }) {
 	</svg></div>`;
 }
 
-/** Where names go: above a dot, else below or beside it, so that no two cover each other. */
+/** Places labels above, below or beside a dot, so that they do not overlap. */
 function spots() {
 	const taken = [];
 	return (x, y, radius) => {
@@ -60,7 +60,7 @@ const Person = ({ at: [x, y], name }) => html`<g class="person">
 	<text x=${x} y=${y + 24}>${name.length > 24 ? `${name.slice(0, 23)}…` : name}</text>
 </g>`;
 
-/** Coordinates of the bank → of the picture, with one scale for both axes: distances are meant. */
+/** Maps the bank's coordinates to pixels, with one scale for both axes to keep distances. */
 function frame(points, wide, high) {
 	const range = (axis) => [Math.min(...points.map((at) => at[axis])), Math.max(...points.map((at) => at[axis]))];
 	const [[left, right], [low, top]] = [range(0), range(1)];

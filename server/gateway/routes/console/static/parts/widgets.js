@@ -1,8 +1,8 @@
-// The small pieces that pages are made of.
+// Small widgets shared by the pages.
 import { html, useEffect, useId, useRef, useState } from './html.js';
 import { LEVELS, percent } from './words.js';
 
-/** A failure, or a note. `again` adds a button. */
+/** An error or a note; `again` adds a retry button. */
 export function Notice({ error, children, again, calm = false }) {
 	if (!error && !children) return null;
 	return html`<div class=${calm ? 'notice calm' : 'notice'} role=${calm ? 'status' : 'alert'}>
@@ -11,10 +11,10 @@ export function Notice({ error, children, again, calm = false }) {
 	</div>`;
 }
 
-/** A message as a sentence: the gateway's begin in lower case, since some begin with a field's name. */
+/** Makes a sentence of a message: the gateway's messages start in lower case. */
 export const sentence = (words) => `${words.charAt(0).toUpperCase()}${words.slice(1)}${/[.!?]$/.test(words) ? '' : '.'}`;
 
-/** A labelled control, of one line or an area; `onValue` gets what is typed, the rest goes to the control. */
+/** A labelled input or text area; `onValue` gets the value, `rest` goes to the control. */
 export function Input({ label, hint, area = false, onValue, ...rest }) {
 	const id = useId();
 	const control = {
@@ -29,7 +29,7 @@ export function Input({ label, hint, area = false, onValue, ...rest }) {
 
 export const UserId = (rest) => html`<${Input} label="User id" required autocomplete="off" spellcheck=${false} ...${rest} />`;
 
-/** Names and values. Rows without a value are left out. */
+/** A list of names and values, without empty rows. */
 export function Facts({ rows, label }) {
 	return html`<dl class="facts" aria-label=${label}>
 		${rows.filter(([, value]) => value != null && value !== '').map(([name, value, mono]) => html`<div key=${name}>
@@ -42,7 +42,7 @@ export function Level({ level }) {
 	return html`<span class=${`level ${level}`}>${LEVELS[level] ?? level}</span>`;
 }
 
-/** The anchors that speak, as bars. */
+/** The anchors of a recipe, as bars. */
 export function Anchors({ anchors, detailed = false }) {
 	if (!anchors.length) return html`<p class="dim">No anchor speaks.</p>`;
 	return html`<ul class="bars" aria-label="Anchors that speak">
@@ -52,7 +52,7 @@ export function Anchors({ anchors, detailed = false }) {
 			<span class="figure">${percent(weight)}</span>
 			${detailed && html`<span class="why">
 				${similarity != null && html`<span>similarity ${similarity.toFixed(2)}</span>`}
-				${gain != null && html`<span>predicted gain ${gain.toFixed(3)} nats a token</span>`}
+				${gain != null && html`<span>predicted gain ${gain.toFixed(3)} nats per token</span>`}
 			</span>`}
 		</li>`)}
 	</ul>`;
@@ -64,7 +64,7 @@ export function Bar({ share, less = false }) {
 	</span>`;
 }
 
-/** Copies a text, and says so for a while. */
+/** A button that copies a text and briefly confirms it. */
 export function Copy({ label, text }) {
 	const [said, setSaid] = useState('');
 	useEffect(() => {
@@ -85,7 +85,7 @@ export function Copy({ label, text }) {
 	</span>`;
 }
 
-/** A button that asks once more before it acts. */
+/** A button that asks for confirmation. */
 export function Sure({ label, question, onYes, busy = false }) {
 	const [asking, setAsking] = useState(false);
 	const yes = useRef();
@@ -104,11 +104,11 @@ export function Sure({ label, question, onYes, busy = false }) {
 	</span>`;
 }
 
-/** What an erasure has taken away. */
+/** The result of an erasure. */
 export function Erased({ erased }) {
 	const parts = Object.entries(erased.erased).filter(([, many]) => many).map(([what, many]) => `${many} ${what}`);
 	return html`<${Notice} calm>
-		Erased ${erased.user_id}: ${parts.join(', ') || 'nothing was left'}.
+		Erased ${erased.user_id}: ${parts.join(', ') || 'no data'}.
 		${' '}The store's file on disk is rewritten by ${new Date(erased.log_rewritten_by).toLocaleTimeString()}.
 	<//>`;
 }

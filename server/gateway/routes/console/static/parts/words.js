@@ -1,4 +1,4 @@
-// Numbers, sizes and times in words.
+// Formats numbers, sizes and times.
 
 const number = new Intl.NumberFormat('en', { maximumFractionDigits: 1 });
 const when = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' });
@@ -24,7 +24,7 @@ export const loss = (value) => (value == null ? '–' : value.toFixed(3));
 
 export const moment = (iso) => (iso ? when.format(new Date(iso)) : '–');
 
-/** Writing pasted as text: pieces between empty lines, or its lines where there are none. */
+/** Splits pasted text at empty lines, or into lines if there are none. */
 export function pieces(pasted) {
 	const plain = pasted.replaceAll('\r\n', '\n').trim();
 	const split = /\n\s*\n/.test(plain) ? plain.split(/\n\s*\n/) : plain.split('\n');
@@ -32,8 +32,8 @@ export function pieces(pasted) {
 }
 
 export const SOURCES = {
-	topic: 'by topic: their writing is about what these anchors write about',
-	signature: 'by evidence: these anchors predict best what this person has written',
+	topic: 'by topic: these anchors write about similar topics',
+	signature: 'by evidence: these anchors predict this user’s texts best',
 };
 
 export const LEVELS = {

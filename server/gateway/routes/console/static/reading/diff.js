@@ -1,8 +1,8 @@
-// Which words two texts do not share: the longest common subsequence of their words.
+// Word differences of two texts, by the longest common subsequence.
 
 const MOST_CELLS = 2_000_000;
 
-/** [[text, differs]…] for each side; a word has the spaces before it. */
+/** Returns [[text, differs]…] for each side; a word includes the spaces before it. */
 export function compared(left, right) {
 	const [a, b] = [words(left), words(right)];
 	if (a.length * b.length > MOST_CELLS) return [[[left, false]], [[right, false]]];
@@ -33,7 +33,7 @@ function lengths(a, b) {
 	return table;
 }
 
-/** Adds a word to the stretch before it if both differ or neither does. Marks begin with a word, and end with a line. */
+/** Appends a word, to the last entry if `differs` is equal. Marks start at a word and end at a line break. */
 function add(side, word, differs) {
 	const [lead] = word.match(/^\s*/);
 	const last = side.at(-1);

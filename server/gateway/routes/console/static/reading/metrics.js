@@ -1,4 +1,4 @@
-// Prometheus's text format, and what two readings of it say about the time between them.
+// Parses Prometheus's text format and compares two readings.
 
 const LINE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)/;
 const LABEL = /([\w]+)="((?:[^"\\]|\\.)*)"/g;
@@ -26,20 +26,20 @@ export function parseMetrics(text) {
 
 const all = () => true;
 
-/** The sum over the samples whose labels pass; null where there is none. */
+/** Returns the sum of the samples whose labels pass; null if there are none. */
 export function total({ samples }, name, passes = all) {
 	const found = (samples.get(name) ?? []).filter(({ labels }) => passes(labels));
 	return found.length ? found.reduce((sum, { value }) => sum + value, 0) : null;
 }
 
-/** How much a counter has grown; one that is smaller than before has begun anew. */
+/** Returns the growth of a counter; a smaller value means that it was reset. */
 export function growth(before, now, name, passes) {
 	const [was, is] = [total(before, name, passes) ?? 0, total(now, name, passes)];
 	if (is === null) return null;
 	return is >= was ? is - was : is;
 }
 
-/** A quantile of what a histogram has observed between two readings, as Prometheus estimates it; null without any. */
+/** Estimates a quantile of a histogram between two readings, like Prometheus; null without observations. */
 export function quantile(before, now, name, q, passes = all) {
 	const bounds = new Map();
 	for (const { labels, value } of now.samples.get(`${name}_bucket`) ?? []) {

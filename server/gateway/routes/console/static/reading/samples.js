@@ -1,4 +1,4 @@
-// Samples from what somebody dropped or pasted: JSON, newline-delimited JSON, or CSV.
+// Reads samples from text: JSON, newline-delimited JSON or CSV.
 
 /** {samples: [{input, output}…], faults: [sentence…]}. */
 export function readSamples(text) {
@@ -13,7 +13,7 @@ export function readSamples(text) {
 		const lines = plain.split('\n').map((line, index) => [line.trim(), index]).filter(([line]) => line);
 		return checked(lines.map(([line]) => parsed(line)), (index) => `line ${lines[index][1] + 1}`);
 	}
-	if (plain.startsWith('[')) return { samples: [], faults: ['This begins like a JSON array, and is not one.'] };
+	if (plain.startsWith('[')) return { samples: [], faults: ['This starts like a JSON array but is not valid JSON.'] };
 	return fromCsv(plain);
 }
 
@@ -44,12 +44,12 @@ function fromCsv(text) {
 	const columns = head.map((name) => name.trim().toLowerCase());
 	const [input, output] = [columns.indexOf('input'), columns.indexOf('output')];
 	if (input < 0 || output < 0) {
-		return { samples: [], faults: ['This is neither JSON nor CSV with the columns input and output in its first line.'] };
+		return { samples: [], faults: ['This is neither JSON nor CSV with the columns input and output.'] };
 	}
 	return checked(rows.map((row) => ({ input: row[input], output: row[output] })), (index) => `row ${index + 2}`);
 }
 
-/** Rows of fields, as RFC 4180 has them; also with semicolons or tabs, whichever the first line holds more of. */
+/** Parses RFC 4180; the separator is the most frequent of comma, semicolon and tab in the first line. */
 function csv(text) {
 	const first = text.split('\n', 1)[0];
 	const comma = [',', ';', '\t'].sort((a, b) => first.split(b).length - first.split(a).length)[0];

@@ -1,4 +1,4 @@
-// The playground's question, as code for elsewhere.
+// The playground's question as curl and Python code.
 import { gateway } from '../api.js';
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
