@@ -22,9 +22,9 @@ async def test_a_try_is_counted_once_the_model_is_free_and_who_changed_meanwhile
 
     changed = SimpleNamespace(is_signed=lambda bank: False)
     queue: Any = SimpleNamespace(
-        take=step("take", "key"), begin=step("begin", 1), done=step("done"), request=step("request")
+        take=step("take", "key"), count_attempt=step("count_attempt", 1), remove=step("remove"), add=step("add")
     )
     profiles: Any = SimpleNamespace(read=step("read", SimpleNamespace(profile=None)), load=step("load", changed))
     bank: Any = SimpleNamespace(manifest=SimpleNamespace(short="9f2c41d0"))
     assert await SigningLoop(queue, profiles, bank, None, lock).work_once(0)
-    assert steps == ["take, free", "begin, busy", "read, busy", "done, free", "load, free", "request, free"]
+    assert steps == ["take, free", "count_attempt, busy", "read, busy", "remove, free", "load, free", "add, free"]
