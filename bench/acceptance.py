@@ -1,9 +1,8 @@
-"""The checks that take long or need real histories, in one command: `make acceptance DATA=../shared/data`.
+"""Run the checks that take long or need real histories: `make acceptance DATA=../shared/data`.
 
-Takes the model of the store's promises many steps further than `make test` does, then builds a bank of 12 anchors from
-the headline writers of `DATA` (kept, and continued if it was interrupted), and runs the other benchmarks against it one
-by one, printing each command first. Ends with one table and `acceptance.json`; status 1 when a step fails or a target
-is missed.
+Runs the model test of the store with many more steps than `make test`, builds a bank of 12 anchors from the headline
+writers of `DATA` (kept, and resumed if it was interrupted), and runs the other benchmarks with it one by one, printing
+each command first. The results are a table and `acceptance.json`; exit status 1 if a step fails or a target is missed.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ ANCHORS = 12
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What some rows of a benchmark's report must be."""
+    """A target for some rows of a benchmark's report."""
 
-    row: str  # the beginning of their labels; there must be at least one
-    wanted: str  # what they must be, in words
-    met: Callable[[Any], bool]  # judges a row's value
-    binding: bool = True  # whether missing it fails the run; otherwise it is only an aim
+    row: str  # prefix of the rows' labels; at least one row must match
+    wanted: str  # the target in words
+    met: Callable[[Any], bool]  # whether a row's value meets the target
+    binding: bool = True  # whether missing the target fails the run
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A row of a report beside its target."""
+    """A row of a report with its target."""
 
     label: str
     value: str
@@ -61,7 +60,7 @@ class Figure:
 
 @dataclass(slots=True)
 class Outcome:
-    """How a step went."""
+    """The outcome of a step."""
 
     step: str
     command: str
@@ -71,7 +70,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether it ran through and met every binding target."""
+        """Whether the step completed and met every binding target."""
         return self.status == 0 and all(figure.met or not figure.binding for figure in self.figures)
 
 
@@ -104,11 +103,11 @@ GATEWAY = (Target("whole, 1 concurrent: added at p50", "3 ms", lambda value: val
 
 
 class Run:
-    """Steps, one after the other, with their outcomes.
+    """Runs steps one after the other and collects their outcomes.
 
     Args:
         out: folder of the reports.
-        console: where progress is printed.
+        console: console for the progress.
     """
 
     def __init__(self, out: Path, console: Console) -> None:
@@ -117,7 +116,7 @@ class Run:
         self._console = console
 
     def step(self, name: str, command: Iterable[object], targets: Iterable[Target] = (), key: str = "") -> bool:
-        """Run a command, with the engine's key where it needs one; a benchmark's report is judged by `targets`."""
+        """Run a command, with the engine's key if needed, and judge a benchmark's report by `targets`."""
         argv = [str(part) for part in command]
         report = self._out / f"{argv[1].partition('.')[2]}.json" if targets else None
         if report:
@@ -138,14 +137,14 @@ class Run:
 
     @contextmanager
     def needing(self, name: str) -> Iterator[None]:
-        """Steps that need something to run beside them; where it does not start, that is a step that failed."""
+        """Wrap steps that need a running server; if it does not start, record a failed step."""
         start_s = time.monotonic()
         try:
             yield
         except Exception as error:
             self._console.print(str(error), markup=False, soft_wrap=True)
-            said = Figure("what went wrong", str(error).partition("\n")[0], "nothing", met=False, binding=True)
-            self.outcomes.append(Outcome(name, "", time.monotonic() - start_s, 1, [said]))
+            figure = Figure("error", str(error).partition("\n")[0], "none", met=False, binding=True)
+            self.outcomes.append(Outcome(name, "", time.monotonic() - start_s, 1, [figure]))
 
 
 def main(
@@ -172,7 +171,7 @@ def main(
             run.step("gateway", measure, GATEWAY, key)
         run.step("overload", ("-m", "bench.fleet.overload"), (OWN_VERDICT,))
         run.step("oracle", ("-m", "bench.oracle", *people), ORACLE)
-        # In float32: in bfloat16 an answer depends on what it is batched with, wherever two tokens nearly tie.
+        # In bfloat16 an answer depends on its batch where two tokens nearly tie, so use float32.
         with run.needing("an exact server"), _served(out / "data", *served, "--dtype", "float32") as (url, engine, key):
             serve = ("-m", "bench.serving.users", "--users", users, "--url", url, "--engine", engine)
             run.step("users", serve, (OWN_VERDICT,), key)
@@ -197,7 +196,7 @@ def main(
 
 @contextmanager
 def _served(data: Path, *options: str) -> Iterator[tuple[str, str, str]]:
-    """`mta up` with some options: URL of the gateway, URL and key of the engine."""
+    """Run `mta up` with some options; yield the URL of the gateway, and the URL and key of the engine."""
     key = secrets.token_urlsafe(16)
     with up(data, *options, environment={"MTA_ENGINE_KEY": key}) as server:
         engine = re.search(r"engine +ready +(\S+)", server.process.output)
@@ -206,13 +205,13 @@ def _served(data: Path, *options: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _tiny(folder: Path) -> tuple[str, ...]:
-    """A tiny model and its bank, as options: what the gateway adds does not depend on the model behind it."""
+    """Create a tiny model and its bank, and return them as options; the gateway's cost does not depend on the model."""
     subject = tiny(folder)
     return "--bank", str(subject.bank), "--model", str(subject.model)
 
 
 def judge(report: Path, targets: Iterable[Target]) -> list[Figure]:
-    """The rows that have a target; a target without a row is missed."""
+    """Judge the rows that have a target; a target without a row is missed."""
     rows = json.loads(report.read_text(encoding="utf-8"))["rows"] if report.exists() else {}
     figures = []
     for target in targets:
@@ -225,7 +224,7 @@ def judge(report: Path, targets: Iterable[Target]) -> list[Figure]:
 
 
 def _table(outcomes: Iterable[Outcome]) -> Table:
-    """Every step with its time and its figures."""
+    """Return a table of every step with its time and figures."""
     table = Table("step", "time", "figure", "value", "wanted", "", title="Acceptance", title_justify="left")
     for outcome in outcomes:
         verdict = "[green]passed[/green]" if outcome.passed else "[bold red]failed[/bold red]"

@@ -1,1 +1,1 @@
-"""What few-shot adapting gains and costs: `mta bench adapt`, and `python -m bench.adapt.users`, `.beside`."""
+"""Gain and cost of few-shot adaptation: `mta bench adapt`, and `python -m bench.adapt.users` and `.beside`."""

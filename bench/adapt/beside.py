@@ -1,8 +1,8 @@
-"""What adapt jobs cost users who are being answered: streams with and without a running job, in turn, one run.
+"""Measure how adapt jobs slow down running answers: streams with and without a running job, in turn, in one run.
 
-A block is a closed loop of clients, each streaming answers for warm users. Blocks alternate: A with jobs in training,
-one after the other, B without. First tokens and the gaps between tokens are pooled over blocks for p50 and p99; the
-cost of jobs is the ratio of the medians of a pair's two blocks.
+A block is a closed loop of clients that stream answers for warm users. Blocks alternate: A with training jobs, one
+after the other, and B without. The p50 and p99 of first tokens and of gaps between tokens are over all blocks; the cost
+of jobs is the ratio of the medians of the two blocks of a pair.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ POLL_S = 0.2
 
 @dataclass(slots=True)
 class Block:
-    """Readings of one block, ms."""
+    """Readings of one block in ms."""
 
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
@@ -98,22 +98,22 @@ async def _measure(
         finally:
             for user in (*USERS, TRAINED):
                 async with session.delete(f"/users/{user}"):
-                    pass  # not all of them are known if the run ended early
+                    pass  # a user can be unknown if the run ended early
     return blocks, cancels_ms
 
 
 @asynccontextmanager
 async def training(session: aiohttp.ClientSession, cancels_ms: list[float]) -> AsyncIterator[None]:
-    """Jobs in training, one after the other, while the block lasts; the last is cancelled, and that is timed.
+    """Keep jobs in training, one after the other, until the block ends; cancel the last one and time that.
 
     Raises:
-        ExceptionGroup: when a job fails or cannot be posted, which ends the block at once, or none begins in time.
+        ExceptionGroup: if a job fails or cannot be posted, which ends the block at once, or if none begins in time.
     """
     begun, over, job = asyncio.Event(), asyncio.Event(), dict[str, Any]()
 
     async def train() -> None:
         while not over.is_set():
-            # A key of its own: without one, the same samples are the job that has just succeeded.
+            # Without a new idempotency key, the same samples would return the job that has just succeeded.
             body = {"samples": SAMPLES, "idempotency_key": secrets.token_hex(16)}
             job.update(await _ask(session, "POST", f"/users/{TRAINED}/adapt", body))
             while not (job["ended_at"] or over.is_set()):
@@ -128,7 +128,7 @@ async def training(session: aiohttp.ClientSession, cancels_ms: list[float]) -> A
         group.create_task(train())
         await asyncio.wait_for(begun.wait(), PATIENCE_S)
         yield
-        over.set()  # not a cancellation: a job that is just being posted must be known, to be cancelled
+        over.set()  # not a task cancellation: the id of a job that is just being posted is needed to cancel it
     start_s = time.perf_counter()
     async with session.delete(f"/jobs/{job['id']}") as response:
         if response.status == 200:  # it had not ended on its own
@@ -138,7 +138,7 @@ async def training(session: aiohttp.ClientSession, cancels_ms: list[float]) -> A
 async def _block(
     session: aiohttp.ClientSession, numbers: itertools.count[int], requests: int, concurrency: int, max_tokens: int
 ) -> Block:
-    """Run a closed loop until `requests` are answered."""
+    """Run a closed loop until all requests are answered."""
     block, left = Block(), iter(range(requests))
 
     async def client(user: str) -> None:
@@ -151,7 +151,7 @@ async def _block(
 
 
 async def _stream(session: aiohttp.ClientSession, body: dict[str, Any], block: Block) -> None:
-    """One streamed answer, each chunk of text timed."""
+    """Stream one answer and time each chunk of text."""
     last_s, first = time.perf_counter(), True
     async with session.post("/generate", json=body | {"stream": True, "temperature": 0}) as response:
         response.raise_for_status()

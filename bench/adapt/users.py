@@ -1,9 +1,9 @@
-"""Few-shot adapting from end to end: real users against a running `mta up`, and whether it helped them.
+"""Few-shot adaptation end to end: real users against a running `mta up`, and the gain for them.
 
-One user after the other: their profile items are posted as samples, the job is awaited, and all their queries are
-answered. Then the gold answers of those queries are scored in process: under the adapter that
-merged answers get, and with the very bytes that the server promoted, on the recipe that they were trained on; a
-rejected adapter counts as merged. In a bank with signatures the job is posted once the server has read the profile.
+For one user after the other, the benchmark posts the profile items as samples, waits for the job, and requests answers
+to all queries. Then it scores the queries' gold answers in process: with the adapter of merged answers, and with the
+promoted bytes on the recipe that they were trained on. A rejected adapter counts as merged. With a bank that has
+signatures, the job is posted after the server has computed the user's signature.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ MAX_TOKENS = 512
 
 @dataclass(slots=True)
 class Reading:
-    """One user.
+    """Readings of one user.
 
     Attributes:
-        user_id: which user.
-        state: how the job ended.
-        seconds: from POST to the first whole answer after the job's end.
-        levels: of the answers to all queries.
-        recipe: of an answer without the user's adapter.
-        adapter: the one that speaks in the first answer, if any.
-        beneath: of that answer: the recipe that the adapter was trained on.
+        user_id: the user's id.
+        state: final state of the job.
+        seconds: time from POST to the first complete answer after the job's end.
+        levels: levels of the answers to all queries.
+        recipe: recipe of an answer without the user's adapter.
+        adapter: the user adapter of the first answer, if any.
+        beneath: recipe of that answer, on which the adapter was trained.
         raw: the promoted bytes; empty without an adapter.
-        merged, stacked: loss of the gold answers, nats per token.
+        merged, stacked: loss of the gold answers in nats per token.
     """
 
     user_id: str
@@ -75,14 +75,14 @@ class Reading:
 def main(
     *,
     users: Annotated[Path, typer.Option(help="Users in the LaMP per-user layout, with their queries.")],
-    bank: Annotated[Path, typer.Option(help="The bank that is served.")],
-    redis_url: Annotated[str, typer.Option(help="The server's store: the promoted bytes are read from it.")],
+    bank: Annotated[Path, typer.Option(help="The server's bank.")],
+    redis_url: Annotated[str, typer.Option(help="The server's store, for reading promoted adapters.")],
     url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8000",
-    people: Annotated[int, typer.Option(help="How many users, at most.", min=2)] = 1000,
+    people: Annotated[int, typer.Option(help="Maximum number of users.", min=2)] = 1000,
     model: ModelOption = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Adapt all users, generate, and score; status 1 when a job fails or an answer is not stacked."""
+    """Adapt all users, generate, and score; exit status 1 if a job fails or an answer has the wrong level."""
     manifest, settings = read_manifest(bank), load_settings(model=model)
     task = get_task(manifest.task)
     persons = read_histories(users, task)[:people]
@@ -126,12 +126,12 @@ def _adapted(client: Client, person: History, task: Task) -> Reading:
 
 
 def _speaking(client: Client, user_id: str, prompt: str, personalize: str = "auto") -> Personalization:
-    """The personalization of a short answer."""
+    """Return the personalization of a short answer."""
     return client.generate(user_id, prompt, personalize=personalize, max_tokens=24, temperature=0).personalization
 
 
 def _promoted(store: Any, adapter: UserAdapterId | None) -> bytes:
-    """The bytes behind a stacked answer's adapter; empty without one."""
+    """Return the stored bytes of an adapter; empty without one."""
     if adapter is None:
         return b""
     kept, raw = store.hmget(f"mta:{{{adapter.user_key}}}:adapter", ("id", "raw"))
@@ -141,7 +141,7 @@ def _promoted(store: Any, adapter: UserAdapterId | None) -> bytes:
 
 
 def _score(trainer: AdapterTrainer, reading: Reading, queries: list[dict[str, str]]) -> None:
-    """Loss of the gold answers, merged and stacked."""
+    """Compute the loss of the gold answers, merged and stacked."""
     golds = [encode_pair(trainer.tokenizer, query["input"], query["gold"], MAX_TOKENS) for query in queries]
     fused = fuse(trainer.matrix, parse_recipe(reading.recipe), torch.float32)
     with attached(trainer.model, fused) as here:
@@ -154,7 +154,7 @@ def _score(trainer: AdapterTrainer, reading: Reading, queries: list[dict[str, st
 
 
 def _rows(readings: list[Reading]) -> list[tuple[str, object]]:
-    """The results."""
+    """Return the rows of the report."""
     states = Counter(reading.state for reading in readings)
     promoted = [reading for reading in readings if reading.state == "succeeded"]
     served = all(level == ("stacked" if r.raw else "merged") for r in readings for level in r.levels)

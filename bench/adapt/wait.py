@@ -1,7 +1,7 @@
-"""How long a user waits for few-shot adapting: from `POST adapt` to the first answer by the new adapter.
+"""Measure the wait for few-shot adaptation: from `POST adapt` to the first answer with the new adapter.
 
-Starts `mta up` on the bank, and asks as an app does, one person after the other. The people are made up: each writes
-in a manner of their own, which is quickly learned, so that adapters are promoted.
+Starts `mta up` with the bank and sends requests like an app, for one person after the other. The people are made up;
+each has a manner of writing that is learned quickly, so that adapters are promoted.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def main(
     bank: BankOption = None,
     model: ModelOption = None,
     tiny_model: TinyOption = False,
-    people: Annotated[int, typer.Option(help="How many people, after one for warm-up.", min=1)] = 5,
-    samples: Annotated[int, typer.Option(help="Samples of each.", min=2)] = 10,
-    words: Annotated[int, typer.Option(help="Words of each sample's answer, about as many tokens.", min=1)] = 16,
+    people: Annotated[int, typer.Option(help="Number of people, after one for warm-up.", min=1)] = 5,
+    samples: Annotated[int, typer.Option(help="Samples per person.", min=2)] = 10,
+    words: Annotated[int, typer.Option(help="Words per sample's answer, about one token each.", min=1)] = 16,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/adapt.json"),
 ) -> None:
     """Measure the time from posting samples to the first stacked answer."""
@@ -54,7 +54,7 @@ def main(
 
 
 def _adapt(client: Client, person: int, samples: int, words: int) -> tuple[float, str, str]:
-    """One person from scratch: seconds from the post to the first answer, the job's end, and the answer's level."""
+    """Adapt one person from scratch: return the seconds until the first answer, the job's state, and the level."""
     chance, user = random.Random(person), f"bench-adapt-{person}"
     mark = chance.choice(WORDS)
 

@@ -1,3 +1,2 @@
-"""Several gateways and engines at once: what they bear, what happens when there is too much of it, that two engines
-answer as one, that they stand when parts are shot, that parts can be exchanged under load; and larger fleets,
-simulated."""
+"""Benchmarks of several gateways and engines: capacity, overload, fairness, equal answers of two engines, faults,
+rolling replacement under load, and simulated larger fleets."""

@@ -1,4 +1,4 @@
-"""What two gateways over an engine can bear, and what becomes of requests beyond it."""
+"""Measure the capacity of two gateways with one engine, and the treatment of requests beyond it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from bench.page.report import Spread
 
 USERS = 16
 PLACES = 16
-"""Sequences in a batch where there is to be more than fits."""
+"""Sequences per batch in measurements of overload."""
 MAX_P99_RATIO = 1.5
 TURNS = 5
-"""Of two loads that are compared: what else the machine does, both have to bear."""
+"""Number of alternations between two compared loads, so that other load on the machine affects both."""
 SEND_TIMEOUT_S = 5
 SLOW_BYTES_PER_S = 500.0
 LONG_PATH = "/v1/chat/completions"
@@ -29,16 +29,16 @@ LONG = {
     "logprobs": True,
     "top_logprobs": 20,
 }
-"""An answer of some megabytes: more than a socket's buffers take."""
+"""A request for an answer of some megabytes, more than a socket's buffers hold."""
 WRONG = "← wrong"
 
 Rows = list[tuple[str, object]]
-"""What was found, with `WRONG` where a claim fails."""
+"""Rows of the report, marked with `WRONG` if a claim fails."""
 OnStream = Callable[[Stream], object]
 
 
 def _bodies(tokens: int) -> Iterator[dict[str, Any]]:
-    """Requests of the users in turn, never the same prompt twice."""
+    """Yield requests of the users in turn, with distinct prompts."""
     for number in itertools.count():
         user, prompt = f"user-{number % USERS}", f"Write the sentence number {number}."
         yield {"user_id": user, "prompt": prompt, "max_tokens": tokens, "stream": True, "history": 0}
@@ -48,10 +48,10 @@ class Overload:
     """The measurements.
 
     Args:
-        urls: the gateways'.
-        tokens: of an answer.
-        begin: on_stream what is measured next; what it returns is on_stream of each stream that ends.
-        records: gets all loads, by what they were.
+        urls: URLs of the gateways.
+        tokens: tokens per answer.
+        begin: called with the name of each measurement; returns a callback for each finished stream.
+        records: receives all loads by name.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Overload:
         self._records = records
 
     async def streams(self, clients: int, seconds: float) -> Rows:
-        """As many clients that stream all the time."""
+        """Measure `clients` clients that stream all the time."""
         what = f"{clients} streams at once"
         async with loading(self._urls, _bodies(self._tokens)) as loader:
             load = self._records[what] = await loader.closed(clients, seconds, self._begin(what))
@@ -78,7 +78,7 @@ class Overload:
         ]
 
     async def beyond(self, parts: Sequence[str], seconds: float) -> Rows:
-        """What can be borne, and the parts `overload` and `readers`."""
+        """Measure the capacity, and the parts `overload` and `readers`."""
         async with loading(self._urls, _bodies(self._tokens)) as loader:
             await loader.closed(PLACES, min(seconds, 5), self._begin("warm-up"))
             capacity = (await loader.closed(PLACES, seconds / 2, self._begin("capacity"))).rate
@@ -111,7 +111,7 @@ class Overload:
             alone.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[0]))
             slow, idle = (reading(self._urls, LONG_PATH, LONG, per_s) for per_s in (SLOW_BYTES_PER_S, 0.0))
             async with slow, idle:
-                await asyncio.sleep(min(seconds / 4, SEND_TIMEOUT_S))  # until what is not read fills all buffers
+                await asyncio.sleep(min(seconds / 4, SEND_TIMEOUT_S))  # until the unread data fills all buffers
                 beside.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[1]))
             await asyncio.sleep(1)
         left = await self._taken()
@@ -122,7 +122,7 @@ class Overload:
         ]
 
     async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str) -> float:
-        """One turn of a load, added to what is recorded of it; its p99 in milliseconds."""
+        """Run one turn of a load, add it to the records, and return its p99 in milliseconds."""
         load = await loader.open(per_s, seconds, self._begin(what), seed=len(self._records))
         before = self._records.get(what, Load((), 0.0))
         self._records[what] = Load([*before.streams, *load.streams], before.seconds + load.seconds)
@@ -139,7 +139,7 @@ class Overload:
         ]
 
     async def _taken(self) -> float:
-        """Places that the gateways have given away."""
+        """Return the number of engine places in use at all gateways."""
         taken = 0.0
         async with httpx.AsyncClient() as client:
             for url in self._urls:
@@ -153,7 +153,7 @@ def _marked(shown: str, right: bool) -> str:
 
 
 def _at_most_longer(over: Sequence[float], under: Sequence[float]) -> str:
-    """The ratio of two loads' p99, turn by turn: the median decides, so that a hiccup is one turn."""
+    """Judge the median over turns of the ratio of two loads' p99, so that one disturbed turn does not matter."""
     ratio = Spread.ratio(over, under)
     return _marked(f"{ratio}, at most {MAX_P99_RATIO}", ratio.median <= MAX_P99_RATIO)
 

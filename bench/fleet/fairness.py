@@ -1,12 +1,12 @@
-"""What one key costs others: a gateway, an engine, four keys that each ask by chance for a sixth of what it can bear.
+"""Measure how one key affects others: a gateway, an engine, and keys with random arrivals.
 
-    wide     a key's short requests at half of that, alone and beside its own requests for 32 answers at once
-    greedy   three keys at half of that, beside a fourth that does as they do, and beside a fourth that does its worst:
-             event streams, bodies that trickle, requests for 32 answers, streams that it does not read, deletes of
-             nobody, each again as soon as it is refused
+    wide     a key's short requests at half of the capacity, alone and beside its own requests for 32 answers at once
+    greedy   three keys at a sixth of the capacity each, beside a fourth that does the same, and beside a greedy fourth:
+             event streams, slow bodies, requests for 32 answers, unread streams, and deletes of unknown users, each
+             repeated as soon as it is refused
 
-The engine is real, its model is tiny. It has one core to itself, so that what is measured is who gets the engine and
-not how an operating system divides cores among clients, gateway and model. Ends with status 1 when a claim fails.
+The engine is real, its model is tiny. The engine has its own core, so that the result depends on the sharing of the
+engine and not on the operating system's scheduling of clients, gateway and model. Exit status 1 if a claim fails.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from server.store.tenants.access_keys import Scope, access_key, new_secret
 
 PARTS = ("wide", "greedy")
 PLACES = 32
-"""Sequences in a batch, and answers that are asked for at once."""
+"""Sequences per batch, and answers per wide request."""
 USERS = 8
 KEYS = ("ada", "bob", "kai", "eve")
-"""The fourth does its worst."""
+"""Names of the keys; the fourth is the greedy one."""
 MIN_RATE_RATIO, MAX_P99_RATIO = 0.8, 1.5
 WORST = {"events": 64, "trickling": 32, "wide": 8, "unread": 16, "deletes": 2}
-"""What the fourth does at its worst, and over how many connections."""
+"""Actions of the greedy key, and the number of connections for each."""
 SMALL_BODY = 64 << 10
 UNREAD = {name: value for name, value in LONG.items() if name not in ("logprobs", "top_logprobs")}
-"""More than a socket's buffers take; no more work for the engine than any other answer of this length."""
+"""A request for an answer larger than a socket's buffers; without log-probabilities, to save engine time."""
 RETRY_DELAY_S = 0.05
 LEAD_IN_S = 4.0
-"""How long the three have been there when a measurement begins; the fourth begins halfway."""
+"""Seconds of load from the three keys before a measurement; the fourth starts halfway."""
 
 Key = dict[str, str]
 
@@ -67,7 +67,7 @@ def main(
     part: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(PARTS)}; may be repeated.", show_default="all")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Of each load, over all turns.", min=1)] = 60,
+    seconds: Annotated[float, typer.Option(help="Seconds of each load, over all turns.", min=1)] = 60,
     turns: Annotated[int, typer.Option(help="Turns of each load.", min=1)] = 3,
     tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 32,
     worst: Annotated[
@@ -75,7 +75,7 @@ def main(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Measure what one key's requests cost the others, and its own."""
+    """Measure how one key's requests slow down the others and its own."""
     chosen, does = part or list(PARTS), worst or list(WORST)
     for given, known in ((chosen, PARTS), (does, WORST)):
         if unknown := set(given) - set(known):
@@ -104,7 +104,7 @@ def main(
 
 
 async def _keys(url: str) -> list[Key]:
-    """A key of a tenant of its own for each of `KEYS`, as a header."""
+    """Create a key with its own tenant for each of `KEYS`, and return them as headers."""
     secrets = {name: new_secret() for name in KEYS}
     async with open_stores(Settings(redis_url=url)) as stores:
         for name, secret in secrets.items():
@@ -113,7 +113,7 @@ async def _keys(url: str) -> list[Key]:
 
 
 def _prepare(url: str, keys: Sequence[Key]) -> str:
-    """Give every key its users, and the last one a job that no worker takes; the job's id."""
+    """Create users for every key, and a job that no worker takes for the last one; return the job's id."""
     for key in keys:
         with Client(url, key=key["Authorization"].removeprefix("Bearer ")) as client:
             wait_until(client.ready, f"{url} to be ready")
@@ -127,14 +127,14 @@ class Fairness:
     """The measurements.
 
     Args:
-        url: the gateway's.
+        url: URL of the gateway.
         keys: headers of `KEYS`.
-        job: of the last key.
-        tokens: of an answer.
-        worst: what the last key does, of `WORST`.
+        job: id of the last key's job.
+        tokens: tokens per answer.
+        worst: actions of the last key, from `WORST`.
 
     Attributes:
-        loads: all of them, by what they were.
+        loads: all loads by name.
     """
 
     def __init__(self, url: str, keys: Sequence[Key], job: str, tokens: int, worst: Sequence[str]) -> None:
@@ -146,9 +146,9 @@ class Fairness:
         self._worst_of_all = worst
 
     async def measure(self, parts: Sequence[str], seconds: float, turns: int) -> Rows:
-        """What the engine can bear, and the parts."""
+        """Measure the capacity and the parts."""
         gc.collect()
-        gc.freeze()  # a collection over all that was imported would stop the clients for half a second
+        gc.freeze()  # a collection of all imported objects would stop the clients for half a second
         async with AsyncExitStack() as stack:
             loaders = [
                 await stack.enter_async_context(loading([self._url], _bodies(self._tokens), key)) for key in self._keys
@@ -206,7 +206,7 @@ class Fairness:
         ]
 
     async def _offered(self, what: str, loaders: Sequence[Loader], per_s: float, seconds: float, turn: int) -> None:
-        """One turn of a load, with as much from each loader; the same arrivals in the same turn of another."""
+        """Run one turn of a load, the same from each loader; compared loads have the same arrivals in the same turn."""
         found = await asyncio.gather(
             *(
                 loader.open(per_s, seconds, lambda _: None, seed=len(loaders) * turn + number)
@@ -232,7 +232,7 @@ class Fairness:
 
     @asynccontextmanager
     async def _worst(self, counts: dict[str, int]) -> AsyncIterator[None]:
-        """The last key does its worst."""
+        """Run all actions of the greedy key until the block ends."""
         key = self._keys[-1]
         numbers = itertools.count()
         place = urlsplit(self._url)
@@ -276,7 +276,7 @@ class Fairness:
             yield
 
     def _ask_for_many(self, key: Key, took: list[float]) -> Callable[[aiohttp.ClientSession], Awaitable[int]]:
-        """A request for as many answers as there are places, four times as long as the others'."""
+        """Return a function that requests PLACES answers, each four times as long as the others' answers."""
         body = {"model": "base", "messages": [{"role": "user", "content": "Tell me everything."}], "n": PLACES}
         body |= {"max_tokens": 4 * self._tokens}
         clock = asyncio.get_running_loop().time
@@ -299,7 +299,7 @@ class Fairness:
         key: Key | None = None,
         counts: dict[str, int] | None = None,
     ) -> AsyncIterator[None]:
-        """Clients that do something until the block ends, and begin again soon after it ends or is refused."""
+        """Run clients that repeat an action until the block ends, with a short delay after each end or refusal."""
         counts = {} if counts is None else counts
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, headers=key or {}) as session:
@@ -323,7 +323,7 @@ class Fairness:
 
 
 def _bodies(tokens: int) -> Iterator[dict[str, Any]]:
-    """Requests of the users in turn, never the same prompt twice."""
+    """Yield requests of the users in turn, with distinct prompts."""
     for number in itertools.count():
         user, prompt = f"user-{number % USERS}", f"Write the sentence number {number}."
         yield {"user_id": user, "prompt": prompt, "max_tokens": tokens, "stream": True, "history": 0}

@@ -1,4 +1,4 @@
-"""`mta up --replicas 2` on the tiny model, over a store of its own that can be killed, and that loses answers."""
+"""`mta up --replicas 2` with the tiny model and a separate store that can be killed and can lose answers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ ENGINES = ("engine-1", "engine-2")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What runs."""
+    """The running processes."""
 
     up: Up  # `mta up` and its parts
-    store: ValkeyProcess  # the Valkey beneath it, not one of its parts
-    lossy: LossyProxy  # between the two
+    store: ValkeyProcess  # a separate Valkey, not a part of `mta up`
+    lossy: LossyProxy  # the proxy between both
 
     def ready(self) -> dict[str, Any] | None:
-        """What the gateway says of all parts; None while it is not there."""
+        """Return the gateway's report on all parts, or None if it does not answer."""
         try:
             answer: dict[str, Any] = httpx.get(f"{self.up.url}/ready", timeout=5).json()
         except (httpx.HTTPError, ValueError):
@@ -39,19 +39,19 @@ class Machine:
         return answer
 
     def whole(self) -> bool:
-        """Whether nothing is missing, as far as the gateway knows."""
+        """Whether the gateway reports all parts as ready."""
         said = self.ready()
         return said is not None and said["status"] == "ready" and said["detail"] is None
 
 
 def wait_for_router(up: Up) -> None:
-    """Wait until the router uses every engine: it begins with the first that answers, and finds the others later."""
+    """Wait until the router uses every engine: it starts with the first that answers and adds the others later."""
     health = f"http://{up.address('router')}/health"
     wait_until(lambda: httpx.get(health).status_code == httpx.codes.OK, "the router to know every engine")
 
 
 def engine_client(up: Up, name: str) -> httpx.Client:
-    """A client of one of the engines, which must have the key `KEY`."""
+    """Return a client of one of the engines, which must have the key `KEY`."""
     headers = {"Authorization": f"Bearer {KEY}"}
     return httpx.Client(base_url=f"http://{up.address(name)}", headers=headers, timeout=600)
 
@@ -60,13 +60,13 @@ def engine_client(up: Up, name: str) -> httpx.Client:
 def tiny_machine(
     folder: Path, *options: str, seed: int = 0, environment: Mapping[str, str] | None = None
 ) -> Iterator[Machine]:
-    """The machine, once all of it is ready.
+    """Run the machine, and wait until all parts are ready.
 
     Args:
-        folder: for model, bank and all data.
-        options: more of `mta up`'s.
-        seed: of which of the store's answers are lost, once `lossy.share` says that some are.
-        environment: more of its settings.
+        folder: folder for model, bank and all data.
+        options: further options of `mta up`.
+        seed: seed for the choice of lost answers, once `lossy.share` is above 0.
+        environment: further settings.
     """
     model = tiny_model(folder / "model")
     settings = load_settings()

@@ -1,12 +1,12 @@
-"""More than can be served: many streams at once through two gateways, twice what they can bear, and slow readers.
+"""Measure overload of two gateways: many concurrent streams, twice the capacity, and slow readers.
 
-    streams   500 clients that stream all the time: none of their streams may be lost
-    overload  what the engine can bear, then that much arriving by chance, then twice that: what is too much is refused,
-              and the rest takes little longer
-    readers   half of what it can bear: alone, then beside clients of long answers who read a few bytes a second, and
-              others who never read. It must hardly notice them
+    streams   500 clients that stream all the time: no stream may be lost
+    overload  the engine's capacity, then random arrivals at that rate and at twice that rate: the excess is refused,
+              and the other requests take little longer
+    readers   random arrivals at half of the capacity: alone, and beside clients of long answers that read a few bytes
+              per second or nothing, which must hardly slow down the others
 
-The engine is real; its model is tiny, so that the gateways have much to do. Ends with status 1 when a claim fails.
+The engine is real; its model is tiny, which maximises the gateways' load. Exit status 1 if a claim fails.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def main(
     part: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(PARTS)}; may be repeated.", show_default="all")
     ] = None,
-    streams: Annotated[int, typer.Option(help="Clients that stream at once.", min=1)] = 500,
-    seconds: Annotated[float, typer.Option(help="For how long they do.", min=1)] = 180,
+    streams: Annotated[int, typer.Option(help="Concurrent streaming clients.", min=1)] = 500,
+    seconds: Annotated[float, typer.Option(help="Seconds of concurrent streaming.", min=1)] = 180,
     phase: Annotated[float, typer.Option(help="Seconds of each other measurement.", min=1)] = 60,
     tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 64,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Measure what happens when more is asked of two gateways than the engine behind them can bear."""
+    """Measure two gateways with more requests than their engine can serve."""
     chosen = part or list(PARTS)
     if unknown := set(chosen) - set(PARTS):
         raise typer.BadParameter(f"there is no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
@@ -73,7 +73,7 @@ def main(
 
 
 class _Bar:
-    """A bar for each measurement, which counts its streams."""
+    """A progress bar for each measurement that counts its streams."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -90,7 +90,7 @@ class _Bar:
 
 @contextmanager
 def _fleet(subject: Subject, folder: Path, sequences: int) -> Iterator[list[str]]:
-    """Gateways over an engine for so many sequences, and a store that knows the users; the gateways' URLs."""
+    """Run gateways with an engine for `sequences` and a store with the users; yield the gateways' URLs."""
     folder.mkdir()
     store = ValkeyProcess(folder / "valkey").start()
     try:
@@ -122,7 +122,7 @@ def _fleet(subject: Subject, folder: Path, sequences: int) -> Iterator[list[str]
 
 
 def _summary(load: Load) -> dict[str, Any]:
-    """A load for the record."""
+    """Summarise a load for the JSON file."""
     return {
         "seconds": load.seconds,
         "refused": load.refused,

@@ -1,4 +1,4 @@
-"""Whether two engines behind the router answer as one, and each recipe lives on one of them only."""
+"""Check that two engines behind the router answer like one, and that each recipe is on only one of them."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ CONCURRENCY = 4
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What two engines did."""
+    """Results of the comparison."""
 
-    answers: int  # all of them
-    differing: list[str]  # queries that one engine alone answers otherwise
-    resident: Mapping[str, set[str]]  # the recipes that each engine held, before one was asked about the other's
-    recipes: set[str]  # of all people
+    answers: int  # number of answers
+    differing: list[str]  # queries that a single engine answers differently
+    resident: Mapping[str, set[str]]  # recipes that each engine held before the single engine served all of them
+    recipes: set[str]  # recipes of all people
 
     @property
     def twice(self) -> set[str]:
-        """Recipes that lived on both engines."""
+        """Recipes on both engines."""
         return set.intersection(*self.resident.values()) & self.recipes
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """For a report."""
+        """The rows of the report."""
         held = [(f"recipes on {name}", str(len(held & self.recipes))) for name, held in self.resident.items()]
         equal = self.answers - len(self.differing)
         everywhere = set.union(*self.resident.values()) >= self.recipes
@@ -59,12 +59,12 @@ def _marked(value: str, good: bool) -> str:
 
 
 def compared(started: Up, people: Sequence[Mapping[str, Any]], max_tokens: int) -> Found:
-    """Have every query answered through the router, then all of them by the first engine alone.
+    """Answer every query through the router, then all of them on the first engine alone.
 
     Args:
-        started: with two engines that have the key `KEY`, in float32: else rounding differs with the batch.
-        people: in the LaMP per-user layout, with their queries.
-        max_tokens: of an answer.
+        started: `mta up` with two float32 engines that have the key `KEY`; in bfloat16, rounding depends on the batch.
+        people: people in LaMP's per-user layout, with their queries.
+        max_tokens: maximum tokens per answer.
     """
     asked: list[tuple[str, str, str]] = []
     greedy = {"max_tokens": max_tokens, "temperature": 0}
@@ -102,7 +102,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Serve every user of a file by two engines, and compare with one; status 1 when they differ."""
+    """Serve every user of a file with two engines, and compare with one; exit status 1 if they differ."""
     people = json.loads(users.read_text(encoding="utf-8"))
     subject = configured_subject(bank, model)
     options = ("--bank", str(subject.bank), "--model", str(subject.model), "--replicas", "2", "--dtype", "float32")

@@ -1,7 +1,7 @@
-"""Where vllm-router 0.1.17 sends a session: its ring of virtual nodes, rebuilt here so that a fleet can be simulated.
+"""The hash ring of vllm-router 0.1.17, reimplemented for simulations of a fleet.
 
 The router hashes with mcrouter's FurcHash over 2^23 - 1 buckets and spreads the bucket over 64 bits with MurmurHash64A;
-a session goes to the first virtual node at or after it. `tests/integration/test_router.py` holds this to the router.
+a session goes to the first virtual node at or after it. `tests/integration/test_router.py` compares it with the router.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 VIRTUAL_NODES = 160
-"""Of each engine."""
+"""Number of virtual nodes per engine."""
 
 BUCKETS = (1 << 23) - 1
 _SEED = 4193360111
@@ -27,7 +27,7 @@ class Ring:
     """The ring of some engines.
 
     Args:
-        urls: the engines', as the router knows them.
+        urls: the engines' URLs as configured in the router.
     """
 
     def __init__(self, urls: Sequence[str]) -> None:
@@ -36,21 +36,21 @@ class Ring:
         self._owners = np.array([nodes[int(at)] for at in self._places])
 
     def engine_of(self, recipe: str) -> int:
-        """The number of the engine that serves a recipe, while all can be reached."""
+        """Return the number of the engine that serves a recipe while all engines are reachable."""
         return int(self.engines_at(np.array([place(f"header:x-session-id:{recipe}")], dtype=np.uint64))[0])
 
     def engines_at(self, places: Places) -> npt.NDArray[np.int64]:
-        """The engines of many places at once."""
+        """Return the engines of many places."""
         return self._owners[np.searchsorted(self._places, places) % len(self._places)]
 
 
 def place(text: str) -> int:
-    """The place of a text on the ring, 0 to 2^64 - 1."""
+    """Return the place of a text on the ring, 0 to 2^64 - 1."""
     return _murmur(_furc(text.encode()).to_bytes(4, "little"))
 
 
 def random_places(count: int, generator: np.random.Generator) -> Places:
-    """The places of so many sessions that nobody has named."""
+    """Return `count` random places."""
     return generator.integers(_WORD, size=count, dtype=np.uint64)
 
 
@@ -74,7 +74,7 @@ def _murmur(data: bytes) -> int:
 
 
 def _furc(data: bytes) -> int:
-    """A bucket of `BUCKETS`, from as many pseudo-random bits as it takes."""
+    """Return one of `BUCKETS` buckets, drawn with as many pseudo-random bits as needed."""
     words: list[int] = []
 
     def bit(at: int) -> int:

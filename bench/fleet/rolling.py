@@ -1,8 +1,8 @@
-"""`mta bench fleet rolling`: every part exchanged, and the bank, under load, without a failed request.
+"""`mta bench fleet rolling`: replace every part and the bank under load, without a failed request.
 
-Two gateways, a router and two engines as processes of their own, each asked to stop (SIGTERM) and started again, one at
-a time: engines with the next bank beside the present one, gateways with the next one, engines with that one alone, and
-the router. Clients do what a load balancer does: who gets no connection at one gateway asks the other.
+Two gateways, a router and two engines are separate processes, each stopped (SIGTERM) and restarted one at a time:
+engines with the current and the next bank, gateways with the next one, engines with only the next one, and the router.
+Clients act like a load balancer: if one gateway takes no connection, they ask the other.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ CLIENTS, PEOPLE, TOKENS = 3, 8, 48
 PAUSE_S = 0.1
 READY_S, STOP_S, ANSWER_S = 120.0, 60.0, 60.0
 CALM_S = 3.0
-"""Between two restarts: gateways look at engines every two seconds, routers every second."""
+"""Seconds between two restarts: gateways check engines every two seconds, routers every second."""
 
 Environment = dict[str, str | None]
 SECRET = "the secret of a fleet that is rolled"
 
 
 class Replaceable:
-    """A process that can be exchanged for another on the same port."""
+    """A process that can be replaced by another on the same port."""
 
     def __init__(self, command: list[str], url: str, headers: dict[str, str] | None = None) -> None:
         self._command, self._url, self._headers = command, url, headers or {}
@@ -55,7 +55,7 @@ class Replaceable:
         self._process: Background | None = None
 
     def start(self, environment: Environment) -> None:
-        """Start it, and return once it is ready."""
+        """Start the process, and wait until it is ready."""
         self._process = process = self._running.enter_context(running(self._command, environment))
 
         def ready() -> bool:
@@ -68,20 +68,20 @@ class Replaceable:
         wait_until(ready, f"{self._command[-1]} to be ready", READY_S)
 
     def stop(self) -> None:
-        """Ask it to stop, and return once it has."""
+        """Ask the process to stop, and wait until it has."""
         assert self._process
         self._process.process.terminate()
         self._process.wait(STOP_S)
         self._running.close()
 
     def exchange(self, environment: Environment) -> None:
-        """Stop it, and start another in its place."""
+        """Stop the process, and start another in its place."""
         self.stop()
         self.start(environment)
 
 
 class Load(threading.Thread):
-    """Somebody who asks without a pause, at whichever gateway takes the connection."""
+    """A client that sends one request after the other to any gateway that accepts the connection."""
 
     def __init__(self, urls: list[str], seed: int) -> None:
         super().__init__(daemon=True)
@@ -92,7 +92,7 @@ class Load(threading.Thread):
         self._stop_asked = threading.Event()
 
     def stop(self) -> None:
-        """End after the present request; one that does not end has failed."""
+        """Stop after the current request; a request that does not end counts as failed."""
         self._stop_asked.set()
         self.join(ANSWER_S)
         if self.is_alive():
@@ -111,8 +111,8 @@ class Load(threading.Thread):
         for client in self._chance.sample(self._clients, len(self._clients)):
             try:
                 response = client.request(method, path, json=body)
-            except Exception as error:  # whatever ends a request; this thread must go on
-                # Nothing came, and no gateway began anything: it did not take the connection, or had closed it.
+            except Exception as error:  # any failure of a request; this thread must continue
+                # The gateway did not accept the connection or had closed it, so it has not started the request.
                 not_accepted = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
                 if not_accepted or "without sending a response" in str(error):
                     continue
@@ -127,16 +127,16 @@ class Load(threading.Thread):
 
 
 def _recipe(answer: str) -> str:
-    """The recipe that an answer names."""
+    """Return the recipe of an answer."""
     return answer.partition('"recipe":"')[2].partition('"')[0]
 
 
 class RollingFleet:
-    """The fleet, its bank's next one, and what it takes to exchange its parts.
+    """The fleet, its next bank, and the steps that replace its parts.
 
     Args:
-        folder: for all data.
-        running: holds what runs.
+        folder: folder for all data.
+        running: stack of the running processes.
     """
 
     def __init__(self, folder: Path, running: ExitStack) -> None:
@@ -156,7 +156,7 @@ class RollingFleet:
             "MTA_SECRET": SECRET,
             "MTA_MODEL": str(model),
             "MTA_BANK": str(bank),
-            "OMP_NUM_THREADS": "1",  # two engines on one machine; one of them computes while the other starts
+            "OMP_NUM_THREADS": "1",  # one engine serves while the other starts on the same machine
         }
         gateways = [free_port() for _ in range(2)]
         self.gateway_urls = [f"http://127.0.0.1:{port}" for port in gateways]
@@ -181,12 +181,12 @@ class RollingFleet:
                 client.put_profile(f"rolled-{user}", WORLDS[:1])
 
     def restart_router(self) -> None:
-        """Stop the router, if it runs, and start one on the same port."""
+        """Stop the router, if it is running, and start one on the same port."""
         self._router.close()
         self._router.enter_context(running_router(self.engine_urls, self._router_port))
 
     def steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """Every exchange, in the order in which a new bank is rolled out; the router's comes last."""
+        """Yield every replacement, in the order in which a new bank is rolled out; the router is last."""
         both = {**self.settings, "MTA_NEXT_BANK": str(self.next)}
         alone = {**self.settings, "MTA_BANK": str(self.next)}
         for engine in self.engines:
@@ -199,7 +199,7 @@ class RollingFleet:
 
 
 def main(out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None) -> None:
-    """Exchange every part and the bank under load; status 1 when a request failed."""
+    """Replace every part and the bank under load; exit status 1 if a request failed."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as running:
         rolled = RollingFleet(Path(scratch), running)
         loads = [Load(rolled.gateway_urls, seed) for seed in range(CLIENTS)]

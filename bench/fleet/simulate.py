@@ -1,9 +1,9 @@
-"""`mta bench fleet simulate`: how often a recipe is already where its request arrives, and how evenly requests fall,
-with 10, 100 and 1,000 engines.
+"""`mta bench fleet simulate`: the share of requests that find their recipe warm, and the balance of requests, with 10,
+100 and 1,000 engines.
 
-Users ask as often as Zipf's law says, each under a recipe of their own: the worst case, for near-equal users share one.
-Requests go where the router's ring sends them (`ring.py`), or, for comparison, anywhere. An engine keeps the recipes
-used last. With `--check` the same model is held against two real engines behind the real router.
+Users ask with the frequencies of Zipf's law, each with their own recipe: the worst case, since similar users share one.
+The router's ring (`ring.py`) or, for comparison, chance selects the engine. An engine keeps the most recently used
+recipes. `--check` compares the simulation with two real engines behind the real router.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from bench.rig.engine import KEY
 REPLICAS = (10, 100, 1000)
 CHECKED_REQUESTS, CHECKED_RECIPES, CHECKED_HELD, CHECKED_SLOTS = 400, 60, 16, 8
 NEAR = 0.02
-"""How far the share of warm requests may be from the simulated one."""
+"""Maximum difference between the real and the simulated share of warm requests."""
 
 Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """What became of all requests."""
+    """The result of serving all requests."""
 
-    warm: float  # share that found its recipe held
+    warm: float  # share of requests whose engine held their recipe
     busiest: float  # requests of the busiest engine over the mean
-    idlest: float  # of the idlest
+    idlest: float  # requests of the least busy engine over the mean
 
 
 def zipf(users: int, requests: int, exponent: float, generator: np.random.Generator) -> Numbers:
-    """Who asks, request by request: user n about 1/n^exponent as often as the first."""
+    """Draw the user of each request: user n asks about 1/n^exponent as often as the first."""
     shares = np.cumsum(1.0 / np.arange(1, users + 1) ** exponent)
     who: Numbers = np.searchsorted(shares, generator.random(requests) * shares[-1]).astype(np.int64)
     return who
 
 
 def served(asking: Numbers, engines: Numbers, replicas: int, held: int, begin: int = 0) -> Spread:
-    """Serve requests in order; those before `begin` do not count. An engine keeps `held` recipes."""
+    """Serve requests in order, and count those from `begin` on. An engine keeps `held` recipes."""
     kept: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(replicas)]
     warm = 0
     for number, (recipe, engine) in enumerate(zip(asking.tolist(), engines.tolist(), strict=True)):
@@ -68,16 +68,16 @@ def served(asking: Numbers, engines: Numbers, replicas: int, held: int, begin: i
 
 def main(
     *,
-    replicas: Annotated[list[int], typer.Option(help="How many engines; may be given several times.")] = REPLICAS,  # type: ignore[assignment]
-    users: Annotated[int, typer.Option(help="Users, each with a recipe of their own.", min=1000)] = 1_000_000,
-    exponent: Annotated[float, typer.Option(help="Of Zipf's law.")] = 0.6,
-    requests: Annotated[int, typer.Option(help="Requests for each engine; the later half counts.", min=100)] = 1500,
-    held: Annotated[int, typer.Option(help="Recipes that an engine keeps (MTA_MAX_CPU_LORAS).", min=1)] = 1024,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    check: Annotated[bool, typer.Option(help="Hold the model against two real engines.")] = False,
+    replicas: Annotated[list[int], typer.Option(help="Number of engines; may be repeated.")] = REPLICAS,  # type: ignore[assignment]
+    users: Annotated[int, typer.Option(help="Users, each with their own recipe.", min=1000)] = 1_000_000,
+    exponent: Annotated[float, typer.Option(help="Exponent of Zipf's law.")] = 0.6,
+    requests: Annotated[int, typer.Option(help="Requests per engine; the second half counts.", min=100)] = 1500,
+    held: Annotated[int, typer.Option(help="Recipes kept per engine (MTA_MAX_CPU_LORAS).", min=1)] = 1024,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    check: Annotated[bool, typer.Option(help="Compare with two real engines.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Simulate fleets, and print how warm and how even they are; status 1 when `--check` finds another truth."""
+    """Simulate fleets and print warm shares and balance; exit status 1 if `--check` finds a difference."""
     asking = Asking(users, exponent, requests, seed)
     title = f"{users:,} users, Zipf {exponent}, {requests:,} requests and {held:,} recipes an engine"
     columns = ("engines", "warm by the ring", "warm anywhere", "busiest", "idlest", "busiest after a death")
@@ -99,7 +99,7 @@ def main(
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """How people ask; see `main`."""
+    """The simulated requests; see `main`."""
 
     users: int
     exponent: float
@@ -116,7 +116,7 @@ def _line(replicas: int, people: Asking, held: int) -> list[object]:
     half = len(asking) // 2
     ring = served(asking, by_ring, replicas, held, half)
     anywhere = served(asking, generator.integers(replicas, size=len(asking)), replicas, held, half)
-    # The ring is rebuilt without an engine that cannot be reached: its users go to all others.
+    # The router rebuilds the ring without an unreachable engine, whose users are spread over all others.
     after = Ring(names[1:]).engines_at(places) + 1
     left = np.bincount(after, minlength=replicas)[1:] / (len(after) / replicas)
     return [replicas, ring.warm, anywhere.warm, ring.busiest, ring.idlest, float(left.max())]
@@ -124,15 +124,15 @@ def _line(replicas: int, people: Asking, held: int) -> list[object]:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The model against two real engines."""
+    """Comparison of the simulation with two real engines."""
 
-    misplaced: int  # recipes that live elsewhere than on the simulated engine
-    warm: float  # share of requests whose recipe an engine held
-    simulated: float  # the same, simulated
+    misplaced: int  # number of recipes on another engine than simulated
+    warm: float  # share of warm requests
+    simulated: float  # simulated share of warm requests
 
 
 def checked(seed: int) -> Checked:
-    """Send requests for more recipes than two engines hold through the real router, one at a time."""
+    """Send requests for more recipes than two engines hold, one at a time through the real router."""
     generator = np.random.default_rng(seed)
     asking = zipf(CHECKED_RECIPES, CHECKED_REQUESTS, 0.9, generator)
     options = ("--max-loras", str(CHECKED_SLOTS))
@@ -158,7 +158,7 @@ def checked(seed: int) -> Checked:
         for number, name in enumerate(ENGINES):
             with engine_client(machine.up, name) as engine:
                 resident = engine.get("/mta/v1/resident").raise_for_status().json()["resident"]
-                engine.get("/metrics").raise_for_status()  # has it count: status says what was counted last
+                engine.get("/metrics").raise_for_status()  # updates the counters that the status reports
                 status = engine.get("/mta/v1/status").raise_for_status().json()
             misplaced += sum(ring.engine_of(recipe) != number for recipe in resident if recipe in recipes)
             prepares, fuses = prepares + status["prepares"], fuses + status["fuses"]

@@ -1,4 +1,4 @@
-"""Streams through several gateways: all the time, or arriving by chance; and clients that hardly read, or never."""
+"""Streams through several gateways: a closed loop, random arrivals, and clients that read slowly or never."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from bench.page.report import percentile
 
 DONE = b"data: [DONE]\n\n"
 RECONNECT_AFTER_S = 10.0
-"""After how long a client that reads nothing goes away, and asks again."""
+"""Seconds after which a client that reads nothing disconnects and asks again."""
 NO_KEY: Mapping[str, str] = {}
 BROKEN = 0
-"""The status of a stream that began and did not come to its end, or of a connection that failed."""
+"""Status of an incomplete stream or a failed connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """How a stream went.
+    """The result of a stream.
 
     Attributes:
-        status: HTTP's; `BROKEN` if it was cut short.
-        error: the code of an answer that is an error.
+        status: HTTP status; `BROKEN` if the stream was cut short.
+        error: code of an error answer.
         first_s, whole_s: seconds until the first and the last byte.
-        chunks: how many there were, the first and the last included.
+        chunks: number of chunks, including the first and the last.
     """
 
     status: int
@@ -47,42 +47,42 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How all streams of a while went, and how many seconds passed until the last one's end."""
+    """The results of all streams of a load, and the seconds until the last one's end."""
 
     streams: Sequence[Stream]
     seconds: float
 
     @property
     def served(self) -> list[Stream]:
-        """Those that came to their end."""
+        """The complete streams."""
         return [stream for stream in self.streams if stream.status == 200]
 
     @property
     def rate(self) -> float:
-        """Streams served a second."""
+        """Complete streams per second."""
         return len(self.served) / self.seconds
 
     @property
     def refused(self) -> int:
-        """How many were on_stream to come back."""
+        """Number of streams refused with 429."""
         return sum(stream.status == 429 for stream in self.streams)
 
     @property
     def failures(self) -> dict[str, int]:
-        """How often there was each status that is neither 200 nor 429, and each error's code."""
+        """Counts of other statuses than 200 and 429, with their error codes."""
         return Counter(f"{stream.status} {stream.error}" for stream in self.streams if stream.status not in (200, 429))
 
     def whole_ms(self, share: float) -> float:
-        """The time to the last byte below which that share of what was served lies."""
+        """Return the percentile `share` of the time to the last byte of complete streams."""
         return 1000 * percentile([stream.whole_s for stream in self.served], share)
 
     def first_ms(self, share: float) -> float:
-        """The same to the first byte."""
+        """Return the percentile `share` of the time to the first byte of complete streams."""
         return 1000 * percentile([stream.first_s for stream in self.served], share)
 
 
 class Loader:
-    """Asks gateways; made by `loading`."""
+    """A client of some gateways; created by `loading`."""
 
     def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], bodies: Iterable[dict[str, Any]]) -> None:
         self._session = session
@@ -90,7 +90,7 @@ class Loader:
         self._bodies = map(orjson.dumps, bodies)
 
     async def stream(self, url: str) -> Stream:
-        """The next stream, read as fast as it comes."""
+        """Request the next stream, and read it without delay."""
         body = next(self._bodies)
         start_s = time.perf_counter()
         status, error, first_s, chunks, tail = BROKEN, "", 0.0, 0, b""
@@ -108,9 +108,9 @@ class Loader:
         return Stream(status, error, first_s, time.perf_counter() - start_s, chunks)
 
     async def closed(self, clients: int, seconds: float, on_stream: Callable[[Stream], object]) -> Load:
-        """Clients that ask again as soon as they are answered; after so many seconds they finish what they have.
+        """Run a closed loop: clients ask again after each answer, and stop after the answer at `seconds`.
 
-        Each asks one gateway, and each gateway has as many.
+        Each client asks one gateway; the clients are distributed evenly.
         """
         streams: list[Stream] = []
         start_s = time.perf_counter()
@@ -124,7 +124,7 @@ class Loader:
         return Load(streams, time.perf_counter() - start_s)
 
     async def open(self, per_s: float, seconds: float, on_stream: Callable[[Stream], object], seed: int = 0) -> Load:
-        """Arrivals of a Poisson process at the gateways in turn, however long the answers take."""
+        """Run an open loop: requests arrive at the gateways in turn as a Poisson process, whatever the answers take."""
         chance, under_way, urls = random.Random(seed), [], itertools.cycle(self._urls)
         start_s = next_s = time.perf_counter()
         while (next_s := next_s + chance.expovariate(per_s)) < start_s + seconds:
@@ -138,7 +138,7 @@ class Loader:
 async def loading(
     urls: Sequence[str], bodies: Iterable[dict[str, Any]], key: Mapping[str, str] = NO_KEY
 ) -> AsyncIterator[Loader]:
-    """A loader with connections of its own; `key` is the header with its API key."""
+    """Yield a loader with its own connections; `key` is the header with its API key."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     headers = {"Content-Type": "application/json", **key}
     timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
@@ -150,9 +150,9 @@ async def loading(
 async def reading(
     urls: Sequence[str], path: str, body: dict[str, Any], per_s: float, key: Mapping[str, str] = NO_KEY
 ) -> AsyncIterator[None]:
-    """A client of each URL that asks again and again, and reads so many bytes a second, or none.
+    """Run a client of each URL that asks repeatedly, and reads `per_s` bytes per second, or none.
 
-    Its buffers are small, so that what it does not read waits in the gateway.
+    Its buffers are small, so that unread data waits in the gateway.
     """
     raw = orjson.dumps(body)
     clients = [asyncio.create_task(_reader(url, path, raw, per_s, key)) for url in urls]

@@ -1,1 +1,1 @@
-"""Is the fused adapter exactly what its recipe says? `python -m bench.oracle`."""
+"""Check that a fused adapter is exactly what its recipe says: `python -m bench.oracle`."""

@@ -1,8 +1,8 @@
-"""vLLM with the fused adapter against Hugging Face with the dense ΔW, on a real model, for both methods.
+"""Compare vLLM with the fused adapter to Hugging Face with the dense ΔW, on a real model, for both fusion methods.
 
-Also with a user adapter stacked on top. A bank has one method, so the other gets a bank of the same rows
-(`bench/oracle/banks.py`). In float32 the log-probabilities must agree; in bfloat16, where rounding decides
-near-ties, the share of equal greedy texts is reported.
+Some cases have a user adapter stacked on top. A bank has one method, so `bench/oracle/banks.py` writes a second bank
+with the same rows for the other. In float32 the log-probabilities must agree; in bfloat16, where rounding decides
+near-ties, the benchmark reports the share of equal greedy texts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(
     bank: Annotated[Path, typer.Option(help="A bank of method `shared`.")],
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     users: Annotated[Path | None, typer.Option(help="LaMP per-user file to take prompts from.")] = None,
-    prompts: Annotated[int, typer.Option(help="How many prompts.", min=4)] = 40,
+    prompts: Annotated[int, typer.Option(help="Number of prompts.", min=4)] = 40,
     new_tokens: Annotated[int, typer.Option(help="Length of the greedy texts.")] = 24,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
@@ -82,7 +82,7 @@ def main(
 
 
 def _prompts(users: Path | None, count: int) -> list[str]:
-    """Users' own queries, or the questions above with a number."""
+    """Return users' own queries, or the questions above with a number."""
     if users is None:
         return [f"{QUESTIONS[i % len(QUESTIONS)]} ({i})" for i in range(count)]
     people = json.loads(users.read_text(encoding="utf-8"))
@@ -90,7 +90,7 @@ def _prompts(users: Path | None, count: int) -> list[str]:
 
 
 def _serve(banks: Sequence[OpenBank], model: Path, dtype: str, valkey: ValkeyProcess) -> AbstractContextManager[Engine]:
-    """An engine with both banks."""
+    """Return an engine with both banks."""
     first, second = banks
     return running_engine(first.folder, model, dtype=dtype, redis_url=valkey.url, next_bank=second.folder)
 
@@ -98,7 +98,7 @@ def _serve(banks: Sequence[OpenBank], model: Path, dtype: str, valkey: ValkeyPro
 def _compare_float32(
     cases: Sequence[Case], serving: AbstractContextManager[Engine], folder: Path, texts: Sequence[str]
 ) -> Iterator[tuple[str, float]]:
-    """The largest difference in log-probability of each prompt, token by token."""
+    """Yield the largest difference in token log-probability for each prompt."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with serving as engine:
@@ -111,7 +111,7 @@ def _compare_float32(
 def _compare_bfloat16(
     cases: Sequence[Case], serving: AbstractContextManager[Engine], folder: Path, texts: Sequence[str], new_tokens: int
 ) -> Iterator[tuple[str, bool]]:
-    """Whether greedy texts are equal, one at a time on both sides."""
+    """Yield whether greedy texts are equal; each side generates one text at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with serving as engine:
@@ -122,7 +122,7 @@ def _compare_bfloat16(
 
 
 def _with_dense(model: Any, cases: Sequence[Case], texts: Sequence[str], dtype: str) -> Iterator[tuple[Case, str]]:
-    """Every text twice for each bank: under one of its plain recipes, and under one of its stacked ones."""
+    """Yield every text twice for each bank: with one of its plain recipes and one of its stacked recipes."""
     for case in track(cases, f"{dtype}, a recipe at a time"):
         like = [other for other in cases if other.bank is case.bank and (other.user is None) == (case.user is None)]
         with case.dense(model):
@@ -131,14 +131,14 @@ def _with_dense(model: Any, cases: Sequence[Case], texts: Sequence[str], dtype: 
 
 
 def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    """A prompt as vLLM renders it."""
+    """Render a prompt as vLLM does."""
     rendered = tokenizer.apply_chat_template(chat_messages(text), add_generation_prompt=True, tokenize=False)
     ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def _greedy(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
-    """Hugging Face's greedy continuation."""
+    """Return Hugging Face's greedy continuation."""
     ids = torch.tensor([_token_ids(tokenizer, text)])
     mask = torch.ones_like(ids)
     made = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)

@@ -1,4 +1,4 @@
-"""Banks for the oracle: a real one, the same rows as banks of other methods, and what is asked of each."""
+"""Banks for the oracle: a real one, the same rows as a bank of the other method, and test cases for each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from server.store.adapters import new_adapter_id
 from server.store.tenants.user_key import UserKeys
 
 USER_SCALE = 0.05
-"""Standard deviation of random user adapters: it moves log-probabilities about as much as training does."""
+"""Standard deviation of random user adapters; it changes log-probabilities about as much as training does."""
 
 _KEYS = UserKeys("an oracle's secret", "bench")
 
@@ -42,14 +42,14 @@ class OpenBank:
         return cls(folder, manifest, open_matrix(folder, manifest))
 
     def cases(self) -> list[Case]:
-        """All plain recipes, and the first one with a user adapter."""
+        """Return cases for all plain recipes, and for the first one with a user adapter."""
         plain, method = self._recipes(), self.manifest.method.value
         user = random_user_adapter(self.manifest, plain[0], scale=USER_SCALE)
         stacked = replace(plain[0], user_adapter=UserAdapterId(_KEYS.key(method), new_adapter_id()))
         return [*(Case(self, method, recipe) for recipe in plain), Case(self, f"{method} + user", stacked, user)]
 
     def _recipes(self) -> list[FusionRecipe]:
-        """Two anchors with the common row, one step back, and without it; one anchor; the row."""
+        """Return recipes with two anchors (one weight negative), without the common row, with one anchor, and none."""
         common, last = self.manifest.common, len(self.manifest.anchors) - 1
         made = [
             (common, (Term(0, 571), Term(last, -429))),
@@ -62,7 +62,7 @@ class OpenBank:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """A recipe of a bank, with its user adapter where it has one; `label` is its row in the report."""
+    """A recipe of a bank, with its user adapter if it has one; `label` is its row in the report."""
 
     bank: OpenBank
     label: str
@@ -70,17 +70,17 @@ class Case:
     user: UserAdapter | None = None
 
     def dense(self, model: Any) -> AbstractContextManager[None]:
-        """The model with everything that the recipe stands for."""
+        """Return a context in which the model has the recipe's ΔW, including the user adapter."""
         if self.user is None:
             return dense_adapter(model, self.bank.matrix, self.recipe)
         return stacked_adapter(model, self.bank.matrix, self.recipe, self.user)
 
 
 def rewritten(shared: OpenBank, scratch: Path) -> OpenBank:
-    """The same rows as a bank of method `cat`, every row with an A of its own.
+    """Write the same rows as a bank of method `cat`, in which every row has its own A.
 
-    Each row is rotated within its rank by an orthogonal Q of its own: (B Qᵀ)(Q A) is the same ΔW, but not with another
-    row's A.
+    Each row is rotated within its rank by its own orthogonal Q: (B Qᵀ)(Q A) is the same ΔW, but only with the row's own
+    A.
     """
     old, method, folder = shared.manifest, FusionMethod.CAT, scratch / FusionMethod.CAT.value
     folder.mkdir()
@@ -104,7 +104,7 @@ def rewritten(shared: OpenBank, scratch: Path) -> OpenBank:
 
 
 def _turned(layout: RowLayout, lora: LoraWeights, seed: int) -> torch.Tensor:
-    """A LoRA rotated within its rank, as a row."""
+    """Rotate a LoRA within its rank and return it as a row."""
     generator = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(lora.rank, lora.rank, generator=generator))
     turned = LoraWeights(

@@ -1,6 +1,6 @@
-"""The oracle: what recipes mean, on dense float64 matrices. It shares no code with `adapters/fusion.py`.
+"""The oracle: computes recipes on dense float64 matrices. It shares no code with `adapters/fusion.py`.
 
-Used by the tests and by `bench/oracle`, which compare a running vLLM with Hugging Face with ΔW added to the weights.
+The tests and `bench/oracle` compare a running vLLM with Hugging Face models that have ΔW added to their weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adapters.user_adapter import UserAdapter
 
 
 def dense_parts(matrix: MetaMatrix, row: torch.Tensor, module: ModuleShape) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [R, H_in] and B [H_out, R] of one module of one row, cut by hand, float64."""
+    """Cut A [R, H_in] and B [H_out, R] of one module out of a row, in float64."""
     modules, rank = matrix.layout.modules, matrix.layout.rank
     at = modules.index(module)
     a_starts = list(accumulate((rank * m.h_in for m in modules), initial=0))
@@ -34,7 +34,7 @@ def dense_parts(matrix: MetaMatrix, row: torch.Tensor, module: ModuleShape) -> t
 
 
 def dense_delta(matrix: MetaMatrix, recipe: FusionRecipe, module: ModuleShape) -> torch.Tensor:
-    """ΔW [H_out, H_in] of one module in float64, term by term."""
+    """Return ΔW [H_out, H_in] of one module in float64, summed term by term."""
     delta = torch.zeros(module.h_out, module.h_in, dtype=torch.float64)
     if recipe.common:
         a, b = dense_parts(matrix, matrix.rows[matrix.anchors], module)
@@ -47,14 +47,14 @@ def dense_delta(matrix: MetaMatrix, recipe: FusionRecipe, module: ModuleShape) -
 
 @contextmanager
 def dense_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe) -> Iterator[None]:
-    """A Hugging Face model, in float32, with a recipe's ΔW added to its weights, until the block ends."""
+    """Add a recipe's ΔW to the weights of a Hugging Face model until the block ends."""
     with added(model, {module.name: dense_delta(matrix, recipe, module) for module in matrix.layout.modules}):
         yield
 
 
 @contextmanager
 def stacked_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe, user: UserAdapter) -> Iterator[None]:
-    """The same with a user adapter's ΔW, B_u A_u, on top."""
+    """Add a recipe's ΔW and a user adapter's ΔW, B_u A_u, to the weights until the block ends."""
     deltas = {
         module.name: dense_delta(matrix, recipe.plain, module)
         + user.weights.b[module.name].double() @ user.weights.a[module.name].double()
@@ -66,7 +66,7 @@ def stacked_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe, user: 
 
 @contextmanager
 def added(model: Any, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """A model with ΔW [H_out, H_in] added to the weights of some modules, until the block ends."""
+    """Add ΔW [H_out, H_in] to the weights of some modules until the block ends."""
     kept = {}
     with torch.no_grad():
         for name, delta in deltas.items():
@@ -82,7 +82,7 @@ def added(model: Any, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
 
 
 def token_logprobs(model: Any, token_ids: list[int]) -> torch.Tensor:
-    """Log-probability of each token but the first given those before it, [T - 1]."""
+    """Return the log-probability of each token but the first given those before it, [T - 1]."""
     ids = torch.tensor([token_ids])
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].float()

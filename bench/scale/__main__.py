@@ -1,11 +1,11 @@
-"""How far it scales: users in a real store, anchors in a bank, recipes through one engine.
+"""Measure scaling: users in a real store, anchors in a bank, and recipes on one engine.
 
-    users     un-adapted users in a Valkey started here: bytes a user, a lookup's p99, a real gateway's memory
+    users     un-adapted users in a Valkey started here: bytes per user, p99 of a lookup, memory of a real gateway
     anchors   a bank of 10,000 anchors: time of a topic lookup, and memory
-    recipes   distinct recipes through one engine with a tiny model: memory and rate, at each tenth of the way
-    import    people imported through a real gateway while others are answered: rate, memory, what the others notice
+    recipes   distinct recipes on one engine with a tiny model: memory and rate after each tenth of them
+    import    people imported through a real gateway while others are served: rate, memory, and delay of the others
 
-`--quick` takes a minute in all. Nothing is kept.
+`--quick` takes about a minute. All data is deleted at the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.scale import users as users_part
 
 PARTS = ("users", "anchors", "recipes", "import")
 QUICK = 50
-"""How many times less a quick run does, but never less than the least."""
+"""Factor by which a quick run is smaller, down to the minimum."""
 MIN_USERS, MIN_COUNT = 1000, 100
 
 
@@ -37,21 +37,21 @@ def main(
         typer.Option(help=f"{', '.join(PARTS)}; may be repeated.", show_default="all"),
     ] = None,
     users: Annotated[int, typer.Option(help="Users written to the store.", min=MIN_USERS)] = 1_000_000,
-    signed: Annotated[float, typer.Option(help="Share of them that has a signature.", min=0, max=1)] = 0.5,
-    signature: Annotated[int, typer.Option(help="Anchors of the bank that signatures are for.", min=1)] = 50,
-    lookups: Annotated[int, typer.Option(help="Lookups that are timed.", min=MIN_COUNT)] = 20_000,
+    signed: Annotated[float, typer.Option(help="Share of the users with a signature.", min=0, max=1)] = 0.5,
+    signature: Annotated[int, typer.Option(help="Anchors in the signatures' bank.", min=1)] = 50,
+    lookups: Annotated[int, typer.Option(help="Number of timed lookups.", min=MIN_COUNT)] = 20_000,
     anchors: Annotated[int, typer.Option(help="Anchors of the large bank.", min=2)] = 10_000,
     recipes: Annotated[int, typer.Option(help="Distinct recipes through one engine.", min=MIN_COUNT)] = 100_000,
-    people: Annotated[int, typer.Option(help="People imported beside streams.", min=MIN_COUNT)] = 10_000,
+    people: Annotated[int, typer.Option(help="People imported during streams.", min=MIN_COUNT)] = 10_000,
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK} times fewer of everything but anchors.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Write the figures as JSON: of scale.json, each part to scale-PART.json.")
     ] = Path("out/bench/scale.json"),
 ) -> None:
-    """Measure bytes and milliseconds for a user, an anchor and a recipe when there are very many."""
+    """Measure bytes and milliseconds per user, anchor and recipe at scale."""
     parts = part or PARTS
     for unknown in set(parts) - set(PARTS):
-        raise typer.BadParameter(f"{unknown!r} is none of {', '.join(PARTS)}", param_hint="--part")
+        raise typer.BadParameter(f"{unknown!r} is not one of {', '.join(PARTS)}", param_hint="--part")
     if quick:
         users = max(MIN_USERS, users // QUICK)
         lookups, recipes, people = (max(MIN_COUNT, number // QUICK) for number in (lookups, recipes, people))

@@ -1,4 +1,4 @@
-"""A bank of very many anchors: how long a profile takes to find its own, and the memory that it takes."""
+"""Measure a bank of very many anchors: time of a topic lookup, and memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ before, folder = memory_mib(os.getpid()), Path(sys.argv[1])
 bank = ServingBank.open(folder, read_manifest(folder).embedder.id)
 print(memory_mib(os.getpid()) - before)
 """
-"""Opens a bank in a process that has nothing else, and prints what that takes, MiB."""
+"""A program that opens a bank and prints the memory that it takes, in MiB."""
 COLUMNS = (
     "anchors",
     "index",
@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 def measure(anchors: int, lookups: int, folder: Path, progress: Progress) -> Figures:
-    """A row for 50 anchors, for as many as are searched exactly, and for as many as asked for."""
+    """Return a table with rows for 50 anchors, for the limit of exact search, and for `anchors`."""
     counts = sorted({50, min(anchors, FLAT_LIMIT), anchors})
     lines = [_line(count, lookups, folder, progress) for count in counts]
     title = f"Anchors by topic, {DIM} numbers each: from a profile to its recipe"

@@ -1,7 +1,7 @@
-"""People by the thousand, imported while others are answered: `mta users import` against a real gateway and Valkey.
+"""Import thousands of people while others are served: `mta users import` with a real gateway and Valkey.
 
-Turns of the same two blocks: four streams through the gateway alone, then beside the import of a part of the people.
-The engine has a tiny model, so that the gateway and the store are what the streams wait for.
+Each turn has two blocks: four streams through the gateway, first alone, then during the import of some of the people.
+The engine has a tiny model, so that the streams mainly wait for the gateway and the store.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from mta_client import Client
 
 TURNS, STREAMS = 5, 4
 ALONE_S = 8.0
-"""How long the streams are alone in a turn, after as long for warm-up."""
+"""Seconds of the block without an import; the warm-up before the first turn takes as long."""
 ITEMS, ITEM_WORDS = 3, 12
 TOKENS = 256
-"""Of a stream's answer; then it asks again."""
+"""Tokens of a stream's answer, after which it asks again."""
 
 
 def measure(people: int, folder: Path, progress: Progress) -> Figures:
-    """A table of one row for each figure."""
+    """Import the people, measure, and return a table with one row per figure."""
     subject = tiny(folder)
     store = ValkeyProcess(folder / "valkey").start()
     try:
@@ -88,7 +88,7 @@ async def _turns(url: str, pid: int, people: int, folder: Path, progress: Progre
 
 @asynccontextmanager
 async def _streaming(session: aiohttp.ClientSession, url: str) -> AsyncIterator[list[float]]:
-    """Streams that are asked for again and again until the block ends; their gaps, ms, are complete then."""
+    """Keep streams running until the block ends, and collect the gaps between tokens in ms."""
     gaps: list[float] = []
     over = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""Very many distinct recipes through one engine with a tiny model: does its memory stay, and its rate?"""
+"""Serve very many distinct recipes on one engine with a tiny model, and check that memory and rate stay constant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = ("recipes served", "resident memory, MiB", "over the first tenth's", "
 
 
 def measure(recipes: int, folder: Path, progress: Progress) -> Figures:
-    """A row for each tenth of the way."""
+    """Serve the recipes and return a table with a row for each tenth of them."""
     subject = tiny(folder, anchors=ANCHORS)
     with vllm_server(subject, max_loras=SLOTS, max_num_seqs=CLIENTS, dtype="float32") as engine:
         lines = asyncio.run(_serve(engine, subject, recipes, progress))

@@ -1,7 +1,7 @@
-"""Thousands of distinct recipes through one server while one long stream holds a recipe that they would evict.
+"""Serve thousands of distinct recipes on one server while a long stream holds a recipe that they would evict.
 
-Tiny random model, eight slots. Shows that every answer arrives, that the stream is intact to the token, that no
-process of vLLM grows, and that neither the name map nor `/metrics` does.
+Uses a tiny random model and eight slots. Checks that every answer arrives, that every token of the stream is right, and
+that neither vLLM's processes nor the name map nor `/metrics` grow.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from server.settings import Settings
 
 CONTEXT, ANCHORS, SLOTS, CLIENTS = 65_536, 64, 8, 8
 NEAR_TIE = 0.01
-"""Log-probability by which a streamed token may miss the best one: another batch's rounding, not another adapter."""
+"""Largest gap in log-probability to the best token that another batch's rounding can explain."""
 
 
 class LongStream(threading.Thread):
-    """One greedy answer, streamed until `stop`; keeps its token ids."""
+    """One greedy answer that is streamed until `stop`; keeps its token ids."""
 
     def __init__(self, engine: Engine, recipe: str) -> None:
         super().__init__(daemon=True)
@@ -71,7 +71,7 @@ def main(
     recipes: Annotated[int, typer.Option(help="Distinct recipes to serve.", min=100)] = 2000,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Serve thousands of recipes beside one long stream, and watch what grows."""
+    """Serve thousands of recipes beside one long stream, and check for growth."""
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_model(Path(scratch) / "model", context=CONTEXT)
         embedder = ensure_embedder(None, Settings().cache_dir)
@@ -120,7 +120,7 @@ def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
 
 
 def _foreign_tokens(engine: Engine, stream: LongStream, window: int = 4000) -> int:
-    """How many streamed tokens another adapter must have chosen: worse than the recipe's best by more than a tie."""
+    """Count streamed tokens that another adapter must have chosen: worse than the best one by more than a tie."""
     tokens = (stream.prompt + stream.tokens)[: len(stream.prompt) + window]
     body = {"model": stream.recipe, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
     response = engine.client.post("/v1/completions", json=body).raise_for_status()
@@ -133,7 +133,7 @@ def _foreign_tokens(engine: Engine, stream: LongStream, window: int = 4000) -> i
 
 
 def _resident_mib(pid: int) -> dict[str, float]:
-    """Resident set of the engine's processes, by name."""
+    """Return the resident set of the engine's processes in MiB, by name."""
     sizes = {}
     for process in [pid, *descendants(pid)]:
         status = dict(
@@ -142,7 +142,7 @@ def _resident_mib(pid: int) -> dict[str, float]:
             if ":" in line
         )
         kib = int(status.get("VmRSS", "0 kB").split()[0])
-        if kib > 100 << 10:  # resource trackers and the like are not vLLM
+        if kib > 100 << 10:  # ignore helper processes such as resource trackers
             sizes[f"{status['Name'].strip()} ({process})"] = kib / 1024
     return sizes
 

@@ -1,7 +1,7 @@
-"""Very many un-adapted users in a real Valkey: what each costs, and how fast one of them is found.
+"""Measure the memory per user and the speed of lookups with a million un-adapted users in a real Valkey.
 
-Records are made by the store's own encoder under users' own keys, and written in pipelines; the first ones go through
-the store's `commit`, and must come out byte for byte as long. The server has the durability that `mta up` gives it.
+The store's own encoder makes the records, under the users' own keys; they are written in pipelines. The first ones also
+go through the store's `commit` and must have the same length. The server is as durable as that of `mta up`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from server.store.tenants.user_key import UserKeys
 
 BATCH = 2000
 COMMITTED = 200
-"""How many users are written by the store's `commit` first."""
+"""Number of users that the store's `commit` writes first."""
 SAMPLE = 2000
-"""How many users' memory is asked for."""
+"""Number of users whose memory is measured."""
 ARRIVALS_PER_S = 1000
 CONCURRENCY = 16
 ABSENT_ENGINE = "http://127.0.0.1:9"  # port 9, discard: nothing listens there
@@ -46,7 +46,7 @@ ABSENT_ENGINE = "http://127.0.0.1:9"  # port 9, discard: nothing listens there
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """How many users, which share of them signed for a bank of how many anchors, and how many lookups."""
+    """Number of users, share of them with a signature, anchors of the signatures' bank, and number of lookups."""
 
     users: int
     signed: float
@@ -54,42 +54,39 @@ class Workload:
     lookups: int
 
 
-def measure(workload: Workload, folder: Path, progress: Progress) -> Figures:
-    """Write the users, and measure; a table of one row for each figure."""
+def measure(load: Workload, folder: Path, progress: Progress) -> Figures:
+    """Write the users, measure, and return a table with one row per figure."""
     subject = tiny(folder)
     keys = UserKeys(SECRET, Settings().tenant)
     store = ValkeyProcess(folder / "valkey").start()
     try:
         with redis.Redis.from_url(store.url) as raw:
             empty = raw.info("memory")["used_memory"]
-            make = _maker(workload, subject.manifest.embedder.id)
+            make = _maker(load, subject.manifest.embedder.id)
             asyncio.run(_commit(store.url, keys, make))
             committed = {name: raw.strlen(_key(keys, name)) for name in map(_name, range(COMMITTED))}
             start_s = time.perf_counter()
-            _write(raw, keys, make, workload.users, progress)
+            _write(raw, keys, make, load.users, progress)
             written_s = time.perf_counter() - start_s
             if any(raw.strlen(_key(keys, name)) != size for name, size in committed.items()):
                 raise RuntimeError("the records written in pipelines are not those that the store commits")
             memory = raw.info("memory")
-            sizes = _sizes(raw, keys, workload)
-        alone, arriving, per_s = asyncio.run(_look_up(store.url, keys, workload, progress))
-        before, after, seen = _through_gateway(subject.bank, store.url, workload, progress)
+            sizes = _sizes(raw, keys, load)
+        alone, arriving, per_s = asyncio.run(_look_up(store.url, keys, load, progress))
+        before, after, seen = _through_gateway(subject.bank, store.url, load, progress)
     finally:
         store.kill()
     kinds = {
-        "without a signature": [n for n in sizes if not _is_signed(n, workload)],
-        f"with a signature over {workload.anchors} anchors": [n for n in sizes if _is_signed(n, workload)],
+        "without a signature": [n for n in sizes if not _is_signed(n, load)],
+        f"with a signature over {load.anchors} anchors": [n for n in sizes if _is_signed(n, load)],
     }
     lines: list[list[object]] = [
         [f"bytes of a user {kind}: mean", fmean(sizes[n] for n in found)] for kind, found in kinds.items() if found
     ]
     lines += [
-        [
-            "bytes of the store for each user, keys and overhead and all",
-            (memory["used_memory"] - empty) / workload.users,
-        ],
+        ["bytes of the store for each user, keys and overhead and all", (memory["used_memory"] - empty) / load.users],
         ["resident memory of the store, MiB", memory["used_memory_rss"] / 2**20],
-        ["users written a second, in pipelines, every write on disk", workload.users / written_s],
+        ["users written a second, in pipelines, every write on disk", load.users / written_s],
     ]
     for how, taken in (("one after the other", alone), (f"arriving {ARRIVALS_PER_S:,} a second", arriving)):
         lines += [[f"lookups {how}: p{round(100 * share)}, ms", percentile(taken, share)] for share in (0.5, 0.99)]
@@ -98,7 +95,7 @@ def measure(workload: Workload, folder: Path, progress: Progress) -> Figures:
         ["a gateway's memory when it has started, MiB", before],
         [f"the same after {seen:,} different users, MiB", after],
     ]
-    title = f"{workload.users:,} users in Valkey, {round(100 * workload.signed)} % of them with a signature"
+    title = f"{load.users:,} users in Valkey, {round(100 * load.signed)} % of them with a signature"
     return Figures(title, ("users", "figure"), lines)
 
 
@@ -110,22 +107,22 @@ def _key(keys: UserKeys, name: str) -> str:
     return f"mta:{{{keys.key(name)}}}:profile"
 
 
-def _is_signed(number: int, workload: Workload) -> bool:
-    """Spread evenly: each hundred users has its share."""
-    return number % 100 < 100 * workload.signed
+def _is_signed(number: int, load: Workload) -> bool:
+    """Whether a user has a signature; they are distributed evenly over each hundred users."""
+    return number % 100 < 100 * load.signed
 
 
-def _maker(workload: Workload, embedder: str) -> Callable[[int], Profile]:
-    """Makes profiles as they are before anything is adapted: ten items' embedding, perhaps a signature."""
+def _maker(load: Workload, embedder: str) -> Callable[[int], Profile]:
+    """Return a function that makes un-adapted profiles: the embedding of ten items, and perhaps a signature."""
     numbers = np.random.default_rng(0)
     vectors = numbers.standard_normal((512, 384)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    products = numbers.standard_normal((512, workload.anchors)).astype(np.float32)
+    products = numbers.standard_normal((512, load.anchors)).astype(np.float32)
 
     def make(number: int) -> Profile:
         at = number % 512
         signature = None
-        if _is_signed(number, workload):
+        if _is_signed(number, load):
             signature = StoredSignature(Signature("0badcafe", 240, products[at]), made_of_ms=1_700_000_000_000)
         return Profile(_name(number), 10, 1_700_000_000_000, embedder, vectors[at], signature=signature)
 
@@ -133,7 +130,7 @@ def _maker(workload: Workload, embedder: str) -> Callable[[int], Profile]:
 
 
 async def _commit(url: str, keys: UserKeys, make: Callable[[int], Profile]) -> None:
-    """The first users, as the gateway writes them."""
+    """Write the first users as the gateway does."""
     async with open_stores(Settings(redis_url=url)) as stores:
         for number in range(COMMITTED):
             change = Change(make(number), {}, {}, ())
@@ -152,9 +149,9 @@ def _write(raw: Any, keys: UserKeys, make: Callable[[int], Profile], users: int,
         progress.advance(bar, len(batch))
 
 
-def _sizes(raw: Any, keys: UserKeys, workload: Workload) -> dict[int, int]:
-    """`MEMORY USAGE` of some users, by number."""
-    chosen = random.Random(1).sample(range(workload.users), min(SAMPLE, workload.users))
+def _sizes(raw: Any, keys: UserKeys, load: Workload) -> dict[int, int]:
+    """Return the `MEMORY USAGE` of some users, by number."""
+    chosen = random.Random(1).sample(range(load.users), min(SAMPLE, load.users))
     with raw.pipeline(transaction=False) as pipe:
         for number in chosen:
             pipe.memory_usage(_key(keys, _name(number)), samples=0)
@@ -162,17 +159,17 @@ def _sizes(raw: Any, keys: UserKeys, workload: Workload) -> dict[int, int]:
 
 
 async def _look_up(
-    url: str, keys: UserKeys, workload: Workload, progress: Progress
+    url: str, keys: UserKeys, load: Workload, progress: Progress
 ) -> tuple[list[float], list[float], float]:
-    """Lookups by the store's own read path, users by chance: ms of each one after the other, ms of each of a Poisson
-    process, and how many a second a closed loop gets."""
-    chance, third = random.Random(2), workload.lookups // 3
+    """Look up random users by the store's own read path: return the ms of each in sequence, the ms of each in a Poisson
+    process, and the rate of a closed loop."""
+    chance, third = random.Random(2), load.lookups // 3
     bar = progress.add_task("lookups", total=3 * third)
 
     async with open_stores(Settings(redis_url=url)) as stores:
 
         async def look_up() -> float:
-            key = keys.key(_name(chance.randrange(workload.users)))
+            key = keys.key(_name(chance.randrange(load.users)))
             start_s = time.perf_counter()
             found = await stores.profiles.load(key)
             taken_ms = (time.perf_counter() - start_s) * 1000
@@ -197,10 +194,10 @@ async def _look_up(
         return alone, arriving, third // CONCURRENCY * CONCURRENCY / (time.perf_counter() - start_s)
 
 
-def _through_gateway(bank: Path, url: str, workload: Workload, progress: Progress) -> tuple[float, float, int]:
-    """A real gateway's memory before and after different users were looked up through it, and how many they were."""
-    count = min(workload.lookups, workload.users)
-    chosen: Sequence[int] = random.Random(3).sample(range(workload.users), count)
+def _through_gateway(bank: Path, url: str, load: Workload, progress: Progress) -> tuple[float, float, int]:
+    """Return a real gateway's memory before and after looking up distinct users, and their number."""
+    count = min(load.lookups, load.users)
+    chosen: Sequence[int] = random.Random(3).sample(range(load.users), count)
     with (
         running_gateway(bank, url, ABSENT_ENGINE, KEY, SECRET) as process,
         httpx.Client(base_url=gateway_url(process), timeout=30) as client,

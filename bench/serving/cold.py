@@ -1,15 +1,14 @@
-"""How long until a never-seen recipe's adapter is usable in a running server: three ways, taking turns in one run.
+"""Measure the time until a new recipe's adapter is usable in a running server: three ways in turn, in one run.
 
     worker   this server: prepare, and fuse inside the worker
-    merge    merge the same anchors into a PEFT folder, then have vLLM load it
-    disk     have vLLM load a PEFT folder that was merged beforehand
+    merge    merge the same anchors into a PEFT folder, then let vLLM load it
+    disk     let vLLM load a PEFT folder that was merged beforehand
 
-First, where it happens: the engine's own histograms of each step, read before and after every turn; beside them vLLM's
-load of a merged folder in the same engine. Then from outside: all three ways timed to the first token of a request
-under the new adapter, less the same once the adapter is resident. What remains is the adapter, and noise: the prompt is
-one token, which keeps that low. Method, anchors and rank are the same everywhere. `merge` and `disk` run on a vLLM with
-the same options without the plugin. Time to first token, cold and warm, is that of a chat prompt of normal length,
-nothing cached.
+From inside: the engine's own histograms of each step, read before and after every turn, and vLLM's load of a merged
+folder in the same engine. From outside: the time to the first token of a request with the new adapter, minus the same
+with the resident adapter, for all three ways. The difference is the cost of the adapter plus noise, which a prompt of
+one token keeps low. Method, anchors and rank are always the same. `merge` and `disk` run on a vLLM with the same
+options but without the plugin. Time to first token, cold and warm, is that of an uncached chat prompt of normal length.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from server.engine_protocol import BASE_MODEL
 PROMPT = "Write two sentences about the weather of tomorrow and what to wear for it."
 SLOTS, HELD = 4, 8
 FOLDERS = HELD + 2
-"""More than the engine holds, so that each has to be loaded again when its turn comes."""
+"""Number of folders; the engine holds fewer, so that each must be loaded again in its turn."""
 _salts = itertools.count()
 
 
@@ -51,7 +50,7 @@ def main(
     bank: BankOption = None,
     model: ModelOption = None,
     tiny_model: TinyOption = False,
-    pairs: Annotated[int, typer.Option(help="How often each way is timed, after a warm-up.", min=1)] = 15,
+    pairs: Annotated[int, typer.Option(help="Timed repetitions of each way, after a warm-up.", min=1)] = 15,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/cold.json"),
 ) -> None:
@@ -68,13 +67,13 @@ def main(
         names = [folder.name for folder in folders]
         given_folders = ["--lora-modules", *(f"{folder.name}={folder}" for folder in folders)]
         settings: dict[str, Any] = {"dtype": dtype, "max_loras": SLOTS, "max_cpu_loras": HELD}
-        torch.set_num_threads(1)  # a second thread would only wait for a core that an engine has
+        torch.set_num_threads(1)  # the engines occupy the other cores
         with (
             vllm_server(subject, arguments=given_folders, **settings) as ours,
             vllm_server(subject, "stock", **settings) as stock,
         ):
             burnt = [recipe.name for recipe in itertools.islice(recipes, FOLDERS)]
-            for name in (*burnt, *names):  # recipes' ids begin as the folders' do: those recipes are never used again
+            for name in (*burnt, *names):  # recipes get the same first ids as the folders, so use up those recipes
                 _first_token_ms(ours, name)
             turns = itertools.cycle(names)
             for pair in track(range(pairs + 2), "Worker, merge and disk in turn"):
@@ -94,7 +93,7 @@ def main(
                     "cold": _first_token_ms(ours, name, chat=True),
                     "warm": _first_token_ms(ours, name, chat=True),
                 }
-                if pair >= 2:  # the first two warm both servers up
+                if pair >= 2:  # the first two are for warm-up
                     for way, value in taken.items():
                         readings[way].append(value)
                     for step, value in steps.items():
@@ -112,7 +111,7 @@ def main(
 
 
 def _inside(inside: dict[str, list[float]]) -> Iterator[tuple[str, object]]:
-    """The rows of the engine's own histograms."""
+    """Yield the rows from the engine's own histograms."""
     for step, taken in inside.items():
         yield f"in the engine: {step}", Spread.of(taken) if taken else "no histogram"
     steps = [inside[step] for step in COLD_PATH if inside[step]]
@@ -125,7 +124,7 @@ def _inside(inside: dict[str, list[float]]) -> Iterator[tuple[str, object]]:
 
 
 def _limit(subject: Subject, limits: Limits) -> Iterator[tuple[str, object]]:
-    """What fusing moves: each row read, the sum written, and copied into the slot."""
+    """Yield the memory traffic of fusing: each row is read, the sum is written and copied into the slot."""
     manifest = subject.manifest
     row = manifest.layout.row_numbers * BF16_BYTES
     moved = row * (subject.anchors + manifest.common + 3)
@@ -134,7 +133,7 @@ def _limit(subject: Subject, limits: Limits) -> Iterator[tuple[str, object]]:
 
 
 def _outside(readings: dict[str, list[float]]) -> list[tuple[str, object]]:
-    """The rows of differences between latencies."""
+    """Return the rows of differences between latencies."""
     return [
         ("worker: prepare and fuse", Spread.of(readings["worker"])),
         ("merge to a PEFT folder, vLLM loads it", Spread.of(readings["merge"])),
@@ -152,7 +151,7 @@ def _totals(engine: Engine, names: Mapping[str, str]) -> dict[str, Total]:
 
 
 def _first_token_ms(engine: Engine, model: str, *, chat: bool = False) -> float:
-    """Time to one token after a prompt of one token, or after `PROMPT` with none of it cached."""
+    """Return the time to one token after a prompt of one token, or after `PROMPT` uncached."""
     start = time.perf_counter()
     if chat:
         engine.chat(model, PROMPT, max_tokens=1, cache_salt=f"salt-{next(_salts)}").raise_for_status()
@@ -163,20 +162,20 @@ def _first_token_ms(engine: Engine, model: str, *, chat: bool = False) -> float:
 
 
 def _wake(engine: Engine) -> None:
-    """Warm this engine's caches, whichever way it makes adapters: the other engine was asked last."""
+    """Warm up this engine's caches, since the last requests went to the other engine."""
     for _ in range(2):
         _first_token_ms(engine, BASE_MODEL)
 
 
 def _until_usable_ms(engine: Engine, model: str) -> float:
-    """Time to first token under an adapter, less the same once it is resident (the smaller of two)."""
+    """Return the time to first token with a new adapter, minus the smaller of two times with it resident."""
     _wake(engine)
     cold_ms = _first_token_ms(engine, model)
     return cold_ms - min(_first_token_ms(engine, model) for _ in range(2))
 
 
 def _load_ms(stock: Engine, folder: Path) -> float:
-    """Time for vLLM to load a PEFT folder, until it is usable."""
+    """Return the time until a PEFT folder loaded by vLLM is usable."""
     _wake(stock)
     start = time.perf_counter()
     answer = stock.client.post("/v1/load_lora_adapter", json={"lora_name": folder.name, "lora_path": str(folder)})
@@ -187,7 +186,7 @@ def _load_ms(stock: Engine, folder: Path) -> float:
 def _merge_and_load_ms(
     stock: Engine, matrix: MetaMatrix, recipe: FusionRecipe, folder: Path, subject: Subject
 ) -> float:
-    """Time to merge into a PEFT folder with our own (fast) fusion, and for vLLM to load that."""
+    """Return the time to merge into a PEFT folder with our own (fast) fusion and to load it in vLLM."""
     start = time.perf_counter()
     write_peft(folder, fuse(matrix, recipe, torch.bfloat16), subject.manifest.base_model.name)
     merge_ms = (time.perf_counter() - start) * 1000

@@ -1,15 +1,14 @@
-"""What a personal answer costs: the base model and recipes of a bank on the same server, taking turns in one run.
+"""Measure the cost of a personal answer: the base model and recipes of a bank on the same server, in turn, in one run.
 
     first token    one request at a time, prompts of 150 and 400 tokens
     decode         ms between tokens: 1 stream; 8 streams of one recipe; 16 streams over 4 recipes, and over 16
 
-Every recipe is resident before it is timed, and nothing of a prompt is cached. `--without-lora` adds a vLLM that was
-started without LoRA, as vLLM would serve the base model by itself; `--gateway` asks for the first row through the
-gateway as well. With `--rank` a bank of random rows is made for the model, for each rank in turn; `--slots` takes turns
-too, and may be given without a rank.
+Every recipe is resident before it is timed, and no prompt is cached. `--without-lora` adds a vLLM started without LoRA,
+as vLLM would serve only the base model; `--gateway` also measures a first token through the gateway. `--rank` makes a
+bank of random rows for the model, for each rank in turn; `--slots` is also measured in turn, with or without ranks.
 
-The limit of a first token is the operations of the prompt over what the processor does; that of a decode step the
-bytes it reads (weights, KV cache, each adapter once) over memory bandwidth. Both are measured first.
+The limit of a first token is the prompt's operations divided by the processor's speed; the limit of a decode step is
+the bytes read (weights, KV cache, each adapter once) divided by the memory bandwidth. Both are measured first.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from bench.serving.load import Ask, Loader, Prompts, loading
 from server.engine_protocol import BASE_MODEL
 
 SHORT = 16
-"""Tokens of the prompts before decoding is timed."""
+"""Tokens of the prompt in the decode rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row: so many streams at once over so many recipes, and what is read of them."""
+    """One row: the number of concurrent streams and of recipes, and the quantity to read."""
 
     label: str
     streams: int
@@ -56,7 +55,7 @@ class Case:
 
 @dataclass(slots=True)
 class Readings:
-    """The readings of one case, ms, in pairs; `plain` stays empty without a server without LoRA."""
+    """The paired readings of one case in ms; `plain` is only filled with `--without-lora`."""
 
     base: list[float] = field(default_factory=list)
     recipe: list[float] = field(default_factory=list)
@@ -64,7 +63,7 @@ class Readings:
 
 
 def cases(tokens: int) -> list[Case]:
-    """All rows, with answers of so many tokens where decoding is timed."""
+    """Return all rows; answers of the decode rows have `tokens` tokens."""
     return [
         Case("first token, prompt of 150 tokens", 1, 1, 150, 1, "first"),
         Case("first token, prompt of 400 tokens", 1, 1, 400, 1, "first"),
@@ -91,14 +90,14 @@ def main(
     gateway: Annotated[bool, typer.Option("--gateway", help="Also through the gateway.")] = False,
     without_lora: Annotated[bool, typer.Option("--without-lora", help="Also a vLLM without LoRA.")] = False,
     pairs: Annotated[int, typer.Option(help="Turns of each side, after one for warm-up.", min=1)] = 5,
-    tokens: Annotated[int, typer.Option(help="Tokens of each answer where decoding is timed.", min=2)] = 24,
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer in decode rows.", min=2)] = 24,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/cost.json"),
 ) -> None:
-    """Measure the base model against recipes, and both against what the machine could do."""
+    """Measure the base model against recipes, and both against the limits of the machine."""
     if tiny_model and (bank or model or rank):
         raise typer.BadParameter(
-            "it brings its own model and bank: leave out --bank, --model, --rank", param_hint="--tiny"
+            "uses its own model and bank: leave out --bank, --model and --rank", param_hint="--tiny"
         )
     if bank and rank:
         raise typer.BadParameter("a bank is made for each rank: leave out --bank", param_hint="--rank")
@@ -129,7 +128,7 @@ def main(
 
 
 def _chosen(rows: Sequence[Case], texts: Sequence[str], slots: int) -> list[Case]:
-    """The rows that have any of these texts; each text must have a row, and one of them must fit the fewest slots."""
+    """Return the rows that contain any of these texts; each text must match, and one row must fit the fewest slots."""
     for text in texts:
         if not any(text in case.label for case in rows):
             raise typer.BadParameter(f"no row has the text {text!r}", param_hint="--only")
@@ -141,7 +140,7 @@ def _chosen(rows: Sequence[Case], texts: Sequence[str], slots: int) -> list[Case
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured of each engine: the rows, how often, and with what beside; `gateway` is its store's folder."""
+    """The measurements for each engine; `gateway` is the folder for the gateway's store."""
 
     cases: Sequence[Case]
     pairs: int
@@ -166,7 +165,7 @@ COLUMNS = (
 def _one_engine(
     plan: Plan, subject: Subject, slots: int, progress: Progress, title: str
 ) -> list[tuple[Case, Readings]]:
-    """Every row that fits an engine's slots."""
+    """Measure every row that fits an engine's slots."""
     rows = [case for case in plan.cases if case.recipes <= slots]
     bar = progress.add_task(title, total=len(rows) * (plan.pairs + 1))
     settings: dict[str, Any] = {"max_loras": slots, "dtype": plan.dtype, "max_num_seqs": 16}
@@ -186,7 +185,7 @@ def _one_engine(
 async def _measure(
     case: Case, subject: Subject, engines: Sequence[Engine], pairs: int, done: Callable[[], object]
 ) -> Readings:
-    """Turns of base and recipe (and of the server without LoRA), the first of each for warm-up."""
+    """Measure base and recipe (and the server without LoRA) in turn; the first turn is for warm-up."""
     names, prompts = subject.names(case.recipes), Prompts(subject.model)
     readings = Readings()
     async with loading(*engines) as loaders:
@@ -210,7 +209,7 @@ async def _measure(
 
 
 def _line(case: Case, found: Readings, limits: Limits, shape: Model, subject: Subject) -> list[object]:
-    """A row of the table."""
+    """Return a row of the table."""
     if case.read == "first":
         prompt = case.prompt * case.streams
         floors = [shape.prompt_flops(prompt, bank) / limits.flops_per_s * 1000 for bank in (None, subject.manifest)]

@@ -1,4 +1,4 @@
-"""The cost of a personal answer as an app sees it: through a gateway, with and without personalisation, in turn."""
+"""Measure the cost of a personal answer for an app: through a gateway, with and without personalisation, in turn."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SECRET = "a benchmark's own secret, kept nowhere"
 def through_gateway(
     subject: Subject, engine: Engine, folder: Path, tokens: int, pairs: int
 ) -> tuple[list[float], list[float]]:
-    """First tokens through a gateway over a running engine, ms: of nobody, and of a person, in pairs."""
+    """Measure pairs of first tokens through a gateway with a running engine, in ms: without and with a person."""
     store = ValkeyProcess(folder).start()
     try:
         with running_gateway(subject.bank, store.url, engine.url, KEY, SECRET) as process:
             url = gateway_url(process)
             with Client(url) as client:
                 client.put_profile(USER, ITEMS)
-            sampling = {"max_tokens": 1, "temperature": 0, "user_id": USER}  # all of it is the first token
+            sampling = {"max_tokens": 1, "temperature": 0, "user_id": USER}  # the answer is only the first token
             nobody, person = (
                 Side(f"{url}/generate", {}, sampling | {"personalize": level}, False) for level in ("none", "merged")
             )
@@ -41,7 +41,7 @@ def through_gateway(
 
 
 def texts(model: Path, tokens: int) -> Callable[[], str]:
-    """Makes texts of about so many tokens, never the same twice."""
+    """Return a function that makes distinct texts of about `tokens` tokens."""
     tokenizer, chance = Tokenizer.from_file(str(model / "tokenizer.json")), random.Random(0)
 
     def text() -> str:

@@ -1,9 +1,9 @@
-"""What the gateway adds: the same requests through it and straight to the engine, in turn, one run.
+"""Measure the latency that the gateway adds: the same requests through it and to the engine, in turn, in one run.
 
-Both sides ask for the same recipe with the same prompts, greedily. A pair is one block of requests through the gateway
-(A) and one straight to the engine (B): A B A B. Whole answers are timed to their last byte, streams to their first
-token. What is added at p50 is the median over pairs of A's p50 less B's; at p99, that of all A's requests less that
-of all B's. The gateway's own account (its total less the engine's part) is shown beside it.
+Both sides request the same recipe with the same prompts, greedily. A pair is one block of requests through the gateway
+(A) and one directly to the engine (B): A B A B. Complete answers are timed to their last byte, streams to their first
+token. The latency added at p50 is the median over pairs of A's p50 minus B's; at p99, it is the p99 of all A's requests
+minus that of all B's. The report also shows the gateway's own account: its total minus the engine's part.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ PROMPTS = [f"Write a sentence about the number {number}." for number in range(16
 
 @dataclass(slots=True)
 class Side:
-    """Where requests go, what they look like there, and the readings."""
+    """One side of the comparison: its requests and readings."""
 
     url: str  # the complete URL
-    headers: dict[str, str]  # on top of aiohttp's
+    headers: dict[str, str]  # in addition to aiohttp's
     body: dict[str, Any]  # everything but the conversation
     as_messages: bool  # whether the prompt is sent as a conversation
-    blocks: list[list[float]] = field(default_factory=list)  # latencies, ms, one list for each block
-    own_ms: list[float] = field(default_factory=list)  # the gateway's own time, as its answers give it
+    blocks: list[list[float]] = field(default_factory=list)  # latencies in ms, one list per block
+    own_ms: list[float] = field(default_factory=list)  # the gateway's own time, from its answers
 
     def request(self, prompt: str, stream: bool) -> dict[str, Any]:
-        """A request's body."""
+        """Return the body of a request."""
         conversation = {"messages": [{"role": "user", "content": prompt}]} if self.as_messages else {"prompt": prompt}
         return self.body | conversation | {"stream": stream}
 
     async def ask(self, session: aiohttp.ClientSession, prompt: str, stream: bool) -> float:
-        """One request, ms to the last byte or to the first token of the stream."""
+        """Send one request; return the ms to the last byte, or to the first token of a stream."""
         start_s = time.perf_counter()
         async with session.post(self.url, json=self.request(prompt, stream), headers=self.headers) as response:
             response.raise_for_status()
@@ -63,7 +63,7 @@ class Side:
         return elapsed_s * 1000
 
     async def block(self, session: aiohttp.ClientSession, *, requests: int, concurrent: int, stream: bool) -> None:
-        """A closed loop of `concurrent` clients until `requests` are answered."""
+        """Run a closed loop of `concurrent` clients until `requests` are answered."""
         prompts = iter(list(itertools.islice(itertools.cycle(PROMPTS), requests)))
         taken: list[float] = []
 
@@ -88,7 +88,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 4,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Measure what the gateway adds, at p50 and p99, to whole answers and to the first token of streams."""
+    """Measure the latency that the gateway adds at p50 and p99, for complete answers and first tokens of streams."""
     sides = _sides(gateway, engine, key, max_tokens)
     levels = concurrency or [1, 16]
     rows, readings = asyncio.run(_measure(sides, pairs, requests, levels))
@@ -97,7 +97,7 @@ def main(
 
 
 def _sides(gateway: str, engine: str, key: str, max_tokens: int) -> dict[str, Side]:
-    """A: the gateway, B: the engine, asked for the same recipe."""
+    """Return both sides, A the gateway and B the engine, for the same recipe."""
     with Client(gateway) as client:
         changed = client.put_profile(USER, ITEMS)
     sampling = {"max_tokens": max_tokens, "temperature": 0}
@@ -112,7 +112,7 @@ def _sides(gateway: str, engine: str, key: str, max_tokens: int) -> dict[str, Si
 async def _measure(
     sides: dict[str, Side], pairs: int, requests: int, levels: Sequence[int]
 ) -> tuple[list[tuple[str, object]], dict[str, Any]]:
-    """Every mode at every concurrency; rows for the table, and all readings."""
+    """Measure every mode at every concurrency; return rows for the table, and all readings."""
     rows: list[tuple[str, object]] = []
     readings: dict[str, Any] = {}
     with Progress() as progress:
@@ -131,7 +131,7 @@ async def _measure(
 
 
 def _rows(label: str, a: Side, b: Side) -> list[tuple[str, object]]:
-    """One mode at one concurrency; the first pair warmed both sides up."""
+    """Return the rows of one mode at one concurrency, without the first pair, which is for warm-up."""
     a_blocks, b_blocks = a.blocks[1:], b.blocks[1:]
     added = [percentile(x, 0.5) - percentile(y, 0.5) for x, y in zip(a_blocks, b_blocks, strict=True)]
     a_all, b_all = list(itertools.chain(*a_blocks)), list(itertools.chain(*b_blocks))
@@ -150,7 +150,7 @@ def _two(readings: Sequence[float]) -> str:
 
 
 async def stream_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a stream as they come; raises RuntimeError when it breaks."""
+    """Yield the chunks of a stream as they arrive; RuntimeError if the stream breaks."""
     async for line in response.content:
         if not line.startswith(b"data: {"):
             continue
@@ -161,7 +161,7 @@ async def stream_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[
 
 
 async def _first_token(response: aiohttp.ClientResponse, start_s: float) -> tuple[float, dict[str, float] | None]:
-    """Seconds until the first text of a stream, and the timings in its last chunk; the rest is read and dropped."""
+    """Read a stream; return the seconds until its first text, and the timings in its last chunk."""
     first_s, timings = None, None
     async for chunk in stream_chunks(response):
         timings = chunk.get("timings_ms", timings)

@@ -1,4 +1,4 @@
-"""What an engine's own histograms say happened between two moments."""
+"""Read an engine's own histograms, and compute means between two readings."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ COLD_PATH = {
     "fuse": "mta_engine_fuse_seconds",
     "write into the slot": "mta_engine_slot_write_seconds",
 }
-"""The steps from a never-seen recipe to its adapter, by what they are called here, and the histograms of each."""
+"""Names of the steps from a new recipe to its adapter, and their histograms."""
 
 BLOCKING_STEPS = {"what the step waits for it": "mta_engine_bring_in_seconds"}
-"""The part that everybody waits for; the rest may be done ahead, in a thread."""
+"""The step that blocks all requests; the others can run ahead in a thread."""
 
 FOLDER_LOADS = {"load from a folder": "mta_engine_load_seconds"}
-"""vLLM's own way, for adapters that are not recipes."""
+"""vLLM's own loading of adapters that are not recipes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """What a histogram has counted, and its sum in seconds; labels are added up."""
+    """Count and sum (in seconds) of a histogram over all labels."""
 
     count: float = 0.0
     seconds: float = 0.0
 
 
 def totals(text: str, names: Mapping[str, str]) -> dict[str, Total]:
-    """The totals of some histograms of `/metrics`; one that is not there has counted nothing."""
+    """Return the totals of some histograms of `/metrics`; a missing one counts as empty."""
     found = {}
     for called, name in names.items():
         sums = dict.fromkeys((f"{name}_count", f"{name}_sum"), 0.0)
@@ -41,7 +41,7 @@ def totals(text: str, names: Mapping[str, str]) -> dict[str, Total]:
 
 
 def means_ms(before: Mapping[str, Total], after: Mapping[str, Total]) -> dict[str, float]:
-    """Mean of what was counted in between, ms; nothing where nothing was."""
+    """Return the means in ms between two readings, without histograms that did not count."""
     means = {}
     for called, total in after.items():
         counted = total.count - before[called].count

@@ -1,7 +1,7 @@
-"""Load on an engine: streams one by one, all at once, in a closed loop, or arriving by chance.
+"""Load on an engine: single streams, all at once, in a closed loop, or with random arrivals.
 
-Each stream is asked for and timed by vLLM's own load generator. Every prompt is made of random tokens and salted, so
-that nothing of it is in a cache. An answer has exactly as many tokens as asked for.
+vLLM's own load generator requests and times each stream. Every prompt consists of random tokens and has a salt, so that
+it is never cached. An answer has exactly the requested number of tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a stream went: ms to its first token, ms between the next ones, and how many tokens there were."""
+    """Timing of a stream: ms to the first token, ms between tokens, and the number of tokens."""
 
     first_ms: float
     gaps_ms: Sequence[float]
@@ -42,20 +42,20 @@ class Answer:
 
 
 class Prompts:
-    """Random prompts for a model, never the same twice."""
+    """Distinct random prompts for a model."""
 
     def __init__(self, model: Path, seed: int = 0) -> None:
         vocabulary = json.loads((model / "config.json").read_text("utf-8"))["vocab_size"]
-        self._ids = range(vocabulary // 4, vocabulary * 3 // 4)  # no special token, no end
+        self._ids = range(vocabulary // 4, vocabulary * 3 // 4)  # without special tokens
         self._random = random.Random(seed)
 
     def __call__(self, tokens: int) -> list[int]:
-        """A prompt of so many tokens."""
+        """Return a prompt of `tokens` tokens."""
         return self._random.choices(self._ids, k=tokens)
 
 
 class Loader:
-    """Asks one engine; made by `loading`."""
+    """A client of one engine; created by `loading`."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
         self._url = f"{url}/v1/completions"
@@ -63,10 +63,10 @@ class Loader:
         self._salts = (f"{os.getpid()}-{number}" for number in itertools.count())
 
     async def stream(self, ask: Ask) -> Answer:
-        """One streamed answer.
+        """Request one streamed answer.
 
         Raises:
-            RuntimeError: when it fails: a figure that leaves failures out is none.
+            RuntimeError: if the request fails: figures must not omit failures.
         """
         from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_completions
 
@@ -86,11 +86,11 @@ class Loader:
         return Answer(found.ttft * 1000, [gap * 1000 for gap in found.itl], found.output_tokens)
 
     async def together(self, asks: Iterable[Ask]) -> list[Answer]:
-        """All at the same time."""
+        """Send all requests at the same time."""
         return await asyncio.gather(*map(self.stream, asks))
 
     async def closed_loop(self, asks: Iterator[Ask], clients: int) -> tuple[list[Answer], float]:
-        """`clients` clients, each asking for the next one as soon as it is answered; answers, and seconds in all."""
+        """Run a closed loop: clients send the next request after an answer; return answers and seconds."""
         answers: list[Answer] = []
 
         async def client() -> None:
@@ -102,7 +102,7 @@ class Loader:
         return answers, time.perf_counter() - start_s
 
     async def arriving(self, asks: Iterable[Ask], per_s: float, burst: int = 1, seed: int = 0) -> list[Answer]:
-        """Open loop: arrivals of a Poisson process, so many at the same moment, however long the answers take."""
+        """Run an open loop: bursts of `burst` requests arrive as a Poisson process, whatever the answers take."""
         chance, under_way = random.Random(seed), []
         for number, ask in enumerate(asks):
             if number % burst == 0:
@@ -113,7 +113,7 @@ class Loader:
 
 @asynccontextmanager
 async def loading(*engines: Engine) -> AsyncIterator[list[Loader]]:
-    """A loader for each engine."""
+    """Yield a loader for each engine."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)  # below vLLM's own 5 s
     async with aiohttp.ClientSession(connector=connector) as session:
         yield [Loader(engine.url, session) for engine in engines]

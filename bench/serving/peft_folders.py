@@ -1,4 +1,4 @@
-"""PEFT folders of a bank's recipes, as many as there are users, for vLLM's own LoRA path."""
+"""PEFT folders of a bank's recipes, one per user, for vLLM's own LoRA path."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from bench.rig.engine import Engine
 from bench.rig.subject import Subject
 
 DISTINCT_FOLDERS = 16
-"""How many of the folders hold files of their own; the others link to theirs."""
+"""Number of folders with their own files; the other folders have hard links to these."""
 
 
 def peft_folders(subject: Subject, folder: Path, count: int) -> list[Path]:
-    """Write `count` folders, each a recipe's merged adapter."""
+    """Write `count` folders, each with a recipe's merged adapter."""
     matrix = open_matrix(subject.bank, subject.manifest)
     made: list[Path] = []
     for number, recipe in enumerate(itertools.islice(subject.recipes(), count)):
@@ -38,7 +38,7 @@ def peft_folders(subject: Subject, folder: Path, count: int) -> list[Path]:
 
 
 def write_peft(folder: Path, lora: LoraWeights, base_model: str) -> None:
-    """Write a merged adapter, as one does who merges beside a vLLM; alpha equals the rank: scaling is in B."""
+    """Write a merged adapter as a PEFT folder; alpha equals the rank, since B includes the scaling."""
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank,
@@ -55,7 +55,7 @@ def write_peft(folder: Path, lora: LoraWeights, base_model: str) -> None:
 
 
 def load_folders(stock: Engine, folders: Sequence[Path], progress: Progress) -> None:
-    """Have a stock vLLM load every folder, under its own name."""
+    """Let a stock vLLM load every folder under its name."""
     for folder in progress.track(folders, description="vLLM loads the folders"):
         body = {"lora_name": folder.name, "lora_path": str(folder)}
         stock.client.post("/v1/load_lora_adapter", json=body).raise_for_status()

@@ -1,14 +1,14 @@
-"""What never-seen users cost those who are being answered: gaps between the tokens of warm streams.
+"""Measure the delay that new users cause for running streams: gaps between the tokens of warm streams.
 
-Blocks take turns. While a few warm streams are answered, requests of one short prompt and one token arrive as a Poisson
-process: in one block each from a user never seen before, in the next from users whose recipes are resident, in the
-third there are none. The price is the ratio of the gaps' p99 in the first two blocks of a turn.
+Three kinds of blocks alternate. While a few warm streams run, requests with a short prompt and one token arrive as a
+Poisson process: in the first block from new users, in the second from users whose recipes are resident, in the third
+there are none. The cost is the ratio of the gaps' p99 in the first two blocks of a turn.
 
-    mta bench stall --rank 64 --burst 14       # many at once, whose adapters take longer to fuse
+    mta bench stall --rank 64 --burst 14       # many arrivals at once, with adapters that take longer to fuse
     mta bench stall --line 20                  # without an engine, at the size of an 8B Llama at rank 16
 
-With `--line` a step needs one adapter while so many fusions of others are in the line before it. What it waits is
-compared with the same where nobody else is in the line. The rows are random, the fusions are real.
+With `--line N` a step needs an adapter while N other fusions are queued before it. Its wait is compared with that in an
+empty queue. The rows are random, the fusions are real.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from server.settings import Settings
 KINDS = ("never-seen users", "resident users", "nobody")
 LINE_RANK, LINE_ROWS = 16, 3
 RESIDENT = 4
-"""Recipes of resident users, those of the warm streams among them."""
+"""Number of resident users' recipes, including those of the warm streams."""
 
 
 def main(
@@ -57,22 +57,20 @@ def main(
     tiny_model: TinyOption = False,
     per_s: Annotated[float, typer.Option(help="Arrivals a second.", min=0.1)] = 5,
     arrivals: Annotated[int, typer.Option(help="Arrivals in a block.", min=1)] = 25,
-    burst: Annotated[int, typer.Option(help="How many of them arrive at the same moment.", min=1)] = 1,
+    burst: Annotated[int, typer.Option(help="Arrivals at the same moment.", min=1)] = 1,
     streams: Annotated[int, typer.Option(help="Warm streams.", min=1, max=RESIDENT)] = 2,
     prompt: Annotated[int, typer.Option(help="Tokens of the arrivals' prompts.", min=1)] = 32,
     pairs: Annotated[int, typer.Option(help="Turns, after one for warm-up.", min=1)] = 5,
     slots: Annotated[int, typer.Option(help="Adapter slots.", min=RESIDENT + 1)] = 16,
-    rank: Annotated[
-        int | None, typer.Option(help="A bank of random rows of this rank, for a model without one.", min=1)
-    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Use a random bank of this rank.", min=1)] = None,
     line: Annotated[
         int | None,
-        typer.Option(help="Fusions in the line before a step's own; starts no engine.", min=1, max=MAX_PREFETCHED - 1),
+        typer.Option(help="Fusions queued before a step's own; starts no engine.", min=1, max=MAX_PREFETCHED - 1),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/stall.json"),
 ) -> None:
-    """Measure inter-token p50 and p99 of warm streams beside arrivals."""
+    """Measure inter-token p50 and p99 of warm streams during arrivals."""
     if line is not None:
         tabulate([_measure_queue(line, rank or LINE_RANK, pairs)], out, bench="stall")
         return
@@ -85,7 +83,7 @@ def main(
         with vllm_server(subject, max_loras=slots, dtype=dtype, max_num_seqs=16) as engine:
 
             def waited_ms() -> float:
-                """What steps have waited for adapters so far."""
+                """Return the total time that steps have waited for adapters."""
                 return 1000 * sum(
                     t.seconds for t in totals(engine.client.get("/metrics").text, BLOCKING_STEPS).values()
                 )
@@ -142,7 +140,7 @@ def main(
 
 
 def _measure_queue(line: int, rank: int, pairs: int) -> Figures:
-    """What a step waits for its adapter while others are in the line, and while nobody is."""
+    """Measure a step's wait for its adapter, with an empty queue and with other fusions queued."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SHAPES[Shape.LLAMA_8B]))
     layout = RowLayout(linear_modules(model), rank, shared_a=True)
@@ -178,7 +176,7 @@ def _measure_queue(line: int, rank: int, pairs: int) -> Figures:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """How the arrivals of a block were answered, the warm streams' gaps, and what steps waited for adapters in all."""
+    """Answers to a block's arrivals, gaps of the warm streams, and total wait of steps for adapters."""
 
     answers: list[Answer]
     gaps_ms: list[float]
@@ -186,7 +184,7 @@ class _Block:
 
 
 def _names(kind: str, count: int, recipes: Iterator[str], resident: Sequence[str]) -> list[str]:
-    """Whom the arrivals of a block ask as."""
+    """Return the recipes of a block's arrivals."""
     if kind == KINDS[0]:
         return [next(recipes) for _ in range(count)]
     return [resident[i % len(resident)] for i in range(count)] if kind == KINDS[1] else []
@@ -202,7 +200,7 @@ async def _block(
     burst: int,
     seconds: float,
 ) -> tuple[list[Answer], list[float]]:
-    """The arrivals' answers, and the gaps of the warm streams, which are asked again until the arrivals are over."""
+    """Return the arrivals' answers and the gaps of the warm streams, which run until all arrivals are answered."""
     gaps: list[float] = []
     over = asyncio.Event()
 

@@ -1,10 +1,10 @@
-"""More users than slots: 8, 16, 80 and 800 users one after the other over 8 slots, and a stock vLLM beside it.
+"""Measure more users than slots: 8, 16, 80 and 800 users in turn on 8 slots, compared with a stock vLLM.
 
-Ours names a recipe for each user. The stock vLLM has the same options and its own LoRA, and a PEFT folder of the same
-rank for each user, loaded before it is asked (their files are links to a few, which the page cache holds). Blocks take
-turns: at every number of users ours and stock, and all of it again. A block is a closed loop of clients; the users go
-round, so with 80 users nobody comes back before 79 others were served. With as many clients as slots, what is measured
-is the price of bringing adapters in; with more clients, also that a batch holds no more adapters than there are slots.
+Our engine has a recipe for each user. The stock vLLM has the same options, its own LoRA, and a PEFT folder of the same
+rank for each user, loaded before the measurement (most files are links to a few, which stay in the page cache). Blocks
+alternate between both servers at every number of users, in several rounds. A block is a closed loop of clients over the
+users in turn: with 80 users, each is served again after 79 others. With as many clients as slots, this measures the
+cost of loading adapters; with more clients, also the limit of a batch to as many adapters as slots.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bench.serving.peft_folders import load_folders, peft_folders
 
 @dataclass(slots=True)
 class Level:
-    """Readings of one side at one number of users: of every stream, and of every block."""
+    """Readings of one server at one number of users, per stream and per block."""
 
     first_ms: list[float] = field(default_factory=list)
     gaps_ms: list[float] = field(default_factory=list)
@@ -60,17 +60,17 @@ def main(
     ] = None,
     slots: Annotated[int, typer.Option(help="Adapter slots.", min=1)] = 8,
     clients: Annotated[
-        int | None, typer.Option(help="Requests at a time.", min=1, show_default="as many as slots")
+        int | None, typer.Option(help="Concurrent requests.", min=1, show_default="as many as slots")
     ] = None,
     requests: Annotated[int, typer.Option(help="Requests in a block.", min=1)] = 64,
     rounds: Annotated[int, typer.Option(help="Blocks of each kind, after one for warm-up.", min=1)] = 5,
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 16,
-    stock: Annotated[bool, typer.Option("--stock/--no-stock", help="Beside a stock vLLM.")] = True,
+    stock: Annotated[bool, typer.Option("--stock/--no-stock", help="Compare with a stock vLLM.")] = True,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/thrash.json"),
 ) -> None:
-    """Measure time to first token and tokens a second as more users share the slots."""
+    """Measure time to first token and tokens per second as more users share the slots."""
     levels, clients = sorted(users or [8, 16, 80, 800]), clients or slots
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress, ExitStack() as servers:
         subject = tiny(Path(scratch), anchors=64) if tiny_model else configured_subject(bank, model)
@@ -98,7 +98,7 @@ def main(
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How many blocks there are, and what each asks for."""
+    """The number of blocks and the requests of each."""
 
     subject: Subject
     rounds: int
@@ -117,7 +117,7 @@ async def _measure(
 ) -> dict[tuple[str, int], Level]:
     found = {(side, count): Level() for side in sides for count in levels}
     prompts = Prompts(load.subject.model)
-    turns = {key: itertools.cycle(range(key[1])) for key in found}  # a block goes on where the last one stopped
+    turns = {key: itertools.cycle(range(key[1])) for key in found}  # each block continues with the next user
     async with loading(*sides.values()) as loaders:
         for turn, count in itertools.product(range(load.rounds + 1), levels):
             for side, loader in zip(sides, loaders, strict=True):
@@ -140,7 +140,7 @@ async def _block(loader: Loader, asks: Iterator[Ask], clients: int, level: Level
 
 
 def _line(users: int, side: str, level: Level, first: Level) -> list[object]:
-    """A row of the table; the last column compares the blocks of a round."""
+    """Return a row of the table; the last column compares the blocks of a round."""
     latencies = [percentile(kept, share) for kept in (level.first_ms, level.gaps_ms) for share in (0.5, 0.99)]
     rate = Spread.of(level.tokens_per_s)
     return [users, side, *latencies, rate, Spread.ratio(level.tokens_per_s, first.tokens_per_s)]

@@ -1,12 +1,12 @@
-"""Serves every user of a file: set up afresh through the API, all their queries answered, and the answers judged.
+"""Serve every user of a file through the API from scratch, answer all their queries, and check the answers.
 
-What the server knew of these users is erased. In a bank with signatures it first reads what they wrote: only then do
-their recipes stay. Each query is answered three times, greedily and without past items in the prompt: at level merged,
-by the base model, and at level merged again, one at a time. Then: is every answer merged, do answers differ from the
-base model's, and do they repeat? Are there about as many recipes as users? By signature there must be; by topic, people
-who are alike share one, but not all do. A repeat may differ where two tokens are nearly equally likely, because a batch
-of another size rounds differently: often in bfloat16, hardly ever in float32. With `--engine` each difference is
-examined: how far apart were the two likeliest tokens there?
+The benchmark erases these users first. With a bank that has signatures, it waits for them, since recipes change until
+then. Each query is answered three times, greedily and without past items in the prompt: at level merged, by the base
+model, and at level merged again, one at a time. The checks: all answers are merged, most differ from the base model's,
+and repeats are equal. With signatures there must be about as many recipes as users; by topic, similar people share a
+recipe, but not all do. A repeat can differ if two tokens are nearly equally likely, because batches of different sizes
+round differently: often in bfloat16, rarely in float32. With `--engine` the benchmark examines each difference and
+reports the gap between the two most likely tokens.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from bench.rig.client import until_signed
 from mta_client import Answer, Client
 
 NEAR_TIE = 0.25
-"""Nats between the two likeliest tokens up to which rounding can exchange them: bfloat16 has 8 bits of precision, so
-logits of 16 to 32 lie on steps of 0.125, and the two tokens can each be rounded by one."""
+"""Largest gap in nats between two tokens that rounding can swap: bfloat16 has 8 bits of precision, so logits of 16 to
+32 have steps of 0.125, and each token can be off by one step."""
 
 
 @dataclass(slots=True)
@@ -38,12 +38,11 @@ class Query:
     """One query of one user, and its answers.
 
     Attributes:
-        user_id, id, input, gold: from the file.
-        level, recipe, source: of the merged answer.
+        user_id, id, input, gold: fields of the file.
+        level, recipe, source: personalization of the merged answer.
         merged, none, again: the three answers.
-        recipe_again: of the third.
-        gap_nats, instead_of: where `again` and `merged` diverge: how far apart the two likeliest tokens were, and
-            which they were.
+        recipe_again: recipe of the third answer.
+        gap_nats, instead_of: the two most likely tokens where `again` and `merged` diverge: their distance and texts.
     """
 
     user_id: str
@@ -62,17 +61,17 @@ class Query:
 
     @property
     def stays(self) -> bool:
-        """Whether both merged answers have the same recipe: else they say nothing about each other."""
+        """Whether both merged answers have the same recipe; otherwise they cannot be compared."""
         return self.recipe_again == self.recipe
 
     @property
     def differs(self) -> bool:
-        """Whether the second merged answer differs from the first, though the recipe is the same."""
+        """Whether the merged answers differ although the recipe is the same."""
         return self.stays and self.again != self.merged
 
     @property
     def difference(self) -> str:
-        """What was found out about a repeat that differs."""
+        """The verdict on a repeat that differs."""
         if self.gap_nats is None:
             return "not examined: needs --engine"
         verdict = "a near-tie" if self.gap_nats <= NEAR_TIE else "NOT a near-tie, unexplained"
@@ -89,7 +88,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
     out: Annotated[Path, typer.Option(help="Write the answers as JSON.")] = Path("answers.json"),
 ) -> None:
-    """Set up all users, answer all queries, and count; status 1 when a count is wrong."""
+    """Set up all users, answer all queries, and check the counts; exit status 1 if one is wrong."""
     people = json.loads(users.read_text(encoding="utf-8"))
     queries = [Query(p["user_id"], q["id"], q["input"], q["gold"]) for p in people for q in p["query"]]
     with Client(url, timeout_s=600) as client, Progress() as progress:
@@ -119,12 +118,12 @@ def main(
 
 
 def _set_up(client: Client, person: Mapping[str, Any]) -> None:
-    client.forget(person["user_id"], missing_ok=True)  # an earlier signature would speak until it is replaced
+    client.forget(person["user_id"], missing_ok=True)  # an earlier signature would be used until it is replaced
     client.put_profile(person["user_id"], person["profile"])
 
 
 def _generate(client: Client, query: Query, max_tokens: int, personalize: str) -> Answer:
-    """An answer to the bare query: `_look` shows the engine the same prompt."""
+    """Request an answer without history, so that `_look` can send the engine the same prompt."""
     options = {"personalize": personalize, "history": 0, "max_tokens": max_tokens, "temperature": 0}
     return client.generate(query.user_id, query.input, **options)
 
@@ -145,7 +144,7 @@ def _again(client: Client, query: Query, max_tokens: int) -> None:
 
 
 def _look(engine: httpx.Client, query: Query) -> None:
-    """Let the engine read the longer of the two answers, and see how likely its tokens were where they diverge."""
+    """Score the longer of the two answers in the engine, and note the most likely tokens where the answers diverge."""
     read = max(query.merged, query.again, key=len)
     body = {
         "model": query.recipe,
@@ -169,7 +168,7 @@ def _look(engine: httpx.Client, query: Query) -> None:
 
 
 def judged(queries: Sequence[Query]) -> list[tuple[str, str, bool]]:
-    """What is counted, and whether the count is right."""
+    """Return the counts with their names and whether each is right."""
     total, users = len(queries), len({query.user_id for query in queries})
     merged = sum(query.level == "merged" for query in queries)
     recipes = len({query.recipe for query in queries})

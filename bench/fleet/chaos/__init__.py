@@ -1,8 +1,8 @@
-"""Parts are killed and paused under mixed load, and at the end everything that was promised is looked for.
+"""Kill and pause parts under mixed load, and check all guarantees at the end.
 
-faults.py   what befalls which part, and when it is over
-load.py     people who ask and write, and what they were promised
-asking.py   one generation, and how it ended
+faults.py   faults of parts, and when they are over
+load.py     people who send requests and writes, and the acknowledgements they got
+asking.py   one request and its end
 census.py   processes, memory, descriptors and keys
-verdict.py  the claims, each with what was found
+verdict.py  the claims and their findings
 """

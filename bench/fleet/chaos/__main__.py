@@ -28,17 +28,17 @@ CROWDS, CROWD = 6, 8
 WARM_UP_S = 5.0
 LOSES = 0.001
 CALM_S = (0.5, 2.0)
-"""Between two faults, at random."""
+"""Range of seconds between two faults."""
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="How long it goes on, at least until every fault is over.")] = 5.0,
-    seed: Annotated[int, typer.Option(help="Of the faults and of what people do.")] = 1,
-    kills: Annotated[int, typer.Option(help="How often each part is killed.", min=1)] = 3,
-    pause_s: Annotated[float, typer.Option(help="How long each part is paused, once.")] = 20.0,
+    minutes: Annotated[float, typer.Option(help="Minimum duration; the run ends after the last fault.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="Seed of the faults and of people's requests.")] = 1,
+    kills: Annotated[int, typer.Option(help="Number of kills of each part.", min=1)] = 3,
+    pause_s: Annotated[float, typer.Option(help="Seconds for which each part is paused once.")] = 20.0,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Kill and pause every part under mixed load; status 1 when something promised was not kept."""
+    """Kill and pause every part under mixed load; exit status 1 if a guarantee is broken."""
     faults = shuffled(random.Random(seed), kills, pause_s)
     with tempfile.TemporaryDirectory() as scratch:
         with tiny_machine(Path(scratch), seed=seed) as machine:
@@ -53,17 +53,17 @@ def main(
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What happens in a run."""
+    """The plan of a run."""
 
-    folder: Path  # for the files of people that are imported
+    folder: Path  # for the files of imported people
     faults: Sequence[Fault]  # in order
-    seed: int  # of everything random
-    loses: float  # share of the store's answers that are lost meanwhile
-    lasts_s: float = 0  # how long the load goes on at least
+    seed: int  # seed of everything random
+    loses: float  # share of the store's answers that get lost
+    lasts_s: float = 0  # minimum duration of the load in seconds
 
 
 def under_load(plan: Plan, machine: Machine) -> list[Claim]:
-    """Inflict the faults while people ask and write; returns every claim with what was found."""
+    """Inflict the faults under load, and return every claim with its finding."""
     chance = random.Random(plan.seed)
     crowds = [Crowd(machine.up.url, f"crowd-{number}", CROWD, f"{chance.random()}") for number in range(CROWDS)]
     imports = Imports(machine.up.url, plan.folder)
@@ -119,7 +119,7 @@ def _growth(before: dict[str, census.Usage], after: dict[str, census.Usage]) -> 
 
 
 def _keys(client: httpx.Client, people: Sequence[Person], before: Counter[str], store_url: str) -> list[Claim]:
-    """Erase everybody, and see what is left of them."""
+    """Erase all people, and check the remaining keys."""
     for person in people:
         with suppress(httpx.HTTPStatusError):  # erased before
             client.delete(f"/users/{person.id}").raise_for_status()

@@ -1,4 +1,4 @@
-"""One generation over any of the routes, and how it ended."""
+"""One request to any route, and how it ended."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class End(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class RequestResult:
-    """One request. Times are of the monotonic clock.
+class Outcome:
+    """The outcome of one request. Times are of the monotonic clock.
 
     Attributes:
-        what: its method and route.
-        begun_s, ended_s: from when to when.
+        what: method and route.
+        begun_s, ended_s: start and end time.
         end: how it ended.
-        reason: the error's code, or what else is known.
-        streaming: whether a part of the answer had come before it ended.
+        reason: the error's code, or another description.
+        streaming: whether a part of the answer had arrived before the end.
     """
 
     what: str
@@ -41,10 +41,8 @@ class RequestResult:
     streaming: bool = False
 
 
-def ask(
-    client: httpx.Client, method: str, path: str, body: object = None, headers: Any = None
-) -> tuple[RequestResult, Any]:
-    """Send a request that is answered whole; also what was answered, None if nothing was."""
+def ask(client: httpx.Client, method: str, path: str, body: object = None, headers: Any = None) -> tuple[Outcome, Any]:
+    """Send a request without streaming; return its outcome and the answer, if any."""
     begun_s, answer = time.monotonic(), None
     try:
         response = client.request(method, path, json=body, headers=headers)
@@ -53,11 +51,11 @@ def ask(
         end, reason = End.UNCLEAR, repr(error)
     except httpx.TransportError as error:
         end, reason = End.CUT, repr(error)
-    return RequestResult(f"{method} {path}", begun_s, time.monotonic(), end, reason), answer
+    return Outcome(f"{method} {path}", begun_s, time.monotonic(), end, reason), answer
 
 
-def stream(client: httpx.Client, path: str, body: object, headers: Any = None) -> RequestResult:
-    """Send a generation that is answered in pieces."""
+def stream(client: httpx.Client, path: str, body: object, headers: Any = None) -> Outcome:
+    """Send a streamed generation."""
     begun_s, pieces = time.monotonic(), 0
     end, reason = End.UNCLEAR, "the stream ended without [DONE]"
     try:
@@ -79,7 +77,7 @@ def stream(client: httpx.Client, path: str, body: object, headers: Any = None) -
         end, reason = End.UNCLEAR, repr(error)
     except httpx.TransportError as error:
         end, reason = End.CUT, repr(error)
-    return RequestResult(f"POST {path}, streamed", begun_s, time.monotonic(), end, reason, pieces > 0)
+    return Outcome(f"POST {path}, streamed", begun_s, time.monotonic(), end, reason, pieces > 0)
 
 
 def _judged(response: httpx.Response) -> tuple[End, str, Any]:

@@ -1,4 +1,4 @@
-"""What the fleet takes: processes, memory, descriptors and keys."""
+"""Resources of the fleet: processes, memory, descriptors and keys."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from bench.rig.processes import alive, descendants, memory_mib
 
 MEMORY_GROWTH, MEMORY_SLACK_MIB = 1.25, 64.0
 DESCRIPTOR_SLACK = 48
-"""A part may have this many more at the end than at the beginning: connections that are kept for a while."""
+"""Number of descriptors that a part may gain during the run, for connections that are kept open."""
 
 GONE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one part takes, with all processes below it: resident MiB and open descriptors."""
+    """Resident MiB and open descriptors of one part with all its descendants."""
 
     memory_mib: float
     descriptors: int
 
     def exceeded_by(self, later: Usage) -> bool:
-        """Whether `later` is more than a part may take that took this before."""
+        """Whether `later` has grown beyond the tolerance."""
         beyond_memory = later.memory_mib > self.memory_mib * MEMORY_GROWTH + MEMORY_SLACK_MIB
         return beyond_memory or later.descriptors > self.descriptors + DESCRIPTOR_SLACK
 
 
 def usage(machine: Machine) -> dict[str, Usage]:
-    """What each part takes now, and `mta up` itself."""
+    """Return the current usage of `mta up` and of each part."""
     found = {"mta up": _of([machine.up.pid])}
     for name in (*ENGINES, "router", "gateway", "worker"):
         pid = machine.up.part(name)
@@ -48,7 +48,7 @@ def _of(pids: list[int]) -> Usage:
 
 
 def kinds_of_keys(url: str) -> Counter[str]:
-    """How many keys of each kind the store holds; of a user's keys the last word says which, and none says whose."""
+    """Count the store's keys by kind; the kind of a user's key is its last word, without the user."""
     with redis.Redis.from_url(url, decode_responses=True) as raw:
         return Counter(_kind(name) for name in raw.scan_iter(count=1000))
 
@@ -59,7 +59,7 @@ def _kind(name: str) -> str:
 
 
 def left_over(pids: list[int]) -> list[int]:
-    """Those of these processes that are still there after a while."""
+    """Return the processes that are still alive after GONE_S seconds."""
     deadline_s = time.monotonic() + GONE_S
     while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < deadline_s:
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What befalls which part, in an order that a seed decides, and when it is over."""
+"""Faults of parts in a seeded order, and the time until recovery."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from bench.rig.processes import descendants, paused, wait_until
 
 PARTS = ("gateway", "engine", "router", "worker", "valkey")
 STORE_AWAY_S = 1.0
-"""From the store's death to its restart, which is ours to do."""
+"""Seconds from the kill of the store until this benchmark restarts it."""
 
 MAX_RECOVERY_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that happens."""
+    """One fault."""
 
-    part: str  # to which; `engine` is one of the two
-    pause_s: float = 0.0  # how long it is paused; 0 kills it
+    part: str  # the part that fails; `engine` means one of the two
+    pause_s: float = 0.0  # seconds of a pause; 0 means a kill
 
 
 @dataclass(frozen=True, slots=True)
 class Outage:
     """A fault that is over. Times are of the monotonic clock."""
 
-    fault: Fault  # what it was
-    begun_s: float  # when it began
-    over_s: float  # when nothing was missing any more
+    fault: Fault  # the fault
+    begun_s: float  # start of the fault
+    over_s: float  # time at which all parts were ready again
 
     @property
     def recovery_s(self) -> float:
-        """How long it took until nothing was missing, after a killed part had died or a paused one went on."""
+        """Seconds until all parts were ready, after a kill or after the end of a pause."""
         return self.over_s - self.begun_s - self.fault.pause_s
 
     def during(self, begun_s: float, ended_s: float) -> bool:
-        """Whether something that took from `begun_s` to `ended_s` met it."""
+        """Whether the outage overlaps the time from `begun_s` to `ended_s`."""
         return begun_s < self.over_s and ended_s > self.begun_s
 
 
 def shuffled(chance: random.Random, kills: int, pause_s: float) -> list[Fault]:
-    """Each part killed `kills` times and paused once, in any order."""
+    """Return the faults in random order: each part is killed `kills` times and paused once."""
     faults = [Fault(part) for part in PARTS for _ in range(kills)] + [Fault(part, pause_s) for part in PARTS]
     chance.shuffle(faults)
     return faults
 
 
 class Faults:
-    """Makes faults happen."""
+    """Inflicts faults and records the outages."""
 
     def __init__(self, machine: Machine, chance: random.Random) -> None:
         self._machine = machine
@@ -61,7 +61,7 @@ class Faults:
         self.outages: list[Outage] = []
 
     def inflict(self, fault: Fault) -> Outage:
-        """Let it happen, and return once nothing is missing any more."""
+        """Inflict a fault, and return once all parts are ready again."""
         begun_s = time.monotonic()
         name = self._chance.choice(ENGINES) if fault.part == "engine" else fault.part
         if fault.part == "valkey":

@@ -1,4 +1,4 @@
-"""People who ask and write, each by a thread of their own, and what they were promised."""
+"""People who send requests and writes from several threads, and the acknowledgements they got."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import httpx
 
-from bench.fleet.chaos.asking import End, RequestResult, ask, stream
+from bench.fleet.chaos.asking import End, Outcome, ask, stream
 from bench.rig.people import write_people
 from bench.rig.processes import mta
 from bench.rig.tiny import WORLDS
 
 TIMEOUT_S = 90.0
-"""Beyond every pause: nothing is sent again while the first may still be on its way."""
+"""Request timeout, longer than every pause: nothing is sent again while the first request may still be processed."""
 
 RETRY_DELAY_S = 0.3
 TURNS = {"generate": 25, "stream": 25, "openai": 10, "openai stream": 10, "write": 18, "adapt": 4, "erase": 3}
@@ -25,13 +25,13 @@ TURNS = {"generate": 25, "stream": 25, "openai": 10, "openai stream": 10, "write
 
 @dataclass(slots=True)
 class Person:
-    """What one person was promised.
+    """The acknowledged state of one person.
 
     Attributes:
-        id: the app's name for them.
-        texts: of all items that were acknowledged since they were last erased; None if they are erased.
-        erased: texts that must never be seen again.
-        jobs: those that were accepted since.
+        id: the user id.
+        texts: texts of all items acknowledged since the last erasure; None if erased.
+        erased: texts that must not appear again.
+        jobs: jobs accepted since the last erasure.
     """
 
     id: str
@@ -41,22 +41,22 @@ class Person:
 
 
 class Crowd(threading.Thread):
-    """Some people who take turns until told to stop.
+    """Some people who act in turn until `stop`.
 
-    A write is sent again until it is acknowledged, as an app would, so that it is known what must be there.
+    Writes are repeated until they are acknowledged, as an app would do, so that the expected state is known.
 
     Args:
-        url: of the gateway.
-        name: of this crowd.
-        size: how many people.
-        seed: of what they do.
-        pause_s: between two turns.
+        url: the gateway's URL.
+        name: the crowd's name.
+        size: number of people.
+        seed: seed of their actions.
+        pause_s: seconds between two turns.
     """
 
     def __init__(self, url: str, name: str, size: int, seed: str, pause_s: float = 0.1) -> None:
         super().__init__(name=name, daemon=True)
         self.people = [Person(f"{name}-{number}") for number in range(size)]
-        self.asked: list[RequestResult] = []
+        self.asked: list[Outcome] = []
         self.failure: BaseException | None = None
         self._url = url
         self._chance = random.Random(seed)
@@ -65,7 +65,7 @@ class Crowd(threading.Thread):
         self._stop_asked = threading.Event()
 
     def stop(self) -> None:
-        """End after the present turn, which may have to wait for the fleet."""
+        """Stop after the current turn, which may have to wait for the fleet."""
         self._stop_asked.set()
 
     def run(self) -> None:
@@ -109,7 +109,7 @@ class Crowd(threading.Thread):
         )
 
     def _write(self, client: httpx.Client, person: Person) -> None:
-        """Replace the history of somebody new; of others, now and then, else add to it."""
+        """Replace the history of a new person, and sometimes of others; otherwise append to it."""
         self._count += 1
         text = f"{self._chance.choice(WORLDS)}, as {person.id} said for the {self._count}th time"
         path, items = f"/users/{person.id}/profile", [{"id": f"i{self._count}", "text": text}]
@@ -135,7 +135,7 @@ class Crowd(threading.Thread):
         *,
         gone_is_done: bool = False,
     ) -> dict[str, str]:
-        """Send a write until it is acknowledged; of one that was already done nothing is left to find."""
+        """Repeat a write until it is acknowledged; `gone_is_done` accepts a 404 as an erasure already done."""
         while True:
             asked, answer = ask(client, method, path, body)
             self.asked.append(asked)
@@ -147,7 +147,7 @@ class Crowd(threading.Thread):
 
 
 class Imports(threading.Thread):
-    """Files of people, imported one after the other by `mta users import`."""
+    """Imports files of people one after the other with `mta users import`."""
 
     def __init__(self, url: str, folder: Path, size: int = 12, pause_s: float = 20.0) -> None:
         super().__init__(name="imports", daemon=True)
@@ -157,7 +157,7 @@ class Imports(threading.Thread):
         self._stop_asked = threading.Event()
 
     def stop(self) -> None:
-        """End after the present file."""
+        """Stop after the current file."""
         self._stop_asked.set()
 
     def run(self) -> None:

@@ -1,4 +1,4 @@
-"""The claims, each with what was found."""
+"""The claims and their findings."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 
 import httpx
 
-from bench.fleet.chaos.asking import End, RequestResult
+from bench.fleet.chaos.asking import End, Outcome
 from bench.fleet.chaos.faults import Outage
 from bench.fleet.chaos.load import Person
 
 MAX_FAILED_SHARE = 0.01
-"""Share of requests that may fail, before anything of their answer came, while one of two engines is down."""
+"""Maximum share of requests that fail before their first token while one of two engines is down."""
 
 MAX_RECOVERY_S = 60.0
 JOBS_END_S = 240.0
 TOMBSTONE = "epoch"
 SHARED_KINDS = 13
-"""Keys that belong to no user: queues, the log's rewriting, API keys, what was adapted."""
+"""Maximum number of keys without a user: queues, log rewriting, API keys and adaptation."""
 
 ENDED = frozenset(("succeeded", "rejected", "failed", "cancelled", "superseded"))
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One claim: what was found, and whether it holds."""
+    """One claim, its finding, and whether it holds."""
 
     what: str
     found: str
@@ -35,12 +35,12 @@ class Claim:
 
     @property
     def row(self) -> tuple[str, str]:
-        """For a report."""
+        """The claim's row in a report."""
         return self.what, self.found if self.holds else f"{self.found}  ← wrong"
 
 
-def about_requests(asked: Sequence[RequestResult], outages: Sequence[Outage]) -> list[Claim]:
-    """How requests ended, and how many failed while one of two engines was down."""
+def about_requests(asked: Sequence[Outcome], outages: Sequence[Outage]) -> list[Claim]:
+    """Check how requests ended, and how many failed while one of two engines was down."""
     ends = Counter(one.end for one in asked)
     unclear = Counter(one.reason for one in asked if one.end is End.UNCLEAR)
     away = [outage for outage in outages if outage.fault.part == "gateway"]
@@ -71,7 +71,7 @@ def about_requests(asked: Sequence[RequestResult], outages: Sequence[Outage]) ->
 
 
 def about_outages(outages: Sequence[Outage]) -> list[Claim]:
-    """How long parts took to be back."""
+    """Check the time that parts took to recover."""
     claims = []
     for part in sorted({outage.fault.part for outage in outages}):
         of_part = [outage for outage in outages if outage.fault.part == part]
@@ -84,7 +84,7 @@ def about_outages(outages: Sequence[Outage]) -> list[Claim]:
 
 
 def about_promises(client: httpx.Client, people: Iterable[Person]) -> list[Claim]:
-    """Whether all that was acknowledged is there, and nothing that was erased or replaced."""
+    """Check that all acknowledged data is there, and nothing that was erased or replaced."""
     missing, back, kept, gone = [], [], 0, 0
     for person in people:
         answer = client.get(f"/users/{person.id}/export")
@@ -102,7 +102,7 @@ def about_promises(client: httpx.Client, people: Iterable[Person]) -> list[Claim
 
 
 def about_jobs(client: httpx.Client, people: Iterable[Person]) -> Claim:
-    """Whether every accepted job ended."""
+    """Check that every accepted job ended."""
     open_jobs = {job for person in people for job in person.jobs}
     accepted, states, deadline_s = len(open_jobs), Counter[str](), time.monotonic() + JOBS_END_S
     while open_jobs and time.monotonic() < deadline_s:
@@ -118,7 +118,7 @@ def about_jobs(client: httpx.Client, people: Iterable[Person]) -> Claim:
 
 
 def about_keys(kinds: Counter[str], users: int) -> list[Claim]:
-    """What the store holds more than before, once everybody is erased: tombstones, and what belongs to no user."""
+    """Check the keys that remain after all people are erased: tombstones, and keys without a user."""
     tombstones = kinds[TOMBSTONE]
     others = {kind: count for kind, count in kinds.items() if kind != TOMBSTONE}
     return [
@@ -132,6 +132,6 @@ def about_keys(kinds: Counter[str], users: int) -> list[Claim]:
 
 
 def _counted(reasons: Counter[str]) -> str:
-    """How many, and the commonest reasons."""
+    """Format the total and the most common reasons."""
     common = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
     return f"{reasons.total()}{f' ({common})' if common else ''}"

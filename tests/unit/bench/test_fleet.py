@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bench.fleet.chaos.asking import End, RequestResult
+from bench.fleet.chaos.asking import End, Outcome
 from bench.fleet.chaos.census import Usage
 from bench.fleet.chaos.faults import PARTS, Fault, Outage, shuffled
 from bench.fleet.chaos.verdict import Claim, about_keys, about_outages, about_requests
@@ -19,8 +19,8 @@ ENGINE_AWAY = Outage(Fault("engine"), 100.0, 120.0)
 GATEWAY_AWAY = Outage(Fault("gateway"), 200.0, 205.0)
 
 
-def asked(end: End, at_s: float, *, streaming: bool = False) -> RequestResult:
-    return RequestResult("POST /generate", at_s, at_s + 1, end, "", streaming)
+def asked(end: End, at_s: float, *, streaming: bool = False) -> Outcome:
+    return Outcome("POST /generate", at_s, at_s + 1, end, "", streaming)
 
 
 def failing(claims: list[Claim]) -> list[str]:
@@ -40,7 +40,7 @@ def failing(claims: list[Claim]) -> list[str]:
     ],
 )
 def test_of_a_hundred_requests_while_an_engine_is_down_one_may_fail_and_none_without_a_reason(
-    more: list[RequestResult], wrong: str
+    more: list[Outcome], wrong: str
 ) -> None:
     many = [asked(End.ANSWERED, 110.0)] * 100
     found = failing(about_requests([*many, *more], [ENGINE_AWAY, GATEWAY_AWAY]))
@@ -51,11 +51,8 @@ def test_of_a_hundred_requests_while_an_engine_is_down_one_may_fail_and_none_wit
 def test_a_part_is_back_within_a_minute_takes_no_more_and_nothing_is_left_of_the_erased_but_tombstones() -> None:
     assert failing(about_outages([Outage(Fault("worker", 20.0), 0.0, 79.0)])) == []  # its pause does not count
     assert failing(about_outages([Outage(Fault("worker"), 0.0, 61.0)])) == ["worker"]
-    assert [Usage(200, 50).exceeded_by(Usage(*later)) for later in ((310, 90), (320, 60), (200, 99))] == [
-        False,
-        True,
-        True,
-    ]
+    later = [Usage(310, 90), Usage(320, 60), Usage(200, 99)]
+    assert [Usage(200, 50).exceeded_by(usage) for usage in later] == [False, True, True]
     assert failing(about_keys(Counter({"epoch": 5, "mta:": 4}), users=5)) == []
     assert failing(about_keys(Counter({"epoch": 5, "profile": 20}), users=5)) != []
 
