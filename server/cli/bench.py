@@ -42,10 +42,8 @@ def _register(module: str, about: str) -> None:
 
     @group.command(name, help=about, add_help_option=False, context_settings=pass_through)
     def run(context: typer.Context) -> None:
-        from bench import exit_on_sigterm
-
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        exit_on_sigterm()
+        import_module("bench").exit_on_sigterm()
         try:
             inner.command()(import_module(module).main)
         except ModuleNotFoundError as error:

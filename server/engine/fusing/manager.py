@@ -7,8 +7,9 @@ adapter of the running batch, and never serves an id with another recipe.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from adapters.recipe import is_recipe_name, parse_recipe
 from adapters.user_adapter import decode_user_adapter, stack_flat
 from bank.manifest import read_manifest
 from bank.matrix import open_matrix
+from server.engine import patches
 from server.engine.fusing.metrics import WorkerMetrics, timed
-from server.engine.fusing.prefetch import FusionPrefetcher, prefetch_on_arrival
+from server.engine.fusing.prefetch import FusionPrefetcher
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
 
@@ -190,3 +192,20 @@ class WorkerExtension:
         if not isinstance(manager, FusingLoRAManager):
             raise RuntimeError(f"the worker's adapter manager is {type(manager).__name__}, not FusingLoRAManager")
         return getattr(manager, act)(*args)
+
+
+def prefetch_on_arrival(manager: FusingLoRAManager) -> None:
+    """Make this process's engine core, if any, pass each new request to `manager`, and `manager` to the scheduler."""
+    if "vllm.v1.engine.core" not in sys.modules:
+        return
+
+    def with_prefetch(preprocess: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def prefetch_and_preprocess(self: Any, request: Any) -> Any:  # `patches.py` checks these parameter names
+            if request.lora_request is not None:
+                self.scheduler.adapter_manager = manager
+                manager.prefetch(request.lora_request)
+            return preprocess(self, request)
+
+        return prefetch_and_preprocess
+
+    patches.replace(patches.ARRIVAL, with_prefetch)

@@ -6,18 +6,12 @@ the request is scheduled. A step that needs an adapter waits for its fusion and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
-
-from server.engine import patches
-
-if TYPE_CHECKING:
-    from server.engine.fusing.manager import FusingLoRAManager
 
 Fused = TypeVar("Fused")
 
@@ -111,20 +105,3 @@ class FusionPrefetcher(Generic[Fused]):
             future.set_result(self._fuse(name))
         except BaseException as error:
             future.set_exception(error)
-
-
-def prefetch_on_arrival(manager: FusingLoRAManager) -> None:
-    """Make this process's engine core, if any, pass each new request to `manager`, and `manager` to the scheduler."""
-    if "vllm.v1.engine.core" not in sys.modules:
-        return
-
-    def with_prefetch(preprocess: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        def prefetch_and_preprocess(self: Any, request: Any) -> Any:  # `patches.py` checks these parameter names
-            if request.lora_request is not None:
-                self.scheduler.adapter_manager = manager
-                manager.prefetch(request.lora_request)
-            return preprocess(self, request)
-
-        return prefetch_and_preprocess
-
-    patches.replace(patches.ARRIVAL, with_prefetch)

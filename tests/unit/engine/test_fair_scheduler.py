@@ -19,7 +19,7 @@ from vllm.v1.engine.core import EngineCore
 from server.engine import patches
 from server.engine.admission import fair_scheduler
 from server.engine.admission.fair_scheduler import PATIENCE_S, FairScheduler, held_back
-from server.engine.fusing.prefetch import prefetch_on_arrival
+from server.engine.fusing.manager import prefetch_on_arrival
 
 SLOTS, NOW = 8, 1000.0
 
