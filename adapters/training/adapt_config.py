@@ -42,7 +42,7 @@ class AdaptConfig:
         ):
             value = getattr(self, name)
             if not isinstance(value, of) or not holds(value):
-                raise TrainingError(f"{name} {excerpt(value)} cannot be trained with: it must be {wanted}")
+                raise TrainingError(f"{name} must be {wanted}, got {excerpt(value)}")
 
     def tokens_read(self, lengths: Sequence[int]) -> int:
         """Estimate the maximum number of tokens read by all runs, given each sample's token count."""

@@ -72,8 +72,8 @@ def _losses(model: Any, row: Row, below: LowerLayers | None) -> torch.Tensor:
 
 
 def _losses_of(logits: torch.Tensor, row: Row) -> torch.Tensor:
-    wanted = torch.tensor(row.wanted).to(logits.device)
-    losses: torch.Tensor = _CrossEntropy.apply(logits, wanted)  # type: ignore[no-untyped-call]
+    targets = torch.tensor(row.targets).to(logits.device)
+    losses: torch.Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -87,13 +87,13 @@ class _CrossEntropy(torch.autograd.Function):
     """[N, V] logits and [N] target ids → [N] losses in float32; processes a few rows at a time to stay in the cache."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         moves = ctx.needs_input_grad[0]
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         grad = torch.empty_like(logits) if moves else None
         for first in range(0, len(logits), _ROWS_AT_A_TIME):
             part = slice(first, first + _ROWS_AT_A_TIME)
-            likely, ids = logits[part].float().log_softmax(-1), wanted[part, None]
+            likely, ids = logits[part].float().log_softmax(-1), targets[part, None]
             losses[part] = -likely.gather(1, ids)[:, 0]
             if grad is not None:
                 grad[part] = likely.exp_().scatter_add_(1, ids, likely.new_full(ids.shape, -1.0))

@@ -218,8 +218,8 @@ class UserRun:
             first = report.loss if report.step == 1 else first
             if not report.loss <= first + MAX_LOSS_RISE:  # also true for NaN
                 raise TrainingError(
-                    f"training exploded: a loss of {report.loss:.4g} at step {report.step}, {first:.4g} at the first "
-                    "step: lower the learning rate"
+                    f"training diverged: the loss is {report.loss:.4g} at step {report.step}, but was {first:.4g} at "
+                    "the first step: lower the learning rate"
                 )
             yield report
 
@@ -231,7 +231,7 @@ class UserRun:
         """Return the user's current LoRA, float32 on CPU, with zeros for modules that are not trained."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):  # not evaluated yet
             raise TrainingError(
-                "training exploded: its last step left weights that are not finite: lower the learning rate"
+                "training diverged: the weights are not finite after the last step: lower the learning rate"
             )
         made, rank = self.lora.weights(), self.start.rank
         a = {m.name: made.a.get(m.name, torch.zeros(rank, m.h_in)) for m in self.modules}

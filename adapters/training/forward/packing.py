@@ -27,8 +27,8 @@ class Row:
     ids: list[int]  # [T]
     positions: list[int]  # position of each id in its own example
     owners: list[int]  # index of the example that an id belongs to; -1 for the common prefix
-    places: list[int]  # row indices that predict output tokens, example by example
-    wanted: list[int]  # output tokens to predict at `places`
+    logit_indices: list[int]  # row indices that predict output tokens, example by example
+    targets: list[int]  # output tokens to predict at `logit_indices`
     counts: list[int]  # number of output tokens per example
     examples: list[Example]
 
@@ -41,7 +41,7 @@ class Row:
         device = next(model.parameters()).device
         inputs = {"input_ids": torch.tensor([self.ids])}
         if logits:
-            inputs["logits_to_keep"] = torch.tensor(self.places)
+            inputs["logits_to_keep"] = torch.tensor(self.logit_indices)
         if len(self.counts) > 1:
             inputs["position_ids"] = torch.tensor([self.positions])
             inputs["attention_mask"] = self._mask(model.dtype)
@@ -108,7 +108,7 @@ def _row(examples: Sequence[Example], shared: int) -> Row:
         row.positions.extend(range(shared, len(example.ids)))
         row.owners.extend([owner] * (len(example.ids) - shared))
         predicted = range(example.loss_from, len(example.ids))
-        row.places.extend(offset + place - 1 for place in predicted)
-        row.wanted.extend(example.ids[place] for place in predicted)
+        row.logit_indices.extend(offset + place - 1 for place in predicted)
+        row.targets.extend(example.ids[place] for place in predicted)
         row.counts.append(example.output_tokens)
     return row

@@ -43,35 +43,35 @@ class SlotTable:
     def __init__(self, slots: int) -> None:
         self.ranks = np.full(slots, UNKNOWN_RANK, np.int32)  # [S]
         self.a_slots = np.arange(slots, dtype=np.int32)  # [S], the first slot with the same A
-        self._a: list[Hashable] = list(range(slots))
+        self._a_keys: list[Hashable] = list(range(slots))
 
-    def note(self, slot: int, rank: int | None, shared_a_key: Hashable = None) -> None:
+    def update(self, slot: int, rank: int | None, shared_a_key: Hashable = None) -> None:
         """Record a new adapter; `shared_a_key` is equal for adapters with the same A, None for an A of its own."""
         self.ranks[slot] = UNKNOWN_RANK if rank is None else rank
-        self._a[slot] = slot if shared_a_key is None else shared_a_key
+        self._a_keys[slot] = slot if shared_a_key is None else shared_a_key
         first: dict[Hashable, int] = {}
-        self.a_slots[:] = [first.setdefault(of, index) for index, of in enumerate(self._a)]
+        self.a_slots[:] = [first.setdefault(key, index) for index, key in enumerate(self._a_keys)]
 
 
 @dataclass(frozen=True)  # without slots, because `groups` is cached
 class Rows:
     """The rows of a step that have an adapter, sorted by slot; all tensors are [n] int32."""
 
-    places: torch.Tensor  # index among all rows
+    indices: torch.Tensor  # index among all rows
     slots: torch.Tensor  # slot with the row's adapter
     a_slots: torch.Tensor  # slot with the adapter's A, equal for all adapters that share it
     ranks: torch.Tensor  # rank of the adapter
 
     @classmethod
-    def among(cls, slots: torch.Tensor, table: SlotTable) -> Rows | None:
+    def from_slots(cls, slots: torch.Tensor, table: SlotTable) -> Rows | None:
         """Select rows by the slots of all rows [N], where -1 means no adapter; return None if no row has one."""
-        of_all = slots.numpy(force=True)
-        places = np.flatnonzero(of_all >= 0)
-        if not len(places):
+        row_slots = slots.numpy(force=True)
+        indices = np.flatnonzero(row_slots >= 0)
+        if not len(indices):
             return None
-        places = places[np.argsort(of_all[places], kind="stable")]
-        of = of_all[places]
-        parts = (places.astype(np.int32), of.astype(np.int32), table.a_slots[of], table.ranks[of])
+        indices = indices[np.argsort(row_slots[indices], kind="stable")]
+        chosen = row_slots[indices]
+        parts = (indices.astype(np.int32), chosen.astype(np.int32), table.a_slots[chosen], table.ranks[chosen])
         return cls(*(torch.from_numpy(part) for part in parts))
 
     @cached_property
@@ -79,8 +79,8 @@ class Rows:
         """Return slot, rank and row indices ([m] int64) of each adapter of the step."""
         slots, counts = torch.unique_consecutive(self.slots, return_counts=True)
         ranks = self.ranks[counts.cumsum(0) - counts]
-        places = torch.split(self.places.long(), counts.tolist())
-        return list(zip(slots.tolist(), ranks.tolist(), places, strict=True))
+        indices = torch.split(self.indices.long(), counts.tolist())
+        return list(zip(slots.tolist(), ranks.tolist(), indices, strict=True))
 
 
 class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
@@ -93,15 +93,15 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         self._tokens: Rows | None = None
         self._samples: Rows | None = None
 
-    def watch(self, table: SlotTable) -> None:
+    def use_table(self, table: SlotTable) -> None:
         self._table = table
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **_: Any
     ) -> None:
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
-        self._tokens = Rows.among(self.token_lora_indices, self._table)
-        self._samples = Rows.among(self.sampler_indices, self._table)
+        self._tokens = Rows.from_slots(self.token_lora_indices, self._table)
+        self._samples = Rows.from_slots(self.sampler_indices, self._table)
 
     def add_lora_linear(  # noqa: PLR0917  vLLM's signature
         self,
@@ -122,7 +122,7 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
             and scale == 1.0
             and y.dtype == x.dtype == lora_b_stacked[0].dtype == torch.bfloat16
         ):
-            self._kernel(y, x, lora_a_stacked, lora_b_stacked, rows.places, rows.slots, rows.a_slots, rows.ranks)
+            self._kernel(y, x, lora_a_stacked, lora_b_stacked, rows.indices, rows.slots, rows.a_slots, rows.ranks)
             return
         slices = torch.split(_flat(y)[:, : sum(output_slices)], list(output_slices), dim=1)
         for part, a, b in zip(slices, lora_a_stacked, lora_b_stacked, strict=True):
@@ -155,11 +155,11 @@ def _add_products(
 ) -> None:
     """Add each adapter's product to its rows of y, which vLLM may have padded."""
     x = _flat(x)
-    for slot, rank, places in rows.groups:
-        low = scale * (x[places] @ a[slot, 0, :rank].t())
+    for slot, rank, indices in rows.groups:
+        low = scale * (x[indices] @ a[slot, 0, :rank].t())
         outputs = (low.to(b.dtype) @ b[slot, 0, :, :rank].t()).to(y.dtype)
         width = min(outputs.shape[1], y.shape[1])
-        y[places, :width] += outputs[:, :width]
+        y[indices, :width] += outputs[:, :width]
 
 
 def _flat(rows: torch.Tensor) -> torch.Tensor:
@@ -173,13 +173,13 @@ class CpuSlots(FusedSlots):
         super().__init__(*args, **kwargs)
         self._table = SlotTable(self.lora_slots)
         for wrapper in self.punica_wrapper_mapping.values():
-            wrapper.watch(self._table)
+            wrapper.use_table(self._table)
         for module in self.modules.values():
             transpose_b(module)
 
     def _record(self, index: int, content: SlotContent) -> None:
         super()._record(index, content)
-        self._table.note(index, content.rank, content.shared_a_key)
+        self._table.update(index, content.rank, content.shared_a_key)
 
 
 def transpose_b(layer: Any) -> None:

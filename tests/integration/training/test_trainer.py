@@ -54,7 +54,7 @@ def plain_loss(model: Any, example: Example) -> float:
 def losses_of(model: Any, row: Row) -> list[float]:
     """Summed negative log-likelihood of each example of a row."""
     logits = model(**row.inputs(model), use_cache=False).logits[0].log_softmax(-1)
-    tokens = -logits.gather(1, torch.tensor(row.wanted)[:, None])[:, 0]
+    tokens = -logits.gather(1, torch.tensor(row.targets)[:, None])[:, 0]
     return [float(part.sum()) for part in tokens.split(row.counts)]
 
 

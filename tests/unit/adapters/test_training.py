@@ -42,10 +42,10 @@ def test_rows_hold_every_example_whole_in_order_and_keep_to_the_limit(
             own = [place for place, of in enumerate(row.owners) if of in (-1, owner)]
             assert [row.positions[place] for place in own] == list(range(len(own)))
             whole = tuple(row.ids[place] for place in own)
-            predicted = [row.positions[place] + 1 for place in row.places[at : at + count]]
+            predicted = [row.positions[place] + 1 for place in row.logit_indices[at : at + count]]
             assert predicted == list(range(len(whole) - count, len(whole)))
-            assert tuple(row.wanted[at : at + count]) == whole[len(whole) - count :]
-            assert all(row.owners[place] == owner for place in row.places[at : at + count])
+            assert tuple(row.targets[at : at + count]) == whole[len(whole) - count :]
+            assert all(row.owners[place] == owner for place in row.logit_indices[at : at + count])
             found.append(Example(whole, len(whole) - count))
             at += count
     assert found == examples

@@ -103,9 +103,9 @@ def wrapper_of(step: Step) -> CpuLoRA:
     slots = len(step.ranks)
     table = SlotTable(slots)
     for slot, (rank, shares) in enumerate(zip(step.ranks, step.shares_a, strict=True)):
-        table.note(slot, rank, ("bank", rank) if shares else None)
+        table.update(slot, rank, ("bank", rank) if shares else None)
     wrapper = CpuLoRA(64, max_batches=64, device=torch.device("cpu"))
-    wrapper.watch(table)
+    wrapper.use_table(table)
     if not step.compiled:
         wrapper._kernel = None
     ids = tuple(slots - owner if owner >= 0 else 0 for owner in step.owners)

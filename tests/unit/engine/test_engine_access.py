@@ -1,4 +1,4 @@
-"""Who gets through the engine's door, and where to."""
+"""Which routes of the engine are open, to whom, and how it stops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEYS = [b"first-key", b"second-key"]
 
 
 async def knock(method: str, path: str, authorization: bytes | None = None, **changes: Any) -> int:
-    """The status that an engine of these keys answers; 200 from behind the door."""
+    """Return the status that an engine with these keys answers; 200 if the request is let through."""
     sent: list[Any] = []
 
     async def behind(scope: Any, receive: Any, send: Any) -> None:
