@@ -44,7 +44,7 @@ def new_adapter_id() -> str:
 
 
 class AdapterStore:
-    """Keeps user adapters. Every method raises `Unavailable` when the store cannot be used."""
+    """Stores user adapters. Every method raises `Unavailable` when the store cannot be used."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection

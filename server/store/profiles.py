@@ -65,7 +65,7 @@ return 1
 # KEYS: the tombstone, then all other keys of the user. Returns the tombstone's fields except the epoch, or nothing if
 # the user exists and the deadline has passed. A tombstone without counts belongs to an unknown user.
 _ERASE = oom_script("""
-local prefix, kept_jobs, somebody_s, nobody_s, epoch, until_ms, rewritten_by = unpack(ARGV)
+local prefix, kept_jobs, known_s, unknown_s, epoch, until_ms, rewritten_by = unpack(ARGV)
 local tombstone, record, items, vectors, job_numbers, samples, adapter = unpack(KEYS)
 if now > tonumber(until_ms) and redis.call('EXISTS', unpack(KEYS, 2)) > 0 then return {} end
 local counts = {
@@ -82,7 +82,7 @@ if keys > 0 then
     'banks', table.concat(banks, ' '), unpack(counts))
 end
 redis.call('HSET', tombstone, 'epoch', epoch)
-local stays_s = tonumber(keys > 0 and somebody_s or nobody_s)
+local stays_s = tonumber(keys > 0 and known_s or unknown_s)
 if redis.call('TTL', tombstone) < stays_s then redis.call('EXPIRE', tombstone, stays_s) end
 return redis.call('HMGET', tombstone, 'items', 'samples', 'jobs', 'adapters', 'keys', 'rewritten_by', 'banks')
 """)

@@ -178,7 +178,7 @@ async def test_a_call_before_a_worker_has_left_is_heard(parts: StoreParts, user:
         assert await in_queue(raw) == []
 
 
-async def test_a_listing_outlives_an_earlier_job(parts: StoreParts, user: str, raw: redis.Redis) -> None:
+async def test_a_reservation_outlives_an_earlier_job(parts: StoreParts, user: str, raw: redis.Redis) -> None:
     job = await submitted(parts.jobs, user)
     await parts.jobs.next_job(BANK, 1)
     lease = await claimed(parts.jobs, job.id)

@@ -136,7 +136,7 @@ class StoreWorld:
         self.gateways.append(worker.parts)
 
     def _let_time_pass(self) -> None:
-        """Let leases and listings run out; whoever was to be looked at later is due."""
+        """Let leases and reservations expire; postponed users become due."""
         if FAKE_TIME:
             self.ahead_s += 100
             self.server.set_clock(self.ahead_s)

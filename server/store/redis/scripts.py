@@ -65,8 +65,8 @@ if given.key ~= '' then
   end
 else
   local state, token = unpack(redis.call('HMGET', name(last), 'state', 'token'))
-  local well = state == 'queued' or state == 'running' or state == 'succeeded'
-  if well and token == given.token then return known(last) end
+  local reusable = state == 'queued' or state == 'running' or state == 'succeeded'
+  if reusable and token == given.token then return known(last) end
 end
 if now > given.until_ms then return -2 end
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PREFIX = "mta_"
 SECRET_BYTES = 32
-MIN_DISTINCT = 10  # 64 random hex digits have fewer distinct ones once in a billion
+MIN_DISTINCT = 10  # all but one in a billion random strings of 64 hex digits have this many distinct ones
 MAX_NAME_CHARS = 64
 CREATE = "mta keys create"  # named in error messages
 

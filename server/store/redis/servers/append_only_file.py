@@ -76,7 +76,7 @@ return math.max(0, now - (redis.call('HGET', KEYS[1], 'due') or now) - ARGV[1])
 _ADVANCE = oom_script(
     _FAIL
     + """
-local run, count, well, times = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4])
+local run, count, succeeded, times = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4])
 local function get(field) return redis.call('HGET', KEYS[1], field) end
 
 local began = tonumber(get('began'))
@@ -85,7 +85,7 @@ if began then
   if same and tonumber(get('count')) >= tonumber(count) then  -- not started yet
     if now >= began and now - began < times.to_begin then return 0 end
     redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
-  elseif not same or well ~= '1' then
+  elseif not same or succeeded ~= '1' then
     return failed(times.to_retry, times.interval)
   else
     redis.call('HDEL', KEYS[1], 'began', 'run', 'count', 'failures', 'retry')
@@ -137,9 +137,9 @@ class AppendOnlyFile:
         if info.get("aof_rewrite_in_progress") or info.get("aof_rewrite_scheduled"):
             return
         run, count = str(info["run_id"]), int(info.get("aof_rewrites", 0))
-        well = int(info.get("aof_last_bgrewrite_status") == "ok")
+        succeeded = int(info.get("aof_last_bgrewrite_status") == "ok")
         times = {"interval": INTERVAL_MS, "to_erase": ERASE_MS, "to_begin": START_MS, "to_retry": RETRY_MS}
-        outcome = int(await self._connection.write(_ADVANCE, (state,), run, count, well, orjson.dumps(times)))
+        outcome = int(await self._connection.write(_ADVANCE, (state,), run, count, succeeded, orjson.dumps(times)))
         if outcome < 0:
             _log_failure(server, -outcome, "see the server's log")
         if outcome > 0:
@@ -168,8 +168,8 @@ def _max_rewrite_ms() -> int:
 
 def _log_failure(server: StoreServer, failures: int, why: str) -> None:
     log.error(
-        "the append-only file%s still contains erased users: %d rewrites in a row have failed (%s), next attempt in "
-        "%.0f s",
+        "the append-only file%s still contains erased users: its rewrite failed %d times in a row (%s); next attempt "
+        "in %.0f s",
         f" of {server.id}" if server.id else "",
         failures,
         why,

@@ -122,20 +122,20 @@ class Cluster:
 
     async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
         command = ("EVAL", script, len(names), *names, *arguments)
-        node, asking, home = None, False, None
+        node, asking, owner = None, False, None
         for pause_s in (*PAUSES_S, None):
             try:
                 async with self._connections:
                     await self._refresh()
                     await self._client.initialize()
-                    home = node or self._client.get_node_from_key(names[0])
-                    self._client.raise_if_skipped(home)
-                    return await self._write(home, command, names[0], durability, asking=asking)
+                    owner = node or self._client.get_node_from_key(names[0])
+                    self._client.raise_if_skipped(owner)
+                    return await self._write(owner, command, names[0], durability, asking=asking)
             except _TRANSIENT as error:
-                if pause_s is None or (isinstance(error, NodeUnresponsive) and not self._replicas(home, names[0])):
+                if pause_s is None or (isinstance(error, NodeUnresponsive) and not self._replicas(owner, names[0])):
                     raise
                 await asyncio.sleep(pause_s)
-                await self._discover(home)
+                await self._discover(owner)
                 node, asking = self._redirected(error)
         raise AssertionError("unreachable")
 
@@ -183,10 +183,10 @@ class Cluster:
                         return await durability_of(node.execute_command) if state == "ok" else state
         return None
 
-    def _note_unserved(self, away: set[str], serving: set[Any]) -> None:
+    def _note_unserved(self, failed: set[str], serving: set[Any]) -> None:
         """Set `unserved`; raise `ClusterDownError` unless most slots are served."""
         served = sum(held[0] in serving for held in self._client.nodes_manager.slots_cache.values())
-        message = f"{1 - served / SLOTS:.0%} of all users cannot be served: {', '.join(sorted(away))} cannot be used"
+        message = f"{1 - served / SLOTS:.0%} of all users cannot be served: {', '.join(sorted(failed))} cannot be used"
         unserved = message if served < SLOTS else None
         if unserved and unserved != self.unserved:
             log.error("%s", unserved)
@@ -254,7 +254,7 @@ class Cluster:
             await self._client.initialize()
             with suppress(*_TRANSIENT):
                 node, shards = await self._ask_any("CLUSTER SLOTS")
-                if not self._knows(shards, node.host):
+                if not self._is_current(shards, node.host):
                     await self._discover()
             self._refreshed_s = time.monotonic()
 
@@ -267,7 +267,7 @@ class Cluster:
                     return node, await node.execute_command(command)
         raise exceptions.ConnectionError("no server of the cluster answers")
 
-    def _knows(self, shards: Sequence[Any], host: str) -> bool:
+    def _is_current(self, shards: Sequence[Any], host: str) -> bool:
         """Return whether the client's view of primaries and replicas equals the view of the server at `host`.
 
         It is not compared with the last answer, because the next server asked may know less.

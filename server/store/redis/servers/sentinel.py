@@ -68,7 +68,7 @@ class Sentinel:
         return await self._with_primary(lambda topology: topology.server.run(command))
 
     async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
-        async def at(topology: _Topology) -> Any:
+        async def write_to(topology: _Topology) -> Any:
             confirm = confirmations(durability, replicas=bool(topology.replicas))
             answer, confirmed = await topology.server.send(script, names, arguments, confirm)
             if len(confirmed) > 1 and confirmed[1] < 1:
@@ -76,7 +76,7 @@ class Sentinel:
             check_confirmed(confirmed)
             return answer
 
-        return await self._with_primary(at)
+        return await self._with_primary(write_to)
 
     async def durability(self) -> Durability:
         topology = await self._current(at_once=True)
