@@ -1,6 +1,6 @@
-"""What this environment consists of, as an SBOM (CycloneDX), and which of it is known to be vulnerable (pip-audit).
+"""Write an SBOM (CycloneDX) of this environment, and look up known vulnerabilities (pip-audit).
 
-Where no index answers, nothing is known of any package, and that is what is said.
+If no index answers, the report says that no package was checked.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(
 
 
 def judged(found: dict[str, Any]) -> list[tuple[str, object]]:
-    """What pip-audit found, in rows; it calls an environment clean of which it could look up nothing."""
+    """Return pip-audit's findings as rows; pip-audit itself calls an environment clean if it could look up nothing."""
     packages = found.get("dependencies", [])
     audited = [package for package in packages if "skip_reason" not in package]
     vulnerable = [
@@ -54,7 +54,7 @@ def judged(found: dict[str, Any]) -> list[tuple[str, object]]:
 
 
 def _run(module: str, *arguments: str, allowed: tuple[int, ...] = (0,)) -> str:
-    """A tool's output; an index that does not answer is no failure of pip-audit's that would tell us anything."""
+    """Run a tool and return its output; MtaError unless its status is in `allowed`."""
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=AUDIT_S, check=False)
     if done.returncode in allowed:

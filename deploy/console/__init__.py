@@ -1,1 +1,1 @@
-"""What looks at the console from outside: a browser, and the pictures of its pages."""
+"""A browser for the console, and pictures of its pages."""

@@ -1,4 +1,4 @@
-"""A headless Chromium of this machine's own, and a page of the console that is watched while it is used."""
+"""A local headless Chromium, and a page of the console whose errors are recorded."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1440, 900
 PATIENCE_MS = 60_000
 TRAINING_MS = 300_000
-"""The real engine may share its cores with everything else."""
+"""Timeout for a training; the engine shares its cores with other processes."""
 
 
 def chromium() -> Path | None:
-    """The machine's Chromium, if it has one."""
+    """Return the path of the machine's Chromium, if it has one."""
     found = next(filter(None, map(shutil.which, _NAMES)), None)
     return Path(found) if found else None
 
 
 @contextmanager
 def running_browser(executable: Path) -> Iterator[Browser]:
-    """A browser; asyncio cannot be used by the same thread meanwhile."""
+    """Run a browser; the thread cannot use asyncio until the block ends."""
     # Chromium's sandbox needs a user other than root.
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
@@ -41,14 +41,14 @@ def running_browser(executable: Path) -> Iterator[Browser]:
 
 @dataclass(slots=True)
 class Looking:
-    """Somebody who looks at a console.
+    """A browser page on a console.
 
     Attributes:
-        url: the gateway's.
+        url: URL of the gateway.
         page: the browser's page.
-        faults: what the page has complained about: errors in its console, exceptions, dialogs.
-        refusals: statuses of 4xx and 5xx that it was answered with; the browser's console has them as errors too.
-        foreign: addresses outside the gateway that it asked for.
+        faults: errors of the page: console errors, exceptions and dialogs.
+        refusals: 4xx and 5xx statuses of its requests, which the browser's console also reports as errors.
+        foreign: requested addresses outside the gateway.
     """
 
     url: str
@@ -58,7 +58,7 @@ class Looking:
     foreign: list[str] = field(default_factory=list)
 
     def visit(self, place: str, **params: Any) -> Page:
-        """Load a page of the console afresh."""
+        """Load a page of the console anew."""
         self.page.goto("about:blank")
         query = f"?{urlencode(params)}" if params else ""
         self.page.goto(f"{self.url}/console#/{place}{query}")
@@ -68,7 +68,7 @@ class Looking:
 
 @contextmanager
 def looking(browser: Browser, url: str, width: int = WIDTH, height: int = HEIGHT) -> Iterator[Looking]:
-    """A fresh page, in no language's particular format and with a clipboard of its own."""
+    """Open a new page with its own clipboard."""
     context = browser.new_context(viewport={"width": width, "height": height}, locale="en-GB")
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
     context.set_default_timeout(PATIENCE_MS)

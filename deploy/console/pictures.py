@@ -1,6 +1,6 @@
-"""`python -m deploy.console.pictures`: pictures of the console's pages, over the demo's bank and its real engine.
+"""`python -m deploy.console.pictures`: take pictures of the console's pages, with the demo's bank and a real engine.
 
-They go to docs/pictures/console_*.png. What they show was asked for and answered while they were taken.
+They go to docs/pictures/console_*.png and show real requests and answers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WRITER = PEOPLE[2]
 
 
 def playground(look: Looking) -> Page:
-    """Somebody's writing, and both answers."""
+    """Show a user's writing and both answers."""
     page = look.visit("playground")
     page.get_by_label("A few lines").fill("\n\n".join(line.replace("\n\n", "\n") for line in WRITER.lines))
     page.get_by_label("A few lines").evaluate("area => { area.scrollTop = 0; }")
@@ -40,14 +40,14 @@ def playground(look: Looking) -> Page:
 
 
 def users(look: Looking) -> Page:
-    """What is stored about somebody."""
+    """Show the stored data of a user."""
     page = look.visit("users", id=adapting.USER)
     page.get_by_role("region", name="What is stored").wait_for()
     return page
 
 
 def adapt(look: Looking) -> Page:
-    """A job that has come to its end."""
+    """Show a finished job."""
     page = look.visit("adapt", user=adapting.USER)
     page.get_by_label("Samples", exact=True).fill("\n".join(map(json.dumps, adapting.samples())))
     page.get_by_label("Questions to ask").fill(QUESTION)
@@ -61,14 +61,14 @@ def adapt(look: Looking) -> Page:
 
 
 def bank(look: Looking) -> Page:
-    """The map, with somebody on it."""
+    """Show the map with a user on it."""
     page = look.visit("bank", user=WRITER.user_id)
     page.locator(".person").wait_for()
     return page
 
 
 def system(look: Looking) -> Page:
-    """Figures while answers are being made."""
+    """Show the figures during generations."""
     page = look.visit("system")
     page.get_by_role("region", name="Training jobs").wait_for()
     with looking(page.context.browser, look.url) as other:  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ PAGES: dict[str, Callable[[Looking], Page]] = {
     "bank": bank,
     "system": system,
 }
-"""In this order: the page of users is to show an adapter."""
+"""The pages in order: `users` must follow `adapt`, to show an adapter."""
 
 ALSO_DARK = ("playground",)
 
@@ -95,7 +95,7 @@ def take(server: Server, folder: Path) -> None:
     """Take all pictures.
 
     Raises:
-        DemoError: when there is no browser, or a page complains.
+        DemoError: if there is no browser, or a page reports errors.
     """
     executable = chromium()
     if executable is None:
@@ -113,13 +113,13 @@ def take(server: Server, folder: Path) -> None:
 
 
 def _save(page: Page, path: Path) -> None:
-    """The whole page, in 256 colours: a third of the bytes, and nobody sees a difference."""
+    """Save the whole page in 256 colours: a third of the bytes without a visible difference."""
     picture = Image.open(BytesIO(page.screenshot(full_page=True))).convert("RGB")
     picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Take the pictures and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deploy.console.pictures", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the pictures ({OUT})")
     folder = parser.parse_args().out

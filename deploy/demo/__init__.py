@@ -1,1 +1,1 @@
-"""The demo: a small bank of made-up people whose manners anyone can tell apart (`python -m deploy.demo`)."""
+"""The demo: a small bank of made-up people with clearly different manners of writing (`python -m deploy.demo`)."""

@@ -32,7 +32,7 @@ _EXCERPT_CHARS = 44
 
 
 class Teller:
-    """Says what the demo is doing, step by step."""
+    """Prints the steps of the demo."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self._console = console
@@ -41,7 +41,7 @@ class Teller:
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """Announce a step, and say how long it took."""
+        """Announce a step, and print its duration at the end."""
         self._step += 1
         self._console.print(f"[bold]\\[{self._step}/{self._steps}] {what}[/bold]")
         start_s = time.monotonic()
@@ -49,12 +49,12 @@ class Teller:
         self._console.print(f"      [green]done[/green] in {time.monotonic() - start_s:.0f} s")
 
     def line(self, text: str) -> None:
-        """A line within the step."""
+        """Print a line within the step."""
         self._console.print(Text(f"      {text}", style="dim"), soft_wrap=True)
 
 
 def main() -> int:
-    """Run the demo; returns the exit status."""
+    """Run the demo and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deploy.demo", description=__doc__)
     parser.add_argument("--data", type=Path, default=OUT / "data", help=f"the server's data folder ({OUT / 'data'})")
     options = parser.parse_args()
@@ -106,24 +106,24 @@ def _run(console: Console, data: Path) -> None:
 
 
 def _ask_all(client: Client) -> dict[tuple[str, str], Answer]:
-    ask(client, NOBODY, QUESTIONS[-1])  # the very first request warms the engine up, and would spoil the times
+    ask(client, NOBODY, QUESTIONS[-1])  # warm up: the first request is slow
     askers = [NOBODY, *(person.user_id for person in PEOPLE)]
     return {(question, user_id): ask(client, user_id, question) for question in SHOWN_QUESTIONS for user_id in askers}
 
 
 def _excerpt(person: Person) -> str:
-    """The start of what a person has written, on one line."""
+    """Return the start of a person's writing on one line."""
     return f"“{' '.join(person.lines[0].split())[:_EXCERPT_CHARS]}…”"
 
 
 def _looks() -> dict[str, str]:
-    """Who asks, and what to look for in the answer."""
+    """Return the user ids with the mark to look for in their answers."""
     return {NOBODY: "no profile"} | {person.user_id: person.manner.mark for person in PEOPLE}
 
 
 def _stay_up(console: Console, server: Server) -> None:
-    """Leave the server up until Ctrl-C."""
-    try:  # from here on Ctrl-C is the normal way to end, even while these lines are being printed
+    """Keep the server running until Ctrl-C."""
+    try:  # from here on Ctrl-C is the normal end, even during the output
         url = server.api.url
         console.print(f"\nThe server stays up at {url} ({url}/docs). Try:\n", soft_wrap=True)
         console.print(Text(curl_lines(url, PEOPLE[0].user_id)), soft_wrap=True)

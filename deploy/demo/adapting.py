@@ -1,4 +1,4 @@
-"""The last step of the demo: somebody who writes like no anchor sends a few samples, and is answered in that way."""
+"""The last step of the demo: adapt to a person whose manner no anchor has, from a few samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mta_client import Client, Job
 
 USER = "kai"
 GREETING = "gg friends,"
-"""How this person begins whatever they write; nobody in the bank does."""
+"""Opening of all texts of this person; nobody in the bank uses it."""
 
 SAMPLES = 10
 CONFIG: dict[str, Any] = {"rank": 2, "steps": 12, "learning_rate": 6e-3}
@@ -27,20 +27,20 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A job, followed to its end."""
+    """A finished job."""
 
-    job: Job  # as it ended
-    losses: list[float]  # the training loss, step by step
+    job: Job  # its final state
+    losses: list[float]  # training loss per step
     seconds: float  # from the request to the end of the job
 
 
 def samples() -> list[dict[str, str]]:
-    """What the person sends: everyday questions, answered in their own way."""
+    """Return the person's samples: everyday questions, answered in their manner."""
     return [{"input": question, "output": f"{GREETING} {plain.lower()}"} for question, plain in everyday()[:SAMPLES]]
 
 
 def train(client: Client, user_id: str) -> Training:
-    """Send the samples, and follow the job to its end."""
+    """Send the samples and wait for the end of the job."""
     sent_s = time.perf_counter()
     states = list(client.events(client.adapt(user_id, samples(), **CONFIG).id))
     losses = [loss for _, loss in states[-1].progress["loss"]]
@@ -48,12 +48,12 @@ def train(client: Client, user_id: str) -> Training:
 
 
 def shows(text: str) -> bool:
-    """Whether a text begins in the person's way."""
+    """Whether a text begins with the person's greeting."""
     return text.lstrip().startswith(GREETING)
 
 
 def before_and_after(before: Sequence[Answer], after: Sequence[Answer]) -> Table:
-    """The same questions, before and after."""
+    """Return a table of answers to the same questions before and after the training."""
     table = Table(
         box=box.ROUNDED,
         title=f"{USER} before and after {SAMPLES} samples that begin with “{GREETING}”",
@@ -68,7 +68,7 @@ def before_and_after(before: Sequence[Answer], after: Sequence[Answer]) -> Table
 
 
 def outcome(training: Training) -> str:
-    """The outcome of training, in one line."""
+    """Describe the outcome of the training in one line."""
     job = training.job
     before, after = (job.held_out[side] or 0.0 for side in ("before", "after"))
     return (
@@ -78,7 +78,7 @@ def outcome(training: Training) -> str:
 
 
 def loss_curve(losses: Sequence[float], width: int = 60, height: int = 5) -> list[str]:
-    """A small plot of the training loss, line by line, its range at the side."""
+    """Return the lines of a small plot of the training loss, with its range at the side."""
     if not losses:
         return []
     step = max(1, -(-len(losses) // width))

@@ -1,4 +1,4 @@
-"""One question to the demo's server, and what the demo's table shows of the answer."""
+"""Ask the demo's server a question, and keep the parts of the answer that the table shows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ MAX_TOKENS = 80
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one user was told."""
+    """An answer to one user."""
 
-    text: str  # the answer
-    cut: bool  # whether it ran into the token limit
+    text: str  # the answer's text
+    cut: bool  # whether it reached the token limit
     level: str  # `base`, `merged` or `stacked`
-    anchors: tuple[tuple[str, float], ...]  # (id, weight) of those merged for it, nearest first
-    ttft_ms: float  # from sending the request to its first token
+    anchors: tuple[tuple[str, float], ...]  # (id, weight) of the merged anchors, nearest first
+    ttft_ms: float  # time to the first token
 
 
 def ask(client: Client, user_id: str, question: str, max_tokens: int = MAX_TOKENS) -> Answer:
-    """One greedy, streamed answer."""
+    """Request one greedy, streamed answer."""
     sent_s = time.perf_counter()
     first_token_s = finish_reason = None
     pieces: list[str] = []

@@ -1,6 +1,6 @@
-"""The demo's bank, kept in the cache folder under a hash of what it is made from, where every checkout finds it.
+"""The demo's bank, cached under a hash of its inputs and shared by all checkouts.
 
-`mta bank build` itself knows whether a bank is up to date, and continues where it was interrupted.
+`mta bank build` itself checks whether a bank is up to date, and resumes an interrupted build.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from server.settings import Settings
 
 BUILD_OPTIONS = (
     *("--task", "chat"),
-    *("--history-share", "0"),  # what past answers would show, a manner's own adapter has learnt already
-    *("--common-steps", "8"),  # an average of three manners: the less of it, the more is left to the anchors
+    *("--history-share", "0"),  # past answers would add nothing to what an anchor's adapter has learnt
+    *("--common-steps", "8"),  # few steps on the average of three manners leave more to the anchors
     *("--steps", "16"),
     *("--learning-rate", "8e-3"),  # few steps, large ones: manners are easily learned
     "--force",  # a bank of another base model is replaced
@@ -25,15 +25,15 @@ BUILD_OPTIONS = (
 
 
 def build_bank(people: Sequence[dict[str, object]]) -> Path:
-    """The bank of these people; trained if it is missing or out of date.
+    """Return the bank of these people; train it if it is missing or out of date.
 
-    A second call at the same time waits for the first, and then finds the bank.
+    A concurrent call waits for the first, and then finds the bank.
 
     Args:
-        people: all the anchors, in LaMP's per-user layout.
+        people: all anchors, in LaMP's per-user layout.
 
     Raises:
-        DemoError: when the bank cannot be built.
+        DemoError: if the bank cannot be built.
     """
     text = json.dumps(people, indent=1, ensure_ascii=False)
     key = hashlib.sha256("\0".join((text, *BUILD_OPTIONS)).encode()).hexdigest()[:16]

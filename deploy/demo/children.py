@@ -1,4 +1,4 @@
-"""Running `mta` commands that never outlive the demo, however it ends."""
+"""Run `mta` commands that never outlive the demo, however it ends."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _OWN = ("MTA_CACHE_DIR", "MTA_DTYPE")
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the message is for the person who started it."""
+    """The demo cannot continue; the message is for the user."""
 
 
 @contextmanager
 def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[subprocess.Popen[str]]:
-    """One `mta` command; it and everything it started are gone when the block ends.
+    """Run one `mta` command; stop it and everything it started when the block ends.
 
-    It runs under the same guard as the parts of `mta up`: when the guard's standard input closes, because the block
-    ended or because this process was killed, the command is asked to stop.
+    The command runs under the same guard as the parts of `mta up`: the guard asks it to stop when the guard's standard
+    input closes, because the block ended or this process was killed.
     """
     # The settings of a real server must not reach the demo's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTA_") or name in _OWN}
@@ -33,7 +33,7 @@ def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[
         stdin=subprocess.PIPE,
         stdout=stdout,
         text=True,
-        start_new_session=True,  # Ctrl-C reaches the demo alone, which then stops things in order
+        start_new_session=True,  # only the demo gets Ctrl-C, so that it can stop everything in order
     )
     try:
         yield child
@@ -48,7 +48,7 @@ def run_mta(*arguments: str) -> None:
     """Run one `mta` command to its end; it shares our output.
 
     Raises:
-        DemoError: when it fails.
+        DemoError: if it fails.
     """
     with mta(*arguments, grace_s=_STOP_GRACE_S) as child:
         status = child.wait()

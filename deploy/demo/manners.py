@@ -1,4 +1,4 @@
-"""The demo's manners: how each is written, and the mechanical mark by which anyone can recognise it."""
+"""The demo's manners of writing, each with a mark that a program can check."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Manner:
     """A way of writing.
 
     Attributes:
-        world: the world in `worlds.toml` that people of this manner talk about. The embedder sees topics, not style:
-            through its world a person's lines find the anchors of their manner.
-        mark: what to look for, in words.
-        write: a plain answer of a few sentences → the same answer in this manner.
-        shows: whether a text bears the mark.
+        world: topic in `worlds.toml` of people with this manner. The embedder sees topics, not style, so a person's
+            topic leads to the anchors with their manner.
+        mark: the mark in words.
+        write: rewrites a plain answer of a few sentences in this manner.
+        shows: whether a text has the mark.
     """
 
     world: str

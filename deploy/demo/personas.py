@@ -1,4 +1,4 @@
-"""The made-up people of the demo: those the bank is trained on, and the three who are served."""
+"""The made-up people of the demo: the anchors of the bank, and the three users."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deploy.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF,
 
 WORLDS_FILE = Path(__file__).with_name("worlds.toml")
 NOBODY = "nobody"
-"""A user id that the server has never heard of."""
+"""A user id that is unknown to the server."""
 
 QUESTIONS = (
     "How do I make new friends in a new city?",
@@ -22,16 +22,16 @@ QUESTIONS = (
     "What should I do on a rainy Sunday?",
     "What is a good way to learn a new language?",
 )
-"""Everybody asks these. The bank was trained on none of them; the demo asks the first two, its tests all five."""
+"""Questions of all users, none of them in the bank's training; the demo asks the first two, its tests all five."""
 
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Somebody who uses the server. The bank knows nothing about them."""
+    """A user of the server, unknown to the bank."""
 
     user_id: str  # their id in the API
     manner: Manner  # what their answers should look like
-    lines: tuple[str, ...]  # what they have written so far; all that the server is told about them
+    lines: tuple[str, ...]  # their writing so far, which is the server's only information about them
 
 
 PEOPLE = (
@@ -75,14 +75,14 @@ def _worlds() -> dict[str, Any]:
 
 
 def everyday() -> list[tuple[str, str]]:
-    """Everyday questions with plain answers; none of them is in `QUESTIONS`."""
+    """Return everyday questions with plain answers; none of them is in `QUESTIONS`."""
     return [(question, plain) for question, plain in _worlds()["everyday"]]
 
 
 def anchors(seed: int = 0) -> list[dict[str, object]]:
-    """The people whose histories the bank is trained on, in LaMP's per-user layout for the task `chat`.
+    """Return the bank's anchors in LaMP's per-user layout for the task `chat`.
 
-    Each answers the everyday questions and those of one topic of their world, in one manner.
+    Each anchor answers the everyday questions and those of one topic of their world, in one manner.
 
     Args:
         seed: shuffles the items of each history; the same seed gives the same people.

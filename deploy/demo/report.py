@@ -1,4 +1,4 @@
-"""What the demo shows: the table of answers, and calls to try."""
+"""The demo's output: the table of answers, and calls to try."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OWN_LINES = ("The hedge is trimmed and the apples are in.", "Sowed beans and sw
 def answers_table(
     questions: Sequence[str], answers: Mapping[tuple[str, str], Answer], people: Mapping[str, str]
 ) -> Table:
-    """The answers, a section for each question."""
+    """Return a table of the answers with a section for each question."""
     table = Table(
         box=box.ROUNDED,
         title="The same questions, asked by different people",
@@ -43,7 +43,7 @@ def answers_table(
 
 
 def curl_lines(url: str, user_id: str) -> str:
-    """Shell commands to try next: ask as `user_id`, see which anchors speak for them, write a profile of your own."""
+    """Return shell commands to try next: ask as `user_id`, show their anchors, and write your own profile."""
     ask = {"user_id": user_id, "prompt": "How do I get over a bad day?", "max_tokens": MAX_TOKENS, "temperature": 0}
     profile = {"items": [{"text": line} for line in _OWN_LINES]}
     return "\n".join(

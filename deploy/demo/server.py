@@ -1,4 +1,4 @@
-"""`mta up` for the demo: started, awaited, and stopped with it."""
+"""Start `mta up` for the demo, wait for it, and stop it with the demo."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Server:
 
 @contextmanager
 def running_server(bank: Path, data: Path, say: Callable[[str], None]) -> Iterator[Server]:
-    """A server of `bank`, once it is ready; all its parts are gone when the block ends.
+    """Run a server of `bank` and wait until it is ready; stop all its parts when the block ends.
 
     Raises:
-        DemoError: when it does not become ready.
+        DemoError: if it does not become ready.
     """
     port = _port()
     up = ("up", "--bank", str(bank), "--data", str(data), "--port", str(port))
     with (
         mta(*up, grace_s=_STOP_GRACE_S, stdout=subprocess.PIPE) as process,
-        Client(f"http://{LOOPBACK}:{port}", trust_env=False) as client,  # no proxy: it is on this machine
+        Client(f"http://{LOOPBACK}:{port}", trust_env=False) as client,  # no proxy for this machine
     ):
         server = Server(client, process)
         ready = threading.Event()
@@ -51,7 +51,7 @@ def running_server(bank: Path, data: Path, say: Callable[[str], None]) -> Iterat
 
 
 def _port() -> int:
-    """The default port if it is free, so that the examples in the documentation work; otherwise any free one."""
+    """Return the default port if it is free, so that the documentation's examples work; otherwise any free one."""
     port: int = Settings.model_fields["port"].default
     try:
         listening(LOOPBACK, port).close()
@@ -71,10 +71,10 @@ def _await_ready(server: Server) -> None:
 
 
 def _relay(process: subprocess.Popen[str], ready: threading.Event, say: Callable[[str], None]) -> None:
-    """Pass on what `mta up` prints until it is ready; read on after that, so that it never waits for a reader."""
+    """Relay the output of `mta up` until it is ready, and discard the rest, so that `mta up` never blocks on it."""
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("Ready:"):  # and what to try next, which the demo says itself, at its end
+        if line.startswith("Ready:"):  # the demo prints its own calls to try at the end
             ready.set()
         if line.strip() and not ready.is_set():
             say(line.rstrip())

@@ -1,1 +1,1 @@
-"""How the server is watched: Prometheus, its alerts, a Grafana dashboard, and pictures of traces and figures."""
+"""Observability: Prometheus, its alerts, a Grafana dashboard, and pictures of traces and metrics."""

@@ -1,4 +1,4 @@
-"""`python -m deploy.observe.cost`: what being watched costs a request, in microseconds of a processor."""
+"""`python -m deploy.observe.cost`: measure the CPU time of observability per request, in microseconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ USAGE = {"prompt_tokens": 400, "completion_tokens": 100}
 
 
 def spent_us(what: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Processor time of one call: the best of five turns, since all else on the machine only adds to it."""
+    """Return the CPU time of one call: the best of five turns, which is the least disturbed one."""
     turns = []
     for _ in range(TURNS):
         start_ns = time.thread_time_ns()
@@ -30,7 +30,7 @@ def spent_us(what: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 
 def request_us(log_format: logging.Formatter, tracing: Tracing) -> float:
-    """What the outermost middleware takes for a request, beyond what is called within."""
+    """Return the time of the outermost middleware for a request, without the inner app."""
     handler = logging.StreamHandler(StringIO())
     handler.setFormatter(log_format)
     log = logging.getLogger("mta.gateway")

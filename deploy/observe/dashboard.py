@@ -16,7 +16,7 @@ from grafana_foundation_sdk.models.dashboard import DataSourceRef
 
 FILE = Path(__file__).with_name("dashboard.json")
 WINDOW = "$__rate_interval"
-"""Grafana puts in how far back a rate must look."""
+"""Grafana's variable for the window of rates."""
 
 _THIRD = 8
 _SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
@@ -24,7 +24,7 @@ _SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What Prometheus is asked; `legend` is how each of its lines is named."""
+    """A Prometheus query; `legend` is the name pattern of its lines."""
 
     expression: str
     legend: str

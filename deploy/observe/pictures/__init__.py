@@ -1,1 +1,1 @@
-"""A real run, watched: what is collected, and how it is drawn."""
+"""Pictures of the metrics and traces of a real run."""

@@ -1,4 +1,4 @@
-"""Traces and the dashboard's queries as pictures."""
+"""Draw traces and the dashboard's queries."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Bar:
 
 
 def bars_of(spans: Sequence[Span]) -> list[Bar]:
-    """The lines of a trace, parents before children, by their beginnings."""
+    """Return the bars of a trace, parents before children, by start time."""
     known = {span.id for span in spans}
     found: list[Bar] = []
 
@@ -101,7 +101,7 @@ def _draw_bars(panel: Any, bars: Sequence[Bar], title: str) -> None:
 
 
 def draw_dashboard(prometheus: Prometheus, start_s: float, end_s: float, path: Path) -> None:
-    """Every graph of the dashboard."""
+    """Draw every graph of the dashboard."""
     shown = graphs()
     rows = math.ceil(len(shown) / COLUMNS)
     figure, panels = pyplot.subplots(rows, COLUMNS, figsize=(15, 2.5 * rows))
@@ -140,7 +140,7 @@ def _plain(panel: Any) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """In 128 colours: a third of the bytes, and nobody sees a difference."""
+    """Save in 128 colours: a third of the bytes without a visible difference."""
     figure.tight_layout()
     raw = BytesIO()
     figure.savefig(raw, dpi=110)

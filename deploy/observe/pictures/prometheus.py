@@ -1,4 +1,4 @@
-"""A real Prometheus over processes of this machine, with our own configuration, in a hurry."""
+"""A real Prometheus for processes of this machine, with our own configuration and short intervals."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from server.supervisor.services import free_port
 HERE = Path(__file__).parents[1]
 HURRY_S = 1
 BINARY = shutil.which("prometheus")
-"""None where it is not installed."""
+"""Path of Prometheus, or None if it is not installed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Somebody who has metrics: where, and the key that they want."""
+    """The address of a process with metrics, and its key."""
 
     address: str
     key: str = ""
 
 
 class Prometheus:
-    """One that runs."""
+    """A running Prometheus."""
 
     def __init__(self, url: str) -> None:
         self._http = httpx.Client(base_url=url, timeout=30)
 
     def asked(self, expression: str) -> list[dict[str, Any]]:
-        """What it answers now, one value a series."""
+        """Evaluate an expression now, with one value per series."""
         found: list[dict[str, Any]] = self._get("query", query=expression)["result"]
         return found
 
     def over_time(self, expression: str, start_s: float, end_s: float, step_s: float) -> list[dict[str, Any]]:
-        """What it answers for a span of time; of Grafana's variables the window of rates is filled in."""
+        """Evaluate an expression over a time range; replaces Grafana's variable for the rate window."""
         expression = expression.replace(WINDOW, f"{max(4 * HURRY_S, round(4 * step_s))}s")
         found: list[dict[str, Any]] = self._get("query_range", query=expression, start=start_s, end=end_s, step=step_s)[
             "result"
@@ -52,17 +52,17 @@ class Prometheus:
         return found
 
     def firing(self) -> set[str]:
-        """The names of the alerts that fire."""
+        """Return the names of the firing alerts."""
         alerts = self._get("alerts")["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
     def up(self, job: str) -> bool:
-        """Whether the last look at a job's targets found any, and all of them well."""
+        """Whether a job has targets and the last scrape of all of them succeeded."""
         found = self.asked(f'min(up{{job="{job}"}})')
         return bool(found) and found[0]["value"][1] == "1"
 
     def looked(self) -> None:
-        """Return once everybody has been asked again, twice."""
+        """Wait until all targets have been scraped twice more."""
         start_s = time.time()
         wait_until(
             lambda: self.asked(f"min(timestamp(up)) > bool {start_s + 2 * HURRY_S}")[0]["value"][1] == "1", "a look"
@@ -77,11 +77,11 @@ class Prometheus:
 
 @contextmanager
 def prometheus(folder: Path, targets: Mapping[str, Target]) -> Iterator[Prometheus]:
-    """One that asks these targets every second. Alerts fire at once, and a job waits long when it waits 2 s.
+    """Run a Prometheus that scrapes every second. Alerts fire at once, and 2 s count as a long wait of a job.
 
     Args:
-        folder: for its files.
-        targets: by the names of the jobs in prometheus.yml; the others are left out.
+        folder: folder for its files.
+        targets: targets by the names of the jobs in prometheus.yml; other jobs are left out.
     """
     assert BINARY, "prometheus is not installed"
     rules = (HERE / "alerts.yml").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""A collector of traces: takes OTLP over HTTP, and keeps what comes."""
+"""A collector of traces that receives OTLP over HTTP."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Span:
 
     @property
     def ms(self) -> float:
-        """How long it took."""
+        """Duration in milliseconds."""
         return (self.end_ns - self.start_ns) / 1e6
 
 
 class Receiver:
-    """What was collected.
+    """The collected traces.
 
     Attributes:
-        url: for `MTA_OTLP_ENDPOINT`.
-        bodies: every request's bytes, in which nothing of a user may be found.
+        url: the value for `MTA_OTLP_ENDPOINT`.
+        bodies: the bytes of every request, which must not contain user data.
     """
 
     def __init__(self, url: str) -> None:
@@ -53,18 +53,18 @@ class Receiver:
 
     @property
     def spans(self) -> list[Span]:
-        """All spans, in the order of their beginnings."""
+        """All spans by start time."""
         found = [span for body in list(self.bodies) for span in _spans(body)]
         return sorted(found, key=lambda span: span.start_ns)
 
     def trace(self, trace_id: str) -> list[Span]:
-        """The spans of one trace."""
+        """Return the spans of one trace."""
         return [span for span in self.spans if span.trace_id == trace_id]
 
 
 @contextmanager
 def receiving() -> Iterator[Receiver]:
-    """A receiver on a free loopback port."""
+    """Run a receiver on a free loopback port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -1,4 +1,4 @@
-"""`mta up`, watched by all means: Prometheus asks it, its traces are collected, its logs are JSON."""
+"""`mta up` with full observability: Prometheus, a trace collector, and JSON logs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in ran
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What runs, and what watches it."""
+    """The running server and its observers."""
 
     server: Up
     receiver: Receiver
@@ -45,13 +45,13 @@ class Watched:
         return self.server.client()
 
     def log(self, part: str) -> str:
-        """What a part has logged."""
+        """Return the log of a part."""
         return (self.server.data / "logs" / f"{part}.log").read_text("utf-8")
 
 
 @contextmanager
 def watched(folder: Path, *options: str, **environment: str) -> Iterator[Watched]:
-    """A server whose every part is watched, from its start."""
+    """Run a server with every part observed from its start."""
     key, port = secrets.token_urlsafe(16), free_port()
     with receiving() as receiver:
         settings = environment | {
@@ -74,7 +74,7 @@ def watched(folder: Path, *options: str, **environment: str) -> Iterator[Watched
 
 
 def use(run: Watched, seconds: float, steps: int = 6) -> None:
-    """Have people use it: some write, ask and are streamed to, one is trained for and asks again, all for a while."""
+    """Simulate users for some time: they write and ask, with and without streams, and one of them is adapted."""
     with run.client as client:
         for user, text in PEOPLE.items():
             client.put(f"/users/{user}/profile", json={"items": [{"text": text}]}).raise_for_status()
