@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 import mta_client
 from mta_client import Client, MtaError
-from server.gateway.routes import answers
+from server.gateway.routes import answering, generate, jobs, users
 
 ALONE = "\ud800"  # half of a character: in no text that can be sent
 JOB = {
@@ -81,13 +81,13 @@ def test_an_id_is_one_piece_of_a_path_whatever_is_in_it() -> None:
 @pytest.mark.parametrize(
     ("value", "answer"),
     [
-        (mta_client.Anchor, answers.AnchorAnswer),
-        (mta_client.Answer, answers.GenerateAnswer),
-        (mta_client.Erased, answers.ErasedAnswer),
-        (mta_client.Job, answers.JobAnswer),
-        (mta_client.Personalization, answers.PersonalizationAnswer),
-        (mta_client.Profile, answers.ProfileAnswer),
-        (mta_client.User, answers.UserAnswer),
+        (mta_client.Anchor, answering.AnchorAnswer),
+        (mta_client.Answer, generate.GenerateAnswer),
+        (mta_client.Erased, users.ErasedAnswer),
+        (mta_client.Job, jobs.JobAnswer),
+        (mta_client.Personalization, answering.PersonalizationAnswer),
+        (mta_client.Profile, users.ProfileAnswer),
+        (mta_client.User, users.UserAnswer),
     ],
 )
 def test_values_have_the_fields_of_answers(value: type, answer: type[BaseModel]) -> None:
