@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -67,8 +67,7 @@ class JobState(StrEnum):
         return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
-@dataclass(frozen=True, slots=True)
-class JobId:
+class JobId(NamedTuple):
     """`<user key>.<number>`: locates the job's keys without revealing the user's id.
 
     A user's first number is random and each further one is one higher, so numbers are not reused after an erasure.
@@ -198,7 +197,7 @@ class JobStore:
 
     async def job(self, job_id: JobId) -> Job | None:
         """Return a job's record, if it is still kept."""
-        values = await self._connection.run(lambda redis: redis.hmget(keys.job(job_id), _FIELDS))
+        values = await self._connection.run(lambda redis: redis.hmget(keys.job(*job_id), _FIELDS))
         with corrupt_if_undecodable():
             return _decoded(job_id, values)
 
@@ -212,7 +211,7 @@ class JobStore:
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
         """Cancel a job; return its current record and whether this call ended it."""
-        ended = await self._connection.write(scripts.CANCEL, (keys.job(job_id),), secrets.token_hex(16), KEPT_S)
+        ended = await self._connection.write(scripts.CANCEL, (keys.job(*job_id),), secrets.token_hex(16), KEPT_S)
         return await self.job(job_id), bool(ended)
 
     async def samples(self, user_key: str) -> list[bytes]:
@@ -246,7 +245,7 @@ class JobStore:
         """
         token, lease_ms = token or secrets.token_hex(16), round(lease_s * 1000)
         arguments = (token, lease_ms, MAX_TRIES, _TRIES_EXHAUSTED, KEPT_S)
-        if not await self._connection.write(scripts.CLAIM, (keys.job(job_id),), *arguments):
+        if not await self._connection.write(scripts.CLAIM, (keys.job(*job_id),), *arguments):
             return None
         job = await self.job(job_id)
         if job is None:
@@ -260,7 +259,7 @@ class JobStore:
         """Extend a lease and record progress; False if it is no longer valid. No `curve`: keep the old one."""
         queue, lease_ms = self._queue(lease.job.bank), round(lease_s * 1000)
         shown = (step, of, _loss_text(loss), b"" if curve is None else encode_curve(curve))
-        if not await self._connection.write(scripts.RENEW, (keys.job(lease.job.id),), lease.token, lease_ms, *shown):
+        if not await self._connection.write(scripts.RENEW, (keys.job(*lease.job.id),), lease.token, lease_ms, *shown):
             queue.forget_score(lease.job.id.user_key)
             return False
         await queue.postpone(lease.job.id.user_key, lease_ms)
@@ -269,7 +268,7 @@ class JobStore:
     async def release(self, lease: Lease, *, counts: bool) -> bool:
         """Hand a job to another worker; False if the lease is no longer valid. `counts`: count the run as a try."""
         queue, arguments = self._queue(lease.job.bank), (lease.token, 0 if counts else -1)
-        released = bool(await self._connection.write(scripts.RELEASE, (keys.job(lease.job.id),), *arguments))
+        released = bool(await self._connection.write(scripts.RELEASE, (keys.job(*lease.job.id),), *arguments))
         if released:
             await queue.postpone(lease.job.id.user_key, 0)
         queue.forget_score(lease.job.id.user_key)
@@ -278,7 +277,7 @@ class JobStore:
     async def end(self, lease: Lease, trained: Trained) -> bool:
         """End a job without an adapter; return False if the lease is no longer valid."""
         given = orjson.dumps(_outcome(lease, trained))
-        done = bool(await self._connection.write(scripts.END, (keys.job(lease.job.id),), given))
+        done = bool(await self._connection.write(scripts.END, (keys.job(*lease.job.id),), given))
         if done:
             await self._queue(lease.job.bank).remove(lease.job.id.user_key)
         return done
@@ -295,7 +294,7 @@ class JobStore:
         # Add the user first: an extra member is harmless, but a missing one would never be adapted again.
         await self._adapters.add_adapted(user_key, bank)
         given = _outcome(lease, trained) | {"adapter": raw.id, "bank": bank, "recipe": raw.recipe, "sha256": raw.sha256}
-        names = (keys.job(lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
+        names = (keys.job(*lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
         raws = (version, encode_profile(profile), raw.raw)
         done = bool(await self._connection.write(scripts.PROMOTE, names, orjson.dumps(given), *raws))
         if done:

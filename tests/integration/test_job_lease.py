@@ -173,13 +173,13 @@ async def test_a_job_whose_record_cannot_be_read_holds_up_no_other_and_fails_aft
     monkeypatch.setattr("server.store.queue.GRACE_MS", 0)
     broken, behind = await desk.submit(), await desk.submit()
     async with redis.from_url(store.url, decode_responses=True) as raw:
-        await raw.hset(keys.job(broken), "curve", "{")
+        await raw.hset(keys.job(*broken), "curve", "{")
         working = asyncio.create_task(work_forever(worker.work_once))
         try:
             async with asyncio.timeout(PATIENCE_S):
                 while not (await desk.job(behind)).state.ended:
                     await asyncio.sleep(0.05)
-                while (state := await raw.hget(keys.job(broken), "state")) == "running":
+                while (state := await raw.hget(keys.job(*broken), "state")) == "running":
                     await asyncio.sleep(0.05)
         finally:
             working.cancel()

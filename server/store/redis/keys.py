@@ -40,10 +40,7 @@ Scripts receive these names as arguments. Only names of job records are built in
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from server.store.jobs import JobId
+from typing import Literal
 
 Work = Literal["jobs", "sign"]
 
@@ -61,8 +58,8 @@ samples, adapter, epoch = _of_user("samples"), _of_user("adapter"), _of_user("ep
 jobs, job_prefix = _of_user("jobs"), _of_user("job:")
 
 
-def job(job_id: JobId) -> str:
-    return f"{job_prefix(job_id.user_key)}{job_id.number}"
+def job(user_key: str, number: int) -> str:
+    return f"{job_prefix(user_key)}{number}"
 
 
 def rewrite(server: str) -> str:
