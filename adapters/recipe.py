@@ -27,7 +27,7 @@ from adapters.errors import RecipeError, excerpt
 FORMAT = "mta3"
 _OLD_FORMATS = ("mta1", "mta2")
 PER_MILLE = 1000
-MAX_STEP = 4000  # largest absolute weight of an anchor, per mille
+MAX_WEIGHT = 4000  # largest absolute weight of an anchor, per mille
 MAX_ANCHORS = 1_000_000
 MAX_NAME_CHARS = 4096
 MAX_TERMS = 334
@@ -102,8 +102,10 @@ class FusionRecipe:
         for term in self.terms:
             if not 0 <= term.anchor < MAX_ANCHORS:
                 raise RecipeError(f"anchor index must be 0 to {MAX_ANCHORS - 1}, got {term.anchor}")
-            if not -MAX_STEP <= term.weight <= MAX_STEP or not term.weight:
-                raise RecipeError(f"weight must be -{MAX_STEP} to {MAX_STEP} per mille and not 0, got {term.weight}")
+            if not -MAX_WEIGHT <= term.weight <= MAX_WEIGHT or not term.weight:
+                raise RecipeError(
+                    f"weight must be -{MAX_WEIGHT} to {MAX_WEIGHT} per mille and not 0, got {term.weight}"
+                )
 
     @property
     def name(self) -> str:

@@ -80,8 +80,8 @@ def _classifier(people: Sequence[History], task: Task) -> Callable[[str, Sequenc
     from sklearn.pipeline import make_pipeline
 
     known = [(output, person.user_id) for person in people for _, output in person.pairs(task)]
-    words = TfidfVectorizer(analyzer="char", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
-    model = make_pipeline(words, LogisticRegression(C=30.0, max_iter=2000))
+    char_ngrams = TfidfVectorizer(analyzer="char", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
+    model = make_pipeline(char_ngrams, LogisticRegression(C=30.0, max_iter=2000))
     try:
         model.fit([text for text, _ in known], [name for _, name in known])
     except ValueError as error:

@@ -87,7 +87,7 @@ class Records:
         self._found: dict[tuple[str, str, int, str], Record] = {}
         self._remember(record for record in read_records(self._path) if record.key == key)
 
-    def have(self, user: History, run: MethodRun) -> bool:
+    def has_results(self, user: History, run: MethodRun) -> bool:
         """Whether all queries of a user are recorded, with all requested results."""
         found = [self._found.get((user.user_id, run.method.name, run.seed, query.id)) for query in user.queries]
         return all(

@@ -76,7 +76,7 @@ def evaluate(
     wanted = [list(options.runs(place, task.kind)) for place in range(len(people))]
     done, total = 0, sum(map(len, wanted))
     for user, runs in zip(people, wanted, strict=True):
-        waiting = [run for run in runs if not records.have(user, run)]
+        waiting = [run for run in runs if not records.has_results(user, run)]
         done += len(runs) - len(waiting)
         progress(done, total)
         for made in evaluate_user(evaluator, user, waiting, records.key):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters.recipe import MAX_STEP, MAX_TERMS, PER_MILLE, FusionRecipe, Term, per_mille
+from adapters.recipe import MAX_TERMS, MAX_WEIGHT, PER_MILLE, FusionRecipe, Term, per_mille
 from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
@@ -135,7 +135,7 @@ def common_recipe(manifest: BankManifest) -> FusionRecipe:
 def recipe_of_steps(manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0) -> FusionRecipe:
     """Multiply each step by `share`, 0 to 1, and round it to per mille; drop steps that round to zero."""
     steps = {w.anchor: round(share * w.weight * PER_MILLE) for w in sorted(weights, key=lambda w: w.anchor)}
-    terms = tuple(Term(anchor, max(-MAX_STEP, min(MAX_STEP, step))) for anchor, step in steps.items() if step)
+    terms = tuple(Term(anchor, max(-MAX_WEIGHT, min(MAX_WEIGHT, step))) for anchor, step in steps.items() if step)
     return FusionRecipe(manifest.short, manifest.method, True, terms)
 
 

@@ -124,7 +124,7 @@ def engine_command(
         options["max-model-len"] = settings.max_model_len
     if settings.engine_gpu_share is not None and not on_cpu:
         options["gpu-memory-utilization"] = settings.engine_gpu_share
-    # Routers drop the option for usage in every chunk, from which the gateway learns the prompt's length early.
+    # Routers drop the request option; the gateway reads the prompt length from the usage in every chunk.
     argv = [sys.executable, "-m", "server.engine", "--enable-lora", "--enable-force-include-usage"]
     for option, value in options.items():
         argv += [f"--{option}", str(value)]

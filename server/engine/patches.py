@@ -81,7 +81,11 @@ PATCHES = {
         Patch(MANAGER, _MANAGER_PARAMETERS, "FusingLoRAManager, which fuses recipes instead of reading files"),
         Patch(f"{_WORKER}.create_lora_manager", "self model vllm_config", "FusingLoRAManager's, which opens the banks"),
         # vLLM loads adapters one by one, and each may evict an adapter that the same step uses.
-        Patch(f"{_WORKER}._apply_adapters", "self lora_requests", "FusingLoRAManager's, which keeps all of a step's"),
+        Patch(
+            f"{_WORKER}._apply_adapters",
+            "self lora_requests",
+            "FusingLoRAManager's, which keeps a step's adapters",
+        ),
         Patch(f"{_WORKER}.add_adapter", "self lora_request", "FusingLoRAManager's, which fuses and uses no slot"),
         Patch(f"{_SLOTS}._add_adapter", "self lora", "FusedSlots', as a fused adapter needs no packing"),
         Patch(f"{_SLOTS}.activate_adapter", "self lora_id", "FusedSlots', which writes all modules in one call"),
@@ -98,7 +102,11 @@ PATCHES = {
     ON_CPU: (
         Patch(CPU_OPERATORS, "", "CpuLoRA: vLLM applies the last slot's adapter to rows without an adapter"),
         Patch(f"{_LORA}.update_metadata", _METADATA_PARAMETERS, "CpuLoRA's, which sorts a step's rows by adapter"),
-        Patch(f"{_LORA}.add_lora_linear", f"{_LORA_PARAMETERS} output_slices buffer kwargs", "CpuLoRA's, a kernel"),
+        Patch(
+            f"{_LORA}.add_lora_linear",
+            f"{_LORA_PARAMETERS} output_slices buffer kwargs",
+            "CpuLoRA's, a native kernel",
+        ),
         Patch(f"{_LORA}.add_lora_embedding", "self y x lora_b_stacked add_inputs kwargs", "CpuLoRA's, unsupported"),
         Patch(f"{_LORA}.add_lora_logits", f"{_LORA_PARAMETERS} buffer kwargs", "CpuLoRA's"),
         Patch(f"{_LORA}.add_shrink", "self y x lora_a_stacked scale kwargs", "CpuLoRA's, unsupported"),

@@ -20,7 +20,7 @@ BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2,
 async def forever(
     every_s: float | Callable[[], float], step: Callable[[], Awaitable[object]], log: logging.Logger
 ) -> NoReturn:
-    """Run `step` now and again after each pause; log what it raises, an `ApiError` as a warning."""
+    """Run `step` immediately, then again after each pause; log what it raises, an `ApiError` as a warning."""
     while True:
         try:
             await step()

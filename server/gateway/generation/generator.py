@@ -89,7 +89,7 @@ class Generator:
     async def answer(self, request: GenerationRequest, usage: RequestUsage, timings: Timings) -> AsyncIterator[Answer]:
         """Start an answer and wait for its first piece; leaving the context early aborts it in the engine.
 
-        The caller has already checked the limits of the API key; `usage` collects the remaining consumption.
+        The caller has already checked the limits of the API key; `usage` records what the request uses from here on.
         """
         limits = LengthLimits(self.max_prompt_chars, self.engines.context)
         limits.check(request)

@@ -22,7 +22,7 @@ A = TypeVar("A")
 
 @dataclass
 class SampleChecks:
-    """Checks samples with an engine. Without an answer samples are accepted, since the worker checks them again."""
+    """Checks samples with an engine. If no engine answers, samples are accepted: the worker checks them again."""
 
     engines: Engines
     _accepted: set[str] = field(default_factory=set)  # role sequences

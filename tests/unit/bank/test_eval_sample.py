@@ -57,14 +57,14 @@ def test_what_a_record_lacks_is_made_again_and_the_later_one_counts(tmp_path: Pa
     records = Records(tmp_path, "key")
     user = History("u", (), (Query("u-0", "?", "3"),))
     plain, answering, writing = MethodRun(MERGED), MethodRun(MERGED, predicted=True), MethodRun(MERGED, texts=3)
-    assert not records.have(user, plain)
+    assert not records.has_results(user, plain)
     records.add([replace(record("u", "merged", 0.5), written=["once"])])
-    assert [records.have(user, run) for run in (plain, answering, writing)] == [True, False, False]
-    assert not records.have(user, replace(plain, seed=1))
-    assert not records.have(replace(user, queries=(*user.queries, Query("u-1", "?", "3"))), plain)
+    assert [records.has_results(user, run) for run in (plain, answering, writing)] == [True, False, False]
+    assert not records.has_results(user, replace(plain, seed=1))
+    assert not records.has_results(replace(user, queries=(*user.queries, Query("u-1", "?", "3"))), plain)
     records.add([replace(record("u", "merged", 0.5, ""), written=["once", "twice", "thrice"])])
     again = Records(tmp_path, "key")
-    assert all(again.have(user, run) for run in (plain, answering, writing))
+    assert all(again.has_results(user, run) for run in (plain, answering, writing))
     assert [found.prediction for found in again.all()] == [""]
     assert Records(tmp_path, "other").all() == []
 

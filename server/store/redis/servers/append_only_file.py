@@ -1,4 +1,4 @@
-"""Rewrites of the append-only file, which holds erased data until then: requested by every erasure, at most hourly.
+"""Rewrites the append-only file, so that erased data leaves the disk. Every erasure requests one, at most hourly.
 
 Each server has its own file. The hash `keys.rewrite(server)` holds its state, times in ms: last request (`asked`), next
 rewrite (`due`), start of the `last` successful one, start of the current one (`began`) with the server's `run` id and
@@ -72,7 +72,7 @@ return math.max(0, now - (redis.call('HGET', KEYS[1], 'due') or now) - ARGV[1])
 """)
 
 # KEYS: rewrite. Returns 1 if the caller should start a rewrite now, 0 if not, and the negated number of consecutive
-# failures if a rewrite has just failed. A time too far in the future to be set by this clock counts as reached.
+# failures if a rewrite has just failed. An implausibly late time counts as reached: the clock was set back.
 _ADVANCE = oom_script(
     _FAIL
     + """
