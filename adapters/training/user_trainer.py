@@ -217,9 +217,10 @@ class UserRun:
         for report in optimise(self.lora.model, self.parameters, samples, plan, rate=_constant, below=self.below):
             first = report.loss if report.step == 1 else first
             if not report.loss <= first + MAX_LOSS_RISE:  # also true for NaN
+                before = f", but was {first:.4g} at the first step" if report.step > 1 else ""
                 raise TrainingError(
-                    f"training diverged: the loss is {report.loss:.4g} at step {report.step}, but was {first:.4g} at "
-                    "the first step: lower the learning rate"
+                    f"training diverged: the loss is {report.loss:.4g} at step {report.step}{before}: lower the "
+                    "learning rate"
                 )
             yield report
 

@@ -28,7 +28,7 @@ _PARTS = {
     "<owner>": "(key|user|tenant)-[^/]+",
     "<engines>": "[0-9a-f]{16}",
 }
-_EXPIRES = re.compile("7 days|after (a window|the last lease)")
+_EXPIRES = re.compile("7 days|after (one window|the last lease)")
 WEEK_S = 7 * 24 * 3600
 
 

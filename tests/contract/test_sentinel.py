@@ -102,9 +102,9 @@ async def test_who_was_the_primary_acknowledges_nothing_when_it_wakes(
     watched: WatchedValkey, connection: RedisConnection, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its replica has taken over, and it has not heard of it: nobody follows it."""
-    monkeypatch.setattr("server.store.redis.servers.base.REPLICA_TIMEOUT_MS", 100)
     store = ProfileStore(connection)
     assert await store.commit(user, b"", change("a"))
+    monkeypatch.setattr("server.store.redis.servers.base.REPLICA_TIMEOUT_MS", 100)
     ask(watched.replica, "REPLICAOF", "NO", "ONE")
     with pytest.raises(Unavailable, match="on a replica"):
         await store.commit(user, (await store.read(user)).version, change("b"))

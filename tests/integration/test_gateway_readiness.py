@@ -146,7 +146,7 @@ def test_what_was_seen_too_long_ago_counts_for_nothing(
             wait_until(lambda: client.get("/ready").json()["status"] == "stale", "the state to be too old")
             response = client.get("/ready")
             assert response.status_code == 503
-            assert "watch" in response.json()["detail"]
+            assert "probe" in response.json()["detail"]
             assert client.get("/health").status_code == 200
         let_go.set()
         wait_until_ready(client)  # a fault in one round does not end the watch

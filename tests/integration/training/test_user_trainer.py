@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_number_is_an_error_with_the_step(
     model: Any, fused: LoraWeights, samples: list[Example]
 ) -> None:
     broken = replace(fused, b={name: b * float("inf") for name, b in fused.b.items()})
-    with pytest.raises(TrainingError, match="a loss of nan at step 1"):
+    with pytest.raises(TrainingError, match="the loss is nan at step 1: lower"):
         train_user(model, broken, samples, CONFIG).finish()
 
 
