@@ -181,6 +181,19 @@ async def test_renewing_does_not_bring_back_who_left(
     assert await running.enter("key-x", 1)
 
 
+async def test_who_left_is_not_renewed(rates: Rates, parts: StoreParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = InProgress(rates)
+    member = await running.enter("key-x", 1)
+    assert member
+    await running.leave("key-x", member)
+
+    async def sent(*arguments: Any) -> Any:
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(parts.connection, "run", sent)
+    await running.renew()
+
+
 async def test_a_seat_whose_answer_was_lost_is_left(
     rates: Rates, parts: StoreParts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

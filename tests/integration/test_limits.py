@@ -164,7 +164,9 @@ class TestRates:
         wait_until(
             lambda: left_of(generate(client, limited.new_user(), max_tokens=300)) >= 100 - used, "some to be given back"
         )
-        assert "100 tokens a minute" in refused(generate(client, limited.new_user(), max_tokens=60))["message"]
+        answer = generate(client, limited.new_user(), max_tokens=60)
+        assert "100 tokens a minute" in refused(answer)["message"]
+        assert int(answer.headers["Retry-After"]) >= (60 - left_of(answer)) * 60 / 100
         assert chat(client, max_tokens=1, stream=True).status_code == 200
 
     def test_what_the_engine_never_saw_costs_no_tokens(self, limited: Limited) -> None:

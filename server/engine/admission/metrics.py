@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from server.engine.admission.prepare import AdapterNames
-from server.engine.fusing.metrics import WorkerMetrics, histogram
+from server.engine.fusing.metrics import FusionMetrics, histogram
 
 log = logging.getLogger("mta.engine")
 
@@ -45,7 +45,7 @@ class AdapterMetrics(Collector):
         )
         self._taken: int | None = None
         self._prepares = 0
-        self._worker_text = WorkerMetrics().text
+        self._worker_text = FusionMetrics().text
 
     async def refresh(self) -> None:
         """Ask the workers and wait briefly; concurrent calls share one query."""

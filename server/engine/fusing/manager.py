@@ -27,7 +27,7 @@ from adapters.user_adapter import decode_user_adapter, stack_flat
 from bank.manifest import read_manifest
 from bank.matrix import open_matrix
 from server.engine import patches
-from server.engine.fusing.metrics import WorkerMetrics, timed
+from server.engine.fusing.metrics import FusionMetrics, timed
 from server.engine.fusing.prefetch import FusionPrefetcher
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
@@ -177,7 +177,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         return self._adapter_manager.slots_taken, self.metrics.text
 
     @property
-    def metrics(self) -> WorkerMetrics:
+    def metrics(self) -> FusionMetrics:
         return self._adapter_manager.metrics
 
 

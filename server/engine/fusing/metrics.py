@@ -26,7 +26,7 @@ def timed(histogram: Histogram) -> Iterator[None]:
     histogram.observe(time.perf_counter() - start)
 
 
-class WorkerMetrics:
+class FusionMetrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self.fuse = histogram(registry, "fuse", "Time to fuse an admitted recipe into weights in memory.")

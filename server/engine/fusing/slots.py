@@ -37,7 +37,7 @@ from adapters.flat import FlatLora
 from adapters.lora import RowLayout
 from bank.errors import BankError
 from server.engine.fusing.cells import Cells
-from server.engine.fusing.metrics import WorkerMetrics, timed
+from server.engine.fusing.metrics import FusionMetrics, timed
 
 Footprint = tuple[str, tuple[int, ...]]
 """Bank and ranks of the blocks of A; adapters with equal footprints fill the same cells of a slot."""
@@ -94,7 +94,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self._reset_records()
 
     def _reset_records(self) -> None:
-        self.metrics = WorkerMetrics()
+        self.metrics = FusionMetrics()
         self._contents = [SlotContent() for _ in range(self.lora_slots)]
         self._recipes: dict[int, str] = {}  # recipes in the CPU tier by id: reading vLLM's cache changes its LRU order
         self._cells: dict[Footprint, list[Cells]] = {}

@@ -15,14 +15,14 @@ from starlette.types import Message
 from server.engine.admission import metrics
 from server.engine.admission.metrics import AdapterMetrics, RefreshMetrics
 from server.engine.admission.prepare import AdapterNames
-from server.engine.fusing.metrics import WorkerMetrics
+from server.engine.fusing.metrics import FusionMetrics
 
 
 class Worker:
     """Answers as a worker does, once `gate` is open; counts the questions."""
 
     def __init__(self) -> None:
-        self.metrics, self.gate, self.asked = WorkerMetrics(), asyncio.Event(), 0
+        self.metrics, self.gate, self.asked = FusionMetrics(), asyncio.Event(), 0
         self.gate.set()
         self.failure: Exception | None = None
 
