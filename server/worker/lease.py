@@ -56,12 +56,12 @@ async def retry_until(until_s: float, call: Callable[P, Awaitable[T]], *args: P.
             async with asyncio.timeout(STORE_TIMEOUT_S):
                 return await call(*args, **kwargs)
         except (Unavailable, TimeoutError) as error:
-            _wait_for_store(error, until_s)
+            _raise_unless_transient(error, until_s)
         await asyncio.sleep(RENEW_S)
 
 
-def _wait_for_store(error: Unavailable | TimeoutError, until_s: float) -> None:
-    """Log that the store is unreachable; raise if waiting does not help."""
+def _raise_unless_transient(error: Unavailable | TimeoutError, until_s: float) -> None:
+    """Log that the store gave no answer; raise if retrying does not help."""
     cause = error.__cause__ or error.__context__
     while cause is not None:  # lack of memory or threads is a fault of this process, not of the store
         if isinstance(cause, MemoryError | RuntimeError) or getattr(cause, "errno", None) == errno.ENOMEM:
@@ -106,7 +106,7 @@ class HeldLease:
                     curve=None if curve == self._written_curve else curve,
                 )
         except (Unavailable, TimeoutError) as error:
-            _wait_for_store(error, self._until_s)
+            _raise_unless_transient(error, self._until_s)
             return
         if not held:
             raise LeaseLost
