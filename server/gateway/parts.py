@@ -34,10 +34,9 @@ from server.gateway.generation.prompts import HistoryIndexer, IndexCache, Prompt
 from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader, JsonRoute, SamplesRoute
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics
-from server.gateway.users.adapting import Adapting
+from server.gateway.users.adapting import Adapting, SampleChecks
 from server.gateway.users.privacy import Erasing, Exporting
 from server.gateway.users.profiles import HistoryLimit, Profiles
-from server.gateway.users.sample_checks import SampleChecks
 from server.settings import Settings
 from server.store.durability import REWRITE_CHECK_S, RewritableFile
 from server.store.jobs import JobStore
@@ -148,7 +147,7 @@ async def open_gateway(
                 signing=stores.signing(short) if bank.manifest.has_signatures else None,
             )
             cache = IndexCache((settings.history_cache_mib << 20) // len(banks))
-            histories = HistoryIndexer(profiles.items, bank.task, cache)
+            histories = HistoryIndexer(lambda user: stores.profiles.items(user.key), bank.task, cache)
             return Parts(
                 settings=settings,
                 tenants=tenants,
@@ -176,7 +175,7 @@ async def open_gateway(
                     stores.profiles, jobs=stores.jobs, adapters=stores.adapters, bank=folder, manifest=bank.manifest
                 ),
                 generator=Generator(
-                    Personalizer(bank, profiles),
+                    Personalizer(bank, profiles.current, profiles.request_signature),
                     PromptBuilder(bank.task, engines, histories, settings.queue_timeout_s),
                     engine,
                     engines,

@@ -1,7 +1,4 @@
-"""Train a job on a thread while the worker holds the job's lease.
-
-A thread cannot be killed, only its process can.
-"""
+"""Train a job on a thread while the worker holds the job's lease. A thread cannot be killed, only its process can."""
 
 from __future__ import annotations
 
@@ -25,10 +22,7 @@ log = logging.getLogger("mta.worker")
 LEASE_S = 15.0  # duration of a lease
 RENEW_S = 1.0  # interval between renewals
 STORE_TIMEOUT_S = 4.0  # timeout of one store call, short enough to retry within the lease
-STALL_S = 600.0
-"""Time without progress after which a computation counts as hung. A slow processor takes a minute for a step of a full
-context."""
-
+STALL_S = 600.0  # without progress, after which a computation counts as hung; a full context's step may take a minute
 MAX_CURVE_POINTS = 200  # maximum number of points of each curve
 P = ParamSpec("P")
 T = TypeVar("T")

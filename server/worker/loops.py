@@ -1,4 +1,4 @@
-"""The worker's loops: one trains jobs, the other signs users whose items have changed.
+"""The worker's loops and their metrics: one loop trains jobs, the other signs users whose items have changed.
 
 An error in a job's content fails the job. An error of the process ends the process and counts as a try of the job.
 While the store is unreachable the worker waits; this is not a try. A worker writes nothing after its lease expires.
@@ -14,9 +14,12 @@ import mmap
 import secrets
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from adapters.errors import MtaError, TrainingError
 from adapters.recipe import FusionRecipe
@@ -25,12 +28,14 @@ from bank.items.profile import Item, item_pair
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature, empty_signature
 from server.errors import ApiError, UserErased
+from server.settings import Settings
 from server.store.adapters import StoredAdapter, new_adapter_id
-from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
+from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Trained
 from server.store.profile_record import AdapterNote, StoredSignature
 from server.store.profiles import Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.samples import decode_config, decode_sample
+from server.watching.background import StoreSeconds
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
 from server.worker.lease import (
@@ -43,7 +48,6 @@ from server.worker.lease import (
     retry_until,
     train_with_lease,
 )
-from server.worker.metrics import GIVEN_UP, UNWANTED, WorkerMetrics
 from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, AdapterTrainer, as_training_error
 
 log = logging.getLogger("mta.worker")
@@ -51,6 +55,54 @@ log = logging.getLogger("mta.worker")
 MAX_WRITE_ATTEMPTS = 20  # writes per result, when the user's record keeps changing
 MAX_SIGN_TRIES = 3  # worker deaths per user; after that the user gets an empty signature
 RESERVE_BYTES = 16 << 20  # address space freed on a lack of memory, to release the job; untouched, it uses no memory
+_BUCKETS_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
+GIVEN_UP = "given up"  # returned to the queue
+UNWANTED = "unwanted"  # cancelled, superseded, erased, or taken by another worker
+
+
+class WorkerMetrics:
+    """The metrics of one worker. No label contains a user or a job."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        about = "Adapt jobs by how this worker left them."
+        self.jobs = Counter("mta_worker_jobs", about, ("outcome",), registry=registry)
+        for outcome in (JobState.SUCCEEDED, JobState.REJECTED, JobState.FAILED, UNWANTED, GIVEN_UP):
+            self.jobs.labels(outcome)  # start at zero, so that the first job counts as an increase
+        about = "From a job's request to its first try."
+        self.wait = Histogram("mta_worker_job_wait_seconds", about, buckets=_BUCKETS_S, registry=registry)
+        about = "From taking a job to its outcome."
+        self.took = Histogram("mta_worker_job_seconds", about, buckets=_BUCKETS_S, registry=registry)
+        self.signatures = Counter("mta_worker_signatures", "Users whose items were signed.", registry=registry)
+        self.store = StoreSeconds(registry)
+        self._begun_s: float | None = None
+        running = Gauge("mta_worker_job_running_seconds", "How long the job in training takes.", registry=registry)
+        running.set_function(lambda: 0.0 if self._begun_s is None else time.monotonic() - self._begun_s)
+        ProcessCollector(registry=registry)
+
+    def publish(self, settings: Settings) -> None:
+        """Serve `/metrics` on a thread if the settings have a port. Raises MtaError if the port cannot be opened."""
+        if not settings.metrics_port:
+            return
+        host, port = settings.inner_host, settings.metrics_port
+        try:
+            start_http_server(port, addr=host, registry=self._registry)
+        except OSError as error:
+            raise MtaError(
+                f"cannot serve metrics on {host}:{port}: {error.strerror or error}. Choose another MTA_METRICS_PORT"
+            ) from error
+        log.info("metrics: http://%s:%d/metrics", host, port)
+
+    @contextmanager
+    def training(self, job: Job) -> Iterator[None]:
+        if job.tries == 1:
+            self.wait.observe(max(0.0, job.started_ms - job.created_ms) / 1000)
+        self._begun_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.took.observe(time.monotonic() - self._begun_s)
+            self._begun_s = None
 
 
 @dataclass
@@ -81,7 +133,6 @@ class JobLoop:
         return True
 
     async def _claim(self, job_id: JobId) -> None:
-        """Claim a job and train it if it still needs a worker."""
         since_s = time.monotonic()
         try:
             lease = await retry_until(math.inf, self.jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
@@ -131,7 +182,7 @@ class JobLoop:
             error = error.__cause__ or error.__context__
 
     async def _train(self, held: HeldLease) -> JobState:
-        """Train a job and write its outcome; an error in the job's content makes it FAILED."""
+        """Train a job; an error in its content makes it FAILED."""
         try:
             return await self._adapt(held)
         except ApiError:
@@ -225,7 +276,7 @@ class SigningLoop:
         return True
 
     async def _sign(self, user_key: str) -> None:
-        """Sign a user's items unless they are already signed. Waiting for the store does not start a new try."""
+        """Sign a user's items unless they are signed already. Waiting for the store does not start a new try."""
         tries = await self.queue.count_attempt(user_key)
         bank = self.bank.manifest.short
         for _ in range(MAX_WRITE_ATTEMPTS):

@@ -18,8 +18,7 @@ from server.errors import ApiError
 from server.settings import Settings
 from server.store.opening import open_stores
 from server.watching import open_tracing
-from server.worker.loops import JobLoop, SigningLoop
-from server.worker.metrics import WorkerMetrics
+from server.worker.loops import JobLoop, SigningLoop, WorkerMetrics
 from server.worker.training import AdapterTrainer
 
 log = logging.getLogger("mta.worker")
@@ -64,7 +63,6 @@ async def run_worker(settings: Settings) -> None:
 
 
 def _open_parts(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
-    """Open the bank and its trainer."""
     folder = settings.bank_folder()
     embedder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
     bank = ServingBank.open(folder, embedder.id)

@@ -37,8 +37,6 @@ class ReadaptTally:
 
 @dataclass(frozen=True, slots=True)
 class ServedBanks:
-    """Maps users to the banks that serve them."""
-
     ring: KeyRing
     default_bank: str  # bank of tenants without a bank of their own
     users: Tenants

@@ -53,7 +53,7 @@ def as_training_error(what: str, remedy: str) -> Iterator[None]:
 
 
 class AdapterTrainer:
-    """Trains user adapters of one bank on one base model, loaded once."""
+    """Trains user adapters of one bank on one base model."""
 
     def __init__(self, manifest: BankManifest, matrix: MetaMatrix, model: Any, tokenizer: Any) -> None:
         self.manifest = manifest

@@ -1,17 +1,17 @@
-"""Whatever is wrong with a request is answered in one shape, by name, before it touches anything."""
+"""Every invalid request is refused in the same shape, with the field's name, before it changes anything."""
 
 from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 import pytest
 
-from server.settings import Settings
+from tests.support.calls import NewUser, error_of, put
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready
 from tests.support.stored import held_by
@@ -24,12 +24,12 @@ GOOD = {"input": "q", "output": "a"}
 
 @dataclass(frozen=True)
 class Case:
-    """A request and what must be said about it."""
+    """A request and its refusal."""
 
     name: str
-    shown: str  # what the message must contain: the value at fault, or its start
-    param: str | None  # the field that the error names
-    sent: Any = None  # the body, as it is or as a JSON value
+    shown: str  # in the message: the invalid value, or its start
+    param: str | None
+    sent: Any = None  # the body, as bytes or as a JSON value
     call: str = "POST /generate"
     status: int = 400
     media: str | None = JSON
@@ -37,7 +37,7 @@ class Case:
 
 
 def gen(name: str, shown: str, param: str, **fields: Any) -> Case:
-    """A good generation with some fields replaced; `...` removes one."""
+    """A valid generation with some fields replaced; `...` removes one."""
     body = {"user_id": USER, "prompt": "hello"} | fields
     return Case(name, shown, param, {name: value for name, value in body.items() if value is not ...})
 
@@ -46,7 +46,7 @@ def said(name: str, shown: str, param: str, *messages: Any) -> Case:
     return gen(name, shown, param, prompt=..., messages=list(messages))
 
 
-def put(name: str, shown: str, param: str, items: Any, **more: Any) -> Case:
+def profile(name: str, shown: str, param: str, items: Any, **more: Any) -> Case:
     return Case(name, shown, param, {"items": items, **more}, f"PUT /users/{USER}/profile")
 
 
@@ -78,7 +78,6 @@ CASES = [
     gen("no prompt, no messages", "prompt or messages", "prompt", prompt=...),
     gen("empty prompt", "''", "prompt", prompt=""),
     gen("prompt of 1 MiB", str(MIB), "prompt", prompt="x" * MIB),
-    gen("list as prompt", "['x']", "prompt", prompt=["x"]),
     said("no message", "[]", "messages"),
     said("message of nobody", "is required", "messages.0.role", {"content": "x"}),
     said("empty message", "''", "messages.0.content", {"role": "user", "content": ""}),
@@ -90,19 +89,17 @@ CASES = [
     gen("max_tokens of zero", "0", "max_tokens", max_tokens=0),
     Case("temperature of NaN", "nan", "temperature", b'{"user_id": "u", "prompt": "x", "temperature": NaN}'),
     Case("infinite temperature", "inf", "temperature", b'{"user_id": "u", "prompt": "x", "temperature": 1e999}'),
-    gen("empty stop", "''", "stop.0", stop=""),
     gen("unknown field", "'model'", "model", model="gpt"),
     # Profiles
-    put("no items", "[]", "items", []),
-    put("items that are no list", "'x'", "items", "x"),
-    put("item that is no object", "'x'", "items.0", ["x"]),
-    put("item without text", "'date'", "items.1.text", [{"text": "x"}, {"date": "today"}]),
-    put("item with an object as text", "{'a': 1}", "items.0.text", [{"text": {"a": 1}}]),
-    put("item with input alone", "'q'", "items.0.output", [{"input": "q"}]),
-    put("item with an id too long", "xxxx", "items.0.id", [{"id": "x" * 300, "text": "x"}]),
-    put("item of 100 kB", "xxxx", "items.0", [{"text": "x" * 100_000}]),
-    put("10,001 items", "10001", "items", [{"text": "x"}] * 10_001),
-    put("profile with an unknown field", "'task'", "task", [{"text": "x"}], task="no such task"),
+    profile("no items", "[]", "items", []),
+    profile("item that is no object", "'x'", "items.0", ["x"]),
+    profile("item without text", "'date'", "items.1.text", [{"text": "x"}, {"date": "today"}]),
+    profile("item with an object as text", "{'a': 1}", "items.0.text", [{"text": {"a": 1}}]),
+    profile("item with input alone", "'q'", "items.0.output", [{"input": "q"}]),
+    profile("item with an id too long", "xxxx", "items.0.id", [{"id": "x" * 300, "text": "x"}]),
+    profile("item of 100 kB", "xxxx", "items.0", [{"text": "x" * 100_000}]),
+    profile("10,001 items", "10001", "items", [{"text": "x"}] * 10_001),
+    profile("profile with an unknown field", "'task'", "task", [{"text": "x"}], task="no such task"),
     Case("profile without items", "items is required", "items", {}, f"PUT /users/{USER}/profile"),
     Case(
         "item with NUL", r"\x00", "items.0.text", b'{"items":[{"text":"\\u0000"}]}', f"POST /users/{USER}/profile/items"
@@ -163,23 +160,17 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def known_user(gateway: GatewayThread) -> Iterator[None]:
-    """Somebody whose profile the bad requests must not touch."""
-    with gateway.client() as client:
-        client.put(f"/users/{USER}/profile", json={"items": [{"text": "the sea"}]}).raise_for_status()
-        wait_until_ready(client)  # it knows the engine's context of 512 from then on
-    yield
-
-
 @pytest.fixture(scope="module")
-def untouched(gateway_settings: Settings, known_user: None) -> Callable[[Case], bool]:
-    """Says whether the store holds what it held at the last look; that somebody was to be erased stays noted."""
-    last = held_by(gateway_settings.redis_url)
+def untouched(gateway: GatewayThread) -> Callable[[Case], bool]:
+    """Tells whether the store has changed since the last call; a user's erasure request may stay noted."""
+    with gateway.client() as client:
+        put(client, USER, [{"text": "the sea"}])
+        wait_until_ready(client)  # from now on the gateway knows the engine's context of 512
+    last = held_by(gateway.parts.settings.redis_url)
 
     def unchanged(case: Case) -> bool:
         nonlocal last
-        before, last = last, held_by(gateway_settings.redis_url)
+        before, last = last, held_by(gateway.parts.settings.redis_url)
         changed = {key for key, _ in before.items() ^ last.items()}
         if case.call.startswith("DELETE"):
             changed = {key for key in changed if not key.startswith("mta:{rewrite}") and not key.endswith(":epoch")}
@@ -210,39 +201,31 @@ def test_a_body_that_never_says_its_length_is_cut_off_at_the_limit(client: httpx
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
 
-def test_a_wrong_method_says_which_are_right(client: httpx.Client) -> None:
+def test_a_wrong_method_is_answered_with_the_right_one(client: httpx.Client) -> None:
     assert client.get("/generate").headers["Allow"] == "POST"
-
-
-def test_samples_come_as_lines_too(client: httpx.Client, new_user: Callable[[], str]) -> None:
-    user_id = new_user()
-    content = b'{"input": "q1", "output": "a1"}\n\n{"input": "q2", "output": "a2"}\n'
-    response = client.post(f"/users/{user_id}/adapt", content=content, headers={"Content-Type": LINES})
-    assert response.status_code == 202
-    assert client.get(f"/users/{user_id}").json()["items"] == 2
 
 
 @pytest.mark.parametrize("job_id", ["unknown", "a.1", "a.0x1", "%00", "a" * 65, "%2E%2E", f"{'a' * 26}.1"])
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
-def test_a_job_that_is_none_is_a_404_or_refused(client: httpx.Client, method: str, job_id: str) -> None:
-    response = client.request(method, f"/jobs/{job_id}")
-    assert response.status_code in (400, 404)
-    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+def test_an_unknown_job_is_refused(client: httpx.Client, method: str, job_id: str) -> None:
+    assert error_of(client.request(method, f"/jobs/{job_id}"))[0] in (400, 404)
 
 
-def test_appending_beyond_the_most_is_refused(
-    client: httpx.Client, new_user: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+def test_samples_come_as_lines_and_never_too_many(
+    client: httpx.Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.gateway.users.adapting.MAX_SAMPLES", 10)
-    url, given = f"/users/{new_user()}/adapt", [{"input": "which?", "output": f"the {n}th"} for n in range(11)]
-    client.post(url, json={"samples": given[:8]}).raise_for_status()
+    user_id, given = new_user(), [{"input": "which?", "output": f"the {n}th"} for n in range(11)]
+    url, lines = f"/users/{user_id}/adapt", "\n\n".join(map(json.dumps, given[:8]))
+    assert client.post(url, content=lines, headers={"Content-Type": LINES}).status_code == 202
+    assert client.get(f"/users/{user_id}").json()["items"] == 8
     client.post(url, json={"samples": given[8:10], "append": True}).raise_for_status()
     response = client.post(url, json={"samples": given[10:], "append": True})
-    assert (response.status_code, response.json()["error"]["code"]) == (400, "too_many_samples")
+    assert error_of(response) == (400, "samples", "too_many_samples")
 
 
 def send(gateway: GatewayThread, case: Case) -> tuple[int, Any]:
-    """Send a case as it is: unlike other clients this one does not tidy up paths."""
+    """Send a case with a client that does not normalise paths."""
     body = case.sent if case.sent is None or isinstance(case.sent, bytes) else json.dumps(case.sent).encode()
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
     try:

@@ -1,4 +1,4 @@
-"""Banks and PEFT: what goes out is what PEFT loads, what comes in is what PEFT computes."""
+"""Banks and PEFT: PEFT loads what is exported, and imports compute what PEFT computes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def base(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def peft_delta(model_folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
+def peft_delta(model_folder: Path, adapter: Path) -> Tensors:
     """What PEFT itself adds to each weight when it merges the adapter."""
     before = base(model_folder)
     after = PeftModel.from_pretrained(base(model_folder), adapter).merge_and_unload()
@@ -46,14 +46,13 @@ def peft_delta(model_folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def bank_delta(bank: Path, manifest: BankManifest, anchor: int, common: bool = False) -> dict[str, torch.Tensor]:
-    matrix = open_matrix(bank, manifest)
+def bank_delta(bank: Path, manifest: BankManifest, anchor: int, common: bool = False) -> Tensors:
     recipe = FusionRecipe(manifest.short, manifest.method, common, (Term(anchor, 1000),))
-    lora = fuse(matrix, recipe, torch.float32)
+    lora = fuse(open_matrix(bank, manifest), recipe, torch.float32)
     return {name: lora.b[name].bfloat16().float() @ lora.a[name] for name in lora.a}  # as it is served
 
 
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
+def assert_equal(one: Tensors, other: Tensors, atol: float = 1e-6) -> None:
     assert set(other) <= set(one)
     for name, delta in one.items():
         torch.testing.assert_close(delta, other.get(name, torch.zeros_like(delta)), rtol=0, atol=atol)
@@ -71,7 +70,7 @@ def test_an_exported_anchor_is_loaded_by_peft_with_the_same_delta(
     assert max(delta.abs().max() for delta in expected.values()) > 1e-3
 
 
-def test_what_is_not_there_or_damaged_is_not_exported(
+def test_missing_or_damaged_rows_are_not_exported(
     tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path
 ) -> None:
     bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, anchors=3, common=False)
@@ -100,30 +99,19 @@ def make_adapter(folder: Path, model_folder: Path, seed: int, **config: Any) -> 
 
 
 class Inbox:
-    """Three adapters of unlike shapes with profiles, and the way to import them."""
+    """Three adapters of different shapes with profiles, and the way to import them."""
 
     def __init__(self, folder: Path, model_folder: Path, embedder_folder: Path) -> None:
-        self.folder, self.model = folder, model_folder
-        self.embedder = Embedder.load(embedder_folder)
+        self.folder, self.model, self.embedder = folder, model_folder, Embedder.load(embedder_folder)
+        patterns = {
+            "rank_pattern": {"q_proj": 6, "layers.1.mlp.up_proj": 3},
+            "alpha_pattern": {"q_proj": 5, "layers.0.self_attn.v_proj": 7},
+        }
+        stabilised = {"lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}
         self.adapters = [
             make_adapter(folder / "plain", model_folder, 0, lora_alpha=8),
-            make_adapter(
-                folder / "patterned",
-                model_folder,
-                1,
-                r=2,
-                lora_alpha=3,
-                rank_pattern={"q_proj": 6, "layers.1.mlp.up_proj": 3},
-                alpha_pattern={"q_proj": 5, "layers.0.self_attn.v_proj": 7},
-            ),
-            make_adapter(
-                folder / "stabilised",
-                model_folder,
-                2,
-                lora_alpha=5,
-                use_rslora=True,
-                target_modules=["q_proj", "v_proj"],
-            ),
+            make_adapter(folder / "patterned", model_folder, 1, r=2, lora_alpha=3, **patterns),
+            make_adapter(folder / "stabilised", model_folder, 2, **stabilised),
         ]
         self.profiles = self.profiles_of("plain", "patterned", "stabilised")
 
@@ -141,6 +129,12 @@ class Inbox:
             base_model="tiny",
             embedder=self.embedder,
         )
+
+    def refuse(self, match: str, adapters: list[Path] | None = None, profiles: Path | None = None) -> None:
+        """Check that an import is refused and leaves no bank."""
+        with pytest.raises(BankError, match=match):
+            self.bring_in("no", adapters, profiles)
+        assert not (self.folder / "no").exists()
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +157,7 @@ def test_imported_adapters_are_anchors_with_pefts_own_delta_and_serve_by_their_p
     assert weights[0].anchor == 2
 
 
-def test_a_bank_survives_the_way_out_and_in(inbox: Inbox, tmp_path: Path, embedder_folder: Path) -> None:
+def test_an_exported_bank_can_be_imported(inbox: Inbox, tmp_path: Path, embedder_folder: Path) -> None:
     bank = tiny_bank(tmp_path / "bank", inbox.model, embedder_folder, method=FusionMethod.CAT, common=False, anchors=3)
     adapters = [tmp_path / anchor_id(i) for i in range(3)]
     for adapter in adapters:
@@ -175,23 +169,14 @@ def test_a_bank_survives_the_way_out_and_in(inbox: Inbox, tmp_path: Path, embedd
 
 
 def test_imports_that_make_no_bank_are_refused(inbox: Inbox, tmp_path: Path) -> None:
-    with pytest.raises(BankError, match=r"no profile for \['stabilised'\]"):
-        inbox.bring_in("no", profiles=inbox.profiles_of("plain", "patterned"))
-    with pytest.raises(BankError, match=r"these repeat: \['plain'\]"):
-        inbox.bring_in("no", [inbox.adapters[0], inbox.adapters[0]])
-    with pytest.raises(BankError, match="no PEFT adapter at"):
-        inbox.bring_in("no", [tmp_path])
-    assert not (inbox.folder / "no").exists()
-
-
-def test_an_adapter_of_another_model_is_refused_with_the_module(inbox: Inbox, tmp_path: Path) -> None:
+    inbox.refuse(r"no profile for \['stabilised'\]", profiles=inbox.profiles_of("plain", "patterned"))
+    inbox.refuse(r"these repeat: \['plain'\]", [inbox.adapters[0], inbox.adapters[0]])
+    inbox.refuse("no PEFT adapter at", [tmp_path])
     config = LlamaConfig.from_pretrained(inbox.model)
     config.intermediate_size = 96
-    other = tmp_path / "other"
-    LlamaForCausalLM(config).save_pretrained(other)
-    adapter = make_adapter(tmp_path / "plain", other, 0)
-    with pytest.raises(BankError, match=r"plain does not fit the base model: .*mlp\..*_proj"):
-        inbox.bring_in("no", [adapter], profiles=inbox.profiles_of("plain"))
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    adapter = make_adapter(tmp_path / "plain", tmp_path / "other", 0)
+    inbox.refuse(r"plain does not fit the base model: .*mlp\..*_proj", [adapter], inbox.profiles_of("plain"))
 
 
 def number_of(value: float) -> Callable[[Tensors], None]:
@@ -217,7 +202,7 @@ def without(part: str) -> Callable[[Tensors], None]:
         (without("lora_B"), "needs one A and one B"),
     ],
 )
-def test_what_a_bank_cannot_hold_is_refused_by_name(
+def test_unsupported_adapters_are_refused(
     inbox: Inbox, tmp_path: Path, change: dict[str, Any] | Callable[[Tensors], None], message: str
 ) -> None:
     adapter = make_adapter(tmp_path / "plain", inbox.model, 0)
@@ -228,15 +213,14 @@ def test_what_a_bank_cannot_hold_is_refused_by_name(
         tensors = load_file(adapter / "adapter_model.safetensors")
         change(tensors)
         save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(BankError, match=message):
-        inbox.bring_in("no", [adapter], profiles=inbox.profiles_of("plain"))
+    inbox.refuse(message, [adapter], inbox.profiles_of("plain"))
 
 
 def mta(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["bank", *map(str, arguments)])
 
 
-def test_the_commands_go_the_whole_way(inbox: Inbox, tmp_path: Path, embedder_folder: Path) -> None:
+def test_the_commands_import_show_and_export(inbox: Inbox, tmp_path: Path, embedder_folder: Path) -> None:
     bank = tmp_path / "bank"
     assert "no bank at" in str(mta("info", bank).exception)
     options = ["--profiles", inbox.profiles, "--out", bank, "--model", inbox.model, "--embedder", embedder_folder]

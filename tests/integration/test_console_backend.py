@@ -1,21 +1,21 @@
-"""What the console gets from the gateway: its files, small and nobody else's, the bank on a map, and a user on it."""
+"""What the console gets from the gateway: its own small files, the bank on a map, and a user on it."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
+from httpx import Client
 from starlette.staticfiles import StaticFiles
 
 from bank.manifest import PosteriorRule, WeightRule
 from bench.rig.tiny import world
 from server.gateway.routes.console import routes as pages
 from server.gateway.routes.console.routes import rule_answer
+from tests.support.calls import NewUser, error_of, put
 from tests.support.gateway import GatewayThread
 
 ROOT = Path(pages.__file__).parent
@@ -27,7 +27,7 @@ _IMPORT = re.compile(r"""(?:\bfrom\s?|\bimport\()['"]([^'"\s]+)['"]""")
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of files for the console, and something beside it that is not for anybody."""
+    """A folder of console files, with a secret beside it."""
     folder = tmp_path / "static"
     (folder / "lib").mkdir(parents=True)
     (folder / "index.html").write_text("<!doctype html><title>here</title>")
@@ -39,7 +39,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("path", ["/console", "/console/", "/console/index.html"])
-def test_the_page_may_load_nothing_but_its_own_files(client: httpx.Client, path: str) -> None:
+def test_the_page_may_load_nothing_but_its_own_files(client: Client, path: str) -> None:
     page = client.get(path).raise_for_status()
     assert (page.headers["Content-Type"], page.text.count("here")) == ("text/html; charset=utf-8", 1)
     policy = page.headers["Content-Security-Policy"].split("; ")
@@ -48,7 +48,7 @@ def test_the_page_may_load_nothing_but_its_own_files(client: httpx.Client, path:
     assert page.headers["Referrer-Policy"] == "no-referrer"
 
 
-def test_a_file_has_its_type_and_is_sent_once_while_it_stays_the_same(client: httpx.Client, files: Path) -> None:
+def test_a_file_has_its_type_and_is_sent_again_only_once_it_changes(client: Client, files: Path) -> None:
     first = client.get("/console/lib/app.js").raise_for_status()
     assert first.headers["Content-Type"] == "text/javascript; charset=utf-8"
     known = {"If-None-Match": first.headers["ETag"]}
@@ -63,17 +63,16 @@ def test_a_file_has_its_type_and_is_sent_once_while_it_stays_the_same(client: ht
 @pytest.mark.parametrize(
     "path", ["no", "lib", "%2e%2e/secret.txt", "lib/..%2f..%2fsecret.txt", "%2fetc%2fpasswd", "%00"]
 )
-def test_what_is_no_file_of_the_page_is_not_found(client: httpx.Client, path: str) -> None:
-    answer = client.get(f"/console/{path}")
-    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+def test_other_paths_are_not_found(client: Client, path: str) -> None:
+    assert error_of(client.get(f"/console/{path}")) == (404, None, "not_found")
 
 
-def test_the_servers_address_leads_to_the_console(client: httpx.Client) -> None:
+def test_the_servers_address_leads_to_the_console(client: Client) -> None:
     assert client.get("/").headers["Location"] == "/console"
     assert client.post("/console").status_code == 405
 
 
-def test_the_bank_is_told_with_its_anchors_on_a_map(client: httpx.Client, gateway: GatewayThread) -> None:
+def test_the_bank_is_a_map_of_its_anchors(client: Client, gateway: GatewayThread, new_user: NewUser) -> None:
     told = client.get("/bank").raise_for_status().json()
     manifest = gateway.parts.bank.manifest
     assert (told["bank"], told["model"], told["method"]) == (manifest.short, "tiny", "shared")
@@ -86,6 +85,9 @@ def test_the_bank_is_told_with_its_anchors_on_a_map(client: httpx.Client, gatewa
     assert told["rule"]["name"] == "topic"
     assert "2 anchors" in told["rule"]["says"]
     assert told["rule"]["constants"] == {"anchors": 2, "strength": 1.0}
+    user_id = new_user()
+    put(client, user_id, [{"text": world(3)}])
+    assert client.get(f"/users/{user_id}").json()["at"] == pytest.approx(places[3], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -99,27 +101,15 @@ def test_the_bank_is_told_with_its_anchors_on_a_map(client: httpx.Client, gatewa
         ),
     ],
 )
-def test_a_rule_is_told_in_words_with_its_constants(rule: WeightRule, name: str, words: list[str]) -> None:
+def test_a_rule_is_described_with_its_constants(rule: WeightRule, name: str, words: list[str]) -> None:
     told = rule_answer(rule)
     assert told.name == name
     assert [word for word in words if word not in told.says] == []
     assert all(isinstance(number, int | float) for number in told.constants.values())
 
 
-def test_a_user_who_writes_as_an_anchor_does_is_where_the_anchor_is(
-    client: httpx.Client, new_user: Callable[[], str]
-) -> None:
-    user_id = new_user()
-    client.put(f"/users/{user_id}/profile", json={"items": [{"text": world(3)}]}).raise_for_status()
-    anchors = client.get("/bank").json()["anchors"]
-    assert client.get(f"/users/{user_id}").json()["at"] == pytest.approx(anchors[3]["at"], abs=1e-3)
-
-
-def test_all_of_it_is_small() -> None:
+def test_the_files_are_small_and_vendored_ones_have_the_recorded_hashes() -> None:
     assert sum(path.stat().st_size for path in pages.STATIC.rglob("*") if path.is_file()) < MOST_BYTES
-
-
-def test_what_is_vendored_is_what_the_hashes_say() -> None:
     lines = (ROOT / "vendored.sha256").read_text("utf-8").splitlines()
     said = {name: digest for digest, name in (line.split() for line in lines)}
     files = {path for folder in ("static/vendor", "licences") for path in (ROOT / folder).iterdir()}

@@ -1,16 +1,15 @@
-"""`GET /users/{id}/export`: everything that is stored of a person, and nothing of anybody else."""
+"""`GET /users/{id}/export`: everything that is stored about a user, and nothing about anybody else."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
+from httpx import Client
 from typer.testing import CliRunner
 
 from bank.lookup.signature import Signature
@@ -20,15 +19,13 @@ from server.cli import app
 from server.store.profile_record import OtherEmbedding, StoredSignature
 from server.store.profiles import Change
 from tests.integration.conftest import Work
-from tests.support.adapting import SAMPLES, adapt, job_of
+from tests.support.calls import SAMPLES, NewUser, adapt, error_of, job_of, put
 from tests.support.gateway import GatewayThread, give_adapter
 from tests.support.stored import opened
 
-NewUser = Callable[[], str]
 
-
-def test_a_person_without_samples_has_a_record_and_items(
-    client: httpx.Client, ada: str, gateway: GatewayThread
+def test_without_samples_the_export_has_record_and_items(
+    client: Client, ada: str, new_user: NewUser, gateway: GatewayThread
 ) -> None:
     answer = client.get(f"/users/{ada}/export").raise_for_status()
     assert answer.headers["Cache-Control"] == "no-store"
@@ -41,24 +38,22 @@ def test_a_person_without_samples_has_a_record_and_items(
     vectors = [np.frombuffer(base64.b64decode(v["fp16"]), "<f2") for v in export["vectors"].values()]
     assert {vector.shape for vector in vectors} == {(embedder.dim,)}
     assert list(export["vectors"]) == [item["id"] for item in export["items"]]
-
-
-def test_the_items_of_an_export_make_the_same_profile_again(client: httpx.Client, ada: str, new_user: NewUser) -> None:
-    items = client.get(f"/users/{ada}/export").json()["items"]
-    again = client.put(f"/users/{ada}/profile", json={"items": items}).raise_for_status().json()
+    again = put(client, ada, export["items"])
     assert (again["kept"], again["changed"]) == (3, 0)
+    client.delete(f"/users/{ada}").raise_for_status()
+    for nobody in (ada, new_user()):
+        assert error_of(client.get(f"/users/{nobody}/export")) == (404, "user_id", "not_found")
 
 
-def test_an_adapted_person_has_samples_jobs_and_the_whole_adapter_which_the_command_writes_as_peft_does(
-    client: httpx.Client, gateway: GatewayThread, ada: str, work: Work, tmp_path: Path
+def test_with_samples_it_has_jobs_and_the_whole_adapter_which_the_command_writes_as_peft_does(
+    client: Client, gateway: GatewayThread, ada: str, work: Work, tmp_path: Path
 ) -> None:
     job = adapt(client, ada, config={"learning_rate": 0.02}, idempotency_key="once").raise_for_status().json()
     work()
     export = client.get(f"/users/{ada}/export").raise_for_status().json()
     assert [sample["output"] for sample in export["samples"]] == [sample["output"] for sample in SAMPLES]
     assert export["jobs"] == [job_of(client, job) | {"idempotency_key": "once", "traceparent": None}]
-    adapter = export["adapter"]
-    noted = client.get(f"/users/{ada}").json()["adapter"]
+    adapter, noted = export["adapter"], client.get(f"/users/{ada}").json()["adapter"]
     assert (adapter["id"], adapter["recipe"], adapter["bytes"]) == (noted["id"], noted["recipe"], noted["bytes"])
     assert len(base64.b64decode(adapter["stored"])) == noted["bytes"]
     out = tmp_path / "ada"
@@ -67,38 +62,24 @@ def test_an_adapted_person_has_samples_jobs_and_the_whole_adapter_which_the_comm
     assert "whole adapter" in done.output
     assert read_peft(out / "adapter").rank == 4 + 2
     assert sorted(path.name for path in out.iterdir()) == ["adapter", "user.json"]
-    del export["adapter"]["peft"]
-    export["adapter"]["folder"] = "adapter"
+    del adapter["peft"]
+    adapter["folder"] = "adapter"
     assert json.loads((out / "user.json").read_text()) == export
 
 
-async def test_what_was_made_of_the_items_is_exported_with_them(
-    client: httpx.Client, ada: str, gateway: GatewayThread
-) -> None:
+async def test_the_rest_of_the_record_and_a_lost_adapter(client: Client, ada: str, gateway: GatewayThread) -> None:
     async with opened(gateway.parts.settings.redis_url) as store:
         snapshot = await store.read(gateway.key(ada))
-        assert snapshot.profile is not None
         made_of = snapshot.profile.updated_ms
         signed = StoredSignature(Signature("9f2c41d0", 7, np.array([0.5, -0.25], "f4")), made_of)
         other = OtherEmbedding("00" * 8, np.full(4, 0.5, "f4"), made_of)
         profile = replace(snapshot.profile, signature=signed, other=other, extra={200: b"later"})
         assert await store.commit(gateway.key(ada), snapshot.version, Change(profile, {}, {}, ()))
+    await give_adapter(gateway, ada)
     export = client.get(f"/users/{ada}/export").raise_for_status().json()
     assert export["signature"].pop("products") == pytest.approx([0.5, -0.25], abs=1e-3)
     assert export["signature"] == {"bank": "9f2c41d0", "tokens": 7, "made_of_ms": made_of}
     assert export["other_embedding"] == {"embedder": "00" * 8, "embedding": [0.5] * 4, "made_of_ms": made_of}
     assert export["of_later_versions"] == {"200": "bGF0ZXI="}
-
-
-async def test_an_adapter_that_cannot_be_made_whole_is_explained(
-    client: httpx.Client, ada: str, gateway: GatewayThread
-) -> None:
-    await give_adapter(gateway, ada)
-    adapter = client.get(f"/users/{ada}/export").raise_for_status().json()["adapter"]
+    adapter = export["adapter"]
     assert (adapter["peft"], adapter["stored"], adapter["says"]) == (None, None, "it is no longer stored")
-
-
-def test_nobody_has_no_export(client: httpx.Client, ada: str, new_user: NewUser) -> None:
-    assert client.get(f"/users/{new_user()}/export").status_code == 404
-    client.delete(f"/users/{ada}").raise_for_status()
-    assert client.get(f"/users/{ada}/export").json()["error"]["code"] == "not_found"

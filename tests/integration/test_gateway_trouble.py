@@ -13,10 +13,9 @@ import pytest
 
 from bench.rig.processes import wait_until
 from server.settings import Settings
+from tests.support.calls import ALL, BOTH, ITEMS, either, put
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter, wait_until_ready
-from tests.support.openai import ALL, BOTH, either, metric
-from tests.support.past import ITEMS, put
+from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter, metric, wait_until_ready
 
 NewUser = Callable[[], str]
 
@@ -184,7 +183,7 @@ class TestBrokenEngine:
     ("limit", "admit_s", "samples"),
     [
         ("server.gateway.engines.admin.TOKENIZE_TIMEOUT_S", 600, 1),
-        ("server.gateway.users.sample_checks.MAX_CHECK_S", 0.3, 20),
+        ("server.gateway.users.adapting.MAX_CHECK_S", 0.3, 20),
     ],
 )
 def test_samples_are_taken_uncounted_when_the_engine_is_silent_or_slow(

@@ -1,4 +1,4 @@
-"""A worker's lease while the store is away, while it loses answers, and while training takes too long or hangs."""
+"""A worker's lease while the store is away, while it loses answers, and while training outlasts the lease."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis.asyncio as redis
 
 from bank.lookup.serving import ServingBank
 from bench.rig.processes import PATIENCE_S, wait_until
@@ -26,7 +25,7 @@ from tests.support.desk import SAMPLES, Desk
 
 
 def shaky(name: str) -> Any:
-    """A call of the store, which may fail or whose answer may be lost."""
+    """A store call that may fail, or whose answer may be lost."""
     whole = getattr(JobStore, name)
 
     async def call(jobs: Shaky, *args: Any, **kwargs: Any) -> Any:
@@ -47,8 +46,8 @@ class Shaky(JobStore):
 
     def __init__(self, connection: RedisConnection) -> None:
         super().__init__(connection)
-        self.away = False  # while it is set, nothing reaches the store
-        self.lost = set[str]()  # calls whose next answer is lost after the store has done what was asked
+        self.away = False  # while true, nothing reaches the store
+        self.lost = set[str]()  # calls whose next answer is lost after the store has done its work
         self.silent = False  # whether a lost answer is silence rather than an error
         self.failures = 0
 
@@ -57,25 +56,32 @@ class Shaky(JobStore):
 
 
 @pytest.fixture
-def bank(trainer: AdapterTrainer, tiny_bank_folder: Path) -> ServingBank:
-    return ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
-
-
-@pytest.fixture
 def jobs(desk: Desk) -> Shaky:
     return Shaky(desk.connection)
 
 
 @pytest.fixture
+def worker(desk: Desk, jobs: Shaky, trainer: AdapterTrainer, tiny_bank_folder: Path) -> JobLoop:
+    return JobLoop(jobs, desk.profiles, ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id), trainer)
+
+
+@pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lease that runs out in a test's time."""
     for module in ("lease", "loops"):
         monkeypatch.setattr(f"server.worker.{module}.LEASE_S", 0.5)
     monkeypatch.setattr("server.worker.lease.RENEW_S", 0.05)
 
 
-async def test_a_store_that_is_killed_and_comes_back_within_the_lease_costs_no_training(
-    desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky, store: ValkeyProcess
+@pytest.fixture
+def slow(short_lease: None, worker: JobLoop, jobs: Shaky) -> JobLoop:
+    """A worker whose store goes away at the first step, and whose training outlasts its lease."""
+    leave = partial(setattr, jobs, "away", True)
+    worker.trainer = Interrupted(worker.trainer, leave, lambda step: time.sleep(0.1))
+    return worker
+
+
+async def test_a_store_that_restarts_within_the_lease_costs_no_training(
+    desk: Desk, worker: JobLoop, jobs: Shaky, store: ValkeyProcess
 ) -> None:
     steps: list[int] = []
 
@@ -92,44 +98,34 @@ async def test_a_store_that_is_killed_and_comes_back_within_the_lease_costs_no_t
             raise
 
     jobs.renew = renew  # type: ignore[method-assign]
+    worker.trainer = Interrupted(worker.trainer, restart, steps.append)
     job_id = await desk.submit()
-    interrupted = Interrupted(trainer, restart, steps.append)
-    assert await JobLoop(jobs, desk.profiles, bank, interrupted).work_once(1)
+    assert await worker.work_once(1)
     job = await desk.job(job_id)
-    assert (job.state, job.tries) == (JobState.SUCCEEDED, 1)
-    assert steps.count(1) == 1
+    assert (job.state, job.tries, steps.count(1)) == (JobState.SUCCEEDED, 1, 1)
 
 
-def slowly(desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky) -> JobLoop:
-    """A worker whose store goes away at the first step, and whose training takes longer than its lease."""
-    trainer = Interrupted(trainer, partial(setattr, jobs, "away", True), lambda step: time.sleep(0.1))
-    return JobLoop(jobs, desk.profiles, bank, trainer)
-
-
-@pytest.mark.usefixtures("short_lease")
-async def test_a_job_whose_lease_runs_out_without_the_store_is_given_up_and_given_back_and_is_no_try(
-    desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky
+async def test_a_lease_that_expires_while_the_store_is_away_costs_no_try(
+    desk: Desk, slow: JobLoop, jobs: Shaky, trainer: AdapterTrainer
 ) -> None:
     job_id = await desk.submit()
-    working = asyncio.create_task(slowly(desk, bank, trainer, jobs).work_once(1))
+    working = asyncio.create_task(slow.work_once(1))
     while jobs.failures < 15:
         await asyncio.sleep(0.05)
-    assert not working.done()  # waits for the store
+    assert not working.done()  # it waits for the store, to return the job
     jobs.away = False
     assert await working
     job = await desk.job(job_id)
     assert (job.state, job.tries, job.step) == (JobState.QUEUED, 0, 0)
-    assert await JobLoop(jobs, desk.profiles, bank, trainer).work_once(1)
+    slow.trainer = trainer
+    assert await slow.work_once(1)
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.SUCCEEDED, 1)
 
 
-@pytest.mark.usefixtures("short_lease")
-async def test_a_try_is_not_undone_when_another_worker_has_the_job_by_then(
-    desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky
-) -> None:
+async def test_a_try_counts_if_another_worker_has_the_job_by_then(desk: Desk, slow: JobLoop, jobs: Shaky) -> None:
     job_id = await desk.submit()
-    working = asyncio.create_task(slowly(desk, bank, trainer, jobs).work_once(1))
+    working = asyncio.create_task(slow.work_once(1))
     while jobs.failures == 0 or (lease := await desk.jobs.claim(job_id, 60)) is None:
         await asyncio.sleep(0.05)
     jobs.away = False
@@ -137,11 +133,6 @@ async def test_a_try_is_not_undone_when_another_worker_has_the_job_by_then(
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.RUNNING, 2)
     assert await desk.jobs.renew(lease, 60, step=1, of=2, loss=1.0)
-
-
-@pytest.fixture
-def worker(desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky) -> JobLoop:
-    return JobLoop(jobs, desk.profiles, bank, trainer)
 
 
 @pytest.mark.parametrize(
@@ -163,26 +154,25 @@ async def test_a_lost_answer_changes_nothing(
 
 
 @pytest.mark.usefixtures("short_lease")
-async def test_a_job_whose_record_cannot_be_read_holds_up_no_other_and_fails_after_the_last_try(
-    desk: Desk,
-    worker: JobLoop,
-    store: ValkeyProcess,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+async def test_an_unreadable_job_holds_up_no_other_and_fails_after_the_last_try(
+    desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("server.store.queue.GRACE_MS", 0)
     broken, behind = await desk.submit(), await desk.submit()
-    async with redis.from_url(store.url, decode_responses=True) as raw:
-        await raw.hset(keys.job(*broken), "curve", "{")
-        working = asyncio.create_task(work_forever(worker.work_once))
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                while not (await desk.job(behind)).state.ended:
-                    await asyncio.sleep(0.05)
-                while (state := await raw.hget(keys.job(*broken), "state")) == "running":
-                    await asyncio.sleep(0.05)
-        finally:
-            working.cancel()
-    assert ((await desk.job(behind)).state, state) == (JobState.SUCCEEDED, "failed")
+
+    async def of_broken(call: str, *arguments: str) -> Any:
+        return await desk.connection.run(lambda redis: getattr(redis, call)(keys.job(*broken), *arguments))
+
+    await of_broken("hset", "curve", "{")
+    working = asyncio.create_task(work_forever(worker.work_once))
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not (await desk.job(behind)).state.ended:
+                await asyncio.sleep(0.05)
+            while (state := await of_broken("hget", "state")) == b"running":
+                await asyncio.sleep(0.05)
+    finally:
+        working.cancel()
+    assert ((await desk.job(behind)).state, state) == (JobState.SUCCEEDED, b"failed")
     said = [record.message for record in caplog.records if record.message.startswith(f"{broken}: cannot be read")]
     assert len(said) == MAX_TRIES

@@ -1,6 +1,6 @@
-"""Whatever is killed, every accepted job ends once, and what it promoted is whole: real processes, really killed.
+"""Whichever process is killed, every accepted job ends once, and the adapter that it promoted is complete.
 
-Clients send no idempotency keys, and try again until they are answered; between gateway and store answers get lost.
+Clients send no idempotency keys and retry until they get an answer; answers between gateway and store get lost.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from bench.rig.proxy import LossyProxy
 from bench.rig.valkey import ValkeyProcess
 from server.store.jobs import Job, JobId, parse_job_id
 from server.supervisor.services import free_port
+from tests.support.calls import SAMPLES
 from tests.support.store_parts import StoreParts
 
 USERS = 120
 KILLS = 9
 SETTLE_S = 240.0
 SECRET = "s" * 32
-SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(3)]
-BODY = {"samples": SAMPLES, "config": {"steps": 2, "learning_rate": 0.02}}
+BODY = {"samples": SAMPLES[:3], "config": {"steps": 2, "learning_rate": 0.02}}
 LOST_SHARE = 0.05
 
 
 @dataclass
 class Machine:
-    """A gateway, two workers and a Valkey, each of which can be killed and started again."""
+    """A gateway, two workers and a Valkey, each of which can be killed and restarted."""
 
     environment: dict[str, str]
     lossy: LossyProxy
@@ -52,11 +52,9 @@ class Machine:
         if name == "valkey":
             self.valkey.start()
             return
-        if name == "gateway":
-            url = f"redis://127.0.0.1:{self.lossy.port}/0"
-            command = mta("gateway", "--port", str(self.port), "--redis-url", url)
-        else:
-            command = mta("worker", "--threads", "1")
+        url = f"redis://127.0.0.1:{self.lossy.port}/0"
+        gateway = mta("gateway", "--port", str(self.port), "--redis-url", url)
+        command = gateway if name == "gateway" else mta("worker", "--threads", "1")
         self.running[name] = Background(command, self.environment)
 
     def kill(self, name: str) -> None:
@@ -67,7 +65,7 @@ class Machine:
             self.running[name].process.wait()
 
     def mend(self) -> None:
-        """Start again what has ended: a part that finds the store down at its start gives up."""
+        """Restart processes that have ended: one that finds the store down at its start gives up."""
         for name, background in list(self.running.items()):
             if background.process.poll() is not None:
                 self.start(name)
@@ -96,13 +94,15 @@ def machine(
     valkey.kill()
 
 
-def accepted(machine: Machine, user: int) -> str:
-    """Post until it is accepted; the job's id."""
+def accepted(machine: Machine, user: int) -> JobId:
+    """Post a job until it is accepted; return its id."""
     while True:
         with suppress(httpx.TransportError):
             answer = httpx.post(f"http://127.0.0.1:{machine.port}/users/user-{user}/adapt", json=BODY, timeout=30)
             if answer.status_code == httpx.codes.ACCEPTED:
-                return str(answer.json()["id"])
+                job_id = parse_job_id(answer.json()["id"])
+                assert job_id is not None
+                return job_id
             assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE, answer.text
         time.sleep(0.5)
 
@@ -120,7 +120,7 @@ def test_every_accepted_job_ends_once(machine: Machine, tiny_bank_folder: Path) 
             time.sleep(chance.uniform(0, 1))
             machine.start(name)
             machine.mend()
-        ids = [job_id for job_id in (parse_job_id(future.result()) for future in posting) if job_id]
+        ids = [future.result() for future in posting]
     assert len(set(ids)) == USERS
     assert machine.lossy.lost > 0
     machine.lossy.share = 0.0
@@ -139,15 +139,13 @@ async def _jobs(machine: Machine, ids: list[JobId]) -> list[Job | None]:
 
 
 async def _check(machine: Machine, ids: list[JobId], bank: Path) -> None:
-    """How jobs ended, and that an adapter is there exactly where its job succeeded; its record names it, and its bytes
-    are whole and load."""
+    """Check how jobs ended, and that exactly the users whose job succeeded have its adapter, complete and loadable."""
     states, layout = Counter[str](), read_manifest(bank).layout
     async with StoreParts.opened(machine.valkey.url) as parts:
         for job_id in ids:
             *earlier, job = await parts.jobs.jobs(job_id.user_key)
             assert job.id == job_id
-            # What had ended without an adapter before its client tried again.
-            assert all(one.state in ("rejected", "failed") for one in earlier)
+            assert all(one.state in ("rejected", "failed") for one in earlier)  # had ended before the client's retry
             states[job.state] += 1
             profile = await parts.profiles.load(job_id.user_key)
             kept = await parts.adapters.adapter_id(job_id.user_key)

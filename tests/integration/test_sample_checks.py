@@ -1,42 +1,44 @@
-"""What the engine knows of samples is asked before there is a job: what its template takes, how long a job would be."""
+"""Checks of samples that need the engine, before a job is created: chat template and number of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
+from httpx import Client, Response
 
 from server.settings import Settings
+from tests.support.calls import NewUser, adapt, error_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready
-
-NewUser = Callable[[], str]
-GOOD = {"input": "q", "output": "a"}
 
 
 def conversation(*roles: str) -> dict[str, Any]:
     return {"input": [{"role": role, "content": "hello"} for role in roles], "output": "a"}
 
 
-def adapt(client: httpx.Client, user_id: str, *samples: dict[str, Any], **fields: Any) -> httpx.Response:
-    return client.post(f"/users/{user_id}/adapt", json={"samples": list(samples), **fields})
+def samples(count: int, output: str) -> list[dict[str, str]]:
+    return [{"input": f"{n}", "output": output} for n in range(count)]
+
+
+def with_steps(client: Client, user_id: str, steps: int, given: list[dict[str, str]], **fields: Any) -> Response:
+    return adapt(client, user_id, samples=given, config={"steps": steps}, **fields)
 
 
 @pytest.fixture(scope="module")
 def small(gateway_settings: Settings, fake_engine_server: FakeEngine) -> Iterator[GatewayThread]:
-    """A gateway that lets jobs read little."""
+    """A gateway whose jobs may read few tokens."""
     fake_engine_server.reset()
     with GatewayThread(gateway_settings.model_copy(update={"job_tokens": 20_000, "job_seconds": 60})) as gateway:
         with gateway.client() as client:
-            wait_until_ready(client)  # it knows the engine's context of 512
+            wait_until_ready(client)  # from now on it knows the engine's context of 512
         yield gateway
 
 
 @pytest.fixture
-def strict(small: GatewayThread, fake_engine: FakeEngine) -> Iterator[httpx.Client]:
-    """It has asked nothing yet, and the engine has a strict template."""
+def strict(small: GatewayThread, fake_engine: FakeEngine) -> Iterator[Client]:
+    """A client of it; it has asked nothing yet, and the engine has a strict template."""
     fake_engine.knobs.strict = True
     small.parts.adapting.checks._accepted.clear()
     with small.client() as client:
@@ -44,8 +46,8 @@ def strict(small: GatewayThread, fake_engine: FakeEngine) -> Iterator[httpx.Clie
 
 
 @pytest.fixture
-def new_user(new_user: NewUser, strict: httpx.Client) -> Iterator[NewUser]:
-    """Users who are erased afterwards: no worker of another test shall train for them."""
+def new_user(new_user: NewUser, strict: Client) -> Iterator[NewUser]:
+    """Makes users who are erased afterwards, so that no worker of another test trains for them."""
     made: list[str] = []
 
     def make() -> str:
@@ -65,73 +67,62 @@ def new_user(new_user: NewUser, strict: httpx.Client) -> Iterator[NewUser]:
         (("system", "user", "assistant", "assistant", "user"), "after assistant comes another role"),
     ],
 )
-def test_messages_that_the_template_refuses_are_named_and_make_no_job(
-    strict: httpx.Client, new_user: NewUser, roles: tuple[str, ...], reason: str
+def test_what_the_template_refuses_is_named_and_makes_no_job(
+    strict: Client, new_user: NewUser, roles: tuple[str, ...], reason: str
 ) -> None:
-    user_id = new_user()
-    response = adapt(strict, user_id, GOOD, conversation("system", "user"), conversation(*roles))
-    error = response.json()["error"]
-    assert (response.status_code, error["param"], error["code"]) == (400, "samples.2.input", "refused_by_template")
-    assert reason in error["message"]
-    assert strict.get(f"/users/{user_id}").status_code == 404  # nothing is kept of them
+    user_id, good = new_user(), [{"input": "q", "output": "a"}, conversation("system", "user")]
+    response = adapt(strict, user_id, samples=[*good, conversation(*roles)])
+    assert error_of(response) == (400, "samples.2.input", "refused_by_template")
+    assert reason in response.json()["error"]["message"]
+    assert strict.get(f"/users/{user_id}").status_code == 404  # nothing is stored
 
 
-def test_each_sequence_of_roles_is_asked_about_once_however_many_there_are(
-    strict: httpx.Client, new_user: NewUser, fake_engine: FakeEngine
-) -> None:
+def test_each_sequence_of_roles_is_checked_once(strict: Client, new_user: NewUser, fake_engine: FakeEngine) -> None:
     talks = [conversation(*["user", "assistant"] * turns, "user") for turns in range(30)]
     for _ in range(2):
-        response = adapt(strict, new_user(), *talks, *talks, conversation("user", "user"), config={"steps": 1})
-        assert response.json()["error"]["param"] == "samples.60.input"
+        response = adapt(strict, new_user(), samples=[*talks, *talks, conversation("user", "user")])
+        assert error_of(response)[1] == "samples.60.input"
     assert len(fake_engine.tokenized) == 30 + 2
-    hello = {"content": "hello"}
-    assert fake_engine.tokenized[0] == [{"role": "user"} | hello, {"role": "assistant", "content": "a"}]
+    assert fake_engine.tokenized[0] == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a"}]
 
 
-def test_where_the_engine_cannot_say_the_job_is_taken_and_it_is_asked_again_the_next_time(
-    strict: httpx.Client, new_user: NewUser, fake_engine: FakeEngine
+def test_without_an_answer_the_job_is_taken_and_checked_again_the_next_time(
+    strict: Client, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
-    fake_engine.knobs.counts = False
-    assert adapt(strict, new_user(), conversation("user", "user")).status_code == 202
-    fake_engine.knobs.counts = True
-    assert adapt(strict, new_user(), conversation("user", "user")).status_code == 400
+    for counts, status in ((False, 202), (True, 400)):
+        fake_engine.knobs.counts = counts
+        assert adapt(strict, new_user(), samples=[conversation("user", "user")]).status_code == status
 
 
-def test_more_steps_than_the_budget_has_are_refused_with_how_many_fit(strict: httpx.Client, new_user: NewUser) -> None:
-    user_id, samples = new_user(), [{"input": f"{n}", "output": "x" * 99} for n in range(10)]
-    response = adapt(strict, user_id, *samples, config={"steps": 500})
-    error = response.json()["error"]
-    assert (response.status_code, error["param"], error["code"]) == (400, "config.steps", "job_too_large")
-    assert "851000 tokens" in error["message"]  # 3 runs of 500 steps of 4 samples, 251 looks at 10 of them, 100 each
-    assert "20000 are allowed" in error["message"]
-    fitting = int(error["message"].rpartition("with ")[2].partition(" steps")[0])
-    assert adapt(strict, user_id, *samples, config={"steps": fitting + 1}).status_code == 400
-    job = adapt(strict, user_id, *samples, config={"steps": fitting}).raise_for_status().json()
+def test_too_many_steps_are_refused_with_how_many_fit(strict: Client, new_user: NewUser) -> None:
+    user_id, given = new_user(), samples(10, "x" * 99)
+    response = with_steps(strict, user_id, 500, given)
+    assert error_of(response) == (400, "config.steps", "job_too_large")
+    message = response.json()["error"]["message"]
+    assert "851000 tokens" in message  # 3 runs of 500 steps of 4 samples, 251 looks at 10 of them, 100 each
+    assert "20000 are allowed" in message
+    fitting = int(message.rpartition("with ")[2].partition(" steps")[0])
+    assert with_steps(strict, user_id, fitting + 1, given).status_code == 400
+    job = with_steps(strict, user_id, fitting, given).raise_for_status().json()
     assert (job["config"]["max_tokens"], job["config"]["max_seconds"]) == (20_000, 60)
     assert strict.get(f"/jobs/{job['id']}").json()["config"] == job["config"]
-
-
-def test_samples_of_which_a_single_step_is_too_much_are_refused(strict: httpx.Client, new_user: NewUser) -> None:
-    response = adapt(strict, new_user(), *[{"input": f"{n}", "output": "x" * 500} for n in range(500)])
-    error = response.json()["error"]
-    assert (response.status_code, error["param"], error["code"]) == (400, "samples", "job_too_large")
+    response = adapt(strict, user_id, samples=samples(500, "x" * 500))  # a single step is too much
+    assert error_of(response) == (400, "samples", "job_too_large")
 
 
 def test_tokens_are_counted_where_bytes_are_too_many(
-    strict: httpx.Client, new_user: NewUser, fake_engine: FakeEngine
+    strict: Client, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
-    samples = [{"input": "?", "output": "😀" * 30} for _ in range(10)]  # four bytes, one token here
-    adapt(strict, new_user(), *samples, config={"steps": 16}).raise_for_status()
+    given = [{"input": "?", "output": "😀" * 30}] * 10  # four bytes, one token here
+    with_steps(strict, new_user(), 16, given).raise_for_status()
     assert len(fake_engine.tokenized) == 11
     fake_engine.knobs.counts = False
-    assert adapt(strict, new_user(), *samples, config={"steps": 16}).status_code == 400
+    assert with_steps(strict, new_user(), 16, given).status_code == 400
 
 
-def test_samples_that_are_kept_count_as_well(strict: httpx.Client, new_user: NewUser) -> None:
-    user_id, samples = new_user(), [{"input": f"{n}", "output": "x" * 400} for n in range(2)]
-    adapt(strict, user_id, *samples, config={"steps": 4}).raise_for_status()
-    more = [{"input": f"{n}", "output": "y" * 400} for n in range(4)]
-    response = adapt(strict, user_id, *more, append=True, config={"steps": 4})
-    assert response.json()["error"]["param"] == "config.steps"
-    adapt(strict, user_id, *more, append=True, config={"steps": 2}).raise_for_status()
-    adapt(strict, user_id, *more, config={"steps": 4}).raise_for_status()
+def test_kept_samples_count_too(strict: Client, new_user: NewUser) -> None:
+    user_id, more = new_user(), samples(4, "y" * 400)
+    with_steps(strict, user_id, 4, samples(2, "x" * 400)).raise_for_status()
+    assert error_of(with_steps(strict, user_id, 4, more, append=True))[1] == "config.steps"
+    with_steps(strict, user_id, 2, more, append=True).raise_for_status()
+    with_steps(strict, user_id, 4, more).raise_for_status()

@@ -24,7 +24,7 @@ from server.store.queue import UserQueue
 from server.worker.lease import Stalled
 from server.worker.loops import MAX_SIGN_TRIES, SigningLoop
 from server.worker.training import AdapterTrainer
-from tests.support.adapting import SAMPLES
+from tests.support.calls import SAMPLES
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import GatewayThread, generate
 from tests.support.stored import connected

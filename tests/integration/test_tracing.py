@@ -14,7 +14,7 @@ from deploy.observe.pictures.receiver import Receiver, Span, receiving
 from server.settings import Settings
 from server.watching import open_tracing
 from tests.integration.conftest import Work
-from tests.support.adapting import adapt, job_of
+from tests.support.calls import adapt, job_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready
 

@@ -128,9 +128,9 @@ def wait_until_ready(client: httpx.Client) -> None:
 
 
 def metric(client: httpx.Client, name: str) -> float:
-    """The value of a time series, 0 where there is none."""
+    """The value of a time series, or the sum of a metric over its labels."""
     lines = client.get("/metrics").raise_for_status().text.splitlines()
-    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} ")), 0.0)
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
 def generate(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
@@ -144,9 +144,10 @@ def chunks_of(response: httpx.Response) -> list[Any]:
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
-def text_of(chunks: list[Any]) -> str:
-    """The text of a stream."""
-    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if isinstance(chunk, dict))
+def text_of(chunks: list[Any], index: int = 0) -> str:
+    """The text of one choice of a stream."""
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+    return "".join(choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices)
 
 
 async def give_adapter(gateway: GatewayThread, user_id: str, tenant: str = "", bank: str = "") -> None:

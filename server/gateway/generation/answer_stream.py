@@ -22,8 +22,6 @@ _GREEDY = 1e-5  # vLLM decodes greedily below this temperature
 
 @dataclass(frozen=True, slots=True)
 class SubRequest:
-    """One engine request of an answer."""
-
     request: EngineRequest
     first: int  # index of its first choice in the whole answer
     sequences: int  # number of choices
@@ -149,11 +147,7 @@ class AnswerStream:
         ended: set[int] = set()
         async for piece in stream:
             for choice in piece[1]["choices"]:
-                if (
-                    self.first.first_token_s is not None
-                    and choice.get("finish_reason")
-                    and choice["index"] not in ended
-                ):
+                if choice.get("finish_reason") and choice["index"] not in ended:
                     ended.add(choice["index"])
                     lease.release(1)
             yield piece

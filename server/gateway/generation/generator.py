@@ -21,7 +21,7 @@ from server.watching.logs import request_id
 
 
 class Timings:
-    """How long each stage of one request took."""
+    """Times the stages of one request."""
 
     def __init__(self, started_s: float, gap: Callable[[float], None]) -> None:
         self.started_s = started_s  # arrival time by the performance counter
@@ -42,14 +42,11 @@ class Timings:
             self.record(name, since_s)
 
     def header(self) -> str:
-        """Return the value of a `Server-Timing` header."""
         return ", ".join(f"{name};dur={ms}" for name, ms in self.ms.items())
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer in progress."""
-
     id: str
     personalization: Personalization
     fallbacks: int  # number of more personal candidates the engine could not serve
@@ -75,8 +72,6 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generator:
-    """Runs a request through limits, personalization, prompt, queue and engine."""
-
     personalizer: Personalizer
     prompts: PromptBuilder
     engine: EngineClient

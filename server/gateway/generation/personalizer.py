@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import Any
 
 from adapters.errors import excerpt
 from adapters.recipe import FusionRecipe, UserAdapterId, bank_of, parse_recipe
 from bank.lookup.serving import AnchorWeight, ServingBank
 from server.engine_protocol import BASE_MODEL
-from server.errors import ApiError, InvalidRequest, NotFound
+from server.errors import InvalidRequest, NotFound
 from server.gateway.generation.request import GenerationRequest, Personalize
 from server.store.profile_record import Profile
 from server.store.tenants.user_key import User
 
-if TYPE_CHECKING:
-    from server.gateway.users.profiles import Profiles
-
-log = logging.getLogger("mta.gateway")
-
-SIGNATURE_REQUEST_INTERVAL_S = 60.0
-"""Seconds until a gateway requests a user's missing signature again."""
+SIGNATURE_REQUEST_INTERVAL_S = 60.0  # until a gateway requests a user's missing signature again
 _MAX_REMEMBERED_USERS = 10_000
 
 
@@ -60,22 +54,28 @@ class Personalization:
 
 
 class Personalizer:
-    """Finds recipes. It knows nothing about a user beyond the profile."""
+    """Finds recipes. It knows nothing about a user beyond the profile, which `current` loads."""
 
-    def __init__(self, bank: ServingBank, profiles: Profiles) -> None:
+    def __init__(
+        self,
+        bank: ServingBank,
+        current: Callable[[User], Awaitable[Profile | None]],
+        request_signature: Callable[[User], Coroutine[Any, Any, None]],
+    ) -> None:
         self._bank = bank
-        self._profiles = profiles
+        self._current = current
+        self._request_signature = request_signature
         self._last_request_s: dict[str, float] = {}
         self._request_tasks: set[asyncio.Task[None]] = set()
 
     async def profile(self, request: GenerationRequest) -> Profile | None:
-        """Return the user's profile; None if there is no profile or the request does not need one."""
+        """Return the user's profile; None if the user has none or the request needs none."""
         if request.strength != 1 and not self._bank.manifest.common:
             raise InvalidRequest(
                 f"strength must be 1, got {request.strength}: this bank has no common row to replace the anchors",
                 param="strength",
             )
-        return await self._profiles.current(request.user) if request.user and request.wants_profile else None
+        return await self._current(request.user) if request.user and request.wants_profile else None
 
     def candidates(self, request: GenerationRequest, profile: Profile | None) -> tuple[Personalization, ...]:
         """Return the possible personalizations, most personal first; the first one that the engine can serve is used.
@@ -104,7 +104,7 @@ class Personalizer:
         return stacked, replace(merged, reason="the engine cannot serve this user's adapter"), base
 
     def _schedule_signature_request(self, user: User) -> None:
-        """Request a signature for this bank and profile, at most once per user and `SIGNATURE_REQUEST_INTERVAL_S`."""
+        """Request a signature in the background, at most once per user and `SIGNATURE_REQUEST_INTERVAL_S`."""
         now_s = time.monotonic()
         if now_s < self._last_request_s.get(user.key, -math.inf) + SIGNATURE_REQUEST_INTERVAL_S:
             return
@@ -114,12 +114,6 @@ class Personalizer:
         task = asyncio.create_task(self._request_signature(user))
         self._request_tasks.add(task)
         task.add_done_callback(self._request_tasks.discard)
-
-    async def _request_signature(self, user: User) -> None:
-        try:
-            await self._profiles.request_signature(user)
-        except ApiError as error:
-            log.warning("a signature could not be requested: %s", error.explained)
 
 
 def _without_profile(request: GenerationRequest) -> Personalization:

@@ -19,14 +19,10 @@ from server.gateway.generation.request import GenerationRequest, LengthLimits, c
 from server.store.profile_record import Profile, StoredItem
 from server.store.tenants.user_key import User
 
-INDEX_TTL_S = 300.0
-"""Seconds a history index stays in memory after its last use."""
-MAX_QUEUED_BUILDS = 16
-"""Maximum number of queued index builds per caller."""
-_ANSWER_MARK_TOKENS = 64
-"""Upper bound on the tokens a chat template adds before the answer; the engine's count omits them."""
-_MIN_TOKENS_PER_BYTE = 1 / 8
-"""Assumed minimum of tokens per byte; a text with fewer tokens gets fewer items than would fit."""
+INDEX_TTL_S = 300.0  # seconds a history index stays in memory after its last use
+MAX_QUEUED_BUILDS = 16  # per caller
+_ANSWER_MARK_TOKENS = 64  # upper bound on what a chat template adds before the answer; the engine's count omits it
+_MIN_TOKENS_PER_BYTE = 1 / 8  # assumed minimum; a text with fewer tokens gets fewer items than would fit
 _HISTORY_LATE = "the user's past items could not be read in time, because others were queued first: retry soon"
 
 Version = tuple[int, int, bytes]
@@ -92,7 +88,7 @@ class PromptBuilder:
                 tokens_per_byte = min(1.0, max(1.25 * tokens_per_byte, 1.05 * tokens / max_prompt_tokens(built)))
 
     def _select(self, messages: Conversation, memories: Sequence[str], room_bytes: float, max_chars: int) -> list[str]:
-        """Return the memories that fit, best first; skip those that are too long."""
+        """Return the memories that fit, best first."""
         frame = self._with_memories(messages, [""])
         room_bytes -= max_prompt_tokens(frame)
         room_chars = max_chars - chars_of(frame)
@@ -166,8 +162,8 @@ class HistoryIndexer:
     """Indexes histories, whose items `read` returns. Use it from one event loop.
 
     Indexing blocks the event loop through the interpreter lock, up to a second for a long history. So only one build
-    runs at a time, callers take turns in bounded queues, and a request that waits too long gets no history. A build
-    stays queued after its requests have gone, so the index is ready for the user's next request.
+    runs at a time, and callers take turns in bounded queues. A build stays queued after its requests have given up, so
+    the index is ready for the user's next request.
     """
 
     def __init__(
@@ -198,7 +194,6 @@ class HistoryIndexer:
         return (await asyncio.shield(build.task) if build.started.done() else None), waited_s
 
     def _queue_build(self, user: User, version: Version, caller: str) -> _Build | None:
-        """Queue a build, unless the caller's queue is full."""
         queued = sum(build.caller == caller and not build.started.done() for build in self._builds.values())
         if queued >= MAX_QUEUED_BUILDS:
             return None

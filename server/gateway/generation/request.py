@@ -14,17 +14,12 @@ from server.gateway.access.keys import Caller
 from server.gateway.engines.chat import Conversation, Prompt
 from server.store.tenants.user_key import User
 
-WHOLE_TOKENS = 1024
-"""Longest answer requested in one piece, in tokens: until it is complete, a working engine looks hung."""
-_TEMPLATE_TOKENS = 256
-"""Upper bound on the tokens a chat template adds to a conversation of a few messages."""
-_CHARS_PER_TOKEN = 4
-"""Approximate number of characters per token in English."""
+WHOLE_TOKENS = 1024  # longest answer requested in one piece: until it is complete, a working engine looks hung
+_TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to a conversation of a few messages
+_CHARS_PER_TOKEN = 4  # approximately, in English
 
 
 class Personalize(StrEnum):
-    """The personalisation that a request asks for."""
-
     AUTO = "auto"
     MERGED = "merged"
     NONE = "none"
@@ -54,7 +49,6 @@ class GenerationRequest:
 
     @property
     def wants_profile(self) -> bool:
-        """Whether the answer depends on the user's profile."""
         return self.user is not None and self.personalize is not Personalize.NONE
 
     @property
@@ -65,8 +59,6 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class LengthLimits:
-    """Length limits of a request's prompt and answer."""
-
     prompt_chars: int  # maximum length of a conversation with its history, in characters
     context: int | None  # the model's context length in tokens; None until an engine has reported it
 
@@ -118,7 +110,6 @@ class LengthLimits:
         return max_prompt_tokens(messages) + max_tokens <= self.context
 
     def _answer_tokens(self, request: GenerationRequest) -> int:
-        """Return the assumed length of an answer in tokens."""
         return request.max_tokens if request.max_tokens is not None else min(WHOLE_TOKENS, (self.context or 2048) // 2)
 
 
@@ -133,7 +124,6 @@ def prompts_of(prompt: Prompt | None) -> list[Any]:
 
 
 def chars_of(messages: Conversation) -> int:
-    """Return the length of a conversation in characters."""
     return sum(len(_prompt_text(message)) for message in messages)
 
 
@@ -143,12 +133,10 @@ def max_prompt_tokens(messages: Conversation) -> int:
 
 
 def size_bytes(text: str) -> int:
-    """Return the length of a text in UTF-8 bytes."""
     return len(text.encode("utf-8", "replace"))
 
 
 def _prompt_text(message: dict[str, Any]) -> str:
-    """Return the text that a message adds to the prompt."""
     text: str = message.get("content", "")
     return text + orjson.dumps(message["tool_calls"]).decode() if "tool_calls" in message else text
 

@@ -29,8 +29,6 @@ log = logging.getLogger("mta.gateway")
 
 
 class AnchorAnswer(BaseModel, frozen=True):
-    """One anchor in the user's recipe."""
-
     id: str = Field(examples=["a03"])
     weight: float = Field(description="Weight in the recipe; a negative weight moves the answer away from this anchor.")
     similarity: float | None = Field(
@@ -63,7 +61,6 @@ class PersonalizationAnswer(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, answer: Answer) -> Self:
-        """Describe an answer as far as it is known."""
         personalization = answer.personalization
         return cls(
             level=personalization.level,
@@ -78,8 +75,6 @@ class PersonalizationAnswer(BaseModel, frozen=True):
 
 
 class Usage(BaseModel, frozen=True):
-    """Token counts."""
-
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int

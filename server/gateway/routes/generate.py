@@ -20,15 +20,13 @@ from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, event
 from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import AnchorAnswer, AnswerResponse, PersonalizationAnswer, Usage
-from server.gateway.routes.requests import GenerateRequest, QueueTimeout, history_items
+from server.gateway.routes.requests import GenerateRequest, QueueTimeout
 from server.store.tenants.user_key import UserKeys
 
 _SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
 
 
 class GenerateAnswer(BaseModel, frozen=True):
-    """The text and its personalisation."""
-
     id: str
     text: str
     finish_reason: str
@@ -110,7 +108,7 @@ def request_of(
         personalize=request.personalize,
         strength=request.strength,
         messages=[message.model_dump() for message in messages] if prompt is None else chat_messages(prompt),
-        history=history_items(request.history, history),
+        history=history if request.history == "auto" else request.history,
         max_tokens=request.max_tokens,
         sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
         stream=request.stream,

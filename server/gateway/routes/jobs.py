@@ -127,8 +127,6 @@ class HeldOut(BaseModel, frozen=True):
 
 
 class JobAnswer(BaseModel, frozen=True):
-    """The current state of a job."""
-
     id: str
     state: JobState = Field(description="All but the first two are final. `rejected`: trained, but not better.")
     config: dict[str, Any]
@@ -143,7 +141,6 @@ class JobAnswer(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """Return a job as clients see it."""
         return cls(
             id=str(job.id),
             state=job.state,
@@ -217,7 +214,8 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
             raise
     else:
         try:
-            earlier_ids = await parts.adapting.job_ids(user) if rate_uses else earlier_ids
+            if rate_uses:
+                earlier_ids = [earlier.id for earlier in await parts.adapting.jobs.jobs(user.key)]
             job = await parts.adapting.submit(user, training, epoch)
         finally:
             if job is None or job.id in earlier_ids:  # refused, or a repeated request

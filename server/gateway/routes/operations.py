@@ -18,15 +18,11 @@ _FOR_ADMIN = "Null without the scope `admin`."
 
 
 class HealthAnswer(BaseModel, frozen=True):
-    """The process is alive."""
-
     status: Literal["ok"] = "ok"
     parts: PartStates | None = Field(None, description=_FOR_ADMIN)
 
 
 class ReadyAnswer(BaseModel, frozen=True):
-    """Whether requests can be answered."""
-
     status: Readiness = Field(description="Without the scope `admin`: `ready` or `not_ready`.")
     detail: str | None = Field(None, description="What is missing, or what to do.")
     seen_s_ago: float | None = Field(None, description="Age of the last probe, in seconds.")

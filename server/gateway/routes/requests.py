@@ -23,7 +23,6 @@ from server.store.tenants.user_key import check_user_id
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_HISTORY = 16
-AUTO = "auto"
 SEED_MAX = (1 << 63) - 1
 MAX_MESSAGES = 1024
 
@@ -43,24 +42,19 @@ Stops = Annotated[
 
 
 def _history(value: Any) -> int | Literal["auto"]:
-    if value == AUTO or (type(value) is int and 0 <= value <= MAX_HISTORY):
+    if value == "auto" or (type(value) is int and 0 <= value <= MAX_HISTORY):
         return value  # type: ignore[no-any-return]
-    raise PydanticCustomError("history", f"must be a whole number from 0 to {MAX_HISTORY}, or {AUTO}")
+    raise PydanticCustomError("history", f"must be a whole number from 0 to {MAX_HISTORY}, or auto")
 
 
 _HISTORY = (
     "Number of the user's most relevant past items to put into the prompt; fewer if they do not fit, none if they "
     "cannot be read in time. `auto`: the number found to help when the bank was built."
 )
-_HISTORY_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_HISTORY}, {"const": AUTO}]}
+_HISTORY_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_HISTORY}, {"const": "auto"}]}
 History = Annotated[
     int | Literal["auto"], PlainValidator(_history), WithJsonSchema(_HISTORY_SCHEMA | {"description": _HISTORY})
 ]
-
-
-def history_items(history: int | Literal["auto"], default: int) -> int:
-    """Return the requested number of past items; `auto` means `default`."""
-    return default if isinstance(history, str) else history
 
 
 Mode = Annotated[
@@ -101,8 +95,6 @@ class Strict(BaseModel):
 
 
 class Message(Strict):
-    """One message of a conversation."""
-
     role: Literal["system", "user", "assistant"]
     content: str = Field(min_length=1)
 
@@ -152,5 +144,4 @@ class GenerateRequest(Strict):
 
     @property
     def conversation_param(self) -> str:
-        """Name of the field with the conversation."""
         return "prompt" if self.messages is None else "messages"

@@ -53,8 +53,6 @@ class ItemsRequest(Strict):
 
 
 class ProfileAnswer(BaseModel, frozen=True):
-    """The result of a profile change."""
-
     user_id: str
     received: int = Field(description="Number of items in the request.")
     kept: int = Field(description="Number of items in the profile now.")
@@ -64,8 +62,6 @@ class ProfileAnswer(BaseModel, frozen=True):
 
 
 class AdapterAnswer(BaseModel, frozen=True):
-    """A user adapter."""
-
     id: str
     recipe: str = Field(description="The recipe it was trained on and is always served with.")
     bytes: int = Field(description="Stored size in bytes.")
@@ -89,10 +85,8 @@ class UserAnswer(BaseModel, frozen=True):
 
 
 class ErasedAnswer(BaseModel, frozen=True):
-    """The number of erased records of each kind."""
-
     user_id: str
-    erased: Erased
+    erased: Erased = Field(description="The number of erased records of each kind.")
     log_rewritten_by: str = Field(description="Time by which it is also gone from the store's file. UTC, ISO 8601.")
 
 
@@ -210,7 +204,6 @@ def _exported_job(job: Job) -> dict[str, Any]:
 
 
 def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
-    """Parse all items before anything is changed."""
     items = []
     for position, raw in enumerate(raw_items):
         try:

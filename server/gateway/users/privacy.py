@@ -29,12 +29,10 @@ _JSON_END = b'"}}}'
 
 @dataclass
 class Exporting:
-    """Exports a user's data; `bank` is the folder of the served bank."""
-
     profiles: ProfileStore
     jobs: JobStore
     adapters: AdapterStore
-    bank: Path
+    bank: Path  # folder of the served bank
     manifest: BankManifest
 
     async def export(self, user: User, job_answer: Callable[[Job], dict[str, Any]]) -> Iterator[bytes] | None:
@@ -99,8 +97,6 @@ class Exporting:
 
 @dataclass
 class Erasing:
-    """Erases users."""
-
     profiles: ProfileStore
     adapters: AdapterStore
     jobs: JobStore

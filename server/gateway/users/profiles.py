@@ -20,7 +20,7 @@ import orjson
 from bank.items.profile import Item, Vectors, item_text, profile_embedding
 from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
-from server.errors import Unavailable, UserErased
+from server.errors import ApiError, Unavailable, UserErased
 from server.store.profile_record import OtherEmbedding, Profile, StoredItem, StoredVector, as_stored
 from server.store.profiles import Change, ProfileStore, Snapshot
 from server.store.queue import UserQueue
@@ -37,10 +37,10 @@ StoredItems = Mapping[str, StoredItem]  # by id, oldest first
 
 @dataclass(frozen=True, slots=True)
 class HistoryLimit:
-    """Limits on a history, which keeps the newest items; `size_bytes` is the total size of all fields as JSON."""
+    """Limits on a history, which keeps the newest items."""
 
     items: int
-    size_bytes: int
+    size_bytes: int  # total size of all fields as JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +54,12 @@ class HistoryDiff:
 
 @dataclass(frozen=True, slots=True)
 class ProfileUpdate:
-    """The profile after a change, and `HistoryDiff.changed` of that change."""
-
-    profile: Profile
-    changed: int
+    profile: Profile  # after the change
+    changed: int  # as in `HistoryDiff`
 
 
 @dataclass
 class Profiles:
-    """Reads and changes profiles."""
-
     store: ProfileStore
     embedder: Embedder
     task: Task
@@ -90,14 +86,13 @@ class Profiles:
         """Add items to the history, replacing items with the same id. Otherwise like `replace`."""
         return await self._change(user, lambda history: add_to_history(history, items, self.limit), epoch)
 
-    async def items(self, user: User) -> Mapping[str, StoredItem]:
-        """Return a user's history by item id, oldest first; empty for an unknown user."""
-        return await self.store.items(user.key)
-
     async def request_signature(self, user: User) -> None:
-        """Request a user's signature unless it has already been requested."""
-        if self.signing is not None:
-            await self.signing.add(user.key)
+        """Request a user's signature unless it is requested already; after a failure, the next answer tries again."""
+        try:
+            if self.signing is not None:
+                await self.signing.add(user.key)
+        except ApiError as error:
+            log.warning("a signature could not be requested: %s", error.explained)
 
     async def _refresh_once(self, user: User) -> Profile | None:
         """Replace another embedder's embedding; concurrent calls share one task per user."""
@@ -137,10 +132,7 @@ class Profiles:
             profile = _carry_over(snapshot.profile, profile, same_items=same)
             change = Change(profile, step.put, fresh, step.drop)
             if await self.store.commit(key, snapshot.version, change, epoch):
-                try:
-                    await self.request_signature(user)
-                except Unavailable as error:  # the next answer requests the signature again
-                    log.warning("a signature could not be requested: %s", error.explained)
+                await self.request_signature(user)
                 return ProfileUpdate(profile, step.changed)
             await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
         raise Unavailable(

@@ -1,4 +1,4 @@
-"""Training on a thread while a lease is held, without a model and a store: how it ends, and what curves it leaves."""
+"""Training on a thread with a lease, without a model or a store: how it ends, and the curves that it leaves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +33,7 @@ JUDGEMENT = Judgement(None, 2.0, 1.0, 3)
 
 
 class Run:
-    """Training of three steps, the second of which waits until it may be done."""
+    """Training of three steps, the second of which waits for `may_go_on`."""
 
     def __init__(self) -> None:
         self.steps, self.left, self.may_go_on = 0, False, threading.Event()
@@ -63,33 +63,29 @@ def run() -> Run:
     return Run()
 
 
-def held(run: Run, *, lost: bool = False) -> Any:
-    """A lease that is renewed, or lost, once the first step is taken; the second ends a moment later."""
+def held(at_first_step: Callable[[], object]) -> Any:
+    """A lease that is renewed; something happens at the first renewal after the first step."""
 
     async def renew(progress: TrainingProgress, curve: Curve) -> None:
         if progress.step:
-            threading.Timer(0.1, run.may_go_on.set).start()
-            if lost:
-                raise LeaseLost
+            at_first_step()
 
     return SimpleNamespace(renew=renew, lease=SimpleNamespace(job=SimpleNamespace(id="a.1")))
 
 
-async def test_training_whose_lease_is_lost_is_left_after_the_step_that_is_being_taken(run: Run) -> None:
+async def test_training_ends_with_the_step_in_progress_if_the_lease_is_lost(run: Run) -> None:
+    def lose() -> None:
+        threading.Timer(0.1, run.may_go_on.set).start()
+        raise LeaseLost
+
     with pytest.raises(LeaseLost):
-        await train_with_lease(held(run, lost=True), 60, run.training)
+        await train_with_lease(held(lose), 60, run.training)
     assert (run.steps, run.left) == (2, True)
 
 
-async def test_who_is_cancelled_does_not_wait_for_the_step_that_is_being_taken_which_is_the_last(run: Run) -> None:
+async def test_a_cancellation_does_not_wait_for_the_step_in_progress_which_is_the_last(run: Run) -> None:
     renewed = asyncio.Event()
-
-    async def renew(progress: TrainingProgress, curve: Curve) -> None:
-        if progress.step:
-            renewed.set()
-
-    lease: Any = SimpleNamespace(renew=renew, lease=SimpleNamespace(job=SimpleNamespace(id="a.1")))
-    holding = asyncio.create_task(train_with_lease(lease, 60, run.training))
+    holding = asyncio.create_task(train_with_lease(held(renewed.set), 60, run.training))
     await renewed.wait()
     holding.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -100,16 +96,16 @@ async def test_who_is_cancelled_does_not_wait_for_the_step_that_is_being_taken_w
     assert (run.steps, run.left) == (2, True)
 
 
-async def test_training_that_takes_longer_than_it_may_is_left_where_it_is(run: Run) -> None:
+async def test_training_ends_at_its_time_limit(run: Run) -> None:
     with pytest.raises(TrainingError, match="limit of 0 s, at step 1 of 3"):
-        await train_with_lease(held(run), 0, run.training)
+        await train_with_lease(held(run.may_go_on.set), 0, run.training)
     assert (run.steps, run.left) == (1, True)
 
 
-async def test_training_without_a_sign_of_life_cannot_be_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hung_training_is_not_awaited(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.worker.lease.STALL_S", 0.05)
     with pytest.raises(Stalled, match=r"a\.1: no step"):
-        await train_with_lease(held(run), 60, run.training)
+        await train_with_lease(held(lambda: None), 60, run.training)
     run.may_go_on.set()
 
 
@@ -123,7 +119,7 @@ async def test_training_without_a_sign_of_life_cannot_be_waited_for(run: Run, mo
         (OSError(errno.ENOMEM, "Cannot allocate memory"), RuntimeError),
     ],
 )
-async def test_the_store_is_waited_for_unless_this_process_lacks_what_it_takes(
+async def test_a_store_call_is_retried_unless_this_process_lacks_memory_or_threads(
     cause: Exception | None, becomes: type[Exception]
 ) -> None:
     calls = 0
@@ -142,7 +138,7 @@ async def test_the_store_is_waited_for_unless_this_process_lacks_what_it_takes(
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, MAX_CURVE_POINTS - 1, MAX_CURVE_POINTS, MAX_CURVE_POINTS + 1, 5_000])
-def test_a_curve_is_bounded_ends_with_the_last_point_and_is_evenly_spaced(count: int) -> None:
+def test_a_thinned_curve_is_evenly_spaced_up_to_the_last_point(count: int) -> None:
     points = [(step, step / 2) for step in range(count)]
     kept = thin(points)
     assert kept[-1:] == tuple(points[-1:])
@@ -151,16 +147,9 @@ def test_a_curve_is_bounded_ends_with_the_last_point_and_is_evenly_spaced(count:
     assert len({after[0] - before[0] for before, after in itertools.pairwise(kept[:-1])}) <= 1
 
 
-def test_a_loss_that_is_no_number_is_left_out() -> None:
-    told = ProgressLog()
-    for step, loss in enumerate((1.0, math.nan, math.inf, 2.0), 1):
-        told.add(TrainingProgress(step, 4, loss, held_out=loss))
-    assert told.curve.loss == told.curve.held_out == ((1, 1.0), (4, 2.0))
-
-
-def test_a_step_that_is_told_twice_counts_once_and_a_held_out_loss_whenever_it_is_told() -> None:
-    told = ProgressLog()
-    assert (told.curve.phase, told.curve.loss, told.curve.held_out) == ("", (), ())
+def test_a_curve_has_one_finite_loss_a_step_and_all_held_out_losses() -> None:
+    log = ProgressLog()
+    assert (log.curve.phase, log.curve.loss, log.curve.held_out) == ("", (), ())
     for progress in (
         TrainingProgress(0, 0, 0.0, "fold 1 of 2"),
         TrainingProgress(0, 0, 0.0, "fold 1 of 2", held_out=3.0),
@@ -168,7 +157,9 @@ def test_a_step_that_is_told_twice_counts_once_and_a_held_out_loss_whenever_it_i
         TrainingProgress(1, 4, 2.5, "fold 1 of 2"),
         TrainingProgress(2, 4, 2.0, "fold 1 of 2", held_out=2.25),
         TrainingProgress(2, 4, 2.0, "fold 2 of 2", held_out=3.5),
+        TrainingProgress(3, 4, math.nan, "fold 2 of 2", held_out=math.inf),
+        TrainingProgress(4, 4, math.inf, "fold 2 of 2", held_out=math.nan),
     ):
-        told.add(progress)
-    assert (told.curve.phase, told.curve.loss) == ("fold 2 of 2", ((1, 2.5), (2, 2.0)))
-    assert told.curve.held_out == ((0, 3.0), (2, 2.25), (2, 3.5))
+        log.add(progress)
+    assert (log.curve.phase, log.curve.loss) == ("fold 2 of 2", ((1, 2.5), (2, 2.0)))
+    assert log.curve.held_out == ((0, 3.0), (2, 2.25), (2, 3.5))

@@ -1,1 +1,0 @@
-"""The web console: its pages in `static/` and the routes that only they use."""

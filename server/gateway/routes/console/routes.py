@@ -17,8 +17,7 @@ from server.gateway.parts import parts_of
 router = APIRouter()
 
 STATIC = Path(__file__).parent / "static"
-_FILES = StaticFiles(directory=STATIC, check_dir=False)
-"""Serves only files inside the folder, for any path; supports entity tags and ranges."""
+_FILES = StaticFiles(directory=STATIC, check_dir=False)  # never leaves the folder, whatever the path
 HEADERS = {
     # The page may load only its own files and call only its own server, so text from users cannot run scripts.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -27,19 +26,18 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # revalidate on every request
 }
-_TYPES = {
+_TYPES = {  # explicit, because the system's type tables may be missing in container images
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-"""Explicit types, because the system's type tables may be missing in container images."""
 
 Point = tuple[float, float]
 
 
 class RuleAnswer(BaseModel, frozen=True):
-    """The rule that turns a user's profile into anchor weights."""
+    """How a user's profile becomes anchor weights."""
 
     name: str = Field(description="`topic` or `posterior`.")
     says: str = Field(description="The rule in words.")
@@ -100,7 +98,6 @@ async def read_bank(request: Request) -> BankAnswer:
 
 
 def rule_answer(rule: WeightRule) -> RuleAnswer:
-    """Describe a rule in words, with its constants."""
     topic = (
         f"{rule.anchors} anchors most similar in topic to the user are merged, weighted by similarity in steps of "
         f"{TOPIC_GRAIN / PER_MILLE:g}; their weights sum to {rule.strength:g}."
@@ -124,20 +121,15 @@ def rule_answer(rule: WeightRule) -> RuleAnswer:
 
 @router.get("/", include_in_schema=False)
 async def root() -> Response:
-    """Redirect browsers from the server's root to the console."""
     return RedirectResponse("/console")
 
 
-@router.get("/console", include_in_schema=False)
-@router.get("/console/", include_in_schema=False)
-async def index(request: Request) -> Response:
-    """Serve the page."""
-    return await file(request, "index.html")
-
-
 @router.get("/console/{path:path}", include_in_schema=False)
-async def file(request: Request, path: str) -> Response:
-    """Serve a file of the page."""
+@router.get("/console/", include_in_schema=False)  # before the route above, which matches it too
+@router.get("/console", include_in_schema=False)
+async def file(request: Request) -> Response:
+    """Serve the page or one of its files."""
+    path = request.path_params.get("path", "index.html")
     response = await _FILES.get_response(path, request.scope)
     if response.status_code == 200 and (kind := _TYPES.get(Path(path).suffix)):
         response.headers["Content-Type"] = kind

@@ -18,14 +18,11 @@ from server.gateway.routes.requests import MAX_MESSAGES, SEED_MAX, History, Mode
 PERSONAL_MODEL = "mta"
 OWN_FIELDS = {"model", "user", "messages", "prompt", "stream", "stream_options", "history", "personalize", "strength"}
 IGNORED = frozenset(("store", "metadata", "service_tier"))
-REFUSED = frozenset(
+REFUSED = frozenset(  # they control the engine
     ("cache_salt", "priority", "request_id", "session_id", "kv_transfer_params", "vllm_xargs", "chat_template")
 )
-"""Fields that control the engine."""
-MAX_CHOICES = 128
-"""Maximum number of answers to one request: prompts times `n`."""
-_MAX_INT32 = (1 << 31) - 1
-"""Largest token id and token count: engines use 32-bit integers."""
+MAX_CHOICES = 128  # maximum number of answers to one request: prompts times `n`
+_MAX_INT32 = (1 << 31) - 1  # largest token id and token count: engines use 32-bit integers
 
 
 def _without_nulls(value: Any) -> Any:
@@ -95,8 +92,6 @@ NoNulls = BeforeValidator(_without_nulls)
 
 
 class Function(Strict):
-    """A function that the model may call."""
-
     name: str = Field(min_length=1)
     description: str | None = None
     parameters: Annotated[dict[str, Any], AfterValidator(_check_encodable)] | None = None
@@ -104,30 +99,22 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    """A tool."""
-
     type: Literal["function"]
     function: Function
 
 
 class CalledFunction(Strict):
-    """A function call by the model."""
-
     name: str = Field(min_length=1)
     arguments: str
 
 
 class ToolCall(Strict):
-    """A tool call in an earlier answer."""
-
     id: str
     type: Literal["function"]
     function: CalledFunction
 
 
 class ChatMessage(Strict):
-    """One message of a conversation."""
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_text_of), WithJsonSchema(_CONTENT)] | None = Field(
         None, description="A text, or parts of type `text`; optional for an assistant message with `tool_calls`."
@@ -145,16 +132,12 @@ class ChatMessage(Strict):
 
 
 class StreamOptions(Strict):
-    """Optional contents of a stream."""
-
     include_usage: bool = Field(False, description="Send a last chunk with the usage and without choices.")
     continuous_usage_stats: bool = Field(False, description="Send the usage so far in every chunk; a vLLM extension.")
     include_obfuscation: bool = Field(False, description="No effect: chunks are not padded.")
 
 
 class OpenAIRequest(Strict):
-    """Fields of both chat completions and completions."""
-
     model: str = Field(PERSONAL_MODEL, description="`mta`, or `base` for the base model.")
     user: UserId | None = Field(None, description="User id; alternative to the header X-User-ID.")
     max_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
@@ -196,13 +179,10 @@ class OpenAIRequest(Strict):
 
     @property
     def engine_fields(self) -> dict[str, Any]:
-        """The fields that the engine gets unchanged."""
         return self.model_dump(exclude=OWN_FIELDS, exclude_unset=True)
 
 
 class ChatRequest(OpenAIRequest):
-    """An answer to a conversation."""
-
     messages: list[Annotated[ChatMessage, NoNulls]] = Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32, description="Overrides `max_tokens`.")
     logprobs: bool | None = None

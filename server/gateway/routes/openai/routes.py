@@ -32,7 +32,7 @@ from server.gateway.routes.openai.requests import (
     OpenAIRequest,
     StreamOptions,
 )
-from server.gateway.routes.requests import QueueTimeout, history_items
+from server.gateway.routes.requests import QueueTimeout
 from server.store.tenants.user_key import check_user_id
 
 _MODELS = (PERSONAL_MODEL, BASE_MODEL)
@@ -42,8 +42,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorAnswer},
 }
 _INTERNAL_FIELDS = ("kv_transfer_params", "ec_transfer_params")  # fields that engines exchange with each other
-_NULLABLE = {"content", "refusal", "logprobs", "finish_reason", "usage"}
-"""Fields that may be null in OpenAI's schema; other null fields are removed."""
+_NULLABLE = {"content", "refusal", "logprobs", "finish_reason", "usage"}  # in OpenAI's schema; other nulls are removed
 _JOINED_FIELDS = frozenset(("index", "delta", "text", "logprobs"))
 
 
@@ -56,8 +55,6 @@ class _Completion(BaseModel, frozen=True):
 
 
 class ChatCompletion(_Completion, frozen=True):
-    """An answer to a conversation."""
-
     object: Literal["chat.completion"]
     choices: list[dict[str, Any]] = Field(
         description="OpenAI's: `index`, `message`, `finish_reason`, `logprobs`; streams have `delta` for `message`."
@@ -65,15 +62,11 @@ class ChatCompletion(_Completion, frozen=True):
 
 
 class TextCompletion(_Completion, frozen=True):
-    """A continuation of a prompt."""
-
     object: Literal["text_completion"]
     choices: list[dict[str, Any]] = Field(description="OpenAI's: `index`, `text`, `finish_reason`, `logprobs`.")
 
 
 class ModelAnswer(BaseModel, frozen=True):
-    """A model that requests can name."""
-
     id: str
     object: Literal["model"] = "model"
     created: int = Field(0, description="Unknown.")
@@ -152,10 +145,11 @@ def _answer(
     )
     if isinstance(body, ChatRequest):
         kind, max_completion_tokens = "chat.completion", body.max_completion_tokens
+        auto = parts.bank.manifest.history_default
         generation = request_of(
             id_prefix="chatcmpl",
             messages=[message.model_dump(exclude_unset=True) for message in body.messages],
-            history=history_items(body.history, parts.bank.manifest.history_default),
+            history=auto if body.history == "auto" else body.history,
             max_tokens=max_completion_tokens or body.max_tokens,
             max_tokens_param="max_completion_tokens" if max_completion_tokens else "max_tokens",
             prompt_param="messages",

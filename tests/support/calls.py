@@ -1,0 +1,80 @@
+"""Calls that many tests make of a gateway: profiles, samples, answers; and what came back or reached the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import generate
+
+NewUser = Callable[[], str]
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+BOTH = pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+ALL = pytest.mark.parametrize("route", ["/generate", "/v1/chat/completions", "/v1/completions"])
+SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
+
+
+def pair(name: str, question: str, answer: str) -> dict[str, str]:
+    return {"id": name, "input": question, "output": answer}
+
+
+TURN = "what about the harbour?"
+ITEMS = [
+    pair("bread", "how is the bread?", "crusty"),
+    pair("harbour", "where is the harbour?", "behind the mill"),
+    pair("roses", "and the roses?", "in bloom"),
+]
+
+
+def put(client: httpx.Client, user_id: str, items: Sequence[dict[str, Any]] = ITEMS) -> dict[str, Any]:
+    answer: dict[str, Any] = (
+        client.put(f"/users/{user_id}/profile", json={"items": list(items)}).raise_for_status().json()
+    )
+    return answer
+
+
+def adapt(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
+    return client.post(f"/users/{user_id}/adapt", json={"samples": SAMPLES} | fields)
+
+
+def job_of(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
+    answer: dict[str, Any] = client.get(f"/jobs/{job['id']}").raise_for_status().json()
+    return answer
+
+
+def who(response: httpx.Response) -> dict[str, Any]:
+    """The personalization of an answer."""
+    found: dict[str, Any] = response.raise_for_status().json()["personalization"]
+    return found
+
+
+def ask(
+    client: httpx.Client, user: str | None = None, *, headers: dict[str, Any] | None = None, **fields: Any
+) -> httpx.Response:
+    """Request a short chat completion."""
+    body = HELLO | ({"user": user} if user else {}) | fields
+    return client.post("/v1/chat/completions", json=body, headers=headers)
+
+
+def either(client: httpx.Client, route: str, **fields: Any) -> httpx.Response:
+    """Request a short answer from one of the routes that generate."""
+    if route == "/generate":
+        return generate(client, fields.pop("user", "nobody"), **fields)
+    return client.post(route, json=(HELLO if "chat" in route else {"prompt": "hello", "max_tokens": 4}) | fields)
+
+
+def asked(fake_engine: FakeEngine) -> str:
+    """The last turn of the last conversation that the engine got."""
+    turn: str = fake_engine.seen[-1].body["messages"][-1]["content"]
+    return turn
+
+
+def error_of(response: httpx.Response) -> tuple[int, str, str]:
+    """Status, field and code of an error."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return response.status_code, error["param"], error["code"]
