@@ -1,32 +1,39 @@
-"""Adapting, from a request through its jobs to a stacked answer: a real gateway, Valkey and worker, a tiny model."""
+"""Adapting and exporting over a real gateway, Valkey and worker: from samples to a stacked answer and a PEFT folder."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 from httpx import Client
+from typer.testing import CliRunner
 
 from adapters.training.adapt_config import AdaptConfig
+from bank.lookup.signature import Signature
+from bank.peft.imported import read_peft
 from bench.rig.processes import wait_until
 from bench.rig.tiny import world
 from bench.rig.valkey import ValkeyProcess
+from server.cli import app
 from server.errors import InvalidRequest
 from server.gateway.users.adapting import training_config
+from server.store.profile_record import OtherEmbedding, StoredSignature
 from server.store.profiles import Change
 from server.store.samples import JobBudget
-from server.worker.readapting import Readapting
+from server.worker.readapting import Readapting, ReadaptTally
 from server.worker.training import AdapterTrainer
 from tests.integration.conftest import Work, working
-from tests.support.calls import SAMPLES, NewUser, adapt, job_of, put, who
+from tests.support.calls import SAMPLES, NewUser, adapt, error_of, job_of, put, who
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, generate
+from tests.support.gateway import GatewayThread, generate, give_adapter
 from tests.support.store_parts import StoreParts
 
 LIVELY = {"learning_rate": 0.02}  # learns something in a few steps
@@ -87,12 +94,6 @@ def test_without_a_common_row_the_strength_must_be_1(gateway: GatewayThread) -> 
         training_config(lone, {"strength": 0.5})
 
 
-def test_an_engine_without_the_adapter_serves_the_merged_recipe(client: Client, kai: str) -> None:
-    merged = who(generate(client, kai))
-    assert (merged["level"], merged["reason"]) == ("merged", "the engine cannot serve this user's adapter")
-    assert ":u-" not in merged["recipe"]
-
-
 def test_an_adapter_stays_as_it_is_through_profile_changes_and_failed_jobs(
     client: Client, adapted: str, fake_engine: FakeEngine, work: Work
 ) -> None:
@@ -111,6 +112,9 @@ def test_an_adapter_stays_as_it_is_through_profile_changes_and_failed_jobs(
 
 
 def test_responses_never_name_the_stacked_adapter(client: Client, kai: str, fake_engine: FakeEngine) -> None:
+    merged = who(generate(client, kai))
+    assert (merged["level"], merged["reason"]) == ("merged", "the engine cannot serve this user's adapter")
+    assert ":u-" not in merged["recipe"]
     fake_engine.knobs.user_adapters = True
     told = [generate(client, kai, stream=stream) for stream in (False, True)] + [client.get(f"/users/{kai}")]
     assert ":u-" in fake_engine.seen[-1].body["model"]
@@ -153,23 +157,16 @@ def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
 def test_after_a_change_of_bank_users_are_merged_until_they_are_adapted_again(
     client: Client, adapted: str, work: Work, gateway: GatewayThread
 ) -> None:
-    async def stale_and_readapted() -> None:
-        """As if the user's adapter had been trained on an earlier bank."""
+    async def readapt() -> ReadaptTally:
         async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
-            key = gateway.key(adapted)
-            snapshot = await parts.profiles.read(key)
-            note = replace(snapshot.profile.adapter, recipe="mta3:00000000:shared:c")
-            change = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
-            await parts.profiles.commit(key, snapshot.version, change)
-            await parts.adapters.add_adapted(key, "00000000")
-            assert who(generate(client, adapted))["level"] == "merged"
-            assert client.get(f"/users/{adapted}").json()["adapter"]["stale"]
-            many, budget = 1000, JobBudget(1000, 60)  # more than other tests leave waiting
-            stores = parts.jobs, parts.adapters, parts.profiles
-            tally = await Readapting(*stores, gateway.parts.bank.manifest, many, budget).run()
-            assert (tally.queued, tally.waiting) == (1, 0)
+            stores, manifest = (parts.jobs, parts.adapters, parts.profiles), gateway.parts.bank.manifest
+            return await Readapting(*stores, manifest, 1000, JobBudget(1000, 60)).run()
 
-    asyncio.run(stale_and_readapted())
+    asyncio.run(give_adapter(gateway, adapted, bank="00000000"))  # as if it had been trained on an earlier bank
+    assert who(generate(client, adapted))["level"] == "merged"
+    assert client.get(f"/users/{adapted}").json()["adapter"]["stale"]
+    tally = asyncio.run(readapt())
+    assert (tally.queued, tally.waiting) == (1, 0)
     work()
     assert who(generate(client, adapted))["level"] == "stacked"
 
@@ -198,3 +195,64 @@ def test_while_a_job_trains_its_events_carry_its_curves(
     assert lengths == sorted(lengths)
     assert any(state["state"] == "running" and state["progress"]["held_out"] for state in told)
     assert told[-1] == job_of(client, job)
+
+
+def test_without_samples_the_export_has_record_and_items(
+    client: Client, ada: str, new_user: NewUser, gateway: GatewayThread
+) -> None:
+    answer = client.get(f"/users/{ada}/export").raise_for_status()
+    assert answer.headers["Cache-Control"] == "no-store"
+    export = answer.json()
+    assert (export["user_id"], export["adapter"], export["samples"], export["jobs"]) == (ada, None, [], [])
+    assert [item["text"] for item in export["items"]] == [world(0), f"{world(0)} again", world(2)]
+    embedder = gateway.parts.bank.manifest.embedder
+    assert (export["embedder"], len(export["embedding"])) == (embedder.id, embedder.dim)
+    assert np.linalg.norm(export["embedding"]) == pytest.approx(1, abs=1e-3)
+    vectors = [np.frombuffer(base64.b64decode(v["fp16"]), "<f2") for v in export["vectors"].values()]
+    assert {vector.shape for vector in vectors} == {(embedder.dim,)}
+    assert list(export["vectors"]) == [item["id"] for item in export["items"]]
+    again = put(client, ada, export["items"])
+    assert (again["kept"], again["changed"]) == (3, 0)
+    client.delete(f"/users/{ada}").raise_for_status()
+    for nobody in (ada, new_user()):
+        assert error_of(client.get(f"/users/{nobody}/export")) == (404, "user_id", "not_found")
+
+
+def test_with_samples_it_has_jobs_and_the_whole_adapter_which_the_command_writes_as_peft_does(
+    client: Client, gateway: GatewayThread, ada: str, work: Work, tmp_path: Path
+) -> None:
+    job = adapt(client, ada, config={"learning_rate": 0.02}, idempotency_key="once").raise_for_status().json()
+    work()
+    export = client.get(f"/users/{ada}/export").raise_for_status().json()
+    assert [sample["output"] for sample in export["samples"]] == [sample["output"] for sample in SAMPLES]
+    assert export["jobs"] == [job_of(client, job) | {"idempotency_key": "once", "traceparent": None}]
+    adapter, noted = export["adapter"], client.get(f"/users/{ada}").json()["adapter"]
+    assert (adapter["id"], adapter["recipe"], adapter["bytes"]) == (noted["id"], noted["recipe"], noted["bytes"])
+    assert len(base64.b64decode(adapter["stored"])) == noted["bytes"]
+    out = tmp_path / "ada"
+    done = CliRunner().invoke(app, ["users", "export", ada, "--url", gateway.url, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "whole adapter" in done.output
+    assert read_peft(out / "adapter").rank == 4 + 2
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "user.json"]
+    del adapter["peft"]
+    adapter["folder"] = "adapter"
+    assert json.loads((out / "user.json").read_text()) == export
+
+
+async def test_the_rest_of_the_record_and_a_lost_adapter(client: Client, ada: str, gateway: GatewayThread) -> None:
+    async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
+        snapshot = await parts.profiles.read(gateway.key(ada))
+        made_of = snapshot.profile.updated_ms
+        signed = StoredSignature(Signature("9f2c41d0", 7, np.array([0.5, -0.25], "f4")), made_of)
+        other = OtherEmbedding("00" * 8, np.full(4, 0.5, "f4"), made_of)
+        profile = replace(snapshot.profile, signature=signed, other=other, extra={200: b"later"})
+        assert await parts.profiles.commit(gateway.key(ada), snapshot.version, Change(profile, {}, {}, ()))
+    await give_adapter(gateway, ada)
+    export = client.get(f"/users/{ada}/export").raise_for_status().json()
+    assert export["signature"].pop("products") == pytest.approx([0.5, -0.25], abs=1e-3)
+    assert export["signature"] == {"bank": "9f2c41d0", "tokens": 7, "made_of_ms": made_of}
+    assert export["other_embedding"] == {"embedder": "00" * 8, "embedding": [0.5] * 4, "made_of_ms": made_of}
+    assert export["of_later_versions"] == {"200": "bGF0ZXI="}
+    adapter = export["adapter"]
+    assert (adapter["peft"], adapter["stored"], adapter["says"]) == (None, None, "it is no longer stored")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from bench.rig.processes import wait_until
 from bench.rig.tiny import world
-from deploy.demo import adapting
-from deploy.demo.asking import ask
 from mta_client import Client, MtaError
 from server.supervisor.services import free_port
-from tests.integration.conftest import Work
 from tests.support.calls import NewUser
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread
@@ -84,22 +80,3 @@ def test_a_server_that_does_not_run(api: Client) -> None:
         with pytest.raises(MtaError, match="got no answer") as failure:
             nobody.user("ada")
     assert (failure.value.status, failure.value.code) == (0, "no_answer")
-
-
-def test_the_demo_shows_the_level_and_a_cut_answer(api: Client, ada: str) -> None:
-    answer = ask(api, ada, "hello", max_tokens=4)
-    assert (answer.text, answer.cut, answer.level) == (answer.text.strip(), True, "merged")
-    assert len(answer.text.split()) == 4
-    assert sum(weight for _, weight in answer.anchors) == pytest.approx(1)
-    assert answer.ttft_ms > 0
-
-
-def test_the_demo_follows_its_training_to_the_end(api: Client, ada: str, work: Work) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(adapting.train, api, ada)
-        while not running.done():
-            work()
-    training = running.result()
-    assert training.job.state in {"succeeded", "rejected"}
-    assert len(training.losses) == training.job.progress["step"]
-    assert adapting.outcome(training).startswith(f"{training.job.state} after {training.job.progress['steps']} steps")

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,23 +59,38 @@ def check_erased(client: Client, gateway: GatewayThread, user: str, status: int,
 
 
 @pytest.mark.parametrize(
-    ("method", "known"),
-    # Adapting embeds only for users without a profile.
-    [("PUT profile", True), ("PUT profile", False), ("POST profile/items", True), ("POST adapt", False)],
+    ("method", "known", "waits_at"),
+    [
+        ("PUT profile", True, "embed"),
+        ("PUT profile", False, "embed"),
+        ("POST profile/items", True, "embed"),
+        ("POST adapt", False, "embed"),  # adapting embeds only for users without a profile
+        ("POST adapt", True, "submit"),
+    ],
 )
-def test_a_write_that_waits_for_the_embedder_does_not_bring_an_erased_user_back(
+def test_a_write_in_progress_does_not_bring_an_erased_user_back(
     client: Client, gateway: GatewayThread, new_user: NewUser, monkeypatch: pytest.MonkeyPatch, *, method: str,
-    known: bool,
+    known: bool, waits_at: str,
 ) -> None:  # fmt: skip
-    user = new_user()
+    user, gate = new_user(), Gate()
     if known:
         put(client, user, [{"text": "something else"}])
-    gate, embedder = Gate(), gateway.parts.profiles.embedder
-    embed = embedder.embed
-    monkeypatch.setattr(embedder, "embed", lambda texts: (gate.wait(), embed(texts))[1])
+    embedder, jobs = gateway.parts.profiles.embedder, gateway.parts.adapting.jobs
+    embed, submit = embedder.embed, jobs.submit
+
+    async def later(*arguments: Any) -> Any:
+        await asyncio.to_thread(gate.wait)
+        return await submit(*arguments)
+
+    if waits_at == "submit":
+        monkeypatch.setattr(jobs, "submit", later)
+    else:
+        monkeypatch.setattr(embedder, "embed", lambda texts: (gate.wait(), embed(texts))[1])
     verb, _, path = method.partition(" ")
-    answer = erased_while(gate, client, user, lambda: client.request(verb, f"/users/{user}/{path}", json=BODIES[path]))
+    request = partial(client.request, verb, f"/users/{user}/{path}", json=BODIES[path])
+    answer = erased_while(gate, client, user, request)
     check_erased(client, gateway, user, answer.status_code, answer.json()["error"])
+    request().raise_for_status()  # a user may come back
 
 
 @pytest.mark.parametrize(
@@ -97,26 +113,6 @@ def test_a_body_that_ends_after_its_user_was_erased_stores_nothing(
         answer = http.client.HTTPResponse(connection)
         answer.begin()
         check_erased(client, gateway, user, answer.status, json.loads(answer.read())["error"])
-
-
-def test_samples_that_arrive_after_their_user_was_erased_are_not_stored(
-    client: Client, gateway: GatewayThread, ada: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, jobs = Gate(), gateway.parts.adapting.jobs
-    submit = jobs.submit
-
-    async def later(*arguments: Any) -> Any:
-        await asyncio.to_thread(gate.wait)
-        return await submit(*arguments)
-
-    def adapt() -> Response:
-        return client.post(f"/users/{ada}/adapt", json=BODIES["adapt"])
-
-    with monkeypatch.context() as patched:
-        patched.setattr(jobs, "submit", later)
-        answer = erased_while(gate, client, ada, adapt)
-    check_erased(client, gateway, ada, answer.status_code, answer.json()["error"])
-    adapt().raise_for_status()  # a user may come back
 
 
 def test_the_file_is_asked_to_forget_before_anything_is_erased(

@@ -20,8 +20,8 @@ from tests.support.gateway import SECRET, chunks_of, generate, text_of, wait_unt
 def test_a_user_with_a_profile_is_answered_by_their_anchors(
     client: Client, ada: str, fake_engine: FakeEngine, gateway_settings: Settings
 ) -> None:
-    answer = generate(client, ada).raise_for_status().json()
-    merged = answer["personalization"]
+    response = generate(client, ada).raise_for_status()
+    answer, merged = response.json(), who(response)
     assert (merged["level"], merged["source"], merged["reason"]) == ("merged", "topic", None)
     recipe = parse_recipe(merged["recipe"])
     assert recipe.bank == read_manifest(gateway_settings.bank).short
@@ -33,17 +33,20 @@ def test_a_user_with_a_profile_is_answered_by_their_anchors(
     assert fake_engine.seen[-1].body["model"] == merged["recipe"]
     assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
     assert (answer["finish_reason"], len(answer["text"].split())) == ("length", 4)
+    timings = merged["timings_ms"]
+    assert list(timings) == ["profile", "recipe", "engine", "total"]
+    assert timings["engine"] <= timings["total"]
+    assert response.headers["Server-Timing"] == ", ".join(f"{name};dur={ms}" for name, ms in timings.items())
 
 
-def test_unknown_users_get_the_base_model_or_404(client: Client, new_user: NewUser, fake_engine: FakeEngine) -> None:
+def test_the_base_model_answers_on_request_and_for_unknown_users(
+    client: Client, ada: str, new_user: NewUser, fake_engine: FakeEngine
+) -> None:
     assert error_of(generate(client, new_user(), personalize="merged")) == (404, "user_id", "not_found")
     assert fake_engine.seen == []
     base = who(generate(client, new_user()))
     assert (base["level"], base["recipe"], base["anchors"], base["reason"]) == ("base", None, [], "unknown user")
     assert fake_engine.seen[-1].body["model"] == "base"
-
-
-def test_the_base_model_on_request_needs_no_profile(client: Client, ada: str) -> None:
     base = who(generate(client, ada, personalize="none"))
     assert (base["level"], base["recipe"], "profile" in base["timings_ms"]) == ("base", None, False)
 
@@ -67,14 +70,6 @@ def test_what_the_engine_is_sent(client: Client, ada: str, fake_engine: FakeEngi
     assert seen.headers["X-Request-ID"] in answer.text
     sent = json.dumps(seen.body) + json.dumps(seen.headers)
     assert [name for name in (ada, keys.key(ada)) if name in sent] == []
-
-
-def test_timings_are_in_the_answer_and_in_the_header(client: Client, ada: str) -> None:
-    response = generate(client, ada)
-    timings = who(response)["timings_ms"]
-    assert list(timings) == ["profile", "recipe", "engine", "total"]
-    assert timings["engine"] <= timings["total"]
-    assert response.headers["Server-Timing"] == ", ".join(f"{name};dur={ms}" for name, ms in timings.items())
 
 
 @pytest.mark.parametrize(("chars", "streamed"), [(40, False), (200, True)])

@@ -36,6 +36,14 @@ def other_gateway(gateway_settings: Settings) -> Iterator[GatewayThread]:
         yield running
 
 
+@pytest.fixture
+def user(client: Client, new_user: NewUser) -> str:
+    """A user whose history is `ITEMS`."""
+    user_id = new_user()
+    put(client, user_id)
+    return user_id
+
+
 def body_of(route: str, user_id: str, **fields: Any) -> dict[str, Any]:
     return ROUTES[route] | {"user_id" if route == "/generate" else "user": user_id} | fields
 
@@ -65,15 +73,11 @@ def count_builds(monkeypatch: pytest.MonkeyPatch, gate: threading.Event | None =
     return begun
 
 
-def test_the_most_relevant_items_stand_before_the_last_turn(
-    client: Client, new_user: NewUser, fake_engine: FakeEngine
-) -> None:
-    user_id = new_user()
-    put(client, user_id)
-    generate(client, user_id, prompt=TURN, history=1).raise_for_status()
+def test_the_most_relevant_items_stand_before_the_last_turn(client: Client, user: str, fake_engine: FakeEngine) -> None:
+    generate(client, user, prompt=TURN, history=1).raise_for_status()
     assert asked(fake_engine) == QUOTED
     messages = [{"role": "system", "content": "Be brief."}, *SAID]
-    generate(client, user_id, prompt=None, messages=messages, history=3).raise_for_status()
+    generate(client, user, prompt=None, messages=messages, history=3).raise_for_status()
     assert fake_engine.seen[-1].body["messages"][0] == messages[0]
     assert asked(fake_engine).startswith('"behind the mill"')
     assert "crusty" in asked(fake_engine)
@@ -84,95 +88,76 @@ def test_the_most_relevant_items_stand_before_the_last_turn(
     ({}, True, (1, 0)), ({"history": "auto"}, True, (1, 1)), ({"history": 0}, True, (0, 0)),
 ])  # fmt: skip
 def test_auto_is_what_helped_at_the_build_and_the_default_of_generate_alone(
-    request: pytest.FixtureRequest, client: Client, new_user: NewUser, fake_engine: FakeEngine,
-    *, fields: dict[str, Any], helps: bool, items: tuple[int, int],
-) -> None:  # fmt: skip
+    request: pytest.FixtureRequest, client: Client, user: str, *, fields: dict[str, Any], helps: bool, items: list[int]
+) -> None:
     if helps:
         request.getfixturevalue("helpful")
-    user_id = new_user()
-    put(client, user_id)
-    for route, wanted in zip(ROUTES, items, strict=True):
-        assert who(client.post(route, json=body_of(route, user_id, **fields)))["history"] == wanted
-        assert asked(fake_engine).count("is the answer to") == wanted
+    answers = [who(client.post(route, json=body_of(route, user, **fields))) for route in ROUTES]
+    assert [answer["history"] for answer in answers] == list(items)
 
 
-def test_where_no_items_belong_messages_are_passed_on_unchanged(
-    client: Client, new_user: NewUser, fake_engine: FakeEngine
+def test_elsewhere_messages_are_passed_on_unchanged(
+    client: Client, user: str, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
-    known, unknown = new_user(), new_user()
-    put(client, known)
     for user_id, messages, personalize in (
-        (known, [*SAID, {"role": "assistant", "content": "Well,"}], "auto"),
-        (known, [*SAID, {"role": "system", "content": "Go on."}], "auto"),
-        (known, SAID, "none"),
-        (unknown, SAID, "auto"),
+        (user, [*SAID, {"role": "assistant", "content": "Well,"}], "auto"),
+        (user, [*SAID, {"role": "system", "content": "Go on."}], "auto"),
+        (user, SAID, "none"),
+        (new_user(), SAID, "auto"),
     ):
         answer = generate(client, user_id, prompt=None, messages=messages, history=3, personalize=personalize)
         assert (who(answer)["history"], fake_engine.seen[-1].body["messages"]) == (0, messages)
 
 
-@pytest.mark.parametrize(("max_tokens", "quoted"), [(64, 3), (200, 2), (300, 1), (480, 0)])
-def test_the_least_relevant_items_are_left_out_first(
-    client: Client, new_user: NewUser, fake_engine: FakeEngine, max_tokens: int, quoted: int
-) -> None:
-    user_id = new_user()
+def test_the_least_relevant_items_are_left_out_first(client: Client, user: str, fake_engine: FakeEngine) -> None:
     answers = [f"{'harbour ' * n}{'ä' * (80 - 8 * n)}" for n in (3, 2, 1)]  # two bytes a letter, one token here
-    put(client, user_id, [pair(f"n{n}", "?", answer) for n, answer in enumerate(answers)])
-    answer = generate(client, user_id, prompt=TURN, max_tokens=max_tokens, history=16)
-    assert who(answer)["history"] == quoted
-    assert [answer in asked(fake_engine) for answer in answers] == [True] * quoted + [False] * (3 - quoted)
-    assert len(asked(fake_engine)) + max_tokens <= CONTEXT
+    put(client, user, [pair(f"n{n}", "?", answer) for n, answer in enumerate(answers)])
+    for max_tokens, quoted in ((64, 3), (200, 2), (300, 1), (480, 0)):
+        answer = generate(client, user, prompt=TURN, max_tokens=max_tokens, history=16)
+        assert who(answer)["history"] == quoted
+        assert [answer in asked(fake_engine) for answer in answers] == [True] * quoted + [False] * (3 - quoted)
+        assert len(asked(fake_engine)) + max_tokens <= CONTEXT
 
 
 def test_an_item_that_does_not_fit_keeps_no_other_out(
-    client: Client, new_user: NewUser, fake_engine: FakeEngine, other_gateway: GatewayThread
+    client: Client, user: str, fake_engine: FakeEngine, other_gateway: GatewayThread
 ) -> None:
-    user_id, too_long, long = (
-        new_user(),
-        pair("n", "harbour?", "harbour " * 100),
-        pair("n", "harbour?", "harbour " * 30),
-    )
     with other_gateway.client() as short:
         wait_until_ready(short)
-        for asking, items, counts, max_chars in (
-            (client, [*ITEMS, too_long], True, CONTEXT),
-            (client, [*ITEMS, long], False, CONTEXT),  # it would fit, but nobody knows how many tokens it has
-            (short, ITEMS, True, 100),
-        ):
-            fake_engine.knobs.counts = counts
-            put(client, user_id, items)
-            generate(asking, user_id, prompt=TURN, history=16).raise_for_status()
-            assert "behind the mill" in asked(fake_engine)
-            assert "harbour harbour" not in asked(fake_engine)
-            assert len(asked(fake_engine)) <= max_chars
+        generate(short, user, prompt=TURN, history=16).raise_for_status()
+    assert "behind the mill" in asked(fake_engine)
+    assert len(asked(fake_engine)) <= 100
+    for words, counts in ((100, True), (30, False)):  # 30 would fit, but then the engine does not count tokens
+        fake_engine.knobs.counts = counts
+        put(client, user, [*ITEMS, pair("long", "harbour?", "harbour " * words)])
+        generate(client, user, prompt=TURN, history=16).raise_for_status()
+        assert ("behind the mill" in asked(fake_engine), "harbour harbour" in asked(fake_engine)) == (True, False)
+        assert len(asked(fake_engine)) < CONTEXT
 
 
 def test_a_second_request_neither_reads_nor_indexes_the_items(
-    client: Client, new_user: NewUser, fake_engine: FakeEngine, gateway_settings: Settings,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    user_id, indexed = new_user(), count_builds(monkeypatch)
-    put(client, user_id)
-    generate(client, user_id, prompt=TURN, history=1).raise_for_status()
+    client: Client, user: str, fake_engine: FakeEngine, gateway_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indexed = count_builds(monkeypatch)
+    generate(client, user, prompt=TURN, history=1).raise_for_status()
     before = reads(gateway_settings)
     for turn in (TURN, "and the bread?"):
-        generate(client, user_id, prompt=turn, history=1).raise_for_status()
+        generate(client, user, prompt=turn, history=1).raise_for_status()
     assert "crusty" in asked(fake_engine)
     assert (reads(gateway_settings) - before, len(indexed)) == (0, 1)
 
 
 @pytest.mark.parametrize("levels", [["stacked", "merged"], ["stacked", "merged", "base"]])
 def test_a_fallback_does_not_read_or_search_the_history_again(
-    client: Client, new_user: NewUser, fake_engine: FakeEngine, gateway: GatewayThread,
-    monkeypatch: pytest.MonkeyPatch, *, levels: list[str],
+    client: Client, user: str, fake_engine: FakeEngine, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch,
+    *, levels: list[str],
 ) -> None:  # fmt: skip
-    user_id, searched, search = new_user(), list[Any](), ItemIndex.memories
-    put(client, user_id)
-    asyncio.run(give_adapter(gateway, user_id))
+    searched, search = list[Any](), ItemIndex.memories
+    asyncio.run(give_adapter(gateway, user))
     monkeypatch.setattr(ItemIndex, "memories", lambda *given: (searched.append(given), search(*given))[1])
     fake_engine.knobs.user_adapters, fake_engine.knobs.lacks = True, lambda model: level_of(model) in levels[:-1]
     before = reads(gateway.parts.settings)
-    assert who(generate(client, user_id, prompt=TURN, history=1))["level"] == levels[-1]
+    assert who(generate(client, user, prompt=TURN, history=1))["level"] == levels[-1]
     assert [level_of(seen.body["model"]) for seen in fake_engine.seen] == levels
     assert {seen.body["messages"][-1]["content"] for seen in fake_engine.seen} == {QUOTED}
     assert (reads(gateway.parts.settings) - before, len(searched)) == (1, 1)
@@ -181,14 +166,13 @@ def test_a_fallback_does_not_read_or_search_the_history_again(
 @pytest.mark.parametrize(("route", "history"), [("/generate", "auto"), ("/v1/chat/completions", 1)])
 @pytest.mark.usefixtures("helpful")
 def test_a_request_that_waits_too_long_for_its_history_is_answered_without(
-    client: Client, new_user: NewUser, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch,
+    client: Client, user: str, new_user: NewUser, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch,
     *, route: str, history: int | str,
 ) -> None:  # fmt: skip
-    first, second, gate = new_user(), new_user(), threading.Event()
+    first, gate = new_user(), threading.Event()
+    put(client, first)
     indexed = count_builds(monkeypatch, gate)
-    for user_id in (first, second):
-        put(client, user_id)
-    body, hurry = body_of(route, second, history=history), {"X-Queue-Timeout": "0.1"}
+    body, hurry = body_of(route, user, history=history), {"X-Queue-Timeout": "0.1"}
     before = metric(client, "mta_histories_left_out_total")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(generate, client, first, prompt=TURN, history=1)
@@ -208,18 +192,16 @@ def test_a_request_that_waits_too_long_for_its_history_is_answered_without(
 
 
 def test_changes_through_another_gateway_are_seen_at_once(
-    client: Client, other_gateway: GatewayThread, new_user: NewUser, fake_engine: FakeEngine
+    client: Client, other_gateway: GatewayThread, user: str, fake_engine: FakeEngine
 ) -> None:
-    user_id = new_user()
-    put(client, user_id)
-    generate(client, user_id, prompt=TURN, history=3).raise_for_status()
+    generate(client, user, prompt=TURN, history=3).raise_for_status()
     with other_gateway.client() as other:
-        put(other, user_id, [ITEMS[0], pair("harbour", "where is the harbour?", "gone"), ITEMS[2]])
-        generate(client, user_id, prompt=TURN, history=1).raise_for_status()
+        put(other, user, [ITEMS[0], pair("harbour", "where is the harbour?", "gone"), ITEMS[2]])
+        generate(client, user, prompt=TURN, history=1).raise_for_status()
         assert asked(fake_engine) == f'"gone" is the answer to "where is the harbour?". {TURN}'
-        other.delete(f"/users/{user_id}").raise_for_status()
-        generate(client, user_id, prompt=TURN, history=3).raise_for_status()
+        other.delete(f"/users/{user}").raise_for_status()
+        generate(client, user, prompt=TURN, history=3).raise_for_status()
         assert asked(fake_engine) == TURN
-        put(other, user_id, [pair("sea", "and the sea?", "salty"), ITEMS[0], ITEMS[2]])
-    generate(client, user_id, prompt=TURN, history=3).raise_for_status()
+        put(other, user, [pair("sea", "and the sea?", "salty"), ITEMS[0], ITEMS[2]])
+    generate(client, user, prompt=TURN, history=3).raise_for_status()
     assert ("salty" in asked(fake_engine), "gone" in asked(fake_engine)) == (True, False)

@@ -45,18 +45,6 @@ def test_users_get_answers_of_their_own(client: OpenAI, gateway_over_vllm: Gatew
         assert answer.json()["text"] == texts["rosa"]
 
 
-def test_prompts_are_continued_as_they_are(client: OpenAI) -> None:
-    one, two = (
-        client.completions.create(model="mta", user="rosa", prompt=prompt, max_tokens=8, temperature=0, echo=True)
-        for prompt in (["the sea"], ["the sea", "a rose"])
-    )
-    assert one.choices[0].text.startswith("the sea")
-    assert [(choice.index, choice.text[:4]) for choice in two.choices] == [(0, "the "), (1, "a ro")]
-    assert one.usage and one.usage.prompt_tokens == len("the sea")  # a token is a byte, and there is no template
-    ids = client.completions.create(model="mta", user="rosa", prompt=[[5, 6], [7]], max_tokens=2)
-    assert ids.usage and ids.usage.prompt_tokens == 3
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("chat", [True, False])
 def test_only_fields_that_openai_allows_are_null(gateway_over_vllm: GatewayThread, chat: bool, stream: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from httpx import Client, Response
 
+from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
 from tests.support.calls import NewUser, adapt, error_of
 from tests.support.fake_engine import FakeEngine
@@ -27,10 +28,11 @@ def with_steps(client: Client, user_id: str, steps: int, given: list[dict[str, s
 
 
 @pytest.fixture(scope="module")
-def small(gateway_settings: Settings, fake_engine_server: FakeEngine) -> Iterator[GatewayThread]:
-    """A gateway whose jobs may read few tokens."""
+def small(gateway_settings: Settings, fake_engine_server: FakeEngine, store: ValkeyProcess) -> Iterator[GatewayThread]:
+    """A gateway whose jobs may read few tokens; they are in a store of their own, since no worker trains them."""
     fake_engine_server.reset()
-    with GatewayThread(gateway_settings.model_copy(update={"job_tokens": 20_000, "job_seconds": 60})) as gateway:
+    changed = {"job_tokens": 20_000, "job_seconds": 60, "redis_url": store.url}
+    with GatewayThread(gateway_settings.model_copy(update=changed)) as gateway:
         with gateway.client() as client:
             wait_until_ready(client)  # from now on it knows the engine's context of 512
         yield gateway
@@ -43,20 +45,6 @@ def strict(small: GatewayThread, fake_engine: FakeEngine) -> Iterator[Client]:
     small.parts.adapting.checks._accepted.clear()
     with small.client() as client:
         yield client
-
-
-@pytest.fixture
-def new_user(new_user: NewUser, strict: Client) -> Iterator[NewUser]:
-    """Makes users who are erased afterwards, so that no worker of another test trains for them."""
-    made: list[str] = []
-
-    def make() -> str:
-        made.append(new_user())
-        return made[-1]
-
-    yield make
-    for user_id in made:
-        strict.delete(f"/users/{user_id}")
 
 
 @pytest.mark.parametrize(
