@@ -58,9 +58,7 @@ def adapted(client: Client, ada: str, fake_engine: FakeEngine, work: Work) -> st
     return ada
 
 
-def test_a_user_is_answered_by_their_own_adapter_once_it_is_trained(
-    client: Client, ada: str, fake_engine: FakeEngine, work: Work
-) -> None:
+def test_a_trained_adapter_is_served(client: Client, ada: str, fake_engine: FakeEngine, work: Work) -> None:
     fake_engine.knobs.user_adapters = True
     response = adapt(client, ada, config=LIVELY)
     job = response.json()
@@ -94,7 +92,7 @@ def test_without_a_common_row_the_strength_must_be_1(gateway: GatewayThread) -> 
         training_config(lone, {"strength": 0.5})
 
 
-def test_an_adapter_stays_as_it_is_through_profile_changes_and_failed_jobs(
+def test_profile_changes_and_failed_jobs_keep_the_adapter(
     client: Client, adapted: str, fake_engine: FakeEngine, work: Work
 ) -> None:
     generate(client, adapted).raise_for_status()
@@ -154,9 +152,7 @@ def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
     assert who(generate(client, adapted))["level"] == "base"
 
 
-def test_after_a_change_of_bank_users_are_merged_until_they_are_adapted_again(
-    client: Client, adapted: str, work: Work, gateway: GatewayThread
-) -> None:
+def test_a_new_bank_merges_until_it_readapts(client: Client, adapted: str, work: Work, gateway: GatewayThread) -> None:
     async def readapt() -> ReadaptTally:
         async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
             stores, manifest = (parts.jobs, parts.adapters, parts.profiles), gateway.parts.bank.manifest
@@ -197,9 +193,7 @@ def test_while_a_job_trains_its_events_carry_its_curves(
     assert told[-1] == job_of(client, job)
 
 
-def test_without_samples_the_export_has_record_and_items(
-    client: Client, ada: str, new_user: NewUser, gateway: GatewayThread
-) -> None:
+def test_an_export_without_samples(client: Client, ada: str, new_user: NewUser, gateway: GatewayThread) -> None:
     answer = client.get(f"/users/{ada}/export").raise_for_status()
     assert answer.headers["Cache-Control"] == "no-store"
     export = answer.json()
@@ -218,7 +212,7 @@ def test_without_samples_the_export_has_record_and_items(
         assert error_of(client.get(f"/users/{nobody}/export")) == (404, "user_id", "not_found")
 
 
-def test_with_samples_it_has_jobs_and_the_whole_adapter_which_the_command_writes_as_peft_does(
+def test_an_export_has_the_whole_adapter_in_peft_format(
     client: Client, gateway: GatewayThread, ada: str, work: Work, tmp_path: Path
 ) -> None:
     job = adapt(client, ada, config={"learning_rate": 0.02}, idempotency_key="once").raise_for_status().json()

@@ -72,7 +72,6 @@ CASES = [
     gen("empty user id", "''", "user_id", user_id=""),
     gen("user id with a newline", r"a\nb", "user_id", user_id="a\nb"),
     gen("user id of 10,000 characters", "xxxx", "user_id", user_id="x" * 10_000),
-    Case("user id with a lone surrogate", r"\ud800", "user_id", b'{"user_id": "a\\ud800", "prompt": "x"}'),
     Case("user id with NUL", r"a\x00", "user_id", b'{"user_id": "a\\u0000", "prompt": "x"}'),
     # What
     gen("no prompt, no messages", "prompt or messages", "prompt", prompt=...),
@@ -87,8 +86,6 @@ CASES = [
     gen("max_tokens of the whole context", "512", "max_tokens", max_tokens=512),
     gen("max_tokens beyond 64 bits", "100000", "max_tokens", max_tokens=10**30),
     gen("max_tokens of zero", "0", "max_tokens", max_tokens=0),
-    Case("temperature of NaN", "nan", "temperature", b'{"user_id": "u", "prompt": "x", "temperature": NaN}'),
-    Case("infinite temperature", "inf", "temperature", b'{"user_id": "u", "prompt": "x", "temperature": 1e999}'),
     gen("unknown field", "'model'", "model", model="gpt"),
     # Profiles
     profile("no items", "[]", "items", []),
@@ -101,9 +98,6 @@ CASES = [
     profile("10,001 items", "10001", "items", [{"text": "x"}] * 10_001),
     profile("profile with an unknown field", "'task'", "task", [{"text": "x"}], task="no such task"),
     Case("profile without items", "items is required", "items", {}, f"PUT /users/{USER}/profile"),
-    Case(
-        "item with NUL", r"\x00", "items.0.text", b'{"items":[{"text":"\\u0000"}]}', f"POST /users/{USER}/profile/items"
-    ),
     # Samples and how to train on them
     samples("no samples", "[]", "samples"),
     adapt("samples missing", "samples is required", "samples", {}),
@@ -121,8 +115,6 @@ CASES = [
     samples("unknown field beside samples", "'epochs'", "epochs", GOOD, epochs=3),
     samples("empty idempotency key", "''", "idempotency_key", GOOD, idempotency_key=""),
     samples("long idempotency key", "xxx", "idempotency_key", GOOD, idempotency_key="x" * 129),
-    adapt("binary", "not UTF-8", "body", bytes(range(256))),
-    adapt("sample with NUL", r"a\x00", "samples.0.output", b'{"samples": [{"input": "q", "output": "a\\u0000"}]}'),
     adapt("samples as text", "text/plain", "content-type", b"x", status=415, media="text/plain"),
     adapt("line that is no JSON", "samples.1", "samples.1", b'{"input":"q","output":"a"}\n{', media=LINES),
     adapt("no line", "[]", "samples", b"\n\n", media=LINES),
@@ -145,10 +137,7 @@ CASES = [
     Case("unknown user is erased", "'nobody'", "user_id", None, "DELETE /users/nobody", 404),
     # Bodies and routes
     Case("broken JSON", "{oops", "body", b'{"user_id": {oops'),
-    Case("no body", "empty", "body", b""),
     Case("a body that is no object", "[1, 2]", "body", [1, 2]),
-    Case("a body nested too deep", "[[[[", "body", b"[" * 100_000),
-    Case("a body that is no UTF-8", r"\xff", "body", b'{"user_id": "\xff"}'),
     Case("a body too large", str(9 * MIB), "body", b" " * (9 * MIB), status=413),
     Case("another content type", "'text/plain'", "content-type", {}, status=415, media="text/plain"),
     Case("no content type", "None", "content-type", {}, status=415, media=None),

@@ -10,11 +10,9 @@ from bench.rig.processes import wait_until
 from bench.rig.tiny import world
 from mta_client import Client, MtaError
 from server.supervisor.services import free_port
-from tests.support.calls import NewUser
+from tests.support.calls import SAMPLES, NewUser
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread
-
-SAMPLES = [{"input": f"question {n}", "output": f"answer {n}"} for n in range(4)]
 
 
 @pytest.fixture

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import redis
 from httpx import Client
 
@@ -27,19 +24,13 @@ SECRET_WORDS = "yes my secret words"
 SAMPLES = [{"input": f"question {n}", "output": f"{n} {SECRET_WORDS}"} for n in range(8)]
 
 
-@dataclass(frozen=True, slots=True)
-class Fleet:
-    """Two engines over one store, and a gateway that reaches only the first of them."""
+def test_an_erased_user_is_gone_from_the_store_at_once_and_from_every_engine_in_time(
+    gateway_settings: Settings, tiny_bank_folder: Path, tiny_model_folder: Path, valkey: ValkeyProcess, work: Work
+) -> None:
+    """The near engine is told, but one user's answer is in progress there; the far engine is paused meanwhile.
 
-    client: Client
-    gateway: GatewayThread
-    engines: tuple[Engine, Engine]
-
-
-@pytest.fixture(scope="module")
-def fleet(
-    gateway_settings: Settings, tiny_bank_folder: Path, tiny_model_folder: Path, valkey: ValkeyProcess
-) -> Iterator[Fleet]:
+    The gateway reaches only the near engine.
+    """
     with ExitStack() as stack:
         near, far = (
             stack.enter_context(running_engine(tiny_bank_folder, tiny_model_folder, redis_url=valkey.url))
@@ -47,25 +38,24 @@ def fleet(
         )
         urls = {"engine_url": near.url, "engine_urls": f"{near.url},http://127.0.0.1:{free_port()}"}
         gateway = stack.enter_context(GatewayThread(gateway_settings.model_copy(update=urls)))
-        yield Fleet(stack.enter_context(gateway.client()), gateway, (near, far))
+        check_erasing(stack.enter_context(gateway.client()), gateway, near, far, work=work, valkey=valkey)
 
 
-def test_an_erased_user_is_gone_from_the_store_at_once_and_from_every_engine_in_time(
-    fleet: Fleet, work: Work, valkey: ValkeyProcess
+def check_erasing(
+    client: Client, gateway: GatewayThread, near: Engine, far: Engine, *, work: Work, valkey: ValkeyProcess
 ) -> None:
-    """The near engine is told, but one user's answer is in progress there; the far engine is paused meanwhile."""
-    client, (near, far) = fleet.client, fleet.engines
+    engines = near, far
     for user in (IDLE, ANSWERED):
         put(client, user, [{"text": world(0)}])
         adapt(client, user, samples=SAMPLES).raise_for_status()
     work()
-    recipes, keys = {}, {user: fleet.gateway.key(user) for user in (IDLE, ANSWERED)}
+    recipes, keys = {}, {user: gateway.key(user) for user in (IDLE, ANSWERED)}
     for user, key in keys.items():
         told = who(generate(client, user))
         assert told["level"] == "stacked"
         recipes[user] = f"{told['recipe']}:u-{key}.{client.get(f'/users/{user}').json()['adapter']['id']}"
         far.chat(recipes[user]).raise_for_status()
-    assert [engine.resident()["held"] for engine in fleet.engines] == [sorted(recipes.values())] * 2
+    assert [engine.resident()["held"] for engine in engines] == [sorted(recipes.values())] * 2
     kept = [IDLE.encode(), ANSWERED.encode(), SECRET_WORDS.encode(), *(_blob(valkey, key) for key in keys.values())]
     assert all(words in _everything(valkey) for words in kept)
 
@@ -84,8 +74,8 @@ def test_an_erased_user_is_gone_from_the_store_at_once_and_from_every_engine_in_
     wait_until(lambda: not _has(near, recipes[ANSWERED]), "the answer's adapter to go", SWEEP_S + PATIENCE_S)
     assert [far.chat(recipe).status_code for recipe in recipes.values()] == [404, 404]
     wait_until(lambda: not far.resident()["held"], "the far engine to find out by itself", SWEEP_S + PATIENCE_S)
-    assert not any(_has(engine, recipe) for engine in fleet.engines for recipe in recipes.values())
-    assert [(engine.resident()["held"], engine.status()["user_adapters"]) for engine in fleet.engines] == [([], 0)] * 2
+    assert not any(_has(engine, recipe) for engine in engines for recipe in recipes.values())
+    assert [(engine.resident()["held"], engine.status()["user_adapters"]) for engine in engines] == [([], 0)] * 2
 
 
 def _has(engine: Engine, recipe: str) -> bool:

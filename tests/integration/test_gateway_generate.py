@@ -8,23 +8,19 @@ import pytest
 from httpx import Client
 
 from adapters.recipe import parse_recipe
-from bank.manifest import read_manifest
 from bench.rig.processes import wait_until
-from server.settings import Settings
 from server.store.tenants.user_key import UserKeys
 from tests.support.calls import ALL, NewUser, either, error_of, who
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, chunks_of, generate, text_of, wait_until_ready
+from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, text_of, wait_until_ready
 
 
-def test_a_user_with_a_profile_is_answered_by_their_anchors(
-    client: Client, ada: str, fake_engine: FakeEngine, gateway_settings: Settings
-) -> None:
+def test_a_profile_gives_the_recipe(client: Client, ada: str, fake_engine: FakeEngine, gateway: GatewayThread) -> None:
     response = generate(client, ada).raise_for_status()
     answer, merged = response.json(), who(response)
     assert (merged["level"], merged["source"], merged["reason"]) == ("merged", "topic", None)
     recipe = parse_recipe(merged["recipe"])
-    assert recipe.bank == read_manifest(gateway_settings.bank).short
+    assert recipe.bank == gateway.parts.bank.manifest.short
     weights = {anchor["id"]: anchor["weight"] for anchor in merged["anchors"]}
     assert weights == {f"a{term.anchor:02d}": term.weight / 1000 for term in recipe.terms}
     first, second = merged["anchors"]
@@ -39,9 +35,7 @@ def test_a_user_with_a_profile_is_answered_by_their_anchors(
     assert response.headers["Server-Timing"] == ", ".join(f"{name};dur={ms}" for name, ms in timings.items())
 
 
-def test_the_base_model_answers_on_request_and_for_unknown_users(
-    client: Client, ada: str, new_user: NewUser, fake_engine: FakeEngine
-) -> None:
+def test_when_the_base_model_answers(client: Client, ada: str, new_user: NewUser, fake_engine: FakeEngine) -> None:
     assert error_of(generate(client, new_user(), personalize="merged")) == (404, "user_id", "not_found")
     assert fake_engine.seen == []
     base = who(generate(client, new_user()))

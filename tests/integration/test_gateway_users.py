@@ -11,7 +11,6 @@ import pytest
 import redis
 from httpx import Client
 
-from bank.manifest import read_manifest
 from bench.rig.tiny import world
 from server.settings import Settings
 from tests.support.calls import NewUser, put, who
@@ -36,14 +35,12 @@ def dump(gateway: GatewayThread, user_id: str) -> dict[bytes, bytes]:
         return {name: store.dump(name) for name in store.keys(f"mta:{{{gateway.key(user_id)}}}:*")}
 
 
-def test_a_profile_is_answered_with_the_recipe_it_makes(
-    client: Client, new_user: NewUser, gateway_settings: Settings
-) -> None:
+def test_a_profile_is_answered_with_its_recipe(client: Client, new_user: NewUser, gateway: GatewayThread) -> None:
     user_id = new_user()
     answer = put(client, user_id, [{"text": world(3)}])
     assert (answer["user_id"], answer["anchors"][0]["id"]) == (user_id, "a03")
     assert answer["anchors"][0]["similarity"] == pytest.approx(1, abs=0.01)
-    assert answer["recipe"].startswith(f"mta3:{read_manifest(gateway_settings.bank).short}:shared:c+a")
+    assert answer["recipe"].startswith(f"mta3:{gateway.parts.bank.manifest.short}:shared:c+a")
     stored = client.get(f"/users/{user_id}").raise_for_status().json()
     assert (stored["user_id"], stored["items"], stored["source"]) == (user_id, 1, "topic")
     assert stored["bytes"] > 384 * 2

@@ -96,9 +96,7 @@ def test_auto_is_what_helped_at_the_build_and_the_default_of_generate_alone(
     assert [answer["history"] for answer in answers] == list(items)
 
 
-def test_elsewhere_messages_are_passed_on_unchanged(
-    client: Client, user: str, new_user: NewUser, fake_engine: FakeEngine
-) -> None:
+def test_messages_stay_unchanged(client: Client, user: str, new_user: NewUser, fake_engine: FakeEngine) -> None:
     for user_id, messages, personalize in (
         (user, [*SAID, {"role": "assistant", "content": "Well,"}], "auto"),
         (user, [*SAID, {"role": "system", "content": "Go on."}], "auto"),

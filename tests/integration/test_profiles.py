@@ -55,19 +55,14 @@ def inner(embedder_folder: Path) -> Embedder:
 
 
 @pytest.fixture
-def embedder(inner: Embedder) -> CountingEmbedder:
-    return CountingEmbedder(inner)
-
-
-@pytest.fixture
 async def store(valkey: ValkeyProcess) -> AsyncIterator[ProfileStore]:
     async with opened(valkey.url) as store:
         yield store
 
 
 @pytest.fixture
-def writing(store: ProfileStore, embedder: CountingEmbedder) -> Profiles:
-    return profiles(store, embedder)
+def writing(store: ProfileStore, inner: Embedder) -> Profiles:
+    return profiles(store, CountingEmbedder(inner))
 
 
 @pytest.fixture
@@ -75,9 +70,8 @@ def user() -> User:
     return KEYS.user(f"user-{next(_numbers)}")
 
 
-def profiles(store: ProfileStore, embedder: CountingEmbedder, signing: UserQueue | None = None) -> Profiles:
-    executor, limit = ThreadPoolExecutor(1), HistoryLimit(64, 1 << 20)
-    return Profiles(store, embedder, get_task("chat"), executor, limit, signing)
+def profiles(store: ProfileStore, embedder: CountingEmbedder) -> Profiles:
+    return Profiles(store, embedder, get_task("chat"), ThreadPoolExecutor(1), HistoryLimit(64, 1 << 20))
 
 
 def items(*names: str) -> list[Item]:
@@ -90,7 +84,8 @@ async def current(writing: Profiles, user: User) -> Profile:
     return profile
 
 
-async def test_only_new_items_are_embedded(writing: Profiles, embedder: CountingEmbedder, user: User) -> None:
+async def test_only_new_items_are_embedded(writing: Profiles, user: User) -> None:
+    embedder = writing.embedder
     await writing.replace(user, items("waves", "roses", "chess"), "")
     embedder.texts.clear()
     await writing.replace(user, items("waves", "roses", "chess"), "")
@@ -106,10 +101,10 @@ async def test_only_new_items_are_embedded(writing: Profiles, embedder: Counting
 
 
 async def test_a_write_stands_though_the_signing_queue_is_away(
-    store: ProfileStore, embedder: CountingEmbedder, user: User, caplog: pytest.LogCaptureFixture
+    writing: Profiles, user: User, caplog: pytest.LogCaptureFixture
 ) -> None:
     nobody = RedisConnection(f"redis://127.0.0.1:{free_port()}", require_durable=False)  # another server of a cluster
-    writing = profiles(store, embedder, UserQueue(nobody, "sign", "9f2c41d0"))
+    writing.signing = UserQueue(nobody, "sign", "9f2c41d0")
     assert (await writing.replace(user, items("waves"), "")).changed == 1
     assert "a signature could not be requested" in caplog.text
     await nobody.close()
@@ -142,47 +137,43 @@ async def test_concurrent_requests_share_a_new_embedding(store: ProfileStore, in
     assert len(new.texts) == 2
 
 
-async def test_the_rest_of_the_record_survives_changes(store: ProfileStore, writing: Profiles, user: User) -> None:
+async def test_the_rest_of_the_record_survives_changes(writing: Profiles, user: User) -> None:
     note, extra = AdapterNote("a" * 26, "mta3:9f2c41d0:shared:c", 27_000, 1), {200: b"of a later version" * 80}
     await writing.add(user, items("surf"), "")
-    snapshot = await store.read(user.key)
-    assert snapshot.profile is not None
+    snapshot = await writing.store.read(user.key)
     change = Change(replace(snapshot.profile, adapter=note, extra=extra), {}, {}, ())
-    assert await store.commit(user.key, snapshot.version, change)
+    assert await writing.store.commit(user.key, snapshot.version, change)
     await writing.add(user, items("waves"), "")
     await writing.replace(user, items("bread"), "")
     profile = await current(writing, user)
     assert (profile.adapter, profile.extra) == (note, extra)
 
 
-async def test_lost_item_embeddings_are_remade_on_the_next_change(
-    writing: Profiles, embedder: CountingEmbedder, valkey: ValkeyProcess, user: User
-) -> None:
+async def test_lost_item_embeddings_are_remade(writing: Profiles, valkey: ValkeyProcess, user: User) -> None:
     await writing.replace(user, items("waves", "roses"), "")
     async with redis.from_url(valkey.url) as raw:
         assert await raw.delete(f"mta:{{{user.key}}}:vectors") == 1
-    embedder.texts.clear()
+    writing.embedder.texts.clear()
     assert (await writing.replace(user, items("waves", "roses"), "")).changed == 0
-    assert embedder.texts == []
+    assert writing.embedder.texts == []
     after = await writing.add(user, items("chess"), "")
-    assert (len(embedder.texts), after.profile.items) == (3, 3)
+    assert (len(writing.embedder.texts), after.profile.items) == (3, 3)
 
 
-async def test_a_writer_that_loses_a_race_does_not_embed_again(
-    store: ProfileStore, writing: Profiles, embedder: CountingEmbedder, user: User
-) -> None:
+async def test_a_writer_that_loses_a_race_does_not_embed_again(writing: Profiles, user: User) -> None:
+    embedder = writing.embedder
     embedder.gate.clear()
     slow = asyncio.create_task(writing.add(user, items("waves"), ""))
     await asyncio.sleep(0.05)
-    await profiles(store, CountingEmbedder(embedder.inner)).add(user, items("roses"), "")
+    await profiles(writing.store, CountingEmbedder(embedder.inner)).add(user, items("roses"), "")
     embedder.gate.set()
     assert (await slow).profile.items == 2
     assert embedder.texts == ["a text about waves"]
 
 
-async def test_a_long_history_is_embedded_in_batches(writing: Profiles, embedder: CountingEmbedder, user: User) -> None:
+async def test_a_long_history_is_embedded_in_batches(writing: Profiles, user: User) -> None:
     await writing.replace(user, items(*(f"n{number}" for number in range(3 * EMBED_BATCH))), "")
-    assert (embedder.largest_batch <= EMBED_BATCH, len(embedder.texts)) == (True, 3 * EMBED_BATCH)
+    assert (writing.embedder.largest_batch, len(writing.embedder.texts)) == (EMBED_BATCH, 3 * EMBED_BATCH)
 
 
 async def test_gateways_of_two_embedders_keep_each_others_embeddings(

@@ -55,9 +55,7 @@ def strict(small: GatewayThread, fake_engine: FakeEngine) -> Iterator[Client]:
         (("system", "user", "assistant", "assistant", "user"), "after assistant comes another role"),
     ],
 )
-def test_what_the_template_refuses_is_named_and_makes_no_job(
-    strict: Client, new_user: NewUser, roles: tuple[str, ...], reason: str
-) -> None:
+def test_template_refusals_make_no_job(strict: Client, new_user: NewUser, roles: tuple[str, ...], reason: str) -> None:
     user_id, good = new_user(), [{"input": "q", "output": "a"}, conversation("system", "user")]
     response = adapt(strict, user_id, samples=[*good, conversation(*roles)])
     assert error_of(response) == (400, "samples.2.input", "refused_by_template")
@@ -74,9 +72,7 @@ def test_each_sequence_of_roles_is_checked_once(strict: Client, new_user: NewUse
     assert fake_engine.tokenized[0] == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a"}]
 
 
-def test_without_an_answer_the_job_is_taken_and_checked_again_the_next_time(
-    strict: Client, new_user: NewUser, fake_engine: FakeEngine
-) -> None:
+def test_unchecked_samples_are_taken_once(strict: Client, new_user: NewUser, fake_engine: FakeEngine) -> None:
     for counts, status in ((False, 202), (True, 400)):
         fake_engine.knobs.counts = counts
         assert adapt(strict, new_user(), samples=[conversation("user", "user")]).status_code == status
@@ -98,9 +94,7 @@ def test_too_many_steps_are_refused_with_how_many_fit(strict: Client, new_user: 
     assert error_of(response) == (400, "samples", "job_too_large")
 
 
-def test_tokens_are_counted_where_bytes_are_too_many(
-    strict: Client, new_user: NewUser, fake_engine: FakeEngine
-) -> None:
+def test_tokens_are_counted_if_needed(strict: Client, new_user: NewUser, fake_engine: FakeEngine) -> None:
     given = [{"input": "?", "output": "😀" * 30}] * 10  # four bytes, one token here
     with_steps(strict, new_user(), 16, given).raise_for_status()
     assert len(fake_engine.tokenized) == 11

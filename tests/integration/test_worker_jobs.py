@@ -75,13 +75,9 @@ class Shaky(JobStore):
 
 
 @pytest.fixture
-def jobs(desk: Desk) -> Shaky:
-    return Shaky(desk.connection)
-
-
-@pytest.fixture
-def worker(desk: Desk, jobs: Shaky, trainer: AdapterTrainer, tiny_bank_folder: Path) -> JobLoop:
-    return JobLoop(jobs, desk.profiles, ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id), trainer)
+def worker(desk: Desk, trainer: AdapterTrainer, tiny_bank_folder: Path) -> JobLoop:
+    bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
+    return JobLoop(Shaky(desk.connection), desk.profiles, bank, trainer)
 
 
 @pytest.fixture
@@ -92,9 +88,9 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def slow(short_lease: None, worker: JobLoop, jobs: Shaky) -> JobLoop:
+def slow(short_lease: None, worker: JobLoop) -> JobLoop:
     """A worker whose store goes away at the first step, and whose training outlasts its lease."""
-    leave = partial(setattr, jobs, "away", True)
+    leave = partial(setattr, worker.jobs, "away", True)
     worker.trainer = Interrupted(worker.trainer, leave, lambda step: time.sleep(0.1))
     return worker
 
@@ -116,10 +112,10 @@ async def test_a_store_that_restarts_within_the_lease_costs_no_training(
     assert (job.state, job.tries, steps.count(1)) == (JobState.SUCCEEDED, 1, 1)
 
 
-async def test_a_lease_that_expires_while_the_store_is_away_costs_no_try(
-    desk: Desk, slow: JobLoop, jobs: Shaky, trainer: AdapterTrainer
+async def test_a_lease_that_expires_without_the_store_costs_no_try(
+    desk: Desk, slow: JobLoop, trainer: AdapterTrainer
 ) -> None:
-    job_id = await desk.submit()
+    job_id, jobs = await desk.submit(), slow.jobs
     working = asyncio.create_task(slow.work_once(1))
     while jobs.failures < 15:
         await asyncio.sleep(0.05)
@@ -134,8 +130,8 @@ async def test_a_lease_that_expires_while_the_store_is_away_costs_no_try(
     assert (job.state, job.tries) == (JobState.SUCCEEDED, 1)
 
 
-async def test_a_try_counts_if_another_worker_has_the_job_by_then(desk: Desk, slow: JobLoop, jobs: Shaky) -> None:
-    job_id = await desk.submit()
+async def test_a_try_counts_if_another_worker_has_the_job_by_then(desk: Desk, slow: JobLoop) -> None:
+    job_id, jobs = await desk.submit(), slow.jobs
     working = asyncio.create_task(slow.work_once(1))
     while jobs.failures == 0 or (lease := await desk.jobs.claim(job_id, 60)) is None:
         await asyncio.sleep(0.05)
@@ -151,10 +147,11 @@ async def test_a_try_counts_if_another_worker_has_the_job_by_then(desk: Desk, sl
     [*((call, False) for call in ("claim", "samples", "renew", "promote", "end")), ("claim", True), ("renew", True)],
 )
 async def test_a_lost_answer_changes_nothing(
-    desk: Desk, worker: JobLoop, jobs: Shaky, monkeypatch: pytest.MonkeyPatch, *, call: str, silent: bool
+    desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, call: str, silent: bool
 ) -> None:
     monkeypatch.setattr("server.worker.lease.RENEW_S", 0.05)
     monkeypatch.setattr("server.worker.lease.STORE_TIMEOUT_S", 0.5 if silent else 4.0)
+    jobs = worker.jobs
     jobs.lost, jobs.silent = {call}, silent
     job_id = await desk.submit(SAMPLES if call != "end" else [b"{"])
     assert await worker.work_once(1)
@@ -220,9 +217,9 @@ async def check_fails(desk: Desk, worker: JobLoop, job_id: JobId, *reasons: str)
     ],
 )
 async def test_a_sample_that_cannot_be_encoded_fails_its_job_and_is_named(
-    desk: Desk, worker: JobLoop, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch, *, raw: bytes, reason: str
+    desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, raw: bytes, reason: str
 ) -> None:
-    monkeypatch.setattr(trainer.tokenizer, "chat_template", ALTERNATING)
+    monkeypatch.setattr(worker.trainer.tokenizer, "chat_template", ALTERNATING)
     await check_fails(desk, worker, await desk.submit([*SAMPLES, raw]), "samples.8", reason)
 
 
@@ -240,11 +237,10 @@ async def test_a_wrong_configuration_fails_its_job(desk: Desk, worker: JobLoop, 
 
 @pytest.mark.parametrize(("text", "ids", "reason"), [("<|user|>odd", [10_000], "id 10000"), ("odd", [], "no token")])
 async def test_a_tokenizer_that_does_not_fit_the_model_fails_the_job(
-    desk: Desk, worker: JobLoop, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch, *, text: str,
-    ids: list[int], reason: str,
-) -> None:  # fmt: skip
-    encode = trainer.tokenizer.encode
-    monkeypatch.setattr(trainer.tokenizer, "encode", lambda t, **how: ids if t.startswith(text) else encode(t, **how))
+    desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, *, text: str, ids: list[int], reason: str
+) -> None:
+    tokenizer, encode = worker.trainer.tokenizer, worker.trainer.tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda t, **how: ids if t.startswith(text) else encode(t, **how))
     await check_fails(desk, worker, await desk.submit([*SAMPLES, sample(turn("odd"), "odd")]), "samples.8", reason)
 
 
@@ -265,9 +261,9 @@ async def test_a_damaged_record_fails_its_job_and_the_next_is_trained(desk: Desk
     ],
 )
 async def test_a_fault_of_the_process_ends_it_and_gives_the_job_back_once_memory_is_freed(
-    desk: Desk, worker: JobLoop, jobs: Shaky, monkeypatch: pytest.MonkeyPatch, *, where: str, trouble: Exception
+    desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, where: str, trouble: Exception
 ) -> None:
-    made, release = list[weakref.ref[torch.Tensor]](), jobs.release
+    made, release = list[weakref.ref[torch.Tensor]](), worker.jobs.release
 
     def broken(*_: object, **__: object) -> None:
         tensor = torch.zeros(1)
@@ -279,7 +275,7 @@ async def test_a_fault_of_the_process_ends_it_and_gives_the_job_back_once_memory
         return await release(*args, **options)
 
     monkeypatch.setattr(f"server.worker.training.{where}", broken)
-    monkeypatch.setattr(jobs, "release", released)
+    monkeypatch.setattr(worker.jobs, "release", released)
     job_id = await desk.submit()
     with pytest.raises(type(trouble)):
         await worker.work_once(0.1)

@@ -16,7 +16,7 @@ from server.gateway.access.queue import EngineLease
 from server.gateway.engines.chat import EngineRequest, EngineStream, Piece
 from server.gateway.generation.request import prompts_of
 
-_MAX_BUFFERED = 64  # maximum number of pieces read before the client takes them
+_MAX_BUFFERED = 64  # pieces read before the client takes them
 _GREEDY = 1e-5  # vLLM decodes greedily below this temperature
 
 

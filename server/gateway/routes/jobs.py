@@ -163,7 +163,6 @@ class JobAnswer(BaseModel, frozen=True):
 
 
 def iso(unix_ms: int) -> str:
-    """Format a time as ISO 8601 in UTC, to the millisecond."""
     return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
@@ -174,7 +173,7 @@ router = APIRouter(
 )
 JobIdInPath = Annotated[str, Path(description="Id returned by `POST /users/{user_id}/adapt`.", max_length=64)]
 
-_EXAMPLE = JobAnswer(
+EXAMPLE = JobAnswer(
     id="q5kxv7d2m4zr3yh6wncb2tpaei.1871290335",
     state=JobState.RUNNING,
     config={"rank": 2, "steps": 16, "learning_rate": 0.001, "holdout": 0.2, "strength": 0.5},
@@ -193,7 +192,7 @@ _EXAMPLE = JobAnswer(
     adapter=None,
     error=None,
 )
-_EVENTS = {"text/event-stream": {"example": event(_EXAMPLE, "job").decode()}}
+_EVENTS = {"text/event-stream": {"example": event(EXAMPLE, "job").decode()}}
 
 
 @router.post("/users/{user_id}/adapt", status_code=202)
@@ -247,8 +246,6 @@ async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
 
 
 class _JobEvents(Response):
-    """Polls and sends a job until the job ends or the client disconnects."""
-
     def __init__(self, adapting: Adapting, users: UserKeys, job: Job) -> None:
         super().__init__()
         self._adapting = adapting

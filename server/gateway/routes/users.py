@@ -70,8 +70,6 @@ class AdapterAnswer(BaseModel, frozen=True):
 
 
 class UserAnswer(BaseModel, frozen=True):
-    """A user's stored data and the anchors of their recipe."""
-
     user_id: str
     items: int
     bytes: int = Field(description="Memory used by the profile and its items in the store.")
@@ -198,7 +196,6 @@ async def _change(
 
 
 def _exported_job(job: Job) -> dict[str, Any]:
-    """Return a job with the idempotency key and trace of its request."""
     request = {"idempotency_key": job.idempotency_key or None, "traceparent": job.traceparent or None}
     return JobAnswer.of(job).model_dump(mode="json") | request
 

@@ -37,8 +37,6 @@ StoredItems = Mapping[str, StoredItem]  # by id, oldest first
 
 @dataclass(frozen=True, slots=True)
 class HistoryLimit:
-    """Limits on a history, which keeps the newest items."""
-
     items: int
     size_bytes: int  # total size of all fields as JSON
 

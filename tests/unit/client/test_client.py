@@ -17,20 +17,7 @@ from mta_client import Client, MtaError
 from server.gateway.routes import answering, generate, jobs, users
 
 ALONE = "\ud800"  # a lone surrogate, which cannot be encoded
-JOB = {
-    "id": "key.1",
-    "state": "running",
-    "config": {"rank": 2},
-    "progress": {"step": 1, "steps": 4, "phase": "fold 1 of 2", "loss": [[1, 2.5]], "held_out": []},
-    "held_out": {"before": None, "after": None},
-    "created_at": "2026-11-27T08:04:41.208+00:00",
-    "started_at": "2026-11-27T08:04:42.000+00:00",
-    "ended_at": None,
-    "tries": 1,
-    "adapter": None,
-    "error": None,
-    "of a later version": True,
-}
+JOB = jobs.EXAMPLE.model_dump(mode="json") | {"of a later version": True}
 PIECE = {"choices": [{"index": 0, "delta": {"content": "a\u2028b\x85c"}, "finish_reason": None}]}
 
 

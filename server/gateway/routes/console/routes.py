@@ -60,8 +60,6 @@ class MapAnswer(BaseModel, frozen=True):
 
 
 class BankAnswer(BaseModel, frozen=True):
-    """The bank that is served."""
-
     bank: str = Field(description="The bank's 8 hex digits, as in recipe names.")
     model: str
     embedder: str
