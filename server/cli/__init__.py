@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -10,20 +11,26 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from adapters.errors import MtaError
 from bank.models.process_startup import run_and_exit
-from server.cli import bench, keys, models, settings
+from server.cli import bench, keys
 from server.cli.bank import commands as bank
 from server.cli.eval import commands as eval
 from server.cli.run import gateway, processes, up
 from server.cli.users import chat
 from server.cli.users import commands as users
+from server.settings import Settings, load_settings
 
 app = typer.Typer(name="mta", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 # Exceptions that signal handlers raise; `bench.exit_on_sigterm` raises SystemExit.
 _SIGNALS: dict[type[BaseException], signal.Signals] = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
 _RESEND_DELAY_S = 0.05
+_WIDTH_IN_FILES = 200
+_URL_PASSWORD = re.compile(r"(://[^:/@]*:)[^/]+(?=@)")  # up to the URL's last @
 
 
 def _show_version(wanted: bool) -> None:
@@ -46,7 +53,7 @@ app.command("up")(up.up)
 app.add_typer(bank.app, name="bank")
 app.command("eval")(eval.evaluate)
 app.add_typer(bench.app, name="bench")
-app.command("models")(models.models)
+app.command("models")(processes.models)
 app.command("gateway")(gateway.gateway)
 app.command("engine")(processes.engine)
 app.command("router")(processes.router)
@@ -55,11 +62,23 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(users.app, name="users")
 app.command("chat")(chat.chat)
 app.command("readapt")(users.readapt)
-app.command("settings")(settings.settings)
+
+
+@app.command()
+def settings() -> None:
+    """Show every setting: its environment variable, its current value and its purpose. Secrets are hidden."""
+    current = load_settings()
+    table = Table("variable", "value", "what it is", pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
+    for name, field in Settings.model_fields.items():
+        value = getattr(current, name)
+        shown = "" if value is None else _URL_PASSWORD.sub(r"\1***", str(value))  # secrets print as asterisks
+        table.add_row(f"MTA_{name.upper()}", Text(shown), Text(field.description or ""))
+    Console(width=None if sys.stdout.isatty() else _WIDTH_IN_FILES).print(table)
 
 
 def main() -> None:
-    """Entry point of the console script."""
     sys.unraisablehook = _resend_signal
     run_and_exit(run)
 

@@ -35,7 +35,6 @@ _FLEET_COMMANDS = ("chaos", "replicas", "simulate", "rolling")
 
 
 def _register(module: str, about: str) -> None:
-    """Register a benchmark's `main` as a command."""
     name = _NAMES.get(module) or module.removesuffix(".__main__").rpartition(".")[2]
     group = fleet if name in _FLEET_COMMANDS else app
     pass_through = {"allow_extra_args": True, "ignore_unknown_options": True}

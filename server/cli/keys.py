@@ -8,45 +8,42 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from adapters.errors import MtaError, excerpt
+from server.cli.shared import setting
+from server.settings import Settings, load_settings
 from server.store.tenants.access_keys import CREATE, AccessKey, Scope, access_key, checked_secret, new_secret
 from server.store.tenants.rates import Allowance
 
 if TYPE_CHECKING:
-    from server.settings import Settings
     from server.store.tenants.access_keys import AccessKeys
 
 T = TypeVar("T")
 
 app = typer.Typer(help="Keys for a gateway's HTTP API; each belongs to a tenant.", no_args_is_help=True)
 
-Data = Annotated[Path | None, typer.Option(help="Data folder of `mta up`.", show_default="MTA_DATA_DIR")]
-
-
-def _limit_option(what: str, setting: str) -> Any:
-    return typer.Option(help=f"{what}; 0 for no limit.", min=0, show_default=f"MTA_{setting}")
+Data = Annotated[Path | None, setting("data_dir", about="Data folder of `mta up`.")]
 
 
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(help="Name of the key, for example the app that uses it.")],
-    tenant: Annotated[str | None, typer.Option(help="Tenant of the key's users.", show_default="MTA_TENANT")] = None,
+    tenant: Annotated[str | None, setting("tenant", about="Tenant of the key's users.")] = None,
     scope: Annotated[
         list[Scope] | None,
         typer.Option(help="Allowed operations; may be repeated.", show_default="generate, write, adapt; --first: all"),
     ] = None,
-    requests: Annotated[int | None, _limit_option("Requests a minute", "KEY_REQUESTS")] = None,
-    tokens: Annotated[int | None, _limit_option("Tokens a minute", "KEY_TOKENS")] = None,
-    concurrent: Annotated[int | None, _limit_option("Requests at once", "KEY_CONCURRENT")] = None,
-    jobs: Annotated[int | None, _limit_option("Adapt jobs a day", "KEY_JOBS")] = None,
+    requests: Annotated[int | None, setting("key_requests", min=0)] = None,
+    tokens: Annotated[int | None, setting("key_tokens", min=0)] = None,
+    concurrent: Annotated[int | None, setting("key_concurrent", min=0)] = None,
+    jobs: Annotated[int | None, setting("key_jobs", min=0)] = None,
     first: Annotated[bool, typer.Option("--first", help="Create the key only if the store never had one.")] = False,
-    given: Annotated[
-        bool, typer.Option("--given", help="Store the key in MTA_FIRST_KEY, if any, and do not print it.")
-    ] = False,
+    given: Annotated[bool, typer.Option("--given", help="Store the key in MTA_FIRST_KEY, if any; print none.")] = False,
     data: Data = None,
 ) -> None:
     """Create a key and print it once; only its SHA-256 is stored.
@@ -67,34 +64,29 @@ def create(
         Allowance(requests, tokens, jobs, concurrent),
     )
     if not _with_keys(settings, lambda keys: keys.add(key, only_first=first)):
-        typer.echo(f"the store has had a key before, so none was created: `{CREATE} NAME` creates another", err=True)
-        return
-    if given:
-        typer.echo(f"the key in MTA_FIRST_KEY is stored as {key.id} ({name}, tenant {key.tenant})", err=True)
-        return
-    typer.echo(secret)
-    typer.echo(
-        f"key {key.id} ({name}, tenant {key.tenant}: {', '.join(sorted(key.scopes))}) is valid within 5 s. It is "
-        "shown only once. Send it as `Authorization: Bearer KEY`; `mta` commands take it from MTA_API_KEY",
-        err=True,
-    )
+        said = f"the store has had a key before, so none was created: `{CREATE} NAME` creates another"
+    elif given:
+        said = f"the key in MTA_FIRST_KEY is stored as {key.id} ({name}, tenant {key.tenant})"
+    else:
+        typer.echo(secret)
+        said = (
+            f"key {key.id} ({name}, tenant {key.tenant}: {', '.join(sorted(key.scopes))}) is valid within 5 s. It is "
+            "shown only once. Send it as `Authorization: Bearer KEY`; `mta` commands take it from MTA_API_KEY"
+        )
+    typer.echo(said, err=True)
 
 
 @app.command("list")
 def list_(data: Data = None) -> None:
     """List all keys, including revoked ones, without their secrets."""
-    from rich.console import Console
-    from rich.table import Table
-
     columns = ("id", "ends in", "name", "tenant", "bank", "scopes", "limits", "made", "revoked")
     table = Table(*columns, pad_edge=False)
     ring = _with_keys(_settings(data), lambda keys: keys.all())
     for key in ring.keys:
-        revoked = _date(key.revoked_ms) if key.revoked_ms is not None else ""
         scopes, bank = ", ".join(sorted(key.scopes)), ring.banks.get(key.tenant, "")
         limits = ", ".join(f"{what} {most or 'any'}" for what, most in key.allowance.overrides.items())
-        made = _date(key.created_ms)
-        table.add_row(key.id, key.last, key.name, key.tenant, bank, scopes, limits, made, revoked)
+        dates = _date(key.created_ms), _date(key.revoked_ms)
+        table.add_row(key.id, key.last, key.name, key.tenant, bank, scopes, limits, *dates)
     Console(markup=False).print(table)
 
 
@@ -141,7 +133,6 @@ def bank(
 
 def _settings(data: Path | None) -> Settings:
     """Load the settings; without another store, use the one of a running `mta up`."""
-    from server.settings import load_settings
     from server.supervisor.services import valkey_url
 
     settings = load_settings(data_dir=data)
@@ -149,14 +140,12 @@ def _settings(data: Path | None) -> Settings:
         return settings
     url = valkey_url(settings.data_dir.expanduser())
     if url is None:
-        raise MtaError(
-            f"no `mta up` runs in {settings.data_dir}: set its folder with --data, or the store with MTA_REDIS_URL"
-        )
+        remedy = "set its folder with --data, or the store with MTA_REDIS_URL"
+        raise MtaError(f"no `mta up` runs in {settings.data_dir}: {remedy}")
     return settings.model_copy(update={"redis_url": url})
 
 
 def _with_keys(settings: Settings, command: Callable[[AccessKeys], Awaitable[T]]) -> T:
-    """Run a command on the store's keys."""
     from server.errors import Unavailable
     from server.store.opening import open_stores
 
@@ -170,5 +159,5 @@ def _with_keys(settings: Settings, command: Callable[[AccessKeys], Awaitable[T]]
         raise MtaError(f"{error.explained}. Check that `mta up` is running or that MTA_REDIS_URL is correct") from error
 
 
-def _date(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+def _date(ms: int | None) -> str:
+    return "" if ms is None else datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")

@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-Bank = Annotated[Path | None, typer.Option(help="Folder of the bank.", show_default="MTA_BANK")]
-Model = Annotated[str | None, typer.Option(help="Base model: folder, hub id or `default`.", show_default="MTA_MODEL")]
-Embedder = Annotated[Path | None, typer.Option(help="Folder of the embedder.", show_default="MTA_EMBEDDER")]
-RedisUrl = Annotated[str | None, typer.Option(help="URL of Redis or Valkey.", show_default="MTA_REDIS_URL")]
+from server.settings import Settings
+
+
+def setting(name: str, *flags: str, about: str | None = None, **more: Any) -> Any:
+    """Return the option of a setting; if it is not given, the setting's variable or default applies."""
+    about = about or Settings.model_fields[name].description
+    return typer.Option(*flags, help=about, show_default=f"MTA_{name.upper()}", **more)
+
+
+Bank = Annotated[Path | None, setting("bank")]
+Model = Annotated[str | None, setting("model")]
+Embedder = Annotated[Path | None, setting("embedder")]
+RedisUrl = Annotated[str | None, setting("redis_url", about="URL of Redis or Valkey.")]
 
 
 def prepare_to_train(threads: int | None = None, *, gpu: bool = True) -> None:

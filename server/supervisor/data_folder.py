@@ -12,9 +12,7 @@ from pathlib import Path
 
 from adapters.errors import MtaError
 
-MAX_LOG_BYTES = 64 << 20
-"""Size at which the log of a running part is rotated."""
-
+MAX_LOG_BYTES = 64 << 20  # size at which the log of a running part is rotated
 _HANDOVER_S = 5.0  # longest wait for the parts of a killed `mta up` to exit
 _SECRET_BYTES = 32
 
@@ -25,8 +23,6 @@ class StartError(MtaError):
 
 @dataclass(frozen=True, slots=True)
 class DataFolder:
-    """A data folder that this process holds until `close`."""
-
     path: Path
     lock: int  # guards inherit it: if `mta up` is killed, the folder stays locked until its last part has exited
     secret: str  # keys the hash of user ids; generated once, never changed
@@ -44,7 +40,7 @@ class DataFolder:
             raise StartError(f"cannot use the data folder {path}: {error}. Choose another with --data DIR") from error
 
     def log(self, part: str) -> Path:
-        """Return the path of a part's current log; the previous run's log is `<part>.log.1` in the same folder."""
+        """Return the path of a part's current log; the previous run's log is `<part>.log.1` beside it."""
         return self.path / "logs" / f"{part}.log"
 
     def start_log(self, part: str) -> int:
@@ -58,28 +54,23 @@ class DataFolder:
             return os.open(os.devnull, os.O_WRONLY)
 
     def rotate_large_log(self, part: str) -> None:
-        """Copy a running part's log to `<part>.log.1` and truncate it if it is larger than MAX_LOG_BYTES.
-
-        The part keeps the file open, so it cannot be renamed. Lines written between copy and truncation are lost.
-        """
+        """Copy a large log and truncate it, since its part keeps it open; lines written in between are lost."""
         log = self.log(part)
         if log.stat().st_size > MAX_LOG_BYTES:
             shutil.copy(log, log.with_suffix(".log.1"))
             os.truncate(log, 0)
 
     def close(self) -> None:
-        """Unlock the folder."""
         os.close(self.lock)
 
 
 def _lock(path: Path) -> int:
-    """Lock the file for this process and write our pid to it, for the error message of another `mta up`."""
+    """Lock the file for this process; our pid in it is for the error message of another `mta up`."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline_s = time.monotonic() + _HANDOVER_S
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
         except BlockingIOError:
             holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
             if Path(f"/proc/{holder}").exists() or time.monotonic() > deadline_s:
@@ -89,9 +80,10 @@ def _lock(path: Path) -> int:
                     "stop that one, or give this one its own with --data DIR and --port N"
                 ) from None
             time.sleep(0.1)  # the holder was killed, and its parts are still exiting
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-    return handle
+        else:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            return handle
 
 
 def _secret(path: Path) -> str:

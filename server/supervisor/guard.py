@@ -26,7 +26,6 @@ STDIN = 0
 
 
 def main() -> int:
-    """Run the command from argv and return its exit status."""
     grace_s, niceness, command = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:

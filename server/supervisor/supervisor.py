@@ -10,23 +10,30 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
 from server.supervisor.data_folder import DataFolder, StartError
 from server.supervisor.services import Part
-from server.supervisor.status import Report, State
 
-GRACE_S = 2.0
-"""Seconds from the end of `mta up`, whatever its cause, to SIGKILL for remaining processes."""
+GRACE_S = 2.0  # from the end of `mta up`, whatever its cause, to SIGKILL for remaining processes
 POLL_S = 0.1
 LOG_CHECK_INTERVAL_S = 60.0
-FIRST_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.5, 30.0
-"""Seconds until a part is restarted; the delay doubles with each death in a row, up to the maximum."""
-STABLE_AFTER_S = 60.0
-"""Uptime in seconds after which the count of deaths in a row starts anew."""
-MAX_DEATHS = 10
-"""Number of deaths in a row after which a part is not restarted."""
-_TAIL_BYTES = 16 << 10
-_TAIL_LINES = 20
+FIRST_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.5, 30.0  # the delay doubles with each death in a row
+STABLE_AFTER_S = 60.0  # uptime after which the count of deaths in a row starts anew
+MAX_DEATHS = 10  # number of deaths in a row after which a part is not restarted
+_TAIL_BYTES, _TAIL_LINES = 16 << 10, 20
+
+
+State = Literal["waiting", "starting", "ready", "down", "given up", "stopping", "stopped"]
+Report = Callable[[str, State, str], None]
+"""Called with the name of a part, its new state, and a detail to display."""
+_STYLES = {"ready": "green", "down": "bold red", "given up": "bold red"}
 
 
 class Supervisor:
@@ -46,31 +53,26 @@ class Supervisor:
         every optional part is ready or has failed. Raises StartError, with the end of the log, if a required part fails
         its first start or has died too often.
         """
-        life = asyncio.create_task(self._run_parts(started))
         try:
-            await _first_of(life, stop.wait())
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._run_part(part)) for part in self._parts]
+                tasks.append(group.create_task(self._announce(started)))
+                await stop.wait()
+                for task in tasks:
+                    task.cancel()
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         finally:
-            life.cancel()
-            await asyncio.wait((life,))
             for part in reversed(self._parts):
                 if (process := self._runs.get(part.name)) and process.running:
-                    self._report(part.name, State.STOPPING, "")
+                    self._report(part.name, "stopping", "")
                     await process.stop(part.stop_timeout_s, hurry)
-                    self._report(part.name, State.STOPPED, "")
-        if not life.cancelled():
-            life.result()
+                    self._report(part.name, "stopped", "")
 
-    async def _run_parts(self, started: Callable[[], None]) -> None:
-        """Start every part and keep all of them running until cancelled."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for part in self._parts:
-                    tasks.create_task(self._run_part(part))
-                for tried in self._tried.values():
-                    await tried.wait()
-                started()
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
+    async def _announce(self, started: Callable[[], None]) -> None:
+        for tried in self._tried.values():
+            await tried.wait()
+        started()
 
     async def _run_part(self, part: Part) -> None:
         """Start a part once its dependencies have started, and restart it when it ends, until it has died too often."""
@@ -81,35 +83,33 @@ class Supervisor:
             await asyncio.sleep(POLL_S)
         tried, deaths = self._tried[part.name], 0
         while True:
-            failure = await self._start(part)
-            process = self._runs[part.name]
-            if failure:
-                tail, deaths = self._tail(part), deaths + 1
-            else:
+            self._report(part.name, "starting", part.address)
+            process = self._runs[part.name] = await GuardedProcess.start(part, self._data)
+            failure = await self._await_ready(part, process)
+            if ready := not failure:
                 tried.set()
-                failure, tail = await self._await_end(part, process), ""
-                deaths = 1 if process.uptime_s >= STABLE_AFTER_S else deaths + 1
-            if deaths >= MAX_DEATHS:
-                failure, tail = f"{failure}, {deaths} times in a row now", self._tail(part)
-            if not part.optional and (deaths >= MAX_DEATHS or not tried.is_set()):
+                failure = await self._await_end(part, process)
+            deaths = 1 if ready and process.uptime_s >= STABLE_AFTER_S else deaths + 1
+            if last := deaths >= MAX_DEATHS:
+                failure += f", {deaths} times in a row now"
+            tail = "" if ready and not last else self._tail(part)
+            if not part.optional and (last or not tried.is_set()):
                 raise StartError(f"{part.name} {failure}{tail}")
             tried.set()
-            if deaths >= MAX_DEATHS:
-                self._report(part.name, State.GIVEN_UP, f"{failure}; the others go on without it{tail}")
+            if last:
+                self._report(part.name, "given up", f"{failure}; the others go on without it{tail}")
                 return
             delay_s = min(MAX_RESTART_DELAY_S, FIRST_RESTART_DELAY_S * 2 ** (deaths - 1))
-            self._report(part.name, State.DOWN, f"{failure}; starting it again in {delay_s:g} s{tail}")
+            self._report(part.name, "down", f"{failure}; starting it again in {delay_s:g} s{tail}")
             await asyncio.sleep(delay_s)
 
-    async def _start(self, part: Part) -> str:
-        """Start a part and wait until it is ready; on failure kill it and return the reason, otherwise return ""."""
-        self._report(part.name, State.STARTING, part.address)
-        process = self._runs[part.name] = await GuardedProcess.start(part, self._data)
+    async def _await_ready(self, part: Part, process: GuardedProcess) -> str:
+        """Wait until a part is ready; on failure kill it and return the reason, otherwise return ""."""
         with suppress(TimeoutError):
             async with asyncio.timeout(part.start_timeout_s):
                 while process.running:
                     if await part.ready():
-                        self._report(part.name, State.READY, f"{part.address} after {process.uptime_s:.1f} s")
+                        self._report(part.name, "ready", f"{part.address} after {process.uptime_s:.1f} s")
                         return ""
                     await _first_of(process.wait(), timeout_s=POLL_S)
         if not process.running:
@@ -142,7 +142,6 @@ class GuardedProcess:
 
     @classmethod
     async def start(cls, part: Part, data: DataFolder) -> GuardedProcess:
-        """Start a part under its own guard, with a new log for its output; the guard inherits the folder's lock."""
         log = data.start_log(part.name)
         try:
             process = await asyncio.create_subprocess_exec(
@@ -164,7 +163,6 @@ class GuardedProcess:
 
     @property
     def running(self) -> bool:
-        """Whether the guard is still running."""
         return self._process.returncode is None
 
     async def wait(self) -> int:
@@ -188,11 +186,10 @@ class GuardedProcess:
         """End the part and its descendants within the guard's grace period."""
         assert self._process.stdin
         self._process.stdin.close()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.wait(), 2 * GRACE_S)
+        await _first_of(self.wait(), timeout_s=2 * GRACE_S)
         if self.running:  # the guard does not answer
             self._process.kill()
-            await self.wait()
+        await self.wait()
 
 
 def guarded(command: Sequence[str], grace_s: float, niceness: int = 0) -> list[str]:
@@ -208,3 +205,41 @@ async def _first_of(*awaited: Awaitable[object], timeout_s: float | None = None)
     finally:
         for one in waiting:
             one.cancel()
+
+
+class PipeSafeConsole(Console):
+    """A console that drops output after a broken pipe: `mta up | head` must not end the server."""
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
+class Status:
+    """Print a line for each change of a part; on a terminal, update a table in place until `close`."""
+
+    def __init__(self, console: Console, parts: Sequence[str]) -> None:
+        self._console = console
+        self._states: dict[str, tuple[State, str, float]] = {part: ("waiting", "", time.monotonic()) for part in parts}
+        self._live = Live(console=console, get_renderable=self._table, refresh_per_second=8)
+        if console.is_terminal:
+            self._live.start()
+
+    def __call__(self, part: str, state: State, detail: str) -> None:
+        if self._live.is_started:
+            self._states[part] = (state, detail, time.monotonic())
+            self._live.refresh()
+        else:
+            line = Text(f"  {part:<9}").append(f"{state:<9}", _STYLES.get(state, "")).append(f" {detail}")
+            self._console.print(line, soft_wrap=True)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for part, (state, detail, since_s) in self._states.items():
+            busy = state in ("starting", "stopping")
+            shown = Spinner("dots", f"{state} {time.monotonic() - since_s:.0f} s") if busy else Text(state)
+            table.add_row(f"  {part}", shown, detail, style=_STYLES.get(state, ""))
+        return table

@@ -14,12 +14,9 @@ if TYPE_CHECKING:
 
 LogFormat = Literal["text", "json"]
 
-VLLM_CONFIG = Path(__file__).with_name("vllm_logging.json")
-"""Value of `VLLM_LOGGING_CONFIG_PATH` that makes an engine log with `JsonFormatter`."""
-
+VLLM_CONFIG = Path(__file__).with_name("vllm_logging.json")  # makes an engine log with `JsonFormatter`
 request_id: ContextVar[str] = ContextVar("mta_request_id", default="")
-traceparent: ContextVar[str] = ContextVar("mta_traceparent", default="")
-"""W3C `traceparent` header of the current trace; empty if the request is not traced."""
+traceparent: ContextVar[str] = ContextVar("mta_traceparent", default="")  # W3C's header; empty if not traced
 
 
 def trace_id() -> str:
@@ -35,6 +32,11 @@ def log_to_stderr(log_format: LogFormat) -> None:
     logging.getLogger("mta").setLevel(logging.INFO)
 
 
+def _ids() -> dict[str, str]:
+    ids = {"request": request_id.get(), "trace": trace_id()}
+    return {name: value for name, value in ids.items() if value}
+
+
 class TextFormatter(logging.Formatter):
     """Formats time, level, logger and message, then the ids that the message does not contain."""
 
@@ -43,8 +45,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
-        ids = {"request": request_id.get(), "trace": trace_id()}
-        record.ids = "".join(f" {name}={value}" for name, value in ids.items() if value and value not in message)
+        record.ids = "".join(f" {name}={value}" for name, value in _ids().items() if value not in message)
         return super().format(record)
 
 
@@ -60,9 +61,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        ids = {"request": request_id.get(), "trace": trace_id()}
-        line |= {name: value for name, value in ids.items() if value}
-        line |= getattr(record, "fields", {})
+        line |= _ids() | getattr(record, "fields", {})
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)

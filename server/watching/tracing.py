@@ -1,18 +1,17 @@
-"""The tracing interface. Without a collector nothing is traced, and OpenTelemetry is not imported.
-
-W3C's `traceparent` identifies a trace; headers and job records carry it.
-"""
+"""Tracing: without a collector nothing is traced, and OpenTelemetry is not imported."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from adapters.errors import MtaError
+from server.settings import Settings
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-TRACES_PATH = "/v1/traces"
-"""Path at which collectors accept spans by OTLP over HTTP."""
+TRACES_PATH = "/v1/traces"  # at which collectors accept spans by OTLP over HTTP
 
 
 class Tracing:
@@ -26,7 +25,7 @@ class Tracing:
         return {}
 
     def current(self) -> str:
-        """Return the current traceparent; empty outside a trace."""
+        """Return the current W3C traceparent, which headers and job records carry; empty outside a trace."""
         return ""
 
     def span(self, name: str, *, follows: str = "") -> AbstractContextManager[None]:
@@ -41,3 +40,17 @@ class Tracing:
 
     def close(self) -> None:
         """Send all pending spans."""
+
+
+def open_tracing(settings: Settings, service: str) -> Tracing:
+    """Create the tracing that the settings ask for; `service` is the process's name, e.g. `mta-gateway`."""
+    if not settings.otlp_endpoint:
+        return Tracing()
+    try:
+        from server.watching.otlp import OtlpTracing
+
+        return OtlpTracing(settings.otlp_endpoint, service, settings.trace_share)
+    except ImportError as error:
+        raise MtaError(
+            f"MTA_OTLP_ENDPOINT is set, but {error.name} is not installed: install mta-server[tracing], or unset it"
+        ) from error

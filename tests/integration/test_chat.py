@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import typer
@@ -20,8 +20,10 @@ from tests.support.gateway import GatewayThread
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal, terminal
 
 FIRST = r"first token after \d+ ms"
-SHOWN_S = 0.5
-"""After what is typed shows, Python's line editor looks for signals again; one just before waits for a key."""
+SHOWN_S = (
+    0.5  # after what is typed shows, Python's line editor looks for signals again; one just before waits for a key
+)
+Talk = Callable[..., str]
 
 
 @pytest.fixture
@@ -107,15 +109,21 @@ class Dying:
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gateway: GatewayThread) -> Talk:
+    def chatting(user: str, *lines: str) -> str:
+        left = iter((*lines, "/quit"))
+        monkeypatch.setattr("builtins.input", lambda prompt: next(left))
+        chat(user, gateway.url, 8)
+        return capsys.readouterr().out
+
+    return chatting
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("pieces", [0, 1, 3])
 def test_an_interrupt_while_exceptions_reach_nobody_stops_the_answer(
-    gateway: GatewayThread,
-    ada: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    *,
-    pieces: int,
+    typed: Talk, ada: str, monkeypatch: pytest.MonkeyPatch, pieces: int
 ) -> None:
     said: list[str] = []
     echo = typer.echo
@@ -127,23 +135,14 @@ def test_an_interrupt_while_exceptions_reach_nobody_stops_the_answer(
                 Dying()
             said.append(text)
 
-    lines = iter(["hello", "hello again", "/quit"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     monkeypatch.setattr(typer, "echo", echoing)
-    chat(ada, gateway.url, 8)
-    first, second = re.findall("stopped|[0-9]+ tokens", capsys.readouterr().out)
-    assert (first, second) == ("stopped", "8 tokens")
+    assert re.findall("stopped|[0-9]+ tokens", typed(ada, "hello", "hello again")) == ["stopped", "8 tokens"]
 
 
-def test_an_answer_cannot_control_the_terminal(
-    gateway: GatewayThread, ada: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = iter(["hello", "/quit"])
+def test_an_answer_cannot_control_the_terminal(typed: Talk, ada: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = Chunk("red \x1b[31m\x9bor\x07\n\tnot", None, None, None, None)
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     monkeypatch.setattr(Client, "stream", lambda self, *asked, **options: (one for one in [chunk]))
-    chat(ada, gateway.url, 8)
-    assert "red [31mor\n\tnot\n" in capsys.readouterr().out
+    assert "red [31mor\n\tnot\n" in typed(ada, "hello")
 
 
 def test_a_gateway_that_is_not_there_is_one_line() -> None:

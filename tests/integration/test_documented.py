@@ -25,16 +25,12 @@ PICTURES = {"mermaid"}
 
 @pytest.fixture(scope="module")
 def settings(tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path) -> dict[str, str]:
-    return {
-        "MTA_BANK": str(tiny_bank_folder),
-        "MTA_MODEL": str(tiny_model_folder),
-        "MTA_EMBEDDER": str(embedder_folder),
-    }
+    folders = {"MTA_BANK": tiny_bank_folder, "MTA_MODEL": tiny_model_folder, "MTA_EMBEDDER": embedder_folder}
+    return {name: str(folder) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, str]) -> Iterator[Up]:
-    """What `mta up` starts, over a tiny model."""
     with up(tmp_path_factory.mktemp("documented"), environment=settings) as started:
         yield started
 

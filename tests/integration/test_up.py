@@ -27,13 +27,11 @@ StartUp = Callable[..., AbstractContextManager[Up]]
 
 @pytest.fixture(scope="module")
 def options(tiny_bank_folder: Path, fake_engine_server: FakeEngine) -> tuple[str, ...]:
-    """What makes `mta up` use the stand-in."""
     return ("--bank", str(tiny_bank_folder), "--engine-url", fake_engine_server.url)
 
 
 @pytest.fixture(scope="module")
 def start(options: tuple[str, ...], embedder_folder: Path) -> StartUp:
-    """Starts `mta up` over a data folder, with more options where given."""
     environment = {"MTA_ENGINE_KEY": KEY, "MTA_EMBEDDER": str(embedder_folder)}
     return lambda data, *more: up(data, *options, *more, environment=environment)
 
@@ -97,19 +95,18 @@ def test_no_secret_stands_in_a_command_line_or_in_a_file_that_others_can_read(ru
         assert stat.S_IMODE((running_up.data / name).stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_it_alone_stops_every_part(
-    start: StartUp, tmp_path: Path, valkey: ValkeyProcess, number: signal.Signals
-) -> None:
-    """One has a Redis of its own, and starts no Valkey."""
-    own = ("--redis-url", valkey.url) if number is signal.SIGHUP else ()
-    with start(tmp_path / "data", *own) as started:
-        assert (started.part("valkey") is None) is bool(own)
-        family = descendants(started.pid)
-        assert len(family) >= (2 if own else 4)  # parts and their guards
-        started.process.send(number)
-        assert started.process.wait(30) == 0, started.process.output
-    assert [pid for pid in family if alive(pid)] == []
+def stops_with_every_part(started: Up, number: signal.Signals) -> bool:
+    """Whether `mta up` ends well, and all its parts with it, when it alone gets a signal."""
+    family = descendants(started.pid)
+    assert len(family) >= 2  # a part and its guard
+    started.process.send(number)
+    return started.process.wait(30) == 0 and not any(map(alive, family))
+
+
+def test_with_a_redis_of_ones_own_it_starts_no_valkey(start: StartUp, tmp_path: Path, valkey: ValkeyProcess) -> None:
+    with start(tmp_path / "data", "--redis-url", valkey.url) as started:
+        assert started.part("valkey") is None
+        assert stops_with_every_part(started, signal.SIGHUP)
 
 
 def test_killed_it_leaves_no_process_and_the_next_one_has_what_was_stored_and_goes_on_unread(
@@ -122,7 +119,7 @@ def test_killed_it_leaves_no_process_and_the_next_one_has_what_was_stored_and_go
         first.process.send(signal.SIGKILL)
         first.process.wait()
     with start(tmp_path / "data") as second:
-        assert [pid for pid in family if alive(pid)] == []
+        assert not any(map(alive, family))
         second.process.stop_reading()  # nobody reads its output any more
         gateway = second.part("gateway")
         assert gateway
@@ -130,6 +127,7 @@ def test_killed_it_leaves_no_process_and_the_next_one_has_what_was_stored_and_go
         wait_until(lambda: second.part("gateway") not in (None, gateway), "a new gateway")
         wait_until(second.ready, "the gateway to be back")
         assert httpx.get(f"{second.url}/users/ada").json()["recipe"] == before["recipe"]
+        assert stops_with_every_part(second, signal.SIGTERM)
 
 
 def test_a_second_one_needs_a_data_folder_of_its_own_where_mta_keys_finds_its_store(
@@ -150,33 +148,15 @@ def test_a_second_one_needs_a_data_folder_of_its_own_where_mta_keys_finds_its_st
         assert other.ready()
         assert not any(secret in command_line(pid) for pid in [other.pid, *descendants(other.pid)])
         assert secret not in other.process.output
+        assert stops_with_every_part(other, signal.SIGINT)
 
 
-def test_a_taken_port_is_refused_before_anything_starts(
-    running_up: Up, refused: Callable[..., str], tmp_path: Path
-) -> None:
+def test_what_cannot_start_is_explained(running_up: Up, refused: Callable[..., str], tmp_path: Path) -> None:
     port = running_up.url.rpartition(":")[2]
     output = refused(tmp_path / "other", "--port", port)
     assert f"127.0.0.1:{port}: Address already in use" in output
     assert "starting" not in output
     assert not (tmp_path / "other").exists()
-
-
-def test_a_gateway_that_dies_is_started_again(running_up: Up) -> None:
-    with running_up.client() as client:
-        client.put("/users/ada/profile", json=PROFILE).raise_for_status()
-    before = running_up.part("gateway")
-    assert before
-    os.kill(before, signal.SIGKILL)
-    running_up.process.wait_for(r"gateway +down +ended with status 137")
-    wait_until(running_up.ready, "the gateway to be back")
-    assert running_up.part("gateway") not in (None, before)
-    assert httpx.get(f"{running_up.url}/users/ada").status_code == 200
-
-
-def test_a_part_that_cannot_start_is_explained_by_the_end_of_its_log(
-    refused: Callable[..., str], tmp_path: Path
-) -> None:
     output = refused(tmp_path / "data", "--port", "0", "--redis-url", "redis://127.0.0.1:1/0")
     assert "gateway ended with status" in output
     assert "127.0.0.1:1" in output.partition("The end of ")[2]

@@ -28,12 +28,7 @@ _keys = UserKeys("a secret for tests only", "tests")
 
 @dataclass
 class Desk:
-    """The stores, and users of one bank.
-
-    Attributes:
-        jobs, adapters, profiles: the stores.
-        manifest: of the bank.
-    """
+    """The stores, and users of one bank."""
 
     jobs: JobStore
     adapters: AdapterStore
@@ -46,9 +41,8 @@ class Desk:
         key = _keys.key(f"user-{next(_numbers)}")
         embedding = np.eye(self.manifest.embedder.dim, dtype=np.float32)[0]
         profile = Profile("ada", len(pairs), 1, self.manifest.embedder.id, embedding)
-        items = {
-            str(n): StoredItem(n, dict(zip(("input", "output"), pair, strict=True))) for n, pair in enumerate(pairs)
-        }
+        fields = [dict(zip(("input", "output"), pair, strict=True)) for pair in pairs]
+        items = {str(n): StoredItem(n, item) for n, item in enumerate(fields)}
         await self.profiles.commit(key, b"", Change(profile, items, {}, ()))
         return key
 
@@ -62,7 +56,6 @@ class Desk:
         return job.id
 
     async def job(self, job_id: JobId) -> Job:
-        """A job as it is now."""
         job = await self.jobs.job(job_id)
         assert job is not None
         return job

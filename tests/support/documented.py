@@ -16,14 +16,12 @@ from tests.support.node import run_module
 ROOT = Path(__file__).parents[2]
 DOCUMENTED_URL = "http://localhost:8000"
 _BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+# What an answer says on any bank.
 _STEADY = re.compile(r'"(?:level|object|source|type|param|code|reason|user_id|message)": ?(?:"(?:[^"\\]|\\.)*"|null)')
-"""What an answer says on any bank."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block."""
-
     line: int  # of its page, where the code begins
     language: str
     text: str
@@ -31,7 +29,6 @@ class Block:
 
 
 def blocks_of(page: str) -> list[Block]:
-    """All blocks of a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return [
         Block(text.count("\n", 0, found.start("text")) + 1, found["language"], found["text"], found["reason"])
@@ -51,7 +48,7 @@ class Reader:
         self._environment = os.environ | {"PATH": path} | settings
 
     def try_block(self, block: Block) -> None:
-        """Run one; fails where it does, and where an answer lacks what the page shows of it."""
+        """Run a block; fail if it fails or an answer lacks what the page shows of it."""
         text = block.text.replace(DOCUMENTED_URL, self._url).replace(DOCUMENTED_URL[7:], self._url)
         if block.language == "python":
             exec(compile("\n" * (block.line - 1) + text, "the page", "exec"), self._names)

@@ -17,12 +17,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 class Terminal:
-    """Its screen, as one long text.
-
-    Args:
-        master: the end of the terminal that is not the program's.
-        process: the program.
-    """
+    """Its screen, as one long text; `master` is the end of the terminal that is not the program's."""
 
     def __init__(self, master: int, process: subprocess.Popen[bytes]) -> None:
         self._master = master
@@ -30,7 +25,6 @@ class Terminal:
         self.process = process
 
     def type(self, text: str) -> None:
-        """Press keys."""
         os.write(self._master, text.encode())
 
     def wait_for(self, pattern: str, patience_s: float = PATIENCE_S) -> re.Match[str]:

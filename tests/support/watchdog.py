@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LONGEST_MS = 50.0
-"""What no request may exceed."""
+LONGEST_MS = 50.0  # what no request may exceed
 
 
 @contextmanager

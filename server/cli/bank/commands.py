@@ -22,10 +22,23 @@ from server.settings import load_settings
 app = typer.Typer(help="Build and inspect banks, export and import their adapters.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option(help="Output folder.")]
+Outputs = Annotated[Path | None, typer.Option(help="With LaMP's questions: the outputs file.")]
+Exclude = Annotated[Path | None, typer.Option(help="People to exclude: a file in the same layout, or a list of ids.")]
+Modules = Annotated[
+    str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj.", show_default="all linear layers")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder.")]
 BankArgument = Annotated[Path | None, typer.Argument(help="Folder of the bank.", show_default="MTA_BANK")]
+AnchorsBy = Annotated[
+    str, typer.Option(help="Choice of anchors: topics (the longest history of each topic) or longest.")
+]
 UserRank = Annotated[int, typer.Option(help="Rank reserved for users' own stacked LoRAs.")]
 Top = Annotated[int, typer.Option(help="Maximum number of anchors in a recipe by topics.")]
+HistoryShare = Annotated[
+    float, typer.Option(help="Share of training items with the person's past items in the prompt.")
+]
+Verdict = Annotated[bool, typer.Option(help="Hold out a few people, and measure the bank's gain on them.")]
+Describe = Annotated[bool, typer.Option(help="Store a few typical words of each anchor's own texts, for display.")]
 _BUILD, _IMPORT = BuildOptions("chat"), ImportOptions()  # for their defaults
 T = TypeVar("T", BuildOptions, ImportOptions)
 
@@ -35,39 +48,24 @@ def build(
     *,
     users: Annotated[Path, typer.Option(help="People's histories: LaMP's per-user layout, or LaMP's own questions.")],
     out: Out,
-    outputs: Annotated[Path | None, typer.Option(help="With LaMP's questions: the outputs file.")] = None,
-    exclude: Annotated[
-        Path | None, typer.Option(help="People to exclude: a file in the same layout, or a list of ids.")
-    ] = None,
+    outputs: Outputs = None,
+    exclude: Exclude = None,
     task: Annotated[str, typer.Option(help="Type of the items: news_headline, movie_rating, chat …")],
     anchors: Annotated[int, typer.Option(help="Exact number of anchors.")] = _BUILD.anchors,
-    anchors_by: Annotated[
-        str, typer.Option(help="Choice of anchors: topics (the longest history of each topic) or longest.")
-    ] = _BUILD.anchors_by,
+    anchors_by: AnchorsBy = _BUILD.anchors_by,
     rank: Annotated[int, typer.Option(help="Rank of every meta-LoRA.")] = _BUILD.rank,
     user_rank: UserRank = _BUILD.user_rank,
-    target_modules: Annotated[
-        str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj.", show_default="all linear layers")
-    ] = None,
+    target_modules: Modules = None,
     k: Top = _BUILD.k,
     steps: Annotated[int, typer.Option(help="Optimiser steps per anchor.")] = _BUILD.steps,
     common_steps: Annotated[int, typer.Option(help="Optimiser steps of the common row.")] = _BUILD.common_steps,
     batch_size: Annotated[int, typer.Option(help="Examples per step of an anchor.")] = _BUILD.batch_size,
-    common_batch_size: Annotated[
-        int, typer.Option(help="Examples per step of the common row.")
-    ] = _BUILD.common_batch_size,
+    common_batch_size: Annotated[int, typer.Option(help="The same for the common row.")] = _BUILD.common_batch_size,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = _BUILD.learning_rate,
-    history_share: Annotated[
-        float, typer.Option(help="Share of the training items with past items of the same person in the prompt.")
-    ] = _BUILD.history_share,
+    history_share: HistoryShare = _BUILD.history_share,
     max_tokens: Annotated[int, typer.Option(help="Longest training example.")] = _BUILD.max_tokens,
-    verdict: Annotated[
-        bool, typer.Option(help="Hold out a few people, and measure the bank's gain on them.")
-    ] = _BUILD.verdict,
-    describe: Annotated[
-        bool,
-        typer.Option(help="Store a few typical words of each anchor, from the anchor's own texts, for display."),
-    ] = _BUILD.describe,
+    verdict: Verdict = _BUILD.verdict,
+    describe: Describe = _BUILD.describe,
     seed: Annotated[int, typer.Option(help="Random seed; the same inputs and seed give the same bank.")] = _BUILD.seed,
     dtype: Annotated[str, typer.Option(help="Base model's type: auto, bfloat16 or float32.")] = _BUILD.dtype,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also train the task row, for `mta eval`.")] = False,
@@ -86,16 +84,7 @@ def build(
     from bank.lookup.summary import verdict_text
     from server.cli.bank.progress import ConsoleProgress
 
-    inputs = BuildInputs(
-        users=users,
-        out=out,
-        outputs=outputs,
-        exclude=exclude,
-        model=settings.model,
-        embedder=settings.embedder,
-        cache_dir=settings.cache_dir,
-        force=force,
-    )
+    inputs = BuildInputs(users, out, settings.model, settings.cache_dir, outputs, exclude, settings.embedder, force)
     with ConsoleProgress() as progress:
         try:
             manifest = judge_bank(inputs, options, build_bank(inputs, options, progress), progress)
@@ -178,7 +167,6 @@ def import_(
 
 
 def _options(kind: type[T], parameters: Mapping[str, Any]) -> T:
-    """Create options of this kind from a command's parameters."""
     return kind(**{field.name: parameters[field.name] for field in fields(kind)})
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from adapters.training.trainer import StepReport
 
 LINE_EVERY_S = 5.0
-RECENT_S = 300.0  # seconds of recent progress that the estimate of the remaining time is based on
+RECENT_S = 300.0  # the remaining time is estimated from this much recent progress
 
 
 class ConsoleProgress:
@@ -41,7 +41,6 @@ class ConsoleProgress:
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        """Print a separate line."""
         self._console.print(text, soft_wrap=True)
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
@@ -51,21 +50,19 @@ class ConsoleProgress:
             self._start(0, sum(work_tokens.values()))
 
     def step(self, row: str, steps: int, report: StepReport) -> None:
-        """Show one step; without a terminal, only each row's last step and one every few seconds."""
         work = self._advance(self._bars.tasks[-1].completed + report.tokens)
-        text = (
-            f"training {row} ({self._rows.index(row) + 1} of {len(self._rows)})  step {report.step}/{steps}  "
-            f"loss {report.loss:.3f}  {work.speed or 0:.0f} tokens/s{_left(work)}"
-        )
-        self._show(text, last=report.step == steps)
+        place = f"{self._rows.index(row) + 1} of {len(self._rows)}"
+        speed = f"loss {report.loss:.3f}  {work.speed or 0:.0f} tokens/s{_left(work)}"
+        self._show(f"training {row} ({place})  step {report.step}/{steps}  {speed}", last=report.step == steps)
 
     def piece(self, what: str, done: int, of: int) -> None:
         """Show the number of finished pieces of other work; the first call for a phase sets its starting point."""
-        begins = what != self._pieces
-        if begins:
+        left = ""
+        if what == self._pieces:
+            left = _left(self._advance(done))
+        else:
             self._pieces = what
             self._start(done, of)
-        left = "" if begins else _left(self._advance(done))
         self._show(f"{what}: {done} of {of}{left}", last=done == of)
 
     def _start(self, done: int, total: int) -> None:
@@ -79,6 +76,7 @@ class ConsoleProgress:
         return work
 
     def _show(self, text: str, *, last: bool) -> None:
+        """Update the bar; without a terminal, print a line every few seconds and the last one."""
         now_s = self._clock()
         if self._console.is_terminal:
             self._bars.update(self._bars.tasks[-1].id, description=text, refresh=True)

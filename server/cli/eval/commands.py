@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from server.cli.shared import prepare_to_train
+from server.cli.shared import Embedder, Model, RedisUrl, prepare_to_train
+
+if TYPE_CHECKING:
+    from bank.evaluation.authorship import AuthorshipRow
+    from bank.evaluation.intervals import Interval
+    from bank.evaluation.summary import MethodRow
+
+_OPTIONAL = ("prior", "random", "common", "mean")  # columns to drop on narrow terminals, in this order; rows stay
 
 Methods = Annotated[str | None, typer.Option(help="Comma-separated; see docs/quality.md.", show_default="all")]
-SampleSize = Annotated[
-    int, typer.Option(help="Number of people for the costly parts: few-shot adapters, curves, texts.", min=2)
-]
+Out = Annotated[Path, typer.Option(help="Folder for records, table and pictures; an interrupted run continues there.")]
+Sample = Annotated[int, typer.Option(help="People for the costly parts: few-shot adapters, curves, texts.", min=2)]
 Predict = Annotated[bool, typer.Option("--predict/--no-predict", help="Generate answers, for LaMP's metrics.")]
-Curves = Annotated[
-    bool, typer.Option("--curves/--no-curves", help="Also evaluate merged with other k and with fewer items.")
-]
-Write = Annotated[
-    str | None,
-    typer.Option(
-        help="Comma-separated methods that also generate longer texts, for the authorship test.",
-        show_default="none",
-    ),
-]
-Last = Annotated[
-    int, typer.Option(help="Make the queries from each person's last N items, instead of reading them.", min=0)
-]
-EngineUrl = Annotated[
-    str | None,
-    typer.Option(help="Evaluate through this running engine; its key is MTA_ENGINE_KEY.", show_default=False),
-]
+Curves = Annotated[bool, typer.Option("--curves/--no-curves", help="Also measure merged with other k and fewer items.")]
+Write = Annotated[str | None, typer.Option(help="Comma-separated methods that also write texts, for authorship.")]
+Last = Annotated[int, typer.Option(help="Use each person's last N items as queries instead of reading them.", min=0)]
+EngineUrl = Annotated[str | None, typer.Option(help="Evaluate through this engine; its key is MTA_ENGINE_KEY.")]
 
 
 def evaluate(
     users: Annotated[Path, typer.Option(help="People with profiles and queries, in LaMP's per-user layout.")],
     bank: Annotated[Path, typer.Option(help="The bank to evaluate.")],
-    out: Annotated[
-        Path, typer.Option(help="Folder for records, table and pictures; an interrupted run continues there.")
-    ],
+    out: Out,
     methods: Methods = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds for random or trained methods.", min=1)] = 1,
     people: Annotated[int | None, typer.Option(help="Only the first N people.", min=2, show_default="all")] = None,
-    sample: SampleSize = 10,
+    sample: Sample = 10,
     predict: Predict = True,
     curves: Curves = True,
     write: Write = None,
@@ -51,15 +45,14 @@ def evaluate(
     last: Last = 0,
     profile: Annotated[int, typer.Option(help="With --last: number of earlier items in the profile.", min=1)] = 10,
     only: Annotated[Path | None, typer.Option(help="Only these people: a file of ids.", show_default="all")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model.", show_default="MTA_MODEL")] = None,
-    embedder: Annotated[Path | None, typer.Option(help="Folder of the embedder.", show_default="MTA_EMBEDDER")] = None,
+    model: Model = None,
+    embedder: Embedder = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32; an engine uses its own.")] = "auto",
     engine_url: EngineUrl = None,
-    redis_url: Annotated[str | None, typer.Option(help="The engine's store.", show_default="MTA_REDIS_URL")] = None,
+    redis_url: RedisUrl = None,
 ) -> None:
     """Compare methods of personalisation on people's own later answers; a lower loss is better."""
     prepare_to_train()
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from adapters.training.adapt_config import AdaptConfig
@@ -72,7 +65,6 @@ def evaluate(
     from bank.manifest import read_manifest
     from bank.models.folders import ensure_base_model, ensure_embedder
     from server.cli.eval.engine import open_engine_reader
-    from server.cli.eval.tables import print_authorship, print_tables
     from server.settings import load_settings
 
     kind = get_task(read_manifest(bank).task).kind
@@ -80,22 +72,11 @@ def evaluate(
     writing = parse_methods(write) if write else []
     if writing and kind != "text":
         raise typer.BadParameter(f"this bank's answers are {kind}, not free text", param_hint="--write")
-    chosen = list(dict.fromkeys([*chosen, *writing]))
-    options = EvalOptions(tuple(chosen), seeds, predict, sample, tuple(writing), texts)
+    options = EvalOptions(tuple(dict.fromkeys([*chosen, *writing])), seeds, predict, sample, tuple(writing), texts)
     settings = load_settings(model=model, embedder=embedder, redis_url=redis_url)
-    inputs = EvalInputs(
-        users=users,
-        bank=bank,
-        out=out,
-        model_folder=ensure_base_model(settings.model, settings.cache_dir),
-        embedder=Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir)),
-        people=people,
-        only=only,
-        last=last,
-        profile=profile,
-        dtype=dtype,
-        curves=curves,
-    )
+    folder = ensure_base_model(settings.model, settings.cache_dir)
+    encoder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
+    inputs = EvalInputs(users, bank, out, folder, encoder, people, only, last, profile, dtype, curves)
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     opened = open_engine_reader(engine_url, settings) if engine_url else nullcontext()
@@ -109,3 +90,63 @@ def evaluate(
     print_tables(tables, console)
     print_authorship(authorship, console)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> None:
+    """Print each table of methods under its title, with a table of costs; intervals do not fit on a line."""
+    from bank.evaluation.intervals import LEVEL
+    from bank.evaluation.session import TABLE_FILE
+
+    for title, rows in found.items():
+        prices = [(row.method, f"{row.prompt_tokens:.0f}", row.first_ms, f"{row.kept_bytes:,.0f}") for row in rows]
+        heads = ("prompt tokens", "ms to first token", "bytes stored")
+        console.print(_losses(title, rows, console.width), "", _table(None, heads, prices), "", sep="\n")
+    console.print(
+        "Columns: loss in nats per token, lower is better; the task's metrics; the loss minus another method's, with a "
+        f"star if the difference is significant: p below {LEVEL} in a paired sign-flip test over people, after "
+        f"Holm's correction for all methods in the column. The 95 % intervals are in {TABLE_FILE}."
+    )
+
+
+def print_authorship(rows: Sequence[AuthorshipRow], console: Console) -> None:
+    """Print the authorship of the methods' texts; nothing if no texts were written."""
+    if rows:
+        lines = [(row.method, f"{row.named.mean:.1%}", f"{row.rank.mean:.2f}") for row in rows]
+        console.print(_table(f"authorship, {rows[0].named.n} people", ("right person first", "mean rank"), lines))
+
+
+def _losses(title: str, rows: Sequence[MethodRow], width: int) -> Table:
+    from bank.evaluation.summary import columns
+
+    metrics, compared = columns(rows)
+    names = max(len(row.method) for row in rows) + 1
+    room = (width - names - len(" 0.000") * (1 + len(metrics))) // len(" -0.000*")
+    for optional in _OPTIONAL:
+        compared = [name for name in compared if name != optional or len(compared) <= room]
+    lines = [
+        (
+            row.method,
+            f"{row.loss:.3f}",
+            *(f"{row.metrics[name]:.3f}" if name in row.metrics else "" for name in metrics),
+            *(_gain(row.against.get(name)) for name in compared),
+        )
+        for row in rows
+    ]
+    heads = ("loss", *metrics, *("less\n" + other.replace(":", ":\n") for other in compared))
+    return _table(title, heads, lines)
+
+
+def _table(title: str | None, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for head in heads:
+        table.add_column(head, justify="right", vertical="bottom")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _gain(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return f"[bold]{interval.mean:+.3f}*[/bold]" if interval.significant else f"{interval.mean:+.3f} "

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from statistics import fmean
 from typing import Any
@@ -45,7 +45,8 @@ def open_engine_reader(url: str, settings: Settings) -> Iterator[EngineReader]:
     async def begin() -> EngineReader:
         session = await opened.enter_async_context(open_session(SILENCE_S))
         stores = await opened.enter_async_context(open_stores(settings, checked=False))
-        return EngineReader(f"{url.rstrip('/')}/v1/completions", key_header(key), runner, session, stores.adapters)
+        headers = {"Content-Type": "application/json"} | key_header(key)
+        return EngineReader(f"{url.rstrip('/')}/v1/completions", headers, runner, session, stores.adapters)
 
     with asyncio.Runner() as runner:
         try:
@@ -54,27 +55,20 @@ def open_engine_reader(url: str, settings: Settings) -> Iterator[EngineReader]:
             runner.run(opened.aclose())
 
 
+@dataclass(slots=True)
 class EngineReader:
     """A `bank.evaluation.scoring.ModelReader` that uses a running engine.
 
     All methods raise MtaError if the engine cannot be reached or does not serve the adapter.
     """
 
-    def __init__(
-        self,
-        url: str,
-        headers: Mapping[str, str],
-        runner: asyncio.Runner,
-        session: aiohttp.ClientSession,
-        adapters: AdapterStore,
-    ) -> None:
-        self._url = url
-        self._headers = {"Content-Type": "application/json", **headers}
-        self._runner = runner
-        self._session = session
-        self._adapters = adapters
-        self._keys = UserKeys(secrets.token_hex(32), "evaluation")
-        self._lent: dict[str, str] = {}  # SHA-256 of an adapter's bytes → its model name
+    _url: str
+    _headers: Mapping[str, str]
+    _runner: asyncio.Runner
+    _session: aiohttp.ClientSession
+    _adapters: AdapterStore
+    _keys: UserKeys = field(default_factory=lambda: UserKeys(secrets.token_hex(32), "evaluation"))
+    _lent: dict[str, str] = field(default_factory=dict)  # SHA-256 of an adapter's bytes → its model name
 
     def read(
         self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
@@ -103,8 +97,6 @@ class EngineReader:
     def _complete_all(
         self, adapter: EvalAdapter | None, prompts: Sequence[list[int]], **fields: Any
     ) -> list[dict[str, Any]]:
-        """Request one completion per prompt, concurrently."""
-
         async def complete() -> list[dict[str, Any]]:
             body = {"model": await self._name(adapter)} | fields
             return await asyncio.gather(*(self._complete(body | {"prompt": prompt}) for prompt in prompts))

@@ -9,9 +9,7 @@ import signal
 import socket
 from typing import Annotated
 
-import typer
-
-from server.cli.shared import Bank, Embedder, RedisUrl, end_on_signals
+from server.cli.shared import Bank, Embedder, RedisUrl, end_on_signals, setting
 from server.settings import Settings, load_settings
 from server.watching.logs import log_to_stderr
 
@@ -21,14 +19,10 @@ log = logging.getLogger("mta.gateway")
 def gateway(
     *,
     bank: Bank = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="MTA_HOST")] = None,
-    port: Annotated[
-        int | None, typer.Option(help="Port to listen on, 0 for a free one.", show_default="MTA_PORT")
-    ] = None,
+    host: Annotated[str | None, setting("host")] = None,
+    port: Annotated[int | None, setting("port", about="Port to listen on, 0 for a free one.")] = None,
     redis_url: RedisUrl = None,
-    engine_url: Annotated[
-        str | None, typer.Option(help="URL of the engine, or of the router.", show_default="MTA_ENGINE_URL")
-    ] = None,
+    engine_url: Annotated[str | None, setting("engine_url")] = None,
     embedder: Embedder = None,
 ) -> None:
     """Start the gateway. Secrets come from MTA_SECRET and MTA_ENGINE_KEY; `mta settings` lists all settings."""

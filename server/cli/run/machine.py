@@ -1,7 +1,4 @@
-"""The plan of `mta up`: the parts to start, with their ports and secrets, and how engines and worker share the GPUs.
-
-vLLM measures free GPU memory at startup, so memory is planned first and the worker starts after the engines.
-"""
+"""The plan of `mta up`: the parts to start, with their ports and secrets, and how engines and worker share the GPUs."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ import os
 import secrets
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import floor
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import SecretStr
 
@@ -30,14 +27,13 @@ MAX_GPU_SHARE = 0.92  # maximum share of a card for all our processes together: 
 CUDA_BYTES = GIB  # estimate for CUDA and its libraries, per process
 FORWARD_BYTES = 2 * GIB  # estimate for an engine's activations and graphs
 MIN_TRAINING_BYTES = 2 * GIB  # minimum for a job besides the base model; a large model needs a quarter of its size
-
 _NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# CUDA itself would occupy GPU memory as long as this process runs.
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free", "--format=csv,noheader,nounits")
 _QUERY_S = 30
-_EXACT = 1e-6  # rounding tolerance: 92 % of a size in whole bytes must give 0.92
 
 
-def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -> tuple[Settings, list[services.Part]]:
+def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -> list[services.Part]:
     """Check bank, base model and embedder, and return the parts without starting them; `say` gets the GPU plan."""
     given = settings.model_fields_set
     embedder = ensure_embedder(settings.embedder, settings.cache_dir)
@@ -48,15 +44,15 @@ def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -
     parts = []
     if "redis_url" not in given:
         store_mib = settings.store_mib or memory_bytes() // STORE_SHARE >> 20
-        valkey, url = services.valkey_part(data, store_mib << 20)
-        settings = _with(settings, redis_url=url)
-        parts.append(valkey)
+        parts.append(services.valkey_part(data, store_mib << 20))
+        settings = _with(settings, redis_url=services.valkey_url(data.path))
     if given & {"engine_url", "engine_urls"}:  # external engines come with external workers
-        return settings, [*parts, services.gateway_part(settings)]
+        return [*parts, services.gateway_part(settings)]
     settings, engines, gpu = _engines(settings, say)
+    # vLLM measures free GPU memory at startup.
     before_worker = [part.name for part in engines] if settings.worker_gpu_share else []
     worker = services.worker_part(settings, data.log("worker"), before_worker, gpu)
-    return settings, [*parts, *engines, services.gateway_part(settings, services.ENGINE_START_S), worker]
+    return [*parts, *engines, services.gateway_part(settings, services.ENGINE_START_S), worker]
 
 
 def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, list[services.Part], str | None]:
@@ -70,19 +66,18 @@ def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, 
         say(shares.summary)
         settings = _with(settings, engine_gpu_share=shares.engine, worker_gpu_share=shares.worker)
         gpu = shares.worker_card
-    ports = [services.free_port() for _ in range(settings.replicas)]
-    urls = [f"http://{services.LOOPBACK}:{port}" for port in ports]
+    urls, parts = list[str](), list[services.Part]()
+    for place in range(settings.replicas):
+        alone = settings.replicas == 1
+        own = _with(settings, engine_port=services.free_port())
+        command = engine_command(own, manifests, model_folder, None if alone else Share(place, settings.replicas))
+        parts.append(services.engine_part(own, *command, "engine" if alone else f"engine-{place + 1}"))
+        urls.append(f"http://{parts[-1].address}")
     if settings.replicas == 1:
-        settings = _with(settings, engine_port=ports[0], engine_url=urls[0])
-        return settings, [services.engine_part(settings, *engine_command(settings, manifests, model_folder))], gpu
-    parts = []
-    for place, port in enumerate(ports):
-        own = _with(settings, engine_port=port)
-        command = engine_command(own, manifests, model_folder, Share(place, settings.replicas))
-        parts.append(services.engine_part(own, *command, f"engine-{place + 1}"))
-    router_port = services.free_port()
-    router_url = f"http://{services.LOOPBACK}:{router_port}"
-    settings = _with(settings, engine_urls=",".join(urls), router_port=router_port, engine_url=router_url)
+        return _with(settings, engine_url=urls[0]), parts, gpu
+    port = services.free_port()
+    url = f"http://{services.LOOPBACK}:{port}"
+    settings = _with(settings, engine_urls=",".join(urls), router_port=port, engine_url=url)
     return settings, [*parts, services.router_part(_with(settings, metrics_port=services.free_port()))], gpu
 
 
@@ -90,8 +85,7 @@ def _with(settings: Settings, **changed: object) -> Settings:
     return settings.model_copy(update=changed)
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+class Card(NamedTuple):
     """A GPU: its name for CUDA, and its total and free memory in bytes."""
 
     name: str
@@ -99,16 +93,14 @@ class Card:
     free: int
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
+class Needs(NamedTuple):
     """Estimated GPU memory of each process, in bytes."""
 
     engine: int  # its share of the weights, the adapter slots, the KV cache of one full context, and activations
     worker: int  # the base model, one job, and CUDA
 
 
-@dataclass(frozen=True, slots=True)
-class GpuPlan:
+class GpuPlan(NamedTuple):
     """How engines and worker share the GPUs."""
 
     engine: float | None  # share of each engine's card; None leaves it to vLLM
@@ -171,27 +163,21 @@ def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Se
 
 
 def cards() -> list[Card]:
-    """Return the GPUs that this process may use, in CUDA's order; none if `nvidia-smi` does not report their memory.
-
-    This does not use CUDA, which would occupy GPU memory as long as this process runs.
-    """
+    """Return the GPUs that this process may use, in CUDA's order; none if `nvidia-smi` does not report their memory."""
     try:
         output = subprocess.run(_QUERY, capture_output=True, text=True, check=True, timeout=_QUERY_S).stdout
         rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
-        found = [(index, uuid, int(total) << 20, int(free) << 20) for index, uuid, total, free in rows]
+        known = {name: (int(total) << 20, int(free) << 20) for *names, total, free in rows for name in names}
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [Card(index, total, free) for index, _, total, free in found]
-    known = {name: (total, free) for index, uuid, total, free in found for name in (index, uuid)}
-    names = [name.strip() for name in visible.split(",")]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # indexes or UUIDs
+    names = [row[0] for row in rows] if visible is None else [name.strip() for name in visible.split(",")]
     return [Card(name, *known[name]) for name in names if name in known]
 
 
 def _share(part: int, total: int) -> float:
-    """Return `part / total` rounded down to hundredths, at least 0.01."""
-    return max(0.01, floor(100 * part / total + _EXACT) / 100)
+    """Return `part / total` rounded down to hundredths, at least 0.01; 92 % in whole bytes must give 0.92."""
+    return max(0.01, floor(100 * part / total + 1e-6) / 100)
 
 
 def _gib(size: int) -> str:

@@ -1,28 +1,58 @@
-"""`mta engine`, `mta router` and `mta worker`: one process each, in the foreground."""
+"""`mta models`, `mta engine`, `mta router` and `mta worker`: one process each, in the foreground."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bank.models.process_startup import heavy_imports
-from server.cli.shared import Bank, Model, RedisUrl, end_on_signals, prepare_to_train
+from server.cli.shared import Bank, Embedder, Model, RedisUrl, end_on_signals, prepare_to_train, setting
 from server.settings import load_settings
 from server.watching.logs import log_to_stderr
 
-Host = Annotated[str | None, typer.Option("--host", help="Address to listen on.", show_default="MTA_INNER_HOST")]
+Host = Annotated[str | None, setting("inner_host", "--host")]
+
+
+def models(
+    model: Model = None,
+    embedder: Embedder = None,
+    cache_dir: Annotated[Path | None, setting("cache_dir")] = None,
+) -> None:
+    """Prepare the base model, the embedder and, with vLLM for CPUs, the CPU kernel, and print their paths.
+
+    Other commands prepare them on first use, if the folder is writable; this command does so ahead of time.
+    """
+    settings = load_settings(**locals())
+    from bank.models.folders import ensure_base_model, ensure_embedder
+    from server.engine.command import is_cpu_build
+    from server.engine.cpu import native
+
+    cache = settings.cache_dir
+    preparations: dict[str, Callable[[], Path | None]] = {
+        "base model": lambda: ensure_base_model(settings.model, cache),
+        "embedder": lambda: ensure_embedder(settings.embedder, cache),
+    }
+    if is_cpu_build():
+        preparations["CPU kernel"] = lambda: native.library_path(cache) if native.build(cache) else None
+    for what, prepare in preparations.items():
+        typer.echo(f"preparing the {what} …", err=True)  # stdout has only the paths
+        start_s = time.perf_counter()
+        if path := prepare():
+            typer.echo(f"the {what} is ready ({time.perf_counter() - start_s:.1f} s)", err=True)
+            typer.echo(f"{what:<12}{path}")
 
 
 def engine(
     bank: Bank = None,
     model: Model = None,
     inner_host: Host = None,
-    engine_port: Annotated[
-        int | None, typer.Option("--port", help="Port to listen on.", show_default="MTA_ENGINE_PORT")
-    ] = None,
+    engine_port: Annotated[int | None, setting("engine_port", "--port")] = None,
 ) -> None:
     """Start the engine: check the bank and the model, then become the vLLM process.
 
@@ -37,13 +67,9 @@ def engine(
 
 
 def router(
-    engine_urls: Annotated[
-        str | None, typer.Option(help="Every engine's URL, comma-separated.", show_default="MTA_ENGINE_URLS")
-    ] = None,
+    engine_urls: Annotated[str | None, setting("engine_urls")] = None,
     inner_host: Host = None,
-    router_port: Annotated[
-        int | None, typer.Option("--port", help="Port to listen on.", show_default="MTA_ROUTER_PORT")
-    ] = None,
+    router_port: Annotated[int | None, setting("router_port", "--port")] = None,
 ) -> None:
     """Start the router: become the vllm-router process, which sends the same recipe to the same engine.
 
@@ -60,9 +86,7 @@ def worker(
     bank: Bank = None,
     model: Model = None,
     redis_url: RedisUrl = None,
-    worker_threads: Annotated[
-        int | None, typer.Option("--threads", help="Number of training threads.", show_default="MTA_WORKER_THREADS")
-    ] = None,
+    worker_threads: Annotated[int | None, setting("worker_threads", "--threads")] = None,
 ) -> None:
     """Train user adapters, one job at a time, until stopped. You can run any number of workers."""
     settings = load_settings(**locals())

@@ -8,43 +8,26 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.console import Console
 
-from server.cli.shared import Bank, Model
-from server.settings import Settings, load_settings
+from server.cli.shared import Bank, Model, setting
+from server.settings import load_settings
 
 if TYPE_CHECKING:
-    from server.supervisor.data_folder import DataFolder
-    from server.supervisor.services import Part
+    from server.supervisor.supervisor import Status, Supervisor
 
 
 def up(
     *,
     bank: Bank = None,
     model: Model = None,
-    port: Annotated[
-        int | None, typer.Option(help="Port of the gateway, 0 for a free one.", show_default="MTA_PORT")
-    ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option("--data", help="Folder for everything that survives restarts.", show_default="MTA_DATA_DIR"),
-    ] = None,
-    redis_url: Annotated[
-        str | None, typer.Option(help="Use this Redis; do not start Valkey.", show_default="MTA_REDIS_URL")
-    ] = None,
-    engine_url: Annotated[
-        str | None, typer.Option(help="Use this engine; do not start vLLM.", show_default="MTA_ENGINE_URL")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Data type of weights and KV cache.", show_default="MTA_DTYPE")
-    ] = None,
-    replicas: Annotated[
-        int | None, typer.Option(help="Number of engines; several get a router.", show_default="MTA_REPLICAS")
-    ] = None,
-    max_loras: Annotated[
-        int | None, typer.Option(help="Maximum number of recipes in a batch.", show_default="MTA_MAX_LORAS")
-    ] = None,
+    port: Annotated[int | None, setting("port", about="Port of the gateway, 0 for a free one.")] = None,
+    data_dir: Annotated[Path | None, setting("data_dir", "--data")] = None,
+    redis_url: Annotated[str | None, setting("redis_url", about="Use this Redis; do not start Valkey.")] = None,
+    engine_url: Annotated[str | None, setting("engine_url", about="Use this engine; do not start vLLM.")] = None,
+    dtype: Annotated[str | None, setting("dtype")] = None,
+    replicas: Annotated[int | None, setting("replicas")] = None,
+    max_loras: Annotated[int | None, setting("max_loras")] = None,
 ) -> None:
     """Start everything on this machine, keep it running, and stop it all on Ctrl-C.
 
@@ -54,24 +37,22 @@ def up(
     from server.cli.run.machine import parts_of
     from server.supervisor.data_folder import DataFolder
     from server.supervisor.services import LOOPBACK, free_port, listening
-    from server.supervisor.status import PipeSafeConsole
+    from server.supervisor.supervisor import PipeSafeConsole, Status, Supervisor
 
-    own = {"host": LOOPBACK, "inner_host": LOOPBACK, "port": settings.port or free_port()}
-    settings = settings.model_copy(update=own)
+    port = settings.port or free_port()
+    settings = settings.model_copy(update={"host": LOOPBACK, "inner_host": LOOPBACK, "port": port})
     console = PipeSafeConsole(highlight=False)
-    listening(settings.host, settings.port).close()
+    listening(LOOPBACK, port).close()
     with closing(DataFolder.open(settings.data_dir.expanduser().resolve())) as data:
         console.print(f"mta up: data and logs in {data.path}", soft_wrap=True)
         console.print("  checking the bank, the base model and the embedder")
-        settings, parts = parts_of(settings, data, lambda line: console.print(f"  {line}", soft_wrap=True))
-        asyncio.run(_supervise(settings, parts, data, console))
+        parts = parts_of(settings, data, lambda line: console.print(f"  {line}", soft_wrap=True))
+        with closing(Status(console, [part.name for part in parts])) as status:
+            asyncio.run(_supervise(Supervisor(parts, data, status), status, console, f"http://{LOOPBACK}:{port}"))
 
 
-async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, console: Console) -> None:
+async def _supervise(supervisor: Supervisor, status: Status, console: Console, url: str) -> None:
     """Run the parts until a signal; a second signal cuts the shutdown short."""
-    from server.supervisor.status import Status
-    from server.supervisor.supervisor import Supervisor
-
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def interrupted() -> None:
@@ -81,12 +62,11 @@ async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, co
 
     def started() -> None:
         status.close()
-        console.print(welcome(f"http://{settings.host}:{settings.port}"), soft_wrap=True)
+        console.print(welcome(url), soft_wrap=True)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, interrupted)
-    with closing(Status(console, [part.name for part in parts])) as status:
-        await Supervisor(parts, data, status).run(stop, hurry, started)
+    await supervisor.run(stop, hurry, started)
 
 
 def welcome(url: str) -> str:

@@ -45,7 +45,7 @@ def chat(
         after.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
         with suppress(ImportError):
             import readline  # noqa: F401 - gives `input` its line editing
-        _print_note("/base, /me, /strength X, /new, /quit; Ctrl-C stops an answer")
+        _print_note(f"{', '.join(COMMANDS)}; Ctrl-C stops an answer")
         Conversation(client, user, max_tokens).run()
 
 
@@ -60,19 +60,18 @@ class Conversation:
         self._interrupted = False
 
     def run(self) -> None:
-        """Read and process lines until the user quits."""
         while True:
             line = None
             try:
                 with self._until_ctrl_c():
                     line = input(self._prompt).strip()
             except EOFError:
+                line = "/quit"
                 typer.echo()
+            if line == "/quit":
                 return
             if line is None:
                 typer.echo()
-            elif line == "/quit":
-                return
             elif line.startswith("/"):
                 self._command(line)
             elif line:
@@ -95,10 +94,10 @@ class Conversation:
 
     @property
     def _prompt(self) -> str:
-        """The input prompt, which names the base model or the user."""
         if self._options["personalize"] == "none":
             return "base> "
-        return f"{self._user} {self._options['strength']:g}> " if self._options["strength"] < 1 else f"{self._user}> "
+        strength = self._options["strength"]
+        return f"{self._user} {strength:g}> " if strength < 1 else f"{self._user}> "
 
     def _command(self, line: str) -> None:
         name, _, value = line.partition(" ")

@@ -12,12 +12,17 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
 
 from adapters.errors import MtaError
+from server.cli.shared import Bank, RedisUrl
+from server.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from mta_client import Client
-    from server.settings import Settings
 
 T = TypeVar("T")
 
@@ -53,7 +58,7 @@ def import_(
     total = count_people(file)
     with closing(Journal(file, state)) as journal, ConsoleProgress() as progress, gateway_client(url) as client:
         progress.piece("people", 0, total)
-        work = Import(RetryingGateway(client), journal, lambda counts: progress.piece("people", counts.total, total))
+        work = Import(RetryingGateway(client), journal, lambda people: progress.piece("people", people, total))
         counts = work.run(file, at_a_time)
     typer.echo(
         f"{counts.imported} imported, {counts.skipped} already imported, {counts.failed} failed"
@@ -66,11 +71,6 @@ def import_(
 @app.command()
 def show(user_id: UserId, url: Url = None) -> None:
     """Show the stored data of a user, and the anchors that serve them."""
-    from rich.console import Console
-    from rich.filesize import decimal
-    from rich.table import Table
-    from rich.text import Text
-
     user = _call(url, lambda client: client.user(user_id))
     described = "none"
     if adapter := user.adapter:
@@ -129,10 +129,7 @@ def export(
 
 
 def _write_export(out: Path, document: dict[str, Any]) -> list[str]:
-    """Write an export atomically to a new or empty folder that only its owner can read; return the file names.
-
-    Raises MtaError if the folder cannot be written.
-    """
+    """Write an export atomically to a new or empty folder that only its owner can read; return the file names."""
     import orjson
 
     from bank.peft.exported import CONFIG_FILE, WEIGHTS_FILE
@@ -160,8 +157,8 @@ def _write_export(out: Path, document: dict[str, Any]) -> list[str]:
 
 
 def readapt(
-    bank: Annotated[Path | None, typer.Option(help="Folder of the served bank.", show_default="MTA_BANK")] = None,
-    redis_url: Annotated[str | None, typer.Option(help="URL of Redis or Valkey.", show_default="MTA_REDIS_URL")] = None,
+    bank: Bank = None,
+    redis_url: RedisUrl = None,
     at_a_time: Annotated[int, typer.Option(help="Maximum number of open jobs.", min=1)] = 4,
 ) -> None:
     """Create a training job from stored samples for every user whose adapter belongs to an old bank.
@@ -170,14 +167,11 @@ def readapt(
     have banks of their own (`mta keys bank`), users of other banks are skipped; this needs the gateways' MTA_SECRET.
     For a tenant's bank set --bank, and leave MTA_BANK as the gateways have it.
     """
-    from server.settings import load_settings
-
     asyncio.run(_readapt(load_settings(bank=bank, redis_url=redis_url), load_settings().bank, at_a_time))
 
 
 async def _readapt(settings: Settings, default_bank: Path | None, at_a_time: int) -> None:
     """Create jobs for the settings' bank; `default_bank` is the folder of the gateways' default bank."""
-    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
     from bank.manifest import read_manifest

@@ -1,17 +1,13 @@
-"""Import people's profiles from a file into a gateway, and continue interrupted imports.
-
-The file is in LaMP's per-user layout or newline-delimited JSON. The gateway checks the items, since their fields depend
-on the bank's task.
-"""
+"""Import people's profiles from a file into a gateway, which checks the items, and continue interrupted imports."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any
@@ -24,16 +20,15 @@ from server.store.tenants.user_key import check_user_id
 
 _FALLBACK_FOLDER = Path("out")
 _SNIFF_BYTES = 1 << 20
+_READ_AHEAD = 64  # maximum number of people in memory
 
 
 @dataclass(frozen=True, slots=True)
 class PersonEntry:
-    """A person in a file: `place` is the line or entry number, from 1; `fault` is the reason if it is invalid."""
-
-    place: int
+    place: int  # line or entry number in the file, from 1
     user_id: str
     items: list[Any]
-    fault: str = ""
+    fault: str = ""  # why the entry is invalid
 
     def digest(self, url: str) -> bytes:
         """Return a hash of the gateway, the person and the items, from which nobody can identify the person."""
@@ -49,132 +44,105 @@ class ImportCounts:
     skipped: int = 0
     failed: int = 0
 
-    @property
-    def total(self) -> int:
-        return self.imported + self.skipped + self.failed
-
 
 class Journal:
     """The imported people of all runs, one hash per line, and the failures of this run with reasons.
 
-    Both files are next to the file of `people`, or in `out/` if its folder is read-only. Raises MtaError if they cannot
-    be written.
+    Both files are next to the file of `people`, or in `out/` if its folder is read-only.
     """
 
     def __init__(self, people: Path, state: Path | None = None) -> None:
         folder = people.parent if os.access(people.parent, os.W_OK) else _FALLBACK_FOLDER
         done = state or folder / f"{people.name}.imported"
-        self.failed = failed = done.with_name(f"{people.name}.failed.ndjson")
-        self._known: set[bytes] = set()
-        self._files = ExitStack()
-        self._failures: IO[bytes] | None = None
+        self.failed = done.with_name(f"{people.name}.failed.ndjson")
         try:
             done.parent.mkdir(parents=True, exist_ok=True)
-            failed.unlink(missing_ok=True)
-            self._done = self._files.enter_context(_open_private(done))
-            lines, _, partial = self._done.read().rpartition(b"\n")
-            self._known.update(bytes.fromhex(line.decode()) for line in lines.splitlines())
+            self.failed.unlink(missing_ok=True)
+            self._done = _open_private(done)
+            *lines, partial = self._done.read().split(b"\n")
+            self._known = {bytes.fromhex(line.decode()) for line in lines}
             self._done.truncate(self._done.tell() - len(partial))  # line of a killed run
         except (OSError, ValueError) as error:
-            self._files.close()
             raise MtaError(f"{done} is not the state of an import, or cannot be written: {error}") from error
 
     def close(self) -> None:
-        self._files.close()
+        self._done.close()
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._known
 
     def add(self, digest: bytes) -> None:
-        """Record that a person is imported."""
         self._known.add(digest)
         self._done.write(digest.hex().encode() + b"\n")
         self._done.flush()
 
     def fail(self, person: PersonEntry, reason: str) -> None:
-        """Record why a person cannot be imported."""
-        if self._failures is None:
-            self._failures = self._files.enter_context(_open_private(self.failed))
-        self._failures.write(orjson.dumps({"entry": person.place, "user_id": person.user_id, "reason": reason}) + b"\n")
-        self._failures.flush()
+        with _open_private(self.failed) as file:
+            file.write(orjson.dumps({"entry": person.place, "user_id": person.user_id, "reason": reason}) + b"\n")
 
 
 @dataclass
 class Import:
-    """One run of an import; `on_count` is called after each person."""
+    """One run of an import; `on_person` is called after each person, with the number of people so far."""
 
     gateway: RetryingGateway
     journal: Journal
-    on_count: Callable[[ImportCounts], None] = lambda counts: None
+    on_person: Callable[[int], None] = lambda people: None
     counts: ImportCounts = field(default_factory=ImportCounts)
     _lock: Lock = field(default_factory=Lock)
 
     def run(self, path: Path, at_a_time: int) -> ImportCounts:
-        """Import the people of a file with at most `at_a_time` requests in flight.
-
-        Raises MtaError if the file cannot be read or the gateway is down for too long; the journal stays valid.
-        """
-        sent: set[Future[None]] = set()
+        """Import a file's people; MtaError, with a valid journal, if the file or, for too long, the gateway fails."""
+        begun: deque[Future[None]] = deque()
         with ThreadPoolExecutor(at_a_time) as threads:
             try:
                 for person in read_people(path):
-                    if person.fault:
-                        self._record(person, person.fault)
-                    elif person.digest(self.gateway.url) in self.journal:
-                        with self._lock:
-                            self.counts.skipped += 1
-                            self.on_count(self.counts)
-                    else:
-                        sent.add(threads.submit(self._send, person))
-                        if len(sent) == at_a_time:
-                            answered, sent = wait(sent, return_when=FIRST_COMPLETED)
-                            for one in answered:
-                                one.result()
-                for one in sent:
+                    begun.append(threads.submit(self._import, person))
+                    if len(begun) > _READ_AHEAD:
+                        begun.popleft().result()
+                for one in begun:
                     one.result()
             finally:
                 self.gateway.stop()
         return self.counts
 
-    def _send(self, person: PersonEntry) -> None:
-        try:
-            self.gateway.call(lambda client: client.put_profile(person.user_id, person.items))
-        except RequestRefused as error:
-            self._record(person, str(error))
-        else:
-            self._record(person)
-
-    def _record(self, person: PersonEntry, failed: str = "") -> None:
+    def _import(self, person: PersonEntry) -> None:
+        digest, fault, counts = person.digest(self.gateway.url), person.fault, self.counts
+        known = digest in self.journal
+        if not (fault or known):
+            try:
+                self.gateway.call(lambda client: client.put_profile(person.user_id, person.items))
+            except RequestRefused as error:
+                fault = str(error)
         with self._lock:
-            if failed:
-                self.journal.fail(person, failed)
-                self.counts.failed += 1
+            if fault:
+                self.journal.fail(person, fault)
+                counts.failed += 1
+            elif known:
+                counts.skipped += 1
             else:
-                self.journal.add(person.digest(self.gateway.url))
-                self.counts.imported += 1
-            self.on_count(self.counts)
+                self.journal.add(digest)
+                counts.imported += 1
+            self.on_person(counts.imported + counts.skipped + counts.failed)
 
 
 def count_people(path: Path) -> int:
-    """Return the number of people in a file; raise MtaError if it cannot be read."""
     return sum(1 for _ in _entries(path))
 
 
 def read_people(path: Path) -> Iterator[PersonEntry]:
-    """Yield the people in a file in order; raise MtaError if it cannot be read."""
     seen: set[str] = set()
     for place, raw in _entries(path):
         person = _person(place, raw)
         if person.user_id in seen:
-            fault = f"{excerpt(person.user_id)} is in the file twice: merge the entries"
-            person = PersonEntry(place, person.user_id, [], fault)
+            person = replace(person, fault=f"{excerpt(person.user_id)} is in the file twice: merge the entries")
         elif person.user_id:
             seen.add(person.user_id)
         yield person
 
 
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the entries of a file with their places: objects of a list, or undecoded lines."""
+    """Yield the entries of a file with their places, objects of a list or raw lines; MtaError if it is unreadable."""
     try:
         with path.open("rb") as file:
             is_list = file.read(_SNIFF_BYTES).lstrip()[:1] == b"["

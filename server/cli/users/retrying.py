@@ -27,10 +27,7 @@ class RequestRefused(MtaError):
 
 
 class RetryingGateway:
-    """Thread-safe calls to one gateway.
-
-    While the gateway is busy or down, all calls wait: a delay requested in one answer applies to all calls.
-    """
+    """Thread-safe calls to one gateway; a delay that one answer requests applies to all calls."""
 
     def __init__(self, client: mta_client.Client, max_retry_s: float = MAX_RETRY_S) -> None:
         self.url = client.url
@@ -42,10 +39,7 @@ class RetryingGateway:
         self._stopped = threading.Event()
 
     def call(self, method: Callable[[mta_client.Client], T]) -> T:
-        """Call an idempotent method of the client until the gateway answers.
-
-        Raises RequestRefused if the gateway refuses, and MtaError if it is busy or down for too long.
-        """
+        """Call an idempotent method until it answers; RequestRefused if refused, MtaError if down for too long."""
         while True:
             while (left_s := self._not_before_s - time.monotonic()) > 0 and not self._stopped.wait(left_s):
                 pass  # another call may have extended the wait

@@ -14,7 +14,7 @@ from bank.evaluation.run import EvalOptions, MethodRun, Record, Records
 from bank.evaluation.summary import GOLDS, markdown, summarise, tables, write_lamp_files
 from bank.items.histories import History, Query
 from bank.items.tasks import AnswerKind, get_task
-from server.cli.eval.tables import print_tables
+from server.cli.eval.commands import print_tables
 
 FILMS = get_task("movie_rating")
 MERGED = METHODS["merged"]

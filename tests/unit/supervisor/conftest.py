@@ -6,7 +6,6 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ import pytest
 from bench.rig.processes import PATIENCE_S
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.services import Part
-from server.supervisor.status import State
-from server.supervisor.supervisor import Supervisor
+from server.supervisor.supervisor import State, Supervisor
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
@@ -37,7 +35,7 @@ class Record:
         self.states: list[tuple[str, State]] = []
         self.details: list[str] = []
 
-    def __call__(self, part: str, state: State, detail: str = "") -> None:
+    def __call__(self, part: str, state: State, detail: str) -> None:
         self.states.append((part, state))
         self.details.append(detail)
 
@@ -45,8 +43,8 @@ class Record:
         return self.states.count((part, state))
 
     def of(self, part: str, state: State) -> list[str]:
-        """What was said of each such change."""
-        return [said for seen, said in zip(self.states, self.details, strict=True) if seen == (part, state)]
+        """The details of each such change."""
+        return [detail for seen, detail in zip(self.states, self.details, strict=True) if seen == (part, state)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,24 +62,14 @@ def data(tmp_path: Path) -> Iterator[DataFolder]:
 def python_part(name: str, folder: Path, code: str, **changes: float) -> Part:
     """A part that runs `code`, and is ready once it has written its pid to `<name>.pid`."""
     pid_file = folder / f"{name}.pid"
-    prelude = (
-        f"import os, pathlib; draft = pathlib.Path({str(pid_file)!r} + '.tmp'); draft.write_text(str(os.getpid()))\n"
-        f"draft.replace({str(pid_file)!r})\n"  # whoever reads it finds a whole pid
-    )
+    ends = f"draft = {str(pid_file)!r} + '.tmp'; open(draft, 'w').write(str(os.getpid())); os.rename(draft, draft[:-4])"
 
     async def ready() -> bool:
         return pid_file.exists()
 
+    command = (sys.executable, "-c", f"import os\n{code.strip()}\n{ends}\n{SLEEP}")
     times = {"start_timeout_s": PATIENCE_S, "stop_timeout_s": PATIENCE_S} | changes
-    return Part(
-        name, (sys.executable, "-c", code.strip() + "\n" + prelude + SLEEP), dict(os.environ), ready, "", **times
-    )
-
-
-def waits_for(path: Path, part: Part) -> Part:
-    """The part, as one that does nothing before `path` exists."""
-    wait = f"import pathlib, time\nwhile not pathlib.Path({str(path)!r}).exists(): time.sleep(0.01)\n"
-    return replace(part, command=(*part.command[:2], wait + part.command[2]))
+    return Part(name, command, dict(os.environ), ready, "", **times)
 
 
 def pid_of(name: str, folder: Path) -> int:

@@ -13,17 +13,9 @@ import redis.asyncio
 
 from bench.rig.processes import PATIENCE_S, command_line, descendants
 from server.settings import Settings
+from server.supervisor import services
 from server.supervisor.data_folder import DataFolder, StartError
-from server.supervisor.services import (
-    DRAIN_S,
-    STOP_S,
-    engine_part,
-    gateway_part,
-    listening,
-    router_part,
-    valkey_part,
-    worker_part,
-)
+from server.supervisor.services import engine_part, gateway_part, router_part, worker_part
 from server.supervisor.supervisor import GRACE_S, GuardedProcess
 
 
@@ -44,7 +36,8 @@ def test_a_data_folder_has_one_user_at_a_time_and_one_private_secret_for_ever(tm
 
 async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path) -> None:
     data = DataFolder.open(tmp_path / 'a "quoted" folder')
-    part, url = valkey_part(data, 100 << 20)
+    part, url = services.valkey_part(data, 100 << 20), services.valkey_url(data.path)
+    assert url
     password = url.split(":")[2].split("@")[0]
     assert stat.S_IMODE(Path(part.command[1]).stat().st_mode) == 0o600
     process = await GuardedProcess.start(part, data)
@@ -72,15 +65,15 @@ async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_
 
 @pytest.mark.parametrize("replicas", [1, 2, 5])
 def test_parts_that_have_to_be_killed_are_gone_in_the_time_that_the_page_says(data: DataFolder, replicas: int) -> None:
-    settings = Settings(drain_s=DRAIN_S)
-    parts = [valkey_part(data, 100 << 20)[0], gateway_part(settings), worker_part(settings, data.log("worker"))]
+    settings = Settings(drain_s=services.DRAIN_S)
+    parts = [services.valkey_part(data, 100 << 20), gateway_part(settings), worker_part(settings, data.log("worker"))]
     parts += [engine_part(settings, [], {})] * replicas + [router_part(settings)] * (replicas > 1)
     page = (Path(__file__).parents[3] / "docs/running.md").read_text("utf-8")
     said = re.search(r"all within (\d+) s\s\(with `--replicas`, (\d+) s more for each engine\)", page)
     assert said
-    assert int(said[1]) == STOP_S
+    assert int(said[1]) == services.STOP_S
     more_s = int(said[2]) * replicas if replicas > 1 else 0
-    assert sum(part.stop_timeout_s + GRACE_S for part in parts) < STOP_S + more_s
+    assert sum(part.stop_timeout_s + GRACE_S for part in parts) < services.STOP_S + more_s
 
 
 def test_each_part_gets_the_secrets_that_it_needs_and_none_by_argv(
@@ -106,12 +99,3 @@ def test_each_part_gets_the_secrets_that_it_needs_and_none_by_argv(
     assert "RUST_LOG" not in router.environment  # it would have every recipe logged
     assert router.command[router.command.index("--worker-urls") + 1 :] == ("http://a:1", "http://b:2")
     assert router.command[router.command.index("--policy") + 1] == "consistent_hash"
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_a_taken_port_is_refused_by_number(host: str) -> None:
-    with listening(host, 0) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(StartError, match=f"{host}:{port}: Address already in use"):
-            listening(host, port)
-    listening(host, port).close()

@@ -1,60 +1,74 @@
-"""The supervisor of `mta up`, on trivial parts: order, restarts, stopping."""
+"""The supervisor of `mta up`, on trivial parts: order, restarts, stopping, logs, and that no process is left behind."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.rig.processes import PATIENCE_S, alive
+from bench.rig.processes import PATIENCE_S, Background, alive, descendants, wait_until
 from server.settings import Settings
 from server.supervisor import supervisor
 from server.supervisor.data_folder import DataFolder, StartError
-from server.supervisor.services import Part, worker_part
-from server.supervisor.status import State
-from server.supervisor.supervisor import Supervisor
-from tests.unit.supervisor.conftest import SLEEP, Record, pid_of, python_part, run_until, waits_for
+from server.supervisor.services import Part, worker_part, writes
+from server.supervisor.supervisor import GuardedProcess, Supervisor
+from tests.unit.supervisor.conftest import FAMILY, FAMILY_SIZE, SLEEP, Record, pid_of, python_part, run_until
 
-NO_BANK = "raise SystemExit('no such bank')"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+CHATTER = """
+import itertools, threading, time
+def chatter():
+    for number in itertools.count():
+        print(number, "x" * 90, flush=True)
+        time.sleep(0.001)
+threading.Thread(target=chatter, daemon=True).start()
+"""
+LIMIT = 20_000
+SUPERVISE = """
+import asyncio, pathlib, sys
+from server.supervisor.data_folder import DataFolder
+from server.supervisor.supervisor import Supervisor
+from tests.unit.supervisor.conftest import FAMILY, Record, python_part
+
+folder = pathlib.Path(sys.argv[1])
+supervisor = Supervisor([python_part("family", folder, FAMILY)], DataFolder.open(folder / "data"), Record())
+started = lambda: print("started", flush=True)
+asyncio.run(supervisor.run(asyncio.Event(), asyncio.Event(), started))
+"""
 
 
 def brief(folder: Path, code: str = "") -> Part:
-    """A part that ends by itself, soon after it is ready."""
+    """A part that ends by itself soon after it is ready."""
     part = python_part("brief", folder, code)
     return replace(part, command=(*part.command[:2], part.command[2].replace(SLEEP, "import time; time.sleep(0.3)")))
 
 
 async def test_parts_start_once_those_they_need_are_ready_and_stop_in_reverse(tmp_path: Path, data: DataFolder) -> None:
-    """As a worker does on an engine's card, after the engine has taken its share."""
-    record = Record()
-    parts = [
-        waits_for(tmp_path / "quick.pid", python_part("engine", tmp_path, "")),
-        python_part("quick", tmp_path, ""),
-        replace(python_part("worker", tmp_path, ""), needs=worker_part(Settings(), tmp_path, ["engine"]).needs),
-    ]
-    await run_until(Supervisor(parts, data, record), lambda: True)
-    assert record.states.index(("engine", State.READY)) < record.states.index(("worker", State.STARTING))
-    assert sorted(name for name, seen in record.states if seen is State.READY) == ["engine", "quick", "worker"]
-    down = [(name, state) for name in ("worker", "quick", "engine") for state in (State.STOPPING, State.STOPPED)]
-    assert record.states[-6:] == down
-    assert not any(alive(pid_of(part.name, tmp_path)) for part in parts)
-
-
-async def test_a_part_starts_when_another_is_far_enough(tmp_path: Path, data: DataFolder) -> None:
-    record, gate = Record(), tmp_path / "gate"
-    early = python_part("early", tmp_path, f"open({str(gate)!r}, 'w')")
+    """As a worker does: after the engine whose card it shares, and when another is far enough."""
+    record, asked = Record(), list[int]()
 
     async def far_enough() -> bool:
-        return gate.exists()
+        asked.append(record.count("worker", "starting"))
+        return len(asked) == 3
 
-    late = replace(python_part("late", tmp_path, f"assert open({str(gate)!r})"), start_when=far_enough)
-    await run_until(Supervisor([early, late], data, record), lambda: True)
-    assert record.count("late", State.READY) == 1
+    needs = worker_part(Settings(), tmp_path, ["engine"]).needs
+    parts = [
+        python_part("engine", tmp_path, f"while not os.path.exists({str(tmp_path / 'quick.pid')!r}): pass"),
+        python_part("quick", tmp_path, ""),
+        replace(python_part("worker", tmp_path, ""), needs=needs, start_when=far_enough),
+    ]
+    await run_until(Supervisor(parts, data, record), lambda: True)
+    assert asked == [0, 0, 0]
+    assert record.states.index(("engine", "ready")) < record.states.index(("worker", "starting"))
+    assert sorted(name for name, seen in record.states if seen == "ready") == ["engine", "quick", "worker"]
+    down = [(name, state) for name in ("worker", "quick", "engine") for state in ("stopping", "stopped")]
+    assert record.states[-6:] == down
+    assert not any(alive(pid_of(part.name, tmp_path)) for part in parts)
 
 
 async def test_a_part_may_stand_back_behind_the_others(tmp_path: Path, data: DataFolder) -> None:
@@ -75,21 +89,11 @@ async def test_a_part_may_stand_back_behind_the_others(tmp_path: Path, data: Dat
     assert found["back"] in ((min(usual + 5, 19), ""), (min(usual + 5, 19), "5"))
 
 
-async def test_a_part_that_fails_to_start_ends_the_others_with_the_end_of_its_log(
-    tmp_path: Path, data: DataFolder
-) -> None:
-    beside = python_part("beside", tmp_path, "")
-    broken = waits_for(tmp_path / "beside.pid", python_part("broken", tmp_path, NO_BANK))
-    with pytest.raises(StartError, match=r"broken ended with status 1 .*\n(.*\n)*no such bank"):
-        await run_until(Supervisor([beside, broken], data, Record()), lambda: False)
-    assert not alive(pid_of("beside", tmp_path))
-
-
 async def test_a_part_that_takes_too_long_is_gone_and_fails_the_start_unless_it_is_spare(
     tmp_path: Path, data: DataFolder
 ) -> None:
     witness = tmp_path / "slow.started"
-    code = f"import os\nwith open({str(witness)!r}, 'a') as file: print(os.getpid(), file=file)\n{SLEEP}"
+    code = f"with open({str(witness)!r}, 'a') as file: print(os.getpid(), file=file)\n{SLEEP}"
     slow = python_part("slow", tmp_path, code, start_timeout_s=1)
     with pytest.raises(StartError, match="slow was not ready after 1 s"):
         await run_until(Supervisor([slow], data, Record()), bool)
@@ -98,27 +102,10 @@ async def test_a_part_that_takes_too_long_is_gone_and_fails_the_start_unless_it_
     record = Record()
 
     def started_again() -> bool:
-        return record.count("slow", State.STARTING) == 2 and not alive(int(witness.read_text().split()[0]))
+        return record.count("slow", "starting") == 2 and not alive(int(witness.read_text().split()[0]))
 
     await run_until(Supervisor([replace(slow, optional=True)], data, record), started_again)
-    assert "was not ready after 1 s" in record.of("slow", State.DOWN)[0]
-
-
-async def test_a_part_that_is_killed_is_started_again_and_the_others_are_left_alone(
-    tmp_path: Path, data: DataFolder
-) -> None:
-    record, killed = Record(), list[int]()
-    parts = [python_part(name, tmp_path, "") for name in ("steady", "frail")]
-
-    def killed_and_back() -> bool:
-        if not killed:
-            killed.append(pid_of("frail", tmp_path))
-            os.kill(killed[0], signal.SIGKILL)
-        return record.count("frail", State.READY) == 2
-
-    await run_until(Supervisor(parts, data, record), killed_and_back)
-    assert record.count("steady", State.STARTING) == 1
-    assert f"status {128 + signal.SIGKILL}" in record.of("frail", State.DOWN)[0]
+    assert "was not ready after 1 s" in record.of("slow", "down")[0]
 
 
 @pytest.mark.parametrize(
@@ -130,8 +117,8 @@ async def test_the_wait_before_a_restart_doubles_up_to_its_limit_unless_the_part
     monkeypatch.setattr(supervisor, "STABLE_AFTER_S", forgiven_s)
     monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_S", 0.05)
     record = Record()
-    await run_until(Supervisor([brief(tmp_path)], data, record), lambda: record.count("brief", State.DOWN) == 4)
-    assert [detail.rpartition(" in ")[2] for detail in record.of("brief", State.DOWN)] == [f"{d} s" for d in delays]
+    await run_until(Supervisor([brief(tmp_path)], data, record), lambda: record.count("brief", "down") == 4)
+    assert [detail.rpartition(" in ")[2] for detail in record.of("brief", "down")] == [f"{d} s" for d in delays]
 
 
 @pytest.mark.parametrize("starts", [True, False])
@@ -145,16 +132,17 @@ async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_
     record = Record()
     code = "print('no room on the card', flush=True)" if starts else "raise SystemExit('no room on the card')"
     parts = [python_part("steady", tmp_path, ""), replace(brief(tmp_path, code), optional=optional)]
-    running = run_until(Supervisor(parts, data, record), lambda: record.count("brief", State.GIVEN_UP) == 1)
+    running = run_until(Supervisor(parts, data, record), lambda: record.count("brief", "given up") == 1)
     if optional:
         await running
-        assert "no room on the card" in record.of("brief", State.GIVEN_UP)[0]
-        assert record.states.index(("steady", State.STOPPING)) > record.states.index(("brief", State.GIVEN_UP))
+        assert "no room on the card" in record.of("brief", "given up")[0]
+        assert ("no room on the card" in record.of("brief", "down")[0]) is not starts
+        assert record.states.index(("steady", "stopping")) > record.states.index(("brief", "given up"))
     else:
         ended = "status 0 .* 3 times in a row" if starts else "status 1 before it was ready"
         with pytest.raises(StartError, match=rf"brief ended with {ended}(.*\n)*no room on the card"):
             await running
-    assert record.count("brief", State.STARTING) == (3 if optional or starts else 1)
+    assert record.count("brief", "starting") == (3 if optional or starts else 1)
     assert not alive(pid_of("steady", tmp_path))
 
 
@@ -167,26 +155,9 @@ with open({str(starts)!r}, "a") as file: file.write("x")
 if open({str(starts)!r}).read() == "xx": raise SystemExit("not now")
 """
     parts = [python_part("steady", tmp_path, ""), brief(tmp_path, code)]
-    await run_until(Supervisor(parts, data, record), lambda: record.count("brief", State.READY) == 2)
-    assert any("not now" in detail for detail in record.of("brief", State.DOWN))
-    assert record.count("steady", State.STARTING) == 1
-
-
-async def test_a_spare_part_whose_first_start_fails_ends_nothing_and_is_started_again(
-    tmp_path: Path, data: DataFolder
-) -> None:
-    record, mended = Record(), tmp_path / "mended"
-    code = f"import pathlib\nif not pathlib.Path({str(mended)!r}).exists(): raise SystemExit('no room on the card')"
-    parts = [python_part("steady", tmp_path, ""), replace(python_part("worker", tmp_path, code), optional=True)]
-
-    def mended_and_back() -> bool:
-        if record.count("worker", State.DOWN) > 1:
-            mended.touch()
-        return record.count("worker", State.READY) == 1
-
-    await run_until(Supervisor(parts, data, record), mended_and_back)
-    assert "no room on the card" in record.of("worker", State.DOWN)[0]
-    assert record.count("steady", State.STARTING) == 1
+    await run_until(Supervisor(parts, data, record), lambda: record.count("brief", "ready") == 2)
+    assert any("not now" in detail for detail in record.of("brief", "down"))
+    assert record.count("steady", "starting") == 1
 
 
 @pytest.mark.parametrize(("patience_s", "hurry"), [(0.1, False), (10 * PATIENCE_S, True)])
@@ -197,3 +168,79 @@ async def test_a_stubborn_part_is_killed_when_its_time_is_up_or_a_second_signal_
     async with asyncio.timeout(PATIENCE_S):
         await run_until(Supervisor([part], data, Record()), lambda: True, hurry=hurry)
     assert not alive(pid_of("stubborn", tmp_path))
+
+
+async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_newest(
+    tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.supervisor.data_folder.MAX_LOG_BYTES", LIMIT)
+    monkeypatch.setattr("server.supervisor.supervisor.LOG_CHECK_INTERVAL_S", 0.05)
+    log, rotated = data.log("chatty"), list[str]()
+    before = log.with_suffix(".log.1")
+
+    def three_times() -> bool:
+        if before.exists() and before.stat().st_size and (start := before.read_text()[:100]) not in rotated:
+            rotated.append(start)
+        return len(rotated) == 3
+
+    await run_until(Supervisor([python_part("chatty", tmp_path, CHATTER)], data, Record()), three_times)
+    assert log.stat().st_size + before.stat().st_size < 10 * LIMIT
+    # The part was killed, perhaps while it wrote the last line, perhaps as its log had just been begun anew.
+    *lines, _ = (before.read_text() + log.read_text()).split("\n")
+    numbers = [int(line.split()[0]) for line in lines]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) > 0.8 * (numbers[-1] - numbers[0])  # a busy machine loses what is written as a log is emptied
+    assert {len(line.split()[1]) for line in lines} == {90}  # no line is cut, none is full of holes
+    assert numbers[0] > 3 * LIMIT // 200
+
+
+async def test_each_run_has_a_log_of_its_own_and_is_ready_once_it_says_so(tmp_path: Path, data: DataFolder) -> None:
+    log = data.log("brief")
+    for said, expected in (("ready: now", True), ("not yet", False)):
+        part = replace(python_part("brief", tmp_path, f"print({said!r}, flush=True)"), ready=writes(log, "ready: now"))
+        process = await GuardedProcess.start(part, data)
+        try:
+            await _guard_of("brief", tmp_path)  # by then it has said what it has to say
+            assert await part.ready() is expected
+            assert log.read_text() == f"{said}\n"
+        finally:
+            await process.kill()
+            (tmp_path / "brief.pid").unlink()
+    before = log.with_suffix(".log.1")
+    assert before.read_text() == "ready: now\n"
+    before.unlink()
+    before.mkdir()  # as on a full disk, there can be no new log
+    await run_until(Supervisor([python_part("brief", tmp_path, "")], data, Record()), lambda: True)
+
+
+async def test_what_a_part_leaves_behind_dies_with_it(tmp_path: Path, data: DataFolder) -> None:
+    process = await GuardedProcess.start(python_part("family", tmp_path, FAMILY), data)
+    family = descendants(await _guard_of("family", tmp_path))
+    assert len(family) == FAMILY_SIZE
+    os.kill(pid_of("family", tmp_path), signal.SIGKILL)
+    assert await process.wait() == 128 + signal.SIGKILL
+    assert [pid for pid in family if alive(pid)] == []
+
+
+async def test_a_killed_guard_takes_its_part_along(tmp_path: Path, data: DataFolder) -> None:
+    process = await GuardedProcess.start(python_part("orphaned", tmp_path, ""), data)
+    os.kill(await _guard_of("orphaned", tmp_path), signal.SIGKILL)
+    await process.wait()
+    wait_until(lambda: not alive(pid_of("orphaned", tmp_path)), "the part to die with its guard")
+
+
+async def _guard_of(name: str, folder: Path) -> int:
+    """The guard's pid, once its part is ready."""
+    await asyncio.to_thread(wait_until, (folder / f"{name}.pid").exists, f"{name} to start")
+    return int(Path(f"/proc/{pid_of(name, folder)}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_killed_supervisor_leaves_no_process_and_frees_its_data_folder_once_they_are_gone(tmp_path: Path) -> None:
+    background = Background([sys.executable, "-c", SUPERVISE, str(tmp_path)])
+    background.wait_for("^started$")
+    family = descendants(background.process.pid)
+    assert len(family) == FAMILY_SIZE + 1
+    background.process.kill()
+    background.process.wait()
+    DataFolder.open(tmp_path / "data").close()  # waits for the guards, which hold the lock
+    assert [pid for pid in family if alive(pid)] == []

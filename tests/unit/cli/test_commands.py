@@ -1,0 +1,189 @@
+"""The `mta` command: options and their limits, what is refused before a model opens, and how every command ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from adapters.errors import MtaError
+from bank.building.options import BuildOptions, ImportOptions
+from bank.errors import BankError
+from bank.manifest import PosteriorRule, WeightRule, write_manifest
+from server.cli import app
+from server.cli.bank import commands
+from server.cli.bench import BENCHMARKS
+from tests.unit.bank.test_weights import manifest
+
+BENCH_OPTIONS = {
+    "cost": "--without-lora",
+    "cold": "--pairs",
+    "thrash": "--users",
+    "stall": "--arrivals",
+    "adapt": "--samples",
+    "scale": "--quick",
+    "report": "--page",
+}
+SWALLOWED = """
+import signal, sys, time
+from server import cli
+from bench import exit_on_sigterm
+
+class Dying:
+    def __del__(self):
+        signal.raise_signal(NUMBER)  # what is raised here reaches nobody
+
+@cli.app.command("wait")
+def wait():
+    exit_on_sigterm()
+    Dying()
+    for _ in range(600):
+        time.sleep(0.1)
+    print("it went on")
+
+sys.argv = ["mta", "wait"]
+cli.main()
+"""
+FROZEN = """
+import sys
+from adapters.errors import MtaError
+from bank.models.process_startup import heavy_imports, run_and_exit
+
+with heavy_imports():
+    import triton.runtime
+
+def main():
+    print("all is done")
+    END
+
+run_and_exit(main)
+"""
+
+
+def mta(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
+
+
+def ran(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_it_says_its_version() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8"))["project"]
+    said = mta("--version")
+    assert (said.exit_code, said.output) == (0, f"mta {project['version']}\n")
+
+
+@pytest.mark.parametrize(("kind", "command"), [(BuildOptions, commands.build), (ImportOptions, commands.import_)])
+def test_a_command_has_every_option_and_gives_what_is_typed_and_the_options_own_defaults(
+    kind: type, command: Callable[..., None]
+) -> None:
+    defaults, parameters = kind("chat"), inspect.signature(command).parameters
+    given = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(kind)}
+    assert given.keys() <= parameters.keys()
+    for name, value in given.items():
+        assert parameters[name].default in (value, inspect.Parameter.empty)
+    assert commands._options(kind, given | {"k": 3, "out": "bank"}) == kind("chat", k=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"), [("q_proj, v_proj", ("q_proj", "v_proj")), (("q_proj",), ("q_proj",)), ("", None)]
+)
+def test_names_are_one_text_with_commas(given: Any, names: tuple[str, ...] | None) -> None:
+    assert BuildOptions("chat", target_modules=given).target_modules == names
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "says"),
+    [
+        (BuildOptions, {"batch_size": -1}, "--batch-size: .* greater than or equal to 1, got -1"),
+        (BuildOptions, {"learning_rate": math.nan}, "--learning-rate: .* got nan"),
+        (BuildOptions, {"learning_rate": 1.0}, "--learning-rate: .* less than 1, got 1.0"),
+        (BuildOptions, {"history_share": 1.1}, "--history-share: .* less than or equal to 1, got 1.1"),
+        (BuildOptions, {"dtype": "int8"}, "--dtype: .*'auto', 'bfloat16' or 'float32', got 'int8'"),
+        (BuildOptions, {"anchors_by": "luck"}, "--anchors-by: .* got 'luck'"),
+        (ImportOptions, {"k": 0}, "--k: .* greater than or equal to 1, got 0"),
+    ],
+)
+def test_a_value_beyond_its_limit_is_refused_by_the_options_name(kind: type, given: dict[str, Any], says: str) -> None:
+    with pytest.raises(BankError, match=f"^{says}$"):
+        kind(**{"task": "chat"} | given)
+
+
+def test_the_rule_of_weights_is_told_in_a_line() -> None:
+    topic = "topic, at most 2 anchors, strength 0.5"
+    posterior = f"posterior, at most 16 anchors, decay 250; until there is a signature, {topic}"
+    for rule, words in ((None, topic), (PosteriorRule(anchors=16), posterior)):
+        weights = WeightRule(anchors=2, strength=0.5, posterior=rule)
+        assert commands._describe_rule(weights.model_dump(mode="json")) == words
+
+
+def test_texts_are_asked_for_where_answers_have_a_voice(tmp_path: Path) -> None:
+    write_manifest(tmp_path, manifest().model_copy(update={"task": "movie_rating"}))
+    paths = ("--users", "users.json", "--bank", str(tmp_path), "--out", str(tmp_path / "out"))
+    refused = mta("eval", *paths, "--methods", "base", "--write", "base")
+    assert refused.exit_code == 2
+    assert "this bank's answers are score" in " ".join(refused.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("name", "option"), BENCH_OPTIONS.items())
+def test_each_benchmark_shows_its_own_options(name: str, option: str) -> None:
+    result = mta("bench", name, "--help")
+    assert result.exit_code == 0
+    assert f"mta bench {name} [OPTIONS]" in result.output
+    assert option in result.output
+
+
+def test_all_benchmarks_are_listed_and_have_a_main() -> None:
+    listed = [mta(*group, "--help").output for group in (["bench"], ["bench", "fleet"])]
+    assert all(name in listed[0] for name in [*BENCH_OPTIONS, "overload", "fairness", "fleet"])
+    assert all(name in listed[1] for name in ["chaos", "replicas", "simulate", "rolling"])
+    for module in BENCHMARKS:
+        spec = find_spec(module)
+        assert spec and spec.origin
+        assert "\ndef main(" in Path(spec.origin).read_text("utf-8"), module
+
+
+def test_a_benchmark_asks_for_a_bank_and_refuses_an_unknown_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MTA_BANK", raising=False)
+    for name in ("cost", "cold", "thrash", "stall", "adapt"):
+        failed = mta("bench", name).exception
+        assert isinstance(failed, MtaError)
+        assert "MTA_BANK" in str(failed)
+    assert mta("bench", "thrash", "--nonsense").exit_code == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", (1, 130)), ("SIGTERM", (143,))])
+def test_a_signal_while_exceptions_reach_nobody_ends_a_command(number: str, status: tuple[int, ...]) -> None:
+    done = ran(SWALLOWED.replace("NUMBER", f"signal.{number}"))
+    assert ("it went on" in done.stdout, done.returncode in status) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('why not')", 1, "why not\n"),
+        ("raise MtaError('no such bank')", 1, "adapters.errors.MtaError: no such bank\n"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt\n"),
+    ],
+)
+def test_a_process_full_of_heavy_imports_ends_with_its_status_and_lists_no_leaks(
+    end: str, status: int, said: str
+) -> None:
+    pytest.importorskip("triton")
+    done = ran(FROZEN.replace("END", end))
+    assert (done.returncode, done.stdout) == (status, "all is done\n")
+    assert done.stderr.endswith(said)
+    assert "leak" not in done.stderr
