@@ -38,7 +38,7 @@ from server.gateway.users.adapting import Adapting, SampleChecks
 from server.gateway.users.privacy import Erasing, Exporting
 from server.gateway.users.profiles import HistoryLimit, Profiles
 from server.settings import Settings
-from server.store.durability import REWRITE_CHECK_S, RewritableFile
+from server.store.append_only_file import REWRITE_CHECK_S, AppendOnlyFile
 from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.samples import JobBudget
@@ -227,7 +227,7 @@ async def _count_jobs(jobs: JobStore, banks: Iterable[str], metrics: Metrics) ->
         metrics.oldest_job.set(max(each.oldest_s for each in backlogs))
 
 
-async def _rewrite_file_if_due(file: RewritableFile, metrics: Metrics) -> None:
+async def _rewrite_file_if_due(file: AppendOnlyFile, metrics: Metrics) -> None:
     metrics.rewrite_overdue.set(await file.overdue_s())
     await file.rewrite_if_due()
 

@@ -1,1 +1,0 @@
-"""Storage: one class for each kind of data, its encoding, and its implementation on Redis."""

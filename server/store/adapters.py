@@ -1,4 +1,4 @@
-"""User adapters, one key per user, and the sets of users by bank (keys: `server/store/redis/keys.py`)."""
+"""User adapters, one key per user, and the sets of users by bank."""
 
 from __future__ import annotations
 
@@ -58,8 +58,7 @@ class AdapterStore:
             return None
         return StoredAdapter(adapter_id.id, values[1].decode(), values[2].decode(), values[3])
 
-    async def adapter_id(self, user_key: str) -> str | None:
-        """Return the id of a user's current adapter."""
+    async def adapter_id(self, user_key: str) -> str | None:  # of the user's current adapter
         value = await self._connection.run(lambda redis: redis.hget(keys.adapter(user_key), "id"))
         return value.decode() if value is not None else None
 

@@ -1,4 +1,4 @@
-"""State of a store: durability of its writes, memory use, call durations, and rewrites of its file."""
+"""State of a store: durability of its writes, memory use, and call durations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Protocol
 
 from server.errors import Unavailable
 
-REWRITE_CHECK_S = 10.0  # seconds between a gateway's checks whether a rewrite of the file is due
 FULL_SHARE = 0.99  # memory use from which a store counts as full: the next write may need more than is free
 
 
@@ -43,16 +42,12 @@ class Memory:
         return self.share >= FULL_SHARE
 
 
-Timed = Callable[[str, float, bool], None]
-"""Receives the kind of a call (`write` or `command`), its duration in seconds, and whether it failed."""
+Timed = Callable[[str, float, bool], None]  # kind of a call (`write` or `command`), its seconds, whether it failed
+Span = Callable[[str], AbstractContextManager[object]]  # opens a tracing span, by name
 
 
 def untimed(kind: str, seconds: float, failed: bool) -> None:
     """Ignore the measurement."""
-
-
-Span = Callable[[str], AbstractContextManager[object]]
-"""Opens a tracing span (`server.watching.tracing.Tracing.span`), or does nothing (`contextlib.nullcontext`)."""
 
 
 class CheckedStore(Protocol):
@@ -70,27 +65,6 @@ class CheckedStore(Protocol):
 
         Raises `Unavailable` if the store cannot be reached, or is not durable although the settings require it.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class Rewrite:
-    """A requested rewrite of the store's file. Times are Unix time by the store's clock."""
-
-    erase_by_ms: int  # deadline for erasing the data that the rewrite must leave out
-    rewritten_by_ms: int  # when the erased data is gone from the file at the latest
-
-
-class RewritableFile(Protocol):
-    """The files of a store, which hold erased data until they are rewritten (`AppendOnlyFile`)."""
-
-    async def request_rewrite(self, user_key: str) -> Rewrite:
-        """Request a rewrite that leaves out a user about to be erased. If it raises `Unavailable`, erase nothing."""
-
-    async def overdue_s(self) -> float:
-        """Return how many seconds a promised rewrite is late; 0 if none is."""
-
-    async def rewrite_if_due(self) -> None:
-        """Record the result of a finished rewrite and start one that is due. Only one gateway at a time does so."""
 
 
 @contextmanager

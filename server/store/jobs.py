@@ -38,8 +38,7 @@ KEPT_S = 7 * 24 * 3600  # seconds an ended job is kept
 MAX_TRIES = 3
 _JOB_ID = re.compile(r"([a-z2-7]{26})\.([1-9][0-9]{0,9})")
 _TOO_MANY, _ERASED, _LATE = 0, -1, -2
-_FIRST_NUMBER_RANGE = 1 << 32
-"""Range of a user's first job number. It is random because an erasure also deletes the numbers used so far."""
+_FIRST_NUMBER_RANGE = 1 << 32  # a user's first number is random: an erasure forgets those used, but ids are not reused
 _TRIES_EXHAUSTED = (
     f"this job was started {MAX_TRIES} times and never finished. Most likely its workers ran out of memory: send fewer "
     "or shorter samples, or give workers more memory. If its record is damaged, send the samples again. The workers' "
@@ -68,10 +67,7 @@ class JobState(StrEnum):
 
 
 class JobId(NamedTuple):
-    """`<user key>.<number>`: locates the job's keys without revealing the user's id.
-
-    A user's first number is random and each further one is one higher, so numbers are not reused after an erasure.
-    """
+    """`<user key>.<number>`: locates the job's keys without revealing the user's id."""
 
     user_key: str
     number: int
@@ -124,12 +120,9 @@ class Submission:
 
     @property
     def token(self) -> str:
-        """Hash that identifies a repeated submission. It returns the user's newest job if that has the same token and
-        is open or succeeded."""
-        digest = hashlib.sha256(f"{self.bank}\0{int(self.append)}\0{self.config}".encode())
-        for sample in self.samples:
-            digest.update(hashlib.sha256(sample).digest())
-        return digest.hexdigest()[:32]
+        """Hash by which the user's newest job is returned for a repeated submission, if it is open or succeeded."""
+        digests = [hashlib.sha256(sample).hexdigest() for sample in self.samples]
+        return hashlib.sha256(orjson.dumps([self.bank, self.append, self.config, *digests])).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +144,7 @@ class Trained:
 
 
 class JobStore:
-    """Stores jobs and samples. Every method raises `Unavailable` when the store cannot be used."""
+    """Stores jobs and samples. Methods raise `Unavailable` when the store cannot be used."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
@@ -196,13 +189,11 @@ class JobStore:
         return job
 
     async def job(self, job_id: JobId) -> Job | None:
-        """Return a job's record, if it is still kept."""
         values = await self._connection.run(lambda redis: redis.hmget(keys.job(*job_id), _FIELDS))
         with corrupt_if_undecodable():
             return _decoded(job_id, values)
 
-    async def jobs(self, user_key: str) -> list[Job]:
-        """Return a user's kept jobs, oldest first."""
+    async def jobs(self, user_key: str) -> list[Job]:  # oldest first
         arguments = (keys.job_prefix(user_key), KEPT_JOBS, *_FIELDS)
         found = await self._connection.evaluate(scripts.JOBS, (keys.jobs(user_key),), *arguments)
         with corrupt_if_undecodable():
@@ -214,8 +205,7 @@ class JobStore:
         ended = await self._connection.write(scripts.CANCEL, (keys.job(*job_id),), secrets.token_hex(16), KEPT_S)
         return await self.job(job_id), bool(ended)
 
-    async def samples(self, user_key: str) -> list[bytes]:
-        """Return a user's stored samples, oldest first."""
+    async def samples(self, user_key: str) -> list[bytes]:  # oldest first
         name = keys.samples(user_key)
         return list(await self._connection.run(lambda redis: redis.lrange(name, 0, -1), WRITE_TIMEOUT_S))
 
@@ -296,7 +286,7 @@ class JobStore:
         given = _outcome(lease, trained) | {"adapter": raw.id, "bank": bank, "recipe": raw.recipe, "sha256": raw.sha256}
         names = (keys.job(*lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
         raws = (version, encode_profile(profile), raw.raw)
-        done = bool(await self._connection.write(scripts.PROMOTE, names, orjson.dumps(given), *raws))
+        done = bool(await self._connection.write(scripts.END, names, orjson.dumps(given), *raws))
         if done:
             await self._adapters.remove_adapted(user_key, except_bank=bank)
             await self._queue(lease.job.bank).remove(user_key)
@@ -308,7 +298,6 @@ class JobStore:
         return await self._queue(bank).backlog()
 
     async def remove_erased(self, user_key: str, bank: str) -> None:
-        """Remove an erased user from a bank's queue."""
         queue = self._queue(bank)
         await queue.remember_score(user_key)
         if await self._has_jobs(user_key):  # the user has come back

@@ -1,4 +1,4 @@
-"""Opens the stores of a process. Only this module knows which kind of store is used."""
+"""Opens the stores of a process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from server.settings import Settings
 from server.store.adapters import AdapterStore
-from server.store.durability import CheckedStore, RewritableFile, Span, Timed, untimed
+from server.store.append_only_file import AppendOnlyFile
+from server.store.durability import CheckedStore, Span, Timed, untimed
 from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
-from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.access_keys import AccessKeys
 from server.store.tenants.rates import Rates
@@ -29,7 +29,7 @@ class Stores:
     jobs: JobStore
     adapters: AdapterStore
     signing: Callable[[str], UserQueue]
-    file: RewritableFile
+    file: AppendOnlyFile
 
 
 @asynccontextmanager

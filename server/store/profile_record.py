@@ -32,7 +32,7 @@ _OTHER_HEADER = struct.Struct("<8sQ")  # embedder, made_of_ms
 
 @dataclass(frozen=True, slots=True)
 class AdapterNote:
-    """A user's current adapter, stored in the profile record so that a request needs only one read."""
+    """A user's current adapter, noted in the profile record so that a request needs only one read."""
 
     id: str
     recipe: str  # recipe it was trained on and is always served with
@@ -51,14 +51,11 @@ class StoredSignature:
 
 @dataclass(frozen=True, slots=True)
 class OtherEmbedding:
-    """The profile's embedding [E] by a second embedder, used while gateways change embedders.
-
-    It is valid only if `made_of_ms` equals the profile's `updated_ms`.
-    """
+    """The profile's embedding [E] by a second embedder, used while gateways change embedders."""
 
     embedder: str
     embedding: Vectors
-    made_of_ms: int
+    made_of_ms: int  # `updated_ms` of the profile it was made from; valid only if that has not changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +83,7 @@ class Profile:
         return replace(self, embedder=embedder, embedding=other.embedding, other=previous)
 
     @property
-    def evidence(self) -> Signature | None:
-        """The signature, even if outdated."""
+    def evidence(self) -> Signature | None:  # even if outdated
         return self.signature.signature if self.signature else None
 
     def is_signed(self, bank: str) -> bool:
@@ -182,14 +178,12 @@ def as_stored(vector: Vectors) -> Vectors:
 def _parts(record: bytes) -> Iterator[tuple[int, bytes]]:
     offset = 1
     while offset < len(record):
-        if offset + _PART.size > len(record):
+        start = offset + _PART.size
+        end = start + int.from_bytes(record[offset + 1 : start], "little")
+        if end > len(record):
             raise ValueError("profile record is cut short")
-        tag, length = _PART.unpack_from(record, offset)
-        offset += _PART.size
-        if offset + length > len(record):
-            raise ValueError("profile record is cut short")
-        yield tag, record[offset : offset + length]
-        offset += length
+        yield record[offset], record[start:end]
+        offset = end
 
 
 def _note(raw: bytes) -> AdapterNote:
@@ -211,7 +205,7 @@ def _stored_signature(raw: bytes) -> StoredSignature:
 
 
 def _finite(made: Signature) -> Signature:
-    """Replace a signature that is not finite with an empty one, since it cannot give a recipe."""
+    """Return an empty signature instead of one that is not finite, since that cannot give a recipe."""
     return made if made.finite else empty_signature(made.bank, len(made.products))
 
 

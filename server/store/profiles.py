@@ -150,19 +150,17 @@ class Erasure:
 
 
 class ProfileStore:
-    """Stores profiles. Every method raises `Unavailable` if the store cannot be reached or refuses."""
+    """Stores profiles, by user key. Every method raises `Unavailable` if the store cannot be reached or refuses."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
     async def load(self, key: str) -> Profile | None:
-        """Return the record, which is all that a request needs."""
         record = await self._connection.run(lambda redis: redis.get(keys.profile(key)))
         with corrupt_if_undecodable():
             return decode_profile(record) if record else None
 
     async def read(self, key: str) -> Snapshot:
-        """Return a consistent snapshot, the base for a change."""
         names = (*_names(key), keys.epoch(key))
         answer = await self._connection.evaluate(_READ, names, timeout_s=WRITE_TIMEOUT_S)
         record, raw_items, raw_vectors, epoch = answer
@@ -187,8 +185,7 @@ class ProfileStore:
         return (epoch or b"").decode()
 
     async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
-        """Write a change based on the snapshot of `version` atomically. Return True once it is on disk, False if the
-        user was changed meanwhile.
+        """Write a change of the snapshot of `version`. Return True once it is on disk, False if the user has changed.
 
         Raises `UserErased` if the user was erased since `epoch`, the user's epoch when work on the change began.
         """
@@ -209,7 +206,7 @@ class ProfileStore:
             await self._connection.write(_WRITE_AGAIN, (keys.profile(key),))
 
     async def erase_if_unknown(self, key: str) -> tuple[bool, Erasure | None]:
-        """If nothing is stored about a user, start a new epoch, so that writes in progress are refused.
+        """Start a new epoch if nothing is stored about a user, so that writes in progress are refused.
 
         Returns whether nothing is stored, and in that case the last erasure, if kept.
         """
@@ -230,7 +227,7 @@ class ProfileStore:
         return erasure
 
     async def _clear_command_logs(self) -> None:
-        """Clear the command logs of all servers, since they contain user texts. Refusals are ignored."""
+        """Clear the command logs of all servers, which contain user texts. Refusals are ignored."""
         with suppress(Unavailable):
             asked = [(server, command) for server in await self._connection.members() for command in _CLEAR_LOGS]
             await asyncio.gather(*(self._connection.send(*one) for one in asked), return_exceptions=True)
@@ -255,8 +252,7 @@ def _erasure(tombstone: list[bytes | None]) -> Erasure | None:
     return Erasure(Erased(*map(int, counts)), int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
 
 
-def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
-    """Convert a hash as Lua returns it: field, value, field, value."""
+def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:  # Lua returns a hash as field, value, field, value
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
@@ -266,5 +262,4 @@ def _in_order(raw_items: Mapping[bytes, bytes]) -> dict[str, StoredItem]:
 
 
 def _names(key: str) -> tuple[str, str, str]:
-    """Return the names of the keys of a profile."""
     return keys.profile(key), keys.items(key), keys.vectors(key)

@@ -1,9 +1,9 @@
-"""Work queues in Redis: sorted sets of users, scored by the time when a worker should check each user's record.
+"""Work queues: sorted sets of users, scored by the time when a worker should check each user's record.
 
-Keys: `server/store/redis/keys.py`. `take` returns the first due user and postpones the entry by `GRACE_MS`, so that
-another worker retries if the first one dies. A worker postpones the entry while it is busy, and removes it when no work
-is left, unless new work was added meanwhile. A request that is about to create work first reserves an entry of its own,
-`<user key>+<random>`. If the request dies, that entry becomes due; changes to the user's entry do not affect it.
+`take` returns the first due user and postpones the entry by `GRACE_MS`, so that another worker retries if the first one
+dies. A worker postpones the entry while it is busy, and removes it when no work is left, unless new work was added
+meanwhile. A request that is about to create work first reserves an entry of its own, `<user key>+<random>`. If the
+request dies, that entry becomes due; changes to the user's entry do not affect it.
 """
 
 from __future__ import annotations
@@ -111,10 +111,7 @@ class Backlog:
 
 
 class UserQueue:
-    """Queue of users for one kind of work and one bank (8 hex digits). Background users come last.
-
-    Methods raise `Unavailable` when the store cannot be used.
-    """
+    """Queue for one kind of work and one bank (8 hex digits). Methods raise `Unavailable` as the other stores do."""
 
     def __init__(self, connection: RedisConnection, work: keys.Work, bank: str) -> None:
         self._connection = connection
@@ -160,8 +157,7 @@ class UserQueue:
         """Remove a user, unless the user was added again since this process last saw their score."""
         await self._write(_UPDATE, user_key, self._scores.pop(user_key, -1))
 
-    async def remember_score(self, user_key: str) -> None:
-        """Remember a user's current score for `remove`."""
+    async def remember_score(self, user_key: str) -> None:  # for `remove`
         self._scores[user_key] = int(await self._run(_UPDATE, user_key, -2, 0))
 
     def forget_score(self, user_key: str) -> None:
@@ -182,12 +178,11 @@ class UserQueue:
     async def _write(self, script: str, *arguments: object) -> Any:
         return await self._connection.write(script, self._keys, *arguments)
 
-    async def _run(self, script: str, *arguments: object) -> Any:
-        """Run a script whose changes need not be durable."""
+    async def _run(self, script: str, *arguments: object) -> Any:  # its changes need not be durable
         return await self._connection.evaluate(script, self._keys, *arguments)
 
     async def _register_bank(self) -> None:
-        """Add the bank to the list of banks whose queues an erasure cleans."""
+        """Add the bank to those whose queues an erasure cleans."""
         if not self._is_bank_registered:
             await self._connection.run(lambda redis: redis.sadd(keys.BANKS, self._bank))
             self._is_bank_registered = True

@@ -31,8 +31,7 @@ class JobBudget:
     max_seconds: int
 
 
-Point = tuple[int, float]
-"""A step number, counted over all runs of a job, and its loss in nats per output token."""
+Point = tuple[int, float]  # a step number, counted over all runs of a job, and its loss in nats per output token
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +62,8 @@ def encode_config(config: AdaptConfig) -> str:
 def decode_config(text: str) -> AdaptConfig:
     """Decode a configuration; missing fields get their defaults.
 
-    Raises `TrainingError` for an invalid value, and `ValueError` if the text is not a configuration or has an unknown
-    field, since ignoring that field would not train what was requested.
+    Raises `TrainingError` for an invalid value, and `ValueError` for a text that is not a configuration and for an
+    unknown field: to ignore it would not train what was requested.
     """
     value = orjson.loads(text)
     if not isinstance(value, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import aiohttp
 import pytest
@@ -17,8 +18,8 @@ from bench.rig.engine import KEY, Engine
 from bench.rig.valkey import DURABLE, ValkeyProcess, server_binaries
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
+from server.store import append_only_file
 from server.store.jobs import JobStore
-from server.store.redis.servers import append_only_file
 from tests.support.engine import Subject, client_of
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.store_parts import KEYS, StoreParts
@@ -28,20 +29,25 @@ settings.register_profile("long")  # `test_store_model.py` reads which profile w
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
+def memory() -> Iterator[Path]:
+    """A folder in memory: what a disk would add to these tests is time."""
+    with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cluster(memory: Path) -> Iterator[ValkeyCluster]:
     """Three primaries without replicas."""
-    running = ValkeyCluster(tmp_path_factory.mktemp("cluster")).start()
+    running = ValkeyCluster(memory / "cluster").start()
     yield running
     running.kill()
 
 
 @pytest.fixture(scope="session")
-def each_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ValkeyProcess]]:
+def each_server(memory: Path) -> Iterator[dict[str, ValkeyProcess]]:
     """The packaged Valkey, and Redis where it is installed."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in server_binaries()}
-    running = {name: ValkeyProcess(folders[name], DURABLE, binary) for name, binary in server_binaries().items()}
-    for server in running.values():
-        server.start()
+    binaries = server_binaries().items()
+    running = {name: ValkeyProcess(memory / name, DURABLE, binary).start() for name, binary in binaries}
     yield running
     for server in running.values():
         server.kill()
@@ -56,6 +62,11 @@ def one_server(request: pytest.FixtureRequest, each_server: dict[str, ValkeyProc
 def server(request: pytest.FixtureRequest, each_server: dict[str, ValkeyProcess]) -> ValkeyProcess | ValkeyCluster:
     """Each of those, and a cluster."""
     return request.getfixturevalue("cluster") if request.param == "cluster" else each_server[request.param]
+
+
+@pytest.fixture
+def nodes(server: ValkeyProcess | ValkeyCluster) -> list[ValkeyProcess]:
+    return [server] if isinstance(server, ValkeyProcess) else server.nodes
 
 
 @pytest.fixture
@@ -87,8 +98,7 @@ def user() -> str:
 def quick_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewrites of the append-only file follow quickly on each other."""
     quick = {"INTERVAL_MS": 800, "ERASE_MS": 200, "CLOCK_SKEW_MS": 0, "START_MS": 500, "REWRITE_CHECK_S": 0.05}
-    quick |= {"REWRITE_MS": 0, "RETRY_MS": 150}
-    for name, value in quick.items():
+    for name, value in {**quick, "REWRITE_MS": 0, "RETRY_MS": 150}.items():
         monkeypatch.setattr(append_only_file, name, value)
 
 

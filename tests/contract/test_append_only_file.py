@@ -8,49 +8,107 @@ import resource
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
-import redis.asyncio as redis
-from redis.exceptions import ResponseError
+from redis.asyncio import Redis
 
 from bench.rig.valkey import ValkeyProcess
-from server.errors import Unavailable
-from server.store.redis.servers.append_only_file import AppendOnlyFile
+from server.store.append_only_file import AppendOnlyFile
 from server.store.redis.servers.base import StoreServer
 from server.store.redis.servers.connection import RedisConnection
-from tests.support.stored import connected, on_disk
+from tests.support.store_parts import connected, on_disk
 
 SECRET = "words that nobody shall find again"
+STATE = "mta:{rewrite}"
+
+
+@dataclass
+class Disk:
+    """A server that was told a secret, and a gateway that looks after its file."""
+
+    server: ValkeyProcess
+    raw: Redis
+    file: AppendOnlyFile
+
+    async def looked(self, seconds: float) -> None:
+        """Look now and then, as a gateway does."""
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            await self.file.rewrite_if_due()
+            await asyncio.sleep(0.05)
+
+    async def until_forgotten(self) -> None:
+        await self.raw.delete("secret")
+        async with asyncio.timeout(30):
+            while await self.raw.hexists(STATE, "due"):
+                await self.looked(0.1)
+        assert not on_disk(SECRET, self.server)
+
+    async def until_failed(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Look until four failures were told, each once and each later than the last, and the file is overdue."""
+        retries_ms: list[int] = []
+        async with asyncio.timeout(60):
+            while len(retries_ms) < 4:
+                await self.file.rewrite_if_due()
+                if f"failed {len(retries_ms) + 1} times in a row" in caplog.text:
+                    retries_ms.append(int(await self.raw.hget(STATE, "retry")))
+                await asyncio.sleep(0.02)
+        assert len([line for line in caplog.messages if "times in a row" in line]) == 4
+        later_ms = [later - earlier for earlier, later in pairwise(retries_ms)]
+        assert [more_ms >= least_ms for more_ms, least_ms in zip(later_ms, (300, 600, 800), strict=True)] == [True] * 3
+        assert await self.file.overdue_s() > 0
+
+    async def rewrites(self) -> int:
+        return int((await self.raw.info("persistence"))["aof_rewrites"])
 
 
 @pytest.fixture
-async def raw(one_server: ValkeyProcess, quick_rewrites: None) -> AsyncIterator[redis.Redis]:
-    async with redis.from_url(one_server.url) as raw:
+async def disk(one_server: ValkeyProcess, quick_rewrites: None) -> AsyncIterator[Disk]:
+    async with Redis.from_url(one_server.url) as raw, connected(one_server.url) as connection:
         await raw.flushall()
         await raw.set("secret", SECRET)
-        yield raw
+        yield Disk(one_server, raw, AppendOnlyFile(connection))
 
 
-@pytest.fixture
-async def file(one_server: ValkeyProcess) -> AsyncIterator[AppendOnlyFile]:
-    async with connected(one_server.url) as connection:
-        yield AppendOnlyFile(connection)
+async def test_what_was_erased_is_gone_by_the_time_that_was_promised(disk: Disk) -> None:
+    asked = await disk.file.request_rewrite("a user")
+    assert on_disk(SECRET, disk.server)
+    await disk.until_forgotten()
+    began_ms = int(await disk.raw.hget(STATE, "last"))
+    assert asked.erase_by_ms <= began_ms <= asked.rewritten_by_ms
 
 
-async def looked(file: AppendOnlyFile, seconds: float) -> None:
-    """Look now and then, as a gateway does."""
-    end_s = time.monotonic() + seconds
-    while time.monotonic() < end_s:
-        await file.rewrite_if_due()
-        await asyncio.sleep(0.05)
+async def test_a_rewrite_that_began_before_the_erasure_settles_nothing(disk: Disk) -> None:
+    await disk.file.request_rewrite("a user")
+    await asyncio.sleep(0.25)
+    await disk.file.rewrite_if_due()  # begins
+    asked = await disk.file.request_rewrite("a user")
+    await disk.looked(0.3)
+    assert await disk.raw.hexists(STATE, "due")
+    await disk.until_forgotten()
+    assert int(await disk.raw.hget(STATE, "last")) <= asked.rewritten_by_ms
 
 
-async def rewritten(raw: redis.Redis) -> None:
-    await raw.bgrewriteaof()
-    async with asyncio.timeout(30):
-        while (info := await raw.info("persistence"))["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"]:
-            await asyncio.sleep(0.02)
+@pytest.mark.parametrize("dies", ["gateway", "server"])
+async def test_a_rewrite_is_begun_again_when_somebody_died_over_it(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    async def died(server: StoreServer, *, enabled: bool) -> None: ...
+
+    await disk.file.request_rewrite("a user")
+    await asyncio.sleep(0.25)
+    with monkeypatch.context() as patched:
+        if dies == "gateway":
+            patched.setattr(disk.file, "_begin", died)
+        await disk.file.rewrite_if_due()
+    assert await disk.raw.hexists(STATE, "began")
+    if dies == "server":
+        disk.server.kill()
+        disk.server.start()
+        await disk.raw.connection_pool.disconnect()
+    await disk.until_forgotten()
 
 
 @contextmanager
@@ -64,136 +122,47 @@ def files_at_most(server: ValkeyProcess, size: int) -> Iterator[None]:
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, before)
 
 
-async def settled(raw: redis.Redis) -> bool:
-    return not await raw.hexists("mta:{rewrite}", "due")
-
-
-async def until_settled(raw: redis.Redis, file: AppendOnlyFile) -> None:
+async def test_a_failing_rewrite_is_tried_ever_more_rarely(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+    await disk.raw.set("much", random.randbytes(2 << 20))
+    before = await disk.rewrites()
+    await disk.raw.bgrewriteaof()  # what the server appends to is short from here on
     async with asyncio.timeout(30):
-        while not await settled(raw):
-            await looked(file, 0.1)
-
-
-async def until_failed(raw: redis.Redis, file: AppendOnlyFile, caplog: pytest.LogCaptureFixture) -> list[int]:
-    """Look until four failures were told, each once; returns by how much later each was to be followed, in ms."""
-    retries_ms: list[int] = []
-    async with asyncio.timeout(60):
-        while len(retries_ms) < 4:
-            await file.rewrite_if_due()
-            if f"failed {len(retries_ms) + 1} times in a row" in caplog.text:
-                retries_ms.append(int(await raw.hget("mta:{rewrite}", "retry")))
+        while await disk.rewrites() == before or (await disk.raw.info("persistence"))["aof_rewrite_in_progress"]:
             await asyncio.sleep(0.02)
-    assert len([line for line in caplog.messages if "times in a row" in line]) == 4
-    return [later - earlier for earlier, later in pairwise(retries_ms)]
-
-
-async def test_what_was_erased_is_gone_by_the_time_that_was_promised(
-    raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess
-) -> None:
-    asked = await file.request_rewrite("a user")
-    await raw.delete("secret")
-    assert on_disk(SECRET, one_server)
-    await until_settled(raw, file)
-    assert not on_disk(SECRET, one_server)
-    began_ms = int(await raw.hget("mta:{rewrite}", "last"))
-    assert asked.erase_by_ms <= began_ms <= asked.rewritten_by_ms
-
-
-async def test_a_rewrite_that_began_before_the_erasure_settles_nothing(
-    raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess
-) -> None:
-    await file.request_rewrite("a user")
-    await asyncio.sleep(0.25)
-    await file.rewrite_if_due()  # begins
-    asked = await file.request_rewrite("a user")
-    await looked(file, 0.3)
-    assert not await settled(raw)
-    await raw.delete("secret")
-    await until_settled(raw, file)
-    assert not on_disk(SECRET, one_server)
-    assert int(await raw.hget("mta:{rewrite}", "last")) <= asked.rewritten_by_ms
-
-
-async def test_a_rewrite_whose_gateway_died_is_begun_by_another(
-    raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await file.request_rewrite("a user")
-    await raw.delete("secret")
-    await asyncio.sleep(0.25)
-
-    async def died(server: StoreServer, *, enabled: bool) -> None: ...
-
-    with monkeypatch.context() as patched:
-        patched.setattr(file, "_begin", died)
-        await file.rewrite_if_due()
-    assert await raw.hexists("mta:{rewrite}", "began")
-    await until_settled(raw, file)
-    assert not on_disk(SECRET, one_server)
-
-
-async def test_a_rewrite_that_the_server_did_not_end_is_begun_again(
-    raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess
-) -> None:
-    await file.request_rewrite("a user")
-    await raw.delete("secret")
-    await asyncio.sleep(0.25)
-    await file.rewrite_if_due()
-    one_server.kill()
-    one_server.start()
-    await raw.connection_pool.disconnect()
-    await until_settled(raw, file)
-    assert not on_disk(SECRET, one_server)
-
-
-async def test_a_failing_rewrite_is_tried_ever_more_rarely_and_logged(
-    raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess, caplog: pytest.LogCaptureFixture
-) -> None:
-    await raw.set("much", random.randbytes(2 << 20))
-    await rewritten(raw)  # what the server appends to is short from here on
-    await file.request_rewrite("a user")
-    await raw.delete("secret")
-    with files_at_most(one_server, 1 << 20):  # the process that rewrites would write more, and dies of it
-        before = (await raw.info("persistence"))["aof_rewrites"]
-        later_ms = await until_failed(raw, file, caplog)
-        assert (await raw.info("persistence"))["aof_rewrites"] - before == 4
-        assert await file.overdue_s() > 0
-    assert [more_ms >= least_ms for more_ms, least_ms in zip(later_ms, (300, 600, 800), strict=True)] == [True] * 3
-    assert on_disk(SECRET, one_server)
-    await until_settled(raw, file)
-    assert not on_disk(SECRET, one_server)
-    assert await file.overdue_s() == 0
-    assert sorted(await raw.hkeys("mta:{rewrite}")) == [b"asked", b"last"]
+    await disk.file.request_rewrite("a user")
+    await disk.raw.delete("secret")
+    with files_at_most(disk.server, 1 << 20):  # the process that rewrites would write more, and dies of it
+        await disk.until_failed(caplog)
+        assert await disk.rewrites() == before + 5
+    assert on_disk(SECRET, disk.server)
+    await disk.until_forgotten()
+    assert await disk.file.overdue_s() == 0
+    assert sorted(await disk.raw.hkeys(STATE)) == [b"asked", b"last"]
 
 
 async def test_a_server_that_refuses_to_rewrite_is_asked_ever_more_rarely(
-    raw: redis.Redis, file: AppendOnlyFile, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    disk: Disk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    asked, send = [], RedisConnection.send
 
     async def refusing(self: RedisConnection, server: StoreServer, command: str) -> object:
-        if command != "BGREWRITEAOF":
-            return await send(self, server, command)
-        asked.append(command)
-        raise Unavailable("not now") from ResponseError("unknown command")
+        if command == "BGREWRITEAOF":
+            asked.append(command := "RENAMED")
+        return await send(self, server, command)
 
-    send = RedisConnection.send
-    await file.request_rewrite("a user")
+    await disk.file.request_rewrite("a user")
     with monkeypatch.context() as patched:
         patched.setattr(RedisConnection, "send", refusing)
-        later_ms = await until_failed(raw, file, caplog)
-        assert len(asked) == 4
-    assert [more_ms >= least_ms for more_ms, least_ms in zip(later_ms, (300, 600, 800), strict=True)] == [True] * 3
+        await disk.until_failed(caplog)
+    assert len(asked) == 4
     assert "unknown command" in caplog.messages[-1]
-    assert await file.overdue_s() > 0
-    await until_settled(raw, file)
+    await disk.until_forgotten()
 
 
-async def test_many_erasures_are_not_as_many_rewrites(raw: redis.Redis, file: AppendOnlyFile) -> None:
-    before = (await raw.info("persistence"))["aof_rewrites"]
+async def test_many_erasures_are_not_as_many_rewrites(disk: Disk) -> None:
+    before = await disk.rewrites()
     for _ in range(20):
-        await file.request_rewrite("a user")
-    await until_settled(raw, file)
-    await looked(file, 0.5)
-    assert (await raw.info("persistence"))[
-        "aof_rewrites"
-    ] <= before + 2  # the first ones fell due too early for the last
+        await disk.file.request_rewrite("a user")
+    await disk.until_forgotten()
+    await disk.looked(0.5)
+    assert await disk.rewrites() <= before + 2  # the first ones fell due too early for the last

@@ -1,25 +1,44 @@
-"""What only a cluster can do wrong: the stores' other suites are held against it as they are."""
+"""What only a cluster can do wrong, its servers there, silent or gone; the stores' other suites are held against it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import itertools
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import redis.asyncio as redis
 from redis.crc import key_slot
 
 from bench.rig.cluster import ValkeyCluster, ask
-from bench.rig.processes import wait_until
-from bench.rig.valkey import ValkeyProcess
+from bench.rig.processes import paused, wait_until
+from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.errors import Unavailable
+from server.store import profiles
 from server.store.durability import Durability
+from server.store.jobs import JobState, JobStore, Trained
 from server.store.profiles import ProfileStore
-from server.store.redis import keys
+from server.store.redis import keys, scripts
 from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.connection import RedisConnection
-from tests.support.stored import LATER_MS, change, connected, forgotten, strict_and_lenient, users_at
+from tests.support.store_parts import (
+    LATER_MS,
+    REPLICA_TIMEOUT_MS,
+    Writing,
+    change,
+    claimed,
+    connected,
+    forgotten,
+    strict_and_lenient,
+    submitted,
+    users_at,
+)
+
+READS = 200  # more than there are places for, on one connection of the stores
 
 
 @pytest.fixture
@@ -37,12 +56,8 @@ def configured(node: ValkeyProcess, name: str, value: str) -> Iterator[None]:
         yield
     finally:
         ask(node, "CONFIG SET", name, before)
-    wait_until(lambda: not rewriting(node), "the file that it begins anew")
-
-
-def rewriting(node: ValkeyProcess) -> bool:
-    info = ask(node, "INFO", "persistence")
-    return bool(info["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"])
+    rewriting = ("aof_rewrite_in_progress", "aof_rewrite_scheduled")
+    wait_until(lambda: not any(map(ask(node, "INFO", "persistence").get, rewriting)), "the file that it begins anew")
 
 
 def calls(node: ValkeyProcess, command: str) -> int:
@@ -75,20 +90,12 @@ async def test_one_server_decides_how_durable_all_are(
                 else:
                     assert await refused
         assert await strict.check() is Durability.ALWAYS
+        if name == "appendonly":  # before anybody has looked again: a replica without a file may have taken over
+            with configured(weak, "appendonly", "no"), pytest.raises(Unavailable):
+                await ProfileStore(strict).commit(next(users_at(cluster, weak)), b"", change("a"))
 
 
-async def test_a_primary_without_a_file_acknowledges_nothing(
-    cluster: ValkeyCluster, connection: RedisConnection
-) -> None:
-    """Before anybody has looked again: a replica without a file may have taken over."""
-    weak = cluster.primaries[2]
-    with configured(weak, "appendonly", "no"), pytest.raises(Unavailable):
-        await ProfileStore(connection).commit(next(users_at(cluster, weak)), b"", change("a"))
-
-
-async def test_a_write_waits_for_the_disk_on_its_own_connection(
-    cluster: ValkeyCluster, connection: RedisConnection
-) -> None:
+async def test_a_write_waits_on_its_own_connection(cluster: ValkeyCluster, connection: RedisConnection) -> None:
     for home in cluster.primaries:
         key = next(users_at(cluster, home))
         async with redis.from_url(home.url) as raw, raw.monitor() as monitor:
@@ -103,9 +110,7 @@ async def test_a_write_waits_for_the_disk_on_its_own_connection(
         assert wrote["client_port"] == heard[-1]["client_port"]
 
 
-async def test_a_user_is_read_and_written_while_their_keys_move(
-    cluster: ValkeyCluster, connection: RedisConnection
-) -> None:
+async def test_users_are_served_while_their_keys_move(cluster: ValkeyCluster, connection: RedisConnection) -> None:
     source, target, other = cluster.primaries
     here, there = (ask(node, "CLUSTER MYID").decode() for node in (source, target))
     key, store = next(users_at(cluster, source)), ProfileStore(connection)
@@ -135,9 +140,8 @@ async def test_a_user_is_read_and_written_while_their_keys_move(
     cluster.move(slot, target, source)
 
 
-async def test_what_was_erased_leaves_the_file_of_the_server_that_held_it(
-    cluster: ValkeyCluster, connection: RedisConnection, quick_rewrites: None
-) -> None:
+@pytest.mark.usefixtures("quick_rewrites")
+async def test_one_file_is_rewritten_for_an_erasure(cluster: ValkeyCluster, connection: RedisConnection) -> None:
     async with cluster.client() as raw:
         await raw.flushall()  # what other tests had due
     home = cluster.primaries[1]
@@ -153,3 +157,155 @@ async def test_a_url_names_hosts_a_login_and_how_to_encrypt() -> None:
     kept = client.connection_kwargs
     assert (kept["username"], kept["password"]) == ("me", "s@cret")
     assert kept["connection_class"].__name__ == "SSLConnection"
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
+    """Three primaries that go on when one is gone; the first of them has a replica."""
+    options = (*DURABLE, "--cluster-require-full-coverage", "no")
+    running = ValkeyCluster(tmp_path_factory.mktemp("followed"), options, replicas=1).start()
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+async def to_followed(followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RedisConnection]:
+    """A connection that does not wait long."""
+    async with connected(followed.url) as connection:
+        monkeypatch.setattr(REPLICA_TIMEOUT_MS, 100)
+        yield connection
+
+
+async def test_a_write_without_a_replica_is_not_acknowledged(
+    followed: ValkeyCluster, to_followed: RedisConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users, store = users_at(followed, followed.primaries[0]), ProfileStore(to_followed)
+    assert await store.commit(next(users), b"", change("a"))
+    with paused(followed.replicas[0].pid):
+        with pytest.raises(Unavailable, match="on a replica"):
+            await store.commit(next(users), b"", change("a"))
+        elsewhere = next(users_at(followed, followed.primaries[1]))
+        assert await store.commit(elsewhere, b"", change("a"))
+        monkeypatch.setattr("server.store.redis.servers.cluster.REFRESH_S", 3600.0)
+        wait_until(lambda: not followed.lists_replicas(followed.primaries[1]), "the replica to count as failed")
+        with pytest.raises(Unavailable, match="on a replica"):
+            await store.commit(next(users), b"", change("a"))
+        assert await store.commit(next(users), b"", change("a"))  # nobody waits for it any more
+
+
+class Repeatable(RedisConnection):
+    """Remembers what was written, by script."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.written = dict[str, tuple[Any, ...]]()
+
+    async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
+        self.written[script] = (names, *arguments)
+        return await super().write(script, names, *arguments)
+
+
+async def test_nor_is_one_that_is_sent_again(followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server waits for what a connection wrote: for nothing, if all is already as it should be."""
+    users = users_at(followed, followed.primaries[0])
+    user, erased = next(users), next(users)
+    connection = Repeatable(followed.url)
+    await connection.check()
+    store, jobs = ProfileStore(connection), JobStore(connection)
+    await store.commit(user, b"", change("a"))
+    await store.wait_until_durable(user)
+    await store.erase(erased, LATER_MS, 0)
+    lease = await claimed(jobs, (await submitted(jobs, user)).id)
+    await jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
+    await jobs.cancel((await submitted(jobs, user)).id)
+    await submitted(jobs, user)
+    said = (profiles._COMMIT, profiles._WRITE_AGAIN, profiles._ERASE, scripts.SUBMIT, scripts.CANCEL, scripts.END)
+    for script in said:
+        wait_until(lambda: all(map(followed.lists_replicas, followed.nodes)), "the replica to be back")
+        await connection.check()
+        with paused(followed.replicas[0].pid), monkeypatch.context() as briefly:
+            briefly.setattr(REPLICA_TIMEOUT_MS, 100)
+            with pytest.raises(Unavailable, match="on a replica"):
+                await connection.write(script, *connection.written[script])
+    await connection.close()
+
+
+async def test_replicas_that_a_redirection_made_the_client_forget_are_found_again(to_followed: RedisConnection) -> None:
+    manager = to_followed._servers._client.nodes_manager  # type: ignore[attr-defined]
+    manager.slots_cache[1] = manager.slots_cache[1][:1]  # what redis-py makes of a slot when a read is sent elsewhere
+    await to_followed.check()
+    slots = manager.slots_cache
+    assert [len(slots[slot]) for slot in (0, 1, 2)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])
+async def test_what_was_acknowledged_is_there_after_a_replica_took_over(
+    followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch, *, silent: bool
+) -> None:
+    """What was sent meanwhile was written after a while, or refused."""
+    monkeypatch.setattr("server.store.redis.servers.connection.WRITE_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("server.store.redis.servers.cluster.REFRESH_S", 1.0)
+    pair = (followed.primaries[0], followed.replicas[0])
+    (lost,) = [node for node in pair if ask(node, "ROLE")[0] == b"master"]
+    users = list(itertools.islice(users_at(followed, followed.primaries[0]), 4))
+    async with connected(followed.url) as connection, asyncio.timeout(120):
+        writing = Writing(ProfileStore(connection), users)
+        async with writing:
+            await writing.goes_on()
+            os.kill(lost.pid, signal.SIGSTOP) if silent else lost.kill()
+            await writing.goes_on()
+        await writing.check()
+        os.kill(lost.pid, signal.SIGCONT) if silent else lost.start()
+        while not all(map(followed.lists_replicas, followed.nodes)):
+            await asyncio.sleep(0.1)
+        assert len(await connection.holders(keys.profile(users[0]))) == 2
+        assert await connection.check() is Durability.ALWAYS
+
+
+def state(node: ValkeyProcess) -> str:
+    return str(ask(node, "CLUSTER INFO")["cluster_state"])
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])
+async def test_who_lives_elsewhere_is_served(followed: ValkeyCluster, *, silent: bool) -> None:
+    gone, there = followed.primaries[1:]
+    lost, served = next(users_at(followed, gone)), next(users_at(followed, there))
+    async with connected(followed.url) as connection:
+        store = ProfileStore(connection)
+        assert connection.unserved is None
+        with paused(*([gone.pid] if silent else [])):
+            if not silent:
+                gone.kill()
+            assert await connection.check() is Durability.ALWAYS
+            assert "33% of all users cannot be served" in str(connection.unserved)
+            assert f"127.0.0.1:{gone.port}" in str(connection.unserved)
+            reading = [asyncio.create_task(store.load(lost)) for _ in range(READS)]
+            writing = [asyncio.create_task(store.commit(lost, b"", change("a"))) for _ in range(READS)]
+            await asyncio.sleep(0)
+            assert await store.commit(served, b"", change("a"))
+            assert await store.load(served) is not None
+            refused = await asyncio.gather(*reading, *writing, return_exceptions=True)
+            assert {error.code for error in refused if isinstance(error, Unavailable)} == {"store_unavailable"}
+            assert all(isinstance(error, Unavailable) for error in refused)
+        if not silent:
+            gone.start()
+        wait_until(lambda: {state(node) for node in followed.nodes} == {"ok"}, "peace")
+        await connection.check()
+        assert connection.unserved is None
+        assert await store.commit(lost, b"", change("a"))
+
+
+async def test_a_cluster_that_serves_a_third_is_no_store(followed: ValkeyCluster, cluster: ValkeyCluster) -> None:
+    """By default nobody is served once a primary is gone: those that are left answer, and refuse every key."""
+    gone, *left = cluster.primaries
+    async with connected(followed.url) as most_gone, connected(cluster.url) as one_gone:
+        for each in (*followed.primaries[1:], gone):
+            each.kill()
+        try:
+            wait_until(lambda: {state(node) for node in left} == {"fail"}, "it to fail")
+            for connection in (most_gone, one_gone):
+                with pytest.raises(Unavailable, match="cannot be used"):
+                    await connection.check()
+        finally:
+            gone.start()
+    wait_until(lambda: {state(node) for node in cluster.nodes} == {"ok"}, "peace")

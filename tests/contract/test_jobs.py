@@ -1,39 +1,41 @@
-"""Jobs: what is asked of them, who has one, how it ends, and requests that are sent again: nothing changes then."""
+"""Jobs: what is asked of them, who has one, how it ends, requests sent again, and those that a change of bank makes."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import redis.asyncio as redis
+from redis.asyncio import Redis
 
 from adapters.recipe import UserAdapterId
+from bank.errors import BankError
 from server.errors import Unavailable, UserErased
 from server.store.adapters import StoredAdapter
 from server.store.jobs import KEPT_JOBS, MAX_TRIES, Job, JobId, JobState, JobStore, Submission, Trained, parse_job_id
 from server.store.profile_record import Profile
-from server.store.samples import Curve
-from tests.support.store_parts import BANK, KEYS, LEASE_S, RECIPE, Fault, StoreParts, claimed, put_of, state, submitted
-from tests.support.stored import LATER_MS
+from server.store.redis import keys
+from server.store.samples import Curve, JobBudget, decode_config
+from server.store.tenants.access_keys import KeyRing, Scope, access_key
+from server.store.tenants.user_key import Tenants
+from server.worker.readapting import Readapting, ReadaptTally, ServedBanks
+from tests.support import store_parts as known
+from tests.support.store_parts import BANK, KEYS, LEASE_S, Fault, StoreParts, WorkerSteps, claimed, put_of, submitted
 
 REJECTED = Trained(JobState.REJECTED, 1.0, 1.0)
 BETTER = Trained(JobState.SUCCEEDED, 2.0, 1.5)
 
 
-async def test_a_job_is_queued_with_its_samples_and_announced(jobs: JobStore, user: str) -> None:
-    job = await submitted(jobs, user, "one", "two", config='{"rank":2}')
+async def test_a_job_is_queued_with_samples_which_are_replaced_or_added(jobs: JobStore, user: str) -> None:
+    job = await submitted(jobs, user, "a", "b", config='{"rank":2}')
     assert (job.id.user_key, job.state, job.config, job.tries) == (user, JobState.QUEUED, '{"rank":2}', 0)
     assert job.created_ms > 0
-    assert await jobs.samples(user) == [b"one", b"two"]
+    assert await jobs.samples(user) == [b"a", b"b"]
     assert await jobs.next_job(BANK, 1) == job.id
     assert await jobs.next_job(BANK, 0.05) is None
-
-
-async def test_samples_are_replaced_or_added_and_never_too_many(jobs: JobStore, user: str) -> None:
-    await submitted(jobs, user, "a", "b")
     await submitted(jobs, user, "c")
     assert await jobs.samples(user) == [b"c"]
     newest = (await submitted(jobs, user, "d", append=True)).id
@@ -55,20 +57,16 @@ async def test_a_newer_job_supersedes_the_older_ones_queued_or_running(jobs: Job
     assert [job.state for job in await jobs.jobs(user)] == states
 
 
-async def test_the_same_idempotency_key_is_the_same_job(jobs: JobStore, user: str) -> None:
-    first = (await submitted(jobs, user, "a", idempotency_key="once")).id
-    assert (await submitted(jobs, user, "other", idempotency_key="once")).id == first
-    assert await jobs.samples(user) == [b"a"]
-    assert (await submitted(jobs, user, idempotency_key="twice")).id != first
-    assert (await submitted(jobs, user, idempotency_key="once")).id == first
-
-
-async def test_only_the_newest_jobs_are_remembered(jobs: JobStore, user: str) -> None:
+async def test_the_same_idempotency_key_is_the_same_job_while_that_is_remembered(jobs: JobStore, user: str) -> None:
     assert await jobs.jobs(user) == []
     all_jobs = [(await submitted(jobs, user, idempotency_key=f"key {i}")).id for i in range(KEPT_JOBS + 3)]
+    assert len(set(all_jobs)) == KEPT_JOBS + 3
     assert [await jobs.job(job) is not None for job in all_jobs] == [False] * 3 + [True] * KEPT_JOBS
     assert [job.id for job in await jobs.jobs(user)] == all_jobs[3:]
-    assert (await submitted(jobs, user, idempotency_key="key 0")).id not in all_jobs  # forgotten, so it is new
+    for number in (3, 4, KEPT_JOBS + 2):
+        assert (await submitted(jobs, user, "other", idempotency_key=f"key {number}")).id == all_jobs[number]
+    assert await jobs.samples(user) == [b"a"]
+    assert (await submitted(jobs, user, idempotency_key="key 0")).id not in all_jobs
 
 
 async def test_cancelling_ends_a_job_once(jobs: JobStore, user: str) -> None:
@@ -79,22 +77,8 @@ async def test_cancelling_ends_a_job_once(jobs: JobStore, user: str) -> None:
     assert await jobs.cancel(JobId(user, 99)) == (None, False)
     assert not await jobs.renew(lease, LEASE_S, step=1, of=1, loss=None)
     assert await jobs.claim(lease.job.id, LEASE_S) is None
-
-
-async def test_what_is_going_on_or_has_ended_is_not_announced(jobs: JobStore, user: str) -> None:
-    await claimed(jobs, (await submitted(jobs, user)).id)
-    assert await jobs.next_job(BANK, 0.05) is None
     await jobs.cancel((await submitted(jobs, user, "other")).id)
     assert await jobs.next_job(BANK, 0.05) is None
-
-
-async def test_of_many_workers_one_gets_the_job(jobs: JobStore, user: str) -> None:
-    job_id = (await submitted(jobs, user)).id
-    leases = await asyncio.gather(*(jobs.claim(job_id, LEASE_S) for _ in range(8)))
-    assert sum(lease is not None for lease in leases) == 1
-    job = await jobs.job(job_id)
-    assert (job.state, job.tries) == (JobState.RUNNING, 1)
-    assert job.started_ms >= job.created_ms
 
 
 async def test_a_curve_stays_until_another_is_given_or_the_lease_ends(jobs: JobStore, user: str) -> None:
@@ -128,12 +112,13 @@ async def test_a_silent_worker_s_job_goes_to_another_until_the_last_try(jobs: Jo
 
 
 @pytest.mark.parametrize("counts", [True, False])
-async def test_a_job_that_is_given_back_is_announced_and_taken_up_at_once(
-    jobs: JobStore, user: str, *, counts: bool
-) -> None:
+async def test_one_worker_gets_a_job_and_another_what_it_gives_back(jobs: JobStore, user: str, *, counts: bool) -> None:
     job_id = (await submitted(jobs, user)).id
     assert await jobs.next_job(BANK, 1) == job_id
-    lease = await claimed(jobs, job_id)
+    leases = await asyncio.gather(*(jobs.claim(job_id, LEASE_S) for _ in range(8)))
+    [lease] = filter(None, leases)
+    assert (lease.job.state, lease.job.tries) == (JobState.RUNNING, 1)
+    assert lease.job.started_ms >= lease.job.created_ms
     assert await jobs.renew(lease, LEASE_S, step=3, of=40, loss=1.25)
     assert await jobs.release(lease, counts=counts)
     job = await jobs.job(job_id)
@@ -141,12 +126,12 @@ async def test_a_job_that_is_given_back_is_announced_and_taken_up_at_once(
     assert await jobs.next_job(BANK, 1) == job_id
     assert (await claimed(jobs, job_id)).job.tries == 1 + counts
     assert not await jobs.release(lease, counts=False)
-    assert await state(jobs, job_id) is JobState.RUNNING
+    assert (await jobs.job(job_id)).state is JobState.RUNNING
 
 
 def made(name: str) -> StoredAdapter:
     raw = f"the bytes of {name}".encode()
-    return StoredAdapter(f"{name:a<26}", RECIPE, hashlib.sha256(raw).hexdigest(), raw)
+    return StoredAdapter(f"{name:a<26}", known.RECIPE, hashlib.sha256(raw).hexdigest(), raw)
 
 
 async def with_profile(parts: StoreParts, key: str) -> tuple[Profile, bytes]:
@@ -157,7 +142,8 @@ async def with_profile(parts: StoreParts, key: str) -> tuple[Profile, bytes]:
     return snapshot.profile, snapshot.version
 
 
-async def test_an_adapter_replaces_the_last_in_one_step(jobs: JobStore, parts: StoreParts, user: str) -> None:
+async def test_an_adapter_replaces_the_last_in_one_step(parts: StoreParts, user: str) -> None:
+    jobs = parts.jobs
     for name in ("first", "second"):
         record = await with_profile(parts, user)
         lease = await claimed(jobs, (await submitted(jobs, user, name)).id)
@@ -169,9 +155,8 @@ async def test_an_adapter_replaces_the_last_in_one_step(jobs: JobStore, parts: S
     assert await parts.adapters.adapter_id(user) == made("second").id
 
 
-async def test_nothing_is_promoted_for_another_record_lease_or_bank(
-    jobs: JobStore, parts: StoreParts, user: str
-) -> None:
+async def test_nothing_is_promoted_for_another_record_lease_bank_or_user(parts: StoreParts, user: str) -> None:
+    jobs = parts.jobs
     profile, version = await with_profile(parts, user)
     lease = await claimed(jobs, (await submitted(jobs, user)).id)
     other = replace(made("a"), recipe="mta3:00000000:shared:c")
@@ -179,23 +164,17 @@ async def test_nothing_is_promoted_for_another_record_lease_or_bank(
     assert not await jobs.promote(replace(lease, token="stolen"), BETTER, profile, version, made("a"))
     assert not await jobs.promote(lease, BETTER, profile, version, other)
     assert await parts.adapters.adapter(UserAdapterId(user, made("a").id)) is None
-    assert await state(jobs, lease.job.id) is JobState.RUNNING
+    assert (await jobs.job(lease.job.id)).state is JobState.RUNNING
     assert await jobs.promote(lease, BETTER, profile, version, made("a"))
-
-
-async def test_nothing_is_promoted_for_a_user_erased_and_made_again(
-    jobs: JobStore, parts: StoreParts, user: str
-) -> None:
-    await with_profile(parts, user)
-    lease = await claimed(jobs, (await submitted(jobs, user)).id)
-    await parts.profiles.erase(user, LATER_MS, 0)
-    assert not await jobs.promote(lease, BETTER, *await with_profile(parts, user), made("a"))
+    lease = await claimed(jobs, (await submitted(jobs, user, "b")).id)
+    await parts.profiles.erase(user, known.LATER_MS, 0)  # and made again
+    assert not await jobs.promote(lease, BETTER, *await with_profile(parts, user), made("b"))
     assert await parts.adapters.adapter_id(user) is None
     assert await parts.adapters.adapted() == {}
 
 
-async def test_users_are_listed_by_the_bank_of_their_adapter(jobs: JobStore, parts: StoreParts) -> None:
-    users, adapters = [KEYS.key(f"listed-{n}") for n in range(5)], parts.adapters
+async def test_users_are_listed_by_the_bank_of_their_adapter(parts: StoreParts) -> None:
+    users, adapters, jobs = [KEYS.key(f"listed-{n}") for n in range(5)], parts.adapters, parts.jobs
     for user in users:
         record = await with_profile(parts, user)
         lease = await claimed(jobs, (await submitted(jobs, user)).id)
@@ -207,17 +186,10 @@ async def test_users_are_listed_by_the_bank_of_their_adapter(jobs: JobStore, par
     assert await adapters.adapted() == {BANK: 4}
 
 
-async def ended(parts: StoreParts, job: Job) -> bool:
-    return await parts.jobs.end(await claimed(parts.jobs, job.id), REJECTED)
-
-
-async def cancelled(parts: StoreParts, job: Job) -> bool:
-    return (await parts.jobs.cancel(job.id))[1]
-
-
 async def test_a_submission_may_be_repeated_while_its_job_goes_well(jobs: JobStore, user: str) -> None:
-    first = await submitted(jobs, user, append=True)
-    assert (await submitted(jobs, user, append=True)).id == first.id
+    first = await submitted(jobs, user, append=True, traceparent="00-1-2-01")
+    again = await submitted(jobs, user, append=True, traceparent="00-3-4-01")
+    assert (again.id, again.traceparent) == (first.id, "00-1-2-01")
     assert await jobs.samples(user) == [b"a"]
     lease = await claimed(jobs, first.id)
     assert (await submitted(jobs, user, append=True)).id == first.id
@@ -225,68 +197,52 @@ async def test_a_submission_may_be_repeated_while_its_job_goes_well(jobs: JobSto
     second = await submitted(jobs, user, append=True)
     assert second.id.number == first.id.number + 1  # whoever asks again after a failure wants another try
     assert await jobs.samples(user) == [b"a"]  # equal samples are kept once
-    await submitted(jobs, user, "b", append=True)
+    assert (await submitted(jobs, user, "b", append=True)).traceparent == ""
     assert await jobs.samples(user) == [b"a", b"b"]
     assert (await submitted(jobs, user, append=True)).id.number == first.id.number + 3
 
 
-async def test_a_job_stays_in_the_trace_of_its_first_request(jobs: JobStore, user: str) -> None:
-    first = await submitted(jobs, user, traceparent="00-1-2-01")
-    again = await submitted(jobs, user, traceparent="00-3-4-01")
-    assert (again.id, again.traceparent) == (first.id, "00-1-2-01")
-    assert (await submitted(jobs, user, "b")).traceparent == ""
-
-
-@pytest.mark.parametrize("fault", [Fault.LOST_ANSWER, Fault.TWICE])
 @pytest.mark.parametrize("append", [False, True])
-async def test_a_submission_whose_answer_was_lost_is_one_job(
-    parts: StoreParts, user: str, fault: Fault, *, append: bool
-) -> None:
-    parts.connection.fail(fault, after_writes=1)
-    try:
+async def test_a_submission_whose_answer_was_lost_is_one_job(parts: StoreParts, user: str, *, append: bool) -> None:
+    parts.connection.fail(Fault.LOST_ANSWER, after_writes=1)
+    with pytest.raises(Unavailable):
         await submitted(parts.jobs, user, append=append)
-    except Unavailable:
-        assert fault is Fault.LOST_ANSWER
+    parts.connection.fail(Fault.TWICE, after_writes=1)
     job = await submitted(parts.jobs, user, append=append)
     assert await parts.jobs.jobs(user) == [job]
-    assert await parts.jobs.samples(user) == [b"a"]
+    parts.connection.fail(Fault.TWICE, after_writes=1)
+    assert (await submitted(parts.jobs, user, "b", append=append)).id.number == job.id.number + 1
+    assert await parts.jobs.samples(user) == [b"a", b"b"][not append :]
 
 
-@pytest.mark.parametrize(("end", "after_writes"), [(ended, 1), (cancelled, 0)])
-async def test_an_ending_whose_answer_was_lost_is_known_as_ones_own(
-    parts: StoreParts, user: str, end: Callable[..., object], after_writes: int
-) -> None:
+async def test_an_ending_whose_answer_was_lost_is_known_as_ones_own(parts: StoreParts, user: str) -> None:
+    lease = await claimed(parts.jobs, (await submitted(parts.jobs, user)).id)
+    parts.connection.fail(Fault.TWICE)
+    assert await parts.jobs.end(lease, REJECTED)
     job = await submitted(parts.jobs, user)
-    parts.connection.fail(Fault.TWICE, after_writes=after_writes)
-    assert await end(parts, job)
+    parts.connection.fail(Fault.TWICE)
+    assert (await parts.jobs.cancel(job.id))[1]
 
 
 async def test_samples_of_an_erased_user_are_refused(parts: StoreParts, user: str) -> None:
     epoch = await parts.profiles.epoch(user)
-    await parts.profiles.erase(user, LATER_MS, 0)
+    await parts.profiles.erase(user, known.LATER_MS, 0)
     with pytest.raises(UserErased):
         await submitted(parts.jobs, user, epoch=epoch)
     assert await parts.jobs.samples(user) == []
     assert (await submitted(parts.jobs, user, epoch=await parts.profiles.epoch(user))).state is JobState.QUEUED
-
-
-async def test_an_erasure_before_the_new_job_is_read_back_is_told(
-    parts: StoreParts, user: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
     read = parts.jobs.job
 
-    async def erased_before(job_id: JobId) -> Job | None:
-        assert await parts.profiles.erase(user, LATER_MS, 0)
+    async def erased_before(job_id: JobId) -> Job | None:  # the new job is read back
+        assert await parts.profiles.erase(user, known.LATER_MS, 0)
         return await read(job_id)
 
-    monkeypatch.setattr(parts.jobs, "job", erased_before)
-    with pytest.raises(UserErased):
-        await submitted(parts.jobs, user)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(UserErased):
+        patched.setattr(parts.jobs, "job", erased_before)
+        await submitted(parts.jobs, user, "b", epoch=await parts.profiles.epoch(user))
 
 
-async def test_a_job_id_is_not_used_again_though_nothing_remembers_it(
-    parts: StoreParts, user: str, raw: redis.Redis
-) -> None:
+async def test_a_job_id_nobody_remembers_is_not_used_again(parts: StoreParts, user: str, raw: Redis) -> None:
     given = set()
     for _ in range(3):
         jobs = [(await submitted(parts.jobs, user, text)).id for text in "ab"]
@@ -294,5 +250,90 @@ async def test_a_job_id_is_not_used_again_though_nothing_remembers_it(
         assert [parse_job_id(str(job)) for job in jobs] == jobs
         assert given.isdisjoint(jobs)
         given.update(jobs)
-        await parts.profiles.erase(user, LATER_MS, 0)
-        await raw.delete(f"mta:{{{user}}}:epoch")  # its time is over
+        await parts.profiles.erase(user, known.LATER_MS, 0)
+        await raw.delete(keys.epoch(user))  # its time is over
+
+
+A, B = "aaaaaaaa", "bbbbbbbb"
+ADA = KEYS.key("ada")
+
+
+@pytest.fixture
+async def adapted(parts: StoreParts) -> StoreParts:
+    """A store in which Ada has an adapter of bank A."""
+    await parts.put("ada", "text")
+    await submitted(parts.jobs, ADA, bank=A)
+    await trained(parts, A)
+    return parts
+
+
+def served(own: str, *, secret: str = known.SECRET, **named: str) -> ServedBanks:
+    """Ada's tenant and one more, of which some name banks."""
+    ring = KeyRing(1, [access_key(tenant, "app", tenant, Scope) for tenant in (known.TENANT, "acme")], named)
+    return ServedBanks(ring, own, Tenants(secret, "default"), "default")
+
+
+async def readapted(parts: StoreParts, bank: str, served: ServedBanks | None = None, *, room: int = 2) -> ReadaptTally:
+    """What one run of `mta readapt` does while a bank is served, by default to everybody."""
+    manifest: Any = SimpleNamespace(short=bank, embedder=SimpleNamespace(id=known.EMBEDDER), room=room, common=True)
+    budget = JobBudget(max_tokens=1234, max_seconds=56)
+    stores = parts.jobs, parts.adapters, parts.profiles
+    return await Readapting(*stores, manifest=manifest, at_a_time=4, budget=budget, served=served).run()
+
+
+async def trained(parts: StoreParts, bank: str, *, better: bool = True) -> Job:
+    """Have a worker of a bank train the job that there is."""
+    worker = WorkerSteps(parts, bank)
+    await worker.take()
+    await worker.claim()
+    assert await (worker.promote() if better else worker.reject())
+    return (await parts.jobs.jobs(ADA))[-1]
+
+
+async def test_whoever_moves_back_and_forth_is_adapted_each_time(adapted: StoreParts) -> None:
+    (before,) = await adapted.jobs.jobs(ADA)
+    for move, bank in enumerate([B, A, B, A]):
+        assert await readapted(adapted, bank) == ReadaptTally(queued=1)
+        assert await readapted(adapted, bank) == ReadaptTally(queued=1)  # an interrupted run may be started again
+        job = await trained(adapted, bank)
+        assert (job.id.number - before.id.number, job.bank, job.state) == (move + 1, bank, JobState.SUCCEEDED)
+        assert await adapted.adapters.adapted() == {bank: 1}
+        assert await readapted(adapted, bank) == ReadaptTally()
+
+
+async def test_a_job_that_came_to_nothing_is_tried_again_by_the_next_run(adapted: StoreParts) -> None:
+    (before,) = await adapted.jobs.jobs(ADA)
+    for number in (before.id.number + 1, before.id.number + 2):
+        assert await readapted(adapted, B) == ReadaptTally(queued=1)
+        assert (await trained(adapted, B, better=False)).id.number == number
+    assert await adapted.adapters.adapted() == {A: 1}
+
+
+async def test_who_was_erased_or_has_no_samples_leaves_the_list(adapted: StoreParts) -> None:
+    await adapted.profiles.erase(ADA, 1 << 52, 0)
+    assert await readapted(adapted, B) == ReadaptTally(settled=1)
+    assert await readapted(adapted, B) == ReadaptTally()
+
+
+async def test_a_user_gets_a_job_only_of_the_bank_that_serves_them(adapted: StoreParts) -> None:
+    for by_other in (
+        served(B, **{known.TENANT: A}),
+        served(A, acme=B),
+        served(B, acme=A, secret="not the gateways' own"),
+    ):
+        assert await readapted(adapted, B, by_other) == ReadaptTally(settled=1)
+    assert await adapted.jobs.next_job(B, 0.05) is None
+    assert await adapted.adapters.adapted() == {A: 1}
+    for bank, by_bank in ((B, served(A, **{known.TENANT: B})), (A, served(A, acme=B))):
+        assert await readapted(adapted, bank, by_bank) == ReadaptTally(queued=1)
+        assert (await trained(adapted, bank)).state is JobState.SUCCEEDED
+
+
+async def test_its_jobs_have_the_budget_of_all_others_and_there_are_none_that_must_fail(adapted: StoreParts) -> None:
+    with pytest.raises(BankError, match=f"bank {B} leaves users no rank.*--user-rank"):
+        await readapted(adapted, B, room=0)
+    assert await adapted.jobs.next_job(B, 0.05) is None
+    await readapted(adapted, B)
+    job = await adapted.jobs.job(await adapted.jobs.next_job(B, 1))
+    config = decode_config(job.config)
+    assert (config.max_tokens, config.max_seconds) == (1234, 56)

@@ -1,23 +1,46 @@
-"""What every store must do with people, held against the real servers at hand."""
+"""What every store must do with people, also at its `maxmemory`, held against the real servers at hand."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import redis.asyncio as redis
+from redis.asyncio import Redis
 
 from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.errors import Unavailable, UserErased
+from server.store.profile_record import StoredVector
 from server.store.profiles import TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, Change, ProfileStore
-from tests.support.store_parts import KEYS, StoreParts, submitted
-from tests.support.stored import LATER_MS, change, opened, profile, vector
+from server.store.queue import UserQueue
+from server.store.redis import keys
+from server.store.tenants.access_keys import Scope, access_key, new_secret
+from server.store.tenants.rates import Rate, Use
+from tests.support.store_parts import (
+    BANK,
+    EMBEDDER,
+    KEYS,
+    LATER_MS,
+    StoreParts,
+    WorkerSteps,
+    change,
+    on_disk,
+    opened,
+    profile,
+    put_of,
+    submitted,
+    until_forgotten,
+    vector,
+)
+
+Servers = ValkeyProcess | ValkeyCluster
+Nodes = list[ValkeyProcess]
 
 
 @pytest.fixture
@@ -31,19 +54,23 @@ async def test_an_unknown_user_has_nothing(store: ProfileStore, user: str) -> No
     assert (snapshot.version, snapshot.profile, snapshot.items, snapshot.vectors) == (b"", None, {}, {})
     assert await store.stored_bytes(user) == 0
     assert await store.erase(user, LATER_MS, 0) is None
+    with pytest.raises(UserErased):  # what was under way
+        await store.commit(user, snapshot.version, change("a"), snapshot.epoch)
 
 
-async def test_what_is_committed_is_read_back(store: ProfileStore, user: str) -> None:
-    written = change("zma", extra={99: b"later evidence"})
+async def test_what_is_committed_is_read_back(store: ProfileStore, raw: Redis, user: str) -> None:
+    written = change("zma", user_id="someone-unmistakable", extra={99: b"later evidence"})
     assert await store.commit(user, b"", replace(written, put_items=dict(sorted(written.put_items.items()))))
     snapshot = await store.read(user)
     loaded = await store.load(user)
-    assert (loaded.user_id, loaded.items, loaded.extra) == ("author-033", 3, {99: b"later evidence"})
+    assert (loaded.user_id, loaded.items, loaded.extra) == ("someone-unmistakable", 3, {99: b"later evidence"})
     assert np.array_equal(loaded.embedding, written.profile.embedding)
     assert np.array_equal(snapshot.profile.embedding, written.profile.embedding)
     assert snapshot.items == written.put_items
     assert list(snapshot.items) == list("zma")  # the oldest first, whatever their names
     assert all(np.array_equal(snapshot.vectors[name].vector, vector(ord(name))) for name in "zma")
+    holding = [name async for name in raw.scan_iter(f"mta:*{user}*") if b"unmistakable" in await raw.dump(name)]
+    assert holding == [keys.profile(user).encode()]
 
 
 async def test_a_change_from_an_old_version_writes_nothing(store: ProfileStore, user: str) -> None:
@@ -63,38 +90,40 @@ async def test_dropping_an_item_drops_its_vector(store: ProfileStore, user: str)
     assert list(snapshot.items) == list(snapshot.vectors) == ["b"]
 
 
-async def test_of_two_concurrent_changes_exactly_one_is_written(server: ValkeyProcess, user: str) -> None:
+async def test_one_of_two_changes_is_written_and_a_snapshot_is_of_one_moment(server: Servers, user: str) -> None:
     async with opened(server.url) as one, opened(server.url) as other:
         for _ in range(20):
             version = (await one.read(user)).version
-            outcomes = await asyncio.gather(*(store.commit(user, version, change("a")) for store in (one, other)))
+            outcomes = await asyncio.gather(*(store.commit(user, version, change("ab")) for store in (one, other)))
             assert sorted(outcomes) == [False, True]
-
-
-async def test_a_snapshot_is_of_one_moment(server: ValkeyProcess, user: str) -> None:
-    async with opened(server.url) as writer, opened(server.url) as reader:
 
         async def write() -> None:
             for names in ("ab", "abcd") * 15:
-                version = (await writer.read(user)).version
-                await writer.commit(user, version, change(names, drop="" if len(names) == 4 else "cd"))
+                version = (await one.read(user)).version
+                await one.commit(user, version, change(names, drop="" if len(names) == 4 else "cd"))
 
         writing = asyncio.create_task(write())
         while not writing.done():
-            snapshot = await reader.read(user)
-            if snapshot.profile:
-                assert snapshot.profile.items == len(snapshot.items) == len(snapshot.vectors)
+            snapshot = await other.read(user)
+            assert snapshot.profile.items == len(snapshot.items) == len(snapshot.vectors)
         await writing
 
 
-async def test_an_erasure_leaves_a_tombstone_with_its_answer(store: ProfileStore, raw: redis.Redis, user: str) -> None:
-    await store.commit(user, b"", change("abc"))
+async def test_an_erasure_leaves_a_tombstone_with_its_answer(store: ProfileStore, raw: Redis, user: str) -> None:
+    before = await store.read(user)
+    assert await store.commit(user, before.version, change("abc"), before.epoch)
+    with pytest.raises(Unavailable, match="too long"):
+        await store.erase(user, 1, 0)
+    assert await store.load(user) is not None
+    assert await store.epoch(user) == ""
     erasure = await store.erase(user, LATER_MS, 1234)
     assert (erasure.erased.items, erasure.erased.keys, erasure.rewritten_by_ms) == (3, 3, 1234)
-    epoch = await store.epoch(user)
-    assert [name async for name in raw.scan_iter(f"*{user}*")] == [f"mta:{{{user}}}:epoch".encode()]
-    assert 0 < await raw.ttl(f"mta:{{{user}}}:epoch") <= TOMBSTONE_S
-    assert await store.load(user) is None
+    assert [name async for name in raw.scan_iter(f"*{user}*")] == [keys.epoch(user).encode()]
+    assert 0 < await raw.ttl(keys.epoch(user)) <= TOMBSTONE_S
+    with pytest.raises(UserErased):
+        await store.commit(user, before.version, change("b"), before.epoch)
+    empty = await store.read(user)
+    assert (empty.profile, empty.items) == (None, {})
     assert await store.erase(user, LATER_MS, 5678) == erasure
     epoch = await store.epoch(user)
     assert await store.commit(user, b"", change("a"), epoch)
@@ -103,51 +132,19 @@ async def test_an_erasure_leaves_a_tombstone_with_its_answer(store: ProfileStore
     assert (again.erased.items, again.rewritten_by_ms) == (1, 5678)
 
 
-async def test_a_change_that_was_under_way_when_the_user_was_erased_is_refused(store: ProfileStore, user: str) -> None:
-    before = await store.read(user)
-    assert await store.commit(user, before.version, change("a"), before.epoch)
-    await store.erase(user, LATER_MS, 0)
-    with pytest.raises(UserErased):
-        await store.commit(user, before.version, change("b"), before.epoch)
-    empty = await store.read(user)
-    assert (empty.profile, empty.items) == (None, {})
-    assert await store.commit(user, empty.version, change("c"), empty.epoch)
-
-
-async def test_erasing_an_unknown_user_refuses_changes_under_way(store: ProfileStore, user: str) -> None:
-    before = await store.read(user)
-    assert await store.erase(user, LATER_MS, 0) is None
-    with pytest.raises(UserErased):
-        await store.commit(user, before.version, change("a"), before.epoch)
-
-
-async def test_an_erasure_that_comes_too_late_does_nothing(store: ProfileStore, user: str) -> None:
-    await store.commit(user, b"", change("a"))
-    with pytest.raises(Unavailable, match="too long"):
-        await store.erase(user, 1, 0)
-    assert await store.load(user) is not None
-    assert await store.epoch(user) == ""
-
-
-async def test_the_user_id_stands_in_the_record_alone(store: ProfileStore, raw: redis.Redis, user: str) -> None:
-    await store.commit(user, b"", change("abc", user_id="someone-unmistakable"))
-    holding = [name async for name in raw.scan_iter(f"mta:*{user}*") if b"unmistakable" in await raw.dump(name)]
-    assert holding == [f"mta:{{{user}}}:profile".encode()]
-
-
 async def test_a_user_without_items_takes_less_than_a_kibibyte(store: ProfileStore, user: str) -> None:
     await store.commit(user, b"", change(user_id="u" * 36))
     assert 0 < await store.stored_bytes(user) < 1024
 
 
-async def test_a_record_that_cannot_be_read_is_reported(store: ProfileStore, raw: redis.Redis, user: str) -> None:
-    await raw.set(f"mta:{{{user}}}:profile", b"\x07garbage")
+async def test_a_record_that_cannot_be_read_is_reported(store: ProfileStore, raw: Redis, user: str) -> None:
+    await raw.set(keys.profile(user), b"\x07garbage")
     with pytest.raises(Unavailable, match="cannot read"):
         await store.load(user)
 
 
 async def test_erasing_nobody_is_one_write_that_is_kept_for_minutes_and_no_rewrite(
-    parts: StoreParts, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    parts: StoreParts, raw: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written, write = [], parts.connection.write
 
@@ -156,7 +153,7 @@ async def test_erasing_nobody_is_one_write_that_is_kept_for_minutes_and_no_rewri
         return await write(script, names, *arguments)
 
     monkeypatch.setattr(parts.connection, "write", noted)
-    tombstone = f"mta:{{{KEYS.key('nobody')}}}:epoch"
+    tombstone = keys.epoch(KEYS.key("nobody"))
     for _ in range(2):
         assert await parts.erase("nobody") is None
     assert written == [tombstone] * 2
@@ -164,18 +161,18 @@ async def test_erasing_nobody_is_one_write_that_is_kept_for_minutes_and_no_rewri
     assert 0 < await raw.ttl(tombstone) <= UNKNOWN_TOMBSTONE_S < 3600
 
 
-async def test_asking_again_makes_no_tombstone_shorter_or_younger(parts: StoreParts, raw: redis.Redis) -> None:
+async def test_asking_again_makes_no_tombstone_shorter_or_younger(parts: StoreParts, raw: Redis) -> None:
     key = KEYS.key("somebody")
     await parts.profiles.commit(key, b"", change("a"))
     erasure = await parts.erase("somebody")
     assert erasure.rewritten_by_ms > 0
-    await raw.expire(f"mta:{{{key}}}:epoch", TOMBSTONE_S - 100)
+    await raw.expire(keys.epoch(key), TOMBSTONE_S - 100)
     assert await parts.erase("somebody") == erasure
-    assert UNKNOWN_TOMBSTONE_S < await raw.ttl(f"mta:{{{key}}}:epoch") <= TOMBSTONE_S - 100
+    assert UNKNOWN_TOMBSTONE_S < await raw.ttl(keys.epoch(key)) <= TOMBSTONE_S - 100
     before = await parts.profiles.read(key)
-    await raw.expire(f"mta:{{{key}}}:epoch", 1)
+    await raw.expire(keys.epoch(key), 1)
     assert await parts.erase("somebody") == erasure
-    assert await raw.ttl(f"mta:{{{key}}}:epoch") > 1  # longer than what was under way takes
+    assert await raw.ttl(keys.epoch(key)) > 1  # longer than what was under way takes
     with pytest.raises(UserErased):
         await parts.profiles.commit(key, before.version, change("a"), before.epoch)
 
@@ -188,13 +185,9 @@ async def store_somebody(parts: StoreParts) -> None:
     await submitted(parts.jobs, KEYS.key(USER), WORDS)
 
 
-async def test_servers_logs_of_commands_forget_who_is_erased(
-    parts: StoreParts, server: ValkeyProcess | ValkeyCluster
-) -> None:
-    nodes = [server] if isinstance(server, ValkeyProcess) else server.nodes
-    before = [
-        ask(node, "CONFIG GET", "slowlog-log-slower-than", "commandlog-*-than", "*log-*max-len") for node in nodes
-    ]
+async def test_servers_logs_of_commands_forget_who_is_erased(parts: StoreParts, nodes: Nodes) -> None:
+    wanted = ("slowlog-log-slower-than", "commandlog-*-than", "*log-*max-len")
+    before = [ask(node, "CONFIG GET", *wanted) for node in nodes]
 
     def logged() -> str:
         """Only Valkey has logs of three kinds."""
@@ -227,3 +220,163 @@ async def test_where_logs_may_not_be_reset_users_are_erased_all_the_same(tmp_pat
             assert await parts.profiles.load(KEYS.key(USER)) is None
     finally:
         server.kill()
+
+
+_ROW = re.compile(r"^    (mta:.+?)  +(string|hash|list|set|zset)  (.+)$", re.MULTILINE)
+_PARTS = {
+    "<user key>": "[a-z2-7]{26}",
+    "<n>": "[0-9]+",
+    "<queue>": f"(jobs|sign):{BANK}",
+    "<bank>": BANK,
+    "<server>": "[0-9a-f]{40}",
+    "<what>": "[a-z]+",
+    "<owner>": "(key|user|tenant)-[^/]+",
+    "<engines>": "[0-9a-f]{16}",
+}
+_EXPIRES = re.compile("7 days|after (one window|the last lease)")
+WEEK_S = 7 * 24 * 3600
+
+
+def fits(name: str, pattern: str) -> bool:
+    pattern = re.escape(pattern).replace(r"\ ", " ")
+    for part, meant in _PARTS.items():
+        pattern = pattern.replace(part, meant)
+    return re.fullmatch(pattern, name) is not None
+
+
+async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, parts: StoreParts, raw: Redis) -> None:
+    for user in ("ada", "bob"):
+        key = KEYS.key(user)
+        snapshot = await parts.profiles.read(key)
+        change = replace(put_of(user, "text", snapshot), put_vectors={"it": StoredVector(EMBEDDER, np.ones(4, "f4"))})
+        assert await parts.profiles.commit(key, snapshot.version, change)
+        await submitted(parts.jobs, key)
+        await parts.signing.add(key)
+    await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
+    assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted
+    for held in ("running/key-x", f"gateways/{'0' * 16}"):
+        assert await parts.rates.acquire(held, ["it"], 60)
+    worker = WorkerSteps(parts)
+    await worker.take()
+    await worker.claim()
+    assert await worker.promote()
+    await worker.take_signing()
+    await parts.signing.count_attempt(KEYS.key("ada"))
+    await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key("bob"), background=True)
+    await parts.erase("bob")
+
+    table = {name: (kind, _EXPIRES.search(rest) is not None) for name, kind, rest in _ROW.findall(keys.__doc__ or "")}
+    seen, expiring = set(), set()
+    for name in [name.decode() async for name in raw.scan_iter()]:
+        (row,) = [row for row in table if fits(name, row)]
+        kind, expires = table[row]
+        assert (name, (await raw.type(name)).decode()) == (name, kind)
+        left_s = await raw.ttl(name)
+        assert left_s == -1 or (expires and left_s <= WEEK_S), name
+        seen.add(row)
+        expiring |= {row} if left_s > 0 else set()
+    assert expiring == {row for row, (_, expires) in table.items() if expires}
+    of_the_other = "mta:{rewrite}" if isinstance(server, ValkeyCluster) else "mta:{rewrite}:<server>"
+    assert seen == table.keys() - {of_the_other}
+
+
+ROOM_BYTES = 1_200_000  # far more than what connections and scripts take of it meanwhile
+ANN, BOB, CAI = "ann", "bob", "cai"
+SAMPLE = "a sample of ann's"
+
+
+@pytest.fixture
+async def full(server: Servers, nodes: Nodes, parts: StoreParts) -> AsyncIterator[StoreParts]:
+    """Stores on servers without room. Ann has a profile, a user adapter, samples, a job and a call in them; a job of
+    Cai's was announced and never stored. There is an API key, which has leaked."""
+    await parts.keys.add(access_key(new_secret(), "leaked", "acme", (Scope.GENERATE,)))
+    await parts.put(ANN, "about ann")
+    worker, key = WorkerSteps(parts), KEYS.key(ANN)
+    await submitted(parts.jobs, key, SAMPLE)
+    await worker.take()
+    await worker.claim()
+    assert await worker.promote()
+    await submitted(parts.jobs, key, SAMPLE, "another")
+    await parts.signing.add(key)
+    await parts.put(CAI, "about cai")
+    await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key(CAI))
+    for node in nodes:
+        ask(node, "CONFIG SET", "maxmemory", ask(node, "INFO", "memory")["used_memory"] + ROOM_BYTES)
+        await _fill(parts, server, node)
+    for node in nodes:  # what is let go now and then makes no room
+        ask(node, "CONFIG SET", "maxmemory", ask(node, "INFO", "memory")["maxmemory"] - ROOM_BYTES // 2)
+    yield parts
+    for node in nodes:
+        ask(node, "CONFIG SET", "maxmemory", 0)
+
+
+async def _fill(parts: StoreParts, server: Servers, node: ValkeyProcess) -> None:
+    for user in (f"one of many {number}" for number in itertools.count()):
+        if server is node or server.home_of(keys.profile(KEYS.key(user))) is node:
+            try:
+                await parts.put(user, "x" * 50_000)
+            except Unavailable as error:
+                assert error.code == "store_full"
+                return
+
+
+async def test_a_full_store_refuses_what_would_be_stored_and_serves_who_is_in_it(full: StoreParts) -> None:
+    for refused in (
+        full.put(BOB, "about bob"),
+        submitted(full.jobs, KEYS.key(BOB)),
+        full.signing.add(KEYS.key(BOB)),
+        full.connection.run(lambda redis: redis.set("mta:{bob}:samples", "x")),
+    ):
+        with pytest.raises(Unavailable, match="full") as caught:
+            await refused
+        assert (caught.value.status, caught.value.code) == (503, "store_full")
+    assert (await full.connection.check()).is_durable
+    memory = full.connection.memory
+    assert memory.full
+    assert memory.used_bytes > memory.max_bytes > 0
+    assert await full.profiles.load(KEYS.key(ANN)) is not None
+
+    # A key is revoked, and another takes its place.
+    [leaked] = (await full.keys.all()).keys
+    assert await full.keys.revoke(leaked.digest, 7)
+    another = access_key(new_secret(), "another", "acme", (Scope.GENERATE,))
+    assert await full.keys.add(another)
+    revoked = {key.digest: key.revoked_ms for key in (await full.keys.all()).keys}
+    assert revoked == {leaked.digest: 7, another.digest: None}
+
+    # Limits hold for whoever filled it.
+    use = Use(Rate("requests", "key-1", 1), 1)
+    assert [(await full.rates.consume([use])).counted for _ in range(2)] == [True, False]
+    assert await full.rates.acquire("running/key-1", ["one"], 60, 1) == 1
+    assert await full.rates.acquire("running/key-1", ["two"], 60, 1) is None
+    await full.rates.renew("running/key-1", ["one"], 60)
+
+
+@pytest.mark.usefixtures("quick_rewrites")
+async def test_users_are_erased_from_a_full_store_and_its_file(full: StoreParts, raw: Redis, nodes: Nodes) -> None:
+    key = KEYS.key(ANN)
+    assert on_disk(SAMPLE, *nodes)
+    erasure = await full.erase(ANN)
+    erased = erasure.erased
+    assert (erased.items, erased.samples, erased.jobs, erased.adapters) == (1, 2, 2, 1)
+    assert [name async for name in raw.scan_iter(f"*{key}*")] == [keys.epoch(key).encode()]
+    assert await full.erase(ANN) == erasure
+    assert await full.erase(CAI)
+    assert not await raw.sismember(keys.adapted(BANK), key)
+    for name in (*keys.queue("jobs", BANK), *keys.queue("sign", BANK)):
+        assert await raw.type(name) in (b"none", b"zset")
+        assert await raw.zscore(name, key) is None
+    with pytest.raises(Unavailable, match="full"):
+        await full.put(BOB, "about bob")
+    await until_forgotten(full.connection, SAMPLE, *nodes)
+    erased = 0
+    for number in itertools.count():
+        if erased and not any(_full(node) for node in nodes):
+            break
+        erased += await full.erase(f"one of many {number}") is not None
+    await full.put(BOB, "about bob")  # there is room again
+
+
+def _full(node: ValkeyProcess) -> bool:
+    memory = ask(node, "INFO", "memory")
+    return bool(memory["used_memory"] > memory["maxmemory"])

@@ -14,7 +14,7 @@ import pytest
 from tests.support.calls import NewUser, error_of, put
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready
-from tests.support.stored import held_by
+from tests.support.store_parts import held_by
 
 USER = "somebody-known"
 MIB = 1 << 20

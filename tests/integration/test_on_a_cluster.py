@@ -20,6 +20,7 @@ from server.worker.training import AdapterTrainer
 from tests.integration.conftest import Work, working
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate, wait_until_ready
+from tests.support.store_parts import REPLICA_TIMEOUT_MS
 
 SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
 CONFIG = {"steps": 6, "learning_rate": 0.05}
@@ -43,7 +44,6 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture(scope="module")
 def gateway(gateway_settings: Settings, cluster: ValkeyCluster, receiver: Receiver) -> Iterator[GatewayThread]:
-    """A gateway over the cluster, which is traced."""
     settings = gateway_settings.model_copy(update={"redis_url": cluster.url, "otlp_endpoint": receiver.url})
     with GatewayThread(settings) as running, running.client() as client:
         wait_until_ready(client)
@@ -71,6 +71,11 @@ def put(client: httpx.Client, user: str, text: str = "surfing and the sea") -> h
 def level(client: httpx.Client, user: str) -> str:
     said: str = generate(client, user).raise_for_status().json()["personalization"]["level"]
     return said
+
+
+def ready(client: httpx.Client) -> tuple[int, Any]:
+    answer = client.get("/ready")
+    return answer.status_code, answer.json()
 
 
 def test_users_are_stored_served_trained_for_and_erased(
@@ -113,18 +118,13 @@ def test_a_trace_says_how_long_the_store_took(
 def test_a_write_without_a_replica_is_refused_each_time(
     client: httpx.Client, gateway: GatewayThread, cluster: ValkeyCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis.servers.base.REPLICA_TIMEOUT_MS", 100)
+    monkeypatch.setattr(REPLICA_TIMEOUT_MS, 100)
     user = somebody(gateway, cluster, 0)
     with paused(cluster.replicas[0].pid):
         said = [put(client, user, "growing roses") for _ in range(2)]
     assert [answer.status_code for answer in said] == [503, 503]
     assert {answer.json()["error"]["code"] for answer in said} == {"store_not_durable"}
     wait_until(lambda: put(client, user, "growing roses").is_success, "the replica to have it")
-
-
-def ready(client: httpx.Client) -> tuple[int, Any]:
-    answer = client.get("/ready")
-    return answer.status_code, answer.json()
 
 
 def test_a_gateway_serves_others_while_a_primary_is_gone(

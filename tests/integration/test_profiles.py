@@ -24,7 +24,7 @@ from server.store.profiles import Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.user_key import User, UserKeys
-from tests.support.stored import opened
+from tests.support.store_parts import opened
 
 KEYS = UserKeys("a secret for tests only", "profiles")
 OLD = "00" * 8

@@ -27,7 +27,7 @@ from server.worker.training import AdapterTrainer
 from tests.support.calls import SAMPLES
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import GatewayThread, generate
-from tests.support.stored import connected
+from tests.support.store_parts import connected
 
 
 class Sign:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from bench.rig.processes import wait_until
 from bench.rig.valkey import DURABLE, ValkeyProcess
 from tests.support.containers import ROOT
 
+# 20 ms for each key, and heed to whoever asks meanwhile
 SLOW_TO_LOAD = ("--key-load-delay", "20000", "--loading-process-events-interval-bytes", "1024")
-"""20 ms for each key, and heed to whoever asks meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +27,11 @@ class Shipped:
     limit_gib: int
     probes: list[list[str]]
 
-    @property
-    def options(self) -> list[str]:
-        """Of its server, but for where it keeps its files and listens."""
-        kept = list(self.command[1:])
-        for own in ("--dir", "--port"):
-            del kept[(place := kept.index(own)) : place + 2]
-        return kept
-
 
 def _of_compose() -> Shipped:
     service = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]["redis"]
-    return Shipped(
-        service["command"], int(service["mem_limit"].removesuffix("g")), [service["healthcheck"]["test"][1:]]
-    )
+    limit_gib = int(service["mem_limit"].removesuffix("g"))
+    return Shipped(service["command"], limit_gib, [service["healthcheck"]["test"][1:]])
 
 
 def _of_pods() -> Shipped:
@@ -58,31 +48,26 @@ def shipped(request: pytest.FixtureRequest) -> Shipped:
     return found
 
 
-@pytest.fixture
-def server(shipped: Shipped, tmp_path: Path) -> Iterator[ValkeyProcess]:
-    running = ValkeyProcess(tmp_path, shipped.options).start()
-    yield running
-    running.kill()
-
-
-def test_it_has_a_maximum_with_room_for_the_fork_and_drops_nothing(shipped: Shipped, server: ValkeyProcess) -> None:
-    with redis.Redis.from_url(server.url) as raw:
-        memory = raw.info("memory")
-    assert 0 < 2 * memory["maxmemory"] <= shipped.limit_gib << 30
-    assert memory["maxmemory_policy"] == "noeviction"
-
-
-def test_no_log_of_it_keeps_what_commands_carried(server: ValkeyProcess) -> None:
-    with redis.Redis.from_url(server.url) as raw:
-        raw.config_set("slowlog-log-slower-than", 0)
-        raw.set("large", "x" * (2 << 20))
-        raw.get("large")
-        assert raw.slowlog_len() == 0
-        assert [raw.execute_command("COMMANDLOG LEN", kind) for kind in ("slow", "large-request", "large-reply")] == [
-            0,
-            0,
-            0,
-        ]
+def test_it_has_room_for_the_fork_drops_nothing_and_logs_nothing_that_commands_carried(
+    shipped: Shipped, tmp_path: Path
+) -> None:
+    options = shipped.command[1:]
+    for own in ("--dir", "--port"):
+        del options[(place := options.index(own)) : place + 2]
+    server = ValkeyProcess(tmp_path, options).start()
+    try:
+        with redis.Redis.from_url(server.url) as raw:
+            memory = raw.info("memory")
+            assert 0 < 2 * memory["maxmemory"] <= shipped.limit_gib << 30
+            assert memory["maxmemory_policy"] == "noeviction"
+            raw.config_set("slowlog-log-slower-than", 0)
+            raw.set("large", "x" * (2 << 20))
+            raw.get("large")
+            assert raw.slowlog_len() == 0
+            for kind in ("slow", "large-request", "large-reply"):
+                assert (kind, raw.execute_command("COMMANDLOG LEN", kind)) == (kind, 0)
+    finally:
+        server.kill()
 
 
 def test_probes_find_it_well_once_it_answers_and_not_while_it_loads(shipped: Shipped, tmp_path: Path) -> None:

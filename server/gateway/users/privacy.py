@@ -17,7 +17,7 @@ from bank.manifest import BankManifest
 from bank.peft.exported import ExportedAdapter
 from server.errors import UserErased
 from server.store.adapters import AdapterStore, StoredAdapter
-from server.store.durability import RewritableFile
+from server.store.append_only_file import AppendOnlyFile
 from server.store.jobs import Job, JobStore
 from server.store.profiles import Erasure, ProfileStore
 from server.store.queue import UserQueue
@@ -102,7 +102,7 @@ class Erasing:
     jobs: JobStore
     signing: Callable[[str], UserQueue]  # signing queue of a bank, by its 8 hex digits
     bank: str  # 8 hex digits of the served bank
-    log_file: RewritableFile
+    log_file: AppendOnlyFile
     drop: Callable[[str], Coroutine[Any, Any, None]]  # drops a user's adapters from every engine
     _dropping: set[asyncio.Task[None]] = field(default_factory=set)
 

@@ -1,5 +1,4 @@
-"""Names of all Redis keys. The part in braces decides the cluster slot. A script can only change keys of one slot, so
-all keys of a user share a slot, as do all keys of a queue.
+"""Names of all Redis keys. All keys of a script must be in one cluster slot, which the part in braces decides.
 
 Per user (`server/store/tenants/user_key.py`)::
 
@@ -23,7 +22,7 @@ Shared by all users::
 
     mta:adapted               set     banks that had queued users or trained user adapters
     mta:adapted:<bank>        set     keys of the users whose adapter was trained on the bank
-    mta:{rewrite}             hash    state of file rewrites (`servers/append_only_file.py`)
+    mta:{rewrite}             hash    state of file rewrites (`server/store/append_only_file.py`)
     mta:{rewrite}:<server>    hash    the same, per server if there are several
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`;
                                       `revision` and `ring` (a random id) of the whole set
@@ -62,8 +61,7 @@ def job(user_key: str, number: int) -> str:
     return f"{job_prefix(user_key)}{number}"
 
 
-def rewrite(server: str) -> str:
-    """Return the key for a server's file; `server` is the server's id, empty if there is only one."""
+def rewrite(server: str) -> str:  # by the server's id, which is empty if there is only one
     return f"{REWRITE}:{server}" if server else REWRITE
 
 
@@ -72,7 +70,6 @@ def adapted(bank: str) -> str:
 
 
 def rate(owner: str, what: str) -> str:
-    """Return the key of a rate; all keys of an owner are in one slot."""
     return f"mta:rates:{{{owner}}}:{what}"
 
 
@@ -80,7 +77,6 @@ def held(name: str) -> str:
     return f"mta:held:{name}"
 
 
-def queue(work: Work, bank: str) -> tuple[str, str, str]:
-    """Return the names of a queue's keys: due, background, tries."""
+def queue(work: Work, bank: str) -> tuple[str, str, str]:  # due, background, tries
     prefix = f"mta:{{{work}:{bank}}}:"
     return f"{prefix}due", f"{prefix}background", f"{prefix}tries"

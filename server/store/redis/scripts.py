@@ -158,37 +158,26 @@ redis.call('HDEL', KEYS[1], 'lease', 'lease_until', 'lease_ms', 'started_ms', 's
 return 1
 """
 
-_CHECK_LEASE = """
+# KEYS: job; to promote an adapter also record, adapter, epoch. ARGV: JSON (`_outcome` in `jobs.py`); to promote also
+# the adapter's fields in it, the expected record, the new one, the adapter's bytes. Returns whether all was written.
+END = _job_script("""
 local given = cjson.decode(ARGV[1])
 if redis.call('HGET', KEYS[1], 'ended_by') == given.token then
   redis.call('HSET', KEYS[1], 'ended_by', given.token)
   return 1
 end
 if redis.call('HGET', KEYS[1], 'lease') ~= given.token then return 0 end
-"""
-
-_WRITE_OUTCOME = """
+if #KEYS > 1 then
+  local expected, record, raw = unpack(ARGV, 2)
+  local epoch, bank = unpack(redis.call('HMGET', KEYS[1], 'epoch', 'bank'))
+  if erased_since(KEYS[4], epoch or '') or bank ~= given.bank then return 0 end
+  if redis.call('GET', KEYS[2]) ~= expected then return 0 end
+  redis.call('SET', KEYS[2], record)
+  redis.call('DEL', KEYS[3])
+  redis.call('HSET', KEYS[3], 'id', given.adapter, 'recipe', given.recipe, 'sha256', given.sha256, 'raw', raw)
+end
 redis.call('HSET', KEYS[1], 'ended_by', given.token, 'before', given.before, 'after', given.after,
   'error', given.error, 'adapter', given.adapter)
 finish(KEYS[1], given.state, given.kept_s)
 return 1
-"""
-
-# KEYS: job. ARGV: JSON (`_outcome` in `jobs.py`). Returns whether it was written.
-END = _job_script(_CHECK_LEASE + _WRITE_OUTCOME)
-
-# KEYS: job, record, adapter, epoch. ARGV: JSON as for END plus the adapter's fields, the expected record, the new one,
-# the adapter's bytes. Returns whether everything was written.
-PROMOTE = _job_script(
-    _CHECK_LEASE
-    + """
-local expected, record, raw = unpack(ARGV, 2)
-local epoch, bank = unpack(redis.call('HMGET', KEYS[1], 'epoch', 'bank'))
-if erased_since(KEYS[4], epoch or '') or bank ~= given.bank then return 0 end
-if redis.call('GET', KEYS[2]) ~= expected then return 0 end
-redis.call('SET', KEYS[2], record)
-redis.call('DEL', KEYS[3])
-redis.call('HSET', KEYS[3], 'id', given.adapter, 'recipe', given.recipe, 'sha256', given.sha256, 'raw', raw)
-"""
-    + _WRITE_OUTCOME
-)
+""")

@@ -1,1 +1,0 @@
-"""Tenants: API keys, limits, and the keys of their users."""

@@ -1,7 +1,4 @@
-"""API keys: one Redis hash for all (`server/store/redis/keys.py`), read as a whole and changed by scripts.
-
-The store keeps only hashes of the secrets.
-"""
+"""API keys, of which the store keeps only hashes: one Redis hash, read as a whole and changed by scripts."""
 
 from __future__ import annotations
 
@@ -34,8 +31,6 @@ CREATE = "mta keys create"  # named in error messages
 
 
 class Scope(StrEnum):
-    """A permission of a key."""
-
     GENERATE = "generate"
     WRITE = "write"
     ADAPT = "adapt"
@@ -56,8 +51,7 @@ class AccessKey:
     allowance: Allowance = NO_OVERRIDES
 
     @property
-    def id(self) -> str:
-        """The key's public id: 48 bits of the hash."""
+    def id(self) -> str:  # public
         return self.digest[:12]
 
 
@@ -108,12 +102,7 @@ def digest_of(secret: bytes) -> str:
 
 _RING, _REVISION, _REVOKED, _BANK = "ring", "revision", "revoked:", "bank:"
 
-
-def _script(body: str) -> str:
-    """Return a script. KEYS: the hash. ARGV: id for a new ring, then its own. A repeated call changes nothing."""
-    return oom_script(_CHANGED + body)
-
-
+# KEYS of every script: the hash. ARGV: id for a new ring, then its own. A repeated call changes nothing.
 _CHANGED = """
 local function changed()
   redis.call('HINCRBY', KEYS[1], 'revision', 1)
@@ -121,16 +110,16 @@ local function changed()
 end
 """
 
-_ADD = _script("""
+_ADD = """
 local digest, record, only_first = unpack(ARGV, 2)
 local before = redis.call('HGET', KEYS[1], digest)
 if not before and only_first == '1' and redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 redis.call('HSET', KEYS[1], digest, before or record)
 if not before then changed() end
 return 1
-""")
+"""
 
-_REVOKE = _script("""
+_REVOKE = """
 local digest, now = unpack(ARGV, 2)
 if redis.call('HEXISTS', KEYS[1], digest) == 0 then return 0 end
 local before = redis.call('HGET', KEYS[1], 'revoked:' .. digest)
@@ -138,13 +127,13 @@ redis.call('HSET', KEYS[1], 'revoked:' .. digest, before or now)
 if before then return 0 end
 changed()
 return 1
-""")
+"""
 
-_SET_BANK = _script("""
+_SET_BANK = """
 local field, bank = unpack(ARGV, 2)
 if bank == '' then redis.call('HDEL', KEYS[1], field) else redis.call('HSET', KEYS[1], field, bank) end
 changed()
-""")
+"""
 
 
 class AccessKeys:
@@ -167,8 +156,8 @@ class AccessKeys:
         with corrupt_if_undecodable():
             fields = {name.decode(): raw for name, raw in found.items()}
             ring, revision = fields.pop(_RING, b"").decode(), int(fields.pop(_REVISION, 0))
-            revoked = {digest: int(when_ms) for digest, when_ms in _pop(fields, _REVOKED)}
-            banks = {tenant: bank.decode() for tenant, bank in _pop(fields, _BANK)}
+            revoked = {digest: int(when_ms) for digest, when_ms in _pop(fields, _REVOKED).items()}
+            banks = {tenant: bank.decode() for tenant, bank in _pop(fields, _BANK).items()}
             known = [_decoded(digest, raw, revoked.get(digest)) for digest, raw in fields.items()]
         if bool(known) != bool(revision):
             raise Unavailable("the store holds only some of the API keys", code="store_corrupt")
@@ -195,13 +184,13 @@ class AccessKeys:
         return bool(await self._change(_REVOKE, digest, now_ms))
 
     async def _change(self, script: str, *arguments: object) -> object:
-        return await self._connection.write(script, (keys.ACCESS_KEYS,), secrets.token_hex(8), *arguments)
+        whole = oom_script(_CHANGED + script)
+        return await self._connection.write(whole, (keys.ACCESS_KEYS,), secrets.token_hex(8), *arguments)
 
 
-def _pop(fields: dict[str, bytes], prefix: str) -> list[tuple[str, bytes]]:
-    """Remove the fields with a prefix and return them without the prefix."""
-    names = [name for name in fields if name.startswith(prefix)]
-    return [(name.removeprefix(prefix), fields.pop(name)) for name in names]
+def _pop(fields: dict[str, bytes], prefix: str) -> dict[str, bytes]:
+    """Remove the fields with a prefix; return them without it."""
+    return {name.removeprefix(prefix): fields.pop(name) for name in list(fields) if name.startswith(prefix)}
 
 
 def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:

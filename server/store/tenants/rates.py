@@ -22,16 +22,14 @@ DAY_S = 24 * 3600
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """Limits of one key or one user: requests and tokens per minute, adapt jobs per day, concurrent requests.
-    0 means unlimited, None means not set."""
+    """Limits of one key or one user; 0 means unlimited, None means not set."""
 
-    requests: int | None = None
-    tokens: int | None = None
-    jobs: int | None = None
+    requests: int | None = None  # per minute
+    tokens: int | None = None  # per minute
+    jobs: int | None = None  # adapt jobs per day
     concurrent: int | None = None
 
     def with_defaults(self, defaults: Allowance) -> Allowance:
-        """Return this allowance with defaults for the limits that are not set."""
         return replace(defaults, **self.overrides) if self.overrides else defaults
 
     @property
@@ -70,7 +68,6 @@ class BucketLevel:
 
     @property
     def left(self) -> int:
-        """The amount available now."""
         return int(self.rate.most - self.used)
 
     def fits_in_s(self, amount: int) -> float:
@@ -80,8 +77,7 @@ class BucketLevel:
 
 @dataclass(frozen=True, slots=True)
 class BucketLevels:
-    """Result of some uses: which of them fit, and the level of each one's rate afterwards. They are counted only if all
-    fit."""
+    """Result of some uses: which of them fit, and the level of each one's rate afterwards."""
 
     fit: Sequence[bool]
     levels: Sequence[BucketLevel]
@@ -148,19 +144,22 @@ return redis.call('PEXPIRE', KEYS[1], ARGV[1])
 
 
 class Rates:
-    """Rates as leaky buckets: use drains linearly, so after a window without use the full limit is available again.
-    Every method raises `Unavailable` if the store cannot be reached."""
+    """Leaky buckets and leases. Every method raises `Unavailable` if the store cannot be reached."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def consume(self, uses: Sequence[Use]) -> BucketLevels:
+    async def consume(self, uses: Sequence[Use], *, anyway: bool = False) -> BucketLevels:
         """Count all uses, or none if one does not fit; all for one owner and different rates. 0 only queries."""
-        return await self._count(uses, anyway=False)
+        names = [keys.rate(use.rate.owner, use.rate.what) for use in uses]
+        given = [number for use in uses for number in (use.rate.most, use.rate.window_s * 1_000_000, use.amount)]
+        found = await self._connection.evaluate(_CONSUME, names, int(anyway), *given)
+        levels = [BucketLevel(use.rate, float(used)) for use, used in zip(uses, found[1::2], strict=True)]
+        return BucketLevels([bool(fit) for fit in found[0::2]], levels)
 
     async def correct(self, uses: Sequence[Use]) -> None:
         """Add to or subtract from an owner's rates regardless of the limit; levels stay within 0 to `most`."""
-        await self._count(uses, anyway=True)
+        await self.consume(uses, anyway=True)
 
     async def acquire(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
         """Add members to the holders of `name` for `lease_s` or until `release`, or renew them.
@@ -172,15 +171,8 @@ class Rates:
         return None if count < 0 else int(count)
 
     async def renew(self, name: str, members: Sequence[str], lease_s: float) -> None:
-        """Extend the leases of members to `lease_s` from now. Members that are not holders are not added."""
+        """Extend members' leases to `lease_s` from now; members that are not holders are not added."""
         await self._connection.evaluate(_RENEW, (keys.held(name),), int(lease_s * 1000), *members)
 
     async def release(self, name: str, member: str) -> None:
         await self._connection.run(lambda redis: redis.zrem(keys.held(name), member))
-
-    async def _count(self, uses: Sequence[Use], *, anyway: bool) -> BucketLevels:
-        names = [keys.rate(use.rate.owner, use.rate.what) for use in uses]
-        given = [number for use in uses for number in (use.rate.most, use.rate.window_s * 1_000_000, use.amount)]
-        found = await self._connection.evaluate(_CONSUME, names, int(anyway), *given)
-        levels = [BucketLevel(use.rate, float(used)) for use, used in zip(uses, found[1::2], strict=True)]
-        return BucketLevels([bool(fit) for fit in found[0::2]], levels)

@@ -42,8 +42,8 @@ class User:
 class UserKeys:
     """Computes the user keys of one tenant; the same id is a different user in each tenant.
 
-    All gateways share the secret, and it must never change: without it users cannot be found again. Raises `MtaError`
-    if the secret is missing or short, or the tenant is empty or contains NUL.
+    The secret must never change: without it users cannot be found again. Raises `MtaError` if secret or tenant is
+    invalid.
     """
 
     def __init__(self, secret: str | None, tenant: str) -> None:
@@ -57,8 +57,8 @@ class UserKeys:
             raise MtaError(f"a tenant (MTA_TENANT) must have a name without NUL, got {tenant!r}")
         self._secret = secret.encode()
         self._tenant = tenant
+        # Salt for this tenant's prefix cache in vLLM: cache timing then reveals nothing to other tenants.
         self.cache_salt = self._digest(f"\0cache salt\0{tenant}")  # no user's key: no tenant is empty
-        """Salt for this tenant's prefix cache in vLLM: cache timing then reveals nothing to other tenants."""
 
     def user(self, user_id: str) -> User:
         return User(user_id, self.key(user_id))

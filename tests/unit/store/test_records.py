@@ -1,7 +1,8 @@
-"""The profile record as bytes."""
+"""What is kept: profiles as bytes, job ids and adapt configurations as text; nothing of a newer one is dropped."""
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import replace
 
@@ -11,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from adapters.errors import TrainingError
+from adapters.training.adapt_config import AdaptConfig
 from bank.lookup.signature import Signature
+from server.store.jobs import JobId, parse_job_id
 from server.store.profile_record import (
     AdapterNote,
     OtherEmbedding,
@@ -27,6 +31,7 @@ from server.store.profile_record import (
     encode_profile,
     encode_vector,
 )
+from server.store.samples import decode_config, encode_config
 
 DIM = 384
 EMBEDDERS = st.binary(min_size=8, max_size=8).map(bytes.hex)
@@ -77,17 +82,13 @@ def test_a_signature_survives_the_round_trip(numbers: int, scale: float) -> None
 
 
 @pytest.mark.parametrize("wrong", [(1, np.nan), (1, np.inf), (1, -np.inf), (3e38, 3e38)])
-def test_a_signature_without_a_finite_length_is_kept_as_one_that_says_nothing(wrong: tuple[float, float]) -> None:
+def test_a_signature_without_a_finite_length_written_or_kept_says_nothing(wrong: tuple[float, float]) -> None:
     written = StoredSignature(Signature("9f2c41d0", 184, np.array(wrong, np.float32)), made_of_ms=7)
-    read = decode_profile(encode_profile(profile(signature=written))).signature
-    assert (read.signature.bank, read.signature.tokens, read.made_of_ms) == ("9f2c41d0", 0, 7)
-    assert read.signature.products.tolist() == [0, 0]
-
-
-def test_a_signature_of_what_is_no_number_that_was_kept_says_nothing() -> None:
     kept = struct.pack("<4sIQf2e", bytes.fromhex("9f2c41d0"), 184, 7, np.nan, np.nan, np.nan)
-    read = decode_profile(encode_profile(profile(extra={8: kept}))).signature
-    assert (read.signature.tokens, read.signature.products.tolist()) == (0, [0, 0])
+    for record in (profile(signature=written), profile(extra={8: kept})):
+        read = decode_profile(encode_profile(record)).signature
+        assert (read.signature.bank, read.signature.tokens, read.made_of_ms) == ("9f2c41d0", 0, 7)
+        assert read.signature.products.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("tag", "cut"), [(8, bytes(21)), (9, bytes(17))], ids=["signature", "second embedding"])
@@ -110,29 +111,14 @@ def test_a_profile_is_seen_by_both_embedders_while_the_items_are_the_same() -> N
     assert replace(read, updated_ms=read.updated_ms + 1).with_embedder("22" * 8) is None
 
 
-def test_the_stored_embedding_is_within_the_rounding_of_fp16() -> None:
-    vector = np.random.default_rng(0).standard_normal(DIM).astype("f4")
-    vector /= np.linalg.norm(vector)
-    read = decode_profile(encode_profile(profile(embedding=vector))).embedding
-    assert float(read @ vector) == pytest.approx(1, abs=1e-3)
-    assert read.dtype == np.float32
-
-
-def test_encoding_the_same_profile_twice_gives_two_versions() -> None:
-    assert encode_profile(profile()) != encode_profile(profile())
-
-
-@given(st.data())
-def test_a_record_cut_anywhere_is_refused(data: st.DataObject) -> None:
+def test_a_record_cut_anywhere_or_of_another_version_is_refused() -> None:
     record = encode_profile(profile())
-    cut = data.draw(st.integers(0, len(record) - 1))
-    with pytest.raises(ValueError, match="profile record"):
-        decode_profile(record[:cut])
-
-
-def test_a_record_of_another_version_is_refused() -> None:
+    assert record != encode_profile(profile())
+    for cut in range(len(record)):
+        with pytest.raises(ValueError, match="profile record"):
+            decode_profile(record[:cut])
     with pytest.raises(ValueError, match="version"):
-        decode_profile(b"\x09" + encode_profile(profile())[1:])
+        decode_profile(b"\x09" + record[1:])
 
 
 @given(st.integers(0, 1 << 40), st.dictionaries(TEXTS, TEXTS))
@@ -145,3 +131,48 @@ def test_a_vector_survives_the_round_trip(embedder: str, vector: np.ndarray) -> 
     read = decode_vector(encode_vector(StoredVector(embedder, vector)))
     assert read.embedder == embedder
     assert np.array_equal(read.vector, as_stored(vector))
+    assert read.vector.dtype == np.float32
+    assert read.vector == pytest.approx(vector, abs=1e-3)
+
+
+USER = "axi2q2svfyrolurh6ecirfzy3m"
+OLD = '{"rank":2,"steps":16,"learning_rate":0.02,"holdout":0.2,"strength":1.0,"seed":0}'
+
+
+@pytest.mark.parametrize("number", [1, 10, 9_999_999_999])
+def test_a_job_id_comes_back_from_its_text(number: int) -> None:
+    assert parse_job_id(f"{USER}.{number}") == JobId(USER, number)
+    assert str(JobId(USER, number)) == f"{USER}.{number}"
+
+
+@pytest.mark.parametrize("text", ["", "a", "a.", ".1", "a.01", "a.-1", "a.1.2", "a.x", "a/b.1", "a.²"])
+def test_any_other_text_is_refused(text: str) -> None:
+    assert parse_job_id(text) is None
+    assert parse_job_id(text.replace("a", USER, 1)) is None
+
+
+def test_a_configuration_comes_back_as_it_was_and_one_of_an_earlier_gateway_gets_the_usual_budget() -> None:
+    config = AdaptConfig(rank=1, steps=3, max_tokens=1000, max_seconds=60)
+    assert decode_config(encode_config(config)) == config
+    old, usual = decode_config(OLD), AdaptConfig()
+    assert (old.steps, old.learning_rate) == (16, 0.02)
+    assert (old.max_tokens, old.max_seconds) == (usual.max_tokens, usual.max_seconds)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [(OLD.replace('"seed"', '"optimizer":"sgd","seed"'), "'optimizer'"), ("[1]", "[1]"), ("{", ""), ("", "")],
+)
+def test_what_this_version_does_not_know_is_named(text: str, shown: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        decode_config(text)
+    assert shown in str(caught.value)
+
+
+WRONG = [("steps", 0), ("learning_rate", "fast"), ("learning_rate", 0), ("rank", "2"), ("rank", 0), ("holdout", 1)]
+
+
+@pytest.mark.parametrize(("field", "value"), [*WRONG, ("seed", None)])
+def test_a_value_that_nothing_can_be_trained_with_is_named(field: str, value: object) -> None:
+    with pytest.raises(TrainingError, match=field):
+        decode_config(json.dumps(json.loads(OLD) | {field: value}))

@@ -1,1 +1,0 @@
-"""Connections to Redis servers, the durability of their writes, and rewrites of their files."""

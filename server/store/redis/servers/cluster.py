@@ -85,10 +85,8 @@ class _Client(RedisCluster):  # type: ignore[misc]  # untyped
 class Cluster:
     """A cluster of primaries, each with any number of replicas.
 
-    A write is acknowledged once it is on its primary's disk and, if there are replicas, received by one of them.
-
-    The URL is `redis+cluster://` or `rediss+cluster://`, then as in redis-py, but with one or more comma-separated
-    hosts, from which the others are discovered. Raises `ValueError` if the URL is invalid.
+    A write is acknowledged once it is on its primary's disk and, if there are replicas, received by one of them. The
+    hosts in the URL need not be all: the others are discovered. Raises `ValueError` if the URL is invalid.
     """
 
     def __init__(self, url: str) -> None:
@@ -136,7 +134,9 @@ class Cluster:
                     raise
                 await asyncio.sleep(pause_s)
                 await self._discover(owner)
-                node, asking = self._redirected(error)
+                is_redirected = isinstance(error, exceptions.AskError)
+                node = self._client.get_node(host=error.host, port=error.port) if is_redirected else None
+                asking = is_redirected and not isinstance(error, exceptions.MovedError)
         raise AssertionError("unreachable")
 
     async def durability(self) -> Durability:
@@ -173,7 +173,7 @@ class Cluster:
         await self._client.aclose()
 
     async def _probe(self, node: Any) -> Durability | str | None:
-        """Return a primary's durability, the cluster state if it is not ok, or None if the server does not answer."""
+        """Return a primary's durability, the cluster state if it is not ok, or None if the primary is silent."""
         with suppress(TimeoutError):
             async with asyncio.timeout(DISCOVERY_TIMEOUT_S):
                 for _ in range(1 + READ_RETRIES):  # connections also end when the client replaces them
@@ -220,18 +220,9 @@ class Cluster:
             held = next((nodes for nodes in slots.values() if nodes[0] == node), ())
         return tuple(held[1:])
 
-    def _redirected(self, error: Exception) -> tuple[Any, bool]:
-        """Return the server that a redirection names, if any, and whether it needs ASKING."""
-        if not isinstance(error, exceptions.AskError):
-            return None, False
-        node = self._client.get_node(host=error.host, port=error.port)
-        return node, not isinstance(error, exceptions.MovedError)
-
     async def _discover(self, silent: Any = None) -> None:
-        """Query the topology again; ask the possibly `silent` server last.
-
-        Connections are replaced when they become free, those to a former primary at once, since it may be silent.
-        """
+        """Query the topology again; ask the possibly `silent` server last. Connections are replaced when they become
+        free, those to a former primary at once, since it may be silent."""
         before = self._client.get_primaries()
         for _ in self._client.get_nodes():
             with suppress(TimeoutError):
@@ -270,24 +261,18 @@ class Cluster:
     def _is_current(self, shards: Sequence[Any], host: str) -> bool:
         """Return whether the client's view of primaries and replicas equals the view of the server at `host`.
 
-        It is not compared with the last answer, because the next server asked may know less.
-        """
-        for first, last, *nodes in shards:
-            primary, *replicas = (f"{text(node[0]) or host}:{node[1]}" for node in nodes)
-            for known in self._layouts(first, last):
-                if known[:1] != [primary] or set(known[1:]) != set(replicas):
-                    return False
-        return True
-
-    def _layouts(self, first: int, last: int) -> list[list[str]]:
-        """Return the client's lists of primary and replica names for a range of slots, each distinct list once.
-
         redis-py shares one list among a primary's slots, except slots that it was redirected from: there it forgets the
         replicas. So there are few lists to compare, not 16,384.
         """
         slots = self._client.nodes_manager.slots_cache
-        lists = {id(nodes): nodes for nodes in (slots.get(slot, ()) for slot in range(first, last + 1))}
-        return [[node.name for node in nodes] for nodes in lists.values()]
+        for first, last, *nodes in shards:
+            primary, *replicas = (f"{text(node[0]) or host}:{node[1]}" for node in nodes)
+            lists = {id(held): held for held in (slots.get(slot, ()) for slot in range(first, last + 1))}
+            for held in lists.values():
+                known = [node.name for node in held]
+                if known[:1] != [primary] or set(known[1:]) != set(replicas):
+                    return False
+        return True
 
     async def _shards(self) -> list[tuple[list[int], list[dict[str, Any]]]]:
         """Return for each shard its slot ranges (first, last, first, …) and the fields of its servers."""

@@ -1,4 +1,4 @@
-"""The connection to Redis 7.2+ or Valkey 8+ that all stores share; it translates Redis errors."""
+"""The connection that all stores share; it translates Redis errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
-from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError
+from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
@@ -19,14 +19,15 @@ from server.store.redis.servers.base import (
     READ_TIMEOUT_S,
     WRITE_TIMEOUT_S,
     Servers,
+    SingleServer,
     StoreServer,
     memory_of,
 )
 from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.sentinel import Sentinel
-from server.store.redis.servers.single import SingleServer
 
 FULL_RETRY_S = 60  # an operator has to free memory first
+REFUSED = "store_refused"  # error code: the server understands `send`'s command and does not run it
 _NOT_DURABLE = (
     "Redis may lose acknowledged writes: set `appendonly yes` and `appendfsync always` (or "
     "`everysec`; Redis 7.2+ or Valkey 8+), or MTA_REQUIRE_DURABLE_STORE=false to accept data loss"
@@ -39,27 +40,22 @@ _EVICTS = (
     "Redis drops acknowledged writes to free memory (maxmemory-policy: {}): set `maxmemory-policy noeviction`, or "
     "MTA_REQUIRE_DURABLE_STORE=false to accept data loss"
 )
-_KINDS: dict[str, Callable[[str], Servers]] = {
-    "redis+cluster": Cluster,
-    "rediss+cluster": Cluster,
-    "redis+sentinel": Sentinel,
-    "rediss+sentinel": Sentinel,
-}
+_KINDS: dict[str, Callable[[str], Servers]] = {"cluster": Cluster, "sentinel": Sentinel}
 
 
 class RedisConnection:
-    """Reads from Redis, and writes that are on disk when they return.
+    """Reads, and writes that are on disk when they return. Raises `MtaError` if the URL is invalid.
 
-    The URL is a redis-py URL, or that of a cluster (`Cluster`) or of Sentinels (`sentinel.FORM`); `MtaError` if it is
-    invalid. `require_durable` refuses writes if any primary may lose acknowledged writes or any server may evict keys.
-    `span` covers one write, including retries.
+    `require_durable` refuses writes if any primary may lose acknowledged writes or any server may evict keys. `span`
+    covers one write, including retries.
     """
 
     def __init__(
         self, url: str, *, require_durable: bool = True, timed: Timed = untimed, span: Span = nullcontext
     ) -> None:
         try:
-            self._servers: Servers = _KINDS.get(urlsplit(url).scheme, SingleServer)(url)
+            _, _, kind = urlsplit(url).scheme.partition("+")
+            self._servers: Servers = _KINDS.get(kind, SingleServer)(url)
         except ValueError as error:
             raise MtaError(f"MTA_REDIS_URL is not a Redis URL: {error}") from error
         self._require_durable = require_durable
@@ -89,7 +85,7 @@ class RedisConnection:
     async def evaluate(
         self, script: str, names: Sequence[str], *arguments: Any, timeout_s: float = READ_TIMEOUT_S
     ) -> Any:
-        """Run a script on keys of one slot whose changes need not be durable."""
+        """Run a script whose changes need not be durable."""
         return await self.run(lambda redis: redis.eval(script, len(names), *names, *arguments), timeout_s)
 
     async def run(self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S) -> Any:
@@ -118,9 +114,12 @@ class RedisConnection:
             return await self._servers.holders(name)
 
     async def send(self, server: StoreServer, command: str) -> Any:
-        """Send a command to one server; errors become `Unavailable`."""
+        """Send a command to one server; errors become `Unavailable`, with the code `REFUSED` if it refuses."""
         async with _translated(READ_TIMEOUT_S):
-            return await server.execute(command)
+            try:
+                return await server.execute(command)
+            except ResponseError as error:
+                raise Unavailable(str(error), code=REFUSED) from error
 
     async def close(self) -> None:
         await self._servers.close()

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import redis.asyncio as redis
 from redis import exceptions
@@ -17,15 +17,19 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from server.store.durability import Durability
-from server.store.redis.servers.base import CONNECT_TIMEOUT_S, StoreServer, check_confirmed, confirmations
-from server.store.redis.servers.single import SingleServer
+from server.store.redis.servers.base import (
+    CONNECT_TIMEOUT_S,
+    SingleServer,
+    StoreServer,
+    check_confirmed,
+    confirmations,
+)
 
 log = logging.getLogger("mta.store")
 
 FORM = "redis+sentinel://[user:password@]host:port[,host:port…]/service[/database]"
 
-# Seconds between queries for the primary and its replicas: a new replica causes no error.
-REFRESH_S = 5.0
+REFRESH_S = 5.0  # seconds between queries for the primary and its replicas: a new replica causes no error
 DISCOVERY_TIMEOUT_S = 1.0  # per Sentinel; the last one has the caller's timeout
 
 # Errors of a call to a server that is no longer the primary.
@@ -43,12 +47,10 @@ class _Topology:
 
 
 class Sentinel:
-    """A primary and its replicas.
+    """A primary and its replicas, at a URL as `FORM`. Raises `ValueError` if it is invalid.
 
-    A write is acknowledged once it is on the primary's disk and, if there are replicas, received by one of them.
-
-    The URL is as `FORM`, or `rediss+sentinel://…`, with redis-py's options after a `?`. Login and options are for the
-    servers; the Sentinels get `sentinel_username` and `sentinel_password`. Raises `ValueError` if it is invalid.
+    A write is acknowledged once it is on the primary's disk and, if there are replicas, received by one of them. Login
+    and options in the URL are for the servers; the Sentinels get `sentinel_username` and `sentinel_password`.
     """
 
     unserved: str | None = None  # a primary serves all users or none
@@ -79,13 +81,12 @@ class Sentinel:
         return await self._with_primary(write_to)
 
     async def durability(self) -> Durability:
-        topology = await self._current(at_once=True)
-        return await topology.server.durability()
+        return await (await self._current(at_once=True)).server.durability()
 
     async def members(self) -> list[StoreServer]:
         topology = await self._current()
-        found = [StoreServer(topology.primary, _execute(topology.server))]
-        return found + [StoreServer(name, _execute(self._server(name))) for name in sorted(topology.replicas)]
+        names = [topology.primary, *sorted(topology.replicas)]
+        return [StoreServer(name, self._server(name).execute) for name in names]
 
     async def holders(self, name: str) -> list[str]:
         topology = await self._current()
@@ -160,10 +161,6 @@ class Sentinel:
         return self._servers[name]
 
 
-def _execute(server: SingleServer) -> Callable[..., Awaitable[Any]]:
-    return lambda *command: server.run(lambda client: client.execute_command(*command))
-
-
 def _name(state: dict[str, Any]) -> str:
     return f"{state['ip']}:{state['port']}"
 
@@ -191,11 +188,7 @@ def _read_url(url: str) -> tuple[Callable[[str], str], list[str], str]:
 
     their_login = f"{quote(name, '')}:{quote(password, '')}@" if password else ""
     sentinels = [urlunsplit((scheme, f"{their_login}{host}", "", query, "")) for host in hosts.split(",")]
-    for each in sentinels:
-        _check(urlsplit(each))
+    for each in map(urlsplit, sentinels):
+        if not each.hostname or each.port is None:  # `port` raises ValueError if it is not a number
+            raise ValueError(f"each Sentinel needs host and port, got {each.netloc.rpartition('@')[2]!r}: {FORM}")
     return url_of, sentinels, service
-
-
-def _check(parts: SplitResult) -> None:
-    if not parts.hostname or parts.port is None:  # `port` raises ValueError if it is not a number
-        raise ValueError(f"each Sentinel needs host and port, got {parts.netloc.rpartition('@')[2]!r}: {FORM}")

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 
 import orjson
-from redis.exceptions import ResponseError
 
 from server.errors import Unavailable
-from server.store.durability import REWRITE_CHECK_S, Rewrite
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.base import StoreServer
-from server.store.redis.servers.connection import RedisConnection
+from server.store.redis.servers.connection import REFUSED, RedisConnection
 
 log = logging.getLogger("mta.store")
 
+REWRITE_CHECK_S = 10.0  # seconds between a gateway's checks whether a rewrite is due
 INTERVAL_MS = 3_600_000  # minimum time between the starts of two rewrites
 ERASE_MS = 60_000  # time from the request within which the erasure must happen
 CLOCK_SKEW_MS = 10_000  # maximum clock difference in a cluster: another server's clock judges the deadline
@@ -48,34 +48,15 @@ if began or due < from then due = math.max(due, now) + ARGV[1] end
 return {now, due}
 """)
 
-_FAIL = """
-local function failed(first, longest)
-  redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
-  local failures = redis.call('HINCRBY', KEYS[1], 'failures', 1)
-  redis.call('HSET', KEYS[1], 'retry', now + math.min(first * 2 ^ (failures - 1), longest))
-  return -failures
-end
-"""
-
-# KEYS: rewrite. ARGV: delay of the retry, interval (ms). Returns the number of consecutive failures, negated.
-_REFUSED = oom_script(
-    _FAIL
-    + """
-if redis.call('HEXISTS', KEYS[1], 'began') == 1 then return failed(tonumber(ARGV[1]), tonumber(ARGV[2])) end
-return -tonumber(redis.call('HGET', KEYS[1], 'failures') or 0)
-"""
-)
-
 # KEYS: rewrite. ARGV: allowed duration of a rewrite (ms). Returns how late a due rewrite is, ms.
 _OVERDUE = script("""
 return math.max(0, now - (redis.call('HGET', KEYS[1], 'due') or now) - ARGV[1])
 """)
 
-# KEYS: rewrite. Returns 1 if the caller should start a rewrite now, 0 if not, and the negated number of consecutive
-# failures if a rewrite has just failed. An implausibly late time counts as reached: the clock was set back.
-_ADVANCE = oom_script(
-    _FAIL
-    + """
+# KEYS: rewrite. ARGV: the server's run id (empty if it refused to begin the rewrite), number of rewrites, whether the
+# last one succeeded, times as JSON. Returns 1 if the caller should start a rewrite now, 0 if not, the negated number
+# of consecutive failures if one just failed. An implausibly late time counts as reached: the clock was set back.
+_ADVANCE = oom_script("""
 local run, count, succeeded, times = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4])
 local function get(field) return redis.call('HGET', KEYS[1], field) end
 
@@ -86,7 +67,10 @@ if began then
     if now >= began and now - began < times.to_begin then return 0 end
     redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
   elseif not same or succeeded ~= '1' then
-    return failed(times.to_retry, times.interval)
+    redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
+    local failures = redis.call('HINCRBY', KEYS[1], 'failures', 1)
+    redis.call('HSET', KEYS[1], 'retry', now + math.min(times.to_retry * 2 ^ (failures - 1), times.interval))
+    return -failures
   else
     redis.call('HDEL', KEYS[1], 'began', 'run', 'count', 'failures', 'retry')
     redis.call('HSET', KEYS[1], 'last', began)
@@ -100,32 +84,42 @@ if began then
 end
 
 local due, retry = tonumber(get('due') or now + 1), tonumber(get('retry') or 0)
-if due > now and due < now + 2 * times.interval then return 0 end
+if run == '' or due > now and due < now + 2 * times.interval then return 0 end
 if retry > now and retry <= now + times.interval then return 0 end
 redis.call('HSET', KEYS[1], 'began', now, 'run', run, 'count', count)
 return 1
-"""
-)
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A requested rewrite. Times are Unix time by the store's clock."""
+
+    erase_by_ms: int  # deadline for erasing the data that the rewrite must leave out
+    rewritten_by_ms: int  # when the erased data is gone from the file at the latest
 
 
 class AppendOnlyFile:
-    """`server.store.durability.RewritableFile` on Redis."""
+    """The files of all servers."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
     async def request_rewrite(self, user_key: str) -> Rewrite:
+        """Request a rewrite that leaves out a user about to be erased. If it raises `Unavailable`, erase nothing."""
         states = [keys.rewrite(server) for server in await self._connection.holders(keys.profile(user_key))]
         asked = [await self._connection.write(_REQUEST, (state,), INTERVAL_MS, ERASE_MS) for state in states]
         now_ms, due_ms = min(now for now, _ in asked), max(due for _, due in asked)
         return Rewrite(now_ms + ERASE_MS - CLOCK_SKEW_MS, due_ms + _max_rewrite_ms())
 
     async def overdue_s(self) -> float:
+        """Return how many seconds a promised rewrite is late; 0 if none is."""
         states = [(keys.rewrite(server.id),) for server in await self._connection.members()]
         late_ms = [int(await self._connection.evaluate(_OVERDUE, state, _max_rewrite_ms())) for state in states]
         return max(late_ms, default=0) / 1000
 
     async def rewrite_if_due(self) -> None:
+        """Record the result of a finished rewrite and start one that is due. Only one gateway at a time does so."""
         members = await self._connection.members()
         results = await asyncio.gather(*map(self._check_server, members), return_exceptions=True)
         for error in results:  # raise only after all servers were checked
@@ -133,45 +127,46 @@ class AppendOnlyFile:
                 raise error
 
     async def _check_server(self, server: StoreServer) -> None:
-        state, info = keys.rewrite(server.id), await self._connection.send(server, "INFO")
+        info = await self._connection.send(server, "INFO")
         if info.get("aof_rewrite_in_progress") or info.get("aof_rewrite_scheduled"):
             return
         run, count = str(info["run_id"]), int(info.get("aof_rewrites", 0))
-        succeeded = int(info.get("aof_last_bgrewrite_status") == "ok")
-        times = {"interval": INTERVAL_MS, "to_erase": ERASE_MS, "to_begin": START_MS, "to_retry": RETRY_MS}
-        outcome = int(await self._connection.write(_ADVANCE, (state,), run, count, succeeded, orjson.dumps(times)))
-        if outcome < 0:
-            _log_failure(server, -outcome, "see the server's log")
-        if outcome > 0:
+        succeeded = info.get("aof_last_bgrewrite_status") == "ok"
+        if await self._advance(server, "see the server's log", run, count, succeeded=succeeded):
             await self._begin(server, enabled=bool(info.get("aof_enabled")))
 
+    async def _advance(
+        self, server: StoreServer, why: str, run: str = "", count: int = 0, *, succeeded: bool = False
+    ) -> bool:
+        """Return whether to start a rewrite now. If the last one failed, log `why`."""
+        times = {"interval": INTERVAL_MS, "to_erase": ERASE_MS, "to_begin": START_MS, "to_retry": RETRY_MS}
+        given = (run, count, int(succeeded), orjson.dumps(times))
+        outcome = int(await self._connection.write(_ADVANCE, (keys.rewrite(server.id),), *given))
+        if outcome < 0:
+            log.error(
+                "the append-only file%s still contains erased users: its rewrite failed %d times in a row (%s); next "
+                "attempt in %.0f s",
+                f" of {server.id}" if server.id else "",
+                -outcome,
+                why,
+                min(RETRY_MS * 2 ** (-outcome - 1), INTERVAL_MS) / 1000,
+            )
+        return outcome > 0
+
     async def _begin(self, server: StoreServer, *, enabled: bool) -> None:
-        state = keys.rewrite(server.id)
         if not enabled:  # there is no file
             held = ("began", "run", "count", "due", "failures", "retry")
-            await self._connection.run(lambda redis: redis.hdel(state, *held))
+            await self._connection.run(lambda redis: redis.hdel(keys.rewrite(server.id), *held))
             return
         try:
             await self._connection.send(server, "BGREWRITEAOF")
         except Unavailable as error:
-            if not isinstance(error.__cause__, ResponseError):
+            if error.code != REFUSED:
                 raise
             # Another rewrite is running, or a managed service rewrites the file itself.
-            failures = -int(await self._connection.write(_REFUSED, (state,), RETRY_MS, INTERVAL_MS))
-            _log_failure(server, failures, str(error.__cause__))
+            await self._advance(server, error.message)
 
 
 def _max_rewrite_ms() -> int:
     """Longest time from due to finished in normal operation."""
     return round(2 * REWRITE_CHECK_S * 1000) + REWRITE_MS
-
-
-def _log_failure(server: StoreServer, failures: int, why: str) -> None:
-    log.error(
-        "the append-only file%s still contains erased users: its rewrite failed %d times in a row (%s); next attempt "
-        "in %.0f s",
-        f" of {server.id}" if server.id else "",
-        failures,
-        why,
-        min(RETRY_MS * 2 ** (failures - 1), INTERVAL_MS) / 1000,
-    )

@@ -1,0 +1,278 @@
+"""What a store takes of a server: how its writes last, that it dies, comes back or is another, also by Sentinel."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from adapters.errors import MtaError
+from bench.rig.cluster import ask
+from bench.rig.processes import paused, wait_until
+from bench.rig.proxy import LossyProxy
+from bench.rig.valkey import DURABLE, ValkeyProcess, free_port
+from bench.rig.watched import SERVICE, WatchedValkey
+from server.errors import Unavailable
+from server.store.durability import Durability
+from server.store.profiles import ProfileStore
+from server.store.redis.servers.connection import RedisConnection
+from server.store.redis.servers.sentinel import Sentinel
+from tests.support.store_parts import (
+    LATER_MS,
+    REPLICA_TIMEOUT_MS,
+    Writing,
+    change,
+    connected,
+    forgotten,
+    opened,
+    strict_and_lenient,
+)
+
+Start, Options = Callable[..., ValkeyProcess], tuple[str, ...]
+Pair = tuple[ValkeyProcess, ValkeyProcess]
+EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
+HIDDEN = ("--rename-command", "CONFIG", "")  # as managed services do
+
+
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts a server with the given options; all are killed when the test ends."""
+    running: list[ValkeyProcess] = []
+
+    def started(*options: str) -> ValkeyProcess:
+        running.append(ValkeyProcess(tmp_path_factory.mktemp("server"), options).start())
+        return running[-1]
+
+    yield started
+    for server in running:
+        server.kill()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "waits"),
+    [(DURABLE, Durability.ALWAYS, 0), (EVERYSEC, Durability.WAITAOF, 1), ((*DURABLE, *HIDDEN), Durability.WAITAOF, 1)],
+)
+async def test_a_durable_server_is_waited_for(start: Start, options: Options, expected: Durability, waits: int) -> None:
+    server, user = start(*options), "somebody"
+    async with connected(server.url) as connection, server.client() as raw:
+
+        async def calls() -> list[int]:
+            stats = await raw.info("commandstats")
+            return [stats.get(f"cmdstat_{command}", {"calls": 0})["calls"] for command in ("eval", "waitaof")]
+
+        assert connection.durability is expected
+        store = ProfileStore(connection)
+        for write in (store.commit(user, b"", change("a")), store.erase(user, LATER_MS, 0)):
+            evals, waited = await calls()
+            assert await write
+            assert await calls() == [evals + 1, waited + waits]
+
+
+LOSES = [("--appendonly", "no"), ("--appendonly", "yes", "--appendfsync", "no"), ("--appendonly", "no", *HIDDEN)]
+POLICIES = (("allkeys-lru",), ("volatile-ttl",), ("allkeys-random", *HIDDEN))
+EVICTS = [(*DURABLE, *hidden, "--maxmemory-policy", policy) for policy, *hidden in POLICIES]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(options, "appendonly yes") for options in LOSES]
+    + [(options, f"{options[-1]}.*`maxmemory-policy noeviction`") for options in EVICTS],
+)
+async def test_a_server_that_may_lose_or_evict_is_refused(start: Start, options: Options, said: str, user: str) -> None:
+    async with strict_and_lenient(start(*options).url) as (strict, lenient):
+        for refused in (strict.check(), ProfileStore(strict).commit(user, b"", change("a"))):
+            with pytest.raises(Unavailable, match=said) as caught:
+                await refused
+            assert caught.value.code == "store_not_durable"
+        assert await lenient.check() is (Durability.NONE if options in LOSES else Durability.EVICTS)
+        assert await ProfileStore(lenient).commit(user, b"", change("a"))
+
+
+async def test_a_server_that_begins_to_evict_or_was_restarted_is_noticed(start: Start, user: str) -> None:
+    server = start(*DURABLE)
+    async with connected(server.url) as connection:
+        store = ProfileStore(connection)
+        ask(server, "CONFIG SET", "maxmemory-policy", "allkeys-lru")
+        for refused in (connection.check(), store.commit(user, b"", change("a"))):
+            with pytest.raises(Unavailable, match="allkeys-lru"):
+                await refused
+        ask(server, "CONFIG SET", "maxmemory-policy", "noeviction")
+        await connection.check()
+        assert await store.commit(user, b"", change("a"))
+        server.kill()
+        for attempt in (store.load(user), store.read(user), store.erase(user, LATER_MS, 0), connection.check()):
+            with pytest.raises(Unavailable) as caught:
+                await attempt
+            assert caught.value.headers["Retry-After"]
+        server.start()
+        assert await store.load(user) is not None
+
+
+async def test_who_is_cancelled_amid_a_call_ends(server: ValkeyProcess) -> None:
+    async with opened(server.url) as store:
+
+        async def read() -> None:
+            while True:
+                await store.epoch("somebody")
+
+        asking = [asyncio.create_task(read()) for _ in range(40)]
+        await asyncio.sleep(0.2)
+        for task in asking:
+            task.cancel()
+        _, left = await asyncio.wait(asking, timeout=10)
+        for task in left:
+            task.cancel()
+        assert not left
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    """A primary, and a replica that has all it has."""
+    options = (*DURABLE, "--repl-diskless-sync-delay", "0", "--repl-diskless-load", "swapdb")
+    primary, replica = (ValkeyProcess(tmp_path / name, options).start() for name in ("primary", "replica"))
+    ask(replica, "REPLICAOF", "127.0.0.1", primary.port)
+    wait_until(lambda: ask(replica, "ROLE")[3] == b"connected", "the replica to follow")
+    yield primary, replica
+    primary.kill()
+    replica.kill()
+
+
+async def test_a_write_or_check_that_meets_a_replica_goes_to_the_new_primary(pair: Pair, user: str) -> None:
+    primary, replica = pair
+    with LossyProxy(primary.port) as address:
+        url = f"redis://127.0.0.1:{address.port}"
+        async with connected(url) as connection, connected(url) as checking:
+            store = ProfileStore(connection)
+            assert await store.commit(user, b"", change("a"))
+            ask(primary, "FAILOVER", "TO", "127.0.0.1", replica.port)
+            wait_until(lambda: ask(primary, "ROLE")[0] == b"slave", "the replica to take over")
+            address.to_port = replica.port
+            snapshot = await store.read(user)  # of the old one: its connection stands
+            assert await store.commit(user, snapshot.version, change("b"))
+            assert list((await store.read(user)).items) == ["a", "b"]
+            assert await checking.check() is Durability.ALWAYS
+            info = await checking.run(lambda redis: redis.info("server"))
+            assert info["tcp_port"] == replica.port
+
+
+async def test_a_replica_is_no_store_until_it_takes_writes(pair: Pair, user: str) -> None:
+    primary, replica = pair
+    async with strict_and_lenient(replica.url) as (connection, _):
+        with pytest.raises(Unavailable) as caught:
+            await connection.check()
+        assert caught.value.code == "store_unavailable"
+        assert f"it is a replica of 127.0.0.1:{primary.port}" in caught.value.explained
+        ask(replica, "REPLICAOF", "NO", "ONE")
+        assert await connection.check() is Durability.ALWAYS
+        assert await ProfileStore(connection).commit(user, b"", change("a"))
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedValkey]:
+    running = WatchedValkey(tmp_path_factory.mktemp("watched"), sentinels=3).start()
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+async def connection(watched: WatchedValkey) -> AsyncIterator[RedisConnection]:
+    async with connected(watched.url) as connection:
+        assert connection.durability is Durability.ALWAYS
+        yield connection
+
+
+async def test_a_write_waits_for_the_replica_until_it_is_down(
+    watched: WatchedValkey, connection: RedisConnection, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(REPLICA_TIMEOUT_MS, 100)
+    store = ProfileStore(connection)
+    assert not connection.reads_are_durable
+    with paused(watched.replica.pid):
+        with pytest.raises(Unavailable, match="on a replica"):
+            await store.commit(user, b"", change("a"))
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    await store.wait_until_durable(user)
+                except Unavailable:
+                    await asyncio.sleep(0.1)
+                else:
+                    break
+    wait_until(lambda: watched.knows_all, "the replica to be back")
+    await connection.check()
+    assert len(await connection.members()) == 2
+
+
+@pytest.mark.usefixtures("quick_rewrites")
+async def test_an_erasure_leaves_both_files(watched: WatchedValkey, connection: RedisConnection, user: str) -> None:
+    await forgotten(connection, user, *watched.servers)
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])
+async def test_writes_go_on_and_nothing_acknowledged_is_lost(
+    watched: WatchedValkey, connection: RedisConnection, user: str, monkeypatch: pytest.MonkeyPatch, *, silent: bool
+) -> None:
+    patience = {"connection.WRITE_TIMEOUT_S": 3.0, "base.REPLICA_TIMEOUT_MS": 300, "sentinel.REFRESH_S": 1.0}
+    for name, value in patience.items():
+        monkeypatch.setattr(f"server.store.redis.servers.{name}", value)
+    lost, promoted = watched.primary, watched.replica
+    writing = Writing(ProfileStore(connection), [user])
+    async with asyncio.timeout(120), writing:
+        await writing.goes_on()
+        os.kill(lost.pid, signal.SIGSTOP) if silent else lost.kill()
+        await writing.goes_on()
+        os.kill(lost.pid, signal.SIGCONT) if silent else lost.start()
+        watched.primary, watched.replica = promoted, lost
+        watched.follow()  # Sentinel would see to it after eight seconds
+        while not watched.knows_all:
+            await asyncio.sleep(0.1)
+    await writing.check()
+    assert ask(promoted, "ROLE")[0] == b"master"
+    assert await connection.check() is Durability.ALWAYS
+    assert len(await connection.members()) == 2
+
+
+async def test_a_sentinel_that_is_away_or_does_not_know_is_passed_over(watched: WatchedValkey, user: str) -> None:
+    async with opened(watched.url.replace("://", f"://127.0.0.1:{free_port()},")) as store:
+        assert await store.commit(user, b"", change("a"))
+        assert await store.erase(user, LATER_MS, 0)
+    with pytest.raises(Unavailable) as caught:
+        async with connected(watched.url.replace(SERVICE, "others")):
+            raise AssertionError
+    assert "no Sentinel knows a primary of 'others'" in caught.value.explained
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        *((url, "MTA_REDIS_URL") for url in ("http://localhost", "localhost:6379", "", "redis+c://a")),
+        *((f"redis+cluster://{hosts}", "MTA_REDIS_URL") for hosts in ("", "a,,b", "a:7000/3")),
+        ("redis+sentinel://a:26379", "names no service"),
+        ("redis+sentinel://a:26379/", "names no service"),
+        ("redis+sentinel://a/users", "needs host and port, got 'a'"),
+        ("redis+sentinel:///users", "needs host and port, got ''"),
+        ("redis+sentinel://a:26379,,b:26379/users", "needs host and port, got ''"),
+        ("redis+sentinel://a:port/users", "port"),
+        ("redis+sentinel://a:26379/users/first", "'first' is not a database number"),
+        ("redis+sentinel://a:26379/users?socket_timeout=long", "socket_timeout"),
+    ],
+)
+async def test_what_is_no_url_of_a_store_is_refused(url: str, said: str) -> None:
+    with pytest.raises(MtaError, match=said):
+        RedisConnection(url)
+
+
+def test_a_url_of_sentinels_says_who_is_who() -> None:
+    """The servers' login is not sent to the Sentinels, who have their own."""
+    options = "ssl_check_hostname=false&sentinel_password=x%2F"
+    servers = Sentinel(f"rediss+sentinel://me:p%40ss@one:1,[::1]:2/users/3?{options}")
+    sentinels = [each.connection_pool.connection_kwargs for each in servers._sentinels]
+    found = [(each["host"], each["port"], each["password"], "db" in each) for each in sentinels]
+    assert found == [("one", 1, "x/", False), ("::1", 2, "x/", False)]
+    kept = servers._server("fe80::1:6379")._client.connection_pool.connection_kwargs
+    assert (kept["host"], kept["port"], kept["db"]) == ("fe80::1", 6379, 3)
+    assert (kept["username"], kept["password"], kept["ssl_check_hostname"]) == ("me", "p@ss", False)
