@@ -98,6 +98,7 @@ async def test_a_rewrite_is_begun_again_when_somebody_died_over_it(
     async def died(server: StoreServer, *, enabled: bool) -> None: ...
 
     await disk.file.request_rewrite("a user")
+    await disk.raw.delete("secret")
     await asyncio.sleep(0.25)
     with monkeypatch.context() as patched:
         if dies == "gateway":

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
@@ -33,6 +33,7 @@ REPLICA_TIMEOUT_MS = 4_000
 WAITAOF = ("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)
 MEMORY_TIMEOUT_S = 0.5  # for `INFO memory` of one server: a replica may be silent, but a check must end in time
 
+T = TypeVar("T")
 Execute = Callable[..., Awaitable[Any]]
 
 
@@ -134,7 +135,7 @@ class SingleServer:
             raise ReadOnlyError(f"it is a replica of {place} and takes no writes")
         return await durability_of(self._client.execute_command)
 
-    async def _reconnecting(self, work: Callable[[], Awaitable[Any]]) -> Any:
+    async def _reconnecting(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work`, and once more on a new connection if the server refuses writes: then nothing was written."""
         try:
             return await work()

@@ -134,9 +134,10 @@ class Cluster:
                     raise
                 await asyncio.sleep(pause_s)
                 await self._discover(owner)
-                is_redirected = isinstance(error, exceptions.AskError)
-                node = self._client.get_node(host=error.host, port=error.port) if is_redirected else None
-                asking = is_redirected and not isinstance(error, exceptions.MovedError)
+                node, asking = None, False
+                if isinstance(error, exceptions.AskError):
+                    node = self._client.get_node(host=error.host, port=error.port)
+                    asking = not isinstance(error, exceptions.MovedError)
         raise AssertionError("unreachable")
 
     async def durability(self) -> Durability:
