@@ -16,30 +16,27 @@ fleet = typer.Typer(name="fleet", help="Several engines behind a router, and sim
 app.add_typer(fleet)
 
 BENCHMARKS = {
-    "bench.serving.cost": "Cost of a personal answer: base model against recipe.",
-    "bench.serving.cold": "Time until a new recipe is usable, by step.",
-    "bench.serving.thrash": "More users than slots, compared with stock vLLM and as many PEFT folders.",
-    "bench.serving.stall": "Delay that new users cause for running streams.",
-    "bench.adapt.wait": "Time that a user waits for few-shot adaptation.",
-    "bench.scale.__main__": "A million users in the store, 10,000 anchors, 100,000 recipes.",
-    "bench.fleet.overload": "Two gateways, 500 streams at once, twice the capacity, clients that do not read.",
-    "bench.fleet.fairness": "Effect of one greedy key on the others, such as requests for many answers.",
-    "bench.page.__main__": "Fill docs/performance.md with tables and pictures from the JSON files.",
-    "bench.fleet.chaos.__main__": "Check all guarantees while parts are killed and paused under load.",
-    "bench.fleet.replicas": "Check that two engines behind the router answer like one.",
-    "bench.fleet.simulate": "Warm hits and balance of simulated fleets of 10, 100 and 1,000 engines.",
-    "bench.fleet.rolling": "Replace every part and the bank under load without a failed request.",
+    "cost": ("bench.serving.cost", "Cost of a personal answer: base model against recipe."),
+    "cold": ("bench.serving.cold", "Time until a new recipe is usable, by step."),
+    "thrash": ("bench.serving.thrash", "More users than slots, compared with stock vLLM and as many PEFT folders."),
+    "stall": ("bench.serving.stall", "Delay that new users cause for running streams."),
+    "adapt": ("bench.adapt.wait", "Time that a user waits for few-shot adaptation."),
+    "scale": ("bench.scale.__main__", "A million users in the store, 10,000 anchors, 100,000 recipes."),
+    "overload": ("bench.fleet.overload", "Two gateways, 500 streams, twice the capacity, clients that do not read."),
+    "fairness": ("bench.fleet.fairness", "Effect of one greedy key on the others, such as requests for many answers."),
+    "report": ("bench.page.__main__", "Fill docs/performance.md with tables and pictures from the JSON files."),
+    "fleet chaos": ("bench.fleet.chaos.__main__", "Check all guarantees while parts are killed and paused under load."),
+    "fleet replicas": ("bench.fleet.replicas", "Check that two engines behind the router answer like one."),
+    "fleet simulate": ("bench.fleet.simulate", "Warm hits and balance of simulated fleets of 10 to 1,000 engines."),
+    "fleet rolling": ("bench.fleet.rolling", "Replace every part and the bank under load without a failed request."),
 }
-_NAMES = {"bench.adapt.wait": "adapt", "bench.page.__main__": "report"}  # other commands are named after their module
-_FLEET_COMMANDS = ("chaos", "replicas", "simulate", "rolling")
 
 
-def _register(module: str, about: str) -> None:
-    name = _NAMES.get(module) or module.removesuffix(".__main__").rpartition(".")[2]
-    group = fleet if name in _FLEET_COMMANDS else app
+def _register(name: str, module: str, about: str) -> None:
+    group = fleet if name.startswith("fleet ") else app
     pass_through = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-    @group.command(name, help=about, add_help_option=False, context_settings=pass_through)
+    @group.command(name.rpartition(" ")[2], help=about, add_help_option=False, context_settings=pass_through)
     def run(context: typer.Context) -> None:
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         import_module("bench").exit_on_sigterm()
@@ -50,5 +47,5 @@ def _register(module: str, about: str) -> None:
         inner(args=context.args, prog_name=context.command_path, standalone_mode=True)
 
 
-for _module, _about in BENCHMARKS.items():
-    _register(_module, _about)
+for _name, (_module, _about) in BENCHMARKS.items():
+    _register(_name, _module, _about)

@@ -79,8 +79,7 @@ def create(
 @app.command("list")
 def list_(data: Data = None) -> None:
     """List all keys, including revoked ones, without their secrets."""
-    columns = ("id", "ends in", "name", "tenant", "bank", "scopes", "limits", "made", "revoked")
-    table = Table(*columns, pad_edge=False)
+    table = Table("id", "ends in", "name", "tenant", "bank", "scopes", "limits", "made", "revoked", pad_edge=False)
     ring = _with_keys(_settings(data), lambda keys: keys.all())
     for key in ring.keys:
         scopes, bank = ", ".join(sorted(key.scopes)), ring.banks.get(key.tenant, "")

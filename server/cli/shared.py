@@ -25,11 +25,9 @@ RedisUrl = Annotated[str | None, setting("redis_url", about="URL of Redis or Val
 
 
 def prepare_to_train(threads: int | None = None, *, gpu: bool = True) -> None:
-    """Set the number of torch threads (default: all cores), how they wait, and whether torch sees a GPU.
-
-    Call this before torch is imported. Threads spin briefly at each barrier and then sleep: endless spinning, the
-    default, makes training many times slower on a busy machine, and no spinning halves the speed on an idle one.
-    """
+    """Set the number of torch threads, and whether torch sees a GPU; call this before torch is imported."""
+    # Threads spin briefly at each barrier and then sleep: endless spinning, the default, makes training many times
+    # slower on a busy machine, and no spinning halves the speed on an idle one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))

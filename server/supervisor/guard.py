@@ -4,9 +4,9 @@
 
 A byte on standard input asks the part to stop. End of file means that `mta up` closed the pipe or died: the part must
 exit within GRACE_S seconds. When the part exits, the guard kills its remaining descendants and exits with the part's
-status (128 + n after signal n). The guard is a *subreaper*: it inherits all orphaned descendants, in any session or
-group, so "no children" means that nothing is left. The part has a *parent-death signal* and dies with the guard.
-This file imports only the standard library: it runs by path, in one small interpreter per part.
+status (128 + n after signal n). The guard inherits all orphaned descendants in any session or group (a *subreaper*), so
+"no children" means that nothing is left; the part dies with the guard. This file imports only the standard library: it
+runs by path, in one small interpreter per part.
 """
 
 from __future__ import annotations

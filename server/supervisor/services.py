@@ -32,7 +32,6 @@ STOP_S = 35  # maximum to stop one engine and all other parts in turn, even if e
 DRAIN_S = 5  # default for engine and gateway to finish requests in progress before they stop
 STOP_MARGIN_S = 3
 PROBE_TIMEOUT_S = 5.0
-
 # vLLM's processes talk to each other over TCP, by default on the address that the host name resolves to.
 _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _VALKEY_CONFIG = "valkey.conf"
@@ -76,8 +75,6 @@ Probe = Callable[[], Awaitable[bool]]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One long-running process."""
-
     name: str  # for display and for the name of the log
     command: tuple[str, ...]
     environment: Mapping[str, str]  # complete, secrets included

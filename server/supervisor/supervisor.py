@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,8 +32,7 @@ _TAIL_BYTES, _TAIL_LINES = 16 << 10, 20
 
 
 State = Literal["waiting", "starting", "ready", "down", "given up", "stopping", "stopped"]
-Report = Callable[[str, State, str], None]
-"""Called with the name of a part, its new state, and a detail to display."""
+Report = Callable[[str, State, str], None]  # called with a part's name, its new state, and a detail to display
 _STYLES = {"ready": "green", "down": "bold red", "given up": "bold red"}
 
 
@@ -40,9 +40,7 @@ class Supervisor:
     """Keeps parts running; starts them in the order of their dependencies and stops them in reverse order."""
 
     def __init__(self, parts: Sequence[Part], data: DataFolder, report: Report) -> None:
-        self._parts = tuple(parts)
-        self._data = data
-        self._report = report
+        self._parts, self._data, self._report = tuple(parts), data, report
         self._runs: dict[str, GuardedProcess] = {}
         self._tried = {part.name: asyncio.Event() for part in parts}  # set when ready or, if optional, failed
 
@@ -133,12 +131,12 @@ class Supervisor:
         return "\n".join([f". The end of {log}:", *lines[-_TAIL_LINES:]])
 
 
+@dataclass(slots=True)
 class GuardedProcess:
     """One run of a part under its guard (`guard.py`), from the spawn to the exit of its last descendant."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self._started_s = time.monotonic()
+    _process: asyncio.subprocess.Process
+    _started_s: float = field(default_factory=time.monotonic)
 
     @classmethod
     async def start(cls, part: Part, data: DataFolder) -> GuardedProcess:

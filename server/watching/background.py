@@ -47,11 +47,8 @@ class StoreSeconds:
             buckets=BUCKETS_S,
             registry=registry,
         )
-        self._children = {
-            (kind, failed): histogram.labels(kind, "failed" if failed else "ok")
-            for kind in ("command", "write")
-            for failed in (False, True)
-        }
+        outcomes = ((False, "ok"), (True, "failed"))
+        self._children = {(k, f): histogram.labels(k, name) for k in ("command", "write") for f, name in outcomes}
 
     def __call__(self, kind: str, seconds: float, failed: bool) -> None:
         self._children[kind, failed].observe(seconds)

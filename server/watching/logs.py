@@ -50,8 +50,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats one object per line: `time`, `level`, `logger`, `message`; `request` and `trace` if known; the fields of
-    `extra={"fields": …}`; `error`, a traceback."""
+    """Formats one object per line, with `request` and `trace` if known, and the fields of `extra={"fields": …}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))

@@ -34,8 +34,8 @@ _ALLOWED = {
     *("http.method", "http.request.method", "http.route", "http.status_code", "http.response.status_code"),
     *("db.system", "db.system.name", "error.type", "exception.type"),
 }
+# Also allowed in client spans: URLs of engines and the store contain no user ids.
 _ADDRESSES = {"http.url", "url.full", "net.peer.name", "net.peer.port", "server.address", "server.port"}
-"""Also allowed in client spans: URLs of engines and the store contain no user ids."""
 
 
 class SpanTracing(Tracing):

@@ -24,19 +24,13 @@ app = typer.Typer(help="Build and inspect banks, export and import their adapter
 Out = Annotated[Path, typer.Option(help="Output folder.")]
 Outputs = Annotated[Path | None, typer.Option(help="With LaMP's questions: the outputs file.")]
 Exclude = Annotated[Path | None, typer.Option(help="People to exclude: a file in the same layout, or a list of ids.")]
-Modules = Annotated[
-    str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj.", show_default="all linear layers")
-]
+Modules = Annotated[str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj; default: all linear layers.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder.")]
 BankArgument = Annotated[Path | None, typer.Argument(help="Folder of the bank.", show_default="MTA_BANK")]
-AnchorsBy = Annotated[
-    str, typer.Option(help="Choice of anchors: topics (the longest history of each topic) or longest.")
-]
+AnchorsBy = Annotated[str, typer.Option(help="Anchors: topics (the longest history of each topic) or longest.")]
 UserRank = Annotated[int, typer.Option(help="Rank reserved for users' own stacked LoRAs.")]
 Top = Annotated[int, typer.Option(help="Maximum number of anchors in a recipe by topics.")]
-HistoryShare = Annotated[
-    float, typer.Option(help="Share of training items with the person's past items in the prompt.")
-]
+HistoryShare = Annotated[float, typer.Option(help="Share of training items with past items in the prompt.")]
 Verdict = Annotated[bool, typer.Option(help="Hold out a few people, and measure the bank's gain on them.")]
 Describe = Annotated[bool, typer.Option(help="Store a few typical words of each anchor's own texts, for display.")]
 _BUILD, _IMPORT = BuildOptions("chat"), ImportOptions()  # for their defaults
@@ -118,9 +112,7 @@ def export(
     anchor: Annotated[str, typer.Option(help="The anchor's id, e.g. a03.")],
     out: Out,
     bank: BankArgument = None,
-    with_common: Annotated[
-        bool, typer.Option("--with-common", help="Add the common row, as a recipe with only this anchor does.")
-    ] = False,
+    with_common: Annotated[bool, typer.Option("--with-common", help="Add the common row, as in a recipe.")] = False,
 ) -> None:
     """Write an anchor's adapter as a PEFT folder."""
     from bank.peft.exported import export_anchor
@@ -133,9 +125,7 @@ def export(
 def import_(
     *,
     adapters: Annotated[list[Path], typer.Argument(help="PEFT folders; they become a00, a01, … in this order.")],
-    profiles: Annotated[
-        Path, typer.Option(help="Profiles in LaMP's per-user layout; each user_id is the name of an adapter folder.")
-    ],
+    profiles: Annotated[Path, typer.Option(help="In LaMP's per-user layout; a user_id is the name of a PEFT folder.")],
     out: Out,
     task: Annotated[str, typer.Option(help="Type of the profiles' items.")] = _IMPORT.task,
     user_rank: UserRank = _IMPORT.user_rank,
@@ -190,14 +180,13 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
         "training": ", ".join(f"{key} {value}" for key, value in summary["training"].items() if value is not None),
         "verdict": summary["in_words"],
     }
-    console, table = Console(highlight=False), Table(show_header=False, box=None, pad_edge=False)
+    table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name, value)
     anchors = Table("anchor", "items", title=f"{len(summary['anchors'])} anchors", title_justify="left")
     for anchor in summary["anchors"]:
         anchors.add_row(anchor["id"], str(anchor["items"]))
-    console.print(table)
-    console.print(anchors)
+    Console(highlight=False).print(table, anchors, sep="\n")
 
 
 def _describe_rule(weights: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
-"""Evaluate through a running engine: the same losses and answers, computed by the serving code.
+"""Evaluate through a running engine: losses from vLLM's `prompt_logprobs`, with the recipe's name as the model.
 
-The loss of a gold answer comes from vLLM's `prompt_logprobs` with the adapter's recipe name as the model. A trained
-user adapter is stored temporarily in the engine's store under a random user key.
+A trained user adapter is stored temporarily in the engine's store under a random user key.
 """
 
 from __future__ import annotations
@@ -57,10 +56,7 @@ def open_engine_reader(url: str, settings: Settings) -> Iterator[EngineReader]:
 
 @dataclass(slots=True)
 class EngineReader:
-    """A `bank.evaluation.scoring.ModelReader` that uses a running engine.
-
-    All methods raise MtaError if the engine cannot be reached or does not serve the adapter.
-    """
+    """A `ModelReader` that uses a running engine; MtaError if it cannot be reached or does not serve the adapter."""
 
     _url: str
     _headers: Mapping[str, str]
@@ -73,7 +69,7 @@ class EngineReader:
     def read(
         self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
     ) -> list[Reading]:
-        """Read losses and answers; an engine does not report the probabilities of scores."""
+        """Read losses and answers, but no `chances`: an engine does not report the probabilities of scores."""
         whole = [list(example.ids) for example in examples]
         read = self._complete_all(adapter, whole, max_tokens=1, temperature=0, prompt_logprobs=0)
         losses = [_loss(answer, example) for answer, example in zip(read, examples, strict=True)]
@@ -127,8 +123,7 @@ class EngineReader:
         if response.status != HTTPStatus.OK:
             advice = "start it with this bank as MTA_BANK and, for `task`, BANK/baselines as MTA_NEXT_BANK"
             raise MtaError(f"the engine refused {body['model']} ({response.status}): {excerpt(raw, 300)}; {advice}")
-        answer: dict[str, Any] = orjson.loads(raw)
-        return answer
+        return dict(orjson.loads(raw))
 
 
 def _prompts(examples: Sequence[Example]) -> list[list[int]]:

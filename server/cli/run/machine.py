@@ -110,10 +110,9 @@ class GpuPlan(NamedTuple):
 
 
 def plan(cards: Sequence[Card], engines: int, needs: Needs, settings: Settings) -> GpuPlan:
-    """Assign the cards; the engines get the first `engines` of them.
+    """Give the first cards to the engines and an unused one to the worker, and keep the settings' shares.
 
-    The worker gets an unused card if there is one. Otherwise it shares the last engine's card, if the engine keeps
-    what it needs and at least half of the card. Shares from the settings are kept.
+    Without an unused card the worker shares the last engine's, if the engine keeps what it needs and at least half.
     """
     fixed, wanted = settings.engine_gpu_share, settings.worker_gpu_share
     if len(cards) < engines:
@@ -133,8 +132,7 @@ def plan(cards: Sequence[Card], engines: int, needs: Needs, settings: Settings) 
         place, where = taken[-1], f"GPU {taken[-1].name}"
     else:
         place, where = None, f"the CPU: it would need {_gib(needed)} beside the engine's {_gib(kept)}"
-    engine_share = fixed or _share(usable - (needed if place is taken[-1] else 0), total)
-    worker_share = 0.0
+    engine_share, worker_share = fixed or _share(usable - (needed if place is taken[-1] else 0), total), 0.0
     if place:
         worker_share = wanted or _share(needed - CUDA_BYTES, place.total)
         where += f", within {worker_share:.0%} of its memory"
@@ -156,10 +154,7 @@ def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Se
     slots = (settings.max_loras or settings.max_num_seqs) * slot_bytes(manifests, number)
     shared = (weights * number // stored + context) // settings.tensor_parallel_size
     trained = weights * 2 // stored
-    return Needs(
-        engine=shared + slots + FORWARD_BYTES,
-        worker=trained + max(MIN_TRAINING_BYTES, trained // 4) + CUDA_BYTES,
-    )
+    return Needs(shared + slots + FORWARD_BYTES, trained + max(MIN_TRAINING_BYTES, trained // 4) + CUDA_BYTES)
 
 
 def cards() -> list[Card]:

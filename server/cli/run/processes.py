@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -20,9 +19,7 @@ Host = Annotated[str | None, setting("inner_host", "--host")]
 
 
 def models(
-    model: Model = None,
-    embedder: Embedder = None,
-    cache_dir: Annotated[Path | None, setting("cache_dir")] = None,
+    model: Model = None, embedder: Embedder = None, cache_dir: Annotated[Path | None, setting("cache_dir")] = None
 ) -> None:
     """Prepare the base model, the embedder and, with vLLM for CPUs, the CPU kernel, and print their paths.
 
@@ -42,9 +39,7 @@ def models(
         preparations["CPU kernel"] = lambda: native.library_path(cache) if native.build(cache) else None
     for what, prepare in preparations.items():
         typer.echo(f"preparing the {what} …", err=True)  # stdout has only the paths
-        start_s = time.perf_counter()
         if path := prepare():
-            typer.echo(f"the {what} is ready ({time.perf_counter() - start_s:.1f} s)", err=True)
             typer.echo(f"{what:<12}{path}")
 
 

@@ -52,13 +52,12 @@ def up(
 
 
 async def _supervise(supervisor: Supervisor, status: Status, console: Console, url: str) -> None:
-    """Run the parts until a signal; a second signal cuts the shutdown short."""
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def interrupted() -> None:
         if console.is_terminal and not stop.is_set():
             console.print()  # the terminal has written ^C
-        (hurry if stop.is_set() else stop).set()
+        (hurry if stop.is_set() else stop).set()  # a second signal cuts the shutdown short
 
     def started() -> None:
         status.close()

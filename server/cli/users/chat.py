@@ -118,7 +118,7 @@ class Conversation:
         from server.cli.users.retrying import describe_error
 
         messages = [*self._messages, {"role": "user", "content": question}]
-        text, level, end, first_s, start_s = "", "", "stopped", None, time.monotonic()
+        text, level, end, first, start_s = "", "", "stopped", "no token", time.monotonic()
         try:
             chunks = self._client.stream(self._user, messages, **self._options)
             with self._until_ctrl_c(), closing(chunks):
@@ -126,7 +126,8 @@ class Conversation:
                     if who := chunk.personalization:
                         reasons = "; ".join(filter(None, (who.reason, who.history_reason)))
                         level = f"{who.level} ({reasons})" if reasons else who.level
-                    first_s = first_s or (time.monotonic() if chunk.text else None)
+                    if chunk.text and not text:
+                        first = f"first token after {(time.monotonic() - start_s) * 1000:.0f} ms"
                     text += chunk.text
                     typer.echo(chunk.text.translate(_CONTROL_CHARACTERS), nl=False)
                     if chunk.usage:
@@ -137,7 +138,6 @@ class Conversation:
             typer.secho(f"{chr(10) if text else ''}error: {describe_error(error)}", fg=typer.colors.RED)
             return
         typer.echo()
-        first = "no token" if first_s is None else f"first token after {(first_s - start_s) * 1000:.0f} ms"
         _print_note(", ".join(filter(None, (level, first, end))))
         if text:
             self._messages = [*messages, {"role": "assistant", "content": text}]

@@ -39,9 +39,7 @@ def import_(
     file: Annotated[Path, typer.Argument(help="LaMP's per-user layout, or newline-delimited JSON.")],
     url: Url = None,
     at_a_time: Annotated[int, typer.Option(help="Maximum number of requests in flight.", min=1, max=64)] = 4,
-    state: Annotated[
-        Path | None, typer.Option(help="File with a hash of each imported person.", show_default="FILE.imported")
-    ] = None,
+    state: Annotated[Path | None, typer.Option(help="Hashes of imported people.", show_default="FILE.imported")] = None,
 ) -> None:
     """Import the people in FILE: a list of `{"user_id": …, "profile": [items]}`, or one such object per line.
 
@@ -60,11 +58,9 @@ def import_(
         progress.piece("people", 0, total)
         work = Import(RetryingGateway(client), journal, lambda people: progress.piece("people", people, total))
         counts = work.run(file, at_a_time)
-    typer.echo(
-        f"{counts.imported} imported, {counts.skipped} already imported, {counts.failed} failed"
-        + (f": see {journal.failed}" if counts.failed else "")
-    )
-    if counts.failed:
+    done = f"{counts['imported']} imported, {counts['skipped']} already imported, {counts['failed']} failed"
+    typer.echo(f"{done}: see {journal.failed}" if counts["failed"] else done)
+    if counts["failed"]:
         raise typer.Exit(1)
 
 
@@ -90,9 +86,7 @@ def show(user_id: UserId, url: Url = None) -> None:
     for anchor in user.anchors:
         numbers = (anchor.weight, anchor.similarity, anchor.gain)
         anchors.add_row(anchor.id, *("–" if number is None else f"{number:.3f}" for number in numbers))
-    console = Console(highlight=False)
-    console.print(facts)
-    console.print(anchors)
+    Console(highlight=False).print(facts, anchors, sep="\n")
 
 
 @app.command()
@@ -115,7 +109,7 @@ def export(
     user_id: UserId,
     url: Url = None,
     out: Annotated[
-        Path | None, typer.Option(help="New or empty folder to write.", show_default="export-<hash of the id>")
+        Path | None, typer.Option(help="New or empty folder.", show_default="export-<hash of the id>")
     ] = None,
 ) -> None:
     """Export all stored data of a user to a folder: `user.json`, and `adapter/` in PEFT format."""

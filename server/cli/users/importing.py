@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -36,15 +36,6 @@ class PersonEntry:
         return hashlib.sha256(content).digest()[:16]
 
 
-@dataclass(slots=True)
-class ImportCounts:
-    """Number of people imported by this run, skipped because an earlier run imported them, and failed."""
-
-    imported: int = 0
-    skipped: int = 0
-    failed: int = 0
-
-
 class Journal:
     """The imported people of all runs, one hash per line, and the failures of this run with reasons.
 
@@ -60,7 +51,7 @@ class Journal:
             self.failed.unlink(missing_ok=True)
             self._done = _open_private(done)
             *lines, partial = self._done.read().split(b"\n")
-            self._known = {bytes.fromhex(line.decode()) for line in lines}
+            self.known = {bytes.fromhex(line.decode()) for line in lines}
             self._done.truncate(self._done.tell() - len(partial))  # line of a killed run
         except (OSError, ValueError) as error:
             raise MtaError(f"{done} is not the state of an import, or cannot be written: {error}") from error
@@ -68,11 +59,8 @@ class Journal:
     def close(self) -> None:
         self._done.close()
 
-    def __contains__(self, digest: bytes) -> bool:
-        return digest in self._known
-
     def add(self, digest: bytes) -> None:
-        self._known.add(digest)
+        self.known.add(digest)
         self._done.write(digest.hex().encode() + b"\n")
         self._done.flush()
 
@@ -88,10 +76,10 @@ class Import:
     gateway: RetryingGateway
     journal: Journal
     on_person: Callable[[int], None] = lambda people: None
-    counts: ImportCounts = field(default_factory=ImportCounts)
+    counts: Counter[str] = field(default_factory=Counter)  # imported by this run, skipped as imported before, failed
     _lock: Lock = field(default_factory=Lock)
 
-    def run(self, path: Path, at_a_time: int) -> ImportCounts:
+    def run(self, path: Path, at_a_time: int) -> Counter[str]:
         """Import a file's people; MtaError, with a valid journal, if the file or, for too long, the gateway fails."""
         begun: deque[Future[None]] = deque()
         with ThreadPoolExecutor(at_a_time) as threads:
@@ -107,8 +95,8 @@ class Import:
         return self.counts
 
     def _import(self, person: PersonEntry) -> None:
-        digest, fault, counts = person.digest(self.gateway.url), person.fault, self.counts
-        known = digest in self.journal
+        digest, fault = person.digest(self.gateway.url), person.fault
+        known = digest in self.journal.known
         if not (fault or known):
             try:
                 self.gateway.call(lambda client: client.put_profile(person.user_id, person.items))
@@ -117,13 +105,10 @@ class Import:
         with self._lock:
             if fault:
                 self.journal.fail(person, fault)
-                counts.failed += 1
-            elif known:
-                counts.skipped += 1
-            else:
+            elif not known:
                 self.journal.add(digest)
-                counts.imported += 1
-            self.on_person(counts.imported + counts.skipped + counts.failed)
+            self.counts["failed" if fault else "skipped" if known else "imported"] += 1
+            self.on_person(self.counts.total())
 
 
 def count_people(path: Path) -> int:

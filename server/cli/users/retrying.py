@@ -63,7 +63,7 @@ class RetryingGateway:
         """Delay all calls for as long as the gateway asks, or for as long as it has been down so far."""
         now_s = time.monotonic()
         with self._lock:
-            since_s = self._failing_since_s = now_s if self._failing_since_s is None else self._failing_since_s
+            since_s = self._failing_since_s = self._failing_since_s or now_s
             pause_s = min(max(now_s - since_s, _FIRST_PAUSE_S), _MAX_PAUSE_S)
             if error.retry_after_s is not None:
                 pause_s = min(error.retry_after_s, self._max_retry_s)
@@ -88,5 +88,5 @@ def gateway_client(url: str | None) -> mta_client.Client:
     except ValidationError as error:
         raise MtaError(f"{excerpt(url)} is not the URL of a gateway, such as http://127.0.0.1:8000") from error
     key = settings.api_key.get_secret_value() if settings.api_key else None
-    # Ignore proxy settings, which are for hosts outside.
+    # Proxy settings are for hosts outside.
     return mta_client.Client(url, key=key, trust_env=False, verify=ssl.create_default_context())
