@@ -301,16 +301,13 @@ async def test_whoever_moves_back_and_forth_is_adapted_each_time(adapted: StoreP
         assert await readapted(adapted, bank) == ReadaptTally()
 
 
-async def test_a_job_that_came_to_nothing_is_tried_again_by_the_next_run(adapted: StoreParts) -> None:
+async def test_a_job_that_came_to_nothing_is_tried_again_until_the_user_is_erased(adapted: StoreParts) -> None:
     (before,) = await adapted.jobs.jobs(ADA)
     for number in (before.id.number + 1, before.id.number + 2):
         assert await readapted(adapted, B) == ReadaptTally(queued=1)
         assert (await trained(adapted, B, better=False)).id.number == number
     assert await adapted.adapters.adapted() == {A: 1}
-
-
-async def test_who_was_erased_or_has_no_samples_leaves_the_list(adapted: StoreParts) -> None:
-    await adapted.profiles.erase(ADA, 1 << 52, 0)
+    await adapted.profiles.erase(ADA, known.LATER_MS, 0)
     assert await readapted(adapted, B) == ReadaptTally(settled=1)
     assert await readapted(adapted, B) == ReadaptTally()
 

@@ -7,15 +7,15 @@ import itertools
 import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from redis.asyncio import Redis
 
 from bench.rig.cluster import ValkeyCluster, ask
-from bench.rig.valkey import DURABLE, ValkeyProcess
+from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
+from server.store import profiles
 from server.store.profile_record import StoredVector
 from server.store.profiles import TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, Change, ProfileStore
 from server.store.queue import UserQueue
@@ -48,7 +48,7 @@ def store(parts: StoreParts) -> ProfileStore:
     return parts.profiles
 
 
-async def test_an_unknown_user_has_nothing(store: ProfileStore, user: str) -> None:
+async def test_an_unknown_user_has_nothing_and_one_without_items_takes_little(store: ProfileStore, user: str) -> None:
     snapshot = await store.read(user)
     assert await store.load(user) is None
     assert (snapshot.version, snapshot.profile, snapshot.items, snapshot.vectors) == (b"", None, {}, {})
@@ -56,6 +56,8 @@ async def test_an_unknown_user_has_nothing(store: ProfileStore, user: str) -> No
     assert await store.erase(user, LATER_MS, 0) is None
     with pytest.raises(UserErased):  # what was under way
         await store.commit(user, snapshot.version, change("a"), snapshot.epoch)
+    await store.commit(user, b"", change(user_id="u" * 36), await store.epoch(user))
+    assert 0 < await store.stored_bytes(user) < 1024
 
 
 async def test_what_is_committed_is_read_back(store: ProfileStore, raw: Redis, user: str) -> None:
@@ -71,21 +73,17 @@ async def test_what_is_committed_is_read_back(store: ProfileStore, raw: Redis, u
     assert all(np.array_equal(snapshot.vectors[name].vector, vector(ord(name))) for name in "zma")
     holding = [name async for name in raw.scan_iter(f"mta:*{user}*") if b"unmistakable" in await raw.dump(name)]
     assert holding == [keys.profile(user).encode()]
+    await raw.set(keys.profile(user), b"\x07garbage")
+    with pytest.raises(Unavailable, match="cannot read"):
+        await store.load(user)
 
 
 async def test_a_change_from_an_old_version_writes_nothing(store: ProfileStore, user: str) -> None:
-    assert await store.commit(user, b"", change("a"))
+    assert await store.commit(user, b"", change("ab"))
     version = (await store.read(user)).version
-    assert await store.commit(user, version, change("b", drop="a"))
+    assert await store.commit(user, version, Change(profile(items=1), {}, {}, ("a",)))
     assert not await store.commit(user, version, change("c"))
     assert not await store.commit(user, b"", change("d"))
-    assert list((await store.read(user)).items) == ["b"]
-
-
-async def test_dropping_an_item_drops_its_vector(store: ProfileStore, user: str) -> None:
-    await store.commit(user, b"", change("ab"))
-    version = (await store.read(user)).version
-    await store.commit(user, version, Change(profile(items=1), {}, {}, ("a",)))
     snapshot = await store.read(user)
     assert list(snapshot.items) == list(snapshot.vectors) == ["b"]
 
@@ -132,17 +130,6 @@ async def test_an_erasure_leaves_a_tombstone_with_its_answer(store: ProfileStore
     assert (again.erased.items, again.rewritten_by_ms) == (1, 5678)
 
 
-async def test_a_user_without_items_takes_less_than_a_kibibyte(store: ProfileStore, user: str) -> None:
-    await store.commit(user, b"", change(user_id="u" * 36))
-    assert 0 < await store.stored_bytes(user) < 1024
-
-
-async def test_a_record_that_cannot_be_read_is_reported(store: ProfileStore, raw: Redis, user: str) -> None:
-    await raw.set(keys.profile(user), b"\x07garbage")
-    with pytest.raises(Unavailable, match="cannot read"):
-        await store.load(user)
-
-
 async def test_erasing_nobody_is_one_write_that_is_kept_for_minutes_and_no_rewrite(
     parts: StoreParts, raw: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,11 +167,6 @@ async def test_asking_again_makes_no_tombstone_shorter_or_younger(parts: StorePa
 USER, WORDS = "somebody-who-was-here", "words that nobody shall find again"
 
 
-async def store_somebody(parts: StoreParts) -> None:
-    await parts.put(USER, WORDS)
-    await submitted(parts.jobs, KEYS.key(USER), WORDS)
-
-
 async def test_servers_logs_of_commands_forget_who_is_erased(parts: StoreParts, nodes: Nodes) -> None:
     wanted = ("slowlog-log-slower-than", "commandlog-*-than", "*log-*max-len")
     before = [ask(node, "CONFIG GET", *wanted) for node in nodes]
@@ -201,25 +183,18 @@ async def test_servers_logs_of_commands_forget_who_is_erased(parts: StoreParts, 
         for node, settings in zip(nodes, before, strict=True):
             for name in settings:
                 ask(node, "CONFIG SET", name, 100_000 if name.endswith("max-len") else 0)
-        await store_somebody(parts)
-        assert [text in logged() for text in (USER, WORDS)] == [True, True]
-        assert await parts.erase(USER)
-        assert [text in logged() for text in (USER, WORDS)] == [False, False]
+        for commands, left in ((profiles._CLEAR_LOGS, False), (("RENAMED",), True)):  # managed services refuse
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(profiles, "_CLEAR_LOGS", commands)
+                await parts.put(USER, WORDS)
+                key = KEYS.key(USER)
+                await submitted(parts.jobs, key, WORDS, epoch=await parts.profiles.epoch(key))
+                assert [text in logged() for text in (USER, WORDS)] == [True, True]
+                assert await parts.erase(USER)
+                assert [text in logged() for text in (USER, WORDS)] == [left, left]
     finally:
         for node, settings in zip(nodes, before, strict=True):
             ask(node, "CONFIG SET", *itertools.chain(*settings.items()))
-
-
-async def test_where_logs_may_not_be_reset_users_are_erased_all_the_same(tmp_path: Path) -> None:
-    hidden = [word for name in ("SLOWLOG", "COMMANDLOG") for word in ("--rename-command", name, "")]
-    server = ValkeyProcess(tmp_path, (*DURABLE, *hidden)).start()
-    try:
-        async with StoreParts.opened(server.url) as parts:
-            await store_somebody(parts)
-            assert await parts.erase(USER)
-            assert await parts.profiles.load(KEYS.key(USER)) is None
-    finally:
-        server.kill()
 
 
 _ROW = re.compile(r"^    (mta:.+?)  +(string|hash|list|set|zset)  (.+)$", re.MULTILINE)

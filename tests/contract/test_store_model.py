@@ -32,6 +32,7 @@ from server.store.tenants.access_keys import Scope, access_key, new_secret
 from tests.support.store_parts import BANK, KEYS, Fault, StoreParts, WorkerSteps, put_of
 
 T = TypeVar("T")
+Work = Coroutine[Any, Any, T]
 QUEUES = [name for work in ("jobs", "sign") for name in keys.queue(work, BANK)[:2]]
 USERS = st.sampled_from(["ada", "bob"])
 TWO, BOOL = st.integers(0, 1), st.booleans()
@@ -202,28 +203,24 @@ class Store(RuleBasedStateMachine):
     @rule(worker=TWO, promote=BOOL, fault=FAULTS, place=PLACES)
     def finish_a_job(self, worker: int, promote: bool, fault: Fault | None, place: int) -> None:
         steps = self.workers[worker]
-        if steps.lease is None:
-            return
-        job_id = steps.lease.job.id
-        user = next(user for user in self.users if KEYS.key(user) == job_id.user_key)
-        outcome = self.tried(steps.parts, steps.promote() if promote else steps.reject(), fault, place % 2)
-        steps.lease = None
-        if outcome and not isinstance(outcome, ApiError):
-            self.end_as(user, {job_id.number}, JobState.SUCCEEDED if promote else JobState.REJECTED)
-        self.observe(user)
+        if steps.lease is not None:
+            job_id = steps.lease.job.id
+            user = next(user for user in self.users if KEYS.key(user) == job_id.user_key)
+            outcome = self.tried(steps.parts, steps.promote() if promote else steps.reject(), fault, place % 2)
+            steps.lease = None
+            if outcome and not isinstance(outcome, ApiError):
+                self.end_as(user, {job_id.number}, JobState.SUCCEEDED if promote else JobState.REJECTED)
+            self.observe(user)
 
     @precondition(lambda self: any(worker.lease for worker in self.workers))
     @rule(worker=TWO, counts=BOOL, gives_back=BOOL, fault=FAULTS, place=PLACES)
     def go_on_or_give_back(self, worker: int, counts: bool, gives_back: bool, fault: Fault | None, place: int) -> None:
         steps = self.workers[worker]
-        if steps.lease is None:
-            return
-        jobs, lease = steps.parts.jobs, steps.lease
-        if gives_back:
-            self.tried(steps.parts, jobs.release(lease, counts=counts), fault, place % 2)
+        if steps.lease is not None and gives_back:
+            self.tried(steps.parts, steps.parts.jobs.release(steps.lease, counts=counts), fault, place % 2)
             steps.lease = None
-        else:
-            self.tried(steps.parts, jobs.renew(lease, 15.0, step=1, of=2, loss=None), fault)
+        elif steps.lease is not None:
+            self.tried(steps.parts, steps.parts.jobs.renew(steps.lease, 15.0, step=1, of=2, loss=None), fault)
 
     @precondition(lambda self: FAKE_TIME is not None and any(worker.lease for worker in self.workers))
     @rule(worker=TWO, fault=FAULTS)
@@ -242,7 +239,7 @@ class Store(RuleBasedStateMachine):
             self.tried(steps.parts, steps.sign(), fault, place % 3)
 
     @rule(worker=TWO)
-    def restart(self, worker: int) -> None:
+    def start_again(self, worker: int) -> None:
         self.workers[worker] = WorkerSteps(self.connected())
 
     @rule(gateway=TWO, fault=FAULTS)
@@ -264,8 +261,10 @@ class Store(RuleBasedStateMachine):
         self.check_keys()
 
     @rule(full=st.sampled_from([True, False, False]))
-    def fill(self, *, full: bool) -> None:
-        self.set_full(full=full)
+    def set_full(self, *, full: bool) -> None:
+        self.full = full
+        for each in server.servers:
+            ask(each, "CONFIG SET", "maxmemory", ask(each, "INFO", "memory")["used_memory"] // 2 if full else 0)
 
     @precondition(lambda self: not self.failed_over)
     @rule(lost=BOOL)
@@ -369,12 +368,10 @@ class Store(RuleBasedStateMachine):
         self.run(parts.connection.check())
         return parts
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
+    def run(self, work: Work[T]) -> T:
         return self.loop.run(work)
 
-    def tried(
-        self, parts: StoreParts, work: Coroutine[Any, Any, T], fault: Fault | None = None, place: int = 0
-    ) -> T | ApiError:
+    def tried(self, parts: StoreParts, work: Work[T], fault: Fault | None = None, place: int = 0) -> T | ApiError:
         """Do something, one of its writes failing; what came of it."""
         Store.tries += 1
         parts.connection.fail(fault, place)
@@ -384,11 +381,6 @@ class Store(RuleBasedStateMachine):
             return error
         finally:
             parts.connection.fail(None)
-
-    def set_full(self, *, full: bool) -> None:
-        self.full = full
-        for each in server.servers:
-            ask(each, "CONFIG SET", "maxmemory", ask(each, "INFO", "memory")["used_memory"] // 2 if full else 0)
 
     def check_keys(self) -> None:
         """Every API key that was made is there, and revoked if it was."""

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from bench.rig.cluster import ValkeyCluster, ask
-from bench.rig.processes import paused, wait_until
+from bench.rig.processes import wait_until
 from bench.rig.valkey import DURABLE, ValkeyProcess, free_port
 from deploy.observe.pictures.receiver import Receiver, receiving
 from server.settings import Settings
@@ -20,7 +20,6 @@ from server.worker.training import AdapterTrainer
 from tests.integration.conftest import Work, working
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate, wait_until_ready
-from tests.support.store_parts import REPLICA_TIMEOUT_MS
 
 SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
 CONFIG = {"steps": 6, "learning_rate": 0.05}
@@ -113,18 +112,6 @@ def test_a_trace_says_how_long_the_store_took(
     raw = b"".join(receiver.bodies)
     for secret in (user, gateway.key(user), "old trains", "redis.call"):
         assert secret.encode() not in raw, secret
-
-
-def test_a_write_without_a_replica_is_refused_each_time(
-    client: httpx.Client, gateway: GatewayThread, cluster: ValkeyCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(REPLICA_TIMEOUT_MS, 100)
-    user = somebody(gateway, cluster, 0)
-    with paused(cluster.replicas[0].pid):
-        said = [put(client, user, "growing roses") for _ in range(2)]
-    assert [answer.status_code for answer in said] == [503, 503]
-    assert {answer.json()["error"]["code"] for answer in said} == {"store_not_durable"}
-    wait_until(lambda: put(client, user, "growing roses").is_success, "the replica to have it")
 
 
 def test_a_gateway_serves_others_while_a_primary_is_gone(

@@ -59,15 +59,9 @@ def test_keys_fit_the_grammar_of_recipes_and_separate_users(one: str, other: str
 def test_a_name_is_one_user_however_its_characters_are_composed(name: str) -> None:
     keys = UserKeys(SECRET, "default")
     composed, decomposed = normalize("NFC", name), normalize("NFD", name)
-    assert composed != decomposed
-    assert check_user_id(decomposed) == decomposed
+    assert composed != decomposed == check_user_id(decomposed)
     assert keys.key(composed) == keys.key(decomposed)
-
-
-def test_keys_of_composed_ids_are_what_they_always_were() -> None:
-    keys = UserKeys(SECRET, "default")
-    assert keys.key("ada@example.org") == "f3tncq2wmmcg2aayt3752mnx2y"
-    assert keys.key("José") == "aga2tyuycnypt6ddapyui5nixe"
+    assert keys.key("José") == "aga2tyuycnypt6ddapyui5nixe"  # as it always was
 
 
 def test_a_key_depends_on_secret_and_tenant_as_the_cache_salt_does_which_is_no_users() -> None:
@@ -77,18 +71,7 @@ def test_a_key_depends_on_secret_and_tenant_as_the_cache_salt_does_which_is_no_u
     assert len({*itertools.chain(*found), keys.key("cache salt")}) == 7
 
 
-@pytest.mark.parametrize(
-    ("secret", "tenant", "said"),
-    [
-        (None, "a", "SECRET"),
-        ("", "a", "SECRET"),
-        ("short", "a", "SECRET"),
-        (SECRET, "", "TENANT"),
-        (SECRET, "a\0b", "TENANT"),
-    ],
-)
-def test_a_short_secret_and_a_tenant_that_could_be_mistaken_are_refused(
-    secret: str | None, tenant: str, said: str
-) -> None:
-    with pytest.raises(MtaError, match=f"MTA_{said}"):
+@pytest.mark.parametrize(("secret", "tenant"), [(None, "a"), ("", "a"), ("short", "a"), (SECRET, ""), (SECRET, "a\0b")])
+def test_a_short_secret_and_a_tenant_that_could_be_mistaken_are_refused(secret: str | None, tenant: str) -> None:
+    with pytest.raises(MtaError, match="MTA_TENANT" if secret == SECRET else "MTA_SECRET"):
         UserKeys(secret, tenant)
