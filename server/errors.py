@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from adapters.errors import MtaError
 
+CLIENT_GONE = 499  # status recorded when the client disconnects before the response; it is never sent
+
 
 class ApiError(MtaError):
     """An error with an HTTP status. `param` is the path of the invalid request field, e.g. `items.3.text`."""

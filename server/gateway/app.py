@@ -9,8 +9,10 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from server.gateway.access.keys import KnownKeys
+from server.gateway.access.keys import KnownKeys, caller_name_of
 from server.gateway.access.routes import guard
+from server.gateway.access.shares import FairQueue, Shares
+from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader
 from server.gateway.http.errors import add_error_handlers
 from server.gateway.operating.metrics import Metrics, RequestLog
 from server.gateway.parts import open_gateway
@@ -46,6 +48,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    large = FairQueue(Shares(lambda: LARGE_AT_ONCE))
+    app.state.bodies = BodyReader(lambda request: large.held(caller_name_of(request)))
     app.add_middleware(RequestLog, metrics=metrics, tracing=tracing)
     for part in (generate, openai, users, jobs, operations, console):
         app.include_router(part.router)

@@ -22,16 +22,14 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
 from server.errors import ApiError, Unavailable
-from server.gateway.access.keys import REFRESH_INTERVAL_S, KnownKeys, caller_name_of, caller_of
+from server.gateway.access.keys import REFRESH_INTERVAL_S, KnownKeys, caller_of
 from server.gateway.access.limiter import RENEW_INTERVAL_S, Limiter
 from server.gateway.access.queue import COUNT_GATEWAYS_S, EngineQueue, GatewayShare
-from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
 from server.gateway.generation.prompts import HistoryIndexer, IndexCache, PromptBuilder
-from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader, JsonRoute, SamplesRoute
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting, SampleChecks
@@ -73,15 +71,13 @@ class Gateway:
 
     parts: Mapping[str, Parts]  # by the first 8 hex digits of the bank; the first entry is the default bank
     keys: KnownKeys
-    bodies: BodyReader
 
     @property
     def default_parts(self) -> Parts:
         return next(iter(self.parts.values()))
 
     def of(self, tenant: str) -> Parts:
-        named = self.keys.bank_of(tenant)
-        if named is None:
+        if (named := self.keys.bank_of(tenant)) is None:
             return self.default_parts
         if (parts := self.parts.get(named)) is None:
             raise Unavailable(
@@ -113,7 +109,6 @@ async def open_gateway(
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
         # Embedding runs at low priority: on a shared machine, profile writes would slow generations down.
         embedding = stack.enter_context(ThreadPoolExecutor(1, "embed", lower_priority))
-        body_thread = stack.enter_context(ThreadPoolExecutor(1, "bodies"))
 
         engines = Engines(session, settings.engines, engine_key)
         engine = EngineClient(session, settings.engine_url, engines, engine_key, metrics.retries.inc)
@@ -133,8 +128,6 @@ async def open_gateway(
         )
         metrics.queue_running.set_function(lambda: queue.taken)
         metrics.queue_waiting.set_function(lambda: queue.waiting)
-        large = FairQueue(Shares(lambda: LARGE_AT_ONCE))
-        bodies = BodyReader(body_thread, lambda request: large.held(caller_name_of(request)))
 
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
             short = bank.manifest.short
@@ -192,18 +185,17 @@ async def open_gateway(
         parts = {bank.manifest.short: parts_over(folder, bank) for folder, bank in banks.items()}
         for short in parts:
             metrics.bank.labels(short).set(1)
-        default_bank = next(iter(banks.values()))
         for background in (
             health.watch(),
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
             forever(REWRITE_CHECK_S, partial(_rewrite_file_if_due, stores.file, metrics), log),
             forever(REFRESH_INTERVAL_S, partial(keys.refresh, stores.keys), log),
             forever(COUNT_GATEWAYS_S, share.count_gateways, log),
-            forever(RENEW_INTERVAL_S, limiter.in_progress.renew, log),
-            asyncio.to_thread(_load_search, default_bank.task),
+            forever(RENEW_INTERVAL_S, limiter.renew_concurrent, log),
+            asyncio.to_thread(_load_search, next(iter(banks.values())).task),
         ):
             stack.push_async_callback(_cancel, asyncio.create_task(background))
-        yield Gateway(parts, keys, bodies)
+        yield Gateway(parts, keys)
 
 
 def _open_banks(folders: Sequence[Path], embedder_id: str) -> dict[Path, ServingBank]:
@@ -261,21 +253,3 @@ def users_of(request: Request) -> UserKeys:
 def user_of(request: Request, user_id: str) -> User:
     """Return the user that a request names, within the caller's tenant."""
     return users_of(request).user(user_id)
-
-
-class UserRoute(JsonRoute):
-    """A route that writes its body to a user, unless the user is erased while the body arrives."""
-
-    async def before_body(self, request: Request) -> None:
-        user = user_of(request, request.path_params["user_id"])
-        request.state.epoch = await parts_of(request).profiles.store.epoch(user.key)
-
-
-class UserSamplesRoute(UserRoute, SamplesRoute):
-    pass
-
-
-def epoch_of(request: Request) -> str:
-    """Return the epoch that the user of a `UserRoute` had when the request was accepted."""
-    epoch: str = request.state.epoch
-    return epoch

@@ -50,7 +50,6 @@ def _server(machine: Up) -> int:
 
 
 def _core(machine: Up) -> int:
-    """vLLM's engine process, which a server without it is no use."""
     return next(pid for pid in children(_server(machine)) if "EngineCore" in command_line(pid))
 
 
@@ -83,9 +82,7 @@ def test_an_engine_killed_in_mid_stream_comes_back(machine: Up, victim: Callable
 
 @pytest.mark.timeout(600)
 def test_500_acknowledged_profiles_outlive_a_killed_valkey(machine: Up) -> None:
-    with _redis(machine) as store:
-        assert store.config_get("appendfsync") == {"appendfsync": "always"}
-        assert store.config_get("appendonly") == {"appendonly": "yes"}
+    assert _fsync(machine) == ("always", "yes")
     with machine.client() as client, ThreadPoolExecutor(8) as threads:
         users = [f"user-{number}" for number in range(WRITES)]
         answers = threads.map(lambda user: client.put(f"/users/{user}/profile", json=_profile_of(user)), users)
@@ -98,18 +95,18 @@ def test_500_acknowledged_profiles_outlive_a_killed_valkey(machine: Up) -> None:
         assert machine.part("valkey") not in (None, pid)
         stored = threads.map(lambda user: client.get(f"/users/{user}"), users)
         assert sum(answer.status_code == 200 for answer in stored) == WRITES
-    with _redis(machine) as store:
-        assert store.config_get("appendfsync") == {"appendfsync": "always"}
+    assert _fsync(machine) == ("always", "yes")
 
 
 def _profile_of(user: str) -> dict[str, object]:
     return {"items": [{"text": f"{user} grows roses and writes about them."}]}
 
 
-def _redis(machine: Up) -> redis.Redis:
-    """A client with the password that only the owner of the data folder can read."""
+def _fsync(machine: Up) -> tuple[str, str]:
+    """How the store writes, asked with the password that only the owner of the data folder can read."""
     options = dict(line.split(" ", 1) for line in (machine.data / "valkey.conf").read_text().splitlines())
-    return redis.Redis(port=int(options["port"]), password=options["requirepass"], decode_responses=True)
+    with redis.Redis(port=int(options["port"]), password=options["requirepass"], decode_responses=True) as store:
+        return store.config_get("appendfsync")["appendfsync"], store.config_get("appendonly")["appendonly"]
 
 
 def test_every_socket_of_every_part_is_on_the_loopback_address(machine: Up) -> None:
@@ -124,17 +121,13 @@ def test_the_engine_cannot_be_used_without_its_key(machine: Up) -> None:
             assert httpx.request(method, f"http://{address}:{port}{path}", json={}).status_code == 401
 
 
-@pytest.mark.timeout(600)
-def test_killed_with_a_real_engine_it_leaves_no_process(
-    tmp_path: Path, tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path
-) -> None:
-    options = ("--bank", str(tiny_bank_folder), "--model", str(tiny_model_folder), "--dtype", "float32")
-    with up(tmp_path / "data", *options, environment={"MTA_EMBEDDER": str(embedder_folder)}) as started:
-        family = descendants(started.pid)
-        assert any("EngineCore" in command_line(pid) for pid in family)
-        started.process.send(signal.SIGKILL)
-        started.process.wait()
-        wait_until(lambda: not any(alive(pid) for pid in family), "every process to be gone")
+def test_no_orphans(machine: Up) -> None:
+    """The last test of the machine, which it kills."""
+    family = descendants(machine.pid)
+    assert any("EngineCore" in command_line(pid) for pid in family)
+    machine.process.send(signal.SIGKILL)
+    machine.process.wait()
+    wait_until(lambda: not any(alive(pid) for pid in family), "every process to be gone")
 
 
 @dataclass(frozen=True)
@@ -193,15 +186,9 @@ FAULTS: dict[str, tuple[Callable[[Copies], None], str, str]] = {
 def test_a_fault_is_refused_at_start_with_the_reason(name: str, command: str, copies: Copies, tmp_path: Path) -> None:
     fault, reason, _ = FAULTS[name]
     fault(copies)
-    environment = {
-        "MTA_BANK": str(copies.bank),
-        "MTA_MODEL": str(copies.model),
-        "MTA_EMBEDDER": str(copies.embedder),
-        "MTA_DATA_DIR": str(tmp_path / "data"),
-        "MTA_PORT": "0",
-        "MTA_SECRET": "s" * 32,
-        "MTA_ENGINE_KEY": KEY,
-    }
+    folders = {"BANK": copies.bank, "MODEL": copies.model, "EMBEDDER": copies.embedder, "DATA_DIR": tmp_path / "data"}
+    environment = {f"MTA_{name}": str(folder) for name, folder in folders.items()}
+    environment |= {"MTA_PORT": "0", "MTA_SECRET": "s" * 32, "MTA_ENGINE_KEY": KEY}
     with running(mta(command), environment) as process:
         assert process.wait() == 1, process.output
         assert reason in process.output

@@ -1,30 +1,134 @@
-"""A gateway whose store is away or full, and `/metrics`."""
+"""`/health`, `/ready`, `/metrics`, HEAD, and a gateway whose store is away or full."""
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import redis
 
-from bench.rig.processes import wait_until
+from bank.manifest import read_manifest
+from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.settings import Settings
-from tests.support.fake_engine import FakeEngine
+from tests.support.calls import NewUser
+from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import GatewayThread, metric, wait_until_ready
 
-NewUser = Callable[[], str]
-ROOM = 8 << 20
-"""Of a store that is soon full, in bytes."""
+
+def test_a_gateway_whose_parts_are_all_well_is_ready(client: httpx.Client, gateway_settings: Settings) -> None:
+    wait_until_ready(client)
+    answer = client.get("/ready").raise_for_status().json()
+    manifest = read_manifest(gateway_settings.bank)
+    assert (answer["status"], answer["detail"]) == ("ready", None)
+    assert {part["status"] for name, part in answer["parts"].items() if name != "engines"} == {"ok"}
+    assert answer["parts"].keys() == {"bank", "embedder", "redis", "engine_url", "engines"}
+    assert answer["parts"]["bank"]["fingerprint"] == manifest.fingerprint
+    assert answer["parts"]["redis"]["durability"] == "appendfsync always"
+    [engine] = answer["parts"]["engines"]
+    assert (engine["url"], engine["status"], engine["max_model_len"]) == (gateway_settings.engine_url, "ok", 512)
+
+
+def test_health_is_200_whatever_the_parts(client: httpx.Client, fake_engine: FakeEngine) -> None:
+    fake_engine.knobs.banks = ()
+    try:
+        wait_until(lambda: client.get("/ready").status_code == 503, "the gateway to find out")
+        answer = client.get("/health").raise_for_status().json()
+        assert answer["status"] == "ok"
+        assert answer["parts"]["engines"][0]["status"] == "other_bank"  # as last seen
+    finally:
+        fake_engine.knobs.banks = (client.get("/health").json()["parts"]["bank"]["fingerprint"],)
+        wait_until_ready(client)
+
+
+def becomes(client: httpx.Client, status: int, *engines: str, detail: str = "") -> Any:
+    """Wait until `/ready` has this status, these states of engines and this detail; returns its parts."""
+
+    answer: dict[str, Any] = {}
+
+    def said() -> bool:
+        response = client.get("/ready")
+        answer.update(response.json())
+        states = [engine["status"] for engine in answer["parts"]["engines"]]
+        return (response.status_code, states) == (status, list(engines)) and detail in str(answer["detail"])
+
+    wait_until(said, f"{status}, {engines}, {detail}")
+    return answer["parts"]
+
+
+def test_one_of_two_engines_suffices_even_without_a_router(gateway_settings: Settings, fake_engine: FakeEngine) -> None:
+    ours = (read_manifest(gateway_settings.bank).fingerprint,)
+    engine, router = FakeEngine(Knobs(banks=ours)).start(), FakeEngine().start()  # it has all that a router is asked
+    urls = {"engine_url": router.url, "engine_urls": f"{gateway_settings.engine_url}, {engine.url}/"}
+    with GatewayThread(gateway_settings.model_copy(update=urls)) as gateway, gateway.client() as client:
+        for is_gone in (False, True):
+            becomes(client, 200, "ok", "ok", detail="None")
+            if is_gone:
+                router.stop()
+            else:
+                router.knobs.status = 500
+            parts = becomes(client, 200, "ok", "ok", detail="the gateway calls engines directly")
+            assert parts["engine_url"]["status"] == "unavailable"
+            router.reset()
+        engine.stop()
+        becomes(client, 200, "ok", "unavailable")
+        fake_engine.knobs.banks = ("cd" * 32,)
+        try:
+            becomes(client, 503, "other_bank", "unavailable")
+        finally:
+            fake_engine.knobs.banks = ours
+        engine.start()
+        becomes(client, 200, "ok", "ok")
+    engine.stop()
+
+
+def test_an_engine_with_another_key_is_not_ready(gateway_settings: Settings, fake_engine: FakeEngine) -> None:
+    with GatewayThread(gateway_settings.model_copy(update={"engine_key": None})) as gateway, gateway.client() as client:
+        assert becomes(client, 503, "wrong_key")["engine_url"]["status"] == "wrong_key"
+
+
+def test_asking_for_readiness_probes_nothing(client: httpx.Client, fake_engine: FakeEngine) -> None:
+    wait_until_ready(client)
+    before = fake_engine.looks
+    for _ in range(100):
+        client.get("/ready").raise_for_status()
+    assert fake_engine.looks - before < 50  # the background probes a few times a second
+
+
+def test_before_the_first_probe_it_is_not_ready(gateway_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.gateway.operating.health.PROBE_TIMEOUT_S", 10 * PATIENCE_S)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with GatewayThread(gateway_settings.model_copy(update={"engine_url": url})) as gateway:
+            response = httpx.get(f"{gateway.url}/ready")
+    body = response.json()
+    assert (response.status_code, body["status"], body["seen_s_ago"]) == (503, "not_yet_seen", None)
+    assert {body["parts"][name]["status"] for name in ("redis", "engine_url")} == {"not_yet_seen"}
+
+
+def test_a_stale_probe_counts_for_nothing(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_until_ready(client)
+    with monkeypatch.context() as patch:
+        patch.setattr("server.gateway.operating.health.STALE_AFTER_S", 0.0)
+        response = client.get("/ready")
+        assert (response.status_code, response.json()["status"]) == (503, "stale")
+        assert "probe" in response.json()["detail"]
+        assert client.get("/health").status_code == 200
+    assert client.get("/ready").status_code == 200
+
+
+ROOM = 8 << 20  # bytes, of a store that is soon full
 
 
 @contextmanager
 def over_a_store(settings: Settings, folder: Path, *options: str, **given: object) -> Iterator[tuple[Any, ...]]:
-    """A client of a gateway over a Valkey of its own, and that, which holds users beyond the time that was promised."""
+    """A client of a gateway over a Valkey of its own, and the Valkey, whose rewrite is late."""
     store, now_ms = ValkeyProcess(folder, options or DURABLE).start(), time.time_ns() // 1_000_000
     with redis.Redis.from_url(store.url) as raw:
         late = {"due": now_ms - 3_600_000, "failures": 9, "retry": now_ms + 3_000_000}
@@ -38,7 +142,7 @@ def over_a_store(settings: Settings, folder: Path, *options: str, **given: objec
         store.kill()
 
 
-def test_while_the_store_is_away_requests_that_need_it_are_told_to_come_back(
+def test_while_the_store_is_away_only_the_base_model_answers(
     gateway_settings: Settings, tmp_path: Path, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
     user_id, items = new_user(), {"items": [{"text": "the sea"}]}
@@ -65,7 +169,7 @@ def test_while_the_store_is_away_requests_that_need_it_are_told_to_come_back(
         wait_until_ready(client)
 
 
-def test_while_the_store_is_full_what_would_be_stored_is_refused_and_all_else_goes_on(
+def test_a_full_store_refuses_only_what_would_be_stored(
     gateway_settings: Settings, tmp_path: Path, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
     def put(items: int, size: int) -> httpx.Response:
@@ -100,9 +204,7 @@ def test_while_the_store_is_full_what_would_be_stored_is_refused_and_all_else_go
         assert put(1, 4_000).status_code == httpx.codes.OK
 
 
-def test_a_store_that_may_lose_writes_is_noted_when_that_was_accepted_and_a_late_rewrite_is_shown(
-    gateway_settings: Settings, tmp_path: Path, fake_engine: FakeEngine
-) -> None:
+def test_a_volatile_store_or_late_rewrite(gateway_settings: Settings, tmp_path: Path, fake_engine: FakeEngine) -> None:
     volatile = ("--appendonly", "no")
     with over_a_store(gateway_settings, tmp_path, *volatile, require_durable_store=False) as (client, _):
         state = client.get("/ready").raise_for_status().json()["parts"]["redis"]
@@ -136,23 +238,21 @@ class TestMetrics:
         exercise(12)
         assert series(client) == before
 
-    def test_generations_are_counted_by_route_level_and_how_they_ended(
-        self, client: httpx.Client, fake_engine: FakeEngine, new_user: NewUser
-    ) -> None:
+    def test_generations_are_counted(self, client: httpx.Client, fake_engine: FakeEngine, new_user: NewUser) -> None:
         request = {"user_id": new_user(), "prompt": "x", "max_tokens": 3}
         ends = {("base", "answered"): 2, ("base", "broken"): 1, ("", "refused"): 1, ("", "unavailable"): 1}
-        with grown(
-            client,
-            {
-                **{
-                    f'mta_generations_total{{level="{level}",outcome="{end}",tenant="default"}}': times
-                    for (level, end), times in ends.items()
-                },
-                'mta_requests_total{level="base",method="POST",route="/generate",status="200"}': 3,
-                'mta_tokens_total{kind="completion",level="base"}': 6,
-                "mta_disconnects_total": 0,
-            },
-        ):
+        counted = {
+            f'mta_generations_total{{level="{level}",outcome="{end}",tenant="default"}}': times
+            for (level, end), times in ends.items()
+        }
+        counted |= {
+            'mta_requests_total{level="base",method="POST",route="/generate",status="200"}': 3,
+            'mta_tokens_total{kind="completion",level="base"}': 6,
+            "mta_disconnects_total": 0,
+            'mta_ttft_seconds_count{level="base"}': 2,
+            "mta_inter_token_seconds_count": 2,
+        }
+        with grown(client, counted):
             for stream in (False, True):
                 client.post("/generate", json=request | {"stream": stream}).raise_for_status()
             client.post("/generate", json=request | {"prompt": 7})
@@ -161,22 +261,13 @@ class TestMetrics:
             fake_engine.knobs.die_after = None
             fake_engine.knobs.status = 500
             client.post("/generate", json=request)
-
-    def test_first_tokens_are_timed_by_level_and_the_time_between_tokens_and_the_store_s(
-        self, client: httpx.Client, new_user: NewUser
-    ) -> None:
-        request = {"user_id": new_user(), "prompt": "x", "max_tokens": 5, "stream": True}
-        with grown(client, {'mta_ttft_seconds_count{level="base"}': 1, "mta_inter_token_seconds_count": 4}):
-            client.post("/generate", json=request).raise_for_status()
         for stage in ("profile", "engine_ttft", "engine", "total"):
             assert metric(client, f'mta_stage_seconds_count{{stage="{stage}"}}') > 0
         with grown(client, {'mta_store_seconds_count{kind="write",outcome="ok"}': 1}):
             client.put(f"/users/{new_user()}/profile", json={"items": [{"text": "x"}]}).raise_for_status()
         assert metric(client, 'mta_store_seconds_count{kind="command",outcome="ok"}') > 0
 
-    def test_engines_slots_and_prepares_are_shown_as_far_as_they_say(
-        self, client: httpx.Client, fake_engine: FakeEngine
-    ) -> None:
+    def test_engines_figures_are_shown_as_far_as_reported(self, client: httpx.Client, fake_engine: FakeEngine) -> None:
         fake_engine.knobs.figures = {"slots_taken": 3, "prepares": 10, "fuses": 4}
         wait_until(lambda: metric(client, 'mta_engine_slots_resident{engine="0"}') == 3, "the gateway to look")
         assert metric(client, 'mta_engine_slots{engine="0"}') == 8
@@ -201,11 +292,39 @@ def grown(client: httpx.Client, by: Mapping[str, float]) -> Iterator[None]:
     """While time series grow by so much; a request is counted a moment after its client has all of the answer."""
     before = {name: metric(client, name) for name in by}
     yield
-    wait_until(
-        lambda: all(metric(client, name) == before[name] + more for name, more in by.items()), f"{by} to be counted"
-    )
+    wait_until(lambda: all(metric(client, name) == before[name] + by[name] for name in by), f"{by} to be counted")
 
 
 def series(client: httpx.Client) -> set[str]:
     lines = client.get("/metrics").raise_for_status().text.splitlines()
     return {line.rpartition(" ")[0] for line in lines if not line.startswith("#")}
+
+
+class TestHead:
+    """HEAD is answered as GET is, without a body."""
+
+    @pytest.fixture
+    def job(self, client: httpx.Client, ada: str) -> str:
+        """A job that waits for a worker."""
+        body = {"samples": [{"input": "q", "output": "a"}]}
+        return str(client.post(f"/users/{ada}/adapt", json=body).raise_for_status().json()["id"])
+
+    @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/users/{user}", "/users/nobody", "/jobs/{job}"])
+    def test_status_and_headers_are_those_of_get(self, client: httpx.Client, ada: str, job: str, path: str) -> None:
+        path = path.format(user=ada, job=job)
+        got, headed = client.get(path), client.head(path)
+        assert (headed.status_code, headed.content) == (got.status_code, b"")
+        changing = dict.fromkeys({"date", "x-request-id"} | ({"content-length"} if path == "/metrics" else set()))
+        assert dict(headed.headers) | changing == dict(got.headers) | changing
+
+    def test_events_are_not_waited_for(self, client: httpx.Client, job: str) -> None:
+        response = client.head(f"/jobs/{job}/events").raise_for_status()
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        series = 'mta_requests_total{level="",method="HEAD",route="/jobs/{job_id}/events",status="200"}'
+        wait_until(lambda: metric(client, series) > 0, "the request to be over")
+
+    def test_only_routes_with_get_have_it_and_the_document_omits_it(self, client: httpx.Client) -> None:
+        response = client.head("/generate")
+        assert (response.status_code, response.headers["Allow"]) == (405, "POST")
+        paths = client.get("/openapi.json").json()["paths"]
+        assert not [path for path, methods in paths.items() if "head" in methods]

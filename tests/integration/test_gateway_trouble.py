@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -13,19 +11,18 @@ import pytest
 
 from bench.rig.processes import wait_until
 from server.settings import Settings
-from tests.support.calls import ALL, BOTH, ITEMS, either, put
+from tests.support.calls import ALL, BOTH, ITEMS, NewUser, either, put
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter, metric, wait_until_ready
 
-NewUser = Callable[[], str]
+TRANSLATED = {500: 503, 503: 503, 429: 503, 401: 502, 418: 502}
+"""The gateway's status for one of the engine."""
 
 
 class TestFallback:
     """The engine lacks the adapter."""
 
-    def test_the_base_model_answers_and_says_why(
-        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, gateway: GatewayThread
-    ) -> None:
+    def test_the_base_model_answers_and_says_why(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
         before = metric(client, "mta_fallbacks_total")
         fake_engine.knobs.lacks = lambda model: model != "base"
         who = generate(client, ada).raise_for_status().json()["personalization"]
@@ -38,11 +35,11 @@ class TestFallback:
     def test_a_stream_falls_back_too(self, client: httpx.Client, ada: str, fake_engine: FakeEngine, route: str) -> None:
         fake_engine.knobs.lacks = lambda model: model != "base"
         response = either(client, route, user=ada, stream=True)
-        *chunks, done = chunks_of(response)
-        assert (chunks[0]["personalization"]["level"], done) == ("base", "[DONE]")
+        first, *_, done = chunks_of(response)
+        assert (first["personalization"]["level"], done) == ("base", "[DONE]")
         assert response.headers.get("X-MTA-Level", "base") == "base"
 
-    def test_without_the_users_adapter_todays_own_recipe_speaks_and_not_the_one_beneath_the_adapter(
+    def test_without_the_users_adapter_todays_own_recipe_is_served(
         self, client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine, gateway: GatewayThread
     ) -> None:
         user_id = new_user()
@@ -54,28 +51,20 @@ class TestFallback:
         beneath, spoke = (seen.body["model"] for seen in fake_engine.seen[-2:])
         assert not beneath.startswith(f"{merged['recipe']}:u-")
         assert spoke == merged["recipe"]
-        assert [who[name] for name in ("level", "recipe", "source", "anchors")] == [
-            merged[name] for name in ("level", "recipe", "source", "anchors")
-        ]
+        same = {"level", "recipe", "source", "anchors"}
+        assert {name: who[name] for name in same} == {name: merged[name] for name in same}
         assert who["reason"] == "the engine cannot serve this user's adapter"
 
-    def test_who_insists_on_merged_is_refused(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
+    def test_without_what_was_asked_for(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
         fake_engine.knobs.lacks = lambda model: model != "base"
         response = generate(client, ada, personalize="merged")
-        assert response.status_code == 503
-        assert response.headers["Retry-After"]
-
-    def test_an_engine_without_a_base_model_is_at_fault(
-        self, client: httpx.Client, ada: str, fake_engine: FakeEngine
-    ) -> None:
-        fake_engine.knobs.lacks = lambda model: True
-        assert generate(client, ada).status_code == 502
-        assert len(fake_engine.seen) == 2
+        assert (response.status_code, "Retry-After" in response.headers) == (503, True)
+        fake_engine.seen.clear()
+        fake_engine.knobs.lacks = lambda model: True  # not even the base model
+        assert (generate(client, ada).status_code, len(fake_engine.seen)) == (502, 2)
 
 
 class TestBrokenEngine:
-    """The engine fails before or in the middle of an answer."""
-
     @ALL
     @pytest.mark.parametrize(
         "knobs",
@@ -101,9 +90,7 @@ class TestBrokenEngine:
 
     @BOTH
     @pytest.mark.parametrize("stream", [False, True])
-    def test_an_answer_of_which_the_engine_aborted_a_choice_is_no_answer(
-        self, client: httpx.Client, fake_engine: FakeEngine, route: str, stream: bool
-    ) -> None:
+    def test_an_aborted_choice(self, client: httpx.Client, fake_engine: FakeEngine, route: str, stream: bool) -> None:
         fake_engine.knobs.finish_reasons = ("stop", "abort")
         response = either(client, route, stream=stream, n=2, temperature=1)
         *chunks, last = chunks_of(response) if stream else [response.json()]
@@ -120,36 +107,20 @@ class TestBrokenEngine:
             (False, {"garbage": b"7"}, 502),
             (False, {"garbage": b"{"}, 502),
             (False, {"finish_reasons": ("abort",)}, 502),
+            *((False, {"status": status}, expected) for status, expected in TRANSLATED.items()),
         ],
     )
-    def test_an_answer_that_never_began_is_an_error_like_any_other(
-        self,
-        client: httpx.Client,
-        ada: str,
-        fake_engine: FakeEngine,
-        *,
-        stream: bool,
-        knobs: dict[str, Any],
-        status: int,
+    def test_an_answer_that_never_began(
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, *, stream: bool, knobs: Any, status: int
     ) -> None:
         turn(fake_engine, knobs)
         response = generate(client, ada, stream=stream)
         assert response.status_code == status
         assert response.json()["error"]["type"] == ("engine_error" if status == 502 else "service_unavailable")
-
-    @pytest.mark.parametrize(("status", "expected"), [(500, 503), (503, 503), (429, 503), (401, 502), (418, 502)])
-    def test_its_refusals_are_translated(
-        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, status: int, expected: int
-    ) -> None:
-        fake_engine.knobs.status = status
-        response = generate(client, ada)
-        assert response.status_code == expected
-        assert ("Retry-After" in response.headers) == (expected == 503)
+        assert ("Retry-After" in response.headers) == (status == 503)
 
     @pytest.mark.parametrize("stream", [False, True])
-    def test_while_it_is_down_requests_are_told_to_come_back(
-        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, stream: bool
-    ) -> None:
+    def test_while_it_is_down(self, client: httpx.Client, ada: str, fake_engine: FakeEngine, stream: bool) -> None:
         fake_engine.stop()
         try:
             response = generate(client, ada, stream=stream)
@@ -160,9 +131,7 @@ class TestBrokenEngine:
             fake_engine.start()
         assert generate(client, ada, stream=stream).status_code == 200
 
-    def test_a_generation_that_it_refuses_uses_no_tokens(
-        self, gateway_settings: Settings, fake_engine: FakeEngine
-    ) -> None:
+    def test_a_refused_generation_uses_no_tokens(self, gateway_settings: Settings, fake_engine: FakeEngine) -> None:
         fake_engine.knobs.status = 500
         limited = gateway_settings.model_copy(update={"key_tokens": 100})
         with GatewayThread(limited) as gateway, gateway.client() as client:
@@ -170,53 +139,36 @@ class TestBrokenEngine:
 
     def test_its_silence_ends(self, gateway_settings: Settings, fake_engine: FakeEngine, new_user: NewUser) -> None:
         fake_engine.knobs.token_delay_s = 30
-        with (
-            GatewayThread(gateway_settings.model_copy(update={"engine_timeout_s": 0.3})) as impatient,
-            impatient.client() as client,
-        ):
+        impatient = gateway_settings.model_copy(update={"engine_timeout_s": 0.3})
+        with GatewayThread(impatient) as gateway, gateway.client() as client:
             for stream in (False, True):
                 response = generate(client, new_user(), stream=stream)
                 assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_timeout")
 
 
 @pytest.mark.parametrize(
-    ("limit", "admit_s", "samples"),
-    [
-        ("server.gateway.engines.admin.TOKENIZE_TIMEOUT_S", 600, 1),
-        ("server.gateway.users.adapting.MAX_CHECK_S", 0.3, 20),
-    ],
+    "case", [("engines.admin.TOKENIZE_TIMEOUT_S", 600, 1), ("users.adapting.MAX_CHECK_S", 0.3, 20)]
 )
 def test_samples_are_taken_uncounted_when_the_engine_is_silent_or_slow(
-    client: httpx.Client,
-    new_user: NewUser,
-    fake_engine: FakeEngine,
-    *,
-    monkeypatch: pytest.MonkeyPatch,
-    limit: str,
-    admit_s: float,
-    samples: int,
+    client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, case: Any
 ) -> None:
-    monkeypatch.setattr(limit, 0.2)
+    limit, fake_engine.knobs.admit_s, samples = case
+    monkeypatch.setattr(f"server.gateway.{limit}", 0.2)
     wait_until_ready(client)  # it knows the context, so that it asks how long a long sample is
-    fake_engine.knobs.admit_s = admit_s
-    long = [
-        {"input": f"question {n} " + "x" * 460, "output": "y"} for n in range(samples)
-    ]  # bytes, not tokens, exceed it
+    long = [{"input": f"{n} " + "x" * 470, "output": "y"} for n in range(samples)]  # its bytes exceed the context
     job = client.post(f"/users/{new_user()}/adapt", json={"samples": long}).raise_for_status().json()
     client.delete(f"/jobs/{job['id']}").raise_for_status()
     assert len(fake_engine.tokenized) < samples
 
 
 class TestSilence:
-    """The engine has nothing to say for a while; something between client and gateway may cut what is silent."""
+    """Something between client and gateway may cut a stream that is silent."""
 
     @pytest.fixture(autouse=True)
     def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("server.gateway.http.streaming.KEEP_ALIVE_S", 0.05)
 
-    def test_a_stream_says_so_before_its_first_token_and_between_tokens(
-        self, client: httpx.Client, ada: str, fake_engine: FakeEngine
-    ) -> None:
+    def test_a_stream_sends_comments(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
         fake_engine.knobs.admit_s = fake_engine.knobs.token_delay_s = 0.3
         response = generate(client, ada, stream=True, max_tokens=2)
         comment, *rest = response.text.split("\n\n")
@@ -228,9 +180,7 @@ class TestSilence:
         assert comment in rest[words[0] : words[-1]]
         assert rest[-2:] == ["data: [DONE]", ""]
 
-    def test_an_error_that_comes_after_that_is_an_event(
-        self, client: httpx.Client, ada: str, fake_engine: FakeEngine
-    ) -> None:
+    def test_a_later_error_is_an_event(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
         before = metric(client, "mta_broken_streams_total")
         fake_engine.knobs.admit_s, fake_engine.knobs.status = 0.3, 500
         response = generate(client, ada, stream=True)
@@ -240,23 +190,6 @@ class TestSilence:
         assert json.loads(error.removeprefix("data: "))["error"]["type"] == "service_unavailable"
         assert end == ""
         assert metric(client, "mta_broken_streams_total") == before + 1
-
-    def test_the_events_of_a_job_that_waits_say_so_too(
-        self, client: httpx.Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("server.gateway.routes.jobs._POLL_S", 0.02)
-        samples = [{"input": "q", "output": "a"}]
-        job = client.post(f"/users/{new_user()}/adapt", json={"samples": samples}).raise_for_status().json()
-        with client.stream("GET", f"/jobs/{job['id']}/events") as response:
-            assert response.headers["X-Accel-Buffering"] == "no"
-            lines = (line for line in response.iter_lines() if line)
-            assert next(lines) == "event: job"
-            assert json.loads(next(lines).removeprefix("data: "))["state"] == "queued"
-            assert [next(lines), next(lines)] == [": keep-alive"] * 2
-            client.delete(f"/jobs/{job['id']}").raise_for_status()
-            rest = [line for line in lines if line != ": keep-alive"]
-        assert json.loads(rest[1].removeprefix("data: "))["state"] == "cancelled"
-        assert [rest[0], *rest[2:]] == ["event: job", "event: done", "data: [DONE]"]
 
 
 class TestDisconnect:
@@ -269,10 +202,7 @@ class TestDisconnect:
         before = metric(client, "mta_disconnects_total")
         fake_engine.knobs.token_delay_s = 0.02
         body = json.dumps({"user_id": ada, "prompt": "hello", "max_tokens": 400, "stream": stream}).encode()
-        fields = f"Content-Type: application/json\r\nContent-Length: {len(body)}"
-        head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\n{fields}"
-        with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
-            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        with gateway.send("POST /generate", body):
             wait_until(lambda: bool(fake_engine.seen) and fake_engine.seen[-1].tokens > 2, "the first tokens")
         wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to notice")
         assert fake_engine.seen[-1].tokens < 400
@@ -280,9 +210,7 @@ class TestDisconnect:
 
     @ALL
     @pytest.mark.parametrize("stream", [False, True])
-    def test_a_client_that_leaves_before_the_engine_admits_is_noticed(
-        self, gateway: GatewayThread, fake_engine: FakeEngine, route: str, stream: bool
-    ) -> None:
+    def test_before_admission(self, gateway: GatewayThread, fake_engine: FakeEngine, route: str, stream: bool) -> None:
         fake_engine.knobs.token_delay_s = 30  # nothing is ever sent
         with gateway.client(timeout_s=0.5) as hasty, pytest.raises(httpx.ReadTimeout):
             either(hasty, route, stream=stream)

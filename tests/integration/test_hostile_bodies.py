@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -16,14 +16,11 @@ JSON, LINES = "application/json", "application/x-ndjson"
 GENERATE, PROFILE, ADAPT = "/generate", "/users/somebody/profile", "/users/nobody-yet/adapt"
 
 
-@dataclass(frozen=True)
-class Case:
-    """A body, where it goes, and the code of the error."""
-
+class Case(NamedTuple):
     name: str
     path: str
     make: Callable[[], bytes]
-    code: str = "invalid_value"
+    code: str = "invalid_value"  # of the error
     media: str = JSON
 
 
@@ -38,7 +35,7 @@ def listed(unit: bytes) -> bytes:
 
 
 def fields(number: int) -> bytes:
-    """An object of so many fields, none of which is known."""
+    """An object of so many unknown fields."""
     return b"{" + b",".join(b'"%x":1' % field for field in range(number)) + b"}"
 
 
@@ -47,17 +44,18 @@ def nested(depth: int, *leaves: bytes) -> bytes:
 
 
 def samples(*given: bytes) -> bytes:
-    return b'{"samples":[' + b",".join(given) + b"]}"
+    return b'{"samples":' + nested(1, *given) + b"}"
 
 
 def conversation(*messages: bytes) -> bytes:
-    """A sample."""
-    return b'{"output":"a","input":[' + b",".join(messages) + b"]}"
+    return b'{"output":"a","input":' + nested(1, *messages) + b"}"
 
 
 ONES = [b"1"] * 100_000
 MESSAGE = b'{"role":"user","content":"x"}'
 PROMPT = b'{"user_id":"u","prompt":"'
+LONG, BLANK = conversation(*[MESSAGE] * 100), b'{"input":"q","output":" "}'
+LISTS = nested(1, *[b"[]"] * 4_000)
 CASES = [
     Case("nested 850 deep", GENERATE, lambda: nested(850, *ONES), "invalid_json"),
     Case("nested 190 deep, with NUL", GENERATE, lambda: nested(190, *ONES, rb'"\u0000"')),
@@ -83,15 +81,9 @@ CASES = [
     Case("items, one bad", PROFILE, lambda: text(b'{"items":[', b'{"text":"' + b"x" * 60_000 + b'"},', b"{}]}")),
     Case("a sample", ADAPT, lambda: text(b'{"samples":[{"input":"q","output":"', b"x", b'"}]}'), "sample_too_large"),
     Case("wrong conversations", ADAPT, lambda: samples(conversation(*[fields(900)] * 100)), "missing"),
-    Case(
-        "30,000 messages, the last sample blank",
-        ADAPT,
-        lambda: samples(*[conversation(*[MESSAGE] * 100)] * 300, b'{"input":"q","output":" "}'),
-    ),
+    Case("30,000 messages, the last sample blank", ADAPT, lambda: samples(*[LONG] * 300, BLANK)),
     Case("lines", ADAPT, lambda: b"1\n" * (SIZE // 2), "too_many_lines", LINES),
-    Case(
-        "lines of lists", ADAPT, lambda: text(b"", nested(1, *[b"[]"] * 4_000) + b"\n", b""), "too_many_values", LINES
-    ),
+    Case("lines of lists", ADAPT, lambda: text(b"", LISTS + b"\n", b""), "too_many_values", LINES),
 ]
 
 

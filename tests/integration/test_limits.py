@@ -1,12 +1,12 @@
-"""What one key, one user and all together may ask of a gateway: limits, and the line before the engine."""
+"""What one key, one user and all together may ask of a gateway: limits, the queue before the engine, fair shares."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +16,62 @@ import pytest
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
+from server.gateway.http import bodies, serving
+from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.gateway.users.adapting import Adapting
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES, Allowance
+from tests.support.calls import HELLO, NewUser
+from tests.support.calls import ask as chat
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, Keyed, generate, make_keys, metric
+from tests.support.gateway import GatewayThread, Keyed, chunks_of, generate, make_keys, metric
 
-HELLO: list[Any] = [{"role": "user", "content": "hello"}]
-SHOWN = ("limit", "remaining", "reset")
 PER_USER = 6
 """Requests a minute."""
 PLACES, WAITING = 2, 3
-"""In the engine, and before it."""
+"""In the engine and before it, of the small gateway."""
+MOST = 16
+"""Requests in progress in the wide gateway, which has half as many places."""
 ALLOWED: Mapping[str, Allowance] = {
-    "any": NO_OVERRIDES,
+    **dict.fromkeys(("any", "greedy", "modest"), NO_OVERRIDES),
     "requests": Allowance(requests=PER_USER + 3),
     **dict.fromkeys(("tokens", "failures", "leavers"), Allowance(tokens=100)),
     "jobs": Allowance(jobs=3),
     "erasing": Allowance(requests=50),
+    "one at once": Allowance(concurrent=1),
     "two at once": Allowance(concurrent=2),
+    "two a minute": Allowance(requests=2),
+    "few tokens": Allowance(tokens=10),
 }
 
 
-@dataclass(frozen=True)
-class Limited(Keyed):
-    """A gateway that limits users, before a small engine; its keys are those of `ALLOWED`, each of its own tenant."""
-
-    engine: FakeEngine
-    new_user: Callable[[], str]
+@pytest.fixture(scope="module")
+def keys(store: ValkeyProcess) -> Mapping[str, str]:
+    """Keys of `ALLOWED`, each of a tenant of its own."""
+    return make_keys(store.url, {name: (name.replace(" ", "-"), Scope, ALLOWED[name]) for name in ALLOWED})
 
 
 @pytest.fixture(scope="module")
-def keyed(gateway_settings: Settings, store: ValkeyProcess, fake_engine_server: FakeEngine) -> Iterator[Keyed]:
-    keys = make_keys(store.url, {name: (name.replace(" ", "-"), Scope, ALLOWED[name]) for name in ALLOWED})
+def small(gateway_settings: Settings, store: ValkeyProcess, keys: Mapping[str, str]) -> Iterator[Keyed]:
+    """A gateway that limits users, before a small engine."""
     limits = {"user_requests": PER_USER, "user_jobs": 2, "engine_places": PLACES, "queue_places": WAITING}
     with GatewayThread(gateway_settings.model_copy(update={"redis_url": store.url, **limits})) as gateway:
         yield Keyed(gateway, keys)
 
 
-@pytest.fixture
-def limited(keyed: Keyed, fake_engine: FakeEngine, new_user: Callable[[], str]) -> Limited:
-    return Limited(keyed.gateway, keyed.secrets, fake_engine, new_user)
+@pytest.fixture(scope="module")
+def wide(gateway_settings: Settings, store: ValkeyProcess, keys: Mapping[str, str]) -> Iterator[Keyed]:
+    update = {"redis_url": store.url, "max_requests": MOST, "engine_places": MOST // 2}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bodies, "BODY_TIMEOUT_S", 5.0)
+        with GatewayThread(gateway_settings.model_copy(update=update)) as gateway:
+            yield Keyed(gateway, keys)
 
 
 def shown(response: httpx.Response, what: str) -> tuple[str | None, ...]:
     """What the headers say of a limit."""
-    return tuple(response.headers.get(f"x-ratelimit-{name}-{what}") for name in SHOWN)
+    return tuple(response.headers.get(f"x-ratelimit-{name}-{what}") for name in ("limit", "remaining", "reset"))
 
 
 def left_of(response: httpx.Response) -> int:
@@ -70,27 +79,26 @@ def left_of(response: httpx.Response) -> int:
     return int(response.headers["x-ratelimit-remaining-tokens"])
 
 
-def refused(response: httpx.Response, code: str = "rate_limit_exceeded") -> dict[str, Any]:
-    """The error of a 429."""
+def refused(response: httpx.Response, code: str = "rate_limit_exceeded") -> str:
+    """The message of a 429."""
     assert response.status_code == 429, response.text
     assert 1 <= int(response.headers["Retry-After"]) <= 24 * 3600
-    error: dict[str, Any] = response.json()["error"]
+    error = response.json()["error"]
     assert (error["type"], error["param"], error["code"]) == ("rate_limit_error", None, code)
-    return error
+    return str(error["message"])
 
 
-def chat(client: httpx.Client, user: str | None = None, **fields: Any) -> httpx.Response:
-    named = {"user": user} if user else {}
-    return client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 4} | named | fields)
+def adapt(client: httpx.Client, user: str, text: str, **fields: Any) -> httpx.Response:
+    return client.post(f"/users/{user}/adapt", json={"samples": [{"input": "Any plans?", "output": text}], **fields})
 
 
-class TestLine:
-    """More than the engine computes at once. It comes first: a key that was there lately keeps its share of places."""
+class TestQueue:
+    """It comes first: a key that was there lately keeps its share of places."""
 
-    def test_some_wait_and_the_rest_is_refused(self, limited: Limited) -> None:
-        client, counted = limited.client("any"), ('mta_shed_total{reason="queue_full"}', "mta_queue_seconds_count")
+    def test_some_wait_and_the_rest_is_refused(self, small: Keyed, fake_engine: FakeEngine) -> None:
+        client, counted = small.client("any"), ('mta_shed_total{reason="queue_full"}', "mta_queue_seconds_count")
         before = [metric(client, name) for name in counted]
-        limited.engine.knobs.token_delay_s = 0.02
+        fake_engine.knobs.token_delay_s = 0.02
         with ThreadPoolExecutor(12) as many:
             answers = list(many.map(lambda n: generate(client, f"u{n}", max_tokens=20, stream=n % 2 == 1), range(12)))
         good = [answer for answer in answers if answer.status_code == 200]
@@ -104,35 +112,24 @@ class TestLine:
         assert [now - then for now, then in zip(after, before, strict=True)] == [12 - len(good), len(good)]
         assert metric(client, "mta_queue_running") == metric(client, "mta_queue_waiting") == 0
 
-    def test_a_request_says_how_long_it_waits(self, limited: Limited) -> None:
-        client = limited.client("any")
-        with taken(client, limited.engine, max_tokens=20):
+    def test_a_request_says_how_long_it_waits(self, small: Keyed, fake_engine: FakeEngine) -> None:
+        client = small.client("any")
+        with taken(client, fake_engine, max_tokens=20):
             for path, body in (
                 ("/generate", {"user_id": "kai", "prompt": "hello", "max_tokens": 4}),
-                ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 4}),
+                ("/v1/chat/completions", HELLO),
                 ("/v1/completions", {"prompt": "hello", "max_tokens": 4}),
             ):
                 refused(client.post(path, json=body, headers={"X-Queue-Timeout": "0.05"}), "overloaded")
                 wrong = client.post(path, json=body, headers={"X-Queue-Timeout": "-1"})
                 assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "X-Queue-Timeout")
 
-    def test_a_client_that_leaves_while_waiting_frees_its_place(self, limited: Limited) -> None:
-        client = limited.client("any")
-        with taken(client, limited.engine, max_tokens=40), ThreadPoolExecutor(WAITING) as many:
-            waiting = [many.submit(generate, client, limited.new_user()) for _ in range(WAITING - 1)]
-            wait_until(lambda: metric(client, "mta_queue_waiting") == WAITING - 1, "all of them to wait")
-            with pytest.raises(httpx.ReadTimeout):
-                client.post("/generate", json={"user_id": "kai", "prompt": "x"}, timeout=0.3)
-            assert generate(client, limited.new_user()).status_code == 200  # it waited where kai had
-            assert {answer.result().status_code for answer in waiting} == {200}
-        assert len(limited.engine.seen) == PLACES + WAITING
-
 
 class TestRates:
-    """Requests and tokens a minute."""
+    """Requests and tokens a minute, jobs a day."""
 
-    def test_requests_of_a_user_on_both_kinds_of_routes(self, limited: Limited) -> None:
-        client, ada = limited.client("any"), limited.new_user()
+    def test_requests_of_a_user(self, small: Keyed, fake_engine: FakeEngine, new_user: NewUser) -> None:
+        client, ada = small.client("any"), new_user()
         ask = (lambda: generate(client, ada), lambda: generate(client, ada, stream=True), lambda: chat(client, ada))
         for left in reversed(range(PER_USER)):
             answer = ask[left % 3]()
@@ -142,136 +139,112 @@ class TestRates:
             assert reset is not None and 0 < float(reset.removesuffix("s")) <= 120
             assert shown(answer, "tokens") == (None,) * 3
         for again in (*(one() for one in ask), chat(client, ada, stream=True)):
-            assert f"{PER_USER} requests a minute" in refused(again)["message"]
+            assert f"{PER_USER} requests a minute" in refused(again)
             assert shown(again, "requests")[:2] == (str(PER_USER), "0")
-        assert generate(client, limited.new_user()).status_code == 200
-        assert chat(client).status_code == 200
-        assert len(limited.engine.seen) == PER_USER + 2
+        assert generate(client, new_user()).status_code == chat(client).status_code == 200
+        assert len(fake_engine.seen) == PER_USER + 2
 
-    def test_a_user_over_their_limit_uses_up_nothing_of_their_app(self, limited: Limited) -> None:
-        client, ada = limited.client("requests"), limited.new_user()
+    def test_a_user_over_their_limit_uses_up_nothing_of_their_app(self, small: Keyed, new_user: NewUser) -> None:
+        client, ada = small.client("requests"), new_user()
         answers = [generate(client, ada) for _ in range(PER_USER + 5)]
         assert [answer.status_code for answer in answers] == [200] * PER_USER + [429] * 5
-        assert [generate(client, limited.new_user()).status_code for _ in range(4)] == [200, 200, 200, 429]
-        assert shown(generate(client, limited.new_user()), "requests")[:2] == (str(PER_USER + 3), "0")
+        assert [generate(client, new_user()).status_code for _ in range(4)] == [200, 200, 200, 429]
+        assert shown(generate(client, new_user()), "requests")[:2] == (str(PER_USER + 3), "0")
 
-    def test_tokens_count_as_they_were_used(self, limited: Limited) -> None:
-        client = limited.client("tokens")
-        answer = generate(client, limited.new_user(), max_tokens=60).raise_for_status()
+    def test_tokens_count_as_they_were_used(self, small: Keyed, fake_engine: FakeEngine, new_user: NewUser) -> None:
+        client = small.client("tokens")
+        answer = generate(client, new_user(), max_tokens=60).raise_for_status()
         used = answer.json()["usage"]["total_tokens"]
         assert used < 70
         assert shown(answer, "tokens")[:2] == ("100", str(100 - 1 - 60))
-        wait_until(
-            lambda: left_of(generate(client, limited.new_user(), max_tokens=300)) >= 100 - used, "some to be given back"
-        )
-        answer = generate(client, limited.new_user(), max_tokens=60)
-        assert "100 tokens a minute" in refused(answer)["message"]
+        wait_until(lambda: left_of(generate(client, new_user(), max_tokens=300)) >= 100 - used, "some to be given back")
+        answer = generate(client, new_user(), max_tokens=60)
+        assert "100 tokens a minute" in refused(answer)
         assert int(answer.headers["Retry-After"]) >= (60 - left_of(answer)) * 60 / 100
         assert chat(client, max_tokens=1, stream=True).status_code == 200
 
-    def test_what_the_engine_never_saw_costs_no_tokens(self, limited: Limited) -> None:
-        client = limited.client("failures")
-        limited.engine.knobs.status = 500
-        for status in (503, 503, 404, 503):
-            wanted = {"personalize": "merged"} if status == 404 else {}
-            wait_until(
-                lambda status=status, wanted=wanted: (
-                    generate(client, limited.new_user(), max_tokens=90, **wanted).status_code == status
-                ),
-                "all tokens to be left",
-            )
+    def test_failures_cost_no_tokens(self, small: Keyed, fake_engine: FakeEngine, new_user: NewUser) -> None:
+        client = small.client("failures")
 
-    def test_who_leaves_a_whole_answer_midway_is_charged_for_it(self, limited: Limited) -> None:
-        client = limited.client("leavers")
-        limited.engine.knobs.token_delay_s = 0.05
+        def status(**wanted: str) -> int:
+            return generate(client, new_user(), max_tokens=90, **wanted).status_code
+
+        fake_engine.knobs.status = 500
+        for _ in range(2):
+            wait_until(lambda: status() == 503, "all tokens to be left")
+        wait_until(lambda: status(personalize="merged") == 404, "all tokens to be left")
+        wait_until(lambda: status() == 503, "all tokens to be left")
+
+    def test_who_leaves_midway_is_charged(self, small: Keyed, fake_engine: FakeEngine, new_user: NewUser) -> None:
+        client = small.client("leavers")
+        fake_engine.knobs.token_delay_s = 0.05
         with pytest.raises(httpx.ReadTimeout):
-            client.post("/generate", json={"user_id": limited.new_user(), "prompt": "x", "max_tokens": 60}, timeout=0.5)
-        wait_until(lambda: limited.engine.seen[0].aborted, "the engine to be told")
-        limited.engine.knobs.token_delay_s = 0.0
-        assert (
-            100 - 60 <= left_of(generate(client, limited.new_user(), max_tokens=300)) < 100 - 20
-        )  # some leaks meanwhile
+            client.post("/generate", json={"user_id": new_user(), "prompt": "x", "max_tokens": 60}, timeout=0.5)
+        wait_until(lambda: fake_engine.seen[0].aborted, "the engine to be told")
+        fake_engine.knobs.token_delay_s = 0.0
+        left = left_of(generate(client, new_user(), max_tokens=300))
+        assert 100 - 60 <= left < 100 - 20  # some leaks meanwhile
 
-    def test_requests_about_users_count_and_erasing_does_not(self, limited: Limited) -> None:
-        client, body = limited.client("any"), {"items": [{"text": "the sea"}]}
-        url = f"/users/{limited.new_user()}"
+    def test_requests_about_users_count_and_erasing_does_not(self, small: Keyed, new_user: NewUser) -> None:
+        client, body = small.client("any"), {"items": [{"text": "the sea"}]}
+        url = f"/users/{new_user()}"
         assert client.put(f"{url}/profile", json=body).status_code == 200
         for _ in range(PER_USER - 1):
             assert client.post(f"{url}/profile/items", json=body).status_code == 200
         refused(client.get(url))
         refused(client.put(f"{url}/profile", json=body))
-        assert client.delete(url).status_code == 200
-        assert client.get("/health").status_code == 200
+        assert client.delete(url).status_code == client.get("/health").status_code == 200
 
-    def test_jobs_a_day_and_no_repeated_or_refused_request_is_one(self, limited: Limited) -> None:
-        def adapt(user: str, text: str, **fields: Any) -> httpx.Response:
-            body = {"samples": [{"input": "Any plans?", "output": text}], **fields}
-            return client.post(f"/users/{user}/adapt", json=body)
+    def test_jobs_a_day_and_no_repeated_or_refused_request_is_one(self, small: Keyed, new_user: NewUser) -> None:
+        client, ada, kai = small.client("jobs"), new_user(), new_user()
+        assert adapt(client, ada, " ").status_code == 400
+        first = adapt(client, ada, "the sea").raise_for_status().json()["id"]
+        assert adapt(client, ada, "the sea").json()["id"] == first
+        assert adapt(client, ada, "the sea again").status_code == 202
+        assert "2 adapt jobs a day" in refused(adapt(client, ada, "and again"))
+        assert adapt(client, ada, "the sea again").status_code == 202  # its answer may have been lost
+        for _ in range(2):
+            assert adapt(client, kai, "roses", idempotency_key="k").status_code == 202
+        assert "3 adapt jobs a day" in refused(adapt(client, kai, "more roses"))
 
-        client, ada, kai = limited.client("jobs"), limited.new_user(), limited.new_user()
-        assert adapt(ada, " ").status_code == 400
-        first = adapt(ada, "the sea").raise_for_status().json()["id"]
-        assert adapt(ada, "the sea").json()["id"] == first
-        assert adapt(ada, "the sea again").status_code == 202
-        assert "2 adapt jobs a day" in refused(adapt(ada, "and again"))["message"]
-        assert adapt(ada, "the sea again").status_code == 202  # its answer may have been lost
-        assert adapt(kai, "roses", idempotency_key="k").status_code == 202
-        assert adapt(kai, "roses", idempotency_key="k").status_code == 202
-        assert "3 adapt jobs a day" in refused(adapt(kai, "more roses"))["message"]
-
-    def test_a_job_that_the_store_did_not_take_is_none(self, limited: Limited, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_job_not_stored_is_none(self, small: Keyed, new_user: NewUser, monkeypatch: pytest.MonkeyPatch) -> None:
         async def away(*_: object) -> None:
             raise Unavailable("the store cannot be used now")
 
-        def adapt(text: str) -> int:
-            body = {"samples": [{"input": "Any plans?", "output": text}]}
-            return client.post(f"/users/{user}/adapt", json=body).status_code
-
-        client, user = limited.client("any"), limited.new_user()
+        client, user = small.client("any"), new_user()
         for step in ("job_ids", "submit"):
             with monkeypatch.context() as patched:
                 patched.setattr(Adapting, step, away)
-                assert adapt("the sea") == 503
-        assert [adapt(text) for text in ("the sea", "roses", "frost")] == [202, 202, 429]
+                assert adapt(client, user, "the sea").status_code == 503
+        assert [adapt(client, user, text).status_code for text in ("the sea", "roses", "frost")] == [202, 202, 429]
 
-    def test_erasing_counts_only_where_there_was_nobody_and_is_never_refused(self, limited: Limited) -> None:
-        client, known = limited.client("erasing"), [limited.new_user() for _ in range(3)]
+    def test_erasing_counts_only_if_nobody_was_there_and_is_never_refused(
+        self, small: Keyed, new_user: NewUser
+    ) -> None:
+        client, known, job = small.client("erasing"), [new_user() for _ in range(3)], f"/jobs/{'a' * 26}.1"
         for user in known:
             items = {"items": [{"text": "up at five for the waves"}]}
             client.put(f"/users/{user}/profile", json=items).raise_for_status()
         for user in (known[0], known[0], known[1]):
             assert client.delete(f"/users/{user}").status_code == 200
-        assert {client.delete(f"/users/{limited.new_user()}").status_code for _ in range(50)} == {404}
+        assert {client.delete(f"/users/{new_user()}").status_code for _ in range(50)} == {404}
         tries = itertools.count()  # fewer than the limit has room for without what was erased
-        wait_until(lambda: client.get("/v1/models").status_code == 429 or next(tries) > 30, "the limit")
+        wait_until(lambda: client.get(job).status_code == 429 or next(tries) > 30, "the limit")
         assert next(tries) < 30
-        assert "50 requests a minute" in refused(client.get("/v1/models"))["message"]
-        assert client.delete(f"/users/{limited.new_user()}").status_code == 404
+        assert "50 requests a minute" in refused(client.get(job))
+        assert client.delete(f"/users/{new_user()}").status_code == 404
         assert client.delete(f"/users/{known[2]}").status_code == 200
 
-
-class TestAtOnce:
-    """Requests in progress."""
-
-    def test_of_one_key_only_so_many_over_all_gateways(self, limited: Limited) -> None:
-        limited.engine.knobs.token_delay_s = 0.05
-        client, settings = limited.client("two at once"), limited.gateway.parts.settings
-        with GatewayThread(settings) as another, ThreadPoolExecutor(2) as many:
-            other = Keyed(another, limited.secrets).client("two at once")
-            asked = [many.submit(generate, one, "ada", max_tokens=20) for one in (client, other)]
-            wait_until(lambda: len(limited.engine.seen) == 2, "both to be in progress")
-            for one in (client, other):
-                assert "limit of concurrent requests, 2:" in refused(generate(one, "kai"))["message"]
-            assert {answer.result().status_code for answer in asked} == {200}
-            wait_until(lambda: generate(other, limited.new_user()).status_code == 200, "a place to be free")
+    @pytest.mark.parametrize("key", ["two a minute", "few tokens"])
+    def test_a_key_s_own_limits_are_checked_before_the_body(self, wide: Keyed, key: str, fake_engine: object) -> None:
+        with wide.client(key) as client:
+            wait_until(lambda: generate(client, "ada", max_tokens=9).status_code == 429, "all of it to be used")
+        with wide.send(key, "POST /generate", b"{", length=7_800_000) as sending:
+            assert sending.recv(1 << 16).startswith(b"HTTP/1.1 429")
 
 
 class TestWithoutTheStore:
-    """While nothing can be counted."""
-
-    def test_what_needs_no_profile_is_served_uncounted(
-        self, gateway_settings: Settings, fake_engine: FakeEngine, tmp_path: Path
-    ) -> None:
+    def test_nothing_is_counted(self, gateway_settings: Settings, fake_engine: FakeEngine, tmp_path: Path) -> None:
         store = ValkeyProcess(tmp_path).start()
         limits = {"key_requests": 1, "key_tokens": 10, "key_concurrent": 1, "key_jobs": 2}
         limits |= {"user_requests": 3, "user_tokens": 4, "user_jobs": 5}
@@ -287,12 +260,129 @@ class TestWithoutTheStore:
             assert shown(answers[0], "requests") == (None,) * 3
             assert generate(client, "ada").status_code == 503
 
-    def test_without_a_limit_nothing_is_asked(
+    def test_without_a_limit_it_is_not_called(
         self, gateway: GatewayThread, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(gateway.parts.limiter, "_store", None)
-        monkeypatch.setattr(gateway.parts.limiter.in_progress, "_store", None)
         assert chat(client, model="base").status_code == 200
+
+
+class TestInProgress:
+    """Requests in progress."""
+
+    def test_event_streams_of_one_key_keep_nobody_else_out(self, wide: Keyed, fake_engine: FakeEngine) -> None:
+        with wide.client("greedy") as greedy, wide.client("modest") as modest, ExitStack() as held:
+
+            def follow(key: str, client: httpx.Client, times: int) -> list[bytes]:
+                job = adapt(client, "ada", "the sea").raise_for_status().json()["id"]
+                line = f"GET /jobs/{job}/events"
+                return [held.enter_context(wide.send(key, line, b"")).recv(1 << 16) for _ in range(times)]
+
+            begun = follow("greedy", greedy, MOST)
+            assert modest.get("/v1/models").status_code == 200
+            assert follow("modest", modest, 1)[0].startswith(b"HTTP/1.1 200")
+            streams = [head for head in begun if head.startswith(b"HTTP/1.1 200")]
+            assert len(streams) == MOST // 8
+            assert all(head.startswith(b"HTTP/1.1 429") for head in begun if head not in streams)
+            assert greedy.get("/v1/models").status_code == 200
+
+    def test_a_key_has_at_most_half_of_them(self, wide: Keyed, fake_engine: FakeEngine) -> None:
+        fake_engine.knobs.token_delay_s = 0.1
+        with wide.client("greedy") as greedy, wide.client("modest") as modest, ThreadPoolExecutor(MOST) as many:
+            asked = [many.submit(generate, greedy, "ada", max_tokens=20) for _ in range(MOST)]
+            wait_until(lambda: sum(answer.done() for answer in asked) >= MOST // 2, "the others to be refused")
+            assert modest.get("/users/kai").status_code == 404
+            for path in ("/health", "/ready", "/metrics"):
+                assert greedy.get(path).status_code == 200
+            answers = [answer.result() for answer in asked]
+        assert [answer.status_code for answer in answers].count(200) == MOST // 2
+        refused(next(answer for answer in answers if answer.status_code != 200), "overloaded")
+
+    def test_of_one_key_only_so_many_over_all_gateways(
+        self, small: Keyed, wide: Keyed, fake_engine: FakeEngine, new_user: NewUser
+    ) -> None:
+        fake_engine.knobs.token_delay_s = 0.05
+        clients = [keyed.client("two at once") for keyed in (small, wide)]
+        with ThreadPoolExecutor(2) as many:
+            asked = [many.submit(generate, client, "ada", max_tokens=20) for client in clients]
+            wait_until(lambda: len(fake_engine.seen) == 2, "both to be in progress")
+            for client in clients:
+                assert "limit of concurrent requests, 2:" in refused(generate(client, "kai"))
+            assert {answer.result().status_code for answer in asked} == {200}
+            wait_until(lambda: generate(clients[1], new_user()).status_code == 200, "a place to be free")
+
+    def test_an_event_stream_counts_until_it_ends(self, wide: Keyed) -> None:
+        with wide.client("one at once") as client:
+            job = adapt(client, "ada", "the sea").raise_for_status().json()["id"]
+            with wide.send("one at once", f"GET /jobs/{job}/events", b"") as stream:
+                assert stream.recv(1 << 16).startswith(b"HTTP/1.1 200")
+                assert "limit of concurrent requests, 1:" in refused(client.get("/v1/models"))
+            wait_until(lambda: client.get("/v1/models").status_code == 200, "the stream to be over")
+
+    def test_whoever_has_an_answer_may_ask_again_at_once(self, wide: Keyed, fake_engine: FakeEngine) -> None:
+        with wide.client("one at once") as client:
+            assert {client.get("/v1/models").status_code for _ in range(20)} == {200}
+            assert {generate(client, "ada").status_code for _ in range(5)} == {200}
+
+    def test_large_bodies_of_one_key_that_trickle_hold_nobody_else_up(self, wide: Keyed) -> None:
+        with ExitStack() as held, wide.client("modest") as modest:
+            for _ in range(LARGE_AT_ONCE):
+                body = b" " * (SMALL_BYTES + 1)
+                held.enter_context(wide.send("greedy", "PUT /users/ada/profile", body, length=200_000))
+            body = {"items": [{"text": "the sea " * 5000, "id": str(number)} for number in range(2)]}
+            answer = modest.put("/users/kai/profile", json=body)
+            assert int(answer.request.headers["Content-Length"]) > SMALL_BYTES
+            assert answer.status_code == 200
+
+
+def test_clients_that_do_not_read_never_overfill_the_engine(
+    wide: Keyed, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = wide.gateway.parts.settings.model_copy(update={"engine_places": 2, "queue_places": 20})
+    monkeypatch.setattr(serving, "STALLED_S", 0.5)
+    fake_engine.knobs.context = 200_000
+    body = json.dumps({"user_id": "ada", "prompt": "x", "max_tokens": 100_000, "stream": True}).encode()
+    with GatewayThread(few) as gateway, ExitStack() as held:
+        keyed = Keyed(gateway, wide.secrets)
+        for _ in range(MOST // 2):
+            held.enter_context(keyed.send("greedy", "POST /generate", body, buffer=4096))
+        over = 0
+
+        def all_were_hung_up_on() -> bool:
+            nonlocal over
+            running = sum(not (seen.ended or seen.aborted) for seen in list(fake_engine.seen))
+            over = over + 1 if running > 2 else 0  # one that was told to stop takes a moment
+            assert over < 10, f"{running} sequences in the engine"
+            return sum(seen.aborted for seen in list(fake_engine.seen)) == MOST // 2
+
+        wait_until(all_were_hung_up_on, "everyone's turn")
+        with keyed.client("modest") as modest:
+            assert generate(modest, "kai").status_code == 200
+            wait_until(lambda: 'status="499"' in modest.get("/metrics").text, "the requests to be counted")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_wide_request_is_split_and_rejoined(wide: Keyed, fake_engine: FakeEngine, stream: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    with wide.client("modest") as client:
+        answer = chat(client, max_tokens=3, n=5, seed=7, stream=stream, **options)
+        assert answer.status_code == 200, answer.text
+        parts = [(seen.body["n"], seen.body["seed"], seen.body["stream"]) for seen in fake_engine.seen]
+        assert parts == [(2, 7, True), (2, 9, True), (1, 11, True)]
+        assert len({seen.headers["X-Request-ID"] for seen in fake_engine.seen}) == 3
+        texts: dict[int, str] = {}
+        if stream:
+            *chunks, end, done = chunks_of(answer)
+            assert (end["choices"], done) == ([], "[DONE]")
+        else:
+            end = answer.json()
+            chunks = [{"choices": [one | {"delta": one["message"]} for one in end["choices"]]}]
+        for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+            texts[choice["index"]] = texts.get(choice["index"], "") + (choice["delta"].get("content") or "")
+        assert sorted(texts) == [0, 1, 2, 3, 4]
+        assert len(set(texts.values())) == 1 and len(texts[0].split()) == 3
+        assert end["usage"] == {"prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20}
+        assert "mta_queue_running 0.0" in client.get("/metrics").text.splitlines()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ BREAKER_S = float(str(ROUTER_OPTIONS["cb-timeout-duration-secs"]))
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """A gateway, the router behind it, and two engines behind that."""
+    """A gateway, a router and two engines."""
 
     engines: tuple[FakeEngine, FakeEngine]
     router: Router
@@ -36,17 +36,22 @@ class Fleet:
 
     @property
     def seen(self) -> list[Seen]:
-        """What reached the engines, in no order across them."""
         return [seen for engine in self.engines for seen in engine.seen]
 
     def turn(self, **knobs: int | None) -> None:
-        """Turn knobs of both engines."""
         for engine in self.engines:
             for name, value in knobs.items():
                 setattr(engine.knobs, name, value)
 
+    def check_each_recipe_has_one_engine(self) -> None:
+        for user in [*self.recipes] * 2:
+            generate(self.client, user).raise_for_status()
+        one, other = ({seen.body["model"] for seen in engine.seen} for engine in self.engines)
+        assert one | other == set(self.recipes.values())
+        assert one and other and not one & other
+
     def becomes(self, *statuses: str) -> dict[str, Any]:
-        """Wait until the gateway knows the engines to be so; returns what it says of itself."""
+        """Wait until `/ready` has these states of engines; returns its answer."""
         said: dict[str, Any] = {}
 
         def are() -> bool:
@@ -84,12 +89,7 @@ def fleet(started: Fleet) -> Fleet:
 
 
 def test_a_recipe_is_always_served_by_the_same_engine(fleet: Fleet) -> None:
-    for user in [*fleet.recipes] * 3:
-        generate(fleet.client, user).raise_for_status()
-    served = [{seen.body["model"] for seen in engine.seen} for engine in fleet.engines]
-    assert served[0] | served[1] == set(fleet.recipes.values())
-    assert not served[0] & served[1]
-    assert all(served)
+    fleet.check_each_recipe_has_one_engine()
 
 
 def test_a_request_and_its_trace_reach_the_engine_as_they_were_sent(fleet: Fleet) -> None:
@@ -116,15 +116,20 @@ def test_the_router_tells_nobody_whose_requests_pass(fleet: Fleet) -> None:
     assert "mta3:" not in httpx.get(fleet.router.metrics_url).text
 
 
-def test_while_one_engine_is_down_every_request_is_answered_by_the_other(fleet: Fleet) -> None:
-    down, up = fleet.engines
+@pytest.mark.parametrize("place", [0, 1])
+def test_while_one_engine_is_down_the_other_answers_and_counts_tokens(fleet: Fleet, place: int) -> None:
+    down, up = fleet.engines[place], fleet.engines[1 - place]
     down.stop()
     try:
+        for _ in range(4):
+            sample = {"input": "What is it like?", "output": "Salty."}
+            answer = fleet.client.post(f"/users/{USER}/adapt", json={"samples": [sample] * 4})
+            assert answer.status_code == 202, answer.text
         for stream in (False, True):
             for user in fleet.recipes:
                 assert generate(fleet.client, user, stream=stream).is_success
         assert {seen.body["model"] for seen in up.seen} == set(fleet.recipes.values())
-        said = fleet.becomes("unavailable", "ok")
+        said = fleet.becomes(*(("unavailable", "ok") if place == 0 else ("ok", "unavailable")))
         assert (said["status"], said["detail"]) == ("ready", "1 of 2 engines cannot be used, the others serve")
     finally:
         down.start()
@@ -165,42 +170,18 @@ def test_a_request_of_which_nothing_came_is_sent_once_more_under_another_session
 
 @pytest.mark.parametrize(
     ("knobs", "status", "times"),
-    [({"dies": 10}, 502, 2), ({"status": 400}, 400, 1), ({"status": 422}, 400, 1)],
-    ids=["never a third time", "refused once", "refused once as well"],
+    [({"dies": 10}, 502, 2), ({"status": 400}, 400, 1), ({"status": 422}, 400, 1), ({"die_after": 2}, 200, 1)],
+    ids=["never a third time", "refused once", "refused once as well", "not after the first token"],
 )
-def test_what_fails_again_or_is_refused_is_not_sent_more_often(
-    fleet: Fleet, knobs: dict[str, int], status: int, times: int
-) -> None:
+def test_a_second_failure_or_a_refusal_is_final(fleet: Fleet, knobs: dict[str, int], status: int, times: int) -> None:
     fleet.turn(**knobs)
-    assert generate(fleet.client, USER, stream=True).status_code == status
+    answer = generate(fleet.client, USER, stream=True)
+    assert answer.status_code == status
+    assert status != 200 or chunks_of(answer)[-1]["error"]["code"] == "engine_failed"
     assert len(fleet.seen) == times
-
-
-def test_after_its_first_token_an_answer_is_never_begun_again(fleet: Fleet) -> None:
-    fleet.turn(die_after=2)
-    *_, last = chunks_of(generate(fleet.client, USER, stream=True))
-    assert last["error"]["code"] == "engine_failed"
-    assert len(fleet.seen) == 1
-
-
-def test_tokens_are_counted_while_the_first_engine_is_down(fleet: Fleet) -> None:
-    for engine in fleet.engines:
-        engine.stop()
-        try:
-            for _ in range(4):
-                sample = {"input": "What is it like?", "output": "Salty."}
-                answer = fleet.client.post(f"/users/{USER}/adapt", json={"samples": [sample] * 4})
-                assert answer.status_code == 202, answer.text
-        finally:
-            engine.start()
-    fleet.becomes("ok", "ok")
 
 
 def test_without_the_router_engines_are_asked_directly(fleet: Fleet) -> None:
     """The last test: the router does not come back."""
     os.kill(fleet.router.process.process.pid, signal.SIGKILL)
-    for user in [*fleet.recipes] * 2:
-        assert generate(fleet.client, user).is_success
-    served = [{seen.body["model"] for seen in engine.seen} for engine in fleet.engines]
-    assert not served[0] & served[1]
-    assert all(served)
+    fleet.check_each_recipe_has_one_engine()

@@ -20,6 +20,7 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, metric
 
 HEADER_BYTES = 16 << 10
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -41,8 +42,6 @@ def connection(gateway: GatewayThread) -> Iterator[socket.socket]:
 
 
 class TestHeaders:
-    """The request line and the headers."""
-
     @pytest.mark.parametrize(
         "head",
         [
@@ -60,7 +59,7 @@ class TestHeaders:
         assert answered(connection) == (431, "headers_too_large")
 
     def test_the_most_that_is_allowed_is_taken(self, connection: socket.socket) -> None:
-        head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: "
+        head = GET[:-2] + b"Connection: close\r\nX: "
         connection.sendall(head + b"x" * (HEADER_BYTES - len(head) - 4) + b"\r\n\r\n")
         assert everything(connection).startswith(b"HTTP/1.1 200")
 
@@ -81,12 +80,12 @@ class TestHeaders:
 
     @pytest.mark.parametrize("trickle", [b"", b"X"])
     def test_what_does_not_arrive_in_time_is_refused(self, connection: socket.socket, trickle: bytes) -> None:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+        connection.sendall(GET[:-2] + b"X: ")
         trickled(connection, trickle)
         assert answered(connection) == (408, "request_timeout")
 
     def test_a_second_request_is_no_other(self, connection: socket.socket) -> None:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health")
+        connection.sendall(GET + b"GET /health")
         trickled(connection, b"x")
         first, _, second = everything(connection).partition(b"HTTP/1.1 408")
         assert first.startswith(b"HTTP/1.1 200")
@@ -103,31 +102,24 @@ class TestHeaders:
 
     def test_only_few_requests_wait_in_a_connection(self, connection: socket.socket) -> None:
         with suppress(OSError):
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+            connection.sendall(GET * 1000)
         assert everything(connection).count(b"HTTP/1.1 200") < 20
 
 
 class TestBodies:
-    """The body."""
-
     @pytest.mark.parametrize("trickle", [b"", b" "])
-    def test_what_does_not_arrive_in_time_is_refused(
-        self, gateway: GatewayThread, connection: socket.socket, trickle: bytes
-    ) -> None:
+    def test_a_late_one_is_refused(self, gateway: GatewayThread, trickle: bytes) -> None:
         before = counted(gateway, 408)
-        connection.sendall(POST + b"Content-Length: 1000\r\n\r\n{")
-        trickled(connection, trickle)
-        assert answered(connection) == (408, "request_timeout")
+        with gateway.send("POST /generate", b"{", length=1000) as connection:
+            trickled(connection, trickle)
+            assert answered(connection) == (408, "request_timeout")
         wait_until(lambda: counted(gateway, 408) == before + 1, "the request to be counted")
 
     @pytest.mark.parametrize("size", [0, 10, 100_000])
-    def test_an_upload_that_is_cut_short_is_counted_and_no_failure(
-        self, gateway: GatewayThread, connection: socket.socket, caplog: pytest.LogCaptureFixture, size: int
-    ) -> None:
+    def test_an_upload_cut_short(self, gateway: GatewayThread, caplog: pytest.LogCaptureFixture, size: int) -> None:
         before = counted(gateway, 499)
         with caplog.at_level(logging.WARNING):
-            connection.sendall(POST + b"Content-Length: 200000\r\n\r\n" + b" " * size)
-            connection.close()
+            gateway.send("POST /generate", b" " * size, length=200_000).close()
             wait_until(lambda: counted(gateway, 499) == before + 1, "the request to be counted")
         assert not caplog.records
 
@@ -141,8 +133,7 @@ class TestBodies:
     def test_large_ones_wait_for_each_other_and_small_ones_do_not(self, gateway: GatewayThread) -> None:
         with ExitStack() as held, gateway.client() as client:
             for _ in range(LARGE_AT_ONCE // 2):
-                uploading = held.enter_context(socket.create_connection(("127.0.0.1", gateway.port)))
-                uploading.sendall(POST + b"Content-Length: 200000\r\n\r\n" + b" " * (SMALL_BYTES + 1))
+                held.enter_context(gateway.send("POST /generate", b" " * (SMALL_BYTES + 1), length=200_000))
             small, large = (client.post("/generate", json={"x": "x" * size}) for size in (1, SMALL_BYTES))
         assert small.status_code == 400
         assert (large.status_code, large.json()["error"]["code"]) in ((503, "overloaded"), (400, "missing"))
@@ -150,14 +141,11 @@ class TestBodies:
 
 
 class TestAnswers:
-    """What these bounds are not for."""
-
     def test_a_long_stream_goes_on(self, gateway: GatewayThread, fake_engine: FakeEngine, ada: str) -> None:
         fake_engine.knobs.token_delay_s = 0.1
         body = json.dumps({"user_id": ada, "prompt": "x", "max_tokens": 8, "stream": True}).encode()
-        with socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as connection:
-            head = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
-            connection.sendall(head + body + b"\r\n")  # some clients do that
+        with gateway.send("POST /generate", body, "Connection: close\r\n") as connection:
+            connection.sendall(b"\r\n")  # some clients do that
             assert b"data: [DONE]" in everything(connection)
 
     def test_a_client_may_pause_between_requests(self, gateway: GatewayThread) -> None:
@@ -181,11 +169,11 @@ def trickled(connection: socket.socket, byte: bytes) -> None:
 
 def everything(connection: socket.socket) -> bytes:
     """What comes until the other side hangs up."""
-    chunks = []
+    received = b""
     with suppress(ConnectionResetError):
         while chunk := connection.recv(1 << 16):
-            chunks.append(chunk)
-    return b"".join(chunks)
+            received += chunk
+    return received
 
 
 def answered(connection: socket.socket) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""A gateway on a real port, in a thread of the test's own process, so that its parts can be looked at; API keys."""
+"""A gateway on a real port, in a thread of the test's own process; API keys."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from server.store.tenants.rates import Allowance
 from tests.support.store_parts import StoreParts
 
 SECRET = "a secret that only tests know"
+Secrets = dict[str, str]
 
 
 class GatewayThread:
@@ -53,6 +54,18 @@ class GatewayThread:
 
     def client(self, timeout_s: float = 30) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=timeout_s)
+
+    def send(self, line: str, body: bytes, headers: str = "", length: int = -1, buffer: int = 0) -> socket.socket:
+        """A connection over which a request has been sent, the body perhaps in part."""
+        sending = socket.socket()
+        sending.settimeout(30)
+        if buffer:
+            sending.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        sending.connect(("127.0.0.1", self.port))
+        head = f"{line} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Type: application/json\r\n"
+        head += f"Content-Length: {len(body) if length < 0 else length}\r\n\r\n"
+        sending.sendall(head.encode() + body)
+        return sending
 
     def __enter__(self) -> GatewayThread:
         self.thread.start()
@@ -92,22 +105,12 @@ class Keyed:
     def client(self, key: str) -> httpx.Client:
         return httpx.Client(base_url=self.gateway.url, timeout=30, headers=self.header(key))
 
-    def send(self, key: str, line: str, body: bytes, length: int | None = None, buffer: int = 0) -> socket.socket:
-        """A connection over which a request has been sent, the body perhaps in part."""
-        sending = socket.socket()
-        sending.settimeout(30)
-        if buffer:
-            sending.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        sending.connect(("127.0.0.1", self.gateway.port))
-        head = f"{line} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self.secrets[key]}\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
-        sending.sendall(head.encode() + body)
-        return sending
+    def send(self, key: str, line: str, body: bytes, **options: int) -> socket.socket:
+        """As `GatewayThread.send`, with a key."""
+        return self.gateway.send(line, body, f"Authorization: Bearer {self.secrets[key]}\r\n", **options)
 
 
-def make_keys(
-    url: str, keys: Mapping[str, tuple[str, Iterable[Scope], Allowance]], revoked: str = ""
-) -> dict[str, str]:
+def make_keys(url: str, keys: Mapping[str, tuple[str, Iterable[Scope], Allowance]], revoked: str = "") -> Secrets:
     """Keep API keys of these tenants, scopes and limits in a store; returns their secrets by name."""
     secrets = {name: new_secret() for name in keys}
 
@@ -128,13 +131,12 @@ def wait_until_ready(client: httpx.Client) -> None:
 
 
 def metric(client: httpx.Client, name: str) -> float:
-    """The value of a time series, or the sum of a metric over its labels."""
+    """The value of a time series, or the sum over its labels if the name has none; 0 if there is none."""
     lines = client.get("/metrics").raise_for_status().text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
 def generate(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
-    """A short answer for a user."""
     return client.post("/generate", json={"user_id": user_id, "prompt": "hello", "max_tokens": 4} | fields)
 
 

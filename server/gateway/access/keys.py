@@ -1,4 +1,4 @@
-"""API keys: identify a request's caller from keys that are loaded at startup and refreshed every few seconds."""
+"""Identifies callers by API keys, which are loaded at startup and refreshed every few seconds."""
 
 from __future__ import annotations
 
@@ -75,11 +75,7 @@ class KnownKeys:
         self._revoked: frozenset[str] = frozenset()
         self._banks: Mapping[str, str] = {}
         self._ring = ""
-        self._revision = 0
-
-    @property
-    def any_exists(self) -> bool:
-        return self._revision > 0
+        self._revision = 0  # until the first key is created
 
     async def refresh(self, store: AccessKeys) -> None:
         """Load the keys from the store if they have changed."""
@@ -113,7 +109,7 @@ class KnownKeys:
 
     def check_host(self, host: str) -> None:
         """Raise `MtaError` if no key exists and `host` is not a loopback address."""
-        if not self.any_exists and not _is_loopback(host):
+        if not self._revision and not _is_loopback(host):
             raise MtaError(
                 f"MTA_HOST is {host}, but no API key exists, so anyone who can reach it would have full access. Create "
                 f"a key with `{CREATE} NAME`, or listen on 127.0.0.1"
@@ -125,7 +121,7 @@ class KnownKeys:
         Raise `Forbidden` if no key exists and the `Host` header is not local: DNS rebinding can make a local browser
         send such requests.
         """
-        if not self.any_exists:
+        if not self._revision:
             _check_is_local(headers)
             return self._local_caller
         given = [value for name, value in headers if name == b"authorization"]

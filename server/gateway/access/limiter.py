@@ -26,9 +26,7 @@ log = logging.getLogger("mta.gateway")
 
 RENEW_INTERVAL_S = 15.0
 _LEASE_S = 60.0  # seconds until the requests of a crashed gateway stop counting
-_CONCURRENT_RETRY_S = 1.0
 _USER = "user-"
-_HEADER_RATES = ("requests", "tokens")
 
 
 @dataclass(slots=True)
@@ -52,7 +50,7 @@ class RequestUsage:
         """Return OpenAI's rate limit headers; if key and user both have a limit, show the one with less left."""
         headers = {}
         for level in sorted(self.levels.values(), key=lambda level: -level.left):
-            if (what := level.rate.what) in _HEADER_RATES:
+            if (what := level.rate.what) in ("requests", "tokens"):
                 headers[f"x-ratelimit-limit-{what}"] = str(level.rate.most)
                 headers[f"x-ratelimit-remaining-{what}"] = str(level.left)
                 headers[f"x-ratelimit-reset-{what}"] = f"{level.fits_in_s(level.rate.most):.3f}s"
@@ -65,54 +63,20 @@ def usage_of(request: Mapping[str, Any]) -> RequestUsage:
     return usage
 
 
-class InProgress:
-    """Counts each caller's concurrent requests across all gateways."""
-
-    def __init__(self, store: Rates) -> None:
-        self._store = store
-        self._members: defaultdict[str, set[str]] = defaultdict(set)
-
-    async def enter(self, caller: str, limit: int) -> str | None:
-        """Return a name for `leave`, or None if `limit` are in progress; there is no limit while the store is down."""
-        member = secrets.token_hex(8)
-        self._members[caller].add(member)
-        try:
-            if await self._store.acquire(f"running/{caller}", [member], _LEASE_S, limit) is None:
-                self._members[caller].discard(member)
-                return None
-        except Unavailable as error:  # the store may have counted the request: only its reply was lost
-            log.warning("a concurrent request may not be counted: %s", error.explained)
-        return member
-
-    async def leave(self, caller: str, member: str) -> None:
-        self._members[caller].discard(member)
-        try:
-            await self._store.release(f"running/{caller}", member)
-        except Unavailable as error:
-            log.warning("a finished request counts as concurrent for another %g s: %s", _LEASE_S, error.explained)
-
-    async def renew(self) -> None:
-        """Renew the leases of all requests in progress; call this every `RENEW_INTERVAL_S`."""
-        for caller, members in list(self._members.items()):
-            if members:
-                await self._store.renew(f"running/{caller}", sorted(members), _LEASE_S)
-
-
 class Limiter:
-    """Enforces the limits of keys and users across all gateways.
+    """Enforces the limits of keys and users across all gateways; `refused` is called with the reason of each refusal.
 
     The key limits in `settings` apply to keys without limits of their own. A tenant without keys counts as one key.
-    `refused` is called with the reason of each refusal.
     """
 
     def __init__(self, store: Rates, settings: Settings, refused: Callable[[str], None]) -> None:
-        self.in_progress = InProgress(store)
         self._store = store
         self._per_key = Allowance(
             settings.key_requests, settings.key_tokens, settings.key_jobs, settings.key_concurrent
         )
         self._per_user = Allowance(settings.user_requests, settings.user_tokens, settings.user_jobs)
         self._refused = refused
+        self._members: defaultdict[str, set[str]] = defaultdict(set)  # concurrent requests, by caller
         self._settling: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)  # by caller
 
     @asynccontextmanager
@@ -160,6 +124,31 @@ class Limiter:
     async def refund(self, uses: Sequence[Use]) -> None:
         await self._correct([replace(use, amount=-use.amount) for use in uses])
 
+    async def renew_concurrent(self) -> None:
+        """Renew the leases of this gateway's concurrent requests; call this every `RENEW_INTERVAL_S`."""
+        for caller, members in list(self._members.items()):
+            if members:
+                await self._store.renew(f"running/{caller}", sorted(members), _LEASE_S)
+
+    async def _enter(self, caller: str, limit: int) -> str | None:
+        """Return a name for `_leave`, or None if `limit` are in progress; there is no limit while the store is down."""
+        member = secrets.token_hex(8)
+        self._members[caller].add(member)
+        try:
+            if await self._store.acquire(f"running/{caller}", [member], _LEASE_S, limit) is None:
+                self._members[caller].discard(member)
+                return None
+        except Unavailable as error:  # the store may have counted the request: only its reply was lost
+            log.warning("a concurrent request may not be counted: %s", error.explained)
+        return member
+
+    async def _leave(self, caller: str, member: str) -> None:
+        self._members[caller].discard(member)
+        try:
+            await self._store.release(f"running/{caller}", member)
+        except Unavailable as error:
+            log.warning("a finished request counts as concurrent for another %g s: %s", _LEASE_S, error.explained)
+
     def _of_user(self, user_key: str | None, amounts: Mapping[str, int]) -> list[Use]:
         return [] if user_key is None else _uses(f"{_USER}{user_key}", self._per_user, amounts)
 
@@ -171,7 +160,7 @@ class Limiter:
         tried = asyncio.gather(*(self._try_consume(owned, usage) for owned in _by_owner(uses)))
         is_full = False
         if limit:  # 0 when the body is counted: `usage.member` must keep the request's name then
-            unfit, member = await asyncio.gather(tried, self.in_progress.enter(usage.caller.name, limit))
+            unfit, member = await asyncio.gather(tried, self._enter(usage.caller.name, limit))
             usage.member, is_full = member or "", member is None
         else:
             unfit = await tried
@@ -203,7 +192,7 @@ class Limiter:
             estimates = [use for use in usage.uses if use.rate.what == "tokens" and use.amount]
             await self._correct([replace(use, amount=usage.tokens - use.amount) for use in estimates])
         if usage.member:
-            await self.in_progress.leave(usage.caller.name, usage.member)
+            await self._leave(usage.caller.name, usage.member)
 
     async def _correct(self, uses: Sequence[Use]) -> None:
         changed = [use for use in uses if use.amount]
@@ -221,7 +210,7 @@ class Limiter:
             reason = f"the limit of this {whose} is {rate.most} {what}, and less is left than this request needs"
             message = f"{reason}: try again in {wait_s:.0f} s"
         else:
-            wait_s = _CONCURRENT_RETRY_S
+            wait_s = 1.0
             message = f"this API key is at its limit of concurrent requests, {limit}: try again in a moment"
         return TooMany(message, retry_after_s=wait_s, limits=usage.headers())
 

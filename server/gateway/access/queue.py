@@ -1,9 +1,6 @@
-"""The queue in front of the engines: how many generations run at once, how many wait, and which one is next.
+"""The queue in front of the engines: an engine gets no more than one batch, the rest waits here.
 
-An engine computes a limited number of sequences in one batch; anything beyond that would wait inside it, first come,
-first served. So an engine gets no more than one batch, and the rest waits here, where callers take turns and a client
-that disconnects frees its place. The queue is short: a request that would wait too long is refused at once, and
-admitted requests stay fast.
+Inside an engine they would wait first come, first served; here callers take turns, and the queue is short.
 """
 
 from __future__ import annotations
@@ -51,8 +48,7 @@ class GatewayShare:
         self._gateways = await self._store.acquire(self._all, [self._name], _GATEWAY_LEASE_S) or 1
 
     async def leave(self) -> None:
-        """Give this gateway's share to the others at once; if the store is down, its lease expires within seconds."""
-        with suppress(Unavailable):
+        with suppress(Unavailable):  # the lease expires within seconds
             await self._store.release(self._all, self._name)
 
 
@@ -75,12 +71,9 @@ class EngineLease:
 class EngineQueue:
     """Assigns places to generations; callers take turns.
 
-    Args:
-        places: returns the number of sequences the engines compute at once; None while unknown, then nothing waits.
-        max_waiting: maximum length of the queue; None for half the number of places, which limits the wait to about
-            half the duration of an answer.
-        waited: called with the seconds that each generation waited, including those that gave up.
-        refused: called with the reason of each refusal.
+    `places` returns the number of sequences the engines compute at once; None while unknown, then nothing waits.
+    `max_waiting` None means half the places, which limits the wait to about half the duration of an answer. `waited` is
+    called with the seconds of each wait, also of those that gave up, and `refused` with the reason of each refusal.
     """
 
     def __init__(
@@ -104,12 +97,10 @@ class EngineQueue:
 
     @property
     def taken(self) -> int:
-        """Number of places taken."""
         return self._shares.taken
 
     @property
     def waiting(self) -> int:
-        """Number of generations that wait."""
         return self._line.waiting
 
     @property
@@ -178,17 +169,13 @@ class EngineQueue:
             self._line.refuse_last(longest, self._refusal("queue_full"))
 
     def _leave(self, caller: str, size: int) -> None:
-        """Release places."""
-        self._update_pace()
-        self._line.release(caller, size)
-
-    def _update_pace(self) -> None:
-        """Update the mean time between two places becoming free, measured while generations wait."""
+        """Release places and update the mean time between two releases, measured while generations wait."""
         now_s = time.monotonic()
         if self._last_s is not None:
             weight = _PACE_WEIGHT if self._pace_s else 1.0
             self._pace_s += weight * (now_s - self._last_s - self._pace_s)
         self._last_s = now_s if self.waiting else None
+        self._line.release(caller, size)
 
     def _refusal(self, reason: str) -> TooMany:
         self._refused(reason)

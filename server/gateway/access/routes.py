@@ -1,7 +1,6 @@
 """The scope that each route requires, and the first two of a request's three gates, both before its body is read.
 
-First gate: the caller's share of all requests in progress (`shares.py`). Second gate: the key's scopes and rate limits
-(`limiter.py`). Third gate: the queue in front of the engines (`queue.py`).
+They are the caller's share of all requests (`shares.py`), the key's limits (`limiter.py`) and the queue (`queue.py`).
 """
 
 from __future__ import annotations
@@ -87,8 +86,7 @@ _SCHEME = "API key"
 def guard(app: FastAPI, keys: KnownKeys, max_requests: int, refused: Callable[[str], None]) -> None:
     """Put the gates before every route that the application has so far, and add the keys to its OpenAPI document.
 
-    `max_requests` limits the requests in progress; `refused` is called with the reason of each refusal. Raise
-    `KeyError` if a route is missing from `ROUTES`.
+    `refused` is called with the reason of each refusal. Raise `KeyError` if a route is missing from `ROUTES`.
     """
     places = Shares(lambda: max_requests)
     streams = Shares(lambda: max(1, max_requests // EVENTS_DIVISOR))
@@ -117,7 +115,7 @@ def guard(app: FastAPI, keys: KnownKeys, max_requests: int, refused: Callable[[s
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Gates:
-    """Checks key, places and limits before a route; stores the caller in the request's state for `caller_of`."""
+    """Checks key, places and limits before a route; stores the caller in the request's state."""
 
     app: ASGIApp
     keys: KnownKeys

@@ -51,12 +51,10 @@ class Shares:
         """Record that a caller is active, though it holds no place yet."""
 
     def acquire(self, caller: str, size: int = 1) -> None:
-        """Count places as taken."""
         self._held[caller] += size
         self.taken += size
 
     def release(self, caller: str, size: int = 1) -> None:
-        """Count places as free again."""
         self._held[caller] -= size
         if not self._held[caller]:
             del self._held[caller]
@@ -66,25 +64,20 @@ class Shares:
         return self.free
 
 
-class _Mean:
-    """Exponential mean of the places held."""
+@dataclass(slots=True)
+class _Use:
+    """Recent use of places, by one caller or by all."""
 
-    def __init__(self, now_s: float) -> None:
-        self.value = 0.0
-        self.since_s = now_s
+    since_s: float
+    mean: float = 0.0  # exponential mean of the places held
+    credit: float = 0.0  # what the caller recently left unused of its share, in place-seconds
 
     def add(self, held: int, now_s: float) -> float:
-        """Add that `held` places were held since the last call; return the seconds since then."""
+        """Record that `held` places were held since the last call; return the seconds since then."""
         passed_s = now_s - self.since_s
-        self.value += (1 - math.exp(-passed_s / MEAN_TIME_S)) * (held - self.value)
+        self.mean += (1 - math.exp(-passed_s / MEAN_TIME_S)) * (held - self.mean)
         self.since_s = now_s
         return passed_s
-
-
-class _Use(_Mean):
-    """One caller's use; `credit` is what it recently left unused of its share, in place-seconds."""
-
-    credit = 0.0
 
 
 class FairShares(Shares):
@@ -98,11 +91,10 @@ class FairShares(Shares):
 
     def __init__(self, places: Callable[[], int | None]) -> None:
         super().__init__(places)
-        self._all = _Mean(time.monotonic())
+        self._all = _Use(time.monotonic())
         self._uses: OrderedDict[str, _Use] = OrderedDict()  # of active callers, least recently seen first
 
     def may_acquire(self, caller: str, size: int = 1) -> bool:
-        """As `Shares.may_acquire`, but also allow places beyond the share, as the class describes."""
         use, held = self._touch(caller), self._held[caller]
         if super().may_acquire(caller, size):
             return True
@@ -110,19 +102,16 @@ class FairShares(Shares):
             return False
         if held + size <= self._share(caller) + use.credit:
             return True
-        return self.free - size >= _RESERVE_FACTOR * (self._all.value - use.value) - (self.taken - held)
+        return self.free - size >= _RESERVE_FACTOR * (self._all.mean - use.mean) - (self.taken - held)
 
     def arrives(self, caller: str) -> None:
-        """As `Shares.arrives`: the caller is active from now on."""
         self._touch(caller)
 
     def acquire(self, caller: str, size: int = 1) -> None:
-        """As `Shares.acquire`."""
         self._touch(caller)
         super().acquire(caller, size)
 
     def release(self, caller: str, size: int = 1) -> None:
-        """As `Shares.release`."""
         self._touch(caller)
         super().release(caller, size)
 
@@ -155,19 +144,12 @@ class FairShares(Shares):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiter:
-    """A request in a line.
+    """A request in a line."""
 
-    Attributes:
-        size: number of places it needs.
-        keep_from_s: when, by the monotonic clock, freed places start being kept for it; smaller requests pass before.
-        turn: done once it has its places.
-        may_be_refused: whether it can be removed from the line in favour of another caller.
-    """
-
-    size: int
-    keep_from_s: float
-    turn: asyncio.Future[None]
-    may_be_refused: bool
+    size: int  # number of places it needs
+    keep_from_s: float  # when freed places start being kept for it, by the monotonic clock; before, others may pass
+    turn: asyncio.Future[None]  # done once it has its places
+    may_be_refused: bool  # whether it can be removed from the line in favour of another caller
 
 
 class FairQueue:
@@ -200,11 +182,7 @@ class FairQueue:
     async def wait(
         self, caller: str, size: int, patience_s: float | None, passed_for_s: float, *, may_be_refused: bool = True
     ) -> None:
-        """Wait for places and take them; smaller requests may pass for `passed_for_s`.
-
-        Raises:
-            TimeoutError: after `patience_s` seconds.
-        """
+        """Wait for places and take them, or raise `TimeoutError`; smaller requests may pass for `passed_for_s`."""
         keep_from_s = time.monotonic() + passed_for_s
         waiting = Waiter(size, keep_from_s, asyncio.get_running_loop().create_future(), may_be_refused)
         self._shares.arrives(caller)
@@ -218,7 +196,6 @@ class FairQueue:
             raise
 
     def release(self, caller: str, size: int) -> None:
-        """Give places back."""
         self._shares.release(caller, size)
         self._serve()
 

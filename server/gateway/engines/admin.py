@@ -1,7 +1,4 @@
-"""Direct calls to the engines, bypassing any router: status, adapter drops and tokenisation.
-
-This module alone converts failed calls to `EngineFault`.
-"""
+"""Direct calls to the engines, bypassing any router: status, adapter drops and tokenisation."""
 
 from __future__ import annotations
 
@@ -25,8 +22,7 @@ log = logging.getLogger("mta.gateway")
 ROUTER_PATHS = ("/readiness", "/health")
 """A router is ready if any engine is ready, but healthy only if all are; some routers have only the second path."""
 DROP_TIMEOUT_S = 5.0
-TOKENIZE_TIMEOUT_S = 5.0
-"""Longest wait for the tokenisation of one conversation, which takes the engine milliseconds."""
+TOKENIZE_TIMEOUT_S = 5.0  # for one conversation, which takes the engine milliseconds
 
 
 class EngineFault(MtaError):
@@ -93,7 +89,6 @@ class Engines:
         return tuple(states)
 
     async def router_state(self, url: str, timeout_s: float) -> AddressState:
-        """Return the state of a router."""
         for path in ROUTER_PATHS:
             try:
                 status, _ = await self._request("GET", url + path, timeout_s)

@@ -36,7 +36,7 @@ _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
 _ERROR_PRONE_FIELDS = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
 """Fields that may cause an error without a `param`; if all are absent, the chat template rejected the prompt."""
 _ABORTED = "abort"  # finish reason of an answer that vLLM aborts, e.g. during shutdown
-_USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")
+_USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")  # in a recipe's name; it contains the user's key
 
 Conversation = list[dict[str, Any]]
 """Messages in OpenAI's format; `content` is a text, or missing if there are tool calls."""
@@ -103,13 +103,8 @@ class EngineClient:
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
         """Start a generation and wait for its first piece; leaving the context early aborts it in the engine.
 
-        If an engine cannot be reached or stops before the first piece, resend the request once on another route.
-
-        Raises:
-            AdapterMissing: the engine cannot serve the model.
-            InvalidRequest: the engine refuses the request, e.g. a prompt longer than the context.
-            Unavailable: no engine can be reached.
-            EngineFailed: the engine's answer is invalid.
+        If an engine cannot be reached or stops before the first piece, resend the request once on another route. Raise
+        `AdapterMissing` if the engine cannot serve the model, and `InvalidRequest` if it refuses the request.
         """
         stream, response = await self._send_with_retry(request)
         try:
@@ -188,9 +183,8 @@ class EngineStream:
     """An answer in progress: call `begin`, then iterate over the pieces; all attributes are complete at the end.
 
     If streamed, every chunk reports the prompt's length before any text is passed on. A whole answer reports it only at
-    the end, but saves the cost of chunks, which for a small model is a large part of an answer's time.
-
-    Iterating raises `EngineFailed` if the engine stops early or sends something that is not an answer.
+    the end, but saves the cost of chunks, which for a small model is a large part of an answer's time. Iterating raises
+    `EngineFailed` if the engine stops early or sends something that is not an answer.
     """
 
     def __init__(
@@ -257,12 +251,7 @@ class EngineStream:
 
 
 async def events(chunks: aiohttp.StreamReader) -> AsyncGenerator[Any, None]:
-    """Yield the JSON values of server-sent events up to `[DONE]`; skip comments and empty lines.
-
-    Raises:
-        ValueError: an event is not JSON.
-        EOFError: the stream ends without `[DONE]`.
-    """
+    """Yield the JSON values of server-sent events; raise `EOFError` if the stream ends without `[DONE]`."""
     rest = b""
     async for chunk in chunks.iter_any():
         *lines, rest = (rest + chunk).split(b"\n")
@@ -293,7 +282,6 @@ def open_session(timeout_s: float, **options: Any) -> aiohttp.ClientSession:
 
 
 async def _error_from(response: aiohttp.ClientResponse, request: EngineRequest) -> MtaError:
-    """Return the error for a status other than 200."""
     body = b""
     try:
         body = await response.read()
@@ -320,5 +308,4 @@ async def _error_from(response: aiohttp.ClientResponse, request: EngineRequest) 
 
 
 def _without_user_adapters(message: str) -> str:
-    """Remove user adapters from recipe names in a message: they contain users' keys."""
     return _USER_ADAPTER.sub("", message)

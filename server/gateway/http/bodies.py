@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, TypeVar
 
@@ -13,11 +13,9 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from adapters.errors import excerpt
-from server.errors import TooLarge, TooSlow, Unavailable, WrongMediaType
+from server.errors import CLIENT_GONE, TooLarge, TooSlow, Unavailable, WrongMediaType
 from server.gateway.http.errors import fault_of
 from server.gateway.http.json_text import parse_json, parse_lines
-from server.gateway.http.streaming import CLIENT_GONE
-from server.store.samples import MAX_SAMPLES
 
 MAX_BODY_BYTES = 8 << 20
 BODY_TIMEOUT_S = 60.0
@@ -33,18 +31,13 @@ T = TypeVar("T")
 
 
 class BodyReader:
-    """Reads request bodies.
+    """Reads request bodies; `large` waits for one of the `LARGE_AT_ONCE` places for a large body and holds it."""
 
-    `thread` is one thread that parses large bodies: more threads would only compete with the event loop for the GIL.
-    `large` holds one of the `LARGE_AT_ONCE` places for a large body, and waits for a free one first.
-    """
-
-    def __init__(self, thread: Executor, large: Callable[[Request], AbstractAsyncContextManager[None]]) -> None:
-        self._thread = thread
+    def __init__(self, large: Callable[[Request], AbstractAsyncContextManager[None]]) -> None:
         self._large = large
+        self._thread = ThreadPoolExecutor(1, "bodies")  # more would only compete with the event loop for the GIL
 
     async def read(self, request: Request, parse: Callable[[bytes], T]) -> T:
-        """Read and parse the body; raise `ClientDisconnect` if the client disconnects."""
         async with AsyncExitStack() as held:
             body = await self._read(request, held)
             if len(body) <= SMALL_BYTES:
@@ -80,12 +73,9 @@ class BodyReader:
 
 
 class JsonRoute(APIRoute):
-    """A FastAPI route whose JSON body is read by the gateway's `BodyReader`.
+    """A FastAPI route whose JSON body is read by the application's `BodyReader`."""
 
-    `lines` is the field that takes newline-delimited JSON, one value per line; None if the route does not accept that.
-    """
-
-    lines: str | None = None
+    lines: str | None = None  # field that takes newline-delimited JSON, one value per line
     max_lines = 0
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -110,7 +100,7 @@ class JsonRoute(APIRoute):
         async def strict(request: Request) -> Response:
             parse = of_lines if self._is_in_lines(request) else of_json
             await self.before_body(request)
-            bodies: BodyReader = request.app.state.gateway.bodies
+            bodies: BodyReader = request.app.state.bodies
             try:
                 body = await bodies.read(request, parse)
             except ClientDisconnect:
@@ -134,11 +124,6 @@ class JsonRoute(APIRoute):
             wanted = "application/json or application/x-ndjson" if self.lines else "application/json"
             raise WrongMediaType(f"Content-Type must be {wanted}, got {excerpt(given)}", param="content-type")
         return False
-
-
-class SamplesRoute(JsonRoute):
-    lines = "samples"
-    max_lines = MAX_SAMPLES
 
 
 class _ReadRequest(Request):

@@ -30,16 +30,14 @@ LINGER_S = 2.0
 SEND_BUFFER_BYTES = 128 << 10
 """Kernel send buffer per connection; the default of megabytes would hold a minute of an engine's output unread."""
 STALLED_S = 2.0
-"""Seconds after which a client that stops reading a generation is disconnected; ordinary answers fit into the
-buffers."""
+"""Seconds until a client that stops reading a generation is disconnected; ordinary answers fit into the buffers."""
 
 
 class Connection(HttpToolsProtocol):
     """Limits the size and time of everything a client sends except bodies, which `BodyReader` limits.
 
     One timer runs while no response is in progress and no body is expected: before the first byte, during the headers,
-    and when a body continues after its response. Two more run while the send buffers are full because the client does
-    not read; the longer one is `send_timeout_s`.
+    and when a body continues after its response. Two more run while the client does not read and the buffers are full.
     """
 
     def __init__(self, *, send_timeout_s: float, **uvicorn_options: Any) -> None:

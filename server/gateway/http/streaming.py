@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import orjson
@@ -15,8 +14,6 @@ from starlette.responses import Response
 if TYPE_CHECKING:
     from starlette.types import Receive, Send
 
-CLIENT_GONE = 499
-"""Status recorded when the client disconnects before the response; it is never sent."""
 KEEP_ALIVE_S = 15.0
 """Maximum silence of a stream in seconds; proxies close streams that are silent for much longer."""
 
@@ -42,8 +39,7 @@ def _dump_model(value: object) -> Any:
 class EventSender:
     """Sends a stream of events, and a comment, which clients ignore, after `KEEP_ALIVE_S` without an event.
 
-    The first event or comment also sends status 200 and `headers()`. Once the stream has `begun`, an error can only be
-    sent as an event.
+    Status 200 and `headers()` precede the first of them. Once the stream has `begun`, an error can only be an event.
     """
 
     def __init__(self, send: Send, headers: Callable[[], Mapping[str, str]]) -> None:
@@ -58,13 +54,10 @@ class EventSender:
         self._keeping_alive = asyncio.create_task(self._keep_alive())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._stop_keeping_alive()
 
     async def write(self, data: bytes) -> None:
-        """Send one or more complete events."""
         async with self._turn:
             if not self.begun:
                 self.begun = True
@@ -75,7 +68,6 @@ class EventSender:
             self._sent_s = time.monotonic()
 
     async def end(self) -> None:
-        """End the response."""
         async with self._turn:
             await self._stop_keeping_alive()
             # From now on `receive` reports a disconnect, even if the client has the complete response.

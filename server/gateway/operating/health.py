@@ -1,4 +1,4 @@
-"""The state of each part, probed every few seconds in the background and never by a request."""
+"""The state of each part, probed in the background and never by a request."""
 
 from __future__ import annotations
 
@@ -32,8 +32,6 @@ _USABLE = ("ok", _PARTIAL, _FULL)
 
 
 class Readiness(StrEnum):
-    """Whether the gateway can fully serve requests."""
-
     READY = "ready"
     NOT_READY = "not_ready"
     NOT_YET_SEEN = "not_yet_seen"
@@ -77,8 +75,6 @@ class EmbedderPart:
 
 @dataclass(frozen=True, slots=True)
 class PartStates:
-    """The last known state of every part."""
-
     bank: BankPart
     embedder: EmbedderPart
     redis: StoreState | Unseen
@@ -140,14 +136,14 @@ class Health:
 
     @property
     def readiness(self) -> Readiness:
-        """Readiness according to the last probes."""
         return self.last.readiness if self.last else Readiness.NOT_YET_SEEN
 
     async def probe(self) -> ProbeResult:
         store, engines, router = await asyncio.gather(self._probe_store(), self._probe_engines(), self._probe_router())
         lacking = tuple(bank for bank in self._fingerprints if not any(bank in engine.banks for engine in engines))
         self._log_lacking(lacking if any(engine.banks for engine in engines) else ())
-        self.last = ProbeResult(store, router or self._as_address(engines), engines, lacking, time.monotonic())
+        generating = router or engines[self._engines.urls.index(self._generating)]
+        self.last = ProbeResult(store, generating, engines, lacking, time.monotonic())
         self._was_ready |= self.readiness is Readiness.READY
         return self.last
 
@@ -198,8 +194,3 @@ class Health:
         if self._generating in self._engines.urls:
             return None
         return await self._engines.router_state(self._generating, PROBE_TIMEOUT_S)
-
-    def _as_address(self, engines: Sequence[EngineState]) -> AddressState:
-        """Return the probed state of the engine that generations go to."""
-        state = engines[self._engines.urls.index(self._generating)]
-        return AddressState(state.url, state.status, state.detail)

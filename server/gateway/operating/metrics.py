@@ -1,7 +1,4 @@
-"""The gateway's metrics and request log. Every label has few values: no users, recipes or paths.
-
-Only tenants named in the settings appear as labels; all others are `other`.
-"""
+"""The gateway's metrics and request log. Every label has few values: no users, recipes or paths."""
 
 from __future__ import annotations
 
@@ -17,8 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from server.errors import CLIENT_GONE
 from server.gateway.engines.admin import Engines
-from server.gateway.http.streaming import CLIENT_GONE
 from server.gateway.operating.health import Health, Readiness
 from server.store.durability import CheckedStore
 from server.watching.background import BUCKETS_S, StoreSeconds
@@ -35,13 +32,12 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
 
 _GENERATION_PATHS = frozenset(("/generate", "/v1/chat/completions", "/v1/completions"))
-"""Paths at which a POST is a generation."""
 _METHODS = frozenset(("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"))
 _OUTCOMES = {429: "limited", CLIENT_GONE: "gone", 503: "unavailable"}
 
 
 class Metrics:
-    """The metrics of one gateway, in a registry of its own; `tenants` are the only tenants used as labels."""
+    """The metrics of one gateway, in a registry of its own; tenants not in `tenants` are labelled `other`."""
 
     def __init__(self, tenants: Iterable[str] = ()) -> None:
         self._registry = registry = CollectorRegistry()
@@ -84,11 +80,9 @@ class Metrics:
         ProcessCollector(registry=registry)
 
     def watch(self, engines: Engines, health: Health, store: CheckedStore) -> None:
-        """Add the metrics of the gateway's parts."""
         self._registry.register(_PartsCollector(engines, health, store))
 
     def count_refusal(self, reason: str) -> None:
-        """Count a refused request."""
         self.shed.labels(reason).inc()
 
     def count_generation(self, tenant: str, level: str, status: int, *, broken: bool) -> None:
@@ -102,7 +96,6 @@ class Metrics:
         self.generations.labels(tenant if tenant in self._tenants else OTHER, level, outcome).inc()
 
     def observe(self, timings_ms: dict[str, float], level: str, usage: dict[str, int]) -> None:
-        """Count the stages and the tokens of one generation."""
         for stage, milliseconds in timings_ms.items():
             self.stages.labels(stage).observe(milliseconds / 1000)
         self.tokens.labels(level, "prompt").inc(usage.get("prompt_tokens", 0))
@@ -214,13 +207,5 @@ class RequestLog:
                 tenant = getattr(inner["state"].get("caller"), "tenant", "")  # empty if the gates found no caller
                 self._metrics.count_generation(tenant, notes.level, status, broken=notes.broken)
             took_ms = round((time.perf_counter() - notes.started_s) * 1000, 1)
-            log.info(
-                "%s %s %d %s ms%s%s",
-                method,
-                route,
-                status,
-                took_ms,
-                f" {notes.answer_id}" if notes.answer_id else "",
-                f" {notes.level}" if notes.level else "",
-                extra={"fields": {"method": method, "route": route, "status": status, "ms": took_ms}},
-            )
+            line = " ".join(filter(None, (f"{method} {route} {status} {took_ms} ms", notes.answer_id, notes.level)))
+            log.info(line, extra={"fields": {"method": method, "route": route, "status": status, "ms": took_ms}})

@@ -18,8 +18,8 @@ from server.errors import ApiError, NotFound, TooMany
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import AS_MESSAGES, AS_TEXT, ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
-from server.gateway.parts import UserSamplesRoute, epoch_of, parts_of, user_of, users_of
-from server.gateway.routes.requests import MAX_MESSAGES, Message, Strict, UserIdInPath
+from server.gateway.parts import parts_of, user_of, users_of
+from server.gateway.routes.requests import MAX_MESSAGES, Message, Strict, UserIdInPath, UserSamplesRoute, epoch_of
 from server.gateway.users.adapting import Adapting, TrainingRequest
 from server.store.jobs import Job, JobId, JobState, parse_job_id
 from server.store.samples import MAX_SAMPLES, Sample

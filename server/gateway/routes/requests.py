@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import Header, Path
+from fastapi import Header, Path, Request
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -18,6 +18,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from server.gateway.generation.request import Personalize
+from server.gateway.http.bodies import JsonRoute
+from server.gateway.parts import parts_of, user_of
+from server.store.samples import MAX_SAMPLES
 from server.store.tenants.user_key import check_user_id
 
 MAX_STOPS = 4
@@ -86,6 +89,25 @@ QueueTimeout = Annotated[
         "of it is spent waiting for past items while those of other users are read.",
     ),
 ]
+
+
+class UserRoute(JsonRoute):
+    """A route that writes its body to a user, unless the user is erased while the body arrives."""
+
+    async def before_body(self, request: Request) -> None:
+        user = user_of(request, request.path_params["user_id"])
+        request.state.epoch = await parts_of(request).profiles.store.epoch(user.key)
+
+
+class UserSamplesRoute(UserRoute):
+    lines = "samples"
+    max_lines = MAX_SAMPLES
+
+
+def epoch_of(request: Request) -> str:
+    """Return the epoch that the user of a `UserRoute` had when the request was accepted."""
+    epoch: str = request.state.epoch
+    return epoch
 
 
 class Strict(BaseModel):

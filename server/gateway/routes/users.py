@@ -18,10 +18,10 @@ from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
-from server.gateway.parts import Parts, UserRoute, epoch_of, parts_of, user_of
+from server.gateway.parts import Parts, parts_of, user_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
 from server.gateway.routes.jobs import JobAnswer, iso
-from server.gateway.routes.requests import Strict, UserIdInPath
+from server.gateway.routes.requests import Strict, UserIdInPath, UserRoute, epoch_of
 from server.gateway.users.profiles import ProfileUpdate
 from server.settings import MAX_ITEM_BYTES
 from server.store.jobs import Job

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner, Result
 
 from bench.rig.valkey import ValkeyProcess
+from server.cli import app
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES, Allowance
@@ -38,6 +41,20 @@ def ask(client: httpx.Client, route: str, headers: Mapping[str, str], user: str 
         f"/users/{user}/adapt": {"samples": [{"input": "Hello", "output": "Hello, dear friend"}]},
     }
     return client.request(method, path, json=bodies.get(path), headers=dict(headers))
+
+
+def keys(*arguments: str) -> Result:
+    """`mta keys` in a wide terminal."""
+    return CliRunner().invoke(app, ["keys", *arguments], env={"COLUMNS": "200"})
+
+
+def create(*arguments: str) -> tuple[str, str]:
+    """A new key and its id."""
+    made = keys("create", *arguments)
+    assert made.exit_code == 0, made.output
+    found = re.search(r"key ([0-9a-f]{12}) ", made.stderr)
+    assert found
+    return made.stdout.strip(), found[1]
 
 
 @pytest.fixture(scope="module")

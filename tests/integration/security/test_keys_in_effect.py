@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import httpx
 import pytest
 import redis
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from adapters.errors import MtaError
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
-from server.cli import app
 from server.settings import Settings
 from server.store.tenants.access_keys import digest_of
+from tests.integration.security.conftest import create, keys
 from tests.support.gateway import GatewayThread
-
-ID = re.compile(r"key ([0-9a-f]{12}) ")
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +28,7 @@ def gateways(gateway_settings: Settings, store: ValkeyProcess) -> Iterator[list[
 
 @pytest.fixture(autouse=True)
 def environment(store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of `mta keys`, whose lines are long."""
     monkeypatch.setenv("MTA_REDIS_URL", store.url)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def keys(*arguments: str) -> Result:
-    """`mta keys`."""
-    return CliRunner().invoke(app, ["keys", *arguments])
-
-
-def create(*arguments: str) -> tuple[str, str]:
-    """A new key and its id."""
-    made = keys("create", *arguments)
-    assert made.exit_code == 0, made.output
-    found = ID.search(made.stderr)
-    assert found
-    return made.stdout.strip(), found[1]
 
 
 def status(gateway: GatewayThread, secret: str = "", host: str = "127.0.0.1", path: str = "/v1/models") -> int:
@@ -128,24 +109,18 @@ class TestGiven:
         "secret",
         ["short", "mta_" + "0123456789" * 3, "0123456789abcdef" * 4, "mta_" + "ab" * 40, f"{GIVEN}\n", f"{GIVEN} x"],
     )
-    def test_one_that_others_could_guess_is_refused_and_not_repeated(
-        self, monkeypatch: pytest.MonkeyPatch, secret: str
-    ) -> None:
+    def test_a_guessable_one_is_refused_and_not_repeated(self, monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
         refused = self.given(monkeypatch, secret)
         assert isinstance(refused.exception, MtaError)
         assert "MTA_FIRST_KEY must be `mta_`" in str(refused.exception)
         assert secret.strip() not in str(refused.exception) + refused.output
         assert "mta_" not in keys("list").stdout
 
-    @pytest.mark.parametrize("secret", ["", None])
-    def test_without_one_none_is_made_and_it_is_said_how_to(
-        self, monkeypatch: pytest.MonkeyPatch, secret: str | None
-    ) -> None:
-        none = self.given(monkeypatch, secret) if secret is not None else keys("create", "first", "--given")
-        assert (none.exit_code, none.stdout) == (0, "")
-        assert "`mta keys create first --first`" in none.stderr
-        made, _ = create("first", "--first")
-        assert made.startswith("mta_")
+    def test_without_one_it_says_how_to_make_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for none in (keys("create", "first", "--given"), self.given(monkeypatch, "")):
+            assert (none.exit_code, none.stdout) == (0, "")
+            assert "`mta keys create first --first`" in none.stderr
+        assert create("first", "--first")[0].startswith("mta_")
 
 
 def test_a_key_can_have_limits_of_its_own(gateways: list[GatewayThread]) -> None:
@@ -159,9 +134,7 @@ def test_a_key_can_have_limits_of_its_own(gateways: list[GatewayThread]) -> None
     assert "requests 2, tokens any" in line
 
 
-def test_while_the_store_is_away_known_keys_count_and_nothing_opens(
-    gateways: list[GatewayThread], store: ValkeyProcess
-) -> None:
+def test_while_the_store_is_away_known_keys_still_count(gateways: list[GatewayThread], store: ValkeyProcess) -> None:
     secret, _ = create("app")
     wait_for(gateways, 200, secret)
     store.kill()

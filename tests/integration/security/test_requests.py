@@ -22,12 +22,8 @@ def raw(keyed: Keyed, line: str, headers: bytes = b"", body: bytes = b"") -> byt
 
 
 @pytest.mark.parametrize("route", ["chat/completions", "completions"])
-@pytest.mark.parametrize(
-    "model", ["mta3:{}:shared:a01*1000", "mta3:{}:shared:c:u-{key}.{key}", "../base", "/bank", "BASE", " mta"]
-)
-def test_a_recipe_is_no_model(
-    keyed: Keyed, acme: httpx.Client, fake_engine: FakeEngine, route: str, model: str
-) -> None:
+@pytest.mark.parametrize("model", ["mta3:{}:shared:a01*1000", "mta3:{}:shared:c:u-{key}.1", "../base", "BASE", " mta"])
+def test_recipes_are_refused(keyed: Keyed, acme: httpx.Client, fake_engine: FakeEngine, route: str, model: str) -> None:
     name = model.replace("{key}", "a" * 26).replace("{}", keyed.gateway.parts.bank.manifest.short)
     said = {"prompt": "x"} if route == "completions" else {"messages": [{"role": "user", "content": "x"}]}
     refused = acme.post(f"/v1/{route}", json=said | {"model": name, "max_tokens": 1})
@@ -35,9 +31,7 @@ def test_a_recipe_is_no_model(
     assert fake_engine.seen == []
 
 
-def test_what_a_client_sends_in_headers_goes_no_further(
-    keyed: Keyed, acme: httpx.Client, fake_engine: FakeEngine
-) -> None:
+def test_a_clients_headers_do_not_reach_the_engine(keyed: Keyed, acme: httpx.Client, fake_engine: FakeEngine) -> None:
     sent = dict.fromkeys(("X-Session-ID", "X-Request-Id", "Cookie", "X-Forwarded-For", "X-Mine"), "a=b")
     acme.post("/generate", json={"user_id": "ada", "prompt": "x", "max_tokens": 1}, headers=sent).raise_for_status()
     (seen,) = fake_engine.seen

@@ -1,25 +1,64 @@
-"""Where secrets must not be: answers, logs, metrics, process lists, the store, what is printed."""
+"""Where secrets must not be, who reaches whom in compose, and that `docs/security.md` names tests that exist."""
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import redis
-from typer.testing import CliRunner
+import yaml
 
 from bench.rig.processes import command_line, mta, running
 from bench.rig.valkey import ValkeyProcess, free_port
-from server.cli import app
 from server.store.tenants.access_keys import new_secret
+from tests.integration.security.conftest import create, keys
 from tests.support.fake_engine import KEY
 from tests.support.gateway import SECRET, Keyed
 
-ID = re.compile(r"key ([0-9a-f]{12}) ")
+ROOT = Path(__file__).parents[3]
+FILE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = FILE["services"]
+FETCHES_MODELS = {"models"}  # runs once and reaches a hub; it shares no network with the others
+SHOWN_TO_OPERATORS = {"alertmanager", "grafana"}  # on this machine's own address
+
+
+def test_whatever_is_not_the_gateway_is_on_the_inner_network_alone() -> None:
+    assert FILE["networks"]["inner"] == {"internal": True}
+    between = {name for name, service in SERVICES.items() if {"inner", "outer"} <= set(service["networks"])}
+    assert between
+    assert all("gateway" in name or name in SHOWN_TO_OPERATORS for name in between), between
+    outside = {name for name, service in SERVICES.items() if "inner" not in service["networks"]}
+    assert outside == FETCHES_MODELS
+
+
+def test_no_inner_part_publishes_a_port() -> None:
+    for part in ("redis", "engine", "router", "worker", "keys"):
+        for name in [name for name in SERVICES if name.startswith(part)]:
+            assert "ports" not in SERVICES[name], name
+
+
+def test_whoever_holds_the_secret_of_users_is_a_gateway() -> None:
+    holders = {name for name, service in SERVICES.items() if "MTA_SECRET" in service.get("environment", {})}
+    assert holders == {name for name in SERVICES if "gateway" in name}
+
+
+def test_every_case_has_a_test() -> None:
+    page = (ROOT / "docs" / "security.md").read_text("utf-8")
+    cases = re.findall(r"^\| .+ \| .+ \| `(tests/[^`]+)` \|$", page, re.M)
+    assert len(set(cases)) == len(cases) >= 40
+    for case in cases:
+        file, *names = case.split("::")
+        inside: Any = ast.parse((ROOT / file).read_text("utf-8")).body
+        for name in names:
+            (found,) = [node for node in inside if getattr(node, "name", "") == name]
+            inside = getattr(found, "body", [])
+        assert names, case
 
 
 def test_a_refusal_repeats_no_key(keyed: Keyed, stranger: httpx.Client) -> None:
@@ -43,18 +82,16 @@ def test_no_log_line_holds_a_key_a_user_or_a_secret(
         assert not any(secret in line for line in lines)
 
 
-def test_metrics_hold_neither_keys_nor_users_nor_tenants_that_nobody_named(
-    keyed: Keyed, acme: httpx.Client, stranger: httpx.Client, shared_name: str
-) -> None:
+def test_metrics_identify_nobody(keyed: Keyed, acme: httpx.Client, stranger: httpx.Client, shared_name: str) -> None:
     acme.get(f"/users/{shared_name}").raise_for_status()
     told = stranger.get("/metrics", headers=keyed.header("only admin")).raise_for_status().text
     for secret in (*keyed.secrets.values(), SECRET, KEY, shared_name, "acme", "globex"):
         assert secret not in told
 
 
-def test_a_store_that_fails_names_no_password(keyed: Keyed, stranger: httpx.Client) -> None:
-    url = f"redis://:a-password@127.0.0.1:{free_port()}/0"
-    found = CliRunner().invoke(app, ["keys", "list"], env={"MTA_REDIS_URL": url})
+def test_store_errors_name_no_password(keyed: Keyed, stranger: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTA_REDIS_URL", f"redis://:a-password@127.0.0.1:{free_port()}/0")
+    found = keys("list")
     assert found.exit_code != 0
     assert "a-password" not in found.output + str(found.exception)
     detail = stranger.get("/ready", headers=keyed.header("only admin")).text
@@ -72,14 +109,10 @@ def test_the_store_and_its_files_hold_no_key(keyed: Keyed, store: ValkeyProcess)
 
 def test_a_key_is_shown_once_and_never_listed(store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTA_REDIS_URL", store.url)
-    made = CliRunner().invoke(app, ["keys", "create", "an app", "--tenant", "acme", "--scope", "generate"])
-    assert made.exit_code == 0, made.output
-    secret = made.stdout.strip()
+    secret, key_id = create("an app", "--tenant", "acme", "--scope", "generate")
     assert secret.startswith("mta_")
-    listed = CliRunner().invoke(app, ["keys", "list"], env={"COLUMNS": "200"}).output
-    found = ID.search(made.stderr)
-    assert found
-    for told in (found[1], "an app", "acme", "generate", secret[-4:]):
+    listed = keys("list").output
+    for told in (key_id, "an app", "acme", "generate", secret[-4:]):
         assert told in listed
     assert secret[4:-4] not in listed
 

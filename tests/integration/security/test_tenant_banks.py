@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,9 +18,17 @@ from server.cli import app
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES
-from tests.integration.security.conftest import ask
+from tests.integration.security.conftest import ask, keys
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, GatewayThread, Keyed, generate, give_adapter, make_keys
+from tests.support.gateway import (
+    SECRET,
+    GatewayThread,
+    Keyed,
+    generate,
+    give_adapter,
+    make_keys,
+    wait_until_ready,
+)
 
 ITEMS = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
 
@@ -33,10 +41,7 @@ def second(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, em
 
 
 @pytest.fixture(scope="module")
-def two_banks(
-    gateway_settings: Settings, store: ValkeyProcess, second: Path, fake_engine_server: FakeEngine
-) -> Iterator[Keyed]:
-    """A gateway that has loaded both."""
+def two_banks(gateway_settings: Settings, store: ValkeyProcess, second: Path, fake_engine_server: FakeEngine) -> Any:
     secrets = make_keys(store.url, {tenant: (tenant, Scope, NO_OVERRIDES) for tenant in ("acme", "globex")})
     settings = gateway_settings.model_copy(update={"redis_url": store.url, "next_bank": second})
     before = fake_engine_server.knobs.banks
@@ -57,7 +62,7 @@ def named(two_banks: Keyed, store: ValkeyProcess, second: Path, monkeypatch: pyt
 
 
 def name_bank(*arguments: str) -> None:
-    assert CliRunner().invoke(app, ["keys", "bank", *arguments]).exit_code == 0
+    assert keys("bank", *arguments).exit_code == 0
 
 
 def bank_of(two_banks: Keyed, tenant: str) -> str:
@@ -66,12 +71,12 @@ def bank_of(two_banks: Keyed, tenant: str) -> str:
         return str(answer.get("bank") or answer["error"]["code"])
 
 
-def test_the_gateway_is_ready_once_each_bank_is_in_an_engine_and_tells_nobody_but_the_log_and_admins(
+def test_ready_once_an_engine_has_each_bank_and_only_admins_and_the_log_name_it(
     two_banks: Keyed, second: Path, fake_engine_server: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     lacking, both = read_manifest(second), fake_engine_server.knobs.banks
     with two_banks.client("acme") as admin, httpx.Client(base_url=two_banks.gateway.url) as stranger:
-        wait_until(lambda: stranger.get("/ready").status_code == httpx.codes.OK, "the gateway to be ready")
+        wait_until_ready(stranger)
         fake_engine_server.knobs.banks = both[:1]
         try:
             wait_until(lambda: stranger.get("/ready").status_code == httpx.codes.SERVICE_UNAVAILABLE, "it to find out")
@@ -79,7 +84,7 @@ def test_the_gateway_is_ready_once_each_bank_is_in_an_engine_and_tells_nobody_bu
             [engine] = admin.get("/ready").json()["parts"]["engines"]
         finally:
             fake_engine_server.knobs.banks = both
-        wait_until(lambda: stranger.get("/ready").status_code == httpx.codes.OK, "the gateway to be ready again")
+        wait_until_ready(stranger)
     assert '"not_ready"' in said
     assert lacking.short not in said
     assert engine["status"] == "lacks_bank"
@@ -138,5 +143,5 @@ def test_a_bank_that_is_not_loaded_is_said_and_taken_back(two_banks: Keyed, name
 
 @pytest.mark.parametrize(("tenant", "bank"), [("nobody", "0" * 8), ("acme", "0" * 7), ("acme", "A" * 8)])
 def test_what_is_no_tenant_or_no_bank_is_refused(two_banks: Keyed, named: BankManifest, tenant: str, bank: str) -> None:
-    assert CliRunner().invoke(app, ["keys", "bank", tenant, bank]).exit_code == 1
+    assert keys("bank", tenant, bank).exit_code == 1
     assert bank_of(two_banks, "acme") == named.short

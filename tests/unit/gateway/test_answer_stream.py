@@ -1,20 +1,23 @@
-"""An answer that goes to the engines in parts, and comes back as one."""
+"""Streams: events read and sent; an answer that goes to the engines in parts and comes back as one."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import itertools
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.errors import EngineFailed
 from server.gateway.access.queue import EngineQueue
-from server.gateway.engines.chat import EngineRequest, EngineStream
+from server.gateway.engines.chat import EngineRequest, EngineStream, events
 from server.gateway.generation.answer_stream import AnswerStream, split_request
+from server.gateway.http.streaming import DONE, KEEP_ALIVE, EventSender, event
 from server.gateway.routes.openai.routes import join_chunks
 
 
@@ -23,17 +26,15 @@ def request(prompt: Any = None, **sampling: Any) -> EngineRequest:
 
 
 class Engine:
-    """Says what the test lets it say."""
+    """Sends what the test lets it send."""
 
     def __init__(self) -> None:
         self.said: dict[str, asyncio.Queue[bytes]] = {}
         self.left: list[str] = []
 
     def say(self, name: str, *values: dict[str, Any] | bytes) -> None:
-        """The next chunks of a request."""
         for value in values:
-            data = value if isinstance(value, bytes) else b"data: " + orjson.dumps(value) + b"\n\n"
-            self.said[name].put_nowait(data)
+            self.said[name].put_nowait(value if isinstance(value, bytes) else event(value))
 
     @asynccontextmanager
     async def begin(self, wanted: EngineRequest) -> AsyncIterator[tuple[int, EngineStream]]:
@@ -62,9 +63,6 @@ def end(prompt: int, completion: int) -> dict[str, Any]:
     return {"created": 2, "choices": [], "usage": usage}
 
 
-DONE = b"data: [DONE]\n\n"
-
-
 @pytest.fixture
 def engine() -> Engine:
     return Engine()
@@ -76,9 +74,7 @@ def queue() -> EngineQueue:
 
 
 @asynccontextmanager
-async def answering(
-    engine: Engine, queue: EngineQueue, wanted: EngineRequest, most: int
-) -> AsyncIterator[AnswerStream]:
+async def answer(engine: Engine, queue: EngineQueue, wanted: EngineRequest, most: int) -> AsyncIterator[AnswerStream]:
     """An answer whose first part has begun, with an empty piece."""
     parts = split_request(wanted, most)
     async with queue.acquire("a", size=parts[0].sequences) as lease, engine.begin(parts[0].request) as (_, first):
@@ -94,43 +90,34 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-class TestParts:
-    """How a request is parted."""
-
-    def test_what_is_narrow_enough_stays_whole(self) -> None:
-        wanted = request(n=4, seed=1)
-        assert [part.request for part in split_request(wanted, 4)] == [wanted]
-        assert [part.request for part in split_request(wanted, None)] == [wanted]
-
-    def test_seeds_go_on_as_the_engine_s_do(self) -> None:
-        parts = split_request(request(n=7, seed=(1 << 63) - 4), 3)
-        assert [(part.request.sampling["n"], part.first) for part in parts] == [(3, 0), (3, 3), (1, 6)]
-        assert [part.request.sampling["seed"] for part in parts] == [(1 << 63) - 4, (1 << 63) - 1, -(1 << 63) + 2]
-        assert [part.counts_prompt for part in parts] == [True, False, False]
-        assert len({part.request.request_id for part in parts}) == 3
-
-    def test_several_prompts(self) -> None:
-        parts = split_request(request(["a", "b", "c"], n=2), 4)
-        assert [(part.request.prompt, part.first, part.sequences) for part in parts] == [
-            (["a", "b"], 0, 4),
-            (["c"], 4, 2),
+def test_a_request_is_split_into_parts() -> None:
+    def split(wanted: EngineRequest, most: int | None) -> list[tuple[Any, ...]]:
+        """Prompt, answers, index of the first choice and sequences of each part, and whether its prompt counts."""
+        return [
+            (part.request.prompt, part.request.sampling["n"], part.first, part.sequences, part.counts_prompt)
+            for part in split_request(wanted, most)
         ]
-        parts = split_request(request([[1, 2], [3]], n=3), 2)
-        assert [(part.request.prompt, part.request.sampling["n"], part.first) for part in parts] == [
-            ([1, 2], 2, 0),
-            ([1, 2], 1, 2),
-            ([3], 2, 3),
-            ([3], 1, 5),
-        ]
-        assert [part.counts_prompt for part in parts] == [True, False, True, False]
 
-    def test_what_the_engine_refuses_is_refused_in_parts_too(self) -> None:
-        (part,) = split_request(request(n=9, temperature=0), 1)
-        assert (part.request.sampling["n"], part.sequences) == (9, 1)
+    wanted = request(n=4, seed=1)
+    for most in (4, None):
+        assert [part.request for part in split_request(wanted, most)] == [wanted]
+    assert split(request(["a", "b", "c"], n=2), 4) == [(["a", "b"], 2, 0, 4, True), (["c"], 2, 4, 2, True)]
+    of_first = [([1, 2], 2, 0, 2, True), ([1, 2], 1, 2, 1, False)]
+    assert split(request([[1, 2], [3]], n=3), 2) == [*of_first, ([3], 2, 3, 2, True), ([3], 1, 5, 1, False)]
+    refused_by_the_engine = request(n=9, temperature=0)
+    assert split(refused_by_the_engine, 1) == [(None, 9, 0, 1, True)]
+
+
+def test_seeds_go_on_as_the_engine_s_do() -> None:
+    parts = split_request(request(n=7, seed=(1 << 63) - 4), 3)
+    assert [(part.request.sampling["n"], part.first) for part in parts] == [(3, 0), (3, 3), (1, 6)]
+    assert [part.request.sampling["seed"] for part in parts] == [(1 << 63) - 4, (1 << 63) - 1, -(1 << 63) + 2]
+    assert [part.counts_prompt for part in parts] == [True, False, False]
+    assert len({part.request.request_id for part in parts}) == 3
 
 
 async def test_every_sequence_gives_its_place_back_when_it_ends(engine: Engine, queue: EngineQueue) -> None:
-    async with answering(engine, queue, request(n=3), 4) as stream:
+    async with answer(engine, queue, request(n=3), 4) as stream:
         assert queue.taken == 3
         pieces = stream.pieces()
         engine.say("id", piece(1, "b", "stop"), piece(0, "a"), piece(2, "c", "length"))
@@ -144,7 +131,7 @@ async def test_every_sequence_gives_its_place_back_when_it_ends(engine: Engine, 
 
 
 async def test_parts_wait_one_after_another_and_come_back_as_one(engine: Engine, queue: EngineQueue) -> None:
-    async with answering(engine, queue, request(n=6), 2) as stream:
+    async with answer(engine, queue, request(n=6), 2) as stream:
         await settled()
         assert (list(engine.said), queue.taken, queue.waiting) == (["id", "id-1"], 4, 1)
         engine.say("id", piece(1, "b", "stop"))
@@ -164,7 +151,7 @@ async def test_parts_wait_one_after_another_and_come_back_as_one(engine: Engine,
 
 async def test_a_part_that_fails_ends_all(engine: Engine, queue: EngineQueue) -> None:
     with pytest.raises(EngineFailed):
-        async with answering(engine, queue, request(n=6), 2) as stream:
+        async with answer(engine, queue, request(n=6), 2) as stream:
             await settled()
             engine.say("id-1", b"data: nonsense\n\n")
             async for _ in stream.pieces():
@@ -174,7 +161,7 @@ async def test_a_part_that_fails_ends_all(engine: Engine, queue: EngineQueue) ->
 
 
 async def test_who_leaves_takes_all_parts_along(engine: Engine, queue: EngineQueue) -> None:
-    async with answering(engine, queue, request(n=8), 2):
+    async with answer(engine, queue, request(n=8), 2):
         await settled()
         assert (queue.taken, queue.waiting) == (4, 1)
     assert sorted(engine.left) == ["id", "id-1"]
@@ -182,25 +169,80 @@ async def test_who_leaves_takes_all_parts_along(engine: Engine, queue: EngineQue
 
 
 def test_a_conversation_s_chunks_become_the_message_that_the_engine_would_have_sent() -> None:
-    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, said: str = "") -> dict[str, Any]:
-        logprobs = {"content": [{"token": said, "logprob": -1.0}]} if said else None
+    def chunk(index: int, reason: str | None = None, **delta: str) -> dict[str, Any]:
+        logprobs = {"content": [{"token": delta["content"], "logprob": -1.0}]} if delta.get("content") else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {"id": "x", "created": 1, "model": "m", "object": "chat.completion.chunk", "choices": [choice]}
 
-    chunks = [
-        chunk(1, {"role": "assistant", "content": ""}),
-        chunk(0, {"role": "assistant", "content": ""}),
-        chunk(1, {"content": "b"}, said="b"),
-        chunk(0, {"reasoning": "so"}),
-        chunk(0, {"content": "a "}, said="a"),
-        chunk(0, {"content": "c"}, "length", "c") | {"system_fingerprint": "f"},
-        chunk(1, {}, "stop"),
-        {"choices": [], "usage": {"total_tokens": 3}},
-    ]
+    opened = [chunk(index, role="assistant", content="") for index in (1, 0)]
+    said = [chunk(1, content="b"), chunk(0, reasoning="so"), chunk(0, content="a ")]
+    ended = [chunk(0, "length", content="c") | {"system_fingerprint": "f"}, chunk(1, "stop")]
+    chunks = [*opened, *said, *ended, {"choices": [], "usage": {"total_tokens": 3}}]
     value = join_chunks(chunks, "chat.completion")
     assert (value["object"], value["id"], value["usage"]) == ("chat.completion", "x", {"total_tokens": 3})
     first, second = value["choices"]
     assert first["message"] == {"role": "assistant", "content": "a c", "refusal": None, "reasoning": "so"}
-    assert [one["token"] for one in first["logprobs"]["content"]] == ["a", "c"]
+    assert [one["token"] for one in first["logprobs"]["content"]] == ["a ", "c"]
     assert (first["finish_reason"], second["finish_reason"]) == ("length", "stop")
     assert second["message"]["content"] == "b"
+
+
+class Pieces:
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+
+    async def iter_any(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            yield piece
+
+
+def read(*pieces: bytes) -> list[object]:
+    async def collect() -> list[object]:
+        return [value async for value in events(Pieces(list(pieces)))]
+
+    return asyncio.run(collect())
+
+
+VALUES = st.lists(st.dictionaries(st.text(), st.text() | st.integers(-9, 9)), max_size=5)
+
+
+@given(VALUES, st.lists(st.integers(0, 400), max_size=8))
+def test_events_do_not_depend_on_where_the_bytes_were_cut(values: list[object], cuts: list[int]) -> None:
+    whole = b"".join(map(event, values)) + DONE
+    places = sorted({0, len(whole), *(cut for cut in cuts if cut < len(whole))})
+    assert read(*(whole[a:b] for a, b in itertools.pairwise(places))) == values
+
+
+def test_what_is_no_event_or_comes_after_the_end_is_passed_over() -> None:
+    assert read(b': ping\r\nid: 3\r\ndata: {"a": 1}\r\n\r\n', DONE) == [{"a": 1}]
+    assert read(event(1) + DONE + b"data: no json\n\n") == [1]
+
+
+async def test_a_sender_begins_once_and_says_nothing_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.gateway.http.streaming.KEEP_ALIVE_S", 0.001)
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        await asyncio.sleep(0.003)  # a client that reads slowly: comments and events meet
+        sent.append(message)
+
+    async with EventSender(send, lambda: {"Server-Timing": "x"}) as sender:
+        await asyncio.sleep(0.01)
+        for number in range(5):
+            await sender.write(event(number))
+        await sender.end()
+        await asyncio.sleep(0.01)
+    assert [message["type"] for message in sent] == ["http.response.start"] + ["http.response.body"] * (len(sent) - 1)
+    assert [message["more_body"] for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
+    bodies = [message["body"] for message in sent[1:-1]]
+    assert [body for body in bodies if body != KEEP_ALIVE] == [event(number) for number in range(5)]
+    assert bodies[0] == KEEP_ALIVE
+    head = dict(sent[0]["headers"])
+    assert head[b"server-timing"] == b"x"
+    assert b"content-length" not in head
+
+
+@pytest.mark.parametrize(("stream", "error"), [(event(1), EOFError), (b"data: {oops\n\n", ValueError)])
+def test_a_broken_stream_is_noticed(stream: bytes, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        read(stream)

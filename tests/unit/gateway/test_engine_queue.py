@@ -1,8 +1,9 @@
-"""The line before the engines: who is admitted, waits or is refused, in which order; and how gateways share places."""
+"""The queue in front of the engines: who is admitted, waits or is refused, in which order; shares of places."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 
 from server.errors import TooMany, Unavailable
+from server.gateway.access import queue, shares
 from server.gateway.access.queue import EngineQueue, GatewayShare
+from server.gateway.access.shares import FairShares, Shares
 
 
 class Line:
@@ -26,27 +29,24 @@ class Line:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def come(self, *names: str, size: int = 1, patience_s: float | None = None) -> None:
-        """Callers ask, one after the other; `a1` and `a2` are two requests of the caller `a`."""
+        """Send requests one after the other; `a1` and `a2` are two requests of the caller `a`."""
         for name in names:
             self._ends[name] = asyncio.Event()
             self._tasks[name] = asyncio.create_task(self._request(name, size, patience_s))
             await settled()
 
     async def end(self, *names: str) -> None:
-        """What was served comes to its end."""
         for name in names:
             self._ends[name].set()
             await self._tasks[name]
             await settled()
 
     async def leave(self, name: str) -> None:
-        """A client goes away."""
         self._tasks[name].cancel()
         await asyncio.gather(self._tasks[name], return_exceptions=True)
         await settled()
 
     async def refusal(self, name: str) -> TooMany:
-        """How a request was refused."""
         with pytest.raises(TooMany) as refused:
             await asyncio.wait_for(self._tasks[name], 10)
         return refused.value
@@ -64,7 +64,6 @@ class Line:
 
 
 async def settled() -> None:
-    """Let everybody run who can."""
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -74,6 +73,15 @@ async def line() -> AsyncIterator[Line]:
     line = Line()
     yield line
     await line.close()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The clock of queue and shares; `now_s` is its time."""
+    clock = SimpleNamespace(now_s=0.0)
+    for module in (queue, shares):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    return clock
 
 
 SCENARIOS = {
@@ -87,27 +95,41 @@ SCENARIOS = {
     "whoever waits behind a wide one with the same key passes": (2, 2, "a1 a2*2 a3", "a1 a3", ""),
     "while nobody knows how many there are nobody waits": (None, 2, "a1 a2 a3 a4 a5 -a1", "a1 a2 a3 a4 a5", ""),
     "a caller alone has all of it": (8, 2, "a1 a2 a3 a4 a5 a6 a7 a8", "a1 a2 a3 a4 a5 a6 a7 a8", ""),
+    "a request may say how long it waits": (2, 2, "a1 a2 a3 a4/0 a5/0.01", "a1 a2", "a4 a5"),
+    "others pass a wide one for half its patience, then places are kept for it": (
+        *(4, 10, "a1 b1 c1 d1*4 @29 e1 f1 @31 -a1 g1 -b1 -c1 -e1 -d1", "a1 b1 c1 e1 d1 f1 g1", ""),
+    ),
+    "nothing is kept for a wide one that left": (2, 2, "a1 b1*2/0.01 c1", "a1 c1", "b1"),
+    "after one long answer others wait again": (
+        *(2, 2, "a1 a2 a3 -a1 a4 @100 -a2 a5 b1 @101 -a3", "a1 a2 a3 a4 a5", "b1"),
+    ),
+    "places come and go with the engines": (2, 3, "a1 a2 a3 a4 =1 -a1 ~a3 a5 =4 -a2", "a1 a2 a4 a5", ""),
     "who asks for more than a share comes after those who do not, and alone may have all": (
         *(8, 50, "b1 c1 a1 a2 a3 a4 a5 a6 a7 a8 b2 c2 -a1 -a2 -b1 -b2 -c1 -c2"),
         *("b1 c1 a1 a2 a3 a4 a5 a6 b2 c2 a7 a8", ""),
     ),
 }
-"""Places, longest line, what happens (`a1` comes, `a1*2` for two sequences, `-a1` ends, `~a1` leaves), who is served in
-which order, and who is refused."""
+"""Places, longest line, what happens (`a1` comes, `a1*2` for two sequences, `a1/9` with 9 s of patience, `-a1` ends,
+`~a1` leaves, `=4` places are there, it is second `@9`), who is served in which order, and who is refused."""
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
-async def test_scenarios(scenario: tuple[int | None, int | None, str, str, str]) -> None:
+async def test_scenarios(scenario: tuple[int | None, int | None, str, str, str], clock: SimpleNamespace) -> None:
     places, max_waiting, steps, served, refused = scenario
     line = Line(places, max_waiting)
     for step in steps.split():
-        name, _, size = step.lstrip("-~").partition("*")
-        if step[0] == "-":
-            await line.end(name)
-        elif step[0] == "~":
-            await line.leave(name)
-        else:
-            await line.come(name, size=int(size or 1))
+        name, size, patience_s = re.fullmatch(r"[-~=@]?(\w+)(?:\*(\d+))?(?:/(.+))?", step).groups()  # type: ignore[union-attr]
+        match step[0]:
+            case "-":
+                await line.end(name)
+            case "~":
+                await line.leave(name)
+            case "=":
+                line.places = int(name)
+            case "@":
+                clock.now_s = float(name)
+            case _:
+                await line.come(name, size=int(size or 1), patience_s=patience_s and float(patience_s))
     assert " ".join(line.served) == served
     for name in refused.split():
         refusal = await line.refusal(name)
@@ -134,102 +156,41 @@ async def test_room_is_made_at_the_expense_of_one_who_is_just_leaving(line: Line
     assert line.served == ["a1", "a2", "b1", "a3"]
 
 
-async def test_after_one_long_answer_others_wait_again(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = 0.0
-    monkeypatch.setattr("server.gateway.access.queue.time", SimpleNamespace(monotonic=lambda: now_s))
-    await line.come("a1", "a2", "a3")
-    await line.end("a1")
-    await line.come("a4")
-    now_s += 100.0  # longer than anybody waits
-    await line.end("a2")
-    await line.come("a5")
-    with pytest.raises(TooMany):
-        line.queue.check("b", None)  # whoever has somebody ahead
-    now_s += 1.0
-    await line.end("a3")
-    assert line.served == ["a1", "a2", "a3", "a4", "a5"]
-
-
-async def test_patience_ends(line: Line) -> None:
-    await line.come("a1", "a2", "a3")
-    await line.come("a4", patience_s=0)
-    await line.refusal("a4")
-    await line.come("a5", patience_s=0.01)
-    await line.refusal("a5")
-    assert line.queue.waiting == 1
-
-
-async def test_what_would_wait_too_long_is_refused_at_once(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_would_wait_too_long_is_refused_at_once(line: Line, clock: SimpleNamespace) -> None:
     line.queue = EngineQueue(lambda: 2, max_waiting=10, patience_s=60)
-    now_s = 0.0
-    monkeypatch.setattr("server.gateway.access.queue.time", SimpleNamespace(monotonic=lambda: now_s))
     await line.come(*(f"{name}{turn}" for turn in range(5) for name in "ab"))
     for name in ("a0", "b0", "a1", "b1"):
-        now_s += 20  # one is served every 20 s
+        clock.now_s += 20  # one is served every 20 s
         await line.end(name)
     await line.come("c1", patience_s=60)  # two are ahead, for callers take turns
     assert line.queue.waiting == 5
     await line.come("c2", patience_s=10)
     refused = await line.refusal("c2")
     assert 10 < refused.retry_after_s <= 60
+    with pytest.raises(TooMany):
+        line.queue.check("c", 10)
 
 
-class TestWide:
-    """Requests for several sequences at once."""
-
-    async def test_others_pass_it_for_half_of_its_patience_then_places_are_kept(
-        self, line: Line, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        now_s = 0.0
-        monkeypatch.setattr("server.gateway.access.shares.time", SimpleNamespace(monotonic=lambda: now_s))
-        line.queue = EngineQueue(lambda: 4, max_waiting=10, patience_s=60)
-        await line.come("a1", "b1", "c1")
-        await line.come("d1", size=4)
-        now_s = 29.0
-        await line.come("e1")
-        assert line.served == ["a1", "b1", "c1", "e1"]
-        await line.come("f1")
-        now_s = 31.0
-        await line.end("a1")
-        await line.come("g1")  # one is free, and is kept
-        await line.end("b1", "c1")
-        assert line.served == ["a1", "b1", "c1", "e1"]
-        await line.end("e1")
-        assert line.served == ["a1", "b1", "c1", "e1", "d1"]
-        await line.end("d1")
-        assert line.served[5:] == ["f1", "g1"]
-
-    async def test_once_it_has_left_nothing_is_kept_for_it(self, line: Line) -> None:
-        await line.come("a1")
-        await line.come("b1", size=2, patience_s=0.01)
-        await line.come("c1")
-        assert line.served == ["a1", "c1"]
-        await line.refusal("b1")
-        assert (line.queue.taken, line.queue.waiting) == (2, 0)
-
-    async def test_its_places_come_back_one_by_one(self, line: Line) -> None:
-        async with line.queue.acquire("a", size=2) as lease:
-            await line.come("b1", "c1")
+async def test_places_come_back_one_by_one_and_only_once(line: Line) -> None:
+    async with line.queue.acquire("a", size=2) as lease:
+        await line.come("b1", "c1")
+        for served in (["b1"], ["b1", "c1"], ["b1", "c1"]):
             lease.release(1)
             await settled()
-            assert line.served == ["b1"]
-            lease.release(1)
-            lease.release(1)
-            await settled()
-            assert line.served == ["b1", "c1"]
-            assert line.queue.taken == 2
+            assert (line.served, line.queue.taken) == (served, 2)
 
-    async def test_another_part_of_an_answer_is_not_refused(self, line: Line) -> None:
-        await line.come("a1", "b1", "a2", "b2")
-        async with AsyncExitStack() as stack:
-            part = stack.enter_async_context(line.queue.acquire("a", patience_s=0, begun=True))
-            waiting = asyncio.create_task(part)
-            await settled()
-            await line.come("c1", "d1")
-            assert not waiting.done()
-            await line.leave("a2")
-            await line.end("a1", "b1")
-            await asyncio.wait_for(waiting, 10)
+
+async def test_another_part_of_an_answer_is_not_refused(line: Line) -> None:
+    await line.come("a1", "b1", "a2", "b2")
+    async with AsyncExitStack() as stack:
+        part = stack.enter_async_context(line.queue.acquire("a", patience_s=0, begun=True))
+        waiting = asyncio.create_task(part)
+        await settled()
+        await line.come("c1", "d1")
+        assert not waiting.done()
+        await line.leave("a2")
+        await line.end("a1", "b1")
+        await asyncio.wait_for(waiting, 10)
 
 
 async def test_no_place_idles_while_somebody_waits_who_may_have_it(line: Line) -> None:
@@ -244,30 +205,8 @@ async def test_no_place_idles_while_somebody_waits_who_may_have_it(line: Line) -
         ended.append(running[0])
 
 
-async def test_places_come_and_go_with_the_engines(line: Line) -> None:
-    await line.come("a1", "a2", "a3", "a4")
-    line.places = 1
-    await line.end("a1")
-    assert line.served == ["a1", "a2"]
-    line.places = 4
-    await line.end("a2")
-    assert line.served == ["a1", "a2", "a3", "a4"]
-
-
-async def test_a_place_is_given_back_once() -> None:
-    queue = EngineQueue(lambda: 1, max_waiting=0, patience_s=1)
-    async with AsyncExitStack() as stack:
-        lease = await stack.enter_async_context(queue.acquire("a"))
-        lease.release()
-        assert queue.taken == 0
-        await stack.enter_async_context(queue.acquire("b"))
-        lease.release()
-        assert queue.taken == 1
-    assert queue.taken == 0
-
-
 class Leases:
-    """Who holds what, as the store knows it."""
+    """The store's leases, by name."""
 
     def __init__(self) -> None:
         self.held: defaultdict[str, set[str]] = defaultdict(set)
@@ -299,8 +238,72 @@ async def test_gateways_before_the_same_engines_share_their_places() -> None:
     assert one() == 9
     store.is_away = True
     await one.leave()  # nothing keeps a gateway from leaving
+    assert share(store, None, "a")() is None
+    assert share(store, 9, "a", given=4)() == 4
 
 
-def test_what_is_not_known_is_not_shared() -> None:
-    assert share(Leases(), None, "a")() is None
-    assert share(Leases(), 9, "a", given=4)() == 4
+def taken(places: Shares, *callers: str, at_most: int = 100) -> dict[str, int]:
+    """Return how many places each caller gets if they take turns until nobody gets another."""
+    got = dict.fromkeys(callers, 0)
+    for caller in [*callers] * at_most:
+        if places.may_acquire(caller):
+            places.acquire(caller)
+            got[caller] += 1
+    return got
+
+
+@pytest.mark.parametrize(("most", "share"), [(1, 1), (2, 1), (3, 2), (16, 8), (512, 256)])
+def test_where_clients_decide_how_long_a_caller_alone_gets_half(most: int, share: int) -> None:
+    assert taken(Shares(lambda: most), "a", at_most=most) == {"a": share}
+
+
+def test_however_many_want_all_of_it_a_newcomer_finds_a_place() -> None:
+    places = Shares(lambda: 16)
+    assert [taken(places, name)[name] for name in "abcde"] == [8, 4, 2, 1, 1]
+    places.release("a", 4)
+    assert taken(places, "a", "f") == {"a": 0, "f": 2}
+
+
+def test_a_caller_without_a_place_stays_active_for_ten_seconds(clock: SimpleNamespace) -> None:
+    places = FairShares(lambda: 8)
+    for caller in "ab":
+        places.acquire(caller)
+    places.release("a")
+    for clock.now_s, is_alone in ((9.0, False), (10.0, True)):
+        places.arrives("b")
+        assert places.is_within_share("b", 4) is is_alone
+
+
+SHARES = {
+    "active callers get equal shares": (8, "~a ~b ~c ~d ?abcd=2222"),
+    "of what is free, others keep 2.5 times their mean, which fades": (
+        *(8, "+a4 +b2 @1000 -b2 ?a=0 @1005.2 ~b @1010.4 ~b @1015.6 ~b @1020.8 ~b ?a=1"),
+    ),
+    "a burst is at most half as much again as the share": (12, "+a4 @1000 +b1 @1005 ~c @1010 ~c ?b=5"),
+    "what was left unused may be taken later, once": (8, "+a2 @1000 +b2 @1000.5 ?b=3 @1100 -b2 ?b=1"),
+}
+"""Places and what happens: `a` arrives (`~a`), takes (`+a2`) or returns (`-a2`) places, it is second `@9`, and `a` and
+`b` then get so many more, in turns (`?ab=12`)."""
+
+
+@pytest.mark.parametrize(("most", "steps"), SHARES.values(), ids=SHARES)
+def test_fair_shares(most: int, steps: str, clock: SimpleNamespace) -> None:
+    places = FairShares(lambda: most)
+    for step in steps.split():
+        match step[0]:
+            case "~":
+                places.arrives(step[1])
+            case "+":
+                places.acquire(step[1], int(step[2:]))
+            case "-":
+                places.release(step[1], int(step[2:]))
+            case "@":
+                clock.now_s = float(step[1:])
+            case _:
+                callers, _, counts = step[1:].partition("=")
+                assert taken(places, *callers) == dict(zip(callers, map(int, counts), strict=True))
+
+
+def test_while_nobody_knows_how_many_there_are_everybody_may() -> None:
+    for places in (Shares(lambda: None), FairShares(lambda: None)):
+        assert taken(places, "a", "b", at_most=5) == {"a": 5, "b": 5}

@@ -1,20 +1,22 @@
-"""When a gateway is ready, by what its engines say."""
+"""When a gateway is ready, by what its engines say; what it counts, with few labels."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from server.gateway.engines.admin import EngineState
 from server.gateway.operating.health import Health, Readiness
+from server.gateway.operating.metrics import Metrics
 from server.store.durability import Durability, Memory
 
 ONE, OTHER = "a1" * 32, "b2" * 32
 
 
 class Said:
-    """Engines that say which banks they have; None for one that is down."""
+    """Engines with these banks; None for one that is down."""
 
     def __init__(self, *banks: tuple[str, ...] | None) -> None:
         self.urls = tuple(f"http://engine-{place}" for place in range(len(banks)))
@@ -28,8 +30,6 @@ class Said:
 
 
 class Well:
-    """A store that is."""
-
     durability = Durability.ALWAYS
     unserved: str | None = None
 
@@ -67,7 +67,7 @@ LACKING = "{} of 2 engines lack a bank that another engine has"
         ([None], ["unavailable"], False, None),
     ],
 )
-async def test_ready_is_whose_banks_are_each_in_an_engine_and_what_is_missing_all_the_same_is_said(
+async def test_ready_once_an_engine_has_each_bank(
     banks: list[tuple[str, ...] | None], statuses: list[str], ready: bool, missing: str | None
 ) -> None:
     found = await watching(Well(), *banks).probe()
@@ -78,13 +78,11 @@ async def test_ready_is_whose_banks_are_each_in_an_engine_and_what_is_missing_al
     assert found.missing == missing
 
 
-@pytest.mark.parametrize(
-    ("used", "most", "full"), [(98, 100, False), (99, 100, True), (120, 100, True), (99, 0, False)]
-)
+@pytest.mark.parametrize(("used", "most", "full"), [(98, 100, 0), (99, 100, 1), (120, 100, 1), (99, 0, 0)])
 async def test_a_full_store_is_said_and_leaves_a_gateway_ready(used: int, most: int, full: bool) -> None:
     found = await watching(Well(Memory(used << 20, most << 20)), (ONE, OTHER)).probe()
     assert found.readiness is Readiness.READY
-    assert (found.missing or "").startswith(f"store_full: {used} of {most} MiB") is full
+    assert (found.missing or "").startswith(f"store_full: {used} of {most} MiB") == full
     assert found.store.status == ("full" if full else "ok")
 
 
@@ -96,9 +94,7 @@ async def test_a_store_that_serves_most_users_is_ready_and_says_whom_it_does_not
     assert found.missing == "33% of all users cannot be served"
 
 
-async def test_a_bank_that_no_engine_has_is_logged_once_and_nothing_while_none_answers(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_a_missing_bank_is_logged_once_and_only_while_engines_answer(caplog: pytest.LogCaptureFixture) -> None:
     health = watching(Well(), None)
     engines: Any = health._engines
     for banks, lines in ((None, 0), ((ONE,), 1), ((ONE,), 1), ((ONE, OTHER), 1), ((ONE,), 2), ((OTHER,), 3)):
@@ -107,3 +103,21 @@ async def test_a_bank_that_no_engine_has_is_logged_once_and_nothing_while_none_a
         assert len(caplog.records) == lines
     assert "has the bank b2b2b2b2:" in caplog.messages[0]
     assert "has the bank a1a1a1a1:" in caplog.messages[2]
+
+
+def test_tenants_that_nobody_named_share_a_label_and_outcomes_follow_the_status() -> None:
+    metrics = Metrics({"acme"})
+    unseen = 'mta_generations_total{level="",outcome="unavailable",tenant="acme"} 0.0'
+    assert unseen in metrics.text().decode()  # so that a first failure is an increase
+    for tenant in ("acme", *(f"tenant-{n}" for n in range(100))):
+        metrics.count_generation(tenant, "merged", 200, broken=False)
+    assert [line for line in metrics.text().decode().splitlines() if "merged" in line and "created" not in line] == [
+        'mta_generations_total{level="merged",outcome="answered",tenant="acme"} 1.0',
+        'mta_generations_total{level="merged",outcome="answered",tenant="other"} 100.0',
+    ]
+    outcomes = {200: "answered", 400: "refused", 404: "refused", 429: "limited", 499: "gone", 503: "unavailable"}
+    outcomes |= {500: "failed", 502: "failed"}
+    for status in outcomes:
+        metrics.count_generation("acme", str(status), status, broken=False)
+    ended = re.findall(r'level="(\d+)",outcome="(\w+)"', metrics.text().decode())
+    assert dict(ended) == {str(status): outcome for status, outcome in outcomes.items()}

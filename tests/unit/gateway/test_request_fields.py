@@ -1,94 +1,209 @@
-"""What requests may hold: of `/generate`, of profiles and, field by field, of OpenAI's routes."""
+"""What counts as JSON, what requests may hold, and how long a prompt and its answer may be."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from server.errors import InvalidRequest
-from server.gateway.generation.request import Personalize
+from server.gateway.access.keys import Caller
+from server.gateway.generation.request import (
+    WHOLE_TOKENS,
+    GenerationRequest,
+    LengthLimits,
+    Personalize,
+    max_prompt_tokens,
+)
 from server.gateway.http.errors import MAX_SHOWN_CHARS, fault_of
+from server.gateway.http.json_text import MAX_FIELDS, MAX_STRUCTURE_BYTES, parse_json, parse_lines
+from server.gateway.routes.generate import request_of
 from server.gateway.routes.openai.requests import IGNORED, OWN_FIELDS, REFUSED, ChatRequest, CompletionRequest
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.routes.users import ItemsRequest
+from server.store.tenants.user_key import UserKeys
 
-LEAST = {"user_id": "ada", "prompt": "hi"}
-CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-TEXT = {"prompt": "hi"}
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))  # NUL is refused on purpose
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner),
+    max_leaves=20,
+)
+
+
+@given(JSON, st.booleans())
+def test_every_json_value_is_read_as_pythons_reader_does(value: object, escaped: bool) -> None:
+    body = json.dumps(value, ensure_ascii=escaped).encode()
+    assert parse_json(body) == json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        (b'{"temperature": NaN}', "temperature", "finite"),
+        (b'{"a": {"b": [1, -Infinity]}}', "a.b.1", "finite"),
+        (rb'{"prompt": "a\u0000b"}', "prompt", "NUL"),
+        (rb'{"items": [{"text": "x"}, {"text": "\ud800"}]}', "items.1.text", "surrogate"),
+        (rb'{"\ud800": 1}', "body", "surrogate"),
+        (rb'{"a": {"b\u0000": 1}}', "a", "NUL"),
+        (b"", "body", "empty"),
+        (b"  ", "body", "empty"),
+        (b"{", "body", "not JSON"),
+        (b'{"a": 1} x', "body", "not JSON"),
+        (b"'a'", "body", "not JSON"),
+        (b'"\xff"', "body", "UTF-8"),
+        (b"[" * 100_000, "body", "recursion"),
+        (b"[" * 500 + b"]" * 500, "body", "recursion"),
+        (b"1" * 5000, "body", "out of range"),
+        (b'{"%s": {"b": "\\u0000"}}' % (b"a" * 1000), "a" * 119 + "…", "NUL"),
+    ],
+)
+def test_a_fault_is_named(body: bytes, param: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        parse_json(body)
+    assert caught.value.param == param
+    assert len(caught.value.message) < 300
+
+
+def test_text_may_hold_any_number_of_quotes_and_commas_and_json_white_space() -> None:
+    text = '\\",[{"' * (MAX_STRUCTURE_BYTES // 4)
+    assert parse_json(json.dumps({"a": text}).encode()) == {"a": text}
+    assert parse_json(b"[1,\n" + b" " * MAX_STRUCTURE_BYTES * 2 + b"2]") == [1, 2]
+    assert parse_json(rb'{"a": "\\u0000"}') == {"a": "\\u0000"}
+
+
+@pytest.mark.parametrize("values", [["1"], ['""'], ["[]"], ['{"a":1}'], ["1", '"a,b"', "{}"]])
+def test_too_many_values_are_refused(values: list[str]) -> None:
+    most = MAX_STRUCTURE_BYTES // len(",".join(values))
+    parse_json(f"[{','.join(values * (most // 3))}]".encode())
+    with pytest.raises(InvalidRequest) as caught:
+        parse_json(f"[{','.join(values * (most * 2))}]".encode())
+    assert caught.value.code == "too_many_values"
+
+
+def test_an_object_of_too_many_fields_is_refused() -> None:
+    fields = {str(number): number for number in range(MAX_FIELDS + 1)}
+    with pytest.raises(InvalidRequest, match=str(MAX_FIELDS + 1)):
+        parse_json(json.dumps([{"a": [fields]}]).encode())
+
+
+def test_blank_lines_are_passed_over() -> None:
+    assert parse_lines(b'\n{"a": 1}\r\n \n[2]\n\n', "rows", 3) == [{"a": 1}, [2]]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        (b"{" + b"\n{" * 2, "rows", "rows has 3 lines, at most 2"),
+        (b"\n" * 100, "rows", "101 lines"),
+        (b"{\n" * 100, "rows", "101 lines"),
+        (rb'{"a": 1}' + b"\n" + rb'{"a": ["x", "\u0000"]}', "rows.1.a.1", "NUL"),
+    ],
+)
+def test_lines_are_counted_before_they_are_parsed_and_named(body: bytes, param: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        parse_lines(body, "rows", 2)
+    assert caught.value.param == param
+
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+LEAST: dict[Any, dict[str, Any]] = {
+    GenerateRequest: {"user_id": "ada", "prompt": "hi"},
+    ChatRequest: CHAT,
+    CompletionRequest: {"prompt": "hi"},
+}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "default": None}}}
+BROKEN = {"name": "f", "parameters": {"a": 1 << 64}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 
 
-def fault(model: type[BaseModel], value: object) -> InvalidRequest:
+def fault(model: type[BaseModel], extra: Mapping[str, object]) -> InvalidRequest:
     with pytest.raises(ValidationError) as caught:
-        model.model_validate(value)
+        model.model_validate(LEAST[model] | extra)
     return fault_of(caught.value.errors())
 
 
 def test_the_least_request_gets_the_documented_defaults() -> None:
-    request = GenerateRequest.model_validate(LEAST)
+    least = LEAST[GenerateRequest]
+    request = GenerateRequest.model_validate(least)
     assert (request.max_tokens, request.temperature, request.top_p) == (128, 1.0, 1.0)
     assert (request.stream, request.personalize, request.stop) == (False, Personalize.AUTO, None)
-    assert GenerateRequest.model_validate(LEAST | {"stop": "END"}).stop == ["END"]
+    assert GenerateRequest.model_validate(least | {"stop": "END", "temperature": 0}).stop == ["END"]
+    good = {"temperature": 2, "top_p": 1, "stop": ["a", "b"], "seed": -(1 << 63), "personalize": "merged"}
+    GenerateRequest.model_validate(least | good | {"messages": None})
+
+
+WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
+    GenerateRequest: {
+        "temperature": (True, "1", -0.1),
+        "top_p": (0,),
+        "max_tokens": (1.5, True, None, -5),
+        "stream": ("yes", 1),
+        "seed": (1 << 63,),
+        "stop": ([], list("abcde")),
+        "personalize": ("stacked",),
+        "user_id": (7, None),
+        "prompt": (None,),
+        "history": (-1, 17, 1.0, True, "1", "AUTO", [], "auto "),
+    },
+    ChatRequest: {
+        "n": (0, 129),
+        "temperature": ("1",),
+        "tools": ([],),
+        "tool_choice": (5, {"a": 1 << 64}),
+        "response_format": ({"type": "text", "a": 1 << 64}, {"type": "structural_tag"}, {"type": "json_schema"}),
+        "max_completion_tokens": (1 << 31,),
+        "stream_options": ({"include_usage": True},),
+        "strength": (0.33, 1.05),
+        "user": ("a b",),
+        "history": (17,),
+        "messages": ([],),
+    },
+    CompletionRequest: {
+        "prompt": ("", [], [""], [[]], ["a", 1], [True], [-1], [1 << 31], [[1], "a"], 5, {"a": 1}, ["a"] * 129),
+    },
+}
+"""Values of fields, by request."""
+WITHIN: Sequence[tuple[Any, dict[str, Any], str]] = [
+    (GenerateRequest, {"stop": [""]}, "stop.0"),
+    (GenerateRequest, {"messages": [{"role": "user", "content": "x"}]}, "prompt"),
+    (GenerateRequest, {"prompt": None, "messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    (GenerateRequest, {"prompt": None, "messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages.0.name"),
+    (ChatRequest, {"logit_bias": {"5": 101}}, "logit_bias.5"),
+    (ChatRequest, {"tools": [{"type": "function"}]}, "tools.0.function"),
+    (ChatRequest, {"tools": [TOOL | {"function": BROKEN}]}, "tools.0.function.parameters"),
+    (ChatRequest, {"messages": [{"role": "user"}]}, "messages.0"),
+    (ChatRequest, {"messages": [{"role": "assistant", "content": None}]}, "messages.0"),
+    (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content"),
+    (ChatRequest, {"messages": [{"role": "user", "content": "x", "audio": {}}]}, "messages.0.audio"),
+    (CompletionRequest, {"prompt": ["a"] * 65, "n": 2}, "prompt"),
+]
+"""Values that are wrong somewhere within, or only together, and what the error names."""
 
 
 @pytest.mark.parametrize(
-    "extra",
+    ("model", "extra", "param"),
     [
-        {"temperature": 0},
-        {"temperature": 2, "top_p": 1},
-        {"stop": ["a", "b"]},
-        {"seed": -(1 << 63)},
-        {"personalize": "merged"},
-        {"messages": None},
+        *((model, {name: value}, name) for model in WRONG for name in WRONG[model] for value in WRONG[model][name]),
+        *WITHIN,
     ],
 )
-def test_good_values_are_taken(extra: dict[str, Any]) -> None:
-    GenerateRequest.model_validate(LEAST | extra)
-
-
-@pytest.mark.parametrize(
-    ("extra", "param"),
-    [
-        ({"temperature": True}, "temperature"),
-        ({"temperature": "1"}, "temperature"),
-        ({"temperature": -0.1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"max_tokens": 1.5}, "max_tokens"),
-        ({"max_tokens": True}, "max_tokens"),
-        ({"max_tokens": None}, "max_tokens"),
-        ({"stream": "yes"}, "stream"),
-        ({"stream": 1}, "stream"),
-        ({"seed": 1 << 63}, "seed"),
-        ({"stop": []}, "stop"),
-        ({"stop": [""]}, "stop.0"),
-        ({"stop": list("abcde")}, "stop"),
-        ({"personalize": "stacked"}, "personalize"),
-        ({"model": "gpt"}, "model"),
-        ({"user_id": 7}, "user_id"),
-        ({"user_id": None}, "user_id"),
-        ({"prompt": None}, "prompt"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "prompt"),
-        ({"prompt": None, "messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"prompt": None, "messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages.0.name"),
-    ],
-)
-def test_other_values_are_refused_by_name(extra: dict[str, Any], param: str) -> None:
-    assert fault(GenerateRequest, LEAST | extra).param == param
-
-
-@pytest.mark.parametrize("history", [-1, 17, 1.0, True, "1", "AUTO", [], "auto "])
-def test_a_history_is_a_small_number_or_auto(history: Any) -> None:
-    error = fault(GenerateRequest, LEAST | {"history": history})
-    assert error.param == "history"
-    assert "from 0 to 16, or auto" in error.message
+def test_other_values_are_refused_by_name(model: type[BaseModel], extra: dict[str, Any], param: str) -> None:
+    error = fault(model, extra)
+    assert error.param == param
+    assert extra.keys() != {"history"} or "from 0 to 16, or auto" in error.message
 
 
 def test_the_message_shows_the_value_but_never_all_of_a_long_one() -> None:
-    assert "-5" in fault(GenerateRequest, LEAST | {"max_tokens": -5}).message
-    message = fault(GenerateRequest, LEAST | {"user_id": "x" * 100_000}).message
+    assert "-5" in fault(GenerateRequest, {"max_tokens": -5}).message
+    message = fault(GenerateRequest, {"user_id": "x" * 100_000}).message
     assert "xxx" in message
     assert len(message) < 3 * MAX_SHOWN_CHARS
 
@@ -112,30 +227,26 @@ def test_what_steers_the_engine_is_refused_by_name(name: str) -> None:
     assert (caught.value.param, caught.value.code) == (name, "refused_field")
 
 
-@pytest.mark.parametrize("name", ["top_k", "guided_json", "echo", "user_id", "prompt"])
-def test_what_is_unknown_is_refused_by_name_even_as_null(name: str) -> None:
-    error = fault(ChatRequest, CHAT | {name: None})
-    assert (error.param, error.code) == (name, "unknown_field")
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (GenerateRequest, ("model",)),
+        (ChatRequest, ("top_k", "guided_json", "echo", "user_id", "prompt")),
+        (CompletionRequest, ("history", "tools", "messages", "max_completion_tokens")),
+    ],
+)
+def test_what_is_unknown_is_refused_by_name_even_as_null(model: type[BaseModel], names: Sequence[str]) -> None:
+    for name in names:
+        error = fault(model, {name: None})
+        assert (error.param, error.code) == (name, "unknown_field")
 
 
 PASSED: dict[str, Any] = {
-    "temperature": 0.5,
-    "top_p": 0.9,
-    "n": 2,
-    "stop": ["END"],
-    "seed": 7,
-    "logprobs": True,
-    "top_logprobs": 3,
-    "presence_penalty": -0.5,
-    "frequency_penalty": 0.5,
-    "repetition_penalty": 1.1,
-    "logit_bias": {"5": -100.0},
-    "max_tokens": 9,
-    "max_completion_tokens": 8,
+    **{"temperature": 0.5, "top_p": 0.9, "n": 2, "stop": ["END"], "seed": 7, "logprobs": True, "top_logprobs": 3},
+    **{"presence_penalty": -0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"5": -100.0}},
+    **{"max_tokens": 9, "max_completion_tokens": 8, "tools": [TOOL], "parallel_tool_calls": False},
     "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [None]}}},
-    "tools": [TOOL],
     "tool_choice": {"type": "function", "function": {"name": "look"}},
-    "parallel_tool_calls": False,
 }
 
 
@@ -144,45 +255,12 @@ def test_what_is_passed_on_is_passed_as_it_came() -> None:
     assert PASSED.keys() | {"echo"} == known - OWN_FIELDS
     assert ChatRequest.model_validate(CHAT | PASSED).engine_fields == PASSED
     of_texts = {"echo": True, "logprobs": 2}
-    assert CompletionRequest.model_validate(TEXT | of_texts).engine_fields == of_texts
+    assert CompletionRequest.model_validate({"prompt": "hi"} | of_texts).engine_fields == of_texts
 
 
 def test_nothing_is_passed_that_was_not_sent_and_null_is_nothing() -> None:
     request = ChatRequest.model_validate(CHAT | dict.fromkeys(PASSED) | {"model": None, "user": None, "stream": None})
     assert (request.engine_fields, request.model, request.stream) == ({}, "mta", False)
-
-
-@pytest.mark.parametrize(
-    ("extra", "param"),
-    [
-        ({"n": 0}, "n"),
-        ({"n": 129}, "n"),
-        ({"temperature": "1"}, "temperature"),
-        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
-        ({"tools": []}, "tools"),
-        ({"tools": [{"type": "function"}]}, "tools.0.function"),
-        ({"tool_choice": 5}, "tool_choice"),
-        ({"tool_choice": {"a": 1 << 64}}, "tool_choice"),
-        ({"tools": [TOOL | {"function": {"name": "f", "parameters": {"a": 1 << 64}}}]}, "tools.0.function.parameters"),
-        ({"response_format": {"type": "text", "a": 1 << 64}}, "response_format"),
-        ({"max_completion_tokens": 1 << 31}, "max_completion_tokens"),
-        ({"response_format": {"type": "structural_tag"}}, "response_format"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"strength": 0.33}, "strength"),
-        ({"strength": 1.05}, "strength"),
-        ({"user": "a b"}, "user"),
-        ({"history": 17}, "history"),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user"}]}, "messages.0"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": "x", "audio": {}}]}, "messages.0.audio"),
-    ],
-)
-def test_other_values_of_openais_are_refused_by_name(extra: dict[str, Any], param: str) -> None:
-    assert fault(ChatRequest, CHAT | extra).param == param
 
 
 def test_strength_comes_in_steps_and_floats_hit_them() -> None:
@@ -202,23 +280,68 @@ def test_a_conversation_with_tools_that_a_client_echoes_is_taken() -> None:
     ]
 
 
-@pytest.mark.parametrize("prompt", ["a", ["a"], ["a", "b"], [1, 2], [[1], [2, 3]]])
-def test_prompts_are_texts_or_token_ids(prompt: Any) -> None:
-    assert CompletionRequest.model_validate({"prompt": prompt}).prompt == prompt
+def test_prompts_are_texts_or_token_ids_and_at_most_128_answers() -> None:
+    for prompt in ("a", ["a"], ["a", "b"], [1, 2], [[1], [2, 3]], ["a"] * 64, [1] * 500):
+        assert CompletionRequest.model_validate({"prompt": prompt, "n": 2}).prompt == prompt
 
 
-@pytest.mark.parametrize("prompt", ["", [], [""], [[]], ["a", 1], [True], [-1], [1 << 31], [[1], "a"], 5, {"a": 1}])
-def test_other_prompts_are_refused(prompt: Any) -> None:
-    assert fault(CompletionRequest, {"prompt": prompt}).param == "prompt"
+LIMITS = LengthLimits(prompt_chars=10, context=512)
 
 
-def test_one_request_gets_only_so_many_answers() -> None:
-    for prompt in (["a"] * 64, [1] * 500):
-        CompletionRequest.model_validate({"prompt": prompt, "n": 2})
-    assert fault(CompletionRequest, {"prompt": ["a"] * 65, "n": 2}).param == "prompt"
+def ask(**fields: Any) -> GenerationRequest:
+    request = GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields)
+    return request_of(request, UserKeys("a secret for tests only", "tests"), Caller("tests", "", frozenset()))
 
 
-def test_a_completion_has_neither_history_nor_tools() -> None:
-    for name in ("history", "tools", "messages", "max_completion_tokens"):
-        error = fault(CompletionRequest, TEXT | {name: 1})
-        assert (error.param, error.code) == (name, "unknown_field")
+def in_messages(*texts: str) -> dict[str, Any]:
+    return {"prompt": None, "messages": [{"role": "user", "content": text} for text in texts]}
+
+
+@pytest.mark.parametrize(
+    ("fits", "exceeds", "param", "code"),
+    [
+        ({"prompt": "ä" * 10}, {"prompt": "x" * 11}, "prompt", "prompt_too_long"),
+        (in_messages("x" * 5, "x" * 5), in_messages("x" * 6, "x" * 5), "messages", "prompt_too_long"),
+        ({"max_tokens": 511}, {"max_tokens": 512}, "max_tokens", "context_length_exceeded"),
+    ],
+)
+def test_what_is_known_to_be_too_much_is_refused(fits: Any, exceeds: Any, param: str, code: str) -> None:
+    LIMITS.check(ask(**fits))
+    with pytest.raises(InvalidRequest) as caught:
+        LIMITS.check(ask(**exceeds))
+    assert (caught.value.param, caught.value.code) == (param, code)
+
+
+def test_an_answer_beyond_what_the_prompt_leaves_is_refused_with_what_would_fit() -> None:
+    LIMITS.check_answer(ask(max_tokens=12), 500)
+    with pytest.raises(InvalidRequest, match="Ask for at most 12"):
+        LIMITS.check_answer(ask(max_tokens=13), 500)
+    LIMITS.check_answer(ask(max_tokens=500), None)
+
+
+def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
+    unknown = LengthLimits(prompt_chars=10, context=None)
+    unknown.check(ask(max_tokens=10_000))
+    unknown.check_answer(ask(max_tokens=10_000), 500)
+    assert not unknown.allow_whole(ask().messages, 1)
+
+
+def test_an_answer_comes_whole_when_it_is_short_and_surely_fits() -> None:
+    messages = ask(prompt="ä" * 20).messages
+    room = 4096 - max_prompt_tokens(messages)
+    assert max_prompt_tokens(messages) > 40
+    assert LengthLimits(100, 4096).allow_whole(messages, WHOLE_TOKENS)
+    assert not LengthLimits(100, 4096).allow_whole(messages, WHOLE_TOKENS + 1)
+    assert LengthLimits(100, 4096 - room + 8).allow_whole(messages, 8)
+    assert not LengthLimits(100, 4096 - room + 7).allow_whole(messages, 8)
+
+
+def test_tokens_are_estimated_before_the_engine_has_counted_them() -> None:
+    limits, asked = LengthLimits(prompt_chars=10_000, context=512), ask(prompt="x" * 400, max_tokens=20)
+    assert limits.tokens(asked) == 100 + 20
+    assert limits.tokens(replace(asked, max_tokens=None)) == 100 + 256
+    twice = replace(asked, messages=[], prompt=[[1, 2, 3], [4, 5]], sampling={"n": 2})
+    assert twice.sequences == 4
+    assert limits.tokens(twice) == 5 + 4 * 20
+    assert limits.tokens(replace(asked, messages=[], prompt=[1, 2, 3])) == 3 + 20
+    assert limits.tokens(replace(asked, messages=[], prompt=["x" * 8, "x" * 8])) == 4 + 2 * 20

@@ -1,0 +1,137 @@
+"""What the gateway loads, and that the examples in its API's document are whole and valid."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from typing import Any
+
+import pytest
+from openai.types.chat import ChatCompletionChunk
+from packaging.requirements import Requirement
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from server.gateway.app import create_app
+from server.gateway.routes.answering import PersonalizationAnswer, Usage
+from server.gateway.routes.generate import GenerateAnswer
+from server.gateway.routes.jobs import AdaptRequest, JobAnswer
+from server.gateway.routes.openai.requests import IGNORED, OWN_FIELDS, REFUSED, ChatRequest, CompletionRequest
+from server.gateway.routes.requests import GenerateRequest
+from server.gateway.routes.users import ItemsRequest
+from server.settings import Settings
+from tests.support.documented import ROOT
+
+HEAVY = {"torch", "vllm", "transformers", "peft", "sklearn", "scipy", "triton"}
+
+LOAD = """
+import importlib.abc, json, sys
+
+class Image(importlib.abc.MetaPathFinder):
+    # Stands in for an environment without the packages named in argv.
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+missing = set(json.loads(sys.argv[1]))
+sys.meta_path.insert(0, Image())
+from server.gateway.app import create_app
+from server.settings import Settings
+import server.cli.run.gateway
+create_app(Settings()).openapi()
+import faiss, onnxruntime, tokenizers, uvicorn, uvloop  # what it loads once it serves
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_the_gateway_starts_where_only_its_own_requirements_are_installed_and_loads_nothing_heavy() -> None:
+    image = _closure("mta-server")
+    found = packages_distributions()
+    outside = {module for module, origins in found.items() if image.isdisjoint(map(_canonical, origins))}
+    assert {"torch", "vllm", "transformers"} <= outside
+    for missing in (outside, set()):  # without them, and where nobody would notice
+        command = [sys.executable, "-c", LOAD, json.dumps(sorted(missing))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        loaded = set(json.loads(done.stdout))
+        assert "fastapi" in loaded
+        assert not loaded & HEAVY
+
+
+def _closure(root: str) -> set[str]:
+    """A distribution and all that it requires, with the extras that requirements name."""
+    found: set[str] = set()
+    queue = [(root, frozenset[str]())]
+    while queue:
+        name, extras = queue.pop()
+        found.add(name)
+        try:
+            requirements = [Requirement(text) for text in requires(name) or []]
+        except PackageNotFoundError:
+            continue
+        for requirement in requirements:
+            environments = [{"extra": extra} for extra in (extras or {""})]
+            applies = requirement.marker is None or any(requirement.marker.evaluate(e) for e in environments)
+            child = _canonical(requirement.name)
+            if applies and (child not in found or requirement.extras):
+                queue.append((child, frozenset(requirement.extras)))
+    return found
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+DOCUMENT = create_app(Settings()).openapi()
+
+
+class Chunk(ChatCompletionChunk):
+    """OpenAI's, with what we put beside it."""
+
+    model_config = ConfigDict(extra="forbid")
+    personalization: PersonalizationAnswer | None = None
+    usage: Usage | None = None  # type: ignore[assignment]
+    timings_ms: dict[str, float] | None = None
+
+
+def check_whole(shape: Any, text: str) -> None:
+    """Fail unless a value has the fields of its shape, all of them and no other."""
+    adapter = TypeAdapter(shape)
+    dumped = adapter.dump_python(adapter.validate_json(text), mode="json", exclude_unset=shape is Chunk)
+    assert dumped == json.loads(text)
+
+
+def values_of(stream: str) -> list[str]:
+    lines = [line.removeprefix("data: ") for line in stream.splitlines() if line and not line.startswith("event: ")]
+    return [line for line in lines if line != "[DONE]"]
+
+
+def shown(path: str, method: str, media_type: str) -> Any:
+    return DOCUMENT["paths"][path][method]["responses"]["200"]["content"][media_type]["example"]
+
+
+def test_the_document_shows_whole_answers_and_events() -> None:
+    check_whole(GenerateAnswer, json.dumps(shown("/generate", "post", "application/json")))
+    for path, method, shape in (("/generate", "post", Chunk), ("/jobs/{job_id}/events", "get", JobAnswer)):
+        values = values_of(shown(path, method, "text/event-stream"))
+        assert values
+        for value in values:
+            check_whole(shape, value)
+
+
+@pytest.mark.parametrize("model", [GenerateRequest, ItemsRequest, AdaptRequest])
+def test_the_document_shows_requests_that_are_taken(model: type[BaseModel]) -> None:
+    examples = DOCUMENT["components"]["schemas"][model.__name__]["examples"]
+    assert examples
+    for example in examples:
+        model.model_validate_json(json.dumps(example))
+
+
+def test_the_table_of_openais_fields_is_the_gateways() -> None:
+    text = (ROOT / "docs/openai.md").read_text(encoding="utf-8")
+    rows = [set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| (`\w+`.*?) \|", text, re.MULTILINE)]
+    ours, personal, passed, ignored, refused = rows[-5:]
+    passed_on = (ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()) - OWN_FIELDS
+    assert (ours | personal, passed, ignored, refused) == (OWN_FIELDS, passed_on, IGNORED, REFUSED)
