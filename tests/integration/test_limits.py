@@ -212,9 +212,9 @@ class TestRates:
             raise Unavailable("the store cannot be used now")
 
         client, user = small.client("any"), new_user()
-        for step in ("job_ids", "submit"):
+        for owner, step in ((type(small.gateway.parts.adapting.jobs), "jobs"), (Adapting, "submit")):
             with monkeypatch.context() as patched:
-                patched.setattr(Adapting, step, away)
+                patched.setattr(owner, step, away)
                 assert adapt(client, user, "the sea").status_code == 503
         assert [adapt(client, user, text).status_code for text in ("the sea", "roses", "frost")] == [202, 202, 429]
 
