@@ -1,7 +1,7 @@
-"""Names, key header and private routes shared by the engine and its clients.
+"""Names, key header and private routes shared by the engine and its clients, which do not import each other.
 
 Clients call these routes on each engine directly, never through a router. All other calls use OpenAI's protocol, with
-the recipe's name as the model. Gateway, supervisor and engine do not import each other.
+the recipe's name as the model.
 """
 
 from __future__ import annotations

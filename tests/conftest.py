@@ -21,15 +21,13 @@ from tests.support.gateway import SECRET, GatewayThread
 HERE = Path(__file__).parent
 DEAR_FIRST = (
     "e2e/test_demo_answers.py",  # makes the demo's bank, for which test_demo_run would wait
-    "integration/test_stacked_engine.py",
+    "integration/test_engine_oracle.py",
     "integration/test_faults.py",
     "integration/test_fleet.py",
     "integration/test_adapting.py",
-    "integration/test_engine_oracle.py",
     "contract/test_engine.py",
     "integration/test_engine_plugin.py",
     "integration/test_erasing_everywhere.py",
-    "integration/test_engine_next_bank.py",
     "integration/test_bank_exchange.py",
     "integration/test_no_job_is_lost.py",
     "e2e/test_demo_run.py",

@@ -19,7 +19,7 @@ VERSION = "0.32.0"  # version of vLLM that this table describes; `pyproject.toml
 @dataclass(frozen=True, slots=True)
 class Patch:
     name: str  # module:attribute
-    parameters: str | None  # parameter names; None for an attribute of instances, which cannot be checked
+    parameters: str  # parameter names
     why: str  # the replacement, and the reason for it
 
     def find(self) -> tuple[Any, str, Any]:
@@ -51,9 +51,7 @@ _WORKER = "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager"
 _SLOTS = "vllm.lora.model_manager:LRUCacheLoRAModelManager"
 _EXECUTOR = "vllm.v1.executor.uniproc_executor:UniProcExecutor"
 _LORA = "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU"
-
 _SCHEDULE = "vllm.v1.core.sched.scheduler:Scheduler.schedule"
-_GAUGE = "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info"
 _MANAGER_PARAMETERS = "vllm_config device embedding_modules lora_model_cls"
 _ATTENTION_PARAMETERS = "dtype block_size head_size kv_cache_dtype"
 _METADATA_PARAMETERS = "self mapping lora_index_to_id max_loras vocab_size kwargs"
@@ -81,11 +79,7 @@ PATCHES = {
         Patch(MANAGER, _MANAGER_PARAMETERS, "FusingLoRAManager, which fuses recipes instead of reading files"),
         Patch(f"{_WORKER}.create_lora_manager", "self model vllm_config", "FusingLoRAManager's, which opens the banks"),
         # vLLM loads adapters one by one, and each may evict an adapter that the same step uses.
-        Patch(
-            f"{_WORKER}._apply_adapters",
-            "self lora_requests",
-            "FusingLoRAManager's, which keeps a step's adapters",
-        ),
+        Patch(f"{_WORKER}._apply_adapters", "self lora_requests", "FusingLoRAManager's, which keeps a step's adapters"),
         Patch(f"{_WORKER}.add_adapter", "self lora_request", "FusingLoRAManager's, which fuses and uses no slot"),
         Patch(f"{_SLOTS}._add_adapter", "self lora", "FusedSlots', as a fused adapter needs no packing"),
         Patch(f"{_SLOTS}.activate_adapter", "self lora_id", "FusedSlots', which writes all modules in one call"),
@@ -97,28 +91,24 @@ PATCHES = {
     ),
     API: (
         Patch(MODEL_CHECK, "self request", "admission/prepare.py: a recipe must not fail after admission"),
-        Patch(_GAUGE, None, "nothing: its labels hold adapter names, without bound"),
+        # metrics.py removes `PrometheusStatLogger.gauge_lora_info`, an attribute of instances, which cannot be checked.
     ),
     ON_CPU: (
         Patch(CPU_OPERATORS, "", "CpuLoRA: vLLM applies the last slot's adapter to rows without an adapter"),
         Patch(f"{_LORA}.update_metadata", _METADATA_PARAMETERS, "CpuLoRA's, which sorts a step's rows by adapter"),
-        Patch(
-            f"{_LORA}.add_lora_linear",
-            f"{_LORA_PARAMETERS} output_slices buffer kwargs",
-            "CpuLoRA's, a native kernel",
-        ),
+        Patch(f"{_LORA}.add_lora_linear", f"{_LORA_PARAMETERS} output_slices buffer kwargs", "CpuLoRA's, native"),
         Patch(f"{_LORA}.add_lora_embedding", "self y x lora_b_stacked add_inputs kwargs", "CpuLoRA's, unsupported"),
         Patch(f"{_LORA}.add_lora_logits", f"{_LORA_PARAMETERS} buffer kwargs", "CpuLoRA's"),
         Patch(f"{_LORA}.add_shrink", "self y x lora_a_stacked scale kwargs", "CpuLoRA's, unsupported"),
         Patch(f"{_LORA}.add_expand", _EXPAND_PARAMETERS, "CpuLoRA's, unsupported"),
-        Patch(CPU_CONFIG, "vllm_config", "cpu/fixes.py: vLLM always spawns the engine core"),
-        Patch(CPU_CONTEXT, "", "cpu/fixes.py: a fork can use OpenMP only if the forking thread has no OpenMP team"),
-        Patch(CPU_ATTENTION, _ATTENTION_PARAMETERS, "cpu/fixes.py: vLLM's AMX kernel uses threads without tiles"),
-        Patch(CPU_SEEDS, "self", "cpu/fixes.py: CPU generators cannot undo a draw"),
+        Patch(CPU_CONFIG, "vllm_config", "cpu/core.py: vLLM always spawns the engine core"),
+        Patch(CPU_CONTEXT, "", "cpu/core.py: a fork can use OpenMP only if the forking thread has no OpenMP team"),
+        Patch(CPU_ATTENTION, _ATTENTION_PARAMETERS, "cpu/core.py: vLLM's AMX kernel uses threads without tiles"),
+        Patch(CPU_SEEDS, "self", "cpu/core.py: CPU generators cannot undo a draw"),
     ),
     CPU_CORE: (
-        Patch(f"{_EXECUTOR}._init_executor", "self", "cpu/executor.py: each of the model's threads gets a core"),
-        Patch(f"{_EXECUTOR}.collective_rpc", _RPC_PARAMETERS, "cpu/executor.py: the caller stays on the free core"),
+        Patch(f"{_EXECUTOR}._init_executor", "self", "cpu/core.py: each of the model's threads gets a core"),
+        Patch(f"{_EXECUTOR}.collective_rpc", _RPC_PARAMETERS, "cpu/core.py: the caller stays on the free core"),
     ),
 }
 """Patches by process and moment."""
@@ -129,8 +119,7 @@ _BY_NAME = {patch.name: patch for patches in PATCHES.values() for patch in patch
 def check(where: str) -> None:
     """Raise BankError unless vLLM has every name of a process with the parameters in the table."""
     for patch in PATCHES[where]:
-        if patch.parameters is not None:
-            patch.find()
+        patch.find()
 
 
 def replace(name: str, make: Callable[[Any], Any]) -> None:

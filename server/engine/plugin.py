@@ -26,12 +26,12 @@ def register() -> None:
     if issubclass(lora_model_runner_mixin.LRUCacheWorkerLoRAManager, FusingLoRAManager):
         return
     patches.check(patches.EVERYWHERE)
-    manager: type[FusingLoRAManager] = FusingLoRAManager
+    manager = FusingLoRAManager
     if current_platform.is_cpu():
-        from server.engine.cpu import fixes, lora
+        from server.engine.cpu import core, lora
 
         patches.check(patches.ON_CPU)
         lora.install()
-        fixes.install()
+        core.install()
         manager = lora.CpuLoRAManager
     patches.replace(patches.MANAGER, lambda original: manager)

@@ -1,4 +1,4 @@
-"""The servers that every store is held against, the stores of a process over one, and the engines under test."""
+"""The servers that every store is held against, and the stores of a process over one."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import aiohttp
 import pytest
 import redis.asyncio as redis
 from hypothesis import settings
 
-from bank.manifest import read_manifest
 from bench.rig.cluster import ValkeyCluster
-from bench.rig.engine import KEY, Engine
 from bench.rig.valkey import DURABLE, ValkeyProcess, server_binaries
-from server.gateway.engines.admin import Engines
-from server.gateway.engines.chat import EngineClient, open_session
 from server.store import append_only_file
 from server.store.jobs import JobStore
-from tests.support.engine import Subject, client_of
-from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.store_parts import KEYS, StoreParts
 
 _numbers = itertools.count()
@@ -100,41 +93,3 @@ def quick_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"INTERVAL_MS": 800, "ERASE_MS": 200, "CLOCK_SKEW_MS": 0, "START_MS": 500, "REWRITE_CHECK_S": 0.05}
     for name, value in {**quick, "REWRITE_MS": 0, "RETRY_MS": 150}.items():
         monkeypatch.setattr(append_only_file, name, value)
-
-
-@pytest.fixture(scope="module", params=["fake", "vllm"])
-def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path) -> Iterator[Subject]:
-    if request.param == "fake":
-        banks = (read_manifest(tiny_bank_folder).fingerprint,)
-        fake = FakeEngine(Knobs(banks, token_delay_s=0.002, strict=True)).start()
-        yield Subject(
-            fake.url,
-            tiny_bank_folder,
-            generated=lambda: sum(seen.tokens for seen in fake.seen),
-            idle=lambda: all(seen.aborted or seen.ended for seen in fake.seen),
-        )
-        fake.stop()
-        return
-    engine: Engine = request.getfixturevalue("tiny_engine")
-    yield Subject(
-        engine.url,
-        tiny_bank_folder,
-        generated=lambda: engine.metric("vllm:generation_tokens_total"),
-        idle=lambda: engine.metric("vllm:num_requests_running") == 0,
-    )
-
-
-@pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with open_session(timeout_s=60) as opened:
-        yield opened
-
-
-@pytest.fixture
-def client(subject: Subject, session: aiohttp.ClientSession) -> EngineClient:
-    return client_of(session, subject.url)
-
-
-@pytest.fixture
-def engines(subject: Subject, session: aiohttp.ClientSession) -> Engines:
-    return Engines(session, [subject.url], KEY)

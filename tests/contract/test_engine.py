@@ -3,49 +3,125 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from adapters.recipe import FusionMethod, Term, UserAdapterId
+from adapters.errors import MtaError
+from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from bank.manifest import read_manifest
-from bench.rig.engine import KEY
+from bench.rig.engine import KEY, Engine
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
-from server.gateway.engines.chat import AdapterMissing, EngineClient
+from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, open_session
 from server.gateway.operating.health import Health
 from server.store.redis.servers.connection import RedisConnection
-from tests.support.engine import Subject, answer, ask, client_of, refusal
 from tests.support.fake_engine import FakeEngine, Knobs
 
 CONTEXT = 512
 
 
-async def test_an_answer_comes_in_pieces_and_ends_with_reason_and_usage(client: EngineClient, subject: Subject) -> None:
-    async with client.generate(ask(subject.recipe().name)) as stream:
-        pieces = [text async for text, _ in stream if text]
-    assert all(pieces)
+@dataclass(frozen=True)
+class Subject:
+    url: str
+    bank: Path  # folder of the bank that it serves
+    generated: Callable[[], float]  # tokens so far
+    idle: Callable[[], bool]  # whether it generates nothing now
+
+    def recipe(self, **changes: Any) -> FusionRecipe:
+        recipe = FusionRecipe(read_manifest(self.bank).short, FusionMethod.SHARED, True, (Term(0, 600), Term(3, 400)))
+        return replace(recipe, **changes)
+
+
+def client_of(session: aiohttp.ClientSession, url: str, key: str | None = KEY) -> EngineClient:
+    """A client of an engine that stands alone."""
+    return EngineClient(session, url, Engines(session, [url], KEY), key)
+
+
+def ask(model: str, text: str = "hello there", *, max_tokens: int = 8, **sampling: Any) -> EngineRequest:
+    return EngineRequest(
+        request_id="gen-0123",
+        model=model,
+        messages=[{"role": "user", "content": text}],
+        sampling={"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **sampling},
+        prompt_param="prompt",
+        cache_salt="a salt",
+    )
+
+
+async def answer(client: EngineClient, request: EngineRequest) -> str:
+    async with client.generate(request) as stream:
+        return "".join([text async for text, _ in stream])
+
+
+async def refusal(client: EngineClient, request: EngineRequest, kind: type[MtaError]) -> Any:
+    with pytest.raises(kind) as caught:
+        await answer(client, request)
+    return caught.value
+
+
+@pytest.fixture(scope="module", params=["fake", "vllm"])
+def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path) -> Iterator[Subject]:
+    if request.param == "fake":
+        banks = (read_manifest(tiny_bank_folder).fingerprint,)
+        fake = FakeEngine(Knobs(banks, token_delay_s=0.002, strict=True)).start()
+        yield Subject(
+            fake.url,
+            tiny_bank_folder,
+            generated=lambda: sum(seen.tokens for seen in fake.seen),
+            idle=lambda: all(seen.aborted or seen.ended for seen in fake.seen),
+        )
+        fake.stop()
+        return
+    engine: Engine = request.getfixturevalue("tiny_engine")
+    yield Subject(
+        engine.url,
+        tiny_bank_folder,
+        generated=lambda: engine.metric("vllm:generation_tokens_total"),
+        idle=lambda: engine.metric("vllm:num_requests_running") == 0,
+    )
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with open_session(timeout_s=60) as opened:
+        yield opened
+
+
+@pytest.fixture
+def client(subject: Subject, session: aiohttp.ClientSession) -> EngineClient:
+    return client_of(session, subject.url)
+
+
+@pytest.fixture
+def engines(subject: Subject, session: aiohttp.ClientSession) -> Engines:
+    return Engines(session, [subject.url], KEY)
+
+
+async def test_a_whole_answer_is_the_streamed_one_with_its_reason_and_usage(
+    client: EngineClient, subject: Subject
+) -> None:
+    request = ask(subject.recipe().name, max_tokens=24)
+    async with client.generate(request) as stream:
+        streamed = [text async for text, _ in stream if text]
     assert stream.first_token_s is not None
     assert stream.first_token_s > stream.sent_s
-    assert stream.prompt_tokens == stream.usage["prompt_tokens"]
-    assert (stream.finish_reason, stream.complete) == ("length", True)
-    assert stream.usage["completion_tokens"] == 8
-    assert stream.usage["total_tokens"] == stream.usage["prompt_tokens"] + 8
-
-
-async def test_a_whole_answer_is_the_streamed_one(client: EngineClient, subject: Subject) -> None:
-    request = ask(subject.recipe().name, max_tokens=24)
     async with client.generate(replace(request, stream=False)) as whole:
         pieces = [text async for text, _ in whole if text]
-    assert pieces == [await answer(client, request)]
+    assert pieces == ["".join(streamed)]
+    assert len(streamed) > 1
     assert whole.first_token_s is None
-    assert whole.prompt_tokens == whole.usage["prompt_tokens"]
-    assert (whole.finish_reason, whole.complete) == ("length", True)
-    assert whole.usage["completion_tokens"] == 24
+    for made in (stream, whole):
+        assert (made.finish_reason, made.complete) == ("length", True)
+        assert made.prompt_tokens == made.usage["prompt_tokens"]
+        assert made.usage["completion_tokens"] == 24
+        assert made.usage["total_tokens"] == made.usage["prompt_tokens"] + 24
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -66,15 +142,19 @@ async def test_prompts_are_continued_without_a_chat_template(
     assert answer.usage["completion_tokens"] == 2 * 8
 
 
-async def test_greedy_answers_repeat_and_differ_between_recipes(client: EngineClient, subject: Subject) -> None:
+async def test_greedy_and_seeded_answers_repeat_and_differ_between_recipes(
+    client: EngineClient, subject: Subject
+) -> None:
     one, other = subject.recipe().name, subject.recipe(terms=(Term(1, 1000),)).name
     first = await answer(client, ask(one, max_tokens=24))
     assert await answer(client, ask(one, max_tokens=24)) == first
     assert await answer(client, ask(other, max_tokens=24)) != first
     assert await answer(client, ask("base", max_tokens=24)) != first
+    seeded = ask(one, temperature=0.9, top_p=0.5, seed=7, stop=["never said"])
+    assert await answer(client, seeded) == await answer(client, seeded)
 
 
-async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subject: Subject) -> None:
+async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subject: Subject, engines: Engines) -> None:
     roles = ("system", "user", "assistant", "user")
     messages = [{"role": role, "content": f"I am the {role} 🌊"} for role in roles]
     async with client.generate(replace(ask(subject.recipe().name), messages=messages)) as stream:
@@ -82,58 +162,47 @@ async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subj
             pass
     assert stream.usage["completion_tokens"] == 8
     assert stream.usage["prompt_tokens"] > sum(len(message["content"]) for message in messages) - 1
+    counted = await engines.count_tokens(messages)
+    messages[0]["content"] += "x" * 100
+    assert counted is not None
+    assert await engines.count_tokens(messages) == counted + 100
 
 
-REFUSED = [
-    (("user", "system", "user"), "the system message must come first"),
-    (("user", "user"), "after user comes another role"),
-    (("system", "user", "assistant", "assistant", "user"), "after assistant comes another role"),
-]
-
-
-@pytest.mark.parametrize(("roles", "reason"), REFUSED)
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        (("user", "system", "user"), "the system message must come first"),
+        (("user", "user"), "after user comes another role"),
+        (("system", "user", "assistant", "assistant", "user"), "after assistant comes another role"),
+    ],
+)
 async def test_a_conversation_that_the_chat_template_refuses_is_the_conversations_fault(
-    client: EngineClient, subject: Subject, roles: tuple[str, ...], reason: str
+    client: EngineClient, subject: Subject, engines: Engines, roles: tuple[str, ...], reason: str
 ) -> None:
     messages = [{"role": role, "content": "hello"} for role in roles]
     request = replace(ask(subject.recipe().name), messages=messages, prompt_param="messages")
     error = await refusal(client, request, InvalidRequest)
     assert (error.param, error.code) == ("messages", "invalid_value")
     assert reason in error.message
-
-
-@pytest.mark.parametrize(("roles", "reason"), REFUSED)
-async def test_it_says_why_its_chat_template_refuses_a_conversation(
-    engines: Engines, roles: tuple[str, ...], reason: str
-) -> None:
-    messages = [{"role": role, "content": "hello"} for role in roles]
-    assert reason in str(await engines.template_refusal([*messages, {"role": "assistant", "content": "hi"}]))
-    assert await engines.template_refusal([*messages[:1], {"role": "assistant", "content": "hi"}]) is None
-
-
-async def test_sampling_with_a_seed_is_taken(client: EngineClient, subject: Subject) -> None:
-    request = ask(subject.recipe().name, temperature=0.9, top_p=0.5, seed=7, stop=["never said"])
-    assert await answer(client, request) == await answer(client, request)
+    answered = {"role": "assistant", "content": "hi"}
+    assert reason in str(await engines.template_refusal([*messages, answered]))
+    assert await engines.template_refusal([messages[0], answered]) is None
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "model",
     [
         {"bank": "00000000"},
         {"terms": (Term(99, 1000),)},
         {"method": FusionMethod.CAT},
         {"user_adapter": UserAdapterId("a" * 26, "a" * 26)},
+        *("nonsense", "mta3:00000000:shared:c+a03*0571", "../../etc"),
     ],
 )
-async def test_a_recipe_that_it_cannot_serve_is_a_missing_adapter(
-    client: EngineClient, subject: Subject, changes: dict[str, Any]
+async def test_a_recipe_that_it_cannot_serve_or_a_name_that_is_none_is_a_missing_adapter(
+    client: EngineClient, subject: Subject, model: str | dict[str, Any]
 ) -> None:
-    await refusal(client, ask(subject.recipe(**changes).name), AdapterMissing)
-
-
-@pytest.mark.parametrize("name", ["nonsense", "mta3:00000000:shared:c+a03*0571", "../../etc"])
-async def test_a_name_that_is_no_recipe_is_a_missing_adapter(client: EngineClient, name: str) -> None:
-    await refusal(client, ask(name), AdapterMissing)
+    await refusal(client, ask(model if isinstance(model, str) else subject.recipe(**model).name), AdapterMissing)
 
 
 @pytest.mark.parametrize("chars", [CONTEXT + 1, CONTEXT * 2, CONTEXT * 100])
@@ -153,50 +222,42 @@ async def test_the_prompts_length_is_known_at_the_first_token_even_if_the_answer
         assert CONTEXT - 40 <= stream.prompt_tokens < CONTEXT
 
 
-async def test_it_counts_the_tokens_of_a_conversation(engines: Engines) -> None:
-    counts = [await engines.count_tokens([{"role": "user", "content": "x" * length}]) for length in (10, 110)]
-    assert (counts[1] or 0) - (counts[0] or 0) == 100
+@pytest.mark.parametrize("key", ["wrong", None])
+async def test_a_wrong_key_is_the_gateways_fault(
+    subject: Subject, session: aiohttp.ClientSession, key: str | None
+) -> None:
+    error = await refusal(client_of(session, subject.url, key), ask("base"), EngineFailed)
+    assert error.code == "engine_key"
 
 
-async def test_a_wrong_key_is_the_gateways_fault(subject: Subject, session: aiohttp.ClientSession) -> None:
-    for key in ("wrong", None):
-        stranger = client_of(session, subject.url, key)
-        error = await refusal(stranger, ask("base"), EngineFailed)
-        assert error.code == "engine_key"
-
-
-async def test_leaving_early_aborts(client: EngineClient, subject: Subject) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+async def test_leaving_early_aborts(client: EngineClient, subject: Subject, stream: bool) -> None:
     before = subject.generated()
-    async with client.generate(ask(subject.recipe().name, max_tokens=CONTEXT - 40)):
-        pass  # the first token is there; a random model's first readable text may be long in coming
+    request = replace(ask(subject.recipe().name, max_tokens=CONTEXT - 40), stream=stream)
+    if stream:
+        async with client.generate(request):
+            pass  # the first token is there; a random model's first readable text may be long in coming
+    else:
+        asking = asyncio.create_task(answer(client, request))
+        await asyncio.to_thread(wait_until, lambda: not subject.idle(), "the engine to begin")
+        asking.cancel()
     await asyncio.to_thread(wait_until, subject.idle, "the engine to stop")
-    assert 0 < subject.generated() - before < CONTEXT - 40
+    assert stream <= subject.generated() - before < CONTEXT - 40
 
 
-async def test_leaving_a_whole_answer_aborts(client: EngineClient, subject: Subject) -> None:
-    before = subject.generated()
-    request = replace(ask(subject.recipe().name, max_tokens=CONTEXT - 40), stream=False)
-    asking = asyncio.create_task(answer(client, request))
-    await asyncio.to_thread(wait_until, lambda: not subject.idle(), "the engine to begin")
-    asking.cancel()
-    await asyncio.to_thread(wait_until, subject.idle, "the engine to stop")
-    assert subject.generated() - before < CONTEXT - 40
+async def test_connections_are_kept(client: EngineClient, session: aiohttp.ClientSession) -> None:
+    made: list[Any] = []
 
-
-async def test_connections_are_kept(client: EngineClient, subject: Subject, session: aiohttp.ClientSession) -> None:
-    made = 0
-
-    async def count(*_: Any) -> None:
-        nonlocal made
-        made += 1
+    async def note(*_: Any) -> None:
+        made.append(None)
 
     trace = aiohttp.TraceConfig()
-    trace.on_connection_create_end.append(count)
+    trace.on_connection_create_end.append(note)
     trace.freeze()
     session.trace_configs.append(trace)
     for _ in range(5):
         await answer(client, ask("base", max_tokens=2))
-    assert made <= 1
+    assert len(made) <= 1
 
 
 async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> None:
@@ -225,30 +286,23 @@ async def test_its_status_is_understood(
     await store.close()
 
 
-async def test_its_context_stays_known_while_it_is_away(session: aiohttp.ClientSession) -> None:
-    fakes = [FakeEngine(Knobs(context=context)).start() for context in (1024, CONTEXT)]
-    engines = Engines(session, [fake.url for fake in fakes], KEY)
-    known = []
-    for fake in reversed(fakes):
-        await engines.states(PATIENCE_S)
-        known.append(engines.context)
-        fake.stop()
-    states = await engines.states(0.5)
-    assert [state.status for state in states] == ["unavailable", "unavailable"]
-    assert [*known, engines.context] == [CONTEXT, 1024, 1024]
-
-
-async def test_what_engines_compute_at_once_is_no_more_than_has_a_slot_of_its_own(
-    session: aiohttp.ClientSession,
-) -> None:
+async def test_what_engines_have_together_stays_known_while_they_are_away(session: aiohttp.ClientSession) -> None:
     """Whose recipe finds no slot waits inside the engine, where no turn and no patience counts."""
-    told = [{"max_num_seqs": 32, "slots": 8}, {"max_num_seqs": 4, "slots": 8}, {"max_num_seqs": 5, "slots": None}]
-    fakes = [FakeEngine(Knobs(figures=figures)).start() for figures in told]  # type: ignore[arg-type]
+    told = [(3, 32, 8), (2, 4, 8), (1, 5, None)]
+    fakes = [
+        FakeEngine(Knobs(context=times * CONTEXT, figures={"max_num_seqs": batch, "slots": slots})).start()
+        for times, batch, slots in told
+    ]
     engines = Engines(session, [fake.url for fake in fakes], KEY)
     await engines.states(PATIENCE_S)
     assert engines.sequences == 8 + 4 + 5
-    for fake in fakes:
+    known = [engines.context]
+    for fake in reversed(fakes):
         fake.stop()
+        states = await engines.states(0.5)
+        known.append(engines.context)
+    assert [state.status for state in states] == ["unavailable"] * 3
+    assert known == [CONTEXT, 2 * CONTEXT, 3 * CONTEXT, 3 * CONTEXT]
 
 
 @pytest.mark.parametrize(("key", "told"), [(KEY, True), ("wrong", False)])

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
+from bank.manifest import read_manifest
 from bench.rig.engine import KEY, Engine, running_engine
-from bench.rig.processes import PATIENCE_S, command_line, descendants, paused
-from bench.rig.tiny import tiny_bank, tiny_model
+from bench.rig.processes import PATIENCE_S, command_line, descendants, paused, wait_until
+from bench.rig.tiny import tiny_bank, tiny_model, world
+from bench.rig.valkey import ValkeyProcess
 from server.engine.admission.access import KEYED_ROUTES
 from server.engine.command import is_cpu_build
-from tests.support.engine import text_of
+from server.settings import Settings
+from tests.support.gateway import GatewayThread, content_of, generate, wait_until_ready
 
 SLOTS, CPU_TIER, NAMES, ANCHORS = 2, 6, 16, 40
-STREAM_TOKENS = 1500
+LONG = 1500  # tokens
 SECRET = "unmistakable-secret-that-keys-user-ids"
+USERS = [f"mover-{number}" for number in range(4)]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a context long enough for a stream that outlives a few hundred other requests."""
-    return tiny_model(tmp_path_factory.mktemp("model"), context=2048)
+    return tiny_model(tmp_path_factory.mktemp("model"), context=2048)  # for answers that outlive those beside them
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +39,16 @@ def bank(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder:
 
 
 @pytest.fixture(scope="module")
-def engine(bank: Path, model: Path) -> Iterator[Engine]:
+def next_bank(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder: Path) -> Path:
+    """At another rank, of parts of packed modules among others."""
+    folder, targets = tmp_path_factory.mktemp("next"), ["v_proj", "o_proj", "gate_proj"]
+    return tiny_bank(folder, model, embedder_folder, anchors=5, rank=16, targets=targets, seed=2)
+
+
+@pytest.fixture(scope="module")
+def engine(bank: Path, next_bank: Path, model: Path, valkey: ValkeyProcess) -> Iterator[Engine]:
     sizes = {"max_loras": SLOTS, "max_cpu_loras": CPU_TIER, "max_adapter_names": NAMES}
-    with running_engine(bank, model, secret=SECRET, **sizes) as engine:
+    with running_engine(bank, model, next_bank=next_bank, redis_url=valkey.url, secret=SECRET, **sizes) as engine:
         yield engine
 
 
@@ -53,38 +62,29 @@ def test_a_prompt_of_one_token_is_answered(engine: Engine) -> None:
 def test_one_prefix_under_two_recipes_is_computed_for_each(engine: Engine, prefix: str) -> None:
     """A prefix cache shared between adapters would hand the second recipe the first one's keys and values."""
     long = "the same long question, over and over. " * 8
-    alone = [text_of(engine.chat(f"{prefix}:c+a{i:02d}*1000", long)) for i in (7, 8)]
-    again = [text_of(engine.chat(f"{prefix}:c+a{i:02d}*1000", long)) for i in (8, 7)]
+    alone = [content_of(engine.chat(f"{prefix}:c+a{i:02d}*1000", long)) for i in (7, 8)]
+    again = [content_of(engine.chat(f"{prefix}:c+a{i:02d}*1000", long)) for i in (8, 7)]
     assert alone == again[::-1]
     assert alone[0] != alone[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("{prefix}:c+a40*100", "a00 to a39"),
-        (f"{{prefix}}:c:u-{'a' * 26}.{'a' * 26}", "cannot be fetched"),
-        ("{prefix}:c:u-../../etc/passwd", "in base32"),
-        ("mta3:00000000:shared:c", "this engine has"),
-        ("mta1:00000000:shared:c", "build its bank again"),
-    ],
-)
-def test_a_recipe_that_cannot_be_fused_is_a_404_with_the_reason_and_leaves_no_name(
-    engine: Engine, prefix: str, name: str, reason: str
-) -> None:
+def test_a_recipe_that_cannot_be_fused_is_a_404_with_the_reason_and_leaves_no_name(engine: Engine, prefix: str) -> None:
     known = engine.status()["names"]
-    response = engine.chat(name.format(prefix=prefix))
-    assert response.status_code == httpx.codes.NOT_FOUND
-    error = response.json()["error"]
-    assert error["param"] == "model"
-    assert reason in error["message"]
-    assert engine.metric("mta:adapter_names_leased") == 0
-    assert engine.status()["names"] == known or "u-aaa" in name  # one that could be fused but for its user adapter
+    for name, reason, left in (
+        (f"{prefix}:c+a40*100", "a00 to a39", 0),
+        ("mta1:00000000:shared:c", "build its bank again", 0),
+        (f"{prefix}:c:u-{'a' * 26}.{'a' * 26}", "does not exist", 1),  # all but the user adapter could be fused
+    ):
+        response = engine.chat(name)
+        assert response.status_code == httpx.codes.NOT_FOUND
+        assert response.json()["error"]["param"] == "model"
+        assert reason in response.json()["error"]["message"]
+        assert engine.metric("mta:adapter_names_leased") == 0
+        assert engine.status()["names"] == known + left
 
 
 @pytest.fixture(scope="module")
 def routes() -> set[tuple[str, str]]:
-    """Method and path of every route that vLLM's server has for a model that generates."""
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -102,49 +102,32 @@ def routes() -> set[tuple[str, str]]:
 def test_of_all_routes_of_vllm_those_of_the_product_answer_and_with_the_key_alone(
     engine: Engine, routes: set[tuple[str, str]]
 ) -> None:
-    some = [("POST", "/invocations"), ("POST", "/v1/chat/completions"), ("GET", "/docs"), ("POST", "/tokenize")]
-    assert set(some) < routes
+    some = {("POST", "/invocations"), ("POST", "/v1/chat/completions"), ("GET", "/docs"), ("POST", "/tokenize")}
     ours = {("GET", "/mta/v1/status"), ("GET", "/mta/v1/resident"), ("POST", "/mta/v1/drop")}
-    for method, path in routes | ours:
+    assert some | KEYED_ROUTES - ours < routes, "a route of ours is none of vLLM's any more"
+    for method, path in (routes | ours) - {("GET", "/health")}:
         known = (method, path) in KEYED_ROUTES
-        for key in (None, "Bearer wrong", f"Bearer {KEY}x", f"Basic {KEY}", KEY):
+        for key in (None, f"Bearer {KEY}x", f"Basic {KEY}"):
             headers = {"Authorization": key} if key else {}
             response = httpx.request(method, engine.url + path, headers=headers, json={"model": "base", "prompt": "x"})
-            if (method, path) == ("GET", "/health"):
-                assert response.status_code == httpx.codes.OK
-                continue
             assert response.status_code == (httpx.codes.UNAUTHORIZED if known else httpx.codes.NOT_FOUND), path
             assert method == "HEAD" or response.json()["error"]["type"] == "invalid_request_error"
         answered = engine.client.request(method, path, json={}).status_code not in (401, 404)
-        assert answered == known or path == "/health", f"{method} {path} with the key"
-    assert KEYED_ROUTES - ours < routes, "a route of ours is none of vLLM's any more"
+        assert answered == known, f"{method} {path} with the key"
+    assert httpx.get(f"{engine.url}/health").status_code == httpx.codes.OK
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
+def test_no_other_spelling_of_a_path_opens(engine: Engine) -> None:
+    host, port = engine.url.removeprefix("http://").split(":")
+    for path in (
         *("/mta/v1/status/", "//mta/v1/status", "/mta/v1//status", "/MTA/v1/status", "/mta/v1/stat%75s"),
         *("/%6d%74a/v1/status", "/metrics/", "/metricsfoo", "/v1/models/", "/v1/../v1/models", "/health/"),
         *("/health%2f", "/health/../invocations"),
-    ],
-)
-def test_no_other_spelling_of_a_path_opens(engine: Engine, path: str) -> None:
-    host, port = engine.url.removeprefix("http://").split(":")
-    for key in ("", f"Authorization: Bearer {KEY}\r\n"):
-        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as raw:  # clients would normalise it
-            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{key}Connection: close\r\n\r\n".encode())
-            assert raw.recv(1 << 16).split()[1] == b"404"
-
-
-@pytest.mark.parametrize("path", ["/v1/realtime", "/health"])
-def test_no_websocket_opens(engine: Engine, path: str) -> None:
-    upgrade = {
-        "Connection": "Upgrade",
-        "Upgrade": "websocket",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    }
-    assert engine.client.get(path, headers=upgrade).status_code == httpx.codes.FORBIDDEN
+    ):
+        for key in ("", f"Authorization: Bearer {KEY}\r\n"):
+            with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as raw:  # clients would normalise it
+                raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{key}Connection: close\r\n\r\n".encode())
+                assert raw.recv(1 << 16).split()[1] == b"404", path
 
 
 def test_a_preflight_request_opens_nothing(engine: Engine) -> None:
@@ -161,24 +144,22 @@ def test_its_status_waits_for_no_step_of_the_model(engine: Engine) -> None:
     assert status.json()["banks"] == engine.status()["banks"]
 
 
-@pytest.mark.skipif(not is_cpu_build(), reason="where vLLM uses a GPU it starts its core as it likes")
-def test_its_core_is_a_fork_and_no_other_process_is_beside_it(engine: Engine) -> None:
+def test_its_core_is_a_fork_and_none_of_its_processes_has_the_secret_of_users(engine: Engine) -> None:
     """A core that was spawned would have imported all of vLLM again, and have a resource tracker beside it."""
-    assert ["EngineCore" in command_line(pid) for pid in descendants(engine.pid)] == [True]
-
-
-def test_none_of_its_processes_has_the_secret_of_users(engine: Engine) -> None:
-    for pid in (engine.pid, *descendants(engine.pid)):
+    others = descendants(engine.pid)
+    if is_cpu_build():  # where vLLM uses a GPU it starts its core as it likes
+        assert ["EngineCore" in command_line(pid) for pid in others] == [True]
+    for pid in (engine.pid, *others):
         assert SECRET.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
         assert SECRET not in command_line(pid)
 
 
 def test_names_and_residents_stay_bounded_and_metrics_name_no_recipe(engine: Engine, prefix: str) -> None:
     for i in range(10):
-        text_of(engine.chat(f"{prefix}:c+a{i:02d}*500"))
+        content_of(engine.chat(f"{prefix}:c+a{i:02d}*500"))
     early = engine.client.get("/metrics").text
     for i in range(100):
-        text_of(engine.chat(f"{prefix}:c+a{i % ANCHORS:02d}*{300 + i}", max_tokens=1))
+        content_of(engine.chat(f"{prefix}:c+a{i % ANCHORS:02d}*{300 + i}", max_tokens=1))
     status = engine.status()
     assert status["names"] <= NAMES  # type: ignore[operator]
     assert len(engine.resident()["resident"]) <= CPU_TIER
@@ -188,48 +169,55 @@ def test_names_and_residents_stay_bounded_and_metrics_name_no_recipe(engine: Eng
     assert engine.metric("mta:adapter_names_leased") == 0
 
 
-def test_a_stream_keeps_its_adapter_while_everything_else_would_evict_it(engine: Engine, prefix: str) -> None:
+def test_a_long_answer_keeps_its_adapter_while_everything_else_would_evict_it(engine: Engine, prefix: str) -> None:
     """More recipes than slots, CPU tier and names together, each beside a long answer under one recipe."""
-    recipe = f"{prefix}:c+a39*777"
-    alone = text_of(engine.chat(recipe, max_tokens=STREAM_TOKENS, ignore_eos=True))
+
+    def long_answer() -> str:
+        return content_of(engine.chat(f"{prefix}:c+a39*777", max_tokens=LONG, ignore_eos=True))
+
+    alone = long_answer()
     others = [f"{prefix}:c+a{i % 39:02d}*{1 + i}" for i in range(2 * (SLOTS + CPU_TIER + NAMES))]
     with ThreadPoolExecutor(4) as pool:
-        while others:  # one stream may end before they are through; then another is intact too
-            stream = pool.submit(streamed_text, engine, recipe)
-            while others and not stream.done():
+        while others:  # one answer may end before they are through; then another is intact too
+            beside = pool.submit(long_answer)
+            while others and not beside.done():
                 batch, others = others[:3], others[3:]
                 for response in pool.map(lambda name: engine.chat(name, max_tokens=1), batch):
-                    text_of(response)
+                    content_of(response)
             # Batched beside others a bf16 near-tie may fall the other way; a wrong adapter changes the text at once.
-            assert stream.result()[:8] == alone[:8]
-
-
-def streaming(engine: Engine, recipe: str) -> AbstractContextManager[httpx.Response]:
-    """One long answer."""
-    messages = [{"role": "user", "content": "hello there"}]
-    body = {"model": recipe, "messages": messages, "max_tokens": STREAM_TOKENS, "temperature": 0, "ignore_eos": True}
-    return engine.client.stream("POST", "/v1/chat/completions", json=body | {"stream": True})
-
-
-def streamed_text(engine: Engine, recipe: str) -> str:
-    """One long answer, streamed to its end."""
-    with streaming(engine, recipe) as response:
-        assert response.status_code == httpx.codes.OK, response.read()
-        lines = list(response.iter_lines())
-    assert lines[-2] == "data: [DONE]"
-    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    choices = [choice for chunk in chunks for choice in chunk["choices"]]  # a last chunk has the usage alone
-    return "".join(choice["delta"].get("content") or "" for choice in choices)
+            assert beside.result()[:8] == alone[:8]
 
 
 def test_the_name_of_a_client_that_left_is_free_again(engine: Engine, prefix: str) -> None:
-    with streaming(engine, f"{prefix}:c+a01*1") as response:
-        assert response.status_code == httpx.codes.OK, response.read()
-        lines = response.iter_lines()  # kept: httpx hangs up when the iterator goes
+    with engine.long_answer(f"{prefix}:c+a01*1") as lines:
         next(lines)
-        assert engine.metric("mta:adapter_names_leased") == 1
-    for _ in range(100):
-        if engine.metric("vllm:num_requests_running") == 0 and engine.metric("mta:adapter_names_leased") == 0:
-            return
-        text_of(engine.chat("base", max_tokens=1))
-    pytest.fail("the abandoned request still holds its name")
+        assert engine.metric("mta:adapter_names_leased") == engine.metric("mta:adapters_in_use") == 1
+    metrics = ("mta:adapter_names_leased", "mta:adapters_in_use")
+    wait_until(lambda: not any(map(engine.metric, metrics)), "the abandoned request to be over")
+
+
+def answering_bank(gateway: GatewayThread, user: str) -> str:
+    with gateway.client() as client:
+        answer = generate(client, user)
+    told = answer.json()["personalization"]
+    assert (answer.status_code, told["level"]) == (httpx.codes.OK, "merged"), answer.text
+    return str(told["recipe"].split(":")[1])
+
+
+def test_gateways_of_two_banks_of_other_modules_share_an_engine_under_load(
+    engine: Engine, bank: Path, next_bank: Path, gateway_settings: Settings
+) -> None:
+    changes = {"engine_url": engine.url, "queue_places": 2 * len(USERS)}
+    with ExitStack() as stack, ThreadPoolExecutor(2 * len(USERS)) as pool:
+        gateways = [
+            stack.enter_context(GatewayThread(gateway_settings.model_copy(update=changes | {"bank": folder})))
+            for folder in (bank, next_bank)
+        ]
+        for gateway in gateways:
+            with gateway.client() as client:
+                wait_until_ready(client)
+                for number, user in enumerate(USERS):
+                    client.put(f"/users/{user}/profile", json={"items": [{"text": world(number)}]}).raise_for_status()
+        turns = [(gateway, user) for _ in range(10) for user in USERS for gateway in gateways]
+        answers = list(pool.map(lambda turn: answering_bank(*turn), turns))
+    assert answers == [read_manifest(folder).short for folder in (bank, next_bank)] * (len(turns) // 2)

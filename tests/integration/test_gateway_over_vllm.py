@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
 from bench.fleet.capacity import Overload
 from bench.fleet.streams import Load
-from bench.rig.engine import KEY, Engine
-from server.engine_protocol import key_header
+from bench.rig.engine import Engine
 from server.settings import Settings
 from tests.support.gateway import GatewayThread, wait_until_ready
 
@@ -39,38 +39,36 @@ def test_two_gateways_bear_more_than_they_can_serve(gateway_settings: Settings, 
         assert all(stream.chunks > 2 for stream in load.served)
 
 
-@pytest.mark.parametrize("prompt", ["Tell me", ["Tell me", "Once upon"]], ids=["one prompt", "two"])
-def test_a_wide_request_in_parts_is_answered_as_in_one_piece(
-    client: httpx.Client, gateway_settings: Settings, tiny_engine: Engine, prompt: str | list[str]
+def said(choice: dict[str, Any]) -> tuple[Any, ...]:
+    """One of several answers, without what vLLM leaves empty."""
+    message = {name: one for name, one in choice.get("message", {}).items() if one is not None or name == "refusal"}
+    logprobs = choice["logprobs"]
+    tokens = [one["token"] for one in logprobs["content"]] if message else logprobs["tokens"]
+    assert message or len(logprobs["text_offset"]) == len(tokens)
+    return choice["index"], choice["finish_reason"], choice.get("text"), message, tokens
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt": "Tell me", "logprobs": 1},
+        {"prompt": ["Tell me", "Once upon"], "logprobs": 1},
+        {"messages": [{"role": "user", "content": "hello"}], "logprobs": True, "top_logprobs": 2},
+    ],
+    ids=["one prompt", "two", "conversation"],
+)
+def test_a_wide_request_in_parts_or_not_is_answered_as_the_engine_would_in_one_piece(
+    client: httpx.Client, gateway_settings: Settings, tiny_engine: Engine, asked: dict[str, Any]
 ) -> None:
-    asked = {"prompt": prompt, "max_tokens": 6, "n": 5, "seed": 11, "temperature": 1.0, "model": "base", "logprobs": 1}
+    path = "/v1/chat/completions" if "messages" in asked else "/v1/completions"
+    asked = asked | {"max_tokens": 6, "n": 5, "seed": 11, "temperature": 1.0, "model": "base"}
     update = {"engine_url": tiny_engine.url, "engine_places": 8}  # a quarter is two
     with GatewayThread(gateway_settings.model_copy(update=update)) as narrow, narrow.client() as beside:
         wait_until_ready(beside)
-        whole, parted = (one.post("/v1/completions", json=asked) for one in (client, beside))
-    assert (whole.status_code, parted.status_code) == (200, 200), whole.text + parted.text
-    for answer in (whole.json(), parted.json()):
-        assert [choice["index"] for choice in answer["choices"]] == list(range(len(answer["choices"])))
-    texts, again = ([choice["text"] for choice in answer.json()["choices"]] for answer in (whole, parted))
-    assert texts == again
-    assert len(set(texts[:5])) > 1
-    assert whole.json()["usage"] == parted.json()["usage"]
-    for choice in parted.json()["choices"]:
-        assert len(choice["logprobs"]["tokens"]) == len(choice["logprobs"]["text_offset"]) == 6
-
-
-def test_several_answers_come_back_as_the_engine_would_say_them_in_one_piece(
-    client: httpx.Client, tiny_engine: Engine
-) -> None:
-    asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5, "n": 3, "seed": 3, "model": "base"}
-    asked |= {"logprobs": True, "top_logprobs": 2}
-    answer = client.post("/v1/chat/completions", json=asked).json()
-    headers = key_header(KEY)
-    straight = httpx.post(f"{tiny_engine.url}/v1/chat/completions", json=asked, headers=headers, timeout=60).json()
-    assert answer["usage"]["total_tokens"] == straight["usage"]["total_tokens"]
-    for ours, theirs in zip(answer["choices"], straight["choices"], strict=True):
-        told = {name: value for name, value in theirs["message"].items() if value is not None or name == "refusal"}
-        assert ours["message"] == told
-        assert ours["finish_reason"] == theirs["finish_reason"]
-        tokens = [[one["token"] for one in choice["logprobs"]["content"]] for choice in (ours, theirs)]
-        assert tokens[0] == tokens[1]
+        clients = (tiny_engine.client, client, beside)
+        straight, *answers = (one.post(path, json=asked).raise_for_status().json() for one in clients)
+    wanted = [said(choice) for choice in straight["choices"]]
+    assert len({tuple(tokens) for *_, tokens in wanted}) > 1
+    for answer in answers:
+        assert [said(choice) for choice in answer["choices"]] == wanted
+        assert answer["usage"]["total_tokens"] == straight["usage"]["total_tokens"]

@@ -1,7 +1,6 @@
 """A stand-in for vLLM with our plugin: the same HTTP, no model, and knobs for what a real one does only by accident.
 
-Its answer is words made from the model's name and the last message, so different recipes and prompts get different
-texts. `tests/contract/test_engine.py` holds it and the real one to the same behaviour.
+Different recipes and prompts get different texts. `tests/contract/test_engine.py` holds both to the same behaviour.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from server.supervisor.services import free_port
 __all__ = ["KEY", "FakeEngine", "Knobs", "Seen"]
 
 WORDS = ("sea", "board", "rose", "queen", "rye", "steam", "plan", "salt", "wave", "knight", "crumb", "rail")
-COMPLETION_TOKENS = 16
-"""Longest continuation of a prompt, unless the request says otherwise."""
+COMPLETION_TOKENS = 16  # longest continuation of a prompt, unless the request says otherwise
 
 
 @dataclass(slots=True)
@@ -48,16 +46,13 @@ class Knobs:
     user_adapters: bool = False  # whether it has whatever user adapter it is asked for
     counts: bool = True  # whether it says how many tokens a conversation has
     strict: bool = False  # whether it has the chat template of `bench.rig.tiny`, instead of one that takes everything
-    figures: Mapping[str, int] = field(default_factory=dict)  # what its status says besides
+    figures: Mapping[str, int | None] = field(default_factory=dict)  # what its status says besides
 
 
 @dataclass(slots=True)
 class Seen:
-    """One generation request as it arrived, and whether it came to its end or its client left before."""
-
     body: dict[str, Any]
     headers: dict[str, str]
-    peer_port: int
     aborted: bool = False
     ended: bool = False
     tokens: int = 0
@@ -65,8 +60,6 @@ class Seen:
 
 @dataclass(slots=True)
 class FakeEngine:
-    """The server, in a thread with an event loop of its own."""
-
     knobs: Knobs = field(default_factory=Knobs)  # turn them at any time
     seen: list[Seen] = field(default_factory=list)  # generation requests
     looks: int = 0  # how often its status was asked for
@@ -81,7 +74,6 @@ class FakeEngine:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> FakeEngine:
-        """Listen, and return once it does."""
         listening = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(listening,), daemon=True)
         self._thread.start()
@@ -123,10 +115,9 @@ class FakeEngine:
 
         loop.run_until_complete(begin())
         loop.run_forever()
-        if runner.server:
-            for connection in runner.server.connections:
-                if connection.transport:
-                    connection.transport.abort()
+        for connection in runner.server.connections if runner.server else ():
+            if connection.transport:
+                connection.transport.abort()
         loop.run_until_complete(runner.cleanup())
         loop.close()
 
@@ -147,18 +138,8 @@ class FakeEngine:
         self.looks += 1
         if not authorised(request):
             return error_answer(401, "missing or wrong engine key")
-        return web.json_response(
-            {
-                "status": "ok",
-                "model": "fake",
-                "max_model_len": self.knobs.context,
-                "banks": list(self.knobs.banks),
-                "max_lora_rank": 8,
-                "slots": 8,
-                "names": 0,
-                **self.knobs.figures,
-            }
-        )
+        told = {"status": "ok", "model": "fake", "max_model_len": self.knobs.context, "banks": list(self.knobs.banks)}
+        return web.json_response(told | {"max_lora_rank": 8, "slots": 8, "names": 0} | dict(self.knobs.figures))
 
     async def _drop(self, request: web.Request) -> web.Response:
         if not authorised(request):
@@ -170,7 +151,7 @@ class FakeEngine:
         if not authorised(request):
             return web.json_response({"error": "Unauthorized"}, status=401)
         body = json.loads(await request.read())
-        seen = Seen(body, dict(request.headers), request.transport.get_extra_info("peername")[1])
+        seen = Seen(body, dict(request.headers))
         self.seen.append(seen)
         refusal = self._refusal(body)
         try:
@@ -188,18 +169,11 @@ class FakeEngine:
             return error_answer(knobs.status, f"the fake engine was told to fail at `{model}`")
         if knobs.lacks(model) or not (model == "base" or self._can_fuse(model)):
             return error_answer(404, f"The model `{model}` does not exist.", "model")
-        if knobs.strict and (reason := template_refusal(body.get("messages", []))):
+        if reason := (knobs.strict and template_refusal(body.get("messages", []))) or options_refusal(body):
             return error_answer(400, reason)
-        if reason := options_refusal(body):
-            return error_answer(400, reason)
-        prompt = prompt_tokens(body)
-        if prompt > knobs.context:
-            return error_answer(
-                400,
-                f"This model's maximum context length is {knobs.context} tokens. However, your prompt contains "
-                f"{prompt} input tokens.",
-                "input_tokens",
-            )
+        if (prompt := prompt_tokens(body)) > knobs.context:
+            limit = f"This model's maximum context length is {knobs.context} tokens."
+            return error_answer(400, f"{limit} However, your prompt contains {prompt} input tokens.", "input_tokens")
         return None
 
     def _can_fuse(self, name: str) -> bool:
@@ -235,8 +209,7 @@ class FakeEngine:
             if seen.tokens == self.knobs.die_after:
                 _cut(request)
             if seen.tokens == self.knobs.fail_after:
-                message = f"EngineCore died at `{seen.body['model']}`"
-                failure = {"error": {"message": message, "type": "InternalServerError", "code": 500}}
+                failure = {"error": {"message": f"EngineCore died at `{seen.body['model']}`", "code": 500}}
                 await response.write(b"data: " + json.dumps(failure).encode() + b"\n\ndata: [DONE]\n\n")
                 return response
             while seen.tokens == self.knobs.hold_after:
@@ -292,8 +265,7 @@ def prompts_of(body: dict[str, Any]) -> list[Any]:
 
 
 def prompt_tokens(body: dict[str, Any]) -> int:
-    in_contents = "messages" in body
-    return sum(sum(map(len, one)) if in_contents else len(one) for one in prompts_of(body))
+    return sum(sum(map(len, one)) if "messages" in body else len(one) for one in prompts_of(body))
 
 
 def choices_of(body: dict[str, Any]) -> range:
@@ -322,8 +294,11 @@ def whole(seen: Seen, words: list[str], finish_reasons: Sequence[str]) -> dict[s
         {"index": index, **said, "logprobs": _logprobs(seen.body, words), "finish_reason": reason}
         for index, reason in zip(choices_of(seen.body), cycle(finish_reasons), strict=False)
     ]
-    kind = "text_completion" if "prompt" in seen.body else "chat.completion"
-    return _named(seen, kind) | {"choices": choices, "usage": usage_of(seen), "kv_transfer_params": {"host": "inner"}}
+    return _named(seen, "chat.completion") | {
+        "choices": choices,
+        "usage": usage_of(seen),
+        "kv_transfer_params": {"host": "inner"},
+    }
 
 
 def chunks(seen: Seen, word: str | None, finish_reasons: Sequence[str | None] = (None,), **more: Any) -> bytes:
@@ -336,25 +311,20 @@ def chunk(
     seen: Seen, index: int | None, word: str | None = None, finish_reason: str | None = None, **more: Any
 ) -> bytes:
     """One choice's; without one what follows the last choice."""
-    chat = "messages" in seen.body
-    delta: dict[str, Any] = {} if word is None else {"content": word}
-    if word == "":
-        delta |= {"role": "assistant"}
-    said = {"delta": delta} if chat else {"text": word or ""}
+    delta = ({} if word is None else {"content": word}) | ({"role": "assistant"} if word == "" else {})
+    said = {"delta": delta} if "messages" in seen.body else {"text": word or ""}
     logprobs = _logprobs(seen.body, [word]) if word else None
     choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
-    kind = "chat.completion.chunk" if chat else "text_completion"
-    content = _named(seen, kind) | {"choices": [] if index is None else [choice]} | more
+    content = _named(seen, "chat.completion.chunk") | {"choices": [] if index is None else [choice]} | more
     return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 
 def _named(seen: Seen, kind: str) -> dict[str, Any]:
-    name = f"chatcmpl-{seen.headers.get('X-Request-ID')}"
+    name, kind = f"chatcmpl-{seen.headers.get('X-Request-ID')}", "text_completion" if "prompt" in seen.body else kind
     return {"id": name, "object": kind, "created": 1790000000, "model": seen.body["model"]}
 
 
 def _logprobs(body: dict[str, Any], words: list[str]) -> dict[str, Any] | None:
-    """As many as there are words, where they are asked for."""
     if not body.get("logprobs"):
         return None
     if "prompt" in body:

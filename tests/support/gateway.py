@@ -146,6 +146,12 @@ def chunks_of(response: httpx.Response) -> list[Any]:
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
+def content_of(response: httpx.Response) -> str:
+    """The text of a chat completion, which must have succeeded."""
+    assert response.status_code == httpx.codes.OK, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
 def text_of(chunks: list[Any], index: int = 0) -> str:
     """The text of one choice of a stream."""
     choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]

@@ -45,27 +45,18 @@ def _stop_vllm() -> None:
 
 
 class Drain:
-    """Counts open requests; after a stop request, waits up to `timeout_s` for them to finish."""
+    """Counts open requests; once started, stops the engine when none is open or after `timeout_s`."""
 
     def __init__(self, timeout_s: float, stop: Callable[[], None] = _stop_vllm) -> None:
-        self.started = False  # whether new requests are refused
-        self._timeout_s = timeout_s
-        self._stop = stop
-        self._open = 0
-        self._idle = asyncio.Event()
+        self.started: asyncio.Task[None] | None = None  # if set, new requests are refused
+        self._timeout_s, self._stop = timeout_s, stop
+        self._open, self._idle = 0, asyncio.Event()
         self._idle.set()
-        self._task: asyncio.Task[None] | None = None  # the event loop keeps only weak references to tasks
-
-    def handle_sigterm(self) -> None:
-        """Start the drain on SIGTERM; call this after vLLM has installed its own handler."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.start)
 
     def start(self) -> None:
-        """Refuse new requests, and stop the engine when no request is open or the time is up."""
-        if not self.started:
-            self.started = True
+        if self.started is None:
             log.info("stopping: waiting up to %g s for %d open requests", self._timeout_s, self._open)
-            self._task = asyncio.get_running_loop().create_task(self._finish())
+            self.started = asyncio.get_running_loop().create_task(self._finish())
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -95,8 +86,8 @@ class AccessMiddleware:
     drain: Drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            self.drain.handle_sigterm()
+        if scope["type"] == "lifespan":  # vLLM has installed its own handler before
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.drain.start)
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
@@ -113,9 +104,7 @@ class AccessMiddleware:
         if wanted in PUBLIC_ROUTES or (wanted in KEYED_ROUTES and self._has_key(scope)):
             return _error(503, "this engine is stopping: use another engine") if self.drain.started else None
         if wanted in KEYED_ROUTES:
-            return _error(
-                401, "missing or wrong engine key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
-            )
+            return _error(401, "missing or wrong engine key", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
         return _error(404, "no such route: the engine serves only what its gateway uses")
 
     def _has_key(self, scope: Scope) -> bool:

@@ -17,7 +17,7 @@ from vllm.engine.protocol import EngineClient
 
 from bank.errors import BankError
 from bank.manifest import read_manifest
-from server.engine.admission import metrics
+from server.engine import metrics
 from server.engine.admission.access import AccessMiddleware, Drain
 from server.engine.admission.prepare import AdapterNames, HoldNames, Manifests, Preparer
 from server.engine.admission.user_adapters import SWEEP_S, UserAdapters
@@ -87,7 +87,12 @@ class MtaEndpointPlugin:
         )
         self._sweeping = asyncio.create_task(forever(SWEEP_S, users.sweep, log))
         self._metrics = adapter_metrics = metrics.publish(engine, names, args.max_loras)
-        Preparer(manifests, names, users, adapter_metrics.check, _tracing(settings)).install()
+        tracing = Tracing()
+        if settings.otlp_endpoint:
+            from server.watching.otlp import SpanTracing
+
+            tracing = SpanTracing()
+        Preparer(manifests, names, users, adapter_metrics.check, tracing).install()
         self._status = lambda: {
             "status": "ok",
             "model": engine.model_config.model,
@@ -113,14 +118,6 @@ class MtaEndpointPlugin:
     async def drop(self, user_key: Annotated[str, Body(embed=True)]) -> dict[str, int]:
         """Drop a user's adapters; return how many are still held by unfinished requests."""
         return {"held": await self._users.drop(user_key) if self._users else 0}
-
-
-def _tracing(settings: Settings) -> Tracing:
-    if not settings.otlp_endpoint:
-        return Tracing()
-    from server.watching.otlp import SpanTracing
-
-    return SpanTracing()
 
 
 def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: list[str], manifests: Manifests) -> None:

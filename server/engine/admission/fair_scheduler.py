@@ -10,24 +10,20 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from server.engine import patches
+from server.engine.fusing.manager import FusingLoRAManager
 
-if TYPE_CHECKING:
-    from server.engine.fusing.manager import FusingLoRAManager
-
-PATIENCE_S = 2.0
-"""Maximum time that requests with a slot may be admitted ahead of a waiting request without one."""
-
+PATIENCE_S = 2.0  # maximum time that requests with a slot may be admitted ahead of a waiting request without one
 DRAIN_DIVISOR = 4  # at most one slot in 4 is drained at a time, so that the batch stays nearly full
 
 
-class _FairScheduling(Scheduler):  # type: ignore[misc]
+class FairScheduler(Scheduler):  # type: ignore[misc]
     """vLLM's scheduler, but steps do not wait for fusions, and no request is passed over indefinitely."""
 
     adapter_manager: FusingLoRAManager | None = None  # None if another process fuses, or before the first request
@@ -64,11 +60,7 @@ class _FairScheduling(Scheduler):  # type: ignore[misc]
         return held | {request for request in personal if _adapter_id(request) in unfused}
 
 
-class FairScheduler(_FairScheduling):
-    """Fair scheduler for consecutive steps, as on CPUs."""
-
-
-class FairAsyncScheduler(_FairScheduling, AsyncScheduler):  # type: ignore[misc]
+class FairAsyncScheduler(FairScheduler, AsyncScheduler):  # type: ignore[misc]
     """Fair scheduler that schedules a step while the previous one runs, as on GPUs."""
 
 

@@ -19,18 +19,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.lora.request import LoRARequest
 
 from adapters.errors import FusionError, MtaError, excerpt
-from adapters.recipe import FusionRecipe, is_recipe_name, parse_recipe
+from adapters.recipe import is_recipe_name, parse_recipe
 from bank.manifest import BankManifest
 from server.engine import patches
 from server.engine.admission.user_adapters import UserAdapters
-from server.engine.fusing.metrics import timed
+from server.engine.metrics import timed
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
 
 MAX_ID = 2**31 - 1  # vLLM's kernels index adapters by int32
-
-Manifests = Mapping[str, BankManifest]
-"""Banks of an engine by the 8 hex digits in recipe names; two banks while a fleet migrates to a new bank."""
+Manifests = Mapping[str, BankManifest]  # by the 8 hex digits in recipe names; two while a fleet moves to a new bank
 
 _held: ContextVar[ExitStack] = ContextVar("mta_held_names")  # releases the leases of the current HTTP request
 
@@ -112,24 +110,16 @@ class Preparer:
 
         Raise MtaError if the name is not canonical, no bank can fuse the recipe, or the user adapter is unusable.
         """
-        held = _held.get()
         with timed(self.check):
-            recipe = self._checked(name)
+            recipe = parse_recipe(name)
+            if (manifest := self.manifests.get(recipe.bank)) is None:
+                banks = sorted(self.manifests)
+                raise FusionError(f"recipe {excerpt(name)} is for bank {recipe.bank}; this engine has {banks}")
+            manifest.check(recipe)
             self.names.lease(name)
-            held.callback(self.names.release, name)
+            _held.get().callback(self.names.release, name)
         if recipe.user_adapter is not None:
             await self.users.ensure(recipe)
-
-    def _checked(self, name: str) -> FusionRecipe:
-        """Return the parsed recipe, checked so that its fusion cannot fail, except for its user adapter."""
-        recipe = parse_recipe(name)
-        manifest = self.manifests.get(recipe.bank)
-        if manifest is None:
-            raise FusionError(
-                f"recipe {excerpt(name)} is for bank {recipe.bank}; this engine has {sorted(self.manifests)}"
-            )
-        manifest.check(recipe)
-        return recipe
 
     def install(self) -> None:
         """Make vLLM's serving classes prepare recipe names when they check that a model exists."""
@@ -141,12 +131,8 @@ class Preparer:
                         with self.tracing.span("prepare", follows=traceparent.get()):
                             await self.prepare(request.model)
                     except MtaError as error:
-                        return serving.create_error_response(
-                            message=str(error),
-                            err_type="NotFoundError",
-                            status_code=HTTPStatus.NOT_FOUND,
-                            param="model",
-                        )
+                        kind, status = "NotFoundError", HTTPStatus.NOT_FOUND
+                        return serving.create_error_response(str(error), kind, status, param="model")
                 return await vllm_check(serving, request)
 
             return check_model

@@ -21,14 +21,7 @@ from server.store.adapters import AdapterStore, StoredAdapter
 
 log = logging.getLogger("mta.engine")
 
-SWEEP_S = 30.0
-"""Interval at which an engine drops adapters that were replaced or erased, unless a request still uses them."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    adapter: UserAdapterId
-    size_bytes: int
+SWEEP_S = 30.0  # interval at which adapters that were replaced or erased are dropped, unless a request uses them
 
 
 @dataclass(eq=False)
@@ -39,7 +32,8 @@ class UserAdapters:
     max_rank: int  # maximum rank of a slot
     capacity_bytes: int  # maximum size of the adapters that workers hold, unless more are in use
     in_use: Callable[[], Set[str]]  # recipe names that must be kept
-    _held: OrderedDict[str, _Held] = field(default_factory=OrderedDict)  # by recipe name, least recently used first
+    # Adapters with their size in bytes, by recipe name, least recently used first.
+    _held: OrderedDict[str, tuple[UserAdapterId, int]] = field(default_factory=OrderedDict)
     _sending: dict[str, asyncio.Task[bool]] = field(default_factory=dict)
     _releasing: set[asyncio.Future[object]] = field(default_factory=set)  # keeps references to running tasks
 
@@ -72,13 +66,13 @@ class UserAdapters:
 
     async def sweep(self) -> None:
         """Release every replaced or erased adapter that no request uses."""
-        gone = [name for name, held in list(self._held.items()) if not await self._is_current(held.adapter)]
+        gone = [name for name, (adapter, _) in list(self._held.items()) if not await self._is_current(adapter)]
         in_use = self.in_use()
         await self._release([name for name in gone if name not in in_use])
 
     async def drop(self, user_key: str) -> int:
         """Release all adapters of a user that no request uses; return how many are still held."""
-        mine = [name for name, held in self._held.items() if held.adapter.user_key == user_key]
+        mine = [name for name, (adapter, _) in self._held.items() if adapter.user_key == user_key]
         in_use = self.in_use()
         await self._release([name for name in mine if name not in in_use])
         return sum(name in in_use for name in mine)
@@ -92,7 +86,7 @@ class UserAdapters:
             stored = await self.store.adapter(adapter)
             if stored is None:
                 return False
-            self._held[recipe.name] = _Held(adapter, len(stored.raw))
+            self._held[recipe.name] = adapter, len(stored.raw)
             try:
                 await asyncio.to_thread(self._check, recipe, stored)
             except BaseException:
@@ -111,29 +105,26 @@ class UserAdapters:
 
     def _check(self, recipe: FusionRecipe, stored: StoredAdapter) -> None:
         """Raise UserAdapterError for any fault that would fail in a worker; takes about 0.25 s for 40 MiB."""
+        adapter = f"user adapter {recipe.user_adapter}"
         if hashlib.sha256(stored.raw).hexdigest() != stored.sha256:
-            raise UserAdapterError(f"user adapter {recipe.user_adapter} is damaged: its SHA-256 differs")
+            raise UserAdapterError(f"{adapter} is damaged: its SHA-256 differs")
         manifest = self.manifests[recipe.bank]
         trained_on, added, _ = read_user_adapter(manifest.layout, stored.raw)
         if trained_on != recipe.plain.name:
-            raise UserAdapterError(
-                f"user adapter {recipe.user_adapter} was trained on {trained_on}, not on {recipe.plain.name}"
-            )
+            raise UserAdapterError(f"{adapter} was trained on {trained_on}, not on {recipe.plain.name}")
         fused = manifest.rank_of(recipe)
         if fused + added > self.max_rank:
-            raise UserAdapterError(
-                f"user adapter {recipe.user_adapter} adds rank {added} to {fused}, but slots hold rank {self.max_rank}"
-            )
+            raise UserAdapterError(f"{adapter} adds rank {added} to {fused}, but slots hold rank {self.max_rank}")
 
     async def _evict(self) -> None:
-        surplus = sum(held.size_bytes for held in self._held.values()) - self.capacity_bytes
+        surplus = sum(size for _, size in self._held.values()) - self.capacity_bytes
         if surplus <= 0:
             return
         in_use, chosen = self.in_use(), []
-        for name, held in self._held.items():
+        for name, (_, size) in self._held.items():
             if surplus > 0 and name not in in_use:
                 chosen.append(name)
-                surplus -= held.size_bytes
+                surplus -= size
         await self._release(chosen)
 
     async def _release(self, names: list[str]) -> None:

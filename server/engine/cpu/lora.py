@@ -1,6 +1,5 @@
-"""LoRA operators for CPUs, and slots in the layout that the operators read.
+"""LoRA operators for CPUs: vLLM's copy a whole A and B per token, and read a row's -1 (no adapter) as the last slot.
 
-vLLM's operators copy a whole A and B for every token, and read a row's -1 (no adapter) as the index of the last slot.
 Here a step's rows are sorted by adapter once, and each layer takes one call of a compiled kernel. Without a compiler,
 or for dtypes other than bfloat16, each layer takes one dense product per adapter.
 """
@@ -28,13 +27,11 @@ from server.settings import Settings
 KNOWN_OPERATIONS = {
     *("add_shrink", "add_expand", "add_lora_linear", "add_lora_embedding", "add_lora_logits"),
     "apply_lora_full_linear",  # already skips rows without an adapter
-}
-"""Operations of vLLM's wrapper; `patches.py` lists the parameters of those overridden here."""
+}  # of vLLM's wrapper; `patches.py` lists the parameters of those overridden here
 
 UNKNOWN_RANK = 1 << 16  # use all ranks of the slot
 
-Stacks = tuple[torch.Tensor, ...]
-"""A or B over all slots for each module of a layer (q, k and v are one layer): [S, 1, rows, columns]."""
+Stacks = tuple[torch.Tensor, ...]  # A or B [S, 1, rows, columns] for each module of a layer (q, k and v are one layer)
 
 
 class SlotTable:
@@ -84,7 +81,7 @@ class Rows:
 
 
 class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
-    _table: SlotTable
+    table: SlotTable  # set by `CpuSlots`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -93,15 +90,12 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         self._tokens: Rows | None = None
         self._samples: Rows | None = None
 
-    def use_table(self, table: SlotTable) -> None:
-        self._table = table
-
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **_: Any
     ) -> None:
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
-        self._tokens = Rows.from_slots(self.token_lora_indices, self._table)
-        self._samples = Rows.from_slots(self.sampler_indices, self._table)
+        self._tokens = Rows.from_slots(self.token_lora_indices, self.table)
+        self._samples = Rows.from_slots(self.sampler_indices, self.table)
 
     def add_lora_linear(  # noqa: PLR0917  vLLM's signature
         self,
@@ -117,11 +111,8 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         rows = self._tokens
         if rows is None:
             return
-        if (
-            self._kernel is not None
-            and scale == 1.0
-            and y.dtype == x.dtype == lora_b_stacked[0].dtype == torch.bfloat16
-        ):
+        all_bf16 = y.dtype == x.dtype == lora_b_stacked[0].dtype == torch.bfloat16
+        if self._kernel is not None and scale == 1.0 and all_bf16:
             self._kernel(y, x, lora_a_stacked, lora_b_stacked, rows.indices, rows.slots, rows.a_slots, rows.ranks)
             return
         slices = torch.split(_flat(y)[:, : sum(output_slices)], list(output_slices), dim=1)
@@ -173,7 +164,7 @@ class CpuSlots(FusedSlots):
         super().__init__(*args, **kwargs)
         self._table = SlotTable(self.lora_slots)
         for wrapper in self.punica_wrapper_mapping.values():
-            wrapper.use_table(self._table)
+            wrapper.table = self._table
         for module in self.modules.values():
             transpose_b(module)
 

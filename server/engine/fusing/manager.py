@@ -27,9 +27,9 @@ from adapters.user_adapter import decode_user_adapter, stack_flat
 from bank.manifest import read_manifest
 from bank.matrix import open_matrix
 from server.engine import patches
-from server.engine.fusing.metrics import FusionMetrics, timed
 from server.engine.fusing.prefetch import FusionPrefetcher
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
+from server.engine.metrics import FusionMetrics, timed
 from server.settings import Settings
 
 
@@ -38,8 +38,9 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
     _manager_cls = FusedSlots
     _adapter_manager: FusedSlots
+    metrics: FusionMetrics
     _matrices: dict[str, MetaMatrix]
-    _vllm_names: Mapping[str, Mapping[str, str]]
+    _vllm_names: dict[str, Mapping[str, str]]
     _users: dict[str, bytes]  # serialised user adapters by the name of the stacked recipe
     _prefetcher: FusionPrefetcher[FlatLora]
     _pinned: bool
@@ -50,14 +51,13 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         wrapped = super().create_lora_manager(model, vllm_config)
         self._pinned = PIN_MEMORY and self.device.type != "cpu"  # copies to the GPU are fast only from pinned memory
         self._users = {}
-        self._matrices = {}
+        self.metrics = self._adapter_manager.metrics
+        self._matrices, self._vllm_names = {}, {}
         for folder in Settings().banks:
             manifest = read_manifest(folder)
             matrix = open_matrix(folder, manifest).prepared(self.lora_config.lora_dtype, pin_memory=self._pinned)
             self._matrices[manifest.short] = matrix
-        slots = self._adapter_manager
-        self._vllm_names = {bank: slots.vllm_names(bank, matrix.layout) for bank, matrix in self._matrices.items()}
-        for matrix in self._matrices.values():
+            self._vllm_names[manifest.short] = self._adapter_manager.vllm_names(manifest.short, matrix.layout)
             matrix.touch()
         self._prefetcher = FusionPrefetcher(self._fuse)
         prefetch_on_arrival(self)
@@ -176,10 +176,6 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         """Return the number of slots in use, and this worker's metrics as text."""
         return self._adapter_manager.slots_taken, self.metrics.text
 
-    @property
-    def metrics(self) -> FusionMetrics:
-        return self._adapter_manager.metrics
-
 
 class WorkerExtension:
     """Mixed into vLLM's worker by `--worker-extension-cls`; the API process calls it through `collective_rpc`."""
@@ -187,11 +183,8 @@ class WorkerExtension:
     model_runner: Any
 
     def mta(self, act: str, *args: Any) -> Any:
-        """Call the manager's `hold`, `release`, `held`, `resident` or `measured`."""
-        manager = self.model_runner.lora_manager
-        if not isinstance(manager, FusingLoRAManager):
-            raise RuntimeError(f"the worker's adapter manager is {type(manager).__name__}, not FusingLoRAManager")
-        return getattr(manager, act)(*args)
+        """Call the `FusingLoRAManager`'s `hold`, `release`, `held`, `resident` or `measured`."""
+        return getattr(self.model_runner.lora_manager, act)(*args)
 
 
 def prefetch_on_arrival(manager: FusingLoRAManager) -> None:

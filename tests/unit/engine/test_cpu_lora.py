@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,36 +27,30 @@ from server.engine.cpu import lora, native
 from server.engine.cpu.lora import CpuLoRA, SlotTable, transpose_b
 from server.settings import Settings
 
-ROUNDING = 2**-8
-"""Of a bfloat16 number: half a unit in its last place, and some more for what went before."""
+ROUNDING = 2**-8  # of a bfloat16 number: half a unit in its last place, and some more for what went before
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step through one layer."""
-
     owners: tuple[int, ...]  # of each row the adapter's slot, -1 for none
-    ranks: tuple[int, ...]  # of each slot's tenant; the cells of a slot above it hold what an earlier tenant left
-    shares_a: tuple[bool, ...]  # of each slot, whether its A is the one that tenants share
-    slot_rank: int
+    tenants: tuple[tuple[int, bool], ...]  # of each slot the tenant's rank, and whether its A is the shared one
+    slot_rank: int  # the cells above a tenant's rank hold what an earlier tenant left
     h_in: int
     h_out: tuple[int, ...]  # of each module of the layer
-    padding: int  # rows beyond those that vLLM speaks of
-    prefill: bool  # what vLLM calls the step
-    dtype: torch.dtype
-    compiled: bool  # whether the compiled kernel may serve
-    seed: int
+    padding: int = 0  # rows beyond those that vLLM speaks of
+    prefill: bool = True  # what vLLM calls the step
+    dtype: torch.dtype = torch.float32
+    compiled: bool = True  # whether the compiled kernel may serve
+    seed: int = 0
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
     slot_rank = draw(st.sampled_from([1, 8, 16, 32]))
-    slots = draw(st.integers(1, 6))
-    each = {"min_size": slots, "max_size": slots}
+    tenants = draw(st.lists(st.tuples(st.integers(1, slot_rank), st.booleans()), min_size=1, max_size=6))
     return Step(
-        owners=tuple(draw(st.lists(st.integers(-1, slots - 1), min_size=1, max_size=40))),
-        ranks=tuple(draw(st.lists(st.integers(1, slot_rank), **each))),
-        shares_a=tuple(draw(st.lists(st.booleans(), **each))),
+        owners=tuple(draw(st.lists(st.integers(-1, len(tenants) - 1), min_size=1, max_size=40))),
+        tenants=tuple(tenants),
         slot_rank=slot_rank,
         h_in=draw(st.sampled_from([1, 7, 16, 33, 64, 100])),
         h_out=tuple(draw(st.lists(st.sampled_from([1, 5, 16, 31, 32, 48, 70]), min_size=1, max_size=3))),
@@ -67,48 +62,33 @@ def steps(draw: st.DrawFn) -> Step:
     )
 
 
-@dataclass
-class Layer:
-    """What `CpuLoRA` reads of a layer."""
-
-    lora_a_stacked: tuple[torch.Tensor, ...]
-    lora_b_stacked: tuple[torch.Tensor, ...]
-
-
-def layer_of(step: Step) -> Layer:
-    """A layer whose slots hold numbers everywhere, above the tenants' ranks too."""
-    numbers = torch.Generator().manual_seed(step.seed)
+def layer_of(step: Step) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """A and B of a layer whose slots hold numbers everywhere, above the tenants' ranks too."""
+    numbers, slots = torch.Generator().manual_seed(step.seed), len(step.tenants)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=numbers).to(step.dtype)
 
-    slots = len(step.ranks)
-    layer = Layer(
-        tuple(random(slots, 1, step.slot_rank, step.h_in) for _ in step.h_out),
-        tuple(torch.zeros(slots, 1, size, step.slot_rank, dtype=step.dtype) for size in step.h_out),
-    )
+    layer = SimpleNamespace(lora_b_stacked=tuple(random(slots, 1, size, step.slot_rank) for size in step.h_out))
+    values = layer.lora_b_stacked
     transpose_b(layer)
-    for b in layer.lora_b_stacked:
-        b.copy_(random(*b.shape))
-    for a in layer.lora_a_stacked:
-        shared = random(step.slot_rank, step.h_in)
-        for slot, shares in enumerate(step.shares_a):
-            if shares:
-                a[slot, 0] = shared
-    return layer
+    for b, value in zip(layer.lora_b_stacked, values, strict=True):
+        b.copy_(value)
+    stacked_a = tuple(random(slots, 1, step.slot_rank, step.h_in) for _ in step.h_out)
+    for a in stacked_a:
+        a[torch.tensor([shares for _, shares in step.tenants]), 0] = random(step.slot_rank, step.h_in)
+    return stacked_a, layer.lora_b_stacked
 
 
 def wrapper_of(step: Step) -> CpuLoRA:
-    """In that step; the adapter in slot 0 has the highest id."""
-    slots = len(step.ranks)
-    table = SlotTable(slots)
-    for slot, (rank, shares) in enumerate(zip(step.ranks, step.shares_a, strict=True)):
-        table.update(slot, rank, ("bank", rank) if shares else None)
+    slots = len(step.tenants)
     wrapper = CpuLoRA(64, max_batches=64, device=torch.device("cpu"))
-    wrapper.use_table(table)
+    wrapper.table = SlotTable(slots)
+    for slot, (rank, shares) in enumerate(step.tenants):
+        wrapper.table.update(slot, rank, ("bank", rank) if shares else None)
     if not step.compiled:
         wrapper._kernel = None
-    ids = tuple(slots - owner if owner >= 0 else 0 for owner in step.owners)
+    ids = tuple(slots - owner if owner >= 0 else 0 for owner in step.owners)  # slot 0 has the highest id
     wrapper.update_metadata(LoRAMapping(ids, ids, is_prefill=step.prefill), list(range(slots, 0, -1)), slots + 1, 32)
     return wrapper
 
@@ -116,20 +96,20 @@ def wrapper_of(step: Step) -> CpuLoRA:
 @settings(max_examples=300, deadline=None)
 @given(steps())
 def test_each_row_gets_the_dense_product_of_its_own_adapter(step: Step) -> None:
-    layer = layer_of(step)
+    stacked_a, stacked_b = layer_of(step)
     numbers = torch.Generator().manual_seed(step.seed + 1)
     rows = len(step.owners) + step.padding
     x = torch.randn(rows, step.h_in, generator=numbers).to(step.dtype)
     before = torch.randn(rows, sum(step.h_out), generator=numbers).to(step.dtype)
     y = before.clone()
-    wrapper_of(step).add_lora_linear(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, step.h_out)
+    wrapper_of(step).add_lora_linear(y, x, stacked_a, stacked_b, 1.0, step.h_out)
     for row in range(rows):
         slot = step.owners[row] if row < len(step.owners) else -1
         if slot < 0:
             assert torch.equal(y[row], before[row])
             continue
-        rank = step.ranks[slot]
-        pairs = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+        rank, _ = step.tenants[slot]
+        pairs = zip(stacked_a, stacked_b, strict=True)
         halves = [(a[slot, 0, :rank].double(), b[slot, 0, :, :rank].double()) for a, b in pairs]
         added = torch.cat([b @ (a @ x[row].double()) for a, b in halves])
         # What errors are relative to.
@@ -142,30 +122,29 @@ def test_each_row_gets_the_dense_product_of_its_own_adapter(step: Step) -> None:
 
 
 def test_numbers_that_are_none_stay_so_and_do_not_spread() -> None:
-    step = Step((0, 1, -1, 0), (2, 2), (False, False), 8, 32, (32, 5), 0, True, torch.bfloat16, True, 0)
-    layer = layer_of(step)
+    step = Step((0, 1, -1, 0), ((2, False), (2, False)), 8, 32, (32, 5), dtype=torch.bfloat16)
+    stacked_a, stacked_b = layer_of(step)
     x, y = torch.ones(4, 32, dtype=torch.bfloat16), torch.zeros(4, 37, dtype=torch.bfloat16)
     x[0, 3] = torch.nan
-    wrapper_of(step).add_lora_linear(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, step.h_out)
+    wrapper_of(step).add_lora_linear(y, x, stacked_a, stacked_b, 1.0, step.h_out)
     assert y[0].isnan().all()
     assert y[1].isfinite().all() and y[3].isfinite().all() and not y[2].any()
 
 
 def test_before_any_step_and_in_one_without_adapters_nothing_is_added() -> None:
-    step = Step((0, 1, 1), (2, 2), (False, False), 8, 32, (32, 5), 0, True, torch.float32, True, 0)
-    layer = layer_of(step)
+    step = Step((0, 1, 1), ((2, False), (2, False)), 8, 32, (32, 5))
+    stacked_a, stacked_b = layer_of(step)
     fresh, after = CpuLoRA(64, max_batches=64, device=torch.device("cpu")), wrapper_of(step)
     after.update_metadata(LoRAMapping((0, 0, 0), (0, 0, 0), is_prefill=True), [2, 1], 3, 32)
     for wrapper in (fresh, after):
         y = torch.zeros(3, 37)
-        wrapper.add_lora_linear(y, torch.ones(3, 32), layer.lora_a_stacked, layer.lora_b_stacked, 1.0, step.h_out)
+        wrapper.add_lora_linear(y, torch.ones(3, 32), stacked_a, stacked_b, 1.0, step.h_out)
         assert not y.any()
 
 
 def test_logits_get_their_own_adapter_and_rows_without_one_nothing() -> None:
-    step = Step((-1, 0, -1, 1, -1), (3, 3), (False, False), 3, 4, (6,), 0, True, torch.float32, False, 0)
-    layer = layer_of(step)
-    (a,), (b,) = layer.lora_a_stacked, layer.lora_b_stacked
+    step = Step((-1, 0, -1, 1, -1), ((3, False), (3, False)), 3, 4, (6,), compiled=False)
+    (a,), (b,) = layer_of(step)
     numbers = torch.Generator().manual_seed(1)
     x, y = (torch.randn(5, width, generator=numbers) for width in (4, 6))
     expected = y.clone()
@@ -182,10 +161,6 @@ def test_a_vllm_with_an_operation_that_nobody_knows_is_refused_at_start(monkeypa
         lora.install()
 
 
-HALF_A_PLACE = 2**-8 * 1.001
-"""Of a bfloat16 number."""
-
-
 @pytest.fixture(scope="module")
 def compiled() -> Any:
     cache_dir = Settings().cache_dir
@@ -193,20 +168,18 @@ def compiled() -> Any:
     return native.kernels(cache_dir)
 
 
-def test_what_is_there_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = native.library_path(tmp_path)
-    path.parent.mkdir(parents=True)
-    path.touch()
+def test_only_another_source_or_another_pytorch_is_compiled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {here := native.library_path(tmp_path)}
+    here.parent.mkdir(parents=True)
+    here.touch()
     monkeypatch.setattr(native, "_compile", lambda folder: pytest.fail("compiled again"))
     assert native.build(tmp_path)
-
-
-def test_another_source_or_another_pytorch_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = native.library_path(tmp_path)
     monkeypatch.setattr(native, "version", lambda package: "0.0")
-    other = native.library_path(tmp_path)
+    paths.add(native.library_path(tmp_path))
     monkeypatch.setattr(native, "SOURCES", native.SOURCES[:1])
-    assert len({here, other, native.library_path(tmp_path)}) == 3
+    assert len(paths | {native.library_path(tmp_path)}) == 3
 
 
 @pytest.mark.parametrize("reason", ["no compiler", "a compiler that fails"])
@@ -244,8 +217,8 @@ def test_it_is_the_exact_sum_rounded_once(compiled: Any, rank: int, h_out: list[
     shares = [(matrix.common_index, 1.0)] * recipe.common + [(t.anchor, t.weight / PER_MILLE) for t in recipe.terms]
     exact = sum(rows[row].double() * share for row, share in shares).view(-1, rank)
     assert ours.b.t().is_contiguous() and ours.transposed() is ours
-    torch.testing.assert_close(ours.b.double(), exact, rtol=HALF_A_PLACE, atol=1e-6)
-    torch.testing.assert_close(ours.b, fuse_flat(matrix, recipe).b, rtol=2 * HALF_A_PLACE, atol=1e-6)
+    torch.testing.assert_close(ours.b.double(), exact, rtol=1.001 * ROUNDING, atol=1e-6)
+    torch.testing.assert_close(ours.b, fuse_flat(matrix, recipe).b, rtol=2.002 * ROUNDING, atol=1e-6)
 
 
 def test_a_row_alone_comes_back_as_it_is_what_is_not_a_number_too(compiled: Any) -> None:

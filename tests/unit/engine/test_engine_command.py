@@ -16,7 +16,7 @@ from adapters.lora import ModuleShape
 from bank.errors import BankError
 from server.engine import command as engine
 from server.engine.command import Share, check_engine, engine_command
-from server.engine.fusing.cells import Cells
+from server.engine.fusing.slots import Cells
 from server.settings import Settings
 
 
@@ -27,8 +27,6 @@ def bank(rank: int = 8, *modules: str) -> Any:
 
 @dataclass
 class Command:
-    """What an engine would be started with."""
-
     argv: list[str]
     environment: dict[str, str]
 
@@ -101,8 +99,7 @@ def test_it_gets_no_secret_but_its_own_key(monkeypatch: pytest.MonkeyPatch, vari
     assert not {"s" * 32, "k" * 32} & set(started.argv)
 
 
-SLOT = 8192 + 2 * engine.VIEWS * engine.VIEW_BYTES
-"""Bytes of A and B of rank 8, of 64 and 192 numbers, of two modules, and of the views by which they are written."""
+SLOT = 8192 + 2 * engine.VIEWS * engine.VIEW_BYTES  # two modules' A and B of rank 8, of 64 and 192 numbers, and views
 
 
 @cpu
@@ -119,14 +116,12 @@ def test_slots_fit_a_share_of_the_memory(
 
 
 @gpu
-@pytest.mark.parametrize("sequences", [4, 32, 100])
-def test_on_a_gpu_every_request_of_a_batch_may_have_its_own_recipe_unless_one_asks_for_less(
-    on_cpu: bool, sequences: int
-) -> None:
-    started = command(max_num_seqs=sequences)
-    assert started["max-loras"] == started["max-num-seqs"] == str(sequences)
-    assert int(started["max-cpu-loras"]) >= 2 * sequences
-    assert command(max_num_seqs=sequences, max_loras=3)["max-loras"] == "3"
+def test_on_a_gpu_every_request_of_a_batch_may_have_its_own_recipe_unless_one_asks_for_less(on_cpu: bool) -> None:
+    for sequences in ("4", "100"):
+        started = command(max_num_seqs=sequences)
+        assert started["max-loras"] == started["max-num-seqs"] == sequences
+        assert int(started["max-cpu-loras"]) >= 2 * int(sequences)
+    assert command(max_num_seqs=100, max_loras=3)["max-loras"] == "3"
 
 
 def test_it_traces_to_where_its_gateway_does_and_logs_as_it_does_only_if_they_are_to() -> None:
@@ -140,21 +135,18 @@ def test_it_traces_to_where_its_gateway_does_and_logs_as_it_does_only_if_they_ar
 
 
 def test_a_slots_size_counts_the_views_by_which_it_is_written() -> None:
-    """As many as a plain and a stacked adapter need together, and as large as they are."""
     slots, modules = 64, 40
     stacks = [(torch.zeros(slots, 1, 16, 16), torch.zeros(slots, 1, 16, 16)) for _ in range(modules)]
-    before = _resident_bytes()
-    kept = [Cells.of_slots(stacks, ranks, shares_a=True) for ranks in ((8,), (8, 2))]
-    taken = _resident_bytes() - before
-    views = sum(len(run.cells) for cells in kept for run in cells[0].runs) + sum(
-        len(cells[0].padding) for cells in kept
-    )
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident_bytes()
+    kept = [Cells.of_slots(stacks, ranks, shares_a=True)[0] for ranks in ((8,), (8, 2))]
+    taken = resident_bytes() - before
+    views = sum(len(one) for cells in kept for one in (cells.padding, *(run.cells for run in cells.runs)))
     assert views == modules * engine.VIEWS
     assert taken / slots < 1.5 * views * engine.VIEW_BYTES
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +175,6 @@ BIND, OMP = "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
 def test_threads_keep_to_its_share_of_the_cores_and_to_what_it_is_told(
     monkeypatch: pytest.MonkeyPatch, ranks: int, share: Share | None, threads: str | None, expected: dict[str, str]
 ) -> None:
-    """Fewer than there are cores are bound to none."""
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     started = command(share=share, tensor_parallel_size=ranks)

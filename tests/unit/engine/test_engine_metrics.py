@@ -10,12 +10,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from prometheus_client import CollectorRegistry, generate_latest
-from starlette.types import Message
 
-from server.engine.admission import metrics
-from server.engine.admission.metrics import AdapterMetrics, RefreshMetrics
+from server.engine import metrics
 from server.engine.admission.prepare import AdapterNames
-from server.engine.fusing.metrics import FusionMetrics
+from server.engine.metrics import AdapterMetrics, FusionMetrics, RefreshMetrics
 
 
 class Worker:
@@ -25,6 +23,8 @@ class Worker:
         self.metrics, self.gate, self.asked = FusionMetrics(), asyncio.Event(), 0
         self.gate.set()
         self.failure: Exception | None = None
+        self.names = AdapterNames({}, capacity=8, in_flight=set)
+        self.published = AdapterMetrics(self.ask, self.names, slots=8)
 
     async def ask(self) -> list[Any]:
         self.asked += 1
@@ -39,16 +39,6 @@ async def worker() -> Worker:
     return Worker()
 
 
-@pytest.fixture
-def names() -> AdapterNames:
-    return AdapterNames({}, capacity=8, in_flight=set)
-
-
-@pytest.fixture
-def published(worker: Worker, names: AdapterNames) -> AdapterMetrics:
-    return AdapterMetrics(worker.ask, names, slots=8)
-
-
 def shown(figures: AdapterMetrics) -> dict[str, float]:
     registry = CollectorRegistry()
     registry.register(figures)
@@ -56,13 +46,13 @@ def shown(figures: AdapterMetrics) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
-async def test_what_was_measured_here_and_by_the_worker_is_shown(published: AdapterMetrics, worker: Worker) -> None:
-    published.check.observe(0.00007)
+async def test_what_was_measured_here_and_by_the_worker_is_shown(worker: Worker) -> None:
+    worker.published.check.observe(0.00007)
     for seconds in (0.00001, 0.00005, 0.0006, 7.0):
         worker.metrics.fuse.observe(seconds)
     worker.metrics.evictions.inc(5)
-    await published.refresh()
-    metrics = shown(published)
+    await worker.published.refresh()
+    metrics = shown(worker.published)
     fuse = "mta_engine_fuse_seconds"
     buckets = [metrics[f'{fuse}_bucket{{le="{end}"}}'] for end in ("5e-05", "0.0005", "0.00075", "1.0", "+Inf")]
     assert (buckets, metrics[f"{fuse}_sum"]) == ([2, 2, 3, 3, 4], pytest.approx(7.00066))
@@ -70,78 +60,63 @@ async def test_what_was_measured_here_and_by_the_worker_is_shown(published: Adap
     assert [metrics[f"mta_engine_{count}"] for count in counts] == [1, 4, 4, 5]
 
 
-async def test_everything_is_shown_before_a_worker_has_said_anything(published: AdapterMetrics) -> None:
-    first = shown(published)
-    await published.refresh()
-    assert shown(published).keys() == first.keys()
+async def test_everything_is_shown_before_a_worker_has_said_anything(worker: Worker) -> None:
+    first = shown(worker.published)
+    await worker.published.refresh()
+    assert shown(worker.published).keys() == first.keys()
     assert not [name for name in first if "_created" in name]
     assert first.pop("mta_engine_slots") == 8
     assert not any(first.values())
 
 
-async def test_requests_under_one_name_at_once_share_a_slot_and_names_are_counted(
-    published: AdapterMetrics, names: AdapterNames
-) -> None:
+async def test_requests_under_one_name_at_once_share_a_slot_and_names_are_counted(worker: Worker) -> None:
     for name in ("a", "b", "a", "a"):
-        names.lease(name)
+        worker.names.lease(name)
     for name in ("a", "a", "a"):
-        names.release(name)
-    names.lease("a")
-    names.in_flight = lambda: {"a", "c", "d"}
-    seen = shown(published)
+        worker.names.release(name)
+    worker.names.lease("a")
+    worker.names.in_flight = lambda: {"a", "c", "d"}
+    seen = shown(worker.published)
     assert seen["mta_engine_shared_slots_total"] == 2
     assert [seen[f"mta:adapter{what}"] for what in ("s_in_use", "_names", "_names_leased")] == [3, 2, 2]
 
 
-async def test_a_worker_amid_a_step_is_not_waited_for_and_asked_once(
-    published: AdapterMetrics, worker: Worker, monkeypatch: pytest.MonkeyPatch
+async def test_a_worker_amid_a_step_is_not_waited_for_and_asked_once_and_one_that_fails_leaves_what_was_known(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "REFRESH_TIMEOUT_S", 0.01)
     worker.metrics.load.observe(0.1)
-    await published.refresh()
+    await worker.published.refresh()
     worker.gate.clear()
     worker.metrics.load.observe(0.1)
-    await asyncio.gather(published.refresh(), published.refresh())
-    await published.refresh()
-    assert shown(published)["mta_engine_load_seconds_count"] == 1
+    await asyncio.gather(worker.published.refresh(), worker.published.refresh())
+    await worker.published.refresh()
+    assert shown(worker.published)["mta_engine_load_seconds_count"] == 1
     assert worker.asked == 2
     worker.gate.set()
-    await published.refresh()
-    assert shown(published)["mta_engine_load_seconds_count"] == 2
+    await worker.published.refresh()
+    worker.failure = RuntimeError("the engine is dead")
+    await worker.published.refresh()
+    assert shown(worker.published)["mta_engine_load_seconds_count"] == 2
 
 
-async def test_a_gateway_is_told_in_brief_what_was_said_last_and_waits_for_nothing(
-    published: AdapterMetrics, worker: Worker
-) -> None:
+async def test_a_gateway_is_told_in_brief_what_was_said_last_and_waits_for_nothing(worker: Worker) -> None:
     worker.gate.clear()
     worker.metrics.fuse.observe(0.1)
-    published.check.observe(0.1)
-    published.check.observe(0.1)
-    assert published.summary() == {"prepares": 0, "fuses": 0}  # both as of the same moment
-    published.summary()
+    worker.published.check.observe(0.1)
+    worker.published.check.observe(0.1)
+    assert worker.published.summary() == {"prepares": 0, "fuses": 0}  # both as of the same moment
+    worker.published.summary()
     worker.gate.set()
-    await published.refresh()
-    assert published.summary() == {"prepares": 2, "fuses": 1, "slots_taken": 3}
-    await published.refresh()
+    await worker.published.refresh()
+    assert worker.published.summary() == {"prepares": 2, "fuses": 1, "slots_taken": 3}
+    await worker.published.refresh()
     assert worker.asked == 2
-
-
-async def test_a_worker_that_cannot_answer_leaves_what_was_known(published: AdapterMetrics, worker: Worker) -> None:
-    worker.metrics.load.observe(0.1)
-    await published.refresh()
-    worker.failure = RuntimeError("the engine is dead")
-    await published.refresh()
-    assert shown(published)["mta_engine_load_seconds_count"] == 1
 
 
 @pytest.mark.parametrize(("path", "asked"), [("/metrics", 1), ("/v1/models", 0)])
-async def test_the_worker_is_asked_when_metrics_are(
-    published: AdapterMetrics, worker: Worker, path: str, asked: int
-) -> None:
+async def test_the_worker_is_asked_when_metrics_are(worker: Worker, path: str, asked: int) -> None:
     async def app(*_: object) -> None:
         assert worker.asked == asked
 
-    async def nothing(*_: object) -> Message:
-        raise AssertionError
-
-    await RefreshMetrics(app, lambda: published)({"type": "http", "path": path}, nothing, nothing)
+    await RefreshMetrics(app, lambda: worker.published)({"type": "http", "path": path}, None, None)  # type: ignore[arg-type]

@@ -37,11 +37,6 @@ FULL = [Asked(recipe) for recipe in range(1, SLOTS + 1) for _ in range(recipe)]
 """All slots taken; recipe 1 has the fewest running requests."""
 
 
-def back(waiting: list[Any], running: list[Any] = FULL) -> list[Any]:
-    chosen = held_back(waiting, running, SLOTS, NOW)
-    return [request for request in waiting if request in chosen]
-
-
 @pytest.mark.parametrize(
     ("waiting", "stand_back"),
     [
@@ -55,12 +50,10 @@ def back(waiting: list[Any], running: list[Any] = FULL) -> list[Any]:
 def test_for_who_has_waited_too_long_the_emptiest_slots_are_drained(
     waiting: list[tuple[Any, ...]], stand_back: list[int]
 ) -> None:
-    requests = [Asked(*request) for request in waiting]
-    assert back(requests) == [requests[place] for place in stand_back]
-
-
-def test_while_a_slot_is_free_nobody_stands_back() -> None:
-    assert not back([Asked(9, LONG), Asked(1)], FULL[1:])
+    requests: list[Any] = [Asked(*request) for request in waiting]
+    running: list[Any] = FULL
+    assert held_back(requests, running, SLOTS, NOW) == {requests[place] for place in stand_back}
+    assert not held_back(requests, running[1:], SLOTS, NOW)  # while a slot is free nobody stands back
 
 
 class Bare(FairScheduler):
@@ -113,9 +106,6 @@ class Fusing:
     def __init__(self, *unfused: int) -> None:
         self.left, self.asked = set(unfused), list[int]()
 
-    def prefetch(self, request: Any) -> None:
-        raise AssertionError("a scheduler hears of no arrivals")
-
     def unfused(self, requests: Sequence[Any]) -> set[int]:
         self.asked = [request.lora_int_id for request in requests]
         return self.left & set(self.asked)
@@ -146,23 +136,22 @@ def test_who_is_left_out_of_a_step_keeps_their_place(
         assert fair.schedule() == left
 
 
-def test_the_adapter_of_a_request_is_known_when_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EngineCore, "preprocess_add_request", lambda self, request: f"preprocessed {request.id}")
-    fuser = Fusing()
+def test_the_adapter_of_a_request_is_known_when_it_arrives_where_the_engine_core_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = EngineCore.preprocess_add_request
     seen: list[str] = []
-    monkeypatch.setattr(fuser, "prefetch", seen.append)
-    prefetch_on_arrival(fuser)  # type: ignore[arg-type]
+    manager: Any = SimpleNamespace(prefetch=seen.append)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.delitem(sys.modules, "vllm.v1.engine.core")
+        prefetch_on_arrival(manager)
+        assert EngineCore.preprocess_add_request is before
+    monkeypatch.setattr(EngineCore, "preprocess_add_request", lambda self, request: f"preprocessed {request.id}")
+    prefetch_on_arrival(manager)
     core: Any = SimpleNamespace(scheduler=SimpleNamespace(adapter_manager=None))
     for number, adapter in enumerate((None, "x")):
         request = SimpleNamespace(id=number, lora_request=adapter)
         assert EngineCore.preprocess_add_request(core, request) == f"preprocessed {number}"
     assert seen == ["x"]
-    assert core.scheduler.adapter_manager is fuser
+    assert core.scheduler.adapter_manager is manager
     patches.check(patches.CORE)  # as the scheduler does, which is made after it
-
-
-def test_a_worker_without_an_engine_core_hears_of_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = EngineCore.preprocess_add_request
-    monkeypatch.delitem(sys.modules, "vllm.v1.engine.core")
-    prefetch_on_arrival(Fusing())  # type: ignore[arg-type]
-    assert EngineCore.preprocess_add_request is before

@@ -1,7 +1,8 @@
-"""Eviction in the worker's adapter manager, on vLLM's own caches without a model."""
+"""The worker's adapter manager, on vLLM's own caches without a model: what it fuses, and when; what it evicts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,6 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
@@ -32,6 +32,7 @@ from server.engine.fusing.slots import Footprint, FusedLoRAModel, FusedSlots
 
 SLOTS, CPU_TIER = 2, 4
 BANK = "00000000"
+LAYOUT = RowLayout((ModuleShape("q", 8, 6),), 4, shared_a=True)
 
 
 class BareSlots(FusedSlots):
@@ -63,10 +64,9 @@ class BareSlots(FusedSlots):
 
 
 class CountingManager(FusingLoRAManager):
-    """Our manager with a fusion that only counts."""
-
     def __init__(self) -> None:
         self._adapter_manager = BareSlots()
+        self.metrics = self._adapter_manager.metrics
         self._users = {}
         self._vllm_names = {BANK: {}}
         self._matrices: Any = {BANK: SimpleNamespace(shared_a=None)}
@@ -101,8 +101,16 @@ class CountingManager(FusingLoRAManager):
 
 
 def recipe(lora_id: int, name: str | None = None) -> LoRARequest:
-    text = name or f"mta3:00000000:shared:c+a{lora_id:02d}*1000"
+    text = name or f"mta3:{BANK}:shared:c+a{lora_id:02d}*1000"
     return LoRARequest(lora_name=text, lora_int_id=lora_id, lora_path=text)
+
+
+def names_of(*lora_ids: int) -> list[str]:
+    return [recipe(lora_id).lora_name for lora_id in lora_ids]
+
+
+def stacked(letter: str) -> LoRARequest:
+    return recipe(ord(letter), f"mta3:{BANK}:shared:c:u-{letter * 25}e.{letter * 25}e")
 
 
 @pytest.fixture
@@ -115,15 +123,8 @@ def active(manager: CountingManager) -> set[int]:
 
 
 def counted(manager: CountingManager) -> dict[str, float]:
-    """How often a worker has done each thing that it has done at all."""
-    metrics = text_string_to_metric_families(manager.metrics.text)
-    samples = {sample.name: sample.value for metric in metrics for sample in metric.samples}
-    return {
-        name.removeprefix("mta_engine_").removesuffix(end): value
-        for name, value in samples.items()
-        for end in ("_seconds_count", "_total")
-        if name.endswith(end) and value
-    }
+    found = re.findall(r"^mta_engine_(\w+?)(?:_seconds_count|_total) (\S+)$", manager.metrics.text, re.MULTILINE)
+    return {name: float(value) for name, value in found if float(value)}
 
 
 @pytest.mark.parametrize("order", [(1, 3), (3, 1)])
@@ -152,46 +153,33 @@ def test_fusing_ahead_takes_no_slot_and_evicts_nothing_in_use(manager: CountingM
 
 
 def test_an_id_that_held_another_recipe_is_fused_anew(manager: CountingManager) -> None:
+    other = recipe(1, f"mta3:{BANK}:shared:c+a09*1")
     manager._apply_adapters({recipe(1)})
-    other = recipe(1, "mta3:00000000:shared:c+a09*1")
     manager._apply_adapters({other})
     assert manager.resident() == [other.lora_name]
-    assert manager.fused == [recipe(1).lora_name, other.lora_name]
+    assert manager.fused == [*names_of(1), other.lora_name]
+    with pytest.raises(RuntimeError, match="two adapters under one id"):
+        manager._apply_adapters({recipe(1), other})
+    with pytest.raises(RuntimeError, match="3 adapters, there are 2 slots"):
+        manager._apply_adapters({recipe(1), recipe(2), recipe(3)})
 
 
 def test_what_is_released_is_held_nowhere_any_more(manager: CountingManager) -> None:
-    """Somebody who is waiting only, in a slot, and in a slot that others took over in the CPU tier."""
-    names = [f"mta3:00000000:shared:c:u-{letter * 25}e.{letter * 25}e" for letter in "abc"]
-    for lora_id, name in enumerate(names[1:], 1):
-        manager._users[name] = Any  # type: ignore[assignment]
-        manager._apply_adapters({recipe(lora_id, name)})
-    manager._users[names[0]] = Any  # type: ignore[assignment]
-    manager._adapter_manager.remove_adapter(2)
-    assert manager.held() == sorted(names)
-    manager.release([names[2]])
-    assert manager.held() == sorted(names[:2])
+    """Bytes alone, a fusion alone, in a slot, and in a slot that the CPU tier has forgotten."""
+    raw, fused, active, forgotten = requests = [stacked(letter) for letter in "abcd"]
+    for request in (active, forgotten):
+        manager.hold(request.lora_name, b"")
+        manager._apply_adapters({request})
+    manager.hold(fused.lora_name, b"")
+    manager._users.clear()
+    manager._users[raw.lora_name] = b""
+    manager._adapter_manager.remove_adapter(forgotten.lora_int_id)
+    names = [request.lora_name for request in requests]
+    assert manager.held() == names
+    manager.release(names[1:])
+    assert manager.held() == names[:1]
     manager.release(names)
-    assert manager.held() == []
-    assert manager.resident() == []
-
-
-@pytest.mark.parametrize(
-    ("others", "reason"),
-    [
-        ([(1, "mta3:00000000:shared:c+a09*1")], "two adapters under one id"),
-        ([(2,), (3,)], "3 adapters, there are 2 slots"),
-    ],
-)
-def test_a_step_that_vllm_should_not_ask_for_is_refused(
-    manager: CountingManager, others: list[tuple[Any, ...]], reason: str
-) -> None:
-    with pytest.raises(RuntimeError, match=reason):
-        manager._apply_adapters({recipe(1), *(recipe(*other) for other in others)})
-
-
-def stacked(letter: str) -> LoRARequest:
-    """Somebody's own recipe."""
-    return recipe(ord(letter), f"mta3:00000000:shared:c:u-{letter * 25}e.{letter * 25}e")
+    assert manager.held() == manager.resident() == manager._prefetcher.names == []
 
 
 def test_two_requests_for_a_recipe_that_nobody_asked_for_before_fuse_it_once(manager: CountingManager) -> None:
@@ -200,9 +188,12 @@ def test_two_requests_for_a_recipe_that_nobody_asked_for_before_fuse_it_once(man
         manager.prefetch(recipe(1))
     manager.prefetch(recipe(1))  # it is here now
     manager._apply_adapters({recipe(1)})
-    assert manager.fused == [recipe(1).lora_name]
+    assert manager.fused == names_of(1)
     assert manager._prefetcher.names == []
     assert active(manager) == {1}
+    ((footprint, thread),) = manager._adapter_manager.prepared  # where it goes is found out ahead too
+    assert footprint == (BANK, ())
+    assert thread.startswith("mta-fuse")
 
 
 def test_a_fusion_under_way_when_its_slot_is_needed_is_waited_for(manager: CountingManager) -> None:
@@ -222,22 +213,13 @@ def test_who_is_erased_while_their_adapter_is_being_fused_leaves_nothing(manager
     assert manager.held() == [stacked("a").lora_name]
     with manager.meanwhile(manager.release, [stacked("a").lora_name]):
         pass
-    assert manager.held() == []
-    assert manager._prefetcher.names == manager.resident() == []
-
-
-def test_what_an_aborted_request_had_fused_counts_as_held_until_it_is_released(manager: CountingManager) -> None:
-    manager.hold(stacked("a").lora_name, b"")
-    manager._users.clear()
-    assert manager.held() == [stacked("a").lora_name]
-    manager.release([stacked("a").lora_name])
-    assert manager.held() == []
+    assert manager.held() == manager._prefetcher.names == manager.resident() == []
 
 
 def test_requests_that_wait_keep_no_more_than_a_few_fusions(manager: CountingManager) -> None:
     for lora_id in range(1, 3 * MAX_PREFETCHED):
         manager.prefetch(recipe(lora_id))
-    assert manager._prefetcher.names == [recipe(lora_id).lora_name for lora_id in range(1, MAX_PREFETCHED + 1)]
+    assert manager._prefetcher.names == names_of(*range(1, MAX_PREFETCHED + 1))
 
 
 def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for() -> None:
@@ -266,10 +248,10 @@ def test_of_more_that_wait_than_are_kept_the_first_are_fused_and_the_next_as_the
 def test_a_step_waits_for_its_own_fusions_and_for_none_that_is_only_in_the_line(manager: CountingManager) -> None:
     manager.arrive(*map(recipe, range(1, 6)))
     with manager.meanwhile(manager._apply_adapters, dict.fromkeys((recipe(5), recipe(4)))):
-        wait_until(lambda: manager._prefetcher.names[0] == recipe(5).lora_name, "the step to wait")
-    assert manager.fused[:3] == [recipe(lora_id).lora_name for lora_id in (1, 5, 4)]
+        wait_until(lambda: manager._prefetcher.names[:1] == names_of(5), "the step to wait")
+    assert manager.fused[:3] == names_of(1, 5, 4)
     manager._apply_adapters({recipe(2), recipe(3)})
-    assert manager.fused[3:] == [recipe(lora_id).lora_name for lora_id in (2, 3)]
+    assert manager.fused[3:] == names_of(2, 3)
 
 
 def test_who_waits_is_unfused_until_their_adapter_is_ready(manager: CountingManager) -> None:
@@ -282,20 +264,13 @@ def test_who_waits_is_unfused_until_their_adapter_is_ready(manager: CountingMana
         pass
     manager._apply_adapters({recipe(2)})
     assert manager.unfused([recipe(1), recipe(2)]) == set()
-    assert manager.fused == [recipe(1).lora_name, recipe(2).lora_name]
+    assert manager.fused == names_of(1, 2)
 
 
 def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
     """Its user adapter was on its way out, and came back."""
-    answers = iter([KeyError("gone"), "fused"])
-
-    def fuse(name: str) -> str:
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    prefetcher = FusionPrefetcher(fuse)
+    answers = iter([lambda: {}["gone"], lambda: "fused"])
+    prefetcher = FusionPrefetcher[str](lambda name: next(answers)())
     prefetcher.start("x")
     while not prefetcher._futures["x"].done():
         pass
@@ -303,50 +278,31 @@ def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
     assert prefetcher.result("x") == "fused"
 
 
-def test_the_thread_that_fuses_an_adapter_finds_where_it_goes(manager: CountingManager) -> None:
-    manager._apply_adapters({recipe(1)})
-    ((footprint, thread),) = manager._adapter_manager.prepared
-    assert footprint == (BANK, ())
-    assert thread.startswith("mta-fuse")
-
-
-LAYOUT = RowLayout((ModuleShape("q", 8, 6),), 4, shared_a=True)
-
-
-class Pinning:
-    """Stands in for page-locked memory where no GPU is: which tensors were put there, and by which threads."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.pointers, self.threads = set[int](), set[str]()
-
-        def pin(tensor: torch.Tensor) -> torch.Tensor:
-            self.threads.add(current_thread().name[:8])
-            self.pointers.add(tensor.data_ptr())
-            return tensor
-
-        monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-
-
 @pytest.mark.parametrize("method", ["shared", "cat"])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_on_a_gpu_the_thread_that_fuses_pins_whatever_is_copied_to_a_slot(
-    monkeypatch: pytest.MonkeyPatch, method: str, stacked: bool
+    manager: CountingManager, monkeypatch: pytest.MonkeyPatch, method: str, stacked: bool
 ) -> None:
-    manager = CountingManager()
     layout = replace(LAYOUT, shared_a=method == "shared")
     rows = torch.randn(3, layout.row_numbers).to(torch.bfloat16)
     shared_a = torch.randn(layout.a_numbers).to(torch.bfloat16) if layout.shared_a else None
     manager._matrices = {BANK: MetaMatrix(layout, rows, 2, True, shared_a)}
     manager.lora_config = SimpleNamespace(lora_dtype=torch.bfloat16)
     manager._pinned = True
-    plain, pinning = f"mta3:{BANK}:{method}:c+a01*300", Pinning(monkeypatch)
+    plain = f"mta3:{BANK}:{method}:c+a01*300"
     name = f"{plain}:u-{'a' * 25}e.{'a' * 25}e" if stacked else plain
     own = LoraWeights(2, {"q": torch.randn(2, 8)}, {"q": torch.randn(6, 2)})
     manager._users[name] = encode_user_adapter(layout, UserAdapter(plain, own))
     monkeypatch.setattr(manager, "_flat", partial(FusingLoRAManager._flat, manager))
+    pinned: dict[int, str] = {}  # the thread that put a tensor into page-locked memory, where no GPU is
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned[tensor.data_ptr()] = current_thread().name[:8]
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     flat = manager._prefetcher.result(name)
-    assert {tensor.data_ptr() for tensor in (flat.b, *flat.a)} <= pinning.pointers
-    assert pinning.threads == {"mta-fuse"}
+    assert {pinned.get(tensor.data_ptr()) for tensor in (flat.b, *flat.a)} == {"mta-fuse"}
 
 
 @pytest.mark.gpu

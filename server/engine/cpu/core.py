@@ -1,18 +1,26 @@
-"""Fixes of vLLM 0.32 on CPUs: start of the engine core, AMX attention, seeded requests."""
+"""The engine core on CPUs: how it starts, where its threads run, and fixes of vLLM's attention and seeded requests."""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import ForkContext, ForkProcess
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from server.engine import patches
 
+log = logging.getLogger("mta.engine")
+
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+TASKS = Path("/proc/self/task")
+PARALLEL_ELEMENTS = 1 << 20  # number of elements for which an operation uses all threads
 
 
 def install() -> None:
@@ -60,6 +68,56 @@ class CoreContext(ForkContext):
     """Multiprocessing context whose forks can use OpenMP even if the parent process has used it."""
 
     Process = _ForkedProcess
+
+
+class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
+    """vLLM's single-process executor under a new name, because vLLM's CPU platform replaces the original.
+
+    vLLM's worker on CPUs is a second process, and each process polls a shared buffer while the other computes. With
+    few cores this starves everything else; even kernel threads waited for seconds. This executor does not poll.
+    """
+
+    def _init_executor(self) -> None:
+        patches.check(patches.CPU_CORE)
+        self._bound = bind_team()
+        super()._init_executor()
+
+    def collective_rpc(self, *args: Any, **kwargs: Any) -> Any:
+        with on_first_core(bound=self._bound):
+            return super().collective_rpc(*args, **kwargs)
+
+
+def bind_team() -> bool:
+    """Bind each thread of the caller's OpenMP team, except the caller, to its own core; call before any computation.
+
+    The threads spin at barriers: with two of them on one core, because another process uses a core, a token would take
+    several seconds. Return whether they are bound; they are only if the team has as many threads as there are cores.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if torch.get_num_threads() != len(cores):
+        return False
+    before = {task.name for task in TASKS.iterdir()}
+    torch.ones(PARALLEL_ELEMENTS).exp_()
+    team = sorted({int(task.name) for task in TASKS.iterdir() if task.name not in before})
+    if len(team) != len(cores) - 1:
+        log.warning("cannot bind the model's threads to cores: found %d of %d threads", len(team) + 1, len(cores))
+        return False
+    for thread, core in zip(team, cores[1:], strict=True):
+        os.sched_setaffinity(thread, {core})
+    return True
+
+
+@contextmanager
+def on_first_core(*, bound: bool) -> Iterator[None]:
+    """Keep the caller on the core that its team leaves free until the block ends; new threads stay unbound."""
+    cores = os.sched_getaffinity(0)
+    if bound:
+        os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        if bound:
+            os.sched_setaffinity(0, cores)
 
 
 def without_amx(choose: Callable[..., str]) -> Callable[..., str]:

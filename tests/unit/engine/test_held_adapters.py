@@ -1,4 +1,4 @@
-"""Which user adapters an engine's workers hold: fetched once, never beyond their room, gone when the store's are."""
+"""What an engine holds of adapters, within bounds: names whose ids stay while they are used, and user adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("vllm")
+
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adapters.errors import UserAdapterError
 from adapters.lora import LoraWeights, ModuleShape, RowLayout
@@ -20,22 +25,73 @@ from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId
 from adapters.user_adapter import UserAdapter, encode_user_adapter
 from bench.rig.processes import PATIENCE_S
 from server.engine.admission import user_adapters
+from server.engine.admission.prepare import MAX_ID, AdapterNames
 from server.engine.admission.user_adapters import UserAdapters
 from server.errors import Unavailable
 from server.store.adapters import StoredAdapter
+
+
+def make_names(capacity: int, in_flight: set[str] | None = None, next_id: int = 1) -> AdapterNames:
+    return AdapterNames({}, capacity=capacity, in_flight=lambda: in_flight or set(), next_id=next_id)
+
+
+def test_the_least_recently_used_name_goes_first_that_is_not_in_flight_inside_the_engine() -> None:
+    names = make_names(8, in_flight={"b"})
+    ids = {name: names.lease(name).lora_int_id for name in "abcdefgh"}
+    for name in ids:
+        names.release(name)
+    for name in ("a", "new"):  # the first is used again
+        names.lease(name)
+        names.release(name)
+    assert {name: names.lease(name).lora_int_id for name in "ab"} == {name: ids[name] for name in "ab"}
+    assert names.lease("c").lora_int_id != ids["c"]
+
+
+def test_ids_start_over_below_int32() -> None:
+    late = make_names(8, next_id=MAX_ID)
+    assert [late.lease(name).lora_int_id for name in ("last", "first again")] == [MAX_ID, 1]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.booleans()), max_size=200))
+def test_held_names_have_distinct_and_unchanging_ids(steps: list[tuple[str, bool]]) -> None:
+    names = make_names(2)
+    held: dict[str, list[int]] = {}
+    bound = 0
+    for name, take in steps:
+        if take:
+            held.setdefault(name, []).append(names.lease(name).lora_int_id)
+        elif held.get(name):
+            held[name].pop()
+            names.release(name)
+        current = {n: ids for n, ids in held.items() if ids}
+        assert all(len(set(ids)) == 1 for ids in current.values())
+        assert len({ids[0] for ids in current.values()}) == len(current)
+        assert names.leased == len(current)
+        bound = 2 + len(current) if take else bound  # names give way when another one comes
+        assert len(names) <= bound
+
 
 RANK = 4
 LAYOUT = RowLayout((ModuleShape("q_proj", 8, 8),), RANK, shared_a=True)
 BANK = "9f2c41d0"
 
 
-class Store:
-    """Adapters in a dictionary, and how often their bytes were asked for."""
+class World:
+    """A store, user adapters, and workers with what they were told; `in_use` is for the test to fill."""
 
-    def __init__(self) -> None:
-        self.kept: dict[str, StoredAdapter] = {}
-        self.fetched = 0
-        self.down = False
+    def __init__(self, room: int = 10) -> None:
+        self.kept: dict[str, StoredAdapter] = {}  # in the store, by user key
+        self.fetched, self.down = 0, False
+        self.workers: dict[str, bytes] = {}  # what every worker holds, by recipe name
+        self.told: list[str] = []
+        self.failure: Exception | None = None
+        self.sending, self.gate = asyncio.Event(), asyncio.Event()  # `gate` lets adapters through
+        self.gate.set()
+        self._turn = asyncio.Lock()  # calls are carried out one by one, as they came
+        self.in_use = set[str]()
+        manifest: Any = SimpleNamespace(layout=LAYOUT, rank_of=lambda recipe: RANK)
+        room *= len(self.keep("z").raw)
+        self.adapters = UserAdapters(self, self.rpc, {BANK: manifest}, 8, room, lambda: self.in_use)  # type: ignore[arg-type]
 
     async def adapter(self, adapter_id: UserAdapterId) -> StoredAdapter | None:
         self.fetched += 1
@@ -47,55 +103,21 @@ class Store:
             raise Unavailable("the store cannot be used now")
         return self.kept[user_key].id if user_key in self.kept else None
 
-
-class Workers:
-    """What every worker holds and was told, in order; `gate` lets adapters through."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, bytes] = {}
-        self.told: list[str] = []
-        self.failure: Exception | None = None
-        self.sending, self.gate = asyncio.Event(), asyncio.Event()
-        self.gate.set()
-        self._turn = asyncio.Lock()  # calls are carried out one by one, as they came
-
     async def rpc(self, method: str, args: tuple[Any, ...]) -> None:
-        await {"hold": self.hold, "release": self.release}[args[0]](*args[1:])  # type: ignore[operator]
-
-    async def hold(self, name: str, raw: bytes) -> None:
-        self.told.append("hold")
-        self.sending.set()
+        if args[0] == "hold":
+            self.told.append("hold")
+            self.sending.set()
         async with self._turn:
-            await self.gate.wait()
-            if self.failure:
-                raise self.failure
-            self.held[name] = raw
-            self.told.append("held")
-
-    async def release(self, names: list[str]) -> None:
-        async with self._turn:
-            for name in names:
-                self.held.pop(name, None)
-            self.told.append("released")
-
-
-class World:
-    """A store, workers and the adapters between them; `in_use` is for the test to fill."""
-
-    def __init__(self, room: int = 10) -> None:
-        self.store, self.workers, self.in_use = Store(), Workers(), set[str]()
-        manifest: Any = SimpleNamespace(layout=LAYOUT, rank_of=lambda recipe: RANK)
-        self.adapters = UserAdapters(
-            self.store,
-            self.workers.rpc,
-            {BANK: manifest},
-            max_rank=8,
-            capacity_bytes=room * len(self.keep("z").raw),
-            in_use=lambda: self.in_use,
-        )
+            if args[0] == "hold":
+                await self.gate.wait()
+                if self.failure:
+                    raise self.failure
+                self.workers[args[1]] = args[2]
+            else:
+                self.workers = {name: raw for name, raw in self.workers.items() if name not in args[1]}
+            self.told.append({"hold": "held", "release": "released"}[args[0]])
 
     async def hold(self, *users: str) -> None:
-        """Store an adapter for each, and have the workers hold it."""
         for user in users:
             self.keep(user)
             await self.adapters.ensure(recipe(user))
@@ -106,13 +128,12 @@ class World:
     @property
     def held(self) -> set[str]:
         """Names of users, by a letter, whose adapter the workers have."""
-        return {name.partition(":u-")[2][0] for name in self.workers.held}
+        return {name.partition(":u-")[2][0] for name in self.workers}
 
     def keep(self, user: str, adapter: str = "a", *, raw: bytes | None = None, **changes: Any) -> StoredAdapter:
-        """Store an adapter for a user named by a letter."""
         raw = encoded(recipe(user).plain.name) if raw is None else raw
         stored = StoredAdapter(adapter * 25 + "e", recipe(user).plain.name, hashlib.sha256(raw).hexdigest(), raw)
-        self.store.kept[user * 25 + "e"] = replace(stored, **changes)
+        self.kept[user * 25 + "e"] = replace(stored, **changes)
         return stored
 
 
@@ -133,7 +154,7 @@ async def world() -> World:
 async def test_an_adapter_is_fetched_once_and_asked_for_every_time(world: World) -> None:
     for _ in range(3):
         await world.hold("b")
-    assert world.store.fetched == 1
+    assert world.fetched == 1
     assert world.held == {"b"}
     world.keep("b", "d")
     await world.adapters.ensure(recipe("b", "d"))
@@ -157,7 +178,7 @@ async def test_what_a_worker_could_not_serve_is_refused_with_the_reason_and_sent
     world.keep("b", **kept(recipe("b").plain.name))
     with pytest.raises(UserAdapterError, match=reason):
         await world.adapters.ensure(recipe("b"))
-    assert world.workers.told == []
+    assert world.told == []
     assert len(world.adapters) == 0
 
 
@@ -169,35 +190,39 @@ async def test_beyond_their_room_the_least_recently_used_go_and_never_what_is_in
     assert len(world.adapters) == 2
 
 
-async def test_what_the_store_has_not_any_more_is_let_go_once_nobody_uses_it(world: World) -> None:
+async def test_what_the_store_has_not_any_more_is_let_go_once_nobody_uses_it_and_the_store_is_there(
+    world: World,
+) -> None:
     await world.hold("b", "c")
-    del world.store.kept["b" * 25 + "e"]
+    del world.kept["b" * 25 + "e"]
     world.keep("c", "d")  # replaced
     world.in_use.add(recipe("c").name)
     await world.adapters.sweep()
     assert world.held == {"c"}
     world.in_use.clear()
+    world.down = True
+    with pytest.raises(Unavailable):
+        await world.adapters.sweep()
+    with pytest.raises(UserAdapterError, match="cannot be fetched"):
+        await world.adapters.ensure(recipe("c"))
+    assert world.held == {"c"}
+    world.down = False
     await world.adapters.sweep()
     assert not world.held
 
 
-async def test_while_the_store_is_down_nothing_is_let_go_and_nothing_new_is_served(world: World) -> None:
-    await world.hold("b")
-    world.store.down = True
-    with pytest.raises(Unavailable):
-        await world.adapters.sweep()
-    assert world.held
-    with pytest.raises(UserAdapterError, match="cannot be fetched"):
-        await world.adapters.ensure(recipe("b"))
-
-
-async def test_dropping_a_user_says_how_much_is_still_in_use(world: World) -> None:
-    await world.hold("b", "c")
+async def test_dropping_a_user_says_how_much_is_still_in_use_and_outlives_its_client(world: World) -> None:
+    await world.hold("b", "c", "d")
     world.in_use.add(recipe("b").name)
     assert await world.drop("b") == 1
     world.in_use.clear()
     assert await world.drop("b") == 0
-    assert world.held == {"c"}
+    assert world.held == {"c", "d"}
+    dropping = asyncio.create_task(world.drop("c"))
+    await asyncio.sleep(0)
+    dropping.cancel()
+    await until(lambda: world.held == {"d"})
+    assert len(world.adapters) == 1
 
 
 @pytest.mark.parametrize("dropped", [False, True])
@@ -220,21 +245,20 @@ async def test_while_an_adapter_is_checked_others_go_on_and_who_is_dropped_then_
     await asyncio.wait([asking])
     if dropped:
         assert "does not exist" in str(asking.exception())
-        assert "hold" not in world.workers.told
+        assert "hold" not in world.told
     assert len(world.adapters) == len(world.held) == (not dropped)
 
 
 async def begun(world: World, name: str) -> asyncio.Task[None]:
     """An `ensure` whose adapter is on its way to the workers, but not there; it is known already."""
-    world.workers.gate.clear()
+    world.gate.clear()
     asking = asyncio.create_task(world.hold(name))
-    await world.workers.sending.wait()
+    await world.sending.wait()
     assert len(world.adapters) == 1
     return asking
 
 
 async def left(asking: asyncio.Task[None]) -> None:
-    """Its client goes away."""
     asking.cancel()
     await asyncio.wait([asking])
 
@@ -242,14 +266,14 @@ async def left(asking: asyncio.Task[None]) -> None:
 @pytest.mark.parametrize("let_go", ["sweep", "drop"])
 async def test_a_client_that_leaves_meanwhile_leaves_nothing_unknown_in_the_workers(world: World, let_go: str) -> None:
     await left(await begun(world, "b"))
-    world.store.kept.clear()
+    world.kept.clear()
     going: Any = asyncio.ensure_future(world.adapters.sweep() if let_go == "sweep" else world.drop("b"))
     await asyncio.sleep(0)
-    world.workers.gate.set()
+    world.gate.set()
     await going
-    await until(lambda: "released" in world.workers.told)
+    await until(lambda: "released" in world.told)
     assert len(world.adapters) == len(world.held) == 0
-    assert world.workers.told == ["hold", "held", "released"]
+    assert world.told == ["hold", "held", "released"]
 
 
 async def test_a_second_request_waits_until_the_workers_have_it(world: World) -> None:
@@ -260,34 +284,24 @@ async def test_a_second_request_waits_until_the_workers_have_it(world: World) ->
     await left(first)
     await asyncio.sleep(0.01)
     assert not second.done()
-    world.workers.gate.set()
+    world.gate.set()
     await second
     assert world.held == {"b"}
-    assert world.workers.told == ["hold", "held"]
+    assert world.told == ["hold", "held"]
 
 
 async def test_what_the_workers_could_not_take_is_released_and_tried_anew(world: World) -> None:
-    world.workers.failure = RuntimeError("a rank is gone")
+    world.failure = RuntimeError("a rank is gone")
     with pytest.raises(RuntimeError, match="a rank is gone"):
         await world.hold("b")
     assert len(world.adapters) == 0
-    assert world.workers.told == ["hold", "released"]
-    world.workers.failure = None
+    assert world.told == ["hold", "released"]
+    world.failure = None
     await world.hold("b")
     assert world.held == {"b"}
 
 
-async def test_a_release_is_carried_out_though_its_client_leaves(world: World) -> None:
-    await world.hold("b")
-    dropping = asyncio.create_task(world.drop("b"))
-    await asyncio.sleep(0)
-    dropping.cancel()
-    await until(lambda: not world.held)
-    assert len(world.adapters) == 0
-
-
 async def until(condition: Callable[[], bool]) -> None:
-    """Let others run until it holds."""
     async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0)

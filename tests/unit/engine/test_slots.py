@@ -1,0 +1,226 @@
+"""What lies in vLLM's slots: written in one call or by vLLM, overwritten without a trace, zeroed for the erased."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
+from vllm.lora.model_manager import AdapterLRUCache
+
+from adapters.flat import FlatLora
+from adapters.lora import ModuleShape
+from server.engine.fusing.slots import Cells, FusedLoRAModel, FusedSlots
+
+MODULES = tuple(ModuleShape(f"m{i}", 8 * (i + 1), 24 - 4 * i) for i in range(4))
+Stacks = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def stacks_of(dtype: torch.dtype, *, transposed: bool = False) -> Stacks:
+    """Three slots of rank 16, full of sevens; B perhaps along H_out."""
+    a = [torch.full((3, 1, 16, m.h_in), 7, dtype=dtype) for m in MODULES]
+    b = [torch.full((3, 1, *([16, m.h_out] if transposed else [m.h_out, 16])), 7, dtype=dtype) for m in MODULES]
+    return list(zip(a, [one.transpose(2, 3) for one in b] if transposed else b, strict=True))
+
+
+def adapter(ranks: tuple[int, ...], dtype: torch.dtype) -> FlatLora:
+    generator = torch.Generator().manual_seed(sum(ranks))
+    a = [torch.randn(rank * sum(m.h_in for m in MODULES), generator=generator).to(dtype) for rank in ranks]
+    b = torch.randn(sum(m.h_out for m in MODULES), sum(ranks), generator=generator).to(dtype)
+    return FlatLora(MODULES, tuple(a), b)
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ranks", [(8,), (5,), (8, 4), (8, 1), (6, 6), (16,), (1, 2, 3)])
+def test_a_slot_holds_every_modules_matrices_and_zero_beside_them(
+    transposed: bool, across: bool, dtype: torch.dtype, ranks: tuple[int, ...]
+) -> None:
+    stacks, flat = stacks_of(dtype, transposed=transposed), adapter(ranks, dtype)
+    weights, rank = flat.weights(), sum(ranks)
+    Cells.of_slots(stacks, ranks, shares_a=True)[1].write(flat.transposed() if across else flat)
+    for module, (a, b) in zip(MODULES, stacks, strict=True):
+        assert torch.equal(a[1, 0, :rank], weights.a[module.name])
+        assert torch.equal(b[1, 0, :, :rank], weights.b[module.name])
+        assert not a[1, 0, rank:].any() and not b[1, 0, :, rank:].any()
+        assert (a[::2] == 7).all() and (b[::2] == 7).all()  # the slots beside it
+
+
+def test_the_shared_a_is_written_unless_it_is_there() -> None:
+    stacks, flat = stacks_of(torch.bfloat16), adapter((8, 4), torch.bfloat16)
+    cells = Cells.of_slots(stacks, (8, 4), shares_a=True)[0]
+    cells.write(flat, has_shared_a=True, padding_is_zero=True)
+    first, own = stacks[0][0][0, 0, :8], stacks[0][0][0, 0, 8:12]
+    assert (first == 7).all()
+    assert torch.equal(own, flat.a[1][: own.numel()].view(own.shape))
+    cells.write(flat)
+    assert torch.equal(first, flat.a[0][: first.numel()].view(first.shape))
+
+
+def test_numbers_are_copied_as_wide_as_rows_and_slots_allow() -> None:
+    runs = {rank: Cells.of_slots(stacks_of(torch.bfloat16), (rank,), shares_a=True)[1].runs for rank in (8, 5)}
+    assert [run.dtype for run in runs[8]] == [torch.complex128, torch.complex128]
+    assert [run.dtype for run in runs[5]] == [torch.bfloat16, torch.complex128]
+
+
+def test_bits_that_are_no_number_are_copied_as_they_are() -> None:
+    stacks, rows = stacks_of(torch.bfloat16), sum(m.h_out for m in MODULES)
+    cells, a = Cells.of_slots(stacks, (8,), shares_a=True)[0], adapter((8,), torch.bfloat16).a
+    for start in range(0, 2**16, rows * 8):
+        bits = torch.arange(start, start + rows * 8).to(torch.int16)  # wraps around
+        cells.write(FlatLora(MODULES, a, bits.view(torch.bfloat16).view(rows, 8)))
+        there = torch.cat([b[0, 0, :, :8].contiguous().view(torch.int16).flatten() for _, b in stacks])
+        assert torch.equal(there, bits)
+
+
+BANK = "00000000"
+SLOTS, RANK, OWN, ROOM, HIDDEN = 2, 2, 1, 4, 8
+Q, V = (ModuleShape(name, HIDDEN, HIDDEN) for name in "qv")
+A, B = float(RANK * HIDDEN), float(HIDDEN * RANK)  # sums of an A of ones, and of a B of ones
+
+
+def make_layer(layer: Any, parts: int, tp_size: int = 1) -> Any:
+    """vLLM's way of writing a layer's slots, over no layer; on one of several ranks a slice is all of it."""
+    torch.nn.Module.__init__(layer)
+    layer.n_slices, layer.tp_size = parts, tp_size
+    layer.lora_a_stacked = tuple(torch.zeros(SLOTS, 1, ROOM, HIDDEN) for _ in range(parts))
+    layer.lora_b_stacked = tuple(torch.zeros(SLOTS, 1, HIDDEN, ROOM) for _ in range(parts))
+    layer.slice_lora_a = layer.slice_lora_b = lambda lora: lora
+    return layer
+
+
+class BareLayer(BaseLinearLayerWithLoRA):  # type: ignore[misc]
+    def __init__(self) -> None:
+        make_layer(self, 1)
+
+
+class PackedLayer(MergedColumnParallelLinearWithLoRA):  # type: ignore[misc]
+    def __init__(self) -> None:
+        make_layer(self, 2, tp_size=2)
+
+
+def sums(layer: Any, index: int) -> list[tuple[float, float]]:
+    """Of A and of B in a slot, for each part of a layer."""
+    parts = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+    return [(float(a[index].sum()), float(b[index].sum())) for a, b in parts]
+
+
+class BareSlots(FusedSlots):
+    def __init__(self) -> None:
+        self.lora_config = SimpleNamespace(max_loras=SLOTS, max_cpu_loras=4)
+        self.lora_index_to_id = [None] * SLOTS
+        self.modules: dict[str, Any] = {"q": BareLayer()}
+        self.packed_modules: dict[str, list[str]] = {}
+        self.is_pooling_model = self._enable_mixed_moe_lora_format = False
+        self._registered_adapters = AdapterLRUCache(4, self.deactivate_adapter)
+        self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
+        self._reset_records()
+
+    def model(self, lora_id: int, recipe: str, number: float, *, own: bool = False, bank: str = BANK) -> FusedLoRAModel:
+        """An adapter whose B is this number everywhere; perhaps with a user's A of it stacked on the bank's of ones."""
+        more = (torch.full((OWN * HIDDEN,), number),) if own else ()
+        b = torch.full((HIDDEN, RANK + OWN * own), number)
+        flat = FlatLora((Q,), (torch.ones(RANK * HIDDEN), *more), b)
+        return FusedLoRAModel(lora_id, recipe, flat, {"q": "q"}, bank=bank, shares_a=True)
+
+    def serve(self, lora_id: int, recipe: str, number: float, **kind: Any) -> None:
+        self.add_adapter(self.model(lora_id, recipe, number, **kind))
+        self.activate_adapter(lora_id)
+
+    @property
+    def numbers(self) -> list[tuple[float, float]]:
+        return [sums(self.modules["q"], index)[0] for index in range(SLOTS)]
+
+
+@pytest.fixture
+def slots() -> BareSlots:
+    return BareSlots()
+
+
+def test_weights_are_wiped_while_they_lie_in_a_slot_and_no_others(slots: BareSlots) -> None:
+    slots.serve(1, "ann", 1.0)
+    slots.serve(2, "bob", 2.0)
+    slots.remove_adapter(1)
+    assert slots.numbers == [(A, B), (A, 2 * B)]  # they outlive their place in the CPU tier
+    slots.wipe({"ann", "somebody else"})
+    assert slots.numbers == [(0, 0), (A, 2 * B)]
+    assert slots.written_recipes == {"bob"}
+    slots.serve(3, "cid", 3.0)  # written whole
+    slots.remove_adapter(2)
+    slots.serve(4, "dan", 4.0)
+    slots.wipe({"ann", "bob"})  # overwritten by now
+    assert slots.numbers == [(A, 3 * B), (A, 4 * B)]
+    assert slots.written_recipes == {"cid", "dan"}
+
+
+def test_a_stacked_adapter_is_written_whole_and_overwritten_without_a_trace(slots: BareSlots) -> None:
+    slots.serve(1, "ann", 3.0, own=True)
+    assert slots.numbers[0] == (A + 3 * OWN * HIDDEN, 3 * HIDDEN * (RANK + OWN))
+    slots.remove_adapter(1)
+    slots.serve(2, "bob", 2.0)
+    assert slots.numbers[0] == (A, 2 * B)
+    slots.remove_adapter(2)
+    slots.serve(3, "cid", 1.0, own=True)
+    assert slots.numbers[0] == (A + OWN * HIDDEN, HIDDEN * (RANK + OWN))
+
+
+def test_a_slot_of_another_bank_is_zeroed_first(slots: BareSlots) -> None:
+    slots.modules["only of the other bank"] = other = BareLayer()
+    other.lora_b_stacked[0].fill_(9.0)
+    slots.serve(1, "ann", 1.0)
+    assert [sums(other, index) for index in range(SLOTS)] == [[(0, 0)], [(0, 9 * HIDDEN * ROOM)]]
+
+
+def test_once_prepared_no_step_finds_out_where_an_adapter_goes(
+    slots: BareSlots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the first of a kind nor the first of it in a slot."""
+    for own in (False, True):
+        slots.prepare(slots.model(1, "ann", 1.0, own=own))
+    monkeypatch.setattr(Cells, "of_slots", None)
+    slots.serve(1, "ann", 1.0)
+    slots.serve(2, "bob", 3.0, own=True)
+    assert slots.numbers == [(A, B), (A + 3 * OWN * HIDDEN, 3 * HIDDEN * (RANK + OWN))]
+
+
+def test_what_vllm_slices_first_is_written_by_vllm(slots: BareSlots) -> None:
+    slots.modules["q"].tp_size = 2
+    slots.modules["q"].slice_lora_b = lambda b: b / 2
+    slots.serve(1, "ann", 2.0)
+    assert slots.numbers[0] == (A, B)
+
+
+def test_what_vllm_packed_is_the_same_each_time_it_is_brought_back(slots: BareSlots) -> None:
+    """Packing folds alpha over rank into B, in place, and vLLM packs an adapter whenever it comes into a slot."""
+    slots.modules, slots.packed_modules = {"qv": PackedLayer()}, {"qv": ["q", "v"]}
+    flat = FlatLora((Q, V), (torch.ones(RANK * 2 * HIDDEN),), torch.full((2 * HIDDEN, RANK), 3.0))
+    kind: dict[str, Any] = {"vllm_names": {"q": "q", "v": "v"}, "bank": BANK, "shares_a": False}
+    slots.add_adapter(FusedLoRAModel(1, "ann", flat, **kind))
+    for other in range(2, 12):
+        slots.activate_adapter(1)
+        assert sums(slots.modules["qv"], slots.lora_index_to_id.index(1)) == [(A, 3 * B)] * 2
+        slots.deactivate_adapter(1)
+        slots.add_adapter(FusedLoRAModel(other, "bob", flat, **kind))
+        slots.activate_adapter(other)
+        slots.remove_adapter(other)
+    assert (flat.b == 3).all()
+
+
+def test_what_the_cpu_tier_holds_under_an_id_is_known_until_it_lets_go_of_it(slots: BareSlots) -> None:
+    """By every way out: removed, made room, or another recipe under the same id."""
+    for lora_id, name in enumerate(("ann", "bob", "cid"), 1):
+        slots.serve(lora_id, name, 1.0)
+    slots.deactivate_adapter(3)
+    slots.remove_adapter(2)
+    slots.remove_oldest_adapter()
+    assert [slots.held_recipe(lora_id) for lora_id in (1, 2, 3)] == [None, None, "cid"]
+    slots.remove_adapter(3)
+    slots.serve(3, "dan", 1.0)
+    assert slots.held_recipe(3) == "dan"
