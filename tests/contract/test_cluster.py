@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,10 +169,9 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster
 
 
 @pytest.fixture
-async def to_followed(followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RedisConnection]:
-    """A connection that does not wait long."""
+async def to_followed(followed: ValkeyCluster) -> AsyncIterator[RedisConnection]:
+    wait_until(lambda: all(map(followed.lists_replicas, followed.nodes)), "the replica to be back")
     async with connected(followed.url) as connection:
-        monkeypatch.setattr(REPLICA_TIMEOUT_MS, 100)
         yield connection
 
 
@@ -181,6 +180,7 @@ async def test_a_write_without_a_replica_is_not_acknowledged(
 ) -> None:
     users, store = users_at(followed, followed.primaries[0]), ProfileStore(to_followed)
     assert await store.commit(next(users), b"", change("a"))
+    monkeypatch.setattr(REPLICA_TIMEOUT_MS, 100)
     with paused(followed.replicas[0].pid):
         with pytest.raises(Unavailable, match="on a replica"):
             await store.commit(next(users), b"", change("a"))
@@ -193,25 +193,19 @@ async def test_a_write_without_a_replica_is_not_acknowledged(
         assert await store.commit(next(users), b"", change("a"))  # nobody waits for it any more
 
 
-class Repeatable(RedisConnection):
-    """Remembers what was written, by script."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.written = dict[str, tuple[Any, ...]]()
-
-    async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
-        self.written[script] = (names, *arguments)
-        return await super().write(script, names, *arguments)
-
-
-async def test_nor_is_one_that_is_sent_again(followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nor_is_one_that_is_sent_again(
+    followed: ValkeyCluster, to_followed: RedisConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server waits for what a connection wrote: for nothing, if all is already as it should be."""
-    users = users_at(followed, followed.primaries[0])
+    users, written, write = users_at(followed, followed.primaries[0]), dict[str, tuple[Any, ...]](), to_followed.write
     user, erased = next(users), next(users)
-    connection = Repeatable(followed.url)
-    await connection.check()
-    store, jobs = ProfileStore(connection), JobStore(connection)
+
+    async def noted(script: str, *arguments: Any) -> Any:
+        written[script] = arguments
+        return await write(script, *arguments)
+
+    to_followed.write = noted  # type: ignore[method-assign]
+    store, jobs = ProfileStore(to_followed), JobStore(to_followed)
     await store.commit(user, b"", change("a"))
     await store.wait_until_durable(user)
     await store.erase(erased, LATER_MS, 0)
@@ -222,12 +216,11 @@ async def test_nor_is_one_that_is_sent_again(followed: ValkeyCluster, monkeypatc
     said = (profiles._COMMIT, profiles._WRITE_AGAIN, profiles._ERASE, scripts.SUBMIT, scripts.CANCEL, scripts.END)
     for script in said:
         wait_until(lambda: all(map(followed.lists_replicas, followed.nodes)), "the replica to be back")
-        await connection.check()
+        await to_followed.check()
         with paused(followed.replicas[0].pid), monkeypatch.context() as briefly:
             briefly.setattr(REPLICA_TIMEOUT_MS, 100)
             with pytest.raises(Unavailable, match="on a replica"):
-                await connection.write(script, *connection.written[script])
-    await connection.close()
+                await write(script, *written[script])
 
 
 async def test_replicas_that_a_redirection_made_the_client_forget_are_found_again(to_followed: RedisConnection) -> None:

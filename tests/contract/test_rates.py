@@ -54,14 +54,14 @@ async def left(rates: Rates, rate: Rate) -> int:
 
 async def test_no_more_is_taken_than_there_is_by_an_owner(rates: Rates, rate: Rate) -> None:
     assert sum(await asyncio.gather(*(take(rates, rate, 1) for _ in range(9)))) == 5
+    assert await left(rates, replace(rate, most=20)) == 15  # another limit holds at once
+    assert await left(rates, replace(rate, most=2)) == 0
     refused = await rates.consume([Use(rate, 1)])
     assert not refused.counted
     assert refused.levels[0].left == 0
     assert 0 < refused.levels[0].fits_in_s(1) <= 12
     for other in (replace(rate, owner=rate.owner + "x"), replace(rate, what="tokens")):
         assert await left(rates, other) == 5
-    assert await left(rates, replace(rate, most=20)) == 15  # another limit holds at once
-    assert await left(rates, replace(rate, most=2)) == 0
 
 
 async def test_of_several_rates_all_or_nothing(rates: Rates, rate: Rate) -> None:

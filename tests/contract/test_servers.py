@@ -33,7 +33,6 @@ from tests.support.store_parts import (
 )
 
 Start, Options = Callable[..., ValkeyProcess], tuple[str, ...]
-Pair = tuple[ValkeyProcess, ValkeyProcess]
 EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
 HIDDEN = ("--rename-command", "CONFIG", "")  # as managed services do
 
@@ -129,46 +128,37 @@ async def test_who_is_cancelled_amid_a_call_ends(server: ValkeyProcess) -> None:
         assert not left
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
-    """A primary, and a replica that has all it has."""
+async def test_a_replica_is_no_store_and_another_address_is_followed_to_the_new_primary(tmp_path: Path) -> None:
     options = (*DURABLE, "--repl-diskless-sync-delay", "0", "--repl-diskless-load", "swapdb")
     primary, replica = (ValkeyProcess(tmp_path / name, options).start() for name in ("primary", "replica"))
     ask(replica, "REPLICAOF", "127.0.0.1", primary.port)
     wait_until(lambda: ask(replica, "ROLE")[3] == b"connected", "the replica to follow")
-    yield primary, replica
-    primary.kill()
-    replica.kill()
-
-
-async def test_a_write_or_check_that_meets_a_replica_goes_to_the_new_primary(pair: Pair, user: str) -> None:
-    primary, replica = pair
-    with LossyProxy(primary.port) as address:
-        url = f"redis://127.0.0.1:{address.port}"
-        async with connected(url) as connection, connected(url) as checking:
-            store = ProfileStore(connection)
-            assert await store.commit(user, b"", change("a"))
-            ask(primary, "FAILOVER", "TO", "127.0.0.1", replica.port)
-            wait_until(lambda: ask(primary, "ROLE")[0] == b"slave", "the replica to take over")
-            address.to_port = replica.port
-            snapshot = await store.read(user)  # of the old one: its connection stands
-            assert await store.commit(user, snapshot.version, change("b"))
-            assert list((await store.read(user)).items) == ["a", "b"]
-            assert await checking.check() is Durability.ALWAYS
-            info = await checking.run(lambda redis: redis.info("server"))
-            assert info["tcp_port"] == replica.port
-
-
-async def test_a_replica_is_no_store_until_it_takes_writes(pair: Pair, user: str) -> None:
-    primary, replica = pair
-    async with strict_and_lenient(replica.url) as (connection, _):
-        with pytest.raises(Unavailable) as caught:
-            await connection.check()
-        assert caught.value.code == "store_unavailable"
-        assert f"it is a replica of 127.0.0.1:{primary.port}" in caught.value.explained
-        ask(replica, "REPLICAOF", "NO", "ONE")
-        assert await connection.check() is Durability.ALWAYS
-        assert await ProfileStore(connection).commit(user, b"", change("a"))
+    try:
+        async with strict_and_lenient(replica.url) as (connection, _):
+            with pytest.raises(Unavailable) as caught:
+                await connection.check()
+            assert caught.value.code == "store_unavailable"
+            assert f"it is a replica of 127.0.0.1:{primary.port}" in caught.value.explained
+        with LossyProxy(primary.port) as address:
+            url, user = f"redis://127.0.0.1:{address.port}", "somebody"
+            async with connected(url) as connection, connected(url) as checking:
+                store = ProfileStore(connection)
+                assert await store.commit(user, b"", change("a"))
+                ask(primary, "FAILOVER", "TO", "127.0.0.1", replica.port)
+                wait_until(lambda: ask(primary, "ROLE")[0] == b"slave", "the replica to take over")
+                address.to_port = replica.port
+                snapshot = await store.read(user)  # of the old one: its connection stands
+                assert await store.commit(user, snapshot.version, change("b"))
+                assert list((await store.read(user)).items) == ["a", "b"]
+                assert await checking.check() is Durability.ALWAYS
+                assert (await checking.run(lambda redis: redis.info("server")))["tcp_port"] == replica.port
+        async with strict_and_lenient(primary.url) as (connection, _):
+            ask(primary, "REPLICAOF", "NO", "ONE")
+            assert await connection.check() is Durability.ALWAYS
+            assert await ProfileStore(connection).commit("another", b"", change("a"))
+    finally:
+        primary.kill()
+        replica.kill()
 
 
 @pytest.fixture(scope="module")

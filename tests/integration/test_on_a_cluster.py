@@ -77,26 +77,25 @@ def ready(client: httpx.Client) -> tuple[int, Any]:
     return answer.status_code, answer.json()
 
 
-def test_users_are_stored_served_trained_for_and_erased(
+def test_a_user_is_stored_served_trained_for_and_erased(
     client: httpx.Client, gateway: GatewayThread, cluster: ValkeyCluster, fake_engine: FakeEngine, work: Work
 ) -> None:
     fake_engine.knobs.user_adapters = True
-    people = [somebody(gateway, cluster, primary) for primary in range(2)]
-    jobs = {}
-    for user in people:
-        assert level(client, user) == "base"
-        put(client, user).raise_for_status()
-        assert level(client, user) == "merged"
-        asked = client.post(f"/users/{user}/adapt", json={"samples": SAMPLES, "config": CONFIG}).raise_for_status()
-        jobs[user] = asked.json()["id"]
+    due, *_ = keys.queue("jobs", gateway.parts.bank.manifest.short)
+    user = somebody(
+        gateway, cluster, 0 if cluster.home_of(due) is cluster.primaries[1] else 1
+    )  # not where the queue is
+    assert level(client, user) == "base"
+    put(client, user).raise_for_status()
+    assert level(client, user) == "merged"
+    asked = client.post(f"/users/{user}/adapt", json={"samples": SAMPLES, "config": CONFIG}).raise_for_status()
     work()
-    for user in people:
-        assert client.get(f"/jobs/{jobs[user]}").json()["state"] == "succeeded"
-        assert level(client, user) == "stacked"
-        assert client.delete(f"/users/{user}").raise_for_status().json()["erased"]["adapters"] == 1
-        assert client.get(f"/users/{user}").status_code == 404
-        assert level(client, user) == "base"
-    assert client.get(f"/jobs/{jobs[people[0]]}").status_code == 404
+    job = f"/jobs/{asked.json()['id']}"
+    assert client.get(job).json()["state"] == "succeeded"
+    assert level(client, user) == "stacked"
+    assert client.delete(f"/users/{user}").raise_for_status().json()["erased"]["adapters"] == 1
+    assert [client.get(path).status_code for path in (f"/users/{user}", job)] == [404, 404]
+    assert level(client, user) == "base"
 
 
 def test_a_trace_says_how_long_the_store_took(
