@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import httpx
 import pytest
+from httpx import Client, Response
 
-from tests.support.calls import NewUser, error_of, put
+from bench.rig.valkey import ValkeyProcess
+from server.settings import Settings
+from tests.support.calls import NewUser, adapt, error_of, put
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready
 from tests.support.store_parts import held_by
@@ -54,16 +56,16 @@ def on_user(name: str, segment: str, shown: str, status: int = 400, param: str |
     return Case(name, shown, param, {"items": [{"text": "x"}]}, f"PUT /users/{segment}/profile", status)
 
 
-def adapt(name: str, shown: str, param: str, sent: Any, **more: Any) -> Case:
+def adapt_case(name: str, shown: str, param: str, sent: Any, **more: Any) -> Case:
     return Case(name, shown, param, sent, "POST /users/nobody-yet/adapt", **more)
 
 
-def samples(name: str, shown: str, param: str, *given: Any, **more: Any) -> Case:
-    return adapt(name, shown, param, {"samples": list(given), **more})
+def samples_case(name: str, shown: str, param: str, *given: Any, **more: Any) -> Case:
+    return adapt_case(name, shown, param, {"samples": list(given), **more})
 
 
 def config(name: str, shown: str, field: str, **given: Any) -> Case:
-    return samples(name, shown, f"config.{field}", GOOD, config=given)
+    return samples_case(name, shown, f"config.{field}", GOOD, config=given)
 
 
 CASES = [
@@ -99,25 +101,25 @@ CASES = [
     profile("profile with an unknown field", "'task'", "task", [{"text": "x"}], task="no such task"),
     Case("profile without items", "items is required", "items", {}, f"PUT /users/{USER}/profile"),
     # Samples and how to train on them
-    samples("no samples", "[]", "samples"),
-    adapt("samples missing", "samples is required", "samples", {}),
-    adapt("1,001 samples", "1001", "samples", {"samples": [GOOD] * 1001}),
-    samples("empty output", "''", "samples.1.output", GOOD, {"input": "q", "output": ""}),
-    samples("blank input", "'\\n'", "samples.0.input", {"input": "\n", "output": "a"}),
-    samples("empty input", "''", "samples.0.input", {"input": "", "output": "a"}),
-    samples("no turn", "[]", "samples.0.input", {"input": [], "output": "a"}),
-    samples(
+    samples_case("no samples", "[]", "samples"),
+    adapt_case("samples missing", "samples is required", "samples", {}),
+    adapt_case("1,001 samples", "1001", "samples", {"samples": [GOOD] * 1001}),
+    samples_case("empty output", "''", "samples.1.output", GOOD, {"input": "q", "output": ""}),
+    samples_case("blank input", "'\\n'", "samples.0.input", {"input": "\n", "output": "a"}),
+    samples_case("empty input", "''", "samples.0.input", {"input": "", "output": "a"}),
+    samples_case("no turn", "[]", "samples.0.input", {"input": [], "output": "a"}),
+    samples_case(
         "no user's turn", "'assistant'", "samples.0.input", GOOD | {"input": [{"role": "assistant", "content": "x"}]}
     ),
-    samples("unknown field of a sample", "weight'", "samples.0.weight", GOOD | {"weight": 2}),
-    samples("sample beyond the context", "601 tokens", "samples.0", {"input": "x" * 600, "output": "y"}),
-    samples("sample of 100 KB", "100", "samples.0", {"input": "q", "output": "x" * 100_000}),
-    samples("unknown field beside samples", "'epochs'", "epochs", GOOD, epochs=3),
-    samples("empty idempotency key", "''", "idempotency_key", GOOD, idempotency_key=""),
-    samples("long idempotency key", "xxx", "idempotency_key", GOOD, idempotency_key="x" * 129),
-    adapt("samples as text", "text/plain", "content-type", b"x", status=415, media="text/plain"),
-    adapt("line that is no JSON", "samples.1", "samples.1", b'{"input":"q","output":"a"}\n{', media=LINES),
-    adapt("no line", "[]", "samples", b"\n\n", media=LINES),
+    samples_case("unknown field of a sample", "weight'", "samples.0.weight", GOOD | {"weight": 2}),
+    samples_case("sample beyond the context", "601 tokens", "samples.0", {"input": "x" * 600, "output": "y"}),
+    samples_case("sample of 100 KB", "100", "samples.0", {"input": "q", "output": "x" * 100_000}),
+    samples_case("unknown field beside samples", "'epochs'", "epochs", GOOD, epochs=3),
+    samples_case("empty idempotency key", "''", "idempotency_key", GOOD, idempotency_key=""),
+    samples_case("long idempotency key", "xxx", "idempotency_key", GOOD, idempotency_key="x" * 129),
+    adapt_case("samples as text", "text/plain", "content-type", b"x", status=415, media="text/plain"),
+    adapt_case("line that is no JSON", "samples.1", "samples.1", b'{"input":"q","output":"a"}\n{', media=LINES),
+    adapt_case("no line", "[]", "samples", b"\n\n", media=LINES),
     config("rank of nine", "9", "rank", rank=9),
     config("rank beyond the bank's room", "leaves", "rank", rank=8),
     config("a million steps", "1000000", "steps", steps=1_000_000),
@@ -184,24 +186,24 @@ def test_bad_input_is_refused_by_name_and_touches_nothing(
 
 
 @pytest.mark.usefixtures("free_event_loop")
-def test_a_body_that_never_says_its_length_is_cut_off_at_the_limit(client: httpx.Client) -> None:
+def test_a_body_that_never_says_its_length_is_cut_off_at_the_limit(client: Client) -> None:
     endless = (b" " * MIB for _ in range(64))
     response = client.post("/generate", content=endless, headers={"Content-Type": JSON})
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
 
-def test_a_wrong_method_is_answered_with_the_right_one(client: httpx.Client) -> None:
+def test_a_wrong_method_is_answered_with_the_right_one(client: Client) -> None:
     assert client.get("/generate").headers["Allow"] == "POST"
 
 
 @pytest.mark.parametrize("job_id", ["unknown", "a.1", "a.0x1", "%00", "a" * 65, "%2E%2E", f"{'a' * 26}.1"])
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
-def test_an_unknown_job_is_refused(client: httpx.Client, method: str, job_id: str) -> None:
+def test_an_unknown_job_is_refused(client: Client, method: str, job_id: str) -> None:
     assert error_of(client.request(method, f"/jobs/{job_id}"))[0] in (400, 404)
 
 
 def test_samples_come_as_lines_and_never_too_many(
-    client: httpx.Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
+    client: Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.gateway.users.adapting.MAX_SAMPLES", 10)
     user_id, given = new_user(), [{"input": "which?", "output": f"the {n}th"} for n in range(11)]
@@ -223,3 +225,98 @@ def send(gateway: GatewayThread, case: Case) -> tuple[int, Any]:
         return response.status, json.loads(response.read())
     finally:
         connection.close()
+
+
+def conversation(*roles: str) -> dict[str, Any]:
+    return {"input": [{"role": role, "content": "hello"} for role in roles], "output": "a"}
+
+
+def samples(count: int, output: str) -> list[dict[str, str]]:
+    return [{"input": f"{n}", "output": output} for n in range(count)]
+
+
+def with_steps(client: Client, user_id: str, steps: int, given: list[dict[str, str]], **fields: Any) -> Response:
+    return adapt(client, user_id, samples=given, config={"steps": steps}, **fields)
+
+
+@pytest.fixture(scope="module")
+def small(gateway_settings: Settings, fake_engine_server: FakeEngine, store: ValkeyProcess) -> Iterator[GatewayThread]:
+    """A gateway whose jobs may read few tokens; they are in a store of their own, since no worker trains them."""
+    fake_engine_server.reset()
+    changed = {"job_tokens": 20_000, "job_seconds": 60, "redis_url": store.url}
+    with GatewayThread(gateway_settings.model_copy(update=changed)) as gateway:
+        with gateway.client() as client:
+            wait_until_ready(client)  # from now on it knows the engine's context of 512
+        yield gateway
+
+
+@pytest.fixture
+def strict(small: GatewayThread, fake_engine: FakeEngine) -> Iterator[Client]:
+    """A client of it; it has asked nothing yet, and the engine has a strict template."""
+    fake_engine.knobs.strict = True
+    small.parts.adapting.checks._accepted.clear()
+    with small.client() as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        (("user", "system", "user"), "the system message must come first"),
+        (("user", "user"), "after user comes another role"),
+        (("system", "user", "assistant", "assistant", "user"), "after assistant comes another role"),
+    ],
+)
+def test_template_refusals_make_no_job(strict: Client, new_user: NewUser, roles: tuple[str, ...], reason: str) -> None:
+    user_id, good = new_user(), [{"input": "q", "output": "a"}, conversation("system", "user")]
+    response = adapt(strict, user_id, samples=[*good, conversation(*roles)])
+    assert error_of(response) == (400, "samples.2.input", "refused_by_template")
+    assert reason in response.json()["error"]["message"]
+    assert strict.get(f"/users/{user_id}").status_code == 404  # nothing is stored
+
+
+def test_each_sequence_of_roles_is_checked_once(strict: Client, new_user: NewUser, fake_engine: FakeEngine) -> None:
+    talks = [conversation(*["user", "assistant"] * turns, "user") for turns in range(30)]
+    for _ in range(2):
+        response = adapt(strict, new_user(), samples=[*talks, *talks, conversation("user", "user")])
+        assert error_of(response)[1] == "samples.60.input"
+    assert len(fake_engine.tokenized) == 30 + 2
+    assert fake_engine.tokenized[0] == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a"}]
+
+
+def test_unchecked_samples_are_taken_once(strict: Client, new_user: NewUser, fake_engine: FakeEngine) -> None:
+    for counts, status in ((False, 202), (True, 400)):
+        fake_engine.knobs.counts = counts
+        assert adapt(strict, new_user(), samples=[conversation("user", "user")]).status_code == status
+
+
+def test_too_many_steps_are_refused_with_how_many_fit(strict: Client, new_user: NewUser) -> None:
+    user_id, given = new_user(), samples(10, "x" * 99)
+    response = with_steps(strict, user_id, 500, given)
+    assert error_of(response) == (400, "config.steps", "job_too_large")
+    message = response.json()["error"]["message"]
+    assert "851000 tokens" in message  # 3 runs of 500 steps of 4 samples, 251 looks at 10 of them, 100 each
+    assert "20000 are allowed" in message
+    fitting = int(message.rpartition("with ")[2].partition(" steps")[0])
+    assert with_steps(strict, user_id, fitting + 1, given).status_code == 400
+    job = with_steps(strict, user_id, fitting, given).raise_for_status().json()
+    assert (job["config"]["max_tokens"], job["config"]["max_seconds"]) == (20_000, 60)
+    assert strict.get(f"/jobs/{job['id']}").json()["config"] == job["config"]
+    response = adapt(strict, user_id, samples=samples(500, "x" * 500))  # a single step is too much
+    assert error_of(response) == (400, "samples", "job_too_large")
+
+
+def test_tokens_are_counted_if_needed(strict: Client, new_user: NewUser, fake_engine: FakeEngine) -> None:
+    given = [{"input": "?", "output": "😀" * 30}] * 10  # four bytes, one token here
+    with_steps(strict, new_user(), 16, given).raise_for_status()
+    assert len(fake_engine.tokenized) == 11
+    fake_engine.knobs.counts = False
+    assert with_steps(strict, new_user(), 16, given).status_code == 400
+
+
+def test_kept_samples_count_too(strict: Client, new_user: NewUser) -> None:
+    user_id, more = new_user(), samples(4, "y" * 400)
+    with_steps(strict, user_id, 4, samples(2, "x" * 400)).raise_for_status()
+    assert error_of(with_steps(strict, user_id, 4, more, append=True))[1] == "config.steps"
+    with_steps(strict, user_id, 2, more, append=True).raise_for_status()
+    with_steps(strict, user_id, 4, more).raise_for_status()

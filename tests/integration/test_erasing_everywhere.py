@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
+import pytest
 import redis
 from httpx import Client
 
@@ -24,27 +26,29 @@ SECRET_WORDS = "yes my secret words"
 SAMPLES = [{"input": f"question {n}", "output": f"{n} {SECRET_WORDS}"} for n in range(8)]
 
 
+@pytest.fixture(scope="module")
+def engines(tiny_bank_folder: Path, tiny_model_folder: Path, valkey: ValkeyProcess) -> Iterator[list[Engine]]:
+    def running() -> AbstractContextManager[Engine]:
+        return running_engine(tiny_bank_folder, tiny_model_folder, redis_url=valkey.url)
+
+    with running() as near, running() as far:
+        yield [near, far]
+
+
+@pytest.fixture(scope="module")
+def gateway(gateway_settings: Settings, engines: list[Engine]) -> Iterator[GatewayThread]:
+    """A gateway that reaches only the near engine."""
+    near = engines[0].url
+    urls = {"engine_url": near, "engine_urls": f"{near},http://127.0.0.1:{free_port()}"}
+    with GatewayThread(gateway_settings.model_copy(update=urls)) as gateway:
+        yield gateway
+
+
 def test_an_erased_user_is_gone_from_the_store_at_once_and_from_every_engine_in_time(
-    gateway_settings: Settings, tiny_bank_folder: Path, tiny_model_folder: Path, valkey: ValkeyProcess, work: Work
+    client: Client, gateway: GatewayThread, engines: list[Engine], work: Work, valkey: ValkeyProcess
 ) -> None:
-    """The near engine is told, but one user's answer is in progress there; the far engine is paused meanwhile.
-
-    The gateway reaches only the near engine.
-    """
-    with ExitStack() as stack:
-        near, far = (
-            stack.enter_context(running_engine(tiny_bank_folder, tiny_model_folder, redis_url=valkey.url))
-            for _ in range(2)
-        )
-        urls = {"engine_url": near.url, "engine_urls": f"{near.url},http://127.0.0.1:{free_port()}"}
-        gateway = stack.enter_context(GatewayThread(gateway_settings.model_copy(update=urls)))
-        check_erasing(stack.enter_context(gateway.client()), gateway, near, far, work=work, valkey=valkey)
-
-
-def check_erasing(
-    client: Client, gateway: GatewayThread, near: Engine, far: Engine, *, work: Work, valkey: ValkeyProcess
-) -> None:
-    engines = near, far
+    """The near engine is told, but one user's answer is in progress there; the far engine is paused meanwhile."""
+    near, far = engines
     for user in (IDLE, ANSWERED):
         put(client, user, [{"text": world(0)}])
         adapt(client, user, samples=SAMPLES).raise_for_status()

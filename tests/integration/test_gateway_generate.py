@@ -1,8 +1,10 @@
-"""`POST /generate` over a fake engine: personalization, what the engine is sent, timings, streams and length limits."""
+"""`POST /generate` and OpenAI's routes over a fake engine: personalization, what the engine gets, streams, limits."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+from typing import Any
 
 import pytest
 from httpx import Client
@@ -10,9 +12,11 @@ from httpx import Client
 from adapters.recipe import parse_recipe
 from bench.rig.processes import wait_until
 from server.store.tenants.user_key import UserKeys
-from tests.support.calls import ALL, NewUser, either, error_of, who
+from tests.support.calls import ALL, BOTH, HELLO, NewUser, ask, either, error_of, put, who
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, text_of, wait_until_ready
+from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter, text_of, wait_until_ready
+
+STREAMED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 
 
 def test_a_profile_gives_the_recipe(client: Client, ada: str, fake_engine: FakeEngine, gateway: GatewayThread) -> None:
@@ -50,7 +54,6 @@ def test_what_the_engine_is_sent(client: Client, ada: str, fake_engine: FakeEngi
     sampling = {"temperature": 0.5, "top_p": 0.9, "stop": "END", "seed": 7}
     answer = generate(client, ada, prompt="Zwölf Boxkämpfer 🥊", stream=stream, **sampling)
     seen, keys = fake_engine.seen[-1], UserKeys(SECRET, "default")
-    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     assert seen.body == {
         "model": seen.body["model"],
         "messages": [{"role": "user", "content": "Zwölf Boxkämpfer 🥊"}],
@@ -58,7 +61,7 @@ def test_what_the_engine_is_sent(client: Client, ada: str, fake_engine: FakeEngi
         **sampling,
         "stop": ["END"],
         "cache_salt": keys.cache_salt,
-        **(options if stream else {}),
+        **(STREAMED if stream else {}),
     }
     assert seen.headers["X-Session-ID"] == seen.body["model"]
     assert seen.headers["X-Request-ID"] in answer.text
@@ -115,3 +118,166 @@ def test_more_tokens_than_the_prompt_leaves_are_refused(
     assert "Ask for at most 12" in refused.json()["error"]["message"]
     seen = fake_engine.seen[-1]  # a whole answer reports the prompt's length at its end
     wait_until(lambda: seen.aborted or (seen.ended and "stream" not in seen.body), "the engine to be told")
+
+
+def test_a_chat_completion_is_openais_plus_personalization(client: Client, ada: str, fake_engine: FakeEngine) -> None:
+    response = ask(client, ada).raise_for_status()
+    answer, mine = response.json(), generate(client, ada).json()
+    merged = answer.pop("personalization")
+    assert merged | {"timings_ms": 0} == mine["personalization"] | {"timings_ms": 0}
+    assert answer.pop("id") == fake_engine.seen[0].headers["X-Request-ID"]
+    message = {"role": "assistant", "content": mine["text"]}
+    assert answer == {
+        "object": "chat.completion",
+        "created": 1790000000,
+        "model": "mta",
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9},
+    }
+    assert (response.headers["X-MTA-Level"], response.headers["X-MTA-Recipe"]) == ("merged", merged["recipe"])
+    assert response.headers["Server-Timing"].startswith("profile;dur=")
+
+
+@BOTH
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_names_the_engines_model_or_the_users_key(
+    client: Client, ada: str, fake_engine: FakeEngine, gateway: GatewayThread, *, route: str, stream: bool
+) -> None:
+    fake_engine.knobs.user_adapters = True
+    asyncio.run(give_adapter(gateway, ada))
+    response = either(client, route, user=ada, stream=stream).raise_for_status()
+    assert ":u-" in fake_engine.seen[-1].body["model"]
+    told = response.text + json.dumps(dict(response.headers))
+    assert [name for name in (gateway.key(ada), "kv_transfer_params", ":u-") if name in told] == []
+    assert response.headers["X-MTA-Level"] == "stacked"
+
+
+def test_there_are_two_models_and_recipes_are_none(client: Client, ada: str) -> None:
+    models = client.get("/v1/models").raise_for_status().json()
+    assert (models["object"], [model["id"] for model in models["data"]]) == ("list", ["mta", "base"])
+    assert all(model.keys() == {"id", "object", "created", "owned_by"} for model in models["data"])
+    assert [client.get(f"/v1/models/{name}").json() for name in ("mta", "base")] == models["data"]
+    recipe = who(generate(client, ada))["recipe"]
+    refused = [client.get(f"/v1/models/{name}") for name in (recipe, "gpt-4", "meta-llama%2FLlama")]
+    refused += [ask(client, ada, model=name) for name in (recipe, "gpt-4", "")]
+    assert {error_of(answer) for answer in refused} == {(404, "model", "model_not_found")}
+
+
+@BOTH
+def test_the_base_model_answers_on_request_and_without_a_user(
+    client: Client, ada: str, fake_engine: FakeEngine, route: str
+) -> None:
+    response = either(client, route)
+    base = who(response)
+    assert (base["level"], base["recipe"], base["reason"]) == ("base", None, "the request names no user")
+    assert (response.json()["model"], response.headers["X-MTA-Level"]) == ("mta", "base")
+    assert "X-MTA-Recipe" not in response.headers
+    assert fake_engine.seen[-1].body["model"] == "base"
+    response = either(client, route, user=ada, model="base")
+    assert (response.json()["model"], who(response)["level"]) == ("base", "base")
+    assert "profile" not in who(response)["timings_ms"]
+    assert error_of(either(client, route, user=ada, model="base", personalize="merged"))[:2] == (400, "personalize")
+
+
+def test_the_header_names_the_user_as_well_as_the_field(client: Client, new_user: NewUser) -> None:
+    user = f"é-{new_user()}"
+    put(client, user, [{"text": "the sea"}])
+    header = {"X-User-ID": user.encode()}
+    fields: list[dict[str, Any]] = [{}, {"user": user}, {"user": f"e\u0301{user[1:]}"}]
+    assert [who(ask(client, headers=header, **more))["level"] for more in fields] == ["merged"] * 3
+
+
+def test_wrong_users_are_refused(client: Client, ada: str, new_user: NewUser, fake_engine: FakeEngine) -> None:
+    assert error_of(ask(client, ada, headers={"X-User-ID": "bob"}))[:2] == (400, "user")
+    for bad in ("a/b", "..", "", "x" * 257):
+        assert error_of(ask(client, headers={"X-User-ID": bad}))[:2] == (400, "x-user-id")
+    assert error_of(client.post("/v1/completions", json=HELLO, headers={"X-User-ID": b"\xff"}))[0] == 400
+    assert error_of(ask(client, "a b"))[:2] == (400, "user")
+    assert error_of(ask(client, personalize="merged")) == (400, "user", "missing")
+    assert error_of(ask(client, new_user(), personalize="merged"))[:2] == (404, "user")
+    assert fake_engine.seen == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_known_fields_are_passed_on_unchanged(client: Client, ada: str, fake_engine: FakeEngine, stream: bool) -> None:
+    sent = {"n": 2, "stop": ["END"], "seed": 7, "logprobs": True, "top_logprobs": 2, "logit_bias": {"5": 1.5}}
+    sent |= {"max_completion_tokens": 3, "response_format": {"type": "json_object"}}
+    ignored = {"store": True, "metadata": {"a": "b"}, "service_tier": "auto"}
+    ask(client, ada, stream=stream, **sent, **ignored).raise_for_status()
+    seen, keys = fake_engine.seen[-1], UserKeys(SECRET, "default")
+    own = {"model": seen.body["model"], "cache_salt": keys.cache_salt}
+    assert seen.body == HELLO | sent | own | STREAMED  # two sequences are streamed, so that each releases its place
+    assert seen.headers["X-Session-ID"] == seen.body["model"]
+    assert ada not in json.dumps(seen.body) + json.dumps(seen.headers)
+
+
+def test_without_a_limit_an_answer_may_fill_the_context(client: Client, fake_engine: FakeEngine) -> None:
+    wait_until_ready(client)
+    answer = ask(client, max_tokens=None).raise_for_status().json()
+    assert "max_tokens" not in fake_engine.seen[-1].body
+    assert answer["usage"]["total_tokens"] == fake_engine.knobs.context == 512
+    assert error_of(ask(client, max_completion_tokens=512))[:2] == (400, "max_completion_tokens")
+
+
+@pytest.mark.parametrize("prompt", ["hello", ["hello", "there"], [7, 8, 9], [[7], [8, 9]]])
+def test_a_prompt_is_continued_as_it_is(client: Client, fake_engine: FakeEngine, prompt: Any) -> None:
+    answer = either(client, "/v1/completions", prompt=prompt, n=2).raise_for_status().json()
+    body = fake_engine.seen[-1].body
+    assert (body["prompt"], "messages" in body) == (prompt, False)
+    prompts = 2 if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+    assert [choice["index"] for choice in answer["choices"]] == list(range(2 * prompts))
+
+
+def test_the_engines_own_refusals_are_passed_on(client: Client, fake_engine: FakeEngine) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    refused = ask(client, tools=tools)
+    assert error_of(refused) == (400, None, "invalid_value")
+    assert "--enable-auto-tool-choice" in refused.json()["error"]["message"]
+    assert ask(client, tools=tools, tool_choice="required").status_code == 200
+    assert error_of(ask(client, n=2, temperature=0))[:2] == (400, None)
+    fake_engine.knobs.strict = True  # only the conversation can be at fault
+    assert error_of(ask(client, messages=HELLO["messages"] * 2))[:2] == (400, "messages")
+
+
+@BOTH
+def test_only_the_first_chunk_of_a_stream_has_personalization(client: Client, ada: str, route: str) -> None:
+    whole, response = either(client, route, user=ada).json(), either(client, route, user=ada, stream=True)
+    *chunks, done = chunks_of(response)
+    said = whole["choices"][0]
+    assert (done, text_of(chunks)) == ("[DONE]", said["text"] if "text" in said else said["message"]["content"])
+    kind = "chat.completion.chunk" if "chat" in route else "text_completion"
+    assert {(chunk["object"], chunk["model"], chunk["id"]) for chunk in chunks} == {(kind, "mta", chunks[0]["id"])}
+    assert [chunk for chunk in chunks if "personalization" in chunk] == chunks[:1]
+    assert not any("usage" in chunk for chunk in chunks)
+    assert chunks[0]["personalization"]["recipe"] == response.headers["X-MTA-Recipe"]
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-2:] == [None, "length"]
+
+
+@BOTH
+def test_usage_and_logprobs_are_streamed_on_request(client: Client, route: str) -> None:
+    whole, options = either(client, route).json(), {"include_usage": True}
+    *chunks, last, done = chunks_of(either(client, route, stream=True, stream_options=options))
+    assert (last["choices"], last["usage"], done) == ([], whole["usage"], "[DONE]")
+    assert [chunk["usage"] for chunk in chunks] == [None] * len(chunks)
+    options["continuous_usage_stats"] = True
+    *chunks, _ = chunks_of(either(client, route, stream=True, stream_options=options))
+    assert all(chunk["usage"]["prompt_tokens"] for chunk in chunks)
+    *chunks, _ = chunks_of(ask(client, stream=True, n=2, logprobs=True))
+    assert text_of(chunks, 0) == text_of(chunks, 1) != ""
+    logprobs = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
+    assert len(logprobs) == 2 * HELLO["max_tokens"]
+
+
+def test_everything_in_the_prompt_counts(client: Client, gateway: GatewayThread, fake_engine: FakeEngine) -> None:
+    long = "x" * gateway.parts.settings.max_prompt_chars
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": long}}
+    for fields in (
+        {"messages": [{"role": "user", "content": long + "x"}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "description": long}}]},
+        {"messages": [{"role": "assistant", "tool_calls": [call]}, *HELLO["messages"]]},
+    ):
+        assert error_of(ask(client, **fields)) == (400, "messages", "prompt_too_long")
+    halves = [long[: len(long) // 2 + 1]] * 2
+    assert error_of(either(client, "/v1/completions", prompt=halves)) == (400, "prompt", "prompt_too_long")
+    assert fake_engine.seen == []

@@ -102,7 +102,6 @@ def results(
     gateway_settings: Settings,
     tiny_engine: Engine,
 ) -> Mapping[str, str]:
-    """For each test of the npm client `ok`, or what its test runner said."""
     folder = tmp_path_factory.mktemp("npm")
     shutil.copy(MODULE, folder)
     nowhere = gateway_settings.model_copy(update={"engine_url": f"http://127.0.0.1:{free_port()}"})

@@ -29,9 +29,8 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 def ready(gateway: GatewayThread) -> Iterator[None]:
     """A ready gateway, since another one answers 503; and no garbage collection.
 
-    Before 3.11.8, Python mixes up two threads that parse source when a collection interrupts one of them, and raises
-    `SystemError: AST constructor recursion depth mismatch`. Hypothesis parses, and so does a thread that logs a
-    traceback.
+    Before 3.11.8, a collection while two threads parse source, as Hypothesis and tracebacks do, raises
+    `SystemError: AST constructor recursion depth mismatch`.
     """
     with gateway.client() as client:
         wait_until_ready(client)

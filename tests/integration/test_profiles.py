@@ -19,7 +19,7 @@ from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.gateway.users.profiles import EMBED_BATCH, HistoryLimit, Profiles
-from server.store.profile_record import AdapterNote, Profile
+from server.store.profile_record import AdapterNote
 from server.store.profiles import Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis.servers.connection import RedisConnection
@@ -78,12 +78,6 @@ def items(*names: str) -> list[Item]:
     return [Item(name, {"text": f"a text about {name}"}) for name in names]
 
 
-async def current(writing: Profiles, user: User) -> Profile:
-    profile = await writing.current(user)
-    assert profile is not None
-    return profile
-
-
 async def test_only_new_items_are_embedded(writing: Profiles, user: User) -> None:
     embedder = writing.embedder
     await writing.replace(user, items("waves", "roses", "chess"), "")
@@ -92,7 +86,7 @@ async def test_only_new_items_are_embedded(writing: Profiles, user: User) -> Non
     await writing.replace(user, items("chess", "waves"), "")
     assert embedder.texts == []
     mean = embedder.inner.embed(["a text about waves", "a text about chess"]).mean(axis=0)
-    embedding = (await current(writing, user)).embedding
+    embedding = (await writing.current(user)).embedding
     assert float(embedding @ mean / np.linalg.norm(mean)) == pytest.approx(1, abs=1e-3)
     await writing.add(user, items("bread"), "")
     assert embedder.texts == ["a text about bread"]
@@ -115,7 +109,7 @@ async def test_another_embedders_embedding_is_remade_once(store: ProfileStore, i
     await profiles(store, old).replace(user, items("waves", "roses"), "")
     reading = profiles(store, new)
     for _ in range(2):
-        assert (await current(reading, user)).embedder == inner.id
+        assert (await reading.current(user)).embedder == inner.id
         assert sorted(new.texts) == ["a text about roses", "a text about waves"]
     other = KEYS.user(f"user-{next(_numbers)}")
     await profiles(store, old).replace(other, items("waves", "roses"), "")
@@ -145,7 +139,7 @@ async def test_the_rest_of_the_record_survives_changes(writing: Profiles, user: 
     assert await writing.store.commit(user.key, snapshot.version, change)
     await writing.add(user, items("waves"), "")
     await writing.replace(user, items("bread"), "")
-    profile = await current(writing, user)
+    profile = await writing.current(user)
     assert (profile.adapter, profile.extra) == (note, extra)
 
 
@@ -182,18 +176,18 @@ async def test_gateways_of_two_embedders_keep_each_others_embeddings(
     old, new = CountingEmbedder(inner), CountingEmbedder(inner, "11" * 8)
     gateways = [profiles(store, embedder) for embedder in (old, new)]
     await gateways[0].replace(user, items("waves", "roses"), "")
-    written_ms = (await current(gateways[0], user)).updated_ms
-    assert [(await current(gateway, user)).embedder for gateway in gateways] == [old.id, new.id]
+    written_ms = (await gateways[0].current(user)).updated_ms
+    assert [(await gateway.current(user)).embedder for gateway in gateways] == [old.id, new.id]
     async with redis.from_url(valkey.url) as raw:
         name = f"mta:{{{user.key}}}:profile"
         record = await raw.get(name)
         for embedder in (old, new):
             embedder.texts.clear()
         for gateway in gateways * 3:
-            assert (await current(gateway, user)).updated_ms == written_ms
+            assert (await gateway.current(user)).updated_ms == written_ms
         assert await raw.get(name) == record
         assert old.texts == new.texts == []
     await gateways[1].add(user, items("bread"), "")
     for gateway, embedder in zip(gateways, (old, new), strict=True):
-        profile = await current(gateway, user)
+        profile = await gateway.current(user)
         assert (profile.embedder, profile.items, profile.updated_ms > written_ms) == (embedder.id, 3, True)

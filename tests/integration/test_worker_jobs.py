@@ -294,13 +294,12 @@ def test_warming_up_changes_nothing(trainer: AdapterTrainer) -> None:
 
 
 def some(count: int) -> list[Sample]:
-    return [
-        Sample([{"role": "user", "content": f"{n:02d}?"}], f"{n:02d} yes, that is number {n:02d}") for n in range(count)
-    ]
+    return [Sample([{"role": "user", "content": f"{n:02d}?"}], f"{n:02d} yes, number {n:02d}") for n in range(count)]
 
 
-def lengths_of(trainer: AdapterTrainer, samples: list[Sample]) -> list[int]:
-    return [len(encode_conversation(trainer.tokenizer, list(s.messages), s.output).ids) for s in samples]
+def estimate(trainer: AdapterTrainer, samples: list[Sample]) -> int:
+    examples = [encode_conversation(trainer.tokenizer, list(sample.messages), sample.output) for sample in samples]
+    return FEW_STEPS.tokens_read([len(example.ids) for example in examples])
 
 
 def ids_read(
@@ -326,16 +325,14 @@ def ids_read(
 @pytest.mark.parametrize("count", [1, 3, MAX_FOLDED + 1])
 def test_a_job_reads_about_as_many_tokens_as_estimated_and_never_more(trainer: AdapterTrainer, count: int) -> None:
     samples = some(count)
-    said = FEW_STEPS.tokens_read(lengths_of(trainer, samples))
-    assert 0.8 * said < ids_read(trainer, samples) <= said
+    assert 0.8 * estimate(trainer, samples) < ids_read(trainer, samples) <= estimate(trainer, samples)
 
 
 def test_past_items_stand_before_samples_within_the_token_budget(trainer: AdapterTrainer) -> None:
     samples, past = some(4), [Item(f"{n}", {"input": f"past {n}?", "output": f"it is past {n}"}) for n in range(6)]
     knows = BankManifest.model_copy(trainer.manifest, update={"training": {"history_share": 1.0}})
     knowing = AdapterTrainer(knows, trainer.matrix, trainer.model, trainer.tokenizer)
-    plain = ids_read(trainer, samples)
-    least = FEW_STEPS.tokens_read(lengths_of(trainer, samples))
+    plain, least = ids_read(trainer, samples), estimate(trainer, samples)
     free, none = (ids_read(knowing, samples, replace(FEW_STEPS, max_tokens=most), past) for most in (10**6, least))
     some_room = (plain + free) // 2
     assert (

@@ -55,7 +55,6 @@ def who(response: httpx.Response) -> dict[str, Any]:
 def ask(
     client: httpx.Client, user: str | None = None, *, headers: dict[str, Any] | None = None, **fields: Any
 ) -> httpx.Response:
-    """Request a short chat completion."""
     body = HELLO | ({"user": user} if user else {}) | fields
     return client.post("/v1/chat/completions", json=body, headers=headers)
 
