@@ -17,13 +17,19 @@ from bank.manifest import read_manifest
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.settings import Settings
-from tests.support.calls import NewUser
+from tests.support.calls import NewUser, adapt, put, who
 from tests.support.fake_engine import FakeEngine, Knobs
-from tests.support.gateway import GatewayThread, metric, wait_until_ready
+from tests.support.gateway import GatewayThread, generate, metric, wait_until_ready
 
 
-def test_a_gateway_whose_parts_are_all_well_is_ready(client: httpx.Client, gateway_settings: Settings) -> None:
+def test_a_gateway_whose_parts_are_all_well_is_ready_and_says_so_without_probing_them(
+    client: httpx.Client, gateway_settings: Settings, fake_engine: FakeEngine
+) -> None:
     wait_until_ready(client)
+    before = fake_engine.looks
+    for _ in range(100):
+        client.get("/ready").raise_for_status()
+    assert fake_engine.looks - before < 50  # the background probes a few times a second
     answer = client.get("/ready").raise_for_status().json()
     manifest = read_manifest(gateway_settings.bank)
     assert (answer["status"], answer["detail"]) == ("ready", None)
@@ -35,21 +41,8 @@ def test_a_gateway_whose_parts_are_all_well_is_ready(client: httpx.Client, gatew
     assert (engine["url"], engine["status"], engine["max_model_len"]) == (gateway_settings.engine_url, "ok", 512)
 
 
-def test_health_is_200_whatever_the_parts(client: httpx.Client, fake_engine: FakeEngine) -> None:
-    fake_engine.knobs.banks = ()
-    try:
-        wait_until(lambda: client.get("/ready").status_code == 503, "the gateway to find out")
-        answer = client.get("/health").raise_for_status().json()
-        assert answer["status"] == "ok"
-        assert answer["parts"]["engines"][0]["status"] == "other_bank"  # as last seen
-    finally:
-        fake_engine.knobs.banks = (client.get("/health").json()["parts"]["bank"]["fingerprint"],)
-        wait_until_ready(client)
-
-
 def becomes(client: httpx.Client, status: int, *engines: str, detail: str = "") -> Any:
     """Wait until `/ready` has this status, these states of engines and this detail; returns its parts."""
-
     answer: dict[str, Any] = {}
 
     def said() -> bool:
@@ -81,6 +74,8 @@ def test_one_of_two_engines_suffices_even_without_a_router(gateway_settings: Set
         fake_engine.knobs.banks = ("cd" * 32,)
         try:
             becomes(client, 503, "other_bank", "unavailable")
+            health = client.get("/health").raise_for_status().json()
+            assert (health["status"], health["parts"]["engines"][0]["status"]) == ("ok", "other_bank")
         finally:
             fake_engine.knobs.banks = ours
         engine.start()
@@ -91,14 +86,6 @@ def test_one_of_two_engines_suffices_even_without_a_router(gateway_settings: Set
 def test_an_engine_with_another_key_is_not_ready(gateway_settings: Settings, fake_engine: FakeEngine) -> None:
     with GatewayThread(gateway_settings.model_copy(update={"engine_key": None})) as gateway, gateway.client() as client:
         assert becomes(client, 503, "wrong_key")["engine_url"]["status"] == "wrong_key"
-
-
-def test_asking_for_readiness_probes_nothing(client: httpx.Client, fake_engine: FakeEngine) -> None:
-    wait_until_ready(client)
-    before = fake_engine.looks
-    for _ in range(100):
-        client.get("/ready").raise_for_status()
-    assert fake_engine.looks - before < 50  # the background probes a few times a second
 
 
 def test_before_the_first_probe_it_is_not_ready(gateway_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +135,7 @@ def test_while_the_store_is_away_only_the_base_model_answers(
     user_id, items = new_user(), {"items": [{"text": "the sea"}]}
     generation = {"user_id": user_id, "prompt": "x", "max_tokens": 1}
     with over_a_store(gateway_settings, tmp_path) as (client, store):
-        client.put(f"/users/{user_id}/profile", json=items).raise_for_status()
+        put(client, user_id, items["items"])
         store.kill()
         for response in (
             client.put(f"/users/{user_id}/profile", json=items),
@@ -164,15 +151,14 @@ def test_while_the_store_is_away_only_the_base_model_answers(
         assert client.get("/ready").json()["parts"]["redis"]["status"] == "unavailable"
         assert client.post("/generate", json=generation | {"personalize": "none"}).status_code == 200
         store.start()
-        level = client.post("/generate", json=generation).raise_for_status().json()["personalization"]["level"]
-        assert level == "merged"
+        assert who(generate(client, user_id))["level"] == "merged"
         wait_until_ready(client)
 
 
 def test_a_full_store_refuses_only_what_would_be_stored(
     gateway_settings: Settings, tmp_path: Path, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
-    def put(items: int, size: int) -> httpx.Response:
+    def store(items: int, size: int) -> httpx.Response:
         stored.append(new_user())
         body = {"items": [{"text": str(number) * size} for number in range(items)]}
         return client.put(f"/users/{stored[-1]}/profile", json=body)
@@ -185,7 +171,7 @@ def test_a_full_store_refuses_only_what_would_be_stored(
     with over_a_store(gateway_settings, tmp_path, *DURABLE, "--maxmemory", str(ROOM)) as (client, _):
         assert detail() is None
         for items, size in ((5, 40_000), (1, 4_000)):
-            while (refused := put(items, size)).status_code == httpx.codes.OK:
+            while (refused := store(items, size)).status_code == httpx.codes.OK:
                 pass
         item = {"items": [{"text": "x" * 4_000}]}
         for response in (refused, client.post(f"/users/{stored[0]}/profile/items", json=item)):
@@ -196,12 +182,11 @@ def test_a_full_store_refuses_only_what_would_be_stored(
         assert (ready["status"], ready["parts"]["redis"]["status"]) == ("ready", "full")
         assert metric(client, "mta_store_max_bytes") == ROOM
         assert metric(client, "mta_store_used_bytes") > 0.99 * ROOM
-        answer = client.post("/generate", json={"user_id": stored[0], "prompt": "x", "max_tokens": 1})
-        assert answer.raise_for_status().json()["personalization"]["level"] == "merged"
+        assert who(generate(client, stored[0]))["level"] == "merged"
         for user_id in stored[:3]:
             assert client.delete(f"/users/{user_id}").raise_for_status().json()["erased"]["items"] == 5
         wait_until(lambda: detail() is None, "the gateway to find room")
-        assert put(1, 4_000).status_code == httpx.codes.OK
+        assert store(1, 4_000).status_code == httpx.codes.OK
 
 
 def test_a_volatile_store_or_late_rewrite(gateway_settings: Settings, tmp_path: Path, fake_engine: FakeEngine) -> None:
@@ -219,15 +204,12 @@ def is_refused(response: httpx.Response, code: str) -> None:
 
 
 class TestMetrics:
-    """What is counted, and that it stays small."""
-
     def test_labels_do_not_grow_with_users_recipes_or_paths(self, client: httpx.Client, new_user: NewUser) -> None:
         def exercise(rounds: int) -> None:
             for number in range(rounds):
                 user_id = new_user()
-                items = [{"text": f"{user_id} {number}"}]
-                client.put(f"/users/{user_id}/profile", json={"items": items}).raise_for_status()
-                client.post("/generate", json={"user_id": user_id, "prompt": "x", "max_tokens": 1})
+                put(client, user_id, [{"text": f"{user_id} {number}"}])
+                generate(client, user_id)
                 client.get(f"/users/{user_id}")
                 client.get(f"/no/such/{user_id}")
                 client.request("PROPFIND" if number % 2 else "PATCH", f"/users/{user_id}")
@@ -264,7 +246,7 @@ class TestMetrics:
         for stage in ("profile", "engine_ttft", "engine", "total"):
             assert metric(client, f'mta_stage_seconds_count{{stage="{stage}"}}') > 0
         with grown(client, {'mta_store_seconds_count{kind="write",outcome="ok"}': 1}):
-            client.put(f"/users/{new_user()}/profile", json={"items": [{"text": "x"}]}).raise_for_status()
+            put(client, new_user())
         assert metric(client, 'mta_store_seconds_count{kind="command",outcome="ok"}') > 0
 
     def test_engines_figures_are_shown_as_far_as_reported(self, client: httpx.Client, fake_engine: FakeEngine) -> None:
@@ -279,9 +261,8 @@ class TestMetrics:
 
     def test_jobs_are_counted_until_they_end(self, client: httpx.Client, new_user: NewUser) -> None:
         before = metric(client, 'mta_jobs{state="queued"}')
-        samples = [{"input": "q", "output": "a"}]
         user_id = new_user()
-        client.post(f"/users/{user_id}/adapt", json={"samples": samples}).raise_for_status()
+        adapt(client, user_id).raise_for_status()
         wait_until(lambda: metric(client, 'mta_jobs{state="queued"}') > before, "the job to be counted")
         client.delete(f"/users/{user_id}").raise_for_status()
         wait_until(lambda: metric(client, 'mta_jobs{state="queued"}') == before, "the job to be gone")
@@ -306,8 +287,7 @@ class TestHead:
     @pytest.fixture
     def job(self, client: httpx.Client, ada: str) -> str:
         """A job that waits for a worker."""
-        body = {"samples": [{"input": "q", "output": "a"}]}
-        return str(client.post(f"/users/{ada}/adapt", json=body).raise_for_status().json()["id"])
+        return str(adapt(client, ada).raise_for_status().json()["id"])
 
     @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/users/{user}", "/users/nobody", "/jobs/{job}"])
     def test_status_and_headers_are_those_of_get(self, client: httpx.Client, ada: str, job: str, path: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -101,6 +101,7 @@ def test_a_request_is_split_into_parts() -> None:
     wanted = request(n=4, seed=1)
     for most in (4, None):
         assert [part.request for part in split_request(wanted, most)] == [wanted]
+    assert split(request(n=7), 3) == [(None, 3, 0, 3, True), (None, 3, 3, 3, False), (None, 1, 6, 1, False)]
     assert split(request(["a", "b", "c"], n=2), 4) == [(["a", "b"], 2, 0, 4, True), (["c"], 2, 4, 2, True)]
     of_first = [([1, 2], 2, 0, 2, True), ([1, 2], 1, 2, 1, False)]
     assert split(request([[1, 2], [3]], n=3), 2) == [*of_first, ([3], 2, 3, 2, True), ([3], 1, 5, 1, False)]
@@ -109,11 +110,9 @@ def test_a_request_is_split_into_parts() -> None:
 
 
 def test_seeds_go_on_as_the_engine_s_do() -> None:
-    parts = split_request(request(n=7, seed=(1 << 63) - 4), 3)
-    assert [(part.request.sampling["n"], part.first) for part in parts] == [(3, 0), (3, 3), (1, 6)]
-    assert [part.request.sampling["seed"] for part in parts] == [(1 << 63) - 4, (1 << 63) - 1, -(1 << 63) + 2]
-    assert [part.counts_prompt for part in parts] == [True, False, False]
-    assert len({part.request.request_id for part in parts}) == 3
+    parts = [part.request for part in split_request(request(n=7, seed=(1 << 63) - 4), 3)]
+    assert [part.sampling["seed"] for part in parts] == [(1 << 63) - 4, (1 << 63) - 1, -(1 << 63) + 2]
+    assert len({part.request_id for part in parts}) == 3
 
 
 async def test_every_sequence_gives_its_place_back_when_it_ends(engine: Engine, queue: EngineQueue) -> None:
@@ -149,21 +148,15 @@ async def test_parts_wait_one_after_another_and_come_back_as_one(engine: Engine,
     assert (queue.taken, queue.waiting) == (0, 0)
 
 
-async def test_a_part_that_fails_ends_all(engine: Engine, queue: EngineQueue) -> None:
-    with pytest.raises(EngineFailed):
+@pytest.mark.parametrize("fails", [False, True])
+async def test_who_leaves_or_fails_takes_all_parts_along(engine: Engine, queue: EngineQueue, fails: bool) -> None:
+    with pytest.raises(EngineFailed) if fails else nullcontext():
         async with answer(engine, queue, request(n=6), 2) as stream:
             await settled()
-            engine.say("id-1", b"data: nonsense\n\n")
-            async for _ in stream.pieces():
-                pass
-    assert sorted(engine.left) == ["id", "id-1"]
-    assert (queue.taken, queue.waiting) == (0, 0)
-
-
-async def test_who_leaves_takes_all_parts_along(engine: Engine, queue: EngineQueue) -> None:
-    async with answer(engine, queue, request(n=8), 2):
-        await settled()
-        assert (queue.taken, queue.waiting) == (4, 1)
+            assert (queue.taken, queue.waiting) == (4, 1)
+            if fails:
+                engine.say("id-1", b"data: nonsense\n\n")
+                [_ async for _ in stream.pieces()]
     assert sorted(engine.left) == ["id", "id-1"]
     assert (queue.taken, queue.waiting) == (0, 0)
 
@@ -187,18 +180,14 @@ def test_a_conversation_s_chunks_become_the_message_that_the_engine_would_have_s
     assert second["message"]["content"] == "b"
 
 
-class Pieces:
-    def __init__(self, pieces: list[bytes]) -> None:
-        self._pieces = pieces
-
-    async def iter_any(self) -> AsyncIterator[bytes]:
-        for piece in self._pieces:
-            yield piece
-
-
 def read(*pieces: bytes) -> list[object]:
+    class Chunks:
+        async def iter_any(self) -> AsyncIterator[bytes]:
+            for piece in pieces:
+                yield piece
+
     async def collect() -> list[object]:
-        return [value async for value in events(Pieces(list(pieces)))]
+        return [value async for value in events(Chunks())]
 
     return asyncio.run(collect())
 
