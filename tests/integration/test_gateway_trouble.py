@@ -11,7 +11,7 @@ import pytest
 
 from bench.rig.processes import wait_until
 from server.settings import Settings
-from tests.support.calls import ALL, BOTH, ITEMS, NewUser, either, put
+from tests.support.calls import ALL, BOTH, NewUser, either, put, who
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter, metric, wait_until_ready
 
@@ -25,9 +25,9 @@ class TestFallback:
     def test_the_base_model_answers_and_says_why(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
         before = metric(client, "mta_fallbacks_total")
         fake_engine.knobs.lacks = lambda model: model != "base"
-        who = generate(client, ada).raise_for_status().json()["personalization"]
-        assert (who["level"], who["recipe"], who["anchors"]) == ("base", None, [])
-        assert "cannot serve" in who["reason"]
+        found = who(generate(client, ada))
+        assert (found["level"], found["recipe"], found["anchors"]) == ("base", None, [])
+        assert "cannot serve" in found["reason"]
         assert [seen.body["model"] == "base" for seen in fake_engine.seen] == [False, True]
         assert metric(client, "mta_fallbacks_total") == before + 1
 
@@ -43,17 +43,17 @@ class TestFallback:
         self, client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine, gateway: GatewayThread
     ) -> None:
         user_id = new_user()
-        put(client, user_id, ITEMS)
+        put(client, user_id)
         asyncio.run(give_adapter(gateway, user_id))
-        merged = generate(client, user_id, personalize="merged").raise_for_status().json()["personalization"]
+        merged = who(generate(client, user_id, personalize="merged"))
         fake_engine.knobs.user_adapters, fake_engine.knobs.lacks = True, lambda model: ":u-" in model
-        who = generate(client, user_id).raise_for_status().json()["personalization"]
+        found = who(generate(client, user_id))
         beneath, spoke = (seen.body["model"] for seen in fake_engine.seen[-2:])
         assert not beneath.startswith(f"{merged['recipe']}:u-")
         assert spoke == merged["recipe"]
         same = {"level", "recipe", "source", "anchors"}
-        assert {name: who[name] for name in same} == {name: merged[name] for name in same}
-        assert who["reason"] == "the engine cannot serve this user's adapter"
+        assert {name: found[name] for name in same} == {name: merged[name] for name in same}
+        assert found["reason"] == "the engine cannot serve this user's adapter"
 
     def test_without_what_was_asked_for(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
         fake_engine.knobs.lacks = lambda model: model != "base"
@@ -119,23 +119,16 @@ class TestBrokenEngine:
         assert response.json()["error"]["type"] == ("engine_error" if status == 502 else "service_unavailable")
         assert ("Retry-After" in response.headers) == (status == 503)
 
-    @pytest.mark.parametrize("stream", [False, True])
-    def test_while_it_is_down(self, client: httpx.Client, ada: str, fake_engine: FakeEngine, stream: bool) -> None:
+    def test_while_it_is_down(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
         fake_engine.stop()
         try:
-            response = generate(client, ada, stream=stream)
-            assert response.status_code == 503
-            assert int(response.headers["Retry-After"]) > 0
-            assert response.json()["error"]["type"] == "service_unavailable"
+            for stream in (False, True):
+                response = generate(client, ada, stream=stream)
+                assert (response.status_code, response.json()["error"]["type"]) == (503, "service_unavailable")
+                assert int(response.headers["Retry-After"]) > 0
         finally:
             fake_engine.start()
-        assert generate(client, ada, stream=stream).status_code == 200
-
-    def test_a_refused_generation_uses_no_tokens(self, gateway_settings: Settings, fake_engine: FakeEngine) -> None:
-        fake_engine.knobs.status = 500
-        limited = gateway_settings.model_copy(update={"key_tokens": 100})
-        with GatewayThread(limited) as gateway, gateway.client() as client:
-            assert [generate(client, "nobody", max_tokens=60).status_code for _ in range(3)] == [503] * 3
+        assert generate(client, ada).status_code == 200
 
     def test_its_silence_ends(self, gateway_settings: Settings, fake_engine: FakeEngine, new_user: NewUser) -> None:
         fake_engine.knobs.token_delay_s = 30

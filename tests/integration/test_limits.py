@@ -22,7 +22,7 @@ from server.gateway.users.adapting import Adapting
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES, Allowance
-from tests.support.calls import HELLO, NewUser
+from tests.support.calls import HELLO, NewUser, put
 from tests.support.calls import ask as chat
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, Keyed, chunks_of, generate, make_keys, metric
@@ -36,7 +36,8 @@ MOST = 16
 ALLOWED: Mapping[str, Allowance] = {
     **dict.fromkeys(("any", "greedy", "modest"), NO_OVERRIDES),
     "requests": Allowance(requests=PER_USER + 3),
-    **dict.fromkeys(("tokens", "failures", "leavers"), Allowance(tokens=100)),
+    **dict.fromkeys(("tokens", "leavers"), Allowance(tokens=100)),
+    "failures": Allowance(tokens=100, concurrent=9),  # so that each request waits until the last one is settled
     "jobs": Allowance(jobs=3),
     "erasing": Allowance(requests=50),
     "one at once": Allowance(concurrent=1),
@@ -164,16 +165,10 @@ class TestRates:
         assert chat(client, max_tokens=1, stream=True).status_code == 200
 
     def test_failures_cost_no_tokens(self, small: Keyed, fake_engine: FakeEngine, new_user: NewUser) -> None:
-        client = small.client("failures")
-
-        def status(**wanted: str) -> int:
-            return generate(client, new_user(), max_tokens=90, **wanted).status_code
-
+        client, asked = small.client("failures"), ({}, {}, {"personalize": "merged"}, {})
         fake_engine.knobs.status = 500
-        for _ in range(2):
-            wait_until(lambda: status() == 503, "all tokens to be left")
-        wait_until(lambda: status(personalize="merged") == 404, "all tokens to be left")
-        wait_until(lambda: status() == 503, "all tokens to be left")
+        statuses = [generate(client, new_user(), max_tokens=90, **fields).status_code for fields in asked]
+        assert statuses == [503, 503, 404, 503]
 
     def test_who_leaves_midway_is_charged(self, small: Keyed, fake_engine: FakeEngine, new_user: NewUser) -> None:
         client = small.client("leavers")
@@ -186,11 +181,10 @@ class TestRates:
         assert 100 - 60 <= left < 100 - 20  # some leaks meanwhile
 
     def test_requests_about_users_count_and_erasing_does_not(self, small: Keyed, new_user: NewUser) -> None:
-        client, body = small.client("any"), {"items": [{"text": "the sea"}]}
-        url = f"/users/{new_user()}"
-        assert client.put(f"{url}/profile", json=body).status_code == 200
-        for _ in range(PER_USER - 1):
-            assert client.post(f"{url}/profile/items", json=body).status_code == 200
+        client, body, url = small.client("any"), {"items": [{"text": "the sea"}]}, f"/users/{new_user()}"
+        for method, path, times in (("PUT", "profile", 1), ("POST", "profile/items", PER_USER - 1)):
+            for _ in range(times):
+                assert client.request(method, f"{url}/{path}", json=body).status_code == 200
         refused(client.get(url))
         refused(client.put(f"{url}/profile", json=body))
         assert client.delete(url).status_code == client.get("/health").status_code == 200
@@ -223,8 +217,7 @@ class TestRates:
     ) -> None:
         client, known, job = small.client("erasing"), [new_user() for _ in range(3)], f"/jobs/{'a' * 26}.1"
         for user in known:
-            items = {"items": [{"text": "up at five for the waves"}]}
-            client.put(f"/users/{user}/profile", json=items).raise_for_status()
+            put(client, user)
         for user in (known[0], known[0], known[1]):
             assert client.delete(f"/users/{user}").status_code == 200
         assert {client.delete(f"/users/{new_user()}").status_code for _ in range(50)} == {404}
