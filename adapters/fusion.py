@@ -18,9 +18,7 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe
 
-CHUNK_NUMBERS = 131_072
-"""Numbers summed at a time: enough work for four threads at PyTorch's grain size, in half a MiB of float32."""
-
+CHUNK_NUMBERS = 131_072  # numbers summed at a time: work for four threads at PyTorch's grain size, half a MiB
 MAX_BAGS = 64  # maximum number of chunks per row in one `embedding_bag` call: enough for all threads
 WEIGHT_PARTS = 3  # number of bf16 values whose sum equals any float32 weight
 
@@ -70,9 +68,8 @@ def _weighted_sum(
     if dtype is torch.bfloat16 and rows.dtype is torch.bfloat16:
         return _weighted_bag(rows, chosen, weights)
     total = torch.empty(rows.shape[1], dtype=dtype)
-    for piece, parts in zip(
-        torch.split(total, CHUNK_NUMBERS), torch.split(rows, CHUNK_NUMBERS, dim=1), strict=True
-    ):  # chunks are small enough for the sum to stay in the cache
+    pieces = torch.split(total, CHUNK_NUMBERS)  # small enough for the sum to stay in the cache
+    for piece, parts in zip(pieces, torch.split(rows, CHUNK_NUMBERS, dim=1), strict=True):
         summed = torch.zeros(piece.shape)
         for row, weight in zip(chosen, weights, strict=True):
             summed.add_(parts[row], alpha=weight)
@@ -81,10 +78,7 @@ def _weighted_sum(
 
 
 def _weighted_bag(rows: torch.Tensor, chosen: Sequence[int], weights: Sequence[float]) -> torch.Tensor:
-    """Return the sum in bf16 with one `embedding_bag` call: each chunk of a row is a table entry, each sum a bag.
-
-    Bags accumulate in float32 but take bf16 weights, so each weight is split into up to three bf16 parts.
-    """
+    """Sum in bf16 with one `embedding_bag` call: chunks of rows are table entries, and bags accumulate in float32."""
     pieces = math.gcd(rows.shape[1], MAX_BAGS)
     entries = [(row * pieces, part) for row, w in zip(chosen, weights, strict=True) for part in _bf16_parts(w)]
     bags = torch.arange(pieces)[:, None] + torch.tensor([entry for entry, _ in entries])

@@ -1,7 +1,4 @@
-"""The meta-LoRA matrix: one contiguous bf16 row per anchor, memory-mapped and shared by all processes on a host.
-
-The safetensors file holds `rows` [N, D], or [N + 1, D] with the common row last, and `shared_a` for method `shared`.
-"""
+"""The meta-LoRA matrix, mapped by all processes of a host: `rows` [N, D], or [N + 1, D] with the common row last."""
 
 from __future__ import annotations
 
@@ -42,10 +39,8 @@ class MetaMatrix:
                 f"{path} holds rows of shape {tuple(rows.shape)} and type {rows.dtype}, "
                 f"but the manifest says {expected} in bfloat16"
             )
-        if shared_a is not None and shared_a.numel() != layout.a_numbers:
-            raise FusionError(
-                f"{path}: shared_a has {shared_a.numel()} numbers, but the layout says {layout.a_numbers}"
-            )
+        if shared_a is not None and (found := shared_a.numel()) != layout.a_numbers:
+            raise FusionError(f"{path}: shared_a has {found} numbers, but the layout says {layout.a_numbers}")
         return cls(layout, rows, anchors, common, shared_a)
 
     @property

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,32 +24,22 @@ _EXPONENT = 0x7F80  # exponent bits of bf16; all are set only in infinities and 
 Bits = npt.NDArray[np.uint16]  # bf16 numbers as raw bits: the upper half of the float32
 
 
-class RawTensors:
-    """Tensors of a file that holds only bf16, given its bytes; raises ValueError for any other content."""
+def read_tensors(raw: npt.NDArray[np.uint8]) -> tuple[dict[str, Bits], dict[str, str]]:
+    """Return the tensors, as views, and the metadata of a bf16 file; raise ValueError for any other content."""
+    size = int.from_bytes(bytes(raw[:_LENGTH_BYTES]), "little")
+    start = _LENGTH_BYTES + size
+    if not 0 < size <= raw.size - _LENGTH_BYTES:
+        raise ValueError("it is not a safetensors file")
+    try:
+        header = json.loads(bytes(raw[_LENGTH_BYTES:start]))
+        metadata = header.pop("__metadata__", {})
+        return {name: _cut(raw[start:], entry) for name, entry in header.items()}, metadata
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header cannot be read: {error!r}") from error
 
-    def __init__(self, raw: npt.NDArray[np.uint8]) -> None:
-        size = int.from_bytes(bytes(raw[:_LENGTH_BYTES]), "little")
-        start = _LENGTH_BYTES + size
-        if not 0 < size <= raw.size - _LENGTH_BYTES:
-            raise ValueError("it is not a safetensors file")
-        try:
-            header = json.loads(bytes(raw[_LENGTH_BYTES:start]))
-            self.metadata: Mapping[str, str] = header.pop("__metadata__", {})
-            self._tensors = {name: _cut(raw[start:], entry) for name, entry in header.items()}
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"its header cannot be read: {error!r}") from error
 
-    @classmethod
-    def open(cls, path: Path) -> RawTensors:
-        """Map a file; raise OSError or ValueError if it cannot be read."""
-        return cls(np.memmap(path, np.uint8, "r"))
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
-
-    def __getitem__(self, name: str) -> Bits:
-        return self._tensors[name]
+def shapes_of(tensors: Mapping[str, Bits]) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _cut(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> Bits:
@@ -61,14 +50,11 @@ def _cut(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> Bits:
     return data[start:stop].view(np.uint16).reshape(shape)
 
 
-def read_user_adapter(layout: RowLayout, raw: bytes) -> tuple[str, int, RawTensors]:
-    """Return the recipe, the rank R_u, and the flat `a` [R_u·ΣH_in] and `b` [R_u·ΣH_out] of a user adapter.
-
-    Raise UserAdapterError if the bytes break any assumption that serving makes.
-    """
+def read_user_adapter(layout: RowLayout, raw: bytes) -> tuple[str, int, dict[str, Bits]]:
+    """Return a user adapter's recipe, rank R_u, and flat `a` and `b`; UserAdapterError if it cannot be served."""
     try:
-        tensors = RawTensors(np.frombuffer(raw, np.uint8))
-        header = json.loads(tensors.metadata[USER_FORMAT])
+        tensors, metadata = read_tensors(np.frombuffer(raw, np.uint8))
+        header = json.loads(metadata[USER_FORMAT])
         kind, rank, recipe = header["kind"], int(header["rank"]), str(header["recipe"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserAdapterError(f"user adapter of {len(raw)} bytes cannot be read ({USER_FORMAT}): {error}") from error
@@ -78,10 +64,8 @@ def read_user_adapter(layout: RowLayout, raw: bytes) -> tuple[str, int, RawTenso
         )
     modules = layout.modules
     expected = {"a": (rank * sum(m.h_in for m in modules),), "b": (rank * sum(m.h_out for m in modules),)}
-    if tensors.shapes != expected or rank < 1:
-        raise UserAdapterError(
-            f"user adapter of rank {rank} holds {tensors.shapes} numbers, but this bank needs {expected}"
-        )
+    if (shapes := shapes_of(tensors)) != expected or rank < 1:
+        raise UserAdapterError(f"user adapter of rank {rank} holds {shapes} numbers, but this bank needs {expected}")
     if any(((tensors[name] & _EXPONENT) == _EXPONENT).any() for name in expected):
         raise UserAdapterError(f"user adapter of rank {rank} holds numbers that are not finite")
     return recipe, rank, tensors

@@ -30,8 +30,7 @@ PER_MILLE = 1000
 MAX_WEIGHT = 4000  # largest absolute weight of an anchor, per mille
 MAX_ANCHORS = 1_000_000
 MAX_NAME_CHARS = 4096
-MAX_TERMS = 334
-"""Number of terms that always fit into a name: 12 characters each (`+a1023*-4000`) and 78 for the other parts."""
+MAX_TERMS = 334  # number that always fits into a name: 12 characters each (`+a1023*-4000`) and 78 for the other parts
 
 _BANK = re.compile(r"[0-9a-f]{8}")
 _BASE32_128 = r"[a-z2-7]{25}[aeimquy4]"  # 16 bytes without padding; the last character carries three bits
@@ -57,10 +56,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class UserAdapterId:
-    """`<user key>.<id>`, each 128 bits in base32; raises RecipeError otherwise. Identifies an adapter, not a person.
-
-    `id` is random; `server/store/tenants/user_key.py` derives the key.
-    """
+    """`<user key>.<id>`, each 128 bits in base32 (`server/store/tenants/user_key.py`); RecipeError otherwise."""
 
     user_key: str
     id: str
@@ -175,10 +171,9 @@ def _parse_term(text: str, name: str) -> Term:
 
 
 def per_mille(weights: Sequence[float], total: int = PER_MILLE, grain: int = 1) -> list[int]:
-    """Scale weights to the sum `total` and round them to multiples of `grain`, by largest remainder.
+    """Scale weights to the sum `total` and round to multiples of `grain` by largest remainder; ties go to the earlier.
 
-    Ties go to the earlier weight. The largest weight also gets the remainder of `total` divided by `grain`. Raise
-    RecipeError if a weight is negative or not finite, or if all weights are zero.
+    The largest weight also gets the rest of `total` / `grain`. RecipeError for negative, infinite or only zero weights.
     """
     scale = sum(weights)
     if not all(0 <= w < float("inf") for w in weights) or not 0 < scale < float("inf"):

@@ -1,7 +1,6 @@
 """User adapters: the LoRA that few-shot training adds to one user's fused adapter, and its serialisation.
 
 ΔW_user = B_u A_u, of rank R_u, is stacked on A and B of the recipe it was trained on, and served only with that recipe.
-The serialised form holds two flat bf16 tensors in the order of the bank's layout (`adapters/raw.py` reads them).
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ def stack_flat(fused: FlatLora, user: UserAdapter, dtype: torch.dtype = torch.bf
 
 def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
     """Serialise a user adapter for the store, with weights rounded to bf16."""
-    tensors = {"a": flat_a(layout, user.weights), "b": flat_b(layout, user.weights)}
+    flats = {"a": flat_a(layout, user.weights), "b": flat_b(layout, user.weights)}
     header = {"kind": USER_KIND, "rank": user.weights.rank, "recipe": user.recipe}
     # Use a single entry: safetensors writes several in varying order, but equal adapters must have equal bytes.
     raw: bytes = save(
-        {name: flat.to(torch.bfloat16) for name, flat in tensors.items()}, {USER_FORMAT: json.dumps(header)}
+        {name: flat.to(torch.bfloat16) for name, flat in flats.items()}, {USER_FORMAT: json.dumps(header)}
     )
     return raw
 

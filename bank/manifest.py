@@ -67,10 +67,7 @@ class AnswerPrior(Frozen):
 
 
 class LossDifference(Frozen):
-    """A difference in loss over people, in nats per token, with its 95 % interval; negative is better.
-
-    `mean` is the Hodges-Lehmann estimate: the median of the means of all pairs of people.
-    """
+    """A Hodges-Lehmann estimate over people, in nats per token, with its 95 % interval; negative is better."""
 
     mean: float
     low: float
@@ -100,14 +97,6 @@ class Verdict(Frozen):
     history: int = Field(default=0, ge=0)  # default number of past items in prompts; if 0, those above have 1
 
 
-class ModuleEntry(Frozen):
-    """One adapted linear module; see `adapters.lora.ModuleShape`."""
-
-    name: str
-    h_in: int = Field(gt=0)
-    h_out: int = Field(gt=0)
-
-
 class AnchorEntry(Frozen):
     """One anchor: its public id, its number of training items and, if the build kept them, its typical words."""
 
@@ -130,7 +119,7 @@ class BankManifest(Frozen):
     prior: AnswerPrior | None = None
     verdict: Verdict | None = None
     target_modules: tuple[str, ...]
-    modules: tuple[ModuleEntry, ...]
+    modules: tuple[ModuleShape, ...]
     anchors: tuple[AnchorEntry, ...]
     training: dict[str, int | float | str | bool | None]
     files: dict[str, str]
@@ -143,8 +132,7 @@ class BankManifest(Frozen):
 
     @property
     def layout(self) -> RowLayout:
-        modules = tuple(ModuleShape(m.name, m.h_in, m.h_out) for m in self.modules)
-        return RowLayout(modules, self.rank, self.method is FusionMethod.SHARED)
+        return RowLayout(self.modules, self.rank, self.method is FusionMethod.SHARED)
 
     @property
     def fused_rank(self) -> int:

@@ -11,11 +11,7 @@ from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 
 
 def open_matrix(folder: Path, manifest: BankManifest) -> MetaMatrix:
-    """Verify the checksum of a bank's meta-LoRA matrix and memory-map it.
-
-    Raises:
-        BankError: The file is missing or damaged, or its shape does not match the manifest.
-    """
+    """Map a bank's meta-LoRA matrix; BankError if it is missing or damaged, or its shape differs from the manifest."""
     verify_files(folder, manifest, (MATRIX_FILE,))
     try:
         return MetaMatrix.open(folder / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)

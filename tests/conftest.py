@@ -36,10 +36,9 @@ DEAR_FIRST = (
     "contract/test_store_model.py",
     "integration/test_watched.py",
     "integration/test_documented.py",
-    "integration/test_bank_rebuild.py",
+    "integration/test_bank_build.py",
     "integration/test_eval_engine.py",
     "integration/test_bench.py",
-    "integration/test_quality_quick.py",
     "integration/test_up.py",
 )
 """What takes longest, so that no core waits for it at the end."""

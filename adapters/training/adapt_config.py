@@ -18,8 +18,7 @@ MAX_FOLDED = 20  # maximum number of samples for cross-validation; with more sam
 class AdaptConfig:
     """Settings of one training job, stored with the job to make it reproducible; raises TrainingError if invalid.
 
-    For people outside the bank with ten samples, these defaults gave the best results on later items in two tasks
-    (docs/quality.md).
+    The defaults gave the best results for people outside the bank with ten samples (docs/quality.md).
     """
 
     rank: int = 2

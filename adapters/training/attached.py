@@ -1,7 +1,7 @@
-"""Attach LoRAs to a base model for training, and detach them.
+"""Attach LoRAs to a base model for training, and detach them; they compute in the base model's dtype, as in serving.
 
-LoRAs compute in the base model's dtype, as in serving. The trained parameters are float32, so that small steps are not
-lost. Forward and backward passes are explicit: automatic differentiation takes 50 % longer.
+The trained parameters are float32, so that small steps are not lost. Both passes are explicit: automatic
+differentiation takes 50 % longer.
 """
 
 from __future__ import annotations

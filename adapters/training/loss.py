@@ -31,10 +31,7 @@ def backward(model: Any, examples: Sequence[Example], below: LowerLayers | None 
 
 
 def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example]) -> torch.Tensor:
-    """Return ∂L/∂B at a LoRA, [R·ΣH_out] float32 on CPU in layout order; L is the mean loss per output token.
-
-    To first order, changing B by Δ changes the loss by ⟨∂L/∂B, Δ⟩.
-    """
+    """Return ∂L/∂B at a LoRA, [R·ΣH_out] float32 on CPU in layout order; L is the mean loss per output token."""
     with attached(model, lora) as here:
         here.trainable(train_a=False)
         backward(here.model, examples)

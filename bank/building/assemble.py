@@ -26,7 +26,6 @@ from bank.manifest import (
     BankManifest,
     BaseModelId,
     EmbedderId,
-    ModuleEntry,
     WeightRule,
     file_sha256,
     fused_rank,
@@ -66,8 +65,8 @@ def write_bank(
 ) -> BankManifest:
     """Write a bank's files, the manifest last, so that a folder with a manifest is complete.
 
-    `rows` are flat: the anchors' in order, then the common row if any. `embeddings` [N, E], `items` (number of training
-    items) and `words` (typical words, or empty) are in anchor order; `curvature` is H [N, N].
+    `rows` are flat, the common row last. `embeddings` [N, E], `items` (number of training items) and `words` are in
+    anchor order; `curvature` is H [N, N].
     """
     from adapters.matrix import write_matrix
 
@@ -98,7 +97,7 @@ def write_bank(
             serving_rank=rank,
             weights=weights,
             target_modules=tuple(sorted({m.name.rsplit(".", 1)[-1] for m in layout.modules})),
-            modules=tuple(ModuleEntry(name=m.name, h_in=m.h_in, h_out=m.h_out) for m in layout.modules),
+            modules=layout.modules,
             anchors=tuple(
                 AnchorEntry(id=anchor_id(i), items=n, words=words[i] if words else ()) for i, n in enumerate(items)
             ),

@@ -1,7 +1,7 @@
 """`mta bank build`: build a bank from people's histories.
 
-Every finished piece is kept in the work folder (`bank/building/resume.py`). Each piece depends only on the inputs and
-its own seed, so a build that was killed and restarted gives the same fingerprint as an uninterrupted one.
+Each piece is kept in the work folder and depends only on the inputs and its own seed, so a restarted build gives the
+same fingerprint.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 from adapters.flat import flat_a, flat_b
 from adapters.fusion import fuse
 from adapters.recipe import FusionMethod, anchor_id
-from adapters.training.trainer import StepReport, TrainPlan, train_lora
 from bank.building.assemble import bank_rank, write_bank
 from bank.building.options import BuildInputs, BuildOptions
 from bank.building.resume import finished_bank, inputs_key, workbench
-from bank.building.rows import RowProgress, pooled_lessons, row_job, row_seed, train_rows
+from bank.building.rows import RowProgress, RowTrainer
 from bank.building.selection import (
     MIN_ITEMS,
     held_out_people,
+    mean_embedding,
     person_embedding,
-    sampled_embedding,
     select_anchors,
+    spread,
     typical_words,
 )
-from bank.building.signer import Signer, measure_curvature
+from bank.building.signer import Signer, measure_curvature, pooled_examples
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.tasks import Task, get_task
@@ -41,15 +41,12 @@ from bank.matrix import open_matrix
 from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name, prompts_hash
 from bank.models.load import load_base
 
-BASELINES, TASK_ROW = "baselines", "task"
+BASELINES = "baselines"  # subfolder of a bank
 EMBED_THREADS = 2
 
 
 def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> BankManifest:
-    """Build a bank, or continue an interrupted build; return the existing bank if the folder already holds this one.
-
-    Raises BankError for invalid inputs before any training.
-    """
+    """Build a bank, continue an interrupted build, or return the finished one; BankError before training if invalid."""
     task, options = get_task(options.task), options.resolved()
     rule = options.rule()
     bank_rank(FusionMethod.SHARED, options.rank, rule, True, options.user_rank)
@@ -76,39 +73,20 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
         sampled = None
         if options.anchors_by == "topics":
             progress.say(f"embedding the histories of {len(candidates)} people")
-            sampled = work.vectors(
-                "embeddings", lambda: np.stack([sampled_embedding(person, task, embedder) for person in candidates])
-            )
+            samples = [spread(person.items) for person in candidates]
+            sampled = work.vectors("embeddings", lambda: np.stack([mean_embedding(s, task, embedder) for s in samples]))
         chosen = select_anchors(sampled, lengths, options.anchors, options.seed)
         progress.say("anchors: " + ", ".join(f"{anchor_id(i)} ({lengths[at]} items)" for i, at in enumerate(chosen)))
         anchors = [candidates[at] for at in chosen]
         embeddings = work.vectors("anchors", lambda: np.stack([person_embedding(a, task, embedder) for a in anchors]))
         progress.say(f"loading the base model ({options.dtype})")
         model, tokenizer = load_base(model_folder, options.dtype)
-        trained = train_rows(
-            work,
-            model=model,
-            tokenizer=tokenizer,
-            people=people,
-            anchors=anchors,
-            task=task,
-            options=options,
-            progress=progress,
-        )
+        trained = RowTrainer(model, tokenizer, task, options, progress).rows(work, people, anchors)
         curvature = None
         if rule.posterior:
             progress.say("measuring the curvature of the loss along the anchors' rows")
-            curvature = measure_curvature(
-                Signer(model, trained.matrix()),
-                people,
-                task,
-                tokenizer,
-                work,
-                anchors=len(anchors),
-                max_tokens=options.max_tokens,
-                seed=options.seed,
-                on_anchor=lambda done, of: progress.piece("measuring", done, of),
-            )
+            signer, examples = Signer(model, trained.matrix()), pooled_examples(people, task, tokenizer, options)
+            curvature = measure_curvature(signer, examples, len(anchors), work, progress)
             Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
         return write_bank(
             inputs.out,
@@ -146,9 +124,8 @@ def build_baselines(
 ) -> BankManifest:
     """Train the task row of a finished bank, built from these inputs with these options, unless it exists.
 
-    The task row is the common row, trained on everybody's data for as many more steps as all anchors together. Anchors
-    also learn the task itself, so their personal effect is measured against this row. The row is stored in a subfolder
-    of the bank, as a bank with this common row and one anchor of zeros, so that an engine can serve it.
+    It is the common row, trained for as many more steps as all anchors together, and shows what of their effect is not
+    personal. It is stored as a bank with one anchor of zeros, so that an engine can serve it.
     """
     out = inputs.out / BASELINES
     with suppress(BankError):  # no task row yet, or one in an older format
@@ -159,16 +136,11 @@ def build_baselines(
     options = options.resolved()
     model, tokenizer = load_base(ensure_base_model(inputs.model, inputs.cache_dir), options.dtype)
     steps = options.steps * len(manifest.anchors)
-    plan = TrainPlan(steps, options.batch_size, options.learning_rate, row_seed(options.seed, TASK_ROW))
-    job = row_job(TASK_ROW, pooled_lessons(people, task, options), plan, tokenizer, options.max_tokens)
+    trainer = RowTrainer(model, tokenizer, task, options, progress)
+    job = trainer.job("task", people, steps, options.batch_size)
     progress.say(f"baseline: training the common row for {steps} more steps, as long as all anchors together")
-    progress.begin({TASK_ROW: job.work_tokens})
-
-    def on_step(report: StepReport) -> None:
-        progress.step(TASK_ROW, steps, report)
-
-    start = fuse(open_matrix(inputs.out, manifest), common_recipe(manifest), torch.float32)
-    trained = train_lora(model, job.examples, plan, start=start, on_step=on_step)
+    progress.begin({job.name: job.work_tokens})
+    trained = trainer.train(job, fuse(open_matrix(inputs.out, manifest), common_recipe(manifest), torch.float32))
     row = flat_b(manifest.layout, trained)
     return write_bank(
         out,

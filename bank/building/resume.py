@@ -1,18 +1,14 @@
-"""The work folder of a build: finished pieces survive a kill, and the next run of the same build reuses them.
-
-The folder's name is the hash of all inputs and options, so pieces of another build are never used.
-"""
+"""The work folder of a build: finished pieces survive a kill, and only a build with the same inputs reuses them."""
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +20,7 @@ from bank.items.histories import History
 from bank.items.profile import Vectors
 from bank.items.tasks import Task
 from bank.manifest import MANIFEST_FILE, BankManifest, read_manifest, verify_files
+from bank.models.folders import locked
 
 WORK_FOLDER = ".build"
 _BUILD_FORMAT = 6  # part of the key; increase it when the same inputs would give a different bank
@@ -58,16 +55,14 @@ class Workbench:
 def workbench(out: Path, key: str) -> Iterator[Workbench]:
     """Lock and open the work folder of build `key` of the bank at `out`; remove it if the block succeeds."""
     root = out / WORK_FOLDER
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise BankError(f"cannot build a bank in {out}: {error}") from error
-    try:
+    with ExitStack() as lock:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            root.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(locked(root / "lock", wait=False))
         except BlockingIOError:
             raise BankError(f"another build is running in {out}: wait for it or name another --out") from None
+        except OSError as error:
+            raise BankError(f"cannot build a bank in {out}: {error}") from error
         for other in root.iterdir():
             if other.is_dir() and other.name != key:
                 shutil.rmtree(other)
@@ -75,8 +70,6 @@ def workbench(out: Path, key: str) -> Iterator[Workbench]:
         folder.mkdir(exist_ok=True)
         yield Workbench(folder)
         shutil.rmtree(root)
-    finally:
-        os.close(handle)
 
 
 def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
@@ -101,8 +94,7 @@ def inputs_key(
 ) -> str:
     """Return the SHA-256 (64 hex digits) of everything that determines the bank: equal keys mean equal banks.
 
-    The options are resolved; `models` are hashes of base model, prompts and embedder. The people `held_out` are
-    included because they determine the verdict, which is part of the bank.
+    The options are resolved; `models` are hashes of base model, prompts and embedder. `held_out` decides the verdict.
     """
 
     def contents(people: Sequence[History]) -> list[object]:

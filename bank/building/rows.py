@@ -26,10 +26,8 @@ from bank.building.options import BuildOptions
 from bank.building.resume import Workbench
 from bank.errors import BankError
 from bank.items.histories import History
-from bank.items.lessons import Lesson, lessons
+from bank.items.lessons import lessons
 from bank.items.tasks import Task
-
-COMMON = "common"
 
 
 class RowProgress(Protocol):
@@ -74,83 +72,70 @@ class TrainedRows:
         return MetaMatrix(self.layout, rows, len(rows) - 1, True, self.shared_a.to(torch.bfloat16))
 
 
-def train_rows(
-    work: Workbench,
-    *,
-    model: Any,
-    tokenizer: Any,
-    people: Sequence[History],
-    anchors: Sequence[History],
-    task: Task,
-    options: BuildOptions,
-    progress: RowProgress,
-) -> TrainedRows:
-    """Train the common row, then one row per anchor; skip rows that an earlier run finished."""
-    try:
-        modules = linear_modules(model, options.target_modules)
-    except FusionError as error:
-        raise BankError(f"--target-modules: {error}") from error
-    layout = RowLayout(modules, options.rank, shared_a=True)
-    jobs = _jobs(tokenizer, people, anchors, task, options)
-    waiting = [job for job in jobs if not work.has(job.name)]
-    if len(waiting) < len(jobs):
-        progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} rows were finished in an earlier run")
-    progress.begin({job.name: job.work_tokens for job in waiting})
+@dataclass(frozen=True, slots=True)
+class RowTrainer:
+    model: Any
+    tokenizer: Any
+    task: Task
+    options: BuildOptions
+    progress: RowProgress
 
-    def trained(job: RowJob, start: LoraWeights, *, train_a: bool) -> LoraWeights:
+    def rows(self, work: Workbench, people: Sequence[History], anchors: Sequence[History]) -> TrainedRows:
+        """Train the common row, then one row per anchor; skip rows that an earlier run finished."""
+        options = self.options
+        try:
+            modules = linear_modules(self.model, options.target_modules)
+        except FusionError as error:
+            raise BankError(f"--target-modules: {error}") from error
+        layout = RowLayout(modules, options.rank, shared_a=True)
+        jobs = [self.job("common", people, options.common_steps, options.common_batch_size)]
+        jobs += [self.job(anchor_id(i), [who], options.steps, options.batch_size) for i, who in enumerate(anchors)]
+        waiting = [job for job in jobs if not work.has(job.name)]
+        if len(waiting) < len(jobs):
+            self.progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} rows were finished in an earlier run")
+        self.progress.begin({job.name: job.work_tokens for job in waiting})
+        numbers = _row(work, jobs[0].name, partial(self._common_row, layout, jobs[0]))
+        a, b = torch.split(numbers, [layout.a_numbers, layout.b_numbers])
+        common = lora_of(layout, _stored(a), _stored(b))
+        rows = [_row(work, job.name, partial(self._anchor_row, layout, job, common)) for job in jobs[1:]]
+        return TrainedRows(layout, [*rows, b], flat_a(layout, common))
+
+    def job(self, name: str, people: Sequence[History], steps: int, batch_size: int) -> RowJob:
+        """Choose a row's examples from the people's lessons (at least one), at most as many as training reads.
+
+        Each row has a seed of its own, so that it does not depend on the other rows trained in the same run.
+        """
+        options, seed = self.options, _row_seed(self.options.seed, name)
+        pool = [each for person in people for each in lessons(person, self.task, options.history_share, options.seed)]
+        chosen = random.Random(seed).sample(range(len(pool)), min(len(pool), steps * batch_size))
+        examples = tuple(pool[i].example(self.tokenizer, options.max_tokens) for i in chosen)
+        return RowJob(name, examples, TrainPlan(steps, batch_size, options.learning_rate, seed))
+
+    def train(self, job: RowJob, start: LoraWeights, *, train_a: bool = True) -> LoraWeights:
         def on_step(report: StepReport) -> None:
-            progress.step(job.name, job.plan.steps, report)
+            self.progress.step(job.name, job.plan.steps, report)
 
-        return train_lora(model, job.examples, job.plan, start=start, train_a=train_a, on_step=on_step)
+        return train_lora(self.model, job.examples, job.plan, start=start, train_a=train_a, on_step=on_step)
 
-    def row(job: RowJob, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        found = torch.from_numpy(work.vectors(job.name, lambda: make().numpy()))
-        if not found.isfinite().all():
-            raise BankError(f"training {job.name} diverged: the weights are not finite; try a lower --learning-rate")
-        return found
-
-    def common_row() -> torch.Tensor:
-        start = initial_lora(layout.modules, layout.rank, row_seed(options.seed, "A"))
-        start = lora_of(layout, _stored(flat_a(layout, start)), flat_b(layout, start))
-        lora = trained(jobs[0], start, train_a=True)
+    def _common_row(self, layout: RowLayout, job: RowJob) -> torch.Tensor:
+        """Return A and B of the trained common row, flat."""
+        start = initial_lora(layout.modules, layout.rank, _row_seed(self.options.seed, "A"))
+        lora = self.train(job, lora_of(layout, _stored(flat_a(layout, start)), flat_b(layout, start)))
         return torch.cat([flat_a(layout, lora), flat_b(layout, lora)])
 
-    a, b = torch.split(row(jobs[0], common_row), [layout.a_numbers, layout.b_numbers])
-    common = lora_of(layout, _stored(a), _stored(b))
-
-    def anchor_row(job: RowJob) -> torch.Tensor:
-        return flat_b(layout, trained(job, common, train_a=False)) - flat_b(layout, common)
-
-    rows = [row(job, partial(anchor_row, job)) for job in jobs[1:]]
-    return TrainedRows(layout, [*rows, b], flat_a(layout, common))
+    def _anchor_row(self, layout: RowLayout, job: RowJob, common: LoraWeights) -> torch.Tensor:
+        return flat_b(layout, self.train(job, common, train_a=False)) - flat_b(layout, common)
 
 
-def _jobs(
-    tokenizer: Any, people: Sequence[History], anchors: Sequence[History], task: Task, options: BuildOptions
-) -> list[RowJob]:
-    common = (options.common_steps, options.common_batch_size)
-    each = (options.steps, options.batch_size)
-    wanted = [(COMMON, people, common), *((anchor_id(i), [person], each) for i, person in enumerate(anchors))]
-    jobs = []
-    for name, who, (steps, batch_size) in wanted:
-        plan = TrainPlan(steps, batch_size, options.learning_rate, row_seed(options.seed, name))
-        jobs.append(row_job(name, pooled_lessons(who, task, options), plan, tokenizer, options.max_tokens))
-    return jobs
+def _row(work: Workbench, name: str, train: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return a row from the work folder, after training it if no earlier run did."""
+    row = torch.from_numpy(work.vectors(name, lambda: train().numpy()))
+    if not row.isfinite().all():
+        raise BankError(f"training {name} diverged: the weights are not finite; try a lower --learning-rate")
+    return row
 
 
-def pooled_lessons(people: Sequence[History], task: Task, options: BuildOptions) -> list[Lesson]:
-    return [lesson for person in people for lesson in lessons(person, task, options.history_share, options.seed)]
-
-
-def row_job(name: str, lessons: Sequence[Lesson], plan: TrainPlan, tokenizer: Any, max_tokens: int) -> RowJob:
-    """Choose a row's examples from its lessons (at least one) by the plan's seed, at most as many as training reads."""
-    wanted = min(len(lessons), plan.steps * plan.batch_size)
-    chosen = random.Random(plan.seed).sample(range(len(lessons)), wanted)
-    return RowJob(name, tuple(lessons[i].example(tokenizer, max_tokens) for i in chosen), plan)
-
-
-def row_seed(seed: int, name: str) -> int:
-    """Derive a separate seed per row, so that a row does not depend on the other rows trained in the same run."""
+def _row_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4])
 
 

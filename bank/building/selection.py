@@ -18,7 +18,7 @@ MIN_ITEMS = 11  # minimum trainable items of an anchor candidate; the paper requ
 QUERIES, KNOWN = 3, 6  # per held-out person: number of last items used as queries; minimum items before them
 MIN_HELD_OUT, MAX_HELD_OUT = 6, 16  # fewer people give no significant result; a bank needs the others for training
 PEOPLE_PER_HELD_OUT = 4  # one person of this many is held out
-SAMPLED_ITEMS = 64  # items embedded per candidate for clustering; thousands of candidates may have hundreds each
+SAMPLED_ITEMS = 64  # items embedded per candidate, precise enough for clustering; thousands may have hundreds each
 SERVED_ITEMS = 512  # newest items that count in a profile: the default of `MTA_PROFILE_ITEMS`
 
 
@@ -29,9 +29,9 @@ def spread(items: Sequence[Item], limit: int = SAMPLED_ITEMS) -> list[Item]:
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def sampled_embedding(history: History, task: Task, embedder: Embedder) -> Vectors:
-    """Return an approximate embedding [E] of one person, from a sample of the items; precise enough for clustering."""
-    return _mean(spread(history.items), task, embedder)
+def mean_embedding(items: Sequence[Item], task: Task, embedder: Embedder) -> Vectors:
+    """Return the profile embedding [E] of a person with these items."""
+    return profile_embedding(embedder.embed([item_text(item, task) for item in items]))
 
 
 def person_embedding(history: History, task: Task, embedder: Embedder) -> Vectors:
@@ -40,17 +40,13 @@ def person_embedding(history: History, task: Task, embedder: Embedder) -> Vector
     Anchors need all items: on headlines the mean of 64 sampled items has a cosine of 0.96 to 0.98 with the mean of all
     400, and two different people have 0.88 to 0.96.
     """
-    return _mean(history.items[-SERVED_ITEMS:], task, embedder)
-
-
-def _mean(items: Sequence[Item], task: Task, embedder: Embedder) -> Vectors:
-    return profile_embedding(embedder.embed([item_text(item, task) for item in items]))
+    return mean_embedding(history.items[-SERVED_ITEMS:], task, embedder)
 
 
 def held_out_people(people: Sequence[History], task: Task, needed: int) -> list[History]:
-    """Choose the people to measure a bank on: those with the shortest sufficient histories, which cost it least data.
+    """Choose the people with the shortest sufficient histories to measure a bank on; nobody if there are too few.
 
-    At least `needed` candidates remain. If there are too few people, nobody is held out.
+    At least `needed` candidates remain.
     """
     lengths = {person.user_id: len(person.pairs(task)) for person in people}
     enough = [p for p in people if len(p.items) == lengths[p.user_id] >= QUERIES + KNOWN and _can_query(p, task)]
@@ -73,9 +69,8 @@ def _can_query(person: History, task: Task) -> bool:
 def select_anchors(embeddings: Vectors | None, lengths: Sequence[int], count: int, seed: int) -> list[int]:
     """Choose exactly `count` people who differ and have long histories; return their positions in ascending order.
 
-    `embeddings` [P, E] has a unit-length row per candidate; None selects by history length alone. For each empty
-    cluster (people with equal embeddings), take the longest history not yet chosen. Among equal lengths, take the
-    earlier candidate.
+    `embeddings` [P, E] has a unit-length row per candidate; None selects by length alone. For an empty cluster, take
+    the longest history not yet chosen. Among equal lengths, take the earlier candidate.
     """
     clusters = [0] * len(lengths) if embeddings is None else _cluster(embeddings, count, seed)
     by_length = sorted(range(len(lengths)), key=lambda person: (-lengths[person], person))
@@ -101,8 +96,7 @@ def _cluster(embeddings: Vectors, count: int, seed: int) -> np.ndarray[tuple[int
 def typical_words(anchors: Sequence[History], task: Task, count: int = 6) -> list[tuple[str, ...]]:
     """Return the words that distinguish each anchor (tf-idf without English stop words), most typical first.
 
-    The words are the anchor's own and describe a bank to its operators. A word that occurs in only one item is never
-    used, because it may be personal, such as a name.
+    A word that occurs in only one item is never used, because it may be personal, such as a name.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,9 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.training.example import Example, output_tokens
 from adapters.training.loss import b_gradient
+from bank.building.options import BuildOptions
 from bank.building.resume import Workbench
+from bank.building.rows import RowProgress
 from bank.items.histories import History
 from bank.items.profile import Vectors
 from bank.items.prompt import ChatTokenizer, encode_pair
@@ -49,39 +51,33 @@ class Signer:
         lora = LoraWeights(self._layout.rank, self._a, cut_b(self._layout, at))
         gradient = b_gradient(self._model, self._layout, lora, examples)
         anchors = range(self._matrix.anchors)
-        found: Vectors = (
-            torch.stack([torch.dot(gradient, self._matrix.rows[i].float()) for i in anchors]).double().numpy()
-        )
+        products = [torch.dot(gradient, self._matrix.rows[i].float()) for i in anchors]
+        found: Vectors = torch.stack(products).double().numpy()
         return found
 
 
-def measure_curvature(
-    signer: Signer,
-    people: Sequence[History],
-    task: Task,
-    tokenizer: ChatTokenizer,
-    work: Workbench,
-    *,
-    anchors: int,
-    max_tokens: int,
-    seed: int,
-    on_anchor: Callable[[int, int], None] = lambda done, of: None,
-) -> Vectors:
-    """Measure Hᵢⱼ = ⟨rowᵢ, g(common + rowⱼ) − g(common)⟩ [N, N] over pooled items; skip columns already measured.
-
-    The gradient is taken one whole row away from the common row, because users' steps are about that long. `on_anchor`
-    receives the number of finished columns and the total.
-    """
-    chance = random.Random(seed)
-    pooled = []
+def pooled_examples(
+    people: Sequence[History], task: Task, tokenizer: ChatTokenizer, options: BuildOptions
+) -> list[Example]:
+    """Return random items of random people, over which the curvature is measured."""
+    chance, pairs = random.Random(options.seed), list[tuple[str, str]]()
     for person in chance.sample(list(people), len(people)):
-        pairs = person.pairs(task)
-        pooled += chance.sample(pairs, min(ITEMS_PER_PERSON, len(pairs)))
-    examples = [encode_pair(tokenizer, *pair, max_tokens) for pair in pooled[:POOLED_ITEMS]]
+        own = person.pairs(task)
+        pairs += chance.sample(own, min(ITEMS_PER_PERSON, len(own)))
+    return [encode_pair(tokenizer, *pair, options.max_tokens) for pair in pairs[:POOLED_ITEMS]]
+
+
+def measure_curvature(
+    signer: Signer, examples: Sequence[Example], anchors: int, work: Workbench, progress: RowProgress
+) -> Vectors:
+    """Measure Hᵢⱼ = ⟨rowᵢ, g(common + rowⱼ) − g(common)⟩ [N, N]; skip columns that an earlier run measured.
+
+    The gradient is taken one whole row away from the common row, because users' steps are about that long.
+    """
     here = work.vectors("slopes", lambda: signer.slopes(examples))
+    progress.piece("measuring", 0, anchors)
     columns = []
     for anchor in range(anchors):
-        on_anchor(anchor, anchors)
         columns.append(work.vectors(f"slopes-{anchor:02d}", partial(signer.slopes, examples, anchor)) - here)
-    on_anchor(anchors, anchors)
+        progress.piece("measuring", anchor + 1, anchors)
     return np.stack(columns, axis=1)

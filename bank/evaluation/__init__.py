@@ -1,1 +1,0 @@
-"""Evaluation of a bank: methods, losses, predictions, metrics, and their summary over users."""

@@ -1,15 +1,14 @@
-"""Authorship of generated texts: how often a classifier of character n-grams names the right person.
+"""Authorship: how often a classifier trained on people's profiles names the right person for a text.
 
-The classifier is trained on the evaluated people's profiles; their own later answers (`gold`) are the upper bound.
+The people's own later answers (`gold`) are the upper bound.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 from bank.errors import BankError
 from bank.evaluation.intervals import LEVEL, Interval, compare_methods, markdown_table, over_users
@@ -27,41 +26,27 @@ class AuthorshipRow:
     method: str
     named: Interval  # share of texts for which the right person ranks first
     rank: Interval  # rank of the right person among all, from 1
-    against: Mapping[str, Interval] = field(default_factory=dict)  # `named` minus another method's; empty for `gold`
+    against: Mapping[str, Interval]  # `named` minus another method's; empty for `gold`
 
 
 def authorship(people: Sequence[History], records: Sequence[Record], task: Task) -> list[AuthorshipRow]:
     """Return one row for the people's own texts (at least two people), and one per method with texts for everyone."""
-    texts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for person in people:
-        texts[GOLD][person.user_id] = [query.gold for query in person.queries]
-    for record in records:
-        if record.written and record.user_id in texts[GOLD]:
-            texts[record.method][record.user_id] += record.written
-    rank_all = _classifier(people, task)
-    ranks = {
-        method: {person: rank_all(person, found[person]) for person in texts[GOLD]}
-        for method, found in texts.items()
-        if len(found) == len(people)
-    }
-    named = {
-        method: {person: float(np.equal(places, 1).mean()) for person, places in found.items()}
-        for method, found in ranks.items()
-    }
-    against = compare_methods({method: shares for method, shares in named.items() if method != GOLD})
-    rows = [
-        AuthorshipRow(
-            method,
-            over_users(list(named[method].values())),
-            over_users([float(np.mean(places)) for places in found.values()]),
-            against.get(method, {}),
-        )
-        for method, found in ranks.items()
-    ]
+    classifier = _trained_classifier(people, task)
+    shares: dict[str, dict[str, float]] = {}  # by method and person: share of texts with rank 1
+    mean_ranks: dict[str, list[float]] = {}
+    for method, texts in _texts_by_method(people, records).items():
+        ranks = {person: _ranks(classifier, person, own) for person, own in texts.items()}
+        shares[method] = {person: fmean(rank == 1 for rank in own) for person, own in ranks.items()}
+        mean_ranks[method] = [fmean(own) for own in ranks.values()]
+    against = compare_methods({method: share for method, share in shares.items() if method != GOLD})
+    rows = []
+    for method, share in shares.items():
+        named, rank = over_users(list(share.values())), over_users(mean_ranks[method])
+        rows.append(AuthorshipRow(method, named, rank, against.get(method, {})))
     return sorted(rows, key=lambda row: row.named.mean)
 
 
-def markdown(rows: Sequence[AuthorshipRow]) -> str:
+def authorship_table(rows: Sequence[AuthorshipRow]) -> str:
     others = [row.method for row in rows if row.method != GOLD]
     heads = ["method", "right person named first, %", "mean rank", *(f"named, less {name}" for name in others)]
     lines = [
@@ -73,23 +58,34 @@ def markdown(rows: Sequence[AuthorshipRow]) -> str:
     return f"{title}\n\n{markdown_table(heads, lines)}\n"
 
 
-def _classifier(people: Sequence[History], task: Task) -> Callable[[str, Sequence[str]], list[int]]:
-    """Train a classifier on the people's profiles; return a function that ranks a person, from 1, for each text."""
+def _texts_by_method(people: Sequence[History], records: Sequence[Record]) -> dict[str, dict[str, list[str]]]:
+    """Return each person's texts, by method: their own as `gold`, and those of methods with texts for everyone."""
+    gold = {person.user_id: [query.gold for query in person.queries] for person in people}
+    written: dict[str, dict[str, list[str]]] = {}
+    for record in records:
+        if record.written:
+            written.setdefault(record.method, {}).setdefault(record.user_id, []).extend(record.written)
+    complete = {method: texts for method, texts in written.items() if texts.keys() >= gold.keys()}
+    return {GOLD: gold} | {method: {person: texts[person] for person in gold} for method, texts in complete.items()}
+
+
+def _trained_classifier(people: Sequence[History], task: Task) -> Any:
+    """Train a scikit-learn pipeline on the texts of the people's profiles, with user ids as classes."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
     known = [(output, person.user_id) for person in people for _, output in person.pairs(task)]
     char_ngrams = TfidfVectorizer(analyzer="char", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
-    model = make_pipeline(char_ngrams, LogisticRegression(C=30.0, max_iter=2000))
+    classifier = make_pipeline(char_ngrams, LogisticRegression(C=30.0, max_iter=2000))
     try:
-        model.fit([text for text, _ in known], [name for _, name in known])
+        return classifier.fit([text for text, _ in known], [name for _, name in known])
     except ValueError as error:
         raise BankError(f"the profiles have too little text to distinguish their {len(people)} people") from error
 
-    def ranks(person: str, texts: Sequence[str]) -> list[int]:
-        shares = model.predict_proba(texts)
-        own = shares[:, list(model.classes_).index(person)]
-        return [int(place) for place in 1 + (shares > own[:, None]).sum(axis=1)]
 
-    return ranks
+def _ranks(classifier: Any, person: str, texts: Sequence[str]) -> list[int]:
+    """Return the person's rank for each text, from 1, by the classifier's probabilities."""
+    chances = classifier.predict_proba(texts)
+    own = chances[:, list(classifier.classes_).index(person)]
+    return [int(rank) for rank in 1 + (chances > own[:, None]).sum(axis=1)]

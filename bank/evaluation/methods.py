@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from adapters.lora import LoraWeights
 from adapters.recipe import MAX_TERMS
@@ -13,12 +14,13 @@ from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example
 from adapters.training.user_trainer import train_user
 from adapters.user_adapter import encode_user_adapter
+from bank.building.selection import mean_embedding
 from bank.building.signer import Signer
 from bank.errors import BankError
 from bank.evaluation.scoring import EvalAdapter, ModelReader, OpenBank, Reading, Scorer
 from bank.items.histories import History
 from bank.items.lessons import encode_with_memories, lessons
-from bank.items.profile import Vectors, item_text, profile_embedding
+from bank.items.profile import Vectors
 from bank.items.prompt import encode_pair
 from bank.items.retrieval import ItemIndex
 from bank.items.tasks import AnswerKind, past_count_range
@@ -33,18 +35,15 @@ MAX_HISTORY, MAX_PROFILE_ITEMS = 16, 20
 
 @dataclass(slots=True)
 class Evidence:
-    """What is known about a user before any query, shared by all methods and seeds.
-
-    Fields that start as None are computed when a method first needs them.
-    """
+    """What is known about a user before any query, for all methods; fields that are None are computed on first use."""
 
     user: History
     signature_examples: Sequence[Example]  # profile items the signature is computed from
     embedding: Vectors  # profile embedding [E]
     signature: Signature | None = None
     training_examples: Sequence[Example] | None = None  # all profile items, some with past items in the prompt
+    # Few-shot adapters by recipe and seed; None if training did not lower the held-out loss.
     trained: dict[tuple[str, int], LoraWeights | None] = field(default_factory=dict)
-    """Few-shot adapters by recipe and seed; None if training did not lower the held-out loss."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,7 +52,6 @@ class Evaluator:
     scorer: Scorer  # the base model
     embedder: Embedder
     max_tokens: int = 512  # longest example; each past item in the prompt may add the same number
-    task_bank: OpenBank | None = None  # bank built by `--baselines`, for the method `task`
     engine: ModelReader | None = None  # reads the queries if set; the scorer then only signs and trains
     config: AdaptConfig = field(default_factory=AdaptConfig)  # few-shot training; its seed is not used
     _signer: Signer | None = field(init=False, default=None)
@@ -66,8 +64,7 @@ class Evaluator:
         task = self.bank.serving.task
         pairs = user.pairs(task)[-MAX_ITEMS:]
         signed = [encode_pair(self.scorer.tokenizer, *pair, self.max_tokens) for pair in pairs]
-        embedded = self.embedder.embed([item_text(item, task) for item in user.items])
-        return Evidence(user, signed, profile_embedding(embedded))
+        return Evidence(user, signed, mean_embedding(user.items, task, self.embedder))
 
     def adapter(self, method: Method, evidence: Evidence, seed: int) -> EvalAdapter | None:
         """Return a method's adapter, or None for the bare model; the seed decides random anchors and training."""
@@ -80,15 +77,11 @@ class Evaluator:
             return self.fused(evidence, serving=other)
         return ADAPTERS[method.adapter](self, evidence, seed)
 
-    def common(self) -> EvalAdapter:
-        if not self.bank.manifest.common:
+    def common(self, bank: OpenBank) -> EvalAdapter:
+        """Return a bank's common row alone."""
+        if not bank.manifest.common:
             raise BankError("`common` and `own` need the common row, but this bank has none")
-        return EvalAdapter(self.bank, common_recipe(self.bank.manifest))
-
-    def task(self) -> EvalAdapter:
-        if self.task_bank is None:
-            raise BankError("`task` needs the task's row: build the bank with --baselines")
-        return EvalAdapter(self.task_bank, common_recipe(self.task_bank.manifest))
+        return EvalAdapter(bank, common_recipe(bank.manifest))
 
     def equal(self, count: int | None = None, seed: str = "") -> EvalAdapter:
         """Return all anchors, or `count` random ones, with equal weights."""
@@ -129,21 +122,13 @@ class Evaluator:
         self, method: Method, evidence: Evidence, adapter: EvalAdapter | None, new_tokens: int = 0
     ) -> tuple[list[Example], list[Reading]]:
         """Return the user's queries as model input, and their readings; `new_tokens` as in `ModelReader`."""
-        task = self.bank.serving.task
-        index = ItemIndex(task, evidence.user.items if method.history else ())
-        examples = [
-            encode_with_memories(
-                self.scorer.tokenizer,
-                task,
-                query.input,
-                query.gold,
-                memories=index.memories(query.input, method.history),
-                max_tokens=self.max_tokens * (1 + method.history),
-            )
-            for query in evidence.user.queries
-        ]
+        task, user = self.bank.serving.task, evidence.user
+        index = ItemIndex(task, user.items if method.history else ())
+        longest = self.max_tokens * (1 + method.history)
+        encode = partial(encode_with_memories, self.scorer.tokenizer, task, max_tokens=longest)
+        examples = [encode(q.input, q.gold, memories=index.memories(q.input, method.history)) for q in user.queries]
         if method.adapter == "prior":
-            return examples, self._read_prior(evidence.user, examples)
+            return examples, self._read_prior(user, examples)
         return examples, self.reader.read(adapter, examples, new_tokens, chances=task.kind == "score")
 
     def kept_bytes(self, method: Method, evidence: Evidence, adapter: EvalAdapter | None) -> int:
@@ -157,16 +142,12 @@ class Evaluator:
             kept += NUMBER_BYTES * len(manifest.anchors)
         if adapter and (user := adapter.user_adapter):
             kept += len(encode_user_adapter(manifest.layout, user))
-        if method.history:
-            items = evidence.user.items
-            kept += sum(len(json.dumps(dict(item.fields), ensure_ascii=False).encode()) for item in items)
+        for item in evidence.user.items if method.history else ():
+            kept += len(json.dumps(dict(item.fields), ensure_ascii=False).encode())
         return kept
 
     def _read_prior(self, user: History, examples: Sequence[Example]) -> list[Reading]:
-        """Predict the user's next answers from their past answers alone.
-
-        The loss of an answer is divided by its number of tokens, to compare with a model's loss per token.
-        """
+        """Predict the user's answers from their past answers; the loss is per token of the answer, as a model's is."""
         prior, task = self.bank.manifest.prior, self.bank.serving.task
         if prior is None:
             raise BankError(
@@ -185,16 +166,15 @@ class Evaluator:
 ADAPTERS: dict[str, Callable[[Evaluator, Evidence, int], EvalAdapter | None]] = {
     "prior": lambda of, user, seed: None,  # uses no model: see `Evaluator.read`
     "base": lambda of, user, seed: None,
-    "common": lambda of, user, seed: of.common(),  # the row that all users share
-    "task": lambda of, user, seed: of.task(),  # the common row, trained as many more steps as all anchors together
+    "common": lambda of, user, seed: of.common(of.bank),
+    "task": lambda of, user, seed: of.common(of.bank.task_bank),
     "mean": lambda of, user, seed: of.equal(),
-    # The same number of anchors as topic weights use.
     "random": lambda of, user, seed: of.equal(of.bank.manifest.weights.anchors, f"{seed}:{user.user.user_id}"),
     # The paper's rule, then the bank's own rule, which is used in serving.
     "merged:topic": lambda of, user, seed: EvalAdapter(of.bank, of.bank.serving.personalise(user.embedding).recipe),
     "merged": lambda of, user, seed: of.fused(user),
     "stacked": Evaluator.stacked,  # merged at reduced strength plus a few-shot adapter; merged if that was rejected
-    "own": lambda of, user, seed: of.trained(of.common(), user, seed),  # a few-shot adapter without anchors
+    "own": lambda of, user, seed: of.trained(of.common(of.bank), user, seed),  # a few-shot adapter without anchors
 }
 
 
@@ -220,11 +200,6 @@ class Method:
     def trained(self) -> bool:
         return self.adapter in ("stacked", "own")
 
-    @property
-    def random(self) -> bool:
-        """Whether the result depends on the seed."""
-        return self.trained or self.adapter == "random"
-
 
 METHODS = {
     method.name: method
@@ -237,9 +212,7 @@ METHODS = {
 }
 
 DEFAULT = "base,common,task,mean,random,merged,stacked,own"
-
-REMEMBERING = ("base", "common", "task", "merged", "stacked", "own")
-"""Methods also run with past items in the prompt: the smallest and the largest number that rows are trained with."""
+REMEMBERING = ("base", "common", "task", "merged", "stacked", "own")  # also run with past items in the prompt
 
 
 def parse_methods(text: str) -> list[Method]:

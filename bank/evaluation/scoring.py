@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ from bank.matrix import open_matrix
 WRITTEN_TOKENS, TEMPERATURE = 160, 0.7
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OpenBank:
     """A bank with its lookups (`serving`) and its rows (`matrix`)."""
 
@@ -42,10 +43,11 @@ class OpenBank:
         serving = ServingBank.open(folder, embedder_id)
         return cls(serving, open_matrix(folder, serving.manifest), folder)
 
-    def of_task(self, embedder_id: str) -> OpenBank:
-        """Open the bank of the task row, which was trained from this bank's common row."""
+    @cached_property
+    def task_bank(self) -> OpenBank:
+        """The bank of the task row, which was trained from this bank's common row; BankError if there is none."""
         folder = self.folder / BASELINES
-        found = OpenBank.open(folder, embedder_id) if folder.is_dir() else None
+        found = OpenBank.open(folder, self.manifest.embedder.id) if folder.is_dir() else None
         if found is None or found.manifest.training.get("of") != self.manifest.fingerprint:
             reason = "belongs to another bank" if found else "is missing"
             raise BankError(f"the task row {reason} ({folder}): build the bank at {self.folder} again with --baselines")
@@ -80,8 +82,7 @@ class Reading:
 
     loss: float  # mean over the output tokens, in nats per token
     answer: str | None  # greedy answer to the prompt, without special tokens; None if not requested
-    chances: Sequence[float] = ()
-    """Probability of each of `SCORES` as the first token; empty if not requested, or if a score is several tokens."""
+    chances: Sequence[float] = ()  # of each of `SCORES` as first token; empty if not requested or of several tokens
 
 
 class ModelReader(Protocol):
@@ -100,10 +101,9 @@ class ModelReader(Protocol):
 
 
 class Scorer:
-    """A base model to which adapters are attached, one after the other.
+    """A base model with changing adapters.
 
-    Attaching costs more than a pass over a few examples, so an attached adapter stays and gets new weights until
-    another rank or the bare model is needed.
+    Attaching costs more than a pass over a few examples, so an attached adapter gets new weights while the rank stays.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -126,9 +126,8 @@ class Scorer:
         among = [one[0] for one in ids] if all(len(one) == 1 for one in ids) else []
         model = self._model_with(adapter)
         found = score(model, examples, among)
-        answers: list[Any] = [None] * len(found)
-        if new_tokens:
-            answers = self._generate(model, examples, new_tokens, do_sample=False)
+        no_answers: list[Any] = [None] * len(found)
+        answers = self._generate(model, examples, new_tokens, do_sample=False) if new_tokens else no_answers
         return [Reading(loss, answer, likely) for (loss, likely), answer in zip(found, answers, strict=True)]
 
     def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:

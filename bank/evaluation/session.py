@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from adapters.training.adapt_config import AdaptConfig
 from bank.errors import BankError
-from bank.evaluation.authorship import AuthorshipRow, authorship
-from bank.evaluation.authorship import markdown as authorship_table
-from bank.evaluation.methods import Evaluator, curves
+from bank.evaluation.authorship import AuthorshipRow, authorship, authorship_table
+from bank.evaluation.methods import Evaluator, Method, curves
 from bank.evaluation.pictures import draw
-from bank.evaluation.run import EvalOptions, Record, Records, evaluate_user
+from bank.evaluation.run import MethodRun, Record, Records, evaluate_user
 from bank.evaluation.scoring import ModelReader, OpenBank, Scorer
 from bank.evaluation.summary import LAMP_FOLDER, MethodRow, markdown, summarise, tables, write_lamp_files
-from bank.items.histories import History, Query, read_excluded, read_histories
-from bank.items.tasks import Task
+from bank.items.histories import History, read_excluded, read_histories
+from bank.items.tasks import AnswerKind, Task
 from bank.lookup.embedder import Embedder
 from bank.models.folders import check_base_model
 from bank.models.load import load_base, resolve_dtype
@@ -43,6 +42,32 @@ class EvalInputs:
     curves: bool = False  # whether to also evaluate `merged` with other k and with fewer items
 
 
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """The methods of a comparison, and which results to measure."""
+
+    methods: tuple[Method, ...]
+    seeds: int = 1  # number of seeds for methods that are random or trained; others run once
+    predict: bool = True  # whether to generate answers, for the task's metrics
+    sample: int | None = None  # number of users, from the first, for training, curves and texts; None for all
+    writing: tuple[Method, ...] = ()  # methods that sample texts for the authorship test, if answers are free text
+    texts: int = 3  # number of texts per query
+
+    def runs(self, place: int, kind: AnswerKind) -> Iterator[MethodRun]:
+        """Yield the runs for the user at index `place`, in a task with answers of this kind."""
+        sampled = self.sample is None or place < self.sample
+        for seed in range(self.seeds):
+            for method in self.methods:
+                costly = method.trained or method.on_curve
+                uses_seed = method.trained or method.adapter == "random"
+                if (costly and not sampled) or (seed > 0 and not uses_seed):
+                    continue
+                predicted = self.predict and not method.on_curve and (sampled or kind != "text")
+                writes = method in self.writing and sampled and kind == "text" and seed == 0
+                timed = method.adapter != "prior" and not method.on_curve
+                yield MethodRun(method, seed, predicted, self.texts if writes else 0, timed)
+
+
 def evaluate(
     inputs: EvalInputs,
     options: EvalOptions,
@@ -50,14 +75,13 @@ def evaluate(
     progress: Callable[[int, int], None],
     engine: ModelReader | None = None,
 ) -> tuple[dict[str, list[MethodRow]], list[AuthorshipRow]]:
-    """Do the runs without records and write the results; `progress` receives the number of finished runs and the total.
+    """Do the runs without records, write the results, and return the methods' rows by table title, and authorship rows.
 
-    Return the methods' rows by table title, and the authorship rows, which are empty if no texts were written.
+    `progress` receives the number of finished runs and the total.
     """
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     task = bank.serving.task
     check_base_model(inputs.model_folder, {inputs.bank: bank.manifest})
-    with_task = any(method.adapter == "task" for method in options.methods)
     people = _people(inputs, task)
     if inputs.curves:
         points = curves(len(bank.manifest.anchors), max(len(user.items) for user in people))
@@ -65,9 +89,10 @@ def evaluate(
     dtype = resolve_dtype(inputs.dtype)
     setup = f"{'in an engine' if engine else 'in process'}, {dtype}"
     records = Records(inputs.out, _key(bank.manifest.fingerprint, people, config, setup))
+    if any(method.adapter == "task" for method in options.methods):
+        assert bank.task_bank  # raises BankError now if there is none
     evaluator = Evaluator(
         bank=bank,
-        task_bank=bank.of_task(inputs.embedder.id) if with_task else None,
         scorer=Scorer(*load_base(inputs.model_folder, dtype)),
         embedder=inputs.embedder,
         engine=engine,
@@ -79,38 +104,40 @@ def evaluate(
         waiting = [run for run in runs if not records.has_results(user, run)]
         done += len(runs) - len(waiting)
         progress(done, total)
-        for made in evaluate_user(evaluator, user, waiting, records.key):
+        for made in evaluate_user(evaluator, user, waiting):
             records.add(made)
             done += 1
             progress(done, total)
     names = {method.name for method in options.methods}
-    made = [record for record in records.all() if record.method in names and record.seed < options.seeds]
-    return _write(inputs.out, made, bank, people, options)
+    shown = [record for record in records.all() if record.method in names and record.seed < options.seeds]
+    return _write(inputs.out, shown, bank, people, options)
 
 
 def _key(bank: str, people: Sequence[History], config: AdaptConfig, setup: str) -> str:
-    """Return the SHA-256 (16 hex digits) of everything that determines a record, except seed and method.
-
-    The task row is not included, because the bank that it was trained from determines it.
-    """
+    """Return the SHA-256 (16 hex digits) of all that determines a record except seed and method."""
     contents = [[p.user_id, [dict(i.fields) for i in p.items], [asdict(q) for q in p.queries]] for p in people]
     content = {"bank": bank, "config": asdict(replace(config, seed=0)), "people": contents, "how": setup}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _people(inputs: EvalInputs, task: Task) -> list[History]:
+    """Read the people to evaluate; with `last`, skip those with too few items, or with an item that is not a pair."""
+    people = read_histories(inputs.users, task, queries=not inputs.last)
     if inputs.last:
-        histories = read_histories(inputs.users, task)
-        people = split_histories(histories, task, queries=inputs.last, profile=inputs.profile)
-    else:
-        people = read_histories(inputs.users, task, queries=True)
-    kept = read_excluded(inputs.only) if inputs.only else None
-    people = [person for person in people if kept is None or person.user_id in kept][: inputs.people]
+        needed = inputs.last + inputs.profile
+        people = [
+            person.with_queries(task, inputs.last, inputs.profile)
+            for person in people
+            if len(person.pairs(task)) == len(person.items) >= needed
+        ]
+    if inputs.only:
+        kept = read_excluded(inputs.only)
+        people = [person for person in people if person.user_id in kept]
     if not people:
         raise BankError(
             f"nobody in {inputs.users} can be evaluated: with --last N, a history needs at least N + --profile items"
         )
-    return people
+    return people[: inputs.people]
 
 
 def _write(
@@ -135,18 +162,3 @@ def _write(
     }
     (out / SUMMARY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return found, authorship_rows
-
-
-def split_histories(histories: list[History], task: Task, *, queries: int, profile: int) -> list[History]:
-    """Split whole histories into users: the last items become queries, the items before them the profile.
-
-    People with too few items, or with an item that is not an (input, output) pair, are skipped.
-    """
-    people = []
-    for history in histories:
-        pairs = history.pairs(task)
-        if len(pairs) == len(history.items) >= queries + profile:
-            later = enumerate(pairs[-queries:])
-            asked = tuple(Query(f"{history.user_id}-{place}", *pair) for place, pair in later)
-            people.append(History(history.user_id, history.items[-queries - profile : -queries], asked))
-    return people

@@ -8,8 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from statistics import fmean, median
 
 from bank.evaluation.intervals import LEVEL, Interval, compare_methods, markdown_table
 from bank.evaluation.methods import METHODS
@@ -46,28 +45,25 @@ class MethodRow:
 
 def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
     """Return one row per method, in order of decreasing loss."""
-    by_method: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        by_method[record.method].append(record)
     losses = user_losses(records)
     against = compare_methods(losses, {method for method in losses if METHODS[method].on_curve})
     rows = []
-    for method, found in by_method.items():
+    for method, of_users in losses.items():
+        found = [record for record in records if record.method == method]
         answers = [record.prediction for record in found if record.prediction is not None]
         times = [record.first_token_ms for record in found if record.first_token_ms is not None]
-        rows.append(
-            MethodRow(
-                method,
-                users=len(losses[method]),
-                loss=float(np.mean(list(losses[method].values()))),
-                metrics=lamp_metrics(task, answers, [r.gold for r in found]) if len(answers) == len(found) else {},
-                against=against[method],
-                rejected=float(np.mean([record.rejected for record in found])),
-                prompt_tokens=float(np.mean([record.prompt_tokens for record in found])),
-                first_token_ms=float(np.median(times)) if times else None,
-                kept_bytes=float(np.mean([record.kept_bytes for record in found])),
-            )
+        row = MethodRow(
+            method,
+            users=len(of_users),
+            loss=fmean(of_users.values()),
+            metrics=lamp_metrics(task, answers, [r.gold for r in found]) if len(answers) == len(found) else {},
+            against=against[method],
+            rejected=fmean(record.rejected for record in found),
+            prompt_tokens=fmean(record.prompt_tokens for record in found),
+            first_token_ms=median(times) if times else None,
+            kept_bytes=fmean(record.kept_bytes for record in found),
         )
+        rows.append(row)
     return sorted(rows, key=lambda row: -row.loss)
 
 
@@ -76,7 +72,7 @@ def user_losses(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         found[record.method][record.user_id].append(record.loss)
-    return {method: {user: float(np.mean(losses)) for user, losses in users.items()} for method, users in found.items()}
+    return {method: {user: fmean(losses) for user, losses in users.items()} for method, users in found.items()}
 
 
 def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> dict[str, list[MethodRow]]:
@@ -84,25 +80,19 @@ def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> 
     some people, all methods over those. Curve points are excluded; `rows` must be those of all `records`.
     """
     rows = [row for row in rows if not METHODS[row.method].on_curve]
+    shown = [record for record in records if not METHODS[record.method].on_curve]
     everyone = max(row.users for row in rows)
     found = {f"{everyone} people": [row for row in rows if row.users == everyone]}
-    names = {row.method for row in rows}
-    shown = [record for record in records if record.method in names]
-    sample = _sample(shown)
-    if len(sample) < everyone:
-        found[f"{len(sample)} of them"] = summarise([record for record in shown if record.user_id in sample], task)
-    return found
-
-
-def _sample(records: Sequence[Record]) -> set[str]:
-    """Return users with records of every method, and with predictions of every method that has any."""
     users: dict[str, set[str]] = defaultdict(set)
     answered: dict[str, set[str]] = defaultdict(set)
-    for record in records:
+    for record in shown:
         users[record.method].add(record.user_id)
         if record.prediction is not None:
             answered[record.method].add(record.user_id)
-    return set.intersection(*(answered[method] or found for method, found in users.items()))
+    sample = set.intersection(*(answered[method] or found for method, found in users.items()))
+    if len(sample) < everyone:
+        found[f"{len(sample)} of them"] = summarise([record for record in shown if record.user_id in sample], task)
+    return found
 
 
 def columns(rows: Sequence[MethodRow]) -> tuple[list[str], list[str]]:
@@ -144,31 +134,25 @@ def lamp_metrics(task: Task, predictions: Sequence[str], golds: Sequence[str]) -
         f1 = f1_score(wanted, found, labels=list(every.values()), average="macro", zero_division=0)
         return {"accuracy": float(accuracy_score(wanted, found)), "f1": float(f1)}
     if task.kind == "score":
-        pairs = zip(predictions, map(float, golds), strict=True)
-        errors = np.array([_score(text, gold) - gold for text, gold in pairs])
-        return {"mae": float(np.abs(errors).mean()), "rmse": math.sqrt((errors**2).mean())}
+        errors = [_error(text, float(gold)) for text, gold in zip(predictions, golds, strict=True)]
+        return {"mae": fmean(errors), "rmse": math.sqrt(fmean(error**2 for error in errors))}
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(names := ["rouge1", "rougeL"], use_stemmer=True)
     scores = [scorer.score(gold, text) for text, gold in zip(predictions, golds, strict=True)]
-    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in names}
+    return {name: fmean(score[name].fmeasure for score in scores) for name in names}
 
 
-def _score(prediction: str, gold: float) -> float:
+def _error(prediction: str, gold: float) -> float:
     try:
-        value = float(prediction.strip())
+        error = abs(float(prediction) - gold)
     except ValueError:
-        value = math.nan
-    if math.isfinite(value):
-        return value
-    return max(HIGHEST, LOWEST, key=lambda end: abs(end - gold))
+        error = math.nan
+    return error if math.isfinite(error) else max(gold - LOWEST, HIGHEST - gold)
 
 
 def write_lamp_files(records: Sequence[Record], task: Task, folder: Path) -> None:
-    """Write the first seed's predictions as LaMP's leaderboard reads them: `golds.json`, and `METHOD.json` per method.
-
-    Methods without predictions are skipped; the folder is created if needed.
-    """
+    """Write the first seed's predictions as LaMP's leaderboard reads them: `golds.json`, and a file per method."""
     outputs: dict[str, dict[str, str]] = defaultdict(dict)
     for record in records:
         if record.seed == 0 and record.prediction is not None:

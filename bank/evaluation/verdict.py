@@ -15,7 +15,7 @@ from bank.building.selection import QUERIES
 from bank.evaluation.methods import Evaluator, Method
 from bank.evaluation.run import MethodRun, evaluate_user
 from bank.evaluation.scoring import OpenBank, Scorer
-from bank.items.histories import History, Query
+from bank.items.histories import History
 from bank.items.tasks import get_task, past_count_range
 from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, LossDifference, Verdict, write_manifest
@@ -25,7 +25,6 @@ from bank.models.load import load_base, resolve_dtype
 COMMON, MERGED, PRIOR = "common", "merged", "prior"
 _LEVEL = 0.95
 _NO_BOUND = 1e9  # JSON has no infinity
-
 Losses = dict[str, float]  # one person's mean loss by method, in nats per token
 
 
@@ -43,31 +42,27 @@ def judge_bank(
     base = load_base(ensure_base_model(inputs.model, inputs.cache_dir), resolve_dtype(options.dtype))
     bank = OpenBank.open(inputs.out, embedder.id)
     evaluator = Evaluator(bank=bank, scorer=Scorer(*base), embedder=embedder, max_tokens=options.max_tokens)
-    found = []
-    for place, person in enumerate(held_out):
-        progress.piece("measuring on held-out people", place, len(held_out))
+    what, found = "measuring on held-out people", list[Losses]()
+    progress.piece(what, 0, len(held_out))
+    for person in held_out:
         found.append(_losses(evaluator, person))
-    progress.piece("measuring on held-out people", len(held_out), len(held_out))
-    tried = past_count_range(bank.serving.task.kind)
-    return write_manifest(inputs.out, manifest.model_copy(update={"verdict": verdict(found, tried)}))
+        progress.piece(what, len(found), len(held_out))
+    judged = verdict(found, past_count_range(bank.serving.task.kind))
+    return write_manifest(inputs.out, manifest.model_copy(update={"verdict": judged}))
 
 
 def _losses(evaluator: Evaluator, person: History) -> Losses:
     """Return the losses of a person's last answers; only earlier items are their profile."""
     task = evaluator.bank.serving.task
-    asked = tuple(Query(str(place), *pair) for place, pair in enumerate(person.pairs(task)[-QUERIES:]))
-    user = History(person.user_id, person.items[:-QUERIES], asked)
     methods = [Method(name, history) for name in (COMMON, MERGED) for history in (0, *past_count_range(task.kind))]
     methods += [Method(PRIOR)] if evaluator.bank.manifest.prior else []
-    found = evaluate_user(evaluator, user, [MethodRun(method) for method in methods])
+    runs = [MethodRun(method) for method in methods]
+    found = evaluate_user(evaluator, person.with_queries(task, QUERIES), runs)
     return {records[0].method: fmean(record.loss for record in records) for records in found}
 
 
 def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
-    """Judge a bank by people's losses, all with the same methods.
-
-    `tried` are two numbers of past items; the larger becomes the default only if it is significantly better.
-    """
+    """Judge a bank by people's losses; of the two numbers of past items `tried`, the larger must be clearly better."""
 
     def less(method: str, other: str) -> LossDifference:
         return difference([losses[method] - losses[other] for losses in people])
@@ -91,10 +86,9 @@ def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
 
 
 def difference(values: Sequence[float]) -> LossDifference:
-    """Return the Hodges-Lehmann estimate and its exact signed-rank interval (Hodges and Lehmann, 1963).
+    """Return the Hodges-Lehmann estimate and its exact signed-rank interval; fewer than six values have no bounds.
 
-    With few people, one outlier makes Student's interval wide, and the bootstrap's interval is too narrow. Six values
-    are significant only if all have the same sign; fewer values have no bounds.
+    With few people, one outlier makes Student's interval wide, and the bootstrap's interval is too narrow.
     """
     n = len(values)
     pairs = sorted((one + other) / 2 for one, other in combinations_with_replacement(values, 2))

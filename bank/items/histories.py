@@ -37,6 +37,12 @@ class History:
         """Return the (input, output) pairs to train on, which exclude plain-text items."""
         return [pair for item in self.items if (pair := item_pair(item, task)) is not None]
 
+    def with_queries(self, task: Task, count: int, profile: int | None = None) -> History:
+        """Return the person with the last `count` items as queries, and the `profile` items before them, or all."""
+        asked = [Query(f"{self.user_id}-{place}", *pair) for place, pair in enumerate(self.pairs(task)[-count:])]
+        earlier = self.items[:-count]
+        return History(self.user_id, earlier if profile is None else earlier[-profile:], tuple(asked))
+
 
 class RawName(BaseModel):
     model_config = ConfigDict(coerce_numbers_to_str=True)

@@ -1,7 +1,7 @@
 """A person's training data: their items, a share of them with past items of the same person in the prompt.
 
-A model that was never trained with past items in the prompt treats them as noise. Training retrieves and renders past
-items as serving does (`bank/items/retrieval.py`). An item's prompt never contains the item itself or a later one.
+A model that was never trained with past items in the prompt treats them as noise. An item's prompt never contains the
+item itself or a later one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from bank.items.tasks import PAST_COUNTS, Task
 
 
 class PastItems:
-    """A person's items, oldest first, from which training prompts quote.
-
-    A `share` of the turns, 0 to 1, gets past items; the seed decides which turns and how many items.
-    """
+    """A person's items, oldest first, put into prompts for a `share` of the turns, 0 to 1, which the seed decides."""
 
     def __init__(self, task: Task, items: Sequence[Item], share: float, seed: int) -> None:
         self.task = task
@@ -90,10 +87,7 @@ def add_memories(
     memories: Sequence[str],
     max_tokens: int,
 ) -> list[dict[str, str]]:
-    """Add memories, best first, to the user's turn that ends a conversation.
-
-    As in serving, a memory is skipped if conversation and output would exceed `max_tokens` ids with it.
-    """
+    """Add memories, best first, to the turn that ends a conversation; skip those with which it would be too long."""
     turn, chosen, found = messages[-1]["content"], list[str](), messages
     for memory in memories:
         longer = [*messages[:-1], *chat_messages(turn_with_memories(task, turn, [*chosen, memory]))]

@@ -33,7 +33,7 @@ class Item:
 def parse_item(raw: object, task: Task, position: int) -> Item:
     """Parse one item: the task's own fields as in LaMP's files, an `{"input", "output"}` pair, or plain `{"text"}`.
 
-    Fields that the task does not use are ignored. ProfileError names the field at fault.
+    Other fields are ignored. ProfileError names the field at fault.
     """
     where = f"items.{position}"
     if not isinstance(raw, Mapping):
@@ -46,10 +46,10 @@ def parse_item(raw: object, task: Task, position: int) -> Item:
     if not (is_pair(fields) or any(name in fields for name in (*task.text, PLAIN) if name not in PAIR)):
         given = next((name for name in PAIR if name in fields), None)
         missing = {"input": "output", "output": "input"}[given] if given else PLAIN
-        raise ProfileError(
-            f"{where}.{missing} is missing or blank: give {_shapes(task)}, got {excerpt(dict(raw))}",
-            f"{where}.{missing}",
-        )
+        own = ", ".join(f'"{name}"' for name in task.fields)
+        shapes = f'{{{own}}}, {{"input", "output"}} or {{"text"}}'
+        param = f"{where}.{missing}"
+        raise ProfileError(f"{param} is missing or blank: give {shapes}, got {excerpt(dict(raw))}", param)
     return Item(_identity(raw.get("id"), fields, f"{where}.id"), fields)
 
 
@@ -119,8 +119,3 @@ def _identity(given: object, fields: Mapping[str, str], param: str) -> str:
     if not text.strip() or len(text) > MAX_ID_CHARS:
         raise ProfileError(f"{param} must be 1 to {MAX_ID_CHARS} characters, got {excerpt(given)}", param)
     return text
-
-
-def _shapes(task: Task) -> str:
-    own = ", ".join(f'"{name}"' for name in task.fields)
-    return f'{{{own}}}, {{"input", "output"}} or {{"text"}}'

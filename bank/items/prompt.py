@@ -27,11 +27,10 @@ def chat_messages(turn: str) -> list[dict[str, str]]:
 
 
 def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: int) -> Example:
-    """Tokenise one (turn, output) pair as the model sees it in serving.
+    """Tokenise one (turn, output) pair as in serving, which tokenises the prompt alone.
 
-    Prompt and output are tokenised separately, because serving tokenises the prompt alone. If the pair exceeds
-    `max_tokens`, the end of the user's turn is cut, never the chat template around it; the output is cut only if it
-    alone is too long.
+    If the pair exceeds `max_tokens`, the end of the user's turn is cut, never the chat template around it; the output
+    is cut only if it alone is too long.
     """
     whole = encode_conversation(tokenizer, chat_messages(turn), output)
     before, after = list(whole.ids[: whole.loss_from]), list(whole.ids[whole.loss_from :])

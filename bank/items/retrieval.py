@@ -1,7 +1,4 @@
-"""Past items in the prompt: retrieve the most relevant by BM25 and render them before the user's turn.
-
-Serving, training and evaluation use this module. The templates are LaMP's (Salemi et al., ACL 2024, table of prompts).
-"""
+"""Past items in the prompt: retrieve the most relevant by BM25, and render them before the turn in LaMP's words."""
 
 from __future__ import annotations
 
@@ -38,10 +35,7 @@ class ItemIndex:
             self.size_bytes += _POSTING_BYTES * sum(map(len, words.ids))
 
     def memories(self, turn: str, count: int, before: int | None = None) -> list[str]:
-        """Return at most `count` items as prompts quote them, by BM25 score for the turn; newest first among equals.
-
-        Only the history's first `before` items are searched; all if None.
-        """
+        """Return at most `count` of the first `before` items as prompts quote them: best first, then newest first."""
         import bm25s
 
         query = turn.removeprefix(self._task.instruction)

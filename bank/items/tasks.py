@@ -1,7 +1,4 @@
-"""Tasks: the templates that turn a history's items into text to embed and pairs to train on.
-
-The templates are data (`tasks.toml`). They are never applied to a request, whose prompt is already a complete turn.
-"""
+"""Tasks: templates (`tasks.toml`) that turn items into text to embed and pairs; never applied to requests."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ from bank.errors import BankError
 
 AnswerKind = Literal["labels", "score", "text"]
 
+# Numbers of past items in training prompts, equally frequent: mostly one text, but more labels or scores.
 PAST_COUNTS: Mapping[AnswerKind, tuple[int, ...]] = {"text": (1, 1, 1, 2, 3), "labels": (1, 3, 9), "score": (1, 3, 9)}
-"""Numbers of past items in training prompts, equally frequent: mostly one text, but more labels or scores."""
 
 
 def past_count_range(kind: AnswerKind) -> tuple[int, int]:

@@ -1,1 +1,0 @@
-"""Lookups in a bank by a gateway: the anchors near a user, and their weights."""

@@ -20,14 +20,11 @@ Numbers = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Atlas:
-    """A map: the anchors' mean embedding [E], the first two principal components [2, E], and the anchors [N, 2].
-
-    `explained` is the share of the embeddings' variance along each axis; an axis without variance is zero.
-    """
+    """A map: the anchors' mean embedding [E], the first two principal components [2, E], and the anchors [N, 2]."""
 
     mean: Numbers
     axes: Numbers
-    explained: tuple[float, ...]
+    explained: tuple[float, ...]  # share of the variance along each axis; an axis without variance is zero
     anchors: Numbers
 
     @classmethod

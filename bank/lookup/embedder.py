@@ -1,7 +1,6 @@
-"""The sentence embedder: one ONNX file and its tokenizer, used by bank builds and gateways.
+"""The sentence embedder of builds and gateways: one ONNX file and its tokenizer.
 
-Any model works whose graph takes `input_ids` and `attention_mask` [n, tokens] and returns unit vectors [n, E];
-`bank/models/embedder_export.py` exports one from a BERT-like sentence-transformers model.
+The graph takes `input_ids` and `attention_mask` [n, tokens] and returns unit vectors [n, E].
 """
 
 from __future__ import annotations
@@ -28,6 +27,15 @@ MAX_CHARS = 16 * MAX_TOKENS  # longer texts are cut before tokenisation, which t
 BATCH = 32
 
 
+def check_embedder(folder: Path) -> None:
+    for name in (MODEL_FILE, TOKENIZER_FILE):
+        if not (folder / name).is_file():
+            raise BankError(
+                f"no embedder at {folder}: {name} is missing. `mta models` prepares the default one; "
+                "MTA_EMBEDDER names another"
+            )
+
+
 class Embedder:
     """Turns texts into unit vectors. Thread-safe."""
 
@@ -44,21 +52,15 @@ class Embedder:
         import onnxruntime
         import tokenizers
 
-        for name in (MODEL_FILE, TOKENIZER_FILE):
-            if not (folder / name).is_file():
-                raise BankError(
-                    f"no embedder at {folder}: {name} is missing. `mta models` prepares the default one; "
-                    "MTA_EMBEDDER names another"
-                )
+        check_embedder(folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to the engine
         options.log_severity_level = 3
         try:
-            session = onnxruntime.InferenceSession(
-                str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"]
-            )
+            path, providers = str(folder / MODEL_FILE), ["CPUExecutionProvider"]
+            session = onnxruntime.InferenceSession(path, options, providers=providers)
             tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
             tokenizer.enable_truncation(MAX_TOKENS)
             tokenizer.enable_padding()

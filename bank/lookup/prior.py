@@ -25,10 +25,7 @@ def allowed_answers(task: Task) -> tuple[str, ...]:
 
 
 def fit_prior(task: Task, histories: Sequence[Sequence[str]]) -> AnswerPrior | None:
-    """Compute everybody's shares, and the weight with which people's histograms best predict their own last answers.
-
-    Each person's answers are in order, oldest first. Return None for a task with free-text answers.
-    """
+    """Fit the prior that best predicts people's last answers, oldest first; None if answers are free text."""
     allowed = allowed_answers(task)
     if not allowed:
         return None

@@ -26,12 +26,9 @@ from bank.manifest import (
     verify_files,
 )
 
+# Rounding step of topic weights, in per mille, so that similar users share a recipe and its slot: with 12 anchors, 117
+# authors had 25 recipes, and 88 with a step of 1. The loss of 17 people's mails changed by 0.0000 ± 0.0006 nats.
 TOPIC_GRAIN = 50
-"""Rounding step of topic weights, in per mille; a coarse step lets similar users share a recipe and its slot.
-
-In a bank of 12 anchors with two per recipe, 117 authors had 88 distinct recipes with a step of 1, and 25 with 50. Over
-the mails of 17 people the change in loss was 0.0000 nats per token, 95 % interval -0.0006 to 0.0006.
-"""
 
 
 @dataclass(slots=True, frozen=True)
@@ -87,8 +84,7 @@ class ServingBank:
     def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
         """Return a user's recipe, and its anchors with the strongest evidence first.
 
-        The profile's embedding [E] has unit length. A signature that is not finite or belongs to another bank is
-        ignored. The anchors' weights are multiplied by `share`, 0 to 1.
+        The embedding [E] has unit length. An unusable signature is ignored. Weights are multiplied by `share`, 0 to 1.
         """
         rule = self.manifest.weights
         if rule.posterior and self.curvature and signature and signature.is_usable_for(self.manifest.short):
@@ -99,10 +95,7 @@ class ServingBank:
 
 
 def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> tuple[AnchorWeight, ...]:
-    """Return the K anchors nearest to a unit-length embedding [E], nearest first, weighted in proportion to the cosine.
-
-    Negative cosines count as 0; if none is positive, the weights are equal.
-    """
+    """Return the K nearest anchors, nearest first, weighted by cosine if positive; equally if none is positive."""
     found = index.search(embedding, rule.anchors)
     evidence = [max(similarity, 0.0) for _, similarity in found]
     if not any(evidence):

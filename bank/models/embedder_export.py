@@ -1,7 +1,6 @@
 """Export a BERT-like sentence embedder as one ONNX file: token embeddings, encoder, mean pooling, unit length.
 
-The graph is written operator by operator, not traced, so its bytes do not depend on an exporter's version. The hash of
-the bytes is the embedder's id, which banks and stored profiles are bound to.
+The graph is written operator by operator, so its bytes, whose hash is the embedder's id, do not depend on an exporter.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bank.errors import BankError
-from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE
+from bank.lookup.embedder import MODEL_FILE, check_embedder
 from bank.manifest import BankManifest
 
 DEFAULT_MODEL, DEFAULT_MODEL_NAME = "default", "SmolLM2-135M-Instruct"
@@ -54,9 +54,7 @@ def ensure_embedder(folder: Path | None, cache_dir: Path) -> Path:
     """Return the embedder's folder: `folder` after a check, or the default one, prepared if it is missing."""
     if folder is None:
         return _prepare(cache_dir / "embedders" / DEFAULT_EMBEDDER_NAME, MODEL_FILE, _export_embedder)
-    for name in (MODEL_FILE, TOKENIZER_FILE):
-        if not (folder / name).is_file():
-            raise BankError(f"no embedder at {folder}: {name} is missing (MTA_EMBEDDER; unset it for the default)")
+    check_embedder(folder)
     return folder
 
 
@@ -70,8 +68,7 @@ def model_name(name: str, folder: Path) -> str:
 def model_hash(folder: Path) -> str:
     """Return a SHA-256 (64 hex digits) that identifies a base model, in bounded time for models of any size.
 
-    It covers the configuration and, for each weight file, its size and 64 evenly spaced blocks of 64 KiB: another
-    checkpoint differs in every block, a truncated file in its size.
+    It covers the configuration and each weight file's size and 64 blocks: another checkpoint differs in every block.
     """
     config = model_config(folder)
     weights = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES and not p.name.startswith("."))
@@ -144,11 +141,11 @@ def _prepare(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes; the kernel releases it if the process dies."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock, which the kernel releases if the process dies; BlockingIOError if held and not `wait`."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(handle)

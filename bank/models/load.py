@@ -23,9 +23,8 @@ def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     attention = "sdpa" if device == "cuda" else "eager"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation=attention
-        ).to(device)
+        weights = getattr(torch, dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=weights, attn_implementation=attention).to(device)
     except (OSError, ValueError) as error:
         raise BankError(f"cannot load the base model at {folder}: {error}") from error
     if not tokenizer.chat_template:

@@ -18,8 +18,7 @@ UNUSED = ("sklearn", "scipy")  # optional imports of transformers, for speculati
 def heavy_imports(*for_later: str) -> Iterator[None]:
     """Speed up the imports in the block: pause garbage collection, a fifth of the time, and skip unused modules.
 
-    The block cannot import the modules `for_later`; they can be imported after it. Modules in `UNUSED` that were not
-    loaded before the block cannot be imported for the rest of the process.
+    The modules `for_later` can be imported after the block; those in `UNUSED` cannot, unless loaded before it.
     """
     for name in (*UNUSED, *for_later):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
@@ -37,8 +36,7 @@ def heavy_imports(*for_later: str) -> Iterator[None]:
 def run_and_exit(main: Callable[[], object]) -> None:
     """Run a process's main function; after `heavy_imports`, skip the interpreter's teardown at exit.
 
-    The teardown takes seconds, and nanobind reports the frozen objects as leaks, where people look for the reason of
-    the exit.
+    The teardown takes seconds, and nanobind would report the frozen objects as leaks and hide the reason of the exit.
     """
     status: object = 0
     try:

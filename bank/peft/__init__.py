@@ -1,1 +1,0 @@
-"""Import and export of adapters in PEFT's format."""

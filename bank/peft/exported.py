@@ -1,7 +1,4 @@
-"""Export a bank's adapter as the two files of a PEFT folder, in numpy: a gateway exports without torch or an engine.
-
-Modules are exported one at a time, to keep only one in memory.
-"""
+"""Export a bank's adapter as a PEFT folder, module by module, in numpy: a gateway has neither torch nor an engine."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adapters.errors import FusionError, UserAdapterError, excerpt
-from adapters.raw import Bits, RawTensors, file_head, read_user_adapter, to_bits, to_float
+from adapters.raw import Bits, file_head, read_tensors, read_user_adapter, shapes_of, to_bits, to_float
 from adapters.recipe import PER_MILLE, FusionRecipe, Term
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
@@ -24,22 +21,25 @@ PREFIX = "base_model.model."  # prefix of module names in PEFT files
 
 
 class ExportedAdapter:
-    """A recipe's adapter, with the user adapter stacked on it if its bytes are given.
+    """A recipe's adapter, with the user adapter stacked on it if its bytes are given; `rank` is R of every module.
 
-    Only the recipe's rows of the bank's matrix are read. `rank` is R of every module. Raises BankError if the bank is
-    damaged, FusionError if the recipe is for another bank, UserAdapterError if the bytes are not an adapter for it.
+    Raises BankError if the bank is damaged, FusionError or UserAdapterError if recipe or bytes do not belong to it.
     """
 
     def __init__(self, bank: Path, manifest: BankManifest, recipe: FusionRecipe, user: bytes | None = None) -> None:
-        self._base_model, self._layout, self._recipe = manifest.base_model.name, manifest.layout, recipe.plain
+        self._base_model, self._layout = manifest.base_model.name, manifest.layout
         manifest.check(recipe)
         self._rows = [(len(manifest.anchors), 1.0)] * recipe.common
         self._rows += [(term.anchor, term.weight / PER_MILLE) for term in recipe.terms]
-        self._matrix = self._open_matrix(bank / MATRIX_FILE, manifest)
-        self._user: RawTensors | None = None
+        self._matrix = _map_matrix(bank / MATRIX_FILE, manifest)
+        self._user: dict[str, Bits] | None = None
         self._user_rank = 0
         if user is not None:
-            self._user, self._user_rank = self._decode_user_adapter(user)
+            trained_on, self._user_rank, self._user = read_user_adapter(self._layout, user)
+            if trained_on != recipe.plain.name:
+                raise UserAdapterError(
+                    f"user adapter was trained on {trained_on}, but {recipe.plain.name} was expected"
+                )
         self.rank = manifest.rank_of(recipe) + self._user_rank
 
     def write(self, folder: Path) -> None:
@@ -97,24 +97,17 @@ class ExportedAdapter:
             [to_bits(to_float(rows[row, b_cut]) * np.float32(weight)) for row, weight in self._rows],
         )
 
-    def _open_matrix(self, path: Path, manifest: BankManifest) -> RawTensors:
-        try:
-            matrix = RawTensors.open(path)
-        except (OSError, ValueError) as error:
-            raise BankError(f"cannot read the meta-LoRA matrix {path}: {error}") from error
-        wanted = (len(manifest.anchors) + manifest.common, self._layout.row_numbers)
-        shared = matrix.shapes.get("shared_a", (0,))
-        if matrix.shapes.get("rows") != wanted or (self._layout.shared_a and shared != (self._layout.a_numbers,)):
-            raise BankError(
-                f"{path} holds {matrix.shapes}, but the manifest says rows of {wanted}: copy the bank again"
-            )
-        return matrix
 
-    def _decode_user_adapter(self, raw: bytes) -> tuple[RawTensors, int]:
-        recipe, rank, tensors = read_user_adapter(self._layout, raw)
-        if recipe != self._recipe.name:
-            raise UserAdapterError(f"user adapter was trained on {recipe}, but {self._recipe.name} was expected")
-        return tensors, rank
+def _map_matrix(path: Path, manifest: BankManifest) -> dict[str, Bits]:
+    try:
+        matrix, _ = read_tensors(np.memmap(path, np.uint8, "r"))
+    except (OSError, ValueError) as error:
+        raise BankError(f"cannot read the meta-LoRA matrix {path}: {error}") from error
+    layout, shapes = manifest.layout, shapes_of(matrix)
+    wanted = (len(manifest.anchors) + manifest.common, layout.row_numbers)
+    if shapes.get("rows") != wanted or (layout.shared_a and shapes.get("shared_a") != (layout.a_numbers,)):
+        raise BankError(f"{path} holds {shapes}, but the manifest says rows of {wanted}: copy the bank again")
+    return matrix
 
 
 def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False) -> None:

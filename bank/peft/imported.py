@@ -73,7 +73,7 @@ def import_bank(
 ) -> BankManifest:
     """Make a bank from PEFT folders, in anchor order; adapters of smaller rank are padded to the largest rank.
 
-    The profiles are in LaMP's per-user layout; each `user_id` is the name of an adapter's folder.
+    The `user_id` of each profile is the name of an adapter's folder.
     """
     task = get_task(options.task)
     read = [read_peft(folder) for folder in adapters]

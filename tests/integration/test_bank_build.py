@@ -1,130 +1,271 @@
-"""`mta bank build` on a tiny model: real training, real kills, real files."""
+"""`mta bank build` on a tiny model: real training, with the past in prompts too, real kills, real files, a verdict."""
 
 from __future__ import annotations
 
-import dataclasses
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from adapters.fusion import fuse
-from adapters.recipe import FusionMethod, FusionRecipe, Term
-from bank.building.resume import WORK_FOLDER
+from adapters.recipe import FusionRecipe, Term
+from adapters.training.adapt_config import AdaptConfig
+from adapters.training.attached import attached
+from adapters.training.example import Example
+from adapters.training.loss import mean_loss
+from adapters.training.trainer import StepReport
+from adapters.training.user_trainer import train_user
+from bank.building.build import build_baselines, read_inputs
+from bank.building.resume import WORK_FOLDER, workbench
+from bank.building.rows import RowJob, RowTrainer
 from bank.errors import BankError
-from bank.items.histories import read_histories
+from bank.evaluation.methods import METHODS, Evaluator
+from bank.evaluation.scoring import OpenBank, Scorer
+from bank.evaluation.verdict import judge_bank
+from bank.items.histories import History, Query, read_histories
 from bank.items.prompt import encode_pair
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
-from bank.manifest import BankManifest, read_manifest
+from bank.lookup.summary import summarise
+from bank.manifest import MANIFEST_FILE, MATRIX_FILE, BankManifest, read_manifest
 from bank.models.load import load_base
 from bench.rig.people import people, write_people
+from server.cli import app
+from server.store.jobs import JobState
+from server.worker.loops import JobLoop
+from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
+from tests.support.desk import Desk
+
+CHAT = get_task("chat")
 
 
-def test_a_bank_has_exactly_the_anchors_asked_for_with_the_longest_histories(built: BankManifest) -> None:
+def test_a_bank_has_the_anchors_asked_for_and_nothing_that_names_anybody(bench: Bench, built: BankManifest) -> None:
     assert [entry.id for entry in built.anchors] == ["a00", "a01", "a02"]
     assert built.anchors[-1].items == 18
-
-
-def test_the_same_seed_gives_the_same_bank_and_another_seed_another(bench: Bench, built: BankManifest) -> None:
-    assert bench.build("again").fingerprint == built.fingerprint
-    assert bench.build("other-seed", seed=1).fingerprint != built.fingerprint
-
-
-def test_every_option_is_in_the_manifest_and_no_name_or_text_of_anybody_in_the_artifact(
-    bench: Bench, built: BankManifest
-) -> None:
-    assert built.training.items() >= (dataclasses.asdict(OPTIONS) | {"people": 5}).items()
+    assert not any(anchor.words for anchor in built.anchors)
+    assert built.training.items() >= (asdict(OPTIONS) | {"people": 5}).items()
     content = b"".join(path.read_bytes() for path in (bench.folder / "plain").rglob("*"))
     assert not any(word in content for word in (b"secret-person", b"surfing"))
+    matrix = bench.matrix("plain", built)  # rows are B alone
+    assert matrix.rows.shape == (4, built.layout.b_numbers)
+    assert all(matrix.rows[i].abs().sum() > 0 for i in range(4))
+    embedder = Embedder.load(bench.embedder)  # a user is led to the anchor who talks of the same
+    bank = ServingBank.open(bench.folder / "plain", embedder.id)
+    found = bank.personalise(embedder.embed(["Say 99 on baking bread"])[0])
+    assert found.weights[0].similarity == max(weight.similarity for weight in found.weights) > 0.5
+    assert found.recipe.common
+    assert sum(term.weight for term in found.recipe.terms) == 500
 
 
-def test_typical_words_of_anchors_are_kept_on_request_alone(bench: Bench, built: BankManifest) -> None:
-    assert not any(anchor.words for anchor in built.anchors)
-    described = bench.build("described", describe=True)
-    assert any(anchor.words for anchor in described.anchors)
-    assert read_manifest(bench.folder / "described") == described
-
-
-def test_the_common_row_is_trained_first_and_the_work_folder_is_gone_after(bench: Bench) -> None:
+def test_the_common_row_is_trained_first_and_without_old_pieces(bench: Bench, built: BankManifest) -> None:
+    left = bench.folder / "order" / WORK_FOLDER / ("0" * 64)
+    left.mkdir(parents=True)
+    (left / "common.npy").write_bytes(b"of another seed")
     progress = Recorder()
-    bench.build("order", progress, seed=2)
+    assert bench.build("order", progress, seed=2).fingerprint != built.fingerprint
     assert progress.begun == ["common", "a00", "a01", "a02"]
     assert progress.steps == [(row, step) for row in progress.begun for step in (1, 2, 3)]
     assert progress.pieces == [("measuring", anchor, 3) for anchor in range(4)]
     assert not (bench.folder / "order" / WORK_FOLDER).exists()
 
 
-def test_a_shared_bank_has_one_a_and_rows_that_are_b_alone(bench: Bench, built: BankManifest) -> None:
-    matrix = bench.matrix("plain", built)
-    assert matrix.shared_a is not None
-    assert matrix.rows.shape == (4, built.layout.b_numbers)
-    assert all(matrix.rows[i].abs().sum() > 0 for i in range(4))
-    anchor = fuse(matrix, FusionRecipe(built.short, FusionMethod.SHARED, False, (Term(0, 1000),)))
-    both = fuse(matrix, FusionRecipe(built.short, FusionMethod.SHARED, True, (Term(0, 1000),)))
-    for name in anchor.a:
-        assert torch.equal(anchor.a[name], both.a[name])
-
-
 def test_an_anchor_explains_its_person_better_than_the_common_row_alone(bench: Bench, tiny_model_folder: Path) -> None:
-    """The dense sum of base, common row and anchor, as a recipe of that anchor is served."""
-    manifest = bench.build("better", anchors=5, steps=40)
-    matrix = bench.matrix("better", manifest)
-    model, tokenizer = load_base(tiny_model_folder, "float32")
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    users = write_people(bench.folder / "three.json", people(3))
+    manifest = bench.build("better", inputs={"users": users}, steps=40)
+    matrix, (model, tokenizer) = bench.matrix("better", manifest), load_base(tiny_model_folder, "float32")
 
-    def loss(terms: tuple[Term, ...], index: int) -> float:
-        lora = fuse(matrix, FusionRecipe(manifest.short, FusionMethod.SHARED, True, terms), torch.float32)
-        total = 0.0
-        with torch.no_grad():
-            for name in lora.a:
-                model.get_submodule(name).weight += lora.delta(name)
-            for turn, output in histories[index].pairs(get_task("chat")):
-                pair = encode_pair(tokenizer, turn, output, 200)
-                logits = model(input_ids=torch.tensor([pair.ids])).logits[0, :-1].log_softmax(-1)
-                gold = torch.tensor(pair.ids[1:])[:, None]
-                total -= float(logits.gather(1, gold)[pair.loss_from - 1 :].sum())
-            model.load_state_dict(base)
-        return total
+    def loss(history: History, *terms: Term) -> float:
+        lora = fuse(matrix, FusionRecipe(manifest.short, manifest.method, True, terms), torch.float32)
+        with attached(model, lora) as here:
+            return mean_loss(here.model, [encode_pair(tokenizer, *pair, 200) for pair in history.pairs(CHAT)])
 
-    histories = read_histories(bench.users, get_task("chat"))
-    for index in range(5):
-        assert loss((Term(index, 1000),), index) < 0.9 * loss((), index)
+    for index, history in enumerate(read_histories(users, CHAT)):
+        assert loss(history, Term(index, 1000)) < 0.9 * loss(history)
 
 
 def test_people_left_out_shape_nothing(bench: Bench, tmp_path: Path) -> None:
-    """Leaving two out is the same bank as a file without them."""
     exclude = write_people(tmp_path / "exclude.json", ["secret-person-1", "secret-person-4"])
     without = write_people(tmp_path / "without.json", [p for i, p in enumerate(people(5)) if i not in (1, 4)])
-    excluded = bench.build("excluded", inputs={"exclude": exclude})
-    assert excluded.fingerprint == bench.build("without", inputs={"users": without}).fingerprint
-    assert [entry.items for entry in excluded.anchors] == [14, 16, 17]
+    ways = (bench.inputs("out", users=without), bench.inputs("out", exclude=exclude))
+    kept, excluded = (read_inputs(where, CHAT, OPTIONS) for where in ways)
+    assert kept == excluded and len(kept[0]) == 3
 
 
-def test_too_few_candidates_is_an_error_with_both_numbers(bench: Bench, tmp_path: Path) -> None:
-    of_ten = {**people(1, items=10)[0], "user_id": "of ten items"}
-    short = write_people(tmp_path / "short.json", [*people(2), of_ten])
-    with pytest.raises(BankError, match="3 anchors were asked for, but only 2 people"):
-        bench.build("few", inputs={"users": short})
-    assert not (bench.folder / "few").exists()
-
-
-def test_only_the_target_modules_are_adapted(bench: Bench) -> None:
-    manifest = bench.build("targets", target_modules=("q_proj", "v_proj"))
-    assert manifest.target_modules == ("q_proj", "v_proj")
-    assert len(manifest.modules) == 4
+def test_on_request_typical_words_are_kept_and_only_the_target_modules_adapted(bench: Bench) -> None:
+    manifest = bench.build("targets", target_modules=("q_proj", "v_proj"), describe=True)
+    assert (manifest.target_modules, len(manifest.modules)) == (("q_proj", "v_proj"), 4)
+    assert any(anchor.words for anchor in manifest.anchors)
+    assert read_manifest(bench.folder / "targets") == manifest
     with pytest.raises(BankError, match=r"--target-modules: .*query"):
         bench.build("no-targets", target_modules=("query",))
 
 
-def test_a_user_is_led_to_the_anchor_who_talks_of_the_same(
-    bench: Bench, built: BankManifest, embedder_folder: Path
+def test_what_makes_no_bank_is_refused_before_anything_is_trained(bench: Bench, tmp_path: Path) -> None:
+    of_ten = {**people(1, items=10)[0], "user_id": "of ten items"}
+    short = write_people(tmp_path / "short.json", [*people(2), of_ten])
+    few: dict[str, Any] = {"inputs": {"users": short}}
+    for changes, message in (
+        (few, "3 anchors were asked for, but only 2 people"),
+        ({"task": "poems"}, "unknown task 'poems'"),
+        ({"rank": 512}, "above vLLM's largest"),
+    ):
+        with pytest.raises(BankError, match=message):
+            bench.build("refused", **changes)
+    assert not (bench.folder / "refused").exists()
+    with workbench(bench.folder / "busy", "key"), pytest.raises(BankError, match="another build is running"):
+        bench.build("busy")
+
+
+def test_the_same_bank_is_built_once_and_another_is_replaced_only_by_force(bench: Bench) -> None:
+    folder, progress = bench.folder / "forced", Recorder()
+    old = bench.build("forced", anchors=2)
+    assert bench.build("forced", progress, anchors=2) == old
+    assert not progress.begun
+    assert "already" in progress.said[-1]
+    with pytest.raises(BankError, match=f"another bank, {old.short}.*--force"):
+        bench.build("forced", anchors=1)
+    content = bytearray((folder / MATRIX_FILE).read_bytes())
+    content[-1] ^= 1
+    (folder / MATRIX_FILE).write_bytes(content)
+    with pytest.raises(BankError, match=f"{MATRIX_FILE} is damaged"):
+        summarise(folder)
+    with pytest.raises(BankError, match=r"cannot be used .*--force"):
+        bench.build("forced", anchors=2)
+    new = bench.build("forced", anchors=1, inputs={"force": True})
+    assert summarise(folder)["fingerprint"] == new.fingerprint != old.fingerprint
+
+
+class Killer(Recorder):
+    """Ends a build at the second anchor's first step."""
+
+    def step(self, row: str, steps: int, report: StepReport) -> None:
+        super().step(row, steps, report)
+        if row == "a01":
+            raise KeyboardInterrupt
+
+
+def test_a_killed_build_goes_on_and_ends_with_the_same_fingerprint(bench: Bench, built: BankManifest) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        bench.build("killed", Killer())
+    assert not (bench.folder / "killed" / MANIFEST_FILE).exists()
+    finished = {path.name for path in (bench.folder / "killed").glob(f"{WORK_FOLDER}/*/*.npy")}
+    assert finished == {"embeddings.npy", "anchors.npy", "common.npy", "a00.npy"}
+    progress = Recorder()
+    assert bench.build("killed", progress).fingerprint == built.fingerprint
+    assert "2 of 4 rows were finished in an earlier run" in progress.said
+    assert progress.begun == ["a01", "a02"]
+
+
+def command(bench: Bench, name: str, *more: str) -> list[str]:
+    options = {"users": bench.users, "task": "chat", "out": bench.folder / name, "model": bench.model}
+    options |= {"embedder": bench.embedder, "anchors": 1, "rank": 4, "steps": 8, "common-steps": 5, "dtype": "float32"}
+    return ["bank", "build", *(f"--{option}={value}" for option, value in options.items()), *more]
+
+
+def test_without_a_terminal_the_command_prints_lines_and_one_for_a_refusal(bench: Bench) -> None:
+    done = CliRunner().invoke(app, command(bench, "lines"))
+    last = [line for line in done.stderr.splitlines() if line.startswith("training ")][-1]
+    assert last.startswith("training a00 (2 of 2)  step 8/8  loss ")
+    assert last.endswith("min left")
+    assert done.stdout.startswith("bank ")
+    refused = [sys.executable, "-m", "server.cli", *command(bench, "no", "--exclude", "/nowhere.json")]
+    ran = subprocess.run(refused, check=False, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (1, "error: cannot read /nowhere.json: No such file or directory\n")
+
+
+def recalled(tokenizer: Any, examples: Sequence[Example]) -> int:
+    """How many examples have a past item in the prompt."""
+    texts = [tokenizer.decode(list(example.ids[: example.loss_from])) for example in examples]
+    return sum("is the answer to" in text for text in texts)
+
+
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Example]]:
+    """The samples of each training of a user adapter, as it begins."""
+    seen: list[Sequence[Example]] = []
+
+    def spying(model: Any, fused: Any, samples: Sequence[Example], plan: Any) -> object:
+        seen.append(samples)
+        return train_user(model, fused, samples, plan)
+
+    for module in ("bank.evaluation.methods", "server.worker.training"):
+        monkeypatch.setattr(f"{module}.train_user", spying)
+    return seen
+
+
+def test_rows_and_user_adapters_are_trained_with_the_past_in_the_prompt_where_the_manifest_says_so(
+    bench: Bench, built: BankManifest, trained_on: list[Sequence[Example]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embedder = Embedder.load(embedder_folder)
-    bank = ServingBank.open(bench.folder / "plain", embedder.id)
-    found = bank.personalise(embedder.embed(["Say 99 on baking bread"])[0])
-    assert found.weights[0].similarity == max(weight.similarity for weight in found.weights) > 0.5
-    assert found.recipe.common
-    assert sum(term.weight for term in found.recipe.terms) == 500
+    jobs: dict[str, tuple[int, int]] = {}
+    make = RowTrainer.job
+
+    def spying(trainer: RowTrainer, name: str, *rest: Any) -> RowJob:
+        job = make(trainer, name, *rest)
+        jobs[name] = (recalled(trainer.tokenizer, job.examples), len(job.examples))
+        return job
+
+    monkeypatch.setattr(RowTrainer, "job", spying)
+    knowing = bench.build("knowing", history_share=1.0)
+    build_baselines(bench.inputs("knowing"), replace(OPTIONS, history_share=1.0), knowing, Recorder())
+    assert (knowing.history_share, built.history_share) == (1.0, 0.0)
+    assert list(jobs) == ["common", "a00", "a01", "a02", "task"]
+    assert all(with_past >= count - 5 > 0 for with_past, count in jobs.values())  # all but each person's first item
+
+    embedder, scorer = Embedder.load(bench.embedder), Scorer(*load_base(bench.model, "float32"))
+    (history, *_) = read_histories(bench.users, CHAT)
+    user, config = replace(history, queries=(Query("q", "Say 99", "99"),)), AdaptConfig(rank=1, steps=1)
+    for name in ("knowing", "plain"):
+        bank = OpenBank.open(bench.folder / name, embedder.id)
+        evaluator = Evaluator(bank=bank, scorer=scorer, embedder=embedder, max_tokens=512, config=config)
+        evidence = evaluator.evidence(user)
+        evaluator.adapter(METHODS["own"], evidence, 0)
+        assert recalled(scorer.tokenizer, evidence.signature_examples) == 0
+    assert [recalled(scorer.tokenizer, samples) for samples in trained_on] == [len(history.items) - 1, 0]
+
+
+async def test_a_worker_puts_the_users_items_before_samples_where_the_bank_knows_history(
+    desk: Desk, trainer: AdapterTrainer, tiny_bank_folder: Path, trained_on: list[Sequence[Example]]
+) -> None:
+    opened = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
+    manifest = trainer.manifest.model_copy(update={"training": trainer.manifest.training | {"history_share": 1.0}})
+    for trains in (trainer, AdapterTrainer(manifest, trainer.matrix, trainer.model, trainer.tokenizer)):
+        bank = ServingBank(trains.manifest, opened.index, opened.atlas)
+        job = await desk.submit(user=await desk.user(("how is the bread?", "crusty")))
+        await JobLoop(desk.jobs, desk.profiles, bank, trains).work_once(0.1)
+        assert (await desk.job(job)).state in (JobState.SUCCEEDED, JobState.REJECTED)
+    assert [recalled(trainer.tokenizer, samples) for samples in trained_on] == [0, len(trained_on[1])]
+
+
+def test_a_bank_is_measured_once_on_people_who_have_no_part_in_it(bench: Bench, built: BankManifest) -> None:
+    users = write_people(bench.folder / "many.json", people(26))
+    where = bench.inputs("judged", users=users)
+    kept, aside = read_inputs(where, CHAT, OPTIONS)
+    assert (len(kept), len(aside)) == (20, 6)
+    assert not {person.user_id for person in kept} & {person.user_id for person in aside}
+    assert read_inputs(where, CHAT, replace(OPTIONS, verdict=False))[1] == []
+    manifest, progress = bench.build("judged", inputs={"users": users}), Recorder()
+    assert manifest.training["people"] == 20
+    judged = judge_bank(where, OPTIONS, manifest, progress)
+    assert judged == read_manifest(where.out)
+    assert judged.verdict
+    assert judged.verdict.people == 6
+    assert judged.verdict.losses.keys() == {
+        name + history for name in ("common", "merged") for history in ("", "+history@h1", "+history@h3")
+    }
+    assert judged.verdict.merged.low <= judged.verdict.merged.mean <= judged.verdict.merged.high
+    assert progress.pieces[-1] == ("measuring on held-out people", 6, 6)
+    assert judge_bank(where, OPTIONS, judged, progress) is judged
+    assert bench.build("judged", inputs={"users": users}) == judged
+    assert "6 people left out" in summarise(where.out)["in_words"]
+
+    assert judge_bank(bench.inputs("plain"), OPTIONS, built, progress) is built
+    assert "too few people" in progress.said[-1]
+    assert summarise(bench.folder / "plain")["verdict"] is None

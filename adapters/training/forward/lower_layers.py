@@ -24,10 +24,9 @@ _PLACE = re.compile(r"(.+?)\.(\d+)\.")
 
 
 def upper_half(model: Any, names: Iterable[str]) -> tuple[str, int] | None:
-    """Return the name of the layer list, and the first layer of the upper half of the layers with adapted modules.
+    """Return the layer list's name and the first layer of the upper half; None if that half cannot run alone.
 
-    Return None unless the upper half can run alone: all modules must be in one layer list, and each layer must map
-    hidden states to hidden states and use no other output of earlier layers.
+    All modules must be in one list, whose layers map hidden states to hidden states and use no other earlier output.
     """
     places = [_PLACE.match(name) for name in names]
     lists = {place[1] if place else "" for place in places}

@@ -16,9 +16,7 @@ from adapters.training.example import Example
 from adapters.training.forward.attention import Block
 
 ROW_TOKENS = 512  # maximum tokens per row: enough to keep the processor busy, few enough to stay in its caches
-BLOCK_IDS = 128
-"""Tokens per attention block: smaller blocks compute fewer masked pairs, larger ones keep the processor busy."""
-
+BLOCK_IDS = 128  # tokens per attention block: small blocks skip masked pairs, large ones keep the processor busy
 _PREFIX = -1
 
 

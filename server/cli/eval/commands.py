@@ -57,8 +57,7 @@ def evaluate(
 
     from adapters.training.adapt_config import AdaptConfig
     from bank.evaluation.methods import default_methods, parse_methods
-    from bank.evaluation.run import EvalOptions
-    from bank.evaluation.session import EvalInputs
+    from bank.evaluation.session import EvalInputs, EvalOptions
     from bank.evaluation.session import evaluate as run
     from bank.items.tasks import get_task
     from bank.lookup.embedder import Embedder

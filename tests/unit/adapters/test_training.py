@@ -1,4 +1,4 @@
-"""Packing examples into rows: what is shared, where it is cut, and whom it is not for; and the training rate."""
+"""Packing examples into rows, the training rate, and which models train with quick attention and an upper half."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from adapters.training.adapt_config import AdaptConfig, default_config
 from adapters.training.example import Example
+from adapters.training.forward.attention import use_quick_attention
+from adapters.training.forward.lower_layers import upper_half
 from adapters.training.forward.packing import pack
 from adapters.training.trainer import rate_factor
 
@@ -30,9 +32,7 @@ ids = st.lists(st.integers(0, 3), min_size=1, max_size=30)
 
 
 @given(st.lists(st.tuples(ids, ids), min_size=1, max_size=12), st.integers(1, 80))
-def test_rows_hold_every_example_whole_in_order_and_keep_to_the_limit(
-    pairs: list[tuple[list[int], list[int]]], limit: int
-) -> None:
+def test_rows_hold_whole_examples_in_order_up_to_a_limit(pairs: list[tuple[list[int], list[int]]], limit: int) -> None:
     examples = [example(*pair) for pair in pairs]
     found = []
     for row in pack(model(), examples, limit):
@@ -51,12 +51,9 @@ def test_rows_hold_every_example_whole_in_order_and_keep_to_the_limit(
     assert found == examples
 
 
-def test_what_all_examples_begin_with_is_read_once() -> None:
+def test_what_all_examples_begin_with_is_read_once_and_seen_by_each_rest_beside_itself() -> None:
     (row,) = pack(model(), [example([1, 2, 3, n], [9, 9]) for n in range(4, 8)], limit=100)
     assert row.ids == [1, 2, 3, *(i for n in range(4, 8) for i in (n, 9, 9))]
-
-
-def test_a_rest_sees_the_beginning_and_itself_and_nothing_later() -> None:
     (row,) = pack(model(), [example([1, 2], [8]), example([1, 3], [9])], limit=100)
     seen = row.inputs(model())["attention_mask"][0, 0] == 0
     assert seen.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
@@ -78,17 +75,56 @@ def test_the_rate_warms_up_over_a_tenth_and_falls_to_nothing() -> None:
     assert factors[:3] == [1 / 3, 2 / 3, 1.0]
     assert factors[2:] == sorted(factors[2:], reverse=True)
     assert 0 < factors[-1] < 0.01
-
-
-def test_a_single_step_is_taken_at_full_rate() -> None:
     assert rate_factor(0, 1) == 1.0
 
 
-@pytest.mark.parametrize(("room", "rank"), [(0, 1), (1, 1), (2, 2), (8, 2)])
-def test_a_job_trains_within_the_room_that_the_bank_leaves_and_on_less_of_the_anchors_beside_a_common_row(
-    room: int, rank: int
+def test_a_job_trains_within_the_room_that_the_bank_leaves() -> None:
+    for room, rank in ((0, 1), (1, 1), (2, 2), (8, 2)):
+        assert default_config(room, common=True) == AdaptConfig(rank=rank, strength=0.5)
+        assert default_config(room, common=False) == AdaptConfig(rank=rank, strength=1.0)
+
+
+def eager_attention_forward(module: Any, query: Any, key: Any, value: Any) -> Any:
+    """What a model of this module means by attention: something of its own."""
+
+
+class Other:
+    set_attn_implementation = None
+
+
+def test_a_model_that_attends_in_another_way_keeps_it() -> None:
+    use_quick_attention(Other())
+
+
+class Plain(torch.nn.Module):
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor: ...
+
+
+class Odd(torch.nn.Module):
+    """A layer that takes something from the layers before it, besides hidden states."""
+
+    def forward(self, hidden_states: torch.Tensor, per_layer_input: torch.Tensor) -> torch.Tensor: ...
+
+
+class Many(torch.nn.Module):
+    def forward(self, hidden_states): ...  # type: ignore[no-untyped-def]  # may return anything
+
+
+@pytest.mark.parametrize(
+    ("layers", "names", "found"),
+    [
+        ([Odd(), Odd()], ["layers.0.q", "layers.1.q"], None),
+        ([Many(), Many()], ["layers.0.q", "layers.1.q"], None),
+        ([Plain()], ["layers.0.q"], None),
+        ([Plain(), Plain()], ["layers.1.q", "layers.1.k"], None),
+        ([], ["layers.0.q", "other.0.q"], None),
+        ([], ["layers.0.q", "q"], None),
+        ([Plain()] * 9, [f"layers.{n}.{module}" for n in (1, 2, 3, 6) for module in ("q", "experts.7.up")], 3),
+    ],
+)
+def test_the_upper_half_is_of_the_layers_that_are_adapted_if_it_can_run_alone(
+    layers: list[torch.nn.Module], names: list[str], found: int | None
 ) -> None:
-    assert [default_config(room, common) for common in (True, False)] == [
-        AdaptConfig(rank=rank, strength=0.5),
-        AdaptConfig(rank=rank, strength=1.0),
-    ]
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(layers)
+    assert upper_half(model, names) == (found and ("layers", found))

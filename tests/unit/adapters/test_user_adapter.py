@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,61 +25,56 @@ def lora(rank: int, seed: int) -> LoraWeights:
     def rounded(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(torch.bfloat16).float()
 
-    return LoraWeights(
-        rank, {m.name: rounded(rank, m.h_in) for m in MODULES}, {m.name: rounded(m.h_out, rank) for m in MODULES}
-    )
+    a, b = ({m.name: rounded(rank, m.h_in) for m in MODULES}, {m.name: rounded(m.h_out, rank) for m in MODULES})
+    return LoraWeights(rank, a, b)
 
 
-def user(seed: int = 1) -> UserAdapter:
-    return UserAdapter(RECIPE, lora(USER_RANK, seed))
+USER = UserAdapter(RECIPE, lora(USER_RANK, 1))
+RAW = encode_user_adapter(LAYOUT, USER)
+NAN = {MODULES[0].name: torch.full((USER_RANK, MODULES[0].h_in), torch.nan)}
 
 
 def test_stacking_adds_the_users_delta_to_the_fused_one() -> None:
-    fused, adapter = lora(RANK, 0), user()
-    stacked = stack(fused, adapter, torch.float32)
+    fused = lora(RANK, 0)
+    stacked = stack(fused, USER, torch.float32)
     assert stacked.rank == RANK + USER_RANK
     for module in fused.a:
-        torch.testing.assert_close(stacked.delta(module), fused.delta(module) + adapter.weights.delta(module))
+        torch.testing.assert_close(stacked.delta(module), fused.delta(module) + USER.weights.delta(module))
 
 
 def test_bytes_keep_everything_and_equal_adapters_have_equal_ones() -> None:
-    adapter, raw = user(), encode_user_adapter(LAYOUT, user())
-    read = decode_user_adapter(LAYOUT, raw)
+    read = decode_user_adapter(LAYOUT, RAW)
     assert (read.recipe, read.weights.rank) == (RECIPE, USER_RANK)
-    for name in adapter.weights.a:
-        torch.testing.assert_close(read.weights.a[name].float(), adapter.weights.a[name])
-        torch.testing.assert_close(read.weights.b[name].float(), adapter.weights.b[name])
-    assert encode_user_adapter(LAYOUT, adapter) == raw
+    for name in USER.weights.a:
+        torch.testing.assert_close(read.weights.a[name].float(), USER.weights.a[name])
+        torch.testing.assert_close(read.weights.b[name].float(), USER.weights.b[name])
+    assert encode_user_adapter(LAYOUT, UserAdapter(RECIPE, lora(USER_RANK, 1))) == RAW
 
 
 def test_bytes_cut_anywhere_are_refused() -> None:
-    raw = encode_user_adapter(LAYOUT, user())
-    for length in range(0, len(raw), 7):
+    for length in range(0, len(RAW), 7):
         with pytest.raises(UserAdapterError):
-            decode_user_adapter(LAYOUT, raw[:length])
+            decode_user_adapter(LAYOUT, RAW[:length])
 
 
-def test_an_adapter_of_another_bank_is_refused_with_both_sizes() -> None:
-    other = RowLayout((*MODULES, ModuleShape("layers.1.q_proj", 12, 8)), RANK, shared_a=True)
-    with pytest.raises(UserAdapterError, match="but this bank needs"):
-        decode_user_adapter(other, encode_user_adapter(LAYOUT, user()))
+OTHER_BANK = encode_user_adapter(RowLayout(MODULES[:1], RANK, shared_a=True), USER)
+SPOILED = encode_user_adapter(LAYOUT, UserAdapter(RECIPE, replace(lora(USER_RANK, 1), a=lora(USER_RANK, 1).a | NAN)))
+CORE = save(  # of former versions
+    {"c": torch.zeros(RANK * RANK * len(MODULES), dtype=torch.bfloat16)},
+    {"mta-user-1": json.dumps({"kind": "core", "rank": RANK, "recipe": RECIPE})},
+)
 
 
-def test_a_core_of_former_versions_is_refused_with_the_remedy() -> None:
-    header = {"mta-user-1": json.dumps({"kind": "core", "rank": RANK, "recipe": RECIPE})}
-    raw = save({"c": torch.zeros(RANK * RANK * len(MODULES), dtype=torch.bfloat16)}, header)
-    with pytest.raises(UserAdapterError, match=r"kind 'core'.*mta readapt"):
-        decode_user_adapter(LAYOUT, raw)
-
-
-def test_numbers_that_are_not_finite_are_refused() -> None:
-    adapter = user()
-    adapter.weights.a[MODULES[0].name][0, 0] = float("nan")
-    with pytest.raises(UserAdapterError, match="not finite"):
-        decode_user_adapter(LAYOUT, encode_user_adapter(LAYOUT, adapter))
-
-
-@pytest.mark.parametrize("raw", [b"", b"\0" * 64, b"\xff" * 64, b'\x10\0\0\0\0\0\0\0{"__metadata__":'])
-def test_what_is_no_adapter_is_refused(raw: bytes) -> None:
-    with pytest.raises(UserAdapterError, match=f"{len(raw)} bytes cannot be read"):
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (OTHER_BANK, "but this bank needs"),
+        (CORE, r"kind 'core'.*mta readapt"),
+        (SPOILED, "not finite"),
+        *((raw, f"{len(raw)} bytes cannot be read") for raw in (b"", b"\0" * 64, b"\xff" * 64)),
+        (b'\x10\0\0\0\0\0\0\0{"__metadata__":', "24 bytes cannot be read"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_the_reason(raw: bytes, message: str) -> None:
+    with pytest.raises(UserAdapterError, match=message):
         decode_user_adapter(LAYOUT, raw)

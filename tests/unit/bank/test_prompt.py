@@ -1,10 +1,29 @@
-"""Rendering: what training sees is what serving sees, and only the answer carries loss."""
+"""Prompts: what training sees is what serving sees, past items in LaMP's words, and only the answer carries loss."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
+from bank.building.options import BuildOptions
+from bank.building.rows import RowTrainer
+from bank.items.histories import History
+from bank.items.lessons import Lesson, PastItems, encode_with_memories, lessons
+from bank.items.profile import Item, parse_item
 from bank.items.prompt import chat_messages, encode_pair
+from bank.items.retrieval import ItemIndex, turn_with_memories
+from bank.items.tasks import PAST_COUNTS, Task, get_task, tasks
+from tests.support.bank_bench import Recorder
+
+CHAT, NEWS = get_task("chat"), get_task("news_headline")
+TURN = "Generate a headline for the following article: A dog slept through the race."
+ITEMS = [
+    parse_item({"title": "Cats Win", "text": "A cat won a contest."}, NEWS, 0),
+    parse_item({"title": "Dogs Lose", "text": "A dog lost a race."}, NEWS, 1),
+    parse_item({"text": "No headline here about a dog and a race."}, NEWS, 2),
+]
+SUBJECTS = ("bread", "harbour", "roses", "bread again", "the harbour at night", "more roses")
 
 
 class CharTokenizer:
@@ -17,9 +36,8 @@ class CharTokenizer:
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
     ) -> str:
         assert not tokenize
-        text = "".join(
-            f"<{m['role']}>{m['content'].strip() if self.strips else m['content']}{self.close}" for m in conversation
-        )
+        said = [(m["role"], m["content"].strip() if self.strips else m["content"]) for m in conversation]
+        text = "".join(f"<{role}>{content}{self.close}" for role, content in said)
         return text + ("<assistant>" if add_generation_prompt else "")
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -46,13 +64,11 @@ def split(tokenizer: CharTokenizer, turn: str, output: str, max_tokens: int = 10
         *((CharTokenizer(), odd, ("<user>hi<end>\n<assistant>", f"{odd}<end>")) for odd in ("a<end>b", "<assistant>")),
     ],
 )
-def test_the_prompt_is_what_serving_renders_and_loss_falls_on_the_output_and_the_end_of_turn_alone(
-    tokenizer: CharTokenizer, output: str, rendered: tuple[str, str]
-) -> None:
+def test_only_output_and_end_of_turn_have_loss(tokenizer: CharTokenizer, output: str, rendered: object) -> None:
     assert chat_messages("hi") == [{"role": "user", "content": "hi"}]
     served = tokenizer.apply_chat_template(chat_messages("hi"), tokenize=False, add_generation_prompt=True)
-    assert split(tokenizer, "hi", output) == rendered
-    assert rendered[0] == served
+    found = split(tokenizer, "hi", output)
+    assert (found, found[0]) == (rendered, served)
 
 
 def test_a_long_turn_loses_its_end_and_never_the_template() -> None:
@@ -61,10 +77,11 @@ def test_a_long_turn_loses_its_end_and_never_the_template() -> None:
     assert prompt.endswith("x<end>\n<assistant>")
     assert output == "yo<end>"
     assert len(prompt + output) == 60
+    prompt, output = split(CharTokenizer(), "x" * 100, "y" * 100, max_tokens=60)  # the output alone is too long
+    assert (prompt, output) == ("<user><end>\n<assistant>", "y" * (60 - len(prompt)))
 
 
-@pytest.mark.parametrize("longest", range(52, 64))
-def test_a_turn_that_is_cut_within_a_character_takes_nothing_from_the_output(longest: int) -> None:
+def test_a_turn_that_is_cut_within_a_character_takes_nothing_from_the_output() -> None:
     """Half a character is decoded as three bytes."""
 
     class Bytes(CharTokenizer):
@@ -74,11 +91,129 @@ def test_a_turn_that_is_cut_within_a_character_takes_nothing_from_the_output(lon
         def decode(self, token_ids: list[int]) -> str:
             return bytes(token_ids).decode(errors="replace")
 
-    _, output = split(Bytes(), "\N{SURFER}" * 20, "yo", longest)
-    assert output == "yo<end>"
+    assert all(split(Bytes(), "\N{SURFER}" * 20, "yo", longest)[1] == "yo<end>" for longest in range(52, 64))
 
 
-def test_an_output_that_is_too_long_by_itself_is_cut() -> None:
-    prompt, output = split(CharTokenizer(), "x" * 100, "y" * 100, max_tokens=60)
-    assert prompt == "<user><end>\n<assistant>"
-    assert output == "y" * (60 - len(prompt))
+def with_history(task: Task, turn: str, items: Sequence[Item], count: int) -> str:
+    return turn_with_memories(task, turn, ItemIndex(task, items).memories(turn, count))
+
+
+def test_the_most_relevant_items_stand_before_the_turn_in_lamps_words_the_best_first() -> None:
+    dogs = '"Dogs Lose" is the title for "A dog lost a race."'
+    cats = '"Cats Win" is the title for "A cat won a contest."'
+    assert with_history(NEWS, TURN, ITEMS, 1) == f"{dogs}. {TURN}"
+    assert with_history(NEWS, TURN, ITEMS, 5) == f"{dogs}, and {cats}. {TURN}"
+    pair = parse_item({"input": "Any plans?", "output": "The sea."}, NEWS, 0)  # is quoted as in a chat
+    assert with_history(NEWS, TURN, [pair], 1) == f'"The sea." is the answer to "Any plans?". {TURN}'
+    for nothing, count in ((ITEMS, 0), ([], 3), (ITEMS[2:], 3)):
+        assert with_history(NEWS, TURN, nothing, count) == TURN
+
+
+@pytest.mark.parametrize("task", tasks().values(), ids=lambda task: task.name)
+def test_what_was_written_for_another_task_is_left_out(task: Task) -> None:
+    """The bank that serves somebody may have changed."""
+    elsewhere = [Item(name, dict.fromkeys(other.fields, "the sea")) for name, other in tasks().items()]
+    assert "the sea" in with_history(task, f"{task.instruction} the sea", elsewhere, 16)
+
+
+@pytest.mark.parametrize(
+    ("turn", "texts", "best"),
+    [
+        ("zebra", ["a cat", "a dog", "a bird"], ["a bird", "a dog"]),
+        ("the", ["the", "a"], ["a", "the"]),  # nothing but stop words
+        ("my cat", ["a cat", "a dog", "a bird"], ["a cat", "a bird"]),
+    ],
+)
+def test_of_equally_relevant_items_the_newest_comes_first(turn: str, texts: list[str], best: list[str]) -> None:
+    items = [parse_item({"input": text, "output": "yes"}, CHAT, place) for place, text in enumerate(texts)]
+    assert ItemIndex(CHAT, items).memories(turn, 2) == [f'"yes" is the answer to "{text}"' for text in best]
+
+
+def test_what_came_later_is_not_searched() -> None:
+    index = ItemIndex(NEWS, [ITEMS[2], *ITEMS[:2], *ITEMS[:2]])
+    best = [index.memories("a dog and a cat", 9, before) for before in range(6)]
+    assert [len(found) for found in best] == [0, 0, 1, 2, 3, 4]
+    assert best[2] == ['"Cats Win" is the title for "A cat won a contest."']
+
+
+def person(*subjects: str) -> History:
+    raw = [{"input": f"And {subject}?", "output": f"{place}, on {subject}"} for place, subject in enumerate(subjects)]
+    return History("ann", tuple(parse_item(item, CHAT, place) for place, item in enumerate(raw)))
+
+
+def quoted(place: int, subject: str) -> str:
+    return f'"{place}, on {subject}" is the answer to "And {subject}?"'
+
+
+def shown(lesson: Lesson) -> str:
+    return CharTokenizer().decode(list(lesson.example(CharTokenizer(), 1000).ids))
+
+
+def test_without_history_an_item_is_its_pair_alone() -> None:
+    learnt = lessons(person(*SUBJECTS), CHAT, share=0, seed=0)
+    for lesson, (turn, output) in zip(learnt, person(*SUBJECTS).pairs(CHAT), strict=True):
+        assert lesson.example(CharTokenizer(), 100) == encode_pair(CharTokenizer(), turn, output, 100)
+
+
+def test_with_history_the_most_relevant_earlier_items_stand_before_the_turn_and_carry_no_loss() -> None:
+    lesson = lessons(person(*SUBJECTS), CHAT, share=1, seed=0)[3]
+    assert shown(lesson).startswith(f"<user>{quoted(0, 'bread')}")
+    assert shown(lesson).endswith(". And bread again?<end>\n<assistant>3, on bread again<end>\n".rstrip())
+    example = lesson.example(CharTokenizer(), 1000)
+    assert CharTokenizer().decode(list(example.ids[example.loss_from :])) == "3, on bread again<end>"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_item_sees_itself_or_what_came_later(seed: int) -> None:
+    for place, lesson in enumerate(lessons(person(*["the same"] * 6), CHAT, share=1, seed=seed)):
+        seen = [n for n in range(6) if f'"{n}, on' in shown(lesson)]
+        assert seen == sorted(seen)[: max(PAST_COUNTS["text"])]
+        assert all(n < place for n in seen)
+        assert bool(seen) == (place > 0)
+
+
+def test_of_an_item_that_is_there_twice_the_first_one_counts_and_of_a_turn_that_is_none_all_are_the_past() -> None:
+    twice = History("ann", (*person("bread", "roses").items, *person("bread").items))
+    seen = [bool(lesson.past.memories(lesson.turn, lesson.output)) for lesson in lessons(twice, CHAT, 1, 0)]
+    assert seen == [False, True, False]
+    past = PastItems(CHAT, person(*SUBJECTS).items, share=1, seed=0)
+    assert past.memories("And more roses?", "something else")[0] == quoted(5, "more roses")
+
+
+def test_the_share_is_of_the_items_and_most_get_one() -> None:
+    many = lessons(person(*(f"subject {n}" for n in range(600))), CHAT, share=0.5, seed=0)
+    counts = [len(lesson.past.memories(lesson.turn, lesson.output)) for lesson in many]
+    assert 0.4 < sum(count > 0 for count in counts) / len(counts) < 0.6
+    one, two, three = (counts.count(n) for n in (1, 2, 3))
+    assert one > two + three > three > 0
+
+
+def test_the_seed_decides_for_each_item_whatever_the_others_are() -> None:
+    def found(seed: int, count: int = 6) -> list[str]:
+        return [shown(lesson) for lesson in lessons(person(*SUBJECTS[:count]), CHAT, share=0.5, seed=seed)]
+
+    assert found(3) == found(3) != found(1)
+    assert found(3, count=4) == found(3)[:4]
+
+
+def test_memories_that_do_not_fit_make_way_for_the_next_and_the_turn_stays_whole() -> None:
+    memories = ["m" * 50, "n" * 10, "o" * 5]
+
+    def prompt(max_tokens: int) -> str:
+        found = encode_with_memories(CharTokenizer(), CHAT, "hi", "yo", memories=memories, max_tokens=max_tokens)
+        assert len(found.ids) <= max_tokens
+        return CharTokenizer().decode(list(found.ids[6 : found.loss_from]))
+
+    m, n, o = memories
+    wanted = {1000: f"{m}, and {n}, and {o}. hi", 60: f"{n}, and {o}. hi", 50: f"{n}. hi", 38: "hi"}
+    assert {longest: prompt(longest).removesuffix("<end>\n<assistant>") for longest in wanted} == wanted
+
+
+def test_a_build_pools_everybodys_and_nobody_sees_anothers() -> None:
+    ann, bob = person(*SUBJECTS), History("bob", person("bread", "roses").items)
+    trainer = RowTrainer(None, CharTokenizer(), CHAT, BuildOptions("chat", history_share=1.0), Recorder())
+    examples = trainer.job("common", [ann, bob], steps=3, batch_size=4).examples
+    texts = [CharTokenizer().decode(list(example.ids)) for example in examples]
+    assert sorted(text.partition("<assistant>")[2][0] for text in texts) == sorted("01234501")
+    assert sum(text.startswith("<user>And bread?") for text in texts) == 2  # nothing is before the first of each
+    assert len(trainer.job("a00", [ann, bob], steps=1, batch_size=4).examples) == 4

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bank.building.options import BuildOptions
+from bank.building.resume import inputs_key
 from bank.building.selection import (
     SERVED_ITEMS,
     held_out_people,
     person_embedding,
-    sampled_embedding,
     select_anchors,
     spread,
     typical_words,
@@ -19,7 +20,10 @@ from bank.building.selection import (
 from bank.items.histories import History
 from bank.items.profile import Item, Vectors, parse_item, profile_embedding
 from bank.items.tasks import get_task
+from bank.manifest import PosteriorRule
 from server.settings import Settings
+
+CHAT = get_task("chat")
 
 
 def groups(*sizes: int) -> Vectors:
@@ -58,89 +62,54 @@ def test_embedded_items_are_spread_over_the_whole_history() -> None:
     assert spread(items[:10], 64) == items[:10]
 
 
-class Numbers:
+class Circle:
     """Embeds a number as a point on a circle."""
 
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
     def embed(self, texts: list[str]) -> Vectors:
-        self.seen += texts
         angles = np.array([int(text) for text in texts]) / 600
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
 
-def history(items: int) -> History:
-    return History("somebody", tuple(Item(str(i), {"text": str(i)}) for i in range(items)))
-
-
 def test_an_anchor_is_embedded_like_the_profile_that_a_gateway_keeps_of_them() -> None:
     assert Settings.model_fields["profile_items"].default == SERVED_ITEMS
-    embedder = Numbers()
-    embedding = person_embedding(history(600), get_task("chat"), embedder)  # type: ignore[arg-type]
-    kept = [str(i) for i in range(600 - SERVED_ITEMS, 600)]
-    assert embedder.seen == kept
-    np.testing.assert_array_equal(embedding, profile_embedding(Numbers().embed(kept)))
-
-
-def test_candidates_are_told_apart_by_a_sample_and_whoever_is_within_it_by_all() -> None:
-    task, embedder = get_task("chat"), Numbers()
-    sampled_embedding(history(600), task, embedder)  # type: ignore[arg-type]
-    assert len(embedder.seen) == 64
-    short = history(64)
-    np.testing.assert_array_equal(
-        sampled_embedding(short, task, Numbers()),  # type: ignore[arg-type]
-        person_embedding(short, task, Numbers()),  # type: ignore[arg-type]
-    )
+    whole = History("somebody", tuple(Item(str(i), {"text": str(i)}) for i in range(600)))
+    kept = Circle().embed([str(i) for i in range(600 - SERVED_ITEMS, 600)])
+    found = person_embedding(whole, CHAT, Circle())  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found, profile_embedding(kept))
 
 
 def crowd(*lengths: int) -> list[History]:
-    return [
-        History(f"p{place}", tuple(Item(f"{n}", {"input": "i", "output": f"{n}"}) for n in range(length)))
-        for place, length in enumerate(lengths)
-    ]
+    items = [Item(f"{n}", {"input": "i", "output": f"{n}"}) for n in range(max(lengths))]
+    return [History(f"p{place}", tuple(items[:length])) for place, length in enumerate(lengths)]
 
 
 @pytest.mark.parametrize(
     ("lengths", "needed", "found"),
     [
-        ([*range(1, 31)], 5, [9, 10, 11, 12, 13, 14, 15]),
-        ([20] * 120, 5, [20] * 16),
-        ([20] * 23, 2, []),
-        ([20] * 24, 18, [20] * 6),
-        ([20] * 24, 19, []),
-        ([9] * 6 + [20] * 18, 18, [9] * 6),
-        ([8] * 60, 0, []),
+        *(([*range(1, 31)], 5, [9, 10, 11, 12, 13, 14, 15]), ([20] * 120, 5, [20] * 16), ([8] * 60, 0, [])),
+        *(([20] * 23, 2, []), ([20] * 24, 18, [20] * 6), ([20] * 24, 19, []), ([9] * 6 + [20] * 18, 18, [9] * 6)),
     ],
 )
-def test_those_with_the_shortest_long_enough_histories_are_left_out_unless_anchors_or_figure_would_suffer(
-    lengths: list[int], needed: int, found: list[int]
-) -> None:
-    assert [len(person.items) for person in held_out_people(crowd(*lengths), get_task("chat"), needed)] == found
+def test_the_shortest_sufficient_histories_are_held_out(lengths: list[int], needed: int, found: list[int]) -> None:
+    assert [len(person.items) for person in held_out_people(crowd(*lengths), CHAT, needed)] == found
 
 
-def test_who_has_items_of_plain_text_stays() -> None:
+def test_who_has_items_of_plain_text_or_answers_what_the_task_lacks_stays() -> None:
     people = crowd(*[9] * 24)
     plain = [History(person.user_id, (*person.items, Item("text", {"text": "hi"}))) for person in people]
-    assert len(held_out_people(people, get_task("chat"), 0)) == 6
-    assert held_out_people(plain, get_task("chat"), 0) == []
-
-
-def test_who_answers_what_the_task_lacks_stays() -> None:
-    """Nobody's histogram has a share for it."""
+    assert (len(held_out_people(people, CHAT, 0)), held_out_people(plain, CHAT, 0)) == (6, [])
 
     def raters(*lasts: str) -> list[History]:
+        scores = [[*["1"] * 8, last] for last in lasts]
         return [
-            History(f"p{n}", tuple(Item(f"{i}", {"text": "t", "score": s}) for i, s in enumerate(["1"] * 8 + [last])))
-            for n, last in enumerate(lasts)
+            History(f"p{n}", tuple(Item(f"{i}", {"text": "t", "score": s}) for i, s in enumerate(own)))
+            for n, own in enumerate(scores)
         ]
 
-    for last in ("5", "4.5"):
-        assert len(held_out_people(raters(*["5"] * 23, last), get_task("movie_rating"), 0)) == 6
-    assert held_out_people(raters(*["4.5"] * 24), get_task("movie_rating"), 0) == []
-
-
-CHAT = get_task("chat")
+    films = get_task("movie_rating")
+    for last in ("5", "4.5"):  # nobody's histogram has a share for the second
+        assert len(held_out_people(raters(*["5"] * 23, last), films, 0)) == 6
+    assert held_out_people(raters(*["4.5"] * 24), films, 0) == []
 
 
 def writer(name: str, *texts: str) -> History:
@@ -156,3 +125,20 @@ def test_an_anchor_is_told_by_words_that_it_used_more_than_once_and_others_did_n
     assert all("miller" not in words for words in typical_words([gardener, sailor], CHAT))
     people = [writer("a", "it is 555123", "it is 555123"), writer("b", "and so", "and so")]
     assert typical_words(people, CHAT) == [(), ()]
+
+
+def test_a_key_tells_apart_what_would_be_another_bank() -> None:
+    def key(aside: int = 9, model: str = "model", **changes: object) -> str:
+        options = BuildOptions("chat", **changes)  # type: ignore[arg-type]
+        return inputs_key(options, CHAT, [crowd(20)[0]], [crowd(aside)[0]], (model, "prompts", "embedder"))
+
+    others = [key(10), key(model="another"), key(history_share=1.0), key(anchors_by="longest"), key(describe=True)]
+    assert len({key(), *others}) == 1 + len(others)
+    assert key() == key(verdict=False)  # who is left out says that
+
+
+def test_the_rule_is_topics_then_the_posterior_unless_a_signature_would_be_too_long() -> None:
+    rule = BuildOptions("citation", anchors=1024).rule()
+    assert (rule.anchors, rule.strength, rule.posterior) == (2, 0.5, PosteriorRule(anchors=1024, decay=250.0))
+    assert BuildOptions("citation", anchors=1025).rule().posterior is None
+    assert BuildOptions("citation", anchors=1).rule().anchors == 1

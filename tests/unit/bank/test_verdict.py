@@ -1,36 +1,34 @@
-"""What a bank gains for people left out of it: the figures, the words, and where they are kept."""
+"""What a bank gains for people left out of it: figures, words, and the histogram of answers it is compared with."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
+from bank.errors import BankError
 from bank.evaluation.verdict import difference, verdict
+from bank.items.tasks import get_task
+from bank.lookup.prior import fit_prior, personal_shares, surprise
 from bank.lookup.summary import verdict_text
-from bank.manifest import Verdict, read_manifest, write_manifest
+from bank.manifest import AnswerPrior, Verdict, read_manifest, write_manifest
 from tests.unit.bank.test_weights import manifest
 
+FILMS = get_task("movie_rating")
+EVEN = AnswerPrior(weight=8, shares=dict.fromkeys("12345", 0.2))
 PEOPLE = (0.0, 0.1, -0.1, 0.05, -0.05, 0.02)
 
 
-def measured(
-    *, merged: float, recalled: float, both: float, prior: float | None = None, further: float = 0.0
-) -> Verdict:
+def measured(merged: float, recalled: float, both: float, further: float = 0.0, prior: float | None = None) -> Verdict:
     """The verdict over a few people whose losses are about these."""
+    means = {"common": 3.0, "common+history@h1": recalled, "common+history@h3": recalled - further}
+    means |= {"merged": merged, "merged+history@h1": both, "merged+history@h3": both - further}
+    means |= {"prior": prior} if prior is not None else {}
     people = [
-        {
-            "common": 3.0 + own,
-            "common+history@h1": recalled + 1.02 * own,
-            "common+history@h3": recalled - further + 1.02 * own,
-            "merged": merged + 1.01 * own,
-            "merged+history@h1": both + 0.99 * own,
-            "merged+history@h3": both - further + 0.98 * own,
-        }
-        | ({"prior": prior + 0.98 * own} if prior is not None else {})
-        for own in PEOPLE
+        {name: mean + (1 + place / 100) * own for place, (name, mean) in enumerate(means.items())} for own in PEOPLE
     ]
     return verdict(people, (1, 3))
 
@@ -52,36 +50,59 @@ def test_an_interval_says_what_the_signed_ranks_of_the_differences_say() -> None
 @pytest.mark.parametrize(
     ("losses", "judgement", "history"),
     [
-        ({"merged": 2.9, "recalled": 3.1, "both": 3.0}, "Worth serving.", 0),
-        ({"merged": 3.0, "recalled": 2.8, "both": 2.7}, "Worth serving.", 1),
-        ({"merged": 3.0, "recalled": 2.8, "both": 2.7, "further": 0.1}, "Worth serving.", 3),
-        ({"merged": 3.0, "recalled": 2.8, "both": 2.7, "further": -0.1}, "Worth serving.", 1),
-        ({"merged": 3.0, "recalled": 3.2, "both": 3.2, "further": 0.1}, "Not shown to be worth serving", 0),
-        ({"merged": 3.0, "recalled": 3.1, "both": 3.1, "further": 0.3}, "Worth serving with 3 past items", 3),
-        ({"merged": 2.9, "recalled": 2.7, "both": 2.7}, "Worth serving with one past item in the prompt;", 1),
-        ({"merged": 3.0, "recalled": 3.0, "both": 3.0}, "Not shown to be worth serving: its gain", 0),
-        ({"merged": 3.2, "recalled": 3.2, "both": 3.3}, "Not worth serving: the common row alone", 0),
-        ({"merged": 2.9, "recalled": 3.0, "both": 3.0, "prior": 2.5}, "Not worth serving: the histogram", 0),
-        ({"merged": 2.9, "recalled": 3.0, "both": 3.0, "prior": 3.5}, "Worth serving.", 0),
+        ((2.9, 3.1, 3.0), "Worth serving.", 0),
+        ((3.0, 2.8, 2.7), "Worth serving.", 1),
+        ((3.0, 2.8, 2.7, 0.1), "Worth serving.", 3),
+        ((3.0, 2.8, 2.7, -0.1), "Worth serving.", 1),
+        ((3.0, 3.2, 3.2, 0.1), "Not shown to be worth serving", 0),
+        ((3.0, 3.1, 3.1, 0.3), "Worth serving with 3 past items", 3),
+        ((2.9, 2.7, 2.7), "Worth serving with one past item in the prompt;", 1),
+        ((3.0, 3.0, 3.0), "Not shown to be worth serving: its gain", 0),
+        ((3.2, 3.2, 3.3), "Not worth serving: the common row alone", 0),
+        ((2.9, 3.0, 3.0, 0.0, 2.5), "Not worth serving: the histogram", 0),
+        ((2.9, 3.0, 3.0, 0.0, 3.5), "Worth serving.", 0),
     ],
 )
-def test_the_words_say_whether_to_serve_it_and_what_would_do_better(
-    losses: dict[str, float], judgement: str, history: int
-) -> None:
-    found = measured(**losses)  # type: ignore[arg-type]
+def test_the_words_say_whether_to_serve_it(losses: tuple[float, ...], judgement: str, history: int) -> None:
+    found = measured(*losses)
     words = verdict_text(found)
     assert words.startswith(judgement)
     assert "6 people" in words
     assert f"{found.merged.mean:+.3f}" in words
     assert found.history == history
     assert ("by default" in words) == bool(history)
-    assert ("histogram" in words) == ("prior" in losses)
+    assert ("histogram" in words) == (found.prior is not None) == (len(losses) == 5)
 
 
 def test_a_verdict_is_kept_in_the_manifest_and_decides_how_much_history_prompts_get(tmp_path: Path) -> None:
-    found = measured(merged=2.9, recalled=2.8, both=2.7)
+    found = measured(2.9, 2.8, 2.7)
     plain = manifest(3)
     kept = write_manifest(tmp_path, plain.model_copy(update={"verdict": found, "training": {"history_share": 0.5}}))
     read = read_manifest(tmp_path)
     assert (read, read.verdict, read.history_default, read.history_share) == (kept, found, 1, 0.5)
     assert (plain.history_default, plain.history_share) == (0, 0)
+    assert plain.model_copy(update={"prior": EVEN}).compute_fingerprint() != plain.compute_fingerprint()
+
+
+def test_everybodys_shares_are_of_all_answers_and_weigh_little_beside_people_who_always_answer_alike() -> None:
+    prior = fit_prior(FILMS, [["4", "4", "5"], ["4", "not a star"]])
+    assert prior is not None
+    assert prior.shares == {"1": 1 / 9, "2": 1 / 9, "3": 1 / 9, "4": 4 / 9, "5": 2 / 9}
+    labels = fit_prior(get_task("news_category"), [["travel"]])
+    assert labels is not None and set(labels.shares) == set(get_task("news_category").labels)
+    assert fit_prior(get_task("chat"), [["a", "b"]]) is None  # free texts have none
+    stubborn = [[star] * 16 for star in "1245"]
+    erratic = [["1", "5", "2", "4", "3"] * 3 + ["5"] for _ in range(4)]
+    small, large = fit_prior(FILMS, stubborn), fit_prior(FILMS, [[*h[::-1]] for h in erratic])
+    assert small is not None and large is not None
+    assert small.weight < 1 < large.weight
+
+
+def test_a_persons_shares_are_their_counts_smoothed_and_surprise_is_the_log_of_one() -> None:
+    shares = personal_shares(EVEN, ["4", "4", "five"])
+    assert shares["4"] == pytest.approx((2 + 8 * 0.2) / 10)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert personal_shares(EVEN, []) == EVEN.shares
+    assert surprise({"4": 0.25}, "4") == pytest.approx(math.log(4))
+    with pytest.raises(BankError, match="'6' is not an answer of this task; the answers are 1, 2, 3, 4, 5"):
+        surprise(EVEN.shares, "6")

@@ -1,8 +1,8 @@
-"""Anchor weights: the nearest speaks loudest, and rounding keeps the sum."""
+"""A user's weights, by topics and by signature, and what becomes of them in a recipe; banks that are refused."""
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.recipe import FusionMethod, parse_recipe
+from adapters.lora import ModuleShape
+from adapters.recipe import FusionMethod, UserAdapterId, parse_recipe
+from bank.building.resume import Workbench
+from bank.building.signer import measure_curvature
 from bank.errors import BankError
+from bank.items.profile import Vectors
 from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
-from bank.lookup.serving import AnchorWeight, ServingBank, recipe_of_shares, topic_weights
-from bank.lookup.signature import Signature
+from bank.lookup.serving import (
+    AnchorWeight,
+    ServingBank,
+    common_recipe,
+    posterior_weights,
+    recipe_of_shares,
+    recipe_of_steps,
+    topic_weights,
+)
+from bank.lookup.signature import Curvature, Signature
 from bank.manifest import (
     CURVATURE_FILE,
     INDEX_FILE,
@@ -25,16 +37,20 @@ from bank.manifest import (
     BankManifest,
     BaseModelId,
     EmbedderId,
-    ModuleEntry,
     PosteriorRule,
     WeightRule,
     file_sha256,
     write_manifest,
 )
 from server.store.profile_record import Profile, StoredSignature, decode_profile, encode_profile
+from tests.support.bank_bench import Recorder
+
+N = 4
+QUERY = np.array([1, 0, 0, 0], dtype=np.float32)
+SIGNED = WeightRule(anchors=2, strength=0.4, posterior=PosteriorRule(anchors=3, decay=100.0))
 
 
-def manifest(anchors: int = 4, common: bool = False, strength: float = 1.0, k: int = 2) -> BankManifest:
+def manifest(anchors: int = N, common: bool = False) -> BankManifest:
     return BankManifest(
         task="chat",
         base_model=BaseModelId(name="tiny", hash="0" * 64),
@@ -44,9 +60,9 @@ def manifest(anchors: int = 4, common: bool = False, strength: float = 1.0, k: i
         rank=2,
         user_rank=2,
         serving_rank=8,
-        weights=WeightRule(anchors=k, strength=strength),
+        weights=WeightRule(anchors=2),
         target_modules=("q_proj",),
-        modules=(ModuleEntry(name="q_proj", h_in=4, h_out=4),),
+        modules=(ModuleShape("q_proj", 4, 4),),
         anchors=tuple(AnchorEntry(id=f"a{i:02d}", items=11) for i in range(anchors)),
         training={},
         files={},
@@ -54,104 +70,156 @@ def manifest(anchors: int = 4, common: bool = False, strength: float = 1.0, k: i
     )
 
 
-def index_at(*cosines: float) -> tuple[AnchorIndex, np.ndarray]:
-    """Anchors at the given cosines to the query that comes with them."""
-    rows = np.array([[c, (1 - c * c) ** 0.5, 0, 0] for c in cosines], dtype=np.float32)
-    return AnchorIndex.build(rows), np.array([1, 0, 0, 0], dtype=np.float32)
+def index_at(*cosines: float) -> AnchorIndex:
+    """Anchors at the given cosines to `QUERY`."""
+    return AnchorIndex.build(np.array([[c, (1 - c * c) ** 0.5, 0, 0] for c in cosines], dtype=np.float32))
+
+
+def saved_bank(folder: Path, **changes: object) -> BankManifest:
+    index = index_at(0.9, 0.3, -0.2, 0.1)
+    index.save(folder / INDEX_FILE)
+    Atlas.of(index.vectors(range(N))).save(folder / MAP_FILE)
+    np.save(folder / CURVATURE_FILE, np.diag([1.0, 2.0, 3.0, 4.0]))
+    files = {name: file_sha256(folder / name) for name in (INDEX_FILE, MAP_FILE, CURVATURE_FILE)}
+    return write_manifest(folder, manifest().model_copy(update={"files": files, **changes}))
+
+
+def opened(folder: Path) -> ServingBank:
+    return ServingBank.open(folder, "e" * 16)
+
+
+def signed_bank(folder: Path) -> BankManifest:
+    return saved_bank(folder, weights=SIGNED, method=FusionMethod.SHARED, common=True)
 
 
 def test_weights_are_similarities_over_their_sum_and_are_never_swapped() -> None:
     """Two anchors of unequal similarity: the released merger of the paper gives each the other's weight."""
-    index, query = index_at(0.3, 0.1, 0.9)
-    near, far = topic_weights(index, WeightRule(anchors=2), query)
+    near, far = topic_weights(index_at(0.3, 0.1, 0.9), WeightRule(anchors=2), QUERY)
     assert (near.anchor, far.anchor) == (2, 0)
-    assert near.weight == pytest.approx(0.75, abs=1e-5)
-    assert far.weight == pytest.approx(0.25, abs=1e-5)
-    assert near.similarity == pytest.approx(0.9, abs=1e-5)
-    recipe = recipe_of_shares(manifest(), (near, far))
-    assert recipe.name == "mta3:9f2c41d0:cat:a00*250+a02*750"
+    assert (near.weight, far.weight, near.similarity) == pytest.approx((0.75, 0.25, 0.9), abs=1e-5)
+    assert recipe_of_shares(manifest(), (near, far)).name == "mta3:9f2c41d0:cat:a00*250+a02*750"
 
 
 @pytest.mark.parametrize(
     ("cosines", "weights", "terms"),
     [((0.5, -0.5), {0: 1.0, 1: 0.0}, "a00*1000"), ((-0.5, -0.1, -0.9), {1: 0.5, 0: 0.5}, "a00*500+a01*500")],
 )
-def test_a_negative_similarity_counts_as_nothing_and_where_all_are_the_weights_are_equal(
-    cosines: tuple[float, ...], weights: dict[int, float], terms: str
-) -> None:
-    index, query = index_at(*cosines)
-    found = topic_weights(index, WeightRule(anchors=2), query)
+def test_negative_similarities_count_as_zero(cosines: tuple[float, ...], weights: dict[int, float], terms: str) -> None:
+    found = topic_weights(index_at(*cosines), WeightRule(anchors=2), QUERY)
     assert {weight.anchor: weight.weight for weight in found} == weights
     assert recipe_of_shares(manifest(), found).name == f"mta3:9f2c41d0:cat:{terms}"
 
 
-@pytest.mark.parametrize(
-    ("common", "share", "terms"),
-    [(True, 1, "c+a00*300+a01*100"), (True, 0.5, "c+a00*150+a01*50"), (True, 0, "c"), (False, 0.5, "a00*750+a01*250")],
-)
-def test_of_strength_and_share_the_common_row_has_the_rest(common: bool, share: float, terms: str) -> None:
-    index, query = index_at(0.6, 0.2)
-    weights = topic_weights(index, WeightRule(anchors=2, strength=0.4), query)
-    assert recipe_of_shares(manifest(common=common), weights, share).name == f"mta3:9f2c41d0:cat:{terms}"
-
-
-@given(
-    st.lists(st.just(0.0) | st.floats(1e-6, 1), min_size=1, max_size=6).filter(any),
-    st.booleans(),
-    st.integers(1, 1000),
-)
-def test_a_recipe_sums_to_the_strength_and_is_canonical(shares: list[float], common: bool, mille: int) -> None:
-    strength = mille / 1000
-    weights = [AnchorWeight(i, strength * share / sum(shares), share) for i, share in enumerate(shares)][::-1]
-    recipe = recipe_of_shares(manifest(6, common, strength), weights)
-    assert parse_recipe(recipe.name) == recipe
-    assert sum(term.weight for term in recipe.terms) == (mille if common else 1000)
-    by_anchor = {term.anchor: term.weight for term in recipe.terms}
-    for a, b in itertools.pairwise(weights):
-        if a.weight > b.weight:
-            assert by_anchor.get(a.anchor, 0) >= by_anchor.get(b.anchor, 0)
+def test_of_strength_and_share_the_common_row_has_the_rest() -> None:
+    weights = topic_weights(index_at(0.6, 0.2), WeightRule(anchors=2, strength=0.4), QUERY)
+    for share, terms in ((1, "c+a00*300+a01*100"), (0.5, "c+a00*150+a01*50"), (0, "c")):
+        assert recipe_of_shares(manifest(common=True), weights, share).name == f"mta3:9f2c41d0:cat:{terms}"
+    assert recipe_of_shares(manifest(common=False), weights, 0.5).name == "mta3:9f2c41d0:cat:a00*750+a01*250"
 
 
 def test_people_of_nearly_the_same_topics_share_a_recipe(tmp_path: Path) -> None:
-    saved = saved_bank(tmp_path)
-    bank = ServingBank.open(tmp_path, saved.embedder.id)
-    _, one = index_at(0.9, 0.3, -0.2, 0.1)
-    other = one + np.array([0, 0.01, 0, 0], np.float32)
-    by_mille = {recipe_of_shares(saved, topic_weights(bank.index, saved.weights, at)).name for at in (one, other)}
+    saved, other = saved_bank(tmp_path), QUERY + np.array([0, 0.01, 0, 0], np.float32)
+    bank = opened(tmp_path)
+    by_mille = {recipe_of_shares(saved, topic_weights(bank.index, saved.weights, at)).name for at in (QUERY, other)}
     assert len(by_mille) == 2
-    assert bank.personalise(one).recipe == bank.personalise(other).recipe
-    assert [term.weight for term in bank.personalise(one).recipe.terms] == [750, 250]
+    assert bank.personalise(QUERY).recipe == bank.personalise(other).recipe
+    assert bank.personalise(QUERY).recipe.name == f"mta3:{saved.short}:cat:a00*750+a01*250"
+    assert [weight.anchor for weight in bank.personalise(QUERY).weights] == [0, 1]
 
 
-def saved_bank(folder: Path, **changes: object) -> BankManifest:
-    index, _ = index_at(0.9, 0.3, -0.2, 0.1)
-    index.save(folder / INDEX_FILE)
-    Atlas.of(index.vectors(range(4))).save(folder / MAP_FILE)
-    np.save(folder / CURVATURE_FILE, np.diag([1.0, 2.0, 3.0, 4.0]))
-    files = {name: file_sha256(folder / name) for name in (INDEX_FILE, MAP_FILE, CURVATURE_FILE)}
-    return write_manifest(folder, manifest().model_copy(update={"files": files, **changes}))
+def measured(seed: int = 0) -> np.ndarray:
+    """A curvature as it is measured: not quite symmetric, positive but for noise."""
+    numbers = np.random.default_rng(seed)
+    root = numbers.normal(size=(N, N))
+    return root @ root.T + 0.01 * numbers.normal(size=(N, N))
 
 
-def test_a_serving_bank_leads_from_an_embedding_to_a_recipe(tmp_path: Path) -> None:
-    written = saved_bank(tmp_path)
-    bank = ServingBank.open(tmp_path, "e" * 16)
-    found = bank.personalise(np.array([1, 0, 0, 0], dtype=np.float32))
-    assert found.recipe.name == f"mta3:{written.short}:cat:a00*750+a01*250"
-    assert [weight.anchor for weight in found.weights] == [0, 1]
+@given(seed=st.integers(0, 999), tokens=st.integers(1, 5000), decay=st.floats(1, 1000))
+def test_a_step_is_the_posterior_mean(seed: int, tokens: int, decay: float) -> None:
+    h = measured(seed)
+    x = np.random.default_rng(seed + 1).normal(size=N)
+    values, vectors = np.linalg.eigh((h + h.T) / 2)
+    h = vectors @ np.diag(np.clip(values, 0, None)) @ vectors.T
+    scale = decay * np.trace(h) / N
+    wanted = np.linalg.solve(tokens * h + scale * np.eye(N), tokens * x)
+    found = Curvature.of(measured(seed)).step(Signature("00000000", tokens, x), decay)
+    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+
+
+def test_a_curvature_that_says_nothing_is_refused() -> None:
+    for number, reason in ((0.0, "no positive curvature"), (np.nan, "not finite")):
+        with pytest.raises(BankError, match=reason):
+            Curvature.of(np.full((N, N), number))
+
+
+class Bowl:
+    """A signer of a quadratic loss; says something of so many places, then is killed."""
+
+    def __init__(self, h: np.ndarray, places: int) -> None:
+        self._h, self._left = h, places
+
+    def slopes(self, examples: object, beyond: int | None = None) -> Vectors:
+        if not self._left:
+            raise KeyboardInterrupt
+        self._left -= 1
+        return np.ones(N) if beyond is None else np.ones(N) + self._h[:, beyond]
+
+
+def test_the_curvature_is_how_slopes_change_and_columns_of_a_killed_run_are_not_measured_again(tmp_path: Path) -> None:
+    h, progress = measured(), Recorder()
+
+    def measure(places: int) -> Vectors:
+        return measure_curvature(Bowl(h, places), [], N, Workbench(tmp_path), progress)  # type: ignore[arg-type]
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(3)
+    assert measure(2) == pytest.approx(h)
+    assert [done for _, done, _ in progress.pieces] == [0, 1, 2, 0, 1, 2, 3, 4]
+
+
+def test_evidence_leads_to_steps_and_topics_to_coarse_shares(tmp_path: Path) -> None:
+    written, bank = signed_bank(tmp_path), opened(tmp_path)
+    found = bank.personalise(QUERY, Signature(written.short, 10**6, np.array([1.0, -1.0, 0.5, 0.1], np.float32)))
+    assert found.source == "signature"
+    assert found.recipe.name == f"mta3:{written.short}:shared:c+a00*1000+a01*-500+a02*167"
+    assert [weight.anchor for weight in found.weights] == [0, 1, 2]
+    assert found.weights[1].gain == -1.0
+    assert parse_recipe(found.recipe.name) == found.recipe
+    topic = bank.personalise(QUERY)
+    assert (topic.source, topic.recipe.name) == ("topic", f"mta3:{written.short}:shared:c+a00*300+a01*100")
+    assert bank.personalise(QUERY, Signature("00000000", 9, np.ones(N, np.float32))) == topic
+
+
+def test_however_many_anchors_there_are_a_name_holds_the_longest_steps() -> None:
+    many = 1024
+    index = AnchorIndex.build(np.eye(many, 384, dtype=np.float32) + 0.001)
+    signature = Signature("9f2c41d0", 10**6, np.linspace(-4.0, 4.0, many, dtype=np.float32))
+    rule = PosteriorRule(anchors=many, decay=1.0)
+    weights = posterior_weights(index, rule, Curvature.of(np.eye(many)), index.vectors(range(1))[0], signature)
+    recipe = replace(recipe_of_steps(manifest(), weights), user_adapter=UserAdapterId("a" * 26, "a" * 26))
+    assert parse_recipe(recipe.name) == recipe
+    assert len(weights) > 300
+    assert min(abs(weight.weight) for weight in weights) > 2.5
+
+
+def test_steps_are_shortened_by_a_share_bounded_and_dropped_where_they_round_to_nothing() -> None:
+    weights = [AnchorWeight(anchor, step, 0.0) for anchor, step in ((2, -9.0), (0, 0.5), (1, 0.0004))]
+    for share, terms in ((1.0, "c+a00*500+a02*-4000"), (0.5, "c+a00*250+a02*-4000"), (0.0, "c")):
+        assert recipe_of_steps(manifest(), weights, share).name == f"mta3:9f2c41d0:cat:{terms}"
+    assert common_recipe(manifest()).name == "mta3:9f2c41d0:cat:c"
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy says so when the record is written
 def test_a_signature_that_holds_what_is_no_number_is_as_good_as_none(tmp_path: Path, number: float) -> None:
-    written = saved_bank(tmp_path, weights=WeightRule(anchors=2, posterior=PosteriorRule()), common=True)
-    bank, embedding = ServingBank.open(tmp_path, "e" * 16), np.array([1, 0, 0, 0], dtype=np.float32)
+    written, bank = signed_bank(tmp_path), opened(tmp_path)
     products = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
-    assert bank.personalise(embedding, Signature(written.short, 9, products)).source == "signature"
+    assert bank.personalise(QUERY, Signature(written.short, 9, products)).source == "signature"
     products[2] = number
     spoiled = StoredSignature(Signature(written.short, 9, products), 1)
-    profile = decode_profile(encode_profile(Profile("ada", 1, 1, "e" * 16, embedding, signature=spoiled)))
+    profile = decode_profile(encode_profile(Profile("ada", 1, 1, "e" * 16, QUERY, signature=spoiled)))
     for signature in (spoiled.signature, profile.evidence):
-        assert bank.personalise(embedding, signature) == bank.personalise(embedding)
+        assert bank.personalise(QUERY, signature) == bank.personalise(QUERY)
 
 
 def test_a_bank_of_before_is_refused_with_the_words_to_build_it_again(tmp_path: Path) -> None:
@@ -159,7 +227,7 @@ def test_a_bank_of_before_is_refused_with_the_words_to_build_it_again(tmp_path: 
     path = tmp_path / MANIFEST_FILE
     path.write_text(path.read_text("utf-8").replace('"format": 4', '"format": 3'), "utf-8")
     with pytest.raises(BankError, match=r"has format 3, which is not supported: build it again with `mta bank build`"):
-        ServingBank.open(tmp_path, "e" * 16)
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -173,14 +241,14 @@ def test_a_bank_of_before_is_refused_with_the_words_to_build_it_again(tmp_path: 
 def test_a_bank_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     saved_bank(tmp_path, **changes)
     with pytest.raises(BankError, match=message):
-        ServingBank.open(tmp_path, "e" * 16)
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("file", [INDEX_FILE, MAP_FILE, CURVATURE_FILE])
 def test_a_bank_with_a_flipped_byte_in_a_file_of_its_lookups_is_refused(tmp_path: Path, file: str) -> None:
-    saved_bank(tmp_path, weights=WeightRule(posterior=PosteriorRule()))
+    signed_bank(tmp_path)
     content = bytearray((tmp_path / file).read_bytes())
     content[-1] ^= 1
     (tmp_path / file).write_bytes(content)
     with pytest.raises(BankError, match="damaged"):
-        ServingBank.open(tmp_path, "e" * 16)
+        opened(tmp_path)

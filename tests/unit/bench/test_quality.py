@@ -36,7 +36,7 @@ def test_mails_are_written_at_length_by_known_methods_and_the_last_word_is_the_c
 
 def test_a_habit_moves_each_score_by_how_much_likelier_it_makes_it_than_everybodys() -> None:
     def record(method: str, *chances: float) -> Record:
-        return Record("key", "u", "q", method, 0, 0.0, None, "5", chances=chances)
+        return Record("u", "q", method, 0, 0.0, None, "5", chances=chances)
 
     habit, model = (0.1, 0.1, 0.1, 0.1, 0.6), (0.1, 0.0, 0.1, 0.0, 0.2)  # of 0.4 for scores at all
     everybody = dict(zip("12345", (0.2, 0.2, 0.1, 0.2, 0.3), strict=True))
