@@ -12,7 +12,8 @@ import pytest
 from redis.asyncio import Redis
 
 from server.errors import Unavailable
-from server.gateway.access.limiter import InProgress
+from server.gateway.access.limiter import Limiter
+from server.settings import Settings
 from server.store.tenants import rates as scripts
 from server.store.tenants.rates import Rate, Rates, Use
 from tests.support.store_parts import StoreParts
@@ -41,6 +42,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         monkeypatch.setattr(scripts, "_CONSUME", script.replace("redis.call('TIME')", time))
 
     return set_to
+
+
+def limiter(rates: Rates) -> Limiter:
+    return Limiter(rates, Settings(), lambda reason: None)
 
 
 async def take(rates: Rates, rate: Rate, amount: int) -> bool:
@@ -134,8 +139,8 @@ async def test_only_so_many_hold_it_until_their_leases_end(rates: Rates) -> None
 
 
 async def test_renewing_does_not_bring_back_who_left(parts: StoreParts, monkeypatch: pytest.MonkeyPatch) -> None:
-    running, reached, gate, run = InProgress(parts.rates), asyncio.Event(), asyncio.Event(), parts.connection.run
-    member = await running.enter("key-x", 1)
+    running, reached, gate, run = limiter(parts.rates), asyncio.Event(), asyncio.Event(), parts.connection.run
+    member = await running._enter("key-x", 1)
 
     async def late(*arguments: Any) -> Any:
         reached.set()
@@ -144,25 +149,25 @@ async def test_renewing_does_not_bring_back_who_left(parts: StoreParts, monkeypa
 
     with monkeypatch.context() as patched:
         patched.setattr(parts.connection, "run", late)
-        renewing = asyncio.create_task(running.renew())
+        renewing = asyncio.create_task(running.renew_concurrent())
         await reached.wait()
     assert member
-    await running.leave("key-x", member)
+    await running._leave("key-x", member)
     gate.set()
     await renewing
-    member = await running.enter("key-x", 1)
+    member = await running._enter("key-x", 1)
     assert member
-    await running.leave("key-x", member)
+    await running._leave("key-x", member)
 
     async def sent(*arguments: Any) -> Any:
         raise AssertionError(arguments)
 
     monkeypatch.setattr(parts.connection, "run", sent)
-    await running.renew()
+    await running.renew_concurrent()
 
 
 async def test_a_seat_whose_answer_was_lost_is_left(parts: StoreParts, monkeypatch: pytest.MonkeyPatch) -> None:
-    running, run = InProgress(parts.rates), parts.connection.run
+    running, run = limiter(parts.rates), parts.connection.run
 
     async def lost(*arguments: Any) -> Any:
         await run(*arguments)
@@ -170,17 +175,17 @@ async def test_a_seat_whose_answer_was_lost_is_left(parts: StoreParts, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(parts.connection, "run", lost)
-        member = await running.enter("key-x", 1)
+        member = await running._enter("key-x", 1)
     assert member
-    assert not await running.enter("key-x", 1)
-    await running.leave("key-x", member)
-    assert await running.enter("key-x", 1)
+    assert not await running._enter("key-x", 1)
+    await running._leave("key-x", member)
+    assert await running._enter("key-x", 1)
 
 
 async def test_who_goes_on_keeps_its_seat(rates: Rates, raw: Redis) -> None:
-    running = InProgress(rates)
-    await running.enter("key-x", 1)
+    running = limiter(rates)
+    await running._enter("key-x", 1)
     await raw.pexpire("mta:held:running/key-x", 50_000)
-    await running.renew()
+    await running.renew_concurrent()
     assert await raw.pttl("mta:held:running/key-x") > 50_000
-    assert not await running.enter("key-x", 1)
+    assert not await running._enter("key-x", 1)
