@@ -45,14 +45,8 @@ def client_of(session: aiohttp.ClientSession, url: str, key: str | None = KEY) -
 
 
 def ask(model: str, text: str = "hello there", *, max_tokens: int = 8, **sampling: Any) -> EngineRequest:
-    return EngineRequest(
-        request_id="gen-0123",
-        model=model,
-        messages=[{"role": "user", "content": text}],
-        sampling={"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **sampling},
-        prompt_param="prompt",
-        cache_salt="a salt",
-    )
+    sampling = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **sampling}
+    return EngineRequest("gen-0123", model, [{"role": "user", "content": text}], sampling, "prompt", "a salt")
 
 
 async def answer(client: EngineClient, request: EngineRequest) -> str:

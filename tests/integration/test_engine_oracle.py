@@ -118,7 +118,7 @@ def grown(engine: Engine, before: dict[str, float]) -> dict[str, float]:
     return {name: value - before[name] for name, value in counted(engine).items() if value != before[name]}
 
 
-def test_a_new_recipe_is_fused_and_written_once_and_each_part_is_timed(engine: Engine, prefix: str) -> None:
+def test_a_new_recipe_is_fused_and_written_once_and_each_part_is_counted(engine: Engine, prefix: str) -> None:
     names = [f"{prefix}:c+a{i:02d}*500" for i in range(SLOTS + 1)]
     for name in names[1:]:
         content_of(engine.chat(name))
@@ -129,8 +129,6 @@ def test_a_new_recipe_is_fused_and_written_once_and_each_part_is_timed(engine: E
     content_of(engine.chat(names[0]))
     content_of(engine.chat("base"))
     assert grown(engine, before) == once | {"check": 2}
-    for kind in KINDS:
-        assert 0 <= engine.metric(f"mta_engine_{kind}_seconds_sum") < 600
 
 
 def test_many_new_recipes_at_once_through_few_slots_are_all_answered_as_alone(engine: Engine, prefix: str) -> None:

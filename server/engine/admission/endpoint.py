@@ -72,9 +72,7 @@ class MtaEndpointPlugin:
             requests = engine.output_processor.request_states.values()
             return {request.lora_name for request in requests if request.lora_name}
 
-        names = AdapterNames(
-            state.openai_serving_models.lora_requests, capacity=settings.max_adapter_names, in_flight=in_flight
-        )
+        names = AdapterNames(state.openai_serving_models.lora_requests, settings.max_adapter_names, in_flight)
         opening = open_stores(settings, checked=False, timed=StoreSeconds(REGISTRY))  # the engine only reads
         stores = await self._resources.enter_async_context(opening)
         self._users = users = UserAdapters(

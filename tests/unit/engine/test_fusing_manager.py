@@ -216,12 +216,6 @@ def test_who_is_erased_while_their_adapter_is_being_fused_leaves_nothing(manager
     assert manager.held() == manager._prefetcher.names == manager.resident() == []
 
 
-def test_requests_that_wait_keep_no_more_than_a_few_fusions(manager: CountingManager) -> None:
-    for lora_id in range(1, 3 * MAX_PREFETCHED):
-        manager.prefetch(recipe(lora_id))
-    assert manager._prefetcher.names == names_of(*range(1, MAX_PREFETCHED + 1))
-
-
 def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for() -> None:
     prefetcher = FusionPrefetcher(str.upper)
     for number in range(MAX_PREFETCHED):
