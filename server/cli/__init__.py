@@ -28,8 +28,6 @@ from server.settings import Settings, load_settings
 app = typer.Typer(name="mta", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 # Exceptions that signal handlers raise; `bench.exit_on_sigterm` raises SystemExit.
 _SIGNALS: dict[type[BaseException], signal.Signals] = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
-_RESEND_DELAY_S = 0.05
-_WIDTH_IN_FILES = 200
 _URL_PASSWORD = re.compile(r"(://[^:/@]*:)[^/]+(?=@)")  # up to the URL's last @
 
 
@@ -75,7 +73,7 @@ def settings() -> None:
         value = getattr(current, name)
         shown = "" if value is None else _URL_PASSWORD.sub(r"\1***", str(value))  # secrets print as asterisks
         table.add_row(f"MTA_{name.upper()}", Text(shown), Text(field.description or ""))
-    Console(width=None if sys.stdout.isatty() else _WIDTH_IN_FILES).print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def main() -> None:
@@ -98,6 +96,6 @@ def _resend_signal(lost: sys.UnraisableHookArgs) -> None:
     if number is None:
         sys.__unraisablehook__(lost)
         return
-    timer = threading.Timer(_RESEND_DELAY_S, os.kill, (os.getpid(), number))
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
     timer.daemon = True
     timer.start()

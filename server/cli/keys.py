@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,11 +17,9 @@ from rich.table import Table
 from adapters.errors import MtaError, excerpt
 from server.cli.shared import setting
 from server.settings import Settings, load_settings
-from server.store.tenants.access_keys import CREATE, AccessKey, Scope, access_key, checked_secret, new_secret
+from server.store.tenants import access_keys
+from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, Scope
 from server.store.tenants.rates import Allowance
-
-if TYPE_CHECKING:
-    from server.store.tenants.access_keys import AccessKeys
 
 T = TypeVar("T")
 
@@ -55,14 +53,10 @@ def create(
     if given and not supplied:
         typer.echo(f"MTA_FIRST_KEY is empty, so no key was stored: `{CREATE} {name} --first` creates one", err=True)
         return
-    secret = checked_secret(supplied) if given else new_secret()
-    key = access_key(
-        secret,
-        name,
-        settings.tenant if tenant is None else tenant,
-        scope or (Scope if first else (Scope.GENERATE, Scope.WRITE, Scope.ADAPT)),
-        Allowance(requests, tokens, jobs, concurrent),
-    )
+    secret = access_keys.checked_secret(supplied) if given else access_keys.new_secret()
+    owner = settings.tenant if tenant is None else tenant
+    scopes = scope or (Scope if first else (Scope.GENERATE, Scope.WRITE, Scope.ADAPT))
+    key = access_keys.access_key(secret, name, owner, scopes, Allowance(requests, tokens, jobs, concurrent))
     if not _with_keys(settings, lambda keys: keys.add(key, only_first=first)):
         said = f"the store has had a key before, so none was created: `{CREATE} NAME` creates another"
     elif given:
@@ -96,10 +90,10 @@ def revoke(
     """Revoke a key; gateways refuse it within five seconds."""
 
     async def find_and_revoke(keys: AccessKeys) -> tuple[AccessKey, bool]:
-        found = [key for key in (await keys.all()).keys if key.id == key_id]
-        if not found:
-            raise MtaError(f"no key has the id {excerpt(key_id)}: `mta keys list` lists all")
-        return found[0], await keys.revoke(found[0].digest, time.time_ns() // 1_000_000)
+        for key in (await keys.all()).keys:
+            if key.id == key_id:
+                return key, await keys.revoke(key.digest, time.time_ns() // 1_000_000)
+        raise MtaError(f"no key has the id {excerpt(key_id)}: `mta keys list` lists all")
 
     key, was_valid = _with_keys(_settings(data), find_and_revoke)
     typer.echo(f"key {key.id} ({key.name}) " + ("is refused within 5 s" if was_valid else "was revoked before"))

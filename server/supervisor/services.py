@@ -26,7 +26,6 @@ from server.supervisor.data_folder import DataFolder, StartError, write_private
 LOOPBACK = "127.0.0.1"
 PORT_RANGE = range(15_000, 32_768)  # below the ports that Linux uses for outgoing connections and for port 0
 PORT_TRIES = 100
-
 ENGINE_START_S = 1800  # on a GPU, loading, compiling and graph capture of a large model take minutes
 STOP_S = 35  # maximum to stop one engine and all other parts in turn, even if each has to be killed (docs/running.md)
 DRAIN_S = 5  # default for engine and gateway to finish requests in progress before they stop
@@ -38,7 +37,6 @@ _VALKEY_CONFIG = "valkey.conf"
 _HIDDEN_FROM_WORKER = {"MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY", "MTA_FIRST_KEY"}
 
 LIVENESS = "/liveness"  # the router answers 200 as soon as it listens, whatever the state of its engines
-METRICS_PORT = 29000  # default port for the router's metrics
 ROUTER_OPTIONS: dict[str, object] = {
     "policy": "consistent_hash",  # by X-Session-ID, so that the same recipe goes to the same engine
     # At `info` the router logs the session id of each request: a recipe name, which reveals anchors and user adapters.
@@ -160,7 +158,7 @@ def router_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     """Return argv and environment of the router for `MTA_ENGINE_URLS`; no secrets, since requests carry the key."""
     argv = [sys.executable, "-m", "vllm_router.launch_router"]
     argv += ["--host", settings.inner_host, "--port", str(settings.router_port)]
-    argv += ["--prometheus-host", settings.inner_host, "--prometheus-port", str(settings.metrics_port or METRICS_PORT)]
+    argv += ["--prometheus-host", settings.inner_host, "--prometheus-port", str(settings.metrics_port or 29000)]
     for option, value in ROUTER_OPTIONS.items():
         argv += [f"--{option}", str(value)]
     environment = _without_settings()

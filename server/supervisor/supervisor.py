@@ -196,7 +196,6 @@ def guarded(command: Sequence[str], grace_s: float, niceness: int = 0) -> list[s
 
 
 async def _first_of(*awaited: Awaitable[object], timeout_s: float | None = None) -> None:
-    """Wait for the first of these and cancel the others."""
     waiting = [asyncio.ensure_future(one) for one in awaited]
     try:
         await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)

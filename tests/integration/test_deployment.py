@@ -16,20 +16,8 @@ import pytest
 import yaml
 
 from server.gateway.operating.metrics import Metrics
-from tests.support.containers import (
-    BASE,
-    CPU,
-    FLEET,
-    ROOT,
-    SECRETS,
-    WORKLOADS,
-    composed,
-    config,
-    containers,
-    manifests,
-    services,
-    with_hosts,
-)
+from tests.support import containers as kit
+from tests.support.containers import BASE, CPU, FLEET, ROOT, SECRETS, composed, config, containers, services
 
 COMBINATIONS = {"gpu": (BASE,), "cpu": (BASE, CPU)}
 IN_A_FLEET = ("--env-file", FLEET)
@@ -218,14 +206,14 @@ def test_image_and_set_up_script_install_the_same_models() -> None:
 
 
 def of_kind(overlay: str, *kinds: str) -> list[dict[str, Any]]:
-    return [one for one in manifests(overlay) if one["kind"] in kinds]
+    return [one for one in kit.manifests(overlay) if one["kind"] in kinds]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_manifest_is_valid_and_every_container_without_root_secrets_and_ways_to_change_its_image(
     overlay: str,
 ) -> None:
-    for manifest in manifests(overlay):
+    for manifest in kit.manifests(overlay):
         for version in VERSIONS:
             kubernetes_validate.validate(manifest, version, strict=True)
     assert not of_kind(overlay, "Secret")
@@ -268,7 +256,7 @@ def test_the_containers_are_the_services_of_compose(tmp_path: Path) -> None:
         assert bool(lists[0]) == bool(lists[1])
 
         def by_port(values: dict[str, str]) -> dict[str, str]:
-            return {key: with_hosts(value, lambda host, port: port) for key, value in values.items()}
+            return {key: kit.with_hosts(value, lambda host, port: port) for key, value in values.items()}
 
         assert by_port(ours) == by_port(theirs), name
 
@@ -283,7 +271,7 @@ def test_what_the_pages_apply_are_overlays() -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_job_that_goes_first_can_be_applied_with_what_it_needs(overlay: str) -> None:
     ((name, value),) = set(re.findall(r"kubectl apply -k \S+ -l (\w+)=(\w+)", PAGE))
-    chosen = [one for one in manifests(overlay) if one["metadata"].get("labels", {}).get(name) == value]
+    chosen = [one for one in kit.manifests(overlay) if one["metadata"].get("labels", {}).get(name) == value]
     assert {one["kind"] for one in chosen} == {"ConfigMap", "Job", "PersistentVolumeClaim"}
     assert {one["metadata"]["name"].rpartition("-")[0] or one["metadata"]["name"] for one in chosen} == {"models"}
 
@@ -314,7 +302,7 @@ def test_autoscalers_go_by_metrics_that_gateways_have() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_whatever_selects_pods_finds_them(overlay: str) -> None:
-    labels = [one["spec"]["template"]["metadata"]["labels"] for one in of_kind(overlay, *WORKLOADS)]
+    labels = [one["spec"]["template"]["metadata"]["labels"] for one in of_kind(overlay, *kit.WORKLOADS)]
     selectors = [one["spec"]["selector"] for one in of_kind(overlay, "Service")]
     for one in of_kind(overlay, "PodDisruptionBudget", "Deployment", "StatefulSet"):
         selectors.append(one["spec"]["selector"]["matchLabels"])
@@ -324,7 +312,7 @@ def test_whatever_selects_pods_finds_them(overlay: str) -> None:
         assert any(selector.items() <= found.items() for found in labels), selector
     budgets = {one["metadata"]["name"] for one in of_kind(overlay, "PodDisruptionBudget")}
     assert budgets == {"gateway", "router", "engine", "worker"}
-    targets = {(one["kind"], one["metadata"]["name"]) for one in of_kind(overlay, *WORKLOADS)}
+    targets = {(one["kind"], one["metadata"]["name"]) for one in of_kind(overlay, *kit.WORKLOADS)}
     for one in of_kind(overlay, "HorizontalPodAutoscaler"):
         assert (one["spec"]["scaleTargetRef"]["kind"], one["spec"]["scaleTargetRef"]["name"]) in targets
 

@@ -144,15 +144,9 @@ def import_(
     if (out / MANIFEST_FILE).exists() and not force:
         raise BankError(f"{out} already holds a bank: choose another --out, or replace it with --force")
     folder = ensure_base_model(settings.model, settings.cache_dir)
-    manifest = import_bank(
-        adapters,
-        profiles,
-        out,
-        options,
-        model_folder=folder,
-        base_model=model_name(settings.model, folder),
-        embedder=embedders.Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir)),
-    )
+    encoder = embedders.Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
+    name = model_name(settings.model, folder)
+    manifest = import_bank(adapters, profiles, out, options, model_folder=folder, base_model=name, embedder=encoder)
     typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,10 +14,9 @@ if TYPE_CHECKING:
     from adapters.training.trainer import StepReport
 
 LINE_EVERY_S = 5.0
-RECENT_S = 300.0  # the remaining time is estimated from this much recent progress
 
 
-class ConsoleProgress:
+class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
     """Prints steps, loss and the estimated remaining time to stderr; each phase of work has its own bar."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,12 +30,9 @@ class ConsoleProgress:
             TextColumn("{task.description}"),
             console=self._console,
             get_time=clock,
-            speed_estimate_period=RECENT_S,
+            speed_estimate_period=300.0,  # the remaining time is estimated from recent progress
             disable=not self._console.is_terminal,
         )
-
-    def __enter__(self) -> ConsoleProgress:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
@@ -86,6 +83,5 @@ class ConsoleProgress:
 
 
 def _left(work: Task) -> str:
-    """Format the estimated remaining time; empty until there is an estimate."""
     left_s = work.time_remaining
     return "" if left_s is None else f"  about {int(left_s // 60)}:{int(left_s % 60):02d} min left"

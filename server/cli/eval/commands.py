@@ -108,7 +108,6 @@ def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> 
 
 
 def print_authorship(rows: Sequence[AuthorshipRow], console: Console) -> None:
-    """Print the authorship of the methods' texts; nothing if no texts were written."""
     if rows:
         lines = [(row.method, f"{row.named.mean:.1%}", f"{row.rank.mean:.2f}") for row in rows]
         console.print(_table(f"authorship, {rows[0].named.n} people", ("right person first", "mean rank"), lines))

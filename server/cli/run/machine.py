@@ -30,7 +30,6 @@ MIN_TRAINING_BYTES = 2 * GIB  # minimum for a job besides the base model; a larg
 _NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # CUDA itself would occupy GPU memory as long as this process runs.
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free", "--format=csv,noheader,nounits")
-_QUERY_S = 30
 
 
 def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -> list[services.Part]:
@@ -160,7 +159,7 @@ def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Se
 def cards() -> list[Card]:
     """Return the GPUs that this process may use, in CUDA's order; none if `nvidia-smi` does not report their memory."""
     try:
-        output = subprocess.run(_QUERY, capture_output=True, text=True, check=True, timeout=_QUERY_S).stdout
+        output = subprocess.run(_QUERY, capture_output=True, text=True, check=True, timeout=30).stdout
         rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
         known = {name: (int(total) << 20, int(free) << 20) for *names, total, free in rows for name in names}
     except (OSError, ValueError, subprocess.SubprocessError):

@@ -18,8 +18,6 @@ from adapters.errors import MtaError, excerpt
 from server.cli.users.retrying import RequestRefused, RetryingGateway
 from server.store.tenants.user_key import check_user_id
 
-_FALLBACK_FOLDER = Path("out")
-_SNIFF_BYTES = 1 << 20
 _READ_AHEAD = 64  # maximum number of people in memory
 
 
@@ -43,7 +41,7 @@ class Journal:
     """
 
     def __init__(self, people: Path, state: Path | None = None) -> None:
-        folder = people.parent if os.access(people.parent, os.W_OK) else _FALLBACK_FOLDER
+        folder = people.parent if os.access(people.parent, os.W_OK) else Path("out")
         done = state or folder / f"{people.name}.imported"
         self.failed = done.with_name(f"{people.name}.failed.ndjson")
         try:
@@ -130,7 +128,7 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the entries of a file with their places, objects of a list or raw lines; MtaError if it is unreadable."""
     try:
         with path.open("rb") as file:
-            is_list = file.read(_SNIFF_BYTES).lstrip()[:1] == b"["
+            is_list = file.read(1 << 20).lstrip()[:1] == b"["
             file.seek(0)
             if is_list:
                 yield from enumerate(orjson.loads(file.read()), 1)

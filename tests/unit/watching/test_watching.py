@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from logging.config import dictConfig
 from typing import Any
 
@@ -21,22 +21,14 @@ PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
 log = logging.getLogger("tests.watching")
 
 
-@pytest.fixture
-def in_a_traced_request() -> Iterator[None]:
-    tokens = request_id.set("abc123"), traceparent.set(PARENT)
-    yield
-    request_id.reset(tokens[0])
-    traceparent.reset(tokens[1])
-
-
 def line(message: str, *arguments: object, exc_info: Any = None, **more: Any) -> logging.LogRecord:
     record = logging.LogRecord("mta.test", logging.WARNING, "file.py", 1, message, arguments, exc_info)
     record.__dict__.update(more)
     return record
 
 
-@pytest.mark.usefixtures("in_a_traced_request")
-def test_a_line_has_its_ids_once_for_machines_and_for_people() -> None:
+async def test_a_line_has_its_ids_once_for_machines_and_for_people() -> None:
+    request_id.set("abc123"), traceparent.set(PARENT)  # in this test's own task
     shown = JsonFormatter().format(line("took %d ms\nand more", 7, fields={"ms": 7}))
     assert "\n" not in shown
     read = json.loads(shown)
