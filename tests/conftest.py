@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
@@ -20,29 +23,43 @@ from tests.support.gateway import SECRET, GatewayThread
 
 HERE = Path(__file__).parent
 DEAR_FIRST = (
-    "e2e/test_demo_answers.py",  # makes the demo's bank, for which test_demo_run would wait
+    "e2e/test_demo.py",
     "integration/test_engine_oracle.py",
     "integration/test_faults.py",
     "integration/test_fleet.py",
-    "integration/test_adapting.py",
+    "integration/test_bench.py",
     "contract/test_engine.py",
+    "integration/test_gateway_over_vllm.py",
+    "integration/test_openai_client.py",
     "integration/test_engine_plugin.py",
-    "integration/test_erasing_everywhere.py",
     "integration/test_worker_process.py",
-    "integration/test_bank_exchange.py",
-    "e2e/test_demo_run.py",
-    "e2e/console/test_console.py",
     "integration/test_containers.py",
     "contract/test_store_model.py",
+    "integration/test_adapting.py",
+    "integration/test_bank_exchange.py",
     "integration/test_watched.py",
     "integration/test_documented.py",
     "integration/test_bank_build.py",
     "integration/test_eval_engine.py",
-    "integration/test_bench.py",
     "integration/test_up.py",
 )
 """What takes longest, so that no core waits for it at the end."""
+TOGETHER = ("tests/integration/test_gateway_over_vllm.py", "tests/integration/test_openai_client.py")
+"""What shares its engine with the engines' contract."""
 _numbers = itertools.count()
+
+
+class FileScheduling(LoadFileScheduling):
+    """A file runs in one process; those that share an engine run in the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "tests/contract/test_engine.py" if file in TOGETHER else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling | None:
+    return FileScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -86,9 +103,16 @@ def tiny_engine(tiny_bank_folder: Path, tiny_model_folder: Path) -> Iterator[Eng
 
 
 @pytest.fixture(scope="session")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+def memory() -> Iterator[Path]:
+    """A folder for the data of stores, in memory where the machine has such a place: what a disk would add is time."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def valkey(memory: Path) -> Iterator[ValkeyProcess]:
     """A durable Valkey; tests use users of their own."""
-    server = ValkeyProcess(tmp_path_factory.mktemp("valkey")).start()
+    server = ValkeyProcess(memory / "valkey").start()
     yield server
     server.kill()
 

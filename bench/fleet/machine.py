@@ -53,7 +53,8 @@ def wait_for_router(up: Up) -> None:
 def engine_client(up: Up, name: str) -> httpx.Client:
     """Return a client of one of the engines, which must have the key `KEY`."""
     headers = {"Authorization": f"Bearer {KEY}"}
-    return httpx.Client(base_url=f"http://{up.address(name)}", headers=headers, timeout=600)
+    limits = httpx.Limits(keepalive_expiry=2)  # well below vLLM's own 5 s
+    return httpx.Client(base_url=f"http://{up.address(name)}", headers=headers, timeout=600, limits=limits)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import redis.asyncio as redis
@@ -22,13 +21,6 @@ settings.register_profile("long")  # `test_store_model.py` reads which profile w
 
 
 @pytest.fixture(scope="session")
-def memory() -> Iterator[Path]:
-    """A folder in memory: what a disk would add to these tests is time."""
-    with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        yield Path(folder)
-
-
-@pytest.fixture(scope="session")
 def cluster(memory: Path) -> Iterator[ValkeyCluster]:
     """Three primaries without replicas."""
     running = ValkeyCluster(memory / "cluster").start()
@@ -40,7 +32,7 @@ def cluster(memory: Path) -> Iterator[ValkeyCluster]:
 def each_server(memory: Path) -> Iterator[dict[str, ValkeyProcess]]:
     """The packaged Valkey, and Redis where it is installed."""
     binaries = server_binaries().items()
-    running = {name: ValkeyProcess(memory / name, DURABLE, binary).start() for name, binary in binaries}
+    running = {name: ValkeyProcess(memory / f"each-{name}", DURABLE, file).start() for name, file in binaries}
     yield running
     for server in running.values():
         server.kill()

@@ -1,28 +1,87 @@
-"""The demo's own bank behind a real server, started once for all tests here."""
+"""The demo on a terminal and one browser: one server with the real model for all tests here."""
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, expect
 
-from deploy.demo.bank import build_bank
-from deploy.demo.personas import PEOPLE, anchors
-from deploy.demo.server import running_server
+from bench.rig.processes import command_line, descendants
+from deploy.console.browser import PATIENCE_MS, Looking, chromium, looking, running_browser
+from deploy.demo.personas import PEOPLE
 from mta_client import Client
+from tests.support.terminal import Terminal, terminal
+
+DEMO = (sys.executable, "-m", "deploy.demo", "--data")
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 600.0
+
+expect.set_options(timeout=PATIENCE_MS)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A demo that has shown everything and stays up."""
+
+    terminal: Terminal
+    shown: str  # from the answers on
+    url: str  # of its server
+
+    @property
+    def pid(self) -> int:
+        return self.terminal.process.pid
+
+    def engine(self) -> int:
+        """The pid of the engine's API process."""
+        commands = {pid: command_line(pid) for pid in descendants(self.pid)}
+        return next(
+            pid for pid, command in commands.items() if "-m server.engine " in command and "guard" not in command
+        )
 
 
 @pytest.fixture(scope="session")
-def demo_bank() -> Path:
-    """The bank that `make demo` builds; trained here only when it is not there yet."""
-    return build_bank(anchors())
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """`make demo`; the bank is trained here only if the cache has none."""
+    with terminal([*DEMO, str(tmp_path_factory.mktemp("demo") / "data")], ROOT) as screen:
+        shown = screen.wait_for(r"(?s)\[5/6\](.*)Ctrl-C stops everything", PATIENCE_S)[1]
+        url = re.search(r"The server stays up at (http://\S+)", shown)
+        assert url, shown
+        yield Demo(screen, shown, url[1])
 
 
 @pytest.fixture(scope="session")
-def demo_api(demo_bank: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """`mta up` over that bank, where the demo's three people are known."""
-    with running_server(demo_bank, tmp_path_factory.mktemp("demo") / "data", print) as server:
-        for person in PEOPLE:
-            server.api.put_profile(person.user_id, person.lines)
-        yield server.api
+def api(demo: Demo) -> Iterator[Client]:
+    with Client(demo.url, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")  # of the one module there is: asyncio is not to be had while it runs
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    executable = chromium()
+    if executable is None:
+        pytest.skip("this machine has no Chromium: `deploy/setup.sh tools` installs it where it can")
+    with running_browser(executable) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def people(api: Client) -> None:
+    """The demo's three people, without the adapter that the demo trains for one of them."""
+    for person in PEOPLE:
+        api.forget(person.user_id)
+        api.put_profile(person.user_id, person.lines)
+
+
+@pytest.fixture
+def look(browser: Browser, demo: Demo, people: None) -> Iterator[Looking]:
+    """A page of the console that complains about nothing and asks nobody else; it may be refused things."""
+    with looking(browser, demo.url) as looker:
+        yield looker
+        assert looker.faults == []
+        assert looker.foreign == []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import httpx
 import pytest
@@ -29,11 +29,8 @@ from tests.support.gateway import GatewayThread, wait_until_ready
 from tests.support.store_parts import StoreParts
 from tests.support.watchdog import never_held
 
-
-class Work(Protocol):
-    """Has a worker train whatever there is; `meanwhile` is called at the first step."""
-
-    def __call__(self, meanwhile: Callable[[], object] = lambda: None, tracing: Tracing | None = None) -> None: ...
+Work = Callable[..., None]
+"""Has a worker train whatever there is; the first argument is called at the first step, `tracing` traces it."""
 
 
 @pytest.fixture
@@ -102,20 +99,20 @@ def working(url: str, trainer: AdapterTrainer, bank_folder: Path) -> Work:
     """A worker in the test's own process, on the stores at a URL."""
     bank = ServingBank.open(bank_folder, trainer.manifest.embedder.id)
 
-    async def all_of_it(meanwhile: Callable[[], object], tracing: Tracing | None) -> None:
+    async def all_of_it(meanwhile: Callable[[], object] = lambda: None, tracing: Tracing | None = None) -> None:
         async with StoreParts.opened(url) as parts:
             interrupted = Interrupted(trainer, meanwhile)
             worker = JobLoop(parts.jobs, parts.profiles, bank, interrupted, tracing=tracing or Tracing())
             while await worker.work_once(0.1):
                 pass
 
-    return lambda meanwhile=lambda: None, tracing=None: asyncio.run(all_of_it(meanwhile, tracing))
+    return lambda *given, **named: asyncio.run(all_of_it(*given, **named))
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+def store(memory: Path) -> Iterator[ValkeyProcess]:
     """One that a test may stop, start again and empty."""
-    server = ValkeyProcess(tmp_path_factory.mktemp("store")).start()
+    server = ValkeyProcess(Path(tempfile.mkdtemp(dir=memory))).start()
     yield server
     server.kill()
 

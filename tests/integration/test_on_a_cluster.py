@@ -27,10 +27,10 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
+def cluster(memory: Path) -> Iterator[ValkeyCluster]:
     """Three primaries that go on when one is gone; the first has a replica."""
     options = (*DURABLE, "--cluster-require-full-coverage", "no")
-    running = ValkeyCluster(tmp_path_factory.mktemp("cluster"), options, replicas=1).start()
+    running = ValkeyCluster(memory / "bearing", options, replicas=1).start()
     yield running
     running.kill()
 

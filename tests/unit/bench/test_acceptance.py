@@ -1,8 +1,9 @@
-"""How acceptance judges reports, those of packages among them, and that nothing stops it from saying so."""
+"""How acceptance judges reports, those of packages among them; the quality benchmark's commands and judgements."""
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ from unittest.mock import MagicMock
 import pytest
 import typer
 
+from bank.evaluation.methods import parse_methods
+from bank.evaluation.run import Record
 from bench import acceptance
 from bench.acceptance import FUSE, GATEWAY, ORACLE, PACKAGES, SOAK, Figure, Outcome, Target, judge
+from bench.quality import __main__ as quality
+from bench.quality.ratings import judged
 from deploy import audit
 
 SKIPPED = {"name": "torch", "skip_reason": "Dependency not found and could not be audited: torch (2.13.0+cpu)"}
@@ -37,24 +42,6 @@ def test_every_row_that_a_target_names_must_be_there_and_meet_it(report: Path) -
     assert _verdicts(report, {}, FUSE) == [False]
     report.unlink()
     assert [figure.met for figure in judge(report, ORACLE)] == [False] * len(ORACLE)
-
-
-@pytest.mark.parametrize(
-    ("targets", "label", "good", "bad"),
-    [
-        (FUSE, "merge over worker", {"median": 5.0, "min": 1, "max": 9}, {"median": 4.9, "min": 1, "max": 9}),
-        (ORACLE[:1], "shared, float32: largest", "9.9e-03", "1.1e-02"),
-        (SOAK[:1], "answers", "2000 of 2000", "1999 of 2000"),
-        (SOAK[1:2], "stream still running at the end", True, False),
-        (SOAK[2:3], "of them not this recipe's own choice", 0, 1),
-        (SOAK[5:6], "/metrics, lines after 10 and 2000", "5000 and 5000", "5000 and 5001"),
-    ],
-)
-def test_targets_are_those_of_the_product(
-    report: Path, targets: tuple[Target, ...], label: str, good: object, bad: object
-) -> None:
-    assert _verdicts(report, {label: good}, targets) == [True]
-    assert _verdicts(report, {label: bad}, targets) == [False]
 
 
 def test_a_missed_aim_is_shown_but_fails_nothing(report: Path) -> None:
@@ -116,3 +103,31 @@ def test_the_sbom_lists_what_is_installed(tmp_path: Path, monkeypatch: pytest.Mo
     rows = json.loads((tmp_path / "audit.json").read_text("utf-8"))["rows"]
     assert rows["components in the SBOM"] == len(components)
     assert rows["known vulnerabilities"] == "not checked"
+
+
+def test_mails_are_written_at_length_by_known_methods_and_the_last_word_is_the_callers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = MagicMock(return_value=subprocess.CompletedProcess([], 0))
+    monkeypatch.setattr(subprocess, "run", run)
+    quality.main(data=tmp_path, task="mail", out=tmp_path, seeds=1, evaluate="--write merged")
+    build, evaluation = (call.args[0][3:] for call in run.call_args_list)
+    assert build[:2] == ["bank", "build"]
+    assert evaluation[0] == "eval"
+    written = [evaluation[place + 1] for place, word in enumerate(evaluation) if word == "--write"]
+    assert written[-1] == "merged"
+    assert set(parse_methods(written[0])) <= set(parse_methods(evaluation[evaluation.index("--methods") + 1]))
+
+
+def test_a_habit_moves_each_score_by_how_much_likelier_it_makes_it_than_everybodys() -> None:
+    def record(method: str, *chances: float) -> Record:
+        return Record("u", "q", method, 0, 0.0, None, "5", chances=chances)
+
+    habit, model = (0.1, 0.1, 0.1, 0.1, 0.6), (0.1, 0.0, 0.1, 0.0, 0.2)  # of 0.4 for scores at all
+    everybody = dict(zip("12345", (0.2, 0.2, 0.1, 0.2, 0.3), strict=True))
+    errors, losses = judged([record("prior", *habit), record("common", *model)], everybody)
+    assert errors["prior"]["u"] == [pytest.approx(1.0)]
+    assert errors["common"]["u"] == [pytest.approx(5 - (1 + 3 + 2 * 5) / 4)]
+    assert losses["common"]["u"] == [pytest.approx(-math.log(0.5) / 2)]
+    assert losses["common+prior"]["u"] == [pytest.approx(-math.log(1.0 / (0.125 + 0.25 + 1.0)) / 2)]
+    assert set(losses) == {"prior", "common", "common+prior"}

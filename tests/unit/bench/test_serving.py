@@ -1,37 +1,102 @@
-"""Whom `stall` and `thrash` ask as, and the tables they make; the servers are stand-ins that only stream."""
+"""What benchmarks of serving refuse, whom they ask as, and the tables they make; the servers only stream."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
+import httpx
 import pytest
+import typer
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
+from bench.page.report import Figures
+from bench.rig import client as rig
+from bench.rig.client import until_signed
 from bench.rig.engine import KEY, Engine
-from bench.serving import stall, thrash
+from bench.scale import __main__ as scale
+from bench.scale import anchors, importing, recipes, users
+from bench.serving import cost, gateway, stall, thrash
 from bench.serving.load import Ask, loading
-from tests.unit.bench.streaming import Streaming
+from bench.serving.users import Query, judged
+from mta_client import Client
 
-Stand = dict[str, Streaming]
+TOKEN_S = 0.001
+OWN_KEY = "mta_of_the_reader"
+
+
+class Streaming:
+    """Streams as many tokens as it is asked for, and refuses the model `bad`; in an event loop of another thread."""
+
+    def __init__(self, run: Callable[[Any], Any]) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: set[str] = set()
+        self.loaded: list[str] = []
+        self.open = self.most = 0  # streams at once
+        app = web.Application()
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/load_lora_adapter", self._load)
+        self.server = TestServer(app)
+        run(self.server.start_server())
+        url = str(self.server.make_url("")).rstrip("/")
+        self.engine = Engine(url, 0, httpx.Client(base_url=url))
+
+    async def _load(self, request: web.Request) -> web.Response:
+        self.loaded.append((await request.json())["lora_name"])
+        return web.Response(text="ok")
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        self.keys.add(request.headers.get("Authorization", ""))
+        if body["model"] == "bad":
+            return web.json_response({"error": "no such model"}, status=404)
+        self.open += 1
+        self.most = max(self.most, self.open)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(body["max_tokens"]):
+            await asyncio.sleep(TOKEN_S)
+            await response.write(f"data: {json.dumps({'choices': [{'text': 'x'}]})}\n\n".encode())
+        usage = {"choices": [], "usage": {"completion_tokens": body["max_tokens"], "prompt_tokens": 3}}
+        await response.write(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
+        self.open -= 1
+        return response
 
 
 @pytest.fixture
-def stand(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
+def stand(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Streaming]]:
     """The servers that a benchmark starts, by flavour."""
-    with Streaming() as ours, Streaming() as stock:
-        servers = {"ours": ours, "stock": stock}
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
 
-        @contextmanager
-        def stand_in(_: object, flavour: str = "ours", **__: object) -> Iterator[Engine]:
-            yield servers[flavour].engine
+    def run(work: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work, loop).result(10)
 
-        for module in (stall, thrash):
-            monkeypatch.setattr(module, "vllm_server", stand_in)
-        yield servers
+    servers = {flavour: Streaming(run) for flavour in ("ours", "stock")}
+
+    @contextmanager
+    def stand_in(_: object, flavour: str = "ours", **__: object) -> Iterator[Engine]:
+        yield servers[flavour].engine
+
+    for module in (stall, thrash):
+        monkeypatch.setattr(module, "vllm_server", stand_in)
+    yield servers
+    for server in servers.values():
+        server.engine.client.close()
+        run(server.server.close())
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
 
 
 def table(out: Path) -> list[dict[str, Any]]:
@@ -39,19 +104,19 @@ def table(out: Path) -> list[dict[str, Any]]:
     return [dict(zip(found["columns"], line, strict=True)) for line in found["lines"]]
 
 
-async def test_a_stream_has_a_first_token_and_gaps_and_a_failure_ends_the_run(stand: Stand) -> None:
+async def test_a_stream_has_a_first_token_and_gaps_and_a_failure_ends_the_run(stand: dict[str, Streaming]) -> None:
     async with loading(stand["ours"].engine) as (loader,):
         answer = await loader.stream(Ask("a", [5, 6, 7], 4))
         assert (answer.tokens, len(answer.gaps_ms)) == (4, 3)
         assert answer.first_ms > 0
-        (body,) = stand["ours"].seen.bodies
+        (body,) = stand["ours"].bodies
         sent = {"model": "a", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True, "temperature": 0}
         assert body.items() >= sent.items()
         with pytest.raises(RuntimeError, match="bad was not answered"):
             await loader.together([Ask("a", [1], 1), Ask("bad", [1], 1)])
 
 
-def test_users_go_round_on_both_sides(stand: Stand, tmp_path: Path) -> None:
+def test_users_go_round_on_both_sides(stand: dict[str, Streaming], tmp_path: Path) -> None:
     thrash.main(tiny_model=True, users=[3, 6], clients=2, requests=6, rounds=2, tokens=3, out=tmp_path / "thrash.json")
     rows = table(tmp_path / "thrash.json")
     sides = [(users, server) for users in (3, 6) for server in ("ours", "stock vLLM")]
@@ -59,17 +124,17 @@ def test_users_go_round_on_both_sides(stand: Stand, tmp_path: Path) -> None:
     assert rows[0]["tokens/s over 3 users'"]["median"] == 1
     assert all(row["tokens/s"]["n"] == 2 and row["first token p99, ms"] >= row["first token p50, ms"] for row in rows)
     for server in stand.values():
-        assert server.seen.most == 2
-        assert server.seen.keys == {f"Bearer {KEY}"}
-        assert len({body["cache_salt"] for body in server.seen.bodies}) == len(server.seen.bodies)
-        asked = Counter(body["model"] for body in server.seen.bodies)
+        assert server.most == 2
+        assert server.keys == {f"Bearer {KEY}"}
+        assert len({body["cache_salt"] for body in server.bodies}) == len(server.bodies)
+        asked = Counter(body["model"] for body in server.bodies)
         # three blocks of six at each of two levels: the first three users take turns in both
         assert sorted(asked.values()) == [3, 3, 3, 9, 9, 9]
-    assert len(stand["stock"].seen.loaded) == 6
-    assert set(stand["stock"].seen.loaded) == {body["model"] for body in stand["stock"].seen.bodies}
+    assert len(stand["stock"].loaded) == 6
+    assert set(stand["stock"].loaded) == {body["model"] for body in stand["stock"].bodies}
 
 
-def test_never_seen_users_come_once_and_resident_ones_again(stand: Stand, tmp_path: Path) -> None:
+def test_never_seen_users_come_once_and_resident_ones_again(stand: dict[str, Streaming], tmp_path: Path) -> None:
     out = tmp_path / "stall.json"
     stall.main(tiny_model=True, per_s=200, arrivals=8, streams=2, pairs=2, slots=8, out=out)
     rows = table(out)
@@ -77,8 +142,111 @@ def test_never_seen_users_come_once_and_resident_ones_again(stand: Stand, tmp_pa
     assert rows[0]["p99 over resident's"]["n"] == 2
     assert rows[1]["p99 over resident's"] is None
     assert rows[2]["first token of who arrives, ms"] is None
-    arrived = Counter(body["model"] for body in stand["ours"].seen.bodies if body["max_tokens"] == 1)
-    resident = {body["model"] for body in stand["ours"].seen.bodies if body["max_tokens"] == 2}
+    arrived = Counter(body["model"] for body in stand["ours"].bodies if body["max_tokens"] == 1)
+    resident = {body["model"] for body in stand["ours"].bodies if body["max_tokens"] == 2}
     assert len(resident) == stall.RESIDENT
     assert {arrived[name] for name in resident} == {6}  # three blocks of eight over four of them
     assert sum(arrived[name] == 1 for name in arrived.keys() - resident) == 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ({"tiny_model": True, "bank": Path("bank")}, "--tiny"),
+        ({"bank": Path("bank"), "rank": [32]}, "--rank"),
+        ({"only": ["1 stream", "no such text"]}, "--only"),
+        ({"only": ["over 16 recipes"], "slots": [16, 8]}, "--slots"),
+    ],
+)
+def test_cost_refuses_what_it_would_ignore(given: dict[str, Any], hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MTA_BANK", raising=False)
+    with pytest.raises(typer.BadParameter) as refused:
+        cost.main(**given)
+    assert refused.value.param_hint == hint
+
+
+def test_a_quick_run_measures_no_less_than_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {}
+    for what, module in (("users", users), ("lookups", anchors), ("recipes", recipes), ("people", importing)):
+        measured[what] = MagicMock(return_value=Figures(what, ("figure",), []))
+        monkeypatch.setattr(module, "measure", measured[what])
+    few = {"users": 1000, "lookups": 100, "recipes": 100, "people": 100}
+    for given, numbers in ((few, [1000, 100, 100, 100]), ({}, [20_000, 400, 2000, 200])):
+        scale.main(**given, quick=True, out=None)
+        asked = {what: measure.call_args.args for what, measure in measured.items()}
+        assert [asked["users"][0].users, asked["lookups"][1], asked["recipes"][0], asked["people"][0]] == numbers
+
+
+def test_the_wait_is_over_when_all_are_signed_who_can_be_by_a_bank_with_signatures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rule, looks, keys = ["signature"], Counter[str](), set[str | None]()
+    known = dict.fromkeys(("updated_at", "recipe", "embedder"), "") | {"items": 3, "bytes": 9, "anchors": []}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        """A worker reads one user's items with every look at them; it never signs whoever is `plain`."""
+        keys.add(request.headers.get("Authorization"))
+        if request.url.path == "/bank":
+            return httpx.Response(200, json={"rule": {"name": rule[0]}})
+        user = request.url.path.rpartition("/")[2]
+        looks[user] += 1
+        source = "signature" if user != "plain" and looks[user] > int(user) else "topic"
+        return httpx.Response(200, json=known | {"user_id": user, "at": None, "adapter": None, "source": source})
+
+    monkeypatch.setattr(rig, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(rig, "POLL_S", 0.001)
+    monkeypatch.setenv("MTA_API_KEY", OWN_KEY)
+    transport = httpx.MockTransport(answer)
+    with ExitStack() as stack:
+        plain = stack.enter_context(httpx.Client(transport=transport))
+        client = stack.enter_context(Client("http://mta", transport=transport))
+        monkeypatch.setattr(httpx, "get", plain.get)
+        assert until_signed(client, ["0", "2", "plain", "5"]) == {"plain"}
+        assert (looks["0"], looks["2"], looks["5"]) == (1, 3, 6)
+        assert keys == {f"Bearer {OWN_KEY}"}
+        rule[0] = "topic"
+        looks.clear()
+        assert until_signed(client, ["0", "plain"]) == {"0", "plain"}
+        assert not looks
+
+
+def test_the_key_goes_to_the_gateway_and_the_engine_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Client, "put_profile", lambda *_: SimpleNamespace(recipe="mta3:00000000:shared:c"))
+    for key, shown in ((OWN_KEY, {"Authorization": f"Bearer {OWN_KEY}"}), ("", {})):
+        monkeypatch.setenv("MTA_API_KEY", key)
+        sides = gateway._sides("http://gateway", "http://engine", "inner", 4)
+        assert sides["gateway"].headers == shown
+        assert sides["engine"].headers == {"Authorization": "Bearer inner"}
+
+
+def query(user: str, recipe: str, source: str = "signature", **changes: Any) -> Query:
+    given = {"recipe_again": recipe, "merged": "mine", "none": "anybody's", "again": "mine"} | changes
+    return Query(user, f"q-{user}", "?", "!", "merged", recipe, source, **given)
+
+
+TOPICS, SIGNED = ([query(f"{n}", f"r{n % 2}", source) for n in range(10)] for source in ("topic", "signature"))
+MANY = [query(f"{n}", f"r{n}") for n in range(60)]
+OTHER = {"again": "mine, but otherwise"}
+MOVED = query("b", "r2", "topic", recipe_again="r3", **OTHER)
+CHANGED = query("b", "r", **OTHER)
+
+
+@pytest.mark.parametrize(
+    ("queries", "wrong"),
+    [
+        (TOPICS, []),  # people share recipes by topic, but not by signature
+        (MANY[:10], []),
+        (SIGNED, ["of them by signature"]),
+        ([query(f"{n}", "r", "topic") for n in range(10)], ["distinct recipes"]),
+        # Another recipe explains another answer, and is wrong by itself.
+        ([query("a", "r1"), MOVED], ["answers with the same recipe when asked again"]),
+        # Another answer by the same recipe must be a near tie.
+        ([*MANY, CHANGED], ["unexplained differences"]),
+        ([*MANY, query("b", "r", gap_nats=0.5, **OTHER)], ["unexplained differences"]),
+        ([*MANY, query("b", "r", gap_nats=0.1, **OTHER)], []),
+        ([CHANGED, query("a", "r1")], ["of them equal, alone", "unexplained differences"]),
+    ],
+)
+def test_what_is_wrong_with_answers_is_named(queries: list[Query], wrong: list[str]) -> None:
+    assert [what for what, _, good in judged(queries) if not good] == wrong
+    assert CHANGED.differs and not MOVED.differs

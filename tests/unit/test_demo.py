@@ -1,21 +1,36 @@
-"""The demo's people: marks that tell manners apart, and three who share nothing with the bank."""
+"""The demo: people whose manners a program can tell apart, output that can be read and pasted, and its end."""
 
 from __future__ import annotations
 
+import io
+import json
 import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from bank.items.profile import item_pair, item_text, parse_item, profile_embedding
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
+from deploy.demo import __main__ as demo
+from deploy.demo.adapting import Training
+from deploy.demo.asking import Answer
 from deploy.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
 from deploy.demo.personas import PEOPLE, QUESTIONS, anchors
+from deploy.demo.report import answers_table, curl_lines
+from deploy.demo.server import Server
 
 PLAIN = "Boil the water in London. Add the tea and wait."
 MIN_ITEMS = 30
+WIDTH = 100
 ANCHORS = anchors(seed=0)
 
 
@@ -48,13 +63,10 @@ def test_mark_is_told_mechanically(manner: Manner, text: str, shows: bool) -> No
     assert manner.shows(text) is shows
 
 
-@pytest.mark.parametrize("manner", MANNERS, ids=lambda manner: manner.world)
-def test_a_manner_bears_its_own_mark_and_no_other(manner: Manner) -> None:
-    assert [other for other in MANNERS if other.shows(manner.write(PLAIN))] == [manner]
-    assert not manner.shows(PLAIN)
-
-
-def test_every_item_of_an_anchor_bears_its_mark_and_trains() -> None:
+def test_every_item_of_an_anchor_bears_its_mark_alone_and_trains() -> None:
+    for manner in MANNERS:
+        assert [other for other in MANNERS if other.shows(manner.write(PLAIN))] == [manner]
+        assert not manner.shows(PLAIN)
     task = get_task("chat")
     assert ANCHORS == anchors(seed=0) != anchors(seed=4)
     for user in ANCHORS:
@@ -90,3 +102,53 @@ def test_the_lines_of_each_person_find_anchors_of_their_manner(embedder_folder: 
         similarities = bank @ embedding([{"text": line} for line in person.lines])
         nearest = np.argsort(-similarities)[:2]
         assert [_manner_of(ANCHORS[i]) for i in nearest] == [person.manner] * 2
+
+
+def test_long_answers_wrap_and_nothing_is_cut() -> None:
+    words = [f"word{i}" for i in range(60)]
+    spoke = (("a00", 0.505), ("a02", 0.495))
+    answers = {
+        ("Why?", "nobody"): Answer(" ".join(words), True, "base", (), 81.2),
+        ("Why?", "kai"): Answer("- [red] is no markup\n- two", False, "merged", spoke, 123.4),
+    }
+    console = Console(width=WIDTH, record=True, file=io.StringIO())
+    console.print(answers_table(["Why?"], answers, {"nobody": "no profile", "kai": "bullets"}))
+    shown = console.export_text()
+    assert max(map(len, shown.splitlines())) <= WIDTH
+    said = ("word59 …", "- [red] is no markup", "- two", "a00 0.505", "a02 0.495", "123 ms", "81 ms", "none", "Why?")
+    assert [text for text in (*words[:-1], *said) if text not in shown] == []
+
+
+def test_each_call_to_try_is_one_shell_command_with_json() -> None:
+    lines = curl_lines("http://127.0.0.1:8000", "kai").replace("\\\n", " ").splitlines()
+    calls = [shlex.split(line) for line in lines if not line.startswith("#")]
+    assert [call[0] for call in calls] == ["curl"] * len(calls)
+    bodies = [json.loads(call[call.index("-d") + 1]) for call in calls if "-d" in call]
+    assert [body.get("user_id") for body in bodies] == ["kai", None, "me"]
+
+
+def test_without_a_terminal_it_shows_both_tables_and_stops_the_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped: list[str] = []
+
+    @contextmanager
+    def server(*_: object) -> Iterator[Server]:
+        yield Server(MagicMock(), MagicMock())
+        stopped.append(capsys.readouterr().out)
+
+    job = MagicMock(state="succeeded", error=None, progress={"steps": 12}, held_out={"before": 3.0, "after": 2.0})
+    for name, stand_in in {
+        "run_mta": MagicMock(),
+        "build_bank": MagicMock(),
+        "running_server": server,
+        "ask": lambda *_: Answer("said", False, "merged", (("a00", 0.5),), 81.2),
+        "adapting.train": lambda *_: Training(job, [3.0, 2.0], 9.0),
+    }.items():
+        monkeypatch.setattr(f"{demo.__name__}.{name}", stand_in)
+    monkeypatch.setattr(signal, "signal", MagicMock())
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    assert demo.main() == 0
+    (shown,) = stopped
+    assert all(text in shown for text in ("Asked by", "succeeded after 12 steps", "3.00 → 2.00", "before and after"))
+    assert "Ctrl-C" not in shown

@@ -10,12 +10,12 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from bench.rig.up import Up
 from deploy.console.browser import TRAINING_MS, Looking
 from deploy.demo import adapting
 from deploy.demo.personas import QUESTIONS
 from mta_client import Client, MtaError
-from tests.e2e.console.playground import answer, answered
+from tests.e2e.conftest import Demo
+from tests.e2e.playground import answer, answered
 
 HOSTILE = "<img_src=x_onerror=alert(1)>"
 MARKUP = "<img src=x onerror=\"document.title='owned'\"><script>alert(2)</script>"
@@ -112,22 +112,19 @@ class TestAdapt:
         page.goto(link)  # the same job, found again
         expect(page.get_by_role("region", name="Training").get_by_role("status")).to_contain_text(ENDED)
 
-    @pytest.mark.parametrize(
-        ("samples", "found", "fault"),
-        [
+    def test_samples_come_in_several_forms(self, look: Looking) -> None:
+        page = look.visit("adapt")
+        for samples, found, fault in (
             (CSV, "2 samples", "row 4 has no output"),
             ('[{"input": "a", "output": "b"}]', "1 sample", ""),
-            ('{"samples": [{"input": "a", "output": "b"}]}', "1 sample", ""),
             ('{"input": "a", "output": "b"}\n{"input"', "1 sample", "line 2 is not JSON"),
             ("question;answer\na;b", "0 samples", "neither JSON nor CSV"),
-        ],
-    )
-    def test_samples_come_in_several_forms(self, look: Looking, samples: str, found: str, fault: str) -> None:
-        page = look.visit("adapt")
-        _fill(page, samples)
-        expect(page.get_by_role("button", name=f"Train on {found}", exact=True)).to_be_visible()
-        if fault:
-            expect(page.get_by_text(fault)).to_be_visible()
+            ('{"samples": [{"input": "a", "output": "b"}]}', "1 sample", ""),
+        ):
+            _fill(page, samples)
+            expect(page.get_by_role("button", name=f"Train on {found}", exact=True)).to_be_visible()
+            if fault:
+                expect(page.get_by_text(fault)).to_be_visible()
 
     def test_a_file_can_be_chosen_or_dropped(self, look: Looking, tmp_path: Path) -> None:
         page = look.visit("adapt")
@@ -158,9 +155,16 @@ class TestAdapt:
 
 
 class TestBank:
-    def test_the_map_shows_every_anchor_and_a_user_among_those_who_speak(self, look: Looking, machine: Up) -> None:
-        told = httpx.get(f"{machine.url}/bank").raise_for_status().json()
+    def test_it_shows_the_rule_in_words_every_anchor_and_a_user_among_those_who_speak(
+        self, look: Looking, demo: Demo
+    ) -> None:
+        told = httpx.get(f"{demo.url}/bank").raise_for_status().json()
         page = look.visit("bank")
+        expect(page.get_by_role("region", name="The rule of weights")).to_contain_text(told["rule"]["says"])
+        expect(page.get_by_role("region", name="About the bank")).to_contain_text(told["bank"])
+        rows = page.get_by_role("region", name="Anchors", exact=True).locator("tbody tr")
+        expect(rows).to_have_count(len(told["anchors"]))
+        expect(rows.first).to_contain_text(str(told["anchors"][0]["items"]))
         atlas = page.get_by_role("region", name="Map of the anchors")
         expect(atlas.locator(".anchor")).to_have_count(len(told["anchors"]))
         page.get_by_label("Show a user").fill("rosa")
@@ -168,19 +172,10 @@ class TestBank:
         expect(atlas.locator("line")).to_have_count(2)
         expect(atlas.locator(".speaks")).to_have_count(2)
         expect(atlas.locator(".person")).to_have_count(1)
-        speaking = [anchor["id"] for anchor in httpx.get(f"{machine.url}/users/rosa").json()["anchors"]]
+        speaking = [anchor["id"] for anchor in httpx.get(f"{demo.url}/users/rosa").json()["anchors"]]
         drawn = atlas.get_by_role("img").get_attribute("aria-label") or ""
         assert all(name in drawn for name in ("rosa", *speaking))
         assert page.url.endswith("#/bank?user=rosa")
-
-    def test_the_rule_is_said_in_words_and_each_anchor_has_its_items(self, look: Looking, machine: Up) -> None:
-        told = httpx.get(f"{machine.url}/bank").raise_for_status().json()
-        page = look.visit("bank")
-        expect(page.get_by_role("region", name="The rule of weights")).to_contain_text(told["rule"]["says"])
-        rows = page.get_by_role("region", name="Anchors", exact=True).locator("tbody tr")
-        expect(rows).to_have_count(len(told["anchors"]))
-        expect(rows.first).to_contain_text(str(told["anchors"][0]["items"]))
-        expect(page.get_by_role("region", name="About the bank")).to_contain_text(told["bank"])
 
 
 MILLISECONDS = re.compile(r"\d ms|\d s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,10 +13,11 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect
 
 from bench.rig.processes import wait_until
-from bench.rig.up import Up
 from deploy.console.browser import Looking
 from deploy.demo.personas import QUESTIONS
-from tests.e2e.console.playground import answer, answered
+from mta_client import Client
+from tests.e2e.conftest import Demo
+from tests.e2e.playground import answer, answered
 
 PLACES: dict[str, dict[str, Any]] = {
     "playground": {"user": "rosa", "ask": QUESTIONS[1], "tokens": 24},
@@ -26,7 +27,6 @@ PLACES: dict[str, dict[str, Any]] = {
     "system": {},
 }
 WIDTHS = (360, 375, 768, 1440, 2560)
-each_place = pytest.mark.parametrize("place", PLACES)
 
 
 def _settled(look: Looking, place: str) -> Page:
@@ -65,35 +65,26 @@ class TestEverywhere:
         assert set(calls.values()) == {"Bearer mta_a-key"}
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
 
-    @each_place
-    def test_axe_finds_nothing_serious_in_light_and_dark(self, look: Looking, place: str) -> None:
+    @pytest.mark.parametrize("place", PLACES)
+    def test_axe_finds_nothing_serious_in_light_and_dark_and_no_width_scrolls_sideways(
+        self, look: Looking, place: str
+    ) -> None:
         page = _settled(look, place)
-        found = []
+        found, too_wide = [], []
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
+            assert min(_background(page)) > 200 if scheme == "light" else max(_background(page)) < 60
             for violation in Axe().run(page).response["violations"]:
                 nodes = [node["html"] for node in violation["nodes"]]
                 found.append((scheme, violation["impact"], violation["id"], nodes))
         assert [one for one in found if one[1] in ("serious", "critical")] == []
         assert look.refusals == []
-
-    @each_place
-    def test_no_width_scrolls_sideways(self, look: Looking, place: str) -> None:
-        page = _settled(look, place)
-        too_wide = []
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 800})
             page.wait_for_timeout(100)  # pictures are drawn anew
             if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
                 too_wide.append(width)
         assert too_wide == []
-
-    def test_dark_is_dark_and_light_is_light(self, look: Looking) -> None:
-        page = look.visit("users")
-        page.emulate_media(color_scheme="light")
-        assert min(_background(page)) > 200
-        page.emulate_media(color_scheme="dark")
-        assert max(_background(page)) < 60
 
     def test_the_keyboard_reaches_and_does_everything(self, look: Looking) -> None:
         page = look.visit("users")
@@ -124,17 +115,15 @@ BEGUN = 'data: {"choices": [{"delta": {"content": "It began"}, "finish_reason": 
 
 class TestTrouble:
     @pytest.fixture
-    def healed(self, machine: Up) -> Iterator[Up]:
+    def healed(self, demo: Demo, api: Client) -> Iterator[Demo]:
         """The server, ready again after the test."""
-        yield machine
-        wait_until(machine.ready, "the engine's restart", RESTART_S)
+        yield demo
+        wait_until(api.ready, "the engine's restart", RESTART_S)
 
-    def test_an_engine_killed_in_the_middle_of_an_answer(self, look: Looking, healed: Up) -> None:
+    def test_an_engine_killed_in_the_middle_of_an_answer(self, look: Looking, healed: Demo, api: Client) -> None:
         page = look.visit("playground", user="rosa", ask="Tell me a very long story.", tokens=2000)
         expect(answer(page, "rosa").locator(".caret")).to_be_visible()
-        engine = healed.part("engine")
-        assert engine
-        os.kill(engine, signal.SIGKILL)
+        os.kill(healed.engine(), signal.SIGKILL)
         for title in ("rosa", "Base model"):
             expect(answer(page, title).get_by_role("alert")).to_contain_text("The answer broke off.")
         expect(page.locator(".caret")).to_have_count(0)
@@ -142,7 +131,7 @@ class TestTrouble:
         expect(page.get_by_role("link", name="not ready")).to_be_visible()
         look.visit("system")
         expect(page.get_by_role("region", name="Parts")).to_contain_text("Not ready")
-        wait_until(healed.ready, "the engine's restart", RESTART_S)
+        wait_until(api.ready, "the engine's restart", RESTART_S)
         expect(page.get_by_role("region", name="Parts")).to_contain_text("Ready: requests are answered")
         look.visit("playground", user="rosa", ask="Hello?", tokens=4)
         answered(page)
@@ -195,40 +184,42 @@ asked_total{route="/c",level=""} 3
 """
 
 
-def _in(look: Looking, module: str, does: str, *values: object) -> Any:
-    """What an expression over a module of the console (`m`) and values (`v`) gives."""
-    look.visit("users")
-    script = f"async ([path, v]) => {{ const m = await import(path); return {does}; }}"
-    return look.page.evaluate(script, [f"/console/reading/{module}.js", list(values)])
+Reading = Callable[..., Any]
 
 
 class TestReading:
-    @pytest.mark.parametrize(("q", "seconds"), [(0.5, 0.1), (0.25, 0.05), (0.99, 0.2), (1.0, 0.2)])
-    def test_a_quantile_is_of_what_was_observed_in_between(self, look: Looking, q: float, seconds: float) -> None:
-        does = "m.quantile(m.parseMetrics(v[0]), m.parseMetrics(v[1]), 'tokens_seconds', v[2])"
-        assert _in(look, "metrics", does, BEFORE, AFTER, q) == pytest.approx(seconds)
-        assert _in(look, "metrics", does, AFTER, AFTER, q) is None
+    @pytest.fixture
+    def reading(self, look: Looking) -> Reading:
+        """What an expression over a module of the console (`m`) and values (`v`) gives."""
+        look.visit("users")
 
-    def test_growth_counts_from_nothing_when_a_counter_has_begun_anew(self, look: Looking) -> None:
+        def run(module: str, does: str, *values: object) -> Any:
+            script = f"async ([path, v]) => {{ const m = await import(path); return {does}; }}"
+            return look.page.evaluate(script, [f"/console/reading/{module}.js", list(values)])
+
+        return run
+
+    def test_a_quantile_is_of_what_was_observed_in_between(self, reading: Reading) -> None:
+        does = "m.quantile(m.parseMetrics(v[0]), m.parseMetrics(v[1]), 'tokens_seconds', v[2])"
+        for q, seconds in ((0.5, 0.1), (0.25, 0.05), (0.99, 0.2), (1.0, 0.2)):
+            assert reading("metrics", does, BEFORE, AFTER, q) == pytest.approx(seconds)
+            assert reading("metrics", does, AFTER, AFTER, q) is None
+
+    def test_growth_counts_from_nothing_when_a_counter_has_begun_anew(self, reading: Reading) -> None:
         does = """['x', ''].map((level) =>
             m.growth(m.parseMetrics(v[0]), m.parseMetrics(v[1]), 'asked_total', (labels) => labels.level === level))"""
-        assert _in(look, "metrics", does, BEFORE, AFTER) == [2, 3]
-        assert _in(look, "metrics", "m.growth(m.parseMetrics(''), m.parseMetrics(''), 'asked_total')") is None
+        assert reading("metrics", does, BEFORE, AFTER) == [2, 3]
+        assert reading("metrics", "m.growth(m.parseMetrics(''), m.parseMetrics(''), 'asked_total')") is None
 
-    @pytest.mark.parametrize(
-        ("left", "right", "marked"),
-        [
+    def test_words_that_differ_are_marked_and_no_text_is_lost(self, reading: Reading) -> None:
+        for left, right, marked in (
             ("the cat sat", "the dog sat", (["cat"], ["dog"])),
             ("one two", "one two", ([], [])),
             ("", "all new", ([], ["all new"])),
             ("a\n\nb c", "b c", (["a"], [])),
             ("x\ny", "z", (["x", "y"], ["z"])),
             ("Same words", "same words", (["Same"], ["same"])),
-        ],
-    )
-    def test_words_that_differ_are_marked_and_no_text_is_lost(
-        self, look: Looking, left: str, right: str, marked: tuple[list[str], list[str]]
-    ) -> None:
-        sides = _in(look, "diff", "m.compared(v[0], v[1])", left, right)
-        assert ["".join(text for text, _ in side) for side in sides] == [left, right]
-        assert tuple([text for text, differs in side if differs] for side in sides) == marked
+        ):
+            sides = reading("diff", "m.compared(v[0], v[1])", left, right)
+            assert ["".join(text for text, _ in side) for side in sides] == [left, right]
+            assert tuple([text for text, differs in side if differs] for side in sides) == marked

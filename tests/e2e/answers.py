@@ -1,0 +1,72 @@
+"""What the demo promises shows in what its server answers: the manners of its anchors, and a habit that no anchor has
+once somebody has sent a few samples of it. The real model, bank and processes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from deploy.demo import adapting
+from deploy.demo.asking import Answer, ask
+from deploy.demo.manners import MANNERS
+from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person
+from mta_client import Client
+from tests.e2e.conftest import Demo
+
+AT_LEAST_AS_SOMEBODY = 4
+AT_MOST_AS_NOBODY = 1
+AT_LEAST_AFTER_ADAPTING = 3
+
+each_person = pytest.mark.parametrize("person", PEOPLE, ids=lambda person: person.user_id)
+
+
+class TestAnswers:
+    @pytest.fixture(scope="class")
+    def answers(self, api: Client) -> dict[str, list[Answer]]:
+        """User id → greedy answers to the five questions; of the people as they are without any training."""
+        users = {NOBODY: NOBODY} | {person.user_id: f"another-{person.user_id}" for person in PEOPLE}
+        for person in PEOPLE:
+            api.put_profile(users[person.user_id], person.lines)
+        return {name: [ask(api, user_id, question) for question in QUESTIONS] for name, user_id in users.items()}
+
+    def test_the_table_shows_everybodys_answers_and_the_training(self, demo: Demo) -> None:
+        _, _, table = demo.shown.partition("Asked by")
+        people = (NOBODY, *(person.user_id for person in PEOPLE))
+        for shown in (*people, "First token", " ms ", "a0", "before and after", "curl -s", "/console"):
+            assert shown in table
+
+    @each_person
+    def test_the_manner_shows_in_a_persons_answers(self, person: Person, answers: dict[str, list[Answer]]) -> None:
+        texts = [answer.text for answer in answers[person.user_id]]
+        assert sum(map(person.manner.shows, texts)) >= AT_LEAST_AS_SOMEBODY, texts
+
+    def test_no_manner_shows_in_nobodys_answers_which_are_the_base_models(
+        self, answers: dict[str, list[Answer]]
+    ) -> None:
+        texts = [answer.text for answer in answers[NOBODY]]
+        for manner in MANNERS:
+            assert sum(map(manner.shows, texts)) <= AT_MOST_AS_NOBODY, texts
+        assert {(answer.level, answer.anchors) for answer in answers[NOBODY]} == {("base", ())}
+
+    def test_answers_say_which_anchors_spoke_and_people_of_different_manners_share_none(
+        self, answers: dict[str, list[Answer]]
+    ) -> None:
+        for answer in (answer for person in PEOPLE for answer in answers[person.user_id]):
+            assert (answer.level, len(answer.anchors)) == ("merged", 2)
+            assert sum(weight for _, weight in answer.anchors) == pytest.approx(0.5)
+        speaking = [name for person in PEOPLE for name, _ in answers[person.user_id][0].anchors]
+        assert len(set(speaking)) == len(speaking)
+
+    def test_a_habit_shows_after_adapting_and_not_before(
+        self, demo: Demo, api: Client, answers: dict[str, list[Answer]]
+    ) -> None:
+        told = re.search(
+            r"succeeded after \d+ steps in \d+ s: loss on held-out samples ([\d.]+) → ([\d.]+)", demo.shown
+        )
+        assert told and float(told[2]) < float(told[1]), demo.shown
+        assert not any(adapting.shows(answer.text) for answer in answers[adapting.USER])
+        after = [ask(api, adapting.USER, question) for question in QUESTIONS]
+        assert {answer.level for answer in after} == {"stacked"}
+        texts = [answer.text for answer in after]
+        assert sum(map(adapting.shows, texts)) >= AT_LEAST_AFTER_ADAPTING, texts

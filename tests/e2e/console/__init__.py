@@ -1,4 +1,0 @@
-import pytest
-
-# Their assertions explain themselves, as those of any test: pytest rewrites only files that it collects.
-pytest.register_assert_rewrite(*(f"{__name__}.{page}" for page in ("everywhere", "pages", "playground")))
