@@ -142,19 +142,40 @@ def inbox(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, emb
     return Inbox(tmp_path_factory.mktemp("inbox"), tiny_model_folder, embedder_folder)
 
 
-def test_imported_adapters_are_anchors_with_pefts_own_delta_and_serve_by_their_profiles(inbox: Inbox) -> None:
-    """Rank and alpha patterns, rank-stabilised scaling, unequal ranks, unequal modules."""
-    manifest = inbox.bring_in("bank")
+def mta(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bank", *map(str, arguments)])
+
+
+def test_imported_adapters_are_anchors_with_pefts_own_delta(
+    inbox: Inbox, tmp_path: Path, embedder_folder: Path
+) -> None:
+    """Rank and alpha patterns, rank-stabilised scaling, different ranks and modules; all through the commands."""
+    folder = tmp_path / "bank"
+    assert "no bank at" in str(mta("info", folder).exception)
+    options = ["--profiles", inbox.profiles, "--out", folder, "--model", inbox.model, "--embedder", embedder_folder]
+    done = mta("import", *inbox.adapters, *options)
+    manifest = read_manifest(folder)
+    assert manifest.short in done.stdout
+    assert "--force" in str(mta("import", *inbox.adapters, *options).exception)
     assert [entry.id for entry in manifest.anchors] == ["a00", "a01", "a02"]
     assert (manifest.rank, manifest.method, manifest.common) == (6, FusionMethod.CAT, False)
     for index, adapter in enumerate(inbox.adapters):
-        delta, expected = bank_delta(inbox.folder / "bank", manifest, index), peft_delta(inbox.model, adapter)
+        delta, expected = bank_delta(folder, manifest, index), peft_delta(inbox.model, adapter)
         assert expected.keys() == delta.keys()
         for name, value in expected.items():
             assert (delta[name] - value).abs().max() <= 0.01 * value.abs().max()  # rows are bf16
-    bank = ServingBank.open(inbox.folder / "bank", inbox.embedder.id)
+    bank = ServingBank.open(folder, inbox.embedder.id)
     weights = bank.personalise(inbox.embedder.embed(["Say 5 on growing roses"])[0]).weights
     assert weights[0].anchor == 2
+
+    shown = json.loads(mta("info", folder, "--json").stdout)
+    assert (shown["fingerprint"], shown["index"]["kind"]) == (manifest.fingerprint, "IndexFlatIP")
+    assert (shown["fused_rank"], shown["serving_rank"], shown["room"]) == (12, 32, 20)
+    assert shown["bytes"][MATRIX_FILE] == (folder / MATRIX_FILE).stat().st_size
+    table = mta("info", folder).stdout
+    assert all(word in table for word in (manifest.fingerprint, "IndexFlatIP", "a02", "rank 20", "topic"))
+    assert mta("export", folder, "--anchor", "a01", "--out", tmp_path / "a01").exit_code == 0
+    assert_equal(peft_delta(inbox.model, tmp_path / "a01"), bank_delta(folder, manifest, 1))
 
 
 def test_an_exported_bank_can_be_imported(inbox: Inbox, tmp_path: Path, embedder_folder: Path) -> None:
@@ -214,27 +235,3 @@ def test_unsupported_adapters_are_refused(
         change(tensors)
         save_file(tensors, adapter / "adapter_model.safetensors")
     inbox.refuse(message, [adapter], inbox.profiles_of("plain"))
-
-
-def mta(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["bank", *map(str, arguments)])
-
-
-def test_the_commands_import_show_and_export(inbox: Inbox, tmp_path: Path, embedder_folder: Path) -> None:
-    bank = tmp_path / "bank"
-    assert "no bank at" in str(mta("info", bank).exception)
-    options = ["--profiles", inbox.profiles, "--out", bank, "--model", inbox.model, "--embedder", embedder_folder]
-    done = mta("import", *inbox.adapters, *options)
-    manifest = read_manifest(bank)
-    assert manifest.short in done.stdout
-    assert "--force" in str(mta("import", *inbox.adapters, *options).exception)
-
-    shown = json.loads(mta("info", bank, "--json").stdout)
-    assert (shown["fingerprint"], shown["index"]["kind"]) == (manifest.fingerprint, "IndexFlatIP")
-    assert (shown["fused_rank"], shown["serving_rank"], shown["room"]) == (12, 32, 20)
-    assert shown["bytes"][MATRIX_FILE] == (bank / MATRIX_FILE).stat().st_size
-    table = mta("info", bank).stdout
-    assert all(word in table for word in (manifest.fingerprint, "IndexFlatIP", "a02", "rank 20", "topic"))
-
-    assert mta("export", bank, "--anchor", "a01", "--out", tmp_path / "a01").exit_code == 0
-    assert_equal(peft_delta(inbox.model, tmp_path / "a01"), bank_delta(bank, manifest, 1))
