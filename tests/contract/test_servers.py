@@ -210,8 +210,7 @@ async def test_writes_go_on_and_nothing_acknowledged_is_lost(
     for name, value in patience.items():
         monkeypatch.setattr(f"server.store.redis.servers.{name}", value)
     lost, promoted = watched.primary, watched.replica
-    writing = Writing(ProfileStore(connection), [user])
-    async with asyncio.timeout(120), writing:
+    async with asyncio.timeout(120), Writing(ProfileStore(connection), [user]) as writing:
         await writing.goes_on()
         os.kill(lost.pid, signal.SIGSTOP) if silent else lost.kill()
         await writing.goes_on()
@@ -220,7 +219,6 @@ async def test_writes_go_on_and_nothing_acknowledged_is_lost(
         watched.follow()  # Sentinel would see to it after eight seconds
         while not watched.knows_all:
             await asyncio.sleep(0.1)
-    await writing.check()
     assert ask(promoted, "ROLE")[0] == b"master"
     assert await connection.check() is Durability.ALWAYS
     assert len(await connection.members()) == 2
