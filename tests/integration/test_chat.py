@@ -20,9 +20,7 @@ from tests.support.gateway import GatewayThread
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal, terminal
 
 FIRST = r"first token after \d+ ms"
-SHOWN_S = (
-    0.5  # after what is typed shows, Python's line editor looks for signals again; one just before waits for a key
-)
+SHOWN_S = 0.5  # once text shows, Python's line editor looks for signals again; just before that, it waits for a key
 Talk = Callable[..., str]
 
 
@@ -33,71 +31,55 @@ def talk(gateway: GatewayThread, ada: str) -> Iterator[Terminal]:
         yield screen
 
 
-def ask(talk: Terminal, line: str, level: str) -> None:
-    """Type a line and wait for the answer of four tokens."""
-    talk.type(f"{line}\n")
-    talk.wait_for(f"{level}.*, {FIRST}, 4 tokens")
-    talk.wait_for("> ")
+def answered(level: str) -> tuple[str, str]:
+    """What shows of an answer of four tokens."""
+    return f"{level}.*, {FIRST}, 4 tokens", "> "
 
 
 def test_both_sides_answer_a_conversation_that_an_error_does_not_end(talk: Terminal, fake_engine: FakeEngine) -> None:
-    ask(talk, "hello", "merged")
-    talk.type("/base\n")
-    talk.wait_for("base> ")
-    ask(talk, "and you?", "base")
+    talk.type("hello\n", *answered("merged"))
+    talk.type("/base\n", "base> ")
+    talk.type("and you?\n", *answered("base"))
     hello, answer, question = fake_engine.seen[-1].body["messages"]
     assert (hello["content"], question["content"]) == ("hello", "and you?")
     assert answer["role"] == "assistant"
     assert answer["content"]
-    talk.type("/me\n")
-    talk.wait_for("user-.*> ")
-    talk.type("/new\n")
-    talk.wait_for("> ")
+    talk.type("/me\n", "user-.*> ")
+    talk.type("/new\n", "> ")
     fake_engine.knobs.status = 500
-    talk.type("hello\n")
-    talk.wait_for("error: ")
-    talk.wait_for("> ")
+    talk.type("hello\n", "error: ", "> ")
     fake_engine.knobs.status = None
-    ask(talk, "hello", "merged")
+    talk.type("hello\n", *answered("merged"))
     assert fake_engine.seen[-3].body["model"] == "base"
     assert len(fake_engine.seen[-1].body["messages"]) == 1
-    talk.type("/strength 0\n")
-    talk.wait_for(" 0> ")
-    ask(talk, "hello", "merged")
+    talk.type("/strength 0\n", " 0> ")
+    talk.type("hello\n", *answered("merged"))
     assert fake_engine.seen[-1].body["model"].endswith(":c")
-    talk.type("/strength 0.42\n")
-    talk.wait_for("0.42> ")
-    talk.type("hello\n")
-    talk.wait_for("error: strength must be a multiple of 0.05")
-    talk.type("/strength much\n")
-    talk.wait_for("/quit +quit")
+    talk.type("/strength 0.42\n", "0.42> ")
+    talk.type("hello\n", "error: strength must be a multiple of 0.05")
+    talk.type("/strength much\n", "/quit +quit")
     talk.type("/quit\n")
     assert talk.process.wait(PATIENCE_S) == 0
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(talk: Terminal, fake_engine: FakeEngine) -> None:
     fake_engine.knobs.hold_after = 1
-    talk.type("hello\n")
-    talk.wait_for(f"({'|'.join(WORDS)}) ")
-    talk.type(CTRL_C)
-    talk.wait_for(f"merged, {FIRST}, stopped")
+    talk.type("hello\n", f"({'|'.join(WORDS)}) ")
+    talk.type(CTRL_C, f"merged, {FIRST}, stopped")
     wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
     talk.wait_for("> ")
     fake_engine.knobs.hold_after = None
     fake_engine.knobs.admit_s = 600
     talk.type("hello\n")
     wait_until(lambda: not fake_engine.seen[-1].aborted, "the engine to be asked")
-    talk.type(CTRL_C)
-    talk.wait_for("no token, stopped")
+    talk.type(CTRL_C, "no token, stopped")
     wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
     talk.wait_for("> ")
     fake_engine.knobs.admit_s = 0
-    talk.type("half a question")
-    talk.wait_for("half a question")
+    talk.type("half a question", "half a question")
     time.sleep(SHOWN_S)
-    talk.type(CTRL_C)
-    talk.wait_for("> ")
-    ask(talk, "hello again", "merged")
+    talk.type(CTRL_C, "> ")
+    talk.type("hello again\n", *answered("merged"))
     talk.type(CTRL_D)
     assert talk.process.wait(PATIENCE_S) == 0
 

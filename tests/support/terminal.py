@@ -24,8 +24,11 @@ class Terminal:
         self._seen = ""
         self.process = process
 
-    def type(self, text: str) -> None:
+    def type(self, text: str, *shown: str) -> None:
+        """Press keys, and wait until the screen shows what is to follow."""
         os.write(self._master, text.encode())
+        for pattern in shown:
+            self.wait_for(pattern)
 
     def wait_for(self, pattern: str, patience_s: float = PATIENCE_S) -> re.Match[str]:
         """Wait until the screen shows something; what comes before it and itself is not looked at again."""

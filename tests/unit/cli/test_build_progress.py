@@ -62,12 +62,3 @@ def test_without_a_terminal_lines_are_some_seconds_apart_and_the_last_is_always_
     with Shown() as progress:
         lines = progress.pieces(*range(13), of=12, each_s=2)
     assert [line.split("  ")[0] for line in lines] == [f"measuring: {done} of 12" for done in (3, 6, 9, 12)]
-
-
-def test_the_estimate_follows_the_machine_as_it_is_now() -> None:
-    with Shown() as progress:
-        progress.begin({"common": 100})
-        for step in range(1, 71):
-            progress.now_s += 1 if step <= 40 else 10
-            progress.step("common", 100, StepReport(step, 2.5, 1))
-    assert progress.text.getvalue().splitlines()[-1].endswith("0 tokens/s  about 5:00 min left")
