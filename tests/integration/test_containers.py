@@ -99,9 +99,12 @@ def fleet(
     found = kit.composed((kit.BASE, kit.CPU), tiny_bank_folder, *options, **given)
     for name in ("engine", "worker", "gateway"):
         found[f"{name}-2"] = replace(pods[name], hosts=found[f"{name}-2"].hosts + pods[name].hosts)
-    for name, alike in (("redis", "valkey"), ("router", "router")):
-        probes = found[name].probes | pods[alike].probes
-        found[name] = replace(found[name], hosts=(*found[name].hosts, alike), probes=probes)
+    for name, alike in (
+        ("redis", "valkey"),
+        ("router", "router"),
+    ):  # there is one of each: as in a pod, well as both say
+        own, pod = found[name], pods[alike]
+        found[name] = replace(pod, hosts=own.hosts + pod.hosts, probes=own.probes | pod.probes)
     found |= {"models": pods["models"], "keys-2": pods["keys"]}
     mounted = bound(found) | {"/models": models, "/data": tmp_path_factory.mktemp("data")}
     folder = tmp_path_factory.mktemp("containers")
