@@ -102,8 +102,7 @@ async def replace_profile(request: Request, user_id: UserIdInPath, body: ItemsRe
 
     By default, the newest 512 items within 2 MiB are kept. Repeating the request changes nothing.
     """
-    parts = parts_of(request)
-    return await _change(parts, user_of(request, user_id), epoch_of(request), body, parts.profiles.replace)
+    return await _change(request, user_id, body, parts_of(request).profiles.replace)
 
 
 @router.post("/profile/items")
@@ -112,8 +111,7 @@ async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest)
 
     Repeating the request changes nothing.
     """
-    parts = parts_of(request)
-    return await _change(parts, user_of(request, user_id), epoch_of(request), body, parts.profiles.add)
+    return await _change(request, user_id, body, parts_of(request).profiles.add)
 
 
 @router.get("")
@@ -174,15 +172,15 @@ async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
 
 
 async def _change(
-    parts: Parts,
-    user: User,
-    epoch: str,
+    request: Request,
+    user_id: str,
     body: ItemsRequest,
     change: Callable[[User, Sequence[Item], str], Awaitable[ProfileUpdate]],
 ) -> ProfileAnswer:
+    parts, user = parts_of(request), user_of(request, user_id)
     # Parsing megabytes of items takes a large part of a second, too long for the event loop.
     items = await asyncio.to_thread(_items, parts, body.items)
-    update = await change(user, items, epoch)
+    update = await change(user, items, epoch_of(request))
     parts.metrics.profile_changes.inc(update.changed)
     personal = parts.bank.personalise(update.profile.embedding, update.profile.evidence)
     return ProfileAnswer(
