@@ -16,12 +16,10 @@ from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from bank.manifest import read_manifest
 from bench.rig.engine import KEY, Engine
 from bench.rig.processes import PATIENCE_S, wait_until
-from bench.rig.valkey import ValkeyProcess, free_port
+from bench.rig.valkey import free_port
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, open_session
-from server.gateway.operating.health import Health
-from server.store.redis.servers.connection import RedisConnection
 from tests.support.fake_engine import FakeEngine, Knobs
 
 CONTEXT = 512
@@ -264,20 +262,14 @@ async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> No
     assert await silent.count_tokens([{"role": "user", "content": "hello"}]) is None
 
 
-async def test_its_status_is_understood(
-    subject: Subject, session: aiohttp.ClientSession, valkey: ValkeyProcess
-) -> None:
-    manifest = read_manifest(subject.bank)
-    store = RedisConnection(valkey.url)
-    states = {}
-    for key in (KEY, "wrong"):
+async def test_its_status_is_understood(subject: Subject, session: aiohttp.ClientSession) -> None:
+    for key, status, banks, context in (
+        (KEY, "ok", (read_manifest(subject.bank).fingerprint,), CONTEXT),
+        ("wrong", "wrong_key", (), None),
+    ):
         engines = Engines(session, [subject.url], key)
-        health = Health(store, engines, [manifest.fingerprint], generating=subject.url)
-        states[key] = (await health.probe()).engines[0]
-        assert engines.context == (CONTEXT if key == KEY else None)
-    assert (states[KEY].status, states[KEY].banks) == ("ok", (manifest.fingerprint,))
-    assert states["wrong"].status == "wrong_key"
-    await store.close()
+        (state,) = await engines.states(PATIENCE_S)
+        assert (state.status, state.banks, engines.context) == (status, banks, context)
 
 
 async def test_what_engines_have_together_stays_known_while_they_are_away(session: aiohttp.ClientSession) -> None:

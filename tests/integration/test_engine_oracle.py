@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,10 @@ def banks(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder
     return [bank, tiny_bank(folder, model, embedder_folder, method=method, scale=0.1, targets=targets)]
 
 
-def float32_engine(banks: list[Path], model: Path, **settings: Any) -> AbstractContextManager[Engine]:
-    return running_engine(banks[0], model, next_bank=banks[1], dtype="float32", **settings)
-
-
 @pytest.fixture(scope="module")
 def engine(banks: list[Path], model: Path, valkey: ValkeyProcess) -> Iterator[Engine]:
-    with float32_engine(banks, model, max_loras=SLOTS, redis_url=valkey.url) as engine:
+    settings = {"dtype": "float32", "max_loras": SLOTS, "redis_url": valkey.url}
+    with running_engine(banks[0], model, next_bank=banks[1], **settings) as engine:
         yield engine
 
 
@@ -89,7 +86,8 @@ def test_engine_and_dense_model_give_the_same_log_probabilities(
         if ranks == 1:
             engine, prompts, cases = request.getfixturevalue("engine"), PROMPTS, CASES
         else:  # with one slot, every recipe is written over the one before it
-            engine = stack.enter_context(float32_engine(banks, model, max_loras=1, tensor_parallel_size=ranks))
+            settings = {"dtype": "float32", "max_loras": 1, "tensor_parallel_size": ranks}
+            engine = stack.enter_context(running_engine(banks[0], model, next_bank=banks[1], **settings))
             prompts, cases = PROMPTS[:1], CASES[::4]  # ranks that share two busy cores are slow
         tokens = [tokens_of(engine, prompt) for prompt in prompts]
         plain = torch.tensor(engine.prompt_logprobs("base", tokens[0]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +27,7 @@ class Asked:
     """A request: its recipe (0 for none) and how long it has waited; compared by identity, as vLLM's are."""
 
     def __init__(self, recipe: int, waited_s: float = 0.0) -> None:
+        self.recipe = recipe
         self.lora_request = SimpleNamespace(lora_int_id=recipe) if recipe else None
         self.arrival_time = NOW - waited_s
 
@@ -67,17 +67,13 @@ class Bare(FairScheduler):
 @pytest.fixture(autouse=True)
 def only_slots_count(monkeypatch: pytest.MonkeyPatch) -> None:
     def schedule(self: Any, throttle_prefills: bool = False) -> list[Any]:
-        slots = {request.lora_request.lora_int_id for request in self.running}
-        admitted, left = [], deque[Any]()
+        slots, admitted = {request.recipe for request in self.running}, []
         for request in self.waiting:
-            if request.lora_request is None or request.lora_request.lora_int_id in slots or len(slots) < SLOTS:
+            if request.recipe in slots | {0} or len(slots) < SLOTS:
                 admitted.append(request)
-                slots |= {request.lora_request.lora_int_id} if request.lora_request else set()
-            else:
-                left.append(request)
-        self.waiting.clear()
-        self.waiting.extend(left)
-        self.running += [request for request in admitted if request.lora_request]
+                slots |= {request.recipe} - {0}
+        self.waiting.remove_requests(admitted)
+        self.running += [request for request in admitted if request.recipe]
         return admitted
 
     monkeypatch.setattr(scheduler.Scheduler, "schedule", schedule)
@@ -90,7 +86,7 @@ def test_a_recipe_gets_its_slot_however_many_keep_coming_for_the_others() -> Non
     fair = Bare([late], FULL * 2)
     while late in fair.waiting:
         for recipe in range(1, SLOTS + 1):
-            mine = [request for request in fair.running if request.lora_request.lora_int_id == recipe]
+            mine = [request for request in fair.running if request.recipe == recipe]
             if mine:
                 fair.running.remove(mine[0])
             fair.waiting.add_request(Asked(recipe))  # type: ignore[arg-type]
@@ -130,7 +126,7 @@ def test_who_is_left_out_of_a_step_keeps_their_place(
     fair.adapter_manager = fuser = Fusing(*unfused)
     assert fair.schedule() == [requests[place] for place in admitted]
     assert list(fair.waiting) == left
-    assert fuser.asked == [request.lora_request.lora_int_id for request in requests if request.lora_request]
+    assert fuser.asked == [request.recipe for request in requests if request.recipe]
     if running is not FULL:
         fuser.left.clear()
         assert fair.schedule() == left

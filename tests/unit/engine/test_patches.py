@@ -80,27 +80,25 @@ def test_only_names_of_the_table_are_replaced() -> None:
         patches.replace("vllm.lora.worker_manager:WorkerLoRAManager", lambda original: original)
 
 
-def printed(program: str) -> str:
-    command = [sys.executable, "-c", WITHOUT_VLLM + program]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
-
-
-WITHOUT_VLLM = """
+PROGRAM = """
 import os, signal, sys, threading, types
 import torch
 sys.modules["vllm.v1.executor.uniproc_executor"] = types.SimpleNamespace(UniProcExecutor=object)  # vLLM's takes long
 from server.engine.cpu.core import TASKS, CoreContext, bind_team, on_first_core
-"""
-
-FORK_AFTER_COMPUTING = """
+cores = os.sched_getaffinity(0)
 torch.set_num_threads(2)
 print(torch.ones(1 << 20).exp_().numel(), flush=True)
 
 def core():
+    for threads in (len(cores) - 1, len(cores)):
+        torch.set_num_threads(threads or 1)
+        bound = bind_team()
+        places = [sorted(os.sched_getaffinity(int(task.name))) for task in TASKS.iterdir()]
+        with on_first_core(bound=bound):
+            inside = os.sched_getaffinity(0)
+        kept = sorted(place for place in places if len(place) == 1)
+        print(bound, kept, sorted(inside), os.sched_getaffinity(0) == cores, sep=";")
     signal.signal(signal.SIGTERM, lambda *_: None)  # only a main thread may
-    torch.set_num_threads(2)
     print(torch.ones(1 << 20).exp_().numel(), threading.current_thread() is threading.main_thread(), flush=True)
 
 process = CoreContext().Process(target=core)
@@ -110,8 +108,21 @@ print(process.exitcode)
 """
 
 
-def test_a_core_forked_by_a_process_that_has_computed_can_compute() -> None:
-    assert printed(FORK_AFTER_COMPUTING).split() == [str(1 << 20), str(1 << 20), "True", "0"]
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core leaves no choice")
+def test_a_core_forked_after_computing_can_compute_and_a_whole_team_has_a_core_for_each_thread() -> None:
+    command = [sys.executable, "-c", PROGRAM]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False)
+    cores = sorted(os.sched_getaffinity(0))
+    assert (
+        ran.stdout.splitlines()
+        == [
+            str(1 << 20),
+            f"False;[];{cores};True",  # a smaller team is left to the kernel
+            f"True;{[[core] for core in cores[1:]]};{cores[:1]};True",
+            f"{1 << 20} True",
+            "0",
+        ]
+    ), ran.stderr
 
 
 def test_an_engine_gets_the_openmp_that_torch_has_unless_it_was_given_one() -> None:
@@ -121,27 +132,6 @@ def test_an_engine_gets_the_openmp_that_torch_has_unless_it_was_given_one() -> N
     assert given == "/lib/libother.so"
     assert [Path(library).name[:7] for library in more if "omp" in library] == ["libgomp"]
     assert all(Path(library).is_file() for library in more)
-
-
-PLACES = """
-cores = os.sched_getaffinity(0)
-for threads in (len(cores) - 1, len(cores)):
-    torch.set_num_threads(threads)
-    bound = bind_team()
-    places = [sorted(os.sched_getaffinity(int(task.name))) for task in TASKS.iterdir()]
-    with on_first_core(bound=bound):
-        inside = os.sched_getaffinity(0)
-    kept = sorted(place for place in places if len(place) == 1)
-    print(bound, kept, sorted(inside), os.sched_getaffinity(0) == cores, sep=";")
-"""
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core leaves no choice")
-def test_a_team_as_large_as_the_machine_has_a_core_for_each_and_a_smaller_one_is_left_to_the_kernel() -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    smaller, whole = (line.split(";") for line in printed(PLACES).strip().splitlines()[-2:])
-    assert smaller == ["False", "[]", str(cores), "True"]
-    assert whole == ["True", str([[core] for core in cores[1:]]), str(cores[:1]), "True"]
 
 
 def generator_of(generator: torch.Generator | None) -> torch.Generator | None:
