@@ -50,7 +50,6 @@ SPARE_BYTES = 1 << 24
 USERS = 120
 KILLS = 9
 SETTLE_S = 240.0
-SECRET = "s" * 32
 BODY = {"samples": SAMPLES[:3], "config": {"steps": 2, "learning_rate": 0.02}}
 LOST_SHARE = 0.05
 
@@ -59,19 +58,19 @@ Running = Callable[..., AbstractContextManager[Background]]
 Post = Callable[..., Callable[[], dict[str, Any]]]
 
 
+@pytest.fixture(scope="module")
+def environment(tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path) -> dict[str, str]:
+    folders = {"MTA_BANK": tiny_bank_folder, "MTA_MODEL": tiny_model_folder, "MTA_EMBEDDER": embedder_folder}
+    return {name: str(folder) for name, folder in folders.items()}
+
+
 @pytest.fixture
-def worker(tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path, valkey: ValkeyProcess) -> Running:
+def worker(environment: dict[str, str], valkey: ValkeyProcess) -> Running:
     """Runs a worker for the duration of a `with` block."""
-    environment = {
-        "MTA_BANK": str(tiny_bank_folder),
-        "MTA_MODEL": str(tiny_model_folder),
-        "MTA_EMBEDDER": str(embedder_folder),
-        "MTA_REDIS_URL": valkey.url,
-    }
 
     @contextmanager
     def running(command: Sequence[str] = mta("worker", "--threads", "1")) -> Iterator[Background]:
-        background = Background(command, environment)
+        background = Background(command, environment | {"MTA_REDIS_URL": valkey.url})
         try:
             background.wait_for("ready: bank")
             yield background
@@ -175,18 +174,10 @@ class Machine:
 
 
 @pytest.fixture
-def machine(
-    tmp_path: Path, tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path
-) -> Iterator[Machine]:
+def machine(tmp_path: Path, environment: dict[str, str]) -> Iterator[Machine]:
     valkey = ValkeyProcess(tmp_path / "valkey").start()
-    environment = {
-        "MTA_BANK": str(tiny_bank_folder),
-        "MTA_MODEL": str(tiny_model_folder),
-        "MTA_EMBEDDER": str(embedder_folder),
-        "MTA_SECRET": SECRET,
-        "MTA_REDIS_URL": valkey.url,
-        "MTA_ENGINE_URL": f"http://127.0.0.1:{free_port()}",  # nobody generates here
-    }
+    nobody = f"http://127.0.0.1:{free_port()}"  # no engine is needed
+    environment = environment | {"MTA_SECRET": "s" * 32, "MTA_REDIS_URL": valkey.url, "MTA_ENGINE_URL": nobody}
     with LossyProxy(valkey.port) as lossy:
         here = Machine(environment, lossy, valkey, free_port())
         for name in ("gateway", "worker-1", "worker-2"):
