@@ -174,8 +174,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, environment: dict[str, str]) -> Iterator[Machine]:
-    valkey = ValkeyProcess(tmp_path / "valkey").start()
+def machine(memory: Path, environment: dict[str, str]) -> Iterator[Machine]:
+    valkey = ValkeyProcess(memory / "killed").start()
     nobody = f"http://127.0.0.1:{free_port()}"  # no engine is needed
     environment = environment | {"MTA_SECRET": "s" * 32, "MTA_REDIS_URL": valkey.url, "MTA_ENGINE_URL": nobody}
     with LossyProxy(valkey.port) as lossy:
