@@ -40,7 +40,6 @@ DEAR_FIRST = (
     "integration/test_watched.py",
     "integration/test_documented.py",
     "integration/test_bank_build.py",
-    "integration/test_eval_engine.py",
     "integration/test_up.py",
 )
 """What takes longest, so that no core waits for it at the end."""
