@@ -173,19 +173,6 @@ async def test_nothing_is_promoted_for_another_record_lease_bank_or_user(parts: 
     assert await parts.adapters.adapted() == {}
 
 
-async def test_users_are_listed_by_the_bank_of_their_adapter(parts: StoreParts) -> None:
-    users, adapters, jobs = [KEYS.key(f"listed-{n}") for n in range(5)], parts.adapters, parts.jobs
-    for user in users:
-        record = await with_profile(parts, user)
-        lease = await claimed(jobs, (await submitted(jobs, user)).id)
-        assert await jobs.promote(lease, BETTER, *record, made("a"))
-    assert await adapters.adapted() == {BANK: 5}
-    assert {user async for user in adapters.adapted_users(BANK)} == set(users)
-    await adapters.remove_adapted(users[0], except_bank=BANK)
-    await adapters.remove_adapted(users[1])
-    assert await adapters.adapted() == {BANK: 4}
-
-
 async def test_a_submission_may_be_repeated_while_its_job_goes_well(jobs: JobStore, user: str) -> None:
     first = await submitted(jobs, user, append=True, traceparent="00-1-2-01")
     again = await submitted(jobs, user, append=True, traceparent="00-3-4-01")

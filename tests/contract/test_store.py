@@ -295,7 +295,8 @@ async def _fill(parts: StoreParts, server: Servers, node: ValkeyProcess) -> None
                 return
 
 
-async def test_a_full_store_refuses_what_would_be_stored_and_serves_who_is_in_it(full: StoreParts) -> None:
+@pytest.mark.usefixtures("quick_rewrites")
+async def test_a_full_store_refuses_what_would_be_stored_and_erases(full: StoreParts, raw: Redis, nodes: Nodes) -> None:
     for refused in (
         full.put(BOB, "about bob"),
         submitted(full.jobs, KEYS.key(BOB)),
@@ -326,9 +327,7 @@ async def test_a_full_store_refuses_what_would_be_stored_and_serves_who_is_in_it
     assert await full.rates.acquire("running/key-1", ["two"], 60, 1) is None
     await full.rates.renew("running/key-1", ["one"], 60)
 
-
-@pytest.mark.usefixtures("quick_rewrites")
-async def test_users_are_erased_from_a_full_store_and_its_file(full: StoreParts, raw: Redis, nodes: Nodes) -> None:
+    # Users are erased, also from its file, until there is room again.
     key = KEYS.key(ANN)
     assert on_disk(SAMPLE, *nodes)
     erasure = await full.erase(ANN)
@@ -349,7 +348,7 @@ async def test_users_are_erased_from_a_full_store_and_its_file(full: StoreParts,
         if erased and not any(_full(node) for node in nodes):
             break
         erased += await full.erase(f"one of many {number}") is not None
-    await full.put(BOB, "about bob")  # there is room again
+    await full.put(BOB, "about bob")
 
 
 def _full(node: ValkeyProcess) -> bool:
