@@ -48,14 +48,8 @@ def inputs(bench: Bench) -> EvalInputs:
     found = build_baselines(where, OPTIONS, manifest, again)
     assert again.steps == []
     assert found.training == {"of": manifest.fingerprint, "steps": OPTIONS.steps * OPTIONS.anchors}
-    return EvalInputs(
-        users=write_people(bench.folder / "new.json", new),
-        bank=where.out,
-        out=bench.folder / "evaluation",
-        model_folder=bench.model,
-        embedder=Embedder.load(bench.embedder),
-        dtype="float32",
-    )
+    users, out = write_people(bench.folder / "new.json", new), bench.folder / "evaluation"
+    return EvalInputs(users, where.out, out, bench.model, Embedder.load(bench.embedder), dtype="float32")
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -165,7 +159,6 @@ RATINGS = [5, 1, 4, 5, 2, 5, 3, 1, 5, 4, 5, 2]
 
 
 def rater(number: int) -> dict[str, Any]:
-    """A dozen ratings to learn from, and two later ones."""
     films = [{"id": f"{number}-{n}", "text": f"Film {n}", "score": str(s)} for n, s in enumerate(RATINGS, number)]
     asked = [{"id": f"q{number}-{n}", "input": f"Film {n}", "gold": "5"} for n in (30, 31)]
     return {"user_id": f"rater-{number}", "profile": films, "query": asked}

@@ -35,7 +35,6 @@ def bank(
     tiny_model_folder: Path,
     embedder_folder: Path,
 ) -> Bank:
-    """A bank of one of the methods, and a recipe of it."""
     method, common = request.param
     folder = tmp_path_factory.mktemp("bank")
     tiny_bank(folder, tiny_model_folder, embedder_folder, method=method, common=common)

@@ -96,7 +96,6 @@ def source(client: httpx.Client, user_id: str) -> Any:
 
 @pytest.fixture
 def user_id(client: httpx.Client, new_user: Callable[[], str]) -> str:
-    """Somebody with eight items to sign."""
     put(client, user_id := new_user(), SAMPLES)
     return user_id
 

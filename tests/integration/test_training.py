@@ -86,7 +86,6 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor, rtol: float = 1e-4, a
 
 
 def gradient(model: Any, batch: list[Example], frozen: LoraWeights | None = None) -> torch.Tensor:
-    """Of the mean loss per output token."""
     start = initial_lora(linear_modules(model), 4, seed=0)
     start = LoraWeights(4, start.a, {name: torch.full_like(b, 1e-2) for name, b in start.b.items()})
     with attached(model, start, frozen) as here:
@@ -257,7 +256,6 @@ def test_lower_layers_run_once_for_an_example_as_far_as_there_is_room(
 
 @pytest.fixture(scope="module")
 def mannered(encode: Any) -> Callable[..., list[Example]]:
-    """Samples of one manner."""
     return lambda count, first=0: [encode(f"question {n}", f"{n} yes yes yes") for n in range(first, first + count)]
 
 

@@ -15,19 +15,8 @@ from bank.manifest import BankManifest
 from bank.matrix import open_matrix
 from bench.rig.people import people, write_people
 
-OPTIONS = BuildOptions(
-    task="chat",
-    anchors=3,
-    rank=4,
-    user_rank=4,
-    steps=3,
-    common_steps=3,
-    batch_size=4,
-    common_batch_size=4,
-    learning_rate=1e-2,
-    history_share=0.0,
-    dtype="float32",
-)
+_SIZES = {"anchors": 3, "rank": 4, "user_rank": 4, "steps": 3, "common_steps": 3, "batch_size": 4}
+OPTIONS = BuildOptions("chat", **_SIZES, common_batch_size=4, learning_rate=1e-2, history_share=0.0, dtype="float32")
 
 
 class Recorder:

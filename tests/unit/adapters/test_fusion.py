@@ -22,7 +22,6 @@ CAT, SHARED = FusionMethod.CAT, FusionMethod.SHARED
 
 
 def make_matrix(folder: Path, method: FusionMethod, common: bool) -> MetaMatrix:
-    """A matrix of random rows, written and opened again."""
     layout = RowLayout(MODULES, RANK, method is SHARED)
     generator = torch.Generator().manual_seed(7)
     rows = [torch.randn(layout.row_numbers, generator=generator) for _ in range(ANCHORS + common)]

@@ -19,7 +19,6 @@ from adapters.training.trainer import rate_factor
 
 
 def model(**config: Any) -> Any:
-    """As much of a model as packing asks for."""
     weight = torch.nn.Parameter(torch.zeros(1))
     return SimpleNamespace(config=SimpleNamespace(**config), parameters=lambda: iter([weight]), dtype=torch.float32)
 

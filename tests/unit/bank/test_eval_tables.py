@@ -41,7 +41,6 @@ def record(user: str, method: str, loss: float = 1.0, prediction: str | None = N
 
 
 def of_users(losses: dict[str, Sequence[float]]) -> list[Record]:
-    """Records of a loss per user, by method."""
     return [record(f"u{user}", method, loss) for method, each in losses.items() for user, loss in enumerate(each)]
 
 

@@ -63,8 +63,6 @@ def test_embedded_items_are_spread_over_the_whole_history() -> None:
 
 
 class Circle:
-    """Embeds a number as a point on a circle."""
-
     def embed(self, texts: list[str]) -> Vectors:
         angles = np.array([int(text) for text in texts]) / 600
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
