@@ -41,7 +41,7 @@ def create(
     concurrent: Annotated[int | None, setting("key_concurrent", min=0)] = None,
     jobs: Annotated[int | None, setting("key_jobs", min=0)] = None,
     first: Annotated[bool, typer.Option("--first", help="Create the key only if the store never had one.")] = False,
-    given: Annotated[bool, typer.Option("--given", help="Store the key in MTA_FIRST_KEY, if any; print none.")] = False,
+    given: Annotated[bool, typer.Option("--given", help="Store MTA_FIRST_KEY, if set; do not print it.")] = False,
     data: Data = None,
 ) -> None:
     """Create a key and print it once; only its SHA-256 is stored.

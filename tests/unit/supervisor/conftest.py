@@ -76,14 +76,25 @@ def pid_of(name: str, folder: Path) -> int:
     return int((folder / f"{name}.pid").read_text())
 
 
-async def run_until(supervisor: Supervisor, condition: Callable[[], bool], *, hurry: bool = False) -> None:
-    """Run the supervisor, and stop it when the condition holds."""
-    stop, hurried, started = asyncio.Event(), asyncio.Event(), asyncio.Event()
-    running = asyncio.create_task(supervisor.run(stop, hurried, started.set))
+async def run_until(
+    condition: Callable[[Record], bool],
+    data: DataFolder,
+    *parts: Part,
+    hurry: bool = False,
+    record: Record | None = None,
+) -> Record:
+    """Supervise the parts until all were tried and the condition holds; what was reported."""
+    stop, hurried, started, record = asyncio.Event(), asyncio.Event(), asyncio.Event(), record or Record()
+    running = asyncio.create_task(Supervisor(parts, data, record).run(stop, hurried, started.set))
     async with asyncio.timeout(PATIENCE_S):
-        while not running.done() and not (started.is_set() and condition()):
+        while not running.done() and not (started.is_set() and condition(record)):
             await asyncio.sleep(0.02)
         stop.set()
         if hurry:
             hurried.set()
         await running
+    return record
+
+
+def at_once(record: Record) -> bool:
+    return True

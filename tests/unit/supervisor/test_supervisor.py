@@ -16,8 +16,8 @@ from server.settings import Settings
 from server.supervisor import supervisor
 from server.supervisor.data_folder import DataFolder, StartError
 from server.supervisor.services import Part, worker_part, writes
-from server.supervisor.supervisor import GuardedProcess, Supervisor
-from tests.unit.supervisor.conftest import FAMILY, FAMILY_SIZE, SLEEP, Record, pid_of, python_part, run_until
+from server.supervisor.supervisor import GuardedProcess
+from tests.unit.supervisor.conftest import FAMILY, FAMILY_SIZE, SLEEP, Record, at_once, pid_of, python_part, run_until
 
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 CHATTER = """
@@ -48,6 +48,11 @@ def brief(folder: Path, code: str = "") -> Part:
     return replace(part, command=(*part.command[:2], part.command[2].replace(SLEEP, "import time; time.sleep(0.3)")))
 
 
+def after(name: str, folder: Path) -> str:
+    """Code that waits until another part is ready."""
+    return f"while not os.path.exists({str(folder / f'{name}.pid')!r}): pass\n"
+
+
 async def test_parts_start_once_those_they_need_are_ready_and_stop_in_reverse(tmp_path: Path, data: DataFolder) -> None:
     """As a worker does: after the engine whose card it shares, and when another is far enough."""
     record, asked = Record(), list[int]()
@@ -57,25 +62,22 @@ async def test_parts_start_once_those_they_need_are_ready_and_stop_in_reverse(tm
         return len(asked) == 3
 
     needs = worker_part(Settings(), tmp_path, ["engine"]).needs
-    parts = [
-        python_part("engine", tmp_path, f"while not os.path.exists({str(tmp_path / 'quick.pid')!r}): pass"),
-        python_part("quick", tmp_path, ""),
-        replace(python_part("worker", tmp_path, ""), needs=needs, start_when=far_enough),
-    ]
-    await run_until(Supervisor(parts, data, record), lambda: True)
+    engine = python_part("engine", tmp_path, after("quick", tmp_path))
+    worker = replace(python_part("worker", tmp_path, ""), needs=needs, start_when=far_enough)
+    await run_until(at_once, data, engine, python_part("quick", tmp_path, ""), worker, record=record)
     assert asked == [0, 0, 0]
     assert record.states.index(("engine", "ready")) < record.states.index(("worker", "starting"))
     assert sorted(name for name, seen in record.states if seen == "ready") == ["engine", "quick", "worker"]
     down = [(name, state) for name in ("worker", "quick", "engine") for state in ("stopping", "stopped")]
     assert record.states[-6:] == down
-    assert not any(alive(pid_of(part.name, tmp_path)) for part in parts)
+    assert not any(alive(pid_of(name, tmp_path)) for name in ("engine", "quick", "worker"))
 
 
 async def test_a_part_may_stand_back_behind_the_others(tmp_path: Path, data: DataFolder) -> None:
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     found: dict[str, tuple[int, str]] = {}
 
-    def looked() -> bool:
+    def looked(_: Record) -> bool:
         for name in ("first", "back"):
             pid = pid_of(name, tmp_path)
             group = Path(f"/proc/{pid}/autogroup")  # "/autogroup-123 nice 5", if the kernel groups by session
@@ -83,8 +85,7 @@ async def test_a_part_may_stand_back_behind_the_others(tmp_path: Path, data: Dat
             found[name] = (os.getpriority(os.PRIO_PROCESS, pid), "".join(grouped))
         return True
 
-    parts = [python_part("first", tmp_path, ""), python_part("back", tmp_path, "", niceness=5)]
-    await run_until(Supervisor(parts, data, Record()), looked)
+    await run_until(looked, data, python_part("first", tmp_path, ""), python_part("back", tmp_path, "", niceness=5))
     assert found["first"] in ((usual, ""), (usual, "0"))
     assert found["back"] in ((min(usual + 5, 19), ""), (min(usual + 5, 19), "5"))
 
@@ -96,15 +97,14 @@ async def test_a_part_that_takes_too_long_is_gone_and_fails_the_start_unless_it_
     code = f"with open({str(witness)!r}, 'a') as file: print(os.getpid(), file=file)\n{SLEEP}"
     slow = python_part("slow", tmp_path, code, start_timeout_s=1)
     with pytest.raises(StartError, match="slow was not ready after 1 s"):
-        await run_until(Supervisor([slow], data, Record()), bool)
+        await run_until(at_once, data, slow)
     assert not alive(int(witness.read_text()))
     witness.unlink()
-    record = Record()
 
-    def started_again() -> bool:
+    def started_again(record: Record) -> bool:
         return record.count("slow", "starting") == 2 and not alive(int(witness.read_text().split()[0]))
 
-    await run_until(Supervisor([replace(slow, optional=True)], data, record), started_again)
+    record = await run_until(started_again, data, replace(slow, optional=True))
     assert "was not ready after 1 s" in record.of("slow", "down")[0]
 
 
@@ -116,8 +116,7 @@ async def test_the_wait_before_a_restart_doubles_up_to_its_limit_unless_the_part
 ) -> None:
     monkeypatch.setattr(supervisor, "STABLE_AFTER_S", forgiven_s)
     monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_S", 0.05)
-    record = Record()
-    await run_until(Supervisor([brief(tmp_path)], data, record), lambda: record.count("brief", "down") == 4)
+    record = await run_until(lambda record: record.count("brief", "down") == 4, data, brief(tmp_path))
     assert [detail.rpartition(" in ")[2] for detail in record.of("brief", "down")] == [f"{d} s" for d in delays]
 
 
@@ -131,8 +130,9 @@ async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_
         monkeypatch.setattr(supervisor, "STABLE_AFTER_S", 0.0)
     record = Record()
     code = "print('no room on the card', flush=True)" if starts else "raise SystemExit('no room on the card')"
-    parts = [python_part("steady", tmp_path, ""), replace(brief(tmp_path, code), optional=optional)]
-    running = run_until(Supervisor(parts, data, record), lambda: record.count("brief", "given up") == 1)
+    failing = brief(tmp_path, after("steady", tmp_path) + code)
+    parts = python_part("steady", tmp_path, ""), replace(failing, optional=optional)
+    running = run_until(lambda record: record.count("brief", "given up") == 1, data, *parts, record=record)
     if optional:
         await running
         assert "no room on the card" in record.of("brief", "given up")[0]
@@ -147,15 +147,15 @@ async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_
 
 
 async def test_a_part_that_fails_once_to_start_again_ends_nothing(tmp_path: Path, data: DataFolder) -> None:
-    record, starts, pid_file = Record(), tmp_path / "starts", tmp_path / "brief.pid"
+    starts, pid_file = tmp_path / "starts", tmp_path / "brief.pid"
     code = f"""
 import atexit, pathlib
 atexit.register(pathlib.Path({str(pid_file)!r}).unlink, missing_ok=True)  # or it would be ready before it starts
 with open({str(starts)!r}, "a") as file: file.write("x")
 if open({str(starts)!r}).read() == "xx": raise SystemExit("not now")
 """
-    parts = [python_part("steady", tmp_path, ""), brief(tmp_path, code)]
-    await run_until(Supervisor(parts, data, record), lambda: record.count("brief", "ready") == 2)
+    parts = python_part("steady", tmp_path, ""), brief(tmp_path, code)
+    record = await run_until(lambda record: record.count("brief", "ready") == 2, data, *parts)
     assert any("not now" in detail for detail in record.of("brief", "down"))
     assert record.count("steady", "starting") == 1
 
@@ -166,7 +166,7 @@ async def test_a_stubborn_part_is_killed_when_its_time_is_up_or_a_second_signal_
 ) -> None:
     part = python_part("stubborn", tmp_path, STUBBORN, stop_timeout_s=patience_s)
     async with asyncio.timeout(PATIENCE_S):
-        await run_until(Supervisor([part], data, Record()), lambda: True, hurry=hurry)
+        await run_until(at_once, data, part, hurry=hurry)
     assert not alive(pid_of("stubborn", tmp_path))
 
 
@@ -178,12 +178,12 @@ async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_ne
     log, rotated = data.log("chatty"), list[str]()
     before = log.with_suffix(".log.1")
 
-    def three_times() -> bool:
+    def three_times(_: Record) -> bool:
         if before.exists() and before.stat().st_size and (start := before.read_text()[:100]) not in rotated:
             rotated.append(start)
         return len(rotated) == 3
 
-    await run_until(Supervisor([python_part("chatty", tmp_path, CHATTER)], data, Record()), three_times)
+    await run_until(three_times, data, python_part("chatty", tmp_path, CHATTER))
     assert log.stat().st_size + before.stat().st_size < 10 * LIMIT
     # The part was killed, perhaps while it wrote the last line, perhaps as its log had just been begun anew.
     *lines, _ = (before.read_text() + log.read_text()).split("\n")
@@ -210,7 +210,7 @@ async def test_each_run_has_a_log_of_its_own_and_is_ready_once_it_says_so(tmp_pa
     assert before.read_text() == "ready: now\n"
     before.unlink()
     before.mkdir()  # as on a full disk, there can be no new log
-    await run_until(Supervisor([python_part("brief", tmp_path, "")], data, Record()), lambda: True)
+    await run_until(at_once, data, python_part("brief", tmp_path, ""))
 
 
 async def test_what_a_part_leaves_behind_dies_with_it(tmp_path: Path, data: DataFolder) -> None:
