@@ -1,6 +1,6 @@
 # Everyday commands. Each makes or updates .venv first; a finished set-up takes no time.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format acceptance clean
+.PHONY: help setup demo test lint types style format acceptance clean
 
 BIN := .venv/bin
 PACKAGES := adapters bank bench mta_client server
@@ -21,9 +21,14 @@ test: lint ## lint, then run every test, on data that the tests make themselves
 
 lint: ## check formatting, style, types, layers, security, shell scripts
 	@deploy/setup.sh tools
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync types style
+
+types:
+	$(BIN)/mypy
+
+style:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/bandit -q -c pyproject.toml -r $(PACKAGES)
 	@if command -v shellcheck >/dev/null; then echo shellcheck $(SCRIPTS); shellcheck $(SCRIPTS); \

@@ -23,24 +23,12 @@ from tests.support.gateway import SECRET, GatewayThread
 
 HERE = Path(__file__).parent
 DEAR_FIRST = (
-    "e2e/test_demo.py",
-    "integration/test_engine_oracle.py",
-    "integration/test_faults.py",
-    "integration/test_fleet.py",
-    "integration/test_bench.py",
-    "contract/test_engine.py",
-    "integration/test_gateway_over_vllm.py",
-    "integration/test_openai_client.py",
-    "integration/test_engine_plugin.py",
-    "integration/test_worker_process.py",
-    "integration/test_containers.py",
-    "contract/test_store_model.py",
-    "integration/test_adapting.py",
-    "integration/test_bank_exchange.py",
-    "integration/test_watched.py",
-    "integration/test_documented.py",
-    "integration/test_bank_build.py",
-    "integration/test_up.py",
+    *("e2e/test_demo", "integration/test_engine_oracle", "integration/test_faults", "integration/test_fleet"),
+    *("integration/test_bench", "contract/test_engine", "integration/test_gateway_over_vllm"),
+    *("integration/test_openai_client", "integration/test_engine_plugin", "integration/test_worker_process"),
+    *("integration/test_containers", "contract/test_store_model", "integration/test_adapting"),
+    *("integration/test_bank_exchange", "integration/test_watched", "integration/test_documented"),
+    *("integration/test_bank_build", "integration/test_up"),
 )
 """What takes longest, so that no core waits for it at the end."""
 TOGETHER = ("tests/integration/test_gateway_over_vllm.py", "tests/integration/test_openai_client.py")
@@ -63,7 +51,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduli
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort files by what they cost."""
-    places = {HERE / file: place for place, file in enumerate(DEAR_FIRST)}
+    places = {HERE / f"{file}.py": place for place, file in enumerate(DEAR_FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -17,7 +16,6 @@ from bench.fleet.chaos.asking import End, Outcome
 from bench.fleet.chaos.census import Usage
 from bench.fleet.chaos.faults import PARTS, Fault, Outage, shuffled
 from bench.fleet.chaos.verdict import Claim, about_keys, about_outages, about_requests
-from bench.fleet.ring import Ring, random_places
 from bench.fleet.simulate import served, zipf
 from bench.rig.processes import wait_until
 
@@ -103,22 +101,6 @@ def test_what_broke_has_failed_and_who_gets_no_connection_at_one_gateway_asks_th
     assert all(repr(error) in failure for failure in asking.failures)
 
 
-def test_an_answer_that_does_not_end_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rolling, "ANSWER_S", 0.05)
-    begun, over = threading.Event(), threading.Event()
-
-    def hanging() -> httpx.Response:
-        begun.set()
-        over.wait()
-        return ANSWER
-
-    asking = load(monkeypatch, hanging)
-    begun.wait(5)
-    asking.stop()
-    over.set()
-    assert len(asking.failures) == 1
-
-
 def test_an_engine_keeps_the_recipes_that_were_used_last_and_users_ask_as_zipf_says() -> None:
     asking, engines = np.array([1, 2, 1, 3, 2, 1]), np.zeros(6, dtype=np.int64)
     assert served(asking, engines, 1, held=2).warm == pytest.approx(1 / 6)
@@ -128,14 +110,3 @@ def test_an_engine_keeps_the_recipes_that_were_used_last_and_users_ask_as_zipf_s
     counts = np.bincount(zipf(1000, 200_000, 1.0, np.random.default_rng(2)), minlength=1000)
     assert counts[0] / counts[9] == pytest.approx(10, rel=0.2)
     assert counts[0] / counts[99] == pytest.approx(100, rel=0.4)
-
-
-def test_a_ring_is_even_and_moves_no_user_whose_engine_is_still_there() -> None:
-    urls = [f"http://engine-{number}:8001" for number in range(8)]
-    places = random_places(20_000, np.random.default_rng(1))
-    before, after = Ring(urls).engines_at(places), Ring(urls[:-1]).engines_at(places)
-    loads = np.bincount(before, minlength=8) / (len(places) / 8)
-    assert loads.min() > 0.7 and loads.max() < 1.35
-    stayed = before != 7
-    assert (before[stayed] == after[stayed]).all()
-    assert len(set(after[~stayed].tolist())) == 7

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import httpx
 import pytest
@@ -19,12 +18,9 @@ import typer
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from bench.page.report import Figures
 from bench.rig import client as rig
 from bench.rig.client import until_signed
 from bench.rig.engine import KEY, Engine
-from bench.scale import __main__ as scale
-from bench.scale import anchors, importing, recipes, users
 from bench.serving import cost, gateway, stall, thrash
 from bench.serving.load import Ask, loading
 from bench.serving.users import Query, judged
@@ -163,18 +159,6 @@ def test_cost_refuses_what_it_would_ignore(given: dict[str, Any], hint: str, mon
     with pytest.raises(typer.BadParameter) as refused:
         cost.main(**given)
     assert refused.value.param_hint == hint
-
-
-def test_a_quick_run_measures_no_less_than_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = {}
-    for what, module in (("users", users), ("lookups", anchors), ("recipes", recipes), ("people", importing)):
-        measured[what] = MagicMock(return_value=Figures(what, ("figure",), []))
-        monkeypatch.setattr(module, "measure", measured[what])
-    few = {"users": 1000, "lookups": 100, "recipes": 100, "people": 100}
-    for given, numbers in ((few, [1000, 100, 100, 100]), ({}, [20_000, 400, 2000, 200])):
-        scale.main(**given, quick=True, out=None)
-        asked = {what: measure.call_args.args for what, measure in measured.items()}
-        assert [asked["users"][0].users, asked["lookups"][1], asked["recipes"][0], asked["people"][0]] == numbers
 
 
 def test_the_wait_is_over_when_all_are_signed_who_can_be_by_a_bank_with_signatures(
