@@ -35,7 +35,7 @@ class ItemIndex:
             self.size_bytes += _POSTING_BYTES * sum(map(len, words.ids))
 
     def memories(self, turn: str, count: int, before: int | None = None) -> list[str]:
-        """Return at most `count` of the first `before` items as prompts quote them: best first, then newest first."""
+        """Return up to `count` of the first `before` items (or all) as prompts quote them, best, then newest first."""
         import bm25s
 
         query = turn.removeprefix(self._task.instruction)
