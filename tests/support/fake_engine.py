@@ -52,10 +52,40 @@ class Knobs:
 @dataclass(slots=True)
 class Seen:
     body: dict[str, Any]
-    headers: dict[str, str]
-    aborted: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+    aborted: bool = False  # whether its client left before its end
     ended: bool = False
     tokens: int = 0
+
+    @property
+    def prompts(self) -> list[Any]:
+        """What is to be answered: the contents of a conversation, or each prompt, as a text or as token ids."""
+        if "messages" in self.body:
+            return [[message.get("content") or "" for message in self.body["messages"]]]
+        prompt = self.body["prompt"]
+        return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(sum(map(len, one)) if "messages" in self.body else len(one) for one in self.prompts)
+
+    @property
+    def choices(self) -> range:
+        return range(len(self.prompts) * self.body.get("n", 1))
+
+    @property
+    def usage(self) -> dict[str, int]:
+        prompt, completion = self.prompt_tokens, self.tokens * len(self.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def words(self, context: int) -> list[str]:
+        """The answer, cut to what the context leaves, as vLLM cuts it: without a word."""
+        left = context - self.prompt_tokens
+        most = COMPLETION_TOKENS if "prompt" in self.body else left
+        most = self.body.get("max_completion_tokens", self.body.get("max_tokens", most))
+        said = self.prompts[-1] if "prompt" in self.body else self.body["messages"][-1].get("content")
+        digest = hashlib.sha256(f"{self.body['model']}\0{said}".encode()).digest()
+        return [f"{WORDS[digest[i % 32] % len(WORDS)]} " for i in range(min(most, left))]
 
 
 @dataclass(slots=True)
@@ -66,7 +96,7 @@ class FakeEngine:
     dropped: list[str] = field(default_factory=list)  # the users whose adapters it was told to let go of
     tokenized: list[list[dict[str, str]]] = field(default_factory=list)  # conversations that it was asked to count
     port: int = field(default_factory=free_port)  # the same after a restart
-    _loop: asyncio.AbstractEventLoop | None = None
+    _stop: Callable[[], object] = lambda: None
     _thread: threading.Thread | None = None
 
     @property
@@ -75,17 +105,17 @@ class FakeEngine:
 
     def start(self) -> FakeEngine:
         listening = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(listening,), daemon=True)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(listening)), daemon=True)
         self._thread.start()
         assert listening.wait(10), "the fake engine did not start"
         return self
 
     def stop(self) -> None:
         """Cut every connection and stop listening, as a killed process would."""
-        if self._loop and self._thread:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._thread:
+            self._stop()
             self._thread.join(10)
-            self._loop = self._thread = None
+            self._thread = None
 
     def reset(self) -> None:
         """All knobs but the bank's back at rest, nothing seen."""
@@ -94,32 +124,25 @@ class FakeEngine:
         self.dropped.clear()
         self.tokenized.clear()
 
-    def application(self) -> web.Application:
+    async def _serve(self, listening: threading.Event) -> None:
         app = web.Application(client_max_size=64 << 20)
-        app.router.add_post("/v1/chat/completions", self._generate)
-        app.router.add_post("/v1/completions", self._generate)
+        for path in ("/v1/chat/completions", "/v1/completions"):
+            app.router.add_post(path, self._generate)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/mta/v1/status", self._status)
         app.router.add_post("/mta/v1/drop", self._drop)
         app.router.add_get("/health", self._health)
-        return app
-
-    def _run(self, listening: threading.Event) -> None:
-        loop = self._loop = asyncio.new_event_loop()
-        runner = web.AppRunner(self.application(), handler_cancellation=True, shutdown_timeout=0)
-
-        async def begin() -> None:
-            await runner.setup()
-            await web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True).start()
-            listening.set()
-
-        loop.run_until_complete(begin())
-        loop.run_forever()
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True).start()
+        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+        self._stop = lambda: loop.call_soon_threadsafe(stopped.set)
+        listening.set()
+        await stopped.wait()
         for connection in runner.server.connections if runner.server else ():
             if connection.transport:
                 connection.transport.abort()
-        loop.run_until_complete(runner.cleanup())
-        loop.close()
+        await runner.cleanup()
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=self.knobs.status or 200)
@@ -132,7 +155,7 @@ class FakeEngine:
             return error_answer(500, "the fake engine was told not to count")
         if self.knobs.strict and (reason := template_refusal(body["messages"])):
             return error_answer(400, reason)
-        return web.json_response({"count": prompt_tokens(body)})
+        return web.json_response({"count": Seen(body).prompt_tokens})
 
     async def _status(self, request: web.Request) -> web.Response:
         self.looks += 1
@@ -153,7 +176,7 @@ class FakeEngine:
         body = json.loads(await request.read())
         seen = Seen(body, dict(request.headers))
         self.seen.append(seen)
-        refusal = self._refusal(body)
+        refusal = self._refusal(seen)
         try:
             await asyncio.sleep(self.knobs.admit_s)
             answer = refusal or await (self._stream if body.get("stream") else self._whole)(request, seen)
@@ -163,15 +186,15 @@ class FakeEngine:
         seen.ended = True
         return answer
 
-    def _refusal(self, body: dict[str, Any]) -> web.Response | None:
-        knobs, model = self.knobs, body["model"]
+    def _refusal(self, seen: Seen) -> web.Response | None:
+        knobs, body, model = self.knobs, seen.body, seen.body["model"]
         if knobs.status:
             return error_answer(knobs.status, f"the fake engine was told to fail at `{model}`")
         if knobs.lacks(model) or not (model == "base" or self._can_fuse(model)):
             return error_answer(404, f"The model `{model}` does not exist.", "model")
         if reason := (knobs.strict and template_refusal(body.get("messages", []))) or options_refusal(body):
             return error_answer(400, reason)
-        if (prompt := prompt_tokens(body)) > knobs.context:
+        if (prompt := seen.prompt_tokens) > knobs.context:
             limit = f"This model's maximum context length is {knobs.context} tokens."
             return error_answer(400, f"{limit} However, your prompt contains {prompt} input tokens.", "input_tokens")
         return None
@@ -186,7 +209,7 @@ class FakeEngine:
         return known and recipe.method is self.knobs.method and recipe.bank in {bank[:8] for bank in self.knobs.banks}
 
     async def _whole(self, request: web.Request, seen: Seen) -> web.Response:
-        words = words_of(seen.body, self.knobs.context)
+        words = seen.words(self.knobs.context)
         for _ in words:
             if seen.tokens == self.knobs.die_after:
                 _cut(request)
@@ -201,11 +224,11 @@ class FakeEngine:
     async def _stream(self, request: web.Request, seen: Seen) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        usage: dict[str, Any] = {"usage": usage_of(seen)}
+        usage: dict[str, Any] = {"usage": seen.usage}
         if self.knobs.dies:
             self.knobs.dies -= 1
             _cut(request)
-        for word in words_of(seen.body, self.knobs.context):
+        for word in seen.words(self.knobs.context):
             if seen.tokens == self.knobs.die_after:
                 _cut(request)
             if seen.tokens == self.knobs.fail_after:
@@ -220,7 +243,7 @@ class FakeEngine:
             await response.write(self.knobs.garbage or chunks(seen, word, **usage))
             seen.tokens += 1
         await response.write(chunks(seen, None, self.knobs.finish_reasons, **usage))
-        await response.write(chunk(seen, None, usage=usage_of(seen)) + b"data: [DONE]\n\n")
+        await response.write(chunk(seen, None, usage=seen.usage) + b"data: [DONE]\n\n")
         return response
 
 
@@ -256,54 +279,23 @@ def options_refusal(body: dict[str, Any]) -> str | None:
     return None
 
 
-def prompts_of(body: dict[str, Any]) -> list[Any]:
-    """What is to be answered: the contents of a conversation, or each prompt, as a text or as token ids."""
-    if "messages" in body:
-        return [[message.get("content") or "" for message in body["messages"]]]
-    prompt = body["prompt"]
-    return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-
-
-def prompt_tokens(body: dict[str, Any]) -> int:
-    return sum(sum(map(len, one)) if "messages" in body else len(one) for one in prompts_of(body))
-
-
-def choices_of(body: dict[str, Any]) -> range:
-    return range(len(prompts_of(body)) * body.get("n", 1))
-
-
-def usage_of(seen: Seen) -> dict[str, int]:
-    prompt, completion = prompt_tokens(seen.body), seen.tokens * len(choices_of(seen.body))
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def words_of(body: dict[str, Any], context: int) -> list[str]:
-    """The answer, cut to what the context leaves, as vLLM cuts it: without a word."""
-    left = context - prompt_tokens(body)
-    most = COMPLETION_TOKENS if "prompt" in body else left
-    most = body.get("max_completion_tokens", body.get("max_tokens", most))
-    said = prompts_of(body)[-1] if "prompt" in body else body["messages"][-1].get("content")
-    digest = hashlib.sha256(f"{body['model']}\0{said}".encode()).digest()
-    return [f"{WORDS[digest[i % 32] % len(WORDS)]} " for i in range(min(most, left))]
-
-
 def whole(seen: Seen, words: list[str], finish_reasons: Sequence[str]) -> dict[str, Any]:
     text = "".join(words)
     said = {"text": text} if "prompt" in seen.body else {"message": {"role": "assistant", "content": text}}
     choices = [
         {"index": index, **said, "logprobs": _logprobs(seen.body, words), "finish_reason": reason}
-        for index, reason in zip(choices_of(seen.body), cycle(finish_reasons), strict=False)
+        for index, reason in zip(seen.choices, cycle(finish_reasons), strict=False)
     ]
     return _named(seen, "chat.completion") | {
         "choices": choices,
-        "usage": usage_of(seen),
+        "usage": seen.usage,
         "kv_transfer_params": {"host": "inner"},
     }
 
 
 def chunks(seen: Seen, word: str | None, finish_reasons: Sequence[str | None] = (None,), **more: Any) -> bytes:
     """A chunk for each choice: its opening if `word` is empty, its end if it is None."""
-    ends = zip(choices_of(seen.body), cycle(finish_reasons), strict=False)
+    ends = zip(seen.choices, cycle(finish_reasons), strict=False)
     return b"".join(chunk(seen, index, word, reason, **more) for index, reason in ends)
 
 
