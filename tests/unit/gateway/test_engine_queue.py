@@ -99,7 +99,7 @@ SCENARIOS = {
     "others pass a wide one for half its patience, then places are kept for it": (
         *(4, 10, "a1 b1 c1 d1*4 @29 e1 f1 @31 -a1 g1 -b1 -c1 -e1 -d1", "a1 b1 c1 e1 d1 f1 g1", ""),
     ),
-    "nothing is kept for a wide one that left": (2, 2, "a1 b1*2/0.01 c1", "a1 c1", "b1"),
+    "nothing is kept for a wide one that left": (2, 2, "a1 b1*2 @31 c1 ~b1", "a1 c1", ""),
     "after one long answer others wait again": (
         *(2, 2, "a1 a2 a3 -a1 a4 @100 -a2 a5 b1 @101 -a3", "a1 a2 a3 a4 a5", "b1"),
     ),
