@@ -223,11 +223,8 @@ class TestMetrics:
     def test_generations_are_counted(self, client: httpx.Client, fake_engine: FakeEngine, new_user: NewUser) -> None:
         request = {"user_id": new_user(), "prompt": "x", "max_tokens": 3}
         ends = {("base", "answered"): 2, ("base", "broken"): 1, ("", "refused"): 1, ("", "unavailable"): 1}
-        counted = {
-            f'mta_generations_total{{level="{level}",outcome="{end}",tenant="default"}}': times
-            for (level, end), times in ends.items()
-        }
-        counted |= {
+        series = 'mta_generations_total{{level="{}",outcome="{}",tenant="default"}}'
+        counted = {series.format(*end): times for end, times in ends.items()} | {
             'mta_requests_total{level="base",method="POST",route="/generate",status="200"}': 3,
             'mta_tokens_total{kind="completion",level="base"}': 6,
             "mta_disconnects_total": 0,

@@ -212,9 +212,7 @@ class TestRates:
                 assert adapt(client, user, "the sea").status_code == 503
         assert [adapt(client, user, text).status_code for text in ("the sea", "roses", "frost")] == [202, 202, 429]
 
-    def test_erasing_counts_only_if_nobody_was_there_and_is_never_refused(
-        self, small: Keyed, new_user: NewUser
-    ) -> None:
+    def test_erasing_counts_only_if_nobody_was_there_and_always_works(self, small: Keyed, new_user: NewUser) -> None:
         client, known, job = small.client("erasing"), [new_user() for _ in range(3)], f"/jobs/{'a' * 26}.1"
         for user in known:
             put(client, user)
@@ -253,9 +251,7 @@ class TestWithoutTheStore:
             assert shown(answers[0], "requests") == (None,) * 3
             assert generate(client, "ada").status_code == 503
 
-    def test_without_a_limit_it_is_not_called(
-        self, gateway: GatewayThread, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_no_limits(self, gateway: GatewayThread, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gateway.parts.limiter, "_store", None)
         assert chat(client, model="base").status_code == 200
 
@@ -291,9 +287,7 @@ class TestInProgress:
         assert [answer.status_code for answer in answers].count(200) == MOST // 2
         refused(next(answer for answer in answers if answer.status_code != 200), "overloaded")
 
-    def test_of_one_key_only_so_many_over_all_gateways(
-        self, small: Keyed, wide: Keyed, fake_engine: FakeEngine, new_user: NewUser
-    ) -> None:
+    def test_over_all_gateways(self, small: Keyed, wide: Keyed, fake_engine: FakeEngine, new_user: NewUser) -> None:
         fake_engine.knobs.token_delay_s = 0.05
         clients = [keyed.client("two at once") for keyed in (small, wide)]
         with ThreadPoolExecutor(2) as many:
@@ -328,9 +322,7 @@ class TestInProgress:
             assert answer.status_code == 200
 
 
-def test_clients_that_do_not_read_never_overfill_the_engine(
-    wide: Keyed, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clients_that_do_not_read(wide: Keyed, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     few = wide.gateway.parts.settings.model_copy(update={"engine_places": 2, "queue_places": 20})
     monkeypatch.setattr(serving, "STALLED_S", 0.5)
     fake_engine.knobs.context = 200_000

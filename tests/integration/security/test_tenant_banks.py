@@ -94,9 +94,7 @@ def test_ready_once_an_engine_has_each_bank_and_only_admins_and_the_log_name_it(
     assert read_manifest(two_banks.gateway.parts.settings.bank_folder()).short not in line
 
 
-def test_a_tenant_is_served_by_the_bank_that_it_names(
-    two_banks: Keyed, named: BankManifest, store: ValkeyProcess, fake_engine: FakeEngine
-) -> None:
+def test_tenants_own_bank(two_banks: Keyed, named: BankManifest, store: ValkeyProcess, fake_engine: FakeEngine) -> None:
     usual = two_banks.gateway.parts.bank.manifest.short
     for tenant, bank in (("acme", named.short), ("globex", usual)):
         with two_banks.client(tenant) as client:
@@ -110,9 +108,7 @@ def test_a_tenant_is_served_by_the_bank_that_it_names(
         assert [raw.zcard(f"mta:{{jobs:{bank}}}:due") for bank in (named.short, usual)] == [1, 1]
 
 
-def test_readapting_leaves_alone_whom_another_bank_serves(
-    two_banks: Keyed, named: BankManifest, second: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readapting(two_banks: Keyed, named: BankManifest, second: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = two_banks.gateway.parts.settings.bank_folder()
     monkeypatch.setenv("MTA_SECRET", SECRET)
     for user, bank in (("rosa", named.short), ("kai", read_manifest(first).short)):

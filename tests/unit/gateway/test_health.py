@@ -68,7 +68,7 @@ LACKING = "{} of 2 engines lack a bank that another engine has"
     ],
 )
 async def test_ready_once_an_engine_has_each_bank(
-    banks: list[tuple[str, ...] | None], statuses: list[str], ready: bool, missing: str | None
+    banks: Any, statuses: list[str], ready: bool, missing: str | None
 ) -> None:
     found = await watching(Well(), *banks).probe()
     assert [engine.status for engine in found.engines] == statuses
