@@ -2,8 +2,7 @@
 
 No acknowledged write is lost, also when a replica takes over. Nothing of an erased user is left but their tombstone,
 and nothing that was under way brings them back. Every acknowledged job ends, and ends once. What a full store refuses
-changes nothing; users are erased and API keys revoked there as elsewhere. `--hypothesis-profile=long` takes 25 times as
-many steps.
+changes nothing, and users are erased there. `--hypothesis-profile=long` takes 25 times as many steps.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ from server.errors import ApiError, Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS, JobId, JobState, Submission
 from server.store.profiles import UNKNOWN_TOMBSTONE_S, Snapshot
 from server.store.redis import keys
-from server.store.redis.servers import base
 from server.store.tenants.access_keys import Scope, access_key, new_secret
-from tests.support.store_parts import BANK, KEYS, Fault, StoreParts, WorkerSteps, put_of
+from tests.support.store_parts import BANK, KEYS, REPLICA_TIMEOUT_MS, Fault, StoreParts, WorkerSteps, put_of
 
 T = TypeVar("T")
 Work = Coroutine[Any, Any, T]
@@ -42,7 +40,6 @@ JUMPS_S = st.sampled_from([1.0, 11.0, 16.0, 61.0, 3600.0, -5.0, -3600.0])
 MOST_AHEAD_S = 3 * 24 * 3600  # below a tombstone's life: whatever is under way ends long before that
 STEPS = {"default": 2_000, "long": 50_000}
 STEPS_A_RUN = 50
-CUT_OFF_MS = 50  # how long a write waits for a replica that is cut off from its primary
 
 server: WatchedValkey
 
@@ -290,14 +287,12 @@ class Store(RuleBasedStateMachine):
         self.texts += 1
         snapshot = self.run(parts.profiles.read(key))
         ask(server.replica, "REPLICAOF", "NO", "ONE")
-        patience_ms, base.REPLICA_TIMEOUT_MS = base.REPLICA_TIMEOUT_MS, CUT_OFF_MS
-        try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(REPLICA_TIMEOUT_MS, 50)
             change = put_of(user, f"text {self.texts}", snapshot)
             work = parts.profiles.commit(key, snapshot.version, change, snapshot.epoch)
             assert isinstance(self.tried(parts, work), Unavailable)
             assert isinstance(self.tried(parts, parts.erase(user)), Unavailable)
-        finally:
-            base.REPLICA_TIMEOUT_MS = patience_ms
         self.fail_over(lost=True)
 
     @precondition(lambda self: FAKE_TIME is not None)
@@ -346,8 +341,7 @@ class Store(RuleBasedStateMachine):
                 self.run(worker.parts.adapters.remove_adapted(KEYS.key(user)))
         self.run(worker.parts.connection.close())
 
-    def let_leases_expire(self) -> None:
-        """Let leases and reservations expire; postponed users become due."""
+    def let_leases_expire(self) -> None:  # and reservations; postponed users become due
         if FAKE_TIME:
             self.ahead_s += 100
             server.set_clock(self.ahead_s)

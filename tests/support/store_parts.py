@@ -1,6 +1,4 @@
-"""Gateways and workers reduced to what they do with the store, to be run step by step and let die anywhere; people made
-up to be stored, and what a store holds.
-"""
+"""Gateways and workers reduced to what they do with the store, to be let die anywhere; people made up to be stored."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import redis
@@ -40,7 +39,6 @@ LATER_MS = 1 << 52
 SECRET, TENANT = "a secret for tests only", "tests"
 KEYS = UserKeys(SECRET, TENANT)
 EMBEDDER = "3887c9b9af8fe702"
-DIM = 384
 REPLICA_TIMEOUT_MS = "server.store.redis.servers.base.REPLICA_TIMEOUT_MS"
 _numbers = itertools.count()
 
@@ -103,10 +101,6 @@ class StoreParts:
 
     async def erase(self, user: str) -> Erasure | None:
         """As the gateway does; there are no engines."""
-
-        async def drop(user_key: str) -> None:
-            pass
-
         erasing = Erasing(
             self.profiles,
             adapters=self.adapters,
@@ -114,7 +108,7 @@ class StoreParts:
             signing=lambda bank: UserQueue(self.connection, "sign", bank),
             bank=BANK,
             log_file=AppendOnlyFile(self.connection),
-            drop=drop,
+            drop=AsyncMock(),
         )
         return await erasing.erase(KEYS.user(user))
 
@@ -169,7 +163,7 @@ def put_of(user: str, text: str, snapshot: Snapshot) -> Change:
 
 
 def vector(seed: int) -> np.ndarray:
-    raw = np.random.default_rng(seed).standard_normal(DIM).astype("f4")
+    raw = np.random.default_rng(seed).standard_normal(384).astype("f4")
     return (raw / np.linalg.norm(raw)).astype("f2").astype("f4")
 
 
@@ -218,10 +212,7 @@ async def until_forgotten(connection: RedisConnection, text: str, *servers: Valk
 
 
 def held_by(url: str) -> dict[str, str]:
-    """A digest of what each key holds, so that two of them are equal if nothing was changed, and short if they are not.
-
-    Left out are the gateways' own signs of life, which change every two seconds whatever a request does.
-    """
+    """A digest of what each key holds, but for the gateways' own signs of life, which change every two seconds."""
     with redis.from_url(url) as store:
         names = sorted(name.decode() for name in store.scan_iter() if not name.startswith(b"mta:held:gateways/"))
         return {name: hashlib.blake2b(store.dump(name) or b"", digest_size=8).hexdigest() for name in names}
