@@ -55,11 +55,9 @@ def work(trainer: AdapterTrainer, tiny_bank_folder: Path, cluster: ValkeyCluster
 
 def somebody(gateway: GatewayThread, cluster: ValkeyCluster, primary: int) -> str:
     """A new user whom one of the primaries holds."""
-    for number in _numbers:
-        user = f"on-a-cluster-{number}"
-        if cluster.home_of(keys.profile(gateway.key(user))) is cluster.primaries[primary]:
-            return user
-    raise AssertionError
+    users = (f"on-a-cluster-{number}" for number in _numbers)
+    home = cluster.primaries[primary]
+    return next(user for user in users if cluster.home_of(keys.profile(gateway.key(user))) is home)
 
 
 def put(client: httpx.Client, user: str, text: str = "surfing and the sea") -> httpx.Response:
