@@ -96,7 +96,7 @@ def engines(subject: Subject, session: aiohttp.ClientSession) -> Engines:
     return Engines(session, [subject.url], KEY)
 
 
-async def test_a_whole_answer_is_the_streamed_one_with_its_reason_and_usage(
+async def test_whole_and_streamed_answers_agree_and_tell_reason_and_usage(
     client: EngineClient, subject: Subject
 ) -> None:
     request = ask(subject.recipe().name, max_tokens=24)
@@ -117,9 +117,7 @@ async def test_a_whole_answer_is_the_streamed_one_with_its_reason_and_usage(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_prompts_are_continued_without_a_chat_template(
-    client: EngineClient, subject: Subject, stream: bool
-) -> None:
+async def test_prompts_are_continued_without_a_template(client: EngineClient, subject: Subject, stream: bool) -> None:
     prompts = ["hello there", "the sea"]
     request = replace(ask(subject.recipe().name), messages=[], prompt=prompts, stream=stream)
     texts = ["", ""]
@@ -134,9 +132,7 @@ async def test_prompts_are_continued_without_a_chat_template(
     assert answer.usage["completion_tokens"] == 2 * 8
 
 
-async def test_greedy_and_seeded_answers_repeat_and_differ_between_recipes(
-    client: EngineClient, subject: Subject
-) -> None:
+async def test_answers_repeat_and_differ_between_recipes(client: EngineClient, subject: Subject) -> None:
     one, other = subject.recipe().name, subject.recipe(terms=(Term(1, 1000),)).name
     first = await answer(client, ask(one, max_tokens=24))
     assert await answer(client, ask(one, max_tokens=24)) == first
@@ -191,31 +187,27 @@ async def test_a_conversation_that_the_chat_template_refuses_is_the_conversation
         *("nonsense", "mta3:00000000:shared:c+a03*0571", "../../etc"),
     ],
 )
-async def test_a_recipe_that_it_cannot_serve_or_a_name_that_is_none_is_a_missing_adapter(
+async def test_unservable_models_are_missing(
     client: EngineClient, subject: Subject, model: str | dict[str, Any]
 ) -> None:
     await refusal(client, ask(model if isinstance(model, str) else subject.recipe(**model).name), AdapterMissing)
 
 
 @pytest.mark.parametrize("chars", [CONTEXT + 1, CONTEXT * 2, CONTEXT * 100])
-async def test_a_prompt_beyond_the_context_is_the_prompts_fault(
-    client: EngineClient, subject: Subject, chars: int
-) -> None:
+async def test_a_prompt_beyond_the_context_is_refused(client: EngineClient, subject: Subject, chars: int) -> None:
     error = await refusal(client, ask(subject.recipe().name, "x" * chars), InvalidRequest)
     assert (error.param, error.code) == ("prompt", "context_length_exceeded")
     assert str(CONTEXT) in error.message
 
 
-async def test_the_prompts_length_is_known_at_the_first_token_even_if_the_answer_will_be_cut_short(
-    client: EngineClient, subject: Subject
-) -> None:
+async def test_the_prompt_length_is_known_at_the_first_token(client: EngineClient, subject: Subject) -> None:
     async with client.generate(ask(subject.recipe().name, "x" * (CONTEXT - 40), max_tokens=400)) as stream:
         assert stream.prompt_tokens is not None
         assert CONTEXT - 40 <= stream.prompt_tokens < CONTEXT
 
 
 @pytest.mark.parametrize("key", ["wrong", None])
-async def test_a_wrong_key_is_the_gateways_fault(
+async def test_a_wrong_key_blames_the_gateway(
     subject: Subject, session: aiohttp.ClientSession, key: str | None
 ) -> None:
     error = await refusal(client_of(session, subject.url, key), ask("base"), EngineFailed)

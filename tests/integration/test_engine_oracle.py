@@ -228,9 +228,7 @@ def stacked(
     stacked.forget()
 
 
-def test_a_stacked_answer_is_that_of_the_dense_sum_each_time_its_slot_was_anothers(
-    stacked: Stacked, dense: Any
-) -> None:
+def test_a_stacked_answer_is_the_dense_sum_each_time_its_slot_was_anothers(stacked: Stacked, dense: Any) -> None:
     """Its weights are kept meanwhile: whatever were done to them in place would be done each time."""
     (recipe, user), engine = stacked.keep(), stacked.engine
     ids = tokens_of(engine, PROMPTS[0])

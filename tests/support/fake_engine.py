@@ -299,14 +299,12 @@ def chunks(seen: Seen, word: str | None, finish_reasons: Sequence[str | None] = 
     return b"".join(chunk(seen, index, word, reason, **more) for index, reason in ends)
 
 
-def chunk(
-    seen: Seen, index: int | None, word: str | None = None, finish_reason: str | None = None, **more: Any
-) -> bytes:
+def chunk(seen: Seen, index: int | None, word: str | None = None, reason: str | None = None, **more: Any) -> bytes:
     """One choice's; without one what follows the last choice."""
     delta = ({} if word is None else {"content": word}) | ({"role": "assistant"} if word == "" else {})
     said = {"delta": delta} if "messages" in seen.body else {"text": word or ""}
     logprobs = _logprobs(seen.body, [word]) if word else None
-    choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
+    choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
     content = _named(seen, "chat.completion.chunk") | {"choices": [] if index is None else [choice]} | more
     return b"data: " + json.dumps(content).encode() + b"\n\n"
 

@@ -152,9 +152,7 @@ def compiled() -> Any:
     return native.kernels(cache_dir)
 
 
-def test_only_another_source_or_another_pytorch_is_compiled_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_another_source_or_pytorch_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = {here := native.library_path(tmp_path)}
     here.parent.mkdir(parents=True)
     here.touch()

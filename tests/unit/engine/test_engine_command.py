@@ -66,9 +66,7 @@ DENSE = {"model_type": "qwen3", "hidden_size": 64, "num_experts": 1, "vision_con
     ],
     ids=lambda config: config["model_type"],
 )
-def test_a_mixture_of_experts_is_refused_on_cpus_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
-) -> None:
+def test_mixtures_of_experts_need_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]) -> None:
     for written, on_cpu, refused in ((config, True, True), (config, False, False), (DENSE, True, False)):
         (tmp_path / "config.json").write_text(json.dumps(written))
         monkeypatch.setattr("server.engine.command.is_cpu_build", lambda answer=on_cpu: answer)
@@ -104,9 +102,7 @@ SLOT = 8192 + 2 * engine.VIEWS * engine.VIEW_BYTES  # two modules' A and B of ra
 @pytest.mark.parametrize(
     ("memory", "slots"), [(0, 8), (16 * SLOT * 9, 9), (16 * SLOT * 31 - 1, 30), (16 * SLOT * 65, 64), (2**50, 64)]
 )
-def test_slots_fit_a_share_of_the_memory(
-    on_cpu: bool, monkeypatch: pytest.MonkeyPatch, memory: int, slots: int
-) -> None:
+def test_slots_fit_a_share_of_memory(on_cpu: bool, monkeypatch: pytest.MonkeyPatch, memory: int, slots: int) -> None:
     monkeypatch.setattr(engine, "memory_bytes", lambda: memory)
     started = command(bank(8, "q_proj"), bank(4, "q_proj", "v_proj"))
     assert started["max-loras"] == str(slots)

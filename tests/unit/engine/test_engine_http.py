@@ -148,7 +148,7 @@ async def test_requests_under_one_name_at_once_share_a_slot_and_names_are_counte
     assert [seen[f"mta:adapter{what}"] for what in ("s_in_use", "_names", "_names_leased")] == [3, 2, 2]
 
 
-async def test_a_worker_amid_a_step_is_not_waited_for_and_asked_once_and_one_that_fails_leaves_what_was_known(
+async def test_a_busy_or_failing_worker_leaves_the_last_known_values(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "REFRESH_TIMEOUT_S", 0.01)

@@ -47,9 +47,7 @@ FULL = [Asked(recipe) for recipe in range(1, SLOTS + 1) for _ in range(recipe)]
         ([(9, LONG), (9, LONG), (1,), (2,)], [2]),  # one recipe that waits, one slot
     ],
 )
-def test_for_who_has_waited_too_long_the_emptiest_slots_are_drained(
-    waiting: list[tuple[Any, ...]], stand_back: list[int]
-) -> None:
+def test_the_emptiest_slots_are_drained_for_the_overdue(waiting: list[tuple[Any, ...]], stand_back: list[int]) -> None:
     requests: list[Any] = [Asked(*request) for request in waiting]
     running: list[Any] = FULL
     assert held_back(requests, running, SLOTS, NOW) == {requests[place] for place in stand_back}
@@ -132,9 +130,7 @@ def test_who_is_left_out_of_a_step_keeps_their_place(
         assert fair.schedule() == left
 
 
-def test_the_adapter_of_a_request_is_known_when_it_arrives_where_the_engine_core_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_arriving_request_starts_its_fusion_in_the_engine_core(monkeypatch: pytest.MonkeyPatch) -> None:
     before = EngineCore.preprocess_add_request
     seen: list[str] = []
     manager: Any = SimpleNamespace(prefetch=seen.append)

@@ -121,9 +121,7 @@ def counted(manager: CountingManager) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("order", [(1, 3), (3, 1)])
-def test_a_new_adapter_never_takes_the_slot_of_one_the_same_step_uses(
-    manager: CountingManager, order: tuple[int, int]
-) -> None:
+def test_a_new_adapter_never_takes_a_slot_that_the_step_uses(manager: CountingManager, order: tuple[int, int]) -> None:
     """Slots {1, 2}, 1 the older; a step of {1, 3} must take 2's slot, whatever order the set is walked in."""
     manager._apply_adapters({recipe(1)})
     manager._apply_adapters({recipe(2), recipe(1)})
@@ -300,9 +298,7 @@ def test_what_is_pinned_already_is_not_copied_again() -> None:
     assert pinned.b.is_pinned()
 
 
-def test_an_adapter_from_a_folder_counts_as_loaded_not_as_fused(
-    manager: CountingManager, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_from_a_folder_counts_as_loaded(manager: CountingManager, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LRUCacheWorkerLoRAManager, "_load_adapter", lambda self, request: LoRAModel(7, 8, {}))
     monkeypatch.setattr(LRUCacheLoRAModelManager, "_add_adapter", lambda self, lora: None)
     manager.add_adapter(LoRARequest(lora_name="foreign", lora_int_id=7, lora_path="/folder"))

@@ -172,7 +172,7 @@ async def test_an_adapter_is_fetched_once_and_asked_for_every_time(world: World)
         (lambda plain: {"adapter": "d"}, "does not exist; the plain recipe is"),
     ],
 )
-async def test_what_a_worker_could_not_serve_is_refused_with_the_reason_and_sent_to_none(
+async def test_unservable_adapters_are_refused(
     world: World, kept: Callable[[str], dict[str, Any]], reason: str
 ) -> None:
     world.keep("b", **kept(recipe("b").plain.name))
@@ -190,9 +190,7 @@ async def test_beyond_their_room_the_least_recently_used_go_and_never_what_is_in
     assert len(world.adapters) == 2
 
 
-async def test_what_the_store_has_not_any_more_is_let_go_once_nobody_uses_it_and_the_store_is_there(
-    world: World,
-) -> None:
+async def test_what_the_store_no_longer_has_is_released_once_nobody_uses_it(world: World) -> None:
     await world.hold("b", "c")
     del world.kept["b" * 25 + "e"]
     world.keep("c", "d")  # replaced
@@ -226,7 +224,7 @@ async def test_dropping_a_user_says_how_much_is_still_in_use_and_outlives_its_cl
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-async def test_while_an_adapter_is_checked_others_go_on_and_who_is_dropped_then_is_sent_to_no_worker(
+async def test_others_go_on_while_an_adapter_is_checked(
     world: World, monkeypatch: pytest.MonkeyPatch, dropped: bool
 ) -> None:
     begun, gate = threading.Event(), threading.Event()

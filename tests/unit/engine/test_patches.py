@@ -61,9 +61,7 @@ def test_every_method_of_vllm_that_is_overridden_stands_in_the_table(ours: type)
     [(None, "is not there"), (lambda self, request, path: None, "takes (self")],
     ids=["gone", "changed"],
 )
-def test_a_vllm_that_differs_is_refused_with_what_why_and_remedy(
-    monkeypatch: pytest.MonkeyPatch, change: Any, problem: str
-) -> None:
+def test_another_vllm_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch, change: Any, problem: str) -> None:
     manager = worker_manager.LRUCacheWorkerLoRAManager
     for owner in [base for base in manager.__mro__ if "add_adapter" in vars(base)]:
         monkeypatch.delattr(owner, "add_adapter")

@@ -40,9 +40,7 @@ def adapter(ranks: tuple[int, ...], dtype: torch.dtype) -> FlatLora:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("ranks", [(8,), (5,), (8, 4), (8, 1), (6, 6), (16,), (1, 2, 3)])
-def test_a_slot_holds_every_modules_matrices_and_zero_beside_them(
-    transposed: bool, across: bool, dtype: torch.dtype, ranks: tuple[int, ...]
-) -> None:
+def test_a_slot_holds_every_matrix(transposed: bool, across: bool, dtype: torch.dtype, ranks: tuple[int, ...]) -> None:
     stacks, flat = stacks_of(dtype, transposed=transposed), adapter(ranks, dtype)
     weights, rank = flat.weights(), sum(ranks)
     Cells.of_slots(stacks, ranks, shares_a=True)[1].write(flat.transposed() if across else flat)
@@ -178,9 +176,7 @@ def test_a_slot_of_another_bank_is_zeroed_first(slots: BareSlots) -> None:
     assert [sums(other, index) for index in range(SLOTS)] == [[(0, 0)], [(0, 9 * HIDDEN * ROOM)]]
 
 
-def test_once_prepared_no_step_finds_out_where_an_adapter_goes(
-    slots: BareSlots, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_once_prepared_no_step_finds_where_an_adapter_goes(slots: BareSlots, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the first of a kind nor the first of it in a slot."""
     for own in (False, True):
         slots.prepare(slots.model(1, "ann", 1.0, own=own))
