@@ -56,7 +56,8 @@ def test_every_case_has_a_test() -> None:
         file, *names = case.split("::")
         inside: Any = ast.parse((ROOT / file).read_text("utf-8")).body
         for name in names:
-            (found,) = [node for node in inside if getattr(node, "name", "") == name]
+            found = next((node for node in inside if getattr(node, "name", "") == name), None)
+            assert found, f"{case} does not exist"
             inside = getattr(found, "body", [])
         assert names, case
 
