@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -29,15 +31,9 @@ class Said:
         )
 
 
-class Well:
-    durability = Durability.ALWAYS
-    unserved: str | None = None
-
-    def __init__(self, memory: Memory | None = None) -> None:
-        self.memory = memory
-
-    async def check(self) -> Durability:
-        return self.durability
+def store(memory: Memory | None = None, unserved: str | None = None) -> Any:
+    check = AsyncMock(return_value=Durability.ALWAYS)
+    return SimpleNamespace(durability=Durability.ALWAYS, unserved=unserved, memory=memory, check=check)
 
 
 def watching(store: Any, *banks: tuple[str, ...] | None) -> Health:
@@ -47,6 +43,7 @@ def watching(store: Any, *banks: tuple[str, ...] | None) -> Health:
 
 DOWN = "1 of 2 engines cannot be used, the others serve"
 LACKING = "{} of 2 engines lack a bank that another engine has"
+DIRECTLY = "MTA_ENGINE_URL cannot be used, the gateway calls engines directly"
 
 
 @pytest.mark.parametrize(
@@ -55,12 +52,7 @@ LACKING = "{} of 2 engines lack a bank that another engine has"
         ([(ONE, OTHER)], ["ok"], True, None),
         ([(ONE, OTHER, "c3" * 32), None], ["ok", "unavailable"], True, DOWN),
         ([(ONE, OTHER), (ONE,)], ["ok", "lacks_bank"], True, LACKING.format(1)),
-        (
-            [(ONE,), (OTHER,)],
-            ["lacks_bank", "lacks_bank"],
-            True,
-            f"{LACKING.format(2)}; MTA_ENGINE_URL cannot be used, the gateway calls engines directly",
-        ),
+        ([(ONE,), (OTHER,)], ["lacks_bank", "lacks_bank"], True, f"{LACKING.format(2)}; {DIRECTLY}"),
         ([(ONE,), (ONE,)], ["lacks_bank", "lacks_bank"], False, None),
         ([(ONE,), None], ["lacks_bank", "unavailable"], False, None),
         ([("c3" * 32,), ()], ["other_bank", "other_bank"], False, None),
@@ -70,7 +62,7 @@ LACKING = "{} of 2 engines lack a bank that another engine has"
 async def test_ready_once_an_engine_has_each_bank(
     banks: Any, statuses: list[str], ready: bool, missing: str | None
 ) -> None:
-    found = await watching(Well(), *banks).probe()
+    found = await watching(store(), *banks).probe()
     assert [engine.status for engine in found.engines] == statuses
     for engine in found.engines:
         assert engine.status != "other_bank" or str([bank[:8] for bank in engine.banks]) in str(engine.detail)
@@ -80,22 +72,20 @@ async def test_ready_once_an_engine_has_each_bank(
 
 @pytest.mark.parametrize(("used", "most", "full"), [(98, 100, 0), (99, 100, 1), (120, 100, 1), (99, 0, 0)])
 async def test_a_full_store_is_said_and_leaves_a_gateway_ready(used: int, most: int, full: bool) -> None:
-    found = await watching(Well(Memory(used << 20, most << 20)), (ONE, OTHER)).probe()
+    found = await watching(store(Memory(used << 20, most << 20)), (ONE, OTHER)).probe()
     assert found.readiness is Readiness.READY
     assert (found.missing or "").startswith(f"store_full: {used} of {most} MiB") == full
     assert found.store.status == ("full" if full else "ok")
 
 
 async def test_a_store_that_serves_most_users_is_ready_and_says_whom_it_does_not_serve() -> None:
-    store = Well()
-    store.unserved = "33% of all users cannot be served"
-    found = await watching(store, (ONE, OTHER)).probe()
-    assert (found.readiness, found.store.status) == (Readiness.READY, "partial")
-    assert found.missing == "33% of all users cannot be served"
+    unserved = "33% of all users cannot be served"
+    found = await watching(store(unserved=unserved), (ONE, OTHER)).probe()
+    assert (found.readiness, found.store.status, found.missing) == (Readiness.READY, "partial", unserved)
 
 
 async def test_a_missing_bank_is_logged_once_and_only_while_engines_answer(caplog: pytest.LogCaptureFixture) -> None:
-    health = watching(Well(), None)
+    health = watching(store(), None)
     engines: Any = health._engines
     for banks, lines in ((None, 0), ((ONE,), 1), ((ONE,), 1), ((ONE, OTHER), 1), ((ONE,), 2), ((OTHER,), 3)):
         engines._banks = (banks,)
