@@ -235,7 +235,6 @@ async def test_replicas_that_a_redirection_made_the_client_forget_are_found_agai
 async def test_what_was_acknowledged_is_there_after_a_replica_took_over(
     followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch, *, silent: bool
 ) -> None:
-    """What was sent meanwhile was written after a while, or refused."""
     monkeypatch.setattr("server.store.redis.servers.connection.WRITE_TIMEOUT_S", 3.0)
     monkeypatch.setattr("server.store.redis.servers.cluster.REFRESH_S", 1.0)
     pair = (followed.primaries[0], followed.replicas[0])

@@ -290,9 +290,14 @@ async def test_whoever_moves_back_and_forth_is_adapted_each_time(adapted: StoreP
 
 async def test_a_job_that_came_to_nothing_is_tried_again_until_the_user_is_erased(adapted: StoreParts) -> None:
     (before,) = await adapted.jobs.jobs(ADA)
+    with pytest.raises(BankError, match=f"bank {B} leaves users no rank.*--user-rank"):
+        await readapted(adapted, B, room=0)
+    assert await adapted.jobs.next_job(B, 0.05) is None
     for number in (before.id.number + 1, before.id.number + 2):
         assert await readapted(adapted, B) == ReadaptTally(queued=1)
-        assert (await trained(adapted, B, better=False)).id.number == number
+        job = await trained(adapted, B, better=False)
+        config = decode_config(job.config)
+        assert (job.id.number, config.max_tokens, config.max_seconds) == (number, 1234, 56)
     assert await adapted.adapters.adapted() == {A: 1}
     await adapted.profiles.erase(ADA, known.LATER_MS, 0)
     assert await readapted(adapted, B) == ReadaptTally(settled=1)
@@ -311,13 +316,3 @@ async def test_a_user_gets_a_job_only_of_the_bank_that_serves_them(adapted: Stor
     for bank, by_bank in ((B, served(A, **{known.TENANT: B})), (A, served(A, acme=B))):
         assert await readapted(adapted, bank, by_bank) == ReadaptTally(queued=1)
         assert (await trained(adapted, bank)).state is JobState.SUCCEEDED
-
-
-async def test_its_jobs_have_the_budget_of_all_others_and_there_are_none_that_must_fail(adapted: StoreParts) -> None:
-    with pytest.raises(BankError, match=f"bank {B} leaves users no rank.*--user-rank"):
-        await readapted(adapted, B, room=0)
-    assert await adapted.jobs.next_job(B, 0.05) is None
-    await readapted(adapted, B)
-    job = await adapted.jobs.job(await adapted.jobs.next_job(B, 1))
-    config = decode_config(job.config)
-    assert (config.max_tokens, config.max_seconds) == (1234, 56)

@@ -42,12 +42,10 @@ def _of_pods() -> Shipped:
     return Shipped(container["command"], int(container["resources"]["limits"]["memory"].removesuffix("Gi")), probes)
 
 
-@pytest.fixture(params=[_of_compose, _of_pods], ids=["compose", "pods"])
-def shipped(request: pytest.FixtureRequest) -> Shipped:
-    found: Shipped = request.param()
-    return found
+STORES = pytest.mark.parametrize("shipped", [_of_compose(), _of_pods()], ids=["compose", "pods"])
 
 
+@STORES
 def test_it_has_room_for_the_fork_drops_nothing_and_logs_nothing_that_commands_carried(
     shipped: Shipped, tmp_path: Path
 ) -> None:
@@ -70,6 +68,7 @@ def test_it_has_room_for_the_fork_drops_nothing_and_logs_nothing_that_commands_c
         server.kill()
 
 
+@STORES
 def test_probes_find_it_well_once_it_answers_and_not_while_it_loads(shipped: Shipped, tmp_path: Path) -> None:
     if not shutil.which("valkey-cli"):
         pytest.skip("valkey-cli, which probes the store, is not installed (Debian: valkey-tools)")

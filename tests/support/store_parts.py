@@ -52,7 +52,7 @@ class Fault(StrEnum):
 
 
 class FaultyConnection(RedisConnection):
-    """Fails at the n-th write after `fail`; for the caller that is also what its own death there looks like."""
+    """Fails at the n-th write after `fail`; a caller's own death there looks the same."""
 
     _fault: Fault | None = None
     _left = 0
@@ -133,7 +133,7 @@ async def opened(url: str) -> AsyncIterator[ProfileStore]:
 
 @asynccontextmanager
 async def strict_and_lenient(url: str) -> AsyncIterator[tuple[RedisConnection, RedisConnection]]:
-    """Unchecked connections: one that refuses what is not durable, and one that does not."""
+    """Unchecked connections."""
     async with connected(url, require_durable=True) as strict, connected(url, require_durable=False) as lenient:
         yield strict, lenient
 

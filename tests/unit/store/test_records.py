@@ -1,21 +1,27 @@
-"""What is kept: profiles as bytes, job ids and adapt configurations as text; nothing of a newer one is dropped."""
+"""What is kept of users: their keys, profiles as bytes, job ids and adapt configurations; nothing newer is dropped."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from dataclasses import replace
+from unicodedata import normalize
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from adapters.errors import TrainingError
+from adapters.errors import MtaError, TrainingError
+from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId, parse_recipe
 from adapters.training.adapt_config import AdaptConfig
 from bank.lookup.signature import Signature
 from server.store import profile_record as records
 from server.store.jobs import JobId, parse_job_id
 from server.store.profile_record import AdapterNote, OtherEmbedding, Profile, StoredSignature
 from server.store.samples import decode_config, encode_config
+from server.store.tenants.user_key import MAX_USER_ID_BYTES, UserKeys, check_user_id
 
 DIM = 384
 VECTOR = np.random.default_rng(0).uniform(-1, 1, DIM).astype("f4")
@@ -109,16 +115,12 @@ USER = "axi2q2svfyrolurh6ecirfzy3m"
 OLD = '{"rank":2,"steps":16,"learning_rate":0.02,"holdout":0.2,"strength":1.0,"seed":0}'
 
 
-@pytest.mark.parametrize("number", [1, 10, 9_999_999_999])
-def test_a_job_id_comes_back_from_its_text(number: int) -> None:
-    assert parse_job_id(f"{USER}.{number}") == JobId(USER, number)
-    assert str(JobId(USER, number)) == f"{USER}.{number}"
-
-
-@pytest.mark.parametrize("text", ["", "a", "a.", ".1", "a.01", "a.-1", "a.1.2", "a.x", "a/b.1", "a.²"])
-def test_any_other_text_is_refused(text: str) -> None:
-    assert parse_job_id(text) is None
-    assert parse_job_id(text.replace("a", USER, 1)) is None
+def test_a_job_id_comes_back_from_its_text_and_from_no_other() -> None:
+    for number in (1, 10, 9_999_999_999):
+        assert parse_job_id(f"{USER}.{number}") == JobId(USER, number)
+        assert str(JobId(USER, number)) == f"{USER}.{number}"
+    for text in ("", "a", "a.", ".1", "a.01", "a.-1", "a.1.2", "a.x", "a/b.1", "a.²"):
+        assert (text, parse_job_id(text), parse_job_id(text.replace("a", USER, 1))) == (text, None, None)
 
 
 def test_a_configuration_comes_back_as_it_was_and_one_of_an_earlier_gateway_gets_the_usual_budget() -> None:
@@ -146,3 +148,67 @@ WRONG = [("steps", 0), ("learning_rate", "fast"), ("learning_rate", 0), ("rank",
 def test_a_value_that_nothing_can_be_trained_with_is_named(field: str, value: object) -> None:
     with pytest.raises(TrainingError, match=field):
         decode_config(json.dumps(json.loads(OLD) | {field: value}))
+
+
+SECRET = "0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "user_id", ["a", "ada@example.org", "ada:1", "Ångström", "用户", "x" * 256, "é" * 128, "...", "-", "%2F"]
+)
+def test_printable_ids_are_accepted(user_id: str) -> None:
+    assert check_user_id(user_id) == user_id
+
+
+@pytest.mark.parametrize(
+    "user_id",
+    [
+        *("", " ", "a b", "a/b", "a\\b", "{a", "a}", ".", "..", "a\n", "a\tb", "a\0b", "\x7f", "a\u200bb", "\ud800"),
+        *("a\u2028b", "a\u00a0b", "a\ufffdb", "x" * 257, "é" * 129, "e\u0301" * 128, "x" * 10_000),
+    ],
+)
+def test_other_ids_are_refused(user_id: str) -> None:
+    with pytest.raises(ValueError, match="must"):
+        check_user_id(user_id)
+
+
+@given(st.text())
+def test_no_accepted_id_can_leave_its_place_in_a_path_or_a_key(user_id: str) -> None:
+    try:
+        check_user_id(user_id)
+    except ValueError:
+        return
+    assert 0 < len(user_id.encode()) <= MAX_USER_ID_BYTES
+    assert user_id not in (".", "..")
+    assert not set(user_id) & set("/\\{} \r\n\t\0")
+
+
+@given(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8")))
+def test_keys_fit_the_grammar_of_recipes_and_separate_users(one: str, other: str) -> None:
+    keys = UserKeys(SECRET, "default")
+    key = keys.key(one)
+    recipe = FusionRecipe("00000000", FusionMethod.SHARED, True, (), UserAdapterId(key, key))
+    assert parse_recipe(recipe.name) == recipe
+    assert (key == keys.key(other)) == (normalize("NFC", one) == normalize("NFC", other))
+
+
+@pytest.mark.parametrize("name", ["José", "Ångström", "한국어사용자", "ἀνήρ"])
+def test_a_name_is_one_user_however_its_characters_are_composed(name: str) -> None:
+    keys = UserKeys(SECRET, "default")
+    composed, decomposed = normalize("NFC", name), normalize("NFD", name)
+    assert composed != decomposed == check_user_id(decomposed)
+    assert keys.key(composed) == keys.key(decomposed)
+    assert keys.key("José") == "aga2tyuycnypt6ddapyui5nixe"  # as it always was
+
+
+def test_a_key_depends_on_secret_and_tenant_as_the_cache_salt_does_which_is_no_users() -> None:
+    keys = UserKeys(SECRET, "a")
+    assert keys.cache_salt == UserKeys(SECRET, "a").cache_salt
+    found = [(each.key("ada"), each.cache_salt) for each in (keys, UserKeys(SECRET, "b"), UserKeys(SECRET + "x", "a"))]
+    assert len({*itertools.chain(*found), keys.key("cache salt")}) == 7
+
+
+@pytest.mark.parametrize(("secret", "tenant"), [(None, "a"), ("", "a"), ("short", "a"), (SECRET, ""), (SECRET, "a\0b")])
+def test_a_short_secret_and_a_tenant_that_could_be_mistaken_are_refused(secret: str | None, tenant: str) -> None:
+    with pytest.raises(MtaError, match="MTA_TENANT" if secret == SECRET else "MTA_SECRET"):
+        UserKeys(secret, tenant)
