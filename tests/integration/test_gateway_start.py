@@ -114,7 +114,7 @@ def test_a_store_that_keeps_nothing_is_refused(environment: Environment, tmp_pat
         volatile.kill()
 
 
-class TestSignalsAtAnyMomentOfTheStart:
+class TestSignalsDuringTheStart:
     def test_while_it_waits_for_the_embedder(self, environment: Environment, tmp_path: Path) -> None:
         lock = tmp_path / "embedders" / f".{DEFAULT_EMBEDDER_NAME}.lock"  # as a process holds that makes it
         lock.parent.mkdir()

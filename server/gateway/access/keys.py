@@ -84,10 +84,7 @@ class KnownKeys:
             log.error(
                 "the store has lost API keys (revision %d of ring %s after %d of %s): this gateway still accepts the "
                 "keys that it has loaded; if the change is intended, restart the gateways",
-                revision,
-                ring_id or "none",
-                self._revision,
-                self._ring or "none",
+                *(revision, ring_id or "none", self._revision, self._ring or "none"),
             )
             return
         if revision == self._revision:

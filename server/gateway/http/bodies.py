@@ -54,9 +54,7 @@ class BodyReader:
                 async for chunk in request.stream():
                     small, size = size <= SMALL_BYTES, size + len(chunk)
                     if size > MAX_BODY_BYTES:
-                        raise TooLarge(
-                            f"the body is too large: at most {MAX_BODY_BYTES} bytes are allowed", param="body"
-                        )
+                        raise TooLarge(f"the body exceeds the maximum of {MAX_BODY_BYTES} bytes", param="body")
                     if small and size > SMALL_BYTES:
                         waiting = True
                         await held.enter_async_context(self._large(request))

@@ -19,18 +19,9 @@ from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES
 from tests.integration.security.conftest import ask, keys
+from tests.support.calls import put
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import (
-    SECRET,
-    GatewayThread,
-    Keyed,
-    generate,
-    give_adapter,
-    make_keys,
-    wait_until_ready,
-)
-
-ITEMS = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
+from tests.support.gateway import SECRET, GatewayThread, Keyed, give_adapter, make_keys, wait_until_ready
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +89,9 @@ def test_tenants_own_bank(two_banks: Keyed, named: BankManifest, store: ValkeyPr
     usual = two_banks.gateway.parts.bank.manifest.short
     for tenant, bank in (("acme", named.short), ("globex", usual)):
         with two_banks.client(tenant) as client:
-            recipe = client.put("/users/ada/profile", json=ITEMS).raise_for_status().json()["recipe"]
+            recipe = put(client, "ada")["recipe"]
             assert recipe.split(":")[1] == bank
-            assert generate(client, "ada").json()["personalization"]["level"] == "merged"
+            assert ask(client, "POST /generate", {}, "ada").json()["personalization"]["level"] == "merged"
             assert client.get("/users/ada").json()["recipe"].split(":")[1] == bank == bank_of(two_banks, tenant)
             ask(client, "POST /users/{user_id}/adapt", {}, "ada").raise_for_status()
     assert [seen.body["model"].split(":")[1] for seen in fake_engine.seen] == [named.short, usual]
@@ -114,7 +105,7 @@ def test_readapting(two_banks: Keyed, named: BankManifest, second: Path, monkeyp
     for user, bank in (("rosa", named.short), ("kai", read_manifest(first).short)):
         for tenant in ("acme", "globex"):
             with two_banks.client(tenant) as client:
-                client.put(f"/users/{user}/profile", json=ITEMS).raise_for_status()
+                put(client, user)
                 ask(client, "POST /users/{user_id}/adapt", {}, user).raise_for_status()
             asyncio.run(give_adapter(two_banks.gateway, user, tenant, bank))
     for usual, options, counted in (
