@@ -45,7 +45,6 @@ def one_server(request: pytest.FixtureRequest, each_server: dict[str, ValkeyProc
 
 @pytest.fixture(params=[*sorted(server_binaries()), "cluster"])
 def server(request: pytest.FixtureRequest, each_server: dict[str, ValkeyProcess]) -> ValkeyProcess | ValkeyCluster:
-    """Each of those, and a cluster."""
     return request.getfixturevalue("cluster") if request.param == "cluster" else each_server[request.param]
 
 
@@ -81,7 +80,6 @@ def user() -> str:
 
 @pytest.fixture
 def quick_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewrites of the append-only file follow quickly on each other."""
     quick = {"INTERVAL_MS": 800, "ERASE_MS": 200, "CLOCK_SKEW_MS": 0, "START_MS": 500, "REWRITE_CHECK_S": 0.05}
     for name, value in {**quick, "REWRITE_MS": 0, "RETRY_MS": 150}.items():
         monkeypatch.setattr(append_only_file, name, value)

@@ -33,7 +33,6 @@ class Disk:
     file: AppendOnlyFile
 
     async def looked(self, seconds: float) -> None:
-        """Look now and then, as a gateway does."""
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s:
             await self.file.rewrite_if_due()

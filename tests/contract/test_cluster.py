@@ -49,7 +49,6 @@ async def connection(cluster: ValkeyCluster) -> AsyncIterator[RedisConnection]:
 
 @contextmanager
 def configured(node: ValkeyProcess, name: str, value: str) -> Iterator[None]:
-    """A node with another setting, until the block ends."""
     before = ask(node, "CONFIG GET", name)[name]
     ask(node, "CONFIG SET", name, value)
     try:

@@ -135,7 +135,6 @@ def made(name: str) -> StoredAdapter:
 
 
 async def with_profile(parts: StoreParts, key: str) -> tuple[Profile, bytes]:
-    """A user's record and its version."""
     before = await parts.profiles.read(key)
     await parts.profiles.commit(key, before.version, put_of("ada", "text", before), before.epoch)
     snapshot = await parts.profiles.read(key)
@@ -269,7 +268,6 @@ async def readapted(parts: StoreParts, bank: str, served: ServedBanks | None = N
 
 
 async def trained(parts: StoreParts, bank: str, *, better: bool = True) -> Job:
-    """Have a worker of a bank train the job that there is."""
     worker = WorkerSteps(parts, bank)
     await worker.take()
     await worker.claim()

@@ -39,7 +39,6 @@ HIDDEN = ("--rename-command", "CONFIG", "")  # as managed services do
 
 @pytest.fixture
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts a server with the given options; all are killed when the test ends."""
     running: list[ValkeyProcess] = []
 
     def started(*options: str) -> ValkeyProcess:

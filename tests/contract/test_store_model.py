@@ -53,9 +53,7 @@ def one_server(memory: Path) -> Iterator[None]:
 
 
 @dataclass
-class Expected:
-    """What is known of a user."""
-
+class Expected:  # of a user
     text: str | None = None  # of their item; None for an unknown user
     erasures: int = 0
     was_nobody: bool = False  # there was nothing to be erased the last time
@@ -65,9 +63,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class UnderWay:
-    """A profile write that has begun."""
-
+class UnderWay:  # a profile write
     user: str
     text: str
     snapshot: Snapshot
@@ -76,10 +72,7 @@ class UnderWay:
 
 
 class Store(RuleBasedStateMachine):
-    """Two gateways, two workers, two users, one store of a primary and a replica, which holds nothing at first.
-
-    In each run the replica takes over once, for that takes a second.
-    """
+    """Two gateways, two workers, two users, one store of a primary and a replica, which takes over once in each run."""
 
     tries: ClassVar[int] = 0  # how often anything was tried, in all runs
 
@@ -266,8 +259,7 @@ class Store(RuleBasedStateMachine):
     @precondition(lambda self: not self.failed_over)
     @rule(lost=BOOL)
     def fail_over(self, *, lost: bool) -> None:
-        """The replica takes over: from a primary that hands over, or that has died a moment after it answered. What is
-        known to be so still is."""
+        """The primary hands over, or has died a moment after it answered; what is known to be so still is."""
         self.failed_over = True
         server.fail_over(lost=lost)
         if FAKE_TIME:

@@ -44,8 +44,6 @@ _numbers = itertools.count()
 
 
 class Fault(StrEnum):
-    """What befalls one write."""
-
     LOST_REQUEST = "the request never arrives"
     LOST_ANSWER = "it is done, but nobody hears of it"
     TWICE = "the answer is lost, and the client sends it again"
@@ -133,7 +131,6 @@ async def opened(url: str) -> AsyncIterator[ProfileStore]:
 
 @asynccontextmanager
 async def strict_and_lenient(url: str) -> AsyncIterator[tuple[RedisConnection, RedisConnection]]:
-    """Unchecked connections."""
     async with connected(url, require_durable=True) as strict, connected(url, require_durable=False) as lenient:
         yield strict, lenient
 
@@ -154,7 +151,6 @@ async def claimed(jobs: JobStore, job_id: JobId, lease_s: float = LEASE_S) -> Le
 
 
 def put_of(user: str, text: str, snapshot: Snapshot) -> Change:
-    """A change that lets one item be all that a user has."""
     before = snapshot.profile
     kept = {"adapter": before.adapter, "signature": before.signature} if before else {}
     updated_ms = before.updated_ms + 1 if before else 1
@@ -187,7 +183,6 @@ def users_at(cluster: ValkeyCluster, home: ValkeyProcess) -> Iterator[str]:
 
 
 def on_disk(text: str, *servers: ValkeyProcess) -> bool:
-    """Whether a text stands in any file of these servers."""
     files = (path for server in servers for path in server.folder.rglob("*") if path.is_file())
     return any(text.encode() in path.read_bytes() for path in files)
 
@@ -238,7 +233,6 @@ class Writing:
             assert written <= found.updated_ms <= self._tried[user]
 
     async def goes_on(self) -> None:
-        """Wait until everybody has been written ten times more."""
         before = dict(self._written)
         while not all(self._written[user] > before[user] + 10 for user in before):
             assert not any(task.done() for task in self._running), self._running
