@@ -38,11 +38,12 @@ LARGE = card(80, 79)
         ([card(8)], SMALL, {}, 0.54, "0"),
         ([card(6)], SMALL, {}, 0.92, None),
         ([card(24)], LLAMA, {}, 0.92, None),
-        ([card(44)], LLAMA, {}, 0.92, None),  # the engine would keep less than half
+        ([card(40)], SMALL._replace(worker=21 * GIB), {}, 0.92, None),  # the engine would keep less than half
         ([card(80, 30)], LLAMA, {}, 0.37, None),  # somebody else has the rest
         ([LARGE, card(80, 79, "1"), card(24, 23, "2")], LLAMA, {"replicas": 2}, 0.92, "2"),  # which no engine has
         ([LARGE, card(8, 8, "1")], LLAMA, {}, 0.65, "0"),  # the other one is too small
         ([LARGE, card(80, 40, "1")], SMALL, {"replicas": 2}, 0.46, "1"),  # each engine gets what all of them can have
+        ([card(40), card(80, name="1")], SMALL, {"replicas": 2}, 0.84, "1"),
         ([LARGE], SMALL, {"worker_gpu_share": 0}, 0.92, None),
         ([LARGE], SMALL, {"engine_gpu_share": 0.5}, 0.5, "0"),
         ([LARGE], SMALL, {"engine_gpu_share": 0.91}, 0.91, None),
