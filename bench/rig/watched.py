@@ -22,10 +22,7 @@ _FAST_REPLICATION = ("--repl-diskless-sync-delay", "0", "--repl-diskless-load", 
 
 
 class WatchedValkey:
-    """A primary and a replica that can swap roles; the product sees one store.
-
-    A majority of the Sentinels must agree. `clock` enables the servers' `set_clock`.
-    """
+    """A primary and a replica that can swap roles; a majority of Sentinels must agree. `clock` enables `set_clock`."""
 
     def __init__(
         self, folder: Path, options: Sequence[str] = DURABLE, *, sentinels: int = 1, clock: bool = False
