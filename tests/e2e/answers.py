@@ -22,14 +22,6 @@ each_person = pytest.mark.parametrize("person", PEOPLE, ids=lambda person: perso
 
 
 class TestAnswers:
-    @pytest.fixture(scope="class")
-    def answers(self, api: Client) -> dict[str, list[Answer]]:
-        """User id → greedy answers to the five questions; of the people as they are without any training."""
-        users = {NOBODY: NOBODY} | {person.user_id: f"another-{person.user_id}" for person in PEOPLE}
-        for person in PEOPLE:
-            api.put_profile(users[person.user_id], person.lines)
-        return {name: [ask(api, user_id, question) for question in QUESTIONS] for name, user_id in users.items()}
-
     def test_the_table_shows_everybodys_answers_and_the_training(self, demo: Demo) -> None:
         _, _, table = demo.shown.partition("Asked by")
         people = (NOBODY, *(person.user_id for person in PEOPLE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from playwright.sync_api import Browser, expect
 
 from bench.rig.processes import command_line, descendants
 from deploy.console.browser import PATIENCE_MS, Looking, chromium, looking, running_browser
-from deploy.demo.personas import PEOPLE
+from deploy.demo.asking import Answer, ask
+from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS
 from mta_client import Client
 from tests.support.terminal import Terminal, terminal
 
@@ -58,6 +60,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 def api(demo: Demo) -> Iterator[Client]:
     with Client(demo.url, trust_env=False) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def answers(api: Client) -> dict[str, list[Answer]]:
+    """User id → greedy answers to the five questions; of the people as they are without any training."""
+    users = {NOBODY: NOBODY} | {person.user_id: f"another-{person.user_id}" for person in PEOPLE}
+    for person in PEOPLE:
+        api.put_profile(users[person.user_id], person.lines)
+    with ThreadPoolExecutor(len(users)) as pool:  # all of them at once: their tokens share the engine's steps
+        said = {name: [pool.submit(ask, api, user, asked) for asked in QUESTIONS] for name, user in users.items()}
+        return {name: [answer.result() for answer in waiting] for name, waiting in said.items()}
 
 
 @pytest.fixture(scope="module")  # of the one module there is: asyncio is not to be had while it runs
