@@ -30,10 +30,10 @@ class Engine:
         return self.client.post("/v1/chat/completions", json=body | options)
 
     @contextmanager
-    def long_answer(self, model: str) -> Iterator[Iterator[str]]:
-        """Yield the lines of a streamed answer of 400 tokens once the request is admitted."""
+    def long_answer(self, model: str, tokens: int = 400) -> Iterator[Iterator[str]]:
+        """Yield the lines of a streamed answer once the request is admitted."""
         messages = [{"role": "user", "content": "x"}]
-        body = {"model": model, "messages": messages, "max_tokens": 400, "ignore_eos": True, "stream": True}
+        body = {"model": model, "messages": messages, "max_tokens": tokens, "ignore_eos": True, "stream": True}
         with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
             response.raise_for_status()
             yield response.iter_lines()

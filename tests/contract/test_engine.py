@@ -102,18 +102,18 @@ async def test_whole_and_streamed_answers_agree_and_tell_reason_and_usage(
     request = ask(subject.recipe().name, max_tokens=24)
     async with client.generate(request) as stream:
         streamed = [text async for text, _ in stream if text]
-    assert stream.first_token_s is not None
-    assert stream.first_token_s > stream.sent_s
+    assert stream.first_token_s is not None and stream.first_token_s > stream.sent_s
     async with client.generate(replace(request, stream=False)) as whole:
         pieces = [text async for text, _ in whole if text]
-    assert pieces == ["".join(streamed)]
-    assert len(streamed) > 1
+    assert pieces == ["".join(streamed)] != streamed
     assert whole.first_token_s is None
     for made in (stream, whole):
         assert (made.finish_reason, made.complete) == ("length", True)
-        assert made.prompt_tokens == made.usage["prompt_tokens"]
-        assert made.usage["completion_tokens"] == 24
-        assert made.usage["total_tokens"] == made.usage["prompt_tokens"] + 24
+        prompt = made.prompt_tokens or 0
+        assert (
+            made.usage.items()
+            >= {"prompt_tokens": prompt, "completion_tokens": 24, "total_tokens": prompt + 24}.items()
+        )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -152,8 +152,7 @@ async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subj
     assert stream.usage["prompt_tokens"] > sum(len(message["content"]) for message in messages) - 1
     counted = await engines.count_tokens(messages)
     messages[0]["content"] += "x" * 100
-    assert counted is not None
-    assert await engines.count_tokens(messages) == counted + 100
+    assert await engines.count_tokens(messages) == (counted or 0) + 100
 
 
 @pytest.mark.parametrize(
@@ -200,27 +199,15 @@ async def test_a_prompt_beyond_the_context_is_refused(client: EngineClient, subj
     assert str(CONTEXT) in error.message
 
 
-async def test_the_prompt_length_is_known_at_the_first_token(client: EngineClient, subject: Subject) -> None:
-    async with client.generate(ask(subject.recipe().name, "x" * (CONTEXT - 40), max_tokens=400)) as stream:
-        assert stream.prompt_tokens is not None
-        assert CONTEXT - 40 <= stream.prompt_tokens < CONTEXT
-
-
-@pytest.mark.parametrize("key", ["wrong", None])
-async def test_a_wrong_key_blames_the_gateway(
-    subject: Subject, session: aiohttp.ClientSession, key: str | None
-) -> None:
-    error = await refusal(client_of(session, subject.url, key), ask("base"), EngineFailed)
-    assert error.code == "engine_key"
-
-
 @pytest.mark.parametrize("stream", [False, True])
-async def test_leaving_early_aborts(client: EngineClient, subject: Subject, stream: bool) -> None:
+async def test_the_prompt_length_is_known_at_the_first_token_and_leaving_early_aborts(
+    client: EngineClient, subject: Subject, stream: bool
+) -> None:
     before = subject.generated()
     request = replace(ask(subject.recipe().name, max_tokens=CONTEXT - 40), stream=stream)
     if stream:
-        async with client.generate(request):
-            pass  # the first token is there; a random model's first readable text may be long in coming
+        async with client.generate(request) as begun:  # a random model's first readable text may be long in coming
+            assert len("hello there") <= (begun.prompt_tokens or 0) < 40
     else:
         asking = asyncio.create_task(answer(client, request))
         await asyncio.to_thread(wait_until, lambda: not subject.idle(), "the engine to begin")
@@ -245,16 +232,20 @@ async def test_connections_are_kept(client: EngineClient, session: aiohttp.Clien
 
 
 async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> None:
-    nowhere = f"http://127.0.0.1:{free_port()}"
-    nobody = client_of(session, nowhere)
-    await refusal(nobody, ask("base"), Unavailable)
+    nowhere, messages = f"http://127.0.0.1:{free_port()}", [{"role": "user", "content": "hello"}]
+    await refusal(client_of(session, nowhere), ask("base"), Unavailable)
     silent = Engines(session, [nowhere], KEY)
     with pytest.raises(Unavailable):
-        await silent.template_refusal([{"role": "user", "content": "hello"}])
-    assert await silent.count_tokens([{"role": "user", "content": "hello"}]) is None
+        await silent.template_refusal(messages)
+    assert await silent.count_tokens(messages) is None
 
 
-async def test_its_status_is_understood(subject: Subject, session: aiohttp.ClientSession) -> None:
+async def test_its_status_is_understood_and_a_wrong_key_blames_the_gateway(
+    subject: Subject, session: aiohttp.ClientSession
+) -> None:
+    for wrong in ("wrong", None):
+        error = await refusal(client_of(session, subject.url, wrong), ask("base"), EngineFailed)
+        assert error.code == "engine_key"
     for key, status, banks, context in (
         (KEY, "ok", (read_manifest(subject.bank).fingerprint,), CONTEXT),
         ("wrong", "wrong_key", (), None),

@@ -68,9 +68,23 @@ def gateway_over_vllm(gateway_settings: Settings, tiny_engine: Engine) -> Iterat
         yield gateway
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from bench.rig.tiny import tiny_model  # imports torch
+
+    return tiny_model(tmp_path_factory.mktemp("model"), context=2048)  # for answers that outlive those beside them
+
+
+@pytest.fixture(scope="session")
+def bank(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder: Path) -> Path:
+    from bench.rig.tiny import tiny_bank
+
+    return tiny_bank(tmp_path_factory.mktemp("bank"), model, embedder_folder, anchors=40, scale=0.2)
+
+
 @pytest.fixture(scope="module")
 def prefix(bank: Path) -> str:
-    """How recipes of a module's own bank begin."""
+    """How recipes of `bank`, or of a module's own, begin."""
     return f"mta3:{read_manifest(bank).short}:shared"
 
 

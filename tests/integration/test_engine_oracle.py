@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import redis
 import torch
@@ -19,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from adapters.errors import MtaError
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
-from adapters.training.example import Example
 from adapters.user_adapter import UserAdapter
 from bank.evaluation.scoring import EvalAdapter, ModelReader, OpenBank, Scorer
 from bank.items.prompt import encode_pair
@@ -30,7 +28,7 @@ from bank.models.load import load_base
 from bench.oracle.dense import dense_adapter, stacked_adapter, token_logprobs
 from bench.rig.engine import KEY, Engine, running_engine
 from bench.rig.processes import descendants, paused, wait_until
-from bench.rig.tiny import tiny_bank, tiny_model
+from bench.rig.tiny import tiny_bank
 from bench.rig.user_adapters import keep_user_adapter, random_user_adapter
 from bench.rig.valkey import ValkeyProcess
 from server.cli.eval.engine import EngineReader, open_engine_reader
@@ -51,22 +49,12 @@ CASES: list[tuple[bool, tuple[Term, ...]]] = [
 KINDS = ("check", "fuse", "slot_write", "bring_in", "load")
 COUNTS = ("fuses", "slot_evictions", "shared_slots")
 TURNS = ("Say 1", "Say something about trains", "And?")
-USER, ADAPTER = "a" * 25 + "e", "b" * 25 + "e"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"), context=2048)  # for answers that outlive those beside them
+USER = "a" * 25 + "e"
 
 
 @pytest.fixture(scope="module")
 def dense(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def bank(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder: Path) -> Path:
-    return tiny_bank(tmp_path_factory.mktemp("bank"), model, embedder_folder, anchors=40, scale=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -169,23 +157,13 @@ def test_every_answer_of_a_mixed_step_is_what_it_is_alone(engine: Engine, prefix
     for recipe in reversed(recipes):  # every slot holds somebody's adapter, and who was first is out again
         engine.chat(recipe).raise_for_status()
     with ExitStack() as stack, ThreadPoolExecutor(len(asked)) as pool:
-        for recipe in recipes[:streams]:
-            stack.enter_context(long_answer(engine, recipe))
+        beside = [stack.enter_context(engine.long_answer(recipe, 2000)) for recipe in recipes[:streams]]
+        assert all(next(lines).startswith("data: {") for lines in beside)
         mixed = list(pool.map(lambda request: answer(engine, *request), asked))
         assert engine.metric("vllm:num_requests_running") == streams, "the long answers ended before the others"
-    for request, (text, logprobs), (beside, others) in zip(asked, alone, mixed, strict=True):
+    for request, (text, logprobs), (mixed_text, others) in zip(asked, alone, mixed, strict=True):
         assert (logprobs - others).abs().max() < NOISE, f"{request[0]} is not itself beside others"
-        assert text == beside
-
-
-@contextmanager
-def long_answer(engine: Engine, recipe: str) -> Iterator[None]:
-    """An answer that has begun and goes on until the block ends."""
-    body = {"model": recipe, "prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
-    with engine.client.stream("POST", "/v1/completions", json=body) as response:
-        lines = response.iter_lines()  # kept: httpx hangs up when the iterator goes
-        assert next(lines).startswith("data: {")
-        yield
+        assert text == mixed_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +175,9 @@ class Stacked:
     manifest: BankManifest
     redis_url: str
 
-    def recipe(self, adapter: str = ADAPTER) -> FusionRecipe:
-        terms = (Term(0, 400), Term(3, 300))
-        return FusionRecipe(self.manifest.short, self.manifest.method, True, terms, UserAdapterId(USER, adapter))
-
     def keep(self) -> tuple[FusionRecipe, UserAdapter]:
-        recipe = self.recipe()
+        terms, adapter = (Term(0, 400), Term(3, 300)), UserAdapterId(USER, "b" * 25 + "e")
+        recipe = FusionRecipe(self.manifest.short, self.manifest.method, True, terms, adapter)
         user = random_user_adapter(self.manifest, recipe)
         keep_user_adapter(self.redis_url, recipe, user, self.manifest)
         return recipe, user
@@ -246,17 +221,6 @@ def test_a_stacked_answer_is_the_dense_sum_each_time_its_slot_was_anothers(stack
     assert grown(engine, before) == dict.fromkeys(("check", "slot_write", "bring_in", "slot_evictions"), times)
 
 
-def test_an_adapter_that_is_not_there_is_a_404_and_the_plain_recipe_is_served(stacked: Stacked) -> None:
-    for recipe in (stacked.recipe(), stacked.recipe("c" * 25 + "e")):  # none is stored, and then another one
-        response = stacked.engine.chat(recipe.name)
-        assert response.status_code == httpx.codes.NOT_FOUND
-        assert response.json()["error"]["param"] == "model"
-        assert "does not exist; the plain recipe is" in response.json()["error"]["message"]
-        content_of(stacked.engine.chat(recipe.plain.name))
-        assert stacked.engine.status()["user_adapters"] == 0
-        stacked.keep()
-
-
 def test_a_dropped_user_is_neither_held_nor_resident_once_their_open_stream_has_ended(stacked: Stacked) -> None:
     (recipe, _), engine = stacked.keep(), stacked.engine
     content_of(engine.chat(recipe.name))
@@ -265,39 +229,30 @@ def test_a_dropped_user_is_neither_held_nor_resident_once_their_open_stream_has_
             lines = open_stream.enter_context(engine.long_answer(recipe.name))
             assert stacked.drop() == 1
         assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert recipe.name in engine.resident()["resident"]
-    assert engine.resident()["held"] == [recipe.name]
+    there = engine.resident()
+    assert (recipe.name in there["resident"], there["held"], engine.status()["user_adapters"]) == (
+        True,
+        [recipe.name],
+        1,
+    )
     wait_until(lambda: stacked.drop() == 0, "the request to be over")  # its last line is out a little before
-    assert recipe.name not in engine.resident()["resident"]
-    assert engine.resident()["held"] == []
-    assert engine.status()["user_adapters"] == 0
+    there = engine.resident()
+    assert (recipe.name in there["resident"], there["held"], engine.status()["user_adapters"]) == (False, [], 0)
 
 
-@pytest.fixture(scope="module")
-def opened(bank: Path, embedder_folder: Path) -> OpenBank:
-    return OpenBank.open(bank, Embedder.load(embedder_folder).id)
-
-
-@pytest.fixture(scope="module")
-def scorer(model: Path) -> Scorer:
-    return Scorer(*load_base(model, "float32"))
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def there(engine: Engine, valkey: ValkeyProcess) -> Iterator[EngineReader]:
     """Evaluates through the engine."""
     with open_engine_reader(engine.url, Settings(redis_url=valkey.url, engine_key=SecretStr(KEY))) as reader:
         yield reader
 
 
-@pytest.fixture(scope="module")
-def examples(scorer: Scorer) -> list[Example]:
-    return [encode_pair(scorer.tokenizer, turn, f"{turn} indeed", 128) for turn in TURNS]
-
-
-def test_results_are_those_in_process(
-    opened: OpenBank, scorer: Scorer, there: EngineReader, examples: list[Example]
+def test_results_are_those_in_process_and_a_bank_that_is_not_served_is_named(
+    bank: Path, model: Path, embedder_folder: Path, there: EngineReader
 ) -> None:
+    opened = OpenBank.open(bank, Embedder.load(embedder_folder).id)
+    scorer = Scorer(*load_base(model, "float32"))
+    examples = [encode_pair(scorer.tokenizer, turn, f"{turn} indeed", 128) for turn in TURNS]
     recipe = FusionRecipe(opened.manifest.short, opened.manifest.method, True, (Term(0, 400), Term(3, 300)))
     merged, stacked = (
         EvalAdapter(opened, recipe, trained) for trained in (None, random_user_adapter(opened.manifest, recipe).weights)
@@ -320,9 +275,6 @@ def test_results_are_those_in_process(
         written = reader.write(merged, examples, 3)
         assert [len(set(texts)) for texts in written] == [3] * len(TURNS)
         assert written == reader.write(merged, examples, 3)
-
-
-def test_a_bank_that_is_not_served_is_named(opened: OpenBank, there: EngineReader, examples: list[Example]) -> None:
     elsewhere = EvalAdapter(opened, FusionRecipe("ffffffff", opened.manifest.method, True, ()))
     with pytest.raises(MtaError, match=r"ffffffff.*MTA_NEXT_BANK"):
         there.read(elsewhere, examples)

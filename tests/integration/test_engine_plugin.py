@@ -14,7 +14,7 @@ import pytest
 from bank.manifest import read_manifest
 from bench.rig.engine import KEY, Engine, running_engine
 from bench.rig.processes import PATIENCE_S, command_line, descendants, paused, wait_until
-from bench.rig.tiny import tiny_bank, tiny_model, world
+from bench.rig.tiny import tiny_bank, world
 from bench.rig.valkey import ValkeyProcess
 from server.engine.admission.access import KEYED_ROUTES
 from server.engine.command import is_cpu_build
@@ -25,16 +25,6 @@ SLOTS, CPU_TIER, NAMES, ANCHORS = 2, 6, 16, 40
 LONG = 1500  # tokens
 SECRET = "unmistakable-secret-that-keys-user-ids"
 USERS = [f"mover-{number}" for number in range(4)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"), context=2048)  # for answers that outlive those beside them
-
-
-@pytest.fixture(scope="module")
-def bank(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder: Path) -> Path:
-    return tiny_bank(tmp_path_factory.mktemp("bank"), model, embedder_folder, anchors=ANCHORS, scale=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +43,7 @@ def engine(bank: Path, next_bank: Path, model: Path, valkey: ValkeyProcess) -> I
 
 def test_a_prompt_of_one_token_is_answered(engine: Engine) -> None:
     """It killed the engine where the CPU has AMX, on a model with as many key as query heads."""
-    body = {"model": "base", "prompt": [65], "max_tokens": 2}
-    response = engine.client.post("/v1/completions", json=body)
+    response = engine.client.post("/v1/completions", json={"model": "base", "prompt": [65], "max_tokens": 2})
     assert response.status_code == httpx.codes.OK, response.text
 
 
@@ -72,13 +61,17 @@ def test_a_recipe_that_cannot_be_fused_is_a_404_with_the_reason_and_leaves_no_na
     for name, reason, left in (
         (f"{prefix}:c+a40*100", "a00 to a39", 0),
         ("mta1:00000000:shared:c", "build its bank again", 0),
-        (f"{prefix}:c:u-{'a' * 26}.{'a' * 26}", "does not exist", 1),  # all but the user adapter could be fused
+        (
+            f"{prefix}:c:u-{'a' * 26}.{'a' * 26}",
+            "does not exist; the plain recipe is",
+            1,
+        ),  # all but the user adapter could be fused
     ):
         response = engine.chat(name)
         assert response.status_code == httpx.codes.NOT_FOUND
         assert response.json()["error"]["param"] == "model"
         assert reason in response.json()["error"]["message"]
-        assert engine.metric("mta:adapter_names_leased") == 0
+        assert engine.metric("mta:adapter_names_leased") == engine.status()["user_adapters"] == 0
         assert engine.status()["names"] == known + left
 
 
@@ -140,8 +133,7 @@ def test_names_and_residents_stay_bounded_and_metrics_name_no_recipe(engine: Eng
     early = engine.client.get("/metrics").text
     for i in range(100):
         content_of(engine.chat(f"{prefix}:c+a{i % ANCHORS:02d}*{300 + i}", max_tokens=1))
-    status = engine.status()
-    assert status["names"] <= NAMES  # type: ignore[operator]
+    assert engine.status()["names"] <= NAMES  # type: ignore[operator]
     assert len(engine.resident()["resident"]) <= CPU_TIER
     late = engine.client.get("/metrics").text
     assert len(late.splitlines()) == len(early.splitlines())
@@ -169,25 +161,25 @@ def test_a_long_answer_keeps_its_adapter_while_everything_else_would_evict_it(en
 
 
 def test_the_name_of_a_client_that_left_is_free_again(engine: Engine, prefix: str) -> None:
+    metrics = ("mta:adapter_names_leased", "mta:adapters_in_use")
     with engine.long_answer(f"{prefix}:c+a01*1") as lines:
         next(lines)
-        assert engine.metric("mta:adapter_names_leased") == engine.metric("mta:adapters_in_use") == 1
-    metrics = ("mta:adapter_names_leased", "mta:adapters_in_use")
+        assert [*map(engine.metric, metrics)] == [1, 1]
     wait_until(lambda: not any(map(engine.metric, metrics)), "the abandoned request to be over")
-
-
-def answering_bank(gateway: GatewayThread, user: str) -> str:
-    with gateway.client() as client:
-        answer = generate(client, user)
-    told = answer.json()["personalization"]
-    assert (answer.status_code, told["level"]) == (httpx.codes.OK, "merged"), answer.text
-    return str(told["recipe"].split(":")[1])
 
 
 def test_gateways_of_two_banks_of_other_modules_share_an_engine_under_load(
     engine: Engine, bank: Path, next_bank: Path, gateway_settings: Settings
 ) -> None:
     changes = {"engine_url": engine.url, "queue_places": 2 * len(USERS)}
+
+    def answering_bank(gateway: GatewayThread, user: str) -> str:
+        with gateway.client() as client:
+            answer = generate(client, user)
+        told = answer.json()["personalization"]
+        assert (answer.status_code, told["level"]) == (httpx.codes.OK, "merged"), answer.text
+        return str(told["recipe"].split(":")[1])
+
     with ExitStack() as stack, ThreadPoolExecutor(2 * len(USERS)) as pool:
         gateways = [
             stack.enter_context(GatewayThread(gateway_settings.model_copy(update=changes | {"bank": folder})))

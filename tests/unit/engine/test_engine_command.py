@@ -189,7 +189,6 @@ def test_one_of_several_engines_keeps_to_its_share_of_the_gpus(on_cpu: bool, mon
 def test_a_containers_limit_counts_where_it_is_below_the_machines_memory(tmp_path: Path) -> None:
     limit = tmp_path / "memory.max"
     machine = engine.memory_bytes([limit])
-    limit.write_text("max\n")
-    assert engine.memory_bytes([limit]) == machine
-    limit.write_text("123456\n")
-    assert engine.memory_bytes([limit]) == 123456
+    for written, memory in (("max", machine), ("123456", 123456)):
+        limit.write_text(f"{written}\n")
+        assert engine.memory_bytes([limit]) == memory

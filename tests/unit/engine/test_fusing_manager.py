@@ -10,6 +10,7 @@ from functools import partial
 from threading import Event, Thread, current_thread
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -127,8 +128,7 @@ def test_a_new_adapter_never_takes_a_slot_that_the_step_uses(manager: CountingMa
     manager._apply_adapters({recipe(2), recipe(1)})
     manager._adapter_manager._active_adapters.touch(2)
     manager._apply_adapters(dict.fromkeys(recipe(i) for i in order))  # type: ignore[arg-type]  # an ordered set
-    assert active(manager) == {1, 3}
-    assert counted(manager)["slot_write"] == 3
+    assert (active(manager), counted(manager)["slot_write"]) == ({1, 3}, 3)
 
 
 def test_fusing_ahead_takes_no_slot_and_evicts_nothing_in_use(manager: CountingManager) -> None:
@@ -136,10 +136,8 @@ def test_fusing_ahead_takes_no_slot_and_evicts_nothing_in_use(manager: CountingM
     for ahead in range(3, 20):
         manager.add_adapter(recipe(ahead))
         manager._apply_adapters({recipe(1), recipe(2)})
-    assert active(manager) == {1, 2}
-    assert counted(manager)["slot_write"] == 2
-    assert manager.fused.count(recipe(1).lora_name) == 1
-    assert len(manager.resident()) == CPU_TIER
+    assert (active(manager), counted(manager)["slot_write"]) == ({1, 2}, 2)
+    assert (manager.fused.count(recipe(1).lora_name), len(manager.resident())) == (1, CPU_TIER)
 
 
 def test_an_id_that_held_another_recipe_is_fused_anew(manager: CountingManager) -> None:
@@ -148,10 +146,12 @@ def test_an_id_that_held_another_recipe_is_fused_anew(manager: CountingManager) 
     manager._apply_adapters({other})
     assert manager.resident() == [other.lora_name]
     assert manager.fused == [*names_of(1), other.lora_name]
-    with pytest.raises(RuntimeError, match="two adapters under one id"):
-        manager._apply_adapters({recipe(1), other})
-    with pytest.raises(RuntimeError, match="3 adapters, there are 2 slots"):
-        manager._apply_adapters({recipe(1), recipe(2), recipe(3)})
+    for step, problem in (
+        ({recipe(1), other}, "two adapters under"),
+        ({*map(recipe, range(1, 4))}, "3 adapters, there are 2"),
+    ):
+        with pytest.raises(RuntimeError, match=problem):
+            manager._apply_adapters(step)
 
 
 def test_what_is_released_is_held_nowhere_any_more(manager: CountingManager) -> None:
@@ -178,12 +178,9 @@ def test_two_requests_for_a_recipe_that_nobody_asked_for_before_fuse_it_once(man
         manager.prefetch(recipe(1))
     manager.prefetch(recipe(1))  # it is here now
     manager._apply_adapters({recipe(1)})
-    assert manager.fused == names_of(1)
-    assert manager._prefetcher.names == []
-    assert active(manager) == {1}
+    assert (manager.fused, manager._prefetcher.names, active(manager)) == (names_of(1), [], {1})
     ((footprint, thread),) = manager._adapter_manager.prepared  # where it goes is found out ahead too
-    assert footprint == (BANK, ())
-    assert thread.startswith("mta-fuse")
+    assert (footprint, thread[:8]) == ((BANK, ()), "mta-fuse")
 
 
 def test_a_fusion_under_way_when_its_slot_is_needed_is_waited_for(manager: CountingManager) -> None:
@@ -197,11 +194,12 @@ def test_a_fusion_under_way_when_its_slot_is_needed_is_waited_for(manager: Count
 
 
 def test_who_is_erased_while_their_adapter_is_being_fused_leaves_nothing(manager: CountingManager) -> None:
+    name = stacked("a").lora_name
     manager.gate.clear()
-    manager.hold(stacked("a").lora_name, b"")
+    manager.hold(name, b"")
     assert manager.fusing.wait(PATIENCE_S)
-    assert manager.held() == [stacked("a").lora_name]
-    with manager.meanwhile(manager.release, [stacked("a").lora_name]):
+    assert manager.held() == [name]
+    with manager.meanwhile(manager.release, [name]):
         pass
     assert manager.held() == manager._prefetcher.names == manager.resident() == []
 
@@ -252,9 +250,8 @@ def test_who_waits_is_unfused_until_their_adapter_is_ready(manager: CountingMana
 
 
 def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
-    """Its user adapter was on its way out, and came back."""
-    answers = iter([lambda: {}["gone"], lambda: "fused"])
-    prefetcher = FusionPrefetcher[str](lambda name: next(answers)())
+    fuse = MagicMock(side_effect=[KeyError("its user adapter was on its way out, and came back"), "fused"])
+    prefetcher = FusionPrefetcher[str](fuse)
     prefetcher.start("x")
     while not prefetcher._futures["x"].done():
         pass
@@ -302,5 +299,4 @@ def test_an_adapter_from_a_folder_counts_as_loaded(manager: CountingManager, mon
     monkeypatch.setattr(LRUCacheWorkerLoRAManager, "_load_adapter", lambda self, request: LoRAModel(7, 8, {}))
     monkeypatch.setattr(LRUCacheLoRAModelManager, "_add_adapter", lambda self, lora: None)
     manager.add_adapter(LoRARequest(lora_name="foreign", lora_int_id=7, lora_path="/folder"))
-    assert counted(manager) == {"load": 1}
-    assert manager.fused == []
+    assert (counted(manager), manager.fused) == ({"load": 1}, [])

@@ -84,24 +84,15 @@ Q, V = (ModuleShape(name, HIDDEN, HIDDEN) for name in "qv")
 A, B = float(RANK * HIDDEN), float(HIDDEN * RANK)  # sums of an A of ones, and of a B of ones
 
 
-def make_layer(layer: Any, parts: int, tp_size: int = 1) -> Any:
-    """vLLM's way of writing a layer's slots, over no layer; on one of several ranks a slice is all of it."""
+def bare_layer(kind: Any = BaseLinearLayerWithLoRA, parts: int = 1) -> Any:
+    """vLLM's way of writing a layer's slots, over no layer; of two parts on one of two ranks, where a slice is all."""
+    layer = kind.__new__(kind)
     torch.nn.Module.__init__(layer)
-    layer.n_slices, layer.tp_size = parts, tp_size
+    layer.n_slices = layer.tp_size = parts
     layer.lora_a_stacked = tuple(torch.zeros(SLOTS, 1, ROOM, HIDDEN) for _ in range(parts))
     layer.lora_b_stacked = tuple(torch.zeros(SLOTS, 1, HIDDEN, ROOM) for _ in range(parts))
     layer.slice_lora_a = layer.slice_lora_b = lambda lora: lora
     return layer
-
-
-class BareLayer(BaseLinearLayerWithLoRA):  # type: ignore[misc]
-    def __init__(self) -> None:
-        make_layer(self, 1)
-
-
-class PackedLayer(MergedColumnParallelLinearWithLoRA):  # type: ignore[misc]
-    def __init__(self) -> None:
-        make_layer(self, 2, tp_size=2)
 
 
 def sums(layer: Any, index: int) -> list[tuple[float, float]]:
@@ -114,7 +105,7 @@ class BareSlots(FusedSlots):
     def __init__(self) -> None:
         self.lora_config = SimpleNamespace(max_loras=SLOTS, max_cpu_loras=4)
         self.lora_index_to_id = [None] * SLOTS
-        self.modules: dict[str, Any] = {"q": BareLayer()}
+        self.modules: dict[str, Any] = {"q": bare_layer()}
         self.packed_modules: dict[str, list[str]] = {}
         self.is_pooling_model = self._enable_mixed_moe_lora_format = False
         self._registered_adapters = AdapterLRUCache(4, self.deactivate_adapter)
@@ -148,36 +139,29 @@ def test_weights_are_wiped_while_they_lie_in_a_slot_and_no_others(slots: BareSlo
     slots.remove_adapter(1)
     assert slots.numbers == [(A, B), (A, 2 * B)]  # they outlive their place in the CPU tier
     slots.wipe({"ann", "somebody else"})
-    assert slots.numbers == [(0, 0), (A, 2 * B)]
-    assert slots.written_recipes == {"bob"}
+    assert (slots.numbers, slots.written_recipes) == ([(0, 0), (A, 2 * B)], {"bob"})
     slots.serve(3, "cid", 3.0)  # written whole
     slots.remove_adapter(2)
     slots.serve(4, "dan", 4.0)
     slots.wipe({"ann", "bob"})  # overwritten by now
-    assert slots.numbers == [(A, 3 * B), (A, 4 * B)]
-    assert slots.written_recipes == {"cid", "dan"}
+    assert (slots.numbers, slots.written_recipes) == ([(A, 3 * B), (A, 4 * B)], {"cid", "dan"})
 
 
 def test_a_stacked_adapter_is_written_whole_and_overwritten_without_a_trace(slots: BareSlots) -> None:
-    slots.serve(1, "ann", 3.0, own=True)
-    assert slots.numbers[0] == (A + 3 * OWN * HIDDEN, 3 * HIDDEN * (RANK + OWN))
-    slots.remove_adapter(1)
-    slots.serve(2, "bob", 2.0)
-    assert slots.numbers[0] == (A, 2 * B)
-    slots.remove_adapter(2)
-    slots.serve(3, "cid", 1.0, own=True)
-    assert slots.numbers[0] == (A + OWN * HIDDEN, HIDDEN * (RANK + OWN))
+    for lora_id, (number, own) in enumerate(((3.0, 1), (2.0, 0), (1.0, 1)), 1):
+        slots.serve(lora_id, f"user {lora_id}", number, own=bool(own))
+        assert slots.numbers[0] == (A + number * own * OWN * HIDDEN, number * HIDDEN * (RANK + own * OWN))
+        slots.remove_adapter(lora_id)
 
 
 def test_a_slot_of_another_bank_is_zeroed_first(slots: BareSlots) -> None:
-    slots.modules["only of the other bank"] = other = BareLayer()
+    slots.modules["only of the other bank"] = other = bare_layer()
     other.lora_b_stacked[0].fill_(9.0)
     slots.serve(1, "ann", 1.0)
     assert [sums(other, index) for index in range(SLOTS)] == [[(0, 0)], [(0, 9 * HIDDEN * ROOM)]]
 
 
 def test_once_prepared_no_step_finds_where_an_adapter_goes(slots: BareSlots, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the first of a kind nor the first of it in a slot."""
     for own in (False, True):
         slots.prepare(slots.model(1, "ann", 1.0, own=own))
     monkeypatch.setattr(Cells, "of_slots", None)
@@ -195,7 +179,7 @@ def test_what_vllm_slices_first_is_written_by_vllm(slots: BareSlots) -> None:
 
 def test_what_vllm_packed_is_the_same_each_time_it_is_brought_back(slots: BareSlots) -> None:
     """Packing folds alpha over rank into B, in place, and vLLM packs an adapter whenever it comes into a slot."""
-    slots.modules, slots.packed_modules = {"qv": PackedLayer()}, {"qv": ["q", "v"]}
+    slots.modules, slots.packed_modules = {"qv": bare_layer(MergedColumnParallelLinearWithLoRA, 2)}, {"qv": ["q", "v"]}
     flat = FlatLora((Q, V), (torch.ones(RANK * 2 * HIDDEN),), torch.full((2 * HIDDEN, RANK), 3.0))
     kind: dict[str, Any] = {"vllm_names": {"q": "q", "v": "v"}, "bank": BANK, "shares_a": False}
     slots.add_adapter(FusedLoRAModel(1, "ann", flat, **kind))
@@ -210,7 +194,6 @@ def test_what_vllm_packed_is_the_same_each_time_it_is_brought_back(slots: BareSl
 
 
 def test_what_the_cpu_tier_holds_under_an_id_is_known_until_it_lets_go_of_it(slots: BareSlots) -> None:
-    """By every way out: removed, made room, or another recipe under the same id."""
     for lora_id, name in enumerate(("ann", "bob", "cid"), 1):
         slots.serve(lora_id, name, 1.0)
     slots.deactivate_adapter(3)

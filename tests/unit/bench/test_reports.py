@@ -1,4 +1,4 @@
-"""What acceptance, the quality benchmark and the fleet's benchmarks judge: each claim can fail."""
+"""What benchmarks write, pages that are filled with it, and judgements of it: each claim can fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import httpx
 import numpy as np
 import pytest
 import typer
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
+from adapters.errors import MtaError
 from bank.evaluation.methods import parse_methods
 from bank.evaluation.run import Record
 from bench import acceptance
@@ -28,10 +30,139 @@ from bench.fleet.chaos.census import Usage
 from bench.fleet.chaos.faults import PARTS, Fault, Outage, shuffled
 from bench.fleet.chaos.verdict import Claim, about_keys, about_outages, about_requests
 from bench.fleet.simulate import served, zipf
+from bench.page.__main__ import main, read_results
+from bench.page.markdown import fill
+from bench.page.report import Figures, Spread, command_line, percentile, report, shown, tabulate
 from bench.quality import __main__ as quality
 from bench.quality.ratings import judged
 from bench.rig.processes import wait_until
+from bench.serving.cost import COLUMNS
+from bench.serving.histograms import Total, means_ms, totals
 from deploy import audit
+
+PAGE = """# Performance
+
+Before.
+
+<!-- figures: cost -->
+stale | table
+<!-- end of figures -->
+
+Between.
+
+<!-- figures: scale 2 -->
+not measured yet
+<!-- end of figures -->
+"""
+
+
+def test_a_ratio_is_taken_pair_by_pair_and_a_percentile_is_one_of_the_readings() -> None:
+    ratio = Spread.ratio([10.0, 30.0, 20.0], [10.0, 10.0, 40.0])
+    assert (ratio.median, ratio.min, ratio.max, ratio.n) == (1.0, 0.5, 3.0, 3)
+    with pytest.raises(ValueError, match="longer"):
+        Spread.ratio([1.0], [1.0, 2.0])
+    readings = [float(n) for n in range(100, 0, -1)]
+    assert [percentile(readings, share) for share in (0.0, 0.5, 0.99, 1.0)] == [1.0, 50.0, 99.0, 100.0]
+    assert percentile([7.0], 0.5) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0.0423, "0.042"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234"), (0.0, "0"), (-3.456, "-3.46")),
+        *((1000, "1,000"), (True, "yes"), (None, "–"), ("as it is", "as it is")),
+        (Spread(1.5, 1.0, 123.4, 5), "1.50 (1.00 to 123)"),
+        ({"median": 1.5, "min": 1.0, "max": 123.4, "n": 5}, "1.50 (1.00 to 123)"),
+    ],
+)
+def test_values_are_shown_with_a_few_digits(value: object, text: str) -> None:
+    assert shown(value) == text
+
+
+def test_tables_and_rows_are_written_with_the_machine_and_the_command(tmp_path: Path) -> None:
+    spread, out = Spread.of([1.0, 2.0, 4.0]), tmp_path / "made" / "cost.json"
+    values = {"median": 2.0, "min": 1.0, "max": 4.0, "n": 3}
+    tabulate([Figures("A title", ("what", "ms"), [["row", spread]])], out, bench="cost", pairs=3)
+    content = json.loads(out.read_text("utf-8"))
+    assert content["tables"] == [{"title": "A title", "columns": ["what", "ms"], "lines": [["row", values]]}]
+    assert (content["bench"], content["pairs"], content["command"]) == ("cost", 3, command_line())
+    assert content["machine"].keys() == {"processor", "cores", "amx", "avx512_bf16", "versions"}
+    report("A title", [("a", spread), ("b", "text")], out, bench="cold")
+    assert json.loads(out.read_text("utf-8"))["rows"] == {"a": values, "b": "text"}
+
+
+def test_means_are_of_what_was_counted_in_between_over_all_labels_of_a_histogram() -> None:
+    names = {"fuse": "mta_engine_fuse_seconds", "load": "mta_engine_load_seconds"}
+    registry = CollectorRegistry()
+    fuse = Histogram(names["fuse"], "Fusing.", ["kind"], registry=registry)
+    Histogram("mta_engine_fuse_seconds_ahead", "Another, of a longer name.", registry=registry).observe(8)
+    fuse.labels("plain").observe(0.25)
+    fuse.labels("stacked").observe(0.5)
+    before = totals(generate_latest(registry).decode(), names)
+    assert before == {"fuse": Total(2, 0.75), "load": Total()}
+    assert means_ms(before, before) == {}
+    fuse.labels("plain").observe(0.001)
+    fuse.labels("stacked").observe(0.003)
+    assert means_ms(before, totals(generate_latest(registry).decode(), names)) == pytest.approx({"fuse": 2.0})
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with figures of `cost` and of `cold`."""
+    spread = Spread.of([1.0, 2.0, 3.0])
+    line = ["first | token", spread, spread, spread, None, None, 0.5, 0.6, 1.7]
+    title = "model, shared, rank 8 in slots of 8, 16 slots, bfloat16"
+    tabulate([Figures(title, COLUMNS, [line])], tmp_path / "cost.json", bench="cost", note="A note.")
+    report("Cold", [("in the engine: fuse", spread), ("a limit", 3)], tmp_path / "cold.json", bench="cold")
+    (tmp_path / "other.json").write_text('{"rows": {}}')
+    return tmp_path
+
+
+def test_a_block_gets_its_table_without_empty_columns_and_the_rest_of_the_page_stays(results: Path) -> None:
+    found = read_results(results)
+    assert set(found) == {"cost", "cold"}  # `other.json` is another program's
+    filled = fill(PAGE, found)
+    assert (filled.names, filled.missing) == (("cost",), ("scale",))
+    before, _, rest = filled.text.partition("<!-- figures: cost -->\n")
+    block, _, after = rest.partition("<!-- end of figures -->")
+    rows = [line for line in block.splitlines() if line.startswith("|")]
+    assert rows[0] == "| ms | base | recipe | recipe over base | limit, base | limit, recipe | recipe over its limit |"
+    assert rows[2].startswith("| first / token | 2.00 (1.00 to 3.00) |")
+    assert "stale" not in block
+    assert "A note." in block
+    assert PAGE.startswith(before) and PAGE.endswith(after)
+    assert fill(filled.text, found).text == filled.text
+
+
+def test_the_nth_table_of_a_file_can_stand_alone() -> None:
+    tables = [{"title": f"table {n}", "columns": ["a"], "lines": [[n]]} for n in (1, 2, 3)]
+    machine = {"processor": "P", "cores": 2, "amx": False}
+    content: dict[str, Any] = {"bench": "scale", "command": "mta bench scale", "machine": machine, "tables": tables}
+    text = fill(PAGE, {"scale": content}).text
+    assert "**table 2**" in text
+    assert "**table 1**" not in text
+    assert "`mta bench scale`, 2 cores of P without AMX." in text
+
+
+def test_the_command_fills_a_page_in_place(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE, "utf-8")
+    main(results=results, page=page)
+    assert page.read_text("utf-8") == fill(PAGE, read_results(results), {"cost": "pictures/performance_cost.png"}).text
+    assert "![cost](pictures/performance_cost.png)" in page.read_text("utf-8")
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    assert drawn.keys() == {"performance_cold.png", "performance_cost.png"}
+    assert all(content.startswith(b"\x89PNG") for content in drawn.values())
+    assert "not there" in capsys.readouterr().out
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MtaError, match="no results at"):
+        read_results(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(MtaError, match=r"broken\.json is not JSON"):
+        read_results(tmp_path)
+
 
 SKIPPED = {"name": "torch", "skip_reason": "Dependency not found and could not be audited: torch (2.13.0+cpu)"}
 CLEAN = {"name": "redis", "version": "8.1.0", "vulns": []}
@@ -39,27 +170,27 @@ VULNERABLE = {"name": "left", "version": "1.0", "vulns": [{"id": "CVE-1"}, {"id"
 
 
 @pytest.fixture
-def report(tmp_path: Path) -> Path:
+def written(tmp_path: Path) -> Path:
     return tmp_path / "report.json"
 
 
-def _verdicts(report: Path, rows: dict[str, object], targets: tuple[Target, ...]) -> list[bool]:
-    report.write_text(json.dumps({"rows": rows}))
-    return [figure.met for figure in judge(report, targets)]
+def verdicts(written: Path, rows: dict[str, object], targets: tuple[Target, ...]) -> list[bool]:
+    written.write_text(json.dumps({"rows": rows}))
+    return [figure.met for figure in judge(written, targets)]
 
 
-def test_every_row_that_a_target_names_must_be_there_and_meet_it(report: Path) -> None:
+def test_every_row_that_a_target_names_must_be_there_and_meet_it(written: Path) -> None:
     growth = SOAK[3:4]
-    assert _verdicts(report, {"growth of A, %": 1.0, "growth of B, %": 2.9, "other": 99}, growth) == [True, True]
-    assert _verdicts(report, {"growth of A, %": 1.0, "growth of B, %": 3.1}, growth) == [True, False]
-    assert _verdicts(report, {}, FUSE) == [False]
-    report.unlink()
-    assert [figure.met for figure in judge(report, ORACLE)] == [False] * len(ORACLE)
+    assert verdicts(written, {"growth of A, %": 1.0, "growth of B, %": 2.9, "other": 99}, growth) == [True, True]
+    assert verdicts(written, {"growth of A, %": 1.0, "growth of B, %": 3.1}, growth) == [True, False]
+    assert verdicts(written, {}, FUSE) == [False]
+    written.unlink()
+    assert [figure.met for figure in judge(written, ORACLE)] == [False] * len(ORACLE)
 
 
-def test_a_missed_aim_is_shown_but_fails_nothing(report: Path) -> None:
-    report.write_text(json.dumps({"rows": {GATEWAY[0].row: {"median": 4.0, "min": 3, "max": 5}}}))
-    figures = judge(report, GATEWAY)
+def test_a_missed_aim_is_shown_but_fails_nothing(written: Path) -> None:
+    written.write_text(json.dumps({"rows": {GATEWAY[0].row: {"median": 4.0, "min": 3, "max": 5}}}))
+    figures = judge(written, GATEWAY)
     assert [figure.met for figure in figures] == [False]
     assert acceptance.Outcome("gateway", "", 0.0, 0, figures).passed
     assert not acceptance.Outcome("fuse", "", 0.0, 0, [Figure("merge", "4", "5", met=False, binding=True)]).passed
@@ -100,11 +231,11 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
     ],
 )
 def test_what_was_found_is_told_from_what_was_not_looked_up(
-    packages: list[dict[str, Any]], looked_up: str, known: str, met: list[bool], report: Path
+    packages: list[dict[str, Any]], looked_up: str, known: str, met: list[bool], written: Path
 ) -> None:
     rows = dict(audit.judged({"dependencies": packages}))
     assert rows == {"packages looked up": looked_up, "known vulnerabilities": known}
-    assert _verdicts(report, rows, PACKAGES[1:]) == met
+    assert verdicts(written, rows, PACKAGES[1:]) == met
 
 
 def test_the_sbom_lists_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
