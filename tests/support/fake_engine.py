@@ -120,9 +120,8 @@ class FakeEngine:
     def reset(self) -> None:
         """All knobs but the bank's back at rest, nothing seen."""
         self.knobs = Knobs(self.knobs.banks, self.knobs.anchors, self.knobs.method)
-        self.seen.clear()
-        self.dropped.clear()
-        self.tokenized.clear()
+        for noted in (self.seen, self.dropped, self.tokenized):
+            noted.clear()
 
     async def _serve(self, listening: threading.Event) -> None:
         app = web.Application(client_max_size=64 << 20)
@@ -286,11 +285,8 @@ def whole(seen: Seen, words: list[str], finish_reasons: Sequence[str]) -> dict[s
         {"index": index, **said, "logprobs": _logprobs(seen.body, words), "finish_reason": reason}
         for index, reason in zip(seen.choices, cycle(finish_reasons), strict=False)
     ]
-    return _named(seen, "chat.completion") | {
-        "choices": choices,
-        "usage": seen.usage,
-        "kv_transfer_params": {"host": "inner"},
-    }
+    more = {"usage": seen.usage, "kv_transfer_params": {"host": "inner"}}
+    return _named(seen, "chat.completion") | {"choices": choices} | more
 
 
 def chunks(seen: Seen, word: str | None, finish_reasons: Sequence[str | None] = (None,), **more: Any) -> bytes:

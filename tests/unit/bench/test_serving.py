@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ import torch
 import typer
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 from transformers import AutoModelForCausalLM
 
 from adapters.errors import MtaError
@@ -48,7 +48,7 @@ OWN_KEY = "mta_of_the_reader"
 class Streaming:
     """Streams as many tokens as it is asked for, and refuses the model `bad`; in an event loop of another thread."""
 
-    def __init__(self, run: Callable[[Any], Any]) -> None:
+    def __init__(self, portal: BlockingPortal) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         self.loaded: list[str] = []
@@ -57,7 +57,7 @@ class Streaming:
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/load_lora_adapter", self._load)
         self.server = TestServer(app)
-        run(self.server.start_server())
+        portal.call(self.server.start_server)
         url = str(self.server.make_url("")).rstrip("/")
         self.engine = Engine(url, 0, httpx.Client(base_url=url))
 
@@ -87,27 +87,16 @@ class Streaming:
 @pytest.fixture
 def stand(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Streaming]]:
     """The servers that a benchmark starts, by flavour."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
-    def run(work: Any) -> None:
-        asyncio.run_coroutine_threadsafe(work, loop).result(10)
-
-    servers = {flavour: Streaming(run) for flavour in ("ours", "stock")}
-
-    @contextmanager
-    def stand_in(_: object, flavour: str = "ours", **__: object) -> Iterator[Engine]:
-        yield servers[flavour].engine
-
-    for module in (stall, thrash):
-        monkeypatch.setattr(module, "vllm_server", stand_in)
-    yield servers
-    for server in servers.values():
-        server.engine.client.close()
-        run(server.server.close())
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    with start_blocking_portal() as portal:
+        servers = {flavour: Streaming(portal) for flavour in ("ours", "stock")}
+        for module in (stall, thrash):
+            monkeypatch.setattr(
+                module, "vllm_server", lambda _, flavour="ours", **__: nullcontext(servers[flavour].engine)
+            )
+        yield servers
+        for server in servers.values():
+            server.engine.client.close()
+            portal.call(server.server.close)
 
 
 def table(out: Path) -> list[dict[str, Any]]:

