@@ -25,23 +25,21 @@ HERE = Path(__file__).parent
 DEAR_FIRST = (
     *("e2e/test_demo", "integration/test_engine_oracle", "integration/test_faults", "integration/test_fleet"),
     *("integration/test_bench", "contract/test_engine", "integration/test_gateway_over_vllm"),
-    *("integration/test_openai_client", "integration/test_engine_plugin", "integration/test_worker_process"),
+    *("integration/test_engine_plugin", "integration/test_worker_process"),
     *("integration/test_containers", "contract/test_store_model", "integration/test_adapting"),
     *("integration/test_bank_exchange", "integration/test_watched", "integration/test_documented"),
     *("integration/test_bank_build", "integration/test_up"),
 )
 """What takes longest, so that no core waits for it at the end."""
-TOGETHER = ("tests/integration/test_gateway_over_vllm.py", "tests/integration/test_openai_client.py")
-"""What shares its engine with the engines' contract."""
 _numbers = itertools.count()
 
 
 class FileScheduling(LoadFileScheduling):
-    """A file runs in one process; those that share an engine run in the same one."""
+    """A file runs in one process; the two files that share an engine run in the same one."""
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        return "tests/contract/test_engine.py" if file in TOGETHER else file
+        return file.replace("tests/integration/test_gateway_over_vllm.py", "tests/contract/test_engine.py")
 
 
 @pytest.hookimpl(optionalhook=True)

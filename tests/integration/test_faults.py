@@ -85,7 +85,7 @@ def test_500_acknowledged_profiles_outlive_a_killed_valkey(machine: Up) -> None:
     assert _fsync(machine) == ("always", "yes")
     with machine.client() as client, ThreadPoolExecutor(8) as threads:
         users = [f"user-{number}" for number in range(WRITES)]
-        answers = threads.map(lambda user: client.put(f"/users/{user}/profile", json=_profile_of(user)), users)
+        answers = threads.map(lambda user: client.put(f"/users/{user}/profile", json=PROFILE), users)
         assert {answer.status_code for answer in answers} == {200}
         pid, restarts = machine.part("valkey"), machine.process.output.count("valkey   ready")
         assert pid
@@ -96,10 +96,6 @@ def test_500_acknowledged_profiles_outlive_a_killed_valkey(machine: Up) -> None:
         stored = threads.map(lambda user: client.get(f"/users/{user}"), users)
         assert sum(answer.status_code == 200 for answer in stored) == WRITES
     assert _fsync(machine) == ("always", "yes")
-
-
-def _profile_of(user: str) -> dict[str, object]:
-    return {"items": [{"text": f"{user} grows roses and writes about them."}]}
 
 
 def _fsync(machine: Up) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.settings import Settings
 from tests.support.calls import NewUser, adapt, put, who
 from tests.support.fake_engine import FakeEngine, Knobs
-from tests.support.gateway import GatewayThread, generate, metric, wait_until_ready
+from tests.support.gateway import GatewayThread, becomes, generate, metric, wait_until_ready
 
 
 def test_a_gateway_whose_parts_are_all_well_is_ready_and_says_so_without_probing_them(
@@ -41,20 +41,6 @@ def test_a_gateway_whose_parts_are_all_well_is_ready_and_says_so_without_probing
     assert (engine["url"], engine["status"], engine["max_model_len"]) == (gateway_settings.engine_url, "ok", 512)
 
 
-def becomes(client: httpx.Client, status: int, *engines: str, detail: str = "") -> Any:
-    """Wait until `/ready` has this status, these states of engines and this detail; returns its parts."""
-    answer: dict[str, Any] = {}
-
-    def said() -> bool:
-        response = client.get("/ready")
-        answer.update(response.json())
-        states = [engine["status"] for engine in answer["parts"]["engines"]]
-        return (response.status_code, states) == (status, list(engines)) and detail in str(answer["detail"])
-
-    wait_until(said, f"{status}, {engines}, {detail}")
-    return answer["parts"]
-
-
 def test_one_of_two_engines_suffices_even_without_a_router(gateway_settings: Settings, fake_engine: FakeEngine) -> None:
     ours = (read_manifest(gateway_settings.bank).fingerprint,)
     engine, router = FakeEngine(Knobs(banks=ours)).start(), FakeEngine().start()  # it has all that a router is asked
@@ -66,8 +52,8 @@ def test_one_of_two_engines_suffices_even_without_a_router(gateway_settings: Set
                 router.stop()
             else:
                 router.knobs.status = 500
-            parts = becomes(client, 200, "ok", "ok", detail="the gateway calls engines directly")
-            assert parts["engine_url"]["status"] == "unavailable"
+            answer = becomes(client, 200, "ok", "ok", detail="the gateway calls engines directly")
+            assert answer["parts"]["engine_url"]["status"] == "unavailable"
             router.reset()
         engine.stop()
         becomes(client, 200, "ok", "unavailable")
@@ -85,7 +71,7 @@ def test_one_of_two_engines_suffices_even_without_a_router(gateway_settings: Set
 
 def test_an_engine_with_another_key_is_not_ready(gateway_settings: Settings, fake_engine: FakeEngine) -> None:
     with GatewayThread(gateway_settings.model_copy(update={"engine_key": None})) as gateway, gateway.client() as client:
-        assert becomes(client, 503, "wrong_key")["engine_url"]["status"] == "wrong_key"
+        assert becomes(client, 503, "wrong_key")["parts"]["engine_url"]["status"] == "wrong_key"
 
 
 def test_before_the_first_probe_it_is_not_ready(gateway_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +119,6 @@ def test_while_the_store_is_away_only_the_base_model_answers(
     gateway_settings: Settings, tmp_path: Path, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
     user_id, items = new_user(), {"items": [{"text": "the sea"}]}
-    generation = {"user_id": user_id, "prompt": "x", "max_tokens": 1}
     with over_a_store(gateway_settings, tmp_path) as (client, store):
         put(client, user_id, items["items"])
         store.kill()
@@ -142,14 +127,14 @@ def test_while_the_store_is_away_only_the_base_model_answers(
             client.post(f"/users/{user_id}/profile/items", json=items),
             client.get(f"/users/{user_id}"),
             client.delete(f"/users/{user_id}"),
-            client.post("/generate", json=generation),
-            client.post("/generate", json=generation | {"stream": True}),
+            generate(client, user_id),
+            generate(client, user_id, stream=True),
         ):
             is_refused(response, "store_unavailable")
         assert fake_engine.seen == []
         wait_until(lambda: client.get("/ready").status_code == 503, "the gateway to find out")
         assert client.get("/ready").json()["parts"]["redis"]["status"] == "unavailable"
-        assert client.post("/generate", json=generation | {"personalize": "none"}).status_code == 200
+        assert generate(client, user_id, personalize="none").status_code == 200
         store.start()
         assert who(generate(client, user_id))["level"] == "merged"
         wait_until_ready(client)
@@ -164,8 +149,7 @@ def test_a_full_store_refuses_only_what_would_be_stored(
         return client.put(f"/users/{stored[-1]}/profile", json=body)
 
     def detail() -> str | None:
-        found: str | None = client.get("/ready").raise_for_status().json()["detail"]
-        return found
+        return client.get("/ready").raise_for_status().json()["detail"]
 
     stored: list[str] = []
     with over_a_store(gateway_settings, tmp_path, *DURABLE, "--maxmemory", str(ROOM)) as (client, _):
@@ -176,8 +160,7 @@ def test_a_full_store_refuses_only_what_would_be_stored(
         item = {"items": [{"text": "x" * 4_000}]}
         for response in (refused, client.post(f"/users/{stored[0]}/profile/items", json=item)):
             is_refused(response, "store_full")
-        wait_until(lambda: detail() is not None, "the gateway to find out")
-        assert (detail() or "").startswith("store_full: ")
+        wait_until(lambda: (detail() or "").startswith("store_full: "), "the gateway to find out")
         ready = client.get("/ready").json()
         assert (ready["status"], ready["parts"]["redis"]["status"]) == ("ready", "full")
         assert metric(client, "mta_store_max_bytes") == ROOM
@@ -221,25 +204,24 @@ class TestMetrics:
         assert series(client) == before
 
     def test_generations_are_counted(self, client: httpx.Client, fake_engine: FakeEngine, new_user: NewUser) -> None:
-        request = {"user_id": new_user(), "prompt": "x", "max_tokens": 3}
+        user_id = new_user()
         ends = {("base", "answered"): 2, ("base", "broken"): 1, ("", "refused"): 1, ("", "unavailable"): 1}
         series = 'mta_generations_total{{level="{}",outcome="{}",tenant="default"}}'
         counted = {series.format(*end): times for end, times in ends.items()} | {
             'mta_requests_total{level="base",method="POST",route="/generate",status="200"}': 3,
-            'mta_tokens_total{kind="completion",level="base"}': 6,
+            'mta_tokens_total{kind="completion",level="base"}': 8,
             "mta_disconnects_total": 0,
             'mta_ttft_seconds_count{level="base"}': 2,
             "mta_inter_token_seconds_count": 2,
         }
         with grown(client, counted):
             for stream in (False, True):
-                client.post("/generate", json=request | {"stream": stream}).raise_for_status()
-            client.post("/generate", json=request | {"prompt": 7})
-            fake_engine.knobs.die_after = 1
-            client.post("/generate", json=request | {"stream": True})
-            fake_engine.knobs.die_after = None
-            fake_engine.knobs.status = 500
-            client.post("/generate", json=request)
+                generate(client, user_id, stream=stream).raise_for_status()
+            generate(client, user_id, prompt=7)
+            fake_engine.turn(die_after=1)
+            generate(client, user_id, stream=True)
+            fake_engine.turn(die_after=None, status=500)
+            generate(client, user_id)
         for stage in ("profile", "engine_ttft", "engine", "total"):
             assert metric(client, f'mta_stage_seconds_count{{stage="{stage}"}}') > 0
         with grown(client, {'mta_store_seconds_count{kind="write",outcome="ok"}': 1}):
@@ -279,11 +261,8 @@ def series(client: httpx.Client) -> set[str]:
 
 
 class TestHead:
-    """HEAD is answered as GET is, without a body."""
-
     @pytest.fixture
     def job(self, client: httpx.Client, ada: str) -> str:
-        """A job that waits for a worker."""
         return str(adapt(client, ada).raise_for_status().json()["id"])
 
     @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/users/{user}", "/users/nobody", "/jobs/{job}"])
@@ -301,7 +280,7 @@ class TestHead:
         wait_until(lambda: metric(client, series) > 0, "the request to be over")
 
     def test_only_routes_with_get_have_it_and_the_document_omits_it(self, client: httpx.Client) -> None:
-        response = client.head("/generate")
-        assert (response.status_code, response.headers["Allow"]) == (405, "POST")
+        for response in (client.head("/generate"), client.get("/generate")):
+            assert (response.status_code, response.headers["Allow"]) == (405, "POST")
         paths = client.get("/openapi.json").json()["paths"]
         assert not [path for path, methods in paths.items() if "head" in methods]

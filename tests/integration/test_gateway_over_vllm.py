@@ -1,25 +1,125 @@
-"""The gateway over a real vLLM: more than it can serve, and answers in parts."""
+"""The gateway over a real vLLM: OpenAI's Python and npm clients, unchanged but for their base URL, and heavy load."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-import httpx
+import openai
 import pytest
+from openai import OpenAI
 
 from bench.fleet.capacity import Overload
 from bench.fleet.streams import Load
-from bench.rig.engine import Engine
+from bench.rig.engine import KEY, Engine
+from bench.rig.valkey import free_port
 from server.settings import Settings
-from tests.support.gateway import GatewayThread, wait_until_ready
+from tests.support.gateway import GatewayThread, chunks_of, wait_until_ready
+from tests.support.node import run_module
+
+HELLO = [{"role": "user", "content": "hello there"}]
+MODULE = Path(__file__).with_name("openai_npm.mjs")  # the tests of the npm client
+NAMES = re.findall(r"^test\('(.+)', ", MODULE.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def client(gateway_over_vllm: GatewayThread) -> Iterator[httpx.Client]:
-    with gateway_over_vllm.client() as client:
+def client(gateway_over_vllm: GatewayThread) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{gateway_over_vllm.url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
         yield client
+
+
+def test_users_get_answers_of_their_own(client: OpenAI, gateway_over_vllm: GatewayThread) -> None:
+    texts, options = {}, {"messages": HELLO, "temperature": 0}
+    for user in ("rosa", "kai", "nobody"):
+        answer = client.chat.completions.create(model="mta", user=user, max_completion_tokens=24, **options)
+        texts[user] = answer.choices[0].message.content
+        assert (answer.model, answer.object) == ("mta", "chat.completion")
+        assert answer.personalization["level"] == ("base" if user == "nobody" else "merged")
+    assert len(set(texts.values())) == 3
+    base = client.chat.completions.create(model="base", user="rosa", max_tokens=24, **options)
+    assert base.choices[0].message.content == texts["nobody"]
+    with gateway_over_vllm.client() as plain:
+        answer = plain.post("/generate", json={"user_id": "rosa", "max_tokens": 24, **options})
+        assert answer.json()["text"] == texts["rosa"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [True, False])
+def test_only_fields_that_openai_allows_are_null(gateway_over_vllm: GatewayThread, chat: bool, stream: bool) -> None:
+    body = {"model": "mta", "user": "rosa", "max_tokens": 4, "stream": stream}
+    body |= {"messages": HELLO} if chat else {"prompt": "hello"}
+    with gateway_over_vllm.client() as plain:
+        answer = plain.post("/v1/chat/completions" if chat else "/v1/completions", json=body).raise_for_status()
+    for value in chunks_of(answer)[:-1] if stream else [answer.json()]:
+        value.pop("personalization", None)  # ours
+        nulls = set(re.findall(r'"(\w+)": null', json.dumps(value)))
+        assert nulls <= {"content", "refusal", "logprobs", "finish_reason"}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_stream_says_the_same_and_ends_with_its_usage(client: OpenAI, chat: bool) -> None:
+    asked = {"model": "mta", "user": "rosa", "max_tokens": 24, "temperature": 0}
+    asked |= {"messages": HELLO} if chat else {"prompt": "hello there"}
+    create = client.chat.completions.create if chat else client.completions.create
+    whole = create(**asked)
+    *chunks, last = create(**asked, stream=True, stream_options={"include_usage": True})
+    pieces = [(chunk.choices[0].delta.content if chat else chunk.choices[0].text) or "" for chunk in chunks]
+    assert "".join(pieces) == (whole.choices[0].message.content if chat else whole.choices[0].text)
+    assert (last.choices, last.usage.completion_tokens) == ([], whole.usage.completion_tokens)
+    assert last.usage.total_tokens == last.usage.prompt_tokens + last.usage.completion_tokens
+    assert chunks[0].personalization["recipe"] == whole.personalization["recipe"]
+    assert {(chunk.usage, chunk.object) for chunk in chunks} == {
+        (None, "chat.completion.chunk" if chat else "text_completion")
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"extra_body": {"cache_salt": "x"}}, "cache_salt"),
+        ({"extra_headers": {"X-User-ID": "kai"}}, "user"),
+        ({"max_tokens": 512}, "max_tokens"),
+        ({"max_tokens": 40, "messages": [{"role": "user", "content": "x" * 480}]}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),  # the engine's
+        ({"top_logprobs": 2}, "top_logprobs"),  # the engine's
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}}, None),
+    ],
+)
+def test_a_wrong_field_is_a_bad_request(client: OpenAI, fields: dict[str, object], param: str | None) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "mta", "user": "rosa", "messages": HELLO} | fields)
+    assert param is None or caught.value.param == param
+    assert "cache_salt" not in str(caught.value) or param == "cache_salt"
+
+
+@pytest.fixture(scope="module")
+def results(
+    tmp_path_factory: pytest.TempPathFactory,
+    gateway_over_vllm: GatewayThread,
+    gateway_settings: Settings,
+    tiny_engine: Engine,
+) -> Mapping[str, str]:
+    folder = tmp_path_factory.mktemp("npm")
+    shutil.copy(MODULE, folder)
+    nowhere = gateway_settings.model_copy(update={"engine_url": f"http://127.0.0.1:{free_port()}"})
+    with GatewayThread(nowhere) as without_engine:
+        urls = {"GATEWAY_URL": gateway_over_vllm.url, "NOWHERE_URL": without_engine.url, "ENGINE_URL": tiny_engine.url}
+        done = run_module(folder, MODULE.name, "--test-reporter=tap", environment=urls | {"ENGINE_KEY": KEY})
+    parts = re.split(r"^((?:not )?ok) \d+ - (.*)\n", done.stdout, flags=re.MULTILINE)[1:]
+    found = {name: word if word == "ok" else told for word, name, told in zip(*[iter(parts)] * 3, strict=True)}
+    assert found, done.stderr
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_npm_client(results: Mapping[str, str], name: str) -> None:
+    assert results[name] == "ok", results[name]
 
 
 def test_two_gateways_bear_more_than_they_can_serve(gateway_settings: Settings, tiny_engine: Engine) -> None:
@@ -58,12 +158,12 @@ def said(choice: dict[str, Any]) -> tuple[Any, ...]:
     ids=["one prompt", "two", "conversation"],
 )
 def test_a_wide_request_in_parts_or_not_is_answered_as_the_engine_would_in_one_piece(
-    client: httpx.Client, gateway_settings: Settings, tiny_engine: Engine, asked: dict[str, Any]
+    gateway_over_vllm: GatewayThread, gateway_settings: Settings, tiny_engine: Engine, asked: dict[str, Any]
 ) -> None:
     path = "/v1/chat/completions" if "messages" in asked else "/v1/completions"
     asked = asked | {"max_tokens": 6, "n": 5, "seed": 11, "temperature": 1.0, "model": "base"}
-    update = {"engine_url": tiny_engine.url, "engine_places": 8}  # a quarter is two
-    with GatewayThread(gateway_settings.model_copy(update=update)) as narrow, narrow.client() as beside:
+    settings = gateway_settings.model_copy(update={"engine_url": tiny_engine.url, "engine_places": 8})
+    with GatewayThread(settings) as narrow, narrow.client() as beside, gateway_over_vllm.client() as client:
         wait_until_ready(beside)
         clients = (tiny_engine.client, client, beside)
         straight, *answers = (one.post(path, json=asked).raise_for_status().json() for one in clients)

@@ -8,7 +8,6 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -17,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 import redis
-from httpx import Client, Response
+from httpx import Client
 
 from bench.rig.tiny import world
 from server.errors import Unavailable
@@ -138,34 +137,11 @@ def test_any_printable_id_works_once_it_is_percent_encoded(client: Client, user_
     client.delete(path).raise_for_status()
 
 
-class Gate:
-    """A place where a request waits until the test lets it go on."""
-
-    def __init__(self) -> None:
-        self.reached, self.opened = threading.Event(), threading.Event()
-
-    def wait(self) -> None:
-        self.reached.set()
-        assert self.opened.wait(30)
-
-
-def erased_while(gate: Gate, client: Client, user: str, request: Callable[[], Response]) -> Response:
-    """The answer to a request whose user is erased while it waits at the gate."""
-    with ThreadPoolExecutor(1) as pool:
-        answering = pool.submit(request)
-        assert gate.reached.wait(30)
-        assert client.delete(f"/users/{user}").status_code in (200, 404)
-        gate.opened.set()
-        return answering.result()
-
-
 def check_erased(client: Client, gateway: GatewayThread, user: str, status: int, error: dict[str, Any]) -> None:
     """Check that a request was refused, and that of its user only the tombstone is left."""
     assert (status, error["code"]) == (409, "user_erased")
     assert client.get(f"/users/{user}").status_code == 404
-    key = gateway.key(user)
-    with redis.Redis.from_url(gateway.parts.settings.redis_url) as raw:
-        assert list(raw.scan_iter(f"mta:{{{key}}}:*")) == [f"mta:{{{key}}}:epoch".encode()]
+    assert [*dump(gateway, user)] == [f"mta:{{{gateway.key(user)}}}:epoch".encode()]
 
 
 @pytest.mark.parametrize(
@@ -182,23 +158,32 @@ def test_a_write_in_progress_does_not_bring_an_erased_user_back(
     client: Client, gateway: GatewayThread, new_user: NewUser, monkeypatch: pytest.MonkeyPatch, *, method: str,
     known: bool, waits_at: str,
 ) -> None:  # fmt: skip
-    user, gate = new_user(), Gate()
+    user, reached, erased = new_user(), threading.Event(), threading.Event()
     if known:
         put(client, user, [{"text": "something else"}])
     embedder, jobs = gateway.parts.profiles.embedder, gateway.parts.adapting.jobs
     embed, submit = embedder.embed, jobs.submit
 
+    def wait() -> None:
+        reached.set()
+        assert erased.wait(30)
+
     async def later(*arguments: Any) -> Any:
-        await asyncio.to_thread(gate.wait)
+        await asyncio.to_thread(wait)
         return await submit(*arguments)
 
     if waits_at == "submit":
         monkeypatch.setattr(jobs, "submit", later)
     else:
-        monkeypatch.setattr(embedder, "embed", lambda texts: (gate.wait(), embed(texts))[1])
+        monkeypatch.setattr(embedder, "embed", lambda texts: (wait(), embed(texts))[1])
     verb, _, path = method.partition(" ")
     request = partial(client.request, verb, f"/users/{user}/{path}", json=BODIES[path])
-    answer = erased_while(gate, client, user, request)
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(request)
+        assert reached.wait(30)
+        assert client.delete(f"/users/{user}").status_code in (200, 404)
+        erased.set()
+        answer = answering.result()
     check_erased(client, gateway, user, answer.status_code, answer.json()["error"])
     request().raise_for_status()  # a user may come back
 
@@ -228,8 +213,6 @@ def test_a_body_that_ends_after_its_user_was_erased_stores_nothing(
 def test_the_file_is_asked_to_forget_before_anything_is_erased(
     client: Client, gateway: GatewayThread, ada: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So a gateway that dies after erasing has asked."""
-
     async def away(user_key: str) -> None:
         raise Unavailable("the store cannot be used now")
 

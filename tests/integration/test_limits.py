@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from server.gateway.users.adapting import Adapting
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES, Allowance
-from tests.support.calls import HELLO, NewUser, put
+from tests.support.calls import NewUser, either, error_of, put
 from tests.support.calls import ask as chat
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, Keyed, chunks_of, generate, make_keys, metric
+from tests.support.gateway import GatewayThread, Keyed, chunks_of, generate, make_keys, metric, text_of
 
 PER_USER = 6
 """Requests a minute."""
@@ -115,21 +115,19 @@ class TestQueue:
         assert metric(client, "mta_queue_running") == metric(client, "mta_queue_waiting") == 0
 
     def test_a_request_says_how_long_it_waits(self, small: Keyed, fake_engine: FakeEngine) -> None:
-        client = small.client("any")
-        with taken(client, fake_engine, max_tokens=20):
-            for path, body in (
-                ("/generate", {"user_id": "kai", "prompt": "hello", "max_tokens": 4}),
-                ("/v1/chat/completions", HELLO),
-                ("/v1/completions", {"prompt": "hello", "max_tokens": 4}),
-            ):
-                refused(client.post(path, json=body, headers={"X-Queue-Timeout": "0.05"}), "overloaded")
-                wrong = client.post(path, json=body, headers={"X-Queue-Timeout": "-1"})
-                assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "X-Queue-Timeout")
+        client, fake_engine.knobs.token_delay_s = small.client("any"), 0.05
+        with ThreadPoolExecutor(PLACES) as beside:
+            slow = [beside.submit(chat, client, max_tokens=20) for _ in range(PLACES)]
+            wait_until(lambda: len(fake_engine.seen) == PLACES, "the places to be taken")
+            for route in ("/generate", "/v1/chat/completions", "/v1/completions"):
+                client.headers["X-Queue-Timeout"] = "0.05"
+                refused(either(client, route), "overloaded")
+                client.headers["X-Queue-Timeout"] = "-1"
+                assert error_of(either(client, route))[:2] == (400, "X-Queue-Timeout")
+            assert {answer.result().status_code for answer in slow} == {200}
 
 
 class TestRates:
-    """Requests and tokens a minute, jobs a day."""
-
     def test_requests_of_a_user(self, small: Keyed, fake_engine: FakeEngine, new_user: NewUser) -> None:
         client, ada = small.client("any"), new_user()
         ask = (lambda: generate(client, ada), lambda: generate(client, ada, stream=True), lambda: chat(client, ada))
@@ -257,9 +255,7 @@ class TestWithoutTheStore:
         assert chat(client, model="base").status_code == 200
 
 
-class TestInProgress:
-    """Requests in progress."""
-
+class TestRequestsInProgress:
     def test_event_streams_of_one_key_keep_nobody_else_out(self, wide: Keyed, fake_engine: FakeEngine) -> None:
         with wide.client("greedy") as greedy, wide.client("modest") as modest, ExitStack() as held:
 
@@ -355,36 +351,16 @@ def test_clients_that_do_not_read(wide: Keyed, fake_engine: FakeEngine, monkeypa
             wait_until(lambda: 'status="499"' in modest.get("/metrics").text, "the requests to be counted")
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_wide_request_is_split_and_rejoined(wide: Keyed, fake_engine: FakeEngine, stream: bool) -> None:
-    options = {"stream_options": {"include_usage": True}} if stream else {}
+def test_a_wide_request_is_split_and_its_stream_rejoined(wide: Keyed, fake_engine: FakeEngine) -> None:
     with wide.client("modest") as client:
-        answer = chat(client, max_tokens=3, n=5, seed=7, stream=stream, **options)
+        answer = chat(client, max_tokens=3, n=5, seed=7, stream=True, stream_options={"include_usage": True})
         assert answer.status_code == 200, answer.text
         parts = [(seen.body["n"], seen.body["seed"], seen.body["stream"]) for seen in fake_engine.seen]
         assert parts == [(2, 7, True), (2, 9, True), (1, 11, True)]
         assert len({seen.headers["X-Request-ID"] for seen in fake_engine.seen}) == 3
-        texts: dict[int, str] = {}
-        if stream:
-            *chunks, end, done = chunks_of(answer)
-            assert (end["choices"], done) == ([], "[DONE]")
-        else:
-            end = answer.json()
-            chunks = [{"choices": [one | {"delta": one["message"]} for one in end["choices"]]}]
-        for choice in (choice for chunk in chunks for choice in chunk["choices"]):
-            texts[choice["index"]] = texts.get(choice["index"], "") + (choice["delta"].get("content") or "")
-        assert sorted(texts) == [0, 1, 2, 3, 4]
-        assert len(set(texts.values())) == 1 and len(texts[0].split()) == 3
+        *chunks, end, done = chunks_of(answer)
+        assert (end["choices"], done) == ([], "[DONE]")
+        (text,) = {text_of(chunks, index) for index in range(5)}
+        assert len(text.split()) == 3
         assert end["usage"] == {"prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20}
         assert "mta_queue_running 0.0" in client.get("/metrics").text.splitlines()
-
-
-@contextmanager
-def taken(client: httpx.Client, engine: FakeEngine, max_tokens: int) -> Iterator[None]:
-    """While all places in the engine are."""
-    engine.knobs.token_delay_s = 0.05
-    with ThreadPoolExecutor(PLACES) as beside:
-        slow = [beside.submit(chat, client, max_tokens=max_tokens) for _ in range(PLACES)]
-        wait_until(lambda: len(engine.seen) == PLACES, "the places to be taken")
-        yield
-        assert {answer.result().status_code for answer in slow} == {200}

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 import pytest
@@ -18,8 +17,9 @@ from bench.rig.router import Router, running_router
 from bench.rig.tiny import world
 from server.settings import Settings
 from server.supervisor.services import ROUTER_OPTIONS
+from tests.support.calls import adapt
 from tests.support.fake_engine import KEY, FakeEngine, Knobs, Seen
-from tests.support.gateway import GatewayThread, chunks_of, generate, wait_until_ready
+from tests.support.gateway import GatewayThread, becomes, chunks_of, generate, wait_until_ready
 
 PEOPLE, USER = 12, "routed-0"
 BREAKER_S = float(str(ROUTER_OPTIONS["cb-timeout-duration-secs"]))
@@ -27,8 +27,6 @@ BREAKER_S = float(str(ROUTER_OPTIONS["cb-timeout-duration-secs"]))
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """A gateway, a router and two engines."""
-
     engines: tuple[FakeEngine, FakeEngine]
     router: Router
     client: httpx.Client  # of the gateway
@@ -38,28 +36,12 @@ class Fleet:
     def seen(self) -> list[Seen]:
         return [seen for engine in self.engines for seen in engine.seen]
 
-    def turn(self, **knobs: int | None) -> None:
-        for engine in self.engines:
-            for name, value in knobs.items():
-                setattr(engine.knobs, name, value)
-
     def check_each_recipe_has_one_engine(self) -> None:
         for user in [*self.recipes] * 2:
             generate(self.client, user).raise_for_status()
         one, other = ({seen.body["model"] for seen in engine.seen} for engine in self.engines)
         assert one | other == set(self.recipes.values())
         assert one and other and not one & other
-
-    def becomes(self, *statuses: str) -> dict[str, Any]:
-        """Wait until `/ready` has these states of engines; returns its answer."""
-        said: dict[str, Any] = {}
-
-        def are() -> bool:
-            said.update(self.client.get("/ready").json())
-            return tuple(one["status"] for one in said["parts"]["engines"]) == statuses
-
-        wait_until(are, f"{statuses}")
-        return said
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +90,11 @@ def test_a_request_and_its_trace_reach_the_engine_as_they_were_sent(fleet: Fleet
 
 def test_the_router_tells_nobody_whose_requests_pass(fleet: Fleet) -> None:
     generate(fleet.client, USER).raise_for_status()
-    fleet.turn(status=500)
+    for engine in fleet.engines:
+        engine.turn(status=500)
     assert generate(fleet.client, USER).status_code == 503
-    fleet.turn(status=None)
+    for engine in fleet.engines:
+        engine.reset()
     wait_until(lambda: generate(fleet.client, USER).is_success, "the breakers to close")
     assert "mta3:" not in fleet.router.process.output
     assert "mta3:" not in httpx.get(fleet.router.metrics_url).text
@@ -122,18 +106,16 @@ def test_while_one_engine_is_down_the_other_answers_and_counts_tokens(fleet: Fle
     down.stop()
     try:
         for _ in range(4):
-            sample = {"input": "What is it like?", "output": "Salty."}
-            answer = fleet.client.post(f"/users/{USER}/adapt", json={"samples": [sample] * 4})
-            assert answer.status_code == 202, answer.text
+            adapt(fleet.client, USER).raise_for_status()
         for stream in (False, True):
             for user in fleet.recipes:
                 assert generate(fleet.client, user, stream=stream).is_success
         assert {seen.body["model"] for seen in up.seen} == set(fleet.recipes.values())
-        said = fleet.becomes(*(("unavailable", "ok") if place == 0 else ("ok", "unavailable")))
+        said = becomes(fleet.client, 200, *(("unavailable", "ok") if place == 0 else ("ok", "unavailable")))
         assert (said["status"], said["detail"]) == ("ready", "1 of 2 engines cannot be used, the others serve")
     finally:
         down.start()
-    assert fleet.becomes("ok", "ok")["detail"] is None
+    assert becomes(fleet.client, 200, "ok", "ok")["detail"] is None
     wait_until(lambda: all(generate(fleet.client, user) for user in fleet.recipes) and bool(down.seen), "it to be back")
 
 
@@ -154,7 +136,7 @@ def test_an_engine_that_is_back_serves_before_the_router_trusts_it_again(fleet: 
                 assert answer.is_success, answer.text
     finally:
         second.start()
-    fleet.becomes("ok", "ok")
+    becomes(fleet.client, 200, "ok", "ok")
 
 
 def test_a_request_of_which_nothing_came_is_sent_once_more_under_another_session(fleet: Fleet) -> None:
@@ -174,7 +156,8 @@ def test_a_request_of_which_nothing_came_is_sent_once_more_under_another_session
     ids=["never a third time", "refused once", "refused once as well", "not after the first token"],
 )
 def test_a_second_failure_or_a_refusal_is_final(fleet: Fleet, knobs: dict[str, int], status: int, times: int) -> None:
-    fleet.turn(**knobs)
+    for engine in fleet.engines:
+        engine.turn(**knobs)
     answer = generate(fleet.client, USER, stream=True)
     assert answer.status_code == status
     assert status != 200 or chunks_of(answer)[-1]["error"]["code"] == "engine_failed"

@@ -31,10 +31,7 @@ ITEMS = [
 
 
 def put(client: httpx.Client, user_id: str, items: Sequence[dict[str, Any]] = ITEMS) -> dict[str, Any]:
-    answer: dict[str, Any] = (
-        client.put(f"/users/{user_id}/profile", json={"items": list(items)}).raise_for_status().json()
-    )
-    return answer
+    return client.put(f"/users/{user_id}/profile", json={"items": list(items)}).raise_for_status().json()
 
 
 def adapt(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
@@ -42,14 +39,12 @@ def adapt(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
 
 
 def job_of(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
-    answer: dict[str, Any] = client.get(f"/jobs/{job['id']}").raise_for_status().json()
-    return answer
+    return client.get(f"/jobs/{job['id']}").raise_for_status().json()
 
 
 def who(response: httpx.Response) -> dict[str, Any]:
     """The personalization of an answer."""
-    found: dict[str, Any] = response.raise_for_status().json()["personalization"]
-    return found
+    return response.raise_for_status().json()["personalization"]
 
 
 def ask(
@@ -60,7 +55,6 @@ def ask(
 
 
 def either(client: httpx.Client, route: str, **fields: Any) -> httpx.Response:
-    """Request a short answer from one of the routes that generate."""
     if route == "/generate":
         return generate(client, fields.pop("user", "nobody"), **fields)
     return client.post(route, json=(HELLO if "chat" in route else {"prompt": "hello", "max_tokens": 4}) | fields)
@@ -68,8 +62,7 @@ def either(client: httpx.Client, route: str, **fields: Any) -> httpx.Response:
 
 def asked(fake_engine: FakeEngine) -> str:
     """The last turn of the last conversation that the engine got."""
-    turn: str = fake_engine.seen[-1].body["messages"][-1]["content"]
-    return turn
+    return fake_engine.seen[-1].body["messages"][-1]["content"]
 
 
 def error_of(response: httpx.Response) -> tuple[int, str, str]:

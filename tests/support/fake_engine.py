@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, pairwise
 from typing import Any
 
@@ -122,6 +122,9 @@ class FakeEngine:
         self.knobs = Knobs(self.knobs.banks, self.knobs.anchors, self.knobs.method)
         for noted in (self.seen, self.dropped, self.tokenized):
             noted.clear()
+
+    def turn(self, **knobs: Any) -> None:
+        self.knobs = replace(self.knobs, **knobs)
 
     async def _serve(self, listening: threading.Event) -> None:
         app = web.Application(client_max_size=64 << 20)

@@ -17,7 +17,7 @@ from bench.rig.processes import wait_until
 from bench.rig.valkey import free_port
 from server.gateway.app import create_app
 from server.gateway.http.serving import uvicorn_config
-from server.gateway.parts import Gateway, Parts
+from server.gateway.parts import Parts
 from server.settings import Settings
 from server.store.profile_record import AdapterNote
 from server.store.profiles import Change
@@ -26,7 +26,6 @@ from server.store.tenants.rates import Allowance
 from tests.support.store_parts import StoreParts
 
 SECRET = "a secret that only tests know"
-Secrets = dict[str, str]
 
 
 class GatewayThread:
@@ -45,8 +44,7 @@ class GatewayThread:
 
     @property
     def parts(self) -> Parts:
-        gateway: Gateway = self.app.state.gateway
-        return gateway.default_parts
+        return self.app.state.gateway.default_parts
 
     def key(self, user_id: str) -> str:
         """The key of a user of the tenant that there is while no API key exists."""
@@ -94,7 +92,7 @@ class GatewayThread:
 
 @dataclass(frozen=True, slots=True)
 class Keyed:
-    """A gateway over a store with API keys, whose `secrets` are by the keys' names."""
+    """A gateway over a store with API keys; `secrets` are by name."""
 
     gateway: GatewayThread
     secrets: Mapping[str, str]
@@ -106,11 +104,12 @@ class Keyed:
         return httpx.Client(base_url=self.gateway.url, timeout=30, headers=self.header(key))
 
     def send(self, key: str, line: str, body: bytes, **options: int) -> socket.socket:
-        """As `GatewayThread.send`, with a key."""
         return self.gateway.send(line, body, f"Authorization: Bearer {self.secrets[key]}\r\n", **options)
 
 
-def make_keys(url: str, keys: Mapping[str, tuple[str, Iterable[Scope], Allowance]], revoked: str = "") -> Secrets:
+def make_keys(
+    url: str, keys: Mapping[str, tuple[str, Iterable[Scope], Allowance]], revoked: str = ""
+) -> dict[str, str]:
     """Keep API keys of these tenants, scopes and limits in a store; returns their secrets by name."""
     secrets = {name: new_secret() for name in keys}
 
@@ -128,6 +127,20 @@ def make_keys(url: str, keys: Mapping[str, tuple[str, Iterable[Scope], Allowance
 def wait_until_ready(client: httpx.Client) -> None:
     """Return once the gateway has seen all that it needs; it knows the engine's context from then on."""
     wait_until(lambda: client.get("/ready").status_code == httpx.codes.OK, "the gateway to be ready")
+
+
+def becomes(client: httpx.Client, status: int, *engines: str, detail: str = "") -> dict[str, Any]:
+    """Wait until `/ready` has this status, these states of engines and this detail; returns its answer."""
+    answer: dict[str, Any] = {}
+
+    def is_so() -> bool:
+        response = client.get("/ready")
+        answer.update(response.json())
+        states = [engine["status"] for engine in answer["parts"]["engines"]]
+        return (response.status_code, states) == (status, list(engines)) and detail in str(answer["detail"])
+
+    wait_until(is_so, f"{status}, {engines}, {detail}")
+    return answer
 
 
 def metric(client: httpx.Client, name: str) -> float:
@@ -149,7 +162,7 @@ def chunks_of(response: httpx.Response) -> list[Any]:
 def content_of(response: httpx.Response) -> str:
     """The text of a chat completion, which must have succeeded."""
     assert response.status_code == httpx.codes.OK, response.text
-    return str(response.json()["choices"][0]["message"]["content"])
+    return response.json()["choices"][0]["message"]["content"]
 
 
 def text_of(chunks: list[Any], index: int = 0) -> str:

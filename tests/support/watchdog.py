@@ -1,4 +1,4 @@
-"""How long one callback keeps the gateway's event loop from everything else."""
+"""Event loops: every task has its turn; no callback keeps a gateway's loop from everything else for too long."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 LONGEST_MS = 50.0  # what no request may exceed
+
+
+async def settled() -> None:
+    """Let every task run until it waits for something."""
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 @contextmanager

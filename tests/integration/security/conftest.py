@@ -67,22 +67,19 @@ def keyed(gateway_settings: Settings, store: ValkeyProcess, fake_engine_server: 
 
 
 @pytest.fixture(scope="module")
-def stranger(keyed: Keyed) -> Iterator[httpx.Client]:
+def stranger(keyed: Keyed) -> httpx.Client:
     """A client without a key."""
-    with keyed.gateway.client() as client:
-        yield client
+    return keyed.gateway.client()
 
 
 @pytest.fixture(scope="module")
-def acme(keyed: Keyed) -> Iterator[httpx.Client]:
-    with keyed.client("acme") as client:
-        yield client
+def acme(keyed: Keyed) -> httpx.Client:
+    return keyed.client("acme")
 
 
 @pytest.fixture(scope="module")
-def globex(keyed: Keyed) -> Iterator[httpx.Client]:
-    with keyed.client("globex") as client:
-        yield client
+def globex(keyed: Keyed) -> httpx.Client:
+    return keyed.client("globex")
 
 
 @pytest.fixture

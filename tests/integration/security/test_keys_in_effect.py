@@ -37,7 +37,6 @@ def status(gateway: GatewayThread, secret: str = "", host: str = "127.0.0.1", pa
 
 
 def wait_for(gateways: list[GatewayThread], code: int, secret: str = "") -> None:
-    """Return once every gateway answers a key so."""
     wait_until(lambda: {status(gateway, secret) for gateway in gateways} == {code}, f"a {code} from every gateway")
 
 
@@ -67,23 +66,17 @@ def test_keys_count_in_every_gateway_and_no_more_once_revoked(gateways: list[Gat
     assert keys("create", "third", "--first").stdout == ""
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
-    server = ValkeyProcess(tmp_path_factory.mktemp("given")).start()
-    yield server
-    server.kill()
-
-
 class TestGiven:
     """The operator makes the first key, `mta keys` keeps it."""
 
     GIVEN = "mta_" + "0123456789abcdef" * 4
 
     @pytest.fixture(autouse=True)
-    def over_an_empty_store(self, environment: None, empty: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-        with redis.Redis.from_url(empty.url) as raw:
-            raw.flushall()
-        monkeypatch.setenv("MTA_REDIS_URL", empty.url)
+    def over_an_empty_store(self, environment: None, store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+        url = store.url.removesuffix("/0") + "/1"  # another database, which no gateway uses
+        with redis.Redis.from_url(url) as raw:
+            raw.flushdb()
+        monkeypatch.setenv("MTA_REDIS_URL", url)
 
     def given(self, monkeypatch: pytest.MonkeyPatch, secret: str) -> Result:
         monkeypatch.setenv("MTA_FIRST_KEY", secret)

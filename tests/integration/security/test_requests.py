@@ -1,16 +1,199 @@
-"""What requests smuggle: recipes, headers, paths, sizes."""
+"""What a request may reach: routes by its key, users of its own tenant, nothing by what it smuggles."""
 
 from __future__ import annotations
 
+import json
 import socket
+from collections.abc import Callable
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from starlette.routing import Route
 
+from server.cli.run import up
+from server.gateway.access.keys import KnownKeys
+from server.gateway.access.routes import KINDS, OPEN, ROUTES, guard
+from server.store.tenants.access_keys import new_secret
+from server.store.tenants.user_key import UserKeys
+from tests.integration.security.conftest import KEYS, ask
+from tests.support.calls import ALL, HELLO, error_of
 from tests.support.fake_engine import KEY, FakeEngine
-from tests.support.gateway import Keyed
+from tests.support.gateway import SECRET, GatewayThread, Keyed, generate
 
+CLOSED = [route for route, scope in ROUTES.items() if scope is not OPEN]
+ITEMS = {"items": [{"text": "Dear friend,\nThe first roses are open along the south wall."}]}
 OWN_HEADERS = {"host", "content-type", "content-length", "accept", "authorization", "x-request-id", "x-session-id"}
+
+
+def test_the_table_has_every_route_and_no_other(keyed: Keyed) -> None:
+    routes = [route for route in keyed.gateway.app.routes if isinstance(route, Route)]
+    assert len(routes) == len(keyed.gateway.app.routes)
+    names = {f"{method} {route.path}" for route in routes for method in route.methods or () if method != "HEAD"}
+    assert names == set(ROUTES) >= KINDS.keys()
+
+
+def test_a_route_that_nobody_put_into_the_table_is_not_served() -> None:
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_api_route("/new", lambda: None)
+    with pytest.raises(KeyError, match="GET /new"):
+        guard(app, KnownKeys("default"), 1, lambda reason: None)
+
+
+def test_the_document_says_which_routes_want_a_key(stranger: httpx.Client) -> None:
+    document = stranger.get("/openapi.json").raise_for_status().json()
+    [(name, scheme)] = document["components"]["securitySchemes"].items()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    paths = document["paths"].items()
+    said = {f"{method.upper()} {path}": one.get("security") for path, ones in paths for method, one in ones.items()}
+    closed = {route.replace(":path", "") for route in CLOSED}
+    assert said.keys() >= closed
+    assert said == {route: [{name: []}, {}] if route in closed else None for route in said}
+
+
+def test_mta_up_shows_a_key_in_what_to_try_where_one_is_wanted(keyed: Keyed, gateway: GatewayThread) -> None:
+    for one, wanted in ((keyed.gateway, True), (gateway, False)):
+        assert ('-H "Authorization: Bearer $MTA_API_KEY"' in up.welcome(one.url)) is wanted
+
+
+@pytest.mark.parametrize("route", CLOSED)
+class TestClosed:
+    def test_without_a_valid_key(self, keyed: Keyed, stranger: httpx.Client, route: str) -> None:
+        wrong = {"Authorization": f"Bearer {new_secret()}"}
+        for headers, code in (({}, "missing"), (wrong, "invalid"), (keyed.header("revoked"), "revoked")):
+            refused = ask(stranger, route, headers)
+            assert error_of(refused) == (401, None, f"{code}_api_key")
+            assert refused.headers["www-authenticate"] == "Bearer"
+
+    def test_by_its_own_scope_alone(self, keyed: Keyed, stranger: httpx.Client, route: str) -> None:
+        refused = ask(stranger, route, keyed.header(f"no {ROUTES[route]}"))
+        assert error_of(refused) == (403, None, "missing_scope")
+        assert f"--scope {ROUTES[route]}" in refused.json()["error"]["message"]
+        assert ask(stranger, route, keyed.header(f"only {ROUTES[route]}")).status_code not in (401, 403)
+
+    def test_with_another_tenant(self, acme: httpx.Client, globex: httpx.Client, shared_name: str, route: str) -> None:
+        before = acme.get(f"/users/{shared_name}").json()
+        answer = ask(globex, route, {}, shared_name)
+        if route.startswith(("GET /users", "DELETE /users", "GET /jobs", "DELETE /jobs")):
+            assert answer.status_code == httpx.codes.NOT_FOUND
+        assert acme.get(f"/users/{shared_name}").json() == before
+
+
+@pytest.mark.parametrize("route", [route for route in CLOSED if route.startswith("GET")])
+def test_head_is_no_way_around(stranger: httpx.Client, route: str) -> None:
+    assert ask(stranger, route.replace("GET", "HEAD"), {}).status_code == httpx.codes.UNAUTHORIZED
+
+
+@pytest.mark.parametrize("key", [None, "revoked", "acme"])
+@pytest.mark.parametrize("route", sorted(ROUTES.keys() - CLOSED))
+def test_open_routes_do_not_reveal_parts(keyed: Keyed, stranger: httpx.Client, route: str, key: str | None) -> None:
+    answer = ask(stranger, route, keyed.header(key) if key else {})
+    assert answer.status_code in (200, 307, 503)
+    bank = keyed.gateway.parts.bank.manifest
+    for told in (bank.fingerprint, bank.embedder.id, keyed.gateway.parts.settings.engine_url):
+        assert told not in answer.text
+    if route in ("GET /health", "GET /ready"):
+        assert {name: value for name, value in answer.json().items() if value is not None}.keys() == {"status"}
+        assert answer.json()["status"] in ("ok", "ready", "not_ready")
+
+
+@pytest.mark.parametrize("route", ["GET /health", "GET /ready"])
+def test_admin_is_told_of_the_parts(keyed: Keyed, stranger: httpx.Client, route: str) -> None:
+    parts = ask(stranger, route, keyed.header("only admin")).json()["parts"]
+    assert parts["bank"]["fingerprint"] == keyed.gateway.parts.bank.manifest.fingerprint
+
+
+def test_a_key_counts_in_its_one_place_alone(keyed: Keyed, stranger: httpx.Client) -> None:
+    key = keyed.secrets["acme"]
+    for name, value in (
+        ("X-API-Key", key),
+        ("Cookie", f"Authorization=Bearer {key}"),
+        ("Proxy-Authorization", f"Bearer {key}"),
+        ("Authorization", f"Basic {key}"),
+        ("Authorization", f"Bearer {key}, Bearer {key}"),
+        ("Authorization", key),
+    ):
+        assert stranger.get("/v1/models", headers={name: value}).status_code == httpx.codes.UNAUTHORIZED, name
+    assert stranger.get(f"/v1/models?api_key={key}&access_token={key}").status_code == httpx.codes.UNAUTHORIZED
+    two = [("Authorization", f"Bearer {keyed.secrets[name]}") for name in ("acme", "globex")]
+    assert stranger.get("/v1/models", headers=two).status_code == httpx.codes.UNAUTHORIZED
+
+
+@pytest.mark.parametrize("key", [name for name in KEYS if name.startswith("only")])
+def test_a_body_is_not_awaited_for_a_key_that_may_not_send_it(keyed: Keyed, key: str) -> None:
+    with keyed.send(key, "PUT /users/ada/profile", b"", length=8_000_000) as connection:
+        if key == "only write":
+            connection.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+        else:
+            assert connection.recv(64).startswith(b"HTTP/1.1 403")
+
+
+def test_one_name_in_two_tenants_is_two_users(acme: httpx.Client, globex: httpx.Client, shared_name: str) -> None:
+    url = f"/users/{shared_name}"
+    before = acme.get(url).json()
+    assert globex.delete(url).status_code == httpx.codes.NOT_FOUND
+    globex.put(f"{url}/profile", json=ITEMS).raise_for_status()
+    theirs = globex.get(f"{url}/export").json()
+    assert [item["text"] for item in theirs["items"]] == [ITEMS["items"][0]["text"]]
+    assert theirs["samples"] == theirs["jobs"] == []
+    globex.delete(url).raise_for_status()
+    assert globex.get(url).status_code == httpx.codes.NOT_FOUND
+    assert acme.get(url).json() == before
+
+
+def test_no_foreign_profile(globex: httpx.Client, shared_name: str, fake_engine: FakeEngine) -> None:
+    assert generate(globex, shared_name, personalize="merged").status_code == httpx.codes.NOT_FOUND
+    assert generate(globex, shared_name).json()["personalization"]["level"] == "base"
+    for named, headers in (({"user": shared_name}, {}), ({}, {"X-User-ID": shared_name})):
+        answer = globex.post("/v1/chat/completions", json=HELLO | {"history": 4} | named, headers=headers)
+        assert answer.headers["x-mta-level"] == "base"
+    assert {seen.body["model"] for seen in fake_engine.seen} == {"base"}
+    assert not any("swell" in json.dumps(seen.body) for seen in fake_engine.seen)
+
+
+@pytest.mark.parametrize("call", ["GET {}", "GET {}/events", "DELETE {}"])
+def test_another_tenants_job_is_no_job(acme: httpx.Client, globex: httpx.Client, shared_name: str, call: str) -> None:
+    job_id = ask(acme, "POST /users/{user_id}/adapt", {}, shared_name).raise_for_status().json()["id"]
+    method, path = call.format(f"/jobs/{job_id}").split(" ")
+    refused = globex.request(method, path)
+    unknown = globex.request(method, path.replace(job_id, f"{'a' * 26}.1"))
+    assert refused.status_code == unknown.status_code == httpx.codes.NOT_FOUND
+    assert refused.text.replace(job_id, "") == unknown.text.replace(f"{'a' * 26}.1", "")
+    assert acme.get(f"/jobs/{job_id}").json()["state"] == "queued"
+    assert acme.delete(f"/jobs/{job_id}").json()["state"] == "cancelled"
+
+
+@ALL
+def test_no_shared_prefix_cache(acme: httpx.Client, globex: httpx.Client, fake_engine: FakeEngine, route: str) -> None:
+    for client in (acme, globex, acme):
+        ask(client, f"POST {route}", {}).raise_for_status()
+    first, other, again = [seen.body["cache_salt"] for seen in fake_engine.seen]
+    assert first == again != other
+    assert {first, other} == {UserKeys(SECRET, tenant).cache_salt for tenant in ("acme", "globex")}
+
+
+@pytest.mark.parametrize("field", ["cache_salt", "session_id", "request_id", "kv_transfer_params"])
+def test_a_salt_of_anothers_cannot_be_sent(acme: httpx.Client, fake_engine: FakeEngine, field: str) -> None:
+    body = HELLO | {field: UserKeys(SECRET, "globex").cache_salt}
+    assert acme.post("/v1/chat/completions", json=body).status_code == httpx.codes.BAD_REQUEST
+    assert acme.post("/generate", json={"user_id": "ada", "prompt": "x", field: "y"}).status_code == 400
+    assert fake_engine.seen == []
+
+
+def test_the_names_of_tenants_and_users_never_run_into_each_other() -> None:
+    pairs = [("a", "bc"), ("ab", "c"), ("a", "b"), ("default", "a"), ("defaulta", "")]
+    assert len({UserKeys(SECRET, tenant).key(user) for tenant, user in pairs}) == len(pairs)
+
+
+def test_users_without_keys_belong_to_default(keyed: Keyed, globex: httpx.Client, new_user: Callable[[], str]) -> None:
+    user_id = new_user()
+    with keyed.client("default") as default:
+        default.put(f"/users/{user_id}/profile", json=ITEMS).raise_for_status()
+    key = UserKeys(SECRET, "default").key(user_id)  # as a gateway without keys names them
+    stored = keyed.gateway.parts.tenants.users("default").key(user_id)
+    assert (stored, globex.get(f"/users/{user_id}").status_code) == (key, httpx.codes.NOT_FOUND)
 
 
 def raw(keyed: Keyed, line: str, headers: bytes = b"", body: bytes = b"") -> bytes:
@@ -33,7 +216,7 @@ def test_recipes_are_refused(keyed: Keyed, acme: httpx.Client, fake_engine: Fake
 
 def test_a_clients_headers_do_not_reach_the_engine(keyed: Keyed, acme: httpx.Client, fake_engine: FakeEngine) -> None:
     sent = dict.fromkeys(("X-Session-ID", "X-Request-Id", "Cookie", "X-Forwarded-For", "X-Mine"), "a=b")
-    acme.post("/generate", json={"user_id": "ada", "prompt": "x", "max_tokens": 1}, headers=sent).raise_for_status()
+    acme.post("/generate", json={"user_id": "kai", "prompt": "x", "max_tokens": 1}, headers=sent).raise_for_status()
     (seen,) = fake_engine.seen
     arrived = {name.lower(): value for name, value in seen.headers.items()}
     assert arrived.keys() <= OWN_HEADERS

@@ -47,13 +47,9 @@ def named(two_banks: Keyed, store: ValkeyProcess, second: Path, monkeypatch: pyt
     """The second bank, which acme names by now."""
     manifest = read_manifest(second)
     monkeypatch.setenv("MTA_REDIS_URL", store.url)
-    name_bank("acme", manifest.short)
+    assert keys("bank", "acme", manifest.short).exit_code == 0
     wait_until(lambda: bank_of(two_banks, "acme") == manifest.short, "the tenant's bank to be known")
     return manifest
-
-
-def name_bank(*arguments: str) -> None:
-    assert keys("bank", *arguments).exit_code == 0
 
 
 def bank_of(two_banks: Keyed, tenant: str) -> str:
@@ -119,11 +115,11 @@ def test_readapting(two_banks: Keyed, named: BankManifest, second: Path, monkeyp
 
 
 def test_a_bank_that_is_not_loaded_is_said_and_taken_back(two_banks: Keyed, named: BankManifest) -> None:
-    name_bank("acme", "00000000")
+    assert keys("bank", "acme", "00000000").exit_code == 0
     wait_until(lambda: bank_of(two_banks, "acme") == "no_bank", "the tenant's bank to be known")
     assert bank_of(two_banks, "globex") == two_banks.gateway.parts.bank.manifest.short
     assert httpx.get(f"{two_banks.gateway.url}/ready").status_code == httpx.codes.OK
-    name_bank("acme")
+    assert keys("bank", "acme").exit_code == 0
     usual = two_banks.gateway.parts.bank.manifest.short
     wait_until(lambda: bank_of(two_banks, "acme") == usual, "the gateway's own bank")
 

@@ -6,8 +6,11 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from hypothesis import given
@@ -18,7 +21,11 @@ from server.gateway.access.queue import EngineQueue
 from server.gateway.engines.chat import EngineRequest, EngineStream, events
 from server.gateway.generation.answer_stream import AnswerStream, split_request
 from server.gateway.http.streaming import DONE, KEEP_ALIVE, EventSender, event
+from server.gateway.routes.jobs import _JobEvents
 from server.gateway.routes.openai.routes import join_chunks
+from server.store.jobs import Job, JobId, JobState
+from server.store.tenants.user_key import UserKeys
+from tests.support.watchdog import settled
 
 
 def request(prompt: Any = None, **sampling: Any) -> EngineRequest:
@@ -63,31 +70,17 @@ def end(prompt: int, completion: int) -> dict[str, Any]:
     return {"created": 2, "choices": [], "usage": usage}
 
 
-@pytest.fixture
-def engine() -> Engine:
-    return Engine()
-
-
-@pytest.fixture
-def queue() -> EngineQueue:
-    return EngineQueue(lambda: 4, max_waiting=4, patience_s=60)
-
-
 @asynccontextmanager
-async def answer(engine: Engine, queue: EngineQueue, wanted: EngineRequest, most: int) -> AsyncIterator[AnswerStream]:
+async def answer(n: int, most: int) -> AsyncIterator[tuple[Engine, EngineQueue, AnswerStream]]:
     """An answer whose first part has begun, with an empty piece."""
-    parts = split_request(wanted, most)
+    engine, queue = Engine(), EngineQueue(lambda: 4, max_waiting=4, patience_s=60)
+    parts = split_request(request(n=n), most)
     async with queue.acquire("a", size=parts[0].sequences) as lease, engine.begin(parts[0].request) as (_, first):
         engine.say("id", piece(0, ""))
         await first.begin()
         wait = partial(queue.acquire, "a", begun=True)
         async with AnswerStream(parts, first, lease, lambda size: wait(size=size), engine.begin) as stream:
-            yield stream
-
-
-async def settled() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0)
+            yield engine, queue, stream
 
 
 def test_a_request_is_split_into_parts() -> None:
@@ -115,8 +108,8 @@ def test_seeds_go_on_as_the_engine_s_do() -> None:
     assert len({part.request_id for part in parts}) == 3
 
 
-async def test_every_sequence_gives_its_place_back_when_it_ends(engine: Engine, queue: EngineQueue) -> None:
-    async with answer(engine, queue, request(n=3), 4) as stream:
+async def test_every_sequence_gives_its_place_back_when_it_ends() -> None:
+    async with answer(3, 4) as (engine, queue, stream):
         assert queue.taken == 3
         pieces = stream.pieces()
         engine.say("id", piece(1, "b", "stop"), piece(0, "a"), piece(2, "c", "length"))
@@ -129,8 +122,8 @@ async def test_every_sequence_gives_its_place_back_when_it_ends(engine: Engine, 
         assert (queue.taken, stream.usage["total_tokens"]) == (0, 9)
 
 
-async def test_parts_wait_one_after_another_and_come_back_as_one(engine: Engine, queue: EngineQueue) -> None:
-    async with answer(engine, queue, request(n=6), 2) as stream:
+async def test_parts_wait_one_after_another_and_come_back_as_one() -> None:
+    async with answer(6, 2) as (engine, queue, stream):
         await settled()
         assert (list(engine.said), queue.taken, queue.waiting) == (["id", "id-1"], 4, 1)
         engine.say("id", piece(1, "b", "stop"))
@@ -149,9 +142,9 @@ async def test_parts_wait_one_after_another_and_come_back_as_one(engine: Engine,
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_who_leaves_or_fails_takes_all_parts_along(engine: Engine, queue: EngineQueue, fails: bool) -> None:
+async def test_who_leaves_or_fails_takes_all_parts_along(fails: bool) -> None:
     with pytest.raises(EngineFailed) if fails else nullcontext():
-        async with answer(engine, queue, request(n=6), 2) as stream:
+        async with answer(6, 2) as (engine, queue, stream):
             await settled()
             assert (queue.taken, queue.waiting) == (4, 1)
             if fails:
@@ -229,6 +222,28 @@ async def test_a_sender_begins_once_and_says_nothing_after_the_end(monkeypatch: 
     head = dict(sent[0]["headers"])
     assert head[b"server-timing"] == b"x"
     assert b"content-length" not in head
+
+
+async def test_the_events_of_a_waiting_job_keep_the_stream_alive_until_it_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.gateway.http.streaming.KEEP_ALIVE_S", 0.005)
+    monkeypatch.setattr("server.gateway.routes.jobs._POLL_S", 0.02)
+    queued = Job(JobId("a" * 26, 1), JobState.QUEUED, "{}", 1, "9f2c41d0")
+    read_job = AsyncMock(side_effect=[queued, queued, replace(queued, state=JobState.CANCELLED)])
+    sent: list[bytes] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message.get("body", b""))
+
+    adapting: Any = SimpleNamespace(job=read_job)
+    await _JobEvents(adapting, UserKeys("a secret that only tests know", "default"), queued)(
+        {}, asyncio.Event().wait, send
+    )
+    head, first, *comments, last, done, end = sent
+    assert (head, set(comments), done, end) == (b"", {KEEP_ALIVE}, b"event: done\n" + DONE, b"")
+    for body, state in ((first, b'"state":"queued"'), (last, b'"state":"cancelled"')):
+        assert body.startswith(b"event: job\ndata: {") and state in body
 
 
 @pytest.mark.parametrize(("stream", "error"), [(event(1), EOFError), (b"data: {oops\n\n", ValueError)])

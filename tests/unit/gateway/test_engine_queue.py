@@ -16,6 +16,7 @@ from server.errors import TooMany, Unavailable
 from server.gateway.access import queue, shares
 from server.gateway.access.queue import EngineQueue, GatewayShare
 from server.gateway.access.shares import FairShares, Shares
+from tests.support.watchdog import settled
 
 
 class Line:
@@ -61,11 +62,6 @@ class Line:
         async with self.queue.acquire(name[0], size=size, patience_s=patience_s):
             self.served.append(name)
             await self._ends[name].wait()
-
-
-async def settled() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 @pytest.fixture

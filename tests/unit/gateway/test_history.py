@@ -19,13 +19,14 @@ from bank.items.retrieval import ItemIndex
 from bank.items.tasks import get_task
 from server.errors import Unavailable
 from server.gateway.access.keys import Caller
-from server.gateway.generation.prompts import MAX_QUEUED_BUILDS, HistoryIndexer, IndexCache, PromptBuilder, Version
+from server.gateway.generation.prompts import MAX_QUEUED_BUILDS, HistoryIndexer, IndexCache, PromptBuilder
 from server.gateway.generation.request import LengthLimits
 from server.gateway.routes.generate import request_of
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.users.profiles import HistoryLimit, add_to_history, diff_histories, replace_history
 from server.store.profile_record import Profile, StoredItem
 from server.store.tenants.user_key import User, UserKeys
+from tests.support.watchdog import settled
 
 FEW = 5
 LIMIT = HistoryLimit(FEW, 100)
@@ -49,7 +50,6 @@ def last_of_each(items: list[Item]) -> dict[str, Item]:
 
 
 def in_last_places(items: list[Item]) -> list[tuple[str, Any]]:
-    """Each item once, where it stood last."""
     ids = list(dict.fromkeys(item.id for item in reversed(items)))[::-1]
     return [(name, last_of_each(items)[name].fields) for name in ids]
 
@@ -113,8 +113,9 @@ def test_new_content_under_a_known_id_replaces_it_in_its_place() -> None:
 
 
 KEYS = UserKeys("a secret that only tests know", "default")
-ASKED = GenerateRequest(user_id="ada", prompt="hello", history=1, max_tokens=4)
-REQUEST = request_of(ASKED, KEYS, Caller("app", "default", frozenset()))
+REQUEST = request_of(
+    GenerateRequest(user_id="ada", prompt="hello", history=1, max_tokens=4), KEYS, Caller("app", "default", frozenset())
+)
 
 
 class Held:
@@ -143,11 +144,6 @@ def indexing(held: Held) -> HistoryIndexer:
     return HistoryIndexer(held.items, get_task("chat"), IndexCache(1 << 20))
 
 
-@pytest.fixture
-def prompts(indexing: HistoryIndexer) -> PromptBuilder:
-    return PromptBuilder(get_task("chat"), None, indexing, patience_s=0.4)  # nobody is asked to count tokens
-
-
 def profile(user_id: str) -> Profile:
     return Profile(user_id, 1, 1, "embedder", np.zeros(4, np.float16))
 
@@ -157,11 +153,6 @@ def ask(indexing: HistoryIndexer, user_id: str, caller: str = "app", patience_s:
         return (await indexing.index(KEYS.user(user_id), profile(user_id), caller, patience_s))[0]
 
     return asyncio.create_task(asking())
-
-
-async def settled() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
 
 
 async def until_read(held: Held, count: int) -> None:
@@ -252,8 +243,9 @@ async def test_builds_do_not_overlap(indexing: HistoryIndexer, held: Held, monke
 
 @pytest.mark.parametrize(("given_s", "left_s"), [(None, 0.2), (0.1, 0.05), (60, 0.2)])
 async def test_half_of_a_requests_patience_is_left_for_a_place_when_its_history_is_not(
-    indexing: HistoryIndexer, prompts: PromptBuilder, held: Held, given_s: float | None, left_s: float
+    indexing: HistoryIndexer, held: Held, given_s: float | None, left_s: float
 ) -> None:
+    prompts = PromptBuilder(get_task("chat"), None, indexing, patience_s=0.4)  # nobody is asked to count tokens
     busy = ask(indexing, "busy")
     await until_read(held, 1)
     request = replace(REQUEST, patience_s=given_s)
@@ -267,7 +259,7 @@ async def test_half_of_a_requests_patience_is_left_for_a_place_when_its_history_
     busy.cancel()
 
 
-ONE: Version = (1, 1, b"one")
+ONE = (1, 1, b"one")
 
 
 def small_index(words: int = 100) -> ItemIndex:
@@ -276,8 +268,7 @@ def small_index(words: int = 100) -> ItemIndex:
 
 
 async def test_what_was_put_is_found_in_the_same_version_alone() -> None:
-    others: list[Version] = [(2, 1, b"one"), (1, 2, b"one"), (1, 1, b"other")]
-    for other in others:
+    for other in ((2, 1, b"one"), (1, 2, b"one"), (1, 1, b"other")):
         cache, kept = IndexCache(1 << 20), small_index()
         cache.put("ada", ONE, kept)
         assert cache.get("ada", ONE) is kept

@@ -119,7 +119,6 @@ LEAST: dict[Any, dict[str, Any]] = {
     CompletionRequest: {"prompt": "hi"},
 }
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "default": None}}}
-BROKEN = {"name": "f", "parameters": {"a": 1 << 64}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 
 
@@ -177,7 +176,11 @@ WITHIN: Sequence[tuple[Any, dict[str, Any], str]] = [
     (GenerateRequest, {"prompt": None, "messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages.0.name"),
     (ChatRequest, {"logit_bias": {"5": 101}}, "logit_bias.5"),
     (ChatRequest, {"tools": [{"type": "function"}]}, "tools.0.function"),
-    (ChatRequest, {"tools": [TOOL | {"function": BROKEN}]}, "tools.0.function.parameters"),
+    (
+        ChatRequest,
+        {"tools": [TOOL | {"function": {"name": "f", "parameters": {"a": 1 << 64}}}]},
+        "tools.0.function.parameters",
+    ),
     (ChatRequest, {"messages": [{"role": "user"}]}, "messages.0"),
     (ChatRequest, {"messages": [{"role": "assistant", "content": None}]}, "messages.0"),
     (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
