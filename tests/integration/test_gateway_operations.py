@@ -212,7 +212,7 @@ class TestMetrics:
             'mta_tokens_total{kind="completion",level="base"}': 8,
             "mta_disconnects_total": 0,
             'mta_ttft_seconds_count{level="base"}': 2,
-            "mta_inter_token_seconds_count": 2,
+            "mta_inter_token_seconds_count": 3,
         }
         with grown(client, counted):
             for stream in (False, True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -293,6 +294,6 @@ def test_no_other_origin_is_let_in(stranger: httpx.Client) -> None:
     ],
     ids=["key", "header", "query", "user id"],
 )
-def test_what_is_too_long_is_refused(keyed: Keyed, stranger: httpx.Client, request_of: object, status: int) -> None:
-    given = {"json": {"prompt": "x", "max_tokens": 1}} | request_of(keyed.secrets["acme"])  # type: ignore[operator]
-    assert stranger.post("/v1/completions", **given).status_code == status
+def test_what_is_too_long_is_refused(keyed: Keyed, request_of: Callable[[str], Any], status: int) -> None:
+    given = {"json": {"prompt": "x", "max_tokens": 1}} | request_of(keyed.secrets["acme"])
+    assert httpx.post(f"{keyed.gateway.url}/v1/completions", **given).status_code == status
