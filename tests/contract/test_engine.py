@@ -128,8 +128,7 @@ async def test_prompts_are_continued_without_a_template(client: EngineClient, su
                 texts[choice["index"]] += choice["text"]
     assert all(texts)
     assert (answer.finish_reason, answer.complete) == ("length", True)
-    assert answer.usage["prompt_tokens"] == sum(map(len, prompts))
-    assert answer.usage["completion_tokens"] == 2 * 8
+    assert answer.usage.items() >= {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 2 * 8}.items()
 
 
 async def test_answers_repeat_and_differ_between_recipes(client: EngineClient, subject: Subject) -> None:

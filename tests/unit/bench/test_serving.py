@@ -124,8 +124,7 @@ def test_users_go_round_on_both_sides(stand: dict[str, Streaming], tmp_path: Pat
     assert rows[0]["tokens/s over 3 users'"]["median"] == 1
     assert all(row["tokens/s"]["n"] == 2 and row["first token p99, ms"] >= row["first token p50, ms"] for row in rows)
     for server in stand.values():
-        assert server.most == 2
-        assert server.keys == {f"Bearer {KEY}"}
+        assert (server.most, server.keys) == (2, {f"Bearer {KEY}"})
         assert len({body["cache_salt"] for body in server.bodies}) == len(server.bodies)
         asked = Counter(body["model"] for body in server.bodies)
         # three blocks of six at each of two levels: the first three users take turns in both
@@ -302,7 +301,9 @@ def test_what_a_model_needs_for_a_step_and_a_prompt_is_what_is_counted_on_it(sub
     assert shape.prompt_flops(50, manifest) - shape.prompt_flops(50) == adapter
 
 
-def test_ours_is_the_product_s_own_command_and_stock_has_vllm_s_own_way_to_load(subject: Subject) -> None:
+def test_ours_is_the_product_s_command_stock_loads_as_vllm_does_and_plain_knows_nothing_of_lora(
+    subject: Subject,
+) -> None:
     settings = Settings(bank=subject.bank, engine_port=PORT, engine_key=KEY, max_num_seqs=16, max_loras=3)  # type: ignore[arg-type]
     ours, _ = made = vllm_command(subject, "ours", PORT, max_loras=3)
     assert made == engine_command(settings, [subject.manifest], subject.model)
@@ -312,12 +313,8 @@ def test_ours_is_the_product_s_own_command_and_stock_has_vllm_s_own_way_to_load(
         *("--scheduler-cls", "server.engine.admission.fair_scheduler.FairScheduler"),
     }
     assert set(stock) <= set(ours)
-    assert (environment["VLLM_PLUGINS"], environment["MTA_BANK"]) == ("", "")
-    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
-
-
-def test_plain_knows_nothing_of_lora_and_may_be_compiled(subject: Subject) -> None:
-    ours, _ = vllm_command(subject, "ours", PORT, max_loras=3, max_cpu_loras=77)
+    told = [environment[name] for name in ("VLLM_PLUGINS", "MTA_BANK", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")]
+    assert told == ["", "", "1"]
     plain, environment = vllm_command(subject, "plain", PORT, max_loras=3, max_cpu_loras=77)
     assert not any("lora" in argument for argument in plain)
     assert not {"--enforce-eager", "3", "77", *subject.manifest.target_modules} & set(plain)

@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -168,8 +168,7 @@ class Asked:
 
 
 LONG = fair_scheduler.PATIENCE_S + 1
-FULL = [Asked(recipe) for recipe in range(1, SLOTS + 1) for _ in range(recipe)]
-"""All slots taken; recipe 1 has the fewest running requests."""
+FULL = [Asked(recipe) for recipe in range(1, SLOTS + 1) for _ in range(recipe)]  # recipe 1 has the fewest requests
 
 
 @pytest.mark.parametrize(
@@ -230,17 +229,6 @@ def test_a_recipe_gets_its_slot_however_many_keep_coming_for_the_others() -> Non
     assert late in fair.running
 
 
-class Fusing:
-    """Has fused nothing of what a test lists, and knows in which order it was asked for."""
-
-    def __init__(self, *unfused: int) -> None:
-        self.left, self.asked = set(unfused), list[int]()
-
-    def unfused(self, requests: Sequence[Any]) -> set[int]:
-        self.asked = [request.lora_int_id for request in requests]
-        return self.left & set(self.asked)
-
-
 @pytest.mark.usefixtures("only_slots_count")
 @pytest.mark.parametrize(
     ("waiting", "running", "unfused", "admitted"),
@@ -258,12 +246,13 @@ def test_who_is_left_out_of_a_step_keeps_their_place(
     requests = [Asked(*request) for request in waiting]
     left = [request for place, request in enumerate(requests) if place not in admitted]
     fair = Bare(requests, running)
-    fair.adapter_manager = fuser = Fusing(*unfused)
+    fair.adapter_manager = fuser = MagicMock()
+    fuser.unfused.side_effect = lambda asked: unfused & {request.lora_int_id for request in asked}
     assert fair.schedule() == [requests[place] for place in admitted]
     assert list(fair.waiting) == left
-    assert fuser.asked == [request.recipe for request in requests if request.recipe]
+    fuser.unfused.assert_called_once_with([request.lora_request for request in requests if request.recipe])
     if running is not FULL:
-        fuser.left.clear()
+        fuser.unfused.side_effect = lambda asked: set()
         assert fair.schedule() == left
 
 

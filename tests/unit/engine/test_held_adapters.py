@@ -211,8 +211,7 @@ async def test_dropping_a_user_says_how_much_is_still_in_use_and_outlives_its_cl
     world.in_use.add(recipe("b").name)
     assert await world.drop("b") == 1
     world.in_use.clear()
-    assert await world.drop("b") == 0
-    assert world.held == {"c", "d"}
+    assert (await world.drop("b"), world.held) == (0, {"c", "d"})
     dropping = asyncio.create_task(world.drop("c"))
     await asyncio.sleep(0)
     dropping.cancel()
