@@ -86,14 +86,11 @@ def test_anything_else_is_refused(name: str) -> None:
         parse_recipe(name)
 
 
-@pytest.mark.parametrize("name", ["mta1:9f2c41d0:shared:c+a03*571", "mta2:9f2c41d0:shared:c+a03*-571", "mta1:9f2c41d0"])
-def test_a_recipe_of_before_is_refused_with_what_to_do_and_names_its_bank(name: str) -> None:
-    assert bank_of(name) == "9f2c41d0"
-    with pytest.raises(RecipeError, match=r"format mta[12], which is no longer read: build its bank again"):
-        parse_recipe(name)
-
-
-def test_a_term_that_names_a_vector_is_refused_by_name_and_a_name_of_no_recipe_is_told() -> None:
+def test_a_recipe_of_before_is_refused_with_what_to_do_and_names_its_bank_and_a_vector_is_refused_by_name() -> None:
+    for name in ("mta1:9f2c41d0:shared:c+a03*571", "mta2:9f2c41d0:shared:c+a03*-571", "mta1:9f2c41d0"):
+        assert bank_of(name) == "9f2c41d0"
+        with pytest.raises(RecipeError, match=r"format mta[12], which is no longer read: build its bank again"):
+            parse_recipe(name)
     for term in ("v03*120", "v"):
         message = rf"term '{re.escape(term)}' .* names a vector, which this version cannot"
         with pytest.raises(RecipeError, match=message):

@@ -18,19 +18,14 @@ from bank.items.tasks import Task, get_task, tasks
 HEADLINE, RATING, CHAT = (get_task(name) for name in ("news_headline", "movie_rating", "chat"))
 
 
-def test_every_lamp_task_and_free_chat_are_there() -> None:
+def test_every_lamp_task_and_free_chat_are_there_and_a_turn_is_lamps_own_input() -> None:
     lamp = {task.lamp for task in tasks().values()}
     assert lamp == {"LaMP-1", "LaMP-2", "LaMP-2N", "LaMP-3", "LaMP-4", "LaMP-5", "LaMP-7", None}
     assert {"movie_rating", "product_rating", "chat"} <= set(tasks())
     with pytest.raises(BankError, match=r"unknown task 'headlines'.*news_headline"):
         get_task("headlines")
-
-
-def test_the_turn_is_lamps_own_input() -> None:
-    score = (
-        "What is the score of the following {0} on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 without "
-        "further explanation. {0}: T"
-    )
+    score = "What is the score of the following {0} on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 without "
+    score += "further explanation. {0}: T"
     turns = {"product_rating": score.format("review"), "movie_rating": score.format("movie")}
     turns["news_headline"] = "Generate a headline for the following article: T"
     turns["scholarly_title"] = "Generate a title for the following abstract of a paper: T"
@@ -133,10 +128,8 @@ def test_the_per_user_layout_is_read_in_order_each_item_once_and_no_query(tmp_pa
     path = write(tmp_path / "users.json", [person("ann", "One", "Two", "One"), asked])
     ann, bob = read_histories(path, HEADLINE)
     assert (ann.user_id, bob.user_id) == ("ann", "bob")
-    assert ann.pairs(HEADLINE) == [
-        ("Generate a headline for the following article: about One", "One"),
-        ("Generate a headline for the following article: about Two", "Two"),
-    ]
+    turn = "Generate a headline for the following article: about"
+    assert ann.pairs(HEADLINE) == [(f"{turn} One", "One"), (f"{turn} Two", "Two")]
     assert [output for _, output in bob.pairs(HEADLINE)] == ["Three"]
     assert bob.queries == ()
     (again,) = read_histories(write(path, [asked]), HEADLINE, queries=True)
@@ -149,10 +142,8 @@ def test_lamps_own_questions_and_outputs_add_the_answered_questions_to_their_per
     questions.append({"id": "13", "input": "What now?", "profile": profile})
     golds = {"task": "LaMP_4", "golds": [{"id": n, "output": f"to {n}"} for n in ("11", "12", "13")]}
     people = read_histories(write(tmp_path / "q.json", questions), HEADLINE, write(tmp_path / "o.json", golds))
-    assert {one.user_id: [output for _, output in one.pairs(HEADLINE)] for one in people} == {
-        "ann": ["One", "to 11", "to 12"],
-        "13": ["One", "to 13"],
-    }
+    outputs = {one.user_id: [output for _, output in one.pairs(HEADLINE)] for one in people}
+    assert outputs == {"ann": ["One", "to 11", "to 12"], "13": ["One", "to 13"]}
     assert people[1].pairs(HEADLINE)[-1] == ("What now?", "to 13")
 
 
@@ -172,10 +163,7 @@ def test_lamps_own_questions_and_outputs_add_the_answered_questions_to_their_per
         ([{"user_id": "bob", "profile": [{"text": "a", "title": ["b"]}]}], r"person 'bob': items\.0\.title"),
         ([person("ann", "One")], "person 'ann' has no queries to evaluate on"),
         ([person("ann", "One") | {"query": None}], "person 'ann' has no queries to evaluate on"),
-        (
-            [person("ann", "One") | {"query": [{"id": "q", "input": "?"}]}],
-            "`query` must hold .*; 0.gold: Field required",
-        ),
+        ([person("ann", "One") | {"query": [{"id": "q", "input": "?"}]}], "`query` must .*; 0.gold: Field required"),
         ([person("ann", "One") | {"query": "Later?"}], "person 'ann': its `query` must hold .*got 'Later"),
     ],
 )

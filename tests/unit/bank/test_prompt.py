@@ -82,9 +82,7 @@ def test_a_long_turn_loses_its_end_and_never_the_template() -> None:
 
 
 def test_a_turn_that_is_cut_within_a_character_takes_nothing_from_the_output() -> None:
-    """Half a character is decoded as three bytes."""
-
-    class Bytes(CharTokenizer):
+    class Bytes(CharTokenizer):  # half a character is decoded as three bytes
         def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
             return list(text.encode())
 
@@ -110,8 +108,7 @@ def test_the_most_relevant_items_stand_before_the_turn_in_lamps_words_the_best_f
 
 
 @pytest.mark.parametrize("task", tasks().values(), ids=lambda task: task.name)
-def test_what_was_written_for_another_task_is_left_out(task: Task) -> None:
-    """The bank that serves somebody may have changed."""
+def test_what_was_written_for_the_task_of_another_bank_is_left_out(task: Task) -> None:
     elsewhere = [Item(name, dict.fromkeys(other.fields, "the sea")) for name, other in tasks().items()]
     assert "the sea" in with_history(task, f"{task.instruction} the sea", elsewhere, 16)
 
@@ -149,13 +146,10 @@ def shown(lesson: Lesson) -> str:
     return CharTokenizer().decode(list(lesson.example(CharTokenizer(), 1000).ids))
 
 
-def test_without_history_an_item_is_its_pair_alone() -> None:
+def test_past_items_stand_before_the_turn_the_most_relevant_first_and_carry_no_loss_or_there_are_none() -> None:
     learnt = lessons(person(*SUBJECTS), CHAT, share=0, seed=0)
     for lesson, (turn, output) in zip(learnt, person(*SUBJECTS).pairs(CHAT), strict=True):
         assert lesson.example(CharTokenizer(), 100) == encode_pair(CharTokenizer(), turn, output, 100)
-
-
-def test_with_history_the_most_relevant_earlier_items_stand_before_the_turn_and_carry_no_loss() -> None:
     lesson = lessons(person(*SUBJECTS), CHAT, share=1, seed=0)[3]
     assert shown(lesson).startswith(f"<user>{quoted(0, 'bread')}")
     assert shown(lesson).endswith(". And bread again?<end>\n<assistant>3, on bread again<end>\n".rstrip())
