@@ -164,19 +164,16 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_fingerprint(bench: Bench,
     assert progress.begun == ["a01", "a02"]
 
 
-def command(bench: Bench, name: str, *more: str) -> list[str]:
-    options = {"users": bench.users, "task": "chat", "out": bench.folder / name, "model": bench.model}
-    options |= {"embedder": bench.embedder, "anchors": 1, "rank": 4, "steps": 8, "common-steps": 5, "dtype": "float32"}
-    return ["bank", "build", *(f"--{option}={value}" for option, value in options.items()), *more]
-
-
 def test_without_a_terminal_the_command_prints_lines_and_one_for_a_refusal(bench: Bench) -> None:
-    done = CliRunner().invoke(app, command(bench, "lines"))
+    options = {"users": bench.users, "task": "chat", "out": bench.folder / "lines", "model": bench.model}
+    options |= {"embedder": bench.embedder, "anchors": 1, "rank": 4, "steps": 8, "common-steps": 5, "dtype": "float32"}
+    command = ["bank", "build", *(f"--{option}={value}" for option, value in options.items())]
+    done = CliRunner().invoke(app, command)
     last = [line for line in done.stderr.splitlines() if line.startswith("training ")][-1]
     assert last.startswith("training a00 (2 of 2)  step 8/8  loss ")
     assert last.endswith("min left")
     assert done.stdout.startswith("bank ")
-    refused = [sys.executable, "-m", "server.cli", *command(bench, "no", "--exclude", "/nowhere.json")]
+    refused = [sys.executable, "-m", "server.cli", *command, "--exclude", "/nowhere.json"]
     ran = subprocess.run(refused, check=False, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (1, "error: cannot read /nowhere.json: No such file or directory\n")
 
@@ -255,11 +252,9 @@ def test_a_bank_is_measured_once_on_people_who_have_no_part_in_it(bench: Bench, 
     assert manifest.training["people"] == 20
     judged = judge_bank(where, OPTIONS, manifest, progress)
     assert judged == read_manifest(where.out)
-    assert judged.verdict
-    assert judged.verdict.people == 6
-    assert judged.verdict.losses.keys() == {
-        name + history for name in ("common", "merged") for history in ("", "+history@h1", "+history@h3")
-    }
+    assert judged.verdict and judged.verdict.people == 6
+    measured = {name + past for name in ("common", "merged") for past in ("", "+history@h1", "+history@h3")}
+    assert judged.verdict.losses.keys() == measured
     assert judged.verdict.merged.low <= judged.verdict.merged.mean <= judged.verdict.merged.high
     assert progress.pieces[-1] == ("measuring on held-out people", 6, 6)
     assert judge_bank(where, OPTIONS, judged, progress) is judged

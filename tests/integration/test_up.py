@@ -56,7 +56,9 @@ def refused(options: tuple[str, ...]) -> Callable[..., str]:
     return run
 
 
-def test_each_part_has_its_line_and_the_last_one_says_what_to_try(running_up: Up) -> None:
+def test_each_part_has_its_line_the_last_one_says_what_to_try_and_the_store_has_a_share_of_memory(
+    running_up: Up,
+) -> None:
     output = running_up.process.output
     for part in ("valkey", "gateway"):
         assert f"  {part:<9}starting" in output
@@ -68,9 +70,6 @@ def test_each_part_has_its_line_and_the_last_one_says_what_to_try(running_up: Up
         assert client.put("/users/ada/profile", json=PROFILE).status_code == 200
         answer = client.post("/generate", json={"user_id": "ada", "prompt": "Hello"}).json()
         assert answer["personalization"]["level"] == "merged"
-
-
-def test_the_store_may_fill_a_share_of_the_memory(running_up: Up) -> None:
     options = dict(line.split(" ", 1) for line in (running_up.data / "valkey.conf").read_text().splitlines())
     assert memory_bytes() // 16 < int(options["maxmemory"]) <= memory_bytes() // 8
     shown = re.search(r"^mta_store_max_bytes (\S+)", httpx.get(f"{running_up.url}/metrics").text, re.MULTILINE)

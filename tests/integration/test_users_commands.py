@@ -104,26 +104,10 @@ def test_whoever_cannot_be_imported_is_named_with_the_reason_and_the_rest_go_on(
     failures = map(json.loads, (tmp_path / "far" / "people.ndjson.failed.ndjson").read_text().splitlines())
     assert done.output.splitlines()[-1].startswith("3 imported, 0 already imported, 8 failed: see ")
     reasons = {failure["entry"]: failure["reason"] for failure in failures}
-    for place, reason in {
-        1: "not JSON",
-        4: "twice",
-        5: "without spaces",
-        6: "must not be . or ..",
-        7: "no user_id",
-        8: "no profile",
-        9: "items.0",
-        10: "must be an object",
-    }.items():
-        assert reason in reasons[place]
+    expected = {1: "not JSON", 4: "twice", 5: "without spaces", 6: "must not be . or ..", 7: "no user_id"}
+    expected |= {8: "no profile", 9: "items.0", 10: "must be an object"}
+    assert all(reason in reasons[place] for place, reason in expected.items()), reasons
     assert [client.get(f"/users/{user}").status_code for user in (good, "17", late)] == [200] * 3
-
-
-@pytest.mark.parametrize(("content", "says"), [(None, "cannot read"), ("[1, 2", "is not JSON")])
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: str | None, says: str) -> None:
-    path = tmp_path / "people.json"
-    if content:
-        path.write_text(content)
-    assert says in refusal("import", str(path))
 
 
 class Stub:
@@ -218,9 +202,13 @@ def test_a_call_that_waits_ends_when_all_is_stopped(stub: Stub) -> None:
             waiting.result()
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://[", "http://a:port"])
-def test_what_is_no_url_of_a_gateway_is_said_at_once(url: str) -> None:
-    assert refusal("show", "ada", "--url", url).startswith(f"'{url}' is not the URL of a gateway")
+def test_a_file_that_cannot_be_read_is_named_and_what_is_no_url_of_a_gateway_is_said_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "people.json"
+    assert "cannot read" in refusal("import", str(path))
+    path.write_text("[1, 2")
+    assert "is not JSON" in refusal("import", str(path))
+    for url in ("localhost:8000", "ftp://host", "http://", "http://[", "http://a:port"):
+        assert refusal("show", "ada", "--url", url).startswith(f"'{url}' is not the URL of a gateway")
 
 
 def test_a_user_with_a_strange_id_is_shown_exported_and_erased(

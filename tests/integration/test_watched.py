@@ -37,8 +37,12 @@ def run(
         yield run
 
 
-def test_the_committed_dashboard_is_the_one_that_the_code_makes() -> None:
+def test_the_committed_dashboard_is_the_one_that_the_code_makes_and_every_alert_is_explained_and_tested() -> None:
     assert dashboard.FILE.read_text("utf-8") == dashboard.dashboard(), "run python -m deploy.observe.dashboard"
+    alerts = set(re.findall(r"- alert: (\w+)", (HERE / "alerts.yml").read_text("utf-8")))
+    assert len(alerts) > 5
+    for file in (ROOT / "docs/operations.md", HERE / "alerts_test.yml"):
+        assert alerts <= set(re.findall(r"\bMta\w+", file.read_text("utf-8"))), file.name
 
 
 @pytest.mark.skipif(BINARY is None, reason="Prometheus is not installed (Debian: prometheus)")
@@ -52,14 +56,7 @@ def test_rules_and_configurations_are_what_prometheus_takes() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_is_explained_and_tested() -> None:
-    alerts = set(re.findall(r"- alert: (\w+)", (HERE / "alerts.yml").read_text("utf-8")))
-    assert len(alerts) > 5
-    for file in (ROOT / "docs/operations.md", HERE / "alerts_test.yml"):
-        assert alerts <= set(re.findall(r"\bMta\w+", file.read_text("utf-8"))), file.name
-
-
-def test_every_query_of_the_dashboard_has_data(run: Watched) -> None:
+def test_every_query_of_the_dashboard_has_data_and_figures_say_what_was_done(run: Watched) -> None:
     end_s = time.time()
 
     def has_data(expression: str) -> bool:
@@ -68,9 +65,6 @@ def test_every_query_of_the_dashboard_has_data(run: Watched) -> None:
 
     queries = [(graph.title, query.expression) for graph in dashboard.graphs() for query in graph.queries]
     assert [query for query in queries if not has_data(query[1])] == []
-
-
-def test_figures_say_what_was_done(run: Watched) -> None:
     for expression, least, most in (
         ('mta_worker_jobs_total{outcome="succeeded"}', 1, 1),
         ('mta_generations_total{level="stacked",outcome="answered",tenant="default"}', 2, math.inf),
@@ -84,16 +78,13 @@ def test_figures_say_what_was_done(run: Watched) -> None:
         assert least <= float(found["value"][1]) <= most, expression
 
 
-def test_one_trace_leads_from_the_gateway_through_the_engine(run: Watched) -> None:
+def test_a_trace_leads_through_the_engine_and_says_how_long_the_store_took_and_which_commands(run: Watched) -> None:
     request = spans_of(run, "POST /generate")[0]
     wait_until(lambda: any(span.service == "mta-engine" for span in run.receiver.trace(request.trace_id)), "the engine")
     within = {span.name: span for span in run.receiver.trace(request.trace_id)}
     assert within["POST"].parent == request.id
     assert within["llm_request"].parent == within["prepare"].parent == within["POST"].id
     assert within["llm_request"].attributes["gen_ai.usage.completion_tokens"] > 0
-
-
-def test_a_trace_says_how_long_the_store_took_and_which_commands(run: Watched) -> None:
     for name, command in (("POST /generate", "GET"), ("PUT /users/{user_id}/profile", "EVAL")):
         request = spans_of(run, name)[0]
         within = run.receiver.trace(request.trace_id)

@@ -93,7 +93,9 @@ def check_shown(shown: str, answered: str) -> None:
         assert _skeleton(shown) == _skeleton(answered)
         return
     assert not (lacking := names - set(re.findall(r'"(\w+)":', answered))), f"the answer lacks {lacking}: {answered}"
-    steady, found = (set(map(_tight, _STEADY.findall(text))) for text in (shown, answered))
+    steady, found = (
+        {re.sub(r'": ?', '":', pair, count=1) for pair in _STEADY.findall(text)} for text in (shown, answered)
+    )
     assert steady <= found, f"the answer lacks {steady - found}: {answered}"
     assert ('"error": {' in shown) == ('"error":{' in answered), answered
 
@@ -101,8 +103,3 @@ def check_shown(shown: str, answered: str) -> None:
 def _skeleton(text: str) -> str:
     """A text without its figures and fingerprints."""
     return re.sub(r"\b[0-9a-f]{8}\b|\d+(?:\.\d+)?", "#", text).strip()
-
-
-def _tight(pair: str) -> str:
-    name, _, value = pair.partition(":")
-    return f"{name}:{value.strip()}"
