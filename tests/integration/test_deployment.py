@@ -22,8 +22,6 @@ from tests.support.containers import BASE, CPU, FLEET, ROOT, SECRETS, composed, 
 COMBINATIONS = {"gpu": (BASE,), "cpu": (BASE, CPU)}
 IN_A_FLEET = ("--env-file", FLEET)
 OVERLAYS = ("cpu", "gpu")
-VERSIONS = ("1.31", "1.37")
-COMPOSED = {"valkey": "redis"}  # the service of compose that a container is, where the names differ
 OF_CORES = {"engine": "OMP_NUM_THREADS", "worker": "MTA_WORKER_THREADS"}  # how many threads, where cores are limited
 OF_PODS_ALONE = {"HOME", *OF_CORES.values()}
 REACHED_BY = {
@@ -66,7 +64,7 @@ def test_a_fleet_is_two_of_each_behind_a_router_and_gateways_alone_are_published
     assert "engine-1" in fleet["engine"]["networks"]["inner"]["aliases"]
 
 
-def test_who_observes_is_added_on_request_and_finds_its_files(tmp_path: Path) -> None:
+def test_who_observes_is_added_on_request_finds_its_files_and_asks_where_there_are_metrics(tmp_path: Path) -> None:
     added = services((BASE,), tmp_path, "--profile", "observe", MTA_ADMIN_KEY="mta_key")
     added = {name: service for name, service in added.items() if name not in services((BASE,), tmp_path)}
     assert added.keys() == {"alertmanager", "grafana", "prometheus"}
@@ -78,9 +76,6 @@ def test_who_observes_is_added_on_request_and_finds_its_files(tmp_path: Path) ->
     secrets = {secret["source"] for secret in added["prometheus"]["secrets"]}
     asked = set(re.findall(r"/run/secrets/(\w+)", (ROOT / "deploy/observe/prometheus.yml").read_text("utf-8")))
     assert asked == secrets
-
-
-def test_whom_prometheus_asks_has_metrics_there(tmp_path: Path) -> None:
     jobs = yaml.safe_load((ROOT / "deploy/observe/prometheus.yml").read_text("utf-8"))["scrape_configs"]
     assert {job["job_name"] for job in jobs} == {"engine", "gateway", "router", "worker"}
     fleet, pods = composed((BASE,), tmp_path, *IN_A_FLEET), containers("gpu")
@@ -209,7 +204,7 @@ def test_every_manifest_is_valid_and_every_container_without_root_secrets_and_wa
     overlay: str,
 ) -> None:
     for manifest in kit.manifests(overlay):
-        for version in VERSIONS:
+        for version in ("1.31", "1.37"):
             kubernetes_validate.validate(manifest, version, strict=True)
     assert not of_kind(overlay, "Secret")
     for name, container in containers(overlay).items():
@@ -239,7 +234,7 @@ def test_containers_have_the_commands_and_variables_of_composes_services_but_for
     found = containers("cpu")
     assert found.keys() == {"models", "valkey", "engine", "router", "worker", "keys", "gateway"}
     for name, container in found.items():
-        service = fleet[COMPOSED.get(name, name)]
+        service = fleet["redis" if name == "valkey" else name]
         assert container.command == service["command"], name
         theirs = {key: value for key, value in service.get("environment", {}).items() if value is not None}
         ours = {key: value for key, value in container.environment.items() if key not in OF_PODS_ALONE}

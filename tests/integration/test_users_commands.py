@@ -42,7 +42,6 @@ def refusal(*arguments: str) -> str:
 
 
 def written(path: Path, people: dict[str, list[Any]], layout: str = "lines") -> Path:
-    """A file of people, one a line or in LaMP's layout."""
     entries = [{"user_id": user, "profile": profile, "query": []} for user, profile in people.items()]
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)
     path.write_text(lines if layout == "lines" else json.dumps(entries, indent=1))
@@ -51,7 +50,6 @@ def written(path: Path, people: dict[str, list[Any]], layout: str = "lines") -> 
 
 @pytest.fixture
 def profiles(new_user: NewUser) -> dict[str, list[Any]]:
-    """The items of ten people."""
     return {user: [f"I am {user}", {"id": "it", "text": "and more"}] for user in (new_user() for _ in range(10))}
 
 

@@ -91,24 +91,23 @@ class Container:
 
 
 def composed(files: tuple[str, ...], bank: Path, *options: str, **environment: str) -> dict[str, Container]:
-    return {name: _service(name, one) for name, one in services(files, bank, *options, **environment).items()}
-
-
-def _service(name: str, written: dict[str, Any]) -> Container:
-    networks = [network or {} for network in written.get("networks", {}).values()]
-    check = written.get("healthcheck", {}).get("test", ())
-    assert not check or check[0] == "CMD"
-    return Container(
-        command=list(written["command"] or ()),
-        environment={key: value for key, value in written.get("environment", {}).items() if value is not None},
-        hosts=(name, *(alias for network in networks for alias in network.get("aliases", ()))),
-        mounts={one["target"]: not one.get("read_only") for one in written.get("volumes", ())}
-        | dict.fromkeys(written.get("tmpfs", ()), True),
-        locked=bool(written.get("read_only")),
-        probes={"healthcheck": tuple(check[1:])} if check else {},
-        written=written,
-        pod={},
-    )
+    found = {}
+    for name, written in services(files, bank, *options, **environment).items():
+        networks = [network or {} for network in written.get("networks", {}).values()]
+        check = written.get("healthcheck", {}).get("test", ())
+        assert not check or check[0] == "CMD"
+        mounts = {one["target"]: not one.get("read_only") for one in written.get("volumes", ())}
+        found[name] = Container(
+            command=list(written["command"] or ()),
+            environment={key: value for key, value in written.get("environment", {}).items() if value is not None},
+            hosts=(name, *(alias for network in networks for alias in network.get("aliases", ()))),
+            mounts=mounts | dict.fromkeys(written.get("tmpfs", ()), True),
+            locked=bool(written.get("read_only")),
+            probes={"healthcheck": tuple(check[1:])} if check else {},
+            written=written,
+            pod={},
+        )
+    return found
 
 
 def containers(overlay: str) -> dict[str, Container]:
@@ -204,8 +203,7 @@ class Site:
         return [name for name, container in self.containers.items() if host in container.hosts]
 
     def environment(self, name: str) -> dict[str, str]:
-        container, home = self.containers[name], self.folder / name / "home"
-        home.mkdir(parents=True, exist_ok=True)
+        container, home = self.containers[name], _made(self.folder / name / "home")
         programs = [str(self.programs), str(Path(sys.executable).parent), os.environ["PATH"]]
         shared = {"PATH": os.pathsep.join(programs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         shared["HOME"] = _NOWHERE if container.locked else str(home)
@@ -285,16 +283,16 @@ class Site:
     def _place(self, name: str, path: str) -> Path | None:
         if path not in self.containers[name].mounts:
             return None
-        if path not in self.mounted:
-            own = self.folder / name / "mounts" / path.strip("/").replace("/", "-")
-            own.mkdir(parents=True, exist_ok=True)
-            return own
-        return self.mounted[path]
+        own = self.folder / name / "mounts" / path.strip("/").replace("/", "-")
+        return self.mounted.get(path) or _made(own)
 
     def _desk(self, name: str) -> Path:
-        desk = self.folder / name / "desk"
-        desk.mkdir(parents=True, exist_ok=True)
-        return desk
+        return _made(self.folder / name / "desk")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @cache

@@ -131,16 +131,13 @@ def test_stacking_adds_the_users_delta_to_the_fused_one() -> None:
         torch.testing.assert_close(stacked.delta(module), fused.delta(module) + USER.weights.delta(module))
 
 
-def test_bytes_keep_everything_and_equal_adapters_have_equal_ones() -> None:
+def test_bytes_keep_everything_equal_adapters_have_equal_ones_and_cut_anywhere_they_are_refused() -> None:
     read = decode_user_adapter(LAYOUT, RAW)
     assert (read.recipe, read.weights.rank) == (USERS_RECIPE, USER_RANK)
     for name in USER.weights.a:
         torch.testing.assert_close(read.weights.a[name].float(), USER.weights.a[name])
         torch.testing.assert_close(read.weights.b[name].float(), USER.weights.b[name])
     assert encode_user_adapter(LAYOUT, UserAdapter(USERS_RECIPE, lora(USER_RANK, 1))) == RAW
-
-
-def test_bytes_cut_anywhere_are_refused() -> None:
     for length in range(0, len(RAW), 7):
         with pytest.raises(UserAdapterError):
             decode_user_adapter(LAYOUT, RAW[:length])

@@ -15,7 +15,7 @@ from rich.console import Console
 from scipy import stats
 
 from bank.errors import BankError
-from bank.evaluation.authorship import GOLD, AuthorshipRow, authorship, authorship_table
+from bank.evaluation.authorship import GOLD, authorship, authorship_table
 from bank.evaluation.intervals import Interval, compare_with_one, holm, over_users, sign_flip_p
 from bank.evaluation.methods import METHODS, Method, curves, default_methods, parse_methods
 from bank.evaluation.pictures import prices_figure
@@ -299,13 +299,9 @@ def written(method: str, voice_of: dict[str, str]) -> list[Record]:
     return [record(name, method, written=texts) for name, texts in said.items()]
 
 
-def attributed(people: Sequence[History], records: Sequence[Record]) -> dict[str, AuthorshipRow]:
-    return {row.method: row for row in authorship(people, records, CHAT)}
-
-
 def test_people_are_known_by_their_own_later_texts_and_by_those_that_sound_like_them() -> None:
     texts = [*written("own", SELF), *written("mixed up", NEXT), *written("base", ALIKE)]
-    found = attributed(PEOPLE, [*texts, *written("unfinished", SELF)[:-1]])
+    found = {row.method: row for row in authorship(PEOPLE, [*texts, *written("unfinished", SELF)[:-1]], CHAT)}
     assert set(found) == {GOLD, "own", "mixed up", "base"}
     for known in (GOLD, "own"):
         assert (found[known].named.mean, found[known].rank.mean) == (1.0, 1.0)

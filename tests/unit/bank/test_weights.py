@@ -91,21 +91,21 @@ def signed_bank(folder: Path) -> BankManifest:
     return saved_bank(folder, weights=SIGNED, method=FusionMethod.SHARED, common=True)
 
 
-def test_weights_are_similarities_over_their_sum_and_are_never_swapped() -> None:
-    """Two anchors of unequal similarity: the released merger of the paper gives each the other's weight."""
-    near, far = topic_weights(index_at(0.3, 0.1, 0.9), WeightRule(anchors=2), QUERY)
-    assert (near.anchor, far.anchor) == (2, 0)
-    assert (near.weight, far.weight, near.similarity) == pytest.approx((0.75, 0.25, 0.9), abs=1e-5)
-    assert recipe_of_shares(manifest(), (near, far)).name == "mta3:9f2c41d0:cat:a00*250+a02*750"
-
-
 @pytest.mark.parametrize(
     ("cosines", "weights", "terms"),
-    [((0.5, -0.5), {0: 1.0, 1: 0.0}, "a00*1000"), ((-0.5, -0.1, -0.9), {1: 0.5, 0: 0.5}, "a00*500+a01*500")],
+    [
+        ((0.3, 0.1, 0.9), {2: 0.75, 0: 0.25}, "a00*250+a02*750"),  # the paper's released merger swaps the two weights
+        ((0.5, -0.5), {0: 1.0, 1: 0.0}, "a00*1000"),
+        ((-0.5, -0.1, -0.9), {1: 0.5, 0: 0.5}, "a00*500+a01*500"),
+    ],
 )
-def test_negative_similarities_count_as_zero(cosines: tuple[float, ...], weights: dict[int, float], terms: str) -> None:
+def test_weights_are_similarities_over_their_sum_and_negative_ones_count_as_zero(
+    cosines: tuple[float, ...], weights: dict[int, float], terms: str
+) -> None:
     found = topic_weights(index_at(*cosines), WeightRule(anchors=2), QUERY)
-    assert {weight.anchor: weight.weight for weight in found} == weights
+    assert [weight.anchor for weight in found] == list(weights)
+    assert [weight.weight for weight in found] == pytest.approx(list(weights.values()), abs=1e-5)
+    assert [weight.similarity for weight in found] == pytest.approx([cosines[anchor] for anchor in weights], abs=1e-5)
     assert recipe_of_shares(manifest(), found).name == f"mta3:9f2c41d0:cat:{terms}"
 
 

@@ -79,7 +79,6 @@ def test_both_together_never_take_more_than_is_free_and_the_engine_keeps_half(ne
 
 
 def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    """A driver's tool that says these lines."""
     tool = folder / "nvidia-smi"
     tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     tool.chmod(0o755)

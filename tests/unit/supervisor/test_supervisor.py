@@ -37,8 +37,6 @@ FAMILY_SIZE = 4  # the part and the three
 
 
 class Record:
-    """A report that keeps what it was told."""
-
     def __init__(self) -> None:
         self.states: list[tuple[str, State]] = []
         self.details: list[str] = []
