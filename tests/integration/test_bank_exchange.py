@@ -131,7 +131,6 @@ class Inbox:
         )
 
     def refuse(self, match: str, adapters: list[Path] | None = None, profiles: Path | None = None) -> None:
-        """Check that an import is refused and leaves no bank."""
         with pytest.raises(BankError, match=match):
             self.bring_in("no", adapters, profiles)
         assert not (self.folder / "no").exists()

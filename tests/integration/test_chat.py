@@ -84,13 +84,6 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talk: Terminal, fake_engine:
     assert talk.process.wait(PATIENCE_S) == 0
 
 
-class Dying:
-    """Somebody presses Ctrl-C as it is forgotten: what is raised at such a moment reaches nobody."""
-
-    def __del__(self) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gateway: GatewayThread) -> Talk:
     def chatting(user: str, *lines: str) -> str:
@@ -107,6 +100,10 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], g
 def test_an_interrupt_while_exceptions_reach_nobody_stops_the_answer(
     typed: Talk, ada: str, monkeypatch: pytest.MonkeyPatch, pieces: int
 ) -> None:
+    class Dying:  # somebody presses Ctrl-C as it is forgotten: what is raised at such a moment reaches nobody
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
     said: list[str] = []
     echo = typer.echo
 

@@ -78,7 +78,9 @@ def test_every_query_of_the_dashboard_has_data_and_figures_say_what_was_done(run
         assert least <= float(found["value"][1]) <= most, expression
 
 
-def test_a_trace_leads_through_the_engine_and_says_how_long_the_store_took_and_which_commands(run: Watched) -> None:
+def test_traces_lead_through_the_engine_say_what_the_store_did_and_link_answers_to_the_workers_job(
+    run: Watched,
+) -> None:
     request = spans_of(run, "POST /generate")[0]
     wait_until(lambda: any(span.service == "mta-engine" for span in run.receiver.trace(request.trace_id)), "the engine")
     within = {span.name: span for span in run.receiver.trace(request.trace_id)}
@@ -94,9 +96,6 @@ def test_a_trace_leads_through_the_engine_and_says_how_long_the_store_took_and_w
         assert all(re.fullmatch("[A-Z ]+", span.name) for span in asked)
     [write, *_] = [span for span in within if span.name == "store write"]
     assert "EVAL" in {span.name for span in asked if span.parent == write.id}
-
-
-def test_the_worker_adds_to_the_trace_of_the_job_and_answers_by_it_are_linked(run: Watched) -> None:
     wait_until(lambda: spans_of(run, "adapt") != [], "the worker's spans")
     [adapt], [request] = spans_of(run, "adapt"), spans_of(run, "POST /users/{user_id}/adapt")
     assert (adapt.service, adapt.trace_id, adapt.parent) == ("mta-worker", request.trace_id, request.id)

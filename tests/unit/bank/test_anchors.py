@@ -69,13 +69,12 @@ def test_embedded_items_are_spread_over_the_whole_history() -> None:
     assert spread(items[:10], 64) == items[:10]
 
 
-class Circle:
-    def embed(self, texts: list[str]) -> Vectors:
-        angles = np.array([int(text) for text in texts]) / 600
-        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-
-
 def test_an_anchor_is_embedded_like_the_profile_that_a_gateway_keeps_of_them() -> None:
+    class Circle:
+        def embed(self, texts: list[str]) -> Vectors:
+            angles = np.array([int(text) for text in texts]) / 600
+            return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
     assert Settings.model_fields["profile_items"].default == SERVED_ITEMS
     whole = History("somebody", tuple(Item(str(i), {"text": str(i)}) for i in range(600)))
     kept = Circle().embed([str(i) for i in range(600 - SERVED_ITEMS, 600)])

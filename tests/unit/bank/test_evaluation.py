@@ -63,13 +63,10 @@ def test_what_is_no_method_is_named_with_those_that_are(name: str) -> None:
         parse_methods(f"base,{name}")
 
 
-def test_a_habit_is_a_rival_where_answers_are_labels_and_history_everywhere() -> None:
+def test_a_habit_is_a_rival_of_labels_history_is_one_everywhere_and_curves_end_before_all_items() -> None:
     text, score = ([method.name for method in default_methods(kind)] for kind in ("text", "score"))
     assert score == ["prior", *(name.replace("@h3", "@h9") for name in text)]  # a rating says less than a text
     assert {f"{name}+history@h{n}" for name in ("base", "task", "merged", "stacked", "own") for n in (1, 3)} < set(text)
-
-
-def test_curves_end_at_what_a_name_holds_and_before_all_items() -> None:
     for anchors, items, points in ((12, 10, "k1 k2 k4 k8 k12 n1 n2 n5"), (500, 2, "k1 k2 k4 k8 k16 k334 n1")):
         names = [method.name for method in curves(anchors, items)]
         assert names == [f"merged@{point}" for point in points.split()]
@@ -158,7 +155,8 @@ def test_rouge_stems_and_counts_subsequences() -> None:
     assert lamp_metrics(NEWS, [""], ["the cat"]) == {"rouge1": 0.0, "rougeL": 0.0}
 
 
-def test_an_interval_is_the_same_every_time_and_changes_sides_with_the_differences() -> None:
+@pytest.mark.filterwarnings("error")
+def test_an_interval_is_the_same_every_time_changes_sides_with_the_differences_and_may_be_the_mean_alone() -> None:
     differences = np.random.default_rng(2).exponential(size=12)
     found, other = over_users(differences), over_users(-differences)
     assert found == over_users(differences)
@@ -166,14 +164,10 @@ def test_an_interval_is_the_same_every_time_and_changes_sides_with_the_differenc
     assert (found.low, found.high) == pytest.approx((-other.high, -other.low))
     plain = stats.bootstrap((differences,), np.mean, method="percentile", rng=np.random.default_rng(0))
     assert found.high > plain.confidence_interval.high  # it corrects for the long tail on the right
-
-
-@pytest.mark.filterwarnings("error")
-def test_where_nothing_can_be_resampled_the_interval_is_the_mean() -> None:
-    for differences in ([0.25], [0.0] * 5, [0.3 - 0.1, 0.2, 0.7 - 0.5]):
-        found = over_users(differences)
-        assert found == Interval(found.mean, found.mean, found.mean, len(differences))
-        assert found.mean == pytest.approx(differences[0])
+    for alike in ([0.25], [0.0] * 5, [0.3 - 0.1, 0.2, 0.7 - 0.5]):  # nothing can be resampled
+        found = over_users(alike)
+        assert found == Interval(found.mean, found.mean, found.mean, len(alike))
+        assert found.mean == pytest.approx(alike[0])
 
 
 def test_sign_flips_of_few_users_are_counted_exactly_and_of_many_agree_with_the_t_test() -> None:

@@ -381,16 +381,15 @@ async def test_each_run_has_a_log_of_its_own_and_is_ready_once_it_says_so(tmp_pa
     await run_until(at_once, data, python_part("brief", tmp_path, ""))
 
 
-async def test_what_a_part_leaves_behind_dies_with_it(tmp_path: Path, data: DataFolder) -> None:
+async def test_what_a_part_leaves_behind_dies_with_it_and_a_killed_guard_takes_its_part_along(
+    tmp_path: Path, data: DataFolder
+) -> None:
     process = await GuardedProcess.start(python_part("family", tmp_path, FAMILY), data)
     family = descendants(await _guard_of("family", tmp_path))
     assert len(family) == FAMILY_SIZE
     os.kill(pid_of("family", tmp_path), signal.SIGKILL)
     assert await process.wait() == 128 + signal.SIGKILL
     assert [pid for pid in family if alive(pid)] == []
-
-
-async def test_a_killed_guard_takes_its_part_along(tmp_path: Path, data: DataFolder) -> None:
     process = await GuardedProcess.start(python_part("orphaned", tmp_path, ""), data)
     os.kill(await _guard_of("orphaned", tmp_path), signal.SIGKILL)
     await process.wait()
