@@ -99,9 +99,7 @@ class Plain(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor: ...
 
 
-class Odd(torch.nn.Module):
-    """A layer that takes something from the layers before it, besides hidden states."""
-
+class Odd(torch.nn.Module):  # takes something from the layers before it, besides hidden states
     def forward(self, hidden_states: torch.Tensor, per_layer_input: torch.Tensor) -> torch.Tensor: ...
 
 

@@ -188,7 +188,7 @@ def test_the_same_anchors_give_the_same_file_and_it_reads_back(tmp_path: Path, f
     assert loaded.search(query, 4) == index.search(query, 4)
 
 
-def test_what_is_no_embedding_and_no_index_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_embedding_no_index_and_no_map_is_refused(tmp_path: Path) -> None:
     for query in (np.zeros(3), np.zeros((1, 4)), np.array([0, 0, 0, np.nan])):
         with pytest.raises(BankError, match="4 finite numbers"):
             AnchorIndex.build(unit_rows(3, 4)).search(query, 2)
@@ -197,6 +197,15 @@ def test_what_is_no_embedding_and_no_index_is_refused(tmp_path: Path) -> None:
         AnchorIndex.load(tmp_path / "anchors.faiss")
     with pytest.raises(BankError, match="needs embeddings"):
         AnchorIndex.build(np.zeros((0, 4), dtype=np.float32))
+    path = tmp_path / "map.json"
+    for content in (None, "", "{}", "[]", '{"mean": 1, "axes": 1, "anchors": 1, "explained": 1}'):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(BankError, match=r"map\.json"):
+            Atlas.load(path, 30, 16)
+    Atlas.of(unit_rows(30, 16)).save(path)
+    with pytest.raises(BankError, match="not a map of 31 anchors"):
+        Atlas.load(path, 31, 16)
 
 
 def test_a_search_takes_one_thread_wherever_it_runs_and_leaves_the_others_to_who_trains_after_it() -> None:
@@ -255,15 +264,3 @@ def test_few_anchors_have_a_map_too_and_always_the_same_file(count: int, axes: i
     read = Atlas.load(tmp_path / "one", count, 16)
     assert read.explained == atlas.explained
     assert all(np.array_equal(getattr(read, name), getattr(atlas, name)) for name in ("mean", "axes", "anchors"))
-
-
-def test_what_is_no_map_is_refused_with_its_path(tmp_path: Path) -> None:
-    path = tmp_path / "map.json"
-    for content in (None, "", "{}", "[]", '{"mean": 1, "axes": 1, "anchors": 1, "explained": 1}'):
-        if content is not None:
-            path.write_text(content)
-        with pytest.raises(BankError, match=r"map\.json"):
-            Atlas.load(path, 30, 16)
-    Atlas.of(unit_rows(30, 16)).save(path)
-    with pytest.raises(BankError, match="not a map of 31 anchors"):
-        Atlas.load(path, 31, 16)

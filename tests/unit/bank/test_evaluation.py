@@ -179,13 +179,10 @@ def test_sign_flips_of_few_users_are_counted_exactly_and_of_many_agree_with_the_
     assert sign_flip_p([many])[0] == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.01)
 
 
-def test_holm_multiplies_the_smallest_by_all_and_never_goes_down() -> None:
+def test_by_holm_a_difference_that_is_sure_alone_is_not_among_many_and_p_never_goes_down() -> None:
     # 0.01 × 4, 0.02 × 3, then 0.03 × 2 = 0.06 and 0.04 × 1, which is raised to the one before.
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert (holm([0.6, 0.7]), holm([])) == ([1.0, 1.0], [])
-
-
-def test_a_difference_that_is_sure_alone_is_not_among_many() -> None:
     chance = np.random.default_rng(5)
     gain = chance.normal(-0.8, 1.0, 12)
     alone = compare_with_one({"gain": gain})["gain"]

@@ -136,7 +136,7 @@ def test_the_per_user_layout_is_read_in_order_each_item_once_and_no_query(tmp_pa
     assert again.queries == (Query("q", "Later?", "Secret"),)
 
 
-def test_lamps_own_questions_and_outputs_add_the_answered_questions_to_their_persons_profile(tmp_path: Path) -> None:
+def test_lamps_own_questions_join_their_persons_profile_if_outputs_answer_them_all(tmp_path: Path) -> None:
     profile = [{"id": "1", "title": "One", "text": "about One"}]
     questions = [{"id": n, "user_id": "ann", "input": f"Q{n}", "profile": profile} for n in ("11", "12")]
     questions.append({"id": "13", "input": "What now?", "profile": profile})
@@ -145,6 +145,12 @@ def test_lamps_own_questions_and_outputs_add_the_answered_questions_to_their_per
     outputs = {one.user_id: [output for _, output in one.pairs(HEADLINE)] for one in people}
     assert outputs == {"ann": ["One", "to 11", "to 12"], "13": ["One", "to 13"]}
     assert people[1].pairs(HEADLINE)[-1] == ("What now?", "to 13")
+    file = write(tmp_path / "q.json", [{"id": "11", "input": "What now?", "profile": [{"text": "a"}]}])
+    missing, other = {"golds": [{"id": "11"}]}, {"golds": [{"id": "12", "output": "x"}]}
+    reasons = ("must hold", "golds.0.output: Field required", "question '11' has no gold")
+    for golds, message in zip(([], missing, other), reasons, strict=True):
+        with pytest.raises(BankError, match=message):
+            read_histories(file, HEADLINE, write(tmp_path / "o.json", golds))
 
 
 @pytest.mark.parametrize(
@@ -172,15 +178,6 @@ def test_a_malformed_file_is_refused_by_person_and_item(tmp_path: Path, document
         read_histories(write(tmp_path / "users.json", document), HEADLINE, queries="quer" in message)
     with pytest.raises(BankError, match=r"cannot read .*nobody\.json"):
         read_histories(tmp_path / "nobody.json", HEADLINE)
-
-
-def test_an_outputs_file_that_does_not_answer_is_refused(tmp_path: Path) -> None:
-    questions = write(tmp_path / "q.json", [{"id": "11", "input": "What now?", "profile": [{"text": "a"}]}])
-    missing, other = {"golds": [{"id": "11"}]}, {"golds": [{"id": "12", "output": "x"}]}
-    reasons = ("must hold", "golds.0.output: Field required", "question '11' has no gold")
-    for golds, message in zip(([], missing, other), reasons, strict=True):
-        with pytest.raises(BankError, match=message):
-            read_histories(questions, HEADLINE, write(tmp_path / "o.json", golds))
 
 
 def test_people_to_leave_out_come_as_a_list_of_ids_or_in_the_same_layout(tmp_path: Path) -> None:

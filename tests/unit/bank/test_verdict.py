@@ -84,7 +84,7 @@ def test_a_verdict_is_kept_in_the_manifest_and_decides_how_much_history_prompts_
     assert plain.model_copy(update={"prior": EVEN}).compute_fingerprint() != plain.compute_fingerprint()
 
 
-def test_everybodys_shares_are_of_all_answers_and_weigh_little_beside_people_who_always_answer_alike() -> None:
+def test_everybodys_shares_weigh_little_beside_people_who_answer_alike_and_smooth_a_persons_own_counts() -> None:
     prior = fit_prior(FILMS, [["4", "4", "5"], ["4", "not a star"]])
     assert prior is not None
     assert prior.shares == {"1": 1 / 9, "2": 1 / 9, "3": 1 / 9, "4": 4 / 9, "5": 2 / 9}
@@ -96,9 +96,6 @@ def test_everybodys_shares_are_of_all_answers_and_weigh_little_beside_people_who
     small, large = fit_prior(FILMS, stubborn), fit_prior(FILMS, [[*h[::-1]] for h in erratic])
     assert small is not None and large is not None
     assert small.weight < 1 < large.weight
-
-
-def test_a_persons_shares_are_their_counts_smoothed_and_surprise_is_the_log_of_one() -> None:
     shares = personal_shares(EVEN, ["4", "4", "five"])
     assert shares["4"] == pytest.approx((2 + 8 * 0.2) / 10)
     assert sum(shares.values()) == pytest.approx(1)

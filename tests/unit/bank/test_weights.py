@@ -109,11 +109,15 @@ def test_weights_are_similarities_over_their_sum_and_negative_ones_count_as_zero
     assert recipe_of_shares(manifest(), found).name == f"mta3:9f2c41d0:cat:{terms}"
 
 
-def test_of_strength_and_share_the_common_row_has_the_rest() -> None:
+def test_of_strength_and_share_the_common_row_has_the_rest_and_steps_are_shortened_bounded_or_dropped() -> None:
     weights = topic_weights(index_at(0.6, 0.2), WeightRule(anchors=2, strength=0.4), QUERY)
     for share, terms in ((1, "c+a00*300+a01*100"), (0.5, "c+a00*150+a01*50"), (0, "c")):
         assert recipe_of_shares(manifest(common=True), weights, share).name == f"mta3:9f2c41d0:cat:{terms}"
     assert recipe_of_shares(manifest(common=False), weights, 0.5).name == "mta3:9f2c41d0:cat:a00*750+a01*250"
+    steps = [AnchorWeight(anchor, step, 0.0) for anchor, step in ((2, -9.0), (0, 0.5), (1, 0.0004))]
+    for share, terms in ((1.0, "c+a00*500+a02*-4000"), (0.5, "c+a00*250+a02*-4000"), (0.0, "c")):
+        assert recipe_of_steps(manifest(), steps, share).name == f"mta3:9f2c41d0:cat:{terms}"
+    assert common_recipe(manifest()).name == "mta3:9f2c41d0:cat:c"
 
 
 def test_people_of_nearly_the_same_topics_share_a_recipe(tmp_path: Path) -> None:
@@ -199,13 +203,6 @@ def test_however_many_anchors_there_are_a_name_holds_the_longest_steps() -> None
     assert parse_recipe(recipe.name) == recipe
     assert len(weights) > 300
     assert min(abs(weight.weight) for weight in weights) > 2.5
-
-
-def test_steps_are_shortened_by_a_share_bounded_and_dropped_where_they_round_to_nothing() -> None:
-    weights = [AnchorWeight(anchor, step, 0.0) for anchor, step in ((2, -9.0), (0, 0.5), (1, 0.0004))]
-    for share, terms in ((1.0, "c+a00*500+a02*-4000"), (0.5, "c+a00*250+a02*-4000"), (0.0, "c")):
-        assert recipe_of_steps(manifest(), weights, share).name == f"mta3:9f2c41d0:cat:{terms}"
-    assert common_recipe(manifest()).name == "mta3:9f2c41d0:cat:c"
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
