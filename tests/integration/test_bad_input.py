@@ -88,7 +88,6 @@ CASES = [
     gen("max_tokens of the whole context", "512", "max_tokens", max_tokens=512),
     gen("max_tokens beyond 64 bits", "100000", "max_tokens", max_tokens=10**30),
     gen("max_tokens of zero", "0", "max_tokens", max_tokens=0),
-    gen("unknown field", "'model'", "model", model="gpt"),
     # Profiles
     profile("no items", "[]", "items", []),
     profile("item that is no object", "'x'", "items.0", ["x"]),

@@ -24,7 +24,6 @@ PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until
 CONTEXT = 16_384
 LONG = {"user_id": "ada", "prompt": "Hello", "max_tokens": CONTEXT - 100, "temperature": 0, "stream": True}
 SHORT = {"user_id": "ada", "prompt": "Hello", "max_tokens": 2}
-RESTART_S = 240.0
 WRITES = 500
 
 
@@ -71,7 +70,7 @@ def test_an_engine_killed_in_mid_stream_comes_back(machine: Up, victim: Callable
         assert refused.status_code == 503
         assert int(refused.headers["Retry-After"]) > 0
         assert refused.json()["error"]["type"] == "service_unavailable"
-        wait_until(lambda: machine.process.output.count("engine   ready") > restarts, "the engine's restart", RESTART_S)
+        wait_until(lambda: machine.process.output.count("engine   ready") > restarts, "the engine's restart", 240)
         wait_until(machine.ready, "/ready to turn 200")
         answer = client.post("/generate", json=SHORT)
         assert answer.status_code == 200, answer.text
@@ -118,10 +117,9 @@ def test_the_engine_cannot_be_used_without_its_key(machine: Up) -> None:
 
 
 def test_no_orphans(machine: Up) -> None:
-    """The last test of the machine, which it kills."""
     family = descendants(machine.pid)
     assert any("EngineCore" in command_line(pid) for pid in family)
-    machine.process.send(signal.SIGKILL)
+    machine.process.send(signal.SIGKILL)  # in the machine's last test
     machine.process.wait()
     wait_until(lambda: not any(alive(pid) for pid in family), "every process to be gone")
 
@@ -135,7 +133,6 @@ class Copies:
     embedder: Path
 
     def flip(self, file: str) -> None:
-        """Change one bit in the middle of a file of the bank."""
         content = bytearray((self.bank / file).read_bytes())
         content[len(content) // 2] ^= 1
         (self.bank / file).write_bytes(content)

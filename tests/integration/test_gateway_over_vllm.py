@@ -19,6 +19,7 @@ from bench.fleet.streams import Load
 from bench.rig.engine import KEY, Engine
 from bench.rig.valkey import free_port
 from server.settings import Settings
+from tests.support.calls import BOTH, either
 from tests.support.gateway import GatewayThread, chunks_of, wait_until_ready
 from tests.support.node import run_module
 
@@ -48,13 +49,11 @@ def test_users_get_answers_of_their_own(client: OpenAI, gateway_over_vllm: Gatew
         assert answer.json()["text"] == texts["rosa"]
 
 
+@BOTH
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("chat", [True, False])
-def test_only_fields_that_openai_allows_are_null(gateway_over_vllm: GatewayThread, chat: bool, stream: bool) -> None:
-    body = {"model": "mta", "user": "rosa", "max_tokens": 4, "stream": stream}
-    body |= {"messages": HELLO} if chat else {"prompt": "hello"}
+def test_only_fields_that_openai_allows_are_null(gateway_over_vllm: GatewayThread, route: str, stream: bool) -> None:
     with gateway_over_vllm.client() as plain:
-        answer = plain.post("/v1/chat/completions" if chat else "/v1/completions", json=body).raise_for_status()
+        answer = either(plain, route, user="rosa", stream=stream).raise_for_status()
     for value in chunks_of(answer)[:-1] if stream else [answer.json()]:
         value.pop("personalization", None)  # ours
         nulls = set(re.findall(r'"(\w+)": null', json.dumps(value)))

@@ -151,8 +151,6 @@ def test_samples_are_taken_uncounted_when_the_engine_is_silent_or_slow(
 
 
 class TestSilence:
-    """Something between client and gateway may cut a stream that is silent."""
-
     @pytest.fixture(autouse=True)
     def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("server.gateway.http.streaming.KEEP_ALIVE_S", 0.05)

@@ -6,7 +6,6 @@ import asyncio
 import http.client
 import json
 import re
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -199,9 +198,8 @@ def test_a_body_that_ends_after_its_user_was_erased_stores_nothing(
         put(client, user, [{"text": "something else"}])
     verb, _, path = method.partition(" ")
     body = json.dumps(BODIES[path]).encode()
-    head = f"{verb} /users/{user}/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as connection:
-        connection.sendall(f"{head}Expect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+    line = f"{verb} /users/{user}/{path}"
+    with gateway.send(line, b"", "Expect: 100-continue\r\n", len(body)) as connection:
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 100")  # the gateway now waits for the body
         assert client.delete(f"/users/{user}").status_code == (200 if known else 404)
         connection.sendall(body)

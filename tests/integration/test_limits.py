@@ -28,12 +28,9 @@ from tests.support.calls import ask as chat
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, Keyed, chunks_of, generate, make_keys, metric, text_of
 
-PER_USER = 6
-"""Requests a minute."""
-PLACES, WAITING = 2, 3
-"""In the engine and before it, of the small gateway."""
-MOST = 16
-"""Requests in progress in the wide gateway, which has half as many places."""
+PER_USER = 6  # requests a minute
+PLACES, WAITING = 2, 3  # in the engine and before it, of the small gateway
+MOST = 16  # requests in progress in the wide gateway, which has half as many places
 ALLOWED: Mapping[str, Allowance] = {
     **dict.fromkeys(("any", "greedy", "modest"), NO_OVERRIDES),
     "requests": Allowance(requests=PER_USER + 3),
@@ -77,7 +74,6 @@ def shown(response: httpx.Response, what: str) -> tuple[str | None, ...]:
 
 
 def left_of(response: httpx.Response) -> int:
-    """How many tokens the headers say are left."""
     return int(response.headers["x-ratelimit-remaining-tokens"])
 
 

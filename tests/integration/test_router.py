@@ -165,6 +165,5 @@ def test_a_second_failure_or_a_refusal_is_final(fleet: Fleet, knobs: dict[str, i
 
 
 def test_without_the_router_engines_are_asked_directly(fleet: Fleet) -> None:
-    """The last test: the router does not come back."""
-    os.kill(fleet.router.process.process.pid, signal.SIGKILL)
+    os.kill(fleet.router.process.process.pid, signal.SIGKILL)  # in the last test: it does not come back
     fleet.check_each_recipe_has_one_engine()

@@ -52,9 +52,6 @@ class Engine:
                 while True:
                     yield await said.get()
 
-            async def read(self) -> bytes:
-                return await said.get()
-
         try:
             yield 0, EngineStream(Chunks(), 0.0, chat=False)
         finally:

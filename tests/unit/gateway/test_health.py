@@ -41,7 +41,6 @@ def watching(store: Any, *banks: tuple[str, ...] | None) -> Health:
     return Health(store, engines, [ONE, OTHER], generating=engines.urls[0])
 
 
-DOWN = "1 of 2 engines cannot be used, the others serve"
 LACKING = "{} of 2 engines lack a bank that another engine has"
 DIRECTLY = "MTA_ENGINE_URL cannot be used, the gateway calls engines directly"
 
@@ -50,7 +49,12 @@ DIRECTLY = "MTA_ENGINE_URL cannot be used, the gateway calls engines directly"
     ("banks", "statuses", "ready", "missing"),
     [
         ([(ONE, OTHER)], ["ok"], True, None),
-        ([(ONE, OTHER, "c3" * 32), None], ["ok", "unavailable"], True, DOWN),
+        (
+            [(ONE, OTHER, "c3" * 32), None],
+            ["ok", "unavailable"],
+            True,
+            "1 of 2 engines cannot be used, the others serve",
+        ),
         ([(ONE, OTHER), (ONE,)], ["ok", "lacks_bank"], True, LACKING.format(1)),
         ([(ONE,), (OTHER,)], ["lacks_bank", "lacks_bank"], True, f"{LACKING.format(2)}; {DIRECTLY}"),
         ([(ONE,), (ONE,)], ["lacks_bank", "lacks_bank"], False, None),
