@@ -20,7 +20,7 @@ from server.gateway.routes import generate, jobs, operations, users
 from server.gateway.routes.console import routes as console
 from server.gateway.routes.openai import routes as openai
 from server.settings import Settings
-from server.watching.tracing import open_tracing
+from server.watching import open_tracing
 
 DESCRIPTION = """\
 Text in each user's own style, from one base model. `PUT /users/{user_id}/profile` stores what is known about a user;

@@ -5,9 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import MtaError
-from server.settings import Settings
-
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
@@ -40,17 +37,3 @@ class Tracing:
 
     def close(self) -> None:
         """Send all pending spans."""
-
-
-def open_tracing(settings: Settings, service: str) -> Tracing:
-    """Create the tracing that the settings ask for; `service` is the process's name, e.g. `mta-gateway`."""
-    if not settings.otlp_endpoint:
-        return Tracing()
-    try:
-        from server.watching.otlp import OtlpTracing
-
-        return OtlpTracing(settings.otlp_endpoint, service, settings.trace_share)
-    except ImportError as error:
-        raise MtaError(
-            f"MTA_OTLP_ENDPOINT is set, but {error.name} is not installed: install mta-server[tracing], or unset it"
-        ) from error

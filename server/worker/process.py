@@ -17,7 +17,7 @@ from bank.models.process_startup import heavy_imports
 from server.errors import ApiError
 from server.settings import Settings
 from server.store.opening import open_stores
-from server.watching.tracing import open_tracing
+from server.watching import open_tracing
 from server.worker.loops import JobLoop, SigningLoop, WorkerMetrics
 from server.worker.training import AdapterTrainer
 

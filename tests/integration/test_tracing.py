@@ -13,7 +13,7 @@ import pytest
 
 from deploy.observe.pictures.receiver import Receiver, Span, receiving
 from server.settings import Settings
-from server.watching.tracing import open_tracing
+from server.watching import open_tracing
 from tests.integration.conftest import Work
 from tests.support.calls import adapt, job_of
 from tests.support.fake_engine import FakeEngine, Seen

@@ -8,6 +8,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Set
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI
@@ -90,7 +91,7 @@ class MtaEndpointPlugin:
             from server.watching.otlp import SpanTracing
 
             tracing = SpanTracing()
-        Preparer(manifests, names, users, adapter_metrics.check, tracing).install()
+        Preparer(manifests, names, users, partial(metrics.timed, adapter_metrics.check), tracing).install()
         self._status = lambda: {
             "status": "ok",
             "model": engine.model_config.model,

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Set
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-from prometheus_client import Histogram
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.lora.request import LoRARequest
 
@@ -23,7 +22,6 @@ from adapters.recipe import is_recipe_name, parse_recipe
 from bank.manifest import BankManifest
 from server.engine import patches
 from server.engine.admission.user_adapters import UserAdapters
-from server.engine.metrics import timed
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
 
@@ -102,7 +100,7 @@ class Preparer:
     manifests: Manifests
     names: AdapterNames
     users: UserAdapters
-    check: Histogram  # duration of checking and leasing a recipe, without its user adapter
+    timed_check: Callable[[], AbstractContextManager[None]]  # times the check and lease of a recipe
     tracing: Tracing
 
     async def prepare(self, name: str) -> None:
@@ -110,7 +108,7 @@ class Preparer:
 
         Raise MtaError if the name is not canonical, no bank can fuse the recipe, or the user adapter is unusable.
         """
-        with timed(self.check):
+        with self.timed_check():
             recipe = parse_recipe(name)
             if (manifest := self.manifests.get(recipe.bank)) is None:
                 banks = sorted(self.manifests)
