@@ -99,10 +99,7 @@ def fleet(
     found = kit.composed((kit.BASE, kit.CPU), tiny_bank_folder, *options, **given)
     for name in ("engine", "worker", "gateway"):
         found[f"{name}-2"] = replace(pods[name], hosts=found[f"{name}-2"].hosts + pods[name].hosts)
-    for name, alike in (
-        ("redis", "valkey"),
-        ("router", "router"),
-    ):  # there is one of each: as in a pod, well as both say
+    for name, alike in (("redis", "valkey"), ("router", "router")):  # one of each: as in a pod, well as both say
         own, pod = found[name], pods[alike]
         found[name] = replace(pod, hosts=own.hosts + pod.hosts, probes=own.probes | pod.probes)
     found |= {"models": pods["models"], "keys-2": pods["keys"]}

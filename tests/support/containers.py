@@ -231,7 +231,11 @@ class Site:
                 running(command, environment | self.environment(name), self._desk(name))
             )
         for name in names:
-            wait_until(lambda name=name: self._well(name), f"{name} to be well", PATIENCE_S)  # type: ignore[misc]
+            try:
+                wait_until(lambda name=name: self._well(name), f"{name} to be well", PATIENCE_S)  # type: ignore[misc]
+            except AssertionError as error:
+                said = [f"== {other}\n{self._processes[other].output[-2000:]}" for other in names]
+                raise AssertionError("\n".join([str(error), *said])) from None
 
     def probed(self, name: str) -> dict[str, bool]:
         return {kind: self._passes(name, probe) for kind, probe in self.containers[name].probes.items()}
@@ -241,8 +245,8 @@ class Site:
         return [path for name in self.containers for path in (self.folder / name / "desk").glob("*")]
 
     def _well(self, name: str) -> bool:
-        process = self._processes[name]
-        assert process.process.poll() is None, f"{name} ended:\n{process.output}"
+        ended = [other for other, process in self._processes.items() if process.process.poll() is not None]
+        assert not ended, f"{ended} ended"
         ours = [port for (owner, _), port in self._ports.items() if owner == name]
         # Probes are processes of their own, and what starts needs the cores.
         return any(map(_listens, ours)) and all(self.probed(name).values())
