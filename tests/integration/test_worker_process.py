@@ -214,6 +214,12 @@ def test_every_accepted_job_ends_once(machine: Machine, tiny_bank_folder: Path) 
             time.sleep(chance.uniform(0, 1))
             machine.start(name)
             machine.mend()
+
+        def posted() -> bool:
+            machine.mend()
+            return all(future.done() for future in posting)
+
+        wait_until(posted, "every job to be accepted", SETTLE_S)
         ids = [future.result() for future in posting]
     assert len(set(ids)) == USERS
     assert machine.lossy.lost > 0
