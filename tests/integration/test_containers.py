@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -104,8 +105,10 @@ def fleet(
         found[name] = replace(pod, hosts=own.hosts + pod.hosts, probes=own.probes | pod.probes)
     found |= {"models": pods["models"], "keys-2": pods["keys"]}
     mounted = bound(found) | {"/models": models, "/data": tmp_path_factory.mktemp("data")}
-    folder = tmp_path_factory.mktemp("containers")
-    with Site(folder, found, mounted=mounted, programs=programs, settings=small) as site:
+    with (
+        tempfile.TemporaryDirectory() as folder,  # a short path: engines make sockets below it
+        Site(Path(folder), found, mounted=mounted, programs=programs, settings=small) as site,
+    ):
         yield Fleet(site, (tiny_bank_folder, models))
 
 
