@@ -51,7 +51,10 @@ async def test_a_job_taken_and_not_claimed_is_taken_again_first(jobs: JobStore, 
     job = await submitted(jobs, user)
     assert await jobs.next_job(BANK, 1) == job.id
     assert await jobs.next_job(BANK, 0.05) is None
-    others = [(await submitted(jobs, KEYS.key(f"waiting-{n}"))).id for n in range(3)]
+    others = []
+    for n in range(3):
+        others.append((await submitted(jobs, KEYS.key(f"waiting-{n}"))).id)
+        await asyncio.sleep(0.01)  # places go by the millisecond
     await raw.zadd(DUE, {user: (await raw.zscore(DUE, user)) - 10_000})
     assert [await jobs.next_job(BANK, 1) for _ in range(4)] == [job.id, *others]
     assert await jobs.next_job(BANK, 0.05) is None
