@@ -90,7 +90,7 @@ def evaluate(
     setup = f"{'in an engine' if engine else 'in process'}, {dtype}"
     records = Records(inputs.out, _key(bank.manifest.fingerprint, people, config, setup))
     if any(method.adapter == "task" for method in options.methods):
-        assert bank.task_bank  # raises BankError now if there is none
+        _ = bank.task_bank  # raises BankError now if there is none
     evaluator = Evaluator(
         bank=bank,
         scorer=Scorer(*load_base(inputs.model_folder, dtype)),

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from bank.models.folders import ensure_embedder
-from bench.rig.engine import KEY
+from bench.rig.engine import KEY, client_of
 from bench.rig.processes import wait_until
 from bench.rig.proxy import LossyProxy
 from bench.rig.tiny import tiny_bank, tiny_model
@@ -52,9 +52,7 @@ def wait_for_router(up: Up) -> None:
 
 def engine_client(up: Up, name: str) -> httpx.Client:
     """Return a client of one of the engines, which must have the key `KEY`."""
-    headers = {"Authorization": f"Bearer {KEY}"}
-    limits = httpx.Limits(keepalive_expiry=2)  # well below vLLM's own 5 s
-    return httpx.Client(base_url=f"http://{up.address(name)}", headers=headers, timeout=600, limits=limits)
+    return client_of(f"http://{up.address(name)}", timeout_s=600)
 
 
 @contextmanager

@@ -66,6 +66,12 @@ class Engine:
         return [entry[str(token)]["logprob"] for entry, token in zip(entries, token_ids[1:], strict=True)]
 
 
+def client_of(url: str, timeout_s: float = 120) -> httpx.Client:
+    """Return a client of an engine whose key is `KEY`; it drops idle connections well before vLLM does, after 5 s."""
+    limits = httpx.Limits(keepalive_expiry=2)
+    return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=timeout_s, limits=limits)
+
+
 @contextmanager
 def running_engine(bank: Path, model: Path, **settings: object) -> Iterator[Engine]:
     """Start an engine, wait until it serves, and stop all its processes afterwards."""
@@ -81,12 +87,7 @@ def served(command: Sequence[str], environment: Mapping[str, str], port: int) ->
     url = f"http://127.0.0.1:{port}"
     with (
         running(command, environment) as background,
-        httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {KEY}"},
-            timeout=120,
-            limits=httpx.Limits(keepalive_expiry=2),  # well below vLLM's own 5 s
-        ) as client,
+        client_of(url) as client,
     ):
 
         def healthy() -> bool:
