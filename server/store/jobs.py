@@ -188,6 +188,10 @@ class JobStore:
             raise UserErased
         return job
 
+    async def find_duplicate(self, user_key: str, submission: Submission) -> Job | None:
+        """Return the existing job for a repeated submission of samples, or None. Raises as `submit` does."""
+        return await self.submit(user_key, submission, max_samples=0)  # the limit forbids only a new job
+
     async def job(self, job_id: JobId) -> Job | None:
         values = await self._connection.run(lambda redis: redis.hmget(keys.job(*job_id), _FIELDS))
         with corrupt_if_undecodable():

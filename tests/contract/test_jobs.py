@@ -69,6 +69,15 @@ async def test_the_same_idempotency_key_is_the_same_job_while_that_is_remembered
     assert (await submitted(jobs, user, idempotency_key="key 0")).id not in all_jobs
 
 
+async def test_a_search_for_a_duplicate_finds_the_job_and_stores_nothing(jobs: JobStore, user: str) -> None:
+    repeated, new = (Submission([text], append=False, config="{}", bank=BANK) for text in (b"a", b"b"))
+    assert await jobs.find_duplicate(user, repeated) is None
+    job = await submitted(jobs, user, "a")
+    assert await jobs.find_duplicate(user, repeated) == job
+    assert await jobs.find_duplicate(user, new) is None
+    assert (await jobs.samples(user), await jobs.jobs(user)) == ([b"a"], [job])
+
+
 async def test_cancelling_ends_a_job_once(jobs: JobStore, user: str) -> None:
     lease = await claimed(jobs, (await submitted(jobs, user)).id)
     job, ended = await jobs.cancel(lease.job.id)

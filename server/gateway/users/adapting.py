@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from adapters.errors import excerpt
 from adapters.training.adapt_config import AdaptConfig, default_config
-from bank.items.profile import parse_item
+from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
 from bank.manifest import BankManifest
 from server.errors import Conflict, InvalidRequest, NotFound, Unavailable
@@ -25,6 +25,7 @@ from server.watching.tracing import Tracing
 MAX_CONCURRENT = 8  # engine requests in flight for one adapt request
 MAX_CHECK_S = 10.0  # time after which no further batch of engine requests starts
 MAX_ACCEPTED = 4096  # maximum number of remembered role sequences
+T = TypeVar("T")
 A = TypeVar("A")
 
 
@@ -51,16 +52,18 @@ class Adapting:
     async def submit(self, user: User, request: TrainingRequest, epoch: str) -> Job:
         """Store the samples and create their training job; if the user has no profile, create one from the samples.
 
-        `epoch` is the user's epoch at the time of the request. InvalidRequest and UserErased leave the store unchanged.
+        `epoch` is the user's epoch at the time of the request. InvalidRequest and UserErased leave the store unchanged,
+        with one exception: if the first two requests for a user run at once and exceed `MAX_SAMPLES` together, the
+        profile keeps the items of the refused one.
         """
         config, submission = await self._prepare(request, epoch)
         await self.checks.check_template(request.samples)
         await self.checks.check_lengths(submission.samples)
-        kept = await self.jobs.samples(user.key) if request.append else []
-        await self.checks.check_budget(config, [*kept, *submission.samples])
+        stored_samples = await self.jobs.samples(user.key) if request.append else []
+        await self.checks.check_budget(config, [*stored_samples, *submission.samples])
+        # Workers fail a job without a profile, so the profile comes first.
         if await self.profiles.current(user) is None:
-            pairs = [{"input": each.messages[-1]["content"], "output": each.output} for each in request.samples]
-            items = await asyncio.to_thread(lambda: [parse_item(pair, self.task, at) for at, pair in enumerate(pairs)])
+            items = await asyncio.to_thread(_items_from_samples, request.samples, self.task)
             await self.profiles.add(user, items, epoch)
         job = await self.jobs.submit(user.key, submission, MAX_SAMPLES)
         if job is None:
@@ -74,7 +77,7 @@ class Adapting:
     async def find_duplicate(self, user: User, request: TrainingRequest, epoch: str) -> Job | None:
         """Return the job that an earlier copy of this request created, or None. Arguments and errors as in `submit`."""
         _, submission = await self._prepare(request, epoch)
-        return await self.jobs.submit(user.key, submission, 0)  # a limit of 0 samples prevents a new job
+        return await self.jobs.find_duplicate(user.key, submission)
 
     async def job(self, users: UserKeys, job_id: JobId) -> Job:
         """Return a tenant's job; raise NotFound if the tenant has no such job."""
@@ -108,14 +111,20 @@ class Adapting:
         )
 
 
+def _items_from_samples(samples: Sequence[Sample], task: Task) -> list[Item]:
+    """Return one profile item per sample: the user's last turn and the output."""
+    pairs = [{"input": sample.messages[-1]["content"], "output": sample.output} for sample in samples]
+    return [parse_item(pair, task, index) for index, pair in enumerate(pairs)]
+
+
 def _encode_samples(samples: Sequence[Sample]) -> list[bytes]:
     encoded = list(map(encode_sample, samples))
-    for place, raw in enumerate(encoded):
+    for index, raw in enumerate(encoded):
         if len(raw) > MAX_ITEM_BYTES:
             raise InvalidRequest(
-                f"samples.{place} has {len(raw)} bytes as JSON, at most {MAX_ITEM_BYTES} are allowed: "
-                f"{excerpt(samples[place].output)}",
-                param=f"samples.{place}",
+                f"samples.{index} has {len(raw)} bytes as JSON, at most {MAX_ITEM_BYTES} are allowed: "
+                f"{excerpt(samples[index].output)}",
+                param=f"samples.{index}",
                 code="sample_too_large",
             )
     return encoded
@@ -150,80 +159,89 @@ class SampleChecks:
 
     async def check_template(self, samples: Sequence[Sample]) -> None:
         """Refuse samples that the chat template refuses. Only roles matter, so each role sequence is checked once."""
-        first: dict[str, int] = {}
-        for place, sample in enumerate(samples):
-            first.setdefault(_role_sequence(sample), place)
-        places = [place for roles, place in first.items() if roles not in self._accepted]
+        first_indices: dict[str, int] = {}  # by role sequence
+        for index, sample in enumerate(samples):
+            first_indices.setdefault(_role_sequence(sample), index)
+        unchecked = {index: samples[index] for roles, index in first_indices.items() if roles not in self._accepted}
         with suppress(Unavailable):
-            async for place, reason in _ask_each(
-                lambda place: self.engines.template_refusal(_conversation(samples[place])), places
-            ):
+            async for index, reason in _ask_each(self._template_refusal, unchecked):
                 if reason is not None:
-                    param = f"samples.{place}.input"
+                    param = f"samples.{index}.input"
                     message = f"{param}: the model's chat template refuses these messages: {excerpt(reason, 300)}"
                     raise InvalidRequest(message, param=param, code="refused_by_template")
                 if len(self._accepted) >= MAX_ACCEPTED:
                     self._accepted.clear()
-                self._accepted.add(_role_sequence(samples[place]))
+                self._accepted.add(_role_sequence(samples[index]))
 
     async def check_lengths(self, raw_samples: Sequence[bytes]) -> None:
         """Refuse samples longer than the context. A token has at least one byte, so few samples need counting."""
         context = self.engines.context
         if context is None:
             return
-        to_count = [place for place, raw in enumerate(raw_samples) if len(raw) > context]
-        async for place, tokens in _ask_each(lambda place: self._count(raw_samples[place]), to_count):
+        to_count = {index: raw for index, raw in enumerate(raw_samples) if len(raw) > context}
+        async for index, tokens in _ask_each(self._count_tokens, to_count):
             if tokens is not None and tokens > context:
                 raise InvalidRequest(
-                    f"samples.{place} has {tokens} tokens, the model's context is {context}: shorten it",
-                    param=f"samples.{place}",
+                    f"samples.{index} has {tokens} tokens, the model's context is {context}: shorten it",
+                    param=f"samples.{index}",
                     code="context_length_exceeded",
                 )
 
     async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
         """Refuse a job that would read more tokens than its configuration allows, which bounds the job's time."""
-
-        def fits(steps: int) -> bool:
-            return replace(config, steps=steps).tokens_read(lengths) <= config.max_tokens
-
         context = self.engines.context
-        lengths = [min(len(raw), context or len(raw)) for raw in raw_samples]  # bytes, an upper bound on tokens
-        if fits(config.steps):
+        # Upper bounds: a token has at least one byte, and no sample may be longer than the context.
+        token_counts = [len(raw) if context is None else min(len(raw), context) for raw in raw_samples]
+        if _fits(config, token_counts):
             return
-        async for place, tokens in _ask_each(lambda place: self._count(raw_samples[place]), range(len(raw_samples))):
-            lengths[place] = lengths[place] if tokens is None else min(tokens, lengths[place])
-        if fits(config.steps):
+        async for index, tokens in _ask_each(self._count_tokens, dict(enumerate(raw_samples))):
+            if tokens is not None:
+                token_counts[index] = min(token_counts[index], tokens)
+        if _fits(config, token_counts):
             return
-        steps = next(filter(fits, range(config.steps - 1, 0, -1)), None)
-        if steps is None:
-            least = replace(config, steps=1).tokens_read(lengths)
+        one_step = replace(config, steps=1)
+        if not _fits(one_step, token_counts):
             raise InvalidRequest(
-                f"samples: {len(lengths)} samples with {sum(lengths)} tokens in all make a job that reads about "
-                f"{least} tokens even in a single step, but at most {config.max_tokens} are allowed: send fewer",
+                f"samples: {len(token_counts)} samples with {sum(token_counts)} tokens make a job that reads about "
+                f"{one_step.tokens_read(token_counts)} tokens even in one step, but at most {config.max_tokens} are "
+                "allowed: send fewer",
                 param="samples",
                 code="job_too_large",
             )
+        max_steps = config.steps - 1
+        while not _fits(replace(config, steps=max_steps), token_counts):
+            max_steps -= 1
         raise InvalidRequest(
-            f"config.steps {config.steps} makes a job that reads about {config.tokens_read(lengths)} tokens over its "
-            f"{len(lengths)} samples, but at most {config.max_tokens} are allowed: with {steps} steps it would fit",
+            f"config.steps {config.steps} makes a job that reads about {config.tokens_read(token_counts)} tokens over "
+            f"its {len(token_counts)} samples, but at most {config.max_tokens} are allowed: with {max_steps} steps it "
+            "would fit",
             param="config.steps",
             code="job_too_large",
         )
 
-    async def _count(self, raw: bytes) -> int | None:
-        return await self.engines.count_tokens(_conversation(decode_sample(raw)))
+    async def _template_refusal(self, sample: Sample) -> str | None:
+        return await self.engines.template_refusal(_conversation(sample))
+
+    async def _count_tokens(self, raw_sample: bytes) -> int | None:
+        return await self.engines.count_tokens(_conversation(decode_sample(raw_sample)))
 
 
-async def _ask_each(ask: Callable[[int], Awaitable[A]], places: Sequence[int]) -> AsyncIterator[tuple[int, A]]:
-    """Yield each place and its answer, in order, with bounded concurrency; stop early after `MAX_CHECK_S`."""
+def _fits(config: AdaptConfig, token_counts: Sequence[int]) -> bool:
+    return config.tokens_read(token_counts) <= config.max_tokens
+
+
+async def _ask_each(ask: Callable[[T], Awaitable[A]], values: Mapping[int, T]) -> AsyncIterator[tuple[int, A]]:
+    """Yield each value's index and answer, in order, with bounded concurrency; stop early after `MAX_CHECK_S`."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + MAX_CHECK_S
-    for start in range(0, len(places), MAX_CONCURRENT):
+    indices = list(values)
+    for start in range(0, len(indices), MAX_CONCURRENT):
         if loop.time() > deadline_s:
             return
-        batch = places[start : start + MAX_CONCURRENT]
-        for place, answer in zip(batch, await asyncio.gather(*map(ask, batch)), strict=True):
-            yield place, answer
+        batch = indices[start : start + MAX_CONCURRENT]
+        answers = await asyncio.gather(*(ask(values[index]) for index in batch))
+        for index, answer in zip(batch, answers, strict=True):
+            yield index, answer
 
 
 def _conversation(sample: Sample) -> list[dict[str, str]]:
