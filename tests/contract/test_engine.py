@@ -250,7 +250,7 @@ async def test_its_status_is_understood_and_a_wrong_key_blames_the_gateway(
         ("wrong", "wrong_key", (), None),
     ):
         engines = Engines(session, [subject.url], key)
-        (state,) = await engines.states(PATIENCE_S)
+        (state,) = await engines.probe(PATIENCE_S)
         assert (state.status, state.banks, engines.context) == (status, banks, context)
 
 
@@ -262,12 +262,12 @@ async def test_what_engines_have_together_stays_known_while_they_are_away(sessio
         for times, batch, slots in told
     ]
     engines = Engines(session, [fake.url for fake in fakes], KEY)
-    await engines.states(PATIENCE_S)
+    await engines.probe(PATIENCE_S)
     assert engines.sequences == 8 + 4 + 5
     known = [engines.context]
     for fake in reversed(fakes):
         fake.stop()
-        states = await engines.states(0.5)
+        states = await engines.probe(0.5)
         known.append(engines.context)
     assert [state.status for state in states] == ["unavailable"] * 3
     assert known == [CONTEXT, 2 * CONTEXT, 3 * CONTEXT, 3 * CONTEXT]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
@@ -19,10 +19,11 @@ from server.errors import Unavailable
 
 log = logging.getLogger("mta.gateway")
 
-ROUTER_PATHS = ("/readiness", "/health")
-"""A router is ready if any engine is ready, but healthy only if all are; some routers have only the second path."""
+ROUTER_READY_PATH = "/readiness"  # answers 200 if any engine is ready; some routers lack this path
+ROUTER_HEALTH_PATH = "/health"  # answers 200 only if all engines are healthy
 DROP_TIMEOUT_S = 5.0
 TOKENIZE_TIMEOUT_S = 5.0  # for one conversation, which takes the engine milliseconds
+TOKENIZE_ATTEMPTS = 2  # maximum number of engines to ask
 
 
 class EngineFault(MtaError):
@@ -79,25 +80,28 @@ class Engines:
         self.sequences: int | None = None  # total of `EngineFigures.sequences`; None if unknown
         self.figures: list[EngineFigures | None] = [None] * len(self.urls)
 
-    async def states(self, timeout_s: float) -> tuple[EngineState, ...]:
+    async def probe(self, timeout_s: float) -> tuple[EngineState, ...]:
         """Probe every engine, update the attributes and return the states in the order of `urls`."""
-        states = await asyncio.gather(*(self._state(index, url, timeout_s) for index, url in enumerate(self.urls)))
+        reports = await asyncio.gather(*(self._probe_engine(url, timeout_s) for url in self.urls))
+        states = tuple(state for state, _ in reports)
+        self.figures = [figures for _, figures in reports]
         self.answering = tuple(state.url for state in states if state.status == "ok")
-        lengths = [state.max_model_len for state in states if state.max_model_len]
-        self.context = min(lengths, default=self.context)
+        contexts = [state.max_model_len for state in states if state.max_model_len]
+        self.context = min(contexts, default=self.context)
         self.sequences = sum(figures.sequences for figures in self.figures if figures) or self.sequences
-        return tuple(states)
+        return states
 
-    async def router_state(self, url: str, timeout_s: float) -> AddressState:
-        for path in ROUTER_PATHS:
-            try:
-                status, _ = await self._request("GET", url + path, timeout_s)
-            except EngineFault as fault:
-                return AddressState(url, fault.status, str(fault))
-            if status != 404:
-                break
-        if status != 200:
-            return AddressState(url, "unavailable", f"it answered {status} to {path}")
+    async def probe_router(self, url: str, timeout_s: float) -> AddressState:
+        path = ROUTER_READY_PATH
+        try:
+            http_status, _ = await self._request("GET", url + path, timeout_s)
+            if http_status == 404:
+                path = ROUTER_HEALTH_PATH
+                http_status, _ = await self._request("GET", url + path, timeout_s)
+        except EngineFault as fault:
+            return AddressState(url, fault.status, str(fault))
+        if http_status != 200:
+            return AddressState(url, "unavailable", f"it answered {http_status} to {path}")
         return AddressState(url, "ok")
 
     def by_preference(self, key: str) -> tuple[str, ...]:
@@ -122,25 +126,25 @@ class Engines:
     async def count_tokens(self, messages: list[dict[str, str]]) -> int | None:
         """Return the length of a conversation in tokens; None if no engine answers in time."""
         try:
-            status, answer = await self._tokenize(messages)
-            return int(answer["count"]) if status == 200 else None
+            http_status, answer = await self._tokenize(messages)
+            return int(answer["count"]) if http_status == 200 else None
         except (Unavailable, KeyError, TypeError, ValueError):
             return None
 
     async def template_refusal(self, messages: list[dict[str, str]]) -> str | None:
         """Return why the chat template rejects a conversation that ends with the answer; None if it accepts it."""
-        status, answer = await self._tokenize(messages)
-        if status == 200:
+        http_status, answer = await self._tokenize(messages)
+        if http_status == 200:
             return None
-        if status != 400:
-            raise Unavailable(f"the engine answered {status} to /tokenize", code="engine_unavailable")
+        if http_status != 400:
+            raise Unavailable(f"the engine answered {http_status} to /tokenize", code="engine_unavailable")
         try:
             return str(answer["error"]["message"])
         except (KeyError, TypeError) as error:
             raise Unavailable("the engine refused the request without a reason", code="engine_unavailable") from error
 
     async def _request(self, method: str, url: str, timeout_s: float, body: object = None) -> tuple[int, bytes]:
-        """Return status and body of a response; raise `EngineFault` if there is no response."""
+        """Return HTTP status and body of a response; raise `EngineFault` if there is no response."""
         try:
             async with (
                 asyncio.timeout(timeout_s),
@@ -152,40 +156,40 @@ class Engines:
         except (aiohttp.ClientError, OSError) as error:
             raise EngineFault("unavailable", str(error)) from error
 
-    async def _state(self, index: int, url: str, timeout_s: float) -> EngineState:
-        figures = None
+    async def _probe_engine(self, url: str, timeout_s: float) -> tuple[EngineState, EngineFigures | None]:
         try:
             answer = orjson.loads(await self._call_private("GET", url, STATUS, timeout_s))
-            banks, context = tuple(map(str, answer["banks"])), int(answer["max_model_len"])
+            context = int(answer["max_model_len"])
+            banks = tuple(map(str, answer["banks"]))
             reported = {field.name: answer.get(field.name) for field in fields(EngineFigures)}
             figures = EngineFigures(**{name: None if n is None else int(n) for name, n in reported.items()})
         except EngineFault as fault:
-            return EngineState(url, fault.status, str(fault))
+            return EngineState(url, fault.status, str(fault)), None
         except (ValueError, TypeError, KeyError) as error:
-            return EngineState(url, "not_an_mta_engine", f"its status response is invalid: {error}")
-        finally:
-            self.figures[index] = figures
-        return EngineState(url, "ok", None, context, banks)
+            return EngineState(url, "not_an_mta_engine", f"its status response is invalid: {error}"), None
+        return EngineState(url, "ok", None, context, banks), figures
 
     async def _call_private(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:
-        """Return the response body of a private route; raise `EngineFault` if the status is not 200."""
-        status, raw = await self._request(method, url + route, timeout_s, body)
-        if status in (401, 403):
+        """Return the response body of a private route; raise `EngineFault` if the HTTP status is not 200."""
+        http_status, raw = await self._request(method, url + route, timeout_s, body)
+        if http_status in (401, 403):
             raise EngineFault("wrong_key", "it refused the gateway's key: MTA_ENGINE_KEY differs")
-        if status == 404:
+        if http_status == 404:
             raise EngineFault("not_an_mta_engine", f"it has no {route}: the plugin is not loaded")
-        if status != 200:
-            raise EngineFault("unavailable", f"it answered {status}")
+        if http_status != 200:
+            raise EngineFault("unavailable", f"it answered {http_status}")
         return raw
 
     async def _tokenize(self, messages: list[dict[str, str]]) -> tuple[int, Any]:
-        """Return status and body of vLLM's `/tokenize` from one engine; if it fails, from a second one."""
+        """Return HTTP status and body of vLLM's `/tokenize` from any engine; if it fails, from another one."""
         body = {"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False}
         fault: Exception | None = None
-        for url in self.by_preference(secrets.token_hex(4))[:2]:
+        urls = random.sample(self.urls, len(self.urls))
+        urls.sort(key=lambda url: url not in self.answering)  # engines that failed the last probe come last
+        for url in urls[:TOKENIZE_ATTEMPTS]:
             try:
-                status, raw = await self._request("POST", f"{url}/tokenize", TOKENIZE_TIMEOUT_S, body)
-                return status, orjson.loads(raw)
+                http_status, raw = await self._request("POST", f"{url}/tokenize", TOKENIZE_TIMEOUT_S, body)
+                return http_status, orjson.loads(raw)
             except (EngineFault, ValueError) as error:
                 fault = error
         raise Unavailable("the engine cannot be reached now", code="engine_unavailable") from fault

@@ -177,7 +177,7 @@ class Health:
 
     async def _probe_engines(self) -> tuple[EngineState, ...]:
         """Probe the engines; those that lack a bank are not `ok`."""
-        states = await self._engines.states(PROBE_TIMEOUT_S)
+        states = await self._engines.probe(PROBE_TIMEOUT_S)
         return tuple(self._with_bank_status(state) if state.status == "ok" else state for state in states)
 
     def _with_bank_status(self, state: EngineState) -> EngineState:
@@ -193,4 +193,4 @@ class Health:
         """Probe the router; return None if generations go directly to an engine."""
         if self._generating in self._engines.urls:
             return None
-        return await self._engines.router_state(self._generating, PROBE_TIMEOUT_S)
+        return await self._engines.probe_router(self._generating, PROBE_TIMEOUT_S)

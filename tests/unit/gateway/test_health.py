@@ -24,7 +24,7 @@ class Said:
         self.urls = tuple(f"http://engine-{place}" for place in range(len(banks)))
         self._banks = banks
 
-    async def states(self, timeout_s: float) -> tuple[EngineState, ...]:
+    async def probe(self, timeout_s: float) -> tuple[EngineState, ...]:
         return tuple(
             EngineState(url, "unavailable") if has is None else EngineState(url, "ok", None, 512, has)
             for url, has in zip(self.urls, self._banks, strict=True)
