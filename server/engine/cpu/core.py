@@ -1,4 +1,4 @@
-"""The engine core on CPUs: how it starts, where its threads run, and fixes of vLLM's attention and seeded requests."""
+"""The engine core on CPUs: how it forks, which cores its threads use, and fixes of attention and of seeded requests."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from server.engine import patches
 
 log = logging.getLogger("mta.engine")
 
-METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
-TASKS = Path("/proc/self/task")
+START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
+THREADS_FOLDER = Path("/proc/self/task")  # one entry per thread of this process, named by its id
 PARALLEL_ELEMENTS = 1 << 20  # number of elements for which an operation uses all threads
 
 
 def install() -> None:
-    patches.replace(patches.CPU_CONFIG, with_fork)
+    patches.replace(patches.CPU_CONFIG_UPDATE, with_fork)
     patches.replace(patches.CPU_CONTEXT, with_fork_context)
     patches.replace(patches.CPU_ATTENTION, without_amx)
     patches.replace(patches.CPU_SEEDS, with_restarting_generator)
@@ -33,21 +33,21 @@ def install() -> None:
 def with_fork(update_config: Callable[[Any], None]) -> Any:
     """Fork the engine core, so that it need not import vLLM again: 10.6 s of CPU time for a tiny model, not 24.3 s.
 
-    vLLM's CPU platform always spawns the core, for two reasons. It preloads libraries, but here the whole engine has
-    them from the start (`command.py`). And OpenMP hangs in a fork, waiting for threads of a team that does not exist
-    there. But teams belong to threads, so a thread without a team does the fork (`CoreContext`).
+    vLLM's CPU platform always spawns the core, for two reasons. First, it preloads libraries into the core; here the
+    whole engine preloads them (`command.py`). Second, OpenMP hangs in a fork if the forking thread has a team, because
+    the fork lacks the team's threads; here a thread without a team does the fork (`CoreContext`).
     """
 
     def update_config_and_fork(config: Any) -> None:
         update_config(config)
         if config.parallel_config.world_size == 1:
-            os.environ[METHOD] = "fork"
+            os.environ[START_METHOD_VARIABLE] = "fork"
 
     return staticmethod(update_config_and_fork)
 
 
 def with_fork_context(choose_context: Callable[[], Any]) -> Callable[[], Any]:
-    return lambda: CoreContext() if os.environ.get(METHOD) == "fork" else choose_context()
+    return lambda: CoreContext() if os.environ.get(START_METHOD_VARIABLE) == "fork" else choose_context()
 
 
 class _ForkedProcess(ForkProcess):
@@ -55,13 +55,13 @@ class _ForkedProcess(ForkProcess):
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:  # noqa: N802  multiprocessing's name
-        started: list[Any] = []
-        thread = threading.Thread(target=lambda: started.append(ForkProcess._Popen(process_obj)))
+        forked: list[Any] = []  # the process, unless forking failed
+        thread = threading.Thread(target=lambda: forked.append(ForkProcess._Popen(process_obj)))
         thread.start()
         thread.join()
-        if not started:
+        if not forked:
             raise OSError("the engine core could not be forked: see the error above")
-        return started[0]
+        return forked[0]
 
 
 class CoreContext(ForkContext):
@@ -79,44 +79,48 @@ class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
 
     def _init_executor(self) -> None:
         patches.check(patches.CPU_CORE)
-        self._bound = bind_team()
+        self._is_team_bound = bind_team()
         super()._init_executor()
 
     def collective_rpc(self, *args: Any, **kwargs: Any) -> Any:
-        with on_first_core(bound=self._bound):
+        with on_first_core(is_team_bound=self._is_team_bound):
             return super().collective_rpc(*args, **kwargs)
 
 
 def bind_team() -> bool:
     """Bind each thread of the caller's OpenMP team, except the caller, to its own core; call before any computation.
 
-    The threads spin at barriers: with two of them on one core, because another process uses a core, a token would take
-    several seconds. Return whether they are bound; they are only if the team has as many threads as there are cores.
+    Return whether the threads are bound; they are not if the team does not have exactly one thread per core. The
+    threads spin at barriers. If another process took a core and two threads shared one, a token would take seconds.
     """
     cores = sorted(os.sched_getaffinity(0))
     if torch.get_num_threads() != len(cores):
         return False
-    before = {task.name for task in TASKS.iterdir()}
-    torch.ones(PARALLEL_ELEMENTS).exp_()
-    team = sorted({int(task.name) for task in TASKS.iterdir() if task.name not in before})
-    if len(team) != len(cores) - 1:
-        log.warning("cannot bind the model's threads to cores: found %d of %d threads", len(team) + 1, len(cores))
+    before = _thread_ids()
+    torch.ones(PARALLEL_ELEMENTS).exp_()  # a parallel operation starts the team
+    others = sorted(_thread_ids() - before)
+    if len(others) != len(cores) - 1:
+        log.warning("cannot bind the model's threads to cores: found %d of %d threads", len(others) + 1, len(cores))
         return False
-    for thread, core in zip(team, cores[1:], strict=True):
-        os.sched_setaffinity(thread, {core})
+    for thread_id, core in zip(others, cores[1:], strict=True):
+        os.sched_setaffinity(thread_id, {core})
     return True
 
 
+def _thread_ids() -> set[int]:
+    return {int(entry.name) for entry in THREADS_FOLDER.iterdir()}
+
+
 @contextmanager
-def on_first_core(*, bound: bool) -> Iterator[None]:
-    """Keep the caller on the core that its team leaves free until the block ends; new threads stay unbound."""
+def on_first_core(*, is_team_bound: bool) -> Iterator[None]:
+    """Keep the caller on the core that a bound team leaves free; threads started outside the block stay unbound."""
     cores = os.sched_getaffinity(0)
-    if bound:
+    if is_team_bound:
         os.sched_setaffinity(0, {min(cores)})
     try:
         yield
     finally:
-        if bound:
+        if is_team_bound:
             os.sched_setaffinity(0, cores)
 
 
@@ -134,6 +138,13 @@ def without_amx(choose: Callable[..., str]) -> Callable[..., str]:
 
 
 class _RestartingGenerator(torch.Generator):
+    """A CPU generator whose `set_offset` restarts it from its seed, whatever the offset.
+
+    vLLM samples after each step of a prompt, then moves the generator's offset back to undo the draw. CPU generators
+    have no offset, so a seeded request whose prompt takes several steps would end the engine. Limitation: an answer
+    that is preempted midway draws the same numbers twice.
+    """
+
     def get_offset(self) -> int:
         return 0
 
@@ -142,13 +153,6 @@ class _RestartingGenerator(torch.Generator):
 
 
 def with_restarting_generator(initialise: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Give requests a generator that undoes draws by restarting from its seed.
-
-    vLLM samples after each step of a prompt, then moves the generator's offset back. CPU generators have no offset, so
-    a seeded request whose prompt takes several steps would end the engine. Limitation: an answer that is preempted
-    midway draws the same numbers twice.
-    """
-
     def initialise_with_generator(state: Any) -> None:
         initialise(state)
         if state.generator is not None:

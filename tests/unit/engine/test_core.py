@@ -86,7 +86,7 @@ PROGRAM = """
 import os, signal, sys, threading, types
 import torch
 sys.modules["vllm.v1.executor.uniproc_executor"] = types.SimpleNamespace(UniProcExecutor=object)  # vLLM's takes long
-from server.engine.cpu.core import TASKS, CoreContext, bind_team, on_first_core
+from server.engine.cpu.core import THREADS_FOLDER, CoreContext, bind_team, on_first_core
 cores = os.sched_getaffinity(0)
 torch.set_num_threads(2)
 print(torch.ones(1 << 20).exp_().numel(), flush=True)
@@ -95,8 +95,8 @@ def core():
     for threads in (len(cores) - 1, len(cores)):
         torch.set_num_threads(threads or 1)
         bound = bind_team()
-        places = [sorted(os.sched_getaffinity(int(task.name))) for task in TASKS.iterdir()]
-        with on_first_core(bound=bound):
+        places = [sorted(os.sched_getaffinity(int(task.name))) for task in THREADS_FOLDER.iterdir()]
+        with on_first_core(is_team_bound=bound):
             inside = os.sched_getaffinity(0)
         kept = sorted(place for place in places if len(place) == 1)
         print(bound, kept, sorted(inside), os.sched_getaffinity(0) == cores, sep=";")
