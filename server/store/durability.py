@@ -1,9 +1,9 @@
-"""State of a store: durability of its writes, memory use, and call durations."""
+"""State of a store: durability of its writes, memory use, and unreadable records. Does not import redis-py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -40,14 +40,6 @@ class Memory:
     @property
     def full(self) -> bool:
         return self.share >= FULL_SHARE
-
-
-Timed = Callable[[str, float, bool], None]  # kind of a call (`write` or `command`), its seconds, whether it failed
-Span = Callable[[str], AbstractContextManager[object]]  # opens a tracing span, by name
-
-
-def untimed(kind: str, seconds: float, failed: bool) -> None:
-    """Ignore the measurement."""
 
 
 class CheckedStore(Protocol):

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from server.settings import Settings
 from server.store.adapters import AdapterStore
 from server.store.append_only_file import AppendOnlyFile
-from server.store.durability import CheckedStore, Span, Timed, untimed
+from server.store.durability import CheckedStore
 from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
-from server.store.redis.servers.connection import RedisConnection
+from server.store.redis.servers.connection import RedisConnection, Span, Timed, untimed
 from server.store.tenants.access_keys import AccessKeys
 from server.store.tenants.rates import Rates
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,7 +13,7 @@ from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
-from server.store.durability import Durability, Memory, Span, Timed, untimed
+from server.store.durability import Durability, Memory
 from server.store.redis.servers.base import (
     CHECK_TIMEOUT_S,
     READ_TIMEOUT_S,
@@ -41,6 +41,13 @@ _EVICTS = (
     "MTA_REQUIRE_DURABLE_STORE=false to accept data loss"
 )
 _KINDS: dict[str, Callable[[str], Servers]] = {"cluster": Cluster, "sentinel": Sentinel}
+
+Timed = Callable[[str, float, bool], None]  # kind of a call (`write` or `command`), its seconds, whether it failed
+Span = Callable[[str], AbstractContextManager[object]]  # opens a tracing span, by name
+
+
+def untimed(kind: str, seconds: float, failed: bool) -> None:
+    """Ignore the measurement."""
 
 
 class RedisConnection:
