@@ -38,16 +38,16 @@ class ReadaptTally:
 @dataclass(frozen=True, slots=True)
 class ServedBanks:
     ring: KeyRing
-    default_bank: str  # bank of tenants without a bank of their own
+    default_bank: str | None  # bank of tenants without a bank of their own; None if unknown
     users: Tenants
     tenant: str  # tenant of users stored before the first key
 
-    def serving_bank(self, user_key: str, user_id: str) -> str:
-        """Return a user's bank; empty if no known tenant has the user, for example because the secret is another."""
+    def serving_bank(self, user_key: str, user_id: str) -> str | None:
+        """Return a user's bank; None if unknown or if no known tenant has the user, e.g. because the secret differs."""
         for tenant in {self.tenant, *(key.tenant for key in self.ring.keys)}:
             if self.users.users(tenant).key(user_id) == user_key:
                 return self.ring.banks.get(tenant, self.default_bank)
-        return ""
+        return None
 
 
 @dataclass(frozen=True, slots=True)

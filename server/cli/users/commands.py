@@ -45,7 +45,7 @@ def import_(
 
     An item is a text, or an object with the fields of the bank's task. Each person's history is replaced. To continue
     an interrupted import, run the command again. People who cannot be imported are listed with the reason in
-    FILE.failed.ndjson, and the exit status is 1. While the gateway is busy or down, retry for up to five minutes.
+    FILE.failed.ndjson, and the exit status is 1. Calls to a busy or stopped gateway are retried for up to five minutes.
     """
     from server.cli.bank.progress import ConsoleProgress
     from server.cli.users.importing import Import, Journal, count_people
@@ -58,28 +58,29 @@ def import_(
         progress.piece("people", 0, total)
         work = Import(RetryingGateway(client), journal, lambda people: progress.piece("people", people, total))
         counts = work.run(file, at_a_time)
-    done = f"{counts['imported']} imported, {counts['skipped']} already imported, {counts['failed']} failed"
-    typer.echo(f"{done}: see {journal.failed}" if counts["failed"] else done)
+    summary = f"{counts['imported']} imported, {counts['skipped']} already imported, {counts['failed']} failed"
     if counts["failed"]:
+        typer.echo(f"{summary}: see {journal.failed}")
         raise typer.Exit(1)
+    typer.echo(summary)
 
 
 @app.command()
 def show(user_id: UserId, url: Url = None) -> None:
     """Show the stored data of a user, and the anchors that serve them."""
     user = _call(url, lambda client: client.user(user_id))
-    described = "none"
+    adapter_text = "none"
     if adapter := user.adapter:
         stale = ", for another bank: not served until it is retrained" if adapter["stale"] else ""
         made = f"{decimal(adapter['bytes'])}, made {adapter['created_at']}{stale}"
-        described = f"{adapter['id']}, {made}; on {adapter['recipe']}"
+        adapter_text = f"{adapter['id']}, {made}; on {adapter['recipe']}"
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in {
         "user": user.user_id,
         "items": f"{user.items}, {decimal(user.bytes)} with vectors",
         "updated": user.updated_at,
         "recipe": f"{user.recipe} (weights by {user.source})",
-        "adapter": described,
+        "adapter": adapter_text,
     }.items():
         facts.add_row(name, Text(value, overflow="fold"))
     anchors = Table("anchor", "weight", "similarity", "predicted gain", title="Anchors", title_justify="left")
@@ -128,13 +129,14 @@ def _write_export(out: Path, document: dict[str, Any]) -> list[str]:
 
     from bank.peft.exported import CONFIG_FILE, WEIGHTS_FILE
 
-    files = {}
     adapter = document["adapter"]
-    if adapter and (peft := adapter.pop("peft")):
+    peft = adapter.pop("peft") if adapter else None
+    if peft:
         adapter["folder"] = "adapter"
+    files = {"user.json": orjson.dumps(document, option=orjson.OPT_INDENT_2)}
+    if peft:
         files[f"adapter/{CONFIG_FILE}"] = orjson.dumps(peft["config"], option=orjson.OPT_INDENT_2)
         files[f"adapter/{WEIGHTS_FILE}"] = base64.b64decode(peft["weights"])
-    files = {"user.json": orjson.dumps(document, option=orjson.OPT_INDENT_2)} | files
     try:
         if out.exists() and any(out.iterdir()):
             raise MtaError(f"{out} is not empty: name another folder with --out")
@@ -144,7 +146,7 @@ def _write_export(out: Path, document: dict[str, Any]) -> list[str]:
                 path = Path(draft, name)
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(raw)
-            Path(draft).replace(out)
+            Path(draft).replace(out)  # the clean-up of `TemporaryDirectory` accepts that the folder is gone
     except OSError as error:
         raise MtaError(f"cannot write the export to {out}: {error}") from error
     return list(files)
@@ -164,8 +166,8 @@ def readapt(
     asyncio.run(_readapt(load_settings(bank=bank, redis_url=redis_url), load_settings().bank, at_a_time))
 
 
-async def _readapt(settings: Settings, default_bank: Path | None, at_a_time: int) -> None:
-    """Create jobs for the settings' bank; `default_bank` is the folder of the gateways' default bank."""
+async def _readapt(settings: Settings, default_bank_folder: Path | None, at_a_time: int) -> None:
+    """Create jobs for the settings' bank; `default_bank_folder` is the gateways' MTA_BANK."""
     from rich.progress import MofNCompleteColumn, Progress
 
     from bank.manifest import read_manifest
@@ -176,13 +178,14 @@ async def _readapt(settings: Settings, default_bank: Path | None, at_a_time: int
 
     manifest = read_manifest(settings.bank_folder())
     async with open_stores(settings) as stores:
-        ring, served = await stores.keys.all(), None
+        ring = await stores.keys.all()
+        served = None
         if ring.banks:
-            own = manifest.short  # bank of tenants without a bank of their own
-            if own in ring.banks.values():
-                own = read_manifest(default_bank).short if default_bank else ""
+            default_bank: str | None = manifest.short
+            if manifest.short in ring.banks.values():  # the default bank may be another
+                default_bank = read_manifest(default_bank_folder).short if default_bank_folder else None
             secret = settings.secret.get_secret_value() if settings.secret else None
-            served = ServedBanks(ring, own, Tenants(secret, settings.tenant), settings.tenant)
+            served = ServedBanks(ring, default_bank, Tenants(secret, settings.tenant), settings.tenant)
         budget = JobBudget(settings.job_tokens, settings.job_seconds)
         work = Readapting(stores.jobs, stores.adapters, stores.profiles, manifest, at_a_time, budget, served)
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
