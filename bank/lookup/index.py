@@ -57,7 +57,7 @@ class AnchorIndex:
         faiss.write_index(self._index, str(path))
 
     @property
-    def anchors(self) -> int:
+    def anchor_count(self) -> int:
         return int(self._index.ntotal)
 
     @property
@@ -69,17 +69,18 @@ class AnchorIndex:
         return type(self._index).__name__
 
     def vectors(self, anchors: Sequence[int]) -> Vectors:
-        held: Vectors = self._index.reconstruct_batch(np.asarray(anchors, np.int64))
-        return held
+        """Return the embeddings [n, E] of the anchors with these n indices."""
+        found: Vectors = self._index.reconstruct_batch(np.asarray(anchors, np.int64))
+        return found
 
     def search(self, embedding: Vectors, k: int) -> list[tuple[int, float]]:
-        """Return up to `k` anchors by descending inner product with an embedding [E]; ties are in anchor order."""
+        """Return up to `k` anchors and their inner products with an embedding [E], highest first, ties by anchor."""
         query: npt.NDArray[np.float32] = np.ascontiguousarray(embedding, dtype=np.float32)
         if query.shape != (self.dim,) or not np.isfinite(query).all():
             raise BankError(f"an embedding of this bank has {self.dim} finite numbers, got shape {query.shape}")
         with _one_thread():  # one query takes less time than waiting for a busy core
-            similarities, anchors = self._index.search(query[None], min(k, self.anchors))
-        found = [(int(a), float(s)) for a, s in zip(anchors[0], similarities[0], strict=True) if a >= 0]
+            [similarities], [anchors] = self._index.search(query[None], min(k, self.anchor_count))
+        found = [(int(a), float(s)) for a, s in zip(anchors, similarities, strict=True) if a >= 0]  # -1: no anchor
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))
 
 

@@ -73,12 +73,12 @@ class ServingBank:
                 "their vectors are not comparable. Set MTA_EMBEDDER to the bank's embedder or build the bank again"
             )
         index = AnchorIndex.load(folder / INDEX_FILE)
-        if (index.anchors, index.dim) != (len(manifest.anchors), manifest.embedder.dim):
+        if (index.anchor_count, index.dim) != (len(manifest.anchors), manifest.embedder.dim):
             raise BankError(
-                f"the index of the bank at {folder} holds {index.anchors} anchors of {index.dim} dimensions, but "
+                f"the index of the bank at {folder} holds {index.anchor_count} anchors of {index.dim} dimensions, but "
                 f"its manifest says {len(manifest.anchors)} of {manifest.embedder.dim}: build the bank again"
             )
-        atlas = Atlas.load(folder / MAP_FILE, index.anchors, index.dim)
+        atlas = Atlas.load(folder / MAP_FILE, index.anchor_count, index.dim)
         return cls(manifest, index, atlas, Curvature.load(folder / CURVATURE_FILE) if manifest.has_signatures else None)
 
     def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
@@ -112,12 +112,12 @@ def posterior_weights(
 ) -> tuple[AnchorWeight, ...]:
     """Return steps from the common row, longest first; the embedding [E] only sets the similarities."""
     steps = curvature.step(signature, rule.decay)
-    cosines = index.vectors(range(index.anchors)) @ np.asarray(embedding, np.float32)
+    cosines = index.vectors(range(index.anchor_count)) @ np.asarray(embedding, np.float32)
     most = min(rule.anchors, MAX_TERMS)
-    longest = sorted(range(index.anchors), key=lambda place: (-abs(steps[place]), place))[:most]
+    longest = sorted(range(index.anchor_count), key=lambda anchor: (-abs(steps[anchor]), anchor))[:most]
     return tuple(
-        AnchorWeight(place, float(steps[place]), float(cosines[place]), float(signature.products[place]))
-        for place in longest
+        AnchorWeight(anchor, float(steps[anchor]), float(cosines[anchor]), float(signature.products[anchor]))
+        for anchor in longest
     )
 
 

@@ -17,7 +17,7 @@ def summarise(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         **manifest.model_dump(mode="json", exclude={"format", "files", "modules", "prior"}),
-        "index": {"kind": index.kind, "anchors": index.anchors, "dim": index.dim},
+        "index": {"kind": index.kind, "anchors": index.anchor_count, "dim": index.dim},
         "modules": len(manifest.modules),
         "fused_rank": manifest.fused_rank,
         "room": manifest.room,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 OPSET = 20  # the first opset with Gelu; LayerNormalization needs 17
 IR_VERSION = 9
-_MASKED = -1e9
+_PADDING_BIAS = -1e9  # added to attention scores of padding
 
 Weights = Mapping[str, npt.NDArray[Any]]
 
@@ -33,7 +33,7 @@ def export_embedder(source: Path, target: Path) -> None:
 
     config = json.loads((source / "config.json").read_text("utf-8"))
     found = tuple(config.get(key) for key in ("model_type", "hidden_act", "position_embedding_type"))
-    if found[:2] != ("bert", "gelu") or found[2] not in ("absolute", None):
+    if found not in (("bert", "gelu", "absolute"), ("bert", "gelu", None)):
         raise BankError(
             f"cannot export the embedder at {source}: only BERT encoders with gelu and absolute positions are "
             f"supported, this is {found}. Set MTA_EMBEDDER to a folder with {MODEL_FILE} and {TOKENIZER_FILE} instead"
@@ -48,10 +48,10 @@ def encoder_model(config: Mapping[str, Any], weights: Weights) -> onnx.ModelProt
 
     graph = _Graph(config, weights)
     hidden = _embeddings(graph)
-    # The bias [n, 1, 1, tokens] is 0 for tokens and far below 0 for padding.
+    # The bias [n, 1, 1, tokens] is 0 for tokens and `_PADDING_BIAS` for padding.
     mask = graph.op("Cast", "attention_mask", to=TensorProto.FLOAT)
     padding = graph.op("Sub", graph.constant(1.0, np.float32), mask)
-    bias = graph.op("Mul", padding, graph.constant(_MASKED, np.float32))
+    bias = graph.op("Mul", padding, graph.constant(_PADDING_BIAS, np.float32))
     bias = graph.op("Unsqueeze", bias, graph.constant([1, 2], np.int64))
     for layer in range(config["num_hidden_layers"]):
         hidden = _layer(graph, f"encoder.layer.{layer}", hidden, bias)
@@ -106,7 +106,8 @@ def _embeddings(graph: _Graph) -> str:
     """Add the embeddings [n, tokens, E]: word, position and first token type."""
     words = graph.op("Gather", graph.weight("embeddings.word_embeddings.weight"), "input_ids")
     length = graph.op("Shape", "input_ids", start=1, end=2)
-    zero, axis = graph.constant([0], np.int64), graph.constant([0], np.int64)
+    zero = graph.constant([0], np.int64)
+    axis = graph.constant([0], np.int64)
     positions = graph.op("Slice", graph.weight("embeddings.position_embeddings.weight"), zero, length, axis)
     first_type = graph.constant(graph.weights["embeddings.token_type_embeddings.weight"][0], np.float32)
     total = graph.op("Add", graph.op("Add", words, positions), first_type)
@@ -136,9 +137,11 @@ def _layer(graph: _Graph, module: str, hidden: str, bias: str) -> str:
 
 def _pool(graph: _Graph, hidden: str) -> None:
     """Average over the tokens that are not padding, then scale to unit length."""
-    tokens, last = graph.constant([1], np.int64), graph.constant([-1], np.int64)
-    mask = graph.op("Cast", graph.op("Unsqueeze", "attention_mask", last), to=1)
-    total = graph.op("ReduceSum", graph.op("Mul", hidden, mask), tokens, keepdims=0)
-    mean = graph.op("Div", total, graph.op("ReduceSum", mask, tokens, keepdims=0))
-    norm = graph.op("ReduceL2", mean, last, keepdims=1)
+    from onnx import TensorProto
+
+    token_axis, last_axis = graph.constant([1], np.int64), graph.constant([-1], np.int64)
+    mask = graph.op("Cast", graph.op("Unsqueeze", "attention_mask", last_axis), to=TensorProto.FLOAT)
+    total = graph.op("ReduceSum", graph.op("Mul", hidden, mask), token_axis, keepdims=0)
+    mean = graph.op("Div", total, graph.op("ReduceSum", mask, token_axis, keepdims=0))
+    norm = graph.op("ReduceL2", mean, last_axis, keepdims=1)
     graph.op("Div", mean, norm, name="embedding")

@@ -53,6 +53,7 @@ class AdapterStore:
         """Return an adapter if it is still its user's current one."""
         fields = ("id", "recipe", "sha256", "raw")
         name = keys.adapter(adapter_id.user_key)
+        # An adapter of a large model has megabytes, so reading one may take as long as a write.
         values = await self._connection.run(lambda redis: redis.hmget(name, fields), WRITE_TIMEOUT_S)
         if values[0] is None or values[0].decode() != adapter_id.id:
             return None
@@ -85,12 +86,13 @@ class AdapterStore:
 
     async def adapted_users(self, bank: str) -> AsyncIterator[str]:
         """Yield the keys of users whose adapter was trained on a bank. Some may have another adapter or none by now."""
-        name, after = keys.adapted(bank), 0
+        cursor = 0
         while True:
-            after, members = await self._connection.run(methodcaller("sscan", name, after, count=_BATCH))
+            scan = methodcaller("sscan", keys.adapted(bank), cursor, count=_BATCH)
+            cursor, members = await self._connection.run(scan)
             for member in members:
                 yield member.decode()
-            if after == 0:
+            if cursor == 0:
                 return
 
     async def remove_adapted(self, user_key: str, *, except_bank: str = "") -> None:

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from adapters.errors import MtaError, excerpt
-from server.errors import ApiError, Forbidden, Unauthorized
+from server.errors import Forbidden, Unauthorized
 from server.store.tenants.access_keys import CREATE, AccessKeys, Scope, digest_of
 from server.store.tenants.rates import NO_OVERRIDES, Allowance
 
@@ -19,6 +19,10 @@ REFRESH_INTERVAL_S = 2.0
 """Seconds between refreshes of the keys; a change takes effect in under 5 s unless the store is slow."""
 
 _MAX_SECRET_BYTES = 128
+_KEYS_LOST = (
+    "the store has lost API keys (revision %d of ring %s after %d of %s): this gateway still accepts the keys that it "
+    "has loaded; if the change is intended, restart the gateways"
+)
 _ALL_SCOPES = frozenset(Scope)
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -42,10 +46,10 @@ class Caller:
 def caller_of(request: Mapping[str, Any]) -> Caller:
     """Return the caller of a request, given as Starlette's `Request` or as an ASGI scope.
 
-    Raise the error of `KnownKeys.caller` if the request has no valid key, which only open routes allow.
+    Raise `Unauthorized` if the request has no valid key, which only open routes allow.
     """
-    caller: Caller | ApiError = request["state"]["caller"]
-    if isinstance(caller, ApiError):
+    caller: Caller | Unauthorized = request["state"]["caller"]
+    if isinstance(caller, Unauthorized):
         raise caller
     return caller
 
@@ -81,11 +85,7 @@ class KnownKeys:
         """Load the keys from the store if they have changed."""
         ring_id, revision = await store.revision()
         if revision < self._revision or (self._ring and ring_id != self._ring):
-            log.error(
-                "the store has lost API keys (revision %d of ring %s after %d of %s): this gateway still accepts the "
-                "keys that it has loaded; if the change is intended, restart the gateways",
-                *(revision, ring_id or "none", self._revision, self._ring or "none"),
-            )
+            log.error(_KEYS_LOST, revision, ring_id or "none", self._revision, self._ring or "none")
             return
         if revision == self._revision:
             return
@@ -112,11 +112,11 @@ class KnownKeys:
                 f"a key with `{CREATE} NAME`, or listen on 127.0.0.1"
             )
 
-    def caller(self, headers: Headers) -> Caller | ApiError:
-        """Return the caller for these headers, or the error if they carry no valid key.
+    def caller(self, headers: Headers) -> Caller | Unauthorized:
+        """Return the caller for these headers; if they carry no valid key, return the error, as open routes ignore it.
 
-        Raise `Forbidden` if no key exists and the `Host` header is not local: DNS rebinding can make a local browser
-        send such requests.
+        Raise `Forbidden`, on every route, if no key exists and the `Host` header is not local: DNS rebinding can make
+        a local browser send such requests.
         """
         if not self._revision:
             _check_is_local(headers)

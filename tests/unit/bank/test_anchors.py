@@ -184,7 +184,7 @@ def test_the_same_anchors_give_the_same_file_and_it_reads_back(tmp_path: Path, f
     AnchorIndex.build(anchors, flat_limit).save(tmp_path / "two")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     loaded = AnchorIndex.load(tmp_path / "one")
-    assert (loaded.kind, loaded.anchors, loaded.dim) == (index.kind, 300, 8)
+    assert (loaded.kind, loaded.anchor_count, loaded.dim) == (index.kind, 300, 8)
     assert loaded.search(query, 4) == index.search(query, 4)
 
 
