@@ -1,8 +1,9 @@
 """Rewrites the append-only file, so that erased data leaves the disk. Every erasure requests one, at most hourly.
 
-Each server has its own file. The hash `keys.rewrite(server)` holds its state, times in ms: last request (`asked`), next
-rewrite (`due`), start of the `last` successful one, start of the current one (`began`) with the server's `run` id and
-earlier rewrites (`count`), consecutive `failures`, and the time of the next `retry`.
+Each server has its own file. The hash `keys.rewrite(server)` holds its state, times in ms:
+- `asked`: the last request; `due`: the next rewrite; `last`: the start of the last successful rewrite;
+- `began`, `run`, `count`: when a gateway claimed the current rewrite, the server's run id, and its rewrites until then;
+- `failures`: failed rewrites since the last successful one; `retry`: the next attempt.
 
 A rewrite is requested *before* a user is erased, so that a crash in between cannot leave the file unchanged. Erasure
 happens within `ERASE_MS` or not at all, so only a successful rewrite that started after that time clears `due`.
@@ -33,18 +34,18 @@ REWRITE_MS = 600_000  # assumed duration of a rewrite, part of the promised time
 RETRY_MS = 60_000  # delay after a failed rewrite; doubled by each further failure, up to `INTERVAL_MS`
 
 # KEYS: rewrite. ARGV: interval, time to erase (ms). Returns the current time, and when a rewrite is due that is sure to
-# start after the erasure: the one already due may start too early.
+# start after the erasure. The rewrite that is already due or claimed may start before it.
 _REQUEST = oom_script("""
 redis.call('HSET', KEYS[1], 'asked', now)
-local from = now + ARGV[2]
+local erased_by = now + ARGV[2]
 local due = tonumber(redis.call('HGET', KEYS[1], 'due'))
 if not due then
   local last = math.min(now, tonumber(redis.call('HGET', KEYS[1], 'last') or 0))
-  due = math.max(from, last + ARGV[1])
+  due = math.max(erased_by, last + ARGV[1])
   redis.call('HSET', KEYS[1], 'due', due)
 end
-local began = redis.call('HEXISTS', KEYS[1], 'began') == 1
-if began or due < from then due = math.max(due, now) + ARGV[1] end
+local is_claimed = redis.call('HEXISTS', KEYS[1], 'began') == 1
+if is_claimed or due < erased_by then due = math.max(due, now) + ARGV[1] end
 return {now, due}
 """)
 
@@ -53,41 +54,52 @@ _OVERDUE = script("""
 return math.max(0, now - (redis.call('HGET', KEYS[1], 'due') or now) - ARGV[1])
 """)
 
-# KEYS: rewrite. ARGV: the server's run id (empty if it refused to begin the rewrite), number of rewrites, whether the
-# last one succeeded, times as JSON. Returns 1 if the caller should start a rewrite now, 0 if not, the negated number
-# of consecutive failures if one just failed. An implausibly late time counts as reached: the clock was set back.
-_ADVANCE = oom_script("""
-local run, count, succeeded, times = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4])
+# KEYS: rewrite. ARGV: JSON (`AppendOnlyFile._update`) with the server's run id, its number of rewrites, and whether the
+# last one succeeded; or `refused` if the server did not start the claimed rewrite. Returns {'wait'}, {'start'} if the
+# caller should start a rewrite now, or {'failed', consecutive failures, delay of the next attempt (ms)}.
+_UPDATE = oom_script("""
+local given = cjson.decode(ARGV[1])
 local function get(field) return redis.call('HGET', KEYS[1], field) end
-
-local began = tonumber(get('began'))
-if began then
-  local same = get('run') == run
-  if same and tonumber(get('count')) >= tonumber(count) then  -- not started yet
-    if now >= began and now - began < times.to_begin then return 0 end
-    redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
-  elseif not same or succeeded ~= '1' then
-    redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
-    local failures = redis.call('HINCRBY', KEYS[1], 'failures', 1)
-    redis.call('HSET', KEYS[1], 'retry', now + math.min(times.to_retry * 2 ^ (failures - 1), times.interval))
-    return -failures
+local function drop_claim() redis.call('HDEL', KEYS[1], 'began', 'run', 'count') end
+local function record_failure()
+  drop_claim()
+  local failures = redis.call('HINCRBY', KEYS[1], 'failures', 1)
+  local delay_ms = math.min(given.retry_ms * 2 ^ (failures - 1), given.interval_ms)
+  redis.call('HSET', KEYS[1], 'retry', now + delay_ms)
+  return {'failed', failures, delay_ms}
+end
+local function record_success(began)
+  drop_claim()
+  redis.call('HDEL', KEYS[1], 'failures', 'retry')
+  redis.call('HSET', KEYS[1], 'last', began)
+  local erased_by = tonumber(get('asked') or 0) + given.erase_ms
+  if erased_by <= began then
+    redis.call('HDEL', KEYS[1], 'due')
   else
-    redis.call('HDEL', KEYS[1], 'began', 'run', 'count', 'failures', 'retry')
-    redis.call('HSET', KEYS[1], 'last', began)
-    local from = tonumber(get('asked') or 0) + times.to_erase
-    if from <= began then
-      redis.call('HDEL', KEYS[1], 'due')
-    else
-      redis.call('HSET', KEYS[1], 'due', math.max(from, began + times.interval))
-    end
+    redis.call('HSET', KEYS[1], 'due', math.max(erased_by, began + given.interval_ms))
+  end
+end
+-- A time further ahead counts as reached: the clock was set back.
+local function is_ahead(time, max_ms) return time > now and time <= now + max_ms end
+
+local began = tonumber(get('began'))  -- first step: settle the claimed rewrite
+if given.refused then return began and record_failure() or {'wait'} end
+if began then
+  local is_same_run = get('run') == given.run
+  if is_same_run and given.rewrites <= tonumber(get('count')) then  -- the server has not started it
+    if now >= began and now - began < given.start_ms then return {'wait'} end
+    drop_claim()
+  elseif is_same_run and given.succeeded then
+    record_success(began)
+  else
+    return record_failure()
   end
 end
 
-local due, retry = tonumber(get('due') or now + 1), tonumber(get('retry') or 0)
-if run == '' or due > now and due < now + 2 * times.interval then return 0 end
-if retry > now and retry <= now + times.interval then return 0 end
-redis.call('HSET', KEYS[1], 'began', now, 'run', run, 'count', count)
-return 1
+local due, retry = tonumber(get('due')), tonumber(get('retry') or 0)  -- second step: claim the next one if it is due
+if not due or is_ahead(due, 2 * given.interval_ms) or is_ahead(retry, given.interval_ms) then return {'wait'} end
+redis.call('HSET', KEYS[1], 'began', now, 'run', given.run, 'count', given.rewrites)
+return {'start'}
 """)
 
 
@@ -108,9 +120,10 @@ class AppendOnlyFile:
     async def request_rewrite(self, user_key: str) -> Rewrite:
         """Request a rewrite that leaves out a user about to be erased. If it raises `Unavailable`, erase nothing."""
         states = [keys.rewrite(server) for server in await self._connection.holders(keys.profile(user_key))]
-        asked = [await self._connection.write(_REQUEST, (state,), INTERVAL_MS, ERASE_MS) for state in states]
-        now_ms, due_ms = min(now for now, _ in asked), max(due for _, due in asked)
-        return Rewrite(now_ms + ERASE_MS - CLOCK_SKEW_MS, due_ms + _max_rewrite_ms())
+        answers = [await self._connection.write(_REQUEST, (state,), INTERVAL_MS, ERASE_MS) for state in states]
+        requested_ms = min(now_ms for now_ms, _ in answers)
+        due_ms = max(due_ms for _, due_ms in answers)
+        return Rewrite(requested_ms + ERASE_MS - CLOCK_SKEW_MS, due_ms + _max_rewrite_ms())
 
     async def overdue_s(self) -> float:
         """Return how many seconds a promised rewrite is late; 0 if none is."""
@@ -130,33 +143,15 @@ class AppendOnlyFile:
         info = await self._connection.send(server, "INFO")
         if info.get("aof_rewrite_in_progress") or info.get("aof_rewrite_scheduled"):
             return
-        run, count = str(info["run_id"]), int(info.get("aof_rewrites", 0))
         succeeded = info.get("aof_last_bgrewrite_status") == "ok"
-        if await self._advance(server, "see the server's log", run, count, succeeded=succeeded):
-            await self._begin(server, enabled=bool(info.get("aof_enabled")))
+        report = {"run": str(info["run_id"]), "rewrites": int(info.get("aof_rewrites", 0)), "succeeded": succeeded}
+        if await self._update(server, "see the server's log", **report) == b"start":
+            await self._start(server, enabled=bool(info.get("aof_enabled")))
 
-    async def _advance(
-        self, server: StoreServer, why: str, run: str = "", count: int = 0, *, succeeded: bool = False
-    ) -> bool:
-        """Return whether to start a rewrite now. If the last one failed, log `why`."""
-        times = {"interval": INTERVAL_MS, "to_erase": ERASE_MS, "to_begin": START_MS, "to_retry": RETRY_MS}
-        given = (run, count, int(succeeded), orjson.dumps(times))
-        outcome = int(await self._connection.write(_ADVANCE, (keys.rewrite(server.id),), *given))
-        if outcome < 0:
-            log.error(
-                "the append-only file%s still contains erased users: its rewrite failed %d times in a row (%s); next "
-                "attempt in %.0f s",
-                f" of {server.id}" if server.id else "",
-                -outcome,
-                why,
-                min(RETRY_MS * 2 ** (-outcome - 1), INTERVAL_MS) / 1000,
-            )
-        return outcome > 0
-
-    async def _begin(self, server: StoreServer, *, enabled: bool) -> None:
-        if not enabled:  # there is no file
-            held = ("began", "run", "count", "due", "failures", "retry")
-            await self._connection.run(lambda redis: redis.hdel(keys.rewrite(server.id), *held))
+    async def _start(self, server: StoreServer, *, enabled: bool) -> None:
+        if not enabled:  # there is no file to rewrite
+            fields = ("began", "run", "count", "due", "failures", "retry")
+            await self._connection.run(lambda redis: redis.hdel(keys.rewrite(server.id), *fields))
             return
         try:
             await self._connection.send(server, "BGREWRITEAOF")
@@ -164,7 +159,24 @@ class AppendOnlyFile:
             if error.code != REFUSED:
                 raise
             # Another rewrite is running, or a managed service rewrites the file itself.
-            await self._advance(server, error.message)
+            await self._update(server, error.message, refused=True)
+
+    async def _update(self, server: StoreServer, reason: str, **report: object) -> bytes:
+        """Update a server's state and return what to do, as `_UPDATE` does; log a failed rewrite with `reason`."""
+        times = {"interval_ms": INTERVAL_MS, "erase_ms": ERASE_MS, "start_ms": START_MS, "retry_ms": RETRY_MS}
+        given = orjson.dumps(times | report)
+        outcome, *failure = await self._connection.write(_UPDATE, (keys.rewrite(server.id),), given)
+        if failure:
+            failures, delay_ms = failure
+            log.error(
+                "the append-only file%s still contains erased users: its rewrite failed %d times in a row (%s); next "
+                "attempt in %.0f s",
+                f" of {server.id}" if server.id else "",
+                failures,
+                reason,
+                delay_ms / 1000,
+            )
+        return bytes(outcome)
 
 
 def _max_rewrite_ms() -> int:

@@ -101,7 +101,7 @@ async def test_a_rewrite_is_begun_again_when_somebody_died_over_it(
     await asyncio.sleep(0.25)
     with monkeypatch.context() as patched:
         if dies == "gateway":
-            patched.setattr(disk.file, "_begin", died)
+            patched.setattr(disk.file, "_start", died)
         await disk.file.rewrite_if_due()
     assert await disk.raw.hexists(STATE, "began")
     if dies == "server":
