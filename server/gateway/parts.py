@@ -165,7 +165,7 @@ async def open_gateway(
                     drop=engines.drop,
                 ),
                 exporting=Exporting(
-                    stores.profiles, jobs=stores.jobs, adapters=stores.adapters, bank=folder, manifest=bank.manifest
+                    stores.profiles, jobs=stores.jobs, adapters=stores.adapters, folder=folder, manifest=bank.manifest
                 ),
                 generator=Generator(
                     Personalizer(bank, profiles.current, profiles.request_signature),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import secrets
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +20,11 @@ from server.errors import UserErased
 from server.store.adapters import AdapterStore, StoredAdapter
 from server.store.append_only_file import AppendOnlyFile
 from server.store.jobs import Job, JobStore
+from server.store.profile_record import AdapterNote, Profile
 from server.store.profiles import Erasure, ProfileStore
 from server.store.queue import UserQueue
 from server.store.samples import decode_sample
 from server.store.tenants.user_key import User
-
-_JSON_END = b'"}}}'
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Exporting:
     profiles: ProfileStore
     jobs: JobStore
     adapters: AdapterStore
-    bank: Path  # folder of the served bank
+    folder: Path  # of the served bank
     manifest: BankManifest
 
     async def export(self, user: User, job_answer: Callable[[Job], dict[str, Any]]) -> Iterator[bytes] | None:
@@ -45,53 +45,36 @@ class Exporting:
         profile = snapshot.profile
         if profile is None:
             return None
-        samples, jobs = await self.jobs.samples(key), await self.jobs.jobs(key)
+        samples = await self.jobs.samples(key)
+        jobs = await self.jobs.jobs(key)
         note = profile.adapter
         stored = await self.adapters.adapter(UserAdapterId(key, note.id)) if note else None
         if await self.profiles.epoch(key) != snapshot.epoch:
             raise UserErased
-        served, says = await asyncio.to_thread(self._load, stored) if stored else (None, "it is no longer stored")
-        signed = profile.signature
-        document = {
-            "user_id": profile.user_id,
-            "updated_ms": profile.updated_ms,
-            "embedder": profile.embedder,
-            "embedding": profile.embedding,
-            "other_embedding": profile.other,
-            "signature": {**asdict(signed.signature), "made_of_ms": signed.made_of_ms} if signed else None,
-            "of_later_versions": {str(tag): _base64(raw) for tag, raw in profile.extra.items()},
+        complete, says = await asyncio.to_thread(self._load, stored) if stored else (None, "it is no longer stored")
+        placeholder = secrets.token_hex()  # random, so that no text of the user's contains it
+        peft = {"config": complete.config(), "weights": placeholder} if complete else None
+        document = _profile_fields(profile) | {
             "items": [{"id": name, **item.fields} for name, item in snapshot.items.items()],
             "vectors": {  # little-endian fp16, as stored
-                name: {"embedder": one.embedder, "fp16": _base64(one.vector.astype("<f2").tobytes())}
-                for name, one in snapshot.vectors.items()
+                name: {"embedder": embedding.embedder, "fp16": _base64(embedding.vector.astype("<f2").tobytes())}
+                for name, embedding in snapshot.vectors.items()
             },
             "samples": list(map(decode_sample, samples)),
             "jobs": [job_answer(job) for job in jobs],
-            "adapter": None,
+            "adapter": _adapter_fields(note, stored, says) | {"peft": peft} if note else None,
         }
-        if note:
-            document["adapter"] = {
-                "id": note.id,
-                "recipe": note.recipe,
-                "created_ms": note.created_ms,
-                "bytes": note.size_bytes,
-                "traceparent": note.made_in or None,
-                "sha256": stored.sha256 if stored else None,
-                "says": says,
-                "stored": _base64(stored.raw) if stored else None,
-                "peft": {"config": served.config(), "weights": ""} if served else None,
-            }
-        return _json_pieces(document, served)
+        return _json_pieces(document, placeholder, complete.weights() if complete else ())
 
     def _load(self, stored: StoredAdapter) -> tuple[ExportedAdapter | None, str]:
         """Return the complete adapter and its description, or None and the reason why it cannot be built."""
         try:
-            served = ExportedAdapter(self.bank, self.manifest, parse_recipe(stored.recipe), stored.raw)
+            complete = ExportedAdapter(self.folder, self.manifest, parse_recipe(stored.recipe), stored.raw)
         except MtaError as error:
             return None, f"`stored` is the user's own part alone; the whole adapter cannot be made here: {error}"
-        return served, (
-            "`peft` is the whole adapter that serves this person: the anchors of its recipe, merged, and on top the "
-            "user's own part, `stored`; scaling is in B"
+        return complete, (
+            "`peft` is the whole adapter that serves this user: the anchors of its recipe, merged, and on top the "
+            "user's own part, `stored`; the B matrices already include the LoRA scaling"
         )
 
 
@@ -113,10 +96,10 @@ class Erasing:
         unreachable engine needs no retry: engines check every adapter they hold against the store.
         """
         key = user.key
-        is_nobody, erasure = await self.profiles.erase_if_unknown(key)
-        if not is_nobody:
-            asked = await self.log_file.request_rewrite(key)
-            erasure = await self.profiles.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
+        is_unknown, erasure = await self.profiles.erase_if_unknown(key)
+        if not is_unknown:
+            rewrite = await self.log_file.request_rewrite(key)
+            erasure = await self.profiles.erase(key, rewrite.erase_by_ms, rewrite.rewritten_by_ms)
         if erasure is None:
             return None
         await self.adapters.remove_adapted(key)
@@ -130,16 +113,39 @@ class Erasing:
         return erasure
 
 
-def _json_pieces(document: dict[str, Any], served: ExportedAdapter | None) -> Iterator[bytes]:
-    """Yield the JSON; the adapter's weights, the last field, are streamed and never held in memory at once."""
+def _profile_fields(profile: Profile) -> dict[str, Any]:
+    signature = profile.signature
+    return {
+        "user_id": profile.user_id,
+        "updated_ms": profile.updated_ms,
+        "embedder": profile.embedder,
+        "embedding": profile.embedding,
+        "other_embedding": profile.other,
+        "signature": {**asdict(signature.signature), "made_of_ms": signature.made_of_ms} if signature else None,
+        "of_later_versions": {str(tag): _base64(raw) for tag, raw in profile.extra.items()},
+    }
+
+
+def _adapter_fields(note: AdapterNote, stored: StoredAdapter | None, says: str) -> dict[str, Any]:
+    return {
+        "id": note.id,
+        "recipe": note.recipe,
+        "created_ms": note.created_ms,
+        "bytes": note.size_bytes,
+        "traceparent": note.made_in or None,
+        "sha256": stored.sha256 if stored else None,
+        "says": says,
+        "stored": _base64(stored.raw) if stored else None,
+    }
+
+
+def _json_pieces(document: dict[str, Any], placeholder: str, weights: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the JSON with the weights in place of `placeholder`; they are streamed, never held in memory at once."""
     raw = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    if served is None:
-        yield raw
-        return
-    assert raw.endswith(_JSON_END)
-    yield raw.removesuffix(_JSON_END)
-    yield from _base64_pieces(served.weights())
-    yield _JSON_END
+    before, _, after = raw.partition(placeholder.encode())
+    yield before
+    yield from _base64_pieces(weights)
+    yield after
 
 
 def _base64(raw: bytes) -> str:
