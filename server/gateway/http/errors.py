@@ -58,7 +58,7 @@ def fault_of(errors: Sequence[Any]) -> InvalidRequest:
             return InvalidRequest(f"{param} is required", param=param, code="missing")
         case "extra_forbidden":
             return InvalidRequest(f"unknown field {param!r}, got {value}", param=param, code="unknown_field")
-        case "one_of":
+        case "combination":  # of several fields, which the message names
             return InvalidRequest(f"{first['msg']}, got {value}", param=param)
     subject = _SUBJECT.match(first["msg"])
     rule = first["msg"][subject.end() :] if subject else first["msg"]

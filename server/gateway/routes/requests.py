@@ -161,7 +161,7 @@ class GenerateRequest(Strict):
     def _check_conversation(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             message = "set prompt or messages, not both" if self.prompt else "set prompt or messages"
-            raise PydanticCustomError("one_of", message, {"param": "prompt"})
+            raise PydanticCustomError("combination", message, {"param": "prompt"})
         return self
 
     @property

@@ -18,37 +18,43 @@ from server.gateway.routes.requests import MAX_MESSAGES, SEED_MAX, History, Mode
 PERSONAL_MODEL = "mta"
 OWN_FIELDS = {"model", "user", "messages", "prompt", "stream", "stream_options", "history", "personalize", "strength"}
 IGNORED = frozenset(("store", "metadata", "service_tier"))
-REFUSED = frozenset(  # they control the engine
+REFUSED = frozenset(  # fields that control the engine
     ("cache_salt", "priority", "request_id", "session_id", "kv_transfer_params", "vllm_xargs", "chat_template")
 )
 MAX_CHOICES = 128  # maximum number of answers to one request: prompts times `n`
+_MAX_TOOLS = 128
 _MAX_INT32 = (1 << 31) - 1  # largest token id and token count: engines use 32-bit integers
 
 
-def _without_nulls(value: Any) -> Any:
-    return {name: field for name, field in value.items() if field is not None} if isinstance(value, dict) else value
+def _without_nulls(fields: Any) -> Any:
+    return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
 
 
-def _text_of(value: Any) -> Any:
-    """Join content parts into one text, as vLLM does."""
-    if not isinstance(value, list):
-        return value
-    texts: list[Any] = [part.get("text") for part in value if isinstance(part, dict)]
-    if value != [{"type": "text", "text": text} for text in texts] or not all(isinstance(text, str) for text in texts):
+def _join_parts(content: Any) -> Any:
+    """Join content parts into one text, as vLLM does; pydantic checks content of another type."""
+    if not isinstance(content, list):
+        return content
+    if not all(map(_is_text_part, content)):
         raise PydanticCustomError("parts", "must be a text or a list of parts of type text")
-    return "\n".join(texts)
+    return "\n".join(part["text"] for part in content)
 
 
-def _check_prompt(value: Any) -> str | list[Any]:
+def _is_text_part(part: Any) -> bool:
+    has_fields = isinstance(part, dict) and part.keys() == {"type", "text"}
+    return has_fields and part["type"] == "text" and isinstance(part["text"], str)
+
+
+def _check_prompt(value: Any) -> Any:
     prompts = value if isinstance(value, list) else [value]
-    texts, ids = all(isinstance(one, str) and one for one in prompts), all(map(_are_ids, prompts))
-    if not prompts or not (texts or ids or _are_ids(value)):
+    are_texts = all(isinstance(prompt, str) and prompt for prompt in prompts)
+    are_token_ids = _is_token_ids(value) or all(map(_is_token_ids, prompts))
+    if not prompts or not (are_texts or are_token_ids):
         raise PydanticCustomError("prompt", "must be a non-empty text, token ids, or a list of either")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) is int and 0 <= one <= _MAX_INT32 for one in value)
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(id_) is int and 0 <= id_ <= _MAX_INT32 for id_ in value)
 
 
 def _check_encodable(value: Any) -> Any:
@@ -78,7 +84,7 @@ _FORMATS = ("text", "json_object", "json_schema")
 _FORMAT = {"type": "object", "properties": {"type": {"enum": list(_FORMATS)}}, "required": ["type"]}
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": _MAX_INT32}}
-_PROMPTS = {"anyOf": [_TEXT, _IDS, *({"type": "array", "minItems": 1, "items": one} for one in (_TEXT, _IDS))]}
+_PROMPTS = {"anyOf": [_TEXT, _IDS, *({"type": "array", "minItems": 1, "items": item} for item in (_TEXT, _IDS))]}
 _PART = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
@@ -116,7 +122,7 @@ class ToolCall(Strict):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_text_of), WithJsonSchema(_CONTENT)] | None = Field(
+    content: Annotated[str, BeforeValidator(_join_parts), WithJsonSchema(_CONTENT)] | None = Field(
         None, description="A text, or parts of type `text`; optional for an assistant message with `tool_calls`."
     )
     name: str | None = None
@@ -158,23 +164,26 @@ class OpenAIRequest(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_ignored_fields(cls, value: Any) -> Any:
-        """Drop ignored fields and nulls; keep unknown fields for validation to refuse."""
-        if not isinstance(value, dict):
-            return value
-        if refused := next((name for name in value if name in REFUSED), None):
-            raise InvalidRequest(
-                f"{refused} controls the engine, which only the server may do: leave it out",
-                param=refused,
-                code="refused_field",
-            )
+    def _refuse_engine_fields(cls, fields: Any) -> Any:
+        for name in fields if isinstance(fields, dict) else ():
+            if name in REFUSED:
+                message = f"{name} controls the engine, which only the server may do: leave it out"
+                raise InvalidRequest(message, param=name, code="refused_field")
+        return fields
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_ignored_fields(cls, fields: Any) -> Any:
+        """Drop ignored fields and nulls; keep unknown fields, even if null, for validation to refuse."""
+        if not isinstance(fields, dict):
+            return fields
         known = cls.model_fields
-        return {n: field for n, field in value.items() if n not in IGNORED and (field is not None or n not in known)}
+        return {n: value for n, value in fields.items() if n not in IGNORED and (value is not None or n not in known)}
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if self.stream_options and not self.stream:
-            raise PydanticCustomError("one_of", "stream_options requires stream", {"param": "stream_options"})
+            raise PydanticCustomError("combination", "stream_options requires stream", {"param": "stream_options"})
         return self
 
     @property
@@ -187,7 +196,7 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32, description="Overrides `max_tokens`.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Annotated[Tool, NoNulls]] | None = Field(None, fail_fast=True, min_length=1, max_length=MAX_CHOICES)
+    tools: list[Annotated[Tool, NoNulls]] | None = Field(None, fail_fast=True, min_length=1, max_length=_MAX_TOOLS)
     tool_choice: Annotated[Any, AfterValidator(_check_tool_choice), WithJsonSchema(_CHOICE)] = None
     parallel_tool_calls: bool | None = None
     history: History = 0
@@ -205,5 +214,5 @@ class CompletionRequest(OpenAIRequest):
     def _check_choices(self) -> Self:
         if len(prompts_of(self.prompt)) * (self.n or 1) > MAX_CHOICES:
             message = f"the number of prompts times n must be at most {MAX_CHOICES}"
-            raise PydanticCustomError("one_of", message, {"param": "prompt"})
+            raise PydanticCustomError("combination", message, {"param": "prompt"})
         return self
