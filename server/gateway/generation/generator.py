@@ -89,7 +89,7 @@ class Generator:
         limits = LengthLimits(self.max_prompt_chars, self.engines.context)
         limits.check(request)
         self.queue.check(request.caller.name, request.patience_s)
-        self.limiter.count_body(usage, request.user, lambda: limits.tokens(request))
+        self.limiter.count_body(usage, request.user, lambda: limits.estimate_tokens(request))
         with timings.stage("profile", counts=request.wants_profile):
             profile = await self.personalizer.profile(request)
         with timings.stage("recipe", counts=profile):

@@ -52,7 +52,7 @@ class PromptBuilder:
 
         Add no history while the context length is unknown.
         """
-        messages, patience_s, room = request.messages, request.patience_s, limits.room(request)
+        messages, patience_s, room = request.messages, request.patience_s, limits.room_tokens(request)
         needs_history = request.history and messages[-1]["role"] == "user"
         if not needs_history or request.user is None or profile is None or room is None:
             return UserPrompt(messages, 0, None, patience_s)
@@ -62,7 +62,7 @@ class PromptBuilder:
         if index is None:
             return UserPrompt(messages, 0, _HISTORY_LATE, patience_s)
         memories = await asyncio.to_thread(index.memories, messages[-1]["content"], request.history)
-        return UserPrompt(*await self._fit(messages, memories, room, limits.prompt_chars), None, patience_s)
+        return UserPrompt(*await self._fit(messages, memories, room, limits.max_prompt_chars), None, patience_s)
 
     async def _fit(
         self, messages: Conversation, memories: Sequence[str], room: int, max_chars: int

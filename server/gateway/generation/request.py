@@ -15,7 +15,8 @@ from server.gateway.engines.chat import Conversation, Prompt
 from server.store.tenants.user_key import User
 
 WHOLE_TOKENS = 1024  # longest answer requested in one piece: until it is complete, a working engine looks hung
-_TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to a conversation of a few messages
+_TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to a conversation
+_TEMPLATE_TOKENS_PER_MESSAGE = 16  # upper bound on what it adds to each message
 _CHARS_PER_TOKEN = 4  # approximately, in English
 
 
@@ -43,7 +44,7 @@ class GenerationRequest:
     cache_salt: str
     caller: Caller
     patience_s: float | None  # longest wait for a place in the engines, in seconds; None for the default
-    user_param: str  # these three are the field names used in error messages
+    user_param: str  # the three `_param` fields are names of HTTP fields, for error messages
     prompt_param: str
     max_tokens_param: str = "max_tokens"
 
@@ -59,17 +60,21 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class LengthLimits:
-    prompt_chars: int  # maximum length of a conversation with its history, in characters
-    context: int | None  # the model's context length in tokens; None until an engine has reported it
+    max_prompt_chars: int  # maximum length of a conversation with its history; a token id or byte of tools counts as 1
+    context_tokens: int | None  # the model's context length; None until an engine has reported it
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse a request whose length alone exceeds the limits, before calling the store or an engine."""
-        chars = chars_of(request.messages) + sum(_prompt_length(request.prompt)) + _tool_chars(request)
-        if chars > self.prompt_chars:
-            message = f"{request.prompt_param} has {chars} characters, at most {self.prompt_chars} are allowed"
+        chars, token_ids = _prompt_length(request)
+        lengths = {"characters": chars, "token ids": token_ids, "bytes of tools": _tool_bytes(request)}
+        if sum(lengths.values()) > self.max_prompt_chars:
+            found = " and ".join(f"{length} {unit}" for unit, length in lengths.items() if length)
+            message = f"{request.prompt_param} has {found}, at most {self.max_prompt_chars} are allowed"
             raise InvalidRequest(message, param=request.prompt_param, code="prompt_too_long")
-        if self.context is not None and request.max_tokens is not None and request.max_tokens >= self.context:
-            raise _context_exceeded(request, f"leaves no room for a prompt: the context is {self.context} tokens")
+        if self.context_tokens is not None and (request.max_tokens or 0) >= self.context_tokens:
+            raise _context_exceeded(
+                request, f"leaves no room for a prompt: the context is {self.context_tokens} tokens"
+            )
 
     def check_answer(self, request: GenerationRequest, prompt_tokens: int | None) -> None:
         """Refuse `max_tokens` that exceeds the context left by the prompt; vLLM would silently generate fewer tokens.
@@ -78,39 +83,43 @@ class LengthLimits:
         """
         if (
             prompt_tokens is None
-            or self.context is None
+            or self.context_tokens is None
             or request.max_tokens is None
             or len(prompts_of(request.prompt)) > 1
         ):
             return
-        if prompt_tokens + request.max_tokens > self.context:
+        if prompt_tokens + request.max_tokens > self.context_tokens:
             raise _context_exceeded(
                 request,
                 f"exceeds the context: the prompt has {prompt_tokens} tokens and the model's context is "
-                f"{self.context}. Ask for at most {self.context - prompt_tokens}",
+                f"{self.context_tokens}. Ask for at most {self.context_tokens - prompt_tokens}",
             )
 
-    def room(self, request: GenerationRequest) -> int | None:
-        """Return the tokens available for a conversation and its history; None while the context is unknown."""
-        return None if self.context is None else self.context - self._answer_tokens(request) - _tool_chars(request)
+    def room_tokens(self, request: GenerationRequest) -> int | None:
+        """Return the tokens surely left for a conversation with its history; None while the context is unknown."""
+        if self.context_tokens is None:
+            return None
+        return self.context_tokens - self._answer_tokens(request) - _tool_bytes(request)
 
-    def tokens(self, request: GenerationRequest) -> int:
+    def estimate_tokens(self, request: GenerationRequest) -> int:
         """Estimate the tokens of the prompt, without history, and of all its answers."""
-        chars, ids = _prompt_length(request.prompt)
-        chars += chars_of(request.messages) + _tool_chars(request)
-        return chars // _CHARS_PER_TOKEN + ids + self._answer_tokens(request) * request.sequences
+        chars, token_ids = _prompt_length(request)
+        text_tokens = (chars + _tool_bytes(request)) // _CHARS_PER_TOKEN
+        return text_tokens + token_ids + self._answer_tokens(request) * request.sequences
 
     def allow_whole(self, messages: Conversation, max_tokens: int | None) -> bool:
         """Return whether to request an answer in one piece: it is short and fits with any tokenisation of the prompt.
 
         Other answers are streamed, and refused at the first token if they do not fit.
         """
-        if self.context is None or max_tokens is None or max_tokens > WHOLE_TOKENS:
+        if self.context_tokens is None or max_tokens is None or max_tokens > WHOLE_TOKENS:
             return False
-        return max_prompt_tokens(messages) + max_tokens <= self.context
+        return max_prompt_tokens(messages) + max_tokens <= self.context_tokens
 
     def _answer_tokens(self, request: GenerationRequest) -> int:
-        return request.max_tokens if request.max_tokens is not None else min(WHOLE_TOKENS, (self.context or 2048) // 2)
+        """Return `max_tokens`; by default half the context, at most `WHOLE_TOKENS`."""
+        default_tokens = WHOLE_TOKENS if self.context_tokens is None else min(WHOLE_TOKENS, self.context_tokens // 2)
+        return default_tokens if request.max_tokens is None else request.max_tokens
 
 
 def _context_exceeded(request: GenerationRequest, why: str) -> InvalidRequest:
@@ -129,7 +138,8 @@ def chars_of(messages: Conversation) -> int:
 
 def max_prompt_tokens(messages: Conversation) -> int:
     """Return an upper bound on the tokens of a conversation: each token covers at least one byte."""
-    return sum(size_bytes(_prompt_text(message)) for message in messages) + 16 * len(messages) + _TEMPLATE_TOKENS
+    text_bytes = sum(size_bytes(_prompt_text(message)) for message in messages)
+    return text_bytes + _TEMPLATE_TOKENS_PER_MESSAGE * len(messages) + _TEMPLATE_TOKENS
 
 
 def size_bytes(text: str) -> int:
@@ -141,13 +151,14 @@ def _prompt_text(message: dict[str, Any]) -> str:
     return text + orjson.dumps(message["tool_calls"]).decode() if "tool_calls" in message else text
 
 
-def _prompt_length(prompt: Prompt | None) -> tuple[int, int]:
-    """Return the numbers of characters and of token ids in a prompt."""
-    parts = prompt if isinstance(prompt, list) else [prompt or ""]
-    chars = sum(len(part) for part in parts if isinstance(part, str))
-    return chars, sum(1 if isinstance(part, int) else len(part) for part in parts if not isinstance(part, str))
+def _prompt_length(request: GenerationRequest) -> tuple[int, int]:
+    """Return the number of characters and of token ids in a request's messages and prompts."""
+    prompts = prompts_of(request.prompt)
+    prompt_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    token_ids = sum(len(prompt) for prompt in prompts if isinstance(prompt, list))
+    return chars_of(request.messages) + prompt_chars, token_ids
 
 
-def _tool_chars(request: GenerationRequest) -> int:
-    """Return the length of the tools, which the chat template adds to the prompt, in characters."""
+def _tool_bytes(request: GenerationRequest) -> int:
+    """Return the size of the tools' JSON, which the chat template adds to the prompt: at most one token per byte."""
     return len(orjson.dumps(request.sampling["tools"])) if "tools" in request.sampling else 0

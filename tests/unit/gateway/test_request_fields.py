@@ -277,7 +277,7 @@ def test_prompts_are_texts_or_token_ids_and_at_most_128_answers() -> None:
         assert CompletionRequest.model_validate({"prompt": prompt, "n": 2}).prompt == prompt
 
 
-LIMITS = LengthLimits(prompt_chars=10, context=512)
+LIMITS = LengthLimits(max_prompt_chars=10, context_tokens=512)
 
 
 def ask(**fields: Any) -> GenerationRequest:
@@ -304,6 +304,20 @@ def test_what_is_known_to_be_too_much_is_refused(fits: Any, exceeds: Any, param:
     assert (caught.value.param, caught.value.code) == (param, code)
 
 
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"messages": [], "prompt": [[1] * 6, [2] * 5]}, "prompt has 11 token ids, at most 10 are allowed"),
+        ({"messages": [], "prompt": ["x" * 6, "ä" * 5]}, "prompt has 11 characters, at most 10 are allowed"),
+        ({"sampling": {"tools": ["ää"]}}, "prompt has 5 characters and 8 bytes of tools, at most 10 are allowed"),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_refused_with_what_it_holds(changed: dict[str, Any], found: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        LIMITS.check(replace(ask(), **changed))
+    assert caught.value.message == found
+
+
 def test_an_answer_beyond_what_the_prompt_leaves_is_refused_with_what_would_fit() -> None:
     LIMITS.check_answer(ask(max_tokens=12), 500)
     with pytest.raises(InvalidRequest, match="Ask for at most 12"):
@@ -311,7 +325,7 @@ def test_an_answer_beyond_what_the_prompt_leaves_is_refused_with_what_would_fit(
 
 
 def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
-    unknown = LengthLimits(prompt_chars=10, context=None)
+    unknown = LengthLimits(max_prompt_chars=10, context_tokens=None)
     unknown.check(ask(max_tokens=10_000))
     unknown.check_answer(ask(max_tokens=10_000), 500)
     LIMITS.check_answer(ask(max_tokens=500), None)
@@ -329,11 +343,11 @@ def test_an_answer_comes_whole_when_it_is_short_and_surely_fits() -> None:
 
 
 def test_tokens_are_estimated_before_the_engine_has_counted_them() -> None:
-    limits, asked = LengthLimits(prompt_chars=10_000, context=512), ask(prompt="x" * 400, max_tokens=20)
-    assert limits.tokens(asked) == 100 + 20
-    assert limits.tokens(replace(asked, max_tokens=None)) == 100 + 256
+    limits, asked = LengthLimits(10_000, 512), ask(prompt="x" * 400, max_tokens=20)
+    assert limits.estimate_tokens(asked) == 100 + 20
+    assert limits.estimate_tokens(replace(asked, max_tokens=None)) == 100 + 256
     twice = replace(asked, messages=[], prompt=[[1, 2, 3], [4, 5]], sampling={"n": 2})
     assert twice.sequences == 4
-    assert limits.tokens(twice) == 5 + 4 * 20
-    assert limits.tokens(replace(asked, messages=[], prompt=[1, 2, 3])) == 3 + 20
-    assert limits.tokens(replace(asked, messages=[], prompt=["x" * 8, "x" * 8])) == 4 + 2 * 20
+    assert limits.estimate_tokens(twice) == 5 + 4 * 20
+    assert limits.estimate_tokens(replace(asked, messages=[], prompt=[1, 2, 3])) == 3 + 20
+    assert limits.estimate_tokens(replace(asked, messages=[], prompt=["x" * 8, "x" * 8])) == 4 + 2 * 20
