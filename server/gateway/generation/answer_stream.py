@@ -7,7 +7,7 @@ queue one after another, and each finished sequence releases its place. The clie
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -71,7 +71,7 @@ class AnswerStream:
     first: EngineStream  # stream of the first part, already started
     lease: EngineLease  # lease of the first part
     wait: Callable[[int], AbstractAsyncContextManager[EngineLease]]  # acquire places for another part
-    begin: Callable[[EngineRequest], AbstractAsyncContextManager[tuple[int, EngineStream]]]  # start another part
+    begin: Callable[[AsyncExitStack, EngineRequest], Awaitable[tuple[int, EngineStream]]]  # start another part
 
     def __post_init__(self) -> None:
         self._streams = [(self.parts[0], self.first)]
@@ -134,7 +134,8 @@ class AnswerStream:
             await self._buffer.put(None)
 
     async def _begin_part(self, part: SubRequest, lease: EngineLease) -> None:
-        async with self.begin(part.request) as (_, stream):
+        async with AsyncExitStack() as stack:
+            _, stream = await self.begin(stack, part.request)
             self._streams.append((part, stream))
             await self._read_part(part, stream, lease)
 

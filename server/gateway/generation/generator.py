@@ -23,15 +23,13 @@ from server.watching.logs import request_id
 class Timings:
     """Times the stages of one request."""
 
-    def __init__(self, started_s: float, gap: Callable[[float], None]) -> None:
+    def __init__(self, started_s: float, observe_gap_s: Callable[[float], None]) -> None:
         self.started_s = started_s  # arrival time by the performance counter
-        self.gap = gap  # called with the seconds between two streamed pieces
+        self.observe_gap_s = observe_gap_s  # called with the seconds between two streamed texts
         self.ms: dict[str, float] = {}  # milliseconds by stage name, in order of recording
 
-    def record(self, name: str, since_s: float, until_s: float | None = None) -> None:
-        """Set `name` to the time from `since_s` to `until_s` (default: now)."""
-        until_s = time.perf_counter() if until_s is None else until_s
-        self.ms[name] = round((until_s - since_s) * 1000, 3)
+    def record(self, name: str, duration_s: float) -> None:
+        self.ms[name] = round(duration_s * 1000, 3)
 
     @contextmanager
     def stage(self, name: str, *, counts: object = True) -> Iterator[None]:
@@ -39,7 +37,7 @@ class Timings:
         since_s = time.perf_counter()
         yield
         if counts:
-            self.record(name, since_s)
+            self.record(name, time.perf_counter() - since_s)
 
     def header(self) -> str:
         return ", ".join(f"{name};dur={ms}" for name, ms in self.ms.items())
@@ -58,16 +56,18 @@ class Answer:
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield the pieces of `AnswerStream.pieces` and record their timing."""
         stream, timings = self.stream, self.timings
-        is_streamed, last_s = stream.first.first_token_s is not None, 0.0
-        async for piece in stream.pieces():
-            if is_streamed and piece[0]:
+        is_streamed = stream.first.first_token_s is not None
+        last_text_s: float | None = None
+        async for text, value in stream.pieces():
+            if is_streamed and text:
                 now_s = time.perf_counter()
-                if last_s:
-                    timings.gap(now_s - last_s)
-                last_s = now_s
-            yield piece
-        timings.record("engine", stream.first.sent_s)
-        timings.record("total", timings.started_s)
+                if last_text_s is not None:
+                    timings.observe_gap_s(now_s - last_text_s)
+                last_text_s = now_s
+            yield text, value
+        ended_s = time.perf_counter()
+        timings.record("engine", ended_s - stream.first.sent_s)
+        timings.record("total", ended_s - timings.started_s)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,17 +97,18 @@ class Generator:
         await usage.within_limits()
         with timings.stage("history", counts=request.history):
             prompt = await self.prompts.build(request, profile, limits)
-        parts = split_request(_engine_request(request, prompt, limits), self.queue.widest)
+        engine_request = _engine_request(request, prompt, limits)
+        parts = split_request(engine_request, self.queue.widest)
         async with (
             self.queue.acquire(usage.caller.name, size=parts[0].sequences, patience_s=prompt.patience_s) as lease,
-            self._start_answer(parts, candidates, lease, usage) as (fallbacks, stream),
+            self._start_answer(parts, candidates, lease, usage) as (skipped, stream),
         ):
             limits.check_answer(request, stream.first.prompt_tokens)
             if lease.waited_s:
-                timings.record("queue", 0.0, lease.waited_s)
-            answer_id, personalization = parts[0].request.request_id, candidates[fallbacks]
+                timings.record("queue", lease.waited_s)
             async with stream:
-                yield Answer(answer_id, personalization, fallbacks, prompt, stream, timings, usage.headers())
+                served = candidates[skipped]
+                yield Answer(engine_request.request_id, served, skipped, prompt, stream, timings, usage.headers())
 
     @asynccontextmanager
     async def _start_answer(
@@ -117,43 +118,41 @@ class Generator:
         lease: EngineLease,
         usage: RequestUsage,
     ) -> AsyncIterator[tuple[int, AnswerStream]]:
-        """Start the answer of the first candidate that the engine can serve; yield its index and the answer."""
-        stream: AnswerStream | None = None
+        """Start the answer with its first part; yield the number of skipped candidates and the answer."""
         usage.tokens = None  # a client that disconnects before the engine reports its usage is charged the estimate
-        try:
-            async with self._start_part(parts[0].request, candidates) as (number, first):
-                stream = AnswerStream(
-                    parts,
-                    first,
-                    lease,
-                    wait=lambda size: self.queue.acquire(usage.caller.name, size=size, begun=True),
-                    begin=lambda request: self._start_part(request, candidates[number : number + 1]),
-                )
-                yield number, stream
-        except ApiError:
-            if stream is None:
-                usage.tokens = 0
-            raise
-        finally:
-            if stream is not None:
+        async with AsyncExitStack() as stack:
+            try:
+                skipped, first = await self._start_part(stack, parts[0].request, candidates)
+            except ApiError:
+                usage.tokens = 0  # the engine generated nothing
+                raise
+            served = candidates[skipped]
+            stream = AnswerStream(
+                parts,
+                first,
+                lease,
+                wait=lambda size: self.queue.acquire(usage.caller.name, size=size, begun=True),
+                begin=lambda part_stack, request: self._start_part(part_stack, request, [served]),
+            )
+            try:
+                yield skipped, stream
+            finally:
                 usage.tokens = stream.usage.get("total_tokens")
 
-    @asynccontextmanager
     async def _start_part(
-        self, request: EngineRequest, candidates: Sequence[Personalization]
-    ) -> AsyncIterator[tuple[int, EngineStream]]:
-        """Start the request for the first candidate that the engine can serve; yield its index and the stream."""
+        self, stack: AsyncExitStack, request: EngineRequest, candidates: Sequence[Personalization]
+    ) -> tuple[int, EngineStream]:
+        """Start a request with the first candidate that the engine can serve; it is aborted when `stack` closes.
+
+        Return the number of skipped candidates and the stream.
+        """
         missing: AdapterMissing | None = None
-        async with AsyncExitStack() as stack:
-            for number, candidate in enumerate(candidates):
-                attempt = replace(request, model=candidate.model)
-                try:
-                    stream = await stack.enter_async_context(self.engine.generate(attempt))
-                except AdapterMissing as error:
-                    missing = error
-                else:
-                    yield number, stream
-                    return
+        for skipped, candidate in enumerate(candidates):
+            attempt = replace(request, model=candidate.model)
+            try:
+                return skipped, await stack.enter_async_context(self.engine.generate(attempt))
+            except AdapterMissing as error:
+                missing = error
         if candidates[-1].recipe is None:
             raise EngineFailed(f"the engine serves no model named {BASE_MODEL!r}: {missing}") from missing
         raise Unavailable(f"the engine cannot serve this user's recipe: {missing}", code="no_adapter") from missing

@@ -172,7 +172,7 @@ class AnswerResponse(Response):
         metrics.fallbacks.inc(answer.fallbacks)
         metrics.histories_left_out.inc(answer.prompt.reason is not None)
         if stream.first_token_s is not None:
-            timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
+            timings.record("engine_ttft", stream.first_token_s - stream.sent_s)
             metrics.ttft.labels(notes.level).observe(stream.first_token_s - timings.started_s)
         self._parts.tracing.note(level=notes.level)
         if made_in := answer.personalization.made_in:

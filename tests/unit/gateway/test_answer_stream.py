@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, MutableMapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -43,8 +43,7 @@ class Engine:
         for value in values:
             self.said[name].put_nowait(value if isinstance(value, bytes) else event(value))
 
-    @asynccontextmanager
-    async def begin(self, wanted: EngineRequest) -> AsyncIterator[tuple[int, EngineStream]]:
+    async def begin(self, stack: AsyncExitStack, wanted: EngineRequest) -> tuple[int, EngineStream]:
         said = self.said[wanted.request_id] = asyncio.Queue()
 
         class Chunks:
@@ -52,10 +51,8 @@ class Engine:
                 while True:
                     yield await said.get()
 
-        try:
-            yield 0, EngineStream(Chunks(), 0.0, chat=False)
-        finally:
-            self.left.append(wanted.request_id)
+        stack.callback(self.left.append, wanted.request_id)
+        return 0, EngineStream(Chunks(), 0.0, chat=False)
 
 
 def piece(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
@@ -72,7 +69,8 @@ async def answer(n: int, most: int) -> AsyncIterator[tuple[Engine, EngineQueue, 
     """An answer whose first part has begun, with an empty piece."""
     engine, queue = Engine(), EngineQueue(lambda: 4, max_waiting=4, patience_s=60)
     parts = split_request(request(n=n), most)
-    async with queue.acquire("a", size=parts[0].sequences) as lease, engine.begin(parts[0].request) as (_, first):
+    async with queue.acquire("a", size=parts[0].sequences) as lease, AsyncExitStack() as stack:
+        _, first = await engine.begin(stack, parts[0].request)
         engine.say("id", piece(0, ""))
         await first.begin()
         wait = partial(queue.acquire, "a", begun=True)
