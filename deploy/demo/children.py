@@ -22,8 +22,8 @@ class DemoError(Exception):
 def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[subprocess.Popen[str]]:
     """Run one `mta` command; stop it and everything it started when the block ends.
 
-    The command runs under the same guard as the parts of `mta up`: the guard asks it to stop when the guard's standard
-    input closes, because the block ended or this process was killed.
+    The command runs under the same guard as the parts of `mta up`, which stops it within `grace_s`, or within seconds
+    if this process was killed.
     """
     # The settings of a real server must not reach the demo's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTA_") or name in _OWN}
@@ -38,9 +38,9 @@ def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[
     try:
         yield child
     finally:
-        if child.stdin is not None:
-            with suppress(BrokenPipeError):
-                child.stdin.close()
+        assert child.stdin
+        with suppress(BrokenPipeError):
+            print(end=".", file=child.stdin, flush=True)
         child.wait()
 
 

@@ -1,12 +1,12 @@
 """The guard of one part: a small process between `mta up` and the part that cleans up all descendants of the part.
 
-    python -I guard.py GRACE_S NICENESS COMMAND [ARGUMENT…]
+    python -I guard.py STOP_TIMEOUT_S NICENESS COMMAND [ARGUMENT…]
 
-A byte on standard input asks the part to stop. End of file means that `mta up` closed the pipe or died: the part must
-exit within GRACE_S seconds. When the part exits, the guard kills its remaining descendants and exits with the part's
-status (128 + n after signal n). The guard inherits all orphaned descendants in any session or group (a *subreaper*), so
-"no children" means that nothing is left; the part dies with the guard. This file imports only the standard library: it
-runs by path, in one small interpreter per part.
+A byte on standard input asks the part to stop within STOP_TIMEOUT_S; end of file then ends that time. End of file alone
+means that `mta up` died: the part must exit within GRACE_S. When the part exits, the guard kills its remaining
+descendants and exits with the part's status (128 + n after signal n). It inherits all orphaned descendants in any
+session or group (a *subreaper*), so "no children" means that nothing is left; the part dies with the guard. This file
+imports only the standard library: it runs by path, in one small interpreter per part.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 STDIN = 0
+GRACE_S = 2.0
 
 
 def main() -> int:
-    grace_s, niceness, command = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    stop_timeout_s, niceness, command = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
@@ -45,12 +46,11 @@ def main() -> int:
     )
     try:
         ended = os.pidfd_open(part.pid)
-        while ended not in select.select([ended, STDIN], [], [])[0]:
+        if ended not in select.select([ended, STDIN], [], [])[0]:
             part.terminate()
-            if not os.read(STDIN, 1):
-                select.select([ended], [], [], grace_s)
-                part.kill()
-                break
+            asked = os.read(STDIN, 1)
+            select.select([ended, STDIN] if asked else [ended], [], [], stop_timeout_s if asked else GRACE_S)
+            part.kill()
         part.wait()
     finally:
         _kill_children()

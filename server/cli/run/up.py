@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from rich.console import Console
+from typing import Annotated
 
 from server.cli.shared import Bank, Model, setting
 from server.settings import load_settings
-
-if TYPE_CHECKING:
-    from server.supervisor.supervisor import Status, Supervisor
 
 
 def up(
@@ -36,36 +30,23 @@ def up(
     settings = load_settings(**locals())
     from server.cli.run.machine import parts_of
     from server.supervisor.data_folder import DataFolder
-    from server.supervisor.services import LOOPBACK, free_port, listening
-    from server.supervisor.supervisor import PipeSafeConsole, Status, Supervisor
+    from server.supervisor.services import DRAIN_S, LOOPBACK, STOP_MARGIN_S, free_port, listening
+    from server.supervisor.supervisor import Display, Supervisor
 
     port = settings.port or free_port()
-    settings = settings.model_copy(update={"host": LOOPBACK, "inner_host": LOOPBACK, "port": port})
-    console = PipeSafeConsole(highlight=False)
+    url = f"http://{LOOPBACK}:{port}"
+    drain_s = settings.drain_s if "drain_s" in settings.model_fields_set else DRAIN_S
+    changed = {"host": LOOPBACK, "inner_host": LOOPBACK, "port": port, "drain_s": drain_s}
     listening(LOOPBACK, port).close()
-    with closing(DataFolder.open(settings.data_dir.expanduser().resolve())) as data:
-        console.print(f"mta up: data and logs in {data.path}", soft_wrap=True)
-        console.print("  checking the bank, the base model and the embedder")
-        parts = parts_of(settings, data, lambda line: console.print(f"  {line}", soft_wrap=True))
-        with closing(Status(console, [part.name for part in parts])) as status:
-            asyncio.run(_supervise(Supervisor(parts, data, status), status, console, f"http://{LOOPBACK}:{port}"))
+    with closing(DataFolder.open(settings.data_dir.expanduser().resolve())) as data, closing(Display()) as display:
 
+        def started() -> None:
+            display.close()
+            display.say(welcome(url))
 
-async def _supervise(supervisor: Supervisor, status: Status, console: Console, url: str) -> None:
-    stop, hurry = asyncio.Event(), asyncio.Event()
-
-    def interrupted() -> None:
-        if console.is_terminal and not stop.is_set():
-            console.print()  # the terminal has written ^C
-        (hurry if stop.is_set() else stop).set()  # a second signal cuts the shutdown short
-
-    def started() -> None:
-        status.close()
-        console.print(welcome(url), soft_wrap=True)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, interrupted)
-    await supervisor.run(stop, hurry, started)
+        display.say(f"mta up: data and logs in {data.path}\n  checking the bank, the base model and the embedder")
+        parts = parts_of(settings.model_copy(update=changed), data, display.say)
+        asyncio.run(Supervisor(parts, data, display.report, drain_s + STOP_MARGIN_S).run(started))
 
 
 def welcome(url: str) -> str:

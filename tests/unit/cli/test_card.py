@@ -13,14 +13,14 @@ import pytest
 from bank.manifest import read_manifest
 from bank.models.load import limit_gpu
 from server.cli.run import machine
-from server.cli.run.machine import CUDA_BYTES, GIB, MAX_GPU_SHARE, Card, Needs, cards, needs_of, parts_of, plan
+from server.cli.run.machine import CUDA_BYTES, GIB, MAX_GPU_SHARE, Card, cards, needs_of, parts_of, plan
 from server.cli.shared import prepare_to_train
 from server.engine import command
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 
-SMALL = Needs(engine=3 * GIB, worker=3 * GIB)
-LLAMA = Needs(engine=20 * GIB, worker=21 * GIB)  # of 8 billion weights
+SMALL = (3 * GIB, 3 * GIB)  # engine and worker
+LLAMA = (20 * GIB, 21 * GIB)  # of 8 billion weights
 
 
 def card(total_gib: float, free_gib: float | None = None, name: str = "0") -> Card:
@@ -38,7 +38,7 @@ LARGE = card(80, 79)
         ([card(8)], SMALL, {}, 0.54, "0"),
         ([card(6)], SMALL, {}, 0.92, None),
         ([card(24)], LLAMA, {}, 0.92, None),
-        ([card(40)], SMALL._replace(worker=21 * GIB), {}, 0.92, None),  # the engine would keep less than half
+        ([card(40)], (3 * GIB, 21 * GIB), {}, 0.92, None),  # the engine would keep less than half
         ([card(80, 30)], LLAMA, {}, 0.37, None),  # somebody else has the rest
         ([LARGE, card(80, 79, "1"), card(24, 23, "2")], LLAMA, {"replicas": 2}, 0.92, "2"),  # which no engine has
         ([LARGE, card(8, 8, "1")], LLAMA, {}, 0.65, "0"),  # the other one is too small
@@ -52,30 +52,31 @@ LARGE = card(80, 79)
     ],
 )
 def test_who_gets_which_card_and_how_much_of_it(
-    cards: list[Card], needs: Needs, settings: dict[str, float], engine: float | None, worker_card: str | None
+    cards: list[Card], needs: tuple[int, int], settings: dict[str, float], engine: float | None, worker_card: str | None
 ) -> None:
     given = Settings(**settings)  # type: ignore[arg-type]
-    shares = plan(cards, given.replicas, needs, given)
-    assert (shares.engine, shares.worker_card, shares.worker > 0) == (engine, worker_card, worker_card is not None)
-    assert ("on the CPU" in shares.summary) is (worker_card is None)
-    assert ("not known" in shares.summary) is (not cards)
+    shares, place, summary = plan(cards, needs, given)
+    assert (shares.engine_gpu_share, place) == (engine and pytest.approx(engine, abs=0.01), worker_card)
+    assert shares.worker_gpu_share is not None and (shares.worker_gpu_share > 0) is (worker_card is not None)
+    assert ("on the CPU" in summary) is (worker_card is None)
+    assert ("not known" in summary) is (not cards)
     if "worker_gpu_share" in settings:
-        assert shares.worker == settings["worker_gpu_share"]
+        assert shares.worker_gpu_share == settings["worker_gpu_share"]
     elif worker_card:
-        [place] = [one for one in cards if one.name == worker_card]
-        assert shares.worker * place.total <= needs.worker - CUDA_BYTES
+        [total] = [one.total for one in cards if one.name == worker_card]
+        assert shares.worker_gpu_share * total <= needs[1] - CUDA_BYTES + 1
 
 
 @pytest.mark.parametrize("needs", [SMALL, LLAMA])
-def test_both_together_never_take_more_than_is_free_and_the_engine_keeps_half(needs: Needs) -> None:
+def test_both_together_never_take_more_than_is_free_and_the_engine_keeps_half(needs: tuple[int, int]) -> None:
     for total_gib, free in itertools.product((6, 8, 16, 24, 40, 48, 80, 141), (1.0, 0.97, 0.7, 0.3)):
         one = card(total_gib, free * total_gib)
-        shares, usable = plan([one], 1, needs, Settings()), min(one.free, MAX_GPU_SHARE * one.total)
-        assert shares.engine is not None
-        taken = shares.engine * one.total + (shares.worker * one.total + CUDA_BYTES if shares.worker else 0)
-        assert taken <= usable + 2048  # shares are rounded
-        if shares.worker:
-            assert shares.engine * one.total >= max(needs.engine, usable / 2) - 0.01 * one.total
+        shares, usable = plan([one], needs, Settings())[0], min(one.free, MAX_GPU_SHARE * one.total)
+        assert shares.engine_gpu_share is not None
+        engine, worker = shares.engine_gpu_share * one.total, (shares.worker_gpu_share or 0) * one.total
+        assert engine + (worker + CUDA_BYTES if worker else 0) <= usable + 1
+        if worker:
+            assert engine >= max(needs[0], usable / 2) - 1
 
 
 def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -106,13 +107,13 @@ def test_what_is_needed_follows_the_model(tmp_path: Path, tiny_bank_folder: Path
     (tmp_path / "config.json").write_text(json.dumps(config))
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(16 * GIB)
-    half = needs_of(tmp_path, manifests, Settings())
-    assert 18 * GIB < half.worker < 22 * GIB
-    assert 19 * GIB < half.engine < 20 * GIB  # the weights, 1 GiB of cache, 2 to compute in, a little for slots
-    assert needs_of(tmp_path, manifests, Settings(dtype="float32")).engine > half.engine + 16 * GIB
-    assert needs_of(tmp_path, manifests, Settings(tensor_parallel_size=2)).engine < half.engine - 8 * GIB
+    engine, worker = needs_of(tmp_path, manifests, Settings())
+    assert 18 * GIB < worker < 22 * GIB
+    assert 19 * GIB < engine < 20 * GIB  # the weights, 1 GiB of cache, 2 to compute in, a little for slots
+    assert needs_of(tmp_path, manifests, Settings(dtype="float32"))[0] > engine + 16 * GIB
+    assert needs_of(tmp_path, manifests, Settings(tensor_parallel_size=2))[0] < engine - 8 * GIB
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    assert needs_of(tmp_path, manifests, Settings()).engine < half.engine - 7 * GIB
+    assert needs_of(tmp_path, manifests, Settings())[0] < engine - 7 * GIB
 
 
 @pytest.fixture

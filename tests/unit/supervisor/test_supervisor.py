@@ -16,13 +16,14 @@ import pytest
 import redis.asyncio
 
 from bench.rig.processes import PATIENCE_S, Background, alive, command_line, descendants, wait_until
+from server.cli.run.machine import parts_of
 from server.settings import Settings
 from server.supervisor import services, supervisor
 from server.supervisor.data_folder import DataFolder, StartError
-from server.supervisor.services import Part, engine_part, gateway_part, router_part, worker_part, writes
-from server.supervisor.supervisor import GRACE_S, GuardedProcess, State, Supervisor
+from server.supervisor.services import Part
+from server.supervisor.supervisor import State, Supervisor, end, spawn
 
-SLEEP = "import time; time.sleep(600)"
+SLEEP, READY = "import time; time.sleep(600)", "up and ready"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 FAMILY = f"""
 import subprocess, sys
@@ -66,16 +67,11 @@ def data(tmp_path: Path) -> Iterator[DataFolder]:
 
 
 def python_part(name: str, folder: Path, code: str, **changes: float) -> Part:
-    """A part that runs `code`, and is ready once it has written its pid to `<name>.pid`."""
+    """A part that runs `code`, writes its pid to `<name>.pid`, and then says that it is ready."""
     pid_file = folder / f"{name}.pid"
     ends = f"draft = {str(pid_file)!r} + '.tmp'; open(draft, 'w').write(str(os.getpid())); os.rename(draft, draft[:-4])"
-
-    async def ready() -> bool:
-        return pid_file.exists()
-
-    command = (sys.executable, "-c", f"import os\n{code.strip()}\n{ends}\n{SLEEP}")
-    times = {"start_timeout_s": PATIENCE_S, "stop_timeout_s": PATIENCE_S} | changes
-    return Part(name, command, dict(os.environ), ready, "", **times)
+    command = (sys.executable, "-c", f"import os\n{code.strip()}\n{ends}\nprint({READY!r}, flush=True)\n{SLEEP}")
+    return Part(name, command, dict(os.environ), "", READY, **changes)  # type: ignore[arg-type]
 
 
 def pid_of(name: str, folder: Path) -> int:
@@ -86,18 +82,19 @@ async def run_until(
     condition: Callable[[Record], bool],
     data: DataFolder,
     *parts: Part,
+    stop_timeout_s: float = PATIENCE_S,
     hurry: bool = False,
     record: Record | None = None,
 ) -> Record:
     """Supervise the parts until all were tried and the condition holds; what was reported."""
-    stop, hurried, started, record = asyncio.Event(), asyncio.Event(), asyncio.Event(), record or Record()
-    running = asyncio.create_task(Supervisor(parts, data, record).run(stop, hurried, started.set))
+    started, record = asyncio.Event(), record or Record()
+    supervisor = Supervisor(parts, data, record, stop_timeout_s)
+    running = asyncio.create_task(supervisor.run(started.set))
     async with asyncio.timeout(PATIENCE_S):
         while not running.done() and not (started.is_set() and condition(record)):
             await asyncio.sleep(0.02)
-        stop.set()
-        if hurry:
-            hurried.set()
+        for _ in range(1 + hurry):
+            supervisor.stop()
         await running
     return record
 
@@ -127,11 +124,11 @@ async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_
     assert url
     password = url.split(":")[2].split("@")[0]
     assert stat.S_IMODE(Path(part.command[1]).stat().st_mode) == 0o600
-    process = await GuardedProcess.start(part, data)
+    process = await spawn(part, data, PATIENCE_S)
     try:
         async with asyncio.timeout(PATIENCE_S):
-            while not await part.ready():
-                assert process.running, data.log("valkey").read_text()
+            while not await part.is_ready(data.log("valkey")):
+                assert process.returncode is None, data.log("valkey").read_text()
                 await asyncio.sleep(0.05)
         async with redis.asyncio.Redis.from_url(url, decode_responses=True) as client:
             wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory": str(100 << 20)}
@@ -145,38 +142,39 @@ async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_
                 await stranger.ping()
         assert all(password not in command_line(pid) for pid in descendants(os.getpid()))
     finally:
-        await process.stop(PATIENCE_S, asyncio.Event())
+        await end(process, PATIENCE_S)
         data.close()
     assert list((data.path / "valkey").glob("appendonlydir/*.aof"))
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 5])
-def test_parts_that_have_to_be_killed_are_gone_in_the_time_that_the_page_says(data: DataFolder, replicas: int) -> None:
-    settings = Settings(drain_s=services.DRAIN_S)
-    parts = [services.valkey_part(data, 100 << 20), gateway_part(settings), worker_part(settings, data.log("worker"))]
-    parts += [engine_part(settings, [], {})] * replicas + [router_part(settings)] * (replicas > 1)
+def test_parts_that_have_to_be_killed_are_gone_in_the_time_that_the_page_says(replicas: int) -> None:
     page = (Path(__file__).parents[3] / "docs/running.md").read_text("utf-8")
     said = re.search(r"all within (\d+) s\s\(with `--replicas`, (\d+) s more for each engine\)", page)
     assert said
     assert int(said[1]) == services.STOP_S
-    more_s = int(said[2]) * replicas if replicas > 1 else 0
-    assert sum(part.stop_timeout_s + GRACE_S for part in parts) < services.STOP_S + more_s
+    several = replicas > 1
+    parts = 3 + replicas + several  # Valkey, gateway and worker; engines; the router
+    assert parts * (services.DRAIN_S + services.STOP_MARGIN_S) < services.STOP_S + int(said[2]) * replicas * several
 
 
 def test_each_part_gets_the_secrets_that_it_needs_and_none_by_argv(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: DataFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_bank_folder: Path,
+    tiny_model_folder: Path,
+    embedder_folder: Path,
 ) -> None:
     for name in ("MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY", "MTA_FIRST_KEY"):
         monkeypatch.setenv(name, "e" * 32)
     monkeypatch.setenv("RUST_LOG", "info")
-    url = "redis://:password@127.0.0.1:1/0"
-    given = {"secret": "s" * 32, "engine_key": "k" * 32, "bank": tmp_path, "redis_url": url, "profile_items": 7}
-    settings = Settings(**given, engine_urls="http://a:1,http://b:2")  # type: ignore[arg-type]
-    gateway, worker, router = gateway_part(settings), worker_part(settings, tmp_path / "log"), router_part(settings)
-    engine = engine_part(settings, ["vllm"], {"VLLM_API_KEY": "k" * 32})
-    for part in (gateway, worker, router, engine):
+    url, bank = "redis://:password@127.0.0.1:1/0", tiny_bank_folder
+    given = {"secret": "s" * 32, "engine_key": "k" * 32, "bank": bank, "redis_url": url, "profile_items": 7}
+    folders = {"model": str(tiny_model_folder), "embedder": embedder_folder}
+    engine, other, router, gateway, worker = parts_of(Settings(**given, **folders, replicas=2), data, print)  # type: ignore[arg-type]
+    for part in (engine, other, router, gateway, worker):
         assert not {"s" * 32, "k" * 32, "e" * 32} & set(part.command)
-    shared = {"MTA_BANK": str(tmp_path), "MTA_REDIS_URL": url, "MTA_PROFILE_ITEMS": "7"}
+    shared = {"MTA_BANK": str(bank), "MTA_REDIS_URL": url, "MTA_PROFILE_ITEMS": "7"}
     assert gateway.environment.items() >= (shared | {"MTA_SECRET": "s" * 32, "MTA_ENGINE_KEY": "k" * 32}).items()
     assert worker.environment.items() >= shared.items()
     on_loopback = {"VLLM_API_KEY": "k" * 32, "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -184,8 +182,8 @@ def test_each_part_gets_the_secrets_that_it_needs_and_none_by_argv(
     for part in (worker, router):  # a worker knows neither users nor engines; a router passes keys on
         assert not {"s" * 32, "k" * 32, "e" * 32} & set(part.environment.values())
     assert "RUST_LOG" not in router.environment  # it would have every recipe logged
-    assert router.command[router.command.index("--worker-urls") + 1 :] == ("http://a:1", "http://b:2")
-    assert router.command[router.command.index("--policy") + 1] == "consistent_hash"
+    assert router.command[-3:] == ["--worker-urls", f"http://{engine.address}", f"http://{other.address}"]
+    assert "--policy=consistent_hash" in router.command
 
 
 CHATTER = """
@@ -204,9 +202,8 @@ from server.supervisor.supervisor import Supervisor
 from tests.unit.supervisor.test_supervisor import FAMILY, Record, python_part
 
 folder = pathlib.Path(sys.argv[1])
-supervisor = Supervisor([python_part("family", folder, FAMILY)], DataFolder.open(folder / "data"), Record())
-started = lambda: print("started", flush=True)
-asyncio.run(supervisor.run(asyncio.Event(), asyncio.Event(), started))
+supervisor = Supervisor([python_part("family", folder, FAMILY)], DataFolder.open(folder / "data"), Record(), 10)
+asyncio.run(supervisor.run(lambda: print("started", flush=True)))
 """
 
 
@@ -222,18 +219,10 @@ def after(name: str, folder: Path) -> str:
 
 
 async def test_parts_start_once_those_they_need_are_ready_and_stop_in_reverse(tmp_path: Path, data: DataFolder) -> None:
-    """As a worker does: after the engine whose card it shares, and when another is far enough."""
-    record, asked = Record(), list[int]()
-
-    async def far_enough() -> bool:
-        asked.append(record.count("worker", "starting"))
-        return len(asked) == 3
-
-    needs = worker_part(Settings(), tmp_path, ["engine"]).needs
+    """As a worker does: after the engine whose card it shares; a store elsewhere is none of the parts."""
     engine = python_part("engine", tmp_path, after("quick", tmp_path))
-    worker = replace(python_part("worker", tmp_path, ""), needs=needs, start_when=far_enough)
-    await run_until(at_once, data, engine, python_part("quick", tmp_path, ""), worker, record=record)
-    assert asked == [0, 0, 0]
+    worker = replace(python_part("worker", tmp_path, ""), needs=("valkey", "engine"))
+    record = await run_until(at_once, data, engine, python_part("quick", tmp_path, ""), worker)
     assert record.states.index(("engine", "ready")) < record.states.index(("worker", "starting"))
     assert sorted(name for name, seen in record.states if seen == "ready") == ["engine", "quick", "worker"]
     down = [(name, state) for name in ("worker", "quick", "engine") for state in ("stopping", "stopped")]
@@ -315,10 +304,8 @@ async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_
 
 
 async def test_a_part_that_fails_once_to_start_again_ends_nothing(tmp_path: Path, data: DataFolder) -> None:
-    starts, pid_file = tmp_path / "starts", tmp_path / "brief.pid"
+    starts = tmp_path / "starts"
     code = f"""
-import atexit, pathlib
-atexit.register(pathlib.Path({str(pid_file)!r}).unlink, missing_ok=True)  # or it would be ready before it starts
 with open({str(starts)!r}, "a") as file: file.write("x")
 if open({str(starts)!r}).read() == "xx": raise SystemExit("not now")
 """
@@ -332,9 +319,9 @@ if open({str(starts)!r}).read() == "xx": raise SystemExit("not now")
 async def test_a_stubborn_part_is_killed_when_its_time_is_up_or_a_second_signal_comes(
     tmp_path: Path, data: DataFolder, *, patience_s: float, hurry: bool
 ) -> None:
-    part = python_part("stubborn", tmp_path, STUBBORN, stop_timeout_s=patience_s)
+    part = python_part("stubborn", tmp_path, STUBBORN)
     async with asyncio.timeout(PATIENCE_S):
-        await run_until(at_once, data, part, hurry=hurry)
+        await run_until(at_once, data, part, stop_timeout_s=patience_s, hurry=hurry)
     assert not alive(pid_of("stubborn", tmp_path))
 
 
@@ -365,17 +352,17 @@ async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_ne
 async def test_each_run_has_a_log_of_its_own_and_is_ready_once_it_says_so(tmp_path: Path, data: DataFolder) -> None:
     log = data.log("brief")
     for said, expected in (("ready: now", True), ("not yet", False)):
-        part = replace(python_part("brief", tmp_path, f"print({said!r}, flush=True)"), ready=writes(log, "ready: now"))
-        process = await GuardedProcess.start(part, data)
+        part = replace(python_part("brief", tmp_path, f"print({said!r}, flush=True)"), ready="ready: now")
+        process = await spawn(part, data, PATIENCE_S)
         try:
             await _guard_of("brief", tmp_path)  # by then it has said what it has to say
-            assert await part.ready() is expected
-            assert log.read_text() == f"{said}\n"
+            assert await part.is_ready(log) is expected
+            assert log.read_text().splitlines()[0] == said
         finally:
-            await process.kill()
+            await end(process, PATIENCE_S)
             (tmp_path / "brief.pid").unlink()
     before = log.with_suffix(".log.1")
-    assert before.read_text() == "ready: now\n"
+    assert before.read_text().startswith("ready: now\n")
     before.unlink()
     before.mkdir()  # as on a full disk, there can be no new log
     await run_until(at_once, data, python_part("brief", tmp_path, ""))
@@ -384,13 +371,13 @@ async def test_each_run_has_a_log_of_its_own_and_is_ready_once_it_says_so(tmp_pa
 async def test_what_a_part_leaves_behind_dies_with_it_and_a_killed_guard_takes_its_part_along(
     tmp_path: Path, data: DataFolder
 ) -> None:
-    process = await GuardedProcess.start(python_part("family", tmp_path, FAMILY), data)
+    process = await spawn(python_part("family", tmp_path, FAMILY), data, PATIENCE_S)
     family = descendants(await _guard_of("family", tmp_path))
     assert len(family) == FAMILY_SIZE
     os.kill(pid_of("family", tmp_path), signal.SIGKILL)
     assert await process.wait() == 128 + signal.SIGKILL
     assert [pid for pid in family if alive(pid)] == []
-    process = await GuardedProcess.start(python_part("orphaned", tmp_path, ""), data)
+    process = await spawn(python_part("orphaned", tmp_path, ""), data, PATIENCE_S)
     os.kill(await _guard_of("orphaned", tmp_path), signal.SIGKILL)
     await process.wait()
     wait_until(lambda: not alive(pid_of("orphaned", tmp_path)), "the part to die with its guard")
