@@ -83,7 +83,6 @@ class Settings(BaseSettings):
     user_jobs: int = Field(0, ge=0, description="Adapt jobs a day per user; 0: no limit.")
     profile_items: int = Field(512, gt=0, le=4096, description="Maximum items per user; the newest are kept.")
     profile_bytes: int = Field(2 << 20, ge=MAX_ITEM_BYTES, description="Maximum bytes of a user's items, as JSON.")
-    history_cache_mib: int = Field(64, ge=0, description="Cache of indexed histories for prompts, MiB; 0: no cache.")
     job_tokens: int = Field(2_000_000, gt=0, description="Maximum tokens an adapt job reads; an hour on two cores.")
     job_seconds: int = Field(3600, gt=0, description="Longest training time of an adapt job, seconds.")
 
@@ -111,7 +110,6 @@ class Settings(BaseSettings):
         "a sixteenth of the memory, 8 to 64.",
     )
     max_cpu_loras: int = Field(64, ge=1, description="Maximum fused adapters in the worker's memory, slots included.")
-    max_adapter_names: int = Field(1024, ge=1, description="Maximum idle recipes whose ids the engine remembers.")
     max_model_len: int | None = Field(None, gt=0, description="Context length in tokens; default: the model's own.")
     max_num_seqs: int = Field(32, ge=1, description="Maximum requests in a batch.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB; vLLM uses whole GiB, at least 1.")

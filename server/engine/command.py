@@ -25,7 +25,7 @@ from server.watching.tracing import TRACES_PATH
 T = TypeVar("T")
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # experts per layer
-FORWARDED = ("bank", "next_bank", "cache_dir", "max_adapter_names", "redis_url", "drain_s", "otlp_endpoint")
+FORWARDED = ("bank", "next_bank", "cache_dir", "redis_url", "drain_s", "otlp_endpoint")
 """Settings that vLLM's processes read from their environment."""
 
 SLOT_MEMORY_DIVISOR = 16  # on CPU, slots take at most 1/16 of the memory available to this process

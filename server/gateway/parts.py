@@ -29,7 +29,7 @@ from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
-from server.gateway.generation.prompts import HistoryIndexer, IndexCache, PromptBuilder
+from server.gateway.generation.prompts import INDEX_CACHE_BYTES, HistoryIndexer, IndexCache, PromptBuilder
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting, SampleChecks
@@ -139,7 +139,7 @@ async def open_gateway(
                 limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
                 signing=stores.signing(short) if bank.manifest.has_signatures else None,
             )
-            cache = IndexCache((settings.history_cache_mib << 20) // len(banks))
+            cache = IndexCache(INDEX_CACHE_BYTES // len(banks))
             histories = HistoryIndexer(lambda user: stores.profiles.items(user.key), bank.task, cache)
             return Parts(
                 settings=settings,

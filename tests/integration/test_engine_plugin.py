@@ -21,7 +21,7 @@ from server.engine.command import is_cpu_build
 from server.settings import Settings
 from tests.support.gateway import GatewayThread, content_of, generate, wait_until_ready
 
-SLOTS, CPU_TIER, NAMES, ANCHORS = 2, 6, 16, 40
+SLOTS, CPU_TIER, NAMES, ANCHORS = 2, 6, 24, 40
 LONG = 1500  # tokens
 SECRET = "unmistakable-secret-that-keys-user-ids"
 USERS = [f"mover-{number}" for number in range(4)]
@@ -36,7 +36,7 @@ def next_bank(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_fo
 
 @pytest.fixture(scope="module")
 def engine(bank: Path, next_bank: Path, model: Path, valkey: ValkeyProcess) -> Iterator[Engine]:
-    sizes = {"max_loras": SLOTS, "max_cpu_loras": CPU_TIER, "max_adapter_names": NAMES}
+    sizes = {"max_loras": SLOTS, "max_cpu_loras": CPU_TIER}
     with running_engine(bank, model, next_bank=next_bank, redis_url=valkey.url, secret=SECRET, **sizes) as engine:
         yield engine
 
@@ -148,7 +148,7 @@ def test_a_long_answer_keeps_its_adapter_while_everything_else_would_evict_it(en
         return content_of(engine.chat(f"{prefix}:c+a39*777", max_tokens=LONG, ignore_eos=True))
 
     alone = long_answer()
-    others = [f"{prefix}:c+a{i % 39:02d}*{1 + i}" for i in range(2 * (SLOTS + CPU_TIER + NAMES))]
+    others = [f"{prefix}:c+a{i % 39:02d}*{1 + i}" for i in range(3 * (SLOTS + CPU_TIER + NAMES) // 2)]
     with ThreadPoolExecutor(4) as pool:
         while others:  # one answer may end before they are through; then another is intact too
             beside = pool.submit(long_answer)

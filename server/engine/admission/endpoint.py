@@ -30,6 +30,7 @@ from server.watching.logs import RequestIds
 from server.watching.tracing import Tracing
 
 IDLE_ADAPTER_BYTES = 256 << 20  # maximum size of the user adapters that an engine keeps, unless more are in use
+NAMES_PER_ADAPTER = 4  # idle recipes whose ids an engine remembers, for each adapter that its workers can hold
 log = logging.getLogger("mta.engine")
 
 
@@ -73,7 +74,8 @@ class MtaEndpointPlugin:
             requests = engine.output_processor.request_states.values()
             return {request.lora_name for request in requests if request.lora_name}
 
-        names = AdapterNames(state.openai_serving_models.lora_requests, settings.max_adapter_names, in_flight)
+        capacity = NAMES_PER_ADAPTER * args.max_cpu_loras
+        names = AdapterNames(state.openai_serving_models.lora_requests, capacity, in_flight)
         opening = open_stores(settings, checked=False, timed=StoreSeconds(REGISTRY))  # the engine only reads
         stores = await self._resources.enter_async_context(opening)
         self._users = users = UserAdapters(

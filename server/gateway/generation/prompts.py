@@ -19,6 +19,7 @@ from server.gateway.generation.request import GenerationRequest, LengthLimits, c
 from server.store.profile_record import Profile, StoredItem
 from server.store.tenants.user_key import User
 
+INDEX_CACHE_BYTES = 64 << 20  # for all banks of a gateway
 INDEX_TTL_S = 300.0  # seconds a history index stays in memory after its last use
 MAX_QUEUED_BUILDS = 16  # per caller
 _ANSWER_MARK_TOKENS = 64  # upper bound on what a chat template adds before the answer; the engine's count omits it
