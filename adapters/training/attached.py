@@ -40,9 +40,12 @@ class Attached:
         self.model.eval()  # dropout would make the loss noisy and the result depend on global state
         return parameters
 
-    def b_gradients(self) -> dict[str, torch.Tensor]:
-        """Return the gradient of the trained LoRA's B after a backward pass, on CPU."""
-        return {name: layer.b.grad.cpu() for name, layer in self._trained.items() if layer.b.grad is not None}
+    def take_b_gradients(self) -> dict[str, torch.Tensor]:
+        """Return the gradient of the trained LoRA's B after a backward pass, on CPU, and clear it."""
+        found = {name: layer.b.grad.cpu() for name, layer in self._trained.items() if layer.b.grad is not None}
+        for layer in self._trained.values():
+            layer.b.grad = None
+        return found
 
     def weights(self) -> LoraWeights:
         """Return the trained LoRA, float32 on CPU."""

@@ -22,12 +22,15 @@ _ROWS_AT_A_TIME = 16
 
 def backward(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> float:
     """Add the gradient of the mean loss per output token to the trainable parameters, and return the loss in nats."""
-    outputs, loss = output_tokens(examples), 0.0
-    for row in pack(model, examples):
-        row_loss = _losses(model, row, below).sum() / outputs
-        row_loss.backward()  # type: ignore[no-untyped-call]
-        loss += float(row_loss.detach())
-    return loss
+    outputs = output_tokens(examples)
+    return sum(backward_row(model, row, outputs, below) for row in pack(model, examples))
+
+
+def backward_row(model: Any, row: Row, outputs: int, below: LowerLayers | None = None) -> float:
+    """Do a row's part of `backward`; `outputs` is the number of output tokens in all rows."""
+    loss = _losses(model, row, below).sum() / outputs
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
 
 
 def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example]) -> torch.Tensor:
@@ -35,8 +38,26 @@ def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Seque
     with attached(model, lora) as here:
         here.trainable(train_a=False)
         backward(here.model, examples)
-        grads = here.b_gradients()
-    return flat_b(layout, LoraWeights(lora.rank, lora.a, grads))
+        return flat_b(layout, LoraWeights(lora.rank, lora.a, here.take_b_gradients()))
+
+
+def drawn_gradients(
+    model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example], seed: int
+) -> Iterator[torch.Tensor]:
+    """Yield ∂L/∂B of each example for an output that the model draws; L is the sum over its tokens.
+
+    Each token is drawn where the example has its own, so the gradients have mean 0 and the covariance of the curvature
+    (the Fisher information).
+    """
+    chance = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    with attached(model, lora) as here:
+        here.trainable(train_a=False)
+        for example in examples:
+            (row,) = pack(here.model, [example])
+            logits = _logits(here.model, row)
+            drawn = logits.detach().float().softmax(-1).multinomial(1, generator=chance)[:, 0]
+            _cross_entropy(logits, drawn).sum().backward()  # type: ignore[no-untyped-call]
+            yield flat_b(layout, LoraWeights(lora.rank, lora.a, here.take_b_gradients()))
 
 
 def mean_loss(model: Any, examples: Sequence[Example]) -> float:
@@ -69,7 +90,10 @@ def _losses(model: Any, row: Row, below: LowerLayers | None) -> torch.Tensor:
 
 
 def _losses_of(logits: torch.Tensor, row: Row) -> torch.Tensor:
-    targets = torch.tensor(row.targets).to(logits.device)
+    return _cross_entropy(logits, torch.tensor(row.targets).to(logits.device))
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     losses: torch.Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return losses
 

@@ -17,11 +17,11 @@ from adapters.errors import FusionError, excerpt
 from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.attached import attached
 from adapters.training.example import Example
-from adapters.training.forward.lower_layers import LowerLayers
 from adapters.training.loss import backward
 
 WARM_UP = 0.1
 CLIP_NORM = 1.0
+Gradient = Callable[[Any, Sequence[Example]], float]  # as `backward`
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,13 @@ def train_lora(
     start: LoraWeights,
     train_a: bool = True,
     on_step: Callable[[StepReport], None] = lambda report: None,
+    gradient: Gradient = backward,
 ) -> LoraWeights:
     """Train a LoRA that starts at `start` and adapts the same modules, and return it as float32 on CPU."""
     if not examples:
         raise FusionError("there is nothing to train on: no example has an output")
     with attached(model, start) as lora:
-        for report in optimise(lora.model, lora.trainable(train_a=train_a), examples, plan):
+        for report in optimise(lora.model, lora.trainable(train_a=train_a), examples, plan, gradient=gradient):
             on_step(report)
         return lora.weights()
 
@@ -97,7 +98,7 @@ def optimise(
     plan: TrainPlan,
     *,
     rate: Callable[[int, int], float] = rate_factor,
-    below: LowerLayers | None = None,
+    gradient: Gradient = backward,
 ) -> Iterator[StepReport]:
     """Train parameters in place, one step per report requested; `rate` maps (step from 0, steps) to a factor."""
     optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
@@ -105,7 +106,7 @@ def optimise(
     batches = _batches(len(examples), plan.batch_size, plan.seed)
     for step in range(1, plan.steps + 1):
         batch = [examples[i] for i in next(batches)]
-        loss = backward(model, batch, below)
+        loss = gradient(model, batch)
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimiser.step()
         torch.autograd.graph.increment_version(parameters)  # fused AdamW omits this, and `AdaptedLinear` needs it

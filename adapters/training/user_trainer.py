@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from adapters.training.adapt_config import BATCH_SIZE, EVAL_INTERVAL, FOLDS, MAX
 from adapters.training.attached import Attached, attached
 from adapters.training.example import Example, output_tokens
 from adapters.training.forward.lower_layers import LowerLayers, layer_of, upper_half
-from adapters.training.loss import row_losses
+from adapters.training.loss import backward, row_losses
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, optimise
 
 WARM_UP_STEPS = 2
@@ -201,8 +202,8 @@ class UserRun:
         self.lora.put(self.start)
         rate = self.config.learning_rate * (UPPER_HALF_FACTOR if self.below else 1.0)
         plan = TrainPlan(steps, min(BATCH_SIZE, len(samples)), rate, self.config.seed)
-        first = math.nan
-        for report in optimise(self.lora.model, self.parameters, samples, plan, rate=_constant, below=self.below):
+        gradient, first = partial(backward, below=self.below), math.nan
+        for report in optimise(self.lora.model, self.parameters, samples, plan, rate=_constant, gradient=gradient):
             first = report.loss if report.step == 1 else first
             if not report.loss <= first + MAX_LOSS_RISE:  # also true for NaN
                 before = f", but was {first:.4g} at the first step" if report.step > 1 else ""

@@ -16,6 +16,7 @@ from adapters.fusion import fuse
 from adapters.recipe import FusionMethod, anchor_id
 from bank.building.assemble import bank_rank, write_bank
 from bank.building.options import BuildInputs, BuildOptions
+from bank.building.ranks import Ranks
 from bank.building.resume import finished_bank, inputs_key, workbench
 from bank.building.rows import RowProgress, RowTrainer
 from bank.building.selection import (
@@ -27,7 +28,7 @@ from bank.building.selection import (
     spread,
     typical_words,
 )
-from bank.building.signer import Signer, measure_curvature, pooled_examples
+from bank.building.signer import Signer, fit_decay, measure_curvature, measured_people
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.tasks import Task, get_task
@@ -45,8 +46,11 @@ BASELINES = "baselines"  # subfolder of a bank
 EMBED_THREADS = 2
 
 
-def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> BankManifest:
+def build_bank(
+    inputs: BuildInputs, options: BuildOptions, progress: RowProgress, ranks: Ranks | None = None
+) -> BankManifest:
     """Build a bank, continue an interrupted build, or return the finished one; BankError before training if invalid."""
+    ranks = ranks or Ranks()
     task, options = get_task(options.task), options.resolved()
     rule = options.rule()
     bank_rank(FusionMethod.SHARED, options.rank, rule, True, options.user_rank)
@@ -65,46 +69,54 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
     base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
     key = inputs_key(options, task, people, held_out, (base.hash, prompts_hash(model_folder), embedder.id))
-    if (built := finished_bank(inputs.out, key, force=inputs.force)) is not None:
+    if (built := ranks.first(lambda: finished_bank(inputs.out, key, force=inputs.force))) is not None:
         progress.say(f"{inputs.out} already holds this bank")
         return built
-    with workbench(inputs.out, key) as work:
+    with workbench(inputs.out, key, ranks) as work:
         lengths = [len(person.pairs(task)) for person in candidates]
         sampled = None
         if options.anchors_by == "topics":
             progress.say(f"embedding the histories of {len(candidates)} people")
             samples = [spread(person.items) for person in candidates]
-            sampled = work.vectors("embeddings", lambda: np.stack([mean_embedding(s, task, embedder) for s in samples]))
+            (sampled,) = work.pieces(
+                ["embeddings"], lambda _: np.stack([mean_embedding(s, task, embedder) for s in samples])
+            )
         chosen = select_anchors(sampled, lengths, options.anchors, options.seed)
         progress.say("anchors: " + ", ".join(f"{anchor_id(i)} ({lengths[at]} items)" for i, at in enumerate(chosen)))
         anchors = [candidates[at] for at in chosen]
-        embeddings = work.vectors("anchors", lambda: np.stack([person_embedding(a, task, embedder) for a in anchors]))
+        (embeddings,) = work.pieces(
+            ["anchors"], lambda _: np.stack([person_embedding(anchor, task, embedder) for anchor in anchors])
+        )
         progress.say(f"loading the base model ({options.dtype})")
         model, tokenizer = load_base(model_folder, options.dtype)
-        trained = RowTrainer(model, tokenizer, task, options, progress).rows(work, people, anchors)
+        trainer = RowTrainer(model, tokenizer, task, options, progress)
+        trained = trainer.rows(work, people, anchors)
         curvature = None
         if rule.posterior:
             progress.say("measuring the curvature of the loss along the anchors' rows")
-            signer, examples = Signer(model, trained.matrix()), pooled_examples(people, task, tokenizer, options)
-            curvature = measure_curvature(signer, examples, len(anchors), work, progress)
+            signer, measured = Signer(model, trained.matrix()), measured_people(people, anchors, trainer)
+            curvature = measure_curvature(signer, measured, trainer, work)
             Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
-        return write_bank(
-            inputs.out,
-            task=task.name,
-            base_model=base,
-            embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
-            common=True,
-            user_rank=options.user_rank,
-            weights=rule,
-            layout=trained.layout,
-            rows=trained.rows,
-            shared_a=trained.shared_a,
-            embeddings=embeddings,
-            items=[lengths[at] for at in chosen],
-            training=options.record(key, len(people)),
-            prior=fit_prior(task, [[gold for _, gold in person.pairs(task)] for person in people]),
-            curvature=curvature,
-            words=typical_words(anchors, task) if options.describe else (),
+            rule = options.rule(fit_decay(signer, curvature, measured, trainer, work))
+        return ranks.first(
+            lambda: write_bank(
+                inputs.out,
+                task=task.name,
+                base_model=base,
+                embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
+                common=True,
+                user_rank=options.user_rank,
+                weights=rule,
+                layout=trained.layout,
+                rows=trained.rows,
+                shared_a=trained.shared_a,
+                embeddings=embeddings,
+                items=[lengths[at] for at in chosen],
+                training=options.record(key, len(people)),
+                prior=fit_prior(task, [[gold for _, gold in person.pairs(task)] for person in people]),
+                curvature=curvature,
+                words=typical_words(anchors, task) if options.describe else (),
+            )
         )
 
 

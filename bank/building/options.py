@@ -68,9 +68,10 @@ class BuildOptions(_Checked):
         dtype: Any = resolve_dtype(self.dtype)
         return dataclasses.replace(self, dtype=dtype)
 
-    def rule(self) -> WeightRule:
+    def rule(self, decay: float | None = None) -> WeightRule:
         """Return the bank's weight rule; with more anchors than a signature may have, it uses topics alone."""
-        posterior = PosteriorRule(anchors=self.anchors) if self.anchors <= MAX_ANCHORS else None
+        fitted = {} if decay is None else {"decay": decay}
+        posterior = PosteriorRule(anchors=self.anchors, **fitted) if self.anchors <= MAX_ANCHORS else None
         return WeightRule(anchors=min(self.k, self.anchors), strength=TOPIC_STRENGTH, posterior=posterior)
 
     def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bank.building.options import BuildOptions
+from bank.building.ranks import Ranks
 from bank.building.selection import SERVED_ITEMS
 from bank.errors import BankError
 from bank.items.histories import History
@@ -23,38 +24,67 @@ from bank.manifest import MANIFEST_FILE, BankManifest, read_manifest, verify_fil
 from bank.models.folders import locked
 
 WORK_FOLDER = ".build"
-_BUILD_FORMAT = 6  # part of the key; increase it when the same inputs would give a different bank
+_BUILD_FORMAT = 7  # part of the key; increase it when the same inputs would give a different bank
 
 
 class Workbench:
-    """The finished pieces of one build; each is written by rename, so existing pieces are complete."""
+    """The finished pieces of one build; each is written by rename, so existing pieces are complete.
 
-    def __init__(self, folder: Path) -> None:
+    All ranks call the same methods in the same order. Only rank 0 reads and writes the folder.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
         self._folder = folder
+        self.ranks = ranks
 
-    def has(self, name: str) -> bool:
-        return self._path(name).is_file()
+    def waiting(self, names: Sequence[str]) -> list[str]:
+        """Return the names of the pieces that no earlier run finished."""
+        return self.ranks.first(lambda: [name for name in names if not self._path(name).is_file()])
 
-    def vectors(self, name: str, make: Callable[[], Vectors]) -> Vectors:
-        """Return the array of this name; compute it and write it to disk if no earlier run did."""
-        if not self.has(name):
-            made, draft = make(), self._folder / "draft"
-            with draft.open("wb") as file:
-                np.save(file, made)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self._path(name))
+    def piece(self, name: str, make: Callable[[], Vectors]) -> Vectors:
+        """Return the piece of this name; all ranks compute it together if no earlier run did."""
+        made = make() if self.waiting([name]) else None
+        return self.ranks.first(lambda: self._read(name) if made is None else self._write(name, made))
+
+    def pieces(
+        self, names: Sequence[str], make: Callable[[int], Vectors], done: Callable[[int], None] = lambda count: None
+    ) -> list[Vectors]:
+        """Return the pieces of these names; each rank computes some of the missing ones, given their places in `names`.
+
+        `done` gets the number of finished pieces, at the start and after each one.
+        """
+        missing = self.waiting(names)
+        done(len(names) - len(missing))
+        for place, piece in enumerate(self.ranks.each([names.index(name) for name in missing], make)):
+            if not self.ranks.rank:
+                self._write(missing[place], piece)
+            done(len(names) - len(missing) + place + 1)
+        return self.ranks.first(lambda: [self._read(name) for name in names])
+
+    def _read(self, name: str) -> Vectors:
         vectors: Vectors = np.load(self._path(name))
         return vectors
+
+    def _write(self, name: str, made: Vectors) -> Vectors:
+        draft = self._folder / "draft"
+        with draft.open("wb") as file:
+            np.save(file, made)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self._path(name))
+        return made
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.npy"
 
 
 @contextmanager
-def workbench(out: Path, key: str) -> Iterator[Workbench]:
+def workbench(out: Path, key: str, ranks: Ranks) -> Iterator[Workbench]:
     """Lock and open the work folder of build `key` of the bank at `out`; remove it if the block succeeds."""
     root = out / WORK_FOLDER
+    if ranks.rank:
+        yield Workbench(root / key, ranks)
+        return
     with ExitStack() as lock:
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -68,7 +98,7 @@ def workbench(out: Path, key: str) -> Iterator[Workbench]:
                 shutil.rmtree(other)
         folder = root / key
         folder.mkdir(exist_ok=True)
-        yield Workbench(folder)
+        yield Workbench(folder, ranks)
         shutil.rmtree(root)
 
 

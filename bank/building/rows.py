@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -20,24 +20,31 @@ from adapters.flat import flat_a, flat_b, lora_of
 from adapters.lora import LoraWeights, RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import anchor_id
-from adapters.training.example import Example
-from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
+from adapters.training.example import Example, output_tokens
+from adapters.training.forward.packing import Row, pack
+from adapters.training.loss import backward, backward_row
+from adapters.training.trainer import Gradient, StepReport, TrainPlan, initial_lora, linear_modules, train_lora
 from bank.building.options import BuildOptions
+from bank.building.ranks import Ranks
 from bank.building.resume import Workbench
 from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.lessons import lessons
+from bank.items.profile import Vectors
 from bank.items.tasks import Task
 
 
-class RowProgress(Protocol):
+class RowProgress:
+    """What a build tells about its progress; this class shows nothing."""
+
     def say(self, text: str) -> None:
         """Show a message."""
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
         """Start training the rows, in this order; the values are approximate numbers of token ids to read."""
 
-    def step(self, row: str, steps: int, report: StepReport) -> None: ...
+    def step(self, row: str, steps: int, report: StepReport) -> None:
+        """Show that a training step is done."""
 
     def piece(self, what: str, done: int, of: int) -> None:
         """Show progress of other long work: called at its start and after each piece."""
@@ -88,17 +95,21 @@ class RowTrainer:
         except FusionError as error:
             raise BankError(f"--target-modules: {error}") from error
         layout = RowLayout(modules, options.rank, shared_a=True)
-        jobs = [self.job("common", people, options.common_steps, options.common_batch_size)]
-        jobs += [self.job(anchor_id(i), [who], options.steps, options.batch_size) for i, who in enumerate(anchors)]
-        waiting = [job for job in jobs if not work.has(job.name)]
-        if len(waiting) < len(jobs):
-            self.progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} rows were finished in an earlier run")
-        self.progress.begin({job.name: job.work_tokens for job in waiting})
-        numbers = _row(work, jobs[0].name, partial(self._common_row, layout, jobs[0]))
+        first = self.job("common", people, options.common_steps, options.common_batch_size)
+        jobs = [self.job(anchor_id(i), [who], options.steps, options.batch_size) for i, who in enumerate(anchors)]
+        waiting = work.waiting([job.name for job in (first, *jobs)])
+        if len(waiting) <= len(jobs):
+            self.progress.say(f"{1 + len(jobs) - len(waiting)} of {1 + len(jobs)} rows were finished in an earlier run")
+        own = [job for job in jobs if job.name in waiting][work.ranks.rank :: work.ranks.count]
+        if first.name in waiting:
+            own.insert(0, first)
+        self.progress.begin({job.name: job.work_tokens for job in own})
+        numbers = torch.from_numpy(work.piece(first.name, partial(self._common_row, layout, first, work.ranks)))
         a, b = torch.split(numbers, [layout.a_numbers, layout.b_numbers])
         common = lora_of(layout, _stored(a), _stored(b))
-        rows = [_row(work, job.name, partial(self._anchor_row, layout, job, common)) for job in jobs[1:]]
-        return TrainedRows(layout, [*rows, b], flat_a(layout, common))
+        names = [job.name for job in jobs]
+        found = work.pieces(names, lambda place: self._anchor_row(layout, jobs[place], common))
+        return TrainedRows(layout, [*map(torch.from_numpy, found), b], flat_a(layout, common))
 
     def job(self, name: str, people: Sequence[History], steps: int, batch_size: int) -> RowJob:
         """Choose a row's examples from the people's lessons (at least one), at most as many as training reads.
@@ -111,28 +122,50 @@ class RowTrainer:
         examples = tuple(pool[i].example(self.tokenizer, options.max_tokens) for i in chosen)
         return RowJob(name, examples, TrainPlan(steps, batch_size, options.learning_rate, seed))
 
-    def train(self, job: RowJob, start: LoraWeights, *, train_a: bool = True) -> LoraWeights:
+    def train(
+        self, job: RowJob, start: LoraWeights, *, train_a: bool = True, gradient: Gradient = backward
+    ) -> LoraWeights:
+        """Train a row; BankError if its weights are not finite in the end."""
+
         def on_step(report: StepReport) -> None:
             self.progress.step(job.name, job.plan.steps, report)
 
-        return train_lora(self.model, job.examples, job.plan, start=start, train_a=train_a, on_step=on_step)
+        lora = train_lora(
+            self.model, job.examples, job.plan, start=start, train_a=train_a, on_step=on_step, gradient=gradient
+        )
+        if not all(bool(b.isfinite().all()) for b in lora.b.values()):
+            raise BankError(f"training {job.name} diverged: the weights are not finite; try a lower --learning-rate")
+        return lora
 
-    def _common_row(self, layout: RowLayout, job: RowJob) -> torch.Tensor:
-        """Return A and B of the trained common row, flat."""
+    def _common_row(self, layout: RowLayout, job: RowJob, ranks: Ranks) -> Vectors:
+        """Return A and B of the common row, flat; all ranks train it together."""
         start = initial_lora(layout.modules, layout.rank, _row_seed(self.options.seed, "A"))
-        lora = self.train(job, lora_of(layout, _stored(flat_a(layout, start)), flat_b(layout, start)))
-        return torch.cat([flat_a(layout, lora), flat_b(layout, lora)])
+        start = lora_of(layout, _stored(flat_a(layout, start)), flat_b(layout, start))
+        lora = self.train(job, start, gradient=partial(_shared_backward, ranks))
+        return torch.cat([flat_a(layout, lora), flat_b(layout, lora)]).numpy()
 
-    def _anchor_row(self, layout: RowLayout, job: RowJob, common: LoraWeights) -> torch.Tensor:
-        return flat_b(layout, self.train(job, common, train_a=False)) - flat_b(layout, common)
+    def _anchor_row(self, layout: RowLayout, job: RowJob, common: LoraWeights) -> Vectors:
+        found: Vectors = (flat_b(layout, self.train(job, common, train_a=False)) - flat_b(layout, common)).numpy()
+        return found
 
 
-def _row(work: Workbench, name: str, train: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Return a row from the work folder, after training it if no earlier run did."""
-    row = torch.from_numpy(work.vectors(name, lambda: train().numpy()))
-    if not row.isfinite().all():
-        raise BankError(f"training {name} diverged: the weights are not finite; try a lower --learning-rate")
-    return row
+def _shared_backward(ranks: Ranks, model: Any, examples: Sequence[Example]) -> float:
+    """Do the same as `backward`, with packed rows shared among the ranks; their number does not change the sums."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    outputs, loss, sums = output_tokens(examples), 0.0, list[torch.Tensor]()
+
+    def gradients(row: Row) -> tuple[float, list[torch.Tensor]]:
+        for parameter in parameters:
+            parameter.grad = None
+        row_loss = backward_row(model, row, outputs)
+        return row_loss, [parameter.grad.cpu() for parameter in parameters if parameter.grad is not None]
+
+    for row_loss, found in ranks.each(pack(model, examples), gradients):
+        loss += row_loss
+        sums = [one + other for one, other in zip(sums, found, strict=True)] if sums else found
+    for parameter, gradient in zip(parameters, sums, strict=True):
+        parameter.grad = gradient.to(parameter.device)
+    return loss
 
 
 def _row_seed(seed: int, name: str) -> int:

@@ -1,10 +1,11 @@
-"""Gradients at a bank's common row: users' signatures, and the curvature of the loss along the anchors' rows."""
+"""Gradients at a bank's common row: users' signatures, and the constants that turn a signature into steps."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,22 @@ import torch
 from adapters.flat import cut_a, cut_b
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
+from adapters.training.attached import attached
 from adapters.training.example import Example, output_tokens
-from adapters.training.loss import b_gradient
-from bank.building.options import BuildOptions
+from adapters.training.loss import b_gradient, drawn_gradients, mean_loss
 from bank.building.resume import Workbench
-from bank.building.rows import RowProgress
+from bank.building.rows import RowTrainer
 from bank.items.histories import History
 from bank.items.profile import Vectors
-from bank.items.prompt import ChatTokenizer, encode_pair
-from bank.items.tasks import Task
-from bank.lookup.signature import Signature, empty_signature
+from bank.items.prompt import encode_pair
+from bank.lookup.signature import Curvature, Signature, empty_signature
+from bank.manifest import PosteriorRule
 
-POOLED_ITEMS, ITEMS_PER_PERSON = 64, 2  # maximum items for measuring the curvature: in total, and per person
+MEASURED_ITEMS = 512  # number of items for the curvature, or four per anchor if that is more
+FEWEST, MOST = 4, 16  # a person's newest items among them
+DECAYS = (2.5, 8.0, 25.0, 80.0, 250.0, 800.0, 2500.0, 8000.0, 25000.0)  # candidates
+JUDGES = 24  # number of people whose later items choose the decay
+_AT_A_TIME = 8  # gradients, and rows, that are multiplied at once
 
 
 class Signer:
@@ -32,52 +37,105 @@ class Signer:
 
     def __init__(self, model: Any, matrix: MetaMatrix) -> None:
         self._model = model
-        self._matrix = matrix
         self._layout = matrix.layout
-        self._a = {name: a.float() for name, a in cut_a(matrix.layout, matrix.frozen).items()}
-        self._common = matrix.rows[matrix.common_index].float()
+        self._rows = matrix.rows[: matrix.anchors]
+        a = {name: a.float() for name, a in cut_a(matrix.layout, matrix.frozen).items()}
+        self._common_b = matrix.rows[matrix.common_index].float()
+        self._common = LoraWeights(matrix.layout.rank, a, cut_b(matrix.layout, self._common_b))
 
     def signature(self, bank: str, examples: Sequence[Example]) -> Signature:
         """Return the items' signature for `bank` (8 hex digits); empty if there are no items or it is not finite."""
         if not examples:
-            return empty_signature(bank, self._matrix.anchors)
-        products = (-self.slopes(examples)).astype(np.float32)
-        made = Signature(bank, output_tokens(examples), products)
-        return made if made.finite else empty_signature(bank, self._matrix.anchors)
+            return empty_signature(bank, len(self._rows))
+        gradient = b_gradient(self._model, self._layout, self._common, examples)
+        made = Signature(bank, output_tokens(examples), self._products([gradient])[0].astype(np.float32))
+        return made if made.finite else empty_signature(bank, len(self._rows))
 
-    def slopes(self, examples: Sequence[Example], beyond: int | None = None) -> Vectors:
-        """Return ⟨g, rowᵢ⟩ [N], the loss's slope along each row, at the common row plus the row of anchor `beyond`."""
-        at = self._common if beyond is None else self._common + self._matrix.rows[beyond].float()
-        lora = LoraWeights(self._layout.rank, self._a, cut_b(self._layout, at))
-        gradient = b_gradient(self._model, self._layout, lora, examples)
-        anchors = range(self._matrix.anchors)
-        products = [torch.dot(gradient, self._matrix.rows[i].float()) for i in anchors]
-        found: Vectors = torch.stack(products).double().numpy()
-        return found
+    def drawn_products(self, examples: Sequence[Example], seed: int) -> Vectors:
+        """Return −⟨g, rowᵢ⟩ of each example for an output that the model draws, [E, N], summed over its tokens."""
+        gradients = drawn_gradients(self._model, self._layout, self._common, examples, seed)
+        parts = [self._products(some) for some in iter(lambda: list(islice(gradients, _AT_A_TIME)), [])]
+        return np.concatenate(parts)
+
+    def losses(self, steps: Vectors, examples: Sequence[Example]) -> Vectors:
+        """Return the examples' mean loss after each of the steps [S, N] from the common row, in nats per token."""
+        found = list[float]()
+        with attached(self._model, self._common) as here:
+            for step in torch.from_numpy(steps):
+                b = self._common_b + sum(weight * row.float() for weight, row in zip(step, self._rows, strict=True))
+                here.put(LoraWeights(self._layout.rank, self._common.a, cut_b(self._layout, b)))
+                found.append(mean_loss(here.model, examples))
+        return np.array(found)
+
+    def _products(self, gradients: Sequence[torch.Tensor]) -> Vectors:
+        """Return −⟨g, rowᵢ⟩ of each gradient, [G, N]."""
+        stacked = torch.stack(list(gradients))
+        parts = [stacked @ rows.float().T for rows in torch.split(self._rows, _AT_A_TIME)]
+        found: Vectors = torch.cat(parts, 1).double().numpy()
+        return -found
 
 
-def pooled_examples(
-    people: Sequence[History], task: Task, tokenizer: ChatTokenizer, options: BuildOptions
-) -> list[Example]:
-    """Return random items of random people, over which the curvature is measured."""
-    chance, pairs = random.Random(options.seed), list[tuple[str, str]]()
-    for person in chance.sample(list(people), len(people)):
-        own = person.pairs(task)
-        pairs += chance.sample(own, min(ITEMS_PER_PERSON, len(own)))
-    return [encode_pair(tokenizer, *pair, options.max_tokens) for pair in pairs[:POOLED_ITEMS]]
+@dataclass(frozen=True, slots=True)
+class MeasuredPerson:
+    """A person whose newest items, oldest first, measure the bank."""
+
+    own_row: int | None  # the anchor's index, if the person is an anchor
+    examples: list[Example]
+
+
+def measured_people(people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer) -> list[MeasuredPerson]:
+    """Choose random people; the more anchors, the more items."""
+    wanted, rows = max(MEASURED_ITEMS, 4 * len(anchors)), {person.user_id: i for i, person in enumerate(anchors)}
+    enough = [person for person in people if len(person.pairs(trainer.task)) >= FEWEST]
+    chosen = random.Random(trainer.options.seed).sample(enough, min(len(enough), wanted // FEWEST))
+    each = min(max(wanted // len(chosen), FEWEST), MOST)
+
+    def examples(person: History) -> list[Example]:
+        pairs = person.pairs(trainer.task)[-each:]
+        return [encode_pair(trainer.tokenizer, *pair, trainer.options.max_tokens) for pair in pairs]
+
+    return [MeasuredPerson(rows.get(person.user_id), examples(person)) for person in chosen]
 
 
 def measure_curvature(
-    signer: Signer, examples: Sequence[Example], anchors: int, work: Workbench, progress: RowProgress
+    signer: Signer, people: Sequence[MeasuredPerson], trainer: RowTrainer, work: Workbench
 ) -> Vectors:
-    """Measure Hᵢⱼ = ⟨rowᵢ, g(common + rowⱼ) − g(common)⟩ [N, N]; skip columns that an earlier run measured.
+    """Measure H [N, N]: the covariance of one token's products, for outputs that the model draws."""
+    drawn = work.pieces(
+        [f"drawn-{place:04d}" for place in range(len(people))],
+        lambda place: signer.drawn_products(people[place].examples, seed=trainer.options.seed + place),
+        lambda done: trainer.progress.piece("measuring the curvature", done, len(people)),
+    )
+    products = np.concatenate(drawn)
+    return np.asarray(products.T @ products / sum(output_tokens(person.examples) for person in people))
 
-    The gradient is taken one whole row away from the common row, because users' steps are about that long.
+
+def fit_decay(
+    signer: Signer, curvature: Vectors, people: Sequence[MeasuredPerson], trainer: RowTrainer, work: Workbench
+) -> float:
+    """Choose the decay whose steps from people's earlier items lower the loss of their later items most.
+
+    A person's own row is left out, since it was trained on these items. Without any other row nothing is fitted.
     """
-    here = work.vectors("slopes", lambda: signer.slopes(examples))
-    progress.piece("measuring", 0, anchors)
-    columns = []
-    for anchor in range(anchors):
-        columns.append(work.vectors(f"slopes-{anchor:02d}", partial(signer.slopes, examples, anchor)) - here)
-        progress.piece("measuring", anchor + 1, anchors)
-    return np.stack(columns, axis=1)
+    judges = [person for person in people if person.own_row is None or len(curvature) > 1][:JUDGES]
+    if not judges:
+        return PosteriorRule().decay
+    losses = work.pieces(
+        [f"decay-{place:02d}" for place in range(len(judges))],
+        lambda place: _losses(signer, curvature, judges[place]),
+        lambda done: trainer.progress.piece("fitting the decay", done, len(judges)),
+    )
+    gains = np.mean([each[0] - each[1:] for each in losses], axis=0)
+    told = ", ".join(f"{gain:+.4f} at {decay:g}" for gain, decay in zip(gains, DECAYS, strict=True))
+    trainer.progress.say(f"gain on {len(judges)} people's later items by decay, in nats per token: {told}")
+    return DECAYS[int(np.argmax(gains))]
+
+
+def _losses(signer: Signer, curvature: Vectors, person: MeasuredPerson) -> Vectors:
+    """Return the mean loss of a person's later items with the common row, and after each decay's step."""
+    half, rows = len(person.examples) // 2, np.arange(len(curvature)) != person.own_row
+    known, seen = Curvature.of(curvature[rows][:, rows]), signer.signature("", person.examples[:half])
+    steps = np.zeros((1 + len(DECAYS), len(rows)), np.float32)
+    for step, decay in zip(steps[1:], DECAYS, strict=True):
+        step[rows] = known.step(replace(seen, products=seen.products[rows]), decay)
+    return signer.losses(steps, person.examples[half:])

@@ -103,6 +103,10 @@ def prompts_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def weight_bytes(model_folder: Path) -> int:
+    return sum(path.stat().st_size for path in model_folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+
+
 def check_base_model(model_folder: Path, banks: Mapping[Path, BankManifest]) -> None:
     """Raise BankError if one of the banks (by folder) was built for a different base model."""
     found = model_hash(model_folder)

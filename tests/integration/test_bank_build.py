@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from adapters.training.loss import mean_loss
 from adapters.training.trainer import StepReport
 from adapters.training.user_trainer import train_user
 from bank.building.build import build_baselines, read_inputs
+from bank.building.options import BuildOptions
+from bank.building.ranks import Ranks
 from bank.building.resume import WORK_FOLDER, workbench
 from bank.building.rows import RowJob, RowTrainer
 from bank.errors import BankError
@@ -73,7 +76,8 @@ def test_the_common_row_is_trained_first_and_without_old_pieces(bench: Bench, bu
     assert bench.build("order", progress, seed=2).fingerprint != built.fingerprint
     assert progress.begun == ["common", "a00", "a01", "a02"]
     assert progress.steps == [(row, step) for row in progress.begun for step in (1, 2, 3)]
-    assert progress.pieces == [("measuring", anchor, 3) for anchor in range(4)]
+    both = ("measuring the curvature", "fitting the decay")
+    assert progress.pieces == [(what, person, 5) for what in both for person in range(6)]
     assert not (bench.folder / "order" / WORK_FOLDER).exists()
 
 
@@ -120,7 +124,7 @@ def test_what_makes_no_bank_is_refused_before_anything_is_trained(bench: Bench, 
         with pytest.raises(BankError, match=message):
             bench.build("refused", **changes)
     assert not (bench.folder / "refused").exists()
-    with workbench(bench.folder / "busy", "key"), pytest.raises(BankError, match="another build is running"):
+    with workbench(bench.folder / "busy", "key", Ranks()), pytest.raises(BankError, match="another build is running"):
         bench.build("busy")
 
 
@@ -144,24 +148,71 @@ def test_the_same_bank_is_built_once_and_another_is_replaced_only_by_force(bench
 
 
 class Killer(Recorder):
-    """Ends a build at the second anchor's first step."""
+    """Ends a build at the first step of a row, or once two people are measured."""
+
+    def __init__(self, row: str = "") -> None:
+        super().__init__()
+        self._row = row
 
     def step(self, row: str, steps: int, report: StepReport) -> None:
         super().step(row, steps, report)
-        if row == "a01":
+        if row == self._row:
+            raise KeyboardInterrupt
+
+    def piece(self, what: str, done: int, of: int) -> None:
+        if done == 2:
             raise KeyboardInterrupt
 
 
 def test_a_killed_build_goes_on_and_ends_with_the_same_fingerprint(bench: Bench, built: BankManifest) -> None:
     with pytest.raises(KeyboardInterrupt):
-        bench.build("killed", Killer())
+        bench.build("killed", Killer("a01"))
     assert not (bench.folder / "killed" / MANIFEST_FILE).exists()
     finished = {path.name for path in (bench.folder / "killed").glob(f"{WORK_FOLDER}/*/*.npy")}
     assert finished == {"embeddings.npy", "anchors.npy", "common.npy", "a00.npy"}
-    progress = Recorder()
-    assert bench.build("killed", progress).fingerprint == built.fingerprint
+    progress = Killer()
+    with pytest.raises(KeyboardInterrupt):
+        bench.build("killed", progress)
     assert "2 of 4 rows were finished in an earlier run" in progress.said
     assert progress.begun == ["a01", "a02"]
+    last = Recorder()
+    assert bench.build("killed", last).fingerprint == built.fingerprint
+    assert last.begun == []
+
+
+def test_any_number_of_ranks_builds_the_same_bank(bench: Bench, built: BankManifest) -> None:
+    progress, defaults = Recorder(), asdict(BuildOptions("chat"))
+    assert bench.build_by_ranks("two", 2, progress).fingerprint == built.fingerprint
+    assert progress.begun == ["common", "a00", "a02"]  # the other rank trains the other row
+    options = {name: value for name, value in asdict(OPTIONS).items() if value != defaults[name]}
+    options |= {"task": "chat", "users": bench.users, "out": bench.folder / "torchrun", "model": bench.model}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**options, "embedder": bench.embedder}.items()]
+    torchrun = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    subprocess.run([sys.executable, "-m", *torchrun, "-m", "server.cli", "bank", "build", *flags], check=True)
+    assert read_manifest(bench.folder / "torchrun").fingerprint == built.fingerprint
+
+
+class RankKiller(Recorder):
+    """Kills the other ranks once the common row is trained."""
+
+    def step(self, row: str, steps: int, report: StepReport) -> None:
+        if row == "a00":
+            for other in multiprocessing.active_children():
+                other.kill()
+
+
+def test_a_build_that_loses_a_rank_says_so_and_goes_on_when_it_is_run_again(bench: Bench, built: BankManifest) -> None:
+    with pytest.raises(BankError, match=r"a process of the build ended .*run the same command again to continue"):
+        bench.build_by_ranks("lost", 2, RankKiller())
+    progress = Recorder()
+    assert bench.build("lost", progress).fingerprint == built.fingerprint
+    assert progress.begun == ["a00", "a01", "a02"]
+
+
+def test_what_one_rank_refuses_all_ranks_refuse(bench: Bench) -> None:
+    bench.build("taken", anchors=1)
+    with pytest.raises(BankError, match="another bank"):
+        bench.build_by_ranks("taken", 2, Recorder())
 
 
 def test_without_a_terminal_the_command_prints_lines_and_one_for_a_refusal(bench: Bench) -> None:

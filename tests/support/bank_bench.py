@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from adapters.matrix import MetaMatrix
 from adapters.training.trainer import StepReport
 from bank.building.build import build_bank
 from bank.building.options import BuildInputs, BuildOptions
+from bank.building.ranks import joined
+from bank.building.rows import RowProgress
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
 from bench.rig.people import people, write_people
@@ -19,7 +22,7 @@ _SIZES = {"anchors": 3, "rank": 4, "user_rank": 4, "steps": 3, "common_steps": 3
 OPTIONS = BuildOptions("chat", **_SIZES, common_batch_size=4, learning_rate=1e-2, history_share=0.0, dtype="float32")
 
 
-class Recorder:
+class Recorder(RowProgress):
     def __init__(self) -> None:
         self.said: list[str] = []
         self.begun: list[str] = []
@@ -54,6 +57,11 @@ class Bench:
     def build(self, name: str, progress: Recorder | None = None, *, inputs: Any = None, **changes: Any) -> BankManifest:
         options = dataclasses.replace(OPTIONS, **changes)
         return build_bank(self.inputs(name, **(inputs or {})), options, progress or Recorder())
+
+    def build_by_ranks(self, name: str, count: int, progress: RowProgress) -> BankManifest:
+        inputs = self.inputs(name)
+        with joined(count, partial(build_bank, inputs, OPTIONS, RowProgress())) as ranks:
+            return build_bank(inputs, OPTIONS, progress, ranks)
 
     def matrix(self, name: str, manifest: BankManifest) -> MetaMatrix:
         return open_matrix(self.folder / name, manifest)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -32,7 +34,9 @@ UserRank = Annotated[int, typer.Option(help="Rank reserved for users' own stacke
 Top = Annotated[int, typer.Option(help="Maximum number of anchors in a recipe by topics.")]
 HistoryShare = Annotated[float, typer.Option(help="Share of training items with past items in the prompt.")]
 Verdict = Annotated[bool, typer.Option(help="Hold out a few people, and measure the bank's gain on them.")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="Processes that build it; default on CPU: one for each core.")]
 Describe = Annotated[bool, typer.Option(help="Store a few typical words of each anchor's own texts, for display.")]
+RANK_BYTES = 1 << 30  # a rank's memory besides the base model: libraries, activations and rows
 _BUILD, _IMPORT = BuildOptions("chat"), ImportOptions()  # for their defaults
 T = TypeVar("T", BuildOptions, ImportOptions)
 
@@ -63,6 +67,7 @@ def build(
     seed: Annotated[int, typer.Option(help="Random seed; the same inputs and seed give the same bank.")] = _BUILD.seed,
     dtype: Annotated[str, typer.Option(help="Base model's type: auto, bfloat16 or float32.")] = _BUILD.dtype,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also train the task row, for `mta eval`.")] = False,
+    ranks: Ranks = None,
     model: Model = None,
     embedder: Embedder = None,
     force: Force = False,
@@ -74,14 +79,21 @@ def build(
     options, settings = _options(BuildOptions, locals()), load_settings(model=model, embedder=embedder)
     prepare_to_train()
     from bank.building.build import build_bank, build_baselines
+    from bank.building.ranks import joined
+    from bank.building.rows import RowProgress
     from bank.evaluation.verdict import judge_bank
     from bank.lookup.summary import verdict_text
     from server.cli.bank.progress import ConsoleProgress
 
     inputs = BuildInputs(users, out, settings.model, settings.cache_dir, outputs, exclude, settings.embedder, force)
+    run = partial(build_bank, inputs, options, RowProgress())
     with ConsoleProgress() as progress:
         try:
-            manifest = judge_bank(inputs, options, build_bank(inputs, options, progress), progress)
+            with joined(ranks or _default_ranks(inputs), run) as members:
+                manifest = build_bank(inputs, options, RowProgress() if members.rank else progress, members)
+            if members.rank:
+                return
+            manifest = judge_bank(inputs, options, manifest, progress)
             if baselines:
                 build_baselines(inputs, options, manifest, progress)
         except KeyboardInterrupt:
@@ -90,6 +102,19 @@ def build(
     typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
     if manifest.verdict:
         typer.echo(verdict_text(manifest.verdict))
+
+
+def _default_ranks(inputs: BuildInputs) -> int:
+    """Return one rank for each core that memory allows; with GPUs one, since only `torchrun` shares them out."""
+    import torch
+
+    from bank.models.folders import ensure_base_model, weight_bytes
+    from server.engine.command import memory_bytes
+
+    if torch.cuda.is_available():
+        return 1
+    each = RANK_BYTES + 2 * weight_bytes(ensure_base_model(inputs.model, inputs.cache_dir))
+    return max(1, min(len(os.sched_getaffinity(0)), memory_bytes() // each))
 
 
 @app.command()

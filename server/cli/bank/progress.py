@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TextColumn
 
+from bank.building.rows import RowProgress
+
 if TYPE_CHECKING:
     from adapters.training.trainer import StepReport
 
 LINE_EVERY_S = 5.0
 
 
-class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
+class ConsoleProgress(RowProgress, AbstractContextManager["ConsoleProgress"]):
     """Prints steps, loss and the estimated remaining time to stderr; each phase of work has its own bar."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:

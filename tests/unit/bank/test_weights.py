@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,16 @@ from hypothesis import strategies as st
 
 from adapters.lora import ModuleShape
 from adapters.recipe import FusionMethod, UserAdapterId, parse_recipe
+from adapters.training.example import Example
+from bank.building import signer
+from bank.building.options import BuildOptions
+from bank.building.ranks import Ranks
 from bank.building.resume import Workbench
-from bank.building.signer import measure_curvature
+from bank.building.rows import RowTrainer
+from bank.building.signer import MeasuredPerson, _losses, fit_decay, measure_curvature
 from bank.errors import BankError
 from bank.items.profile import Vectors
+from bank.items.tasks import get_task
 from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
 from bank.lookup.serving import (
@@ -155,29 +163,64 @@ def test_a_curvature_that_says_nothing_is_refused() -> None:
             Curvature.of(np.full((N, N), number))
 
 
-class Bowl:
-    """A signer of a quadratic loss; says something of so many places, then is killed."""
+class Quadratic:
+    """A signer of people with quadratic losses; an item's token ids are the person's best step in thousandths."""
 
-    def __init__(self, h: np.ndarray, places: int) -> None:
-        self._h, self._left = h, places
+    tokens = 100  # of an item
 
-    def slopes(self, examples: object, beyond: int | None = None) -> Vectors:
-        if not self._left:
-            raise KeyboardInterrupt
-        self._left -= 1
-        return np.ones(N) if beyond is None else np.ones(N) + self._h[:, beyond]
+    def __init__(self) -> None:
+        root = np.random.default_rng(0).normal(size=(N, N + 2))
+        self.h, self._chance = root @ root.T / N, np.random.default_rng(1)
+
+    def person(self, best: Vectors, items: int = 12) -> MeasuredPerson:
+        item = Example(tuple(np.round(best * 1000).astype(int)), len(best) - self.tokens)
+        return MeasuredPerson(None, [item] * items)
+
+    def drawn_products(self, examples: Sequence[Example], seed: int) -> Vectors:
+        chance = np.random.default_rng(seed)
+        return chance.multivariate_normal(np.zeros(N), self.tokens * self.h, len(examples))
+
+    def signature(self, bank: str, examples: Sequence[Example]) -> Signature:
+        tokens, best = self.tokens * len(examples), np.array(examples[0].ids) / 1000
+        noise = self._chance.multivariate_normal(np.zeros(N), self.h / tokens)
+        return Signature(bank, tokens, self.h @ best + noise)
+
+    def losses(self, steps: Vectors, examples: Sequence[Example]) -> Vectors:
+        away = steps - np.array(examples[0].ids) / 1000
+        return np.einsum("si,ij,sj->s", away, self.h, away) / 2
 
 
-def test_the_curvature_is_how_slopes_change_and_columns_of_a_killed_run_are_not_measured_again(tmp_path: Path) -> None:
-    h, progress = measured(), Recorder()
+@pytest.fixture
+def trainer() -> RowTrainer:
+    return RowTrainer(None, None, get_task("chat"), BuildOptions("chat"), Recorder())
 
-    def measure(places: int) -> Vectors:
-        return measure_curvature(Bowl(h, places), [], N, Workbench(tmp_path), progress)  # type: ignore[arg-type]
 
-    with pytest.raises(KeyboardInterrupt):
-        measure(3)
-    assert measure(2) == pytest.approx(h)
-    assert [done for _, done, _ in progress.pieces] == [0, 1, 2, 0, 1, 2, 3, 4]
+def test_the_curvature_is_found_in_drawn_answers_and_the_decay_in_how_far_people_differ(
+    trainer: RowTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signer, "JUDGES", 300)
+    quadratic: Any = Quadratic()
+    for far in (0.3, 0.03):
+        people = [quadratic.person(best) for best in np.random.default_rng(2).normal(size=(300, N)) * far]
+        (tmp_path / str(far)).mkdir()
+        work = Workbench(tmp_path / str(far), Ranks())
+        h = measure_curvature(quadratic, people, trainer, work)
+        assert np.linalg.norm(h - quadratic.h) < 0.1 * np.linalg.norm(quadratic.h)
+        decay = fit_decay(quadratic, h, people, trainer, work)
+        best = N / (far**2 * np.trace(h))  # the noise of one token over the variance of people's steps
+        assert best / 4 < decay < best * 4
+
+
+def test_a_persons_own_row_has_no_part_in_the_decay_and_a_bank_of_one_keeps_the_default(
+    trainer: RowTrainer, tmp_path: Path
+) -> None:
+    quadratic: Any = Quadratic()
+    best = np.array([5.0, 0.0, 0.0, 0.0])
+    losses = _losses(quadratic, quadratic.h, replace(quadratic.person(best), own_row=0))
+    assert losses.min() > 0.01
+    assert _losses(quadratic, quadratic.h, quadratic.person(best)).min() < 0.01
+    alone = [replace(quadratic.person(best), own_row=0)]
+    assert fit_decay(quadratic, np.ones((1, 1)), alone, trainer, Workbench(tmp_path, Ranks())) == PosteriorRule().decay
 
 
 def test_evidence_leads_to_steps_and_topics_to_coarse_shares(tmp_path: Path) -> None:
