@@ -117,6 +117,9 @@ class Supervisor:
             await asyncio.wait([ended], timeout=LOG_CHECK_INTERVAL_S if ready else POLL_S)
             uptime_s = time.monotonic() - started_s
         del self._running[part.name]
+        if ended.result() < 0:  # the guard was killed before it could clean up; its part has died with it
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         when = f"after {uptime_s:.0f} s" if ready else "before it was ready"
         return ready, uptime_s, failure or f"ended with status {ended.result()} {when}"
 

@@ -377,10 +377,19 @@ async def test_what_a_part_leaves_behind_dies_with_it_and_a_killed_guard_takes_i
     os.kill(pid_of("family", tmp_path), signal.SIGKILL)
     assert await process.wait() == 128 + signal.SIGKILL
     assert [pid for pid in family if alive(pid)] == []
-    process = await spawn(python_part("orphaned", tmp_path, ""), data, PATIENCE_S)
-    os.kill(await _guard_of("orphaned", tmp_path), signal.SIGKILL)
-    await process.wait()
-    wait_until(lambda: not alive(pid_of("orphaned", tmp_path)), "the part to die with its guard")
+    orphans = list[int]()
+
+    def guard_was_killed(record: Record) -> bool:
+        if not orphans and record.count("orphaned", "ready"):
+            guard = int(Path(f"/proc/{pid_of('orphaned', tmp_path)}/stat").read_text().rpartition(")")[2].split()[1])
+            orphans.extend(descendants(guard)[:2])
+            os.kill(guard, signal.SIGKILL)
+        return record.count("orphaned", "ready") > 1
+
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}])"
+    await run_until(guard_was_killed, data, python_part("orphaned", tmp_path, code))
+    assert len(orphans) == 2
+    wait_until(lambda: not any(map(alive, orphans)), "the part and its child to die with their guard")
 
 
 async def _guard_of(name: str, folder: Path) -> int:
