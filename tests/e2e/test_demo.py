@@ -1,8 +1,4 @@
-"""`python -m deploy.demo` as a person sees it, what its server answers, and the console in a real browser.
-
-Most tests stand in files beside this one and are gathered here: tests of one file run in one process, one after the
-other, so that one server and one browser are enough for all. The order counts: first come the answers, the end is last.
-"""
+"""The demo as a person sees it; tests of the files beside this one run here too, in order, with one server and browser."""
 
 from __future__ import annotations
 

@@ -27,11 +27,7 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 
 @pytest.fixture(autouse=True, scope="module")
 def ready(gateway: GatewayThread) -> Iterator[None]:
-    """A ready gateway, since another one answers 503; and no garbage collection.
-
-    Before 3.11.8, a collection while two threads parse source, as Hypothesis and tracebacks do, raises
-    `SystemError: AST constructor recursion depth mismatch`.
-    """
+    """Before 3.11.8, garbage collections while two threads parse source, as Hypothesis does, raise `SystemError`."""
     with gateway.client() as client:
         wait_until_ready(client)
     gc.disable()

@@ -139,10 +139,7 @@ def _leave_little_memory(pid: int) -> None:
 
 @dataclass
 class Machine:
-    """A gateway, two workers and a Valkey, each of which can be killed and restarted.
-
-    Answers between gateway and store get lost. Clients send no idempotency keys and retry until they get an answer.
-    """
+    """A gateway, two workers and a Valkey to be killed; answers of the store get lost, and clients retry without keys."""
 
     environment: dict[str, str]
     lossy: LossyProxy

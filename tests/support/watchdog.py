@@ -21,11 +21,7 @@ async def settled() -> None:
 
 @contextmanager
 def never_held(thread: threading.Thread) -> Iterator[None]:
-    """Measure every callback of the asyncio loop that runs in `thread`, and fail when one took too long.
-
-    What is measured is processor time of that thread, without the garbage collection of what tests have made: how busy
-    the machine is does not matter.
-    """
+    """Fail if a callback of the asyncio loop in `thread` takes too much processor time, garbage collection excluded."""
     longest_ms, longest = 0.0, ""
     loop: asyncio.AbstractEventLoop | None = None
     collected_s = collecting_since_s = 0.0
