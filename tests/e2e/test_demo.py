@@ -1,4 +1,4 @@
-"""The demo as a person sees it; tests of the files beside this one run here too, in order, with one server and browser."""
+"""The demo as a person sees it; tests of files beside this one run here too, in order, with one server and browser."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _leave_little_memory(pid: int) -> None:
 
 @dataclass
 class Machine:
-    """A gateway, two workers and a Valkey to be killed; answers of the store get lost, and clients retry without keys."""
+    """A gateway, two workers and a Valkey to be killed; answers of the store get lost, and clients just retry."""
 
     environment: dict[str, str]
     lossy: LossyProxy

@@ -172,12 +172,12 @@ def with_hosts(text: str, here: Callable[[str, str], str]) -> str:
 
 @dataclass
 class Site:
-    """The containers of one deployment as processes: ports are free ones, host names loopback; all end with the block.
+    """The containers of one deployment as processes on loopback; all end with the block.
 
-    A process has only its container's variables. A locked one has no home and no folder for temporary files, and where
-    this process may mount, all but its writable mounts is read-only to it. A host name that no container has is of one
-    that is down. `mounted` are folders here by their paths in containers; other mounts are empty, and each one's own.
-    `programs` holds those that this machine has under other names; `settings` override each container's variables.
+    A process has only its container's variables. A locked one has no home, no temporary folder and, where this process
+    may mount, a read-only file system but for its writable mounts. A host without a container is one that is down.
+    `mounted` are folders here by their paths in containers, `programs` those with other names on this machine;
+    `settings` override each container's variables.
     """
 
     folder: Path

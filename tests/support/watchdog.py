@@ -21,7 +21,7 @@ async def settled() -> None:
 
 @contextmanager
 def never_held(thread: threading.Thread) -> Iterator[None]:
-    """Fail if a callback of the asyncio loop in `thread` takes too much processor time, garbage collection excluded."""
+    """Fail if a callback of the asyncio loop in `thread` takes too much processor time, collections excluded."""
     longest_ms, longest = 0.0, ""
     loop: asyncio.AbstractEventLoop | None = None
     collected_s = collecting_since_s = 0.0
