@@ -195,20 +195,19 @@ def trainer() -> RowTrainer:
     return RowTrainer(None, None, get_task("chat"), BuildOptions("chat"), Recorder())
 
 
+@pytest.mark.parametrize("far", [0.3, 0.03])
 def test_the_curvature_is_found_in_drawn_answers_and_the_decay_in_how_far_people_differ(
-    trainer: RowTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    far: float, trainer: RowTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signer, "JUDGES", 300)
     quadratic: Any = Quadratic()
-    for far in (0.3, 0.03):
-        people = [quadratic.person(best) for best in np.random.default_rng(2).normal(size=(300, N)) * far]
-        (tmp_path / str(far)).mkdir()
-        work = Workbench(tmp_path / str(far), Ranks())
-        h = measure_curvature(quadratic, people, trainer, work)
-        assert np.linalg.norm(h - quadratic.h) < 0.1 * np.linalg.norm(quadratic.h)
-        decay = fit_decay(quadratic, h, people, trainer, work)
-        best = N / (far**2 * np.trace(h))  # the noise of one token over the variance of people's steps
-        assert best / 4 < decay < best * 4
+    people = [quadratic.person(best) for best in np.random.default_rng(2).normal(size=(300, N)) * far]
+    work = Workbench(tmp_path, Ranks())
+    h = measure_curvature(quadratic, people, trainer, work)
+    assert np.linalg.norm(h - quadratic.h) < 0.1 * np.linalg.norm(quadratic.h)
+    decay = fit_decay(quadratic, h, people, trainer, work)
+    best = N / (far**2 * np.trace(h))  # the noise of one token over the variance of people's steps
+    assert best / 4 < decay < best * 4
 
 
 def test_a_persons_own_row_has_no_part_in_the_decay_and_a_bank_of_one_keeps_the_default(
