@@ -26,8 +26,8 @@ from bank.lookup.signature import Curvature, Signature, empty_signature
 from bank.manifest import PosteriorRule
 
 MEASURED_ITEMS = 512  # number of items for the curvature, or four per anchor if that is more
-FEWEST, MOST = 4, 16  # a person's newest items among them
-DECAYS = (2.5, 8.0, 25.0, 80.0, 250.0, 800.0, 2500.0, 8000.0, 25000.0)  # candidates
+FEWEST, MOST = 4, 12  # a person's newest items among them
+DECAYS = (8.0, 25.0, 80.0, 250.0, 800.0, 2500.0, 8000.0, 25000.0)  # candidates
 JUDGES = 24  # number of people whose later items choose the decay
 _AT_A_TIME = 8  # gradients, and rows, that are multiplied at once
 
@@ -86,15 +86,14 @@ class MeasuredPerson:
 def measured_people(people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer) -> list[MeasuredPerson]:
     """Choose random people; the more anchors, the more items."""
     wanted, rows = max(MEASURED_ITEMS, 4 * len(anchors)), {person.user_id: i for i, person in enumerate(anchors)}
-    enough = [person for person in people if len(person.pairs(trainer.task)) >= FEWEST]
-    chosen = random.Random(trainer.options.seed).sample(enough, min(len(enough), wanted // FEWEST))
-    each = min(max(wanted // len(chosen), FEWEST), MOST)
-
-    def examples(person: History) -> list[Example]:
-        pairs = person.pairs(trainer.task)[-each:]
-        return [encode_pair(trainer.tokenizer, *pair, trainer.options.max_tokens) for pair in pairs]
-
-    return [MeasuredPerson(rows.get(person.user_id), examples(person)) for person in chosen]
+    found = list[MeasuredPerson]()
+    for person in random.Random(trainer.options.seed).sample(list(people), len(people)):
+        pairs = person.pairs(trainer.task)[-MOST:]
+        if len(pairs) >= FEWEST and wanted > 0:
+            examples = [encode_pair(trainer.tokenizer, *pair, trainer.options.max_tokens) for pair in pairs]
+            found.append(MeasuredPerson(rows.get(person.user_id), examples))
+            wanted -= len(pairs)
+    return found
 
 
 def measure_curvature(
