@@ -26,7 +26,7 @@ from bank.lookup.signature import Curvature, Signature, empty_signature
 from bank.manifest import PosteriorRule
 
 MEASURED_ITEMS = 512  # number of items for the curvature, or four per anchor if that is more
-FEWEST, MOST = 4, 12  # a person's newest items among them
+FEWEST, MOST = 4, 16  # a person's newest items among them
 DECAYS = (8.0, 25.0, 80.0, 250.0, 800.0, 2500.0, 8000.0, 25000.0)  # candidates
 JUDGES = 24  # number of people whose later items choose the decay
 _AT_A_TIME = 8  # gradients, and rows, that are multiplied at once
