@@ -51,7 +51,7 @@ def fuse_flat(
         if sum_transposed is not None and dtype is torch.bfloat16:
             b = sum_transposed(matrix.rows, rows, weights, layout.rank).t()
         else:
-            b = _weighted_sum(matrix.rows, rows, weights, dtype).view(-1, layout.rank)
+            b = weighted_sum(matrix.rows, rows, weights, dtype).view(-1, layout.rank)
         return FlatLora(layout.modules, (matrix.frozen.to(dtype),), b)
     split = layout.a_numbers
     blocks = [matrix.rows[row] for row in rows]
@@ -61,7 +61,7 @@ def fuse_flat(
     return FlatLora(layout.modules, a, torch.cat(b_blocks, dim=1).to(dtype))
 
 
-def _weighted_sum(
+def weighted_sum(
     rows: torch.Tensor, chosen: Sequence[int], weights: Sequence[float], dtype: torch.dtype
 ) -> torch.Tensor:
     """Return Σ wᵢ rowᵢ [D] over the chosen rows of [N, D] bf16, summed in float32 and rounded once to `dtype`."""

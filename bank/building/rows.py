@@ -133,7 +133,7 @@ class RowTrainer:
         lora = train_lora(
             self.model, job.examples, job.plan, start=start, train_a=train_a, on_step=on_step, gradient=gradient
         )
-        if not all(bool(b.isfinite().all()) for b in lora.b.values()):
+        if not all(bool(weights.isfinite().all()) for weights in (*lora.a.values(), *lora.b.values())):
             raise BankError(f"training {job.name} diverged: the weights are not finite; try a lower --learning-rate")
         return lora
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from adapters.flat import cut_a, cut_b
+from adapters.fusion import weighted_sum
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.training.attached import attached
@@ -61,8 +62,8 @@ class Signer:
         """Return the examples' mean loss after each of the steps [S, N] from the common row, in nats per token."""
         found = list[float]()
         with attached(self._model, self._common) as here:
-            for step in torch.from_numpy(steps):
-                b = self._common_b + sum(weight * row.float() for weight, row in zip(step, self._rows, strict=True))
+            for step in steps.tolist():
+                b = self._common_b + weighted_sum(self._rows, range(len(self._rows)), step, torch.float32)
                 here.put(LoraWeights(self._layout.rank, self._common.a, cut_b(self._layout, b)))
                 found.append(mean_loss(here.model, examples))
         return np.array(found)
@@ -88,8 +89,10 @@ def measured_people(people: Sequence[History], anchors: Sequence[History], train
     wanted, rows = max(MEASURED_ITEMS, 4 * len(anchors)), {person.user_id: i for i, person in enumerate(anchors)}
     found = list[MeasuredPerson]()
     for person in random.Random(trainer.options.seed).sample(list(people), len(people)):
+        if wanted <= 0:
+            break
         pairs = person.pairs(trainer.task)[-MOST:]
-        if len(pairs) >= FEWEST and wanted > 0:
+        if len(pairs) >= FEWEST:
             examples = [encode_pair(trainer.tokenizer, *pair, trainer.options.max_tokens) for pair in pairs]
             found.append(MeasuredPerson(rows.get(person.user_id), examples))
             wanted -= len(pairs)

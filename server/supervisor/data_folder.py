@@ -16,6 +16,7 @@ from adapters.errors import MtaError
 
 MAX_LOG_BYTES = 64 << 20  # size at which the log of a running part is rotated
 _HANDOVER_TRIES = 50  # a tenth of a second each: longest wait for the parts of a killed `mta up` to exit
+_SECRET_BYTES = 32
 
 
 class StartError(MtaError):
@@ -94,13 +95,13 @@ def _secret(path: Path) -> str:
     """Read the secret from `path`, or generate it and sync it to disk before it is used."""
     if not path.exists():
         draft = path.with_suffix(".tmp")
-        write_private(draft, secrets.token_hex(32) + "\n")
+        write_private(draft, secrets.token_hex(_SECRET_BYTES) + "\n")
         draft.rename(path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
     secret = path.read_text("ascii").strip()
-    if len(secret) < 32:
+    if len(secret) < _SECRET_BYTES:
         raise StartError(f"{path} holds no secret: restore it, or delete it and lose the link to all stored users")
     return secret
 
@@ -108,7 +109,7 @@ def _secret(path: Path) -> str:
 def write_private(path: Path, text: str) -> None:
     """Write a new file that only this user can read, and sync it to disk."""
     path.unlink(missing_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    os.write(handle, text.encode())
-    os.fsync(handle)
-    os.close(handle)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)  # all of it, or an error: a short secret would be kept for ever
+        file.flush()
+        os.fsync(file.fileno())

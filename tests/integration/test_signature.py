@@ -95,6 +95,5 @@ def test_a_manner_of_writing_chooses_the_anchor_whatever_the_topic_and_lowers_th
         gains.append(world.loss(without.recipe, later) - world.loss(found.recipe, later))
         signs |= {term.weight > 0 for term in found.recipe.terms}
     assert len(best) > 1  # one topic, several anchors
-    assert np.mean(gains) > 0.1
-    assert sum(gain > 0 for gain in gains) >= len(MANNERS) - 1, "steps were in the wrong direction"
+    assert min(gains) > 0, "a step was one in the wrong direction"
     assert signs == {True, False}

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest
-from bank.models.folders import ensure_embedder, model_config
+from bank.models.folders import ensure_embedder, model_config, weight_bytes
 from server.engine.command import Share, check_engine, engine_command, is_cpu_build, memory_bytes, slot_bytes
 from server.settings import Settings
 from server.supervisor import services
@@ -128,8 +128,7 @@ def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Se
     """Estimate the GPU memory of an engine and a worker, in bytes; rather too much than too little."""
     config = model_config(model_folder)
     stored = _NUMBER_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "", 2)
-    files = (file for file in model_folder.iterdir() if file.suffix in (".safetensors", ".bin"))
-    weights = sum(file.stat().st_size for file in files) // stored
+    weights = weight_bytes(model_folder) // stored
     number = _NUMBER_BYTES.get(settings.dtype, 2)
     heads = config.get("num_attention_heads") or 1
     width = config.get("head_dim") or config.get("hidden_size", 0) // heads
