@@ -217,8 +217,7 @@ def test_a_persons_own_row_has_no_part_in_the_decay_and_a_bank_of_one_keeps_the_
     person = quadratic.person(np.array([5.0, 0.0, 0.0, 0.0]))
     anchor = replace(person, own_row=0)
     assert _losses(quadratic, quadratic.h, anchor).min() > 10 * _losses(quadratic, quadratic.h, person).min()
-    work = Workbench(tmp_path, Ranks())
-    assert fit_decay(quadratic, np.ones((1, 1)), [anchor], trainer, work) == PosteriorRule().decay
+    assert fit_decay(quadratic, np.ones((1, 1)), [anchor], trainer, Workbench(tmp_path, Ranks())) == PosteriorRule().decay
 
 
 def test_evidence_leads_to_steps_and_topics_to_coarse_shares(tmp_path: Path) -> None:
