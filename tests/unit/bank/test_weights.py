@@ -213,11 +213,11 @@ def test_the_curvature_is_found_in_drawn_answers_and_the_decay_in_how_far_people
 def test_a_persons_own_row_has_no_part_in_the_decay_and_a_bank_of_one_keeps_the_default(
     trainer: RowTrainer, tmp_path: Path
 ) -> None:
-    quadratic: Any = Quadratic()
-    person = quadratic.person(np.array([5.0, 0.0, 0.0, 0.0]))
+    bowl: Any = Quadratic()
+    person = bowl.person(np.array([5.0, 0.0, 0.0, 0.0]))
     anchor = replace(person, own_row=0)
-    assert _losses(quadratic, quadratic.h, anchor).min() > 10 * _losses(quadratic, quadratic.h, person).min()
-    assert fit_decay(quadratic, np.ones((1, 1)), [anchor], trainer, Workbench(tmp_path, Ranks())) == PosteriorRule().decay
+    assert _losses(bowl, bowl.h, anchor).min() > 10 * _losses(bowl, bowl.h, person).min()
+    assert fit_decay(bowl, np.ones((1, 1)), [anchor], trainer, Workbench(tmp_path, Ranks())) == PosteriorRule().decay
 
 
 def test_evidence_leads_to_steps_and_topics_to_coarse_shares(tmp_path: Path) -> None:
