@@ -16,7 +16,7 @@ import torch
 from adapters.flat import FlatLora
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
-from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe
+from adapters.recipe import FusionMethod, FusionRecipe
 
 CHUNK_NUMBERS = 131_072  # numbers summed at a time: work for four threads at PyTorch's grain size, half a MiB
 MAX_BAGS = 64  # maximum number of chunks per row in one `embedding_bag` call: enough for all threads
@@ -43,9 +43,8 @@ def fuse_flat(
     Fusion takes a few PyTorch operations, independent of the number of modules, so a thread that fuses beside a running
     model rarely needs the GIL. `sum_transposed` replaces PyTorch for the B of `shared` fusions to bf16.
     """
-    rows = [matrix.common_index] if recipe.common else []
-    rows += [term.anchor for term in recipe.terms]
-    weights = [1.0] * recipe.common + [term.weight / PER_MILLE for term in recipe.terms]
+    summed = recipe.rows(matrix.common_index if recipe.common else 0)
+    rows, weights = [row for row, _ in summed], [weight for _, weight in summed]
     layout = matrix.layout
     if recipe.method is FusionMethod.SHARED:
         if sum_transposed is not None and dtype is torch.bfloat16:

@@ -20,7 +20,7 @@ PAGE_BYTES = 4096  # smallest memory page size
 class MetaMatrix:
     layout: RowLayout
     rows: torch.Tensor  # [N, D] or [N + 1, D] bf16, with the common row last
-    anchors: int  # N
+    anchors: int  # N, or the number of directions
     common: bool
     shared_a: torch.Tensor | None  # frozen A of all rows, [R·ΣH_in] bf16; only for method `shared`
 

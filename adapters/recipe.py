@@ -5,17 +5,21 @@ Grammar::
     name    = "mta3:" bank ":" method ":" terms [ ":u-" user ]
     bank    = 8 lower-case hex digits, the beginning of the bank's fingerprint
     method  = "cat" | "shared"
-    terms   = "c" *( "+" anchor ) | anchor *( "+" anchor )       anchors in id order, each once
+    terms   = "c" *( "+" anchor ) | anchor *( "+" anchor ) | "c~" steps
     anchor  = "a" index "*" weight                               weight in per mille, -4000 to 4000, never 0
+    steps   = base64url without padding of int8 numbers          one for each direction, -127 to 127, not all 0
     user    = user-key "." adapter-id                            26 base32 characters (128 bits) each
 
-`c` is the common row at weight 1; the other terms add weighted anchor rows, and their weights may have any sum. Terms
-that start with `v` are reserved for other vectors and rejected. Workers build the adapter from the name alone, and vLLM
-keys its caches by the name. Equal recipes must therefore have equal names: a non-canonical name is rejected.
+`c` is the common row at weight 1; the other terms add weighted anchor rows, in id order and each once, and their
+weights may have any sum. In a bank of directions each row is as long as one standard deviation of the prior, and a step
+is a sixteenth of it. Workers build the adapter from the name alone, and vLLM keys its caches by the name. Equal recipes
+must therefore have equal names: a non-canonical name is rejected.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import itertools
 import re
 from collections.abc import Sequence
@@ -31,12 +35,15 @@ MAX_WEIGHT = 4000  # largest absolute weight of an anchor, per mille
 MAX_ANCHORS = 1_000_000
 MAX_NAME_CHARS = 4096
 MAX_TERMS = 334  # number that always fits into a name: 12 characters each (`+a1023*-4000`) and 78 for the other parts
+STEPS_PER_DEVIATION = 16
+MAX_STEP = 127  # eight standard deviations
+MAX_DIRECTIONS = 384
 
 _BANK = re.compile(r"[0-9a-f]{8}")
 _BASE32_128 = r"[a-z2-7]{25}[aeimquy4]"  # 16 bytes without padding; the last character carries three bits
 _USER_ADAPTER = re.compile(rf"{_BASE32_128}\.{_BASE32_128}")
 _TERM = re.compile(r"a(\d{2}|[1-9]\d{2,5})\*(-?[1-9]\d{0,3})", re.ASCII)
-_RESERVED = "v"
+_STEPS = "c~"  # before the steps along directions
 
 
 class FusionMethod(StrEnum):
@@ -84,6 +91,7 @@ class FusionRecipe:
     common: bool  # whether to add the common row
     terms: tuple[Term, ...]
     user_adapter: UserAdapterId | None = None
+    steps: tuple[int, ...] = ()  # one for each direction of the bank; a recipe has steps or terms
 
     def __post_init__(self) -> None:
         if not _BANK.fullmatch(self.bank):
@@ -102,13 +110,31 @@ class FusionRecipe:
                 raise RecipeError(
                     f"weight must be -{MAX_WEIGHT} to {MAX_WEIGHT} per mille and not 0, got {term.weight}"
                 )
+        if self.steps:
+            self._check_steps()
+
+    def _check_steps(self) -> None:
+        if not self.common or self.terms or self.method is not FusionMethod.SHARED:
+            raise RecipeError("a recipe with steps has method `shared`, the common row and no anchors")
+        if len(self.steps) > MAX_DIRECTIONS or not any(self.steps):
+            raise RecipeError(f"steps must be 1 to {MAX_DIRECTIONS} numbers, not all 0, got {excerpt(self.steps)}")
+        if any(abs(step) > MAX_STEP for step in self.steps):
+            raise RecipeError(f"steps must be -{MAX_STEP} to {MAX_STEP}, got {excerpt(self.steps)}")
 
     @property
     def name(self) -> str:
         """Return the canonical name; `parse_recipe` is the inverse."""
         terms = (["c"] if self.common else []) + [f"{anchor_id(t.anchor)}*{t.weight}" for t in self.terms]
+        if self.steps:
+            raw = bytes(step & 0xFF for step in self.steps)
+            terms = [_STEPS + base64.urlsafe_b64encode(raw).decode().rstrip("=")]
         stacked = f":u-{self.user_adapter}" if self.user_adapter else ""
         return f"{FORMAT}:{self.bank}:{self.method.value}:{'+'.join(terms)}{stacked}"
+
+    def rows(self, common: int) -> list[tuple[int, float]]:
+        """Return the rows to sum and their weights, in the bank's matrix with the common row at index `common`."""
+        found = [(common, 1.0)] * self.common + [(term.anchor, term.weight / PER_MILLE) for term in self.terms]
+        return found + [(row, step / STEPS_PER_DEVIATION) for row, step in enumerate(self.steps) if step]
 
     @property
     def plain(self) -> FusionRecipe:
@@ -145,7 +171,8 @@ def parse_recipe(name: str) -> FusionRecipe:
     _, bank, method, terms = parts[:4]
     if method not in list(FusionMethod):
         raise RecipeError(f"unknown method {excerpt(method)} in recipe {excerpt(name)}")
-    texts = terms.split("+")
+    steps = _parse_steps(terms, name) if terms.startswith(_STEPS) else ()
+    texts = ["c"] if steps else terms.split("+")
     common = texts[0] == "c"
     parsed = tuple(_parse_term(text, name) for text in (texts[1:] if common else texts))
     user_adapter = None
@@ -153,21 +180,27 @@ def parse_recipe(name: str) -> FusionRecipe:
         if not parts[4].startswith("u-"):
             raise RecipeError(f"malformed user adapter {excerpt(parts[4])} in recipe {excerpt(name)}")
         user_adapter = parse_user_adapter_id(parts[4][2:])
-    recipe = FusionRecipe(bank, FusionMethod(method), common, parsed, user_adapter)
+    recipe = FusionRecipe(bank, FusionMethod(method), common, parsed, user_adapter, steps)
     if recipe.name != name:
         raise RecipeError(f"recipe {excerpt(name)} is not canonical: it should read {excerpt(recipe.name)}")
     return recipe
 
 
 def _parse_term(text: str, name: str) -> Term:
-    if text.startswith(_RESERVED):
-        raise RecipeError(
-            f"term {excerpt(text)} in recipe {excerpt(name)} names a vector, which this version cannot fuse: "
-            "a term is an anchor, like a03*286"
-        )
     if match := _TERM.fullmatch(text):
         return Term(int(match[1]), int(match[2]))
     raise RecipeError(f"malformed term {excerpt(text)} in recipe {excerpt(name)}")
+
+
+def _parse_steps(text: str, name: str) -> tuple[int, ...]:
+    encoded = text.removeprefix(_STEPS)
+    try:
+        raw = base64.b64decode(encoded + "=" * (-len(encoded) % 4), b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raw = b""
+    if not raw:
+        raise RecipeError(f"malformed steps {excerpt(text)} in recipe {excerpt(name)}: they are numbers in base64url")
+    return tuple(memoryview(raw).cast("b"))
 
 
 def per_mille(weights: Sequence[float], total: int = PER_MILLE, grain: int = 1) -> list[int]:

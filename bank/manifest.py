@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.errors import FusionError, excerpt
 from adapters.lora import ModuleShape, RowLayout
-from adapters.recipe import FusionMethod, FusionRecipe, anchor_id
+from adapters.recipe import MAX_DIRECTIONS, FusionMethod, FusionRecipe, anchor_id
 from bank.errors import BankError
 
 MANIFEST_FILE = "bank.json"
@@ -24,6 +24,8 @@ MATRIX_FILE = "meta_loras.safetensors"
 INDEX_FILE = "anchors.faiss"
 CURVATURE_FILE = "curvature.npy"
 MAP_FILE = "map.json"
+COORDINATES_FILE = "coordinates.npy"
+ROWS_FILE = "rows.safetensors"  # the anchors' rows that directions were made of; only `mta bank` reads it
 
 
 class Frozen(BaseModel):
@@ -47,7 +49,7 @@ class EmbedderId(Frozen):
 class PosteriorRule(Frozen):
     """Constants that turn a signature into steps from the common row (`bank/lookup/signature.py`)."""
 
-    anchors: int = Field(default=1024, ge=1)  # K, maximum number of steps per user; the longest ones are kept
+    anchors: int = Field(default=1024, ge=1)  # maximum number of steps per user; the longest ones are kept
     decay: float = Field(default=250.0, gt=0)  # λ in units of tr H / N: output tokens for evidence to equal the prior
 
 
@@ -106,7 +108,7 @@ class AnchorEntry(Frozen):
 
 
 class BankManifest(Frozen):
-    format: Literal[4] = 4
+    format: Literal[5] = 5
     task: str
     base_model: BaseModelId
     embedder: EmbedderId
@@ -121,6 +123,7 @@ class BankManifest(Frozen):
     target_modules: tuple[str, ...]
     modules: tuple[ModuleShape, ...]
     anchors: tuple[AnchorEntry, ...]
+    directions: int | None = Field(default=None, ge=1, le=MAX_DIRECTIONS)  # K; None if each row is an anchor's own
     training: dict[str, int | float | str | bool | None]
     files: dict[str, str]
     fingerprint: str = ""
@@ -133,6 +136,16 @@ class BankManifest(Frozen):
     @property
     def layout(self) -> RowLayout:
         return RowLayout(self.modules, self.rank, self.method is FusionMethod.SHARED)
+
+    @property
+    def personal_rows(self) -> int:
+        """Number of the matrix's rows apart from the common row."""
+        return self.directions or len(self.anchors)
+
+    @property
+    def anchor_rows_file(self) -> str:
+        """File of the matrix whose rows are the anchors' own; engines never read that of a bank of directions."""
+        return ROWS_FILE if self.directions else MATRIX_FILE
 
     @property
     def fused_rank(self) -> int:
@@ -168,6 +181,9 @@ class BankManifest(Frozen):
             )
         if recipe.common and not self.common:
             raise FusionError(f"bank {recipe.bank} has no common row, but the recipe {recipe.name} asks for one")
+        if (recipe.terms and self.directions) or (recipe.steps and len(recipe.steps) != self.directions):
+            has = f"{self.directions} directions" if self.directions else "anchors and no directions"
+            raise FusionError(f"bank {recipe.bank} has {has}, but the recipe is {recipe.name}")
         most = len(self.anchors) if self.method is FusionMethod.SHARED else self.weights.anchors
         if len(recipe.terms) > most:  # a `shared` bank allows all anchors, because they add no rank
             raise FusionError(
@@ -237,9 +253,14 @@ def write_manifest(folder: Path, manifest: BankManifest) -> BankManifest:
 
 
 def verify_files(folder: Path, manifest: BankManifest, names: tuple[str, ...] | None = None) -> None:
-    """Check the named files of the bank, or all if None; BankError names the first missing or damaged one."""
+    """Check the named files of the bank, or all if None; BankError names the first missing or damaged one.
+
+    Unless it is named, the file of the anchors' rows may be missing.
+    """
     for name in names if names is not None else tuple(manifest.files):
         path = folder / name
+        if names is None and name == ROWS_FILE and not path.exists():
+            continue
         try:
             found = file_sha256(path)
         except FileNotFoundError:

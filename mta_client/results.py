@@ -34,10 +34,10 @@ class MtaError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """An anchor adapter in a user's recipe."""
+    """An anchor in a user's recipe; without a weight, one of the nearest, as in banks whose recipes name none."""
 
     id: str
-    weight: float
+    weight: float | None
     similarity: float | None
     gain: float | None
 

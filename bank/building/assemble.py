@@ -16,11 +16,13 @@ from bank.items.profile import Vectors
 from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
 from bank.manifest import (
+    COORDINATES_FILE,
     CURVATURE_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
     MAP_FILE,
     MATRIX_FILE,
+    ROWS_FILE,
     AnchorEntry,
     AnswerPrior,
     BankManifest,
@@ -34,6 +36,8 @@ from bank.manifest import (
 
 if TYPE_CHECKING:
     import torch
+
+    from bank.building.directions import DirectionRows
 
 
 def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
@@ -62,11 +66,12 @@ def write_bank(
     prior: AnswerPrior | None = None,
     curvature: Vectors | None = None,
     words: Sequence[tuple[str, ...]] = (),
+    directions: DirectionRows | None = None,
 ) -> BankManifest:
     """Write a bank's files, the manifest last, so that a folder with a manifest is complete.
 
     `rows` are flat, the common row last. `embeddings` [N, E], `items` (number of training items) and `words` are in
-    anchor order; `curvature` is H [N, N].
+    anchor order; `curvature` is H [N, N]. With `directions`, those are served, and the anchors' rows kept beside them.
     """
     from adapters.matrix import write_matrix
 
@@ -75,17 +80,24 @@ def write_bank(
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is not a bank
+        files, arrays = [INDEX_FILE, MAP_FILE, MATRIX_FILE], {CURVATURE_FILE: curvature}
+        if directions is not None:
+            with _replacing(out / ROWS_FILE) as draft:
+                write_matrix(draft, layout, rows, shared_a)
+            files.append(ROWS_FILE)
+            arrays = {CURVATURE_FILE: directions.curvature, COORDINATES_FILE: directions.coordinates}
+            rows = [*directions.rows, rows[-1]]
         with _replacing(out / MATRIX_FILE) as draft:
             write_matrix(draft, layout, rows, shared_a)
         with _replacing(out / INDEX_FILE) as draft:
             AnchorIndex.build(embeddings).save(draft)
         with _replacing(out / MAP_FILE) as draft:
             Atlas.of(embeddings).save(draft)
-        files = [INDEX_FILE, MAP_FILE, MATRIX_FILE]
-        if curvature is not None:
-            with _replacing(out / CURVATURE_FILE) as draft, draft.open("wb") as file:
-                np.save(file, np.asarray(curvature, np.float64))
-            files.append(CURVATURE_FILE)
+        for name, array in arrays.items():
+            if array is not None:
+                with _replacing(out / name) as draft, draft.open("wb") as file:
+                    np.save(file, array)
+                files.append(name)
         manifest = BankManifest(
             task=task,
             base_model=base_model,
@@ -101,6 +113,7 @@ def write_bank(
             anchors=tuple(
                 AnchorEntry(id=anchor_id(i), items=n, words=words[i] if words else ()) for i, n in enumerate(items)
             ),
+            directions=len(directions.rows) if directions is not None else None,
             prior=prior,
             training=training,
             files={name: file_sha256(out / name) for name in files},

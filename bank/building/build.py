@@ -6,6 +6,7 @@ same fingerprint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -13,12 +14,13 @@ import torch
 
 from adapters.flat import flat_a, flat_b
 from adapters.fusion import fuse
-from adapters.recipe import FusionMethod, anchor_id
+from adapters.recipe import MAX_DIRECTIONS, FusionMethod, anchor_id
 from bank.building.assemble import bank_rank, write_bank
+from bank.building.directions import DirectionRows, make_directions
 from bank.building.options import BuildInputs, BuildOptions
 from bank.building.ranks import Ranks
-from bank.building.resume import finished_bank, inputs_key, workbench
-from bank.building.rows import RowProgress, RowTrainer
+from bank.building.resume import Workbench, finished_bank, inputs_key, workbench
+from bank.building.rows import RowProgress, RowTrainer, TrainedRows
 from bank.building.selection import (
     MIN_ITEMS,
     held_out_people,
@@ -28,9 +30,10 @@ from bank.building.selection import (
     spread,
     typical_words,
 )
-from bank.building.signer import Signer, fit_decay, measure_curvature, measured_people
+from bank.building.signer import KEPT, Signer, fit_rule, measure_curvature, measured_people
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
+from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.index import AnchorIndex
@@ -54,6 +57,8 @@ def build_bank(
     task, options = get_task(options.task), options.resolved()
     rule = options.rule()
     bank_rank(FusionMethod.SHARED, options.rank, rule, True, options.user_rank)
+    if (options.directions or 0) > options.anchors:
+        raise BankError(f"--directions: at most --anchors {options.anchors}, got {options.directions}")
     people, held_out = read_inputs(inputs, task, options)
     if held_out:
         progress.say(f"{len(held_out)} people are held out to measure the bank on them")
@@ -91,13 +96,9 @@ def build_bank(
         model, tokenizer = load_base(model_folder, options.dtype)
         trainer = RowTrainer(model, tokenizer, task, options, progress)
         trained = trainer.rows(work, people, anchors)
-        curvature = None
+        curvature, directions = None, None
         if rule.posterior:
-            progress.say("measuring the curvature of the loss along the anchors' rows")
-            signer, measured = Signer(model, trained.matrix()), measured_people(people, anchors, trainer)
-            curvature = measure_curvature(signer, measured, trainer, work)
-            Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
-            rule = options.rule(fit_decay(signer, curvature, measured, trainer, work))
+            rule, curvature, directions = _measured(trained, people, anchors, trainer, work)
         return ranks.first(
             lambda: write_bank(
                 inputs.out,
@@ -116,8 +117,30 @@ def build_bank(
                 prior=fit_prior(task, [[gold for _, gold in person.pairs(task)] for person in people]),
                 curvature=curvature,
                 words=typical_words(anchors, task) if options.describe else (),
+                directions=directions,
             )
         )
+
+
+def _measured(
+    trained: TrainedRows, people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer, work: Workbench
+) -> tuple[WeightRule, Vectors, DirectionRows | None]:
+    """Return the bank's rule, the curvature along the anchors' rows, and the directions if the bank is to have them."""
+    options, say = trainer.options, trainer.progress.say
+    say("measuring the curvature of the loss along the anchors' rows")
+    matrix, measured = trained.matrix(), measured_people(people, anchors, trainer)
+    signer = Signer(trainer.model, matrix)
+    curvature = measure_curvature(signer, measured, trainer, work)
+    known = Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
+    decay, enough = fit_rule(signer, curvature, measured, trainer, work)
+    rule = options.rule(decay)
+    if not options.wants_directions:
+        return rule, curvature, None
+    count = min(options.directions or enough, MAX_DIRECTIONS)
+    say(f"the rows are {count} directions of {len(anchors)} anchors; {enough} keep {KEPT:.0%} of the gain")
+    deviation = float(known.eigenvalues.mean() * decay) ** -0.5
+    directions = make_directions(matrix.rows[: matrix.anchors], known, count, deviation)
+    return rule.model_copy(update={"posterior": directions.rule}), curvature, directions
 
 
 def read_inputs(inputs: BuildInputs, task: Task, options: BuildOptions) -> tuple[list[History], list[History]]:

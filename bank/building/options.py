@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from adapters.recipe import MAX_DIRECTIONS
 from bank.errors import BankError
 from bank.lookup.signature import MAX_ANCHORS
 from bank.manifest import PosteriorRule, WeightRule
 
+MOST_PEOPLE = 64  # with more anchors, the rows are directions by default
 TOPIC_STRENGTH = 0.5  # sum of a topic recipe's weights; topics are weak evidence, so the common row keeps half
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -46,6 +48,7 @@ class BuildOptions(_Checked):
     task: str
     anchors: Count = 12
     anchors_by: Literal["topics", "longest"] = "topics"
+    directions: Annotated[int, Field(ge=0, le=MAX_DIRECTIONS)] | None = None  # None: chosen; 0: the anchors' own rows
     rank: Count = 8
     user_rank: NotNegative = 8
     target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_split_names)] = None
@@ -68,10 +71,15 @@ class BuildOptions(_Checked):
         dtype: Any = resolve_dtype(self.dtype)
         return dataclasses.replace(self, dtype=dtype)
 
+    @property
+    def wants_directions(self) -> bool:
+        return self.anchors > MOST_PEOPLE if self.directions is None else self.directions > 0
+
     def rule(self, decay: float | None = None) -> WeightRule:
         """Return the bank's weight rule; with more anchors than a signature may have, it uses topics alone."""
         fitted = {} if decay is None else {"decay": decay}
-        posterior = PosteriorRule(anchors=self.anchors, **fitted) if self.anchors <= MAX_ANCHORS else None
+        signed = self.wants_directions or self.anchors <= MAX_ANCHORS
+        posterior = PosteriorRule(anchors=self.anchors, **fitted) if signed else None
         return WeightRule(anchors=min(self.k, self.anchors), strength=TOPIC_STRENGTH, posterior=posterior)
 
     def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:

@@ -30,6 +30,7 @@ MEASURED_ITEMS = 512  # number of items for the curvature, or four per anchor if
 FEWEST, MOST = 4, 16  # a person's newest items among them
 DECAYS = (8.0, 25.0, 80.0, 250.0, 800.0, 2500.0, 8000.0, 25000.0)  # candidates
 JUDGES = 24  # number of people whose later items choose the decay
+KEPT = 0.95  # share of the gain that the chosen directions keep
 _AT_A_TIME = 8  # gradients, and rows, that are multiplied at once
 
 
@@ -112,32 +113,50 @@ def measure_curvature(
     return np.asarray(products.T @ products / sum(output_tokens(person.examples) for person in people))
 
 
-def fit_decay(
+def fit_rule(
     signer: Signer, curvature: Vectors, people: Sequence[MeasuredPerson], trainer: RowTrainer, work: Workbench
-) -> float:
-    """Choose the decay whose steps from people's earlier items lower the loss of their later items most.
+) -> tuple[float, int]:
+    """Choose the decay, and the number of directions, by the gain on people's later items of steps from earlier ones.
 
-    A person's own row is left out, since it was trained on these items. Without any other row nothing is fitted.
+    The gain by decay is measured; that by directions is predicted by the products. The directions are the fewest that
+    keep `KEPT` of the gain. A person's own row is left out, since it was trained on these items. Without any other row
+    nothing is fitted.
     """
     judges = [person for person in people if person.own_row is None or len(curvature) > 1][:JUDGES]
     if not judges:
-        return PosteriorRule().decay
-    losses = work.pieces(
-        [f"decay-{place:02d}" for place in range(len(judges))],
-        lambda place: _losses(signer, curvature, judges[place]),
-        lambda done: trainer.progress.piece("fitting the decay", done, len(judges)),
+        return PosteriorRule().decay, len(curvature)
+    judged = work.pieces(
+        [f"judge-{place:02d}" for place in range(len(judges))],
+        lambda place: _judge(signer, curvature, judges[place], directions=trainer.options.wants_directions),
+        lambda done: trainer.progress.piece("fitting the rule", done, len(judges)),
     )
-    gains = np.mean([each[0] - each[1:] for each in losses], axis=0)
-    told = ", ".join(f"{gain:+.4f} at {decay:g}" for gain, decay in zip(gains, DECAYS, strict=True))
+    gains = np.mean(judged, axis=0)
+    told = ", ".join(f"{gain:+.4f} at {decay:g}" for gain, decay in zip(gains[:, 0], DECAYS, strict=True))
     trainer.progress.say(f"gain on {len(judges)} people's later items by decay, in nats per token: {told}")
-    return DECAYS[int(np.argmax(gains))]
+    best = int(np.argmax(gains[:, 0]))
+    by_count = gains[best, 1:]
+    return DECAYS[best], int(np.argmax(by_count >= KEPT * by_count[-1])) + 1 if by_count.size else len(curvature)
 
 
-def _losses(signer: Signer, curvature: Vectors, person: MeasuredPerson) -> Vectors:
-    """Return the mean loss of a person's later items with the common row, and after each decay's step."""
+def _judge(signer: Signer, curvature: Vectors, person: MeasuredPerson, *, directions: bool) -> Vectors:
+    """Return each decay's gain on the person's later items, [decays, 1], in nats per token.
+
+    With `directions`, [decays, 1 + N]: also the gain that the products predict for the 1, 2, … N leading directions.
+    """
     half, rows = len(person.examples) // 2, np.arange(len(curvature)) != person.own_row
-    known, seen = Curvature.of(curvature[rows][:, rows]), signer.signature("", person.examples[:half])
-    steps = np.zeros((1 + len(DECAYS), len(rows)), np.float32)
+    known, earlier, later = Curvature.of(curvature[rows][:, rows]), person.examples[:half], person.examples[half:]
+
+    def signature(examples: Sequence[Example]) -> Signature:
+        made = signer.signature("", examples)
+        return replace(made, products=made.products[rows])
+
+    seen, steps = signature(earlier), np.zeros((1 + len(DECAYS), len(rows)), np.float32)
     for step, decay in zip(steps[1:], DECAYS, strict=True):
-        step[rows] = known.step(replace(seen, products=seen.products[rows]), decay)
-    return signer.losses(steps, person.examples[half:])
+        step[rows] = known.step(seen, decay)
+    losses = signer.losses(steps, later)
+    found: Vectors = (losses[0] - losses[1:])[:, None]
+    if not directions:
+        return found
+    wanted = signature(later)
+    predicted = np.stack([known.gains(step[rows], wanted) for step in steps[1:]])
+    return np.concatenate([found, np.pad(predicted, ((0, 0), (0, int(len(rows) - rows.sum()))), "edge")], axis=1)

@@ -26,7 +26,7 @@ from bank.items.retrieval import ItemIndex
 from bank.items.tasks import AnswerKind, past_count_range
 from bank.lookup.embedder import Embedder
 from bank.lookup.prior import SCORES, personal_shares, surprise
-from bank.lookup.serving import AnchorWeight, ServingBank, common_recipe, recipe_of_shares
+from bank.lookup.serving import AnchorWeight, ServingBank, common_recipe
 from bank.lookup.signature import MAX_ITEMS, Signature
 
 NUMBER_BYTES, EMBEDDED_BYTES = 4, 2  # stored bytes per number: signatures and histograms; profile embeddings
@@ -69,6 +69,8 @@ class Evaluator:
     def adapter(self, method: Method, evidence: Evidence, seed: int) -> EvalAdapter | None:
         """Return a method's adapter, or None for the bare model; the seed decides random anchors and training."""
         if method.k:
+            if self.bank.manifest.directions:
+                raise BankError(f"{method.name}: this bank merges directions, so no number of anchors speaks")
             serving, rule = self.bank.serving, self.bank.manifest.weights
             posterior = rule.posterior and rule.posterior.model_copy(update={"anchors": method.k})
             rule = rule.model_copy(update={"anchors": method.k, "posterior": posterior})
@@ -89,7 +91,7 @@ class Evaluator:
         if count:
             anchors = random.Random(seed).sample(anchors, min(count, len(anchors)))
         weight = self.bank.manifest.weights.strength / len(anchors)
-        recipe = recipe_of_shares(self.bank.manifest, [AnchorWeight(anchor, weight, 0.0) for anchor in anchors])
+        recipe = self.bank.serving.merge([AnchorWeight(anchor, weight, 0.0) for anchor in anchors])
         return EvalAdapter(self.bank, recipe)
 
     def fused(self, evidence: Evidence, share: float = 1.0, serving: ServingBank | None = None) -> EvalAdapter:
@@ -139,7 +141,7 @@ class Evaluator:
         if method.adapter in ("merged", "merged:topic", "stacked"):
             kept += EMBEDDED_BYTES * manifest.embedder.dim
         if method.adapter in ("merged", "stacked") and manifest.has_signatures:
-            kept += NUMBER_BYTES * len(manifest.anchors)
+            kept += NUMBER_BYTES * manifest.personal_rows
         if adapter and (user := adapter.user_adapter):
             kept += len(encode_user_adapter(manifest.layout, user))
         for item in evidence.user.items if method.history else ():
@@ -232,7 +234,10 @@ def default_methods(kind: AnswerKind) -> list[Method]:
 
 
 def curves(anchors: int, items: int) -> list[Method]:
-    """Return `merged` with several numbers of anchors (at most the bank's) and of items (fewer than `items`)."""
-    ks = sorted({k for k in (1, 2, 4, 8, 16) if k < anchors} | {min(anchors, MAX_TERMS)})
+    """Return `merged` with several numbers of anchors (at most the bank's) and of items (fewer than `items`).
+
+    In a bank of directions no number of anchors speaks; `anchors` is 0.
+    """
+    ks = sorted({k for k in (1, 2, 4, 8, 16) if k < anchors} | {min(anchors, MAX_TERMS)} - {0})
     ns = [n for n in (1, 2, 5, 10, MAX_PROFILE_ITEMS) if n < items]
     return [Method("merged", k=k) for k in ks] + [Method("merged", items=n) for n in ns]

@@ -84,7 +84,8 @@ def evaluate(
     check_base_model(inputs.model_folder, {inputs.bank: bank.manifest})
     people = _people(inputs, task)
     if inputs.curves:
-        points = curves(len(bank.manifest.anchors), max(len(user.items) for user in people))
+        anchors = 0 if bank.manifest.directions else len(bank.manifest.anchors)
+        points = curves(anchors, max(len(user.items) for user in people))
         options = replace(options, methods=tuple(dict.fromkeys((*options.methods, *points))))
     dtype = resolve_dtype(inputs.dtype)
     setup = f"{'in an engine' if engine else 'in process'}, {dtype}"

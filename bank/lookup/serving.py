@@ -13,9 +13,11 @@ from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.atlas import Atlas
+from bank.lookup.directions import Directions, recipe_of_directions
 from bank.lookup.index import AnchorIndex
 from bank.lookup.signature import Curvature, Signature
 from bank.manifest import (
+    COORDINATES_FILE,
     CURVATURE_FILE,
     INDEX_FILE,
     MAP_FILE,
@@ -33,11 +35,11 @@ TOPIC_GRAIN = 50
 
 @dataclass(slots=True, frozen=True)
 class AnchorWeight:
-    """One anchor's weight before rounding."""
+    """One anchor's weight before rounding; in a bank of directions, one of the anchors nearest to the user."""
 
     anchor: int  # index in the bank
-    weight: float  # by topics: a share of the rule's strength; by signature: a step along the row, possibly negative
-    similarity: float  # cosine of topics, -1 to 1
+    weight: float  # by topics: a share of the rule's strength; by signature: a step along the row; 0 if only near
+    similarity: float  # -1 to 1: cosine of topics; with directions and a signature, of the changes of the loss
     gain: float | None = None  # first-order gain on the user's own items, in nats per token; None by topics
 
 
@@ -54,19 +56,26 @@ class ServingBank:
     """A bank opened for lookups, without the weights of its adapters."""
 
     def __init__(
-        self, manifest: BankManifest, index: AnchorIndex, atlas: Atlas, curvature: Curvature | None = None
+        self,
+        manifest: BankManifest,
+        index: AnchorIndex,
+        atlas: Atlas,
+        curvature: Curvature | None = None,
+        directions: Directions | None = None,
     ) -> None:
         self.manifest = manifest
         self.task: Task = get_task(manifest.task)
         self.index = index
         self.atlas = atlas
         self.curvature = curvature
+        self.directions = directions
 
     @classmethod
     def open(cls, folder: Path, embedder_id: str) -> ServingBank:
         """Open the bank in `folder`; BankError if it is damaged or was built with a different embedder."""
         manifest = read_manifest(folder)
-        verify_files(folder, manifest, (INDEX_FILE, MAP_FILE, *([CURVATURE_FILE] * manifest.has_signatures)))
+        files = (INDEX_FILE, MAP_FILE, CURVATURE_FILE, COORDINATES_FILE)
+        verify_files(folder, manifest, tuple(name for name in files if name in manifest.files))
         if manifest.embedder.id != embedder_id:
             raise BankError(
                 f"the bank at {folder} was made with embedder {manifest.embedder.id}, but this one is {embedder_id}: "
@@ -79,19 +88,35 @@ class ServingBank:
                 f"its manifest says {len(manifest.anchors)} of {manifest.embedder.dim}: build the bank again"
             )
         atlas = Atlas.load(folder / MAP_FILE, index.anchor_count, index.dim)
-        return cls(manifest, index, atlas, Curvature.load(folder / CURVATURE_FILE) if manifest.has_signatures else None)
+        curvature = Curvature.load(folder / CURVATURE_FILE) if manifest.has_signatures else None
+        directions = None
+        if manifest.directions and curvature:
+            directions = Directions.load(folder / COORDINATES_FILE, manifest, curvature)
+        return cls(manifest, index, atlas, curvature, directions)
 
     def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
         """Return a user's recipe, and its anchors with the strongest evidence first.
 
         The embedding [E] has unit length. An unusable signature is ignored. Weights are multiplied by `share`, 0 to 1.
         """
-        rule = self.manifest.weights
-        if rule.posterior and self.curvature and signature and signature.is_usable_for(self.manifest.short):
-            weights = posterior_weights(self.index, rule.posterior, self.curvature, embedding, signature)
+        rule, curvature = self.manifest.weights, self.curvature
+        if rule.posterior and curvature and signature and signature.is_usable_for(self.manifest.short):
+            if self.directions:
+                steps = curvature.step(signature, rule.posterior.decay)
+                near = tuple(AnchorWeight(anchor, 0.0, cosine) for anchor, cosine in self.directions.nearest(steps))
+                return UserRecipe(recipe_of_directions(self.manifest, steps, share), near, "signature")
+            weights = posterior_weights(self.index, rule.posterior, curvature, embedding, signature)
             return UserRecipe(recipe_of_steps(self.manifest, weights, share), weights, "signature")
         weights = topic_weights(self.index, rule, embedding)
-        return UserRecipe(recipe_of_shares(self.manifest, weights, share, TOPIC_GRAIN), weights, "topic")
+        return UserRecipe(self.merge(weights, share, TOPIC_GRAIN), weights, "topic")
+
+    def merge(self, weights: Sequence[AnchorWeight], share: float = 1.0, grain: int = 1) -> FusionRecipe:
+        """Return the recipe of anchors with non-negative weights, rounded as by `recipe_of_shares`."""
+        recipe = recipe_of_shares(self.manifest, weights, share, grain)
+        if not self.directions or not recipe.terms:
+            return recipe
+        mixture = self.directions.mixture((term.anchor, term.weight / PER_MILLE) for term in recipe.terms)
+        return recipe_of_directions(self.manifest, mixture)
 
 
 def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> tuple[AnchorWeight, ...]:

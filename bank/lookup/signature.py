@@ -76,6 +76,15 @@ class Curvature:
         except (OSError, ValueError) as error:
             raise BankError(f"cannot read {path}: {error}") from error
 
+    def gains(self, step: Vectors, signature: Signature) -> Vectors:
+        """Return what a step [N] gains on the signature's items along the 1, 2, … N leading directions, [N].
+
+        In nats per token, as predicted from the products.
+        """
+        along = self.eigenvectors.T @ np.asarray(step, np.float64)
+        products = self.eigenvectors.T @ np.asarray(signature.products, np.float64)
+        return np.asarray(np.cumsum((along * products - self.eigenvalues * along**2 / 2)[::-1]))
+
     def step(self, signature: Signature, decay: float) -> Vectors:
         """Return z [N]; `decay` is λ in units of tr H / N."""
         x = self.eigenvectors.T @ np.asarray(signature.products, np.float64)

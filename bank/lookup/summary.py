@@ -14,6 +14,7 @@ def summarise(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
     index = AnchorIndex.load(folder / INDEX_FILE)
+    files = [name for name in (*manifest.files, MANIFEST_FILE) if (folder / name).exists()]
     return {
         "folder": str(folder),
         **manifest.model_dump(mode="json", exclude={"format", "files", "modules", "prior"}),
@@ -22,7 +23,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         "fused_rank": manifest.fused_rank,
         "room": manifest.room,
         "row_bytes": 2 * manifest.layout.row_numbers,
-        "bytes": {name: (folder / name).stat().st_size for name in (*manifest.files, MANIFEST_FILE)},
+        "bytes": {name: (folder / name).stat().st_size for name in files},
         "in_words": verdict_text(manifest.verdict) if manifest.verdict else "The bank's gain was not measured.",
     }
 

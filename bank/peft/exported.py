@@ -26,12 +26,18 @@ class ExportedAdapter:
     Raises BankError if the bank is damaged, FusionError or UserAdapterError if recipe or bytes do not belong to it.
     """
 
-    def __init__(self, bank: Path, manifest: BankManifest, recipe: FusionRecipe, user: bytes | None = None) -> None:
+    def __init__(
+        self,
+        bank: Path,
+        manifest: BankManifest,
+        recipe: FusionRecipe,
+        user: bytes | None = None,
+        file: str = MATRIX_FILE,
+    ) -> None:
         self._base_model, self._layout = manifest.base_model.name, manifest.layout
         manifest.check(recipe)
-        self._rows = [(len(manifest.anchors), 1.0)] * recipe.common
-        self._rows += [(term.anchor, term.weight / PER_MILLE) for term in recipe.terms]
-        self._matrix = _map_matrix(bank / MATRIX_FILE, manifest)
+        self._rows = recipe.rows(manifest.personal_rows)
+        self._matrix = _map_matrix(bank / file, manifest)
         self._user: dict[str, Bits] | None = None
         self._user_rank = 0
         if user is not None:
@@ -104,7 +110,7 @@ def _map_matrix(path: Path, manifest: BankManifest) -> dict[str, Bits]:
     except (OSError, ValueError) as error:
         raise BankError(f"cannot read the meta-LoRA matrix {path}: {error}") from error
     layout, shapes = manifest.layout, shapes_of(matrix)
-    wanted = (len(manifest.anchors) + manifest.common, layout.row_numbers)
+    wanted = (manifest.personal_rows + manifest.common, layout.row_numbers)
     if shapes.get("rows") != wanted or (layout.shared_a and shapes.get("shared_a") != (layout.a_numbers,)):
         raise BankError(f"{path} holds {shapes}, but the manifest says rows of {wanted}: copy the bank again")
     return matrix
@@ -116,9 +122,10 @@ def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False)
     ids = [entry.id for entry in manifest.anchors]
     if anchor not in ids:
         raise BankError(f"the bank at {bank} has no anchor {excerpt(anchor)}; its anchors are {ids[0]} to {ids[-1]}")
-    verify_files(bank, manifest, (MATRIX_FILE,))
+    verify_files(bank, manifest, (manifest.anchor_rows_file,))
+    people = manifest.model_copy(update={"directions": None})
     recipe = FusionRecipe(manifest.short, manifest.method, with_common, (Term(ids.index(anchor), PER_MILLE),))
     try:
-        ExportedAdapter(bank, manifest, recipe).write(out)
+        ExportedAdapter(bank, people, recipe, file=manifest.anchor_rows_file).write(out)
     except FusionError as error:
         raise BankError(str(error)) from error

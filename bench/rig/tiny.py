@@ -15,8 +15,10 @@ from adapters.lora import RowLayout
 from adapters.recipe import FusionMethod
 from adapters.training.trainer import linear_modules
 from bank.building.assemble import write_bank
+from bank.building.directions import make_directions
 from bank.items.profile import Vectors
 from bank.lookup.embedder import Embedder
+from bank.lookup.signature import Curvature
 from bank.manifest import BaseModelId, EmbedderId, PosteriorRule, WeightRule
 from bank.models.folders import model_hash
 
@@ -84,6 +86,7 @@ def tiny_bank(
     targets: Sequence[str] | None = None,
     scale: float = 0.05,
     signs: bool = False,
+    directions: int | None = None,
     seed: int = 1,
     name: str = "tiny",
     embeddings: Vectors | None = None,
@@ -99,6 +102,7 @@ def tiny_bank(
         targets: last name parts of the adapted modules; by default all linear modules.
         scale: standard deviation of the rows' numbers.
         signs: whether the bank has the posterior, with a curvature of 1 along every row.
+        directions: number of directions that replace the rows; the bank has the posterior.
         seed: seed of the rows.
         name: name of the base model.
         embeddings: embeddings [N, E] of the anchors, instead of those of texts.
@@ -110,7 +114,16 @@ def tiny_bank(
     rows = [torch.randn(layout.row_numbers, generator=generator) * scale for _ in range(anchors + common)]
     shared_a = torch.randn(layout.a_numbers, generator=generator) * scale if layout.shared_a else None
     embedder = Embedder.load(embedder_folder)
-    posterior = PosteriorRule(anchors=anchors) if signs else None
+    posterior, curvature = (
+        PosteriorRule(anchors=anchors) if signs else None,
+        np.eye(anchors, dtype=np.float32) if signs else None,
+    )
+    made = None
+    if directions:
+        curvature = np.diag(1 + np.arange(anchors, dtype=np.float32) / anchors)
+        kept = torch.stack(rows[:anchors]).to(torch.bfloat16)
+        made = make_directions(kept, Curvature.of(curvature), directions, deviation=1.0)
+        posterior = made.rule
     write_bank(
         folder,
         task="chat",
@@ -125,7 +138,8 @@ def tiny_bank(
         embeddings=embedder.embed([world(i) for i in range(anchors)]) if embeddings is None else embeddings,
         items=[12] * anchors,
         training={"seed": seed},
-        curvature=np.eye(anchors, dtype=np.float32) if signs else None,
+        curvature=curvature,
+        directions=made,
     )
     return folder
 

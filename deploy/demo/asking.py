@@ -17,7 +17,7 @@ class Answer:
     text: str  # the answer's text
     cut: bool  # whether it reached the token limit
     level: str  # `base`, `merged` or `stacked`
-    anchors: tuple[tuple[str, float], ...]  # (id, weight) of the merged anchors, nearest first
+    anchors: tuple[tuple[str, float | None], ...]  # (id, weight) of the merged anchors, nearest first
     ttft_ms: float  # time to the first token
 
 

@@ -36,7 +36,7 @@ def answers_table(
             answer = answers[question, user_id]
             who = Text("\n").append(user_id, "bold cyan").append(f"\n{look_for}", "dim")
             text = Text(f"\n{answer.text}").append(" …" if answer.cut else "", "dim")
-            anchors = "\n".join(f"{name} {weight:.3f}" for name, weight in answer.anchors) or "none"
+            anchors = "\n".join(f"{name} {weight or 0:.3f}" for name, weight in answer.anchors) or "none"
             table.add_row(who, text, f"\n{anchors}", f"\n{answer.ttft_ms:.0f} ms")
         table.add_section()
     return table

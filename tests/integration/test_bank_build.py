@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -36,8 +37,10 @@ from bank.items.prompt import encode_pair
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
+from bank.lookup.signature import Signature
 from bank.lookup.summary import summarise
 from bank.manifest import MANIFEST_FILE, MATRIX_FILE, BankManifest, read_manifest
+from bank.matrix import open_anchor_rows
 from bank.models.load import load_base
 from bench.rig.people import people, write_people
 from server.cli import app
@@ -76,7 +79,7 @@ def test_the_common_row_is_trained_first_and_without_old_pieces(bench: Bench, bu
     assert bench.build("order", progress, seed=2).fingerprint != built.fingerprint
     assert progress.begun == ["common", "a00", "a01", "a02"]
     assert progress.steps == [(row, step) for row in progress.begun for step in (1, 2, 3)]
-    both = ("measuring the curvature", "fitting the decay")
+    both = ("measuring the curvature", "fitting the rule")
     assert progress.pieces == [(what, person, 5) for what in both for person in range(6)]
     assert not (bench.folder / "order" / WORK_FOLDER).exists()
 
@@ -145,6 +148,29 @@ def test_the_same_bank_is_built_once_and_another_is_replaced_only_by_force(bench
         bench.build("forced", anchors=2)
     new = bench.build("forced", anchors=1, inputs={"force": True})
     assert summarise(folder)["fingerprint"] == new.fingerprint != old.fingerprint
+
+
+def test_directions_replace_the_anchors_rows_which_stay_beside_the_bank(bench: Bench, built: BankManifest) -> None:
+    progress, folder = Recorder(), bench.folder / "directions"
+    manifest = bench.build("directions", progress, directions=2)
+    assert (len(manifest.anchors), manifest.directions) == (3, 2)
+    assert any(said.startswith("the rows are 2 directions of 3 anchors") for said in progress.said)
+    people, anchors = bench.matrix("plain", built), open_anchor_rows(folder, manifest)
+    assert torch.equal(anchors.rows, people.rows)
+    rows = bench.matrix("directions", manifest).rows
+    assert torch.equal(rows[-1], people.rows[-1])
+    seen = Signature(manifest.short, 1000, np.array([1.0, -1.0], np.float32))
+    serving = ServingBank.open(folder, manifest.embedder.id)
+    found = serving.personalise(serving.index.vectors([1])[0], seen)
+    assert len(found.recipe.steps) == 2 and found.recipe.steps[0] > 0 > found.recipe.steps[1]
+    result = CliRunner().invoke(app, ["bank", "info", str(folder)])
+    assert "2 directions" in result.output
+    removed = bench.folder / "removed"
+    result = CliRunner().invoke(app, ["bank", "remove", str(folder), "--anchor", "a01", "--out", str(removed)])
+    assert "2 anchors, without a01" in result.output
+    assert torch.equal(open_anchor_rows(removed, read_manifest(removed)).rows, people.rows[[0, 2, 3]])
+    with pytest.raises(BankError, match="--directions: at most --anchors 3, got 4"):
+        bench.build("refused", directions=4)
 
 
 class Killer(Recorder):

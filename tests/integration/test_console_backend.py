@@ -75,18 +75,23 @@ def test_the_bank_is_a_map_of_its_anchors(client: Client, gateway: GatewayThread
 
 
 @pytest.mark.parametrize(
-    ("rule", "name", "words"),
+    ("rule", "directions", "name", "words"),
     [
-        (WeightRule(anchors=3, strength=0.5), "topic", ["3 anchors", "in steps of 0.05", "sum to 0.5"]),
+        (WeightRule(anchors=3, strength=0.5), None, "topic", ["3 anchors", "in steps of 0.05", "sum to 0.5"]),
         (
             WeightRule(posterior=PosteriorRule(anchors=9, decay=130)),
+            None,
             "posterior",
-            ["about 130 tokens", "most 9 steps", "Until the items have been read, the 2"],
+            ["each anchor's adapter", "about 130 tokens", "most 9 steps", "Until the items have been read, the 2"],
         ),
+        (WeightRule(posterior=PosteriorRule(anchors=6)), 6, "posterior", ["along 6 mixtures of the anchors' adapters"]),
     ],
 )
-def test_a_rule_is_described_with_its_constants(rule: WeightRule, name: str, words: list[str]) -> None:
-    told = rule_answer(rule)
+def test_a_rule_is_described_with_its_constants(
+    gateway: GatewayThread, rule: WeightRule, directions: int | None, name: str, words: list[str]
+) -> None:
+    manifest = gateway.parts.bank.manifest.model_copy(update={"weights": rule, "directions": directions})
+    told = rule_answer(manifest)
     assert told.name == name
     assert [word for word in words if word not in told.says] == []
     assert all(isinstance(number, int | float) for number in told.constants.values())

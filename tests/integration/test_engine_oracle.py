@@ -59,10 +59,12 @@ def dense(model: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def banks(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder: Path, bank: Path) -> list[Path]:
-    """Of other methods and modules: an engine serves two while a fleet moves."""
+    """Of other methods, modules and rows: an engine serves two of them while a fleet moves."""
     targets = ["q_proj", "k_proj", "up_proj", "down_proj"]
     folder, method = tmp_path_factory.mktemp("other"), FusionMethod.CAT
-    return [bank, tiny_bank(folder, model, embedder_folder, method=method, scale=0.1, targets=targets)]
+    cat = tiny_bank(folder, model, embedder_folder, method=method, scale=0.1, targets=targets)
+    made = {"anchors": 8, "directions": 5, "scale": 0.1}
+    return [bank, cat, tiny_bank(tmp_path_factory.mktemp("directions"), model, embedder_folder, **made)]
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +83,25 @@ def tokens_of(engine: Engine, prompt: str) -> list[int]:
 def test_engine_and_dense_model_give_the_same_log_probabilities(
     request: pytest.FixtureRequest, banks: list[Path], model: Path, dense: Any, ranks: int
 ) -> None:
+    served = banks[:2] if ranks == 1 else banks[1:]
     with ExitStack() as stack:
         if ranks == 1:
             engine, prompts, cases = request.getfixturevalue("engine"), PROMPTS, CASES
         else:  # with one slot, every recipe is written over the one before it
             settings = {"dtype": "float32", "max_loras": 1, "tensor_parallel_size": ranks}
-            engine = stack.enter_context(running_engine(banks[0], model, next_bank=banks[1], **settings))
+            engine = stack.enter_context(running_engine(served[0], model, next_bank=served[1], **settings))
             prompts, cases = PROMPTS[:1], CASES[::4]  # ranks that share two busy cores are slow
         tokens = [tokens_of(engine, prompt) for prompt in prompts]
         plain = torch.tensor(engine.prompt_logprobs("base", tokens[0]))
         torch.testing.assert_close(plain, token_logprobs(dense, tokens[0]), atol=TOLERANCE, rtol=0)
-        for bank in reversed(banks):
+        for bank in reversed(served):
             manifest = read_manifest(bank)
             matrix = open_matrix(bank, manifest)
-            for common, terms in cases:
-                recipe = FusionRecipe(manifest.short, manifest.method, common, terms)
+            recipes = [FusionRecipe(manifest.short, manifest.method, common, terms) for common, terms in cases]
+            if manifest.directions:
+                steps = ((16, -9, 0, 127, -40), (0, 0, 3, 0, 8))
+                recipes = [FusionRecipe(manifest.short, manifest.method, True, (), steps=each) for each in steps]
+            for recipe in recipes:
                 with dense_adapter(dense, matrix, recipe):
                     wanted = [token_logprobs(dense, ids) for ids in tokens]
                 for ids, expected in zip(tokens, wanted, strict=True):

@@ -30,6 +30,13 @@ Modules = Annotated[str | None, typer.Option(help="Comma-separated, e.g. q_proj,
 Force = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder.")]
 BankArgument = Annotated[Path | None, typer.Argument(help="Folder of the bank.", show_default="MTA_BANK")]
 AnchorsBy = Annotated[str, typer.Option(help="Anchors: topics (the longest history of each topic) or longest.")]
+Directions = Annotated[
+    int | None,
+    typer.Option(
+        help="Directions that replace the anchors' rows; 0: none.",
+        show_default="above 64 anchors, as many as keep 95 % of the gain",
+    ),
+]
 UserRank = Annotated[int, typer.Option(help="Rank reserved for users' own stacked LoRAs.")]
 Top = Annotated[int, typer.Option(help="Maximum number of anchors in a recipe by topics.")]
 HistoryShare = Annotated[float, typer.Option(help="Share of training items with past items in the prompt.")]
@@ -51,6 +58,7 @@ def build(
     task: Annotated[str, typer.Option(help="Type of the items: news_headline, movie_rating, chat …")],
     anchors: Annotated[int, typer.Option(help="Exact number of anchors.")] = _BUILD.anchors,
     anchors_by: AnchorsBy = _BUILD.anchors_by,
+    directions: Directions = _BUILD.directions,
     rank: Annotated[int, typer.Option(help="Rank of every meta-LoRA.")] = _BUILD.rank,
     user_rank: UserRank = _BUILD.user_rank,
     target_modules: Modules = None,
@@ -146,6 +154,25 @@ def export(
     typer.echo(f"{anchor} is a PEFT adapter at {out}")
 
 
+@app.command()
+def remove(
+    anchor: Annotated[str, typer.Option(help="The anchor's id, e.g. a03.")],
+    out: Out,
+    bank: BankArgument = None,
+) -> None:
+    """Write a bank without one of its anchors; nothing is trained.
+
+    Users' signatures are made again for the new bank, and their adapters are not served until `mta readapt`.
+    """
+    from bank.building.directions import remove_anchor
+
+    manifest = remove_anchor(load_settings(bank=bank).bank_folder(), anchor, out)
+    typer.echo(
+        f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, without {anchor}. Its common row still "
+        "knows what it learnt from that person, until the bank is built again without them (--exclude)."
+    )
+
+
 @app.command("import")
 def import_(
     *,
@@ -193,9 +220,10 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
         "adapted": f"{summary['modules']} modules: {', '.join(summary['target_modules'])}",
         "weights": _describe_rule(weights),
         "index": f"{index['kind']}, {index['anchors']} anchors of {index['dim']} dimensions",
-        "rank": f"{summary['rank']} per anchor, {summary['fused_rank']} fused, {summary['serving_rank']} served; "
+        "rows": f"{summary['directions']} directions" if summary["directions"] else "the anchors' own",
+        "rank": f"{summary['rank']} per row, {summary['fused_rank']} fused, {summary['serving_rank']} served; "
         f"user adapters: up to rank {summary['room']}",
-        "size": f"{sizes}; {decimal(summary['row_bytes'])} per anchor",
+        "size": f"{sizes}; {decimal(summary['row_bytes'])} per row",
         "training": ", ".join(f"{key} {value}" for key, value in summary["training"].items() if value is not None),
         "verdict": summary["in_words"],
     }
@@ -211,6 +239,6 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
 def _describe_rule(weights: Mapping[str, Any]) -> str:
     topic = f"topic, at most {weights['anchors']} anchors, strength {weights['strength']:g}"
     if posterior := weights["posterior"]:
-        rule = f"posterior, at most {posterior['anchors']} anchors, decay {posterior['decay']:g}"
+        rule = f"posterior, at most {posterior['anchors']} steps, decay {posterior['decay']:.4g}"
         return f"{rule}; until there is a signature, {topic}"
     return topic

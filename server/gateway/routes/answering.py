@@ -30,7 +30,10 @@ log = logging.getLogger("mta.gateway")
 
 class AnchorAnswer(BaseModel, frozen=True):
     id: str = Field(examples=["a03"])
-    weight: float = Field(description="Weight in the recipe; a negative weight moves the answer away from this anchor.")
+    weight: float | None = Field(
+        description="Weight in the recipe; a negative weight moves the answer away from this anchor. Null in a bank of "
+        "directions, whose recipes name no anchors: these are the nearest ones."
+    )
     similarity: float | None = Field(
         description="Similarity to the user's profile, -1 to 1; null if other anchors are closer by now."
     )
@@ -48,7 +51,7 @@ class PersonalizationAnswer(BaseModel, frozen=True):
         description="Name of the fused adapter, without the user adapter that `stacked` adds; null for the base model."
     )
     source: str | None = Field(description="Source of the weights; null for the base model.")
-    anchors: list[AnchorAnswer] = Field(description="Largest weight first.")
+    anchors: list[AnchorAnswer] = Field(description="Largest weight first, or the nearest first.")
     history: int = Field(description="Number of the user's past items in the prompt.")
     reason: str | None = Field(description="Why the level is not higher, if known.")
     timings_ms: dict[str, float] = Field(
@@ -86,8 +89,16 @@ class Usage(BaseModel, frozen=True):
 
 
 def anchor_answers(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> list[AnchorAnswer]:
-    """Return the anchors of a recipe, largest weight first, with the current similarity and gain of each."""
-    current, answers = {weight.anchor: weight for weight in weights}, []
+    """Return the anchors of a recipe, largest weight first, with the current similarity and gain of each.
+
+    A recipe of directions has none; the anchors nearest to the user are returned, nearest first.
+    """
+    if recipe.steps:
+        return [
+            AnchorAnswer(id=anchor_id(near.anchor), weight=None, similarity=round(near.similarity, 4), gain=None)
+            for near in weights
+        ]
+    current, answers = {weight.anchor: weight for weight in weights}, list[AnchorAnswer]()
     for term in recipe.terms:
         weight = current.get(term.anchor)
         answers.append(
@@ -98,7 +109,7 @@ def anchor_answers(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> lis
                 gain=round(weight.gain, 4) if weight and weight.gain is not None else None,
             )
         )
-    return sorted(answers, key=lambda answer: (-abs(answer.weight), answer.id))
+    return sorted(answers, key=lambda answer: (-abs(answer.weight or 0), answer.id))
 
 
 class AnswerResponse(Response):

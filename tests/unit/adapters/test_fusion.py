@@ -34,27 +34,38 @@ def make_matrix(folder: Path, method: FusionMethod, common: bool) -> MetaMatrix:
     return MetaMatrix.open(path, layout, ANCHORS, common)
 
 
+STEPS = FusionRecipe("0" * 8, SHARED, True, (), steps=(16, -3, 0, 127, 1))
+
+
 def recipe(method: FusionMethod, common: bool, *terms: tuple[int, int]) -> FusionRecipe:
     return FusionRecipe("0" * 8, method, common, tuple(Term(a, w) for a, w in terms))
 
 
-@pytest.mark.parametrize("method", list(FusionMethod))
 @pytest.mark.parametrize(
-    ("common", "terms"),
+    "wanted",
     [
-        (False, [(2, 1000)]),
-        (False, [(0, 1), (1, 499), (4, 500)]),
-        (True, []),
-        (True, [(1, -2500), (3, 731)]),
-        (True, [(0, 7), (1, 77), (2, 777), (3, 100), (4, 39)]),
+        STEPS,
+        *(
+            recipe(method, common, *terms)
+            for method in FusionMethod
+            for common, terms in (
+                (False, [(2, 1000)]),
+                (False, [(0, 1), (1, 499), (4, 500)]),
+                (True, []),
+                (True, [(1, -2500), (3, 731)]),
+                (True, [(0, 7), (1, 77), (2, 777), (3, 100), (4, 39)]),
+            )
+        ),
     ],
+    ids=lambda wanted: wanted.name,
 )
 def test_the_fused_delta_is_the_methods_own_formula_and_in_bf16_it_is_rounded_once(
-    tmp_path: Path, method: FusionMethod, common: bool, terms: list[tuple[int, int]]
+    tmp_path: Path, wanted: FusionRecipe
 ) -> None:
-    matrix, wanted = make_matrix(tmp_path, method, common), recipe(method, common, *terms)
+    method, common = wanted.method, wanted.common
+    matrix = make_matrix(tmp_path, method, common)
     fused, rounded = fuse(matrix, wanted, torch.float32), fuse(matrix, wanted)
-    assert fused.rank == RANK * (1 if method is SHARED else common + len(terms))
+    assert fused.rank == RANK * (1 if method is SHARED else common + len(wanted.terms))
     for module in MODULES:
         name, dense = module.name, dense_delta(matrix, wanted, module).float()
         assert fused.a[name].shape == (fused.rank, module.h_in)

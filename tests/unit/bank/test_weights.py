@@ -20,7 +20,7 @@ from bank.building.options import BuildOptions
 from bank.building.ranks import Ranks
 from bank.building.resume import Workbench
 from bank.building.rows import RowTrainer
-from bank.building.signer import MeasuredPerson, _losses, fit_decay, measure_curvature
+from bank.building.signer import MeasuredPerson, _judge, fit_rule, measure_curvature
 from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.items.tasks import get_task
@@ -205,7 +205,7 @@ def test_the_curvature_is_found_in_drawn_answers_and_the_decay_in_how_far_people
     work = Workbench(tmp_path, Ranks())
     h = measure_curvature(quadratic, people, trainer, work)
     assert np.linalg.norm(h - quadratic.h) < 0.1 * np.linalg.norm(quadratic.h)
-    decay = fit_decay(quadratic, h, people, trainer, work)
+    decay, _ = fit_rule(quadratic, h, people, trainer, work)
     best = N / (far**2 * np.trace(h))  # the noise of one token over the variance of people's steps
     assert best / 4 < decay < best * 4
 
@@ -216,8 +216,25 @@ def test_a_persons_own_row_has_no_part_in_the_decay_and_a_bank_of_one_keeps_the_
     bowl: Any = Quadratic()
     person = bowl.person(np.array([5.0, 0.0, 0.0, 0.0]))
     anchor = replace(person, own_row=0)
-    assert _losses(bowl, bowl.h, anchor).min() > 10 * _losses(bowl, bowl.h, person).min()
-    assert fit_decay(bowl, np.ones((1, 1)), [anchor], trainer, Workbench(tmp_path, Ranks())) == PosteriorRule().decay
+    before = bowl.losses(np.zeros((1, N)), person.examples)[0]
+    losses = [before - _judge(bowl, bowl.h, who, directions=False).max() for who in (anchor, person)]
+    assert losses[0] > 10 * losses[1]
+    found = fit_rule(bowl, np.ones((1, 1)), [anchor], trainer, Workbench(tmp_path, Ranks()))
+    assert found == (PosteriorRule().decay, 1)
+
+
+@pytest.mark.parametrize("own_row", [None, 0])
+def test_the_fewest_directions_are_kept_that_bring_most_of_the_gain(
+    own_row: int | None, trainer: RowTrainer, tmp_path: Path
+) -> None:
+    bowl: Any = Quadratic()
+    bowl.h = np.diag([0.001, 1.0, 0.0005, 0.5])
+    people = [replace(bowl.person(np.array([1.0, 1.0, 1.0, far])), own_row=own_row) for far in (1.0, 1.1, 0.9)]
+    wants = replace(trainer, options=BuildOptions("chat", directions=1))
+    assert fit_rule(bowl, bowl.h, people, wants, Workbench(tmp_path, Ranks()))[1] == 2
+    people = [replace(person, examples=bowl.person(np.array([0.0, 1.0, 0.0, 0.1])).examples) for person in people]
+    (tmp_path / "one").mkdir()
+    assert fit_rule(bowl, bowl.h, people, wants, Workbench(tmp_path / "one", Ranks()))[1] == 1
 
 
 def test_evidence_leads_to_steps_and_topics_to_coarse_shares(tmp_path: Path) -> None:

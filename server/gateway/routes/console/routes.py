@@ -11,7 +11,7 @@ from starlette.staticfiles import StaticFiles
 
 from adapters.recipe import PER_MILLE
 from bank.lookup.serving import TOPIC_GRAIN
-from bank.manifest import WeightRule
+from bank.manifest import BankManifest
 from server.gateway.parts import parts_of
 
 router = APIRouter()
@@ -85,7 +85,7 @@ async def read_bank(request: Request) -> BankAnswer:
         method=manifest.method.value,
         rank=manifest.rank,
         serving_rank=manifest.serving_rank,
-        rule=rule_answer(manifest.weights),
+        rule=rule_answer(manifest),
         common_row=manifest.common,
         anchors=[
             AnchorOnMap(id=entry.id, items=entry.items, at=place, words=list(entry.words))
@@ -95,7 +95,8 @@ async def read_bank(request: Request) -> BankAnswer:
     )
 
 
-def rule_answer(rule: WeightRule) -> RuleAnswer:
+def rule_answer(manifest: BankManifest) -> RuleAnswer:
+    rule = manifest.weights
     topic = (
         f"{rule.anchors} anchors most similar in topic to the user are merged, weighted by similarity in steps of "
         f"{TOPIC_GRAIN / PER_MILLE:g}; their weights sum to {rule.strength:g}."
@@ -103,13 +104,16 @@ def rule_answer(rule: WeightRule) -> RuleAnswer:
     if (posterior := rule.posterior) is None:
         constants = {"anchors": rule.anchors, "strength": rule.strength}
         return RuleAnswer(name="topic", says=f"The {topic}", constants=constants)
+    along = (
+        f"{manifest.directions} mixtures of the anchors' adapters" if manifest.directions else "each anchor's adapter"
+    )
     return RuleAnswer(
         name="posterior",
-        says="The user's own items determine how far to move from the common row along each anchor's adapter, in "
-        f"either direction. More text moves further: half of the full distance at about {posterior.decay:g} tokens. "
+        says=f"The user's own items determine how far to move from the common row along {along}, in either direction. "
+        f"More text moves further: half of the full distance at about {posterior.decay:.4g} tokens. "
         f"At most {posterior.anchors} steps are used, the longest. Until the items have been read, the {topic}",
         constants={
-            "anchors": posterior.anchors,
+            "directions" if manifest.directions else "anchors": min(posterior.anchors, manifest.personal_rows),
             "decay": posterior.decay,
             "topic_anchors": rule.anchors,
             "topic_strength": rule.strength,

@@ -18,7 +18,7 @@ export function AnchorMap({ anchors, user }) {
 	const place = frame([...dots.map(({ at }) => at), ...(here ? [here] : [])], wide, high);
 	const most = Math.max(...dots.map(({ items }) => items));
 	const byId = new Map(dots.map((dot) => [dot.id, dot]));
-	const lines = here ? user.anchors.filter(({ id }) => byId.has(id)) : [];
+	const lines = here ? user.anchors.filter(({ id }) => byId.has(id)).map(({ id, weight, similarity }) => ({ id, weight: weight ?? similarity })) : [];
 	const speaking = new Map(lines.map(({ id, weight }) => [id, weight]));
 	const ties = lines.map(({ id, weight }) => `${id}, ${percent(weight)}`).join(' and ');
 	const spot = spots();

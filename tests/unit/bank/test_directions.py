@@ -1,0 +1,158 @@
+"""Directions of a bank: with all of them nothing changes, with a few the most is kept, and an anchor can be removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adapters.fusion import fuse
+from adapters.recipe import FusionRecipe, Term, parse_recipe
+from bank.building.directions import DirectionRows, make_directions, remove_anchor
+from bank.errors import BankError
+from bank.lookup.directions import Directions
+from bank.lookup.embedder import Embedder
+from bank.lookup.serving import ServingBank
+from bank.lookup.signature import Curvature, Signature
+from bank.lookup.summary import summarise
+from bank.manifest import COORDINATES_FILE, MATRIX_FILE, ROWS_FILE, BankManifest, read_manifest
+from bank.matrix import open_anchor_rows, open_matrix
+from bank.peft.exported import export_anchor
+from bench.rig.tiny import tiny_bank, world
+
+N, DECAY, TOKENS = 12, 40.0, 300
+NUMBERS = np.random.default_rng(0)
+ROOT = NUMBERS.normal(size=(N, N)) * np.exp2(-np.arange(N))  # each direction bends half as much as the one before
+H = Curvature.of(ROOT @ ROOT.T)
+DEVIATION = float(H.eigenvalues.mean() * DECAY) ** -0.5
+ROWS = torch.from_numpy(NUMBERS.normal(size=(N, 500))).bfloat16()
+SEEN = Signature("", TOKENS, np.float32(ROOT @ ROOT.T @ NUMBERS.normal(size=N)))
+
+
+def along(made: DirectionRows, seen: Signature) -> Signature:
+    """The signature of the same items along the directions."""
+    lead = made.coordinates.astype(np.float64) * DEVIATION
+    return Signature("", seen.tokens, np.float32(DEVIATION * (lead.T @ seen.products)))
+
+
+def step(count: int) -> tuple[DirectionRows, np.ndarray]:
+    made = make_directions(ROWS, H, count, DEVIATION)
+    return made, Curvature.of(made.curvature).step(along(made, SEEN), made.rule.decay)
+
+
+def test_along_all_directions_a_user_gets_the_same_weights_as_along_the_anchors() -> None:
+    made, steps = step(N)
+    wanted = H.step(SEEN, DECAY) @ ROWS.float().numpy()
+    np.testing.assert_allclose(steps @ made.rows.numpy(), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    for anchor in range(N):
+        np.testing.assert_allclose(made.coordinates[anchor] @ made.rows.numpy(), ROWS[anchor].float(), atol=1e-3)
+
+
+def test_a_few_directions_are_those_that_gain_most() -> None:
+    by_count = H.gains(H.step(SEEN, DECAY), SEEN)
+    for count in (1, 3, 6):
+        made, steps = step(count)
+        signature = along(made, SEEN)
+        gain = steps @ signature.products - steps @ made.curvature @ steps / 2
+        assert gain == pytest.approx(by_count[count - 1], rel=1e-4)
+    assert by_count[0] < by_count[2] < by_count[5] < by_count[-1] < 1.01 * by_count[5]
+
+
+def test_the_nearest_anchors_are_those_whose_rows_change_the_loss_alike() -> None:
+    made = make_directions(ROWS, H, 6, DEVIATION)
+    directions = Directions.of(made.coordinates, Curvature.of(made.curvature))
+    h = made.coordinates @ made.curvature @ made.coordinates.T
+    cosines = h / np.sqrt(np.outer(np.diag(h), np.diag(h)))
+    for anchor in range(N):
+        found = directions.nearest(-2.5 * made.coordinates[anchor])
+        assert [other for other, _ in found] == np.argsort(cosines[anchor])[:3].tolist()
+        assert [cosine for _, cosine in found] == pytest.approx(np.sort(-cosines[anchor])[::-1][:3].tolist(), abs=1e-5)
+    assert [cosine for _, cosine in directions.nearest(np.zeros(6))] == [0, 0, 0]
+
+
+@pytest.fixture
+def bank(tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path) -> Path:
+    return tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, anchors=6, k=2, directions=4)
+
+
+def opened(bank: Path, embedder_folder: Path) -> tuple[ServingBank, BankManifest, np.ndarray]:
+    embedder = Embedder.load(embedder_folder)
+    serving = ServingBank.open(bank, embedder.id)
+    return serving, serving.manifest, embedder.embed([world(5)])[0]
+
+
+def test_a_recipe_has_a_step_for_each_direction_times_the_strength(bank: Path, embedder_folder: Path) -> None:
+    serving, manifest, embedding = opened(bank, embedder_folder)
+    seen = Signature(manifest.short, 10**6, np.array([3.0, -1.5, 0.01, 0.0], np.float32))
+    z = Curvature.of(np.load(bank / "curvature.npy")).step(seen, manifest.weights.posterior.decay)
+    for share in (1.0, 0.5):
+        found = serving.personalise(embedding, seen, share)
+        assert found.source == "signature"
+        assert found.recipe.steps == tuple(int(number) for number in np.rint(share * 16 * z))
+        assert parse_recipe(found.recipe.name) == found.recipe
+        assert [weight.anchor for weight in found.weights] == [5, 3, 0]  # directions are anchors 5, 4, 3, 2
+    assert serving.personalise(embedding, seen, 0.0).recipe.name == f"mta3:{manifest.short}:shared:c"
+
+
+def test_by_topics_the_neighbours_coordinates_are_mixed(bank: Path, embedder_folder: Path) -> None:
+    serving, manifest, embedding = opened(bank, embedder_folder)
+    found = serving.personalise(embedding)
+    assert (found.source, found.weights[0].anchor) == ("topic", 5)
+    assert found.recipe.steps[0] == round(16 * round(found.weights[0].weight, 2))
+    merged = fuse(open_matrix(bank, manifest), found.recipe, torch.float32)
+    assert merged.rank == manifest.rank
+
+
+def test_a_bank_of_directions_refuses_anchors_and_other_numbers_of_steps(bank: Path) -> None:
+    manifest = read_manifest(bank)
+    recipe = FusionRecipe(manifest.short, manifest.method, True, (), steps=(1, 2, 3, 4))
+    manifest.check(recipe)
+    for terms, steps in (((Term(1, 500),), ()), ((), (1, 2, 3)), ((), (1, 2, 3, 4, 5))):
+        with pytest.raises(Exception, match="has 4 directions, but the recipe is"):
+            manifest.check(FusionRecipe(manifest.short, manifest.method, True, terms, steps=steps))
+    people = manifest.model_copy(update={"directions": None})
+    with pytest.raises(Exception, match="has anchors and no directions"):
+        people.check(recipe)
+
+
+def test_an_anchors_own_row_is_exported_while_the_file_of_rows_is_there(bank: Path, tmp_path: Path) -> None:
+    export_anchor(bank, "a01", tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    lora = fuse(
+        open_anchor_rows(bank, read_manifest(bank)),
+        FusionRecipe("0" * 8, read_manifest(bank).method, False, (Term(1, 1000),)),
+    )
+    name = next(iter(lora.b))
+    assert torch.equal(weights[f"base_model.model.{name}.lora_B.weight"], lora.b[name])
+    (bank / ROWS_FILE).unlink()
+    summarise(bank)  # is not damaged without them
+    with pytest.raises(BankError, match=f"lacks {ROWS_FILE}"):
+        export_anchor(bank, "a01", tmp_path / "again")
+
+
+@pytest.mark.parametrize("directions", [None, 4])
+def test_a_removed_anchor_is_in_no_row_and_the_others_are_as_before(
+    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, directions: int | None
+) -> None:
+    make = {"anchors": 5, "signs": True, "directions": directions}
+    bank, out = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, **make), tmp_path / "out"
+    before, after = read_manifest(bank), remove_anchor(bank, "a04", out)
+    assert [entry.id for entry in after.anchors] == ["a00", "a01", "a02", "a03"]
+    assert after.fingerprint != before.fingerprint
+    kept, gone = open_anchor_rows(out, after).rows, open_anchor_rows(bank, before).rows
+    assert torch.equal(kept, gone[[0, 1, 2, 3, 5]])
+    rows = open_matrix(out, after).rows[:-1].float()
+    lost = gone[4].float()
+    assert (rows @ lost).abs().max() < 0.2 * rows.norm(dim=1).max() * lost.norm()
+    serving = ServingBank.open(out, after.embedder.id)
+    assert serving.index.anchor_count == 4
+    if directions:  # a04 bends most, so it was the first direction, a01 the last of four
+        coordinates = np.load(out / COORDINATES_FILE)
+        assert np.abs(coordinates).argmax(axis=0).tolist() == [3, 2, 1, 0][: coordinates.shape[1]]
+    for anchor, message in (("a09", "no anchor 'a09'"), ("a04", "already holds a bank")):
+        with pytest.raises(BankError, match=message):
+            remove_anchor(bank, anchor, tmp_path / "other" if anchor == "a09" else out)
+    assert not (tmp_path / "other" / MATRIX_FILE).exists()
