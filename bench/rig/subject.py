@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from adapters.errors import MtaError
-from adapters.recipe import FusionRecipe, Term, per_mille
+from adapters.recipe import STEPS_PER_DEVIATION, FusionRecipe, Term, per_mille
 from bank.items.profile import Vectors
 from bank.manifest import BankManifest, read_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder, model_name
@@ -44,13 +44,13 @@ class Subject:
         return f"{bank.base_model.name}, {bank.method.value}, rank {bank.rank} in slots of {bank.serving_rank}"
 
     @property
-    def anchors(self) -> int:
-        """Number of anchors in a recipe: of the posterior if the bank has one, otherwise of the weights by topic."""
+    def merged_rows(self) -> int:
+        """Number of personal rows in a recipe: of the posterior if the bank has one, otherwise by topic."""
         weights = self.manifest.weights
-        return min((weights.posterior or weights).anchors, len(self.manifest.anchors))
+        return min((weights.posterior or weights).anchors, self.manifest.personal_rows)
 
     def recipes(self, seed: int = 0) -> Iterator[FusionRecipe]:
-        """Yield distinct recipes with the bank's number of anchors, in a seeded order.
+        """Yield distinct recipes with the bank's number of rows, in a seeded order.
 
         Raises:
             MtaError: if the bank has no more.
@@ -58,13 +58,16 @@ class Subject:
         generator, seen, manifest, tries = random.Random(seed), set(), self.manifest, 0
         total = round(1000 * manifest.weights.strength)
         while (tries := tries + 1) < MAX_REPEATS:
-            anchors = sorted(generator.sample(range(len(manifest.anchors)), self.anchors))
+            rows = sorted(generator.sample(range(manifest.personal_rows), self.merged_rows))
             if manifest.has_signatures:
-                weights = [generator.choice((-1, 1)) * generator.randint(20, 500) for _ in anchors]
+                most = 3 * STEPS_PER_DEVIATION if manifest.directions else 500
+                weights = [generator.choice((-1, 1)) * generator.randint(most // 20, most) for _ in rows]
             else:
-                weights = per_mille([generator.uniform(0.2, 1) for _ in anchors], total)
-            terms = tuple(Term(a, w) for a, w in zip(anchors, weights, strict=True))
+                weights = per_mille([generator.uniform(0.2, 1) for _ in rows], total)
+            terms = tuple(Term(a, w) for a, w in zip(rows, weights, strict=True))
             recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, terms)
+            if manifest.directions:
+                recipe = replace(recipe, terms=(), steps=tuple(weights))
             if recipe not in seen:
                 seen.add(recipe)
                 tries = 0

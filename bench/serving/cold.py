@@ -98,7 +98,8 @@ def main(
                         readings[way].append(value)
                     for step, value in steps.items():
                         inside[step].append(value)
-    terms = f"{subject.anchors} anchors{' and the common row' if manifest.common else ''}"
+    rows = "directions" if manifest.directions else "anchors"
+    terms = f"{subject.merged_rows} {rows}{' and the common row' if manifest.common else ''}"
     report(
         f"Until a never-seen recipe is usable, ms: {manifest.base_model.name}, {dtype}, {manifest.method.value}, "
         f"{terms}, rank {manifest.rank}, slots of rank {manifest.serving_rank}",
@@ -127,7 +128,7 @@ def _limit(subject: Subject, limits: Limits) -> Iterator[tuple[str, object]]:
     """Yield the memory traffic of fusing: each row is read, the sum is written and copied into the slot."""
     manifest = subject.manifest
     row = manifest.layout.row_numbers * BF16_BYTES
-    moved = row * (subject.anchors + manifest.common + 3)
+    moved = row * (subject.merged_rows + manifest.common + 3)
     yield "bytes that fusing and the slot move, MiB", round(moved / 2**20, 2)
     yield "the same at this machine's memory bandwidth, ms", round(1000 * moved / limits.bytes_per_s, 3)
 

@@ -22,7 +22,8 @@ namespace {
 using bf16 = uint16_t;
 constexpr int LANES = 16;
 constexpr int TILE = 8;                    // rows of one adapter computed together
-constexpr int64_t SUM_BLOCK = 128;         // outputs summed before transposing, so that they stay in the cache
+constexpr int64_t SUM_BLOCK = 2048;         // outputs summed before transposing, so that they stay in the cache
+constexpr int STREAMS = 8;                 // rows read at once: as many as the processor fetches in advance
 constexpr int64_t MIN_PRODUCTS = 2000000;  // multiplications that justify waking another thread
 
 #define MTA_INLINE static inline __attribute__((always_inline))

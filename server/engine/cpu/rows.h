@@ -127,15 +127,18 @@ void sum_transposed(
     int count, const bf16* const* rows, const float* weight, int64_t rank, int64_t h_out, int64_t first, int64_t last,
     float* sums, bf16* out) {
   const int64_t begin = first * rank, numbers = (last - first) * rank;
-  int64_t k = 0;
-  for (; k + LANES <= numbers; k += LANES) {
-    floats total = weight[0] * load(rows[0] + begin + k);
-    for (int i = 1; i < count; ++i) total += weight[i] * load(rows[i] + begin + k);
-    std::memcpy(sums + k, &total, sizeof total);
-  }
-  for (; k < numbers; ++k) {
-    sums[k] = 0;
-    for (int i = 0; i < count; ++i) sums[k] += weight[i] * widen(rows[i][begin + k]);
+  std::memset(sums, 0, numbers * sizeof *sums);
+  for (int from = 0; from < count; from += STREAMS) {
+    const int to = std::min(from + STREAMS, count);
+    int64_t k = 0;
+    for (; k + LANES <= numbers; k += LANES) {
+      floats total;
+      std::memcpy(&total, sums + k, sizeof total);
+      for (int i = from; i < to; ++i) total += weight[i] * load(rows[i] + begin + k);
+      std::memcpy(sums + k, &total, sizeof total);
+    }
+    for (; k < numbers; ++k)
+      for (int i = from; i < to; ++i) sums[k] += weight[i] * widen(rows[i][begin + k]);
   }
   for (int64_t r = 0; r < rank; ++r) {
     int64_t o = first;
