@@ -61,6 +61,18 @@ def test_it_is_what_the_engine_makes_and_peft_reads_it(bank: Bank, stacked: bool
     assert config.base_model_name_or_path == "tiny"
 
 
+def test_of_steps_along_directions_it_is_their_sum(
+    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path
+) -> None:
+    folder = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, directions=3)
+    manifest = read_manifest(folder)
+    recipe = FusionRecipe(manifest.short, manifest.method, True, (), steps=(16, -5, 0))
+    ExportedAdapter(folder, manifest, recipe).write(tmp_path)
+    exported, wanted = read_peft(tmp_path), fuse(open_matrix(folder, manifest), recipe, torch.float32)
+    for name, b in wanted.b.items():
+        torch.testing.assert_close(exported.b[name], b, rtol=ROUNDED, atol=1e-6)
+
+
 def test_what_does_not_belong_together_is_refused(bank: Bank, tmp_path: Path) -> None:
     folder, manifest, recipe = bank
     raw = encode_user_adapter(manifest.layout, random_user_adapter(manifest, recipe))

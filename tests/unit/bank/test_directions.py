@@ -22,6 +22,7 @@ from bank.manifest import COORDINATES_FILE, MATRIX_FILE, ROWS_FILE, BankManifest
 from bank.matrix import open_anchor_rows, open_matrix
 from bank.peft.exported import export_anchor
 from bench.rig.tiny import tiny_bank, world
+from server.gateway.routes.answering import anchor_answers
 
 N, DECAY, TOKENS = 12, 40.0, 300
 NUMBERS = np.random.default_rng(0)
@@ -93,8 +94,12 @@ def test_a_recipe_has_a_step_for_each_direction_times_the_strength(bank: Path, e
         assert found.source == "signature"
         assert found.recipe.steps == tuple(int(number) for number in np.rint(share * 16 * z))
         assert parse_recipe(found.recipe.name) == found.recipe
-        assert [weight.anchor for weight in found.weights] == [5, 3, 0]  # directions are anchors 5, 4, 3, 2
-    assert serving.personalise(embedding, seen, 0.0).recipe.name == f"mta3:{manifest.short}:shared:c"
+        shown = anchor_answers(found.recipe, found.weights)
+        assert [(anchor.id, anchor.weight) for anchor in shown] == [("a05", None), ("a03", None), ("a00", None)]
+        assert [weight.anchor for weight in found.weights] == [5, 3, 0]  # the directions are 5, 4, 3, 2
+    common = serving.personalise(embedding, seen, 0.0)
+    assert common.recipe.name == f"mta3:{manifest.short}:shared:c"
+    assert anchor_answers(common.recipe, common.weights) == []
 
 
 def test_by_topics_the_neighbours_coordinates_are_mixed(bank: Path, embedder_folder: Path) -> None:
