@@ -49,7 +49,6 @@ class EmbedderId(Frozen):
 class PosteriorRule(Frozen):
     """Constants that turn a signature into steps from the common row (`bank/lookup/signature.py`)."""
 
-    anchors: int = Field(default=1024, ge=1)  # maximum number of steps per user; the longest ones are kept
     decay: float = Field(default=250.0, gt=0)  # λ in units of tr H / N: output tokens for evidence to equal the prior
 
 

@@ -40,7 +40,7 @@ class DirectionRows:
     @property
     def rule(self) -> PosteriorRule:
         """The rule whose prior has a standard deviation of 1 along each direction."""
-        return PosteriorRule(anchors=len(self.rows), decay=float(1 / np.diagonal(self.curvature).mean()))
+        return PosteriorRule(decay=float(1 / np.diagonal(self.curvature).mean()))
 
 
 def make_directions(rows: torch.Tensor, curvature: Curvature, count: int, deviation: float) -> DirectionRows:

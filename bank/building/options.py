@@ -79,7 +79,7 @@ class BuildOptions(_Checked):
         """Return the bank's weight rule; with more anchors than a signature may have, it uses topics alone."""
         fitted = {} if decay is None else {"decay": decay}
         signed = self.wants_directions or self.anchors <= MAX_ANCHORS
-        posterior = PosteriorRule(anchors=self.anchors, **fitted) if signed else None
+        posterior = PosteriorRule(**fitted) if signed else None
         return WeightRule(anchors=min(self.k, self.anchors), strength=TOPIC_STRENGTH, posterior=posterior)
 
     def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:

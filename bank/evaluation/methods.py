@@ -25,9 +25,11 @@ from bank.items.prompt import encode_pair
 from bank.items.retrieval import ItemIndex
 from bank.items.tasks import AnswerKind, past_count_range
 from bank.lookup.embedder import Embedder
+from bank.lookup.index import AnchorIndex
 from bank.lookup.prior import SCORES, personal_shares, surprise
 from bank.lookup.serving import AnchorWeight, ServingBank, common_recipe
 from bank.lookup.signature import MAX_ITEMS, Signature
+from bank.manifest import PosteriorRule
 
 NUMBER_BYTES, EMBEDDED_BYTES = 4, 2  # stored bytes per number: signatures and histograms; profile embeddings
 MAX_HISTORY, MAX_PROFILE_ITEMS = 16, 20
@@ -69,15 +71,23 @@ class Evaluator:
     def adapter(self, method: Method, evidence: Evidence, seed: int) -> EvalAdapter | None:
         """Return a method's adapter, or None for the bare model; the seed decides random anchors and training."""
         if method.k:
-            if self.bank.manifest.directions:
-                raise BankError(f"{method.name}: this bank merges directions, so no number of anchors speaks")
-            serving, rule = self.bank.serving, self.bank.manifest.weights
-            posterior = rule.posterior and rule.posterior.model_copy(update={"anchors": method.k})
-            rule = rule.model_copy(update={"anchors": method.k, "posterior": posterior})
-            manifest = serving.manifest.model_copy(update={"weights": rule})
-            other = ServingBank(manifest, serving.index, serving.atlas, serving.curvature)
-            return self.fused(evidence, serving=other)
+            smaller = self._first(min(method.k, len(self.bank.manifest.anchors)))
+            if method.adapter == "mean":
+                return self.equal(range(smaller.index.anchor_count))
+            return self.fused(evidence, serving=smaller)
         return ADAPTERS[method.adapter](self, evidence, seed)
+
+    def _first(self, count: int) -> ServingBank:
+        """Return the bank as if it had only its first anchors: with fewer draws of people each is trusted more."""
+        serving, rule = self.bank.serving, self.bank.manifest.weights
+        if serving.directions:
+            raise BankError("@k needs a bank whose rows are its anchors' own: build it with --directions 0")
+        share = count / serving.index.anchor_count
+        posterior = rule.posterior and PosteriorRule(decay=rule.posterior.decay * share)
+        rule = rule.model_copy(update={"anchors": min(rule.anchors, count), "posterior": posterior})
+        index = AnchorIndex.build(serving.index.vectors(range(count)))
+        curvature = serving.curvature and serving.curvature.first(count)
+        return ServingBank(serving.manifest.model_copy(update={"weights": rule}), index, serving.atlas, curvature)
 
     def common(self, bank: OpenBank) -> EvalAdapter:
         """Return a bank's common row alone."""
@@ -85,11 +95,13 @@ class Evaluator:
             raise BankError("`common` and `own` need the common row, but this bank has none")
         return EvalAdapter(bank, common_recipe(bank.manifest))
 
-    def equal(self, count: int | None = None, seed: str = "") -> EvalAdapter:
-        """Return all anchors, or `count` random ones, with equal weights."""
-        anchors: Sequence[int] = range(len(self.bank.manifest.anchors))
-        if count:
-            anchors = random.Random(seed).sample(anchors, min(count, len(anchors)))
+    def random(self, seed: str) -> EvalAdapter:
+        """Return as many random anchors as a topic recipe has."""
+        everybody, count = range(len(self.bank.manifest.anchors)), self.bank.manifest.weights.anchors
+        return self.equal(random.Random(seed).sample(everybody, min(count, len(everybody))))
+
+    def equal(self, anchors: Sequence[int]) -> EvalAdapter:
+        """Return these anchors with equal weights."""
         weight = self.bank.manifest.weights.strength / len(anchors)
         recipe = self.bank.serving.merge([AnchorWeight(anchor, weight, 0.0) for anchor in anchors])
         return EvalAdapter(self.bank, recipe)
@@ -101,7 +113,10 @@ class Evaluator:
             model = self.scorer.bare()
             self._signer = self._signer or Signer(model, self.bank.matrix)
             evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signature_examples)
-        return EvalAdapter(self.bank, serving.personalise(evidence.embedding, evidence.signature, share).recipe)
+        signature = evidence.signature
+        if signature and not serving.directions:
+            signature = replace(signature, products=signature.products[: serving.index.anchor_count])
+        return EvalAdapter(self.bank, serving.personalise(evidence.embedding, signature, share).recipe)
 
     def stacked(self, evidence: Evidence, seed: int) -> EvalAdapter:
         found = self.trained(self.fused(evidence, self.config.strength), evidence, seed)
@@ -170,8 +185,8 @@ ADAPTERS: dict[str, Callable[[Evaluator, Evidence, int], EvalAdapter | None]] = 
     "base": lambda of, user, seed: None,
     "common": lambda of, user, seed: of.common(of.bank),
     "task": lambda of, user, seed: of.common(of.bank.task_bank),
-    "mean": lambda of, user, seed: of.equal(),
-    "random": lambda of, user, seed: of.equal(of.bank.manifest.weights.anchors, f"{seed}:{user.user.user_id}"),
+    "mean": lambda of, user, seed: of.equal(range(len(of.bank.manifest.anchors))),
+    "random": lambda of, user, seed: of.random(f"{seed}:{user.user.user_id}"),
     # The paper's rule, then the bank's own rule, which is used in serving.
     "merged:topic": lambda of, user, seed: EvalAdapter(of.bank, of.bank.serving.personalise(user.embedding).recipe),
     "merged": lambda of, user, seed: of.fused(user),
@@ -186,7 +201,7 @@ class Method:
 
     adapter: str  # a key of `ADAPTERS`
     history: int = 0  # number of the user's most relevant past items in the prompt
-    k: int | None = None  # maximum number of fused anchors; None for the rule's own
+    k: int | None = None  # the bank as if it had only its first k anchors; None for all
     items: int | None = None  # number of the profile's last items in use; None for all
 
     @property
@@ -208,7 +223,7 @@ METHODS = {
     for method in (
         *(Method(adapter) for adapter in ADAPTERS),
         *(Method(adapter, n) for adapter in ADAPTERS if adapter != "prior" for n in range(1, MAX_HISTORY + 1)),
-        *(Method("merged", k=k) for k in range(1, MAX_TERMS + 1)),
+        *(Method(adapter, k=k) for adapter in ("mean", "merged") for k in range(1, MAX_TERMS + 1)),
         *(Method("merged", items=n) for n in range(1, MAX_PROFILE_ITEMS + 1)),
     )
 }
@@ -222,8 +237,9 @@ def parse_methods(text: str) -> list[Method]:
     names = dict.fromkeys(name.strip() for name in text.split(","))
     if unknown := [name for name in names if name not in METHODS]:
         raise BankError(
-            f"{unknown[0]!r} is not a method. Methods are {', '.join(ADAPTERS)}; merged takes @k4 (the best 4 anchors) "
-            "or @n5 (the last 5 items); all except prior take +history@h3 (3 past items in the prompt)"
+            f"{unknown[0]!r} is not a method. Methods are {', '.join(ADAPTERS)}; mean and merged take @k4 (the bank's "
+            "first 4 anchors), merged takes @n5 (the last 5 items); all except prior take +history@h3 (3 past items in "
+            "the prompt)"
         )
     return [METHODS[name] for name in names]
 
@@ -234,10 +250,9 @@ def default_methods(kind: AnswerKind) -> list[Method]:
 
 
 def curves(anchors: int, items: int) -> list[Method]:
-    """Return `merged` with several numbers of anchors (at most the bank's) and of items (fewer than `items`).
-
-    In a bank of directions no number of anchors speaks; `anchors` is 0.
-    """
-    ks = sorted({k for k in (1, 2, 4, 8, 16) if k < anchors} | {min(anchors, MAX_TERMS)} - {0})
+    """Return `merged` and `mean` of several numbers of anchors, and `merged` of numbers of items below `items`."""
+    ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < anchors} | {min(anchors, MAX_TERMS)} - {0})
     ns = [n for n in (1, 2, 5, 10, MAX_PROFILE_ITEMS) if n < items]
-    return [Method("merged", k=k) for k in ks] + [Method("merged", items=n) for n in ns]
+    return [Method(adapter, k=k) for k in ks for adapter in ("merged", "mean")] + [
+        Method("merged", items=n) for n in ns
+    ]

@@ -84,24 +84,29 @@ def prices_figure(rows: Sequence[MethodRow]) -> Any:
 
 
 def curves_figure(losses: Losses) -> Any:
-    """Draw the loss of `merged` by number of anchors and items, the bank's own rule dashed; None without points."""
-    by_anchors = sorted((METHODS[name].k or 0, name) for name in losses if METHODS[name].k)
-    by_items = sorted((METHODS[name].items or 0, name) for name in losses if METHODS[name].items)
-    curves = {"fused anchors, k": by_anchors, "known items per user": by_items}
-    shown = {label: found for label, found in curves.items() if found}
-    sampled = {user for found in shown.values() for _, name in found for user in losses[name]}
+    """Draw the loss of `merged` and `mean` by number of anchors and items, `common` dashed; None without points."""
+    points = {name: METHODS[name] for name in losses if METHODS[name].on_curve}
+    sampled = {user for name in points for user in losses[name]}
+    curves = {"anchors of the bank": "k", "known items per user": "items"}
+    shown = {label: part for label, part in curves.items() if any(getattr(point, part) for point in points.values())}
     if not shown:
         return None
     figure, panels = _panels(len(shown))
-    for panel, (label, found) in zip(panels, shown.items(), strict=True):
-        means = [np.mean(list(losses[name].values())) for _, name in found]
-        panel.plot(range(len(found)), means, marker="o", markersize=4, color=_GOOD)
-        if "merged" in losses:
-            own = np.mean([loss for user, loss in losses["merged"].items() if user in sampled])
-            panel.axhline(float(own), color=_PALE, linewidth=1, linestyle="--")
-        panel.set_xticks(range(len(found)), [str(count) for count, _ in found])
+    for panel, (label, part) in zip(panels, shown.items(), strict=True):
+        for adapter, colour in (("merged", _GOOD), ("mean", _BAD)):
+            of_it = [(getattr(point, part), name) for name, point in points.items() if point.adapter == adapter]
+            found = sorted((count, float(np.mean(list(losses[name].values())))) for count, name in of_it if count)
+            panel.plot(*zip(*found, strict=True), marker="o", markersize=4, color=colour, label=adapter)
+        if "common" in losses:
+            common = np.mean([loss for user, loss in losses["common"].items() if user in sampled])
+            panel.axhline(float(common), color=_PALE, linewidth=1, linestyle="--", label="common")
+        counts = sorted({getattr(point, part) for point in points.values()} - {None})
+        panel.set_xscale("log")
+        panel.set_xticks(counts, [str(count) for count in counts], minor=False)
+        panel.minorticks_off()
         panel.set_xlabel(label)
-    panels[0].set_ylabel("merged: loss, nats per token")
+    panels[0].set_ylabel("loss, nats per token")
+    panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 

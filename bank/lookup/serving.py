@@ -135,11 +135,13 @@ def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> t
 def posterior_weights(
     index: AnchorIndex, rule: PosteriorRule, curvature: Curvature, embedding: Vectors, signature: Signature
 ) -> tuple[AnchorWeight, ...]:
-    """Return steps from the common row, longest first; the embedding [E] only sets the similarities."""
+    """Return steps from the common row, longest first, at most as many as a name holds.
+
+    The embedding [E] only sets the similarities.
+    """
     steps = curvature.step(signature, rule.decay)
     cosines = index.vectors(range(index.anchor_count)) @ np.asarray(embedding, np.float32)
-    most = min(rule.anchors, MAX_TERMS)
-    longest = sorted(range(index.anchor_count), key=lambda anchor: (-abs(steps[anchor]), anchor))[:most]
+    longest = sorted(range(index.anchor_count), key=lambda anchor: (-abs(steps[anchor]), anchor))[:MAX_TERMS]
     return tuple(
         AnchorWeight(anchor, float(steps[anchor]), float(cosines[anchor]), float(signature.products[anchor]))
         for anchor in longest

@@ -76,6 +76,11 @@ class Curvature:
         except (OSError, ValueError) as error:
             raise BankError(f"cannot read {path}: {error}") from error
 
+    def first(self, count: int) -> Curvature:
+        """Return the curvature along the first `count` rows."""
+        whole = (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
+        return Curvature.of(np.asarray(whole[:count, :count], np.float64))
+
     def gains(self, step: Vectors, signature: Signature) -> Vectors:
         """Return what a step [N] gains on the signature's items along the 1, 2, … N leading directions, [N].
 

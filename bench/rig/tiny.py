@@ -115,7 +115,7 @@ def tiny_bank(
     shared_a = torch.randn(layout.a_numbers, generator=generator) * scale if layout.shared_a else None
     embedder = Embedder.load(embedder_folder)
     posterior, curvature = (
-        PosteriorRule(anchors=anchors) if signs else None,
+        PosteriorRule() if signs else None,
         np.eye(anchors, dtype=np.float32) if signs else None,
     )
     made = None

@@ -156,7 +156,7 @@ def test_quality_builds_a_bank_and_evaluates_every_method(tmp_path: Path) -> Non
     assert {row["method"] for row in summary["authorship"]} == WRITTEN | {"gold"}
     assert first_column(authors) >= WRITTEN
     points = {row["method"] for row in summary["methods"]} - METHODS
-    assert {"merged@k1", "merged@k3", "merged@n1", "merged@n5"} <= points
+    assert {"merged@k1", "merged@k3", "mean@k1", "mean@k3", "merged@n1", "merged@n5"} <= points
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in (GAINS_FILE, CURVES_FILE, PRICES_FILE))
     golds = json.loads((out / LAMP_FOLDER / "golds.json").read_text("utf-8"))["golds"]
     answered = json.loads((out / LAMP_FOLDER / "merged.json").read_text("utf-8"))["golds"]

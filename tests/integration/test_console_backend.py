@@ -79,12 +79,12 @@ def test_the_bank_is_a_map_of_its_anchors(client: Client, gateway: GatewayThread
     [
         (WeightRule(anchors=3, strength=0.5), None, "topic", ["3 anchors", "in steps of 0.05", "sum to 0.5"]),
         (
-            WeightRule(posterior=PosteriorRule(anchors=9, decay=130)),
+            WeightRule(posterior=PosteriorRule(decay=130)),
             None,
             "posterior",
-            ["each anchor's adapter", "about 130 tokens", "most 9 steps", "Until the items have been read, the 2"],
+            ["each anchor's adapter", "about 130 tokens", "Until the items have been read, the 2"],
         ),
-        (WeightRule(posterior=PosteriorRule(anchors=6)), 6, "posterior", ["along 6 mixtures of the anchors' adapters"]),
+        (WeightRule(posterior=PosteriorRule()), 6, "posterior", ["along 6 mixtures of the anchors' adapters"]),
     ],
 )
 def test_a_rule_is_described_with_its_constants(

@@ -153,6 +153,12 @@ def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learn
     assert first.recipe in (kept.recipe, without.recipe)
     steps = [[term.weight for term in each.recipe.terms] for each in (kept, without)]
     assert steps[0] == pytest.approx([CONFIG.strength * step for step in steps[1]], abs=1)
+    count = len(bank.manifest.anchors)
+    assert made(f"merged@k{count}") == made(f"merged@k{count + 1}") == without
+    smaller, mean = made("merged@k2").recipe, made("mean@k2").recipe
+    assert [[term.anchor for term in each.terms] for each in (smaller, mean)] == [[0, 1], [0, 1]]
+    assert len({term.weight for term in smaller.terms}) == 2
+    assert {term.weight for term in mean.terms} == {round(500 * bank.manifest.weights.strength)}
 
 
 RATINGS = [5, 1, 4, 5, 2, 5, 3, 1, 5, 4, 5, 2]

@@ -239,6 +239,5 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
 def _describe_rule(weights: Mapping[str, Any]) -> str:
     topic = f"topic, at most {weights['anchors']} anchors, strength {weights['strength']:g}"
     if posterior := weights["posterior"]:
-        rule = f"posterior, at most {posterior['anchors']} steps, decay {posterior['decay']:.4g}"
-        return f"{rule}; until there is a signature, {topic}"
+        return f"posterior, decay {posterior['decay']:.4g}; until there is a signature, {topic}"
     return topic

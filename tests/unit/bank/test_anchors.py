@@ -143,7 +143,7 @@ def test_a_key_tells_apart_what_would_be_another_bank() -> None:
 
 def test_the_rule_is_topics_then_the_posterior_unless_a_signature_would_be_too_long() -> None:
     rule = BuildOptions("citation", anchors=1024).rule()
-    assert (rule.anchors, rule.strength, rule.posterior) == (2, 0.5, PosteriorRule(anchors=1024, decay=250.0))
+    assert (rule.anchors, rule.strength, rule.posterior) == (2, 0.5, PosteriorRule(decay=250.0))
     assert BuildOptions("citation", anchors=1025, directions=0).rule().posterior is None
     assert BuildOptions("citation", anchors=1025).rule().posterior  # has directions, as every bank of more than 64
     assert [BuildOptions("citation", anchors=many).wants_directions for many in (64, 65)] == [False, True]

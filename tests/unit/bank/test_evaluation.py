@@ -53,7 +53,7 @@ def test_a_method_is_found_by_its_name_once() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("", "best", "base:topic", "stacked:topic", "merged:", "merged:luck", "mean@k2", "stacked@n5", "merged@k0"),
+        *("", "best", "base:topic", "stacked:topic", "merged:", "merged:luck", "common@k2", "stacked@n5", "merged@k0"),
         *("merged@x3", "merged@k", "merged+history", "merged+history@h0", "merged+history@h17", "prior+history@h1"),
     ],
 )
@@ -67,9 +67,12 @@ def test_a_habit_is_a_rival_of_labels_history_is_one_everywhere_and_curves_end_b
     text, score = ([method.name for method in default_methods(kind)] for kind in ("text", "score"))
     assert score == ["prior", *(name.replace("@h3", "@h9") for name in text)]  # a rating says less than a text
     assert {f"{name}+history@h{n}" for name in ("base", "task", "merged", "stacked", "own") for n in (1, 3)} < set(text)
-    for anchors, items, points in ((12, 10, "k1 k2 k4 k8 k12 n1 n2 n5"), (500, 2, "k1 k2 k4 k8 k16 k334 n1")):
+    doubled = [f"k{2**n}" for n in range(9)]
+    for anchors, items, ks, ns in ((12, 10, [*doubled[:4], "k12"], "n1 n2 n5"), (500, 2, [*doubled, "k334"], "n1")):
         names = [method.name for method in curves(anchors, items)]
-        assert names == [f"merged@{point}" for point in points.split()]
+        assert names == [f"{adapter}@{k}" for k in ks for adapter in ("merged", "mean")] + [
+            f"merged@{n}" for n in ns.split()
+        ]
         assert set(names) <= set(METHODS)
 
 

@@ -54,7 +54,7 @@ from tests.support.bank_bench import Recorder
 
 N = 4
 QUERY = np.array([1, 0, 0, 0], dtype=np.float32)
-SIGNED = WeightRule(anchors=2, strength=0.4, posterior=PosteriorRule(anchors=3, decay=100.0))
+SIGNED = WeightRule(anchors=2, strength=0.4, posterior=PosteriorRule(decay=100.0))
 
 
 def manifest(anchors: int = N, common: bool = False) -> BankManifest:
@@ -241,8 +241,8 @@ def test_evidence_leads_to_steps_and_topics_to_coarse_shares(tmp_path: Path) -> 
     written, bank = signed_bank(tmp_path), opened(tmp_path)
     found = bank.personalise(QUERY, Signature(written.short, 10**6, np.array([1.0, -1.0, 0.5, 0.1], np.float32)))
     assert found.source == "signature"
-    assert found.recipe.name == f"mta3:{written.short}:shared:c+a00*1000+a01*-500+a02*167"
-    assert [weight.anchor for weight in found.weights] == [0, 1, 2]
+    assert found.recipe.name == f"mta3:{written.short}:shared:c+a00*1000+a01*-500+a02*167+a03*25"
+    assert [weight.anchor for weight in found.weights] == [0, 1, 2, 3]
     assert found.weights[1].gain == -1.0
     assert parse_recipe(found.recipe.name) == found.recipe
     topic = bank.personalise(QUERY)
@@ -254,7 +254,7 @@ def test_however_many_anchors_there_are_a_name_holds_the_longest_steps() -> None
     many = 1024
     index = AnchorIndex.build(np.eye(many, 384, dtype=np.float32) + 0.001)
     signature = Signature("9f2c41d0", 10**6, np.linspace(-4.0, 4.0, many, dtype=np.float32))
-    rule = PosteriorRule(anchors=many, decay=1.0)
+    rule = PosteriorRule(decay=1.0)
     weights = posterior_weights(index, rule, Curvature.of(np.eye(many)), index.vectors(range(1))[0], signature)
     recipe = replace(recipe_of_steps(manifest(), weights), user_adapter=UserAdapterId("a" * 26, "a" * 26))
     assert parse_recipe(recipe.name) == recipe

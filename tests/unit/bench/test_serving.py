@@ -247,7 +247,7 @@ def subject(tiny_bank_folder: Path, tiny_model_folder: Path) -> Subject:
     return Subject(tiny_bank_folder, tiny_model_folder, read_manifest(tiny_bank_folder))
 
 
-@pytest.mark.parametrize("rule", [WeightRule(), WeightRule(posterior=PosteriorRule(anchors=4))])
+@pytest.mark.parametrize("rule", [WeightRule(), WeightRule(posterior=PosteriorRule())])
 def test_recipes_are_fused_by_the_bank_never_the_same_and_last_as_long_as_a_run_needs(
     subject: Subject, rule: WeightRule
 ) -> None:
@@ -257,7 +257,7 @@ def test_recipes_are_fused_by_the_bank_never_the_same_and_last_as_long_as_a_run_
     assert subject.names(20) == names[:20] != subject.names(20, seed=1)
     for recipe in map(parse_recipe, names[:100]):
         subject.manifest.check(recipe)
-        assert len(recipe.terms) == (rule.posterior or rule).anchors
+        assert len(recipe.terms) == (len(subject.manifest.anchors) if rule.posterior else rule.anchors)
 
 
 def test_a_bank_with_too_few_anchors_says_so_and_no_bank_names_the_setting(

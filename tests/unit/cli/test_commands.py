@@ -127,8 +127,8 @@ def test_a_value_beyond_its_limit_is_refused_by_the_options_name(kind: type, giv
 
 def test_the_rule_of_weights_is_told_in_a_line() -> None:
     topic = "topic, at most 2 anchors, strength 0.5"
-    posterior = f"posterior, at most 16 anchors, decay 250; until there is a signature, {topic}"
-    for rule, words in ((None, topic), (PosteriorRule(anchors=16), posterior)):
+    posterior = f"posterior, decay 250; until there is a signature, {topic}"
+    for rule, words in ((None, topic), (PosteriorRule(), posterior)):
         weights = WeightRule(anchors=2, strength=0.5, posterior=rule)
         assert commands._describe_rule(weights.model_dump(mode="json")) == words
 

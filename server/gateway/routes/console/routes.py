@@ -111,9 +111,9 @@ def rule_answer(manifest: BankManifest) -> RuleAnswer:
         name="posterior",
         says=f"The user's own items determine how far to move from the common row along {along}, in either direction. "
         f"More text moves further: half of the full distance at about {posterior.decay:.4g} tokens. "
-        f"At most {posterior.anchors} steps are used, the longest. Until the items have been read, the {topic}",
+        f"Until the items have been read, the {topic}",
         constants={
-            "directions" if manifest.directions else "anchors": min(posterior.anchors, manifest.personal_rows),
+            "directions" if manifest.directions else "anchors": manifest.personal_rows,
             "decay": posterior.decay,
             "topic_anchors": rule.anchors,
             "topic_strength": rule.strength,
