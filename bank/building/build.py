@@ -14,7 +14,7 @@ import torch
 
 from adapters.flat import flat_a, flat_b
 from adapters.fusion import fuse
-from adapters.recipe import MAX_DIRECTIONS, FusionMethod, anchor_id
+from adapters.recipe import MAX_DIRECTIONS, MAX_TERMS, FusionMethod, anchor_id
 from bank.building.assemble import bank_rank, write_bank
 from bank.building.directions import DirectionRows, make_directions
 from bank.building.options import BuildInputs, BuildOptions
@@ -55,10 +55,11 @@ def build_bank(
     """Build a bank, continue an interrupted build, or return the finished one; BankError before training if invalid."""
     ranks = ranks or Ranks()
     task, options = get_task(options.task), options.resolved()
-    rule = options.rule()
-    bank_rank(FusionMethod.SHARED, options.rank, rule, True, options.user_rank)
+    bank_rank(FusionMethod.SHARED, options.rank, options.rule(), True, options.user_rank)
     if (options.directions or 0) > options.anchors:
         raise BankError(f"--directions: at most --anchors {options.anchors}, got {options.directions}")
+    if not options.wants_directions and options.anchors > MAX_TERMS:
+        raise BankError(f"--directions 0: a recipe names at most {MAX_TERMS} anchors, got --anchors {options.anchors}")
     people, held_out = read_inputs(inputs, task, options)
     if held_out:
         progress.say(f"{len(held_out)} people are held out to measure the bank on them")
@@ -96,9 +97,7 @@ def build_bank(
         model, tokenizer = load_base(model_folder, options.dtype)
         trainer = RowTrainer(model, tokenizer, task, options, progress)
         trained = trainer.rows(work, people, anchors)
-        curvature, directions = None, None
-        if rule.posterior:
-            rule, curvature, directions = _measured(trained, people, anchors, trainer, work)
+        rule, curvature, directions = _measured(trained, people, anchors, trainer, work)
         return ranks.first(
             lambda: write_bank(
                 inputs.out,

@@ -12,7 +12,6 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from adapters.recipe import MAX_DIRECTIONS
 from bank.errors import BankError
-from bank.lookup.signature import MAX_ANCHORS
 from bank.manifest import PosteriorRule, WeightRule
 
 MOST_PEOPLE = 64  # with more anchors, the rows are directions by default
@@ -76,10 +75,8 @@ class BuildOptions(_Checked):
         return self.anchors > MOST_PEOPLE if self.directions is None else self.directions > 0
 
     def rule(self, decay: float | None = None) -> WeightRule:
-        """Return the bank's weight rule; with more anchors than a signature may have, it uses topics alone."""
-        fitted = {} if decay is None else {"decay": decay}
-        signed = self.wants_directions or self.anchors <= MAX_ANCHORS
-        posterior = PosteriorRule(**fitted) if signed else None
+        """Return the bank's weight rule."""
+        posterior = PosteriorRule() if decay is None else PosteriorRule(decay=decay)
         return WeightRule(anchors=min(self.k, self.anchors), strength=TOPIC_STRENGTH, posterior=posterior)
 
     def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters.recipe import MAX_TERMS, MAX_WEIGHT, PER_MILLE, FusionRecipe, Term, per_mille
+from adapters.recipe import MAX_WEIGHT, PER_MILLE, FusionRecipe, Term, per_mille
 from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
@@ -135,13 +135,10 @@ def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> t
 def posterior_weights(
     index: AnchorIndex, rule: PosteriorRule, curvature: Curvature, embedding: Vectors, signature: Signature
 ) -> tuple[AnchorWeight, ...]:
-    """Return steps from the common row, longest first, at most as many as a name holds.
-
-    The embedding [E] only sets the similarities.
-    """
+    """Return steps from the common row, longest first; the embedding [E] only sets the similarities."""
     steps = curvature.step(signature, rule.decay)
     cosines = index.vectors(range(index.anchor_count)) @ np.asarray(embedding, np.float32)
-    longest = sorted(range(index.anchor_count), key=lambda anchor: (-abs(steps[anchor]), anchor))[:MAX_TERMS]
+    longest = sorted(range(index.anchor_count), key=lambda anchor: (-abs(steps[anchor]), anchor))
     return tuple(
         AnchorWeight(anchor, float(steps[anchor]), float(cosines[anchor]), float(signature.products[anchor]))
         for anchor in longest

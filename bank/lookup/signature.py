@@ -17,7 +17,6 @@ from bank.errors import BankError
 from bank.items.profile import Vectors
 
 MAX_ITEMS = 32  # maximum number of a user's newest items in a signature
-MAX_ANCHORS = 1024  # maximum number of anchors in a bank with signatures; each user stores one number per anchor
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from adapters.errors import MtaError
-from adapters.recipe import MAX_TERMS, STEPS_PER_DEVIATION, FusionRecipe, Term, per_mille
+from adapters.recipe import STEPS_PER_DEVIATION, FusionRecipe, Term, per_mille
 from bank.items.profile import Vectors
 from bank.manifest import BankManifest, read_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder, model_name
@@ -47,7 +47,7 @@ class Subject:
     def merged_rows(self) -> int:
         """Number of personal rows in a recipe: of the posterior if the bank has one, otherwise by topic."""
         weights, rows = self.manifest.weights, self.manifest.personal_rows
-        return min(MAX_TERMS if weights.posterior else weights.anchors, rows)
+        return rows if weights.posterior else min(weights.anchors, rows)
 
     def recipes(self, seed: int = 0) -> Iterator[FusionRecipe]:
         """Yield distinct recipes with the bank's number of rows, in a seeded order.

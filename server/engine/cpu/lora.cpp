@@ -22,7 +22,8 @@ namespace {
 using bf16 = uint16_t;
 constexpr int LANES = 16;
 constexpr int TILE = 8;                    // rows of one adapter computed together
-constexpr int64_t SUM_BLOCK = 2048;         // outputs summed before transposing, so that they stay in the cache
+constexpr int64_t SUM_BLOCK = 2048;        // outputs summed before transposing, so that they stay in the cache
+constexpr int64_t SUM_ALONE = 1600;        // blocks of rows that do not justify waking another thread
 constexpr int STREAMS = 8;                 // rows read at once: as many as the processor fetches in advance
 constexpr int64_t MIN_PRODUCTS = 2000000;  // multiplications that justify waking another thread
 
@@ -154,7 +155,7 @@ void lora_linear_(
   at::parallel_for(0, rows.size(0), std::max<int64_t>(1, MIN_PRODUCTS / (layer.slot_rank * layer.width)), add_rows);
 }
 
-// Σ weights[i] · rows[chosen[i]] as [R, H_out], where each row is a contiguous B [H_out, R]; uses one thread.
+// Σ weights[i] · rows[chosen[i]] as [R, H_out], where each row is a contiguous B [H_out, R].
 //   rows       [N, H_out · R] bf16
 at::Tensor weighted_sum_transposed(
     const at::Tensor& rows, at::IntArrayRef chosen, at::ArrayRef<double> weights, int64_t rank) {
@@ -169,11 +170,15 @@ at::Tensor weighted_sum_transposed(
   }
   const std::vector<float> weight(weights.begin(), weights.end());
   at::Tensor sum = at::empty({rank, h_out}, rows.options());
-  std::vector<float> sums(SUM_BLOCK * rank);
-  for (int64_t first = 0; first < h_out; first += SUM_BLOCK)
-    products().sum_transposed(
-        of.size(), of.data(), weight.data(), rank, h_out, first, std::min(first + SUM_BLOCK, h_out), sums.data(),
-        static_cast<bf16*>(sum.mutable_data_ptr()));
+  bf16* const out = static_cast<bf16*>(sum.mutable_data_ptr());
+  const int64_t alone = std::max<int64_t>(1, SUM_ALONE / int64_t(of.size()));
+  at::parallel_for(0, (h_out + SUM_BLOCK - 1) / SUM_BLOCK, alone, [&](int64_t block, int64_t end) {
+    std::vector<float> sums(SUM_BLOCK * rank);
+    for (; block < end; ++block)
+      products().sum_transposed(
+          of.size(), of.data(), weight.data(), rank, h_out, block * SUM_BLOCK, std::min((block + 1) * SUM_BLOCK, h_out),
+          sums.data(), out);
+  });
   return sum;
 }
 

@@ -141,11 +141,9 @@ def test_a_key_tells_apart_what_would_be_another_bank() -> None:
     assert key() == key(verdict=False)  # who is left out says that
 
 
-def test_the_rule_is_topics_then_the_posterior_unless_a_signature_would_be_too_long() -> None:
+def test_the_rule_is_topics_then_the_posterior_and_large_banks_have_directions() -> None:
     rule = BuildOptions("citation", anchors=1024).rule()
     assert (rule.anchors, rule.strength, rule.posterior) == (2, 0.5, PosteriorRule(decay=250.0))
-    assert BuildOptions("citation", anchors=1025, directions=0).rule().posterior is None
-    assert BuildOptions("citation", anchors=1025).rule().posterior  # has directions, as every bank of more than 64
     assert [BuildOptions("citation", anchors=many).wants_directions for many in (64, 65)] == [False, True]
     assert BuildOptions("citation", anchors=1).rule().anchors == 1
 

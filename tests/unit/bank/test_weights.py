@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.lora import ModuleShape
-from adapters.recipe import FusionMethod, UserAdapterId, parse_recipe
+from adapters.recipe import FusionMethod, parse_recipe
 from adapters.training.example import Example
 from bank.building import signer
 from bank.building.options import BuildOptions
@@ -30,7 +30,6 @@ from bank.lookup.serving import (
     AnchorWeight,
     ServingBank,
     common_recipe,
-    posterior_weights,
     recipe_of_shares,
     recipe_of_steps,
     topic_weights,
@@ -248,18 +247,6 @@ def test_evidence_leads_to_steps_and_topics_to_coarse_shares(tmp_path: Path) -> 
     topic = bank.personalise(QUERY)
     assert (topic.source, topic.recipe.name) == ("topic", f"mta3:{written.short}:shared:c+a00*300+a01*100")
     assert bank.personalise(QUERY, Signature("00000000", 9, np.ones(N, np.float32))) == topic
-
-
-def test_however_many_anchors_there_are_a_name_holds_the_longest_steps() -> None:
-    many = 1024
-    index = AnchorIndex.build(np.eye(many, 384, dtype=np.float32) + 0.001)
-    signature = Signature("9f2c41d0", 10**6, np.linspace(-4.0, 4.0, many, dtype=np.float32))
-    rule = PosteriorRule(decay=1.0)
-    weights = posterior_weights(index, rule, Curvature.of(np.eye(many)), index.vectors(range(1))[0], signature)
-    recipe = replace(recipe_of_steps(manifest(), weights), user_adapter=UserAdapterId("a" * 26, "a" * 26))
-    assert parse_recipe(recipe.name) == recipe
-    assert len(weights) > 300
-    assert min(abs(weight.weight) for weight in weights) > 2.5
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
