@@ -10,7 +10,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -23,7 +25,7 @@ using bf16 = uint16_t;
 constexpr int LANES = 16;
 constexpr int TILE = 8;                    // rows of one adapter computed together
 constexpr int64_t SUM_BLOCK = 2048;        // outputs summed before transposing, so that they stay in the cache
-constexpr int64_t SUM_ALONE = 1600;        // blocks of rows that do not justify waking another thread
+constexpr size_t MANY_ROWS = 16;           // rows whose sum justifies a second thread
 constexpr int STREAMS = 8;                 // rows read at once: as many as the processor fetches in advance
 constexpr int64_t MIN_PRODUCTS = 2000000;  // multiplications that justify waking another thread
 
@@ -155,7 +157,7 @@ void lora_linear_(
   at::parallel_for(0, rows.size(0), std::max<int64_t>(1, MIN_PRODUCTS / (layer.slot_rank * layer.width)), add_rows);
 }
 
-// Σ weights[i] · rows[chosen[i]] as [R, H_out], where each row is a contiguous B [H_out, R].
+// Σ weights[i] · rows[chosen[i]] as [R, H_out], where each row is a contiguous B [H_out, R]; many rows use two threads.
 //   rows       [N, H_out · R] bf16
 at::Tensor weighted_sum_transposed(
     const at::Tensor& rows, at::IntArrayRef chosen, at::ArrayRef<double> weights, int64_t rank) {
@@ -171,14 +173,20 @@ at::Tensor weighted_sum_transposed(
   const std::vector<float> weight(weights.begin(), weights.end());
   at::Tensor sum = at::empty({rank, h_out}, rows.options());
   bf16* const out = static_cast<bf16*>(sum.mutable_data_ptr());
-  const int64_t alone = std::max<int64_t>(1, SUM_ALONE / int64_t(of.size()));
-  at::parallel_for(0, (h_out + SUM_BLOCK - 1) / SUM_BLOCK, alone, [&](int64_t block, int64_t end) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
     std::vector<float> sums(SUM_BLOCK * rank);
-    for (; block < end; ++block)
+    for (int64_t first; (first = next.fetch_add(SUM_BLOCK)) < h_out;)
       products().sum_transposed(
-          of.size(), of.data(), weight.data(), rank, h_out, block * SUM_BLOCK, std::min((block + 1) * SUM_BLOCK, h_out),
-          sums.data(), out);
-  });
+          of.size(), of.data(), weight.data(), rank, h_out, first, std::min(first + SUM_BLOCK, h_out), sums.data(), out);
+  };
+  if (of.size() < MANY_ROWS) {
+    work();
+  } else {  // a thread of OpenMP's would make those of the model sleep at every barrier
+    std::thread helper(work);
+    work();
+    helper.join();
+  }
   return sum;
 }
 

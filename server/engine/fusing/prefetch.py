@@ -1,4 +1,4 @@
-"""Fuse adapters ahead of use, in a thread of its own, while the model computes.
+"""Fuse adapters ahead of use, in a separate thread, while the model computes.
 
 If the worker shares the engine core's process, the arrival of a request starts its fusion, often a whole step before
 the request is scheduled. A step that needs an adapter waits for its fusion and for the one already running.
@@ -15,7 +15,6 @@ import torch
 
 Fused = TypeVar("Fused")
 
-WIDE_SUM_THREADS = 2  # for sums of many rows; a step mostly waits for these, and two cores read twice as fast
 MAX_PREFETCHED = 32  # maximum number of queued, running and finished fusions; further requests start as space frees
 
 
@@ -27,7 +26,7 @@ class FusionPrefetcher(Generic[Fused]):
         self._lock = Lock()
         self._futures: dict[str, Future[Fused]] = {}  # by recipe name, in the order of fusion
         threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(1, "mta-fuse", torch.set_num_threads, (min(threads, WIDE_SUM_THREADS),))
+        self._pool = ThreadPoolExecutor(1, "mta-fuse", torch.set_num_threads, (1,))
         self._pool.submit(int).result()  # start the thread now, before its creator is bound to one core
         torch.set_num_threads(threads)  # the thread's setting also applies to threads that start later
 
