@@ -161,7 +161,7 @@ def main(
     served = ("--bank", str(bank), "--model", load_settings().model)
     people = ("--users", users, *served)
     if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build, "--baselines")):
-        run.step("fuse", ("-m", "bench.serving.cold", "--bank", bank), FUSE)
+        run.step("fuse", ("-m", "bench.serving.cold", "--no-rivals", "--bank", bank), FUSE)
         run.step("soak", ("-m", "bench.scale.soak"), SOAK)
         run.step("chaos", ("-m", "bench.fleet.chaos"), (OWN_VERDICT,))
         run.step("all exchanged under load", ("-m", "bench.fleet.rolling"), (OWN_VERDICT,))

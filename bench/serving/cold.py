@@ -1,14 +1,14 @@
-"""Measure the time until a new recipe's adapter is usable in a running server: three ways in turn, in one run.
+"""Measure the time until a new recipe's adapter is usable in a running server: up to three ways in turn, in one run.
 
     worker   this server: prepare, and fuse inside the worker
     merge    merge the same anchors into a PEFT folder, then let vLLM load it
     disk     let vLLM load a PEFT folder that was merged beforehand
 
-From inside: the engine's own histograms of each step, read before and after every turn, and vLLM's load of a merged
-folder in the same engine. From outside: the time to the first token of a request with the new adapter, minus the same
-with the resident adapter, for all three ways. The difference is the cost of the adapter plus noise, which a prompt of
-one token keeps low. Method, anchors and rank are always the same. `merge` and `disk` run on a vLLM with the same
-options but without the plugin. Time to first token, cold and warm, is that of an uncached chat prompt of normal length.
+From inside: the engine's own histograms of each step, read before and after every turn. From outside: the time to the
+first token of a request with the new adapter, minus the same with the resident adapter, for all three ways. The
+difference is the cost of the adapter plus noise, which a prompt of one token keeps low. Method, rows and rank are
+always the same. `merge` and `disk` run on a vLLM with the same options but without the plugin. Time to first token,
+cold and warm, is that of an uncached chat prompt of normal length.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,14 +35,13 @@ from bench.rig.engine import Engine
 from bench.rig.limits import BF16_BYTES, Limits, Model
 from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, configured_subject, tiny
-from bench.serving.histograms import BLOCKING_STEPS, COLD_PATH, FOLDER_LOADS, Total, means_ms, totals
-from bench.serving.peft_folders import peft_folders, write_peft
+from bench.serving.histograms import BLOCKING_STEPS, COLD_PATH, Total, means_ms, totals
+from bench.serving.peft_folders import write_peft
 from server.engine_protocol import BASE_MODEL
 
 PROMPT = "Write two sentences about the weather of tomorrow and what to wear for it."
 SLOTS, HELD = 4, 8
-FOLDERS = HELD + 2
-"""Number of folders; the engine holds fewer, so that each must be loaded again in its turn."""
+RIVALS = {"merge": "merge to a PEFT folder, vLLM loads it", "disk": "vLLM loads a folder merged before"}
 _salts = itertools.count()
 
 
@@ -51,53 +51,42 @@ def main(
     model: ModelOption = None,
     tiny_model: TinyOption = False,
     pairs: Annotated[int, typer.Option(help="Timed repetitions of each way, after a warm-up.", min=1)] = 15,
+    rivals: Annotated[bool, typer.Option(help="Also measure `merge` and `disk`.")] = True,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/cold.json"),
 ) -> None:
     """Measure the time until a never-seen recipe is usable, against merging and loading a PEFT folder."""
-    readings: dict[str, list[float]] = {way: [] for way in ("worker", "merge", "disk", "cold", "warm")}
-    inside: dict[str, list[float]] = {step: [] for step in (*COLD_PATH, *BLOCKING_STEPS, *FOLDER_LOADS)}
-    with tempfile.TemporaryDirectory() as scratch:
+    readings: dict[str, list[float]] = {way: [] for way in ("worker", *(RIVALS if rivals else ()), "cold", "warm")}
+    inside: dict[str, list[float]] = {step: [] for step in (*COLD_PATH, *BLOCKING_STEPS)}
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as servers:
         where = Path(scratch)
         subject = tiny(where) if tiny_model else configured_subject(bank, model)
         manifest, matrix = subject.manifest, open_matrix(subject.bank, subject.manifest)
         limits = Limits.measured(Model.read(subject.model))
         recipes = subject.recipes()
-        folders = peft_folders(subject, where / "peft", FOLDERS)
-        names = [folder.name for folder in folders]
-        given_folders = ["--lora-modules", *(f"{folder.name}={folder}" for folder in folders)]
         settings: dict[str, Any] = {"dtype": dtype, "max_loras": SLOTS, "max_cpu_loras": HELD}
         torch.set_num_threads(1)  # the engines occupy the other cores
-        with (
-            vllm_server(subject, arguments=given_folders, **settings) as ours,
-            vllm_server(subject, "stock", **settings) as stock,
-        ):
-            burnt = [recipe.name for recipe in itertools.islice(recipes, FOLDERS)]
-            for name in (*burnt, *names):  # recipes get the same first ids as the folders, so use up those recipes
-                _first_token_ms(ours, name)
-            turns = itertools.cycle(names)
-            for pair in track(range(pairs + 2), "Worker, merge and disk in turn"):
-                before = _totals(ours, COLD_PATH | BLOCKING_STEPS)
-                taken = {"worker": _until_usable_ms(ours, next(recipes).name)}
-                steps = means_ms(before, _totals(ours, COLD_PATH | BLOCKING_STEPS))
-                before = _totals(ours, FOLDER_LOADS)
-                _first_token_ms(ours, next(turns))
-                steps |= means_ms(before, _totals(ours, FOLDER_LOADS))
+        ours = servers.enter_context(vllm_server(subject, **settings))
+        stock = servers.enter_context(vllm_server(subject, "stock", **settings)) if rivals else None
+        for recipe in itertools.islice(recipes, HELD):
+            _first_token_ms(ours, recipe.name)
+        for pair in track(range(pairs + 2), "The ways in turn"):
+            before = _totals(ours)
+            taken = {"worker": _until_usable_ms(ours, next(recipes).name)}
+            steps = means_ms(before, _totals(ours))
+            if stock:
                 taken["merge"] = _merge_and_load_ms(stock, matrix, next(recipes), where / f"merge-{pair}", subject)
                 disk = where / f"disk-{pair}"
                 write_peft(disk, fuse(matrix, next(recipes)), manifest.base_model.name)
                 taken["disk"] = _load_ms(stock, disk)
-                name = next(recipes).name
-                _wake(ours)
-                taken |= {
-                    "cold": _first_token_ms(ours, name, chat=True),
-                    "warm": _first_token_ms(ours, name, chat=True),
-                }
-                if pair >= 2:  # the first two are for warm-up
-                    for way, value in taken.items():
-                        readings[way].append(value)
-                    for step, value in steps.items():
-                        inside[step].append(value)
+            name = next(recipes).name
+            _wake(ours)
+            taken |= {"cold": _first_token_ms(ours, name, chat=True), "warm": _first_token_ms(ours, name, chat=True)}
+            if pair >= 2:  # the first two are for warm-up
+                for way, value in taken.items():
+                    readings[way].append(value)
+                for step, value in steps.items():
+                    inside[step].append(value)
     rows = "directions" if manifest.directions else "anchors"
     terms = f"{subject.merged_rows} {rows}{' and the common row' if manifest.common else ''}"
     report(
@@ -115,13 +104,6 @@ def _inside(inside: dict[str, list[float]]) -> Iterator[tuple[str, object]]:
     """Yield the rows from the engine's own histograms."""
     for step, taken in inside.items():
         yield f"in the engine: {step}", Spread.of(taken) if taken else "no histogram"
-    steps = [inside[step] for step in COLD_PATH if inside[step]]
-    loads = [taken for step in FOLDER_LOADS for taken in inside[step]]
-    if steps and loads:
-        yield (
-            "in the engine: load over all steps of ours",
-            Spread.ratio(loads, [sum(each) for each in zip(*steps, strict=True)]),
-        )
 
 
 def _limit(subject: Subject, limits: Limits) -> Iterator[tuple[str, object]]:
@@ -133,22 +115,19 @@ def _limit(subject: Subject, limits: Limits) -> Iterator[tuple[str, object]]:
     yield "the same at this machine's memory bandwidth, ms", round(1000 * moved / limits.bytes_per_s, 3)
 
 
-def _outside(readings: dict[str, list[float]]) -> list[tuple[str, object]]:
-    """Return the rows of differences between latencies."""
-    return [
-        ("worker: prepare and fuse", Spread.of(readings["worker"])),
-        ("merge to a PEFT folder, vLLM loads it", Spread.of(readings["merge"])),
-        ("vLLM loads a folder merged before", Spread.of(readings["disk"])),
-        ("merge over worker", Spread.ratio(readings["merge"], readings["worker"])),
-        ("disk over worker", Spread.ratio(readings["disk"], readings["worker"])),
-        ("time to first token, cold", Spread.of(readings["cold"])),
-        ("time to first token, warm", Spread.of(readings["warm"])),
-        ("cold over warm", Spread.ratio(readings["cold"], readings["warm"])),
-    ]
+def _outside(readings: dict[str, list[float]]) -> Iterator[tuple[str, object]]:
+    """Yield the rows of differences between latencies."""
+    yield "worker: prepare and fuse", Spread.of(readings["worker"])
+    rivals = {way: told for way, told in RIVALS.items() if way in readings}
+    yield from ((told, Spread.of(readings[way])) for way, told in rivals.items())
+    yield from ((f"{way} over worker", Spread.ratio(readings[way], readings["worker"])) for way in rivals)
+    yield "time to first token, cold", Spread.of(readings["cold"])
+    yield "time to first token, warm", Spread.of(readings["warm"])
+    yield "cold over warm", Spread.ratio(readings["cold"], readings["warm"])
 
 
-def _totals(engine: Engine, names: Mapping[str, str]) -> dict[str, Total]:
-    return totals(engine.client.get("/metrics").text, names)
+def _totals(engine: Engine) -> dict[str, Total]:
+    return totals(engine.client.get("/metrics").text, COLD_PATH | BLOCKING_STEPS)
 
 
 def _first_token_ms(engine: Engine, model: str, *, chat: bool = False) -> float:

@@ -15,9 +15,6 @@ COLD_PATH = {
 BLOCKING_STEPS = {"what the step waits for it": "mta_engine_bring_in_seconds"}
 """The step that blocks all requests; the others can run ahead in a thread."""
 
-FOLDER_LOADS = {"load from a folder": "mta_engine_load_seconds"}
-"""vLLM's own loading of adapters that are not recipes."""
-
 
 @dataclass(frozen=True, slots=True)
 class Total:
