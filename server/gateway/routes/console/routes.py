@@ -114,7 +114,7 @@ def rule_answer(manifest: BankManifest) -> RuleAnswer:
         f"Until the items have been read, the {topic}",
         constants={
             "directions" if manifest.directions else "anchors": manifest.personal_rows,
-            "decay": posterior.decay,
+            "decay": float(f"{posterior.decay:.4g}"),
             "topic_anchors": rule.anchors,
             "topic_strength": rule.strength,
         },

@@ -2,7 +2,7 @@
 import { call, text, userPath } from '../api.js';
 import { html, useEffect, useState } from '../parts/html.js';
 import { go, note } from '../parts/links.js';
-import { Anchors, Erased, Facts, Input, Notice, Sure, UserId } from '../parts/widgets.js';
+import { Anchors, anchorsTitle, Erased, Facts, Input, Notice, Sure, UserId } from '../parts/widgets.js';
 import { bytes, count, moment, pieces, SOURCES } from '../parts/words.js';
 
 export function Users({ params }) {
@@ -91,8 +91,8 @@ function Stored({ user }) {
 					<a href=${go('adapt', { user: user.user_id })}>Adapt</a>
 				</p>
 			</section>
-			<section class="card" aria-label="Anchors that speak">
-				<h2>Anchors that speak</h2>
+			<section class="card" aria-label=${anchorsTitle(user.anchors)}>
+				<h2>${anchorsTitle(user.anchors)}</h2>
 				<p class="hint">Chosen ${SOURCES[user.source] ?? `by ${user.source}`}.</p>
 				<${Anchors} anchors=${user.anchors} detailed />
 			</section>

@@ -3,6 +3,7 @@ import { html, useEffect, useRef, useState } from './html.js';
 import { percent } from './words.js';
 
 const MARGIN = 44;
+const CROWDED = 64; // with more anchors, only those near the user have a label
 
 export function AnchorMap({ anchors, user }) {
 	const around = useRef();
@@ -22,16 +23,17 @@ export function AnchorMap({ anchors, user }) {
 	const speaking = new Map(lines.map(({ id, weight }) => [id, weight]));
 	const ties = lines.map(({ id, weight }) => `${id}, ${percent(weight)}`).join(' and ');
 	const spot = spots();
+	const labelled = (id) => dots.length <= CROWDED || speaking.has(id);
 	const said = `Map of ${dots.length} anchors${here ? `, and ${user.user_id} with lines to ${ties}` : ''}`;
 	return html`<div ref=${around}><svg class="map" width=${wide} height=${high} role="img" aria-label=${said}>
 		${here && lines.map(({ id, weight }) => html`<${Tie} key=${id} from=${place(here)} to=${place(byId.get(id).at)} weight=${weight} />`)}
 		${dots.map(({ id, items, at }) => {
 			const [x, y] = place(at);
-			const radius = 4 + 6 * Math.sqrt(items / (most || 1));
+			const radius = (4 + 6 * Math.sqrt(items / (most || 1))) / (labelled(id) ? 1 : 2.5);
 			return html`<g key=${id} class=${speaking.has(id) ? 'anchor speaks' : 'anchor'}>
 				<title>${`${id}: ${items} items`}</title>
 				<circle cx=${x} cy=${y} r=${radius} />
-				<text ...${spot(x, y, radius)}>${id}</text>
+				${labelled(id) && html`<text ...${spot(x, y, radius)}>${id}</text>`}
 			</g>`;
 		})}
 		${here && html`<${Person} at=${place(here)} name=${user.user_id} />`}

@@ -42,16 +42,18 @@ export function Level({ level }) {
 	return html`<span class=${`level ${level}`}>${LEVELS[level] ?? level}</span>`;
 }
 
+export const anchorsTitle = (anchors) => (anchors[0]?.weight === null ? 'Nearest anchors' : 'Anchors that speak');
+
 /** The anchors of a recipe as bars, or the nearest ones if the recipe names none. */
 export function Anchors({ anchors, detailed = false }) {
 	if (!anchors.length) return html`<p class="dim">No anchor speaks.</p>`;
-	return html`<ul class="bars" aria-label=${anchors[0].weight == null ? 'Nearest anchors' : 'Anchors that speak'}>
+	return html`<ul class="bars" aria-label=${anchorsTitle(anchors)}>
 		${anchors.map(({ id, weight, similarity, gain }) => html`<li key=${id}>
 			<span class="mono">${id}</span>
 			<${Bar} share=${Math.min(1, Math.abs(weight ?? similarity))} less=${(weight ?? similarity) < 0} />
 			<span class="figure">${weight == null ? similarity.toFixed(2) : percent(weight)}</span>
 			${detailed && html`<span class="why">
-				${weight == null ? 'similar' : similarity != null && html`<span>similarity ${similarity.toFixed(2)}</span>`}
+				${weight != null && similarity != null && html`<span>similarity ${similarity.toFixed(2)}</span>`}
 				${gain != null && html`<span>predicted gain ${gain.toFixed(3)} nats per token</span>`}
 			</span>`}
 		</li>`)}
