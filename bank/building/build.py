@@ -30,7 +30,7 @@ from bank.building.selection import (
     spread,
     typical_words,
 )
-from bank.building.signer import KEPT, Signer, fit_rule, measure_curvature, measured_people
+from bank.building.signer import Signer, fit_rule, measure_curvature, measured_people
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors
@@ -47,6 +47,7 @@ from bank.models.load import load_base
 
 BASELINES = "baselines"  # subfolder of a bank
 EMBED_THREADS = 2
+KEPT = 0.95  # share of the gain that chosen directions keep
 
 
 def build_bank(
@@ -131,12 +132,15 @@ def _measured(
     signer = Signer(trainer.model, matrix)
     curvature = measure_curvature(signer, measured, trainer, work)
     known = Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
-    decay, enough = fit_rule(signer, curvature, measured, trainer, work)
+    decay, kept = fit_rule(signer, curvature, measured, trainer, work)
     rule = options.rule(decay)
     if not options.wants_directions:
         return rule, curvature, None
-    count = min(options.directions or enough, MAX_DIRECTIONS)
-    say(f"the rows are {count} directions of {len(anchors)} anchors; {enough} keep {KEPT:.0%} of the gain")
+    count = min(options.directions or int(np.argmax(kept >= KEPT)) + 1, MAX_DIRECTIONS)
+    told = ", ".join(
+        f"{kept[k - 1]:.0%} of the gain with {k}" for k in (8, 16, 32, 64, 128, 256, 384) if k <= len(kept)
+    )
+    say(f"the rows are {count} directions of {len(anchors)} anchors and keep {kept[count - 1]:.0%} of the gain; {told}")
     deviation = float(known.eigenvalues.mean() * decay) ** -0.5
     directions = make_directions(matrix.rows[: matrix.anchors], known, count, deviation)
     return rule.model_copy(update={"posterior": directions.rule}), curvature, directions

@@ -30,7 +30,6 @@ MEASURED_ITEMS = 512  # number of items for the curvature, or four per anchor if
 FEWEST, MOST = 4, 16  # a person's newest items among them
 DECAYS = (8.0, 25.0, 80.0, 250.0, 800.0, 2500.0, 8000.0, 25000.0)  # candidates
 JUDGES = 24  # number of people whose later items choose the decay
-KEPT = 0.95  # share of the gain that the chosen directions keep
 _AT_A_TIME = 8  # gradients, and rows, that are multiplied at once
 
 
@@ -115,27 +114,31 @@ def measure_curvature(
 
 def fit_rule(
     signer: Signer, curvature: Vectors, people: Sequence[MeasuredPerson], trainer: RowTrainer, work: Workbench
-) -> tuple[float, int]:
-    """Choose the decay, and the number of directions, by the gain on people's later items of steps from earlier ones.
+) -> tuple[float, Vectors]:
+    """Return the decay whose steps from people's earlier items gain most on their later items, as measured.
 
-    The gain by decay is measured; that by directions is predicted by the products. The directions are the fewest that
-    keep `KEPT` of the gain. A person's own row is left out, since it was trained on these items. Without any other row
-    nothing is fitted.
+    Also return the share of that gain that the 1, 2, … N leading directions keep, [N], as the products predict it. A
+    person's own row is left out, since it was trained on these items. Without any other row nothing is fitted.
     """
     judges = [person for person in people if person.own_row is None or len(curvature) > 1][:JUDGES]
+    evenly = np.linspace(0, 1, len(curvature) + 1, dtype=np.float32)[1:]
     if not judges:
-        return PosteriorRule().decay, len(curvature)
+        return PosteriorRule().decay, evenly
     judged = work.pieces(
         [f"judge-{place:02d}" for place in range(len(judges))],
         lambda place: _judge(signer, curvature, judges[place], directions=trainer.options.wants_directions),
         lambda done: trainer.progress.piece("fitting the rule", done, len(judges)),
     )
     gains = np.mean(judged, axis=0)
-    told = ", ".join(f"{gain:+.4f} at {decay:g}" for gain, decay in zip(gains[:, 0], DECAYS, strict=True))
-    trainer.progress.say(f"gain on {len(judges)} people's later items by decay, in nats per token: {told}")
     best = int(np.argmax(gains[:, 0]))
-    by_count = gains[best, 1:]
-    return DECAYS[best], int(np.argmax(by_count >= KEPT * by_count[-1])) + 1 if by_count.size else len(curvature)
+    spread = 1.96 * float(np.std([each[best, 0] for each in judged])) / max(1, len(judged) - 1) ** 0.5
+    told = ", ".join(f"{gain:+.4f} at {decay:g}" for gain, decay in zip(gains[:, 0], DECAYS, strict=True))
+    trainer.progress.say(
+        f"gain on {len(judges)} people's later items by decay, in nats per token: {told}; the best ± {spread:.4f}"
+    )
+    if (by_count := gains[best, 1:]).size and by_count[-1] > 0:
+        return DECAYS[best], np.asarray(by_count / by_count[-1], np.float32)
+    return DECAYS[best], evenly
 
 
 def _judge(signer: Signer, curvature: Vectors, person: MeasuredPerson, *, directions: bool) -> Vectors:

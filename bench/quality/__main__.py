@@ -29,18 +29,24 @@ from bench.quality import methods_of, mta
 from bench.rig.people import people, write_people
 from bench.rig.tiny import tiny_model
 
-TASKS = {"mail": "chat"}
+TASKS = {"mail": "chat", "c50": "chat", "blogs": "chat"}
 """Tasks of the folders whose name is not a task."""
 
-ANCHORS = {"mail": 10, "news_headline": 12, "movie_rating": 20}
+ANCHORS = {"mail": 10, "c50": 32, "blogs": 216, "news_headline": 12, "movie_rating": 20}
 BUILDS = {
     "mail": "--anchors-by longest --common-steps 128 --common-batch-size 8 --steps 4",
+    "c50": "--anchors-by longest --common-steps 64 --common-batch-size 8 --steps 6",
+    "blogs": "--anchors-by longest --common-steps 48 --common-batch-size 8 --steps 4",
     "movie_rating": "--common-steps 80",
 }
 """Options of `mta bank build` for tasks whose figures in docs/quality.md do not use the defaults."""
 
 WRITTEN = "task," + ",".join(f"{name}+history@h1" for name in ("base", "common", "merged", "own", "stacked"))
-EVALS = {"mail": f"--no-predict --no-curves --write {WRITTEN}"}
+EVALS = {
+    "mail": f"--no-predict --no-curves --write {WRITTEN}",
+    "c50": "--no-predict --no-curves",
+    "blogs": f"--no-predict --no-curves --write {WRITTEN}",
+}
 """Options of `mta eval` for tasks with long answers: their style says more than their word overlap with the gold
 answer, and computing both takes too long."""
 
@@ -52,7 +58,9 @@ PROFILES = {"mail": 6}
 def main(
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the real histories.", exists=True)] = None,
-    task: Annotated[str, typer.Option(help="The task, and its folder in --data; `mail` is chat.")] = "news_headline",
+    task: Annotated[
+        str, typer.Option(help="The task, and its folder in --data; `mail`, `c50` and `blogs` are chat.")
+    ] = "news_headline",
     out: Annotated[Path, typer.Option(help="Folder for banks and tables.")] = Path("out/quality"),
     seeds: Annotated[int, typer.Option(help="Number of random seeds.", min=1)] = 3,
     folds: Annotated[int, typer.Option(help="Evaluate on N folds of the anchors instead.", min=0)] = 0,
@@ -61,7 +69,8 @@ def main(
         Path | None, typer.Option(help="Evaluate this bank instead of building one.", exists=True, show_default=False)
     ] = None,
     anchors: Annotated[
-        int | None, typer.Option(help="Number of anchors of each bank.", show_default="12, mails 10, films 20")
+        int | None,
+        typer.Option(help="Number of anchors of each bank.", show_default="12, mails 10, films 20, c50 32, blogs 216"),
     ] = None,
     build: Annotated[str, typer.Option(help="Further options of `mta bank build`, in one string.")] = "",
     evaluate: Annotated[str, typer.Option("--eval", help="Further options of `mta eval`, in one string.")] = "",
