@@ -21,7 +21,7 @@ from tests.support.terminal import Terminal, terminal
 
 DEMO = (sys.executable, "-m", "deploy.demo", "--data")
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 600.0
+PATIENCE_S = 1000.0  # the bank may have to be built, beside other tests
 
 expect.set_options(timeout=PATIENCE_MS)
 
