@@ -164,7 +164,7 @@ def remove(
 
     Users' signatures are made again for the new bank, and their adapters are not served until `mta readapt`.
     """
-    from bank.building.directions import remove_anchor
+    from bank.building.removal import remove_anchor
 
     manifest = remove_anchor(load_settings(bank=bank).bank_folder(), anchor, out)
     typer.echo(

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from adapters.fusion import fuse
 from adapters.recipe import FusionRecipe, Term, parse_recipe
-from bank.building.directions import DirectionRows, make_directions, remove_anchor
+from bank.building.directions import DirectionRows, make_directions
+from bank.building.removal import remove_anchor
 from bank.errors import BankError
 from bank.lookup.directions import Directions
 from bank.lookup.embedder import Embedder

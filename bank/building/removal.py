@@ -1,0 +1,74 @@
+"""`mta bank remove`: make a bank without one of its anchors, from the rows that are kept beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from adapters.errors import excerpt
+from bank.building.assemble import write_bank
+from bank.building.directions import make_directions
+from bank.errors import BankError
+from bank.lookup.index import AnchorIndex
+from bank.lookup.signature import Curvature
+from bank.manifest import (
+    COORDINATES_FILE,
+    CURVATURE_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    BankManifest,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
+from bank.matrix import open_anchor_rows
+
+
+def remove_anchor(folder: Path, anchor: str, out: Path) -> BankManifest:
+    """Write the bank in `folder` to `out` without one anchor; the ids of the anchors after it move down by one.
+
+    Nothing is trained: the common row still knows what it learnt from that person. BankError if it is the only anchor.
+    """
+    manifest = read_manifest(folder)
+    if (out / MANIFEST_FILE).exists():
+        raise BankError(f"{out} already holds a bank: choose another --out")
+    kept = [i for i, entry in enumerate(manifest.anchors) if entry.id != anchor]
+    if not kept or len(kept) == len(manifest.anchors):
+        ids = f"{manifest.anchors[0].id} to {manifest.anchors[-1].id}"
+        why = f"has no anchor {excerpt(anchor)}" if kept else f"has no other anchor than {anchor}"
+        raise BankError(f"the bank at {folder} {why}; its anchors are {ids}")
+    verify_files(folder, manifest)
+    matrix = open_anchor_rows(folder, manifest)
+    curvature, directions, weights = None, None, manifest.weights
+    if weights.posterior:
+        curvature = np.load(folder / CURVATURE_FILE)
+        if manifest.directions:
+            coordinates = np.load(folder / COORDINATES_FILE).astype(np.float64)
+            curvature = coordinates @ curvature @ coordinates.T
+            deviation = float(np.sqrt(manifest.directions / np.square(coordinates).sum()))
+        curvature = curvature[kept][:, kept]
+        if manifest.directions:
+            count = min(manifest.directions, len(kept))
+            directions = make_directions(matrix.rows[kept], Curvature.of(curvature), count, deviation)
+            weights = weights.model_copy(update={"posterior": directions.rule})
+    written = write_bank(
+        out,
+        task=manifest.task,
+        base_model=manifest.base_model,
+        embedder=manifest.embedder,
+        common=manifest.common,
+        user_rank=manifest.user_rank,
+        weights=weights.model_copy(update={"anchors": min(weights.anchors, len(kept))}),
+        layout=manifest.layout,
+        rows=[*matrix.rows[kept], *matrix.rows[len(manifest.anchors) :]],
+        shared_a=matrix.shared_a,
+        embeddings=AnchorIndex.load(folder / INDEX_FILE).vectors(kept),
+        items=[manifest.anchors[i].items for i in kept],
+        training={**manifest.training, "inputs": None, "removed_from": manifest.fingerprint},
+        prior=manifest.prior,
+        curvature=curvature,
+        words=[manifest.anchors[i].words for i in kept],
+        directions=directions,
+    )
+    return write_manifest(out, written.model_copy(update={"verdict": manifest.verdict}))
