@@ -38,20 +38,20 @@ def remove_anchor(folder: Path, anchor: str, out: Path) -> BankManifest:
         ids = f"{manifest.anchors[0].id} to {manifest.anchors[-1].id}"
         why = f"has no anchor {excerpt(anchor)}" if kept else f"has no other anchor than {anchor}"
         raise BankError(f"the bank at {folder} {why}; its anchors are {ids}")
-    verify_files(folder, manifest)
+    verify_files(folder, manifest, tuple(manifest.files.keys() - {manifest.anchor_rows_file}))
     matrix = open_anchor_rows(folder, manifest)
     curvature, directions, weights = None, None, manifest.weights
     if weights.posterior:
         curvature = np.load(folder / CURVATURE_FILE)
         if manifest.directions:
             coordinates = np.load(folder / COORDINATES_FILE).astype(np.float64)
-            curvature = coordinates @ curvature @ coordinates.T
             deviation = float(np.sqrt(manifest.directions / np.square(coordinates).sum()))
-        curvature = curvature[kept][:, kept]
-        if manifest.directions:
+            curvature = coordinates[kept] @ curvature @ coordinates[kept].T
             count = min(manifest.directions, len(kept))
             directions = make_directions(matrix.rows[kept], Curvature.of(curvature), count, deviation)
             weights = weights.model_copy(update={"posterior": directions.rule})
+        else:
+            curvature = curvature[kept][:, kept]
     written = write_bank(
         out,
         task=manifest.task,

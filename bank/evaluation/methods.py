@@ -71,17 +71,17 @@ class Evaluator:
     def adapter(self, method: Method, evidence: Evidence, seed: int) -> EvalAdapter | None:
         """Return a method's adapter, or None for the bare model; the seed decides random anchors and training."""
         if method.k:
-            smaller = self._first(min(method.k, len(self.bank.manifest.anchors)))
+            count = min(method.k, len(self.bank.manifest.anchors))
             if method.adapter == "mean":
-                return self.equal(range(smaller.index.anchor_count))
-            return self.fused(evidence, serving=smaller)
+                return self.equal(range(count))
+            return self.fused(evidence, serving=self._first(count))
         return ADAPTERS[method.adapter](self, evidence, seed)
 
     def _first(self, count: int) -> ServingBank:
         """Return the bank as if it had only its first anchors: with fewer draws of people each is trusted more."""
         serving, rule = self.bank.serving, self.bank.manifest.weights
         if serving.directions:
-            raise BankError("@k needs a bank whose rows are its anchors' own: build it with --directions 0")
+            raise BankError("merged@k needs a bank whose rows are its anchors' own: build it with --directions 0")
         share = count / serving.index.anchor_count
         posterior = rule.posterior and PosteriorRule(decay=rule.posterior.decay * share)
         rule = rule.model_copy(update={"anchors": min(rule.anchors, count), "posterior": posterior})
@@ -113,8 +113,7 @@ class Evaluator:
             model = self.scorer.bare()
             self._signer = self._signer or Signer(model, self.bank.matrix)
             evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signature_examples)
-        signature = evidence.signature
-        if signature and not serving.directions:
+        if signature := evidence.signature:
             signature = replace(signature, products=signature.products[: serving.index.anchor_count])
         return EvalAdapter(self.bank, serving.personalise(evidence.embedding, signature, share).recipe)
 

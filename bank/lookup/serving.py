@@ -74,8 +74,9 @@ class ServingBank:
     def open(cls, folder: Path, embedder_id: str) -> ServingBank:
         """Open the bank in `folder`; BankError if it is damaged or was built with a different embedder."""
         manifest = read_manifest(folder)
-        files = (INDEX_FILE, MAP_FILE, CURVATURE_FILE, COORDINATES_FILE)
-        verify_files(folder, manifest, tuple(name for name in files if name in manifest.files))
+        files = [INDEX_FILE, MAP_FILE, *[CURVATURE_FILE] * manifest.has_signatures]
+        files += [COORDINATES_FILE] if manifest.directions else []
+        verify_files(folder, manifest, tuple(files))
         if manifest.embedder.id != embedder_id:
             raise BankError(
                 f"the bank at {folder} was made with embedder {manifest.embedder.id}, but this one is {embedder_id}: "

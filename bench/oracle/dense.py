@@ -40,7 +40,7 @@ def dense_delta(matrix: MetaMatrix, recipe: FusionRecipe, module: ModuleShape) -
         a, b = dense_parts(matrix, matrix.rows[matrix.anchors], module)
         delta += b @ a
     parts = [(term.weight / 1000, *dense_parts(matrix, matrix.rows[term.anchor], module)) for term in recipe.terms]
-    parts += [(step / 16, *dense_parts(matrix, row, module)) for step, row in zip(recipe.steps, matrix.rows)]  # noqa: B905
+    parts += [(step / 16, *dense_parts(matrix, matrix.rows[row], module)) for row, step in enumerate(recipe.steps)]
     for weight, a, b in parts:
         delta += weight * (b @ a)
     return delta

@@ -114,11 +114,9 @@ def tiny_bank(
     rows = [torch.randn(layout.row_numbers, generator=generator) * scale for _ in range(anchors + common)]
     shared_a = torch.randn(layout.a_numbers, generator=generator) * scale if layout.shared_a else None
     embedder = Embedder.load(embedder_folder)
-    posterior, curvature = (
-        PosteriorRule() if signs else None,
-        np.eye(anchors, dtype=np.float32) if signs else None,
-    )
-    made = None
+    posterior, curvature, made = None, None, None
+    if signs:
+        posterior, curvature = PosteriorRule(), np.eye(anchors, dtype=np.float32)
     if directions:
         curvature = np.diag(1 + np.arange(anchors, dtype=np.float32) / anchors)
         kept = torch.stack(rows[:anchors]).to(torch.bfloat16)

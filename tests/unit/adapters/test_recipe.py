@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from adapters.errors import RecipeError
 from adapters.recipe import (
+    MAX_DIRECTIONS,
+    MAX_TERMS,
     FusionMethod,
     FusionRecipe,
     Term,
@@ -44,6 +46,13 @@ def test_parsing_a_name_gives_the_recipe_back(recipe: FusionRecipe) -> None:
     assert parse_recipe(recipe.name) == recipe
 
 
+def test_a_name_holds_as_many_terms_or_steps_as_a_recipe_may_have() -> None:
+    user, longest = UserAdapterId("a" * 26, "b" * 25 + "a"), tuple(Term(1000 + i, -4000) for i in range(MAX_TERMS))
+    for terms, steps in ((longest, ()), ((), (-127,) * MAX_DIRECTIONS)):
+        recipe = FusionRecipe("9f2c41d0", FusionMethod.SHARED, True, terms, user, steps)
+        assert parse_recipe(recipe.name) == recipe
+
+
 def test_a_name_reads_as_the_grammar_says() -> None:
     along = FusionRecipe("9f2c41d0", FusionMethod.SHARED, True, (), steps=(1, -5, 0, 127, -127))
     assert along.name == "mta3:9f2c41d0:shared:c~AfsAf4E"
@@ -75,7 +84,10 @@ SHARED, CAT = "mta3:9f2c41d0:shared:", "mta3:9f2c41d0:cat:"
     [
         *("", "base", "mta4:9f2c41d0:shared:c", f" {SHARED}c", f"{SHARED}c\n"),
         *(f"{SHARED}c+a03*{weight}" for weight in ("0", "-0", "+100", "4001", "-4001", "-014")),
-        *(f"{SHARED}{terms}" for terms in ("a03*500+c", "c+c", "c+", "c:", "c:u-", "c:u-../../etc/passwd")),
+        *(
+            f"{SHARED}{terms}"
+            for terms in ("c+a01*7+v03*120", "a03*500+c", "c+c", "c+", "c:", "c:u-", "c:u-../../etc/passwd")
+        ),
         f"{SHARED}c:u-" + "a" * 26 + "." + "a" * 25 + "b",  # set padding bits
         f"{SHARED}c:u-" + "A" * 26 + "." + "a" * 26,
         *(f"mta3:{head}:a03*1000" for head in ("9F2C41D0:cat", "9f2c41d:cat", "9f2c41d0:ties", "9f2c41d0:CAT")),

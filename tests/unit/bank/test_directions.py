@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adapters.errors import FusionError
 from adapters.fusion import fuse
 from adapters.recipe import FusionRecipe, Term, parse_recipe
 from bank.building.directions import DirectionRows, make_directions
@@ -117,10 +118,10 @@ def test_a_bank_of_directions_refuses_anchors_and_other_numbers_of_steps(bank: P
     recipe = FusionRecipe(manifest.short, manifest.method, True, (), steps=(1, 2, 3, 4))
     manifest.check(recipe)
     for terms, steps in (((Term(1, 500),), ()), ((), (1, 2, 3)), ((), (1, 2, 3, 4, 5))):
-        with pytest.raises(Exception, match="has 4 directions, but the recipe is"):
+        with pytest.raises(FusionError, match="has 4 directions, but the recipe is"):
             manifest.check(FusionRecipe(manifest.short, manifest.method, True, terms, steps=steps))
     people = manifest.model_copy(update={"directions": None})
-    with pytest.raises(Exception, match="has anchors and no directions"):
+    with pytest.raises(FusionError, match="has anchors and no directions"):
         people.check(recipe)
 
 

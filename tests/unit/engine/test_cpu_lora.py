@@ -178,7 +178,7 @@ def test_without_it_the_reason_is_logged_and_nothing_is_left(
     assert not list(tmp_path.rglob("*.so"))
 
 
-STEPS = "c~" + base64.urlsafe_b64encode(bytes(step % 19 * 13 or 1 for step in range(19))).decode().rstrip("=")
+STEPS = "c~" + base64.urlsafe_b64encode(bytes(step & 0xFF for step in range(-9, 10))).decode().rstrip("=")
 
 
 @settings(max_examples=60, deadline=None)
@@ -200,8 +200,8 @@ def test_it_is_the_exact_sum_rounded_once(compiled: Any, rank: int, h_out: list[
 
     exact = sum(rows[row].double() * share for row, share in recipe.rows(matrix.common_index)).view(-1, rank)
     assert ours.b.t().is_contiguous() and ours.transposed() is ours
-    torch.testing.assert_close(ours.b.double(), exact, rtol=1.001 * ROUNDING, atol=3e-6)
-    torch.testing.assert_close(ours.b, fuse_flat(matrix, recipe).b, rtol=2.002 * ROUNDING, atol=3e-6)
+    torch.testing.assert_close(ours.b.double(), exact, rtol=1.001 * ROUNDING, atol=1e-6)
+    torch.testing.assert_close(ours.b, fuse_flat(matrix, recipe).b, rtol=2.002 * ROUNDING, atol=1e-6)
 
 
 def test_a_row_alone_comes_back_as_it_is_what_is_not_a_number_too_and_what_is_not_there_is_refused(
