@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -17,6 +17,7 @@ import redis
 
 from bank.lookup.signature import Signature
 from bench.rig.cluster import ValkeyCluster
+from bench.rig.processes import PATIENCE_S
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.gateway.users.privacy import Erasing
@@ -85,11 +86,20 @@ class StoreParts:
     @asynccontextmanager
     async def opened(cls, url: str) -> AsyncIterator[StoreParts]:
         parts = cls(url)
-        await parts.connection.check()
         try:
+            await parts._until_checked()
             yield parts
         finally:
             await parts.connection.close()
+
+    async def _until_checked(self) -> None:
+        """Wait as a process at its start does: a cluster is down while a busy machine keeps a node from answering."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                with suppress(Unavailable):
+                    await self.connection.check()
+                    return
+                await asyncio.sleep(0.1)
 
     async def put(self, user: str, text: str) -> None:
         """Let one item be all that a user has."""
