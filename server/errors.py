@@ -74,6 +74,10 @@ class UserErased(Conflict):
         )
 
 
+class Gone(ApiError):  # it was there, but its time is over
+    status, kind, default_code = 410, "invalid_request_error", "gone"
+
+
 class TooLarge(ApiError):
     status, kind, default_code = 413, "invalid_request_error", "body_too_large"
 

@@ -30,6 +30,7 @@ from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
 from server.gateway.generation.prompts import INDEX_CACHE_BYTES, HistoryIndexer, IndexCache, PromptBuilder
+from server.gateway.learning.feedback import Feedbacks
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting, SampleChecks
@@ -58,6 +59,7 @@ class Parts:
     adapting: Adapting
     erasing: Erasing
     exporting: Exporting
+    feedbacks: Feedbacks
     generator: Generator
     limiter: Limiter
     health: Health
@@ -165,10 +167,16 @@ async def open_gateway(
                     drop=engines.drop,
                 ),
                 exporting=Exporting(
-                    stores.profiles, jobs=stores.jobs, adapters=stores.adapters, folder=folder, manifest=bank.manifest
+                    stores.profiles,
+                    jobs=stores.jobs,
+                    feedback=stores.feedback,
+                    adapters=stores.adapters,
+                    folder=folder,
+                    manifest=bank.manifest,
                 ),
+                feedbacks=Feedbacks(stores.feedback, profiles),
                 generator=Generator(
-                    Personalizer(bank, profiles.current, profiles.request_signature),
+                    Personalizer(bank, profiles.current_with_epoch, profiles.request_signature),
                     PromptBuilder(bank.task, engines, histories, settings.queue_timeout_s),
                     engine,
                     engines,

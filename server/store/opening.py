@@ -10,6 +10,7 @@ from server.settings import Settings
 from server.store.adapters import AdapterStore
 from server.store.append_only_file import AppendOnlyFile
 from server.store.durability import CheckedStore
+from server.store.feedback import FeedbackStore
 from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
@@ -27,6 +28,7 @@ class Stores:
     rates: Rates
     profiles: ProfileStore
     jobs: JobStore
+    feedback: FeedbackStore
     adapters: AdapterStore
     signing: Callable[[str], UserQueue]
     file: AppendOnlyFile
@@ -52,6 +54,7 @@ async def open_stores(
             rates=Rates(connection),
             profiles=ProfileStore(connection),
             jobs=JobStore(connection),
+            feedback=FeedbackStore(connection),
             adapters=AdapterStore(connection),
             signing=lambda bank: UserQueue(connection, "sign", bank),
             file=AppendOnlyFile(connection),

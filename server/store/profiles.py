@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from server.errors import Unavailable, UserErased
 from server.store.durability import corrupt_if_undecodable
@@ -66,10 +67,11 @@ return 1
 # the user exists and the deadline has passed. A tombstone without counts belongs to an unknown user.
 _ERASE = oom_script("""
 local prefix, kept_jobs, known_s, unknown_s, epoch, until_ms, rewritten_by = unpack(ARGV)
-local tombstone, record, items, vectors, job_numbers, samples, adapter = unpack(KEYS)
+local tombstone, record, items, vectors, job_numbers, samples, adapter, feedback, learned = unpack(KEYS)
 if now > tonumber(until_ms) and redis.call('EXISTS', unpack(KEYS, 2)) > 0 then return {} end
 local counts = {
-  'items', redis.call('HLEN', items), 'samples', redis.call('LLEN', samples), 'adapters', redis.call('EXISTS', adapter)
+  'items', redis.call('HLEN', items), 'samples', redis.call('LLEN', samples) + redis.call('HLEN', learned),
+  'adapters', redis.call('EXISTS', adapter), 'feedback', redis.call('HLEN', feedback)
 }
 local jobs, banks, last = 0, {}, tonumber(redis.call('HGET', job_numbers, 'last') or 0)
 for number = math.max(1, last - kept_jobs), last do
@@ -84,7 +86,8 @@ end
 redis.call('HSET', tombstone, 'epoch', epoch)
 local stays_s = tonumber(keys > 0 and known_s or unknown_s)
 if redis.call('TTL', tombstone) < stays_s then redis.call('EXPIRE', tombstone, stays_s) end
-return redis.call('HMGET', tombstone, 'items', 'samples', 'jobs', 'adapters', 'keys', 'rewritten_by', 'banks')
+local counted = {'items', 'samples', 'jobs', 'adapters', 'keys', 'feedback'}
+return redis.call('HMGET', tombstone, 'rewritten_by', 'banks', unpack(counted))
 """)
 
 # KEYS: record. Write it again unchanged: waiting for this write also waits for all earlier ones.
@@ -138,6 +141,7 @@ class Erased:
     jobs: int
     adapters: int
     keys: int
+    feedback: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,17 @@ class ProfileStore:
                 items=_in_order(_pairs(raw_items)),
                 vectors={name.decode(): decode_vector(raw) for name, raw in _pairs(raw_vectors).items()},
             )
+
+    async def load_with_epoch(self, key: str) -> tuple[Profile | None, str]:
+        """Return the profile and the epoch, in one round trip."""
+
+        def both(redis: Any) -> Awaitable[Any]:
+            pipeline = redis.pipeline(transaction=False)
+            return pipeline.get(keys.profile(key)).hget(keys.epoch(key), "epoch").execute()  # type: ignore[no-any-return]
+
+        record, epoch = await self._connection.run(both)
+        with corrupt_if_undecodable():
+            return decode_profile(record) if record else None, (epoch or b"").decode()
 
     async def items(self, key: str) -> Mapping[str, StoredItem]:
         """Return the items by id, oldest first; empty for an unknown user."""
@@ -237,7 +252,8 @@ class ProfileStore:
         return int(await self._connection.evaluate(_BYTES, _names(key)))
 
     async def _erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> list[bytes | None]:
-        names = (keys.epoch(key), *_names(key), keys.jobs(key), keys.samples(key), keys.adapter(key))
+        of_user = (keys.jobs, keys.samples, keys.adapter, keys.feedback, keys.learned)
+        names = (keys.epoch(key), *_names(key), *(name(key) for name in of_user))
         arguments = (KEPT_JOBS, TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, secrets.token_hex(8), deadline_ms, rewritten_by_ms)
         answer: list[bytes | None] = await self._connection.write(_ERASE, names, keys.job_prefix(key), *arguments)
         return answer
@@ -245,11 +261,11 @@ class ProfileStore:
 
 def _erasure(tombstone: list[bytes | None]) -> Erasure | None:
     """Decode a tombstone; None if it has no counts."""
-    values = [value for value in tombstone if value is not None]
-    if not values:
+    rewritten_by, banks, *counts = tombstone or [None, None]
+    if rewritten_by is None or banks is None:
         return None
-    *counts, rewritten_by, banks = values
-    return Erasure(Erased(*map(int, counts)), int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
+    erased = Erased(*(int(count or 0) for count in counts))
+    return Erasure(erased, int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
 
 
 def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:  # Lua returns a hash as field, value, field, value

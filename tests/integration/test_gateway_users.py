@@ -117,7 +117,7 @@ def test_erasing_leaves_nothing(client: Client, new_user: NewUser, gateway: Gate
     user_id = new_user()
     put(client, user_id, texts(0, 1, 2))
     answer = client.delete(f"/users/{user_id}").json()
-    assert answer["erased"] == {"items": 3, "samples": 0, "jobs": 0, "adapters": 0, "keys": 3}
+    assert answer["erased"] == {"items": 3, "samples": 0, "jobs": 0, "adapters": 0, "keys": 3, "feedback": 0}
     rewritten_in = datetime.fromisoformat(answer["log_rewritten_by"]) - datetime.now(UTC)
     assert rewritten_in < timedelta(hours=1, minutes=15)
     ((name, value),) = dump(gateway, user_id).items()

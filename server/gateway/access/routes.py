@@ -49,6 +49,7 @@ ROUTES: Mapping[str, Scope | None] = {
     "GET /users/{user_id}": Scope.WRITE,
     "GET /users/{user_id}/export": Scope.WRITE,
     "DELETE /users/{user_id}": Scope.WRITE,
+    "POST /users/{user_id}/feedback": Scope.WRITE,
     "POST /users/{user_id}/adapt": Scope.ADAPT,
     "GET /jobs/{job_id}": Scope.ADAPT,
     "GET /jobs/{job_id}/events": Scope.ADAPT,

@@ -13,6 +13,7 @@ from server.gateway.access.limiter import Limiter, RequestUsage
 from server.gateway.access.queue import EngineLease, EngineQueue
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, EngineStream, Piece
+from server.gateway.generation.answer_ids import answer_id
 from server.gateway.generation.answer_stream import AnswerStream, SubRequest, split_request
 from server.gateway.generation.personalizer import Personalization, Personalizer
 from server.gateway.generation.prompts import PromptBuilder, UserPrompt
@@ -45,7 +46,8 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    id: str
+    id: str  # the request's, for logs
+    public_id: str  # for the client: `id`, or an id that feedback can name (`answer_ids.py`)
     personalization: Personalization
     fallbacks: int  # number of more personal candidates the engine could not serve
     prompt: UserPrompt
@@ -91,7 +93,7 @@ class Generator:
         self.queue.check(request.caller.name, request.patience_s)
         self.limiter.count_body(usage, request.user, lambda: limits.estimate_tokens(request))
         with timings.stage("profile", counts=request.wants_profile):
-            profile = await self.personalizer.profile(request)
+            profile, epoch = await self.personalizer.profile(request)
         with timings.stage("recipe", counts=profile):
             candidates = self.personalizer.candidates(request, profile)
         await usage.within_limits()
@@ -107,8 +109,9 @@ class Generator:
             if lease.waited_s:
                 timings.record("queue", lease.waited_s)
             async with stream:
-                served = candidates[skipped]
-                yield Answer(engine_request.request_id, served, skipped, prompt, stream, timings, usage.headers())
+                served, request_id = candidates[skipped], engine_request.request_id
+                public_id = _public_id(request, epoch, request_id, served)
+                yield Answer(request_id, public_id, served, skipped, prompt, stream, timings, usage.headers())
 
     @asynccontextmanager
     async def _start_answer(
@@ -158,6 +161,13 @@ class Generator:
         raise Unavailable(f"the engine cannot serve this user's recipe: {missing}", code="no_adapter") from missing
 
 
+def _public_id(request: GenerationRequest, epoch: str, request_id: str, served: Personalization) -> str:
+    if request.user is None or not request.wants_profile:
+        return request_id
+    recipe = served.public_recipe
+    return answer_id(request.users, request.user, epoch, request_id, level=served.level, arm=served.arm, recipe=recipe)
+
+
 def _engine_request(request: GenerationRequest, prompt: UserPrompt, limits: LengthLimits) -> EngineRequest:
     # Streaming releases the places of several answers one by one, but the engine parses tool calls better in one piece.
     streamed = request.stream or (request.sequences > 1 and "tools" not in request.sampling)
@@ -169,5 +179,5 @@ def _engine_request(request: GenerationRequest, prompt: UserPrompt, limits: Leng
         prompt_param=request.prompt_param,
         stream=streamed or (request.splittable and not limits.allow_whole(prompt.messages, request.max_tokens)),
         prompt=request.prompt,
-        cache_salt=request.cache_salt,
+        cache_salt=request.users.cache_salt,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -20,7 +21,9 @@ from server.store.profile_record import Profile
 from server.store.tenants.user_key import User
 
 SIGNATURE_REQUEST_INTERVAL_S = 60.0  # until a gateway requests a user's missing signature again
+WEEK_HOURS = 7 * 24
 _MAX_REMEMBERED_USERS = 10_000
+_HELD_OUT = "this week the user is answered one level lower, for comparison (MTA_HOLDOUT)"
 
 
 class Level(StrEnum):
@@ -29,6 +32,15 @@ class Level(StrEnum):
     BASE = "base"
     MERGED = "merged"
     STACKED = "stacked"
+    COMMON = "common"  # between base and merged: what all users share; only for comparison
+
+
+class Arm(StrEnum):
+    """How a user is answered this week: a share of users is held out, so that the others can be compared with them."""
+
+    FULL = "full"  # as personally as possible
+    LOWER = "lower"  # one level lower
+    NONE = "none"  # not compared: the request chose a level, or the engine could not serve the user's
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +53,7 @@ class Personalization:
     weights: tuple[AnchorWeight, ...] = ()  # by the current profile; a user adapter keeps the recipe it was trained on
     reason: str | None = None  # why no higher level applies
     made_in: str = ""  # traceparent of the job that made the user's adapter
+    arm: Arm = Arm.NONE
 
     @property
     def model(self) -> str:
@@ -59,7 +72,7 @@ class Personalizer:
     def __init__(
         self,
         bank: ServingBank,
-        current: Callable[[User], Awaitable[Profile | None]],
+        current: Callable[[User], Awaitable[tuple[Profile | None, str]]],
         request_signature: Callable[[User], Coroutine[Any, Any, None]],
     ) -> None:
         self._bank = bank
@@ -68,14 +81,14 @@ class Personalizer:
         self._last_request_s: dict[str, float] = {}
         self._request_tasks: set[asyncio.Task[None]] = set()
 
-    async def profile(self, request: GenerationRequest) -> Profile | None:
-        """Return the user's profile; None if the user has none or the request needs none."""
+    async def profile(self, request: GenerationRequest) -> tuple[Profile | None, str]:
+        """Return the user's profile, None if the user has none or the request needs none; and the user's epoch."""
         if request.strength != 1 and not self._bank.manifest.common:
             raise InvalidRequest(
                 f"strength must be 1, got {request.strength}: this bank has no common row to replace the anchors",
                 param="strength",
             )
-        return await self._current(request.user) if request.user and request.wants_profile else None
+        return await self._current(request.user) if request.user and request.wants_profile else (None, "")
 
     def candidates(self, request: GenerationRequest, profile: Profile | None) -> tuple[Personalization, ...]:
         """Return the possible personalizations, most personal first; the first one that the engine can serve is used.
@@ -94,14 +107,27 @@ class Personalizer:
             return (merged,)
         base = Personalization(Level.BASE, reason="the engine cannot serve this user's recipe")
         adapter = profile.adapter
+        ladder: tuple[Personalization, ...] = merged, base
         if adapter is None or bank_of(adapter.recipe) != self._bank.manifest.short:
-            return merged, base
-        if request.strength < 1:
+            pass
+        elif request.strength < 1:
             reason = "strength is below 1, and the user's adapter is served on its own recipe only"
-            return replace(merged, reason=reason), base
-        trained_on = replace(parse_recipe(adapter.recipe), user_adapter=UserAdapterId(user.key, adapter.id))
-        stacked = replace(merged, level=Level.STACKED, recipe=trained_on, made_in=adapter.made_in)
-        return stacked, replace(merged, reason="the engine cannot serve this user's adapter"), base
+            ladder = replace(merged, reason=reason), base
+        else:
+            trained_on = replace(parse_recipe(adapter.recipe), user_adapter=UserAdapterId(user.key, adapter.id))
+            stacked = replace(merged, level=Level.STACKED, recipe=trained_on, made_in=adapter.made_in)
+            ladder = stacked, replace(merged, reason="the engine cannot serve this user's adapter"), base
+        return ladder if request.strength < 1 else self._in_arm(ladder, arm_of(user.key, request.holdout), profile)
+
+    def _in_arm(self, ladder: tuple[Personalization, ...], arm: Arm, profile: Profile) -> tuple[Personalization, ...]:
+        """Return the personalizations for a user in an arm; below merged is the common row, if the bank has one."""
+        if arm is Arm.FULL:
+            return replace(ladder[0], arm=arm), *ladder[1:]
+        lower = ladder[1]
+        if lower.level is Level.BASE and self._bank.manifest.common:
+            common = self._bank.personalise(profile.embedding, profile.evidence, 0)
+            lower = Personalization(Level.COMMON, common.recipe, common.source)
+        return replace(lower, arm=arm, reason=_HELD_OUT), ladder[-1]
 
     def _schedule_signature_request(self, user: User) -> None:
         """Request a signature in the background, at most once per user and `SIGNATURE_REQUEST_INTERVAL_S`."""
@@ -114,6 +140,18 @@ class Personalizer:
         task = asyncio.create_task(self._request_signature(user))
         self._request_tasks.add(task)
         task.add_done_callback(self._request_tasks.discard)
+
+
+def week_of(hour: int) -> int:
+    """Return the number of the week, from Monday, of an hour since 1970, which began on a Thursday."""
+    return (hour + 3 * 24) // WEEK_HOURS
+
+
+def arm_of(user_key: str, holdout: float) -> Arm:
+    """Return a user's arm in this week: `holdout` is the share of users in the lower one."""
+    week = week_of(int(time.time()) // 3600)
+    drawn = hashlib.sha256(f"{week} {user_key}".encode()).digest()[:8]
+    return Arm.LOWER if int.from_bytes(drawn) < holdout * (1 << 64) else Arm.FULL
 
 
 def _without_profile(request: GenerationRequest) -> Personalization:

@@ -12,7 +12,7 @@ import orjson
 from server.errors import InvalidRequest
 from server.gateway.access.keys import Caller
 from server.gateway.engines.chat import Conversation, Prompt
-from server.store.tenants.user_key import User
+from server.store.tenants.user_key import User, UserKeys
 
 WHOLE_TOKENS = 1024  # longest answer requested in one piece: until it is complete, a working engine looks hung
 _TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to a conversation
@@ -41,8 +41,10 @@ class GenerationRequest:
     sampling: Mapping[str, Any]  # fields passed to the engine unchanged
     stream: bool
     splittable: bool  # whether the engine may stream an answer that the client wants whole
-    cache_salt: str
+    users: UserKeys  # of the caller's tenant
     caller: Caller
+    holdout: float = 0.0  # share of users who are answered one level lower, for comparison
+    learn: bool = False  # whether the last user message becomes one of the user's items
     patience_s: float | None  # longest wait for a place in the engines, in seconds; None for the default
     user_param: str  # the three `_param` fields are names of HTTP fields, for error messages
     prompt_param: str

@@ -113,7 +113,7 @@ def request_of(
         sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
         stream=request.stream,
         splittable=True,
-        cache_salt=users.cache_salt,
+        users=users,
         caller=caller,
         patience_s=patience_s,
         user_param="user_id",
@@ -126,7 +126,7 @@ class _GenerateResponse(AnswerResponse):
         text = "".join([text async for text, _ in answer.pieces()])
         assert answer.stream.first.finish_reason
         return GenerateAnswer(
-            id=answer.id,
+            id=answer.public_id,
             text=text,
             finish_reason=answer.stream.first.finish_reason,
             usage=Usage.of(answer),
@@ -134,7 +134,7 @@ class _GenerateResponse(AnswerResponse):
         ).model_dump_json()
 
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
-        base = _chunk_base(answer.id, int(time.time()), answer.personalization.public_recipe or BASE_MODEL)
+        base = _chunk_base(answer.public_id, int(time.time()), answer.personalization.public_recipe or BASE_MODEL)
         yield _chunk(base, {"role": "assistant", "content": ""}, personalization=PersonalizationAnswer.of(answer))
         async for text, _ in answer.pieces():
             if text:

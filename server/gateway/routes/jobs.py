@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import orjson
 from fastapi import APIRouter, Path, Request, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.errors import excerpt
-from bank.items.prompt import chat_messages
 from server.errors import ApiError, NotFound, TooMany
 from server.gateway.access.keys import caller_of
-from server.gateway.http.errors import AS_MESSAGES, AS_TEXT, ErrorAnswer
+from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
 from server.gateway.parts import parts_of, user_of, users_of
-from server.gateway.routes.requests import MAX_MESSAGES, Message, Strict, UserIdInPath, UserSamplesRoute, epoch_of
+from server.gateway.routes.requests import (
+    SampleInput,
+    SampleOutput,
+    Strict,
+    UserIdInPath,
+    UserSamplesRoute,
+    epoch_of,
+    sample_messages,
+)
 from server.gateway.users.adapting import Adapting, TrainingRequest
 from server.store.jobs import Job, JobId, JobState, parse_job_id
 from server.store.samples import MAX_SAMPLES, Sample
@@ -33,32 +39,11 @@ MAX_STEPS = 500
 _POLL_S = 0.5
 
 
-def _check_not_blank(text: str) -> str:
-    if not text.strip():
-        raise PydanticCustomError("blank", "must contain more than white space")
-    return text
-
-
-def _ends_with_user_turn(conversation: str | list[Message]) -> str | list[Message]:
-    last = Message(role="user", content=conversation) if isinstance(conversation, str) else conversation[-1]
-    _check_not_blank(last.content)
-    if last.role != "user":
-        raise PydanticCustomError("turn", f"must end with a user turn, but ends with {last.role!r}")
-    return conversation
-
-
 class SampleRequest(Strict):
     """One example of how the user wants to be answered."""
 
-    input: Annotated[
-        Annotated[str, Field(min_length=1), Tag(AS_TEXT)]
-        | Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), Tag(AS_MESSAGES)],
-        Discriminator(lambda value: AS_MESSAGES if isinstance(value, list) else AS_TEXT),
-        AfterValidator(_ends_with_user_turn),
-    ] = Field(description="One user turn, or a conversation that ends with one.")
-    output: Annotated[str, Field(min_length=1), AfterValidator(_check_not_blank)] = Field(
-        description="The desired answer."
-    )
+    input: SampleInput = Field(description="One user turn, or a conversation that ends with one.")
+    output: SampleOutput = Field(description="The desired answer.")
 
 
 class AdaptOptions(Strict):
@@ -273,10 +258,7 @@ class _JobEvents(Response):
 
 
 def _training_request(body: AdaptRequest) -> TrainingRequest:
-    def messages(turns: str | list[Message]) -> list[dict[str, str]]:
-        return chat_messages(turns) if isinstance(turns, str) else [message.model_dump() for message in turns]
-
-    samples = [Sample(messages(sample.input), sample.output) for sample in body.samples]
+    samples = [Sample(sample_messages(sample.input), sample.output) for sample in body.samples]
     return TrainingRequest(samples, body.config.model_dump(exclude_none=True), body.append, body.idempotency_key or "")
 
 

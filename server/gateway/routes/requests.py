@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import Header, Path, Request
@@ -10,15 +11,19 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainValidator,
+    Tag,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from bank.items.prompt import chat_messages
 from server.gateway.generation.request import Personalize
 from server.gateway.http.bodies import JsonRoute
+from server.gateway.http.errors import AS_MESSAGES, AS_TEXT
 from server.gateway.parts import parts_of, user_of
 from server.store.samples import MAX_SAMPLES
 from server.store.tenants.user_key import check_user_id
@@ -119,6 +124,34 @@ class Strict(BaseModel):
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
     content: str = Field(min_length=1)
+
+
+def _check_not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "must contain more than white space")
+    return text
+
+
+def _ends_with_user_turn(conversation: str | list[Message]) -> str | list[Message]:
+    last = Message(role="user", content=conversation) if isinstance(conversation, str) else conversation[-1]
+    _check_not_blank(last.content)
+    if last.role != "user":
+        raise PydanticCustomError("turn", f"must end with a user turn, but ends with {last.role!r}")
+    return conversation
+
+
+SampleInput = Annotated[
+    Annotated[str, Field(min_length=1), Tag(AS_TEXT)]
+    | Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), Tag(AS_MESSAGES)],
+    Discriminator(lambda value: AS_MESSAGES if isinstance(value, list) else AS_TEXT),
+    AfterValidator(_ends_with_user_turn),
+]
+SampleOutput = Annotated[str, Field(min_length=1), AfterValidator(_check_not_blank)]
+
+
+def sample_messages(turns: str | Sequence[Message]) -> list[dict[str, str]]:
+    """Return the conversation that the input of a sample stands for."""
+    return chat_messages(turns) if isinstance(turns, str) else [message.model_dump() for message in turns]
 
 
 class GenerateRequest(Strict):

@@ -19,6 +19,7 @@ from bank.peft.exported import ExportedAdapter
 from server.errors import UserErased
 from server.store.adapters import AdapterStore, StoredAdapter
 from server.store.append_only_file import AppendOnlyFile
+from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobStore
 from server.store.profile_record import AdapterNote, Profile
 from server.store.profiles import Erasure, ProfileStore
@@ -31,6 +32,7 @@ from server.store.tenants.user_key import User
 class Exporting:
     profiles: ProfileStore
     jobs: JobStore
+    feedback: FeedbackStore
     adapters: AdapterStore
     folder: Path  # of the served bank
     manifest: BankManifest
@@ -47,6 +49,7 @@ class Exporting:
             return None
         samples = await self.jobs.samples(key)
         jobs = await self.jobs.jobs(key)
+        feedback = await self.feedback.entries(key)
         note = profile.adapter
         stored = await self.adapters.adapter(UserAdapterId(key, note.id)) if note else None
         if await self.profiles.epoch(key) != snapshot.epoch:
@@ -61,6 +64,10 @@ class Exporting:
                 for name, embedding in snapshot.vectors.items()
             },
             "samples": list(map(decode_sample, samples)),
+            "feedback": [
+                {"answer": answer, "at_ms": entry.at_ms, **asdict(entry.feedback), "sample": entry.sample}
+                for answer, entry in feedback.items()
+            ],
             "jobs": [job_answer(job) for job in jobs],
             "adapter": _adapter_fields(note, stored, says) | {"peft": peft} if note else None,
         }

@@ -68,10 +68,14 @@ class Profiles:
 
     async def current(self, user: User) -> Profile | None:
         """Return the profile, embedded by the current embedder; None for an unknown user."""
-        profile = await self.store.load(user.key)
+        return (await self.current_with_epoch(user))[0]
+
+    async def current_with_epoch(self, user: User) -> tuple[Profile | None, str]:
+        """Return what `current` returns and the user's epoch."""
+        profile, epoch = await self.store.load_with_epoch(user.key)
         if profile is None:
-            return None
-        return profile.with_embedder(self.embedder.id) or await self._refresh_once(user)
+            return None, epoch
+        return profile.with_embedder(self.embedder.id) or await self._refresh_once(user), epoch
 
     async def replace(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
         """Replace the history with these items, oldest first; `epoch` is the user's epoch at the time of the request.

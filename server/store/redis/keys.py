@@ -7,6 +7,8 @@ Per user (`server/store/tenants/user_key.py`)::
     mta:{<user key>}:items    hash    item id → JSON                                      -
     mta:{<user key>}:vectors  hash    item id → embedder id and fp16 embedding            -
     mta:{<user key>}:samples  list    encoded samples, oldest first                       -
+    mta:{<user key>}:feedback hash    answer → time and feedback (`store/feedback.py`)    -
+    mta:{<user key>}:learned  hash    answer → encoded sample that feedback brought       -
     mta:{<user key>}:adapter  hash    id, recipe, sha256, raw                             - (temporary: as given)
     mta:{<user key>}:jobs     hash    `last` → number of the newest job                   -
     mta:{<user key>}:job:<n>  hash    a job's record (`server/store/jobs.py`)             7 days or 20 jobs later
@@ -55,6 +57,7 @@ def _of_user(what: str) -> Callable[[str], str]:
 profile, items, vectors = _of_user("profile"), _of_user("items"), _of_user("vectors")
 samples, adapter, epoch = _of_user("samples"), _of_user("adapter"), _of_user("epoch")
 jobs, job_prefix = _of_user("jobs"), _of_user("job:")
+feedback, learned = _of_user("feedback"), _of_user("learned")
 
 
 def job(user_key: str, number: int) -> str:

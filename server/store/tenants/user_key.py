@@ -59,6 +59,7 @@ class UserKeys:
         self._tenant = tenant
         # Salt for this tenant's prefix cache in vLLM: cache timing then reveals nothing to other tenants.
         self.cache_salt = self._digest(f"\0cache salt\0{tenant}")  # no user's key: no tenant is empty
+        self._answer_key = hmac.digest(self._secret, f"\0answers\0{tenant}".encode(), hashlib.sha256)
 
     def user(self, user_id: str) -> User:
         return User(user_id, self.key(user_id))
@@ -66,6 +67,10 @@ class UserKeys:
     def key(self, user_id: str) -> str:
         """Return a user's key. Ids are normalised to Unicode NFC: `é` may be sent as one character or two."""
         return self._digest(f"{self._tenant}\0{unicodedata.normalize('NFC', user_id)}")
+
+    def sign_answer(self, signed: bytes) -> bytes:
+        """Return a MAC of 16 bytes for what the id of an answer says, valid within this tenant."""
+        return hmac.digest(self._answer_key, signed, hashlib.sha256)[:16]
 
     def _digest(self, text: str) -> str:
         digest = hmac.digest(self._secret, text.encode(), hashlib.sha256)

@@ -138,7 +138,7 @@ def _answer(
         sampling=body.engine_fields,
         stream=body.stream,
         splittable=False,  # chunks with logprobs, tool calls or several choices are not rejoined
-        cache_salt=users.cache_salt,
+        users=users,
         caller=caller_of(request),
         patience_s=patience_s,
         user_param="user",
@@ -221,7 +221,7 @@ class _OpenAIResponse(AnswerResponse):
 
     def _make_public(self, value: dict[str, Any], answer: Answer, kind: str) -> None:
         """Replace the engine's names with public ones: its model name may contain a user's key."""
-        value["id"], value["object"], value["model"] = answer.id, kind, self._model
+        value["id"], value["object"], value["model"] = answer.public_id, kind, self._model
         for name in _INTERNAL_FIELDS:
             value.pop(name, None)
         contents = [choice.get("message") or choice.get("delta") or {} for choice in value["choices"]]

@@ -1,0 +1,89 @@
+"""Ids of answers: what the client gets can be attributed for 7 days and forged by nobody, and nothing of it is stored.
+
+An id is the request's id, a dot, and the base64url of an ending::
+
+    hour u24 · level and arm u8 · hash of the recipe u32 · MAC (16 bytes)
+
+The MAC covers the request's id, the ending, the user and the user's epoch; its key is the tenant's. No user can be
+read from an id. Logs and engines see the request's id alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import time
+from dataclasses import dataclass
+
+from adapters.errors import excerpt
+from server.errors import Gone, NotFound
+from server.gateway.generation.personalizer import Arm, Level
+from server.store.tenants.user_key import User, UserKeys
+
+VALID_HOURS = 7 * 24  # as long as an erasure's tombstone keeps the epoch
+_HOUR_S = 3600
+_HOUR_BYTES, _RECIPE_BYTES, _MAC_BYTES = 3, 4, 16
+_HEAD_BYTES = _HOUR_BYTES + 1 + _RECIPE_BYTES
+
+
+_LEVELS, _ARMS = tuple(Level), tuple(Arm)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerNote:
+    """What an answer's id says."""
+
+    request_id: str
+    hour: int  # since 1970
+    level: Level  # of the adapter that spoke in the end
+    arm: Arm
+    recipe: bytes  # hash of the recipe's public name
+
+
+def answer_id(
+    users: UserKeys, user: User, epoch: str, request_id: str, *, level: Level, arm: Arm, recipe: str | None
+) -> str:
+    """Return the id that the client gets. `recipe` is the public name, None for the base model."""
+    hour = int(time.time()) // _HOUR_S
+    kind = _LEVELS.index(level) * len(_ARMS) + _ARMS.index(arm)
+    hashed = hashlib.sha256((recipe or "").encode()).digest()[:_RECIPE_BYTES]
+    head = hour.to_bytes(_HOUR_BYTES) + bytes([kind]) + hashed
+    ending = head + _mac(users, user, epoch, request_id, head)
+    return f"{request_id}.{base64.urlsafe_b64encode(ending).decode()}"
+
+
+def read_answer_id(users: UserKeys, user: User, epoch: str, text: str) -> AnswerNote:
+    """Return what an id says.
+
+    Raises NotFound for an id of another user, tenant or epoch and for a forged one, Gone for one older than 7 days.
+    """
+    request_id, _, encoded = text.rpartition(".")
+    try:
+        ending = base64.b64decode(encoded.encode(), b"-_", validate=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise _unknown(text) from None
+    head, mac = ending[:_HEAD_BYTES], ending[_HEAD_BYTES:]
+    if not hmac.compare_digest(mac, _mac(users, user, epoch, request_id, head)):
+        raise _unknown(text)
+    hour, kind = int.from_bytes(head[:_HOUR_BYTES]), head[_HOUR_BYTES]
+    if int(time.time()) // _HOUR_S - hour > VALID_HOURS:
+        raise Gone(f"answer {excerpt(text)} is older than 7 days: it takes no feedback any more", param="answer")
+    level, arm = _LEVELS[kind // len(_ARMS)], _ARMS[kind % len(_ARMS)]
+    return AnswerNote(request_id, hour, level, arm, head[_HOUR_BYTES + 1 :])
+
+
+def _mac(users: UserKeys, user: User, epoch: str, request_id: str, head: bytes) -> bytes:
+    return users.sign_answer(
+        b"\0".join((head, user.key.encode(), epoch.encode(), request_id.encode("utf-8", "replace")))
+    )
+
+
+def _unknown(text: str) -> NotFound:
+    return NotFound(
+        f"answer {excerpt(text)} is no answer to this user: send the `id` of an answer to the same user_id, whole. The "
+        "user's data may have been erased since; answers with `personalize: none` take no feedback",
+        param="answer",
+        code="unknown_answer",
+    )

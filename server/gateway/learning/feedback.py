@@ -1,0 +1,97 @@
+"""Feedback on answers: it is counted, and a text that the person sent instead of an answer teaches."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass
+
+from rapidfuzz.distance import Levenshtein
+
+from adapters.errors import excerpt
+from bank.errors import ProfileError
+from bank.items.profile import Item, parse_item
+from server.errors import InvalidRequest
+from server.gateway.generation.answer_ids import AnswerNote
+from server.gateway.users.profiles import Profiles
+from server.settings import MAX_ITEM_BYTES
+from server.store.feedback import Feedback, FeedbackStore, Outcome, Rating
+from server.store.samples import Sample, encode_sample
+from server.store.tenants.user_key import User
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """What the person really sent."""
+
+    sample: Sample  # to what, and the text
+    answer: str | None  # the answer's own text, if the client still has it
+    answer_sha256: str | None  # else its hash, 64 hex digits
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Feedback as a client gives it; something in it is set."""
+
+    outcome: Outcome | None
+    rating: Rating | None
+    final: Final | None
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    feedback: Feedback  # all that is known about the answer by now
+    learned: bool  # whether this request brought a sample
+
+
+@dataclass
+class Feedbacks:
+    store: FeedbackStore
+    profiles: Profiles
+
+    async def give(self, user: User, note: AnswerNote, given: Given, epoch: str) -> Learnt:
+        """Store feedback; feedback on the same answer adds to the earlier one and replaces what both say.
+
+        A final text that differs from the answer becomes a sample and an item of the user's history, each under the
+        answer's id. Raises InvalidRequest if the parts contradict each other, and UserErased as `Profiles.add` does.
+        """
+        changed, sample = await asyncio.to_thread(_difference, given.final) if given.final else (None, None)
+        outcome = given.outcome
+        if given.final:
+            if outcome is Outcome.SENT and sample:
+                raise InvalidRequest("outcome is sent, but final differs from the answer: send edited", param="outcome")
+            outcome = outcome or (Outcome.EDITED if sample else Outcome.SENT)
+        new = Feedback(note.level.value, note.arm.value, outcome, given.rating, changed)
+        new = new.over(await self.store.feedback(user.key, note.request_id))
+        if sample:
+            await self.profiles.add(user, [self._item(note.request_id, sample)], epoch)
+        await self.store.put(user.key, note.request_id, new, sample, epoch)
+        return Learnt(new, learned=sample is not None)
+
+    def _item(self, answer: str, sample: Sample) -> Item:
+        raw = {"id": answer, "input": sample.messages[-1]["content"], "output": sample.output}
+        try:
+            return parse_item(raw, self.profiles.task, 0)
+        except ProfileError as error:
+            raise InvalidRequest(f"final cannot be an item: {error}", param="final") from error
+
+
+def _difference(final: Final) -> tuple[float | None, Sample | None]:
+    """Return the share of the answer that was changed, and the sample if anything was.
+
+    The share is the edit distance over the longer length, both in characters; None if only a hash is known.
+    """
+    sample = final.sample
+    size = len(encode_sample(sample))
+    if size > MAX_ITEM_BYTES:
+        raise InvalidRequest(
+            f"input and final have {size} bytes as JSON, at most {MAX_ITEM_BYTES} are allowed: "
+            f"{excerpt(sample.output)}",
+            param="final",
+            code="sample_too_large",
+        )
+    if final.answer is not None:
+        share = Levenshtein.normalized_distance(final.answer.strip(), sample.output.strip())
+        return round(share, 4), sample if share else None
+    hashes = {hashlib.sha256(text.encode()).hexdigest() for text in (sample.output, sample.output.strip())}
+    return (0.0, None) if final.answer_sha256 in hashes else (None, sample)

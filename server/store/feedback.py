@@ -1,0 +1,133 @@
+"""Feedback: what a person did with each answer, and the text sent instead (keys: `server/store/redis/keys.py`).
+
+One entry per answer; feedback on the same answer replaces it. The newest `KEPT_FEEDBACK` entries are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+
+import orjson
+
+from server.errors import UserErased
+from server.store.durability import corrupt_if_undecodable
+from server.store.redis import keys
+from server.store.redis.scripts import script
+from server.store.redis.servers.base import WRITE_TIMEOUT_S
+from server.store.redis.servers.connection import RedisConnection
+from server.store.samples import Sample, decode_sample, encode_sample
+
+KEPT_FEEDBACK = 1000  # entries per user
+
+# KEYS: feedback, learned, epoch. ARGV: epoch, answer, entry, sample (empty: none), number of kept entries. An entry is
+# `<ms> <JSON>`; it keeps the time of the first feedback on its answer. Returns 1, or -1 if the user was erased.
+_PUT = script("""
+local epoch, answer, entry, sample, kept = unpack(ARGV)
+if erased_since(KEYS[3], epoch) then return -1 end
+local before = redis.call('HGET', KEYS[1], answer) or ''
+local at = string.match(before, '^%d+') or string.format('%d', now)
+redis.call('HSET', KEYS[1], answer, at .. ' ' .. entry)
+if sample ~= '' then redis.call('HSET', KEYS[2], answer, sample) end
+for _ = 1, redis.call('HLEN', KEYS[1]) - tonumber(kept) do
+  local all, oldest, first = redis.call('HGETALL', KEYS[1]), nil, math.huge
+  for i = 1, #all, 2 do
+    local ms = tonumber(string.match(all[i + 1], '^%d+'))
+    if ms < first and all[i] ~= answer then oldest, first = all[i], ms end
+  end
+  redis.call('HDEL', KEYS[1], oldest)
+  redis.call('HDEL', KEYS[2], oldest)
+end
+return 1
+""")
+
+
+class Outcome(StrEnum):
+    """What the person did with an answer."""
+
+    SENT = "sent"
+    EDITED = "edited"
+    DISCARDED = "discarded"
+
+
+class Rating(StrEnum):
+    UP = "up"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What is kept about one answer, besides the text that the person sent instead."""
+
+    level: str  # of the answer, as `arm`
+    arm: str
+    outcome: Outcome | None = None
+    rating: Rating | None = None
+    changed: float | None = None  # share of the answer that the person changed, 0 to 1; None if unknown
+
+    def over(self, before: Feedback | None) -> Feedback:
+        """Return this feedback, with what it leaves open taken from an earlier one on the same answer."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.outcome:
+            given["changed"] = self.changed
+        return replace(before, **given) if before else self
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stored feedback."""
+
+    at_ms: int  # time of the first feedback on the answer, by the store's clock
+    feedback: Feedback
+    sample: Sample | None = None  # what the person sent instead, and to what
+
+
+class FeedbackStore:
+    """Stores feedback by user key. Methods raise `Unavailable` as the other stores do."""
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
+
+    async def feedback(self, user_key: str, answer: str) -> Feedback | None:
+        raw = await self._connection.run(lambda redis: redis.hget(keys.feedback(user_key), answer))
+        return _entry(raw).feedback if raw else None
+
+    async def put(self, user_key: str, answer: str, feedback: Feedback, sample: Sample | None, epoch: str) -> None:
+        """Replace the feedback on an answer; without a sample, an earlier one stays.
+
+        Raises `UserErased` if the user was erased since `epoch`.
+        """
+        names = (keys.feedback(user_key), keys.learned(user_key), keys.epoch(user_key))
+        raws = (orjson.dumps(asdict(feedback)), encode_sample(sample) if sample else b"")
+        if await self._connection.write(_PUT, names, epoch, answer, *raws, KEPT_FEEDBACK) < 0:
+            raise UserErased
+
+    async def entries(self, user_key: str) -> Mapping[str, Entry]:
+        """Return all kept feedback of a user by answer, oldest first."""
+        raw = await self._hash(keys.feedback(user_key))
+        samples = await self._hash(keys.learned(user_key))
+        entries = {answer.decode(): _entry(entry, samples.get(answer)) for answer, entry in raw.items()}
+        return dict(sorted(entries.items(), key=lambda pair: (pair[1].at_ms, pair[0])))
+
+    async def samples(self, user_key: str) -> list[Sample]:
+        """Return what the user sent instead of answers, oldest first."""
+        return [entry.sample for entry in (await self.entries(user_key)).values() if entry.sample]
+
+    async def _hash(self, name: str) -> Mapping[bytes, bytes]:
+        raw: Mapping[bytes, bytes] = await self._connection.run(lambda redis: redis.hgetall(name), WRITE_TIMEOUT_S)
+        return raw
+
+
+def _entry(raw: bytes, sample: bytes | None = None) -> Entry:
+    at_ms, _, text = raw.partition(b" ")
+    with corrupt_if_undecodable():
+        value = orjson.loads(text)
+        feedback = Feedback(
+            value["level"],
+            value["arm"],
+            Outcome(value["outcome"]) if value["outcome"] else None,
+            Rating(value["rating"]) if value["rating"] else None,
+            value["changed"],
+        )
+        return Entry(int(at_ms), feedback, decode_sample(sample) if sample else None)

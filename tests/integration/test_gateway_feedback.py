@@ -1,0 +1,164 @@
+"""Feedback through the API: who may give it on what, what it teaches, and that it goes with the user."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import pytest
+from httpx import Client, Response
+
+from server.gateway.generation import answer_ids
+from server.gateway.generation.answer_ids import answer_id
+from server.gateway.generation.personalizer import Arm, Level
+from server.store.tenants.user_key import User, UserKeys
+from tests.support.calls import NewUser, ask, error_of, put
+from tests.support.gateway import SECRET, chunks_of, generate
+
+UNKNOWN = (404, "answer", "unknown_answer")
+FINAL = {"input": "any plans?", "text": "I have no plans.", "final": "The sea. Always the sea."}
+
+
+def give(client: Client, user_id: str, answer: str, **feedback: Any) -> Response:
+    return client.post(f"/users/{user_id}/feedback", json={"answer": answer, **feedback})
+
+
+def answered(client: Client, user_id: str) -> str:
+    answer: str = generate(client, user_id).raise_for_status().json()["id"]
+    return answer
+
+
+def export(client: Client, user_id: str) -> dict[str, Any]:
+    exported: dict[str, Any] = client.get(f"/users/{user_id}/export").raise_for_status().json()
+    return exported
+
+
+def test_a_text_sent_instead_of_an_answer_is_an_item_and_a_sample(client: Client, new_user: NewUser) -> None:
+    user_id = new_user()  # nothing is known of them: feedback makes the profile
+    answer = answered(client, user_id)
+    said = give(client, user_id, answer, **FINAL).raise_for_status().json()
+    assert said == {
+        "answer": answer,
+        "level": "base",
+        "arm": "none",
+        "outcome": "edited",
+        "rating": None,
+        "changed": pytest.approx(0.83, abs=0.1),
+        "learned": True,
+    }
+    known = export(client, user_id)
+    request_id = answer.rpartition(".")[0]
+    assert known["items"] == [{"id": request_id, "input": FINAL["input"], "output": FINAL["final"]}]
+    (entry,) = known["feedback"]
+    sample = {"messages": [{"role": "user", "content": FINAL["input"]}], "output": FINAL["final"]}
+    assert (entry["answer"], entry["sample"]) == (request_id, sample)
+    assert known["samples"] == []  # those sent to `adapt` are apart
+    assert generate(client, user_id).json()["personalization"]["level"] == "merged"
+
+
+def test_feedback_adds_up_and_a_repeated_one_changes_nothing(client: Client, ada: str) -> None:
+    answer, before = answered(client, ada), len(export(client, ada)["items"])
+    first = give(client, ada, answer, rating="up").json()
+    assert (first["rating"], first["outcome"], first["learned"]) == ("up", None, False)
+    both = give(client, ada, answer, **FINAL).json()
+    assert (both["rating"], both["outcome"], both["level"]) == ("up", "edited", "merged")
+    kept = export(client, ada)
+    assert give(client, ada, answer, **FINAL).json() == both
+    assert export(client, ada) == kept
+    assert len(kept["items"]) == before + 1
+    give(client, ada, answer, **FINAL | {"final": "The hills."}).raise_for_status()  # they changed their mind
+    again = export(client, ada)
+    assert len(again["items"]) == before + 1
+    assert [entry["sample"]["output"] for entry in again["feedback"]] == ["The hills."]
+
+
+@pytest.mark.parametrize("by_hash", [False, True])
+def test_a_final_text_equal_to_the_answer_teaches_nothing(client: Client, ada: str, by_hash: bool) -> None:
+    answer, items = answered(client, ada), len(export(client, ada)["items"])
+    text = "I have no plans."
+    known = {"sha256": hashlib.sha256(text.encode()).hexdigest()} if by_hash else {"text": text}
+    said = give(client, ada, answer, input="any plans?", final=f"{text}\n", **known).json()
+    assert (said["outcome"], said["changed"], said["learned"]) == ("sent", 0.0, False)
+    assert len(export(client, ada)["items"]) == items
+    said = give(client, ada, answer, input="any plans?", final="none", **known).json()
+    assert (said["outcome"], said["learned"], said["changed"] is None) == ("edited", True, by_hash)
+
+
+def test_an_id_is_of_one_user_one_tenant_and_one_life(client: Client, ada: str, new_user: NewUser) -> None:
+    answer = answered(client, ada)
+    request_id, _, ending = answer.rpartition(".")
+    stranger, other = new_user(), UserKeys("another secret of a server", "default")
+    forged = answer_id(
+        other, other.user(ada), "", request_id, level=Level.STACKED, arm=Arm.FULL, recipe="mta3:00000000:shared:c"
+    )
+    flipped = ending[:5] + ("A" if ending[5] != "A" else "B") + ending[6:]
+    swapped = answered(client, ada).rpartition(".")[2]
+    for user_id, named in (
+        (stranger, answer),
+        (ada, forged),
+        (ada, request_id),
+        (ada, f"{request_id}.{flipped}"),
+        (ada, f"{request_id}.{swapped}"),  # the ending of another answer
+        (ada, f"{answer}A"),
+        (ada, f"{request_id}.{ending[:-4]}"),
+        (ada, "gen-1.ü"),
+        (ada, ""),
+    ):
+        assert error_of(give(client, user_id, named, rating="up")) == UNKNOWN, named
+    assert give(client, ada, answer, rating="up").status_code == 200
+    client.delete(f"/users/{ada}").raise_for_status()
+    put(client, ada, [{"text": "back again"}])
+    assert error_of(give(client, ada, answer, rating="up")) == UNKNOWN
+    assert give(client, ada, answered(client, ada), rating="down").status_code == 200
+
+
+def test_an_id_counts_for_seven_days(client: Client, ada: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, now_s = answered(client, ada), time.time()
+    monkeypatch.setattr(answer_ids.time, "time", lambda: now_s + 7 * 24 * 3600)
+    assert give(client, ada, answer, rating="up").status_code == 200
+    monkeypatch.setattr(answer_ids.time, "time", lambda: now_s + (7 * 24 + 1) * 3600)
+    assert error_of(give(client, ada, answer, rating="up")) == (410, "answer", "gone")
+
+
+def test_which_answers_can_be_named(client: Client, ada: str) -> None:
+    assert "." not in generate(client, ada, personalize="none").json()["id"]
+    assert "." not in ask(client).json()["id"]
+    for streamed in (generate(client, ada, stream=True), ask(client, ada, stream=True)):
+        *chunks, _ = chunks_of(streamed)
+        (named,) = {chunk["id"] for chunk in chunks}
+        assert give(client, ada, named, outcome="discarded").json()["level"] == "merged"
+    keys = UserKeys(SECRET, "default")
+    assert ada not in named and keys.key(ada) not in named
+    assert answer_ids.read_answer_id(keys, User(ada, keys.key(ada)), "", named).request_id == named.rpartition(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({}, (400, "outcome")),
+        ({"outcome": "lost"}, (400, "outcome")),
+        ({"rating": "up", "text": "alone"}, (400, "final")),
+        (FINAL | {"input": None}, (400, "input")),
+        (FINAL | {"text": None}, (400, "text")),
+        (FINAL | {"sha256": "0" * 64}, (400, "text")),
+        (FINAL | {"outcome": "sent"}, (400, "outcome")),
+        (FINAL | {"final": " "}, (400, "final")),
+        (FINAL | {"final": "\0"}, (400, "final")),
+        (FINAL | {"final": "x" * (64 << 10)}, (400, "final")),
+        (FINAL | {"input": [{"role": "assistant", "content": "hello"}]}, (400, "input")),
+    ],
+)
+def test_feedback_that_says_nothing_or_contradicts_itself_is_refused(
+    client: Client, ada: str, body: dict[str, Any], error: tuple[int, str]
+) -> None:
+    before = export(client, ada)
+    assert error_of(give(client, ada, answered(client, ada), **body))[:2] == error
+    assert export(client, ada) == before
+
+
+def test_feedback_goes_with_the_user(client: Client, ada: str) -> None:
+    give(client, ada, answered(client, ada), **FINAL).raise_for_status()
+    erased = client.delete(f"/users/{ada}").json()["erased"]
+    assert (erased["feedback"], erased["samples"], erased["keys"]) == (1, 1, 5)
+    assert error_of(client.get(f"/users/{ada}/export"))[0] == 404
