@@ -81,6 +81,9 @@ class Settings(BaseSettings):
     user_requests: int = Field(0, ge=0, description="Requests a minute per user; 0: no limit.")
     user_tokens: int = Field(0, ge=0, description="Tokens a minute per user, prompts included; 0: no limit.")
     user_jobs: int = Field(0, ge=0, description="Adapt jobs a day per user; 0: no limit.")
+    holdout: float = Field(
+        0, ge=0, le=0.5, description="Share of users answered one level lower each week, for comparison; 0: none."
+    )
     profile_items: int = Field(512, gt=0, le=4096, description="Maximum items per user; the newest are kept.")
     profile_bytes: int = Field(2 << 20, ge=MAX_ITEM_BYTES, description="Maximum bytes of a user's items, as JSON.")
     job_tokens: int = Field(2_000_000, gt=0, description="Maximum tokens an adapt job reads; an hour on two cores.")

@@ -20,6 +20,7 @@ from bank.items.retrieval import ItemIndex
 from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
+from bank.lookup.signature import empty_signature
 from bank.models.folders import ensure_embedder
 from server.errors import ApiError, Unavailable
 from server.gateway.access.keys import REFRESH_INTERVAL_S, KnownKeys, caller_of
@@ -31,6 +32,7 @@ from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
 from server.gateway.generation.prompts import INDEX_CACHE_BYTES, HistoryIndexer, IndexCache, PromptBuilder
 from server.gateway.learning.feedback import Feedbacks
+from server.gateway.learning.messages import MessageLearner
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting, SampleChecks
@@ -60,6 +62,7 @@ class Parts:
     erasing: Erasing
     exporting: Exporting
     feedbacks: Feedbacks
+    learner: MessageLearner
     generator: Generator
     limiter: Limiter
     health: Health
@@ -131,15 +134,18 @@ async def open_gateway(
         metrics.queue_running.set_function(lambda: queue.taken)
         metrics.queue_waiting.set_function(lambda: queue.waiting)
 
+        learner = MessageLearner(metrics.learned.inc)
+
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
-            short = bank.manifest.short
+            short, has_signatures = bank.manifest.short, bank.manifest.has_signatures
             profiles = Profiles(
                 stores.profiles,
                 embedder=embedder,
                 task=bank.task,
                 executor=embedding,
                 limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
-                signing=stores.signing(short) if bank.manifest.has_signatures else None,
+                signing=stores.signing(short) if has_signatures else None,
+                no_evidence=empty_signature(short, len(bank.manifest.anchors)) if has_signatures else None,
             )
             cache = IndexCache(INDEX_CACHE_BYTES // len(banks))
             histories = HistoryIndexer(lambda user: stores.profiles.items(user.key), bank.task, cache)
@@ -175,6 +181,7 @@ async def open_gateway(
                     manifest=bank.manifest,
                 ),
                 feedbacks=Feedbacks(stores.feedback, profiles),
+                learner=learner,
                 generator=Generator(
                     Personalizer(bank, profiles.current_with_epoch, profiles.request_signature),
                     PromptBuilder(bank.task, engines, histories, settings.queue_timeout_s),
@@ -197,12 +204,14 @@ async def open_gateway(
             health.watch(),
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
             forever(REWRITE_CHECK_S, partial(_rewrite_file_if_due, stores.file, metrics), log),
+            learner.run(),
             forever(REFRESH_INTERVAL_S, partial(keys.refresh, stores.keys), log),
             forever(COUNT_GATEWAYS_S, share.count_gateways, log),
             forever(RENEW_INTERVAL_S, limiter.renew_concurrent, log),
             asyncio.to_thread(_load_search, next(iter(banks.values())).task),
         ):
             stack.push_async_callback(_cancel, asyncio.create_task(background))
+        stack.push_async_callback(learner.finish)
         yield Gateway(parts, keys)
 
 

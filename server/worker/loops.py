@@ -30,6 +30,7 @@ from bank.lookup.signature import MAX_ITEMS, Signature, empty_signature
 from server.errors import ApiError, UserErased
 from server.settings import Settings
 from server.store.adapters import StoredAdapter, new_adapter_id
+from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Trained
 from server.store.profile_record import AdapterNote, StoredSignature
 from server.store.profiles import Change, ProfileStore
@@ -114,6 +115,7 @@ class JobLoop:
 
     jobs: JobStore
     profiles: ProfileStore
+    feedback: FeedbackStore
     bank: ServingBank
     trainer: AdapterTrainer
     model_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -208,13 +210,15 @@ class JobLoop:
         for place, raw in enumerate(await held.retry(self.jobs.samples, key)):
             with as_training_error(f"samples.{place}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
+        learned = await held.retry(self.feedback.samples, key)
         items = []
         if self.bank.manifest.history_share:
             snapshot = await held.retry(self.profiles.read, key)
             items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]  # oldest first
         with self.tracing.span("train"):
-            judgement = await train_with_lease(held, max_s, partial(self.trainer.train, recipe, samples, config, items))
-            self.tracing.note(samples=len(samples), steps=judgement.steps)
+            train = partial(self.trainer.train, recipe, samples, config, items, learned)
+            judgement = await train_with_lease(held, max_s, train)
+            self.tracing.note(samples=len(samples) + len(learned), steps=judgement.steps)
         if judgement.weights is None:
             state = JobState.REJECTED
             await self._end(held, Trained(state, judgement.before, judgement.after))

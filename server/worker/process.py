@@ -39,7 +39,16 @@ async def run_worker(settings: Settings) -> None:
     metrics.publish(settings)
     async with open_stores(settings, timed=metrics.store, span=tracing.span) as stores:
         profiles, model_lock = stores.profiles, asyncio.Lock()
-        jobs = JobLoop(stores.jobs, profiles, bank, trainer, model_lock=model_lock, metrics=metrics, tracing=tracing)
+        jobs = JobLoop(
+            stores.jobs,
+            profiles,
+            stores.feedback,
+            bank=bank,
+            trainer=trainer,
+            model_lock=model_lock,
+            metrics=metrics,
+            tracing=tracing,
+        )
         loops = [work_forever(jobs.work_once)]
         if bank.manifest.has_signatures:
             signing = stores.signing(bank.manifest.short)

@@ -74,12 +74,17 @@ class AdapterTrainer:
         train_lora(self.model, [Example((0,) * _WARM_UP_TOKENS, 1)], TrainPlan(1, 1, 1e-3, 0), start=start)
 
     def train(
-        self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, items: Sequence[Item] = ()
+        self,
+        recipe: FusionRecipe,
+        samples: Sequence[Sample],
+        config: AdaptConfig,
+        items: Sequence[Item] = (),
+        learned: Sequence[Sample] = (),
     ) -> TrainingRun:
         """Train and judge a user adapter on top of a recipe, step by step.
 
-        If the bank was trained with history, prepend some of the user's `items` (oldest first) to samples, within the
-        job's token budget.
+        The newest of the `learned` samples (oldest first) are added as far as the job's token budget allows. If the
+        bank was trained with history, prepend some of the user's `items` (oldest first) to samples, within the rest.
         """
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
         if config.rank > room:
@@ -88,6 +93,9 @@ class AdapterTrainer:
             self._example(f"samples.{place}", encode_conversation, list(sample.messages), sample.output)
             for place, sample in enumerate(samples)
         ]
+        kept = self._learned(learned, [len(example.ids) for example in examples], config)
+        samples = [*samples, *(sample for sample, _ in kept)]
+        examples += [example for _, example in kept]
         past = PastItems(get_task(self.manifest.task), items, self.manifest.history_share, config.seed)
         left = config.room_for_past([len(example.ids) for example in examples])
         for place, sample in enumerate(samples):
@@ -101,6 +109,22 @@ class AdapterTrainer:
                 examples[place] = self._example(what, encode_conversation, messages, sample.output)
                 left -= len(examples[place].ids) - alone
         return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, config)
+
+    def _learned(
+        self, learned: Sequence[Sample], lengths: list[int], config: AdaptConfig
+    ) -> list[tuple[Sample, Example]]:
+        """Return the newest learned samples that fit, oldest first. A sample that cannot be used is left out."""
+        kept: list[tuple[Sample, Example]] = []
+        for sample in reversed(learned):
+            try:
+                example = self._example("a learned sample", encode_conversation, list(sample.messages), sample.output)
+            except TrainingError:
+                continue
+            lengths = [*lengths, len(example.ids)]
+            if config.tokens_read(lengths) > config.max_tokens:
+                break
+            kept.append((sample, example))
+        return kept[::-1]
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
         """Return the signature of a user's items; an empty one if the items have nothing to learn from."""

@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -13,7 +14,6 @@ import pytest
 from adapters.recipe import FusionRecipe
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.user_trainer import Judgement, TrainingProgress, TrainingRun
-from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, LossDifference, Verdict, read_manifest
 from bench.rig.engine import Engine
@@ -116,7 +116,9 @@ def working(url: str, trainer: AdapterTrainer, bank_folder: Path) -> Work:
     async def all_of_it(meanwhile: Callable[[], object] = lambda: None, tracing: Tracing | None = None) -> None:
         async with StoreParts.opened(url) as parts:
             interrupted = Interrupted(trainer, meanwhile)
-            worker = JobLoop(parts.jobs, parts.profiles, bank, interrupted, tracing=tracing or Tracing())
+            worker = JobLoop(
+                parts.jobs, parts.profiles, parts.feedback, bank=bank, trainer=interrupted, tracing=tracing or Tracing()
+            )
             while await worker.work_once(0.1):
                 pass
 
@@ -150,10 +152,8 @@ class Interrupted:
         self._trainer, self._meanwhile, self._at_step = trainer, meanwhile, at_step
         self.encoded = trainer.encoded
 
-    def train(
-        self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, items: Sequence[Item]
-    ) -> TrainingRun:
-        return TrainingRun(self._hooked(self._trainer.train(recipe, samples, config, items)))
+    def train(self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, *more: Any) -> TrainingRun:
+        return TrainingRun(self._hooked(self._trainer.train(recipe, samples, config, *more)))
 
     def _hooked(self, training: TrainingRun) -> Generator[TrainingProgress, None, Judgement]:
         step = 0

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from httpx import Client, Response
 
+from bench.rig.processes import wait_until
 from server.gateway.generation import answer_ids
 from server.gateway.generation.answer_ids import answer_id
 from server.gateway.generation.personalizer import Arm, Level
 from server.store.tenants.user_key import User, UserKeys
 from tests.support.calls import NewUser, ask, error_of, put
+from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import SECRET, chunks_of, generate
 
 UNKNOWN = (404, "answer", "unknown_answer")
@@ -162,3 +165,55 @@ def test_feedback_goes_with_the_user(client: Client, ada: str) -> None:
     erased = client.delete(f"/users/{ada}").json()["erased"]
     assert (erased["feedback"], erased["samples"], erased["keys"]) == (1, 1, 5)
     assert error_of(client.get(f"/users/{ada}/export"))[0] == 404
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]}
+
+
+def learnt(client: Client, user_id: str, count: int) -> list[dict[str, Any]]:
+    """The user's items, once there are so many."""
+    items: list[dict[str, Any]] = []
+
+    def has_them() -> bool:
+        nonlocal items
+        response = client.get(f"/users/{user_id}/export")
+        items = response.json()["items"] if response.status_code == 200 else []
+        return len(items) >= count
+
+    wait_until(has_them, f"{count} items")
+    return items
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_messages_become_items_if_the_request_asks_for_it(client: Client, new_user: NewUser, stream: bool) -> None:
+    user_id, words = new_user(), "honestly the sea was flat all week"
+    turns = said(words)["messages"]
+    for _ in range(2):  # a conversation is sent again at every turn
+        response = ask(client, user_id, messages=turns, learn=True, stream=stream).raise_for_status()
+        personalization = chunks_of(response)[0]["personalization"] if stream else response.json()["personalization"]
+        assert personalization["learned"] is True
+    turns = [*turns, {"role": "assistant", "content": "Flat?"}, {"role": "user", "content": "flat as a plate, really"}]
+    ask(client, user_id, messages=turns, learn=True).raise_for_status()
+    first, second = learnt(client, user_id, 2)
+    assert (first["text"], second["input"], second["output"]) == (words, "Flat?", "flat as a plate, really")
+    for fields in ({}, {"learn": False}, {"learn": True, "model": "base"}, {"learn": True, "personalize": "none"}):
+        answer = ask(client, user_id, **said("this is never to be learnt, please"), **fields).json()
+        assert answer["personalization"]["learned"] is False
+    assert ask(client, user_id, **said("ok"), learn=True).json()["personalization"]["learned"] is False
+    assert generate(client, user_id, learn=True, prompt="and now a third message").json()["personalization"]["learned"]
+    assert [item.get("text") for item in learnt(client, user_id, 3)][2] == "and now a third message"
+
+
+def test_nothing_is_learnt_of_a_user_who_is_erased_meanwhile(
+    client: Client, new_user: NewUser, fake_engine: FakeEngine
+) -> None:
+    user_id = new_user()
+    fake_engine.turn(admit_s=0.3)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask, client, user_id, **said("this must not be kept anywhere"), learn=True)
+        wait_until(lambda: bool(fake_engine.seen), "the engine to be asked")
+        client.delete(f"/users/{user_id}")
+        assert asking.result().json()["personalization"]["learned"] is True
+    ask(client, user_id, **said("a message of their second life"), learn=True).raise_for_status()
+    assert [item["text"] for item in learnt(client, user_id, 1)] == ["a message of their second life"]

@@ -123,7 +123,7 @@ def test_a_chat_completion_is_openais_plus_personalization(client: Client, ada: 
     answer, mine = response.json(), generate(client, ada).json()
     merged = answer.pop("personalization")
     assert merged | {"timings_ms": 0} == mine["personalization"] | {"timings_ms": 0}
-    assert answer.pop("id") == fake_engine.seen[0].headers["X-Request-ID"]
+    assert answer.pop("id").partition(".")[0] == fake_engine.seen[0].headers["X-Request-ID"]
     message = {"role": "assistant", "content": mine["text"]}
     assert answer == {
         "object": "chat.completion",

@@ -77,7 +77,7 @@ class Shaky(JobStore):
 @pytest.fixture
 def worker(desk: Desk, trainer: AdapterTrainer, tiny_bank_folder: Path) -> JobLoop:
     bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
-    return JobLoop(Shaky(desk.connection), desk.profiles, bank, trainer)
+    return JobLoop(Shaky(desk.connection), desk.profiles, desk.feedback, bank=bank, trainer=trainer)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import redis.asyncio as redis
 from adapters.training.adapt_config import AdaptConfig
 from bank.manifest import BankManifest
 from server.store.adapters import AdapterStore
+from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobId, JobStore, Submission
 from server.store.profile_record import Profile, StoredItem
 from server.store.profiles import Change, ProfileStore
@@ -33,6 +34,7 @@ class Desk:
     jobs: JobStore
     adapters: AdapterStore
     profiles: ProfileStore
+    feedback: FeedbackStore
     connection: RedisConnection
     manifest: BankManifest
 
@@ -69,6 +71,7 @@ async def desk_at(url: str, manifest: BankManifest) -> AsyncIterator[Desk]:
     connection = RedisConnection(url)
     await connection.check()
     try:
-        yield Desk(JobStore(connection), AdapterStore(connection), ProfileStore(connection), connection, manifest)
+        stores = JobStore(connection), AdapterStore(connection), ProfileStore(connection), FeedbackStore(connection)
+        yield Desk(*stores, connection, manifest)
     finally:
         await connection.close()

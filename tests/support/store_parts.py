@@ -23,6 +23,7 @@ from server.errors import Unavailable
 from server.gateway.users.privacy import Erasing
 from server.store.adapters import AdapterStore, StoredAdapter
 from server.store.append_only_file import AppendOnlyFile
+from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Submission, Trained
 from server.store.profile_record import AdapterNote, Profile, StoredItem, StoredSignature, StoredVector
 from server.store.profiles import Change, Erasure, ProfileStore, Snapshot
@@ -79,6 +80,7 @@ class StoreParts:
     def __init__(self, url: str) -> None:
         self.connection = FaultyConnection(url)
         self.profiles, self.jobs = ProfileStore(self.connection), JobStore(self.connection)
+        self.feedback = FeedbackStore(self.connection)
         self.keys, self.rates = AccessKeys(self.connection), Rates(self.connection)
         self.adapters, self.signing = AdapterStore(self.connection), UserQueue(self.connection, "sign", BANK)
 

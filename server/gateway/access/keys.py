@@ -36,6 +36,8 @@ class Caller:
     key_id: str  # public id of the key; empty while no key exists
     scopes: frozenset[Scope]
     allowance: Allowance = NO_OVERRIDES
+    learn: bool = False  # the default of requests
+    holdout: float | None = None  # share of users; None: as the settings say
 
     @property
     def name(self) -> str:
@@ -91,7 +93,7 @@ class KnownKeys:
             return
         ring = await store.all()
         self._callers = {
-            key.digest: Caller(key.tenant, key.id, key.scopes, key.allowance)
+            key.digest: Caller(key.tenant, key.id, key.scopes, key.allowance, key.learn, key.holdout)
             for key in ring.keys
             if key.revoked_ms is None
         }

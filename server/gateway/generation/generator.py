@@ -54,6 +54,9 @@ class Answer:
     stream: AnswerStream
     timings: Timings  # complete when `pieces` has ended
     limits: Mapping[str, str]  # response headers with the caller's remaining limits
+    epoch: str  # the user's, as the request found it
+    learns: bool  # whether the last user message becomes an item
+    compared: bool  # whether some users are held out
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield the pieces of `AnswerStream.pieces` and record their timing."""
@@ -111,7 +114,19 @@ class Generator:
             async with stream:
                 served, request_id = candidates[skipped], engine_request.request_id
                 public_id = _public_id(request, epoch, request_id, served)
-                yield Answer(request_id, public_id, served, skipped, prompt, stream, timings, usage.headers())
+                yield Answer(
+                    request_id,
+                    public_id,
+                    served,
+                    skipped,
+                    prompt,
+                    stream,
+                    timings,
+                    limits=usage.headers(),
+                    epoch=epoch,
+                    learns=request.lesson is not None,
+                    compared=request.holdout > 0,
+                )
 
     @asynccontextmanager
     async def _start_answer(

@@ -72,6 +72,7 @@ class Metrics:
         self.broken_streams = counter("mta_broken_streams", "Streams that ended in an error event.", ("code",))
         self.disconnects = counter("mta_disconnects", "Generations whose client disconnected before the end.")
         self.profile_changes = counter("mta_profile_changes", "Profile items added, removed or replaced.")
+        self.learned = counter("mta_learned_messages", "Users' messages that became items of their histories.")
         self.bank = gauge("mta_bank_info", "The bank served.", ("bank",))
         self.jobs = gauge("mta_jobs", "Approximate number of adapt jobs, by state: queued or running.", ("state",))
         self.oldest_job = gauge("mta_jobs_oldest_seconds", "Age of the oldest queued job.")

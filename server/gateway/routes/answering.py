@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from fastapi import Response
@@ -15,10 +16,11 @@ from bank.lookup.serving import AnchorWeight
 from server.errors import ApiError
 from server.gateway.access.limiter import usage_of
 from server.gateway.generation.generator import Answer, Timings
-from server.gateway.generation.personalizer import Level
+from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
+from server.gateway.learning.messages import Lesson, item_of
 from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts
 
@@ -61,6 +63,8 @@ class PersonalizationAnswer(BaseModel, frozen=True):
     history_reason: str | None = Field(
         description="Why the requested past items are not in the prompt, if they could not be read in time."
     )
+    arm: Arm | None = Field(description="Arm that the user is in this week; null unless users are held out.")
+    learned: bool = Field(description="Whether the last user message becomes an item of the user's history (`learn`).")
 
     @classmethod
     def of(cls, answer: Answer) -> Self:
@@ -74,6 +78,8 @@ class PersonalizationAnswer(BaseModel, frozen=True):
             history_reason=answer.prompt.reason,
             reason=personalization.reason,
             timings_ms=answer.timings.ms,
+            arm=personalization.arm if answer.compared else None,
+            learned=answer.learns,
         )
 
 
@@ -112,6 +118,16 @@ def anchor_answers(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> lis
     return sorted(answers, key=lambda answer: (-abs(answer.weight or 0), answer.id))
 
 
+def with_learning(parts: Parts, request: GenerationRequest, learn: bool | None) -> GenerationRequest:
+    """Return the request as it learns and is compared; None: as its key says."""
+    caller = request.caller
+    holdout = parts.settings.holdout if caller.holdout is None else caller.holdout
+    wanted = caller.learn if learn is None else learn
+    learns = wanted and request.wants_profile and request.messages and parts.learner.has_room
+    lesson = item_of(request.messages, parts.bank.task) if learns else None
+    return replace(request, holdout=holdout, lesson=lesson)
+
+
 class AnswerResponse(Response):
     """A response that generates while it is sent and stops the engine if the client disconnects."""
 
@@ -146,7 +162,7 @@ class AnswerResponse(Response):
         async with self._parts.generator.answer(self._request, usage_of(scope), timings) as answer:
             self._begin(scope, answer)
             content = await self.whole(answer)
-        self._observe(answer)
+        self._after(answer)
         headers = self._known_headers(timings)
         await Response(content, headers=headers, media_type="application/json")(scope, receive, send)
 
@@ -160,7 +176,7 @@ class AnswerResponse(Response):
                     async for data in self.events(answer):
                         await sender.write(data)
                     notes.generating = False
-                    self._observe(answer)
+                    self._after(answer)
                     await sender.write(DONE)
             except Exception as error:
                 if not sender.begun:
@@ -194,5 +210,9 @@ class AnswerResponse(Response):
         known = {**self.headers_of(self._answer), **self._answer.limits} if self._answer else {}
         return {"Server-Timing": timings.header()} | known
 
-    def _observe(self, answer: Answer) -> None:
+    def _after(self, answer: Answer) -> None:
+        """Count a complete answer, and learn from the message that it answers."""
+        user, item = self._request.user, self._request.lesson
+        if user and item:
+            self._parts.learner.learn(self._parts.profiles, Lesson(user, item, answer.epoch))
         self._parts.metrics.observe(answer.timings.ms, answer.personalization.level.value, answer.stream.usage)

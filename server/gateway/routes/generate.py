@@ -13,13 +13,19 @@ from bank.items.prompt import chat_messages
 from server.engine_protocol import BASE_MODEL
 from server.gateway.access.keys import Caller, caller_of
 from server.gateway.generation.generator import Answer
-from server.gateway.generation.personalizer import Level
+from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, event
 from server.gateway.parts import parts_of, users_of
-from server.gateway.routes.answering import AnchorAnswer, AnswerResponse, PersonalizationAnswer, Usage
+from server.gateway.routes.answering import (
+    AnchorAnswer,
+    AnswerResponse,
+    PersonalizationAnswer,
+    Usage,
+    with_learning,
+)
 from server.gateway.routes.requests import GenerateRequest, QueueTimeout
 from server.store.tenants.user_key import UserKeys
 
@@ -60,6 +66,8 @@ _EXAMPLE = GenerateAnswer(  # no field is null, because FastAPI drops null base 
         history=0,
         history_reason="the user's past items could not be read in time",
         reason="the engine cannot serve this user's adapter",
+        arm=Arm.FULL,
+        learned=False,
         timings_ms={"profile": 0.3, "recipe": 0.1, "engine": 160.2, "total": 161.4},
     ),
 )
@@ -94,7 +102,7 @@ async def generate(request: Request, body: GenerateRequest, x_queue_timeout: Que
     parts = parts_of(request)
     default = parts.bank.manifest.history_default
     generation = request_of(body, users_of(request), caller_of(request), history=default, patience_s=x_queue_timeout)
-    return _GenerateResponse(parts, generation)
+    return _GenerateResponse(parts, with_learning(parts, generation, body.learn))
 
 
 def request_of(

@@ -84,6 +84,13 @@ Strength = Annotated[
 ]
 
 
+Learn = Annotated[
+    bool | None,
+    Field(
+        description="Whether the last user message becomes an item of the user's history, unless it is short, code or "
+        "quoted. Default: as the API key says (`mta keys create --learn`)."
+    ),
+]
 QueueTimeout = Annotated[
     float | None,
     Header(
@@ -189,6 +196,7 @@ class GenerateRequest(Strict):
     history: History = "auto"
     personalize: Mode = Personalize.AUTO
     strength: Strength = 1.0
+    learn: Learn = None
 
     @model_validator(mode="after")
     def _check_conversation(self) -> Self:

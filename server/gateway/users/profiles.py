@@ -20,8 +20,16 @@ import orjson
 from bank.items.profile import Item, Vectors, item_text, profile_embedding
 from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
+from bank.lookup.signature import Signature
 from server.errors import ApiError, Unavailable, UserErased
-from server.store.profile_record import OtherEmbedding, Profile, StoredItem, StoredVector, as_stored
+from server.store.profile_record import (
+    OtherEmbedding,
+    Profile,
+    StoredItem,
+    StoredSignature,
+    StoredVector,
+    as_stored,
+)
 from server.store.profiles import Change, ProfileStore, Snapshot
 from server.store.queue import UserQueue
 from server.store.tenants.user_key import User
@@ -30,6 +38,8 @@ log = logging.getLogger("mta.gateway")
 
 EMBED_BATCH = 16  # texts per executor task, so that short histories need not wait for long ones
 MAX_ATTEMPTS = 64  # commits per change when other requests keep winning the race
+SIGNED_AT = (4, 8, 16, 32)  # numbers of learnt items at which a signature is made; then the first of each day
+_DAY_MS = 24 * 3600 * 1000
 _MAX_PAUSE_S = 0.05  # longest pause between two attempts
 
 StoredItems = Mapping[str, StoredItem]  # by id, oldest first
@@ -64,6 +74,7 @@ class Profiles:
     executor: Executor  # the embedder's threads
     limit: HistoryLimit
     signing: UserQueue | None = None  # users with changed items; None if the bank has no signatures
+    no_evidence: Signature | None = None  # an empty signature for this bank, likewise
     _refreshing: dict[str, asyncio.Task[Profile | None]] = field(default_factory=dict)
 
     async def current(self, user: User) -> Profile | None:
@@ -88,6 +99,13 @@ class Profiles:
         """Add items to the history, replacing items with the same id. Otherwise like `replace`."""
         return await self._change(user, lambda history: add_to_history(history, items, self.limit), epoch)
 
+    async def learn(self, user: User, item: Item, epoch: str) -> ProfileUpdate:
+        """Add an item that was seen in passing. A signature is made at `SIGNED_AT` items and then daily.
+
+        Each signature gives a new recipe, which finds no prefix in the engines' caches. Otherwise like `replace`.
+        """
+        return await self._change(user, lambda history: add_to_history(history, [item], self.limit), epoch, often=True)
+
     async def request_signature(self, user: User) -> None:
         """Request a user's signature unless it is requested already; after a failure, the next answer tries again."""
         try:
@@ -111,7 +129,12 @@ class Profiles:
             return None
 
     async def _change(
-        self, user: User, apply: Callable[[StoredItems], StoredItems], epoch: str | None = None
+        self,
+        user: User,
+        apply: Callable[[StoredItems], StoredItems],
+        epoch: str | None = None,
+        *,
+        often: bool = False,
     ) -> ProfileUpdate:
         """Read, apply, embed new items, and commit; start over if another request commits first."""
         key = user.key
@@ -132,9 +155,14 @@ class Profiles:
             embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
             profile = Profile(user.id, len(history), 0, self.embedder.id, embedding)
             profile = _carry_over(snapshot.profile, profile, same_items=same)
+            put_off = often and self.no_evidence and not signature_due(snapshot.profile, profile, self.no_evidence.bank)
+            if put_off and self.no_evidence:
+                made = profile.evidence or self.no_evidence
+                profile = replace(profile, signature=StoredSignature(made, profile.updated_ms))
             change = Change(profile, step.put, fresh, step.drop)
             if await self.store.commit(key, snapshot.version, change, epoch):
-                await self.request_signature(user)
+                if not put_off:
+                    await self.request_signature(user)
                 return ProfileUpdate(profile, step.changed)
             await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
         raise Unavailable(
@@ -165,6 +193,16 @@ class Profiles:
             embedded.update(zip(batch, map(as_stored, rows), strict=True))
         vectors = {name: kept[name] if name in kept else embedded[name, text] for name, text in texts.items()}
         return vectors, {name: StoredVector(self.embedder.id, embedded[name, text]) for name, text in missing}
+
+
+def signature_due(before: Profile | None, after: Profile, bank: str) -> bool:
+    """Return whether items that were seen in passing need a signature now, not with later ones."""
+    if before and not before.is_signed(bank):
+        return True
+    had = before.items if before else 0
+    if after.items <= SIGNED_AT[-1]:
+        return any(had < count <= after.items for count in SIGNED_AT)
+    return had <= SIGNED_AT[-1] or before is None or before.updated_ms // _DAY_MS < after.updated_ms // _DAY_MS
 
 
 def _carry_over(before: Profile | None, profile: Profile, *, same_items: bool) -> Profile:

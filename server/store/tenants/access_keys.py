@@ -49,6 +49,8 @@ class AccessKey:
     created_ms: int  # Unix time
     revoked_ms: int | None = None  # time of revocation, Unix time
     allowance: Allowance = NO_OVERRIDES
+    learn: bool = False  # whether requests learn from messages unless they say otherwise
+    holdout: float | None = None  # share of users answered one level lower; None: as the gateways' settings say
 
     @property
     def id(self) -> str:  # public
@@ -172,6 +174,8 @@ class AccessKeys:
             "last": key.last,
             "created_ms": key.created_ms,
             "allowance": key.allowance.overrides,
+            "learn": key.learn,
+            "holdout": key.holdout,
         }
         return bool(await self._change(_ADD, key.digest, orjson.dumps(record), int(only_first)))
 
@@ -204,4 +208,6 @@ def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:
         record["created_ms"],
         revoked_ms,
         Allowance(**{name: value for name, value in record["allowance"].items() if name in Allowance.__slots__}),
+        record.get("learn", False),
+        record.get("holdout"),
     )

@@ -13,10 +13,31 @@ from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
 from server.gateway.generation.request import Personalize, prompts_of
-from server.gateway.routes.requests import MAX_MESSAGES, SEED_MAX, History, Mode, Stops, Strength, Strict, UserId
+from server.gateway.routes.requests import (
+    MAX_MESSAGES,
+    SEED_MAX,
+    History,
+    Learn,
+    Mode,
+    Stops,
+    Strength,
+    Strict,
+    UserId,
+)
 
 PERSONAL_MODEL = "mta"
-OWN_FIELDS = {"model", "user", "messages", "prompt", "stream", "stream_options", "history", "personalize", "strength"}
+OWN_FIELDS = {
+    "model",
+    "user",
+    "messages",
+    "prompt",
+    "stream",
+    "stream_options",
+    "history",
+    "personalize",
+    "strength",
+    "learn",
+}
 IGNORED = frozenset(("store", "metadata", "service_tier"))
 REFUSED = frozenset(  # fields that control the engine
     ("cache_salt", "priority", "request_id", "session_id", "kv_transfer_params", "vllm_xargs", "chat_template")
@@ -161,6 +182,7 @@ class OpenAIRequest(Strict):
     stream_options: StreamOptions | None = None
     personalize: Mode = Personalize.AUTO
     strength: Strength = 1.0
+    learn: Learn = None
 
     @model_validator(mode="before")
     @classmethod

@@ -24,7 +24,7 @@ from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import event
 from server.gateway.parts import Parts, parts_of, users_of
-from server.gateway.routes.answering import AnswerResponse, PersonalizationAnswer
+from server.gateway.routes.answering import AnswerResponse, PersonalizationAnswer, with_learning
 from server.gateway.routes.openai.requests import (
     PERSONAL_MODEL,
     ChatRequest,
@@ -159,7 +159,7 @@ def _answer(
         generation = request_of(
             id_prefix="cmpl", messages=[], prompt=body.prompt, max_tokens=body.max_tokens, prompt_param="prompt"
         )
-    return _OpenAIResponse(parts, generation, body, kind)
+    return _OpenAIResponse(parts, with_learning(parts, generation, body.learn), body, kind)
 
 
 def _checked_model(model: str) -> str:

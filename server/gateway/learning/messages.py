@@ -1,0 +1,103 @@
+"""Learning from messages: what a person writes to a model becomes an item of their history, after the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import orjson
+
+from bank.errors import ProfileError
+from bank.items.profile import Item, parse_item
+from bank.items.tasks import Task
+from server.errors import ApiError, UserErased
+from server.gateway.engines.chat import Conversation
+from server.gateway.users.profiles import Profiles
+from server.settings import MAX_ITEM_BYTES
+from server.store.tenants.user_key import User
+
+log = logging.getLogger("mta.gateway")
+
+MAX_PENDING = 1000  # messages of a gateway that wait to be stored
+MIN_LETTERS = 16  # a shorter message says nothing about its writer
+CLOSE_S = 10.0  # longest time to store pending messages at shutdown
+_FENCED = re.compile(r"```.*?(```|\Z)", re.DOTALL)
+_QUOTED = re.compile(r"^[ \t]*>.*$", re.MULTILINE)
+_CODE_LINE = re.compile(
+    r"[;{}]\s*$|^\s*(def|class|import|from|return|#include|function|const|let|var|SELECT)\b|[=<>]{2}|\w\("
+)
+_CODE_SHARE = 0.5  # share of code lines above which a message is code
+
+
+def own_words(text: str) -> str:
+    """Return what a person wrote in a message, without code blocks and quotes; empty if that is short or code."""
+    words = _QUOTED.sub("", _FENCED.sub("", text)).strip()
+    lines = [line for line in words.splitlines() if line.strip()]
+    is_code = sum(bool(_CODE_LINE.search(line)) for line in lines) > _CODE_SHARE * len(lines)
+    return "" if is_code or sum(map(str.isalpha, words)) < MIN_LETTERS else words
+
+
+def item_of(messages: Conversation, task: Task) -> Item | None:
+    """Return the item that the last message makes if the user wrote it, with the assistant's message before as input.
+
+    Its id is the hash of its content, since apps send a conversation again at every turn.
+    """
+    *before, last = messages
+    if last["role"] != "user" or not (words := own_words(last.get("content") or "")):
+        return None
+    asked = before[-1].get("content") if before and before[-1]["role"] == "assistant" else None
+    for raw in ({"input": asked, "output": words} if asked else {}, {"text": words}):
+        with suppress(ProfileError):
+            item = parse_item(raw, task, 0)
+            if len(orjson.dumps(dict(item.fields))) <= MAX_ITEM_BYTES:
+                return item
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """An item of a user's own words, from a request of this epoch."""
+
+    user: User
+    item: Item
+    epoch: str
+
+
+@dataclass
+class MessageLearner:
+    """Stores lessons in the background, one at a time; the request has been answered by then."""
+
+    learned: Callable[[int], None]  # called with the number of new items
+    _pending: asyncio.Queue[tuple[Profiles, Lesson]] = field(default_factory=lambda: asyncio.Queue(MAX_PENDING))
+
+    @property
+    def has_room(self) -> bool:
+        return not self._pending.full()
+
+    def learn(self, profiles: Profiles, lesson: Lesson) -> None:
+        with suppress(asyncio.QueueFull):
+            self._pending.put_nowait((profiles, lesson))
+
+    async def run(self) -> None:
+        while True:
+            profiles, lesson = await self._pending.get()
+            try:
+                update = await profiles.learn(lesson.user, lesson.item, lesson.epoch)
+                self.learned(update.changed)
+            except UserErased:
+                pass
+            except ApiError as error:
+                log.warning("a message was not learnt: %s", error.explained)
+            except Exception:
+                log.exception("a message was not learnt")
+            finally:
+                self._pending.task_done()
+
+    async def finish(self) -> None:
+        """Wait until all pending lessons are stored, for at most `CLOSE_S`."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._pending.join(), CLOSE_S)

@@ -1,0 +1,98 @@
+"""Which words of a message are learnt, when a signature is made for them, and which users are held out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bank.items.tasks import get_task
+from bank.lookup.signature import empty_signature
+from server.gateway.generation.personalizer import Arm, arm_of, week_of
+from server.gateway.learning.messages import item_of, own_words
+from server.gateway.users.profiles import signature_due
+from server.settings import MAX_ITEM_BYTES
+from server.store.profile_record import Profile, StoredSignature
+
+BANK, DAY_MS = "0123abcd", 24 * 3600 * 1000
+SAID = "honestly the sea was flat all week"
+ANSWERED = {"role": "assistant", "content": "How was the sea?"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SAID, SAID),
+        (
+            "昨日は海がとても静かで、一日中ずっと波を待っていました。",
+            "昨日は海がとても静かで、一日中ずっと波を待っていました。",
+        ),
+        ("ok thanks", ""),
+        ("???  !!!  42 " * 20, ""),
+        (f"> {SAID}\n> and more of it\nyes", ""),
+        (f"> what she wrote to me\n{SAID}", SAID),
+        (f"{SAID}\n```python\nimport os\nprint(os.name)\n```", SAID),
+        (f"{SAID} ```never closed {SAID}", SAID),
+        ("def waves(height):\n    total = height * 2;\n    return total\n", ""),
+        ("for (int i = 0; i < n; i++) {\n  sum += values[i];\n}", ""),
+        (
+            "I told her (again) that the harbour; well, you know.",
+            "I told her (again) that the harbour; well, you know.",
+        ),
+    ],
+)
+def test_only_a_persons_own_words_are_learnt(text: str, words: str) -> None:
+    assert own_words(text) == words
+
+
+def test_an_item_is_the_last_message_of_the_user_after_what_it_answers() -> None:
+    task = get_task("chat")
+    last = {"role": "user", "content": SAID}
+    alone = item_of([last], task)
+    assert alone is not None and alone.fields == {"text": SAID}
+    again = item_of([{"role": "system", "content": "be kind"}, last], task)
+    assert again == alone  # the same words have the same id
+    replied = item_of([{"role": "user", "content": "hello"}, ANSWERED, last], task)
+    assert replied is not None and replied.fields == {"input": ANSWERED["content"], "output": SAID}
+    long = ANSWERED | {"content": "x" * MAX_ITEM_BYTES}
+    assert item_of([long, last], task) == alone
+    for messages in (
+        [last, ANSWERED],
+        [{"role": "user", "content": None}],
+        [{"role": "tool", "content": SAID}],
+        [last | {"content": SAID + "x" * MAX_ITEM_BYTES}],
+        [last | {"content": f"{SAID}\0"}],
+    ):
+        assert item_of(messages, task) is None
+
+
+def test_signatures_of_learnt_items_are_made_at_a_few_numbers_and_then_daily() -> None:
+    def of(items: int, at_ms: int = 5 * DAY_MS, signed: bool = True) -> Profile:
+        made = StoredSignature(empty_signature(BANK, 3), at_ms) if signed else None
+        return Profile("ada", items, at_ms, "0" * 16, np.ones(4, "f4"), signature=made)
+
+    due = [n for n in range(1, 60) if signature_due(of(n - 1) if n > 1 else None, of(n), BANK)]
+    assert due == [4, 8, 16, 32, 33]
+    assert signature_due(of(512), of(512, 6 * DAY_MS), BANK)  # the first item of a day
+    assert not signature_due(of(512, 6 * DAY_MS), of(512, 6 * DAY_MS + 1), BANK)
+    assert signature_due(of(1, signed=False), of(2), BANK)  # items that were put still wait for one
+    assert signature_due(replace(of(1), updated_ms=1), of(2), BANK)
+    assert signature_due(of(1), of(2), "another0")
+
+
+def test_a_share_of_users_is_held_out_for_a_week(monkeypatch: pytest.MonkeyPatch) -> None:
+    users, monday_s = [f"user-{n}" for n in range(10_000)], 4 * 24 * 3600 + 52 * 7 * 24 * 3600
+
+    def held(at_s: int, share: float = 0.05) -> set[str]:
+        monkeypatch.setattr("time.time", lambda: at_s)
+        return {user for user in users if arm_of(user, share) is Arm.LOWER}
+
+    first = held(monday_s)
+    assert 430 < len(first) < 570  # 500, with three standard deviations
+    assert held(monday_s + 7 * 24 * 3600 - 1) == first
+    next_week = held(monday_s + 7 * 24 * 3600)
+    assert len(first & next_week) < 50  # drawn anew: 25 by chance
+    assert held(monday_s, 0.0) == set()
+    assert first < held(monday_s, 0.2)
+    assert [week_of(hour) for hour in (0, 95, 96)] == [0, 0, 1]  # 1970 began on a Thursday
