@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapters.errors import MtaError, excerpt
 
 MAX_ITEM_BYTES = 64 << 10  # maximum size of a profile item, as JSON
 _COMPOSE_ONLY = ("MTA_ADMIN_KEY", "MTA_BANK_DIR", "MTA_GRAFANA_PORT", "MTA_PORT_2")  # read only by docker-compose.yml
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110, section 5.6.2
 
 
 def _user_folder(variable: str, fallback: str) -> Path:
     """Return our folder in the XDG base folder of `variable`, which defaults to `fallback` in the home folder."""
     return Path(os.environ.get(variable) or Path.home() / fallback) / "mta"
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 class Settings(BaseSettings):
@@ -73,6 +80,11 @@ class Settings(BaseSettings):
         None, ge=0, description="Maximum generations in the queue; others get 429. Default: half the engine places."
     )
     queue_timeout_s: float = Field(10, gt=0, description="Longest queue time, seconds; X-Queue-Timeout shortens it.")
+    user_headers: str = Field(
+        "X-User-ID",
+        description="Headers that may name the user on OpenAI's routes, comma-separated; the first that is not empty "
+        "counts.",
+    )
     max_prompt_chars: int = Field(200_000, gt=0, description="Maximum length of a prompt, in characters.")
     key_requests: int = Field(0, ge=0, description="Requests a minute per API key; 0: no limit.")
     key_tokens: int = Field(0, ge=0, description="Tokens a minute per API key, prompts included; 0: no limit.")
@@ -137,6 +149,13 @@ class Settings(BaseSettings):
     )
     worker_niceness: int = Field(0, ge=0, le=19, description="Niceness of `mta up`'s worker; 10 favours generations.")
 
+    @field_validator("user_headers")
+    @classmethod
+    def _check_header_names(cls, value: str) -> str:
+        if not (names := _listed(value)) or not all(map(_HEADER_NAME.fullmatch, names)):
+            raise PydanticCustomError("header_names", "must be names of HTTP headers, comma-separated")
+        return value
+
     def bank_folder(self) -> Path:
         """Return the bank's folder; raise `MtaError` if it is not set."""
         if self.bank is None:
@@ -150,12 +169,15 @@ class Settings(BaseSettings):
 
     @property
     def named_tenants(self) -> frozenset[str]:
-        return frozenset({self.tenant, *filter(None, map(str.strip, self.metrics_tenants.split(",")))})
+        return frozenset({self.tenant, *_listed(self.metrics_tenants)})
+
+    @property
+    def user_header_names(self) -> tuple[str, ...]:
+        return _listed(self.user_headers)
 
     @property
     def engines(self) -> tuple[str, ...]:
-        urls = tuple(url.strip().rstrip("/") for url in self.engine_urls.split(",") if url.strip())
-        return urls or (self.engine_url.rstrip("/"),)
+        return tuple(url.rstrip("/") for url in _listed(self.engine_urls) or (self.engine_url,))
 
 
 def load_settings(**given: object) -> Settings:

@@ -26,7 +26,8 @@ PICTURES = {"mermaid"}
 @pytest.fixture(scope="module")
 def settings(tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path) -> dict[str, str]:
     folders = {"MTA_BANK": tiny_bank_folder, "MTA_MODEL": tiny_model_folder, "MTA_EMBEDDER": embedder_folder}
-    return {name: str(folder) for name, folder in folders.items()}
+    headers = {"MTA_USER_HEADERS": "X-User-ID,X-OpenWebUI-User-Id"}
+    return {name: str(folder) for name, folder in folders.items()} | headers
 
 
 @pytest.fixture(scope="module")

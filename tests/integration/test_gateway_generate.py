@@ -11,6 +11,7 @@ from httpx import Client
 
 from adapters.recipe import parse_recipe
 from bench.rig.processes import wait_until
+from server.settings import Settings
 from server.store.tenants.user_key import UserKeys
 from tests.support.calls import ALL, BOTH, HELLO, NewUser, ask, either, error_of, put, who
 from tests.support.fake_engine import FakeEngine
@@ -183,12 +184,38 @@ def test_the_header_names_the_user_as_well_as_the_field(client: Client, new_user
     header = {"X-User-ID": user.encode()}
     fields: list[dict[str, Any]] = [{}, {"user": user}, {"user": f"e\u0301{user[1:]}"}]
     assert [who(ask(client, headers=header, **more))["level"] for more in fields] == ["merged"] * 3
+    empty = {"X-User-ID": ""}
+    assert who(ask(client, headers=empty))["reason"] == "the request names no user"
+    assert who(ask(client, user, headers=empty))["level"] == "merged"
+
+
+def test_the_operator_chooses_the_headers_that_name_the_user(
+    gateway_settings: Settings, ada: str, new_user: NewUser, fake_engine: FakeEngine
+) -> None:
+    first, second = "X-OpenWebUI-User-Id", "x-litellm-user_api_key_end_user_id"
+    changed = gateway_settings.model_copy(update={"user_headers": f"{first}, {second}"})
+    with GatewayThread(changed) as gateway, gateway.client() as client:
+        for known in ({first: ada}, {first.lower(): ada}, {second: ada}, {first: "", second: ada}):
+            assert who(ask(client, headers=known))["level"] == "merged"
+        assert who(ask(client, headers={first: ada, second: new_user()}))["level"] == "merged"
+        assert who(ask(client, headers={first: new_user(), second: ada}))["reason"] == "unknown user"
+        assert who(ask(client, headers={"X-User-ID": ada}))["reason"] == "the request names no user"
+        answered = len(fake_engine.seen)
+        for name in (first, second):
+            assert error_of(ask(client, headers={name: "{{USER_ID}}"}))[:2] == (400, name.lower())
+            differs = ask(client, ada, headers={name: "bob"})
+            assert error_of(differs)[:2] == (400, "user")
+            assert f"but {name} is 'bob'" in differs.json()["error"]["message"]
+        assert len(fake_engine.seen) == answered
 
 
 def test_wrong_users_are_refused(client: Client, ada: str, new_user: NewUser, fake_engine: FakeEngine) -> None:
     assert error_of(ask(client, ada, headers={"X-User-ID": "bob"}))[:2] == (400, "user")
-    for bad in ("a/b", "..", "", "x" * 257):
+    for bad in ("a/b", "..", "x" * 257):
         assert error_of(ask(client, headers={"X-User-ID": bad}))[:2] == (400, "x-user-id")
+    for other in ("bob", ada, ""):
+        twice = client.post("/v1/chat/completions", json=HELLO, headers=[("X-User-ID", ada), ("x-user-id", other)])
+        assert error_of(twice)[:2] == (400, "x-user-id")
     assert error_of(client.post("/v1/completions", json=HELLO, headers={"X-User-ID": b"\xff"}))[0] == 400
     assert error_of(ask(client, "a b"))[:2] == (400, "user")
     assert error_of(ask(client, personalize="merged")) == (400, "user", "missing")

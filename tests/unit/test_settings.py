@@ -25,6 +25,7 @@ def test_options_go_before_the_environment_and_none_is_not_given(monkeypatch: py
     [
         *(("MTA_PORT", "http"), ("MTA_PORT", "70000"), ("MTA_PROFILE_ITEMS", "0"), ("MTA_DTYPE", "int4")),
         ("MTA_PROFILE_BYTES", "65535"),  # the largest item would not fit
+        *(("MTA_USER_HEADERS", ",,"), ("MTA_USER_HEADERS", "X-User-ID, X User"), ("MTA_USER_HEADERS", "X-Größe")),
     ],
 )
 def test_a_value_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
@@ -74,6 +75,11 @@ def test_what_compose_alone_reads_may_be_in_the_environment(monkeypatch: pytest.
 def test_every_engine_is_asked_by_itself() -> None:
     assert Settings(engine_url="http://router:8001/").engines == ("http://router:8001",)
     assert Settings(engine_urls=" http://a:1/, http://b:2 ,").engines == ("http://a:1", "http://b:2")
+
+
+def test_the_headers_that_may_name_a_user_are_kept_in_order() -> None:
+    assert Settings().user_header_names == ("X-User-ID",)
+    assert Settings(user_headers=" X-Chat_User,X-User-ID ,").user_header_names == ("X-Chat_User", "X-User-ID")
 
 
 def test_what_cannot_do_without_a_bank_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from fastapi import APIRouter, Header, Path, Request, Response
 from pydantic import BaseModel, Field
+from starlette.datastructures import Headers
 
 from adapters.errors import excerpt
 from server.engine_protocol import BASE_MODEL
@@ -80,7 +81,14 @@ class ModelsAnswer(BaseModel, frozen=True):
     data: list[ModelAnswer]
 
 
-UserHeader = Annotated[str | None, Header(alias="X-User-ID", description="User id; alternative to the field `user`.")]
+# Documents the default of the setting `user_headers`; `_user_id` reads the headers that the setting names.
+UserHeader = Annotated[
+    str | None,
+    Header(
+        alias="X-User-ID",
+        description="User id; alternative to the field `user`. The server may read other headers (`MTA_USER_HEADERS`).",
+    ),
+]
 router = APIRouter(route_class=JsonRoute, prefix="/v1", tags=["openai"])
 
 
@@ -95,7 +103,7 @@ async def chat_completions(
     `service_tier` are ignored; fields that control the engine are refused. Without `max_tokens`, an answer may fill the
     rest of the context.
     """
-    return _answer(request, body, x_user_id, x_queue_timeout)
+    return _answer(request, body, x_queue_timeout)
 
 
 @router.post("/completions", response_model=TextCompletion, responses=_RESPONSES)
@@ -106,7 +114,7 @@ async def completions(
 
     Everything else is as for chat completions.
     """
-    return _answer(request, body, x_user_id, x_queue_timeout)
+    return _answer(request, body, x_queue_timeout)
 
 
 @router.get("/models")
@@ -121,15 +129,14 @@ async def model(model: Annotated[str, Path(description="Model name.", examples=[
     return ModelAnswer(id=_checked_model(model))
 
 
-def _answer(
-    request: Request, body: ChatRequest | CompletionRequest, header: str | None, patience_s: float | None
-) -> Response:
+def _answer(request: Request, body: ChatRequest | CompletionRequest, patience_s: float | None) -> Response:
     personalize = body.personalize
     if _checked_model(body.model) == BASE_MODEL:
         if personalize is Personalize.MERGED:
             raise InvalidRequest("personalize is merged, but the model is base", param="personalize")
         personalize = Personalize.NONE
-    parts, users, user_id = parts_of(request), users_of(request), _user_id(body.user, header)
+    parts, users = parts_of(request), users_of(request)
+    user_id = _user_id(body.user, request.headers, parts.settings.user_header_names)
     request_of = partial(
         GenerationRequest,
         user=None if user_id is None else users.user(user_id),
@@ -169,17 +176,22 @@ def _checked_model(model: str) -> str:
     return model
 
 
-def _user_id(user: str | None, header: str | None) -> str | None:
-    if header is None:
+def _user_id(user: str | None, headers: Headers, names: Sequence[str]) -> str | None:
+    """Return the id in the first of the headers `names` that is not empty, which must be `user` if both are sent."""
+    name = next((name for name in names if any(headers.getlist(name))), None)
+    if name is None:
         return user
+    header, *others = headers.getlist(name)
+    if others:
+        raise InvalidRequest(f"{name} is sent {1 + len(others)} times: send it once", param=name.lower())
     try:
         header_id = check_user_id(header.encode("latin-1").decode())
     except UnicodeDecodeError:
-        raise InvalidRequest(f"X-User-ID must be UTF-8, got {excerpt(header)}", param="x-user-id") from None
+        raise InvalidRequest(f"{name} must be UTF-8, got {excerpt(header)}", param=name.lower()) from None
     except ValueError as error:
-        raise InvalidRequest(f"X-User-ID {error}, got {excerpt(header)}", param="x-user-id") from None
+        raise InvalidRequest(f"{name} {error}, got {excerpt(header)}", param=name.lower()) from None
     if user is not None and unicodedata.normalize("NFC", user) != unicodedata.normalize("NFC", header_id):
-        message = f"user is {excerpt(user)}, but X-User-ID is {excerpt(header_id)}: send one of them"
+        message = f"user is {excerpt(user)}, but {name} is {excerpt(header_id)}: send one of them"
         raise InvalidRequest(message, param="user")
     return header_id
 
