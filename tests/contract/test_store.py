@@ -16,10 +16,12 @@ from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
 from server.store import profiles
+from server.store.feedback import Feedback
 from server.store.profile_record import StoredVector
 from server.store.profiles import TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis import keys
+from server.store.samples import Sample
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.rates import Rate, Use
 from tests.support.store_parts import (
@@ -225,6 +227,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
         change = replace(put_of(user, "text", snapshot), put_vectors={"it": StoredVector(EMBEDDER, np.ones(4, "f4"))})
         assert await parts.profiles.commit(key, snapshot.version, change)
         await submitted(parts.jobs, key)
+        await parts.feedback.put(key, "gen-1", Feedback("base", "none"), Sample([], "said"), "")
         await parts.signing.add(key)
     await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
     assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted

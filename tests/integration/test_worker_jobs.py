@@ -25,6 +25,7 @@ from bank.manifest import BankManifest
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
+from server.store.feedback import Feedback, Outcome
 from server.store.jobs import MAX_TRIES, JobId, JobState, JobStore
 from server.store.redis import keys
 from server.store.redis.servers.connection import RedisConnection
@@ -303,7 +304,11 @@ def estimate(trainer: AdapterTrainer, samples: list[Sample]) -> int:
 
 
 def ids_read(
-    trainer: AdapterTrainer, samples: list[Sample], config: AdaptConfig = FEW_STEPS, items: list[Item] | None = None
+    trainer: AdapterTrainer,
+    samples: list[Sample],
+    config: AdaptConfig = FEW_STEPS,
+    items: list[Item] | None = None,
+    learned: list[Sample] | None = None,
 ) -> int:
     """How many token ids the model reads while a job trains."""
     manifest = trainer.manifest
@@ -316,7 +321,7 @@ def ids_read(
 
     hook = trainer.model.register_forward_pre_hook(count_ids, with_kwargs=True)
     try:
-        trainer.train(recipe, samples, config, items or []).finish()
+        trainer.train(recipe, samples, config, items or [], learned or []).finish()
     finally:
         hook.remove()
     return read
@@ -326,6 +331,38 @@ def ids_read(
 def test_a_job_reads_about_as_many_tokens_as_estimated_and_never_more(trainer: AdapterTrainer, count: int) -> None:
     samples = some(count)
     assert 0.8 * estimate(trainer, samples) < ids_read(trainer, samples) <= estimate(trainer, samples)
+
+
+def test_what_was_sent_instead_of_answers_is_trained_on_the_newest_first_within_the_budget(
+    trainer: AdapterTrainer,
+) -> None:
+    first, *others = some(6)
+    whole = ids_read(trainer, [first, *others])
+    assert ids_read(trainer, [first], learned=others) == ids_read(trainer, [], learned=[first, *others]) == whole
+    for fit in range(1, 5):
+        budget = replace(FEW_STEPS, max_tokens=estimate(trainer, [first, *others[-fit:]]))
+        assert ids_read(trainer, [first], budget, learned=others) == ids_read(trainer, [first, *others[-fit:]])
+    odd = Sample([{"role": "user", "content": "?"}], "word " * 5000)  # longer than the context
+    assert ids_read(trainer, [first], learned=[*others, odd]) == whole
+
+
+async def test_a_job_trains_on_what_was_sent_instead_of_answers(desk: Desk, worker: JobLoop) -> None:
+    counts: list[int] = []
+    train = worker.trainer.train
+
+    def counting(recipe: FusionRecipe, samples: list[Sample], *more: Any) -> Any:
+        counts.append(len(samples) + len(more[2]))
+        return train(recipe, samples, *more)
+
+    worker.trainer.train = counting  # type: ignore[method-assign]
+    user_key = await desk.user()
+    for number, sample in enumerate(some(3)):
+        feedback = Feedback("merged", "none", Outcome.EDITED)
+        await desk.feedback.put(user_key, f"gen-{number}", feedback, sample, "")
+    job_id = await desk.submit(SAMPLES[:2], user=user_key)
+    assert await worker.work_once(1)
+    assert (await desk.job(job_id)).state in {JobState.SUCCEEDED, JobState.REJECTED}
+    assert counts == [5]
 
 
 def test_past_items_stand_before_samples_within_the_token_budget(trainer: AdapterTrainer) -> None:

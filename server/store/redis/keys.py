@@ -2,17 +2,17 @@
 
 Per user (`server/store/tenants/user_key.py`)::
 
-    key                       type    what                                                expiry
-    mta:{<user key>}:profile  string  the record (`server/store/profile_record.py`)       -
-    mta:{<user key>}:items    hash    item id → JSON                                      -
-    mta:{<user key>}:vectors  hash    item id → embedder id and fp16 embedding            -
-    mta:{<user key>}:samples  list    encoded samples, oldest first                       -
-    mta:{<user key>}:feedback hash    answer → time and feedback (`store/feedback.py`)    -
-    mta:{<user key>}:learned  hash    answer → encoded sample that feedback brought       -
-    mta:{<user key>}:adapter  hash    id, recipe, sha256, raw                             - (temporary: as given)
-    mta:{<user key>}:jobs     hash    `last` → number of the newest job                   -
-    mta:{<user key>}:job:<n>  hash    a job's record (`server/store/jobs.py`)             7 days or 20 jobs later
-    mta:{<user key>}:epoch    hash    tombstone: `epoch`, and what the erasure removed    7 days (unknown user: 10 min)
+    key                         type    what                                                expiry
+    mta:{<user key>}:profile    string  the record (`server/store/profile_record.py`)       -
+    mta:{<user key>}:items      hash    item id → JSON                                      -
+    mta:{<user key>}:vectors    hash    item id → embedder id and fp16 embedding            -
+    mta:{<user key>}:samples    list    encoded samples, oldest first                       -
+    mta:{<user key>}:feedback   hash    answer → time and feedback (`store/feedback.py`)    -
+    mta:{<user key>}:learned    hash    answer → encoded sample that feedback brought       -
+    mta:{<user key>}:adapter    hash    id, recipe, sha256, raw                             - (temporary: as given)
+    mta:{<user key>}:jobs       hash    `last` → number of the newest job                   -
+    mta:{<user key>}:job:<n>    hash    a job's record (`server/store/jobs.py`)             7 days or 20 jobs later
+    mta:{<user key>}:epoch      hash    tombstone: `epoch`, and what the erasure removed    7 days (unknown: 10 min)
 
 Per queue (`server/store/queue.py`), `jobs:<bank>` or `sign:<bank>`; these keys and the shared ones do not expire::
 

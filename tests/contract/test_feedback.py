@@ -1,0 +1,64 @@
+"""Feedback as every store keeps it: one entry per answer, the newest entries, and nothing of an erased user."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from server.errors import UserErased
+from server.store import feedback as feedback_module
+from server.store.feedback import Feedback, Outcome, Rating
+from server.store.samples import Sample
+from tests.support.store_parts import KEYS, StoreParts
+
+KEY = KEYS.key("somebody")
+SAID = Sample([{"role": "user", "content": "any plans?"}], "the sea")
+
+
+def merged(**given: object) -> Feedback:
+    return Feedback("merged", "full", **given)  # type: ignore[arg-type]
+
+
+async def test_feedback_is_kept_by_answer_with_the_time_of_the_first(parts: StoreParts) -> None:
+    store = parts.feedback
+    assert (await store.feedback(KEY, "gen-1"), await store.entries(KEY)) == (None, {})
+    await store.put(KEY, "gen-1", merged(rating=Rating.UP), None, "")
+    first = (await store.entries(KEY))["gen-1"]
+    assert (first.feedback, first.sample) == (merged(rating=Rating.UP), None)
+    await asyncio.sleep(0.01)
+    both = merged(rating=Rating.UP, outcome=Outcome.EDITED, changed=0.25)
+    await store.put(KEY, "gen-1", both, SAID, "")
+    await store.put(KEY, "gen-0", merged(outcome=Outcome.SENT), None, "")
+    assert await store.feedback(KEY, "gen-1") == both
+    entries = await store.entries(KEY)
+    assert list(entries) == ["gen-1", "gen-0"]  # oldest first
+    assert (entries["gen-1"].at_ms, entries["gen-1"].sample) == (first.at_ms, SAID)
+    await store.put(KEY, "gen-1", both, None, "")
+    assert await store.samples(KEY) == [SAID]  # without a text, the earlier one stays
+
+
+async def test_the_newest_entries_are_kept(parts: StoreParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedback_module, "KEPT_FEEDBACK", 3)
+    for number in (3, 1, 4, 2):
+        await parts.feedback.put(KEY, f"gen-{number}", merged(outcome=Outcome.EDITED), SAID, "")
+        await asyncio.sleep(0.005)
+    assert list(await parts.feedback.entries(KEY)) == ["gen-1", "gen-4", "gen-2"]
+    assert len(await parts.feedback.samples(KEY)) == 3
+
+
+async def test_an_erasure_takes_feedback_along_and_refuses_what_was_begun_before(parts: StoreParts) -> None:
+    await parts.feedback.put(KEYS.key("ada"), "gen-1", merged(rating=Rating.UP), SAID, "")
+    erasure = await parts.erase("ada")
+    assert erasure is not None
+    assert (erasure.erased.feedback, erasure.erased.samples, erasure.erased.keys) == (1, 1, 2)
+    with pytest.raises(UserErased):
+        await parts.feedback.put(KEYS.key("ada"), "gen-1", merged(rating=Rating.UP), SAID, "")
+    assert await parts.feedback.entries(KEYS.key("ada")) == {}
+
+
+def test_later_feedback_adds_to_earlier_and_replaces_what_both_say() -> None:
+    before = merged(rating=Rating.UP, outcome=Outcome.EDITED, changed=0.5)
+    assert merged(rating=Rating.DOWN).over(before) == merged(rating=Rating.DOWN, outcome=Outcome.EDITED, changed=0.5)
+    assert merged(outcome=Outcome.DISCARDED).over(before) == merged(rating=Rating.UP, outcome=Outcome.DISCARDED)
+    assert before.over(None) == before
