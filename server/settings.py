@@ -96,6 +96,10 @@ class Settings(BaseSettings):
     holdout: float = Field(
         0, ge=0, le=0.5, description="Share of users answered one level lower each week, for comparison; 0: none."
     )
+    refresh_samples: int = Field(
+        0, ge=0, description="Adapt a user again after so many texts sent instead of answers; 0: only when asked."
+    )
+    refresh_hours: float = Field(24, ge=0, description="Shortest time between two jobs of a user for that, hours.")
     profile_items: int = Field(512, gt=0, le=4096, description="Maximum items per user; the newest are kept.")
     profile_bytes: int = Field(2 << 20, ge=MAX_ITEM_BYTES, description="Maximum bytes of a user's items, as JSON.")
     job_tokens: int = Field(2_000_000, gt=0, description="Maximum tokens an adapt job reads; an hour on two cores.")

@@ -26,6 +26,7 @@ class AdaptConfig:
     learning_rate: float = 1e-3  # after the warm-up
     holdout: float = 0.2  # share of samples to hold out when there are more than `MAX_FOLDED`
     strength: float = 0.5  # factor on the anchors' merged weights; below 1 only with a common row
+    newer_than_ms: int = 0  # judge on what was learnt after this time, also against the adapter served since; 0: all
     seed: int = 0
     max_tokens: int = 2_000_000  # maximum tokens that all runs read, including held-out samples
     max_seconds: int = 3600  # maximum training time of one worker
@@ -36,6 +37,7 @@ class AdaptConfig:
             ("rank", int, lambda value: value > 0, whole),
             ("steps", int, lambda value: value > 0, whole),
             ("seed", int, lambda value: True, "a whole number"),
+            ("newer_than_ms", int, lambda value: value >= 0, "a whole number from 0"),
             ("learning_rate", int | float, lambda value: 0 < value < math.inf, "a number above 0"),
             ("holdout", int | float, lambda value: 0 <= value < 1, "from 0 to below 1"),
         ):

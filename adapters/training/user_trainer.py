@@ -50,6 +50,15 @@ class Judgement:
     before: float  # loss of the fused adapter alone
     after: float  # loss with the user adapter
     steps: int
+    served: float | None = None  # loss of the adapter that was served meanwhile, if it was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The user adapter that is served, and the fused adapter that it was trained on."""
+
+    fused: LoraWeights
+    adapter: LoraWeights
 
 
 _Judging = Generator[TrainingProgress, None, Judgement]
@@ -76,28 +85,68 @@ class TrainingRun:
         return self.judgement
 
 
-def train_user(model: Any, fused: LoraWeights, samples: Sequence[Example], config: AdaptConfig) -> TrainingRun:
-    """Train a user adapter on the fused adapter (float32); TrainingError without samples, or if the loss diverges."""
+def train_user(
+    model: Any,
+    fused: LoraWeights,
+    samples: Sequence[Example],
+    config: AdaptConfig,
+    *,
+    newest: int | None = None,
+    served: Served | None = None,
+) -> TrainingRun:
+    """Train a user adapter on the fused adapter (float32); TrainingError without samples, or if the loss diverges.
+
+    Only the last `newest` samples are held out, by default all. The adapter that is served must lose more on them.
+    """
     if not samples:
         raise TrainingError("there are no samples: send some")
-    return TrainingRun(_training(model, fused, samples, config))
+    count = len(samples)
+    judges = range(count - (newest or count), count)
+    return TrainingRun(_training(model, fused, samples, config, judges=judges, served=served))
 
 
-def _training(model: Any, fused: LoraWeights, samples: Sequence[Example], config: AdaptConfig) -> _Judging:
-    train = _train_single if len(samples) == 1 else _train_folds if len(samples) <= MAX_FOLDED else _train_with_holdout
+def _training(
+    model: Any,
+    fused: LoraWeights,
+    samples: Sequence[Example],
+    config: AdaptConfig,
+    *,
+    judges: range,
+    served: Served | None,
+) -> _Judging:
+    is_folded = 1 < len(judges) <= len(samples) <= MAX_FOLDED
+    train = _train_single if len(samples) == 1 else _train_folds if is_folded else _train_with_holdout
     with user_run(model, fused, config) as run:
-        return (yield from train(run, samples))
+        judgement = yield from train(run, samples, judges)
+        now = run.now
+    if served is None:
+        return judgement
+    with attached(model, served.adapter, frozen=served.fused) as here:
+        held = [samples[place] for place in judges]
+        loss = yield from _loss(here.model, held, None, now)
+    return replace(judgement, served=loss, weights=judgement.weights if judgement.after < loss else None)
 
 
-def _train_folds(run: UserRun, samples: Sequence[Example]) -> _Judging:
+def _loss(
+    model: Any, examples: Sequence[Example], below: LowerLayers | None, now: TrainingProgress
+) -> Generator[TrainingProgress, None, float]:
+    """Return the examples' mean loss; yield the progress after each row."""
+    loss = 0.0
+    for row_loss in row_losses(model, examples, below):
+        loss += row_loss
+        yield now
+    return loss / output_tokens(examples)
+
+
+def _train_folds(run: UserRun, samples: Sequence[Example], judges: range) -> _Judging:
     """Cross-validate, with all folds as long as the first, then train on all samples for the best number of steps."""
-    order = random.Random(run.config.seed).sample(range(len(samples)), len(samples))
+    order = random.Random(run.config.seed).sample(judges, len(judges))
     before, after, steps = 0.0, defaultdict[int, float](float), run.config.steps
     for fold in range(FOLDS):
         held = set(order[fold::FOLDS])
         aside = [samples[i] for i in sorted(held)]
         kept = [samples[i] for i in range(len(samples)) if i not in held]
-        share = len(aside) / len(samples)
+        share = len(aside) / len(judges)
         before += share * (yield from run.begin(f"fold {fold + 1} of {FOLDS}", aside))
         losses, _ = yield from run.evaluated(kept, aside, steps, runs=FOLDS + 1, stop_early=fold == 0)
         steps = max(losses)
@@ -112,7 +161,7 @@ def _train_folds(run: UserRun, samples: Sequence[Example]) -> _Judging:
     return Judgement(run.weights(), before, after[best], best)
 
 
-def _train_single(run: UserRun, samples: Sequence[Example]) -> _Judging:
+def _train_single(run: UserRun, samples: Sequence[Example], judges: range) -> _Judging:
     """Train on one sample and evaluate on the same, for half the steps, as no held-out loss can end the run."""
     steps = max(1, run.config.steps // 2)
     before = yield from run.begin("the one sample", samples)
@@ -122,11 +171,11 @@ def _train_single(run: UserRun, samples: Sequence[Example]) -> _Judging:
     return Judgement(run.weights() if after < before else None, before, after, steps)
 
 
-def _train_with_holdout(run: UserRun, samples: Sequence[Example]) -> _Judging:
+def _train_with_holdout(run: UserRun, samples: Sequence[Example], judges: range) -> _Judging:
     """Hold out a part of the samples, and return the weights with the lowest held-out loss."""
-    order = random.Random(run.config.seed).sample(range(len(samples)), len(samples))
-    size = max(1, round(run.config.holdout * len(samples)))
-    aside, kept = [samples[i] for i in order[:size]], [samples[i] for i in order[size:]]
+    order = random.Random(run.config.seed).sample(judges, len(judges))
+    held = order[: max(1, round(run.config.holdout * len(samples)))]
+    aside, kept = [samples[i] for i in held], [samples[i] for i in [*order[len(held) :], *range(judges.start)]]
     before = yield from run.begin("all samples but those held out", aside)
     losses, weights = yield from run.evaluated(kept, aside, run.config.steps, keep_below=before)
     best = min(losses, key=losses.__getitem__)
@@ -160,12 +209,8 @@ class UserRun:
         return loss
 
     def loss(self, examples: Sequence[Example]) -> Generator[TrainingProgress, None, float]:
-        """Return the examples' mean loss under the current adapter; yield the progress after each row."""
-        loss = 0.0
-        for row_loss in row_losses(self.lora.model, examples, self.below):
-            loss += row_loss
-            yield self.now
-        return loss / output_tokens(examples)
+        """Return the examples' mean loss under the current adapter, as `_loss` does."""
+        return (yield from _loss(self.lora.model, examples, self.below, self.now))
 
     def evaluated(
         self,

@@ -33,6 +33,7 @@ from server.gateway.generation.personalizer import Personalizer
 from server.gateway.generation.prompts import INDEX_CACHE_BYTES, HistoryIndexer, IndexCache, PromptBuilder
 from server.gateway.learning.feedback import Feedbacks
 from server.gateway.learning.messages import MessageLearner
+from server.gateway.learning.refreshing import Refreshing
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting, SampleChecks
@@ -134,6 +135,7 @@ async def open_gateway(
         metrics.queue_running.set_function(lambda: queue.taken)
         metrics.queue_waiting.set_function(lambda: queue.waiting)
 
+        budget = JobBudget(settings.job_tokens, settings.job_seconds)
         learner = MessageLearner(metrics.learned.inc)
 
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
@@ -160,7 +162,7 @@ async def open_gateway(
                     checks=SampleChecks(engines),
                     manifest=bank.manifest,
                     task=bank.task,
-                    budget=JobBudget(settings.job_tokens, settings.job_seconds),
+                    budget=budget,
                     tracing=tracing,
                 ),
                 erasing=Erasing(
@@ -180,7 +182,18 @@ async def open_gateway(
                     folder=folder,
                     manifest=bank.manifest,
                 ),
-                feedbacks=Feedbacks(stores.feedback, profiles),
+                feedbacks=Feedbacks(
+                    stores.feedback,
+                    profiles,
+                    Refreshing(
+                        stores.feedback,
+                        stores.jobs,
+                        stores.profiles,
+                        manifest=bank.manifest,
+                        budget=budget,
+                        every_hours=settings.refresh_hours,
+                    ),
+                ),
                 learner=learner,
                 generator=Generator(
                     Personalizer(bank, profiles.current_with_epoch, profiles.request_signature),

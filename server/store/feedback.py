@@ -110,6 +110,12 @@ class FeedbackStore:
         entries = {answer.decode(): _entry(entry, samples.get(answer)) for answer, entry in raw.items()}
         return dict(sorted(entries.items(), key=lambda pair: (pair[1].at_ms, pair[0])))
 
+    async def learned_ms(self, user_key: str) -> list[int]:
+        """Return the times of the entries that have a sample, without reading the samples."""
+        answers = set(await self._connection.run(lambda redis: redis.hkeys(keys.learned(user_key))))
+        raw = await self._hash(keys.feedback(user_key))
+        return [_entry(entry).at_ms for answer, entry in raw.items() if answer in answers]
+
     async def samples(self, user_key: str) -> list[Sample]:
         """Return what the user sent instead of answers, oldest first."""
         return [entry.sample for entry in (await self.entries(user_key)).values() if entry.sample]

@@ -46,7 +46,7 @@ _TRIES_EXHAUSTED = (
 )
 _STRINGS = ("config", "bank", "adapter", "error", "traceparent")
 _INTEGERS = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
-_LOSSES = ("loss", "before", "after")
+_LOSSES = ("loss", "before", "after", "served")
 _FIELDS = ("state", "curve", "key", *_STRINGS, *_INTEGERS, *_LOSSES)
 
 
@@ -99,6 +99,7 @@ class Job:
     curve: Curve = NO_CURVE
     before: float | None = None  # held-out loss with the fused adapter only
     after: float | None = None  # held-out loss with the trained adapter too
+    served: float | None = None  # held-out loss with the adapter that was served meanwhile
     adapter: str = ""  # id of the promoted user adapter
     error: str = ""  # why the job failed, in words
     traceparent: str = ""  # trace context of the request
@@ -140,6 +141,7 @@ class Trained:
     state: JobState
     before: float | None = None
     after: float | None = None
+    served: float | None = None
     error: str = ""
 
 
@@ -331,6 +333,7 @@ def _outcome(lease: Lease, trained: Trained) -> dict[str, object]:
         "state": trained.state.value,
         "before": _loss_text(trained.before),
         "after": _loss_text(trained.after),
+        "served": _loss_text(trained.served),
         "error": trained.error,
         "adapter": "",
         "kept_s": KEPT_S,

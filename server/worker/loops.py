@@ -22,14 +22,14 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from adapters.errors import MtaError, TrainingError
-from adapters.recipe import FusionRecipe
+from adapters.recipe import FusionRecipe, UserAdapterId
 from adapters.training.user_trainer import Judgement
 from bank.items.profile import Item, item_pair
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature, empty_signature
 from server.errors import ApiError, UserErased
 from server.settings import Settings
-from server.store.adapters import StoredAdapter, new_adapter_id
+from server.store.adapters import AdapterStore, StoredAdapter, new_adapter_id
 from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Trained
 from server.store.profile_record import AdapterNote, StoredSignature
@@ -116,6 +116,7 @@ class JobLoop:
     jobs: JobStore
     profiles: ProfileStore
     feedback: FeedbackStore
+    adapters: AdapterStore
     bank: ServingBank
     trainer: AdapterTrainer
     model_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -210,18 +211,25 @@ class JobLoop:
         for place, raw in enumerate(await held.retry(self.jobs.samples, key)):
             with as_training_error(f"samples.{place}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
-        learned = await held.retry(self.feedback.samples, key)
+        learned = [entry for entry in (await held.retry(self.feedback.entries, key)).values() if entry.sample]
+        newer, served = 0, None
+        if config.newer_than_ms and profile.adapter:
+            newer = sum(entry.at_ms > config.newer_than_ms for entry in learned)
+            served = await held.retry(self.adapters.adapter, UserAdapterId(key, profile.adapter.id))
         items = []
         if self.bank.manifest.history_share:
             snapshot = await held.retry(self.profiles.read, key)
             items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]  # oldest first
         with self.tracing.span("train"):
-            train = partial(self.trainer.train, recipe, samples, config, items, learned)
+            said = [entry.sample for entry in learned if entry.sample]
+            train = partial(
+                self.trainer.train, recipe, samples, config, items, learned=said, newer=newer, served=served
+            )
             judgement = await train_with_lease(held, max_s, train)
             self.tracing.note(samples=len(samples) + len(learned), steps=judgement.steps)
         if judgement.weights is None:
             state = JobState.REJECTED
-            await self._end(held, Trained(state, judgement.before, judgement.after))
+            await self._end(held, Trained(state, judgement.before, judgement.after, judgement.served))
         else:
             state = JobState.SUCCEEDED
             await self._promote(held, recipe, judgement)
@@ -237,7 +245,7 @@ class JobLoop:
         job_id = held.lease.job.id
         raw = await asyncio.to_thread(self.trainer.encoded, recipe, judgement)
         stored = StoredAdapter(new_adapter_id(), recipe.name, hashlib.sha256(raw).hexdigest(), raw)
-        trained = Trained(JobState.SUCCEEDED, judgement.before, judgement.after)
+        trained = Trained(JobState.SUCCEEDED, judgement.before, judgement.after, judgement.served)
         for _ in range(MAX_WRITE_ATTEMPTS):
             snapshot = await held.retry(self.profiles.read, job_id.user_key)
             if snapshot.profile is None:

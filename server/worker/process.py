@@ -43,6 +43,7 @@ async def run_worker(settings: Settings) -> None:
             stores.jobs,
             profiles,
             stores.feedback,
+            stores.adapters,
             bank=bank,
             trainer=trainer,
             model_lock=model_lock,

@@ -13,12 +13,12 @@ import torch
 from adapters.errors import MtaError, TrainingError
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
-from adapters.recipe import FusionRecipe
+from adapters.recipe import FusionRecipe, parse_recipe
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example
 from adapters.training.trainer import TrainPlan, initial_lora, train_lora
-from adapters.training.user_trainer import Judgement, TrainingRun, train_user
-from adapters.user_adapter import UserAdapter, encode_user_adapter
+from adapters.training.user_trainer import Judgement, Served, TrainingRun, train_user
+from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter
 from bank.building.signer import Signer
 from bank.items.lessons import PastItems, add_memories
 from bank.items.profile import Item
@@ -28,6 +28,7 @@ from bank.lookup.signature import Signature
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
 from bank.models.load import load_base
+from server.store.adapters import StoredAdapter
 from server.store.samples import Sample
 
 MAX_SIGNED_TOKENS = 512  # longest item in a signature; the inputs of longer items are cut at the end
@@ -79,12 +80,16 @@ class AdapterTrainer:
         samples: Sequence[Sample],
         config: AdaptConfig,
         items: Sequence[Item] = (),
+        *,
         learned: Sequence[Sample] = (),
+        newer: int = 0,
+        served: StoredAdapter | None = None,
     ) -> TrainingRun:
         """Train and judge a user adapter on top of a recipe, step by step.
 
         The newest of the `learned` samples (oldest first) are added as far as the job's token budget allows. If the
         bank was trained with history, prepend some of the user's `items` (oldest first) to samples, within the rest.
+        With `served`, the last `newer` learned samples judge, which that adapter has not seen.
         """
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
         if config.rank > room:
@@ -108,7 +113,17 @@ class AdapterTrainer:
                     )
                 examples[place] = self._example(what, encode_conversation, messages, sample.output)
                 left -= len(examples[place].ids) - alone
-        return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, config)
+        fused = fuse(self.matrix, recipe, torch.float32)
+        if served is None:
+            return train_user(self.model, fused, examples, config)
+        newest = min(newer, len(kept))
+        if not newest:
+            raise TrainingError("no usable sample is newer than the adapter that is served")
+        return train_user(self.model, fused, examples, config, newest=newest, served=self._served(served))
+
+    def _served(self, stored: StoredAdapter) -> Served:
+        adapter = decode_user_adapter(self.manifest.layout, stored.raw)
+        return Served(fuse(self.matrix, parse_recipe(stored.recipe), torch.float32), adapter.weights)
 
     def _learned(
         self, learned: Sequence[Sample], lengths: list[int], config: AdaptConfig

@@ -14,6 +14,7 @@ import pytest
 from adapters.recipe import FusionRecipe
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.user_trainer import Judgement, TrainingProgress, TrainingRun
+from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, LossDifference, Verdict, read_manifest
 from bench.rig.engine import Engine
@@ -117,7 +118,13 @@ def working(url: str, trainer: AdapterTrainer, bank_folder: Path) -> Work:
         async with StoreParts.opened(url) as parts:
             interrupted = Interrupted(trainer, meanwhile)
             worker = JobLoop(
-                parts.jobs, parts.profiles, parts.feedback, bank=bank, trainer=interrupted, tracing=tracing or Tracing()
+                parts.jobs,
+                parts.profiles,
+                parts.feedback,
+                parts.adapters,
+                bank=bank,
+                trainer=interrupted,
+                tracing=tracing or Tracing(),
             )
             while await worker.work_once(0.1):
                 pass
@@ -152,8 +159,10 @@ class Interrupted:
         self._trainer, self._meanwhile, self._at_step = trainer, meanwhile, at_step
         self.encoded = trainer.encoded
 
-    def train(self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, *more: Any) -> TrainingRun:
-        return TrainingRun(self._hooked(self._trainer.train(recipe, samples, config, *more)))
+    def train(
+        self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, items: Sequence[Item], **more: Any
+    ) -> TrainingRun:
+        return TrainingRun(self._hooked(self._trainer.train(recipe, samples, config, items, **more)))
 
     def _hooked(self, training: TrainingRun) -> Generator[TrainingProgress, None, Judgement]:
         step = 0

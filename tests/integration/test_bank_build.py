@@ -313,7 +313,7 @@ async def test_a_worker_puts_the_users_items_before_samples_where_the_bank_knows
     for trains in (trainer, AdapterTrainer(manifest, trainer.matrix, trainer.model, trainer.tokenizer)):
         bank = ServingBank(trains.manifest, opened.index, opened.atlas)
         job = await desk.submit(user=await desk.user(("how is the bread?", "crusty")))
-        await JobLoop(desk.jobs, desk.profiles, desk.feedback, bank=bank, trainer=trains).work_once(0.1)
+        await JobLoop(desk.jobs, desk.profiles, desk.feedback, desk.adapters, bank=bank, trainer=trains).work_once(0.1)
         assert (await desk.job(job)).state in (JobState.SUCCEEDED, JobState.REJECTED)
     assert [recalled(trainer.tokenizer, samples) for samples in trained_on] == [0, len(trained_on[1])]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,11 @@ from bench.rig.processes import wait_until
 from server.gateway.generation import answer_ids
 from server.gateway.generation.answer_ids import answer_id
 from server.gateway.generation.personalizer import Arm, Level
+from server.settings import Settings
 from server.store.tenants.user_key import User, UserKeys
 from tests.support.calls import NewUser, ask, error_of, put
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, chunks_of, generate
+from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter
 
 UNKNOWN = (404, "answer", "unknown_answer")
 FINAL = {"input": "any plans?", "text": "I have no plans.", "final": "The sea. Always the sea."}
@@ -49,6 +51,7 @@ def test_a_text_sent_instead_of_an_answer_is_an_item_and_a_sample(client: Client
         "rating": None,
         "changed": pytest.approx(0.83, abs=0.1),
         "learned": True,
+        "adapts": False,
     }
     known = export(client, user_id)
     request_id = answer.rpartition(".")[0]
@@ -217,3 +220,24 @@ def test_nothing_is_learnt_of_a_user_who_is_erased_meanwhile(
         assert asking.result().json()["personalization"]["learned"] is True
     ask(client, user_id, **said("a message of their second life"), learn=True).raise_for_status()
     assert [item["text"] for item in learnt(client, user_id, 1)] == ["a message of their second life"]
+
+
+def test_after_so_many_new_texts_a_user_is_adapted_again(gateway_settings: Settings, new_user: NewUser) -> None:
+    user_id = new_user()
+    with GatewayThread(gateway_settings.model_copy(update={"refresh_samples": 2})) as own, own.client() as client:
+
+        def taught(number: int) -> bool:
+            said = give(client, user_id, answered(client, user_id), **FINAL | {"final": f"wave number {number}"})
+            adapts: bool = said.raise_for_status().json()["adapts"]
+            return adapts
+
+        assert [taught(number) for number in range(4)] == [False, True, False, False]  # a job is open
+        (job,) = export(client, user_id)["jobs"]
+        assert (job["state"], job["config"]["newer_than_ms"]) == ("queued", 0)
+        client.delete(f"/jobs/{job['id']}").raise_for_status()
+        assert not taught(4)  # not yet: a day has to pass
+        own.parts.feedbacks.refreshing.every_hours = 0
+        seen_ms = export(client, user_id)["feedback"][-1]["at_ms"]
+        asyncio.run(give_adapter(own, user_id, created_ms=seen_ms))
+        assert [taught(number) for number in (5, 6)] == [False, True]  # what the adapter has seen does not count
+        assert export(client, user_id)["jobs"][-1]["config"]["newer_than_ms"] == seen_ms

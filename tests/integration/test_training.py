@@ -26,7 +26,15 @@ from adapters.training.forward.lower_layers import LowerLayers, layer_of, upper_
 from adapters.training.forward.packing import Row, pack
 from adapters.training.loss import backward, mean_loss, row_losses, score
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
-from adapters.training.user_trainer import Judgement, TrainingProgress, TrainingRun, UserRun, train_user, user_run
+from adapters.training.user_trainer import (
+    Judgement,
+    Served,
+    TrainingProgress,
+    TrainingRun,
+    UserRun,
+    train_user,
+    user_run,
+)
 from adapters.user_adapter import UserAdapter, encode_user_adapter, stack
 from bank.items.prompt import encode_pair
 
@@ -304,6 +312,27 @@ def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
     single = train_user(model, fused, samples[:1], CONFIG).finish()  # is judged on itself
     assert single.after < single.before
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_newer_adapter_has_to_beat_the_served_one_on_what_that_has_not_seen(
+    model: Any, fused: LoraWeights, mannered: Callable[..., list[Example]], many: bool
+) -> None:
+    old, new = mannered(MANY if many else 4, 0), mannered(6, 40)
+    learnt, weak = (train_user(model, fused, old, replace(CONFIG, steps=steps)).finish() for steps in (CONFIG.steps, 1))
+    assert learnt.weights and weak.weights and learnt.served is None
+    short = replace(CONFIG, steps=2)
+    for before, plan, is_better in ((weak, CONFIG, True), (learnt, short, False)):
+        assert before.weights
+        judged = train_user(
+            model, fused, [*old, *new], plan, newest=len(new), served=Served(fused, before.weights)
+        ).finish()
+        assert judged.served == pytest.approx(served_loss(model, fused, before, new), rel=1e-4)
+        assert (judged.weights is not None) is (judged.after < min(judged.before, judged.served)) is is_better
+    with attached(model, fused) as alone:
+        merged = mean_loss(alone.model, new)
+    if not many:  # each of the newest is held out in one of the folds, and no other sample
+        assert judged.before == pytest.approx(merged, rel=1e-4)
 
 
 @pytest.mark.parametrize("times", [1, 3])  # judged in folds, and by what is held out

@@ -78,7 +78,7 @@ class Shaky(JobStore):
 @pytest.fixture
 def worker(desk: Desk, trainer: AdapterTrainer, tiny_bank_folder: Path) -> JobLoop:
     bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
-    return JobLoop(Shaky(desk.connection), desk.profiles, desk.feedback, bank=bank, trainer=trainer)
+    return JobLoop(Shaky(desk.connection), desk.profiles, desk.feedback, desk.adapters, bank=bank, trainer=trainer)
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ def ids_read(
 
     hook = trainer.model.register_forward_pre_hook(count_ids, with_kwargs=True)
     try:
-        trainer.train(recipe, samples, config, items or [], learned or []).finish()
+        trainer.train(recipe, samples, config, items or [], learned=learned or []).finish()
     finally:
         hook.remove()
     return read
@@ -350,9 +350,9 @@ async def test_a_job_trains_on_what_was_sent_instead_of_answers(desk: Desk, work
     counts: list[int] = []
     train = worker.trainer.train
 
-    def counting(recipe: FusionRecipe, samples: list[Sample], *more: Any) -> Any:
-        counts.append(len(samples) + len(more[2]))
-        return train(recipe, samples, *more)
+    def counting(recipe: FusionRecipe, samples: list[Sample], *given: Any, **more: Any) -> Any:
+        counts.append(len(samples) + len(more["learned"]))
+        return train(recipe, samples, *given, **more)
 
     worker.trainer.train = counting  # type: ignore[method-assign]
     user_key = await desk.user()

@@ -171,14 +171,16 @@ def text_of(chunks: list[Any], index: int = 0) -> str:
     return "".join(choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices)
 
 
-async def give_adapter(gateway: GatewayThread, user_id: str, tenant: str = "", bank: str = "") -> None:
+async def give_adapter(
+    gateway: GatewayThread, user_id: str, tenant: str = "", bank: str = "", *, created_ms: int = 1
+) -> None:
     """Note in a profile that there is a user adapter, as promotion does."""
     tenant, bank = tenant or gateway.parts.settings.tenant, bank or gateway.parts.bank.manifest.short
     key = gateway.parts.tenants.users(tenant).key(user_id)
     async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
         snapshot = await parts.profiles.read(key)
         assert snapshot.profile
-        note = AdapterNote("a" * 26, f"mta3:{bank}:shared:c+a01*500", 1, 1)
+        note = AdapterNote("a" * 26, f"mta3:{bank}:shared:c+a01*500", 1, created_ms)
         change = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
         assert await parts.profiles.commit(key, snapshot.version, change, snapshot.epoch)
         await parts.adapters.add_adapted(key, bank)

@@ -38,6 +38,7 @@ class Caller:
     allowance: Allowance = NO_OVERRIDES
     learn: bool = False  # the default of requests
     holdout: float | None = None  # share of users; None: as the settings say
+    refresh: int | None = None  # texts after which a user is adapted again; None: as the settings say
 
     @property
     def name(self) -> str:
@@ -93,7 +94,7 @@ class KnownKeys:
             return
         ring = await store.all()
         self._callers = {
-            key.digest: Caller(key.tenant, key.id, key.scopes, key.allowance, key.learn, key.holdout)
+            key.digest: Caller(key.tenant, key.id, key.scopes, key.allowance, key.learn, key.holdout, key.refresh)
             for key in ring.keys
             if key.revoked_ms is None
         }

@@ -13,6 +13,7 @@ from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest
 from server.gateway.generation.answer_ids import AnswerNote
+from server.gateway.learning.refreshing import Refreshing
 from server.gateway.users.profiles import Profiles
 from server.settings import MAX_ITEM_BYTES
 from server.store.feedback import Feedback, FeedbackStore, Outcome, Rating
@@ -42,18 +43,21 @@ class Given:
 class Learnt:
     feedback: Feedback  # all that is known about the answer by now
     learned: bool  # whether this request brought a sample
+    adapts: bool  # whether it brought a training job
 
 
 @dataclass
 class Feedbacks:
     store: FeedbackStore
     profiles: Profiles
+    refreshing: Refreshing
 
-    async def give(self, user: User, note: AnswerNote, given: Given, epoch: str) -> Learnt:
+    async def give(self, user: User, note: AnswerNote, given: Given, epoch: str, *, refresh_after: int = 0) -> Learnt:
         """Store feedback; feedback on the same answer adds to the earlier one and replaces what both say.
 
         A final text that differs from the answer becomes a sample and an item of the user's history, each under the
-        answer's id. Raises InvalidRequest if the parts contradict each other, and UserErased as `Profiles.add` does.
+        answer's id; after `refresh_after` of them the user is adapted again. Raises InvalidRequest if the parts
+        contradict each other, and UserErased as `Profiles.add` does.
         """
         changed, sample = await asyncio.to_thread(_difference, given.final) if given.final else (None, None)
         outcome = given.outcome
@@ -66,7 +70,8 @@ class Feedbacks:
         if sample:
             await self.profiles.add(user, [self._item(note.request_id, sample)], epoch)
         await self.store.put(user.key, note.request_id, new, sample, epoch)
-        return Learnt(new, learned=sample is not None)
+        adapts = bool(sample) and await self.refreshing.refresh_if_due(user, refresh_after, epoch)
+        return Learnt(new, learned=sample is not None, adapts=adapts)
 
     def _item(self, answer: str, sample: Sample) -> Item:
         raw = {"id": answer, "input": sample.messages[-1]["content"], "output": sample.output}

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.gateway.access.keys import caller_of
 from server.gateway.generation.answer_ids import read_answer_id
 from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.http.errors import ErrorAnswer
@@ -88,6 +89,7 @@ class FeedbackAnswer(BaseModel, frozen=True):
         description="Share of the answer that the person changed, 0 to 1: the edit distance over the longer text's "
         "length; null if unknown."
     )
+    adapts: bool = Field(description="Whether a training job for the user is queued now (`MTA_REFRESH_SAMPLES`).")
     learned: bool = Field(description="Whether `final` became a sample and an item of the user's history.")
 
 
@@ -112,7 +114,10 @@ async def give_feedback(request: Request, user_id: UserIdInPath, body: FeedbackR
     final = None
     if body.final is not None and body.input is not None:
         final = Final(Sample(sample_messages(body.input), body.final), body.text, body.sha256)
-    learnt = await parts.feedbacks.give(user, note, Given(body.outcome, body.rating, final), epoch)
+    refresh = caller_of(request).refresh
+    refresh = parts.settings.refresh_samples if refresh is None else refresh
+    given = Given(body.outcome, body.rating, final)
+    learnt = await parts.feedbacks.give(user, note, given, epoch, refresh_after=refresh)
     known = learnt.feedback
     return FeedbackAnswer(
         answer=body.answer,
@@ -122,4 +127,5 @@ async def give_feedback(request: Request, user_id: UserIdInPath, body: FeedbackR
         rating=known.rating,
         changed=known.changed,
         learned=learnt.learned,
+        adapts=learnt.adapts,
     )

@@ -109,6 +109,9 @@ class HeldOut(BaseModel, frozen=True):
 
     before: float | None = Field(description="Loss with the fused adapter alone.")
     after: float | None = Field(description="Loss with the user adapter.")
+    served: float | None = Field(
+        description="Loss with the adapter served meanwhile, if the server adapted the user by itself (`refresh`)."
+    )
 
 
 class JobAnswer(BaseModel, frozen=True):
@@ -137,7 +140,7 @@ class JobAnswer(BaseModel, frozen=True):
                 loss=list(job.curve.loss),
                 held_out=list(job.curve.held_out),
             ),
-            held_out=HeldOut(before=job.before, after=job.after),
+            held_out=HeldOut(before=job.before, after=job.after, served=job.served),
             created_at=iso(job.created_ms),
             started_at=iso(job.started_ms) if job.started_ms else None,
             ended_at=iso(job.ended_ms) if job.ended_ms else None,
@@ -169,7 +172,7 @@ EXAMPLE = JobAnswer(
         loss=[(1, 2.41), (2, 2.2), (3, 2.06), (4, 1.93)],
         held_out=[(0, 2.38), (2, 2.21), (4, 2.04)],
     ),
-    held_out=HeldOut(before=None, after=None),
+    held_out=HeldOut(before=None, after=None, served=None),
     created_at="2026-11-27T08:03:41.208+00:00",
     started_at="2026-11-27T08:03:41.733+00:00",
     ended_at=None,

@@ -177,7 +177,7 @@ if #KEYS > 1 then
   redis.call('HSET', KEYS[3], 'id', given.adapter, 'recipe', given.recipe, 'sha256', given.sha256, 'raw', raw)
 end
 redis.call('HSET', KEYS[1], 'ended_by', given.token, 'before', given.before, 'after', given.after,
-  'error', given.error, 'adapter', given.adapter)
+  'served', given.served, 'error', given.error, 'adapter', given.adapter)
 finish(KEYS[1], given.state, given.kept_s)
 return 1
 """)

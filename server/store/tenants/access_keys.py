@@ -50,6 +50,7 @@ class AccessKey:
     revoked_ms: int | None = None  # time of revocation, Unix time
     allowance: Allowance = NO_OVERRIDES
     learn: bool = False  # whether requests learn from messages unless they say otherwise
+    refresh: int | None = None  # `Settings.refresh_samples` of the key's users; None: as the gateways' settings say
     holdout: float | None = None  # share of users answered one level lower; None: as the gateways' settings say
 
     @property
@@ -176,6 +177,7 @@ class AccessKeys:
             "allowance": key.allowance.overrides,
             "learn": key.learn,
             "holdout": key.holdout,
+            "refresh": key.refresh,
         }
         return bool(await self._change(_ADD, key.digest, orjson.dumps(record), int(only_first)))
 
@@ -208,6 +210,7 @@ def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:
         record["created_ms"],
         revoked_ms,
         Allowance(**{name: value for name, value in record["allowance"].items() if name in Allowance.__slots__}),
-        record.get("learn", False),
-        record.get("holdout"),
+        learn=record.get("learn", False),
+        holdout=record.get("holdout"),
+        refresh=record.get("refresh"),
     )
