@@ -36,7 +36,7 @@ def _cost(content: Mapping[str, Any]) -> Any:
     if len(tables) > MOST_PANELS:
         return None
     rows = max(len(found["lines"]) for found in tables)
-    figure, panels = _panels(len(tables), width=2.6 + 3.2 / len(tables), height=0.9 + 0.36 * rows, share=True)
+    figure, panels = panels_in_a_row(len(tables), width=2.6 + 3.2 / len(tables), height=0.9 + 0.36 * rows, share=True)
     for panel, found in zip(panels, tables, strict=True):
         column = found["columns"].index("recipe over base")
         lines = list(reversed(found["lines"]))
@@ -52,7 +52,7 @@ def _cost(content: Mapping[str, Any]) -> Any:
 def _thrash(content: Mapping[str, Any]) -> Any:
     """Plot tokens per second and time to first token against the number of users."""
     lines: Lines = tables_of(content)[0]["lines"]
-    figure, panels = _panels(2)
+    figure, panels = panels_in_a_row(2)
     for side, colour in zip(dict.fromkeys(line[1] for line in lines), (_OURS, _OTHER), strict=False):
         mine = [line for line in lines if line[1] == side]
         users = [line[0] for line in mine]
@@ -75,7 +75,7 @@ def _cold(content: Mapping[str, Any]) -> Any:
     """Plot the time until a recipe is usable, by step."""
     rows = [(label, value) for label, value in content["rows"].items() if isinstance(value, dict)]
     shown = [(label, value) for label, value in rows if " over " not in label and "first token" not in label]
-    figure, (panel,) = _panels(1, width=7.0, height=0.8 + 0.42 * len(shown))
+    figure, (panel,) = panels_in_a_row(1, width=7.0, height=0.8 + 0.42 * len(shown))
     labels = [label for label, _ in reversed(shown)]
     values = [value["median"] for _, value in reversed(shown)]
     colours = [_OTHER if "load" in label else _OURS for label in labels]
@@ -91,7 +91,7 @@ def _scale(content: Mapping[str, Any]) -> Any:
     if not found:
         return None
     lines: Lines = found[0]["lines"]
-    figure, panels = _panels(2)
+    figure, panels = panels_in_a_row(2)
     served = [line[0] for line in lines]
     for panel, at, label in zip(panels, (1, 3), ("resident memory, MiB", "recipes a second"), strict=True):
         readings = [line[at] for line in lines]
@@ -124,7 +124,9 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _panels(count: int, *, width: float = 3.8, height: float = 3.2, share: bool = False) -> tuple[Any, Sequence[Any]]:
+def panels_in_a_row(
+    count: int, *, width: float = 3.8, height: float = 3.2, share: bool = False
+) -> tuple[Any, Sequence[Any]]:
     figure, panels = _pyplot().subplots(1, count, figsize=(width * count, height), squeeze=False, sharey=share)
     for panel in panels[0]:
         panel.spines[["top", "right"]].set_visible(False)

@@ -17,6 +17,7 @@ from server.gateway.learning.refreshing import Refreshing
 from server.gateway.users.profiles import Profiles
 from server.settings import MAX_ITEM_BYTES
 from server.store.feedback import Feedback, FeedbackStore, Outcome, Rating
+from server.store.jobs import Job
 from server.store.samples import Sample, encode_sample
 from server.store.tenants.user_key import User
 
@@ -43,7 +44,7 @@ class Given:
 class Learnt:
     feedback: Feedback  # all that is known about the answer by now
     learned: bool  # whether this request brought a sample
-    adapts: bool  # whether it brought a training job
+    job: Job | None  # the training job that it brought
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Feedbacks:
 
         A final text that differs from the answer becomes a sample and an item of the user's history, each under the
         answer's id; after `refresh_after` of them the user is adapted again. Raises InvalidRequest if the parts
-        contradict each other, and UserErased as `Profiles.add` does.
+        contradict each other, and UserErased as `Profiles.learn` does.
         """
         changed, sample = await asyncio.to_thread(_difference, given.final) if given.final else (None, None)
         outcome = given.outcome
@@ -68,10 +69,10 @@ class Feedbacks:
         new = Feedback(note.level.value, note.arm.value, outcome, given.rating, changed)
         new = new.over(await self.store.feedback(user.key, note.request_id))
         if sample:
-            await self.profiles.add(user, [self._item(note.request_id, sample)], epoch)
+            await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
         await self.store.put(user.key, note.request_id, new, sample, epoch)
-        adapts = bool(sample) and await self.refreshing.refresh_if_due(user, refresh_after, epoch)
-        return Learnt(new, learned=sample is not None, adapts=adapts)
+        job = await self.refreshing.refresh_if_due(user, refresh_after, epoch) if sample else None
+        return Learnt(new, learned=sample is not None, job=job)
 
     def _item(self, answer: str, sample: Sample) -> Item:
         raw = {"id": answer, "input": sample.messages[-1]["content"], "output": sample.output}

@@ -14,7 +14,7 @@ from adapters.training.adapt_config import default_config
 from bank.manifest import BankManifest
 from server.errors import ApiError
 from server.store.feedback import FeedbackStore
-from server.store.jobs import JobStore, Submission
+from server.store.jobs import Job, JobStore, Submission
 from server.store.profiles import ProfileStore
 from server.store.samples import MAX_SAMPLES, JobBudget, encode_config
 from server.store.tenants.user_key import User
@@ -33,31 +33,31 @@ class Refreshing:
     budget: JobBudget
     every_hours: float  # shortest time between two jobs of a user
 
-    async def refresh_if_due(self, user: User, after: int, epoch: str) -> bool:
-        """Create a job if the user sent `after` new texts, 0 for never; return whether there is one.
+    async def refresh_if_due(self, user: User, after: int, epoch: str) -> Job | None:
+        """Create and return a job if the user sent `after` new texts; 0 for never.
 
         A lack of the store is logged: the next feedback tries again.
         """
         try:
-            return bool(after and self.manifest.room) and await self._refresh(user, after, epoch)
+            return await self._refresh(user, after, epoch) if after and self.manifest.room else None
         except ApiError as error:
             log.warning("a user was not adapted again: %s", error.explained)
-            return False
+            return None
 
-    async def _refresh(self, user: User, after: int, epoch: str) -> bool:
+    async def _refresh(self, user: User, after: int, epoch: str) -> Job | None:
         profile = await self.profiles.load(user.key)
         if profile is None:
-            return False
+            return None
         adapter = profile.adapter
         is_served = adapter is not None and bank_of(adapter.recipe) == self.manifest.short
         seen_ms = adapter.created_ms if adapter and is_served else 0
         if sum(at_ms > seen_ms for at_ms in await self.feedback.learned_ms(user.key)) < after:
-            return False
+            return None
         jobs = await self.jobs.jobs(user.key)
         now_ms = time.time_ns() // 1_000_000
         if jobs and (not jobs[-1].state.ended or now_ms < jobs[-1].created_ms + self.every_hours * _HOUR_MS):
-            return False
+            return None
         usual = default_config(self.manifest.room, self.manifest.common)
         config = encode_config(replace(usual, newer_than_ms=seen_ms, **asdict(self.budget)))
         submission = Submission([], True, config, bank=self.manifest.short, epoch=epoch, background=True)
-        return await self.jobs.submit(user.key, submission, MAX_SAMPLES) is not None
+        return await self.jobs.submit(user.key, submission, MAX_SAMPLES)

@@ -89,7 +89,7 @@ class FeedbackAnswer(BaseModel, frozen=True):
         description="Share of the answer that the person changed, 0 to 1: the edit distance over the longer text's "
         "length; null if unknown."
     )
-    adapts: bool = Field(description="Whether a training job for the user is queued now (`MTA_REFRESH_SAMPLES`).")
+    job: str | None = Field(description="Id of the training job that this text brought (`MTA_REFRESH_SAMPLES`).")
     learned: bool = Field(description="Whether `final` became a sample and an item of the user's history.")
 
 
@@ -127,5 +127,5 @@ async def give_feedback(request: Request, user_id: UserIdInPath, body: FeedbackR
         rating=known.rating,
         changed=known.changed,
         learned=learnt.learned,
-        adapts=learnt.adapts,
+        job=str(learnt.job.id) if learnt.job else None,
     )

@@ -1,0 +1,203 @@
+"""Predict, then learn: people's own later texts, in order, as what they send instead of the server's answers.
+
+    python -m bench.learning.predict --bank BANK --users DATA/blogs/users.json --history 1 --out FOLDER
+
+starts `mta up`. Everybody begins with an empty profile. Before each of a person's texts, its loss is read from
+`/v1/completions` (`echo`, `logprobs`) under the base model and under what the server serves, both alone and with the
+most relevant of the texts so far in the prompt. Then the person asks, and sends their own text as feedback. People are
+adapted again after `--refresh` texts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.progress import Progress
+
+from adapters.training.example import Example
+from bank.evaluation.intervals import over_users
+from bank.items.histories import read_histories
+from bank.items.profile import Item
+from bank.items.prompt import encode_pair
+from bank.items.retrieval import ItemIndex, turn_with_memories
+from bank.items.tasks import Task, get_task
+from bank.manifest import read_manifest
+from bank.models.folders import ensure_base_model
+from bench import script
+from bench.page.report import Figures, tabulate
+from bench.rig.processes import wait_until
+from bench.rig.up import up
+from mta_client import Client
+from server.gateway.users.profiles import SIGNED_AT
+from server.settings import load_settings
+
+WAYS = ("base", "served", "base+history", "served+history")
+AT_ONCE = 4  # people at a time
+MAX_TOKENS = 512  # longest text; longer ones are cut at the end
+SIGNED_S = 60.0  # longest wait for a person's new recipe
+_ANSWER_TOKENS = 8  # an answer only has to be there
+
+
+@dataclass(slots=True)
+class Learner:
+    """A person: their texts as (input, output), and what was read before each."""
+
+    user_id: str
+    texts: Sequence[tuple[str, str]]
+    losses: dict[str, list[float]] = field(default_factory=lambda: {way: [] for way in WAYS})  # nats per token
+    levels: list[str] = field(default_factory=list)
+    jobs: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads losses and gives feedback over the HTTP API."""
+
+    http: httpx.Client
+    tokenizer: Any
+    task: Task
+    history: int
+
+    def step(self, person: Learner, place: int) -> None:
+        """Read the losses of one text, then send it instead of an answer."""
+        turn, text = person.texts[place]
+        past = [
+            Item(f"{number}", {"input": asked, "output": said}) for number, (asked, said) in enumerate(person.texts)
+        ]
+        memories = ItemIndex(self.task, past[:place]).memories(turn, self.history) if place else []
+        for way in WAYS:
+            shown = turn_with_memories(self.task, turn, memories) if way.endswith("+history") else turn
+            example = encode_pair(self.tokenizer, shown, text, MAX_TOKENS)
+            model = "base" if way.startswith("base") else "mta"
+            loss, level = self._loss(person.user_id, model, example)
+            person.losses[way].append(loss)
+        person.levels.append(level)
+        asked = {"user_id": person.user_id, "prompt": turn, "max_tokens": _ANSWER_TOKENS, "temperature": 0}
+        answer = self._post("/generate", asked)
+        said = {"answer": answer["id"], "input": turn, "text": answer["text"], "final": text}
+        job = self._post(f"/users/{person.user_id}/feedback", said)["job"]
+        person.jobs += [job] if job else []
+
+    def _loss(self, user_id: str, model: str, example: Example) -> tuple[float, str]:
+        """Return the mean loss of the output's tokens, and the level that read it."""
+        asked = {"model": model, "user": user_id, "prompt": list(example.ids), "echo": True, "logprobs": 0}
+        answer = self._post("/v1/completions", asked | {"max_tokens": 0, "temperature": 0})
+        logprobs = answer["choices"][0]["logprobs"]["token_logprobs"]
+        assert len(logprobs) == len(example.ids)
+        return -fmean(logprobs[example.loss_from :]), answer["personalization"]["level"]
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = self.http.post(path, json=body).raise_for_status().json()
+        return answer
+
+
+def main(
+    *,
+    bank: Annotated[Path, typer.Option(help="A bank that none of the people is in.")],
+    users: Annotated[Path, typer.Option(help="People; their items and then their queries are their texts.")],
+    history: Annotated[int, typer.Option(help="Past texts in the prompt.", min=1)] = 1,
+    refresh: Annotated[int, typer.Option(help="Adapt people after so many texts; 0: never.", min=0)] = 8,
+    people: Annotated[int | None, typer.Option(help="At most N people.")] = None,
+    texts: Annotated[int | None, typer.Option(help="At most N texts of each.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for figures and picture.")] = Path("out/learning"),
+) -> None:
+    """Report the loss by the number of texts that the server has learnt from."""
+    task, settings = get_task(read_manifest(bank).task), load_settings()
+    learners = []
+    for known in read_histories(users, task, queries=True)[:people]:
+        said = [*known.pairs(task), *((query.input, query.gold) for query in known.queries)]
+        learners.append(Learner(known.user_id, said[:texts]))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ensure_base_model(settings.model, settings.cache_dir))
+    environment = {"MTA_REFRESH_SAMPLES": str(refresh), "MTA_REFRESH_HOURS": "0"}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        up(Path(scratch), "--bank", str(bank), environment=environment) as ran,
+        httpx.Client(base_url=ran.url, timeout=600) as http,
+        Client(ran.url) as client,
+    ):
+        _learn(learners, Reader(http, tokenizer, task, history), client)
+        states = [client.wait(job).state for person in learners for job in person.jobs]
+    tabulate([table(learners)], out / "learning.json", people=[asdict(person) for person in learners])
+    typer.echo(
+        f"training jobs: {', '.join(f'{states.count(state)} {state}' for state in sorted(set(states))) or 'none'}"
+    )
+    picture(learners).savefig(out / "loss_by_texts.png", dpi=150)
+    typer.echo(f"written: {out / 'loss_by_texts.png'}")
+
+
+def _learn(learners: Sequence[Learner], reader: Reader, client: Client) -> None:
+    rounds = max(len(person.texts) for person in learners)
+    with Progress() as progress, ThreadPoolExecutor(AT_ONCE) as pool:
+        bar = progress.add_task("texts", total=sum(len(person.texts) for person in learners))
+        for place in range(rounds):
+            asking = [person for person in learners if place < len(person.texts)]
+            before = [client.user(person.user_id).recipe if place else "" for person in asking]
+            for _ in pool.map(partial(reader.step, place=place), asking):
+                progress.advance(bar)
+            if place + 1 in SIGNED_AT:
+                with suppress(AssertionError):  # some recipes stay the same
+                    for person, recipe in zip(asking, before, strict=True):
+                        wait_until(partial(_is_signed, client, person.user_id, recipe), "a signature", SIGNED_S)
+            for person in asking:
+                if person.jobs:
+                    client.wait(person.jobs[-1], timeout_s=3600)
+
+
+def _is_signed(client: Client, user_id: str, before: str) -> bool:
+    return client.user(user_id).recipe != before
+
+
+def table(learners: Sequence[Learner]) -> Figures:
+    """Return the mean losses and, over people, the differences that matter, by the number of texts learnt from."""
+    lines: list[Sequence[Any]] = []
+    for first, last in ((0, 1), (1, 4), (4, 8), (8, 12), (12, 16)):
+        kept = [person for person in learners if len(person.texts) > first]
+        if not kept:
+            break
+        means = {way: [fmean(person.losses[way][first:last]) for person in kept] for way in WAYS}
+        pairs = (("served", "base"), ("served+history", "base+history"))
+        gains = [
+            str(over_users([a - b for a, b in zip(means[one], means[other], strict=True)])) for one, other in pairs
+        ]
+        levels = [level for person in kept for level in person.levels[first:last]]
+        shares = ", ".join(f"{levels.count(level) / len(levels):.0%} {level}" for level in dict.fromkeys(levels))
+        learnt = f"{first}" if last == first + 1 else f"{first} to {last - 1}"
+        lines.append((learnt, *(f"{fmean(means[way]):.3f}" for way in WAYS), *gains, shares))
+    columns = ("texts learnt from", *WAYS, "served less base", "the same with history", "levels")
+    return Figures("Loss of the next text, nats a token", columns, lines)
+
+
+def picture(learners: Sequence[Learner]) -> Any:
+    """Draw the difference to the base model by the number of texts learnt from."""
+    from bench.page.pictures import panels_in_a_row
+
+    figure, (axis,) = panels_in_a_row(1, width=6.4, height=3.6)
+    rounds = range(max(len(person.texts) for person in learners))
+    for way in WAYS[1:]:
+        gains = [
+            over_users([p.losses[way][place] - p.losses["base"][place] for p in learners if place < len(p.texts)])
+            for place in rounds
+        ]
+        axis.plot(rounds, [gain.mean for gain in gains], label=way)
+        axis.fill_between(rounds, [gain.low for gain in gains], [gain.high for gain in gains], alpha=0.15)
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set_xlabel("texts learnt from")
+    axis.set_ylabel("loss less the base model's, nats a token")
+    axis.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    script(main)
