@@ -63,6 +63,7 @@ class Reader:
 
     def _type(self, command: str, shown: str) -> None:
         filled_in = command.replace(", … ten of them …", "").replace("/jobs/…", f"/jobs/{self._last}")
+        filled_in = filled_in.replace('"answer": "…"', f'"answer": "{self._last}"')
         where: dict[str, Any] = {"cwd": self._folder, "env": self._environment, "capture_output": True, "text": True}
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", filled_in], timeout=240, check=False, **where)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
