@@ -296,6 +296,7 @@ async def test_a_full_store_refuses_what_would_be_stored_and_erases(full: StoreP
         full.put(BOB, "about bob"),
         submitted(full.jobs, KEYS.key(BOB)),
         full.signing.add(KEYS.key(BOB)),
+        full.feedback.put(KEYS.key(BOB), "gen-1", Feedback("merged", "none"), Sample([], "said"), ""),
         full.connection.run(lambda redis: redis.set("mta:{bob}:samples", "x")),
     ):
         with pytest.raises(Unavailable, match="full") as caught:

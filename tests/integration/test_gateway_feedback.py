@@ -17,9 +17,9 @@ from server.gateway.generation.answer_ids import answer_id
 from server.gateway.generation.personalizer import Arm, Level
 from server.settings import Settings
 from server.store.tenants.user_key import User, UserKeys
-from tests.support.calls import NewUser, ask, error_of, put
+from tests.support.calls import SAMPLES, NewUser, ask, error_of, put, who
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter
+from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter, wait_until_ready
 
 UNKNOWN = (404, "answer", "unknown_answer")
 FINAL = {"input": "any plans?", "text": "I have no plans.", "final": "The sea. Always the sea."}
@@ -240,3 +240,58 @@ def test_after_so_many_new_texts_a_user_is_adapted_again(gateway_settings: Setti
         asyncio.run(give_adapter(own, user_id, created_ms=seen_ms))
         assert [taught(number) for number in (5, 6)] == [False, True]  # what the adapter has seen does not count
         assert export(client, user_id)["jobs"][-1]["config"]["newer_than_ms"] == seen_ms
+
+
+def test_a_share_of_users_is_answered_one_level_lower_and_told_so(
+    gateway_settings: Settings, new_user: NewUser, fake_engine: FakeEngine
+) -> None:
+    fake_engine.turn(user_adapters=True)
+    seen = dict[tuple[str, str], dict[str, Any]]()
+    with GatewayThread(gateway_settings.model_copy(update={"holdout": 0.5})) as own, own.client() as client:
+        wait_until_ready(client)
+        for number in range(24):
+            user_id = new_user()
+            assert answered_as(client, user_id)["arm"] == "none"  # nobody knows them
+            put(client, user_id, [{"text": "up at five"}])
+            if number % 2:
+                asyncio.run(give_adapter(own, user_id))
+            first = answered_as(client, user_id)
+            assert answered_as(client, user_id)["arm"] == first["arm"]  # for the week
+            seen["stacked" if number % 2 else "merged", first["arm"]] = first
+            for chosen in ({"personalize": "merged"}, {"strength": 0.5}):
+                assert answered_as(client, user_id, **chosen)["arm"] == "none"
+    levels = {kind: who["level"] for kind, who in seen.items()}
+    assert levels == {
+        ("stacked", "full"): "stacked",
+        ("stacked", "lower"): "merged",
+        ("merged", "full"): "merged",
+        ("merged", "lower"): "common",
+    }
+    assert seen["merged", "lower"]["recipe"].endswith(":shared:c")
+    assert "MTA_HOLDOUT" in seen["merged", "lower"]["reason"]
+
+
+def answered_as(client: Client, user_id: str, **fields: Any) -> dict[str, Any]:
+    return who(generate(client, user_id, **fields))
+
+
+def test_an_answer_that_a_fallback_spoke_is_in_no_arm(
+    client: Client, ada: str, gateway: GatewayThread, fake_engine: FakeEngine
+) -> None:
+    asyncio.run(give_adapter(gateway, ada))
+    assert give(client, ada, answered(client, ada), rating="up").json()["level"] == "merged"
+    fake_engine.turn(user_adapters=True)
+    spoken = give(client, ada, answered(client, ada), rating="up").json()
+    assert (spoken["level"], spoken["arm"]) == ("stacked", "full")
+    fake_engine.turn(lacks=lambda model: ":u-" in model)
+    spoken = give(client, ada, answered(client, ada), rating="up").json()
+    assert (spoken["level"], spoken["arm"]) == ("merged", "none")
+
+
+def test_feedback_does_not_touch_the_samples_of_a_job(client: Client, ada: str) -> None:
+    job = client.post(f"/users/{ada}/adapt", json={"samples": SAMPLES}).raise_for_status().json()
+    give(client, ada, answered(client, ada), **FINAL).raise_for_status()
+    client.post(f"/users/{ada}/adapt", json={"samples": SAMPLES[:2]}).raise_for_status()  # replaces its own alone
+    known = export(client, ada)
+    assert (len(known["samples"]), len(known["feedback"])) == (2, 1)
+    assert client.get(f"/jobs/{job['id']}").json()["state"] == "superseded"
