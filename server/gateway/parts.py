@@ -34,6 +34,7 @@ from server.gateway.generation.prompts import INDEX_CACHE_BYTES, HistoryIndexer,
 from server.gateway.learning.feedback import Feedbacks
 from server.gateway.learning.messages import MessageLearner
 from server.gateway.learning.refreshing import Refreshing
+from server.gateway.learning.tallies import FOLD_INTERVAL_S, STORE_INTERVAL_S, Tallies
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting, SampleChecks
@@ -64,6 +65,7 @@ class Parts:
     exporting: Exporting
     feedbacks: Feedbacks
     learner: MessageLearner
+    tallies: Tallies
     generator: Generator
     limiter: Limiter
     health: Health
@@ -137,6 +139,7 @@ async def open_gateway(
 
         budget = JobBudget(settings.job_tokens, settings.job_seconds)
         learner = MessageLearner(metrics.learned.inc)
+        tallies = Tallies(stores.worth)
 
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
             short, has_signatures = bank.manifest.short, bank.manifest.has_signatures
@@ -169,6 +172,7 @@ async def open_gateway(
                     stores.profiles,
                     adapters=stores.adapters,
                     jobs=stores.jobs,
+                    worth=stores.worth,
                     signing=stores.signing,
                     bank=short,
                     log_file=stores.file,
@@ -178,6 +182,7 @@ async def open_gateway(
                     stores.profiles,
                     jobs=stores.jobs,
                     feedback=stores.feedback,
+                    worth=stores.worth,
                     adapters=stores.adapters,
                     folder=folder,
                     manifest=bank.manifest,
@@ -193,8 +198,10 @@ async def open_gateway(
                         budget=budget,
                         every_hours=settings.refresh_hours,
                     ),
+                    tallies,
                 ),
                 learner=learner,
+                tallies=tallies,
                 generator=Generator(
                     Personalizer(bank, profiles.current_with_epoch, profiles.request_signature),
                     PromptBuilder(bank.task, engines, histories, settings.queue_timeout_s),
@@ -218,6 +225,8 @@ async def open_gateway(
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
             forever(REWRITE_CHECK_S, partial(_rewrite_file_if_due, stores.file, metrics), log),
             learner.run(),
+            forever(STORE_INTERVAL_S, tallies.flush, log),
+            forever(FOLD_INTERVAL_S, tallies.fold, log),
             forever(REFRESH_INTERVAL_S, partial(keys.refresh, stores.keys), log),
             forever(COUNT_GATEWAYS_S, share.count_gateways, log),
             forever(RENEW_INTERVAL_S, limiter.renew_concurrent, log),
@@ -225,6 +234,7 @@ async def open_gateway(
         ):
             stack.push_async_callback(_cancel, asyncio.create_task(background))
         stack.push_async_callback(learner.finish)
+        stack.push_async_callback(_flush, tallies)
         yield Gateway(parts, keys)
 
 
@@ -247,6 +257,11 @@ async def _count_jobs(jobs: JobStore, banks: Iterable[str], metrics: Metrics) ->
         metrics.jobs.labels("queued").set(sum(each.waiting for each in backlogs))
         metrics.jobs.labels("running").set(sum(each.open - each.waiting for each in backlogs))
         metrics.oldest_job.set(max(each.oldest_s for each in backlogs))
+
+
+async def _flush(tallies: Tallies) -> None:
+    with contextlib.suppress(Unavailable):  # counts are lost like those of a crash
+        await tallies.flush()
 
 
 async def _rewrite_file_if_due(file: AppendOnlyFile, metrics: Metrics) -> None:

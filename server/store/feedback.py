@@ -22,7 +22,8 @@ from server.store.samples import Sample, decode_sample, encode_sample
 KEPT_FEEDBACK = 1000  # entries per user
 
 # KEYS: feedback, learned, epoch. ARGV: epoch, answer, entry, sample (empty: none), number of kept entries. An entry is
-# `<ms> <JSON>`; it keeps the time of the first feedback on its answer. Returns 1, or -1 if the user was erased.
+# `<ms> <JSON>`; it keeps the time of the first feedback on its answer. Returns the entry before, empty if there was
+# none, or -1 if the user was erased.
 _PUT = script("""
 local epoch, answer, entry, sample, kept = unpack(ARGV)
 if erased_since(KEYS[3], epoch) then return -1 end
@@ -39,7 +40,7 @@ for _ = 1, redis.call('HLEN', KEYS[1]) - tonumber(kept) do
   redis.call('HDEL', KEYS[1], oldest)
   redis.call('HDEL', KEYS[2], oldest)
 end
-return 1
+return before
 """)
 
 
@@ -93,15 +94,19 @@ class FeedbackStore:
         raw = await self._connection.run(lambda redis: redis.hget(keys.feedback(user_key), answer))
         return _entry(raw).feedback if raw else None
 
-    async def put(self, user_key: str, answer: str, feedback: Feedback, sample: Sample | None, epoch: str) -> None:
-        """Replace the feedback on an answer; without a sample, an earlier one stays.
+    async def put(
+        self, user_key: str, answer: str, feedback: Feedback, sample: Sample | None, epoch: str
+    ) -> Feedback | None:
+        """Replace the feedback on an answer and return the earlier one; without a sample, an earlier sample stays.
 
         Raises `UserErased` if the user was erased since `epoch`.
         """
         names = (keys.feedback(user_key), keys.learned(user_key), keys.epoch(user_key))
         raws = (orjson.dumps(asdict(feedback)), encode_sample(sample) if sample else b"")
-        if await self._connection.write(_PUT, names, epoch, answer, *raws, KEPT_FEEDBACK) < 0:
+        before = await self._connection.write(_PUT, names, epoch, answer, *raws, KEPT_FEEDBACK)
+        if before == -1:
             raise UserErased
+        return _entry(before).feedback if before else None
 
     async def entries(self, user_key: str) -> Mapping[str, Entry]:
         """Return all kept feedback of a user by answer, oldest first."""

@@ -17,6 +17,7 @@ from server.store.queue import UserQueue
 from server.store.redis.servers.connection import RedisConnection, Span, Timed, untimed
 from server.store.tenants.access_keys import AccessKeys
 from server.store.tenants.rates import Rates
+from server.store.worth import WorthStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Stores:
     profiles: ProfileStore
     jobs: JobStore
     feedback: FeedbackStore
+    worth: WorthStore
     adapters: AdapterStore
     signing: Callable[[str], UserQueue]
     file: AppendOnlyFile
@@ -55,6 +57,7 @@ async def open_stores(
             profiles=ProfileStore(connection),
             jobs=JobStore(connection),
             feedback=FeedbackStore(connection),
+            worth=WorthStore(connection),
             adapters=AdapterStore(connection),
             signing=lambda bank: UserQueue(connection, "sign", bank),
             file=AppendOnlyFile(connection),

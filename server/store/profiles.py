@@ -252,7 +252,7 @@ class ProfileStore:
         return int(await self._connection.evaluate(_BYTES, _names(key)))
 
     async def _erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> list[bytes | None]:
-        of_user = (keys.jobs, keys.samples, keys.adapter, keys.feedback, keys.learned)
+        of_user = (keys.jobs, keys.samples, keys.adapter, keys.feedback, keys.learned, keys.tally)
         names = (keys.epoch(key), *_names(key), *(name(key) for name in of_user))
         arguments = (KEPT_JOBS, TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, secrets.token_hex(8), deadline_ms, rewritten_by_ms)
         answer: list[bytes | None] = await self._connection.write(_ERASE, names, keys.job_prefix(key), *arguments)

@@ -24,11 +24,13 @@ from server.store.redis import keys
 from server.store.samples import Sample
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.rates import Rate, Use
+from server.store.worth import TALLY_S, Cell, Counts
 from tests.support.store_parts import (
     BANK,
     EMBEDDER,
     KEYS,
     LATER_MS,
+    TENANT,
     StoreParts,
     WorkerSteps,
     change,
@@ -209,8 +211,11 @@ _PARTS = {
     "<what>": "[a-z]+",
     "<owner>": "(key|user|tenant)-[^/]+",
     "<engines>": "[0-9a-f]{16}",
+    "<week>": "[0-9]{4}",
+    "<tenant>": TENANT,
 }
-_EXPIRES = re.compile("7 days|after (one window|the last lease)")
+CELL = Cell(2961, 0, "merged", "full")
+_EXPIRES = re.compile("7 days|3 weeks|after (one window|the last lease)")
 
 
 def fits(name: str, pattern: str) -> bool:
@@ -229,6 +234,9 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
         await submitted(parts.jobs, key)
         await parts.feedback.put(key, "gen-1", Feedback("base", "none"), Sample([], "said"), "")
         await parts.signing.add(key)
+        await parts.worth.add(key, "", {CELL: Counts(answers=1)})
+        await parts.worth.add_people(CELL.week, TENANT, [key])
+    await parts.worth.add_sums(TENANT, "a token", {CELL: (1.0,)})
     await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
     assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted
     for held in ("running/key-x", f"gateways/{'0' * 16}"):
@@ -249,7 +257,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
         kind, expires = table[row]
         assert (name, (await raw.type(name)).decode()) == (name, kind)
         left_s = await raw.ttl(name)
-        assert left_s == -1 or (expires and left_s <= TOMBSTONE_S), name
+        assert left_s == -1 or (expires and left_s <= TALLY_S), name
         seen.add(row)
         expiring |= {row} if left_s > 0 else set()
     assert expiring == {row for row, (_, expires) in table.items() if expires}

@@ -33,6 +33,7 @@ from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.access_keys import AccessKeys
 from server.store.tenants.rates import Rates
 from server.store.tenants.user_key import UserKeys
+from server.store.worth import WorthStore
 
 BANK = "9f2c41d0"
 RECIPE = f"mta3:{BANK}:shared:c"
@@ -80,7 +81,7 @@ class StoreParts:
     def __init__(self, url: str) -> None:
         self.connection = FaultyConnection(url)
         self.profiles, self.jobs = ProfileStore(self.connection), JobStore(self.connection)
-        self.feedback = FeedbackStore(self.connection)
+        self.feedback, self.worth = FeedbackStore(self.connection), WorthStore(self.connection)
         self.keys, self.rates = AccessKeys(self.connection), Rates(self.connection)
         self.adapters, self.signing = AdapterStore(self.connection), UserQueue(self.connection, "sign", BANK)
 
@@ -115,12 +116,13 @@ class StoreParts:
             self.profiles,
             adapters=self.adapters,
             jobs=self.jobs,
+            worth=self.worth,
             signing=lambda bank: UserQueue(self.connection, "sign", bank),
             bank=BANK,
             log_file=AppendOnlyFile(self.connection),
             drop=AsyncMock(),
         )
-        return await erasing.erase(KEYS.user(user))
+        return await erasing.erase(KEYS.user(user), TENANT)
 
 
 @asynccontextmanager

@@ -40,7 +40,7 @@ class Arm(StrEnum):
 
     FULL = "full"  # as personally as possible
     LOWER = "lower"  # one level lower
-    NONE = "none"  # not compared: the request chose a level, or the engine could not serve the user's
+    NONE = "none"  # not compared: nobody is held out, the request chose a level, or the engine cannot serve it
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,8 @@ class Personalizer:
             trained_on = replace(parse_recipe(adapter.recipe), user_adapter=UserAdapterId(user.key, adapter.id))
             stacked = replace(merged, level=Level.STACKED, recipe=trained_on, made_in=adapter.made_in)
             ladder = stacked, replace(merged, reason="the engine cannot serve this user's adapter"), base
-        return ladder if request.strength < 1 else self._in_arm(ladder, arm_of(user.key, request.holdout), profile)
+        is_compared = request.holdout > 0 and request.strength == 1
+        return self._in_arm(ladder, arm_of(user.key, request.holdout), profile) if is_compared else ladder
 
     def _in_arm(self, ladder: tuple[Personalization, ...], arm: Arm, profile: Profile) -> tuple[Personalization, ...]:
         """Return the personalizations for a user in an arm; below merged is the common row, if the bank has one."""

@@ -14,6 +14,7 @@ from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest
 from server.gateway.generation.answer_ids import AnswerNote
 from server.gateway.learning.refreshing import Refreshing
+from server.gateway.learning.tallies import Person, Tallies
 from server.gateway.users.profiles import Profiles
 from server.settings import MAX_ITEM_BYTES
 from server.store.feedback import Feedback, FeedbackStore, Outcome, Rating
@@ -52,8 +53,11 @@ class Feedbacks:
     store: FeedbackStore
     profiles: Profiles
     refreshing: Refreshing
+    tallies: Tallies
 
-    async def give(self, user: User, note: AnswerNote, given: Given, epoch: str, *, refresh_after: int = 0) -> Learnt:
+    async def give(
+        self, user: User, note: AnswerNote, given: Given, epoch: str, *, tenant: str, refresh_after: int = 0
+    ) -> Learnt:
         """Store feedback; feedback on the same answer adds to the earlier one and replaces what both say.
 
         A final text that differs from the answer becomes a sample and an item of the user's history, each under the
@@ -70,7 +74,8 @@ class Feedbacks:
         new = new.over(await self.store.feedback(user.key, note.request_id))
         if sample:
             await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
-        await self.store.put(user.key, note.request_id, new, sample, epoch)
+        before = await self.store.put(user.key, note.request_id, new, sample, epoch)
+        self.tallies.count_feedback(Person(tenant, user.key, epoch), note, new, before)
         job = await self.refreshing.refresh_if_due(user, refresh_after, epoch) if sample else None
         return Learnt(new, learned=sample is not None, job=job)
 

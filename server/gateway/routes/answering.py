@@ -21,6 +21,7 @@ from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
 from server.gateway.learning.messages import Lesson, item_of
+from server.gateway.learning.tallies import Person
 from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts
 
@@ -212,7 +213,11 @@ class AnswerResponse(Response):
 
     def _after(self, answer: Answer) -> None:
         """Count a complete answer, and learn from the message that it answers."""
-        user, item = self._request.user, self._request.lesson
+        request = self._request
+        user, item = request.user, request.lesson
+        if user and answer.compared:
+            person = Person(request.caller.tenant, user.key, answer.epoch)
+            self._parts.tallies.count_answer(person, answer.personalization, request.holdout)
         if user and item:
             self._parts.learner.learn(self._parts.profiles, Lesson(user, item, answer.epoch))
         self._parts.metrics.observe(answer.timings.ms, answer.personalization.level.value, answer.stream.usage)

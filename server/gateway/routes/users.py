@@ -147,9 +147,10 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
 async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     """Export everything that is stored about the user, as one JSON object.
 
-    It contains the fields of the user's record, `items`, their `vectors`, `samples`, `jobs` (with the idempotency key
-    and trace of each request) and `adapter`: the stored user adapter and, in `peft`, the complete adapter that is
-    served, as the `config` and `weights` (base64) of a PEFT folder; `says` describes it, or why it is missing.
+    It contains the fields of the user's record, `items`, their `vectors`, `samples`, `feedback`, `tally` (counts of
+    compared answers), `jobs` (with the idempotency key and trace of each request) and `adapter`: the stored user
+    adapter and, in `peft`, the complete adapter that is served, as the `config` and `weights` (base64) of a PEFT
+    folder; `says` describes it, or why it is missing.
     """
     export = await parts_of(request).exporting.export(user_of(request, user_id), _exported_job)
     if export is None:
@@ -164,7 +165,7 @@ async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
     No limit applies beforehand; if nothing was stored, the request then counts against the API key.
     """
     parts = parts_of(request)
-    erasure = await parts.erasing.erase(user_of(request, user_id))
+    erasure = await parts.erasing.erase(user_of(request, user_id), caller_of(request).tenant)
     if erasure is None:
         parts.limiter.count_afterwards(caller_of(request))
         raise _unknown(user_id)

@@ -26,6 +26,7 @@ from server.store.profiles import Erasure, ProfileStore
 from server.store.queue import UserQueue
 from server.store.samples import decode_sample
 from server.store.tenants.user_key import User
+from server.store.worth import WorthStore, monday
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Exporting:
     profiles: ProfileStore
     jobs: JobStore
     feedback: FeedbackStore
+    worth: WorthStore
     adapters: AdapterStore
     folder: Path  # of the served bank
     manifest: BankManifest
@@ -50,6 +52,7 @@ class Exporting:
         samples = await self.jobs.samples(key)
         jobs = await self.jobs.jobs(key)
         feedback = await self.feedback.entries(key)
+        tally = await self.worth.tally(key)
         note = profile.adapter
         stored = await self.adapters.adapter(UserAdapterId(key, note.id)) if note else None
         if await self.profiles.epoch(key) != snapshot.epoch:
@@ -67,6 +70,10 @@ class Exporting:
             "feedback": [
                 {"answer": answer, "at_ms": entry.at_ms, **asdict(entry.feedback), "sample": entry.sample}
                 for answer, entry in feedback.items()
+            ],
+            "tally": [
+                {"week": monday(cell.week), "level": cell.level, "arm": cell.arm, **asdict(counts)}
+                for cell, counts in tally.items()
             ],
             "jobs": [job_answer(job) for job in jobs],
             "adapter": _adapter_fields(note, stored, says) | {"peft": peft} if note else None,
@@ -90,14 +97,15 @@ class Erasing:
     profiles: ProfileStore
     adapters: AdapterStore
     jobs: JobStore
+    worth: WorthStore
     signing: Callable[[str], UserQueue]  # signing queue of a bank, by its 8 hex digits
     bank: str  # 8 hex digits of the served bank
     log_file: AppendOnlyFile
     drop: Callable[[str], Coroutine[Any, Any, None]]  # drops a user's adapters from every engine
     _dropping: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def erase(self, user: User) -> Erasure | None:
-        """Erase a user; return None if the store has neither data nor an erasure record of the user.
+    async def erase(self, user: User, tenant: str) -> Erasure | None:
+        """Erase a user of a tenant; return None if the store has neither data nor an erasure record of the user.
 
         Every step is idempotent: a repeated DELETE finishes one that failed half-way and returns the same answer. An
         unreachable engine needs no retry: engines check every adapter they hold against the store.
@@ -110,6 +118,7 @@ class Erasing:
         if erasure is None:
             return None
         await self.adapters.remove_adapted(key)
+        await self.worth.remove_erased(key, tenant)
         for bank in {self.bank, *erasure.banks, *await self.adapters.banks()}:
             await self.jobs.remove_erased(key, bank)
             await self.signing(bank).remove_erased(key)

@@ -9,6 +9,7 @@ Per user (`server/store/tenants/user_key.py`)::
     mta:{<user key>}:samples    list    encoded samples, oldest first                       -
     mta:{<user key>}:feedback   hash    answer → time and feedback (`store/feedback.py`)    -
     mta:{<user key>}:learned    hash    answer → encoded sample that feedback brought       -
+    mta:{<user key>}:tally      hash    week, level, arm → counts (`server/store/worth.py`)     3 weeks
     mta:{<user key>}:adapter    hash    id, recipe, sha256, raw                             - (temporary: as given)
     mta:{<user key>}:jobs       hash    `last` → number of the newest job                   -
     mta:{<user key>}:job:<n>    hash    a job's record (`server/store/jobs.py`)             7 days or 20 jobs later
@@ -24,6 +25,9 @@ Shared by all users::
 
     mta:adapted               set     banks that had queued users or trained user adapters
     mta:adapted:<bank>        set     keys of the users whose adapter was trained on the bank
+    mta:worth                 set     `<week> <tenant>`: weeks with people whose tallies are not folded yet
+    mta:worth:<week>:<tenant>  set    keys of these people                                3 weeks
+    mta:worth:folded:<tenant>  hash   week, share held out, level, arm → sums; week 0: of all weeks
     mta:{rewrite}             hash    state of file rewrites (`server/store/append_only_file.py`)
     mta:{rewrite}:<server>    hash    the same, per server if there are several
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`;
@@ -46,6 +50,7 @@ from typing import Literal
 Work = Literal["jobs", "sign"]
 
 BANKS = "mta:adapted"
+WORTH = "mta:worth"
 REWRITE = "mta:{rewrite}"
 ACCESS_KEYS = "mta:{access}:keys"
 
@@ -57,7 +62,7 @@ def _of_user(what: str) -> Callable[[str], str]:
 profile, items, vectors = _of_user("profile"), _of_user("items"), _of_user("vectors")
 samples, adapter, epoch = _of_user("samples"), _of_user("adapter"), _of_user("epoch")
 jobs, job_prefix = _of_user("jobs"), _of_user("job:")
-feedback, learned = _of_user("feedback"), _of_user("learned")
+feedback, learned, tally = _of_user("feedback"), _of_user("learned"), _of_user("tally")
 
 
 def job(user_key: str, number: int) -> str:
@@ -70,6 +75,14 @@ def rewrite(server: str) -> str:  # by the server's id, which is empty if there 
 
 def adapted(bank: str) -> str:
     return f"{BANKS}:{bank}"
+
+
+def people(week: int, tenant: str) -> str:
+    return f"{WORTH}:{week}:{tenant}"
+
+
+def folded(tenant: str) -> str:
+    return f"{WORTH}:folded:{tenant}"
 
 
 def rate(owner: str, what: str) -> str:

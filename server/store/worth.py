@@ -1,0 +1,197 @@
+"""What personalisation is worth: tallies of each person and week, and their sums by tenant (keys: `redis/keys.py`).
+
+Writes do not wait for the disk: a crash forgets the tallies of the last seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from datetime import date, timedelta
+from operator import methodcaller, sub
+from typing import Self
+
+from server.store.durability import corrupt_if_undecodable
+from server.store.feedback import Feedback, Outcome, Rating
+from server.store.redis import keys
+from server.store.redis.scripts import script
+from server.store.redis.servers.connection import RedisConnection
+
+TALLY_S = 21 * 24 * 3600  # a week is folded within its next one
+EVER = 0
+"""The week under which the sums of all weeks are kept."""
+
+# KEYS: a hash; for a user's also the epoch. ARGV: epoch, expiry (s; 0: none), token of this call (empty: none), then
+# fields with numbers to add to theirs. A call that is repeated, as its answer was lost, adds nothing. Returns whether
+# the user is not erased.
+_ADD = script("""
+local epoch, expiry_s, token = unpack(ARGV)
+if KEYS[2] and erased_since(KEYS[2], epoch) then return 0 end
+if token ~= '' then
+  if redis.call('HGET', KEYS[1], 'token') == token then return 1 end
+  redis.call('HSET', KEYS[1], 'token', token)
+end
+for i = 4, #ARGV, 2 do
+  local before, sums = string.gmatch(redis.call('HGET', KEYS[1], ARGV[i]) or '', '%S+'), {}
+  for number in string.gmatch(ARGV[i + 1], '%S+') do
+    sums[#sums + 1] = string.format('%.17g', number + (before() or 0))
+  end
+  redis.call('HSET', KEYS[1], ARGV[i], table.concat(sums, ' '))
+end
+if expiry_s ~= '0' then redis.call('EXPIRE', KEYS[1], expiry_s) end
+return 1
+""")
+
+# KEYS: tally. ARGV: week. Removes the fields of that week and returns them.
+_TAKE = """
+local all, taken = redis.call('HGETALL', KEYS[1]), {}
+for i = 1, #all, 2 do
+  if string.find(all[i], ARGV[1] .. '.', 1, true) == 1 then
+    taken[#taken + 1], taken[#taken + 2] = all[i], all[i + 1]
+    redis.call('HDEL', KEYS[1], all[i])
+  end
+end
+return taken
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What counts are about; `level` is the one that the arm `full` speaks."""
+
+    week: int
+    share: int  # of people held out, per 10,000; 0 in a person's tally, whose counts contain it
+    level: str
+    arm: str
+
+    @property
+    def field(self) -> str:
+        return f"{self.week}.{self.share}.{self.level}.{self.arm}"
+
+    @classmethod
+    def of(cls, field: str) -> Self:
+        week, share, level, arm = field.split(".")
+        return cls(int(week), int(share), level, arm)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Numbers of answers, by what people did with them."""
+
+    answers: float = 0
+    shares: float = 0  # sum of the shares of people held out, per 10,000
+    answered: float = 0  # with feedback
+    sent: float = 0
+    edited: float = 0
+    discarded: float = 0
+    up: float = 0
+    down: float = 0
+    measured: float = 0  # with a known share of changed text
+    changed: float = 0  # sum of these shares
+
+    @classmethod
+    def of(cls, feedback: Feedback | None) -> Counts:
+        """Return the counts of the feedback on one answer."""
+        if feedback is None:
+            return cls()
+        return cls(
+            answered=1,
+            sent=feedback.outcome is Outcome.SENT,
+            edited=feedback.outcome is Outcome.EDITED,
+            discarded=feedback.outcome is Outcome.DISCARDED,
+            up=feedback.rating is Rating.UP,
+            down=feedback.rating is Rating.DOWN,
+            measured=feedback.changed is not None,
+            changed=feedback.changed or 0,
+        )
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(*map(sub, astuple(self), astuple(other)))
+
+
+class WorthStore:
+    """Stores tallies and their sums. Methods raise `Unavailable` as the other stores do."""
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
+
+    async def add(self, user_key: str, epoch: str, counts: Mapping[Cell, Counts]) -> bool:
+        """Add to a person's tally; return False, and add nothing, if the user was erased since `epoch`."""
+        names = (keys.tally(user_key), keys.epoch(user_key))
+        return bool(await self._add(names, epoch, TALLY_S, "", {cell: astuple(counts[cell]) for cell in counts}))
+
+    async def tally(self, user_key: str) -> Mapping[Cell, Counts]:
+        raw = await self._connection.run(lambda redis: redis.hgetall(keys.tally(user_key)))
+        return {cell: Counts(*numbers) for cell, numbers in _decoded(raw).items()}
+
+    async def take(self, user_key: str, week: int) -> Mapping[Cell, Counts]:
+        """Remove a person's tally of a week and return it: of several callers, one gets it."""
+        raw = await self._connection.evaluate(_TAKE, (keys.tally(user_key),), week)
+        taken = _decoded(dict(zip(raw[::2], raw[1::2], strict=True)))
+        return {cell: Counts(*numbers) for cell, numbers in taken.items()}
+
+    async def add_people(self, week: int, tenant: str, user_keys: Iterable[str]) -> None:
+        """Note people who have a tally of a week."""
+        await self._connection.run(methodcaller("sadd", keys.WORTH, f"{week} {tenant}"))
+        name = keys.people(week, tenant)
+        await self._connection.run(methodcaller("sadd", name, *user_keys))
+        await self._connection.run(methodcaller("expire", name, TALLY_S))
+
+    async def remove_erased(self, user_key: str, tenant: str) -> None:
+        for week in await self.weeks(tenant):
+            await self._connection.run(methodcaller("srem", keys.people(week, tenant), user_key))
+
+    async def all_weeks(self) -> list[tuple[int, str]]:
+        """Return the weeks, each with a tenant, that have people whose tallies are not folded yet."""
+        members = await self._connection.run(methodcaller("smembers", keys.WORTH))
+        named = (member.decode().partition(" ") for member in members)
+        return sorted((int(week), tenant) for week, _, tenant in named)
+
+    async def weeks(self, tenant: str) -> list[int]:
+        return [week for week, name in await self.all_weeks() if name == tenant]
+
+    async def people(self, week: int, tenant: str) -> int:
+        """Return the number of people with a tally of a week that is not folded yet."""
+        return int(await self._connection.run(methodcaller("scard", keys.people(week, tenant))))
+
+    async def pop_people(self, week: int, tenant: str, count: int) -> list[str]:
+        """Remove some people of a week and return them; of several callers, each gets others."""
+        popped = await self._connection.run(methodcaller("spop", keys.people(week, tenant), count))
+        return [user_key.decode() for user_key in popped]
+
+    async def end_week(self, week: int, tenant: str) -> None:
+        """Note that all tallies of a week are folded."""
+        await self._connection.run(methodcaller("srem", keys.WORTH, f"{week} {tenant}"))
+
+    async def add_sums(self, tenant: str, token: str, sums: Mapping[Cell, Sequence[float]]) -> None:
+        """Add to the sums of a tenant; `token` is unique to this call."""
+        await self._add((keys.folded(tenant),), "", 0, token, sums)
+
+    async def sums(self, tenant: str) -> Mapping[Cell, Sequence[float]]:
+        raw = await self._connection.run(methodcaller("hgetall", keys.folded(tenant)))
+        raw.pop(b"token", None)
+        return _decoded(raw)
+
+    async def drop_sums(self, tenant: str, cells: Sequence[Cell]) -> None:
+        if cells:
+            fields = [cell.field for cell in cells]
+            await self._connection.run(methodcaller("hdel", keys.folded(tenant), *fields))
+
+    async def _add(
+        self, names: Sequence[str], epoch: str, expiry_s: int, token: str, sums: Mapping[Cell, Sequence[float]]
+    ) -> object:
+        fields = (part for cell in sums for part in (cell.field, " ".join(f"{number:.17g}" for number in sums[cell])))
+        return await self._connection.evaluate(_ADD, names, epoch, expiry_s, token, *fields)
+
+
+def monday(week: int) -> date:
+    """Return the first day of a week, by the number that `week_of` gives it."""
+    return date(1970, 1, 1) + timedelta(days=7 * week - 3)
+
+
+def _decoded(raw: Mapping[bytes, bytes]) -> dict[Cell, tuple[float, ...]]:
+    with corrupt_if_undecodable():
+        return {Cell.of(field.decode()): tuple(map(float, numbers.split())) for field, numbers in raw.items()}
