@@ -276,16 +276,20 @@ def answered_as(client: Client, user_id: str, **fields: Any) -> dict[str, Any]:
 
 
 def test_an_answer_that_a_fallback_spoke_is_in_no_arm(
-    client: Client, ada: str, gateway: GatewayThread, fake_engine: FakeEngine
+    client: Client, ada: str, gateway: GatewayThread, gateway_settings: Settings, fake_engine: FakeEngine
 ) -> None:
     asyncio.run(give_adapter(gateway, ada))
     assert give(client, ada, answered(client, ada), rating="up").json()["level"] == "merged"
     fake_engine.turn(user_adapters=True)
     spoken = give(client, ada, answered(client, ada), rating="up").json()
-    assert (spoken["level"], spoken["arm"]) == ("stacked", "full")
-    fake_engine.turn(lacks=lambda model: ":u-" in model)
-    spoken = give(client, ada, answered(client, ada), rating="up").json()
-    assert (spoken["level"], spoken["arm"]) == ("merged", "none")
+    assert (spoken["level"], spoken["arm"]) == ("stacked", "none")  # nobody is held out
+    few = gateway_settings.model_copy(update={"holdout": 1e-9})
+    with GatewayThread(few) as own, own.client() as holding_out:
+        spoken = give(holding_out, ada, answered(holding_out, ada), rating="up").json()
+        assert (spoken["level"], spoken["arm"]) == ("stacked", "full")
+        fake_engine.turn(lacks=lambda model: ":u-" in model)
+        spoken = give(holding_out, ada, answered(holding_out, ada), rating="up").json()
+        assert (spoken["level"], spoken["arm"]) == ("merged", "none")
 
 
 def test_feedback_does_not_touch_the_samples_of_a_job(client: Client, ada: str) -> None:
