@@ -23,7 +23,7 @@ KEPT_FEEDBACK = 1000  # entries per user
 
 # KEYS: feedback, learned, epoch. ARGV: epoch, answer, entry, sample (empty: none), number of kept entries. An entry is
 # `<ms> <JSON>`; it keeps the time of the first feedback on its answer. Returns the entry before, empty if there was
-# none, or -1 if the user was erased.
+# none, or -1 if the user was erased; run twice, it returns the new entry, and the change is counted nowhere.
 _PUT = script("""
 local epoch, answer, entry, sample, kept = unpack(ARGV)
 if erased_since(KEYS[3], epoch) then return -1 end
