@@ -44,6 +44,12 @@ def create(
     learn: Annotated[
         bool, typer.Option("--learn", help="Learn from users' messages, unless a request says otherwise.")
     ] = False,
+    history: Annotated[
+        bool,
+        typer.Option(
+            "--history", help="Add past items to OpenAI's conversations too, unless a request says otherwise."
+        ),
+    ] = False,
     holdout: Annotated[float | None, setting("holdout", min=0, max=0.5)] = None,
     refresh: Annotated[int | None, setting("refresh_samples", min=0)] = None,
     first: Annotated[bool, typer.Option("--first", help="Create the key only if the store never had one.")] = False,
@@ -63,7 +69,7 @@ def create(
     owner = settings.tenant if tenant is None else tenant
     scopes = scope or (Scope if first else (Scope.GENERATE, Scope.WRITE, Scope.ADAPT))
     key = access_keys.access_key(secret, name, owner, scopes, Allowance(requests, tokens, jobs, concurrent))
-    key = replace(key, learn=learn, holdout=holdout, refresh=refresh)
+    key = replace(key, learn=learn, history=history, holdout=holdout, refresh=refresh)
     if not _with_keys(settings, lambda keys: keys.add(key, only_first=first)):
         said = f"the store has had a key before, so none was created: `{CREATE} NAME` creates another"
     elif given:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,15 +13,18 @@ from typing import Any
 import pytest
 from httpx import Client, Response
 
-from bench.rig.processes import wait_until
+from bench.rig.processes import mta, wait_until
+from bench.rig.valkey import ValkeyProcess
 from server.gateway.generation import answer_ids
 from server.gateway.generation.answer_ids import answer_id
 from server.gateway.generation.personalizer import Arm, Level
 from server.settings import Settings
+from server.store.tenants.access_keys import Scope
+from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import User, UserKeys
 from tests.support.calls import SAMPLES, NewUser, ask, error_of, put, who
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter, wait_until_ready
+from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter, make_keys, wait_until_ready
 
 UNKNOWN = (404, "answer", "unknown_answer")
 FINAL = {"input": "any plans?", "text": "I have no plans.", "final": "The sea. Always the sea."}
@@ -299,3 +304,29 @@ def test_feedback_does_not_touch_the_samples_of_a_job(client: Client, ada: str) 
     known = export(client, ada)
     assert (len(known["samples"]), len(known["feedback"])) == (2, 1)
     assert client.get(f"/jobs/{job['id']}").json()["state"] == "superseded"
+
+
+def test_a_key_says_what_its_requests_do_unless_they_say_otherwise(
+    gateway_settings: Settings, store: ValkeyProcess, fake_engine: FakeEngine
+) -> None:
+    command = mta("keys", "create", "chat", "--learn", "--history", "--refresh", "1", "--holdout", "0.5")
+    made = subprocess.run(
+        command, env=os.environ | {"MTA_REDIS_URL": store.url}, capture_output=True, text=True, check=True
+    )
+    settings = gateway_settings.model_copy(update={"redis_url": store.url})
+    plain = make_keys(store.url, {"plain": (settings.tenant, Scope, NO_OVERRIDES)})["plain"]
+    with GatewayThread(settings) as own, own.client() as client:
+        wait_until_ready(client)
+        words = "honestly the sea was flat all week"
+        found = dict[str, Any]()
+        for name, secret in (("plain", plain), ("chat", made.stdout.strip())):
+            client.headers["Authorization"] = f"Bearer {secret}"
+            put(client, name, [{"input": "how is the sea?", "output": "flat"}])
+            answer = ask(client, name, **said(words)).json()
+            given = give(client, name, answer["id"], **FINAL).json()
+            found[name] = answer["personalization"] | {"job": given["job"] is not None}
+            assert not ask(client, name, **said(words), learn=False, history=0).json()["personalization"]["history"]
+        default = own.parts.bank.manifest.history_default
+    assert [found["plain"][what] for what in ("learned", "history", "arm", "job")] == [False, 0, None, False]
+    assert [found["chat"][what] for what in ("learned", "history", "job")] == [True, min(1, default), True]
+    assert found["chat"]["arm"] in {"full", "lower"}

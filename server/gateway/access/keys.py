@@ -37,6 +37,7 @@ class Caller:
     scopes: frozenset[Scope]
     allowance: Allowance = NO_OVERRIDES
     learn: bool = False  # the default of requests
+    history: bool = False  # whether it is `auto` by default in OpenAI's conversations
     holdout: float | None = None  # share of users; None: as the settings say
     refresh: int | None = None  # texts after which a user is adapted again; None: as the settings say
 
@@ -94,7 +95,9 @@ class KnownKeys:
             return
         ring = await store.all()
         self._callers = {
-            key.digest: Caller(key.tenant, key.id, key.scopes, key.allowance, key.learn, key.holdout, key.refresh)
+            key.digest: Caller(
+                key.tenant, key.id, key.scopes, key.allowance, key.learn, key.history, key.holdout, key.refresh
+            )
             for key in ring.keys
             if key.revoked_ms is None
         }

@@ -50,6 +50,7 @@ class AccessKey:
     revoked_ms: int | None = None  # time of revocation, Unix time
     allowance: Allowance = NO_OVERRIDES
     learn: bool = False  # whether requests learn from messages unless they say otherwise
+    history: bool = False  # whether OpenAI's conversations have `history: auto` unless they say otherwise
     refresh: int | None = None  # `Settings.refresh_samples` of the key's users; None: as the gateways' settings say
     holdout: float | None = None  # share of users answered one level lower; None: as the gateways' settings say
 
@@ -176,6 +177,7 @@ class AccessKeys:
             "created_ms": key.created_ms,
             "allowance": key.allowance.overrides,
             "learn": key.learn,
+            "history": key.history,
             "holdout": key.holdout,
             "refresh": key.refresh,
         }
@@ -211,6 +213,7 @@ def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:
         revoked_ms,
         Allowance(**{name: value for name, value in record["allowance"].items() if name in Allowance.__slots__}),
         learn=record.get("learn", False),
+        history=record.get("history", False),
         holdout=record.get("holdout"),
         refresh=record.get("refresh"),
     )

@@ -221,7 +221,9 @@ class ChatRequest(OpenAIRequest):
     tools: list[Annotated[Tool, NoNulls]] | None = Field(None, fail_fast=True, min_length=1, max_length=_MAX_TOOLS)
     tool_choice: Annotated[Any, AfterValidator(_check_tool_choice), WithJsonSchema(_CHOICE)] = None
     parallel_tool_calls: bool | None = None
-    history: History = 0
+    history: History | None = Field(
+        None, description="As in `/generate`. Default: `auto` if the API key says so, else 0."
+    )
 
 
 class CompletionRequest(OpenAIRequest):

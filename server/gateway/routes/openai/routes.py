@@ -152,11 +152,11 @@ def _answer(request: Request, body: ChatRequest | CompletionRequest, patience_s:
     )
     if isinstance(body, ChatRequest):
         kind, max_completion_tokens = "chat.completion", body.max_completion_tokens
-        auto = parts.bank.manifest.history_default
+        asked = body.history if body.history is not None else "auto" if caller_of(request).history else 0
         generation = request_of(
             id_prefix="chatcmpl",
             messages=[message.model_dump(exclude_unset=True) for message in body.messages],
-            history=auto if body.history == "auto" else body.history,
+            history=parts.bank.manifest.history_default if asked == "auto" else asked,
             max_tokens=max_completion_tokens or body.max_tokens,
             max_tokens_param="max_completion_tokens" if max_completion_tokens else "max_tokens",
             prompt_param="messages",

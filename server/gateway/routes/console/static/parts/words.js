@@ -38,6 +38,7 @@ export const SOURCES = {
 
 export const LEVELS = {
 	base: 'base model',
+	common: 'what all users share, for comparison',
 	merged: 'merged from anchors',
 	stacked: 'merged, with an adapter of their own',
 };
