@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from httpx import Client, Response
 
+from bank.manifest import BankManifest
 from bench.rig.processes import mta, wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.gateway.generation import answer_ids
@@ -307,8 +308,9 @@ def test_feedback_does_not_touch_the_samples_of_a_job(client: Client, ada: str) 
 
 
 def test_a_key_says_what_its_requests_do_unless_they_say_otherwise(
-    gateway_settings: Settings, store: ValkeyProcess, fake_engine: FakeEngine
+    gateway_settings: Settings, store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(BankManifest, "history_default", 1)
     command = mta("keys", "create", "chat", "--learn", "--history", "--refresh", "1", "--holdout", "0.5")
     made = subprocess.run(
         command, env=os.environ | {"MTA_REDIS_URL": store.url}, capture_output=True, text=True, check=True
@@ -326,7 +328,6 @@ def test_a_key_says_what_its_requests_do_unless_they_say_otherwise(
             given = give(client, name, answer["id"], **FINAL).json()
             found[name] = answer["personalization"] | {"job": given["job"] is not None}
             assert not ask(client, name, **said(words), learn=False, history=0).json()["personalization"]["history"]
-        default = own.parts.bank.manifest.history_default
     assert [found["plain"][what] for what in ("learned", "history", "arm", "job")] == [False, 0, None, False]
-    assert [found["chat"][what] for what in ("learned", "history", "job")] == [True, min(1, default), True]
+    assert [found["chat"][what] for what in ("learned", "history", "job")] == [True, 1, True]
     assert found["chat"]["arm"] in {"full", "lower"}
