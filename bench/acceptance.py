@@ -99,6 +99,7 @@ PACKAGES = (
     Target("known vulnerabilities", "none", lambda value: value in ("none", "none in those", "not checked")),
     Target("packages looked up", "all", lambda value: len(set(_counts(value))) == 1, binding=False),
 )
+SERVED = (Target("answers not served", "0", lambda value: value == 0),)
 GATEWAY = (Target("whole, 1 concurrent: added at p50", "3 ms", lambda value: value["median"] <= 3, binding=False),)
 
 
@@ -170,6 +171,9 @@ def main(
             measure = ("-m", "bench.serving.gateway", "--gateway", url, "--engine", engine, "--max-tokens", 32)
             run.step("gateway", measure, GATEWAY, key)
         run.step("overload", ("-m", "bench.fleet.overload"), (OWN_VERDICT,))
+        run.step("feedback beside answers", ("-m", "bench.learning.rate"), SERVED)
+        learn = ("-m", "bench.learning.predict", *people, "--people", 4, "--texts", 9, "--refresh", 6)
+        run.step("predict, then learn", (*learn, "--out", out / "learning"))
         run.step("oracle", ("-m", "bench.oracle", *people), ORACLE)
         # In bfloat16 an answer depends on its batch where two tokens nearly tie, so use float32.
         with run.needing("an exact server"), _served(out / "data", *served, "--dtype", "float32") as (url, engine, key):
