@@ -1,4 +1,4 @@
-"""The table of `bench.learning.predict`: losses by the number of texts learnt from, over the people who have as many."""
+"""The table of `bench.learning.predict`: losses by the number of texts learnt from, over those who have as many."""
 
 from __future__ import annotations
 
