@@ -3,8 +3,9 @@
     python -m bench.learning.predict --bank BANK --users DATA/blogs/users.json --history 1 --out FOLDER
 
 starts `mta up`. Everybody begins with an empty profile. Before each of a person's texts, its loss is read from
-`/v1/completions` (`echo`, `logprobs`) under the base model and under what the server serves, both alone and with the
-most relevant of the texts so far in the prompt. Then the person asks, and sends their own text as feedback. People are
+`/v1/completions` (`echo`, `logprobs`) under the base model, under the common row, which is trained on all anchors and
+knows no person, and under what the server serves; each alone and with the most relevant of the texts so far in the
+prompt. Then the person asks, and sends their own text as feedback. People are
 adapted again after `--refresh` texts.
 """
 
@@ -41,7 +42,7 @@ from mta_client import Client
 from server.gateway.users.profiles import SIGNED_AT
 from server.settings import load_settings
 
-WAYS = ("base", "served", "base+history", "served+history")
+WAYS = ("base", "common", "served", "base+history", "common+history", "served+history")
 AT_ONCE = 4  # people at a time
 MAX_TOKENS = 512  # longest text; longer ones are cut at the end
 SIGNED_S = 60.0  # longest wait for a person's new recipe
@@ -78,8 +79,7 @@ class Reader:
         for way in WAYS:
             shown = turn_with_memories(self.task, turn, memories) if way.endswith("+history") else turn
             example = encode_pair(self.tokenizer, shown, text, MAX_TOKENS)
-            model = "base" if way.startswith("base") else "mta"
-            loss, level = self._loss(person.user_id, model, example)
+            loss, level = self._loss(person.user_id, way.partition("+")[0], example)
             person.losses[way].append(loss)
         person.levels.append(level)
         asked = {"user_id": person.user_id, "prompt": turn, "max_tokens": _ANSWER_TOKENS, "temperature": 0}
@@ -88,10 +88,11 @@ class Reader:
         job = self._post(f"/users/{person.user_id}/feedback", said)["job"]
         person.jobs += [job] if job else []
 
-    def _loss(self, user_id: str, model: str, example: Example) -> tuple[float, str]:
+    def _loss(self, user_id: str, way: str, example: Example) -> tuple[float, str]:
         """Return the mean loss of the output's tokens, and the level that read it."""
-        asked = {"model": model, "user": user_id, "prompt": list(example.ids), "echo": True, "logprobs": 0}
-        answer = self._post("/v1/completions", asked | {"max_tokens": 0, "temperature": 0})
+        asked = {"prompt": list(example.ids), "echo": True, "logprobs": 0, "max_tokens": 0, "temperature": 0}
+        who = {"model": "base"} if way == "base" else {"user": user_id, "strength": 0 if way == "common" else 1}
+        answer = self._post("/v1/completions", asked | who)
         logprobs = answer["choices"][0]["logprobs"]["token_logprobs"]
         assert len(logprobs) == len(example.ids)
         return -fmean(logprobs[example.loss_from :]), answer["personalization"]["level"]
@@ -167,7 +168,7 @@ def table(learners: Sequence[Learner]) -> Figures:
         if not kept:
             break
         means = {way: [fmean(person.losses[way][first:last]) for person in kept] for way in WAYS}
-        pairs = (("served", "base"), ("served+history", "base+history"))
+        pairs = (("common", "base"), ("served", "common"), ("served+history", "common+history"))
         gains = [
             str(over_users([a - b for a, b in zip(means[one], means[other], strict=True)])) for one, other in pairs
         ]
@@ -175,7 +176,7 @@ def table(learners: Sequence[Learner]) -> Figures:
         shares = ", ".join(f"{levels.count(level) / len(levels):.0%} {level}" for level in dict.fromkeys(levels))
         learnt = f"{first}" if last == first + 1 else f"{first} to {last - 1}"
         lines.append((learnt, *(f"{fmean(means[way]):.3f}" for way in WAYS), *gains, shares))
-    columns = ("texts learnt from", *WAYS, "served less base", "the same with history", "levels")
+    columns = ("texts learnt from", *WAYS, "common less base", "served less common", "both with history", "levels")
     return Figures("Loss of the next text, nats a token", columns, lines)
 
 
