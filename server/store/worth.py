@@ -5,7 +5,7 @@ Writes do not wait for the disk: a crash forgets the tallies of the last seconds
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import date, timedelta
 from operator import methodcaller, sub
@@ -14,7 +14,7 @@ from typing import Self
 from server.store.durability import corrupt_if_undecodable
 from server.store.feedback import Feedback, Outcome, Rating
 from server.store.redis import keys
-from server.store.redis.scripts import script
+from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.connection import RedisConnection
 
 TALLY_S = 21 * 24 * 3600  # a week is folded within its next one
@@ -24,7 +24,7 @@ EVER = 0
 # KEYS: a hash; for a user's also the epoch. ARGV: epoch, expiry (s; 0: none), token of this call (empty: none), then
 # fields with numbers to add to theirs. A call that is repeated, as its answer was lost, adds nothing. Returns whether
 # the user is not erased.
-_ADD = script("""
+_ADD = """
 local epoch, expiry_s, token = unpack(ARGV)
 if KEYS[2] and erased_since(KEYS[2], epoch) then return 0 end
 if token ~= '' then
@@ -40,7 +40,9 @@ for i = 4, #ARGV, 2 do
 end
 if expiry_s ~= '0' then redis.call('EXPIRE', KEYS[1], expiry_s) end
 return 1
-""")
+"""
+_ADD_TO_TALLY = script(_ADD)
+_ADD_TO_SUMS = oom_script(_ADD)  # else a full store would lose the tallies that were taken
 
 # KEYS: tally. ARGV: week. Removes the fields of that week and returns them.
 _TAKE = """
@@ -79,7 +81,8 @@ class Counts:
     """Numbers of answers, by what people did with them."""
 
     answers: float = 0
-    shares: float = 0  # sum of the shares of people held out, per 10,000
+    shares: float = 0  # sum over answers of the share of people held out, per 10,000
+    shares_squared: float = 0  # sum of its square
     answered: float = 0  # with feedback
     sent: float = 0
     edited: float = 0
@@ -105,6 +108,12 @@ class Counts:
             changed=feedback.changed or 0,
         )
 
+    @property
+    def share(self) -> int | None:
+        """Return the share of people held out, per 10,000; None if it is not the same for all answers, or for none."""
+        same = self.answers > 0 and self.shares**2 == self.answers * self.shares_squared
+        return round(self.shares / self.answers) if same else None
+
     def __add__(self, other: Counts) -> Counts:
         return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
@@ -121,7 +130,8 @@ class WorthStore:
     async def add(self, user_key: str, epoch: str, counts: Mapping[Cell, Counts]) -> bool:
         """Add to a person's tally; return False, and add nothing, if the user was erased since `epoch`."""
         names = (keys.tally(user_key), keys.epoch(user_key))
-        return bool(await self._add(names, epoch, TALLY_S, "", {cell: astuple(counts[cell]) for cell in counts}))
+        fields = _encoded({cell: astuple(counts[cell]) for cell in counts})
+        return bool(await self._connection.evaluate(_ADD_TO_TALLY, names, epoch, TALLY_S, "", *fields))
 
     async def tally(self, user_key: str) -> Mapping[Cell, Counts]:
         raw = await self._connection.run(lambda redis: redis.hgetall(keys.tally(user_key)))
@@ -168,7 +178,7 @@ class WorthStore:
 
     async def add_sums(self, tenant: str, token: str, sums: Mapping[Cell, Sequence[float]]) -> None:
         """Add to the sums of a tenant; `token` is unique to this call."""
-        await self._add((keys.folded(tenant),), "", 0, token, sums)
+        await self._connection.evaluate(_ADD_TO_SUMS, (keys.folded(tenant),), "", 0, token, *_encoded(sums))
 
     async def sums(self, tenant: str) -> Mapping[Cell, Sequence[float]]:
         raw = await self._connection.run(methodcaller("hgetall", keys.folded(tenant)))
@@ -180,16 +190,15 @@ class WorthStore:
             fields = [cell.field for cell in cells]
             await self._connection.run(methodcaller("hdel", keys.folded(tenant), *fields))
 
-    async def _add(
-        self, names: Sequence[str], epoch: str, expiry_s: int, token: str, sums: Mapping[Cell, Sequence[float]]
-    ) -> object:
-        fields = (part for cell in sums for part in (cell.field, " ".join(f"{number:.17g}" for number in sums[cell])))
-        return await self._connection.evaluate(_ADD, names, epoch, expiry_s, token, *fields)
-
 
 def monday(week: int) -> date:
     """Return the first day of a week, by the number that `week_of` gives it."""
     return date(1970, 1, 1) + timedelta(days=7 * week - 3)
+
+
+def _encoded(sums: Mapping[Cell, Sequence[float]]) -> Iterator[str]:
+    for cell, numbers in sums.items():
+        yield from (cell.field, " ".join(f"{number:.17g}" for number in numbers))
 
 
 def _decoded(raw: Mapping[bytes, bytes]) -> dict[Cell, tuple[float, ...]]:

@@ -42,11 +42,14 @@ def to(monkeypatch: pytest.MonkeyPatch, week: int, s: float = LATE_HOURS * 3600)
 
 async def test_a_tally_adds_up_and_is_taken_once(parts: StoreParts, raw: Redis) -> None:
     key, other = KEYS.key("ada"), replace(CELL, week=CELL.week + 1)
-    assert await parts.worth.add(key, "", {CELL: Counts(answers=1, shares=500) + TOLD, other: Counts(answers=1)})
+    assert await parts.worth.add(key, "", {CELL: Counts(1, 500, 250_000) + TOLD, other: Counts(answers=1)})
     taken_back = Counts.of(Feedback("merged", "lower", Outcome.EDITED, None, 0.3)) - TOLD
     assert await parts.worth.add(key, "", {CELL: taken_back})
     known = await parts.worth.tally(key)
-    assert known == {CELL: Counts(1, 500, 1, edited=1, measured=1, changed=pytest.approx(0.3)), other: Counts(1)}
+    assert known == {
+        CELL: Counts(1, 500, 250_000, 1, edited=1, measured=1, changed=pytest.approx(0.3)),
+        other: Counts(1),
+    }
     assert 0 < await raw.ttl(keys.tally(key)) <= TALLY_S
     taken = await asyncio.gather(*(parts.worth.take(key, CELL.week) for _ in range(3)))
     assert sorted(map(len, taken)) == [0, 0, 1]
@@ -101,13 +104,15 @@ async def test_several_gateways_fold_each_person_once_when_their_week_is_over(
             gateways[number % 3].count_answer(person(str(number)), Personalization(Level.MERGED, arm=Arm.FULL), HOLDOUT)
     gateways[0].count_answer(person("held"), Personalization(Level.COMMON, arm=Arm.LOWER), HOLDOUT)
     gateways[0].count_answer(person("none"), Personalization(Level.BASE), HOLDOUT)
+    for share in (HOLDOUT, 0.1):  # which changed within the week
+        gateways[1].count_answer(person("mixed"), Personalization(Level.MERGED, arm=Arm.FULL), share)
 
     async def fold() -> None:
         await asyncio.gather(*(gateway.flush() for gateway in gateways))
         await asyncio.gather(*(gateway.fold() for gateway in gateways))
 
     await fold()
-    assert (await parts.worth.sums(TENANT), await parts.worth.people(week, TENANT)) == ({}, 251)
+    assert (await parts.worth.sums(TENANT), await parts.worth.people(week, TENANT)) == ({}, 252)
     to(monkeypatch, week + 1, LATE_HOURS * 3600 - 1)
     await fold()
     assert await parts.worth.sums(TENANT) == {}  # feedback still counts
@@ -117,8 +122,8 @@ async def test_several_gateways_fold_each_person_once_when_their_week_is_over(
     sums = await parts.worth.sums(TENANT)
     full, lower = Cell(week, 500, "merged", "full"), Cell(week, 500, "merged", "lower")
     assert sums.keys() == {full, lower, replace(full, week=EVER), replace(lower, week=EVER)}
-    assert sums[full] == (250, 500, 250_000, *[0] * 8)
-    assert sums[lower] == (1, 1, 500, *[0] * 8)
+    assert sums[full] == (250, 500, 250_000, 500 * 500**2, *[0] * 8)
+    assert sums[lower] == (1, 1, 500, 500**2, *[0] * 8)
     assert sums[replace(full, week=EVER)] == (*[0] * 12, 250, 250, 250)  # all of them were silent
     assert await parts.worth.all_weeks() == []
     late = Cell(week, 0, "merged", "full")

@@ -5,6 +5,7 @@ A lost tally is a person less in the comparison; nobody is counted twice.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections import defaultdict
@@ -65,10 +66,12 @@ class Person:
 class Tallies:
     store: WorthStore
     _pending: dict[Person, dict[Cell, Counts]] = field(default_factory=dict)
+    _storing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def count_answer(self, person: Person, answer: Personalization, holdout: float) -> None:
         """Count a complete answer; `holdout` is the share of users who are held out."""
-        counts = Counts(answers=1, shares=round(holdout * SHARE_UNIT))
+        share = round(holdout * SHARE_UNIT)
+        counts = Counts(answers=1, shares=share, shares_squared=share**2)
         self._count(person, _cell(int(time.time()) // 3600, answer.level, answer.arm), counts)
 
     def count_feedback(self, person: Person, note: AnswerNote, now: Feedback, before: Feedback | None) -> None:
@@ -83,16 +86,17 @@ class Tallies:
 
     async def flush(self) -> None:
         """Store what was counted since the last call; it is lost if the store is down."""
-        pending, self._pending = self._pending, {}
-        people = defaultdict[tuple[int, str], set[str]](set)
-        for person, cells in pending.items():
-            for cell in cells:
-                people[cell.week, person.tenant].add(person.user_key)
-        for (week, tenant), user_keys in people.items():
-            await self.store.add_people(week, tenant, user_keys)
-        for person, cells in pending.items():
-            if not await self.store.add(person.user_key, person.epoch, cells):
-                await self.store.remove_erased(person.user_key, person.tenant)
+        async with self._storing:
+            pending, self._pending = self._pending, {}
+            people = defaultdict[tuple[int, str], set[str]](set)
+            for person, cells in pending.items():
+                for cell in cells:
+                    people[cell.week, person.tenant].add(person.user_key)
+            for (week, tenant), user_keys in people.items():
+                await self.store.add_people(week, tenant, user_keys)
+            for person, cells in pending.items():
+                if not await self.store.add(person.user_key, person.epoch, cells):
+                    await self.store.remove_erased(person.user_key, person.tenant)
 
     async def fold(self) -> None:
         """Add the tallies of finished weeks to the sums of their tenants; several gateways may do so at once."""
@@ -112,8 +116,8 @@ def sums_of(taken: list[Mapping[Cell, Counts]]) -> dict[Cell, tuple[float, ...]]
     sums = dict[Cell, tuple[float, ...]]()
     for tally in taken:
         for cell, counts in tally.items():
-            if counts.answers > 0:  # else the rest of this tally is folded already
-                numbers, share = metrics_of(counts), round(counts.shares / counts.answers)
+            if (share := counts.share) is not None:  # else it has no answers: the rest of it is folded already
+                numbers = metrics_of(counts)
                 powers = [(0.0, 0.0, 0.0) if x is None else (1.0, x, x * x) for x in map(numbers.get, Metric)]
                 for week, more in ((cell.week, (1.0, *astuple(counts))), (EVER, tuple(chain(*powers)))):
                     key = replace(cell, week=week, share=share)
