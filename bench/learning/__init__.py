@@ -1,1 +1,1 @@
-"""How long it takes to see that personal answers are better, and how often an interval sees what is not there."""
+"""Learning from use: its rate, what it gains, and how long it takes to see that personal answers are better."""
