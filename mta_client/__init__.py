@@ -6,6 +6,31 @@ with Client("http://127.0.0.1:8000") as client:  # with MTA_API_KEY from the env
 """
 
 from mta_client.client import Client
-from mta_client.results import Anchor, Answer, Chunk, Erased, Job, MtaError, Personalization, Profile, User
+from mta_client.results import (
+    Anchor,
+    Answer,
+    Chunk,
+    Erased,
+    Feedback,
+    Job,
+    MtaError,
+    Personalization,
+    Profile,
+    User,
+    Worth,
+)
 
-__all__ = ["Anchor", "Answer", "Chunk", "Client", "Erased", "Job", "MtaError", "Personalization", "Profile", "User"]
+__all__ = [
+    "Anchor",
+    "Answer",
+    "Chunk",
+    "Client",
+    "Erased",
+    "Feedback",
+    "Job",
+    "MtaError",
+    "Personalization",
+    "Profile",
+    "User",
+    "Worth",
+]

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
-from mta_client.results import Answer, Chunk, Erased, Job, MtaError, Profile, User, read, read_chunk
+from mta_client.results import Answer, Chunk, Erased, Feedback, Job, MtaError, Profile, User, Worth, read, read_chunk
 
 if TYPE_CHECKING:
     from mta_client.results import T
@@ -100,6 +100,17 @@ class Client:
         """
         body = {"samples": _dicts(samples), "append": append, "config": config}
         return self._call(Job, "POST", f"{_path('users', user_id)}/adapt", body)
+
+    def feedback(self, user_id: str, answer: str, **given: Any) -> Feedback:
+        """Say what a user did with an answer, named by its `id`.
+
+        `given` has `outcome`, `rating`, or `final` with `input` and `text` (`POST /users/{id}/feedback`).
+        """
+        return self._call(Feedback, "POST", f"{_path('users', user_id)}/feedback", {"answer": answer, **given})
+
+    def worth(self) -> Worth:
+        """Return what personalisation is worth to the users of the key's tenant (`GET /worth`)."""
+        return self._call(Worth, "GET", "/worth")
 
     def events(self, job_id: str) -> Generator[Job, None, None]:
         """Yield a job now and after each change, until it has ended."""

@@ -47,6 +47,7 @@ class Personalization:
     """How an answer was personalized: `level` is `base`, `merged` or `stacked`; `reason` says why it is not higher.
 
     `history` is the number of past items in the prompt; `history_reason` says why it is 0, if they came too late.
+    `arm` is set if some users are held out; `learned` says whether the last message is learnt.
     """
 
     level: str
@@ -57,6 +58,8 @@ class Personalization:
     reason: str | None
     timings_ms: Mapping[str, float]
     history_reason: str | None = None
+    arm: str | None = None
+    learned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,32 @@ class Job:
     tries: int
     adapter: str | None
     error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """All that is known about an answer by now; `learned` says whether this brought a text to learn from.
+
+    `job` is the id of the training job that the text brought, if any."""
+
+    answer: str
+    level: str
+    arm: str
+    outcome: str | None
+    rating: str | None
+    changed: float | None
+    job: str | None
+    learned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """What personalisation is worth: in words (`says`), and the numbers behind it as the server sends them."""
+
+    says: Sequence[str]
+    running: Sequence[Mapping[str, Any]]
+    comparisons: Sequence[Mapping[str, Any]]
+    weeks: Sequence[Mapping[str, Any]]
 
 
 def read(kind: type[T], answer: Mapping[str, Any]) -> T:

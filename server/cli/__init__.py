@@ -21,7 +21,7 @@ from server.cli import bench, keys
 from server.cli.bank import commands as bank
 from server.cli.eval import commands as eval
 from server.cli.run import gateway, processes, up
-from server.cli.users import chat
+from server.cli.users import chat, worth
 from server.cli.users import commands as users
 from server.settings import Settings, load_settings
 
@@ -59,6 +59,7 @@ app.command("worker")(processes.worker)
 app.add_typer(keys.app, name="keys")
 app.add_typer(users.app, name="users")
 app.command("chat")(chat.chat)
+app.command("worth")(worth.worth)
 app.command("readapt")(users.readapt)
 
 

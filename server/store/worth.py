@@ -6,9 +6,9 @@ Writes do not wait for the disk: a crash forgets the tallies of the last seconds
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import date, timedelta
-from operator import methodcaller, sub
+from operator import add, attrgetter, methodcaller, sub
 from typing import Self
 
 from server.store.durability import corrupt_if_undecodable
@@ -114,11 +114,19 @@ class Counts:
         same = self.answers > 0 and self.shares**2 == self.answers * self.shares_squared
         return round(self.shares / self.answers) if same else None
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        numbers: tuple[float, ...] = _NUMBERS(self)  # `astuple` copies deeply and takes 30 times as long
+        return numbers
+
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+        return Counts(*map(add, self.numbers, other.numbers))
 
     def __sub__(self, other: Counts) -> Counts:
-        return Counts(*map(sub, astuple(self), astuple(other)))
+        return Counts(*map(sub, self.numbers, other.numbers))
+
+
+_NUMBERS = attrgetter(*Counts.__slots__)
 
 
 class WorthStore:
@@ -130,7 +138,7 @@ class WorthStore:
     async def add(self, user_key: str, epoch: str, counts: Mapping[Cell, Counts]) -> bool:
         """Add to a person's tally; return False, and add nothing, if the user was erased since `epoch`."""
         names = (keys.tally(user_key), keys.epoch(user_key))
-        fields = _encoded({cell: astuple(counts[cell]) for cell in counts})
+        fields = _encoded({cell: counts[cell].numbers for cell in counts})
         return bool(await self._connection.evaluate(_ADD_TO_TALLY, names, epoch, TALLY_S, "", *fields))
 
     async def tally(self, user_key: str) -> Mapping[Cell, Counts]:

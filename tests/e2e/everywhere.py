@@ -24,6 +24,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "users": {"id": "rosa"},
     "adapt": {"user": "kai"},
     "bank": {"user": "rosa"},
+    "worth": {},
     "system": {},
 }
 WIDTHS = (360, 375, 768, 1440, 2560)
@@ -41,6 +42,8 @@ def _settled(look: Looking, place: str) -> Page:
             page.get_by_label("Samples", exact=True).fill('{"input": "a", "output": "b"}\n{"input": "a"}')
         case "bank":
             page.locator(".person").wait_for()
+        case "worth":
+            page.get_by_text("Nothing is compared yet").wait_for()
         case "system":
             page.get_by_role("region", name="Training jobs").wait_for()
     return page

@@ -68,7 +68,7 @@ def import_(
 @app.command()
 def show(user_id: UserId, url: Url = None) -> None:
     """Show the stored data of a user, and the anchors that serve them."""
-    user = _call(url, lambda client: client.user(user_id))
+    user = call_gateway(url, lambda client: client.user(user_id))
     adapter_text = "none"
     if adapter := user.adapter:
         stale = ", for another bank: not served until it is retrained" if adapter["stale"] else ""
@@ -99,7 +99,7 @@ def erase(
     """Erase all stored data of a user permanently."""
     if not yes:
         typer.confirm(f"Erase all stored data of {user_id!r}?", abort=True)
-    answer = _call(url, lambda client: client.forget(user_id))
+    answer = call_gateway(url, lambda client: client.forget(user_id))
     assert answer
     counts = ", ".join(f"{count} {what}" for what, count in answer.erased.items())
     typer.echo(f"erased: {counts}; removed from the store's file on disk by {answer.log_rewritten_by}")
@@ -116,7 +116,7 @@ def export(
     """Export all stored data of a user to a folder: `user.json`, and `adapter/` in PEFT format."""
     # Use a hash, since an id must not be part of a path.
     out = out or Path(f"export-{hashlib.sha256(user_id.encode()).hexdigest()[:16]}")
-    document = _call(url, lambda client: client.export(user_id))
+    document = call_gateway(url, lambda client: client.export(user_id))
     for name in _write_export(out, document):
         typer.echo(str(out / name))
     if document["adapter"]:
@@ -201,7 +201,7 @@ async def _readapt(settings: Settings, default_bank_folder: Path | None, at_a_ti
     )
 
 
-def _call(url: str | None, method: Callable[[Client], T]) -> T:
+def call_gateway(url: str | None, method: Callable[[Client], T]) -> T:
     from server.cli.users.retrying import RetryingGateway, gateway_client
 
     with gateway_client(url) as client:

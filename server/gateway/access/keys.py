@@ -110,6 +110,11 @@ class KnownKeys:
         """Return the first 8 hex digits of the bank assigned to a tenant, or None for the default bank."""
         return self._banks.get(tenant)
 
+    def holds_out(self, tenant: str, default: float) -> bool:
+        """Return whether a key of the tenant holds users out; `default` is the share by the settings."""
+        shares = {caller.holdout for caller in self._callers.values() if caller.tenant == tenant}
+        return any(default if share is None else share for share in shares or {None})
+
     def check_host(self, host: str) -> None:
         """Raise `MtaError` if no key exists and `host` is not a loopback address."""
         if not self._revision and not _is_loopback(host):

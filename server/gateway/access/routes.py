@@ -54,6 +54,7 @@ ROUTES: Mapping[str, Scope | None] = {
     "GET /jobs/{job_id}": Scope.ADAPT,
     "GET /jobs/{job_id}/events": Scope.ADAPT,
     "DELETE /jobs/{job_id}": Scope.ADAPT,
+    "GET /worth": Scope.ADMIN,
     "GET /metrics": Scope.ADMIN,
     "GET /health": OPEN,  # details only with the admin scope
     "GET /ready": OPEN,  # details only with the admin scope

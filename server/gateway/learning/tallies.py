@@ -10,7 +10,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import chain
 from operator import add
@@ -119,7 +119,7 @@ def sums_of(taken: list[Mapping[Cell, Counts]]) -> dict[Cell, tuple[float, ...]]
             if (share := counts.share) is not None:  # else it has no answers: the rest of it is folded already
                 numbers = metrics_of(counts)
                 powers = [(0.0, 0.0, 0.0) if x is None else (1.0, x, x * x) for x in map(numbers.get, Metric)]
-                for week, more in ((cell.week, (1.0, *astuple(counts))), (EVER, tuple(chain(*powers)))):
+                for week, more in ((cell.week, (1.0, *counts.numbers)), (EVER, tuple(chain(*powers)))):
                     key = replace(cell, week=week, share=share)
                     sums[key] = tuple(map(add, sums[key], more)) if key in sums else more
     return sums

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 import mta_client
 from mta_client import Client, MtaError
-from server.gateway.routes import answering, generate, jobs, users
+from server.gateway.routes import answering, feedback, generate, jobs, users, worth
 
 ALONE = "\ud800"  # a lone surrogate, which cannot be encoded
 JOB = jobs.EXAMPLE.model_dump(mode="json") | {"of a later version": True}
@@ -71,10 +71,12 @@ def test_an_id_is_one_segment_of_a_path() -> None:
         (mta_client.Anchor, answering.AnchorAnswer),
         (mta_client.Answer, generate.GenerateAnswer),
         (mta_client.Erased, users.ErasedAnswer),
+        (mta_client.Feedback, feedback.FeedbackAnswer),
         (mta_client.Job, jobs.JobAnswer),
         (mta_client.Personalization, answering.PersonalizationAnswer),
         (mta_client.Profile, users.ProfileAnswer),
         (mta_client.User, users.UserAnswer),
+        (mta_client.Worth, worth.WorthAnswer),
     ],
 )
 def test_values_have_the_fields_of_answers(value: type, answer: type[BaseModel]) -> None:

@@ -8,8 +8,9 @@ import { Bank } from './pages/bank.js';
 import { Playground } from './pages/playground.js';
 import { System } from './pages/system.js';
 import { Users } from './pages/users.js';
+import { Worth } from './pages/worth.js';
 
-const PAGES = { playground: Playground, users: Users, adapt: Adapt, bank: Bank, system: System };
+const PAGES = { playground: Playground, users: Users, adapt: Adapt, bank: Bank, worth: Worth, system: System };
 const titled = (name) => name[0].toUpperCase() + name.slice(1);
 const LOOK_MS = 5000;
 

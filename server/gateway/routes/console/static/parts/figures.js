@@ -5,7 +5,7 @@ import { figure, milliseconds } from './words.js';
 
 const WINDOW_MS = 60_000;
 const REQUESTS = 'mta_requests_total';
-const OWN = /^\/($|ready|health|metrics|bank|console)/; // requests of the console and of probes
+const OWN = /^\/($|ready|health|metrics|bank|worth|console)/; // requests of the console and of probes
 const others = ({ route }) => !OWN.test(route);
 const answers = ({ level }) => Boolean(level);
 const of = (name, value) => (labels) => labels[name] === value;
