@@ -10,6 +10,7 @@ from itertools import chain
 import pytest
 from redis.asyncio import Redis
 
+from server.errors import Unavailable
 from server.gateway.generation.personalizer import Arm, Level, Personalization, week_of
 from server.gateway.learning.tallies import KEPT_WEEKS, LATE_HOURS, MAX_PENDING, Metric, Person, Tallies, metrics_of
 from server.store.feedback import Feedback, Outcome, Rating
@@ -131,6 +132,33 @@ async def test_several_gateways_fold_each_person_once_when_their_week_is_over(
     await parts.worth.add_people(week, TENANT, [KEYS.key("1")])
     await fold()
     assert (await parts.worth.sums(TENANT), await parts.worth.tally(KEYS.key("1"))) == (sums, {})
+
+
+async def test_a_fold_or_a_flush_that_fails_counts_nobody_twice(
+    parts: StoreParts, monkeypatch: pytest.MonkeyPatch, week: int
+) -> None:
+    tallies, spoken = Tallies(parts.worth), Personalization(Level.MERGED, arm=Arm.FULL)
+
+    async def refuse(*_: object) -> None:
+        raise Unavailable("the store is down")
+
+    for number in range(150):
+        tallies.count_answer(person(str(number)), spoken, HOLDOUT)
+    await tallies.flush()
+    for method in ("add_people", "add"):
+        with monkeypatch.context() as patched, pytest.raises(Unavailable):
+            tallies.count_answer(person("0"), spoken, HOLDOUT)
+            patched.setattr(parts.worth, method, refuse)
+            await tallies.flush()
+    await tallies.flush()
+    to(monkeypatch, week + 1)
+    with monkeypatch.context() as patched, pytest.raises(Unavailable):
+        patched.setattr(parts.worth, "add_sums", refuse)
+        await tallies.fold()
+    await tallies.fold()
+    people, answers, *_ = (await parts.worth.sums(TENANT))[Cell(week, 500, "merged", "full")]
+    assert (people, answers) == (50, 50)
+    assert await parts.worth.all_weeks() == []
 
 
 async def test_old_weeks_are_dropped_and_so_are_shares_that_nobody_is_held_out_by_any_more(
