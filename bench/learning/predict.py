@@ -12,9 +12,9 @@ adapted again after `--refresh` texts.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,16 +36,16 @@ from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model
 from bench import script
 from bench.page.report import Figures, tabulate
-from bench.rig.processes import wait_until
 from bench.rig.up import up
 from mta_client import Client
 from server.gateway.users.profiles import SIGNED_AT
 from server.settings import load_settings
 
 WAYS = ("base", "common", "served", "base+history", "common+history", "served+history")
-AT_ONCE = 4  # people at a time
+AT_ONCE = 6  # people at a time: some wait for training while others are read
 MAX_TOKENS = 512  # longest text; longer ones are cut at the end
-SIGNED_S = 60.0  # longest wait for a person's new recipe
+SIGNED_S = 120.0  # longest wait for a person's new recipe
+_POLL_S = 0.5
 _ANSWER_TOKENS = 8  # an answer only has to be there
 
 
@@ -57,7 +57,7 @@ class Learner:
     texts: Sequence[tuple[str, str]]
     losses: dict[str, list[float]] = field(default_factory=lambda: {way: [] for way in WAYS})  # nats per token
     levels: list[str] = field(default_factory=list)
-    jobs: list[str] = field(default_factory=list)
+    jobs: list[str] = field(default_factory=list)  # how their training jobs ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +65,20 @@ class Reader:
     """Reads losses and gives feedback over the HTTP API."""
 
     http: httpx.Client
+    client: Client
     tokenizer: Any
     task: Task
     history: int
 
-    def step(self, person: Learner, place: int) -> None:
-        """Read the losses of one text, then send it instead of an answer."""
+    def learn(self, person: Learner, on_text: Callable[[], object]) -> None:
+        """Let the server learn from a person's texts, one after the other, and read the losses before each."""
+        for place in range(len(person.texts)):
+            self._read(person, place)
+            on_text()
+            if place + 1 < len(person.texts):
+                self._teach(person, place)
+
+    def _read(self, person: Learner, place: int) -> None:
         turn, text = person.texts[place]
         past = [
             Item(f"{number}", {"input": asked, "output": said}) for number, (asked, said) in enumerate(person.texts)
@@ -82,11 +90,28 @@ class Reader:
             loss, level = self._loss(person.user_id, way.partition("+")[0], example)
             person.losses[way].append(loss)
         person.levels.append(level)
+
+    def _teach(self, person: Learner, place: int) -> None:
+        """Send a text instead of an answer, and wait for the signature and the training that it brings."""
+        turn, text = person.texts[place]
+        before = self.client.user(person.user_id).recipe if place else ""
         asked = {"user_id": person.user_id, "prompt": turn, "max_tokens": _ANSWER_TOKENS, "temperature": 0}
         answer = self._post("/generate", asked)
         said = {"answer": answer["id"], "input": turn, "text": answer["text"], "final": text}
         job = self._post(f"/users/{person.user_id}/feedback", said)["job"]
-        person.jobs += [job] if job else []
+        if place + 1 in SIGNED_AT:
+            self._until_signed(person.user_id, before)
+        if job:
+            person.jobs.append(f"{self.client.wait(job, timeout_s=3600, poll_s=_POLL_S).state}")
+
+    def _until_signed(self, user_id: str, before: str) -> None:
+        """Wait for the recipe of a new signature, in vain if it is the same as `before`."""
+        until_s = time.monotonic() + SIGNED_S
+        while time.monotonic() < until_s:
+            user = self.client.user(user_id)
+            if user.source == "signature" and user.recipe != before:
+                return
+            time.sleep(_POLL_S)
 
     def _loss(self, user_id: str, way: str, example: Example) -> tuple[float, str]:
         """Return the mean loss of the output's tokens, and the level that read it."""
@@ -128,8 +153,8 @@ def main(
         httpx.Client(base_url=ran.url, timeout=600) as http,
         Client(ran.url) as client,
     ):
-        _learn(learners, Reader(http, tokenizer, task, history), client)
-        states = [client.wait(job).state for person in learners for job in person.jobs]
+        _learn(learners, Reader(http, client, tokenizer, task, history))
+    states = [state for person in learners for state in person.jobs]
     tabulate([table(learners)], out / "learning.json", people=[asdict(person) for person in learners])
     typer.echo(
         f"training jobs: {', '.join(f'{states.count(state)} {state}' for state in sorted(set(states))) or 'none'}"
@@ -138,26 +163,11 @@ def main(
     typer.echo(f"written: {out / 'loss_by_texts.png'}")
 
 
-def _learn(learners: Sequence[Learner], reader: Reader, client: Client) -> None:
-    rounds = max(len(person.texts) for person in learners)
+def _learn(learners: Sequence[Learner], reader: Reader) -> None:
     with Progress() as progress, ThreadPoolExecutor(AT_ONCE) as pool:
         bar = progress.add_task("texts", total=sum(len(person.texts) for person in learners))
-        for place in range(rounds):
-            asking = [person for person in learners if place < len(person.texts)]
-            before = [client.user(person.user_id).recipe if place else "" for person in asking]
-            for _ in pool.map(partial(reader.step, place=place), asking):
-                progress.advance(bar)
-            if place + 1 in SIGNED_AT:
-                with suppress(AssertionError):  # some recipes stay the same
-                    for person, recipe in zip(asking, before, strict=True):
-                        wait_until(partial(_is_signed, client, person.user_id, recipe), "a signature", SIGNED_S)
-            for person in asking:
-                if person.jobs:
-                    client.wait(person.jobs[-1], timeout_s=3600)
-
-
-def _is_signed(client: Client, user_id: str, before: str) -> bool:
-    return client.user(user_id).recipe != before
+        for _ in pool.map(partial(reader.learn, on_text=partial(progress.advance, bar)), learners):
+            pass
 
 
 def table(learners: Sequence[Learner]) -> Figures:
