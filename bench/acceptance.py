@@ -100,6 +100,7 @@ PACKAGES = (
     Target("packages looked up", "all", lambda value: len(set(_counts(value))) == 1, binding=False),
 )
 SERVED = (Target("answers not served", "0", lambda value: value == 0),)
+CHAT_APP = "python -m venv APP && APP/bin/pip install open-webui, then set CHAT_APP_PYTHON=APP/bin/python"
 GATEWAY = (Target("whole, 1 concurrent: added at p50", "3 ms", lambda value: value["median"] <= 3, binding=False),)
 
 
@@ -136,6 +137,11 @@ class Run:
         self._console.print(f"{name}: {outcome.seconds:.0f} s, exit status {status}")
         return outcome.passed
 
+    def skip(self, name: str, remedy: str) -> None:
+        """Record a step that this machine cannot run, with what it needs."""
+        self._console.print(f"{name}: skipped, {remedy}", soft_wrap=True)
+        self.outcomes.append(Outcome(name, "", 0, 0, [Figure("skipped", remedy, "", met=True, binding=False)]))
+
     @contextmanager
     def needing(self, name: str) -> Iterator[None]:
         """Wrap steps that need a running server; if it does not start, record a failed step."""
@@ -151,6 +157,9 @@ class Run:
 def main(
     data: Annotated[Path, typer.Option(help="Folder of the real histories.", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Option(help="Folder for the bank and the reports.")] = Path("out/acceptance"),
+    app_python: Annotated[
+        Path | None, typer.Option(help="Python with the package `open-webui`.", envvar="CHAT_APP_PYTHON")
+    ] = None,
 ) -> None:
     """Run everything, and print one table at the end."""
     out.mkdir(parents=True, exist_ok=True)
@@ -174,6 +183,11 @@ def main(
         run.step("feedback beside answers", ("-m", "bench.learning.rate"), SERVED)
         learn = ("-m", "bench.learning.predict", *people, "--people", 4, "--texts", 9, "--refresh", 6)
         run.step("predict, then learn", (*learn, "--out", out / "learning"))
+        if app_python:
+            chat = ("-m", "bench.learning.chats", "--bank", bank, "--app-python", app_python)
+            run.step("a chat app in a browser", (*chat, "--out", out / "chats"))
+        else:
+            run.skip("a chat app in a browser", CHAT_APP)
         run.step("oracle", ("-m", "bench.oracle", *people), ORACLE)
         # In bfloat16 an answer depends on its batch where two tokens nearly tie, so use float32.
         with run.needing("an exact server"), _served(out / "data", *served, "--dtype", "float32") as (url, engine, key):

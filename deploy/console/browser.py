@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, Request, sync_playwright
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1440, 900
@@ -79,18 +79,19 @@ def looking(browser: Browser, url: str, width: int = WIDTH, height: int = HEIGHT
         if not request.url.startswith((f"{url}/", "data:", "blob:", "about:")):
             look.foreign.append(request.url)
 
+    def dismissed(dialog: Dialog) -> None:
+        look.faults.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def complained(said: ConsoleMessage) -> None:
+        if said.type in ("error", "warning") and not said.text.startswith("Failed to load resource"):
+            look.faults.append(f"{said.type}: {said.text}")
+
     page.on("request", asked)
     page.on("response", lambda answer: look.refusals.append(answer.status) if answer.status >= 400 else None)
     page.on("pageerror", lambda error: look.faults.append(f"exception: {error}"))
-    page.on("dialog", lambda dialog: (look.faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.on(
-        "console",
-        lambda said: (
-            look.faults.append(f"{said.type}: {said.text}")
-            if said.type in ("error", "warning") and not said.text.startswith("Failed to load resource")
-            else None
-        ),
-    )
+    page.on("dialog", dismissed)
+    page.on("console", complained)
     try:
         yield look
     finally:

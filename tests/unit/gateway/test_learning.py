@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -40,10 +41,22 @@ ANSWERED = {"role": "assistant", "content": "How was the sea?"}
             "I told her (again) that the harbour; well, you know.",
             "I told her (again) that the harbour; well, you know.",
         ),
+        (f"### Task:\nAnswer from the context.\n<context>\n<source id='1'>Tides\n</context>\n\n{SAID}", ""),
+        (f"### Task:\nWrite a title.\n<chat_history>\nUSER: {SAID}\n</chat_history>", ""),
+        (f"{SAID}\nCode runs in `<code_interpreter type='code'></code_interpreter>`: use it.", ""),
+        (f"{SAID} <3 and a > b <br> but c < d", f"{SAID} <3 and a > b <br> but c < d"),
+        (f"> <b>quoted</b>\n{SAID}", SAID),
     ],
 )
 def test_only_a_persons_own_words_are_learnt(text: str, words: str) -> None:
     assert own_words(text) == words
+
+
+def test_a_long_message_is_read_in_no_time() -> None:
+    for text in ("<a-" * 300_000, "<" + "a" * 900_000, "<a " * 300_000):
+        started_s = time.perf_counter()
+        own_words(text)
+        assert time.perf_counter() - started_s < 5
 
 
 def test_an_item_is_the_last_message_of_the_user_after_what_it_answers() -> None:
