@@ -124,7 +124,7 @@ def _app(python: Path, scratch: Path, url: str, key: str) -> Iterator[str]:
     data.mkdir()
     own = {"DATA_DIR": str(data), "STATIC_DIR": str(data / "static"), "WEBUI_SECRET_KEY": secrets.token_hex(16)}
     server = {"OPENAI_API_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": key}
-    command = [str(python.with_name("open-webui")), "serve", "--host", "127.0.0.1", "--port", port]
+    command = [str(python.absolute().with_name("open-webui")), "serve", "--host", "127.0.0.1", "--port", port]
     foreign: dict[str, str | None] = {"PYTHONPATH": None}
     with running(command, {**foreign, **SETTINGS, **ALONE, **own, **server}, cwd=data) as process:
         process.wait_for("Uvicorn running on|Application startup complete|Scheduler worker started", START_S)
