@@ -55,7 +55,8 @@ def item_of(messages: Conversation, task: Task) -> Item | None:
     Its id is the hash of its content, since apps send a conversation again at every turn.
     """
     *before, last = messages
-    if last["role"] != "user" or not (words := own_words(last.get("content") or "")):
+    text = last.get("content") or ""
+    if last["role"] != "user" or len(text) > MAX_ITEM_BYTES or not (words := own_words(text)):
         return None
     asked = before[-1].get("content") if before and before[-1]["role"] == "assistant" else None
     for raw in ({"input": asked, "output": words} if asked else {}, {"text": words}):

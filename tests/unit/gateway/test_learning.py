@@ -75,6 +75,7 @@ def test_an_item_is_the_last_message_of_the_user_after_what_it_answers() -> None
         [{"role": "user", "content": None}],
         [{"role": "tool", "content": SAID}],
         [last | {"content": SAID + "x" * MAX_ITEM_BYTES}],
+        [last | {"content": f"{SAID}\n```{'x' * MAX_ITEM_BYTES}```"}],
         [last | {"content": f"{SAID}\0"}],
     ):
         assert item_of(messages, task) is None
