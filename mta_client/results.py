@@ -47,7 +47,7 @@ class Personalization:
     """How an answer was personalized: `level` is `base`, `merged` or `stacked`; `reason` says why it is not higher.
 
     `history` is the number of past items in the prompt; `history_reason` says why it is 0, if they came too late.
-    `arm` is set if some users are held out; `learned` says whether the last message is learnt.
+    `arm` is `none` unless the user is compared; `learned` says whether the last message is learnt.
     """
 
     level: str
@@ -58,7 +58,7 @@ class Personalization:
     reason: str | None
     timings_ms: Mapping[str, float]
     history_reason: str | None = None
-    arm: str | None = None
+    arm: str = "none"
     learned: bool = False
 
 

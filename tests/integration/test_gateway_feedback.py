@@ -328,6 +328,6 @@ def test_a_key_says_what_its_requests_do_unless_they_say_otherwise(
             given = give(client, name, answer["id"], **FINAL).json()
             found[name] = answer["personalization"] | {"job": given["job"] is not None}
             assert not ask(client, name, **said(words), learn=False, history=0).json()["personalization"]["history"]
-    assert [found["plain"][what] for what in ("learned", "history", "arm", "job")] == [False, 0, None, False]
+    assert [found["plain"][what] for what in ("learned", "history", "arm", "job")] == [False, 0, "none", False]
     assert [found["chat"][what] for what in ("learned", "history", "job")] == [True, 1, True]
     assert found["chat"]["arm"] in {"full", "lower"}

@@ -56,7 +56,6 @@ class Answer:
     limits: Mapping[str, str]  # response headers with the caller's remaining limits
     epoch: str  # the user's, as the request found it
     learns: bool  # whether the last user message becomes an item
-    compared: bool  # whether some users are held out
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield the pieces of `AnswerStream.pieces` and record their timing."""
@@ -125,7 +124,6 @@ class Generator:
                     limits=usage.headers(),
                     epoch=epoch,
                     learns=request.lesson is not None,
-                    compared=request.holdout > 0,
                 )
 
     @asynccontextmanager

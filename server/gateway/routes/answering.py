@@ -64,7 +64,9 @@ class PersonalizationAnswer(BaseModel, frozen=True):
     history_reason: str | None = Field(
         description="Why the requested past items are not in the prompt, if they could not be read in time."
     )
-    arm: Arm | None = Field(description="Arm that the user is in this week; null unless users are held out.")
+    arm: Arm = Field(
+        description="Arm that the user is in this week (`MTA_HOLDOUT`); `none`: the answer is not compared."
+    )
     learned: bool = Field(description="Whether the last user message becomes an item of the user's history (`learn`).")
 
     @classmethod
@@ -79,7 +81,7 @@ class PersonalizationAnswer(BaseModel, frozen=True):
             history_reason=answer.prompt.reason,
             reason=personalization.reason,
             timings_ms=answer.timings.ms,
-            arm=personalization.arm if answer.compared else None,
+            arm=personalization.arm,
             learned=answer.learns,
         )
 
@@ -215,7 +217,7 @@ class AnswerResponse(Response):
         """Count a complete answer, and learn from the message that it answers."""
         request = self._request
         user, item = request.user, request.lesson
-        if user and answer.compared:
+        if user and request.holdout:
             person = Person(request.caller.tenant, user.key, answer.epoch)
             self._parts.tallies.count_answer(person, answer.personalization, request.holdout)
         if user and item:
