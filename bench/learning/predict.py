@@ -191,21 +191,21 @@ def table(learners: Sequence[Learner]) -> Figures:
 
 
 def picture(learners: Sequence[Learner]) -> Any:
-    """Draw the difference to the base model by the number of texts learnt from."""
+    """Draw what knowing the person adds to the common row, by the number of texts learnt from."""
     from bench.page.pictures import panels_in_a_row
 
     figure, (axis,) = panels_in_a_row(1, width=6.4, height=3.6)
     rounds = range(max(len(person.texts) for person in learners))
-    for way in WAYS[1:]:
+    for one, other in (("served", "common"), ("served+history", "common+history")):
         gains = [
-            over_users([p.losses[way][place] - p.losses["base"][place] for p in learners if place < len(p.texts)])
+            over_users([p.losses[one][place] - p.losses[other][place] for p in learners if place < len(p.texts)])
             for place in rounds
         ]
-        axis.plot(rounds, [gain.mean for gain in gains], label=way)
+        axis.plot(rounds, [gain.mean for gain in gains], label=f"{one} less {other}")
         axis.fill_between(rounds, [gain.low for gain in gains], [gain.high for gain in gains], alpha=0.15)
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.set_xlabel("texts learnt from")
-    axis.set_ylabel("loss less the base model's, nats a token")
+    axis.set_ylabel("nats a token")
     axis.legend()
     return figure
 
