@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from server.errors import Unavailable, UserErased
 from server.store.durability import corrupt_if_undecodable
@@ -97,6 +96,9 @@ if current then redis.call('SET', KEYS[1], current) end
 return 1
 """
 
+# KEYS: record, epoch.
+_LOAD = "return {redis.call('GET', KEYS[1]), redis.call('HGET', KEYS[2], 'epoch')}"
+
 # KEYS: record, items, vectors, epoch. Read atomically.
 _READ = """
 return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3]),
@@ -178,13 +180,8 @@ class ProfileStore:
             )
 
     async def load_with_epoch(self, key: str) -> tuple[Profile | None, str]:
-        """Return the profile and the epoch, in one round trip."""
-
-        def both(redis: Any) -> Awaitable[Any]:
-            pipeline = redis.pipeline(transaction=False)
-            return pipeline.get(keys.profile(key)).hget(keys.epoch(key), "epoch").execute()  # type: ignore[no-any-return]
-
-        record, epoch = await self._connection.run(both)
+        """Return the profile and the epoch, of one moment."""
+        record, epoch = await self._connection.evaluate(_LOAD, (keys.profile(key), keys.epoch(key)))
         with corrupt_if_undecodable():
             return decode_profile(record) if record else None, (epoch or b"").decode()
 

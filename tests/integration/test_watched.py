@@ -87,7 +87,7 @@ def test_traces_lead_through_the_engine_say_what_the_store_did_and_link_answers_
     assert within["POST"].parent == request.id
     assert within["llm_request"].parent == within["prepare"].parent == within["POST"].id
     assert within["llm_request"].attributes["gen_ai.usage.completion_tokens"] > 0
-    for name, command in (("POST /generate", "GET"), ("PUT /users/{user_id}/profile", "EVAL")):
+    for name, command in (("POST /generate", "EVAL"), ("PUT /users/{user_id}/profile", "EVAL")):
         request = spans_of(run, name)[0]
         within = run.receiver.trace(request.trace_id)
         asked = [span for span in within if span.attributes.get("db.system") == "redis"]
