@@ -151,7 +151,8 @@ class Fairness:
         gc.freeze()  # a collection of all imported objects would stop the clients for half a second
         async with AsyncExitStack() as stack:
             loaders = [
-                await stack.enter_async_context(loading([self._url], _bodies(self._tokens), key)) for key in self._keys
+                await stack.enter_async_context(loading([self._url], user_bodies(self._tokens), key))
+                for key in self._keys
             ]
             await loaders[0].closed(PLACES, min(seconds, 5), lambda _: None)
             capacity = (await loaders[0].closed(PLACES, seconds / turns, lambda _: None)).rate
@@ -322,7 +323,7 @@ class Fairness:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _bodies(tokens: int) -> Iterator[dict[str, Any]]:
+def user_bodies(tokens: int) -> Iterator[dict[str, Any]]:
     """Yield requests of the users in turn, with distinct prompts."""
     for number in itertools.count():
         user, prompt = f"user-{number % USERS}", f"Write the sentence number {number}."

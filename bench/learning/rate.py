@@ -14,7 +14,7 @@ import itertools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ import aiohttp
 import typer
 
 from bench import script
+from bench.fleet.fairness import PLACES, USERS, user_bodies
 from bench.fleet.streams import Load, loading
 from bench.page.report import Spread, report
 from bench.rig.engine import KEY
@@ -35,8 +36,6 @@ from bench.rig.valkey import ValkeyProcess
 from bench.serving.front import SECRET
 from mta_client import Client
 
-PLACES = 32
-USERS = 8
 TOKENS = 32
 
 
@@ -72,7 +71,7 @@ async def _measure(url: str, seconds: float, turns: int, clients: int) -> list[t
     gc.freeze()  # a collection of all imported objects would stop the clients for half a second
     alone, beside, rates = list[Load](), list[Load](), list[float]()
     statuses: Counter[int] = Counter()
-    async with loading([url], _bodies()) as loader:
+    async with loading([url], user_bodies(TOKENS)) as loader:
         await loader.closed(PLACES, min(seconds, 5), lambda _: None)
         half = (await loader.closed(PLACES, seconds, lambda _: None)).rate / 2
         for turn in range(turns):
@@ -117,19 +116,6 @@ async def _client(session: aiohttp.ClientSession, user_id: str, statuses: Counte
         final = f"{world(number % 6)}, as person number {number} says it"
         async with session.post(f"/users/{user_id}/feedback", json=said | {"final": final}) as response:
             statuses[response.status] += 1
-
-
-def _bodies() -> Iterator[dict[str, Any]]:
-    """Yield requests of the users in turn, with distinct prompts."""
-    for number in itertools.count():
-        prompt = f"Write the sentence number {number}."
-        yield {
-            "user_id": f"user-{number % USERS}",
-            "prompt": prompt,
-            "max_tokens": TOKENS,
-            "stream": True,
-            "history": 0,
-        }
 
 
 if __name__ == "__main__":

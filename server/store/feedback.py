@@ -121,10 +121,6 @@ class FeedbackStore:
         raw = await self._hash(keys.feedback(user_key))
         return [_entry(entry).at_ms for answer, entry in raw.items() if answer in answers]
 
-    async def samples(self, user_key: str) -> list[Sample]:
-        """Return what the user sent instead of answers, oldest first."""
-        return [entry.sample for entry in (await self.entries(user_key)).values() if entry.sample]
-
     async def _hash(self, name: str) -> Mapping[bytes, bytes]:
         raw: Mapping[bytes, bytes] = await self._connection.run(lambda redis: redis.hgetall(name), WRITE_TIMEOUT_S)
         return raw

@@ -127,9 +127,9 @@ def test_an_id_is_of_one_user_one_tenant_and_one_life(client: Client, ada: str, 
 
 def test_an_id_counts_for_seven_days(client: Client, ada: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answer, now_s = answered(client, ada), time.time()
-    monkeypatch.setattr(answer_ids.time, "time", lambda: now_s + 7 * 24 * 3600)
+    monkeypatch.setattr(time, "time", lambda: now_s + 7 * 24 * 3600)
     assert give(client, ada, answer, rating="up").status_code == 200
-    monkeypatch.setattr(answer_ids.time, "time", lambda: now_s + (7 * 24 + 1) * 3600)
+    monkeypatch.setattr(time, "time", lambda: now_s + (7 * 24 + 1) * 3600)
     assert error_of(give(client, ada, answer, rating="up")) == (410, "answer", "gone")
 
 

@@ -14,20 +14,16 @@ import base64
 import binascii
 import hashlib
 import hmac
-import time
 from dataclasses import dataclass
 
 from adapters.errors import excerpt
 from server.errors import Gone, NotFound
-from server.gateway.generation.personalizer import Arm, Level
+from server.gateway.generation.personalizer import Arm, Level, this_hour
 from server.store.tenants.user_key import User, UserKeys
 
 VALID_HOURS = 7 * 24  # as long as an erasure's tombstone keeps the epoch
-_HOUR_S = 3600
-_HOUR_BYTES, _RECIPE_BYTES, _MAC_BYTES = 3, 4, 16
+_HOUR_BYTES, _RECIPE_BYTES = 3, 4
 _HEAD_BYTES = _HOUR_BYTES + 1 + _RECIPE_BYTES
-
-
 _LEVELS, _ARMS = tuple(Level), tuple(Arm)
 
 
@@ -39,17 +35,15 @@ class AnswerNote:
     hour: int  # since 1970
     level: Level  # of the adapter that spoke in the end
     arm: Arm
-    recipe: bytes  # hash of the recipe's public name
 
 
 def answer_id(
     users: UserKeys, user: User, epoch: str, request_id: str, *, level: Level, arm: Arm, recipe: str | None
 ) -> str:
     """Return the id that the client gets. `recipe` is the public name, None for the base model."""
-    hour = int(time.time()) // _HOUR_S
     kind = _LEVELS.index(level) * len(_ARMS) + _ARMS.index(arm)
     hashed = hashlib.sha256((recipe or "").encode()).digest()[:_RECIPE_BYTES]
-    head = hour.to_bytes(_HOUR_BYTES) + bytes([kind]) + hashed
+    head = this_hour().to_bytes(_HOUR_BYTES) + bytes([kind]) + hashed
     ending = head + _mac(users, user, epoch, request_id, head)
     return f"{request_id}.{base64.urlsafe_b64encode(ending).decode()}"
 
@@ -68,10 +62,10 @@ def read_answer_id(users: UserKeys, user: User, epoch: str, text: str) -> Answer
     if not hmac.compare_digest(mac, _mac(users, user, epoch, request_id, head)):
         raise _unknown(text)
     hour, kind = int.from_bytes(head[:_HOUR_BYTES]), head[_HOUR_BYTES]
-    if int(time.time()) // _HOUR_S - hour > VALID_HOURS:
+    if this_hour() - hour > VALID_HOURS:
         raise Gone(f"answer {excerpt(text)} is older than 7 days: it takes no feedback any more", param="answer")
     level, arm = _LEVELS[kind // len(_ARMS)], _ARMS[kind % len(_ARMS)]
-    return AnswerNote(request_id, hour, level, arm, head[_HOUR_BYTES + 1 :])
+    return AnswerNote(request_id, hour, level, arm)
 
 
 def _mac(users: UserKeys, user: User, epoch: str, request_id: str, head: bytes) -> bytes:

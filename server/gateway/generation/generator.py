@@ -123,7 +123,7 @@ class Generator:
                     timings,
                     limits=usage.headers(),
                     epoch=epoch,
-                    learns=request.lesson is not None,
+                    learns=request.learnt is not None,
                 )
 
     @asynccontextmanager

@@ -143,6 +143,11 @@ class Personalizer:
         task.add_done_callback(self._request_tasks.discard)
 
 
+def this_hour() -> int:
+    """Return the number of hours since 1970."""
+    return int(time.time()) // 3600
+
+
 def week_of(hour: int) -> int:
     """Return the number of the week, from Monday, of an hour since 1970, which began on a Thursday."""
     return (hour + 3 * 24) // WEEK_HOURS
@@ -150,7 +155,7 @@ def week_of(hour: int) -> int:
 
 def arm_of(user_key: str, holdout: float) -> Arm:
     """Return a user's arm in this week: `holdout` is the share of users in the lower one."""
-    week = week_of(int(time.time()) // 3600)
+    week = week_of(this_hour())
     drawn = hashlib.sha256(f"{week} {user_key}".encode()).digest()[:8]
     return Arm.LOWER if int.from_bytes(drawn) < holdout * (1 << 64) else Arm.FULL
 

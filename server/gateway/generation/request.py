@@ -45,7 +45,7 @@ class GenerationRequest:
     users: UserKeys  # of the caller's tenant
     caller: Caller
     holdout: float = 0.0  # share of users who are answered one level lower, for comparison
-    lesson: Item | None = None  # the last user message as an item, if it is to be learnt
+    learnt: Item | None = None  # the last user message as an item, if it is to be learnt
     patience_s: float | None  # longest wait for a place in the engines, in seconds; None for the default
     user_param: str  # the three `_param` fields are names of HTTP fields, for error messages
     prompt_param: str

@@ -68,7 +68,7 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class SequentialInterval:
     """An estimate and the two ends of its interval, in the unit of the numbers, or as a share in `relative`."""
 
     estimate: float
@@ -80,16 +80,16 @@ class Interval:
         return not self.low <= value <= self.high
 
 
-def difference(lower: Totals, full: Totals, alpha: float = ALPHA) -> Interval | None:
+def difference(lower: Totals, full: Totals, alpha: float = ALPHA) -> SequentialInterval | None:
     """Return the mean of `lower` less the mean of `full`; None below `MIN_PEOPLE_WEEKS` in either arm."""
     if not _enough(lower, full):
         return None
     estimate = lower.mean - full.mean
     margin = _standard_errors(_effective(lower, full), alpha) * sqrt(lower.variance_of_mean + full.variance_of_mean)
-    return Interval(estimate, estimate - margin, estimate + margin)
+    return SequentialInterval(estimate, estimate - margin, estimate + margin)
 
 
-def relative(lower: Totals, full: Totals, alpha: float = ALPHA) -> Interval | None:
+def relative(lower: Totals, full: Totals, alpha: float = ALPHA) -> SequentialInterval | None:
     """Return the difference over the mean of `lower`: 0.18 is "saves 18 %"; at most 1, below 0 where `full` is higher.
 
     Holds each share r for which lower·(1 − r) − full is not yet told from 0 (Fieller 1954), so it excludes 0 exactly
@@ -105,7 +105,7 @@ def relative(lower: Totals, full: Totals, alpha: float = ALPHA) -> Interval | No
     middle = lower.mean * full.mean
     half = sqrt(max(0.0, middle * middle - below * above))
     least, most = max(0.0, (middle - half) / below), (middle + half) / below
-    return Interval(1 - full.mean / lower.mean, 1 - most, 1 - least)
+    return SequentialInterval(1 - full.mean / lower.mean, 1 - most, 1 - least)
 
 
 def people_weeks_needed(

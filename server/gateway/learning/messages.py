@@ -68,7 +68,7 @@ def item_of(messages: Conversation, task: Task) -> Item | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class LearntMessage:
     """An item of a user's own words, from a request of this epoch."""
 
     user: User
@@ -78,24 +78,24 @@ class Lesson:
 
 @dataclass
 class MessageLearner:
-    """Stores lessons in the background, one at a time; the request has been answered by then."""
+    """Stores messages in the background, one at a time; the request has been answered by then."""
 
     learned: Callable[[int], None]  # called with the number of new items
-    _pending: asyncio.Queue[tuple[Profiles, Lesson]] = field(default_factory=lambda: asyncio.Queue(MAX_PENDING))
+    _pending: asyncio.Queue[tuple[Profiles, LearntMessage]] = field(default_factory=lambda: asyncio.Queue(MAX_PENDING))
 
     @property
     def has_room(self) -> bool:
         return not self._pending.full()
 
-    def learn(self, profiles: Profiles, lesson: Lesson) -> None:
+    def learn(self, profiles: Profiles, message: LearntMessage) -> None:
         with suppress(asyncio.QueueFull):
-            self._pending.put_nowait((profiles, lesson))
+            self._pending.put_nowait((profiles, message))
 
     async def run(self) -> None:
         while True:
-            profiles, lesson = await self._pending.get()
+            profiles, message = await self._pending.get()
             try:
-                update = await profiles.learn(lesson.user, lesson.item, lesson.epoch)
+                update = await profiles.learn(message.user, message.item, message.epoch)
                 self.learned(update.changed)
             except UserErased:
                 pass
@@ -107,6 +107,6 @@ class MessageLearner:
                 self._pending.task_done()
 
     async def finish(self) -> None:
-        """Wait until all pending lessons are stored, for at most `CLOSE_S`."""
+        """Wait until all pending messages are stored, for at most `CLOSE_S`."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._pending.join(), CLOSE_S)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from itertools import chain
 from operator import add
 
 from server.gateway.generation.answer_ids import AnswerNote
-from server.gateway.generation.personalizer import Arm, Level, Personalization, week_of
+from server.gateway.generation.personalizer import Arm, Level, Personalization, this_hour, week_of
 from server.store.feedback import Feedback
 from server.store.worth import EVER, Cell, Counts, WorthStore
 
@@ -72,7 +71,7 @@ class Tallies:
         """Count a complete answer; `holdout` is the share of users who are held out."""
         share = round(holdout * SHARE_UNIT)
         counts = Counts(answers=1, shares=share, shares_squared=share**2)
-        self._count(person, _cell(int(time.time()) // 3600, answer.level, answer.arm), counts)
+        self._count(person, _cell(this_hour(), answer.level, answer.arm), counts)
 
     def count_feedback(self, person: Person, note: AnswerNote, now: Feedback, before: Feedback | None) -> None:
         """Count what feedback changes; `before` is what was known about the answer."""
@@ -100,7 +99,7 @@ class Tallies:
 
     async def fold(self) -> None:
         """Add the tallies of finished weeks to the sums of their tenants; several gateways may do so at once."""
-        this_week = week_of(int(time.time()) // 3600 - LATE_HOURS)
+        this_week = week_of(this_hour() - LATE_HOURS)
         for week, tenant in await self.store.all_weeks():
             if week < this_week:
                 while user_keys := await self.store.pop_people(week, tenant, _BATCH):

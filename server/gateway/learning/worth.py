@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.learning.confidence import (
     MIN_PEOPLE_WEEKS,
-    Interval,
+    SequentialInterval,
     Totals,
     difference,
     people_weeks_needed,
@@ -63,12 +63,12 @@ class Comparison:
     full: Totals
 
     @property
-    def difference(self) -> Interval | None:
+    def difference(self) -> SequentialInterval | None:
         """Return `lower` less `full`."""
         return difference(self.lower, self.full)
 
     @property
-    def saved(self) -> Interval | None:
+    def saved(self) -> SequentialInterval | None:
         """Return the difference over `lower`, for metrics of what is to be saved."""
         return relative(self.lower, self.full) if self.metric in _SAVED else None
 
@@ -129,17 +129,17 @@ def _totals(numbers: Sequence[float]) -> dict[Metric, Totals]:
     return {metric: Totals(int(n), total, squares) for metric, n, total, squares in triples if n}
 
 
-def _percent(saved: Interval) -> str:
+def _percent(saved: SequentialInterval) -> str:
     estimate, low, high = (100 * part for part in _sizes(saved))
     return f"{estimate:.0f} % ({low:.0f} to {high:.0f})"
 
 
-def _points(found: Interval) -> str:
+def _points(found: SequentialInterval) -> str:
     estimate, low, high = (100 * part for part in _sizes(found))
     return f"{estimate:.1f} ({low:.1f} to {high:.1f})"
 
 
-def _sizes(found: Interval) -> tuple[float, float, float]:
+def _sizes(found: SequentialInterval) -> tuple[float, float, float]:
     """Return the sizes of an estimate and of its interval's ends, the smaller one first."""
     low, high = sorted(map(abs, (found.low, found.high)))
     return abs(found.estimate), low, high

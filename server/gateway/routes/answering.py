@@ -20,7 +20,7 @@ from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
-from server.gateway.learning.messages import Lesson, item_of
+from server.gateway.learning.messages import LearntMessage, item_of
 from server.gateway.learning.tallies import Person
 from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts
@@ -127,8 +127,8 @@ def with_learning(parts: Parts, request: GenerationRequest, learn: bool | None) 
     holdout = parts.settings.holdout if caller.holdout is None else caller.holdout
     wanted = caller.learn if learn is None else learn
     learns = wanted and request.wants_profile and request.messages and parts.learner.has_room
-    lesson = item_of(request.messages, parts.bank.task) if learns else None
-    return replace(request, holdout=holdout, lesson=lesson)
+    learnt = item_of(request.messages, parts.bank.task) if learns else None
+    return replace(request, holdout=holdout, learnt=learnt)
 
 
 class AnswerResponse(Response):
@@ -216,10 +216,10 @@ class AnswerResponse(Response):
     def _after(self, answer: Answer) -> None:
         """Count a complete answer, and learn from the message that it answers."""
         request = self._request
-        user, item = request.user, request.lesson
+        user, item = request.user, request.learnt
         if user and request.holdout:
             person = Person(request.caller.tenant, user.key, answer.epoch)
             self._parts.tallies.count_answer(person, answer.personalization, request.holdout)
         if user and item:
-            self._parts.learner.learn(self._parts.profiles, Lesson(user, item, answer.epoch))
+            self._parts.learner.learn(self._parts.profiles, LearntMessage(user, item, answer.epoch))
         self._parts.metrics.observe(answer.timings.ms, answer.personalization.level.value, answer.stream.usage)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.gateway.access.keys import caller_of
 from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.http.errors import ErrorAnswer
-from server.gateway.learning.confidence import Interval, Totals
+from server.gateway.learning.confidence import SequentialInterval, Totals
 from server.gateway.learning.tallies import Metric
 from server.gateway.learning.worth import BEGIN, COUNTING, Comparison, WeekOfArm, comparisons_of, share_of, weeks_of
 from server.gateway.parts import gateway_of
@@ -29,7 +29,7 @@ class IntervalAnswer(BaseModel, frozen=True):
     high: float
 
     @classmethod
-    def of(cls, interval: Interval | None) -> Self | None:
+    def of(cls, interval: SequentialInterval | None) -> Self | None:
         return cls(**asdict(interval)) if interval else None
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server.gateway.learning.confidence import (
     MIN_PEOPLE_WEEKS,
-    Interval,
+    SequentialInterval,
     Totals,
     difference,
     people_weeks_needed,
@@ -24,12 +24,12 @@ def arm(n: int, ones: int) -> Totals:
     return Totals(n, ones, ones)
 
 
-def found(interval: Interval | None) -> Interval:
+def found(interval: SequentialInterval | None) -> SequentialInterval:
     assert interval is not None
     return interval
 
 
-def width(interval: Interval | None) -> float:
+def width(interval: SequentialInterval | None) -> float:
     return found(interval).high - found(interval).low
 
 
