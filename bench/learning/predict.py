@@ -6,15 +6,17 @@ starts `mta up`. Everybody begins with an empty profile. Before each of a person
 `/v1/completions` (`echo`, `logprobs`) under the base model, under the common row, which is trained on all anchors and
 knows no person, and under what the server serves; each alone and with the most relevant of the texts so far in the
 prompt. Then the person asks, and sends their own text as feedback. People are
-adapted again after `--refresh` texts.
+adapted again after `--refresh` texts. Whoever is done is kept in `FOLDER/people.jsonl`: a run that was stopped goes on
+with the others.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -153,7 +155,7 @@ def main(
         httpx.Client(base_url=ran.url, timeout=600) as http,
         Client(ran.url) as client,
     ):
-        _learn(learners, Reader(http, client, tokenizer, task, history))
+        _learn(learners, Reader(http, client, tokenizer, task, history), out / "people.jsonl")
     states = [state for person in learners for state in person.jobs]
     tabulate([table(learners)], out / "learning.json", people=[asdict(person) for person in learners])
     typer.echo(
@@ -163,11 +165,22 @@ def main(
     typer.echo(f"written: {out / 'loss_by_texts.png'}")
 
 
-def _learn(learners: Sequence[Learner], reader: Reader) -> None:
+def _learn(learners: list[Learner], reader: Reader, done: Path) -> None:
+    """Let the server learn from everybody who is not `done`; their readings replace what `learners` holds of them."""
+    known = {person.user_id: person for person in map(_decoded, done.read_text().splitlines())} if done.exists() else {}
+    learners[:] = [known.get(person.user_id, person) for person in learners]
+    left = [person for person in learners if person.user_id not in known]
     with Progress() as progress, ThreadPoolExecutor(AT_ONCE) as pool:
-        bar = progress.add_task("texts", total=sum(len(person.texts) for person in learners))
-        for _ in pool.map(partial(reader.learn, on_text=partial(progress.advance, bar)), learners):
-            pass
+        bar = progress.add_task("texts", total=sum(len(person.texts) for person in left))
+        running = {pool.submit(reader.learn, person, partial(progress.advance, bar)): person for person in left}
+        for ended in as_completed(running):
+            ended.result()
+            with done.open("a") as file:
+                file.write(json.dumps(asdict(running[ended])) + "\n")
+
+
+def _decoded(line: str) -> Learner:
+    return Learner(**json.loads(line))
 
 
 def table(learners: Sequence[Learner]) -> Figures:

@@ -25,6 +25,7 @@ STOP_S = 35  # maximum to stop one engine and all other parts in turn, even if e
 DRAIN_S = 5  # default for engine and gateway to finish requests in progress before they stop
 STOP_MARGIN_S = 3  # added for a part to exit before it is killed
 _VALKEY_CONFIG = "valkey.conf"
+_GIVEN = set[int]()  # ports that this process got
 
 LIVENESS = "/liveness"  # the router answers 200 as soon as it listens, whatever the state of its engines
 ROUTER_OPTIONS: dict[str, object] = {
@@ -124,10 +125,14 @@ def environment(settings: Iterable[tuple[str, object]] = ()) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return an unused loopback port outside the range that the kernel assigns to outgoing connections."""
-    for port in secrets.SystemRandom().sample(PORT_RANGE, 100):
+    """Return an unused loopback port outside the range that the kernel assigns to outgoing connections.
+
+    No port is returned twice: whoever got it may bind it later.
+    """
+    for port in set(secrets.SystemRandom().sample(PORT_RANGE, 100)) - _GIVEN:
         with socket.socket() as probe, suppress(OSError):
             probe.bind((LOOPBACK, port))
+            _GIVEN.add(port)
             return port
     raise StartError(f"none of 100 ports between {PORT_RANGE[0]} and {PORT_RANGE[-1]} is free on {LOOPBACK}")
 

@@ -66,11 +66,13 @@ def clients(keyed: Keyed, fake_engine: FakeEngine) -> Iterator[Mapping[str, http
 
 
 @pytest.fixture(autouse=True)
-def to_week(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Moves the time by weeks, from a Wednesday on."""
+def to_week(keyed: Keyed, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Moves the time by weeks, from a Wednesday on, once everything that was counted is stored."""
+    tallies = keyed.gateway.parts.tallies
     wednesday_s = int(time.time()) // WEEK_S * WEEK_S + 6 * 24 * 3600
 
     def to(weeks: float) -> None:
+        wait_until(lambda: not tallies._pending and not tallies._storing.locked(), "the tallies to be stored")
         monkeypatch.setattr("time.time", lambda: wednesday_s + weeks * WEEK_S)
 
     to(0)
