@@ -33,8 +33,7 @@ from server.store.samples import NO_CURVE, Curve, decode_curve, encode_curve
 
 log = logging.getLogger("mta.store")
 
-KEPT_JOBS = 20  # number of newest jobs kept per user
-KEPT_S = 7 * 24 * 3600  # seconds an ended job is kept
+KEPT_JOBS = 20  # number of newest jobs kept per user, until an erasure
 MAX_TRIES = 3
 _JOB_ID = re.compile(r"([a-z2-7]{26})\.([1-9][0-9]{0,9})")
 _TOO_MANY, _ERASED, _LATE = 0, -1, -2
@@ -166,7 +165,6 @@ class JobStore:
             "prefix": keys.job_prefix(user_key),
             "number_before": secrets.randbelow(_FIRST_NUMBER_RANGE),
             "kept": KEPT_JOBS,
-            "kept_s": KEPT_S,
             "until_ms": reservation.until_ms,
             "epoch": submission.epoch,
             "key": submission.idempotency_key,
@@ -208,7 +206,7 @@ class JobStore:
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
         """Cancel a job; return its current record and whether this call ended it."""
-        ended = await self._connection.write(scripts.CANCEL, (keys.job(*job_id),), secrets.token_hex(16), KEPT_S)
+        ended = await self._connection.write(scripts.CANCEL, (keys.job(*job_id),), secrets.token_hex(16))
         return await self.job(job_id), bool(ended)
 
     async def samples(self, user_key: str) -> list[bytes]:  # oldest first
@@ -240,7 +238,7 @@ class JobStore:
         A job that was tried `MAX_TRIES` times fails instead. To repeat a call after a lost answer, pass the same token.
         """
         token, lease_ms = token or secrets.token_hex(16), round(lease_s * 1000)
-        arguments = (token, lease_ms, MAX_TRIES, _TRIES_EXHAUSTED, KEPT_S)
+        arguments = (token, lease_ms, MAX_TRIES, _TRIES_EXHAUSTED)
         if not await self._connection.write(scripts.CLAIM, (keys.job(*job_id),), *arguments):
             return None
         job = await self.job(job_id)
@@ -336,7 +334,6 @@ def _outcome(lease: Lease, trained: Trained) -> dict[str, object]:
         "served": _loss_text(trained.served),
         "error": trained.error,
         "adapter": "",
-        "kept_s": KEPT_S,
     }
 
 

@@ -57,6 +57,15 @@ async def test_a_newer_job_supersedes_the_older_ones_queued_or_running(jobs: Job
     assert [job.state for job in await jobs.jobs(user)] == states
 
 
+async def test_an_ended_job_stays_with_its_figures(jobs: JobStore, user: str, raw: Redis) -> None:
+    lease = await claimed(jobs, (await submitted(jobs, user)).id)
+    assert await jobs.end(lease, REJECTED)
+    ended = await jobs.job(lease.job.id)
+    assert ended is not None
+    assert (ended.before, ended.after, ended.served) == (REJECTED.before, REJECTED.after, REJECTED.served)
+    assert await raw.ttl(keys.job(*lease.job.id)) == -1
+
+
 async def test_the_same_idempotency_key_is_the_same_job_while_that_is_remembered(jobs: JobStore, user: str) -> None:
     assert await jobs.jobs(user) == []
     all_jobs = [(await submitted(jobs, user, idempotency_key=f"key {i}")).id for i in range(KEPT_JOBS + 3)]

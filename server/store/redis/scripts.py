@@ -39,10 +39,9 @@ local function lease_left(job)
   local left = tonumber(ends or 0) - now
   return left > 0 and left <= tonumber(length or left) and left or 0
 end
-local function finish(job, state, kept_s)
+local function finish(job, state)
   redis.call('HSET', job, 'state', state, 'ended_ms', now)
   redis.call('HDEL', job, 'lease', 'lease_until', 'lease_ms')
-  redis.call('EXPIRE', job, kept_s)
 end
 """
 
@@ -85,7 +84,7 @@ local number = last + 1
 redis.call('HSET', KEYS[1], 'last', number)
 redis.call('DEL', name(number - given.kept))
 for older = math.max(1, number - given.kept + 1), last do
-  if is_open(name(older)) then finish(name(older), 'superseded', given.kept_s) end
+  if is_open(name(older)) then finish(name(older), 'superseded') end
 end
 redis.call('HSET', name(number), 'state', 'queued', 'config', given.config, 'created_ms', now, 'bank', given.bank,
   'epoch', given.epoch, 'token', given.token, 'key', given.key, 'traceparent', given.traceparent)
@@ -112,26 +111,26 @@ return {last, state, bank, lease_left(ARGV[1] .. last)}
 
 # KEYS: job. Returns whether this call ended it.
 CANCEL = _job_script("""
-local token, kept_s = unpack(ARGV)
+local token = ARGV[1]
 local state, ended_by = unpack(redis.call('HMGET', KEYS[1], 'state', 'ended_by'))
 if not is_open(KEYS[1]) then
   if state then redis.call('HSET', KEYS[1], 'state', state) end
   return ended_by == token and 1 or 0
 end
 redis.call('HSET', KEYS[1], 'ended_by', token)
-finish(KEYS[1], 'cancelled', kept_s)
+finish(KEYS[1], 'cancelled')
 return 1
 """)
 
 # KEYS: job. Returns whether the caller holds the lease now.
 CLAIM = _job_script("""
-local token, lease_ms, max_tries, error, kept_s = unpack(ARGV)
+local token, lease_ms, max_tries, error = unpack(ARGV)
 if not is_open(KEYS[1]) then return 0 end
 if redis.call('HGET', KEYS[1], 'lease') == token then return 1 end
 if lease_left(KEYS[1]) > 0 then return 0 end
 if redis.call('HINCRBY', KEYS[1], 'tries', 1) > tonumber(max_tries) then
   redis.call('HSET', KEYS[1], 'error', error, 'tries', max_tries)
-  finish(KEYS[1], 'failed', kept_s)
+  finish(KEYS[1], 'failed')
   return 0
 end
 redis.call('HSET', KEYS[1], 'state', 'running', 'lease', token, 'lease_until', now + lease_ms, 'lease_ms', lease_ms)
@@ -178,6 +177,6 @@ if #KEYS > 1 then
 end
 redis.call('HSET', KEYS[1], 'ended_by', given.token, 'before', given.before, 'after', given.after,
   'served', given.served, 'error', given.error, 'adapter', given.adapter)
-finish(KEYS[1], given.state, given.kept_s)
+finish(KEYS[1], given.state)
 return 1
 """)
