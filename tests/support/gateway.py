@@ -51,7 +51,8 @@ class GatewayThread:
         return self.parts.tenants.users(self.parts.settings.tenant).key(user_id)
 
     def client(self, timeout_s: float = 30) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=timeout_s)
+        # The thread may set an environment variable while `trust_env` would iterate over all of them.
+        return httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
 
     def send(self, line: str, body: bytes, headers: str = "", length: int = -1, buffer: int = 0) -> socket.socket:
         """A connection over which a request has been sent, the body perhaps in part."""
@@ -101,7 +102,7 @@ class Keyed:
         return {"Authorization": f"Bearer {self.secrets[key]}"}
 
     def client(self, key: str) -> httpx.Client:
-        return httpx.Client(base_url=self.gateway.url, timeout=30, headers=self.header(key))
+        return httpx.Client(base_url=self.gateway.url, timeout=30, headers=self.header(key), trust_env=False)
 
     def send(self, key: str, line: str, body: bytes, **options: int) -> socket.socket:
         return self.gateway.send(line, body, f"Authorization: Bearer {self.secrets[key]}\r\n", **options)
