@@ -4,42 +4,48 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
+from typing import Any, TypeVar
 
 import httpx
 
-from mta_client.results import Answer, Chunk, Erased, Feedback, Job, MtaError, Profile, User, Worth, read, read_chunk
+from mta_client import calls
+from mta_client.calls import Call, Events, Items, Patience, Prompt
+from mta_client.results import Answer, Chunk, Erased, Feedback, Job, MtaError, Profile, User, Worth
 
-if TYPE_CHECKING:
-    from mta_client.results import T
+T = TypeVar("T")
+R = TypeVar("R")
 
-Items = Sequence[str | Mapping[str, Any]]
-"""Texts, or items with the fields of the bank's task."""
-
-Prompt = str | Sequence[Mapping[str, str]]
-"""One user turn, or a conversation of messages."""
-
-CONNECT_S = 5.0
-KEEP_ALIVE_S = 2.0  # the server closes idle connections after 5 s
+TIMEOUT_S = 120.0
+RETRY_S = 30.0
 
 
 class Client:
     """A thread-safe client for one server. Methods raise only `MtaError`.
 
-    `timeout_s` is the longest wait for data within an answer; a healthy stream sends some at least every 15 s. `key`
-    defaults to MTA_API_KEY from the environment. Other options go to `httpx.Client`, for example `verify`.
+    A call that the server was too busy to answer, or that got no answer, is sent again: after the time that the server
+    asks for (`Retry-After`), for at most `retry_s`. Every call can be repeated without doing anything twice; a stream
+    is repeated only before its first chunk. `timeout_s` is the longest wait for data within an answer; a healthy stream
+    sends some at least every 15 s. `key` defaults to MTA_API_KEY from the environment. Other options go to
+    `httpx.Client`, for example `verify`.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 120.0, key: str | None = None, **options: Any) -> None:
-        self.url = url
-        if key := key or os.environ.get("MTA_API_KEY"):
-            options["headers"] = {"Authorization": f"Bearer {key}", **options.get("headers", {})}
-        timeout, limits = httpx.Timeout(timeout_s, connect=CONNECT_S), httpx.Limits(keepalive_expiry=KEEP_ALIVE_S)
-        self._http = httpx.Client(base_url=url, timeout=timeout, limits=limits, **options)
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retry_s: float = RETRY_S,
+        key: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.url, self.retry_s = url, retry_s
+        key = key or os.environ.get("MTA_API_KEY")
+        self._http = httpx.Client(base_url=url, **calls.http_options(key, timeout_s, options))
+        self._stopped = threading.Event()
 
     def __enter__(self) -> Client:
         return self
@@ -47,36 +53,40 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
+    def stop(self) -> None:
+        """Repeat no call from now on; those that wait for it, in any thread, fail at once."""
+        self._stopped.set()
+
     def ready(self) -> bool:
-        """Return whether the server can fully serve requests (`GET /ready`)."""
+        """Return whether the server can fully serve requests now (`GET /ready`)."""
         with suppress(MtaError):
-            return bool(self._json("GET", "/ready"))
+            return self._once(calls.READY)
         return False
 
     def health(self) -> dict[str, Any]:
         """Return the last known state of the server's parts (`GET /health`)."""
-        return self._json("GET", "/health")
+        return self._once(calls.HEALTH)
 
     def put_profile(self, user_id: str, items: Items) -> Profile:
         """Replace a user's history with these items."""
-        return self._call(Profile, "PUT", f"{_path('users', user_id)}/profile", {"items": _items(items)})
+        return self._call(calls.put_profile(user_id, items))
 
     def add_items(self, user_id: str, items: Items) -> Profile:
         """Add items to a user's history, replacing items with the same `id`."""
-        return self._call(Profile, "POST", f"{_path('users', user_id)}/profile/items", {"items": _items(items)})
+        return self._call(calls.add_items(user_id, items))
 
     def user(self, user_id: str) -> User:
         """Return a summary of a user's stored data, and the anchors that serve them."""
-        return self._call(User, "GET", _path("users", user_id))
+        return self._call(calls.user(user_id))
 
     def export(self, user_id: str) -> dict[str, Any]:
         """Return all stored data of a user (`GET /users/{id}/export`)."""
-        return self._json("GET", f"{_path('users', user_id)}/export")
+        return self._call(calls.export(user_id))
 
     def forget(self, user_id: str, *, missing_ok: bool = False) -> Erased | None:
         """Erase a user; with `missing_ok`, return None if nothing is stored about them."""
         try:
-            return self._call(Erased, "DELETE", _path("users", user_id))
+            return self._call(calls.forget(user_id))
         except MtaError as error:
             if missing_ok and error.status == httpx.codes.NOT_FOUND:
                 return None
@@ -84,137 +94,85 @@ class Client:
 
     def generate(self, user_id: str, prompt: Prompt, **options: Any) -> Answer:
         """Generate an answer; `options` are the other fields of `POST /generate`, for example `max_tokens`."""
-        return self._call(Answer, "POST", "/generate", _generate_body(user_id, prompt) | options)
+        return self._call(calls.generate(user_id, prompt, options))
 
     def stream(self, user_id: str, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
         """Stream an answer; closing the generator stops the generation."""
-        body = _generate_body(user_id, prompt) | options | {"stream": True}
-        with self._response("POST", "/generate", body) as response:
-            for event in _events(response):
-                yield read_chunk(event)
+        return self._stream(calls.stream(user_id, prompt, options))
 
-    def adapt(self, user_id: str, samples: Sequence[Mapping[str, Any]], *, append: bool = False, **config: Any) -> Job:
+    def adapt(
+        self,
+        user_id: str,
+        samples: Sequence[Mapping[str, Any]],
+        *,
+        append: bool = False,
+        idempotency_key: str | None = None,
+        **config: Any,
+    ) -> Job:
         """Start training a user's adapter on samples with `input` and `output`.
 
-        The samples replace the stored ones, or extend them with `append`. `config` has options such as `steps`.
+        The samples replace the stored ones, or extend them with `append`. `config` has options such as `steps`. The
+        same samples are the same job until that fails; the same `idempotency_key` is always the same job.
         """
-        body = {"samples": _dicts(samples), "append": append, "config": config}
-        return self._call(Job, "POST", f"{_path('users', user_id)}/adapt", body)
+        return self._call(calls.adapt(user_id, samples, append=append, config=config, idempotency_key=idempotency_key))
 
     def feedback(self, user_id: str, answer: str, **given: Any) -> Feedback:
         """Say what a user did with an answer, named by its `id`.
 
         `given` has `outcome`, `rating`, or `final` with `input` and `text` (`POST /users/{id}/feedback`).
         """
-        return self._call(Feedback, "POST", f"{_path('users', user_id)}/feedback", {"answer": answer, **given})
+        return self._call(calls.feedback(user_id, answer, given))
 
     def worth(self) -> Worth:
         """Return what personalisation is worth to the users of the key's tenant (`GET /worth`)."""
-        return self._call(Worth, "GET", "/worth")
+        return self._call(calls.WORTH)
 
     def events(self, job_id: str) -> Generator[Job, None, None]:
         """Yield a job now and after each change, until it has ended."""
-        with self._response("GET", f"{_path('jobs', job_id)}/events") as response:
-            for event in _events(response):
-                yield read(Job, event)
+        return self._stream(calls.events(job_id))
 
     def wait(self, job_id: str, *, timeout_s: float = 600.0, poll_s: float = 0.1) -> Job:
         """Wait until a job has ended, polling it every `poll_s`."""
         deadline_s = time.monotonic() + timeout_s
-        while (job := self._call(Job, "GET", _path("jobs", job_id))).ended_at is None:
+        while (job := self._call(calls.job(job_id))).ended_at is None:
             if time.monotonic() > deadline_s:
-                raise MtaError(f"job {job_id} is still {job.state} after {timeout_s:.0f} s", "timed_out")
+                raise calls.timed_out(job, timeout_s)
             time.sleep(poll_s)
         return job
 
-    def _call(self, kind: type[T], method: str, path: str, body: object = None) -> T:
-        with self._response(method, path, body) as response:
-            return read(kind, json.loads(response.read()))
+    def _call(self, call: Call[T]) -> T:
+        return self._patiently(lambda: self._once(call))
 
-    def _json(self, method: str, path: str) -> dict[str, Any]:
-        with self._response(method, path) as response:
-            return dict(json.loads(response.read()))
+    def _once(self, call: Call[T]) -> T:
+        response = self._send(call)
+        with closing(response), call.explained(self.url):
+            return call.read(json.loads(response.read()))
 
-    @contextmanager
-    def _response(self, method: str, path: str, body: object = None) -> Iterator[httpx.Response]:
-        """Send a request and yield its 2xx response; turn every failure into an `MtaError`."""
-        with _sendable():
-            request = self._http.build_request(method, path, json=body)
-        try:
+    def _stream(self, call: Call[T]) -> Generator[T, None, None]:
+        response, events = self._patiently(lambda: self._send(call)), Events()
+        with closing(response), call.explained(self.url):
+            for piece in response.iter_bytes():
+                yield from map(call.read, events.feed(piece))
+                if events.done:
+                    return
+        raise calls.broken_off()
+
+    def _send(self, call: Call[T]) -> httpx.Response:
+        """Return a 2xx response whose body is not read yet; the caller closes it."""
+        request = call.request(self._http)
+        with call.explained(self.url):
             response = self._http.send(request, stream=True)
+            if response.is_success:
+                return response
+            with closing(response):
+                response.read()
+            raise calls.error_of(response)
+
+    def _patiently(self, attempt: Callable[[], R]) -> R:
+        patience = Patience(self.retry_s)
+        while True:
             try:
-                if not response.is_success:
-                    response.read()
-                    raise _error_of(response)
-                yield response
-            finally:
-                response.close()
-        except httpx.HTTPError as error:
-            raise MtaError(f"{method} {path} got no answer from {self.url}: {error}", "no_answer") from error
-        except (ValueError, LookupError, TypeError) as error:
-            raise MtaError(
-                f"{method} {path} got an answer that this client cannot read: {error!r}", "not_understood"
-            ) from error
-
-
-def _error_of(response: httpx.Response) -> MtaError:
-    """Return the error in a 4xx or 5xx answer, which may come from a proxy."""
-    retry_after = response.headers.get("Retry-After", "")
-    details: dict[str, Any] = {
-        "status": response.status_code,
-        "retry_after_s": float(retry_after) if retry_after.isdecimal() else None,
-    }
-    try:
-        error = response.json()["error"]
-        return MtaError(error["message"], error["code"], param=error["param"], **details)
-    except (ValueError, LookupError, TypeError):
-        return MtaError(response.text[:2000], "not_understood", **details)
-
-
-@contextmanager
-def _sendable() -> Iterator[None]:
-    """Turn errors caused by the caller's arguments into an `MtaError`; also used as a decorator."""
-    try:
-        yield
-    except (TypeError, ValueError, RecursionError, httpx.InvalidURL) as error:
-        raise MtaError(f"this cannot be sent: {error}", "not_sendable") from error
-
-
-@_sendable()
-def _path(kind: str, identifier: str) -> str:
-    return f"/{kind}/{quote(identifier, safe='')}"
-
-
-@_sendable()
-def _items(items: Items) -> list[dict[str, Any]]:
-    return [{"text": item} if isinstance(item, str) else dict(item) for item in items]
-
-
-@_sendable()
-def _dicts(mappings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [dict(one) for one in mappings]
-
-
-def _generate_body(user_id: str, prompt: Prompt) -> dict[str, Any]:
-    return {"user_id": user_id, **({"prompt": prompt} if isinstance(prompt, str) else {"messages": _dicts(prompt)})}
-
-
-def _events(response: httpx.Response) -> Iterator[Mapping[str, Any]]:
-    """Yield the JSON of each server-sent event up to `[DONE]`; skip comments and empty lines."""
-    for line in _lines(response):
-        if line.startswith(b"data: [DONE]"):
-            return
-        if line.startswith(b"data:"):
-            event = json.loads(line.removeprefix(b"data:"))
-            if isinstance(error := event.get("error"), Mapping):
-                raise MtaError(error["message"], error["code"], param=error["param"])
-            yield event
-    raise MtaError("the server closed the stream before its end", "broken_off")
-
-
-def _lines(response: httpx.Response) -> Iterator[bytes]:
-    """Yield lines split at newlines only; `Response.iter_lines` also splits at characters that may occur in text."""
-    rest = b""
-    for piece in response.iter_bytes():
-        *lines, rest = (rest + piece).split(b"\n")
-        yield from lines
+                return attempt()
+            except MtaError as error:
+                if self._stopped.wait(patience.pause_s(error)):
+                    raise

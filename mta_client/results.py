@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     T = TypeVar("T", bound=DataclassInstance)
 
 
+_TRANSIENT = frozenset((408, 429, 502, 503, 504))
+
+
 class MtaError(Exception):
     """A call that failed.
 
@@ -30,6 +33,11 @@ class MtaError(Exception):
         super().__init__(f"{message} ({status} {code})" if status else message)
         self.message, self.code, self.status, self.param = message, code, status, param
         self.retry_after_s = retry_after_s
+
+    @property
+    def is_transient(self) -> bool:
+        """Return whether the same call may succeed later: the server was busy, or nobody answered."""
+        return self.code == "no_answer" or self.status in _TRANSIENT
 
 
 @dataclass(frozen=True, slots=True)

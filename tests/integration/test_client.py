@@ -73,7 +73,7 @@ def test_samples_become_a_job(api: Client, new_user: NewUser) -> None:
 
 def test_a_server_that_does_not_run(api: Client) -> None:
     assert api.health()["status"] == "ok"
-    with Client(f"http://127.0.0.1:{free_port()}") as nobody:
+    with Client(f"http://127.0.0.1:{free_port()}", retry_s=0) as nobody:
         assert not nobody.ready()
         with pytest.raises(MtaError, match="got no answer") as failure:
             nobody.user("ada")

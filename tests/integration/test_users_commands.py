@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import stat
 import time
 from collections import Counter
@@ -21,9 +20,10 @@ import mta_client
 from adapters.errors import MtaError
 from bench.rig.processes import wait_until
 from bench.rig.valkey import free_port
+from mta_client.calls import Patience
 from server.cli import app
+from server.cli.users.gateway import RequestRefused, gateway_errors
 from server.cli.users.importing import Import, Journal
-from server.cli.users.retrying import RequestRefused, RetryingGateway
 from tests.support.gateway import GatewayThread
 
 NewUser = Callable[[], str]
@@ -113,7 +113,7 @@ class Stub:
         self.answers: list[tuple[int, dict[str, str]]] = []  # status and headers of the next ones; then 200
         self.served: list[str] = []  # the users who got a 200, in order
         self.most = self._now = 0  # requests at a time
-        self.client = mta_client.Client("http://stub", transport=httpx.MockTransport(self._answer))
+        self.client = mta_client.Client("http://stub", retry_s=60, transport=httpx.MockTransport(self._answer))
 
     def _answer(self, request: httpx.Request) -> httpx.Response:
         self._now += 1
@@ -135,22 +135,22 @@ def stub() -> Stub:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the gateway's callers were to wait, each time; nobody waits for that long here."""
+    """How long calls were to wait, each time; nobody waits for that long here."""
     asked: list[float] = []
-    back_off = RetryingGateway._back_off
+    pause_s = Patience.pause_s
 
-    def noted(self: RetryingGateway, error: mta_client.MtaError) -> None:
-        asked.append(error.retry_after_s or math.nan)
-        back_off(self, error)
+    def noted(self: Patience, error: mta_client.MtaError) -> float:
+        asked.append(pause_s(self, error))
+        return 0.0
 
-    monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
-    monkeypatch.setattr(RetryingGateway, "_back_off", noted)
+    monkeypatch.setattr("random.uniform", lambda low, high: 1.0)
+    monkeypatch.setattr(Patience, "pause_s", noted)
     return asked
 
 
 def imported(stub: Stub, path: Path, at_a_time: int = 3) -> Counter[str]:
     with closing(Journal(path)) as journal:
-        return Import(RetryingGateway(stub.client, 60), journal).run(path, at_a_time)
+        return Import(stub.client, journal).run(path, at_a_time)
 
 
 def test_a_busy_gateway_is_asked_again_and_a_few_requests_are_in_flight(
@@ -160,8 +160,7 @@ def test_a_busy_gateway_is_asked_again_and_a_few_requests_are_in_flight(
     counts = imported(stub, written(tmp_path / "people", profiles))
     assert (counts["imported"], counts["failed"]) == (10, 0)
     assert sorted(stub.served) == sorted(profiles)
-    assert len(waits) == 3
-    assert {7.0, 3.0} < set(waits)
+    assert sorted(waits) == [0.5, 3, 7]
     assert stub.most <= 3
 
 
@@ -180,23 +179,22 @@ def test_an_import_that_was_broken_off_goes_on_where_it_stopped(
 
 
 def test_nobody_there_is_said_after_a_while_and_a_no_is_not_asked_again(stub: Stub, waits: list[float]) -> None:
-    nobody = RetryingGateway(mta_client.Client(f"http://127.0.0.1:{free_port()}"), max_retry_s=0)
-    with pytest.raises(MtaError, match=r"got no answer.*gave up after"):
-        nobody.call(lambda client: client.user("ada"))
+    nobody = mta_client.Client(f"http://127.0.0.1:{free_port()}", retry_s=0)
+    with pytest.raises(MtaError, match=r"got no answer.*gave up .* at most 0 s"), gateway_errors(nobody):
+        nobody.user("ada")
     stub.answers = [(413, {})]
-    with pytest.raises(RequestRefused, match=r"^told to say 413$"):
-        RetryingGateway(stub.client).call(lambda client: client.put_profile("a", []))
-    assert (len(waits), stub.served) == (1, [])
+    with pytest.raises(RequestRefused, match=r"^told to say 413$"), gateway_errors(stub.client):
+        stub.client.put_profile("a", [])
+    assert (waits, stub.served) == ([], [])
 
 
 def test_a_call_that_waits_ends_when_all_is_stopped(stub: Stub) -> None:
-    stub.answers = [(503, {"Retry-After": "300"})]
-    gateway = RetryingGateway(stub.client, max_retry_s=600)
+    stub.answers = [(503, {"Retry-After": "50"})]
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(gateway.call, lambda client: client.put_profile("a", []))
-        wait_until(lambda: gateway._not_before_s, "the gateway to say that it is busy")
-        gateway.stop()
-        with pytest.raises(MtaError, match="stopped"):
+        waiting = pool.submit(stub.client.put_profile, "a", [])
+        wait_until(lambda: not stub.answers, "the gateway to say that it is busy")
+        stub.client.stop()
+        with pytest.raises(mta_client.MtaError, match="told to say 503"):
             waiting.result()
 
 

@@ -35,7 +35,7 @@ def chat(
 ) -> None:
     """Talk to the server as one of its users; Ctrl-C stops an answer."""
     import mta_client
-    from server.cli.users.retrying import gateway_client
+    from server.cli.users.gateway import gateway_client
 
     with gateway_client(url) as client, ExitStack() as after:
         try:
@@ -115,7 +115,7 @@ class Conversation:
     def _ask(self, question: str) -> None:
         """Stream the answer and print its personalization. The text of a stopped answer stays in the conversation."""
         import mta_client
-        from server.cli.users.retrying import describe_error
+        from server.cli.users.gateway import describe_error
 
         messages = [*self._messages, {"role": "user", "content": question}]
         text, level, end, first, start_s = "", "", "stopped", "no token", time.monotonic()

@@ -31,7 +31,7 @@ app = typer.Typer(help="Import, show, export and erase users through a gateway."
 Url = Annotated[str | None, typer.Option(help="URL of the gateway.", show_default="http://127.0.0.1, at MTA_PORT")]
 UserId = Annotated[str, typer.Argument(help="The id that the app gives the user.", metavar="ID")]
 
-_MAX_RETRY_S = 5.0  # for commands about one user
+_IMPORT_RETRY_S, _RETRY_S = 300.0, 5.0  # how long the import, and other commands, try a gateway that is busy or down
 
 
 @app.command("import")
@@ -48,15 +48,19 @@ def import_(
     FILE.failed.ndjson, and the exit status is 1. Calls to a busy or stopped gateway are retried for up to five minutes.
     """
     from server.cli.bank.progress import ConsoleProgress
+    from server.cli.users.gateway import gateway_client
     from server.cli.users.importing import Import, Journal, count_people
-    from server.cli.users.retrying import RetryingGateway, gateway_client
     from server.watching.background import lower_priority
 
     lower_priority()
     total = count_people(file)
-    with closing(Journal(file, state)) as journal, ConsoleProgress() as progress, gateway_client(url) as client:
+    with (
+        closing(Journal(file, state)) as journal,
+        ConsoleProgress() as progress,
+        gateway_client(url, _IMPORT_RETRY_S) as client,
+    ):
         progress.piece("people", 0, total)
-        work = Import(RetryingGateway(client), journal, lambda people: progress.piece("people", people, total))
+        work = Import(client, journal, lambda people: progress.piece("people", people, total))
         counts = work.run(file, at_a_time)
     summary = f"{counts['imported']} imported, {counts['skipped']} already imported, {counts['failed']} failed"
     if counts["failed"]:
@@ -202,7 +206,7 @@ async def _readapt(settings: Settings, default_bank_folder: Path | None, at_a_ti
 
 
 def call_gateway(url: str | None, method: Callable[[Client], T]) -> T:
-    from server.cli.users.retrying import RetryingGateway, gateway_client
+    from server.cli.users.gateway import gateway_client, gateway_errors
 
-    with gateway_client(url) as client:
-        return RetryingGateway(client, _MAX_RETRY_S).call(method)
+    with gateway_client(url, _RETRY_S) as client, gateway_errors(client):
+        return method(client)

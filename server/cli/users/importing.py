@@ -10,13 +10,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 
 from adapters.errors import MtaError, excerpt
-from server.cli.users.retrying import RequestRefused, RetryingGateway
+from server.cli.users.gateway import RequestRefused, gateway_errors
 from server.store.tenants.user_key import check_user_id
+
+if TYPE_CHECKING:
+    from mta_client import Client
 
 _READ_AHEAD = 64  # maximum number of people in memory
 
@@ -71,7 +74,7 @@ class Journal:
 class Import:
     """One run of an import; `on_person` is called after each person, with the number of people so far."""
 
-    gateway: RetryingGateway
+    client: Client
     journal: Journal
     on_person: Callable[[int], None] = lambda people: None
     counts: Counter[str] = field(default_factory=Counter)  # imported by this run, skipped as imported before, failed
@@ -89,15 +92,16 @@ class Import:
                 for one in begun:
                     one.result()
             finally:
-                self.gateway.stop()
+                self.client.stop()
         return self.counts
 
     def _import(self, person: PersonEntry) -> None:
-        digest, fault = person.digest(self.gateway.url), person.fault
+        digest, fault = person.digest(self.client.url), person.fault
         known = digest in self.journal.known
         if not (fault or known):
             try:
-                self.gateway.call(lambda client: client.put_profile(person.user_id, person.items))
+                with gateway_errors(self.client):
+                    self.client.put_profile(person.user_id, person.items)
             except RequestRefused as error:
                 fault = str(error)
         with self._lock:
