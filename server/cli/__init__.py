@@ -17,7 +17,7 @@ from rich.text import Text
 
 from adapters.errors import MtaError
 from bank.models.process_startup import run_and_exit
-from server.cli import bench, keys
+from server.cli import audit, bench, keys
 from server.cli.bank import commands as bank
 from server.cli.eval import commands as eval
 from server.cli.run import gateway, processes, up
@@ -57,6 +57,7 @@ app.command("engine")(processes.engine)
 app.command("router")(processes.router)
 app.command("worker")(processes.worker)
 app.add_typer(keys.app, name="keys")
+app.command("audit")(audit.audit)
 app.add_typer(users.app, name="users")
 app.command("chat")(chat.chat)
 app.command("worth")(worth.worth)

@@ -21,6 +21,7 @@ from server.settings import Settings, load_settings
 from server.store.tenants import access_keys
 from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, Scope
 from server.store.tenants.rates import Allowance
+from server.watching.audit import Act, audit_to, note
 
 T = TypeVar("T")
 
@@ -71,8 +72,10 @@ def create(
     key = access_keys.access_key(secret, name, owner, scopes, Allowance(requests, tokens, jobs, concurrent))
     key = replace(key, learn=learn, history=history, holdout=holdout, refresh=refresh)
     if not _with_keys(settings, lambda keys: keys.add(key, only_first=first)):
-        said = f"the store has had a key before, so none was created: `{CREATE} NAME` creates another"
-    elif given:
+        typer.echo(f"the store has had a key before, so none was created: `{CREATE} NAME` creates another", err=True)
+        return
+    note(Act.KEY_CREATED, "done", key="cli", tenant=key.tenant, of_key=key.id)
+    if given:
         said = f"the key in MTA_FIRST_KEY is stored as {key.id} ({name}, tenant {key.tenant})"
     else:
         typer.echo(secret)
@@ -109,6 +112,8 @@ def revoke(
         raise MtaError(f"no key has the id {excerpt(key_id)}: `mta keys list` lists all")
 
     key, was_valid = _with_keys(_settings(data), find_and_revoke)
+    if was_valid:
+        note(Act.KEY_REVOKED, "done", key="cli", tenant=key.tenant, of_key=key.id)
     typer.echo(f"key {key.id} ({key.name}) " + ("is refused within 5 s" if was_valid else "was revoked before"))
 
 
@@ -134,6 +139,7 @@ def bank(
         await keys.set_bank(tenant, bank or "")
 
     _with_keys(_settings(data), name_bank)
+    note(Act.BANK_CHOSEN, "done", key="cli", tenant=tenant, bank=bank or "")
     typer.echo(f"tenant {tenant} is served by {f'the bank {bank}' if bank else 'the gateways’ own bank'} within 5 s")
 
 
@@ -142,6 +148,7 @@ def _settings(data: Path | None) -> Settings:
     from server.supervisor.services import valkey_url
 
     settings = load_settings(data_dir=data)
+    audit_to(settings.audit)
     if data is None and "redis_url" in settings.model_fields_set:
         return settings
     url = valkey_url(settings.data_dir.expanduser())

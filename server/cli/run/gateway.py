@@ -11,6 +11,7 @@ from typing import Annotated
 
 from server.cli.shared import Bank, Embedder, RedisUrl, end_on_signals, setting
 from server.settings import Settings, load_settings
+from server.watching.audit import audit_to
 from server.watching.logs import log_to_stderr
 
 log = logging.getLogger("mta.gateway")
@@ -34,6 +35,7 @@ def gateway(
     from server.supervisor.services import listening
 
     log_to_stderr(settings.log_format)
+    audit_to(settings.audit)
     with listening(settings.host, settings.port) as listener:
         uvloop.run(_serve(settings, listener))
 

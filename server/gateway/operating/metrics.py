@@ -18,6 +18,7 @@ from server.errors import CLIENT_GONE
 from server.gateway.engines.admin import Engines
 from server.gateway.operating.health import Health, Readiness
 from server.store.durability import CheckedStore
+from server.watching.audit import Act, note
 from server.watching.background import BUCKETS_S, StoreSeconds
 from server.watching.logs import request_id, traceparent
 
@@ -152,6 +153,7 @@ class RequestNotes:
     level: str = ""  # personalization level of the generation
     gone: bool = False  # the client disconnected before the response
     broken: bool = False  # the stream ended in an error
+    audited: tuple[Act, str] | None = None  # what the request does to which user key, for the audit log
     generating: bool = False  # an engine is working, so a client that stops reading is disconnected soon
 
 
@@ -204,9 +206,15 @@ class RequestLog:
             method = scope["method"] if scope["method"] in _METHODS else "OTHER"
             status = CLIENT_GONE if notes.gone else status
             self._metrics.requests.labels(route, method, status, notes.level).inc()
+            caller = inner["state"].get("caller")
+            tenant, key = getattr(caller, "tenant", ""), getattr(caller, "key_id", "")  # empty if there is no caller
             if method == "POST" and scope["path"] in _GENERATION_PATHS:
-                tenant = getattr(inner["state"].get("caller"), "tenant", "")  # empty if the gates found no caller
                 self._metrics.count_generation(tenant, notes.level, status, broken=notes.broken)
             took_ms = round((time.perf_counter() - notes.started_s) * 1000, 1)
-            line = " ".join(filter(None, (f"{method} {route} {status} {took_ms} ms", notes.answer_id, notes.level)))
-            log.info(line, extra={"fields": {"method": method, "route": route, "status": status, "ms": took_ms}})
+            by = f"tenant={tenant} key={key}" if key else ""
+            line = " ".join(filter(None, (f"{method} {route} {status} {took_ms} ms", notes.answer_id, notes.level, by)))
+            fields = {"method": method, "route": route, "status": status, "ms": took_ms}
+            log.info(line, extra={"fields": fields | ({"tenant": tenant, "key": key} if key else {})})
+            if notes.audited:
+                act, user_key = notes.audited
+                note(act, status, tenant=tenant, key=key, user=user_key)

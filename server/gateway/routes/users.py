@@ -18,6 +18,7 @@ from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
+from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts, parts_of, user_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
 from server.gateway.routes.jobs import JobAnswer, iso
@@ -27,6 +28,7 @@ from server.settings import MAX_ITEM_BYTES
 from server.store.jobs import Job
 from server.store.profiles import Erased
 from server.store.tenants.user_key import User
+from server.watching.audit import Act
 
 MAX_ITEMS = 10_000
 
@@ -152,7 +154,9 @@ async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     adapter and, in `peft`, the complete adapter that is served, as the `config` and `weights` (base64) of a PEFT
     folder; `says` describes it, or why it is missing.
     """
-    export = await parts_of(request).exporting.export(user_of(request, user_id), _exported_job)
+    user = user_of(request, user_id)
+    notes_of(request.scope).audited = (Act.EXPORT, user.key)
+    export = await parts_of(request).exporting.export(user, _exported_job)
     if export is None:
         raise _unknown(user_id)
     return StreamingResponse(export, media_type="application/json", headers={"Cache-Control": "no-store"})
@@ -164,8 +168,9 @@ async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
 
     No limit applies beforehand; if nothing was stored, the request then counts against the API key.
     """
-    parts = parts_of(request)
-    erasure = await parts.erasing.erase(user_of(request, user_id), caller_of(request).tenant)
+    parts, user = parts_of(request), user_of(request, user_id)
+    notes_of(request.scope).audited = (Act.ERASE, user.key)
+    erasure = await parts.erasing.erase(user, caller_of(request).tenant)
     if erasure is None:
         parts.limiter.count_afterwards(caller_of(request))
         raise _unknown(user_id)

@@ -1,0 +1,91 @@
+"""The audit log: who did what, as one JSON object per line in a file that other programs may rotate.
+
+Lines hold keys and hashes, never a text, a name or a secret. The file is reopened once it is moved.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from enum import StrEnum
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import MtaError, excerpt
+from server.watching.logs import request_id
+
+_log = logging.getLogger("mta.audit")
+_log.propagate = False
+
+
+class Act(StrEnum):
+    ERASE = "erase"
+    EXPORT = "export"
+    KEY_CREATED = "key_created"
+    KEY_REVOKED = "key_revoked"
+    BANK_CHOSEN = "bank_chosen"  # for a tenant
+
+
+class _PrivateFile(WatchedFileHandler):
+    """A file that only its owner can read, also after it was rotated."""
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600))
+
+
+def audit_to(path: Path | None) -> None:
+    """Write the audit log of this process to a file, or nowhere; MtaError if the file cannot be opened."""
+    for handler in list(_log.handlers):
+        _log.removeHandler(handler)
+        handler.close()
+    _log.setLevel(logging.INFO if path else logging.CRITICAL)
+    if path is None:
+        return
+    try:
+        _log.addHandler(_PrivateFile(path.expanduser()))
+    except OSError as error:
+        raise MtaError(f"cannot write the audit log {path} (MTA_AUDIT): {error.strerror or error}") from error
+
+
+def note(act: Act, outcome: object, *, tenant: str, **who: object) -> None:
+    """Add a line, with the current request's id if there is one.
+
+    `outcome` is an HTTP status, or `done`. `who` can have `key` (id of the API key that acts, or `cli`), `user` (a user
+    key), and what the act is about: `of_key` or `bank`.
+    """
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "act": act.value,
+        "outcome": str(outcome),
+        "tenant": tenant,
+        "request": request_id.get(),
+        **who,
+    }
+    _log.info(json.dumps({name: value for name, value in line.items() if value}, ensure_ascii=False))
+
+
+def read_audit(path: Path, wanted: dict[str, str], since: datetime | None = None) -> Iterator[dict[str, str]]:
+    """Yield the entries of an audit log that have all these values; MtaError names a line that is none."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                entry = _entry(line, path, number)
+                if since and datetime.fromisoformat(entry["time"]) < since:
+                    continue
+                if all(entry.get(name) == value for name, value in wanted.items()):
+                    yield entry
+    except (OSError, UnicodeDecodeError) as error:
+        raise MtaError(f"cannot read the audit log {path}: {error}") from error
+
+
+def _entry(line: str, path: Path, number: int) -> dict[str, str]:
+    try:
+        entry: dict[str, str] = json.loads(line)
+        datetime.fromisoformat(entry["time"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise MtaError(f"line {number} of {path} is not an entry of an audit log: {excerpt(line)}") from error
+    return entry
