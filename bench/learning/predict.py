@@ -141,6 +141,7 @@ def main(
 ) -> None:
     """Report the loss by the number of texts that the server has learnt from."""
     task, settings = get_task(read_manifest(bank).task), load_settings()
+    out.mkdir(parents=True, exist_ok=True)
     learners = []
     for known in read_histories(users, task, queries=True)[:people]:
         said = [*known.pairs(task), *((query.input, query.gold) for query in known.queries)]
