@@ -19,11 +19,14 @@ from adapters.errors import MtaError, excerpt
 from server.cli.shared import setting
 from server.settings import Settings, load_settings
 from server.store.tenants import access_keys
-from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, Scope
+from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, KeyRing, Scope
 from server.store.tenants.rates import Allowance
 from server.watching.audit import Act, audit_to, note
 
 T = TypeVar("T")
+
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
 
 app = typer.Typer(help="Keys for a gateway's HTTP API; each belongs to a tenant.", no_args_is_help=True)
 
@@ -53,6 +56,8 @@ def create(
     ] = False,
     holdout: Annotated[float | None, setting("holdout", min=0, max=0.5)] = None,
     refresh: Annotated[int | None, setting("refresh_samples", min=0)] = None,
+    days: Annotated[int | None, typer.Option(help="Days until the key expires.", show_default="never", min=1)] = None,
+    remark: Annotated[str, typer.Option("--note", help="What the key is for, or whose it is.")] = "",
     first: Annotated[bool, typer.Option("--first", help="Create the key only if the store never had one.")] = False,
     given: Annotated[bool, typer.Option("--given", help="Store MTA_FIRST_KEY, if set; do not print it.")] = False,
     data: Data = None,
@@ -70,7 +75,9 @@ def create(
     owner = settings.tenant if tenant is None else tenant
     scopes = scope or (Scope if first else (Scope.GENERATE, Scope.WRITE, Scope.ADAPT))
     key = access_keys.access_key(secret, name, owner, scopes, Allowance(requests, tokens, jobs, concurrent))
+    expires_ms = None if days is None else key.created_ms + days * DAY_MS
     key = replace(key, learn=learn, history=history, holdout=holdout, refresh=refresh)
+    key = replace(key, expires_ms=expires_ms, note=access_keys.checked_note(remark))
     if not _with_keys(settings, lambda keys: keys.add(key, only_first=first)):
         typer.echo(f"the store has had a key before, so none was created: `{CREATE} NAME` creates another", err=True)
         return
@@ -89,13 +96,19 @@ def create(
 @app.command("list")
 def list_(data: Data = None) -> None:
     """List all keys, including revoked ones, without their secrets."""
-    table = Table("id", "ends in", "name", "tenant", "bank", "scopes", "limits", "made", "revoked", pad_edge=False)
-    ring = _with_keys(_settings(data), lambda keys: keys.all())
+    dates = ("made", "last used", "expires", "revoked")
+    table = Table("id", "ends in", "name", "tenant", "bank", "scopes", "limits", *dates, "note", pad_edge=False)
+
+    async def read(keys: AccessKeys) -> tuple[KeyRing, dict[str, int]]:
+        return await keys.all(), await keys.used()
+
+    ring, used = _with_keys(_settings(data), read)
     for key in ring.keys:
         scopes, bank = ", ".join(sorted(key.scopes)), ring.banks.get(key.tenant, "")
         limits = ", ".join(f"{what} {most or 'any'}" for what, most in key.allowance.overrides.items())
-        dates = _date(key.created_ms), _date(key.revoked_ms)
-        table.add_row(key.id, key.last, key.name, key.tenant, bank, scopes, limits, *dates)
+        used_ms = used[key.digest] * HOUR_MS if key.digest in used else None
+        times = map(_date, (key.created_ms, used_ms, key.expires_ms, key.revoked_ms))
+        table.add_row(key.id, key.last, key.name, key.tenant, bank, scopes, limits, *times, key.note)
     Console(markup=False).print(table)
 
 

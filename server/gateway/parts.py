@@ -23,7 +23,7 @@ from bank.lookup.serving import ServingBank
 from bank.lookup.signature import empty_signature
 from bank.models.folders import ensure_embedder
 from server.errors import ApiError, Unavailable
-from server.gateway.access.keys import REFRESH_INTERVAL_S, KnownKeys, caller_of
+from server.gateway.access.keys import REFRESH_INTERVAL_S, USED_INTERVAL_S, KnownKeys, caller_of
 from server.gateway.access.limiter import RENEW_INTERVAL_S, Limiter
 from server.gateway.access.queue import COUNT_GATEWAYS_S, EngineQueue, GatewayShare
 from server.gateway.engines.admin import Engines
@@ -228,6 +228,7 @@ async def open_gateway(
             forever(STORE_INTERVAL_S, tallies.flush, log),
             forever(FOLD_INTERVAL_S, tallies.fold, log),
             forever(REFRESH_INTERVAL_S, partial(keys.refresh, stores.keys), log),
+            forever(USED_INTERVAL_S, partial(keys.note_used, stores.keys), log),
             forever(COUNT_GATEWAYS_S, share.count_gateways, log),
             forever(RENEW_INTERVAL_S, limiter.renew_concurrent, log),
             asyncio.to_thread(_load_search, next(iter(banks.values())).task),

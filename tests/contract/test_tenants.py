@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -91,6 +92,34 @@ async def test_the_first_key_is_made_once_however_many_try(store: AccessKeys) ->
     assert await store.add(kept, only_first=True), "the answer to a repeated call is the same"
     await store.revoke(kept.digest, 1)
     assert not await store.add(keys[made.index(False)], only_first=True)
+
+
+async def test_a_key_expires_and_the_hour_of_its_last_use_is_known(
+    store: AccessKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = time.time()
+    hour = int(now_s) // 3600
+    monkeypatch.setattr("time.time", lambda: now_s)
+    brief, lasting = new_secret(), new_secret()
+    await store.add(replace(key_of(brief), expires_ms=int(now_s * 1000) + 60_000, note="for the summer"))
+    await store.add(key_of(lasting))
+    assert {key.note for key in (await store.all()).keys} == {"for the summer", ""}
+    known = KnownKeys("default")
+    await known.refresh(store)
+    await known.note_used(store)
+    assert await store.used() == {}
+    for _ in range(2):
+        assert isinstance(known.caller(sent(brief)), Caller)
+    await known.note_used(store)
+    assert await store.used() == {key_of(brief).digest: hour}
+    monkeypatch.setattr("time.time", lambda: now_s + 3600)
+    assert refused(known, sent(brief)) == "expired_api_key"
+    assert isinstance(known.caller(sent(lasting)), Caller)
+    await known.note_used(store)
+    assert await store.used() == {
+        key_of(brief).digest: hour,
+        key_of(lasting).digest: hour + 1,
+    }
 
 
 def test_while_no_key_exists_this_machine_alone_is_answered() -> None:

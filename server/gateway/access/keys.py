@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -17,6 +19,7 @@ log = logging.getLogger("mta.gateway")
 
 REFRESH_INTERVAL_S = 2.0
 """Seconds between refreshes of the keys; a change takes effect in under 5 s unless the store is slow."""
+USED_INTERVAL_S = 60.0  # seconds until the store knows that a key was used
 
 _MAX_SECRET_BYTES = 128
 _KEYS_LOST = (
@@ -40,6 +43,7 @@ class Caller:
     history: bool = False  # whether it is `auto` by default in OpenAI's conversations
     holdout: float | None = None  # share of users; None: as the settings say
     refresh: int | None = None  # texts after which a user is adapted again; None: as the settings say
+    expires_s: float = math.inf  # time from which the key is refused, Unix time
 
     @property
     def name(self) -> str:
@@ -84,6 +88,8 @@ class KnownKeys:
         self._banks: Mapping[str, str] = {}
         self._ring = ""
         self._revision = 0  # until the first key is created
+        self._seen = set[str]()  # digests of keys used since the last `note_used`
+        self._noted = dict[str, int]()  # hour of the last use that the store knows from here, by digest
 
     async def refresh(self, store: AccessKeys) -> None:
         """Load the keys from the store if they have changed."""
@@ -96,7 +102,15 @@ class KnownKeys:
         ring = await store.all()
         self._callers = {
             key.digest: Caller(
-                key.tenant, key.id, key.scopes, key.allowance, key.learn, key.history, key.holdout, key.refresh
+                key.tenant,
+                key.id,
+                key.scopes,
+                key.allowance,
+                learn=key.learn,
+                history=key.history,
+                holdout=key.holdout,
+                refresh=key.refresh,
+                expires_s=math.inf if key.expires_ms is None else key.expires_ms / 1000,
             )
             for key in ring.keys
             if key.revoked_ms is None
@@ -105,6 +119,14 @@ class KnownKeys:
         self._banks = ring.banks
         self._ring, self._revision = ring.id, ring.revision
         log.info("loaded %d valid API keys", len(self._callers))
+
+    async def note_used(self, store: AccessKeys) -> None:
+        """Tell the store which keys were used, once an hour for each."""
+        seen, self._seen = self._seen, set()
+        hour = int(time.time()) // 3600
+        if new := {digest for digest in seen if self._noted.get(digest) != hour}:
+            await store.note_used(new, hour)
+            self._noted |= dict.fromkeys(new, hour)
 
     def bank_of(self, tenant: str) -> str | None:
         """Return the first 8 hex digits of the bank assigned to a tenant, or None for the default bank."""
@@ -139,13 +161,18 @@ class KnownKeys:
         secret = secret.strip()
         if len(given) > 1 or scheme.lower() != b"bearer" or not 0 < len(secret) <= _MAX_SECRET_BYTES:
             return Unauthorized("send exactly one Authorization header, in the form `Bearer KEY`")
-        digest = digest_of(secret)
-        if (caller := self._callers.get(digest)) is not None:
+        return self._caller(digest_of(secret))
+
+    def _caller(self, digest: str) -> Caller | Unauthorized:
+        caller = self._callers.get(digest)
+        if caller is not None and time.time() < caller.expires_s:
+            self._seen.add(digest)
             return caller
+        new = f"create another with `{CREATE} NAME`"
+        if caller is not None:
+            return Unauthorized(f"this API key has expired: {new}", code="expired_api_key")
         if digest in self._revoked:
-            return Unauthorized(
-                f"this API key was revoked: create another with `{CREATE} NAME`", code="revoked_api_key"
-            )
+            return Unauthorized(f"this API key was revoked: {new}", code="revoked_api_key")
         return Unauthorized(f"this API key does not exist: `mta keys list` lists all keys, `{CREATE} NAME` creates one")
 
 

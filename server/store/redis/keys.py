@@ -12,7 +12,7 @@ Per user (`server/store/tenants/user_key.py`)::
     mta:{<user key>}:tally      hash    week, level, arm → counts (`server/store/worth.py`)     3 weeks
     mta:{<user key>}:adapter    hash    id, recipe, sha256, raw                             - (temporary: as given)
     mta:{<user key>}:jobs       hash    `last` → number of the newest job                   -
-    mta:{<user key>}:job:<n>    hash    a job's record (`server/store/jobs.py`)             7 days or 20 jobs later
+    mta:{<user key>}:job:<n>    hash    a job's record (`server/store/jobs.py`)             20 jobs later
     mta:{<user key>}:epoch      hash    tombstone: `epoch`, and what the erasure removed    7 days (unknown: 10 min)
 
 Per queue (`server/store/queue.py`), `jobs:<bank>` or `sign:<bank>`; these keys and the shared ones do not expire::
@@ -32,6 +32,7 @@ Shared by all users::
     mta:{rewrite}:<server>    hash    the same, per server if there are several
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`;
                                       `revision` and `ring` (a random id) of the whole set
+    mta:{access}:used         hash    SHA-256 of an API key → hour of its last use, since 1970
 
 Limits (`server/store/tenants/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
 
@@ -53,6 +54,7 @@ BANKS = "mta:adapted"
 WORTH = "mta:worth"
 REWRITE = "mta:{rewrite}"
 ACCESS_KEYS = "mta:{access}:keys"
+USED_KEYS = "mta:{access}:used"
 
 
 def _of_user(what: str) -> Callable[[str], str]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import methodcaller
 from typing import TYPE_CHECKING
 
 import orjson
@@ -27,6 +28,7 @@ PREFIX = "mta_"
 SECRET_BYTES = 32
 MIN_DISTINCT = 10  # all but one in a billion random strings of 64 hex digits have this many distinct ones
 MAX_NAME_CHARS = 64
+MAX_NOTE_CHARS = 200
 CREATE = "mta keys create"  # named in error messages
 
 
@@ -53,6 +55,8 @@ class AccessKey:
     history: bool = False  # whether OpenAI's conversations have `history: auto` unless they say otherwise
     refresh: int | None = None  # `Settings.refresh_samples` of the key's users; None: as the gateways' settings say
     holdout: float | None = None  # share of users answered one level lower; None: as the gateways' settings say
+    expires_ms: int | None = None  # time from which it is refused, Unix time; None: never
+    note: str = ""  # the operator's
 
     @property
     def id(self) -> str:  # public
@@ -82,6 +86,12 @@ def checked_secret(text: str) -> str:
         f"MTA_FIRST_KEY must be `{PREFIX}` followed by 43 to 100 random letters, digits, `-` or `_`; got {len(text)} "
         f'characters, {len(set(text))} of them distinct. Create one with `echo "{PREFIX}$(openssl rand -hex 32)"`'
     )
+
+
+def checked_note(text: str) -> str:
+    if len(text) > MAX_NOTE_CHARS or not text.isprintable():
+        raise MtaError(f"a note must be at most {MAX_NOTE_CHARS} printable characters, got {excerpt(text)}")
+    return text
 
 
 def access_key(
@@ -180,6 +190,8 @@ class AccessKeys:
             "history": key.history,
             "holdout": key.holdout,
             "refresh": key.refresh,
+            "expires_ms": key.expires_ms,
+            "note": key.note,
         }
         return bool(await self._change(_ADD, key.digest, orjson.dumps(record), int(only_first)))
 
@@ -190,6 +202,16 @@ class AccessKeys:
     async def revoke(self, digest: str, now_ms: int) -> bool:
         """Revoke a key; return whether it was valid until now."""
         return bool(await self._change(_REVOKE, digest, now_ms))
+
+    async def note_used(self, digests: Iterable[str], hour: int) -> None:
+        """Store the hour (since 1970) of a use, without waiting for the disk."""
+        hours = dict.fromkeys(digests, hour)
+        await self._connection.run(methodcaller("hset", keys.USED_KEYS, mapping=hours))
+
+    async def used(self) -> dict[str, int]:
+        """Return the hour of each key's last use, by digest."""
+        found = await self._connection.run(methodcaller("hgetall", keys.USED_KEYS))
+        return {digest.decode(): int(hour) for digest, hour in found.items()}
 
     async def _change(self, script: str, *arguments: object) -> object:
         whole = oom_script(_CHANGED + script)
@@ -216,4 +238,6 @@ def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:
         history=record.get("history", False),
         holdout=record.get("holdout"),
         refresh=record.get("refresh"),
+        expires_ms=record.get("expires_ms"),
+        note=record.get("note", ""),
     )

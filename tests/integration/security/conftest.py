@@ -45,7 +45,7 @@ def ask(client: httpx.Client, route: str, headers: Mapping[str, str], user: str 
 
 def keys(*arguments: str) -> Result:
     """`mta keys` in a wide terminal."""
-    return CliRunner().invoke(app, ["keys", *arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["keys", *arguments], env={"COLUMNS": "300"})
 
 
 def create(*arguments: str) -> tuple[str, str]:

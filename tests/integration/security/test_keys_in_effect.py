@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from datetime import date
 
 import httpx
 import pytest
@@ -118,13 +120,16 @@ class TestGiven:
 
 def test_a_key_can_have_limits_of_its_own(gateways: list[GatewayThread]) -> None:
     few, few_id = create("few", "--requests", "2", "--tokens", "0")
-    many, _ = create("many")
+    many, _ = create("many", "--days", "30", "--note", "until the trial ends")
     wait_for(gateways, 200, many)
     asked = [status(gateway, few, path="/users/nobody") for gateway in [*gateways, *gateways]]
     assert asked == [404, 404, 429, 429]
     assert [status(gateway, many, path="/users/nobody") for gateway in gateways] == [404, 404]
     (line,) = [line for line in keys("list").stdout.splitlines() if few_id in line]
     assert "requests 2, tokens any" in line
+    (line,) = [line for line in keys("list").stdout.splitlines() if " many " in line]
+    assert "until the trial ends" in line
+    assert str(date.fromtimestamp(time.time() + 30 * 24 * 3600)) in line
 
 
 def test_while_the_store_is_away_known_keys_still_count(gateways: list[GatewayThread], store: ValkeyProcess) -> None:
@@ -148,6 +153,8 @@ def test_while_the_store_is_away_known_keys_still_count(gateways: list[GatewayTh
         (("create", "x" * 65), "64 printable"),
         (("create", "a\nb"), "64 printable"),
         (("create", "app", "--tenant", ""), "tenant"),
+        (("create", "app", "--note", "x" * 201), "200 printable"),
+        (("create", "app", "--days", "0"), "days"),
         (("revoke", "000000000000"), "mta keys list"),
     ],
 )
