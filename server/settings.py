@@ -67,7 +67,9 @@ class Settings(BaseSettings):
     tenant: str = Field("default", description="Tenant of all users while no API key exists.")
     engine_url: str = Field("http://127.0.0.1:8001", description="URL of the engine, or of the router for several.")
     engine_urls: str = Field("", description="URLs of all engines, comma-separated, for status; default: engine_url.")
-    engine_key: SecretStr | None = Field(None, description="Key that engines require. `mta up` creates one.")
+    engine_key: SecretStr | None = Field(
+        None, description="Key that engines require; `NEW,OLD`: gateways send the first. `mta up` creates one."
+    )
     engine_timeout_s: float = Field(600, gt=0, description="Maximum silence of the engine during an answer, seconds.")
     max_requests: int = Field(
         512, gt=0, description="Maximum requests in progress, half for one key; others get 503 or 429."
@@ -179,6 +181,10 @@ class Settings(BaseSettings):
     @property
     def user_header_names(self) -> tuple[str, ...]:
         return _listed(self.user_headers)
+
+    @property
+    def engine_keys(self) -> tuple[str, ...]:
+        return _listed(self.engine_key.get_secret_value()) if self.engine_key else ()
 
     @property
     def engines(self) -> tuple[str, ...]:

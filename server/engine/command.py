@@ -68,7 +68,7 @@ def is_cpu_build() -> bool:
 def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
     """Return the banks and the folder of the base model, fetched if missing; raise MtaError if one cannot be served."""
     folders = settings.banks
-    if settings.engine_key is None:
+    if not settings.engine_keys:
         raise BankError("no engine key: set MTA_ENGINE_KEY to a long random text, the same for gateway and engine")
     for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
         if not entry_points(group=group, name=PLUGIN):
@@ -161,7 +161,7 @@ def _environment(settings: Settings) -> dict[str, str]:
     unsafe = {*secrets, "VLLM_ALLOW_RUNTIME_LORA_UPDATING"}
     environment = {name: value for name, value in os.environ.items() if name.upper() not in unsafe} | {
         "VLLM_PLUGINS": PLUGIN,
-        "VLLM_API_KEY": settings.engine_key.get_secret_value() if settings.engine_key else "",
+        "VLLM_API_KEY": ",".join(settings.engine_keys),
         "VLLM_NO_USAGE_STATS": "1",
     }
     forwarded = {f"MTA_{name.upper()}": getattr(settings, name) for name in FORWARDED}

@@ -104,7 +104,7 @@ async def open_gateway(
     tenants = Tenants(settings.secret.get_secret_value() if settings.secret else None, settings.tenant)
     embedder = await asyncio.to_thread(lambda: Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir)))
     banks = await asyncio.to_thread(_open_banks, settings.banks, embedder.id)
-    engine_key = settings.engine_key.get_secret_value() if settings.engine_key else None
+    engine_key = next(iter(settings.engine_keys), None)
     async with AsyncExitStack() as stack:
         try:
             stores = await stack.enter_async_context(open_stores(settings, timed=metrics.store, span=tracing.span))

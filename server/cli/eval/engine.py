@@ -38,7 +38,7 @@ SILENCE_S = 300.0  # timeout for a response without new data
 @contextmanager
 def open_engine_reader(url: str, settings: Settings) -> Iterator[EngineReader]:
     """Open a reader for the engine at this URL, which must not be a gateway's; key and store come from the settings."""
-    key = settings.engine_key.get_secret_value() if settings.engine_key else None
+    key = next(iter(settings.engine_keys), None)
     opened = AsyncExitStack()
 
     async def begin() -> EngineReader:

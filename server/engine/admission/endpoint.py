@@ -15,6 +15,7 @@ from fastapi import Body, FastAPI
 from prometheus_client import REGISTRY
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from bank.errors import BankError
 from bank.manifest import read_manifest
@@ -58,13 +59,19 @@ class MtaEndpointPlugin:
         app.add_api_route(DROP, self.drop, methods=["POST"])
         build = app.build_middleware_stack  # wrapped here, because vLLM adds its own middleware later, outside ours
         drain = Drain(Settings().drain_s)
-        app.build_middleware_stack = lambda: AccessMiddleware(build(), lambda: self._keys, drain)  # type: ignore[method-assign]
+
+        def build_guarded() -> AccessMiddleware:
+            # vLLM's own check knows no second key.
+            app.user_middleware = [each for each in app.user_middleware if each.cls is not AuthenticationMiddleware]
+            return AccessMiddleware(build(), lambda: self._keys, drain)
+
+        app.build_middleware_stack = build_guarded  # type: ignore[method-assign]
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Read the banks and install the plugin's state; raise BankError for options that are unsafe to serve with."""
         settings = Settings()
         manifests = {manifest.short: manifest for manifest in map(read_manifest, settings.banks)}
-        keys = [key for key in (args.api_key or []) if key] or list(filter(None, [os.environ.get("VLLM_API_KEY")]))
+        keys = [key for key in args.api_key or os.environ.get("VLLM_API_KEY", "").split(",") if key]
         _refuse_unsafe(engine_client, args, keys, manifests)
         self._keys = [key.encode() for key in keys]
         engine: Any = engine_client
