@@ -14,7 +14,7 @@ setup: ## make .venv with everything (GPU=1 or GPU=0 picks the build of vLLM, PY
 	@deploy/setup.sh
 
 demo: setup ## from nothing to personalised answers, in a table
-	@$(BIN)/python -m deploy.demo
+	@$(BIN)/mta demo --data out/demo/data
 
 test: lint ## lint, then run every test, on data that the tests make themselves
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15

@@ -17,11 +17,10 @@ from PIL import Image
 from playwright.sync_api import Page
 
 from deploy.console.browser import TRAINING_MS, Looking, chromium, looking, running_browser
-from deploy.demo import adapting
-from deploy.demo.bank import build_bank
-from deploy.demo.children import DemoError
-from deploy.demo.personas import PEOPLE, QUESTIONS, anchors
-from deploy.demo.server import Server, running_server
+from server.cli.demo import adapting
+from server.cli.demo.bank import build_bank
+from server.cli.demo.personas import PEOPLE, QUESTIONS, anchors
+from server.cli.demo.server import DemoError, Server, running_server
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "pictures"
 QUESTION = QUESTIONS[3]

@@ -19,6 +19,7 @@ from adapters.errors import MtaError
 from bank.models.process_startup import run_and_exit
 from server.cli import audit, bench, keys
 from server.cli.bank import commands as bank
+from server.cli.demo import commands as demo
 from server.cli.eval import commands as eval
 from server.cli.run import gateway, processes, up
 from server.cli.users import chat, worth
@@ -47,6 +48,7 @@ def options(
     """Online personalisation server: one base model, one bank of adapters, millions of users."""
 
 
+app.command("demo")(demo.demo)
 app.command("up")(up.up)
 app.add_typer(bank.app, name="bank")
 app.command("eval")(eval.evaluate)

@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from deploy.demo import adapting
-from deploy.demo.asking import Answer, ask
-from deploy.demo.manners import MANNERS
-from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person
 from mta_client import Client
+from server.cli.demo import adapting
+from server.cli.demo.answers import Answer, ask
+from server.cli.demo.manners import MANNERS
+from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person
 from tests.e2e.conftest import Demo
 
 AT_LEAST_AS_SOMEBODY = 4

@@ -14,12 +14,12 @@ from playwright.sync_api import Browser, expect
 
 from bench.rig.processes import command_line, descendants
 from deploy.console.browser import PATIENCE_MS, Looking, chromium, looking, running_browser
-from deploy.demo.asking import Answer, ask
-from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS
 from mta_client import Client
+from server.cli.demo.answers import Answer, ask
+from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS
 from tests.support.terminal import Terminal, terminal
 
-DEMO = (sys.executable, "-m", "deploy.demo", "--data")
+DEMO = (sys.executable, "-m", "server.cli", "demo", "--data")
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 1000.0  # the bank may have to be built, beside other tests
 

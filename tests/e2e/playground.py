@@ -12,8 +12,8 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from deploy.console.browser import Looking, looking
-from deploy.demo.personas import QUESTIONS
 from mta_client import Client, MtaError
+from server.cli.demo.personas import QUESTIONS
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready
 

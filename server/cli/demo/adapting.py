@@ -11,9 +11,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from deploy.demo.asking import Answer
-from deploy.demo.personas import QUESTIONS, everyday
 from mta_client import Client, Job
+from server.cli.demo.answers import Answer
+from server.cli.demo.personas import QUESTIONS, everyday
 
 USER = "kai"
 GREETING = "gg friends,"

@@ -1,18 +1,50 @@
-"""The demo's output: the table of answers, and calls to try."""
+"""Ask the demo's server; a table of its answers, and calls to try."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from deploy.demo.asking import MAX_TOKENS, Answer
+from mta_client import Client, Personalization
+
+MAX_TOKENS = 80
 
 _OWN_LINES = ("The hedge is trimmed and the apples are in.", "Sowed beans and sweet peas by the gate.")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer to one user."""
+
+    text: str  # the answer's text
+    cut: bool  # whether it reached the token limit
+    level: str  # `base`, `merged` or `stacked`
+    anchors: tuple[tuple[str, float | None], ...]  # (id, weight) of the merged anchors, nearest first
+    ttft_ms: float  # time to the first token
+
+
+def ask(client: Client, user_id: str, question: str, max_tokens: int = MAX_TOKENS) -> Answer:
+    """Request one greedy, streamed answer."""
+    sent_s = time.perf_counter()
+    first_token_s = finish_reason = None
+    pieces: list[str] = []
+    who: Personalization | None = None
+    for chunk in client.stream(user_id, question, max_tokens=max_tokens, temperature=0):
+        who, finish_reason = chunk.personalization or who, chunk.finish_reason
+        if chunk.text:
+            first_token_s = first_token_s or time.perf_counter()
+            pieces.append(chunk.text)
+    ttft_ms = ((first_token_s or time.perf_counter()) - sent_s) * 1000
+    assert who is not None  # every stream begins with it
+    anchors = tuple((anchor.id, anchor.weight) for anchor in who.anchors)
+    return Answer("".join(pieces).strip(), finish_reason == "length", who.level, anchors, ttft_ms)
 
 
 def answers_table(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bank.models.folders import locked
-from deploy.demo.children import run_mta
+from server.cli.demo.server import run_mta
 from server.settings import Settings
 
 BUILD_OPTIONS = (

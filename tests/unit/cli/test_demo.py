@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +19,12 @@ from rich.console import Console
 from bank.items.profile import item_pair, item_text, parse_item, profile_embedding
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
-from deploy.demo import __main__ as demo
-from deploy.demo.adapting import Training
-from deploy.demo.asking import Answer
-from deploy.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
-from deploy.demo.personas import PEOPLE, QUESTIONS, anchors
-from deploy.demo.report import answers_table, curl_lines
-from deploy.demo.server import Server
+from server.cli.demo import show as demo
+from server.cli.demo.adapting import Training
+from server.cli.demo.answers import Answer, answers_table, curl_lines
+from server.cli.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
+from server.cli.demo.personas import PEOPLE, QUESTIONS, anchors
+from server.cli.demo.server import Server
 
 PLAIN = "Boil the water in London. Add the tea and wait."
 MIN_ITEMS = 30
@@ -128,7 +126,7 @@ def test_each_call_to_try_is_one_shell_command_with_json() -> None:
 
 
 def test_without_a_terminal_it_shows_both_tables_and_stops_the_server(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     stopped: list[str] = []
 
@@ -143,12 +141,11 @@ def test_without_a_terminal_it_shows_both_tables_and_stops_the_server(
         "build_bank": MagicMock(),
         "running_server": server,
         "ask": lambda *_: Answer("said", False, "merged", (("a00", 0.5),), 81.2),
-        "adapting.train": lambda *_: Training(job, [3.0, 2.0], 9.0),
     }.items():
-        monkeypatch.setattr(f"{demo.__name__}.{name}", stand_in)
+        monkeypatch.setattr(demo, name, stand_in)
+    monkeypatch.setattr(demo.adapting, "train", lambda *_: Training(job, [3.0, 2.0], 9.0))
     monkeypatch.setattr(signal, "signal", MagicMock())
-    monkeypatch.setattr(sys, "argv", ["demo"])
-    assert demo.main() == 0
+    assert demo.show(tmp_path) == 0
     (shown,) = stopped
     assert all(text in shown for text in ("Asked by", "succeeded after 12 steps", "3.00 → 2.00", "before and after"))
     assert "Ctrl-C" not in shown

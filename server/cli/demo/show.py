@@ -1,11 +1,7 @@
-"""`python -m deploy.demo`: from nothing to personalised answers, in a table.
-
-On a terminal the server stays up afterwards, with calls to try; elsewhere everything is stopped.
-"""
+"""The steps of the demo, from nothing to personalised answers in a table."""
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import time
@@ -16,16 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from deploy.demo import adapting
-from deploy.demo.asking import Answer, ask
-from deploy.demo.bank import build_bank
-from deploy.demo.children import DemoError, run_mta
-from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person, anchors
-from deploy.demo.report import answers_table, curl_lines
-from deploy.demo.server import Server, running_server
 from mta_client import Client, MtaError
+from server.cli.demo import adapting
+from server.cli.demo.answers import Answer, answers_table, ask, curl_lines
+from server.cli.demo.bank import build_bank
+from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person, anchors
+from server.cli.demo.server import DemoError, Server, run_mta, running_server
 
-OUT = Path(__file__).resolve().parents[2] / "out" / "demo"
 SHOWN_QUESTIONS = QUESTIONS[:2]
 _PLAIN_WIDTH = 100
 _EXCERPT_CHARS = 44
@@ -53,19 +46,15 @@ class Teller:
         self._console.print(Text(f"      {text}", style="dim"), soft_wrap=True)
 
 
-def main() -> int:
-    """Run the demo and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.demo", description=__doc__)
-    parser.add_argument("--data", type=Path, default=OUT / "data", help=f"the server's data folder ({OUT / 'data'})")
-    options = parser.parse_args()
+def show(data: Path) -> int:
+    """Run the demo with its server's data in a folder, and return the exit status."""
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
-        _run(console, options.data)
-    except (DemoError, MtaError) as error:
-        Console(stderr=True, highlight=False).print(Text(f"demo: error: {error}", style="red"), soft_wrap=True)
-        return 1
+        _run(console, data)
+    except MtaError as error:
+        raise DemoError(str(error)) from error
     except KeyboardInterrupt:
         console.print("\ndemo: interrupted; everything is stopped, and finished work is kept")
         return 128 + signal.SIGINT
@@ -133,7 +122,3 @@ def _stay_up(console: Console, server: Server) -> None:
         console.print("\nStopping everything …")
         return
     raise DemoError(f"`mta up` ended on its own, with status {status}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,24 +1,33 @@
-"""Start `mta up` for the demo, wait for it, and stop it with the demo."""
+"""Run `mta` commands that never outlive the demo, however it ends; one of them is its server."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.demo.children import DemoError, mta
+from adapters.errors import MtaError
 from mta_client import Client
 from server.settings import Settings
 from server.supervisor.data_folder import StartError
 from server.supervisor.services import LOOPBACK, STOP_S, free_port, listening
+from server.supervisor.supervisor import guarded
 
+_OWN = ("MTA_CACHE_DIR", "MTA_DTYPE")
+_COMMAND_GRACE_S = 10
+_SERVER_GRACE_S = STOP_S + 5
 _READY_TIMEOUT_S = 300
-_STOP_GRACE_S = STOP_S + 5
 _POLL_S = 0.25
+
+
+class DemoError(MtaError):
+    """The demo cannot continue; the message is for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,44 @@ class Server:
 
     api: Client  # its HTTP API
     process: subprocess.Popen[str]  # `mta up`, behind its guard
+
+
+@contextmanager
+def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Run one `mta` command; stop it and everything it started when the block ends.
+
+    The command runs under the same guard as the parts of `mta up`, which stops it within `grace_s`, or within seconds
+    if this process was killed.
+    """
+    # The settings of a real server must not reach the demo's.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MTA_") or name in _OWN}
+    child = subprocess.Popen(
+        guarded([sys.executable, "-m", "server.cli", *arguments], grace_s),
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        text=True,
+        start_new_session=True,  # only the demo gets Ctrl-C, so that it can stop everything in order
+    )
+    try:
+        yield child
+    finally:
+        assert child.stdin
+        with suppress(BrokenPipeError):
+            print(end=".", file=child.stdin, flush=True)
+        child.wait()
+
+
+def run_mta(*arguments: str) -> None:
+    """Run one `mta` command to its end; it shares our output.
+
+    Raises:
+        DemoError: if it fails.
+    """
+    with mta(*arguments, grace_s=_COMMAND_GRACE_S) as child:
+        status = child.wait()
+    if status != 0:
+        raise DemoError(f"`mta {arguments[0]}` ended with status {status}; its message is above")
 
 
 @contextmanager
@@ -39,7 +86,7 @@ def running_server(bank: Path, data: Path, say: Callable[[str], None]) -> Iterat
     port = _port()
     up = ("up", "--bank", str(bank), "--data", str(data), "--port", str(port))
     with (
-        mta(*up, grace_s=_STOP_GRACE_S, stdout=subprocess.PIPE) as process,
+        mta(*up, grace_s=_SERVER_GRACE_S, stdout=subprocess.PIPE) as process,
         Client(f"http://{LOOPBACK}:{port}", trust_env=False) as client,  # no proxy for this machine
     ):
         server = Server(client, process)
