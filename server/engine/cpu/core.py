@@ -25,6 +25,7 @@ PARALLEL_ELEMENTS = 1 << 20  # number of elements for which an operation uses al
 
 def install() -> None:
     patches.replace(patches.CPU_CONFIG_UPDATE, with_fork)
+    patches.replace(patches.CPU_INSPECTION, in_this_process)
     patches.replace(patches.CPU_CONTEXT, with_fork_context)
     patches.replace(patches.CPU_ATTENTION, without_amx)
     patches.replace(patches.CPU_SEEDS, with_restarting_generator)
@@ -44,6 +45,11 @@ def with_fork(update_config: Callable[[Any], None]) -> Any:
             os.environ[START_METHOD_VARIABLE] = "fork"
 
     return staticmethod(update_config_and_fork)
+
+
+def in_this_process(run_in_subprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """Inspect the model's class here: vLLM starts a process for it, so that CUDA is not initialised too early."""
+    return lambda inspect: inspect()
 
 
 def with_fork_context(choose_context: Callable[[], Any]) -> Callable[[], Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import platform
 import shutil
+import sysconfig
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +36,10 @@ def build(cache_dir: Path) -> bool:
     path = library_path(cache_dir)
     if path.exists():
         return True
-    if shutil.which("c++") is None:
-        log.warning("no C++ compiler (`c++`): personal answers take twice as long; install g++")
+    if missing := missing_tools():
+        log.warning(
+            "the CPU kernel cannot be compiled, so personal answers take twice as long: install %s", ", ".join(missing)
+        )
         return False
     log.info("compiling the CPU kernel (only once)")
     try:
@@ -50,9 +54,21 @@ def build(cache_dir: Path) -> bool:
     return True
 
 
+def missing_tools() -> list[str]:
+    """Return what has to be installed before the library can be compiled."""
+    tools = {"c++": "g++", "ninja": "ninja"}
+    return [package for tool, package in tools.items() if shutil.which(tool, path=_search_path()) is None]
+
+
+def _search_path() -> str:
+    """Return PATH with this Python environment's programs, ninja among them: `mta` may run without it in PATH."""
+    return os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))
+
+
 def _compile(folder: str) -> None:
     from torch.utils import cpp_extension
 
+    os.environ["PATH"] = _search_path()
     cpp_extension.load(
         NAME, [str(SOURCES[0])], extra_cflags=list(FLAGS), is_python_module=False, build_directory=folder
     )

@@ -170,7 +170,7 @@ def test_only_another_source_or_pytorch_is_compiled_anew(tmp_path: Path, monkeyp
 def test_without_it_the_reason_is_logged_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
-    monkeypatch.setattr(native.shutil, "which", lambda name: None if reason == "no compiler" else f"/bin/{name}")
+    monkeypatch.setattr(native.shutil, "which", lambda name, **_: None if reason == "no compiler" else f"/bin/{name}")
     monkeypatch.setattr(native, "_compile", MagicMock(side_effect=RuntimeError("Error building extension")))
     with caplog.at_level(logging.WARNING, "mta.engine"):
         assert not native.build(tmp_path)
