@@ -167,6 +167,7 @@ def main(
     model = ("tests/contract/test_store_model.py", "--hypothesis-profile=long")
     run.step("the store's promises, 50,000 steps", ("-m", "pytest", "-q", *model))
     run.step("packages", ("-m", "deploy.audit"), PACKAGES)
+    run.step("the wheel", ("-m", "deploy.wheel"), (OWN_VERDICT,))
     build = ("--users", data / TASK / "anchors.json", "--task", TASK, "--anchors", ANCHORS, "--out", bank)
     served = ("--bank", str(bank), "--model", load_settings().model)
     people = ("--users", users, *served)

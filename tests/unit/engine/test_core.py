@@ -18,6 +18,7 @@ pytest.importorskip("vllm")
 import torch
 from vllm import __version__
 from vllm.lora import worker_manager
+from vllm.model_executor.models import registry
 from vllm.v1.core.sched import scheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.engine.core import EngineCore
@@ -29,7 +30,7 @@ from server.engine import patches
 from server.engine.admission import fair_scheduler
 from server.engine.admission.fair_scheduler import FairScheduler, held_back
 from server.engine.command import is_cpu_build, preloads
-from server.engine.cpu.core import InProcessExecutor, with_restarting_generator
+from server.engine.cpu.core import InProcessExecutor, in_this_process, with_restarting_generator
 from server.engine.cpu.lora import CpuLoRA, CpuLoRAManager
 from server.engine.fusing.manager import FusingLoRAManager, prefetch_on_arrival
 from server.engine.fusing.slots import FusedSlots
@@ -41,6 +42,12 @@ NAMES = {patch.name for of_process in patches.PATCHES.values() for patch in of_p
 def test_this_vllm_has_every_name_as_it_is_known(where: str) -> None:
     if where not in (patches.ON_CPU, patches.CPU_CORE) or is_cpu_build():
         patches.check(where)
+
+
+def test_a_models_class_is_inspected_in_the_engines_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_run_in_subprocess", registry._run_in_subprocess)  # put back afterwards
+    patches.replace(patches.CPU_INSPECTION, in_this_process)
+    assert registry._run_in_subprocess(os.getpid) == os.getpid()
 
 
 def test_it_is_the_vllm_that_is_pinned() -> None:
