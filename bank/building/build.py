@@ -42,7 +42,14 @@ from bank.lookup.serving import common_recipe
 from bank.lookup.signature import Curvature
 from bank.manifest import INDEX_FILE, BankManifest, BaseModelId, EmbedderId, WeightRule, read_manifest
 from bank.matrix import open_matrix
-from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name, prompts_hash
+from bank.models.folders import (
+    check_chat_template,
+    ensure_base_model,
+    ensure_embedder,
+    model_hash,
+    model_name,
+    prompts_hash,
+)
 from bank.models.load import load_base
 
 BASELINES = "baselines"  # subfolder of a bank
@@ -73,6 +80,7 @@ def build_bank(
         )
     progress.say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
+    check_chat_template(model_folder)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
     base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
     key = inputs_key(options, task, people, held_out, (base.hash, prompts_hash(model_folder), embedder.id))

@@ -106,11 +106,27 @@ def model_hash(folder: Path) -> str:
 
 
 def model_config(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise BankError(f"no base model at {folder}: cannot read config.json: {error}") from error
-    return config
+        raise BankError(f"no base model at {path.parent}: cannot read {path.name}: {error}") from error
+    return content
+
+
+def check_chat_template(folder: Path) -> None:
+    """Raise BankError if a base model's folder has no chat template; reads its files alone, without its tokenizer."""
+    found = (folder / "chat_template.jinja").is_file()
+    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):  # where older models have it
+        found = found or (path.is_file() and bool(_read_json(path).get("chat_template")))
+    if not found:
+        raise BankError(
+            f"the base model at {folder} has no chat template, so user turns cannot be rendered: use a chat model, or "
+            "put its template into chat_template.jinja in that folder"
+        )
 
 
 def prompts_hash(folder: Path) -> str:

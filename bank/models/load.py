@@ -10,33 +10,43 @@ import torch
 
 from adapters.training.forward.attention import use_quick_attention
 from bank.errors import BankError
+from bank.models.folders import check_chat_template, model_config
 from bank.models.process_startup import BF16_FLAGS, cpu_flags, without_audio
+from bank.models.quantised import plain_weights, quantisation_of
 
 
 def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     """Load the base model in `bfloat16` or `float32`, frozen, on the GPU if there is one; and its tokenizer."""
     without_audio()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    attention = "sdpa" if device == "cuda" else "eager"
+    check_chat_template(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        weights = getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=weights, attn_implementation=attention).to(device)
+        tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+        loaded: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention_of(config, device)}
+        if quantisation := quantisation_of(model_config(folder)):
+            del config.quantization_config
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(config))
+            weights = plain_weights(folder, quantisation, loaded["dtype"])
+            model = kind.from_pretrained(None, config=config, state_dict=weights, **loaded).to(device)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, **loaded).to(device)
     except (OSError, ValueError) as error:
         raise BankError(f"cannot load the base model at {folder}: {error}") from error
-    if not tokenizer.chat_template:
-        raise BankError(
-            f"the base model at {folder} has no chat template, so user turns cannot be rendered: use a chat model, or "
-            "add a chat_template to its tokenizer"
-        )
     if device == "cpu":
         use_quick_attention(model)
     return model.requires_grad_(False), tokenizer
+
+
+def attention_of(config: Any, device: str) -> str:
+    """Return the name of Hugging Face's attention to train with: its fast one on GPUs ignores Gemma 2's soft cap."""
+    soft_cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if device == "cuda" and not soft_cap else "eager"
 
 
 def limit_gpu(share: float | None) -> None:

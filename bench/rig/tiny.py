@@ -38,7 +38,7 @@ WORLDS = ("surfing and the sea", "office planning", "growing roses", "chess open
 def tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
     """Write a random Llama (two layers, hidden 64) with a byte-level tokenizer and a chat template."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -62,7 +62,7 @@ def tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
 def weightless_model(folder: Path, **shape: int) -> Path:
     """Write a Llama of any shape without weights, for vLLM's `--load-format dummy`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _byte_tokenizer(shape["vocab_size"])
+    tokenizer = byte_tokenizer(shape["vocab_size"])
     end, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|pad|>"))
     config = LlamaConfig(eos_token_id=end, pad_token_id=pad, bos_token_id=None, dtype="bfloat16", **shape)
     config.architectures = ["LlamaForCausalLM"]
@@ -148,7 +148,7 @@ def world(index: int) -> str:
     return WORLDS[place] if not turn else f"{WORLDS[place]}, chapter {turn}"
 
 
-def _byte_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
+def byte_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per byte and the chat marks, filled up to `size` tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet += [f"filler{i}" for i in range(size - len(alphabet) - len(SPECIAL))]

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
-from bank.models.folders import check_base_model, ensure_base_model, model_config
+from bank.models.folders import check_base_model, check_chat_template, ensure_base_model, model_config
 from server.engine.cpu import native
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
@@ -84,6 +84,7 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
     for folder, manifest in banks.items():
         verify_files(folder, manifest, (MATRIX_FILE,))
     check_base_model(model_folder, banks)
+    check_chat_template(model_folder)
     if is_cpu_build():
         native.build(settings.cache_dir)
     return list(banks.values()), model_folder

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, Gemma2Config, Gemma3Config, LlamaConfig
 from typer.testing import CliRunner
 
 from bank.errors import BankError
@@ -24,9 +24,17 @@ from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE, Embedder
 from bank.manifest import read_manifest
 from bank.models import folders
 from bank.models.embedder_export import export_embedder
-from bank.models.folders import check_base_model, ensure_base_model, ensure_embedder, model_hash, model_name
+from bank.models.folders import (
+    check_base_model,
+    check_chat_template,
+    ensure_base_model,
+    ensure_embedder,
+    model_hash,
+    model_name,
+)
+from bank.models.load import attention_of, load_base
 from server.cli import app
-from server.engine.command import is_cpu_build
+from server.engine.command import check_engine, is_cpu_build
 from server.settings import Settings
 
 TEXTS = [
@@ -118,6 +126,31 @@ def test_a_bank_for_another_model_is_refused(tmp_path: Path, tiny_bank_folder: P
     check_base_model(tiny_model_folder, {tiny_bank_folder: ours})
     with pytest.raises(BankError, match=f"the bank at {tmp_path} is for another .*{tiny_model_folder}.*build a bank"):
         check_base_model(tiny_model_folder, {tiny_bank_folder: ours, tmp_path: other})
+
+
+def test_a_model_without_a_chat_template_is_refused_wherever_its_file_would_be(
+    tmp_path: Path, tiny_model_folder: Path, tiny_bank_folder: Path
+) -> None:
+    shutil.copytree(tiny_model_folder, tmp_path / "model")
+    folder, template = tmp_path / "model", (tmp_path / "model" / "chat_template.jinja")
+    text = template.read_text("utf-8")
+    template.unlink()
+    settings = Settings(bank=tiny_bank_folder, model=str(folder), engine_key="k" * 32)  # type: ignore[arg-type]
+    for serve in (lambda: check_engine(settings), lambda: load_base(folder, "float32")):
+        with pytest.raises(BankError, match=rf"model at {folder} has no chat template.*chat_template\.jinja"):
+            serve()
+    for older in ("tokenizer_config.json", "chat_template.json"):
+        path = folder / older
+        before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(before | {"chat_template": text}))
+        check_chat_template(folder)
+        path.write_text(json.dumps(before | {"chat_template": None}))
+
+
+def test_a_soft_cap_on_attention_is_trained_with_on_every_device() -> None:
+    capped, plain, nested = Gemma2Config(), LlamaConfig(), Gemma3Config()
+    assert [attention_of(each, "cuda") for each in (capped, plain, nested)] == ["eager", "sdpa", "sdpa"]
+    assert attention_of(plain, "cpu") == "eager"
 
 
 def test_preparing_at_once_makes_it_once_and_a_failure_leaves_nothing_half_done(tmp_path: Path) -> None:

@@ -8,16 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import SecretStr
 
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
-from bank.manifest import BankManifest
-from bank.models.folders import ensure_embedder, model_config, weight_bytes
-from server.engine.command import Share, check_engine, engine_command, is_cpu_build, memory_bytes, slot_bytes
+from bank.models.folders import ensure_embedder
+from server.cli.run.needs import CUDA_BYTES, GIB, needs_of
+from server.engine.command import Share, check_engine, engine_command, is_cpu_build, memory_bytes
 from server.settings import Settings
 from server.supervisor import services
 from server.supervisor.data_folder import DataFolder
@@ -25,12 +24,7 @@ from server.supervisor.services import LOOPBACK, Part, free_port
 
 # vLLM's processes talk to each other over TCP, by default on the address that the host name resolves to.
 ON_LOOPBACK = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-GIB = 1 << 30
 MAX_GPU_SHARE = 0.92  # maximum share of a card for all our processes together: vLLM's default
-CUDA_BYTES = GIB  # estimate for CUDA and its libraries, per process
-FORWARD_BYTES = 2 * GIB  # estimate for an engine's activations and graphs
-MIN_TRAINING_BYTES = 2 * GIB  # minimum for a job besides the base model; a large model needs a quarter of its size
-_NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # CUDA itself would occupy GPU memory as long as this process runs.
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free", "--format=csv,noheader,nounits")
 
@@ -122,21 +116,6 @@ def plan(cards: Sequence[Card], needs: tuple[int, int], settings: Settings) -> t
     names = ", ".join(f"GPU {card.name}" for card in taken)
     summary = f"{names}: the engine takes {engine:.0%} of the memory, the worker trains on {where}"
     return _with(settings, engine_gpu_share=engine, worker_gpu_share=worker), place and place.name, summary
-
-
-def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Settings) -> tuple[int, int]:
-    """Estimate the GPU memory of an engine and a worker, in bytes; rather too much than too little."""
-    config = model_config(model_folder)
-    stored = _NUMBER_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "", 2)
-    weights = weight_bytes(model_folder) // stored
-    number = _NUMBER_BYTES.get(settings.dtype, 2)
-    heads = config.get("num_attention_heads") or 1
-    width = config.get("head_dim") or config.get("hidden_size", 0) // heads
-    token = 2 * config.get("num_hidden_layers", 0) * (config.get("num_key_value_heads") or heads) * width
-    context = token * (settings.max_model_len or config.get("max_position_embeddings", 0))
-    slots = (settings.max_loras or settings.max_num_seqs) * slot_bytes(manifests, number)
-    engine = (weights + context) * number // settings.tensor_parallel_size + slots + FORWARD_BYTES
-    return engine, 2 * weights + max(MIN_TRAINING_BYTES, weights // 2) + CUDA_BYTES
 
 
 def cards() -> list[Card]:

@@ -19,13 +19,25 @@ Host = Annotated[str | None, setting("inner_host", "--host")]
 
 
 def models(
-    model: Model = None, embedder: Embedder = None, cache_dir: Annotated[Path | None, setting("cache_dir")] = None
+    model: Model = None,
+    embedder: Embedder = None,
+    cache_dir: Annotated[Path | None, setting("cache_dir")] = None,
+    *,
+    needs: Annotated[
+        bool, typer.Option("--needs", help="Only print what the base model needs; no weights are fetched.")
+    ] = False,
 ) -> None:
     """Prepare the base model, the embedder and, with vLLM for CPUs, the CPU kernel, and print their paths.
 
     Other commands prepare them on first use, if the folder is writable; this command does so ahead of time.
     """
-    settings = load_settings(**locals())
+    settings = load_settings(model=model, embedder=embedder, cache_dir=cache_dir)
+    if needs:
+        from server.cli.run.needs import needs_table
+
+        for what, size in needs_table(settings):
+            typer.echo(f"{what:<44}{size:>16}")
+        return
     from bank.models.folders import ensure_base_model, ensure_embedder
     from server.engine.command import is_cpu_build
     from server.engine.cpu import native

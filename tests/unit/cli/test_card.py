@@ -14,7 +14,8 @@ import pytest
 from bank.manifest import read_manifest
 from bank.models.load import limit_gpu
 from server.cli.run import machine
-from server.cli.run.machine import CUDA_BYTES, GIB, MAX_GPU_SHARE, Card, cards, needs_of, parts_of, plan
+from server.cli.run.machine import MAX_GPU_SHARE, Card, cards, parts_of, plan
+from server.cli.run.needs import CUDA_BYTES, GIB, needs_of
 from server.cli.shared import prepare_to_train
 from server.engine import command
 from server.settings import Settings

