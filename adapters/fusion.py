@@ -22,8 +22,8 @@ CHUNK_NUMBERS = 131_072  # numbers summed at a time: work for four threads at Py
 MAX_BAGS = 64  # maximum number of chunks per row in one `embedding_bag` call: enough for all threads
 WEIGHT_PARTS = 3  # number of bf16 values whose sum equals any float32 weight
 
-TransposedSum = Callable[[torch.Tensor, Sequence[int], Sequence[float], int], torch.Tensor]
-"""Rows [N, R·ΣH_out] bf16, row indices, weights and R → Σ wᵢ Bᵢ, transposed: [R, ΣH_out] bf16."""
+TransposedSum = Callable[..., torch.Tensor]
+"""Rows [N, R·ΣH_out] bf16, row indices, weights, R and perhaps `MetaMatrix.packed` → Σ wᵢ Bᵢᵀ, [R, ΣH_out] bf16."""
 
 
 def fuse(matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
@@ -48,7 +48,7 @@ def fuse_flat(
     layout = matrix.layout
     if recipe.method is FusionMethod.SHARED:
         if sum_transposed is not None and dtype is torch.bfloat16:
-            b = sum_transposed(matrix.rows, rows, weights, layout.rank).t()
+            b = sum_transposed(matrix.rows, rows, weights, layout.rank, *(matrix.packed or ())).t()
         else:
             b = weighted_sum(matrix.rows, rows, weights, dtype).view(-1, layout.rank)
         return FlatLora(layout.modules, (matrix.frozen.to(dtype),), b)

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -25,6 +26,7 @@ using bf16 = uint16_t;
 constexpr int LANES = 16;
 constexpr int TILE = 8;                    // rows of one adapter computed together
 constexpr int64_t SUM_BLOCK = 2048;        // outputs summed before transposing, so that they stay in the cache
+constexpr int64_t PACK_BLOCK = 1024;       // int8 numbers that share a scale
 constexpr size_t MANY_ROWS = 16;           // rows whose sum justifies a second thread
 constexpr int STREAMS = 8;                 // rows read at once: as many as the processor fetches in advance
 constexpr int64_t MIN_PRODUCTS = 2000000;  // multiplications that justify waking another thread
@@ -38,6 +40,8 @@ MTA_INLINE float widen(bf16 raw) {
   return out;
 }
 
+MTA_INLINE float widen(int8_t raw) { return raw; }
+
 MTA_INLINE bf16 narrow(float value) {
   if (value != value) return 0x7fc0;
   uint32_t bits;
@@ -45,18 +49,29 @@ MTA_INLINE bf16 narrow(float value) {
   return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// What a sum adds up: rows as they are, and rows in int8 of which each block has a scale.
+struct Terms {
+  std::vector<const bf16*> rows;
+  std::vector<float> weights;
+  std::vector<const int8_t*> packed;
+  std::vector<const float*> scales;
+  std::vector<float> packed_weights;
+};
+
 namespace any_processor {
 #include "rows.h"
 }
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
+#define MTA_AVX2
 namespace avx2 {
 #include "rows.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
+#define MTA_AVX512
 namespace avx512 {
 #include "rows.h"
 }
@@ -68,6 +83,8 @@ namespace avx512_bf16 {
 #include "rows.h"
 }
 #undef MTA_BF16_PAIRS
+#undef MTA_AVX512
+#undef MTA_AVX2
 #pragma GCC pop_options
 #endif
 
@@ -159,28 +176,43 @@ void lora_linear_(
 
 // Σ weights[i] · rows[chosen[i]] as [R, H_out], where each row is a contiguous B [H_out, R]; many rows use two threads.
 //   rows       [N, H_out · R] bf16
+//   packed     [M, H_out · R] int8, read instead of the first M rows
+//   scales     [M, blocks] float32, what a block of PACK_BLOCK numbers of `packed` is multiplied by
 at::Tensor weighted_sum_transposed(
-    const at::Tensor& rows, at::IntArrayRef chosen, at::ArrayRef<double> weights, int64_t rank) {
+    const at::Tensor& rows, at::IntArrayRef chosen, at::ArrayRef<double> weights, int64_t rank,
+    const std::optional<at::Tensor>& packed, const std::optional<at::Tensor>& scales) {
   TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.scalar_type() == at::kBFloat16, "rows must be [N, D] bf16");
   TORCH_CHECK(!chosen.empty() && chosen.size() == weights.size(), "each chosen row must have one weight");
   TORCH_CHECK(rank > 0 && rows.size(1) % rank == 0, "a row must be [H_out, R]");
-  const int64_t h_out = rows.size(1) / rank;
-  std::vector<const bf16*> of;
-  for (const int64_t row : chosen) {
+  const int64_t h_out = rows.size(1) / rank, width = rows.size(1), blocks = (width + PACK_BLOCK - 1) / PACK_BLOCK;
+  TORCH_CHECK(!packed || (scales && packed->is_contiguous() && packed->scalar_type() == at::kChar &&
+                          packed->size(1) == width && packed->size(0) <= rows.size(0)),
+              "packed must be [M, D] int8, with scales");
+  TORCH_CHECK(!packed || (scales->is_contiguous() && scales->scalar_type() == at::kFloat &&
+                          scales->size(0) == packed->size(0) && scales->size(1) == blocks),
+              "scales must be [M, ", blocks, "] float32");
+  Terms terms;
+  for (size_t i = 0; i < chosen.size(); ++i) {
+    const int64_t row = chosen[i];
     TORCH_CHECK(0 <= row && row < rows.size(0), "no such row: ", row);
-    of.push_back(static_cast<const bf16*>(rows.const_data_ptr()) + row * rows.size(1));
+    if (packed && row < packed->size(0)) {
+      terms.packed.push_back(packed->const_data_ptr<int8_t>() + row * width);
+      terms.scales.push_back(scales->const_data_ptr<float>() + row * blocks);
+      terms.packed_weights.push_back(weights[i]);
+    } else {
+      terms.rows.push_back(static_cast<const bf16*>(rows.const_data_ptr()) + row * width);
+      terms.weights.push_back(weights[i]);
+    }
   }
-  const std::vector<float> weight(weights.begin(), weights.end());
   at::Tensor sum = at::empty({rank, h_out}, rows.options());
   bf16* const out = static_cast<bf16*>(sum.mutable_data_ptr());
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     std::vector<float> sums(SUM_BLOCK * rank);
     for (int64_t first; (first = next.fetch_add(SUM_BLOCK)) < h_out;)
-      products().sum_transposed(
-          of.size(), of.data(), weight.data(), rank, h_out, first, std::min(first + SUM_BLOCK, h_out), sums.data(), out);
+      products().sum_transposed(terms, rank, h_out, first, std::min(first + SUM_BLOCK, h_out), sums.data(), out);
   };
-  if (of.size() < MANY_ROWS) {
+  if (chosen.size() < MANY_ROWS) {
     work();
   } else {  // a thread of OpenMP's would make those of the model sleep at every barrier
     std::thread helper(work);
@@ -196,7 +228,9 @@ TORCH_LIBRARY(mta_cpu, library) {
   library.def(
       "lora_linear_(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor rows, Tensor slots, Tensor a_slots, "
       "Tensor ranks) -> ()");
-  library.def("weighted_sum_transposed(Tensor rows, int[] chosen, float[] weights, int rank) -> Tensor");
+  library.def(
+      "weighted_sum_transposed(Tensor rows, int[] chosen, float[] weights, int rank, Tensor? packed=None, "
+      "Tensor? scales=None) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(mta_cpu, CPU, library) {
   library.impl("lora_linear_", &lora_linear_);

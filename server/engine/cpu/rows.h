@@ -14,6 +14,24 @@ MTA_INLINE floats load(const bf16* from) {
   return (floats)(__builtin_convertvector(raw, words) << 16);
 }
 
+MTA_INLINE floats load(const int8_t* from) {
+#if defined(MTA_AVX512)
+  return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(MTA_AVX2)
+  floats out;
+  for (int half = 0; half < 2; ++half) {
+    const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8 * half)));
+    const __m256 numbers = _mm256_cvtepi32_ps(wide);
+    std::memcpy((char*)&out + 32 * half, &numbers, sizeof numbers);
+  }
+  return out;
+#else
+  floats out;
+  for (int lane = 0; lane < LANES; ++lane) out[lane] = from[lane];
+  return out;
+#endif
+}
+
 MTA_INLINE void store(bf16* to, floats value) {  // rounds to nearest, ties to even; NaN stays NaN
 #ifdef MTA_BF16_PAIRS
   const __m256bh raw = _mm512_cvtneps_pbh((__m512)value);
@@ -122,23 +140,37 @@ void expand(
   }
 }
 
+// sums[k] += Σ weight[i] · rows[i][k] for k from `begin` to `end`.
+template <typename Number>
+MTA_INLINE void add_rows(
+    int count, const Number* const* rows, const float* weight, int64_t begin, int64_t end, float* sums) {
+  int64_t k = begin;
+  for (; k + LANES <= end; k += LANES) {
+    floats total;
+    std::memcpy(&total, sums + k, sizeof total);
+    for (int i = 0; i < count; ++i) total += weight[i] * load(rows[i] + k);
+    std::memcpy(sums + k, &total, sizeof total);
+  }
+  for (; k < end; ++k)
+    for (int i = 0; i < count; ++i) sums[k] += weight[i] * widen(rows[i][k]);
+}
+
 // out[r][o] = Σ weight[i] · rows[i][o · rank + r] for outputs o from `first` to `last`; `sums` is a buffer for them.
 void sum_transposed(
-    int count, const bf16* const* rows, const float* weight, int64_t rank, int64_t h_out, int64_t first, int64_t last,
-    float* sums, bf16* out) {
-  const int64_t begin = first * rank, numbers = (last - first) * rank;
-  std::memset(sums, 0, numbers * sizeof *sums);
-  for (int from = 0; from < count; from += STREAMS) {
-    const int to = std::min(from + STREAMS, count);
-    int64_t k = 0;
-    for (; k + LANES <= numbers; k += LANES) {
-      floats total;
-      std::memcpy(&total, sums + k, sizeof total);
-      for (int i = from; i < to; ++i) total += weight[i] * load(rows[i] + begin + k);
-      std::memcpy(sums + k, &total, sizeof total);
+    const Terms& terms, int64_t rank, int64_t h_out, int64_t first, int64_t last, float* sums, bf16* out) {
+  const int64_t begin = first * rank, end = last * rank;
+  std::memset(sums, 0, (end - begin) * sizeof *sums);
+  const int count = terms.rows.size(), packed = terms.packed.size();
+  for (int i = 0; i < count; i += STREAMS)
+    add_rows(std::min(STREAMS, count - i), &terms.rows[i], &terms.weights[i], begin, end, sums - begin);
+  for (int i = 0; i < packed; i += STREAMS) {
+    const int streams = std::min(STREAMS, packed - i);
+    for (int64_t start = begin; start < end; start += PACK_BLOCK) {
+      float weight[STREAMS];
+      for (int j = 0; j < streams; ++j)
+        weight[j] = terms.packed_weights[i + j] * terms.scales[i + j][start / PACK_BLOCK];
+      add_rows(streams, &terms.packed[i], weight, start, std::min(start + PACK_BLOCK, end), sums - begin);
     }
-    for (; k < numbers; ++k)
-      for (int i = from; i < to; ++i) sums[k] += weight[i] * widen(rows[i][begin + k]);
   }
   for (int64_t r = 0; r < rank; ++r) {
     int64_t o = first;

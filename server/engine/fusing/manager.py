@@ -56,9 +56,12 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         for folder in Settings().banks:
             manifest = read_manifest(folder)
             matrix = open_matrix(folder, manifest).prepared(self.lora_config.lora_dtype, pin_memory=self._pinned)
+            if self._sum_transposed and manifest.directions:  # all of them are summed for every recipe
+                matrix = matrix.with_packed()
+            else:
+                matrix.touch()
             self._matrices[manifest.short] = matrix
             self._vllm_names[manifest.short] = self._adapter_manager.vllm_names(manifest.short, matrix.layout)
-            matrix.touch()
         self._prefetcher = FusionPrefetcher(self._fuse)
         prefetch_on_arrival(self)
         return wrapped

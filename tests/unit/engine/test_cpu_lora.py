@@ -22,7 +22,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from adapters.fusion import fuse_flat
 from adapters.lora import ModuleShape, RowLayout
-from adapters.matrix import MetaMatrix
+from adapters.matrix import PACK_BLOCK, MetaMatrix
 from adapters.recipe import parse_recipe
 from bank.errors import BankError
 from server.engine.cpu import lora, native
@@ -202,6 +202,38 @@ def test_it_is_the_exact_sum_rounded_once(compiled: Any, rank: int, h_out: list[
     assert ours.b.t().is_contiguous() and ours.transposed() is ours
     torch.testing.assert_close(ours.b.double(), exact, rtol=1.001 * ROUNDING, atol=1e-6)
     torch.testing.assert_close(ours.b, fuse_flat(matrix, recipe).b, rtol=2.002 * ROUNDING, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rank=st.sampled_from([1, 3, 8]), h_out=st.integers(1, 700) | st.just(2100), seed=st.integers(0, 1000))
+def test_rows_in_int8_are_summed_as_their_numbers_say_and_the_common_row_exactly(
+    compiled: Any, rank: int, h_out: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layout = RowLayout((ModuleShape("m", 4, h_out),), rank, shared_a=True)
+    rows = torch.randn(20, layout.row_numbers, generator=generator).bfloat16()
+    rows[3] = 0
+    a = torch.randn(layout.a_numbers, generator=generator).bfloat16()
+    matrix = MetaMatrix(layout, rows, anchors=19, common=True, shared_a=a).with_packed()
+    assert matrix.packed is not None
+    numbers, scales = matrix.packed
+    scale = scales.repeat_interleave(PACK_BLOCK, dim=1)[:, : rows.shape[1]]
+    read = torch.cat([numbers.double() * scale.double(), rows[19:].double()])
+    assert ((read - rows.double()).abs()[:19] <= 0.501 * scale).all()
+    recipe = parse_recipe(f"mta3:9f2c41d0:shared:{STEPS}")
+    summed = fuse_flat(matrix, recipe, sum_transposed=compiled.weighted_sum_transposed).b.double()
+    shares = torch.zeros(20, dtype=torch.float64)
+    for row, share in recipe.rows(matrix.common_index):
+        shares[row] += share
+    torch.testing.assert_close(summed, (shares @ read).view(-1, rank), rtol=1.001 * ROUNDING, atol=1e-5)
+    for wrong in (
+        (numbers[:, 1:], scales),
+        (numbers.short(), scales),
+        (numbers, scales[1:]),
+        (numbers, scales.double()),
+    ):
+        with pytest.raises(RuntimeError, match="must be"):
+            compiled.weighted_sum_transposed(rows, [0], [1.0], rank, *wrong)
 
 
 def test_a_row_alone_comes_back_as_it_is_what_is_not_a_number_too_and_what_is_not_there_is_refused(
