@@ -40,12 +40,15 @@ class StepReport:
 
 
 def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[ModuleShape, ...]:
-    """Return the modules named in `targets`, or all but the output head; raise FusionError if nothing matches."""
-    head = model.get_output_embeddings()
+    """Return the modules named in `targets`, or all, of the language model without its output head.
+
+    Raises FusionError if nothing matches.
+    """
+    head, language_model = model.get_output_embeddings(), set(model.get_decoder().modules())
     found = [
         ModuleShape(name, module.in_features, module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        if isinstance(module, torch.nn.Linear) and module in language_model and module is not head
     ]
     kinds = sorted({module.name.rsplit(".", 1)[-1] for module in found})
     unknown = sorted(set(targets or kinds) - set(kinds))

@@ -31,6 +31,15 @@ SHAPE = {
     "initializer_range": 0.1,  # large enough for adapters to change the greedy token
 }
 
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
@@ -39,6 +48,7 @@ class Architecture:
     model_type: str
     options: Mapping[str, object] = field(default_factory=dict)  # of its configuration, beyond `SHAPE`
     template: str = CHAT_TEMPLATE
+    has_vision: bool = False  # the options are those of the language model in it
 
 
 ARCHITECTURES = {
@@ -54,6 +64,7 @@ ARCHITECTURES = {
     "gemma3": Architecture(
         "gemma3_text", {"sliding_window": 256, "query_pre_attn_scalar": 32, "sliding_window_pattern": 2}
     ),
+    "gemma3_vision": Architecture("gemma3", {"sliding_window": 256, "query_pre_attn_scalar": 32}, has_vision=True),
     "phi3": Architecture("phi3"),  # one matrix for q, k and v, one for gate and up
     "granite": Architecture(
         "granite",
@@ -77,7 +88,10 @@ def tiny_of(architecture: str, folder: Path, *, seed: int = 0, **changes: object
     tokenizer.chat_template = kind.template
     end, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|pad|>"))
     special = {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": pad}
-    config = CONFIG_MAPPING[kind.model_type](**(SHAPE | special | dict(kind.options) | changes))
+    options = SHAPE | special | dict(kind.options) | changes
+    if kind.has_vision:
+        options = {"text_config": options, "vision_config": VISION, "mm_tokens_per_image": 4}
+    config = CONFIG_MAPPING[kind.model_type](**options)
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 GROUP, BLOCK = 32, 128  # input columns that share a scale, and rows and columns of a block that do
 PLACES = (0, 2, 4, 6, 1, 3, 5, 7)  # column at each place of an int32 in AWQ
-FP8_MAX = 448.0
+FP8_MAX, INT8_MAX = 448.0, 127.0
 Parts = dict[str, torch.Tensor]
 
 
@@ -80,6 +80,11 @@ def _fp8_rows(weight: torch.Tensor) -> Parts:
     return {"weight": (weight / scales.float()).to(torch.float8_e4m3fn), "weight_scale": scales}
 
 
+def _int8_rows(weight: torch.Tensor) -> Parts:
+    scales = (weight.abs().amax(1, keepdim=True) / INT8_MAX).bfloat16()
+    return {"weight": (weight / scales.float()).round().clamp(-128, INT8_MAX).to(torch.int8), "weight_scale": scales}
+
+
 def _symmetric(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return 4-bit numbers [H_out, H_in] around 8, and scales [H_out, H_in/g]."""
     groups = _split(weight, 1, GROUP)
@@ -101,8 +106,8 @@ def _split(numbers: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 
 
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": True, "dynamic": False}
-_FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
-_ROWS, _TOKENS = {**_FP8, "strategy": "channel", "dynamic": False}, {**_FP8, "strategy": "token", "dynamic": True}
+_FP8, _INT8 = ({"num_bits": 8, "type": kind, "symmetric": True} for kind in ("float", "int"))
+_ROWS, _TOKENS = {"strategy": "channel", "dynamic": False}, {"strategy": "token", "dynamic": True}
 
 
 def _compressed(format_: str, weights: Mapping[str, Any], activations: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -122,5 +127,6 @@ QUANTISATIONS = {
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}, _fp8_blocks
     ),
     "int4-packed": Quantisation(_compressed("pack-quantized", _INT4, None), _packed_int4),
-    "fp8-rows": Quantisation(_compressed("float-quantized", _ROWS, _TOKENS), _fp8_rows),
+    "fp8-rows": Quantisation(_compressed("float-quantized", _FP8 | _ROWS, _FP8 | _TOKENS), _fp8_rows),
+    "int8-rows": Quantisation(_compressed("int-quantized", _INT8 | _ROWS, _INT8 | _TOKENS), _int8_rows),
 }

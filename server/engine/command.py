@@ -142,6 +142,7 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
         "distributed-executor-backend": "server.engine.cpu.core.InProcessExecutor" if in_process else None,
         "scheduler-cls": f"server.engine.admission.fair_scheduler.{scheduler}",
         "worker-extension-cls": "server.engine.fusing.manager.WorkerExtension",
+        "language-model-only": [],  # gateways send text: do not load what a multimodal model has for images
         "generation-config": "vllm",  # ignore the sampling defaults in the model folder
         # Routers drop the request option; the gateway reads the prompt length from the usage in every chunk.
         "enable-force-include-usage": [],

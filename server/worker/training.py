@@ -61,7 +61,7 @@ class AdapterTrainer:
         self.matrix = matrix
         self.model = model
         self.tokenizer = tokenizer
-        self._context = int(model.config.max_position_embeddings)
+        self._context = int(model.config.get_text_config().max_position_embeddings)
         self._vocab_size = int(model.get_input_embeddings().num_embeddings)
 
     @classmethod

@@ -48,6 +48,7 @@ def written(name: str, folder: Path) -> Path:
     return quantised(tiny_of(architecture, folder, **WIDE), quantisation) if quantisation else tiny_of(name, folder)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in COMMON else pytest.mark.acceptance) for name in CASES]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,12 @@ import httpx
 import pytest
 
 from bank.manifest import read_manifest
+from bank.models.folders import model_config
 from bench.rig.engine import KEY, Engine, running_engine
 from bench.rig.processes import PATIENCE_S, command_line, descendants, paused, wait_until
 from bench.rig.tiny import tiny_bank, world
 from bench.rig.valkey import ValkeyProcess
+from server.cli.run.needs import BF16, GIB, token_bytes
 from server.engine.admission.access import KEYED_ROUTES
 from server.engine.command import is_cpu_build
 from server.settings import Settings
@@ -47,6 +50,14 @@ def test_a_prompt_of_one_token_is_answered(engine: Engine) -> None:
     """It killed the engine where the CPU has AMX, on a model with as many key as query heads."""
     response = engine.client.post("/v1/completions", json={"model": "base", "prompt": [65], "max_tokens": 2})
     assert response.status_code == httpx.codes.OK, response.text
+
+
+def test_a_token_takes_of_the_kv_cache_what_is_computed_from_the_configuration(engine: Engine, model: Path) -> None:
+    [line] = [line for line in engine.client.get("/metrics").text.splitlines() if line.startswith("vllm:cache_config")]
+    found = dict(re.findall(r'(\w+)="([^"]*)"', line))
+    tokens = int(found["num_gpu_blocks"]) * int(found["block_size"])
+    expected = Settings().kv_cache_gib * GIB / token_bytes(model_config(model), BF16)
+    assert tokens == pytest.approx(expected, rel=0.01)
 
 
 def test_one_prefix_under_two_recipes_is_computed_for_each(engine: Engine, prefix: str) -> None:

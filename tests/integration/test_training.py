@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 from adapters.errors import FusionError, TrainingError
 from adapters.flat import lora_of
@@ -181,6 +181,13 @@ def test_all_linear_layers_but_the_head_are_adapted_unless_told_and_nothing_to_t
         linear_modules(model, ("q_proj", "query"))
     with pytest.raises(FusionError, match="nothing to train on"):
         train_lora(model, [], PLAN, start=initial_lora(linear_modules(model), 4, seed=0))
+
+
+def test_of_a_model_that_sees_the_language_model_alone_is_adapted() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Gemma3Config(vision_config={"num_hidden_layers": 1}))
+    assert "model.vision_tower.encoder.layers.0.mlp.fc1" in dict(model.named_modules())
+    assert all(module.name.startswith("model.language_model.layers.") for module in linear_modules(model))
 
 
 @pytest.mark.parametrize(("size", "count"), [(1, 6), (5, 1), (5, 6), (16, 6), (1000, 6)])

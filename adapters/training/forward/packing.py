@@ -84,7 +84,8 @@ def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> li
 
 
 def _packs(model: Any, examples: Sequence[Example]) -> bool:
-    windows = [getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     longest = max((len(example.ids) for example in examples), default=0)
     return not getattr(model, "_is_stateful", False) and all(longest <= window for window in windows if window)
 

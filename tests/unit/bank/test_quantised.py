@@ -13,7 +13,7 @@ from bank.errors import BankError
 from bank.models.load import load_base
 from bank.models.quantised import plain_weights, quantisation_of
 from bench.rig.architectures import tiny_of
-from bench.rig.quantised import BLOCK, FP8_MAX, GROUP, QUANTISATIONS, quantised
+from bench.rig.quantised import BLOCK, FP8_MAX, GROUP, INT8_MAX, QUANTISATIONS, quantised
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,8 @@ def half_a_step(weight: torch.Tensor, name: str) -> torch.Tensor:
     """The largest error of a quantised weight [H_out, H_in], but for the rounding of scales."""
     if name.startswith("fp8"):
         return weight.abs() / 16 + weight.abs().max() / FP8_MAX / 512
+    if name.startswith("int8"):
+        return weight.abs().amax(1, keepdim=True) / INT8_MAX * 0.55
     groups = weight.view(len(weight), -1, GROUP)
     step = (groups.amax(2) - groups.amin(2)) / 15 if name == "awq" else groups.abs().amax(2) / 7
     return step.repeat_interleave(GROUP, 1) * (1.05 if name == "awq" else 0.55)  # AWQ's zero is rounded, too
