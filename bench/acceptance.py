@@ -1,9 +1,8 @@
 """Run the checks that take long or need real histories: `make acceptance DATA=../shared/data`.
 
-Runs the model test of the store with many more steps than `make test`, tries every base model, builds a bank of 12
-anchors from the headline writers of `DATA` (kept, and resumed if it was interrupted), and runs the other benchmarks
-with it one by one, printing each command first. The results are a table and `acceptance.json`; exit status 1 if a step
-fails or a target is missed.
+Runs the model test of the store with many more steps than `make test`, builds a bank of 12 anchors from the headline
+writers of `DATA` (kept, and resumed if it was interrupted), and runs the other benchmarks with it one by one, printing
+each command first. The results are a table and `acceptance.json`; exit status 1 if a step fails or a target is missed.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -101,6 +101,7 @@ PACKAGES = (
     Target("packages looked up", "all", lambda value: len(set(_counts(value))) == 1, binding=False),
 )
 SERVED = (Target("answers not served", "0", lambda value: value == 0),)
+NO_IMAGES = "make images (with STAND_INS=1 where no registry of images can be reached)"
 CHAT_APP = "python -m venv APP && APP/bin/pip install open-webui, then set CHAT_APP_PYTHON=APP/bin/python"
 GATEWAY = (Target("whole, 1 concurrent: added at p50", "3 ms", lambda value: value["median"] <= 3, binding=False),)
 
@@ -176,9 +177,7 @@ def main(
     if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build, "--baselines")):
         run.step("fuse", ("-m", "bench.serving.cold", "--no-rivals", "--bank", bank), FUSE)
         run.step("soak", ("-m", "bench.scale.soak"), SOAK)
-        run.step("chaos", ("-m", "bench.fleet.chaos"), (OWN_VERDICT,))
-        run.step("all exchanged under load", ("-m", "bench.fleet.rolling"), (OWN_VERDICT,))
-        run.step("a simulated fleet", ("-m", "bench.fleet.simulate", "--check"))
+        _fleets(run, bank)
         with run.needing("a tiny server"), _served(out / "tiny-data", *_tiny(out / "tiny")) as (url, engine, key):
             measure = ("-m", "bench.serving.gateway", "--gateway", url, "--engine", engine, "--max-tokens", 32)
             run.step("gateway", measure, GATEWAY, key)
@@ -229,6 +228,26 @@ def _tiny(folder: Path) -> tuple[str, ...]:
     """Create a tiny model and its bank, and return them as options; the gateway's cost does not depend on the model."""
     subject = tiny(folder)
     return "--bank", str(subject.bank), "--model", str(subject.model)
+
+
+def _fleets(run: Run, bank: Path) -> None:
+    """Kill and exchange the parts of fleets, as processes and as containers, and simulate larger ones."""
+    run.step("chaos", ("-m", "bench.fleet.chaos"), (OWN_VERDICT,))
+    run.step("all exchanged under load", ("-m", "bench.fleet.rolling"), (OWN_VERDICT,))
+    run.step("a simulated fleet", ("-m", "bench.fleet.simulate", "--check"))
+    _containers(run, bank)
+
+
+def _containers(run: Run, bank: Path) -> None:
+    """Run the compose files where Docker or Podman has our images."""
+    for tool in filter(shutil.which, ("docker", "podman")):
+        listed = subprocess.run(
+            [tool, "images", "--format", "{{.Repository}}"], capture_output=True, text=True, check=False
+        )
+        if {"mta-gateway", "mta-engine-cpu"} <= {name.rpartition("/")[2] for name in listed.stdout.split()}:
+            run.step("containers", ("-m", "deploy.containers", "test", "--bank", bank), (OWN_VERDICT,))
+            return
+    run.skip("containers", NO_IMAGES)
 
 
 def judge(report: Path, targets: Iterable[Target]) -> list[Figure]:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv with all that this checkout needs to run, and with `tools` also what its checks need from the system.
+# Makes .venv with all that this checkout needs to run, and with `tools` also what its checks need from the system, or with
+# `containers` what builds and runs images.
 #
-#   deploy/setup.sh [tools]
+#   deploy/setup.sh [tools|containers]
 #
 # Safe to call at any time: a finished set-up is seen by its stamp and takes no time, an interrupted or outdated one is
 # done again. PYTHON=/path/to/python picks the interpreter, GPU=1 or GPU=0 the build of vLLM (by default a CUDA build
@@ -143,6 +144,22 @@ install_tools() {
   command -v kustomize >/dev/null || missing+=(kustomize)
   command -v promtool >/dev/null || missing+=(prometheus)
   command -v prometheus-alertmanager >/dev/null || missing+=(prometheus-alertmanager)
+  apt_install "${missing[@]}"
+}
+
+# Podman with all that it recommends and needs, unless Docker is here.
+install_containers() {
+  local missing=()
+  docker info >/dev/null 2>&1 || command -v podman >/dev/null ||
+    missing+=(podman buildah runc netavark aardvark-dns nftables catatonit fuse-overlayfs)
+  command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 || missing+=(docker-compose)
+  [[ -z ${STAND_INS:-} ]] || command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
+  apt_install "${missing[@]}"
+}
+
+# Installs Debian's packages, as far as that is possible here.
+apt_install() {
+  local missing=("$@")
   ((${#missing[@]})) || return 0
   if [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
     say "not found: ${missing[*]}; the checks that need them will be skipped"
@@ -158,7 +175,7 @@ install_tools() {
 }
 
 main() {
-  [[ $# -eq 0 || ($# -eq 1 && $1 == tools) ]] || die "usage: deploy/setup.sh [tools]"
+  [[ $# -eq 0 || ($# -eq 1 && $1 =~ ^(tools|containers)$) ]] || die "usage: deploy/setup.sh [tools|containers]"
   mkdir -p out
   if command -v flock >/dev/null; then # two calls at once: the second waits, and then finds the work done
     exec 9>out/.setup.lock
@@ -167,7 +184,7 @@ main() {
   if [[ ! -x .venv/bin/mta || $(cat "$STAMP" 2>/dev/null) != "$(fingerprint)" ]] || other_python; then
     make_environment
   fi
-  [[ ${1:-} != tools ]] || install_tools
+  [[ $# -eq 0 ]] || "install_$1"
 }
 
 main "$@"

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -83,11 +83,11 @@ class Replaceable:
 class Load(threading.Thread):
     """A client that sends one request after the other to any gateway that accepts the connection."""
 
-    def __init__(self, urls: list[str], seed: int) -> None:
+    def __init__(self, urls: list[str], seed: int, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(daemon=True)
         self.failures: list[str] = []
         self.recipes: Counter[str] = Counter()
-        self._clients = [httpx.Client(base_url=url, timeout=ANSWER_S) for url in urls]
+        self._clients = [httpx.Client(base_url=url, headers=headers, timeout=ANSWER_S) for url in urls]
         self._chance = random.Random(seed)
         self._stop_asked = threading.Event()
 

@@ -6,6 +6,7 @@ import random
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,9 @@ TIMEOUT_S = 90.0
 """Request timeout, longer than every pause: nothing is sent again while the first request may still be processed."""
 
 RETRY_DELAY_S = 0.3
+PAUSE_S = 0.1
+"""Seconds between two turns of a crowd."""
+
 TURNS = {"generate": 25, "stream": 25, "openai": 10, "openai stream": 10, "write": 18, "adapt": 4, "erase": 3}
 
 
@@ -50,17 +54,17 @@ class Crowd(threading.Thread):
         name: the crowd's name.
         size: number of people.
         seed: seed of their actions.
-        pause_s: seconds between two turns.
+        headers: headers of every request, for example with an API key.
     """
 
-    def __init__(self, url: str, name: str, size: int, seed: str, pause_s: float = 0.1) -> None:
+    def __init__(self, url: str, name: str, size: int, seed: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(name=name, daemon=True)
         self.people = [Person(f"{name}-{number}") for number in range(size)]
         self.asked: list[Outcome] = []
         self.failure: BaseException | None = None
         self._url = url
+        self._headers = headers
         self._chance = random.Random(seed)
-        self._pause_s = pause_s
         self._count = 0
         self._stop_asked = threading.Event()
 
@@ -70,8 +74,8 @@ class Crowd(threading.Thread):
 
     def run(self) -> None:
         try:
-            with httpx.Client(base_url=self._url, timeout=TIMEOUT_S) as client:
-                while not self._stop_asked.wait(self._pause_s):
+            with httpx.Client(base_url=self._url, headers=self._headers, timeout=TIMEOUT_S) as client:
+                while not self._stop_asked.wait(PAUSE_S):
                     self._turn(client)
         except BaseException as failure:
             self.failure = failure

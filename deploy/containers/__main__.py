@@ -1,0 +1,119 @@
+"""`python -m deploy.containers images` and `… test`: see the package's docstring."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from adapters.errors import MtaError
+from bank.models.folders import ensure_embedder
+from bench import exit_on_sigterm
+from bench.fleet.chaos.verdict import Claim
+from bench.page.report import console, report, tabulate
+from bench.rig.tiny import tiny_bank, tiny_model
+from deploy.containers import images as building
+from deploy.containers.losing import lose
+from deploy.containers.rolling import roll
+from deploy.containers.serving import serve
+from deploy.containers.site import Site, deployed
+from deploy.containers.tool import ContainerError, enter_own_network, found_tool, served
+from deploy.containers.watching import watch
+from mta_client import MtaError as ClientError
+from server.cli.demo.bank import build_bank
+from server.cli.demo.personas import anchors
+from server.settings import load_settings
+
+FOLDER = Path("out/containers")
+Check = Callable[[Site], list[Claim]]
+PARTS: dict[str, Check] = {"losing": lose, "rolling": roll, "watching": watch}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+@app.command()
+def images(
+    stand_ins: Annotated[
+        bool, typer.Option(help="Make other people's images from Debian's packages.", envvar="STAND_INS")
+    ] = False,
+    gpu: Annotated[bool, typer.Option(help="Build the engine for NVIDIA GPUs instead of CPUs.", envvar="GPU")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Build the images of gateway and engine, and show their sizes."""
+    tool = found_tool(FOLDER)
+    if stand_ins:
+        for name in building.make_stand_ins(tool):
+            console().print(f"{name}: making a stand-in from Debian's packages (1 to 3 minutes)")
+    names = building.build(tool, FOLDER, gpu=gpu)
+    tabulate([building.sizes(tool, names)], out)
+
+
+@app.command()
+def test(
+    bank: Annotated[
+        Path | None, typer.Option(help="Folder of a bank for the packaged model.", show_default="the demo's bank")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="`serving` or a part of the fleet's check; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Run compose files as docs/deploying.md says, on CPUs; exit status 1 if something is not as it should be."""
+    chosen = set(only or ("serving", *PARTS))
+    if unknown := chosen - {"serving", *PARTS}:
+        raise ContainerError(f"--only {', '.join(sorted(unknown))}: there are serving, {', '.join(PARTS)}")
+    tool = found_tool(FOLDER)
+    claims: list[Claim] = []
+    for image in (building.GATEWAY, building.ENGINE_CPU):
+        if not tool.has_image(image):
+            raise ContainerError(f"there is no image {image}: run `make images`, or `make images STAND_INS=1`")
+    enter_own_network(tool)
+    with tempfile.TemporaryDirectory() as scratch, served(tool):
+        folder = Path(scratch)
+        folder.chmod(0o755)  # containers read models and banks below it
+        if "serving" in chosen:
+            people = shutil.copytree(bank or build_bank(anchors()), folder / "people")
+            with deployed(Site(tool, folder / "one", readable(people))) as site:
+                claims += found_by("serving", serve, site)
+        if chosen & PARTS.keys():
+            chosen_embedder = ensure_embedder(load_settings().embedder, load_settings().cache_dir)
+            model = readable(tiny_model(folder / "model"))
+            tiny = readable(tiny_bank(folder / "tiny", model, chosen_embedder, anchors=6))
+            with deployed(Site(tool, folder / "fleet", tiny, fleet=True, model=model)) as site:
+                claims.append(Claim("two of each: ready after `up -d`", f"{site.start():.0f} s", True))
+                for name, check in PARTS.items():
+                    claims += found_by(name, check, site) if name in chosen else []
+    report("containers, as docs/deploying.md starts them", [claim.row for claim in claims], out)
+    if not all(claim.holds for claim in claims):
+        raise typer.Exit(1)
+
+
+def found_by(name: str, check: Check, site: Site) -> list[Claim]:
+    """Return what a check finds; what ends it early is a finding, so that the next ones still run."""
+    console().rule(name, align="left")
+    try:
+        return check(site)
+    except (MtaError, ClientError, httpx.HTTPError, AssertionError) as error:
+        console().print(str(error), markup=False, soft_wrap=True)
+        return [Claim(name, f"ended early: {str(error).partition(chr(10))[0]}", False)]
+
+
+def readable(folder: Path) -> Path:
+    """Let everybody read a folder, as deploying.md asks for a bank."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder
+
+
+if __name__ == "__main__":
+    exit_on_sigterm()
+    try:
+        app()
+    except (MtaError, AssertionError) as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
