@@ -1,8 +1,9 @@
 """Run the checks that take long or need real histories: `make acceptance DATA=../shared/data`.
 
-Runs the model test of the store with many more steps than `make test`, builds a bank of 12 anchors from the headline
-writers of `DATA` (kept, and resumed if it was interrupted), and runs the other benchmarks with it one by one, printing
-each command first. The results are a table and `acceptance.json`; exit status 1 if a step fails or a target is missed.
+Runs the model test of the store with many more steps than `make test`, tries every base model, builds a bank of 12
+anchors from the headline writers of `DATA` (kept, and resumed if it was interrupted), and runs the other benchmarks
+with it one by one, printing each command first. The results are a table and `acceptance.json`; exit status 1 if a step
+fails or a target is missed.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 DEAR_FIRST = (
     *("e2e/test_demo", "integration/test_engine_oracle", "integration/test_faults", "integration/test_fleet"),
     *("integration/test_bench", "contract/test_engine", "integration/test_gateway_over_vllm"),
-    *("integration/test_engine_plugin", "integration/test_worker_process"),
+    *("integration/test_engine_plugin", "integration/test_architectures", "integration/test_worker_process"),
     *("integration/test_containers", "contract/test_store_model", "integration/test_adapting"),
     *("integration/test_bank_exchange", "integration/test_watched", "integration/test_documented"),
     *("integration/test_bank_build", "integration/test_up"),

@@ -20,7 +20,7 @@ PODMAN = "podman buildah runc netavark aardvark-dns nftables catatonit fuse-over
 """Debian's packages with which Podman runs compose files."""
 
 NO_TOOL = f"neither Docker nor Podman with docker-compose is here: apt-get install --no-install-recommends {PODMAN}"
-_WALLED = "MTA_CHECK_HAS_ITS_NETWORK"
+_WALLED = "CONTAINERS_TEST_NETWORK"
 MAX_OPEN_FILES = 1_048_576
 """Limit of open files that Podman asks for, whether or not this process may have it."""
 
