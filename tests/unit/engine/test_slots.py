@@ -10,12 +10,16 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from vllm.config.lora import LoRAConfig
+from vllm.lora.layers import ReplicatedLinearWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
 from vllm.lora.model_manager import AdapterLRUCache
+from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from adapters.flat import FlatLora
 from adapters.lora import ModuleShape
+from server.engine.command import VIEW_BYTES, VIEWS, slot_bytes
 from server.engine.fusing.slots import Cells, FusedLoRAModel, FusedSlots
 
 MODULES = tuple(ModuleShape(f"m{i}", 8 * (i + 1), 24 - 4 * i) for i in range(4))
@@ -126,6 +130,19 @@ class BareSlots(FusedSlots):
     @property
     def numbers(self) -> list[tuple[float, float]]:
         return [sums(self.modules["q"], index)[0] for index in range(SLOTS)]
+
+
+def test_vllm_gives_a_slot_the_bytes_that_are_computed_from_its_widths() -> None:
+    layer: Any = ReplicatedLinearWithLoRA.__new__(ReplicatedLinearWithLoRA)
+    base: Any = ReplicatedLinear.__new__(ReplicatedLinear)
+    for module in (layer, base):
+        torch.nn.Module.__init__(module)
+    layer.base_layer, layer.n_slices, layer.tp_size, layer.device = base, 1, 1, torch.device("cpu")
+    layer.input_size, layer.output_size = HIDDEN, 3 * HIDDEN
+    layer.create_lora_weights(SLOTS, LoRAConfig(max_lora_rank=16, max_loras=SLOTS, lora_dtype=torch.bfloat16))
+    taken = sum(stack.nbytes for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked))
+    bank: Any = SimpleNamespace(serving_rank=16, modules=[ModuleShape("q", HIDDEN, 3 * HIDDEN)])
+    assert taken / SLOTS == slot_bytes([bank], 2) - VIEWS * VIEW_BYTES
 
 
 @pytest.fixture
