@@ -1,5 +1,5 @@
 """Any base model: each architecture gets a bank, merged answers and a few-shot job, and vLLM serves what dense
-formulas say, in float32. `make test` runs two of them, `make acceptance` all (`-m 'acceptance or not acceptance'`)."""
+formulas say, in float32. `make test` runs two of them, `make acceptance` all (`-m ""`)."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ COMMON = ("phi3", "olmo2")  # fused projections; and one that vLLM runs through 
 EXAMPLES = [("Write a line about the sea.", "grey and wide"), ("two\nlines", "yes yes yes")]
 JOB = encode_config(AdaptConfig(steps=8, learning_rate=0.02))
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-
 CASES = (*ARCHITECTURES, *(f"llama+{quantisation}" for quantisation in QUANTISATIONS))
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}  # for blocks of 128
 
