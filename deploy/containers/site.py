@@ -24,8 +24,8 @@ CPU = ("-f", "docker-compose.yml", "-f", "deploy/docker-compose.cpu.yml")
 FLEET = ("--env-file", "deploy/fleet.env")
 INITS = ("catatonit", "tini", "docker-init")
 READY_S = 600.0
-HEALTH_S = 3.0
-"""Seconds between two rounds of health checks."""
+POLL_S, HEALTH_S = 0.5, 3.0
+"""Seconds between two looks at the gateways, and between two rounds of health checks."""
 
 
 @dataclass
@@ -100,11 +100,12 @@ class Site:
 
     def wait(self) -> None:
         """Wait until each gateway finds all its parts well."""
-        try:
-            wait_until(lambda: all(map(self.whole, self.urls)), "the gateways to find all parts well", READY_S)
-        except AssertionError as error:
-            said = self.compose("ps", "--all") + self.compose("logs", "--tail", 15)
-            raise ContainerError(f"{error}\n{said}") from None
+        deadline_s = time.monotonic() + READY_S
+        while not all(map(self.whole, self.urls)):
+            if time.monotonic() > deadline_s:
+                said = self.compose("ps", "--all") + self.compose("logs", "--tail", 15)
+                raise ContainerError(f"the gateways did not find all parts well in {READY_S:.0f} s\n{said}")
+            time.sleep(POLL_S)
 
     def client(self, number: int = 0) -> Client:
         """Return a client of a gateway, with the operator's key."""
@@ -121,9 +122,11 @@ class Site:
     def pid(self, service: str) -> int:
         """Return the pid of a container's program on this machine, and not of the init before it; 0 if it is down."""
         pid = int(self.inspected(service, "{{.State.Pid}}"))
-        if pid and any(name in command_line(pid).partition(" ")[0] for name in INITS):
-            return next(iter(children(pid)), 0)
-        return pid
+        try:
+            is_init = bool(pid) and any(name in command_line(pid).partition(" ")[0] for name in INITS)
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            return 0
+        return next(iter(children(pid)), 0) if is_init else pid
 
     def kill(self, service: str) -> None:
         """Kill a container's program, as the kernel does when memory runs out, and wait until it runs again."""
@@ -183,4 +186,4 @@ def deployed(site: Site) -> Iterator[Site]:
         try:
             yield site
         finally:
-            site.compose("--profile", "observe", "down", "--volumes", "--timeout", 5)
+            site.compose("--profile", "fleet", "--profile", "observe", "down", "--volumes", "--timeout", 5)
