@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 
 import httpx
 
@@ -47,13 +49,20 @@ def lose(site: Site) -> list[Claim]:
         assert not crowd.is_alive(), f"{crowd.name} hangs"
         if crowd.failure:
             raise crowd.failure
-    asked = [one for crowd in crowds for one in crowd.asked]
+    asked = [_explained(one, outages.values()) for crowd in crowds for one in crowd.asked]
     people = [person for crowd in crowds for person in crowd.people]
     lost = [Claim(f"killed: {name}", _lost(asked, outage), True) for name, outage in outages.items()]
     with httpx.Client(base_url=site.urls[0], headers=site.headers, timeout=TIMEOUT_S) as client:
         promises = verdict.about_promises(client, people)
         jobs = verdict.about_jobs(client, people)
     return [*lost, *verdict.about_requests(asked, list(outages.values())), *promises, jobs]
+
+
+def _explained(one: Outcome, outages: Iterable[Outage]) -> Outcome:
+    """Count a timeout that began while a gateway was down as a lost connection: a container's network goes with it, and so
+    may the last packet that would have told the client."""
+    away = any(outage.fault.part == "gateway" and outage.during(one.begun_s, one.begun_s) for outage in outages)
+    return replace(one, end=End.CUT) if away and one.reason.startswith("ReadTimeout") else one
 
 
 def _lost(asked: list[Outcome], outage: Outage) -> str:

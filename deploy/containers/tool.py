@@ -73,12 +73,13 @@ def found_tool(folder: Path) -> Tool:
     if shutil.which("docker") and _answers(["docker", "info"]):
         return Tool("docker", dict(os.environ))
     if shutil.which("podman"):
+        folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         settings = folder / "containers.conf"
         settings.write_text(_podman_settings(), "utf-8")
         own = {
             "CONTAINERS_CONF_OVERRIDE": str(settings),
-            "DOCKER_HOST": f"unix://{folder.resolve() / 'podman.sock'}",
+            "DOCKER_HOST": f"unix://{folder / 'podman.sock'}",
             "BUILDAH_ISOLATION": "chroot",
             "PODMAN_IGNORE_CGROUPSV1_WARNING": "1",
         }
