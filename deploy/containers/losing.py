@@ -59,9 +59,9 @@ def lose(site: Site) -> list[Claim]:
 
 
 def _explained(one: Outcome, outages: Iterable[Outage]) -> Outcome:
-    """Count a timeout that began while a gateway was down as a lost connection: a container's network goes with it, and so
+    """Count a timeout beside the death of a gateway as a lost connection: a container's network goes with it, and so
     may the last packet that would have told the client."""
-    away = any(outage.fault.part == "gateway" and outage.during(one.begun_s, one.begun_s) for outage in outages)
+    away = any(outage.fault.part == "gateway" and outage.during(one.begun_s, one.ended_s) for outage in outages)
     return replace(one, end=End.CUT) if away and one.reason.startswith("ReadTimeout") else one
 
 
