@@ -26,6 +26,8 @@ KILLED = {
 """Services, and what the faults of `mta bench fleet chaos` call their kind."""
 
 PEOPLE, CALM_S = 6, 5.0
+NOTICED_S = 3.0
+"""Seconds within which a gateway notices that a part is away: it looks every two."""
 
 
 def lose(site: Site) -> list[Claim]:
@@ -38,6 +40,7 @@ def lose(site: Site) -> list[Claim]:
         time.sleep(CALM_S)
         begun_s = time.monotonic()
         site.kill(name)
+        time.sleep(NOTICED_S)
         site.wait()
         outages[name] = Outage(Fault(kind), begun_s, time.monotonic())
         console().print(f"killed: {name}, whole again after {outages[name].recovery_s:.0f} s")
