@@ -108,9 +108,9 @@ def _inside(inside: dict[str, list[float]]) -> Iterator[tuple[str, object]]:
 
 def _limit(subject: Subject, limits: Limits) -> Iterator[tuple[str, object]]:
     """Yield the memory traffic of fusing: each row is read, the sum is written and copied into the slot."""
-    manifest = subject.manifest
-    row = manifest.layout.row_numbers * BF16_BYTES
-    moved = row * (subject.merged_rows + manifest.common + 3)
+    manifest, numbers = subject.manifest, subject.manifest.layout.row_numbers
+    read = subject.merged_rows * (1 if manifest.directions else BF16_BYTES)  # directions are read in int8
+    moved = numbers * (read + BF16_BYTES * (manifest.common + 3))
     yield "bytes that fusing and the slot move, MiB", round(moved / 2**20, 2)
     yield "the same at this machine's memory bandwidth, ms", round(1000 * moved / limits.bytes_per_s, 3)
 
