@@ -238,6 +238,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
         await parts.worth.add_people(CELL.week, TENANT, [key])
     await parts.worth.add_sums(TENANT, "a token", {CELL: (1.0,)})
     await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
+    await parts.keys.note_used(["a digest"], 1)
     assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted
     for held in ("running/key-x", f"gateways/{'0' * 16}"):
         assert await parts.rates.acquire(held, ["it"], 60)
