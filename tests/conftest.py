@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from bank.models.folders import ensure_embedder
 from bench.rig.engine import Engine, running_engine
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
+from server.supervisor import services
 from tests.support.fake_engine import KEY, FakeEngine, Knobs
 from tests.support.gateway import SECRET, GatewayThread
 
@@ -40,6 +42,13 @@ class FileScheduling(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
         return file.replace("tests/integration/test_gateway_over_vllm.py", "tests/contract/test_engine.py")
+
+
+def pytest_configure() -> None:
+    """Give each process of a run ports of its own: a port is free until its server has started, which may take long."""
+    number, processes = (os.environ.get(f"PYTEST_XDIST_WORKER{what}", "") for what in ("", "_COUNT"))
+    if processes:
+        services.PORT_RANGE = services.PORT_RANGE[int(number.removeprefix("gw")) :: int(processes)]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -276,9 +276,15 @@ def test_an_erased_user_is_not_counted(
     assert (row["people"], row["answers"]) == (1, 1)
 
 
+@pytest.mark.usefixtures("fake_engine")
 def test_what_is_not_stored_yet_is_stored_at_the_end(
-    gateway_settings: Settings, store: ValkeyProcess, keyed: Keyed, fake_engine: FakeEngine, new_user: NewUser
+    gateway_settings: Settings,
+    store: ValkeyProcess,
+    keyed: Keyed,
+    new_user: NewUser,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("server.gateway.parts.STORE_INTERVAL_S", 3600)
     settings = gateway_settings.model_copy(update={"redis_url": store.url, "holdout": HOLDOUT})
     with GatewayThread(settings) as gateway:
         one = Keyed(gateway, keyed.secrets)
