@@ -99,7 +99,8 @@ def engines(subject: Subject, session: aiohttp.ClientSession) -> Engines:
 async def test_whole_and_streamed_answers_agree_and_tell_reason_and_usage(
     client: EngineClient, subject: Subject
 ) -> None:
-    request = ask(subject.recipe().name, max_tokens=24)
+    tokens = 200  # vLLM joins what a busy client has not read yet
+    request = ask(subject.recipe().name, max_tokens=tokens)
     async with client.generate(request) as stream:
         streamed = [text async for text, _ in stream if text]
     assert stream.first_token_s is not None and stream.first_token_s > stream.sent_s
@@ -112,7 +113,7 @@ async def test_whole_and_streamed_answers_agree_and_tell_reason_and_usage(
         prompt = made.prompt_tokens or 0
         assert (
             made.usage.items()
-            >= {"prompt_tokens": prompt, "completion_tokens": 24, "total_tokens": prompt + 24}.items()
+            >= {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}.items()
         )
 
 
