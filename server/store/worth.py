@@ -5,6 +5,7 @@ Writes do not wait for the disk: a crash forgets the tallies of the last seconds
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -17,6 +18,7 @@ from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.connection import RedisConnection
 
+WEEK_HOURS = 7 * 24
 TALLY_S = 21 * 24 * 3600  # a week is folded within its next one
 EVER = 0
 """The week under which the sums of all weeks are kept."""
@@ -197,6 +199,16 @@ class WorthStore:
         if cells:
             fields = [cell.field for cell in cells]
             await self._connection.run(methodcaller("hdel", keys.folded(tenant), *fields))
+
+
+def this_hour() -> int:
+    """Return the number of hours since 1970."""
+    return int(time.time()) // 3600
+
+
+def week_of(hour: int) -> int:
+    """Return the number of the week, from Monday, of an hour since 1970, which began on a Thursday."""
+    return (hour + 3 * 24) // WEEK_HOURS
 
 
 def monday(week: int) -> date:

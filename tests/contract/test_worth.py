@@ -11,11 +11,11 @@ import pytest
 from redis.asyncio import Redis
 
 from server.errors import Unavailable
-from server.gateway.generation.personalizer import Arm, Level, Personalization, week_of
+from server.gateway.generation.personalizer import Arm, Level, Personalization
 from server.gateway.learning.tallies import KEPT_WEEKS, LATE_HOURS, MAX_PENDING, Metric, Person, Tallies, metrics_of
 from server.store.feedback import Feedback, Outcome, Rating
 from server.store.redis import keys
-from server.store.worth import EVER, TALLY_S, Cell, Counts, monday
+from server.store.worth import EVER, TALLY_S, Cell, Counts, monday, week_of
 from tests.support.store_parts import KEYS, TENANT, StoreParts
 
 CELL = Cell(2961, 0, "stacked", "lower")

@@ -12,10 +12,9 @@ from playwright.sync_api import Browser, expect
 
 from bench.rig.valkey import ValkeyProcess
 from deploy.console.browser import Looking, chromium, looking, running_browser
-from server.gateway.generation.personalizer import week_of
 from server.gateway.learning.tallies import sums_of
 from server.settings import Settings
-from server.store.worth import Cell, Counts
+from server.store.worth import Cell, Counts, week_of
 from tests.support.gateway import GatewayThread
 from tests.support.store_parts import StoreParts
 

@@ -27,7 +27,7 @@ CONTEXT, SLOTS, USER_RANK = 8192, 32, 2  # of the printed table
 
 def token_bytes(config: Mapping[str, Any], number: int) -> int:
     """Return the size of one token in the KV cache of a model, whose numbers have `number` bytes."""
-    config = {**config, **(config.get("text_config") or {})}
+    config = _language(config)
     heads = config.get("num_attention_heads") or 1
     width = config.get("head_dim") or config.get("hidden_size", 0) // heads
     layers = config.get("num_hidden_layers", 0)
@@ -43,12 +43,15 @@ def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Se
     else:
         weights = stored // NUMBER_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "", BF16)
         served = weights * number
-    context = settings.max_model_len or {**config, **(config.get("text_config") or {})}.get(
-        "max_position_embeddings", 0
-    )
+    context = settings.max_model_len or _language(config).get("max_position_embeddings", 0)
     slots = (settings.max_loras or settings.max_num_seqs) * slot_bytes(manifests, number)
     engine = (served + context * token_bytes(config, number)) // settings.tensor_parallel_size + slots + FORWARD_BYTES
     return engine, worker_bytes(weights)
+
+
+def _language(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the configuration of the language model, also of a model with vision."""
+    return {**config, **(config.get("text_config") or {})}
 
 
 def worker_bytes(parameters: int) -> int:

@@ -14,6 +14,7 @@ from adapters.errors import MtaError, excerpt
 from server.errors import Forbidden, Unauthorized
 from server.store.tenants.access_keys import CREATE, AccessKeys, Scope, digest_of
 from server.store.tenants.rates import NO_OVERRIDES, Allowance
+from server.store.worth import this_hour
 
 log = logging.getLogger("mta.gateway")
 
@@ -123,7 +124,7 @@ class KnownKeys:
     async def note_used(self, store: AccessKeys) -> None:
         """Tell the store which keys were used, once an hour for each."""
         seen, self._seen = self._seen, set()
-        hour = int(time.time()) // 3600
+        hour = this_hour()
         if new := {digest for digest in seen if self._noted.get(digest) != hour}:
             await store.note_used(new, hour)
             self._noted |= dict.fromkeys(new, hour)

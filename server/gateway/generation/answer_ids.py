@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 from adapters.errors import excerpt
 from server.errors import Gone, NotFound
-from server.gateway.generation.personalizer import Arm, Level, this_hour
+from server.gateway.generation.personalizer import Arm, Level
 from server.store.tenants.user_key import User, UserKeys
+from server.store.worth import this_hour
 
 VALID_HOURS = 7 * 24  # as long as an erasure's tombstone keeps the epoch
 _HOUR_BYTES, _RECIPE_BYTES = 3, 4

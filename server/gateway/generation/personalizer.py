@@ -19,9 +19,9 @@ from server.errors import InvalidRequest, NotFound
 from server.gateway.generation.request import GenerationRequest, Personalize
 from server.store.profile_record import Profile
 from server.store.tenants.user_key import User
+from server.store.worth import this_hour, week_of
 
 SIGNATURE_REQUEST_INTERVAL_S = 60.0  # until a gateway requests a user's missing signature again
-WEEK_HOURS = 7 * 24
 _MAX_REMEMBERED_USERS = 10_000
 _HELD_OUT = "this week the user is answered one level lower, for comparison (MTA_HOLDOUT)"
 
@@ -141,16 +141,6 @@ class Personalizer:
         task = asyncio.create_task(self._request_signature(user))
         self._request_tasks.add(task)
         task.add_done_callback(self._request_tasks.discard)
-
-
-def this_hour() -> int:
-    """Return the number of hours since 1970."""
-    return int(time.time()) // 3600
-
-
-def week_of(hour: int) -> int:
-    """Return the number of the week, from Monday, of an hour since 1970, which began on a Thursday."""
-    return (hour + 3 * 24) // WEEK_HOURS
 
 
 def arm_of(user_key: str, holdout: float) -> Arm:

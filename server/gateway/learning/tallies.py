@@ -15,9 +15,9 @@ from itertools import chain
 from operator import add
 
 from server.gateway.generation.answer_ids import AnswerNote
-from server.gateway.generation.personalizer import Arm, Level, Personalization, this_hour, week_of
+from server.gateway.generation.personalizer import Arm, Level, Personalization
 from server.store.feedback import Feedback
-from server.store.worth import EVER, Cell, Counts, WorthStore
+from server.store.worth import EVER, Cell, Counts, WorthStore, this_hour, week_of
 
 STORE_INTERVAL_S = 5.0
 FOLD_INTERVAL_S = 600.0

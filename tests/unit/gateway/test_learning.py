@@ -10,11 +10,12 @@ import pytest
 
 from bank.items.tasks import get_task
 from bank.lookup.signature import empty_signature
-from server.gateway.generation.personalizer import Arm, arm_of, week_of
+from server.gateway.generation.personalizer import Arm, arm_of
 from server.gateway.learning.messages import item_of, own_words
 from server.gateway.users.profiles import signature_due
 from server.settings import MAX_ITEM_BYTES
 from server.store.profile_record import Profile, StoredSignature
+from server.store.worth import week_of
 
 BANK, DAY_MS = "0123abcd", 24 * 3600 * 1000
 SAID = "honestly the sea was flat all week"
