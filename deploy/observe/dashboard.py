@@ -51,6 +51,11 @@ def _quantiles(metric: str) -> tuple[Query, ...]:
     return tuple(Query(_quantile(share, metric), f"p{share * 100:.0f}") for share in (0.5, 0.95, 0.99))
 
 
+def _of_commands(what: str = "") -> str:
+    metric = f"mta_store_command_{what}_total" if what else "mta_store_commands_total"
+    return f"max by (server, command) (rate({metric}[{WINDOW}]))"  # every gateway reports the same
+
+
 def _graph(title: str, unit: str, *queries: tuple[str, str]) -> Graph:
     return Graph(title, unit, tuple(Query(*query) for query in queries))
 
@@ -143,6 +148,28 @@ ROWS: dict[str, Sequence[Graph]] = {
             (_quantile(0.95, "mta_worker_job_seconds"), "in the worker"),
         ),
     ),
+    "Store": (
+        _graph(
+            "Memory",
+            "bytes",
+            ("max(mta_store_used_bytes)", "taken"),
+            ("max(mta_store_max_bytes)", "all"),
+            ("max by (server) (mta_store_resident_bytes)", "of the process {{server}}"),
+        ),
+        _graph("Failures", "ops", (_rate('mta_store_seconds_count{outcome="failed"}', "job"), "{{job}}")),
+        _graph(
+            "Rewriting the file",
+            "s",
+            ("max by (server) (mta_store_fork_seconds)", "the last fork {{server}}"),
+            ("max by (server) (mta_store_rewrite_seconds)", "the last rewrite {{server}}"),
+        ),
+        _graph("Replicas", "short", ("max by (server) (mta_store_replicas)", "{{server}}")),
+        _graph(
+            "Slowest commands, mean",
+            "s",
+            (f"topk(5, {_of_commands('seconds')} / {_of_commands()})", "{{command}} {{server}}"),
+        ),
+    ),
     "Processes": (
         _graph(
             "Up",
@@ -150,8 +177,6 @@ ROWS: dict[str, Sequence[Graph]] = {
             ("up", "{{job}} {{instance}}"),
             ("mta_ready", "{{instance}} is ready"),
         ),
-        _graph("Store's memory", "bytes", ("max(mta_store_used_bytes)", "taken"), ("max(mta_store_max_bytes)", "all")),
-        _graph("Store's failures", "ops", (_rate('mta_store_seconds_count{outcome="failed"}', "job"), "{{job}}")),
         _graph(
             "Processor", "percentunit", (_rate("process_cpu_seconds_total", "job, instance"), "{{job}} {{instance}}")
         ),

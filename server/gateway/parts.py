@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -42,6 +42,7 @@ from server.gateway.users.privacy import Erasing, Exporting
 from server.gateway.users.profiles import HistoryLimit, Profiles
 from server.settings import Settings
 from server.store.append_only_file import REWRITE_CHECK_S, AppendOnlyFile
+from server.store.figures import FIGURES_INTERVAL_S, ServerFigures
 from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.samples import JobBudget
@@ -224,6 +225,7 @@ async def open_gateway(
             health.watch(),
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
             forever(REWRITE_CHECK_S, partial(_rewrite_file_if_due, stores.file, metrics), log),
+            forever(FIGURES_INTERVAL_S, partial(_read_figures, stores.figures, metrics), log),
             learner.run(),
             forever(STORE_INTERVAL_S, tallies.flush, log),
             forever(FOLD_INTERVAL_S, tallies.fold, log),
@@ -268,6 +270,10 @@ async def _flush(tallies: Tallies) -> None:
 async def _rewrite_file_if_due(file: AppendOnlyFile, metrics: Metrics) -> None:
     metrics.rewrite_overdue.set(await file.overdue_s())
     await file.rewrite_if_due()
+
+
+async def _read_figures(read: Callable[[], Awaitable[list[ServerFigures]]], metrics: Metrics) -> None:
+    metrics.store_servers = await read()
 
 
 def _load_search(task: Task) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from server.settings import Settings
 from server.store.adapters import AdapterStore
 from server.store.append_only_file import AppendOnlyFile
 from server.store.durability import CheckedStore
 from server.store.feedback import FeedbackStore
+from server.store.figures import ServerFigures, read_figures
 from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
@@ -34,6 +36,7 @@ class Stores:
     adapters: AdapterStore
     signing: Callable[[str], UserQueue]
     file: AppendOnlyFile
+    figures: Callable[[], Awaitable[list[ServerFigures]]]
 
 
 @asynccontextmanager
@@ -61,6 +64,7 @@ async def open_stores(
             adapters=AdapterStore(connection),
             signing=lambda bank: UserQueue(connection, "sign", bank),
             file=AppendOnlyFile(connection),
+            figures=partial(read_figures, connection),
         )
     finally:
         await connection.close()

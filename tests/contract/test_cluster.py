@@ -20,11 +20,13 @@ from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.errors import Unavailable
 from server.store import profiles
 from server.store.durability import Durability
+from server.store.figures import read_figures
 from server.store.jobs import JobState, JobStore, Trained
 from server.store.profiles import ProfileStore
 from server.store.redis import keys, scripts
+from server.store.redis.servers.base import StoreServer
 from server.store.redis.servers.cluster import Cluster
-from server.store.redis.servers.connection import RedisConnection
+from server.store.redis.servers.connection import REFUSED, RedisConnection
 from tests.support.store_parts import (
     LATER_MS,
     REPLICA_TIMEOUT_MS,
@@ -299,3 +301,26 @@ async def test_a_cluster_that_serves_a_third_is_no_store(followed: ValkeyCluster
         finally:
             gone.start()
     wait_until(lambda: {state(node) for node in cluster.nodes} == {"ok"}, "peace")
+
+
+async def test_every_server_reports_its_figures_and_one_that_refuses_is_left_out(
+    cluster: ValkeyCluster, connection: RedisConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "words-that-nobody-shall-find-in-a-figure"
+    await connection.run(lambda redis: redis.set(secret, secret))
+    found = {report.server: report for report in await read_figures(connection)}
+    assert len(found) == len(cluster.nodes)
+    assert sum(report.replicas for report in found.values()) == len(cluster.replicas)
+    assert all(0 < report.used_bytes <= report.resident_bytes * 4 for report in found.values())
+    assert not any(report.rewrite_failed for report in found.values())
+    assert sum(report.commands["set"].calls for report in found.values() if "set" in report.commands) >= 1
+    assert secret not in repr(found)
+    refusing, send = next(iter(found)), connection.send
+
+    async def send_or_refuse(server: StoreServer, *command: str) -> Any:
+        if server.id == refusing:
+            raise Unavailable("it may not run INFO", code=REFUSED)
+        return await send(server, *command)
+
+    monkeypatch.setattr(connection, "send", send_or_refuse)
+    assert {report.server for report in await read_figures(connection)} == found.keys() - {refusing}

@@ -289,6 +289,19 @@ def test_engines_are_named_as_far_as_they_may_grow_and_whatever_selects_pods_fin
         assert (one["spec"]["scaleTargetRef"]["kind"], one["spec"]["scaleTargetRef"]["name"]) in targets
 
 
+def test_prometheus_in_a_cluster_has_the_jobs_of_the_one_in_a_container_and_finds_the_pods_ports() -> None:
+    jobs = yaml.safe_load((ROOT / "deploy/k8s/prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    there = yaml.safe_load((ROOT / "deploy/observe/prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    asked = {job["job_name"]: job["dns_sd_configs"][0]["port"] for job in there}
+    assert {job["job_name"] for job in jobs} == asked.keys()
+    for job in jobs:
+        [looked] = job["kubernetes_sd_configs"]
+        assert looked["selectors"] == [{"role": "pod", "label": f"app={job['job_name']}"}]
+        [name] = [rule["regex"] for rule in job["relabel_configs"] if rule.get("action") == "keep"]
+        ports = containers("gpu")[job["job_name"]].written["ports"]
+        assert [port["containerPort"] for port in ports if port["name"] == name] == [asked[job["job_name"]]]
+
+
 def test_autoscalers_go_by_metrics_that_gateways_have() -> None:
     rules = yaml.safe_load((ROOT / "deploy/k8s/prometheus-adapter.yaml").read_text("utf-8"))["rules"]["external"]
     made = {rule["name"]["as"]: re.match(r"\w+", rule["seriesQuery"]) for rule in rules}

@@ -170,6 +170,8 @@ def test_a_full_store_refuses_only_what_would_be_stored(
         assert (ready["status"], ready["parts"]["redis"]["status"]) == ("ready", "full")
         assert metric(client, "mta_store_max_bytes") == ROOM
         assert metric(client, "mta_store_used_bytes") > 0.99 * ROOM
+        assert metric(client, "mta_store_resident_bytes") > 0
+        assert metric(client, 'mta_store_commands_total{command="eval",server=""}') > 0
         assert who(generate(client, stored[0]))["level"] == "merged"
         for user_id in stored[1:4]:
             assert client.delete(f"/users/{user_id}").raise_for_status().json()["erased"]["items"] == 5

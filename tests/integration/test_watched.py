@@ -51,6 +51,7 @@ def test_rules_and_configurations_are_what_prometheus_takes() -> None:
         ("promtool", "check", "rules", "alerts.yml"),
         ("promtool", "test", "rules", "alerts_test.yml"),
         ("promtool", "check", "config", "--syntax-only", "prometheus.yml"),
+        ("promtool", "check", "config", "--syntax-only", "../k8s/prometheus.yml"),
     ):
         done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

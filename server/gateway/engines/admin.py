@@ -45,7 +45,7 @@ class AddressState:
 
 @dataclass(frozen=True, slots=True)
 class EngineState(AddressState):
-    """State that one engine reports; `status` is `ok` or the kind of fault."""
+    """State that one engine reports; `status` is `ok`, `expected` until its first report, or the kind of fault."""
 
     max_model_len: int | None = None
     banks: tuple[str, ...] = ()
@@ -76,6 +76,7 @@ class Engines:
         self._headers = key_header(key)
         self.urls = tuple(urls)
         self.answering: tuple[str, ...] = ()  # URLs of the engines with status `ok` at the last probe
+        self._seen: set[str] = set()  # URLs of the engines that have reported once
         self.context: int | None = None  # shortest context length last reported, in tokens
         self.sequences: int | None = None  # total of `EngineFigures.sequences`; None if unknown
         self.figures: list[EngineFigures | None] = [None] * len(self.urls)
@@ -164,9 +165,12 @@ class Engines:
             reported = {field.name: answer.get(field.name) for field in fields(EngineFigures)}
             figures = EngineFigures(**{name: None if n is None else int(n) for name, n in reported.items()})
         except EngineFault as fault:
+            if fault.status == "unavailable" and url not in self._seen:
+                return EngineState(url, "expected", f"it has not answered yet: {fault}"), None
             return EngineState(url, fault.status, str(fault)), None
         except (ValueError, TypeError, KeyError) as error:
             return EngineState(url, "not_an_mta_engine", f"its status response is invalid: {error}"), None
+        self._seen.add(url)
         return EngineState(url, "ok", None, context, banks), figures
 
     async def _call_private(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:

@@ -109,8 +109,11 @@ class ProbeResult:
         if self.readiness is not Readiness.READY:
             return None
         partly = sum(engine.status == "lacks_bank" for engine in self.engines)
-        down = sum(engine.status != "ok" for engine in self.engines) - partly
+        expected = sum(engine.status == "expected" for engine in self.engines)
+        down = sum(engine.status != "ok" for engine in self.engines) - partly - expected
         problems = [f"store_full: {self.store.detail}"] if self.store.status == _FULL else []
+        if expected:
+            problems.append(f"{len(self.engines) - expected} of {len(self.engines)} expected engines have appeared")
         if down:
             problems.append(f"{down} of {len(self.engines)} engines cannot be used, the others serve")
         if partly:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from server.errors import CLIENT_GONE
 from server.gateway.engines.admin import Engines
 from server.gateway.operating.health import Health, Readiness
 from server.store.durability import CheckedStore
+from server.store.figures import ServerFigures
 from server.watching.audit import Act, note
 from server.watching.background import BUCKETS_S, StoreSeconds
 from server.watching.logs import request_id, traceparent
@@ -79,10 +80,12 @@ class Metrics:
         self.oldest_job = gauge("mta_jobs_oldest_seconds", "Age of the oldest queued job.")
         self.rewrite_overdue = gauge("mta_rewrite_overdue_seconds", "Delay of removing erased users from the AOF.")
         self.store = StoreSeconds(registry)
+        self.store_servers: Sequence[ServerFigures] = ()  # as last reported
         ProcessCollector(registry=registry)
 
     def watch(self, engines: Engines, health: Health, store: CheckedStore) -> None:
         self._registry.register(_PartsCollector(engines, health, store))
+        self._registry.register(_ServersCollector(self))
 
     def count_refusal(self, reason: str) -> None:
         self.shed.labels(reason).inc()
@@ -142,6 +145,34 @@ class _PartsCollector(Collector):
                 prepares.add_metric((engine, "cold"), figures.fuses)
                 prepares.add_metric((engine, "warm"), max(0, figures.prepares - figures.fuses))
         yield from (up, slots, resident, prepares)
+
+
+@dataclass(frozen=True, eq=False)
+class _ServersCollector(Collector):
+    """Collects what the store's servers last reported, by server: the name is empty if there is only one."""
+
+    metrics: Metrics
+
+    def collect(self) -> Iterator[Metric]:
+        gauge, counter = partial(GaugeMetricFamily, labels=("server",)), CounterMetricFamily
+        families = {
+            "used_bytes": gauge("mta_store_server_used_bytes", "Memory used by a server."),
+            "resident_bytes": gauge("mta_store_resident_bytes", "A server's memory, as the system counts it."),
+            "fork_s": gauge("mta_store_fork_seconds", "How long the last fork stopped a server."),
+            "rewrite_s": gauge("mta_store_rewrite_seconds", "How long the last rewrite of the AOF took."),
+            "rewrite_failed": gauge("mta_store_rewrite_failed", "Whether the last rewrite of the AOF failed."),
+            "replicas": gauge("mta_store_replicas", "Connected replicas."),
+        }
+        of_commands = ("server", "command")
+        calls = counter("mta_store_commands", "Commands that a server ran, by name.", labels=of_commands)
+        seconds = counter("mta_store_command_seconds", "Time a server took for them.", labels=of_commands)
+        for found in self.metrics.store_servers:
+            for name, family in families.items():
+                family.add_metric((found.server,), float(getattr(found, name)))
+            for command, all_calls in found.commands.items():
+                calls.add_metric((found.server, command), all_calls.calls)
+                seconds.add_metric((found.server, command), all_calls.seconds)
+        yield from (*families.values(), calls, seconds)
 
 
 @dataclass(slots=True)

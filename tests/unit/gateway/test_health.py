@@ -15,20 +15,23 @@ from server.gateway.operating.metrics import Metrics
 from server.store.durability import Durability, Memory
 
 ONE, OTHER = "a1" * 32, "b2" * 32
+NEVER: tuple[str, ...] = ("never",)
 
 
 class Said:
-    """Engines with these banks; None for one that is down."""
+    """Engines with these banks; None for one that is down, NEVER for one that has not come up yet."""
 
     def __init__(self, *banks: tuple[str, ...] | None) -> None:
         self.urls = tuple(f"http://engine-{place}" for place in range(len(banks)))
         self._banks = banks
 
     async def probe(self, timeout_s: float) -> tuple[EngineState, ...]:
-        return tuple(
-            EngineState(url, "unavailable") if has is None else EngineState(url, "ok", None, 512, has)
-            for url, has in zip(self.urls, self._banks, strict=True)
-        )
+        return tuple(self._state(url, has) for url, has in zip(self.urls, self._banks, strict=True))
+
+    def _state(self, url: str, has: tuple[str, ...] | None) -> EngineState:
+        if has is None or has is NEVER:
+            return EngineState(url, "expected" if has else "unavailable")
+        return EngineState(url, "ok", None, 512, has)
 
 
 def store(memory: Memory | None = None, unserved: str | None = None) -> Any:
@@ -55,6 +58,13 @@ DIRECTLY = "MTA_ENGINE_URL cannot be used, the gateway calls engines directly"
             True,
             "1 of 2 engines cannot be used, the others serve",
         ),
+        (
+            [(ONE, OTHER), NEVER, None, NEVER],
+            ["ok", "expected", "unavailable", "expected"],
+            True,
+            "2 of 4 expected engines have appeared; 1 of 4 engines cannot be used, the others serve",
+        ),
+        ([NEVER, NEVER], ["expected", "expected"], False, None),
         ([(ONE, OTHER), (ONE,)], ["ok", "lacks_bank"], True, LACKING.format(1)),
         ([(ONE,), (OTHER,)], ["lacks_bank", "lacks_bank"], True, f"{LACKING.format(2)}; {DIRECTLY}"),
         ([(ONE,), (ONE,)], ["lacks_bank", "lacks_bank"], False, None),

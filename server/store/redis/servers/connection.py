@@ -120,11 +120,11 @@ class RedisConnection:
         async with _translated(READ_TIMEOUT_S):
             return await self._servers.holders(name)
 
-    async def send(self, server: StoreServer, command: str) -> Any:
+    async def send(self, server: StoreServer, *command: str) -> Any:
         """Send a command to one server; errors become `Unavailable`, with the code `REFUSED` if it refuses."""
         async with _translated(READ_TIMEOUT_S):
             try:
-                return await server.execute(command)
+                return await server.execute(*command)
             except ResponseError as error:
                 raise Unavailable(str(error), code=REFUSED) from error
 
