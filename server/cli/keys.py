@@ -19,7 +19,7 @@ from adapters.errors import MtaError, excerpt
 from server.cli.shared import setting
 from server.settings import Settings, load_settings
 from server.store.tenants import access_keys
-from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, KeyRing, Scope
+from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, KeyRing, Policy, Scope
 from server.store.tenants.rates import Allowance
 from server.watching.audit import Act, audit_to, note
 
@@ -74,9 +74,9 @@ def create(
     secret = access_keys.checked_secret(supplied) if given else access_keys.new_secret()
     owner = settings.tenant if tenant is None else tenant
     scopes = scope or (Scope if first else (Scope.GENERATE, Scope.WRITE, Scope.ADAPT))
-    key = access_keys.access_key(secret, name, owner, scopes, Allowance(requests, tokens, jobs, concurrent))
+    policy = Policy(Allowance(requests, tokens, jobs, concurrent), learn, history, refresh, holdout)
+    key = access_keys.access_key(secret, name, owner, scopes, policy)
     expires_ms = None if days is None else key.created_ms + days * DAY_MS
-    key = replace(key, learn=learn, history=history, holdout=holdout, refresh=refresh)
     key = replace(key, expires_ms=expires_ms, note=access_keys.checked_note(remark))
     if not _with_keys(settings, lambda keys: keys.add(key, only_first=first)):
         typer.echo(f"the store has had a key before, so none was created: `{CREATE} NAME` creates another", err=True)
@@ -105,7 +105,7 @@ def list_(data: Data = None) -> None:
     ring, used = _with_keys(_settings(data), read)
     for key in ring.keys:
         scopes, bank = ", ".join(sorted(key.scopes)), ring.banks.get(key.tenant, "")
-        limits = ", ".join(f"{what} {most or 'any'}" for what, most in key.allowance.overrides.items())
+        limits = ", ".join(f"{what} {most or 'any'}" for what, most in key.policy.allowance.overrides.items())
         used_ms = used[key.digest] * HOUR_MS if key.digest in used else None
         times = map(_date, (key.created_ms, used_ms, key.expires_ms, key.revoked_ms))
         table.add_row(key.id, key.last, key.name, key.tenant, bank, scopes, limits, *times, key.note)

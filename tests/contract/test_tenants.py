@@ -19,7 +19,7 @@ from server.settings import Settings
 from server.store.redis.keys import ACCESS_KEYS
 from server.store.redis.servers.connection import READ_TIMEOUT_S
 from server.store.tenants import rates as scripts
-from server.store.tenants.access_keys import AccessKey, AccessKeys, Scope, access_key, new_secret
+from server.store.tenants.access_keys import AccessKey, AccessKeys, Policy, Scope, access_key, new_secret
 from server.store.tenants.rates import Allowance, Rate, Rates, Use
 from tests.support.store_parts import StoreParts
 
@@ -48,7 +48,7 @@ async def known(store: AccessKeys, secret: str) -> KnownKeys:
 
 def key_of(secret: str) -> AccessKey:
     limits = Allowance(requests=5, jobs=0)
-    return replace(access_key(secret, "app", "acme", (Scope.GENERATE, Scope.ADMIN), limits), created_ms=1)
+    return replace(access_key(secret, "app", "acme", (Scope.GENERATE, Scope.ADMIN), Policy(limits)), created_ms=1)
 
 
 def sent(secret: str) -> list[tuple[bytes, bytes]]:

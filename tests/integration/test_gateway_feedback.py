@@ -22,7 +22,7 @@ from server.gateway.generation.personalizer import Arm, Level
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES
-from server.store.tenants.user_key import User, UserKeys
+from server.store.tenants.user_key import UserKeys
 from tests.support.calls import SAMPLES, NewUser, ask, error_of, put, who
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter, make_keys, wait_until_ready
@@ -142,7 +142,7 @@ def test_which_answers_can_be_named(client: Client, ada: str) -> None:
         assert give(client, ada, named, outcome="discarded").json()["level"] == "merged"
     keys = UserKeys(SECRET, "default")
     assert ada not in named and keys.key(ada) not in named
-    assert answer_ids.read_answer_id(keys, User(ada, keys.key(ada)), "", named).request_id == named.rpartition(".")[0]
+    assert answer_ids.read_answer_id(keys, keys.user(ada), "", named).request_id == named.rpartition(".")[0]
 
 
 @pytest.mark.parametrize(

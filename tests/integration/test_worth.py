@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -22,7 +21,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.cli import app
 from server.gateway.generation.personalizer import Arm, arm_of
 from server.settings import Settings
-from server.store.tenants.access_keys import Scope, access_key, new_secret
+from server.store.tenants.access_keys import Policy, Scope, access_key, new_secret
 from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
 from tests.support.calls import ITEMS, NewUser, error_of, put
@@ -47,7 +46,7 @@ def keyed(gateway_settings: Settings, store: ValkeyProcess) -> Iterator[Keyed]:
 
     async def add_off() -> None:
         async with StoreParts.opened(store.url) as parts:
-            await parts.keys.add(replace(access_key(secrets["off"], "off", "off", Scope), holdout=0.0))
+            await parts.keys.add(access_key(secrets["off"], "off", "off", Scope, Policy(holdout=0.0)))
 
     asyncio.run(add_off())
     settings = gateway_settings.model_copy(update={"redis_url": store.url, "holdout": HOLDOUT})

@@ -21,7 +21,7 @@ from server.gateway.parts import Parts
 from server.settings import Settings
 from server.store.profile_record import AdapterNote
 from server.store.profiles import Change
-from server.store.tenants.access_keys import Scope, access_key, digest_of, new_secret
+from server.store.tenants.access_keys import Policy, Scope, access_key, digest_of, new_secret
 from server.store.tenants.rates import Allowance
 from tests.support.store_parts import StoreParts
 
@@ -117,7 +117,7 @@ def make_keys(
     async def make() -> None:
         async with StoreParts.opened(url) as parts:
             for name, (tenant, scopes, allowance) in keys.items():
-                await parts.keys.add(access_key(secrets[name], name, tenant, frozenset(scopes), allowance))
+                await parts.keys.add(access_key(secrets[name], name, tenant, frozenset(scopes), Policy(allowance)))
             if revoked:
                 await parts.keys.revoke(digest_of(secrets[revoked].encode()), 1)
 

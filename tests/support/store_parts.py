@@ -122,7 +122,7 @@ class StoreParts:
             log_file=AppendOnlyFile(self.connection),
             drop=AsyncMock(),
         )
-        return await erasing.erase(KEYS.user(user), TENANT)
+        return await erasing.erase(KEYS.user(user))
 
 
 @asynccontextmanager

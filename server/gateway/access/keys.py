@@ -12,8 +12,7 @@ from typing import Any
 
 from adapters.errors import MtaError, excerpt
 from server.errors import Forbidden, Unauthorized
-from server.store.tenants.access_keys import CREATE, AccessKeys, Scope, digest_of
-from server.store.tenants.rates import NO_OVERRIDES, Allowance
+from server.store.tenants.access_keys import CREATE, USUAL, AccessKeys, Policy, Scope, digest_of
 from server.store.worth import this_hour
 
 log = logging.getLogger("mta.gateway")
@@ -39,11 +38,7 @@ class Caller:
     tenant: str
     key_id: str  # public id of the key; empty while no key exists
     scopes: frozenset[Scope]
-    allowance: Allowance = NO_OVERRIDES
-    learn: bool = False  # the default of requests
-    history: bool = False  # whether it is `auto` by default in OpenAI's conversations
-    holdout: float | None = None  # share of users; None: as the settings say
-    refresh: int | None = None  # texts after which a user is adapted again; None: as the settings say
+    policy: Policy = USUAL
     expires_s: float = math.inf  # time from which the key is refused, Unix time
 
     @property
@@ -106,11 +101,7 @@ class KnownKeys:
                 key.tenant,
                 key.id,
                 key.scopes,
-                key.allowance,
-                learn=key.learn,
-                history=key.history,
-                holdout=key.holdout,
-                refresh=key.refresh,
+                key.policy,
                 expires_s=math.inf if key.expires_ms is None else key.expires_ms / 1000,
             )
             for key in ring.keys
@@ -135,7 +126,7 @@ class KnownKeys:
 
     def holds_out(self, tenant: str, default: float) -> bool:
         """Return whether a key of the tenant holds users out; `default` is the share by the settings."""
-        shares = {caller.holdout for caller in self._callers.values() if caller.tenant == tenant}
+        shares = {caller.policy.holdout for caller in self._callers.values() if caller.tenant == tenant}
         return any(default if share is None else share for share in shares or {None})
 
     def check_host(self, host: str) -> None:

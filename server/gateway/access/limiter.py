@@ -84,7 +84,7 @@ class Limiter:
         self, caller: Caller, user_key: str | None = None, *, generates: bool = False
     ) -> AsyncIterator[RequestUsage]:
         """Count one request for the duration of a `with` block; a request that `generates` needs a token left."""
-        allowance = caller.allowance.with_defaults(self._per_key)
+        allowance = caller.policy.allowance.with_defaults(self._per_key)
         usage, limit = RequestUsage(caller, allowance), allowance.concurrent or 0
         uses = _uses(caller.name, allowance, {"requests": 1, "tokens": 0} if generates else {"requests": 1})
         uses += self._of_user(user_key, {"requests": 1})
@@ -111,12 +111,12 @@ class Limiter:
 
     def count_afterwards(self, caller: Caller) -> None:
         """Count a request against its key in the background, without ever refusing it."""
-        if uses := _uses(caller.name, caller.allowance.with_defaults(self._per_key), {"requests": 1}):
+        if uses := _uses(caller.name, caller.policy.allowance.with_defaults(self._per_key), {"requests": 1}):
             self._settle_in_background(caller, self._correct(uses))
 
     async def take_job(self, caller: Caller, user_key: str) -> Sequence[Use]:
         """Count an adapt job; pass the result to `refund` if no job is created."""
-        usage, jobs = RequestUsage(caller, caller.allowance.with_defaults(self._per_key)), {"jobs": 1}
+        usage, jobs = RequestUsage(caller, caller.policy.allowance.with_defaults(self._per_key)), {"jobs": 1}
         if uses := _uses(caller.name, usage.allowance, jobs) + self._of_user(user_key, jobs):
             await self._consume(usage, uses, 0)
         return usage.uses

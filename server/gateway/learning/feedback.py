@@ -57,9 +57,7 @@ class Feedbacks:
     refreshing: Refreshing
     tallies: Tallies
 
-    async def give(
-        self, user: User, note: AnswerNote, given: Given, epoch: str, *, tenant: str, refresh_after: int = 0
-    ) -> Learnt:
+    async def give(self, user: User, note: AnswerNote, given: Given, epoch: str, *, refresh_after: int = 0) -> Learnt:
         """Store feedback; feedback on the same answer adds to the earlier one and replaces what both say.
 
         A final text that differs from the answer becomes a sample and an item of the user's history, each under the
@@ -77,7 +75,7 @@ class Feedbacks:
         if sample:
             await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
         before = await self.store.put(user.key, note.request_id, new, sample, epoch)
-        self.tallies.count_feedback(Person(tenant, user.key, epoch), note, new, before)
+        self.tallies.count_feedback(Person(user.tenant, user.key, epoch), note, new, before)
         job = await self.refreshing.refresh_if_due(user, refresh_after, epoch) if sample else None
         return Learnt(new, learned=sample is not None, job=job)
 

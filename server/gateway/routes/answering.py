@@ -123,9 +123,9 @@ def anchor_answers(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> lis
 
 def with_learning(parts: Parts, request: GenerationRequest, learn: bool | None) -> GenerationRequest:
     """Return the request as it learns and is compared; None: as its key says."""
-    caller = request.caller
-    holdout = parts.settings.holdout if caller.holdout is None else caller.holdout
-    wanted = caller.learn if learn is None else learn
+    policy = request.caller.policy
+    holdout = parts.settings.holdout if policy.holdout is None else policy.holdout
+    wanted = policy.learn if learn is None else learn
     learns = wanted and request.wants_profile and request.messages and parts.learner.has_room
     learnt = item_of(request.messages, parts.bank.task) if learns else None
     return replace(request, holdout=holdout, learnt=learnt)
@@ -218,7 +218,7 @@ class AnswerResponse(Response):
         request = self._request
         user, item = request.user, request.learnt
         if user and request.holdout:
-            person = Person(request.caller.tenant, user.key, answer.epoch)
+            person = Person(user.tenant, user.key, answer.epoch)
             self._parts.tallies.count_answer(person, answer.personalization, request.holdout)
         if user and item:
             self._parts.learner.learn(self._parts.profiles, LearntMessage(user, item, answer.epoch))

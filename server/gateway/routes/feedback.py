@@ -114,10 +114,10 @@ async def give_feedback(request: Request, user_id: UserIdInPath, body: FeedbackR
     final = None
     if body.final is not None and body.input is not None:
         final = Final(Sample(sample_messages(body.input), body.final), body.text, body.sha256)
-    caller = caller_of(request)
-    refresh = parts.settings.refresh_samples if caller.refresh is None else caller.refresh
+    policy = caller_of(request).policy
+    refresh = parts.settings.refresh_samples if policy.refresh is None else policy.refresh
     given = Given(body.outcome, body.rating, final)
-    learnt = await parts.feedbacks.give(user, note, given, epoch, tenant=caller.tenant, refresh_after=refresh)
+    learnt = await parts.feedbacks.give(user, note, given, epoch, refresh_after=refresh)
     known = learnt.feedback
     return FeedbackAnswer(
         answer=body.answer,

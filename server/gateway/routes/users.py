@@ -170,7 +170,7 @@ async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
     """
     parts, user = parts_of(request), user_of(request, user_id)
     notes_of(request.scope).audited = (Act.ERASE, user.key)
-    erasure = await parts.erasing.erase(user, caller_of(request).tenant)
+    erasure = await parts.erasing.erase(user)
     if erasure is None:
         parts.limiter.count_afterwards(caller_of(request))
         raise _unknown(user_id)

@@ -104,8 +104,8 @@ class Erasing:
     drop: Callable[[str], Coroutine[Any, Any, None]]  # drops a user's adapters from every engine
     _dropping: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def erase(self, user: User, tenant: str) -> Erasure | None:
-        """Erase a user of a tenant; return None if the store has neither data nor an erasure record of the user.
+    async def erase(self, user: User) -> Erasure | None:
+        """Erase a user; return None if the store has neither data nor an erasure record of the user.
 
         Every step is idempotent: a repeated DELETE finishes one that failed half-way and returns the same answer. An
         unreachable engine needs no retry: engines check every adapter they hold against the store.
@@ -118,7 +118,7 @@ class Erasing:
         if erasure is None:
             return None
         await self.adapters.remove_adapted(key)
-        await self.worth.remove_erased(key, tenant)
+        await self.worth.remove_erased(key, user.tenant)
         for bank in {self.bank, *erasure.banks, *await self.adapters.banks()}:
             await self.jobs.remove_erased(key, bank)
             await self.signing(bank).remove_erased(key)

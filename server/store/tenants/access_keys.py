@@ -7,10 +7,10 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from operator import methodcaller
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -40,6 +40,20 @@ class Scope(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Policy:
+    """How the requests of a key are treated: what a key is given, the store keeps and a gateway knows of it."""
+
+    allowance: Allowance = NO_OVERRIDES
+    learn: bool = False  # whether requests learn from messages unless they say otherwise
+    history: bool = False  # whether OpenAI's conversations have `history: auto` unless they say otherwise
+    refresh: int | None = None  # `Settings.refresh_samples` of the key's users; None: as the gateways' settings say
+    holdout: float | None = None  # share of users answered one level lower; None: as the gateways' settings say
+
+
+USUAL = Policy()
+
+
+@dataclass(frozen=True, slots=True)
 class AccessKey:
     """The stored record of an API key."""
 
@@ -50,11 +64,7 @@ class AccessKey:
     last: str  # last four characters of the secret, shown to users
     created_ms: int  # Unix time
     revoked_ms: int | None = None  # time of revocation, Unix time
-    allowance: Allowance = NO_OVERRIDES
-    learn: bool = False  # whether requests learn from messages unless they say otherwise
-    history: bool = False  # whether OpenAI's conversations have `history: auto` unless they say otherwise
-    refresh: int | None = None  # `Settings.refresh_samples` of the key's users; None: as the gateways' settings say
-    holdout: float | None = None  # share of users answered one level lower; None: as the gateways' settings say
+    policy: Policy = USUAL
     expires_ms: int | None = None  # time from which it is refused, Unix time; None: never
     note: str = ""  # the operator's
 
@@ -94,9 +104,7 @@ def checked_note(text: str) -> str:
     return text
 
 
-def access_key(
-    secret: str, name: str, tenant: str, scopes: Iterable[Scope], allowance: Allowance = NO_OVERRIDES
-) -> AccessKey:
+def access_key(secret: str, name: str, tenant: str, scopes: Iterable[Scope], policy: Policy = USUAL) -> AccessKey:
     """Return the record for a new secret; raises `MtaError` if the name or tenant is invalid or no scope is given."""
     for what, text in (("a key's name", name), ("a tenant", tenant)):
         if not text.isprintable() or not 0 < len(text) <= MAX_NAME_CHARS:
@@ -106,7 +114,7 @@ def access_key(
         raise MtaError(f"a key needs at least one scope: {', '.join(Scope)}")
     now_ms = time.time_ns() // 1_000_000
     digest = digest_of(secret.encode())
-    return AccessKey(digest, name, tenant, allowed, secret[-4:], now_ms, allowance=allowance)
+    return AccessKey(digest, name, tenant, allowed, secret[-4:], now_ms, policy=policy)
 
 
 def digest_of(secret: bytes) -> str:
@@ -179,21 +187,10 @@ class AccessKeys:
 
     async def add(self, key: AccessKey, *, only_first: bool = False) -> bool:
         """Store a key; return whether it is stored. With `only_first` only if there is no key yet, revoked or not."""
-        record = {
-            "name": key.name,
-            "tenant": key.tenant,
-            "scopes": sorted(key.scopes),
-            "last": key.last,
-            "created_ms": key.created_ms,
-            "allowance": key.allowance.overrides,
-            "learn": key.learn,
-            "history": key.history,
-            "holdout": key.holdout,
-            "refresh": key.refresh,
-            "expires_ms": key.expires_ms,
-            "note": key.note,
-        }
-        return bool(await self._change(_ADD, key.digest, orjson.dumps(record), int(only_first)))
+        record = asdict(key)
+        record |= record.pop("policy")
+        raw = orjson.dumps(record, default=sorted)  # the scopes are a set
+        return bool(await self._change(_ADD, key.digest, raw, int(only_first)))
 
     async def set_bank(self, tenant: str, bank: str) -> None:
         """Set the bank of a tenant (8 hex digits; empty for the gateways' own)."""
@@ -225,19 +222,13 @@ def _pop(fields: dict[str, bytes], prefix: str) -> dict[str, bytes]:
 
 def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:
     record = orjson.loads(raw)
-    return AccessKey(
-        digest,
-        record["name"],
-        record["tenant"],
-        frozenset(map(Scope, record["scopes"])),
-        record["last"],
-        record["created_ms"],
-        revoked_ms,
-        Allowance(**{name: value for name, value in record["allowance"].items() if name in Allowance.__slots__}),
-        learn=record.get("learn", False),
-        history=record.get("history", False),
-        holdout=record.get("holdout"),
-        refresh=record.get("refresh"),
-        expires_ms=record.get("expires_ms"),
-        note=record.get("note", ""),
-    )
+    allowance = Allowance(**_known(Allowance, record["allowance"]))
+    policy = Policy(**_known(Policy, record) | {"allowance": allowance})
+    scopes = frozenset(map(Scope, record["scopes"]))
+    given = {"digest": digest, "scopes": scopes, "revoked_ms": revoked_ms, "policy": policy}
+    return AccessKey(**_known(AccessKey, record) | given)
+
+
+def _known(kind: type[Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that this version knows: a later one may have stored more."""
+    return {name: value for name, value in record.items() if name in kind.__slots__}

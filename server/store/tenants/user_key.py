@@ -37,6 +37,7 @@ class User:
 
     id: str  # as sent by the app, validated
     key: str  # keyed hash of the id: 26 base32 characters (128 bits), the alphabet of recipe names
+    tenant: str
 
 
 class UserKeys:
@@ -62,7 +63,7 @@ class UserKeys:
         self._answer_key = hmac.digest(self._secret, f"\0answers\0{tenant}".encode(), hashlib.sha256)
 
     def user(self, user_id: str) -> User:
-        return User(user_id, self.key(user_id))
+        return User(user_id, self.key(user_id), self._tenant)
 
     def key(self, user_id: str) -> str:
         """Return a user's key. Ids are normalised to Unicode NFC: `é` may be sent as one character or two."""

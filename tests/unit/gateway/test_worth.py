@@ -11,6 +11,7 @@ from server.gateway.generation.personalizer import Level
 from server.gateway.learning.confidence import Totals
 from server.gateway.learning.tallies import Metric
 from server.gateway.learning.worth import Comparison, comparisons_of
+from server.store.tenants.access_keys import Policy
 from server.store.worth import EVER, Cell
 
 
@@ -73,6 +74,6 @@ def test_a_tenant_holds_users_out_by_its_keys_or_by_the_settings() -> None:
     keys = KnownKeys("default")
     assert [keys.holds_out("default", share) for share in (0.0, 0.1)] == [False, True]
     for name, holdout in (("own", 0.2), ("never", 0.0), ("default", None)):
-        keys._callers[name] = Caller(name, name, frozenset(), holdout=holdout)
+        keys._callers[name] = Caller(name, name, frozenset(), Policy(holdout=holdout))
     assert [keys.holds_out(name, 0.0) for name in ("own", "never", "default", "none")] == [True, False, False, False]
     assert [keys.holds_out(name, 0.1) for name in ("own", "never", "default", "none")] == [True, False, True, True]

@@ -152,7 +152,7 @@ def _answer(request: Request, body: ChatRequest | CompletionRequest, patience_s:
     )
     if isinstance(body, ChatRequest):
         kind, max_completion_tokens = "chat.completion", body.max_completion_tokens
-        asked = body.history if body.history is not None else "auto" if caller_of(request).history else 0
+        asked = body.history if body.history is not None else "auto" if caller_of(request).policy.history else 0
         generation = request_of(
             id_prefix="chatcmpl",
             messages=[message.model_dump(exclude_unset=True) for message in body.messages],
