@@ -1,10 +1,10 @@
 # Everyday commands. Each makes or updates .venv first; a finished set-up takes no time.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types style format acceptance images containers-test clean
+.PHONY: help setup demo test lint types style format acceptance lock audit images containers-test clean
 
 BIN := .venv/bin
 PACKAGES := adapters bank bench mta_client server
-SCRIPTS := deploy/setup.sh deploy/console/vendor.sh .ci/run
+SCRIPTS := deploy/setup.sh deploy/locks/lock.sh deploy/console/vendor.sh .ci/run
 WORKERS := logical --maxprocesses 4
 
 help: ## list these targets
@@ -41,6 +41,12 @@ format: setup ## let ruff format and fix the code
 acceptance: setup ## the long checks, in one table (DATA=folder of the real histories)
 	@test -n "$(DATA)" || { echo "say where the histories are: make acceptance DATA=../shared/data" >&2; exit 2; }
 	$(BIN)/python -m bench.acceptance --data "$(DATA)"
+
+lock: setup ## pin the packages of the images, with hashes, in deploy/locks
+	deploy/locks/lock.sh
+
+audit: setup ## an SBOM of each image in out/sbom, and what is known to be vulnerable in them
+	$(BIN)/python -m deploy.audit
 
 images: setup ## build the images for CPUs (GPU=1 for GPUs; STAND_INS=1 where no registry of images can be reached)
 	@deploy/setup.sh containers

