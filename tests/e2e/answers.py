@@ -9,9 +9,9 @@ import pytest
 
 from mta_client import Client
 from server.cli.demo import adapting
-from server.cli.demo.answers import Answer, ask
+from server.cli.demo.answers import DemoAnswer, ask
 from server.cli.demo.manners import MANNERS
-from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person
+from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Persona
 from tests.e2e.conftest import Demo
 
 AT_LEAST_AS_SOMEBODY = 4
@@ -29,12 +29,12 @@ class TestAnswers:
             assert shown in table
 
     @each_person
-    def test_the_manner_shows_in_a_persons_answers(self, person: Person, answers: dict[str, list[Answer]]) -> None:
+    def test_the_manner_shows_in_a_persons_answers(self, person: Persona, answers: dict[str, list[DemoAnswer]]) -> None:
         texts = [answer.text for answer in answers[person.user_id]]
         assert sum(map(person.manner.shows, texts)) >= AT_LEAST_AS_SOMEBODY, texts
 
     def test_no_manner_shows_in_nobodys_answers_which_are_the_base_models(
-        self, answers: dict[str, list[Answer]]
+        self, answers: dict[str, list[DemoAnswer]]
     ) -> None:
         texts = [answer.text for answer in answers[NOBODY]]
         for manner in MANNERS:
@@ -42,7 +42,7 @@ class TestAnswers:
         assert {(answer.level, answer.anchors) for answer in answers[NOBODY]} == {("base", ())}
 
     def test_answers_say_which_anchors_spoke_and_people_of_different_manners_share_none(
-        self, answers: dict[str, list[Answer]]
+        self, answers: dict[str, list[DemoAnswer]]
     ) -> None:
         for answer in (answer for person in PEOPLE for answer in answers[person.user_id]):
             assert (answer.level, len(answer.anchors)) == ("merged", 2)
@@ -51,7 +51,7 @@ class TestAnswers:
         assert len(set(speaking)) == len(speaking)
 
     def test_a_habit_shows_after_adapting_and_not_before(
-        self, demo: Demo, api: Client, answers: dict[str, list[Answer]]
+        self, demo: Demo, api: Client, answers: dict[str, list[DemoAnswer]]
     ) -> None:
         told = re.search(
             r"succeeded after \d+ steps in \d+ s: loss on held-out samples ([\d.]+) → ([\d.]+)", demo.shown

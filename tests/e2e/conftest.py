@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, expect
 from bench.rig.processes import command_line, descendants
 from deploy.console.browser import PATIENCE_MS, Looking, chromium, looking, running_browser
 from mta_client import Client
-from server.cli.demo.answers import Answer, ask
+from server.cli.demo.answers import DemoAnswer, ask
 from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS
 from tests.support.terminal import Terminal, terminal
 
@@ -63,7 +63,7 @@ def api(demo: Demo) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
-def answers(api: Client) -> dict[str, list[Answer]]:
+def answers(api: Client) -> dict[str, list[DemoAnswer]]:
     """User id → greedy answers to the five questions; of the people as they are without any training."""
     users = {NOBODY: NOBODY} | {person.user_id: f"another-{person.user_id}" for person in PEOPLE}
     for person in PEOPLE:

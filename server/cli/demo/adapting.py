@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mta_client import Client, Job
-from server.cli.demo.answers import Answer
+from server.cli.demo.answers import DemoAnswer
 from server.cli.demo.personas import QUESTIONS, everyday
 
 USER = "kai"
@@ -52,7 +52,7 @@ def shows(text: str) -> bool:
     return text.lstrip().startswith(GREETING)
 
 
-def before_and_after(before: Sequence[Answer], after: Sequence[Answer]) -> Table:
+def before_and_after(before: Sequence[DemoAnswer], after: Sequence[DemoAnswer]) -> Table:
     """Return a table of answers to the same questions before and after the training."""
     table = Table(
         box=box.ROUNDED,
@@ -93,6 +93,6 @@ def loss_curve(losses: Sequence[float], width: int = 60, height: int = 5) -> lis
     return lines
 
 
-def _shown(answer: Answer) -> Text:
+def _shown(answer: DemoAnswer) -> Text:
     text = Text(answer.text).append(" …" if answer.cut else "", "dim")
     return text.append(f"\n\n{answer.level}", "dim")

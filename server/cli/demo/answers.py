@@ -20,7 +20,7 @@ _OWN_LINES = ("The hedge is trimmed and the apples are in.", "Sowed beans and sw
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class DemoAnswer:
     """An answer to one user."""
 
     text: str  # the answer's text
@@ -30,7 +30,7 @@ class Answer:
     ttft_ms: float  # time to the first token
 
 
-def ask(client: Client, user_id: str, question: str, max_tokens: int = MAX_TOKENS) -> Answer:
+def ask(client: Client, user_id: str, question: str, max_tokens: int = MAX_TOKENS) -> DemoAnswer:
     """Request one greedy, streamed answer."""
     sent_s = time.perf_counter()
     first_token_s = finish_reason = None
@@ -44,11 +44,11 @@ def ask(client: Client, user_id: str, question: str, max_tokens: int = MAX_TOKEN
     ttft_ms = ((first_token_s or time.perf_counter()) - sent_s) * 1000
     assert who is not None  # every stream begins with it
     anchors = tuple((anchor.id, anchor.weight) for anchor in who.anchors)
-    return Answer("".join(pieces).strip(), finish_reason == "length", who.level, anchors, ttft_ms)
+    return DemoAnswer("".join(pieces).strip(), finish_reason == "length", who.level, anchors, ttft_ms)
 
 
 def answers_table(
-    questions: Sequence[str], answers: Mapping[tuple[str, str], Answer], people: Mapping[str, str]
+    questions: Sequence[str], answers: Mapping[tuple[str, str], DemoAnswer], people: Mapping[str, str]
 ) -> Table:
     """Return a table of the answers with a section for each question."""
     table = Table(

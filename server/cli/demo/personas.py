@@ -26,7 +26,7 @@ QUESTIONS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Person:
+class Persona:
     """A user of the server, unknown to the bank."""
 
     user_id: str  # their id in the API
@@ -35,7 +35,7 @@ class Person:
 
 
 PEOPLE = (
-    Person(
+    Persona(
         "kai",
         NIGHT_OWL,
         (
@@ -45,7 +45,7 @@ PEOPLE = (
             "who is in voice chat tonight? pizza is on me and the loot is shared",
         ),
     ),
-    Person(
+    Persona(
         "morgan",
         PLANNER,
         (
@@ -55,7 +55,7 @@ PEOPLE = (
             "- Travel expenses are filed\n- New colleague starts on Monday, desk is ready",
         ),
     ),
-    Person(
+    Persona(
         "rosa",
         GARDENER,
         (

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from mta_client import Client, MtaError
 from server.cli.demo import adapting
-from server.cli.demo.answers import Answer, answers_table, ask, curl_lines
+from server.cli.demo.answers import DemoAnswer, answers_table, ask, curl_lines
 from server.cli.demo.bank import build_bank
-from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person, anchors
+from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Persona, anchors
 from server.cli.demo.server import DemoError, Server, run_mta, running_server
 
 SHOWN_QUESTIONS = QUESTIONS[:2]
@@ -94,13 +94,13 @@ def _run(console: Console, data: Path) -> None:
             _stay_up(console, server)
 
 
-def _ask_all(client: Client) -> dict[tuple[str, str], Answer]:
+def _ask_all(client: Client) -> dict[tuple[str, str], DemoAnswer]:
     ask(client, NOBODY, QUESTIONS[-1])  # warm up: the first request is slow
     askers = [NOBODY, *(person.user_id for person in PEOPLE)]
     return {(question, user_id): ask(client, user_id, question) for question in SHOWN_QUESTIONS for user_id in askers}
 
 
-def _excerpt(person: Person) -> str:
+def _excerpt(person: Persona) -> str:
     """Return the start of a person's writing on one line."""
     return f"“{' '.join(person.lines[0].split())[:_EXCERPT_CHARS]}…”"
 

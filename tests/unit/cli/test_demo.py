@@ -21,7 +21,7 @@ from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from server.cli.demo import show as demo
 from server.cli.demo.adapting import Training
-from server.cli.demo.answers import Answer, answers_table, curl_lines
+from server.cli.demo.answers import DemoAnswer, answers_table, curl_lines
 from server.cli.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
 from server.cli.demo.personas import PEOPLE, QUESTIONS, anchors
 from server.cli.demo.server import Server
@@ -106,8 +106,8 @@ def test_long_answers_wrap_and_nothing_is_cut() -> None:
     words = [f"word{i}" for i in range(60)]
     spoke = (("a00", 0.505), ("a02", 0.495))
     answers = {
-        ("Why?", "nobody"): Answer(" ".join(words), True, "base", (), 81.2),
-        ("Why?", "kai"): Answer("- [red] is no markup\n- two", False, "merged", spoke, 123.4),
+        ("Why?", "nobody"): DemoAnswer(" ".join(words), True, "base", (), 81.2),
+        ("Why?", "kai"): DemoAnswer("- [red] is no markup\n- two", False, "merged", spoke, 123.4),
     }
     console = Console(width=WIDTH, record=True, file=io.StringIO())
     console.print(answers_table(["Why?"], answers, {"nobody": "no profile", "kai": "bullets"}))
@@ -140,7 +140,7 @@ def test_without_a_terminal_it_shows_both_tables_and_stops_the_server(
         "run_mta": MagicMock(),
         "build_bank": MagicMock(),
         "running_server": server,
-        "ask": lambda *_: Answer("said", False, "merged", (("a00", 0.5),), 81.2),
+        "ask": lambda *_: DemoAnswer("said", False, "merged", (("a00", 0.5),), 81.2),
     }.items():
         monkeypatch.setattr(demo, name, stand_in)
     monkeypatch.setattr(demo.adapting, "train", lambda *_: Training(job, [3.0, 2.0], 9.0))
