@@ -17,7 +17,7 @@ from rich.text import Text
 
 from adapters.errors import MtaError
 from bank.models.process_startup import run_and_exit, without_audio
-from server.cli import audit, bench, keys
+from server.cli import audit, backup, bench, keys
 from server.cli.bank import commands as bank
 from server.cli.demo import commands as demo
 from server.cli.eval import commands as eval
@@ -61,6 +61,8 @@ app.command("router")(processes.router)
 app.command("worker")(processes.worker)
 app.add_typer(keys.app, name="keys")
 app.command("audit")(audit.audit)
+app.command("backup")(backup.backup)
+app.command("restore")(backup.restore)
 app.add_typer(users.app, name="users")
 app.command("chat")(chat.chat)
 app.command("worth")(worth.worth)

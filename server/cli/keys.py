@@ -9,9 +9,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,9 @@ from server.store.tenants import access_keys
 from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, KeyRing, Policy, Scope
 from server.store.tenants.rates import Allowance
 from server.watching.audit import Act, audit_to, note
+
+if TYPE_CHECKING:
+    from server.store.opening import Stores  # commands start without redis-py
 
 T = TypeVar("T")
 
@@ -66,7 +70,7 @@ def create(
 
     After the first key, gateways refuse requests without a key.
     """
-    settings = _settings(data)
+    settings = store_settings(data)
     supplied = settings.first_key.get_secret_value() if given and settings.first_key else ""
     if given and not supplied:
         typer.echo(f"MTA_FIRST_KEY is empty, so no key was stored: `{CREATE} {name} --first` creates one", err=True)
@@ -102,7 +106,7 @@ def list_(data: Data = None) -> None:
     async def read(keys: AccessKeys) -> tuple[KeyRing, dict[str, int]]:
         return await keys.all(), await keys.used()
 
-    ring, used = _with_keys(_settings(data), read)
+    ring, used = _with_keys(store_settings(data), read)
     for key in ring.keys:
         scopes, bank = ", ".join(sorted(key.scopes)), ring.banks.get(key.tenant, "")
         limits = ", ".join(f"{what} {most or 'any'}" for what, most in key.policy.allowance.overrides.items())
@@ -124,7 +128,7 @@ def revoke(
                 return key, await keys.revoke(key.digest, time.time_ns() // 1_000_000)
         raise MtaError(f"no key has the id {excerpt(key_id)}: `mta keys list` lists all")
 
-    key, was_valid = _with_keys(_settings(data), find_and_revoke)
+    key, was_valid = _with_keys(store_settings(data), find_and_revoke)
     if was_valid:
         note(Act.KEY_REVOKED, "done", key="cli", tenant=key.tenant, of_key=key.id)
     typer.echo(f"key {key.id} ({key.name}) " + ("is refused within 5 s" if was_valid else "was revoked before"))
@@ -151,13 +155,13 @@ def bank(
             raise MtaError(f"no key belongs to the tenant {excerpt(tenant)}, only to {', '.join(tenants) or 'none'}")
         await keys.set_bank(tenant, bank or "")
 
-    _with_keys(_settings(data), name_bank)
+    _with_keys(store_settings(data), name_bank)
     note(Act.BANK_CHOSEN, "done", key="cli", tenant=tenant, bank=bank or "")
     typer.echo(f"tenant {tenant} is served by {f'the bank {bank}' if bank else 'the gateways’ own bank'} within 5 s")
 
 
-def _settings(data: Path | None) -> Settings:
-    """Load the settings; without another store, use the one of a running `mta up`."""
+def store_settings(data: Path | None) -> Settings:
+    """Load the settings; without another store, use that of a running `mta up`, and its secret."""
     from server.supervisor.services import valkey_url
 
     settings = load_settings(data_dir=data)
@@ -168,16 +172,24 @@ def _settings(data: Path | None) -> Settings:
     if url is None:
         remedy = "set its folder with --data, or the store with MTA_REDIS_URL"
         raise MtaError(f"no `mta up` runs in {settings.data_dir}: {remedy}")
-    return settings.model_copy(update={"redis_url": url})
+    own = {"redis_url": url}
+    if settings.secret is None:
+        own["secret"] = SecretStr((settings.data_dir.expanduser() / "secret").read_text("ascii").strip())
+    return settings.model_copy(update=own)
 
 
 def _with_keys(settings: Settings, command: Callable[[AccessKeys], Awaitable[T]]) -> T:
+    return with_stores(settings, lambda stores: command(stores.keys))
+
+
+def with_stores(settings: Settings, command: Callable[[Stores], Awaitable[T]], **how: bool) -> T:
+    """Run a command on the stores; `how` is as in `open_stores`."""
     from server.errors import Unavailable
     from server.store.opening import open_stores
 
     async def run() -> T:
-        async with open_stores(settings) as stores:
-            return await command(stores.keys)
+        async with open_stores(settings, **how) as stores:
+            return await command(stores)
 
     try:
         return asyncio.run(run())

@@ -298,6 +298,12 @@ class JobStore:
             await self._adapters.remove_adapted(user_key)
         return done
 
+    async def queue_again(self, user_key: str) -> None:
+        """Queue a user whose newest job is open, for a restored store, whose queues are older than the job."""
+        for job in (await self.jobs(user_key))[-1:]:
+            if not job.state.ended:
+                await self._queue(job.bank).add(user_key)
+
     async def backlog(self, bank: str) -> Backlog:
         return await self._queue(bank).backlog()
 

@@ -10,6 +10,7 @@ from functools import partial
 from server.settings import Settings
 from server.store.adapters import AdapterStore
 from server.store.append_only_file import AppendOnlyFile
+from server.store.backup.copying import StoreCopying
 from server.store.durability import CheckedStore
 from server.store.feedback import FeedbackStore
 from server.store.figures import ServerFigures, read_figures
@@ -37,19 +38,27 @@ class Stores:
     signing: Callable[[str], UserQueue]
     file: AppendOnlyFile
     figures: Callable[[], Awaitable[list[ServerFigures]]]
+    copying: StoreCopying
 
 
 @asynccontextmanager
 async def open_stores(
-    settings: Settings, *, checked: bool = True, timed: Timed = untimed, span: Span = nullcontext
+    settings: Settings,
+    *,
+    checked: bool = True,
+    restoring: bool = False,
+    timed: Timed = untimed,
+    span: Span = nullcontext,
 ) -> AsyncIterator[Stores]:
     """Open the configured stores for the duration of a `with` block.
 
     Raises `MtaError` if the URL is invalid, and `Unavailable` if the server cannot be reached or is not durable. With
     `checked=False` the server is not checked, and the process must not make writes that need to be durable.
+    With `restoring`, the store may be incomplete.
     """
     must_last = checked and settings.require_durable_store
-    connection = RedisConnection(settings.redis_url, require_durable=must_last, timed=timed, span=span)
+    options = {"require_durable": must_last, "restoring": restoring}
+    connection = RedisConnection(settings.redis_url, **options, timed=timed, span=span)
     try:
         if checked:
             await connection.check()
@@ -65,6 +74,7 @@ async def open_stores(
             signing=lambda bank: UserQueue(connection, "sign", bank),
             file=AppendOnlyFile(connection),
             figures=partial(read_figures, connection),
+            copying=StoreCopying(connection),
         )
     finally:
         await connection.close()

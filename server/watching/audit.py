@@ -28,6 +28,8 @@ class Act(StrEnum):
     KEY_CREATED = "key_created"
     KEY_REVOKED = "key_revoked"
     BANK_CHOSEN = "bank_chosen"  # for a tenant
+    BACKUP = "backup"
+    RESTORE = "restore"
 
 
 class _PrivateFile(WatchedFileHandler):
@@ -51,11 +53,11 @@ def audit_to(path: Path | None) -> None:
         raise MtaError(f"cannot write the audit log {path} (MTA_AUDIT): {error.strerror or error}") from error
 
 
-def note(act: Act, outcome: object, *, tenant: str, **who: object) -> None:
+def note(act: Act, outcome: object, *, tenant: str = "", **who: object) -> None:
     """Add a line, with the current request's id if there is one.
 
     `outcome` is an HTTP status, or `done`. `who` can have `key` (id of the API key that acts, or `cli`), `user` (a user
-    key), and what the act is about: `of_key` or `bank`.
+    key), and what the act is about: `of_key`, `bank` or `copy` (the start of its SHA-256).
     """
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),

@@ -21,6 +21,7 @@ from server.store.adapters import AdapterStore, StoredAdapter
 from server.store.append_only_file import AppendOnlyFile
 from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobStore
+from server.store.opening import Stores
 from server.store.profile_record import AdapterNote, Profile
 from server.store.profiles import Erasure, ProfileStore
 from server.store.queue import UserQueue
@@ -117,16 +118,21 @@ class Erasing:
             erasure = await self.profiles.erase(key, rewrite.erase_by_ms, rewrite.rewritten_by_ms)
         if erasure is None:
             return None
-        await self.adapters.remove_adapted(key)
-        await self.worth.remove_erased(key, user.tenant)
-        for bank in {self.bank, *erasure.banks, *await self.adapters.banks()}:
-            await self.jobs.remove_erased(key, bank)
-            await self.signing(bank).remove_erased(key)
+        await leave_shared_keys(self, key, user.tenant, (self.bank, *erasure.banks))
         if erasure.erased.adapters:
             task = asyncio.create_task(self.drop(key))
             self._dropping.add(task)
             task.add_done_callback(self._dropping.discard)
         return erasure
+
+
+async def leave_shared_keys(stores: Erasing | Stores, user_key: str, tenant: str, banks: Iterable[str] = ()) -> None:
+    """Remove an erased user from the sets and queues of these banks, and of all banks that were used so far."""
+    await stores.adapters.remove_adapted(user_key)
+    await stores.worth.remove_erased(user_key, tenant)
+    for bank in {*banks, *await stores.adapters.banks()}:
+        await stores.jobs.remove_erased(user_key, bank)
+        await stores.signing(bank).remove_erased(user_key)
 
 
 def _profile_fields(profile: Profile) -> dict[str, Any]:

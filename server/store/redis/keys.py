@@ -33,6 +33,7 @@ Shared by all users::
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`;
                                       `revision` and `ring` (a random id) of the whole set
     mta:{access}:used         hash    SHA-256 of an API key → hour of its last use, since 1970
+    mta:{restore}             string  SHA-256 of the copy whose restore has not ended (`server/store/backup/`)
 
 Limits (`server/store/tenants/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
 
@@ -41,10 +42,13 @@ Limits (`server/store/tenants/rates.py`); an owner is `key-`, `user-` or `tenant
     mta:held:gateways/<engines>  zset  gateways that share the engines → the same         after the last lease
 
 Scripts receive these names as arguments. Only names of job records are built in Lua, from `job_prefix` and a number.
+
+A copy of the store leaves out limits, rewrites and `mta:{restore}`: they belong to running processes and servers.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -55,6 +59,10 @@ WORTH = "mta:worth"
 REWRITE = "mta:{rewrite}"
 ACCESS_KEYS = "mta:{access}:keys"
 USED_KEYS = "mta:{access}:used"
+RESTORING = "mta:{restore}"
+PREFIX = "mta:"
+_LEFT_OUT = re.compile(r"mta:(\{rewrite\}|\{restore\}|rates:|held:)")
+_OF_USER = re.compile(r"mta:\{([a-z2-7]{26})\}:")
 
 
 def _of_user(what: str) -> Callable[[str], str]:
@@ -65,6 +73,21 @@ profile, items, vectors = _of_user("profile"), _of_user("items"), _of_user("vect
 samples, adapter, epoch = _of_user("samples"), _of_user("adapter"), _of_user("epoch")
 jobs, job_prefix = _of_user("jobs"), _of_user("job:")
 feedback, learned, tally = _of_user("feedback"), _of_user("learned"), _of_user("tally")
+
+
+def of_user(user_key: str) -> list[str]:
+    """Return the names of all keys that a user can have, but for job records; the first is `jobs`."""
+    kinds = (jobs, profile, items, vectors, samples, feedback, learned, tally, adapter, epoch)
+    return [name(user_key) for name in kinds]
+
+
+def user_of(name: str) -> str | None:  # the user key in a name
+    found = _OF_USER.match(name)
+    return found[1] if found else None
+
+
+def is_copied(name: str) -> bool:  # whether a copy of the store contains the key
+    return name.startswith(PREFIX) and not _LEFT_OUT.match(name)
 
 
 def job(user_key: str, number: int) -> str:

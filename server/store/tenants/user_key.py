@@ -60,6 +60,7 @@ class UserKeys:
         self._tenant = tenant
         # Salt for this tenant's prefix cache in vLLM: cache timing then reveals nothing to other tenants.
         self.cache_salt = self._digest(f"\0cache salt\0{tenant}")  # no user's key: no tenant is empty
+        self.check_value = self._digest("\0check")  # recognises the secret
         self._answer_key = hmac.digest(self._secret, f"\0answers\0{tenant}".encode(), hashlib.sha256)
 
     def user(self, user_id: str) -> User:

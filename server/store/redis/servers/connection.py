@@ -14,6 +14,7 @@ from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError
 from adapters.errors import MtaError
 from server.errors import Unavailable
 from server.store.durability import Durability, Memory
+from server.store.redis import keys
 from server.store.redis.servers.base import (
     CHECK_TIMEOUT_S,
     READ_TIMEOUT_S,
@@ -40,6 +41,7 @@ _EVICTS = (
     "Redis drops acknowledged writes to free memory (maxmemory-policy: {}): set `maxmemory-policy noeviction`, or "
     "MTA_REQUIRE_DURABLE_STORE=false to accept data loss"
 )
+_INCOMPLETE = "the store is incomplete, since a restore has not ended: run `mta restore` again, or empty the store"
 _KINDS: dict[str, Callable[[str], Servers]] = {"cluster": Cluster, "sentinel": Sentinel}
 
 Timed = Callable[[str, float, bool], None]  # kind of a call (`write` or `command`), its seconds, whether it failed
@@ -54,11 +56,17 @@ class RedisConnection:
     """Reads, and writes that are on disk when they return. Raises `MtaError` if the URL is invalid.
 
     `require_durable` refuses writes if any primary may lose acknowledged writes or any server may evict keys. `span`
-    covers one write, including retries.
+    covers one write, including retries. Unless `restoring`, writes to a store whose restore has not ended are refused.
     """
 
     def __init__(
-        self, url: str, *, require_durable: bool = True, timed: Timed = untimed, span: Span = nullcontext
+        self,
+        url: str,
+        *,
+        require_durable: bool = True,
+        restoring: bool = False,
+        timed: Timed = untimed,
+        span: Span = nullcontext,
     ) -> None:
         try:
             _, _, kind = urlsplit(url).scheme.partition("+")
@@ -69,6 +77,8 @@ class RedisConnection:
         self._timed = timed
         self._span = span
         self._evicting: list[str] = []
+        self._restoring = restoring
+        self._incomplete = False
         self.durability = Durability.NONE
         self.memory: Memory | None = None
 
@@ -86,7 +96,9 @@ class RedisConnection:
             durability = await self._servers.durability()
             self._evicting, self.memory = await memory_of(await self._servers.members())
             self.durability = Durability.EVICTS if self._evicting and durability.is_durable else durability
-        self._refuse_if_not_durable()
+            if not (self._restoring or self._servers.unserved):
+                self._incomplete = bool(await self._servers.run(lambda redis: redis.exists(keys.RESTORING)))
+        self._refuse_unsafe_writes()
         return self.durability
 
     async def evaluate(
@@ -107,7 +119,7 @@ class RedisConnection:
         The script runs again if its answer is lost. The second run must return the same answer and repeat the write:
         Redis does not wait if the connection wrote nothing, although the data may not be on disk or on a replica yet.
         """
-        self._refuse_if_not_durable()
+        self._refuse_unsafe_writes()
         with _measured(self._timed, "write"), self._span("store write"):
             async with _translated(WRITE_TIMEOUT_S):
                 return await self._servers.write(script, names, arguments, self.durability)
@@ -131,7 +143,9 @@ class RedisConnection:
     async def close(self) -> None:
         await self._servers.close()
 
-    def _refuse_if_not_durable(self) -> None:
+    def _refuse_unsafe_writes(self) -> None:
+        if self._incomplete:
+            raise Unavailable(_INCOMPLETE, code="store_incomplete")
         if self._require_durable and not self.durability.is_durable:
             evicts = self.durability is Durability.EVICTS
             message = _EVICTS.format(", ".join(self._evicting)) if evicts else _NOT_DURABLE

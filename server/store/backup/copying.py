@@ -1,0 +1,198 @@
+"""Reads all keys of the store for a copy, and writes them again (names: `server/store/redis/keys.py`).
+
+A copy reads over an ordinary connection. It needs neither a fork nor a file of the server, so rewrites of the
+append-only file go on meanwhile. One script reads all keys of a user: each user is copied as of one moment.
+
+While a restore is unfinished the store holds `keys.RESTORING`: processes refuse to use it (`RedisConnection.check`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
+
+from adapters.errors import MtaError
+from server.errors import Unavailable
+from server.store.backup.folder import Entry, StoredKey
+from server.store.jobs import KEPT_JOBS
+from server.store.redis import keys
+from server.store.redis.servers.base import WRITE_TIMEOUT_S, StoreServer
+from server.store.redis.servers.connection import RedisConnection
+
+T = TypeVar("T")
+
+AT_ONCE = 16  # number of users in flight; a user has at most some MB
+SETTLE_S = 6.0  # longest time until running gateways have noticed an unfinished restore
+SLOTS = 16384
+_SCANNED = 1000  # keys per SCAN
+
+# KEYS: the names of a user's keys, beginning with `jobs`, or the name of a shared key. ARGV, for a user: prefix of job
+# names, number of kept jobs. Returns name, expiry (ms) and content of each key that exists.
+_DUMP = """
+local names, last, found = {unpack(KEYS)}, 0, {}
+if ARGV[1] then last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0) end
+for number = math.max(1, last - (ARGV[2] or 0)), last do names[#names + 1] = ARGV[1] .. number end
+for _, name in ipairs(names) do
+  local content = redis.call('DUMP', name)
+  if content then
+    local at = #found
+    found[at + 1], found[at + 2], found[at + 3] = name, math.max(0, redis.call('PEXPIRETIME', name)), content
+  end
+end
+return found
+"""
+
+# KEYS: keys of one slot. ARGV: expiry (ms) and content of each. Returns the server's error, or an empty string.
+_RESTORE = """
+for i, name in ipairs(KEYS) do
+  local done = redis.pcall('RESTORE', name, ARGV[2 * i - 1], ARGV[2 * i], 'ABSTTL', 'REPLACE')
+  if done.err then return done.err end
+end
+return ''
+"""
+
+# KEYS: the mark of an unfinished restore. ARGV: its value, or an empty string to remove it.
+_MARK = """
+if ARGV[1] == '' then return redis.call('DEL', KEYS[1]) end
+redis.call('SET', KEYS[1], ARGV[1])
+return 1
+"""
+
+
+class StoreCopying:
+    """Copies and restores a store. Methods raise `Unavailable` if it cannot be reached."""
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
+        self.server = ""  # name and version of the server that was copied
+
+    async def entries(self, progress: Callable[[int, int], None]) -> AsyncIterator[Entry]:
+        """Yield all users, then the shared keys; `progress` gets the number of users done, and of all.
+
+        Raises `MtaError` if servers were replaced or keys moved meanwhile, since keys may then be missing.
+        """
+        if await self._unfinished():
+            raise MtaError("the store is only half restored: finish `mta restore` before a copy is made")
+        primaries, before = await self._primaries()
+        users: set[str] = set()
+        shared = set()
+        for server in primaries:
+            async for name in self._names(server):
+                user = keys.user_of(name)
+                (users if user else shared).add(user or name)
+        # Shared keys are read first: sums that were folded from a user's tally later are then counted at most once.
+        kept = [await self._dump([name]) for name in sorted(shared)]
+        for done, batch in enumerate(_batches(sorted(users))):
+            for entry in await asyncio.gather(*map(self._dump_user, batch)):
+                if entry:
+                    yield entry
+            progress(done * AT_ONCE + len(batch), len(users))
+        if (await self._primaries())[1] != before:
+            raise MtaError("servers of the store were replaced or restarted, or keys moved: make the copy again")
+        for entry in filter(None, kept):
+            yield entry
+
+    async def begin_restore(self, copy: str) -> None:
+        """Mark the store as incomplete; raise `MtaError` unless it is empty, or this copy was begun here before."""
+        begun = await self._unfinished()
+        if begun == copy:
+            return
+        if begun:
+            raise MtaError(
+                f"another copy ({begun[:12]}) was restored here in part: restore that one, or empty the store"
+            )
+        await self._check_empty()
+        await self._mark(copy)
+        await asyncio.sleep(SETTLE_S)  # what a running gateway accepts until then is not overwritten
+        try:
+            await self._check_empty()
+        except MtaError:
+            await self._mark("")
+            raise
+
+    async def write(self, entries: Iterable[Entry]) -> AsyncIterator[int]:
+        """Write entries, and yield the number written so far; raise `MtaError` if the server refuses one."""
+        written = 0
+        for batch in _batches(entries):
+            await asyncio.gather(*map(self._restore, batch))
+            written += len(batch)
+            yield written
+
+    async def end_restore(self) -> None:
+        await self._mark("")
+
+    async def _dump_user(self, user_key: str) -> Entry:
+        return await self._dump(keys.of_user(user_key), keys.job_prefix(user_key), KEPT_JOBS)
+
+    async def _dump(self, names: Sequence[str], *arguments: object) -> Entry:
+        found = await self._connection.evaluate(_DUMP, names, *arguments, timeout_s=WRITE_TIMEOUT_S)
+        return [
+            StoredKey(name.decode(), *rest) for name, *rest in zip(found[::3], found[1::3], found[2::3], strict=True)
+        ]
+
+    async def _restore(self, entry: Entry) -> None:
+        arguments = [part for key in entry for part in (key.expires_ms, key.content)]
+        refusal = await self._connection.write(_RESTORE, [key.name for key in entry], *arguments)
+        if refusal:
+            raise MtaError(f"the store does not take {entry[0].name}: {refusal.decode()}. Is its server older?")
+
+    async def _unfinished(self) -> str:
+        return (await self._connection.run(lambda redis: redis.get(keys.RESTORING)) or b"").decode()
+
+    async def _mark(self, copy: str) -> None:
+        await self._connection.write(_MARK, (keys.RESTORING,), copy)
+
+    async def _check_empty(self) -> None:
+        for server in (await self._primaries())[0]:
+            async for name in self._names(server):
+                raise MtaError(
+                    f"the store is not empty, it holds {name}: restore to a new one, or stop gateways and workers and "
+                    "empty this one (FLUSHALL)"
+                )
+
+    async def _names(self, server: StoreServer) -> AsyncIterator[str]:
+        """Yield the names of a server's keys that belong to a copy; a name may come twice."""
+        cursor = 0
+        while True:
+            found = await self._connection.send(server, f"SCAN {cursor} MATCH {keys.PREFIX}* COUNT {_SCANNED}")
+            for name in map(bytes.decode, found[1]):
+                if keys.is_copied(name):
+                    yield name
+            if not (cursor := int(found[0])):
+                return
+
+    async def _primaries(self) -> tuple[list[StoreServer], list[object]]:
+        """Return the servers that accept writes, and a value that changes if keys may have moved or cursors ended."""
+        found, layout, held, unreachable = [], [], 0, None
+        for server in await self._connection.members():
+            try:
+                info = await self._connection.send(server, "INFO")
+            except Unavailable as error:  # harmless if it is a replica
+                unreachable = error
+                continue
+            if info["role"] != "master":
+                continue
+            slots = await self._slots(server) if info.get("cluster_enabled") else [["0", str(SLOTS - 1)]]
+            held += sum(int(slot[-1]) - int(slot[0]) + 1 for slot in slots)
+            found.append(server)
+            layout.append((server.id, info["run_id"], slots))
+            self.server = f"{info.get('server_name', 'redis')} {info.get('valkey_version', info['redis_version'])}"
+        if held < SLOTS:
+            raise Unavailable("some servers of the store cannot be reached", code="store_unavailable") from unreachable
+        return found, layout
+
+    async def _slots(self, server: StoreServer) -> list[list[str]]:
+        """Return the ranges of slots of a cluster's primary; raise `MtaError` while one is moving."""
+        nodes = await self._connection.send(server, "CLUSTER NODES")
+        node: dict[str, list[list[str]]] = next(node for node in nodes.values() if "myself" in node["flags"])
+        if node["migrations"]:
+            raise MtaError(f"keys are moving from or to {server.id}: try again once they have moved")
+        return node["slots"]
+
+
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    rest = iter(items)
+    while batch := list(islice(rest, AT_ONCE)):
+        yield batch
