@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,25 +47,24 @@ def backup(
     check_value = _check_value(settings)
 
     async def copy(stores: Stores) -> Manifest:
-        writer = CopyWriter(out, check_value)
+        writer = CopyWriter(out)
         try:
             with _progress() as progress:
                 task = progress.add_task("users", total=None)
                 show = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
                 async for entry in stores.copying.entries(show):
                     writer.add(entry)
-            return writer.finish(stores.copying.server)
+            manifest = writer.finish(check_value, stores.copying.version)
         except BaseException:
             writer.discard()
             raise
+        typer.echo(f"{writer.folder}: {manifest.users} users, {manifest.keys} keys, begun {manifest.began}")
+        return manifest
 
     with _noted(Act.BACKUP) as what:
-        manifest = with_stores(settings, copy, checked=False)
-        what["copy"] = manifest.short
-    typer.echo(f"{out / manifest.name}: {manifest.users} users, {manifest.keys} keys, begun {manifest.began}")
-    if keep_days:
-        for folder in delete_old_copies(out, keep_days):
-            typer.echo(f"{folder}: deleted, older than {keep_days} days")
+        what["copy"] = with_stores(settings, copy, checked=False).sha256[:12]
+    for folder in delete_old_copies(out, keep_days) if keep_days else ():
+        typer.echo(f"{folder}: deleted, older than {keep_days} days")
 
 
 def restore(
@@ -95,8 +95,9 @@ def restore(
         raise MtaError(f"the copy {copy} was made with another MTA_SECRET: its users could not be found with this one")
     since = _since(manifest, erased or [])
 
-    with _noted(Act.RESTORE, copy=manifest.short):
-        users, revoked = with_stores(settings, lambda stores: _restore(stores, copy, manifest, since), restoring=True)
+    with _noted(Act.RESTORE, copy=manifest.sha256[:12]):
+        write = partial(_restore, copy=copy, manifest=manifest, since=since)
+        users, revoked = with_stores(settings, write, checked=False)
     gone = f"{manifest.users - users} who were erased since stay erased, {revoked} API keys stay revoked"
     typer.echo(f"restored: {users} users as of {manifest.began}; {gone}")
     for act, count in since.lost.items():
@@ -114,7 +115,7 @@ class _Since:
 
 def _since(manifest: Manifest, logs: Sequence[Path]) -> _Since:
     """Read audit logs. An erasure that failed counts, since it may have been made; one of an unknown user does not."""
-    since, begin = _Since(), manifest.began_at - CLOCK_SKEW
+    since, begin = _Since(), datetime.fromisoformat(manifest.began) - CLOCK_SKEW
     for path in logs:
         entries = list(read_audit(path.expanduser(), {}))
         if all(datetime.fromisoformat(entry["time"]) > begin for entry in entries):
@@ -131,7 +132,7 @@ def _since(manifest: Manifest, logs: Sequence[Path]) -> _Since:
     return since
 
 
-async def _restore(stores: Stores, copy: Path, manifest: Manifest, since: _Since) -> tuple[int, int]:
+async def _restore(stores: Stores, *, copy: Path, manifest: Manifest, since: _Since) -> tuple[int, int]:
     """Restore a copy, and return the numbers of users and of API keys that are revoked again."""
     from server.gateway.users.privacy import leave_shared_keys
 

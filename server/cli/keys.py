@@ -172,23 +172,20 @@ def store_settings(data: Path | None) -> Settings:
     if url is None:
         remedy = "set its folder with --data, or the store with MTA_REDIS_URL"
         raise MtaError(f"no `mta up` runs in {settings.data_dir}: {remedy}")
-    own = {"redis_url": url}
-    if settings.secret is None:
-        own["secret"] = SecretStr((settings.data_dir.expanduser() / "secret").read_text("ascii").strip())
-    return settings.model_copy(update=own)
+    secret = settings.secret or SecretStr((settings.data_dir.expanduser() / "secret").read_text("ascii").strip())
+    return settings.model_copy(update={"redis_url": url, "secret": secret})
 
 
 def _with_keys(settings: Settings, command: Callable[[AccessKeys], Awaitable[T]]) -> T:
     return with_stores(settings, lambda stores: command(stores.keys))
 
 
-def with_stores(settings: Settings, command: Callable[[Stores], Awaitable[T]], **how: bool) -> T:
-    """Run a command on the stores; `how` is as in `open_stores`."""
+def with_stores(settings: Settings, command: Callable[[Stores], Awaitable[T]], *, checked: bool = True) -> T:
     from server.errors import Unavailable
     from server.store.opening import open_stores
 
     async def run() -> T:
-        async with open_stores(settings, **how) as stores:
+        async with open_stores(settings, checked=checked) as stores:
             return await command(stores)
 
     try:

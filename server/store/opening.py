@@ -43,22 +43,15 @@ class Stores:
 
 @asynccontextmanager
 async def open_stores(
-    settings: Settings,
-    *,
-    checked: bool = True,
-    restoring: bool = False,
-    timed: Timed = untimed,
-    span: Span = nullcontext,
+    settings: Settings, *, checked: bool = True, timed: Timed = untimed, span: Span = nullcontext
 ) -> AsyncIterator[Stores]:
     """Open the configured stores for the duration of a `with` block.
 
     Raises `MtaError` if the URL is invalid, and `Unavailable` if the server cannot be reached or is not durable. With
     `checked=False` the server is not checked, and the process must not make writes that need to be durable.
-    With `restoring`, the store may be incomplete.
     """
     must_last = checked and settings.require_durable_store
-    options = {"require_durable": must_last, "restoring": restoring}
-    connection = RedisConnection(settings.redis_url, **options, timed=timed, span=span)
+    connection = RedisConnection(settings.redis_url, require_durable=must_last, timed=timed, span=span)
     try:
         if checked:
             await connection.check()

@@ -232,7 +232,7 @@ class Writing:
 
     def __init__(self, store: ProfileStore, users: Sequence[str]) -> None:
         self._store, self._enough = store, False
-        self._tried, self._written = dict.fromkeys(users, 0), dict.fromkeys(users, 0)
+        self._tried, self.acknowledged = dict.fromkeys(users, 0), dict.fromkeys(users, 0)
 
     async def __aenter__(self) -> Writing:
         self._running = [asyncio.create_task(self._write(user)) for user in self._tried]
@@ -242,13 +242,13 @@ class Writing:
         """What was acknowledged is there."""
         self._enough = True
         await asyncio.gather(*self._running)
-        for user, written in self._written.items():
+        for user, written in self.acknowledged.items():
             found = await self._store.load(user)
             assert written <= found.updated_ms <= self._tried[user]
 
     async def goes_on(self) -> None:
-        before = dict(self._written)
-        while not all(self._written[user] > before[user] + 10 for user in before):
+        before = dict(self.acknowledged)
+        while not all(self.acknowledged[user] > before[user] + 10 for user in before):
             assert not any(task.done() for task in self._running), self._running
             await asyncio.sleep(0.02)
 
@@ -258,7 +258,7 @@ class Writing:
             try:
                 snapshot = await self._store.read(user)
                 assert await self._store.commit(user, snapshot.version, change("a", updated_ms=number), snapshot.epoch)
-                self._written[user] = number
+                self.acknowledged[user] = number
             except Unavailable as error:
                 assert error.code in ("store_unavailable", "store_not_durable")
                 await asyncio.sleep(0.05)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
@@ -26,7 +26,6 @@ T = TypeVar("T")
 AT_ONCE = 16  # number of users in flight; a user has at most some MB
 SETTLE_S = 6.0  # longest time until running gateways have noticed an unfinished restore
 SLOTS = 16384
-_SCANNED = 1000  # keys per SCAN
 
 # KEYS: the names of a user's keys, beginning with `jobs`, or the name of a shared key. ARGV, for a user: prefix of job
 # names, number of kept jobs. Returns name, expiry (ms) and content of each key that exists.
@@ -35,9 +34,8 @@ local names, last, found = {unpack(KEYS)}, 0, {}
 if ARGV[1] then last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0) end
 for number = math.max(1, last - (ARGV[2] or 0)), last do names[#names + 1] = ARGV[1] .. number end
 for _, name in ipairs(names) do
-  local content = redis.call('DUMP', name)
+  local content, at = redis.call('DUMP', name), #found
   if content then
-    local at = #found
     found[at + 1], found[at + 2], found[at + 3] = name, math.max(0, redis.call('PEXPIRETIME', name)), content
   end
 end
@@ -66,7 +64,7 @@ class StoreCopying:
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
-        self.server = ""  # name and version of the server that was copied
+        self.version = ""  # name and version of the server that was copied
 
     async def entries(self, progress: Callable[[int, int], None]) -> AsyncIterator[Entry]:
         """Yield all users, then the shared keys; `progress` gets the number of users done, and of all.
@@ -75,39 +73,38 @@ class StoreCopying:
         """
         if await self._unfinished():
             raise MtaError("the store is only half restored: finish `mta restore` before a copy is made")
-        primaries, before = await self._primaries()
+        before = await self._primaries()
         users: set[str] = set()
-        shared = set()
-        for server in primaries:
+        shared: set[str] = set()
+        for server, *_ in before:
             async for name in self._names(server):
                 user = keys.user_of(name)
                 (users if user else shared).add(user or name)
-        # Shared keys are read first: sums that were folded from a user's tally later are then counted at most once.
+        # Shared keys are read first: counts that leave a user's tally for the sums meanwhile are not counted twice.
         kept = [await self._dump([name]) for name in sorted(shared)]
-        for done, batch in enumerate(_batches(sorted(users))):
-            for entry in await asyncio.gather(*map(self._dump_user, batch)):
-                if entry:
-                    yield entry
-            progress(done * AT_ONCE + len(batch), len(users))
-        if (await self._primaries())[1] != before:
+        done = 0
+        for batch in _batches(users):
+            for entry in filter(None, await asyncio.gather(*map(self._dump_user, batch))):
+                yield entry
+            progress(done := done + len(batch), len(users))
+        if [at[1:] for at in await self._primaries()] != [at[1:] for at in before]:
             raise MtaError("servers of the store were replaced or restarted, or keys moved: make the copy again")
         for entry in filter(None, kept):
             yield entry
 
     async def begin_restore(self, copy: str) -> None:
         """Mark the store as incomplete; raise `MtaError` unless it is empty, or this copy was begun here before."""
-        begun = await self._unfinished()
-        if begun == copy:
+        self._connection.restoring = True
+        await self._connection.check()
+        if (begun := await self._unfinished()) == copy:
             return
         if begun:
-            raise MtaError(
-                f"another copy ({begun[:12]}) was restored here in part: restore that one, or empty the store"
-            )
+            raise MtaError(f"the store holds a part of another copy ({begun[:12]}): restore that, or empty the store")
         await self._check_empty()
         await self._mark(copy)
-        await asyncio.sleep(SETTLE_S)  # what a running gateway accepts until then is not overwritten
+        await asyncio.sleep(SETTLE_S)
         try:
-            await self._check_empty()
+            await self._check_empty()  # a running gateway may have accepted something
         except MtaError:
             await self._mark("")
             raise
@@ -117,8 +114,7 @@ class StoreCopying:
         written = 0
         for batch in _batches(entries):
             await asyncio.gather(*map(self._restore, batch))
-            written += len(batch)
-            yield written
+            yield (written := written + len(batch))
 
     async def end_restore(self) -> None:
         await self._mark("")
@@ -128,9 +124,7 @@ class StoreCopying:
 
     async def _dump(self, names: Sequence[str], *arguments: object) -> Entry:
         found = await self._connection.evaluate(_DUMP, names, *arguments, timeout_s=WRITE_TIMEOUT_S)
-        return [
-            StoredKey(name.decode(), *rest) for name, *rest in zip(found[::3], found[1::3], found[2::3], strict=True)
-        ]
+        return [StoredKey(found[i].decode(), *found[i + 1 : i + 3]) for i in range(0, len(found), 3)]
 
     async def _restore(self, entry: Entry) -> None:
         arguments = [part for key in entry for part in (key.expires_ms, key.content)]
@@ -145,48 +139,43 @@ class StoreCopying:
         await self._connection.write(_MARK, (keys.RESTORING,), copy)
 
     async def _check_empty(self) -> None:
-        for server in (await self._primaries())[0]:
+        for server, *_ in await self._primaries():
             async for name in self._names(server):
-                raise MtaError(
-                    f"the store is not empty, it holds {name}: restore to a new one, or stop gateways and workers and "
-                    "empty this one (FLUSHALL)"
-                )
+                if name != keys.USED_KEYS:  # any gateway writes it
+                    raise MtaError(
+                        f"the store is not empty, it holds {name}: restore to a new one, or stop gateways and workers "
+                        "and empty this one (FLUSHALL)"
+                    )
 
     async def _names(self, server: StoreServer) -> AsyncIterator[str]:
         """Yield the names of a server's keys that belong to a copy; a name may come twice."""
-        cursor = 0
-        while True:
-            found = await self._connection.send(server, f"SCAN {cursor} MATCH {keys.PREFIX}* COUNT {_SCANNED}")
-            for name in map(bytes.decode, found[1]):
-                if keys.is_copied(name):
-                    yield name
-            if not (cursor := int(found[0])):
-                return
+        cursor = None
+        while cursor != b"0":
+            cursor, names = await self._connection.send(server, f"SCAN {int(cursor or 0)} MATCH mta:* COUNT 1000")
+            for name in filter(keys.is_copied, map(bytes.decode, names)):
+                yield name
 
-    async def _primaries(self) -> tuple[list[StoreServer], list[object]]:
-        """Return the servers that accept writes, and a value that changes if keys may have moved or cursors ended."""
-        found, layout, held, unreachable = [], [], 0, None
+    async def _primaries(self) -> list[tuple[StoreServer, str, str, Any]]:
+        """Return the servers that accept writes: server, id, id of its run, ranges of slots."""
+        found, unreachable = [], None
         for server in await self._connection.members():
             try:
                 info = await self._connection.send(server, "INFO")
             except Unavailable as error:  # harmless if it is a replica
                 unreachable = error
                 continue
-            if info["role"] != "master":
-                continue
-            slots = await self._slots(server) if info.get("cluster_enabled") else [["0", str(SLOTS - 1)]]
-            held += sum(int(slot[-1]) - int(slot[0]) + 1 for slot in slots)
-            found.append(server)
-            layout.append((server.id, info["run_id"], slots))
-            self.server = f"{info.get('server_name', 'redis')} {info.get('valkey_version', info['redis_version'])}"
-        if held < SLOTS:
+            if info["role"] == "master":
+                slots = await self._slots(server) if info.get("cluster_enabled") else [["0", str(SLOTS - 1)]]
+                found.append((server, server.id, str(info["run_id"]), slots))
+                self.version = f"{info.get('server_name', 'redis')} {info.get('valkey_version', info['redis_version'])}"
+        if sum(int(slot[-1]) - int(slot[0]) + 1 for *_, slots in found for slot in slots) < SLOTS:
             raise Unavailable("some servers of the store cannot be reached", code="store_unavailable") from unreachable
-        return found, layout
+        return sorted(found, key=lambda primary: primary[1])
 
-    async def _slots(self, server: StoreServer) -> list[list[str]]:
+    async def _slots(self, server: StoreServer) -> Any:
         """Return the ranges of slots of a cluster's primary; raise `MtaError` while one is moving."""
         nodes = await self._connection.send(server, "CLUSTER NODES")
-        node: dict[str, list[list[str]]] = next(node for node in nodes.values() if "myself" in node["flags"])
+        node = next(node for node in nodes.values() if "myself" in node["flags"])
         if node["migrations"]:
             raise MtaError(f"keys are moving from or to {server.id}: try again once they have moved")
         return node["slots"]

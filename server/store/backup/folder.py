@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ from server.store.redis import keys
 
 FORMAT = 1
 MANIFEST, DATA = "manifest.json", "store.gz"
-_NAME = "%Y-%m-%dT%H%M%SZ"
+_NAME = "%Y-%m-%dT%H%M%S.%fZ"
 
 
 class StoredKey(NamedTuple):
@@ -42,67 +42,47 @@ Entry = Sequence[StoredKey]
 @dataclass(frozen=True, slots=True)
 class Manifest:
     format: int
-    began: str  # ISO 8601, UTC: every write acknowledged before is in the copy
+    began: str  # ISO 8601: every write acknowledged before is in the copy
     keys: int
     users: int
     sha256: str  # of the compressed file
     secret: str  # keyed hash by which MTA_SECRET is recognised
     store: str  # server and version, such as `valkey 9.1.0`
 
-    @property
-    def began_at(self) -> datetime:
-        return datetime.fromisoformat(self.began)
-
-    @property
-    def name(self) -> str:  # of the folder
-        return self.began_at.strftime(_NAME)
-
-    @property
-    def short(self) -> str:  # for the audit log
-        return self.sha256[:12]
-
 
 class CopyWriter:
-    """Writes a new copy in a folder of copies; raises `MtaError` if it cannot be written."""
+    """Writes a new copy in a folder of copies. Raises `MtaError` if it cannot be written."""
 
-    def __init__(self, copies: Path, secret: str) -> None:
-        self._began, self._secret = datetime.now(UTC), secret
-        self._keys = self._users = 0
-        self.folder = copies / self._began.strftime(_NAME)
-        try:
+    def __init__(self, copies: Path) -> None:
+        began = datetime.now(UTC)
+        self._began, self._keys, self._users = began.isoformat(timespec="milliseconds"), 0, 0
+        self.folder = copies / began.strftime(_NAME)
+        with _named_errors(f"write a copy to {copies}"):
             copies.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.folder.mkdir(mode=0o700)
-            self._file = gzip.GzipFile(fileobj=_create(self.folder / DATA), mode="wb", compresslevel=1, mtime=0)
-        except OSError as error:
-            raise MtaError(f"cannot write a copy to {self.folder}: {error.strerror or error}") from error
+            self._raw = _create(self.folder / DATA)
+        self._file = gzip.GzipFile(fileobj=self._raw, mode="wb", compresslevel=1)
 
     def add(self, entry: Entry) -> None:
         header = orjson.dumps([(key.name, key.expires_ms, len(key.content)) for key in entry])
-        try:
+        with _named_errors(f"write {self.folder}"):
             self._file.write(b"".join([header, b"\n", *(key.content for key in entry)]))
-        except OSError as error:
-            raise MtaError(f"cannot write to {self.folder}: {error.strerror or error}") from error
         self._keys += len(entry)
         self._users += user_of(entry) is not None
 
-    def finish(self, store: str) -> Manifest:
+    def finish(self, secret: str, store: str) -> Manifest:
         """Complete the copy: it can be restored from now on."""
-        data, manifest = self.folder / DATA, self.folder / MANIFEST
-        try:
-            raw = self._file.fileobj
-            assert raw is not None
+        with _named_errors(f"complete {self.folder}"):
             self._file.close()
-            _sync(raw)
-            began = self._began.isoformat(timespec="milliseconds")
-            done = Manifest(FORMAT, began, self._keys, self._users, _sha256(data), self._secret, store)
-            draft = manifest.with_suffix(".tmp")
+            _sync(self._raw)
+            sha256 = _sha256(self.folder / DATA)
+            manifest = Manifest(FORMAT, self._began, self._keys, self._users, sha256, secret, store)
+            draft = self.folder / f"{MANIFEST}.tmp"
             with _create(draft) as file:
-                file.write(orjson.dumps(asdict(done), option=orjson.OPT_INDENT_2) + b"\n")
+                file.write(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
                 _sync(file)
-            draft.rename(manifest)
-        except OSError as error:
-            raise MtaError(f"cannot complete the copy {self.folder}: {error.strerror or error}") from error
-        return done
+            draft.rename(self.folder / MANIFEST)
+        return manifest
 
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -110,20 +90,19 @@ class CopyWriter:
 
 def open_copy(folder: Path) -> Manifest:
     """Return the manifest of a copy; raise `MtaError` if the copy is incomplete, damaged or of another format."""
+    if not (folder / MANIFEST).is_file():
+        inside = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}")))
+        hint = f"; it contains {inside}: name one" if inside else ": a copy that was broken off cannot be restored"
+        raise MtaError(f"{folder} is not a complete copy, since it has no {MANIFEST}{hint}")
+    with _named_errors(f"read the copy {folder}"):
+        raw, sha256 = (folder / MANIFEST).read_bytes(), _sha256(folder / DATA)
     try:
-        manifest = Manifest(**orjson.loads((folder / MANIFEST).read_bytes()))
-        sha256 = _sha256(folder / DATA)
-    except FileNotFoundError as error:
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
-        hint = f"; it contains the copies {', '.join(inside)}: name one" if inside else ""
-        missing = Path(error.filename).name
-        raise MtaError(f"{folder} is not a complete copy of a store: it has no {missing}{hint}") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise MtaError(f"cannot read the copy {folder}: {error}") from error
-    if manifest.format != FORMAT:
-        raise MtaError(f"the copy {folder} has the format {manifest.format}, this version reads {FORMAT}")
-    if sha256 != manifest.sha256:
-        raise MtaError(f"the copy {folder} is damaged: {DATA} has the SHA-256 {sha256}, not {manifest.sha256}")
+        manifest = Manifest(**orjson.loads(raw))
+    except (ValueError, TypeError) as error:
+        raise MtaError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}: {error}") from error
+    if (manifest.format, manifest.sha256) != (FORMAT, sha256):
+        wanted = f"format {manifest.format} and SHA-256 {manifest.sha256}"
+        raise MtaError(f"{folder / DATA} is damaged: by its manifest it has {wanted}, but it has {FORMAT} and {sha256}")
     return manifest
 
 
@@ -140,19 +119,20 @@ def user_of(entry: Entry) -> str | None:  # user key; None for a shared key
 
 def delete_old_copies(copies: Path, days: int) -> list[Path]:
     """Delete the copies, also unfinished ones, that began more than `days` days ago, and return their folders."""
-    oldest, deleted = datetime.now(UTC) - timedelta(days=days), []
-    for folder in sorted(copies.iterdir()):
-        with suppress(ValueError):
-            if datetime.strptime(folder.name, _NAME).replace(tzinfo=UTC) < oldest:
-                deleted.append(folder)
-    for folder in deleted:
-        try:
-            for name in (MANIFEST, f"{Path(MANIFEST).stem}.tmp", DATA):
-                (folder / name).unlink(missing_ok=True)
-            folder.rmdir()
-        except OSError as error:
-            raise MtaError(f"cannot delete the old copy {folder}: {error.strerror or error}") from error
-    return deleted
+    oldest = (datetime.now(UTC) - timedelta(days=days)).strftime(_NAME)
+    old = [path for path in sorted(copies.glob("[0-9]*T*Z")) if path.name < oldest and (path / DATA).exists()]
+    for path in old:
+        with _named_errors(f"delete the old copy {path}"):
+            shutil.rmtree(path)
+    return old
+
+
+@contextmanager
+def _named_errors(act: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MtaError(f"cannot {act}: {error.strerror or error}") from error
 
 
 def _create(path: Path) -> IO[bytes]:

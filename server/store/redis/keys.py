@@ -60,7 +60,6 @@ REWRITE = "mta:{rewrite}"
 ACCESS_KEYS = "mta:{access}:keys"
 USED_KEYS = "mta:{access}:used"
 RESTORING = "mta:{restore}"
-PREFIX = "mta:"
 _LEFT_OUT = re.compile(r"mta:(\{rewrite\}|\{restore\}|rates:|held:)")
 _OF_USER = re.compile(r"mta:\{([a-z2-7]{26})\}:")
 
@@ -87,7 +86,7 @@ def user_of(name: str) -> str | None:  # the user key in a name
 
 
 def is_copied(name: str) -> bool:  # whether a copy of the store contains the key
-    return name.startswith(PREFIX) and not _LEFT_OUT.match(name)
+    return not _LEFT_OUT.match(name)
 
 
 def job(user_key: str, number: int) -> str:

@@ -56,17 +56,11 @@ class RedisConnection:
     """Reads, and writes that are on disk when they return. Raises `MtaError` if the URL is invalid.
 
     `require_durable` refuses writes if any primary may lose acknowledged writes or any server may evict keys. `span`
-    covers one write, including retries. Unless `restoring`, writes to a store whose restore has not ended are refused.
+    covers one write, including retries.
     """
 
     def __init__(
-        self,
-        url: str,
-        *,
-        require_durable: bool = True,
-        restoring: bool = False,
-        timed: Timed = untimed,
-        span: Span = nullcontext,
+        self, url: str, *, require_durable: bool = True, timed: Timed = untimed, span: Span = nullcontext
     ) -> None:
         try:
             _, _, kind = urlsplit(url).scheme.partition("+")
@@ -77,8 +71,8 @@ class RedisConnection:
         self._timed = timed
         self._span = span
         self._evicting: list[str] = []
-        self._restoring = restoring
         self._incomplete = False
+        self.restoring = False  # allows writes to a store whose restore has not ended
         self.durability = Durability.NONE
         self.memory: Memory | None = None
 
@@ -96,7 +90,7 @@ class RedisConnection:
             durability = await self._servers.durability()
             self._evicting, self.memory = await memory_of(await self._servers.members())
             self.durability = Durability.EVICTS if self._evicting and durability.is_durable else durability
-            if not (self._restoring or self._servers.unserved):
+            if not (self.restoring or self._servers.unserved):
                 self._incomplete = bool(await self._servers.run(lambda redis: redis.exists(keys.RESTORING)))
         self._refuse_unsafe_writes()
         return self.durability

@@ -1,0 +1,183 @@
+"""What is copied of a store comes back as it was, on every kind of server; what makes a copy incomplete is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from redis.crc import key_slot
+
+from adapters.errors import MtaError
+from bench.rig.cluster import ValkeyCluster
+from bench.rig.valkey import ValkeyProcess
+from server.errors import Unavailable
+from server.store.backup import copying
+from server.store.backup.copying import StoreCopying
+from server.store.backup.folder import Entry
+from server.store.redis import keys
+from server.store.tenants.access_keys import Scope, access_key, new_secret
+from server.store.tenants.rates import Rate, Use
+from tests.support.store_parts import KEYS, StoreParts, change, connected, submitted, users_at
+
+USERS = [f"user-{n}" for n in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "SETTLE_S", 0)
+
+
+@pytest.fixture
+async def full(parts: StoreParts) -> AsyncIterator[StoreParts]:
+    for user in USERS:
+        key = KEYS.key(user)
+        await parts.profiles.commit(key, b"", change("abc", user_id=user))
+        await submitted(parts.jobs, key, "\x00\xff binary")
+        await parts.signing.add(key)
+    await parts.erase(USERS[0])
+    await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
+    await parts.keys.note_used(["a digest"], 1)
+    assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted
+    assert await parts.rates.acquire("gateways/0", ["it"], 60)
+    yield parts
+
+
+async def copied(store: StoreCopying) -> list[Entry]:
+    return [entry async for entry in store.entries(lambda done, total: None)]
+
+
+async def written(store: StoreCopying, entries: list[Entry], copy: str = "a copy") -> None:
+    await store.begin_restore(copy)
+    assert [n async for n in store.write(entries)][-1] == len(entries)
+    await store.end_restore()
+
+
+async def contents(raw: Redis) -> dict[str, tuple[Any, int]]:
+    """What each key holds, and when it expires."""
+    found = {}
+    for name in [name.decode() async for name in raw.scan_iter()]:
+        reads = {b"hash": raw.hgetall, b"set": raw.smembers}  # their order may change
+        found[name] = (await reads.get(await raw.type(name), raw.dump)(name), await raw.pexpiretime(name))
+    return found
+
+
+async def test_every_key_comes_back_as_it_was_but_for_limits_and_rewrites(full: StoreParts, raw: Redis) -> None:
+    before = await contents(raw)
+    store = StoreCopying(full.connection)
+    entries = await copied(store)
+    of_users = [entry for entry in entries if keys.user_of(entry[0].name)]
+    assert len(of_users) == len({keys.user_of(entry[0].name) for entry in of_users}) == len(USERS)
+    assert entries[: len(USERS)] == of_users, "queues lead to users, who are there before them"
+    assert store.version.split()[0] in ("valkey", "redis")
+    await raw.flushall()
+    await written(store, entries)
+    after = await contents(raw)
+    left_out = before.keys() - after.keys()
+    assert {name.split(":")[1] for name in left_out} == {"rates", "held", "{rewrite}"}
+    assert after == {name: before[name] for name in after}
+    assert after[keys.epoch(KEYS.key(USERS[0]))][1] > 0
+
+
+async def test_each_user_is_copied_as_of_one_moment(full: StoreParts) -> None:
+    key, enough = KEYS.key(USERS[1]), False
+
+    async def write() -> None:
+        while not enough:
+            for names, drop in (("ab", "c"), ("abc", "")):
+                version = (await full.profiles.read(key)).version
+                await full.profiles.commit(key, version, change(names, drop=drop))
+
+    writing = asyncio.create_task(write())
+    store = StoreCopying(full.connection)
+    found = []
+    for _ in range(50):
+        entry = await store._dump_user(key)
+        found.append(entry)
+    enough = True
+    await writing
+    await full.connection.run(lambda redis: redis.delete(*keys.of_user(key)))
+    for entry in found:
+        await store._restore(entry)
+        snapshot = await full.profiles.read(key)
+        assert snapshot.profile.items == len(snapshot.items) == len(snapshot.vectors)
+
+
+async def test_an_unfinished_restore_keeps_everybody_out_until_it_is_done_again(
+    full: StoreParts, raw: Redis, server: ValkeyProcess | ValkeyCluster
+) -> None:
+    entries = await copied(StoreCopying(full.connection))
+    async with connected(server.url, require_durable=False) as connection:
+        store = StoreCopying(connection)
+        with pytest.raises(MtaError, match=r"not empty, it holds mta:.*FLUSHALL"):
+            await store.begin_restore("a copy")
+        await full.connection.check()  # it was never marked
+        await raw.flushall()
+        await full.keys.note_used(["a digest"], 1)  # as a gateway does that runs meanwhile
+        await store.begin_restore("a copy")
+        await store._restore(entries[0])
+    with pytest.raises(Unavailable, match="run `mta restore` again"):
+        await full.connection.check()
+    with pytest.raises(Unavailable, match="incomplete"):
+        await full.keys.set_bank("acme", "")
+    with pytest.raises(MtaError, match="half restored"):
+        await copied(StoreCopying(full.connection))
+    async with connected(server.url, require_durable=False) as connection:
+        store = StoreCopying(connection)
+        with pytest.raises(MtaError, match=r"another copy \(a copy\)"):
+            await store.begin_restore("another copy")
+        await written(store, entries)
+    await full.connection.check()
+    await full.keys.set_bank("acme", "")
+
+
+async def test_what_a_gateway_accepts_before_it_knows_of_a_restore_is_kept(
+    parts: StoreParts, server: ValkeyProcess | ValkeyCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connected(server.url, require_durable=False) as connection:
+        monkeypatch.setattr(copying.asyncio, "sleep", lambda seconds: parts.put("ada", "a text"))
+        with pytest.raises(MtaError, match="not empty"):
+            await StoreCopying(connection).begin_restore("a copy")
+    await parts.connection.check()
+    assert await parts.profiles.load(KEYS.key("ada"))
+
+
+async def test_a_refused_content_is_named(parts: StoreParts) -> None:
+    broken = [copying.StoredKey(keys.profile("a" * 26), 0, b"no dump")]
+    with pytest.raises(MtaError, match=r"does not take mta:\{a+\}:profile: .*DUMP payload.*Is its server older"):
+        await written(StoreCopying(parts.connection), [broken])
+
+
+async def test_keys_that_move_meanwhile_are_noticed(cluster: ValkeyCluster) -> None:
+    async with cluster.client() as raw:
+        await raw.flushall()
+    async with StoreParts.opened(cluster.url) as parts:
+        here, there, _ = cluster.primaries
+        key = next(users_at(cluster, here))
+        await parts.profiles.commit(key, b"", change("a"))
+        slot = key_slot(keys.profile(key).encode())
+        store = StoreCopying(parts.connection)
+        entries = store.entries(lambda done, total: None)
+        assert (await anext(entries))[0].name == keys.profile(key)
+        cluster.move(slot, here, there)
+        try:
+            with pytest.raises(MtaError, match="make the copy again"):
+                await anext(entries)
+        finally:
+            cluster.move(slot, there, here)
+        assert len(await copied(store)) == 1
+
+
+async def test_a_server_that_restarts_meanwhile_is_noticed(one_server: ValkeyProcess) -> None:
+    async with one_server.client() as raw:
+        await raw.flushall()
+    async with StoreParts.opened(one_server.url) as parts:
+        await parts.profiles.commit(KEYS.key("ada"), b"", change("a"))
+        entries = StoreCopying(parts.connection).entries(lambda done, total: None)
+        await anext(entries)
+        one_server.kill()
+        one_server.start()
+        with pytest.raises(MtaError, match="replaced or restarted"):
+            [entry async for entry in entries]

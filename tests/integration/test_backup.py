@@ -1,0 +1,142 @@
+"""Rehearsals: a store is copied under load and lost, and comes back on another kind of server, without the erased."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from bench.rig.cluster import ValkeyCluster
+from bench.rig.valkey import ValkeyProcess
+from server.cli import app
+from server.settings import Settings
+from server.store.backup import copying
+from server.store.jobs import JobId
+from server.store.tenants.access_keys import Scope, digest_of
+from server.store.tenants.rates import NO_OVERRIDES
+from server.store.tenants.user_key import UserKeys
+from server.watching.audit import audit_to, read_audit
+from tests.support.gateway import SECRET, GatewayThread, Keyed, make_keys
+from tests.support.store_parts import StoreParts, WorkerSteps, Writing, submitted
+
+TENANT = "acme"
+USERS = [f"person-{n}" for n in range(200)]
+WRITING, ADAPTED, RUNNING, WAITING, ERASED = USERS[:8], USERS[8], USERS[9], USERS[10], USERS[11:31]
+Store = ValkeyProcess | ValkeyCluster
+
+
+def user_key(user: str) -> str:
+    return UserKeys(SECRET, TENANT).key(user)
+
+
+@pytest.fixture(params=["to-a-cluster", "from-a-cluster"])
+def stores(request: pytest.FixtureRequest, memory: Path) -> Iterator[tuple[Store, Store]]:
+    """The store that is lost, and an empty one."""
+    kinds = (ValkeyProcess, ValkeyCluster) if request.param == "to-a-cluster" else (ValkeyCluster, ValkeyProcess)
+    lost, empty = (kind(memory / request.param / str(place)).start() for place, kind in enumerate(kinds))
+    yield lost, empty
+    lost.kill()
+    empty.kill()
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The audit log of gateways and commands."""
+    monkeypatch.setattr(copying, "SETTLE_S", 0)
+    monkeypatch.setenv("MTA_AUDIT", str(tmp_path / "audit.jsonl"))
+    monkeypatch.setenv("MTA_SECRET", SECRET)
+    audit_to(tmp_path / "audit.jsonl")
+    yield tmp_path / "audit.jsonl"
+    audit_to(None)
+
+
+def mta(*arguments: object, store: Store) -> str:
+    """What a command prints; raises its error."""
+    done = CliRunner().invoke(app, list(map(str, arguments)), env={"MTA_REDIS_URL": store.url})
+    if done.exit_code:
+        raise done.exception or AssertionError(done.output)
+    return done.output
+
+
+def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_keys(
+    gateway_settings: Settings, stores: tuple[Store, Store], log: Path, tmp_path: Path
+) -> None:
+    lost, empty = stores
+    secrets = make_keys(lost.url, dict.fromkeys(("kept", "revoked"), (TENANT, Scope, NO_OVERRIDES)))
+    with serving(gateway_settings, lost, secrets) as keyed, keyed.client("kept") as client:
+        bank = keyed.gateway.parts.bank.manifest.short
+        for user in USERS:
+            item = {"id": "it", "text": f"a text of {user}"}
+            client.put(f"/users/{user}/profile", json={"items": [item]}).raise_for_status()
+        written = asyncio.run(copied_while_written(lost, bank, tmp_path / "copies"))
+        for user in ERASED:
+            client.delete(f"/users/{user}").raise_for_status()
+        client.delete("/users/nobody")
+        mta("keys", "revoke", digest_of(secrets["revoked"].encode())[:12], store=lost)
+    lost.kill()
+
+    (copy,) = (tmp_path / "copies").iterdir()
+    said = mta("restore", copy, "--erased", log, store=empty)
+    assert re.search(r"restored: 180 users as of .*; 20 who .* since stay erased, 1 API keys", said)
+    asyncio.run(check_restored(empty, bank, written))
+    with serving(gateway_settings, empty, secrets) as keyed, keyed.client("kept") as client:
+        found = {user: client.get(f"/users/{user}").status_code for user in USERS[8:]}
+        assert found == {user: httpx.codes.NOT_FOUND if user in ERASED else httpx.codes.OK for user in USERS[8:]}
+        assert client.get(f"/users/{USERS[-1]}/export").json()["items"][0]["text"] == f"a text of {USERS[-1]}"
+        with keyed.client("revoked") as refused:
+            assert refused.get(f"/users/{USERS[-1]}").status_code == httpx.codes.UNAUTHORIZED
+    acts = [entry for entry in read_audit(log, {"key": "cli"}) if entry["act"] in ("backup", "restore")]
+    assert [(entry["act"], entry["outcome"]) for entry in acts] == [("backup", "done"), ("restore", "done")]
+    assert len({entry["copy"] for entry in acts}) == 1
+
+
+@contextmanager
+def serving(settings: Settings, store: Store, secrets: dict[str, str]) -> Iterator[Keyed]:
+    with GatewayThread(settings.model_copy(update={"redis_url": store.url})) as gateway:
+        yield Keyed(gateway, secrets)
+
+
+async def copied_while_written(store: Store, bank: str, out: Path) -> dict[str, int]:
+    """Copy a store in use, where one user has an adapter, and two have jobs; returns what was acknowledged before."""
+    async with StoreParts.opened(store.url) as parts:
+        worker = WorkerSteps(parts, bank)
+        await submitted(parts.jobs, user_key(ADAPTED), bank=bank)
+        await worker.take()
+        await worker.claim()
+        assert await worker.promote()
+        await submitted(parts.jobs, user_key(RUNNING), bank=bank)
+        assert await parts.jobs.claim(await until_due(parts, bank), lease_s=2)
+        await submitted(parts.jobs, user_key(WAITING), bank=bank)
+        async with Writing(parts.profiles, [user_key(user) for user in WRITING]) as writing:
+            await writing.goes_on()
+            acknowledged = dict(writing.acknowledged)
+            assert ": 200 users, " in await asyncio.to_thread(mta, "backup", "--out", out, store=store)
+            await writing.goes_on()
+        return acknowledged
+
+
+async def check_restored(store: Store, bank: str, written: dict[str, int]) -> None:
+    async with StoreParts.opened(store.url) as parts, store.client() as raw:
+        for user, number in written.items():
+            assert (await parts.profiles.load(user)).updated_ms >= number
+        names = str([name async for name in raw.scan_iter()])
+        assert {user: user_key(user) in names for user in USERS} == {user: user not in ERASED for user in USERS}
+        assert [user async for user in parts.adapters.adapted_users(bank)] == [user_key(ADAPTED)]
+        note = (await parts.profiles.load(user_key(ADAPTED))).adapter
+        assert await parts.adapters.adapter_id(user_key(ADAPTED)) == note.id
+        jobs = [await until_due(parts, bank) for _ in (RUNNING, WAITING)]
+        assert {job.user_key for job in jobs} == {user_key(RUNNING), user_key(WAITING)}
+        assert await parts.jobs.next_job(bank, 0.5) is None
+
+
+async def until_due(parts: StoreParts, bank: str) -> JobId:
+    """The next job for a worker: what was running comes once its lease has ended."""
+    while (job := await parts.jobs.next_job(bank, 1)) is None:
+        pass
+    return job

@@ -1,0 +1,153 @@
+"""What `mta backup` and `mta restore` refuse before they open a store, and which copies are deleted."""
+
+from __future__ import annotations
+
+import json
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from adapters.errors import MtaError
+from server.cli import app
+from server.cli.backup import _since
+from server.store.backup.folder import (
+    DATA,
+    MANIFEST,
+    CopyWriter,
+    StoredKey,
+    delete_old_copies,
+    open_copy,
+    read_entries,
+    user_of,
+)
+from server.store.tenants.user_key import UserKeys
+from server.watching.audit import audit_to
+
+SECRET, USER = "a secret of sixteen bytes", "a" * 26
+ENTRIES = [
+    [StoredKey(f"mta:{{{USER}}}:profile", 0, b"\x00\nbinary\xff"), StoredKey(f"mta:{{{USER}}}:epoch", 1 << 42, b"")],
+    [StoredKey("mta:adapted", 0, b"{}")],
+]
+
+
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A complete copy; commands have its secret, and no store."""
+    monkeypatch.setenv("MTA_SECRET", SECRET)
+    monkeypatch.setenv("MTA_REDIS_URL", "redis://127.0.0.1:1")
+    writer = CopyWriter(tmp_path / "copies")
+    for entry in ENTRIES:
+        writer.add(entry)
+    writer.finish(UserKeys(SECRET, "any tenant").check_value, "valkey 9.1.0")
+    return writer.folder
+
+
+def refusal(*arguments: object) -> str:
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert isinstance(done.exception, MtaError), done.output
+    return str(done.exception)
+
+
+def test_a_copy_is_read_as_it_was_written_and_by_its_owner_alone(copy: Path) -> None:
+    manifest = open_copy(copy)
+    assert (manifest.keys, manifest.users, manifest.store) == (3, 1, "valkey 9.1.0")
+    assert list(read_entries(copy)) == ENTRIES
+    assert [user_of(entry) for entry in ENTRIES] == [USER, None]
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in copy.iterdir()} == {MANIFEST: 0o600, DATA: 0o600}
+    assert stat.S_IMODE(copy.stat().st_mode) == stat.S_IMODE(copy.parent.stat().st_mode) == 0o700
+    assert SECRET not in (copy / MANIFEST).read_text()
+
+
+def test_a_copy_that_is_incomplete_damaged_or_not_a_copy_is_refused(copy: Path) -> None:
+    said = refusal("restore", copy.parent, "--without-erasures")
+    assert f"it contains {copy.name}: name one" in said
+    raw = (copy / DATA).read_bytes()
+    (copy / DATA).write_bytes(raw[:-1])
+    assert f"{copy / DATA} is damaged" in refusal("restore", copy, "--without-erasures")
+    (copy / DATA).unlink()
+    assert f"cannot read the copy {copy}: No such file" in refusal("restore", copy, "--without-erasures")
+    (copy / MANIFEST).write_text('{"format": 2}')
+    (copy / DATA).write_bytes(raw)
+    assert f"{copy / MANIFEST} is not a manifest of format 1" in refusal("restore", copy, "--without-erasures")
+    (copy / MANIFEST).unlink()
+    assert f"{copy} is not a complete copy" in refusal("restore", copy, "--without-erasures")
+
+
+def test_who_was_erased_must_be_named_or_brought_back_on_purpose(copy: Path, tmp_path: Path) -> None:
+    assert "--erased FILE, or bring everybody back with --without-erasures" in refusal("restore", copy)
+    log = tmp_path / "audit.jsonl"
+    assert "either --erased FILE or" in refusal("restore", copy, "--erased", log, "--without-erasures")
+    assert f"cannot read the audit log {log}" in refusal("restore", copy, "--erased", log)
+    log.write_text('{"act": "erase"\n')
+    assert f"line 1 of {log} is not an entry" in refusal("restore", copy, "--erased", log)
+
+
+def test_another_secret_and_none_are_refused(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTA_SECRET", SECRET[::-1])
+    assert f"{copy} was made with another MTA_SECRET" in refusal("restore", copy, "--without-erasures")
+    monkeypatch.delenv("MTA_SECRET")
+    for command in (("restore", copy, "--without-erasures"), ("backup", "--out", tmp_path / "others")):
+        assert "MTA_SECRET is not set" in refusal(*command)
+    assert not (tmp_path / "others").exists()
+
+
+def test_a_store_that_does_not_answer_leaves_no_copy_and_a_line_in_the_audit_log(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTA_AUDIT", str(tmp_path / "audit.jsonl"))
+    for command in (("backup", "--out", copy.parent), ("restore", copy, "--without-erasures")):
+        assert "MTA_REDIS_URL is correct" in refusal(*command)
+    audit_to(None)
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(line["act"], line["outcome"], line["key"]) for line in lines] == [
+        ("backup", "failed", "cli"),
+        ("restore", "failed", "cli"),
+    ]
+
+
+def test_what_the_logs_say_counts_from_shortly_before_the_copy(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = open_copy(copy)
+    began = datetime.fromisoformat(manifest.began)
+
+    def log(name: str, *acts: tuple[str, int, str, str]) -> Path:
+        lines = [
+            {"act": act, "time": (began + timedelta(seconds=s)).isoformat(), "outcome": outcome, "tenant": "acme"}
+            | {"user" if act == "erase" else "of_key": what}
+            for act, s, outcome, what in acts
+        ]
+        (tmp_path / name).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return tmp_path / name
+
+    rotated = log("audit.jsonl.1", ("erase", -11, "200", "before"), ("erase", -9, "200", "perhaps before"))
+    newest = log(
+        "audit.jsonl",
+        *(("erase", 1, "200", "erased"), ("erase", 1, "404", "unknown"), ("erase", 2, "503", "perhaps erased")),
+        *(("key_revoked", 3, "done", "0" * 12), ("key_created", 3, "done", "1" * 12), ("export", 4, "200", "x")),
+    )
+    since = _since(manifest, [rotated, newest])
+    assert since.erased == dict.fromkeys(("perhaps before", "erased", "perhaps erased"), "acme")
+    assert since.revoked == {"0" * 12}
+    assert since.lost == {"key_created": 1}
+    told = capsys.readouterr().err
+    assert f"{newest} has no entry from before the copy" in told
+    assert str(rotated) not in told
+
+
+def test_old_copies_are_deleted_also_those_that_were_broken_off(copy: Path) -> None:
+    copies, now = copy.parent, datetime.now(UTC)
+    for days, manifest in ((6, True), (8, True), (9, False)):
+        folder = copies / (now - timedelta(days=days)).strftime("%Y-%m-%dT%H%M%S.%fZ")
+        folder.mkdir()
+        (folder / DATA).touch()
+        if manifest:
+            (folder / MANIFEST).touch()
+    (copies / "2020-01-01T-of-somebody-elseZ").mkdir()
+    old = sorted(copies.iterdir())[1:3]
+    assert delete_old_copies(copies, 7) == old
+    assert len(list(copies.iterdir())) == 3
