@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +14,7 @@ from adapters.errors import MtaError
 from adapters.recipe import parse_recipe
 from server.cli.keys import Data, store_settings, with_stores
 from server.errors import Unavailable
-from server.store.backup.folder import CopyWriter, Entry, Manifest, delete_old_copies, open_copy, read_entries, user_of
+from server.store.backup.folder import Entry, Manifest, delete_old_copies, open_copy, read_entries, user_of, write_copy
 from server.store.tenants.user_key import UserKeys
 from server.watching.audit import Act, note, read_audit
 
@@ -46,25 +42,18 @@ def backup(
     settings = store_settings(data)
     check_value = _check_value(settings)
 
-    async def copy(stores: Stores) -> Manifest:
-        writer = CopyWriter(out)
-        try:
-            with _progress() as progress:
-                task = progress.add_task("users", total=None)
-                show = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
-                async for entry in stores.copying.entries(show):
-                    writer.add(entry)
-            manifest = writer.finish(check_value, stores.copying.version)
-        except BaseException:
-            writer.discard()
-            raise
-        typer.echo(f"{writer.folder}: {manifest.users} users, {manifest.keys} keys, begun {manifest.began}")
-        return manifest
+    async def copy(stores: Stores) -> tuple[Path, Manifest]:
+        copying = stores.copying
+        with _progress() as progress:
+            task = progress.add_task("users", total=None)
+            entries = copying.entries(lambda done, of: progress.update(task, completed=done, total=of))
+            return await write_copy(out, entries, check_value, lambda: copying.version)
 
-    with _noted(Act.BACKUP) as what:
-        what["copy"] = with_stores(settings, copy, checked=False).sha256[:12]
-    for folder in delete_old_copies(out, keep_days) if keep_days else ():
-        typer.echo(f"{folder}: deleted, older than {keep_days} days")
+    folder, manifest = with_stores(settings, copy, checked=False)
+    note(Act.BACKUP, "done", key="cli", copy=manifest.sha256[:12])
+    typer.echo(f"{folder}: {manifest.users} users, {manifest.keys} keys, begun {manifest.began}")
+    for old in delete_old_copies(out, keep_days) if keep_days else ():
+        typer.echo(f"{old}: deleted, older than {keep_days} days")
 
 
 def restore(
@@ -85,55 +74,45 @@ def restore(
     run are not ready. To finish a restore that was broken off, run the command again.
     """
     if bool(erased) == without_erasures:
-        raise MtaError(
-            f"{'either' if erased else 'name the audit logs since the copy with'} --erased FILE"
-            f"{' or' if erased else ', or bring everybody back with'} --without-erasures"
-        )
+        raise MtaError("name the audit logs since the copy with --erased FILE, or else give --without-erasures")
     settings = store_settings(data)
     manifest = open_copy(copy)
     if manifest.secret != _check_value(settings):
         raise MtaError(f"the copy {copy} was made with another MTA_SECRET: its users could not be found with this one")
-    since = _since(manifest, erased or [])
-
-    with _noted(Act.RESTORE, copy=manifest.sha256[:12]):
-        write = partial(_restore, copy=copy, manifest=manifest, since=since)
-        users, revoked = with_stores(settings, write, checked=False)
-    gone = f"{manifest.users - users} who were erased since stay erased, {revoked} API keys stay revoked"
-    typer.echo(f"restored: {users} users as of {manifest.began}; {gone}")
-    for act, count in since.lost.items():
-        typer.echo(f"since the copy, and not in it: {act}, {count} times. Do it again", err=True)
-
-
-@dataclass
-class _Since:
-    """What audit logs say has happened since a copy began."""
-
-    erased: dict[str, str] = field(default_factory=dict)  # tenant, by user key
-    revoked: set[str] = field(default_factory=set)  # ids of API keys
-    lost: Counter[str] = field(default_factory=Counter)  # acts that a restore undoes
+    gone, revoked = _since(manifest, erased or [])
+    what = {"key": "cli", "copy": manifest.sha256[:12]}
+    note(Act.RESTORE, "begun", **what)
+    users, keys = with_stores(settings, lambda stores: _restore(stores, copy, manifest, gone, revoked), checked=False)
+    note(Act.RESTORE, "done", **what)
+    typer.echo(
+        f"restored: {users} users as of {manifest.began}; {manifest.users - users} who were erased since stay erased, "
+        f"{keys} API keys stay revoked"
+    )
 
 
-def _since(manifest: Manifest, logs: Sequence[Path]) -> _Since:
-    """Read audit logs. An erasure that failed counts, since it may have been made; one of an unknown user does not."""
-    since, begin = _Since(), datetime.fromisoformat(manifest.began) - CLOCK_SKEW
+def _since(manifest: Manifest, logs: Sequence[Path]) -> tuple[dict[str, str], set[str]]:
+    """Return who was erased since a copy began (tenant, by user key), and the ids of API keys revoked since.
+
+    An erasure that failed counts, since it may have been made; one of an unknown user does not.
+    """
+    gone: dict[str, str] = {}
+    revoked: set[str] = set()
+    begin = datetime.fromisoformat(manifest.began) - CLOCK_SKEW
     for path in logs:
         entries = list(read_audit(path.expanduser(), {}))
-        if all(datetime.fromisoformat(entry["time"]) > begin for entry in entries):
+        since = [entry for entry in entries if datetime.fromisoformat(entry["time"]) >= begin]
+        if len(since) == len(entries):
             typer.echo(f"{path} has no entry from before the copy: if there is an older log, give it as well", err=True)
-        for entry in entries:
-            if datetime.fromisoformat(entry["time"]) < begin:
-                continue
-            if entry["act"] == Act.ERASE and entry["outcome"] != "404":
-                since.erased[entry["user"]] = entry["tenant"]
-            elif entry["act"] == Act.KEY_REVOKED:
-                since.revoked.add(entry["of_key"])
-            elif entry["act"] in (Act.KEY_CREATED, Act.BANK_CHOSEN):
-                since.lost[entry["act"]] += 1
-    return since
+        erasures = [entry for entry in since if entry["act"] == Act.ERASE and entry["outcome"] != "404"]
+        gone |= {entry["user"]: entry["tenant"] for entry in erasures}
+        revoked |= {entry["of_key"] for entry in since if entry["act"] == Act.KEY_REVOKED}
+    return gone, revoked
 
 
-async def _restore(stores: Stores, *, copy: Path, manifest: Manifest, since: _Since) -> tuple[int, int]:
-    """Restore a copy, and return the numbers of users and of API keys that are revoked again."""
+async def _restore(
+    stores: Stores, copy: Path, manifest: Manifest, gone: dict[str, str], revoked: set[str]
+) -> tuple[int, int]:
+    """Restore a copy but for those who are gone; return the numbers of users and of API keys revoked again."""
     from server.gateway.users.privacy import leave_shared_keys
 
     users = []
@@ -141,7 +120,7 @@ async def _restore(stores: Stores, *, copy: Path, manifest: Manifest, since: _Si
     def kept() -> Iterator[Entry]:
         for entry in read_entries(copy):
             user = user_of(entry)
-            if user not in since.erased:
+            if user not in gone:
                 users.extend([user] if user else [])
                 yield entry
 
@@ -152,9 +131,9 @@ async def _restore(stores: Stores, *, copy: Path, manifest: Manifest, since: _Si
             progress.update(task, completed=min(written, manifest.users))
         for user_key in progress.track(users, description="queues"):
             await _index(stores, user_key)
-    for user_key, tenant in since.erased.items():
+    for user_key, tenant in gone.items():
         await leave_shared_keys(stores, user_key, tenant)
-    valid = [key for key in (await stores.keys.all()).keys if key.id in since.revoked and key.revoked_ms is None]
+    valid = [key for key in (await stores.keys.all()).keys if key.id in revoked and key.revoked_ms is None]
     for key in valid:
         await stores.keys.revoke(key.digest, time.time_ns() // 1_000_000)
     await stores.copying.end_restore()
@@ -167,25 +146,13 @@ async def _index(stores: Stores, user_key: str) -> None:
         await stores.jobs.queue_again(user_key)
         profile = await stores.profiles.load(user_key)
     except Unavailable as error:
-        if error.code != "store_corrupt":
+        if error.code != "store_corrupt":  # as it was before the copy
             raise
-        typer.echo(f"{user_key}: {error.message}", err=True)  # as before the copy
-        return
+        profile = None
     if profile and profile.adapter:
         await stores.adapters.add_adapted(user_key, parse_recipe(profile.adapter.recipe).bank)
     if profile and profile.signature and not profile.is_signed(bank := profile.signature.signature.bank):
         await stores.signing(bank).add(user_key)
-
-
-@contextmanager
-def _noted(act: Act, **what: str) -> Iterator[dict[str, str]]:
-    """Note an act in the audit log, with what the block adds to the yielded fields."""
-    try:
-        yield what
-    except MtaError:
-        note(act, "failed", key="cli", **what)
-        raise
-    note(act, "done", key="cli", **what)
 
 
 def _check_value(settings: Settings) -> str:

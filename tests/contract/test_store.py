@@ -250,6 +250,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
     await parts.signing.count_attempt(KEYS.key("ada"))
     await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key("bob"), background=True)
     await parts.erase("bob")
+    await raw.set(keys.RESTORING, "a copy")
 
     table = {name: (kind, _EXPIRES.search(rest) is not None) for name, kind, rest in _ROW.findall(keys.__doc__ or "")}
     seen, expiring = set(), set()
@@ -262,6 +263,8 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
         seen.add(row)
         expiring |= {row} if left_s > 0 else set()
     assert expiring == {row for row, (_, expires) in table.items() if expires}
+    of_users = {row for row in table if row.startswith("mta:{<user key>}:")} - {"mta:{<user key>}:job:<n>"}
+    assert {name.replace("a" * 26, "<user key>") for name in keys.of_user("a" * 26)} == of_users
     of_the_other = "mta:{rewrite}" if isinstance(server, ValkeyCluster) else "mta:{rewrite}:<server>"
     assert seen == table.keys() - {of_the_other}
 

@@ -31,7 +31,8 @@ REACHED_BY = {
     "router": {"gateway", "observers"},
     "engine": {"gateway", "router", "observers"},
     "worker": {"observers"},
-    "valkey": {"gateway", "engine", "worker"},
+    "valkey": {"gateway", "engine", "worker", "backup"},
+    "backup": set(),
     "models": set(),
 }
 
@@ -263,9 +264,10 @@ def test_whose_cores_are_limited_has_as_many_threads(overlay: str, limited: set[
 
 
 def test_containers_have_the_commands_and_variables_of_composes_services_but_for_names_of_hosts(tmp_path: Path) -> None:
-    fleet = services((BASE, CPU), tmp_path, *IN_A_FLEET, MTA_SECRET="s" * 32)
+    profiles = ("--profile", "fleet", "--profile", "backup")
+    fleet = services((BASE, CPU), tmp_path, *IN_A_FLEET, *profiles, MTA_SECRET="s" * 32)
     found = containers("cpu")
-    assert found.keys() == {"models", "valkey", "engine", "router", "worker", "keys", "gateway"}
+    assert found.keys() == {"models", "valkey", "engine", "router", "worker", "keys", "gateway", "backup"}
     for name, container in found.items():
         service = fleet["redis" if name == "valkey" else name]
         assert container.command == service["command"], name
@@ -298,7 +300,7 @@ def test_engines_are_named_as_far_as_they_may_grow_and_whatever_selects_pods_fin
     named = [f"http://engine-{n}.engine:8001" for n in range(most["engine"])]
     for name in ("gateway", "router"):
         assert found[name].environment["MTA_ENGINE_URLS"].split(",") == named
-    labels = [one["spec"]["template"]["metadata"]["labels"] for one in of_kind(overlay, *kit.WORKLOADS)]
+    labels = [kit.template_of(one)["metadata"]["labels"] for one in of_kind(overlay, *kit.WORKLOADS)]
     selectors = [one["spec"]["selector"] for one in of_kind(overlay, "Service")]
     for one in of_kind(overlay, "PodDisruptionBudget", "Deployment", "StatefulSet"):
         selectors.append(one["spec"]["selector"]["matchLabels"])

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 BASE, CPU, FLEET = "docker-compose.yml", "deploy/docker-compose.cpu.yml", "deploy/fleet.env"
 SECRETS = {"MTA_SECRET": "s" * 32, "MTA_ENGINE_KEY": "k" * 32}
 FIRST_KEY = f"mta_{hashlib.sha256(b'a first key').hexdigest()}"
-WORKLOADS = ("Deployment", "Job", "StatefulSet")
+WORKLOADS = ("CronJob", "Deployment", "Job", "StatefulSet")
 REDIS_URL = "redis://valkey:6379/0"
 PORTS = ("6379", "8000", "8001", "8002", "9093", "9100", "29000")  # where containers listen, in commands and variables
 PATIENCE_S = 240.0
@@ -115,7 +115,7 @@ def containers(overlay: str) -> dict[str, Container]:
     shared = {one["metadata"]["name"]: one["data"] for one in documents if one["kind"] == "ConfigMap"}
     found = {}
     for workload in (one for one in documents if one["kind"] in WORKLOADS):
-        pod, hosts = workload["spec"]["template"]["spec"], _hosts(workload, documents)
+        pod, hosts = template_of(workload)["spec"], _hosts(workload, documents)
         for written in (*pod.get("initContainers", ()), *pod["containers"]):
             environment = {}
             for source in written.get("envFrom", ()):
@@ -134,9 +134,15 @@ def containers(overlay: str) -> dict[str, Container]:
     return found
 
 
+def template_of(workload: dict[str, Any]) -> dict[str, Any]:
+    """The template of its pods."""
+    template: dict[str, Any] = workload["spec"].get("jobTemplate", workload)["spec"]["template"]
+    return template
+
+
 def _hosts(workload: dict[str, Any], documents: Iterable[dict[str, Any]]) -> tuple[str, ...]:
     """The services that lead to its pods; and the name of the first pod of a StatefulSet."""
-    labels = workload["spec"]["template"]["metadata"]["labels"]
+    labels = template_of(workload)["metadata"]["labels"]
     leading = [one for one in documents if one["kind"] == "Service"]
     names = [one["metadata"]["name"] for one in leading if one["spec"]["selector"].items() <= labels.items()]
     first = f"{workload['metadata']['name']}-0"

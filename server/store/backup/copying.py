@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
@@ -51,12 +52,7 @@ end
 return ''
 """
 
-# KEYS: the mark of an unfinished restore. ARGV: its value, or an empty string to remove it.
-_MARK = """
-if ARGV[1] == '' then return redis.call('DEL', KEYS[1]) end
-redis.call('SET', KEYS[1], ARGV[1])
-return 1
-"""
+_MARK, _UNMARK = "return redis.call('SET', KEYS[1], ARGV[1])", "return redis.call('DEL', KEYS[1])"
 
 
 class StoreCopying:
@@ -73,23 +69,24 @@ class StoreCopying:
         """
         if await self._unfinished():
             raise MtaError("the store is only half restored: finish `mta restore` before a copy is made")
-        before = await self._primaries()
-        users: set[str] = set()
-        shared: set[str] = set()
-        for server, *_ in before:
+        servers, before = await self._primaries()
+        users, shared = set(), []
+        for server in servers:
             async for name in self._names(server):
-                user = keys.user_of(name)
-                (users if user else shared).add(user or name)
+                if user := keys.user_of(name):
+                    users.add(user)
+                else:
+                    shared.append(name)
         # Shared keys are read first: counts that leave a user's tally for the sums meanwhile are not counted twice.
-        kept = [await self._dump([name]) for name in sorted(shared)]
+        of_all = [await self._dump([name]) for name in set(shared)]
         done = 0
         for batch in _batches(users):
             for entry in filter(None, await asyncio.gather(*map(self._dump_user, batch))):
                 yield entry
             progress(done := done + len(batch), len(users))
-        if [at[1:] for at in await self._primaries()] != [at[1:] for at in before]:
+        if (await self._primaries())[1] != before:
             raise MtaError("servers of the store were replaced or restarted, or keys moved: make the copy again")
-        for entry in filter(None, kept):
+        for entry in filter(None, of_all):
             yield entry
 
     async def begin_restore(self, copy: str) -> None:
@@ -101,12 +98,12 @@ class StoreCopying:
         if begun:
             raise MtaError(f"the store holds a part of another copy ({begun[:12]}): restore that, or empty the store")
         await self._check_empty()
-        await self._mark(copy)
+        await self._connection.write(_MARK, (keys.RESTORING,), copy)
         await asyncio.sleep(SETTLE_S)
         try:
             await self._check_empty()  # a running gateway may have accepted something
         except MtaError:
-            await self._mark("")
+            await self.end_restore()
             raise
 
     async def write(self, entries: Iterable[Entry]) -> AsyncIterator[int]:
@@ -117,7 +114,7 @@ class StoreCopying:
             yield (written := written + len(batch))
 
     async def end_restore(self) -> None:
-        await self._mark("")
+        await self._connection.write(_UNMARK, (keys.RESTORING,))
 
     async def _dump_user(self, user_key: str) -> Entry:
         return await self._dump(keys.of_user(user_key), keys.job_prefix(user_key), KEPT_JOBS)
@@ -135,11 +132,8 @@ class StoreCopying:
     async def _unfinished(self) -> str:
         return (await self._connection.run(lambda redis: redis.get(keys.RESTORING)) or b"").decode()
 
-    async def _mark(self, copy: str) -> None:
-        await self._connection.write(_MARK, (keys.RESTORING,), copy)
-
     async def _check_empty(self) -> None:
-        for server, *_ in await self._primaries():
+        for server in (await self._primaries())[0]:
             async for name in self._names(server):
                 if name != keys.USED_KEYS:  # any gateway writes it
                     raise MtaError(
@@ -155,30 +149,28 @@ class StoreCopying:
             for name in filter(keys.is_copied, map(bytes.decode, names)):
                 yield name
 
-    async def _primaries(self) -> list[tuple[StoreServer, str, str, Any]]:
-        """Return the servers that accept writes: server, id, id of its run, ranges of slots."""
-        found, unreachable = [], None
+    async def _primaries(self) -> tuple[list[StoreServer], dict[str, tuple[object, ...]]]:
+        """Return the servers that accept writes, and by id what changes if keys may have moved or cursors are void."""
+        found, held = [], 0
+        facts: dict[str, tuple[object, ...]] = {}
         for server in await self._connection.members():
-            try:
+            with suppress(Unavailable):  # a replica may be down
                 info = await self._connection.send(server, "INFO")
-            except Unavailable as error:  # harmless if it is a replica
-                unreachable = error
-                continue
-            if info["role"] == "master":
-                slots = await self._slots(server) if info.get("cluster_enabled") else [["0", str(SLOTS - 1)]]
-                found.append((server, server.id, str(info["run_id"]), slots))
+                if info["role"] != "master":
+                    continue
+                slots, moving = [["0", str(SLOTS - 1)]], None
+                if info.get("cluster_enabled"):
+                    nodes = (await self._connection.send(server, "CLUSTER NODES")).values()
+                    ((slots, moving),) = [(n["slots"], n["migrations"]) for n in nodes if "myself" in n["flags"]]
+                if moving:
+                    raise MtaError(f"keys are moving from or to {server.id}: try again once they have moved")
+                found.append(server)
+                facts[server.id] = (info["run_id"], slots)
+                held += sum(int(slot[-1]) - int(slot[0]) + 1 for slot in slots)
                 self.version = f"{info.get('server_name', 'redis')} {info.get('valkey_version', info['redis_version'])}"
-        if sum(int(slot[-1]) - int(slot[0]) + 1 for *_, slots in found for slot in slots) < SLOTS:
-            raise Unavailable("some servers of the store cannot be reached", code="store_unavailable") from unreachable
-        return sorted(found, key=lambda primary: primary[1])
-
-    async def _slots(self, server: StoreServer) -> Any:
-        """Return the ranges of slots of a cluster's primary; raise `MtaError` while one is moving."""
-        nodes = await self._connection.send(server, "CLUSTER NODES")
-        node = next(node for node in nodes.values() if "myself" in node["flags"])
-        if node["migrations"]:
-            raise MtaError(f"keys are moving from or to {server.id}: try again once they have moved")
-        return node["slots"]
+        if held < SLOTS:
+            raise Unavailable("some servers of the store cannot be reached", code="store_unavailable")
+        return found, facts
 
 
 def _batches(items: Iterable[T]) -> Iterator[list[T]]:

@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -50,59 +50,45 @@ class Manifest:
     store: str  # server and version, such as `valkey 9.1.0`
 
 
-class CopyWriter:
-    """Writes a new copy in a folder of copies. Raises `MtaError` if it cannot be written."""
-
-    def __init__(self, copies: Path) -> None:
-        began = datetime.now(UTC)
-        self._began, self._keys, self._users = began.isoformat(timespec="milliseconds"), 0, 0
-        self.folder = copies / began.strftime(_NAME)
-        with _named_errors(f"write a copy to {copies}"):
-            copies.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.folder.mkdir(mode=0o700)
-            self._raw = _create(self.folder / DATA)
-        self._file = gzip.GzipFile(fileobj=self._raw, mode="wb", compresslevel=1)
-
-    def add(self, entry: Entry) -> None:
-        header = orjson.dumps([(key.name, key.expires_ms, len(key.content)) for key in entry])
-        with _named_errors(f"write {self.folder}"):
-            self._file.write(b"".join([header, b"\n", *(key.content for key in entry)]))
-        self._keys += len(entry)
-        self._users += user_of(entry) is not None
-
-    def finish(self, secret: str, store: str) -> Manifest:
-        """Complete the copy: it can be restored from now on."""
-        with _named_errors(f"complete {self.folder}"):
-            self._file.close()
-            _sync(self._raw)
-            sha256 = _sha256(self.folder / DATA)
-            manifest = Manifest(FORMAT, self._began, self._keys, self._users, sha256, secret, store)
-            draft = self.folder / f"{MANIFEST}.tmp"
-            with _create(draft) as file:
-                file.write(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
-                _sync(file)
-            draft.rename(self.folder / MANIFEST)
-        return manifest
-
-    def discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+async def write_copy(
+    copies: Path, entries: AsyncIterator[Entry], secret: str, store: Callable[[], str]
+) -> tuple[Path, Manifest]:
+    """Write a copy to a new folder in `copies`; `store` is called after the last entry. An error leaves no folder."""
+    began, stored, users = datetime.now(UTC), 0, 0
+    folder = copies / began.strftime(_NAME)
+    try:
+        folder.mkdir(parents=True, mode=0o700)
+        with _private(folder / DATA) as raw, gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1) as file:
+            async for entry in entries:
+                header = orjson.dumps([(key.name, key.expires_ms, len(key.content)) for key in entry])
+                file.write(b"".join([header, b"\n", *(key.content for key in entry)]))
+                stored, users = stored + len(entry), users + bool(user_of(entry))
+        at, sha256 = began.isoformat(timespec="milliseconds"), _sha256(folder / DATA)
+        manifest = Manifest(FORMAT, at, stored, users, sha256, secret, store())
+        with _private(folder / "draft") as file:
+            file.write(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        (folder / "draft").rename(folder / MANIFEST)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise MtaError(f"cannot write a copy to {folder}: {error.strerror or error}") from error
+        raise
+    return folder, manifest
 
 
 def open_copy(folder: Path) -> Manifest:
     """Return the manifest of a copy; raise `MtaError` if the copy is incomplete, damaged or of another format."""
-    if not (folder / MANIFEST).is_file():
-        inside = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}")))
-        hint = f"; it contains {inside}: name one" if inside else ": a copy that was broken off cannot be restored"
-        raise MtaError(f"{folder} is not a complete copy, since it has no {MANIFEST}{hint}")
-    with _named_errors(f"read the copy {folder}"):
-        raw, sha256 = (folder / MANIFEST).read_bytes(), _sha256(folder / DATA)
+    inside = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}")))
     try:
-        manifest = Manifest(**orjson.loads(raw))
-    except (ValueError, TypeError) as error:
-        raise MtaError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}: {error}") from error
-    if (manifest.format, manifest.sha256) != (FORMAT, sha256):
-        wanted = f"format {manifest.format} and SHA-256 {manifest.sha256}"
-        raise MtaError(f"{folder / DATA} is damaged: by its manifest it has {wanted}, but it has {FORMAT} and {sha256}")
+        manifest = Manifest(**orjson.loads((folder / MANIFEST).read_bytes()))
+        sha256 = _sha256(folder / DATA)
+    except (OSError, ValueError, TypeError) as error:
+        hint = f". It contains the copies {inside}: name one" if inside else ""
+        raise MtaError(f"{folder} is not a complete copy of a store: {error}{hint}") from error
+    if manifest.format != FORMAT:
+        raise MtaError(f"the copy {folder} has the format {manifest.format}, but this version reads {FORMAT}")
+    if manifest.sha256 != sha256:
+        raise MtaError(f"{folder / DATA} is damaged: its SHA-256 is {sha256}, not {manifest.sha256}")
     return manifest
 
 
@@ -120,28 +106,22 @@ def user_of(entry: Entry) -> str | None:  # user key; None for a shared key
 def delete_old_copies(copies: Path, days: int) -> list[Path]:
     """Delete the copies, also unfinished ones, that began more than `days` days ago, and return their folders."""
     oldest = (datetime.now(UTC) - timedelta(days=days)).strftime(_NAME)
-    old = [path for path in sorted(copies.glob("[0-9]*T*Z")) if path.name < oldest and (path / DATA).exists()]
-    for path in old:
-        with _named_errors(f"delete the old copy {path}"):
-            shutil.rmtree(path)
+    old = [path.parent for path in sorted(copies.glob(f"[0-9]*T*Z/{DATA}")) if path.parent.name < oldest]
+    for folder in old:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise MtaError(f"cannot delete the old copy {folder}: {error.strerror or error}") from error
     return old
 
 
 @contextmanager
-def _named_errors(act: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise MtaError(f"cannot {act}: {error.strerror or error}") from error
-
-
-def _create(path: Path) -> IO[bytes]:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _private(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file for its owner alone, and have it on disk in the end."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:
