@@ -160,6 +160,7 @@ def _check_value(settings: Settings) -> str:
 
 
 def _progress() -> Progress:
+    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), transient=True)
+    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))
