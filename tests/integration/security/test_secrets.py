@@ -37,14 +37,14 @@ def test_whatever_is_not_the_gateway_is_on_the_inner_network_alone() -> None:
 
 
 def test_no_inner_part_publishes_a_port() -> None:
-    for part in ("redis", "engine", "router", "worker", "keys"):
+    for part in ("redis", "engine", "router", "worker", "keys", "backup"):
         for name in [name for name in SERVICES if name.startswith(part)]:
             assert "ports" not in SERVICES[name], name
 
 
-def test_whoever_holds_the_secret_of_users_is_a_gateway() -> None:
+def test_whoever_holds_the_secret_of_users_is_a_gateway_or_copies_the_store() -> None:
     holders = {name for name, service in SERVICES.items() if "MTA_SECRET" in service.get("environment", {})}
-    assert holders == {name for name in SERVICES if "gateway" in name}
+    assert holders == {name for name in SERVICES if "gateway" in name} | {"backup"}
 
 
 def test_every_case_has_a_test() -> None:
