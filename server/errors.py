@@ -47,6 +47,10 @@ class Forbidden(ApiError):  # the API key does not allow this
     status, kind, default_code = 403, "permission_error", "missing_scope"
 
 
+class QuotaExceeded(Forbidden):  # the tenant has used what it may
+    default_code = "quota_exceeded"
+
+
 class NotFound(ApiError):  # no such user, route, recipe
     status, kind, default_code = 404, "not_found_error", "not_found"
 

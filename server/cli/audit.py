@@ -16,7 +16,7 @@ from server.settings import load_settings
 from server.store.tenants.user_key import UserKeys
 from server.watching.audit import Act, read_audit
 
-_COLUMNS = ("time", "act", "outcome", "tenant", "key", "user", "of_key", "bank", "copy", "request")
+_COLUMNS = ("time", "act", "outcome", "tenant", "key", "user", "of_key", "bank", "quota", "copy", "request")
 
 
 def audit(

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from pydantic import SecretStr
@@ -21,7 +21,7 @@ from server.cli.shared import setting
 from server.settings import Settings, load_settings
 from server.store.tenants import access_keys
 from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, KeyRing, Policy, Scope
-from server.store.tenants.rates import Allowance
+from server.store.tenants.rates import Allowance, Quota
 from server.watching.audit import Act, audit_to, note
 
 if TYPE_CHECKING:
@@ -33,6 +33,17 @@ HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 
 app = typer.Typer(help="Keys for a gateway's HTTP API; each belongs to a tenant.", no_args_is_help=True)
+
+
+def _parse_amount(text: str) -> int:
+    if (found := re.fullmatch(r"(\d{1,15}(?:\.\d{1,12})?)([KMGT]?)", text.upper())) is None:
+        raise typer.BadParameter(f"{text!r} is not an amount: write a number, or one with k, M, G or T, such as 2.5G")
+    return round(float(found[1]) * 1000.0 ** " KMGT".index(found[2] or " "))
+
+
+def _amount(about: str, *flags: str) -> Any:
+    return typer.Option(*flags, help=about, parser=_parse_amount, metavar="N", show_default="as is")
+
 
 Data = Annotated[Path | None, setting("data_dir", about="Data folder of `mta up`.")]
 
@@ -100,19 +111,22 @@ def create(
 @app.command("list")
 def list_(data: Data = None) -> None:
     """List all keys, including revoked ones, without their secrets."""
-    dates = ("made", "last used", "expires", "revoked")
-    table = Table("id", "ends in", "name", "tenant", "bank", "scopes", "limits", *dates, "note", pad_edge=False)
+    more = ("made", "last used", "expires", "revoked", "note")
+    table = Table("id", "ends in", "name", "tenant", "bank", "quotas", "scopes", "limits", *more, pad_edge=False)
 
-    async def read(keys: AccessKeys) -> tuple[KeyRing, dict[str, int]]:
-        return await keys.all(), await keys.used()
+    async def read(stores: Stores) -> tuple[KeyRing, dict[str, int], dict[str, str]]:
+        ring = await stores.keys.all()
+        quotas = {tenant: await _used(stores, tenant, quota) for tenant, quota in ring.quotas.items()}
+        return ring, await stores.keys.used(), quotas
 
-    ring, used = _with_keys(store_settings(data), read)
+    ring, used, quotas = with_stores(store_settings(data), read)
     for key in ring.keys:
         scopes, bank = ", ".join(sorted(key.scopes)), ring.banks.get(key.tenant, "")
         limits = ", ".join(f"{what} {most or 'any'}" for what, most in key.policy.allowance.overrides.items())
         used_ms = used[key.digest] * HOUR_MS if key.digest in used else None
         times = map(_date, (key.created_ms, used_ms, key.expires_ms, key.revoked_ms))
-        table.add_row(key.id, key.last, key.name, key.tenant, bank, scopes, limits, *times, key.note)
+        quota = quotas.get(key.tenant, "")
+        table.add_row(key.id, key.last, key.name, key.tenant, bank, quota, scopes, limits, *times, key.note)
     Console(markup=False).print(table)
 
 
@@ -150,14 +164,54 @@ def bank(
         raise MtaError(f"the name of a bank has 8 hex digits, got {excerpt(bank)}: `mta bank info FOLDER` shows them")
 
     async def name_bank(keys: AccessKeys) -> None:
-        tenants = sorted({key.tenant for key in (await keys.all()).keys})
-        if tenant not in tenants:
-            raise MtaError(f"no key belongs to the tenant {excerpt(tenant)}, only to {', '.join(tenants) or 'none'}")
+        _check_tenant(tenant, await keys.all())
         await keys.set_bank(tenant, bank or "")
 
     _with_keys(store_settings(data), name_bank)
     note(Act.BANK_CHOSEN, "done", key="cli", tenant=tenant, bank=bank or "")
     typer.echo(f"tenant {tenant} is served by {f'the bank {bank}' if bank else 'the gateways’ own bank'} within 5 s")
+
+
+@app.command()
+def quota(
+    tenant: Annotated[str, typer.Argument(help="A tenant that has keys.")],
+    people: Annotated[int | None, _amount("Users with a profile.")] = None,
+    size_bytes: Annotated[int | None, _amount("Memory of their data in the store.", "--bytes")] = None,
+    adapters: Annotated[int | None, _amount("Users with an adapter of their own, or a job that trains one.")] = None,
+    tokens: Annotated[int | None, _amount("Prompt and answer, over all keys.", "--tokens-per-day")] = None,
+    data: Data = None,
+) -> None:
+    """Set quotas of a tenant, and show what it has used of them.
+
+    N may end in k, M, G or T, powers of 1,000; 0 removes a quota. Requests beyond one get 403 `quota_exceeded`; what is
+    stored stays, and erasing users makes room.
+    """
+    given = Quota(people, size_bytes, adapters, tokens).limits
+
+    async def set_and_read(stores: Stores) -> str:
+        ring = await stores.keys.all()
+        _check_tenant(tenant, ring)
+        changed = replace(ring.quotas.get(tenant, Quota()), **{name: most or None for name, most in given.items()})
+        if given:
+            await stores.keys.set_quota(tenant, changed)
+        return await _used(stores, tenant, changed)
+
+    used = with_stores(store_settings(data), set_and_read)
+    if given:
+        note(Act.QUOTA_SET, "done", key="cli", tenant=tenant, quota=", ".join(f"{a} {b}" for a, b in given.items()))
+    told = f"has used {used}" if used else "has no quota"
+    typer.echo(f"tenant {tenant} {told}" + (": this holds within 5 s" if given else ""))
+
+
+async def _used(stores: Stores, tenant: str, quota: Quota) -> str:
+    used = await stores.holdings.count(tenant, quota)
+    return ", ".join(f"{used[what]:,} of {most:,} {what}" for what, most in quota.limits.items())
+
+
+def _check_tenant(tenant: str, ring: KeyRing) -> None:
+    tenants = sorted({key.tenant for key in ring.keys})
+    if tenant not in tenants:
+        raise MtaError(f"no key belongs to the tenant {excerpt(tenant)}, only to {', '.join(tenants) or 'none'}")
 
 
 def store_settings(data: Path | None) -> Settings:

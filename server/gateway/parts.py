@@ -26,6 +26,7 @@ from server.errors import ApiError, Unavailable
 from server.gateway.access.keys import REFRESH_INTERVAL_S, USED_INTERVAL_S, KnownKeys, caller_of
 from server.gateway.access.limiter import RENEW_INTERVAL_S, Limiter
 from server.gateway.access.queue import COUNT_GATEWAYS_S, EngineQueue, GatewayShare
+from server.gateway.access.quotas import COUNT_INTERVAL_S, RECOUNT_CHECK_S, Quotas
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.generation.generator import Generator
@@ -123,7 +124,6 @@ async def open_gateway(
         engine = EngineClient(session, settings.engine_url, engines, engine_key, metrics.retries.inc)
         fingerprints = [bank.manifest.fingerprint for bank in banks.values()]
         health = Health(stores.server, engines, fingerprints, generating=settings.engine_url)
-        metrics.watch(engines, health, stores.server)
 
         limiter = Limiter(stores.rates, settings, metrics.count_refusal)
         share = GatewayShare(stores.rates, engines.urls, lambda: engines.sequences, settings.engine_places)
@@ -135,6 +135,8 @@ async def open_gateway(
             waited=metrics.queue_seconds.observe,
             refused=metrics.count_refusal,
         )
+        quotas = Quotas(stores.holdings, stores.profiles, stores.rates, keys, tenants, metrics.count_refusal)
+        metrics.watch(engines, health, stores.server, quotas.used)
         metrics.queue_running.set_function(lambda: queue.taken)
         metrics.queue_waiting.set_function(lambda: queue.waiting)
 
@@ -150,6 +152,7 @@ async def open_gateway(
                 task=bank.task,
                 executor=embedding,
                 limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
+                quotas=quotas,
                 signing=stores.signing(short) if has_signatures else None,
                 no_evidence=empty_signature(short, len(bank.manifest.anchors)) if has_signatures else None,
             )
@@ -195,6 +198,7 @@ async def open_gateway(
                         stores.feedback,
                         stores.jobs,
                         stores.profiles,
+                        quotas,
                         manifest=bank.manifest,
                         budget=budget,
                         every_hours=settings.refresh_hours,
@@ -229,6 +233,8 @@ async def open_gateway(
             learner.run(),
             forever(STORE_INTERVAL_S, tallies.flush, log),
             forever(FOLD_INTERVAL_S, tallies.fold, log),
+            forever(COUNT_INTERVAL_S, quotas.count, log),
+            forever(RECOUNT_CHECK_S, quotas.recount, log),
             forever(REFRESH_INTERVAL_S, partial(keys.refresh, stores.keys), log),
             forever(USED_INTERVAL_S, partial(keys.note_used, stores.keys), log),
             forever(COUNT_GATEWAYS_S, share.count_gateways, log),
@@ -236,8 +242,9 @@ async def open_gateway(
             asyncio.to_thread(_load_search, next(iter(banks.values())).task),
         ):
             stack.push_async_callback(_cancel, asyncio.create_task(background))
+        stack.push_async_callback(_last, quotas.count)
         stack.push_async_callback(learner.finish)
-        stack.push_async_callback(_flush, tallies)
+        stack.push_async_callback(_last, tallies.flush)
         yield Gateway(parts, keys)
 
 
@@ -262,9 +269,9 @@ async def _count_jobs(jobs: JobStore, banks: Iterable[str], metrics: Metrics) ->
         metrics.oldest_job.set(max(each.oldest_s for each in backlogs))
 
 
-async def _flush(tallies: Tallies) -> None:
+async def _last(store_counts: Callable[[], Awaitable[None]]) -> None:
     with contextlib.suppress(Unavailable):  # counts are lost like those of a crash
-        await tallies.flush()
+        await store_counts()
 
 
 async def _rewrite_file_if_due(file: AppendOnlyFile, metrics: Metrics) -> None:

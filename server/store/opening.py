@@ -19,6 +19,7 @@ from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis.servers.connection import RedisConnection, Span, Timed, untimed
 from server.store.tenants.access_keys import AccessKeys
+from server.store.tenants.holdings import HoldingStore
 from server.store.tenants.rates import Rates
 from server.store.worth import WorthStore
 
@@ -30,6 +31,7 @@ class Stores:
     server: CheckedStore
     keys: AccessKeys
     rates: Rates
+    holdings: HoldingStore
     profiles: ProfileStore
     jobs: JobStore
     feedback: FeedbackStore
@@ -59,6 +61,7 @@ async def open_stores(
             server=connection,
             keys=AccessKeys(connection),
             rates=Rates(connection),
+            holdings=HoldingStore(connection),
             profiles=ProfileStore(connection),
             jobs=JobStore(connection),
             feedback=FeedbackStore(connection),

@@ -31,6 +31,7 @@ from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.redis.servers.connection import RedisConnection
+from server.store.tenants.holdings import Held
 
 TOMBSTONE_S = 7 * 24 * 3600
 UNKNOWN_TOMBSTONE_S = 600  # for an unknown user: longer than the body of any request takes to arrive
@@ -105,11 +106,15 @@ return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2]), redis.call('
   redis.call('HGET', KEYS[4], 'epoch')}
 """
 
-# KEYS: any. Returns their memory use in bytes.
-_BYTES = """
-local bytes = 0
-for _, key in ipairs(KEYS) do bytes = bytes + (redis.call('MEMORY', 'USAGE', key, 'SAMPLES', 0) or 0) end
-return bytes
+# KEYS: record, items, vectors, samples, feedback, learned, adapter, jobs. ARGV: prefix of job names. Returns record and
+# bytes, whether there is an adapter and whether one is being trained; nothing for an unknown user.
+_MEASURE = """
+local record, bytes = redis.call('GET', KEYS[1]), 0
+if not record then return {} end
+for i = 1, 7 do bytes = bytes + (redis.call('MEMORY', 'USAGE', KEYS[i], 'SAMPLES', 0) or 0) end
+local last = redis.call('HGET', KEYS[8], 'last')
+local state = last and redis.call('HGET', ARGV[1] .. last, 'state')
+return {record, bytes, redis.call('EXISTS', KEYS[7]), (state == 'queued' or state == 'running') and 1 or 0}
 """
 
 
@@ -244,9 +249,13 @@ class ProfileStore:
             asked = [(server, command) for server in await self._connection.members() for command in _CLEAR_LOGS]
             await asyncio.gather(*(self._connection.send(*one) for one in asked), return_exceptions=True)
 
-    async def stored_bytes(self, key: str) -> int:
-        """Return the memory in bytes that a user's profile, items and vectors use in the store."""
-        return int(await self._connection.evaluate(_BYTES, _names(key)))
+    async def measure(self, key: str) -> tuple[bytes, Held, bool]:
+        """Return a user's record, empty for an unknown user, what they hold, and whether they have an open job."""
+        of_user = (keys.samples, keys.feedback, keys.learned, keys.adapter, keys.jobs)
+        names = (*_names(key), *(name(key) for name in of_user))
+        found = await self._connection.evaluate(_MEASURE, names, keys.job_prefix(key))
+        record, size_bytes, adapters, trains = found or (b"", 0, 0, 0)
+        return record, Held(people=bool(record), bytes=size_bytes, adapters=max(adapters, trains)), bool(trains)
 
     async def _erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> list[bytes | None]:
         of_user = (keys.jobs, keys.samples, keys.adapter, keys.feedback, keys.learned, keys.tally)

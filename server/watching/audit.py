@@ -28,6 +28,7 @@ class Act(StrEnum):
     KEY_CREATED = "key_created"
     KEY_REVOKED = "key_revoked"
     BANK_CHOSEN = "bank_chosen"  # for a tenant
+    QUOTA_SET = "quota_set"  # of a tenant
     BACKUP = "backup"
     RESTORE = "restore"
 
@@ -57,7 +58,7 @@ def note(act: Act, outcome: object, *, tenant: str = "", **who: object) -> None:
     """Add a line, with the current request's id if there is one.
 
     `outcome` is an HTTP status, or `done`. `who` can have `key` (id of the API key that acts, or `cli`), `user` (a user
-    key), and what the act is about: `of_key`, `bank` or `copy` (the start of its SHA-256).
+    key), and what the act is about: `of_key`, `bank`, `quota` or `copy` (the start of its SHA-256).
     """
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),

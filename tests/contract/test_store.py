@@ -23,6 +23,7 @@ from server.store.queue import UserQueue
 from server.store.redis import keys
 from server.store.samples import Sample
 from server.store.tenants.access_keys import Scope, access_key, new_secret
+from server.store.tenants.holdings import Held
 from server.store.tenants.rates import Rate, Use
 from server.store.worth import TALLY_S, Cell, Counts
 from tests.support.store_parts import (
@@ -56,12 +57,12 @@ async def test_an_unknown_user_has_nothing_and_one_without_items_takes_little(st
     snapshot = await store.read(user)
     assert await store.load(user) is None
     assert (snapshot.version, snapshot.profile, snapshot.items, snapshot.vectors) == (b"", None, {}, {})
-    assert await store.stored_bytes(user) == 0
+    assert (await store.measure(user))[:2] == (b"", Held(people=0, bytes=0, adapters=0))
     assert await store.erase(user, LATER_MS, 0) is None
     with pytest.raises(UserErased):  # what was under way
         await store.commit(user, snapshot.version, change("a"), snapshot.epoch)
     await store.commit(user, b"", change(user_id="u" * 36), await store.epoch(user))
-    assert 0 < await store.stored_bytes(user) < 1024
+    assert 0 < (await store.measure(user))[1]["bytes"] < 1024
 
 
 async def test_what_is_committed_is_read_back(store: ProfileStore, raw: Redis, user: str) -> None:
@@ -209,8 +210,9 @@ _PARTS = {
     "<bank>": BANK,
     "<server>": "[0-9a-f]{40}",
     "<what>": "[a-z]+",
-    "<owner>": "(key|user|tenant)-[^/]+",
+    "<owner>": "(key|user|tenant|quota)-[^/]+",
     "<engines>": "[0-9a-f]{16}",
+    "<quotas>": "[0-9]+",
     "<week>": "[0-9]{4}",
     "<tenant>": TENANT,
 }
@@ -239,8 +241,9 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
     await parts.worth.add_sums(TENANT, "a token", {CELL: (1.0,)})
     await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
     await parts.keys.note_used(["a digest"], 1)
+    await parts.holdings.note(TENANT, {KEYS.key("ada"): Held(people=1)})
     assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted
-    for held in ("running/key-x", f"gateways/{'0' * 16}"):
+    for held in ("running/key-x", "recounted/42", f"gateways/{'0' * 16}"):
         assert await parts.rates.acquire(held, ["it"], 60)
     worker = WorkerSteps(parts)
     await worker.take()

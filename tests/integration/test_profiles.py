@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def user() -> User:
 
 
 def profiles(store: ProfileStore, embedder: CountingEmbedder) -> Profiles:
-    return Profiles(store, embedder, get_task("chat"), ThreadPoolExecutor(1), HistoryLimit(64, 1 << 20))
+    return Profiles(store, embedder, get_task("chat"), ThreadPoolExecutor(1), HistoryLimit(64, 1 << 20), MagicMock())
 
 
 def items(*names: str) -> list[Item]:

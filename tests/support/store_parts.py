@@ -31,6 +31,7 @@ from server.store.queue import UserQueue
 from server.store.redis import keys
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.access_keys import AccessKeys
+from server.store.tenants.holdings import HoldingStore
 from server.store.tenants.rates import Rates
 from server.store.tenants.user_key import UserKeys
 from server.store.worth import WorthStore
@@ -83,6 +84,7 @@ class StoreParts:
         self.profiles, self.jobs = ProfileStore(self.connection), JobStore(self.connection)
         self.feedback, self.worth = FeedbackStore(self.connection), WorthStore(self.connection)
         self.keys, self.rates = AccessKeys(self.connection), Rates(self.connection)
+        self.holdings = HoldingStore(self.connection)
         self.adapters, self.signing = AdapterStore(self.connection), UserQueue(self.connection, "sign", BANK)
 
     @classmethod

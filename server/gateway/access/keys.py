@@ -13,6 +13,7 @@ from typing import Any
 from adapters.errors import MtaError, excerpt
 from server.errors import Forbidden, Unauthorized
 from server.store.tenants.access_keys import CREATE, USUAL, AccessKeys, Policy, Scope, digest_of
+from server.store.tenants.rates import Quota, Rate
 from server.store.worth import this_hour
 
 log = logging.getLogger("mta.gateway")
@@ -39,6 +40,7 @@ class Caller:
     key_id: str  # public id of the key; empty while no key exists
     scopes: frozenset[Scope]
     policy: Policy = USUAL
+    daily_tokens: Rate | None = None  # quota of the tenant
     expires_s: float = math.inf  # time from which the key is refused, Unix time
 
     @property
@@ -82,6 +84,7 @@ class KnownKeys:
         self._callers: dict[str, Caller] = {}
         self._revoked: frozenset[str] = frozenset()
         self._banks: Mapping[str, str] = {}
+        self.quotas: Mapping[str, Quota] = {}  # by tenant
         self._ring = ""
         self._revision = 0  # until the first key is created
         self._seen = set[str]()  # digests of keys used since the last `note_used`
@@ -102,13 +105,14 @@ class KnownKeys:
                 key.id,
                 key.scopes,
                 key.policy,
+                ring.quotas.get(key.tenant, Quota()).daily_tokens(key.tenant),
                 expires_s=math.inf if key.expires_ms is None else key.expires_ms / 1000,
             )
             for key in ring.keys
             if key.revoked_ms is None
         }
         self._revoked = frozenset(key.digest for key in ring.keys if key.revoked_ms is not None)
-        self._banks = ring.banks
+        self._banks, self.quotas = ring.banks, ring.quotas
         self._ring, self._revision = ring.id, ring.revision
         log.info("loaded %d valid API keys", len(self._callers))
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from server.errors import TooMany, Unavailable
+from server.errors import QuotaExceeded, TooMany, Unavailable
 from server.gateway.access.keys import Caller
 from server.settings import Settings
-from server.store.tenants.rates import DAY_S, MINUTE_S, Allowance, BucketLevel, Rate, Rates, Use
+from server.store.tenants.rates import DAY_S, MINUTE_S, Allowance, BucketLevel, Rate, Rates, Use, quota_exceeded
 from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
@@ -42,7 +42,7 @@ class RequestUsage:
     body: asyncio.Task[None] | None = None  # counts the limits that depend on the body
 
     async def within_limits(self) -> None:
-        """Wait until the limits that depend on the body are checked; raise `TooMany` if one is exceeded."""
+        """Wait until the limits that depend on the body are checked; raise `TooMany` or `QuotaExceeded` if one is."""
         if self.body:
             await asyncio.shield(self.body)  # finish counting even if the client disconnects
 
@@ -103,9 +103,12 @@ class Limiter:
 
         `tokens` returns an estimate, which `usage.tokens` replaces when the request ends.
         """
-        amounts = {"tokens": tokens()} if usage.allowance.tokens or (user and self._per_user.tokens) else {}
+        daily = usage.caller.daily_tokens
+        counts_tokens = daily or usage.allowance.tokens or (user and self._per_user.tokens)
+        amounts = {"tokens": tokens()} if counts_tokens else {}
         uses = _uses(usage.caller.name, usage.allowance, amounts)
         uses += self._of_user(user.key if user else None, {"requests": 1} | amounts)
+        uses += [Use(daily, min(amounts["tokens"], daily.most))] if daily else []
         if uses:
             usage.body = asyncio.create_task(self._consume(usage, uses, 0))
 
@@ -201,7 +204,12 @@ class Limiter:
         except Unavailable as error:
             log.warning("the usage of a request could not be corrected: %s", error.explained)
 
-    def _refusal(self, unfit: Sequence[Use], limit: int, usage: RequestUsage) -> TooMany:
+    def _refusal(self, unfit: Sequence[Use], limit: int, usage: RequestUsage) -> TooMany | QuotaExceeded:
+        caller = usage.caller
+        if exceeded := next((use for use in unfit if use.rate == caller.daily_tokens), None):
+            self._refused("quota")
+            used, most = usage.levels[exceeded.rate].used, exceeded.rate.most
+            return quota_exceeded(caller.tenant, "tokens", used, most, exceeded.amount)
         self._refused(unfit[0].rate.what if unfit else "concurrent")
         if unfit:
             rate, wait_s = unfit[0].rate, max(usage.levels[use.rate].fits_in_s(use.amount or 1) for use in unfit)

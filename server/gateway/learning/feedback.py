@@ -20,9 +20,13 @@ from server.settings import MAX_ITEM_BYTES
 from server.store.feedback import Feedback, FeedbackStore, Outcome, Rating
 from server.store.jobs import Job
 from server.store.samples import Sample, encode_sample
+from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User
 
 _MAX_COMPARED = 1 << 26  # product of two texts' lengths whose distance takes 2 ms, during which no request is served
+
+
+_ENTRY_BYTES = 160  # of feedback in the store, without the text that the person sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +76,11 @@ class Feedbacks:
             outcome = outcome or (Outcome.EDITED if sample else Outcome.SENT)
         new = Feedback(note.level.value, note.arm.value, outcome, given.rating, changed)
         new = new.over(await self.store.feedback(user.key, note.request_id))
-        if sample:
-            await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
-        before = await self.store.put(user.key, note.request_id, new, sample, epoch)
+        size_bytes = _ENTRY_BYTES + (len(encode_sample(sample)) if sample else 0)
+        with self.profiles.quotas.admit(user, lambda: Held(bytes=size_bytes)):
+            if sample:
+                await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
+            before = await self.store.put(user.key, note.request_id, new, sample, epoch)
         self.tallies.count_feedback(Person(user.tenant, user.key, epoch), note, new, before)
         job = await self.refreshing.refresh_if_due(user, refresh_after, epoch) if sample else None
         return Learnt(new, learned=sample is not None, job=job)

@@ -14,7 +14,7 @@ import orjson
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
-from server.errors import ApiError, UserErased
+from server.errors import ApiError, QuotaExceeded, UserErased
 from server.gateway.engines.chat import Conversation
 from server.gateway.users.profiles import Profiles
 from server.settings import MAX_ITEM_BYTES
@@ -97,7 +97,7 @@ class MessageLearner:
             try:
                 update = await profiles.learn(message.user, message.item, message.epoch)
                 self.learned(update.changed)
-            except UserErased:
+            except (UserErased, QuotaExceeded):
                 pass
             except ApiError as error:
                 log.warning("a message was not learnt: %s", error.explained)

@@ -13,10 +13,12 @@ from adapters.recipe import bank_of
 from adapters.training.adapt_config import default_config
 from bank.manifest import BankManifest
 from server.errors import ApiError
+from server.gateway.access.quotas import Quotas
 from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobStore, Submission
 from server.store.profiles import ProfileStore
 from server.store.samples import MAX_SAMPLES, JobBudget, encode_config
+from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
@@ -29,6 +31,7 @@ class Refreshing:
     feedback: FeedbackStore
     jobs: JobStore
     profiles: ProfileStore
+    quotas: Quotas
     manifest: BankManifest
     budget: JobBudget
     every_hours: float  # shortest time between two jobs of a user
@@ -60,4 +63,5 @@ class Refreshing:
         usual = default_config(self.manifest.room, self.manifest.common)
         config = encode_config(replace(usual, newer_than_ms=seen_ms, **asdict(self.budget)))
         submission = Submission([], True, config, bank=self.manifest.short, epoch=epoch, background=True)
-        return await self.jobs.submit(user.key, submission, MAX_SAMPLES)
+        with self.quotas.admit(user, lambda: Held(adapters=adapter is None)):
+            return await self.jobs.submit(user.key, submission, MAX_SAMPLES)

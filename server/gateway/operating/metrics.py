@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ OTHER = "other"
 
 _GENERATION_PATHS = frozenset(("/generate", "/v1/chat/completions", "/v1/completions"))
 _METHODS = frozenset(("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"))
+Used = Callable[[], Iterable[tuple[str, str, float, int]]]  # tenant, kind of quota, use, and the quota
 _OUTCOMES = {429: "limited", CLIENT_GONE: "gone", 503: "unavailable"}
 
 
@@ -83,8 +84,8 @@ class Metrics:
         self.store_servers: Sequence[ServerFigures] = ()  # as last reported
         ProcessCollector(registry=registry)
 
-    def watch(self, engines: Engines, health: Health, store: CheckedStore) -> None:
-        self._registry.register(_PartsCollector(engines, health, store))
+    def watch(self, engines: Engines, health: Health, store: CheckedStore, used: Used) -> None:
+        self._registry.register(_PartsCollector(engines, health, store, used))
         self._registry.register(_ServersCollector(self))
 
     def count_refusal(self, reason: str) -> None:
@@ -117,6 +118,7 @@ class _PartsCollector(Collector):
     engines: Engines
     health: Health
     store: CheckedStore
+    used: Used
 
     def collect(self) -> Iterator[Metric]:
         ready = self.health.readiness is Readiness.READY
@@ -125,6 +127,13 @@ class _PartsCollector(Collector):
             yield GaugeMetricFamily("mta_store_used_bytes", "Memory used by the store.", memory.used_bytes)
             if memory.max_bytes:
                 yield GaugeMetricFamily("mta_store_max_bytes", "Memory limit of the store.", memory.max_bytes)
+        labels = ("tenant", "quota")
+        used = GaugeMetricFamily("mta_tenant_used", "What a tenant with a quota has used of it.", labels=labels)
+        quota = GaugeMetricFamily("mta_tenant_quota", "Quota of a tenant.", labels=labels)
+        for tenant, what, amount, most in self.used():
+            used.add_metric((tenant, what), amount)
+            quota.add_metric((tenant, what), most)
+        yield from (used, quota)
         up = GaugeMetricFamily("mta_engine_up", "Whether an engine responds.", labels=("engine",))
         slots = GaugeMetricFamily("mta_engine_slots", "An engine's LoRA slots.", labels=("engine",))
         resident = GaugeMetricFamily("mta_engine_slots_resident", "Slots that hold an adapter.", labels=("engine",))

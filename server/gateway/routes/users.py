@@ -74,7 +74,7 @@ class AdapterAnswer(BaseModel, frozen=True):
 class UserAnswer(BaseModel, frozen=True):
     user_id: str
     items: int
-    bytes: int = Field(description="Memory used by the profile and its items in the store.")
+    bytes: int = Field(description="Memory used by the user's data in the store.")
     embedder: str
     updated_at: str = Field(description="UTC, ISO 8601.")
     recipe: str
@@ -127,7 +127,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     return UserAnswer(
         user_id=user_id,
         items=profile.items,
-        bytes=await parts.profiles.store.stored_bytes(user.key),
+        bytes=(await parts.profiles.store.measure(user.key))[1]["bytes"],
         embedder=profile.embedder,
         updated_at=iso(profile.updated_ms),
         recipe=personal.recipe.name,
@@ -171,6 +171,7 @@ async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
     parts, user = parts_of(request), user_of(request, user_id)
     notes_of(request.scope).audited = (Act.ERASE, user.key)
     erasure = await parts.erasing.erase(user)
+    parts.profiles.quotas.changed(user)
     if erasure is None:
         parts.limiter.count_afterwards(caller_of(request))
         raise _unknown(user_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -13,12 +13,13 @@ from adapters.training.adapt_config import AdaptConfig, default_config
 from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
 from bank.manifest import BankManifest
-from server.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from server.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded, Unavailable
 from server.gateway.engines.admin import Engines
 from server.gateway.users.profiles import Profiles
 from server.settings import MAX_ITEM_BYTES
 from server.store.jobs import Job, JobId, JobStore, Submission
 from server.store.samples import MAX_SAMPLES, JobBudget, Sample, decode_sample, encode_config, encode_sample
+from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User, UserKeys
 from server.watching.tracing import Tracing
 
@@ -62,10 +63,21 @@ class Adapting:
         stored_samples = await self.jobs.samples(user.key) if request.append else []
         await self.checks.check_budget(config, [*stored_samples, *submission.samples])
         # Workers fail a job without a profile, so the profile comes first.
-        if await self.profiles.current(user) is None:
-            items = await asyncio.to_thread(_items_from_samples, request.samples, self.task)
-            await self.profiles.add(user, items, epoch)
-        job = await self.jobs.submit(user.key, submission, MAX_SAMPLES)
+        profile = await self.profiles.current(user)
+        is_first = profile is None or profile.adapter is None
+        wanted = Held(bytes=sum(map(len, submission.samples)), adapters=is_first)
+        with ExitStack() as admitted:
+            try:
+                admitted.enter_context(self.profiles.quotas.admit(user, lambda: wanted))
+            except QuotaExceeded:  # the client may have lost the response or replace its job, which is counted already
+                jobs = await self.jobs.jobs(user.key)
+                if not jobs or jobs[-1].state.ended:
+                    raise
+            if profile is None:
+                items = await asyncio.to_thread(_items_from_samples, request.samples, self.task)
+                await self.profiles.add(user, items, epoch)
+            job = await self.jobs.submit(user.key, submission, MAX_SAMPLES)
+        self.profiles.quotas.changed(user)
         if job is None:
             raise InvalidRequest(
                 f"samples: more than {MAX_SAMPLES} together with the stored samples: send them without `append`",

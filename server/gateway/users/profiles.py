@@ -12,7 +12,9 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import orjson
@@ -22,6 +24,7 @@ from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
 from bank.lookup.signature import Signature
 from server.errors import ApiError, Unavailable, UserErased
+from server.gateway.access.quotas import Quotas
 from server.store.profile_record import (
     OtherEmbedding,
     Profile,
@@ -29,9 +32,11 @@ from server.store.profile_record import (
     StoredSignature,
     StoredVector,
     as_stored,
+    encode_item,
 )
 from server.store.profiles import Change, ProfileStore, Snapshot
 from server.store.queue import UserQueue
+from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
@@ -41,6 +46,7 @@ MAX_ATTEMPTS = 64  # commits per change when other requests keep winning the rac
 SIGNED_AT = (4, 8, 16, 32)  # numbers of learnt items at which a signature is made; then the first of each day
 _DAY_MS = 24 * 3600 * 1000
 _MAX_PAUSE_S = 0.05  # longest pause between two attempts
+_ITEM_BYTES = 1000  # of an item in the store besides its text: its embedding, and the hashes' own
 
 StoredItems = Mapping[str, StoredItem]  # by id, oldest first
 
@@ -73,6 +79,7 @@ class Profiles:
     task: Task
     executor: Executor  # the embedder's threads
     limit: HistoryLimit
+    quotas: Quotas
     signing: UserQueue | None = None  # users with changed items; None if the bank has no signatures
     no_evidence: Signature | None = None  # an empty signature for this bank, likewise
     _refreshing: dict[str, asyncio.Task[Profile | None]] = field(default_factory=dict)
@@ -139,32 +146,35 @@ class Profiles:
         """Read, apply, embed new items, and commit; start over if another request commits first."""
         key = user.key
         embedded: dict[tuple[str, str], Vectors] = {}  # by id and text; reused when an attempt starts over
-        for attempt in range(MAX_ATTEMPTS):
-            snapshot = await self.store.read(key)
-            epoch = snapshot.epoch if epoch is None else epoch
-            history = apply(snapshot.items)
-            if not history:  # nothing to make an embedding from
-                raise UserErased
-            step = diff_histories(snapshot.items, history)
-            same = not step.put and not step.drop
-            current = snapshot.profile and snapshot.profile.with_embedder(self.embedder.id)
-            if current and same:
-                await self.store.wait_until_durable(key)
-                return ProfileUpdate(current, 0)
-            vectors, fresh = await self._vectors(snapshot, history, embedded)
-            embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
-            profile = Profile(user.id, len(history), 0, self.embedder.id, embedding)
-            profile = _carry_over(snapshot.profile, profile, same_items=same)
-            put_off = often and self.no_evidence and not signature_due(snapshot.profile, profile, self.no_evidence.bank)
-            if put_off and self.no_evidence:
-                made = profile.evidence or self.no_evidence
-                profile = replace(profile, signature=StoredSignature(made, profile.updated_ms))
-            change = Change(profile, step.put, fresh, step.drop)
-            if await self.store.commit(key, snapshot.version, change, epoch):
-                if not put_off:
-                    await self.request_signature(user)
-                return ProfileUpdate(profile, step.changed)
-            await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
+        with ExitStack() as admitted:
+            for attempt in range(MAX_ATTEMPTS):
+                snapshot = await self.store.read(key)
+                epoch = snapshot.epoch if epoch is None else epoch
+                history = apply(snapshot.items)
+                if not history:  # nothing to make an embedding from
+                    raise UserErased
+                step = diff_histories(snapshot.items, history)
+                same = not step.put and not step.drop
+                current = snapshot.profile and snapshot.profile.with_embedder(self.embedder.id)
+                if current and same:
+                    await self.store.wait_until_durable(key)
+                    return ProfileUpdate(current, 0)
+                if attempt == 0 and not same:
+                    admitted.enter_context(self.quotas.admit(user, partial(_growth, snapshot, history)))
+                vectors, fresh = await self._vectors(snapshot, history, embedded)
+                embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
+                profile = Profile(user.id, len(history), 0, self.embedder.id, embedding)
+                profile = _carry_over(snapshot.profile, profile, same_items=same)
+                none = self.no_evidence
+                put_off = often and none and not signature_due(snapshot.profile, profile, none.bank)
+                if put_off and none:
+                    profile = replace(profile, signature=StoredSignature(profile.evidence or none, profile.updated_ms))
+                change = Change(profile, step.put, fresh, step.drop)
+                if await self.store.commit(key, snapshot.version, change, epoch):
+                    if not put_off:
+                        await self.request_signature(user)
+                    return ProfileUpdate(profile, step.changed)
+                await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
         raise Unavailable(
             f"too many other requests are changing this profile: gave up after {MAX_ATTEMPTS} attempts",
             code="contention",
@@ -241,6 +251,13 @@ def diff_histories(before: StoredItems, after: StoredItems) -> HistoryDiff:
     drop = tuple(name for name in before if name not in after)
     moved = sum(name in before and before[name].fields == item.fields for name, item in put.items())
     return HistoryDiff(put, drop, len(put) - moved + len(drop))
+
+
+def _growth(snapshot: Snapshot, history: StoredItems) -> Held:
+    """Return about what a change adds to the store; fewer than 0 bytes if it makes room."""
+    before, after = (sum(len(encode_item(item)) for item in items.values()) for items in (snapshot.items, history))
+    more_items = len(history) - len(snapshot.items)
+    return Held(people=snapshot.profile is None, bytes=after - before + _ITEM_BYTES * more_items)
 
 
 def _distinct(given: Sequence[Item]) -> dict[str, Mapping[str, str]]:

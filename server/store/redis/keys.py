@@ -30,16 +30,18 @@ Shared by all users::
     mta:worth:folded:<tenant>  hash   week, share held out, level, arm → sums; week 0: of all weeks
     mta:{rewrite}             hash    state of file rewrites (`server/store/append_only_file.py`)
     mta:{rewrite}:<server>    hash    the same, per server if there are several
-    mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`;
-                                      `revision` and `ring` (a random id) of the whole set
+    mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`,
+                                      `quota:<tenant>` → JSON; `revision` and `ring` (a random id) of the whole set
     mta:{access}:used         hash    SHA-256 of an API key → hour of its last use, since 1970
     mta:{restore}             string  SHA-256 of the copy whose restore has not ended (`server/store/backup/`)
 
-Limits (`server/store/tenants/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
+Limits (`server/store/tenants/rates.py`); an owner is `key-`, `user-`, `tenant-` or `quota-` and its name::
 
     mta:rates:{<owner>}:<what>  string  amount used, and the time of that value, µs        after one window at most
     mta:held:running/<owner>  zset    requests in progress → end of the lease, ms         after the last lease
     mta:held:gateways/<engines>  zset  gateways that share the engines → the same         after the last lease
+    mta:held:recounted/<quotas>  zset  recount of what tenants hold → when the next is due  after the last lease
+    mta:use:<tenant>          hash    user key → `<bytes> <adapters>`; sums (`holdings.py`)     7 days
 
 Scripts receive these names as arguments. Only names of job records are built in Lua, from `job_prefix` and a number.
 
@@ -111,6 +113,10 @@ def folded(tenant: str) -> str:
 
 def rate(owner: str, what: str) -> str:
     return f"mta:rates:{{{owner}}}:{what}"
+
+
+def count(tenant: str) -> str:
+    return f"mta:use:{tenant}"
 
 
 def held(name: str) -> str:

@@ -19,7 +19,7 @@ from server.errors import Unavailable
 from server.store.durability import corrupt_if_undecodable
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script
-from server.store.tenants.rates import NO_OVERRIDES, Allowance
+from server.store.tenants.rates import NO_OVERRIDES, Allowance, Quota
 
 if TYPE_CHECKING:
     from server.store.redis.servers.connection import RedisConnection  # commands start without redis-py
@@ -81,6 +81,7 @@ class KeyRing:
     keys: Sequence[AccessKey]  # oldest first, revoked ones included
     banks: Mapping[str, str] = field(default_factory=dict)  # 8 hex digits, by tenant, for tenants with their own bank
     id: str = ""  # random, created with the first change
+    quotas: Mapping[str, Quota] = field(default_factory=dict)  # by tenant, for tenants with one
 
 
 def new_secret() -> str:
@@ -122,7 +123,7 @@ def digest_of(secret: bytes) -> str:
     return hashlib.sha256(secret).hexdigest()
 
 
-_RING, _REVISION, _REVOKED, _BANK = "ring", "revision", "revoked:", "bank:"
+_RING, _REVISION, _REVOKED, _BANK, _QUOTA = "ring", "revision", "revoked:", "bank:", "quota:"
 
 # KEYS of every script: the hash. ARGV: id for a new ring, then its own. A repeated call changes nothing.
 _CHANGED = """
@@ -151,9 +152,9 @@ changed()
 return 1
 """
 
-_SET_BANK = """
-local field, bank = unpack(ARGV, 2)
-if bank == '' then redis.call('HDEL', KEYS[1], field) else redis.call('HSET', KEYS[1], field, bank) end
+_SET = """
+local field, value = unpack(ARGV, 2)
+if value == '' then redis.call('HDEL', KEYS[1], field) else redis.call('HSET', KEYS[1], field, value) end
 changed()
 """
 
@@ -180,10 +181,12 @@ class AccessKeys:
             ring, revision = fields.pop(_RING, b"").decode(), int(fields.pop(_REVISION, 0))
             revoked = {digest: int(when_ms) for digest, when_ms in _pop(fields, _REVOKED).items()}
             banks = {tenant: bank.decode() for tenant, bank in _pop(fields, _BANK).items()}
+            told = _pop(fields, _QUOTA).items()
+            quotas = {tenant: Quota(**_known(Quota, orjson.loads(raw))) for tenant, raw in told}
             known = [_decoded(digest, raw, revoked.get(digest)) for digest, raw in fields.items()]
         if bool(known) != bool(revision):
             raise Unavailable("the store holds only some of the API keys", code="store_corrupt")
-        return KeyRing(revision, sorted(known, key=lambda key: (key.created_ms, key.digest)), banks, ring)
+        return KeyRing(revision, sorted(known, key=lambda key: (key.created_ms, key.digest)), banks, ring, quotas)
 
     async def add(self, key: AccessKey, *, only_first: bool = False) -> bool:
         """Store a key; return whether it is stored. With `only_first` only if there is no key yet, revoked or not."""
@@ -194,7 +197,10 @@ class AccessKeys:
 
     async def set_bank(self, tenant: str, bank: str) -> None:
         """Set the bank of a tenant (8 hex digits; empty for the gateways' own)."""
-        await self._change(_SET_BANK, f"{_BANK}{tenant}", bank)
+        await self._change(_SET, f"{_BANK}{tenant}", bank)
+
+    async def set_quota(self, tenant: str, quota: Quota) -> None:
+        await self._change(_SET, f"{_QUOTA}{tenant}", b"" if quota == Quota() else orjson.dumps(asdict(quota)))
 
     async def revoke(self, digest: str, now_ms: int) -> bool:
         """Revoke a key; return whether it was valid until now."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from server.errors import QuotaExceeded
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script
 
@@ -49,6 +50,33 @@ class Rate:
     owner: str
     most: int
     window_s: int = MINUTE_S
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What a tenant may hold (`holdings.py`) and use; None: as much as it likes."""
+
+    people: int | None = None
+    bytes: int | None = None
+    adapters: int | None = None
+    tokens: int | None = None  # a day, prompt and answer, over all keys
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
+
+    def daily_tokens(self, tenant: str) -> Rate | None:
+        return Rate("tokens", f"quota-{tenant}", self.tokens, DAY_S) if self.tokens is not None else None
+
+
+def quota_exceeded(tenant: str, what: str, used: float, most: int, more: int) -> QuotaExceeded:
+    """Return the error of a request that needs `more` than is left; `what` is a field of `Quota`."""
+    unit, option = ("tokens a day", "tokens-per-day") if what == "tokens" else (what, what)
+    remedy = "tokens come back evenly over a day" if what == "tokens" else "erase users to make room"
+    return QuotaExceeded(
+        f"the tenant {tenant} has used {used:,.0f} of its quota of {most:,} {unit}, and this request needs {more:,} "
+        f"more: {remedy}, or let an operator raise it (`mta keys quota {tenant} --{option} N`)"
+    )
 
 
 @dataclass(frozen=True, slots=True)

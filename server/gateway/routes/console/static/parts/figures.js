@@ -33,7 +33,18 @@ export function Figures({ readings }) {
 		<${Tile} name="Adapters asked for"
 			values=${states('mta_engine_prepares_total', 'kind', ['warm', 'cold'], (name, passes) => growth(then, now, name, passes))} />
 		<${Tile} name="Training jobs" values=${states('mta_jobs', 'state', ['queued', 'running'], sum)} />
+		${[...quotas(now)].map(([tenant, values]) => html`<${Tile} key=${tenant} name=${`Quotas of ${tenant}`} values=${values} />`)}
 	</div>`;
+}
+
+/** Returns a map of tenant → what it has used of its quotas. */
+function quotas({ samples }) {
+	const tenants = new Map();
+	for (const [place, { labels: { tenant, quota }, value }] of (samples.get('mta_tenant_quota') ?? []).entries()) {
+		const used = samples.get('mta_tenant_used')[place].value; // in the same order
+		tenants.set(tenant, [...(tenants.get(tenant) ?? []), [figure(used), `of ${figure(value)} ${quota}${quota === 'tokens' ? ' a day' : ''}`]]);
+	}
+	return tenants;
 }
 
 const shown = (value) => (value === null ? '–' : figure(value));

@@ -1,0 +1,84 @@
+"""What tenants with a quota hold, counted from what was measured of each person.
+
+The count of a tenant is a hash of all its people, so a measurement may be noted twice. It is wrong about those whose
+measurement was lost, until they are measured again. Writes do not wait for the disk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Mapping
+from operator import methodcaller
+
+from server.errors import Unavailable
+from server.store.redis import keys
+from server.store.redis.scripts import oom_script
+from server.store.redis.servers.connection import RedisConnection
+from server.store.tenants.rates import Quota, Rates, Use
+
+KEPT_S = 7 * 24 * 3600  # after the last change, as when a tenant no longer has a quota
+SCANNED = 100  # keys that one step of a scan looks at
+_USER_KEY_CHARS = 26
+
+Held = Counter[str]
+"""What one person has in the store, or several: `people`, `bytes` and `adapters`, also those that are being trained."""
+
+# KEYS: count. ARGV: expiry (s), then user keys, each with `<bytes> <adapters>`, empty for an unknown user.
+_NOTE = oom_script("""
+local function add(text, sign)
+  local bytes, adapters = string.match(text or '', '^(%d+) (%d+)$')
+  if not bytes then return end
+  redis.call('HINCRBY', KEYS[1], 'people', sign)
+  redis.call('HINCRBY', KEYS[1], 'bytes', sign * bytes)
+  redis.call('HINCRBY', KEYS[1], 'adapters', sign * adapters)
+end
+for i = 2, #ARGV, 2 do
+  add(redis.call('HGET', KEYS[1], ARGV[i]), -1)
+  add(ARGV[i + 1], 1)
+  redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+  if ARGV[i + 1] == '' then redis.call('HDEL', KEYS[1], ARGV[i]) end
+end
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+""")
+
+
+class HoldingStore:
+    """Keeps the counts. Methods raise `Unavailable` as the other stores do."""
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
+        self._rates = Rates(connection)
+
+    async def note(self, tenant: str, people: Mapping[str, Held]) -> None:
+        """Replace what people of a tenant hold, by user key."""
+        told: list[object] = [KEPT_S]
+        for user_key, held in people.items():
+            told += (user_key, f"{held['bytes']} {held['adapters']}" if held["people"] else "")
+        await self._connection.evaluate(_NOTE, (keys.count(tenant),), *told)
+
+    async def count(self, tenant: str, quota: Quota) -> Held:
+        """Return what a tenant holds, and the `tokens` of its quota that are used."""
+        fields = ("people", "bytes", "adapters")
+        found = await self._connection.run(methodcaller("hmget", keys.count(tenant), fields))
+        held = Held({name: int(value or 0) for name, value in zip(fields, found, strict=True)})
+        if rate := quota.daily_tokens(tenant):
+            held["tokens"] = int((await self._rates.consume([Use(rate, 0)])).levels[0].used)
+        return held
+
+    async def all_people(self, tenants: Iterable[str]) -> AsyncIterator[list[str]]:
+        """Yield the keys of all users that are stored, and of those counted for these tenants; some come twice."""
+        if self._connection.unserved:
+            raise Unavailable(self._connection.unserved)
+        for server in await self._connection.members():
+            cursor = b"0" if (await self._connection.send(server, "ROLE"))[0] == b"master" else b""
+            while cursor:
+                step = f"SCAN {cursor.decode()} MATCH {keys.profile('*')} COUNT {SCANNED}"
+                cursor, names = await self._connection.send(server, step)
+                yield [name.decode().partition("{")[2].partition("}")[0] for name in names]
+                cursor = cursor.strip(b"0") and cursor
+        for tenant in tenants:
+            position = None
+            while position != 0:
+                scan = methodcaller("hscan", keys.count(tenant), position or 0, count=SCANNED)
+                position, fields = await self._connection.run(scan)
+                yield [name.decode() for name in fields if len(name) == _USER_KEY_CHARS]
