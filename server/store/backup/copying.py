@@ -143,10 +143,8 @@ class StoreCopying:
 
     async def _names(self, server: StoreServer) -> AsyncIterator[str]:
         """Yield the names of a server's keys that belong to a copy; a name may come twice."""
-        cursor = None
-        while cursor != b"0":
-            cursor, names = await self._connection.send(server, f"SCAN {int(cursor or 0)} MATCH mta:* COUNT 1000")
-            for name in filter(keys.is_copied, map(bytes.decode, names)):
+        async for names in self._connection.names(server, "mta:*", 1000):
+            for name in filter(keys.is_copied, names):
                 yield name
 
     async def _primaries(self) -> tuple[list[StoreServer], dict[str, tuple[object, ...]]]:

@@ -62,7 +62,7 @@ REWRITE = "mta:{rewrite}"
 ACCESS_KEYS = "mta:{access}:keys"
 USED_KEYS = "mta:{access}:used"
 RESTORING = "mta:{restore}"
-_LEFT_OUT = re.compile(r"mta:(\{rewrite\}|\{restore\}|rates:|held:)")
+_LEFT_OUT = re.compile(r"mta:(\{rewrite\}|\{restore\}|rates:|held:|use:)")
 _OF_USER = re.compile(r"mta:\{([a-z2-7]{26})\}:")
 
 

@@ -70,12 +70,9 @@ class HoldingStore:
         if self._connection.unserved:
             raise Unavailable(self._connection.unserved)
         for server in await self._connection.members():
-            cursor = b"0" if (await self._connection.send(server, "ROLE"))[0] == b"master" else b""
-            while cursor:
-                step = f"SCAN {cursor.decode()} MATCH {keys.profile('*')} COUNT {SCANNED}"
-                cursor, names = await self._connection.send(server, step)
-                yield [name.decode().partition("{")[2].partition("}")[0] for name in names]
-                cursor = cursor.strip(b"0") and cursor
+            if (await self._connection.send(server, "ROLE"))[0] == b"master":
+                async for names in self._connection.names(server, keys.profile("*"), SCANNED):
+                    yield [user_key for user_key in map(keys.user_of, names) if user_key]
         for tenant in tenants:
             position = None
             while position != 0:

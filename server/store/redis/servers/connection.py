@@ -134,6 +134,13 @@ class RedisConnection:
             except ResponseError as error:
                 raise Unavailable(str(error), code=REFUSED) from error
 
+    async def names(self, server: StoreServer, pattern: str, count: int) -> AsyncIterator[list[str]]:
+        """Yield the names of a server's keys, about `count` looked at in each step; a name may come twice."""
+        cursor = None
+        while cursor != b"0":
+            cursor, names = await self.send(server, f"SCAN {int(cursor or 0)} MATCH {pattern} COUNT {count}")
+            yield [name.decode() for name in names]
+
     async def close(self) -> None:
         await self._servers.close()
 
