@@ -39,6 +39,9 @@ def backup(
     Every write acknowledged before the copy began is in it. The copy holds personal data, also of people who are erased
     later, so delete it in time. MTA_SECRET must be the gateways': the copy has only a hash of it. Banks are not in it.
     """
+    from server.watching.background import lower_priority
+
+    lower_priority()
     settings = store_settings(data)
     check_value = _check_value(settings)
 

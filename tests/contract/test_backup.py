@@ -13,14 +13,17 @@ from redis.crc import key_slot
 from adapters.errors import MtaError
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import ValkeyProcess
+from server.cli.backup import _index
 from server.errors import Unavailable
+from server.settings import Settings
 from server.store.backup import copying
 from server.store.backup.copying import StoreCopying
 from server.store.backup.folder import Entry
+from server.store.opening import open_stores
 from server.store.redis import keys
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.rates import Rate, Use
-from tests.support.store_parts import KEYS, StoreParts, change, connected, submitted, users_at
+from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps, change, connected, submitted, users_at
 
 USERS = [f"user-{n}" for n in range(40)]
 
@@ -68,8 +71,8 @@ async def test_every_key_comes_back_as_it_was_but_for_limits_and_rewrites(full: 
     before = await contents(raw)
     store = StoreCopying(full.connection)
     entries = await copied(store)
-    of_users = [entry for entry in entries if keys.user_of(entry[0].name)]
-    assert len(of_users) == len({keys.user_of(entry[0].name) for entry in of_users}) == len(USERS)
+    of_users = [entry for entry in entries if keys.user_of(entry[0][0])]
+    assert len(of_users) == len({keys.user_of(entry[0][0]) for entry in of_users}) == len(USERS)
     assert entries[: len(USERS)] == of_users, "queues lead to users, who are there before them"
     assert store.version.split()[0] in ("valkey", "redis")
     await raw.flushall()
@@ -103,6 +106,30 @@ async def test_each_user_is_copied_as_of_one_moment(full: StoreParts) -> None:
         await store._restore(entry)
         snapshot = await full.profiles.read(key)
         assert snapshot.profile.items == len(snapshot.items) == len(snapshot.vectors)
+
+
+async def test_who_is_younger_than_the_copied_queues_is_put_into_them(
+    parts: StoreParts, raw: Redis, server: ValkeyProcess | ValkeyCluster
+) -> None:
+    key, worker = KEYS.key("ada"), WorkerSteps(parts)
+    await parts.put("ada", "a text")
+    await submitted(parts.jobs, key)
+    await worker.take()
+    await worker.claim()
+    adapter = await worker.promote()
+    await parts.signing.add(key)
+    await worker.take_signing()
+    await worker.sign()
+    await parts.put("ada", "another text, so the signature is old")
+    await submitted(parts.jobs, key, "another sample")
+    for name in [name async for name in raw.scan_iter() if not keys.user_of(name.decode())]:
+        await raw.delete(name)
+    async with open_stores(Settings(redis_url=server.url)) as stores:
+        await _index(stores, key)
+        assert [user async for user in stores.adapters.adapted_users(BANK)] == [key]
+        assert await stores.adapters.adapter_id(key) == adapter
+        assert (await stores.jobs.next_job(BANK, 1)).user_key == key
+        assert await stores.signing(BANK).take(1) == key
 
 
 async def test_an_unfinished_restore_keeps_everybody_out_until_it_is_done_again(
@@ -145,7 +172,7 @@ async def test_what_a_gateway_accepts_before_it_knows_of_a_restore_is_kept(
 
 
 async def test_a_refused_content_is_named(parts: StoreParts) -> None:
-    broken = [copying.StoredKey(keys.profile("a" * 26), 0, b"no dump")]
+    broken = [(keys.profile("a" * 26), 0, b"no dump")]
     with pytest.raises(MtaError, match=r"does not take mta:\{a+\}:profile: .*DUMP payload.*Is its server older"):
         await written(StoreCopying(parts.connection), [broken])
 
@@ -160,7 +187,7 @@ async def test_keys_that_move_meanwhile_are_noticed(cluster: ValkeyCluster) -> N
         slot = key_slot(keys.profile(key).encode())
         store = StoreCopying(parts.connection)
         entries = store.entries(lambda done, total: None)
-        assert (await anext(entries))[0].name == keys.profile(key)
+        assert (await anext(entries))[0][0] == keys.profile(key)
         cluster.move(slot, here, there)
         try:
             with pytest.raises(MtaError, match="make the copy again"):

@@ -17,11 +17,14 @@ from bench.rig.proxy import LossyProxy
 from bench.rig.valkey import DURABLE, ValkeyProcess, free_port
 from bench.rig.watched import SERVICE, WatchedValkey
 from server.errors import Unavailable
+from server.store.backup.copying import StoreCopying
+from server.store.backup.folder import user_of
 from server.store.durability import Durability
 from server.store.profiles import ProfileStore
 from server.store.redis.servers.connection import RedisConnection
 from server.store.redis.servers.sentinel import Sentinel
 from tests.support.store_parts import (
+    KEYS,
     LATER_MS,
     REPLICA_TIMEOUT_MS,
     Writing,
@@ -199,6 +202,14 @@ async def test_a_write_waits_for_the_replica_until_it_is_down(
 @pytest.mark.usefixtures("quick_rewrites")
 async def test_an_erasure_leaves_both_files(watched: WatchedValkey, connection: RedisConnection, user: str) -> None:
     await forgotten(connection, user, *watched.servers)
+
+
+async def test_a_copy_is_read_from_the_primary_alone(watched: WatchedValkey, connection: RedisConnection) -> None:
+    users = {KEYS.key(f"copied-{n}") for n in range(20)}
+    for user in users:
+        await ProfileStore(connection).commit(user, b"", change("a"))
+    copied = [user_of(entry) async for entry in StoreCopying(connection).entries(lambda done, of: None)]
+    assert {user: copied.count(user) for user in users} == dict.fromkeys(users, 1)
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
-from server.store.backup.folder import Entry, StoredKey
+from server.store.backup.folder import Entry
 from server.store.jobs import KEPT_JOBS
 from server.store.redis import keys
 from server.store.redis.servers.base import WRITE_TIMEOUT_S, StoreServer
@@ -24,7 +24,8 @@ from server.store.redis.servers.connection import RedisConnection
 
 T = TypeVar("T")
 
-AT_ONCE = 16  # number of users in flight; a user has at most some MB
+AT_ONCE = 4  # number of users that are read at once; more would delay other commands
+WRITTEN_AT_ONCE = 32
 SETTLE_S = 6.0  # longest time until running gateways have noticed an unfinished restore
 SLOTS = 16384
 
@@ -70,17 +71,15 @@ class StoreCopying:
         if await self._unfinished():
             raise MtaError("the store is only half restored: finish `mta restore` before a copy is made")
         servers, before = await self._primaries()
-        users, shared = set(), []
-        for server in servers:
-            async for name in self._names(server):
-                if user := keys.user_of(name):
-                    users.add(user)
-                else:
-                    shared.append(name)
+        users: set[str] = set()
+        shared: set[str] = set()
+        async for name in self._names(servers):
+            user = keys.user_of(name)
+            (users if user else shared).add(user or name)
         # Shared keys are read first: counts that leave a user's tally for the sums meanwhile are not counted twice.
-        of_all = [await self._dump([name]) for name in set(shared)]
+        of_all = [await self._dump([name]) for name in shared]
         done = 0
-        for batch in _batches(users):
+        for batch in _batches(users, AT_ONCE):
             for entry in filter(None, await asyncio.gather(*map(self._dump_user, batch))):
                 yield entry
             progress(done := done + len(batch), len(users))
@@ -109,7 +108,7 @@ class StoreCopying:
     async def write(self, entries: Iterable[Entry]) -> AsyncIterator[int]:
         """Write entries, and yield the number written so far; raise `MtaError` if the server refuses one."""
         written = 0
-        for batch in _batches(entries):
+        for batch in _batches(entries, WRITTEN_AT_ONCE):
             await asyncio.gather(*map(self._restore, batch))
             yield (written := written + len(batch))
 
@@ -121,31 +120,31 @@ class StoreCopying:
 
     async def _dump(self, names: Sequence[str], *arguments: object) -> Entry:
         found = await self._connection.evaluate(_DUMP, names, *arguments, timeout_s=WRITE_TIMEOUT_S)
-        return [StoredKey(found[i].decode(), *found[i + 1 : i + 3]) for i in range(0, len(found), 3)]
+        return [(found[i].decode(), *found[i + 1 : i + 3]) for i in range(0, len(found), 3)]
 
     async def _restore(self, entry: Entry) -> None:
-        arguments = [part for key in entry for part in (key.expires_ms, key.content)]
-        refusal = await self._connection.write(_RESTORE, [key.name for key in entry], *arguments)
+        arguments = [part for _, *parts in entry for part in parts]
+        refusal = await self._connection.write(_RESTORE, [name for name, *_ in entry], *arguments)
         if refusal:
-            raise MtaError(f"the store does not take {entry[0].name}: {refusal.decode()}. Is its server older?")
+            raise MtaError(f"the store does not take {entry[0][0]}: {refusal.decode()}. Is its server older?")
 
     async def _unfinished(self) -> str:
         return (await self._connection.run(lambda redis: redis.get(keys.RESTORING)) or b"").decode()
 
     async def _check_empty(self) -> None:
-        for server in (await self._primaries())[0]:
-            async for name in self._names(server):
-                if name != keys.USED_KEYS:  # any gateway writes it
-                    raise MtaError(
-                        f"the store is not empty, it holds {name}: restore to a new one, or stop gateways and workers "
-                        "and empty this one (FLUSHALL)"
-                    )
+        async for name in self._names((await self._primaries())[0]):
+            if name != keys.USED_KEYS:  # any gateway writes it
+                raise MtaError(
+                    f"the store is not empty, it holds {name}: restore to a new one, or stop gateways and workers and "
+                    "empty this one (FLUSHALL)"
+                )
 
-    async def _names(self, server: StoreServer) -> AsyncIterator[str]:
-        """Yield the names of a server's keys that belong to a copy; a name may come twice."""
-        async for names in self._connection.names(server, "mta:*", 1000):
-            for name in filter(keys.is_copied, names):
-                yield name
+    async def _names(self, servers: Iterable[StoreServer]) -> AsyncIterator[str]:
+        """Yield the names of all keys that belong to a copy; a name may come twice."""
+        for server in servers:
+            async for names in self._connection.names(server, "mta:*", 1000):
+                for name in filter(keys.is_copied, names):
+                    yield name
 
     async def _primaries(self) -> tuple[list[StoreServer], dict[str, tuple[object, ...]]]:
         """Return the servers that accept writes, and by id what changes if keys may have moved or cursors are void."""
@@ -171,7 +170,7 @@ class StoreCopying:
         return found, facts
 
 
-def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(items)
-    while batch := list(islice(rest, AT_ONCE)):
+    while batch := list(islice(rest, size)):
         yield batch

@@ -10,12 +10,10 @@ import gzip
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, NamedTuple
 
 import orjson
 
@@ -26,17 +24,8 @@ FORMAT = 1
 MANIFEST, DATA = "manifest.json", "store.gz"
 _NAME = "%Y-%m-%dT%H%M%S.%fZ"
 
-
-class StoredKey(NamedTuple):
-    """A key of the store; `content` is what its DUMP returns."""
-
-    name: str
-    expires_ms: int  # Unix time; 0: never
-    content: bytes
-
-
-Entry = Sequence[StoredKey]
-"""Keys of one moment: all keys of a user, or one key that users share."""
+Entry = list[tuple[str, int, bytes]]
+"""Keys of one moment, all of a user or one that users share: name, expiry (Unix time, ms; 0: never) and DUMP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +45,23 @@ async def write_copy(
     """Write a copy to a new folder in `copies`; `store` is called after the last entry. An error leaves no folder."""
     began, stored, users = datetime.now(UTC), 0, 0
     folder = copies / began.strftime(_NAME)
+    data, draft = folder / DATA, folder / "draft"
     try:
         folder.mkdir(parents=True, mode=0o700)
-        with _private(folder / DATA) as raw, gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1) as file:
+        for path in (data, draft):
+            path.touch(mode=0o600)
+        with gzip.open(data, "wb", compresslevel=1) as file:
             async for entry in entries:
-                header = orjson.dumps([(key.name, key.expires_ms, len(key.content)) for key in entry])
-                file.write(b"".join([header, b"\n", *(key.content for key in entry)]))
+                header = orjson.dumps([(name, expires_ms, len(content)) for name, expires_ms, content in entry])
+                file.write(b"".join([header, b"\n", *(content for *_, content in entry)]))
                 stored, users = stored + len(entry), users + bool(user_of(entry))
-        at, sha256 = began.isoformat(timespec="milliseconds"), _sha256(folder / DATA)
+        at, sha256 = began.isoformat(timespec="milliseconds"), _sha256(data)
         manifest = Manifest(FORMAT, at, stored, users, sha256, secret, store())
-        with _private(folder / "draft") as file:
-            file.write(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
-        (folder / "draft").rename(folder / MANIFEST)
+        draft.write_bytes(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        for path in (data, draft):
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+        draft.rename(folder / MANIFEST)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
@@ -78,11 +72,11 @@ async def write_copy(
 
 def open_copy(folder: Path) -> Manifest:
     """Return the manifest of a copy; raise `MtaError` if the copy is incomplete, damaged or of another format."""
-    inside = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}")))
     try:
         manifest = Manifest(**orjson.loads((folder / MANIFEST).read_bytes()))
         sha256 = _sha256(folder / DATA)
     except (OSError, ValueError, TypeError) as error:
+        inside = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}")))
         hint = f". It contains the copies {inside}: name one" if inside else ""
         raise MtaError(f"{folder} is not a complete copy of a store: {error}{hint}") from error
     if manifest.format != FORMAT:
@@ -96,32 +90,23 @@ def read_entries(folder: Path) -> Iterator[Entry]:
     """Yield the entries of a copy that `open_copy` has accepted."""
     with gzip.open(folder / DATA) as file:
         while header := file.readline():
-            yield [StoredKey(name, expires_ms, file.read(size)) for name, expires_ms, size in orjson.loads(header)]
+            yield [(name, expires_ms, file.read(size)) for name, expires_ms, size in orjson.loads(header)]
 
 
 def user_of(entry: Entry) -> str | None:  # user key; None for a shared key
-    return keys.user_of(entry[0].name)
+    return keys.user_of(entry[0][0])
 
 
 def delete_old_copies(copies: Path, days: int) -> list[Path]:
     """Delete the copies, also unfinished ones, that began more than `days` days ago, and return their folders."""
     oldest = (datetime.now(UTC) - timedelta(days=days)).strftime(_NAME)
     old = [path.parent for path in sorted(copies.glob(f"[0-9]*T*Z/{DATA}")) if path.parent.name < oldest]
-    for folder in old:
-        try:
+    try:
+        for folder in old:
             shutil.rmtree(folder)
-        except OSError as error:
-            raise MtaError(f"cannot delete the old copy {folder}: {error.strerror or error}") from error
+    except OSError as error:
+        raise MtaError(f"cannot delete the old copy {folder}: {error.strerror or error}") from error
     return old
-
-
-@contextmanager
-def _private(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file for its owner alone, and have it on disk in the end."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:

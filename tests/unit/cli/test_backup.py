@@ -19,7 +19,6 @@ from server.store.backup.folder import (
     DATA,
     MANIFEST,
     Entry,
-    StoredKey,
     delete_old_copies,
     open_copy,
     read_entries,
@@ -31,8 +30,8 @@ from server.watching.audit import audit_to
 
 SECRET, USER = "a secret of sixteen bytes", "a" * 26
 ENTRIES = [
-    [StoredKey(f"mta:{{{USER}}}:profile", 0, b"\x00\nbinary\xff"), StoredKey(f"mta:{{{USER}}}:epoch", 1 << 42, b"")],
-    [StoredKey("mta:adapted", 0, b"{}")],
+    [(f"mta:{{{USER}}}:profile", 0, b"\x00\nbinary\xff"), (f"mta:{{{USER}}}:epoch", 1 << 42, b"")],
+    [("mta:adapted", 0, b"{}")],
 ]
 
 
