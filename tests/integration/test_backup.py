@@ -18,6 +18,7 @@ from server.cli import app
 from server.settings import Settings
 from server.store.backup import copying
 from server.store.jobs import JobId
+from server.store.redis import keys
 from server.store.tenants.access_keys import Scope, digest_of
 from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
@@ -114,7 +115,8 @@ async def copied_while_written(store: Store, bank: str, out: Path) -> dict[str, 
         assert await worker.promote()
         await submitted(parts.jobs, user_key(RUNNING), bank=bank)
         assert await parts.jobs.claim(await until_due(parts, bank), lease_s=2)
-        await submitted(parts.jobs, user_key(WAITING), bank=bank)
+        for user in (WAITING, ERASED[0]):
+            await submitted(parts.jobs, user_key(user), bank=bank)
         async with Writing(parts.profiles, [user_key(user) for user in WRITING]) as writing:
             await writing.goes_on()
             acknowledged = dict(writing.acknowledged)
@@ -132,6 +134,8 @@ async def check_restored(store: Store, bank: str, written: dict[str, int]) -> No
         assert [user async for user in parts.adapters.adapted_users(bank)] == [user_key(ADAPTED)]
         note = (await parts.profiles.load(user_key(ADAPTED))).adapter
         assert await parts.adapters.adapter_id(user_key(ADAPTED)) == note.id
+        queued = await raw.zrange(keys.queue("jobs", bank)[0], 0, -1)
+        assert {entry.decode() for entry in queued} == {user_key(RUNNING), user_key(WAITING)}
         jobs = [await until_due(parts, bank) for _ in (RUNNING, WAITING)]
         assert {job.user_key for job in jobs} == {user_key(RUNNING), user_key(WAITING)}
         assert await parts.jobs.next_job(bank, 0.5) is None
