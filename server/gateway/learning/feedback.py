@@ -26,9 +26,6 @@ from server.store.tenants.user_key import User
 _MAX_COMPARED = 1 << 26  # product of two texts' lengths whose distance takes 2 ms, during which no request is served
 
 
-_ENTRY_BYTES = 160  # of feedback in the store, without the text that the person sent
-
-
 @dataclass(frozen=True, slots=True)
 class Final:
     """What the person really sent."""
@@ -76,8 +73,8 @@ class Feedbacks:
             outcome = outcome or (Outcome.EDITED if sample else Outcome.SENT)
         new = Feedback(note.level.value, note.arm.value, outcome, given.rating, changed)
         new = new.over(await self.store.feedback(user.key, note.request_id))
-        size_bytes = _ENTRY_BYTES + (len(encode_sample(sample)) if sample else 0)
-        with self.profiles.quotas.admit(user, lambda: Held(bytes=size_bytes)):
+        wanted = Held(bytes=160 + (len(encode_sample(sample)) if sample else 0))  # about what the store takes
+        with self.profiles.quotas.admit(user, lambda: wanted):
             if sample:
                 await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
             before = await self.store.put(user.key, note.request_id, new, sample, epoch)

@@ -33,19 +33,15 @@ export function Figures({ readings }) {
 		<${Tile} name="Adapters asked for"
 			values=${states('mta_engine_prepares_total', 'kind', ['warm', 'cold'], (name, passes) => growth(then, now, name, passes))} />
 		<${Tile} name="Training jobs" values=${states('mta_jobs', 'state', ['queued', 'running'], sum)} />
-		${[...quotas(now)].map(([tenant, values]) => html`<${Tile} key=${tenant} name=${`Quotas of ${tenant}`} values=${values} />`)}
+		${quotas(now).length > 0 && html`<${Tile} name="Quotas" values=${quotas(now)} />`}
 	</div>`;
 }
 
-/** Returns a map of tenant → what it has used of its quotas. */
-function quotas({ samples }) {
-	const tenants = new Map();
-	for (const [place, { labels: { tenant, quota }, value }] of (samples.get('mta_tenant_quota') ?? []).entries()) {
-		const used = samples.get('mta_tenant_used')[place].value; // in the same order
-		tenants.set(tenant, [...(tenants.get(tenant) ?? []), [figure(used), `of ${figure(value)} ${quota}${quota === 'tokens' ? ' a day' : ''}`]]);
-	}
-	return tenants;
-}
+/** What tenants have used of their quotas, as values of a tile. */
+const quotas = ({ samples }) => (samples.get('mta_tenant_quota') ?? []).map(({ labels: { tenant, quota }, value }, place) => {
+	const used = samples.get('mta_tenant_used')[place].value; // in the same order
+	return [figure(used), `of ${figure(value)} ${quota === 'tokens' ? 'tokens a day' : quota}, ${tenant}`];
+});
 
 const shown = (value) => (value === null ? '–' : figure(value));
 
