@@ -36,7 +36,7 @@ def user_key(user: str) -> str:
     return UserKeys(SECRET, TENANT).key(user)
 
 
-@pytest.fixture(params=["to-a-cluster", "from-a-cluster"])
+@pytest.fixture(params=["to-a-cluster", pytest.param("from-a-cluster", marks=pytest.mark.acceptance)])
 def stores(request: pytest.FixtureRequest, memory: Path) -> Iterator[tuple[Store, Store]]:
     """The store that is lost, and an empty one."""
     kinds = (ValkeyProcess, ValkeyCluster) if request.param == "to-a-cluster" else (ValkeyCluster, ValkeyProcess)
