@@ -153,6 +153,14 @@ def test_nothing_is_found_fault_with_and_every_image_is_a_stage_that_runs_withou
             assert re.search(r"^USER 10001$", stages()[service["build"]["target"]], flags=re.MULTILINE)
 
 
+def test_a_named_volume_that_our_containers_write_is_a_folder_of_the_images_with_the_same_owner(tmp_path: Path) -> None:
+    owned = set(re.findall(r"install -d -o mta -g mta (.+)$", TEXT, flags=re.MULTILINE)[0].split())
+    profiles = ("--profile", "fleet", "--profile", "backup")
+    ours = [one for one in services((BASE,), tmp_path, *IN_A_FLEET, *profiles).values() if "build" in one]
+    mounts = [mount for one in ours for mount in one.get("volumes", ()) if mount["type"] == "volume"]
+    assert {mount["target"] for mount in mounts if not mount.get("read_only")} == owned == {"/models", "/backups"}
+
+
 def test_what_is_copied_is_there_and_not_ignored() -> None:
     ignored, kept = [], []
     for line in (ROOT / ".dockerignore").read_text("utf-8").split():
