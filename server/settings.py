@@ -62,7 +62,9 @@ class Settings(BaseSettings):
         True, description="Reject a Redis that may lose acknowledged writes; false: only warn, also in /ready."
     )
     secret: SecretStr | None = Field(
-        None, description="Key of the user id hash; equal on all gateways, never changed. `mta up` creates one."
+        None,
+        description="Key of the user id hash, equal on all gateways; `NEW,OLD` while `mta secret rotate` exchanges it. "
+        "`mta up` creates one.",
     )
     tenant: str = Field("default", description="Tenant of all users while no API key exists.")
     engine_url: str = Field("http://127.0.0.1:8001", description="URL of the engine, or of the router for several.")
@@ -113,7 +115,9 @@ class Settings(BaseSettings):
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Metrics port: worker (0: none), router (0: 29000).")
     log_format: Literal["text", "json"] = Field("text", description="Log format: plain text, or a JSON object a line.")
-    audit: Path | None = Field(None, description="File for the audit log: erasures, exports, keys, banks, copies.")
+    audit: Path | None = Field(
+        None, description="File for the audit log: erasures, exports, keys, copies and the like."
+    )
     otlp_endpoint: str = Field("", description="Trace collector, OTLP over HTTP, e.g. http://127.0.0.1:4318.")
     trace_share: float = Field(1.0, ge=0, le=1, description="Share of requests traced if the client does not decide.")
 
@@ -181,6 +185,10 @@ class Settings(BaseSettings):
     @property
     def user_header_names(self) -> tuple[str, ...]:
         return _listed(self.user_headers)
+
+    @property
+    def user_secret(self) -> str | None:
+        return self.secret.get_secret_value() if self.secret else None
 
     @property
     def engine_keys(self) -> tuple[str, ...]:

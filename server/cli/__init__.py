@@ -17,7 +17,7 @@ from rich.text import Text
 
 from adapters.errors import MtaError
 from bank.models.process_startup import run_and_exit, without_audio
-from server.cli import audit, backup, bench, keys
+from server.cli import audit, backup, bench, keys, secret
 from server.cli.bank import commands as bank
 from server.cli.demo import commands as demo
 from server.cli.eval import commands as eval
@@ -60,6 +60,7 @@ app.command("engine")(processes.engine)
 app.command("router")(processes.router)
 app.command("worker")(processes.worker)
 app.add_typer(keys.app, name="keys")
+app.add_typer(secret.app, name="secret")
 app.command("audit")(audit.audit)
 app.command("backup")(backup.backup)
 app.command("restore")(backup.restore)

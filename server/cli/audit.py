@@ -36,17 +36,17 @@ def audit(
 ) -> None:
     """Show who erased, exported, and managed keys, from the files that MTA_AUDIT names on each machine.
 
-    The log has users' keys instead of their ids; to find a user, MTA_SECRET must be the gateways'.
+    The log has users' keys instead of their ids; to find a user, MTA_SECRET must be the gateways', and
+    `NEW,OLD` for what happened before it was exchanged.
     """
     settings = load_settings()
     files = files or ([settings.audit] if settings.audit else [])
     if not files:
         raise MtaError("there is no audit log to read: name a file, or set MTA_AUDIT")
     wanted = {"act": act and act.value, "tenant": tenant, "key": key}
+    sought: dict[str, tuple[str, ...]] = {name: (value,) for name, value in wanted.items() if value is not None}
     if user is not None:
-        secret = settings.secret.get_secret_value() if settings.secret else None
-        wanted["user"] = UserKeys(secret, tenant or settings.tenant).key(user)
-    sought = {name: value for name, value in wanted.items() if value is not None}
+        sought["user"] = UserKeys(settings.user_secret, tenant or settings.tenant).keys(user)
     from_time = since and since.replace(tzinfo=UTC)
     entries = [entry for file in files for entry in read_audit(file.expanduser(), sought, from_time)]
     if json:

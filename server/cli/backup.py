@@ -15,13 +15,12 @@ from adapters.recipe import parse_recipe
 from server.cli.keys import Data, store_settings, with_stores
 from server.errors import Unavailable
 from server.store.backup.folder import Entry, Manifest, delete_old_copies, open_copy, read_entries, user_of, write_copy
-from server.store.tenants.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys, check_values
 from server.watching.audit import Act, note, read_audit
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from server.settings import Settings
     from server.store.opening import Stores  # commands start without redis-py
 
 CLOCK_SKEW = timedelta(seconds=10)  # maximum difference between the clocks of gateways and of `mta backup`
@@ -43,10 +42,10 @@ def backup(
 
     lower_priority()
     settings = store_settings(data)
-    check_value = _check_value(settings)
+    check_values(settings.user_secret)  # refused before the store is opened
 
     async def copy(stores: Stores) -> tuple[Path, Manifest]:
-        copying = stores.copying
+        copying, check_value = stores.copying, await stores.rotation.check()
         with _progress() as progress:
             task = progress.add_task("users", total=None)
             entries = copying.entries(lambda done, of: progress.update(task, completed=done, total=of))
@@ -80,12 +79,19 @@ def restore(
         raise MtaError("name the audit logs since the copy with --erased FILE, or else give --without-erasures")
     settings = store_settings(data)
     manifest = open_copy(copy)
-    if manifest.secret != _check_value(settings):
+    if manifest.secret not in check_values(settings.user_secret):
         raise MtaError(f"the copy {copy} was made with another MTA_SECRET: its users could not be found with this one")
-    gone, revoked = _since(manifest, erased or [])
+    gone, revoked, exchanged = _since(manifest, erased or [])
+    if exchanged and len(check_values(settings.user_secret)) < 2:
+        raise MtaError(
+            "MTA_SECRET was exchanged since the copy: set `NEW,OLD`, so that whoever was erased is recognised"
+        )
+    moved = [UserKeys(settings.user_secret, tenant) for tenant in sorted(set(gone.values()))] if exchanged else []
     what = {"key": "cli", "copy": manifest.sha256[:12]}
     note(Act.RESTORE, "begun", **what)
-    users, keys = with_stores(settings, lambda stores: _restore(stores, copy, manifest, gone, revoked), checked=False)
+    users, keys = with_stores(
+        settings, lambda stores: _restore(stores, copy, manifest, gone, moved, revoked), checked=False
+    )
     note(Act.RESTORE, "done", **what)
     typer.echo(
         f"restored: {users} users as of {manifest.began}; {manifest.users - users} who were erased since stay erased, "
@@ -93,13 +99,14 @@ def restore(
     )
 
 
-def _since(manifest: Manifest, logs: Sequence[Path]) -> tuple[dict[str, str], set[str]]:
-    """Return who was erased since a copy began (tenant, by user key), and the ids of API keys revoked since.
+def _since(manifest: Manifest, logs: Sequence[Path]) -> tuple[dict[str, str], set[str], bool]:
+    """Return who was erased since a copy began (tenant, by user key), the ids of API keys revoked since, and whether
+    MTA_SECRET was exchanged.
 
     An erasure that failed counts, since it may have been made; one of an unknown user does not.
     """
     gone: dict[str, str] = {}
-    revoked: set[str] = set()
+    revoked, exchanged = set[str](), False
     begin = datetime.fromisoformat(manifest.began) - CLOCK_SKEW
     for path in logs:
         entries = list(read_audit(path.expanduser(), {}))
@@ -109,13 +116,22 @@ def _since(manifest: Manifest, logs: Sequence[Path]) -> tuple[dict[str, str], se
         erasures = [entry for entry in since if entry["act"] == Act.ERASE and entry["outcome"] != "404"]
         gone |= {entry["user"]: entry["tenant"] for entry in erasures}
         revoked |= {entry["of_key"] for entry in since if entry["act"] == Act.KEY_REVOKED}
-    return gone, revoked
+        exchanged |= any(entry["act"] == Act.SECRET_EXCHANGED for entry in since)
+    return gone, revoked, exchanged
 
 
 async def _restore(
-    stores: Stores, copy: Path, manifest: Manifest, gone: dict[str, str], revoked: set[str]
+    stores: Stores,
+    copy: Path,
+    manifest: Manifest,
+    gone: dict[str, str],
+    moved: Sequence[UserKeys],
+    revoked: set[str],
 ) -> tuple[int, int]:
-    """Restore a copy but for those who are gone; return the numbers of users and of API keys revoked again."""
+    """Restore a copy but for those who are gone; return the numbers of users and of API keys revoked again.
+
+    `moved` are tenants of those whose key may have changed since.
+    """
     from server.gateway.users.privacy import leave_shared_keys
 
     users = []
@@ -132,6 +148,7 @@ async def _restore(
         task = progress.add_task("users", total=manifest.users)
         async for written in stores.copying.write(kept()):
             progress.update(task, completed=min(written, manifest.users))
+        users = [user_key for user_key in users if not await _erase_if_gone(stores, user_key, gone, moved)]
         for user_key in progress.track(users, description="queues"):
             await _index(stores, user_key)
     for user_key, tenant in gone.items():
@@ -141,6 +158,25 @@ async def _restore(
         await stores.keys.revoke(key.digest, time.time_ns() // 1_000_000)
     await stores.copying.end_restore()
     return len(users), len(valid)
+
+
+async def _erase_if_gone(stores: Stores, user_key: str, gone: dict[str, str], moved: Sequence[UserKeys]) -> bool:
+    """Erase a restored user who was erased under another key, which only the restored profile tells."""
+    profile = None
+    try:
+        profile = await stores.profiles.load(user_key) if moved else None
+    except Unavailable as error:
+        if error.code != "store_corrupt":
+            raise
+    if profile is None:
+        return False
+    for users in moved:
+        both = users.keys(profile.user_id)
+        if user_key in both and not gone.keys().isdisjoint(both):
+            rewrite = await stores.file.request_rewrite(user_key)
+            await stores.profiles.erase(user_key, rewrite.erase_by_ms, rewrite.rewritten_by_ms)
+            return True
+    return False
 
 
 async def _index(stores: Stores, user_key: str) -> None:
@@ -156,10 +192,6 @@ async def _index(stores: Stores, user_key: str) -> None:
         await stores.adapters.add_adapted(user_key, parse_recipe(profile.adapter.recipe).bank)
     if profile and profile.signature and not profile.is_signed(bank := profile.signature.signature.bank):
         await stores.signing(bank).add(user_key)
-
-
-def _check_value(settings: Settings) -> str:
-    return UserKeys(settings.secret.get_secret_value() if settings.secret else None, settings.tenant).check_value
 
 
 def _progress() -> Progress:

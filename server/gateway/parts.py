@@ -103,7 +103,7 @@ async def open_gateway(
     settings: Settings, metrics: Metrics, keys: KnownKeys, tracing: Tracing
 ) -> AsyncIterator[Gateway]:
     """Open every part and close them in reverse order; raise if a part cannot serve."""
-    tenants = Tenants(settings.secret.get_secret_value() if settings.secret else None, settings.tenant)
+    tenants = Tenants(settings.user_secret, settings.tenant)
     embedder = await asyncio.to_thread(lambda: Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir)))
     banks = await asyncio.to_thread(_open_banks, settings.banks, embedder.id)
     engine_key = next(iter(settings.engine_keys), None)
@@ -112,6 +112,7 @@ async def open_gateway(
             stores = await stack.enter_async_context(open_stores(settings, timed=metrics.store, span=tracing.span))
         except ApiError as error:
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
+        await stores.rotation.check()
         await keys.refresh(stores.keys)
         keys.check_host(settings.host)
         if not stores.server.durability.is_durable:
@@ -147,7 +148,7 @@ async def open_gateway(
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
             short, has_signatures = bank.manifest.short, bank.manifest.has_signatures
             profiles = Profiles(
-                stores.profiles,
+                stores.rotation,
                 embedder=embedder,
                 task=bank.task,
                 executor=embedding,
@@ -183,7 +184,7 @@ async def open_gateway(
                     drop=engines.drop,
                 ),
                 exporting=Exporting(
-                    stores.profiles,
+                    stores.rotation,
                     jobs=stores.jobs,
                     feedback=stores.feedback,
                     worth=stores.worth,
@@ -208,7 +209,7 @@ async def open_gateway(
                 learner=learner,
                 tallies=tallies,
                 generator=Generator(
-                    Personalizer(bank, profiles.current_with_epoch, profiles.request_signature),
+                    Personalizer(bank, profiles.find, profiles.request_signature),
                     PromptBuilder(bank.task, engines, histories, settings.queue_timeout_s),
                     engine,
                     engines,

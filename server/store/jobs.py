@@ -205,8 +205,14 @@ class JobStore:
         return [job for job in jobs if job is not None]
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
-        """Cancel a job; return its current record and whether this call ended it."""
-        ended = await self._connection.write(scripts.CANCEL, (keys.job(*job_id),), secrets.token_hex(16))
+        """Cancel a job; return its current record and whether this call ended it.
+
+        Returns no record for a user who has moved to another key.
+        """
+        names = (keys.job(*job_id), keys.epoch(job_id.user_key))
+        ended = await self._connection.write(scripts.CANCEL, names, secrets.token_hex(16))
+        if ended < 0:
+            return None, False
         return await self.job(job_id), bool(ended)
 
     async def samples(self, user_key: str) -> list[bytes]:  # oldest first

@@ -18,6 +18,7 @@ from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis.servers.connection import RedisConnection, Span, Timed, untimed
+from server.store.rotation import Rotation
 from server.store.tenants.access_keys import AccessKeys
 from server.store.tenants.holdings import HoldingStore
 from server.store.tenants.rates import Rates
@@ -41,6 +42,7 @@ class Stores:
     file: AppendOnlyFile
     figures: Callable[[], Awaitable[list[ServerFigures]]]
     copying: StoreCopying
+    rotation: Rotation
 
 
 @asynccontextmanager
@@ -71,6 +73,7 @@ async def open_stores(
             file=AppendOnlyFile(connection),
             figures=partial(read_figures, connection),
             copying=StoreCopying(connection),
+            rotation=Rotation(connection, settings.user_secret),
         )
     finally:
         await connection.close()

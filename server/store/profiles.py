@@ -2,7 +2,8 @@
 
 A request needs only the record; items and vectors are needed for changes. A commit succeeds only if the record has not
 changed since it was read. Erasing a user starts a new *epoch*. Each write names the epoch it saw at its start and is
-refused if the epoch has changed, so writes in progress store nothing of an erased user.
+refused if the epoch has changed, so writes in progress store nothing of an erased user. A user who moved to the key of
+another secret leaves the epoch `><new key> <epoch>` (`rotation.py`), which refuses every write.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.errors import Unavailable, UserErased
 from server.store.durability import corrupt_if_undecodable
@@ -32,6 +33,7 @@ from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.holdings import Held
+from server.store.tenants.user_key import User
 
 TOMBSTONE_S = 7 * 24 * 3600
 UNKNOWN_TOMBSTONE_S = 600  # for an unknown user: longer than the body of any request takes to arrive
@@ -83,8 +85,10 @@ if keys > 0 then
   redis.call('HSET', tombstone, 'jobs', jobs, 'keys', keys, 'rewritten_by', rewritten_by,
     'banks', table.concat(banks, ' '), unpack(counts))
 end
-redis.call('HSET', tombstone, 'epoch', epoch)
+local mark = string.match(redis.call('HGET', tombstone, 'epoch') or '', '^>%w+ ') or ''
+redis.call('HSET', tombstone, 'epoch', mark .. epoch)
 local stays_s = tonumber(keys > 0 and known_s or unknown_s)
+if mark ~= '' then redis.call('HSET', tombstone, 'until_ms', now + stays_s * 1000) end
 if redis.call('TTL', tombstone) < stays_s then redis.call('EXPIRE', tombstone, stays_s) end
 local counted = {'items', 'samples', 'jobs', 'adapters', 'keys', 'feedback'}
 return redis.call('HMGET', tombstone, 'rewritten_by', 'banks', unpack(counted))
@@ -178,17 +182,32 @@ class ProfileStore:
         with corrupt_if_undecodable():
             return Snapshot(
                 version=record or b"",
-                epoch=(epoch or b"").decode(),
+                epoch=split_mark(epoch)[1],
                 profile=decode_profile(record) if record else None,
                 items=_in_order(_pairs(raw_items)),
                 vectors={name.decode(): decode_vector(raw) for name, raw in _pairs(raw_vectors).items()},
             )
 
-    async def load_with_epoch(self, key: str) -> tuple[Profile | None, str]:
-        """Return the profile and the epoch, of one moment."""
+    async def find(self, user: User) -> tuple[User, Profile | None, str]:
+        """Return the user with the key they are stored under, the profile and the epoch, of one moment."""
+        profile, _, epoch = await self._load(user.key)
+        for other in user.keys:
+            if profile or other == user.key:
+                continue
+            profile, moved_to, others_epoch = await self._load(other)
+            if profile or moved_to != user.key:
+                return replace(user, key=other), profile, others_epoch
+            profile, _, epoch = await self._load(user.key)  # the user may have moved since it was read first
+        return user, profile, epoch
+
+    async def moved_to(self, key: str) -> str:
+        """Return the key that a user moved to; empty if the user has not."""
+        return split_mark(await self._connection.run(lambda redis: redis.hget(keys.epoch(key), "epoch")))[0]
+
+    async def _load(self, key: str) -> tuple[Profile | None, str, str]:
         record, epoch = await self._connection.evaluate(_LOAD, (keys.profile(key), keys.epoch(key)))
         with corrupt_if_undecodable():
-            return decode_profile(record) if record else None, (epoch or b"").decode()
+            return decode_profile(record) if record else None, *split_mark(epoch)
 
     async def items(self, key: str) -> Mapping[str, StoredItem]:
         """Return the items by id, oldest first; empty for an unknown user."""
@@ -263,6 +282,13 @@ class ProfileStore:
         arguments = (KEPT_JOBS, TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, secrets.token_hex(8), deadline_ms, rewritten_by_ms)
         answer: list[bytes | None] = await self._connection.write(_ERASE, names, keys.job_prefix(key), *arguments)
         return answer
+
+
+def split_mark(epoch: bytes | None) -> tuple[str, str]:
+    """Return the key that a user moved to, if any, and the epoch in which that was."""
+    text = (epoch or b"").decode()
+    moved_to, _, before = text.removeprefix(">").partition(" ") if text.startswith(">") else ("", "", text)
+    return moved_to, before
 
 
 def _erasure(tombstone: list[bytes | None]) -> Erasure | None:

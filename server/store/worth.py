@@ -164,6 +164,14 @@ class WorthStore:
         for week in await self.weeks(tenant):
             await self._connection.run(methodcaller("srem", keys.people(week, tenant), user_key))
 
+    async def move(self, user_key: str, to: str, tenant: str) -> None:
+        """Note a person under another key, to which their tally has moved, unless they are erased meanwhile."""
+        for week in await self.weeks(tenant):
+            if await self._connection.run(methodcaller("srem", keys.people(week, tenant), user_key)):
+                await self.add_people(week, tenant, [to])
+                if not await self._connection.run(methodcaller("exists", keys.tally(to))):
+                    await self.remove_erased(to, tenant)
+
     async def all_weeks(self) -> list[tuple[int, str]]:
         """Return the weeks, each with a tenant, that have people whose tallies are not folded yet."""
         members = await self._connection.run(methodcaller("smembers", keys.WORTH))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from logging.handlers import WatchedFileHandler
@@ -31,6 +31,7 @@ class Act(StrEnum):
     QUOTA_SET = "quota_set"  # of a tenant
     BACKUP = "backup"
     RESTORE = "restore"
+    SECRET_EXCHANGED = "secret_exchanged"  # outcome `begun`, or `done`: nobody is left under the old one
 
 
 class _PrivateFile(WatchedFileHandler):
@@ -57,8 +58,9 @@ def audit_to(path: Path | None) -> None:
 def note(act: Act, outcome: object, *, tenant: str = "", **who: object) -> None:
     """Add a line, with the current request's id if there is one.
 
-    `outcome` is an HTTP status, or `done`. `who` can have `key` (id of the API key that acts, or `cli`), `user` (a user
-    key), and what the act is about: `of_key`, `bank`, `quota` or `copy` (the start of its SHA-256).
+    `outcome` is an HTTP status, `begun` or `done`; `tenant` is empty for what concerns all. `who` can have `key` (id of
+    the API key that acts, or `cli`), `user` (a user key), and what the act is about: `of_key`, `bank`, `quota` or
+    `copy` (the start of its SHA-256).
     """
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -71,15 +73,17 @@ def note(act: Act, outcome: object, *, tenant: str = "", **who: object) -> None:
     _log.info(json.dumps({name: value for name, value in line.items() if value}, ensure_ascii=False))
 
 
-def read_audit(path: Path, wanted: dict[str, str], since: datetime | None = None) -> Iterator[dict[str, str]]:
-    """Yield the entries of an audit log that have all these values; MtaError names a line that is none."""
+def read_audit(
+    path: Path, wanted: Mapping[str, Collection[str]], since: datetime | None = None
+) -> Iterator[dict[str, str]]:
+    """Yield the entries of an audit log that have one of these values each; MtaError names a line that is none."""
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 entry = _entry(line, path, number)
                 if since and datetime.fromisoformat(entry["time"]) < since:
                     continue
-                if all(entry.get(name) == value for name, value in wanted.items()):
+                if all(entry.get(name) in values for name, values in wanted.items()):
                     yield entry
     except (OSError, UnicodeDecodeError) as error:
         raise MtaError(f"cannot read the audit log {path}: {error}") from error

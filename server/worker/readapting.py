@@ -45,7 +45,7 @@ class ServedBanks:
     def serving_bank(self, user_key: str, user_id: str) -> str | None:
         """Return a user's bank; None if unknown or if no known tenant has the user, e.g. because the secret differs."""
         for tenant in {self.tenant, *(key.tenant for key in self.ring.keys)}:
-            if self.users.users(tenant).key(user_id) == user_key:
+            if user_key in self.users.users(tenant).keys(user_id):
                 return self.ring.banks.get(tenant, self.default_bank)
         return None
 

@@ -21,6 +21,7 @@ from server.store.profile_record import StoredVector
 from server.store.profiles import TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis import keys
+from server.store.rotation import Rotation
 from server.store.samples import Sample
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.holdings import Held
@@ -31,6 +32,7 @@ from tests.support.store_parts import (
     EMBEDDER,
     KEYS,
     LATER_MS,
+    SECRET,
     TENANT,
     StoreParts,
     WorkerSteps,
@@ -242,6 +244,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
     await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
     await parts.keys.note_used(["a digest"], 1)
     await parts.holdings.note(TENANT, {KEYS.key("ada"): Held(people=1)})
+    await Rotation(parts.connection, SECRET).check()
     assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted
     for held in ("running/key-x", "recounted/42", f"gateways/{'0' * 16}"):
         assert await parts.rates.acquire(held, ["it"], 60)

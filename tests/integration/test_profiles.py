@@ -24,6 +24,7 @@ from server.store.profile_record import AdapterNote
 from server.store.profiles import Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis.servers.connection import RedisConnection
+from server.store.rotation import Rotation
 from server.store.tenants.user_key import User, UserKeys
 from tests.support.store_parts import opened
 
@@ -72,7 +73,8 @@ def user() -> User:
 
 
 def profiles(store: ProfileStore, embedder: CountingEmbedder) -> Profiles:
-    return Profiles(store, embedder, get_task("chat"), ThreadPoolExecutor(1), HistoryLimit(64, 1 << 20), MagicMock())
+    rotation, limit = Rotation(store._connection, None), HistoryLimit(64, 1 << 20)
+    return Profiles(rotation, embedder, get_task("chat"), ThreadPoolExecutor(1), limit, MagicMock())
 
 
 def items(*names: str) -> list[Item]:

@@ -112,7 +112,7 @@ class StoreParts:
         before = await self.profiles.read(key)
         assert await self.profiles.commit(key, before.version, put_of(user, text, before), before.epoch)
 
-    async def erase(self, user: str) -> Erasure | None:
+    async def erase(self, user: str, users: UserKeys = KEYS) -> Erasure | None:
         """As the gateway does; there are no engines."""
         erasing = Erasing(
             self.profiles,
@@ -124,7 +124,7 @@ class StoreParts:
             log_file=AppendOnlyFile(self.connection),
             drop=AsyncMock(),
         )
-        return await erasing.erase(KEYS.user(user))
+        return await erasing.erase(users.user(user))
 
 
 @asynccontextmanager

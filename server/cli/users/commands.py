@@ -188,8 +188,7 @@ async def _readapt(settings: Settings, default_bank_folder: Path | None, at_a_ti
             default_bank: str | None = manifest.short
             if manifest.short in ring.banks.values():  # the default bank may be another
                 default_bank = read_manifest(default_bank_folder).short if default_bank_folder else None
-            secret = settings.secret.get_secret_value() if settings.secret else None
-            served = ServedBanks(ring, default_bank, Tenants(secret, settings.tenant), settings.tenant)
+            served = ServedBanks(ring, default_bank, Tenants(settings.user_secret, settings.tenant), settings.tenant)
         budget = JobBudget(settings.job_tokens, settings.job_seconds)
         work = Readapting(stores.jobs, stores.adapters, stores.profiles, manifest, at_a_time, budget, served)
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:

@@ -81,7 +81,9 @@ class Quotas:
         measured, found = dict(islice(self._waiting.items(), _BATCH)), defaultdict[str, dict[str, Held]](dict)
         trains = dict[User, bool]()
         for user in measured:
-            _, found[user.tenant][user.key], trains[user] = await self.profiles.measure(user.key)
+            for key in user.keys or (user.key,):
+                _, found[user.tenant][key], trained = await self.profiles.measure(key)
+                trains[user] = trained or trains.get(user, False)
         await self._note(found)
         for user, admitted in measured.items():
             if self._waiting.get(user) is admitted:  # else they have changed meanwhile
@@ -116,7 +118,7 @@ class Quotas:
             user_id = decode_profile(record).user_id
         except ValueError:  # a damaged record, if there is one
             return [] if record else tenants
-        return [tenant for tenant in tenants if self.users.users(tenant).key(user_id) == user_key]
+        return [tenant for tenant in tenants if user_key in self.users.users(tenant).keys(user_id)]
 
     async def _note(self, found: Mapping[str, Mapping[str, Held]]) -> None:
         for tenant, people in found.items():

@@ -45,7 +45,7 @@ def answer_id(
     kind = _LEVELS.index(level) * len(_ARMS) + _ARMS.index(arm)
     hashed = hashlib.sha256((recipe or "").encode()).digest()[:_RECIPE_BYTES]
     head = this_hour().to_bytes(_HOUR_BYTES) + bytes([kind]) + hashed
-    ending = head + _mac(users, user, epoch, request_id, head)
+    ending = head + _macs(users, user, epoch, request_id, head)[0]
     return f"{request_id}.{base64.urlsafe_b64encode(ending).decode()}"
 
 
@@ -60,7 +60,7 @@ def read_answer_id(users: UserKeys, user: User, epoch: str, text: str) -> Answer
     except (binascii.Error, UnicodeEncodeError):
         raise _unknown(text) from None
     head, mac = ending[:_HEAD_BYTES], ending[_HEAD_BYTES:]
-    if not hmac.compare_digest(mac, _mac(users, user, epoch, request_id, head)):
+    if not any(hmac.compare_digest(mac, made) for made in _macs(users, user, epoch, request_id, head)):
         raise _unknown(text)
     hour, kind = int.from_bytes(head[:_HOUR_BYTES]), head[_HOUR_BYTES]
     if this_hour() - hour > VALID_HOURS:
@@ -69,10 +69,8 @@ def read_answer_id(users: UserKeys, user: User, epoch: str, text: str) -> Answer
     return AnswerNote(request_id, hour, level, arm)
 
 
-def _mac(users: UserKeys, user: User, epoch: str, request_id: str, head: bytes) -> bytes:
-    return users.sign_answer(
-        b"\0".join((head, user.key.encode(), epoch.encode(), request_id.encode("utf-8", "replace")))
-    )
+def _macs(users: UserKeys, user: User, epoch: str, request_id: str, head: bytes) -> list[bytes]:
+    return users.sign_answer(user.id, head, b"\0".join((epoch.encode(), request_id.encode("utf-8", "replace"))))
 
 
 def _unknown(text: str) -> NotFound:

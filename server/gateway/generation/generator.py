@@ -18,6 +18,7 @@ from server.gateway.generation.answer_stream import AnswerStream, SubRequest, sp
 from server.gateway.generation.personalizer import Personalization, Personalizer
 from server.gateway.generation.prompts import PromptBuilder, UserPrompt
 from server.gateway.generation.request import GenerationRequest, LengthLimits
+from server.store.tenants.user_key import User
 from server.watching.logs import request_id
 
 
@@ -54,6 +55,7 @@ class Answer:
     stream: AnswerStream
     timings: Timings  # complete when `pieces` has ended
     limits: Mapping[str, str]  # response headers with the caller's remaining limits
+    user: User | None  # as stored
     epoch: str  # the user's, as the request found it
     learns: bool  # whether the last user message becomes an item
 
@@ -95,7 +97,8 @@ class Generator:
         self.queue.check(request.caller.name, request.patience_s)
         self.limiter.count_body(usage, request.user, lambda: limits.estimate_tokens(request))
         with timings.stage("profile", counts=request.wants_profile):
-            profile, epoch = await self.personalizer.profile(request)
+            user, profile, epoch = await self.personalizer.profile(request)
+            request = replace(request, user=user)
         with timings.stage("recipe", counts=profile):
             candidates = self.personalizer.candidates(request, profile)
         await usage.within_limits()
@@ -122,6 +125,7 @@ class Generator:
                     stream,
                     timings,
                     limits=usage.headers(),
+                    user=user,
                     epoch=epoch,
                     learns=request.learnt is not None,
                 )

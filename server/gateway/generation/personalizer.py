@@ -67,28 +67,30 @@ class Personalization:
 
 
 class Personalizer:
-    """Finds recipes. It knows nothing about a user beyond the profile, which `current` loads."""
+    """Finds recipes. It knows nothing about a user beyond the profile, which `find` loads."""
 
     def __init__(
         self,
         bank: ServingBank,
-        current: Callable[[User], Awaitable[tuple[Profile | None, str]]],
+        find: Callable[[User], Awaitable[tuple[User, Profile | None, str]]],
         request_signature: Callable[[User], Coroutine[Any, Any, None]],
     ) -> None:
         self._bank = bank
-        self._current = current
+        self._find = find
         self._request_signature = request_signature
         self._last_request_s: dict[str, float] = {}
         self._request_tasks: set[asyncio.Task[None]] = set()
 
-    async def profile(self, request: GenerationRequest) -> tuple[Profile | None, str]:
-        """Return the user's profile, None if the user has none or the request needs none; and the user's epoch."""
+    async def profile(self, request: GenerationRequest) -> tuple[User | None, Profile | None, str]:
+        """Return the user as stored, the profile, None if there is none or the request needs none, and the epoch."""
         if request.strength != 1 and not self._bank.manifest.common:
             raise InvalidRequest(
                 f"strength must be 1, got {request.strength}: this bank has no common row to replace the anchors",
                 param="strength",
             )
-        return await self._current(request.user) if request.user and request.wants_profile else (None, "")
+        if request.user is None or not request.wants_profile:
+            return request.user, None, ""
+        return await self._find(request.user)
 
     def candidates(self, request: GenerationRequest, profile: Profile | None) -> tuple[Personalization, ...]:
         """Return the possible personalizations, most personal first; the first one that the engine can serve is used.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 
 from rapidfuzz.distance import Levenshtein
 
@@ -65,6 +66,10 @@ class Feedbacks:
         answer's id; after `refresh_after` of them the user is adapted again. Raises InvalidRequest if the parts
         contradict each other, and UserErased as `Profiles.learn` does.
         """
+        give = partial(self._give, note=note, given=given, epoch=epoch, refresh_after=refresh_after)
+        return await self.profiles.rotation.at(user, give)
+
+    async def _give(self, user: User, note: AnswerNote, given: Given, epoch: str, refresh_after: int) -> Learnt:
         changed, sample = await asyncio.to_thread(_difference, given.final) if given.final else (None, None)
         outcome = given.outcome
         if given.final:

@@ -216,7 +216,7 @@ class AnswerResponse(Response):
     def _after(self, answer: Answer) -> None:
         """Count a complete answer, and learn from the message that it answers."""
         request = self._request
-        user, item = request.user, request.learnt
+        user, item = answer.user, request.learnt
         if user and request.holdout:
             person = Person(user.tenant, user.key, answer.epoch)
             self._parts.tallies.count_answer(person, answer.personalization, request.holdout)

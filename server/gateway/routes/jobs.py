@@ -202,7 +202,7 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     else:
         try:
             if rate_uses:
-                earlier_ids = [earlier.id for earlier in await parts.adapting.jobs.jobs(user.key)]
+                earlier_ids = await parts.adapting.earlier_jobs(user)
             job = await parts.adapting.submit(user, training, epoch)
         finally:
             if job is None or job.id in earlier_ids:  # refused, or a repeated request

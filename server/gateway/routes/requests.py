@@ -107,8 +107,8 @@ class UserRoute(JsonRoute):
     """A route that writes its body to a user, unless the user is erased while the body arrives."""
 
     async def before_body(self, request: Request) -> None:
-        user = user_of(request, request.path_params["user_id"])
-        request.state.epoch = await parts_of(request).profiles.store.epoch(user.key)
+        user, store = user_of(request, request.path_params["user_id"]), parts_of(request).profiles.store
+        request.state.epoch = (await store.find(user))[2] if user.keys else await store.epoch(user.key)
 
 
 class UserSamplesRoute(UserRoute):

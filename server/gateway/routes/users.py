@@ -119,8 +119,9 @@ async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest)
 @router.get("")
 async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     """Return the user's stored data and the anchors of their recipe."""
-    parts, user = parts_of(request), user_of(request, user_id)
-    if (profile := await parts.profiles.current(user)) is None:
+    parts = parts_of(request)
+    user, profile, _ = await parts.profiles.find(user_of(request, user_id))
+    if profile is None:
         raise _unknown(user_id)
     adapter = profile.adapter
     personal = parts.bank.personalise(profile.embedding, profile.evidence)

@@ -60,8 +60,27 @@ class Adapting:
         config, submission = await self._prepare(request, epoch)
         await self.checks.check_template(request.samples)
         await self.checks.check_lengths(submission.samples)
-        stored_samples = await self.jobs.samples(user.key) if request.append else []
+        stored_samples: list[bytes] = []
+        if request.append:
+            read = self.jobs.samples
+            stored_samples = await self.profiles.rotation.at(user, lambda user: read(user.key), writes=False)
         await self.checks.check_budget(config, [*stored_samples, *submission.samples])
+        job = await self.profiles.rotation.at(user, lambda user: self._submit(user, request, submission))
+        if job is None:
+            raise InvalidRequest(
+                f"samples: more than {MAX_SAMPLES} together with the stored samples: send them without `append`",
+                param="samples",
+                code="too_many_samples",
+            )
+        return job
+
+    async def find_duplicate(self, user: User, request: TrainingRequest, epoch: str) -> Job | None:
+        """Return the job that an earlier copy of this request created, or None. Arguments and errors as in `submit`."""
+        _, submission = await self._prepare(request, epoch)
+        find = self.jobs.find_duplicate
+        return await self.profiles.rotation.at(user, lambda user: find(user.key, submission))
+
+    async def _submit(self, user: User, request: TrainingRequest, submission: Submission) -> Job | None:
         # Workers fail a job without a profile, so the profile comes first.
         profile = await self.profiles.current(user)
         is_first = profile is None or profile.adapter is None
@@ -75,33 +94,31 @@ class Adapting:
                     raise
             if profile is None:
                 items = await asyncio.to_thread(_items_from_samples, request.samples, self.task)
-                await self.profiles.add(user, items, epoch)
+                await self.profiles.add(user, items, submission.epoch)
             job = await self.jobs.submit(user.key, submission, MAX_SAMPLES)
         self.profiles.quotas.changed(user)
-        if job is None:
-            raise InvalidRequest(
-                f"samples: more than {MAX_SAMPLES} together with the stored samples: send them without `append`",
-                param="samples",
-                code="too_many_samples",
-            )
         return job
 
-    async def find_duplicate(self, user: User, request: TrainingRequest, epoch: str) -> Job | None:
-        """Return the job that an earlier copy of this request created, or None. Arguments and errors as in `submit`."""
-        _, submission = await self._prepare(request, epoch)
-        return await self.jobs.find_duplicate(user.key, submission)
+    async def earlier_jobs(self, user: User) -> list[JobId]:
+        jobs = await self.profiles.rotation.at(user, lambda user: self.jobs.jobs(user.key), writes=False)
+        return [job.id for job in jobs]
 
     async def job(self, users: UserKeys, job_id: JobId) -> Job:
         """Return a tenant's job; raise NotFound if the tenant has no such job."""
         job, owner = await asyncio.gather(self.jobs.job(job_id), self.profiles.store.load(job_id.user_key))
-        if job is None or owner is None or users.key(owner.user_id) != job_id.user_key:
+        if job is None and (moved_to := await self.profiles.store.moved_to(job_id.user_key)):
+            return await self.job(users, JobId(moved_to, job_id.number))
+        if job is None or owner is None or job_id.user_key not in users.keys(owner.user_id):
             raise _unknown_job(job_id)
         return job
 
     async def cancel(self, users: UserKeys, job_id: JobId) -> Job:
         """Cancel a job; a running job stops at its next training step. Raise Conflict if the job has already ended."""
-        await self.job(users, job_id)
+        job_id = (await self.job(users, job_id)).id
         job, ended = await self.jobs.cancel(job_id)
+        if job is None and (moved_to := await self.profiles.store.moved_to(job_id.user_key)):
+            await self.profiles.rotation.move(job_id.user_key, moved_to, users.tenant)
+            return await self.cancel(users, JobId(moved_to, job_id.number))
         if job is None:
             raise _unknown_job(job_id)
         if not ended:

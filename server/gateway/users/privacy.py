@@ -6,7 +6,7 @@ import asyncio
 import base64
 import secrets
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from server.store.opening import Stores
 from server.store.profile_record import AdapterNote, Profile
 from server.store.profiles import Erasure, ProfileStore
 from server.store.queue import UserQueue
+from server.store.rotation import Rotation
 from server.store.samples import decode_sample
 from server.store.tenants.user_key import User
 from server.store.worth import WorthStore, monday
@@ -32,7 +33,7 @@ from server.store.worth import WorthStore, monday
 
 @dataclass
 class Exporting:
-    profiles: ProfileStore
+    rotation: Rotation
     jobs: JobStore
     feedback: FeedbackStore
     worth: WorthStore
@@ -45,8 +46,11 @@ class Exporting:
 
         Raises UserErased if the user is erased during the export.
         """
-        key = user.key
-        snapshot = await self.profiles.read(key)
+        return await self.rotation.at(user, lambda user: self._export(user.key, job_answer), writes=False)
+
+    async def _export(self, key: str, job_answer: Callable[[Job], dict[str, Any]]) -> Iterator[bytes] | None:
+        profiles = self.rotation.profiles
+        snapshot = await profiles.read(key)
         profile = snapshot.profile
         if profile is None:
             return None
@@ -56,7 +60,7 @@ class Exporting:
         tally = await self.worth.tally(key)
         note = profile.adapter
         stored = await self.adapters.adapter(UserAdapterId(key, note.id)) if note else None
-        if await self.profiles.epoch(key) != snapshot.epoch:
+        if await profiles.epoch(key) != snapshot.epoch:
             raise UserErased
         complete, says = await asyncio.to_thread(self._load, stored) if stored else (None, "it is no longer stored")
         placeholder = secrets.token_hex()  # random, so that no text of the user's contains it
@@ -109,16 +113,22 @@ class Erasing:
         """Erase a user; return None if the store has neither data nor an erasure record of the user.
 
         Every step is idempotent: a repeated DELETE finishes one that failed half-way and returns the same answer. An
-        unreachable engine needs no retry: engines check every adapter they hold against the store.
+        unreachable engine needs no retry: engines check every adapter they hold against the store. While there are two
+        secrets, the user may move from either key to the other between two steps: so the first is erased twice.
         """
-        key = user.key
+        places = (*user.keys, user.keys[0]) if user.keys else (user.key,)
+        known = list(filter(None, [await self._erase(key, user.tenant) for key in places]))
+        until_ms = max((erasure.rewritten_by_ms for erasure in known), default=0)
+        return replace(max(known, key=lambda erasure: erasure.erased.keys), rewritten_by_ms=until_ms) if known else None
+
+    async def _erase(self, key: str, tenant: str) -> Erasure | None:
         is_unknown, erasure = await self.profiles.erase_if_unknown(key)
         if not is_unknown:
             rewrite = await self.log_file.request_rewrite(key)
             erasure = await self.profiles.erase(key, rewrite.erase_by_ms, rewrite.rewritten_by_ms)
         if erasure is None:
             return None
-        await leave_shared_keys(self, key, user.tenant, (self.bank, *erasure.banks))
+        await leave_shared_keys(self, key, tenant, (self.bank, *erasure.banks))
         if erasure.erased.adapters:
             task = asyncio.create_task(self.drop(key))
             self._dropping.add(task)

@@ -36,6 +36,7 @@ from server.store.profile_record import (
 )
 from server.store.profiles import Change, ProfileStore, Snapshot
 from server.store.queue import UserQueue
+from server.store.rotation import Rotation
 from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User
 
@@ -74,7 +75,7 @@ class ProfileUpdate:
 
 @dataclass
 class Profiles:
-    store: ProfileStore
+    rotation: Rotation  # finds users while there are two secrets
     embedder: Embedder
     task: Task
     executor: Executor  # the embedder's threads
@@ -84,16 +85,20 @@ class Profiles:
     no_evidence: Signature | None = None  # an empty signature for this bank, likewise
     _refreshing: dict[str, asyncio.Task[Profile | None]] = field(default_factory=dict)
 
+    @property
+    def store(self) -> ProfileStore:
+        return self.rotation.profiles
+
     async def current(self, user: User) -> Profile | None:
         """Return the profile, embedded by the current embedder; None for an unknown user."""
-        return (await self.current_with_epoch(user))[0]
+        return (await self.find(user))[1]
 
-    async def current_with_epoch(self, user: User) -> tuple[Profile | None, str]:
-        """Return what `current` returns and the user's epoch."""
-        profile, epoch = await self.store.load_with_epoch(user.key)
+    async def find(self, user: User) -> tuple[User, Profile | None, str]:
+        """Return the user as stored, what `current` returns, and the user's epoch."""
+        user, profile, epoch = await self.store.find(user)
         if profile is None:
-            return None, epoch
-        return profile.with_embedder(self.embedder.id) or await self._refresh_once(user), epoch
+            return user, None, epoch
+        return user, profile.with_embedder(self.embedder.id) or await self._refresh_once(user), epoch
 
     async def replace(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
         """Replace the history with these items, oldest first; `epoch` is the user's epoch at the time of the request.
@@ -142,6 +147,11 @@ class Profiles:
         epoch: str | None = None,
         *,
         often: bool = False,
+    ) -> ProfileUpdate:
+        return await self.rotation.at(user, lambda user: self._change_at(user, apply, epoch, often=often))
+
+    async def _change_at(
+        self, user: User, apply: Callable[[StoredItems], StoredItems], epoch: str | None, *, often: bool
     ) -> ProfileUpdate:
         """Read, apply, embed new items, and commit; start over if another request commits first."""
         key = user.key

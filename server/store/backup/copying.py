@@ -70,6 +70,8 @@ class StoreCopying:
         """
         if await self._unfinished():
             raise MtaError("the store is only half restored: finish `mta restore` before a copy is made")
+        if (secret := await self._secret()).get(b"from"):
+            raise MtaError("users move to another MTA_SECRET: make the copy when `mta secret rotate` has ended")
         servers, before = await self._primaries()
         users: set[str] = set()
         shared: set[str] = set()
@@ -79,14 +81,21 @@ class StoreCopying:
         # Shared keys are read first: counts that leave a user's tally for the sums meanwhile are not counted twice.
         of_all = [await self._dump([name]) for name in shared]
         done = 0
-        for batch in _batches(users, AT_ONCE):
+        for batch in batches(users, AT_ONCE):
             for entry in filter(None, await asyncio.gather(*map(self._dump_user, batch))):
                 yield entry
             progress(done := done + len(batch), len(users))
         if (await self._primaries())[1] != before:
             raise MtaError("servers of the store were replaced or restarted, or keys moved: make the copy again")
+        if await self._secret() != secret:
+            raise MtaError("`mta secret rotate` has begun meanwhile: make the copy again when it has ended")
         for entry in filter(None, of_all):
             yield entry
+
+    async def users_with(self, kind: Callable[[str], str]) -> set[str]:
+        """Return the users that have a key of this kind, but for those who come or go meanwhile."""
+        servers, _ = await self._primaries()
+        return {user async for name in self._names(servers, kind("*")) if (user := keys.user_of(name))}
 
     async def begin_restore(self, copy: str) -> None:
         """Mark the store as incomplete; raise `MtaError` unless it is empty, or this copy was begun here before."""
@@ -108,7 +117,7 @@ class StoreCopying:
     async def write(self, entries: Iterable[Entry]) -> AsyncIterator[int]:
         """Write entries, and yield the number written so far; raise `MtaError` if the server refuses one."""
         written = 0
-        for batch in _batches(entries, WRITTEN_AT_ONCE):
+        for batch in batches(entries, WRITTEN_AT_ONCE):
             await asyncio.gather(*map(self._restore, batch))
             yield (written := written + len(batch))
 
@@ -128,6 +137,10 @@ class StoreCopying:
         if refusal:
             raise MtaError(f"the store does not take {entry[0][0]}: {refusal.decode()}. Is its server older?")
 
+    async def _secret(self) -> dict[bytes, bytes]:
+        found: dict[bytes, bytes] = await self._connection.run(lambda redis: redis.hgetall(keys.SECRET))
+        return found
+
     async def _unfinished(self) -> str:
         return (await self._connection.run(lambda redis: redis.get(keys.RESTORING)) or b"").decode()
 
@@ -139,10 +152,10 @@ class StoreCopying:
                     "empty this one (FLUSHALL)"
                 )
 
-    async def _names(self, servers: Iterable[StoreServer]) -> AsyncIterator[str]:
+    async def _names(self, servers: Iterable[StoreServer], pattern: str = "mta:*") -> AsyncIterator[str]:
         """Yield the names of all keys that belong to a copy; a name may come twice."""
         for server in servers:
-            async for names in self._connection.names(server, "mta:*", 1000):
+            async for names in self._connection.names(server, pattern, 1000):
                 for name in filter(keys.is_copied, names):
                     yield name
 
@@ -170,7 +183,7 @@ class StoreCopying:
         return found, facts
 
 
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch

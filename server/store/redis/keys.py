@@ -13,7 +13,8 @@ Per user (`server/store/tenants/user_key.py`)::
     mta:{<user key>}:adapter    hash    id, recipe, sha256, raw                             - (temporary: as given)
     mta:{<user key>}:jobs       hash    `last` → number of the newest job                   -
     mta:{<user key>}:job:<n>    hash    a job's record (`server/store/jobs.py`)             20 jobs later
-    mta:{<user key>}:epoch      hash    tombstone: `epoch`, and what the erasure removed    7 days (unknown: 10 min)
+    mta:{<user key>}:epoch      hash    tombstone: `epoch`, and what the erasure removed;   7 days (unknown: 10 min)
+                                        of a user who has another key now (`rotation.py`)   30 days
 
 Per queue (`server/store/queue.py`), `jobs:<bank>` or `sign:<bank>`; these keys and the shared ones do not expire::
 
@@ -32,6 +33,7 @@ Shared by all users::
     mta:{rewrite}:<server>    hash    the same, per server if there are several
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`,
                                       `quota:<tenant>` → JSON; `revision` and `ring` (a random id) of the whole set
+    mta:{access}:secret       hash    `in`: keyed hash of the MTA_SECRET that keys users, `from`: of the one they leave
     mta:{access}:used         hash    SHA-256 of an API key → hour of its last use, since 1970
     mta:{restore}             string  SHA-256 of the copy whose restore has not ended (`server/store/backup/`)
 
@@ -62,6 +64,7 @@ WORTH = "mta:worth"
 REWRITE = "mta:{rewrite}"
 ACCESS_KEYS = "mta:{access}:keys"
 USED_KEYS = "mta:{access}:used"
+SECRET = "mta:{access}:secret"
 RESTORING = "mta:{restore}"
 _LEFT_OUT = re.compile(r"mta:(\{rewrite\}|\{restore\}|rates:|held:|use:|adapted:)")
 _OF_USER = re.compile(r"mta:\{([a-z2-7]{26})\}:")
@@ -78,7 +81,10 @@ feedback, learned, tally = _of_user("feedback"), _of_user("learned"), _of_user("
 
 
 def of_user(user_key: str) -> list[str]:
-    """Return the names of all keys that a user can have, but for job records; the first is `jobs`."""
+    """Return the names of all keys that a user can have, but for job records.
+
+    Scripts count on `jobs`, `profile` and `items` at the beginning, and on `adapter` and `epoch` at the end.
+    """
     kinds = (jobs, profile, items, vectors, samples, feedback, learned, tally, adapter, epoch)
     return [name(user_key) for name in kinds]
 

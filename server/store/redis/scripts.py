@@ -7,9 +7,9 @@ nothing and returns the same answer, but it repeats the write, because Redis wai
 _PRELUDE = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local function erased_since(key, seen)  -- false again once the tombstone expires
+local function erased_since(key, seen)  -- false again once the tombstone expires; true once the user left the key
   local epoch = redis.call('HGET', key, 'epoch')
-  return epoch and epoch ~= seen
+  return epoch and (epoch ~= seen or string.sub(epoch, 1, 1) == '>')
 end
 """
 
@@ -24,7 +24,8 @@ def oom_script(body: str) -> str:
     return "#!lua flags=allow-oom" + script(body)
 
 
-def _job_script(body: str) -> str:
+def job_script(body: str) -> str:
+    """Return a script like `script` that knows whether a job is open, and its lease."""
     return script(_JOB + body)
 
 
@@ -47,7 +48,7 @@ end
 
 # KEYS: jobs, samples, epoch. ARGV: JSON (`JobStore.submit`), then the samples. Returns the job's number, 0 for too many
 # samples, -1 if the user was erased, -2 if the deadline has passed.
-SUBMIT = _job_script("""
+SUBMIT = job_script("""
 local given = cjson.decode(ARGV[1])
 if erased_since(KEYS[3], given.epoch) then return -1 end
 
@@ -102,16 +103,17 @@ return found
 
 # KEYS: jobs. ARGV: prefix of job names. Returns number, state, bank and remaining lease time (ms) of the user's newest
 # job; nothing for a user without jobs.
-OPEN_JOB = _job_script("""
+OPEN_JOB = job_script("""
 local last = redis.call('HGET', KEYS[1], 'last')
 if not last then return {} end
 local state, bank = unpack(redis.call('HMGET', ARGV[1] .. last, 'state', 'bank'))
 return {last, state, bank, lease_left(ARGV[1] .. last)}
 """)
 
-# KEYS: job. Returns whether this call ended it.
-CANCEL = _job_script("""
+# KEYS: job, epoch. Returns whether this call ended it, -1 if the user left this key.
+CANCEL = job_script("""
 local token = ARGV[1]
+if erased_since(KEYS[2], redis.call('HGET', KEYS[2], 'epoch')) then return -1 end
 local state, ended_by = unpack(redis.call('HMGET', KEYS[1], 'state', 'ended_by'))
 if not is_open(KEYS[1]) then
   if state then redis.call('HSET', KEYS[1], 'state', state) end
@@ -123,7 +125,7 @@ return 1
 """)
 
 # KEYS: job. Returns whether the caller holds the lease now.
-CLAIM = _job_script("""
+CLAIM = job_script("""
 local token, lease_ms, max_tries, error = unpack(ARGV)
 if not is_open(KEYS[1]) then return 0 end
 if redis.call('HGET', KEYS[1], 'lease') == token then return 1 end
@@ -159,7 +161,7 @@ return 1
 
 # KEYS: job; to promote an adapter also record, adapter, epoch. ARGV: JSON (`_outcome` in `jobs.py`); to promote also
 # the adapter's fields in it, the expected record, the new one, the adapter's bytes. Returns whether all was written.
-END = _job_script("""
+END = job_script("""
 local given = cjson.decode(ARGV[1])
 if redis.call('HGET', KEYS[1], 'ended_by') == given.token then
   redis.call('HSET', KEYS[1], 'ended_by', given.token)

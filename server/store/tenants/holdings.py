@@ -56,6 +56,9 @@ class HoldingStore:
             told += (user_key, f"{held['bytes']} {held['adapters']}" if held["people"] else "")
         await self._connection.evaluate(_NOTE, (keys.count(tenant),), *told)
 
+    async def is_counted(self, tenant: str) -> bool:
+        return bool(await self._connection.run(methodcaller("exists", keys.count(tenant))))
+
     async def count(self, tenant: str, quota: Quota) -> Held:
         """Return what a tenant holds, and the `tokens` of its quota that are used."""
         fields = ("people", "bytes", "adapters")

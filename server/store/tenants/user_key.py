@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,6 +14,7 @@ from adapters.errors import MtaError
 
 MAX_USER_ID_BYTES = 256
 MIN_SECRET_BYTES = 16
+MAX_SECRETS = 2
 _FORBIDDEN = frozenset("/\\{}")
 _UNDECODABLE = "\ufffd"  # replaces percent-encoded bytes that are not UTF-8 when the path is decoded
 
@@ -38,45 +40,42 @@ class User:
     id: str  # as sent by the app, validated
     key: str  # keyed hash of the id: 26 base32 characters (128 bits), the alphabet of recipe names
     tenant: str
+    keys: tuple[str, ...] = ()  # by each secret, while there are two: the user is stored under one of them
 
 
 class UserKeys:
     """Computes the user keys of one tenant; the same id is a different user in each tenant.
 
-    The secret must never change: without it users cannot be found again. Raises `MtaError` if secret or tenant is
-    invalid.
+    `secret` is MTA_SECRET. Without a user's secret the user cannot be found again, so a secret is only ever exchanged
+    (`server/store/rotation.py`). Raises `MtaError` if secret or tenant is invalid.
     """
 
     def __init__(self, secret: str | None, tenant: str) -> None:
-        if secret is None or len(secret.encode()) < MIN_SECRET_BYTES:
-            given = "not set" if secret is None else f"shorter than {MIN_SECRET_BYTES} bytes"
-            raise MtaError(
-                f"MTA_SECRET is {given}: it keys the hash of user ids. Set it to the same long random text for all "
-                "gateways, e.g. from `openssl rand -hex 32`, and keep it"
-            )
+        self._secrets = secrets_of(secret)
         if "\0" in tenant or not tenant:
             raise MtaError(f"a tenant (MTA_TENANT) must have a name without NUL, got {tenant!r}")
-        self._secret = secret.encode()
-        self._tenant = tenant
+        self.tenant = tenant
         # Salt for this tenant's prefix cache in vLLM: cache timing then reveals nothing to other tenants.
-        self.cache_salt = self._digest(f"\0cache salt\0{tenant}")  # no user's key: no tenant is empty
-        self.check_value = self._digest("\0check")  # recognises the secret
-        self._answer_key = hmac.digest(self._secret, f"\0answers\0{tenant}".encode(), hashlib.sha256)
+        self.cache_salt = _digest(self._secrets[0], f"\0cache salt\0{tenant}")  # no user's key: no tenant is empty
+        answers = f"\0answers\0{tenant}".encode()
+        self._answer_keys = [hmac.digest(secret, answers, hashlib.sha256) for secret in self._secrets]
 
     def user(self, user_id: str) -> User:
-        return User(user_id, self.key(user_id), self._tenant)
+        keys = self.keys(user_id)
+        return User(user_id, keys[0], self.tenant, keys if len(keys) > 1 else ())
 
-    def key(self, user_id: str) -> str:
-        """Return a user's key. Ids are normalised to Unicode NFC: `é` may be sent as one character or two."""
-        return self._digest(f"{self._tenant}\0{unicodedata.normalize('NFC', user_id)}")
+    def key(self, user_id: str) -> str:  # by the first secret
+        return self.keys(user_id)[0]
 
-    def sign_answer(self, signed: bytes) -> bytes:
-        """Return a MAC of 16 bytes for what the id of an answer says, valid within this tenant."""
-        return hmac.digest(self._answer_key, signed, hashlib.sha256)[:16]
+    def keys(self, user_id: str) -> tuple[str, ...]:
+        """Return a user's key by each secret. `é` may be sent as one character or two: ids are in Unicode NFC."""
+        text = f"{self.tenant}\0{unicodedata.normalize('NFC', user_id)}"
+        return tuple(_digest(secret, text) for secret in self._secrets)
 
-    def _digest(self, text: str) -> str:
-        digest = hmac.digest(self._secret, text.encode(), hashlib.sha256)
-        return base64.b32encode(digest[:16]).decode().rstrip("=").lower()
+    def sign_answer(self, user_id: str, head: bytes, rest: bytes) -> list[bytes]:
+        """Return MACs of 16 bytes for what the id of an answer says, valid within this tenant, by each secret."""
+        signed = [b"\0".join((head, key.encode(), rest)) for key in self.keys(user_id)]
+        return [hmac.digest(*pair, hashlib.sha256)[:16] for pair in zip(self._answer_keys, signed, strict=True)]
 
 
 class Tenants:
@@ -85,3 +84,30 @@ class Tenants:
     def __init__(self, secret: str | None, tenant: str) -> None:
         self.users = cache(lambda tenant: UserKeys(secret, tenant))
         self.users(tenant)
+
+
+def secrets_of(secret: str | None) -> Sequence[bytes]:
+    """Return the secrets in MTA_SECRET: one, or `NEW,OLD`. Raises `MtaError` if one is too short to be a secret."""
+    found = [] if secret is None else [part.encode() for part in secret.split(",")]
+    if not found or min(map(len, found)) < MIN_SECRET_BYTES:
+        given = f"shorter than {MIN_SECRET_BYTES} bytes" if found else "not set"
+        raise MtaError(
+            f"MTA_SECRET is {given}: it keys the hash of user ids. Set it to the same long random text for all "
+            "gateways, e.g. from `openssl rand -hex 32`, and keep it"
+        )
+    if len(found) > MAX_SECRETS or len(set(found)) < len(found):
+        raise MtaError(
+            f"MTA_SECRET holds {len(found)} secrets, {len(set(found))} of them different: set one, or `NEW,OLD` while "
+            "it is exchanged (`mta secret rotate`)"
+        )
+    return found
+
+
+def check_values(secret: str | None) -> list[str]:
+    """Return keyed hashes by which the secrets in MTA_SECRET are recognised. Raises `MtaError` as `secrets_of` does."""
+    return [_digest(each, "\0check") for each in secrets_of(secret)]
+
+
+def _digest(secret: bytes, text: str) -> str:
+    digest = hmac.digest(secret, text.encode(), hashlib.sha256)
+    return base64.b32encode(digest[:16]).decode().rstrip("=").lower()

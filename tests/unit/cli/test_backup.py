@@ -25,7 +25,7 @@ from server.store.backup.folder import (
     user_of,
     write_copy,
 )
-from server.store.tenants.user_key import UserKeys
+from server.store.tenants.user_key import check_values
 from server.watching.audit import audit_to
 
 SECRET, USER = "a secret of sixteen bytes", "a" * 26
@@ -45,7 +45,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for entry in ENTRIES:
             yield entry
 
-    check_value = UserKeys(SECRET, "any tenant").check_value
+    check_value = check_values(SECRET)[0]
     return asyncio.run(write_copy(tmp_path / "copies", entries(), check_value, lambda: "valkey 9.1.0"))[0]
 
 
@@ -131,7 +131,8 @@ def test_what_the_logs_say_counts_from_shortly_before_the_copy(
         *(("erase", 1, "200", "erased"), ("erase", 1, "404", "unknown"), ("erase", 2, "503", "perhaps erased")),
         *(("key_revoked", 3, "done", "0" * 12), ("key_created", 3, "done", "1" * 12), ("export", 4, "200", "x")),
     )
-    gone, revoked = _since(manifest, [rotated, newest])
+    gone, revoked, exchanged = _since(manifest, [rotated, newest])
+    assert not exchanged
     assert gone == dict.fromkeys(("perhaps before", "erased", "perhaps erased"), "acme")
     assert revoked == {"0" * 12}
     told = capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""`mta secret`: exchange the secret that keys user ids."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from adapters.errors import MtaError
+from server.cli.keys import Data, store_settings
+from server.settings import Settings
+from server.store.tenants.user_key import UserKeys, secrets_of
+from server.watching.audit import Act, note
+
+if TYPE_CHECKING:
+    from server.store.rotation import Sweep
+
+SETTLE_S = 10.0  # a request that began before may still store somebody under the old secret
+PAUSE_S = 1.0  # between two passes over the store
+
+app = typer.Typer(help="The secret that keys user ids, MTA_SECRET.", no_args_is_help=True)
+
+
+@app.callback()
+def secret() -> None:
+    """Keep the only command a command of its own."""
+
+
+@app.command()
+def rotate(
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another tenant that has users; may be repeated.", show_default="those with a key, MTA_TENANT"
+        ),
+    ] = None,
+    forget: Annotated[
+        bool,
+        typer.Option("--forget", help="Remove ratings of people of whom nothing else is stored, not even an id."),
+    ] = False,
+    data: Data = None,
+) -> None:
+    """Move all users from the old secret in MTA_SECRET, `NEW,OLD`, to the new one, while requests run.
+
+    Before, restart every gateway with both. To continue an interrupted run, run the command again. At the end it says
+    whether OLD can be taken away.
+    """
+    settings = store_settings(data)
+    if len(secrets_of(settings.user_secret)) < 2:
+        raise MtaError("MTA_SECRET holds one secret: set `NEW,OLD`, restart every gateway with it, and then run this")
+    from server.errors import Unavailable
+
+    try:
+        asyncio.run(_rotate(settings, tenant or [], forget=forget))
+    except Unavailable as error:
+        raise MtaError(f"{error.explained}. Run the command again: it goes on where it stopped") from error
+
+
+async def _rotate(settings: Settings, tenants: list[str], *, forget: bool) -> None:
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from server.store.opening import open_stores
+
+    async with open_stores(settings) as stores:
+        rotation, ring = stores.rotation, await stores.keys.all()
+        await rotation.check()
+        names = sorted({settings.tenant, *tenants, *(key.tenant for key in ring.keys)})
+        users = [UserKeys(settings.user_secret, name) for name in names]
+        settled_s = time.monotonic() + (SETTLE_S if await rotation.begin() else 0)
+        note(Act.SECRET_EXCHANGED, "begun", key="cli")
+        moved = 0
+        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
+            task = progress.add_task("moving users")
+
+            def show(sweep: Sweep) -> None:
+                waits = f", {sweep.busy} when their training ends" if sweep.busy else ""
+                progress.update(task, description=f"moving users: {moved + sweep.moved}{waits}")
+
+            while True:
+                is_last = time.monotonic() >= settled_s
+                sweep = await rotation.sweep(users, show)
+                moved += sweep.moved
+                if is_last and not sweep.moved and not sweep.busy:
+                    break
+                await asyncio.sleep(PAUSE_S)
+        typer.echo(f"{moved} users moved to the new secret")
+        if sweep.strange:
+            raise MtaError(
+                f"{sweep.strange} users belong to none of the tenants {', '.join(names)}, or their record cannot be "
+                "read: keep OLD, and name their tenant with --tenant"
+            )
+        nameless = await rotation.nameless(forget=forget)
+        if nameless and not forget:
+            raise MtaError(
+                f"ratings by people of whom nothing else is stored: {nameless}. They move when these people write: "
+                "keep OLD until then, or remove them with --forget"
+            )
+        await rotation.end()
+        note(Act.SECRET_EXCHANGED, "done", key="cli")
+        typer.echo("nobody is left under the old secret: take OLD away from MTA_SECRET, and restart the gateways")

@@ -1,0 +1,306 @@
+"""The exchange of MTA_SECRET: users move from their key by one secret to their key by the other, while requests run.
+
+A move has four steps, each atomic and safe to repeat by several processes at once. The keys may lie on two servers.
+
+1. The old key gets a mark (`split_mark` in `profiles.py`): from now on it refuses every write. Its data is read.
+2. The data is written to the new key, unless that was erased since before the first step. Now the user is there.
+3. The shared sets and the queue get the new key.
+4. The old key loses its data. Items and adapter stay for requests in progress; the mark answers for the ids of jobs.
+
+Until step 2 the user is read at the old key, and whoever wants to write finishes the move first. Where new users are
+stored, and to which key users move, says the store, not the order of secrets that a process happens to have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import methodcaller
+from typing import TypeVar
+
+from adapters.errors import MtaError
+from adapters.recipe import bank_of
+from server.errors import Unavailable, UserErased
+from server.store.adapters import AdapterStore
+from server.store.backup.copying import AT_ONCE, StoreCopying, batches
+from server.store.jobs import KEPT_JOBS
+from server.store.profiles import ProfileStore
+from server.store.queue import UserQueue
+from server.store.redis import keys
+from server.store.redis.scripts import job_script, script
+from server.store.redis.servers.connection import RedisConnection
+from server.store.tenants.holdings import Held, HoldingStore
+from server.store.tenants.user_key import User, UserKeys, check_values
+from server.store.worth import WorthStore
+
+T = TypeVar("T")
+
+MARK_S = 30 * 24 * 3600
+ARRIVE_MS = 60_000  # a copy is written by then or not at all: far less than the tombstone of an erasure stays
+GRACE_MS = 120_000  # requests in progress read items and adapter at the old key for this long
+MAX_TRIES = 8  # moves of a user who is erased again and again meanwhile
+_IN, _FROM, _SINCE = "in", "from", "since"
+
+# KEYS of the scripts: `keys.of_user`, the last is `epoch`.
+
+# ARGV: new key, expiry of the mark (s), time for `_ARRIVE` (ms), prefix of job names, number of kept jobs. Returns
+# `busy` while a worker holds the user's job, `moved` if nothing is left to move; else `left`, the bank of an open job,
+# and what `_ARRIVE` needs to know.
+_LEAVE = job_script("""
+local target, mark_s, within, prefix, kept = unpack(ARGV)
+local left = KEYS[#KEYS]
+local epoch, moved, until_ms = unpack(redis.call('HMGET', left, 'epoch', 'moved', 'until_ms'))
+if moved then return {'moved'} end
+local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
+if string.sub(epoch or '', 1, 1) ~= '>' then
+  if lease_left(prefix .. last) > 0 then return {'busy'} end
+  local ttl = redis.call('PTTL', left)
+  until_ms = ttl > 0 and now + ttl or 0
+  redis.call('HSET', left, 'epoch', '>' .. target .. ' ' .. (epoch or ''), 'until_ms', until_ms)
+end
+redis.call('EXPIRE', left, mark_s)
+local bank = is_open(prefix .. last) and redis.call('HGET', prefix .. last, 'bank') or ''
+local tombstone = cjson.encode(redis.call('HGETALL', left))
+local found = {'left', bank, now + within, tombstone, math.max(0, until_ms - now)}
+local function take(place, key)
+  local raw, ttl, n = redis.call('DUMP', key), math.max(0, redis.call('PTTL', key)), #found
+  if raw then found[n + 1], found[n + 2], found[n + 3] = place, ttl, raw end
+end
+for place = 1, #KEYS - 1 do take('k' .. place, KEYS[place]) end
+for number = math.max(1, last - kept), last do take('j' .. number, prefix .. number) end
+return found
+""")
+
+# ARGV: epoch of this key before step 1, prefix of job names, deadline (ms), fields of the old key's epoch (JSON) and
+# their expiry (ms; 0: none), and of each key its place in KEYS or the number of its job, its expiry and its content.
+# Returns whether the user is here now.
+_ARRIVE = script("""
+local before, prefix, until_ms, tombstone, expiry = unpack(ARGV)
+local here, data = KEYS[#KEYS], {unpack(KEYS, 1, #KEYS - 1)}
+if now > tonumber(until_ms) or (redis.call('HGET', here, 'epoch') or '') ~= before then return 0 end
+if string.sub(before, 1, 1) == '>' then
+  redis.call('DEL', unpack(data))  -- what stayed here of a user who moved away and comes back
+elseif redis.call('EXISTS', unpack(data)) > 0 then  -- of an earlier call
+  local record = redis.call('GET', KEYS[2])
+  if record then redis.call('SET', KEYS[2], record) end
+  return 1
+end
+for i = 6, #ARGV, 3 do
+  local kind, number = string.match(ARGV[i], '^(%a)(%d+)$')
+  local key = kind == 'j' and prefix .. number or KEYS[tonumber(number)]
+  redis.call('RESTORE', key, ARGV[i + 1], ARGV[i + 2], 'REPLACE')
+end
+redis.call('DEL', here)
+if tonumber(expiry) > 0 then
+  redis.call('HSET', here, unpack(cjson.decode(tombstone)))
+  redis.call('HSET', here, 'epoch', string.match(redis.call('HGET', here, 'epoch'), ' (.*)$'))
+  redis.call('HDEL', here, 'until_ms')
+  redis.call('PEXPIRE', here, expiry)
+end
+return 1
+""")
+
+# ARGV: time for requests in progress (ms), prefix of job names, number of kept jobs.
+_CLEAR = script("""
+local grace, prefix, kept = unpack(ARGV)
+local left = KEYS[#KEYS]
+local epoch, ttl = redis.call('HGET', left, 'epoch'), redis.call('PTTL', left)
+if epoch then
+  redis.call('DEL', left)
+  redis.call('HSET', left, 'epoch', epoch, 'moved', 1)
+  redis.call('PEXPIRE', left, ttl)
+end
+local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
+for number = math.max(1, last - kept), last do redis.call('DEL', prefix .. number) end
+redis.call('PEXPIRE', KEYS[3], grace)
+redis.call('PEXPIRE', KEYS[#KEYS - 1], grace)
+for place = 1, #KEYS - 1 do
+  if place ~= 3 and place ~= #KEYS - 1 then redis.call('DEL', KEYS[place]) end
+end
+return 1
+""")
+
+# KEYS: the record of the secret. ARGV: check values of the new one and the old one. Returns whether it is news, or -1
+# while users still move from the new one to the old one.
+_BEGIN = script("""
+local of_new, of_old = unpack(ARGV)
+if redis.call('HGET', KEYS[1], 'from') == of_new then return -1 end
+local news = redis.call('HGET', KEYS[1], 'in') ~= of_new
+redis.call('HSET', KEYS[1], 'in', of_new, 'from', of_old)
+if news then redis.call('HSET', KEYS[1], 'since', now) end
+return news and 1 or 0
+""")
+
+
+@dataclass(slots=True)
+class Sweep:
+    """Numbers of users that one pass over the store found under the second secret, or under neither."""
+
+    moved: int = 0
+    busy: int = 0  # they stay until their training ends
+    strange: int = 0  # of no known tenant, or with a record that this version cannot read
+
+
+class Rotation:
+    """Finds users under the secrets in MTA_SECRET, and moves them. Methods raise `Unavailable` as the stores do.
+
+    While there is one secret, `at` reads nothing.
+    """
+
+    def __init__(self, connection: RedisConnection, secret: str | None) -> None:
+        self.profiles = ProfileStore(connection)
+        self._connection = connection
+        self._adapters = AdapterStore(connection)
+        self._worth = WorthStore(connection)
+        self._holdings = HoldingStore(connection)
+        self._copying = StoreCopying(connection)
+        self._secret = secret
+
+    @cached_property
+    def _known(self) -> list[str]:  # in the order of `User.keys`
+        return check_values(self._secret)
+
+    async def check(self) -> str:
+        """Return the check value of the secret that keys new users; the first one of a store is recorded.
+
+        Raises `MtaError` unless every user is found by these secrets.
+        """
+        used_in, used_from = await self._recorded()
+        if not used_in:
+            await self._connection.run(methodcaller("hsetnx", keys.SECRET, _IN, self._known[-1]))
+            used_in, used_from = await self._recorded()
+        if used_in not in self._known:
+            raise MtaError(
+                "MTA_SECRET is another than the one that keys the users in this store: nobody would be found. Set it "
+                "back; to exchange it, set `NEW,OLD` and run `mta secret rotate`"
+            )
+        if used_from and used_from not in self._known:
+            raise MtaError(
+                "users still move away from the secret that MTA_SECRET no longer holds: set `NEW,OLD` again until "
+                "`mta secret rotate` says that OLD can be taken away"
+            )
+        return used_in
+
+    async def begin(self) -> bool:
+        """Make new users, and those who write, go to the first secret; return whether they went to another before.
+
+        Raises `MtaError` while users still move in the other direction.
+        """
+        news = await self._connection.write(_BEGIN, (keys.SECRET,), *self._known)
+        if news < 0:
+            raise MtaError("users still move from the first secret in MTA_SECRET to the second: swap the two")
+        return bool(news)
+
+    async def end(self) -> None:
+        """Note that nobody is left under the second secret."""
+        await self._connection.run(methodcaller("hdel", keys.SECRET, _FROM))
+
+    async def at(self, user: User, act: Callable[[User], Awaitable[T]], *, writes: bool = True) -> T:
+        """Call `act` with the user's key; once more if the user moves meanwhile, so it must be safe to repeat."""
+        place = await self._place(user, writes)
+        try:
+            return await act(place)
+        except UserErased:
+            now = await self._place(user, writes)
+            if now.key == place.key:
+                raise
+            return await act(now)
+
+    async def _place(self, user: User, writes: bool) -> User:
+        """Return the user with the key to read; one who `writes` and may move has moved by then."""
+        if not user.keys:
+            return user
+        found, profile, _ = await self.profiles.find(user)
+        if not writes:
+            return found
+        used_in, used_from = await self._recorded()
+        target = dict(zip(self._known, user.keys, strict=True)).get(used_in, user.keys[-1])
+        if not used_from:
+            return found if profile else replace(user, key=target)
+        if found.key == target and profile:
+            return found
+        (source,) = set(user.keys) - {target}
+        return replace(user, key=target) if await self.move(source, target, user.tenant) else found
+
+    async def _recorded(self) -> tuple[str, str]:
+        """Return the check values of the secret that keys new users, and of the one that users leave."""
+        found = await self._connection.run(methodcaller("hmget", keys.SECRET, _IN, _FROM))
+        used_in, used_from = (value.decode() if value else "" for value in found)
+        return used_in, used_from
+
+    async def move(self, source: str, target: str, tenant: str) -> bool:
+        """Move a user to another key; return False if a worker trains for the user: later, then."""
+        leaving = (target, MARK_S, ARRIVE_MS, keys.job_prefix(source), KEPT_JOBS)
+        for _ in range(MAX_TRIES):
+            before = await self._connection.run(methodcaller("hget", keys.epoch(target), "epoch")) or b""
+            state, *left = await self._connection.write(_LEAVE, keys.of_user(source), *leaving)
+            if state != b"left":
+                return bool(state == b"moved")
+            bank, *data = left
+            if await self._connection.write(_ARRIVE, keys.of_user(target), before, keys.job_prefix(target), *data):
+                break
+        else:
+            raise Unavailable("a user who was moved to another key was erased again and again", code="contention")
+        await self._note(source, target, tenant, bank.decode())
+        await self._connection.write(_CLEAR, keys.of_user(source), GRACE_MS, keys.job_prefix(source), KEPT_JOBS)
+        return True
+
+    async def _note(self, source: str, target: str, tenant: str, bank: str) -> None:
+        """Put the new key where the old one stood in what users share, unless the user is erased meanwhile.
+
+        `bank` is that of an open job, empty if there is none.
+        """
+        profile = await self.profiles.load(target)
+        if profile and profile.adapter:
+            await self._adapters.add_adapted(target, bank_of(profile.adapter.recipe))
+            if await self._adapters.adapter_id(target) is None:
+                await self._adapters.remove_adapted(target)
+        await self._adapters.remove_adapted(source)
+        await self._worth.move(source, target, tenant)
+        if await self._holdings.is_counted(tenant):
+            _, held, _ = await self.profiles.measure(target)
+            await self._holdings.note(tenant, {source: Held(), target: held})
+        if bank:
+            await UserQueue(self._connection, "jobs", bank).add(target)
+
+    async def sweep(self, tenants: Sequence[UserKeys], on_users: Callable[[Sweep], None]) -> Sweep:
+        """Move every user of these tenants who is stored under the second secret."""
+        sweep = Sweep()
+        for found in batches(await self._copying.users_with(keys.profile), AT_ONCE):
+            await asyncio.gather(*(self._visit(key, tenants, sweep) for key in found))
+            on_users(sweep)
+        return sweep
+
+    async def _visit(self, key: str, tenants: Sequence[UserKeys], sweep: Sweep) -> None:
+        try:
+            profile = await self.profiles.load(key)
+        except Unavailable as error:
+            if error.code != "store_corrupt":
+                raise
+            sweep.strange += 1
+            return
+        if profile is None:
+            return
+        for users in tenants:
+            first, second = users.keys(profile.user_id)
+            if key == first:
+                return
+            if key == second:
+                moved = await self.move(second, first, users.tenant)
+                sweep.moved, sweep.busy = sweep.moved + moved, sweep.busy + (not moved)
+                return
+        sweep.strange += 1
+
+    async def nameless(self, *, forget: bool) -> int:
+        """Count, or remove, feedback from before the exchange without a profile that says whose it is."""
+        since_ms, found = int(await self._connection.run(methodcaller("hget", keys.SECRET, _SINCE))), set[str]()
+        for key in await self._copying.users_with(keys.feedback):
+            entries = await self._connection.run(methodcaller("hvals", keys.feedback(key)))
+            before = all(int(entry.partition(b" ")[0]) < since_ms for entry in entries)
+            if before and entries and await self.profiles.load(key) is None:
+                found.add(key)
+                if forget:
+                    await self._connection.run(methodcaller("delete", keys.feedback(key)))
+        return len(found)

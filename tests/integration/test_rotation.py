@@ -1,0 +1,264 @@
+"""MTA_SECRET is exchanged under load: by two gateways, by `mta secret rotate`, which is killed once, with erasures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+from pydantic import SecretStr
+from typer.testing import CliRunner
+
+from adapters.errors import MtaError
+from bench.rig.processes import wait_until
+from bench.rig.valkey import ValkeyProcess
+from server.cli import app
+from server.settings import Settings
+from server.store.redis import keys
+from server.store.tenants.user_key import UserKeys
+from server.watching.audit import audit_to
+from tests.support.gateway import SECRET, GatewayThread, generate, wait_until_ready
+
+NEW = "the secret that comes after it"
+BOTH = f"{NEW},{SECRET}"
+SAMPLES = {"samples": [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(4)]}
+PEOPLE, CONTESTED = 42, 4
+
+
+@contextmanager
+def serving(settings: Settings, store: ValkeyProcess, secret: str) -> Iterator[httpx.Client]:
+    own = settings.model_copy(update={"redis_url": store.url, "secret": SecretStr(secret)})
+    with GatewayThread(own) as gateway, gateway.client() as client:
+        wait_until_ready(client)
+        yield client
+
+
+@dataclass
+class Person:
+    """Somebody whose requests follow one another, so that it is known what is stored."""
+
+    id: str
+    items: set[str] = field(default_factory=set)
+    rated: set[str] = field(default_factory=set)  # answers
+    answers: list[str] = field(default_factory=list)  # from before the exchange
+    job: str = ""
+
+    def live(self, client: httpx.Client, lot: random.Random, numbers: Iterator[int]) -> None:
+        """Send some requests, none of which may meet somebody unknown or fail."""
+        path = f"/users/{self.id}"
+        if self.items and lot.random() < 0.15:
+            client.delete(path).raise_for_status()
+            assert client.get(path).status_code == httpx.codes.NOT_FOUND
+            assert self.answer(client)["personalization"]["level"] == "base"
+            self.items, self.rated, self.answers, self.job = set(), set(), [], ""
+        name = f"i{next(numbers)}"
+        client.post(f"{path}/profile/items", json={"items": [{"id": name, "text": f"about {name}"}]}).raise_for_status()
+        self.items.add(name)
+        assert client.get(path).raise_for_status().json()["items"] == len(self.items)
+        answer = self.answer(client)
+        assert answer["personalization"]["level"] != "base"
+        if lot.random() < 0.5:
+            self.rate(client, self.answers.pop() if self.answers else answer["id"])
+        if self.job:
+            assert client.get(f"/jobs/{self.job}").raise_for_status().json()["state"] in ("queued", "cancelled")
+            if lot.random() < 0.3:
+                client.delete(f"/jobs/{self.job}")
+                assert client.get(f"/jobs/{self.job}").raise_for_status().json()["state"] == "cancelled"
+
+    def answer(self, client: httpx.Client) -> dict:
+        return generate(client, self.id).raise_for_status().json()
+
+    def rate(self, client: httpx.Client, answer: str) -> None:
+        body = {"answer": answer, "rating": "up"}
+        client.post(f"/users/{self.id}/feedback", json=body).raise_for_status()
+        self.rated.add(answer.rpartition(".")[0])
+
+
+@dataclass
+class Contested:
+    """Somebody whom some write to while others erase them."""
+
+    id: str
+    writes: dict[str, tuple[float, float]] = field(default_factory=dict)  # when each acknowledged one began and ended
+    erased: tuple[float, float] = (0.0, 0.0)  # when the last erasure began and ended
+
+    def write(self, client: httpx.Client, name: str) -> None:
+        began_s = time.monotonic()
+        answer = client.post(f"/users/{self.id}/profile/items", json={"items": [{"id": name, "text": name}]})
+        if answer.status_code == httpx.codes.OK:
+            self.writes[name] = began_s, time.monotonic()
+        else:
+            assert answer.json()["error"]["code"] == "user_erased"
+
+    def erase(self, client: httpx.Client) -> None:
+        began_s = time.monotonic()
+        assert client.delete(f"/users/{self.id}").status_code in (httpx.codes.OK, httpx.codes.NOT_FOUND)
+        self.erased = began_s, time.monotonic()
+
+    def check(self, found: set[str]) -> None:
+        began_s, ended_s = self.erased
+        assert found >= {name for name, (since_s, _) in self.writes.items() if since_s > ended_s}
+        assert found.isdisjoint(name for name, (_, until_s) in self.writes.items() if until_s < began_s)
+
+
+class Load:
+    """Requests of all people over several gateways, until told to stop."""
+
+    def __init__(self, clients: list[httpx.Client], people: list[Person], contested: list[Contested]) -> None:
+        self._clients, self._enough = clients, threading.Event()
+        self._numbers, self._rounds = itertools.count(), defaultdict[int, int](int)
+        self._threads = ThreadPoolExecutor(6)
+        shares = [people[place::3] for place in range(3)]
+        self._running: list[Future[None]] = [self._threads.submit(self._live, share) for share in shares]
+        for act in (self._write, self._write, self._erase):
+            self._running.append(self._threads.submit(act, contested))
+
+    def round(self) -> None:
+        """Wait until everybody has sent requests once more from now on."""
+        before = dict(self._rounds)
+        wait_until(lambda: self._failed() or all(self._rounds[n] >= before.get(n, 0) + 2 for n in range(3)), "rounds")
+
+    def stop(self) -> None:
+        self._enough.set()
+        for running in self._running:
+            running.result(60)
+
+    def _failed(self) -> bool:
+        return any(running.done() for running in self._running)
+
+    def _live(self, people: list[Person]) -> None:
+        lot, place = random.Random(people[0].id), int(people[0].id.rpartition("-")[2]) % 3
+        while not self._enough.is_set():
+            for person in people:
+                person.live(lot.choice(self._clients), lot, self._numbers)
+            self._rounds[place] += 1
+
+    def _write(self, contested: list[Contested]) -> None:
+        for number in itertools.takewhile(lambda _: not self._enough.is_set(), self._numbers):
+            contested[number % CONTESTED].write(self._clients[number % 2], f"c{number}")
+
+    def _erase(self, contested: list[Contested]) -> None:
+        for number in itertools.takewhile(lambda _: not self._enough.is_set(), itertools.count()):
+            contested[number % CONTESTED].erase(self._clients[number % 2])
+            time.sleep(0.02)
+
+
+def items_of(client: httpx.Client, user: str) -> set[str]:
+    answer = client.get(f"/users/{user}/export")
+    return {item["id"] for item in answer.json()["items"]} if answer.status_code == httpx.codes.OK else set()
+
+
+@pytest.fixture
+def log(store: ValkeyProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The audit log of gateways and commands, which have both secrets; the store is empty at first."""
+    for name, value in {"AUDIT": str(tmp_path / "audit.jsonl"), "REDIS_URL": store.url, "SECRET": BOTH}.items():
+        monkeypatch.setenv(f"MTA_{name}", value)
+    with redis.from_url(store.url) as raw:
+        raw.flushall()
+    yield tmp_path / "audit.jsonl"
+    audit_to(None)
+
+
+def mta(*arguments: object) -> str:
+    """What a command prints; raises its error."""
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    if done.exit_code:
+        raise done.exception or AssertionError(done.output)
+    return done.output
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_nobody_is_lost_unknown_back_or_twice(gateway_settings: Settings, store: ValkeyProcess, log: Path) -> None:
+    people = [Person(f"person-{number}") for number in range(PEOPLE)]
+    contested, lot, numbers = (
+        [Contested(f"contested-{n}") for n in range(CONTESTED)],
+        random.Random(1),
+        itertools.count(),
+    )
+    with serving(gateway_settings, store, SECRET) as client:
+        for person in people:
+            person.live(client, lot, numbers)
+            person.answers = [person.answer(client)["id"]]
+            if lot.random() < 0.3:
+                asked = client.post(f"/users/{person.id}/adapt", json=SAMPLES).raise_for_status().json()
+                person.job = asked["id"]
+                person.items |= items_of(client, person.id)
+
+    with ExitStack() as stack, redis.from_url(store.url) as raw:
+        clients = [stack.enter_context(serving(gateway_settings, store, BOTH)) for _ in range(2)]
+        load = Load(clients, people, contested)
+        load.round()
+        killed = subprocess.Popen([sys.executable, "-m", "server.cli", "secret", "rotate"], env=os.environ)
+        wait_until(lambda: log.exists() and "begun" in log.read_text(), "the exchange to begin")
+        killed.kill()
+        killed.wait()
+        load.round()
+        assert "take OLD away" in mta("secret", "rotate")
+        load.round()
+        load.stop()
+        former = UserKeys(SECRET, gateway_settings.tenant)
+        everybody = [person.id for person in (*people, *contested)]
+        for user in everybody:  # under the old key there is what requests in progress may read, for a while
+            key = former.key(user)
+            left = {name.decode() for name in raw.scan_iter(f"*{key}*")}
+            assert left <= {keys.epoch(key), keys.items(key), keys.adapter(key)}
+            assert -1 not in {raw.ttl(name) for name in left}, left
+
+    with serving(gateway_settings, store, NEW) as client:
+        for person in people:
+            export = client.get(f"/users/{person.id}/export").raise_for_status().json()
+            assert {item["id"] for item in export["items"]} == person.items
+            assert {entry["answer"] for entry in export["feedback"]} == person.rated
+            if person.job:
+                assert client.get(f"/jobs/{person.job}").raise_for_status().json()["id"] == export["jobs"][-1]["id"]
+        for somebody in contested:
+            somebody.check(items_of(client, somebody.id))
+    with pytest.raises(MtaError, match="another than the one"):
+        serving(gateway_settings, store, SECRET).__enter__()
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [entry["outcome"] for entry in entries if entry["act"] == "secret_exchanged"] == ["begun", "begun", "done"]
+    assert not any(word in log.read_text() for word in (SECRET, NEW, "person-", *map(former.key, everybody)))
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_a_copy_from_before_the_exchange_comes_back_without_whom_was_erased_after_it(
+    gateway_settings: Settings, store: ValkeyProcess, log: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies, empty = log.parent / "copies", ValkeyProcess(memory / "restored")
+    for constant in ("server.cli.secret.SETTLE_S", "server.store.backup.copying.SETTLE_S"):
+        monkeypatch.setattr(constant, 0)
+    people = ["kept", "erased", "kept-too", "erased-too"]
+    with serving(gateway_settings, store, SECRET) as client:
+        for user in people:
+            Person(user).live(client, random.Random(1), itertools.count())
+    mta("backup", "--out", copies)
+    assert "4 users moved" in mta("secret", "rotate")
+    with serving(gateway_settings, store, NEW) as client:
+        for user in ("erased", "erased-too"):
+            client.delete(f"/users/{user}").raise_for_status()
+
+    (copy,) = copies.iterdir()
+    monkeypatch.setenv("MTA_REDIS_URL", empty.start().url)
+    monkeypatch.setenv("MTA_SECRET", SECRET)
+    with pytest.raises(MtaError, match="exchanged since the copy: set `NEW,OLD`"):
+        mta("restore", copy, "--erased", log)
+    monkeypatch.setenv("MTA_SECRET", BOTH)
+    assert "restored: 2 users" in mta("restore", copy, "--erased", log)
+    with serving(gateway_settings, empty, BOTH) as client:
+        found = [bool(items_of(client, user)) for user in people]
+    assert found == [True, False, True, False]
+    empty.kill()
