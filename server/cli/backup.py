@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,22 +38,19 @@ def backup(
     """Copy the store while it is in use; `mta restore` brings the copy back.
 
     Every write acknowledged before the copy began is in it. The copy holds personal data, also of people who are erased
-    later, so delete it in time. MTA_SECRET must be the gateways': the copy has only a hash of it. Banks are not in it.
+    later, so delete it in time. MTA_SECRET is not in it and not needed; neither are banks, which are files.
     """
     from server.watching.background import lower_priority
 
     lower_priority()
-    settings = store_settings(data)
-    check_values(settings.user_secret)  # refused before the store is opened
 
     async def copy(stores: Stores) -> tuple[Path, Manifest]:
-        copying, check_value = stores.copying, await stores.rotation.check()
         with _progress() as progress:
             task = progress.add_task("users", total=None)
-            entries = copying.entries(lambda done, of: progress.update(task, completed=done, total=of))
-            return await write_copy(out, entries, check_value, lambda: copying.version)
+            show = partial(progress.update, task)
+            return await write_copy(out, stores.copying, lambda done, of: show(completed=done, total=of))
 
-    folder, manifest = with_stores(settings, copy, checked=False)
+    folder, manifest = with_stores(store_settings(data), copy, checked=False)
     note(Act.BACKUP, "done", key="cli", copy=manifest.sha256[:12])
     typer.echo(f"{folder}: {manifest.users} users, {manifest.keys} keys, begun {manifest.began}")
     for old in delete_old_copies(out, keep_days) if keep_days else ():
@@ -79,19 +78,19 @@ def restore(
         raise MtaError("name the audit logs since the copy with --erased FILE, or else give --without-erasures")
     settings = store_settings(data)
     manifest = open_copy(copy)
-    if manifest.secret not in check_values(settings.user_secret):
+    secrets = check_values(settings.user_secret)
+    if manifest.secret and manifest.secret not in secrets:
         raise MtaError(f"the copy {copy} was made with another MTA_SECRET: its users could not be found with this one")
-    gone, revoked, exchanged = _since(manifest, erased or [])
-    if exchanged and len(check_values(settings.user_secret)) < 2:
+    since = _read_logs(manifest, erased or [])
+    if since.exchanged and len(secrets) < 2:
         raise MtaError(
             "MTA_SECRET was exchanged since the copy: set `NEW,OLD`, so that whoever was erased is recognised"
         )
-    moved = [UserKeys(settings.user_secret, tenant) for tenant in sorted(set(gone.values()))] if exchanged else []
+    tenants = [UserKeys(settings.user_secret, tenant) for tenant in sorted(set(since.gone.values()))]
     what = {"key": "cli", "copy": manifest.sha256[:12]}
     note(Act.RESTORE, "begun", **what)
-    users, keys = with_stores(
-        settings, lambda stores: _restore(stores, copy, manifest, gone, moved, revoked), checked=False
-    )
+    work = partial(_restore, copy=copy, manifest=manifest, since=since, tenants=tenants if since.exchanged else ())
+    users, keys = with_stores(settings, work, checked=False)
     note(Act.RESTORE, "done", **what)
     typer.echo(
         f"restored: {users} users as of {manifest.began}; {manifest.users - users} who were erased since stay erased, "
@@ -99,47 +98,48 @@ def restore(
     )
 
 
-def _since(manifest: Manifest, logs: Sequence[Path]) -> tuple[dict[str, str], set[str], bool]:
-    """Return who was erased since a copy began (tenant, by user key), the ids of API keys revoked since, and whether
-    MTA_SECRET was exchanged.
+@dataclass
+class _Since:
+    """What audit logs say has happened since a copy began."""
 
-    An erasure that failed counts, since it may have been made; one of an unknown user does not.
-    """
-    gone: dict[str, str] = {}
-    revoked, exchanged = set[str](), False
-    begin = datetime.fromisoformat(manifest.began) - CLOCK_SKEW
+    gone: dict[str, str] = field(default_factory=dict)  # tenant of everybody who was erased, by user key
+    revoked: set[str] = field(default_factory=set)  # ids of API keys
+    exchanged: bool = False  # whether MTA_SECRET was
+
+
+def _read_logs(manifest: Manifest, logs: Sequence[Path]) -> _Since:
+    """Read audit logs. An erasure that failed counts, since it may have been made; one of an unknown user does not."""
+    found, begin = _Since(), datetime.fromisoformat(manifest.began) - CLOCK_SKEW
     for path in logs:
         entries = list(read_audit(path.expanduser(), {}))
         since = [entry for entry in entries if datetime.fromisoformat(entry["time"]) >= begin]
         if len(since) == len(entries):
             typer.echo(f"{path} has no entry from before the copy: if there is an older log, give it as well", err=True)
-        erasures = [entry for entry in since if entry["act"] == Act.ERASE and entry["outcome"] != "404"]
-        gone |= {entry["user"]: entry["tenant"] for entry in erasures}
-        revoked |= {entry["of_key"] for entry in since if entry["act"] == Act.KEY_REVOKED}
-        exchanged |= any(entry["act"] == Act.SECRET_EXCHANGED for entry in since)
-    return gone, revoked, exchanged
+        for entry in since:
+            if entry["act"] == Act.ERASE and entry["outcome"] != "404":
+                found.gone[entry["user"]] = entry["tenant"]
+            elif entry["act"] == Act.KEY_REVOKED:
+                found.revoked.add(entry["of_key"])
+            found.exchanged |= entry["act"] == Act.SECRET_EXCHANGED
+    return found
 
 
 async def _restore(
-    stores: Stores,
-    copy: Path,
-    manifest: Manifest,
-    gone: dict[str, str],
-    moved: Sequence[UserKeys],
-    revoked: set[str],
+    stores: Stores, *, copy: Path, manifest: Manifest, since: _Since, tenants: Sequence[UserKeys]
 ) -> tuple[int, int]:
     """Restore a copy but for those who are gone; return the numbers of users and of API keys revoked again.
 
-    `moved` are tenants of those whose key may have changed since.
+    `tenants` are those whose users may have been erased under another key.
     """
     from server.gateway.users.privacy import leave_shared_keys
 
-    users = []
+    users: list[str] = []
+    left = 0
 
     def kept() -> Iterator[Entry]:
         for entry in read_entries(copy):
             user = user_of(entry)
-            if user not in gone:
+            if user not in since.gone:
                 users.extend([user] if user else [])
                 yield entry
 
@@ -148,50 +148,43 @@ async def _restore(
         task = progress.add_task("users", total=manifest.users)
         async for written in stores.copying.write(kept()):
             progress.update(task, completed=min(written, manifest.users))
-        users = [user_key for user_key in users if not await _erase_if_gone(stores, user_key, gone, moved)]
         for user_key in progress.track(users, description="queues"):
-            await _index(stores, user_key)
-    for user_key, tenant in gone.items():
+            left += await _settle(stores, user_key, since.gone, tenants)
+    for user_key, tenant in since.gone.items():
         await leave_shared_keys(stores, user_key, tenant)
-    valid = [key for key in (await stores.keys.all()).keys if key.id in revoked and key.revoked_ms is None]
+    valid = [key for key in (await stores.keys.all()).keys if key.id in since.revoked and key.revoked_ms is None]
     for key in valid:
         await stores.keys.revoke(key.digest, time.time_ns() // 1_000_000)
     await stores.copying.end_restore()
-    return len(users), len(valid)
+    return left, len(valid)
 
 
-async def _erase_if_gone(stores: Stores, user_key: str, gone: dict[str, str], moved: Sequence[UserKeys]) -> bool:
-    """Erase a restored user who was erased under another key, which only the restored profile tells."""
-    profile = None
+async def _settle(stores: Stores, user_key: str, gone: dict[str, str], tenants: Sequence[UserKeys]) -> bool:
+    """Add a restored user to sets and queues: those in the copy are as old as its beginning, the user may be younger.
+
+    Erase the user instead, add them to `gone` and return False, if they were erased under another key, which only the
+    profile tells.
+    """
     try:
-        profile = await stores.profiles.load(user_key) if moved else None
-    except Unavailable as error:
-        if error.code != "store_corrupt":
-            raise
-    if profile is None:
-        return False
-    for users in moved:
-        both = users.keys(profile.user_id)
-        if user_key in both and not gone.keys().isdisjoint(both):
-            rewrite = await stores.file.request_rewrite(user_key)
-            await stores.profiles.erase(user_key, rewrite.erase_by_ms, rewrite.rewritten_by_ms)
-            return True
-    return False
-
-
-async def _index(stores: Stores, user_key: str) -> None:
-    """Add a user to sets and queues: those in the copy are as old as its beginning, and the user may be younger."""
-    try:
-        await stores.jobs.queue_again(user_key)
         profile = await stores.profiles.load(user_key)
+        for both in (users.keys(profile.user_id) for users in tenants if profile):
+            if user_key in both and (erased := [key for key in both if key in gone]):
+                rewrite = await stores.file.request_rewrite(user_key)
+                await stores.profiles.erase(user_key, rewrite.erase_by_ms, rewrite.rewritten_by_ms)
+                gone[user_key] = gone[erased[0]]
+                return False
+        await stores.jobs.queue_again(user_key)
     except Unavailable as error:
         if error.code != "store_corrupt":  # as it was before the copy
             raise
-        profile = None
-    if profile and profile.adapter:
+        return True
+    if profile is None:
+        return True
+    if profile.adapter:
         await stores.adapters.add_adapted(user_key, parse_recipe(profile.adapter.recipe).bank)
-    if profile and profile.signature and not profile.is_signed(bank := profile.signature.signature.bank):
+    if profile.signature and not profile.is_signed(bank := profile.signature.signature.bank):
         await stores.signing(bank).add(user_key)
+    return True
 
 
 def _progress() -> Progress:

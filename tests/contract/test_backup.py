@@ -13,7 +13,7 @@ from redis.crc import key_slot
 from adapters.errors import MtaError
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import ValkeyProcess
-from server.cli.backup import _index
+from server.cli.backup import _settle
 from server.errors import Unavailable
 from server.settings import Settings
 from server.store.backup import copying
@@ -21,9 +21,20 @@ from server.store.backup.copying import StoreCopying
 from server.store.backup.folder import Entry
 from server.store.opening import open_stores
 from server.store.redis import keys
+from server.store.rotation import Rotation
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.rates import Rate, Use
-from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps, change, connected, submitted, users_at
+from tests.support.store_parts import (
+    BANK,
+    KEYS,
+    SECRET,
+    StoreParts,
+    WorkerSteps,
+    change,
+    connected,
+    submitted,
+    users_at,
+)
 
 USERS = [f"user-{n}" for n in range(40)]
 
@@ -125,7 +136,7 @@ async def test_who_is_younger_than_the_copied_queues_is_put_into_them(
     for name in [name async for name in raw.scan_iter() if not keys.user_of(name.decode())]:
         await raw.delete(name)
     async with open_stores(Settings(redis_url=server.url)) as stores:
-        await _index(stores, key)
+        assert await _settle(stores, key, {}, ())
         assert [user async for user in stores.adapters.adapted_users(BANK)] == [key]
         assert await stores.adapters.adapter_id(key) == adapter
         assert (await stores.jobs.next_job(BANK, 1)).user_key == key
@@ -143,6 +154,7 @@ async def test_an_unfinished_restore_keeps_everybody_out_until_it_is_done_again(
         await full.connection.check()  # it was never marked
         await raw.flushall()
         await full.keys.note_used(["a digest"], 1)  # as a gateway does that runs meanwhile
+        await Rotation(full.connection, SECRET).check()
         await store.begin_restore("a copy")
         await store._restore(entries[0])
     with pytest.raises(Unavailable, match="run `mta restore` again"):

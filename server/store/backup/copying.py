@@ -61,7 +61,7 @@ class StoreCopying:
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
-        self.version = ""  # name and version of the server that was copied
+        self.version = self.secret = ""  # of the store that was copied: its server's, and `in` of `keys.SECRET`
 
     async def entries(self, progress: Callable[[int, int], None]) -> AsyncIterator[Entry]:
         """Yield all users, then the shared keys; `progress` gets the number of users done, and of all.
@@ -70,8 +70,10 @@ class StoreCopying:
         """
         if await self._unfinished():
             raise MtaError("the store is only half restored: finish `mta restore` before a copy is made")
-        if (secret := await self._secret()).get(b"from"):
+        secret = await self._connection.run(lambda redis: redis.hgetall(keys.SECRET))
+        if b"from" in secret:
             raise MtaError("users move to another MTA_SECRET: make the copy when `mta secret rotate` has ended")
+        self.secret = secret.get(b"in", b"").decode()
         servers, before = await self._primaries()
         users: set[str] = set()
         shared: set[str] = set()
@@ -87,7 +89,7 @@ class StoreCopying:
             progress(done := done + len(batch), len(users))
         if (await self._primaries())[1] != before:
             raise MtaError("servers of the store were replaced or restarted, or keys moved: make the copy again")
-        if await self._secret() != secret:
+        if await self._connection.run(lambda redis: redis.hgetall(keys.SECRET)) != secret:
             raise MtaError("`mta secret rotate` has begun meanwhile: make the copy again when it has ended")
         for entry in filter(None, of_all):
             yield entry
@@ -137,16 +139,12 @@ class StoreCopying:
         if refusal:
             raise MtaError(f"the store does not take {entry[0][0]}: {refusal.decode()}. Is its server older?")
 
-    async def _secret(self) -> dict[bytes, bytes]:
-        found: dict[bytes, bytes] = await self._connection.run(lambda redis: redis.hgetall(keys.SECRET))
-        return found
-
     async def _unfinished(self) -> str:
         return (await self._connection.run(lambda redis: redis.get(keys.RESTORING)) or b"").decode()
 
     async def _check_empty(self) -> None:
         async for name in self._names((await self._primaries())[0]):
-            if name != keys.USED_KEYS:  # any gateway writes it
+            if name not in (keys.USED_KEYS, keys.SECRET):  # any gateway writes them
                 raise MtaError(
                     f"the store is not empty, it holds {name}: restore to a new one, or stop gateways and workers and "
                     "empty this one (FLUSHALL)"

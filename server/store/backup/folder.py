@@ -10,15 +10,19 @@ import gzip
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 
 from adapters.errors import MtaError
 from server.store.redis import keys
+
+if TYPE_CHECKING:
+    from server.store.backup.copying import StoreCopying
 
 FORMAT = 1
 MANIFEST, DATA = "manifest.json", "store.gz"
@@ -35,14 +39,12 @@ class Manifest:
     keys: int
     users: int
     sha256: str  # of the compressed file
-    secret: str  # keyed hash by which MTA_SECRET is recognised
+    secret: str  # check value of the MTA_SECRET that keys its users; empty if no gateway ever ran on the store
     store: str  # server and version, such as `valkey 9.1.0`
 
 
-async def write_copy(
-    copies: Path, entries: AsyncIterator[Entry], secret: str, store: Callable[[], str]
-) -> tuple[Path, Manifest]:
-    """Write a copy to a new folder in `copies`; `store` is called after the last entry. An error leaves no folder."""
+async def write_copy(copies: Path, store: StoreCopying, progress: Callable[[int, int], None]) -> tuple[Path, Manifest]:
+    """Write a copy to a new folder in `copies`; `progress` is as in `StoreCopying`. An error leaves no folder."""
     began, stored, users = datetime.now(UTC), 0, 0
     folder = copies / began.strftime(_NAME)
     data, draft = folder / DATA, folder / "draft"
@@ -51,12 +53,12 @@ async def write_copy(
         for path in (data, draft):
             path.touch(mode=0o600)
         with gzip.open(data, "wb", compresslevel=1) as file:
-            async for entry in entries:
+            async for entry in store.entries(progress):
                 header = orjson.dumps([(name, expires_ms, len(content)) for name, expires_ms, content in entry])
                 file.write(b"".join([header, b"\n", *(content for *_, content in entry)]))
                 stored, users = stored + len(entry), users + bool(user_of(entry))
         at, sha256 = began.isoformat(timespec="milliseconds"), _sha256(data)
-        manifest = Manifest(FORMAT, at, stored, users, sha256, secret, store())
+        manifest = Manifest(FORMAT, at, stored, users, sha256, store.secret, store.version)
         draft.write_bytes(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
         for path in (data, draft):
             with path.open("rb") as written:

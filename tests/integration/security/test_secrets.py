@@ -42,9 +42,9 @@ def test_no_inner_part_publishes_a_port() -> None:
             assert "ports" not in SERVICES[name], name
 
 
-def test_whoever_holds_the_secret_of_users_is_a_gateway_or_copies_the_store() -> None:
+def test_whoever_holds_the_secret_of_users_is_a_gateway() -> None:
     holders = {name for name, service in SERVICES.items() if "MTA_SECRET" in service.get("environment", {})}
-    assert holders == {name for name in SERVICES if "gateway" in name} | {"backup"}
+    assert holders == {name for name in SERVICES if "gateway" in name}
 
 
 def test_every_case_has_a_test() -> None:
