@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from pydantic import SecretStr
 
 from bench.fleet.chaos.__main__ import Plan, under_load
 from bench.fleet.chaos.faults import Fault
@@ -48,7 +49,8 @@ def engines(machine: Machine) -> Iterator[list[Engine]]:
 def gateway(machine: Machine, engines: list[Engine], gateway_settings: Settings) -> Iterator[GatewayThread]:
     """A gateway over the same store that reaches only the first engine."""
     urls = {"engine_url": engines[0].url, "engine_urls": f"{engines[0].url},http://127.0.0.1:{free_port()}"}
-    parts = {"bank": machine.up.data.parent / "bank", "redis_url": machine.store.url}
+    secret = SecretStr((machine.up.data / "secret").read_text().strip())
+    parts = {"bank": machine.up.data.parent / "bank", "redis_url": machine.store.url, "secret": secret}
     with GatewayThread(gateway_settings.model_copy(update=urls | parts)) as gateway:
         yield gateway
 
