@@ -28,9 +28,9 @@ from playwright.sync_api import Page
 from adapters.errors import MtaError
 from bench import script
 from bench.page.report import report
+from bench.rig.browser import HEIGHT, WIDTH, chromium, running_browser
 from bench.rig.processes import mta, running, wait_until
 from bench.rig.up import Up, up
-from deploy.console.browser import HEIGHT, WIDTH, chromium, running_browser
 from mta_client import Client
 from server.supervisor.services import free_port
 

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 from playwright.sync_api import Page
 
-from deploy.console.browser import TRAINING_MS, Looking, chromium, looking, running_browser
+from bench.rig.browser import TRAINING_MS, Looking, chromium, looking, running_browser
 from server.cli.demo import adapting
 from server.cli.demo.bank import build_bank
 from server.cli.demo.personas import PEOPLE, QUESTIONS, anchors

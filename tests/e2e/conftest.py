@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
+from bench.rig.browser import PATIENCE_MS, Looking, chromium, looking, running_browser
 from bench.rig.processes import command_line, descendants
-from deploy.console.browser import PATIENCE_MS, Looking, chromium, looking, running_browser
 from mta_client import Client
 from server.cli.demo.answers import DemoAnswer, ask
 from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS

@@ -12,8 +12,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect
 
+from bench.rig.browser import Looking
 from bench.rig.processes import wait_until
-from deploy.console.browser import Looking
 from mta_client import Client
 from server.cli.demo.personas import QUESTIONS
 from tests.e2e.conftest import Demo

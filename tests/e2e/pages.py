@@ -10,7 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from deploy.console.browser import TRAINING_MS, Looking
+from bench.rig.browser import TRAINING_MS, Looking
 from mta_client import Client, MtaError
 from server.cli.demo import adapting
 from server.cli.demo.personas import QUESTIONS

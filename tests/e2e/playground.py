@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from deploy.console.browser import Looking, looking
+from bench.rig.browser import Looking, looking
 from mta_client import Client, MtaError
 from server.cli.demo.personas import QUESTIONS
 from tests.support.fake_engine import FakeEngine

@@ -10,8 +10,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 
+from bench.rig.browser import Looking, chromium, looking, running_browser
 from bench.rig.valkey import ValkeyProcess
-from deploy.console.browser import Looking, chromium, looking, running_browser
 from server.gateway.learning.tallies import sums_of
 from server.settings import Settings
 from server.store.worth import Cell, Counts, week_of
