@@ -7,7 +7,9 @@ Clients act like a load balancer: if one gateway takes no connection, they ask t
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import tempfile
 import threading
 import time
@@ -71,6 +73,18 @@ class Replaceable:
         """Ask the process to stop, and wait until it has."""
         assert self._process
         self._process.process.terminate()
+        self._process.wait(STOP_S)
+        self._running.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process
+        return self._process.process.pid
+
+    def kill(self) -> None:
+        """Kill the process and its children, which get no time for anything."""
+        assert self._process
+        os.killpg(self.pid, signal.SIGKILL)
         self._process.wait(STOP_S)
         self._running.close()
 
@@ -143,7 +157,7 @@ class RollingFleet:
         chosen = load_settings()
         model, embedder = tiny_model(folder / "model"), ensure_embedder(chosen.embedder, chosen.cache_dir)
         bank, self.next = (tiny_bank(folder / name, model, embedder, seed=n) for n, name in enumerate(("bank", "next")))
-        store = ValkeyProcess(folder / "valkey").start()
+        self.store = store = ValkeyProcess(folder / "valkey").start()
         running.callback(store.kill)
         self._router_port = free_port()
         engines = [free_port() for _ in range(2)]

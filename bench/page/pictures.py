@@ -102,11 +102,28 @@ def _scale(content: Mapping[str, Any]) -> Any:
     return figure
 
 
+def _lasting(content: Mapping[str, Any]) -> Any:
+    """Plot each part's memory over time, with a pale line for each event."""
+    figure, (panel,) = panels_in_a_row(1, width=8.0, height=3.4)
+    readings = content["readings"]
+    hours = [reading["at_s"] / 3600 for reading in readings]
+    for name in [name for name in readings[0] if name.endswith(", MiB")]:
+        panel.plot(hours, [reading[name] for reading in readings], label=name.removesuffix(", MiB"), linewidth=1)
+    for _, at_s in content["events"]:
+        panel.axvline(at_s / 3600, color=_PALE, linewidth=0.3)
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("hours")
+    panel.set_ylabel("resident memory, MiB")
+    panel.legend(frameon=False, fontsize=7, ncols=4)
+    return figure
+
+
 _PICTURES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "cost": _cost,
     "thrash": _thrash,
     "cold": _cold,
     "scale": _scale,
+    "lasting": _lasting,
 }
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +16,7 @@ import typer
 from bench import script
 from bench.fleet.chaos import census, verdict
 from bench.fleet.chaos.faults import Fault, Faults, shuffled
-from bench.fleet.chaos.load import TIMEOUT_S, Crowd, Imports, Person
+from bench.fleet.chaos.load import TIMEOUT_S, Crowd, Imports
 from bench.fleet.chaos.verdict import Claim
 from bench.fleet.machine import Machine, tiny_machine
 from bench.page.report import console, report
@@ -100,30 +98,10 @@ def under_load(plan: Plan, machine: Machine) -> list[Claim]:
             Claim("files whose import failed", f"{imports.failures or 0}", not imports.failures),
             *verdict.about_promises(client, [*people, *imports.people]),
             verdict.about_jobs(client, people),
-            *_growth(before, after),
-            *_keys(client, [*people, *imports.people], keys_before, machine.store.url),
+            *verdict.about_growth(before, after),
+            *verdict.after_erasing(client, [*people, *imports.people], machine.store.url, keys_before),
         ]
     return claims
-
-
-def _growth(before: dict[str, census.Usage], after: dict[str, census.Usage]) -> list[Claim]:
-    return [
-        Claim(
-            f"{name}: memory, descriptors",
-            f"{then.memory_mib:.0f} to {after[name].memory_mib:.0f} MiB, "
-            f"{then.descriptors} to {after[name].descriptors}",
-            not then.exceeded_by(after[name]),
-        )
-        for name, then in before.items()
-    ]
-
-
-def _keys(client: httpx.Client, people: Sequence[Person], before: Counter[str], store_url: str) -> list[Claim]:
-    """Erase all people, and check the remaining keys."""
-    for person in people:
-        with suppress(httpx.HTTPStatusError):  # erased before
-            client.delete(f"/users/{person.id}").raise_for_status()
-    return verdict.about_keys(census.kinds_of_keys(store_url) - before, len(people))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,13 @@ def usage(machine: Machine) -> dict[str, Usage]:
     for name in (*ENGINES, "router", "gateway", "worker"):
         pid = machine.up.part(name)
         assert pid, f"{name} does not run"
-        found[name] = _of([pid, *descendants(pid)])
+        found[name] = usage_of(pid)
     return found
+
+
+def usage_of(pid: int) -> Usage:
+    """Return the current usage of a process with all its descendants."""
+    return _of([pid, *descendants(pid)])
 
 
 def _of(pids: list[int]) -> Usage:

@@ -55,15 +55,26 @@ class Crowd(threading.Thread):
         size: number of people.
         seed: seed of their actions.
         headers: headers of every request, for example with an API key.
+        pause_s: seconds between two turns.
     """
 
-    def __init__(self, url: str, name: str, size: int, seed: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        size: int,
+        seed: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        pause_s: float = PAUSE_S,
+    ) -> None:
         super().__init__(name=name, daemon=True)
         self.people = [Person(f"{name}-{number}") for number in range(size)]
         self.asked: list[Outcome] = []
         self.failure: BaseException | None = None
         self._url = url
         self._headers = headers
+        self._pause_s = pause_s
         self._chance = random.Random(seed)
         self._count = 0
         self._stop_asked = threading.Event()
@@ -75,7 +86,7 @@ class Crowd(threading.Thread):
     def run(self) -> None:
         try:
             with httpx.Client(base_url=self._url, headers=self._headers, timeout=TIMEOUT_S) as client:
-                while not self._stop_asked.wait(PAUSE_S):
+                while not self._stop_asked.wait(self._pause_s):
                     self._turn(client)
         except BaseException as failure:
             self.failure = failure

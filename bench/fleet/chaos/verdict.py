@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import httpx
 
+from bench.fleet.chaos import census
 from bench.fleet.chaos.asking import End, Outcome
 from bench.fleet.chaos.faults import Outage
 from bench.fleet.chaos.load import Person
@@ -115,6 +117,29 @@ def about_jobs(client: httpx.Client, people: Iterable[Person]) -> Claim:
     ended = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     holds = not open_jobs and not states["failed"]
     return Claim("accepted jobs that did not end", f"{len(open_jobs)} of {accepted} ({ended})", holds)
+
+
+def about_growth(before: dict[str, census.Usage], after: dict[str, census.Usage]) -> list[Claim]:
+    """Compare what each part uses with what it used before."""
+    return [
+        Claim(
+            f"{name}: memory, descriptors",
+            f"{then.memory_mib:.0f} to {after[name].memory_mib:.0f} MiB, "
+            f"{then.descriptors} to {after[name].descriptors}",
+            not then.exceeded_by(after[name]),
+        )
+        for name, then in before.items()
+    ]
+
+
+def after_erasing(
+    client: httpx.Client, people: Sequence[Person], store_url: str, before: Counter[str], *, moved: int = 0
+) -> list[Claim]:
+    """Erase all people, and check the keys that have come since `before`; `moved` people left a mark at an old key."""
+    for person in people:
+        with suppress(httpx.HTTPStatusError):  # erased before
+            client.delete(f"/users/{person.id}").raise_for_status()
+    return about_keys(census.kinds_of_keys(store_url) - before, len(people) + moved)
 
 
 def about_keys(kinds: Counter[str], users: int) -> list[Claim]:
