@@ -18,9 +18,10 @@ from adapters.recipe import MAX_DIRECTIONS, MAX_TERMS, FusionMethod, anchor_id
 from bank.building.assemble import bank_rank, write_bank
 from bank.building.directions import DirectionRows, make_directions
 from bank.building.options import BuildInputs, BuildOptions
+from bank.building.progress import RowProgress
 from bank.building.ranks import Ranks
 from bank.building.resume import Workbench, finished_bank, inputs_key, workbench
-from bank.building.rows import RowProgress, RowTrainer, TrainedRows
+from bank.building.rows import RowTrainer, TrainedRows
 from bank.building.selection import (
     MIN_ITEMS,
     held_out_people,

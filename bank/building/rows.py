@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from adapters.training.forward.packing import Row, pack
 from adapters.training.loss import backward, backward_row
 from adapters.training.trainer import Gradient, StepReport, TrainPlan, initial_lora, linear_modules, train_lora
 from bank.building.options import BuildOptions
+from bank.building.progress import RowProgress
 from bank.building.ranks import Ranks
 from bank.building.resume import Workbench
 from bank.errors import BankError
@@ -32,22 +33,6 @@ from bank.items.histories import History
 from bank.items.lessons import lessons
 from bank.items.profile import Vectors
 from bank.items.tasks import Task
-
-
-class RowProgress:
-    """What a build tells about its progress; this class shows nothing."""
-
-    def say(self, text: str) -> None:
-        """Show a message."""
-
-    def begin(self, work_tokens: Mapping[str, int]) -> None:
-        """Start training the rows, in this order; the values are approximate numbers of token ids to read."""
-
-    def step(self, row: str, steps: int, report: StepReport) -> None:
-        """Show that a training step is done."""
-
-    def piece(self, what: str, done: int, of: int) -> None:
-        """Show progress of other long work: called at its start and after each piece."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from bank.building.build import EMBED_THREADS, read_inputs
 from bank.building.options import BuildInputs, BuildOptions
-from bank.building.rows import RowProgress
+from bank.building.progress import RowProgress
 from bank.building.selection import QUERIES
 from bank.evaluation.methods import Evaluator, Method
 from bank.evaluation.run import MethodRun, evaluate_user

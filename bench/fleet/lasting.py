@@ -29,6 +29,7 @@ from bench.fleet.chaos.load import TIMEOUT_S, Crowd
 from bench.fleet.rolling import CALM_S, PEOPLE, READY_S, SECRET, Replaceable, RollingFleet
 from bench.page.report import console, report
 from bench.rig.processes import mta, wait_until
+from server.store.rotation import GRACE_MS
 from server.supervisor.services import free_port
 
 CROWDS, CROWD = 4, 12
@@ -110,6 +111,7 @@ class Lasting:
                 self._away("gateway", lambda part=gateway: part.exchange(self.fleet.settings))  # type: ignore[misc]
             if then:
                 self._command(*then)
+                time.sleep(GRACE_MS / 1000)
 
     def _away(self, kind: str, exchange: Callable[[], None]) -> None:
         begun_s = time.monotonic()

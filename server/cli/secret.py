@@ -62,6 +62,7 @@ async def _rotate(settings: Settings, tenants: list[str], *, forget: bool) -> No
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from server.store.opening import open_stores
+    from server.store.rotation import GRACE_MS
 
     async with open_stores(settings) as stores:
         rotation, ring = stores.rotation, await stores.keys.all()
@@ -99,4 +100,7 @@ async def _rotate(settings: Settings, tenants: list[str], *, forget: bool) -> No
             )
         await rotation.end()
         note(Act.SECRET_EXCHANGED, "done", key="cli")
-        typer.echo("nobody is left under the old secret: take OLD away from MTA_SECRET, and restart the gateways")
+        typer.echo(
+            f"nobody is left under the old secret: take OLD away from MTA_SECRET in {GRACE_MS // 60_000} minutes, and "
+            "restart the gateways"
+        )

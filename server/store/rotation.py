@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 MARK_S = 30 * 24 * 3600
 ARRIVE_MS = 60_000  # a copy is written by then or not at all: far less than the tombstone of an erasure stays
-GRACE_MS = 120_000  # requests in progress read items and adapter at the old key for this long
+GRACE_MS = 120_000  # requests in progress read items and adapter at the old key for this long, and erasures need it
 MAX_TRIES = 8  # moves of a user who is erased again and again meanwhile
 _IN, _FROM, _SINCE = "in", "from", "since"
 

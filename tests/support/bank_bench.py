@@ -12,8 +12,8 @@ from adapters.matrix import MetaMatrix
 from adapters.training.trainer import StepReport
 from bank.building.build import build_bank
 from bank.building.options import BuildInputs, BuildOptions
+from bank.building.progress import RowProgress
 from bank.building.ranks import joined
-from bank.building.rows import RowProgress
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
 from bench.rig.people import people, write_people

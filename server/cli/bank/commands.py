@@ -87,8 +87,8 @@ def build(
     options, settings = _options(BuildOptions, locals()), load_settings(model=model, embedder=embedder)
     prepare_to_train()
     from bank.building.build import build_bank, build_baselines
+    from bank.building.progress import RowProgress
     from bank.building.ranks import joined
-    from bank.building.rows import RowProgress
     from bank.evaluation.verdict import judge_bank
     from bank.lookup.summary import verdict_text
     from server.cli.bank.progress import ConsoleProgress

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TextColumn
 
-from adapters.training.trainer import StepReport
-from bank.building.rows import RowProgress
+from bank.building.progress import RowProgress
+
+if TYPE_CHECKING:
+    from adapters.training.trainer import StepReport
 
 LINE_EVERY_S = 5.0
 
