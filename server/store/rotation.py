@@ -174,7 +174,8 @@ class Rotation:
         if used_in not in self._known:
             raise MtaError(
                 "MTA_SECRET is another than the one that keys the users in this store: nobody would be found. Set it "
-                "back; to exchange it, set `NEW,OLD` and run `mta secret rotate`"
+                "back (`mta up`: the file `secret` in the data folder); to exchange it, set `NEW,OLD` and run "
+                "`mta secret rotate`"
             )
         if used_from and used_from not in self._known:
             raise MtaError(

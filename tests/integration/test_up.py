@@ -102,10 +102,12 @@ def stops_with_every_part(started: Up, number: signal.Signals) -> bool:
     return started.process.wait(30) == 0 and not any(map(alive, family))
 
 
-def test_with_a_redis_of_ones_own_it_starts_no_valkey(start: StartUp, tmp_path: Path, valkey: ValkeyProcess) -> None:
-    with start(tmp_path / "data", "--redis-url", valkey.url) as started:
+def test_with_a_redis_of_ones_own_it_starts_no_valkey(start: StartUp, tmp_path: Path, memory: Path) -> None:
+    store = ValkeyProcess(memory / "of-ones-own").start()
+    with start(tmp_path / "data", "--redis-url", store.url) as started:
         assert started.part("valkey") is None
         assert stops_with_every_part(started, signal.SIGHUP)
+    store.kill()
 
 
 def test_killed_it_leaves_no_process_and_the_next_one_has_what_was_stored_and_goes_on_unread(
