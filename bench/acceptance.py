@@ -236,6 +236,8 @@ def _fleets(run: Run, bank: Path) -> None:
     """Kill and exchange the parts of fleets, as processes and as containers, and simulate larger ones."""
     run.step("chaos", ("-m", "bench.fleet.chaos"), (OWN_VERDICT,))
     run.step("all exchanged under load", ("-m", "bench.fleet.rolling"), (OWN_VERDICT,))
+    lasting = ("--minutes", 30, "--death-s", 90, "--backup-minutes", 10)
+    run.step("half an hour of everything", ("-m", "bench.fleet.lasting", *lasting), (OWN_VERDICT,))
     run.step("a simulated fleet", ("-m", "bench.fleet.simulate", "--check"))
     _containers(run, bank)
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -233,6 +233,7 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", own_id.encode())]
+                _audit(inner["state"], status)  # before the client can know: a gateway may die now
             elif is_head:
                 if headed:
                     return
@@ -255,6 +256,13 @@ class RequestLog:
             line = " ".join(filter(None, (f"{method} {route} {status} {took_ms} ms", notes.answer_id, notes.level, by)))
             fields = {"method": method, "route": route, "status": status, "ms": took_ms}
             log.info(line, extra={"fields": fields | ({"tenant": tenant, "key": key} if key else {})})
-            if notes.audited:
-                act, user_key = notes.audited
-                note(act, status, tenant=tenant, key=key, user=user_key)
+            _audit(inner["state"], status)
+
+
+def _audit(state: dict[str, Any], status: int) -> None:
+    """Add a request that is to be audited to the audit log, once."""
+    notes, caller = state["notes"], state.get("caller")
+    if notes.audited:
+        act, user_key = notes.audited
+        notes.audited = None
+        note(act, status, tenant=getattr(caller, "tenant", ""), key=getattr(caller, "key_id", ""), user=user_key)

@@ -15,7 +15,6 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.errors import MtaError
-from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.cli import app
 from server.store.tenants.access_keys import digest_of
@@ -37,13 +36,10 @@ def log(tmp_path: Path, keyed: Keyed, store: ValkeyProcess, monkeypatch: pytest.
 
 
 def entries(path: Path, count: int) -> list[dict[str, str]]:
-    """The entries of a log once it has so many: an answer comes before its entry."""
-
-    def found() -> list[dict[str, str]]:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    wait_until(lambda: len(found()) >= count, f"{count} entries in {path}")
-    return found()
+    """The entries of a log, which must have so many: an entry comes before its answer."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(found) >= count
+    return found
 
 
 def audit(*arguments: str) -> list[dict[str, Any]]:
