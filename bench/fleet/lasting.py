@@ -25,7 +25,7 @@ import typer
 from bench import script
 from bench.fleet.chaos import census, verdict
 from bench.fleet.chaos.faults import Fault, Outage
-from bench.fleet.chaos.load import TIMEOUT_S, Crowd
+from bench.fleet.chaos.load import TIMEOUT_S, Crowd, ended
 from bench.fleet.rolling import CALM_S, PEOPLE, READY_S, SECRET, Replaceable, RollingFleet
 from bench.page.report import console, report
 from bench.rig.processes import mta, wait_until
@@ -175,19 +175,12 @@ def main(
             event()
             happened.append((what, event_s - begun_s))
             shown.print(f"{(event_s - begun_s) / 60:6.1f} min  {what}: {time.monotonic() - event_s:.1f} s")
-        for crowd in crowds:
-            crowd.stop()
-        for crowd in crowds:
-            crowd.join(2 * TIMEOUT_S)
-            assert not crowd.is_alive(), f"{crowd.name} hangs"
-            if crowd.failure:
-                raise crowd.failure
+        asked, people = ended(crowds)
         reader.stop()
-        people = [person for crowd in crowds for person in crowd.people]
         settled = reader.readings[int(SETTLED_SHARE * len(reader.readings))]
         with httpx.Client(base_url=urls[0], timeout=TIMEOUT_S) as client:
             claims = [
-                *verdict.about_requests([one for crowd in crowds for one in crowd.asked], lasting.outages),
+                *verdict.about_requests(asked, lasting.outages),
                 *verdict.about_promises(client, people),
                 verdict.about_jobs(client, people),
                 *verdict.about_growth(settled.parts, reader.readings[-1].parts),

@@ -12,7 +12,7 @@ import httpx
 from bench.fleet.chaos import verdict
 from bench.fleet.chaos.asking import End, Outcome
 from bench.fleet.chaos.faults import Fault, Outage
-from bench.fleet.chaos.load import TIMEOUT_S, Crowd
+from bench.fleet.chaos.load import TIMEOUT_S, Crowd, ended
 from bench.fleet.chaos.verdict import Claim
 from bench.page.report import console
 from deploy.containers.site import Site
@@ -45,15 +45,8 @@ def lose(site: Site) -> list[Claim]:
         outages[name] = Outage(Fault(kind), begun_s, time.monotonic())
         console().print(f"killed: {name}, whole again after {outages[name].recovery_s:.0f} s")
     time.sleep(CALM_S)
-    for crowd in crowds:
-        crowd.stop()
-    for crowd in crowds:
-        crowd.join(2 * TIMEOUT_S)
-        assert not crowd.is_alive(), f"{crowd.name} hangs"
-        if crowd.failure:
-            raise crowd.failure
-    asked = [_explained(one, outages.values()) for crowd in crowds for one in crowd.asked]
-    people = [person for crowd in crowds for person in crowd.people]
+    asked, people = ended(crowds)
+    asked = [_explained(one, outages.values()) for one in asked]
     lost = [Claim(f"killed: {name}", _lost(asked, outage), True) for name, outage in outages.items()]
     with httpx.Client(base_url=site.urls[0], headers=site.headers, timeout=TIMEOUT_S) as client:
         promises = verdict.about_promises(client, people)

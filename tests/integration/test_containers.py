@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(600)
 ONCE = {"models", "keys", "keys-2"}
 OBSERVING = {"prometheus": "9090", "alertmanager": "9093"}
 NOT_HERE = {"grafana"}  # in no package of Debian or Python
-GATEWAYS = {"gateway": ["ok", "ok"], "gateway-2": ["ok", *3 * ["unavailable"]]}  # and what they find of the engines
+GATEWAYS = {"gateway": ["ok", "ok"], "gateway-2": ["ok", *3 * ["expected"]]}  # and what they find of the engines
 PROGRAMS = {"prometheus": "prometheus", "alertmanager": "prometheus-alertmanager"}  # entry points, as Debian calls them
 
 ITEMS = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}

@@ -175,6 +175,7 @@ def test_a_level_is_compared_with_the_one_below_once_the_week_is_over(
     assert json.loads(raw.output) == known
     with mta_client.Client(keyed.gateway.url, key=keyed.secrets["acme"]) as api:
         assert api.worth().says == known["says"]
+        (user,) = people(client, new_user, "acme", Arm.FULL, 1)  # arms are drawn anew each week
         told = api.feedback(user, api.generate(user, "any plans?").id, **FINAL)
         assert (told.outcome, told.learned, told.level) == ("edited", True, "merged")
 

@@ -16,7 +16,7 @@ import typer
 from bench import script
 from bench.fleet.chaos import census, verdict
 from bench.fleet.chaos.faults import Fault, Faults, shuffled
-from bench.fleet.chaos.load import TIMEOUT_S, Crowd, Imports
+from bench.fleet.chaos.load import TIMEOUT_S, Crowd, Imports, ended
 from bench.fleet.chaos.verdict import Claim
 from bench.fleet.machine import Machine, tiny_machine
 from bench.page.report import console, report
@@ -78,17 +78,10 @@ def under_load(plan: Plan, machine: Machine) -> list[Claim]:
         time.sleep(chance.uniform(*CALM_S))
     time.sleep(max(0.0, begun_s + plan.lasts_s - time.monotonic()))
     machine.lossy.share = 0.0
-    for crowd in crowds:
-        crowd.stop()
     imports.stop()
-    for thread in (*crowds, imports):
-        thread.join(2 * TIMEOUT_S)
-        assert not thread.is_alive(), f"{thread.name} hangs"
-    for crowd in crowds:
-        if crowd.failure:
-            raise crowd.failure
-    asked = [one for crowd in crowds for one in crowd.asked]
-    people = [person for crowd in crowds for person in crowd.people]
+    asked, people = ended(crowds)
+    imports.join(2 * TIMEOUT_S)
+    assert not imports.is_alive(), "imports hang"
     after = census.usage(machine)
     with httpx.Client(base_url=machine.up.url, timeout=TIMEOUT_S) as client:
         claims = [

@@ -6,7 +6,7 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -159,6 +159,19 @@ class Crowd(threading.Thread):
                 return done
             assert asked.end is not End.REFUSED or not answer or answer["error"]["type"] == "service_unavailable", asked
             time.sleep(RETRY_DELAY_S)
+
+
+def ended(crowds: Sequence[Crowd]) -> tuple[list[Outcome], list[Person]]:
+    """Stop crowds, and return what they asked and their people; raise what failed in one of them."""
+    for crowd in crowds:
+        crowd.stop()
+    for crowd in crowds:
+        crowd.join(2 * TIMEOUT_S)
+        assert not crowd.is_alive(), f"{crowd.name} hangs"
+        if crowd.failure:
+            raise crowd.failure
+    people = [person for crowd in crowds for person in crowd.people]
+    return [one for crowd in crowds for one in crowd.asked], people
 
 
 class Imports(threading.Thread):

@@ -91,6 +91,7 @@ def secrets_of(secret: str | None) -> Sequence[bytes]:
     found = [] if secret is None else [part.encode() for part in secret.split(",")]
     if not found or min(map(len, found)) < MIN_SECRET_BYTES:
         given = f"shorter than {MIN_SECRET_BYTES} bytes" if found else "not set"
+        given += " in a part (a comma parts `NEW,OLD`)" if len(found) > 1 else ""
         raise MtaError(
             f"MTA_SECRET is {given}: it keys the hash of user ids. Set it to the same long random text for all "
             "gateways, e.g. from `openssl rand -hex 32`, and keep it"
