@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +23,7 @@ from adapters.errors import MtaError
 from bank.errors import BankError
 
 _LONGEST_PIECE = timedelta(days=7)
+REFUSED_S = 10.0  # time that rank 0 has to join after another rank has met a refusal
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
@@ -113,7 +115,7 @@ def _help(meeting: str, rank: int, count: int, run: Callable[[Ranks], object]) -
         try:
             run(ranks)
         except MtaError:
-            return  # rank 0 has it too
+            time.sleep(REFUSED_S)  # rank 0 has it too, and ends this process once it has joined
 
 
 @contextmanager
