@@ -67,6 +67,14 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_priority() -> Iterator[None]:
+    """A command that tests call in this process lowers its own priority: not that of all tests after it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("server.watching.background.lower_priority", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def embedder_folder() -> Path:
     """The default embedder, made on first use."""
