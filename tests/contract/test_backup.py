@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,7 +177,8 @@ async def test_what_a_gateway_accepts_before_it_knows_of_a_restore_is_kept(
     parts: StoreParts, server: ValkeyProcess | ValkeyCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with connected(server.url, require_durable=False) as connection:
-        monkeypatch.setattr(copying.asyncio, "sleep", lambda seconds: parts.put("ada", "a text"))
+        settling = SimpleNamespace(sleep=lambda seconds: parts.put("ada", "a text"), gather=asyncio.gather)
+        monkeypatch.setattr(copying, "asyncio", settling)  # its own alone: gateways run in this process, too
         with pytest.raises(MtaError, match="not empty"):
             await StoreCopying(connection).begin_restore("a copy")
     await parts.connection.check()
