@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ from bench import script
 from bench.fleet.chaos import census, verdict
 from bench.fleet.chaos.faults import Fault, Outage
 from bench.fleet.chaos.load import TIMEOUT_S, Crowd, ended
+from bench.fleet.machine import is_whole
 from bench.fleet.rolling import CALM_S, PEOPLE, READY_S, SECRET, Replaceable, RollingFleet
 from bench.page.report import console, report
 from bench.rig.processes import mta, wait_until
@@ -41,7 +43,7 @@ SETTLED_SHARE = 0.25
 NEW_SECRET = "the next secret of a fleet that lasts"
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Reading:
     """What the parts used at one time."""
 
@@ -82,10 +84,7 @@ class Lasting:
 
     def is_ready(self) -> bool:
         """Whether both gateways miss nothing."""
-        with suppress(httpx.HTTPError, ValueError):
-            said = [httpx.get(f"{url}/ready", timeout=5).json() for url in self.fleet.gateway_urls]
-            return all(one["status"] == "ready" and one["detail"] is None for one in said)
-        return False
+        return all(map(is_whole, self.fleet.gateway_urls))
 
     def read(self, at_s: float) -> Reading:
         """Read what all parts use now."""
@@ -108,7 +107,7 @@ class Lasting:
         for secret, then in ((f"{NEW_SECRET},{SECRET}", ("secret", "rotate")), (NEW_SECRET, ())):
             self.fleet.settings["MTA_SECRET"] = secret
             for gateway in self.fleet.gateways:
-                self._away("gateway", lambda part=gateway: part.exchange(self.fleet.settings))  # type: ignore[misc]
+                self._away("gateway", partial(gateway.exchange, self.fleet.settings))
             if then:
                 self._command(*then)
                 time.sleep(GRACE_MS / 1000)
@@ -220,7 +219,7 @@ def plan(
     at_s = 0.0
     while (at_s := at_s + chance.uniform(0.5, 1.5) * death_s) < lasts_s - death_s / 2:
         kind = chance.choice(DEATHS)
-        events.append((at_s, f"death of {kind}", lambda kind=kind: lasting.die(kind, chance)))  # type: ignore[misc]
+        events.append((at_s, f"death of {kind}", partial(lasting.die, kind, chance)))
     yield from sorted(events, key=lambda event: event[0])
     yield lasts_s, "end", lambda: None
 

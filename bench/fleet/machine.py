@@ -40,8 +40,16 @@ class Machine:
 
     def whole(self) -> bool:
         """Whether the gateway reports all parts as ready."""
-        said = self.ready()
-        return said is not None and said["status"] == "ready" and said["detail"] is None
+        return is_whole(self.up.url)
+
+
+def is_whole(url: str, headers: Mapping[str, str] | None = None) -> bool:
+    """Whether the gateway at this URL reports all parts as ready."""
+    try:
+        said = httpx.get(f"{url}/ready", headers=headers, timeout=10).json()
+    except (httpx.HTTPError, ValueError):
+        return False
+    return bool(said["status"] == "ready" and said["detail"] is None)
 
 
 def wait_for_router(up: Up) -> None:

@@ -13,8 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
-
+from bench.fleet.machine import is_whole
 from bench.rig.processes import children, command_line, wait_until
 from deploy.containers.tool import ContainerError, Tool
 from mta_client import Client
@@ -142,11 +141,7 @@ class Site:
 
     def whole(self, url: str) -> bool:
         """Whether a gateway finds all its parts well."""
-        try:
-            found = httpx.get(f"{url}/ready", headers=self.headers, timeout=10).json()
-        except (httpx.HTTPError, ValueError):
-            return False
-        return found["status"] == "ready" and found["detail"] is None
+        return is_whole(url, self.headers)
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class Quotas:
         measured, found = dict(islice(self._waiting.items(), _BATCH)), defaultdict[str, dict[str, Held]](dict)
         trains = dict[User, bool]()
         for user in measured:
-            for key in user.keys or (user.key,):
+            for key in user.every_key:
                 _, found[user.tenant][key], trained = await self.profiles.measure(key)
                 trains[user] = trained or trains.get(user, False)
         await self._note(found)

@@ -70,7 +70,7 @@ def read_answer_id(users: UserKeys, user: User, epoch: str, text: str) -> Answer
 
 
 def _macs(users: UserKeys, user: User, epoch: str, request_id: str, head: bytes) -> list[bytes]:
-    return users.sign_answer(user.id, head, b"\0".join((epoch.encode(), request_id.encode("utf-8", "replace"))))
+    return users.sign_answer(user, head, b"\0".join((epoch.encode(), request_id.encode("utf-8", "replace"))))
 
 
 def _unknown(text: str) -> NotFound:

@@ -247,8 +247,7 @@ class RequestLog:
             method = scope["method"] if scope["method"] in _METHODS else "OTHER"
             status = CLIENT_GONE if notes.gone else status
             self._metrics.requests.labels(route, method, status, notes.level).inc()
-            caller = inner["state"].get("caller")
-            tenant, key = getattr(caller, "tenant", ""), getattr(caller, "key_id", "")  # empty if there is no caller
+            tenant, key = _caller(inner["state"])
             if method == "POST" and scope["path"] in _GENERATION_PATHS:
                 self._metrics.count_generation(tenant, notes.level, status, broken=notes.broken)
             took_ms = round((time.perf_counter() - notes.started_s) * 1000, 1)
@@ -259,10 +258,15 @@ class RequestLog:
             _audit(inner["state"], status)
 
 
+def _caller(state: dict[str, Any]) -> tuple[str, str]:
+    """Return tenant and key of a request's caller, empty if there is none."""
+    caller = state.get("caller")
+    return getattr(caller, "tenant", ""), getattr(caller, "key_id", "")
+
+
 def _audit(state: dict[str, Any], status: int) -> None:
     """Add a request that is to be audited to the audit log, once."""
-    notes, caller = state["notes"], state.get("caller")
-    if notes.audited:
-        act, user_key = notes.audited
-        notes.audited = None
-        note(act, status, tenant=getattr(caller, "tenant", ""), key=getattr(caller, "key_id", ""), user=user_key)
+    if audited := state["notes"].audited:
+        state["notes"].audited = None
+        (act, user_key), (tenant, key) = audited, _caller(state)
+        note(act, status, tenant=tenant, key=key, user=user_key)

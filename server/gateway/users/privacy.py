@@ -116,7 +116,7 @@ class Erasing:
         unreachable engine needs no retry: engines check every adapter they hold against the store. While there are two
         secrets, the user may move from either key to the other between two steps: so the first is erased twice.
         """
-        places = (*user.keys, user.keys[0]) if user.keys else (user.key,)
+        places = (*user.every_key, *user.keys[:1])
         known = list(filter(None, [await self._erase(key, user.tenant) for key in places]))
         until_ms = max((erasure.rewritten_by_ms for erasure in known), default=0)
         return replace(max(known, key=lambda erasure: erasure.erased.keys), rewritten_by_ms=until_ms) if known else None

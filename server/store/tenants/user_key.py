@@ -42,6 +42,10 @@ class User:
     tenant: str
     keys: tuple[str, ...] = ()  # by each secret, while there are two: the user is stored under one of them
 
+    @property
+    def every_key(self) -> tuple[str, ...]:
+        return self.keys or (self.key,)
+
 
 class UserKeys:
     """Computes the user keys of one tenant; the same id is a different user in each tenant.
@@ -72,9 +76,9 @@ class UserKeys:
         text = f"{self.tenant}\0{unicodedata.normalize('NFC', user_id)}"
         return tuple(_digest(secret, text) for secret in self._secrets)
 
-    def sign_answer(self, user_id: str, head: bytes, rest: bytes) -> list[bytes]:
+    def sign_answer(self, user: User, head: bytes, rest: bytes) -> list[bytes]:
         """Return MACs of 16 bytes for what the id of an answer says, valid within this tenant, by each secret."""
-        signed = [b"\0".join((head, key.encode(), rest)) for key in self.keys(user_id)]
+        signed = [b"\0".join((head, key.encode(), rest)) for key in user.every_key]
         return [hmac.digest(*pair, hashlib.sha256)[:16] for pair in zip(self._answer_keys, signed, strict=True)]
 
 
