@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import tempfile
 import threading
@@ -74,6 +75,7 @@ class Lasting:
             self.fleet.store.kill()
             self.fleet.store.start()
         elif kind == "router":
+            self.fleet.router.send(signal.SIGKILL)
             self.fleet.restart_router()
         else:
             part = self.parts()[chance.choice([name for name in self.parts() if name.startswith(kind)])]

@@ -197,7 +197,7 @@ class RollingFleet:
     def restart_router(self) -> None:
         """Stop the router, if it is running, and start one on the same port."""
         self._router.close()
-        self._router.enter_context(running_router(self.engine_urls, self._router_port))
+        self.router = self._router.enter_context(running_router(self.engine_urls, self._router_port)).process
 
     def steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """Yield every replacement, in the order in which a new bank is rolled out; the router is last."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import httpx
+
+from mta_client import MtaError
+from mta_client.calls import Events
 
 
 class End(StrEnum):
@@ -64,15 +66,14 @@ def stream(client: httpx.Client, path: str, body: object, headers: Any = None) -
                 response.read()
                 end, reason, _ = _judged(response)
             else:
-                for line in response.iter_lines():
-                    if line == "data: [DONE]":
-                        end, reason = End.ANSWERED, ""
-                    elif line.startswith("data: "):
-                        event = json.loads(line.removeprefix("data: "))
-                        if "error" in event:
-                            end, reason = End.BROKEN, event["error"]["code"]
-                            break
+                events = Events()
+                for piece in response.iter_bytes():
+                    for _ in events.feed(piece):
                         pieces += 1
+                if events.done:
+                    end, reason = End.ANSWERED, ""
+    except MtaError as error:
+        end, reason = End.BROKEN, error.code
     except httpx.TimeoutException as error:
         end, reason = End.UNCLEAR, repr(error)
     except httpx.TransportError as error:
