@@ -241,21 +241,21 @@ class ProfileStore:
         if not self._connection.reads_are_durable:
             await self._connection.write(_WRITE_AGAIN, (keys.profile(key),))
 
-    async def erase_if_unknown(self, key: str) -> tuple[bool, Erasure | None]:
-        """Start a new epoch if nothing is stored about a user, so that writes in progress are refused.
+    async def erase_if_unknown(self, key: str, epoch: str) -> tuple[bool, Erasure | None]:
+        """Start this epoch if nothing is stored about a user, so that writes in progress are refused.
 
         Returns whether nothing is stored, and in that case the last erasure, if kept.
         """
-        answer = await self._erase(key, 0, 0)
+        answer = await self._erase(key, 0, 0, epoch)
         return bool(answer), _erasure(answer)
 
-    async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
+    async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int, epoch: str = "") -> Erasure | None:
         """Remove everything stored about a user; the removal is on disk when this returns.
 
-        Returns the erasure; if nothing was stored, the last kept one; None for an unknown user. Also raises
-        `Unavailable` if the store's clock is past `deadline_ms`, Unix time.
+        `epoch` is a new one, random if empty. Returns the erasure; if nothing was stored, the last kept one; None for
+        an unknown user. Also raises `Unavailable` if the store's clock is past `deadline_ms`, Unix time.
         """
-        answer = await self._erase(key, deadline_ms, rewritten_by_ms)
+        answer = await self._erase(key, deadline_ms, rewritten_by_ms, epoch or secrets.token_hex(8))
         if not answer:
             raise Unavailable("the store took too long to erase the user: send the request again")
         if (erasure := _erasure(answer)) is not None:
@@ -276,10 +276,10 @@ class ProfileStore:
         record, size_bytes, adapters, trains = found or (b"", 0, 0, 0)
         return record, Held(people=bool(record), bytes=size_bytes, adapters=max(adapters, trains)), bool(trains)
 
-    async def _erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> list[bytes | None]:
+    async def _erase(self, key: str, deadline_ms: int, rewritten_by_ms: int, epoch: str) -> list[bytes | None]:
         of_user = (keys.jobs, keys.samples, keys.adapter, keys.feedback, keys.learned, keys.tally)
         names = (keys.epoch(key), *_names(key), *(name(key) for name in of_user))
-        arguments = (KEPT_JOBS, TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, secrets.token_hex(8), deadline_ms, rewritten_by_ms)
+        arguments = (KEPT_JOBS, TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, epoch, deadline_ms, rewritten_by_ms)
         answer: list[bytes | None] = await self._connection.write(_ERASE, names, keys.job_prefix(key), *arguments)
         return answer
 

@@ -241,6 +241,17 @@ async def test_who_is_erased_during_a_move_stays_erased(
         assert await gateway.profiles.load(old) is None
 
 
+async def test_who_was_erased_before_the_exchange_may_come_back_after_it(
+    begun: Rotation, parts: StoreParts, someone: User, old: str
+) -> None:
+    assert await parts.erase(someone.id, BOTH)
+    await begun.end()
+    found, profile, epoch = await begun.profiles.find(someone)
+    assert (found.key, profile) == (old, None)
+    assert await begun.at(someone, lambda user: put(parts, user, "z", epoch)) == someone.keys[0]
+    assert (await begun.profiles.find(someone))[0].key == someone.keys[0]
+
+
 @pytest.mark.usefixtures("old")
 @pytest.mark.parametrize("at", range(ERASE_WRITES + 1))
 async def test_who_moves_during_an_erasure_is_erased(

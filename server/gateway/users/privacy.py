@@ -114,18 +114,20 @@ class Erasing:
 
         Every step is idempotent: a repeated DELETE finishes one that failed half-way and returns the same answer. An
         unreachable engine needs no retry: engines check every adapter they hold against the store. While there are two
-        secrets, the user may move from either key to the other between two steps: so the first is erased twice.
+        secrets, the user may move from either key to the other between two steps: so the first is erased twice. In the
+        end both keys are in the same epoch, for it is read at one of them and the user may be stored at the other.
         """
-        places = (*user.every_key, *user.keys[:1])
-        known = list(filter(None, [await self._erase(key, user.tenant) for key in places]))
+        first, last = secrets.token_hex(8), secrets.token_hex(8)
+        places = (user.every_key[0], first), *((key, last) for key in (*user.keys[1:], *user.keys[:1]))
+        known = list(filter(None, [await self._erase(key, user.tenant, epoch) for key, epoch in places]))
         until_ms = max((erasure.rewritten_by_ms for erasure in known), default=0)
         return replace(max(known, key=lambda erasure: erasure.erased.keys), rewritten_by_ms=until_ms) if known else None
 
-    async def _erase(self, key: str, tenant: str) -> Erasure | None:
-        is_unknown, erasure = await self.profiles.erase_if_unknown(key)
+    async def _erase(self, key: str, tenant: str, epoch: str) -> Erasure | None:
+        is_unknown, erasure = await self.profiles.erase_if_unknown(key, epoch)
         if not is_unknown:
             rewrite = await self.log_file.request_rewrite(key)
-            erasure = await self.profiles.erase(key, rewrite.erase_by_ms, rewrite.rewritten_by_ms)
+            erasure = await self.profiles.erase(key, rewrite.erase_by_ms, rewrite.rewritten_by_ms, epoch)
         if erasure is None:
             return None
         await leave_shared_keys(self, key, tenant, (self.bank, *erasure.banks))
