@@ -12,7 +12,7 @@ ARG PYTHON=python:3.11.14-slim-trixie
 FROM ${PYTHON} AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/venv/bin:$PATH
 # Volumes take their owner from these folders.
-RUN useradd --uid 10001 --create-home mta && install -d -o mta -g mta /models /backups
+RUN useradd --uid 10001 --create-home mta && install -d -o mta -g mta /models /backups /audit
 WORKDIR /app
 
 # Dependencies are one layer, and change with their lock; our own wheel is the last, and alone changes with an edit of the

@@ -61,7 +61,7 @@ def restore(
     copy: Annotated[Path, typer.Argument(help="Folder of one copy, from `mta backup`.")],
     erased: Annotated[
         list[Path] | None,
-        typer.Option(help="Audit log (MTA_AUDIT) of a gateway or of commands since the copy; may be repeated."),
+        typer.Option(help="Audit log (MTA_AUDIT) of a gateway or of commands since the copy, or a folder of them."),
     ] = None,
     without_erasures: Annotated[
         bool, typer.Option("--without-erasures", help="Bring back people who were erased since the copy, too.")
@@ -110,8 +110,11 @@ class _Since:
 def _read_logs(manifest: Manifest, logs: Sequence[Path]) -> _Since:
     """Read audit logs. An erasure that failed counts, since it may have been made; one of an unknown user does not."""
     found, begin = _Since(), datetime.fromisoformat(manifest.began) - CLOCK_SKEW
-    for path in logs:
-        entries = list(read_audit(path.expanduser(), {}))
+    for path in map(Path.expanduser, logs):
+        files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
+        if not files:
+            raise MtaError(f"the folder {path} has no audit log: no file *.jsonl")
+        entries = [entry for file in files for entry in read_audit(file, {})]
         since = [entry for entry in entries if datetime.fromisoformat(entry["time"]) >= begin]
         if len(since) == len(entries):
             typer.echo(f"{path} has no entry from before the copy: if there is an older log, give it as well", err=True)

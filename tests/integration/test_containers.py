@@ -104,7 +104,8 @@ def fleet(
         own, pod = found[name], pods[alike]
         found[name] = replace(pod, hosts=own.hosts + pod.hosts, probes=own.probes | pod.probes)
     found |= {"models": pods["models"], "keys-2": pods["keys"]}
-    mounted = bound(found) | {"/models": models, "/data": tmp_path_factory.mktemp("data")}
+    written = {f"/{name}": tmp_path_factory.mktemp(name) for name in ("data", "audit")}
+    mounted = bound(found) | {"/models": models} | written
     with (
         tempfile.TemporaryDirectory() as folder,  # a short path: engines make sockets below it
         Site(Path(folder), found, mounted=mounted, programs=programs, settings=small) as site,

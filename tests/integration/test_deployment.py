@@ -25,7 +25,7 @@ COMBINATIONS = {"gpu": (BASE,), "cpu": (BASE, CPU)}
 IN_A_FLEET = ("--env-file", FLEET)
 OVERLAYS = ("cpu", "gpu")
 OF_CORES = {"engine": "OMP_NUM_THREADS", "worker": "MTA_WORKER_THREADS"}  # how many threads, where cores are limited
-OF_PODS_ALONE = {"HOME", *OF_CORES.values()}
+OF_PODS_ALONE = {"HOME", "POD", *OF_CORES.values()}
 REACHED_BY = {
     "gateway": {"anybody"},
     "router": {"gateway", "observers"},
@@ -57,6 +57,8 @@ def test_a_fleet_is_two_of_each_behind_a_router_and_gateways_alone_are_published
         first, second = ({**fleet[each], "profiles": None} for each in (name, f"{name}-2"))
         for own in ("networks", "ports", "deploy"):
             first.pop(own, None), second.pop(own, None)
+        logs = [each["environment"].pop("MTA_AUDIT", None) for each in (first, second)]
+        assert len(set(logs)) == (2 if name == "gateway" else 1), "two write to one log, which cannot be rotated then"
         assert first == second
         assert name in (fleet[f"{name}-2"]["networks"]["inner"] or {})["aliases"], "Prometheus finds them by it"
     assert alone["gateway"]["environment"]["MTA_ENGINE_URL"] == "http://engine-1:8001"
@@ -158,7 +160,8 @@ def test_a_named_volume_that_our_containers_write_is_a_folder_of_the_images_with
     profiles = ("--profile", "fleet", "--profile", "backup")
     ours = [one for one in services((BASE,), tmp_path, *IN_A_FLEET, *profiles).values() if "build" in one]
     mounts = [mount for one in ours for mount in one.get("volumes", ()) if mount["type"] == "volume"]
-    assert {mount["target"] for mount in mounts if not mount.get("read_only")} == owned == {"/models", "/backups"}
+    written = {mount["target"] for mount in mounts if not mount.get("read_only")}
+    assert written == owned == {"/models", "/backups", "/audit"}
 
 
 def test_what_is_copied_is_there_and_not_ignored() -> None:

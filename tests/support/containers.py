@@ -120,7 +120,9 @@ def containers(overlay: str) -> dict[str, Container]:
             environment = {}
             for source in written.get("envFrom", ()):
                 environment |= shared[source["configMapRef"]["name"]]
-            environment |= {variable["name"]: _value(variable) for variable in written.get("env", ())}
+            for variable in written.get("env", ()):
+                value = re.sub(r"\$\((\w+)\)", lambda name, known=environment: known[name[1]], _value(variable))
+                environment[variable["name"]] = value
             found[written["name"]] = Container(
                 command=[*written["command"], *written.get("args", ())],
                 environment=environment,
@@ -168,6 +170,8 @@ def _value(variable: dict[str, Any]) -> str:
             return (kept | {"first-key": FIRST_KEY})[key]
         case {"valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}}:
             return "1"
+        case {"valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}:
+            return "gateway"  # no other pod asks for its name
     raise AssertionError(f"nobody knows what {variable} is")
 
 

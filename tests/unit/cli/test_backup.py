@@ -139,6 +139,10 @@ def test_what_the_logs_say_counts_from_shortly_before_the_copy(
     told = capsys.readouterr().err
     assert f"{newest} has no entry from before the copy" in told
     assert str(rotated) not in told
+    assert _read_logs(manifest, [newest.parent]) == _Since(gone, {"0" * 12}, exchanged=False)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "no logs").mkdir()
+    assert "no audit log" in refusal("restore", copy, "--erased", tmp_path / "no logs")
 
 
 def test_old_copies_are_deleted_also_those_that_were_broken_off(copy: Path) -> None:
