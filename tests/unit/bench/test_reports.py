@@ -8,6 +8,7 @@ import math
 import random
 import subprocess
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -20,7 +21,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from adapters.errors import MtaError
 from bank.evaluation.methods import parse_methods
-from bank.evaluation.run import Record
+from bank.evaluation.run import RECORDS_FILE, Record
 from bench import acceptance
 from bench.acceptance import FUSE, GATEWAY, ORACLE, PACKAGES, SOAK, Figure, Target, judge
 from bench.fleet import rolling
@@ -33,6 +34,7 @@ from bench.page.__main__ import main, read_results
 from bench.page.markdown import fill
 from bench.page.report import Figures, Spread, command_line, percentile, report, shown, tabulate
 from bench.quality import __main__ as quality
+from bench.quality import primary
 from bench.quality.ratings import judged
 from bench.rig.processes import wait_until
 from bench.serving.cost import COLUMNS
@@ -275,6 +277,26 @@ def test_a_habit_moves_each_score_by_how_much_likelier_it_makes_it_than_everybod
     assert losses["common"]["u"] == [pytest.approx(-math.log(0.5) / 2)]
     assert losses["common+prior"]["u"] == [pytest.approx(-math.log(1.0 / (0.125 + 0.25 + 1.0)) / 2)]
     assert set(losses) == {"prior", "common", "common+prior"}
+
+
+def test_a_primary_difference_is_of_means_over_banks_and_is_corrected_for_all_of_the_table(tmp_path: Path) -> None:
+    for bank, gain in enumerate((0.1, 0.3)):
+        (tmp_path / f"bank-{bank}").mkdir()
+        lines = [
+            asdict(Record(f"u{user}", "q", method, 0, 3.0 + user - gain * (method == "merged"), None, ""))
+            for user, method in itertools.product(range(6), ("mean", "merged:topic", "merged"))
+        ]
+        (tmp_path / f"bank-{bank}" / RECORDS_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    run = f"mail={tmp_path / 'bank-0'},{tmp_path / 'bank-1'}"
+    primary.main(runs=[run], histories="", out=tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert rows.keys() == {"mail: merged less mean", "mail: merged less merged:topic"}
+    assert set(rows.values()) == {"-0.2000 (-0.2000 to -0.2000, 6 users), lower for 6; p 0.062"}  # twice 1 of 32
+    for wrong, why in (("mail=", "in ''"), (f"mail={tmp_path}", f"no {RECORDS_FILE}")):
+        with pytest.raises(typer.BadParameter, match=why):
+            primary.main(runs=[wrong])
+    with pytest.raises(typer.BadParameter, match="mail has no own"):
+        primary.main(runs=[run], histories="", against="own")
 
 
 ENGINE_AWAY = Outage(Fault("engine"), 100.0, 120.0)

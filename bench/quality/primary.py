@@ -1,0 +1,96 @@
+"""Test a method against others on several tasks at once, over banks that differ in the seed of their rows.
+
+    python -m bench.quality.primary c50=out/c50-0,out/c50-1,out/c50-2 mail=out/mail-0,out/mail-1,out/mail-2
+
+reads folders of `mta eval`: for each task one or more, each of another bank, over the same people. A person's loss is
+the mean over banks. Holm's correction is over all differences of the table, which must be chosen before they are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import typer
+
+from bank.evaluation.intervals import Interval, holm, over_users, sign_flip_p
+from bank.evaluation.run import RECORDS_FILE, read_records
+from bank.evaluation.summary import user_losses
+from bench import script
+from bench.page.report import report
+
+Losses = Mapping[str, Mapping[str, float]]
+"""Loss of each person, by method."""
+
+Difference = tuple[str, str, str]
+"""Task, method, and the method that it is compared with."""
+
+
+def main(
+    *,
+    runs: Annotated[
+        list[str], typer.Argument(help="TASK=FOLDER[,FOLDER…] of `mta eval`, a folder for each seed of rows.")
+    ],
+    method: Annotated[str, typer.Option(help="The method to test.")] = "merged",
+    against: Annotated[str, typer.Option(help="Comma-separated methods to test it against.")] = "mean,merged:topic",
+    histories: Annotated[
+        str, typer.Option(help="Comma-separated endings of all names: past items in the prompt.")
+    ] = ",+history@h1",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Report loss less the others' with BCa intervals over people; a star is p < 0.05 after Holm's correction."""
+    found = {task: mean_losses(_folders(task, listed)) for task, _, listed in (run.partition("=") for run in runs)}
+    pairs = [
+        (task, method + history, other + history)
+        for task in found
+        for history in histories.split(",")
+        for other in against.split(",")
+    ]
+    differences = {pair: _differences(found[pair[0]], pair) for pair in pairs}
+    tested = tested_together(differences)
+    rows = [(f"{task}: {one} less {other}", _row(tested[task, one, other], less))
+            for (task, one, other), less in differences.items()]  # fmt: skip
+    report(f"{len(rows)} differences, nats a token", rows, out, losses=found)
+
+
+def mean_losses(folders: Sequence[Path]) -> Losses:
+    """Return each person's loss by method: the mean over folders, of methods that are in all of them."""
+    runs = [user_losses(list(read_records(folder / RECORDS_FILE))) for folder in folders]
+    methods = [method for method in runs[0] if all(method in run for run in runs)]
+    return {m: {user: fmean(run[m][user] for run in runs) for user in runs[0][m]} for m in methods}
+
+
+def tested_together(differences: Mapping[Difference, Sequence[float]]) -> dict[Difference, Interval]:
+    """Return the interval of each difference, with its p-value adjusted for all of them."""
+    adjusted = holm([sign_flip_p([values])[0] for values in differences.values()])
+    return {
+        pair: replace(over_users(values), p=p) for (pair, values), p in zip(differences.items(), adjusted, strict=True)
+    }
+
+
+def _folders(task: str, listed: str) -> list[Path]:
+    folders = [Path(name) for name in listed.split(",") if name]
+    missing = [folder for folder in folders if not (folder / RECORDS_FILE).exists()]
+    if missing or not folders:
+        where = ", ".join(map(str, missing)) or repr(listed)
+        raise typer.BadParameter(f"{task}: no {RECORDS_FILE} of `mta eval` in {where}")
+    return folders
+
+
+def _differences(losses: Losses, pair: Difference) -> list[float]:
+    task, method, other = pair
+    for name in (method, other):
+        if name not in losses:
+            raise typer.BadParameter(f"{task} has no {name}; it has {', '.join(losses)}")
+    return [loss - losses[other][user] for user, loss in losses[method].items() if user in losses[other]]
+
+
+def _row(interval: Interval, less: Sequence[float]) -> str:
+    return f"{interval}, lower for {sum(value < 0 for value in less)}; p {interval.p:.3f}"
+
+
+if __name__ == "__main__":
+    script(main)
