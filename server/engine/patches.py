@@ -67,6 +67,9 @@ CPU_CONFIG_UPDATE = "vllm.platforms.cpu:CpuPlatform.check_and_update_config"
 CPU_INSPECTION = "vllm.model_executor.models.registry:_run_in_subprocess"
 CPU_CONTEXT = "vllm.v1.engine.utils:get_mp_context"
 CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn:_get_attn_isa"
+CPU_NORM = "vllm.model_executor.layers.layernorm:RMSNorm.forward_cpu"
+CPU_LINEAR = "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm"
+CPU_LORA_LINEAR = "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA._apply_sync"
 CPU_SEEDS = "vllm.v1.worker.gpu_input_batch:CachedRequestState.__post_init__"
 
 EVERYWHERE = "every process, when vLLM loads its plugins"
@@ -106,6 +109,9 @@ PATCHES = {
         Patch(CPU_INSPECTION, "fn", "cpu/core.py: another process would import vLLM again, and packages that break it"),
         Patch(CPU_CONTEXT, "", "cpu/core.py: a fork can use OpenMP only if the forking thread has no OpenMP team"),
         Patch(CPU_ATTENTION, _ATTENTION_PARAMETERS, "cpu/core.py: vLLM's AMX kernel uses threads without tiles"),
+        Patch(CPU_NORM, "self args kwargs", "cpu/operators.py: one C++ operator instead of ten small ones of PyTorch"),
+        Patch(CPU_LINEAR, "layer remove_weight", "cpu/operators.py: weights that `linear` of lora.cpp reads"),
+        Patch(CPU_LORA_LINEAR, "self x bias", "cpu/operators.py: a layer and its adapters in one call"),
         Patch(CPU_SEEDS, "self", "cpu/core.py: CPU generators cannot undo a draw"),
     ),
     CPU_CORE: (

@@ -28,10 +28,11 @@ def register() -> None:
     patches.check(patches.EVERYWHERE)
     manager = FusingLoRAManager
     if current_platform.is_cpu():
-        from server.engine.cpu import core, lora
+        from server.engine.cpu import core, lora, operators
 
         patches.check(patches.ON_CPU)
         lora.install()
         core.install()
+        operators.install()
         manager = lora.CpuLoRAManager
     patches.replace(patches.MANAGER, lambda original: manager)

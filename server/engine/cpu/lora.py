@@ -71,6 +71,10 @@ class Rows:
         parts = (indices.astype(np.int32), chosen.astype(np.int32), table.a_slots[chosen], table.ranks[chosen])
         return cls(*(torch.from_numpy(part) for part in parts))
 
+    @property
+    def for_kernel(self) -> tuple[torch.Tensor, ...]:
+        return self.indices, self.slots, self.a_slots, self.ranks
+
     @cached_property
     def groups(self) -> list[tuple[int, int, torch.Tensor]]:
         """Return slot, rank and row indices ([m] int64) of each adapter of the step."""
@@ -87,14 +91,14 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         compiled = kernels(Settings().cache_dir)
         self._kernel = compiled.lora_linear_.default if compiled else None
-        self._tokens: Rows | None = None
+        self.tokens: Rows | None = None  # of the step, by token
         self._samples: Rows | None = None
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **_: Any
     ) -> None:
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
-        self._tokens = Rows.from_slots(self.token_lora_indices, self.table)
+        self.tokens = Rows.from_slots(self.token_lora_indices, self.table)
         self._samples = Rows.from_slots(self.sampler_indices, self.table)
 
     def add_lora_linear(  # noqa: PLR0917  vLLM's signature
@@ -108,12 +112,12 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         """y[:, slice i] += x A[i]ᵀ B[i]ᵀ · scale."""
-        rows = self._tokens
+        rows = self.tokens
         if rows is None:
             return
         all_bf16 = y.dtype == x.dtype == lora_b_stacked[0].dtype == torch.bfloat16
         if self._kernel is not None and scale == 1.0 and all_bf16:
-            self._kernel(y, x, lora_a_stacked, lora_b_stacked, rows.indices, rows.slots, rows.a_slots, rows.ranks)
+            self._kernel(y, x, lora_a_stacked, lora_b_stacked, *rows.for_kernel)
             return
         slices = torch.split(_flat(y)[:, : sum(output_slices)], list(output_slices), dim=1)
         for part, a, b in zip(slices, lora_a_stacked, lora_b_stacked, strict=True):

@@ -1,5 +1,5 @@
-// The inner loops of lora.cpp, compiled once per processor type: the two products for a few rows of one adapter, and
-// a weighted sum.
+// The inner loops of lora.cpp, compiled once per processor type: the two products for a few rows of one adapter, the
+// product of a few rows with a model's weights, and a weighted sum.
 //
 // GCC's vector types let the same code serve every vector width. If the processor multiplies pairs of bf16
 // (MTA_BF16_PAIRS), the longer product and the rounding use such instructions, a third as many.
@@ -137,6 +137,72 @@ void expand(
     case 3: return spread<3>(low, stride, b, rank, h_out, y, first);
     case 2: return spread<2>(low, stride, b, rank, h_out, y, first);
     case 1: return spread<1>(low, stride, b, rank, h_out, y, first);
+  }
+}
+
+// sums[i][o] = x[i] · w[o] for M rows and V · LANES outputs. w is packed: [h_out / LANES, h_in / 2, LANES, 2].
+template <int M, int V>
+MTA_INLINE void dense(const bf16* const* x, const bf16* w, int64_t h_in, float* sums) {
+  floats total[M][V] = {};
+  for (int64_t h = 0; h < h_in; h += 2) {
+    words pairs[V];
+    for (int v = 0; v < V; ++v) std::memcpy(&pairs[v], w + (v * h_in + h) * LANES, sizeof pairs[v]);
+    for (int i = 0; i < M; ++i) {
+#ifdef MTA_BF16_PAIRS
+      int32_t pair;
+      std::memcpy(&pair, x[i] + h, sizeof pair);
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+      for (int v = 0; v < V; ++v)
+        total[i][v] = (floats)_mm512_dpbf16_ps((__m512)total[i][v], left, (__m512bh)pairs[v]);
+#else
+      const float even = widen(x[i][h]), odd = widen(x[i][h + 1]);
+      for (int v = 0; v < V; ++v)
+        total[i][v] += even * (floats)(pairs[v] << 16) + odd * (floats)(pairs[v] & 0xffff0000);
+#endif
+    }
+  }
+  for (int i = 0; i < M; ++i) std::memcpy(sums + i * DENSE_BLOCK, total[i], sizeof total[i]);
+}
+
+template <int V>
+MTA_INLINE void few_dense(int rows, const bf16* const* x, const bf16* w, int64_t h_in, float* sums) {
+  for (; rows >= 4; rows -= 4, x += 4, sums += 4 * DENSE_BLOCK) dense<4, V>(x, w, h_in, sums);
+  switch (rows) {
+    case 3: return dense<3, V>(x, w, h_in, sums);
+    case 2: return dense<2, V>(x, w, h_in, sums);
+    case 1: return dense<1, V>(x, w, h_in, sums);
+  }
+}
+
+// sums[i] = x[i] Wᵀ for some rows and up to DENSE_BLOCK outputs, a multiple of LANES.
+void dense_block(int rows, const bf16* const* x, const bf16* w, int64_t h_in, int64_t width, float* sums) {
+  switch (width / LANES) {
+    case 4: return few_dense<4>(rows, x, w, h_in, sums);
+    case 3: return few_dense<3>(rows, x, w, h_in, sums);
+    case 2: return few_dense<2>(rows, x, w, h_in, sums);
+    case 1: return few_dense<1>(rows, x, w, h_in, sums);
+  }
+}
+
+// sums[o] += low Bᵀ for `width` outputs from b on.
+void add_low(const float* low, const bf16* b, int64_t rank, int64_t h_out, int64_t width, float* sums) {
+  int64_t o = 0;
+  for (; o + LANES <= width; o += LANES) {
+    floats total;
+    std::memcpy(&total, sums + o, sizeof total);
+    for (int64_t r = 0; r < rank; ++r) total += low[r] * load(b + r * h_out + o);
+    std::memcpy(sums + o, &total, sizeof total);
+  }
+  for (; o < width; ++o)
+    for (int64_t r = 0; r < rank; ++r) sums[o] += low[r] * widen(b[r * h_out + o]);
+}
+
+// y[o] = sums[o] + bias[o] for `width` outputs, a multiple of LANES; `bias` may be null.
+void round_block(const float* sums, const bf16* bias, int64_t width, bf16* y) {
+  for (int64_t o = 0; o < width; o += LANES) {
+    floats total;
+    std::memcpy(&total, sums + o, sizeof total);
+    store(y + o, bias ? total + load(bias + o) : total);
   }
 }
 
