@@ -214,13 +214,13 @@ at::Tensor linear(
   std::vector<float> low(adapted * modules * slot_rank);
   const auto low_of = [&](int64_t at, int64_t module) { return low.data() + (at * modules + module) * slot_rank; };
   const auto used = [&](int64_t at) { return std::min<int64_t>(rank[at], slot_rank); };
-  if (adapted)
-    at::parallel_for(0, adapted, std::max<int64_t>(1, MIN_DENSE / (modules * slot_rank * h_in)), [&](int64_t at, int64_t end) {
-      for (; at < end; ++at)
-        for (int64_t module = 0; module < modules; ++module)
-          products().shrink(1, &from[row[at]], layer->a[module] + a_slot[at] * slot_rank * h_in, used(at), h_in,
-                            low_of(at, module), slot_rank);
-    });
+  const auto shrink = [&](int64_t at, int64_t end) {
+    for (; at < end; ++at)
+      for (int64_t module = 0; module < modules; ++module)
+        products().shrink(1, &from[row[at]], layer->a[module] + a_slot[at] * slot_rank * h_in, used(at), h_in,
+                          low_of(at, module), slot_rank);
+  };
+  if (adapted) at::parallel_for(0, adapted, std::max<int64_t>(1, MIN_DENSE / (modules * slot_rank * h_in)), shrink);
 
   const int64_t chunks = (n + FEW - 1) / FEW, blocks = (h_out + DENSE_BLOCK - 1) / DENSE_BLOCK;
   const auto compute = [&](int64_t task, int64_t end) {
@@ -232,15 +232,16 @@ at::Tensor linear(
       for (int64_t module = 0, first = 0; module < modules; first += layer->h_out[module++]) {
         const int64_t wide = layer->h_out[module], start = std::max(o, first), stop = std::min(o + width, first + wide);
         for (int64_t at = 0; at < adapted && start < stop; ++at)
-          products().add_low(low_of(at, module), layer->b[module] + slot[at] * slot_rank * wide + start - first, used(at),
-                             wide, stop - start, sums + row[at] * DENSE_BLOCK + start - o);
+          products().add_low(low_of(at, module), layer->b[module] + slot[at] * slot_rank * wide + start - first,
+                             used(at), wide, stop - start, sums + row[at] * DENSE_BLOCK + start - o);
       }
+      const bf16* const shifts = shift ? shift + o : nullptr;
       for (int64_t k = 0; k < some; ++k)
-        products().round_block(sums + k * DENSE_BLOCK, shift ? shift + o : nullptr, width, outputs + (i + k) * h_out + o);
+        products().round_block(sums + k * DENSE_BLOCK, shifts, width, outputs + (i + k) * h_out + o);
     }
   };
-  const int64_t products_of_task = std::min<int64_t>(n, FEW) * DENSE_BLOCK * h_in;
-  at::parallel_for(0, blocks * chunks, std::max<int64_t>(1, MIN_DENSE / products_of_task), compute);
+  const int64_t of_task = std::clamp<int64_t>(n, 1, FEW) * DENSE_BLOCK * h_in;
+  at::parallel_for(0, blocks * chunks, std::max<int64_t>(1, MIN_DENSE / of_task), compute);
   return y;
 }
 

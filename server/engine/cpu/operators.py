@@ -1,9 +1,8 @@
 """Operators of a model on CPUs: one in C++ each, instead of several small ones and the Python between them.
 
-Norms are vLLM's own. vLLM leaves them to its compiler, which is off, so that a norm took ten operations of PyTorch.
-Linear layers are `linear` in lora.cpp, which adds the adapters in the same call, except
-where oneDNN has AMX. Without AMX it is as fast as oneDNN for many rows and faster for few, with one copy of the weights
-as well; without bf16 instructions it is three times as fast.
+Norms are vLLM's own: it leaves them to its compiler, which is off, so that a norm took ten operations of PyTorch. Linear
+layers are `linear` in lora.cpp, which adds the adapters in the same call, except where oneDNN has AMX. Without AMX it is
+as fast as oneDNN for many rows and faster for few; without bf16 instructions three times as fast.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def multiplied(
     rows: Sequence[torch.Tensor] = _NO_ROWS,
 ) -> torch.Tensor:
     """Return x Wᵀ + bias [..., H_out], plus what the adapters of `rows` add."""
-    y: torch.Tensor = linear()(x.view(-1, x.shape[-1]), packed, bias, *adapters, *rows)
+    y: torch.Tensor = linear()(x.reshape(-1, x.shape[-1]), packed, bias, *adapters, *rows)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
 

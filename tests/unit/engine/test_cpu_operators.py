@@ -98,6 +98,7 @@ def test_of_many_rows_the_layer_alone_is_computed_and_adapters_as_vllm_does(rows
     layer, base, weight = layer_with(step, None)
     x, vllms = random(step, rows, 64), MagicMock()
     assert operators.with_adapters_in_one_call(vllms)(layer, x, None) is vllms.return_value
+    assert base.cpu_linear(x[:0], None, None).shape == (0, 144)
     made = base.cpu_linear(x[None], None, None)
     assert made.shape == (1, rows, 144)
     torch.testing.assert_close(made[0].double(), x.double() @ weight.double().t(), rtol=ROUNDING, atol=1e-3)
