@@ -57,9 +57,9 @@ def main(
 
 
 def mean_losses(folders: Sequence[Path]) -> Losses:
-    """Return each person's loss by method: the mean over folders, of methods that are in all of them."""
+    """Return each person's loss by method: the mean over folders, of methods that have the same people in all."""
     runs = [user_losses(list(read_records(folder / RECORDS_FILE))) for folder in folders]
-    methods = [method for method in runs[0] if all(method in run for run in runs)]
+    methods = [m for m, people in runs[0].items() if all(run.get(m, {}).keys() == people.keys() for run in runs)]
     return {m: {user: fmean(run[m][user] for run in runs) for user in runs[0][m]} for m in methods}
 
 
