@@ -1,8 +1,8 @@
 """Operators of a model on CPUs: one in C++ each, instead of several small ones and the Python between them.
 
-Norms are vLLM's own: it leaves them to its compiler, which is off, so that a norm took ten operations of PyTorch. Linear
-layers are `linear` in lora.cpp, which adds the adapters in the same call, except where oneDNN has AMX. Without AMX it is
-as fast as oneDNN for many rows and faster for few; without bf16 instructions three times as fast.
+Norms are vLLM's own: it leaves them to its compiler, which is off, so that a norm took ten operations of PyTorch.
+Linear layers are `linear` in lora.cpp, which adds the adapters in the same call, except where oneDNN has AMX. Without
+AMX it is as fast as oneDNN for many rows and faster for few; without bf16 instructions three times as fast.
 """
 
 from __future__ import annotations
