@@ -203,7 +203,9 @@ async def _measure(
                     kept.append(
                         median(answer.first_ms for answer in answers)
                         if case.read == "first"
-                        else median(fmean(answer.gaps_ms[len(answer.gaps_ms) // 2 :]) for answer in answers)
+                        else median(
+                            fmean(answer.gaps_ms[len(answer.gaps_ms) // 2 :]) for answer in answers if answer.gaps_ms
+                        )
                     )
             done()
     return readings
