@@ -184,19 +184,6 @@ void dense_block(int rows, const bf16* const* x, const bf16* w, int64_t h_in, in
   }
 }
 
-// sums[o] += low Bᵀ for `width` outputs from b on.
-void add_low(const float* low, const bf16* b, int64_t rank, int64_t h_out, int64_t width, float* sums) {
-  int64_t o = 0;
-  for (; o + LANES <= width; o += LANES) {
-    floats total;
-    std::memcpy(&total, sums + o, sizeof total);
-    for (int64_t r = 0; r < rank; ++r) total += low[r] * load(b + r * h_out + o);
-    std::memcpy(sums + o, &total, sizeof total);
-  }
-  for (; o < width; ++o)
-    for (int64_t r = 0; r < rank; ++r) sums[o] += low[r] * widen(b[r * h_out + o]);
-}
-
 // y[o] = sums[o] + bias[o] for `width` outputs, a multiple of LANES; `bias` may be null.
 void round_block(const float* sums, const bf16* bias, int64_t width, bf16* y) {
   for (int64_t o = 0; o < width; o += LANES) {
@@ -219,6 +206,16 @@ MTA_INLINE void add_rows(
   }
   for (; k < end; ++k)
     for (int i = 0; i < count; ++i) sums[k] += weight[i] * widen(rows[i][k]);
+}
+
+// sums[o] += low Bᵀ for `width` outputs from b on.
+void add_low(const float* low, const bf16* b, int64_t rank, int64_t h_out, int64_t width, float* sums) {
+  for (int64_t r = 0; r < rank; r += STREAMS) {
+    const bf16* rows[STREAMS];
+    const int some = std::min<int64_t>(STREAMS, rank - r);
+    for (int i = 0; i < some; ++i) rows[i] = b + (r + i) * h_out;
+    add_rows(some, rows, low + r, 0, width, sums);
+  }
 }
 
 // out[r][o] = Σ weight[i] · rows[i][o · rank + r] for outputs o from `first` to `last`; `sums` is a buffer for them.

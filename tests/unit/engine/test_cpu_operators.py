@@ -48,7 +48,7 @@ def steps(draw: st.DrawFn) -> Step:
     )
 
 
-def layer_with(step: Step, bias: torch.Tensor | None) -> tuple[Any, Any, torch.Tensor]:
+def layer_with(step: Step) -> tuple[Any, Any, torch.Tensor]:
     """A layer as vLLM has it with adapters, its base layer, and its weights."""
     base = torch.nn.Module()
     base.weight = torch.nn.Parameter(random(step, sum(step.h_out), step.h_in), requires_grad=False)
@@ -69,7 +69,7 @@ def random(step: Step, *shape: int) -> torch.Tensor:
 @given(step=steps(), biased=st.booleans())
 def test_a_layer_and_its_adapters_are_one_exact_sum_rounded_once(step: Step, biased: bool) -> None:
     bias = random(step, sum(step.h_out)) if biased else None
-    layer, _, weight = layer_with(step, bias)
+    layer, _, weight = layer_with(step)
     x = random(step, len(step.owners), step.h_in)
     apply = operators.with_adapters_in_one_call(lambda self, x, bias: self.base_layer.cpu_linear(x, None, bias))
     made = apply(layer, x, bias).double()
@@ -95,7 +95,7 @@ def _starts(step: Step) -> list[int]:
 @pytest.mark.parametrize("rows", [FEW + 1, 2 * FEW])
 def test_of_many_rows_the_layer_alone_is_computed_and_adapters_as_vllm_does(rows: int) -> None:
     step = Step(owners=(0,) * rows, tenants=((8, False),), slot_rank=8, h_in=64, h_out=(144,), dtype=torch.bfloat16)
-    layer, base, weight = layer_with(step, None)
+    layer, base, weight = layer_with(step)
     x, vllms = random(step, rows, 64), MagicMock()
     assert operators.with_adapters_in_one_call(vllms)(layer, x, None) is vllms.return_value
     assert base.cpu_linear(x[:0], None, None).shape == (0, 144)
@@ -108,7 +108,7 @@ def test_rows_beside_each_other_do_not_change_each_other() -> None:
     step = Step(
         owners=(-1, 0, 1), tenants=((8, False), (4, False)), slot_rank=8, h_in=64, h_out=(160,), dtype=torch.bfloat16
     )
-    layer, _, _ = layer_with(step, None)
+    layer, _, _ = layer_with(step)
     apply = operators.with_adapters_in_one_call(lambda self, x, bias: self.base_layer.cpu_linear(x, None, bias))
     x = random(step, 3, 64)
     together = apply(layer, x)
