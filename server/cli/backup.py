@@ -48,7 +48,12 @@ def backup(
         with _progress() as progress:
             task = progress.add_task("users", total=None)
             show = partial(progress.update, task)
-            return await write_copy(out, stores.copying, lambda done, of: show(completed=done, total=of))
+            folder, manifest = await write_copy(out, stores.copying, lambda done, of: show(completed=done, total=of))
+        try:
+            await stores.copying.note_copy(datetime.fromisoformat(manifest.began).timestamp())
+        except Unavailable as error:  # the store is full
+            typer.echo(f"the copy is complete, but the store could not note its time: {error}", err=True)
+        return folder, manifest
 
     folder, manifest = with_stores(store_settings(data), copy, checked=False)
     note(Act.BACKUP, "done", key="cli", copy=manifest.sha256[:12])

@@ -43,9 +43,9 @@ from server.gateway.users.privacy import Erasing, Exporting
 from server.gateway.users.profiles import HistoryLimit, Profiles
 from server.settings import Settings
 from server.store.append_only_file import REWRITE_CHECK_S, AppendOnlyFile
-from server.store.figures import FIGURES_INTERVAL_S, ServerFigures
+from server.store.figures import FIGURES_INTERVAL_S
 from server.store.jobs import JobStore
-from server.store.opening import open_stores
+from server.store.opening import Stores, open_stores
 from server.store.samples import JobBudget
 from server.store.tenants.user_key import Tenants, User, UserKeys
 from server.watching.background import forever, lower_priority
@@ -230,7 +230,7 @@ async def open_gateway(
             health.watch(),
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
             forever(REWRITE_CHECK_S, partial(_rewrite_file_if_due, stores.file, metrics), log),
-            forever(FIGURES_INTERVAL_S, partial(_read_figures, stores.figures, metrics), log),
+            forever(FIGURES_INTERVAL_S, partial(_read_figures, stores, metrics), log),
             learner.run(),
             forever(STORE_INTERVAL_S, tallies.flush, log),
             forever(FOLD_INTERVAL_S, tallies.fold, log),
@@ -280,8 +280,9 @@ async def _rewrite_file_if_due(file: AppendOnlyFile, metrics: Metrics) -> None:
     await file.rewrite_if_due()
 
 
-async def _read_figures(read: Callable[[], Awaitable[list[ServerFigures]]], metrics: Metrics) -> None:
-    metrics.store_servers = await read()
+async def _read_figures(stores: Stores, metrics: Metrics) -> None:
+    metrics.store_servers = await stores.figures()
+    metrics.copied.set(await stores.copying.copied_s())
 
 
 def _load_search(task: Task) -> None:

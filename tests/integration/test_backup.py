@@ -6,24 +6,28 @@ import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 from typer.testing import CliRunner
 
-from bench.rig.cluster import ValkeyCluster
+from bench.rig.cluster import ValkeyCluster, ask
+from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.cli import app
 from server.settings import Settings
 from server.store.backup import copying
+from server.store.backup.folder import open_copy
 from server.store.jobs import JobId
 from server.store.redis import keys
 from server.store.tenants.access_keys import Scope, digest_of
 from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
 from server.watching.audit import audit_to, read_audit
-from tests.support.gateway import SECRET, GatewayThread, Keyed, make_keys
+from tests.support.gateway import SECRET, GatewayThread, Keyed, make_keys, metric
 from tests.support.store_parts import StoreParts, WorkerSteps, Writing, submitted
 
 TENANT = "acme"
@@ -86,7 +90,11 @@ def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_key
     said = mta("restore", copy, "--erased", log, store=empty)
     assert re.search(r"restored: 180 users as of .*; 20 who .* since stay erased, 1 API keys", said)
     asyncio.run(check_restored(empty, bank, written))
+    mta("backup", "--out", tmp_path / "copies", store=empty)
+    (began,) = {open_copy(each).began for each in (tmp_path / "copies").iterdir()} - {open_copy(copy).began}
     with serving(gateway_settings, empty, secrets) as keyed, keyed.client("kept") as client:
+        copied_s = partial(metric, client, "mta_store_copied_timestamp_seconds")
+        wait_until(lambda: copied_s() == datetime.fromisoformat(began).timestamp(), "the gateway to know of the copy")
         found = {user: client.get(f"/users/{user}").status_code for user in USERS[8:]}
         assert found == {user: httpx.codes.NOT_FOUND if user in ERASED else httpx.codes.OK for user in USERS[8:]}
         assert client.get(f"/users/{USERS[-1]}/export").json()["items"][0]["text"] == f"a text of {USERS[-1]}"
@@ -94,9 +102,20 @@ def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_key
             assert refused.get(f"/users/{USERS[-1]}").status_code == httpx.codes.UNAUTHORIZED
     acts = [entry for entry in read_audit(log, {"key": "cli"}) if entry["act"] in ("backup", "restore")]
     assert [(entry["act"], entry["outcome"]) for entry in acts] == [
-        *(("backup", "done"), ("restore", "begun"), ("restore", "done"))
+        *(("backup", "done"), ("restore", "begun"), ("restore", "done"), ("backup", "done"))
     ]
-    assert len({entry["copy"] for entry in acts}) == 1
+    assert len({entry["copy"] for entry in acts[:3]}) == 1
+
+
+def test_a_full_store_can_be_copied(memory: Path, tmp_path: Path, log: Path) -> None:
+    server = ValkeyProcess(memory / "full").start()
+    try:
+        ask(server, "CONFIG SET", "maxmemory", 1)
+        assert "the copy is complete, but" in mta("backup", "--out", tmp_path / "copies", store=server)
+    finally:
+        server.kill()
+    (copy,) = (tmp_path / "copies").iterdir()
+    assert open_copy(copy).users == 0
 
 
 @contextmanager

@@ -80,6 +80,7 @@ class Metrics:
         self.jobs = gauge("mta_jobs", "Approximate number of adapt jobs, by state: queued or running.", ("state",))
         self.oldest_job = gauge("mta_jobs_oldest_seconds", "Age of the oldest queued job.")
         self.rewrite_overdue = gauge("mta_rewrite_overdue_seconds", "Delay of removing erased users from the AOF.")
+        self.copied = gauge("mta_store_copied_timestamp_seconds", "When the store's newest copy began; 0: none.")
         self.store = StoreSeconds(registry)
         self.store_servers: Sequence[ServerFigures] = ()  # as last reported
         ProcessCollector(registry=registry)

@@ -94,6 +94,13 @@ class StoreCopying:
         for entry in filter(None, of_all):
             yield entry
 
+    async def note_copy(self, began_s: float) -> None:
+        """Note in the store that it has a complete copy from then."""
+        await self._connection.run(lambda redis: redis.set(keys.COPIED, began_s))
+
+    async def copied_s(self) -> float:  # when the newest copy began, s since 1970; 0 if there is none
+        return float(await self._connection.run(lambda redis: redis.get(keys.COPIED)) or 0)
+
     async def users_with(self, kind: Callable[[str], str]) -> set[str]:
         """Return the users that have a key of this kind, but for those who come or go meanwhile."""
         servers, _ = await self._primaries()
@@ -144,7 +151,7 @@ class StoreCopying:
 
     async def _check_empty(self) -> None:
         async for name in self._names((await self._primaries())[0]):
-            if name not in (keys.USED_KEYS, keys.SECRET):  # any gateway writes them
+            if name not in (keys.USED_KEYS, keys.SECRET, keys.COPIED):  # also where nobody was ever stored
                 raise MtaError(
                     f"the store is not empty, it holds {name}: restore to a new one, or stop gateways and workers and "
                     "empty this one (FLUSHALL)"

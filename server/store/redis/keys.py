@@ -36,6 +36,7 @@ Shared by all users::
     mta:{access}:secret       hash    `in`: keyed hash of the MTA_SECRET that keys users, `from`: of the one they leave
     mta:{access}:used         hash    SHA-256 of an API key → hour of its last use, since 1970
     mta:{restore}             string  SHA-256 of the copy whose restore has not ended (`server/store/backup/`)
+    mta:copied                string  when the newest copy of the store began, s since 1970
 
 Limits (`server/store/tenants/rates.py`); an owner is `key-`, `user-`, `tenant-` or `quota-` and its name::
 
@@ -66,6 +67,7 @@ ACCESS_KEYS = "mta:{access}:keys"
 USED_KEYS = "mta:{access}:used"
 SECRET = "mta:{access}:secret"
 RESTORING = "mta:{restore}"
+COPIED = "mta:copied"
 _LEFT_OUT = re.compile(r"mta:(\{rewrite\}|\{restore\}|rates:|held:|use:|adapted:)")
 _OF_USER = re.compile(r"mta:\{([a-z2-7]{26})\}:")
 
