@@ -110,7 +110,6 @@ class _RetryableError(ApiError):
         limits: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message, code=code)
-        self.retry_after_s = retry_after_s
         self.headers |= {"Retry-After": str(max(1, ceil(retry_after_s))), **(limits or {})}
 
 

@@ -73,6 +73,8 @@ def write_bank(
     `rows` are flat, the common row last. `embeddings` [N, E], `items` (number of training items) and `words` are in
     anchor order; `curvature` is H [N, N]. With `directions`, those are served, and the anchors' rows kept beside them.
     """
+    from safetensors import SafetensorError
+
     from adapters.matrix import write_matrix
 
     method = FusionMethod.SHARED if layout.shared_a else FusionMethod.CAT
@@ -118,8 +120,10 @@ def write_bank(
             training=training,
             files={name: file_sha256(out / name) for name in files},
         )
+        for stale in {CURVATURE_FILE, COORDINATES_FILE, ROWS_FILE} - set(files):
+            (out / stale).unlink(missing_ok=True)  # of the bank that this one replaces: they know its people
         return write_manifest(out, manifest)
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last is faiss's
         raise BankError(f"cannot write the bank to {out}: {error}") from error
 
 

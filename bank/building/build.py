@@ -6,6 +6,7 @@ same fingerprint.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -51,7 +52,7 @@ from bank.models.folders import (
     model_name,
     prompts_hash,
 )
-from bank.models.load import load_base
+from bank.models.load import load_base, resolve_dtype
 
 BASELINES = "baselines"  # subfolder of a bank
 EMBED_THREADS = 2
@@ -85,6 +86,12 @@ def build_bank(
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
     base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
     key = inputs_key(options, task, people, held_out, (base.hash, prompts_hash(model_folder), embedder.id))
+    whole = f"{key} in {resolve_dtype(options.dtype)}"
+    if set(ranks.each(range(ranks.count), lambda _: whole)) != {whole}:
+        raise BankError(
+            "the ranks would build different banks: give every machine the same people, options and model, and name "
+            "--dtype, which depends on the machine"
+        )
     if (built := ranks.first(lambda: finished_bank(inputs.out, key, force=inputs.force))) is not None:
         progress.say(f"{inputs.out} already holds this bank")
         return built
@@ -108,8 +115,10 @@ def build_bank(
         trainer = RowTrainer(model, tokenizer, task, options, progress)
         trained = trainer.rows(work, people, anchors)
         rule, curvature, directions = _measured(trained, people, anchors, trainer, work)
-        return ranks.first(
-            lambda: write_bank(
+
+        def write() -> BankManifest:
+            shutil.rmtree(inputs.out / BASELINES, ignore_errors=True)  # of the bank that this one replaces
+            return write_bank(
                 inputs.out,
                 task=task.name,
                 base_model=base,
@@ -128,7 +137,8 @@ def build_bank(
                 words=typical_words(anchors, task) if options.describe else (),
                 directions=directions,
             )
-        )
+
+        return ranks.first(write)
 
 
 def _measured(

@@ -67,11 +67,14 @@ class Workbench:
 
     def _write(self, name: str, made: Vectors) -> Vectors:
         draft = self._folder / "draft"
-        with draft.open("wb") as file:
-            np.save(file, made)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self._path(name))
+        try:
+            with draft.open("wb") as file:
+                np.save(file, made)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self._path(name))
+        except OSError as error:
+            raise BankError(f"cannot keep a piece of the build in {self._folder}: {error.strerror or error}") from error
         return made
 
     def _path(self, name: str) -> Path:
@@ -99,7 +102,7 @@ def workbench(out: Path, key: str, ranks: Ranks) -> Iterator[Workbench]:
         folder = root / key
         folder.mkdir(exist_ok=True)
         yield Workbench(folder, ranks)
-        shutil.rmtree(root)
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
@@ -110,6 +113,9 @@ def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
         manifest = read_manifest(out)
         if manifest.training.get("inputs") == key:
             verify_files(out, manifest)
+            shutil.rmtree(
+                out / WORK_FOLDER / key, ignore_errors=True
+            )  # which a build that was killed at its end leaves
             return manifest
         found = f"another bank, {manifest.short}"
     except BankError as error:

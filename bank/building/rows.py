@@ -105,6 +105,8 @@ class RowTrainer:
         pool = [each for person in people for each in lessons(person, self.task, options.history_share, options.seed)]
         chosen = random.Random(seed).sample(range(len(pool)), min(len(pool), steps * batch_size))
         examples = tuple(pool[i].example(self.tokenizer, options.max_tokens) for i in chosen)
+        if not output_tokens(examples):
+            raise BankError(f"--max-tokens {options.max_tokens} leaves no room for answers in the chat template")
         return RowJob(name, examples, TrainPlan(steps, batch_size, options.learning_rate, seed))
 
     def train(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
@@ -15,6 +16,7 @@ from scipy import stats
 DRAWS = 9_999  # resamples per interval, and sign flips per test; a test with up to 13 users enumerates all flips
 LEVEL = 0.05
 _BATCH = 1_000  # resamples in memory at a time
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,9 @@ def over_users(differences: Sequence[float]) -> Interval:
     return Interval(mean, float(low), float(high), n)
 
 
-def compare_with_one(differences: Mapping[str, Sequence[float]]) -> dict[str, Interval]:
-    """Return the intervals of several methods' differences from one, over the same users, tested together."""
-    adjusted = holm(sign_flip_p(list(differences.values()))) if differences else []
+def compare_together(differences: Mapping[Name, Sequence[float]]) -> dict[Name, Interval]:
+    """Return the interval of each difference, one per user, with its p-value adjusted for all of them."""
+    adjusted = holm([sign_flip_p(values) for values in differences.values()])
     return {
         name: replace(over_users(values), p=p) for (name, values), p in zip(differences.items(), adjusted, strict=True)
     }
@@ -76,7 +78,7 @@ def compare_methods(
             if method != other and theirs.keys() >= ours.keys()
         }
         complete = {method: less for method, less in differences.items() if len(less) == len(theirs)}
-        tested = compare_with_one({m: less for m, less in complete.items() if not {m, other} & set(untested)})
+        tested = compare_together({m: less for m, less in complete.items() if not {m, other} & set(untested)})
         for method, less in differences.items():
             found[method][other] = tested.get(method) or over_users(less)
     return found
@@ -86,13 +88,13 @@ def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *lines))
 
 
-def sign_flip_p(differences: Sequence[Sequence[float]]) -> list[float]:
-    """Return two-sided p-values of paired sign-flip permutation tests, one per row of differences [M, users]."""
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Return the two-sided p-value of a paired sign-flip permutation test."""
     values = np.asarray(differences, np.float64)
-    if values.shape[1] < 2:
-        return [1.0] * len(values)
+    if len(values) < 2:
+        return 1.0
     how = {"permutation_type": "samples", "n_resamples": DRAWS, "batch": _BATCH, "rng": np.random.default_rng(0)}
-    return [float(p) for p in stats.permutation_test((values,), np.mean, axis=-1, **how).pvalue]
+    return float(stats.permutation_test((values,), np.mean, axis=-1, **how).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from adapters.lora import LoraWeights
 from adapters.recipe import MAX_TERMS
@@ -18,10 +17,10 @@ from bank.building.selection import mean_embedding
 from bank.building.signer import Signer
 from bank.errors import BankError
 from bank.evaluation.scoring import EvalAdapter, ModelReader, OpenBank, Reading, Scorer
-from bank.items.histories import History
+from bank.items.histories import History, Query
 from bank.items.lessons import encode_with_memories, lessons
 from bank.items.profile import Vectors
-from bank.items.prompt import encode_pair
+from bank.items.prompt import chat_messages, encode_conversation, encode_pair
 from bank.items.retrieval import ItemIndex
 from bank.items.tasks import AnswerKind, past_count_range
 from bank.lookup.embedder import Embedder
@@ -140,12 +139,18 @@ class Evaluator:
         """Return the user's queries as model input, and their readings; `new_tokens` as in `ModelReader`."""
         task, user = self.bank.serving.task, evidence.user
         index = ItemIndex(task, user.items if method.history else ())
-        longest = self.max_tokens * (1 + method.history)
-        encode = partial(encode_with_memories, self.scorer.tokenizer, task, max_tokens=longest)
-        examples = [encode(q.input, q.gold, memories=index.memories(q.input, method.history)) for q in user.queries]
+        examples = [self._example(query, index.memories(query.input, method.history)) for query in user.queries]
         if method.adapter == "prior":
             return examples, self._read_prior(user, examples)
         return examples, self.reader.read(adapter, examples, new_tokens, chances=task.kind == "score")
+
+    def _example(self, query: Query, memories: Sequence[str]) -> Example:
+        """Return a query as model input; one that is too long is cut alike with past items and without."""
+        tokenizer, task, pair = self.scorer.tokenizer, self.bank.serving.task, (query.input, query.gold)
+        if len(encode_conversation(tokenizer, chat_messages(query.input), query.gold).ids) > self.max_tokens:
+            return encode_pair(tokenizer, *pair, self.max_tokens)
+        longest = self.max_tokens * (1 + len(memories))
+        return encode_with_memories(tokenizer, task, *pair, memories=memories, max_tokens=longest)
 
     def kept_bytes(self, method: Method, evidence: Evidence, adapter: EvalAdapter | None) -> int:
         """Return the bytes a server stores per user for a method: embedding, signature, adapter, items, histogram."""

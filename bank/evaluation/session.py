@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from adapters.errors import excerpt
 from adapters.training.adapt_config import AdaptConfig
 from bank.errors import BankError
 from bank.evaluation.authorship import AuthorshipRow, authorship, authorship_table
@@ -19,6 +20,7 @@ from bank.evaluation.summary import LAMP_FOLDER, MethodRow, markdown, summarise,
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.tasks import AnswerKind, Task
 from bank.lookup.embedder import Embedder
+from bank.lookup.prior import allowed_answers
 from bank.models.folders import check_base_model
 from bank.models.load import load_base, resolve_dtype
 
@@ -138,7 +140,14 @@ def _people(inputs: EvalInputs, task: Task) -> list[History]:
         raise BankError(
             f"nobody in {inputs.users} can be evaluated: with --last N, a history needs at least N + --profile items"
         )
-    return people[: inputs.people]
+    people, allowed = people[: inputs.people], allowed_answers(task)
+    unknown = [(who, query.gold) for who in people for query in who.queries if allowed and query.gold not in allowed]
+    for who, answer in unknown:
+        raise BankError(
+            f"{inputs.users}: person {excerpt(who.user_id)} answers {excerpt(answer)}, but the answers of {task.name} "
+            f"are {', '.join(allowed)}"
+        )
+    return people
 
 
 def _write(

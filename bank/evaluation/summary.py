@@ -154,13 +154,16 @@ def _error(prediction: str, gold: float) -> float:
 def write_lamp_files(records: Sequence[Record], task: Task, folder: Path) -> None:
     """Write the first seed's predictions as LaMP's leaderboard reads them: `golds.json`, and a file per method."""
     outputs: dict[str, dict[str, str]] = defaultdict(dict)
+    owners = {(record.query_id, record.user_id) for record in records}
+    unique = len({query_id for query_id, _ in owners}) == len(owners)  # as LaMP's are
     for record in records:
         if record.seed == 0 and record.prediction is not None:
-            outputs[record.method.replace(":", "-")][record.query_id] = record.prediction
-            outputs[GOLDS][record.query_id] = record.gold
-    name = (task.lamp or task.name).replace("-", "_")
+            name = record.query_id if unique else f"{record.user_id}-{record.query_id}"
+            outputs[record.method.replace(":", "-")][name] = record.prediction
+            outputs[GOLDS][name] = record.gold
+    of = (task.lamp or task.name).replace("-", "_")
     for file, answers in outputs.items():
         folder.mkdir(parents=True, exist_ok=True)
         golds = [{"id": query_id, "output": output} for query_id, output in answers.items()]
-        content = json.dumps({"task": name, "golds": golds}, ensure_ascii=False)
+        content = json.dumps({"task": of, "golds": golds}, ensure_ascii=False)
         (folder / f"{file}.json").write_text(content + "\n", "utf-8")

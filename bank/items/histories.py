@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
 
 from adapters.errors import excerpt
 from bank.errors import BankError, ProfileError
-from bank.items.profile import Item, item_pair, parse_item
+from bank.items.profile import Item, item_pair, number_text, parse_item
 from bank.items.tasks import Task
+
+Answer = Annotated[str, BeforeValidator(number_text)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +35,7 @@ class Query:
     __pydantic_config__ = ConfigDict(coerce_numbers_to_str=True)
     id: str
     input: str
-    gold: str
+    gold: Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +75,7 @@ class RawPerson(RawName):
 class RawGold(BaseModel):
     model_config = ConfigDict(coerce_numbers_to_str=True)
     id: str
-    output: str
+    output: Answer
 
 
 class RawGolds(BaseModel):
@@ -101,6 +114,8 @@ def read_histories(path: Path, task: Task, outputs: Path | None = None, *, queri
         if queries:
             shape = 'a list of {"id", "input", "gold"}'
             asked[raw.user_id] = _checked(f"{who}: its `query`", raw.query or (), tuple[Query, ...], shape)
+            if repeated := [id for id, n in Counter(query.id for query in asked[raw.user_id]).items() if n > 1]:
+                raise BankError(f"{who} has several queries with the id {excerpt(repeated[0])}: give each its own")
             if not asked[raw.user_id]:
                 raise BankError(
                     f"{who} has no queries to evaluate on: give `query`, or make queries of the last items with "
@@ -122,7 +137,7 @@ def _read(path: Path, kind: Any, shape: str) -> Any:
         document = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise BankError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BankError(f"{path} is not JSON: {error}") from error
     return _checked(str(path), document, kind, shape)
 

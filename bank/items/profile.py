@@ -92,14 +92,17 @@ def _text(value: object, param: str) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ProfileError(f"{param} must be text, got {excerpt(value)}", param)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ProfileError(f"{param} must be a finite number or text, got {value}", param)
-        return repr(value).removesuffix(".0")
-    text = str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ProfileError(f"{param} must be a finite number or text, got {value}", param)
+    text = str(number_text(value))
     if "\0" in text or has_surrogate(text):
         raise ProfileError(f"{param} has a NUL or a lone surrogate, which are not valid text: {excerpt(text)}", param)
     return text
+
+
+def number_text(value: object) -> object:
+    """Return a number as people write it, a whole one without its point: `4.0` is a rating of 4."""
+    return repr(value).removesuffix(".0") if isinstance(value, float) else value
 
 
 def has_surrogate(text: str) -> bool:

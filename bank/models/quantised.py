@@ -3,7 +3,7 @@
 The formats, with weight [H_out, H_in], groups of g input columns, and 4-bit numbers packed eight to an int32:
 
     awq                 qweight [H_in, H_out/8] interleaved, qzeros [H_in/g, H_out/8], scales [H_in/g, H_out]
-    gptq                qweight [H_in/8, H_out], qzeros [H_in/g, H_out/8], scales [H_in/g, H_out], g_idx [H_in]
+    gptq                qweight [H_in/8, H_out], scales [H_in/g, H_out], g_idx [H_in]
     fp8                 weight, weight_scale_inv of blocks, or weight_scale of the tensor or of its rows
     compressed-tensors  as fp8, also with int8; or weight_packed [H_out, H_in/8], weight_scale [H_out, H_in/g]
 """
@@ -26,7 +26,7 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # place of each of eight columns in its in
 MIDDLE = 8  # zero of 4-bit numbers without zeros of their own
 PARTS = {
     *("qweight", "qzeros", "scales", "g_idx", "weight", "weight_scale_inv", "weight_scale", "input_scale"),
-    *("weight_packed", "weight_shape", "weight_zero_point"),
+    *("weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx"),
 }
 """Last parts of the names of tensors that belong to a module's weight."""
 
@@ -37,10 +37,10 @@ def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if found is None:
         return None
     method, bits = found.get("quant_method"), found.get("bits", found.get("w_bit", BITS))
-    if method not in METHODS or bits != BITS:
+    if method not in METHODS or bits != BITS or (method == "gptq" and not found.get("sym", True)):
         raise BankError(
             f"the base model is quantised by {method} with {bits} bits, which training cannot undo: use the model "
-            f"without quantisation, or quantised by {', '.join(METHODS)} (awq and gptq with {BITS} bits)"
+            f"without quantisation, or quantised by {', '.join(METHODS)} (awq and symmetric gptq with {BITS} bits)"
         )
     return found
 
@@ -83,11 +83,11 @@ def _weight(module: str, part: Mapping[str, torch.Tensor], quantisation: Mapping
 
 def _grouped(part: Mapping[str, torch.Tensor], method: str) -> torch.Tensor:
     """Return a weight [H_in, H_out] of AWQ or GPTQ."""
-    scales, zeros = part["scales"].float(), _unpacked(part["qzeros"], 1)
+    scales = part["scales"].float()
     if method == "awq":
-        numbers, zeros = _in_order(_unpacked(part["qweight"], 1)), _in_order(zeros)
-    else:
-        numbers, zeros = _unpacked(part["qweight"], 0), zeros + 1
+        numbers, zeros = (_in_order(_unpacked(part[name], 1)) for name in ("qweight", "qzeros"))
+    else:  # vLLM takes symmetric GPTQ alone, and ignores `qzeros`, which some formats store less one
+        numbers, zeros = _unpacked(part["qweight"], 0), torch.full_like(scales, MIDDLE)
     groups = part.get("g_idx", torch.arange(len(numbers)) * len(scales) // len(numbers)).long()
     return (numbers - zeros[groups]) * scales[groups]
 
@@ -95,10 +95,10 @@ def _grouped(part: Mapping[str, torch.Tensor], method: str) -> torch.Tensor:
 def _symmetric(module: str, part: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return a weight [H_out, H_in] of `weight_packed`."""
     numbers, scales, width = _unpacked(part["weight_packed"], 1), part["weight_scale"].float(), part["weight_shape"][1]
-    if numbers.shape[1] != width or "weight_zero_point" in part:
+    if numbers.shape[1] != width or part.keys() & {"weight_zero_point", "weight_g_idx"}:
         raise BankError(
-            f"{module} of the base model is packed with other than {BITS} bits, or with zero points, which training "
-            "cannot undo: use the model without quantisation"
+            f"{module} of the base model is packed with other than {BITS} bits, with zero points or in another order, "
+            "which training cannot undo: use the model without quantisation"
         )
     return (numbers - MIDDLE) * scales.repeat_interleave(numbers.shape[1] // scales.shape[1], 1)
 

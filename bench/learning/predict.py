@@ -6,8 +6,8 @@ starts `mta up`. Everybody begins with an empty profile. Before each of a person
 `/v1/completions` (`echo`, `logprobs`) under the base model, under the common row, which is trained on all anchors and
 knows no person, and under what the server serves; each alone and with the most relevant of the texts so far in the
 prompt. Then the person asks, and sends their own text as feedback. People are
-adapted again after `--refresh` texts. Whoever is done is kept in `FOLDER/people.jsonl`: a run that was stopped goes on
-with the others.
+adapted again after `--refresh` texts. Whoever is done is kept in `FOLDER/people-….jsonl`: a run that was stopped goes
+on with the others.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from rich.progress import Progress
 from adapters.training.example import Example
 from bank.evaluation.intervals import over_users
 from bank.items.histories import read_histories
+from bank.items.lessons import encode_with_memories
 from bank.items.profile import Item
-from bank.items.prompt import encode_pair
-from bank.items.retrieval import ItemIndex, turn_with_memories
+from bank.items.retrieval import ItemIndex
 from bank.items.tasks import Task, get_task
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model
@@ -45,7 +45,7 @@ from server.settings import load_settings
 
 WAYS = ("base", "common", "served", "base+history", "common+history", "served+history")
 AT_ONCE = 6  # people at a time: some wait for training while others are read
-MAX_TOKENS = 512  # longest text; longer ones are cut at the end
+MAX_TOKENS = 512  # longest example; past texts that do not fit are left out
 SIGNED_S = 120.0  # longest wait for a person's new recipe
 _POLL_S = 0.5
 _ANSWER_TOKENS = 8  # an answer only has to be there
@@ -87,8 +87,8 @@ class Reader:
         ]
         memories = ItemIndex(self.task, past[:place]).memories(turn, self.history) if place else []
         for way in WAYS:
-            shown = turn_with_memories(self.task, turn, memories) if way.endswith("+history") else turn
-            example = encode_pair(self.tokenizer, shown, text, MAX_TOKENS)
+            shown = memories if way.endswith("+history") else ()
+            example = encode_with_memories(self.tokenizer, self.task, turn, text, memories=shown, max_tokens=MAX_TOKENS)
             loss, level = self._loss(person.user_id, way.partition("+")[0], example)
             person.losses[way].append(loss)
         person.levels.append(level)
@@ -140,7 +140,8 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for figures and picture.")] = Path("out/learning"),
 ) -> None:
     """Report the loss by the number of texts that the server has learnt from."""
-    task, settings = get_task(read_manifest(bank).task), load_settings()
+    manifest, settings = read_manifest(bank), load_settings()
+    task = get_task(manifest.task)
     out.mkdir(parents=True, exist_ok=True)
     learners = []
     for known in read_histories(users, task, queries=True)[:people]:
@@ -156,7 +157,11 @@ def main(
         httpx.Client(base_url=ran.url, timeout=600) as http,
         Client(ran.url) as client,
     ):
-        _learn(learners, Reader(http, client, tokenizer, task, history), out / "people.jsonl")
+        _learn(
+            learners,
+            Reader(http, client, tokenizer, task, history),
+            out / f"people-{manifest.short}-{history}-{refresh}-{texts}.jsonl",
+        )
     states = [state for person in learners for state in person.jobs]
     tabulate([table(learners)], out / "learning.json", people=[asdict(person) for person in learners])
     typer.echo(

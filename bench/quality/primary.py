@@ -9,14 +9,13 @@ the mean over banks. Holm's correction is over all differences of the table, whi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
 import typer
 
-from bank.evaluation.intervals import Interval, holm, over_users, sign_flip_p
+from bank.evaluation.intervals import Interval, compare_together
 from bank.evaluation.run import RECORDS_FILE, read_records
 from bank.evaluation.summary import user_losses
 from bench import script
@@ -50,7 +49,7 @@ def main(
         for other in against.split(",")
     ]
     differences = {pair: _differences(found[pair[0]], pair) for pair in pairs}
-    tested = tested_together(differences)
+    tested = compare_together(differences)
     rows = [(f"{task}: {one} less {other}", _row(tested[task, one, other], less))
             for (task, one, other), less in differences.items()]  # fmt: skip
     report(f"{len(rows)} differences, nats a token", rows, out, losses=found)
@@ -61,14 +60,6 @@ def mean_losses(folders: Sequence[Path]) -> Losses:
     runs = [user_losses(list(read_records(folder / RECORDS_FILE))) for folder in folders]
     methods = [m for m, people in runs[0].items() if all(run.get(m, {}).keys() == people.keys() for run in runs)]
     return {m: {user: fmean(run[m][user] for run in runs) for user in runs[0][m]} for m in methods}
-
-
-def tested_together(differences: Mapping[Difference, Sequence[float]]) -> dict[Difference, Interval]:
-    """Return the interval of each difference, with its p-value adjusted for all of them."""
-    adjusted = holm([sign_flip_p([values])[0] for values in differences.values()])
-    return {
-        pair: replace(over_users(values), p=p) for (pair, values), p in zip(differences.items(), adjusted, strict=True)
-    }
 
 
 def _folders(task: str, listed: str) -> list[Path]:

@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from bank.evaluation.intervals import compare_with_one
+from bank.evaluation.intervals import compare_together
 from bank.evaluation.run import RECORDS_FILE, Record, read_records
 from bank.items.tasks import get_task
 from bank.lookup.prior import SCORES
@@ -99,7 +99,7 @@ def _rows(what: str, found: Figures) -> list[tuple[str, object]]:
     for place, (other, theirs) in enumerate(means.items()):
         later = list(means.items())[place + 1 :]
         differences = {name: [mine - their for mine, their in zip(each, theirs, strict=True)] for name, each in later}
-        compared = compare_with_one(differences).items()
+        compared = compare_together(differences).items()
         rows += [(f"{what}: {name} less {other}", str(interval)) for name, interval in compared]
     return rows
 

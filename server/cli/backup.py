@@ -14,7 +14,7 @@ import typer
 
 from adapters.errors import MtaError
 from adapters.recipe import parse_recipe
-from server.cli.keys import Data, store_settings, with_stores
+from server.cli.keys import MOST_DAYS, Data, store_settings, with_stores
 from server.errors import Unavailable
 from server.store.backup.folder import Entry, Manifest, delete_old_copies, open_copy, read_entries, user_of, write_copy
 from server.store.tenants.user_key import UserKeys, check_values
@@ -31,7 +31,8 @@ CLOCK_SKEW = timedelta(seconds=10)  # maximum difference between the clocks of g
 def backup(
     out: Annotated[Path, typer.Option(help="Folder for copies; each is a folder in it, named by its time.")],
     keep_days: Annotated[
-        int | None, typer.Option(help="Then delete copies in --out that are older.", show_default="keep all", min=1)
+        int | None,
+        typer.Option(help="Then delete copies in --out that are older.", show_default="keep all", min=1, max=MOST_DAYS),
     ] = None,
     data: Data = None,
 ) -> None:
@@ -94,7 +95,7 @@ def restore(
     tenants = [UserKeys(settings.user_secret, tenant) for tenant in sorted(set(since.gone.values()))]
     what = {"key": "cli", "copy": manifest.sha256[:12]}
     note(Act.RESTORE, "begun", **what)
-    work = partial(_restore, copy=copy, manifest=manifest, since=since, tenants=tenants if since.exchanged else ())
+    work = partial(_restore, copy=copy, manifest=manifest, since=since, tenants=tenants if len(secrets) > 1 else ())
     users, keys = with_stores(settings, work, checked=False)
     note(Act.RESTORE, "done", **what)
     typer.echo(
@@ -113,7 +114,7 @@ class _Since:
 
 
 def _read_logs(manifest: Manifest, logs: Sequence[Path]) -> _Since:
-    """Read audit logs. An erasure that failed counts, since it may have been made; one of an unknown user does not."""
+    """Read audit logs. Erasures that failed count, too, and those of unknown users, whom the store may have lost."""
     found, begin = _Since(), datetime.fromisoformat(manifest.began) - CLOCK_SKEW
     for path in map(Path.expanduser, logs):
         files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
@@ -124,7 +125,7 @@ def _read_logs(manifest: Manifest, logs: Sequence[Path]) -> _Since:
         if len(since) == len(entries):
             typer.echo(f"{path} has no entry from before the copy: if there is an older log, give it as well", err=True)
         for entry in since:
-            if entry["act"] == Act.ERASE and entry["outcome"] != "404":
+            if entry["act"] == Act.ERASE:
                 found.gone[entry["user"]] = entry["tenant"]
             elif entry["act"] == Act.KEY_REVOKED:
                 found.revoked.add(entry["of_key"])

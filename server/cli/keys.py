@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
+MOST_DAYS = 36_500  # far beyond, times have no date any more
 
 app = typer.Typer(help="Keys for a gateway's HTTP API; each belongs to a tenant.", no_args_is_help=True)
 
@@ -71,7 +72,9 @@ def create(
     ] = False,
     holdout: Annotated[float | None, setting("holdout", min=0, max=0.5)] = None,
     refresh: Annotated[int | None, setting("refresh_samples", min=0)] = None,
-    days: Annotated[int | None, typer.Option(help="Days until the key expires.", show_default="never", min=1)] = None,
+    days: Annotated[
+        int | None, typer.Option(help="Days until the key expires.", show_default="never", min=1, max=MOST_DAYS)
+    ] = None,
     remark: Annotated[str, typer.Option("--note", help="What the key is for, or whose it is.")] = "",
     first: Annotated[bool, typer.Option("--first", help="Create the key only if the store never had one.")] = False,
     given: Annotated[bool, typer.Option("--given", help="Store MTA_FIRST_KEY, if set; do not print it.")] = False,
@@ -143,8 +146,8 @@ def revoke(
         raise MtaError(f"no key has the id {excerpt(key_id)}: `mta keys list` lists all")
 
     key, was_valid = _with_keys(store_settings(data), find_and_revoke)
-    if was_valid:
-        note(Act.KEY_REVOKED, "done", key="cli", tenant=key.tenant, of_key=key.id)
+    # Also if it was revoked before: that command may have failed after the store had done it, and left no line.
+    note(Act.KEY_REVOKED, "done", key="cli", tenant=key.tenant, of_key=key.id)
     typer.echo(f"key {key.id} ({key.name}) " + ("is refused within 5 s" if was_valid else "was revoked before"))
 
 
@@ -222,11 +225,15 @@ def store_settings(data: Path | None) -> Settings:
     audit_to(settings.audit)
     if data is None and "redis_url" in settings.model_fields_set:
         return settings
-    url = valkey_url(settings.data_dir.expanduser())
-    if url is None:
-        remedy = "set its folder with --data, or the store with MTA_REDIS_URL"
-        raise MtaError(f"no `mta up` runs in {settings.data_dir}: {remedy}")
-    secret = settings.secret or SecretStr((settings.data_dir.expanduser() / "secret").read_text("ascii").strip())
+    folder = settings.data_dir.expanduser()
+    try:
+        url = valkey_url(folder)
+        if url is None:
+            remedy = "set its folder with --data, or the store with MTA_REDIS_URL"
+            raise MtaError(f"no `mta up` runs in {settings.data_dir}: {remedy}")
+        secret = settings.secret or SecretStr((folder / "secret").read_text("ascii").strip())
+    except OSError as error:
+        raise MtaError(f"cannot read {error.filename}: {error.strerror}. Be the user who runs `mta up`") from error
     return settings.model_copy(update={"redis_url": url, "secret": secret})
 
 

@@ -21,13 +21,14 @@ from server.store.samples import Sample, decode_sample, encode_sample
 
 KEPT_FEEDBACK = 1000  # entries per user
 
-# KEYS: feedback, learned, epoch. ARGV: epoch, answer, entry, sample (empty: none), number of kept entries. An entry is
-# `<ms> <JSON>`; it keeps the time of the first feedback on its answer. Returns the entry before, empty if there was
-# none, or -1 if the user was erased; run twice, it returns the new entry, and the change is counted nowhere.
+# KEYS: feedback, learned, epoch. ARGV: epoch, answer, the entry that was seen (empty: none), JSON of the new one,
+# sample (empty: none), number of kept entries. An entry is `<ms> <JSON>` and keeps the time of the first feedback on
+# its answer. Returns 1 if written, 0 if the entry is another than that seen, -1 if the user was erased.
 _PUT = script("""
-local epoch, answer, entry, sample, kept = unpack(ARGV)
+local epoch, answer, seen, entry, sample, kept = unpack(ARGV)
 if erased_since(KEYS[3], epoch) then return -1 end
 local before = redis.call('HGET', KEYS[1], answer) or ''
+if before ~= seen then return 0 end
 local at = string.match(before, '^%d+') or string.format('%d', now)
 redis.call('HSET', KEYS[1], answer, at .. ' ' .. entry)
 if sample ~= '' then redis.call('HSET', KEYS[2], answer, sample) end
@@ -40,7 +41,7 @@ for _ = 1, redis.call('HLEN', KEYS[1]) - tonumber(kept) do
   redis.call('HDEL', KEYS[1], oldest)
   redis.call('HDEL', KEYS[2], oldest)
 end
-return before
+return 1
 """)
 
 
@@ -90,23 +91,26 @@ class FeedbackStore:
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def feedback(self, user_key: str, answer: str) -> Feedback | None:
-        raw = await self._connection.run(lambda redis: redis.hget(keys.feedback(user_key), answer))
-        return _entry(raw).feedback if raw else None
-
-    async def put(
+    async def add(
         self, user_key: str, answer: str, feedback: Feedback, sample: Sample | None, epoch: str
-    ) -> Feedback | None:
-        """Replace the feedback on an answer and return the earlier one; without a sample, an earlier sample stays.
+    ) -> tuple[Feedback, Feedback | None]:
+        """Add to the feedback on an answer; without a sample, an earlier sample stays.
 
-        Raises `UserErased` if the user was erased since `epoch`.
+        Returns what is known now and what was known before; if the store's reply was lost, both are alike, and the
+        change is counted nowhere. Raises `UserErased` if the user was erased since `epoch`.
         """
         names = (keys.feedback(user_key), keys.learned(user_key), keys.epoch(user_key))
-        raws = (orjson.dumps(asdict(feedback)), encode_sample(sample) if sample else b"")
-        before = await self._connection.write(_PUT, names, epoch, answer, *raws, KEPT_FEEDBACK)
-        if before == -1:
-            raise UserErased
-        return _entry(before).feedback if before else None
+        said = encode_sample(sample) if sample else b""
+        while True:
+            seen = await self._connection.run(lambda redis: redis.hget(names[0], answer)) or b""
+            before = _entry(seen).feedback if seen else None
+            new = feedback.over(before)
+            raw = orjson.dumps(asdict(new))
+            written = await self._connection.write(_PUT, names, epoch, answer, seen, raw, said, KEPT_FEEDBACK)
+            if written < 0:
+                raise UserErased
+            if written:
+                return new, before
 
     async def entries(self, user_key: str) -> Mapping[str, Entry]:
         """Return all kept feedback of a user by answer, oldest first."""

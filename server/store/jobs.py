@@ -219,6 +219,10 @@ class JobStore:
         name = keys.samples(user_key)
         return list(await self._connection.run(lambda redis: redis.lrange(name, 0, -1), WRITE_TIMEOUT_S))
 
+    async def has_samples(self, user_key: str) -> bool:  # given, or learned from feedback
+        names = keys.samples(user_key), keys.learned(user_key)
+        return bool(await self._connection.run(lambda redis: redis.exists(*names)))
+
     async def next_job(self, bank: str, wait_s: float) -> JobId | None:
         """Wait for a job that needs a worker. If it is not claimed, other workers get it a few seconds later."""
         queue, until_s = self._queue(bank), time.monotonic() + wait_s

@@ -65,12 +65,13 @@ end
 return 1
 """)
 
-# KEYS: the tombstone, then all other keys of the user. Returns the tombstone's fields except the epoch, or nothing if
-# the user exists and the deadline has passed. A tombstone without counts belongs to an unknown user.
+# KEYS: as `keys.of_user`, the tombstone last. Returns the tombstone's fields except the epoch, or nothing if the user
+# exists and the deadline has passed. A tombstone without counts belongs to an unknown user.
 _ERASE = oom_script("""
 local prefix, kept_jobs, known_s, unknown_s, epoch, until_ms, rewritten_by = unpack(ARGV)
-local tombstone, record, items, vectors, job_numbers, samples, adapter, feedback, learned = unpack(KEYS)
-if now > tonumber(until_ms) and redis.call('EXISTS', unpack(KEYS, 2)) > 0 then return {} end
+local job_numbers, record, items, vectors, samples, feedback, learned = unpack(KEYS)
+local adapter, tombstone = KEYS[#KEYS - 1], KEYS[#KEYS]
+if now > tonumber(until_ms) and redis.call('EXISTS', unpack(KEYS, 1, #KEYS - 1)) > 0 then return {} end
 local counts = {
   'items', redis.call('HLEN', items), 'samples', redis.call('LLEN', samples) + redis.call('HLEN', learned),
   'adapters', redis.call('EXISTS', adapter), 'feedback', redis.call('HLEN', feedback)
@@ -80,7 +81,7 @@ for number = math.max(1, last - kept_jobs), last do
   banks[#banks + 1] = redis.call('HGET', prefix .. number, 'bank') or nil
   jobs = jobs + redis.call('DEL', prefix .. number)
 end
-local keys = jobs + redis.call('DEL', unpack(KEYS, 2))
+local keys = jobs + redis.call('DEL', unpack(KEYS, 1, #KEYS - 1))
 if keys > 0 then
   redis.call('HSET', tombstone, 'jobs', jobs, 'keys', keys, 'rewritten_by', rewritten_by,
     'banks', table.concat(banks, ' '), unpack(counts))
@@ -196,7 +197,8 @@ class ProfileStore:
                 continue
             profile, moved_to, others_epoch = await self._load(other)
             if profile or moved_to != user.key:
-                return replace(user, key=other), profile, others_epoch
+                # Who is under neither key comes back under the first, whose tombstone may outlast the other's.
+                return replace(user, key=other), profile, others_epoch or ("" if profile else epoch)
             profile, _, epoch = await self._load(user.key)  # the user may have moved since it was read first
         return user, profile, epoch
 
@@ -277,10 +279,10 @@ class ProfileStore:
         return record, Held(people=bool(record), bytes=size_bytes, adapters=max(adapters, trains)), bool(trains)
 
     async def _erase(self, key: str, deadline_ms: int, rewritten_by_ms: int, epoch: str) -> list[bytes | None]:
-        of_user = (keys.jobs, keys.samples, keys.adapter, keys.feedback, keys.learned, keys.tally)
-        names = (keys.epoch(key), *_names(key), *(name(key) for name in of_user))
         arguments = (KEPT_JOBS, TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, epoch, deadline_ms, rewritten_by_ms)
-        answer: list[bytes | None] = await self._connection.write(_ERASE, names, keys.job_prefix(key), *arguments)
+        answer: list[bytes | None] = await self._connection.write(
+            _ERASE, keys.of_user(key), keys.job_prefix(key), *arguments
+        )
         return answer
 
 

@@ -91,11 +91,13 @@ class Readapting:
         now = bank_of(profile.adapter.recipe) if profile and profile.adapter else ""
         if profile and self.served and self.served.serving_bank(user_key, profile.user_id) != self.manifest.short:
             tally.settled += 1  # keep the user on the list for their own bank
-        elif profile is None or now != bank or not await self.jobs.samples(user_key):
+        elif profile is None or now != bank or not await self.jobs.has_samples(user_key):
             tally.settled += 1
             await self.adapters.remove_adapted(user_key, except_bank=now if now != bank else "")
         elif profile.with_embedder(self.manifest.embedder.id) is None:
             tally.waiting += 1
+        elif await self._has_job(user_key):
+            tally.queued += 1
         else:
             while (await self.jobs.backlog(self.manifest.short)).open >= self.at_a_time:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(POLL_S)
@@ -105,3 +107,8 @@ class Readapting:
             with suppress(UserErased):
                 await self.jobs.submit(user_key, submission, MAX_SAMPLES)
             tally.queued += 1
+
+    async def _has_job(self, user_key: str) -> bool:
+        """Return whether a job for this bank is open: one of the user's own is not replaced."""
+        jobs = await self.jobs.jobs(user_key)
+        return bool(jobs) and not jobs[-1].state.ended and jobs[-1].bank == self.manifest.short

@@ -101,6 +101,8 @@ class AdapterTrainer:
         kept = self._learned(learned, [len(example.ids) for example in examples], config)
         samples = [*samples, *(sample for sample, _ in kept)]
         examples += [example for _, example in kept]
+        if not examples:
+            raise TrainingError("no sample can be used: too long, or refused by the model's chat template")
         past = PastItems(get_task(self.manifest.task), items, self.manifest.history_share, config.seed)
         left = config.room_for_past([len(example.ids) for example in examples])
         for place, sample in enumerate(samples):
@@ -116,7 +118,8 @@ class AdapterTrainer:
         fused = fuse(self.matrix, recipe, torch.float32)
         if served is None:
             return train_user(self.model, fused, examples, config)
-        newest = min(newer, len(kept))
+        unseen = {id(sample) for sample in learned[max(0, len(learned) - newer) :]}
+        newest = sum(id(sample) in unseen for sample, _ in kept)
         if not newest:
             raise TrainingError("no usable sample is newer than the adapter that is served")
         return train_user(self.model, fused, examples, config, newest=newest, served=self._served(served))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -26,38 +27,48 @@ async def samples(parts: StoreParts) -> list[Sample]:
 
 async def test_feedback_is_kept_by_answer_with_the_time_of_the_first(parts: StoreParts) -> None:
     store = parts.feedback
-    assert (await store.feedback(KEY, "gen-1"), await store.entries(KEY)) == (None, {})
-    await store.put(KEY, "gen-1", merged(rating=Rating.UP), None, "")
+    assert await store.entries(KEY) == {}
+    rated = merged(rating=Rating.UP)
+    assert await store.add(KEY, "gen-1", rated, None, "") == (rated, None)
     first = (await store.entries(KEY))["gen-1"]
-    assert (first.feedback, first.sample) == (merged(rating=Rating.UP), None)
+    assert (first.feedback, first.sample) == (rated, None)
     await asyncio.sleep(0.01)
     both = merged(rating=Rating.UP, outcome=Outcome.EDITED, changed=0.25)
-    await store.put(KEY, "gen-1", both, SAID, "")
-    await store.put(KEY, "gen-0", merged(outcome=Outcome.SENT), None, "")
-    assert await store.feedback(KEY, "gen-1") == both
+    assert await store.add(KEY, "gen-1", merged(outcome=Outcome.EDITED, changed=0.25), SAID, "") == (both, rated)
+    await store.add(KEY, "gen-0", merged(outcome=Outcome.SENT), None, "")
     entries = await store.entries(KEY)
+    assert entries["gen-1"].feedback == both
     assert list(entries) == ["gen-1", "gen-0"]  # oldest first
     assert (entries["gen-1"].at_ms, entries["gen-1"].sample) == (first.at_ms, SAID)
-    await store.put(KEY, "gen-1", both, None, "")
+    assert await store.add(KEY, "gen-1", rated, None, "") == (both, both)
     assert await samples(parts) == [SAID]  # without a text, the earlier one stays
+
+
+async def test_parts_that_come_at_once_are_all_kept(parts: StoreParts) -> None:
+    said = (merged(rating=Rating.UP), merged(outcome=Outcome.EDITED, changed=0.25))
+    for answer in map(str, range(20)):
+        added = await asyncio.gather(*(parts.feedback.add(KEY, answer, each, None, "") for each in said))
+        assert sorted(before is None for _, before in added) == [False, True]
+    both = replace(said[1], rating=Rating.UP)
+    assert {entry.feedback for entry in (await parts.feedback.entries(KEY)).values()} == {both}
 
 
 async def test_the_newest_entries_are_kept(parts: StoreParts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feedback_module, "KEPT_FEEDBACK", 3)
     for number in (3, 1, 4, 2):
-        await parts.feedback.put(KEY, f"gen-{number}", merged(outcome=Outcome.EDITED), SAID, "")
+        await parts.feedback.add(KEY, f"gen-{number}", merged(outcome=Outcome.EDITED), SAID, "")
         await asyncio.sleep(0.005)
     assert list(await parts.feedback.entries(KEY)) == ["gen-1", "gen-4", "gen-2"]
     assert len(await samples(parts)) == 3
 
 
 async def test_an_erasure_takes_feedback_along_and_refuses_what_was_begun_before(parts: StoreParts) -> None:
-    await parts.feedback.put(KEYS.key("ada"), "gen-1", merged(rating=Rating.UP), SAID, "")
+    await parts.feedback.add(KEYS.key("ada"), "gen-1", merged(rating=Rating.UP), SAID, "")
     erasure = await parts.erase("ada")
     assert erasure is not None
     assert (erasure.erased.feedback, erasure.erased.samples, erasure.erased.keys) == (1, 1, 2)
     with pytest.raises(UserErased):
-        await parts.feedback.put(KEYS.key("ada"), "gen-1", merged(rating=Rating.UP), SAID, "")
+        await parts.feedback.add(KEYS.key("ada"), "gen-1", merged(rating=Rating.UP), SAID, "")
     assert await parts.feedback.entries(KEYS.key("ada")) == {}
 
 

@@ -15,10 +15,11 @@ from adapters.recipe import UserAdapterId
 from bank.errors import BankError
 from server.errors import Unavailable, UserErased
 from server.store.adapters import StoredAdapter
+from server.store.feedback import Feedback
 from server.store.jobs import KEPT_JOBS, MAX_TRIES, Job, JobId, JobState, JobStore, Submission, Trained, parse_job_id
 from server.store.profile_record import Profile
 from server.store.redis import keys
-from server.store.samples import Curve, JobBudget, decode_config
+from server.store.samples import Curve, JobBudget, Sample, decode_config
 from server.store.tenants.access_keys import KeyRing, Scope, access_key
 from server.store.tenants.user_key import Tenants
 from server.worker.readapting import Readapting, ReadaptTally, ServedBanks
@@ -318,6 +319,19 @@ async def test_a_job_that_came_to_nothing_is_tried_again_until_the_user_is_erase
     await adapted.profiles.erase(ADA, known.LATER_MS, 0)
     assert await readapted(adapted, B) == ReadaptTally(settled=1)
     assert await readapted(adapted, B) == ReadaptTally()
+
+
+async def test_who_was_adapted_by_feedback_alone_is_adapted_again(adapted: StoreParts, raw: Redis) -> None:
+    await raw.delete(keys.samples(ADA))
+    await adapted.feedback.add(ADA, "gen-1", Feedback("merged", "none"), Sample([], "said instead"), "")
+    assert await readapted(adapted, B) == ReadaptTally(queued=1)
+    assert (await trained(adapted, B)).state is JobState.SUCCEEDED
+
+
+async def test_a_users_own_open_job_is_not_replaced(adapted: StoreParts) -> None:
+    own = await submitted(adapted.jobs, ADA, "other samples", bank=B)
+    assert await readapted(adapted, B) == ReadaptTally(queued=1)
+    assert (await adapted.jobs.jobs(ADA))[-1] == own
 
 
 async def test_a_user_gets_a_job_only_of_the_bank_that_serves_them(adapted: StoreParts) -> None:

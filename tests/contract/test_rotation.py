@@ -82,7 +82,7 @@ async def old(parts: StoreParts, someone: User) -> str:
     await worker.take()
     await worker.claim()
     assert await worker.promote()
-    await parts.feedback.put(key, "gen-1", Feedback("base", "none"), Sample([], WORDS), "")
+    await parts.feedback.add(key, "gen-1", Feedback("base", "none"), Sample([], WORDS), "")
     assert await parts.worth.add(key, "", {CELL: Counts(answers=1)})
     await parts.holdings.note(TENANT, {key: (await parts.profiles.measure(key))[1]})
     await parts.worth.add_people(CELL.week, TENANT, [key])
@@ -165,7 +165,7 @@ async def test_who_moved_is_found_whatever_the_order_of_secrets_and_refuses_ever
         with pytest.raises(UserErased):
             await submitted(parts.jobs, old, epoch=epoch)
         with pytest.raises(UserErased):
-            await parts.feedback.put(old, "gen-2", Feedback("base", "none"), None, epoch)
+            await parts.feedback.add(old, "gen-2", Feedback("base", "none"), None, epoch)
         assert not await parts.worth.add(old, epoch, {CELL: Counts(answers=1)})
     assert await held(raw, someone.keys[0]) == kept
     assert await held(raw, old) == {}
@@ -250,6 +250,18 @@ async def test_who_was_erased_before_the_exchange_may_come_back_after_it(
     assert (found.key, profile) == (old, None)
     assert await begun.at(someone, lambda user: put(parts, user, "z", epoch)) == someone.keys[0]
     assert (await begun.profiles.find(someone))[0].key == someone.keys[0]
+
+
+async def test_who_came_after_the_exchange_and_was_erased_may_come_back_once_the_old_keys_tombstone_is_over(
+    begun: Rotation, parts: StoreParts, someone: User, raw: Redis
+) -> None:
+    await begun.end()
+    new, old = someone.keys
+    assert await begun.at(someone, lambda user: put(parts, user, "z", "")) == new
+    assert await parts.erase(someone.id, BOTH)
+    await raw.delete(keys.epoch(old))  # its time is over; that of the key with data is longer
+    epoch = (await begun.profiles.find(someone))[2]
+    assert await begun.at(someone, lambda user: put(parts, user, "z", epoch)) == new
 
 
 @pytest.mark.usefixtures("old")
@@ -339,7 +351,7 @@ async def test_one_pass_moves_everybody_of_these_tenants_and_names_the_others(
     stranger = UserKeys(SECRET, "unheard of").key("person-1")
     await parts.profiles.commit(stranger, b"", change("a", user_id="person-1"))
     rated = KEYS.key("who only rated")
-    await parts.feedback.put(rated, "gen-1", Feedback("base", "none"), None, "")
+    await parts.feedback.add(rated, "gen-1", Feedback("base", "none"), None, "")
     tenants = [UserKeys(SECRETS, "empty"), BOTH]
     sweep = await begun.sweep(tenants, lambda _: None)
     assert (sweep.moved, sweep.busy, sweep.strange) == (40, 0, 1)

@@ -144,7 +144,7 @@ async def test_erasing_nobody_is_one_write_that_is_kept_for_minutes_and_no_rewri
     written, write = [], parts.connection.write
 
     async def noted(script: str, names: Sequence[str], *arguments: object) -> object:
-        written.append(names[0])
+        written.append(names[-1])
         return await write(script, names, *arguments)
 
     monkeypatch.setattr(parts.connection, "write", noted)
@@ -237,7 +237,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
         change = replace(put_of(user, "text", snapshot), put_vectors={"it": StoredVector(EMBEDDER, np.ones(4, "f4"))})
         assert await parts.profiles.commit(key, snapshot.version, change)
         await submitted(parts.jobs, key)
-        await parts.feedback.put(key, "gen-1", Feedback("base", "none"), Sample([], "said"), "")
+        await parts.feedback.add(key, "gen-1", Feedback("base", "none"), Sample([], "said"), "")
         await parts.signing.add(key)
         await parts.worth.add(key, "", {CELL: Counts(answers=1)})
         await parts.worth.add_people(CELL.week, TENANT, [key])
@@ -316,7 +316,7 @@ async def test_a_full_store_refuses_what_would_be_stored_and_erases(full: StoreP
         full.put(BOB, "about bob"),
         submitted(full.jobs, KEYS.key(BOB)),
         full.signing.add(KEYS.key(BOB)),
-        full.feedback.put(KEYS.key(BOB), "gen-1", Feedback("merged", "none"), Sample([], "said"), ""),
+        full.feedback.add(KEYS.key(BOB), "gen-1", Feedback("merged", "none"), Sample([], "said"), ""),
         full.connection.run(lambda redis: redis.set("mta:{bob}:samples", "x")),
     ):
         with pytest.raises(Unavailable, match="full") as caught:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -26,9 +26,9 @@ from server.store.redis import keys
 from server.store.tenants.access_keys import Scope, digest_of
 from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
-from server.watching.audit import audit_to, read_audit
+from server.watching.audit import Act, audit_to, note, read_audit
 from tests.support.gateway import SECRET, GatewayThread, Keyed, make_keys, metric
-from tests.support.store_parts import StoreParts, WorkerSteps, Writing, submitted
+from tests.support.store_parts import StoreParts, WorkerSteps, Writing, change, submitted
 
 TENANT = "acme"
 USERS = [f"person-{n}" for n in range(200)]
@@ -105,6 +105,29 @@ def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_key
         *(("backup", "done"), ("restore", "begun"), ("restore", "done"), ("backup", "done"))
     ]
     assert len({entry["copy"] for entry in acts[:3]}) == 1
+
+
+def test_who_was_erased_under_the_next_secret_before_anybody_moved_stays_erased(
+    memory: Path, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = f"the secret that comes after it,{SECRET}"
+    server = ValkeyProcess(memory / "next").start()
+    try:
+        asyncio.run(put(server, USERS[:2]))
+        mta("backup", "--out", tmp_path / "copies", store=server)
+        ask(server, "FLUSHALL")
+        note(Act.ERASE, httpx.codes.OK.value, tenant=TENANT, user=UserKeys(both, TENANT).keys(USERS[0])[0])
+        monkeypatch.setenv("MTA_SECRET", both)
+        (copy,) = (tmp_path / "copies").iterdir()
+        assert "restored: 1 users" in mta("restore", copy, "--erased", log, store=server)
+    finally:
+        server.kill()
+
+
+async def put(store: Store, users: Sequence[str]) -> None:
+    async with StoreParts.opened(store.url) as parts:
+        for user in users:
+            await parts.profiles.commit(user_key(user), b"", change("a", user_id=user))
 
 
 def test_a_full_store_can_be_copied(memory: Path, tmp_path: Path, log: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from adapters.training.example import Example
 from adapters.training.loss import mean_loss
 from adapters.training.trainer import StepReport
 from adapters.training.user_trainer import train_user
-from bank.building.build import build_baselines, read_inputs
+from bank.building.build import BASELINES, build_bank, build_baselines, read_inputs
 from bank.building.options import BuildOptions
-from bank.building.ranks import Ranks
+from bank.building.progress import RowProgress
+from bank.building.ranks import Ranks, joined
 from bank.building.resume import WORK_FOLDER, workbench
 from bank.building.rows import RowJob, RowTrainer
 from bank.errors import BankError
@@ -39,7 +41,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
 from bank.lookup.summary import summarise
-from bank.manifest import MANIFEST_FILE, MATRIX_FILE, BankManifest, read_manifest
+from bank.manifest import COORDINATES_FILE, MANIFEST_FILE, MATRIX_FILE, ROWS_FILE, BankManifest, read_manifest
 from bank.matrix import open_anchor_rows
 from bank.models.load import load_base
 from bench.rig.people import people, write_people
@@ -152,6 +154,20 @@ def test_the_same_bank_is_built_once_and_another_is_replaced_only_by_force(bench
     assert summarise(folder)["fingerprint"] == new.fingerprint != old.fingerprint
 
 
+def test_of_a_bank_that_is_replaced_and_of_a_build_that_was_killed_nothing_stays(bench: Bench) -> None:
+    folder = bench.folder / "replaced"
+    bench.build("replaced", directions=2)
+    (folder / BASELINES).mkdir()
+    assert (folder / ROWS_FILE).exists() and (folder / COORDINATES_FILE).exists()
+    manifest = bench.build("replaced", anchors=1, directions=0, inputs={"force": True})
+    left = folder / ".build" / str(manifest.training["inputs"])
+    left.mkdir(parents=True)
+    assert bench.build("replaced", anchors=1, directions=0) == manifest
+    assert not left.exists()
+    left.parent.rmdir()
+    assert {path.name for path in folder.iterdir()} == {*manifest.files, MANIFEST_FILE}
+
+
 def test_directions_replace_the_anchors_rows_which_stay_beside_the_bank(bench: Bench, built: BankManifest) -> None:
     progress, folder = Recorder(), bench.folder / "directions"
     manifest = bench.build("directions", progress, directions=2)
@@ -235,10 +251,16 @@ def test_a_build_that_loses_a_rank_says_so_and_goes_on_when_it_is_run_again(benc
     assert progress.begun == ["a00", "a01", "a02"]
 
 
-def test_what_one_rank_refuses_all_ranks_refuse(bench: Bench) -> None:
+def test_what_one_rank_refuses_all_ranks_refuse(bench: Bench, tmp_path: Path) -> None:
     bench.build("taken", anchors=1)
     with pytest.raises(BankError, match="another bank"):
         bench.build_by_ranks("taken", 2, Recorder())
+    other = bench.inputs("taken", users=write_people(tmp_path / "other.json", people(4)))
+    with (
+        pytest.raises(BankError, match="the ranks would build different banks"),
+        joined(2, partial(build_bank, other, OPTIONS, RowProgress())) as ranks,
+    ):
+        build_bank(bench.inputs("taken"), OPTIONS, Recorder(), ranks)
 
 
 def test_without_a_terminal_the_command_prints_lines_and_one_for_a_refusal(bench: Bench) -> None:

@@ -161,6 +161,23 @@ def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learn
     assert {term.weight for term in mean.terms} == {round(500 * bank.manifest.weights.strength)}
 
 
+def test_a_query_that_is_too_long_is_read_alike_with_past_items_and_without(inputs: EvalInputs) -> None:
+    bank = OpenBank.open(inputs.bank, inputs.embedder.id)
+    scorer = Scorer(*load_base(inputs.model_folder, "float32"))
+    (user, *_) = read_histories(inputs.users, bank.serving.task, queries=True)
+
+    def lengths(max_tokens: int) -> list[list[int]]:
+        evaluator = Evaluator(bank=bank, scorer=scorer, embedder=inputs.embedder, max_tokens=max_tokens)
+        evidence = evaluator.evidence(user)
+        runs = [evaluator.read(METHODS[f"base{past}"], evidence, None) for past in ("", "+history@h1")]
+        return [[len(example.ids) for example in examples] for examples, _ in runs]
+
+    alone, recalled = lengths(64)
+    assert all(longer > one for longer, one in zip(recalled, alone, strict=True))
+    alone, recalled = lengths(max(alone) - 1)
+    assert (recalled[alone.index(max(alone))], max(alone)) == (max(alone), max(alone))
+
+
 RATINGS = [5, 1, 4, 5, 2, 5, 3, 1, 5, 4, 5, 2]
 
 
@@ -182,6 +199,9 @@ def test_each_method_with_and_without_the_habit(bench: Bench, tmp_path: Path, mo
         assert all(0 < value < 4 for value in each.values())
         assert each["common"] != each["common+prior"]
     assert figures["common: loss"] != figures["common+history@h2: loss"]
+    write_people(users, [{**rater(0), "query": [{"id": "q", "input": "Film 30", "gold": "4.5"}]}])
+    with pytest.raises(BankError, match=r"person 'rater-0' answers '4.5', but the answers of movie_rating are 1, 2"):
+        ratings.main(bank=folder, users=users, methods="common", model=model)
 
 
 def test_chances_are_those_that_losses_are_made_of(tiny_model_folder: Path) -> None:

@@ -19,6 +19,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.gateway.generation import answer_ids
 from server.gateway.generation.answer_ids import answer_id
 from server.gateway.generation.personalizer import Arm, Level
+from server.gateway.learning import messages
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES
@@ -226,6 +227,18 @@ def test_nothing_is_learnt_of_a_user_who_is_erased_meanwhile(
         assert asking.result().json()["personalization"]["learned"] is True
     ask(client, user_id, **said("a message of their second life"), learn=True).raise_for_status()
     assert [item["text"] for item in learnt(client, user_id, 1)] == ["a message of their second life"]
+
+
+def test_nothing_is_learnt_from_an_answer_that_took_longer_than_erasures_are_remembered(
+    client: Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user_id = new_user()
+    with monkeypatch.context() as patched:
+        patched.setattr(messages, "MAX_AGE_S", 0)
+        ask(client, user_id, **said("this comes far too late"), learn=True).raise_for_status()
+        ask(client, new_user(), **said("and this as well"), learn=True).raise_for_status()
+    ask(client, user_id, **said("a message that comes in time"), learn=True).raise_for_status()
+    assert [item["text"] for item in learnt(client, user_id, 1)] == ["a message that comes in time"]
 
 
 def test_after_so_many_new_texts_a_user_is_adapted_again(gateway_settings: Settings, new_user: NewUser) -> None:

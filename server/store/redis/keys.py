@@ -85,7 +85,7 @@ feedback, learned, tally = _of_user("feedback"), _of_user("learned"), _of_user("
 def of_user(user_key: str) -> list[str]:
     """Return the names of all keys that a user can have, but for job records.
 
-    Scripts count on `jobs`, `profile` and `items` at the beginning, and on `adapter` and `epoch` at the end.
+    Scripts count on the order of all but `tally`: a new kind goes beside it.
     """
     kinds = (jobs, profile, items, vectors, samples, feedback, learned, tally, adapter, epoch)
     return [name(user_key) for name in kinds]

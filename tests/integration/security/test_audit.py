@@ -61,7 +61,7 @@ def test_each_act_is_a_line_without_texts_names_and_secrets(
     assert keys("revoke", key_id).exit_code == keys("revoke", key_id).exit_code == 0
     assert keys("bank", "quiet", "0123abcd").exit_code == keys("bank", "quiet").exit_code == 0
 
-    of_commands = entries(log, 7)[3:]
+    of_commands = entries(log, 8)[3:]
     acting = digest_of(keyed.secrets["acme"].encode())[:12]
     user = UserKeys(SECRET, "acme").key(shared_name)
     for entry, act, answer in zip(of_gateway, ("export", "erase", "export"), answers, strict=True):
@@ -73,6 +73,7 @@ def test_each_act_is_a_line_without_texts_names_and_secrets(
     assert [(entry["act"], entry.get("of_key"), entry.get("bank")) for entry in of_commands] == [
         ("key_created", key_id, None),
         ("key_revoked", key_id, None),
+        ("key_revoked", key_id, None),  # the first command may have failed after the store had done it
         ("bank_chosen", None, "0123abcd"),
         ("bank_chosen", None, None),
     ]

@@ -119,6 +119,7 @@ def test_a_bank_that_is_not_loaded_is_said_and_taken_back(two_banks: Keyed, name
     wait_until(lambda: bank_of(two_banks, "acme") == "no_bank", "the tenant's bank to be known")
     assert bank_of(two_banks, "globex") == two_banks.gateway.parts.bank.manifest.short
     assert httpx.get(f"{two_banks.gateway.url}/ready").status_code == httpx.codes.OK
+    assert two_banks.client("acme").delete("/users/nobody").status_code == httpx.codes.NOT_FOUND, "erasures always work"
     assert keys("bank", "acme").exit_code == 0
     usual = two_banks.gateway.parts.bank.manifest.short
     wait_until(lambda: bank_of(two_banks, "acme") == usual, "the gateway's own bank")

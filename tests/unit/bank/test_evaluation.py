@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from scipy import stats
 
 from bank.errors import BankError
 from bank.evaluation.authorship import GOLD, authorship, authorship_table
-from bank.evaluation.intervals import Interval, compare_with_one, holm, over_users, sign_flip_p
+from bank.evaluation.intervals import Interval, compare_together, holm, over_users, sign_flip_p
 from bank.evaluation.methods import METHODS, Method, curves, default_methods, parse_methods
 from bank.evaluation.pictures import prices_figure
 from bank.evaluation.run import MethodRun, Record, Records
@@ -176,10 +177,11 @@ def test_an_interval_is_the_same_every_time_changes_sides_with_the_differences_a
 def test_sign_flips_of_few_users_are_counted_exactly_and_of_many_agree_with_the_t_test() -> None:
     sums = np.array(list(product((-1, 1), repeat=5))) @ (1, -2, 3, 4, 5)
     extreme = float(np.mean(np.abs(sums) >= 11))
-    assert sign_flip_p([[1, -2, 3, 4, 5], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]) == pytest.approx([extreme, 2 / 32, 1.0])
-    assert sign_flip_p([[0.5]]) == [1.0]
+    rows = ([1, -2, 3, 4, 5], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0])
+    assert list(map(sign_flip_p, rows)) == pytest.approx([extreme, 2 / 32, 1.0])
+    assert sign_flip_p([0.5]) == 1.0
     many = np.random.default_rng(6).normal(0.3, 1.0, 60)
-    assert sign_flip_p([many])[0] == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.01)
+    assert sign_flip_p(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.01)
 
 
 def test_by_holm_a_difference_that_is_sure_alone_is_not_among_many_and_p_never_goes_down() -> None:
@@ -188,22 +190,22 @@ def test_by_holm_a_difference_that_is_sure_alone_is_not_among_many_and_p_never_g
     assert (holm([0.6, 0.7]), holm([])) == ([1.0, 1.0], [])
     chance = np.random.default_rng(5)
     gain = chance.normal(-0.8, 1.0, 12)
-    alone = compare_with_one({"gain": gain})["gain"]
+    alone = compare_together({"gain": gain})["gain"]
     assert alone.significant and alone.high < 0
-    among = compare_with_one({"gain": gain, **{f"noise {n}": chance.normal(0, 1, 12) for n in range(9)}})["gain"]
+    among = compare_together({"gain": gain, **{f"noise {n}": chance.normal(0, 1, 12) for n in range(9)}})["gain"]
     assert (among.low, among.high) == (alone.low, alone.high)
     assert not among.significant
     assert among.p == pytest.approx(10 * (alone.p or 0))
     assert "*" in str(alone) and "*" not in str(among)
 
 
-def test_a_column_is_tested_together_without_the_points_of_curves() -> None:
+def test_a_column_is_compare_together_without_the_points_of_curves() -> None:
     chance = np.random.default_rng(3)
     losses = {name: chance.normal(1, 0.3, 10) for name in ("task", "mean", "merged", "merged@k2", "base")}
     losses["stacked"] = losses["merged"][:4]
     rows = {row.method: row for row in summarise(of_users(losses), FILMS)}
     column = ("mean", "merged", "base")
-    p = sign_flip_p([np.subtract(losses[name], losses["task"]) for name in column])
+    p = [sign_flip_p(np.subtract(losses[name], losses["task"])) for name in column]
     assert [rows[name].against["task"].p for name in column] == pytest.approx(holm(p))
     assert rows["merged@k2"].against["task"].p is rows["stacked"].against["task"].p is None
     assert rows["merged"].against["merged@k2"].p is None
@@ -251,6 +253,9 @@ def test_the_leaderboard_gets_empty_answers_and_none_that_were_not_asked_for(tmp
     write_lamp_files([record("a", "merged:topic", 1.0, ""), record("b", "merged:topic")], FILMS, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{GOLDS}.json", "merged-topic.json"]
     assert "b-0" not in (tmp_path / "merged-topic.json").read_text("utf-8")
+    alike = [replace(record(user, "merged", 1.0, "ahoy"), query_id="0") for user in "ab"]
+    write_lamp_files(alike, FILMS, tmp_path)
+    assert [gold["id"] for gold in json.loads((tmp_path / "merged.json").read_text("utf-8"))["golds"]] == ["a-0", "b-0"]
 
 
 def row(method: str, loss: float, tokens: float = 90.0) -> MethodRow:

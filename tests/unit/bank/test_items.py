@@ -119,12 +119,15 @@ def write(path: Path, document: object) -> Path:
     return path
 
 
+ASKED = {"id": "q", "input": "Later?", "gold": "Secret"}
+
+
 def person(user_id: str, *titles: str) -> dict[str, object]:
     return {"user_id": user_id, "profile": [{"id": t, "title": t, "text": f"about {t}"} for t in titles], "query": []}
 
 
 def test_the_per_user_layout_is_read_in_order_each_item_once_and_no_query(tmp_path: Path) -> None:
-    asked = {**person("bob", "Three"), "query": [{"id": "q", "input": "Later?", "gold": "Secret"}]}
+    asked = {**person("bob", "Three"), "query": [ASKED]}
     path = write(tmp_path / "users.json", [person("ann", "One", "Two", "One"), asked])
     ann, bob = read_histories(path, HEADLINE)
     assert (ann.user_id, bob.user_id) == ("ann", "bob")
@@ -132,8 +135,9 @@ def test_the_per_user_layout_is_read_in_order_each_item_once_and_no_query(tmp_pa
     assert ann.pairs(HEADLINE) == [(f"{turn} One", "One"), (f"{turn} Two", "Two")]
     assert [output for _, output in bob.pairs(HEADLINE)] == ["Three"]
     assert bob.queries == ()
+    asked["query"] += [{"id": 2, "input": "Which?", "gold": 4.0}]
     (again,) = read_histories(write(path, [asked]), HEADLINE, queries=True)
-    assert again.queries == (Query("q", "Later?", "Secret"),)
+    assert again.queries == (Query("q", "Later?", "Secret"), Query("2", "Which?", "4"))
 
 
 def test_lamps_own_questions_join_their_persons_profile_if_outputs_answer_them_all(tmp_path: Path) -> None:
@@ -157,6 +161,7 @@ def test_lamps_own_questions_join_their_persons_profile_if_outputs_answer_them_a
     ("document", "message"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ({"user_id": "ann"}, "must hold a list of people"),
         ([], "lists no people"),
         (["ann"], "a list of people.*; 0: .*got 'ann'"),
@@ -170,6 +175,7 @@ def test_lamps_own_questions_join_their_persons_profile_if_outputs_answer_them_a
         ([person("ann", "One")], "person 'ann' has no queries to evaluate on"),
         ([person("ann", "One") | {"query": None}], "person 'ann' has no queries to evaluate on"),
         ([person("ann", "One") | {"query": [{"id": "q", "input": "?"}]}], "`query` must .*; 0.gold: Field required"),
+        ([person("ann", "One") | {"query": [ASKED, ASKED]}], "person 'ann' has several queries with the id 'q'"),
         ([person("ann", "One") | {"query": "Later?"}], "person 'ann': its `query` must hold .*got 'Later"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 from bank.building.options import BuildOptions
 from bank.building.rows import RowTrainer
+from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.lessons import Lesson, PastItems, encode_with_memories, lessons
 from bank.items.profile import Item, parse_item
@@ -208,3 +209,6 @@ def test_a_build_pools_everybodys_and_nobody_sees_anothers() -> None:
     assert sorted(text.partition("<assistant>")[2][0] for text in texts) == sorted("01234501")
     assert sum(text.startswith("<user>And bread?") for text in texts) == 2  # nothing is before the first of each
     assert len(trainer.job("a00", [ann, bob], steps=1, batch_size=4).examples) == 4
+    short = RowTrainer(None, CharTokenizer(), CHAT, BuildOptions("chat", max_tokens=20), Recorder())
+    with pytest.raises(BankError, match="--max-tokens 20 leaves no room for answers"):
+        short.job("common", [ann], steps=1, batch_size=1)

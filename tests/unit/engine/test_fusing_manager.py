@@ -204,6 +204,19 @@ def test_who_is_erased_while_their_adapter_is_being_fused_leaves_nothing(manager
     assert manager.held() == manager._prefetcher.names == manager.resident() == []
 
 
+def test_the_fusing_thread_computes_alone_also_where_vllm_has_disabled_the_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    try:
+        assert FusionPrefetcher(lambda name: torch.get_num_threads()).result("x") == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch._C.set_num_threads(threads)
+
+
 def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for() -> None:
     prefetcher = FusionPrefetcher(str.upper)
     for number in range(MAX_PREFETCHED):

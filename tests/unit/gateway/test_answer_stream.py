@@ -128,7 +128,7 @@ async def test_parts_wait_one_after_another_and_come_back_as_one() -> None:
         engine.say("id", piece(0, "a", "stop"), end(5, 2), DONE)
         engine.say("id-2", piece(0, "e", "stop"), piece(1, "f", "stop"), end(5, 3), DONE)
         values = [value async for _, value in stream.pieces()]
-        whole = join_chunks(values, "text_completion")
+        whole = join_chunks(values)
         assert [choice["text"] for choice in whole["choices"]] == list("abcdef")
         assert [choice["index"] for choice in whole["choices"]] == list(range(6))
         assert values[-1]["usage"] == {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
@@ -159,8 +159,8 @@ def test_a_conversation_s_chunks_become_the_message_that_the_engine_would_have_s
     said = [chunk(1, content="b"), chunk(0, reasoning="so"), chunk(0, content="a ")]
     ended = [chunk(0, "length", content="c") | {"system_fingerprint": "f"}, chunk(1, "stop")]
     chunks = [*opened, *said, *ended, {"choices": [], "usage": {"total_tokens": 3}}]
-    value = join_chunks(chunks, "chat.completion")
-    assert (value["object"], value["id"], value["usage"]) == ("chat.completion", "x", {"total_tokens": 3})
+    value = join_chunks(chunks)
+    assert (value["id"], value["usage"]) == ("x", {"total_tokens": 3})
     first, second = value["choices"]
     assert first["message"] == {"role": "assistant", "content": "a c", "refusal": None, "reasoning": "so"}
     assert [one["token"] for one in first["logprobs"]["content"]] == ["a ", "c"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis.asyncio
@@ -313,6 +315,22 @@ if open({str(starts)!r}).read() == "xx": raise SystemExit("not now")
     record = await run_until(lambda record: record.count("brief", "ready") == 2, data, *parts)
     assert any("not now" in detail for detail in record.of("brief", "down"))
     assert record.count("steady", "starting") == 1
+
+
+async def test_a_part_that_cannot_be_started_again_at_once_ends_nothing(
+    tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn, tried = supervisor.spawn, list[str]()
+
+    async def spawned(part: Part, *given: Any) -> Any:
+        tried.append(part.name)
+        if tried == ["brief", "brief"]:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return await spawn(part, *given)
+
+    monkeypatch.setattr(supervisor, "spawn", spawned)
+    record = await run_until(lambda record: record.count("brief", "ready") == 2, data, brief(tmp_path))
+    assert any("could not be started" in detail for detail in record.of("brief", "down"))
 
 
 @pytest.mark.parametrize(("patience_s", "hurry"), [(0.1, False), (10 * PATIENCE_S, True)])

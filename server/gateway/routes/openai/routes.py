@@ -207,7 +207,7 @@ class _OpenAIResponse(AnswerResponse):
 
     async def whole(self, answer: Answer) -> bytes:
         values = [value async for _, value in answer.pieces()]
-        value = values[0] if answer.stream.first.first_token_s is None else join_chunks(values, self._kind)
+        value = values[0] if answer.stream.first.first_token_s is None else join_chunks(values)
         self._make_public(value, answer, self._kind)
         value["personalization"] = PersonalizationAnswer.of(answer).model_dump()
         return orjson.dumps(value)
@@ -242,7 +242,7 @@ class _OpenAIResponse(AnswerResponse):
                 del part[name]
 
 
-def join_chunks(chunks: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
+def join_chunks(chunks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join all chunks of a stream into the answer the engine would have sent whole; the last chunk has the usage.
 
     The chunks of several choices may be interleaved in any order.
@@ -257,7 +257,7 @@ def join_chunks(chunks: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
             _append_piece(choice, piece)
     common = {name: value for name, value in chunks[0].items() if name != "choices"}
     ordered = [choices[index] for index in sorted(choices)]
-    return common | {"object": kind, "choices": ordered, "usage": chunks[-1].get("usage")}
+    return common | {"choices": ordered, "usage": chunks[-1].get("usage")}
 
 
 def _append_piece(choice: dict[str, Any], piece: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from server.errors import Unavailable
 from server.store.durability import Durability, Memory
@@ -157,7 +157,7 @@ class SingleServer:
 async def durability_of(execute: Execute) -> Durability:
     try:
         config = await execute("CONFIG GET", "appendonly", "appendfsync")
-    except (NoPermissionError, ResponseError):  # managed services hide CONFIG
+    except ResponseError:  # managed services hide CONFIG
         return await _try_waitaof(execute)
     found = decoded(config)
     if found.get("appendonly") != "yes" or found.get("appendfsync") == "no":
