@@ -7,7 +7,7 @@ same fingerprint.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -70,9 +70,7 @@ def build_bank(
         raise BankError(f"--directions: at most --anchors {options.anchors}, got {options.directions}")
     if not options.wants_directions and options.anchors > MAX_TERMS:
         raise BankError(f"--directions 0: a recipe names at most {MAX_TERMS} anchors, got --anchors {options.anchors}")
-    people, held_out = read_inputs(inputs, task, options)
-    if held_out:
-        progress.say(f"{len(held_out)} people are held out to measure the bank on them")
+    people, held_out = read_inputs(inputs, task, options, progress.say)
     candidates = [person for person in people if len(person.pairs(task)) >= MIN_ITEMS]
     progress.say(f"{len(people)} people, {len(candidates)} of them with at least {MIN_ITEMS} items to train on")
     if len(candidates) < options.anchors:
@@ -165,14 +163,20 @@ def _measured(
     return rule.model_copy(update={"posterior": directions.rule}), curvature, directions
 
 
-def read_inputs(inputs: BuildInputs, task: Task, options: BuildOptions) -> tuple[list[History], list[History]]:
+def read_inputs(
+    inputs: BuildInputs, task: Task, options: BuildOptions, say: Callable[[str], None] = lambda text: None
+) -> tuple[list[History], list[History]]:
     """Read the people; return those the bank is built from, and those held out to measure it on."""
     people = read_histories(inputs.users, task, inputs.outputs)
     excluded = read_excluded(inputs.exclude) if inputs.exclude is not None else frozenset()
     kept = [person for person in people if person.user_id not in excluded]
     if not kept:
         raise BankError(f"{inputs.exclude} excludes everybody in {inputs.users}")
+    if inputs.exclude is not None:
+        say(f"{len(people) - len(kept)} people are excluded by {inputs.exclude}")
     held_out = held_out_people(kept, task, options.anchors) if options.verdict else []
+    if held_out:
+        say(f"{len(held_out)} people are held out to measure the bank on them")
     return [person for person in kept if person not in held_out], held_out
 
 

@@ -155,7 +155,7 @@ async def open_gateway(
                 limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
                 quotas=quotas,
                 signing=stores.signing(short) if has_signatures else None,
-                no_evidence=empty_signature(short, len(bank.manifest.anchors)) if has_signatures else None,
+                no_evidence=empty_signature(short, bank.manifest.personal_rows) if has_signatures else None,
             )
             cache = IndexCache(INDEX_CACHE_BYTES // len(banks))
             histories = HistoryIndexer(lambda user: stores.profiles.items(user.key), bank.task, cache)

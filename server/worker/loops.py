@@ -314,7 +314,7 @@ class SigningLoop:
 
     async def _make_signature(self, user_key: str, pairs: Sequence[tuple[str, str]], tries: int) -> Signature:
         """Return the signature of the items, or an empty one if that fails; raise Stalled if the computation hangs."""
-        empty = empty_signature(self.bank.manifest.short, len(self.bank.manifest.anchors))
+        empty = empty_signature(self.bank.manifest.short, self.bank.manifest.personal_rows)
         if tries > MAX_SIGN_TRIES:
             log.error("%s: gets an empty signature, since signing killed %d workers", user_key, MAX_SIGN_TRIES)
             return empty

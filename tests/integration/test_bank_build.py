@@ -104,7 +104,9 @@ def test_people_left_out_shape_nothing(bench: Bench, tmp_path: Path) -> None:
     exclude = write_people(tmp_path / "exclude.json", ["secret-person-1", "secret-person-4"])
     without = write_people(tmp_path / "without.json", [p for i, p in enumerate(people(5)) if i not in (1, 4)])
     ways = (bench.inputs("out", users=without), bench.inputs("out", exclude=exclude))
-    kept, excluded = (read_inputs(where, CHAT, OPTIONS) for where in ways)
+    said: list[str] = []
+    kept, excluded = (read_inputs(where, CHAT, OPTIONS, said.append) for where in ways)
+    assert said == [f"2 people are excluded by {exclude}"]
     assert kept == excluded and len(kept[0]) == 3
 
 
