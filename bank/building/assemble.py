@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     import torch
 
     from bank.building.directions import DirectionRows
+
+
+BASELINES = "baselines"  # subfolder of a bank
+_DRAFT = ".tmp"
 
 
 def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
@@ -120,8 +125,12 @@ def write_bank(
             training=training,
             files={name: file_sha256(out / name) for name in files},
         )
-        for stale in {CURVATURE_FILE, COORDINATES_FILE, ROWS_FILE} - set(files):
-            (out / stale).unlink(missing_ok=True)  # of the bank that this one replaces: they know its people
+        # What is left of the bank that this one replaces, or of a write that failed, knows its people.
+        for stale in [out / name for name in (CURVATURE_FILE, COORDINATES_FILE, ROWS_FILE) if name not in files]:
+            stale.unlink(missing_ok=True)
+        for draft in out.glob(f"*{_DRAFT}"):
+            draft.unlink(missing_ok=True)
+        shutil.rmtree(out / BASELINES, ignore_errors=True)
         return write_manifest(out, manifest)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is faiss's
         raise BankError(f"cannot write the bank to {out}: {error}") from error
@@ -130,7 +139,7 @@ def write_bank(
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a draft and rename it to `path`; engines that have mapped the old file keep it intact."""
-    draft = path.with_name(f"{path.name}.tmp")
+    draft = path.with_name(f"{path.name}{_DRAFT}")
     yield draft
     draft.chmod(0o644)  # safetensors makes files readable by the owner only
     draft.replace(path)

@@ -6,7 +6,6 @@ same fingerprint.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -16,7 +15,7 @@ import torch
 from adapters.flat import flat_a, flat_b
 from adapters.fusion import fuse
 from adapters.recipe import MAX_DIRECTIONS, MAX_TERMS, FusionMethod, anchor_id
-from bank.building.assemble import bank_rank, write_bank
+from bank.building.assemble import BASELINES, bank_rank, write_bank
 from bank.building.directions import DirectionRows, make_directions
 from bank.building.options import BuildInputs, BuildOptions
 from bank.building.progress import RowProgress
@@ -54,7 +53,6 @@ from bank.models.folders import (
 )
 from bank.models.load import load_base, resolve_dtype
 
-BASELINES = "baselines"  # subfolder of a bank
 EMBED_THREADS = 2
 KEPT = 0.95  # share of the gain that chosen directions keep
 
@@ -113,10 +111,8 @@ def build_bank(
         trainer = RowTrainer(model, tokenizer, task, options, progress)
         trained = trainer.rows(work, people, anchors)
         rule, curvature, directions = _measured(trained, people, anchors, trainer, work)
-
-        def write() -> BankManifest:
-            shutil.rmtree(inputs.out / BASELINES, ignore_errors=True)  # of the bank that this one replaces
-            return write_bank(
+        return ranks.first(
+            lambda: write_bank(
                 inputs.out,
                 task=task.name,
                 base_model=base,
@@ -135,8 +131,7 @@ def build_bank(
                 words=typical_words(anchors, task) if options.describe else (),
                 directions=directions,
             )
-
-        return ranks.first(write)
+        )
 
 
 def _measured(

@@ -92,15 +92,15 @@ def workbench(out: Path, key: str, ranks: Ranks) -> Iterator[Workbench]:
         try:
             root.mkdir(parents=True, exist_ok=True)
             lock.enter_context(locked(root / "lock", wait=False))
+            for other in root.iterdir():
+                if other.is_dir() and other.name != key:
+                    shutil.rmtree(other)
+            folder = root / key
+            folder.mkdir(exist_ok=True)
         except BlockingIOError:
             raise BankError(f"another build is running in {out}: wait for it or name another --out") from None
         except OSError as error:
             raise BankError(f"cannot build a bank in {out}: {error}") from error
-        for other in root.iterdir():
-            if other.is_dir() and other.name != key:
-                shutil.rmtree(other)
-        folder = root / key
-        folder.mkdir(exist_ok=True)
         yield Workbench(folder, ranks)
         shutil.rmtree(root, ignore_errors=True)
 

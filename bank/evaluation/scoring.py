@@ -20,7 +20,7 @@ from adapters.training.attached import Attached, attached
 from adapters.training.example import Example
 from adapters.training.loss import score
 from adapters.user_adapter import UserAdapter, stack
-from bank.building.build import BASELINES
+from bank.building.assemble import BASELINES
 from bank.errors import BankError
 from bank.lookup.prior import SCORES
 from bank.lookup.serving import ServingBank

@@ -51,16 +51,18 @@ def backup(
             show = partial(progress.update, task)
             folder, manifest = await write_copy(out, stores.copying, lambda done, of: show(completed=done, total=of))
         try:
-            await stores.copying.note_copy(datetime.fromisoformat(manifest.began).timestamp())
+            await stores.copying.note_copy(manifest.began_s)
         except Unavailable as error:  # the store is full
             typer.echo(f"the copy is complete, but the store could not note its time: {error}", err=True)
         return folder, manifest
 
-    folder, manifest = with_stores(store_settings(data), copy, checked=False)
-    note(Act.BACKUP, "done", key="cli", copy=manifest.sha256[:12])
-    typer.echo(f"{folder}: {manifest.users} users, {manifest.keys} keys, begun {manifest.began}")
-    for old in delete_old_copies(out, keep_days) if keep_days else ():
-        typer.echo(f"{old}: deleted, older than {keep_days} days")
+    try:
+        folder, manifest = with_stores(store_settings(data), copy, checked=False)
+        note(Act.BACKUP, "done", key="cli", copy=manifest.sha256[:12])
+        typer.echo(f"{folder}: {manifest.users} users, {manifest.keys} keys, begun {manifest.began}")
+    finally:  # a full disk would stay full, and people who were erased have to leave the copies in time
+        for old in delete_old_copies(out, keep_days) if keep_days else ():
+            typer.echo(f"{old}: deleted, older than {keep_days} days")
 
 
 def restore(
@@ -164,6 +166,7 @@ async def _restore(
     valid = [key for key in (await stores.keys.all()).keys if key.id in since.revoked and key.revoked_ms is None]
     for key in valid:
         await stores.keys.revoke(key.digest, time.time_ns() // 1_000_000)
+    await stores.copying.note_copy(manifest.began_s)
     await stores.copying.end_restore()
     return left, len(valid)
 

@@ -31,15 +31,20 @@ T = TypeVar("T")
 
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
+MOST = 10**15  # which the store's numbers hold exactly
 MOST_DAYS = 36_500  # far beyond, times have no date any more
 
 app = typer.Typer(help="Keys for a gateway's HTTP API; each belongs to a tenant.", no_args_is_help=True)
 
 
 def _parse_amount(text: str) -> int:
-    if (found := re.fullmatch(r"(\d{1,15}(?:\.\d{1,12})?)([KMGT]?)", text.upper())) is None:
-        raise typer.BadParameter(f"{text!r} is not an amount: write a number, or one with k, M, G or T, such as 2.5G")
-    return round(float(found[1]) * 1000.0 ** " KMGT".index(found[2] or " "))
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,12})?)([KMGT]?)", text.upper())
+    amount = round(float(found[1]) * 1000.0 ** " KMGT".index(found[2] or " ")) if found else MOST + 1
+    if amount > MOST:
+        raise typer.BadParameter(
+            f"{text!r} is not an amount: write a number up to {MOST:,}, or one with k, M, G or T, such as 2.5G"
+        )
+    return amount
 
 
 def _amount(about: str, *flags: str) -> Any:
@@ -57,10 +62,10 @@ def create(
         list[Scope] | None,
         typer.Option(help="Allowed operations; may be repeated.", show_default="generate, write, adapt; --first: all"),
     ] = None,
-    requests: Annotated[int | None, setting("key_requests", min=0)] = None,
-    tokens: Annotated[int | None, setting("key_tokens", min=0)] = None,
-    concurrent: Annotated[int | None, setting("key_concurrent", min=0)] = None,
-    jobs: Annotated[int | None, setting("key_jobs", min=0)] = None,
+    requests: Annotated[int | None, setting("key_requests", min=0, max=MOST)] = None,
+    tokens: Annotated[int | None, setting("key_tokens", min=0, max=MOST)] = None,
+    concurrent: Annotated[int | None, setting("key_concurrent", min=0, max=MOST)] = None,
+    jobs: Annotated[int | None, setting("key_jobs", min=0, max=MOST)] = None,
     learn: Annotated[
         bool, typer.Option("--learn", help="Learn from users' messages, unless a request says otherwise.")
     ] = False,
@@ -71,7 +76,7 @@ def create(
         ),
     ] = False,
     holdout: Annotated[float | None, setting("holdout", min=0, max=0.5)] = None,
-    refresh: Annotated[int | None, setting("refresh_samples", min=0)] = None,
+    refresh: Annotated[int | None, setting("refresh_samples", min=0, max=MOST)] = None,
     days: Annotated[
         int | None, typer.Option(help="Days until the key expires.", show_default="never", min=1, max=MOST_DAYS)
     ] = None,

@@ -96,16 +96,15 @@ class Readapting:
             await self.adapters.remove_adapted(user_key, except_bank=now if now != bank else "")
         elif profile.with_embedder(self.manifest.embedder.id) is None:
             tally.waiting += 1
-        elif await self._has_job(user_key):
-            tally.queued += 1
         else:
             while (await self.jobs.backlog(self.manifest.short)).open >= self.at_a_time:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(POLL_S)
             defaults = default_config(self.manifest.room, self.manifest.common)
             config = encode_config(replace(defaults, **asdict(self.budget)))
             submission = Submission([], True, config, bank=self.manifest.short, epoch=epoch, background=True)
-            with suppress(UserErased):
-                await self.jobs.submit(user_key, submission, MAX_SAMPLES)
+            if not await self._has_job(user_key):
+                with suppress(UserErased):
+                    await self.jobs.submit(user_key, submission, MAX_SAMPLES)
             tally.queued += 1
 
     async def _has_job(self, user_key: str) -> bool:

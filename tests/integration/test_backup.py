@@ -6,7 +6,6 @@ import asyncio
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -90,11 +89,9 @@ def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_key
     said = mta("restore", copy, "--erased", log, store=empty)
     assert re.search(r"restored: 180 users as of .*; 20 who .* since stay erased, 1 API keys", said)
     asyncio.run(check_restored(empty, bank, written))
-    mta("backup", "--out", tmp_path / "copies", store=empty)
-    (began,) = {open_copy(each).began for each in (tmp_path / "copies").iterdir()} - {open_copy(copy).began}
     with serving(gateway_settings, empty, secrets) as keyed, keyed.client("kept") as client:
         copied_s = partial(metric, client, "mta_store_copied_timestamp_seconds")
-        wait_until(lambda: copied_s() == datetime.fromisoformat(began).timestamp(), "the gateway to know of the copy")
+        wait_until(lambda: copied_s() == open_copy(copy).began_s, "the gateway to know how old the copy is")
         found = {user: client.get(f"/users/{user}").status_code for user in USERS[8:]}
         assert found == {user: httpx.codes.NOT_FOUND if user in ERASED else httpx.codes.OK for user in USERS[8:]}
         assert client.get(f"/users/{USERS[-1]}/export").json()["items"][0]["text"] == f"a text of {USERS[-1]}"
@@ -102,9 +99,9 @@ def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_key
             assert refused.get(f"/users/{USERS[-1]}").status_code == httpx.codes.UNAUTHORIZED
     acts = [entry for entry in read_audit(log, {"key": "cli"}) if entry["act"] in ("backup", "restore")]
     assert [(entry["act"], entry["outcome"]) for entry in acts] == [
-        *(("backup", "done"), ("restore", "begun"), ("restore", "done"), ("backup", "done"))
+        *(("backup", "done"), ("restore", "begun"), ("restore", "done"))
     ]
-    assert len({entry["copy"] for entry in acts[:3]}) == 1
+    assert len({entry["copy"] for entry in acts}) == 1
 
 
 def test_who_was_erased_under_the_next_secret_before_anybody_moved_stays_erased(

@@ -24,7 +24,8 @@ from adapters.training.example import Example
 from adapters.training.loss import mean_loss
 from adapters.training.trainer import StepReport
 from adapters.training.user_trainer import train_user
-from bank.building.build import BASELINES, build_bank, build_baselines, read_inputs
+from bank.building.assemble import BASELINES
+from bank.building.build import build_bank, build_baselines, read_inputs
 from bank.building.options import BuildOptions
 from bank.building.progress import RowProgress
 from bank.building.ranks import Ranks, joined

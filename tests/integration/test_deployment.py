@@ -69,6 +69,13 @@ def test_a_fleet_is_two_of_each_behind_a_router_and_gateways_alone_are_published
     assert "engine-1" in fleet["engine"]["networks"]["inner"]["aliases"]
 
 
+def test_logs_fill_no_disk(tmp_path: Path) -> None:
+    profiles = [option for name in ("fleet", "observe", "backup") for option in ("--profile", name)]
+    everything = services((BASE,), tmp_path, *IN_A_FLEET, *profiles, MTA_ADMIN_KEY="k")
+    assert len(everything) > 12
+    assert {service["logging"]["options"]["max-size"] for service in everything.values()} == {"64m"}
+
+
 def test_no_word_of_a_health_check_has_a_space_at_which_podman_would_split_it(tmp_path: Path) -> None:
     checks = [
         one["healthcheck"]["test"] for one in services((BASE,), tmp_path, *IN_A_FLEET).values() if "healthcheck" in one
@@ -299,10 +306,12 @@ def test_what_the_pages_apply_are_overlays_and_the_job_that_goes_first_comes_wit
     pages = "".join(page.read_text("utf-8") for page in (ROOT / "docs").glob("*.md"))
     applied = set(re.findall(r"kubectl apply (?:-k|--kustomize) (\S+)", pages))
     assert applied and applied <= {f"deploy/k8s/overlays/{overlay}" for overlay in OVERLAYS}
-    ((name, value),) = set(re.findall(r"kubectl apply -k \S+ -l (\w+)=(\w+)", PAGE))
-    chosen = [one for one in kit.manifests(overlay) if one["metadata"].get("labels", {}).get(name) == value]
-    assert {one["kind"] for one in chosen} == {"ConfigMap", "Job", "PersistentVolumeClaim"}
-    assert {one["metadata"]["name"].rpartition("-")[0] or one["metadata"]["name"] for one in chosen} == {"models"}
+    first = dict.fromkeys(re.findall(r"kubectl apply -k \S+ -l app=(\w+)", PAGE))
+    assert list(first) == ["models", "engine"]
+    for app, kinds in (("models", {"ConfigMap", "Job", "PersistentVolumeClaim"}), ("engine", {"StatefulSet"})):
+        chosen = [one for one in kit.manifests(overlay) if one["metadata"].get("labels", {}).get("app") == app]
+        assert {one["kind"] for one in chosen} == kinds
+        assert {one["metadata"]["name"].rpartition("-")[0] or one["metadata"]["name"] for one in chosen} == {app}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -332,6 +341,8 @@ def test_prometheus_in_a_cluster_has_the_jobs_of_the_one_in_a_container_and_find
     there = yaml.safe_load((ROOT / "deploy/observe/prometheus.yml").read_text("utf-8"))["scrape_configs"]
     asked = {job["job_name"]: job["dns_sd_configs"][0]["port"] for job in there}
     assert {job["job_name"] for job in jobs} == asked.keys()
+    for file in ("deploy/k8s/prometheus.yml", "deploy/observe/prometheus.yml"):
+        assert yaml.safe_load((ROOT / file).read_text("utf-8"))["alerting"]["alertmanagers"]
     for job in jobs:
         [looked] = job["kubernetes_sd_configs"]
         assert looked["selectors"] == [{"role": "pod", "label": f"app={job['job_name']}"}]

@@ -14,7 +14,8 @@ import pytest
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example
 from adapters.training.trainer import initial_lora
-from bank.building.build import BASELINES, build_baselines
+from bank.building.assemble import BASELINES
+from bank.building.build import build_baselines
 from bank.errors import BankError
 from bank.evaluation.methods import DEFAULT, METHODS, Evaluator, parse_methods
 from bank.evaluation.run import RECORDS_FILE

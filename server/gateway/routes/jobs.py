@@ -16,7 +16,7 @@ from server.errors import ApiError, NotFound, TooMany
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
-from server.gateway.parts import parts_of, user_of, users_of
+from server.gateway.parts import gateway_of, parts_of, user_of, users_of
 from server.gateway.routes.requests import (
     SampleInput,
     SampleOutput,
@@ -214,13 +214,13 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
 @router.get("/jobs/{job_id}")
 async def read_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
     """Return the job's current state."""
-    return JobAnswer.of(await parts_of(request).adapting.job(users_of(request), _checked_job_id(job_id)))
+    return JobAnswer.of(await _stored(request).job(users_of(request), _checked_job_id(job_id)))
 
 
 @router.delete("/jobs/{job_id}")
 async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
     """Cancel a job that has not ended; training stops within one step and its result is discarded."""
-    return JobAnswer.of(await parts_of(request).adapting.cancel(users_of(request), _checked_job_id(job_id)))
+    return JobAnswer.of(await _stored(request).cancel(users_of(request), _checked_job_id(job_id)))
 
 
 @router.get("/jobs/{job_id}/events", responses={200: {"content": _EVENTS}})
@@ -229,8 +229,13 @@ async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
 
     While nothing changes, a comment (`: keep-alive`) is sent every 15 seconds.
     """
-    users, adapting = users_of(request), parts_of(request).adapting
+    users, adapting = users_of(request), _stored(request)
     return _JobEvents(adapting, users, await adapting.job(users, _checked_job_id(job_id)))
+
+
+def _stored(request: Request) -> Adapting:
+    """Return what knows the jobs in the store: for these a tenant's bank need not be loaded."""
+    return gateway_of(request).default_parts.adapting
 
 
 class _JobEvents(Response):

@@ -151,7 +151,7 @@ class StoreCopying:
 
     async def _check_empty(self) -> None:
         async for name in self._names((await self._primaries())[0]):
-            if name not in (keys.USED_KEYS, keys.SECRET, keys.COPIED):  # also where nobody was ever stored
+            if name not in (keys.USED_KEYS, keys.SECRET):  # any gateway writes them
                 raise MtaError(
                     f"the store is not empty, it holds {name}: restore to a new one, or stop gateways and workers and "
                     "empty this one (FLUSHALL)"

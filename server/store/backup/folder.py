@@ -42,6 +42,10 @@ class Manifest:
     secret: str  # check value of the MTA_SECRET that keys its users; empty if no gateway ever ran on the store
     store: str  # server and version, such as `valkey 9.1.0`
 
+    @property
+    def began_s(self) -> float:  # since 1970
+        return datetime.fromisoformat(self.began).timestamp()
+
 
 async def write_copy(copies: Path, store: StoreCopying, progress: Callable[[int, int], None]) -> tuple[Path, Manifest]:
     """Write a copy to a new folder in `copies`; `progress` is as in `StoreCopying`. An error leaves no folder."""
@@ -100,9 +104,14 @@ def user_of(entry: Entry) -> str | None:  # user key; None for a shared key
 
 
 def delete_old_copies(copies: Path, days: int) -> list[Path]:
-    """Delete the copies, also unfinished ones, that began more than `days` days ago, and return their folders."""
+    """Delete the copies, also unfinished ones, that began more than `days` days ago, and return their folders.
+
+    The newest complete copy stays.
+    """
+    newest = max((path.parent for path in copies.glob(f"*/{MANIFEST}")), default=None)
     oldest = (datetime.now(UTC) - timedelta(days=days)).strftime(_NAME)
     old = [path.parent for path in sorted(copies.glob(f"[0-9]*T*Z/{DATA}")) if path.parent.name < oldest]
+    old = [folder for folder in old if folder != newest]
     try:
         for folder in old:
             shutil.rmtree(folder)

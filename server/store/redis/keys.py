@@ -48,8 +48,8 @@ Limits (`server/store/tenants/rates.py`); an owner is `key-`, `user-`, `tenant-`
 
 Scripts receive these names as arguments. Only names of job records are built in Lua, from `job_prefix` and a number.
 
-A copy of the store leaves out what belongs to running processes and servers (limits, rewrites, `mta:{restore}`), and
-the sets of adapted users, which may be long and which a restore makes again.
+A copy of the store leaves out what belongs to running processes and servers (limits, rewrites, `mta:{restore}`,
+`mta:copied`), and the sets of adapted users, which may be long and which a restore makes again.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ USED_KEYS = "mta:{access}:used"
 SECRET = "mta:{access}:secret"
 RESTORING = "mta:{restore}"
 COPIED = "mta:copied"
-_LEFT_OUT = re.compile(r"mta:(\{rewrite\}|\{restore\}|rates:|held:|use:|adapted:)")
+_LEFT_OUT = re.compile(r"mta:(\{rewrite\}|\{restore\}|copied|rates:|held:|use:|adapted:)")
 _OF_USER = re.compile(r"mta:\{([a-z2-7]{26})\}:")
 
 

@@ -120,6 +120,7 @@ def test_a_bank_that_is_not_loaded_is_said_and_taken_back(two_banks: Keyed, name
     assert bank_of(two_banks, "globex") == two_banks.gateway.parts.bank.manifest.short
     assert httpx.get(f"{two_banks.gateway.url}/ready").status_code == httpx.codes.OK
     assert two_banks.client("acme").delete("/users/nobody").status_code == httpx.codes.NOT_FOUND, "erasures always work"
+    assert two_banks.client("acme").get(f"/jobs/{'a' * 26}.1").status_code == httpx.codes.NOT_FOUND
     assert keys("bank", "acme").exit_code == 0
     usual = two_banks.gateway.parts.bank.manifest.short
     wait_until(lambda: bank_of(two_banks, "acme") == usual, "the gateway's own bank")

@@ -199,7 +199,7 @@ def test_by_holm_a_difference_that_is_sure_alone_is_not_among_many_and_p_never_g
     assert "*" in str(alone) and "*" not in str(among)
 
 
-def test_a_column_is_compare_together_without_the_points_of_curves() -> None:
+def test_a_column_is_tested_together_without_the_points_of_curves() -> None:
     chance = np.random.default_rng(3)
     losses = {name: chance.normal(1, 0.3, 10) for name in ("task", "mean", "merged", "merged@k2", "base")}
     losses["stacked"] = losses["merged"][:4]

@@ -59,7 +59,7 @@ def test_blocks_at_the_edge_of_a_weight_are_narrower(tmp_path: Path) -> None:
     ("config", "reason"),
     [
         ({"quant_method": "gptq", "bits": 8}, "gptq with 8 bits"),
-        ({"quant_method": "gptq", "bits": 4, "sym": False}, "gptq with 4 bits"),
+        ({"quant_method": "gptq", "bits": 4, "sym": False}, "gptq with 4 bits, not symmetric"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
     ],
     ids=["bits", "zeros", "method"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import stat
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -164,3 +165,10 @@ def test_old_copies_are_deleted_also_those_that_were_broken_off(copy: Path) -> N
     old = sorted(copies.iterdir())[1:3]
     assert delete_old_copies(copies, 7) == old
     assert len(list(copies.iterdir())) == 3
+    shutil.rmtree(copy)
+    assert delete_old_copies(copies, 1) == [], "the newest complete copy stays"
+    assert refusal("backup", "--out", copies, "--keep-days", 1)  # the store does not answer
+    folder.mkdir()
+    (folder / DATA).touch()
+    assert refusal("backup", "--out", copies, "--keep-days", 1)
+    assert not folder.exists(), "expired copies are deleted also if no new one can be made"
