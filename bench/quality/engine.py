@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from bank.building.build import BASELINES
+from bank.building.assemble import BASELINES
 from bank.evaluation.run import RECORDS_FILE, Record, read_records
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model

@@ -27,6 +27,7 @@ from server.gateway.access.keys import REFRESH_INTERVAL_S, USED_INTERVAL_S, Know
 from server.gateway.access.limiter import RENEW_INTERVAL_S, Limiter
 from server.gateway.access.queue import COUNT_GATEWAYS_S, EngineQueue, GatewayShare
 from server.gateway.access.quotas import COUNT_INTERVAL_S, RECOUNT_CHECK_S, Quotas
+from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.generation.generator import Generator
@@ -145,6 +146,8 @@ async def open_gateway(
         learner = MessageLearner(metrics.learned.inc)
         tallies = Tallies(stores.worth)
 
+        turns = FairQueue(Shares(lambda: 1))
+
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
             short, has_signatures = bank.manifest.short, bank.manifest.has_signatures
             profiles = Profiles(
@@ -152,6 +155,7 @@ async def open_gateway(
                 embedder=embedder,
                 task=bank.task,
                 executor=embedding,
+                turns=turns,
                 limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
                 quotas=quotas,
                 signing=stores.signing(short) if has_signatures else None,

@@ -19,6 +19,7 @@ from bank.items.profile import Item, Vectors
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from bench.rig.valkey import ValkeyProcess, free_port
+from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.users.profiles import EMBED_BATCH, HistoryLimit, Profiles
 from server.store.profile_record import AdapterNote
 from server.store.profiles import Change, ProfileStore
@@ -74,7 +75,8 @@ def user() -> User:
 
 def profiles(store: ProfileStore, embedder: CountingEmbedder) -> Profiles:
     rotation, limit = Rotation(store._connection, None), HistoryLimit(64, 1 << 20)
-    return Profiles(rotation, embedder, get_task("chat"), ThreadPoolExecutor(1), limit, MagicMock())
+    turns = FairQueue(Shares(lambda: 1))
+    return Profiles(rotation, embedder, get_task("chat"), ThreadPoolExecutor(1), turns, limit, MagicMock())
 
 
 def items(*names: str) -> list[Item]:
@@ -95,6 +97,24 @@ async def test_only_new_items_are_embedded(writing: Profiles, user: User) -> Non
     assert embedder.texts == ["a text about bread"]
     await writing.add(user, [Item("bread", {"text": "another text"})], "")
     assert embedder.texts == ["a text about bread", "another text"]
+
+
+async def test_tenants_take_turns_at_the_embedder(writing: Profiles) -> None:
+    embedder = writing.embedder
+    embedder.gate.clear()
+    many = [KEYS.user(f"many-{number}") for number in range(20)]
+    theirs = [asyncio.create_task(writing.replace(user, items(*user.id.split("-")), "")) for user in many]
+    while writing.turns.waiting < len(many) - 1:
+        await asyncio.sleep(0.01)
+    own = asyncio.create_task(
+        writing.replace(UserKeys("a secret for tests only", "other").user("ada"), items("waves"), "")
+    )
+    while writing.turns.waiting < len(many):
+        await asyncio.sleep(0.01)
+    embedder.gate.set()
+    await own
+    assert embedder.texts.index("a text about waves") <= 2 * len("ab")  # after two of theirs at most
+    await asyncio.gather(*theirs)
 
 
 async def test_a_write_stands_though_the_signing_queue_is_away(

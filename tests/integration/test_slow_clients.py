@@ -100,10 +100,21 @@ class TestHeaders:
         connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         assert answered(connection) == (400, "invalid_http")
 
-    def test_only_few_requests_wait_in_a_connection(self, connection: socket.socket) -> None:
+    def test_a_thousand_at_once_end_the_connection(self, connection: socket.socket) -> None:
         with suppress(OSError):
             connection.sendall(GET * 1000)
-        assert everything(connection).count(b"HTTP/1.1 200") < 20
+        assert everything(connection).count(b"HTTP/1.1 200") <= 1
+
+    def test_a_second_one_before_the_answer_to_the_first_ends_both(
+        self, gateway: GatewayThread, fake_engine: FakeEngine
+    ) -> None:
+        fake_engine.turn(admit_s=30)
+        before = counted(gateway, 499)
+        with gateway.send("POST /generate", b'{"user_id": "ada", "prompt": "Hello"}') as connection:
+            wait_until(lambda: bool(fake_engine.seen), "the engine to be asked")
+            connection.sendall(GET)
+            assert everything(connection) == b""
+            wait_until(lambda: counted(gateway, 499) == before + 1, "the generation to end")
 
 
 class TestBodies:

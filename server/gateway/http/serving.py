@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 32 << 10
 """Maximum number of consecutive bytes outside a body: request line and headers, or trailers."""
 HEADER_TIMEOUT_S = 10.0
-MAX_PIPELINED = 8
-"""Maximum number of requests that wait on one connection; no known client pipelines even a second one."""
 LINGER_S = 2.0
 """Seconds to discard what a refused client still sends; closing at once would lose the response."""
 SEND_BUFFER_BYTES = 128 << 10
@@ -86,8 +84,6 @@ class Connection(HttpToolsProtocol):
             self._start_timer(HEADER_TIMEOUT_S)
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError("too many pipelined requests")  # the parser turns it into an invalid request
         self._header_bytes = max(1, self._header_bytes)  # 0 if the request began in the same piece as the previous end
         super().on_message_begin()
 
@@ -96,6 +92,8 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._is_answering():  # else nobody would notice when the first one's client leaves or stops reading
+            raise ValueError("a second request before the answer to the first")  # closes the connection
         self._in_head = False
         self._header_bytes = 0
         self._stop_timer()

@@ -25,6 +25,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.signature import Signature
 from server.errors import ApiError, Unavailable, UserErased
 from server.gateway.access.quotas import Quotas
+from server.gateway.access.shares import FairQueue
 from server.store.profile_record import (
     OtherEmbedding,
     Profile,
@@ -79,6 +80,7 @@ class Profiles:
     embedder: Embedder
     task: Task
     executor: Executor  # the embedder's threads
+    turns: FairQueue  # for them, in which each tenant has one at a time
     limit: HistoryLimit
     quotas: Quotas
     signing: UserQueue | None = None  # users with changed items; None if the bank has no signatures
@@ -171,7 +173,7 @@ class Profiles:
                     return ProfileUpdate(current, 0)
                 if attempt == 0 and not same:
                     admitted.enter_context(self.quotas.admit(user, partial(_growth, snapshot, history)))
-                vectors, fresh = await self._vectors(snapshot, history, embedded)
+                vectors, fresh = await self._vectors(user.tenant, snapshot, history, embedded)
                 embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
                 profile = Profile(user.id, len(history), 0, self.embedder.id, embedding)
                 profile = _carry_over(snapshot.profile, profile, same_items=same)
@@ -191,7 +193,7 @@ class Profiles:
         )
 
     async def _vectors(
-        self, snapshot: Snapshot, history: StoredItems, embedded: dict[tuple[str, str], Vectors]
+        self, tenant: str, snapshot: Snapshot, history: StoredItems, embedded: dict[tuple[str, str], Vectors]
     ) -> tuple[dict[str, Vectors], dict[str, StoredVector]]:
         """Return the embedding of every item [E], and those embeddings that are not stored yet."""
         texts = {name: item_text(Item(name, item.fields), self.task) for name, item in history.items()}
@@ -207,9 +209,10 @@ class Profiles:
         to_embed = [pair for pair in missing if pair not in embedded]
         for start in range(0, len(to_embed), EMBED_BATCH):
             batch = to_embed[start : start + EMBED_BATCH]
-            rows = await asyncio.get_running_loop().run_in_executor(
-                self.executor, self.embedder.embed, [text for _, text in batch]
-            )
+            async with self.turns.held(tenant):
+                rows = await asyncio.get_running_loop().run_in_executor(
+                    self.executor, self.embedder.embed, [text for _, text in batch]
+                )
             embedded.update(zip(batch, map(as_stored, rows), strict=True))
         vectors = {name: kept[name] if name in kept else embedded[name, text] for name, text in texts.items()}
         return vectors, {name: StoredVector(self.embedder.id, embedded[name, text]) for name, text in missing}

@@ -24,7 +24,14 @@ from server.gateway.generation.request import (
 from server.gateway.http.errors import MAX_SHOWN_CHARS, fault_of
 from server.gateway.http.json_text import MAX_FIELDS, MAX_STRUCTURE_BYTES, parse_json, parse_lines
 from server.gateway.routes.generate import request_of
-from server.gateway.routes.openai.requests import IGNORED, OWN_FIELDS, REFUSED, ChatRequest, CompletionRequest
+from server.gateway.routes.openai.requests import (
+    IGNORED,
+    MAX_FORMAT_BYTES,
+    OWN_FIELDS,
+    REFUSED,
+    ChatRequest,
+    CompletionRequest,
+)
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.routes.users import ItemsRequest
 from server.store.tenants.user_key import UserKeys
@@ -146,7 +153,10 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
         "temperature": ("1",),
         "tools": ([],),
         "tool_choice": (5, {"a": 1 << 64}),
-        "response_format": ({"type": "text", "a": 1 << 64}, {"type": "structural_tag"}, {"type": "json_schema"}),
+        "response_format": (
+            *({"type": "text", "a": 1 << 64}, {"type": "structural_tag"}, {"type": "json_schema"}),
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["x" * MAX_FORMAT_BYTES]}}},
+        ),
         "max_completion_tokens": (1 << 31,),
         "stream_options": ({"include_usage": True},),
         "strength": (0.33, 1.05),

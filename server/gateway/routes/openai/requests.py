@@ -92,7 +92,9 @@ def _check_format(value: dict[str, Any]) -> dict[str, Any]:
     schema = value.get("json_schema")
     if value["type"] == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("schema"), dict)):
         raise PydanticCustomError("format", "must have a json_schema with a name and a schema")
-    return _check_encodable(value)  # type: ignore[no-any-return]
+    if len(orjson.dumps(_check_encodable(value))) > MAX_FORMAT_BYTES:
+        raise PydanticCustomError("format", f"must have at most {MAX_FORMAT_BYTES} bytes as JSON")
+    return value
 
 
 def _check_tool_choice(value: Any) -> Any:
@@ -101,6 +103,7 @@ def _check_tool_choice(value: Any) -> Any:
     return _check_encodable(value)
 
 
+MAX_FORMAT_BYTES = 32 << 10  # vLLM reads a schema while all its requests wait: 3 s a MB
 _FORMATS = ("text", "json_object", "json_schema")
 _FORMAT = {"type": "object", "properties": {"type": {"enum": list(_FORMATS)}}, "required": ["type"]}
 _TEXT = {"type": "string", "minLength": 1}
