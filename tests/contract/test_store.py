@@ -220,7 +220,7 @@ _PARTS = {
     "<tenant>": TENANT,
 }
 CELL = Cell(2961, 0, "merged", "full")
-_EXPIRES = re.compile("7 days|3 weeks|after (one window|the last lease)")
+_EXPIRES = re.compile("7 days|3 weeks|ten windows|after the last lease")
 
 
 def fits(name: str, pattern: str) -> bool:

@@ -20,7 +20,7 @@ from server.store.redis.keys import ACCESS_KEYS
 from server.store.redis.servers.connection import READ_TIMEOUT_S
 from server.store.tenants import rates as scripts
 from server.store.tenants.access_keys import AccessKey, AccessKeys, Policy, Scope, access_key, new_secret
-from server.store.tenants.rates import Allowance, Rate, Rates, Use
+from server.store.tenants.rates import MOST_DEBT, Allowance, Rate, Rates, Use
 from tests.support.store_parts import StoreParts
 
 LOCAL = [(b"host", b"127.0.0.1:8000")]
@@ -235,9 +235,21 @@ async def test_what_is_given_back_can_be_taken_again(rates: Rates) -> None:
     await rates.correct([Use(RATE, -4)])
     assert await left(rates, RATE) == 4
     assert await take(rates, RATE, 4)
-    await rates.correct([Use(RATE, 500)])  # more than the limit counts as all of it
+    await rates.correct([Use(RATE, 500)])
     level = (await rates.consume([Use(RATE, 1)])).levels[0]
-    assert (level.left, level.fits_in_s(RATE.most) <= RATE.window_s) == (0, True)
+    assert (level.left, level.fits_in_s(RATE.most) <= MOST_DEBT * RATE.window_s) == (0, True)
+    lower = replace(RATE, most=2)  # what was used of a higher limit counts as all of the lower one
+    assert (await rates.consume([Use(lower, 1)])).levels[0].fits_in_s(lower.most) <= lower.window_s
+
+
+async def test_answers_that_take_more_than_estimated_are_paid_off(rates: Rates, clock: Clock) -> None:
+    tokens, used = Rate("tokens", "key-1", 1000), 0
+    for second in range(600):
+        clock(1000 + second)
+        if await take(rates, tokens, 100):
+            await rates.correct([Use(tokens, 1900)])
+            used += 2000
+    assert used <= 12 * tokens.most
 
 
 async def test_a_refund_never_leaves_more_than_the_limit(rates: Rates, clock: Clock) -> None:

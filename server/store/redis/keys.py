@@ -40,7 +40,7 @@ Shared by all users::
 
 Limits (`server/store/tenants/rates.py`); an owner is `key-`, `user-`, `tenant-` or `quota-` and its name::
 
-    mta:rates:{<owner>}:<what>  string  amount used, and the time of that value, µs        after one window at most
+    mta:rates:{<owner>}:<what>  string  amount used, time of that value, µs, and limit       ten windows at most
     mta:held:running/<owner>  zset    requests in progress → end of the lease, ms         after the last lease
     mta:held:gateways/<engines>  zset  gateways that share the engines → the same         after the last lease
     mta:held:recounted/<quotas>  zset  recount of what tenants hold → when the next is due  after the last lease

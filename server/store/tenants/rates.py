@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MINUTE_S = 60
 DAY_S = 24 * 3600
+MOST_DEBT = 10  # windows until an owner whose answers took more than estimated has everything again
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +90,14 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class BucketLevel:
-    """Amount used of a rate, from 0 to `most`. It falls linearly, by `most` per window."""
+    """Amount used of a rate, more than `most` if answers took more than estimated. It falls by `most` per window."""
 
     rate: Rate
     used: float
 
     @property
     def left(self) -> int:
-        return int(self.rate.most - self.used)
+        return max(0, int(self.rate.most - self.used))
 
     def fits_in_s(self, amount: int) -> float:
         """Return the seconds until an amount is available."""
@@ -115,7 +116,8 @@ class BucketLevels:
         return all(self.fit)
 
 
-# KEYS: a bucket for each use: amount used and time of that value, µs. A bucket expires when it is empty.
+# KEYS: a bucket for each use: amount used, time of that value, µs, and the limit then: of a higher one no more counts
+# than of the present one. A bucket expires when it is empty.
 # ARGV: whether to count even if a use does not fit, then most, window (µs) and amount of each use.
 # Returns for each use whether it fits, and the amount used. Counts nothing unless all fit.
 _CONSUME = oom_script("""
@@ -126,9 +128,9 @@ for i = 1, #KEYS do
   local known = redis.call('GET', KEYS[i])
   used[i] = 0
   if known then
-    local before, at = string.match(known, '^(%S+) (%S+)$')
+    local before, at, of = string.match(known, '^(%S+) (%S+) ?(%S*)$')
     local leaked = math.max(0, now - tonumber(at)) * most / window
-    used[i] = math.max(0, math.min(most, tonumber(before)) - leaked)
+    used[i] = math.max(0, math.min(tonumber(of) == most and math.huge or most, tonumber(before)) - leaked)
     ahead[i] = tonumber(at) > now  -- the clock was set back: restart the leak from now
   end
   fit[i] = used[i] + amount <= most
@@ -138,17 +140,17 @@ local answer = {}
 for i = 1, #KEYS do
   local most, window, amount = tonumber(ARGV[i * 3 - 1]), tonumber(ARGV[i * 3]), tonumber(ARGV[i * 3 + 1])
   local counts = amount ~= 0 and (ARGV[1] == '1' or all)
-  if counts then used[i] = math.max(0, math.min(most, used[i] + amount)) end
+  if counts then used[i] = math.max(0, math.min(DEBT * most, used[i] + amount)) end
   local left_ms = math.ceil(used[i] * window / most / 1000)
   if (counts or ahead[i]) and left_ms > 0 then
-    redis.call('SET', KEYS[i], string.format('%.17g %.0f', used[i], now), 'PX', left_ms)
+    redis.call('SET', KEYS[i], string.format('%.17g %.0f %.17g', used[i], now, most), 'PX', left_ms)
   elseif counts then
     redis.call('DEL', KEYS[i])
   end
   answer[i * 2 - 1], answer[i * 2] = fit[i] and 1 or 0, string.format('%.17g', used[i])
 end
 return answer
-""")
+""").replace("DEBT", str(MOST_DEBT))
 
 # KEYS: holders, scored by the end of their lease. ARGV: most (-1: unlimited), lease (ms), members. Returns the number
 # of holders, or -1 if not all members fit.
@@ -186,7 +188,7 @@ class Rates:
         return BucketLevels([bool(fit) for fit in found[0::2]], levels)
 
     async def correct(self, uses: Sequence[Use]) -> None:
-        """Add to or subtract from an owner's rates regardless of the limit; levels stay within 0 to `most`."""
+        """Add to or subtract from an owner's rates regardless of the limit, also beyond it: that is paid off later."""
         await self.consume(uses, anyway=True)
 
     async def acquire(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
