@@ -146,7 +146,7 @@ async def open_gateway(
         learner = MessageLearner(metrics.learned.inc)
         tallies = Tallies(stores.worth)
 
-        turns = FairQueue(Shares(lambda: 1))
+        turns, checking = FairQueue(Shares(lambda: 1)), FairQueue(Shares(lambda: 2))
 
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
             short, has_signatures = bank.manifest.short, bank.manifest.has_signatures
@@ -171,7 +171,7 @@ async def open_gateway(
                 adapting=Adapting(
                     stores.jobs,
                     profiles,
-                    checks=SampleChecks(engines),
+                    checks=SampleChecks(engines, checking),
                     manifest=bank.manifest,
                     task=bank.task,
                     budget=budget,

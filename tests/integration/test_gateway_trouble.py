@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from starlette.requests import Request
 
 from bench.rig.processes import wait_until
 from server.gateway.routes import users
+from server.gateway.users.adapting import MAX_CONCURRENT
 from server.settings import Settings
 from server.store.tenants.user_key import User
 from tests.support.calls import ALL, BOTH, NewUser, either, put, who
@@ -151,6 +153,20 @@ def test_samples_are_taken_uncounted_when_the_engine_is_silent_or_slow(
     job = client.post(f"/users/{new_user()}/adapt", json={"samples": long}).raise_for_status().json()
     client.delete(f"/jobs/{job['id']}").raise_for_status()
     assert len(fake_engine.tokenized) < samples
+
+
+def test_one_tenants_samples_are_checked_one_request_after_the_other(
+    client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine
+) -> None:
+    fake_engine.knobs.admit_s = 0.05
+    wait_until_ready(client)
+    long = [{"input": f"{n} " + "x" * 470, "output": "y"} for n in range(12)]  # its bytes exceed the context
+    with ThreadPoolExecutor(6) as pool:
+        for answer in pool.map(lambda user: client.post(f"/users/{user}/adapt", json={"samples": long}),
+                               [new_user() for _ in range(6)]):  # fmt: skip
+            client.delete(f"/jobs/{answer.raise_for_status().json()['id']}").raise_for_status()
+    assert len(fake_engine.tokenized) >= 6 * len(long)
+    assert max(fake_engine.tokenizing) <= MAX_CONCURRENT
 
 
 class TestSilence:

@@ -93,6 +93,7 @@ class FakeEngine:
     looks: int = 0  # how often its status was asked for
     dropped: list[str] = field(default_factory=list)  # the users whose adapters it was told to let go of
     tokenized: list[list[dict[str, str]]] = field(default_factory=list)  # conversations that it was asked to count
+    tokenizing: list[int] = field(default_factory=list)  # how many at once, whenever one more came
     port: int = field(default_factory=free_port)  # the same after a restart
     _stop: Callable[[], object] = lambda: None
     _thread: threading.Thread | None = None
@@ -118,7 +119,7 @@ class FakeEngine:
     def reset(self) -> None:
         """All knobs but the banks back at rest, nothing seen."""
         self.knobs = Knobs(self.knobs.banks)
-        for noted in (self.seen, self.dropped, self.tokenized):
+        for noted in (self.seen, self.dropped, self.tokenized, self.tokenizing):
             noted.clear()
 
     def turn(self, **knobs: Any) -> None:
@@ -148,6 +149,7 @@ class FakeEngine:
         return web.Response(status=self.knobs.status or 200)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
+        self.tokenizing.append(len(self.tokenizing) + 1 - len(self.tokenized))
         await asyncio.sleep(self.knobs.admit_s)
         body = json.loads(await request.read())
         self.tokenized.append(body["messages"])

@@ -14,6 +14,7 @@ from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
 from bank.manifest import BankManifest
 from server.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded, Unavailable
+from server.gateway.access.shares import FairQueue
 from server.gateway.engines.admin import Engines
 from server.gateway.users.profiles import Profiles
 from server.settings import MAX_ITEM_BYTES
@@ -58,13 +59,14 @@ class Adapting:
         profile keeps the items of the refused one.
         """
         config, submission = await self._prepare(request, epoch)
-        await self.checks.check_template(request.samples)
-        await self.checks.check_lengths(submission.samples)
-        stored_samples: list[bytes] = []
-        if request.append:
-            read = self.jobs.samples
-            stored_samples = await self.profiles.rotation.at(user, lambda user: read(user.key), writes=False)
-        await self.checks.check_budget(config, [*stored_samples, *submission.samples])
+        async with self.checks.turns.held(user.tenant):
+            await self.checks.check_template(request.samples)
+            await self.checks.check_lengths(submission.samples)
+            stored_samples: list[bytes] = []
+            if request.append:
+                read = self.jobs.samples
+                stored_samples = await self.profiles.rotation.at(user, lambda user: read(user.key), writes=False)
+            await self.checks.check_budget(config, [*stored_samples, *submission.samples])
         job = await self.profiles.rotation.at(user, lambda user: self._submit(user, request, submission))
         if job is None:
             raise InvalidRequest(
@@ -187,6 +189,7 @@ class SampleChecks:
     """Checks samples with an engine. If no engine answers, samples are accepted: the worker checks them again."""
 
     engines: Engines
+    turns: FairQueue  # of tenants: what they ask of an engine here passes by its queue
     _accepted: set[str] = field(default_factory=set)  # role sequences
 
     async def check_template(self, samples: Sequence[Sample]) -> None:
