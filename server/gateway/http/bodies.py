@@ -23,7 +23,7 @@ BODY_TIMEOUT_S = 60.0
 SMALL_BYTES = 64 << 10
 """Maximum size of a body that is parsed on the event loop, which takes a millisecond or two."""
 LARGE_AT_ONCE = 16
-"""Maximum number of larger bodies in memory; uvicorn stops reading other bodies when they exceed `SMALL_BYTES`."""
+"""Maximum number of larger bodies that arrive or are parsed; uvicorn stops reading others beyond `SMALL_BYTES`."""
 
 _LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
 

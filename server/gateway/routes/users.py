@@ -23,7 +23,7 @@ from server.gateway.parts import Parts, gateway_of, parts_of, user_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
 from server.gateway.routes.jobs import JobAnswer, iso
 from server.gateway.routes.requests import Strict, UserIdInPath, UserRoute, epoch_of
-from server.gateway.users.profiles import ProfileUpdate
+from server.gateway.users.profiles import ProfileUpdate, newest_items
 from server.settings import MAX_ITEM_BYTES
 from server.store.jobs import Job
 from server.store.profiles import Erased
@@ -187,13 +187,14 @@ async def _change(
 ) -> ProfileAnswer:
     parts, user = parts_of(request), user_of(request, user_id)
     # Parsing megabytes of items takes a large part of a second, too long for the event loop.
-    items = await asyncio.to_thread(_items, parts, body.items)
+    items, received = await asyncio.to_thread(_items, parts, body.items), len(body.items)
+    body.items.clear()  # megabytes, while many such requests may wait for their turn at the embedder
     update = await change(user, items, epoch_of(request))
     parts.metrics.profile_changes.inc(update.changed)
     personal = parts.bank.personalise(update.profile.embedding, update.profile.evidence)
     return ProfileAnswer(
         user_id=user.id,
-        received=len(body.items),
+        received=received,
         kept=update.profile.items,
         changed=update.changed,
         recipe=personal.recipe.name,
@@ -207,6 +208,7 @@ def _exported_job(job: Job) -> dict[str, Any]:
 
 
 def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
+    """Return the items of a body, without those that the history's limit drops anyway."""
     items = []
     for position, raw in enumerate(raw_items):
         try:
@@ -222,7 +224,7 @@ def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
                 code="item_too_large",
             )
         items.append(item)
-    return items
+    return newest_items(items, parts.profiles.limit)
 
 
 def _unknown(user_id: str) -> NotFound:

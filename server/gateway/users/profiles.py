@@ -273,6 +273,11 @@ def _growth(snapshot: Snapshot, history: StoredItems) -> Held:
     return Held(people=snapshot.profile is None, bytes=after - before + _ITEM_BYTES * more_items)
 
 
+def newest_items(items: Sequence[Item], limit: HistoryLimit) -> list[Item]:
+    """Return the last items within the limit, of those with the same id the last one."""
+    return [Item(name, fields) for name, fields in _newest(_distinct(items), limit).items()]
+
+
 def _distinct(given: Sequence[Item]) -> dict[str, Mapping[str, str]]:
     """Return fields by id; of items with the same id, keep the last one and its position."""
     distinct: dict[str, Mapping[str, str]] = {}
