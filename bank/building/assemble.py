@@ -126,10 +126,10 @@ def write_bank(
             files={name: file_sha256(out / name) for name in files},
         )
         # What is left of the bank that this one replaces, or of a write that failed, knows its people.
-        for stale in [out / name for name in (CURVATURE_FILE, COORDINATES_FILE, ROWS_FILE) if name not in files]:
-            stale.unlink(missing_ok=True)
+        for stale in {CURVATURE_FILE, COORDINATES_FILE, ROWS_FILE}.difference(files):
+            (out / stale).unlink(missing_ok=True)
         for draft in out.glob(f"*{_DRAFT}"):
-            draft.unlink(missing_ok=True)
+            draft.unlink()
         shutil.rmtree(out / BASELINES, ignore_errors=True)
         return write_manifest(out, manifest)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is faiss's

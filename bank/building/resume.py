@@ -113,9 +113,7 @@ def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
         manifest = read_manifest(out)
         if manifest.training.get("inputs") == key:
             verify_files(out, manifest)
-            shutil.rmtree(
-                out / WORK_FOLDER / key, ignore_errors=True
-            )  # which a build that was killed at its end leaves
+            shutil.rmtree(out / WORK_FOLDER / key, ignore_errors=True)  # left by a build that was killed at its end
             return manifest
         found = f"another bank, {manifest.short}"
     except BankError as error:

@@ -141,12 +141,12 @@ def _people(inputs: EvalInputs, task: Task) -> list[History]:
             f"nobody in {inputs.users} can be evaluated: with --last N, a history needs at least N + --profile items"
         )
     people, allowed = people[: inputs.people], allowed_answers(task)
-    unknown = [(who, query.gold) for who in people for query in who.queries if allowed and query.gold not in allowed]
-    for who, answer in unknown:
-        raise BankError(
-            f"{inputs.users}: person {excerpt(who.user_id)} answers {excerpt(answer)}, but the answers of {task.name} "
-            f"are {', '.join(allowed)}"
-        )
+    for who in people:
+        if unknown := [query.gold for query in who.queries if allowed and query.gold not in allowed]:
+            raise BankError(
+                f"{inputs.users}: person {excerpt(who.user_id)} answers {excerpt(unknown[0])}, but the answers of "
+                f"{task.name} are {', '.join(allowed)}"
+            )
     return people
 
 

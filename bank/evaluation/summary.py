@@ -158,12 +158,12 @@ def write_lamp_files(records: Sequence[Record], task: Task, folder: Path) -> Non
     unique = len({query_id for query_id, _ in owners}) == len(owners)  # as LaMP's are
     for record in records:
         if record.seed == 0 and record.prediction is not None:
-            name = record.query_id if unique else f"{record.user_id}-{record.query_id}"
-            outputs[record.method.replace(":", "-")][name] = record.prediction
-            outputs[GOLDS][name] = record.gold
-    of = (task.lamp or task.name).replace("-", "_")
+            answered = record.query_id if unique else f"{record.user_id}-{record.query_id}"
+            outputs[record.method.replace(":", "-")][answered] = record.prediction
+            outputs[GOLDS][answered] = record.gold
+    name = (task.lamp or task.name).replace("-", "_")
     for file, answers in outputs.items():
         folder.mkdir(parents=True, exist_ok=True)
         golds = [{"id": query_id, "output": output} for query_id, output in answers.items()]
-        content = json.dumps({"task": of, "golds": golds}, ensure_ascii=False)
+        content = json.dumps({"task": name, "golds": golds}, ensure_ascii=False)
         (folder / f"{file}.json").write_text(content + "\n", "utf-8")

@@ -37,8 +37,9 @@ def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if found is None:
         return None
     method, bits = found.get("quant_method"), found.get("bits", found.get("w_bit", BITS))
-    if method not in METHODS or bits != BITS or (method == "gptq" and not found.get("sym", True)):
-        how = f"{bits} bits" + ("" if found.get("sym", True) else ", not symmetric")
+    one_sided = method == "gptq" and not found.get("sym", True)
+    if method not in METHODS or bits != BITS or one_sided:
+        how = f"{bits} bits" + (", not symmetric" if one_sided else "")
         raise BankError(
             f"the base model is quantised by {method} with {how}, which training cannot undo: use the model "
             f"without quantisation, or quantised by {', '.join(METHODS)} (awq and symmetric gptq with {BITS} bits)"

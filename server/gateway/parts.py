@@ -146,7 +146,7 @@ async def open_gateway(
         learner = MessageLearner(metrics.learned.inc)
         tallies = Tallies(stores.worth)
 
-        turns, checking = FairQueue(Shares(lambda: 1)), FairQueue(Shares(lambda: 2))
+        turns, checking = FairQueue(Shares(lambda: 1)), FairQueue(Shares(lambda: 2))  # over all banks
 
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
             short, has_signatures = bank.manifest.short, bank.manifest.has_signatures

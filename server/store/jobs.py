@@ -228,7 +228,7 @@ class JobStore:
         queue, until_s = self._queue(bank), time.monotonic() + wait_s
         while (user_key := await queue.take(until_s - time.monotonic())) is not None:
             try:
-                job_id, held_ms = await self._open_job(user_key, bank)
+                job_id, held_ms = await self.open_job(user_key, bank)
             except Unavailable as error:
                 if error.code != "store_corrupt":
                     raise
@@ -325,7 +325,7 @@ class JobStore:
         else:
             await queue.remove(user_key)
 
-    async def _open_job(self, user_key: str, bank: str) -> tuple[JobId | None, int]:
+    async def open_job(self, user_key: str, bank: str) -> tuple[JobId | None, int]:
         """Return a user's open job for a bank, and the remaining lease time in ms."""
         found = await self._connection.evaluate(scripts.OPEN_JOB, (keys.jobs(user_key),), keys.job_prefix(user_key))
         if not found:

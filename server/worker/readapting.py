@@ -102,12 +102,8 @@ class Readapting:
             defaults = default_config(self.manifest.room, self.manifest.common)
             config = encode_config(replace(defaults, **asdict(self.budget)))
             submission = Submission([], True, config, bank=self.manifest.short, epoch=epoch, background=True)
-            if not await self._has_job(user_key):
+            own, _ = await self.jobs.open_job(user_key, self.manifest.short)
+            if own is None:
                 with suppress(UserErased):
                     await self.jobs.submit(user_key, submission, MAX_SAMPLES)
             tally.queued += 1
-
-    async def _has_job(self, user_key: str) -> bool:
-        """Return whether a job for this bank is open: one of the user's own is not replaced."""
-        jobs = await self.jobs.jobs(user_key)
-        return bool(jobs) and not jobs[-1].state.ended and jobs[-1].bank == self.manifest.short

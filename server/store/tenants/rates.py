@@ -118,13 +118,13 @@ class BucketLevels:
 
 # KEYS: a bucket for each use: amount used, time of that value, µs, and the limit then: of a higher one no more counts
 # than of the present one. A bucket expires when it is empty.
-# ARGV: whether to count even if a use does not fit, then most, window (µs) and amount of each use.
+# ARGV: whether to count even if a use does not fit, `MOST_DEBT`, then most, window (µs) and amount of each use.
 # Returns for each use whether it fits, and the amount used. Counts nothing unless all fit.
 _CONSUME = oom_script("""
-local now = time[1] * 1000000 + time[2]
+local now, debt = time[1] * 1000000 + time[2], tonumber(ARGV[2])
 local fit, used, ahead, all = {}, {}, {}, true
 for i = 1, #KEYS do
-  local most, window, amount = tonumber(ARGV[i * 3 - 1]), tonumber(ARGV[i * 3]), tonumber(ARGV[i * 3 + 1])
+  local most, window, amount = tonumber(ARGV[i * 3]), tonumber(ARGV[i * 3 + 1]), tonumber(ARGV[i * 3 + 2])
   local known = redis.call('GET', KEYS[i])
   used[i] = 0
   if known then
@@ -138,9 +138,9 @@ for i = 1, #KEYS do
 end
 local answer = {}
 for i = 1, #KEYS do
-  local most, window, amount = tonumber(ARGV[i * 3 - 1]), tonumber(ARGV[i * 3]), tonumber(ARGV[i * 3 + 1])
+  local most, window, amount = tonumber(ARGV[i * 3]), tonumber(ARGV[i * 3 + 1]), tonumber(ARGV[i * 3 + 2])
   local counts = amount ~= 0 and (ARGV[1] == '1' or all)
-  if counts then used[i] = math.max(0, math.min(DEBT * most, used[i] + amount)) end
+  if counts then used[i] = math.max(0, math.min(debt * most, used[i] + amount)) end
   local left_ms = math.ceil(used[i] * window / most / 1000)
   if (counts or ahead[i]) and left_ms > 0 then
     redis.call('SET', KEYS[i], string.format('%.17g %.0f %.17g', used[i], now, most), 'PX', left_ms)
@@ -150,7 +150,7 @@ for i = 1, #KEYS do
   answer[i * 2 - 1], answer[i * 2] = fit[i] and 1 or 0, string.format('%.17g', used[i])
 end
 return answer
-""").replace("DEBT", str(MOST_DEBT))
+""")
 
 # KEYS: holders, scored by the end of their lease. ARGV: most (-1: unlimited), lease (ms), members. Returns the number
 # of holders, or -1 if not all members fit.
@@ -183,7 +183,7 @@ class Rates:
         """Count all uses, or none if one does not fit; all for one owner and different rates. 0 only queries."""
         names = [keys.rate(use.rate.owner, use.rate.what) for use in uses]
         given = [number for use in uses for number in (use.rate.most, use.rate.window_s * 1_000_000, use.amount)]
-        found = await self._connection.evaluate(_CONSUME, names, int(anyway), *given)
+        found = await self._connection.evaluate(_CONSUME, names, int(anyway), MOST_DEBT, *given)
         levels = [BucketLevel(use.rate, float(used)) for use, used in zip(uses, found[1::2], strict=True)]
         return BucketLevels([bool(fit) for fit in found[0::2]], levels)
 

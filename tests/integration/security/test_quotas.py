@@ -110,7 +110,7 @@ def test_bytes(gateways: Gateways) -> None:
     put(client, "ada", "x" * 4000).raise_for_status()
     many = [{"input": f"{number}", "output": "x" * 300} for number in range(30)]
     refused(adapt(client, "ada", samples=many), "bytes")
-    wait_until(lambda: metric(client, used_name("bytes", "bytes")) < 6000, "the shorter text to be measured")
+    until_used(gateways, "bytes", "bytes", client.get("/users/ada").json()["bytes"])
     adapt(client, "ada").raise_for_status()
     refused(adapt(client, "ada", samples=many), "bytes")  # though the open job's adapter is counted already
 
