@@ -177,7 +177,7 @@ def main(
     served = ("--bank", str(bank), "--model", load_settings().model)
     people = ("--users", users, *served)
     if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build, "--baselines")):
-        run.step("fuse", ("-m", "bench.serving.cold", "--no-rivals", "--bank", bank), FUSE)
+        run.step("fuse", ("-m", "bench.serving.cold", "--bank", bank), FUSE)
         run.step("soak", ("-m", "bench.scale.soak"), SOAK)
         _fleets(run, bank)
         with run.needing("a tiny server"), _served(out / "tiny-data", *_tiny(out / "tiny")) as (url, engine, key):

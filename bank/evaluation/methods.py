@@ -30,7 +30,8 @@ from bank.lookup.serving import AnchorWeight, ServingBank, common_recipe
 from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.manifest import PosteriorRule
 
-NUMBER_BYTES, EMBEDDED_BYTES = 4, 2  # stored bytes per number: signatures and histograms; profile embeddings
+SHARE_BYTES, HALF_BYTES = 4, 2  # stored bytes per number: histograms; embeddings and signatures
+SIGNATURE_HEADER_BYTES = 20  # bank, tokens, time and length in a profile record
 MAX_HISTORY, MAX_PROFILE_ITEMS = 16, 20
 
 
@@ -156,11 +157,11 @@ class Evaluator:
         """Return the bytes a server stores per user for a method: embedding, signature, adapter, items, histogram."""
         manifest, kept = self.bank.manifest, 0
         if method.adapter == "prior" and manifest.prior:
-            kept += NUMBER_BYTES * len(manifest.prior.shares)
+            kept += SHARE_BYTES * len(manifest.prior.shares)
         if method.adapter in ("merged", "merged:topic", "stacked"):
-            kept += EMBEDDED_BYTES * manifest.embedder.dim
+            kept += HALF_BYTES * manifest.embedder.dim
         if method.adapter in ("merged", "stacked") and manifest.has_signatures:
-            kept += NUMBER_BYTES * manifest.personal_rows
+            kept += SIGNATURE_HEADER_BYTES + HALF_BYTES * manifest.personal_rows
         if adapter and (user := adapter.user_adapter):
             kept += len(encode_user_adapter(manifest.layout, user))
         for item in evidence.user.items if method.history else ():

@@ -143,7 +143,7 @@ class Scorer:
         model = self._model_with(adapter)
         ids = torch.tensor([example.ids[: example.loss_from]]).to(model.device)
         start_s = time.perf_counter()
-        model(input_ids=ids, logits_to_keep=1)
+        model(input_ids=ids, logits_to_keep=1).logits.argmax().item()  # waits for a GPU to finish
         return (time.perf_counter() - start_s) * 1e3
 
     @torch.no_grad()

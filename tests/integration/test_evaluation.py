@@ -77,7 +77,7 @@ def test_every_method_has_records_and_a_row_and_a_killed_run_goes_on(inputs: Eva
     assert len(lines) == (len(wanted) + AGAIN) * 9
     assert all(line["loss"] > 0 for line in lines)
     kept = {method: max(line["kept_bytes"] for line in lines if line["method"] == method) for method in wanted}
-    embedding, signature = 2 * inputs.embedder.dim, 4 * OPTIONS.anchors
+    embedding, signature = 2 * inputs.embedder.dim, 20 + 2 * OPTIONS.anchors
     assert (kept["base"], kept["task"], kept["mean"], kept["merged:topic"]) == (0, 0, 0, embedding)
     assert kept["merged"] == embedding + signature
     assert kept["merged+history@h1"] > kept["merged"] + 100
