@@ -43,7 +43,7 @@ _CLEAR_LOGS = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RE
 # KEYS: record, items, vectors, epoch. ARGV: as named; id, item and vector of each put, empty if unchanged; ids to drop.
 # Returns 1 if written, 0 if the record has changed, -1 if the user was erased.
 _COMMIT = script("""
-local expected, record, epoch, puts = unpack(ARGV)
+local expected, record, epoch, puts = unpack(ARGV, 1, 4)  -- all of them may be more than Lua's stack
 local current = redis.call('GET', KEYS[1]) or ''
 if current == record then
   redis.call('SET', KEYS[1], current)

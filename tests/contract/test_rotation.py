@@ -380,6 +380,9 @@ async def test_where_people_are_stored_says_the_store(parts: StoreParts, someone
     for each, _ in both:
         await each.check()
     assert await places() == [someone.keys[1]] * 2
+    assert not await both[1][0].begin()  # the secrets in the wrong order: nobody leaves, and it comes to its end
+    assert await both[1][0].nameless(forget=True) == 0
+    await both[1][0].end()
     assert await both[0][0].begin()
     with pytest.raises(MtaError, match="swap the two"):
         await both[1][0].begin()

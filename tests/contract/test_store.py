@@ -18,7 +18,7 @@ from server.errors import Unavailable, UserErased
 from server.store import profiles
 from server.store.backup.copying import StoreCopying
 from server.store.feedback import Feedback
-from server.store.profile_record import StoredVector
+from server.store.profile_record import StoredItem, StoredVector
 from server.store.profiles import TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis import keys
@@ -54,6 +54,12 @@ Nodes = list[ValkeyProcess]
 @pytest.fixture
 def store(parts: StoreParts) -> ProfileStore:
     return parts.profiles
+
+
+async def test_a_long_history_is_stored_in_one_step(store: ProfileStore, user: str) -> None:
+    many = {f"{number}": StoredItem(number, {"text": "a"}) for number in range(4096)}
+    assert await store.commit(user, b"", Change(profile(items=len(many)), many, {}, ()))
+    assert (await store.read(user)).items == many
 
 
 async def test_an_unknown_user_has_nothing_and_one_without_items_takes_little(store: ProfileStore, user: str) -> None:
