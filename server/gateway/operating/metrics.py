@@ -179,9 +179,9 @@ class _ServersCollector(Collector):
         for found in self.metrics.store_servers:
             for name, family in families.items():
                 family.add_metric((found.server,), float(getattr(found, name)))
-            for command, all_calls in found.commands.items():
-                calls.add_metric((found.server, command), all_calls.calls)
-                seconds.add_metric((found.server, command), all_calls.seconds)
+            for command, (times, taken_s) in found.commands.items():
+                calls.add_metric((found.server, command), times)
+                seconds.add_metric((found.server, command), taken_s)
         yield from (*families.values(), calls, seconds)
 
 
