@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from adapters.flat import flat_a, flat_b, lora_of
+from adapters.flat import flattened, lora_of
 from adapters.lora import LoraWeights, RowLayout, serving_rank
 from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
@@ -112,4 +112,4 @@ def _turned(layout: RowLayout, lora: LoraWeights, seed: int) -> torch.Tensor:
         a={name: q @ a for name, a in lora.a.items()},
         b={name: b @ q.T for name, b in lora.b.items()},
     )
-    return torch.cat([flat_a(layout, turned), flat_b(layout, turned)])
+    return torch.cat([flattened(layout, turned.a), flattened(layout, turned.b)])
