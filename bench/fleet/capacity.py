@@ -92,9 +92,9 @@ class Overload:
     async def _twice(self, loader: Loader, capacity: float, seconds: float) -> Rows:
         whats = [f"{times} x capacity offered" for times in (1, 2)]
         once, twice = [], []
-        for _ in range(TURNS):
-            once.append(await self._offered(loader, capacity, seconds / TURNS, whats[0]))
-            twice.append(await self._offered(loader, 2 * capacity, seconds / TURNS, whats[1]))
+        for turn in range(TURNS):
+            once.append(await self._offered(loader, capacity, seconds / TURNS, whats[0], turn))
+            twice.append(await self._offered(loader, 2 * capacity, seconds / TURNS, whats[1], turn))
         rise = [load.refused / len(load.streams) for load in (self._records[what] for what in whats)]
         return [
             *itertools.chain(*map(self._rows, whats)),
@@ -107,12 +107,12 @@ class Overload:
             f"half of capacity offered, {how}" for how in ("alone", f"beside {2 * len(self._urls)} that do not read")
         ]
         alone, beside = [], []
-        for _ in range(TURNS):
-            alone.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[0]))
+        for turn in range(TURNS):
+            alone.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[0], turn))
             slow, idle = (reading(self._urls, LONG_PATH, LONG, per_s) for per_s in (SLOW_BYTES_PER_S, 0.0))
             async with slow, idle:
                 await asyncio.sleep(min(seconds / 4, SEND_TIMEOUT_S))  # until the unread data fills all buffers
-                beside.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[1]))
+                beside.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[1], turn))
             await asyncio.sleep(1)
         left = await self._taken()
         return [
@@ -121,9 +121,10 @@ class Overload:
             ("places still taken at the end", _marked(f"{left:g}", left == 0)),
         ]
 
-    async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str) -> float:
-        """Run one turn of a load, add it to the records, and return its p99 in milliseconds."""
-        load = await loader.open(per_s, seconds, self._begin(what), seed=len(self._records))
+    async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str, turn: int) -> float:
+        """Run one turn of a load, add it to the records, and return its p99 in milliseconds; compared loads have the same
+        arrivals in the same turn."""
+        load = await loader.open(per_s, seconds, self._begin(what), seed=turn)
         before = self._records.get(what, Load((), 0.0))
         self._records[what] = Load([*before.streams, *load.streams], before.seconds + load.seconds)
         return load.whole_ms(0.99)
