@@ -8,7 +8,7 @@ import math
 import random
 import subprocess
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -297,6 +297,20 @@ def test_a_primary_difference_is_of_means_over_banks_and_is_corrected_for_all_of
             primary.main(runs=[wrong])
     with pytest.raises(typer.BadParameter, match="mail has no own"):
         primary.main(runs=[run], histories="", against="own")
+
+
+def test_a_folder_counts_the_last_record_of_a_query_and_has_each_of_one_evaluation(tmp_path: Path) -> None:
+    def losses(*records: Record) -> primary.Losses:
+        (tmp_path / RECORDS_FILE).write_text("".join(f"{json.dumps(asdict(record))}\n" for record in records))
+        return primary.mean_losses([tmp_path])
+
+    ada, again = (Record("ada", "q", "merged", 0, loss, None, "", key="k1") for loss in (3.0, 2.0))
+    bob = Record("bob", "q", "merged", 0, 4.0, None, "", key="k2")  # people who were added later have another key
+    assert losses(ada, again, bob) == {"merged": {"ada": 2.0, "bob": 4.0}}
+    for other in (replace(ada, seed=1), replace(ada, query_id="other"), replace(ada, method="mean")):
+        losses(ada, bob, replace(other, key="k2"))
+    with pytest.raises(typer.BadParameter, match="merged of ada by evaluations with different"):
+        losses(ada, bob, replace(ada, key="k2"))
 
 
 ENGINE_AWAY = Outage(Fault("engine"), 100.0, 120.0)
