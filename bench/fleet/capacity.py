@@ -122,8 +122,10 @@ class Overload:
         ]
 
     async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str, turn: int) -> float:
-        """Run one turn of a load, add it to the records, and return its p99 in milliseconds; compared loads have the same
-        arrivals in the same turn."""
+        """Run one turn of a load, add it to the records, and return its p99 in milliseconds.
+
+        Compared loads have the same arrivals in the same turn.
+        """
         load = await loader.open(per_s, seconds, self._begin(what), seed=turn)
         before = self._records.get(what, Load((), 0.0))
         self._records[what] = Load([*before.streams, *load.streams], before.seconds + load.seconds)

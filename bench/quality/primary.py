@@ -63,7 +63,7 @@ def mean_losses(folders: Sequence[Path]) -> Losses:
 
 
 def _records(folder: Path) -> list[Record]:
-    """Return a folder's records, the last of each query; refuse a query that two different evaluations have answered."""
+    """Return a folder's records, the last of each query; refuse a query that two different evaluations have read."""
     found: dict[tuple[str, str, int, str], Record] = {}
     for record in read_records(folder / RECORDS_FILE):
         what = (record.user_id, record.method, record.seed, record.query_id)
