@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from bench.fleet.streams import Load, Loader, Stream, loading, reading
-from bench.page.report import Spread
+from bench.page.report import Spread, marked
 
 USERS = 16
 PLACES = 16
@@ -30,10 +30,9 @@ LONG = {
     "top_logprobs": 20,
 }
 """A request for an answer of some megabytes, more than a socket's buffers hold."""
-WRONG = "← wrong"
 
 Rows = list[tuple[str, object]]
-"""Rows of the report, marked with `WRONG` if a claim fails."""
+"""Rows of the report."""
 OnStream = Callable[[Stream], object]
 
 
@@ -71,7 +70,7 @@ class Overload:
         chunks = sum(stream.chunks for stream in load.served)
         return [
             (f"{what}: begun", len(load.streams)),
-            (f"{what}: lost", _marked(f"{lost} {load.failures or ''}".strip(), lost == 0)),
+            (f"{what}: lost", marked(f"{lost} {load.failures or ''}".strip(), lost == 0)),
             (f"{what}: chunks a second", round(chunks / load.seconds)),
             (f"{what}: first chunk, p50 and p99, ms", _two(load.first_ms)),
             (f"{what}: whole, p50 and p99, ms", _two(load.whole_ms)),
@@ -98,7 +97,7 @@ class Overload:
         rise = [load.refused / len(load.streams) for load in (self._records[what] for what in whats)]
         return [
             *itertools.chain(*map(self._rows, whats)),
-            ("429s rise with what is offered", _marked(f"{rise[0]:.0%} to {rise[1]:.0%}", rise[0] < rise[1])),
+            ("429s rise with what is offered", marked(f"{rise[0]:.0%} to {rise[1]:.0%}", rise[0] < rise[1])),
             ("admitted: p99 at twice over p99 at capacity", _at_most_longer(twice, once)),
         ]
 
@@ -118,7 +117,7 @@ class Overload:
         return [
             *itertools.chain(*map(self._rows, whats)),
             ("p99 beside clients that do not read over p99 alone", _at_most_longer(beside, alone)),
-            ("places still taken at the end", _marked(f"{left:g}", left == 0)),
+            ("places still taken at the end", marked(f"{left:g}", left == 0)),
         ]
 
     async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str, turn: int) -> float:
@@ -136,7 +135,7 @@ class Overload:
         return [
             (f"{what}: served a second", round(load.rate, 1)),
             (f"{what}: refused (429)", f"{load.refused} of {len(load.streams)}"),
-            (f"{what}: failed in any other way", _marked(str(load.failures or 0), not load.failures)),
+            (f"{what}: failed in any other way", marked(load.failures or 0, not load.failures)),
             (f"{what}: first chunk, p50 and p99, ms", _two(load.first_ms)),
             (f"{what}: whole, p50 and p99, ms", _two(load.whole_ms)),
         ]
@@ -151,14 +150,10 @@ class Overload:
         return taken
 
 
-def _marked(shown: str, right: bool) -> str:
-    return shown if right else f"{shown} {WRONG}"
-
-
 def _at_most_longer(over: Sequence[float], under: Sequence[float]) -> str:
     """Judge the median over turns of the ratio of two loads' p99, so that one disturbed turn does not matter."""
     ratio = Spread.ratio(over, under)
-    return _marked(f"{ratio}, at most {MAX_P99_RATIO}", ratio.median <= MAX_P99_RATIO)
+    return marked(f"{ratio}, at most {MAX_P99_RATIO}", ratio.median <= MAX_P99_RATIO)
 
 
 def _two(of: Callable[[float], float]) -> str:

@@ -32,7 +32,7 @@ from bench.fleet.chaos.verdict import Claim, about_keys, about_outages, about_re
 from bench.fleet.simulate import served, zipf
 from bench.page.__main__ import main, read_results
 from bench.page.markdown import fill
-from bench.page.report import Figures, Spread, command_line, percentile, report, shown, tabulate
+from bench.page.report import Figures, Spread, command_line, marked, percentile, report, shown, tabulate
 from bench.quality import __main__ as quality
 from bench.quality import primary
 from bench.quality.ratings import judged
@@ -90,6 +90,16 @@ def test_tables_and_rows_are_written_with_the_machine_and_the_command(tmp_path: 
     assert content["machine"].keys() == {"processor", "cores", "amx", "avx512_bf16", "versions"}
     report("A title", [("a", spread), ("b", "text")], out, bench="cold")
     assert json.loads(out.read_text("utf-8"))["rows"] == {"a": values, "b": "text"}
+
+
+def test_a_value_that_is_wrong_is_marked_and_fails_the_run_once_everything_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "claims.json"
+    report("Claims", [("failed", marked(0, True)), ("served", marked("yes", True))], out)
+    with pytest.raises(typer.Exit) as ended:
+        report("Claims", [("failed", marked(3, False)), ("served", marked("yes", True))], out)
+    assert ended.value.exit_code == 1
+    assert json.loads(out.read_text("utf-8"))["rows"] == {"failed": "3 ← wrong", "served": "yes"}
+    assert [figure.met for figure in judge(out, [acceptance.OWN_VERDICT])] == [False, True]
 
 
 def test_means_are_of_what_was_counted_in_between_over_all_labels_of_a_histogram() -> None:
