@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import httpx
 
-from bench.fleet.streams import Load, Loader, Stream, loading, reading
+from bench.fleet.streams import Load, Loader, Stream, loading, reading, user_bodies
 from bench.page.report import Spread, marked
 
 USERS = 16
@@ -36,13 +35,6 @@ Rows = list[tuple[str, object]]
 OnStream = Callable[[Stream], object]
 
 
-def _bodies(tokens: int) -> Iterator[dict[str, Any]]:
-    """Yield requests of the users in turn, with distinct prompts."""
-    for number in itertools.count():
-        user, prompt = f"user-{number % USERS}", f"Write the sentence number {number}."
-        yield {"user_id": user, "prompt": prompt, "max_tokens": tokens, "stream": True, "history": 0}
-
-
 class Overload:
     """The measurements.
 
@@ -64,7 +56,7 @@ class Overload:
     async def streams(self, clients: int, seconds: float) -> Rows:
         """Measure `clients` clients that stream all the time."""
         what = f"{clients} streams at once"
-        async with loading(self._urls, _bodies(self._tokens)) as loader:
+        async with loading(self._urls, user_bodies(self._tokens, USERS)) as loader:
             load = self._records[what] = await loader.closed(clients, seconds, self._begin(what))
         lost = len(load.streams) - len(load.served)
         chunks = sum(stream.chunks for stream in load.served)
@@ -78,7 +70,7 @@ class Overload:
 
     async def beyond(self, parts: Sequence[str], seconds: float) -> Rows:
         """Measure the capacity, and the parts `overload` and `readers`."""
-        async with loading(self._urls, _bodies(self._tokens)) as loader:
+        async with loading(self._urls, user_bodies(self._tokens, USERS)) as loader:
             await loader.closed(PLACES, min(seconds, 5), self._begin("warm-up"))
             capacity = (await loader.closed(PLACES, seconds / 2, self._begin("capacity"))).rate
             rows: Rows = [("capacity: answers a second", round(capacity, 1))]
