@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import script
-from bench.fleet.machine import ENGINES, engine_client, wait_for_router
+from bench.fleet.machine import ENGINES, engine_of, wait_for_router
 from bench.page.report import marked, report
 from bench.rig.engine import KEY
 from bench.rig.subject import BankOption, ModelOption, configured_subject
@@ -73,14 +73,13 @@ def compared(started: Up, people: Sequence[Mapping[str, Any]], max_tokens: int) 
         list(pool.map(serve, people))
     resident = {}
     for name in ENGINES:
-        with engine_client(started, name) as engine:
-            resident[name] = set(engine.get("/mta/v1/resident").raise_for_status().json()["resident"])
-    with engine_client(started, ENGINES[0]) as engine, ThreadPoolExecutor(CONCURRENCY) as pool:
+        with engine_of(started, name) as engine:
+            resident[name] = set(engine.resident()["resident"])
+    with engine_of(started, ENGINES[0]) as engine, ThreadPoolExecutor(CONCURRENCY) as pool:
 
         def alone(recipe: str, text: str) -> str:
-            body = {"model": recipe, "messages": [{"role": "user", "content": text}], **greedy}
-            answer = engine.post("/v1/chat/completions", json=body).raise_for_status().json()
-            said: str = answer["choices"][0]["message"]["content"]
+            answer = engine.chat(recipe, text, **greedy).raise_for_status()
+            said: str = answer.json()["choices"][0]["message"]["content"]
             return said
 
         again = list(pool.map(lambda one: alone(one[0], one[1]), asked))
