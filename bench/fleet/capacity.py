@@ -10,6 +10,7 @@ import httpx
 
 from bench.fleet.streams import Load, Loader, Stream, loading, reading, user_bodies
 from bench.page.report import Spread, marked
+from bench.rig.client import summed
 
 USERS = 16
 PLACES = 16
@@ -134,12 +135,9 @@ class Overload:
 
     async def _taken(self) -> float:
         """Return the number of engine places in use at all gateways."""
-        taken = 0.0
         async with httpx.AsyncClient() as client:
-            for url in self._urls:
-                lines = (await client.get(f"{url}/metrics")).text.splitlines()
-                taken += sum(float(line.split()[1]) for line in lines if line.startswith("mta_queue_running "))
-        return taken
+            answers = [await client.get(f"{url}/metrics") for url in self._urls]
+        return sum(summed(answer.text, "mta_queue_running") for answer in answers)
 
 
 def _at_most_longer(over: Sequence[float], under: Sequence[float]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from bench.rig.client import summed
 from bench.rig.processes import mta, running, wait_until
 from server.supervisor.services import free_port
 
@@ -51,8 +52,7 @@ class Engine:
 
     def metric(self, name: str) -> float:
         """Return the sum of a metric over all labels."""
-        lines = self.client.get("/metrics").text.splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+        return summed(self.client.get("/metrics").text, name)
 
     def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
         """Return the log-probability of each prompt token given those before it, from the second token on."""

@@ -24,7 +24,7 @@ from bench import script
 from bench.page.report import Figures, Spread, percentile, tabulate
 from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, TinyOption, configured_subject, random_subject, tiny
-from bench.serving.histograms import BLOCKING_STEPS, totals
+from bench.serving.histograms import BLOCKING_STEPS
 from bench.serving.load import Answer, Ask, Loader, Prompts, loading
 
 KINDS = ("never-seen users", "resident users", "nobody")
@@ -59,9 +59,7 @@ def main(
 
             def waited_ms() -> float:
                 """Return the total time that steps have waited for adapters."""
-                return 1000 * sum(
-                    t.seconds for t in totals(engine.client.get("/metrics").text, BLOCKING_STEPS).values()
-                )
+                return 1000 * sum(engine.metric(f"{name}_sum") for name in BLOCKING_STEPS.values())
 
             async def measure() -> dict[str, list[_Block]]:
                 recipes, prompts = (recipe.name for recipe in subject.recipes()), Prompts(subject.model)
