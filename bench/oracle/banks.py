@@ -16,7 +16,7 @@ from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from adapters.user_adapter import UserAdapter
 from bank.manifest import MATRIX_FILE, BankManifest, file_sha256, fused_rank, read_manifest, write_manifest
 from bank.matrix import open_matrix
-from bench.oracle.dense import dense_adapter, stacked_adapter
+from bench.oracle.dense import dense_adapter
 from bench.rig.user_adapters import random_user_adapter
 from server.store.adapters import new_adapter_id
 from server.store.tenants.user_key import UserKeys
@@ -71,9 +71,7 @@ class Case:
 
     def dense(self, model: Any) -> AbstractContextManager[None]:
         """Return a context in which the model has the recipe's ΔW, including the user adapter."""
-        if self.user is None:
-            return dense_adapter(model, self.bank.matrix, self.recipe)
-        return stacked_adapter(model, self.bank.matrix, self.recipe, self.user)
+        return dense_adapter(model, self.bank.matrix, self.recipe, self.user)
 
 
 def rewritten(shared: OpenBank, scratch: Path) -> OpenBank:
