@@ -11,7 +11,6 @@ from pydantic_core import PydanticCustomError
 from server.gateway.access.keys import caller_of
 from server.gateway.generation.answer_ids import read_answer_id
 from server.gateway.generation.personalizer import Arm, Level
-from server.gateway.http.errors import ErrorAnswer
 from server.gateway.learning.feedback import Final, Given
 from server.gateway.parts import parts_of, user_of, users_of
 from server.gateway.routes.requests import (
@@ -93,12 +92,7 @@ class FeedbackAnswer(BaseModel, frozen=True):
     learned: bool = Field(description="Whether `final` became a sample and an item of the user's history.")
 
 
-router = APIRouter(
-    route_class=UserRoute,
-    prefix="/users/{user_id}",
-    tags=["learn"],
-    responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
-)
+router = APIRouter(route_class=UserRoute, prefix="/users/{user_id}", tags=["learn"])
 
 
 @router.post("/feedback")

@@ -17,7 +17,6 @@ from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_of
-from server.gateway.http.errors import ErrorAnswer
 from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts, gateway_of, parts_of, user_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
@@ -90,12 +89,7 @@ class ErasedAnswer(BaseModel, frozen=True):
     log_rewritten_by: str = Field(description="Time by which it is also gone from the store's file. UTC, ISO 8601.")
 
 
-router = APIRouter(
-    route_class=UserRoute,
-    prefix="/users/{user_id}",
-    tags=["users"],
-    responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
-)
+router = APIRouter(route_class=UserRoute, prefix="/users/{user_id}", tags=["users"])
 
 
 @router.put("/profile")

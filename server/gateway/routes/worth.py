@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.gateway.access.keys import caller_of
 from server.gateway.generation.personalizer import Arm, Level
-from server.gateway.http.errors import ErrorAnswer
 from server.gateway.learning.confidence import SequentialInterval, Totals
 from server.gateway.learning.tallies import Metric
 from server.gateway.learning.worth import BEGIN, COUNTING, Comparison, WeekOfArm, comparisons_of, share_of, weeks_of
@@ -146,7 +145,7 @@ class WorthAnswer(BaseModel):
     weeks: list[WeekAnswer] = Field(description="The last 13 finished weeks, newest first.")
 
 
-router = APIRouter(tags=["learn"], responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}})
+router = APIRouter(tags=["learn"])
 
 
 @router.get("/worth")
