@@ -60,9 +60,9 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class SequentialInterval:
-    """An estimate and the two ends of its interval, in the unit of the numbers, or as a share in `relative`."""
+    """An estimate, and an interval that holds the true value with 95 %, however often somebody looks."""
 
-    estimate: float
+    estimate: float  # in the unit of the numbers; a share in `relative`
     low: float
     high: float
 
