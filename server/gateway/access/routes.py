@@ -60,7 +60,6 @@ ROUTES: Mapping[str, tuple[Scope | None, RouteKind]] = {
     "GET /ready": (OPEN, RouteKind.OPERATION),  # details only with the admin scope
     "GET /": (OPEN, RouteKind.UNLIMITED),
     "GET /console": (OPEN, RouteKind.UNLIMITED),
-    "GET /console/": (OPEN, RouteKind.UNLIMITED),
     "GET /console/{path:path}": (OPEN, RouteKind.UNLIMITED),
     "GET /docs": (OPEN, RouteKind.UNLIMITED),
     "GET /docs/oauth2-redirect": (OPEN, RouteKind.UNLIMITED),
