@@ -291,7 +291,10 @@ async def _read_figures(stores: Stores, metrics: Metrics) -> None:
 
 def _load_search(task: Task) -> None:
     """Load the search library in the background: it doubles startup time, and only histories in prompts need it."""
-    ItemIndex(task, ())
+    try:
+        ItemIndex(task, ())
+    except Exception:
+        log.exception("the search library was not loaded: the first history in a prompt tries again")
     gc.freeze()  # again, as at startup
 
 

@@ -66,7 +66,7 @@ class FeedbackRequest(Strict):
     def _check_parts(self) -> Self:
         if self.outcome is None and self.rating is None and self.final is None:
             raise PydanticCustomError("combination", "set outcome, rating or final", {"param": "outcome"})
-        if self.final is None and (self.input or self.text or self.sha256):
+        if self.final is None and any(part is not None for part in (self.input, self.text, self.sha256)):
             raise PydanticCustomError("combination", "input, text and sha256 require final", {"param": "final"})
         if self.final is not None and self.input is None:
             raise PydanticCustomError("combination", "final requires input: what it answers", {"param": "input"})
