@@ -219,8 +219,7 @@ class ProfileStore:
 
     async def epoch(self, key: str) -> str:
         """Return the id of the user's last erasure, or an empty string if none is kept."""
-        epoch = await self._connection.run(lambda redis: redis.hget(keys.epoch(key), "epoch"))
-        return (epoch or b"").decode()
+        return split_mark(await self._connection.run(lambda redis: redis.hget(keys.epoch(key), "epoch")))[1]
 
     async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
         """Write a change of the snapshot of `version`. Return True once it is on disk, False if the user has changed.
