@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from server.gateway.access.keys import KnownKeys, caller_name_of
 from server.gateway.access.routes import guard
@@ -41,7 +42,9 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         await asyncio.to_thread(tracing.close)
 
-    app = FastAPI(
+    app = FastAPIOffline(
+        redoc_url=None,
+        static_url="/docs/files",
         title="MTA server",
         version=version("mta-server"),
         description=DESCRIPTION,

@@ -51,6 +51,14 @@ def test_other_paths_are_not_found(client: Client, path: str) -> None:
     assert error_of(client.get(f"/console/{path}")) == (404, None, "not_found")
 
 
+def test_the_api_reference_loads_files_of_this_server_alone(client: Client) -> None:
+    page = client.get("/docs").raise_for_status().text
+    files = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+    assert {Path(file).suffix for file in files} == {".js", ".css", ".png"}
+    assert all(file.startswith("/docs/files/") and client.get(file).is_success for file in files)
+    assert error_of(client.get("/docs/files/no.js")) == (404, None, "not_found")
+
+
 def test_the_servers_address_leads_to_the_console(client: Client) -> None:
     assert client.get("/").headers["Location"] == "/console"
     assert client.post("/console").status_code == 405

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from server.errors import Forbidden, TooMany, Unavailable
 from server.gateway.access.keys import KnownKeys, caller_name_of, caller_of
@@ -63,7 +63,7 @@ ROUTES: Mapping[str, tuple[Scope | None, RouteKind]] = {
     "GET /console/{path:path}": (OPEN, RouteKind.UNLIMITED),
     "GET /docs": (OPEN, RouteKind.UNLIMITED),
     "GET /docs/oauth2-redirect": (OPEN, RouteKind.UNLIMITED),
-    "GET /redoc": (OPEN, RouteKind.UNLIMITED),
+    "GET /docs/files": (OPEN, RouteKind.UNLIMITED),
     "GET /openapi.json": (OPEN, RouteKind.UNLIMITED),
 }
 
@@ -81,8 +81,8 @@ def guard(app: FastAPI, keys: KnownKeys, max_requests: int, refused: Callable[[s
     streams = Shares(lambda: max(1, max_requests // EVENTS_DIVISOR))
     by_kind = {RouteKind.EVENTS: [places, streams], RouteKind.OPERATION: []}
     for route in app.routes:
-        assert isinstance(route, Route), route
-        (method,) = (route.methods or set()) - {"HEAD"}
+        assert isinstance(route, Route | Mount), route
+        (method,) = ((route.methods if isinstance(route, Route) else None) or {"GET"}) - {"HEAD"}
         required, kind = ROUTES[f"{method} {route.path}"]
         route.app = _Gates(route.app, keys, required, kind, by_kind.get(kind, [places]), refused)
         if required is not OPEN and isinstance(route, APIRoute):
