@@ -32,9 +32,7 @@ from tests.support.store_parts import StoreParts
 HOLDOUT = 0.5
 WEEK_S = 7 * 24 * 3600
 FINAL = {"input": "any plans?", "text": "I have no plans.", "final": "I have new plans."}
-
-
-TENANTS = ("acme", "fresh", "feedback", "fallback", "erasing", "stacked", "off")
+TENANTS = ("acme", "fresh", "feedback", "fallback", "stacked", "off")
 
 
 @pytest.fixture(scope="module")
@@ -236,44 +234,17 @@ def test_answers_that_are_not_compared_are_not_counted(
 
 
 def test_a_user_adapter_is_compared_with_the_merged_recipe(
-    clients: Mapping[str, httpx.Client],
-    new_user: NewUser,
-    keyed: Keyed,
-    fake_engine: FakeEngine,
-    to_week: Callable[[float], None],
+    clients: Mapping[str, httpx.Client], new_user: NewUser, keyed: Keyed, fake_engine: FakeEngine
 ) -> None:
-    client = clients["stacked"]
+    client, users = clients["stacked"], list[str]()
     fake_engine.turn(user_adapters=True)
     for arm, level in ((Arm.LOWER, "merged"), (Arm.FULL, "stacked")):
-        (user,) = people(client, new_user, "stacked", arm, 1)
-        asyncio.run(give_adapter(keyed.gateway, user, "stacked"))
-        assert answered(client, user)["personalization"]["level"] == level
+        users += people(client, new_user, "stacked", arm, 1)
+        asyncio.run(give_adapter(keyed.gateway, users[-1], "stacked"))
+        assert answered(client, users[-1])["personalization"]["level"] == level
     counted(client, 2)
-    to_week(1)
-    known = folded(client)
-    rows = [(row["level"], row["arm"], row["answers"]) for row in known["weeks"]]
-    assert rows == [("stacked", "full", 1), ("stacked", "lower", 1)]
-    assert known["says"] == [
-        "stacked, answers without feedback: not known yet; no answer has feedback, which goes to POST "
-        "/users/{user_id}/feedback"
-    ]
-
-
-def test_an_erased_user_is_not_counted(
-    clients: Mapping[str, httpx.Client], new_user: NewUser, store: ValkeyProcess, to_week: Callable[[float], None]
-) -> None:
-    client, keys = clients["erasing"], UserKeys(SECRET, "erasing")
-    stays, goes = people(client, new_user, "erasing", Arm.FULL, 2)
-    for user in (stays, goes, goes):
-        answered(client, user)
-    counted(client, 2)
-    assert stored(store, f"mta:{{{keys.key(goes)}}}:tally")
-    erased = client.delete(f"/users/{goes}").raise_for_status().json()["erased"]
-    assert erased["keys"] == 4  # record, items, vectors, tally
-    assert counted(client, 1)
-    to_week(1)
-    (row,) = folded(client)["weeks"]
-    assert (row["people"], row["answers"]) == (1, 1)
+    tallies = [client.get(f"/users/{user}/export").json()["tally"] for user in users]
+    assert [[cell["level"] for cell in tally] for tally in tallies] == [["stacked"]] * 2
 
 
 @pytest.mark.usefixtures("fake_engine")
