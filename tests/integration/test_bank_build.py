@@ -50,7 +50,7 @@ from server.cli import app
 from server.store.jobs import JobState
 from server.worker.loops import JobLoop
 from server.worker.training import AdapterTrainer
-from tests.support.bank_bench import OPTIONS, Bench, Recorder
+from tests.support.bank_bench import OPTIONS, Bench, Recorder, flip_a_bit
 from tests.support.desk import Desk
 
 CHAT = get_task("chat")
@@ -146,9 +146,7 @@ def test_the_same_bank_is_built_once_and_another_is_replaced_only_by_force(bench
     assert "already" in progress.said[-1]
     with pytest.raises(BankError, match=f"another bank, {old.short}.*--force"):
         bench.build("forced", anchors=1)
-    content = bytearray((folder / MATRIX_FILE).read_bytes())
-    content[-1] ^= 1
-    (folder / MATRIX_FILE).write_bytes(content)
+    flip_a_bit(folder / MATRIX_FILE)
     with pytest.raises(BankError, match=f"{MATRIX_FILE} is damaged"):
         summarise(folder)
     with pytest.raises(BankError, match=r"cannot be used .*--force"):

@@ -27,6 +27,7 @@ from bank.peft.imported import ImportOptions, import_bank
 from bench.rig.people import people, write_people
 from bench.rig.tiny import tiny_bank
 from server.cli import app
+from tests.support.bank_bench import flip_a_bit
 
 Tensors = dict[str, torch.Tensor]
 
@@ -78,9 +79,7 @@ def test_missing_or_damaged_rows_are_not_exported(
         export_anchor(bank, "a03", tmp_path / "out")
     with pytest.raises(BankError, match="no common row"):
         export_anchor(bank, "a00", tmp_path / "out", with_common=True)
-    content = bytearray((bank / MATRIX_FILE).read_bytes())
-    content[len(content) // 2] ^= 1
-    (bank / MATRIX_FILE).write_bytes(content)
+    flip_a_bit(bank / MATRIX_FILE)
     with pytest.raises(BankError, match="damaged"):
         export_anchor(bank, "a00", tmp_path / "out")
     assert not (tmp_path / "out").exists()

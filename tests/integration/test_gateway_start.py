@@ -86,6 +86,8 @@ def test_the_log_names_routes_and_never_users_or_prompts(environment: Environmen
     ("changes", "reason"),
     [
         ({"MTA_BANK": None}, "MTA_BANK"),
+        ({"MTA_BANK": "/nowhere"}, "no bank at /nowhere"),
+        ({"MTA_EMBEDDER": "/nowhere"}, "no embedder at /nowhere"),
         ({"MTA_SECRET": None}, "MTA_SECRET"),
         ({"MTA_SECRET": "short"}, "MTA_SECRET"),
         ({"MTA_REDIS_URL": "redis://127.0.0.1:1/0"}, "Connection refused"),

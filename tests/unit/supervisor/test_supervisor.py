@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import redis.asyncio
 
+from bank.errors import BankError
 from bench.rig.processes import PATIENCE_S, Background, alive, command_line, descendants, wait_until
 from server.cli.run.machine import parts_of
 from server.settings import Settings
@@ -96,7 +97,7 @@ async def run_until(
         while not running.done() and not (started.is_set() and condition(record)):
             await asyncio.sleep(0.02)
         for _ in range(1 + hurry):
-            supervisor.stop()
+            signal.raise_signal(signal.SIGINT)
         await running
     return record
 
@@ -186,6 +187,8 @@ def test_each_part_gets_the_secrets_that_it_needs_and_none_by_argv(
     assert "RUST_LOG" not in router.environment  # it would have every recipe logged
     assert router.command[-3:] == ["--worker-urls", f"http://{engine.address}", f"http://{other.address}"]
     assert "--policy=consistent_hash" in router.command
+    with pytest.raises(BankError, match="no bank at"):
+        parts_of(Settings(bank=data.path, **folders), data, print)  # type: ignore[arg-type]
 
 
 CHATTER = """
