@@ -168,8 +168,7 @@ async def test_a_reservation_outlives_an_earlier_job(parts: StoreParts, user: st
 
 @pytest.mark.skipif(FAKE_TIME is None, reason="faketime is not installed: apt-get install faketime")
 async def test_a_job_whose_worker_died_is_found_though_the_clock_was_set_back(tmp_path: Path, user: str) -> None:
-    server = ValkeyProcess(tmp_path, clock=True).start()
-    try:
+    with ValkeyProcess(tmp_path, clock=True) as server:
         async with StoreParts.opened(server.url) as parts:
             server.set_clock(3600)
             job = await submitted(parts.jobs, user)
@@ -177,8 +176,6 @@ async def test_a_job_whose_worker_died_is_found_though_the_clock_was_set_back(tm
                 server.set_clock(ahead_s)
                 assert await parts.jobs.next_job(BANK, 1) == job.id
                 assert await parts.jobs.claim(job.id, 15) is not None
-    finally:
-        server.kill()
 
 
 async def test_a_job_is_for_the_workers_of_its_bank_alone(jobs: JobStore, user: str, raw: redis.Redis) -> None:

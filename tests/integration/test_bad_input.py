@@ -238,8 +238,7 @@ def with_steps(client: Client, user_id: str, steps: int, given: list[dict[str, s
 def small(gateway_settings: Settings, fake_engine_server: FakeEngine, store: ValkeyProcess) -> Iterator[GatewayThread]:
     """A gateway whose jobs may read few tokens; they are in a store of their own, since no worker trains them."""
     fake_engine_server.reset()
-    changed = {"job_tokens": 20_000, "job_seconds": 60, "redis_url": store.url}
-    with GatewayThread(gateway_settings.model_copy(update=changed)) as gateway:
+    with GatewayThread(gateway_settings, job_tokens=20_000, job_seconds=60, redis_url=store.url) as gateway:
         with gateway.client() as client:
             wait_until_ready(client)  # from now on it knows the engine's context of 512
         yield gateway

@@ -51,7 +51,7 @@ def gateway(machine: Machine, engines: list[Engine], gateway_settings: Settings)
     urls = {"engine_url": engines[0].url, "engine_urls": f"{engines[0].url},http://127.0.0.1:{free_port()}"}
     secret = SecretStr((machine.up.data / "secret").read_text().strip())
     parts = {"bank": machine.up.data.parent / "bank", "redis_url": machine.store.url, "secret": secret}
-    with GatewayThread(gateway_settings.model_copy(update=urls | parts)) as gateway:
+    with GatewayThread(gateway_settings, **urls, **parts) as gateway:
         yield gateway
 
 

@@ -26,7 +26,16 @@ from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
 from tests.support.calls import SAMPLES, NewUser, ask, error_of, put, who
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter, make_keys, wait_until_ready
+from tests.support.gateway import (
+    SECRET,
+    GatewayThread,
+    chunks_of,
+    generate,
+    give_adapter,
+    make_keys,
+    serving,
+    wait_until_ready,
+)
 
 UNKNOWN = (404, "answer", "unknown_answer")
 FINAL = {"input": "any plans?", "text": "I have no plans.", "final": "The sea. Always the sea."}
@@ -243,7 +252,7 @@ def test_nothing_is_learnt_from_an_answer_that_took_longer_than_erasures_are_rem
 
 def test_after_so_many_new_texts_a_user_is_adapted_again(gateway_settings: Settings, new_user: NewUser) -> None:
     user_id = new_user()
-    with GatewayThread(gateway_settings.model_copy(update={"refresh_samples": 2})) as own, own.client() as client:
+    with GatewayThread(gateway_settings, refresh_samples=2) as own, own.client() as client:
 
         def taught(number: int) -> bool:
             said = give(client, user_id, answered(client, user_id), **FINAL | {"final": f"wave number {number}"})
@@ -266,7 +275,7 @@ def test_a_share_of_users_is_answered_one_level_lower_and_told_so(
 ) -> None:
     fake_engine.turn(user_adapters=True)
     seen = dict[tuple[str, str], dict[str, Any]]()
-    with GatewayThread(gateway_settings.model_copy(update={"holdout": 0.5})) as own, own.client() as client:
+    with GatewayThread(gateway_settings, holdout=0.5) as own, own.client() as client:
         wait_until_ready(client)
         for number in range(24):
             user_id = new_user()
@@ -302,8 +311,7 @@ def test_an_answer_that_a_fallback_spoke_is_in_no_arm(
     fake_engine.turn(user_adapters=True)
     spoken = give(client, ada, answered(client, ada), rating="up").json()
     assert (spoken["level"], spoken["arm"]) == ("stacked", "none")  # nobody is held out
-    few = gateway_settings.model_copy(update={"holdout": 1e-9})
-    with GatewayThread(few) as own, own.client() as holding_out:
+    with GatewayThread(gateway_settings, holdout=1e-9) as own, own.client() as holding_out:
         spoken = give(holding_out, ada, answered(holding_out, ada), rating="up").json()
         assert (spoken["level"], spoken["arm"]) == ("stacked", "full")
         fake_engine.turn(lacks=lambda model: ":u-" in model)
@@ -328,10 +336,8 @@ def test_a_key_says_what_its_requests_do_unless_they_say_otherwise(
     made = subprocess.run(
         command, env=os.environ | {"MTA_REDIS_URL": store.url}, capture_output=True, text=True, check=True
     )
-    settings = gateway_settings.model_copy(update={"redis_url": store.url})
-    plain = make_keys(store.url, {"plain": (settings.tenant, Scope, NO_OVERRIDES)})["plain"]
-    with GatewayThread(settings) as own, own.client() as client:
-        wait_until_ready(client)
+    plain = make_keys(store.url, {"plain": (gateway_settings.tenant, Scope, NO_OVERRIDES)})["plain"]
+    with serving(gateway_settings, redis_url=store.url) as client:
         words = "honestly the sea was flat all week"
         found = dict[str, Any]()
         for name, secret in (("plain", plain), ("chat", made.stdout.strip())):

@@ -102,7 +102,7 @@ def test_only_the_newest_items_within_the_limits_are_kept(gateway_settings: Sett
     user_id, limits = new_user(), {"profile_items": 4, "profile_bytes": 350}
     short = [{"id": f"n{n}", "text": f"{n}"} for n in range(6)]
     long = [{"id": f"l{n}", "text": "x" * 89} for n in range(6)]  # 100 bytes each as JSON
-    with GatewayThread(gateway_settings.model_copy(update=limits)) as small, small.client() as client:
+    with GatewayThread(gateway_settings, **limits) as small, small.client() as client:
         assert counts(put(client, user_id, short[:5])) == (5, 4, 4)
         assert counts(post(client, user_id, short[5:])) == (1, 4, 2)  # one came, one went
         assert counts(post(client, user_id, short[3:4])) == (1, 4, 0)

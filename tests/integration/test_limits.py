@@ -55,16 +55,16 @@ def keys(store: ValkeyProcess) -> Mapping[str, str]:
 def small(gateway_settings: Settings, store: ValkeyProcess, keys: Mapping[str, str]) -> Iterator[Keyed]:
     """A gateway that limits users, before a small engine."""
     limits = {"user_requests": PER_USER, "user_jobs": 2, "engine_places": PLACES, "queue_places": WAITING}
-    with GatewayThread(gateway_settings.model_copy(update={"redis_url": store.url, **limits})) as gateway:
+    with GatewayThread(gateway_settings, redis_url=store.url, **limits) as gateway:
         yield Keyed(gateway, keys)
 
 
 @pytest.fixture(scope="module")
 def wide(gateway_settings: Settings, store: ValkeyProcess, keys: Mapping[str, str]) -> Iterator[Keyed]:
-    update = {"redis_url": store.url, "max_requests": MOST, "engine_places": MOST // 2}
+    changes = {"redis_url": store.url, "max_requests": MOST, "engine_places": MOST // 2}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(bodies, "BODY_TIMEOUT_S", 5.0)
-        with GatewayThread(gateway_settings.model_copy(update=update)) as gateway:
+        with GatewayThread(gateway_settings, **changes) as gateway:
             yield Keyed(gateway, keys)
 
 
@@ -324,11 +324,11 @@ class TestRequestsInProgress:
 
 
 def test_clients_that_do_not_read(wide: Keyed, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = wide.gateway.parts.settings.model_copy(update={"engine_places": 2, "queue_places": 20})
     monkeypatch.setattr(serving, "STALLED_S", 0.5)
     fake_engine.knobs.context = 200_000
     body = json.dumps({"user_id": "ada", "prompt": "x", "max_tokens": 100_000, "stream": True}).encode()
-    with GatewayThread(few) as gateway, ExitStack() as held:
+    few = GatewayThread(wide.gateway.parts.settings, engine_places=2, queue_places=20)
+    with few as gateway, ExitStack() as held:
         keyed = Keyed(gateway, wide.secrets)
         for _ in range(MOST // 2):
             held.enter_context(keyed.send("greedy", "POST /generate", body, buffer=4096))

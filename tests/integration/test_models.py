@@ -53,11 +53,6 @@ def folder() -> Path:
     return ensure_base_model("default", Settings().cache_dir)
 
 
-@pytest.fixture(scope="module")
-def embedder(embedder_folder: Path) -> Embedder:
-    return Embedder.load(embedder_folder)
-
-
 def test_the_default_model_answers_a_question(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -12,7 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,17 +20,15 @@ import httpx
 import pytest
 import redis
 from pydantic import SecretStr
-from typer.testing import CliRunner
 
 from adapters.errors import MtaError
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
-from server.cli import app
 from server.settings import Settings
 from server.store.redis import keys
 from server.store.tenants.user_key import UserKeys
-from server.watching.audit import audit_to
-from tests.support.gateway import SECRET, GatewayThread, generate, wait_until_ready
+from tests.support.calls import mta
+from tests.support.gateway import SECRET, generate, serving
 
 NEW = "the secret that comes after it"
 BOTH = f"{NEW},{SECRET}"
@@ -38,12 +36,8 @@ SAMPLES = {"samples": [{"input": f"question {n}", "output": f"{n} yes yes yes"} 
 PEOPLE = 42
 
 
-@contextmanager
-def serving(settings: Settings, store: ValkeyProcess, secret: str) -> Iterator[httpx.Client]:
-    own = settings.model_copy(update={"redis_url": store.url, "secret": SecretStr(secret)})
-    with GatewayThread(own) as gateway, gateway.client() as client:
-        wait_until_ready(client)
-        yield client
+def with_secret(settings: Settings, store: ValkeyProcess, secret: str) -> AbstractContextManager[httpx.Client]:
+    return serving(settings, redis_url=store.url, secret=SecretStr(secret))
 
 
 @dataclass
@@ -124,29 +118,20 @@ def items_of(client: httpx.Client, user: str) -> set[str]:
 
 
 @pytest.fixture
-def log(store: ValkeyProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def log(log: Path, store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The audit log of gateways and commands, which have both secrets; the store is empty at first."""
-    for name, value in {"AUDIT": str(tmp_path / "audit.jsonl"), "REDIS_URL": store.url, "SECRET": BOTH}.items():
-        monkeypatch.setenv(f"MTA_{name}", value)
+    monkeypatch.setenv("MTA_REDIS_URL", store.url)
+    monkeypatch.setenv("MTA_SECRET", BOTH)
     with redis.from_url(store.url) as raw:
         raw.flushall()
-    yield tmp_path / "audit.jsonl"
-    audit_to(None)
-
-
-def mta(*arguments: object) -> str:
-    """What a command prints; raises its error."""
-    done = CliRunner().invoke(app, list(map(str, arguments)))
-    if done.exit_code:
-        raise done.exception or AssertionError(done.output)
-    return done.output
+    return log
 
 
 @pytest.mark.usefixtures("fake_engine")
 def test_nobody_is_lost_unknown_back_or_twice(gateway_settings: Settings, store: ValkeyProcess, log: Path) -> None:
     people = [Person(f"person-{number}") for number in range(PEOPLE)]
     lot, numbers = random.Random(1), itertools.count()
-    with serving(gateway_settings, store, SECRET) as client:
+    with with_secret(gateway_settings, store, SECRET) as client:
         for person in people:
             person.live(client, lot, numbers)
             person.answers = [person.answer(client)["id"]]
@@ -156,7 +141,7 @@ def test_nobody_is_lost_unknown_back_or_twice(gateway_settings: Settings, store:
                 person.items |= items_of(client, person.id)
 
     with ExitStack() as stack, redis.from_url(store.url) as raw:
-        clients = [stack.enter_context(serving(gateway_settings, store, BOTH)) for _ in range(2)]
+        clients = [stack.enter_context(with_secret(gateway_settings, store, BOTH)) for _ in range(2)]
         load = Load(clients, people)
         load.round()
         killed = subprocess.Popen([sys.executable, "-m", "server.cli", "secret", "rotate"], env=os.environ)
@@ -174,7 +159,7 @@ def test_nobody_is_lost_unknown_back_or_twice(gateway_settings: Settings, store:
             assert left <= {keys.epoch(key), keys.items(key), keys.adapter(key)}
             assert -1 not in {raw.ttl(name) for name in left}, left
 
-    with serving(gateway_settings, store, NEW) as client:
+    with with_secret(gateway_settings, store, NEW) as client:
         for person in people:
             export = client.get(f"/users/{person.id}/export").raise_for_status().json()
             assert {item["id"] for item in export["items"]} == person.items
@@ -182,7 +167,7 @@ def test_nobody_is_lost_unknown_back_or_twice(gateway_settings: Settings, store:
             if person.job:
                 assert client.get(f"/jobs/{person.job}").raise_for_status().json()["id"] == export["jobs"][-1]["id"]
     with pytest.raises(MtaError, match="another than the one"):
-        serving(gateway_settings, store, SECRET).__enter__()
+        with_secret(gateway_settings, store, SECRET).__enter__()
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     assert [entry["outcome"] for entry in entries if entry["act"] == "secret_exchanged"] == ["begun", "begun", "done"]
     assert not any(word in log.read_text() for word in (SECRET, NEW, "person-", *former_keys))
@@ -196,12 +181,12 @@ def test_a_copy_from_before_the_exchange_comes_back_without_whom_was_erased_afte
     for constant in ("server.cli.secret.SETTLE_S", "server.store.backup.copying.SETTLE_S"):
         monkeypatch.setattr(constant, 0)
     people = ["kept", "erased", "kept-too", "erased-too"]
-    with serving(gateway_settings, store, SECRET) as client:
+    with with_secret(gateway_settings, store, SECRET) as client:
         for user in people:
             Person(user).live(client, random.Random(1), itertools.count())
     mta("backup", "--out", copies)
     assert "4 users moved" in mta("secret", "rotate")
-    with serving(gateway_settings, store, NEW) as client:
+    with with_secret(gateway_settings, store, NEW) as client:
         for user in ("erased", "erased-too"):
             client.delete(f"/users/{user}").raise_for_status()
 
@@ -212,7 +197,6 @@ def test_a_copy_from_before_the_exchange_comes_back_without_whom_was_erased_afte
         mta("restore", copy, "--erased", log)
     monkeypatch.setenv("MTA_SECRET", BOTH)
     assert "restored: 2 users" in mta("restore", copy, "--erased", log)
-    with serving(gateway_settings, empty, BOTH) as client:
+    with empty, with_secret(gateway_settings, empty, BOTH) as client:
         found = [bool(items_of(client, user)) for user in people]
     assert found == [True, False, True, False]
-    empty.kill()

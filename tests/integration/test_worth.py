@@ -26,13 +26,13 @@ from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
 from tests.support.calls import ITEMS, NewUser, error_of, put
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, GatewayThread, Keyed, chunks_of, generate, give_adapter, make_keys
+from tests.support.gateway import SECRET, GatewayThread, Keyed, chunks_of, generate, make_keys
 from tests.support.store_parts import StoreParts
 
 HOLDOUT = 0.5
 WEEK_S = 7 * 24 * 3600
 FINAL = {"input": "any plans?", "text": "I have no plans.", "final": "I have new plans."}
-TENANTS = ("acme", "fresh", "feedback", "fallback", "stacked", "off")
+TENANTS = ("acme", "fresh", "feedback", "fallback", "off")
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,10 @@ def keyed(gateway_settings: Settings, store: ValkeyProcess) -> Iterator[Keyed]:
             await parts.keys.add(access_key(secrets["off"], "off", "off", Scope, Policy(holdout=0.0)))
 
     asyncio.run(add_off())
-    settings = gateway_settings.model_copy(update={"redis_url": store.url, "holdout": HOLDOUT})
     with pytest.MonkeyPatch.context() as patched:
         for constant in ("STORE_INTERVAL_S", "FOLD_INTERVAL_S"):
             patched.setattr(f"server.gateway.parts.{constant}", 0.05)
-        with GatewayThread(settings) as gateway:
+        with GatewayThread(gateway_settings, redis_url=store.url, holdout=HOLDOUT) as gateway:
             yield Keyed(gateway, secrets)
 
 
@@ -233,20 +232,6 @@ def test_answers_that_are_not_compared_are_not_counted(
     assert worth(off)["says"][0].startswith("nothing is compared yet: hold out a share of users")
 
 
-def test_a_user_adapter_is_compared_with_the_merged_recipe(
-    clients: Mapping[str, httpx.Client], new_user: NewUser, keyed: Keyed, fake_engine: FakeEngine
-) -> None:
-    client, users = clients["stacked"], list[str]()
-    fake_engine.turn(user_adapters=True)
-    for arm, level in ((Arm.LOWER, "merged"), (Arm.FULL, "stacked")):
-        users += people(client, new_user, "stacked", arm, 1)
-        asyncio.run(give_adapter(keyed.gateway, users[-1], "stacked"))
-        assert answered(client, users[-1])["personalization"]["level"] == level
-    counted(client, 2)
-    tallies = [client.get(f"/users/{user}/export").json()["tally"] for user in users]
-    assert [[cell["level"] for cell in tally] for tally in tallies] == [["stacked"]] * 2
-
-
 @pytest.mark.usefixtures("fake_engine")
 def test_what_is_not_stored_yet_is_stored_at_the_end(
     gateway_settings: Settings,
@@ -256,8 +241,7 @@ def test_what_is_not_stored_yet_is_stored_at_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("server.gateway.parts.STORE_INTERVAL_S", 3600)
-    settings = gateway_settings.model_copy(update={"redis_url": store.url, "holdout": HOLDOUT})
-    with GatewayThread(settings) as gateway:
+    with GatewayThread(gateway_settings, redis_url=store.url, holdout=HOLDOUT) as gateway:
         one = Keyed(gateway, keyed.secrets)
         with one.client("fresh") as client:
             (user,) = people(client, new_user, "fresh", Arm.FULL, 1)

@@ -25,6 +25,7 @@ from tests.support.gateway import GatewayThread, Keyed, generate, make_keys, met
 TENANTS = ("people", "bytes", "adapters", "tokens", "free")
 MOST = 10  # people
 Gateways = list[Keyed]
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +33,12 @@ def gateways(gateway_settings: Settings, store: ValkeyProcess, fake_engine_serve
     fake_engine_server.reset()
     secrets = make_keys(store.url, {name: (name, Scope, NO_OVERRIDES) for name in TENANTS})
     secrets |= make_keys(store.url, {"other tokens": ("tokens", Scope, NO_OVERRIDES)})
-    settings = gateway_settings.model_copy(update={"redis_url": store.url})
     with pytest.MonkeyPatch.context() as patched, ExitStack() as stack:
         for constant in ("COUNT_INTERVAL_S", "RECOUNT_CHECK_S"):
             patched.setattr(f"server.gateway.parts.{constant}", 0.1)
-        yield [Keyed(stack.enter_context(GatewayThread(settings)), secrets) for _ in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def environment(store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MTA_REDIS_URL", store.url)
+        yield [
+            Keyed(stack.enter_context(GatewayThread(gateway_settings, redis_url=store.url)), secrets) for _ in range(2)
+        ]
 
 
 def put(client: httpx.Client, user: str, text: str = "a text") -> httpx.Response:

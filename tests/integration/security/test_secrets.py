@@ -107,8 +107,8 @@ def test_the_store_and_its_files_hold_no_key(keyed: Keyed, store: ValkeyProcess)
             assert not path.is_file() or secret[4:-4].encode() not in path.read_bytes()
 
 
-def test_a_key_is_shown_once_and_never_listed(store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MTA_REDIS_URL", store.url)
+@pytest.mark.usefixtures("environment")
+def test_a_key_is_shown_once_and_never_listed() -> None:
     secret, key_id = create("an app", "--tenant", "acme", "--scope", "generate")
     assert secret.startswith("mta_")
     listed = keys("list").output
