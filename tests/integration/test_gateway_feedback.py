@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from httpx import Client, Response
+from httpx import Client
 
 from bank.manifest import BankManifest
 from bench.rig.processes import mta, wait_until
@@ -24,7 +24,7 @@ from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
-from tests.support.calls import SAMPLES, NewUser, ask, error_of, put, who
+from tests.support.calls import FINAL, SAMPLES, NewUser, ask, error_of, give, put, who
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import (
     SECRET,
@@ -38,11 +38,6 @@ from tests.support.gateway import (
 )
 
 UNKNOWN = (404, "answer", "unknown_answer")
-FINAL = {"input": "any plans?", "text": "I have no plans.", "final": "The sea. Always the sea."}
-
-
-def give(client: Client, user_id: str, answer: str, **feedback: Any) -> Response:
-    return client.post(f"/users/{user_id}/feedback", json={"answer": answer, **feedback})
 
 
 def answered(client: Client, user_id: str) -> str:
@@ -228,24 +223,26 @@ def test_nothing_is_learnt_of_a_user_who_is_erased_meanwhile(
     client: Client, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
     user_id = new_user()
-    fake_engine.turn(admit_s=0.3)
+    fake_engine.turn(hold_after=1)
     with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(ask, client, user_id, **said("this must not be kept anywhere"), learn=True)
+        asking = pool.submit(ask, client, user_id, **said("this must not be kept anywhere"), learn=True, stream=True)
         wait_until(lambda: bool(fake_engine.seen), "the engine to be asked")
         client.delete(f"/users/{user_id}")
-        assert asking.result().json()["personalization"]["learned"] is True
+        fake_engine.turn(hold_after=None)
+        assert chunks_of(asking.result())[0]["personalization"]["learned"] is True
     ask(client, user_id, **said("a message of their second life"), learn=True).raise_for_status()
     assert [item["text"] for item in learnt(client, user_id, 1)] == ["a message of their second life"]
 
 
 def test_nothing_is_learnt_from_an_answer_that_took_longer_than_erasures_are_remembered(
-    client: Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
+    client: Client, new_user: NewUser, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    user_id = new_user()
+    user_id, waiting = new_user(), gateway.parts.learner._pending
     with monkeypatch.context() as patched:
         patched.setattr(messages, "MAX_AGE_S", 0)
         ask(client, user_id, **said("this comes far too late"), learn=True).raise_for_status()
         ask(client, new_user(), **said("and this as well"), learn=True).raise_for_status()
+        wait_until(lambda: not waiting._unfinished_tasks, "both to be read")  # type: ignore[attr-defined]
     ask(client, user_id, **said("a message that comes in time"), learn=True).raise_for_status()
     assert [item["text"] for item in learnt(client, user_id, 1)] == ["a message that comes in time"]
 

@@ -20,13 +20,14 @@ from server.errors import Unavailable
 from server.gateway.http import bodies, serving
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.gateway.users.adapting import Adapting
+from server.gateway.users.profiles import HistoryLimit
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES, Allowance
 from tests.support.calls import NewUser, either, error_of, put
 from tests.support.calls import ask as chat
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, Keyed, chunks_of, generate, make_keys, metric, text_of
+from tests.support.gateway import GatewayThread, Keyed, generate, make_keys, metric
 
 PER_USER = 6  # requests a minute
 PLACES, WAITING = 2, 3  # in the engine and before it, of the small gateway
@@ -231,13 +232,15 @@ class TestRates:
 
 class TestWithoutTheStore:
     def test_nothing_is_counted(self, gateway_settings: Settings, fake_engine: FakeEngine, tmp_path: Path) -> None:
-        store = ValkeyProcess(tmp_path).start()
         limits = {"key_requests": 1, "key_tokens": 10, "key_concurrent": 1, "key_jobs": 2}
-        limits |= {"user_requests": 3, "user_tokens": 4, "user_jobs": 5}
-        settings = gateway_settings.model_copy(update={"redis_url": store.url, **limits})
-        with GatewayThread(settings) as gateway, gateway.client() as client:
+        limits |= {"user_requests": 3, "user_tokens": 4, "user_jobs": 5, "profile_items": 6, "profile_bytes": 700}
+        with ExitStack() as stack:
+            store = stack.enter_context(ValkeyProcess(tmp_path))
+            gateway = stack.enter_context(GatewayThread(gateway_settings, redis_url=store.url, **limits))
+            client = stack.enter_context(gateway.client())
             limiter = gateway.parts.limiter
             assert (limiter._per_key, limiter._per_user) == (Allowance(1, 10, 2, 1), Allowance(3, 4, 5))
+            assert gateway.parts.profiles.limit == HistoryLimit(6, 700)
             assert chat(client, model="base").status_code == 200
             refused(chat(client, model="base"))
             store.kill()
@@ -345,18 +348,3 @@ def test_clients_that_do_not_read(wide: Keyed, fake_engine: FakeEngine, monkeypa
         with keyed.client("modest") as modest:
             assert generate(modest, "kai").status_code == 200
             wait_until(lambda: 'status="499"' in modest.get("/metrics").text, "the requests to be counted")
-
-
-def test_a_wide_request_is_split_and_its_stream_rejoined(wide: Keyed, fake_engine: FakeEngine) -> None:
-    with wide.client("modest") as client:
-        answer = chat(client, max_tokens=3, n=5, seed=7, stream=True, stream_options={"include_usage": True})
-        assert answer.status_code == 200, answer.text
-        parts = [(seen.body["n"], seen.body["seed"], seen.body["stream"]) for seen in fake_engine.seen]
-        assert parts == [(2, 7, True), (2, 9, True), (1, 11, True)]
-        assert len({seen.headers["X-Request-ID"] for seen in fake_engine.seen}) == 3
-        *chunks, end, done = chunks_of(answer)
-        assert (end["choices"], done) == ([], "[DONE]")
-        (text,) = {text_of(chunks, index) for index in range(5)}
-        assert len(text.split()) == 3
-        assert end["usage"] == {"prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20}
-        assert "mta_queue_running 0.0" in client.get("/metrics").text.splitlines()

@@ -48,6 +48,13 @@ def adapt(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
     return client.post(f"/users/{user_id}/adapt", json={"samples": SAMPLES} | fields)
 
 
+FINAL = {"input": "any plans?", "text": "I have no plans.", "final": "The sea. Always the sea."}
+
+
+def give(client: httpx.Client, user_id: str, answer: str, **feedback: Any) -> httpx.Response:
+    return client.post(f"/users/{user_id}/feedback", json={"answer": answer, **feedback})
+
+
 def job_of(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
     return client.get(f"/jobs/{job['id']}").raise_for_status().json()
 
