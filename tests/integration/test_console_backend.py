@@ -14,7 +14,7 @@ from bank.manifest import PosteriorRule, WeightRule
 from bench.rig.tiny import world
 from server.gateway.routes.console import routes as pages
 from server.gateway.routes.console.routes import rule_answer
-from tests.support.calls import NewUser, error_of, put
+from tests.support.calls import NewUser, put
 from tests.support.gateway import GatewayThread
 
 ROOT = Path(pages.__file__).parent
@@ -41,14 +41,6 @@ def test_a_file_has_its_type_and_is_not_sent_twice(client: Client) -> None:
     again = client.get("/console/app.js", headers={"If-None-Match": first.headers["ETag"]})
     assert (again.status_code, again.content, again.headers["Cache-Control"]) == (304, b"", "no-cache")
     assert "Content-Security-Policy" in again.headers
-
-
-@pytest.mark.parametrize(
-    "path", ["no", "pages", "%2e%2e/routes.py", "pages/..%2f..%2froutes.py", "%2fetc%2fpasswd", "%00"]
-)
-def test_other_paths_are_not_found(client: Client, path: str) -> None:
-    assert (ROOT / "routes.py").is_file()
-    assert error_of(client.get(f"/console/{path}")) == (404, None, "not_found")
 
 
 def test_the_servers_address_leads_to_the_console(client: Client) -> None:

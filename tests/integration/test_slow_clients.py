@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -158,12 +157,6 @@ class TestAnswers:
         with gateway.send("POST /generate", body, "Connection: close\r\n") as connection:
             connection.sendall(b"\r\n")  # some clients do that
             assert b"data: [DONE]" in everything(connection)
-
-    def test_a_client_may_pause_between_requests(self, gateway: GatewayThread) -> None:
-        with gateway.client() as client:
-            client.get("/health").raise_for_status()
-            time.sleep(0.6)
-            client.get("/health").raise_for_status()
 
 
 def trickled(connection: socket.socket, byte: bytes) -> None:

@@ -36,12 +36,6 @@ def test_whatever_is_not_the_gateway_is_on_the_inner_network_alone() -> None:
     assert outside == {"models"}  # runs once and reaches a hub; it shares no network with the others
 
 
-def test_no_inner_part_publishes_a_port() -> None:
-    for part in ("redis", "engine", "router", "worker", "keys", "backup"):
-        for name in [name for name in SERVICES if name.startswith(part)]:
-            assert "ports" not in SERVICES[name], name
-
-
 def test_whoever_holds_the_secret_of_users_is_a_gateway() -> None:
     holders = {name for name, service in SERVICES.items() if "MTA_SECRET" in service.get("environment", {})}
     assert holders == {name for name in SERVICES if "gateway" in name}

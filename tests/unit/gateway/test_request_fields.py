@@ -159,7 +159,7 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
         ),
         "max_completion_tokens": (1 << 31,),
         "stream_options": ({"include_usage": True},),
-        "strength": (0.33, 1.05),
+        "strength": (0.33, 1.05, -0.05, "1", True),
         "user": ("a b",),
         "history": (17,),
         "messages": ([],),
