@@ -97,13 +97,16 @@ class TestQueue:
     def test_some_wait_and_the_rest_is_refused(self, small: Keyed, fake_engine: FakeEngine) -> None:
         client, counted = small.client("any"), ('mta_shed_total{reason="queue_full"}', "mta_queue_seconds_count")
         before = [metric(client, name) for name in counted]
-        fake_engine.knobs.token_delay_s = 0.02
+        fake_engine.turn(hold_after=1)
         with ThreadPoolExecutor(12) as many:
-            answers = list(many.map(lambda n: generate(client, f"u{n}", max_tokens=20, stream=n % 2 == 1), range(12)))
+            asked = [many.submit(generate, client, f"u{n}", max_tokens=20, stream=n % 2 == 1) for n in range(12)]
+            wait_until(lambda: sum(each.done() for each in asked) == 12 - PLACES - WAITING, "the rest to be refused")
+            assert metric(client, "mta_queue_waiting") == WAITING
+            fake_engine.turn(hold_after=None)
+        answers = [each.result() for each in asked]
         good = [answer for answer in answers if answer.status_code == 200]
-        assert PLACES + WAITING <= len(good) < 12
-        waited = [answer for answer in good if "queue;dur=" in answer.headers["Server-Timing"]]
-        assert WAITING <= len(waited) <= len(good) - PLACES
+        assert len(good) == PLACES + WAITING
+        assert sum("queue;dur=" in answer.headers["Server-Timing"] for answer in good) == WAITING
         for answer in answers:
             if answer not in good:
                 refused(answer, "overloaded")

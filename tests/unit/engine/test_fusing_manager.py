@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -223,8 +224,9 @@ def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for()
         prefetcher.start(f"old {number}")
     prefetcher.start("new")
     assert "new" not in prefetcher.names
-    while prefetcher.unfinished(["old 1", "new"]):
-        pass
+    prefetcher.unfinished(["old 1", "new"])
+    wait(prefetcher._futures.values(), PATIENCE_S)
+    assert not prefetcher.unfinished(["old 1", "new"])
     assert prefetcher.names == [*(f"old {number}" for number in range(1, MAX_PREFETCHED)), "new"]
     assert prefetcher.result("old 0") == "OLD 0"
     assert len(prefetcher.names) == MAX_PREFETCHED
@@ -233,8 +235,9 @@ def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for()
 def test_of_more_that_wait_than_are_kept_the_first_are_fused_and_the_next_as_they_are_taken() -> None:
     prefetcher, waiting = FusionPrefetcher(str.upper), [f"{number}" for number in range(2 * MAX_PREFETCHED)]
     for taken in range(MAX_PREFETCHED):
-        while prefetcher.unfinished(waiting[taken:]) != set(waiting[taken + MAX_PREFETCHED :]):
-            pass
+        prefetcher.unfinished(waiting[taken:])
+        wait(prefetcher._futures.values(), PATIENCE_S)
+        assert prefetcher.unfinished(waiting[taken:]) == set(waiting[taken + MAX_PREFETCHED :])
         assert prefetcher.names == waiting[taken : taken + MAX_PREFETCHED]
         prefetcher.result(waiting[taken])
         prefetcher.discard(waiting[taken])
@@ -255,8 +258,7 @@ def test_who_waits_is_unfused_until_their_adapter_is_ready(manager: CountingMana
     manager.gate.clear()
     assert manager.unfused([recipe(1), recipe(2), foreign]) == {2}
     manager.gate.set()
-    while manager.unfused([recipe(2)]):
-        pass
+    wait_until(lambda: not manager.unfused([recipe(2)]), "the fusion")
     manager._apply_adapters({recipe(2)})
     assert manager.unfused([recipe(1), recipe(2)]) == set()
     assert manager.fused == names_of(1, 2)
@@ -266,8 +268,7 @@ def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
     fuse = MagicMock(side_effect=[KeyError("its user adapter was on its way out, and came back"), "fused"])
     prefetcher = FusionPrefetcher[str](fuse)
     prefetcher.start("x")
-    while not prefetcher._futures["x"].done():
-        pass
+    wait(prefetcher._futures.values(), PATIENCE_S)
     assert prefetcher.names == []
     assert prefetcher.result("x") == "fused"
 
