@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 
 import torch
 from vllm.lora.lora_model import LoRAModel
-from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
@@ -30,23 +30,18 @@ from adapters.user_adapter import UserAdapter, encode_user_adapter
 from bench.rig.processes import PATIENCE_S, wait_until
 from server.engine.fusing.manager import FusingLoRAManager
 from server.engine.fusing.prefetch import MAX_PREFETCHED, FusionPrefetcher
-from server.engine.fusing.slots import Footprint, FusedLoRAModel, FusedSlots
+from server.engine.fusing.slots import Footprint, FusedLoRAModel
+from tests.unit.engine.test_slots import BANK, CPU_TIER, BareSlots
 
-SLOTS, CPU_TIER = 2, 4
-BANK = "00000000"
 LAYOUT = RowLayout((ModuleShape("q", 8, 6),), 4, shared_a=True)
 
 
-class BareSlots(FusedSlots):
-    """Our slots over vLLM's two tiers and its way of evicting, without layers."""
+class EmptySlots(BareSlots):
+    """Without layers."""
 
     def __init__(self) -> None:
-        self.lora_config = SimpleNamespace(max_loras=SLOTS, max_cpu_loras=CPU_TIER)
-        self.lora_index_to_id = [None] * SLOTS
-        self.modules: dict[str, Any] = {}
-        self._registered_adapters = AdapterLRUCache(CPU_TIER, self.deactivate_adapter)
-        self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
-        self._reset_records()
+        super().__init__()
+        self.modules = {}
         self.prepared: list[tuple[Footprint, str]] = []
 
     def _stacks_of(self, model: FusedLoRAModel) -> list[Any]:
@@ -60,7 +55,7 @@ class BareSlots(FusedSlots):
 
 class CountingManager(FusingLoRAManager):
     def __init__(self) -> None:
-        self._adapter_manager = BareSlots()
+        self._adapter_manager = EmptySlots()
         self.metrics = self._adapter_manager.metrics
         self._users = {}
         self._vllm_names = {BANK: {}}
