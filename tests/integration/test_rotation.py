@@ -27,6 +27,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
 from server.store.redis import keys
 from server.store.tenants.user_key import UserKeys
+from server.watching.audit import audit_to
 from tests.support.calls import mta
 from tests.support.gateway import SECRET, generate, serving
 
@@ -119,7 +120,8 @@ def items_of(client: httpx.Client, user: str) -> set[str]:
 
 @pytest.fixture
 def log(log: Path, store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The audit log of gateways and commands, which have both secrets; the store is empty at first."""
+    """The audit log from the first command on; commands have both secrets, and the store is empty at first."""
+    audit_to(None)
     monkeypatch.setenv("MTA_REDIS_URL", store.url)
     monkeypatch.setenv("MTA_SECRET", BOTH)
     with redis.from_url(store.url) as raw:
