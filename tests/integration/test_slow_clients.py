@@ -124,6 +124,7 @@ class TestHeaders:
 
 
 class TestBodies:
+    @pytest.mark.usefixtures("impatient")  # it hangs up soon
     @pytest.mark.parametrize("trickle", [b"", b" "])
     def test_a_late_one_is_refused(
         self, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch, trickle: bytes
