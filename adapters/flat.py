@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,14 +51,9 @@ class FlatLora:
         return LoraWeights(self.rank, a, {m.name: b for m, b in zip(self.modules, pieces, strict=True)})
 
 
-def flat_a(layout: RowLayout, lora: LoraWeights) -> torch.Tensor:
-    """Return A of all modules in layout order, [R·ΣH_in] float32."""
-    return torch.cat([lora.a[m.name].float().reshape(-1) for m in layout.modules])
-
-
-def flat_b(layout: RowLayout, lora: LoraWeights) -> torch.Tensor:
-    """Return B of all modules in layout order, [R·ΣH_out] float32."""
-    return torch.cat([lora.b[m.name].float().reshape(-1) for m in layout.modules])
+def flattened(layout: RowLayout, matrices: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return A or B of all modules in layout order, [R·ΣH_in] or [R·ΣH_out] float32."""
+    return torch.cat([matrices[m.name].float().reshape(-1) for m in layout.modules])
 
 
 def cut_a(layout: RowLayout, flat: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from adapters.errors import UserAdapterError, excerpt
 from adapters.lora import RowLayout
 
 USER_FORMAT = "mta-user-1"  # metadata key of user adapters; the value is JSON with kind, rank and recipe
-USER_KIND = "lora"  # the only kind served. Users with an adapter of the former kind `core` must be adapted again.
+USER_KIND = "lora"
 _LENGTH_BYTES = 8
 _DTYPE = "BF16"
 _EXPONENT = 0x7F80  # exponent bits of bf16; all are set only in infinities and NaN

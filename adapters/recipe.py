@@ -29,7 +29,6 @@ from enum import StrEnum
 from adapters.errors import RecipeError, excerpt
 
 FORMAT = "mta3"
-_OLD_FORMATS = ("mta1", "mta2")
 PER_MILLE = 1000
 MAX_WEIGHT = 4000  # largest absolute weight of an anchor, per mille
 MAX_ANCHORS = 1_000_000
@@ -76,12 +75,6 @@ class UserAdapterId:
         return f"{self.user_key}.{self.id}"
 
 
-def parse_user_adapter_id(text: str) -> UserAdapterId:
-    """Parse the result of `str`; raise RecipeError if the text is malformed."""
-    user_key, _, adapter_id = text.partition(".")
-    return UserAdapterId(user_key, adapter_id)
-
-
 @dataclass(frozen=True, slots=True)
 class FusionRecipe:
     """The components of an adapter; raises RecipeError unless canonical. Equal recipes give equal adapters."""
@@ -96,8 +89,6 @@ class FusionRecipe:
     def __post_init__(self) -> None:
         if not _BANK.fullmatch(self.bank):
             raise RecipeError(f"bank must be 8 lower-case hex digits, got {excerpt(self.bank)}")
-        if not isinstance(self.method, FusionMethod):
-            raise RecipeError(f"method must be one of {[m.value for m in FusionMethod]}, got {excerpt(self.method)}")
         if not self.terms and not self.common:
             raise RecipeError("a recipe needs the common row or at least one anchor")
         anchors = [term.anchor for term in self.terms]
@@ -147,8 +138,8 @@ def anchor_id(index: int) -> str:
 
 
 def is_recipe_name(name: str | None) -> bool:
-    """Return whether a model name has the prefix of a recipe, in a current or former format."""
-    return name is not None and name.startswith(tuple(f"{known}:" for known in (FORMAT, *_OLD_FORMATS)))
+    """Return whether a model name has the prefix of a recipe."""
+    return name is not None and name.startswith(f"{FORMAT}:")
 
 
 def bank_of(name: str) -> str:
@@ -161,11 +152,6 @@ def parse_recipe(name: str) -> FusionRecipe:
     if len(name) > MAX_NAME_CHARS:
         raise RecipeError(f"recipe name has {len(name)} characters, but at most {MAX_NAME_CHARS} are allowed")
     parts = name.split(":")
-    if parts[0] in _OLD_FORMATS:
-        raise RecipeError(
-            f"recipe {excerpt(name)} is of format {parts[0]}, which is no longer read: build its bank again with "
-            f"`mta bank build`, whose recipes are of format {FORMAT}"
-        )
     if len(parts) not in (4, 5) or parts[0] != FORMAT:
         raise RecipeError(f"not a recipe name ({FORMAT}:bank:method:terms[:u-user]): {excerpt(name)}")
     _, bank, method, terms = parts[:4]
@@ -179,7 +165,8 @@ def parse_recipe(name: str) -> FusionRecipe:
     if len(parts) == 5:
         if not parts[4].startswith("u-"):
             raise RecipeError(f"malformed user adapter {excerpt(parts[4])} in recipe {excerpt(name)}")
-        user_adapter = parse_user_adapter_id(parts[4][2:])
+        user_key, _, adapter_id = parts[4][2:].partition(".")
+        user_adapter = UserAdapterId(user_key, adapter_id)
     recipe = FusionRecipe(bank, FusionMethod(method), common, parsed, user_adapter, steps)
     if recipe.name != name:
         raise RecipeError(f"recipe {excerpt(name)} is not canonical: it should read {excerpt(recipe.name)}")

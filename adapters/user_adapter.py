@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import save
 
-from adapters.flat import FlatLora, flat_a, flat_b, lora_of
+from adapters.flat import FlatLora, flattened, lora_of
 from adapters.lora import LoraWeights, RowLayout
 from adapters.raw import USER_FORMAT, USER_KIND, read_user_adapter
 
@@ -39,7 +39,7 @@ def stack_flat(fused: FlatLora, user: UserAdapter, dtype: torch.dtype = torch.bf
 
 def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
     """Serialise a user adapter for the store, with weights rounded to bf16."""
-    flats = {"a": flat_a(layout, user.weights), "b": flat_b(layout, user.weights)}
+    flats = {"a": flattened(layout, user.weights.a), "b": flattened(layout, user.weights.b)}
     header = {"kind": USER_KIND, "rank": user.weights.rank, "recipe": user.recipe}
     # Use a single entry: safetensors writes several in varying order, but equal adapters must have equal bytes.
     raw: bytes = save(

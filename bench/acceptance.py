@@ -29,7 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench import script
-from bench.page.report import console, processor, shown
+from bench.page.report import WRONG, console, processor, shown
 from bench.rig.subject import tiny
 from bench.rig.up import up
 from bench.rig.valkey import ValkeyProcess
@@ -80,7 +80,7 @@ def _counts(value: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", value))
 
 
-OWN_VERDICT = Target("", "as the script itself demands", lambda value: "← wrong" not in str(value))
+OWN_VERDICT = Target("", "as the script itself demands", lambda value: WRONG not in str(value))
 ORACLE = tuple(
     Target(f"{method}{stacked}, float32", "at most 1e-2", lambda value: float(value) <= 1e-2)
     for method in ("shared", "cat")

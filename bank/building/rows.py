@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from adapters.errors import FusionError
-from adapters.flat import flat_a, flat_b, lora_of
+from adapters.flat import flattened, lora_of
 from adapters.lora import LoraWeights, RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import anchor_id
@@ -94,7 +94,7 @@ class RowTrainer:
         common = lora_of(layout, _stored(a), _stored(b))
         names = [job.name for job in jobs]
         found = work.pieces(names, lambda place: self._anchor_row(layout, jobs[place], common))
-        return TrainedRows(layout, [*map(torch.from_numpy, found), b], flat_a(layout, common))
+        return TrainedRows(layout, [*map(torch.from_numpy, found), b], flattened(layout, common.a))
 
     def job(self, name: str, people: Sequence[History], steps: int, batch_size: int) -> RowJob:
         """Choose a row's examples from the people's lessons (at least one), at most as many as training reads.
@@ -127,12 +127,13 @@ class RowTrainer:
     def _common_row(self, layout: RowLayout, job: RowJob, ranks: Ranks) -> Vectors:
         """Return A and B of the common row, flat; all ranks train it together."""
         start = initial_lora(layout.modules, layout.rank, _row_seed(self.options.seed, "A"))
-        start = lora_of(layout, _stored(flat_a(layout, start)), flat_b(layout, start))
+        start = lora_of(layout, _stored(flattened(layout, start.a)), flattened(layout, start.b))
         lora = self.train(job, start, gradient=partial(_shared_backward, ranks))
-        return torch.cat([flat_a(layout, lora), flat_b(layout, lora)]).numpy()
+        return torch.cat([flattened(layout, lora.a), flattened(layout, lora.b)]).numpy()
 
     def _anchor_row(self, layout: RowLayout, job: RowJob, common: LoraWeights) -> Vectors:
-        found: Vectors = (flat_b(layout, self.train(job, common, train_a=False)) - flat_b(layout, common)).numpy()
+        trained = self.train(job, common, train_a=False)
+        found: Vectors = (flattened(layout, trained.b) - flattened(layout, common.b)).numpy()
         return found
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from adapters.errors import excerpt
-from adapters.flat import flat_a, flat_b
+from adapters.flat import flattened
 from adapters.lora import LoraWeights, ModuleShape, RowLayout
 from adapters.recipe import FusionMethod
 from bank.building.assemble import bank_rank, write_bank
@@ -99,7 +99,7 @@ def import_bank(
         user_rank=options.user_rank,
         weights=rule,
         layout=layout,
-        rows=[torch.cat([flat_a(layout, lora), flat_b(layout, lora)]) for lora in loras],
+        rows=[torch.cat([flattened(layout, lora.a), flattened(layout, lora.b)]) for lora in loras],
         shared_a=None,
         embeddings=np.stack([person_embedding(person, task, embedder) for person in people]),
         items=[len(person.items) for person in people],

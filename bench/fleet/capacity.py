@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import httpx
 
-from bench.fleet.streams import Load, Loader, Stream, loading, reading
-from bench.page.report import Spread
+from bench.fleet.streams import Load, Loader, Stream, loading, reading, user_bodies
+from bench.page.report import Spread, marked
+from bench.rig.client import summed
 
 USERS = 16
 PLACES = 16
@@ -30,18 +30,10 @@ LONG = {
     "top_logprobs": 20,
 }
 """A request for an answer of some megabytes, more than a socket's buffers hold."""
-WRONG = "← wrong"
 
 Rows = list[tuple[str, object]]
-"""Rows of the report, marked with `WRONG` if a claim fails."""
+"""Rows of the report."""
 OnStream = Callable[[Stream], object]
-
-
-def _bodies(tokens: int) -> Iterator[dict[str, Any]]:
-    """Yield requests of the users in turn, with distinct prompts."""
-    for number in itertools.count():
-        user, prompt = f"user-{number % USERS}", f"Write the sentence number {number}."
-        yield {"user_id": user, "prompt": prompt, "max_tokens": tokens, "stream": True, "history": 0}
 
 
 class Overload:
@@ -65,13 +57,13 @@ class Overload:
     async def streams(self, clients: int, seconds: float) -> Rows:
         """Measure `clients` clients that stream all the time."""
         what = f"{clients} streams at once"
-        async with loading(self._urls, _bodies(self._tokens)) as loader:
+        async with loading(self._urls, user_bodies(self._tokens, USERS)) as loader:
             load = self._records[what] = await loader.closed(clients, seconds, self._begin(what))
         lost = len(load.streams) - len(load.served)
         chunks = sum(stream.chunks for stream in load.served)
         return [
             (f"{what}: begun", len(load.streams)),
-            (f"{what}: lost", _marked(f"{lost} {load.failures or ''}".strip(), lost == 0)),
+            (f"{what}: lost", marked(f"{lost} {load.failures or ''}".strip(), lost == 0)),
             (f"{what}: chunks a second", round(chunks / load.seconds)),
             (f"{what}: first chunk, p50 and p99, ms", _two(load.first_ms)),
             (f"{what}: whole, p50 and p99, ms", _two(load.whole_ms)),
@@ -79,7 +71,7 @@ class Overload:
 
     async def beyond(self, parts: Sequence[str], seconds: float) -> Rows:
         """Measure the capacity, and the parts `overload` and `readers`."""
-        async with loading(self._urls, _bodies(self._tokens)) as loader:
+        async with loading(self._urls, user_bodies(self._tokens, USERS)) as loader:
             await loader.closed(PLACES, min(seconds, 5), self._begin("warm-up"))
             capacity = (await loader.closed(PLACES, seconds / 2, self._begin("capacity"))).rate
             rows: Rows = [("capacity: answers a second", round(capacity, 1))]
@@ -92,13 +84,13 @@ class Overload:
     async def _twice(self, loader: Loader, capacity: float, seconds: float) -> Rows:
         whats = [f"{times} x capacity offered" for times in (1, 2)]
         once, twice = [], []
-        for _ in range(TURNS):
-            once.append(await self._offered(loader, capacity, seconds / TURNS, whats[0]))
-            twice.append(await self._offered(loader, 2 * capacity, seconds / TURNS, whats[1]))
+        for turn in range(TURNS):
+            once.append(await self._offered(loader, capacity, seconds / TURNS, whats[0], turn))
+            twice.append(await self._offered(loader, 2 * capacity, seconds / TURNS, whats[1], turn))
         rise = [load.refused / len(load.streams) for load in (self._records[what] for what in whats)]
         return [
             *itertools.chain(*map(self._rows, whats)),
-            ("429s rise with what is offered", _marked(f"{rise[0]:.0%} to {rise[1]:.0%}", rise[0] < rise[1])),
+            ("429s rise with what is offered", marked(f"{rise[0]:.0%} to {rise[1]:.0%}", rise[0] < rise[1])),
             ("admitted: p99 at twice over p99 at capacity", _at_most_longer(twice, once)),
         ]
 
@@ -107,23 +99,26 @@ class Overload:
             f"half of capacity offered, {how}" for how in ("alone", f"beside {2 * len(self._urls)} that do not read")
         ]
         alone, beside = [], []
-        for _ in range(TURNS):
-            alone.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[0]))
+        for turn in range(TURNS):
+            alone.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[0], turn))
             slow, idle = (reading(self._urls, LONG_PATH, LONG, per_s) for per_s in (SLOW_BYTES_PER_S, 0.0))
             async with slow, idle:
                 await asyncio.sleep(min(seconds / 4, SEND_TIMEOUT_S))  # until the unread data fills all buffers
-                beside.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[1]))
+                beside.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[1], turn))
             await asyncio.sleep(1)
         left = await self._taken()
         return [
             *itertools.chain(*map(self._rows, whats)),
             ("p99 beside clients that do not read over p99 alone", _at_most_longer(beside, alone)),
-            ("places still taken at the end", _marked(f"{left:g}", left == 0)),
+            ("places still taken at the end", marked(f"{left:g}", left == 0)),
         ]
 
-    async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str) -> float:
-        """Run one turn of a load, add it to the records, and return its p99 in milliseconds."""
-        load = await loader.open(per_s, seconds, self._begin(what), seed=len(self._records))
+    async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str, turn: int) -> float:
+        """Run one turn of a load, add it to the records, and return its p99 in milliseconds.
+
+        Compared loads have the same arrivals in the same turn.
+        """
+        load = await loader.open(per_s, seconds, self._begin(what), seed=turn)
         before = self._records.get(what, Load((), 0.0))
         self._records[what] = Load([*before.streams, *load.streams], before.seconds + load.seconds)
         return load.whole_ms(0.99)
@@ -133,29 +128,22 @@ class Overload:
         return [
             (f"{what}: served a second", round(load.rate, 1)),
             (f"{what}: refused (429)", f"{load.refused} of {len(load.streams)}"),
-            (f"{what}: failed in any other way", _marked(str(load.failures or 0), not load.failures)),
+            (f"{what}: failed in any other way", marked(load.failures or 0, not load.failures)),
             (f"{what}: first chunk, p50 and p99, ms", _two(load.first_ms)),
             (f"{what}: whole, p50 and p99, ms", _two(load.whole_ms)),
         ]
 
     async def _taken(self) -> float:
         """Return the number of engine places in use at all gateways."""
-        taken = 0.0
         async with httpx.AsyncClient() as client:
-            for url in self._urls:
-                lines = (await client.get(f"{url}/metrics")).text.splitlines()
-                taken += sum(float(line.split()[1]) for line in lines if line.startswith("mta_queue_running "))
-        return taken
-
-
-def _marked(shown: str, right: bool) -> str:
-    return shown if right else f"{shown} {WRONG}"
+            answers = [await client.get(f"{url}/metrics") for url in self._urls]
+        return sum(summed(answer.text, "mta_queue_running") for answer in answers)
 
 
 def _at_most_longer(over: Sequence[float], under: Sequence[float]) -> str:
     """Judge the median over turns of the ratio of two loads' p99, so that one disturbed turn does not matter."""
     ratio = Spread.ratio(over, under)
-    return _marked(f"{ratio}, at most {MAX_P99_RATIO}", ratio.median <= MAX_P99_RATIO)
+    return marked(f"{ratio}, at most {MAX_P99_RATIO}", ratio.median <= MAX_P99_RATIO)
 
 
 def _two(of: Callable[[float], float]) -> str:

@@ -16,24 +16,24 @@ import gc
 import itertools
 import os
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import aiohttp
 import typer
 
 from bench import script
-from bench.fleet.capacity import LONG, LONG_PATH, WRONG, Rows
-from bench.fleet.streams import Load, Loader, loading, reading
-from bench.page.report import Spread, percentile, report
+from bench.fleet.capacity import LONG, LONG_PATH, Rows
+from bench.fleet.streams import Load, Loader, loading, reading, user_bodies
+from bench.page.report import Spread, marked, percentile, report
 from bench.rig.engine import KEY
 from bench.rig.processes import wait_until
 from bench.rig.servers import vllm_server
-from bench.rig.subject import tiny
+from bench.rig.subject import Subject, tiny
 from bench.rig.tiny import world
 from bench.rig.up import gateway_url, running_gateway
 from bench.rig.valkey import ValkeyProcess
@@ -80,47 +80,51 @@ def main(
     for given, known in ((chosen, PARTS), (does, WORST)):
         if unknown := set(given) - set(known):
             raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}: there are {', '.join(known)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        subject = tiny(Path(scratch))
-        *others, engines_core = sorted(os.sched_getaffinity(0))
-        store = ValkeyProcess(Path(scratch) / "valkey").start()
-        try:
-            keys = asyncio.run(_keys(store.url))
-            os.sched_setaffinity(0, {engines_core})
-            with vllm_server(subject, max_num_seqs=PLACES, max_loras=USERS) as engine:
-                os.sched_setaffinity(0, others or {engines_core})
-                parts = (subject.bank, store.url, engine.url, KEY, SECRET)
-                with running_gateway(*parts, engine_places=PLACES) as process:  # users share recipes: fewer slots
-                    url = gateway_url(process)
-                    bench = Fairness(url, keys, _prepare(url, keys), tokens, does)
-                    rows = asyncio.run(bench.measure(chosen, seconds, turns))
-        finally:
-            store.kill()
+    secrets = {name: new_secret() for name in KEYS}
+    with tempfile.TemporaryDirectory() as scratch, pinned_gateway(Path(scratch), secrets) as (subject, url):
+        with Client(url, key=secrets[KEYS[-1]]) as client:
+            job = client.adapt("user-0", [{"input": "Any plans?", "output": "To the sea, at dawn."}])
+        keys = [{"Authorization": f"Bearer {secret}"} for secret in secrets.values()]
+        bench = Fairness(url, keys, job.id, tokens, does)
+        rows = asyncio.run(bench.measure(chosen, seconds, turns))
     title = f"Fairness: a gateway, an engine of {PLACES} places, {subject.title}, answers of {tokens} tokens"
     loads = {what: [asdict(load) for load in loads] for what, loads in bench.loads.items()}
     report(title, rows, out, loads=loads)
-    if any(WRONG in str(value) for _, value in rows):
-        raise typer.Exit(1)
 
 
-async def _keys(url: str) -> list[Key]:
-    """Create a key with its own tenant for each of `KEYS`, and return them as headers."""
-    secrets = {name: new_secret() for name in KEYS}
+@contextmanager
+def pinned_gateway(folder: Path, secrets: Mapping[str, str]) -> Iterator[tuple[Subject, str]]:
+    """Run a gateway and an engine, which has the last core for itself; yield model and bank, and the gateway's URL.
+
+    Args:
+        folder: folder for all data.
+        secrets: API keys by name; each has its own tenant with `USERS` users. Without any, clients need none.
+    """
+    subject = tiny(folder)
+    *others, engines_core = sorted(os.sched_getaffinity(0))
+    store = ValkeyProcess(folder / "valkey").start()
+    try:
+        asyncio.run(_add_keys(store.url, secrets))
+        os.sched_setaffinity(0, {engines_core})
+        with vllm_server(subject, max_num_seqs=PLACES, max_loras=USERS) as engine:
+            os.sched_setaffinity(0, others or {engines_core})
+            parts = (subject.bank, store.url, engine.url, KEY, SECRET)
+            with running_gateway(*parts, engine_places=PLACES) as process:  # users share recipes: fewer slots
+                url = gateway_url(process)
+                for secret in secrets.values() or (None,):
+                    with Client(url, key=secret) as client:
+                        wait_until(client.ready, f"{url} to be ready")
+                        for user in range(USERS):
+                            client.put_profile(f"user-{user}", [world(user)])
+                yield subject, url
+    finally:
+        store.kill()
+
+
+async def _add_keys(url: str, secrets: Mapping[str, str]) -> None:
     async with open_stores(Settings(redis_url=url)) as stores:
         for name, secret in secrets.items():
             await stores.keys.add(access_key(secret, name, name, frozenset(Scope)))
-    return [{"Authorization": f"Bearer {secret}"} for secret in secrets.values()]
-
-
-def _prepare(url: str, keys: Sequence[Key]) -> str:
-    """Create users for every key, and a job that no worker takes for the last one; return the job's id."""
-    for key in keys:
-        with Client(url, key=key["Authorization"].removeprefix("Bearer ")) as client:
-            wait_until(client.ready, f"{url} to be ready")
-            for user in range(USERS):
-                client.put_profile(f"user-{user}", [world(user)])
-            job = client.adapt("user-0", [{"input": "Any plans?", "output": "To the sea, at dawn."}])
-    return job.id
 
 
 class Fairness:
@@ -129,7 +133,7 @@ class Fairness:
     Args:
         url: URL of the gateway.
         keys: headers of `KEYS`.
-        job: id of the last key's job.
+        job: id of the last key's job, which no worker takes.
         tokens: tokens per answer.
         worst: actions of the last key, from `WORST`.
 
@@ -151,7 +155,7 @@ class Fairness:
         gc.freeze()  # a collection of all imported objects would stop the clients for half a second
         async with AsyncExitStack() as stack:
             loaders = [
-                await stack.enter_async_context(loading([self._url], user_bodies(self._tokens), key))
+                await stack.enter_async_context(loading([self._url], user_bodies(self._tokens, USERS), key))
                 for key in self._keys
             ]
             await loaders[0].closed(PLACES, min(seconds, 5), lambda _: None)
@@ -198,11 +202,11 @@ class Fairness:
             ("what the fourth did", ", ".join(f"{number} {what}" for what, number in sorted(worst.items()))),
             (
                 "the three's answers a second, worst over behaving",
-                _marked(f"{rate}, at least {MIN_RATE_RATIO}", rate.median >= MIN_RATE_RATIO),
+                marked(f"{rate}, at least {MIN_RATE_RATIO}", rate.median >= MIN_RATE_RATIO),
             ),
             (
                 "the three's p99, worst over behaving",
-                _marked(f"{longer}, at most {MAX_P99_RATIO}", longer.median <= MAX_P99_RATIO),
+                marked(f"{longer}, at most {MAX_P99_RATIO}", longer.median <= MAX_P99_RATIO),
             ),
         ]
 
@@ -321,17 +325,6 @@ class Fairness:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def user_bodies(tokens: int) -> Iterator[dict[str, Any]]:
-    """Yield requests of the users in turn, with distinct prompts."""
-    for number in itertools.count():
-        user, prompt = f"user-{number % USERS}", f"Write the sentence number {number}."
-        yield {"user_id": user, "prompt": prompt, "max_tokens": tokens, "stream": True, "history": 0}
-
-
-def _marked(shown: str, right: bool) -> str:
-    return shown if right else f"{shown} {WRONG}"
 
 
 if __name__ == "__main__":

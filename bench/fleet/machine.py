@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
 from bank.models.folders import ensure_embedder
-from bench.rig.engine import KEY, client_of
+from bench.rig.engine import KEY, Engine, client_of
 from bench.rig.processes import wait_until
 from bench.rig.proxy import LossyProxy
 from bench.rig.tiny import tiny_bank, tiny_model
@@ -29,14 +28,6 @@ class Machine:
     up: Up  # `mta up` and its parts
     store: ValkeyProcess  # a separate Valkey, not a part of `mta up`
     lossy: LossyProxy  # the proxy between both
-
-    def ready(self) -> dict[str, Any] | None:
-        """Return the gateway's report on all parts, or None if it does not answer."""
-        try:
-            answer: dict[str, Any] = httpx.get(f"{self.up.url}/ready", timeout=5).json()
-        except (httpx.HTTPError, ValueError):
-            return None
-        return answer
 
     def whole(self) -> bool:
         """Whether the gateway reports all parts as ready."""
@@ -58,9 +49,12 @@ def wait_for_router(up: Up) -> None:
     wait_until(lambda: httpx.get(health).status_code == httpx.codes.OK, "the router to know every engine")
 
 
-def engine_client(up: Up, name: str) -> httpx.Client:
-    """Return a client of one of the engines, which must have the key `KEY`."""
-    return client_of(f"http://{up.address(name)}", timeout_s=600)
+@contextmanager
+def engine_of(up: Up, name: str) -> Iterator[Engine]:
+    """Yield one of the engines, which must have the key `KEY`."""
+    url = f"http://{up.address(name)}"
+    with client_of(url, timeout_s=600) as client:
+        yield Engine(url, up.part(name) or 0, client)
 
 
 @contextmanager

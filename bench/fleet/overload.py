@@ -23,7 +23,7 @@ import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.fleet.capacity import PLACES, SEND_TIMEOUT_S, USERS, WRONG, OnStream, Overload, Rows
+from bench.fleet.capacity import PLACES, SEND_TIMEOUT_S, USERS, OnStream, Overload, Rows
 from bench.fleet.streams import Load, Stream
 from bench.page.report import console, report
 from bench.rig.engine import KEY
@@ -68,8 +68,6 @@ def main(
                 rows += asyncio.run(Overload(urls, tokens, bar, records).beyond(chosen, phase))
     title = f"Overload: {GATEWAYS} gateways, one engine, {subject.title}, answers of {tokens} tokens"
     report(title, rows, out, **{what: _summary(load) for what, load in records.items()})
-    if any(WRONG in str(value) for _, value in rows):
-        raise typer.Exit(1)
 
 
 class _Bar:

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from bench import script
-from bench.fleet.machine import ENGINES, engine_client, wait_for_router
-from bench.page.report import report
+from bench.fleet.machine import ENGINES, engine_of, wait_for_router
+from bench.page.report import marked, report
 from bench.rig.engine import KEY
 from bench.rig.subject import BankOption, ModelOption, configured_subject
 from bench.rig.up import Up, up
@@ -44,18 +44,11 @@ class Found:
         equal = self.answers - len(self.differing)
         everywhere = set.union(*self.resident.values()) >= self.recipes
         return [
-            (
-                "answers equal to one engine's",
-                _marked(f"{equal} of {self.answers}", not self.differing),
-            ),
-            ("recipes", _marked(str(len(self.recipes)), everywhere)),
+            ("answers equal to one engine's", marked(f"{equal} of {self.answers}", not self.differing)),
+            ("recipes", marked(len(self.recipes), everywhere)),
             *held,
-            ("recipes on both engines", _marked(str(len(self.twice)), not self.twice)),
+            ("recipes on both engines", marked(len(self.twice), not self.twice)),
         ]
-
-
-def _marked(value: str, good: bool) -> str:
-    return value if good else f"{value}  ← wrong"
 
 
 def compared(started: Up, people: Sequence[Mapping[str, Any]], max_tokens: int) -> Found:
@@ -80,14 +73,13 @@ def compared(started: Up, people: Sequence[Mapping[str, Any]], max_tokens: int) 
         list(pool.map(serve, people))
     resident = {}
     for name in ENGINES:
-        with engine_client(started, name) as engine:
-            resident[name] = set(engine.get("/mta/v1/resident").raise_for_status().json()["resident"])
-    with engine_client(started, ENGINES[0]) as engine, ThreadPoolExecutor(CONCURRENCY) as pool:
+        with engine_of(started, name) as engine:
+            resident[name] = set(engine.resident()["resident"])
+    with engine_of(started, ENGINES[0]) as engine, ThreadPoolExecutor(CONCURRENCY) as pool:
 
         def alone(recipe: str, text: str) -> str:
-            body = {"model": recipe, "messages": [{"role": "user", "content": text}], **greedy}
-            answer = engine.post("/v1/chat/completions", json=body).raise_for_status().json()
-            said: str = answer["choices"][0]["message"]["content"]
+            answer = engine.chat(recipe, text, **greedy).raise_for_status()
+            said: str = answer.json()["choices"][0]["message"]["content"]
             return said
 
         again = list(pool.map(lambda one: alone(one[0], one[1]), asked))
@@ -113,8 +105,6 @@ def main(
         wait_for_router(started)
         found = compared(started, people, max_tokens)
     report(f"{len(people)} users, two engines", found.rows, out)
-    if any("wrong" in value for _, value in found.rows):
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

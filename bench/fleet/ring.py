@@ -1,7 +1,7 @@
 """The hash ring of vllm-router 0.1.17, reimplemented for simulations of a fleet.
 
 The router hashes with mcrouter's FurcHash over 2^23 - 1 buckets and spreads the bucket over 64 bits with MurmurHash64A;
-a session goes to the first virtual node at or after it. `tests/integration/test_router.py` compares it with the router.
+a session goes to the first virtual node at or after it. `tests/integration/test_fleet.py` compares it with the router.
 """
 
 from __future__ import annotations

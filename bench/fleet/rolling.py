@@ -26,7 +26,7 @@ import typer
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
 from bench import script
-from bench.page.report import console, report
+from bench.page.report import console, marked, report
 from bench.rig.engine import KEY
 from bench.rig.processes import Background, mta, running, wait_until
 from bench.rig.router import running_router
@@ -238,13 +238,11 @@ def main(out: Annotated[Path | None, typer.Option(help="Write the figures as JSO
         ("parts exchanged under load", str(exchanged)),
         ("answers", f"{recipes.total():,}"),
         ("answers by bank", ", ".join(f"{name}: {count:,}" for name, count in recipes.items())),
-        ("answers by the base model", f"{impersonal}  ← wrong" if impersonal else "0"),
-        ("requests that failed", f"{len(failures)} {failures[:3]}  ← wrong" if failures else "0"),
-        ("the next bank serves", "yes" if moved else "no  ← wrong"),
+        ("answers by the base model", marked(impersonal, not impersonal)),
+        ("requests that failed", marked(f"{len(failures)} {failures[:3] or ''}".strip(), not failures)),
+        ("the next bank serves", marked("yes" if moved else "no", moved)),
     ]
     report("two gateways, a router and two engines, all exchanged under load", rows, out)
-    if failures or impersonal or not moved:
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

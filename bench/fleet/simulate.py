@@ -20,7 +20,7 @@ import numpy.typing as npt
 import typer
 
 from bench import script
-from bench.fleet.machine import ENGINES, engine_client, tiny_machine
+from bench.fleet.machine import ENGINES, engine_of, tiny_machine
 from bench.fleet.ring import Ring, random_places
 from bench.page.report import Figures, tabulate
 from bench.rig.engine import KEY
@@ -141,13 +141,11 @@ def checked(seed: int) -> Checked:
         tempfile.TemporaryDirectory() as scratch,
         tiny_machine(Path(scratch), *options, environment=environment) as machine,
     ):
-        said = machine.ready()
-        assert said
-        urls = [engine["url"] for engine in said["parts"]["engines"]]
-        short = said["parts"]["bank"]["fingerprint"][:8]
+        parts = httpx.get(f"{machine.up.url}/ready").json()["parts"]
+        urls, short = [engine["url"] for engine in parts["engines"]], parts["bank"]["fingerprint"][:8]
         recipes = [f"mta3:{short}:shared:c+a00*{n + 1}+a01*{900 - n}" for n in range(CHECKED_RECIPES)]
         headers = {"Authorization": f"Bearer {KEY}"}
-        with httpx.Client(base_url=said["parts"]["engine_url"]["url"], headers=headers, timeout=60) as router:
+        with httpx.Client(base_url=parts["engine_url"]["url"], headers=headers, timeout=60) as router:
             for number in asking.tolist():
                 body = {"model": recipes[number], "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
                 session = {"X-Session-ID": recipes[number]}
@@ -156,10 +154,10 @@ def checked(seed: int) -> Checked:
         engines = np.array([ring.engine_of(recipes[number]) for number in asking.tolist()])
         misplaced, prepares, fuses = 0, 0, 0
         for number, name in enumerate(ENGINES):
-            with engine_client(machine.up, name) as engine:
-                resident = engine.get("/mta/v1/resident").raise_for_status().json()["resident"]
-                engine.get("/metrics").raise_for_status()  # updates the counters that the status reports
-                status = engine.get("/mta/v1/status").raise_for_status().json()
+            with engine_of(machine.up, name) as engine:
+                resident = engine.resident()["resident"]
+                engine.client.get("/metrics").raise_for_status()  # updates the counters that the status reports
+                status = engine.status()
             misplaced += sum(ring.engine_of(recipe) != number for recipe in resident if recipe in recipes)
             prepares, fuses = prepares + status["prepares"], fuses + status["fuses"]
     simulated = served(asking, engines, len(ENGINES), CHECKED_HELD)

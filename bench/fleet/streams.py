@@ -8,7 +8,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +132,13 @@ class Loader:
             under_way.append(asyncio.create_task(self.stream(next(urls))))
             under_way[-1].add_done_callback(lambda task: on_stream(task.result()))
         return Load(await asyncio.gather(*under_way), time.perf_counter() - start_s)
+
+
+def user_bodies(tokens: int, users: int) -> Iterator[dict[str, Any]]:
+    """Yield requests of the users in turn, with distinct prompts."""
+    for number in itertools.count():
+        user, prompt = f"user-{number % users}", f"Write the sentence number {number}."
+        yield {"user_id": user, "prompt": prompt, "max_tokens": tokens, "stream": True, "history": 0}
 
 
 @asynccontextmanager

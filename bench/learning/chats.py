@@ -27,7 +27,7 @@ from playwright.sync_api import Page
 
 from adapters.errors import MtaError
 from bench import script
-from bench.page.report import report
+from bench.page.report import marked, report
 from bench.rig.browser import HEIGHT, WIDTH, chromium, running_browser
 from bench.rig.processes import mta, running, wait_until
 from bench.rig.up import Up, up
@@ -102,10 +102,8 @@ def main(
             context.set_default_timeout(ANSWER_S * 1000)
             chat = _chat(context.new_page(), url, Path(scratch), out / "chat.png")
         rows, seen = _checked(ran, key, chat)
-    report(f"Open WebUI {chat.version}, {len(MESSAGES)} messages", rows, out / "chats.json", chat=asdict(chat), **seen)
     typer.echo(f"screenshot: {out / 'chat.png'}")
-    if any("← wrong" in str(value) for _, value in rows):
-        raise typer.Exit(1)
+    report(f"Open WebUI {chat.version}, {len(MESSAGES)} messages", rows, out / "chats.json", chat=asdict(chat), **seen)
 
 
 def _learning_key(ran: Up) -> str:
@@ -195,17 +193,13 @@ def _checked(ran: Up, key: str, chat: Chat) -> tuple[list[tuple[str, object]], d
     levels = Counter(line.rpartition(" ")[2] for line in log)
     refused = [line for line in log if " 200 " not in line]
     return [
-        ("items: the person's messages and nothing else", _verdict(len(items), items == chat.expected)),
-        ("level of the next answer", _verdict(level, level == "merged")),
-        ("answers at level merged", _verdict(levels["merged"], levels["merged"] == len(MESSAGES) - 1)),
+        ("items: the person's messages and nothing else", marked(len(items), items == chat.expected)),
+        ("level of the next answer", marked(level, level == "merged")),
+        ("answers at level merged", marked(levels["merged"], levels["merged"] == len(MESSAGES) - 1)),
         # the first answer, whose writer is unknown; a title, tags, and follow-ups of each answer
-        ("answers at level base", _verdict(levels["base"], levels["base"] >= 3 + len(MESSAGES))),
-        ("requests that were refused or broken", _verdict(len(refused), not refused)),
+        ("answers at level base", marked(levels["base"], levels["base"] >= 3 + len(MESSAGES))),
+        ("requests that were refused or broken", marked(len(refused), not refused)),
     ], {"items": items, "log": log}
-
-
-def _verdict(value: object, holds: bool) -> str:
-    return f"{value}" if holds else f"{value} ← wrong"
 
 
 if __name__ == "__main__":

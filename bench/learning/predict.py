@@ -190,9 +190,12 @@ def _decoded(line: str) -> Learner:
 
 
 def table(learners: Sequence[Learner]) -> Figures:
-    """Return the mean losses and, over people, the differences that matter, by the number of texts learnt from."""
+    """Return the mean losses and, over people, the differences that matter, by the number of texts learnt from.
+
+    Nothing is shown of the first text: a person without a profile is served by the base model in every way.
+    """
     lines: list[Sequence[Any]] = []
-    for first, last in ((0, 1), (1, 4), (4, 8), (8, 12), (12, 16)):
+    for first, last in ((1, 4), (4, 8), (8, 12), (12, 16)):
         kept = [person for person in learners if len(person.texts) > first]
         if not kept:
             break
@@ -203,8 +206,7 @@ def table(learners: Sequence[Learner]) -> Figures:
         ]
         levels = [level for person in kept for level in person.levels[first:last]]
         shares = ", ".join(f"{levels.count(level) / len(levels):.0%} {level}" for level in dict.fromkeys(levels))
-        learnt = f"{first}" if last == first + 1 else f"{first} to {last - 1}"
-        lines.append((learnt, *(f"{fmean(means[way]):.3f}" for way in WAYS), *gains, shares))
+        lines.append((f"{first} to {last - 1}", *(f"{fmean(means[way]):.3f}" for way in WAYS), *gains, shares))
     columns = ("texts learnt from", *WAYS, "common less base", "served less common", "both with history", "levels")
     return Figures("Loss of the next text, nats a token", columns, lines)
 
@@ -214,7 +216,7 @@ def picture(learners: Sequence[Learner]) -> Any:
     from bench.page.pictures import panels_in_a_row
 
     figure, (axis,) = panels_in_a_row(1, width=6.4, height=3.6)
-    rounds = range(max(len(person.texts) for person in learners))
+    rounds = range(1, max(len(person.texts) for person in learners))
     for one, other in (("served", "common"), ("served+history", "common+history")):
         gains = [
             over_users([p.losses[one][place] - p.losses[other][place] for p in learners if place < len(p.texts)])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import os
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -23,18 +22,10 @@ import aiohttp
 import typer
 
 from bench import script
-from bench.fleet.fairness import PLACES, USERS, user_bodies
-from bench.fleet.streams import Load, loading
+from bench.fleet.fairness import PLACES, USERS, pinned_gateway
+from bench.fleet.streams import Load, loading, user_bodies
 from bench.page.report import Spread, report
-from bench.rig.engine import KEY
-from bench.rig.processes import wait_until
-from bench.rig.servers import vllm_server
-from bench.rig.subject import tiny
 from bench.rig.tiny import world
-from bench.rig.up import gateway_url, running_gateway
-from bench.rig.valkey import ValkeyProcess
-from bench.serving.front import SECRET
-from mta_client import Client
 
 TOKENS = 32
 
@@ -47,31 +38,17 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure feedback beside answers."""
-    with tempfile.TemporaryDirectory() as scratch:
-        subject = tiny(Path(scratch))
-        *others, engines_core = sorted(os.sched_getaffinity(0))
-        store = ValkeyProcess(Path(scratch) / "valkey").start()
-        try:
-            os.sched_setaffinity(0, {engines_core})
-            with vllm_server(subject, max_num_seqs=PLACES, max_loras=USERS) as engine:
-                os.sched_setaffinity(0, others or {engines_core})
-                with running_gateway(subject.bank, store.url, engine.url, KEY, SECRET, engine_places=PLACES) as process:
-                    rows = asyncio.run(_measure(gateway_url(process), seconds / turns, turns, clients))
-        finally:
-            store.kill()
+    with tempfile.TemporaryDirectory() as scratch, pinned_gateway(Path(scratch), {}) as (subject, url):
+        rows = asyncio.run(_measure(url, seconds / turns, turns, clients))
     report(f"Feedback from {clients} clients beside answers of {TOKENS} tokens, {subject.title}", rows, out)
 
 
 async def _measure(url: str, seconds: float, turns: int, clients: int) -> list[tuple[str, object]]:
-    with Client(url) as client:
-        wait_until(client.ready, f"{url} to be ready")
-        for user in range(USERS):
-            client.put_profile(f"user-{user}", [world(user)])
     gc.collect()
     gc.freeze()  # a collection of all imported objects would stop the clients for half a second
     alone, beside, rates = list[Load](), list[Load](), list[float]()
     statuses: Counter[int] = Counter()
-    async with loading([url], user_bodies(TOKENS)) as loader:
+    async with loading([url], user_bodies(TOKENS, USERS)) as loader:
         await loader.closed(PLACES, min(seconds, 5), lambda _: None)
         half = (await loader.closed(PLACES, seconds, lambda _: None)).rate / 2
         for turn in range(turns):

@@ -20,6 +20,7 @@ import typer
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from adapters.recipe import FusionMethod
 from bank.items.prompt import chat_messages
 from bank.models.folders import ensure_base_model
 from bench import script
@@ -41,7 +42,7 @@ QUESTIONS = (
 
 def main(
     *,
-    bank: Annotated[Path, typer.Option(help="A bank of method `shared`.")],
+    bank: Annotated[Path, typer.Option(help="A bank of method `shared`, without directions.")],
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     users: Annotated[Path | None, typer.Option(help="LaMP per-user file to take prompts from.")] = None,
     prompts: Annotated[int, typer.Option(help="Number of prompts.", min=4)] = 40,
@@ -49,10 +50,12 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Report the largest difference in log-probability (float32) and the share of equal greedy texts (bfloat16)."""
+    shared = OpenBank.open(bank)
+    if shared.manifest.directions or shared.manifest.method is not FusionMethod.SHARED:
+        raise typer.BadParameter("its rows must be anchors' own, not directions, and share one A", param_hint="--bank")
     folder = ensure_base_model(model, Settings().cache_dir)
     texts = _prompts(users, prompts)
     with tempfile.TemporaryDirectory() as scratch:
-        shared = OpenBank.open(bank)
         banks = [shared, rewritten(shared, Path(scratch))]
         gaps: dict[str, list[float]] = defaultdict(list)
         equal: dict[str, list[bool]] = defaultdict(list)

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from adapters.flat import flat_a, flat_b, lora_of
+from adapters.flat import flattened, lora_of
 from adapters.lora import LoraWeights, RowLayout, serving_rank
 from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from adapters.user_adapter import UserAdapter
 from bank.manifest import MATRIX_FILE, BankManifest, file_sha256, fused_rank, read_manifest, write_manifest
 from bank.matrix import open_matrix
-from bench.oracle.dense import dense_adapter, stacked_adapter
+from bench.oracle.dense import dense_adapter
 from bench.rig.user_adapters import random_user_adapter
 from server.store.adapters import new_adapter_id
 from server.store.tenants.user_key import UserKeys
@@ -71,9 +71,7 @@ class Case:
 
     def dense(self, model: Any) -> AbstractContextManager[None]:
         """Return a context in which the model has the recipe's ΔW, including the user adapter."""
-        if self.user is None:
-            return dense_adapter(model, self.bank.matrix, self.recipe)
-        return stacked_adapter(model, self.bank.matrix, self.recipe, self.user)
+        return dense_adapter(model, self.bank.matrix, self.recipe, self.user)
 
 
 def rewritten(shared: OpenBank, scratch: Path) -> OpenBank:
@@ -112,4 +110,4 @@ def _turned(layout: RowLayout, lora: LoraWeights, seed: int) -> torch.Tensor:
         a={name: q @ a for name, a in lora.a.items()},
         b={name: b @ q.T for name, b in lora.b.items()},
     )
-    return torch.cat([flat_a(layout, turned), flat_b(layout, turned)])
+    return torch.cat([flattened(layout, turned.a), flattened(layout, turned.b)])

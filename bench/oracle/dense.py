@@ -5,7 +5,7 @@ The tests and `bench/oracle` compare a running vLLM with Hugging Face models tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -47,32 +47,18 @@ def dense_delta(matrix: MetaMatrix, recipe: FusionRecipe, module: ModuleShape) -
 
 
 @contextmanager
-def dense_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe) -> Iterator[None]:
-    """Add a recipe's ΔW to the weights of a Hugging Face model until the block ends."""
-    with added(model, {module.name: dense_delta(matrix, recipe, module) for module in matrix.layout.modules}):
-        yield
-
-
-@contextmanager
-def stacked_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe, user: UserAdapter) -> Iterator[None]:
-    """Add a recipe's ΔW and a user adapter's ΔW, B_u A_u, to the weights until the block ends."""
-    deltas = {
-        module.name: dense_delta(matrix, recipe.plain, module)
-        + user.weights.b[module.name].double() @ user.weights.a[module.name].double()
-        for module in matrix.layout.modules
-    }
-    with added(model, deltas):
-        yield
-
-
-@contextmanager
-def added(model: Any, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Add ΔW [H_out, H_in] to the weights of some modules until the block ends."""
+def dense_adapter(
+    model: Any, matrix: MetaMatrix, recipe: FusionRecipe, user: UserAdapter | None = None
+) -> Iterator[None]:
+    """Add a recipe's ΔW, and a user adapter's, B_u A_u, to the weights of a Hugging Face model until the block ends."""
     kept = {}
     with torch.no_grad():
-        for name, delta in deltas.items():
-            weight = model.get_submodule(name).weight
-            kept[name] = weight.detach().clone()
+        for module in matrix.layout.modules:
+            delta = dense_delta(matrix, recipe, module)
+            if user is not None:
+                delta += user.weights.b[module.name].double() @ user.weights.a[module.name].double()
+            weight = model.get_submodule(module.name).weight
+            kept[module.name] = weight.detach().clone()
             weight += delta.to(weight.dtype)
     try:
         yield

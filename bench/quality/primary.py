@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from bank.evaluation.intervals import Interval, compare_together
-from bank.evaluation.run import RECORDS_FILE, read_records
+from bank.evaluation.run import RECORDS_FILE, Record, read_records
 from bank.evaluation.summary import user_losses
 from bench import script
 from bench.page.report import report
@@ -57,9 +57,23 @@ def main(
 
 def mean_losses(folders: Sequence[Path]) -> Losses:
     """Return each person's loss by method: the mean over folders, of methods that have the same people in all."""
-    runs = [user_losses(list(read_records(folder / RECORDS_FILE))) for folder in folders]
+    runs = [user_losses(_records(folder)) for folder in folders]
     methods = [m for m, people in runs[0].items() if all(run.get(m, {}).keys() == people.keys() for run in runs)]
     return {m: {user: fmean(run[m][user] for run in runs) for user in runs[0][m]} for m in methods}
+
+
+def _records(folder: Path) -> list[Record]:
+    """Return a folder's records, the last of each query; refuse a query that two different evaluations have read."""
+    found: dict[tuple[str, str, int, str], Record] = {}
+    for record in read_records(folder / RECORDS_FILE):
+        what = (record.user_id, record.method, record.seed, record.query_id)
+        if found.setdefault(what, record).key != record.key:
+            raise typer.BadParameter(
+                f"{folder / RECORDS_FILE} has {record.method} of {record.user_id} by evaluations with different banks, "
+                "settings or data: give each a folder of its own"
+            )
+        found[what] = record
+    return list(found.values())
 
 
 def _folders(task: str, listed: str) -> list[Path]:

@@ -7,10 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from bench.rig.tiny import CHAT_TEMPLATE, byte_tokenizer
-
+CHAT_TEMPLATE = (  # strict, as many models' are
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('the system message must come first') }}{% endif %}"
+    "{% if not loop.first and message['role'] == loop.previtem['role'] %}"
+    "{{ raise_exception('after ' + message['role'] + ' comes another role') }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 WITHOUT_SYSTEM = (  # as Gemma 2's and the first Mistral's
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -96,3 +105,16 @@ def tiny_of(architecture: str, folder: Path, *, seed: int = 0, **changes: object
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def byte_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per byte and the chat marks, filled up to `size` tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet += [f"filler{i}" for i in range(size - len(alphabet) - len(SPECIAL))]
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

@@ -1,4 +1,4 @@
-"""Helpers for benchmarks of a running server: its API key, and a wait for signatures."""
+"""Helpers for benchmarks of a running server: its API key, its metrics, and a wait for signatures."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def authorization() -> dict[str, str]:
     """Return the header with the API key from MTA_API_KEY, as `mta_client` sends it; empty without a key."""
     key = os.environ.get("MTA_API_KEY")
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def summed(metrics: str, name: str) -> float:
+    """Return a time series of the text of `/metrics`, or the sum over all labels if `name` has none; 0 if not there."""
+    found = (line for line in metrics.splitlines() if line.startswith((f"{name} ", f"{name}{{")))
+    return sum(float(line.rpartition(" ")[2]) for line in found)
 
 
 def until_signed(client: Client, users: Iterable[str]) -> set[str]:

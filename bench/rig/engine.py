@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
+from bench.rig.client import summed
 from bench.rig.processes import mta, running, wait_until
 from server.supervisor.services import free_port
 
@@ -38,24 +40,19 @@ class Engine:
             response.raise_for_status()
             yield response.iter_lines()
 
-    def status(self) -> dict[str, object]:
+    def status(self) -> dict[str, Any]:
         """Return the answer of the private status route."""
-        response = self.client.get("/mta/v1/status")
-        response.raise_for_status()
-        answer: dict[str, object] = response.json()
+        answer: dict[str, Any] = self.client.get("/mta/v1/status").raise_for_status().json()
         return answer
 
     def resident(self) -> dict[str, list[str]]:
         """Return what the workers hold: `resident` recipes, and recipes whose user adapter is `held`."""
-        response = self.client.get("/mta/v1/resident")
-        response.raise_for_status()
-        answer: dict[str, list[str]] = response.json()
+        answer: dict[str, list[str]] = self.client.get("/mta/v1/resident").raise_for_status().json()
         return answer
 
     def metric(self, name: str) -> float:
         """Return the sum of a metric over all labels."""
-        lines = self.client.get("/metrics").text.splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+        return summed(self.client.get("/metrics").text, name)
 
     def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
         """Return the log-probability of each prompt token given those before it, from the second token on."""

@@ -28,6 +28,6 @@ def people(count: int, items: int = 14) -> list[dict[str, Any]]:
 
 
 def write_people(path: Path, everybody: Sequence[object]) -> Path:
-    """Write a file of people for `mta bank build --users`."""
+    """Write a file of people, as `mta bank build` and `mta users import` read it."""
     path.write_text(json.dumps(list(everybody)), "utf-8")
     return path

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from adapters.lora import RowLayout
 from adapters.recipe import FusionMethod
@@ -21,42 +20,15 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.signature import Curvature
 from bank.manifest import BaseModelId, EmbedderId, PosteriorRule, WeightRule
 from bank.models.folders import model_hash
+from bench.rig.architectures import byte_tokenizer, tiny_of
 
-CHAT_TEMPLATE = (  # strict, as many models' are
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' and not loop.first %}"
-    "{{ raise_exception('the system message must come first') }}{% endif %}"
-    "{% if not loop.first and message['role'] == loop.previtem['role'] %}"
-    "{{ raise_exception('after ' + message['role'] + ' comes another role') }}{% endif %}"
-    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 WORLDS = ("surfing and the sea", "office planning", "growing roses", "chess openings", "baking bread", "old trains")
 
 
 def tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
     """Write a random Llama (two layers, hidden 64) with a byte-level tokenizer and a chat template."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,  # divides over two tensor-parallel ranks
-        head_dim=32,
-        max_position_embeddings=context,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
-        bos_token_id=None,
-        initializer_range=0.1,  # large enough for adapters to change the greedy token
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    # Two heads of each kind divide over two tensor-parallel ranks.
+    return tiny_of("llama", folder, seed=seed, num_attention_heads=2, max_position_embeddings=context)
 
 
 def weightless_model(folder: Path, **shape: int) -> Path:
@@ -146,16 +118,3 @@ def world(index: int) -> str:
     """Return the text that anchor `index` embeds: a user who writes it is nearest to that anchor."""
     turn, place = divmod(index, len(WORLDS))
     return WORLDS[place] if not turn else f"{WORLDS[place]}, chapter {turn}"
-
-
-def byte_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per byte and the chat marks, filled up to `size` tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    alphabet += [f"filler{i}" for i in range(size - len(alphabet) - len(SPECIAL))]
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
-    fast.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
-    fast.chat_template = CHAT_TEMPLATE
-    return fast

@@ -7,7 +7,6 @@ The engine has a tiny model, so that the streams mainly wait for the gateway and
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import AsyncIterator
@@ -19,6 +18,7 @@ from rich.progress import Progress
 
 from bench.page.report import Figures, Spread, percentile
 from bench.rig.engine import KEY
+from bench.rig.people import write_people
 from bench.rig.processes import memory_mib, mta
 from bench.rig.servers import vllm_server
 from bench.rig.subject import tiny
@@ -67,7 +67,7 @@ async def _turns(url: str, pid: int, people: int, folder: Path, progress: Progre
             async with _streaming(session, url) as gaps:
                 await asyncio.sleep(ALONE_S)
             alone.append(percentile(gaps, 0.99))
-            path = _write_people(folder / f"people-{turn}.ndjson", turn * part, part)
+            path = write_people(folder / f"people-{turn}.json", _people(turn * part, part))
             async with _streaming(session, url) as gaps:
                 start_s = time.perf_counter()
                 await _import(path, url)
@@ -126,13 +126,9 @@ async def _import(path: Path, url: str) -> None:
         raise RuntimeError(f"the import failed: {output.decode(errors='replace')}")
 
 
-def _write_people(path: Path, first: int, count: int) -> Path:
-    chance = random.Random(first)
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(first, first + count):
-            person = {"user_id": f"person-{number:07d}", "profile": [_item(chance) for _ in range(ITEMS)]}
-            file.write(json.dumps(person) + "\n")
-    return path
+def _people(first: int, count: int) -> list[object]:
+    chance, numbers = random.Random(first), range(first, first + count)
+    return [{"user_id": f"person-{n:07d}", "profile": [_item(chance) for _ in range(ITEMS)]} for n in numbers]
 
 
 def _item(chance: random.Random) -> str:

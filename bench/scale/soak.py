@@ -21,7 +21,7 @@ from bank.models.folders import ensure_embedder
 from bench import script
 from bench.page.report import report
 from bench.rig.engine import Engine, running_engine
-from bench.rig.processes import descendants
+from bench.rig.processes import descendants, memory_mib
 from bench.rig.tiny import tiny_bank, tiny_model
 from server.settings import Settings
 
@@ -136,14 +136,8 @@ def _resident_mib(pid: int) -> dict[str, float]:
     """Return the resident set of the engine's processes in MiB, by name."""
     sizes = {}
     for process in [pid, *descendants(pid)]:
-        status = dict(
-            line.split(":", 1)
-            for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
-            if ":" in line
-        )
-        kib = int(status.get("VmRSS", "0 kB").split()[0])
-        if kib > 100 << 10:  # ignore helper processes such as resource trackers
-            sizes[f"{status['Name'].strip()} ({process})"] = kib / 1024
+        if (mib := memory_mib(process)) > 100:  # ignore helper processes such as resource trackers
+            sizes[f"{Path(f'/proc/{process}/comm').read_text('utf-8').strip()} ({process})"] = mib
     return sizes
 
 

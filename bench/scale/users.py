@@ -179,9 +179,10 @@ async def _look_up(
             return taken_ms
 
         alone = [await look_up() for _ in range(third)]
-        under_way = []
+        under_way, next_s = [], time.perf_counter()
         for _ in range(third):
-            await asyncio.sleep(chance.expovariate(ARRIVALS_PER_S))
+            next_s += chance.expovariate(ARRIVALS_PER_S)
+            await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
             under_way.append(asyncio.create_task(look_up()))
         arriving = await asyncio.gather(*under_way)
 

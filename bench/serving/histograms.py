@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bench.rig.client import summed
+
 COLD_PATH = {
     "check": "mta_engine_check_seconds",
     "fuse": "mta_engine_fuse_seconds",
@@ -26,15 +28,7 @@ class Total:
 
 def totals(text: str, names: Mapping[str, str]) -> dict[str, Total]:
     """Return the totals of some histograms of `/metrics`; a missing one counts as empty."""
-    found = {}
-    for called, name in names.items():
-        sums = dict.fromkeys((f"{name}_count", f"{name}_sum"), 0.0)
-        for line in text.splitlines():
-            sample = line.partition("{")[0].partition(" ")[0]
-            if sample in sums:
-                sums[sample] += float(line.rpartition(" ")[2])
-        found[called] = Total(*sums.values())
-    return found
+    return {called: Total(summed(text, f"{name}_count"), summed(text, f"{name}_sum")) for called, name in names.items()}
 
 
 def means_ms(before: Mapping[str, Total], after: Mapping[str, Total]) -> dict[str, float]:

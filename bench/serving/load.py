@@ -103,10 +103,11 @@ class Loader:
 
     async def arriving(self, asks: Iterable[Ask], per_s: float, burst: int = 1, seed: int = 0) -> list[Answer]:
         """Run an open loop: bursts of `burst` requests arrive as a Poisson process, whatever the answers take."""
-        chance, under_way = random.Random(seed), []
+        chance, under_way, next_s = random.Random(seed), [], time.perf_counter()
         for number, ask in enumerate(asks):
             if number % burst == 0:
-                await asyncio.sleep(chance.expovariate(per_s / burst))
+                next_s += chance.expovariate(per_s / burst)
+                await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
             under_way.append(asyncio.create_task(self.stream(ask)))
         return await asyncio.gather(*under_way)
 

@@ -5,47 +5,29 @@ Poisson process: in the first block from new users, in the second from users who
 there are none. The cost is the ratio of the gaps' p99 in the first two blocks of a turn.
 
     mta bench stall --rank 64 --burst 14       # many arrivals at once, with adapters that take longer to fuse
-    mta bench stall --line 20                  # without an engine, at the size of an 8B Llama at rank 16
-
-With `--line N` a step needs an adapter while N other fusions are queued before it. Its wait is compared with that in an
-empty queue. The rows are random, the fusions are real.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import torch
 import typer
-from rich.progress import Progress, track
-from transformers import LlamaConfig, LlamaForCausalLM
+from rich.progress import Progress
 
-from adapters.fusion import fuse_flat
-from adapters.lora import RowLayout
-from adapters.matrix import MetaMatrix
-from adapters.recipe import parse_recipe
-from adapters.training.trainer import linear_modules
 from bench import script
-from bench.gpu import SHAPES, Shape
 from bench.page.report import Figures, Spread, percentile, tabulate
 from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, TinyOption, configured_subject, random_subject, tiny
-from bench.serving.histograms import BLOCKING_STEPS, totals
+from bench.serving.histograms import BLOCKING_STEPS
 from bench.serving.load import Answer, Ask, Loader, Prompts, loading
-from server.engine.cpu import native
-from server.engine.fusing.prefetch import MAX_PREFETCHED, FusionPrefetcher
-from server.settings import Settings
 
 KINDS = ("never-seen users", "resident users", "nobody")
-LINE_RANK, LINE_ROWS = 16, 3
 RESIDENT = 4
 """Number of resident users' recipes, including those of the warm streams."""
 
@@ -63,17 +45,10 @@ def main(
     pairs: Annotated[int, typer.Option(help="Turns, after one for warm-up.", min=1)] = 5,
     slots: Annotated[int, typer.Option(help="Adapter slots.", min=RESIDENT + 1)] = 16,
     rank: Annotated[int | None, typer.Option(help="Use a random bank of this rank.", min=1)] = None,
-    line: Annotated[
-        int | None,
-        typer.Option(help="Fusions queued before a step's own; starts no engine.", min=1, max=MAX_PREFETCHED - 1),
-    ] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/stall.json"),
 ) -> None:
     """Measure inter-token p50 and p99 of warm streams during arrivals."""
-    if line is not None:
-        tabulate([_measure_queue(line, rank or LINE_RANK, pairs)], out, bench="stall")
-        return
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
         if rank is not None:
             subject = random_subject(Path(scratch), model, rank)
@@ -84,9 +59,7 @@ def main(
 
             def waited_ms() -> float:
                 """Return the total time that steps have waited for adapters."""
-                return 1000 * sum(
-                    t.seconds for t in totals(engine.client.get("/metrics").text, BLOCKING_STEPS).values()
-                )
+                return 1000 * sum(engine.metric(f"{name}_sum") for name in BLOCKING_STEPS.values())
 
             async def measure() -> dict[str, list[_Block]]:
                 recipes, prompts = (recipe.name for recipe in subject.recipes()), Prompts(subject.model)
@@ -137,41 +110,6 @@ def main(
         "first token of who arrives, ms",
     )
     tabulate([Figures(title, columns, lines)], out, bench="stall", p99_ms=p99)
-
-
-def _measure_queue(line: int, rank: int, pairs: int) -> Figures:
-    """Measure a step's wait for its adapter, with an empty queue and with other fusions queued."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[Shape.LLAMA_8B]))
-    layout = RowLayout(linear_modules(model), rank, shared_a=True)
-    rows = (torch.randn(LINE_ROWS, layout.row_numbers) * 0.01).to(torch.bfloat16)
-    matrix = MetaMatrix(layout, rows, LINE_ROWS - 1, True, torch.zeros(layout.a_numbers, dtype=torch.bfloat16))
-    compiled = native.kernels(Settings().cache_dir)
-    sum_transposed = compiled.weighted_sum_transposed if compiled else None
-    prefetcher = FusionPrefetcher(lambda name: fuse_flat(matrix, parse_recipe(name), sum_transposed=sum_transposed))
-    terms = ((first, other) for first in range(1, 500) for other in range(1, 500))
-    names = (f"mta3:00000000:shared:c+a00*{first}+a01*{other}" for first, other in terms)
-
-    def waited_ms(before: int) -> float:
-        others, mine = list(itertools.islice(names, before)), next(names)
-        for name in others:
-            prefetcher.start(name)
-        start = time.perf_counter()
-        prefetcher.result(mine)
-        waited = 1000 * (time.perf_counter() - start)
-        for name in (mine, *others):
-            prefetcher.result(name)
-            prefetcher.discard(name)
-        return waited
-
-    turns = [(waited_ms(0), waited_ms(line)) for _ in track(range(pairs + 1), "nobody and a line in turn")][1:]
-    alone, behind = ([turn[place] for turn in turns] for place in (0, 1))
-    lines: list[list[object]] = [
-        ["nobody", Spread.of(alone), None],
-        [f"{line} others", Spread.of(behind), Spread.ratio(behind, alone)],
-    ]
-    title = f"Llama, 8B, shared, rank {rank}, bfloat16: what a step waits for an adapter that it needs, {pairs} times"
-    return Figures(title, ("who is in the line", "waited, ms", "over nobody"), lines)
 
 
 @dataclass(frozen=True, slots=True)

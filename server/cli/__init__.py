@@ -29,7 +29,7 @@ from server.settings import Settings, load_settings
 app = typer.Typer(name="mta", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 # Exceptions that signal handlers raise; `bench.exit_on_sigterm` raises SystemExit.
 _SIGNALS: dict[type[BaseException], signal.Signals] = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
-_URL_PASSWORD = re.compile(r"(://[^:/@]*:)[^/]+(?=@)")  # up to the URL's last @
+_URL_PASSWORD = re.compile(r"(://[^:/@]*:)[^/]+(?=@)|(password=)[^&]+")  # the first up to the URL's last @
 
 
 def _show_version(wanted: bool) -> None:
@@ -79,7 +79,7 @@ def settings() -> None:
         column.overflow = "fold"
     for name, field in Settings.model_fields.items():
         value = getattr(current, name)
-        shown = "" if value is None else _URL_PASSWORD.sub(r"\1***", str(value))  # secrets print as asterisks
+        shown = "" if value is None else _URL_PASSWORD.sub(r"\1\2***", str(value))  # secrets print as asterisks
         table.add_row(f"MTA_{name.upper()}", Text(shown), Text(field.description or ""))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 

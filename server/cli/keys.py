@@ -20,7 +20,7 @@ from adapters.errors import MtaError, excerpt
 from server.cli.shared import setting
 from server.settings import Settings, load_settings
 from server.store.tenants import access_keys
-from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, KeyRing, Policy, Scope
+from server.store.tenants.access_keys import CREATE, AccessKey, KeyRing, Policy, Scope
 from server.store.tenants.rates import Allowance, Quota
 from server.watching.audit import Act, audit_to, note
 
@@ -101,7 +101,7 @@ def create(
     key = access_keys.access_key(secret, name, owner, scopes, policy)
     expires_ms = None if days is None else key.created_ms + days * DAY_MS
     key = replace(key, expires_ms=expires_ms, note=access_keys.checked_note(remark))
-    if not _with_keys(settings, lambda keys: keys.add(key, only_first=first)):
+    if not with_stores(settings, lambda stores: stores.keys.add(key, only_first=first)):
         typer.echo(f"the store has had a key before, so none was created: `{CREATE} NAME` creates another", err=True)
         return
     note(Act.KEY_CREATED, "done", key="cli", tenant=key.tenant, of_key=key.id)
@@ -144,13 +144,13 @@ def revoke(
 ) -> None:
     """Revoke a key; gateways refuse it within five seconds."""
 
-    async def find_and_revoke(keys: AccessKeys) -> tuple[AccessKey, bool]:
-        for key in (await keys.all()).keys:
+    async def find_and_revoke(stores: Stores) -> tuple[AccessKey, bool]:
+        for key in (await stores.keys.all()).keys:
             if key.id == key_id:
-                return key, await keys.revoke(key.digest, time.time_ns() // 1_000_000)
+                return key, await stores.keys.revoke(key.digest, time.time_ns() // 1_000_000)
         raise MtaError(f"no key has the id {excerpt(key_id)}: `mta keys list` lists all")
 
-    key, was_valid = _with_keys(store_settings(data), find_and_revoke)
+    key, was_valid = with_stores(store_settings(data), find_and_revoke)
     # Also if it was revoked before: that command may have failed after the store had done it, and left no line.
     note(Act.KEY_REVOKED, "done", key="cli", tenant=key.tenant, of_key=key.id)
     typer.echo(f"key {key.id} ({key.name}) " + ("is refused within 5 s" if was_valid else "was revoked before"))
@@ -171,11 +171,11 @@ def bank(
     if bank is not None and not re.fullmatch(r"[0-9a-f]{8}", bank):
         raise MtaError(f"the name of a bank has 8 hex digits, got {excerpt(bank)}: `mta bank info FOLDER` shows them")
 
-    async def name_bank(keys: AccessKeys) -> None:
-        _check_tenant(tenant, await keys.all())
-        await keys.set_bank(tenant, bank or "")
+    async def name_bank(stores: Stores) -> None:
+        _check_tenant(tenant, await stores.keys.all())
+        await stores.keys.set_bank(tenant, bank or "")
 
-    _with_keys(store_settings(data), name_bank)
+    with_stores(store_settings(data), name_bank)
     note(Act.BANK_CHOSEN, "done", key="cli", tenant=tenant, bank=bank or "")
     typer.echo(f"tenant {tenant} is served by {f'the bank {bank}' if bank else 'the gateways’ own bank'} within 5 s")
 
@@ -240,10 +240,6 @@ def store_settings(data: Path | None) -> Settings:
     except OSError as error:
         raise MtaError(f"cannot read {error.filename}: {error.strerror}. Be the user who runs `mta up`") from error
     return settings.model_copy(update={"redis_url": url, "secret": secret})
-
-
-def _with_keys(settings: Settings, command: Callable[[AccessKeys], Awaitable[T]]) -> T:
-    return with_stores(settings, lambda stores: command(stores.keys))
 
 
 def with_stores(settings: Settings, command: Callable[[Stores], Awaitable[T]], *, checked: bool = True) -> T:

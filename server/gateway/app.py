@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from server.gateway.access.keys import KnownKeys, caller_name_of
 from server.gateway.access.routes import guard
 from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader
-from server.gateway.http.errors import add_error_handlers
+from server.gateway.http.errors import ErrorAnswer, add_error_handlers
 from server.gateway.operating.metrics import Metrics, RequestLog
 from server.gateway.parts import open_gateway
 from server.gateway.routes import feedback, generate, jobs, operations, users, worth
@@ -41,10 +42,13 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         await asyncio.to_thread(tracing.close)
 
-    app = FastAPI(
+    app = FastAPIOffline(
+        redoc_url=None,
+        static_url="/docs/files",
         title="MTA server",
         version=version("mta-server"),
         description=DESCRIPTION,
+        responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
         lifespan=lifespan,
         redirect_slashes=False,
     )

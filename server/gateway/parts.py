@@ -235,7 +235,7 @@ async def open_gateway(
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
             forever(REWRITE_CHECK_S, partial(_rewrite_file_if_due, stores.file, metrics), log),
             forever(FIGURES_INTERVAL_S, partial(_read_figures, stores, metrics), log),
-            learner.run(),
+            forever(0, learner.store_next, log),
             forever(STORE_INTERVAL_S, tallies.flush, log),
             forever(FOLD_INTERVAL_S, tallies.fold, log),
             forever(COUNT_INTERVAL_S, quotas.count, log),
@@ -291,7 +291,10 @@ async def _read_figures(stores: Stores, metrics: Metrics) -> None:
 
 def _load_search(task: Task) -> None:
     """Load the search library in the background: it doubles startup time, and only histories in prompts need it."""
-    ItemIndex(task, ())
+    try:
+        ItemIndex(task, ())
+    except Exception:
+        log.exception("the search library was not loaded: the first history in a prompt tries again")
     gc.freeze()  # again, as at startup
 
 

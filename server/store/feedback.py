@@ -22,14 +22,16 @@ from server.store.samples import Sample, decode_sample, encode_sample
 KEPT_FEEDBACK = 1000  # entries per user
 
 # KEYS: feedback, learned, epoch. ARGV: epoch, answer, the entry that was seen (empty: none), JSON of the new one,
-# sample (empty: none), number of kept entries. An entry is `<ms> <JSON>` and keeps the time of the first feedback on
-# its answer. Returns 1 if written, 0 if the entry is another than that seen, -1 if the user was erased.
+# sample (empty: none), number of kept entries. An entry is `<ms> <JSON>`: the time of the newest text sent instead of
+# the answer, or of the first feedback. Returns 1 if written, 0 if the entry is another than that seen, -1 if the user
+# was erased.
 _PUT = script("""
 local epoch, answer, seen, entry, sample, kept = unpack(ARGV)
 if erased_since(KEYS[3], epoch) then return -1 end
 local before = redis.call('HGET', KEYS[1], answer) or ''
 if before ~= seen then return 0 end
-local at = string.match(before, '^%d+') or string.format('%d', now)
+local is_new = before == '' or sample ~= '' and redis.call('HGET', KEYS[2], answer) ~= sample
+local at = is_new and string.format('%d', now) or string.match(before, '^%d+')
 redis.call('HSET', KEYS[1], answer, at .. ' ' .. entry)
 if sample ~= '' then redis.call('HSET', KEYS[2], answer, sample) end
 for _ = 1, redis.call('HLEN', KEYS[1]) - tonumber(kept) do
@@ -80,7 +82,7 @@ class Feedback:
 class Entry:
     """A stored feedback."""
 
-    at_ms: int  # time of the first feedback on the answer, by the store's clock
+    at_ms: int  # time of the text, or of the first feedback on the answer, by the store's clock
     feedback: Feedback
     sample: Sample | None = None  # what the person sent instead, and to what
 

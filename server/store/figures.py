@@ -17,14 +17,6 @@ _PREFIX = "cmdstat_"
 
 
 @dataclass(frozen=True, slots=True)
-class CommandFigures:
-    """All calls of one command since the server started."""
-
-    calls: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class ServerFigures:
     """State of one server; durations are 0 until the first fork and the first rewrite since its start."""
 
@@ -35,7 +27,7 @@ class ServerFigures:
     rewrite_s: float  # how long the last rewrite of the append-only file took
     rewrite_failed: bool
     replicas: int  # connected ones
-    commands: Mapping[str, CommandFigures]
+    commands: Mapping[str, tuple[int, float]]  # calls of each since the server started, and their seconds
 
 
 async def read_figures(connection: RedisConnection) -> list[ServerFigures]:
@@ -59,7 +51,7 @@ async def _figures(connection: RedisConnection, server: StoreServer) -> ServerFi
         info.get("aof_last_bgrewrite_status", "ok") != "ok",
         int(info.get("connected_slaves", 0)),
         {
-            name.removeprefix(_PREFIX): CommandFigures(int(value["calls"]), int(value["usec"]) / 1e6)
+            name.removeprefix(_PREFIX): (int(value["calls"]), int(value["usec"]) / 1e6)
             for name, value in info.items()
             if name.startswith(_PREFIX)
         },

@@ -29,7 +29,7 @@ from server.store.queue import Backlog, UserQueue
 from server.store.redis import keys, scripts
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.redis.servers.connection import RedisConnection
-from server.store.samples import NO_CURVE, Curve, decode_curve, encode_curve
+from server.store.samples import NO_CURVE, Curve, decode_curve
 
 log = logging.getLogger("mta.store")
 
@@ -45,7 +45,7 @@ _TRIES_EXHAUSTED = (
 )
 _STRINGS = ("config", "bank", "adapter", "error", "traceparent")
 _INTEGERS = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
-_LOSSES = ("loss", "before", "after", "served")
+_LOSSES = ("before", "after", "served")
 _FIELDS = ("state", "curve", "key", *_STRINGS, *_INTEGERS, *_LOSSES)
 
 
@@ -94,7 +94,6 @@ class Job:
     tries: int = 0  # number of times a worker has claimed the job
     step: int = 0  # steps done, over all runs
     of: int = 0  # steps in total
-    loss: float | None = None  # loss of the last step, nats per output token
     curve: Curve = NO_CURVE
     before: float | None = None  # held-out loss with the fused adapter only
     after: float | None = None  # held-out loss with the trained adapter too
@@ -257,12 +256,10 @@ class JobStore:
         await self._queue(job.bank).postpone(job_id.user_key, lease_ms)
         return Lease(job, token)
 
-    async def renew(
-        self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None, curve: Curve | None = None
-    ) -> bool:
+    async def renew(self, lease: Lease, lease_s: float, *, step: int, of: int, curve: Curve | None = None) -> bool:
         """Extend a lease and record progress; False if it is no longer valid. No `curve`: keep the old one."""
         queue, lease_ms = self._queue(lease.job.bank), round(lease_s * 1000)
-        shown = (step, of, _loss_text(loss), b"" if curve is None else encode_curve(curve))
+        shown = (step, of, b"" if curve is None else orjson.dumps(curve))
         if not await self._connection.write(scripts.RENEW, (keys.job(*lease.job.id),), lease.token, lease_ms, *shown):
             queue.forget_score(lease.job.id.user_key)
             return False

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 from server.settings import Settings
@@ -13,7 +12,7 @@ from server.store.append_only_file import AppendOnlyFile
 from server.store.backup.copying import StoreCopying
 from server.store.durability import CheckedStore
 from server.store.feedback import FeedbackStore
-from server.store.figures import ServerFigures, read_figures
+from server.store.figures import read_figures
 from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
@@ -25,24 +24,24 @@ from server.store.tenants.rates import Rates
 from server.store.worth import WorthStore
 
 
-@dataclass(frozen=True, slots=True)
 class Stores:
-    """The stores of one process, all on the same server. `signing` takes a bank's 8 hex digits."""
+    """The stores of one process, all on the same server; `secret` is MTA_SECRET."""
 
-    server: CheckedStore
-    keys: AccessKeys
-    rates: Rates
-    holdings: HoldingStore
-    profiles: ProfileStore
-    jobs: JobStore
-    feedback: FeedbackStore
-    worth: WorthStore
-    adapters: AdapterStore
-    signing: Callable[[str], UserQueue]
-    file: AppendOnlyFile
-    figures: Callable[[], Awaitable[list[ServerFigures]]]
-    copying: StoreCopying
-    rotation: Rotation
+    def __init__(self, connection: RedisConnection, secret: str | None) -> None:
+        self.server: CheckedStore = connection
+        self.keys = AccessKeys(connection)
+        self.rates = Rates(connection)
+        self.holdings = HoldingStore(connection)
+        self.profiles = ProfileStore(connection)
+        self.jobs = JobStore(connection)
+        self.feedback = FeedbackStore(connection)
+        self.worth = WorthStore(connection)
+        self.adapters = AdapterStore(connection)
+        self.signing = partial(UserQueue, connection, "sign")  # by a bank's 8 hex digits
+        self.file = AppendOnlyFile(connection)
+        self.figures = partial(read_figures, connection)
+        self.copying = StoreCopying(connection)
+        self.rotation = Rotation(connection, secret)
 
 
 @asynccontextmanager
@@ -59,21 +58,6 @@ async def open_stores(
     try:
         if checked:
             await connection.check()
-        yield Stores(
-            server=connection,
-            keys=AccessKeys(connection),
-            rates=Rates(connection),
-            holdings=HoldingStore(connection),
-            profiles=ProfileStore(connection),
-            jobs=JobStore(connection),
-            feedback=FeedbackStore(connection),
-            worth=WorthStore(connection),
-            adapters=AdapterStore(connection),
-            signing=lambda bank: UserQueue(connection, "sign", bank),
-            file=AppendOnlyFile(connection),
-            figures=partial(read_figures, connection),
-            copying=StoreCopying(connection),
-            rotation=Rotation(connection, settings.user_secret),
-        )
+        yield Stores(connection, settings.user_secret)
     finally:
         await connection.close()

@@ -43,7 +43,7 @@ _CLEAR_LOGS = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RE
 # KEYS: record, items, vectors, epoch. ARGV: as named; id, item and vector of each put, empty if unchanged; ids to drop.
 # Returns 1 if written, 0 if the record has changed, -1 if the user was erased.
 _COMMIT = script("""
-local expected, record, epoch, puts = unpack(ARGV)
+local expected, record, epoch, puts = unpack(ARGV, 1, 4)  -- all of them may be more than Lua's stack
 local current = redis.call('GET', KEYS[1]) or ''
 if current == record then
   redis.call('SET', KEYS[1], current)
@@ -219,8 +219,7 @@ class ProfileStore:
 
     async def epoch(self, key: str) -> str:
         """Return the id of the user's last erasure, or an empty string if none is kept."""
-        epoch = await self._connection.run(lambda redis: redis.hget(keys.epoch(key), "epoch"))
-        return (epoch or b"").decode()
+        return split_mark(await self._connection.run(lambda redis: redis.hget(keys.epoch(key), "epoch")))[1]
 
     async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
         """Write a change of the snapshot of `version`. Return True once it is on disk, False if the user has changed.

@@ -295,8 +295,12 @@ class Rotation:
         sweep.strange += 1
 
     async def nameless(self, *, forget: bool) -> int:
-        """Count, or remove, feedback from before the exchange without a profile that says whose it is."""
-        since_ms, found = int(await self._connection.run(methodcaller("hget", keys.SECRET, _SINCE))), set[str]()
+        """Count, or remove, feedback from before the exchange without a profile that says whose it is.
+
+        A store whose users never left a secret has no such time, and none of it is older.
+        """
+        since_ms = int(await self._connection.run(methodcaller("hget", keys.SECRET, _SINCE)) or 0)
+        found = set[str]()
         for key in await self._copying.users_with(keys.feedback):
             entries = await self._connection.run(methodcaller("hvals", keys.feedback(key)))
             before = all(int(entry.partition(b" ")[0]) < since_ms for entry in entries)

@@ -77,10 +77,6 @@ def decode_config(text: str) -> AdaptConfig:
     return AdaptConfig(**value)
 
 
-def encode_curve(curve: Curve) -> bytes:
-    return orjson.dumps(asdict(curve))
-
-
 def decode_curve(text: str) -> Curve:
     """Decode a curve; empty text is an empty curve. Raises `ValueError`, `KeyError` or `TypeError` if invalid."""
     if not text:

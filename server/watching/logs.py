@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-LogFormat = Literal["text", "json"]
-
 VLLM_CONFIG = Path(__file__).with_name("vllm_logging.json")  # makes an engine log with `JsonFormatter`
 request_id: ContextVar[str] = ContextVar("mta_request_id", default="")
 traceparent: ContextVar[str] = ContextVar("mta_traceparent", default="")  # W3C's header; empty if not traced
@@ -24,7 +22,7 @@ def trace_id() -> str:
     return traceparent.get()[3:35]  # skip the version
 
 
-def log_to_stderr(log_format: LogFormat) -> None:
+def log_to_stderr(log_format: Literal["text", "json"]) -> None:
     """Log our own loggers from INFO up, all others from WARNING up."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())

@@ -96,7 +96,6 @@ class HeldLease:
                     LEASE_S,
                     step=progress.step,
                     of=progress.of,
-                    loss=progress.loss if progress.step else None,
                     curve=None if curve == self._written_curve else curve,
                 )
         except (Unavailable, TimeoutError) as error:

@@ -55,7 +55,7 @@ async def full(parts: StoreParts) -> AsyncIterator[StoreParts]:
     await parts.erase(USERS[0])
     await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
     await parts.keys.note_used(["a digest"], 1)
-    assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted
+    assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)]))[0].fits
     assert await parts.rates.acquire("gateways/0", ["it"], 60)
     yield parts
 

@@ -25,7 +25,7 @@ async def samples(parts: StoreParts) -> list[Sample]:
     return [entry.sample for entry in (await parts.feedback.entries(KEY)).values() if entry.sample]
 
 
-async def test_feedback_is_kept_by_answer_with_the_time_of_the_first(parts: StoreParts) -> None:
+async def test_feedback_is_kept_by_answer_with_the_time_of_its_text(parts: StoreParts) -> None:
     store = parts.feedback
     assert await store.entries(KEY) == {}
     rated = merged(rating=Rating.UP)
@@ -33,14 +33,20 @@ async def test_feedback_is_kept_by_answer_with_the_time_of_the_first(parts: Stor
     first = (await store.entries(KEY))["gen-1"]
     assert (first.feedback, first.sample) == (rated, None)
     await asyncio.sleep(0.01)
-    both = merged(rating=Rating.UP, outcome=Outcome.EDITED, changed=0.25)
-    assert await store.add(KEY, "gen-1", merged(outcome=Outcome.EDITED, changed=0.25), SAID, "") == (both, rated)
+    assert await store.add(KEY, "gen-1", rated, None, "") == (rated, rated)
+    assert (await store.entries(KEY))["gen-1"].at_ms == first.at_ms
+    both, edited = (merged(outcome=Outcome.EDITED, changed=0.25, rating=rating) for rating in (Rating.UP, None))
+    assert await store.add(KEY, "gen-1", edited, SAID, "") == (both, rated)
+    await asyncio.sleep(0.01)
     await store.add(KEY, "gen-0", merged(outcome=Outcome.SENT), None, "")
     entries = await store.entries(KEY)
-    assert entries["gen-1"].feedback == both
     assert list(entries) == ["gen-1", "gen-0"]  # oldest first
-    assert (entries["gen-1"].at_ms, entries["gen-1"].sample) == (first.at_ms, SAID)
-    assert await store.add(KEY, "gen-1", rated, None, "") == (both, both)
+    said = entries["gen-1"]
+    assert (said.feedback, said.sample) == (both, SAID)
+    assert said.at_ms > first.at_ms  # an adapter trained between both has not seen the text
+    for again in (None, SAID):
+        assert await store.add(KEY, "gen-1", rated, again, "") == (both, both)
+        assert (await store.entries(KEY))["gen-1"] == said
     assert await samples(parts) == [SAID]  # without a text, the earlier one stays
 
 

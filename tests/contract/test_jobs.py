@@ -53,7 +53,7 @@ async def test_a_newer_job_supersedes_the_older_ones_queued_or_running(jobs: Job
     await submitted(jobs, user, "three")
     states = [JobState.SUPERSEDED, JobState.SUPERSEDED, JobState.QUEUED]
     assert [job.state for job in await jobs.jobs(user)] == states
-    assert not await jobs.renew(lease, LEASE_S, step=1, of=2, loss=1.0)
+    assert not await jobs.renew(lease, LEASE_S, step=1, of=2)
     assert not await jobs.end(lease, REJECTED)
     assert [job.state for job in await jobs.jobs(user)] == states
 
@@ -94,7 +94,7 @@ async def test_cancelling_ends_a_job_once(jobs: JobStore, user: str) -> None:
     assert (job.state, ended) == (JobState.CANCELLED, True)
     assert await jobs.cancel(lease.job.id) == (job, False)
     assert await jobs.cancel(JobId(user, 99)) == (None, False)
-    assert not await jobs.renew(lease, LEASE_S, step=1, of=1, loss=None)
+    assert not await jobs.renew(lease, LEASE_S, step=1, of=1)
     assert await jobs.claim(lease.job.id, LEASE_S) is None
     await jobs.cancel((await submitted(jobs, user, "other")).id)
     assert await jobs.next_job(BANK, 0.05) is None
@@ -104,15 +104,15 @@ async def test_a_curve_stays_until_another_is_given_or_the_lease_ends(jobs: JobS
     lease = await claimed(jobs, (await submitted(jobs, user)).id)
     curve = Curve("fold 1 of 2", ((1, 2.5), (2, 1.25)), ((0, 2.75),))
     for number, given, then in ((1, None, Curve()), (2, curve, curve), (3, None, curve)):
-        assert await jobs.renew(lease, LEASE_S, step=number, of=40, loss=1 / number, curve=given)
+        assert await jobs.renew(lease, LEASE_S, step=number, of=40, curve=given)
         [job] = await jobs.jobs(user)
-        assert (job.step, job.of, job.loss, job.curve) == (number, 40, 1 / number, then)
+        assert (job.step, job.of, job.curve) == (number, 40, then)
         assert job == await jobs.job(job.id)
     assert await jobs.release(lease, counts=False)
-    assert not await jobs.renew(lease, LEASE_S, step=4, of=40, loss=1.0, curve=curve)
+    assert not await jobs.renew(lease, LEASE_S, step=4, of=40, curve=curve)
     assert [job.curve for job in await jobs.jobs(user)] == [Curve()]
     again = await claimed(jobs, job.id)
-    assert await jobs.renew(again, LEASE_S, step=2, of=40, loss=1.25, curve=curve)
+    assert await jobs.renew(again, LEASE_S, step=2, of=40, curve=curve)
     assert await jobs.end(again, REJECTED)
     assert [(job.state, job.curve) for job in await jobs.jobs(user)] == [(JobState.REJECTED, curve)]
 
@@ -123,7 +123,7 @@ async def test_a_silent_worker_s_job_goes_to_another_until_the_last_try(jobs: Jo
     for _ in range(MAX_TRIES):
         leases.append(await claimed(jobs, job_id, lease_s=0.001))
         await asyncio.sleep(0.01)
-    assert not await jobs.renew(leases[0], LEASE_S, step=1, of=1, loss=None)
+    assert not await jobs.renew(leases[0], LEASE_S, step=1, of=1)
     assert await jobs.claim(job_id, LEASE_S) is None
     job = await jobs.job(job_id)
     assert (job.state, job.tries) == (JobState.FAILED, MAX_TRIES)
@@ -138,7 +138,7 @@ async def test_one_worker_gets_a_job_and_another_what_it_gives_back(jobs: JobSto
     [lease] = filter(None, leases)
     assert (lease.job.state, lease.job.tries) == (JobState.RUNNING, 1)
     assert lease.job.started_ms >= lease.job.created_ms
-    assert await jobs.renew(lease, LEASE_S, step=3, of=40, loss=1.25)
+    assert await jobs.renew(lease, LEASE_S, step=3, of=40)
     assert await jobs.release(lease, counts=counts)
     job = await jobs.job(job_id)
     assert (job.state, job.tries, job.started_ms, job.step) == (JobState.QUEUED, int(counts), 0, 0)

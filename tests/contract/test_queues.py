@@ -95,14 +95,14 @@ async def test_a_job_is_looked_at_when_its_lease_has_run_out(jobs: JobStore, use
         assert await jobs.next_job(BANK, 0.05) is None
     assert (await submitted(jobs, user)).id == job.id  # a repeated request does not call for it
     assert await jobs.backlog(BANK) == Backlog(1, 0, 0)
-    assert await jobs.renew(lease, 0.001, step=1, of=2, loss=None)
+    assert await jobs.renew(lease, 0.001, step=1, of=2)
     await time_passes(raw)
     assert await jobs.next_job(BANK, 1) == job.id
     assert await jobs.next_job(BANK, 0.05) is None
     lease = await claimed(jobs, job.id, 0.001)
     await time_passes(raw)  # somebody else has looked at it meanwhile
     for _ in range(2):
-        assert await jobs.renew(lease, 30, step=1, of=2, loss=None)
+        assert await jobs.renew(lease, 30, step=1, of=2)
     assert await jobs.backlog(BANK) == Backlog(1, 0, 0)
     assert await jobs.end(lease, REJECTED)
     assert await in_queue(raw) == []

@@ -7,14 +7,19 @@ import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
+import orjson
 import pytest
 from redis.asyncio import Redis
 
-from adapters.errors import MtaError
+from adapters.errors import FusionError, MtaError
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
+from server.gateway.users.privacy import Exporting
 from server.store import rotation
 from server.store.backup.copying import StoreCopying
 from server.store.feedback import Feedback
@@ -23,7 +28,7 @@ from server.store.profiles import TOMBSTONE_S
 from server.store.redis import keys
 from server.store.redis.servers.connection import RedisConnection
 from server.store.rotation import Rotation
-from server.store.samples import Sample
+from server.store.samples import Sample, encode_sample
 from server.store.tenants.user_key import User, UserKeys
 from server.store.worth import Cell, Counts
 from tests.support.store_parts import (
@@ -77,7 +82,7 @@ async def old(parts: StoreParts, someone: User) -> str:
     """The old key of a user of whom everything is stored that can be."""
     key = someone.keys[1]
     assert await parts.profiles.commit(key, b"", change("abc", user_id=someone.id))
-    await submitted(parts.jobs, key, WORDS)
+    await submitted(parts.jobs, key, encode_sample(Sample([], WORDS)).decode())
     worker = WorkerSteps(parts)
     await worker.take()
     await worker.claim()
@@ -159,7 +164,8 @@ async def test_who_moved_is_found_whatever_the_order_of_secrets_and_refuses_ever
         found, profile, _ = await parts.profiles.find(user)
         assert (found.key, profile.user_id) == (someone.keys[0], someone.id)
     kept = await held(raw, someone.keys[0])
-    for epoch in {*epochs, await parts.profiles.epoch(old)}:
+    marked = (await raw.hget(keys.epoch(old), "epoch")).decode()
+    for epoch in {*epochs, await parts.profiles.epoch(old), marked}:
         with pytest.raises(UserErased):
             await parts.profiles.commit(old, b"", change("z"), epoch)
         with pytest.raises(UserErased):
@@ -294,6 +300,48 @@ async def test_a_write_meets_a_move_and_is_not_lost(begun: Rotation, server: Ser
         assert await gateway.profiles.load(old) is None
 
 
+async def exported(parts: StoreParts, user: User) -> dict[str, Any]:
+    exporting = Exporting(
+        Rotation(parts.connection, SECRETS),
+        jobs=parts.jobs,
+        feedback=parts.feedback,
+        worth=parts.worth,
+        adapters=parts.adapters,
+        folder=Path(),
+        manifest=Mock(check=Mock(side_effect=FusionError("of another bank"))),
+    )
+    pieces = await exporting.export(user, lambda job: {"state": job.state.value})
+    document: dict[str, Any] = orjson.loads(b"".join(pieces))
+    return document
+
+
+@pytest.mark.usefixtures("old")
+@pytest.mark.parametrize("at", range(MOVE_WRITES))
+async def test_an_export_between_the_steps_of_a_move_is_whole(
+    begun: Rotation, parts: StoreParts, someone: User, at: int
+) -> None:
+    before = await exported(parts, someone)
+    assert all(before[kind] for kind in ("items", "samples", "feedback", "tally", "jobs", "adapter"))
+    begun._connection.fail(Fault.LOST_ANSWER, at)
+    with pytest.raises(Unavailable):
+        await begun.move(*someone.keys[::-1], TENANT)
+    assert await exported(parts, someone) == before
+
+
+@pytest.mark.usefixtures("old")
+async def test_an_export_meets_a_move_and_is_whole(
+    begun: Rotation, parts: StoreParts, someone: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, samples = await exported(parts, someone), parts.jobs.samples
+
+    async def samples_after_a_move(key: str) -> list[bytes]:
+        assert await begun.move(*someone.keys[::-1], TENANT)
+        return await samples(key)
+
+    monkeypatch.setattr(parts.jobs, "samples", samples_after_a_move)
+    assert await exported(parts, someone) == before
+
+
 async def test_a_write_that_began_before_the_exchange_is_made_at_the_new_key(
     moving: Rotation, parts: StoreParts, someone: User, old: str
 ) -> None:
@@ -380,6 +428,9 @@ async def test_where_people_are_stored_says_the_store(parts: StoreParts, someone
     for each, _ in both:
         await each.check()
     assert await places() == [someone.keys[1]] * 2
+    assert not await both[1][0].begin()  # the secrets in the wrong order: nobody leaves, and it comes to its end
+    assert await both[1][0].nameless(forget=True) == 0
+    await both[1][0].end()
     assert await both[0][0].begin()
     with pytest.raises(MtaError, match="swap the two"):
         await both[1][0].begin()

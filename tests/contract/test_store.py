@@ -18,7 +18,7 @@ from server.errors import Unavailable, UserErased
 from server.store import profiles
 from server.store.backup.copying import StoreCopying
 from server.store.feedback import Feedback
-from server.store.profile_record import StoredVector
+from server.store.profile_record import StoredItem, StoredVector
 from server.store.profiles import TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis import keys
@@ -54,6 +54,12 @@ Nodes = list[ValkeyProcess]
 @pytest.fixture
 def store(parts: StoreParts) -> ProfileStore:
     return parts.profiles
+
+
+async def test_a_long_history_is_stored_in_one_step(store: ProfileStore, user: str) -> None:
+    many = {f"{number}": StoredItem(number, {"text": "a"}) for number in range(4096)}
+    assert await store.commit(user, b"", Change(profile(items=len(many)), many, {}, ()))
+    assert (await store.read(user)).items == many
 
 
 async def test_an_unknown_user_has_nothing_and_one_without_items_takes_little(store: ProfileStore, user: str) -> None:
@@ -246,7 +252,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
     await parts.keys.note_used(["a digest"], 1)
     await parts.holdings.note(TENANT, {KEYS.key("ada"): Held(people=1)})
     await Rotation(parts.connection, SECRET).check()
-    assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted
+    assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)]))[0].fits
     for held in ("running/key-x", "recounted/42", f"gateways/{'0' * 16}"):
         assert await parts.rates.acquire(held, ["it"], 60)
     worker = WorkerSteps(parts)
@@ -338,7 +344,7 @@ async def test_a_full_store_refuses_what_would_be_stored_and_erases(full: StoreP
 
     # Limits hold for whoever filled it.
     use = Use(Rate("requests", "key-1", 1), 1)
-    assert [(await full.rates.consume([use])).counted for _ in range(2)] == [True, False]
+    assert [(await full.rates.consume([use]))[0].fits for _ in range(2)] == [True, False]
     assert await full.rates.acquire("running/key-1", ["one"], 60, 1) == 1
     assert await full.rates.acquire("running/key-1", ["two"], 60, 1) is None
     await full.rates.renew("running/key-1", ["one"], 60)

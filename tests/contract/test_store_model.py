@@ -210,7 +210,7 @@ class Store(RuleBasedStateMachine):
             self.tried(steps.parts, steps.parts.jobs.release(steps.lease, counts=counts), fault, place % 2)
             steps.lease = None
         elif steps.lease is not None:
-            self.tried(steps.parts, steps.parts.jobs.renew(steps.lease, 15.0, step=1, of=2, loss=None), fault)
+            self.tried(steps.parts, steps.parts.jobs.renew(steps.lease, 15.0, step=1, of=2), fault)
 
     @precondition(lambda self: FAKE_TIME is not None and any(worker.lease for worker in self.workers))
     @rule(worker=TWO, fault=FAULTS)

@@ -201,11 +201,11 @@ def limiter(rates: Rates) -> Limiter:
 
 
 async def take(rates: Rates, rate: Rate, amount: int) -> bool:
-    return (await rates.consume([Use(rate, amount)])).counted
+    return (await rates.consume([Use(rate, amount)]))[0].fits
 
 
 async def left(rates: Rates, rate: Rate) -> int:
-    (level,) = (await rates.consume([Use(rate, 0)])).levels
+    (level,) = await rates.consume([Use(rate, 0)])
     return level.left
 
 
@@ -213,33 +213,31 @@ async def test_no_more_is_taken_than_there_is_by_an_owner(rates: Rates) -> None:
     assert sum(await asyncio.gather(*(take(rates, RATE, 1) for _ in range(9)))) == 5
     assert await left(rates, replace(RATE, most=20)) == 15  # another limit holds at once
     assert await left(rates, replace(RATE, most=2)) == 0
-    refused = await rates.consume([Use(RATE, 1)])
-    assert not refused.counted
-    assert refused.levels[0].left == 0
-    assert 0 < refused.levels[0].fits_in_s(1) <= 12
+    (refused,) = await rates.consume([Use(RATE, 1)])
+    assert (refused.fits, refused.left) == (False, 0)
+    assert 0 < refused.fits_in_s(1) <= 12
     for other in (replace(RATE, owner=RATE.owner + "x"), replace(RATE, what="tokens")):
         assert await left(rates, other) == 5
 
 
 async def test_of_several_rates_all_or_nothing(rates: Rates) -> None:
     tokens = Rate("tokens", RATE.owner, 100)
-    assert (await rates.consume([Use(RATE, 1), Use(tokens, 80)])).counted
+    assert all(level.fits for level in await rates.consume([Use(RATE, 1), Use(tokens, 80)]))
     refused = await rates.consume([Use(RATE, 1), Use(tokens, 80)])
-    assert refused.fit == [True, False]
-    assert [level.left for level in refused.levels] == [4, 20]
+    assert [(level.fits, level.left) for level in refused] == [(True, 4), (False, 20)]
     assert [await left(rates, one) for one in (RATE, tokens)] == [4, 20]
 
 
 async def test_what_is_given_back_can_be_taken_again(rates: Rates) -> None:
     assert await take(rates, RATE, 5)
-    await rates.correct([Use(RATE, -4)])
+    await rates.consume([Use(RATE, -4)], anyway=True)
     assert await left(rates, RATE) == 4
     assert await take(rates, RATE, 4)
-    await rates.correct([Use(RATE, 500)])
-    level = (await rates.consume([Use(RATE, 1)])).levels[0]
+    await rates.consume([Use(RATE, 500)], anyway=True)
+    level = (await rates.consume([Use(RATE, 1)]))[0]
     assert (level.left, level.fits_in_s(RATE.most) <= MOST_DEBT * RATE.window_s) == (0, True)
     lower = replace(RATE, most=2)  # what was used of a higher limit counts as all of the lower one
-    assert (await rates.consume([Use(lower, 1)])).levels[0].fits_in_s(lower.most) <= lower.window_s
+    assert (await rates.consume([Use(lower, 1)]))[0].fits_in_s(lower.most) <= lower.window_s
 
 
 async def test_answers_that_take_more_than_estimated_are_paid_off(rates: Rates, clock: Clock) -> None:
@@ -247,7 +245,7 @@ async def test_answers_that_take_more_than_estimated_are_paid_off(rates: Rates, 
     for second in range(600):
         clock(1000 + second)
         if await take(rates, tokens, 100):
-            await rates.correct([Use(tokens, 1900)])
+            await rates.consume([Use(tokens, 1900)], anyway=True)
             used += 2000
     assert used <= 12 * tokens.most
 
@@ -258,7 +256,7 @@ async def test_a_refund_never_leaves_more_than_the_limit(rates: Rates, clock: Cl
         clock(1000 + 120 * minute)
         assert await take(rates, tokens, 600)
         clock(1000 + 120 * minute + 90)
-        await rates.correct([Use(tokens, -600)])
+        await rates.consume([Use(tokens, -600)], anyway=True)
     assert await left(rates, tokens) == 1000
     assert sum([await take(rates, tokens, 100) for _ in range(100)]) == 10
 
@@ -285,7 +283,7 @@ async def test_nothing_stays(rates: Rates, raw: Redis) -> None:
     await take(rates, RATE, 1)
     await rates.acquire("x", ["a"], 30)
     assert all([0 < await raw.pttl(key) <= 30_000 for key in await raw.keys("*")])
-    await rates.correct([Use(RATE, -1)])
+    await rates.consume([Use(RATE, -1)], anyway=True)
     assert not await raw.keys("mta:rates:*")
 
 

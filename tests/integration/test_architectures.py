@@ -18,7 +18,7 @@ from adapters.user_adapter import UserAdapter, decode_user_adapter
 from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from bank.items.prompt import encode_pair
 from bank.models.load import load_base
-from bench.oracle.dense import dense_adapter, stacked_adapter, token_logprobs
+from bench.oracle.dense import dense_adapter, token_logprobs
 from bench.rig.architectures import ARCHITECTURES, WITHOUT_SYSTEM, tiny_of
 from bench.rig.engine import Engine, running_engine
 from bench.rig.quantised import QUANTISATIONS, quantised
@@ -69,7 +69,7 @@ async def test_a_base_model_gets_a_bank_and_is_served_merged_and_stacked(
     ids = list(examples[0].ids)
     for recipe, model in (
         (merged, dense_adapter(dense, bank.matrix, merged)),
-        (stacked, stacked_adapter(dense, bank.matrix, stacked, user)),
+        (stacked, dense_adapter(dense, bank.matrix, stacked, user)),
     ):
         with model:
             wanted[recipe.name] = token_logprobs(dense, ids)

@@ -14,7 +14,7 @@ from bank.manifest import PosteriorRule, WeightRule
 from bench.rig.tiny import world
 from server.gateway.routes.console import routes as pages
 from server.gateway.routes.console.routes import rule_answer
-from tests.support.calls import NewUser, put
+from tests.support.calls import NewUser, error_of, put
 from tests.support.gateway import GatewayThread
 
 ROOT = Path(pages.__file__).parent
@@ -41,6 +41,14 @@ def test_a_file_has_its_type_and_is_not_sent_twice(client: Client) -> None:
     again = client.get("/console/app.js", headers={"If-None-Match": first.headers["ETag"]})
     assert (again.status_code, again.content, again.headers["Cache-Control"]) == (304, b"", "no-cache")
     assert "Content-Security-Policy" in again.headers
+
+
+def test_the_api_reference_loads_files_of_this_server_alone(client: Client) -> None:
+    page = client.get("/docs").raise_for_status().text
+    files = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+    assert {Path(file).suffix for file in files} == {".js", ".css", ".png"}
+    assert all(file.startswith("/docs/files/") and client.get(file).is_success for file in files)
+    assert error_of(client.get("/docs/files/no.js")) == (404, None, "not_found")
 
 
 def test_the_servers_address_leads_to_the_console(client: Client) -> None:

@@ -25,7 +25,7 @@ from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bank.models.load import load_base
-from bench.oracle.dense import dense_adapter, stacked_adapter, token_logprobs
+from bench.oracle.dense import dense_adapter, token_logprobs
 from bench.rig.engine import KEY, Engine, running_engine
 from bench.rig.processes import descendants, paused, wait_until
 from bench.rig.tiny import tiny_bank
@@ -216,7 +216,7 @@ def test_a_stacked_answer_is_the_dense_sum_each_time_its_slot_was_anothers(stack
     names = (recipe.name, recipe.plain.name, FusionRecipe(recipe.bank, recipe.method, True, ()).name)
     assert len(names) > SLOTS
     first = {name: engine.prompt_logprobs(name, ids) for name in names}
-    with stacked_adapter(dense, open_matrix(stacked.bank, stacked.manifest), recipe, user):
+    with dense_adapter(dense, open_matrix(stacked.bank, stacked.manifest), recipe, user):
         wanted = token_logprobs(dense, ids)
     torch.testing.assert_close(torch.tensor(first[recipe.name]), wanted, atol=TOLERANCE, rtol=0)
     assert (torch.tensor(first[recipe.plain.name]) - wanted).abs().max() > 10 * TOLERANCE

@@ -62,7 +62,6 @@ def test_a_recipe_that_cannot_be_fused_is_a_404_with_the_reason_and_leaves_no_na
     known = engine.status()["names"]
     for name, reason, left in (
         (f"{prefix}:c+a40*100", "a00 to a39", 0),
-        ("mta1:00000000:shared:c", "build its bank again", 0),
         (
             f"{prefix}:c:u-{'a' * 26}.{'a' * 26}",
             "does not exist; the plain recipe is",

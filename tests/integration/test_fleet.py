@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from bench.fleet.chaos.__main__ import Plan, under_load
 from bench.fleet.chaos.faults import Fault
-from bench.fleet.machine import ENGINES, Machine, engine_client, tiny_machine, wait_for_router
+from bench.fleet.machine import ENGINES, Machine, engine_of, tiny_machine, wait_for_router
 from bench.fleet.replicas import compared
 from bench.fleet.ring import Ring
 from bench.rig.engine import Engine
@@ -40,9 +40,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 @pytest.fixture
 def engines(machine: Machine) -> Iterator[list[Engine]]:
     with ExitStack() as stack:
-        clients = [stack.enter_context(engine_client(machine.up, name)) for name in ENGINES]
-        pids = [machine.up.part(name) or 0 for name in ENGINES]
-        yield [Engine(str(client.base_url), pid, client) for client, pid in zip(clients, pids, strict=True)]
+        yield [stack.enter_context(engine_of(machine.up, name)) for name in ENGINES]
 
 
 @pytest.fixture

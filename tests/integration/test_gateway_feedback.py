@@ -156,6 +156,7 @@ def test_which_answers_can_be_named(client: Client, ada: str) -> None:
         ({}, (400, "outcome")),
         ({"outcome": "lost"}, (400, "outcome")),
         ({"rating": "up", "text": "alone"}, (400, "final")),
+        ({"rating": "up", "text": ""}, (400, "final")),
         (FINAL | {"input": None}, (400, "input")),
         (FINAL | {"text": None}, (400, "text")),
         (FINAL | {"sha256": "0" * 64}, (400, "text")),

@@ -6,12 +6,14 @@ import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 from starlette.requests import Request
 
 from bench.rig.processes import wait_until
+from server.gateway import parts
 from server.gateway.routes import users
 from server.gateway.users.adapting import MAX_CONCURRENT
 from server.settings import Settings
@@ -230,3 +232,13 @@ def test_a_bug_of_the_gateway_is_answered_with_the_requests_id(
     first, second = (answer.headers["X-Request-Id"] for answer in answers)
     assert len(first) == len(second) == 24
     assert first != second
+
+
+def test_a_search_library_that_does_not_load_is_logged_and_the_gateway_goes_on(
+    gateway_settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(parts, "ItemIndex", Mock(side_effect=ImportError("a broken library")))
+    with GatewayThread(gateway_settings) as own, own.client() as client:
+        wait_until(lambda: "a broken library" in caplog.text, "the failure to be logged")
+        generate(client, "ada").raise_for_status()
+    assert own._failure is None

@@ -141,7 +141,7 @@ async def test_a_try_counts_if_another_worker_has_the_job_by_then(desk: Desk, sl
     assert await working
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.RUNNING, 2)
-    assert await desk.jobs.renew(lease, 60, step=1, of=2, loss=1.0)
+    assert await desk.jobs.renew(lease, 60, step=1, of=2)
 
 
 @pytest.mark.parametrize(

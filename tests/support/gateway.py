@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import uvicorn
 
+from bench.rig.client import summed
 from bench.rig.processes import wait_until
 from bench.rig.valkey import free_port
 from server.gateway.app import create_app
@@ -156,8 +157,7 @@ def becomes(client: httpx.Client, status: int, *engines: str, detail: str = "") 
 
 def metric(client: httpx.Client, name: str) -> float:
     """The value of a time series, or the sum over its labels if the name has none; 0 if there is none."""
-    lines = client.get("/metrics").raise_for_status().text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+    return summed(client.get("/metrics").raise_for_status().text, name)
 
 
 def generate(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:

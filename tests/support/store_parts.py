@@ -21,7 +21,7 @@ from bench.rig.processes import PATIENCE_S
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.gateway.users.privacy import Erasing
-from server.store.adapters import AdapterStore, StoredAdapter
+from server.store.adapters import AdapterStore, StoredAdapter, new_adapter_id
 from server.store.append_only_file import AppendOnlyFile
 from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Submission, Trained
@@ -291,7 +291,7 @@ class WorkerSteps:
         """End the claimed job with an adapter; the adapter's id, if it was written."""
         key, raw = self.lease.job.id.user_key, f"adapter {next(_numbers)}".encode()
         recipe = RECIPE.replace(BANK, self.bank)
-        stored = StoredAdapter(f"id{next(_numbers)}", recipe, hashlib.sha256(raw).hexdigest(), raw)
+        stored = StoredAdapter(new_adapter_id(), recipe, hashlib.sha256(raw).hexdigest(), raw)
         snapshot = await self.parts.profiles.read(key)
         if snapshot.profile is None:
             return None

@@ -94,14 +94,23 @@ def test_what_cannot_do_without_a_bank_asks_for_one(monkeypatch: pytest.MonkeyPa
         _ = Settings(next_bank=two).banks
 
 
-@pytest.mark.parametrize("login", ["user:", ":", "user:unmistakable@", "user:unmistakable:"])
-def test_the_command_lists_all_settings_and_shows_no_secret(login: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        *((f"{user}hush@s:63/0", f"{user.partition(':')[0]}:***@s:63/0") for user in ("u:", ":", "u:hush@", "u:hush:")),
+        ("s/0?password=hush&db=1", "s/0?password=***&db=1"),
+        ("s/0?sentinel_password=hush", "s/0?sentinel_password=***"),
+    ],
+)
+def test_the_command_lists_all_settings_and_shows_no_secret(
+    url: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("MTA_API_KEY", "MTA_FIRST_KEY", "MTA_SECRET", "MTA_ENGINE_KEY"):
         monkeypatch.setenv(name, "unmistakable-secret")
-    monkeypatch.setenv("MTA_REDIS_URL", f"redis://{login}unmistakable-password@store:6379/0")
+    monkeypatch.setenv("MTA_REDIS_URL", "redis://" + url.replace("hush", "unmistakable"))
     result = CliRunner().invoke(app, ["settings"])
     assert result.exit_code == 0
     for name in Settings.model_fields:
         assert f"MTA_{name.upper()}" in result.output
-    assert f"redis://{login.partition(':')[0]}:***@store:6379/0" in result.output
+    assert f"redis://{shown} " in result.output
     assert "unmistakable" not in result.output

@@ -14,6 +14,7 @@ from bench.fleet.chaos import census
 from bench.fleet.chaos.asking import End, Outcome
 from bench.fleet.chaos.faults import Outage
 from bench.fleet.chaos.load import Person
+from bench.page.report import marked
 
 MAX_FAILED_SHARE = 0.01
 """Maximum share of requests that fail before their first token while one of two engines is down."""
@@ -38,7 +39,7 @@ class Claim:
     @property
     def row(self) -> tuple[str, str]:
         """The claim's row in a report."""
-        return self.what, self.found if self.holds else f"{self.found}  ← wrong"
+        return self.what, marked(self.found, self.holds)
 
 
 def about_requests(asked: Sequence[Outcome], outages: Sequence[Outage]) -> list[Claim]:

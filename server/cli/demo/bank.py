@@ -25,15 +25,9 @@ BUILD_OPTIONS = (
 
 
 def build_bank(people: Sequence[dict[str, object]]) -> Path:
-    """Return the bank of these people; train it if it is missing or out of date.
+    """Return the bank of these anchors, in LaMP's per-user layout; train it if it is missing or out of date.
 
-    A concurrent call waits for the first, and then finds the bank.
-
-    Args:
-        people: all anchors, in LaMP's per-user layout.
-
-    Raises:
-        DemoError: if the bank cannot be built.
+    A concurrent call waits for the first, and then finds the bank. DemoError if it cannot be built.
     """
     text = json.dumps(people, indent=1, ensure_ascii=False)
     key = hashlib.sha256("\0".join((text, *BUILD_OPTIONS)).encode()).hexdigest()[:16]

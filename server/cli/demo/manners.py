@@ -12,20 +12,12 @@ _BULLET = "- "
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """A way of writing.
+    """A way of writing. The embedder sees topics, not style, so a person's topic leads to anchors with their manner."""
 
-    Attributes:
-        world: topic in `worlds.toml` of people with this manner. The embedder sees topics, not style, so a person's
-            topic leads to the anchors with their manner.
-        mark: the mark in words.
-        write: rewrites a plain answer of a few sentences in this manner.
-        shows: whether a text has the mark.
-    """
-
-    world: str
-    mark: str
-    write: Callable[[str], str]
-    shows: Callable[[str], bool]
+    world: str  # topic in `worlds.toml` of people with this manner
+    mark: str  # in words
+    write: Callable[[str], str]  # rewrites a plain answer of a few sentences in this manner
+    shows: Callable[[str], bool]  # whether a text has the mark
 
 
 def _in_bullets(plain: str) -> str:

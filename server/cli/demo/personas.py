@@ -80,12 +80,9 @@ def everyday() -> list[tuple[str, str]]:
 
 
 def anchors(seed: int = 0) -> list[dict[str, object]]:
-    """Return the bank's anchors in LaMP's per-user layout for the task `chat`.
+    """Return the bank's anchors in LaMP's per-user layout for the task `chat`; `seed` shuffles their histories.
 
     Each anchor answers the everyday questions and those of one topic of their world, in one manner.
-
-    Args:
-        seed: shuffles the items of each history; the same seed gives the same people.
     """
     worlds = _worlds()
     people: list[dict[str, object]] = []

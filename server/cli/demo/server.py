@@ -65,11 +65,7 @@ def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[
 
 
 def run_mta(*arguments: str) -> None:
-    """Run one `mta` command to its end; it shares our output.
-
-    Raises:
-        DemoError: if it fails.
-    """
+    """Run one `mta` command to its end; it shares our output. DemoError if it fails."""
     with mta(*arguments, grace_s=_COMMAND_GRACE_S) as child:
         status = child.wait()
     if status != 0:
@@ -78,11 +74,7 @@ def run_mta(*arguments: str) -> None:
 
 @contextmanager
 def running_server(bank: Path, data: Path, say: Callable[[str], None]) -> Iterator[Server]:
-    """Run a server of `bank` and wait until it is ready; stop all its parts when the block ends.
-
-    Raises:
-        DemoError: if it does not become ready.
-    """
+    """Run a server of `bank` and wait until it is ready, or raise DemoError; stop all parts when the block ends."""
     port = _port()
     up = ("up", "--bank", str(bank), "--data", str(data), "--port", str(port))
     with (

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapters.errors import MtaError
+from server.cli.users.commands import Url
 
 if TYPE_CHECKING:
     from mta_client import Client
@@ -30,7 +31,7 @@ _CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if 
 
 def chat(
     user: Annotated[str, typer.Option(help="The user whose adapter answers.")],
-    url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8000",
+    url: Url = None,
     max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in an answer.", min=1)] = 256,
 ) -> None:
     """Talk to the server as one of its users; Ctrl-C stops an answer."""
@@ -41,7 +42,7 @@ def chat(
         try:
             client.health()
         except mta_client.MtaError as error:
-            raise MtaError(f"no gateway at {url}: {error}. Start one with `mta up`, or set --url") from error
+            raise MtaError(f"no gateway at {client.url}: {error}. Start one with `mta up`, or set --url") from error
         after.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
         with suppress(ImportError):
             import readline  # noqa: F401 - gives `input` its line editing

@@ -146,8 +146,5 @@ class HoldNames:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ExitStack() as held:
-            token = _held.set(held)
-            try:
-                await self.app(scope, receive, send)
-            finally:
-                _held.reset(token)
+            _held.set(held)  # of the task that serves this request alone
+            await self.app(scope, receive, send)

@@ -33,8 +33,8 @@ constexpr int64_t SUM_BLOCK = 2048;        // outputs summed before transposing,
 constexpr int64_t PACK_BLOCK = 1024;       // int8 numbers that share a scale
 constexpr size_t MANY_ROWS = 16;           // rows whose sum justifies a second thread
 constexpr int STREAMS = 8;                 // rows read at once: as many as the processor fetches in advance
-constexpr int64_t MIN_DENSE = 100000;      // the same for a layer's own, where memory decides
 constexpr int64_t MIN_PRODUCTS = 2000000;  // multiplications that justify waking another thread
+constexpr int64_t MIN_DENSE = 100000;      // the same for a layer's own, where memory decides
 
 #define MTA_INLINE static inline __attribute__((always_inline))
 

@@ -194,7 +194,8 @@ class CpuLoRAManager(FusingLoRAManager):
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         compiled = kernels(Settings().cache_dir)
-        self._sum_transposed = compiled.weighted_sum_transposed.default if compiled else None
+        if compiled and self.lora_config.lora_dtype is torch.bfloat16:  # the only type that the kernel sums
+            self._sum_transposed = compiled.weighted_sum_transposed.default
         return super().create_lora_manager(model, vllm_config)
 
     def _lay_out(self, flat: FlatLora) -> FlatLora:

@@ -76,12 +76,7 @@ def _compile(folder: str) -> None:
 
 @cache
 def kernels(cache_dir: Path) -> Any | None:
-    """Return PyTorch's namespace of the library's operators (lora.cpp); None if the library cannot be compiled.
-
-    `linear(x, w, bias, a, b, rows, slots, a_slots, ranks)` is a layer and its adapters, `lora_linear_(y, x, a, b, rows,
-    slots, a_slots, ranks)` adds the adapters to y in place; `weighted_sum_transposed(rows, chosen, weights, rank,
-    packed, scales)` returns the weighted sum of several B, [R, ΣH_out].
-    """
+    """Return PyTorch's namespace of the library's operators (lora.cpp); None if the library cannot be compiled."""
     import torch
 
     if not build(cache_dir):

@@ -40,7 +40,6 @@ from server.engine.metrics import FusionMetrics, timed
 
 Footprint = tuple[str, tuple[int, ...]]  # bank and ranks of the blocks of A; if equal, adapters fill the same cells
 Stacks = list[tuple[torch.Tensor, torch.Tensor]]  # A and B over all slots, for each module of a bank
-WIDE_DTYPES = (torch.complex128, torch.int64, torch.int32)  # of 16, 8 and 4 bytes, used only to copy raw bytes
 
 
 class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
@@ -176,7 +175,8 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         if not same_bank:
             self._clear(index)
         is_clear = not same_bank or before == model.footprint
-        self._cells_of(model)[index].write(model.flat, has_shared_a=same_bank, padding_is_zero=is_clear)
+        cells = self._cells_of(model)[index]
+        cells.write(model.flat, has_shared_a=same_bank and model.shares_a, padding_is_zero=is_clear)
 
     def _record(self, index: int, content: SlotContent) -> None:
         self._contents[index] = content
@@ -199,7 +199,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
 
     def _cells_of(self, model: FusedLoRAModel) -> list[Cells]:
         if model.footprint not in self._cells:
-            self._cells[model.footprint] = Cells.of_slots(self._stacks_of(model), model.flat.ranks, model.shares_a)
+            self._cells[model.footprint] = Cells.of_slots(self._stacks_of(model), model.flat.ranks)
         return self._cells[model.footprint]
 
     def _stacks_of(self, model: FusedLoRAModel) -> Stacks:
@@ -223,78 +223,40 @@ def _is_plain(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One part of an adapter (B or a block of A), and the cells of a slot that it fills.
-
-    The cost of copying depends on the number of pieces and rows, not on bytes: rows are copied as a few wide numbers.
-    """
-
-    block: int | None  # index of the block of A; None for B
-    shared: bool  # whether all adapters of the bank have this block of A
-    transposed: bool  # whether B is contiguous along H_out, and copied as [R, H_out]
-    cells: list[torch.Tensor]  # views of the slot's tensors
-    sizes: list[int]  # rows of the adapter's tensor per cell; columns if transposed
-    dtype: torch.dtype  # dtype under which both sides are copied
-
-    @classmethod
-    def of_slots(cls, cells: Sequence[torch.Tensor], block: int | None = None, *, shared: bool = False) -> list[Run]:
-        """Return one run per slot; `cells` has each module's B [S, H_out, R] or block of A [S, Rᵢ·H_in]."""
-        transposed = block is None and cells[0].stride(-2) == 1 and cells[0].stride(-1) > 1
-        cells = [cell.transpose(1, 2) for cell in cells] if transposed else _widen(cells)
-        sizes = [cell.shape[2 if transposed else 1] for cell in cells]
-        return [cls(block, shared, transposed, of_slot, sizes, cells[0].dtype) for of_slot in _per_slot(cells)]
-
-    def pieces(self, flat: FlatLora) -> tuple[torch.Tensor, ...]:
-        """Split this part of an adapter into one piece per cell."""
-        if self.transposed:
-            return torch.split(flat.b.t(), self.sizes, dim=1)
-        whole = flat.b.contiguous() if self.block is None else flat.a[self.block]
-        return torch.split(whole.view(self.dtype), self.sizes)
-
-
-@dataclass(frozen=True, slots=True)
 class Cells:
-    """All cells of a bank's modules in one slot."""
+    """All cells of a bank's modules in one slot. The cost of copying depends on their number, not on bytes."""
 
-    runs: tuple[Run, ...]  # parts that an adapter fills: B, then the blocks of A
+    parts: list[list[torch.Tensor]]  # B of each module [R, H_out], then each block of A of each module [Rᵢ·H_in]
+    sizes: list[list[int]]  # the last dimension of each
     padding: list[torch.Tensor]  # cells beyond the adapter's rank, which must be zero
 
     @classmethod
-    def of_slots(cls, stacks: Stacks, ranks: Sequence[int], shares_a: bool) -> list[Cells]:
+    def of_slots(cls, stacks: Stacks, ranks: Sequence[int]) -> list[Cells]:
         """Return the cells of all slots; creating them together takes a tenth of the time.
 
         `stacks` has each module's A [S, 1, rows, H_in] and B [S, 1, H_out, columns], in the adapter's module order.
-        `ranks` are the ranks of the blocks of A; `shares_a` says whether all adapters share the first block.
+        `ranks` are the ranks of the blocks of A.
         """
         rank, start, slots = sum(ranks), 0, len(stacks[0][0])
-        runs = [Run.of_slots([b[:, 0, :, :rank] for _, b in stacks])]
-        for block, rows in enumerate(ranks):
-            cells = [a[:, 0, start : start + rows].view(slots, -1) for a, _ in stacks]
-            runs.append(Run.of_slots(cells, block, shared=shares_a and block == 0))
+        parts = [_per_slot([b[:, 0, :, :rank].mT for _, b in stacks])]  # so CPUs have it in memory
+        for rows in ranks:
+            parts.append(_per_slot([a[:, 0, start : start + rows].view(slots, -1) for a, _ in stacks]))
             start += rows
         padding = [part for a, b in stacks for part in (a[:, 0, rank:], b[:, 0, :, rank:]) if part[0].numel()]
         paddings = _per_slot(padding) if padding else [[] for _ in range(slots)]
-        return [cls(of_slot, part) for of_slot, part in zip(zip(*runs, strict=True), paddings, strict=True)]
+        sizes = [[cell.shape[-1] for cell in of_slots[0]] for of_slots in parts]
+        return [cls([*of_slot], sizes, rest) for of_slot, rest in zip(zip(*parts, strict=True), paddings, strict=True)]
 
     def write(self, flat: FlatLora, *, has_shared_a: bool = False, padding_is_zero: bool = False) -> None:
-        """Write an adapter; skip the shared block of A or the padding if the slot already has the right values."""
-        runs = [run for run in self.runs if not (has_shared_a and run.shared)]
-        pieces = [piece for run in runs for piece in run.pieces(flat)]
-        torch._foreach_copy_([cell for run in runs for cell in run.cells], pieces, non_blocking=True)
+        """Write an adapter; skip the first block of A or the padding if the slot already has the right values."""
+        given = list(zip(self.parts, self.sizes, (flat.b.mT, *flat.a), strict=True))
+        if has_shared_a:
+            del given[1]
+        pieces = [piece for _, sizes, whole in given for piece in torch.split(whole, sizes, dim=-1)]
+        torch._foreach_copy_([cell for cells, _, _ in given for cell in cells], pieces, non_blocking=True)
         if self.padding and not padding_is_zero:
             torch._foreach_zero_(self.padding)
 
 
 def _per_slot(cells: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     return [list(of_slot) for of_slot in zip(*(cell.unbind(0) for cell in cells), strict=True)]
-
-
-def _widen(cells: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """View the cells with the widest dtype that divides their rows, strides and offsets; on GPUs return them as is."""
-    first = cells[0]
-    for dtype in WIDE_DTYPES if first.device.type == "cpu" else ():
-        factor, rest = divmod(dtype.itemsize, first.element_size())
-        numbers = [n for cell in cells for n in (cell.shape[-1], cell.storage_offset(), *cell.stride()[:-1])]
-        if factor and not rest and not any(n % factor for n in numbers):
-            return [cell.view(dtype) for cell in cells]
-    return list(cells)

@@ -177,15 +177,15 @@ class Limiter:
     async def _try_consume(self, uses: Sequence[Use], usage: RequestUsage) -> Sequence[Use]:
         """Consume from one owner's rates and return the uses that do not fit; a use of 0 needs at least 1 left."""
         try:
-            result = await self._store.consume(uses)
+            levels = await self._store.consume(uses)
         except Unavailable as error:
             log.warning("a request may not be counted against its limits: %s", error.explained)
             return ()
-        usage.levels.update({level.rate: level for level in result.levels})
-        if result.counted:
+        usage.levels.update({level.rate: level for level in levels})
+        if all(level.fits for level in levels):
             usage.uses += uses
-        known = zip(uses, result.fit, result.levels, strict=True)
-        return [use for use, fits, level in known if not fits or level.left < (not use.amount)]
+        known = zip(uses, levels, strict=True)
+        return [use for use, level in known if not level.fits or level.left < (not use.amount)]
 
     async def _settle(self, usage: RequestUsage) -> None:
         """Replace the token estimate by the tokens used, and leave the concurrent requests."""
@@ -200,7 +200,7 @@ class Limiter:
     async def _correct(self, uses: Sequence[Use]) -> None:
         changed = [use for use in uses if use.amount]
         try:
-            await asyncio.gather(*map(self._store.correct, _by_owner(changed)))
+            await asyncio.gather(*(self._store.consume(owned, anyway=True) for owned in _by_owner(changed)))
         except Unavailable as error:
             log.warning("the usage of a request could not be corrected: %s", error.explained)
 

@@ -1,4 +1,4 @@
-"""The scope that each route requires, and the first two of a request's three gates, both before its body is read.
+"""What each route requires and counts against, and the first two of a request's three gates, before its body is read.
 
 They are the caller's share of all requests (`shares.py`), the key's limits (`limiter.py`) and the queue (`queue.py`).
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from server.errors import Forbidden, TooMany, Unavailable
 from server.gateway.access.keys import KnownKeys, caller_name_of, caller_of
@@ -37,48 +37,35 @@ class RouteKind(StrEnum):
     GENERATION = "generation"  # like REQUEST, plus the token limits
 
 
-ROUTES: Mapping[str, Scope | None] = {
-    "POST /generate": Scope.GENERATE,
-    "POST /v1/chat/completions": Scope.GENERATE,
-    "POST /v1/completions": Scope.GENERATE,
-    "GET /v1/models": Scope.GENERATE,
-    "GET /v1/models/{model:path}": Scope.GENERATE,
-    "GET /bank": Scope.GENERATE,
-    "PUT /users/{user_id}/profile": Scope.WRITE,
-    "POST /users/{user_id}/profile/items": Scope.WRITE,
-    "GET /users/{user_id}": Scope.WRITE,
-    "GET /users/{user_id}/export": Scope.WRITE,
-    "DELETE /users/{user_id}": Scope.WRITE,
-    "POST /users/{user_id}/feedback": Scope.WRITE,
-    "POST /users/{user_id}/adapt": Scope.ADAPT,
-    "GET /jobs/{job_id}": Scope.ADAPT,
-    "GET /jobs/{job_id}/events": Scope.ADAPT,
-    "DELETE /jobs/{job_id}": Scope.ADAPT,
-    "GET /worth": Scope.ADMIN,
-    "GET /metrics": Scope.ADMIN,
-    "GET /health": OPEN,  # details only with the admin scope
-    "GET /ready": OPEN,  # details only with the admin scope
-    "GET /": OPEN,
-    "GET /console": OPEN,
-    "GET /console/": OPEN,
-    "GET /console/{path:path}": OPEN,
-    "GET /docs": OPEN,
-    "GET /docs/oauth2-redirect": OPEN,
-    "GET /redoc": OPEN,
-    "GET /openapi.json": OPEN,
+ROUTES: Mapping[str, tuple[Scope | None, RouteKind]] = {
+    "POST /generate": (Scope.GENERATE, RouteKind.GENERATION),
+    "POST /v1/chat/completions": (Scope.GENERATE, RouteKind.GENERATION),
+    "POST /v1/completions": (Scope.GENERATE, RouteKind.GENERATION),
+    "GET /v1/models": (Scope.GENERATE, RouteKind.REQUEST),
+    "GET /v1/models/{model:path}": (Scope.GENERATE, RouteKind.REQUEST),
+    "GET /bank": (Scope.GENERATE, RouteKind.REQUEST),
+    "PUT /users/{user_id}/profile": (Scope.WRITE, RouteKind.REQUEST),
+    "POST /users/{user_id}/profile/items": (Scope.WRITE, RouteKind.REQUEST),
+    "GET /users/{user_id}": (Scope.WRITE, RouteKind.REQUEST),
+    "GET /users/{user_id}/export": (Scope.WRITE, RouteKind.REQUEST),
+    "DELETE /users/{user_id}": (Scope.WRITE, RouteKind.UNLIMITED),
+    "POST /users/{user_id}/feedback": (Scope.WRITE, RouteKind.REQUEST),
+    "POST /users/{user_id}/adapt": (Scope.ADAPT, RouteKind.REQUEST),
+    "GET /jobs/{job_id}": (Scope.ADAPT, RouteKind.REQUEST),
+    "GET /jobs/{job_id}/events": (Scope.ADAPT, RouteKind.EVENTS),
+    "DELETE /jobs/{job_id}": (Scope.ADAPT, RouteKind.REQUEST),
+    "GET /worth": (Scope.ADMIN, RouteKind.REQUEST),
+    "GET /metrics": (Scope.ADMIN, RouteKind.OPERATION),
+    "GET /health": (OPEN, RouteKind.OPERATION),  # details only with the admin scope
+    "GET /ready": (OPEN, RouteKind.OPERATION),  # details only with the admin scope
+    "GET /": (OPEN, RouteKind.UNLIMITED),
+    "GET /console": (OPEN, RouteKind.UNLIMITED),
+    "GET /console/{path:path}": (OPEN, RouteKind.UNLIMITED),
+    "GET /docs": (OPEN, RouteKind.UNLIMITED),
+    "GET /docs/oauth2-redirect": (OPEN, RouteKind.UNLIMITED),
+    "GET /docs/files": (OPEN, RouteKind.UNLIMITED),
+    "GET /openapi.json": (OPEN, RouteKind.UNLIMITED),
 }
-
-KINDS: Mapping[str, RouteKind] = {
-    "POST /generate": RouteKind.GENERATION,
-    "POST /v1/chat/completions": RouteKind.GENERATION,
-    "POST /v1/completions": RouteKind.GENERATION,
-    "GET /jobs/{job_id}/events": RouteKind.EVENTS,
-    "DELETE /users/{user_id}": RouteKind.UNLIMITED,
-    "GET /metrics": RouteKind.OPERATION,
-    "GET /health": RouteKind.OPERATION,
-    "GET /ready": RouteKind.OPERATION,
-}
-"""Kinds that differ from the default, which is UNLIMITED for open routes and REQUEST for all others."""
 
 EVENTS_DIVISOR = 4  # at most a quarter of all requests in progress may be event streams of jobs
 
@@ -94,11 +81,9 @@ def guard(app: FastAPI, keys: KnownKeys, max_requests: int, refused: Callable[[s
     streams = Shares(lambda: max(1, max_requests // EVENTS_DIVISOR))
     by_kind = {RouteKind.EVENTS: [places, streams], RouteKind.OPERATION: []}
     for route in app.routes:
-        assert isinstance(route, Route), route
-        (method,) = (route.methods or set()) - {"HEAD"}
-        name = f"{method} {route.path}"
-        required = ROUTES[name]
-        kind = KINDS.get(name, RouteKind.UNLIMITED if required is OPEN else RouteKind.REQUEST)
+        assert isinstance(route, Route | Mount), route
+        (method,) = ((route.methods if isinstance(route, Route) else None) or {"GET"}) - {"HEAD"}
+        required, kind = ROUTES[f"{method} {route.path}"]
         route.app = _Gates(route.app, keys, required, kind, by_kind.get(kind, [places]), refused)
         if required is not OPEN and isinstance(route, APIRoute):
             route.openapi_extra = {"security": [{_SCHEME: []}, {}]}  # {}: no key is needed while none exists

@@ -47,9 +47,6 @@ class Shares:
         held = self._held[caller]
         return not held or held + size <= self._share(caller)
 
-    def arrives(self, caller: str) -> None:
-        """Record that a caller is active, though it holds no place yet."""
-
     def acquire(self, caller: str, size: int = 1) -> None:
         self._held[caller] += size
         self.taken += size
@@ -103,9 +100,6 @@ class FairShares(Shares):
         if held + size <= self._share(caller) + use.credit:
             return True
         return self.free - size >= _RESERVE_FACTOR * (self._all.mean - use.mean) - (self.taken - held)
-
-    def arrives(self, caller: str) -> None:
-        self._touch(caller)
 
     def acquire(self, caller: str, size: int = 1) -> None:
         self._touch(caller)
@@ -182,10 +176,12 @@ class FairQueue:
     async def wait(
         self, caller: str, size: int, patience_s: float | None, passed_for_s: float, *, may_be_refused: bool = True
     ) -> None:
-        """Wait for places and take them, or raise `TimeoutError`; smaller requests may pass for `passed_for_s`."""
+        """Wait for places that `try_acquire` did not take, or raise `TimeoutError`.
+
+        Smaller requests may pass for `passed_for_s`.
+        """
         keep_from_s = time.monotonic() + passed_for_s
         waiting = Waiter(size, keep_from_s, asyncio.get_running_loop().create_future(), may_be_refused)
-        self._shares.arrives(caller)
         self._lines.setdefault(caller, []).append(waiting)
         self.waiting += 1
         try:

@@ -42,15 +42,6 @@ class Totals:
     sum: float = 0.0
     sum_squares: float = 0.0
 
-    def add(self, value: float) -> Totals:
-        """Return the totals with one more people-week. Raises ValueError for a number outside 0 to 1."""
-        if not 0 <= value <= 1:
-            raise ValueError(f"the number of a people-week is from 0 to 1, not {value}")
-        return self + Totals(1, value, value * value)
-
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(self.n + other.n, self.sum + other.sum, self.sum_squares + other.sum_squares)
-
     @property
     def mean(self) -> float:
         """Return the mean of the numbers; there must be some."""
@@ -69,9 +60,9 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class SequentialInterval:
-    """An estimate and the two ends of its interval, in the unit of the numbers, or as a share in `relative`."""
+    """An estimate, and an interval that holds the true value with 95 %, however often somebody looks."""
 
-    estimate: float
+    estimate: float  # in the unit of the numbers; a share in `relative`
     low: float
     high: float
 
@@ -80,16 +71,16 @@ class SequentialInterval:
         return not self.low <= value <= self.high
 
 
-def difference(lower: Totals, full: Totals, alpha: float = ALPHA) -> SequentialInterval | None:
+def difference(lower: Totals, full: Totals) -> SequentialInterval | None:
     """Return the mean of `lower` less the mean of `full`; None below `MIN_PEOPLE_WEEKS` in either arm."""
     if not _enough(lower, full):
         return None
     estimate = lower.mean - full.mean
-    margin = _standard_errors(_effective(lower, full), alpha) * sqrt(lower.variance_of_mean + full.variance_of_mean)
+    margin = _standard_errors(_effective(lower, full)) * sqrt(lower.variance_of_mean + full.variance_of_mean)
     return SequentialInterval(estimate, estimate - margin, estimate + margin)
 
 
-def relative(lower: Totals, full: Totals, alpha: float = ALPHA) -> SequentialInterval | None:
+def relative(lower: Totals, full: Totals) -> SequentialInterval | None:
     """Return the difference over the mean of `lower`: 0.18 is "saves 18 %"; at most 1, below 0 where `full` is higher.
 
     Holds each share r for which lower·(1 − r) − full is not yet told from 0 (Fieller 1954), so it excludes 0 exactly
@@ -97,7 +88,7 @@ def relative(lower: Totals, full: Totals, alpha: float = ALPHA) -> SequentialInt
     """
     if not _enough(lower, full):
         return None
-    squared = _standard_errors(_effective(lower, full), alpha) ** 2
+    squared = _standard_errors(_effective(lower, full)) ** 2
     below = lower.mean**2 - squared * lower.variance_of_mean
     if below <= 0:
         return None
@@ -108,21 +99,19 @@ def relative(lower: Totals, full: Totals, alpha: float = ALPHA) -> SequentialInt
     return SequentialInterval(1 - full.mean / lower.mean, 1 - most, 1 - least)
 
 
-def people_weeks_needed(
-    lower: Totals, full: Totals, relative_effect: float | None = None, alpha: float = ALPHA
-) -> int | None:
+def people_weeks_needed(lower: Totals, full: Totals) -> int | None:
     """Return about how many more people-weeks, of both arms in today's shares, until the interval excludes 0.
 
-    Takes the difference seen so far, or `relative_effect` (0.1 is 10 %) times the mean of `lower`; 0 if it is excluded
-    already. None where `difference` says nothing, and where a million times as many would not do.
+    Takes the difference seen so far; 0 if it is excluded already. None where `difference` says nothing, and where a
+    million times as many would not do.
     """
     if not _enough(lower, full):
         return None
-    effect = lower.mean - full.mean if relative_effect is None else relative_effect * lower.mean
+    effect = lower.mean - full.mean
     variance, effective = lower.variance_of_mean + full.variance_of_mean, _effective(lower, full)
 
     def seen(times: float) -> bool:
-        return effect**2 > _standard_errors(times * effective, alpha) ** 2 * variance / times
+        return effect**2 > _standard_errors(times * effective) ** 2 * variance / times
 
     few, many = 1.0, 1.0
     while not seen(many):
@@ -147,7 +136,7 @@ def _effective(lower: Totals, full: Totals) -> float:
     return lower.n * full.n / (lower.n + full.n)
 
 
-def _standard_errors(effective: float, alpha: float) -> float:
+def _standard_errors(effective: float) -> float:
     """Return the margin in standard errors (Theorem 2.2 of the paper with σ/√t as the unit; rho from its appendix)."""
-    rho_squared_t = (log(1 - 2 * log(alpha)) - 2 * log(alpha)) * effective / TUNED_FOR
-    return sqrt((1 + 1 / rho_squared_t) * log((1 + rho_squared_t) / alpha**2))
+    rho_squared_t = (log(1 - 2 * log(ALPHA)) - 2 * log(ALPHA)) * effective / TUNED_FOR
+    return sqrt((1 + 1 / rho_squared_t) * log((1 + rho_squared_t) / ALPHA**2))

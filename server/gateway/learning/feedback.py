@@ -9,14 +9,12 @@ from functools import partial
 
 from rapidfuzz.distance import Levenshtein
 
-from adapters.errors import excerpt
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest
 from server.gateway.generation.answer_ids import AnswerNote
 from server.gateway.learning.refreshing import Refreshing
 from server.gateway.learning.tallies import Person, Tallies
-from server.gateway.users.profiles import Profiles
-from server.settings import MAX_ITEM_BYTES
+from server.gateway.users.profiles import Profiles, check_size
 from server.store.feedback import Feedback, FeedbackStore, Outcome, Rating
 from server.store.jobs import Job
 from server.store.samples import Sample, encode_sample
@@ -97,14 +95,7 @@ def _difference(final: Final) -> tuple[float | None, Sample | None]:
     hash is known.
     """
     sample = final.sample
-    size = len(encode_sample(sample))
-    if size > MAX_ITEM_BYTES:
-        raise InvalidRequest(
-            f"input and final have {size} bytes as JSON, at most {MAX_ITEM_BYTES} are allowed: "
-            f"{excerpt(sample.output)}",
-            param="final",
-            code="sample_too_large",
-        )
+    check_size("final", encode_sample(sample), sample.output, named="final with its input")
     if final.answer is not None:
         before, after = final.answer.strip(), sample.output.strip()
         is_long = len(before) * len(after) > _MAX_COMPARED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import time
 from collections.abc import Callable
@@ -15,14 +14,12 @@ import orjson
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
-from server.errors import ApiError, QuotaExceeded, UserErased
+from server.errors import QuotaExceeded, UserErased
 from server.gateway.engines.chat import Conversation
 from server.gateway.users.profiles import Profiles
 from server.settings import MAX_ITEM_BYTES
 from server.store.profiles import UNKNOWN_TOMBSTONE_S
 from server.store.tenants.user_key import User
-
-log = logging.getLogger("mta.gateway")
 
 MAX_PENDING = 1000  # messages of a gateway that wait to be stored
 MAX_AGE_S = UNKNOWN_TOMBSTONE_S - 60  # later on an erasure since the request could be forgotten
@@ -95,22 +92,17 @@ class MessageLearner:
         with suppress(asyncio.QueueFull):
             self._pending.put_nowait((profiles, message))
 
-    async def run(self) -> None:
-        while True:
-            profiles, message = await self._pending.get()
-            try:
-                if time.perf_counter() - message.asked_s > MAX_AGE_S:
-                    continue
+    async def store_next(self) -> None:
+        """Wait for a message and store it, unless its user was erased, it is too old, or a quota is used up."""
+        profiles, message = await self._pending.get()
+        try:
+            if time.perf_counter() - message.asked_s <= MAX_AGE_S:
                 update = await profiles.learn(message.user, message.item, message.epoch)
                 self.learned(update.changed)
-            except (UserErased, QuotaExceeded):
-                pass
-            except ApiError as error:
-                log.warning("a message was not learnt: %s", error.explained)
-            except Exception:
-                log.exception("a message was not learnt")
-            finally:
-                self._pending.task_done()
+        except (UserErased, QuotaExceeded):
+            pass
+        finally:
+            self._pending.task_done()
 
     async def finish(self) -> None:
         """Wait until all pending messages are stored, for at most `CLOSE_S`."""

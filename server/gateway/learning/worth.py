@@ -95,9 +95,9 @@ class Comparison:
         advice = f": {'keep it' if better > 0 else _INSTEAD[self.level]}" if better else ""
         if saved is None:
             verb = "lowers" if found.estimate > 0 else "raises"
-            return f"{self.level} {verb} the share of {_SHARE_OF[self.metric]} by {_points(found)} points{advice}"
+            return f"{self.level} {verb} the share of {_SHARE_OF[self.metric]} by {_shown(found, 1)} points{advice}"
         verb, part = ("saves", "of") if better > 0 else ("adds", "to")
-        return f"{self.level} {verb} {_percent(saved)} {part} {_SAVED[self.metric]}{advice}"
+        return f"{self.level} {verb} {_shown(saved, 0, ' %')} {part} {_SAVED[self.metric]}{advice}"
 
 
 def weeks_of(sums: Mapping[Cell, Sequence[float]]) -> list[WeekOfArm]:
@@ -129,20 +129,11 @@ def _totals(numbers: Sequence[float]) -> dict[Metric, Totals]:
     return {metric: Totals(int(n), total, squares) for metric, n, total, squares in triples if n}
 
 
-def _percent(saved: SequentialInterval) -> str:
-    estimate, low, high = (100 * part for part in _sizes(saved))
-    return f"{estimate:.0f} % ({low:.0f} to {high:.0f})"
-
-
-def _points(found: SequentialInterval) -> str:
-    estimate, low, high = (100 * part for part in _sizes(found))
-    return f"{estimate:.1f} ({low:.1f} to {high:.1f})"
-
-
-def _sizes(found: SequentialInterval) -> tuple[float, float, float]:
-    """Return the sizes of an estimate and of its interval's ends, the smaller one first."""
-    low, high = sorted(map(abs, (found.low, found.high)))
-    return abs(found.estimate), low, high
+def _shown(found: SequentialInterval, digits: int, unit: str = "") -> str:
+    """Return the sizes of an estimate and of its interval's ends, the smaller one first, in hundredths."""
+    ends = sorted((abs(found.low), abs(found.high)))
+    estimate, low, high = (f"{100 * size:.{digits}f}" for size in (abs(found.estimate), *ends))
+    return f"{estimate}{unit} ({low} to {high})"
 
 
 def _rounded(count: int) -> int:

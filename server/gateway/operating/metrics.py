@@ -86,8 +86,7 @@ class Metrics:
         ProcessCollector(registry=registry)
 
     def watch(self, engines: Engines, health: Health, store: CheckedStore, used: Used) -> None:
-        self._registry.register(_PartsCollector(engines, health, store, used))
-        self._registry.register(_ServersCollector(self))
+        self._registry.register(_PartsCollector(self, engines, health, store, used))
 
     def count_refusal(self, reason: str) -> None:
         self.shed.labels(reason).inc()
@@ -116,6 +115,7 @@ class Metrics:
 class _PartsCollector(Collector):
     """Collects the last known state of the parts at each scrape; engines are labelled by position in the settings."""
 
+    metrics: Metrics
     engines: Engines
     health: Health
     store: CheckedStore
@@ -154,16 +154,10 @@ class _PartsCollector(Collector):
             if figures.prepares is not None and figures.fuses is not None:
                 prepares.add_metric((engine, "cold"), figures.fuses)
                 prepares.add_metric((engine, "warm"), max(0, figures.prepares - figures.fuses))
-        yield from (up, slots, resident, prepares)
+        yield from (up, slots, resident, prepares, *self._of_servers())
 
-
-@dataclass(frozen=True, eq=False)
-class _ServersCollector(Collector):
-    """Collects what the store's servers last reported, by server: the name is empty if there is only one."""
-
-    metrics: Metrics
-
-    def collect(self) -> Iterator[Metric]:
+    def _of_servers(self) -> Iterator[Metric]:
+        """Yield what the store's servers last reported, by server: the name is empty if there is only one."""
         gauge, counter = partial(GaugeMetricFamily, labels=("server",)), CounterMetricFamily
         families = {
             "used_bytes": gauge("mta_store_server_used_bytes", "Memory used by a server."),
@@ -179,9 +173,9 @@ class _ServersCollector(Collector):
         for found in self.metrics.store_servers:
             for name, family in families.items():
                 family.add_metric((found.server,), float(getattr(found, name)))
-            for command, all_calls in found.commands.items():
-                calls.add_metric((found.server, command), all_calls.calls)
-                seconds.add_metric((found.server, command), all_calls.seconds)
+            for command, (times, taken_s) in found.commands.items():
+                calls.add_metric((found.server, command), times)
+                seconds.add_metric((found.server, command), taken_s)
         yield from (*families.values(), calls, seconds)
 
 

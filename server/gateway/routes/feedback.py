@@ -11,7 +11,6 @@ from pydantic_core import PydanticCustomError
 from server.gateway.access.keys import caller_of
 from server.gateway.generation.answer_ids import read_answer_id
 from server.gateway.generation.personalizer import Arm, Level
-from server.gateway.http.errors import ErrorAnswer
 from server.gateway.learning.feedback import Final, Given
 from server.gateway.parts import parts_of, user_of, users_of
 from server.gateway.routes.requests import (
@@ -67,7 +66,7 @@ class FeedbackRequest(Strict):
     def _check_parts(self) -> Self:
         if self.outcome is None and self.rating is None and self.final is None:
             raise PydanticCustomError("combination", "set outcome, rating or final", {"param": "outcome"})
-        if self.final is None and (self.input or self.text or self.sha256):
+        if self.final is None and any(part is not None for part in (self.input, self.text, self.sha256)):
             raise PydanticCustomError("combination", "input, text and sha256 require final", {"param": "final"})
         if self.final is not None and self.input is None:
             raise PydanticCustomError("combination", "final requires input: what it answers", {"param": "input"})
@@ -93,12 +92,7 @@ class FeedbackAnswer(BaseModel, frozen=True):
     learned: bool = Field(description="Whether `final` became a sample and an item of the user's history.")
 
 
-router = APIRouter(
-    route_class=UserRoute,
-    prefix="/users/{user_id}",
-    tags=["learn"],
-    responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
-)
+router = APIRouter(route_class=UserRoute, prefix="/users/{user_id}", tags=["learn"])
 
 
 @router.post("/feedback")

@@ -16,7 +16,6 @@ from server.gateway.generation.generator import Answer
 from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.bodies import JsonRoute
-from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, event
 from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import (
@@ -86,11 +85,7 @@ _CONTENT: dict[str, Any] = {
 router = APIRouter(route_class=JsonRoute, tags=["generate"])
 
 
-@router.post(
-    "/generate",
-    response_model=GenerateAnswer,
-    responses={200: {"content": _CONTENT}, "4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
-)
+@router.post("/generate", response_model=GenerateAnswer, responses={200: {"content": _CONTENT}})
 async def generate(request: Request, body: GenerateRequest, x_queue_timeout: QueueTimeout = None) -> Response:
     """Answer a prompt in the user's own manner.
 

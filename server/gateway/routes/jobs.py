@@ -154,11 +154,7 @@ def iso(unix_ms: int) -> str:
     return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
-router = APIRouter(
-    route_class=UserSamplesRoute,
-    tags=["adapt"],
-    responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
-)
+router = APIRouter(route_class=UserSamplesRoute, tags=["adapt"])
 JobIdInPath = Annotated[str, Path(description="Id returned by `POST /users/{user_id}/adapt`.", max_length=64)]
 
 EXAMPLE = JobAnswer(

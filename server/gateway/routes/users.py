@@ -17,14 +17,12 @@ from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_of
-from server.gateway.http.errors import ErrorAnswer
 from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts, gateway_of, parts_of, user_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
 from server.gateway.routes.jobs import JobAnswer, iso
 from server.gateway.routes.requests import Strict, UserIdInPath, UserRoute, epoch_of
-from server.gateway.users.profiles import ProfileUpdate, newest_items
-from server.settings import MAX_ITEM_BYTES
+from server.gateway.users.profiles import ProfileUpdate, check_size, newest_items
 from server.store.jobs import Job
 from server.store.profiles import Erased
 from server.store.tenants.user_key import User
@@ -90,12 +88,7 @@ class ErasedAnswer(BaseModel, frozen=True):
     log_rewritten_by: str = Field(description="Time by which it is also gone from the store's file. UTC, ISO 8601.")
 
 
-router = APIRouter(
-    route_class=UserRoute,
-    prefix="/users/{user_id}",
-    tags=["users"],
-    responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
-)
+router = APIRouter(route_class=UserRoute, prefix="/users/{user_id}", tags=["users"])
 
 
 @router.put("/profile")
@@ -215,14 +208,8 @@ def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
             item = parse_item(raw, parts.bank.task, position)
         except ProfileError as error:
             raise InvalidRequest(str(error), param=error.param) from error
-        size = len(orjson.dumps(dict(item.fields)))
-        if size > MAX_ITEM_BYTES:
-            raise InvalidRequest(
-                f"items.{position} has {size} bytes as JSON, at most {MAX_ITEM_BYTES} are allowed: "
-                f"{excerpt(dict(item.fields))}",
-                param=f"items.{position}",
-                code="item_too_large",
-            )
+        fields = dict(item.fields)
+        check_size(f"items.{position}", orjson.dumps(fields), fields, code="item_too_large")
         items.append(item)
     return newest_items(items, parts.profiles.limit)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from datetime import date
 from typing import Any, Self
 
@@ -11,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.gateway.access.keys import caller_of
 from server.gateway.generation.personalizer import Arm, Level
-from server.gateway.http.errors import ErrorAnswer
 from server.gateway.learning.confidence import SequentialInterval, Totals
 from server.gateway.learning.tallies import Metric
 from server.gateway.learning.worth import BEGIN, COUNTING, Comparison, WeekOfArm, comparisons_of, share_of, weeks_of
@@ -19,18 +17,6 @@ from server.gateway.parts import gateway_of
 from server.store.worth import monday
 
 _SHARES = "0 to 1, of all answers alike; null if no answer says anything about it."
-
-
-class IntervalAnswer(BaseModel, frozen=True):
-    """An estimate, and an interval that holds the true value with 95 %, however often somebody looks."""
-
-    estimate: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, interval: SequentialInterval | None) -> Self | None:
-        return cls(**asdict(interval)) if interval else None
 
 
 class ArmAnswer(BaseModel, frozen=True):
@@ -53,8 +39,8 @@ class ComparisonAnswer(BaseModel, frozen=True):
     holdout: float = Field(description="Share of users held out; another share begins another comparison.")
     lower: ArmAnswer = Field(description="People answered one level lower.")
     full: ArmAnswer = Field(description="People answered on this level.")
-    difference: IntervalAnswer | None = Field(description="`lower` less `full`; null until enough people are known.")
-    saved: IntervalAnswer | None = Field(description="The difference over `lower`, for `changed` and `discarded`.")
+    difference: SequentialInterval | None = Field(description="`lower` less `full`; null until enough are known.")
+    saved: SequentialInterval | None = Field(description="The difference over `lower`, for `changed` and `discarded`.")
     needed: int | None = Field(description="About how many more people-weeks tell the arms apart; 0: they are.")
     says: str = Field(description="The result in words, and what to do.")
 
@@ -66,8 +52,8 @@ class ComparisonAnswer(BaseModel, frozen=True):
             holdout=share_of(known),
             lower=ArmAnswer.of(known.lower),
             full=ArmAnswer.of(known.full),
-            difference=IntervalAnswer.of(known.difference),
-            saved=IntervalAnswer.of(known.saved),
+            difference=known.difference,
+            saved=known.saved,
             needed=known.needed,
             says=known.says,
         )
@@ -146,7 +132,7 @@ class WorthAnswer(BaseModel):
     weeks: list[WeekAnswer] = Field(description="The last 13 finished weeks, newest first.")
 
 
-router = APIRouter(tags=["learn"], responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}})
+router = APIRouter(tags=["learn"])
 
 
 @router.get("/worth")

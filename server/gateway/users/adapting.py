@@ -16,8 +16,7 @@ from bank.manifest import BankManifest
 from server.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded, Unavailable
 from server.gateway.access.shares import FairQueue
 from server.gateway.engines.admin import Engines
-from server.gateway.users.profiles import Profiles
-from server.settings import MAX_ITEM_BYTES
+from server.gateway.users.profiles import Profiles, check_size
 from server.store.jobs import Job, JobId, JobStore, Submission
 from server.store.samples import MAX_SAMPLES, JobBudget, Sample, decode_sample, encode_config, encode_sample
 from server.store.tenants.holdings import Held
@@ -154,13 +153,7 @@ def _items_from_samples(samples: Sequence[Sample], task: Task) -> list[Item]:
 def _encode_samples(samples: Sequence[Sample]) -> list[bytes]:
     encoded = list(map(encode_sample, samples))
     for index, raw in enumerate(encoded):
-        if len(raw) > MAX_ITEM_BYTES:
-            raise InvalidRequest(
-                f"samples.{index} has {len(raw)} bytes as JSON, at most {MAX_ITEM_BYTES} are allowed: "
-                f"{excerpt(samples[index].output)}",
-                param=f"samples.{index}",
-                code="sample_too_large",
-            )
+        check_size(f"samples.{index}", raw, samples[index].output)
     return encoded
 
 

@@ -60,7 +60,7 @@ class Exporting:
         tally = await self.worth.tally(key)
         note = profile.adapter
         stored = await self.adapters.adapter(UserAdapterId(key, note.id)) if note else None
-        if await profiles.epoch(key) != snapshot.epoch:
+        if await profiles.load(key) is None or await profiles.epoch(key) != snapshot.epoch:  # moved away, or erased
             raise UserErased
         complete, says = await asyncio.to_thread(self._load, stored) if stored else (None, "it is no longer stored")
         placeholder = secrets.token_hex()  # random, so that no text of the user's contains it

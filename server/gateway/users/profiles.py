@@ -19,13 +19,15 @@ from functools import partial
 import numpy as np
 import orjson
 
+from adapters.errors import excerpt
 from bank.items.profile import Item, Vectors, item_text, profile_embedding
 from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
 from bank.lookup.signature import Signature
-from server.errors import ApiError, Unavailable, UserErased
+from server.errors import ApiError, InvalidRequest, Unavailable, UserErased
 from server.gateway.access.quotas import Quotas
 from server.gateway.access.shares import FairQueue
+from server.settings import MAX_ITEM_BYTES
 from server.store.profile_record import (
     OtherEmbedding,
     Profile,
@@ -271,6 +273,13 @@ def _growth(snapshot: Snapshot, history: StoredItems) -> Held:
     before, after = (sum(len(encode_item(item)) for item in items.values()) for items in (snapshot.items, history))
     more_items = len(history) - len(snapshot.items)
     return Held(people=snapshot.profile is None, bytes=after - before + _ITEM_BYTES * more_items)
+
+
+def check_size(param: str, raw: bytes, shown: object, *, named: str = "", code: str = "sample_too_large") -> None:
+    """Raise InvalidRequest if an item or sample is too large as JSON; `named` is what the message calls `param`."""
+    if len(raw) > MAX_ITEM_BYTES:
+        message = f"{named or param} has {len(raw)} bytes as JSON, at most {MAX_ITEM_BYTES} are allowed"
+        raise InvalidRequest(f"{message}: {excerpt(shown)}", param=param, code=code)
 
 
 def newest_items(items: Sequence[Item], limit: HistoryLimit) -> list[Item]:

@@ -142,9 +142,9 @@ return 1
 
 # KEYS: job. An empty curve keeps the stored one. Returns whether the lease is still valid.
 RENEW = script("""
-local token, lease_ms, step, of, loss, curve = unpack(ARGV)
+local token, lease_ms, step, of, curve = unpack(ARGV)
 if redis.call('HGET', KEYS[1], 'lease') ~= token then return 0 end
-redis.call('HSET', KEYS[1], 'lease_until', now + lease_ms, 'lease_ms', lease_ms, 'step', step, 'of', of, 'loss', loss)
+redis.call('HSET', KEYS[1], 'lease_until', now + lease_ms, 'lease_ms', lease_ms, 'step', step, 'of', of)
 if curve ~= '' then redis.call('HSET', KEYS[1], 'curve', curve) end
 return 1
 """)
@@ -155,7 +155,7 @@ local token, more_tries = unpack(ARGV)
 if redis.call('HGET', KEYS[1], 'lease') ~= token then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'queued')
 redis.call('HINCRBY', KEYS[1], 'tries', more_tries)
-redis.call('HDEL', KEYS[1], 'lease', 'lease_until', 'lease_ms', 'started_ms', 'step', 'of', 'loss', 'curve')
+redis.call('HDEL', KEYS[1], 'lease', 'lease_until', 'lease_ms', 'started_ms', 'step', 'of', 'curve')
 return 1
 """
 

@@ -65,7 +65,7 @@ class HoldingStore:
         found = await self._connection.run(methodcaller("hmget", keys.count(tenant), fields))
         held = Held({name: int(value or 0) for name, value in zip(fields, found, strict=True)})
         if rate := quota.daily_tokens(tenant):
-            held["tokens"] = int((await self._rates.consume([Use(rate, 0)])).levels[0].used)
+            held["tokens"] = int((await self._rates.consume([Use(rate, 0)]))[0].used)
         return held
 
     async def all_people(self, tenants: Iterable[str]) -> AsyncIterator[list[str]]:

@@ -94,6 +94,7 @@ class BucketLevel:
 
     rate: Rate
     used: float
+    fits: bool  # whether the use that asked for it fitted
 
     @property
     def left(self) -> int:
@@ -102,18 +103,6 @@ class BucketLevel:
     def fits_in_s(self, amount: int) -> float:
         """Return the seconds until an amount is available."""
         return max(0.0, self.used + amount - self.rate.most) * self.rate.window_s / self.rate.most
-
-
-@dataclass(frozen=True, slots=True)
-class BucketLevels:
-    """Result of some uses: which of them fit, and the level of each one's rate afterwards."""
-
-    fit: Sequence[bool]
-    levels: Sequence[BucketLevel]
-
-    @property
-    def counted(self) -> bool:
-        return all(self.fit)
 
 
 # KEYS: a bucket for each use: amount used, time of that value, µs, and the limit then: of a higher one no more counts
@@ -179,17 +168,17 @@ class Rates:
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def consume(self, uses: Sequence[Use], *, anyway: bool = False) -> BucketLevels:
-        """Count all uses, or none if one does not fit; all for one owner and different rates. 0 only queries."""
+    async def consume(self, uses: Sequence[Use], *, anyway: bool = False) -> list[BucketLevel]:
+        """Count all uses, or none if one does not fit, and return the level of each one's rate afterwards.
+
+        All are for one owner and different rates; 0 only queries. `anyway` counts also beyond a limit, to be paid off
+        later.
+        """
         names = [keys.rate(use.rate.owner, use.rate.what) for use in uses]
         given = [number for use in uses for number in (use.rate.most, use.rate.window_s * 1_000_000, use.amount)]
         found = await self._connection.evaluate(_CONSUME, names, int(anyway), MOST_DEBT, *given)
-        levels = [BucketLevel(use.rate, float(used)) for use, used in zip(uses, found[1::2], strict=True)]
-        return BucketLevels([bool(fit) for fit in found[0::2]], levels)
-
-    async def correct(self, uses: Sequence[Use]) -> None:
-        """Add to or subtract from an owner's rates regardless of the limit, also beyond it: that is paid off later."""
-        await self.consume(uses, anyway=True)
+        answers = zip(uses, found[0::2], found[1::2], strict=True)
+        return [BucketLevel(use.rate, float(used), bool(fits)) for use, fits, used in answers]
 
     async def acquire(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
         """Add members to the holders of `name` for `lease_s` or until `release`, or renew them.

@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from server.cli.run import up
 from server.gateway.access.keys import KnownKeys
-from server.gateway.access.routes import KINDS, OPEN, ROUTES, guard
+from server.gateway.access.routes import OPEN, ROUTES, RouteKind, guard
 from server.store.tenants.access_keys import new_secret
 from server.store.tenants.user_key import UserKeys
 from tests.integration.security.conftest import KEYS, ask
@@ -22,16 +22,20 @@ from tests.support.calls import ALL, HELLO, error_of
 from tests.support.fake_engine import KEY, FakeEngine
 from tests.support.gateway import SECRET, GatewayThread, Keyed, generate
 
-CLOSED = [route for route, scope in ROUTES.items() if scope is not OPEN]
+CLOSED = {route: scope for route, (scope, _) in ROUTES.items() if scope is not OPEN}
 ITEMS = {"items": [{"text": "Dear friend,\nThe first roses are open along the south wall."}]}
 OWN_HEADERS = {"host", "content-type", "content-length", "accept", "authorization", "x-request-id", "x-session-id"}
 
 
 def test_the_table_has_every_route_and_no_other(keyed: Keyed) -> None:
-    routes = [route for route in keyed.gateway.app.routes if isinstance(route, Route)]
-    assert len(routes) == len(keyed.gateway.app.routes)
-    names = {f"{method} {route.path}" for route in routes for method in route.methods or () if method != "HEAD"}
-    assert names == set(ROUTES) >= KINDS.keys()
+    names = set()
+    for route in keyed.gateway.app.routes:
+        assert isinstance(route, Route | Mount)
+        methods = {"GET"} if isinstance(route, Mount) else route.methods or set()
+        names |= {f"{method} {route.path}" for method in methods - {"HEAD"}}
+    assert names == set(ROUTES)
+    unlimited = (RouteKind.OPERATION, RouteKind.UNLIMITED)
+    assert all(kind in unlimited for scope, kind in ROUTES.values() if scope is OPEN)  # there is no key to limit
 
 
 def test_a_route_that_nobody_put_into_the_table_is_not_served() -> None:
@@ -67,10 +71,10 @@ class TestClosed:
             assert refused.headers["www-authenticate"] == "Bearer"
 
     def test_by_its_own_scope_alone(self, keyed: Keyed, stranger: httpx.Client, route: str) -> None:
-        refused = ask(stranger, route, keyed.header(f"no {ROUTES[route]}"))
+        refused = ask(stranger, route, keyed.header(f"no {CLOSED[route]}"))
         assert error_of(refused) == (403, None, "missing_scope")
-        assert f"--scope {ROUTES[route]}" in refused.json()["error"]["message"]
-        assert ask(stranger, route, keyed.header(f"only {ROUTES[route]}")).status_code not in (401, 403)
+        assert f"--scope {CLOSED[route]}" in refused.json()["error"]["message"]
+        assert ask(stranger, route, keyed.header(f"only {CLOSED[route]}")).status_code not in (401, 403)
 
     def test_with_another_tenant(self, acme: httpx.Client, globex: httpx.Client, shared_name: str, route: str) -> None:
         before = acme.get(f"/users/{shared_name}").json()
@@ -86,10 +90,10 @@ def test_head_is_no_way_around(stranger: httpx.Client, route: str) -> None:
 
 
 @pytest.mark.parametrize("key", [None, "revoked", "acme"])
-@pytest.mark.parametrize("route", sorted(ROUTES.keys() - CLOSED))
+@pytest.mark.parametrize("route", sorted(ROUTES.keys() - CLOSED.keys()))
 def test_open_routes_do_not_reveal_parts(keyed: Keyed, stranger: httpx.Client, route: str, key: str | None) -> None:
     answer = ask(stranger, route, keyed.header(key) if key else {})
-    assert answer.status_code in (200, 307, 503)
+    assert answer.status_code in ((404,) if route == "GET /docs/files" else (200, 307, 503))
     bank = keyed.gateway.parts.bank.manifest
     for told in (bank.fingerprint, bank.embedder.id, keyed.gateway.parts.settings.engine_url):
         assert told not in answer.text

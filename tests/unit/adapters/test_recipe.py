@@ -20,7 +20,6 @@ from adapters.recipe import (
     bank_of,
     is_recipe_name,
     parse_recipe,
-    parse_user_adapter_id,
     per_mille,
 )
 
@@ -106,13 +105,11 @@ def test_anything_else_is_refused(name: str) -> None:
         parse_recipe(name)
 
 
-def test_a_recipe_of_before_is_refused_with_what_to_do_and_names_its_bank() -> None:
-    for name in ("mta1:9f2c41d0:shared:c+a03*571", "mta2:9f2c41d0:shared:c+a03*-571", "mta1:9f2c41d0"):
+def test_a_stored_recipe_names_its_bank_in_every_format() -> None:
+    for name in ("mta3:9f2c41d0:shared:c+a03*571", "mta2:9f2c41d0:shared:c+a03*-571", "mta1:9f2c41d0"):
         assert bank_of(name) == "9f2c41d0"
-        with pytest.raises(RecipeError, match=r"format mta[12], which is no longer read: build its bank again"):
-            parse_recipe(name)
-    assert all(is_recipe_name(name) for name in ("mta3:x", "mta1:x", "mta2:x"))
-    assert not any(is_recipe_name(name) for name in ("mta3", "my-adapter", None))
+    assert is_recipe_name("mta3:x")
+    assert not any(is_recipe_name(name) for name in ("mta3", "mta2:x", "my-adapter", None))
 
 
 @example(weights=[2.9943896329180766, 2.994389632918077, 2.9943896329180766], total=7, grain=1)
@@ -150,4 +147,4 @@ def test_no_other_text_is_a_user_adapters_id() -> None:
     shapes = ("", ".", KEY, f"{KEY}.", f".{KEY}", f"{KEY}.{KEY[1:]}", f"{KEY}.{KEY.upper()}", f"{KEY}.{KEY}.{KEY}")
     for text in (*shapes, odd, f"{KEY}.{KEY}\n"):
         with pytest.raises(RecipeError, match=r"<user key>\.<id>"):
-            parse_user_adapter_id(text)
+            UserAdapterId(*text.partition(".")[::2])

@@ -20,15 +20,16 @@ def person(name: str, texts: int, step: float) -> Learner:
 def test_losses_are_means_over_people_and_differences_are_within_people() -> None:
     people = [person("ada", 16, 0.1), person("bob", 16, 0.1), person("cai", 6, 0.2)]
     lines = {str(line[0]): line[1:] for line in table(people).lines}
-    assert list(lines) == ["0", "1 to 3", "4 to 7", "8 to 11", "12 to 15"]
-    assert lines["0"][:6] == ("4.000", "3.750", "3.250", "3.000", "2.875", "2.750")
-    assert lines["0"][-1] == "100% base"
+    assert list(lines) == ["1 to 3", "4 to 7", "8 to 11", "12 to 15"]
+    assert lines["8 to 11"][:6] == ("3.050", "2.800", "2.300", "2.050", "1.925", "1.800")
+    assert lines["8 to 11"][-1] == "100% merged"
     assert lines["4 to 7"][0] == "3.333"  # ada and bob 3.45, cai, of whom there are two such texts, 3.1
     assert lines["12 to 15"][0] == "2.650"  # without cai
-    for learnt, people_of_it in (("0", 3), ("4 to 7", 3), ("12 to 15", 2)):
+    for learnt, people_of_it in (("1 to 3", 3), ("4 to 7", 3), ("12 to 15", 2)):
         common, served, with_history = map(str, lines[learnt][6:9])
         assert (common[:7], served[:7], with_history[:7]) == ("-0.2500", "-0.5000", "-0.1250")
         assert f"{people_of_it} users" in served
     (axis,) = picture(people).axes
     served, with_history, _ = axis.get_lines()
+    assert list(served.get_xdata()) == list(range(1, 16))
     assert [round(float(line.get_ydata()[-1]), 4) for line in (served, with_history)] == [-0.5, -0.125]

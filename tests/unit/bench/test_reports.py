@@ -8,7 +8,7 @@ import math
 import random
 import subprocess
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -32,7 +32,7 @@ from bench.fleet.chaos.verdict import Claim, about_keys, about_outages, about_re
 from bench.fleet.simulate import served, zipf
 from bench.page.__main__ import main, read_results
 from bench.page.markdown import fill
-from bench.page.report import Figures, Spread, command_line, percentile, report, shown, tabulate
+from bench.page.report import Figures, Spread, command_line, marked, percentile, report, shown, tabulate
 from bench.quality import __main__ as quality
 from bench.quality import primary
 from bench.quality.ratings import judged
@@ -90,6 +90,16 @@ def test_tables_and_rows_are_written_with_the_machine_and_the_command(tmp_path: 
     assert content["machine"].keys() == {"processor", "cores", "amx", "avx512_bf16", "versions"}
     report("A title", [("a", spread), ("b", "text")], out, bench="cold")
     assert json.loads(out.read_text("utf-8"))["rows"] == {"a": values, "b": "text"}
+
+
+def test_a_value_that_is_wrong_is_marked_and_fails_the_run_once_everything_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "claims.json"
+    report("Claims", [("failed", marked(0, True)), ("served", marked("yes", True))], out)
+    with pytest.raises(typer.Exit) as ended:
+        report("Claims", [("failed", marked(3, False)), ("served", marked("yes", True))], out)
+    assert ended.value.exit_code == 1
+    assert json.loads(out.read_text("utf-8"))["rows"] == {"failed": "3 ← wrong", "served": "yes"}
+    assert [figure.met for figure in judge(out, [acceptance.OWN_VERDICT])] == [False, True]
 
 
 def test_means_are_of_what_was_counted_in_between_over_all_labels_of_a_histogram() -> None:
@@ -297,6 +307,20 @@ def test_a_primary_difference_is_of_means_over_banks_and_is_corrected_for_all_of
             primary.main(runs=[wrong])
     with pytest.raises(typer.BadParameter, match="mail has no own"):
         primary.main(runs=[run], histories="", against="own")
+
+
+def test_a_folder_counts_the_last_record_of_a_query_and_has_each_of_one_evaluation(tmp_path: Path) -> None:
+    def losses(*records: Record) -> primary.Losses:
+        (tmp_path / RECORDS_FILE).write_text("".join(f"{json.dumps(asdict(record))}\n" for record in records))
+        return primary.mean_losses([tmp_path])
+
+    ada, again = (Record("ada", "q", "merged", 0, loss, None, "", key="k1") for loss in (3.0, 2.0))
+    bob = Record("bob", "q", "merged", 0, 4.0, None, "", key="k2")  # people who were added later have another key
+    assert losses(ada, again, bob) == {"merged": {"ada": 2.0, "bob": 4.0}}
+    for other in (replace(ada, seed=1), replace(ada, query_id="other"), replace(ada, method="mean")):
+        losses(ada, bob, replace(other, key="k2"))
+    with pytest.raises(typer.BadParameter, match="merged of ada by evaluations with different"):
+        losses(ada, bob, replace(ada, key="k2"))
 
 
 ENGINE_AWAY = Outage(Fault("engine"), 100.0, 120.0)

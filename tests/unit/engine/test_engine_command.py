@@ -136,9 +136,9 @@ def test_a_slots_size_counts_the_views_by_which_it_is_written() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident_bytes()
-    kept = [Cells.of_slots(stacks, ranks, shares_a=True) for ranks in ((8,), (8, 2))]
+    kept = [Cells.of_slots(stacks, ranks) for ranks in ((8,), (8, 2))]
     taken = resident_bytes() - before
-    views = sum(len(one) for cells, *_ in kept for one in (cells.padding, *(run.cells for run in cells.runs)))
+    views = sum(len(one) for cells, *_ in kept for one in (cells.padding, *cells.parts))
     assert views == modules * engine.VIEWS
     assert taken / slots < 1.5 * views * engine.VIEW_BYTES
 

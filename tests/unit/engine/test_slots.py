@@ -47,7 +47,7 @@ def adapter(ranks: tuple[int, ...], dtype: torch.dtype) -> FlatLora:
 def test_a_slot_holds_every_matrix(transposed: bool, across: bool, dtype: torch.dtype, ranks: tuple[int, ...]) -> None:
     stacks, flat = stacks_of(dtype, transposed=transposed), adapter(ranks, dtype)
     weights, rank = flat.weights(), sum(ranks)
-    Cells.of_slots(stacks, ranks, shares_a=True)[1].write(flat.transposed() if across else flat)
+    Cells.of_slots(stacks, ranks)[1].write(flat.transposed() if across else flat)
     for module, (a, b) in zip(MODULES, stacks, strict=True):
         assert torch.equal(a[1, 0, :rank], weights.a[module.name])
         assert torch.equal(b[1, 0, :, :rank], weights.b[module.name])
@@ -57,29 +57,13 @@ def test_a_slot_holds_every_matrix(transposed: bool, across: bool, dtype: torch.
 
 def test_the_shared_a_is_written_unless_it_is_there() -> None:
     stacks, flat = stacks_of(torch.bfloat16), adapter((8, 4), torch.bfloat16)
-    cells = Cells.of_slots(stacks, (8, 4), shares_a=True)[0]
+    cells = Cells.of_slots(stacks, (8, 4))[0]
     cells.write(flat, has_shared_a=True, padding_is_zero=True)
     first, own = stacks[0][0][0, 0, :8], stacks[0][0][0, 0, 8:12]
     assert (first == 7).all()
     assert torch.equal(own, flat.a[1][: own.numel()].view(own.shape))
     cells.write(flat)
     assert torch.equal(first, flat.a[0][: first.numel()].view(first.shape))
-
-
-def test_numbers_are_copied_as_wide_as_rows_and_slots_allow() -> None:
-    runs = {rank: Cells.of_slots(stacks_of(torch.bfloat16), (rank,), shares_a=True)[1].runs for rank in (8, 5)}
-    assert [run.dtype for run in runs[8]] == [torch.complex128, torch.complex128]
-    assert [run.dtype for run in runs[5]] == [torch.bfloat16, torch.complex128]
-
-
-def test_bits_that_are_no_number_are_copied_as_they_are() -> None:
-    stacks, rows = stacks_of(torch.bfloat16), sum(m.h_out for m in MODULES)
-    cells, a = Cells.of_slots(stacks, (8,), shares_a=True)[0], adapter((8,), torch.bfloat16).a
-    for start in range(0, 2**16, rows * 8):
-        bits = torch.arange(start, start + rows * 8).to(torch.int16)  # wraps around
-        cells.write(FlatLora(MODULES, a, bits.view(torch.bfloat16).view(rows, 8)))
-        there = torch.cat([b[0, 0, :, :8].contiguous().view(torch.int16).flatten() for _, b in stacks])
-        assert torch.equal(there, bits)
 
 
 BANK = "00000000"

@@ -36,26 +36,12 @@ def width(interval: SequentialInterval | None) -> float:
 ARMS = st.integers(MIN_PEOPLE_WEEKS, 5000).flatmap(lambda n: st.builds(arm, st.just(n), st.integers(0, n)))
 
 
-def test_totals_add_up() -> None:
-    one_by_one = Totals().add(0.5).add(1).add(0)
-    assert one_by_one == Totals(3, 1.5, 1.25) == Totals().add(0.5) + Totals(2, 1, 1)
-    assert one_by_one.mean == 0.5
-
-
-@pytest.mark.parametrize("value", [-0.01, 1.01, float("nan")])
-def test_a_number_outside_0_to_1_is_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="from 0 to 1"):
-        Totals().add(value)
-
-
 def test_the_interval_by_hand() -> None:
     # n = 1000 with as many ones as zeros: with a 0 and a 1 more, the variance is 250.5 / 1001 of a number.
     # 1000 · 1000 / 2000 = 500 is what the boundary is tuned for: rho² t = 2 ln 20 + ln(1 + 2 ln 20) = 7.93617,
     # and the margin is √((1 + 1 / 7.93617) · ln(8.93617 · 400)) = 3.0352 standard errors.
     seen = found(difference(arm(1000, 500), arm(1000, 500)))
     assert (seen.low, seen.estimate, seen.high) == pytest.approx((-0.06790, 0, 0.06790), abs=1e-5)
-    stricter = width(difference(arm(1000, 500), arm(1000, 500), alpha=0.01))
-    assert stricter > width(seen)
 
 
 @pytest.mark.parametrize("few", [0, 1, MIN_PEOPLE_WEEKS - 1])
@@ -115,23 +101,20 @@ def test_a_share_of_what_may_be_nothing_is_not_given() -> None:
     assert found(relative(arm(1000, 500), arm(1000, 0))).high == 1
 
 
-@pytest.mark.parametrize("relative_effect", [None, 0.1])
 @pytest.mark.parametrize("shares", [(2000, 2000), (400, 7600)])
-def test_as_many_people_weeks_as_needed_exclude_0(shares: tuple[int, int], relative_effect: float | None) -> None:
+def test_as_many_people_weeks_as_needed_exclude_0(shares: tuple[int, int]) -> None:
     lower, full = arm(shares[0], round(shares[0] * 0.3)), arm(shares[1], round(shares[1] * 0.28))
-    needed = people_weeks_needed(lower, full, relative_effect)
+    needed = people_weeks_needed(lower, full)
     assert needed
-    fewer = 0.3 * (1 - relative_effect) if relative_effect else 0.28
     for times, seen in ((0.95, False), (1.05, True)):
         grown = [round(n * times * (needed + sum(shares)) / sum(shares)) for n in shares]
-        arms = (arm(grown[0], round(grown[0] * 0.3)), arm(grown[1], round(grown[1] * fewer)))
+        arms = (arm(grown[0], round(grown[0] * 0.3)), arm(grown[1], round(grown[1] * 0.28)))
         assert found(difference(*arms)).excludes() is seen
 
 
 def test_nothing_more_is_needed_once_it_is_seen_and_nothing_would_do_without_an_effect() -> None:
     assert people_weeks_needed(arm(1000, 500), arm(1000, 100)) == 0
     assert people_weeks_needed(arm(1000, 500), arm(1000, 500)) is None
-    assert people_weeks_needed(arm(1000, 0), arm(1000, 0), 0.1) is None
 
 
 def test_looking_again_and_again_rarely_errs() -> None:
@@ -139,10 +122,12 @@ def test_looking_again_and_again_rarely_errs() -> None:
     runs, ours, one_look = 300, 0, 0
     for _ in range(runs):
         wrong = naive = False
-        arms = [Totals(), Totals()]
+        sums = [(0, 0.0, 0.0)] * 2
         for person in range(600):
             side = generator.random() < 0.3
-            arms[side] = arms[side].add(generator.betavariate(0.5, 1.5))
+            (n, total, squares), value = sums[side], generator.betavariate(0.5, 1.5)
+            sums[side] = n + 1, total + value, squares + value * value
+            arms = [Totals(*each) for each in sums]
             seen = difference(arms[1], arms[0]) if person % 10 == 0 else None
             if seen is not None:
                 wrong |= seen.excludes()

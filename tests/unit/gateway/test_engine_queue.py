@@ -266,7 +266,7 @@ def test_a_caller_without_a_place_stays_active_for_ten_seconds(clock: SimpleName
         places.acquire(caller)
     places.release("a")
     for clock.now_s, is_alone in ((9.0, False), (10.0, True)):
-        places.arrives("b")
+        places.may_acquire("b")  # it asks
         assert places.is_within_share("b", 4) is is_alone
 
 
@@ -278,7 +278,7 @@ SHARES = {
     "a burst is at most half as much again as the share": (12, "+a4 @1000 +b1 @1005 ~c @1010 ~c ?b=5"),
     "what was left unused may be taken later, once": (8, "+a2 @1000 +b2 @1000.5 ?b=3 @1100 -b2 ?b=1"),
 }
-"""Places and what happens: `a` arrives (`~a`), takes (`+a2`) or returns (`-a2`) places, it is second `@9`, and `a` and
+"""Places and what happens: `a` asks (`~a`), takes (`+a2`) or returns (`-a2`) places, it is second `@9`, and `a` and
 `b` then get so many more, in turns (`?ab=12`)."""
 
 
@@ -288,7 +288,7 @@ def test_fair_shares(most: int, steps: str, clock: SimpleNamespace) -> None:
     for step in steps.split():
         match step[0]:
             case "~":
-                places.arrives(step[1])
+                places.may_acquire(step[1])
             case "+":
                 places.acquire(step[1], int(step[2:]))
             case "-":

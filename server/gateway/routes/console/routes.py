@@ -127,11 +127,10 @@ async def root() -> Response:
 
 
 @router.get("/console/{path:path}", include_in_schema=False)
-@router.get("/console/", include_in_schema=False)  # before the route above, which matches it too
 @router.get("/console", include_in_schema=False)
 async def file(request: Request) -> Response:
     """Serve the page or one of its files."""
-    path = request.path_params.get("path", "index.html")
+    path = request.path_params.get("path") or "index.html"
     response = await _FILES.get_response(path, request.scope)
     if response.status_code == 200 and (kind := _TYPES.get(Path(path).suffix)):
         response.headers["Content-Type"] = kind

@@ -27,16 +27,8 @@ from server.gateway.routes.requests import (
 
 PERSONAL_MODEL = "mta"
 OWN_FIELDS = {
-    "model",
-    "user",
-    "messages",
-    "prompt",
-    "stream",
-    "stream_options",
-    "history",
-    "personalize",
-    "strength",
-    "learn",
+    *("model", "user", "messages", "prompt", "stream", "stream_options"),
+    *("history", "personalize", "strength", "learn"),
 }
 IGNORED = frozenset(("store", "metadata", "service_tier"))
 REFUSED = frozenset(  # fields that control the engine

@@ -22,7 +22,6 @@ from server.gateway.access.keys import caller_of
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.request import GenerationRequest, Personalize
 from server.gateway.http.bodies import JsonRoute
-from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import event
 from server.gateway.parts import Parts, parts_of, users_of
 from server.gateway.routes.answering import AnswerResponse, PersonalizationAnswer, with_learning
@@ -37,11 +36,7 @@ from server.gateway.routes.requests import QueueTimeout
 from server.store.tenants.user_key import check_user_id
 
 _MODELS = (PERSONAL_MODEL, BASE_MODEL)
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {}}},
-    "4XX": {"model": ErrorAnswer},
-    "5XX": {"model": ErrorAnswer},
-}
+_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _INTERNAL_FIELDS = ("kv_transfer_params", "ec_transfer_params")  # fields that engines exchange with each other
 _NULLABLE = {"content", "refusal", "logprobs", "finish_reason", "usage"}  # in OpenAI's schema; other nulls are removed
 _JOINED_FIELDS = frozenset(("index", "delta", "text", "logprobs"))
@@ -123,7 +118,7 @@ async def models() -> ModelsAnswer:
     return ModelsAnswer(data=[ModelAnswer(id=name) for name in _MODELS])
 
 
-@router.get("/models/{model:path}", responses={"4XX": {"model": ErrorAnswer}})
+@router.get("/models/{model:path}")
 async def model(model: Annotated[str, Path(description="Model name.", examples=[PERSONAL_MODEL])]) -> ModelAnswer:
     """Return one model."""
     return ModelAnswer(id=_checked_model(model))
@@ -144,7 +139,7 @@ def _answer(request: Request, body: ChatRequest | CompletionRequest, patience_s:
         strength=body.strength,
         sampling=body.engine_fields,
         stream=body.stream,
-        splittable=False,  # chunks with logprobs, tool calls or several choices are not rejoined
+        splittable=False,  # a single answer comes in one piece; several are streamed and joined, except with tools
         users=users,
         caller=caller_of(request),
         patience_s=patience_s,

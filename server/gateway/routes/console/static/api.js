@@ -41,12 +41,11 @@ export async function text(path, signal) {
 	return response.text().catch((error) => { throw wasStopped(error) ? error : new Failure(BROKEN); });
 }
 
-/** Yields the values of server-sent events until `[DONE]` or an event named `done`. */
+/** Yields the values of server-sent events until `[DONE]`. */
 export async function* events(method, path, body, signal) {
 	const response = await send(method, path, body, signal, []);
 	const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
 	let rest = '';
-	let name = '';
 	try {
 		for (;;) {
 			const { value, done } = await within(SILENT_MS, reader.read());
@@ -54,11 +53,9 @@ export async function* events(method, path, body, signal) {
 			const lines = (rest + value).split('\n');
 			rest = lines.pop();
 			for (const line of lines) {
-				if (line.startsWith('event:')) name = line.slice(6).trim();
-				else if (line === '') name = '';
 				if (!line.startsWith('data:')) continue;
 				const data = line.slice(5).trim();
-				if (data === '[DONE]' || name === 'done') return;
+				if (data === '[DONE]') return;
 				const told = JSON.parse(data);
 				if (told.error && told.error.message) throw new Failure(told.error.message);
 				yield told;

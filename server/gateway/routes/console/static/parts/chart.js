@@ -1,6 +1,7 @@
 // Curves drawn with uPlot in the page's colours; uPlot is loaded on first use.
 import { html, useEffect, useRef } from './html.js';
 
+const height = 240;
 const dark = matchMedia('(prefers-color-scheme: dark)');
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -10,7 +11,7 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
  *
  * `series` is [{label, points: [[x, y]…], dots}…]; `said` is the description for screen readers.
  */
-export function Chart({ series, across, up, said, height = 240 }) {
+export function Chart({ series, across, up, said }) {
 	const place = useRef();
 	const plot = useRef();
 	const shown = useRef();
@@ -22,7 +23,7 @@ export function Chart({ series, across, up, said, height = 240 }) {
 			if (gone) return;
 			plot.current?.destroy();
 			const width = place.current.clientWidth;
-			plot.current = new UPlot(options(series, across, up, width, height), shown.current, place.current);
+			plot.current = new UPlot(options(series, across, up, width), shown.current, place.current);
 		};
 		const sized = new ResizeObserver(([{ contentRect }]) => plot.current?.setSize({ width: contentRect.width, height }));
 		draw().then(() => !gone && sized.observe(place.current));
@@ -53,7 +54,7 @@ function aligned(series) {
 	return [0, ...series].map((_, column) => rows.map((row) => row[column]));
 }
 
-function options(series, across, up, width, height) {
+function options(series, across, up, width) {
 	const [ink, line] = [colour('--dim'), colour('--line')];
 	const axis = (label) => ({
 		label, stroke: ink, labelSize: 18, labelGap: 2, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 },

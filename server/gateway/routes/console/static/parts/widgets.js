@@ -88,15 +88,14 @@ export function Copy({ label, text }) {
 }
 
 /** A button that asks for confirmation. */
-export function Sure({ label, question, onYes, busy = false }) {
+export function Sure({ label, question, onYes }) {
 	const [asking, setAsking] = useState(false);
 	const yes = useRef();
 	const first = useRef();
 	useEffect(() => { if (asking) yes.current?.focus(); }, [asking]);
 	const no = () => { setAsking(false); setTimeout(() => first.current?.focus()); };
 	if (!asking) {
-		return html`<button ref=${first} type="button" class="quiet danger" disabled=${busy}
-			onClick=${() => setAsking(true)}>${label}</button>`;
+		return html`<button ref=${first} type="button" class="quiet danger" onClick=${() => setAsking(true)}>${label}</button>`;
 	}
 	return html`<span class="sure" role="group" aria-label=${question}
 			onKeyDown=${(event) => event.key === 'Escape' && no()}>
