@@ -170,6 +170,7 @@ def main(
     model = ("tests/contract/test_store_model.py", "--hypothesis-profile=long")
     run.step("the store's promises, 50,000 steps", ("-m", "pytest", "-q", *model))
     run.step("base models", ("-m", "pytest", "-q", "-m", "", "tests/integration/test_architectures.py"))
+    run.step("benchmarks", ("-m", "pytest", "-q", "-m", "acceptance", "tests/integration/test_bench.py"))
     run.step("a store that is lost", ("-m", "pytest", "-q", "-m", "", "tests/integration/test_backup.py"))
     run.step("packages", ("-m", "deploy.audit"), PACKAGES)
     run.step("the wheel", ("-m", "deploy.wheel"), (OWN_VERDICT,))

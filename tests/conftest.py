@@ -14,6 +14,7 @@ import httpx
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
+from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
 from bench.rig.engine import Engine, running_engine
@@ -82,6 +83,11 @@ def embedder_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def embedder(embedder_folder: Path) -> Embedder:
+    return Embedder.load(embedder_folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama."""
     from bench.rig.tiny import tiny_model  # imports torch
@@ -114,9 +120,8 @@ def memory() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def valkey(memory: Path) -> Iterator[ValkeyProcess]:
     """A durable Valkey; tests use users of their own."""
-    server = ValkeyProcess(memory / "valkey").start()
-    yield server
-    server.kill()
+    with ValkeyProcess(memory / "valkey") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def server_binaries() -> dict[str, Path]:
 class ValkeyProcess:
     """One server process with its data folder; it can be killed and restarted on the same port.
 
-    `clock` enables `set_clock`.
+    `clock` enables `set_clock`. As a context manager it starts the server and kills it in the end.
     """
 
     def __init__(
@@ -116,6 +116,12 @@ class ValkeyProcess:
             deadline = time.monotonic() + 20
             while abs(int(raw.eval("return redis.call('TIME')[1]", 0)) - time.time() - ahead_s) > CLOCK_TOLERANCE_S:
                 assert time.monotonic() < deadline, f"the server's clock is not {ahead_s} s ahead"
+
+    def __enter__(self) -> ValkeyProcess:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def kill(self) -> None:
         """Send SIGKILL: there is no shutdown and no last write."""

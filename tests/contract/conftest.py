@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,9 @@ def cluster(memory: Path) -> Iterator[ValkeyCluster]:
 def each_server(memory: Path) -> Iterator[dict[str, ValkeyProcess]]:
     """The packaged Valkey, and Redis where it is installed."""
     binaries = server_binaries().items()
-    running = {name: ValkeyProcess(memory / f"each-{name}", DURABLE, file).start() for name, file in binaries}
-    yield running
-    for server in running.values():
-        server.kill()
+    servers = {name: ValkeyProcess(memory / f"each-{name}", DURABLE, file) for name, file in binaries}
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(server) for name, server in servers.items()}
 
 
 @pytest.fixture(params=sorted(server_binaries()))

@@ -103,7 +103,8 @@ async def test_several_gateways_fold_each_person_once_when_their_week_is_over(
     for number in range(250):
         for _ in range(2):
             gateways[number % 3].count_answer(person(str(number)), Personalization(Level.MERGED, arm=Arm.FULL), HOLDOUT)
-    gateways[0].count_answer(person("held"), Personalization(Level.COMMON, arm=Arm.LOWER), HOLDOUT)
+    for user, level in (("held", Level.COMMON), ("adapted", Level.MERGED)):
+        gateways[0].count_answer(person(user), Personalization(level, arm=Arm.LOWER), HOLDOUT)
     gateways[0].count_answer(person("none"), Personalization(Level.BASE), HOLDOUT)
     for share in (HOLDOUT, 0.1):  # which changed within the week
         gateways[1].count_answer(person("mixed"), Personalization(Level.MERGED, arm=Arm.FULL), share)
@@ -113,7 +114,7 @@ async def test_several_gateways_fold_each_person_once_when_their_week_is_over(
         await asyncio.gather(*(gateway.fold() for gateway in gateways))
 
     await fold()
-    assert (await parts.worth.sums(TENANT), await parts.worth.people(week, TENANT)) == ({}, 252)
+    assert (await parts.worth.sums(TENANT), await parts.worth.people(week, TENANT)) == ({}, 253)
     to(monkeypatch, week + 1, LATE_HOURS * 3600 - 1)
     await fold()
     assert await parts.worth.sums(TENANT) == {}  # feedback still counts
@@ -122,9 +123,10 @@ async def test_several_gateways_fold_each_person_once_when_their_week_is_over(
         await fold()
     sums = await parts.worth.sums(TENANT)
     full, lower = Cell(week, 500, "merged", "full"), Cell(week, 500, "merged", "lower")
-    assert sums.keys() == {full, lower, replace(full, week=EVER), replace(lower, week=EVER)}
+    above = replace(lower, level="stacked")  # which the merged recipe is compared with
+    assert sums.keys() == {cell for one in (full, lower, above) for cell in (one, replace(one, week=EVER))}
     assert sums[full] == (250, 500, 250_000, 500 * 500**2, *[0] * 8)
-    assert sums[lower] == (1, 1, 500, 500**2, *[0] * 8)
+    assert sums[lower] == sums[above] == (1, 1, 500, 500**2, *[0] * 8)
     assert sums[replace(full, week=EVER)] == (*[0] * 12, 250, 250, 250)  # all of them were silent
     assert await parts.worth.all_weeks() == []
     late = Cell(week, 0, "merged", "full")

@@ -19,19 +19,39 @@ from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, LossDifference, Verdict, read_manifest
 from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
+from deploy.observe.pictures.receiver import Receiver, receiving
 from server.settings import Settings
 from server.store.samples import Sample
+from server.watching.audit import audit_to
 from server.watching.tracing import Tracing
 from server.worker.loops import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
 from tests.support.desk import Desk, desk_at
-from tests.support.gateway import GatewayThread, wait_until_ready
+from tests.support.gateway import SECRET, GatewayThread, wait_until_ready
 from tests.support.store_parts import StoreParts
 from tests.support.watchdog import never_held
 
 Work = Callable[..., None]
 """Has a worker train whatever there is; the first argument is called at the first step, `tracing` traces it."""
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    """Receives traces."""
+    with receiving() as running:
+        yield running
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The audit log of gateways and commands."""
+    path = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("MTA_AUDIT", str(path))
+    monkeypatch.setenv("MTA_SECRET", SECRET)
+    audit_to(path)
+    yield path
+    audit_to(None)
 
 
 @pytest.fixture
@@ -61,8 +81,7 @@ def gateway_over_vllm(gateway_settings: Settings, tiny_engine: Engine) -> Iterat
     """A gateway over a real engine, where two people are known: rosa and kai."""
     from bench.rig.tiny import world  # imports torch
 
-    settings = gateway_settings.model_copy(update={"engine_url": tiny_engine.url})
-    with GatewayThread(settings) as gateway, gateway.client() as client:
+    with GatewayThread(gateway_settings, engine_url=tiny_engine.url) as gateway, gateway.client() as client:
         wait_until_ready(client)
         for user, place in (("rosa", 1), ("kai", 4)):
             client.put(f"/users/{user}/profile", json={"items": [{"text": world(place)}]}).raise_for_status()
@@ -135,9 +154,8 @@ def working(url: str, trainer: AdapterTrainer, bank_folder: Path) -> Work:
 @pytest.fixture(scope="module")
 def store(memory: Path) -> Iterator[ValkeyProcess]:
     """One that a test may stop, start again and empty."""
-    server = ValkeyProcess(Path(tempfile.mkdtemp(dir=memory))).start()
-    yield server
-    server.kill()
+    with ValkeyProcess(Path(tempfile.mkdtemp(dir=memory))) as server:
+        yield server
 
 
 @pytest.fixture

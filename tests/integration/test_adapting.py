@@ -32,7 +32,7 @@ from server.store.samples import JobBudget
 from server.worker.readapting import Readapting, ReadaptTally
 from server.worker.training import AdapterTrainer
 from tests.integration.conftest import Work, working
-from tests.support.calls import SAMPLES, NewUser, adapt, error_of, job_of, put, who
+from tests.support.calls import ALL, SAMPLES, NewUser, adapt, either, error_of, job_of, put, who
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate, give_adapter
 from tests.support.store_parts import StoreParts
@@ -253,18 +253,10 @@ async def test_the_rest_of_the_record_and_a_lost_adapter(client: Client, ada: st
     assert (adapter["peft"], adapter["stored"], adapter["says"]) == (None, None, "it is no longer stored")
 
 
-@pytest.fixture(params=["/generate", "/v1/chat/completions", "/v1/completions"])
-def ask(request: pytest.FixtureRequest, client: Client) -> Any:
-    turn = {"messages": [{"role": "user", "content": "hello"}]} if "chat" in request.param else {"prompt": "hello"}
-    name = "user_id" if request.param == "/generate" else "user"
-    return lambda user, **fields: client.post(request.param, json={**turn, "max_tokens": 4, name: user, **fields})
-
-
-def test_strength_is_a_factor_on_the_banks_own_weights(ask: Any, ada: str) -> None:
-    full, half, none = (
-        ask(ada, strength=strength).raise_for_status().json()["personalization"] for strength in (1, 0.5, 0)
-    )
-    assert full["recipe"] == ask(ada).json()["personalization"]["recipe"]
+@ALL
+def test_strength_is_a_factor_on_the_banks_own_weights(client: Client, ada: str, route: str) -> None:
+    full, half, none = (who(either(client, route, user=ada, strength=strength)) for strength in (1, 0.5, 0))
+    assert full["recipe"] == who(either(client, route, user=ada))["recipe"]
     sums = [sum(term.weight for term in parse_recipe(found["recipe"]).terms) for found in (full, half)]
     assert sums[1] == round(sums[0] / 2)
     assert half["reason"] is None  # there is no adapter that it could not be served with
@@ -272,27 +264,25 @@ def test_strength_is_a_factor_on_the_banks_own_weights(ask: Any, ada: str) -> No
     assert [anchor["id"] for anchor in half["anchors"]] == [anchor["id"] for anchor in full["anchors"]]
 
 
+@ALL
 def test_with_a_strength_below_1_a_stacked_user_is_merged(
-    ask: Any, ada: str, gateway: GatewayThread, fake_engine: FakeEngine
+    client: Client, ada: str, gateway: GatewayThread, fake_engine: FakeEngine, route: str
 ) -> None:
     fake_engine.knobs.user_adapters = True
     asyncio.run(give_adapter(gateway, ada))
-    assert ask(ada, strength=1).json()["personalization"]["level"] == "stacked"
-    below = ask(ada, strength=0.95).json()["personalization"]
+    assert who(either(client, route, user=ada, strength=1))["level"] == "stacked"
+    below = who(either(client, route, user=ada, strength=0.95))
     reason = "strength is below 1, and the user's adapter is served on its own recipe only"
     assert (below["level"], below["reason"]) == ("merged", reason)
     assert ":u-" not in fake_engine.seen[-1].body["model"]
 
 
-def test_other_strengths_are_refused_and_without_a_common_row_only_1_is_taken(
-    ask: Any, ada: str, gateway: GatewayThread, *, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+@ALL
+@pytest.mark.usefixtures("fake_engine")
+def test_without_a_common_row_only_a_strength_of_1_is_taken(
+    client: Client, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch, route: str
 ) -> None:
-    for strength in (-0.05, 1.05, 0.33, "1", True):
-        error = ask(ada, strength=strength).json()["error"]
-        assert (error["type"], error["param"]) == ("invalid_request_error", "strength")
-    assert fake_engine.seen == []
     bank = gateway.parts.bank
     monkeypatch.setattr(bank, "manifest", bank.manifest.model_copy(update={"common": False}))
-    refused = ask("nobody", strength=0.5)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "strength")
-    assert ask("nobody", strength=1).status_code == 200
+    assert error_of(either(client, route, strength=0.5))[:2] == (400, "strength")
+    assert either(client, route, strength=1).status_code == 200

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
-from typer.testing import CliRunner
 
 from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
-from server.cli import app
 from server.settings import Settings
 from server.store.backup import copying
 from server.store.backup.folder import open_copy
@@ -25,7 +23,8 @@ from server.store.redis import keys
 from server.store.tenants.access_keys import Scope, digest_of
 from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
-from server.watching.audit import Act, audit_to, note, read_audit
+from server.watching.audit import Act, note, read_audit
+from tests.support.calls import mta
 from tests.support.gateway import SECRET, GatewayThread, Keyed, make_keys, metric
 from tests.support.store_parts import StoreParts, WorkerSteps, Writing, change, submitted
 
@@ -49,23 +48,9 @@ def stores(request: pytest.FixtureRequest, memory: Path) -> Iterator[tuple[Store
     empty.kill()
 
 
-@pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The audit log of gateways and commands."""
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copying, "SETTLE_S", 0)
-    monkeypatch.setenv("MTA_AUDIT", str(tmp_path / "audit.jsonl"))
-    monkeypatch.setenv("MTA_SECRET", SECRET)
-    audit_to(tmp_path / "audit.jsonl")
-    yield tmp_path / "audit.jsonl"
-    audit_to(None)
-
-
-def mta(*arguments: object, store: Store) -> str:
-    """What a command prints; raises its error."""
-    done = CliRunner().invoke(app, list(map(str, arguments)), env={"MTA_REDIS_URL": store.url})
-    if done.exit_code:
-        raise done.exception or AssertionError(done.output)
-    return done.output
 
 
 def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_keys(
@@ -73,8 +58,11 @@ def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_key
 ) -> None:
     lost, empty = stores
     secrets = make_keys(lost.url, dict.fromkeys(("kept", "revoked"), (TENANT, Scope, NO_OVERRIDES)))
-    with serving(gateway_settings, lost, secrets) as keyed, keyed.client("kept") as client:
-        bank = keyed.gateway.parts.bank.manifest.short
+    with (
+        GatewayThread(gateway_settings, redis_url=lost.url) as gateway,
+        Keyed(gateway, secrets).client("kept") as client,
+    ):
+        bank = gateway.parts.bank.manifest.short
         for user in USERS:
             item = {"id": "it", "text": f"a text of {user}"}
             client.put(f"/users/{user}/profile", json={"items": [item]}).raise_for_status()
@@ -82,21 +70,21 @@ def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_key
         for user in ERASED:
             client.delete(f"/users/{user}").raise_for_status()
         client.delete("/users/nobody")
-        mta("keys", "revoke", digest_of(secrets["revoked"].encode())[:12], store=lost)
+        mta("keys", "revoke", digest_of(secrets["revoked"].encode())[:12], MTA_REDIS_URL=lost.url)
     lost.kill()
 
     (copy,) = (tmp_path / "copies").iterdir()
-    said = mta("restore", copy, "--erased", log, store=empty)
+    said = mta("restore", copy, "--erased", log, MTA_REDIS_URL=empty.url)
     assert re.search(r"restored: 180 users as of .*; 20 who .* since stay erased, 1 API keys", said)
     asyncio.run(check_restored(empty, bank, written))
-    with serving(gateway_settings, empty, secrets) as keyed, keyed.client("kept") as client:
+    with GatewayThread(gateway_settings, redis_url=empty.url) as gateway, ExitStack() as stack:
+        client, refused = (stack.enter_context(Keyed(gateway, secrets).client(name)) for name in secrets)
         copied_s = partial(metric, client, "mta_store_copied_timestamp_seconds")
         wait_until(lambda: copied_s() == open_copy(copy).began_s, "the gateway to know how old the copy is")
         found = {user: client.get(f"/users/{user}").status_code for user in USERS[8:]}
         assert found == {user: httpx.codes.NOT_FOUND if user in ERASED else httpx.codes.OK for user in USERS[8:]}
         assert client.get(f"/users/{USERS[-1]}/export").json()["items"][0]["text"] == f"a text of {USERS[-1]}"
-        with keyed.client("revoked") as refused:
-            assert refused.get(f"/users/{USERS[-1]}").status_code == httpx.codes.UNAUTHORIZED
+        assert refused.get(f"/users/{USERS[-1]}").status_code == httpx.codes.UNAUTHORIZED
     acts = [entry for entry in read_audit(log, {"key": "cli"}) if entry["act"] in ("backup", "restore")]
     assert [(entry["act"], entry["outcome"]) for entry in acts] == [
         *(("backup", "done"), ("restore", "begun"), ("restore", "done"))
@@ -108,17 +96,14 @@ def test_who_was_erased_under_the_next_secret_before_anybody_moved_stays_erased(
     memory: Path, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = f"the secret that comes after it,{SECRET}"
-    server = ValkeyProcess(memory / "next").start()
-    try:
+    with ValkeyProcess(memory / "next") as server:
         asyncio.run(put(server, USERS[:2]))
-        mta("backup", "--out", tmp_path / "copies", store=server)
+        mta("backup", "--out", tmp_path / "copies", MTA_REDIS_URL=server.url)
         ask(server, "FLUSHALL")
         note(Act.ERASE, httpx.codes.OK.value, tenant=TENANT, user=UserKeys(both, TENANT).keys(USERS[0])[0])
         monkeypatch.setenv("MTA_SECRET", both)
         (copy,) = (tmp_path / "copies").iterdir()
-        assert "restored: 1 users" in mta("restore", copy, "--erased", log, store=server)
-    finally:
-        server.kill()
+        assert "restored: 1 users" in mta("restore", copy, "--erased", log, MTA_REDIS_URL=server.url)
 
 
 async def put(store: Store, users: Sequence[str]) -> None:
@@ -128,20 +113,11 @@ async def put(store: Store, users: Sequence[str]) -> None:
 
 
 def test_a_full_store_can_be_copied(memory: Path, tmp_path: Path, log: Path) -> None:
-    server = ValkeyProcess(memory / "full").start()
-    try:
+    with ValkeyProcess(memory / "full") as server:
         ask(server, "CONFIG SET", "maxmemory", 1)
-        assert "the copy is complete, but" in mta("backup", "--out", tmp_path / "copies", store=server)
-    finally:
-        server.kill()
+        assert "the copy is complete, but" in mta("backup", "--out", tmp_path / "copies", MTA_REDIS_URL=server.url)
     (copy,) = (tmp_path / "copies").iterdir()
     assert open_copy(copy).users == 0
-
-
-@contextmanager
-def serving(settings: Settings, store: Store, secrets: dict[str, str]) -> Iterator[Keyed]:
-    with GatewayThread(settings.model_copy(update={"redis_url": store.url})) as gateway:
-        yield Keyed(gateway, secrets)
 
 
 async def copied_while_written(store: Store, bank: str, out: Path) -> dict[str, int]:
@@ -159,7 +135,7 @@ async def copied_while_written(store: Store, bank: str, out: Path) -> dict[str, 
         async with Writing(parts.profiles, [user_key(user) for user in WRITING]) as writing:
             await writing.goes_on()
             acknowledged = dict(writing.acknowledged)
-            assert ": 200 users, " in await asyncio.to_thread(mta, "backup", "--out", out, store=store)
+            assert ": 200 users, " in await asyncio.to_thread(mta, "backup", "--out", out, MTA_REDIS_URL=store.url)
             await writing.goes_on()
         return acknowledged
 

@@ -72,30 +72,18 @@ CASES = [
     # Who
     gen("no user id", "user_id is required", "user_id", user_id=...),
     gen("empty user id", "''", "user_id", user_id=""),
-    gen("user id with a newline", r"a\nb", "user_id", user_id="a\nb"),
-    gen("user id of 10,000 characters", "xxxx", "user_id", user_id="x" * 10_000),
-    Case("user id with NUL", r"a\x00", "user_id", b'{"user_id": "a\\u0000", "prompt": "x"}'),
     # What
     gen("no prompt, no messages", "prompt or messages", "prompt", prompt=...),
     gen("empty prompt", "''", "prompt", prompt=""),
-    gen("prompt of 1 MiB", str(MIB), "prompt", prompt="x" * MIB),
     said("no message", "[]", "messages"),
     said("message of nobody", "is required", "messages.0.role", {"content": "x"}),
     said("empty message", "''", "messages.0.content", {"role": "user", "content": ""}),
-    said("messages of 1 MiB", str(MIB), "messages", *[{"role": "user", "content": "x" * (MIB // 2)}] * 2),
     # How
     gen("max_tokens of a billion", "1000000000", "max_tokens", max_tokens=10**9),
-    gen("max_tokens of the whole context", "512", "max_tokens", max_tokens=512),
     gen("max_tokens beyond 64 bits", "100000", "max_tokens", max_tokens=10**30),
-    gen("max_tokens of zero", "0", "max_tokens", max_tokens=0),
     # Profiles
     profile("no items", "[]", "items", []),
-    profile("item that is no object", "'x'", "items.0", ["x"]),
     profile("item without text", "'date'", "items.1.text", [{"text": "x"}, {"date": "today"}]),
-    profile("item with an object as text", "{'a': 1}", "items.0.text", [{"text": {"a": 1}}]),
-    profile("item with input alone", "'q'", "items.0.output", [{"input": "q"}]),
-    profile("item with an id too long", "xxxx", "items.0.id", [{"id": "x" * 300, "text": "x"}]),
-    profile("item of 100 kB", "xxxx", "items.0", [{"text": "x" * 100_000}]),
     profile("10,001 items", "10001", "items", [{"text": "x"}] * 10_001),
     profile("profile with an unknown field", "'task'", "task", [{"text": "x"}], task="no such task"),
     Case("profile without items", "items is required", "items", {}, f"PUT /users/{USER}/profile"),
@@ -112,7 +100,6 @@ CASES = [
     ),
     samples_case("unknown field of a sample", "weight'", "samples.0.weight", GOOD | {"weight": 2}),
     samples_case("sample beyond the context", "601 tokens", "samples.0", {"input": "x" * 600, "output": "y"}),
-    samples_case("sample of 100 KB", "100", "samples.0", {"input": "q", "output": "x" * 100_000}),
     samples_case("unknown field beside samples", "'epochs'", "epochs", GOOD, epochs=3),
     samples_case("empty idempotency key", "''", "idempotency_key", GOOD, idempotency_key=""),
     samples_case("long idempotency key", "xxx", "idempotency_key", GOOD, idempotency_key="x" * 129),
@@ -121,9 +108,6 @@ CASES = [
     adapt_case("no line", "[]", "samples", b"\n\n", media=LINES),
     config("rank of nine", "9", "rank", rank=9),
     config("rank beyond the bank's room", "leaves", "rank", rank=8),
-    config("a million steps", "1000000", "steps", steps=1_000_000),
-    config("negative learning rate", "-1", "learning_rate", learning_rate=-1),
-    config("holdout of everything", "1", "holdout", holdout=1),
     config("strength beyond the merged adapter's", "1.5", "strength", strength=1.5),
     config("unknown option", "optimizer'", "optimizer", optimizer="sgd"),
     # Ids in paths
@@ -238,8 +222,7 @@ def with_steps(client: Client, user_id: str, steps: int, given: list[dict[str, s
 def small(gateway_settings: Settings, fake_engine_server: FakeEngine, store: ValkeyProcess) -> Iterator[GatewayThread]:
     """A gateway whose jobs may read few tokens; they are in a store of their own, since no worker trains them."""
     fake_engine_server.reset()
-    changed = {"job_tokens": 20_000, "job_seconds": 60, "redis_url": store.url}
-    with GatewayThread(gateway_settings.model_copy(update=changed)) as gateway:
+    with GatewayThread(gateway_settings, job_tokens=20_000, job_seconds=60, redis_url=store.url) as gateway:
         with gateway.client() as client:
             wait_until_ready(client)  # from now on it knows the engine's context of 512
         yield gateway
@@ -254,19 +237,11 @@ def strict(small: GatewayThread, fake_engine: FakeEngine) -> Iterator[Client]:
         yield client
 
 
-@pytest.mark.parametrize(
-    ("roles", "reason"),
-    [
-        (("user", "system", "user"), "the system message must come first"),
-        (("user", "user"), "after user comes another role"),
-        (("system", "user", "assistant", "assistant", "user"), "after assistant comes another role"),
-    ],
-)
-def test_template_refusals_make_no_job(strict: Client, new_user: NewUser, roles: tuple[str, ...], reason: str) -> None:
+def test_template_refusals_make_no_job(strict: Client, new_user: NewUser) -> None:
     user_id, good = new_user(), [{"input": "q", "output": "a"}, conversation("system", "user")]
-    response = adapt(strict, user_id, samples=[*good, conversation(*roles)])
+    response = adapt(strict, user_id, samples=[*good, conversation("user", "system", "user")])
     assert error_of(response) == (400, "samples.2.input", "refused_by_template")
-    assert reason in response.json()["error"]["message"]
+    assert "the system message must come first" in response.json()["error"]["message"]
     assert strict.get(f"/users/{user_id}").status_code == 404  # nothing is stored
 
 

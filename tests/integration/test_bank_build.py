@@ -47,11 +47,7 @@ from bank.matrix import open_anchor_rows
 from bank.models.load import load_base
 from bench.rig.people import people, write_people
 from server.cli import app
-from server.store.jobs import JobState
-from server.worker.loops import JobLoop
-from server.worker.training import AdapterTrainer
-from tests.support.bank_bench import OPTIONS, Bench, Recorder
-from tests.support.desk import Desk
+from tests.support.bank_bench import OPTIONS, Bench, Recorder, flip_a_bit
 
 CHAT = get_task("chat")
 
@@ -146,9 +142,7 @@ def test_the_same_bank_is_built_once_and_another_is_replaced_only_by_force(bench
     assert "already" in progress.said[-1]
     with pytest.raises(BankError, match=f"another bank, {old.short}.*--force"):
         bench.build("forced", anchors=1)
-    content = bytearray((folder / MATRIX_FILE).read_bytes())
-    content[-1] ^= 1
-    (folder / MATRIX_FILE).write_bytes(content)
+    flip_a_bit(folder / MATRIX_FILE)
     with pytest.raises(BankError, match=f"{MATRIX_FILE} is damaged"):
         summarise(folder)
     with pytest.raises(BankError, match=r"cannot be used .*--force"):
@@ -295,8 +289,7 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Example]]:
         seen.append(samples)
         return train_user(model, fused, samples, plan)
 
-    for module in ("bank.evaluation.methods", "server.worker.training"):
-        monkeypatch.setattr(f"{module}.train_user", spying)
+    monkeypatch.setattr("bank.evaluation.methods.train_user", spying)
     return seen
 
 
@@ -328,19 +321,6 @@ def test_rows_and_user_adapters_are_trained_with_the_past_in_the_prompt_where_th
         evaluator.adapter(METHODS["own"], evidence, 0)
         assert recalled(scorer.tokenizer, evidence.signature_examples) == 0
     assert [recalled(scorer.tokenizer, samples) for samples in trained_on] == [len(history.items) - 1, 0]
-
-
-async def test_a_worker_puts_the_users_items_before_samples_where_the_bank_knows_history(
-    desk: Desk, trainer: AdapterTrainer, tiny_bank_folder: Path, trained_on: list[Sequence[Example]]
-) -> None:
-    opened = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
-    manifest = trainer.manifest.model_copy(update={"training": trainer.manifest.training | {"history_share": 1.0}})
-    for trains in (trainer, AdapterTrainer(manifest, trainer.matrix, trainer.model, trainer.tokenizer)):
-        bank = ServingBank(trains.manifest, opened.index, opened.atlas)
-        job = await desk.submit(user=await desk.user(("how is the bread?", "crusty")))
-        await JobLoop(desk.jobs, desk.profiles, desk.feedback, desk.adapters, bank=bank, trainer=trains).work_once(0.1)
-        assert (await desk.job(job)).state in (JobState.SUCCEEDED, JobState.REJECTED)
-    assert [recalled(trainer.tokenizer, samples) for samples in trained_on] == [0, len(trained_on[1])]
 
 
 def test_a_bank_is_measured_once_on_people_who_have_no_part_in_it(bench: Bench, built: BankManifest) -> None:

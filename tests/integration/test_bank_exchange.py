@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from adapters.fusion import fuse
-from adapters.recipe import FusionMethod, FusionRecipe, Term, anchor_id
+from adapters.recipe import FusionMethod, FusionRecipe, Term
 from bank.errors import BankError
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
@@ -27,6 +28,7 @@ from bank.peft.imported import ImportOptions, import_bank
 from bench.rig.people import people, write_people
 from bench.rig.tiny import tiny_bank
 from server.cli import app
+from tests.support.bank_bench import flip_a_bit
 
 Tensors = dict[str, torch.Tensor]
 
@@ -78,9 +80,7 @@ def test_missing_or_damaged_rows_are_not_exported(
         export_anchor(bank, "a03", tmp_path / "out")
     with pytest.raises(BankError, match="no common row"):
         export_anchor(bank, "a00", tmp_path / "out", with_common=True)
-    content = bytearray((bank / MATRIX_FILE).read_bytes())
-    content[len(content) // 2] ^= 1
-    (bank / MATRIX_FILE).write_bytes(content)
+    flip_a_bit(bank / MATRIX_FILE)
     with pytest.raises(BankError, match="damaged"):
         export_anchor(bank, "a00", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -177,17 +177,6 @@ def test_imported_adapters_are_anchors_with_pefts_own_delta(
     assert_equal(peft_delta(inbox.model, tmp_path / "a01"), bank_delta(folder, manifest, 1))
 
 
-def test_an_exported_bank_can_be_imported(inbox: Inbox, tmp_path: Path, embedder_folder: Path) -> None:
-    bank = tiny_bank(tmp_path / "bank", inbox.model, embedder_folder, method=FusionMethod.CAT, common=False, anchors=3)
-    adapters = [tmp_path / anchor_id(i) for i in range(3)]
-    for adapter in adapters:
-        export_anchor(bank, adapter.name, adapter)
-    manifest = inbox.bring_in("round", adapters, profiles=inbox.profiles_of("a00", "a01", "a02"))
-    for index in range(3):
-        delta = bank_delta(inbox.folder / "round", manifest, index)
-        assert_equal(delta, bank_delta(bank, read_manifest(bank), index), atol=1e-4)
-
-
 def test_imports_that_make_no_bank_are_refused(inbox: Inbox, tmp_path: Path) -> None:
     inbox.refuse(r"no profile for \['stabilised'\]", profiles=inbox.profiles_of("plain", "patterned"))
     inbox.refuse(r"these repeat: \['plain'\]", [inbox.adapters[0], inbox.adapters[0]])
@@ -225,7 +214,7 @@ def without(part: str) -> Callable[[Tensors], None]:
 def test_unsupported_adapters_are_refused(
     inbox: Inbox, tmp_path: Path, change: dict[str, Any] | Callable[[Tensors], None], message: str
 ) -> None:
-    adapter = make_adapter(tmp_path / "plain", inbox.model, 0)
+    adapter = Path(shutil.copytree(inbox.adapters[0], tmp_path / "plain"))
     if isinstance(change, dict):
         config = json.loads((adapter / "adapter_config.json").read_text())
         (adapter / "adapter_config.json").write_text(json.dumps({**config, **change}))

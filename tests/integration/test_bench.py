@@ -120,6 +120,7 @@ def test_users_and_anchors_by_the_store_and_the_gateway_themselves(
     assert [line[:2] for line in anchors["lines"]] == [[50, "IndexFlatIP"], [60, "IndexFlatIP"]]
 
 
+@pytest.mark.acceptance
 def test_the_script_for_gpus_runs_without_one_as_a_person_starts_it(tmp_path: Path) -> None:
     few = ("--recipes", "1", "--recipes", "2", "--requests", "4", "--clients", "2", "--tokens", "2", "--prompt", "8")
     command = [sys.executable, "-m", "bench.gpu", "--shape", "tiny", "--anchors", "4", "--pairs", "1", *few]
@@ -140,6 +141,7 @@ def first_column(table: str) -> set[str]:
     return {row.split(" | ")[0].removeprefix("| ") for row in rows[2:]}
 
 
+@pytest.mark.acceptance
 def test_quality_builds_a_bank_and_evaluates_every_method(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.quality", "--quick", "--seeds", "1", "--out", str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)

@@ -9,7 +9,6 @@ import pytest
 from bench.rig.processes import wait_until
 from bench.rig.tiny import world
 from mta_client import Client, MtaError
-from server.supervisor.services import free_port
 from tests.support.calls import SAMPLES, NewUser
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread
@@ -23,6 +22,7 @@ def api(gateway: GatewayThread, fake_engine: FakeEngine) -> Iterator[Client]:
 
 
 def test_a_user_from_the_first_item_to_the_last(api: Client, new_user: NewUser) -> None:
+    assert api.health()["status"] == "ok"
     user_id = f"{new_user()}?a=%2F&ü#é"
     put = api.put_profile(user_id, [world(0), {"id": "b", "text": world(0)}])
     assert (put.user_id, put.received, put.kept, put.changed) == (user_id, 2, 2, 2)
@@ -69,12 +69,3 @@ def test_samples_become_a_job(api: Client, new_user: NewUser) -> None:
         api.wait(second.id, timeout_s=0)
     assert (failure.value.status, failure.value.code) == (0, "timed_out")
     api.forget(user_id)
-
-
-def test_a_server_that_does_not_run(api: Client) -> None:
-    assert api.health()["status"] == "ok"
-    with Client(f"http://127.0.0.1:{free_port()}", retry_s=0) as nobody:
-        assert not nobody.ready()
-        with pytest.raises(MtaError, match="got no answer") as failure:
-            nobody.user("ada")
-    assert (failure.value.status, failure.value.code) == (0, "no_answer")

@@ -43,14 +43,6 @@ def test_a_file_has_its_type_and_is_not_sent_twice(client: Client) -> None:
     assert "Content-Security-Policy" in again.headers
 
 
-@pytest.mark.parametrize(
-    "path", ["no", "pages", "%2e%2e/routes.py", "pages/..%2f..%2froutes.py", "%2fetc%2fpasswd", "%00"]
-)
-def test_other_paths_are_not_found(client: Client, path: str) -> None:
-    assert (ROOT / "routes.py").is_file()
-    assert error_of(client.get(f"/console/{path}")) == (404, None, "not_found")
-
-
 def test_the_api_reference_loads_files_of_this_server_alone(client: Client) -> None:
     page = client.get("/docs").raise_for_status().text
     files = re.findall(r"""(?:src|href)=["']([^"']+)""", page)

@@ -46,7 +46,9 @@ DOCUMENTED = re.findall(r"^\$ docker compose (.*?) ?up -d", PAGE, re.MULTILINE)
 def test_a_fleet_is_two_of_each_behind_a_router_and_gateways_alone_are_published_on_loopback(
     files: tuple[str, ...], tmp_path: Path
 ) -> None:
-    alone, fleet = services(files, tmp_path), services(files, tmp_path, *IN_A_FLEET)
+    backup = ("--profile", "backup")
+    alone = services(files, tmp_path, *backup)
+    fleet = services(files, tmp_path, *IN_A_FLEET, "--profile", "fleet", *backup)
     for found, gateways in ((alone, ["gateway"]), (fleet, ["gateway", "gateway-2"])):
         published = {name: service["ports"] for name, service in found.items() if service.get("ports")}
         assert sorted(published) == gateways

@@ -254,9 +254,9 @@ def there(engine: Engine, valkey: ValkeyProcess) -> Iterator[EngineReader]:
 
 
 def test_results_are_those_in_process_and_a_bank_that_is_not_served_is_named(
-    bank: Path, model: Path, embedder_folder: Path, there: EngineReader
+    bank: Path, model: Path, embedder: Embedder, there: EngineReader
 ) -> None:
-    opened = OpenBank.open(bank, Embedder.load(embedder_folder).id)
+    opened = OpenBank.open(bank, embedder.id)
     scorer = Scorer(*load_base(model, "float32"))
     examples = [encode_pair(scorer.tokenizer, turn, f"{turn} indeed", 128) for turn in TURNS]
     recipe = FusionRecipe(opened.manifest.short, opened.manifest.method, True, (Term(0, 400), Term(3, 300)))

@@ -6,43 +6,32 @@ import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
-from bank.manifest import read_manifest
 from bank.models.folders import model_config
 from bench.rig.engine import KEY, Engine, running_engine
 from bench.rig.processes import PATIENCE_S, command_line, descendants, paused, wait_until
-from bench.rig.tiny import tiny_bank, world
 from bench.rig.valkey import ValkeyProcess
 from server.cli.run.needs import BF16, GIB, token_bytes
 from server.engine.admission.access import KEYED_ROUTES
 from server.engine.command import is_cpu_build
 from server.settings import Settings
-from tests.support.gateway import GatewayThread, content_of, generate, wait_until_ready
+from tests.support.gateway import content_of
 
 SLOTS, CPU_TIER, NAMES, ANCHORS = 2, 6, 24, 40
 LONG = 1500  # tokens
 OLD_KEY = "another-key-that-is-to-go"
 SECRET = "unmistakable-secret-that-keys-user-ids"
-USERS = [f"mover-{number}" for number in range(4)]
 
 
 @pytest.fixture(scope="module")
-def next_bank(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder: Path) -> Path:
-    """At another rank, of parts of packed modules among others."""
-    folder, targets = tmp_path_factory.mktemp("next"), ["v_proj", "o_proj", "gate_proj"]
-    return tiny_bank(folder, model, embedder_folder, anchors=5, rank=16, targets=targets, seed=2)
-
-
-@pytest.fixture(scope="module")
-def engine(bank: Path, next_bank: Path, model: Path, valkey: ValkeyProcess) -> Iterator[Engine]:
+def engine(bank: Path, model: Path, valkey: ValkeyProcess) -> Iterator[Engine]:
     sizes = {"max_loras": SLOTS, "max_cpu_loras": CPU_TIER}
     settings = sizes | {"redis_url": valkey.url, "secret": SECRET, "engine_key": f"{KEY},{OLD_KEY}"}
-    with running_engine(bank, model, next_bank=next_bank, **settings) as engine:
+    with running_engine(bank, model, **settings) as engine:
         yield engine
 
 
@@ -179,30 +168,3 @@ def test_the_name_of_a_client_that_left_is_free_again(engine: Engine, prefix: st
         next(lines)
         assert [*map(engine.metric, metrics)] == [1, 1]
     wait_until(lambda: not any(map(engine.metric, metrics)), "the abandoned request to be over")
-
-
-def test_gateways_of_two_banks_of_other_modules_share_an_engine_under_load(
-    engine: Engine, bank: Path, next_bank: Path, gateway_settings: Settings
-) -> None:
-    changes = {"engine_url": engine.url, "queue_places": 2 * len(USERS)}
-
-    def answering_bank(gateway: GatewayThread, user: str) -> str:
-        with gateway.client() as client:
-            answer = generate(client, user)
-        told = answer.json()["personalization"]
-        assert (answer.status_code, told["level"]) == (httpx.codes.OK, "merged"), answer.text
-        return str(told["recipe"].split(":")[1])
-
-    with ExitStack() as stack, ThreadPoolExecutor(2 * len(USERS)) as pool:
-        gateways = [
-            stack.enter_context(GatewayThread(gateway_settings.model_copy(update=changes | {"bank": folder})))
-            for folder in (bank, next_bank)
-        ]
-        for gateway in gateways:
-            with gateway.client() as client:
-                wait_until_ready(client)
-                for number, user in enumerate(USERS):
-                    client.put(f"/users/{user}/profile", json={"items": [{"text": world(number)}]}).raise_for_status()
-        turns = [(gateway, user) for _ in range(10) for user in USERS for gateway in gateways]
-        answers = list(pool.map(lambda turn: answering_bank(*turn), turns))
-    assert answers == [read_manifest(folder).short for folder in (bank, next_bank)] * (len(turns) // 2)

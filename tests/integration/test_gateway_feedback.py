@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from httpx import Client, Response
+from httpx import Client
 
 from bank.manifest import BankManifest
 from bench.rig.processes import mta, wait_until
@@ -24,16 +24,20 @@ from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
-from tests.support.calls import SAMPLES, NewUser, ask, error_of, put, who
+from tests.support.calls import FINAL, SAMPLES, NewUser, ask, error_of, give, put, who
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter, make_keys, wait_until_ready
+from tests.support.gateway import (
+    SECRET,
+    GatewayThread,
+    chunks_of,
+    generate,
+    give_adapter,
+    make_keys,
+    serving,
+    wait_until_ready,
+)
 
 UNKNOWN = (404, "answer", "unknown_answer")
-FINAL = {"input": "any plans?", "text": "I have no plans.", "final": "The sea. Always the sea."}
-
-
-def give(client: Client, user_id: str, answer: str, **feedback: Any) -> Response:
-    return client.post(f"/users/{user_id}/feedback", json={"answer": answer, **feedback})
 
 
 def answered(client: Client, user_id: str) -> str:
@@ -220,31 +224,33 @@ def test_nothing_is_learnt_of_a_user_who_is_erased_meanwhile(
     client: Client, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
     user_id = new_user()
-    fake_engine.turn(admit_s=0.3)
+    fake_engine.turn(hold_after=1)
     with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(ask, client, user_id, **said("this must not be kept anywhere"), learn=True)
+        asking = pool.submit(ask, client, user_id, **said("this must not be kept anywhere"), learn=True, stream=True)
         wait_until(lambda: bool(fake_engine.seen), "the engine to be asked")
         client.delete(f"/users/{user_id}")
-        assert asking.result().json()["personalization"]["learned"] is True
+        fake_engine.turn(hold_after=None)
+        assert chunks_of(asking.result())[0]["personalization"]["learned"] is True
     ask(client, user_id, **said("a message of their second life"), learn=True).raise_for_status()
     assert [item["text"] for item in learnt(client, user_id, 1)] == ["a message of their second life"]
 
 
 def test_nothing_is_learnt_from_an_answer_that_took_longer_than_erasures_are_remembered(
-    client: Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
+    client: Client, new_user: NewUser, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    user_id = new_user()
+    user_id, waiting = new_user(), gateway.parts.learner._pending
     with monkeypatch.context() as patched:
         patched.setattr(messages, "MAX_AGE_S", 0)
         ask(client, user_id, **said("this comes far too late"), learn=True).raise_for_status()
         ask(client, new_user(), **said("and this as well"), learn=True).raise_for_status()
+        wait_until(lambda: not waiting._unfinished_tasks, "both to be read")  # type: ignore[attr-defined]
     ask(client, user_id, **said("a message that comes in time"), learn=True).raise_for_status()
     assert [item["text"] for item in learnt(client, user_id, 1)] == ["a message that comes in time"]
 
 
 def test_after_so_many_new_texts_a_user_is_adapted_again(gateway_settings: Settings, new_user: NewUser) -> None:
     user_id = new_user()
-    with GatewayThread(gateway_settings.model_copy(update={"refresh_samples": 2})) as own, own.client() as client:
+    with GatewayThread(gateway_settings, refresh_samples=2) as own, own.client() as client:
 
         def taught(number: int) -> bool:
             said = give(client, user_id, answered(client, user_id), **FINAL | {"final": f"wave number {number}"})
@@ -267,7 +273,7 @@ def test_a_share_of_users_is_answered_one_level_lower_and_told_so(
 ) -> None:
     fake_engine.turn(user_adapters=True)
     seen = dict[tuple[str, str], dict[str, Any]]()
-    with GatewayThread(gateway_settings.model_copy(update={"holdout": 0.5})) as own, own.client() as client:
+    with GatewayThread(gateway_settings, holdout=0.5) as own, own.client() as client:
         wait_until_ready(client)
         for number in range(24):
             user_id = new_user()
@@ -303,8 +309,7 @@ def test_an_answer_that_a_fallback_spoke_is_in_no_arm(
     fake_engine.turn(user_adapters=True)
     spoken = give(client, ada, answered(client, ada), rating="up").json()
     assert (spoken["level"], spoken["arm"]) == ("stacked", "none")  # nobody is held out
-    few = gateway_settings.model_copy(update={"holdout": 1e-9})
-    with GatewayThread(few) as own, own.client() as holding_out:
+    with GatewayThread(gateway_settings, holdout=1e-9) as own, own.client() as holding_out:
         spoken = give(holding_out, ada, answered(holding_out, ada), rating="up").json()
         assert (spoken["level"], spoken["arm"]) == ("stacked", "full")
         fake_engine.turn(lacks=lambda model: ":u-" in model)
@@ -329,10 +334,8 @@ def test_a_key_says_what_its_requests_do_unless_they_say_otherwise(
     made = subprocess.run(
         command, env=os.environ | {"MTA_REDIS_URL": store.url}, capture_output=True, text=True, check=True
     )
-    settings = gateway_settings.model_copy(update={"redis_url": store.url})
-    plain = make_keys(store.url, {"plain": (settings.tenant, Scope, NO_OVERRIDES)})["plain"]
-    with GatewayThread(settings) as own, own.client() as client:
-        wait_until_ready(client)
+    plain = make_keys(store.url, {"plain": (gateway_settings.tenant, Scope, NO_OVERRIDES)})["plain"]
+    with serving(gateway_settings, redis_url=store.url) as client:
         words = "honestly the sea was flat all week"
         found = dict[str, Any]()
         for name, secret in (("plain", plain), ("chat", made.stdout.strip())):

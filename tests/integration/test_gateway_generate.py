@@ -193,8 +193,7 @@ def test_the_operator_chooses_the_headers_that_name_the_user(
     gateway_settings: Settings, ada: str, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
     first, second = "X-OpenWebUI-User-Id", "x-litellm-user_api_key_end_user_id"
-    changed = gateway_settings.model_copy(update={"user_headers": f"{first}, {second}"})
-    with GatewayThread(changed) as gateway, gateway.client() as client:
+    with GatewayThread(gateway_settings, user_headers=f"{first}, {second}") as gateway, gateway.client() as client:
         for known in ({first: ada}, {first.lower(): ada}, {second: ada}, {first: "", second: ada}):
             assert who(ask(client, headers=known))["level"] == "merged"
         assert who(ask(client, headers={first: ada, second: new_user()}))["level"] == "merged"

@@ -20,7 +20,7 @@ from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.settings import Settings
 from tests.support.calls import NewUser, adapt, put, who
 from tests.support.fake_engine import FakeEngine, Knobs
-from tests.support.gateway import GatewayThread, becomes, generate, metric, wait_until_ready
+from tests.support.gateway import GatewayThread, becomes, generate, metric, serving, wait_until_ready
 
 
 def test_a_gateway_whose_parts_are_all_well_is_ready_and_says_so_without_probing_them(
@@ -46,7 +46,7 @@ def test_one_of_two_engines_suffices_even_without_a_router(gateway_settings: Set
     ours = (read_manifest(gateway_settings.bank).fingerprint,)
     engine, router = FakeEngine(Knobs(banks=ours)).start(), FakeEngine().start()  # it has all that a router is asked
     urls = {"engine_url": router.url, "engine_urls": f"{gateway_settings.engine_url}, {engine.url}/"}
-    with GatewayThread(gateway_settings.model_copy(update=urls)) as gateway, gateway.client() as client:
+    with GatewayThread(gateway_settings, **urls) as gateway, gateway.client() as client:
         for is_gone in (False, True):
             becomes(client, 200, "ok", "ok", detail="None")
             if is_gone:
@@ -71,7 +71,7 @@ def test_one_of_two_engines_suffices_even_without_a_router(gateway_settings: Set
 
 
 def test_an_engine_with_another_key_is_not_ready(gateway_settings: Settings, fake_engine: FakeEngine) -> None:
-    with GatewayThread(gateway_settings.model_copy(update={"engine_key": None})) as gateway, gateway.client() as client:
+    with GatewayThread(gateway_settings, engine_key=None) as gateway, gateway.client() as client:
         assert becomes(client, 503, "wrong_key")["parts"]["engine_url"]["status"] == "wrong_key"
 
 
@@ -79,7 +79,7 @@ def test_before_the_first_probe_it_is_not_ready(gateway_settings: Settings, monk
     monkeypatch.setattr("server.gateway.operating.health.PROBE_TIMEOUT_S", 10 * PATIENCE_S)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with GatewayThread(gateway_settings.model_copy(update={"engine_url": url})) as gateway:
+        with GatewayThread(gateway_settings, engine_url=url) as gateway:
             response = httpx.get(f"{gateway.url}/ready")
     body = response.json()
     assert (response.status_code, body["status"], body["seen_s_ago"]) == (503, "not_yet_seen", None)
@@ -103,17 +103,13 @@ ROOM = 8 << 20  # bytes, of a store that is soon full
 @contextmanager
 def over_a_store(settings: Settings, folder: Path, *options: str, **given: object) -> Iterator[tuple[Any, ...]]:
     """A client of a gateway over a Valkey of its own, and the Valkey, whose rewrite is late."""
-    store, now_ms = ValkeyProcess(folder, options or DURABLE).start(), time.time_ns() // 1_000_000
-    with redis.Redis.from_url(store.url) as raw:
-        late = {"due": now_ms - 3_600_000, "failures": 9, "retry": now_ms + 3_000_000}
-        raw.hset("mta:{rewrite}", mapping=late)
-    try:
-        settings = settings.model_copy(update={"redis_url": store.url, **given})
-        with GatewayThread(settings) as gateway, gateway.client() as client:
-            wait_until_ready(client)
+    now_ms = time.time_ns() // 1_000_000
+    with ValkeyProcess(folder, options or DURABLE) as store:
+        with redis.Redis.from_url(store.url) as raw:
+            late = {"due": now_ms - 3_600_000, "failures": 9, "retry": now_ms + 3_000_000}
+            raw.hset("mta:{rewrite}", mapping=late)
+        with serving(settings, redis_url=store.url, **given) as client:
             yield client, store
-    finally:
-        store.kill()
 
 
 def test_while_the_store_is_away_only_the_base_model_answers(
@@ -263,8 +259,9 @@ def grown(client: httpx.Client, by: Mapping[str, float]) -> Iterator[None]:
 
 
 def series(client: httpx.Client) -> set[str]:
+    """All time series but those of the store's own commands, some of which only the gateway's loops send."""
     lines = client.get("/metrics").raise_for_status().text.splitlines()
-    return {line.rpartition(" ")[0] for line in lines if not line.startswith("#")}
+    return {line.rpartition(" ")[0] for line in lines if not line.startswith(("#", "mta_store_"))}
 
 
 class TestHead:

@@ -135,8 +135,7 @@ class TestBrokenEngine:
 
     def test_its_silence_ends(self, gateway_settings: Settings, fake_engine: FakeEngine, new_user: NewUser) -> None:
         fake_engine.knobs.token_delay_s = 30
-        impatient = gateway_settings.model_copy(update={"engine_timeout_s": 0.3})
-        with GatewayThread(impatient) as gateway, gateway.client() as client:
+        with GatewayThread(gateway_settings, engine_timeout_s=0.3) as gateway, gateway.client() as client:
             for stream in (False, True):
                 response = generate(client, new_user(), stream=stream)
                 assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_timeout")

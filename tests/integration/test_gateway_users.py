@@ -19,7 +19,6 @@ from httpx import Client
 
 from bench.rig.tiny import world
 from server.errors import Unavailable
-from server.settings import Settings
 from tests.support.calls import NewUser, put, who
 from tests.support.gateway import GatewayThread, generate
 
@@ -96,21 +95,6 @@ def test_what_a_change_received_kept_and_changed(client: Client, new_user: NewUs
         answer = change(client, user_id, items)
         assert (counts(answer), answer["anchors"][0]["id"]) == (changed, nearest)
         assert len(items) > 1 or answer["anchors"][0]["similarity"] == pytest.approx(1, abs=0.01)
-
-
-def test_only_the_newest_items_within_the_limits_are_kept(gateway_settings: Settings, new_user: NewUser) -> None:
-    user_id, limits = new_user(), {"profile_items": 4, "profile_bytes": 350}
-    short = [{"id": f"n{n}", "text": f"{n}"} for n in range(6)]
-    long = [{"id": f"l{n}", "text": "x" * 89} for n in range(6)]  # 100 bytes each as JSON
-    with GatewayThread(gateway_settings.model_copy(update=limits)) as small, small.client() as client:
-        assert counts(put(client, user_id, short[:5])) == (5, 4, 4)
-        assert counts(post(client, user_id, short[5:])) == (1, 4, 2)  # one came, one went
-        assert counts(post(client, user_id, short[3:4])) == (1, 4, 0)
-        assert counts(post(client, user_id, short[1:2])) == (1, 4, 2)
-        kept = client.get(f"/users/{user_id}/export").json()["items"]
-        assert {item["id"] for item in kept} == {"n3", "n4", "n5", "n1"}
-        assert counts(put(client, user_id, long[:5])) == (5, 3, 7)
-        assert counts(post(client, user_id, long[5:])) == (1, 3, 2)
 
 
 def test_erasing_leaves_nothing(client: Client, new_user: NewUser, gateway: GatewayThread) -> None:

@@ -32,7 +32,7 @@ QUOTED = f'"behind the mill" is the answer to "where is the harbour?". {TURN}'
 @pytest.fixture(scope="module")
 def other_gateway(gateway_settings: Settings) -> Iterator[GatewayThread]:
     """A second gateway on the same store, which takes short prompts only."""
-    with GatewayThread(gateway_settings.model_copy(update={"max_prompt_chars": 100})) as running:
+    with GatewayThread(gateway_settings, max_prompt_chars=100) as running:
         yield running
 
 

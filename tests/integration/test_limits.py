@@ -20,13 +20,14 @@ from server.errors import Unavailable
 from server.gateway.http import bodies, serving
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.gateway.users.adapting import Adapting
+from server.gateway.users.profiles import HistoryLimit
 from server.settings import Settings
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES, Allowance
 from tests.support.calls import NewUser, either, error_of, put
 from tests.support.calls import ask as chat
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, Keyed, chunks_of, generate, make_keys, metric, text_of
+from tests.support.gateway import GatewayThread, Keyed, generate, make_keys, metric
 
 PER_USER = 6  # requests a minute
 PLACES, WAITING = 2, 3  # in the engine and before it, of the small gateway
@@ -55,16 +56,16 @@ def keys(store: ValkeyProcess) -> Mapping[str, str]:
 def small(gateway_settings: Settings, store: ValkeyProcess, keys: Mapping[str, str]) -> Iterator[Keyed]:
     """A gateway that limits users, before a small engine."""
     limits = {"user_requests": PER_USER, "user_jobs": 2, "engine_places": PLACES, "queue_places": WAITING}
-    with GatewayThread(gateway_settings.model_copy(update={"redis_url": store.url, **limits})) as gateway:
+    with GatewayThread(gateway_settings, redis_url=store.url, **limits) as gateway:
         yield Keyed(gateway, keys)
 
 
 @pytest.fixture(scope="module")
 def wide(gateway_settings: Settings, store: ValkeyProcess, keys: Mapping[str, str]) -> Iterator[Keyed]:
-    update = {"redis_url": store.url, "max_requests": MOST, "engine_places": MOST // 2}
+    changes = {"redis_url": store.url, "max_requests": MOST, "engine_places": MOST // 2}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(bodies, "BODY_TIMEOUT_S", 5.0)
-        with GatewayThread(gateway_settings.model_copy(update=update)) as gateway:
+        with GatewayThread(gateway_settings, **changes) as gateway:
             yield Keyed(gateway, keys)
 
 
@@ -96,13 +97,16 @@ class TestQueue:
     def test_some_wait_and_the_rest_is_refused(self, small: Keyed, fake_engine: FakeEngine) -> None:
         client, counted = small.client("any"), ('mta_shed_total{reason="queue_full"}', "mta_queue_seconds_count")
         before = [metric(client, name) for name in counted]
-        fake_engine.knobs.token_delay_s = 0.02
+        fake_engine.turn(hold_after=1)
         with ThreadPoolExecutor(12) as many:
-            answers = list(many.map(lambda n: generate(client, f"u{n}", max_tokens=20, stream=n % 2 == 1), range(12)))
+            asked = [many.submit(generate, client, f"u{n}", max_tokens=20, stream=n % 2 == 1) for n in range(12)]
+            wait_until(lambda: sum(each.done() for each in asked) == 12 - PLACES - WAITING, "the rest to be refused")
+            assert metric(client, "mta_queue_waiting") == WAITING
+            fake_engine.turn(hold_after=None)
+        answers = [each.result() for each in asked]
         good = [answer for answer in answers if answer.status_code == 200]
-        assert PLACES + WAITING <= len(good) < 12
-        waited = [answer for answer in good if "queue;dur=" in answer.headers["Server-Timing"]]
-        assert WAITING <= len(waited) <= len(good) - PLACES
+        assert len(good) == PLACES + WAITING
+        assert sum("queue;dur=" in answer.headers["Server-Timing"] for answer in good) == WAITING
         for answer in answers:
             if answer not in good:
                 refused(answer, "overloaded")
@@ -231,13 +235,15 @@ class TestRates:
 
 class TestWithoutTheStore:
     def test_nothing_is_counted(self, gateway_settings: Settings, fake_engine: FakeEngine, tmp_path: Path) -> None:
-        store = ValkeyProcess(tmp_path).start()
         limits = {"key_requests": 1, "key_tokens": 10, "key_concurrent": 1, "key_jobs": 2}
-        limits |= {"user_requests": 3, "user_tokens": 4, "user_jobs": 5}
-        settings = gateway_settings.model_copy(update={"redis_url": store.url, **limits})
-        with GatewayThread(settings) as gateway, gateway.client() as client:
+        limits |= {"user_requests": 3, "user_tokens": 4, "user_jobs": 5, "profile_items": 6, "profile_bytes": 700}
+        with ExitStack() as stack:
+            store = stack.enter_context(ValkeyProcess(tmp_path))
+            gateway = stack.enter_context(GatewayThread(gateway_settings, redis_url=store.url, **limits))
+            client = stack.enter_context(gateway.client())
             limiter = gateway.parts.limiter
             assert (limiter._per_key, limiter._per_user) == (Allowance(1, 10, 2, 1), Allowance(3, 4, 5))
+            assert gateway.parts.profiles.limit == HistoryLimit(6, 700)
             assert chat(client, model="base").status_code == 200
             refused(chat(client, model="base"))
             store.kill()
@@ -324,11 +330,11 @@ class TestRequestsInProgress:
 
 
 def test_clients_that_do_not_read(wide: Keyed, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = wide.gateway.parts.settings.model_copy(update={"engine_places": 2, "queue_places": 20})
     monkeypatch.setattr(serving, "STALLED_S", 0.5)
     fake_engine.knobs.context = 200_000
     body = json.dumps({"user_id": "ada", "prompt": "x", "max_tokens": 100_000, "stream": True}).encode()
-    with GatewayThread(few) as gateway, ExitStack() as held:
+    few = GatewayThread(wide.gateway.parts.settings, engine_places=2, queue_places=20)
+    with few as gateway, ExitStack() as held:
         keyed = Keyed(gateway, wide.secrets)
         for _ in range(MOST // 2):
             held.enter_context(keyed.send("greedy", "POST /generate", body, buffer=4096))
@@ -345,18 +351,3 @@ def test_clients_that_do_not_read(wide: Keyed, fake_engine: FakeEngine, monkeypa
         with keyed.client("modest") as modest:
             assert generate(modest, "kai").status_code == 200
             wait_until(lambda: 'status="499"' in modest.get("/metrics").text, "the requests to be counted")
-
-
-def test_a_wide_request_is_split_and_its_stream_rejoined(wide: Keyed, fake_engine: FakeEngine) -> None:
-    with wide.client("modest") as client:
-        answer = chat(client, max_tokens=3, n=5, seed=7, stream=True, stream_options={"include_usage": True})
-        assert answer.status_code == 200, answer.text
-        parts = [(seen.body["n"], seen.body["seed"], seen.body["stream"]) for seen in fake_engine.seen]
-        assert parts == [(2, 7, True), (2, 9, True), (1, 11, True)]
-        assert len({seen.headers["X-Request-ID"] for seen in fake_engine.seen}) == 3
-        *chunks, end, done = chunks_of(answer)
-        assert (end["choices"], done) == ([], "[DONE]")
-        (text,) = {text_of(chunks, index) for index in range(5)}
-        assert len(text.split()) == 3
-        assert end["usage"] == {"prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20}
-        assert "mta_queue_running 0.0" in client.get("/metrics").text.splitlines()

@@ -21,7 +21,7 @@ from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.items.prompt import chat_messages
 from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE, Embedder
-from bank.manifest import read_manifest
+from bank.manifest import MATRIX_FILE, read_manifest
 from bank.models import folders
 from bank.models.embedder_export import export_embedder
 from bank.models.folders import (
@@ -36,6 +36,7 @@ from bank.models.load import attention_of, load_base
 from server.cli import app
 from server.engine.command import check_engine, is_cpu_build
 from server.settings import Settings
+from tests.support.bank_bench import flip_a_bit
 
 TEXTS = [
     *("A man is playing the guitar.", "Someone plays an instrument.", "The stock market fell sharply today."),
@@ -50,11 +51,6 @@ def source() -> Path:
 @pytest.fixture(scope="module")
 def folder() -> Path:
     return ensure_base_model("default", Settings().cache_dir)
-
-
-@pytest.fixture(scope="module")
-def embedder(embedder_folder: Path) -> Embedder:
-    return Embedder.load(embedder_folder)
 
 
 def test_the_default_model_answers_a_question(folder: Path) -> None:
@@ -126,6 +122,14 @@ def test_a_bank_for_another_model_is_refused(tmp_path: Path, tiny_bank_folder: P
     check_base_model(tiny_model_folder, {tiny_bank_folder: ours})
     with pytest.raises(BankError, match=f"the bank at {tmp_path} is for another .*{tiny_model_folder}.*build a bank"):
         check_base_model(tiny_model_folder, {tiny_bank_folder: ours, tmp_path: other})
+
+
+def test_a_damaged_matrix_is_not_served(tmp_path: Path, tiny_model_folder: Path, tiny_bank_folder: Path) -> None:
+    bank = Path(shutil.copytree(tiny_bank_folder, tmp_path / "bank"))
+    flip_a_bit(bank / MATRIX_FILE)
+    settings = Settings(bank=bank, model=str(tiny_model_folder), engine_key="k" * 32)  # type: ignore[arg-type]
+    with pytest.raises(BankError, match=f"{MATRIX_FILE} is damaged"):
+        check_engine(settings)
 
 
 def test_a_model_without_a_chat_template_is_refused_wherever_its_file_would_be(

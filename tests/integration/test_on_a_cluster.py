@@ -12,15 +12,15 @@ import pytest
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.processes import wait_until
 from bench.rig.valkey import DURABLE
-from deploy.observe.pictures.receiver import Receiver, receiving
+from deploy.observe.pictures.receiver import Receiver
 from server.settings import Settings
 from server.store.redis import keys
 from server.worker.training import AdapterTrainer
 from tests.integration.conftest import Work, working
+from tests.support.calls import adapt, job_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate, wait_until_ready
 
-SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
 CONFIG = {"steps": 6, "learning_rate": 0.05}
 _numbers = itertools.count()
 
@@ -35,16 +35,10 @@ def cluster(memory: Path) -> Iterator[ValkeyCluster]:
 
 
 @pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
-    with receiving() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def gateway(gateway_settings: Settings, cluster: ValkeyCluster, receiver: Receiver) -> Iterator[GatewayThread]:
-    settings = gateway_settings.model_copy(update={"redis_url": cluster.url, "otlp_endpoint": receiver.url})
-    with GatewayThread(settings) as running, running.client() as client:
-        wait_until_ready(client)
+    with GatewayThread(gateway_settings, redis_url=cluster.url, otlp_endpoint=receiver.url) as running:
+        with running.client() as client:
+            wait_until_ready(client)
         yield running
 
 
@@ -80,13 +74,12 @@ def test_a_user_is_stored_served_trained_for_and_erased(
     assert level(client, user) == "base"
     put(client, user).raise_for_status()
     assert level(client, user) == "merged"
-    asked = client.post(f"/users/{user}/adapt", json={"samples": SAMPLES, "config": CONFIG}).raise_for_status()
+    job = adapt(client, user, config=CONFIG).raise_for_status().json()
     work()
-    job = f"/jobs/{asked.json()['id']}"
-    assert client.get(job).json()["state"] == "succeeded"
+    assert job_of(client, job)["state"] == "succeeded"
     assert level(client, user) == "stacked"
     assert client.delete(f"/users/{user}").raise_for_status().json()["erased"]["adapters"] == 1
-    assert [client.get(path).status_code for path in (f"/users/{user}", job)] == [404, 404]
+    assert [client.get(path).status_code for path in (f"/users/{user}", f"/jobs/{job['id']}")] == [404, 404]
     assert level(client, user) == "base"
 
 

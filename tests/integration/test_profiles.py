@@ -8,7 +8,6 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -42,19 +41,19 @@ class CountingEmbedder:
         self.id = identity or inner.id
         self.texts: list[str] = []
         self.largest_batch = 0
-        self.gate = threading.Event()
+        self.gate, self._asked = threading.Event(), threading.Event()
         self.gate.set()
 
+    async def asked(self) -> None:
+        """Return once it was asked to embed something."""
+        assert await asyncio.to_thread(self._asked.wait, 30)
+
     def embed(self, texts: Sequence[str]) -> Vectors:
+        self._asked.set()
         self.gate.wait(30)
         self.texts += texts
         self.largest_batch = max(self.largest_batch, len(texts))
         return self.inner.embed(texts)
-
-
-@pytest.fixture(scope="module")
-def inner(embedder_folder: Path) -> Embedder:
-    return Embedder.load(embedder_folder)
 
 
 @pytest.fixture
@@ -64,8 +63,8 @@ async def store(valkey: ValkeyProcess) -> AsyncIterator[ProfileStore]:
 
 
 @pytest.fixture
-def writing(store: ProfileStore, inner: Embedder) -> Profiles:
-    return profiles(store, CountingEmbedder(inner))
+def writing(store: ProfileStore, embedder: Embedder) -> Profiles:
+    return profiles(store, CountingEmbedder(embedder))
 
 
 @pytest.fixture
@@ -127,30 +126,30 @@ async def test_a_write_stands_though_the_signing_queue_is_away(
     await nobody.close()
 
 
-async def test_another_embedders_embedding_is_remade_once(store: ProfileStore, inner: Embedder, user: User) -> None:
-    old, new = CountingEmbedder(inner, OLD), CountingEmbedder(inner)
+async def test_another_embedders_embedding_is_remade_once(store: ProfileStore, embedder: Embedder, user: User) -> None:
+    old, new = CountingEmbedder(embedder, OLD), CountingEmbedder(embedder)
     await profiles(store, old).replace(user, items("waves", "roses"), "")
     reading = profiles(store, new)
     for _ in range(2):
-        assert (await reading.current(user)).embedder == inner.id
+        assert (await reading.current(user)).embedder == embedder.id
         assert sorted(new.texts) == ["a text about roses", "a text about waves"]
     other = KEYS.user(f"user-{next(_numbers)}")
     await profiles(store, old).replace(other, items("waves", "roses"), "")
     assert (await reading.add(other, items("chess"), "")).changed == 1
     assert len(new.texts) == 2 + 3
-    assert {vector.embedder for vector in (await store.read(other.key)).vectors.values()} == {inner.id}
+    assert {vector.embedder for vector in (await store.read(other.key)).vectors.values()} == {embedder.id}
 
 
-async def test_concurrent_requests_share_a_new_embedding(store: ProfileStore, inner: Embedder, user: User) -> None:
-    await profiles(store, CountingEmbedder(inner, OLD)).replace(user, items("waves", "roses"), "")
-    new = CountingEmbedder(inner)
+async def test_concurrent_requests_share_a_new_embedding(store: ProfileStore, embedder: Embedder, user: User) -> None:
+    await profiles(store, CountingEmbedder(embedder, OLD)).replace(user, items("waves", "roses"), "")
+    new = CountingEmbedder(embedder)
     new.gate.clear()
     reading = profiles(store, new)
     waiting = [asyncio.create_task(reading.current(user)) for _ in range(10)]
-    await asyncio.sleep(0.05)
+    await new.asked()
     waiting[0].cancel()  # the others do not notice
     new.gate.set()
-    assert {profile.embedder for profile in await asyncio.gather(*waiting[1:]) if profile} == {inner.id}
+    assert {profile.embedder for profile in await asyncio.gather(*waiting[1:]) if profile} == {embedder.id}
     assert len(new.texts) == 2
 
 
@@ -181,7 +180,7 @@ async def test_a_writer_that_loses_a_race_does_not_embed_again(writing: Profiles
     embedder = writing.embedder
     embedder.gate.clear()
     slow = asyncio.create_task(writing.add(user, items("waves"), ""))
-    await asyncio.sleep(0.05)
+    await embedder.asked()
     await profiles(writing.store, CountingEmbedder(embedder.inner)).add(user, items("roses"), "")
     embedder.gate.set()
     assert (await slow).profile.items == 2
@@ -194,23 +193,23 @@ async def test_a_long_history_is_embedded_in_batches(writing: Profiles, user: Us
 
 
 async def test_gateways_of_two_embedders_keep_each_others_embeddings(
-    store: ProfileStore, inner: Embedder, valkey: ValkeyProcess, user: User
+    store: ProfileStore, embedder: Embedder, valkey: ValkeyProcess, user: User
 ) -> None:
-    old, new = CountingEmbedder(inner), CountingEmbedder(inner, "11" * 8)
-    gateways = [profiles(store, embedder) for embedder in (old, new)]
+    old, new = CountingEmbedder(embedder), CountingEmbedder(embedder, "11" * 8)
+    gateways = [profiles(store, each) for each in (old, new)]
     await gateways[0].replace(user, items("waves", "roses"), "")
     written_ms = (await gateways[0].current(user)).updated_ms
     assert [(await gateway.current(user)).embedder for gateway in gateways] == [old.id, new.id]
     async with redis.from_url(valkey.url) as raw:
         name = f"mta:{{{user.key}}}:profile"
         record = await raw.get(name)
-        for embedder in (old, new):
-            embedder.texts.clear()
+        for each in (old, new):
+            each.texts.clear()
         for gateway in gateways * 3:
             assert (await gateway.current(user)).updated_ms == written_ms
         assert await raw.get(name) == record
         assert old.texts == new.texts == []
     await gateways[1].add(user, items("bread"), "")
-    for gateway, embedder in zip(gateways, (old, new), strict=True):
+    for gateway, each in zip(gateways, (old, new), strict=True):
         profile = await gateway.current(user)
-        assert (profile.embedder, profile.items, profile.updated_ms > written_ms) == (embedder.id, 3, True)
+        assert (profile.embedder, profile.items, profile.updated_ms > written_ms) == (each.id, 3, True)

@@ -9,11 +9,10 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,30 +20,25 @@ import httpx
 import pytest
 import redis
 from pydantic import SecretStr
-from typer.testing import CliRunner
 
 from adapters.errors import MtaError
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
-from server.cli import app
 from server.settings import Settings
 from server.store.redis import keys
 from server.store.tenants.user_key import UserKeys
 from server.watching.audit import audit_to
-from tests.support.gateway import SECRET, GatewayThread, generate, wait_until_ready
+from tests.support.calls import mta
+from tests.support.gateway import SECRET, generate, serving
 
 NEW = "the secret that comes after it"
 BOTH = f"{NEW},{SECRET}"
 SAMPLES = {"samples": [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(4)]}
-PEOPLE, CONTESTED = 42, 4
+PEOPLE = 42
 
 
-@contextmanager
-def serving(settings: Settings, store: ValkeyProcess, secret: str) -> Iterator[httpx.Client]:
-    own = settings.model_copy(update={"redis_url": store.url, "secret": SecretStr(secret)})
-    with GatewayThread(own) as gateway, gateway.client() as client:
-        wait_until_ready(client)
-        yield client
+def with_secret(settings: Settings, store: ValkeyProcess, secret: str) -> AbstractContextManager[httpx.Client]:
+    return serving(settings, redis_url=store.url, secret=SecretStr(secret))
 
 
 @dataclass
@@ -88,44 +82,15 @@ class Person:
         self.rated.add(answer.rpartition(".")[0])
 
 
-@dataclass
-class Contested:
-    """Somebody whom some write to while others erase them."""
-
-    id: str
-    writes: dict[str, tuple[float, float]] = field(default_factory=dict)  # when each acknowledged one began and ended
-    erased: tuple[float, float] = (0.0, 0.0)  # when the last erasure began and ended
-
-    def write(self, client: httpx.Client, name: str) -> None:
-        began_s = time.monotonic()
-        answer = client.post(f"/users/{self.id}/profile/items", json={"items": [{"id": name, "text": name}]})
-        if answer.status_code == httpx.codes.OK:
-            self.writes[name] = began_s, time.monotonic()
-        else:
-            assert answer.json()["error"]["code"] == "user_erased"
-
-    def erase(self, client: httpx.Client) -> None:
-        began_s = time.monotonic()
-        assert client.delete(f"/users/{self.id}").status_code in (httpx.codes.OK, httpx.codes.NOT_FOUND)
-        self.erased = began_s, time.monotonic()
-
-    def check(self, found: set[str]) -> None:
-        began_s, ended_s = self.erased
-        assert found >= {name for name, (since_s, _) in self.writes.items() if since_s > ended_s}
-        assert found.isdisjoint(name for name, (_, until_s) in self.writes.items() if until_s < began_s)
-
-
 class Load:
     """Requests of all people over several gateways, until told to stop."""
 
-    def __init__(self, clients: list[httpx.Client], people: list[Person], contested: list[Contested]) -> None:
+    def __init__(self, clients: list[httpx.Client], people: list[Person]) -> None:
         self._clients, self._enough = clients, threading.Event()
         self._numbers, self._rounds = itertools.count(), defaultdict[int, int](int)
-        self._threads = ThreadPoolExecutor(6)
+        self._threads = ThreadPoolExecutor(3)
         shares = [people[place::3] for place in range(3)]
         self._running: list[Future[None]] = [self._threads.submit(self._live, share) for share in shares]
-        for act in (self._write, self._write, self._erase):
-            self._running.append(self._threads.submit(act, contested))
 
     def round(self) -> None:
         """Wait until everybody has sent requests once more from now on."""
@@ -147,15 +112,6 @@ class Load:
                 person.live(lot.choice(self._clients), lot, self._numbers)
             self._rounds[place] += 1
 
-    def _write(self, contested: list[Contested]) -> None:
-        for number in itertools.takewhile(lambda _: not self._enough.is_set(), self._numbers):
-            contested[number % CONTESTED].write(self._clients[number % 2], f"c{number}")
-
-    def _erase(self, contested: list[Contested]) -> None:
-        for number in itertools.takewhile(lambda _: not self._enough.is_set(), itertools.count()):
-            contested[number % CONTESTED].erase(self._clients[number % 2])
-            time.sleep(0.02)
-
 
 def items_of(client: httpx.Client, user: str) -> set[str]:
     answer = client.get(f"/users/{user}/export")
@@ -163,33 +119,21 @@ def items_of(client: httpx.Client, user: str) -> set[str]:
 
 
 @pytest.fixture
-def log(store: ValkeyProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The audit log of gateways and commands, which have both secrets; the store is empty at first."""
-    for name, value in {"AUDIT": str(tmp_path / "audit.jsonl"), "REDIS_URL": store.url, "SECRET": BOTH}.items():
-        monkeypatch.setenv(f"MTA_{name}", value)
+def log(log: Path, store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The audit log from the first command on; commands have both secrets, and the store is empty at first."""
+    audit_to(None)
+    monkeypatch.setenv("MTA_REDIS_URL", store.url)
+    monkeypatch.setenv("MTA_SECRET", BOTH)
     with redis.from_url(store.url) as raw:
         raw.flushall()
-    yield tmp_path / "audit.jsonl"
-    audit_to(None)
-
-
-def mta(*arguments: object) -> str:
-    """What a command prints; raises its error."""
-    done = CliRunner().invoke(app, list(map(str, arguments)))
-    if done.exit_code:
-        raise done.exception or AssertionError(done.output)
-    return done.output
+    return log
 
 
 @pytest.mark.usefixtures("fake_engine")
 def test_nobody_is_lost_unknown_back_or_twice(gateway_settings: Settings, store: ValkeyProcess, log: Path) -> None:
     people = [Person(f"person-{number}") for number in range(PEOPLE)]
-    contested, lot, numbers = (
-        [Contested(f"contested-{n}") for n in range(CONTESTED)],
-        random.Random(1),
-        itertools.count(),
-    )
-    with serving(gateway_settings, store, SECRET) as client:
+    lot, numbers = random.Random(1), itertools.count()
+    with with_secret(gateway_settings, store, SECRET) as client:
         for person in people:
             person.live(client, lot, numbers)
             person.answers = [person.answer(client)["id"]]
@@ -199,8 +143,8 @@ def test_nobody_is_lost_unknown_back_or_twice(gateway_settings: Settings, store:
                 person.items |= items_of(client, person.id)
 
     with ExitStack() as stack, redis.from_url(store.url) as raw:
-        clients = [stack.enter_context(serving(gateway_settings, store, BOTH)) for _ in range(2)]
-        load = Load(clients, people, contested)
+        clients = [stack.enter_context(with_secret(gateway_settings, store, BOTH)) for _ in range(2)]
+        load = Load(clients, people)
         load.round()
         killed = subprocess.Popen([sys.executable, "-m", "server.cli", "secret", "rotate"], env=os.environ)
         wait_until(lambda: log.exists() and "begun" in log.read_text(), "the exchange to begin")
@@ -211,27 +155,24 @@ def test_nobody_is_lost_unknown_back_or_twice(gateway_settings: Settings, store:
         load.round()
         load.stop()
         former = UserKeys(SECRET, gateway_settings.tenant)
-        everybody = [person.id for person in (*people, *contested)]
-        for user in everybody:  # under the old key there is what requests in progress may read, for a while
-            key = former.key(user)
+        former_keys = [former.key(person.id) for person in people]
+        for key in former_keys:  # under the old key there is what requests in progress may read, for a while
             left = {name.decode() for name in raw.scan_iter(f"*{key}*")}
             assert left <= {keys.epoch(key), keys.items(key), keys.adapter(key)}
             assert -1 not in {raw.ttl(name) for name in left}, left
 
-    with serving(gateway_settings, store, NEW) as client:
+    with with_secret(gateway_settings, store, NEW) as client:
         for person in people:
             export = client.get(f"/users/{person.id}/export").raise_for_status().json()
             assert {item["id"] for item in export["items"]} == person.items
             assert {entry["answer"] for entry in export["feedback"]} == person.rated
             if person.job:
                 assert client.get(f"/jobs/{person.job}").raise_for_status().json()["id"] == export["jobs"][-1]["id"]
-        for somebody in contested:
-            somebody.check(items_of(client, somebody.id))
     with pytest.raises(MtaError, match="another than the one"):
-        serving(gateway_settings, store, SECRET).__enter__()
+        with_secret(gateway_settings, store, SECRET).__enter__()
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     assert [entry["outcome"] for entry in entries if entry["act"] == "secret_exchanged"] == ["begun", "begun", "done"]
-    assert not any(word in log.read_text() for word in (SECRET, NEW, "person-", *map(former.key, everybody)))
+    assert not any(word in log.read_text() for word in (SECRET, NEW, "person-", *former_keys))
 
 
 @pytest.mark.usefixtures("fake_engine")
@@ -242,12 +183,12 @@ def test_a_copy_from_before_the_exchange_comes_back_without_whom_was_erased_afte
     for constant in ("server.cli.secret.SETTLE_S", "server.store.backup.copying.SETTLE_S"):
         monkeypatch.setattr(constant, 0)
     people = ["kept", "erased", "kept-too", "erased-too"]
-    with serving(gateway_settings, store, SECRET) as client:
+    with with_secret(gateway_settings, store, SECRET) as client:
         for user in people:
             Person(user).live(client, random.Random(1), itertools.count())
     mta("backup", "--out", copies)
     assert "4 users moved" in mta("secret", "rotate")
-    with serving(gateway_settings, store, NEW) as client:
+    with with_secret(gateway_settings, store, NEW) as client:
         for user in ("erased", "erased-too"):
             client.delete(f"/users/{user}").raise_for_status()
 
@@ -258,7 +199,6 @@ def test_a_copy_from_before_the_exchange_comes_back_without_whom_was_erased_afte
         mta("restore", copy, "--erased", log)
     monkeypatch.setenv("MTA_SECRET", BOTH)
     assert "restored: 2 users" in mta("restore", copy, "--erased", log)
-    with serving(gateway_settings, empty, BOTH) as client:
+    with empty, with_secret(gateway_settings, empty, BOTH) as client:
         found = [bool(items_of(client, user)) for user in people]
     assert found == [True, False, True, False]
-    empty.kill()

@@ -19,7 +19,7 @@ from server.settings import Settings
 from server.supervisor.services import ROUTER_OPTIONS
 from tests.support.calls import adapt
 from tests.support.fake_engine import KEY, FakeEngine, Knobs, Seen
-from tests.support.gateway import GatewayThread, becomes, chunks_of, generate, wait_until_ready
+from tests.support.gateway import becomes, chunks_of, generate, serving
 
 PEOPLE, USER = 12, "routed-0"
 BREAKER_S = float(str(ROUTER_OPTIONS["cb-timeout-duration-secs"]))
@@ -50,8 +50,7 @@ def started(gateway_settings: Settings) -> Iterator[Fleet]:
     engines = FakeEngine(Knobs(banks)).start(), FakeEngine(Knobs(banks)).start()
     with running_router([engine.url for engine in engines]) as router:
         urls = {"engine_url": router.url, "engine_urls": ",".join(engine.url for engine in engines)}
-        with GatewayThread(gateway_settings.model_copy(update=urls)) as gateway, gateway.client() as client:
-            wait_until_ready(client)
+        with serving(gateway_settings, **urls) as client:
             recipes = {}
             for number in range(PEOPLE):
                 items = [{"text": world(number % 6)}, {"text": f"{world(number % 6)}, {world(number * 5 % 7)}"}]

@@ -50,10 +50,9 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(bench: Bench, tiny_model_folder: Path, embedder_folder: Path) -> World:
+def world(bench: Bench, tiny_model_folder: Path, embedder: Embedder) -> World:
     users = write_people(bench.folder / "twelve.json", people(12))
     manifest = bench.build("signed", inputs={"users": users}, anchors=ANCHORS, steps=30, common_steps=20)
-    embedder = Embedder.load(embedder_folder)
     bank = ServingBank.open(bench.folder / "signed", embedder.id)
     model, tokenizer = load_base(tiny_model_folder, "float32")
     return World(manifest, bench.matrix("signed", manifest), bank, embedder, model, tokenizer)

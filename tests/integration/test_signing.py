@@ -26,7 +26,7 @@ from server.worker.loops import MAX_SIGN_TRIES, SigningLoop
 from server.worker.training import AdapterTrainer
 from tests.support.calls import SAMPLES
 from tests.support.fake_engine import FakeEngine, Knobs
-from tests.support.gateway import GatewayThread, generate
+from tests.support.gateway import generate, serving
 from tests.support.store_parts import connected
 
 ODD = {"input": "odd", "output": "one"}
@@ -73,8 +73,7 @@ def sign(signed_bank: Path, tiny_model_folder: Path, valkey: ValkeyProcess) -> S
 def signing_client(gateway_settings: Settings, signed_bank: Path) -> Iterator[httpx.Client]:
     """Of a gateway over the signed bank, and an engine of its own that says it serves it."""
     engine = FakeEngine(Knobs(banks=(read_manifest(signed_bank).fingerprint,))).start()
-    settings = gateway_settings.model_copy(update={"bank": signed_bank, "engine_url": engine.url})
-    with GatewayThread(settings) as gateway, gateway.client() as client:
+    with serving(gateway_settings, bank=signed_bank, engine_url=engine.url) as client:
         yield client
     engine.stop()
 

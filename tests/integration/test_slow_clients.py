@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -26,13 +26,16 @@ POST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application
 
 @pytest.fixture(scope="module")
 def gateway(gateway_settings: Settings) -> Iterator[GatewayThread]:
-    """A gateway with little patience."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(serving, "HEADER_TIMEOUT_S", 0.5)
         patched.setattr(serving, "MAX_HEADER_BYTES", HEADER_BYTES)
-        patched.setattr(bodies, "BODY_TIMEOUT_S", 0.5)
         with GatewayThread(gateway_settings) as running:
             yield running
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway that does not wait for headers for long."""
+    monkeypatch.setattr(serving, "HEADER_TIMEOUT_S", 0.5)
 
 
 @pytest.fixture
@@ -78,12 +81,14 @@ class TestHeaders:
                 connection.sendall(piece)
         assert everything(connection)[:12] in (b"", b"HTTP/1.1 431")
 
+    @pytest.mark.usefixtures("impatient")
     @pytest.mark.parametrize("trickle", [b"", b"X"])
     def test_what_does_not_arrive_in_time_is_refused(self, connection: socket.socket, trickle: bytes) -> None:
         connection.sendall(GET[:-2] + b"X: ")
         trickled(connection, trickle)
         assert answered(connection) == (408, "request_timeout")
 
+    @pytest.mark.usefixtures("impatient")
     def test_a_second_request_is_no_other(self, connection: socket.socket) -> None:
         connection.sendall(GET + b"GET /health")
         trickled(connection, b"x")
@@ -91,6 +96,7 @@ class TestHeaders:
         assert first.startswith(b"HTTP/1.1 200")
         assert b"request_timeout" in second
 
+    @pytest.mark.usefixtures("impatient")
     @pytest.mark.parametrize("sent", [b"", b"\r\n"])
     def test_silence_is_hung_up_on(self, connection: socket.socket, sent: bytes) -> None:
         connection.sendall(sent)
@@ -118,8 +124,12 @@ class TestHeaders:
 
 
 class TestBodies:
+    @pytest.mark.usefixtures("impatient")  # it hangs up soon
     @pytest.mark.parametrize("trickle", [b"", b" "])
-    def test_a_late_one_is_refused(self, gateway: GatewayThread, trickle: bytes) -> None:
+    def test_a_late_one_is_refused(
+        self, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch, trickle: bytes
+    ) -> None:
+        monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.5)
         before = counted(gateway, 408)
         with gateway.send("POST /generate", b"{", length=1000) as connection:
             trickled(connection, trickle)
@@ -134,6 +144,7 @@ class TestBodies:
             wait_until(lambda: counted(gateway, 499) == before + 1, "the request to be counted")
         assert not caplog.records
 
+    @pytest.mark.usefixtures("impatient")
     def test_one_that_goes_on_after_its_answer_is_hung_up_on(self, connection: socket.socket) -> None:
         connection.sendall(POST.replace(b"json", b"xml") + b"Content-Length: 1000000\r\n\r\n")
         trickled(connection, b" ")
@@ -141,29 +152,43 @@ class TestBodies:
         assert answer.startswith(b"HTTP/1.1 415")
         assert answer.count(b"HTTP/1.1") == 1
 
-    def test_large_ones_wait_for_each_other_and_small_ones_do_not(self, gateway: GatewayThread) -> None:
-        with ExitStack() as held, gateway.client() as client:
-            for _ in range(LARGE_AT_ONCE // 2):
-                held.enter_context(gateway.send("POST /generate", b" " * (SMALL_BYTES + 1), length=200_000))
-            small, large = (client.post("/generate", json={"x": "x" * size}) for size in (1, SMALL_BYTES))
-        assert small.status_code == 400
-        assert (large.status_code, large.json()["error"]["code"]) in ((503, "overloaded"), (400, "missing"))
-        assert large.elapsed.total_seconds() > 0.2  # the others' time is over after 0.5 s
+    def test_large_ones_wait_for_each_other_and_small_ones_do_not(
+        self, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reader, asked, held = gateway.app.state.bodies, list[Any](), list[Any]()
+        place, most = reader._large, LARGE_AT_ONCE // 2  # of one caller
+
+        @asynccontextmanager
+        async def noted(request: Any) -> AsyncIterator[None]:
+            asked.append(request)
+            async with place(request):
+                held.append(request)
+                yield
+
+        def code_of(size: int) -> str:
+            return str(client.post("/generate", json={"x": "x" * size}).json()["error"]["code"])
+
+        monkeypatch.setattr(reader, "_large", noted)
+        with ThreadPoolExecutor(1) as pool, gateway.client() as client:
+            with ExitStack() as others:
+                for _ in range(most):
+                    others.enter_context(gateway.send("POST /generate", b" " * (SMALL_BYTES + 1), length=200_000))
+                wait_until(lambda: len(held) == most, "the others to have their places")
+                large = pool.submit(code_of, SMALL_BYTES)
+                wait_until(lambda: len(asked) > most, "the next one to ask for a place")
+                monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 1.0)
+                assert (code_of(1), code_of(SMALL_BYTES), len(held)) == ("missing", "overloaded", most)
+            assert large.result() == "missing"
 
 
 class TestAnswers:
+    @pytest.mark.usefixtures("impatient")
     def test_a_long_stream_goes_on(self, gateway: GatewayThread, fake_engine: FakeEngine, ada: str) -> None:
         fake_engine.knobs.token_delay_s = 0.1
         body = json.dumps({"user_id": ada, "prompt": "x", "max_tokens": 8, "stream": True}).encode()
         with gateway.send("POST /generate", body, "Connection: close\r\n") as connection:
             connection.sendall(b"\r\n")  # some clients do that
             assert b"data: [DONE]" in everything(connection)
-
-    def test_a_client_may_pause_between_requests(self, gateway: GatewayThread) -> None:
-        with gateway.client() as client:
-            client.get("/health").raise_for_status()
-            time.sleep(0.6)
-            client.get("/health").raise_for_status()
 
 
 def trickled(connection: socket.socket, byte: bytes) -> None:

@@ -52,20 +52,16 @@ def test_it_has_room_for_the_fork_drops_nothing_and_logs_nothing_that_commands_c
     options = shipped.command[1:]
     for own in ("--dir", "--port"):
         del options[(place := options.index(own)) : place + 2]
-    server = ValkeyProcess(tmp_path, options).start()
-    try:
-        with redis.Redis.from_url(server.url) as raw:
-            memory = raw.info("memory")
-            assert 0 < 2 * memory["maxmemory"] <= shipped.limit_gib << 30
-            assert memory["maxmemory_policy"] == "noeviction"
-            raw.config_set("slowlog-log-slower-than", 0)
-            raw.set("large", "x" * (2 << 20))
-            raw.get("large")
-            assert raw.slowlog_len() == 0
-            for kind in ("slow", "large-request", "large-reply"):
-                assert (kind, raw.execute_command("COMMANDLOG LEN", kind)) == (kind, 0)
-    finally:
-        server.kill()
+    with ValkeyProcess(tmp_path, options) as server, redis.Redis.from_url(server.url) as raw:
+        memory = raw.info("memory")
+        assert 0 < 2 * memory["maxmemory"] <= shipped.limit_gib << 30
+        assert memory["maxmemory_policy"] == "noeviction"
+        raw.config_set("slowlog-log-slower-than", 0)
+        raw.set("large", "x" * (2 << 20))
+        raw.get("large")
+        assert raw.slowlog_len() == 0
+        for kind in ("slow", "large-request", "large-reply"):
+            assert (kind, raw.execute_command("COMMANDLOG LEN", kind)) == (kind, 0)
 
 
 @STORES

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.observe.pictures.receiver import Receiver, Span, receiving
+from deploy.observe.pictures.receiver import Receiver, Span
 from server.settings import Settings
 from server.watching import open_tracing
 from tests.integration.conftest import Work
@@ -47,14 +47,8 @@ class Traced:
 
 
 @pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
-    with receiving() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def traced_gateway(gateway_settings: Settings, receiver: Receiver) -> Iterator[GatewayThread]:
-    with GatewayThread(gateway_settings.model_copy(update={"otlp_endpoint": receiver.url})) as gateway:
+    with GatewayThread(gateway_settings, otlp_endpoint=receiver.url) as gateway:
         yield gateway
 
 
@@ -137,8 +131,8 @@ def test_nothing_of_a_user_is_in_what_is_sent(traced: Traced) -> None:
 def test_dead_collector(gateway_settings: Settings, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.watching.otlp._EXPORT_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        settings = gateway_settings.model_copy(update={"otlp_endpoint": f"http://127.0.0.1:{silent.getsockname()[1]}"})
-        with GatewayThread(settings) as gateway, gateway.client() as client:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with GatewayThread(gateway_settings, otlp_endpoint=url) as gateway, gateway.client() as client:
             assert client.post("/generate", json=BODY).status_code == httpx.codes.OK
 
 

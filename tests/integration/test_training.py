@@ -425,9 +425,5 @@ def test_numbers_that_explode_or_are_none_are_an_error_with_the_step(
 
 
 def test_what_makes_no_training_is_refused_and_names_the_value(model: Any, fused: LoraWeights) -> None:
-    wrong = {"steps": 0, "rank": 0, "learning_rate": -1e-3, "holdout": 1.0, "seed": None}
-    for name, value in (*wrong.items(), ("rank", "2")):
-        with pytest.raises(TrainingError, match=rf"{name} must be .*, got "):
-            replace(CONFIG, **{name: value})
     with pytest.raises(TrainingError, match="no samples"):
         train_user(model, fused, [], CONFIG)

@@ -14,9 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bench.rig.processes import alive, command_line, descendants, listening, mta, running, wait_until
+from bench.rig.processes import alive, command_line, descendants, mta, running, wait_until
 from bench.rig.up import Up, up, up_command
-from bench.rig.valkey import ValkeyProcess
 from server.engine.command import memory_bytes
 from tests.support.fake_engine import KEY, FakeEngine
 
@@ -76,12 +75,6 @@ def test_each_part_has_its_line_the_last_one_says_what_to_try_and_the_store_has_
     assert shown and float(shown[1]) == int(options["maxmemory"])
 
 
-def test_only_the_loopback_address_is_listened_on(running_up: Up) -> None:
-    found = {socket for pid in descendants(running_up.pid) for socket in listening(pid)}
-    assert int(running_up.url.rpartition(":")[2]) in {port for _, port in found}
-    assert {address for address, _ in found} == {"127.0.0.1"}
-
-
 def test_no_secret_stands_in_a_command_line_or_in_a_file_that_others_can_read(running_up: Up) -> None:
     secret = (running_up.data / "secret").read_text().strip()
     config = (running_up.data / "valkey.conf").read_text()
@@ -100,14 +93,6 @@ def stops_with_every_part(started: Up, number: signal.Signals) -> bool:
     assert len(family) >= 2  # a part and its guard
     started.process.send(number)
     return started.process.wait(30) == 0 and not any(map(alive, family))
-
-
-def test_with_a_redis_of_ones_own_it_starts_no_valkey(start: StartUp, tmp_path: Path, memory: Path) -> None:
-    store = ValkeyProcess(memory / "of-ones-own").start()
-    with start(tmp_path / "data", "--redis-url", store.url) as started:
-        assert started.part("valkey") is None
-        assert stops_with_every_part(started, signal.SIGHUP)
-    store.kill()
 
 
 def test_killed_it_leaves_no_process_and_the_next_one_has_what_was_stored_and_goes_on_unread(
@@ -149,7 +134,7 @@ def test_a_second_one_needs_a_data_folder_of_its_own_where_mta_keys_finds_its_st
         assert other.ready()
         assert not any(secret in command_line(pid) for pid in [other.pid, *descendants(other.pid)])
         assert secret not in other.process.output
-        assert stops_with_every_part(other, signal.SIGINT)
+        assert stops_with_every_part(other, signal.SIGHUP)
 
 
 def test_what_cannot_start_is_explained(running_up: Up, refused: Callable[..., str], tmp_path: Path) -> None:

@@ -353,23 +353,27 @@ def test_what_was_sent_instead_of_answers_is_trained_on_the_newest_first_within_
         trainer.train(recipe, [], FEW_STEPS, learned=[first, odd], newer=1, served=served)
 
 
-async def test_a_job_trains_on_what_was_sent_instead_of_answers(desk: Desk, worker: JobLoop) -> None:
-    counts: list[int] = []
-    train = worker.trainer.train
+async def test_a_job_trains_on_what_was_sent_instead_of_answers_and_has_the_items_where_the_bank_knows_history(
+    desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[tuple[int, list[Any]]] = []
+    train, past = worker.trainer.train, ("how is the bread?", "crusty")
 
-    def counting(recipe: FusionRecipe, samples: list[Sample], *given: Any, **more: Any) -> Any:
-        counts.append(len(samples) + len(more["learned"]))
-        return train(recipe, samples, *given, **more)
+    def noting(recipe: FusionRecipe, samples: list[Sample], config: AdaptConfig, items: list[Item], **more: Any) -> Any:
+        noted.append((len(samples) + len(more["learned"]), [tuple(item.fields.values()) for item in items]))
+        return train(recipe, samples, config, items, **more)
 
-    worker.trainer.train = counting  # type: ignore[method-assign]
-    user_key = await desk.user()
+    monkeypatch.setattr(worker.trainer, "train", noting)
+    knows = worker.bank.manifest.model_copy(update={"training": {"history_share": 1.0}})
+    monkeypatch.setattr(worker.bank, "manifest", knows)
+    user_key = await desk.user(past)
     for number, sample in enumerate(some(3)):
         feedback = Feedback("merged", "none", Outcome.EDITED)
         await desk.feedback.add(user_key, f"gen-{number}", feedback, sample, "")
     job_id = await desk.submit(SAMPLES[:2], user=user_key)
     assert await worker.work_once(1)
     assert (await desk.job(job_id)).state in {JobState.SUCCEEDED, JobState.REJECTED}
-    assert counts == [5]
+    assert noted == [(5, [past])]
 
 
 def test_past_items_stand_before_samples_within_the_token_budget(trainer: AdapterTrainer) -> None:

@@ -45,10 +45,9 @@ async def make_up(url: str) -> None:
 def gateways(gateway_settings: Settings, store: ValkeyProcess) -> Iterator[dict[str, GatewayThread]]:
     """Gateways of a tenant with results, and of one without."""
     asyncio.run(make_up(store.url))
-    settings = gateway_settings.model_copy(update={"redis_url": store.url})
     with (
-        GatewayThread(settings.model_copy(update={"tenant": TENANT})) as full,
-        GatewayThread(settings.model_copy(update={"tenant": "empty"})) as empty,
+        GatewayThread(gateway_settings, redis_url=store.url, tenant=TENANT) as full,
+        GatewayThread(gateway_settings, redis_url=store.url, tenant="empty") as empty,
     ):
         yield {"full": full, "empty": empty}
 

@@ -1,4 +1,4 @@
-"""Banks of a tiny model, built again and again from the same few people."""
+"""Banks of a tiny model, built again and again from the same few people, and damaged."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ from bench.rig.people import people, write_people
 
 _SIZES = {"anchors": 3, "rank": 4, "user_rank": 4, "steps": 3, "common_steps": 3, "batch_size": 4}
 OPTIONS = BuildOptions("chat", **_SIZES, common_batch_size=4, learning_rate=1e-2, history_share=0.0, dtype="float32")
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 class Recorder(RowProgress):

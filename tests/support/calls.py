@@ -1,4 +1,4 @@
-"""Calls that many tests make of a gateway: profiles, samples, answers; and what came back or reached the engine."""
+"""Calls that many tests make of a gateway, and of commands; and what came back or reached the engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from server.cli import app
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import generate
 
@@ -30,12 +32,27 @@ ITEMS = [
 ]
 
 
+def mta(*arguments: object, **environment: str) -> str:
+    """What a command prints; raises its error."""
+    done = CliRunner().invoke(app, list(map(str, arguments)), env=environment)
+    if done.exit_code:
+        raise done.exception or AssertionError(done.output)
+    return done.output
+
+
 def put(client: httpx.Client, user_id: str, items: Sequence[dict[str, Any]] = ITEMS) -> dict[str, Any]:
     return client.put(f"/users/{user_id}/profile", json={"items": list(items)}).raise_for_status().json()
 
 
 def adapt(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
     return client.post(f"/users/{user_id}/adapt", json={"samples": SAMPLES} | fields)
+
+
+FINAL = {"input": "any plans?", "text": "I have no plans.", "final": "The sea. Always the sea."}
+
+
+def give(client: httpx.Client, user_id: str, answer: str, **feedback: Any) -> httpx.Response:
+    return client.post(f"/users/{user_id}/feedback", json={"answer": answer, **feedback})
 
 
 def job_of(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:

@@ -217,6 +217,8 @@ class FakeEngine:
                 _cut(request)
             if seen.tokens == self.knobs.fail_after:
                 return error_answer(500, "EngineCore died")
+            while seen.tokens == self.knobs.hold_after:
+                await asyncio.sleep(0.01)
             await asyncio.sleep(self.knobs.token_delay_s)
             seen.tokens += 1
         if self.knobs.garbage:

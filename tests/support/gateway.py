@@ -6,7 +6,8 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,9 +31,10 @@ SECRET = "a secret that only tests know"
 
 
 class GatewayThread:
-    """Serves `create_app(settings)` on a free port; a context manager that returns once it answers."""
+    """Serves `create_app` on a free port, with some settings changed; its context is entered once it answers."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, **changes: object) -> None:
+        settings = settings.model_copy(update=changes)
         self.app = create_app(settings)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -90,6 +92,14 @@ class GatewayThread:
             self._failure = failure
         finally:
             self._up.set()
+
+
+@contextmanager
+def serving(settings: Settings, **changes: object) -> Iterator[httpx.Client]:
+    """A client of a gateway of its own, which has seen all that it needs."""
+    with GatewayThread(settings, **changes) as gateway, gateway.client() as client:
+        wait_until_ready(client)
+        yield client
 
 
 @dataclass(frozen=True, slots=True)

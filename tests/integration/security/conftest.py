@@ -57,12 +57,18 @@ def create(*arguments: str) -> tuple[str, str]:
     return made.stdout.strip(), found[1]
 
 
+@pytest.fixture
+def environment(store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands find the store."""
+    monkeypatch.setenv("MTA_REDIS_URL", store.url)
+
+
 @pytest.fixture(scope="module")
 def keyed(gateway_settings: Settings, store: ValkeyProcess, fake_engine_server: FakeEngine) -> Iterator[Keyed]:
     """A gateway over a store of its own, with all of `KEYS`."""
     secrets = make_keys(store.url, KEYS, revoked="revoked")
     fake_engine_server.reset()
-    with GatewayThread(gateway_settings.model_copy(update={"redis_url": store.url})) as gateway:
+    with GatewayThread(gateway_settings, redis_url=store.url) as gateway:
         yield Keyed(gateway, secrets)
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.errors import MtaError
-from bench.rig.valkey import ValkeyProcess
 from server.cli import app
 from server.store.tenants.access_keys import digest_of
 from server.store.tenants.user_key import UserKeys
@@ -23,16 +22,7 @@ from server.watching.audit import audit_to
 from tests.integration.security.conftest import create, keys
 from tests.support.gateway import SECRET, Keyed
 
-
-@pytest.fixture
-def log(tmp_path: Path, keyed: Keyed, store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The audit log of the gateway, and of commands."""
-    path = tmp_path / "audit.jsonl"
-    for name, value in {"MTA_AUDIT": str(path), "MTA_REDIS_URL": store.url, "MTA_SECRET": SECRET}.items():
-        monkeypatch.setenv(name, value)
-    audit_to(path)
-    yield path
-    audit_to(None)
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 def entries(path: Path, count: int) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import date
 
 import httpx
@@ -19,18 +20,14 @@ from server.store.tenants.access_keys import digest_of
 from tests.integration.security.conftest import create, keys
 from tests.support.gateway import GatewayThread
 
+pytestmark = pytest.mark.usefixtures("environment")
+
 
 @pytest.fixture(scope="module")
 def gateways(gateway_settings: Settings, store: ValkeyProcess) -> Iterator[list[GatewayThread]]:
     """Two of them, over a store in which no key was ever made."""
-    settings = gateway_settings.model_copy(update={"redis_url": store.url})
-    with GatewayThread(settings) as one, GatewayThread(settings) as other:
-        yield [one, other]
-
-
-@pytest.fixture(autouse=True)
-def environment(store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MTA_REDIS_URL", store.url)
+    with ExitStack() as stack:
+        yield [stack.enter_context(GatewayThread(gateway_settings, redis_url=store.url)) for _ in range(2)]
 
 
 def status(gateway: GatewayThread, secret: str = "", host: str = "127.0.0.1", path: str = "/v1/models") -> int:

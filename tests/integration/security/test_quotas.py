@@ -14,7 +14,6 @@ import redis
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
-from server.store.redis.keys import count
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES
 from tests.integration.security.conftest import keys
@@ -22,9 +21,10 @@ from tests.support.calls import adapt
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, Keyed, generate, make_keys, metric
 
-TENANTS = ("people", "bytes", "adapters", "tokens", "free")
+TENANTS = ("people", "bytes", "adapters", "tokens")
 MOST = 10  # people
 Gateways = list[Keyed]
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +32,12 @@ def gateways(gateway_settings: Settings, store: ValkeyProcess, fake_engine_serve
     fake_engine_server.reset()
     secrets = make_keys(store.url, {name: (name, Scope, NO_OVERRIDES) for name in TENANTS})
     secrets |= make_keys(store.url, {"other tokens": ("tokens", Scope, NO_OVERRIDES)})
-    settings = gateway_settings.model_copy(update={"redis_url": store.url})
     with pytest.MonkeyPatch.context() as patched, ExitStack() as stack:
         for constant in ("COUNT_INTERVAL_S", "RECOUNT_CHECK_S"):
             patched.setattr(f"server.gateway.parts.{constant}", 0.1)
-        yield [Keyed(stack.enter_context(GatewayThread(settings)), secrets) for _ in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def environment(store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MTA_REDIS_URL", store.url)
+        yield [
+            Keyed(stack.enter_context(GatewayThread(gateway_settings, redis_url=store.url)), secrets) for _ in range(2)
+        ]
 
 
 def put(client: httpx.Client, user: str, text: str = "a text") -> httpx.Response:
@@ -77,7 +73,9 @@ def refused(answer: httpx.Response, *parts: str) -> None:
     assert all(part in error["message"] for part in parts), error["message"]
 
 
-def test_people_beyond_a_quota_wait_until_others_are_erased(gateways: Gateways, fake_engine: FakeEngine) -> None:
+def test_people_beyond_a_quota_wait_until_others_are_erased(
+    gateways: Gateways, fake_engine: FakeEngine, store: ValkeyProcess
+) -> None:
     clients = [gateway.client("people") for gateway in gateways]
     limit(gateways, "people", "people", str(MOST))
     names = [f"u{number}" for number in range(4 * MOST)]
@@ -100,6 +98,10 @@ def test_people_beyond_a_quota_wait_until_others_are_erased(gateways: Gateways, 
     put(clients[0], "late").raise_for_status()
     until_used(gateways, "people", "people", MOST)
     assert f"{MOST} of {MOST} people" in keys("list").stdout
+    with redis.Redis.from_url(store.url) as raw:
+        wait_until(lambda: any(raw.scan_iter("mta:held:recounted/*")), "a recount")
+    assert keys("quota", "people", "--people", "0").exit_code == 0
+    wait_until(lambda: put(clients[0], "later").is_success, "the quota to go")
 
 
 def test_bytes(gateways: Gateways) -> None:
@@ -141,26 +143,6 @@ def test_tokens_a_day_are_those_of_all_keys(gateways: Gateways, fake_engine: Fak
             refused(generate(client, "ada", max_tokens=400, stream=stream), "tokens a day", "--tokens-per-day N")
     assert len(fake_engine.seen) == seen, "nothing was generated"
     generate(clients[0], "ada", max_tokens=50).raise_for_status()
-
-
-def test_a_recount_puts_a_wrong_count_right(gateways: Gateways, store: ValkeyProcess) -> None:
-    client = gateways[0].client("free")
-    for name in ("ada", "bob"):
-        put(client, name).raise_for_status()
-    limit(gateways, "free", "people", "5")  # they were there before it
-    until_used(gateways, "free", "people", 2)
-    with redis.Redis.from_url(store.url) as raw:
-        leases = list(raw.scan_iter("mta:held:recounted/*"))
-        wait_until(lambda: min(map(raw.ttl, leases)) > 60, "the recount to end")
-        raw.hset(count("free"), mapping={"z" * 26: "7 1", "people": 3})
-        until_used(gateways, "free", "people", 3)
-        raw.delete(*leases)
-    until_used(gateways, "free", "people", 2)
-    assert keys("quota", "free", "--people", "0").exit_code == 0
-    for each in gateways:
-        wait_until(lambda it=each: 'tenant="free"' not in metrics_of(it, "free"), "the quota to go")
-    for number in range(6):
-        put(client, f"u{number}").raise_for_status()
 
 
 def test_a_quota_that_cannot_be_set(gateways: Gateways) -> None:

@@ -36,12 +36,6 @@ def test_whatever_is_not_the_gateway_is_on_the_inner_network_alone() -> None:
     assert outside == {"models"}  # runs once and reaches a hub; it shares no network with the others
 
 
-def test_no_inner_part_publishes_a_port() -> None:
-    for part in ("redis", "engine", "router", "worker", "keys", "backup"):
-        for name in [name for name in SERVICES if name.startswith(part)]:
-            assert "ports" not in SERVICES[name], name
-
-
 def test_whoever_holds_the_secret_of_users_is_a_gateway() -> None:
     holders = {name for name, service in SERVICES.items() if "MTA_SECRET" in service.get("environment", {})}
     assert holders == {name for name in SERVICES if "gateway" in name}
@@ -107,8 +101,8 @@ def test_the_store_and_its_files_hold_no_key(keyed: Keyed, store: ValkeyProcess)
             assert not path.is_file() or secret[4:-4].encode() not in path.read_bytes()
 
 
-def test_a_key_is_shown_once_and_never_listed(store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MTA_REDIS_URL", store.url)
+@pytest.mark.usefixtures("environment")
+def test_a_key_is_shown_once_and_never_listed() -> None:
     secret, key_id = create("an app", "--tenant", "acme", "--scope", "generate")
     assert secret.startswith("mta_")
     listed = keys("list").output

@@ -34,19 +34,17 @@ def second(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, em
 @pytest.fixture(scope="module")
 def two_banks(gateway_settings: Settings, store: ValkeyProcess, second: Path, fake_engine_server: FakeEngine) -> Any:
     secrets = make_keys(store.url, {tenant: (tenant, Scope, NO_OVERRIDES) for tenant in ("acme", "globex")})
-    settings = gateway_settings.model_copy(update={"redis_url": store.url, "next_bank": second})
     before = fake_engine_server.knobs.banks
     fake_engine_server.knobs.banks = (*before, read_manifest(second).fingerprint)
-    with GatewayThread(settings) as gateway:
+    with GatewayThread(gateway_settings, redis_url=store.url, next_bank=second) as gateway:
         yield Keyed(gateway, secrets)
     fake_engine_server.knobs.banks = before
 
 
 @pytest.fixture
-def named(two_banks: Keyed, store: ValkeyProcess, second: Path, monkeypatch: pytest.MonkeyPatch) -> BankManifest:
+def named(two_banks: Keyed, environment: None, second: Path) -> BankManifest:
     """The second bank, which acme names by now."""
     manifest = read_manifest(second)
-    monkeypatch.setenv("MTA_REDIS_URL", store.url)
     assert keys("bank", "acme", manifest.short).exit_code == 0
     wait_until(lambda: bank_of(two_banks, "acme") == manifest.short, "the tenant's bank to be known")
     return manifest

@@ -81,14 +81,13 @@ def bank(tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path) -> Path
     return tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, anchors=6, k=2, directions=4)
 
 
-def opened(bank: Path, embedder_folder: Path) -> tuple[ServingBank, BankManifest, np.ndarray]:
-    embedder = Embedder.load(embedder_folder)
+def opened(bank: Path, embedder: Embedder) -> tuple[ServingBank, BankManifest, np.ndarray]:
     serving = ServingBank.open(bank, embedder.id)
     return serving, serving.manifest, embedder.embed([world(5)])[0]
 
 
-def test_a_recipe_has_a_step_for_each_direction_times_the_strength(bank: Path, embedder_folder: Path) -> None:
-    serving, manifest, embedding = opened(bank, embedder_folder)
+def test_a_recipe_has_a_step_for_each_direction_times_the_strength(bank: Path, embedder: Embedder) -> None:
+    serving, manifest, embedding = opened(bank, embedder)
     seen = Signature(manifest.short, 10**6, np.array([3.0, -1.5, 0.01, 0.0], np.float32))
     z = Curvature.of(np.load(bank / "curvature.npy")).step(seen, manifest.weights.posterior.decay)
     for share in (1.0, 0.5):
@@ -104,8 +103,8 @@ def test_a_recipe_has_a_step_for_each_direction_times_the_strength(bank: Path, e
     assert anchor_answers(common.recipe, common.weights) == []
 
 
-def test_by_topics_the_neighbours_coordinates_are_mixed(bank: Path, embedder_folder: Path) -> None:
-    serving, manifest, embedding = opened(bank, embedder_folder)
+def test_by_topics_the_neighbours_coordinates_are_mixed(bank: Path, embedder: Embedder) -> None:
+    serving, manifest, embedding = opened(bank, embedder)
     found = serving.personalise(embedding)
     assert (found.source, found.weights[0].anchor) == ("topic", 5)
     assert found.recipe.steps[0] == round(16 * round(found.weights[0].weight, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -181,8 +182,8 @@ def test_the_wait_is_over_when_all_are_signed_who_can_be_by_a_bank_with_signatur
         source = "signature" if user != "plain" and looks[user] > int(user) else "topic"
         return httpx.Response(200, json=known | {"user_id": user, "at": None, "adapter": None, "source": source})
 
-    monkeypatch.setattr(rig, "PATIENCE_S", 0.1)
-    monkeypatch.setattr(rig, "POLL_S", 0.001)
+    passed_s = itertools.count(step=rig.PATIENCE_S / 9)
+    monkeypatch.setattr(rig, "time", SimpleNamespace(monotonic=passed_s.__next__, sleep=lambda _: None))
     monkeypatch.setenv("MTA_API_KEY", OWN_KEY)
     transport = httpx.MockTransport(answer)
     with ExitStack() as stack:

@@ -88,8 +88,8 @@ def test_each_of_the_three_has_a_manner_with_anchors_enough_and_nothing_of_their
     assert not {item["input"] for item in items} & set(QUESTIONS)
 
 
-def test_the_lines_of_each_person_find_anchors_of_their_manner(embedder_folder: Path) -> None:
-    embedder, task = Embedder.load(embedder_folder), get_task("chat")
+def test_the_lines_of_each_person_find_anchors_of_their_manner(embedder: Embedder) -> None:
+    task = get_task("chat")
 
     def embedding(items: list[dict[str, str]]) -> np.ndarray:
         texts = [item_text(parse_item(raw, task, position), task) for position, raw in enumerate(items)]

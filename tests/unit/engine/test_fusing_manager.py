@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ pytest.importorskip("vllm")
 
 import torch
 from vllm.lora.lora_model import LoRAModel
-from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
@@ -29,23 +30,18 @@ from adapters.user_adapter import UserAdapter, encode_user_adapter
 from bench.rig.processes import PATIENCE_S, wait_until
 from server.engine.fusing.manager import FusingLoRAManager
 from server.engine.fusing.prefetch import MAX_PREFETCHED, FusionPrefetcher
-from server.engine.fusing.slots import Footprint, FusedLoRAModel, FusedSlots
+from server.engine.fusing.slots import Footprint, FusedLoRAModel
+from tests.unit.engine.test_slots import BANK, CPU_TIER, BareSlots
 
-SLOTS, CPU_TIER = 2, 4
-BANK = "00000000"
 LAYOUT = RowLayout((ModuleShape("q", 8, 6),), 4, shared_a=True)
 
 
-class BareSlots(FusedSlots):
-    """Our slots over vLLM's two tiers and its way of evicting, without layers."""
+class EmptySlots(BareSlots):
+    """Without layers."""
 
     def __init__(self) -> None:
-        self.lora_config = SimpleNamespace(max_loras=SLOTS, max_cpu_loras=CPU_TIER)
-        self.lora_index_to_id = [None] * SLOTS
-        self.modules: dict[str, Any] = {}
-        self._registered_adapters = AdapterLRUCache(CPU_TIER, self.deactivate_adapter)
-        self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
-        self._reset_records()
+        super().__init__()
+        self.modules = {}
         self.prepared: list[tuple[Footprint, str]] = []
 
     def _stacks_of(self, model: FusedLoRAModel) -> list[Any]:
@@ -59,7 +55,7 @@ class BareSlots(FusedSlots):
 
 class CountingManager(FusingLoRAManager):
     def __init__(self) -> None:
-        self._adapter_manager = BareSlots()
+        self._adapter_manager = EmptySlots()
         self.metrics = self._adapter_manager.metrics
         self._users = {}
         self._vllm_names = {BANK: {}}
@@ -223,8 +219,9 @@ def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for()
         prefetcher.start(f"old {number}")
     prefetcher.start("new")
     assert "new" not in prefetcher.names
-    while prefetcher.unfinished(["old 1", "new"]):
-        pass
+    prefetcher.unfinished(["old 1", "new"])
+    wait(prefetcher._futures.values(), PATIENCE_S)
+    assert not prefetcher.unfinished(["old 1", "new"])
     assert prefetcher.names == [*(f"old {number}" for number in range(1, MAX_PREFETCHED)), "new"]
     assert prefetcher.result("old 0") == "OLD 0"
     assert len(prefetcher.names) == MAX_PREFETCHED
@@ -233,8 +230,9 @@ def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for()
 def test_of_more_that_wait_than_are_kept_the_first_are_fused_and_the_next_as_they_are_taken() -> None:
     prefetcher, waiting = FusionPrefetcher(str.upper), [f"{number}" for number in range(2 * MAX_PREFETCHED)]
     for taken in range(MAX_PREFETCHED):
-        while prefetcher.unfinished(waiting[taken:]) != set(waiting[taken + MAX_PREFETCHED :]):
-            pass
+        prefetcher.unfinished(waiting[taken:])
+        wait(prefetcher._futures.values(), PATIENCE_S)
+        assert prefetcher.unfinished(waiting[taken:]) == set(waiting[taken + MAX_PREFETCHED :])
         assert prefetcher.names == waiting[taken : taken + MAX_PREFETCHED]
         prefetcher.result(waiting[taken])
         prefetcher.discard(waiting[taken])
@@ -255,8 +253,7 @@ def test_who_waits_is_unfused_until_their_adapter_is_ready(manager: CountingMana
     manager.gate.clear()
     assert manager.unfused([recipe(1), recipe(2), foreign]) == {2}
     manager.gate.set()
-    while manager.unfused([recipe(2)]):
-        pass
+    wait_until(lambda: not manager.unfused([recipe(2)]), "the fusion")
     manager._apply_adapters({recipe(2)})
     assert manager.unfused([recipe(1), recipe(2)]) == set()
     assert manager.fused == names_of(1, 2)
@@ -266,8 +263,7 @@ def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
     fuse = MagicMock(side_effect=[KeyError("its user adapter was on its way out, and came back"), "fused"])
     prefetcher = FusionPrefetcher[str](fuse)
     prefetcher.start("x")
-    while not prefetcher._futures["x"].done():
-        pass
+    wait(prefetcher._futures.values(), PATIENCE_S)
     assert prefetcher.names == []
     assert prefetcher.result("x") == "fused"
 

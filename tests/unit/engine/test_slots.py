@@ -67,7 +67,8 @@ def test_the_shared_a_is_written_unless_it_is_there() -> None:
 
 
 BANK = "00000000"
-SLOTS, RANK, OWN, ROOM, HIDDEN = 2, 2, 1, 4, 8
+SLOTS, CPU_TIER = 2, 4
+RANK, OWN, ROOM, HIDDEN = 2, 1, 4, 8
 Q, V = (ModuleShape(name, HIDDEN, HIDDEN) for name in "qv")
 A, B = float(RANK * HIDDEN), float(HIDDEN * RANK)  # sums of an A of ones, and of a B of ones
 
@@ -90,13 +91,15 @@ def sums(layer: Any, index: int) -> list[tuple[float, float]]:
 
 
 class BareSlots(FusedSlots):
+    """Our slots over vLLM's two tiers and its way of evicting."""
+
     def __init__(self) -> None:
-        self.lora_config = SimpleNamespace(max_loras=SLOTS, max_cpu_loras=4)
+        self.lora_config = SimpleNamespace(max_loras=SLOTS, max_cpu_loras=CPU_TIER)
         self.lora_index_to_id = [None] * SLOTS
         self.modules: dict[str, Any] = {"q": bare_layer()}
         self.packed_modules: dict[str, list[str]] = {}
         self.is_pooling_model = self._enable_mixed_moe_lora_format = False
-        self._registered_adapters = AdapterLRUCache(4, self.deactivate_adapter)
+        self._registered_adapters = AdapterLRUCache(CPU_TIER, self.deactivate_adapter)
         self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
         self._reset_records()
 

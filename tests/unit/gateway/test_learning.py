@@ -55,9 +55,9 @@ def test_only_a_persons_own_words_are_learnt(text: str, words: str) -> None:
 
 def test_a_long_message_is_read_in_no_time() -> None:
     for text in ("<a-" * 300_000, "<" + "a" * 900_000, "<a " * 300_000):
-        started_s = time.perf_counter()
+        started_s = time.process_time()
         own_words(text)
-        assert time.perf_counter() - started_s < 5
+        assert time.process_time() - started_s < 5
 
 
 def test_an_item_is_the_last_message_of_the_user_after_what_it_answers() -> None:

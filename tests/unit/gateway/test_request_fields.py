@@ -139,7 +139,7 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
     GenerateRequest: {
         "temperature": (True, "1", -0.1),
         "top_p": (0,),
-        "max_tokens": (1.5, True, None, -5),
+        "max_tokens": (1.5, True, None, 0, -5),
         "stream": ("yes", 1),
         "seed": (1 << 63,),
         "stop": ([], list("abcde")),
@@ -159,7 +159,7 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
         ),
         "max_completion_tokens": (1 << 31,),
         "stream_options": ({"include_usage": True},),
-        "strength": (0.33, 1.05),
+        "strength": (0.33, 1.05, -0.05, "1", True),
         "user": ("a b",),
         "history": (17,),
         "messages": ([],),

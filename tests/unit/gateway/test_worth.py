@@ -43,6 +43,7 @@ def totals(n: int, mean: float) -> Totals:
         ("stacked", "silent", 0.4, 0.3, r"stacked lowers the share of answers without feedback by 10.0 \(.*\) points$"),
         ("stacked", "changed", 0.31, 0.3, r"text that people change: not known yet, about \d+000 more people-weeks$"),
         ("stacked", "changed", 0.3, 0.3, r"not known yet; the level changes it by -\d\.\d to \+\d\.\d points$"),
+        ("stacked", "silent", 1, 1, r"not known yet; no answer has feedback, which goes to POST /users/{user_id}/fe"),
     ],
 )
 def test_a_result_is_a_sentence_with_what_to_do(level: str, metric: str, lower: float, full: float, words: str) -> None:
