@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 from bank.models.folders import check_base_model, check_chat_template, ensure_base_model, model_config
+from bank.models.process_startup import cpu_flags
 from server.engine.cpu import native
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
@@ -74,12 +75,8 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
         if not entry_points(group=group, name=PLUGIN):
             raise BankError(f"the entry point {group}: {PLUGIN} is not installed: run `pip install .` again")
     model_folder = ensure_base_model(settings.model, settings.cache_dir)
-    if is_cpu_build() and (experts := _experts(model_config(model_folder))) > 1:
-        raise BankError(
-            f"the base model at {model_folder} is a Mixture of Experts ({experts} a layer): vLLM serves such models "
-            "only on GPUs; on CPU its kernels lack Triton, and the engine would crash at the first request. Use a "
-            "dense model or a GPU"
-        )
+    if is_cpu_build():
+        _check_cpu(model_folder, model_config(model_folder))
     banks = {folder: read_manifest(folder) for folder in folders}
     for folder, manifest in banks.items():
         verify_files(folder, manifest, (MATRIX_FILE,))
@@ -88,6 +85,27 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
     if is_cpu_build():
         native.build(settings.cache_dir)
     return list(banks.values()), model_folder
+
+
+def _check_cpu(model_folder: Path, config: dict[str, Any]) -> None:
+    """Raise BankError for a model that vLLM's CPU build cannot serve with LoRA on this processor."""
+    if (experts := _experts(config)) > 1:
+        raise BankError(
+            f"the base model at {model_folder} is a Mixture of Experts ({experts} a layer): vLLM serves such models "
+            "only on GPUs; on CPU its kernels lack Triton, and the engine would crash at the first request. Use a "
+            "dense model or a GPU"
+        )
+    stored = config.get("quantization_config") or {}
+    if needs_amx(stored) and "amx_tile" not in cpu_flags():
+        raise BankError(
+            f"the base model at {model_folder} is quantised to {stored.get('format', 'fp8 in blocks')}, which vLLM "
+            "serves with LoRA only on CPUs with AMX: use another quantisation, such a processor or a GPU"
+        )
+
+
+def needs_amx(quantisation: Mapping[str, Any]) -> bool:
+    """Whether vLLM's CPU build has a kernel for fp8 in blocks, or one for int8 that suits LoRA, for AMX alone."""
+    return bool(quantisation.get("weight_block_size")) or quantisation.get("format") == "int-quantized"
 
 
 def _experts(config: object, is_count: bool = False) -> int:

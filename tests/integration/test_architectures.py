@@ -17,12 +17,15 @@ from adapters.training.loss import score
 from adapters.user_adapter import UserAdapter, decode_user_adapter
 from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from bank.items.prompt import encode_pair
+from bank.models.folders import model_config
 from bank.models.load import load_base
+from bank.models.process_startup import cpu_flags
 from bench.oracle.dense import dense_adapter, token_logprobs
 from bench.rig.architectures import ARCHITECTURES, WITHOUT_SYSTEM, tiny_of
 from bench.rig.engine import Engine, running_engine
 from bench.rig.quantised import QUANTISATIONS, quantised
 from bench.rig.valkey import ValkeyProcess
+from server.engine.command import needs_amx
 from server.store.jobs import JobState
 from server.store.samples import Sample, encode_config
 from server.worker.loops import JobLoop
@@ -54,6 +57,8 @@ async def test_a_base_model_gets_a_bank_and_is_served_merged_and_stacked(
     name: str, tmp_path: Path, embedder_folder: Path, store: ValkeyProcess
 ) -> None:
     folder, is_plain = written(name, tmp_path / "model"), name in ARCHITECTURES
+    if needs_amx(model_config(folder).get("quantization_config", {})) and "amx_tile" not in cpu_flags():
+        pytest.skip("needs a processor with AMX")
     manifest = Bench(tmp_path, folder, embedder_folder).build("bank", learning_rate=0.05)
     bank = OpenBank.open(tmp_path / "bank", manifest.embedder.id)
     trainer = AdapterTrainer.open(tmp_path / "bank", manifest, folder, "float32")

@@ -77,6 +77,19 @@ def test_mixtures_of_experts_need_gpus(tmp_path: Path, monkeypatch: pytest.Monke
         assert refused or "no bank" in str(caught.value)
 
 
+@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.mark.parametrize("stored", [{"weight_block_size": [128, 128]}, {"format": "int-quantized"}, {"bits": 4}])
+def test_some_quantisations_need_amx(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any], has_amx: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DENSE | {"quantization_config": stored}))
+    monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: True)
+    monkeypatch.setattr("server.engine.command.cpu_flags", lambda: {"amx_tile"} if has_amx else set())
+    settings = Settings(bank=tmp_path / "none", model=str(tmp_path), engine_key="k" * 32)  # type: ignore[arg-type]
+    with pytest.raises(BankError, match="no bank" if has_amx or "bits" in stored else "only on CPUs with AMX"):
+        check_engine(settings)
+
+
 def test_slots_fit_every_bank() -> None:
     started = command(bank(8, "q_proj", "v_proj"), bank(32, "v_proj", "gate_proj"), bank(16, "o_proj"))
     assert started["max-lora-rank"] == "32"
