@@ -179,7 +179,7 @@ def test_nobody_is_lost_unknown_back_or_twice(gateway_settings: Settings, store:
 def test_a_copy_from_before_the_exchange_comes_back_without_whom_was_erased_after_it(
     gateway_settings: Settings, store: ValkeyProcess, log: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies, empty = log.parent / "copies", ValkeyProcess(memory / "restored")
+    copies = log.parent / "copies"
     for constant in ("server.cli.secret.SETTLE_S", "server.store.backup.copying.SETTLE_S"):
         monkeypatch.setattr(constant, 0)
     people = ["kept", "erased", "kept-too", "erased-too"]
@@ -193,12 +193,13 @@ def test_a_copy_from_before_the_exchange_comes_back_without_whom_was_erased_afte
             client.delete(f"/users/{user}").raise_for_status()
 
     (copy,) = copies.iterdir()
-    monkeypatch.setenv("MTA_REDIS_URL", empty.start().url)
-    monkeypatch.setenv("MTA_SECRET", SECRET)
-    with pytest.raises(MtaError, match="exchanged since the copy: set `NEW,OLD`"):
-        mta("restore", copy, "--erased", log)
-    monkeypatch.setenv("MTA_SECRET", BOTH)
-    assert "restored: 2 users" in mta("restore", copy, "--erased", log)
-    with empty, with_secret(gateway_settings, empty, BOTH) as client:
-        found = [bool(items_of(client, user)) for user in people]
+    with ValkeyProcess(memory / "restored") as empty:
+        monkeypatch.setenv("MTA_REDIS_URL", empty.url)
+        monkeypatch.setenv("MTA_SECRET", SECRET)
+        with pytest.raises(MtaError, match="exchanged since the copy: set `NEW,OLD`"):
+            mta("restore", copy, "--erased", log)
+        monkeypatch.setenv("MTA_SECRET", BOTH)
+        assert "restored: 2 users" in mta("restore", copy, "--erased", log)
+        with with_secret(gateway_settings, empty, BOTH) as client:
+            found = [bool(items_of(client, user)) for user in people]
     assert found == [True, False, True, False]
