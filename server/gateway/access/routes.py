@@ -82,7 +82,8 @@ def guard(app: FastAPI, keys: KnownKeys, max_requests: int, refused: Callable[[s
     by_kind = {RouteKind.EVENTS: [places, streams], RouteKind.OPERATION: []}
     for route in app.routes:
         assert isinstance(route, Route | Mount), route
-        (method,) = ((route.methods if isinstance(route, Route) else None) or {"GET"}) - {"HEAD"}
+        methods = {"GET"} if isinstance(route, Mount) else route.methods or set()
+        (method,) = methods - {"HEAD"}
         required, kind = ROUTES[f"{method} {route.path}"]
         route.app = _Gates(route.app, keys, required, kind, by_kind.get(kind, [places]), refused)
         if required is not OPEN and isinstance(route, APIRoute):
