@@ -18,6 +18,7 @@ import aiohttp
 import orjson
 
 from bench.page.report import percentile
+from bench.rig.processes import sleep_until
 
 DONE = b"data: [DONE]\n\n"
 RECONNECT_AFTER_S = 10.0
@@ -128,7 +129,7 @@ class Loader:
         chance, under_way, urls = random.Random(seed), [], itertools.cycle(self._urls)
         start_s = next_s = time.perf_counter()
         while (next_s := next_s + chance.expovariate(per_s)) < start_s + seconds:
-            await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
+            await sleep_until(next_s)
             under_way.append(asyncio.create_task(self.stream(next(urls))))
             under_way[-1].add_done_callback(lambda task: on_stream(task.result()))
         return Load(await asyncio.gather(*under_way), time.perf_counter() - start_s)

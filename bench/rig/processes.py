@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import select
@@ -17,6 +18,11 @@ from pathlib import Path
 
 PATIENCE_S = 60.0
 """Default timeout of waits in seconds; it makes no claim about speed."""
+
+
+async def sleep_until(at_s: float) -> None:
+    """Sleep until a time of the performance counter, not at all if it has passed: arrivals do not drift."""
+    await asyncio.sleep(max(0.0, at_s - time.perf_counter()))
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from bank.lookup.signature import Signature
 from bench.page.report import Figures, percentile
 from bench.rig.engine import KEY
-from bench.rig.processes import memory_mib
+from bench.rig.processes import memory_mib, sleep_until
 from bench.rig.subject import tiny
 from bench.rig.up import gateway_url, running_gateway
 from bench.rig.valkey import ValkeyProcess
@@ -182,7 +182,7 @@ async def _look_up(
         under_way, next_s = [], time.perf_counter()
         for _ in range(third):
             next_s += chance.expovariate(ARRIVALS_PER_S)
-            await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
+            await sleep_until(next_s)
             under_way.append(asyncio.create_task(look_up()))
         arriving = await asyncio.gather(*under_way)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import aiohttp
 
 from bench.rig.engine import KEY, Engine
+from bench.rig.processes import sleep_until
 from server.engine_protocol import key_header
 
 
@@ -107,7 +108,7 @@ class Loader:
         for number, ask in enumerate(asks):
             if number % burst == 0:
                 next_s += chance.expovariate(per_s / burst)
-                await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
+                await sleep_until(next_s)
             under_way.append(asyncio.create_task(self.stream(ask)))
         return await asyncio.gather(*under_way)
 
