@@ -1,4 +1,4 @@
-"""The servers that every store is held against, and the stores of a process over one."""
+"""The servers that every store is held against, the stores of a process over one, and a user who moves in it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from hypothesis import settings
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import DURABLE, ValkeyProcess, server_binaries
 from server.store import append_only_file
+from server.store.feedback import Feedback
 from server.store.jobs import JobStore
-from tests.support.store_parts import KEYS, StoreParts
+from server.store.redis import keys
+from server.store.rotation import Rotation
+from server.store.samples import Sample, encode_sample
+from server.store.tenants.user_key import User
+from server.store.worth import Counts
+from tests.support.moving import BOTH, CELL, SECRETS, WORDS
+from tests.support.store_parts import KEYS, TENANT, StoreParts, WorkerSteps, change, submitted
 
 _numbers = itertools.count()
 settings.register_profile("long")  # `test_store_model.py` reads which profile was asked for
@@ -83,3 +90,43 @@ def quick_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"INTERVAL_MS": 800, "ERASE_MS": 200, "CLOCK_SKEW_MS": 0, "START_MS": 500, "REWRITE_CHECK_S": 0.05}
     for name, value in {**quick, "REWRITE_MS": 0, "RETRY_MS": 150}.items():
         monkeypatch.setattr(append_only_file, name, value)
+
+
+@pytest.fixture
+def moving(parts: StoreParts) -> Rotation:
+    return Rotation(parts.connection, SECRETS)
+
+
+@pytest.fixture
+async def begun(moving: Rotation) -> Rotation:
+    await moving.check()
+    assert await moving.begin()
+    return moving
+
+
+@pytest.fixture
+def someone(server: ValkeyProcess | ValkeyCluster) -> User:
+    """A user whose two keys are on two servers, if there are several."""
+    for number in range(1000):
+        user = BOTH.user(f"someone-{number}")
+        homes = [server.home_of(keys.profile(key)) if isinstance(server, ValkeyCluster) else key for key in user.keys]
+        if homes[0] != homes[1]:
+            return user
+    raise AssertionError
+
+
+@pytest.fixture
+async def old(parts: StoreParts, someone: User) -> str:
+    """The old key of a user of whom everything is stored that can be."""
+    key = someone.keys[1]
+    assert await parts.profiles.commit(key, b"", change("abc", user_id=someone.id))
+    await submitted(parts.jobs, key, encode_sample(Sample([], WORDS)).decode())
+    worker = WorkerSteps(parts)
+    await worker.take()
+    await worker.claim()
+    assert await worker.promote()
+    await parts.feedback.add(key, "gen-1", Feedback("base", "none"), Sample([], WORDS), "")
+    assert await parts.worth.add(key, "", {CELL: Counts(answers=1)})
+    await parts.holdings.note(TENANT, {key: (await parts.profiles.measure(key))[1]})
+    await parts.worth.add_people(CELL.week, TENANT, [key])
+    return key
