@@ -31,6 +31,7 @@ class Disk:
 
     server: ValkeyProcess
     raw: Redis
+    connection: RedisConnection
     file: AppendOnlyFile
 
     async def looked(self, seconds: float) -> None:
@@ -69,7 +70,7 @@ async def disk(one_server: ValkeyProcess, quick_rewrites: None) -> AsyncIterator
     async with Redis.from_url(one_server.url) as raw, connected(one_server.url) as connection:
         await raw.flushall()
         await raw.set("secret", SECRET)
-        yield Disk(one_server, raw, AppendOnlyFile(connection))
+        yield Disk(one_server, raw, connection, AppendOnlyFile(connection))
 
 
 async def test_what_was_erased_is_gone_by_the_time_that_was_promised(disk: Disk) -> None:
@@ -149,16 +150,16 @@ async def test_a_failing_rewrite_is_tried_ever_more_rarely(disk: Disk, caplog: p
 async def test_a_server_that_refuses_to_rewrite_is_asked_ever_more_rarely(
     disk: Disk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, send = [], RedisConnection.send
+    asked, send = [], disk.connection.send
 
-    async def refusing(self: RedisConnection, server: StoreServer, command: str) -> object:
+    async def refusing(server: StoreServer, command: str) -> object:
         if command == "BGREWRITEAOF":
             asked.append(command := "RENAMED")
-        return await send(self, server, command)
+        return await send(server, command)
 
     await disk.file.request_rewrite("a user")
     with monkeypatch.context() as patched:
-        patched.setattr(RedisConnection, "send", refusing)
+        patched.setattr(disk.connection, "send", refusing)
         await disk.until_failed(caplog)
     assert len(asked) == 4
     assert "unknown command" in caplog.messages[-1]
