@@ -149,9 +149,10 @@ install_tools() {
 
 # Podman with all that it recommends and needs, unless Docker is here.
 install_containers() {
-  local missing=()
-  docker info >/dev/null 2>&1 || command -v podman >/dev/null ||
-    missing+=(podman buildah runc netavark aardvark-dns nftables catatonit fuse-overlayfs)
+  local package missing=()
+  docker info >/dev/null 2>&1 || for package in podman buildah runc netavark aardvark-dns nftables catatonit fuse-overlayfs; do
+    dpkg --status "$package" >/dev/null 2>&1 || missing+=("$package")
+  done
   command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 || missing+=(docker-compose)
   [[ -z ${STAND_INS:-} ]] || command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
   apt_install "${missing[@]}"

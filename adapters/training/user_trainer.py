@@ -50,6 +50,7 @@ class Judgement:
     before: float  # loss of the fused adapter alone
     after: float  # loss with the user adapter
     steps: int
+    judges: Sequence[int] = ()  # places of the samples that these losses are about
     served: float | None = None  # loss of the adapter that was served meanwhile, if it was asked for
 
 
@@ -122,7 +123,7 @@ def _training(
     if served is None:
         return judgement
     with attached(model, served.adapter, frozen=served.fused) as here:
-        held = [samples[place] for place in judges]
+        held = [samples[place] for place in judgement.judges]
         loss = yield from _loss(here.model, held, None, now)
     return replace(judgement, served=loss, weights=judgement.weights if judgement.after < loss else None)
 
@@ -142,11 +143,12 @@ def _train_folds(run: UserRun, samples: Sequence[Example], judges: range) -> _Ju
     """Cross-validate, with all folds as long as the first, then train on all samples for the best number of steps."""
     order = random.Random(run.config.seed).sample(judges, len(judges))
     before, after, steps = 0.0, defaultdict[int, float](float), run.config.steps
+    tokens = output_tokens([samples[place] for place in judges])
     for fold in range(FOLDS):
         held = set(order[fold::FOLDS])
         aside = [samples[i] for i in sorted(held)]
         kept = [samples[i] for i in range(len(samples)) if i not in held]
-        share = len(aside) / len(judges)
+        share = output_tokens(aside) / tokens
         before += share * (yield from run.begin(f"fold {fold + 1} of {FOLDS}", aside))
         losses, _ = yield from run.evaluated(kept, aside, steps, runs=FOLDS + 1, stop_early=fold == 0)
         steps = max(losses)
@@ -154,11 +156,11 @@ def _train_folds(run: UserRun, samples: Sequence[Example], judges: range) -> _Ju
             after[step] += share * loss
     best = min(after, key=lambda step: (after[step], step))
     if not after[best] < before:
-        return Judgement(None, before, after[best], best)
+        return Judgement(None, before, after[best], best, judges)
     run.enter("all samples")
     for report in run.train(samples, best):
         yield run.count(report, of=steps * FOLDS + best)
-    return Judgement(run.weights(), before, after[best], best)
+    return Judgement(run.weights(), before, after[best], best, judges)
 
 
 def _train_single(run: UserRun, samples: Sequence[Example], judges: range) -> _Judging:
@@ -168,7 +170,7 @@ def _train_single(run: UserRun, samples: Sequence[Example], judges: range) -> _J
     for report in run.train(samples, steps):
         yield run.count(report, of=steps)
     after = yield from run.loss(samples)
-    return Judgement(run.weights() if after < before else None, before, after, steps)
+    return Judgement(run.weights() if after < before else None, before, after, steps, judges)
 
 
 def _train_with_holdout(run: UserRun, samples: Sequence[Example], judges: range) -> _Judging:
@@ -179,7 +181,7 @@ def _train_with_holdout(run: UserRun, samples: Sequence[Example], judges: range)
     before = yield from run.begin("all samples but those held out", aside)
     losses, weights = yield from run.evaluated(kept, aside, run.config.steps, keep_below=before)
     best = min(losses, key=losses.__getitem__)
-    return Judgement(weights, before, losses[best], best)
+    return Judgement(weights, before, losses[best], best, held)
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from statistics import fmean, median
 from bank.evaluation.intervals import LEVEL, Interval, compare_methods, markdown_table
 from bank.evaluation.methods import METHODS
 from bank.evaluation.run import Record
+from bank.items.retrieval import searchable
 from bank.items.tasks import Task
 
 COMPARED = ("prior", "common", "task", "mean", "random", "merged:topic", "merged", "own")  # one column each
 LOWEST, HIGHEST = 1.0, 5.0
 LAMP_FOLDER, GOLDS = "lamp", "golds"
+_WORD, _STEMMED = re.compile(r"[^\W_]+"), 3  # ROUGE stems words that are longer
 CAPTION = (
     "In brackets: the 95 % interval of each difference (BCa bootstrap over people). Significant differences are bold: "
     f"p is below {LEVEL} in a paired sign-flip test, after Holm's correction for all methods in the column."
@@ -138,9 +141,22 @@ def lamp_metrics(task: Task, predictions: Sequence[str], golds: Sequence[str]) -
         return {"mae": fmean(errors), "rmse": math.sqrt(fmean(error**2 for error in errors))}
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(names := ["rouge1", "rougeL"], use_stemmer=True)
+    scorer = RougeScorer(names := ["rouge1", "rougeL"], tokenizer=_Words())
     scores = [scorer.score(gold, text) for text, gold in zip(predictions, golds, strict=True)]
     return {name: fmean(score[name].fmeasure for score in scores) for name in names}
+
+
+class _Words:
+    """ROUGE's words: its own leave out all letters that are not ASCII."""
+
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+
+        self._stem = PorterStemmer().stem
+
+    def tokenize(self, text: str) -> list[str]:
+        words = _WORD.findall(searchable(text.lower()))
+        return [self._stem(word) if len(word) > _STEMMED else word for word in words]
 
 
 def _error(prediction: str, gold: float) -> float:

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from adapters.training.example import Example
 
+_ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for an answer: its own text can occur in the template
+
 
 class ChatTokenizer(Protocol):
     """The part of a Hugging Face tokenizer that this module uses."""
@@ -49,7 +51,7 @@ def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]]
     """Tokenise a conversation that ends with the user's turn, and the expected answer, without cutting anything."""
     prompt = _prompt(tokenizer, messages)
     before = tokenizer.encode(prompt, add_special_tokens=False)
-    after = tokenizer.encode(_completion(tokenizer, messages, output, prompt), add_special_tokens=False)
+    after = tokenizer.encode(output + _end_of_turn(tokenizer, messages), add_special_tokens=False)
     return Example(tuple(before + after), len(before))
 
 
@@ -62,11 +64,9 @@ def _prompt(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def _completion(tokenizer: ChatTokenizer, messages: list[dict[str, str]], output: str, prompt: str) -> str:
-    """Return the output and the template's end-of-turn marker, without white space after it, which is not generated."""
-    answered = [*messages, {"role": "assistant", "content": output}]
+def _end_of_turn(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> str:
+    """Return what the template writes after an answer, without white space, which is not generated."""
+    answered = [*messages, {"role": "assistant", "content": _ANSWER}]
     whole = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
-    body = output.strip()  # some templates strip the content
-    start = whole.find(body, len(prompt)) if whole.startswith(prompt) else -1
-    end_of_turn = whole[start + len(body) :].strip() if start >= 0 else ""
-    return output + (end_of_turn or tokenizer.eos_token or "")
+    _, found, after = whole.rpartition(_ANSWER)
+    return (after.strip() if found else "") or tokenizer.eos_token or ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import unicodedata
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -10,6 +12,9 @@ from bank.items.profile import Item, is_pair, item_text
 from bank.items.tasks import Task, get_task
 
 JOIN = ", and "
+_UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
+)  # Thai, Lao, Burmese, Khmer, Japanese, Chinese
 _POSTING_BYTES = 8  # memory per word in a text: a score and the text's index
 _WORD_BYTES = 128  # memory per vocabulary word beyond its string: its id, a dictionary entry and a set entry
 
@@ -27,7 +32,7 @@ class ItemIndex:
         self._memories = [memory for _, _, memory in known]
         self._retriever = None
         self.size_bytes = sum(map(sys.getsizeof, self._memories))  # approximate memory of the index
-        words = bm25s.tokenize([text for _, text, _ in known], show_progress=False)
+        words = bm25s.tokenize([searchable(text) for _, text, _ in known], show_progress=False)
         if words.vocab:  # empty if the texts hold only stop words
             self._retriever = bm25s.BM25()
             self._retriever.index(words, show_progress=False)
@@ -38,7 +43,7 @@ class ItemIndex:
         """Return up to `count` of the first `before` items (or all) as prompts quote them, best, then newest first."""
         import bm25s
 
-        query = turn.removeprefix(self._task.instruction)
+        query = searchable(turn.removeprefix(self._task.instruction))
         (words,) = bm25s.tokenize([query], show_progress=False, return_ids=False)
         scores: Sequence[float] = [0.0] * len(self._memories)
         if self._retriever is not None and words:  # empty if the turn holds only stop words
@@ -46,6 +51,19 @@ class ItemIndex:
         searched = len(self._memories) if before is None else bisect_left(self._places, before)
         best = sorted(range(searched), key=lambda place: (-scores[place], -place))[:count]
         return [self._memories[place] for place in best]
+
+
+def searchable(text: str) -> str:
+    """Return a text whose words are runs of letters: without combining marks, and as pairs of letters where a script
+    has no spaces between words."""
+    if text.isascii():
+        return text
+    text = "".join(sign for sign in text if not unicodedata.category(sign).startswith("M"))
+    return _UNSPACED.sub(lambda run: f" {' '.join(_pairs(run[0]))} ", text)
+
+
+def _pairs(run: str) -> list[str]:
+    return [run[place : place + 2] for place in range(max(1, len(run) - 1))]
 
 
 def turn_with_memories(task: Task, turn: str, memories: Sequence[str]) -> str:

@@ -36,7 +36,11 @@ _PLAIN = {
     "modules_to_save": None,
     "trainable_token_indices": None,
     "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
 }
+# PEFT's initialisations that take the first B A away from the base model, so that the adapter belongs to another base.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,11 @@ def read_peft(folder: Path) -> PeftAdapter:
     for key, plain in _PLAIN.items():
         if config.get(key) not in (plain, None, False):
             raise BankError(f"{folder}: {key} = {excerpt(config[key])} is not supported: a bank holds plain LoRAs only")
+    if (begun := str(config.get("init_lora_weights"))).startswith(_CHANGE_THE_BASE):
+        raise BankError(
+            f"{folder}: init_lora_weights = {excerpt(begun)} has changed the base model: convert the adapter "
+            "with PEFT's `path_initial_model_for_weight_conversion`"
+        )
     found: dict[str, dict[str, torch.Tensor]] = {"lora_A": {}, "lora_B": {}}
     for key, value in tensors.items():
         name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")

@@ -103,17 +103,19 @@ def _scale(content: Mapping[str, Any]) -> Any:
 
 
 def _lasting(content: Mapping[str, Any]) -> Any:
-    """Plot each part's memory over time, with a pale line for each event."""
-    figure, (panel,) = panels_in_a_row(1, width=8.0, height=3.4)
+    """Plot each part's memory and the store's keys over time, with a pale line for each event."""
+    figure, (panel, keys) = panels_in_a_row(2, width=5.5, height=3.4)
     readings = content["readings"]
     hours = [reading["at_s"] / 3600 for reading in readings]
     for name in [name for name in readings[0] if name.endswith(", MiB")]:
         panel.plot(hours, [reading[name] for reading in readings], label=name.removesuffix(", MiB"), linewidth=1)
-    for _, at_s in content["events"]:
-        panel.axvline(at_s / 3600, color=_PALE, linewidth=0.3)
-    panel.set_ylim(bottom=0)
-    panel.set_xlabel("hours")
-    panel.set_ylabel("resident memory, MiB")
+    keys.plot(hours, [reading["keys"] for reading in readings], color=_OURS, linewidth=1)
+    for each, label in ((panel, "resident memory, MiB"), (keys, "keys in the store")):
+        for _, at_s in content["events"]:
+            each.axvline(at_s / 3600, color=_PALE, linewidth=0.3)
+        each.set_ylim(bottom=0)
+        each.set_xlabel("hours")
+        each.set_ylabel(label)
     panel.legend(frameon=False, fontsize=7, ncols=4)
     return figure
 

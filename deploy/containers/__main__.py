@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +19,7 @@ from bench.fleet.chaos.verdict import Claim
 from bench.page.report import console, report, tabulate
 from bench.rig.tiny import tiny_bank, tiny_model
 from deploy.containers import images as building
+from deploy.containers.keeping import keep
 from deploy.containers.losing import lose
 from deploy.containers.rolling import roll
 from deploy.containers.serving import serve
@@ -32,7 +33,9 @@ from server.settings import load_settings
 
 FOLDER = Path("out/containers")
 Check = Callable[[Site], list[Claim]]
-PARTS: dict[str, Check] = {"losing": lose, "rolling": roll, "watching": watch}
+ON_ONE: dict[str, Check] = {"serving": serve, "keeping": keep}
+ON_FLEET: dict[str, Check] = {"losing": lose, "rolling": roll, "watching": watch}
+CHECKS = (*ON_ONE, *ON_FLEET)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
 
@@ -58,15 +61,13 @@ def test(
     bank: Annotated[
         Path | None, typer.Option(help="Folder of a bank for the packaged model.", show_default="the demo's bank")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="`serving` or a part of the fleet's check; repeatable.")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(CHECKS)}; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Run compose files as docs/deploying.md says, on CPUs; exit status 1 if something is not as it should be."""
-    chosen = set(only or ("serving", *PARTS))
-    if unknown := chosen - {"serving", *PARTS}:
-        raise ContainerError(f"--only {', '.join(sorted(unknown))}: there are serving, {', '.join(PARTS)}")
+    chosen = set(only or CHECKS)
+    if unknown := chosen.difference(CHECKS):
+        raise ContainerError(f"--only {', '.join(sorted(unknown))}: there are {', '.join(CHECKS)}")
     tool = found_tool(FOLDER)
     claims: list[Claim] = []
     for image in (building.GATEWAY, building.ENGINE_CPU):
@@ -76,29 +77,29 @@ def test(
     with tempfile.TemporaryDirectory() as scratch, served(tool):
         folder = Path(scratch)
         folder.chmod(0o755)  # containers read models and banks below it
-        if "serving" in chosen:
+        if chosen & ON_ONE.keys():
             people = shutil.copytree(bank or build_bank(anchors()), folder / "people")
             with deployed(Site(tool, folder / "one", readable(people))) as site:
-                claims += found_by("serving", serve, site)
-        if chosen & PARTS.keys():
+                claims += found_by(ON_ONE, chosen, site)
+        if chosen & ON_FLEET.keys():
             chosen_embedder = ensure_embedder(load_settings().embedder, load_settings().cache_dir)
             model = readable(tiny_model(folder / "model"))
             tiny = readable(tiny_bank(folder / "tiny", model, chosen_embedder, anchors=6))
             with deployed(Site(tool, folder / "fleet", tiny, fleet=True, model=model)) as site:
                 claims.append(Claim("two of each: ready after `up -d`", f"{site.start():.0f} s", True))
-                for name, check in PARTS.items():
-                    claims += found_by(name, check, site) if name in chosen else []
+                claims += found_by(ON_FLEET, chosen, site)
     report("containers, as docs/deploying.md starts them", [claim.row for claim in claims], out)
 
 
-def found_by(name: str, check: Check, site: Site) -> list[Claim]:
-    """Return what a check finds; what ends it early is a finding, so that the next ones still run."""
-    console().rule(name, align="left")
-    try:
-        return check(site)
-    except (MtaError, ClientError, httpx.HTTPError, AssertionError) as error:
-        console().print(str(error), markup=False, soft_wrap=True)
-        return [Claim(name, f"ended early: {str(error).partition(chr(10))[0]}", False)]
+def found_by(checks: Mapping[str, Check], chosen: Container[str], site: Site) -> Iterator[Claim]:
+    """Yield what the chosen checks find; what ends one early is a finding, so that the next ones still run."""
+    for name in filter(chosen.__contains__, checks):
+        console().rule(name, align="left")
+        try:
+            yield from checks[name](site)
+        except (MtaError, ClientError, httpx.HTTPError, AssertionError) as error:
+            console().print(str(error), markup=False, soft_wrap=True)
+            yield Claim(name, f"ended early: {str(error).partition(chr(10))[0]}", False)
 
 
 def readable(folder: Path) -> Path:

@@ -106,7 +106,7 @@ class Counts:
             discarded=feedback.outcome is Outcome.DISCARDED,
             up=feedback.rating is Rating.UP,
             down=feedback.rating is Rating.DOWN,
-            measured=feedback.changed is not None,
+            measured=feedback.changed is not None or feedback.outcome is Outcome.SENT,
             changed=feedback.changed or 0,
         )
 

@@ -201,6 +201,7 @@ def without(part: str) -> Callable[[Tensors], None]:
     [
         ({"use_dora": True}, "use_dora = True is not supported"),
         ({"bias": "all"}, "bias = 'all'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has changed the base model: convert"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "of type 'IA3'"),
         ({"r": 5}, "has rank 4, but its configuration says 5"),

@@ -276,7 +276,10 @@ def test_lower_layers_run_once_for_an_example_as_far_as_there_is_room(
 
 @pytest.fixture(scope="module")
 def mannered(encode: Any) -> Callable[..., list[Example]]:
-    return lambda count, first=0: [encode(f"question {n}", f"{n} yes yes yes") for n in range(first, first + count)]
+    ends = (" yes yes yes", " yes yes yes yes yes yes yes yes yes")  # samples are of different lengths
+    return lambda count, first=0: [
+        encode(f"question {n}", f"{n}{ends[n % 3 == 1]}") for n in range(first, first + count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -325,21 +328,20 @@ def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
 def test_a_newer_adapter_has_to_beat_the_served_one_on_what_that_has_not_seen(
     model: Any, fused: LoraWeights, mannered: Callable[..., list[Example]], many: bool
 ) -> None:
-    old, new = mannered(MANY if many else 4, 0), mannered(6, 40)
+    old, new = mannered(MANY if many else 4, 0), mannered(8, 40)  # of many, one is not held out
+    samples = [*old, *new]
     learnt, weak = (train_user(model, fused, old, replace(CONFIG, steps=steps)).finish() for steps in (CONFIG.steps, 1))
     assert learnt.weights and weak.weights and learnt.served is None
     short = replace(CONFIG, steps=2)
     for before, plan, is_better in ((weak, CONFIG, True), (learnt, short, False)):
         assert before.weights
-        judged = train_user(
-            model, fused, [*old, *new], plan, newest=len(new), served=Served(fused, before.weights)
-        ).finish()
-        assert judged.served == pytest.approx(served_loss(model, fused, before, new), rel=1e-4)
+        judged = train_user(model, fused, samples, plan, newest=len(new), served=Served(fused, before.weights)).finish()
+        held = [samples[place] for place in judged.judges]
+        assert (set(judged.judges) == set(range(len(old), len(samples)))) is not many
+        assert judged.served == pytest.approx(served_loss(model, fused, before, held), rel=1e-4)
         assert (judged.weights is not None) is (judged.after < min(judged.before, judged.served)) is is_better
-    with attached(model, fused) as alone:
-        merged = mean_loss(alone.model, new)
-    if not many:  # each of the newest is held out in one of the folds, and no other sample
-        assert judged.before == pytest.approx(merged, rel=1e-4)
+        with attached(model, fused) as alone:
+            assert judged.before == pytest.approx(mean_loss(alone.model, held), rel=1e-4)
 
 
 @pytest.mark.parametrize("times", [1, 3])  # judged in folds, and by what is held out

@@ -18,6 +18,9 @@ from server.gateway.learning.tallies import SHARE_UNIT, Metric, metrics_of
 from server.store.worth import EVER, Cell, Counts
 
 _LEVELS = (Level.STACKED, Level.MERGED)
+_KNOWN = 0.95
+"""Share of the answers sent or edited of which it must be known how much was changed: the others are edited ones, and a
+mean without them would flatter whoever edits more."""
 _HOPELESS = 20  # times as many people-weeks as there are: nobody waits for these
 _SHARE_OF = {
     Metric.CHANGED: "text that people change",
@@ -111,9 +114,11 @@ def comparisons_of(sums: Mapping[Cell, Sequence[float]]) -> Iterator[Comparison]
     newest = max((cell.week for cell in sums), default=EVER)
     for share in sorted({cell.share for cell in sums if cell.week == newest}):
         for level in _LEVELS:
-            cell = Cell(EVER, share, level, Arm.LOWER)
-            lower, full = _totals(sums.get(cell, ())), _totals(sums.get(replace(cell, arm=Arm.FULL), ()))
+            arms = Cell(EVER, share, level, Arm.LOWER), Cell(EVER, share, level, Arm.FULL)
+            lower, full = (_totals(sums.get(cell, ())) for cell in arms)
             for metric in Metric:
+                if metric is Metric.CHANGED and not all(_is_known(sums, cell) for cell in arms):
+                    continue
                 if metric in lower or metric in full:
                     of_both = lower.get(metric, Totals()), full.get(metric, Totals())
                     yield Comparison(share, level, metric, *of_both)
@@ -122,6 +127,13 @@ def comparisons_of(sums: Mapping[Cell, Sequence[float]]) -> Iterator[Comparison]
 def share_of(cell: Cell | Comparison) -> float:
     """Return the share of people held out."""
     return cell.share / SHARE_UNIT
+
+
+def _is_known(sums: Mapping[Cell, Sequence[float]], ever: Cell) -> bool:
+    """Whether the weeks that are kept know how much of nearly every answer was changed."""
+    weeks = [Counts(*sums[cell][1:]) for cell in sums if cell.week != EVER and replace(cell, week=EVER) == ever]
+    total = sum(weeks, Counts())
+    return total.measured >= _KNOWN * (total.sent + total.edited)
 
 
 def _totals(numbers: Sequence[float]) -> dict[Metric, Totals]:

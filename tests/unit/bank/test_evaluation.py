@@ -157,6 +157,8 @@ def test_rouge_stems_and_counts_subsequences() -> None:
     assert found == {"rouge1": pytest.approx(stemmed), "rougeL": pytest.approx(stemmed)}
     assert lamp_metrics(NEWS, ["cat the"], ["the cat"]) == {"rouge1": 1.0, "rougeL": 0.5}
     assert lamp_metrics(NEWS, [""], ["the cat"]) == {"rouge1": 0.0, "rougeL": 0.0}
+    for text in ("кошка спит", "猫が寝ている"):
+        assert lamp_metrics(NEWS, [text], [text]) == {"rouge1": 1.0, "rougeL": 1.0}
 
 
 @pytest.mark.filterwarnings("error")

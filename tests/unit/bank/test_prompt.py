@@ -30,15 +30,18 @@ SUBJECTS = ("bread", "harbour", "roses", "bread again", "the harbour at night", 
 class CharTokenizer:
     """One id per character, under a chat template of its own."""
 
-    def __init__(self, close: str = "<end>\n", eos_token: str | None = "</s>", strips: bool = False) -> None:
-        self.close, self.eos_token, self.strips = close, eos_token, strips
+    def __init__(
+        self, close: str = "<end>\n", eos_token: str | None = "</s>", strips: bool = False, thought: str = ""
+    ) -> None:
+        self.close, self.eos_token, self.strips, self.thought = close, eos_token, strips, thought
 
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
     ) -> str:
         assert not tokenize
         said = [(m["role"], m["content"].strip() if self.strips else m["content"]) for m in conversation]
-        text = "".join(f"<{role}>{content}{self.close}" for role, content in said)
+        opened = {"user": "<user>", "assistant": f"<assistant>{self.thought}"}
+        text = "".join(f"{opened[role]}{content}{self.close}" for role, content in said)
         return text + ("<assistant>" if add_generation_prompt else "")
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -60,6 +63,7 @@ def split(tokenizer: CharTokenizer, turn: str, output: str, max_tokens: int = 10
     [
         (CharTokenizer(), "yo", ("<user>hi<end>\n<assistant>", "yo<end>")),
         (CharTokenizer(strips=True), " yo ", ("<user>hi<end>\n<assistant>", " yo <end>")),
+        (CharTokenizer(thought="<think></think>"), "hi", ("<user>hi<end>\n<assistant>", "hi<end>")),
         (CharTokenizer(close="\n"), "yo", ("<user>hi\n<assistant>", "yo</s>")),  # no end of turn: the end of text
         (CharTokenizer(close="", eos_token=None), "yo", ("<user>hi<assistant>", "yo")),
         *((CharTokenizer(), odd, ("<user>hi<end>\n<assistant>", f"{odd}<end>")) for odd in ("a<end>b", "<assistant>")),
@@ -110,6 +114,23 @@ def test_the_most_relevant_earlier_items_stand_before_the_turn_in_lamps_words_th
     best = [index.memories("a dog and a cat", 9, before) for before in range(6)]
     assert [len(found) for found in best] == [0, 0, 1, 2, 3, 4]
     assert best[2] == [cats]
+
+
+@pytest.mark.parametrize(
+    ("turn", "texts"),
+    [
+        ("我的猫不吃东西怎么办", ["今天我的猫生病了", "股市昨天大跌"]),
+        ("うちの猫が食べない", ["昨日から猫が鳴いている", "株価が下がった"]),
+        ("แมวไม่กินข้าว", ["เมื่อวานแมวป่วย", "หุ้นตกหนักมาก"]),
+        ("मेरी बिल्ली खाती नहीं", ["बिल्ली बीमार है", "बाज़ार गिर गया"]),
+        ("Моя кошка не ест", ["кошка болеет", "рынок упал"]),
+    ],
+)
+def test_relevant_items_are_found_in_scripts_without_spaces_or_with_combining_marks(
+    turn: str, texts: list[str]
+) -> None:
+    items = [parse_item({"input": text, "output": "yes"}, CHAT, place) for place, text in enumerate(texts)]
+    assert texts[0] in ItemIndex(CHAT, items).memories(turn, 1)[0]
 
 
 @pytest.mark.parametrize("task", tasks().values(), ids=lambda task: task.name)

@@ -25,7 +25,7 @@ def test_a_run_of_hours_has_deaths_every_few_minutes_backups_by_the_hour_and_two
     assert [call.args[0] for call in lasting.die.call_args_list] == deaths
 
 
-def test_its_picture_shows_every_parts_memory(tmp_path: Path) -> None:
+def test_its_picture_shows_memory_and_keys_over_time(tmp_path: Path) -> None:
     readings = [{"at_s": 30.0 * n, "keys": 7, "gateway-1, MiB": 90.0 + n, "valkey, MiB": 20.0} for n in range(4)]
     content = {"bench": "lasting", "readings": readings, "events": [["backup", 60.0]]}
     drawn = draw({"lasting": content}, tmp_path)

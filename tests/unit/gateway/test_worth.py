@@ -9,10 +9,11 @@ import pytest
 from server.gateway.access.keys import Caller, KnownKeys
 from server.gateway.generation.personalizer import Level
 from server.gateway.learning.confidence import Totals
-from server.gateway.learning.tallies import Metric
+from server.gateway.learning.tallies import Metric, sums_of
 from server.gateway.learning.worth import Comparison, comparisons_of
+from server.store.feedback import Feedback, Outcome
 from server.store.tenants.access_keys import Policy
-from server.store.worth import EVER, Cell
+from server.store.worth import EVER, Cell, Counts
 
 
 def totals(n: int, mean: float) -> Totals:
@@ -69,6 +70,34 @@ def test_comparisons_are_of_the_shares_of_the_newest_week() -> None:
         (1000, "merged", "silent", 2961),
     ]
     assert list(comparisons_of({})) == []
+
+
+@pytest.mark.parametrize(
+    ("feedback", "share"),
+    [
+        (
+            (
+                Feedback("merged", "lower", Outcome.SENT, None, None),
+                Feedback("merged", "lower", Outcome.EDITED, None, 0.4),
+            ),
+            0.2,
+        ),
+        (
+            (
+                Feedback("merged", "lower", Outcome.SENT, None, 0.0),
+                Feedback("merged", "lower", Outcome.EDITED, None, None),
+            ),
+            None,
+        ),
+    ],
+)
+def test_what_was_sent_is_unchanged_and_edits_of_unknown_size_are_not_left_out(
+    feedback: tuple[Feedback, ...], share: float | None
+) -> None:
+    counts = sum(map(Counts.of, feedback), Counts(answers=2, shares=1000, shares_squared=500_000))
+    tallies = [{Cell(2960, 0, "merged", arm): counts} for arm in ("lower", "full")]
+    [told] = [one for one in comparisons_of(sums_of(tallies)) if one.metric is Metric.CHANGED] or [None]
+    assert (told and told.lower.mean) == share
 
 
 def test_a_tenant_holds_users_out_by_its_keys_or_by_the_settings() -> None:
