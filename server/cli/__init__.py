@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +21,7 @@ from server.cli.bank import commands as bank
 from server.cli.demo import commands as demo
 from server.cli.eval import commands as eval
 from server.cli.run import doctor, gateway, processes, up
+from server.cli.shared import table_console
 from server.cli.users import chat, worth
 from server.cli.users import commands as users
 from server.settings import Settings, load_settings
@@ -81,7 +81,7 @@ def settings() -> None:
         value = getattr(current, name)
         shown = "" if value is None else _URL_PASSWORD.sub(r"\1\2***", str(value))  # secrets print as asterisks
         table.add_row(f"MTA_{name.upper()}", Text(shown), Text(field.description or ""))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    table_console().print(table)
 
 
 def main() -> None:

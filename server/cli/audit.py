@@ -8,10 +8,10 @@ from typing import Annotated
 
 import orjson
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from adapters.errors import MtaError
+from server.cli.shared import table_console
 from server.settings import load_settings
 from server.store.tenants.user_key import UserKeys
 from server.watching.audit import Act, read_audit
@@ -57,5 +57,4 @@ def audit(
     table = Table(*columns, pad_edge=False)
     for entry in entries:
         table.add_row(*(entry.get(name, "") for name in columns))
-    console = Console(markup=False)
-    console.print(table if entries else "no entry matches")
+    table_console().print(table if entries else "no entry matches")

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from pydantic import SecretStr
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from adapters.errors import MtaError, excerpt
-from server.cli.shared import setting
+from server.cli.shared import setting, table_console
 from server.settings import Settings, load_settings
 from server.store.tenants import access_keys
 from server.store.tenants.access_keys import CREATE, AccessKey, KeyRing, Policy, Scope
@@ -120,7 +119,18 @@ def create(
 def list_(data: Data = None) -> None:
     """List all keys, including revoked ones, without their secrets."""
     more = ("made", "last used", "expires", "revoked", "note")
-    table = Table("id", "ends in", "name", "tenant", "bank", "quotas", "scopes", "limits", *more, pad_edge=False)
+    table = Table(
+        Column("id", no_wrap=True),
+        "ends in",
+        "name",
+        "tenant",
+        "bank",
+        "quotas",
+        "scopes",
+        "limits",
+        *more,
+        pad_edge=False,
+    )
 
     async def read(stores: Stores) -> tuple[KeyRing, dict[str, int], dict[str, str]]:
         ring = await stores.keys.all()
@@ -135,7 +145,7 @@ def list_(data: Data = None) -> None:
         times = map(_date, (key.created_ms, used_ms, key.expires_ms, key.revoked_ms))
         quota = quotas.get(key.tenant, "")
         table.add_row(key.id, key.last, key.name, key.tenant, bank, quota, scopes, limits, *times, key.note)
-    Console(markup=False).print(table)
+    table_console().print(table)
 
 
 @app.command()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from server.settings import Settings
 
@@ -22,6 +24,11 @@ Bank = Annotated[Path | None, setting("bank")]
 Model = Annotated[str | None, setting("model")]
 Embedder = Annotated[Path | None, setting("embedder")]
 RedisUrl = Annotated[str | None, setting("redis_url", about="URL of Redis or Valkey.")]
+
+
+def table_console() -> Console:
+    """Return a console for tables, which are not cut where there is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
 
 
 def prepare_to_train(threads: int | None = None, *, gpu: bool = True) -> None:

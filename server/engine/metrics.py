@@ -78,7 +78,7 @@ class AdapterMetrics(Collector):
         meaning = "Time to check and admit a recipe, without fetching its user adapter."
         self.check = _histogram(self._registry, "check", meaning)
         self._taken: int | None = None
-        self._prepares = 0
+        self._warm = 0
         self._worker_text = FusionMetrics().text
 
     async def refresh(self) -> None:
@@ -88,7 +88,8 @@ class AdapterMetrics(Collector):
     def summary(self) -> dict[str, int]:
         """Return the last known counts, and start a new query without waiting for it."""
         self._query()
-        counts = {"prepares": self._prepares, "fuses": self._fuses()}
+        fuses = self._fuses()
+        counts = {"prepares": fuses + self._warm, "fuses": fuses}
         return counts if self._taken is None else counts | {"slots_taken": self._taken}
 
     def _query(self) -> asyncio.Task[None]:
@@ -100,7 +101,8 @@ class AdapterMetrics(Collector):
         try:
             self._taken, self._worker_text = (await self._ask())[0]
             checks = self._registry.get_sample_value("mta_engine_check_seconds_count")
-            self._prepares = int(checks or 0)  # read at the same moment as the fusions, because they are compared
+            # Who was checked and is not fused yet counts as warm until then, but a counter never falls.
+            self._warm = max(self._warm, int(checks or 0) - self._fuses())
         except Exception as error:
             log.debug("cannot read the workers' metrics: %s", error)
         finally:
@@ -132,7 +134,7 @@ class AdapterMetrics(Collector):
             labels=("kind",),
         )
         prepares.add_metric(("cold",), fuses)
-        prepares.add_metric(("warm",), max(0, self._prepares - fuses))
+        prepares.add_metric(("warm",), self._warm)
         yield prepares
 
 

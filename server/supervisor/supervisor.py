@@ -162,18 +162,22 @@ class Display:
     def __init__(self) -> None:
         self._console, self._lines = Console(highlight=False), dict[str, RenderableType]()
         self._live = Live(console=self._console, get_renderable=lambda: Group(*self._lines.values()))
-        self.close = self._live.stop
         if self._console.is_terminal:
             self._live.start()
 
+    def close(self) -> None:
+        with suppress(OSError):
+            self._live.stop()
+
     def say(self, line: RenderableType) -> None:
-        with suppress(SystemExit):  # what rich raises for a broken pipe; `mta up | head` must not end the server
+        with suppress(SystemExit, OSError):  # rich's for a broken pipe, as in `mta up | head`; the terminal was closed
             self._console.print(line, soft_wrap=True)
 
     def report(self, part: str, state: State, detail: str) -> None:
         line = Text(f"  {part:<9}").append(f"{state:<9}", _STYLES.get(state, "")).append(f" {detail}")
         if self._live.is_started:
             self._lines[part] = Spinner("dots", line[2:]) if state in ("starting", "stopping") else line
-            self._live.refresh()
+            with suppress(OSError):
+                self._live.refresh()
         else:
             self.say(line)

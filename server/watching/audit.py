@@ -1,21 +1,21 @@
 """The audit log: who did what, as one JSON object per line in a file that other programs may rotate.
 
-Lines hold keys and hashes, never a text, a name or a secret. The file is reopened once it is moved.
+Lines hold keys and hashes, never a text, a name or a secret.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import Any
 
 from adapters.errors import MtaError, excerpt
+from server.errors import Unavailable
 from server.watching.logs import request_id
 
 _log = logging.getLogger("mta.audit")
@@ -34,11 +34,25 @@ class Act(StrEnum):
     SECRET_EXCHANGED = "secret_exchanged"  # outcome `begun`, or `done`: nobody is left under the old one
 
 
-class _PrivateFile(WatchedFileHandler):
-    """A file that only its owner can read, also after it was rotated."""
+class _PrivateFile(logging.Handler):
+    """A file that only its owner can read. It is opened for each line, which it gets whole or not at all."""
 
-    def _open(self) -> Any:
-        return open(self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600))
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        os.close(self._opened())
+
+    def _opened(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line, file = f"{record.getMessage()}\n".encode(), self._opened()
+        try:
+            if (written := os.write(file, line)) < len(line):
+                os.ftruncate(file, os.fstat(file).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(file)
 
 
 def audit_to(path: Path | None) -> None:
@@ -56,7 +70,7 @@ def audit_to(path: Path | None) -> None:
 
 
 def note(act: Act, outcome: object, *, tenant: str = "", **who: object) -> None:
-    """Add a line, with the current request's id if there is one.
+    """Add a line, with the current request's id if there is one; Unavailable if it cannot be written.
 
     `outcome` is an HTTP status, `begun` or `done`; `tenant` is empty for what concerns all. `who` can have `key` (id of
     the API key that acts, or `cli`), `user` (a user key), and what the act is about: `of_key`, `bank`, `quota` or
@@ -70,7 +84,12 @@ def note(act: Act, outcome: object, *, tenant: str = "", **who: object) -> None:
         "request": request_id.get(),
         **who,
     }
-    _log.info(json.dumps({name: value for name, value in line.items() if value}, ensure_ascii=False))
+    try:
+        _log.info(json.dumps({name: value for name, value in line.items() if value}, ensure_ascii=False))
+    except OSError as error:
+        raise Unavailable(
+            f"{act} is not in the audit log (MTA_AUDIT), which cannot be written: repeat it once that is put right"
+        ) from error
 
 
 def read_audit(

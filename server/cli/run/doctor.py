@@ -25,7 +25,7 @@ from rich.text import Text
 from bank.errors import BankError
 from bank.models.folders import check_default_models, model_path, weight_bytes
 from bank.models.process_startup import AUDIO, BF16_FLAGS, cpu_flags
-from server.cli.shared import Model, setting
+from server.cli.shared import Model, setting, table_console
 from server.engine.command import memory_bytes
 from server.engine.cpu import native
 from server.settings import Settings, load_settings
@@ -93,7 +93,7 @@ def doctor(
         shown = [{"state": finding.state} | asdict(finding) for finding in findings]
         typer.echo(json.dumps({"healthy": healthy, "checks": shown}, indent=1, ensure_ascii=False))
     else:
-        Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table(findings))
+        table_console().print(table(findings))
     if not healthy:
         raise typer.Exit(1)
 
@@ -117,7 +117,7 @@ def checks(settings: Settings) -> dict[str, Callable[[], Iterator[Finding]]]:
         package = next((name for name in ENGINES if version_of(name)), None)
         chosen["the engine"] = lambda: engine(settings, package)
         if package:
-            extras += ["train", ENGINES[package]]
+            extras += ["train", ENGINES[package], *(["fleet"] if settings.replicas > 1 else [])]
             chosen["the engine's packages, up to a minute"] = lambda: imports(package)
     return chosen
 
@@ -144,7 +144,7 @@ def places(settings: Settings) -> Iterator[Finding]:
         yield Finding("port", found, remedy)
     for name in ("data_dir", "cache_dir"):
         path = getattr(settings, name).expanduser().resolve()
-        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        existing = next(folder for folder in (path, *path.parents) if os.access(folder, os.F_OK))
         free, remedy = shutil.disk_usage(existing).free, ""
         if not os.access(existing, os.W_OK):
             remedy = f"make {existing} writable, or set MTA_{name.upper()}"
@@ -157,7 +157,8 @@ def packages(extras: Sequence[str]) -> Iterator[Finding]:
     """Check that all packages that the project asks for are installed, in versions that it accepts."""
     unmet = unmet_requirements(PROJECT, extras)
     found = f"{PROJECT} {version_of(PROJECT)} for Python {platform.python_version()}"
-    remedy = f'run `pip install "{PROJECT}{f"[{extras[-1]}]" if extras[-1] else ""}"` again'
+    named = ",".join(extra for extra in extras if extra not in ("", "train"))  # which others include
+    remedy = f'run `pip install "{PROJECT}{f"[{named}]" if named else ""}"` again'
     yield Finding("packages", "; ".join(unmet) or found, remedy if unmet else "")
 
 

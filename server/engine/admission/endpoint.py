@@ -137,6 +137,8 @@ def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: li
         )
     if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").strip().lower() in ("1", "true"):
         raise BankError("VLLM_ALLOW_RUNTIME_LORA_UPDATING lets anyone bind a name to a folder: unset it")
+    if args.lora_modules:
+        raise BankError("--lora-modules takes ids that recipes get: serve such adapters by a bank (`mta bank import`)")
     if not keys:
         raise BankError("the engine has no key: set VLLM_API_KEY (`mta engine` sets it from MTA_ENGINE_KEY)")
     if (args.max_cpu_loras or args.max_loras) <= args.max_loras:

@@ -82,7 +82,12 @@ async def _on_error(request: Request, error: Exception) -> Response:
         case _:  # a bug; Starlette raises it again after the response, so that it gets logged
             shown = ApiError("internal error of the gateway: see its log")
             shown.headers["X-Request-Id"] = request_id.get()  # such a response passes by `RequestLog`
-    if shown.status >= 500:
-        log.warning("%s", shown.explained)
-    content = ErrorAnswer.of(shown).model_dump_json()
-    return Response(content, shown.status, shown.headers, media_type="application/json")
+    return error_response(shown)
+
+
+def error_response(error: ApiError) -> Response:
+    """Return an error as a response, and log it if the server is to blame."""
+    if error.status >= 500:
+        log.warning("%s", error.explained)
+    content = ErrorAnswer.of(error).model_dump_json()
+    return Response(content, error.status, error.headers, media_type="application/json")

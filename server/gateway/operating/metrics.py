@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from server.errors import CLIENT_GONE
+from server.errors import CLIENT_GONE, Unavailable
 from server.gateway.engines.admin import Engines
+from server.gateway.http.errors import error_response
 from server.gateway.operating.health import Health, Readiness
 from server.store.durability import CheckedStore
 from server.store.figures import ServerFigures
@@ -219,16 +220,25 @@ class RequestLog:
         traceparent.set(self._tracing.current())
         self._tracing.note(request=own_id)
         scope.setdefault("state", {})["notes"] = notes
-        status, headed = 500, False
+        status, headed, unaudited = 500, False, False
         is_head = scope["method"] == "HEAD"
         inner = {**scope, "method": "GET"} if is_head else scope
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status, headed
+            nonlocal status, headed, unaudited
+            if unaudited:
+                return
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", own_id.encode())]
-                _audit(inner["state"], status)  # before the client can know: a gateway may die now
+                try:
+                    _audit(inner["state"], status)  # before the client can know: a gateway may die now
+                except Unavailable as error:
+                    refusal = error_response(error)
+                    status, unaudited = refusal.status_code, True
+                    refusal.headers["X-Request-Id"] = own_id
+                    await refusal(inner, receive, send)
+                    return
             elif is_head:
                 if headed:
                     return

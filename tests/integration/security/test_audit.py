@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import stat
 from collections.abc import Callable
@@ -49,6 +50,7 @@ def test_each_act_is_a_line_without_texts_names_and_secrets(
     of_gateway = entries(log, 3)
     secret, key_id = create("my app", "--tenant", "quiet")
     assert keys("revoke", key_id).exit_code == keys("revoke", key_id).exit_code == 0
+    assert key_id in keys("list").output  # whole, also where there is no terminal
     assert keys("bank", "quiet", "0123abcd").exit_code == keys("bank", "quiet").exit_code == 0
 
     of_commands = entries(log, 8)[3:]
@@ -78,6 +80,19 @@ def test_a_log_that_is_moved_goes_on_under_its_name(log: Path, acme: httpx.Clien
         acme.delete(f"/users/{new_user()}")
         assert len(entries(log, 1)) == 1
         log.rename(log.with_suffix(f".{place}"))
+
+
+def test_what_cannot_be_noted_is_not_acknowledged_and_leaves_no_part_of_a_line(
+    log: Path, acme: httpx.Client, new_user: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, path = os.write, f"/users/{new_user()}"
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda file, line: write(file, line[:9]))
+        refused = acme.delete(path)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+    assert refused.headers["X-Request-Id"] and not log.read_text()
+    assert acme.delete(path).status_code == httpx.codes.NOT_FOUND
+    assert [entry["act"] for entry in entries(log, 1)] == ["erase"]
 
 
 def test_the_log_is_searched_by_act_key_user_and_time(

@@ -92,6 +92,14 @@ def test_parts_elsewhere_are_not_looked_for_here() -> None:
     assert states(served["packages"]()) == {"packages": "ok"}
 
 
+def test_two_engines_need_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "vllm-router" else known(name))
+    (one,), (two,) = (checks(Settings(replicas=count))["packages"]() for count in (1, 2))
+    assert (one.state, two.state) == ("ok", "missing")
+    assert two.found.startswith("vllm-router") and ",fleet]" in two.remedy
+
+
 def test_too_few_cores_and_too_little_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     info = tmp_path / "meminfo"
     monkeypatch.setattr(doctor, "MEMORY_INFO", info)
@@ -132,7 +140,7 @@ def test_a_port_in_use_and_folders_that_are_full_or_not_writable(
     assert states(doctor.places(settings))["port"] == "ok"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(GIB // 2))
     assert "MTA_DATA_DIR" in {finding.check: finding.remedy for finding in doctor.places(settings)}["data folder"]
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda _, mode: mode == os.F_OK)
     assert (
         f"make {tmp_path} writable"
         in {finding.check: finding.remedy for finding in doctor.places(settings)}["cache folder"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from argparse import Namespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -12,9 +14,11 @@ pytest.importorskip("vllm")
 
 from prometheus_client import CollectorRegistry, generate_latest
 
+from bank.errors import BankError
 from bench.rig.processes import PATIENCE_S
 from server.engine import metrics
 from server.engine.admission.access import KEYED_ROUTES, PUBLIC_ROUTES, AccessMiddleware, Drain
+from server.engine.admission.endpoint import _refuse_unsafe
 from server.engine.admission.prepare import AdapterNames
 from server.engine.metrics import AdapterMetrics, FusionMetrics, RefreshMetrics
 
@@ -53,6 +57,24 @@ async def test_no_other_method_opens_with_a_key_or_without(method: str) -> None:
 
 async def test_a_websocket_is_refused_as_soon_as_it_knocks() -> None:
     assert await knock("GET", "/health", type="websocket") == 1008
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"enable_lora": False}, "runs without LoRA"),
+        ({"api_server_count": 2}, "--api-server-count is 2"),
+        ({"lora_modules": ["ana=adapters/ana"]}, "--lora-modules takes ids"),
+        ({"max_cpu_loras": 8}, "--max-cpu-loras is 8"),
+        ({"max_lora_rank": 4}, "--max-lora-rank is 4: the bank needs at least 8"),
+    ],
+)
+def test_options_that_recipes_cannot_be_served_with_end_the_start(changed: dict[str, Any], words: str) -> None:
+    needed = {"enable_lora": True, "lora_modules": None, "max_loras": 8, "max_cpu_loras": 64, "max_lora_rank": 8}
+    bank: Any = SimpleNamespace(serving_rank=8)
+    _refuse_unsafe(AsyncMock(), Namespace(**needed), ["key"], {"b": bank})
+    with pytest.raises(BankError, match=words):
+        _refuse_unsafe(AsyncMock(), Namespace(**needed | changed), ["key"], {"b": bank})
 
 
 async def test_an_engine_that_is_to_stop_sends_everybody_on_to_another() -> None:
@@ -176,6 +198,15 @@ async def test_a_gateway_is_told_in_brief_what_was_said_last_and_waits_for_nothi
     assert worker.published.summary() == {"prepares": 2, "fuses": 1, "slots_taken": 3}
     await worker.published.refresh()
     assert worker.asked == 2
+
+
+async def test_a_recipe_that_is_fused_later_than_it_was_checked_makes_no_counter_fall(worker: Worker) -> None:
+    warm = []
+    for observed in (worker.published.check, worker.metrics.fuse, worker.published.check):
+        observed.observe(0.1)
+        await worker.published.refresh()
+        warm.append(shown(worker.published)['mta_engine_prepares_total{kind="warm"}'])
+    assert warm == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("path", "asked"), [("/metrics", 1), ("/v1/models", 0)])

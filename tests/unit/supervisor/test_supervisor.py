@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import os
 import re
 import signal
@@ -26,7 +27,7 @@ from server.settings import Settings
 from server.supervisor import services, supervisor
 from server.supervisor.data_folder import DataFolder, StartError
 from server.supervisor.services import Part
-from server.supervisor.supervisor import State, Supervisor, end, spawn
+from server.supervisor.supervisor import Display, State, Supervisor, end, spawn
 
 SLEEP, READY = "import time; time.sleep(600)", "up and ready"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
@@ -40,6 +41,25 @@ orphan = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.ar
 subprocess.run([sys.executable, "-c", orphan, stubborn[2]])
 """
 FAMILY_SIZE = 4  # the part and the three
+
+
+class ClosedTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_closed_terminal_disturbs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    display = Display()
+    for stopped in (False, True):  # while all start, and later
+        if stopped:
+            display.close()
+        monkeypatch.setattr(sys, "stdout", ClosedTerminal())
+        display.report("gateway", "stopping", "")
+        display.say("stopped")
+    display.close()
 
 
 class Record:
