@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from bench.rig.processes import wait_until
 from server.gateway import parts
+from server.gateway.http.streaming import event
 from server.gateway.routes import users
 from server.gateway.users.adapting import MAX_CONCURRENT
 from server.settings import Settings
@@ -103,7 +104,7 @@ class TestBrokenEngine:
         ("stream", "knobs", "status"),
         [
             (True, {"die_after": 0}, 502),
-            (True, {"fail_after": 0}, 502),
+            (True, {"fail_after": 0}, 503),
             (False, {"die_after": 2}, 503),
             (False, {"fail_after": 0}, 503),
             (False, {"garbage": b"7"}, 502),
@@ -121,6 +122,15 @@ class TestBrokenEngine:
         assert response.status_code == status
         assert response.json()["error"]["type"] == ("engine_error" if status == 502 else "service_unavailable")
         assert ("Retry-After" in response.headers) == (status == 503)
+
+    @pytest.mark.parametrize("fields", [{"stream": True}, {"n": 2}])  # vLLM answers 200 before it looks at these
+    def test_what_it_refuses_in_a_stream(self, client: httpx.Client, fake_engine: FakeEngine, fields: Any) -> None:
+        refusal = {"message": "out-of-vocab", "type": "BadRequestError", "param": "logit_bias", "code": 400}
+        fake_engine.turn(garbage=event({"error": refusal}))
+        asked = {"model": "base", "prompt": "hi", "max_tokens": 4, "logit_bias": {"999999": 1}}
+        refused = client.post("/v1/completions", json=asked | fields)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logit_bias")
+        assert len(fake_engine.seen) == 1
 
     def test_while_it_is_down(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
         fake_engine.stop()

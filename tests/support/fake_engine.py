@@ -63,9 +63,12 @@ class Seen:
         prompt = self.body["prompt"]
         return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
 
+    def prompt_tokens_of(self, prompt: Any) -> int:
+        return sum(map(len, prompt)) if "messages" in self.body else len(prompt)
+
     @property
     def prompt_tokens(self) -> int:
-        return sum(sum(map(len, one)) if "messages" in self.body else len(one) for one in self.prompts)
+        return sum(map(self.prompt_tokens_of, self.prompts))
 
     @property
     def choices(self) -> range:
@@ -74,6 +77,11 @@ class Seen:
     @property
     def usage(self) -> dict[str, int]:
         prompt, completion = self.prompt_tokens, self.tokens * len(self.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def usage_of(self, answer: int) -> dict[str, int]:
+        """What vLLM's chunks say of one answer and its prompt."""
+        prompt, completion = self.prompt_tokens_of(self.prompts[answer // self.body.get("n", 1)]), self.tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def words(self, context: int) -> list[str]:
@@ -228,7 +236,6 @@ class FakeEngine:
     async def _stream(self, request: web.Request, seen: Seen) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        usage: dict[str, Any] = {"usage": seen.usage}
         if self.knobs.dies:
             self.knobs.dies -= 1
             _cut(request)
@@ -243,11 +250,11 @@ class FakeEngine:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(self.knobs.token_delay_s)
             if not seen.tokens and "messages" in seen.body:  # vLLM opens a message with its first token
-                await response.write(chunks(seen, "", **usage))
-            await response.write(self.knobs.garbage or chunks(seen, word, **usage))
+                await response.write(chunks(seen, ""))
             seen.tokens += 1
-        await response.write(chunks(seen, None, self.knobs.finish_reasons, **usage))
-        await response.write(chunk(seen, None, usage=seen.usage) + b"data: [DONE]\n\n")
+            await response.write(self.knobs.garbage or chunks(seen, word))
+        await response.write(chunks(seen, None, self.knobs.finish_reasons))
+        await response.write(chunk(seen, None) + b"data: [DONE]\n\n")
         return response
 
 
@@ -294,19 +301,22 @@ def whole(seen: Seen, words: list[str], finish_reasons: Sequence[str]) -> dict[s
     return _named(seen, "chat.completion") | {"choices": choices} | more
 
 
-def chunks(seen: Seen, word: str | None, finish_reasons: Sequence[str | None] = (None,), **more: Any) -> bytes:
+def chunks(seen: Seen, word: str | None, finish_reasons: Sequence[str | None] = (None,)) -> bytes:
     """A chunk for each choice: its opening if `word` is empty, its end if it is None."""
     ends = zip(seen.choices, cycle(finish_reasons), strict=False)
-    return b"".join(chunk(seen, index, word, reason, **more) for index, reason in ends)
+    return b"".join(chunk(seen, index, word, reason) for index, reason in ends)
 
 
-def chunk(seen: Seen, index: int | None, word: str | None = None, reason: str | None = None, **more: Any) -> bytes:
+def chunk(seen: Seen, index: int | None, word: str | None = None, reason: str | None = None) -> bytes:
     """One choice's; without one what follows the last choice."""
     delta = ({} if word is None else {"content": word}) | ({"role": "assistant"} if word == "" else {})
     said = {"delta": delta} if "messages" in seen.body else {"text": word or ""}
     logprobs = _logprobs(seen.body, [word]) if word else None
     choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
-    content = _named(seen, "chat.completion.chunk") | {"choices": [] if index is None else [choice]} | more
+    told = (
+        {"choices": [], "usage": seen.usage} if index is None else {"choices": [choice], "usage": seen.usage_of(index)}
+    )
+    content = _named(seen, "chat.completion.chunk") | told
     return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -66,6 +66,15 @@ class AnswerInterrupted(EngineFailed):
 
     def __init__(self) -> None:
         super().__init__("the engine stopped in the middle of the answer: send the request again")
+
+
+class ErrorEvent(EngineFailed):
+    """The engine sent an error in place of a piece."""
+
+    def __init__(self, error: Any) -> None:
+        shown = _without_user_adapters(excerpt(error, 300))
+        super().__init__(f"the engine failed in the middle of the answer: {shown}")
+        self.error = error if isinstance(error, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +180,17 @@ class EngineClient:
         try:
             if response.status != 200:
                 raise await _error_from(response, request)
-            stream = EngineStream(response.content, sent_s, streamed=request.stream, chat=request.prompt is None)
-            await stream.begin()
+            stream = EngineStream(
+                response.content,
+                sent_s,
+                streamed=request.stream,
+                chat=request.prompt is None,
+                answers=request.sampling.get("n") or 1,
+            )
+            try:
+                await stream.begin()
+            except ErrorEvent as event:  # vLLM answers 200 before it looks at the request
+                raise _error_of(int(event.error.get("code") or 500), event.error, request) from None
         except BaseException:
             response.close()
             raise
@@ -188,7 +206,13 @@ class EngineStream:
     """
 
     def __init__(
-        self, chunks: aiohttp.StreamReader, sent_s: float, *, streamed: bool = True, chat: bool = True
+        self,
+        chunks: aiohttp.StreamReader,
+        sent_s: float,
+        *,
+        streamed: bool = True,
+        chat: bool = True,
+        answers: int = 1,  # to each prompt
     ) -> None:
         self.sent_s = sent_s  # time of sending by the performance counter
         self.first_token_s: float | None = None  # None if the answer is not streamed
@@ -197,6 +221,8 @@ class EngineStream:
         self.usage: dict[str, int] = {}
         self.complete = False
         self._streamed = streamed
+        self._answers = answers
+        self._prompts, self._written = dict[int, int](), dict[int, int]()  # tokens of each prompt, of each answer
         self._field = ("delta" if streamed else "message") if chat else "text"
         self._values = events(chunks) if streamed else _single_value(chunks)
         self._first: Piece | None = None
@@ -236,11 +262,10 @@ class EngineStream:
 
     def _read(self, chunk: dict[str, Any]) -> str:
         if "error" in chunk:
-            message = _without_user_adapters(excerpt(chunk["error"], 300))
-            raise EngineFailed(f"the engine failed in the middle of the answer: {message}")
-        if usage := chunk.get("usage"):
-            self.usage = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+            raise ErrorEvent(chunk["error"])
         choices = chunk["choices"]
+        if usage := chunk.get("usage"):
+            self._count(usage, choices)
         if not choices:
             return ""
         if any(choice.get("finish_reason") == _ABORTED for choice in choices):
@@ -248,6 +273,14 @@ class EngineStream:
         self.finish_reason = choices[0].get("finish_reason") or self.finish_reason
         content = choices[0][self._field]
         return (content if self._field == "text" else content.get("content")) or ""
+
+    def _count(self, usage: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
+        prompt, written = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+        if self._streamed and choices:  # of this answer and its prompt alone; what follows the last answer has the sums
+            index = int(choices[0]["index"])
+            self._prompts[index // self._answers], self._written[index] = prompt, written
+            prompt, written = sum(self._prompts.values()), sum(self._written.values())
+        self.usage = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
 async def events(chunks: aiohttp.StreamReader) -> AsyncGenerator[Any, None]:
@@ -282,15 +315,22 @@ def open_session(timeout_s: float, **options: Any) -> aiohttp.ClientSession:
 
 
 async def _error_from(response: aiohttp.ClientResponse, request: EngineRequest) -> MtaError:
-    body = b""
-    try:
+    body, error = b"", None
+    with contextlib.suppress(aiohttp.ClientError, OSError, ValueError, TypeError, KeyError):
         body = await response.read()
         error = orjson.loads(body)["error"]
+    if response.status == 503 and _NO_HEALTHY_ENGINE in body:
+        return EngineUnavailable("no engine can be reached now: send the request again", received=False, silent=True)
+    return _error_of(response.status, error, request)
+
+
+def _error_of(status: int, error: Any, request: EngineRequest) -> MtaError:
+    """Translate an engine's error, which is one in OpenAI's shape if the engine could answer."""
+    try:
         message, param = _without_user_adapters(str(error["message"])), error.get("param")
         param = param and str(param).removeprefix("body.")
-    except (aiohttp.ClientError, OSError, ValueError, TypeError, KeyError, AttributeError):
-        message, param = f"HTTP {response.status} without a reason", None
-    status = response.status
+    except (TypeError, KeyError, AttributeError):
+        message, param = f"HTTP {status} without a reason", None
     if status == 404 and param == "model":
         return AdapterMissing(message)
     if status in (400, 422):
@@ -300,8 +340,6 @@ async def _error_from(response: aiohttp.ClientResponse, request: EngineRequest) 
         return InvalidRequest(message, param=param, code="context_length_exceeded" if too_long else None)
     if status in (401, 403):
         return EngineFailed("the engine refused the gateway's key: MTA_ENGINE_KEY differs", code="engine_key")
-    if status == 503 and _NO_HEALTHY_ENGINE in body:
-        return EngineUnavailable("no engine can be reached now: send the request again", received=False, silent=True)
     if status >= 500 or status == 429:
         return EngineUnavailable(f"the engine cannot answer now: {message}", received=True, silent=False)
     return EngineFailed(f"the engine answered {status}: {message}")

@@ -55,6 +55,21 @@ class Engine:
         return 0, EngineStream(Chunks(), 0.0, chat=False)
 
 
+async def test_until_the_end_the_usage_is_the_sum_of_what_chunks_say_of_their_own_answers() -> None:
+    told = [(0, 5, 1), (1, 5, 1), (2, 7, 1), (0, 5, 2), (3, 7, 9)]  # answer, its prompt's tokens, its own
+    usages = [{"prompt_tokens": prompt, "completion_tokens": own, "total_tokens": 0} for _, prompt, own in told]
+    values = [piece(index, "x") | {"usage": usage} for (index, *_), usage in zip(told, usages, strict=True)]
+
+    class Chunks:
+        async def iter_any(self) -> AsyncIterator[bytes]:
+            for value in [*values, {"choices": [], "usage": usages[-1] | {"completion_tokens": 15}}]:
+                yield event(value)
+
+    stream: Any = EngineStream(Chunks(), 0.0, chat=False, answers=2)  # type: ignore[arg-type]
+    counted = [tuple(stream.usage.values()) for _ in range(len(told) + 1) if await stream._next()]
+    assert counted == [(5, 1, 6), (5, 2, 7), (12, 3, 15), (12, 4, 16), (12, 13, 25), (7, 15, 22)]
+
+
 def piece(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
     return {"created": 1, "choices": [{"index": index, "text": text, "finish_reason": reason}]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +27,12 @@ from server.gateway.http.json_text import MAX_FIELDS, MAX_STRUCTURE_BYTES, parse
 from server.gateway.routes.generate import request_of
 from server.gateway.routes.openai.requests import (
     IGNORED,
-    MAX_FORMAT_BYTES,
     OWN_FIELDS,
     REFUSED,
     ChatRequest,
     CompletionRequest,
 )
+from server.gateway.routes.openai.schemas import MAX_BYTES, states_of
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.routes.users import ItemsRequest
 from server.store.tenants.user_key import UserKeys
@@ -42,6 +43,17 @@ JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner),
     max_leaves=20,
 )
+
+
+ENDLESS = ("(a{1,127}b{1,127}){1,127}", "((((a?){1,100})?){1,100})?", r"(\d{1,50}[a-z]{1,50}){1,127}", "^.{1,5000}$")
+
+
+def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def tool(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
 
 
 @given(JSON, st.booleans())
@@ -151,11 +163,14 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
     ChatRequest: {
         "n": (0, 129),
         "temperature": ("1",),
-        "tools": ([],),
+        "tools": ([], [tool({"items": [{"pattern": "a{1500}"}]}), tool({"pattern": "b{1,1500}"})]),
         "tool_choice": (5, {"a": 1 << 64}),
         "response_format": (
             *({"type": "text", "a": 1 << 64}, {"type": "structural_tag"}, {"type": "json_schema"}),
-            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["x" * MAX_FORMAT_BYTES]}}},
+            json_schema({"enum": ["x" * MAX_BYTES]}),
+            *(json_schema({"properties": {"a": {"pattern": pattern}}}) for pattern in ENDLESS),
+            json_schema({"patternProperties": {pattern: {} for pattern in ENDLESS}}),
+            json_schema({"properties": {str(n): {} for n in range(201)}, "minProperties": 1}),
         ),
         "max_completion_tokens": (1 << 31,),
         "stream_options": ({"include_usage": True},),
@@ -361,3 +376,22 @@ def test_tokens_are_estimated_before_the_engine_has_counted_them() -> None:
     assert limits.estimate_tokens(twice) == 5 + 4 * 20
     assert limits.estimate_tokens(replace(asked, messages=[], prompt=[1, 2, 3])) == 3 + 20
     assert limits.estimate_tokens(replace(asked, messages=[], prompt=["x" * 8, "x" * 8])) == 4 + 2 * 20
+
+
+@pytest.mark.parametrize(
+    ("pattern", "states"),
+    [
+        (r"^\d{4}-\d{2}-\d{2}$", 10),
+        ("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", 36),
+        (r"^(\([0-9]{3}\))?[0-9]{3}-[0-9]{4}$", 13),
+        (r"[\]{2}]{3}", 3),
+        ("((ab){2,}c|d)*x{0}", 6),
+        (")a{99999999999}", 1_000_000_000),
+    ],
+)
+def test_the_states_of_a_pattern_are_those_of_its_repeats_written_out(pattern: str, states: int) -> None:
+    assert states_of(pattern) == states
+    accepted = states < 100
+    with nullcontext() if accepted else pytest.raises(ValidationError, match="patterns that repeat less"):
+        body = {"messages": [{"role": "user", "content": "hi"}], "response_format": json_schema({"pattern": pattern})}
+        ChatRequest.model_validate(body)

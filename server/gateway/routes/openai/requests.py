@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
 from server.gateway.generation.request import Personalize, prompts_of
+from server.gateway.routes.openai.schemas import check_schemas, check_size
 from server.gateway.routes.requests import (
     MAX_MESSAGES,
     SEED_MAX,
@@ -84,9 +85,14 @@ def _check_format(value: dict[str, Any]) -> dict[str, Any]:
     schema = value.get("json_schema")
     if value["type"] == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("schema"), dict)):
         raise PydanticCustomError("format", "must have a json_schema with a name and a schema")
-    if len(orjson.dumps(_check_encodable(value))) > MAX_FORMAT_BYTES:
-        raise PydanticCustomError("format", f"must have at most {MAX_FORMAT_BYTES} bytes as JSON")
+    check_size(_check_encodable(value))
+    check_schemas([schema])
     return value
+
+
+def _check_tools(tools: list[Tool]) -> list[Tool]:
+    check_schemas(tool.function.parameters for tool in tools)
+    return tools
 
 
 def _check_tool_choice(value: Any) -> Any:
@@ -95,7 +101,6 @@ def _check_tool_choice(value: Any) -> Any:
     return _check_encodable(value)
 
 
-MAX_FORMAT_BYTES = 32 << 10  # vLLM reads a schema while all its requests wait: 3 s a MB
 _FORMATS = ("text", "json_object", "json_schema")
 _FORMAT = {"type": "object", "properties": {"type": {"enum": list(_FORMATS)}}, "required": ["type"]}
 _TEXT = {"type": "string", "minLength": 1}
@@ -123,6 +128,13 @@ class Function(Strict):
 class Tool(Strict):
     type: Literal["function"]
     function: Function
+
+
+Tools = Annotated[
+    list[Annotated[Tool, NoNulls]],
+    Field(fail_fast=True, min_length=1, max_length=_MAX_TOOLS),
+    AfterValidator(_check_tools),
+]
 
 
 class CalledFunction(Strict):
@@ -213,7 +225,7 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32, description="Overrides `max_tokens`.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Annotated[Tool, NoNulls]] | None = Field(None, fail_fast=True, min_length=1, max_length=_MAX_TOOLS)
+    tools: Tools | None = None
     tool_choice: Annotated[Any, AfterValidator(_check_tool_choice), WithJsonSchema(_CHOICE)] = None
     parallel_tool_calls: bool | None = None
     history: History | None = Field(
