@@ -95,12 +95,18 @@ class AsyncClient:
     async def worth(self) -> Worth:
         return await self._call(calls.WORTH)
 
+    async def job(self, job_id: str) -> Job:
+        return await self._call(calls.job(job_id))
+
+    async def cancel(self, job_id: str) -> Job:
+        return await self._call(calls.cancel(job_id))
+
     def events(self, job_id: str) -> AsyncGenerator[Job, None]:
         return self._stream(calls.events(job_id))
 
     async def wait(self, job_id: str, *, timeout_s: float = 600.0, poll_s: float = 0.1) -> Job:
         deadline_s = time.monotonic() + timeout_s
-        while (job := await self._call(calls.job(job_id))).ended_at is None:
+        while (job := await self.job(job_id)).ended_at is None:
             if time.monotonic() > deadline_s:
                 raise calls.timed_out(job, timeout_s)
             await asyncio.sleep(poll_s)
@@ -118,7 +124,7 @@ class AsyncClient:
     async def _stream(self, call: Call[T]) -> AsyncGenerator[T, None]:
         response, events = await self._patiently(lambda: self._send(call)), Events()
         async with aclosing(response):
-            with call.explained(self.url):
+            with call.explained(self.url, streaming=True):
                 async for piece in response.aiter_bytes():
                     for event in events.feed(piece):
                         yield call.read(event)

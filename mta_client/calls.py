@@ -46,11 +46,13 @@ class Call(Generic[T]):
             return http.build_request(self.method, self.path, json=self.body)
 
     @contextmanager
-    def explained(self, url: str) -> Iterator[None]:
-        """Turn the failures of sending a request and reading its answer into an `MtaError`."""
+    def explained(self, url: str, *, streaming: bool = False) -> Iterator[None]:
+        """Turn the failures of sending a request and reading its answer, or a stream, into an `MtaError`."""
         try:
             yield
         except httpx.HTTPError as error:
+            if streaming:
+                raise broken_off() from error
             raise MtaError(f"{self.method} {self.path} got no answer from {url}: {error}", "no_answer") from error
         except (ValueError, LookupError, TypeError) as error:
             raise MtaError(
@@ -122,6 +124,10 @@ def feedback(user_id: str, answer: str, given: Mapping[str, Any]) -> Call[Feedba
 
 def job(job_id: str) -> Call[Job]:
     return _call(Job, "GET", _path("jobs", job_id))
+
+
+def cancel(job_id: str) -> Call[Job]:
+    return _call(Job, "DELETE", _path("jobs", job_id))
 
 
 def events(job_id: str) -> Call[Job]:

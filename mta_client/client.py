@@ -127,6 +127,13 @@ class Client:
         """Return what personalisation is worth to the users of the key's tenant (`GET /worth`)."""
         return self._call(calls.WORTH)
 
+    def job(self, job_id: str) -> Job:
+        return self._call(calls.job(job_id))
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancel a job that waits or runs; what is stored stays as it was."""
+        return self._call(calls.cancel(job_id))
+
     def events(self, job_id: str) -> Generator[Job, None, None]:
         """Yield a job now and after each change, until it has ended."""
         return self._stream(calls.events(job_id))
@@ -134,7 +141,7 @@ class Client:
     def wait(self, job_id: str, *, timeout_s: float = 600.0, poll_s: float = 0.1) -> Job:
         """Wait until a job has ended, polling it every `poll_s`."""
         deadline_s = time.monotonic() + timeout_s
-        while (job := self._call(calls.job(job_id))).ended_at is None:
+        while (job := self.job(job_id)).ended_at is None:
             if time.monotonic() > deadline_s:
                 raise calls.timed_out(job, timeout_s)
             time.sleep(poll_s)
@@ -150,7 +157,7 @@ class Client:
 
     def _stream(self, call: Call[T]) -> Generator[T, None, None]:
         response, events = self._patiently(lambda: self._send(call)), Events()
-        with closing(response), call.explained(self.url):
+        with closing(response), call.explained(self.url, streaming=True):
             for piece in response.iter_bytes():
                 yield from map(call.read, events.feed(piece))
                 if events.done:

@@ -30,9 +30,12 @@ class MtaError(Exception):
     def __init__(
         self, message: str, code: str, *, status: int = 0, param: str | None = None, retry_after_s: float | None = None
     ) -> None:
-        super().__init__(f"{message} ({status} {code})" if status else message)
+        super().__init__(message, code)  # what unpickling passes again
         self.message, self.code, self.status, self.param = message, code, status, param
         self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.status} {self.code})" if self.status else self.message
 
     @property
     def is_transient(self) -> bool:

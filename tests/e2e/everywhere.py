@@ -214,6 +214,22 @@ class TestReading:
         assert reading("metrics", does, BEFORE, AFTER) == [2, 3]
         assert reading("metrics", "m.growth(m.parseMetrics(''), m.parseMetrics(''), 'asked_total')") is None
 
+    def test_an_engine_that_is_away_and_comes_back_has_not_grown_by_all_it_ever_did(self, reading: Reading) -> None:
+        does = "m.growth(m.parseMetrics(v[0]), m.parseMetrics(v[1]), 'x_total')"
+        both, other = 'x_total{engine="0"} 10\nx_total{engine="1"} 20', 'x_total{engine="1"} 25'
+        later = both.replace("20", "30")
+        assert [reading("metrics", does, *pair) for pair in ((both, other), (other, later), (both, later))] == [
+            5,
+            5,
+            10,
+        ]
+
+    def test_what_is_asked_here_is_not_learnt_and_takes_the_past_items_that_it_says(self, reading: Reading) -> None:
+        question = {"user": "rosa", "prompt": "Rain?", "maxTokens": 9, "temperature": 0, "history": 0, "strength": 1}
+        body = reading("snippets", "m.asBody(v[0])", question)
+        assert (body["learn"], body["history"], "strength" in body) == (False, 0, False)
+        assert 'extra_body={"history": 0}' in reading("snippets", "m.asPython(v[0])", question)
+
     def test_words_that_differ_are_marked_and_no_text_is_lost(self, reading: Reading) -> None:
         for left, right, marked in (
             ("the cat sat", "the dog sat", (["cat"], ["dog"])),

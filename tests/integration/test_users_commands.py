@@ -76,6 +76,9 @@ def test_everybody_in_a_file_has_a_profile_and_a_second_run_imports_whoever_has_
     assert client.get(f"/users/{ids[3]}/export").json()["items"][0]["text"] == "I have changed"
     assert client.get(f"/users/{ids[0]}").status_code == 404  # whoever was erased stays so
     assert last_line() == "0 imported, 10 already imported, 0 failed"
+    profiles[ids[3]][0] = f"I am {ids[3]}"  # as at first
+    written(path, profiles, layout)
+    assert last_line() == "1 imported, 9 already imported, 0 failed"
 
 
 def test_whoever_cannot_be_imported_is_named_with_the_reason_and_the_rest_go_on(
@@ -93,16 +96,18 @@ def test_whoever_cannot_be_imported_is_named_with_the_reason_and_the_rest_go_on(
         ["a", "list"],
         {"user_id": 17, "items": ["numbers are ids too"]},
         {"id": late, "profile": ["fine"]},
+        {"id": "Zo\u00eb", "profile": ["fine"]},
+        {"id": "Zoe\u0308", "profile": ["the same to the server"]},
     ]
     path = tmp_path / "people.ndjson"
     path.write_text("no json\n\n" + "".join(json.dumps(entry) + "\n" for entry in entries))
     done = mta("import", str(path), "--url", gateway.url, "--state", str(tmp_path / "far" / "state"))
     assert done.exit_code == 1
     failures = map(json.loads, (tmp_path / "far" / "people.ndjson.failed.ndjson").read_text().splitlines())
-    assert done.output.splitlines()[-1].startswith("3 imported, 0 already imported, 8 failed: see ")
+    assert done.output.splitlines()[-1].startswith("4 imported, 0 already imported, 9 failed: see ")
     reasons = {failure["entry"]: failure["reason"] for failure in failures}
     expected = {1: "not JSON", 4: "twice", 5: "without spaces", 6: "must not be . or ..", 7: "no user_id"}
-    expected |= {8: "no profile", 9: "items.0", 10: "must be an object"}
+    expected |= {8: "no profile", 9: "items.0", 10: "must be an object", 14: "twice"}
     assert all(reason in reasons[place] for place, reason in expected.items()), reasons
     assert [client.get(f"/users/{user}").status_code for user in (good, "17", late)] == [200] * 3
 
@@ -159,6 +164,15 @@ def test_an_import_that_was_broken_off_goes_on_where_it_stopped(
     counts = imported(stub, path)
     assert (counts["imported"], counts["skipped"]) == (6, 4)
     assert sorted(stub.served) == sorted(ids)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_an_import_whose_key_is_refused_ends(stub: Stub, tmp_path: Path, status: int) -> None:
+    stub.answers = [(status, {})] * 1000
+    with pytest.raises(RequestRefused, match=f"told to say {status}"):
+        imported(stub, written(tmp_path / "people", {f"user-{n}": ["hello"] for n in range(1000)}))
+    assert len(stub.answers) > 900
+    assert not (tmp_path / "people.failed.ndjson").exists()
 
 
 def test_nobody_there_is_said_after_a_while_and_a_no_is_not_asked_again(stub: Stub) -> None:

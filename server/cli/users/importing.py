@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,14 +32,14 @@ class PersonEntry:
     items: list[Any]
     fault: str = ""  # why the entry is invalid
 
-    def digest(self, url: str) -> bytes:
-        """Return a hash of the gateway, the person and the items, from which nobody can identify the person."""
-        content = orjson.dumps([url, self.user_id, self.items], option=orjson.OPT_SORT_KEYS)
-        return hashlib.sha256(content).digest()[:16]
+    def digests(self, url: str) -> tuple[str, str]:
+        """Return hashes of the person at this gateway, and of these with the items; they identify nobody."""
+        person = [url, self.user_id]
+        return _hash(person), _hash([*person, self.items])
 
 
 class Journal:
-    """The imported people of all runs, one hash per line, and the failures of this run with reasons.
+    """The imported people of all runs, two hashes per line, and the failures of this run with reasons.
 
     Both files are next to the file of `people`, or in `out/` if its folder is read-only.
     """
@@ -52,7 +53,7 @@ class Journal:
             self.failed.unlink(missing_ok=True)
             self._done = _open_private(done)
             *lines, partial = self._done.read().split(b"\n")
-            self.known = {bytes.fromhex(line.decode()) for line in lines}
+            self.known = dict(map(_hashes, lines))
             self._done.truncate(self._done.tell() - len(partial))  # line of a killed run
         except (OSError, ValueError) as error:
             raise MtaError(f"{done} is not the state of an import, or cannot be written: {error}") from error
@@ -60,9 +61,9 @@ class Journal:
     def close(self) -> None:
         self._done.close()
 
-    def add(self, digest: bytes) -> None:
-        self.known.add(digest)
-        self._done.write(digest.hex().encode() + b"\n")
+    def add(self, person: str, content: str) -> None:
+        self.known[person] = content
+        self._done.write(f"{person} {content}\n".encode())
         self._done.flush()
 
     def fail(self, person: PersonEntry, reason: str) -> None:
@@ -96,19 +97,21 @@ class Import:
         return self.counts
 
     def _import(self, person: PersonEntry) -> None:
-        digest, fault = person.digest(self.client.url), person.fault
-        known = digest in self.journal.known
+        (who, content), fault = person.digests(self.client.url), person.fault
+        known = self.journal.known.get(who) == content
         if not (fault or known):
             try:
                 with gateway_errors(self.client):
                     self.client.put_profile(person.user_id, person.items)
             except RequestRefused as error:
+                if error.of_all:
+                    raise
                 fault = str(error)
         with self._lock:
             if fault:
                 self.journal.fail(person, fault)
             elif not known:
-                self.journal.add(digest)
+                self.journal.add(who, content)
             self.counts["failed" if fault else "skipped" if known else "imported"] += 1
             self.on_person(self.counts.total())
 
@@ -121,10 +124,11 @@ def read_people(path: Path) -> Iterator[PersonEntry]:
     seen: set[str] = set()
     for place, raw in _entries(path):
         person = _person(place, raw)
-        if person.user_id in seen:
+        user_id = unicodedata.normalize("NFC", person.user_id)  # as the server does
+        if user_id in seen:
             person = replace(person, fault=f"{excerpt(person.user_id)} is in the file twice: merge the entries")
-        elif person.user_id:
-            seen.add(person.user_id)
+        elif user_id:
+            seen.add(user_id)
         yield person
 
 
@@ -163,6 +167,15 @@ def _person(place: int, raw: Any) -> PersonEntry:
     if not isinstance(items, list) or not items:
         return PersonEntry(place, user_id, [], f"it has no profile: a list of items, got {excerpt(items)}")
     return PersonEntry(place, user_id, [{"text": item} if isinstance(item, str) else item for item in items])
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
+
+
+def _hashes(line: bytes) -> tuple[str, str]:
+    person, content = line.decode().split()
+    return person, content
 
 
 def _open_private(path: Path) -> IO[bytes]:

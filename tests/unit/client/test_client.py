@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import fields
 from inspect import iscoroutine, isfunction, signature
@@ -128,12 +129,19 @@ def test_values_have_the_fields_of_answers(value: type, answer: type[BaseModel])
     assert [field.name for field in fields(value)] == list(answer.model_fields)
 
 
+LOST = b"\0"
+
+
 class Pieces(httpx.SyncByteStream, httpx.AsyncByteStream):
     def __init__(self, body: bytes) -> None:
         self._body = body
 
     def __iter__(self) -> Iterator[bytes]:
-        return (self._body[place : place + 1] for place in range(len(self._body)))
+        for place in range(len(self._body)):
+            piece = self._body[place : place + 1]
+            if piece == LOST:
+                raise httpx.ReadError("the connection is lost")
+            yield piece
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in iter(self):
@@ -158,13 +166,20 @@ def test_events_are_read_up_to_done_and_comments_skipped(kind: Any) -> None:
 
 def test_a_stream_that_breaks_off_is_an_error_after_its_events(kind: Any) -> None:
     error = {"message": "the engine died", "type": "server_error", "param": None, "code": "engine_unavailable"}
-    for rest, code in ((b"", "broken_off"), (event({"error": error}), "engine_unavailable")):
+    ends = ((b"", "broken_off"), (LOST, "broken_off"), (event({"error": error}), "engine_unavailable"))
+    for rest, code in ends:
         with served(kind, event(PIECE) + rest) as client:
             chunks = client.stream("ada", "hello")
             assert next(chunks).text == "a\u2028b\x85c"  # not separators of lines
             with pytest.raises(MtaError) as failure:
                 next(chunks)
         assert (failure.value.code, failure.value.status) == (code, 0)
+
+
+def test_an_error_outlives_its_process() -> None:
+    error = MtaError("no such user", "not_found", status=404, param="user_id", retry_after_s=2.0)
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), vars(again)) == (str(error), vars(error))
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ async function refusal(response) {
 	const { status } = response;
 	try {
 		const { error } = await response.json();
+		if (!error.message) throw error;
 		return new Failure(error.message, status);
 	} catch {
 		return new Failure(`The gateway answered with status ${status} and no explanation.`, status);

@@ -54,7 +54,7 @@ function Readiness() {
 		let timer;
 		const look = async () => {
 			if (!document.hidden) {
-				setStatus(await call('GET', '/ready', undefined, { also: [503] }).then((ready) => ready.status, () => 'no answer'));
+				setStatus(await call('GET', '/ready', undefined, { also: [503], signal: AbortSignal.timeout(LOOK_MS) }).then((ready) => ready.status, () => 'no answer'));
 			}
 			timer = setTimeout(look, LOOK_MS);
 		};

@@ -1,7 +1,7 @@
 // The bank: its anchors on a map, the number of items of each, and the weight rule.
-import { call, userPath } from '../api.js';
+import { call, userPath, wasStopped } from '../api.js';
 import { useBank } from '../parts/bank.js';
-import { html, useEffect, useState } from '../parts/html.js';
+import { html, useEffect, useRef, useState } from '../parts/html.js';
 import { go, note } from '../parts/links.js';
 import { AnchorMap } from '../parts/map.js';
 import { Anchors, Bar, Facts, Notice, UserId } from '../parts/widgets.js';
@@ -14,13 +14,17 @@ export function Bank({ params }) {
 	const [fault, setFault] = useState(null);
 	useEffect(() => { if (typed) look(); }, []);
 
+	const looking = useRef();
 	async function look() {
+		looking.current?.abort();
+		const { signal } = looking.current = new AbortController();
 		setFault(null);
 		setUser(null);
 		note('bank', { user: typed.trim() });
 		try {
-			setUser(await call('GET', userPath(typed.trim())));
+			setUser(await call('GET', userPath(typed.trim()), undefined, { signal }));
 		} catch (error) {
+			if (wasStopped(error)) return;
 			setFault(error);
 		}
 	}

@@ -1,6 +1,6 @@
 // One user's stored data and anchors; export and erase.
-import { call, text, userPath } from '../api.js';
-import { html, useEffect, useState } from '../parts/html.js';
+import { call, text, userPath, wasStopped } from '../api.js';
+import { html, useEffect, useRef, useState } from '../parts/html.js';
 import { go, note } from '../parts/links.js';
 import { Anchors, anchorsTitle, Erased, Facts, Input, Notice, Sure, UserId } from '../parts/widgets.js';
 import { bytes, count, moment, pieces, SOURCES } from '../parts/words.js';
@@ -11,17 +11,21 @@ export function Users({ params }) {
 	const [user, setUser] = useState(null); // null, 'looking', 'unknown' or the stored data
 	const [fault, setFault] = useState(null);
 	const [erased, setErased] = useState(null);
-	useEffect(() => { if (id) look(id); }, []);
+	const looking = useRef(); // of the user looked up last
+	useEffect(() => { if (id) look(id); return () => looking.current?.abort(); }, []);
 
 	async function look(wanted, again = false) {
+		looking.current?.abort();
+		const { signal } = looking.current = new AbortController();
 		setId(wanted);
 		setFault(null);
 		setErased(null);
 		if (!again) setUser('looking');
 		note('users', { id: wanted });
 		try {
-			setUser(await call('GET', userPath(wanted)));
+			setUser(await call('GET', userPath(wanted), undefined, { signal }));
 		} catch (error) {
+			if (wasStopped(error)) return;
 			setUser(error.status === 404 ? 'unknown' : null);
 			if (error.status !== 404) setFault(error);
 		}
@@ -29,9 +33,11 @@ export function Users({ params }) {
 
 	async function erase() {
 		setFault(null);
+		const { signal } = looking.current;
 		try {
-			setErased(await call('DELETE', userPath(id)));
-			setUser(null);
+			const told = await call('DELETE', userPath(id));
+			setErased(told);
+			if (!signal.aborted) setUser(null);
 		} catch (error) {
 			setFault(error);
 		}
@@ -68,7 +74,7 @@ export function Users({ params }) {
 				<h2>Export or erase</h2>
 				<p><button type="button" class="link" onClick=${take}>Export</button> all data of
 					${' '}<span class="mono">${id}</span> as JSON, or erase it: items, samples, jobs and adapters.</p>
-				<${Sure} label="Erase" question=${`Erase ${id} for good?`} onYes=${erase} />
+				<${Sure} key=${id} label="Erase" question=${`Erase ${id} for good?`} onYes=${erase} />
 			</section>`}
 		</div>`}`;
 }
@@ -116,6 +122,8 @@ function Adapter({ adapter }) {
 }
 
 function AddItems({ id, onAdded }) {
+	const here = useRef(true);
+	useEffect(() => () => { here.current = false; }, []);
 	const [typed, setTyped] = useState('');
 	const [added, setAdded] = useState(null);
 	const [fault, setFault] = useState(null);
@@ -128,7 +136,7 @@ function AddItems({ id, onAdded }) {
 		try {
 			setAdded(await call('POST', `${userPath(id)}/profile/items`, { items: found.map((text) => ({ text })) }));
 			setTyped('');
-			onAdded();
+			if (here.current) onAdded();
 		} catch (error) {
 			setFault(error);
 		}

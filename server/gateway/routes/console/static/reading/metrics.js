@@ -32,11 +32,16 @@ export function total({ samples }, name, passes = all) {
 	return found.length ? found.reduce((sum, { value }) => sum + value, 0) : null;
 }
 
-/** Returns the growth of a counter; a smaller value means that it was reset. */
-export function growth(before, now, name, passes) {
-	const [was, is] = [total(before, name, passes) ?? 0, total(now, name, passes)];
-	if (is === null) return null;
-	return is >= was ? is - was : is;
+/** Returns the growth of counters, each by itself; a smaller value means that it was reset. An engine may come back. */
+export function growth(before, now, name, passes = all) {
+	const named = ({ labels }) => JSON.stringify(labels);
+	const was = new Map((before.samples.get(name) ?? []).map((one) => [named(one), one.value]));
+	const found = (now.samples.get(name) ?? []).filter(({ labels }) => passes(labels));
+	if (!found.length) return null;
+	return found.reduce((sum, one) => {
+		const first = was.get(named(one)) ?? ('engine' in one.labels ? one.value : 0);
+		return sum + (one.value >= first ? one.value - first : one.value);
+	}, 0);
 }
 
 /** Estimates a quantile of a histogram between two readings, like Prometheus; null without observations. */

@@ -8,7 +8,8 @@ export const asBody = ({ user, prompt, maxTokens, temperature, history, strength
 	prompt,
 	max_tokens: maxTokens,
 	temperature,
-	...(history && { history }),
+	history,
+	learn: false,
 	...(strength !== 1 && { strength }),
 });
 
@@ -19,7 +20,7 @@ export const asCurl = (question) => [
 
 export function asPython(question) {
 	const extra = Object.entries({ history: question.history, strength: question.strength })
-		.filter(([name, value]) => value !== { history: 0, strength: 1 }[name])
+		.filter(([name, value]) => name === 'history' || value !== 1)
 		.map(([name, value]) => `"${name}": ${value}`);
 	return [
 		'import os',
