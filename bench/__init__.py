@@ -12,14 +12,16 @@ import typer
 from adapters.errors import MtaError
 
 
-def exit_on_sigterm() -> None:
-    """Let SIGTERM exit this process like Ctrl-C, so that it stops the servers it has started."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def exit_on_signals() -> None:
+    """Let SIGTERM, and SIGHUP unless `nohup` ignores it, exit like Ctrl-C, so that servers that were started stop."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
 
 
 def script(main: Callable[..., object]) -> None:
     """Run a benchmark as a program: known errors become one line on stderr and exit status 1."""
-    exit_on_sigterm()
+    exit_on_signals()
     try:
         typer.run(main)
     except MtaError as error:

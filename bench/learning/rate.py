@@ -24,10 +24,10 @@ import typer
 from bench import script
 from bench.fleet.fairness import PLACES, USERS, pinned_gateway
 from bench.fleet.streams import Load, loading, user_bodies
-from bench.page.report import Spread, report
+from bench.page.report import Spread, marked, report
 from bench.rig.tiny import world
 
-TOKENS = 32
+OK, TOKENS = 200, 32
 
 
 def main(
@@ -53,10 +53,10 @@ async def _measure(url: str, seconds: float, turns: int, clients: int) -> list[t
         half = (await loader.closed(PLACES, seconds, lambda _: None)).rate / 2
         for turn in range(turns):
             alone.append(await loader.open(half, seconds, lambda _: None, seed=turn))
-            before = statuses.total()
+            before = statuses[OK]
             async with _giving_feedback(url, clients, statuses):
                 beside.append(await loader.open(half, seconds, lambda _: None, seed=turn))
-            rates.append((statuses.total() - before) / beside[-1].seconds)
+            rates.append((statuses[OK] - before) / beside[-1].seconds)
     of: dict[str, Callable[[Load], float]] = {
         "answers a second": lambda load: load.rate,
         "first token, p50": lambda load: load.first_ms(0.5),
@@ -66,7 +66,7 @@ async def _measure(url: str, seconds: float, turns: int, clients: int) -> list[t
     return [
         ("answers a second, offered", round(half, 1)),
         ("feedbacks a second", Spread.of(rates)),
-        ("feedbacks by status", str(dict(statuses))),
+        ("feedbacks by status", marked(dict(statuses), statuses.keys() <= {OK})),
         *(
             (f"{name}, beside feedback over alone", Spread.ratio(list(map(read, beside)), list(map(read, alone))))
             for name, read in of.items()

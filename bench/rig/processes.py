@@ -168,6 +168,8 @@ def running(
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(background.process.pid, signal.SIGKILL)  # who outlives the command itself
         background.wait()
 
 

@@ -101,7 +101,13 @@ class ValkeyProcess:
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             }
         with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            self._process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the benchmark, which ends its parts in order
+            )
         return command
 
     def set_clock(self, ahead_s: float) -> None:

@@ -14,7 +14,7 @@ import typer
 
 from adapters.errors import MtaError
 from bank.models.folders import ensure_embedder
-from bench import exit_on_sigterm
+from bench import exit_on_signals
 from bench.fleet.chaos.verdict import Claim
 from bench.page.report import console, report, tabulate
 from bench.rig.tiny import tiny_bank, tiny_model
@@ -110,7 +110,7 @@ def readable(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    exit_on_sigterm()
+    exit_on_signals()
     try:
         app()
     except (MtaError, AssertionError) as error:

@@ -40,7 +40,7 @@ def _register(name: str, module: str, about: str) -> None:
     @group.command(name.rpartition(" ")[2], help=about, add_help_option=False, context_settings=pass_through)
     def run(context: typer.Context) -> None:
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        import_module("bench").exit_on_sigterm()
+        import_module("bench").exit_on_signals()
         try:
             inner.command()(import_module(module).main)
         except ModuleNotFoundError as error:

@@ -42,7 +42,7 @@ BENCH_OPTIONS = {
 SWALLOWED = """
 import signal, sys, time
 from server import cli
-from bench import exit_on_sigterm
+from bench import exit_on_signals
 
 class Dying:
     def __del__(self):
@@ -50,7 +50,7 @@ class Dying:
 
 @cli.app.command("wait")
 def wait():
-    exit_on_sigterm()
+    exit_on_signals()
     Dying()
     for _ in range(600):
         time.sleep(0.1)
