@@ -139,7 +139,6 @@ def _answer(request: Request, body: ChatRequest | CompletionRequest, patience_s:
         strength=body.strength,
         sampling=body.engine_fields,
         stream=body.stream,
-        splittable=False,  # a single answer comes in one piece; several are streamed and joined, except with tools
         users=users,
         caller=caller_of(request),
         patience_s=patience_s,
