@@ -20,6 +20,10 @@ from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, gi
 STREAMED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 
 
+def asking(route: str, text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]} if "chat" in route else {"prompt": text}
+
+
 def test_a_profile_gives_the_recipe(client: Client, ada: str, fake_engine: FakeEngine, gateway: GatewayThread) -> None:
     response = generate(client, ada).raise_for_status()
     answer, merged = response.json(), who(response)
@@ -70,10 +74,20 @@ def test_what_the_engine_is_sent(client: Client, ada: str, fake_engine: FakeEngi
     assert ada not in sent and keys.key(ada) not in sent
 
 
-def test_the_engine_streams_an_answer_that_may_not_fit(client: Client, ada: str, fake_engine: FakeEngine) -> None:
+@ALL
+def test_the_engine_streams_an_answer_that_may_not_fit(client: Client, fake_engine: FakeEngine, route: str) -> None:
+    wait_until_ready(client)
     for chars, streamed in ((40, False), (200, True)):
-        generate(client, ada, prompt="x" * chars, max_tokens=100).raise_for_status()
+        either(client, route, **asking(route, "x" * chars), max_tokens=100).raise_for_status()
         assert fake_engine.seen[-1].body.get("stream", False) is streamed
+
+
+def test_the_engine_parses_tool_calls_in_one_piece(client: Client, fake_engine: FakeEngine) -> None:
+    wait_until_ready(client)
+    fields = {"tools": [{"type": "function", "function": {"name": "look"}}], "tool_choice": "required"}
+    for more in ({"n": 2}, {"max_tokens": 500}):
+        ask(client, **fields, **more).raise_for_status()
+        assert "stream" not in fake_engine.seen[-1].body
 
 
 def test_a_stream_says_the_same_as_a_whole_answer(client: Client, ada: str) -> None:
@@ -109,14 +123,13 @@ def test_more_tokens_than_the_prompt_leaves_are_refused(
     client: Client, fake_engine: FakeEngine, route: str, stream: bool
 ) -> None:
     wait_until_ready(client)  # from now on the gateway knows the engine's context of 512
-    said = {"messages": [{"role": "user", "content": "x" * 500}]} if "chat" in route else {"prompt": "x" * 500}
-    assert either(client, route, **said, max_tokens=12, stream=stream).status_code == 200
+    asked = asking(route, "x" * 500)
+    assert either(client, route, **asked, max_tokens=12, stream=stream).status_code == 200
     fake_engine.knobs.token_delay_s = 0.05
-    refused = either(client, route, **said, max_tokens=13, stream=stream)
+    refused = either(client, route, **asked, max_tokens=13, stream=stream)
     assert error_of(refused) == (400, "max_tokens", "context_length_exceeded")
     assert "Ask for at most 12" in refused.json()["error"]["message"]
-    seen = fake_engine.seen[-1]  # a whole answer reports the prompt's length at its end
-    wait_until(lambda: seen.aborted or (seen.ended and "stream" not in seen.body), "the engine to be told")
+    wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
 
 
 def test_a_chat_completion_is_openais_plus_personalization(client: Client, ada: str, fake_engine: FakeEngine) -> None:

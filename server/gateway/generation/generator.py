@@ -186,15 +186,16 @@ def _public_id(request: GenerationRequest, epoch: str, request_id: str, served: 
 
 
 def _engine_request(request: GenerationRequest, prompt: UserPrompt, limits: LengthLimits) -> EngineRequest:
-    # Streaming releases the places of several answers one by one, but the engine parses tool calls better in one piece.
-    streamed = request.stream or (request.sequences > 1 and "tools" not in request.sampling)
+    # A stream can be refused at its first token, and releases the places of several answers one by one; but the engine
+    # parses tool calls better in one piece.
+    streamed = request.sequences > 1 or not limits.allow_whole(request, prompt.messages)
     return EngineRequest(
         request_id=f"{request.id_prefix}-{request_id.get()}",
         model=BASE_MODEL,  # replaced by each candidate's model
         messages=prompt.messages,
         sampling=request.sampling,
         prompt_param=request.prompt_param,
-        stream=streamed or (request.splittable and not limits.allow_whole(prompt.messages, request.max_tokens)),
+        stream=request.stream or (streamed and "tools" not in request.sampling),
         prompt=request.prompt,
         cache_salt=request.users.cache_salt,
     )

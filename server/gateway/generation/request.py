@@ -41,7 +41,6 @@ class GenerationRequest:
     max_tokens: int | None  # None for the rest of the context
     sampling: Mapping[str, Any]  # fields passed to the engine unchanged
     stream: bool
-    splittable: bool  # whether the engine may stream an answer that the client wants whole
     users: UserKeys  # of the caller's tenant
     caller: Caller
     holdout: float = 0.0  # share of users who are answered one level lower, for comparison
@@ -110,14 +109,16 @@ class LengthLimits:
         text_tokens = (chars + _tool_bytes(request)) // _CHARS_PER_TOKEN
         return text_tokens + token_ids + self._answer_tokens(request) * request.sequences
 
-    def allow_whole(self, messages: Conversation, max_tokens: int | None) -> bool:
+    def allow_whole(self, request: GenerationRequest, messages: Conversation) -> bool:
         """Return whether to request an answer in one piece: it is short and fits with any tokenisation of the prompt.
 
-        Other answers are streamed, and refused at the first token if they do not fit.
+        Other answers are streamed, and refused at the first token if they do not fit. Without `max_tokens` all fit.
         """
-        if self.context_tokens is None or max_tokens is None or max_tokens > WHOLE_TOKENS:
+        if request.max_tokens is None:
+            return True
+        if self.context_tokens is None or request.max_tokens > WHOLE_TOKENS:
             return False
-        return max_prompt_tokens(messages) + max_tokens <= self.context_tokens
+        return max_prompt_tokens(messages, request.prompt or "") + request.max_tokens <= self.context_tokens
 
     def _answer_tokens(self, request: GenerationRequest) -> int:
         """Return `max_tokens`; by default half the context, at most `WHOLE_TOKENS`."""
@@ -139,10 +140,11 @@ def chars_of(messages: Conversation) -> int:
     return sum(len(_prompt_text(message)) for message in messages)
 
 
-def max_prompt_tokens(messages: Conversation) -> int:
-    """Return an upper bound on the tokens of a conversation: each token covers at least one byte."""
-    text_bytes = sum(size_bytes(_prompt_text(message)) for message in messages)
-    return text_bytes + _TEMPLATE_TOKENS_PER_MESSAGE * len(messages) + _TEMPLATE_TOKENS
+def max_prompt_tokens(messages: Conversation, prompt: Prompt = "") -> int:
+    """Return an upper bound on the tokens of a conversation or prompt: each token covers at least one byte."""
+    texts = [*map(_prompt_text, messages), *prompts_of(prompt)]
+    text_tokens = sum(size_bytes(text) if isinstance(text, str) else len(text) for text in texts)
+    return text_tokens + _TEMPLATE_TOKENS_PER_MESSAGE * len(messages) + _TEMPLATE_TOKENS
 
 
 def size_bytes(text: str) -> int:

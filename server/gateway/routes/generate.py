@@ -115,7 +115,6 @@ def request_of(
         max_tokens=request.max_tokens,
         sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
         stream=request.stream,
-        splittable=True,
         users=users,
         caller=caller,
         patience_s=patience_s,

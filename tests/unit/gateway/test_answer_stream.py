@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, MutableMapping
+import tracemalloc
+from collections.abc import AsyncIterator, Iterable, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,17 +13,21 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import EngineFailed
 from server.gateway.access.queue import EngineQueue
-from server.gateway.engines.chat import EngineRequest, EngineStream, events
+from server.gateway.engines.chat import EngineRequest, EngineStream, Piece, events
 from server.gateway.generation.answer_stream import AnswerStream, split_request
+from server.gateway.generation.personalizer import Level, Personalization
+from server.gateway.generation.prompts import UserPrompt
 from server.gateway.http.streaming import DONE, KEEP_ALIVE, EventSender, event
 from server.gateway.routes.jobs import _JobEvents
-from server.gateway.routes.openai.routes import join_chunks
+from server.gateway.routes.openai.requests import ChatMessage, ChatRequest
+from server.gateway.routes.openai.routes import JoinedChunks, _OpenAIResponse
 from server.store.jobs import Job, JobId, JobState
 from server.store.tenants.user_key import UserKeys
 from tests.support.watchdog import settled
@@ -72,6 +77,14 @@ async def test_until_the_end_the_usage_is_the_sum_of_what_chunks_say_of_their_ow
 
 def piece(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
     return {"created": 1, "choices": [{"index": index, "text": text, "finish_reason": reason}]}
+
+
+def joined(chunks: Iterable[dict[str, Any]]) -> Any:
+    """What is sent for all chunks of a stream."""
+    whole = JoinedChunks()
+    for chunk in chunks:
+        whole.add(chunk)
+    return orjson.loads(orjson.dumps(whole.value()))
 
 
 def end(prompt: int, completion: int) -> dict[str, Any]:
@@ -143,7 +156,7 @@ async def test_parts_wait_one_after_another_and_come_back_as_one() -> None:
         engine.say("id", piece(0, "a", "stop"), end(5, 2), DONE)
         engine.say("id-2", piece(0, "e", "stop"), piece(1, "f", "stop"), end(5, 3), DONE)
         values = [value async for _, value in stream.pieces()]
-        whole = join_chunks(values)
+        whole = joined(values)
         assert [choice["text"] for choice in whole["choices"]] == list("abcdef")
         assert [choice["index"] for choice in whole["choices"]] == list(range(6))
         assert values[-1]["usage"] == {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
@@ -174,13 +187,44 @@ def test_a_conversation_s_chunks_become_the_message_that_the_engine_would_have_s
     said = [chunk(1, content="b"), chunk(0, reasoning="so"), chunk(0, content="a ")]
     ended = [chunk(0, "length", content="c") | {"system_fingerprint": "f"}, chunk(1, "stop")]
     chunks = [*opened, *said, *ended, {"choices": [], "usage": {"total_tokens": 3}}]
-    value = join_chunks(chunks)
-    assert (value["id"], value["usage"]) == ("x", {"total_tokens": 3})
+    value = joined(chunks)
+    assert (value["id"], value["system_fingerprint"], value["usage"]) == ("x", "f", {"total_tokens": 3})
     first, second = value["choices"]
     assert first["message"] == {"role": "assistant", "content": "a c", "refusal": None, "reasoning": "so"}
     assert [one["token"] for one in first["logprobs"]["content"]] == ["a ", "c"]
     assert (first["finish_reason"], second["finish_reason"]) == ("length", "stop")
     assert second["message"]["content"] == "b"
+
+
+@pytest.mark.parametrize("top", [0, 5])
+async def test_a_long_answer_takes_little_more_memory_than_what_will_be_sent(top: int) -> None:
+    logprobs = {"content": [{"token": "sea", "logprob": -0.5, "top_logprobs": [{"token": "rye"}] * top}]}
+    choice = {"delta": {"content": "sea "}, "logprobs": logprobs if top else None}
+    taken_bytes = 0
+
+    async def pieces() -> AsyncIterator[Piece]:
+        nonlocal taken_bytes
+        tracemalloc.start()
+        for number in range(4000):
+            yield "", orjson.loads(orjson.dumps({"choices": [{"index": number % 4} | choice]}))
+        yield "", end(5, 4000)
+        taken_bytes, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+
+    nothing: Any = None
+    answer: Any = SimpleNamespace(
+        pieces=pieces,
+        public_id="x",
+        personalization=Personalization(Level.BASE),
+        prompt=UserPrompt([], 0, None, None),
+        stream=SimpleNamespace(first=SimpleNamespace(first_token_s=0.0)),
+        timings=SimpleNamespace(ms={}),
+        learns=False,
+    )
+    body = ChatRequest(messages=[ChatMessage(role="user", content="hello")])
+    sent = await _OpenAIResponse(nothing, nothing, body, "chat.completion").whole(answer)
+    assert orjson.loads(sent)["choices"][3]["message"]["content"] == "sea " * 1000
+    assert 0 < taken_bytes < 2 * len(sent)
 
 
 def read(*pieces: bytes) -> list[object]:

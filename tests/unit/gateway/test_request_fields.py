@@ -354,17 +354,20 @@ def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
     unknown.check(ask(max_tokens=10_000))
     unknown.check_answer(ask(max_tokens=10_000), 500)
     LIMITS.check_answer(ask(max_tokens=500), None)
-    assert not unknown.allow_whole(ask().messages, 1)
+    assert not unknown.allow_whole(ask(max_tokens=1), ask().messages)
 
 
 def test_an_answer_comes_whole_when_it_is_short_and_surely_fits() -> None:
-    messages = ask(prompt="ä" * 20).messages
-    room = 4096 - max_prompt_tokens(messages)
-    assert max_prompt_tokens(messages) > 40
-    assert LengthLimits(100, 4096).allow_whole(messages, WHOLE_TOKENS)
-    assert not LengthLimits(100, 4096).allow_whole(messages, WHOLE_TOKENS + 1)
-    assert LengthLimits(100, 4096 - room + 8).allow_whole(messages, 8)
-    assert not LengthLimits(100, 4096 - room + 7).allow_whole(messages, 8)
+    asked, longest = ask(prompt="ä" * 20, max_tokens=8), ask(max_tokens=WHOLE_TOKENS)
+    assert LengthLimits(100, 4096).allow_whole(longest, longest.messages)
+    assert not LengthLimits(100, 4096).allow_whole(replace(longest, max_tokens=WHOLE_TOKENS + 1), longest.messages)
+    for prompt in (None, "ä" * 20, ["ä" * 20], [1] * 40, [[1] * 40]):
+        request = replace(asked, prompt=prompt, messages=[] if prompt else asked.messages)
+        bound = max_prompt_tokens(request.messages, prompt or "")
+        assert bound > 40
+        assert LengthLimits(100, bound + 8).allow_whole(request, request.messages)
+        assert not LengthLimits(100, bound + 7).allow_whole(request, request.messages)
+        assert LengthLimits(100, bound).allow_whole(replace(request, max_tokens=None), request.messages)
 
 
 def test_tokens_are_estimated_before_the_engine_has_counted_them() -> None:

@@ -6,6 +6,7 @@ Responses are those of the engine with public names, and with `personalization` 
 from __future__ import annotations
 
 import unicodedata
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -39,7 +40,7 @@ _MODELS = (PERSONAL_MODEL, BASE_MODEL)
 _RESPONSES: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _INTERNAL_FIELDS = ("kv_transfer_params", "ec_transfer_params")  # fields that engines exchange with each other
 _NULLABLE = {"content", "refusal", "logprobs", "finish_reason", "usage"}  # in OpenAI's schema; other nulls are removed
-_JOINED_FIELDS = frozenset(("index", "delta", "text", "logprobs"))
+_JOINED = {"delta", "text", "logprobs"}
 
 
 class _Completion(BaseModel, frozen=True):
@@ -139,7 +140,6 @@ def _answer(request: Request, body: ChatRequest | CompletionRequest, patience_s:
         strength=body.strength,
         sampling=body.engine_fields,
         stream=body.stream,
-        splittable=False,  # a single answer comes in one piece; several are streamed and joined, except with tools
         users=users,
         caller=caller_of(request),
         patience_s=patience_s,
@@ -201,8 +201,12 @@ class _OpenAIResponse(AnswerResponse):
         self._kind = kind
 
     async def whole(self, answer: Answer) -> bytes:
-        values = [value async for _, value in answer.pieces()]
-        value = values[0] if answer.stream.first.first_token_s is None else join_chunks(values)
+        streamed, joined = answer.stream.first.first_token_s is not None, JoinedChunks()
+        async for _, value in answer.pieces():
+            if streamed:
+                joined.add(value)
+        if streamed:
+            value = joined.value()
         self._make_public(value, answer, self._kind)
         value["personalization"] = PersonalizationAnswer.of(answer).model_dump()
         return orjson.dumps(value)
@@ -237,31 +241,42 @@ class _OpenAIResponse(AnswerResponse):
                 del part[name]
 
 
-def join_chunks(chunks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join all chunks of a stream into the answer the engine would have sent whole; the last chunk has the usage.
+class JoinedChunks:
+    """The chunks of a stream, joined into the answer that the engine would have sent whole; the last one has the usage.
 
-    The chunks of several choices may be interleaved in any order.
+    The chunks of several choices may be interleaved in any order. Only what will be sent is kept: parsed chunks would
+    take many times the memory.
     """
-    choices: dict[int, dict[str, Any]] = {}
-    for chunk in chunks:
+
+    def __init__(self) -> None:
+        self._common: dict[str, Any] = {}
+        self._choices = defaultdict[int, _JoinedChoice](_JoinedChoice)
+
+    def add(self, chunk: dict[str, Any]) -> None:
         for piece in chunk["choices"]:
-            if (choice := choices.get(piece["index"])) is None:
-                content = {"message": {"role": "assistant", "content": "", "refusal": None}}
-                choice = {"index": piece["index"]} | (content if "delta" in piece else {"text": ""})
-                choices[piece["index"]] = choice = choice | {"logprobs": None, "finish_reason": None}
-            _append_piece(choice, piece)
-    common = {name: value for name, value in chunks[0].items() if name != "choices"}
-    ordered = [choices[index] for index in sorted(choices)]
-    return common | {"choices": ordered, "usage": chunks[-1].get("usage")}
+            self._choices[piece["index"]].add(piece)
+        self._common |= chunk
+
+    def value(self) -> dict[str, Any]:
+        return self._common | {"choices": [self._choices[index].value() for index in sorted(self._choices)]}
 
 
-def _append_piece(choice: dict[str, Any], piece: dict[str, Any]) -> None:
-    for name, text in piece.get("delta", {}).items():
-        if isinstance(text, str) and name != "role":
-            choice["message"][name] = (choice["message"].get(name) or "") + text
-    if "text" in piece:
-        choice["text"] += piece["text"]
-    for name, values in (piece.get("logprobs") or {}).items():
-        known = choice["logprobs"] = choice["logprobs"] or {}
-        known[name] = [*(known.get(name) or ()), *values] if isinstance(values, list) else values
-    choice |= {name: value for name, value in piece.items() if value is not None and name not in _JOINED_FIELDS}
+class _JoinedChoice:
+    def __init__(self) -> None:
+        self._texts = defaultdict[str, bytearray](bytearray)  # by field of the message; `text` if there is no message
+        self._logprobs = defaultdict[str, bytearray](bytearray)  # by list, its items as JSON, each with a comma
+        self._others: dict[str, Any] = {"finish_reason": None}
+
+    def add(self, piece: dict[str, Any]) -> None:
+        for name, text in (piece.get("delta") or {"text": piece.get("text")}).items():
+            if isinstance(text, str) and name != "role":
+                self._texts[name] += text.encode()
+        for name, items in (piece.get("logprobs") or {}).items():
+            self._logprobs[name] += b"".join(orjson.dumps(item) + b"," for item in items or ())
+        self._others |= {name: value for name, value in piece.items() if value is not None and name not in _JOINED}
+
+    def value(self) -> dict[str, Any]:
+        texts = {name: text.decode() for name, text in self._texts.items()}
+        message = {"message": {"role": "assistant", "content": "", "refusal": None} | texts}
+        logprobs = {name: orjson.Fragment(b"[" + items[:-1] + b"]") for name, items in self._logprobs.items()}
+        return self._others | (texts if "text" in texts else message) | {"logprobs": logprobs or None}
