@@ -202,12 +202,15 @@ class Rotation:
         """Call `act` with the user's key; once more if the user moves meanwhile, so it must be safe to repeat."""
         place = await self._place(user, writes)
         try:
-            return await act(place)
+            done = await act(place)
         except UserErased:
             now = await self._place(user, writes)
             if now.key == place.key:
                 raise
-            return await act(now)
+            done = await act(now)
+        if writes:  # a whole exchange may have passed since: a slow write of a new user would be left behind
+            await self._place(user, writes)
+        return done
 
     async def _place(self, user: User, writes: bool) -> User:
         """Return the user with the key to read; one who `writes` and may move has moved by then."""
@@ -218,10 +221,10 @@ class Rotation:
             return found
         used_in, used_from = await self._recorded()
         target = dict(zip(self._known, user.keys, strict=True)).get(used_in, user.keys[-1])
-        if not used_from:
-            return found if profile else replace(user, key=target)
         if found.key == target and profile:
             return found
+        if not used_from and profile is None:
+            return replace(user, key=target)
         (source,) = set(user.keys) - {target}
         return replace(user, key=target) if await self.move(source, target, user.tenant) else found
 

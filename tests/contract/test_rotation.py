@@ -154,6 +154,21 @@ async def test_a_write_that_began_before_the_exchange_is_made_at_the_new_key(
     assert set(await parts.profiles.items(someone.keys[0])) == set("abcz")
 
 
+async def test_who_is_stored_by_a_write_that_outlasts_the_exchange_is_not_left_behind(
+    moving: Rotation, parts: StoreParts, someone: User
+) -> None:
+    await moving.check()
+    new, former = someone.keys
+
+    async def write(user: User) -> str:
+        await moving.begin()
+        await moving.end()
+        return await put(parts, user, "z", "")
+
+    assert await moving.at(someone, write) == former
+    assert [bool(await parts.profiles.load(key)) for key in (new, former)] == [True, False]
+
+
 async def test_two_who_move_one_user_do_it_once(server: Servers, raw: Redis, someone: User, old: str) -> None:
     before = await held(raw, old)
     async with StoreParts.opened(server.url) as one, StoreParts.opened(server.url) as other:
