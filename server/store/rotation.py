@@ -24,6 +24,7 @@ from adapters.errors import MtaError
 from adapters.recipe import bank_of
 from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore
+from server.store.append_only_file import AppendOnlyFile
 from server.store.backup.copying import AT_ONCE, StoreCopying, batches
 from server.store.jobs import KEPT_JOBS
 from server.store.profiles import ProfileStore
@@ -156,6 +157,7 @@ class Rotation:
         self._worth = WorthStore(connection)
         self._holdings = HoldingStore(connection)
         self._copying = StoreCopying(connection)
+        self._file = AppendOnlyFile(connection)
         self._secret = secret
 
     @cached_property
@@ -195,7 +197,8 @@ class Rotation:
         return bool(news)
 
     async def end(self) -> None:
-        """Note that nobody is left under the second secret."""
+        """Note that nobody is left under the second secret, and have what they left there leave the files."""
+        await self._file.request_all(GRACE_MS)
         await self._connection.run(methodcaller("hdel", keys.SECRET, _FROM))
 
     async def at(self, user: User, act: Callable[[User], Awaitable[T]], *, writes: bool = True) -> T:
