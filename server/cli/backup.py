@@ -154,7 +154,9 @@ async def _restore(
                 users.extend([user] if user else [])
                 yield entry
 
-    await stores.copying.begin_restore(manifest.sha256)
+    if await stores.copying.begin_restore(manifest.sha256):  # perhaps an earlier run did not have all logs
+        for user_key in since.gone:
+            await _erase(stores, user_key)
     with _progress() as progress:
         task = progress.add_task("users", total=manifest.users)
         async for written in stores.copying.write(kept()):
@@ -181,8 +183,7 @@ async def _settle(stores: Stores, user_key: str, gone: dict[str, str], tenants: 
         profile = await stores.profiles.load(user_key)
         for both in (users.keys(profile.user_id) for users in tenants if profile):
             if user_key in both and (erased := [key for key in both if key in gone]):
-                rewrite = await stores.file.request_rewrite(user_key)
-                await stores.profiles.erase(user_key, rewrite.erase_by_ms, rewrite.rewritten_by_ms)
+                await _erase(stores, user_key)
                 gone[user_key] = gone[erased[0]]
                 return False
         await stores.jobs.queue_again(user_key)
@@ -197,6 +198,11 @@ async def _settle(stores: Stores, user_key: str, gone: dict[str, str], tenants: 
     if profile.signature and not profile.is_signed(bank := profile.signature.signature.bank):
         await stores.signing(bank).add(user_key)
     return True
+
+
+async def _erase(stores: Stores, user_key: str) -> None:
+    rewrite = await stores.file.request_rewrite(user_key)
+    await stores.profiles.erase(user_key, rewrite.erase_by_ms, rewrite.rewritten_by_ms)
 
 
 def _progress() -> Progress:

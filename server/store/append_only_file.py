@@ -1,7 +1,9 @@
 """Rewrites the append-only file, so that erased data leaves the disk. Every erasure requests one, at most hourly.
 
+So does the end of an exchange of MTA_SECRET: a later erasure does not reach the server that the user has left.
+
 Each server has its own file. The hash `keys.rewrite(server)` holds its state, times in ms:
-- `asked`: the last request; `due`: the next rewrite; `last`: the start of the last successful rewrite;
+- `asked`: when the last request begins to count; `due`: the next rewrite; `last`: the start of the last successful one;
 - `began`, `run`, `count`: when a gateway claimed the current rewrite, the server's run id, and its rewrites until then;
 - `failures`: failed rewrites since the last successful one; `retry`: the next attempt.
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import orjson
@@ -33,11 +36,14 @@ START_MS = 30_000  # time a gateway has to start a rewrite that it has claimed
 REWRITE_MS = 600_000  # assumed duration of a rewrite, part of the promised time
 RETRY_MS = 60_000  # delay after a failed rewrite; doubled by each further failure, up to `INTERVAL_MS`
 
-# KEYS: rewrite. ARGV: interval, time to erase (ms). Returns the current time, and when a rewrite is due that is sure to
-# start after the erasure. The rewrite that is already due or claimed may start before it.
+# KEYS: rewrite. ARGV: interval, time to erase, time until the request begins to count (ms). Returns the current time,
+# and when a rewrite is due that is sure to start after the erasure. The rewrite that is already due or claimed may
+# start before it.
 _REQUEST = oom_script("""
-redis.call('HSET', KEYS[1], 'asked', now)
-local erased_by = now + ARGV[2]
+local asked, before = now + ARGV[3], tonumber(redis.call('HGET', KEYS[1], 'asked') or 0)
+if before <= now + ARGV[1] then asked = math.max(asked, before) end  -- else the clock was set back
+redis.call('HSET', KEYS[1], 'asked', asked)
+local erased_by = asked + ARGV[2]
 local due = tonumber(redis.call('HGET', KEYS[1], 'due'))
 if not due then
   local last = math.min(now, tonumber(redis.call('HGET', KEYS[1], 'last') or 0))
@@ -119,11 +125,18 @@ class AppendOnlyFile:
 
     async def request_rewrite(self, user_key: str) -> Rewrite:
         """Request a rewrite that leaves out a user about to be erased. If it raises `Unavailable`, erase nothing."""
-        states = [keys.rewrite(server) for server in await self._connection.holders(keys.profile(user_key))]
-        answers = [await self._connection.write(_REQUEST, (state,), INTERVAL_MS, ERASE_MS) for state in states]
+        answers = await self._request(await self._connection.holders(keys.profile(user_key)))
         requested_ms = min(now_ms for now_ms, _ in answers)
         due_ms = max(due_ms for _, due_ms in answers)
         return Rewrite(requested_ms + ERASE_MS - CLOCK_SKEW_MS, due_ms + _max_rewrite_ms())
+
+    async def request_all(self, in_ms: int) -> None:
+        """Request a rewrite of every server's file that leaves out what will have expired by then."""
+        await self._request([server.id for server in await self._connection.members()], in_ms)
+
+    async def _request(self, servers: Iterable[str], in_ms: int = 0) -> list[tuple[int, int]]:
+        times = (INTERVAL_MS, ERASE_MS, in_ms)
+        return [await self._connection.write(_REQUEST, (keys.rewrite(server),), *times) for server in servers]
 
     async def overdue_s(self) -> float:
         """Return how many seconds a promised rewrite is late; 0 if none is."""

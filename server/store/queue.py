@@ -175,6 +175,9 @@ class UserQueue:
         """Count an attempt; return the number since the last `remove`, from 1, or 0 if the user is not queued."""
         return int(await self._run(_COUNT_ATTEMPT, user_key))
 
+    async def forget_attempts(self, user_key: str) -> None:
+        await self._connection.run(lambda redis: redis.hdel(self._keys[2], user_key))
+
     async def _write(self, script: str, *arguments: object) -> Any:
         return await self._connection.write(script, self._keys, *arguments)
 

@@ -24,6 +24,7 @@ from adapters.errors import MtaError
 from adapters.recipe import bank_of
 from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore
+from server.store.append_only_file import AppendOnlyFile
 from server.store.backup.copying import AT_ONCE, StoreCopying, batches
 from server.store.jobs import KEPT_JOBS
 from server.store.profiles import ProfileStore
@@ -156,6 +157,7 @@ class Rotation:
         self._worth = WorthStore(connection)
         self._holdings = HoldingStore(connection)
         self._copying = StoreCopying(connection)
+        self._file = AppendOnlyFile(connection)
         self._secret = secret
 
     @cached_property
@@ -195,19 +197,23 @@ class Rotation:
         return bool(news)
 
     async def end(self) -> None:
-        """Note that nobody is left under the second secret."""
+        """Note that nobody is left under the second secret, and have what they left there leave the files."""
+        await self._file.request_all(GRACE_MS)
         await self._connection.run(methodcaller("hdel", keys.SECRET, _FROM))
 
     async def at(self, user: User, act: Callable[[User], Awaitable[T]], *, writes: bool = True) -> T:
         """Call `act` with the user's key; once more if the user moves meanwhile, so it must be safe to repeat."""
         place = await self._place(user, writes)
         try:
-            return await act(place)
+            done = await act(place)
         except UserErased:
             now = await self._place(user, writes)
             if now.key == place.key:
                 raise
-            return await act(now)
+            done = await act(now)
+        if writes:  # a whole exchange may have passed since: a slow write of a new user would be left behind
+            await self._place(user, writes)
+        return done
 
     async def _place(self, user: User, writes: bool) -> User:
         """Return the user with the key to read; one who `writes` and may move has moved by then."""
@@ -218,10 +224,10 @@ class Rotation:
             return found
         used_in, used_from = await self._recorded()
         target = dict(zip(self._known, user.keys, strict=True)).get(used_in, user.keys[-1])
-        if not used_from:
-            return found if profile else replace(user, key=target)
         if found.key == target and profile:
             return found
+        if not used_from and profile is None:
+            return replace(user, key=target)
         (source,) = set(user.keys) - {target}
         return replace(user, key=target) if await self.move(source, target, user.tenant) else found
 

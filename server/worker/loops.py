@@ -1,7 +1,8 @@
 """The worker's loops and their metrics: one loop trains jobs, the other signs users whose items have changed.
 
 An error in a job's content fails the job. An error of the process ends the process and counts as a try of the job.
-While the store is unreachable the worker waits; this is not a try. A worker writes nothing after its lease expires.
+A lack of the store is not a try. It may be of some users alone: the loops go on with the others and do not hold the
+model meanwhile. A worker writes nothing after its lease expires.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from server.store.adapters import AdapterStore, StoredAdapter, new_adapter_id
 from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Trained
 from server.store.profile_record import AdapterNote, StoredSignature
-from server.store.profiles import Change, ProfileStore
+from server.store.profiles import Change, ProfileStore, Snapshot
 from server.store.queue import UserQueue
 from server.store.samples import decode_config, decode_sample
 from server.watching.background import StoreSeconds
@@ -125,6 +126,7 @@ class JobLoop:
 
     def __post_init__(self) -> None:
         self._reserve = mmap.mmap(-1, RESERVE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.releasing = set[asyncio.Task[None]]()  # jobs that are returned once the store answers
 
     async def work_once(self, wait_s: float) -> bool:
         """Wait for a job and train it if it still needs a worker; return False if no job came."""
@@ -138,7 +140,10 @@ class JobLoop:
     async def _claim(self, job_id: JobId) -> None:
         since_s = time.monotonic()
         try:
-            lease = await retry_until(math.inf, self.jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
+            lease = await retry_until(since_s + LEASE_S, self.jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
+        except StoreTimeout as error:
+            log.warning("%s: not claimed: %s", job_id, error)
+            return  # the queue has postponed the entry
         except TrainingError as error:
             log.error("%s: cannot be read; this counts as a try: %s", job_id, error)
             return  # the lease expires
@@ -157,7 +162,9 @@ class JobLoop:
         except StoreTimeout as error:
             log.warning("%s: training stopped, the lease expired: %s", lease.job.id, error)
             # If another worker takes the job before the store answers, this try still counts.
-            await self._release(lease, math.inf, counts=False)
+            release = asyncio.create_task(self._release(lease, math.inf, counts=False))
+            self.releasing.add(release)
+            release.add_done_callback(self.releasing.discard)
         except asyncio.CancelledError:
             await self._release(lease, counts=False)
             raise
@@ -279,8 +286,11 @@ class SigningLoop:
         user_key = await self.queue.take(wait_s)
         if user_key is None:
             return False
-        async with self.model_lock:
+        try:
             await self._sign(user_key)
+        except StoreTimeout as error:
+            log.warning("%s: not signed yet: %s", user_key, error)
+            return True  # the queue has postponed the entry
         await self.queue.remove(user_key)
         profile = await self.profiles.load(user_key)
         if profile is not None and not profile.is_signed(self.bank.manifest.short):
@@ -288,21 +298,22 @@ class SigningLoop:
         return True
 
     async def _sign(self, user_key: str) -> None:
-        """Sign a user's items unless they are signed already. Waiting for the store does not start a new try."""
-        tries = await self.queue.count_attempt(user_key)
-        bank = self.bank.manifest.short
+        """Sign a user's items unless they are signed already. StoreTimeout is not a try."""
+        bank, tries = self.bank.manifest.short, 0
         for _ in range(MAX_WRITE_ATTEMPTS):
             try:
-                snapshot = await retry_until(math.inf, self.profiles.read, user_key)
-                profile = snapshot.profile
-                if profile is None or profile.is_signed(bank):
-                    return
-                items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
-                pairs = [pair for item in items if (pair := item_pair(item, self.bank.task)) is not None][-MAX_ITEMS:]
-                made = await self._make_signature(user_key, pairs, tries)
+                async with self.model_lock:
+                    snapshot = await retry_until(0, self.profiles.read, user_key)
+                    profile = snapshot.profile
+                    if profile is None or profile.is_signed(bank):
+                        return
+                    tries = tries or await self.queue.count_attempt(user_key)
+                    items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
+                    found = (item_pair(item, self.bank.task) for item in items)
+                    pairs = [pair for pair in found if pair is not None][-MAX_ITEMS:]
+                    made = await self._make_signature(user_key, pairs, tries)
                 change = Change(replace(profile, signature=StoredSignature(made, profile.updated_ms)), {}, {}, ())
-                commit = self.profiles.commit
-                if await retry_until(math.inf, commit, user_key, snapshot.version, change, snapshot.epoch):
+                if await self._commit(user_key, snapshot, change):
                     self.metrics.signatures.inc()
                     log.info("%s: signed, %d items", user_key, len(pairs))
                     return
@@ -311,6 +322,14 @@ class SigningLoop:
             except TrainingError as error:
                 log.error("%s: cannot be signed: %s", user_key, error)
                 return
+
+    async def _commit(self, user_key: str, snapshot: Snapshot, change: Change) -> bool:
+        commit, until_s = self.profiles.commit, time.monotonic() + LEASE_S
+        try:
+            return await retry_until(until_s, commit, user_key, snapshot.version, change, snapshot.epoch)
+        except StoreTimeout:
+            await self.queue.forget_attempts(user_key)  # tries are of workers that died
+            raise
 
     async def _make_signature(self, user_key: str, pairs: Sequence[tuple[str, str]], tries: int) -> Signature:
         """Return the signature of the items, or an empty one if that fails; raise Stalled if the computation hangs."""

@@ -73,6 +73,15 @@ async def disk(one_server: ValkeyProcess, quick_rewrites: None) -> AsyncIterator
         yield Disk(one_server, raw, connection, AppendOnlyFile(connection))
 
 
+async def test_what_expires_later_is_left_out_by_a_rewrite_after_that(disk: Disk) -> None:
+    asked_ms = (await disk.file.request_rewrite("a user")).erase_by_ms - append_only_file.ERASE_MS
+    await disk.file.request_all(600)
+    await disk.file.request_rewrite("another user")
+    await disk.until_forgotten()
+    assert int(await disk.raw.hget(STATE, "last")) >= asked_ms + 600
+    assert await disk.rewrites() > 1
+
+
 async def test_what_was_erased_is_gone_by_the_time_that_was_promised(disk: Disk) -> None:
     asked = await disk.file.request_rewrite("a user")
     assert on_disk(SECRET, disk.server)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 
 from server.errors import UserErased
+from server.gateway.learning.refreshing import Refreshing
 from server.store import feedback as feedback_module
 from server.store.feedback import Feedback, Outcome, Rating
-from server.store.samples import Sample
-from tests.support.store_parts import KEYS, StoreParts
+from server.store.samples import JobBudget, Sample, decode_config
+from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps
 
 KEY = KEYS.key("somebody")
 SAID = Sample([{"role": "user", "content": "any plans?"}], "the sea")
@@ -48,6 +51,29 @@ async def test_feedback_is_kept_by_answer_with_the_time_of_its_text(parts: Store
         assert await store.add(KEY, "gen-1", rated, again, "") == (both, both)
         assert (await store.entries(KEY))["gen-1"] == said
     assert await samples(parts) == [SAID]  # without a text, the earlier one stays
+
+
+async def test_a_text_that_comes_during_a_training_is_new_to_its_adapter(parts: StoreParts) -> None:
+    """Jobs and texts have the store's times; the adapter has one of the worker's clock, which may be ahead."""
+    user, worker, manifest = KEYS.user("somebody"), WorkerSteps(parts), Mock(short=BANK, room=2, common=True)
+    quotas, budget = Mock(admit=lambda *_: nullcontext()), JobBudget(1000, 60)
+    refreshing = Refreshing(parts.feedback, parts.jobs, parts.profiles, quotas, manifest, budget, every_hours=0)
+
+    async def is_due(answer: str) -> bool:
+        await parts.feedback.add(KEY, answer, merged(), SAID, "")
+        return await refreshing.refresh_if_due(user, 2, "") is not None
+
+    await parts.put(user.id, "text")
+    assert [await is_due("gen-1"), await is_due("gen-2")] == [False, True]
+    await worker.take()
+    await worker.claim()
+    await asyncio.sleep(0.01)
+    assert not await is_due("gen-3")
+    assert await worker.promote()
+    assert await is_due("gen-4")
+    newer_than_ms = decode_config((await parts.jobs.jobs(KEY))[-1].config).newer_than_ms
+    entries = (await parts.feedback.entries(KEY)).items()
+    assert [name for name, entry in entries if entry.at_ms > newer_than_ms] == ["gen-3", "gen-4"]
 
 
 async def test_parts_that_come_at_once_are_all_kept(parts: StoreParts) -> None:

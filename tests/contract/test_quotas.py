@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from redis.asyncio import Redis
@@ -15,13 +16,15 @@ from server.errors import QuotaExceeded
 from server.gateway.access import quotas as rules
 from server.gateway.access.keys import KnownKeys
 from server.gateway.access.quotas import RECOUNT_INTERVAL_S, Quotas
+from server.gateway.users.adapting import Adapting, TrainingRequest
+from server.store.jobs import Submission
 from server.store.redis import keys
 from server.store.tenants import holdings
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.holdings import Held
 from server.store.tenants.rates import Quota
 from server.store.tenants.user_key import Tenants, User, UserKeys
-from tests.support.store_parts import KEYS, SECRET, TENANT, StoreParts, WorkerSteps, change, submitted
+from tests.support.store_parts import BANK, KEYS, SECRET, TENANT, StoreParts, WorkerSteps, change, submitted
 
 QUOTA = Quota(people=3, bytes=50_000, adapters=1)
 PERSON = Held(people=1, bytes=100)
@@ -132,6 +135,23 @@ async def test_bytes_are_those_of_everything_that_grows(gateways: tuple[Gateway,
     refusal(here.quotas, "ada", lambda: Held(bytes=45_000))
     with here.quotas.admit(user, lambda: Held(bytes=-10)):
         pass
+
+
+async def test_samples_that_replace_more_need_no_room(gateways: tuple[Gateway, Gateway]) -> None:
+    here, _ = gateways
+    user = await here.put("ada")
+    await submitted(here.parts.jobs, user.key, *(f"{n:01000}" for n in range(40)))
+    here.quotas.changed(user)
+    await here.quotas.count()
+    assert here.used()["bytes"] > 40_000
+    current = AsyncMock(return_value=await here.parts.profiles.load(user.key))
+    adapting = Adapting(here.parts.jobs, Mock(current=current, quotas=here.quotas), *[Mock()] * 5)
+    fewer = Submission([f"{n:01001}".encode() for n in range(20)], False, "{}", BANK)
+    with pytest.raises(QuotaExceeded):
+        await adapting._submit(user, TrainingRequest([], {}, True, ""), replace(fewer, append=True))
+    assert await adapting._submit(user, TrainingRequest([], {}, False, ""), fewer)
+    await here.quotas.count()
+    assert 20_000 < here.used()["bytes"] < 30_000
 
 
 async def test_an_adapter_counts_from_its_job_on_and_not_once_that_failed(gateways: tuple[Gateway, Gateway]) -> None:

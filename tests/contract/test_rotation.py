@@ -32,7 +32,9 @@ from tests.support.store_parts import (
     WorkerSteps,
     change,
     claimed,
+    on_disk,
     submitted,
+    until_forgotten,
 )
 
 Servers = ValkeyProcess | ValkeyCluster
@@ -152,6 +154,33 @@ async def test_a_write_that_began_before_the_exchange_is_made_at_the_new_key(
     assert await moving.at(someone, write) == someone.keys[0]
     assert tried == [old, someone.keys[0]]
     assert set(await parts.profiles.items(someone.keys[0])) == set("abcz")
+
+
+async def test_who_is_stored_by_a_write_that_outlasts_the_exchange_is_not_left_behind(
+    moving: Rotation, parts: StoreParts, someone: User
+) -> None:
+    await moving.check()
+    new, former = someone.keys
+
+    async def write(user: User) -> str:
+        await moving.begin()
+        await moving.end()
+        return await put(parts, user, "z", "")
+
+    assert await moving.at(someone, write) == former
+    assert [bool(await parts.profiles.load(key)) for key in (new, former)] == [True, False]
+
+
+@pytest.mark.usefixtures("old", "quick_rewrites")
+async def test_after_the_exchange_the_words_leave_the_files_of_the_former_server(
+    begun: Rotation, parts: StoreParts, nodes: list[ValkeyProcess], someone: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotation, "GRACE_MS", 300)
+    assert await begun.move(*someone.keys[::-1], TENANT)
+    await begun.end()
+    assert await parts.erase(someone.id, UserKeys(SECRETS.partition(",")[0], TENANT))
+    assert on_disk(WORDS, *nodes)
+    await until_forgotten(parts.connection, WORDS, *nodes)
 
 
 async def test_two_who_move_one_user_do_it_once(server: Servers, raw: Redis, someone: User, old: str) -> None:

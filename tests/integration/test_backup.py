@@ -8,14 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
+from adapters.errors import MtaError
 from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
+from server.store import append_only_file
 from server.store.backup import copying
 from server.store.backup.folder import open_copy
 from server.store.jobs import JobId
@@ -26,7 +29,7 @@ from server.store.tenants.user_key import UserKeys
 from server.watching.audit import Act, note, read_audit
 from tests.support.calls import mta
 from tests.support.gateway import SECRET, GatewayThread, Keyed, make_keys, metric
-from tests.support.store_parts import StoreParts, WorkerSteps, Writing, change, submitted
+from tests.support.store_parts import StoreParts, WorkerSteps, Writing, change, submitted, until_forgotten
 
 TENANT = "acme"
 USERS = [f"person-{n}" for n in range(200)]
@@ -104,6 +107,29 @@ def test_who_was_erased_under_the_next_secret_before_anybody_moved_stays_erased(
         monkeypatch.setenv("MTA_SECRET", both)
         (copy,) = (tmp_path / "copies").iterdir()
         assert "restored: 1 users" in mta("restore", copy, "--erased", log, MTA_REDIS_URL=server.url)
+
+
+def test_who_is_in_a_log_that_only_the_second_run_of_a_restore_has_stays_erased(
+    memory: Path, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def left() -> list[str]:
+        async with StoreParts.opened(server.url) as parts:
+            await until_forgotten(parts.connection, USERS[0], server)
+            return [user for user in USERS[:2] if await parts.profiles.load(user_key(user))]
+
+    for name in ("INTERVAL_MS", "ERASE_MS", "CLOCK_SKEW_MS"):
+        monkeypatch.setattr(append_only_file, name, 100 if name == "ERASE_MS" else 0)
+    with ValkeyProcess(memory / "again") as server:
+        asyncio.run(put(server, USERS[:2]))
+        mta("backup", "--out", tmp_path / "copies", MTA_REDIS_URL=server.url)
+        (copy,) = (tmp_path / "copies").iterdir()
+        ask(server, "FLUSHALL")
+        with monkeypatch.context() as patched, pytest.raises(MtaError, match="broken off"):
+            patched.setattr("server.cli.backup._settle", Mock(side_effect=MtaError("broken off")))
+            mta("restore", copy, "--without-erasures", MTA_REDIS_URL=server.url)
+        note(Act.ERASE, httpx.codes.OK.value, tenant=TENANT, user=user_key(USERS[0]))
+        assert "restored: 1 users" in mta("restore", copy, "--erased", log, MTA_REDIS_URL=server.url)
+        assert asyncio.run(left()) == USERS[1:2]
 
 
 async def put(store: Store, users: Sequence[str]) -> None:

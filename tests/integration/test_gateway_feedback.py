@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import redis
 from httpx import Client
 
 from bank.manifest import BankManifest
@@ -21,6 +22,7 @@ from server.gateway.generation.answer_ids import answer_id
 from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.learning import messages
 from server.settings import Settings
+from server.store.redis import keys
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
@@ -102,7 +104,9 @@ def test_a_final_text_equal_to_the_answer_teaches_nothing(client: Client, ada: s
     assert (said["outcome"], said["learned"], said["changed"] is None) == ("edited", True, by_hash)
 
 
-def test_an_id_is_of_one_user_one_tenant_and_one_life(client: Client, ada: str, new_user: NewUser) -> None:
+def test_an_id_is_of_one_user_one_tenant_and_one_life(
+    client: Client, ada: str, new_user: NewUser, gateway_settings: Settings
+) -> None:
     answer = answered(client, ada)
     request_id, _, ending = answer.rpartition(".")
     stranger, other = new_user(), UserKeys("another secret of a server", "default")
@@ -127,14 +131,20 @@ def test_an_id_is_of_one_user_one_tenant_and_one_life(client: Client, ada: str, 
     client.delete(f"/users/{ada}").raise_for_status()
     put(client, ada, [{"text": "back again"}])
     assert error_of(give(client, ada, answer, rating="up")) == UNKNOWN
-    assert give(client, ada, answered(client, ada), rating="down").status_code == 200
+    answer = answered(client, ada)
+    assert give(client, ada, answer, rating="down").status_code == 200
+    with redis.from_url(gateway_settings.redis_url) as raw:
+        assert raw.delete(keys.epoch(UserKeys(SECRET, "default").key(ada))), "its time is over"
+    assert give(client, ada, answer, rating="up").status_code == 200
+    client.delete(f"/users/{ada}").raise_for_status()
+    assert error_of(give(client, ada, answer, rating="up")) == UNKNOWN
 
 
 def test_an_id_counts_for_seven_days(client: Client, ada: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answer, now_s = answered(client, ada), time.time()
-    monkeypatch.setattr(time, "time", lambda: now_s + 7 * 24 * 3600)
+    monkeypatch.setattr(time, "time", lambda: now_s + (7 * 24 - 1) * 3600)
     assert give(client, ada, answer, rating="up").status_code == 200
-    monkeypatch.setattr(time, "time", lambda: now_s + (7 * 24 + 1) * 3600)
+    monkeypatch.setattr(time, "time", lambda: now_s + 7 * 24 * 3600)
     assert error_of(give(client, ada, answer, rating="up")) == (410, "answer", "gone")
 
 
@@ -145,9 +155,9 @@ def test_which_answers_can_be_named(client: Client, ada: str) -> None:
         *chunks, _ = chunks_of(streamed)
         (named,) = {chunk["id"] for chunk in chunks}
         assert give(client, ada, named, outcome="discarded").json()["level"] == "merged"
-    keys = UserKeys(SECRET, "default")
-    assert ada not in named and keys.key(ada) not in named
-    assert answer_ids.read_answer_id(keys, keys.user(ada), "", named).request_id == named.rpartition(".")[0]
+    users = UserKeys(SECRET, "default")
+    assert ada not in named and users.key(ada) not in named
+    assert answer_ids.read_answer_id(users, users.user(ada), "", named).request_id == named.rpartition(".")[0]
 
 
 @pytest.mark.parametrize(

@@ -118,12 +118,10 @@ async def test_a_lease_that_expires_without_the_store_costs_no_try(
     desk: Desk, slow: JobLoop, trainer: AdapterTrainer
 ) -> None:
     job_id, jobs = await desk.submit(), slow.jobs
-    working = asyncio.create_task(slow.work_once(1))
-    while jobs.failures < 15:
-        await asyncio.sleep(0.05)
-    assert not working.done()  # it waits for the store, to return the job
+    assert await slow.work_once(1)  # and does not wait for the store, to return the job
+    assert not slow.model_lock.locked()
     jobs.away = False
-    assert await working
+    await asyncio.gather(*slow.releasing)
     job = await desk.job(job_id)
     assert (job.state, job.tries, job.step) == (JobState.QUEUED, 0, 0)
     slow.trainer = trainer
@@ -132,13 +130,23 @@ async def test_a_lease_that_expires_without_the_store_costs_no_try(
     assert (job.state, job.tries) == (JobState.SUCCEEDED, 1)
 
 
+@pytest.mark.usefixtures("short_lease")
+async def test_a_job_that_cannot_be_claimed_is_left_to_later(desk: Desk, worker: JobLoop) -> None:
+    job_id, worker.jobs.away = await desk.submit(), True
+    async with asyncio.timeout(PATIENCE_S):
+        assert await worker.work_once(1)
+    job = await desk.job(job_id)
+    assert (job.state, job.tries) == (JobState.QUEUED, 0)
+
+
 async def test_a_try_counts_if_another_worker_has_the_job_by_then(desk: Desk, slow: JobLoop) -> None:
     job_id, jobs = await desk.submit(), slow.jobs
     working = asyncio.create_task(slow.work_once(1))
     while jobs.failures == 0 or (lease := await desk.jobs.claim(job_id, 60)) is None:
         await asyncio.sleep(0.05)
-    jobs.away = False
     assert await working
+    jobs.away = False
+    await asyncio.gather(*slow.releasing)
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.RUNNING, 2)
     assert await desk.jobs.renew(lease, 60, step=1, of=2)

@@ -295,7 +295,7 @@ class WorkerSteps:
         snapshot = await self.parts.profiles.read(key)
         if snapshot.profile is None:
             return None
-        noted = replace(snapshot.profile, adapter=AdapterNote(stored.id, recipe, len(raw), 1))
+        noted = replace(snapshot.profile, adapter=AdapterNote(stored.id, recipe, len(raw), LATER_MS))
         trained = Trained(JobState.SUCCEEDED, 2.0, 1.0)
         done = await self.parts.jobs.promote(self.lease, trained, noted, snapshot.version, stored)
         return stored.id if done else None

@@ -2,10 +2,10 @@
 
 An id is the request's id, a dot, and the base64url of an ending::
 
-    hour u24 · level and arm u8 · hash of the recipe u32 · MAC (16 bytes)
+    hour u24 · level and arm u8 · hash of the recipe u32 · hash of the user's epoch u48 · MAC (16 bytes)
 
-The MAC covers the request's id, the ending, the user and the user's epoch; its key is the tenant's. No user can be
-read from an id. Logs and engines see the request's id alone.
+The MAC covers the request's id, the ending and the user; its key is the tenant's. No user can be read from an id. Logs
+and engines see the request's id alone. An id outlasts the tombstone that it was given under, but no later erasure.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from server.gateway.generation.personalizer import Arm, Level
 from server.store.tenants.user_key import User, UserKeys
 from server.store.worth import this_hour
 
-VALID_HOURS = 7 * 24  # as long as an erasure's tombstone keeps the epoch
-_HOUR_BYTES, _RECIPE_BYTES = 3, 4
-_HEAD_BYTES = _HOUR_BYTES + 1 + _RECIPE_BYTES
+VALID_HOURS = 7 * 24  # at most as long as an erasure's tombstone keeps the epoch
+_HOUR_BYTES, _RECIPE_BYTES, _EPOCH_BYTES = 3, 4, 6
+_HEAD_BYTES = _HOUR_BYTES + 1 + _RECIPE_BYTES + _EPOCH_BYTES
 _LEVELS, _ARMS = tuple(Level), tuple(Arm)
 
 
@@ -43,16 +43,17 @@ def answer_id(
 ) -> str:
     """Return the id that the client gets. `recipe` is the public name, None for the base model."""
     kind = _LEVELS.index(level) * len(_ARMS) + _ARMS.index(arm)
-    hashed = hashlib.sha256((recipe or "").encode()).digest()[:_RECIPE_BYTES]
-    head = this_hour().to_bytes(_HOUR_BYTES) + bytes([kind]) + hashed
-    ending = head + _macs(users, user, epoch, request_id, head)[0]
+    hashes = _hash(recipe or "", _RECIPE_BYTES) + _hash(epoch, _EPOCH_BYTES)
+    head = this_hour().to_bytes(_HOUR_BYTES) + bytes([kind]) + hashes
+    ending = head + _macs(users, user, request_id, head)[0]
     return f"{request_id}.{base64.urlsafe_b64encode(ending).decode()}"
 
 
 def read_answer_id(users: UserKeys, user: User, epoch: str, text: str) -> AnswerNote:
     """Return what an id says.
 
-    Raises NotFound for an id of another user, tenant or epoch and for a forged one, Gone for one older than 7 days.
+    Raises NotFound for an id of another user or tenant, from before an erasure (`epoch` is the present one) and for a
+    forged one, Gone for one from 7 days ago, counted in whole hours.
     """
     request_id, _, encoded = text.rpartition(".")
     try:
@@ -60,17 +61,22 @@ def read_answer_id(users: UserKeys, user: User, epoch: str, text: str) -> Answer
     except (binascii.Error, UnicodeEncodeError):
         raise _unknown(text) from None
     head, mac = ending[:_HEAD_BYTES], ending[_HEAD_BYTES:]
-    if not any(hmac.compare_digest(mac, made) for made in _macs(users, user, epoch, request_id, head)):
+    is_ours = any(hmac.compare_digest(mac, made) for made in _macs(users, user, request_id, head))
+    if not is_ours or (epoch and not head.endswith(_hash(epoch, _EPOCH_BYTES))):
         raise _unknown(text)
     hour, kind = int.from_bytes(head[:_HOUR_BYTES]), head[_HOUR_BYTES]
-    if this_hour() - hour > VALID_HOURS:
-        raise Gone(f"answer {excerpt(text)} is older than 7 days: it takes no feedback any more", param="answer")
+    if this_hour() - hour >= VALID_HOURS:
+        raise Gone(f"answer {excerpt(text)} was given 7 days ago: it takes no feedback any more", param="answer")
     level, arm = _LEVELS[kind // len(_ARMS)], _ARMS[kind % len(_ARMS)]
     return AnswerNote(request_id, hour, level, arm)
 
 
-def _macs(users: UserKeys, user: User, epoch: str, request_id: str, head: bytes) -> list[bytes]:
-    return users.sign_answer(user, head, b"\0".join((epoch.encode(), request_id.encode("utf-8", "replace"))))
+def _macs(users: UserKeys, user: User, request_id: str, head: bytes) -> list[bytes]:
+    return users.sign_answer(user, head, request_id.encode("utf-8", "replace"))
+
+
+def _hash(text: str, size: int) -> bytes:
+    return hashlib.sha256(text.encode()).digest()[:size]
 
 
 def _unknown(text: str) -> NotFound:

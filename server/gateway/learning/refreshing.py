@@ -53,10 +53,13 @@ class Refreshing:
             return None
         adapter = profile.adapter
         is_served = adapter is not None and bank_of(adapter.recipe) == self.manifest.short
-        seen_ms = adapter.created_ms if adapter and is_served else 0
+        jobs = await self.jobs.jobs(user.key)
+        seen_ms = 0
+        if adapter and is_served:  # what came during its training, it has not seen
+            began_ms = (job.started_ms for job in jobs if job.adapter == adapter.id)
+            seen_ms = next(began_ms, adapter.created_ms)
         if sum(at_ms > seen_ms for at_ms in await self.feedback.learned_ms(user.key)) < after:
             return None
-        jobs = await self.jobs.jobs(user.key)
         now_ms = time.time_ns() // 1_000_000
         if jobs and (not jobs[-1].state.ended or now_ms < jobs[-1].created_ms + self.every_hours * _HOUR_MS):
             return None

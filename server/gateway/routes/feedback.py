@@ -35,9 +35,9 @@ class FeedbackRequest(Strict):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
-                {"answer": "gen-1b0330fa255959863cff0464.B5y7A6s3YWuH0xGOXUPKUUIDettZLsTT", "outcome": "sent"},
+                {"answer": "gen-1b0330fa255959863cff0464.B5zPAuOwxELjsMRCmPw8nekiCZYPioQEaDRfC38_", "outcome": "sent"},
                 {
-                    "answer": "gen-1b0330fa255959863cff0464.B5y7A6s3YWuH0xGOXUPKUUIDettZLsTT",
+                    "answer": "gen-1b0330fa255959863cff0464.B5zPAuOwxELjsMRCmPw8nekiCZYPioQEaDRfC38_",
                     "input": "Any plans?",
                     "text": "I have no plans yet.",
                     "final": "The sea. Always the sea.",

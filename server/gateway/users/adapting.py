@@ -86,6 +86,8 @@ class Adapting:
         profile = await self.profiles.current(user)
         is_first = profile is None or profile.adapter is None
         wanted = Held(bytes=sum(map(len, submission.samples)), adapters=is_first)
+        if user.tenant in self.profiles.quotas.keys.quotas and not request.append:
+            wanted["bytes"] -= sum(map(len, await self.jobs.samples(user.key)))  # which these replace
         with ExitStack() as admitted:
             try:
                 admitted.enter_context(self.profiles.quotas.admit(user, lambda: wanted))

@@ -106,12 +106,15 @@ class StoreCopying:
         servers, _ = await self._primaries()
         return {user async for name in self._names(servers, kind("*")) if (user := keys.user_of(name))}
 
-    async def begin_restore(self, copy: str) -> None:
-        """Mark the store as incomplete; raise `MtaError` unless it is empty, or this copy was begun here before."""
+    async def begin_restore(self, copy: str) -> bool:
+        """Mark the store as incomplete, and return whether this copy was begun here before.
+
+        Raises `MtaError` unless it was, or the store is empty.
+        """
         self._connection.restoring = True
         await self._connection.check()
         if (begun := await self._unfinished()) == copy:
-            return
+            return True
         if begun:
             raise MtaError(f"the store holds a part of another copy ({begun[:12]}): restore that, or empty the store")
         await self._check_empty()
@@ -122,6 +125,7 @@ class StoreCopying:
         except MtaError:
             await self.end_restore()
             raise
+        return False
 
     async def write(self, entries: Iterable[Entry]) -> AsyncIterator[int]:
         """Write entries, and yield the number written so far; raise `MtaError` if the server refuses one."""

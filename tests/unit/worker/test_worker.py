@@ -13,13 +13,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from adapters.errors import MtaError, TrainingError
 from adapters.training.user_trainer import Judgement, TrainingProgress, TrainingRun
+from bank.items.tasks import get_task
+from bank.lookup.signature import empty_signature
 from server.errors import Unavailable
 from server.settings import Settings
 from server.store.jobs import Job, JobId, JobState
+from server.store.profile_record import Profile, StoredItem
+from server.store.profiles import Snapshot
 from server.store.samples import Curve
 from server.supervisor.services import free_port
 from server.worker import lease
@@ -35,6 +40,7 @@ from server.worker.lease import (
 )
 from server.worker.loops import SigningLoop, WorkerMetrics
 
+BANK = "9f2c41d0"
 JUDGEMENT = Judgement(None, 2.0, 1.0, 3)
 
 
@@ -183,7 +189,7 @@ def test_a_jobs_wait_is_counted_at_its_first_try_and_its_time_at_each() -> None:
     figures.publish(Settings(metrics_port=port))
     assert shown(port)['mta_worker_jobs_total{outcome="failed"}'] == 0
     for tries in (1, 2):
-        job = Job(JobId("user", 1), JobState.RUNNING, "{}", 1_000, "9f2c41d0", started_ms=4_000, tries=tries)
+        job = Job(JobId("user", 1), JobState.RUNNING, "{}", 1_000, BANK, started_ms=4_000, tries=tries)
         with figures.training(job):
             assert shown(port)["mta_worker_job_running_seconds"] > 0
     found = shown(port)
@@ -200,22 +206,58 @@ def test_a_port_in_use_is_named_and_by_default_there_is_none(monkeypatch: pytest
     WorkerMetrics().publish(Settings())
 
 
-async def test_a_try_counts_once_the_model_is_free_and_a_changed_user_is_signed_again() -> None:
-    """While a worker waits for the model, others take its user again, which must not count."""
-    lock, steps = asyncio.Lock(), list[str]()
+def signing(steps: list[str], **answers: object) -> SigningLoop:
+    """A loop for one user, whose texts change all the while; it notes each step, and whether the model is in use."""
+    changing = Profile("ada", 1, 1, "0" * 16, np.ones(4, "f4"))
+    given = {
+        "take": "key",
+        "read": Snapshot(b"", "", changing, {"a": StoredItem(0, {"text": "hello"})}, {}),
+        "count_attempt": 1,
+        "commit": True,
+        "load": changing,
+    } | answers
 
-    def step(name: str, answer: object = None) -> Any:
+    def step(name: str) -> Any:
         async def called(*_: object) -> object:
-            steps.append(f"{name}, {'busy' if lock.locked() else 'free'}")
+            steps.append(f"{name}, {'busy' if loop.model_lock.locked() else 'free'}")
+            if isinstance(answer := given.get(name), Exception):
+                raise answer
             return answer
 
         return called
 
-    changed = SimpleNamespace(is_signed=lambda bank: False)
     queue: Any = SimpleNamespace(
-        take=step("take", "key"), count_attempt=step("count_attempt", 1), remove=step("remove"), add=step("add")
+        **{name: step(name) for name in ("take", "count_attempt", "forget_attempts", "remove", "add")}
     )
-    profiles: Any = SimpleNamespace(read=step("read", SimpleNamespace(profile=None)), load=step("load", changed))
-    bank: Any = SimpleNamespace(manifest=SimpleNamespace(short="9f2c41d0"))
-    assert await SigningLoop(queue, profiles, bank, None, lock).work_once(0)
-    assert steps == ["take, free", "count_attempt, busy", "read, busy", "remove, free", "load, free", "add, free"]
+    profiles: Any = SimpleNamespace(**{name: step(name) for name in ("read", "commit", "load")})
+    bank: Any = SimpleNamespace(manifest=SimpleNamespace(short=BANK, personal_rows=2), task=get_task("chat"))
+    signer: Any = SimpleNamespace(signature=lambda pairs: empty_signature(BANK, 2))
+    loop = SigningLoop(queue, profiles, bank, signer, asyncio.Lock())
+    return loop
+
+
+async def test_a_try_counts_once_the_model_is_free_and_a_changed_user_is_signed_again() -> None:
+    """While a worker waits for the model, others take its user again, which must not count."""
+    steps = list[str]()
+    assert await signing(steps).work_once(0)
+    assert steps == [
+        *("take, free", "read, busy", "count_attempt, busy", "commit, free"),
+        *("remove, free", "load, free", "add, free"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gone", "left"),
+    [
+        ("read", ["read, busy"]),
+        ("commit", ["read, busy", "count_attempt, busy", "commit, free", "forget_attempts, free"]),
+    ],
+)
+async def test_a_user_whose_server_is_gone_is_left_to_later_which_is_no_try(
+    gone: str, left: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.worker.loops.LEASE_S", 0)
+    steps = list[str]()
+    async with asyncio.timeout(10):
+        assert await signing(steps, **{gone: Unavailable("its primary is lost")}).work_once(0)
+    assert steps == ["take, free", *left]
