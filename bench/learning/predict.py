@@ -44,6 +44,10 @@ from server.gateway.users.profiles import SIGNED_AT
 from server.settings import load_settings
 
 WAYS = ("base", "common", "served", "base+history", "common+history", "served+history")
+PAIRS = (
+    *(("common", "base"), ("base+history", "base"), ("served", "base+history"), ("served", "common")),
+    *(("served+history", "common+history"), ("served+history", "base+history")),
+)
 AT_ONCE = 6  # people at a time: some wait for training while others are read
 MAX_TOKENS = 512  # longest example; past texts that do not fit are left out
 SIGNED_S = 120.0  # longest wait for a person's new recipe
@@ -200,14 +204,13 @@ def table(learners: Sequence[Learner]) -> Figures:
         if not kept:
             break
         means = {way: [fmean(person.losses[way][first:last]) for person in kept] for way in WAYS}
-        pairs = (("common", "base"), ("served", "common"), ("served+history", "common+history"))
         gains = [
-            str(over_users([a - b for a, b in zip(means[one], means[other], strict=True)])) for one, other in pairs
+            str(over_users([a - b for a, b in zip(means[one], means[other], strict=True)])) for one, other in PAIRS
         ]
         levels = [level for person in kept for level in person.levels[first:last]]
         shares = ", ".join(f"{levels.count(level) / len(levels):.0%} {level}" for level in dict.fromkeys(levels))
         lines.append((f"{first} to {last - 1}", *(f"{fmean(means[way]):.3f}" for way in WAYS), *gains, shares))
-    columns = ("texts learnt from", *WAYS, "common less base", "served less common", "both with history", "levels")
+    columns = ("texts learnt from", *WAYS, *(f"{one} less {other}" for one, other in PAIRS), "levels")
     return Figures("Loss of the next text, nats a token", columns, lines)
 
 

@@ -59,6 +59,7 @@ def rotate(
 
 
 async def _rotate(settings: Settings, tenants: list[str], *, forget: bool) -> None:
+    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from server.store.opening import open_stores
@@ -72,7 +73,8 @@ async def _rotate(settings: Settings, tenants: list[str], *, forget: bool) -> No
         settled_s = time.monotonic() + (SETTLE_S if await rotation.begin() else 0)
         note(Act.SECRET_EXCHANGED, "begun", key="cli")
         moved = 0
-        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
+        columns, told = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()), Console(stderr=True)
+        with Progress(*columns, console=told) as progress:
             task = progress.add_task("moving users")
 
             def show(sweep: Sweep) -> None:
