@@ -26,7 +26,7 @@ def test_losses_are_means_over_people_and_differences_are_within_people() -> Non
     assert lines["4 to 7"][0] == "3.333"  # ada and bob 3.45, cai, of whom there are two such texts, 3.1
     assert lines["12 to 15"][0] == "2.650"  # without cai
     for learnt, people_of_it in (("1 to 3", 3), ("4 to 7", 3), ("12 to 15", 2)):
-        common, served, with_history = map(str, lines[learnt][6:9])
+        common, _, _, served, with_history, _ = map(str, lines[learnt][6:12])
         assert (common[:7], served[:7], with_history[:7]) == ("-0.2500", "-0.5000", "-0.1250")
         assert f"{people_of_it} users" in served
     (axis,) = picture(people).axes
