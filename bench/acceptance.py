@@ -207,7 +207,6 @@ def main(
             run.step("few-shot users", adapt, (OWN_VERDICT, *ADAPTED))
             run.step("beside a job", ("-m", "bench.adapt.beside", "--gateway", url), (OWN_VERDICT,))
         run.step("two engines as one", ("-m", "bench.fleet.replicas", *people), (OWN_VERDICT,))
-        run.step("two evaluators", ("-m", "bench.quality.engine", *people, "--people", 2), (OWN_VERDICT,))
         run.step("quality", ("-m", "server.cli", "eval", *people, "--out", out / "quality", "--no-predict"))
     console().print(_table(run.outcomes))
     passed = all(outcome.passed for outcome in run.outcomes)

@@ -223,7 +223,7 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
         assert steps[name]["status"] == 1
         assert steps[name]["figures"][0]["value"] == "ended with status 1 before Ready:"
     assert steps["quality"]["status"] == 0
-    for module in ("bench.oracle", "bench.fleet.replicas", "bench.quality.engine"):
+    for module in ("bench.oracle", "bench.fleet.replicas"):
         (command,) = (call.args[0] for call in run.call_args_list if module in call.args[0])
         assert command[command.index("--model") + 1] == "another"
 
