@@ -214,7 +214,6 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
     unready = AssertionError("ended with status 1 before Ready:\nall its output")
     monkeypatch.setattr(acceptance, "up", MagicMock(side_effect=unready))
     monkeypatch.setattr(acceptance, "_tiny", lambda _: ())
-    monkeypatch.setattr(acceptance, "ValkeyProcess", MagicMock())
     monkeypatch.setenv("MTA_MODEL", "another")
     with pytest.raises(typer.Exit):
         acceptance.main(tmp_path, tmp_path / "out")
