@@ -9,32 +9,22 @@ from bench.learning.simulate import DAYS, METRICS, Metric, Use, simulate, simula
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
-@pytest.mark.parametrize("window", [None, 1])
-def test_people_weeks_count_once_their_week_is_over(metric: Metric, window: int | None) -> None:
+def test_people_weeks_count_once_their_week_is_over(metric: Metric) -> None:
     generator = np.random.default_rng(0)
-    people = simulate_numbers(metric, Use(40, 3, 20, 0.1, looks=2), generator)
+    people = simulate_numbers(metric, Use(40, 3, 20, 0.1), generator)
     chosen = (generator.random((40, 3)) < 0.5).astype(float)
-    totals = people.finished(people.lower, chosen, window)
+    totals = people.finished(people.lower, chosen)
     for day in range(3 * DAYS):
         numbers = []
         for person, weekday in enumerate(people.weekdays.argmax(axis=1)):
             for week in range(3):
                 ended = week * DAYS + weekday
-                last = (2 * weekday + 1) if week == 0 else -1
-                kept = ended <= day and (window is None or day - ended < window * DAYS)
-                if kept and chosen[person, week] and people.present[person, week, last]:
+                last = weekday if week == 0 else -1
+                if ended <= day and chosen[person, week] and people.present[person, week, last]:
                     numbers.append(people.lower[person, week, last])
         assert totals[day].n == len(numbers)
         assert totals[day].sum == pytest.approx(sum(numbers))
         assert totals[day].sum_squares == pytest.approx(sum(number**2 for number in numbers))
-
-
-def test_the_last_look_of_a_running_week_counts_everybody_with_a_number() -> None:
-    generator = np.random.default_rng(0)
-    people = simulate_numbers(METRICS[0], Use(40, 3, 20, 0.1), generator)
-    totals = people.running(people.full, np.ones((40, 3)))
-    assert totals[-1].n == people.present[:, :, -1].sum()
-    assert totals[-1].sum == pytest.approx(people.full[:, :, -1].sum())
 
 
 def test_a_large_effect_is_seen_and_none_is_not() -> None:
