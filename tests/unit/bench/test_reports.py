@@ -363,7 +363,7 @@ def test_a_part_is_back_within_a_minute_takes_no_more_and_nothing_is_left_of_the
     assert [Usage(200, 50).exceeded_by(usage) for usage in later] == [False, True, True]
     assert failing(about_keys(Counter({"epoch": 5, "mta:": 4}), users=5)) == []
     assert failing(about_keys(Counter({"epoch": 5, "profile": 20}), users=5)) != []
-    faults = shuffled(random.Random(0), 3, 20.0)
+    faults = shuffled(random.Random(0))
     assert {(faults.count(Fault(part)), faults.count(Fault(part, 20.0))) for part in PARTS} == {(3, 1)}
 
 
