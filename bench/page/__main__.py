@@ -1,7 +1,7 @@
 """Fill a page with tables and pictures from the JSON files of the other benchmarks, so that nobody types a figure.
 
-The block between `<!-- figures: NAME -->` and `<!-- end of figures -->` is replaced by the tables of `NAME.json`, or by
-its Nth table (`NAME 2`), and their picture. If there is no such file, the block stays as it is.
+The block between `<!-- figures: NAME -->` and `<!-- end of figures -->` is replaced by the tables of `NAME.json` and
+their picture. If there is no such file, the block stays as it is.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ stale | table
 
 Between.
 
-<!-- figures: scale 2 -->
+<!-- figures: scale -->
 not measured yet
 <!-- end of figures -->
 """
@@ -139,18 +139,9 @@ def test_a_block_gets_its_table_without_empty_columns_and_the_rest_of_the_page_s
     rows = [line for line in block.splitlines() if line.startswith("|")]
     assert rows[0] == "| ms | base | recipe | recipe over base | limit, base | limit, recipe | recipe over its limit |"
     assert rows[2].startswith("| first / token | 2.00 (1.00 to 3.00) |")
-    assert "A note." in block and "stale" not in block
+    assert "A note." in block and " cores of " in block and "stale" not in block
     assert PAGE.startswith(before) and PAGE.endswith(after)
     assert fill(filled.text, found).text == filled.text
-
-
-def test_the_nth_table_of_a_file_can_stand_alone() -> None:
-    tables = [{"title": f"table {n}", "columns": ["a"], "lines": [[n]]} for n in (1, 2, 3)]
-    machine = {"processor": "P", "cores": 2, "amx": False}
-    content: dict[str, Any] = {"bench": "scale", "command": "mta bench scale", "machine": machine, "tables": tables}
-    text = fill(PAGE, {"scale": content}).text
-    assert [n for n in (1, 2, 3) if f"**table {n}**" in text] == [2]
-    assert "`mta bench scale`, 2 cores of P without AMX." in text
 
 
 def test_the_command_fills_a_page_in_place(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
