@@ -98,8 +98,7 @@ def pinned_gateway(folder: Path, secrets: Mapping[str, str]) -> Iterator[tuple[S
     """
     subject = tiny(folder)
     *others, engines_core = sorted(os.sched_getaffinity(0))
-    store = ValkeyProcess(folder / "valkey").start()
-    try:
+    with ValkeyProcess(folder / "valkey") as store:
         asyncio.run(_add_keys(store.url, secrets))
         os.sched_setaffinity(0, {engines_core})
         with vllm_server(subject, max_num_seqs=PLACES, max_loras=USERS) as engine:
@@ -113,8 +112,6 @@ def pinned_gateway(folder: Path, secrets: Mapping[str, str]) -> Iterator[tuple[S
                         for user in range(USERS):
                             client.put_profile(f"user-{user}", [world(user)])
                 yield subject, url
-    finally:
-        store.kill()
 
 
 async def _add_keys(url: str, secrets: Mapping[str, str]) -> None:

@@ -90,33 +90,33 @@ class _Bar:
 def _fleet(subject: Subject, folder: Path, sequences: int) -> Iterator[list[str]]:
     """Run gateways with an engine for `sequences` and a store with the users; yield the gateways' URLs."""
     folder.mkdir()
-    store = ValkeyProcess(folder / "valkey").start()
-    try:
-        with vllm_server(subject, max_num_seqs=sequences, max_loras=USERS) as server, ExitStack() as stack:
-            gateways = [
-                stack.enter_context(
-                    running_gateway(
-                        subject.bank,
-                        store.url,
-                        server.url,
-                        KEY,
-                        SECRET,
-                        send_timeout_s=SEND_TIMEOUT_S,
-                        engine_places=-(-sequences // GATEWAYS),  # users share recipes: there are fewer slots
-                    )
+    with (
+        ValkeyProcess(folder / "valkey") as store,
+        vllm_server(subject, max_num_seqs=sequences, max_loras=USERS) as server,
+        ExitStack() as stack,
+    ):
+        gateways = [
+            stack.enter_context(
+                running_gateway(
+                    subject.bank,
+                    store.url,
+                    server.url,
+                    KEY,
+                    SECRET,
+                    send_timeout_s=SEND_TIMEOUT_S,
+                    engine_places=-(-sequences // GATEWAYS),  # users share recipes: there are fewer slots
                 )
-                for _ in range(GATEWAYS)
-            ]
-            urls = [gateway_url(gateway) for gateway in gateways]
-            for url in urls:
-                with Client(url) as client:
-                    wait_until(client.ready, f"{url} to be ready")
-            with Client(urls[0]) as client:
-                for user in range(USERS):
-                    client.put_profile(f"user-{user}", [world(user)])
-            yield urls
-    finally:
-        store.kill()
+            )
+            for _ in range(GATEWAYS)
+        ]
+        urls = [gateway_url(gateway) for gateway in gateways]
+        for url in urls:
+            with Client(url) as client:
+                wait_until(client.ready, f"{url} to be ready")
+        with Client(urls[0]) as client:
+            for user in range(USERS):
+                client.put_profile(f"user-{user}", [world(user)])
+        yield urls
 
 
 def _summary(load: Load) -> dict[str, Any]:

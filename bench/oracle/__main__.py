@@ -58,8 +58,7 @@ def main(
         banks = [shared, rewritten(shared, Path(scratch))]
         gaps: dict[str, list[float]] = defaultdict(list)
         equal: dict[str, list[bool]] = defaultdict(list)
-        valkey = ValkeyProcess(Path(scratch) / "valkey").start()
-        try:
+        with ValkeyProcess(Path(scratch) / "valkey") as valkey:
             cases = [case for opened in banks for case in opened.cases()]
             for case in cases:
                 if case.user is not None:
@@ -69,8 +68,6 @@ def main(
                 gaps[label].append(gap)
             for label, same in _compare_bfloat16(cases, rounded, folder, texts):
                 equal[label].append(same)
-        finally:
-            valkey.kill()
     name = shared.manifest.base_model.name
     rows: list[tuple[str, object]] = [
         (f"{label}, float32: largest difference in log-probability", f"{max(found):.1e}")
