@@ -27,7 +27,7 @@ import aiohttp
 import typer
 
 from bench import script
-from bench.fleet.capacity import LONG, LONG_PATH, Rows
+from bench.fleet.overload import LONG, LONG_PATH, Rows
 from bench.fleet.streams import Load, Loader, loading, reading, user_bodies
 from bench.page.report import Spread, marked, percentile, report
 from bench.rig.engine import KEY

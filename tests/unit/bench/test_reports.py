@@ -29,9 +29,11 @@ from bench.fleet.chaos.asking import End, Outcome
 from bench.fleet.chaos.census import Usage
 from bench.fleet.chaos.faults import PARTS, Fault, Outage, shuffled
 from bench.fleet.chaos.verdict import Claim, about_keys, about_outages, about_requests
+from bench.fleet.lasting import DEATHS, plan
 from bench.fleet.simulate import served, zipf
 from bench.page.__main__ import main, read_results
 from bench.page.markdown import fill
+from bench.page.pictures import draw
 from bench.page.report import Figures, Spread, command_line, marked, percentile, report, shown, tabulate
 from bench.quality import __main__ as quality
 from bench.quality import primary
@@ -391,3 +393,25 @@ def test_an_engine_keeps_the_recipes_that_were_used_last_and_users_ask_as_zipf_s
     counts = np.bincount(zipf(1000, 200_000, 1.0, np.random.default_rng(2)), minlength=1000)
     assert counts[0] / counts[9] == pytest.approx(10, rel=0.2)
     assert counts[0] / counts[99] == pytest.approx(100, rel=0.4)
+
+
+def test_a_run_of_hours_has_deaths_every_few_minutes_backups_by_the_hour_and_two_changes() -> None:
+    lasting = MagicMock()
+    events = list(plan(lasting, random.Random(1), 4 * 3600, 180, 3600))
+    times = [at_s for at_s, _, _ in events]
+    assert times == sorted(times) and times[-1] == 4 * 3600
+    names = [what for _, what, _ in events]
+    assert (names.count("backup"), names.count("next bank"), names.count("next secret")) == (4, 1, 1)
+    assert names.index("next bank") < names.index("next secret")
+    deaths = [name.removeprefix("death of ") for name in names if name.startswith("death of ")]
+    assert 70 < len(deaths) < 90 and set(deaths) == set(DEATHS)
+    for _, _, event in events:
+        event()
+    assert [call.args[0] for call in lasting.die.call_args_list] == deaths
+
+
+def test_its_picture_shows_memory_and_keys_over_time(tmp_path: Path) -> None:
+    readings = [{"at_s": 30.0 * n, "keys": 7, "gateway-1, MiB": 90.0 + n, "valkey, MiB": 20.0} for n in range(4)]
+    content = {"bench": "lasting", "readings": readings, "events": [["backup", 60.0]]}
+    drawn = draw({"lasting": content}, tmp_path)
+    assert drawn["lasting"].stat().st_size > 1000
