@@ -16,7 +16,7 @@ from adapters.user_adapter import encode_user_adapter
 from bank.building.selection import mean_embedding
 from bank.building.signer import Signer
 from bank.errors import BankError
-from bank.evaluation.scoring import EvalAdapter, ModelReader, OpenBank, Reading, Scorer
+from bank.evaluation.scoring import EvalAdapter, OpenBank, Reading, Scorer
 from bank.items.histories import History, Query
 from bank.items.lessons import encode_with_memories, lessons
 from bank.items.profile import Vectors
@@ -54,13 +54,8 @@ class Evaluator:
     scorer: Scorer  # the base model
     embedder: Embedder
     max_tokens: int = 512  # longest example; each past item in the prompt may add the same number
-    engine: ModelReader | None = None  # reads the queries if set; the scorer then only signs and trains
     config: AdaptConfig = field(default_factory=AdaptConfig)  # few-shot training; its seed is not used
     _signer: Signer | None = field(init=False, default=None)
-
-    @property
-    def reader(self) -> ModelReader:
-        return self.engine or self.scorer
 
     def evidence(self, user: History) -> Evidence:
         task = self.bank.serving.task
@@ -137,13 +132,13 @@ class Evaluator:
     def read(
         self, method: Method, evidence: Evidence, adapter: EvalAdapter | None, new_tokens: int = 0
     ) -> tuple[list[Example], list[Reading]]:
-        """Return the user's queries as model input, and their readings; `new_tokens` as in `ModelReader`."""
+        """Return the user's queries as model input, and their readings; `new_tokens` as in `Scorer`."""
         task, user = self.bank.serving.task, evidence.user
         index = ItemIndex(task, user.items if method.history else ())
         examples = [self._example(query, index.memories(query.input, method.history)) for query in user.queries]
         if method.adapter == "prior":
             return examples, self._read_prior(user, examples)
-        return examples, self.reader.read(adapter, examples, new_tokens, chances=task.kind == "score")
+        return examples, self.scorer.read(adapter, examples, new_tokens, chances=task.kind == "score")
 
     def _example(self, query: Query, memories: Sequence[str]) -> Example:
         """Return a query as model input; one that is too long is cut alike with past items and without."""

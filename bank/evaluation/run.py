@@ -113,10 +113,10 @@ def _with_last(user: History, count: int | None) -> History:
 
 
 def _records(evaluator: Evaluator, run: MethodRun, evidence: Evidence, adapter: EvalAdapter | None) -> list[Record]:
-    method, reader = run.method, evaluator.reader
+    method, scorer = run.method, evaluator.scorer
     new_tokens = NEW_TOKENS[evaluator.bank.serving.task.kind] if run.predicted else 0
     examples, readings = evaluator.read(method, evidence, adapter, new_tokens)
-    written = reader.write(adapter, examples, run.texts) if run.texts else [[] for _ in examples]
+    written = scorer.write(adapter, examples, run.texts) if run.texts else [[] for _ in examples]
     rejected = method.trained and bool(evidence.training_examples) and not (adapter and adapter.trained)
     kept_bytes = evaluator.kept_bytes(method, evidence, adapter)
     records = [
@@ -137,5 +137,5 @@ def _records(evaluator: Evaluator, run: MethodRun, evidence: Evidence, adapter: 
         for query, example, reading, texts in zip(evidence.user.queries, examples, readings, written, strict=True)
     ]
     if run.timed:
-        records[0] = replace(records[0], first_token_ms=reader.first_token_ms(adapter, examples[0]))
+        records[0] = replace(records[0], first_token_ms=scorer.first_token_ms(adapter, examples[0]))
     return records

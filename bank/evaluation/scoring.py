@@ -1,4 +1,4 @@
-"""Adapters under evaluation, and reading examples with them: the protocol, and an in-process model."""
+"""Adapters under evaluation, and reading examples with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -85,21 +85,6 @@ class Reading:
     chances: Sequence[float] = ()  # of each of `SCORES` as first token; empty if not requested or of several tokens
 
 
-class ModelReader(Protocol):
-    """Reads examples with or without an adapter: `Scorer`, or a running engine (`server.cli.eval.engine`)."""
-
-    def read(
-        self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
-    ) -> list[Reading]:
-        """Read examples, and answer their prompts if `new_tokens` > 0; `chances` requests the field of `Reading`."""
-
-    def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
-        """Sample `texts` answers per prompt, with at most `WRITTEN_TOKENS` tokens and temperature `TEMPERATURE`."""
-
-    def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
-        """Measure the time to the first token for a prompt that is not cached."""
-
-
 class Scorer:
     """A base model with changing adapters.
 
@@ -122,6 +107,7 @@ class Scorer:
     def read(
         self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
     ) -> list[Reading]:
+        """Read examples, and answer their prompts if `new_tokens` > 0; `chances` requests the field of `Reading`."""
         ids = [self.tokenizer.encode(score, add_special_tokens=False) for score in SCORES] if chances else []
         among = [one[0] for one in ids] if all(len(one) == 1 for one in ids) else []
         model = self._model_with(adapter)
@@ -131,7 +117,10 @@ class Scorer:
         return [Reading(loss, answer, likely) for (loss, likely), answer in zip(found, answers, strict=True)]
 
     def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
-        """Sample all answers in one batch: a decoding step with many rows costs little more than one with few."""
+        """Sample `texts` answers per prompt, with at most `WRITTEN_TOKENS` tokens and temperature `TEMPERATURE`.
+
+        All are sampled in one batch: a decoding step with many rows costs little more than one with few.
+        """
         sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
         with torch.random.fork_rng():
             torch.manual_seed(0)

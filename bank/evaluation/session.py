@@ -15,7 +15,7 @@ from bank.evaluation.authorship import AuthorshipRow, authorship, authorship_tab
 from bank.evaluation.methods import Evaluator, Method, curves
 from bank.evaluation.pictures import draw
 from bank.evaluation.run import MethodRun, Record, Records, evaluate_user
-from bank.evaluation.scoring import ModelReader, OpenBank, Scorer
+from bank.evaluation.scoring import OpenBank, Scorer
 from bank.evaluation.summary import LAMP_FOLDER, MethodRow, markdown, summarise, tables, write_lamp_files
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.tasks import AnswerKind, Task
@@ -75,7 +75,6 @@ def evaluate(
     options: EvalOptions,
     config: AdaptConfig,
     progress: Callable[[int, int], None],
-    engine: ModelReader | None = None,
 ) -> tuple[dict[str, list[MethodRow]], list[AuthorshipRow]]:
     """Do the runs without records, write the results, and return the methods' rows by table title, and authorship rows.
 
@@ -90,15 +89,13 @@ def evaluate(
         points = curves(anchors, max(len(user.items) for user in people))
         options = replace(options, methods=tuple(dict.fromkeys((*options.methods, *points))))
     dtype = resolve_dtype(inputs.dtype)
-    setup = f"{'in an engine' if engine else 'in process'}, {dtype}"
-    records = Records(inputs.out, _key(bank.manifest.fingerprint, people, config, setup))
+    records = Records(inputs.out, _key(bank.manifest.fingerprint, people, config, dtype))
     if any(method.adapter == "task" for method in options.methods):
         _ = bank.task_bank  # raises BankError now if there is none
     evaluator = Evaluator(
         bank=bank,
         scorer=Scorer(*load_base(inputs.model_folder, dtype)),
         embedder=inputs.embedder,
-        engine=engine,
         config=config,
     )
     wanted = [list(options.runs(place, task.kind)) for place in range(len(people))]
@@ -116,10 +113,15 @@ def evaluate(
     return _write(inputs.out, shown, bank, people, options)
 
 
-def _key(bank: str, people: Sequence[History], config: AdaptConfig, setup: str) -> str:
+def _key(bank: str, people: Sequence[History], config: AdaptConfig, dtype: str) -> str:
     """Return the SHA-256 (16 hex digits) of all that determines a record except seed and method."""
     contents = [[p.user_id, [dict(i.fields) for i in p.items], [asdict(q) for q in p.queries]] for p in people]
-    content = {"bank": bank, "config": asdict(replace(config, seed=0)), "people": contents, "how": setup}
+    content = {
+        "bank": bank,
+        "config": asdict(replace(config, seed=0)),
+        "people": contents,
+        "how": f"in process, {dtype}",
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -10,11 +10,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from adapters.training.example import Example
 from bank.items.histories import History
 from bank.items.profile import Item, item_pair
-from bank.items.prompt import ChatTokenizer, chat_messages, encode_conversation, encode_pair
+from bank.items.prompt import chat_messages, encode_conversation, encode_pair
 from bank.items.retrieval import ItemIndex, turn_with_memories
 from bank.items.tasks import PAST_COUNTS, Task
 
@@ -57,7 +58,7 @@ class Lesson:
     turn: str
     output: str
 
-    def example(self, tokenizer: ChatTokenizer, max_tokens: int) -> Example:
+    def example(self, tokenizer: Any, max_tokens: int) -> Example:
         """Encode the item with the memories that fit into `max_tokens`."""
         task, turn, output = self.past.task, self.turn, self.output
         memories = self.past.memories(turn, output)
@@ -71,7 +72,7 @@ def lessons(history: History, task: Task, share: float, seed: int) -> list[Lesso
 
 
 def encode_with_memories(
-    tokenizer: ChatTokenizer, task: Task, turn: str, output: str, *, memories: Sequence[str], max_tokens: int
+    tokenizer: Any, task: Task, turn: str, output: str, *, memories: Sequence[str], max_tokens: int
 ) -> Example:
     """Encode a pair as `encode_pair` does, with the memories that fit before the turn."""
     messages = add_memories(tokenizer, task, chat_messages(turn), output, memories=memories, max_tokens=max_tokens)
@@ -79,7 +80,7 @@ def encode_with_memories(
 
 
 def add_memories(
-    tokenizer: ChatTokenizer,
+    tokenizer: Any,
     task: Task,
     messages: list[dict[str, str]],
     output: str,

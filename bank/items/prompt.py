@@ -1,34 +1,22 @@
-"""The only module that turns a conversation into token ids, so that training uses the same tokens as vLLM's serving."""
+"""The only module that turns a conversation into token ids, so that training uses the same tokens as vLLM's serving.
+
+A `tokenizer` is a Hugging Face one.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 from adapters.training.example import Example
 
 _ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for an answer: its own text can occur in the template
 
 
-class ChatTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that this module uses."""
-
-    @property
-    def eos_token(self) -> str | None: ...
-
-    def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str: ...
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-
-    def decode(self, token_ids: list[int]) -> str: ...
-
-
 def chat_messages(turn: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": turn}]
 
 
-def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: int) -> Example:
+def encode_pair(tokenizer: Any, turn: str, output: str, max_tokens: int) -> Example:
     """Tokenise one (turn, output) pair as in serving, which tokenises the prompt alone.
 
     If the pair exceeds `max_tokens`, the end of the user's turn is cut, never the chat template around it; the output
@@ -47,7 +35,7 @@ def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: in
     return Example(tuple((before + after)[:max_tokens]), min(len(before), max_tokens))
 
 
-def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]], output: str) -> Example:
+def encode_conversation(tokenizer: Any, messages: list[dict[str, str]], output: str) -> Example:
     """Tokenise a conversation that ends with the user's turn, and the expected answer, without cutting anything."""
     prompt = _prompt(tokenizer, messages)
     before = tokenizer.encode(prompt, add_special_tokens=False)
@@ -55,18 +43,20 @@ def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]]
     return Example(tuple(before + after), len(before))
 
 
-def prompt_ids(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Return the token ids of a conversation, with the generation prompt."""
-    return tokenizer.encode(_prompt(tokenizer, messages), add_special_tokens=False)
+    ids: list[int] = tokenizer.encode(_prompt(tokenizer, messages), add_special_tokens=False)
+    return ids
 
 
-def _prompt(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def _prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text
 
 
-def _end_of_turn(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> str:
+def _end_of_turn(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """Return what the template writes after an answer, without white space, which is not generated."""
     answered = [*messages, {"role": "assistant", "content": _ANSWER}]
-    whole = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
+    whole: str = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
     _, found, after = whole.rpartition(_ANSWER)
-    return (after.strip() if found else "") or tokenizer.eos_token or ""
+    return (after.strip() if found else "") or str(tokenizer.eos_token or "")

@@ -52,12 +52,11 @@ def main(
     gateway: Annotated[str, typer.Option(help="URL of the gateway of a running `mta up`.")] = "http://127.0.0.1:8000",
     pairs: Annotated[int, typer.Option(help="Pairs of blocks, after one pair for warm-up.", min=5)] = 5,
     requests: Annotated[int, typer.Option(help="Answers in a block.", min=2)] = 16,
-    concurrency: Annotated[int, typer.Option(help="Clients at a time.", min=1)] = 2,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 32,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure first-token and inter-token latency, p50 and p99, with and without a running job."""
-    blocks, cancels_ms = asyncio.run(_measure(gateway, pairs, requests, concurrency, max_tokens))
+    blocks, cancels_ms = asyncio.run(_measure(gateway, pairs, requests, max_tokens))
     rows: list[tuple[str, object]] = []
     for what in ("first", "gaps"):
         name = {"first": "first token", "gaps": "inter-token"}[what]
@@ -74,12 +73,12 @@ def main(
             )
     if cancels_ms:
         rows.append(("cancelling a running job: until it says cancelled, ms", Spread.of(cancels_ms)))
-    title = f"Answers beside a running adapt job: {pairs} pairs of {requests} streams, {concurrency} at a time"
-    report(f"{title}, {max_tokens} tokens each", rows, out, concurrency=concurrency)
+    title = f"Answers beside a running adapt job: {pairs} pairs of {requests} streams, {len(USERS)} at a time"
+    report(f"{title}, {max_tokens} tokens each", rows, out)
 
 
 async def _measure(
-    gateway: str, pairs: int, requests: int, concurrency: int, max_tokens: int
+    gateway: str, pairs: int, requests: int, max_tokens: int
 ) -> tuple[dict[str, list[Block]], list[float]]:
     blocks: dict[str, list[Block]] = {"with": [], "without": []}
     cancels_ms: list[float] = []
@@ -93,7 +92,7 @@ async def _measure(
                 task = progress.add_task("A B A B", total=2 * (pairs + 1))
                 for _, side in itertools.product(range(pairs + 1), blocks):
                     async with training(session, cancels_ms) if side == "with" else nullcontext():
-                        blocks[side].append(await _block(session, numbers, requests, concurrency, max_tokens))
+                        blocks[side].append(await _block(session, numbers, requests, max_tokens))
                     progress.advance(task)
         finally:
             for user in (*USERS, TRAINED):
@@ -136,9 +135,9 @@ async def training(session: aiohttp.ClientSession, cancels_ms: list[float]) -> A
 
 
 async def _block(
-    session: aiohttp.ClientSession, numbers: itertools.count[int], requests: int, concurrency: int, max_tokens: int
+    session: aiohttp.ClientSession, numbers: itertools.count[int], requests: int, max_tokens: int
 ) -> Block:
-    """Run a closed loop until all requests are answered."""
+    """Run a closed loop of one client per user until all requests are answered."""
     block, left = Block(), iter(range(requests))
 
     async def client(user: str) -> None:
@@ -146,7 +145,7 @@ async def _block(
             prompt = f"{next(numbers)} is a number. Write a few sentences about it."
             await _stream(session, {"user_id": user, "prompt": prompt, "max_tokens": max_tokens}, block)
 
-    await asyncio.gather(*(client(USERS[place % len(USERS)]) for place in range(concurrency)))
+    await asyncio.gather(*map(client, USERS))
     return block
 
 

@@ -23,6 +23,8 @@ from bench.rig.up import up
 from bench.serving.front import WORDS
 from mta_client import Client
 
+WORDS_EACH = 16
+"""Words of a sample's answer, about one token each."""
 COLUMNS = ("samples", "words of each", "seconds to the first stacked answer", "jobs", "first answers")
 
 
@@ -33,7 +35,6 @@ def main(
     tiny_model: TinyOption = False,
     people: Annotated[int, typer.Option(help="Number of people, after one for warm-up.", min=1)] = 5,
     samples: Annotated[int, typer.Option(help="Samples per person.", min=2)] = 10,
-    words: Annotated[int, typer.Option(help="Words per sample's answer, about one token each.", min=1)] = 16,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/adapt.json"),
 ) -> None:
     """Measure the time from posting samples to the first stacked answer."""
@@ -43,23 +44,23 @@ def main(
         options = ("--bank", str(subject.bank), "--model", str(subject.model))
         with up(Path(scratch) / "data", *options) as server, Client(server.url, timeout_s=600) as client:
             for person in track(range(people + 1), "adapt and ask"):
-                taken_s, state, level = _adapt(client, person, samples, words)
+                taken_s, state, level = _adapt(client, person, samples)
                 if person:
                     seconds.append(taken_s)
                     ended[state] += 1
                     levels[level] += 1
     title = f"{subject.title}: few-shot adapting, {people} people one after the other"
-    line = [samples, words, Spread.of(seconds), _counts(ended), _counts(levels)]
+    line = [samples, WORDS_EACH, Spread.of(seconds), _counts(ended), _counts(levels)]
     tabulate([Figures(title, COLUMNS, [line])], out, bench="adapt", readings=seconds)
 
 
-def _adapt(client: Client, person: int, samples: int, words: int) -> tuple[float, str, str]:
+def _adapt(client: Client, person: int, samples: int) -> tuple[float, str, str]:
     """Adapt one person from scratch: return the seconds until the first answer, the job's state, and the level."""
     chance, user = random.Random(person), f"bench-adapt-{person}"
     mark = chance.choice(WORDS)
 
     def text() -> str:
-        return " ".join([mark, *(f"{chance.choice(WORDS)} {mark}" for _ in range(words // 2))])
+        return " ".join([mark, *(f"{chance.choice(WORDS)} {mark}" for _ in range(WORDS_EACH // 2))])
 
     client.put_profile(user, [text() for _ in range(4)])
     made = [{"input": f"Write about {chance.choice(WORDS)}.", "output": text()} for _ in range(samples)]

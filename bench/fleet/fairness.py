@@ -27,7 +27,7 @@ import aiohttp
 import typer
 
 from bench import script
-from bench.fleet.capacity import LONG, LONG_PATH, Rows
+from bench.fleet.overload import LONG, LONG_PATH, Rows
 from bench.fleet.streams import Load, Loader, loading, reading, user_bodies
 from bench.page.report import Spread, marked, percentile, report
 from bench.rig.engine import KEY
@@ -70,22 +70,18 @@ def main(
     seconds: Annotated[float, typer.Option(help="Seconds of each load, over all turns.", min=1)] = 60,
     turns: Annotated[int, typer.Option(help="Turns of each load.", min=1)] = 3,
     tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 32,
-    worst: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(WORST)}; may be repeated.", show_default="all")
-    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure how one key's requests slow down the others and its own."""
-    chosen, does = part or list(PARTS), worst or list(WORST)
-    for given, known in ((chosen, PARTS), (does, WORST)):
-        if unknown := set(given) - set(known):
-            raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}: there are {', '.join(known)}")
+    chosen = part or list(PARTS)
+    if unknown := set(chosen) - set(PARTS):
+        raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     secrets = {name: new_secret() for name in KEYS}
     with tempfile.TemporaryDirectory() as scratch, pinned_gateway(Path(scratch), secrets) as (subject, url):
         with Client(url, key=secrets[KEYS[-1]]) as client:
             job = client.adapt("user-0", [{"input": "Any plans?", "output": "To the sea, at dawn."}])
         keys = [{"Authorization": f"Bearer {secret}"} for secret in secrets.values()]
-        bench = Fairness(url, keys, job.id, tokens, does)
+        bench = Fairness(url, keys, job.id, tokens)
         rows = asyncio.run(bench.measure(chosen, seconds, turns))
     title = f"Fairness: a gateway, an engine of {PLACES} places, {subject.title}, answers of {tokens} tokens"
     loads = {what: [asdict(load) for load in loads] for what, loads in bench.loads.items()}
@@ -102,8 +98,7 @@ def pinned_gateway(folder: Path, secrets: Mapping[str, str]) -> Iterator[tuple[S
     """
     subject = tiny(folder)
     *others, engines_core = sorted(os.sched_getaffinity(0))
-    store = ValkeyProcess(folder / "valkey").start()
-    try:
+    with ValkeyProcess(folder / "valkey") as store:
         asyncio.run(_add_keys(store.url, secrets))
         os.sched_setaffinity(0, {engines_core})
         with vllm_server(subject, max_num_seqs=PLACES, max_loras=USERS) as engine:
@@ -117,8 +112,6 @@ def pinned_gateway(folder: Path, secrets: Mapping[str, str]) -> Iterator[tuple[S
                         for user in range(USERS):
                             client.put_profile(f"user-{user}", [world(user)])
                 yield subject, url
-    finally:
-        store.kill()
 
 
 async def _add_keys(url: str, secrets: Mapping[str, str]) -> None:
@@ -135,19 +128,17 @@ class Fairness:
         keys: headers of `KEYS`.
         job: id of the last key's job, which no worker takes.
         tokens: tokens per answer.
-        worst: actions of the last key, from `WORST`.
 
     Attributes:
         loads: all loads by name.
     """
 
-    def __init__(self, url: str, keys: Sequence[Key], job: str, tokens: int, worst: Sequence[str]) -> None:
+    def __init__(self, url: str, keys: Sequence[Key], job: str, tokens: int) -> None:
         self.loads: dict[str, list[Load]] = {}
         self._url = url
         self._keys = keys
         self._job = job
         self._tokens = tokens
-        self._worst_of_all = worst
 
     async def measure(self, parts: Sequence[str], seconds: float, turns: int) -> Rows:
         """Measure the capacity and the parts."""
@@ -272,11 +263,11 @@ class Fairness:
             "deletes": delete,
         }
         async with AsyncExitStack() as stack:
-            for what in self._worst_of_all:
+            for what, connections in WORST.items():
                 if what in kinds:
-                    clients = self._repeating({what: kinds[what]}, WORST[what], key, counts)
+                    clients = self._repeating({what: kinds[what]}, connections, key, counts)
                 else:
-                    clients = reading([self._url] * WORST[what], LONG_PATH, UNREAD, 0.0, key)
+                    clients = reading([self._url] * connections, LONG_PATH, UNREAD, 0.0, key)
                 await stack.enter_async_context(clients)
             yield
 

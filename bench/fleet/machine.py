@@ -72,13 +72,9 @@ def tiny_machine(
     model = tiny_model(folder / "model")
     settings = load_settings()
     bank = tiny_bank(folder / "bank", model, ensure_embedder(settings.embedder, settings.cache_dir), anchors=6)
-    store = ValkeyProcess(folder / "valkey").start()
-    try:
-        with LossyProxy(store.port, seed=seed) as lossy:
-            url = f"redis://127.0.0.1:{lossy.port}/0"
-            chosen = ("--bank", str(bank), "--model", str(model), "--replicas", "2", "--redis-url", url, *options)
-            with up(folder / "data", *chosen, environment={"MTA_ENGINE_KEY": KEY, **(environment or {})}) as started:
-                wait_for_router(started)
-                yield Machine(started, store, lossy)
-    finally:
-        store.kill()
+    with ValkeyProcess(folder / "valkey") as store, LossyProxy(store.port, seed=seed) as lossy:
+        url = f"redis://127.0.0.1:{lossy.port}/0"
+        chosen = ("--bank", str(bank), "--model", str(model), "--replicas", "2", "--redis-url", url, *options)
+        with up(folder / "data", *chosen, environment={"MTA_ENGINE_KEY": KEY, **(environment or {})}) as started:
+            wait_for_router(started)
+            yield Machine(started, store, lossy)

@@ -26,6 +26,8 @@ from bench.page.report import Figures, tabulate
 from bench.rig.engine import KEY
 
 REPLICAS = (10, 100, 1000)
+EXPONENT = 0.6
+"""Of Zipf's law."""
 CHECKED_REQUESTS, CHECKED_RECIPES, CHECKED_HELD, CHECKED_SLOTS = 400, 60, 16, 8
 NEAR = 0.02
 """Maximum difference between the real and the simulated share of warm requests."""
@@ -70,7 +72,6 @@ def main(
     *,
     replicas: Annotated[list[int], typer.Option(help="Number of engines; may be repeated.")] = REPLICAS,  # type: ignore[assignment]
     users: Annotated[int, typer.Option(help="Users, each with their own recipe.", min=1000)] = 1_000_000,
-    exponent: Annotated[float, typer.Option(help="Exponent of Zipf's law.")] = 0.6,
     requests: Annotated[int, typer.Option(help="Requests per engine; the second half counts.", min=100)] = 1500,
     held: Annotated[int, typer.Option(help="Recipes kept per engine (MTA_MAX_CPU_LORAS).", min=1)] = 1024,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -78,8 +79,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Simulate fleets and print warm shares and balance; exit status 1 if `--check` finds a difference."""
-    asking = Asking(users, exponent, requests, seed)
-    title = f"{users:,} users, Zipf {exponent}, {requests:,} requests and {held:,} recipes an engine"
+    asking = Asking(users, requests, seed)
+    title = f"{users:,} users, Zipf {EXPONENT}, {requests:,} requests and {held:,} recipes an engine"
     columns = ("engines", "warm by the ring", "warm anywhere", "busiest", "idlest", "busiest after a death")
     tables = [Figures(title, columns, [_line(number, asking, held) for number in replicas])]
     good = True
@@ -102,14 +103,13 @@ class Asking:
     """The simulated requests; see `main`."""
 
     users: int
-    exponent: float
     requests: int
     seed: int
 
 
 def _line(replicas: int, people: Asking, held: int) -> list[object]:
     generator = np.random.default_rng(people.seed)
-    asking = zipf(people.users, replicas * people.requests, people.exponent, generator)
+    asking = zipf(people.users, replicas * people.requests, EXPONENT, generator)
     places = random_places(people.users, generator)[asking]
     names = [f"http://10.{number >> 8}.{number & 255}.1:8001" for number in range(replicas)]
     by_ring = Ring(names).engines_at(places)

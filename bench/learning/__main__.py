@@ -3,12 +3,9 @@
     python -m bench.learning --out docs/figures/worth.json
 
 Without an effect, the table gives the share of runs in which an interval excludes 0 at some look: the server's
-interval, the same with the running week's people so far, and a t-interval. With an effect, it gives the days until the
-server's interval excludes 0 in 10, 50, 80 and 90 % of the runs, beside the days of a t-test with one look and a power
-of 80 %, and the share of runs in which an interval ever excludes the true effect.
-
-The running week may not count: see `--people 500 --answers 100 --looks 8`, where numbers settle slowly and somebody
-looks often. Older weeks may not be dropped: see `--people 1000 --weeks 52 --window 13`.
+interval, and a t-interval. With an effect, it gives the days until the server's interval excludes 0 in 10, 50, 80 and
+90 % of the runs, beside the days of a t-test with one look and a power of 80 %, and the share of runs in which an
+interval ever excludes the true effect.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from bench.learning.simulate import METRICS, Use, simulate
 from bench.page.report import Figures, tabulate
 
 PEOPLE, HOLDOUTS = (1000, 10_000), (0.05, 0.5)
-WITHOUT = ("people", "number", "lower arm", "people-weeks", "ever wrong", "running week too", "t-interval")
+WITHOUT = ("people", "number", "lower arm", "people-weeks", "ever wrong", "t-interval")
 WITH = ("people", "number", "lower arm", "seen", "10 %", "50 %", "80 %", "90 %", "t-test", "ever wrong", "relative")
 
 
@@ -37,8 +34,6 @@ def main(
     weeks: Annotated[int, typer.Option(help="Number of weeks.", min=2)] = 13,
     answers: Annotated[float, typer.Option(help="Mean number of answers a person and week.")] = 10,
     effect: Annotated[float, typer.Option(help="Mean relative effect; a person's own is from 0 to twice it.")] = 0.1,
-    looks: Annotated[int, typer.Option(help="Looks a day where the running week counts.", min=1)] = 1,
-    window: Annotated[int | None, typer.Option(help="Keep only the newest N weeks.", show_default="all")] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
@@ -48,17 +43,15 @@ def main(
     with Progress() as progress:
         for size in people:
             for metric in METRICS:
-                use = Use(size, weeks, answers, effect, looks, window)
+                use = Use(size, weeks, answers, effect)
                 task = progress.add_task(f"{size:,} people, {metric.name}", total=runs)
                 step = partial(progress.advance, task)
                 found = simulate(metric, use, holdout, runs=runs, seed=seed, step=step)
                 for share, (none, some) in zip(holdout, found, strict=True):
                     about = [size, metric.name, share]
-                    none_found = (round(none.people_weeks), none.wrong, none.wrong_running, none.wrong_naive)
-                    without.append([*about, *none_found])
+                    without.append([*about, round(none.people_weeks), none.wrong, none.wrong_naive])
                     having.append([*about, some.seen, *some.days, some.planned_days, some.wrong, some.wrong_relative])
-    kept = f", the newest {window} kept" if window else ""
-    title = f"{runs:,} runs, {weeks} weeks{kept}, a look each day"
+    title = f"{runs:,} runs, {weeks} weeks, a look each day"
     tables = [
         Figures(f"No effect: {title}", WITHOUT, without),
         Figures(f"A relative effect of {effect:.0%}, days until seen: {title}", WITH, having),

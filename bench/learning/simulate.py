@@ -55,21 +55,17 @@ METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """How many people use the assistant, how, and who looks.
+    """How many people use the assistant, and how.
 
     Attributes:
         answers: mean number a person and week; by Zipf's law with 1,000 people, half of them get fewer than a quarter.
         effect: mean relative effect; a person's own is from 0 to twice it.
-        looks: number a day, where the running week counts.
-        window: number of newest weeks whose people-weeks are kept; None keeps all.
     """
 
     people: int
     weeks: int
     answers: float
     effect: float
-    looks: int = 1
-    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +74,6 @@ class Without:
 
     people_weeks: float  # mean number at the end, both arms
     wrong: float  # the server's interval, a look each day
-    wrong_running: float  # the same with the running week's people so far, `Use.looks` a day
     wrong_naive: float  # a t-interval, a look each day
 
 
@@ -98,7 +93,6 @@ class _Tally:
     """Sums over the runs of one setting."""
 
     wrong: int = 0
-    running: int = 0
     naive: int = 0
     relative: int = 0
     people_weeks: int = 0
@@ -109,47 +103,29 @@ class _Tally:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Everybody's number so far at each look, and whether there is one: [people, weeks, looks of a week]."""
+    """Everybody's number so far on each day, and whether there is one: [people, weeks, DAYS]."""
 
     present: Array
     lower: Array
     full: Array
     weekdays: Array  # [people, DAYS], 1 for the day on which the person's weeks end
 
-    def finished(self, arm: Array, chosen: Array, window: int | None) -> list[Totals]:
+    def finished(self, arm: Array, chosen: Array) -> list[Totals]:
         """Return the totals of each day over the chosen people-weeks [people, weeks] that have ended.
 
         A person's weeks end on a weekday of their own; so the first week is shorter for most.
         """
-        looks = arm.shape[2] // DAYS
         days = np.nonzero(self.weekdays)[1]
         people = np.arange(len(arm))
         ends = [part[:, :, -1].copy() for part in (self.present, arm)]
         for end, part in zip(ends, (self.present, arm), strict=True):
-            end[:, 0] = part[people, 0, (days + 1) * looks - 1]
+            end[:, 0] = part[people, 0, days]
         present, numbers = ends
         sums = []
         for part in (present, numbers, numbers * numbers):
-            so_far = np.einsum("jw,jw,jd->wd", chosen, part, self.weekdays, optimize=True).ravel().cumsum()
-            if window and window * DAYS < so_far.size:
-                so_far[window * DAYS :] -= so_far[: -window * DAYS].copy()
-            sums.append(so_far)
-        return _totals(sums)
-
-    def running(self, arm: Array, chosen: Array) -> list[Totals]:
-        """Return the totals at each look: weeks from Monday to Sunday, finished or running."""
-        sums = []
-        for part in (self.present, arm, arm * arm):
-            weekly = np.einsum("jw,jwd->wd", chosen, part)
-            finished = np.concatenate([[0.0], weekly[:-1, -1].cumsum()])
-            sums.append((weekly + finished[:, None]).ravel())
-        return _totals(sums)
-
-
-def _totals(sums: Sequence[Array]) -> list[Totals]:
-    return [
-        Totals(round(n), total, squares) for n, total, squares in zip(*(part.tolist() for part in sums), strict=True)
-    ]
+            grown = np.einsum("jw,jw,jd->wd", chosen, part, self.weekdays, optimize=True)
+            sums.append(grown.ravel().cumsum().tolist())
+        return [Totals(round(n), total, squares) for n, total, squares in zip(*sums, strict=True)]
 
 
 def simulate(
@@ -162,25 +138,23 @@ def simulate(
     for _ in range(runs):
         people = simulate_numbers(metric, use, generator)
         arms = generator.random(everyone.shape)
-        true_lower = people.finished(people.lower, everyone, use.window)
-        true_full = people.finished(people.full, everyone, use.window)
+        true_lower = people.finished(people.lower, everyone)
+        true_full = people.finished(people.full, everyone)
         for holdout, (same, better) in zip(holdouts, tallies, strict=True):
             chosen = (arms < holdout).astype(float)
-            lower = people.finished(people.lower, chosen, use.window)
-            unmoved = people.finished(people.lower, 1 - chosen, use.window)
+            lower = people.finished(people.lower, chosen)
+            unmoved = people.finished(people.lower, 1 - chosen)
             _look(lower, unmoved, true_lower, true_lower, same)
-            _look(lower, people.finished(people.full, 1 - chosen, use.window), true_lower, true_full, better)
-            looks = zip(people.running(people.lower, chosen), people.running(people.lower, 1 - chosen), strict=True)
-            same.running += any((found := difference(*look)) is not None and found.excludes() for look in looks)
+            _look(lower, people.finished(people.full, 1 - chosen), true_lower, true_full, better)
         step()
     return [(_without(same, runs), _with(better, runs)) for same, better in tallies]
 
 
 def simulate_numbers(metric: Metric, use: Use, generator: np.random.Generator) -> Numbers:
     """Return one run: numbers of both arms for everybody, whichever arm they are drawn into."""
-    shape = (use.people, use.weeks, DAYS * use.looks)
+    shape = (use.people, use.weeks, DAYS)
     weights = 1 / np.arange(1, use.people + 1)
-    rates = use.answers * use.people * weights / weights.sum() / shape[2]
+    rates = use.answers * use.people * weights / weights.sum() / DAYS
     if not metric.of_all:
         rates *= generator.beta(*FEEDBACK, use.people)
     counts = generator.poisson(rates[:, None, None], shape)
@@ -189,7 +163,7 @@ def simulate_numbers(metric: Metric, use: Use, generator: np.random.Generator) -
     own = 1 - 2 * use.effect * generator.random(use.people)[:, None, None]
     if metric.graded:
         cells = np.repeat(np.arange(counts.size), counts.ravel())
-        answers = _beta(generator, weeks.ravel()[cells // shape[2]], ALIKE_ANSWER)
+        answers = _beta(generator, weeks.ravel()[cells // DAYS], ALIKE_ANSWER)
         sums = np.bincount(cells, answers, counts.size).reshape(shape)
         better = sums * own
     else:
@@ -244,7 +218,7 @@ def _variance(totals: Totals) -> float:
 
 
 def _without(tally: _Tally, runs: int) -> Without:
-    return Without(tally.people_weeks / runs, tally.wrong / runs, tally.running / runs, tally.naive / runs)
+    return Without(tally.people_weeks / runs, tally.wrong / runs, tally.naive / runs)
 
 
 def _with(tally: _Tally, runs: int) -> With:

@@ -32,6 +32,7 @@ from bench.rig.user_adapters import keep_user_adapter
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
 
+PROMPTS, NEW_TOKENS = 40, 24
 QUESTIONS = (
     "What should I cook tonight?",
     "Explain why the sky is blue.",
@@ -45,8 +46,6 @@ def main(
     bank: Annotated[Path, typer.Option(help="A bank of method `shared`, without directions.")],
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     users: Annotated[Path | None, typer.Option(help="LaMP per-user file to take prompts from.")] = None,
-    prompts: Annotated[int, typer.Option(help="Number of prompts.", min=4)] = 40,
-    new_tokens: Annotated[int, typer.Option(help="Length of the greedy texts.")] = 24,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Report the largest difference in log-probability (float32) and the share of equal greedy texts (bfloat16)."""
@@ -54,13 +53,12 @@ def main(
     if shared.manifest.directions or shared.manifest.method is not FusionMethod.SHARED:
         raise typer.BadParameter("its rows must be anchors' own, not directions, and share one A", param_hint="--bank")
     folder = ensure_base_model(model, Settings().cache_dir)
-    texts = _prompts(users, prompts)
+    texts = _prompts(users)
     with tempfile.TemporaryDirectory() as scratch:
         banks = [shared, rewritten(shared, Path(scratch))]
         gaps: dict[str, list[float]] = defaultdict(list)
         equal: dict[str, list[bool]] = defaultdict(list)
-        valkey = ValkeyProcess(Path(scratch) / "valkey").start()
-        try:
+        with ValkeyProcess(Path(scratch) / "valkey") as valkey:
             cases = [case for opened in banks for case in opened.cases()]
             for case in cases:
                 if case.user is not None:
@@ -68,28 +66,26 @@ def main(
             exact, rounded = (_serve(banks, folder, dtype, valkey) for dtype in ("float32", "bfloat16"))
             for label, gap in _compare_float32(cases, exact, folder, texts):
                 gaps[label].append(gap)
-            for label, same in _compare_bfloat16(cases, rounded, folder, texts, new_tokens):
+            for label, same in _compare_bfloat16(cases, rounded, folder, texts):
                 equal[label].append(same)
-        finally:
-            valkey.kill()
     name = shared.manifest.base_model.name
     rows: list[tuple[str, object]] = [
         (f"{label}, float32: largest difference in log-probability", f"{max(found):.1e}")
         for label, found in gaps.items()
     ]
     rows += [
-        (f"{label}, bfloat16: equal greedy texts of {new_tokens} tokens", f"{sum(same)} of {len(same)}")
+        (f"{label}, bfloat16: equal greedy texts of {NEW_TOKENS} tokens", f"{sum(same)} of {len(same)}")
         for label, same in equal.items()
     ]
-    report(f"vLLM with the fused adapter against HF with dense ΔW: {name}, {prompts} prompts", rows, out)
+    report(f"vLLM with the fused adapter against HF with dense ΔW: {name}, {PROMPTS} prompts", rows, out)
 
 
-def _prompts(users: Path | None, count: int) -> list[str]:
+def _prompts(users: Path | None) -> list[str]:
     """Return users' own queries, or the questions above with a number."""
     if users is None:
-        return [f"{QUESTIONS[i % len(QUESTIONS)]} ({i})" for i in range(count)]
+        return [f"{QUESTIONS[i % len(QUESTIONS)]} ({i})" for i in range(PROMPTS)]
     people = json.loads(users.read_text(encoding="utf-8"))
-    return [query["input"] for person in people for query in person["query"]][:count]
+    return [query["input"] for person in people for query in person["query"]][:PROMPTS]
 
 
 def _serve(banks: Sequence[OpenBank], model: Path, dtype: str, valkey: ValkeyProcess) -> AbstractContextManager[Engine]:
@@ -112,16 +108,16 @@ def _compare_float32(
 
 
 def _compare_bfloat16(
-    cases: Sequence[Case], serving: AbstractContextManager[Engine], folder: Path, texts: Sequence[str], new_tokens: int
+    cases: Sequence[Case], serving: AbstractContextManager[Engine], folder: Path, texts: Sequence[str]
 ) -> Iterator[tuple[str, bool]]:
     """Yield whether greedy texts are equal; each side generates one text at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with serving as engine:
         for case, text in _with_dense(model, cases, texts, "bfloat16"):
-            answer = engine.chat(case.recipe.name, text, max_tokens=new_tokens).raise_for_status()
+            answer = engine.chat(case.recipe.name, text, max_tokens=NEW_TOKENS).raise_for_status()
             served = answer.json()["choices"][0]["message"]["content"]
-            yield case.label, served == _greedy(model, tokenizer, text, new_tokens)
+            yield case.label, served == _greedy(model, tokenizer, text)
 
 
 def _with_dense(model: Any, cases: Sequence[Case], texts: Sequence[str], dtype: str) -> Iterator[tuple[Case, str]]:
@@ -140,11 +136,11 @@ def _token_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _greedy(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
+def _greedy(model: Any, tokenizer: Any, text: str) -> str:
     """Return Hugging Face's greedy continuation."""
     ids = torch.tensor([_token_ids(tokenizer, text)])
     mask = torch.ones_like(ids)
-    made = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
     answer: str = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
     return answer
 

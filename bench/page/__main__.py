@@ -1,7 +1,7 @@
 """Fill a page with tables and pictures from the JSON files of the other benchmarks, so that nobody types a figure.
 
-The block between `<!-- figures: NAME -->` and `<!-- end of figures -->` is replaced by the tables of `NAME.json`, or by
-its Nth table (`NAME 2`), and their picture. If there is no such file, the block stays as it is.
+The block between `<!-- figures: NAME -->` and `<!-- end of figures -->` is replaced by the tables of `NAME.json` and
+their picture. If there is no such file, the block stays as it is.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ def main(
     *,
     results: Annotated[Path, typer.Option(help="Folder of the JSON files.", file_okay=False)] = Path("out/bench"),
     page: Annotated[Path, typer.Option(help="The page to fill.", dir_okay=False)] = Path("docs/performance.md"),
-    pictures: Annotated[Path | None, typer.Option(help="Where pictures go.", show_default="beside the page")] = None,
 ) -> None:
-    """Fill a page with the tables of JSON files, and draw their pictures."""
+    """Fill a page with the tables of JSON files, and draw their pictures beside it."""
     found = read_results(results)
     if not page.is_file():
         raise MtaError(f"there is no page at {page}: --page names one, docs/performance.md in a checkout")
-    drawn = draw(found, pictures or page.parent / "pictures")
+    drawn = draw(found, page.parent / "pictures")
     links = {name: os.path.relpath(path, page.parent) for name, path in drawn.items()}
     filled = fill(page.read_text("utf-8"), found, links)
     page.write_text(filled.text, "utf-8")

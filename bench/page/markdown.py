@@ -9,10 +9,7 @@ from typing import Any
 
 from bench.page.report import shown
 
-_BLOCK = re.compile(
-    r"(?P<open><!-- figures: (?P<name>[\w-]+)(?: (?P<number>\d+))? -->\n).*?(?P<close><!-- end of figures -->)",
-    re.DOTALL,
-)
+_BLOCK = re.compile(r"(?P<open><!-- figures: (?P<name>[\w-]+) -->\n).*?(?P<close><!-- end of figures -->)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +26,12 @@ def fill(page: str, results: Mapping[str, Mapping[str, Any]], pictures: Mapping[
     names, missing = dict[str, None](), dict[str, None]()
 
     def replace(block: re.Match[str]) -> str:
-        name, number = block["name"], block["number"]
+        name = block["name"]
         if name not in results:
             missing[name] = None
             return block[0]
         names[name] = None
-        tables = _block(results[name], int(number) if number else None)
+        tables = _block(results[name])
         picture = (pictures or {}).get(name)
         drawn = f"![{results[name]['bench']}]({picture})\n\n" if picture else ""
         return f"{block['open']}{tables}{drawn}{block['close']}"
@@ -59,11 +56,9 @@ def table(title: str, columns: Sequence[str], lines: Sequence[Sequence[object]])
     return f"**{title}**\n\n{drawn}\n"
 
 
-def _block(content: Mapping[str, Any], number: int | None) -> str:
-    """Render the tables of a file, or only its Nth, followed by the command and the machine."""
-    tables = tables_of(content)
-    wanted = tables if number is None else tables[number - 1 : number]
-    parts = [table(found["title"], found["columns"], found["lines"]) for found in wanted]
+def _block(content: Mapping[str, Any]) -> str:
+    """Render the tables of a file, followed by the command and the machine."""
+    parts = [table(found["title"], found["columns"], found["lines"]) for found in tables_of(content)]
     parts.append(f"{content.get('note', '')} `{content['command']}`, {_machine(content['machine'])}.".strip() + "\n")
     return "\n" + "\n".join(parts) + "\n"
 

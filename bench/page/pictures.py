@@ -85,23 +85,6 @@ def _cold(content: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _scale(content: Mapping[str, Any]) -> Any:
-    """Plot memory and rate against the number of recipes served; return None if they were not measured."""
-    found = [t for t in tables_of(content) if t["columns"][0] == "recipes served"]
-    if not found:
-        return None
-    lines: Lines = found[0]["lines"]
-    figure, panels = panels_in_a_row(2)
-    served = [line[0] for line in lines]
-    for panel, at, label in zip(panels, (1, 3), ("resident memory, MiB", "recipes a second"), strict=True):
-        readings = [line[at] for line in lines]
-        panel.plot(served, readings, marker="o", color=_OURS)
-        panel.set_ylim(0, 1.15 * max(readings))
-        panel.set_xlabel("distinct recipes served")
-        panel.set_ylabel(label)
-    return figure
-
-
 def _lasting(content: Mapping[str, Any]) -> Any:
     """Plot each part's memory and the store's keys over time, with a pale line for each event."""
     figure, (panel, keys) = panels_in_a_row(2, width=5.5, height=3.4)
@@ -124,7 +107,6 @@ _PICTURES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "cost": _cost,
     "thrash": _thrash,
     "cold": _cold,
-    "scale": _scale,
     "lasting": _lasting,
 }
 

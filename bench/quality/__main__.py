@@ -20,12 +20,13 @@ from typing import Annotated
 
 import typer
 
-from bank.evaluation.methods import DEFAULT
+from bank.evaluation.methods import DEFAULT, default_methods
 from bank.evaluation.run import RECORDS_FILE
 from bank.evaluation.session import TABLE_FILE
+from bank.items.tasks import get_task
 from bench import script
 from bench.page.report import console
-from bench.quality import methods_of, mta
+from bench.quality import mta
 from bench.rig.people import people, write_people
 from bench.rig.tiny import tiny_model
 
@@ -89,7 +90,8 @@ def main(
     everybody = data / task / "anchors.json"
     size = anchors or ANCHORS.get(task, 12)
     build = f"--no-verdict {BUILDS.get(task, '')} {build}"
-    options = ["--methods", methods_of(name), *shlex.split(f"{EVALS.get(task, '')} {evaluate}")]
+    methods = ",".join([*(method.name for method in default_methods(get_task(name).kind)), "merged:topic"])
+    options = ["--methods", methods, *shlex.split(f"{EVALS.get(task, '')} {evaluate}")]
     options += ["--people", str(people)] if people else []
     if not folds:
         bank = bank or _bank(out / "bank", everybody, name, size, build)

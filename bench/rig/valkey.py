@@ -46,17 +46,12 @@ class ValkeyProcess:
     def __init__(
         self, folder: Path, options: Sequence[str] = DURABLE, binary: Path | None = None, *, clock: bool = False
     ) -> None:
-        self._folder = folder
+        self.folder = folder
         self._clock = folder / "clock" if clock else None
         self._options = options
         self._binary = binary or get_binary_path()
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
-
-    @property
-    def folder(self) -> Path:
-        """The server's data folder."""
-        return self._folder
 
     @property
     def pid(self) -> int:
@@ -80,15 +75,15 @@ class ValkeyProcess:
         deadline = time.monotonic() + 20
         while not answers(self.port):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{command} did not start: {(self._folder / 'server.log').read_text()}")
+                raise RuntimeError(f"{command} did not start: {(self.folder / 'server.log').read_text()}")
             time.sleep(0.02)
         return self
 
     def begin(self) -> list[str]:
         """Start the server without waiting for it, and return its command."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         command = [
-            *(str(self._binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)),
+            *(str(self._binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
             *("--save", "", "--daemonize", "no", *self._options),
         ]
         environment = dict(os.environ)
@@ -100,7 +95,7 @@ class ValkeyProcess:
                 "FAKETIME_NO_CACHE": "1",
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             }
-        with (self._folder / "server.log").open("ab") as log:
+        with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command,
                 stdout=log,

@@ -39,19 +39,16 @@ TOKENS = 256
 def measure(people: int, folder: Path, progress: Progress) -> Figures:
     """Import the people, measure, and return a table with one row per figure."""
     subject = tiny(folder)
-    store = ValkeyProcess(folder / "valkey").start()
-    try:
-        with (
-            vllm_server(subject, max_num_seqs=STREAMS, dtype="float32") as engine,
-            running_gateway(subject.bank, store.url, engine.url, KEY, SECRET) as gateway,
-        ):
-            url, pid = gateway_url(gateway), gateway.process.pid
-            with Client(url) as client:
-                for stream in range(STREAMS):
-                    client.put_profile(_streamer(stream), [_item(random.Random(stream)) for _ in range(ITEMS)])
-            return asyncio.run(_turns(url, pid, people, folder, progress))
-    finally:
-        store.kill()
+    with (
+        ValkeyProcess(folder / "valkey") as store,
+        vllm_server(subject, max_num_seqs=STREAMS, dtype="float32") as engine,
+        running_gateway(subject.bank, store.url, engine.url, KEY, SECRET) as gateway,
+    ):
+        url, pid = gateway_url(gateway), gateway.process.pid
+        with Client(url) as client:
+            for stream in range(STREAMS):
+                client.put_profile(_streamer(stream), [_item(random.Random(stream)) for _ in range(ITEMS)])
+        return asyncio.run(_turns(url, pid, people, folder, progress))
 
 
 async def _turns(url: str, pid: int, people: int, folder: Path, progress: Progress) -> Figures:

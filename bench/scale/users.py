@@ -58,8 +58,7 @@ def measure(load: Workload, folder: Path, progress: Progress) -> Figures:
     """Write the users, measure, and return a table with one row per figure."""
     subject = tiny(folder)
     keys = UserKeys(SECRET, Settings().tenant)
-    store = ValkeyProcess(folder / "valkey").start()
-    try:
+    with ValkeyProcess(folder / "valkey") as store:
         with redis.Redis.from_url(store.url) as raw:
             empty = raw.info("memory")["used_memory"]
             make = _maker(load, subject.manifest.embedder.id)
@@ -74,8 +73,6 @@ def measure(load: Workload, folder: Path, progress: Progress) -> Figures:
             sizes = _sizes(raw, keys, load)
         alone, arriving, per_s = asyncio.run(_look_up(store.url, keys, load, progress))
         before, after, seen = _through_gateway(subject.bank, store.url, load, progress)
-    finally:
-        store.kill()
     kinds = {
         "without a signature": [n for n in sizes if not _is_signed(n, load)],
         f"with a signature over {load.anchors} anchors": [n for n in sizes if _is_signed(n, load)],

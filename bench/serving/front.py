@@ -25,19 +25,18 @@ def through_gateway(
     subject: Subject, engine: Engine, folder: Path, tokens: int, pairs: int
 ) -> tuple[list[float], list[float]]:
     """Measure pairs of first tokens through a gateway with a running engine, in ms: without and with a person."""
-    store = ValkeyProcess(folder).start()
-    try:
-        with running_gateway(subject.bank, store.url, engine.url, KEY, SECRET) as process:
-            url = gateway_url(process)
-            with Client(url) as client:
-                client.put_profile(USER, ITEMS)
-            sampling = {"max_tokens": 1, "temperature": 0, "user_id": USER}  # the answer is only the first token
-            nobody, person = (
-                Side(f"{url}/generate", {}, sampling | {"personalize": level}, False) for level in ("none", "merged")
-            )
-            return asyncio.run(_in_turn(nobody, person, texts(subject.model, tokens), pairs))
-    finally:
-        store.kill()
+    with (
+        ValkeyProcess(folder) as store,
+        running_gateway(subject.bank, store.url, engine.url, KEY, SECRET) as process,
+    ):
+        url = gateway_url(process)
+        with Client(url) as client:
+            client.put_profile(USER, ITEMS)
+        sampling = {"max_tokens": 1, "temperature": 0, "user_id": USER}  # the answer is only the first token
+        nobody, person = (
+            Side(f"{url}/generate", {}, sampling | {"personalize": level}, False) for level in ("none", "merged")
+        )
+        return asyncio.run(_in_turn(nobody, person, texts(subject.model, tokens), pairs))
 
 
 def texts(model: Path, tokens: int) -> Callable[[], str]:

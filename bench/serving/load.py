@@ -102,13 +102,12 @@ class Loader:
         await asyncio.gather(*(client() for _ in range(clients)))
         return answers, time.perf_counter() - start_s
 
-    async def arriving(self, asks: Iterable[Ask], per_s: float, burst: int = 1, seed: int = 0) -> list[Answer]:
-        """Run an open loop: bursts of `burst` requests arrive as a Poisson process, whatever the answers take."""
-        chance, under_way, next_s = random.Random(seed), [], time.perf_counter()
-        for number, ask in enumerate(asks):
-            if number % burst == 0:
-                next_s += chance.expovariate(per_s / burst)
-                await sleep_until(next_s)
+    async def arriving(self, asks: Iterable[Ask], per_s: float) -> list[Answer]:
+        """Run an open loop: requests arrive as a Poisson process, whatever the answers take."""
+        chance, under_way, next_s = random.Random(0), [], time.perf_counter()
+        for ask in asks:
+            next_s += chance.expovariate(per_s)
+            await sleep_until(next_s)
             under_way.append(asyncio.create_task(self.stream(ask)))
         return await asyncio.gather(*under_way)
 

@@ -3,8 +3,6 @@
 Three kinds of blocks alternate. While a few warm streams run, requests with a short prompt and one token arrive as a
 Poisson process: in the first block from new users, in the second from users whose recipes are resident, in the third
 there are none. The cost is the ratio of the gaps' p99 in the first two blocks of a turn.
-
-    mta bench stall --rank 64 --burst 14       # many arrivals at once, with adapters that take longer to fuse
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from rich.progress import Progress
 from bench import script
 from bench.page.report import Figures, Spread, percentile, tabulate
 from bench.rig.servers import vllm_server
-from bench.rig.subject import BankOption, ModelOption, TinyOption, configured_subject, random_subject, tiny
+from bench.rig.subject import BankOption, ModelOption, TinyOption, configured_subject, tiny
 from bench.serving.histograms import BLOCKING_STEPS
 from bench.serving.load import Answer, Ask, Loader, Prompts, loading
 
@@ -39,21 +37,16 @@ def main(
     tiny_model: TinyOption = False,
     per_s: Annotated[float, typer.Option(help="Arrivals a second.", min=0.1)] = 5,
     arrivals: Annotated[int, typer.Option(help="Arrivals in a block.", min=1)] = 25,
-    burst: Annotated[int, typer.Option(help="Arrivals at the same moment.", min=1)] = 1,
     streams: Annotated[int, typer.Option(help="Warm streams.", min=1, max=RESIDENT)] = 2,
     prompt: Annotated[int, typer.Option(help="Tokens of the arrivals' prompts.", min=1)] = 32,
     pairs: Annotated[int, typer.Option(help="Turns, after one for warm-up.", min=1)] = 5,
     slots: Annotated[int, typer.Option(help="Adapter slots.", min=RESIDENT + 1)] = 16,
-    rank: Annotated[int | None, typer.Option(help="Use a random bank of this rank.", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/stall.json"),
 ) -> None:
     """Measure inter-token p50 and p99 of warm streams during arrivals."""
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
-        if rank is not None:
-            subject = random_subject(Path(scratch), model, rank)
-        else:
-            subject = tiny(Path(scratch), anchors=64) if tiny_model else configured_subject(bank, model)
+        subject = tiny(Path(scratch), anchors=64) if tiny_model else configured_subject(bank, model)
         bar = progress.add_task("blocks in turn", total=len(KINDS) * (pairs + 1))
         with vllm_server(subject, max_loras=slots, dtype=dtype, max_num_seqs=16) as engine:
 
@@ -78,7 +71,6 @@ def main(
                                 prompts,
                                 asks=asks,
                                 per_s=per_s,
-                                burst=burst,
                                 seconds=arrivals / per_s,
                             )
                             if turn:
@@ -97,7 +89,7 @@ def main(
         lines.append([kind, p50, Spread.of(p99[kind]), *over, longest, waited, Spread.of(firsts) if firsts else None])
     title = (
         f"{subject.title}, {dtype}, {slots} slots, {streams} warm streams: {pairs} blocks of {arrivals} arrivals at "
-        f"{per_s:g} a second{f', {burst} at a time' if burst > 1 else ''}, prompts of {prompt} tokens"
+        f"{per_s:g} a second, prompts of {prompt} tokens"
     )
     columns = (
         "who arrives",
@@ -135,7 +127,6 @@ async def _block(
     *,
     asks: Sequence[Ask],
     per_s: float,
-    burst: int,
     seconds: float,
 ) -> tuple[list[Answer], list[float]]:
     """Return the arrivals' answers and the gaps of the warm streams, which run until all arrivals are answered."""
@@ -147,7 +138,7 @@ async def _block(
             gaps.extend((await loader.stream(Ask(name, prompts(8), 32))).gaps_ms)
 
     warm_streams = asyncio.gather(*map(stream, warm))
-    answers = await loader.arriving(asks, per_s, burst)
+    answers = await loader.arriving(asks, per_s)
     if not asks:
         await asyncio.sleep(seconds)
     over.set()

@@ -66,7 +66,6 @@ def main(
     rounds: Annotated[int, typer.Option(help="Blocks of each kind, after one for warm-up.", min=1)] = 5,
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 16,
-    stock: Annotated[bool, typer.Option("--stock/--no-stock", help="Compare with a stock vLLM.")] = True,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/thrash.json"),
 ) -> None:
@@ -75,13 +74,12 @@ def main(
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress, ExitStack() as servers:
         subject = tiny(Path(scratch), anchors=64) if tiny_model else configured_subject(bank, model)
         running: dict[str, Any] = {"max_loras": slots, "dtype": dtype, "max_num_seqs": clients}
-        sides = {"ours": servers.enter_context(vllm_server(subject, **running))}
-        names = {"ours": subject.names(levels[-1])}
-        if stock:
-            sides["stock vLLM"] = servers.enter_context(vllm_server(subject, "stock", **running))
-            folders = peft_folders(subject, Path(scratch) / "peft", levels[-1])
-            names["stock vLLM"] = [folder.name for folder in folders]
-            load_folders(sides["stock vLLM"], folders, progress)
+        ours = servers.enter_context(vllm_server(subject, **running))
+        stock = servers.enter_context(vllm_server(subject, "stock", **running))
+        sides = {"ours": ours, "stock vLLM": stock}
+        folders = peft_folders(subject, Path(scratch) / "peft", levels[-1])
+        names = {"ours": subject.names(levels[-1]), "stock vLLM": [folder.name for folder in folders]}
+        load_folders(stock, folders, progress)
         bar = progress.add_task("blocks in turn", total=(rounds + 1) * len(levels) * len(sides))
         load = Load(subject, rounds, clients, requests, prompt, tokens)
         found = asyncio.run(_measure(sides, names, levels, load, lambda: progress.advance(bar)))

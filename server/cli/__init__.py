@@ -16,10 +16,9 @@ from rich.text import Text
 
 from adapters.errors import MtaError
 from bank.models.process_startup import run_and_exit, without_audio
-from server.cli import audit, backup, bench, keys, secret
+from server.cli import audit, backup, bench, eval, keys, secret
 from server.cli.bank import commands as bank
 from server.cli.demo import commands as demo
-from server.cli.eval import commands as eval
 from server.cli.run import doctor, gateway, processes, up
 from server.cli.shared import table_console
 from server.cli.users import chat, worth

@@ -21,7 +21,7 @@ BENCHMARKS = {
     "thrash": ("bench.serving.thrash", "More users than slots, compared with stock vLLM and as many PEFT folders."),
     "stall": ("bench.serving.stall", "Delay that new users cause for running streams."),
     "adapt": ("bench.adapt.wait", "Time that a user waits for few-shot adaptation."),
-    "scale": ("bench.scale.__main__", "A million users in the store, 10,000 anchors, 100,000 recipes."),
+    "scale": ("bench.scale.__main__", "A million users in the store, 10,000 anchors, 10,000 people imported."),
     "overload": ("bench.fleet.overload", "Two gateways, 500 streams, twice the capacity, clients that do not read."),
     "fairness": ("bench.fleet.fairness", "Effect of one greedy key on the others, such as requests for many answers."),
     "report": ("bench.page.__main__", "Fill docs/performance.md with tables and pictures from the JSON files."),

@@ -15,12 +15,6 @@ from server.store.redis.servers.connection import RedisConnection
 
 _BATCH = 100
 
-# KEYS: adapter. ARGV: expiry (s), then fields and values.
-_PUT_TEMPORARY = """
-redis.call('HSET', KEYS[1], unpack(ARGV, 2))
-return redis.call('EXPIRE', KEYS[1], ARGV[1])
-"""
-
 # KEYS: a set. ARGV: the member. Always writes, because the store does not wait for a script that changes nothing.
 _ADD_MEMBER = """
 redis.call('SREM', KEYS[1], ARGV[1])
@@ -62,11 +56,6 @@ class AdapterStore:
     async def adapter_id(self, user_key: str) -> str | None:  # of the user's current adapter
         value = await self._connection.run(lambda redis: redis.hget(keys.adapter(user_key), "id"))
         return value.decode() if value is not None else None
-
-    async def put_temporary(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
-        """Store an adapter for `ttl_s` seconds under a key that no user has, so that engines can serve it."""
-        fields = ("id", stored.id, "recipe", stored.recipe, "sha256", stored.sha256, "raw", stored.raw)
-        await self._connection.write(_PUT_TEMPORARY, (keys.adapter(user_key),), ttl_s, *fields)
 
     async def add_adapted(self, user_key: str, bank: str) -> None:
         """Add a user to a bank's set durably: in a cluster, a durable write to the user's keys does not cover it."""

@@ -19,7 +19,7 @@ from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, LossDifference, Verdict, read_manifest
 from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
-from deploy.observe.pictures.receiver import Receiver, receiving
+from deploy.observe.receiver import Receiver, receiving
 from server.settings import Settings
 from server.store.samples import Sample
 from server.watching.audit import audit_to

@@ -1,5 +1,4 @@
-"""A real vLLM in float32: its answers are those of dense formulas, alone and in mixed steps; recipes are fused once;
-evaluating through it gives what evaluating in process gives."""
+"""A real vLLM in float32: its answers are those of dense formulas, alone and in mixed steps; recipes are fused once."""
 
 from __future__ import annotations
 
@@ -13,26 +12,18 @@ from typing import Any
 import pytest
 import redis
 import torch
-from pydantic import SecretStr
 from transformers import AutoModelForCausalLM
 
-from adapters.errors import MtaError
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from adapters.user_adapter import UserAdapter
-from bank.evaluation.scoring import EvalAdapter, ModelReader, OpenBank, Scorer
-from bank.items.prompt import encode_pair
-from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
-from bank.models.load import load_base
 from bench.oracle.dense import dense_adapter, token_logprobs
-from bench.rig.engine import KEY, Engine, running_engine
+from bench.rig.engine import Engine, running_engine
 from bench.rig.processes import descendants, paused, wait_until
 from bench.rig.tiny import tiny_bank
 from bench.rig.user_adapters import keep_user_adapter, random_user_adapter
 from bench.rig.valkey import ValkeyProcess
-from server.cli.eval.engine import EngineReader, open_engine_reader
-from server.settings import Settings
 from tests.support.gateway import content_of
 
 SLOTS = 2
@@ -244,43 +235,3 @@ def test_a_dropped_user_is_neither_held_nor_resident_once_their_open_stream_has_
     wait_until(lambda: stacked.drop() == 0, "the request to be over")  # its last line is out a little before
     there = engine.resident()
     assert (recipe.name in there["resident"], there["held"], engine.status()["user_adapters"]) == (False, [], 0)
-
-
-@pytest.fixture
-def there(engine: Engine, valkey: ValkeyProcess) -> Iterator[EngineReader]:
-    """Evaluates through the engine."""
-    with open_engine_reader(engine.url, Settings(redis_url=valkey.url, engine_key=SecretStr(KEY))) as reader:
-        yield reader
-
-
-def test_results_are_those_in_process_and_a_bank_that_is_not_served_is_named(
-    bank: Path, model: Path, embedder: Embedder, there: EngineReader
-) -> None:
-    opened = OpenBank.open(bank, embedder.id)
-    scorer = Scorer(*load_base(model, "float32"))
-    examples = [encode_pair(scorer.tokenizer, turn, f"{turn} indeed", 128) for turn in TURNS]
-    recipe = FusionRecipe(opened.manifest.short, opened.manifest.method, True, (Term(0, 400), Term(3, 300)))
-    merged, stacked = (
-        EvalAdapter(opened, recipe, trained) for trained in (None, random_user_adapter(opened.manifest, recipe).weights)
-    )
-
-    def answers(reader: ModelReader, adapter: EvalAdapter | None) -> list[str]:
-        """But for a last character that is cut in the middle: vLLM leaves it out, transformers marks it."""
-        return [(reading.answer or "").rstrip("\ufffd").strip() for reading in reader.read(adapter, examples, 8)]
-
-    losses = set()
-    for adapter in (None, merged, stacked):
-        found = there.read(adapter, examples)
-        expected = [reading.loss for reading in scorer.read(adapter, examples)]
-        assert [reading.loss for reading in found] == pytest.approx(expected, abs=1e-3)
-        assert all(reading.answer is None for reading in found)
-        assert answers(there, adapter) == answers(scorer, adapter)
-        losses.add(round(found[0].loss, 3))
-    assert len(losses) == 3
-    for reader in (scorer, there):
-        written = reader.write(merged, examples, 3)
-        assert [len(set(texts)) for texts in written] == [3] * len(TURNS)
-        assert written == reader.write(merged, examples, 3)
-    elsewhere = EvalAdapter(opened, FusionRecipe("ffffffff", opened.manifest.method, True, ()))
-    with pytest.raises(MtaError, match=r"ffffffff.*MTA_NEXT_BANK"):
-        there.read(elsewhere, examples)

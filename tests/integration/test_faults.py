@@ -75,11 +75,3 @@ def test_every_socket_of_every_part_is_on_the_loopback_address(machine: Up) -> N
     found = {socket for pid in descendants(machine.pid) for socket in listening(pid)}
     assert len(found) >= 3
     assert {address for address, _ in found} == {"127.0.0.1"}
-
-
-def test_no_orphans(machine: Up) -> None:
-    family = descendants(machine.pid)
-    assert any("EngineCore" in command_line(pid) for pid in family)
-    machine.process.send(signal.SIGKILL)  # in the machine's last test
-    machine.process.wait()
-    wait_until(lambda: not any(alive(pid) for pid in family), "every process to be gone")

@@ -14,7 +14,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from bench.fleet.capacity import Overload
+from bench.fleet.overload import Overload
 from bench.fleet.streams import Load
 from bench.rig.engine import Engine
 from bench.rig.valkey import free_port

@@ -12,7 +12,7 @@ import pytest
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.processes import wait_until
 from bench.rig.valkey import DURABLE
-from deploy.observe.pictures.receiver import Receiver
+from deploy.observe.receiver import Receiver
 from server.settings import Settings
 from server.store.redis import keys
 from server.worker.training import AdapterTrainer

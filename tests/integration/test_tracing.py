@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.observe.pictures.receiver import Receiver, Span
+from deploy.observe.receiver import Receiver, Span
 from server.settings import Settings
 from server.watching import open_tracing
 from tests.integration.conftest import Work

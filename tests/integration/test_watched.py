@@ -14,9 +14,9 @@ import pytest
 
 from bench.rig.processes import paused, wait_until
 from deploy.observe import dashboard
-from deploy.observe.pictures.prometheus import BINARY, HERE
-from deploy.observe.pictures.receiver import Span
-from deploy.observe.pictures.watched import PEOPLE, STACKED, Watched, use, watched
+from deploy.observe.prometheus import BINARY, HERE
+from deploy.observe.receiver import Span
+from deploy.observe.watched import PEOPLE, STACKED, Watched, use, watched
 from tests.support.documented import ROOT, Reader, blocks_of
 
 

@@ -42,18 +42,14 @@ async def make_up(url: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def gateways(gateway_settings: Settings, store: ValkeyProcess) -> Iterator[dict[str, GatewayThread]]:
-    """Gateways of a tenant with results, and of one without."""
+def gateway(gateway_settings: Settings, store: ValkeyProcess) -> Iterator[GatewayThread]:
     asyncio.run(make_up(store.url))
-    with (
-        GatewayThread(gateway_settings, redis_url=store.url, tenant=TENANT) as full,
-        GatewayThread(gateway_settings, redis_url=store.url, tenant="empty") as empty,
-    ):
-        yield {"full": full, "empty": empty}
+    with GatewayThread(gateway_settings, redis_url=store.url, tenant=TENANT) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def browser(gateways: dict[str, GatewayThread]) -> Iterator[Browser]:
+def browser(gateway: GatewayThread) -> Iterator[Browser]:
     executable = chromium()
     if executable is None:
         pytest.skip("this machine has no Chromium")
@@ -61,23 +57,13 @@ def browser(gateways: dict[str, GatewayThread]) -> Iterator[Browser]:
         yield started
 
 
-@pytest.fixture(params=["full", "empty"])
-def look(request: pytest.FixtureRequest, browser: Browser, gateways: dict[str, GatewayThread]) -> Iterator[Looking]:
-    with looking(browser, gateways[request.param].url) as looker:
+@pytest.fixture
+def look(browser: Browser, gateway: GatewayThread) -> Iterator[Looking]:
+    with looking(browser, gateway.url) as looker:
         yield looker
         assert looker.faults == looker.foreign == looker.refusals == []
 
 
-@pytest.mark.parametrize("look", ["empty"], indirect=True)
-def test_it_says_how_to_begin(look: Looking) -> None:
-    page = look.visit("worth")
-    results = page.get_by_role("region", name="Results")
-    expect(results).to_contain_text("Nothing is compared yet: hold out a share of users with MTA_HOLDOUT")
-    expect(page.locator(".interval")).to_have_count(0)
-    expect(page.get_by_role("link", name="Worth")).to_have_attribute("aria-current", "page")
-
-
-@pytest.mark.parametrize("look", ["full"], indirect=True)
 def test_results_are_sentences_and_intervals(look: Looking) -> None:
     page = look.visit("worth")
     results = page.get_by_role("region", name="Results")

@@ -32,12 +32,10 @@ CALM_S = (0.5, 2.0)
 def main(
     minutes: Annotated[float, typer.Option(help="Minimum duration; the run ends after the last fault.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Seed of the faults and of people's requests.")] = 1,
-    kills: Annotated[int, typer.Option(help="Number of kills of each part.", min=1)] = 3,
-    pause_s: Annotated[float, typer.Option(help="Seconds for which each part is paused once.")] = 20.0,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Kill and pause every part under mixed load; exit status 1 if a guarantee is broken."""
-    faults = shuffled(random.Random(seed), kills, pause_s)
+    faults = shuffled(random.Random(seed))
     with tempfile.TemporaryDirectory() as scratch:
         with tiny_machine(Path(scratch), seed=seed) as machine:
             claims = under_load(Plan(Path(scratch), faults, seed, LOSES, 60 * minutes), machine)

@@ -13,6 +13,7 @@ from bench.fleet.machine import ENGINES, Machine
 from bench.rig.processes import descendants, paused, wait_until
 
 PARTS = ("gateway", "engine", "router", "worker", "valkey")
+KILLS, PAUSE_S = 3, 20.0
 STORE_AWAY_S = 1.0
 """Seconds from the kill of the store until this benchmark restarts it."""
 
@@ -45,9 +46,9 @@ class Outage:
         return begun_s < self.over_s and ended_s > self.begun_s
 
 
-def shuffled(chance: random.Random, kills: int, pause_s: float) -> list[Fault]:
-    """Return the faults in random order: each part is killed `kills` times and paused once."""
-    faults = [Fault(part) for part in PARTS for _ in range(kills)] + [Fault(part, pause_s) for part in PARTS]
+def shuffled(chance: random.Random) -> list[Fault]:
+    """Return the faults in random order: each part is killed `KILLS` times and paused once for `PAUSE_S`."""
+    faults = [Fault(part) for part in PARTS for _ in range(KILLS)] + [Fault(part, PAUSE_S) for part in PARTS]
     chance.shuffle(faults)
     return faults
 

@@ -35,7 +35,7 @@ from bank.evaluation.summary import (
 from bank.items.histories import History, Query
 from bank.items.profile import Item
 from bank.items.tasks import AnswerKind, get_task
-from server.cli.eval.commands import print_tables
+from server.cli.eval import print_tables
 
 MERGED = METHODS["merged"]
 NAMES = "base,merged,random,stacked,merged@k2"

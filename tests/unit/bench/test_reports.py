@@ -29,9 +29,11 @@ from bench.fleet.chaos.asking import End, Outcome
 from bench.fleet.chaos.census import Usage
 from bench.fleet.chaos.faults import PARTS, Fault, Outage, shuffled
 from bench.fleet.chaos.verdict import Claim, about_keys, about_outages, about_requests
+from bench.fleet.lasting import DEATHS, plan
 from bench.fleet.simulate import served, zipf
 from bench.page.__main__ import main, read_results
 from bench.page.markdown import fill
+from bench.page.pictures import draw
 from bench.page.report import Figures, Spread, command_line, marked, percentile, report, shown, tabulate
 from bench.quality import __main__ as quality
 from bench.quality import primary
@@ -51,7 +53,7 @@ stale | table
 
 Between.
 
-<!-- figures: scale 2 -->
+<!-- figures: scale -->
 not measured yet
 <!-- end of figures -->
 """
@@ -139,18 +141,9 @@ def test_a_block_gets_its_table_without_empty_columns_and_the_rest_of_the_page_s
     rows = [line for line in block.splitlines() if line.startswith("|")]
     assert rows[0] == "| ms | base | recipe | recipe over base | limit, base | limit, recipe | recipe over its limit |"
     assert rows[2].startswith("| first / token | 2.00 (1.00 to 3.00) |")
-    assert "A note." in block and "stale" not in block
+    assert "A note." in block and " cores of " in block and "stale" not in block
     assert PAGE.startswith(before) and PAGE.endswith(after)
     assert fill(filled.text, found).text == filled.text
-
-
-def test_the_nth_table_of_a_file_can_stand_alone() -> None:
-    tables = [{"title": f"table {n}", "columns": ["a"], "lines": [[n]]} for n in (1, 2, 3)]
-    machine = {"processor": "P", "cores": 2, "amx": False}
-    content: dict[str, Any] = {"bench": "scale", "command": "mta bench scale", "machine": machine, "tables": tables}
-    text = fill(PAGE, {"scale": content}).text
-    assert [n for n in (1, 2, 3) if f"**table {n}**" in text] == [2]
-    assert "`mta bench scale`, 2 cores of P without AMX." in text
 
 
 def test_the_command_fills_a_page_in_place(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +207,6 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
     unready = AssertionError("ended with status 1 before Ready:\nall its output")
     monkeypatch.setattr(acceptance, "up", MagicMock(side_effect=unready))
     monkeypatch.setattr(acceptance, "_tiny", lambda _: ())
-    monkeypatch.setattr(acceptance, "ValkeyProcess", MagicMock())
     monkeypatch.setenv("MTA_MODEL", "another")
     with pytest.raises(typer.Exit):
         acceptance.main(tmp_path, tmp_path / "out")
@@ -223,7 +215,7 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
         assert steps[name]["status"] == 1
         assert steps[name]["figures"][0]["value"] == "ended with status 1 before Ready:"
     assert steps["quality"]["status"] == 0
-    for module in ("bench.oracle", "bench.fleet.replicas", "bench.quality.engine"):
+    for module in ("bench.oracle", "bench.fleet.replicas"):
         (command,) = (call.args[0] for call in run.call_args_list if module in call.args[0])
         assert command[command.index("--model") + 1] == "another"
 
@@ -364,7 +356,7 @@ def test_a_part_is_back_within_a_minute_takes_no_more_and_nothing_is_left_of_the
     assert [Usage(200, 50).exceeded_by(usage) for usage in later] == [False, True, True]
     assert failing(about_keys(Counter({"epoch": 5, "mta:": 4}), users=5)) == []
     assert failing(about_keys(Counter({"epoch": 5, "profile": 1}), users=5)) != []
-    faults = shuffled(random.Random(0), 3, 20.0)
+    faults = shuffled(random.Random(0))
     assert {(faults.count(Fault(part)), faults.count(Fault(part, 20.0))) for part in PARTS} == {(3, 1)}
 
 
@@ -401,3 +393,25 @@ def test_an_engine_keeps_the_recipes_that_were_used_last_and_users_ask_as_zipf_s
     counts = np.bincount(zipf(1000, 200_000, 1.0, np.random.default_rng(2)), minlength=1000)
     assert counts[0] / counts[9] == pytest.approx(10, rel=0.2)
     assert counts[0] / counts[99] == pytest.approx(100, rel=0.4)
+
+
+def test_a_run_of_hours_has_deaths_every_few_minutes_backups_by_the_hour_and_two_changes() -> None:
+    lasting = MagicMock()
+    events = list(plan(lasting, random.Random(1), 4 * 3600, 180, 3600))
+    times = [at_s for at_s, _, _ in events]
+    assert times == sorted(times) and times[-1] == 4 * 3600
+    names = [what for _, what, _ in events]
+    assert (names.count("backup"), names.count("next bank"), names.count("next secret")) == (4, 1, 1)
+    assert names.index("next bank") < names.index("next secret")
+    deaths = [name.removeprefix("death of ") for name in names if name.startswith("death of ")]
+    assert 70 < len(deaths) < 90 and set(deaths) == set(DEATHS)
+    for _, _, event in events:
+        event()
+    assert [call.args[0] for call in lasting.die.call_args_list] == deaths
+
+
+def test_its_picture_shows_memory_and_keys_over_time(tmp_path: Path) -> None:
+    readings = [{"at_s": 30.0 * n, "keys": 7, "gateway-1, MiB": 90.0 + n, "valkey, MiB": 20.0} for n in range(4)]
+    content = {"bench": "lasting", "readings": readings, "events": [["backup", 60.0]]}
+    drawn = draw({"lasting": content}, tmp_path)
+    assert drawn["lasting"].stat().st_size > 1000

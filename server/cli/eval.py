@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from server.cli.shared import Embedder, Model, RedisUrl, prepare_to_train
+from server.cli.shared import Embedder, Model, prepare_to_train
 
 if TYPE_CHECKING:
     from bank.evaluation.authorship import AuthorshipRow
@@ -27,7 +26,6 @@ Predict = Annotated[bool, typer.Option("--predict/--no-predict", help="Generate 
 Curves = Annotated[bool, typer.Option("--curves/--no-curves", help="Also measure merged with other k and fewer items.")]
 Write = Annotated[str | None, typer.Option(help="Comma-separated methods that also write texts, for authorship.")]
 Last = Annotated[int, typer.Option(help="Use each person's last N items as queries instead of reading them.", min=0)]
-EngineUrl = Annotated[str | None, typer.Option(help="Evaluate through this engine; its key is MTA_ENGINE_KEY.")]
 
 
 def evaluate(
@@ -47,9 +45,7 @@ def evaluate(
     only: Annotated[Path | None, typer.Option(help="Only these people: a file of ids.", show_default="all")] = None,
     model: Model = None,
     embedder: Embedder = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32; an engine uses its own.")] = "auto",
-    engine_url: EngineUrl = None,
-    redis_url: RedisUrl = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
 ) -> None:
     """Compare methods of personalisation on people's own later answers; a lower loss is better."""
     prepare_to_train()
@@ -63,7 +59,6 @@ def evaluate(
     from bank.lookup.embedder import Embedder
     from bank.manifest import read_manifest
     from bank.models.folders import ensure_base_model, ensure_embedder
-    from server.cli.eval.engine import open_engine_reader
     from server.settings import load_settings
 
     kind = get_task(read_manifest(bank).task).kind
@@ -72,20 +67,19 @@ def evaluate(
     if writing and kind != "text":
         raise typer.BadParameter(f"this bank's answers are {kind}, not free text", param_hint="--write")
     options = EvalOptions(tuple(dict.fromkeys([*chosen, *writing])), seeds, predict, sample, tuple(writing), texts)
-    settings = load_settings(model=model, embedder=embedder, redis_url=redis_url)
+    settings = load_settings(model=model, embedder=embedder)
     folder = ensure_base_model(settings.model, settings.cache_dir)
     encoder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
     inputs = EvalInputs(users, bank, out, folder, encoder, people, only, last, profile, dtype, curves)
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    opened = open_engine_reader(engine_url, settings) if engine_url else nullcontext()
-    with Progress(*columns, console=console) as progress, opened as engine:
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task("evaluating", total=None)
 
         def show(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
-        tables, authorship = run(inputs, options, AdaptConfig(), show, engine)
+        tables, authorship = run(inputs, options, AdaptConfig(), show)
     print_tables(tables, console)
     print_authorship(authorship, console)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

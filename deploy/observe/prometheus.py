@@ -18,7 +18,7 @@ from bench.rig.processes import running, wait_until
 from deploy.observe.dashboard import WINDOW
 from server.supervisor.services import free_port
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 HURRY_S = 1
 BINARY = shutil.which("prometheus")
 """Path of Prometheus, or None if it is not installed."""

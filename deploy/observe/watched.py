@@ -14,8 +14,8 @@ import httpx
 
 from bench.rig.processes import wait_until
 from bench.rig.up import Up, up
-from deploy.observe.pictures.prometheus import HURRY_S, Prometheus, Target, prometheus
-from deploy.observe.pictures.receiver import Receiver, receiving
+from deploy.observe.prometheus import HURRY_S, Prometheus, Target, prometheus
+from deploy.observe.receiver import Receiver, receiving
 from server.supervisor.services import free_port
 
 PEOPLE = {
@@ -73,14 +73,14 @@ def watched(folder: Path, *options: str, **environment: str) -> Iterator[Watched
                 yield Watched(server, receiver, asking, time.time())
 
 
-def use(run: Watched, seconds: float, steps: int = 6) -> None:
+def use(run: Watched, seconds: float) -> None:
     """Simulate users for some time: they write and ask, with and without streams, and one of them is adapted."""
     with run.client as client:
         for user, text in PEOPLE.items():
             client.put(f"/users/{user}/profile", json={"items": [{"text": text}]}).raise_for_status()
         _ask(client)
         wait_until(lambda: len(run.prometheus.asked("mta_ttft_seconds_count")) > 1, "the first answers to be seen")
-        config = {"steps": steps, "learning_rate": 0.05}
+        config = {"steps": 6, "learning_rate": 0.05}
         job = client.post(f"/users/{STACKED}/adapt", json={"samples": SAMPLES, "config": config}).raise_for_status()
         until_s = time.monotonic() + seconds
         ended = False

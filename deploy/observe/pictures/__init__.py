@@ -1,1 +1,0 @@
-"""Pictures of the metrics and traces of a real run."""
