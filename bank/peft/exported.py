@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters.errors import UserAdapterError, excerpt
+from adapters.errors import FusionError, UserAdapterError, excerpt
 from adapters.raw import Bits, file_head, read_tensors, read_user_adapter, shapes_of, to_bits, to_float
 from adapters.recipe import PER_MILLE, FusionRecipe, Term
 from bank.errors import BankError
@@ -116,13 +116,16 @@ def _map_matrix(path: Path, manifest: BankManifest) -> dict[str, Bits]:
     return matrix
 
 
-def export_anchor(bank: Path, anchor: str, out: Path) -> None:
-    """Write one anchor's meta-LoRA as a PEFT folder, without the common row."""
+def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False) -> None:
+    """Write one anchor's meta-LoRA as a PEFT folder, alone or together with the common row."""
     manifest = read_manifest(bank)
     ids = [entry.id for entry in manifest.anchors]
     if anchor not in ids:
         raise BankError(f"the bank at {bank} has no anchor {excerpt(anchor)}; its anchors are {ids[0]} to {ids[-1]}")
     verify_files(bank, manifest, (manifest.anchor_rows_file,))
     people = manifest.model_copy(update={"directions": None})
-    recipe = FusionRecipe(manifest.short, manifest.method, False, (Term(ids.index(anchor), PER_MILLE),))
-    ExportedAdapter(bank, people, recipe, file=manifest.anchor_rows_file).write(out)
+    recipe = FusionRecipe(manifest.short, manifest.method, with_common, (Term(ids.index(anchor), PER_MILLE),))
+    try:
+        ExportedAdapter(bank, people, recipe, file=manifest.anchor_rows_file).write(out)
+    except FusionError as error:
+        raise BankError(str(error)) from error

@@ -48,8 +48,8 @@ def peft_delta(model_folder: Path, adapter: Path) -> Tensors:
     }
 
 
-def bank_delta(bank: Path, manifest: BankManifest, anchor: int) -> Tensors:
-    recipe = FusionRecipe(manifest.short, manifest.method, False, (Term(anchor, 1000),))
+def bank_delta(bank: Path, manifest: BankManifest, anchor: int, common: bool = False) -> Tensors:
+    recipe = FusionRecipe(manifest.short, manifest.method, common, (Term(anchor, 1000),))
     lora = fuse(open_matrix(bank, manifest), recipe, torch.float32)
     return {name: lora.b[name].bfloat16().float() @ lora.a[name] for name in lora.a}  # as it is served
 
@@ -60,13 +60,14 @@ def assert_equal(one: Tensors, other: Tensors, atol: float = 1e-6) -> None:
         torch.testing.assert_close(delta, other.get(name, torch.zeros_like(delta)), rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("with_common", [False, True])
 @pytest.mark.parametrize("method", list(FusionMethod))
 def test_an_exported_anchor_is_loaded_by_peft_with_the_same_delta(
-    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, method: FusionMethod
+    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, method: FusionMethod, with_common: bool
 ) -> None:
     bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, method=method)
-    export_anchor(bank, "a02", tmp_path / "out")
-    expected = bank_delta(bank, read_manifest(bank), 2)
+    export_anchor(bank, "a02", tmp_path / "out", with_common)
+    expected = bank_delta(bank, read_manifest(bank), 2, with_common)
     assert_equal(peft_delta(tiny_model_folder, tmp_path / "out"), expected)
     assert max(delta.abs().max() for delta in expected.values()) > 1e-3
 
@@ -74,9 +75,11 @@ def test_an_exported_anchor_is_loaded_by_peft_with_the_same_delta(
 def test_missing_or_damaged_rows_are_not_exported(
     tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path
 ) -> None:
-    bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, anchors=3)
+    bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, anchors=3, common=False)
     with pytest.raises(BankError, match="no anchor 'a03'; its anchors are a00 to a02"):
         export_anchor(bank, "a03", tmp_path / "out")
+    with pytest.raises(BankError, match="no common row"):
+        export_anchor(bank, "a00", tmp_path / "out", with_common=True)
     flip_a_bit(bank / MATRIX_FILE)
     with pytest.raises(BankError, match="damaged"):
         export_anchor(bank, "a00", tmp_path / "out")

@@ -145,11 +145,12 @@ def export(
     anchor: Annotated[str, typer.Option(help="The anchor's id, e.g. a03.")],
     out: Out,
     bank: BankArgument = None,
+    with_common: Annotated[bool, typer.Option("--with-common", help="Add the common row, as in a recipe.")] = False,
 ) -> None:
     """Write an anchor's adapter as a PEFT folder."""
     from bank.peft.exported import export_anchor
 
-    export_anchor(load_settings(bank=bank).bank_folder(), anchor, out)
+    export_anchor(load_settings(bank=bank).bank_folder(), anchor, out, with_common)
     typer.echo(f"{anchor} is a PEFT adapter at {out}")
 
 
