@@ -1,8 +1,9 @@
 """Measure how adapt jobs slow down running answers: streams with and without a running job, in turn, in one run.
 
-A block is a closed loop of clients that stream answers for warm users. Blocks alternate: A with training jobs, one
-after the other, and B without. The p50 and p99 of first tokens and of gaps between tokens are over all blocks; the cost
-of jobs is the ratio of the medians of the two blocks of a pair.
+A block is a closed loop of clients that stream answers for warm users. Blocks alternate: A without jobs, and B with
+training jobs, one after the other; the next A waits until the worker has ended the step that it was in. The p50 and p99
+of first tokens and of gaps between tokens are over all blocks; the cost of jobs is the ratio of the medians of the two
+blocks of a pair.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ ITEMS = {
 WORDS = "the tide turned and the boats went home before the rain could reach the harbour wall again that evening "
 SAMPLES = [{"input": f"Tell me about day {n}. {WORDS * 2}", "output": f"Day {n}: {WORDS}"} for n in range(10)]
 PATIENCE_S = 120.0
+SETTLE_S = 15.0  # a worker hears of a cancelled job within a second, and ends its step of training
+MANY = 500  # values of which a 99th percentile says something
 POLL_S = 0.2
 
 
@@ -65,12 +68,9 @@ def main(
         rows.append((f"{name}: with a job over without", Spread.of(ratios)))
         for side, readings in (("without", without), ("with", with_job)):
             pooled = list(itertools.chain(*readings))
-            rows.append(
-                (
-                    f"{name}: p50 and p99 {side} a job, ms",
-                    f"{percentile(pooled, 0.5):.0f}, {percentile(pooled, 0.99):.0f}",
-                )
-            )
+            late, at = ("p99", 0.99) if len(pooled) >= MANY else ("slowest", 1.0)
+            found = f"{percentile(pooled, 0.5):.0f}, {percentile(pooled, at):.0f}"
+            rows.append((f"{name}: p50 and {late} {side} a job, ms", found))
     if cancels_ms:
         rows.append(("cancelling a running job: until it says cancelled, ms", Spread.of(cancels_ms)))
     title = f"Answers beside a running adapt job: {pairs} pairs of {requests} streams, {len(USERS)} at a time"
@@ -80,7 +80,7 @@ def main(
 async def _measure(
     gateway: str, pairs: int, requests: int, max_tokens: int
 ) -> tuple[dict[str, list[Block]], list[float]]:
-    blocks: dict[str, list[Block]] = {"with": [], "without": []}
+    blocks: dict[str, list[Block]] = {"without": [], "with": []}
     cancels_ms: list[float] = []
     numbers = itertools.count()
     connector = aiohttp.TCPConnector(keepalive_timeout=4)
@@ -93,6 +93,8 @@ async def _measure(
                 for _, side in itertools.product(range(pairs + 1), blocks):
                     async with training(session, cancels_ms) if side == "with" else nullcontext():
                         blocks[side].append(await _block(session, numbers, requests, max_tokens))
+                    if side == "with":
+                        await asyncio.sleep(SETTLE_S)
                     progress.advance(task)
         finally:
             for user in (*USERS, TRAINED):

@@ -72,7 +72,7 @@ def main(
     *,
     replicas: Annotated[list[int], typer.Option(help="Number of engines; may be repeated.")] = REPLICAS,  # type: ignore[assignment]
     users: Annotated[int, typer.Option(help="Users, each with their own recipe.", min=1000)] = 1_000_000,
-    requests: Annotated[int, typer.Option(help="Requests per engine; the second half counts.", min=100)] = 1500,
+    requests: Annotated[int, typer.Option(help="Requests per engine; the second half counts.", min=100)] = 6000,
     held: Annotated[int, typer.Option(help="Recipes kept per engine (MTA_MAX_CPU_LORAS).", min=1)] = 1024,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     check: Annotated[bool, typer.Option(help="Compare with two real engines.")] = False,

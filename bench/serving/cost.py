@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.progress import Progress
 
+from adapters.errors import MtaError
 from bench import script
 from bench.page.report import Figures, Spread, tabulate
 from bench.rig.engine import Engine
@@ -35,7 +36,7 @@ from bench.rig.limits import Limits, Model
 from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, configured_subject, random_subject, tiny
 from bench.serving.front import through_gateway
-from bench.serving.load import Ask, Loader, Prompts, loading
+from bench.serving.load import Answer, Ask, Loader, Prompts, loading
 from server.engine_protocol import BASE_MODEL
 
 SHORT = 16
@@ -186,7 +187,10 @@ def _one_engine(
 async def _measure(
     case: Case, subject: Subject, engines: Sequence[Engine], pairs: int, done: Callable[[], object]
 ) -> Readings:
-    """Measure base and recipe (and the server without LoRA) in turn; the first turn is for warm-up."""
+    """Measure base and recipe (and the server without LoRA) in turn, every other turn backwards; the first warms up.
+
+    Each reading follows a short one that does not count, since the last ones went to another server.
+    """
     names, prompts = subject.names(case.recipes), Prompts(subject.model)
     readings = Readings()
     async with loading(*engines) as loaders:
@@ -196,19 +200,31 @@ async def _measure(
         ]
         sides += [(readings.plain, loader, [BASE_MODEL]) for loader in loaders[1:]]
         for turn in range(pairs + 1):
-            for kept, loader, models in sides:
-                asks = [Ask(models[i % len(models)], prompts(case.prompt), case.tokens) for i in range(case.streams)]
-                answers = await loader.together(asks)
-                if turn:
-                    kept.append(
-                        median(answer.first_ms for answer in answers)
-                        if case.read == "first"
-                        else median(
-                            fmean(answer.gaps_ms[len(answer.gaps_ms) // 2 :]) for answer in answers if answer.gaps_ms
-                        )
-                    )
+            found = list[tuple[list[float], float | None]]()
+            for kept, loader, models in reversed(sides) if turn % 2 else sides:
+                for tokens in (2, case.tokens):
+                    asks = [Ask(models[i % len(models)], prompts(case.prompt), tokens) for i in range(case.streams)]
+                    answers = await loader.together(asks)
+                found.append((kept, _reading(case, answers)))
+            values = [(kept, value) for kept, value in found if value is not None]
+            if turn and len(values) == len(sides):
+                for kept, value in values:
+                    kept.append(value)
             done()
+    if not readings.base:
+        raise MtaError(f"{case.label}: all answers came in one piece; the machine is too busy to measure")
     return readings
+
+
+def _reading(case: Case, answers: Sequence[Answer]) -> float | None:
+    """Return the median of first tokens, or of mean gaps in the second halves of answers.
+
+    None if each answer came in one piece: a client on busy cores reads late.
+    """
+    if case.read == "first":
+        return median(answer.first_ms for answer in answers)
+    gaps = [fmean(answer.gaps_ms[len(answer.gaps_ms) // 2 :]) for answer in answers if answer.gaps_ms]
+    return median(gaps) if gaps else None
 
 
 def _line(case: Case, found: Readings, limits: Limits, shape: Model, subject: Subject) -> list[object]:
