@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -295,7 +296,8 @@ class WorkerSteps:
         snapshot = await self.parts.profiles.read(key)
         if snapshot.profile is None:
             return None
-        noted = replace(snapshot.profile, adapter=AdapterNote(stored.id, recipe, len(raw), LATER_MS))
+        late_ms = time.time_ns() // 1_000_000 + 60_000  # a worker's clock may be ahead
+        noted = replace(snapshot.profile, adapter=AdapterNote(stored.id, recipe, len(raw), late_ms))
         trained = Trained(JobState.SUCCEEDED, 2.0, 1.0)
         done = await self.parts.jobs.promote(self.lease, trained, noted, snapshot.version, stored)
         return stored.id if done else None
