@@ -133,7 +133,7 @@ def test_a_level_is_compared_with_the_one_below_once_the_week_is_over(
     assert full == {
         **shared | numbers,
         **{"arm": "full", "sent": each, "edited": 0, "up": each, "down": 0},
-        "shares": {"sent": 1.0, "discarded": 0.0, "up": 1.0, "silent": 0.5},
+        "shares": {"changed": 0.0, "sent": 1.0, "discarded": 0.0, "up": 1.0, "silent": 0.5},
     }
     assert (lower["edited"], lower["sent"], lower["down"]) == (each, 0, each)
     changed = lower["shares"]["changed"]
@@ -145,9 +145,9 @@ def test_a_level_is_compared_with_the_one_below_once_the_week_is_over(
     assert found["sent"]["difference"]["high"] < 0
     assert found["sent"]["says"].startswith("merged raises the share of answers sent as they are by 100.0 (")
     assert found["sent"]["says"].endswith(" points: keep it")
-    assert found["changed"]["full"] == {"people_weeks": 0, "mean": None}  # nobody's text was measured
-    assert found["changed"]["difference"] is None
-    assert f"{each} held out and 0 not so far" in found["changed"]["says"]
+    assert found["changed"]["full"] == {"people_weeks": each, "mean": 0.0}  # what was sent as it is
+    assert found["changed"]["difference"]["estimate"] == pytest.approx(changed)
+    assert found["changed"]["says"].startswith("merged saves 100 % (")
     assert found["silent"]["difference"]["estimate"] == 0
     assert "not known yet; the level changes it by -" in found["silent"]["says"]
     assert known["says"] == [row["says"] for row in known["comparisons"]]

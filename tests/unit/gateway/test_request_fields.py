@@ -32,7 +32,7 @@ from server.gateway.routes.openai.requests import (
     ChatRequest,
     CompletionRequest,
 )
-from server.gateway.routes.openai.schemas import MAX_BYTES, states_of
+from server.gateway.routes.openai.schemas import MAX_BYTES, MAX_STATES, states_of
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.routes.users import ItemsRequest
 from server.store.tenants.user_key import UserKeys
@@ -398,3 +398,11 @@ def test_the_states_of_a_pattern_are_those_of_its_repeats_written_out(pattern: s
     with nullcontext() if accepted else pytest.raises(ValidationError, match="patterns that repeat less"):
         body = {"messages": [{"role": "user", "content": "hi"}], "response_format": json_schema({"pattern": pattern})}
         ChatRequest.model_validate(body)
+
+
+@pytest.mark.parametrize(
+    ("part", "times", "is_too_much"),
+    [("[", 60_000, False), ("[a", 30_000, False), ("{1", 30_000, True), ("a{999999999}", 5000, True)],
+)
+def test_a_pattern_that_is_hard_to_read_is_read_in_one_pass(part: str, times: int, is_too_much: bool) -> None:
+    assert (states_of(part * times) > MAX_STATES) is is_too_much

@@ -13,7 +13,8 @@ MAX_BYTES = 32 << 10  # 3 s a MB
 MAX_STATES = 2_000  # a second or two; one that repeats itself 127 times within 127 times has 32,000
 MAX_COUNTED = 200  # properties of objects that bound their number: the square of it counts, and 1,000 take 5 s
 _MAX_DIGITS = 9
-_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{(\d++)(?:,(\d*+))?\}|.", re.DOTALL)
+"""Read in one pass: an unclosed class ends with the text, and no quantifier gives anything back."""
 _NO_STATE = "?*+|^$"
 
 
@@ -46,9 +47,14 @@ def check_size(value: Any) -> None:
 
 
 def states_of(pattern: str) -> int:
-    """Return about how many states a regular expression has: what a counted repeat repeats counts as often."""
+    """Return about how many states a regular expression has: what a counted repeat repeats counts as often.
+
+    It is a number beyond `MAX_STATES` for all that have more.
+    """
     groups, last = [0], 0
     for found in _ATOM.finditer(pattern):
+        if groups[-1] > MAX_STATES:
+            return groups[-1]
         atom, least, most = found[0], found[1], found[2]
         if least:
             times = max(int(least[:_MAX_DIGITS]), int((most or "0")[:_MAX_DIGITS]))
