@@ -118,19 +118,9 @@ def create(
 @app.command("list")
 def list_(data: Data = None) -> None:
     """List all keys, including revoked ones, without their secrets."""
-    more = ("made", "last used", "expires", "revoked", "note")
-    table = Table(
-        Column("id", no_wrap=True),
-        "ends in",
-        "name",
-        "tenant",
-        "bank",
-        "quotas",
-        "scopes",
-        "limits",
-        *more,
-        pad_edge=False,
-    )
+    names = ("ends in", "name", "tenant", "bank", "quotas", "scopes", "limits")
+    when = ("made", "last used", "expires", "revoked")
+    table = Table(Column("id", no_wrap=True), *names, *when, "note", pad_edge=False)
 
     async def read(stores: Stores) -> tuple[KeyRing, dict[str, int], dict[str, str]]:
         ring = await stores.keys.all()

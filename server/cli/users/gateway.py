@@ -14,12 +14,11 @@ from server.settings import load_settings
 
 
 class RequestRefused(MtaError):
-    """The gateway refused the request; a retry would not help.
+    """The gateway refused the request; a retry would not help."""
 
-    `of_all` says whether it is the key that is refused, and so would be every other request.
-    """
 
-    of_all = False
+class KeyRefused(RequestRefused):
+    """The gateway refused the key, and so would refuse every other request."""
 
 
 def gateway_client(url: str | None, retry_s: float = 0) -> mta_client.Client:
@@ -44,9 +43,8 @@ def gateway_errors(client: mta_client.Client) -> Iterator[None]:
         if error.is_transient:
             tried = f"gave up (a call is repeated for at most {client.retry_s:.0f} s)"
             raise MtaError(f"{client.url}: {describe_error(error)}; {tried}") from error
-        refused = RequestRefused(describe_error(error))
-        refused.of_all = error.status == 401 or (error.status == 403 and error.code != "quota_exceeded")
-        raise refused from error
+        of_key = error.status == 401 or (error.status == 403 and error.code != "quota_exceeded")
+        raise (KeyRefused if of_key else RequestRefused)(describe_error(error)) from error
 
 
 def describe_error(error: mta_client.MtaError) -> str:

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import orjson
 
 from adapters.errors import MtaError, excerpt
-from server.cli.users.gateway import RequestRefused, gateway_errors
+from server.cli.users.gateway import KeyRefused, RequestRefused, gateway_errors
 from server.store.tenants.user_key import check_user_id
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ class Import:
             try:
                 with gateway_errors(self.client):
                     self.client.put_profile(person.user_id, person.items)
+            except KeyRefused:
+                raise
             except RequestRefused as error:
-                if error.of_all:
-                    raise
                 fault = str(error)
         with self._lock:
             if fault:

@@ -51,6 +51,9 @@ class Refreshing:
         profile = await self.profiles.load(user.key)
         if profile is None:
             return None
+        learned_ms = await self.feedback.learned_ms(user.key)
+        if len(learned_ms) < after:
+            return None
         adapter = profile.adapter
         is_served = adapter is not None and bank_of(adapter.recipe) == self.manifest.short
         jobs = await self.jobs.jobs(user.key)
@@ -58,7 +61,7 @@ class Refreshing:
         if adapter and is_served:  # what came during its training, it has not seen
             began_ms = (job.started_ms for job in jobs if job.adapter == adapter.id)
             seen_ms = next(began_ms, adapter.created_ms)
-        if sum(at_ms > seen_ms for at_ms in await self.feedback.learned_ms(user.key)) < after:
+        if sum(at_ms > seen_ms for at_ms in learned_ms) < after:
             return None
         now_ms = time.time_ns() // 1_000_000
         if jobs and (not jobs[-1].state.ended or now_ms < jobs[-1].created_ms + self.every_hours * _HOUR_MS):
