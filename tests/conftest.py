@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import settings as hypothesis
 from xdist.scheduler import LoadFileScheduling
 
 from bank.lookup.embedder import Embedder
@@ -34,6 +35,8 @@ DEAR_FIRST = (
     *("integration/test_bank_build", "integration/test_up"),
 )
 """What takes longest, so that no core waits for it at the end."""
+hypothesis.register_profile("steady", deadline=None, derandomize=True)  # a run fails by what changed alone
+hypothesis.load_profile("steady")
 _numbers = itertools.count()
 
 
@@ -46,10 +49,13 @@ class FileScheduling(LoadFileScheduling):
 
 
 def pytest_configure() -> None:
-    """Give each process of a run ports of its own: a port is free until its server has started, which may take long."""
+    """Give each process of a run ports of its own, which servers beside it do not take.
+
+    A port is free until its server has started, which may take long.
+    """
     number, processes = (os.environ.get(f"PYTEST_XDIST_WORKER{what}", "") for what in ("", "_COUNT"))
     if processes:
-        services.PORT_RANGE = services.PORT_RANGE[int(number.removeprefix("gw")) :: int(processes)]
+        services.PORT_RANGE = range(10_000, 15_000)[int(number.removeprefix("gw")) :: int(processes)]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -46,7 +46,7 @@ def is_whole(url: str, headers: Mapping[str, str] | None = None) -> bool:
 def wait_for_router(up: Up) -> None:
     """Wait until the router uses every engine: it starts with the first that answers and adds the others later."""
     health = f"http://{up.address('router')}/health"
-    wait_until(lambda: httpx.get(health).status_code == httpx.codes.OK, "the router to know every engine")
+    wait_until(lambda: httpx.get(health, timeout=60).status_code == httpx.codes.OK, "the router to know every engine")
 
 
 @contextmanager

@@ -79,10 +79,12 @@ async def test_what_expires_later_is_left_out_by_a_rewrite_after_that(disk: Disk
     await disk.file.request_rewrite("another user")
     await disk.until_forgotten()
     assert int(await disk.raw.hget(STATE, "last")) >= asked_ms + 600
-    assert await disk.rewrites() > 1
 
 
-async def test_what_was_erased_is_gone_by_the_time_that_was_promised(disk: Disk) -> None:
+async def test_what_was_erased_is_gone_by_the_time_that_was_promised(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(append_only_file, "REWRITE_MS", 30_000)
     asked = await disk.file.request_rewrite("a user")
     assert on_disk(SECRET, disk.server)
     await disk.until_forgotten()
@@ -171,7 +173,7 @@ async def test_a_server_that_refuses_to_rewrite_is_asked_ever_more_rarely(
         patched.setattr(disk.connection, "send", refusing)
         await disk.until_failed(caplog)
     assert len(asked) == 4
-    assert "unknown command" in caplog.messages[-1]
+    assert any("unknown command" in line for line in caplog.messages)
     await disk.until_forgotten()
 
 

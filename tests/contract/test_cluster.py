@@ -259,7 +259,10 @@ def state(node: ValkeyProcess) -> str:
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])
-async def test_who_lives_elsewhere_is_served(followed: ValkeyCluster, *, silent: bool) -> None:
+async def test_who_lives_elsewhere_is_served(
+    followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch, *, silent: bool
+) -> None:
+    monkeypatch.setattr("server.store.redis.servers.connection.CHECK_TIMEOUT_S", 30.0)
     gone, there = followed.primaries[1:]
     lost, served = next(users_at(followed, gone)), next(users_at(followed, there))
     async with connected(followed.url) as connection:

@@ -209,7 +209,8 @@ async def left(rates: Rates, rate: Rate) -> int:
     return level.left
 
 
-async def test_no_more_is_taken_than_there_is_by_an_owner(rates: Rates) -> None:
+async def test_no_more_is_taken_than_there_is_by_an_owner(rates: Rates, clock: Clock) -> None:
+    clock(1000)
     assert sum(await asyncio.gather(*(take(rates, RATE, 1) for _ in range(9)))) == 5
     assert await left(rates, replace(RATE, most=20)) == 15  # another limit holds at once
     assert await left(rates, replace(RATE, most=2)) == 0
@@ -220,7 +221,8 @@ async def test_no_more_is_taken_than_there_is_by_an_owner(rates: Rates) -> None:
         assert await left(rates, other) == 5
 
 
-async def test_of_several_rates_all_or_nothing(rates: Rates) -> None:
+async def test_of_several_rates_all_or_nothing(rates: Rates, clock: Clock) -> None:
+    clock(1000)
     tokens = Rate("tokens", RATE.owner, 100)
     assert all(level.fits for level in await rates.consume([Use(RATE, 1), Use(tokens, 80)]))
     refused = await rates.consume([Use(RATE, 1), Use(tokens, 80)])
@@ -228,7 +230,8 @@ async def test_of_several_rates_all_or_nothing(rates: Rates) -> None:
     assert [await left(rates, one) for one in (RATE, tokens)] == [4, 20]
 
 
-async def test_what_is_given_back_can_be_taken_again(rates: Rates) -> None:
+async def test_what_is_given_back_can_be_taken_again(rates: Rates, clock: Clock) -> None:
+    clock(1000)
     assert await take(rates, RATE, 5)
     await rates.consume([Use(RATE, -4)], anyway=True)
     assert await left(rates, RATE) == 4

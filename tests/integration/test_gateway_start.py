@@ -71,8 +71,9 @@ def test_the_log_names_routes_and_never_users_or_prompts(environment: Environmen
     url = f"http://127.0.0.1:{port}"
     with running(mta("gateway", "--port", str(port)), environment) as process:  # options go before the environment
         process.wait_for(f"listening on {url}")
-        httpx.put(f"{url}/users/unmistakable/profile", json={"items": [{"text": "secret history"}]}).raise_for_status()
-        httpx.post(f"{url}/generate", json={"user_id": "unmistakable", "prompt": "secret prompt", "max_tokens": 1})
+        with httpx.Client(base_url=url, timeout=60) as client:
+            client.put("/users/unmistakable/profile", json={"items": [{"text": "secret history"}]}).raise_for_status()
+            client.post("/generate", json={"user_id": "unmistakable", "prompt": "secret prompt", "max_tokens": 1})
         process.wait_for(r"PUT /users/\{user_id\}/profile 200 [\d.]+ ms request=[0-9a-f]{24}$")
         process.wait_for(r"POST /generate 200 [\d.]+ ms gen-[0-9a-f]+ merged$")
         assert f"cannot listen on 127.0.0.1:{port}" in refusal(environment, "--port", str(port))

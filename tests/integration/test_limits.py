@@ -115,7 +115,8 @@ class TestQueue:
         assert metric(client, "mta_queue_running") == metric(client, "mta_queue_waiting") == 0
 
     def test_a_request_says_how_long_it_waits(self, small: Keyed, fake_engine: FakeEngine) -> None:
-        client, fake_engine.knobs.token_delay_s = small.client("any"), 0.05
+        client = small.client("any")
+        fake_engine.turn(hold_after=1)
         with ThreadPoolExecutor(PLACES) as beside:
             slow = [beside.submit(chat, client, max_tokens=20) for _ in range(PLACES)]
             wait_until(lambda: len(fake_engine.seen) == PLACES, "the places to be taken")
@@ -124,6 +125,7 @@ class TestQueue:
                 refused(either(client, route), "overloaded")
                 client.headers["X-Queue-Timeout"] = "-1"
                 assert error_of(either(client, route))[:2] == (400, "X-Queue-Timeout")
+            fake_engine.turn(hold_after=None)
             assert {answer.result().status_code for answer in slow} == {200}
 
 
@@ -171,11 +173,12 @@ class TestRates:
 
     def test_who_leaves_midway_is_charged(self, small: Keyed, fake_engine: FakeEngine, new_user: NewUser) -> None:
         client = small.client("leavers")
-        fake_engine.knobs.token_delay_s = 0.05
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/generate", json={"user_id": new_user(), "prompt": "x", "max_tokens": 60}, timeout=0.5)
+        fake_engine.turn(hold_after=1)
+        body = json.dumps({"user_id": new_user(), "prompt": "x", "max_tokens": 60}).encode()
+        with small.send("leavers", "POST /generate", body):
+            wait_until(lambda: bool(fake_engine.seen) and fake_engine.seen[0].tokens == 1, "the first token")
         wait_until(lambda: fake_engine.seen[0].aborted, "the engine to be told")
-        fake_engine.knobs.token_delay_s = 0.0
+        fake_engine.turn(hold_after=None)
         left = left_of(generate(client, new_user(), max_tokens=300))
         assert 100 - 60 <= left < 100 - 20  # some leaks meanwhile
 
@@ -275,25 +278,27 @@ class TestRequestsInProgress:
             assert greedy.get("/v1/models").status_code == 200
 
     def test_a_key_has_at_most_half_of_them(self, wide: Keyed, fake_engine: FakeEngine) -> None:
-        fake_engine.knobs.token_delay_s = 0.1
+        fake_engine.turn(hold_after=1)
         with wide.client("greedy") as greedy, wide.client("modest") as modest, ThreadPoolExecutor(MOST) as many:
             asked = [many.submit(generate, greedy, "ada", max_tokens=20) for _ in range(MOST)]
             wait_until(lambda: sum(answer.done() for answer in asked) >= MOST // 2, "the others to be refused")
             assert modest.get("/users/kai").status_code == 404
             for path in ("/health", "/ready", "/metrics"):
                 assert greedy.get(path).status_code == 200
+            fake_engine.turn(hold_after=None)
             answers = [answer.result() for answer in asked]
         assert [answer.status_code for answer in answers].count(200) == MOST // 2
         refused(next(answer for answer in answers if answer.status_code != 200), "overloaded")
 
     def test_over_all_gateways(self, small: Keyed, wide: Keyed, fake_engine: FakeEngine, new_user: NewUser) -> None:
-        fake_engine.knobs.token_delay_s = 0.05
+        fake_engine.turn(hold_after=1)
         clients = [keyed.client("two at once") for keyed in (small, wide)]
         with ThreadPoolExecutor(2) as many:
             asked = [many.submit(generate, client, "ada", max_tokens=20) for client in clients]
             wait_until(lambda: len(fake_engine.seen) == 2, "both to be in progress")
             for client in clients:
                 assert "limit of concurrent requests, 2:" in refused(generate(client, "kai"))
+            fake_engine.turn(hold_after=None)
             assert {answer.result().status_code for answer in asked} == {200}
             wait_until(lambda: generate(clients[1], new_user()).status_code == 200, "a place to be free")
 

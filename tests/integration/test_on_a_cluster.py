@@ -99,8 +99,14 @@ def test_a_trace_says_how_long_the_store_took(
 
 
 def test_a_gateway_serves_others_while_a_primary_is_gone(
-    client: httpx.Client, gateway: GatewayThread, cluster: ValkeyCluster, fake_engine: FakeEngine
+    client: httpx.Client,
+    gateway: GatewayThread,
+    cluster: ValkeyCluster,
+    fake_engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("server.store.redis.servers.cluster.DISCOVERY_TIMEOUT_S", 10.0)  # who answers late is there
+    monkeypatch.setattr("server.store.redis.servers.connection.CHECK_TIMEOUT_S", 60.0)
     gone = cluster.primaries[1]
     known, *others, lost = (somebody(gateway, cluster, primary) for primary in (1, 0, 2, 1))
     put(client, known).raise_for_status()

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 import pytest
@@ -87,6 +88,17 @@ def test_a_request_and_its_trace_reach_the_engine_as_they_were_sent(fleet: Fleet
     assert traceparent in [seen.headers.get("traceparent") for seen in fleet.seen]
 
 
+def test_a_request_of_which_nothing_came_is_sent_once_more_under_another_session(fleet: Fleet) -> None:
+    generate(fleet.client, USER).raise_for_status()
+    (serving,) = (engine for engine in fleet.engines if engine.seen)
+    serving.seen.clear()
+    serving.knobs.dies = 1
+    answer = generate(fleet.client, USER, stream=True)
+    assert answer.is_success and chunks_of(answer)[-1] == "[DONE]"
+    recipe = fleet.recipes[USER]
+    assert sorted(seen.headers["x-session-id"] for seen in fleet.seen) == [recipe, f"{recipe}~"]
+
+
 def test_the_router_tells_nobody_whose_requests_pass(fleet: Fleet) -> None:
     generate(fleet.client, USER).raise_for_status()
     for engine in fleet.engines:
@@ -115,7 +127,8 @@ def test_while_one_engine_is_down_the_other_answers_and_counts_tokens(fleet: Fle
     finally:
         down.start()
     assert becomes(fleet.client, 200, "ok", "ok")["detail"] is None
-    wait_until(lambda: all(generate(fleet.client, user) for user in fleet.recipes) and bool(down.seen), "it to be back")
+    asked = partial(generate, fleet.client)
+    wait_until(lambda: all(asked(user).is_success for user in fleet.recipes) and bool(down.seen), "it to be back")
 
 
 def test_an_engine_that_is_back_serves_before_the_router_trusts_it_again(fleet: Fleet) -> None:
@@ -136,17 +149,6 @@ def test_an_engine_that_is_back_serves_before_the_router_trusts_it_again(fleet: 
     finally:
         second.start()
     becomes(fleet.client, 200, "ok", "ok")
-
-
-def test_a_request_of_which_nothing_came_is_sent_once_more_under_another_session(fleet: Fleet) -> None:
-    generate(fleet.client, USER).raise_for_status()
-    (serving,) = (engine for engine in fleet.engines if engine.seen)
-    serving.seen.clear()
-    serving.knobs.dies = 1
-    answer = generate(fleet.client, USER, stream=True)
-    assert answer.is_success and chunks_of(answer)[-1] == "[DONE]"
-    recipe = fleet.recipes[USER]
-    assert sorted(seen.headers["x-session-id"] for seen in fleet.seen) == [recipe, f"{recipe}~"]
 
 
 @pytest.mark.parametrize(

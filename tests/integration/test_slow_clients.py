@@ -142,7 +142,7 @@ class TestBodies:
         with caplog.at_level(logging.WARNING):
             gateway.send("POST /generate", b" " * size, length=200_000).close()
             wait_until(lambda: counted(gateway, 499) == before + 1, "the request to be counted")
-        assert not caplog.records
+        assert not [record for record in caplog.records if record.name.startswith("mta")]
 
     @pytest.mark.usefixtures("impatient")
     def test_one_that_goes_on_after_its_answer_is_hung_up_on(self, connection: socket.socket) -> None:

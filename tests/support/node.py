@@ -44,7 +44,7 @@ def _packages(binaries: Path) -> Path:
             shutil.copytree(LOCKED, folder, dirs_exist_ok=True)
             npm = binaries.parent / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
             options = ["--ignore-scripts", "--no-audit", "--no-fund", f"--cache={folder}/cache"]
-            patience = ["--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
+            patience = ["--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=60000"]
             command = [binaries / "node", npm, "ci", *options, *patience]
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             if done.returncode and (cause := _AWAY.search(done.stderr)):

@@ -278,7 +278,7 @@ class WorkerSteps:
     signing: str | None = None  # a user whose signature it was asked for
 
     async def take(self) -> None:
-        self.taken = await self.parts.jobs.next_job(self.bank, 0.001)
+        self.taken = await self.parts.jobs.next_job(self.bank, 0.02)
 
     async def claim(self) -> None:
         if self.taken is not None:
@@ -303,7 +303,7 @@ class WorkerSteps:
         return stored.id if done else None
 
     async def take_signing(self) -> None:
-        self.signing = await self.parts.signing.take(0.001)
+        self.signing = await self.parts.signing.take(0.02)
 
     async def sign(self) -> None:
         assert self.signing is not None

@@ -74,8 +74,7 @@ def test_ready_once_an_engine_has_each_bank_and_only_admins_and_the_log_name_it(
     assert lacking.short not in said
     assert engine["status"] == "lacks_bank"
     assert lacking.short in engine["detail"]
-    [line] = [record.message for record in caplog.records if "none of them has the bank" in record.message]
-    assert lacking.short in line
+    [line] = [line for line in caplog.messages if "none of them has the bank" in line and lacking.short in line]
     assert read_manifest(two_banks.gateway.parts.settings.bank_folder()).short not in line
 
 

@@ -48,7 +48,7 @@ def test_each_cluster_gives_its_longest_history_and_the_first_of_equal_ones() ->
     assert select_anchors(np.ones((5, 4), dtype=np.float32), [11, 15, 12, 14, 13], 3, seed=0) == [1, 3, 4]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 12), st.integers(0, 12), st.integers(0, 3), st.booleans())
 def test_there_are_exactly_as_many_as_asked_for(count: int, more: int, seed: int, alike: bool) -> None:
     people = count + more

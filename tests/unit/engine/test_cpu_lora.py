@@ -95,7 +95,7 @@ def wrapper_of(step: Step) -> CpuLoRA:
     return wrapper
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(steps())
 def test_each_row_gets_the_dense_product_of_its_own_adapter(step: Step) -> None:
     stacked_a, stacked_b = layer_of(step)
@@ -181,7 +181,7 @@ def test_without_it_the_reason_is_logged_and_nothing_is_left(
 STEPS = "c~" + base64.urlsafe_b64encode(bytes(step & 0xFF for step in range(-9, 10))).decode().rstrip("=")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rank=st.sampled_from([1, 3, 8, 16]),
     h_out=st.lists(st.integers(1, 200) | st.just(2100), min_size=1, max_size=3),
@@ -204,7 +204,7 @@ def test_it_is_the_exact_sum_rounded_once(compiled: Any, rank: int, h_out: list[
     torch.testing.assert_close(ours.b, fuse_flat(matrix, recipe).b, rtol=2.002 * ROUNDING, atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rank=st.sampled_from([1, 3, 8]), h_out=st.integers(1, 700) | st.just(2100), seed=st.integers(0, 1000))
 def test_rows_in_int8_are_summed_as_their_numbers_say_and_the_common_row_exactly(
     compiled: Any, rank: int, h_out: int, seed: int

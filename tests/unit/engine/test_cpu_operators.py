@@ -65,7 +65,7 @@ def random(step: Step, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(step.seed + sum(shape))).bfloat16()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(step=steps(), biased=st.booleans())
 def test_a_layer_and_its_adapters_are_one_exact_sum_rounded_once(step: Step, biased: bool) -> None:
     bias = random(step, sum(step.h_out)) if biased else None

@@ -108,9 +108,10 @@ async def test_a_missing_bank_is_logged_once_and_only_while_engines_answer(caplo
     for banks, lines in ((None, 0), ((ONE,), 1), ((ONE,), 1), ((ONE, OTHER), 1), ((ONE,), 2), ((OTHER,), 3)):
         engines._banks = (banks,)
         await health.probe()
-        assert len(caplog.records) == lines
-    assert "has the bank b2b2b2b2:" in caplog.messages[0]
-    assert "has the bank a1a1a1a1:" in caplog.messages[2]
+        said = [line for line in caplog.messages if "has the bank" in line]
+        assert len(said) == lines
+    assert "has the bank b2b2b2b2:" in said[0]
+    assert "has the bank a1a1a1a1:" in said[2]
 
 
 def test_tenants_that_nobody_named_share_a_label_and_outcomes_follow_the_status() -> None:

@@ -85,7 +85,7 @@ async def test_a_step_is_run_again_after_any_error_and_each_is_told(caplog: pyte
         recovered.set()
 
     await run(0, look_after_it, recovered)
-    warning, fault = caplog.records
+    warning, fault = (record for record in caplog.records if record.name == log.name)
     assert (warning.levelname, warning.getMessage()) == ("WARNING", "the store is away")
     assert (fault.levelname, fault.exc_info is not None) == ("ERROR", True)
     assert "look_after_it" in fault.getMessage()
