@@ -59,7 +59,8 @@ class Gateway:
 
 
 @pytest.fixture
-async def gateways(parts: StoreParts) -> tuple[Gateway, Gateway]:
+async def gateways(parts: StoreParts, monkeypatch: pytest.MonkeyPatch) -> tuple[Gateway, Gateway]:
+    monkeypatch.setattr(rules, "COUNT_TURNS", 1)
     await parts.keys.add(access_key(new_secret(), "app", TENANT, Scope))
     await parts.keys.set_quota(TENANT, QUOTA)
     return await Gateway(parts).refresh(), await Gateway(parts).refresh()
@@ -107,6 +108,26 @@ async def test_people_are_counted_for_all_gateways_and_no_more_are_let_in(gatewa
     here.quotas.changed(KEYS.user("ada"))
     await here.quotas.count()
     await here.put("dan")
+
+
+async def test_who_asks_for_nothing_here_is_counted_in_turn(
+    gateways: tuple[Gateway, Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = gateways
+    monkeypatch.setattr(rules, "COUNT_TURNS", 3)
+
+    async def told(name: str) -> list[float]:
+        await there.put(name)
+        await there.quotas.count()
+        told = []
+        for _ in range(3):
+            await here.quotas.count()
+            told.append(here.used()["people"])
+        return told
+
+    assert await told("ada") == [0, 0, 1]
+    refusal(here.quotas, "bob", lambda: Held(people=9))
+    assert await told("bob") == [2, 2, 2]
 
 
 async def test_what_is_admitted_counts_until_it_is_measured(gateways: tuple[Gateway, Gateway]) -> None:

@@ -252,19 +252,21 @@ class FairQueue:
             return None
         beyond = None
         for caller, line in self._lines.items():
+            asked = set[int]()  # sizes: whoever needs as many places is answered alike
             for waiting in line:
-                if self._shares.may_acquire(caller, waiting.size):
+                if waiting.size not in asked and self._shares.may_acquire(caller, waiting.size):
                     if self._shares.is_within_share(caller, waiting.size):
                         return caller, waiting
                     beyond = beyond or (caller, waiting)
                 elif self._must_keep_for(caller, waiting):
                     return None
+                asked.add(waiting.size)
         return beyond
 
     def _must_keep_for(self, caller: str, waiting: Waiter) -> bool:
         """Return whether freed places must be kept for a request, because others have passed it for long enough."""
         return (
-            time.monotonic() >= waiting.keep_from_s
-            and waiting.size > self._shares.free
+            waiting.size > self._shares.free
+            and time.monotonic() >= waiting.keep_from_s
             and self._shares.is_within_share(caller, waiting.size)
         )
