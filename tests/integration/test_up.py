@@ -107,11 +107,12 @@ def test_killed_it_leaves_no_process_and_the_next_one_has_what_was_stored_and_go
     with start(tmp_path / "data") as second:
         assert not any(map(alive, family))
         second.process.stop_reading()  # nobody reads its output any more
-        gateway = second.part("gateway")
-        assert gateway
-        os.kill(gateway, signal.SIGKILL)
-        wait_until(lambda: second.part("gateway") not in (None, gateway), "a new gateway")
-        wait_until(second.ready, "the gateway to be back")
+        for name in ("gateway", "valkey"):
+            pid = second.part(name)
+            assert pid
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda it=(None, pid), name=name: second.part(name) not in it, f"a new {name}")  # type: ignore[misc]
+            wait_until(second.ready, "all to be back")
         assert httpx.get(f"{second.url}/users/ada").json()["recipe"] == before["recipe"]
         assert stops_with_every_part(second, signal.SIGTERM)
 
