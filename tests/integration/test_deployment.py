@@ -353,6 +353,8 @@ def test_prometheus_in_a_cluster_has_the_jobs_of_the_one_in_a_container_and_find
         assert [port["containerPort"] for port in ports if port["name"] == name] == [asked[job["job_name"]]]
         drops = [rule for rule in job["relabel_configs"] if rule.get("action") == "drop"]
         assert [rule["source_labels"] for rule in drops] == [["__meta_kubernetes_pod_phase"]]
+        [instance] = [rule for rule in job["relabel_configs"] if rule.get("target_label") == "instance"]
+        assert "__meta_kubernetes_pod_ip" in instance["source_labels"]  # a pod of the same name is another part
 
 
 def test_autoscalers_go_by_metrics_that_gateways_have() -> None:
