@@ -48,11 +48,11 @@ lock: setup ## pin the packages of the images, with hashes, in deploy/locks
 audit: setup ## an SBOM of each image in out/sbom, and what is known to be vulnerable in them
 	$(BIN)/python -m deploy.audit
 
-images: setup ## build the images for CPUs (GPU=1 for GPUs; STAND_INS=1 where no registry of images can be reached)
-	@deploy/setup.sh containers
+images: ## build the images for CPUs (GPU=1 for GPUs; STAND_INS=1 where no registry of images can be reached)
+	@GPU=$(filter 0,$(GPU)) deploy/setup.sh containers # GPU=1 is about the image, and not about .venv
 	$(BIN)/python -m deploy.containers images
 
-containers-test: setup ## run the compose files with those images: start, use, kill, upgrade, observe (half an hour)
+containers-test: ## run the compose files with those images: start, use, kill, upgrade, observe (half an hour)
 	@deploy/setup.sh containers
 	$(BIN)/python -m deploy.containers test
 
