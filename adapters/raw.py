@@ -15,7 +15,8 @@ import numpy.typing as npt
 from adapters.errors import UserAdapterError, excerpt
 from adapters.lora import RowLayout
 
-USER_FORMAT = "mta-user-1"  # metadata key of user adapters; the value is JSON with kind, rank and recipe
+USER_FORMAT = "mta-user-1"
+"""Metadata key of user adapters; the value is JSON with kind, rank, recipe and the first module that has numbers."""
 USER_KIND = "lora"
 _LENGTH_BYTES = 8
 _DTYPE = "BF16"
@@ -51,24 +52,29 @@ def _cut(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> Bits:
 
 
 def read_user_adapter(layout: RowLayout, raw: bytes) -> tuple[str, int, dict[str, Bits]]:
-    """Return a user adapter's recipe, rank R_u, and flat `a` and `b`; UserAdapterError if it cannot be served."""
+    """Return a user adapter's recipe, rank R_u, and flat `a` and `b`; UserAdapterError if it cannot be served.
+
+    Modules before the first that is stored have zeros.
+    """
     try:
         tensors, metadata = read_tensors(np.frombuffer(raw, np.uint8))
         header = json.loads(metadata[USER_FORMAT])
         kind, rank, recipe = header["kind"], int(header["rank"]), str(header["recipe"])
+        first = int(header.get("first", 0))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserAdapterError(f"user adapter of {len(raw)} bytes cannot be read ({USER_FORMAT}): {error}") from error
     if kind != USER_KIND:
         raise UserAdapterError(
             f"user adapter is of kind {excerpt(kind)}, but only {USER_KIND} is served: train it again (`mta readapt`)"
         )
-    modules = layout.modules
-    expected = {"a": (rank * sum(m.h_in for m in modules),), "b": (rank * sum(m.h_out for m in modules),)}
-    if (shapes := shapes_of(tensors)) != expected or rank < 1:
+    sizes = {"a": [rank * m.h_in for m in layout.modules], "b": [rank * m.h_out for m in layout.modules]}
+    expected = {name: (sum(each[first:]),) for name, each in sizes.items()}
+    if (shapes := shapes_of(tensors)) != expected or rank < 1 or first < 0:
         raise UserAdapterError(f"user adapter of rank {rank} holds {shapes} numbers, but this bank needs {expected}")
     if any(((tensors[name] & _EXPONENT) == _EXPONENT).any() for name in expected):
         raise UserAdapterError(f"user adapter of rank {rank} holds numbers that are not finite")
-    return recipe, rank, tensors
+    zeros = {name: np.zeros(sum(each[:first]), np.uint16) for name, each in sizes.items()}
+    return recipe, rank, {name: np.concatenate([zeros[name], tensors[name]]) for name in sizes}
 
 
 def to_float(bits: Bits) -> npt.NDArray[np.float32]:

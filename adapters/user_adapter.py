@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors.torch import save
@@ -38,9 +38,11 @@ def stack_flat(fused: FlatLora, user: UserAdapter, dtype: torch.dtype = torch.bf
 
 
 def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
-    """Serialise a user adapter for the store, with weights rounded to bf16."""
-    flats = {"a": flattened(layout, user.weights.a), "b": flattened(layout, user.weights.b)}
-    header = {"kind": USER_KIND, "rank": user.weights.rank, "recipe": user.recipe}
+    """Serialise a user adapter for the store: weights in bf16, from the first module that it changes to the last."""
+    first = next((place for place, module in enumerate(layout.modules) if user.weights.b[module.name].any()), 0)
+    changed = replace(layout, modules=layout.modules[first:])
+    flats = {"a": flattened(changed, user.weights.a), "b": flattened(changed, user.weights.b)}
+    header = {"kind": USER_KIND, "rank": user.weights.rank, "recipe": user.recipe, "first": first}
     # Use a single entry: safetensors writes several in varying order, but equal adapters must have equal bytes.
     raw: bytes = save(
         {name: flat.to(torch.bfloat16) for name, flat in flats.items()}, {USER_FORMAT: json.dumps(header)}
@@ -50,5 +52,5 @@ def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
 
 def decode_user_adapter(layout: RowLayout, raw: bytes) -> UserAdapter:
     recipe, rank, tensors = read_user_adapter(layout, raw)
-    a, b = (torch.from_numpy(tensors[name].copy()).view(torch.bfloat16) for name in ("a", "b"))
+    a, b = (torch.from_numpy(tensors[name]).view(torch.bfloat16) for name in ("a", "b"))
     return UserAdapter(recipe, lora_of(RowLayout(layout.modules, rank, shared_a=False), a, b))

@@ -109,7 +109,7 @@ class Needs:
         yield f"a slot of rank {room}", shown(slot)
         yield f"{SLOTS} slots", shown(SLOTS * slot)
         yield f"a bank of {ROWS} rows of rank {rank}", shown(self.bank_bytes(rank, ROWS))
-        yield f"a user adapter of rank {USER_RANK}", shown(self.adapter_bytes(USER_RANK))
+        yield f"a user adapter of rank {USER_RANK}", shown(self.adapter_bytes(USER_RANK) // 2)  # half of the layers
         engine = weights + CONTEXT * self.bytes_a_token + SLOTS * slot + FORWARD_BYTES
         yield "engine: the above, and what it computes in", shown(engine)
         yield "worker: weights, a job, CUDA", shown(worker_bytes(self.parameters))

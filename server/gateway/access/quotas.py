@@ -82,7 +82,7 @@ class Quotas:
                 yield tenant, what, used[what], most
 
     async def count(self) -> None:
-        """Measure those who have changed, and read what all gateways have counted of tenants that ask, others in turn."""
+        """Measure those who have changed, and read what all gateways have counted of who asks; of others in turn."""
         measured, found = dict(islice(self._waiting.items(), _BATCH)), defaultdict[str, dict[str, Held]](dict)
         trains = dict[User, bool]()
         for user in measured:

@@ -149,6 +149,13 @@ def test_bytes_keep_everything_equal_adapters_have_equal_ones_and_cut_anywhere_t
         torch.testing.assert_close(read.weights.a[name].float(), USER.weights.a[name])
         torch.testing.assert_close(read.weights.b[name].float(), USER.weights.b[name])
     assert encode_user_adapter(LAYOUT, UserAdapter(USERS_RECIPE, lora(USER_RANK, 1))) == RAW
+    without_first = {name: b * (name != MODULES[0].name) for name, b in USER.weights.b.items()}
+    upper = UserAdapter(USERS_RECIPE, replace(USER.weights, b=without_first))
+    raw = encode_user_adapter(LAYOUT, upper)
+    assert len(RAW) - len(raw) >= 2 * USER_RANK * (MODULES[0].h_in + MODULES[0].h_out) - 8
+    fused, read = lora(RANK, 0), decode_user_adapter(LAYOUT, raw)
+    for module in fused.a:
+        torch.testing.assert_close(stack(fused, read).delta(module), stack(fused, upper).delta(module))
     for length in range(0, len(RAW), 7):
         with pytest.raises(UserAdapterError):
             decode_user_adapter(LAYOUT, RAW[:length])
@@ -169,6 +176,7 @@ CORE = save(  # of former versions
     [
         (OTHER_BANK, "but this bank needs"),
         (CORE, r"kind 'core'.*mta readapt"),
+        (RAW.replace(b'first\\": 0', b'first\\":-1'), "but this bank needs"),
         (SPOILED, "not finite"),
         *((raw, f"{len(raw)} bytes cannot be read") for raw in (b"", b"\0" * 64, b"\xff" * 64)),
         (b'\x10\0\0\0\0\0\0\0{"__metadata__":', "24 bytes cannot be read"),
