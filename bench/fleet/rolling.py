@@ -28,7 +28,7 @@ from bank.models.folders import ensure_embedder
 from bench import script
 from bench.page.report import console, marked, report
 from bench.rig.engine import KEY
-from bench.rig.processes import Background, mta, running, wait_until
+from bench.rig.processes import Background, answers, mta, running, wait_until
 from bench.rig.router import running_router
 from bench.rig.tiny import WORLDS, tiny_bank, tiny_model
 from bench.rig.up import cleared_settings
@@ -62,10 +62,7 @@ class Replaceable:
 
         def ready() -> bool:
             assert process.process.poll() is None, process.output
-            try:
-                return httpx.get(self._url, headers=self._headers, timeout=5).status_code == httpx.codes.OK
-            except httpx.TransportError:
-                return False
+            return answers(self._url, self._headers)
 
         wait_until(ready, f"{self._command[-1]} to be ready", READY_S)
 

@@ -29,7 +29,7 @@ from adapters.errors import MtaError
 from bench import script
 from bench.page.report import marked, report
 from bench.rig.browser import HEIGHT, WIDTH, chromium, running_browser
-from bench.rig.processes import mta, running, wait_until
+from bench.rig.processes import answers, mta, running, wait_until
 from bench.rig.up import Up, up
 from mta_client import Client
 from server.supervisor.services import free_port
@@ -126,15 +126,8 @@ def _app(python: Path, scratch: Path, url: str, key: str) -> Iterator[str]:
     foreign: dict[str, str | None] = {"PYTHONPATH": None}
     with running(command, {**foreign, **SETTINGS, **ALONE, **own, **server}, cwd=data) as process:
         process.wait_for("Uvicorn running on|Application startup complete|Scheduler worker started", START_S)
-        wait_until(partial(_answers, f"http://127.0.0.1:{port}/health"), "the app")
+        wait_until(partial(answers, f"http://127.0.0.1:{port}/health"), "the app")
         yield f"http://127.0.0.1:{port}"
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url).is_success
-    except httpx.TransportError:
-        return False
 
 
 def _chat(page: Page, url: str, scratch: Path, picture: Path) -> Chat:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from bench.rig.client import summed
-from bench.rig.processes import mta, running, wait_until
+from bench.rig.processes import answers, mta, running, wait_until
 from server.supervisor.services import free_port
 
 KEY = "test-engine-key"
@@ -90,9 +90,7 @@ def served(command: Sequence[str], environment: Mapping[str, str], port: int) ->
         def healthy() -> bool:
             code = background.process.poll()
             assert code is None, f"the engine ended with status {code}:\n{background.output[-4000:]}"
-            with suppress(httpx.TransportError):
-                return client.get("/health").status_code == httpx.codes.OK
-            return False
+            return answers(f"{url}/health")
 
         wait_until(healthy, "the engine to serve", START_TIMEOUT_S)
         yield Engine(url, background.process.pid, client)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
+
 PATIENCE_S = 60.0
 """Default timeout of waits in seconds; it makes no claim about speed."""
 
@@ -31,6 +33,14 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATI
     while not condition():
         assert time.monotonic() < deadline_s, f"waited {timeout_s:.0f} s in vain for {what}"
         time.sleep(0.05)
+
+
+def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
+    """Whether a server answers 200; False as well if it takes no connection or breaks it."""
+    try:
+        return httpx.get(url, headers=headers, timeout=5).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
 
 
 def alive(pid: int) -> bool:

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import httpx
-
-from bench.rig.processes import Background, running, wait_until
+from bench.rig.processes import Background, answers, running, wait_until
 from server.settings import Settings
 from server.supervisor.services import LIVENESS, free_port, router_command
 
@@ -37,7 +35,4 @@ def running_router(engines: Sequence[str], port: int | None = None) -> Iterator[
 
 def _listens(router: Router) -> bool:
     assert router.process.process.poll() is None, router.process.output
-    try:
-        return httpx.get(router.url + LIVENESS).status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False
+    return answers(router.url + LIVENESS)

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import yaml
 
-from bench.rig.processes import running, wait_until
+from bench.rig.processes import answers, running, wait_until
 from deploy.observe.dashboard import WINDOW
 from server.supervisor.services import free_port
 
@@ -109,12 +109,5 @@ def prometheus(folder: Path, targets: Mapping[str, Target]) -> Iterator[Promethe
     }
     with running([BINARY, *(f"--{name}={value}" for name, value in options.items())], {}):
         found = Prometheus(f"http://{address}")
-        wait_until(lambda: _answers(address), "Prometheus to start")
+        wait_until(lambda: answers(f"http://{address}/-/ready"), "Prometheus to start")
         yield found
-
-
-def _answers(address: str) -> bool:
-    try:
-        return httpx.get(f"http://{address}/-/ready").status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False
