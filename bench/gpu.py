@@ -25,19 +25,16 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from bank.manifest import read_manifest
-from bank.models.folders import ensure_embedder
 from bench import script
 from bench.page.report import Figures, Spread, tabulate
 from bench.rig.engine import Engine
 from bench.rig.servers import Flavour, vllm_server
-from bench.rig.subject import Subject
-from bench.rig.tiny import tiny_bank, weightless_model
+from bench.rig.subject import Subject, random_rows
+from bench.rig.tiny import weightless_model
 from bench.serving.histograms import BLOCKING_STEPS, COLD_PATH, means_ms, totals
 from bench.serving.load import Ask, Loader, Prompts, loading
 from bench.serving.peft_folders import load_folders, peft_folders
 from server.engine_protocol import BASE_MODEL
-from server.settings import Settings
 
 NEW_RECIPES = 20
 """Number of recipes for measuring the cold path."""
@@ -171,21 +168,9 @@ async def _block(loader: Loader, models: Sequence[str], prompts: Prompts, load: 
 
 def _subject(where: Path, shape: Shape, anchors: int, rank: int) -> Subject:
     model = weightless_model(where / "model", **SHAPES[shape])
-    embedder = ensure_embedder(Settings().embedder, Settings().cache_dir)
     vectors = np.random.default_rng(0).standard_normal((anchors, 384)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    bank = tiny_bank(
-        where / "bank",
-        model,
-        embedder,
-        anchors=anchors,
-        rank=rank,
-        user_rank=0,
-        scale=0.01,
-        name=f"Llama, {shape.value}",
-        embeddings=vectors,
-    )
-    return Subject(bank, model, read_manifest(bank))
+    return random_rows(where / "bank", model, f"Llama, {shape.value}", anchors=anchors, rank=rank, embeddings=vectors)
 
 
 def _cold(shape: Shape, engine: Engine, subject: Subject, prompt: int) -> Figures:

@@ -94,19 +94,20 @@ def configured_subject(bank: Path | None, model: str | None) -> Subject:
 def tiny(scratch: Path, *, anchors: int = 16, embeddings: Vectors | None = None) -> Subject:
     """Create a tiny random model with a random bank; `embeddings` [N, E] are those of its anchors."""
     model = tiny_model(scratch / "tiny", context=TINY_CONTEXT)
-    return _random(scratch / "tiny-bank", model, "tiny", anchors=anchors, rank=4, embeddings=embeddings)
+    return random_rows(scratch / "tiny-bank", model, "tiny", anchors=anchors, rank=4, embeddings=embeddings)
 
 
 def random_subject(scratch: Path, model: str | None, rank: int, *, anchors: int = 16) -> Subject:
     """Create a bank of random rows of a rank for a base model, without room for user adapters."""
     settings = load_settings(model=model)
     folder = ensure_base_model(settings.model, settings.cache_dir)
-    return _random(scratch / f"rank-{rank}", folder, model_name(settings.model, folder), anchors=anchors, rank=rank)
+    return random_rows(scratch / f"rank-{rank}", folder, model_name(settings.model, folder), anchors=anchors, rank=rank)
 
 
-def _random(
+def random_rows(
     folder: Path, model: Path, name: str, *, anchors: int, rank: int, embeddings: Vectors | None = None
 ) -> Subject:
+    """Create a bank of random rows for a model in a folder, without room for user adapters; `name` is the model's."""
     settings = load_settings()
     tiny_bank(
         folder,
