@@ -79,10 +79,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Simulate fleets and print warm shares and balance; exit status 1 if `--check` finds a difference."""
-    asking = Asking(users, requests, seed)
     title = f"{users:,} users, Zipf {EXPONENT}, {requests:,} requests and {held:,} recipes an engine"
     columns = ("engines", "warm by the ring", "warm anywhere", "busiest", "idlest", "busiest after a death")
-    tables = [Figures(title, columns, [_line(number, asking, held) for number in replicas])]
+    tables = [Figures(title, columns, [_line(number, users, requests, held, seed) for number in replicas])]
     good = True
     if check:
         found = checked(seed)
@@ -98,19 +97,10 @@ def main(
         raise typer.Exit(1)
 
 
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """The simulated requests; see `main`."""
-
-    users: int
-    requests: int
-    seed: int
-
-
-def _line(replicas: int, people: Asking, held: int) -> list[object]:
-    generator = np.random.default_rng(people.seed)
-    asking = zipf(people.users, replicas * people.requests, EXPONENT, generator)
-    places = random_places(people.users, generator)[asking]
+def _line(replicas: int, users: int, requests: int, held: int, seed: int) -> list[object]:
+    generator = np.random.default_rng(seed)
+    asking = zipf(users, replicas * requests, EXPONENT, generator)
+    places = random_places(users, generator)[asking]
     names = [f"http://10.{number >> 8}.{number & 255}.1:8001" for number in range(replicas)]
     by_ring = Ring(names).engines_at(places)
     half = len(asking) // 2
