@@ -80,9 +80,14 @@ def main(
     if unknown := set(chosen) - set(PARTS):
         raise typer.BadParameter(f"there is no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     rows: Rows = []
-    with tempfile.TemporaryDirectory() as scratch, Progress(console=console()) as progress:
+    columns = ("{task.description}", "{task.completed:.0f}")
+    with tempfile.TemporaryDirectory() as scratch, Progress(*columns, console=console()) as progress:
+
+        def bar(what: str) -> OnStream:
+            task = progress.add_task(what, total=None)
+            return lambda _: progress.advance(task)
+
         subject = tiny(Path(scratch))
-        bar = _Bar(progress)
         records: dict[str, Load] = {}
         if "streams" in chosen:
             with _fleet(subject, Path(scratch) / "streams", streams) as urls:
@@ -92,22 +97,6 @@ def main(
                 rows += asyncio.run(Overload(urls, tokens, bar, records).beyond(chosen, phase))
     title = f"Overload: {GATEWAYS} gateways, one engine, {subject.title}, answers of {tokens} tokens"
     report(title, rows, out, **{what: _summary(load) for what, load in records.items()})
-
-
-class _Bar:
-    """A progress bar for each measurement that counts its streams."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def __call__(self, what: str) -> OnStream:
-        task = self._progress.add_task(what, total=None)
-
-        def on_stream(stream: Stream) -> None:
-            self._progress.advance(task)
-            self._progress.update(task, description=f"{what}: {self._progress.tasks[task].completed:.0f}")
-
-        return on_stream
 
 
 @contextmanager
