@@ -16,6 +16,7 @@ import gc
 import itertools
 import os
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
@@ -149,8 +150,8 @@ class Fairness:
                 await stack.enter_async_context(loading([self._url], user_bodies(self._tokens, USERS), key))
                 for key in self._keys
             ]
-            await loaders[0].closed(PLACES, min(seconds, 5), lambda _: None)
-            capacity = (await loaders[0].closed(PLACES, seconds / turns, lambda _: None)).rate
+            await loaders[0].closed(PLACES, min(seconds, 5))
+            capacity = (await loaders[0].closed(PLACES, seconds / turns)).rate
             rows: Rows = [("capacity: answers a second", round(capacity, 1))]
             if "wide" in parts:
                 rows += await self._wide(loaders[0], capacity / 2, seconds / turns, turns)
@@ -163,7 +164,7 @@ class Fairness:
         wide: list[float] = []
         for turn in range(turns):
             await self._offered(whats[0], [loader], per_s, seconds, turn)
-            async with self._repeating({"wide": self._ask_for_many(self._keys[0], wide)}, 1):
+            async with self._repeating("wide", self._ask_for_many(self._keys[0], wide), 1, {}, Counter()):
                 await self._offered(whats[1], [loader], per_s, seconds, turn)
         return [
             *itertools.chain(*map(self._rows, whats)),
@@ -176,12 +177,12 @@ class Fairness:
     async def _greedy(self, loaders: Sequence[Loader], per_s: float, seconds: float, turns: int) -> Rows:
         whats = ["three keys, the fourth as they", "three keys, the fourth at its worst"]
         *three, fourth = loaders
-        worst: dict[str, int] = {}
+        worst = Counter[str]()
         for turn in range(turns):
-            behaving = asyncio.create_task(fourth.open(per_s, seconds, lambda _: None, seed=1000 + turn))
+            behaving = asyncio.create_task(fourth.open(per_s, seconds, seed=1000 + turn))
             await self._offered(whats[0], three, per_s, seconds, turn)
             await behaving
-            before = [asyncio.create_task(loader.open(per_s, LEAD_IN_S, lambda _: None)) for loader in three]
+            before = [asyncio.create_task(loader.open(per_s, LEAD_IN_S)) for loader in three]
             await asyncio.sleep(LEAD_IN_S / 2)
             async with self._worst(worst):
                 await asyncio.wait(before)
@@ -204,10 +205,7 @@ class Fairness:
     async def _offered(self, what: str, loaders: Sequence[Loader], per_s: float, seconds: float, turn: int) -> None:
         """Run one turn of a load, the same from each loader; compared loads have the same arrivals in the same turn."""
         found = await asyncio.gather(
-            *(
-                loader.open(per_s, seconds, lambda _: None, seed=len(loaders) * turn + number)
-                for number, loader in enumerate(loaders)
-            )
+            *(loader.open(per_s, seconds, seed=len(loaders) * turn + number) for number, loader in enumerate(loaders))
         )
         streams = [stream for load in found for stream in load.streams]
         self.loads.setdefault(what, []).append(Load(streams, max(load.seconds for load in found)))
@@ -227,7 +225,7 @@ class Fairness:
         ]
 
     @asynccontextmanager
-    async def _worst(self, counts: dict[str, int]) -> AsyncIterator[None]:
+    async def _worst(self, counts: Counter[str]) -> AsyncIterator[None]:
         """Run all actions of the greedy key until the block ends."""
         key = self._keys[-1]
         numbers = itertools.count()
@@ -265,7 +263,7 @@ class Fairness:
         async with AsyncExitStack() as stack:
             for what, connections in WORST.items():
                 if what in kinds:
-                    clients = self._repeating({what: kinds[what]}, connections, key, counts)
+                    clients = self._repeating(what, kinds[what], connections, key, counts)
                 else:
                     clients = reading([self._url] * connections, LONG_PATH, UNREAD, 0.0, key)
                 await stack.enter_async_context(clients)
@@ -290,26 +288,25 @@ class Fairness:
     @asynccontextmanager
     async def _repeating(
         self,
-        acts: dict[str, Callable[[aiohttp.ClientSession], Awaitable[int]]],
+        what: str,
+        act: Callable[[aiohttp.ClientSession], Awaitable[int]],
         clients: int,
-        key: Key | None = None,
-        counts: dict[str, int] | None = None,
+        key: Key,
+        counts: Counter[str],
     ) -> AsyncIterator[None]:
         """Run clients that repeat an action until the block ends, with a short delay after each end or refusal."""
-        counts = {} if counts is None else counts
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector, headers=key or {}) as session:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=key) as session:
 
-            async def client(what: str, act: Callable[[aiohttp.ClientSession], Awaitable[int]]) -> None:
+            async def client() -> None:
                 while True:
                     status = 0
                     with suppress(aiohttp.ClientError, OSError):
-                        counts[what] = counts.get(what, 0) + 1
+                        counts[what] += 1
                         status = await act(session)
-                    counts[f"{what}: {status}"] = counts.get(f"{what}: {status}", 0) + 1
+                    counts[f"{what}: {status}"] += 1
                     await asyncio.sleep(RETRY_DELAY_S)
 
-            tasks = [asyncio.create_task(client(what, act)) for what, act in acts.items() for _ in range(clients)]
+            tasks = [asyncio.create_task(client()) for _ in range(clients)]
             try:
                 yield
             finally:

@@ -25,7 +25,7 @@ import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.fleet.streams import Load, Loader, Stream, loading, reading, user_bodies
+from bench.fleet.streams import Load, Loader, OnStream, loading, reading, user_bodies
 from bench.page.report import Spread, console, marked, report
 from bench.rig.client import summed
 from bench.rig.engine import KEY
@@ -61,7 +61,6 @@ LONG = {
 
 Rows = list[tuple[str, object]]
 """Rows of the report."""
-OnStream = Callable[[Stream], object]
 
 
 def main(

@@ -46,6 +46,9 @@ class Stream:
     chunks: int
 
 
+OnStream = Callable[[Stream], object]
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """The results of all streams of a load, and the seconds until the last one's end."""
@@ -108,7 +111,7 @@ class Loader:
             error = repr(failure)
         return Stream(status, error, first_s, time.perf_counter() - start_s, chunks)
 
-    async def closed(self, clients: int, seconds: float, on_stream: Callable[[Stream], object]) -> Load:
+    async def closed(self, clients: int, seconds: float, on_stream: OnStream = lambda _: None) -> Load:
         """Run a closed loop: clients ask again after each answer, and stop after the answer at `seconds`.
 
         Each client asks one gateway; the clients are distributed evenly.
@@ -124,7 +127,7 @@ class Loader:
         await asyncio.gather(*map(client, itertools.islice(itertools.cycle(self._urls), clients)))
         return Load(streams, time.perf_counter() - start_s)
 
-    async def open(self, per_s: float, seconds: float, on_stream: Callable[[Stream], object], seed: int = 0) -> Load:
+    async def open(self, per_s: float, seconds: float, on_stream: OnStream = lambda _: None, *, seed: int = 0) -> Load:
         """Run an open loop: requests arrive at the gateways in turn as a Poisson process, whatever the answers take."""
         chance, under_way, urls = random.Random(seed), [], itertools.cycle(self._urls)
         start_s = next_s = time.perf_counter()

@@ -49,13 +49,13 @@ async def _measure(url: str, seconds: float, turns: int, clients: int) -> list[t
     alone, beside, rates = list[Load](), list[Load](), list[float]()
     statuses: Counter[int] = Counter()
     async with loading([url], user_bodies(TOKENS, USERS)) as loader:
-        await loader.closed(PLACES, min(seconds, 5), lambda _: None)
-        half = (await loader.closed(PLACES, seconds, lambda _: None)).rate / 2
+        await loader.closed(PLACES, min(seconds, 5))
+        half = (await loader.closed(PLACES, seconds)).rate / 2
         for turn in range(turns):
-            alone.append(await loader.open(half, seconds, lambda _: None, seed=turn))
+            alone.append(await loader.open(half, seconds, seed=turn))
             before = statuses[OK]
             async with _giving_feedback(url, clients, statuses):
-                beside.append(await loader.open(half, seconds, lambda _: None, seed=turn))
+                beside.append(await loader.open(half, seconds, seed=turn))
             rates.append((statuses[OK] - before) / beside[-1].seconds)
     of: dict[str, Callable[[Load], float]] = {
         "answers a second": lambda load: load.rate,
