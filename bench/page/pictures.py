@@ -23,9 +23,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Pa
             continue
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"performance_{name}.png"
-        figure.tight_layout()
         figure.savefig(path, dpi=140)
-        _pyplot().close(figure)
         drawn[name] = path
     return drawn
 
@@ -116,20 +114,14 @@ def _short(title: str) -> str:
     return ", ".join(title.split(", ")[-3:-1])
 
 
-def _pyplot() -> Any:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def panels_in_a_row(
     count: int, *, width: float = 3.8, height: float = 3.2, share: bool = False
 ) -> tuple[Any, Sequence[Any]]:
-    figure, panels = _pyplot().subplots(1, count, figsize=(width * count, height), squeeze=False, sharey=share)
-    for panel in panels[0]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * count, height), layout="tight")
+    panels = figure.subplots(1, count, squeeze=False, sharey=share)[0]
+    for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
-    return figure, list(panels[0])
+    return figure, panels
