@@ -5,17 +5,18 @@ They go to docs/pictures/console_*.png and show real requests and answers.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
+import typer
 from PIL import Image
 from playwright.sync_api import Page
 
+from bench import script
 from bench.rig.browser import TRAINING_MS, Looking, chromium, looking, running_browser
 from server.cli.demo import adapting
 from server.cli.demo.bank import build_bank
@@ -117,22 +118,14 @@ def _save(page: Page, path: Path) -> None:
     picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def main() -> int:
-    """Take the pictures and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.console.pictures", description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the pictures ({OUT})")
-    folder = parser.parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with TemporaryDirectory() as data, running_server(build_bank(anchors()), Path(data) / "data", print) as server:
-            for person in PEOPLE:
-                server.api.put_profile(person.user_id, person.lines)
-            take(server, folder)
-    except DemoError as error:
-        print(f"pictures: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main(out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = OUT) -> None:
+    """Take pictures of the console's pages, with the demo's bank and a real engine."""
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as data, running_server(build_bank(anchors()), Path(data) / "data", print) as server:
+        for person in PEOPLE:
+            server.api.put_profile(person.user_id, person.lines)
+        take(server, out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)
