@@ -95,7 +95,8 @@ def read_records(path: Path) -> Iterator[Record]:
 
 def evaluate_user(evaluator: Evaluator, user: History, runs: Sequence[MethodRun]) -> Iterator[list[Record]]:
     """Yield each run's records, one per query; runs must be grouped by seed."""
-    evidence = {count: evaluator.evidence(_with_last(user, count)) for count in {run.method.items for run in runs}}
+    counts = {run.method.items for run in runs}  # of the last items; None: all
+    evidence = {n: evaluator.evidence(replace(user, items=user.items[-n:] if n else user.items)) for n in counts}
     for seed, group in groupby(runs, lambda run: run.seed):
         # Make all adapters of a seed before any reading: attaching costs more than a few passes, and signing and
         # training need the bare model. Make them per seed, because a killed run loses adapters without records.
@@ -105,11 +106,6 @@ def evaluate_user(evaluator: Evaluator, user: History, runs: Sequence[MethodRun]
             prepared.append((run, known, evaluator.adapter(run.method, known, seed)))
         for run, known, adapter in prepared:
             yield _records(evaluator, run, known, adapter)
-
-
-def _with_last(user: History, count: int | None) -> History:
-    """Return the user with the last `count` items only, or with all if None."""
-    return user if count is None else replace(user, items=user.items[-count:])
 
 
 def _records(evaluator: Evaluator, run: MethodRun, evidence: Evidence, adapter: EvalAdapter | None) -> list[Record]:
