@@ -43,12 +43,10 @@ class Prometheus:
         found: list[dict[str, Any]] = self._get("query", query=expression)["result"]
         return found
 
-    def over_time(self, expression: str, start_s: float, end_s: float, step_s: float) -> list[dict[str, Any]]:
+    def over_time(self, expression: str, start_s: float, end_s: float) -> list[dict[str, Any]]:
         """Evaluate an expression over a time range; replaces Grafana's variable for the rate window."""
-        expression = expression.replace(WINDOW, f"{max(4 * HURRY_S, round(4 * step_s))}s")
-        found: list[dict[str, Any]] = self._get("query_range", query=expression, start=start_s, end=end_s, step=step_s)[
-            "result"
-        ]
+        asked = {"query": expression.replace(WINDOW, f"{4 * HURRY_S}s"), "start": start_s, "end": end_s}
+        found: list[dict[str, Any]] = self._get("query_range", **asked, step=HURRY_S)["result"]
         return found
 
     def firing(self) -> set[str]:

@@ -13,19 +13,13 @@ from pathlib import Path
 import httpx
 
 from bench.rig.processes import wait_until
+from bench.rig.tiny import WORLDS
 from bench.rig.up import Up, up
 from deploy.observe.prometheus import HURRY_S, Prometheus, Target, prometheus
 from deploy.observe.receiver import Receiver, receiving
 from server.supervisor.services import free_port
 
-PEOPLE = {
-    "adaline": "surfing and the sea",
-    "ben": "office planning",
-    "cleo": "growing roses",
-    "dan": "chess openings",
-    "eve": "baking bread",
-    "finn": "old trains",
-}
+PEOPLE = dict(zip(("adaline", "ben", "cleo", "dan", "eve", "finn"), WORLDS, strict=True))
 STACKED = "adaline"
 SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
 
