@@ -67,9 +67,9 @@ class Looking:
 
 
 @contextmanager
-def looking(browser: Browser, url: str, width: int = WIDTH, height: int = HEIGHT) -> Iterator[Looking]:
+def looking(browser: Browser, url: str) -> Iterator[Looking]:
     """Open a new page with its own clipboard."""
-    context = browser.new_context(viewport={"width": width, "height": height}, locale="en-GB")
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, locale="en-GB")
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
     context.set_default_timeout(PATIENCE_MS)
     look = Looking(url, context.new_page())

@@ -6,7 +6,6 @@ import asyncio
 import random
 import threading
 from contextlib import suppress
-from types import TracebackType
 
 from server.supervisor.services import free_port
 
@@ -18,12 +17,14 @@ class LossyProxy:
 
     Args:
         to_port: the server's port on this machine; a change applies to new connections.
-        share: share of the answers that are lost with their connection, after the server has processed the request.
         seed: seed of the random choice.
+
+    Attributes:
+        share: share of the answers that are lost with their connection, after the server has processed the request.
     """
 
-    def __init__(self, to_port: int, share: float = 0.0, seed: int = 0) -> None:
-        self.port, self.share, self.lost = free_port(), share, 0
+    def __init__(self, to_port: int, seed: int = 0) -> None:
+        self.port, self.share, self.lost = free_port(), 0.0, 0
         self.to_port = to_port
         self._chance = random.Random(seed)
         self._loop = asyncio.new_event_loop()
@@ -35,9 +36,7 @@ class LossyProxy:
         assert self._listening.wait(10), "the proxy did not start"
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 

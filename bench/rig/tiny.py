@@ -25,10 +25,10 @@ from bench.rig.architectures import byte_tokenizer, tiny_of
 WORLDS = ("surfing and the sea", "office planning", "growing roses", "chess openings", "baking bread", "old trains")
 
 
-def tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
+def tiny_model(folder: Path, *, context: int = 512) -> Path:
     """Write a random Llama (two layers, hidden 64) with a byte-level tokenizer and a chat template."""
     # Two heads of each kind divide over two tensor-parallel ranks.
-    return tiny_of("llama", folder, seed=seed, num_attention_heads=2, max_position_embeddings=context)
+    return tiny_of("llama", folder, num_attention_heads=2, max_position_embeddings=context)
 
 
 def weightless_model(folder: Path, **shape: int) -> Path:

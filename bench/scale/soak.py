@@ -26,6 +26,7 @@ from bench.rig.tiny import tiny_bank, tiny_model
 from server.settings import Settings
 
 CONTEXT, ANCHORS, SLOTS, CLIENTS = 65_536, 64, 8, 8
+JUDGED = 4000  # tokens of the stream
 NEAR_TIE = 0.01
 """Largest gap in log-probability to the best token that another batch's rounding can explain."""
 
@@ -119,9 +120,9 @@ def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
     )
 
 
-def _foreign_tokens(engine: Engine, stream: LongStream, window: int = 4000) -> int:
+def _foreign_tokens(engine: Engine, stream: LongStream) -> int:
     """Count streamed tokens that another adapter must have chosen: worse than the best one by more than a tie."""
-    tokens = (stream.prompt + stream.tokens)[: len(stream.prompt) + window]
+    tokens = (stream.prompt + stream.tokens)[: len(stream.prompt) + JUDGED]
     body = {"model": stream.recipe, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
     response = engine.client.post("/v1/completions", json=body).raise_for_status()
     entries = response.json()["choices"][0]["prompt_logprobs"][len(stream.prompt) :]

@@ -45,10 +45,10 @@ class Answer:
 class Prompts:
     """Distinct random prompts for a model."""
 
-    def __init__(self, model: Path, seed: int = 0) -> None:
+    def __init__(self, model: Path) -> None:
         vocabulary = json.loads((model / "config.json").read_text("utf-8"))["vocab_size"]
         self._ids = range(vocabulary // 4, vocabulary * 3 // 4)  # without special tokens
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
 
     def __call__(self, tokens: int) -> list[int]:
         """Return a prompt of `tokens` tokens."""

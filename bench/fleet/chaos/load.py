@@ -15,7 +15,7 @@ import httpx
 from bench.fleet.chaos.asking import End, Outcome, ask, stream
 from bench.rig.people import write_people
 from bench.rig.processes import mta
-from bench.rig.tiny import WORLDS
+from bench.rig.tiny import WORLDS, world
 
 TIMEOUT_S = 90.0
 """Request timeout, longer than every pause: nothing is sent again while the first request may still be processed."""
@@ -23,6 +23,7 @@ TIMEOUT_S = 90.0
 RETRY_DELAY_S = 0.3
 PAUSE_S = 0.1
 """Seconds between two turns of a crowd."""
+IMPORTED, IMPORT_PAUSE_S = 12, 20.0
 
 TURNS = {"generate": 25, "stream": 25, "openai": 10, "openai stream": 10, "write": 18, "adapt": 4, "erase": 3}
 
@@ -177,11 +178,11 @@ def ended(crowds: Sequence[Crowd]) -> tuple[list[Outcome], list[Person]]:
 class Imports(threading.Thread):
     """Imports files of people one after the other with `mta users import`."""
 
-    def __init__(self, url: str, folder: Path, size: int = 12, pause_s: float = 20.0) -> None:
+    def __init__(self, url: str, folder: Path) -> None:
         super().__init__(name="imports", daemon=True)
         self.people: list[Person] = []
         self.failures: list[str] = []
-        self._url, self._folder, self._size, self._pause_s = url, folder, size, pause_s
+        self._url, self._folder = url, folder
         self._stop_asked = threading.Event()
 
     def stop(self) -> None:
@@ -192,10 +193,7 @@ class Imports(threading.Thread):
         number = 0
         while not self._stop_asked.is_set():
             number += 1
-            people = [
-                Person(f"imported-{number}-{i}", [f"{WORLDS[i % len(WORLDS)]}, by {number}-{i}"])
-                for i in range(self._size)
-            ]
+            people = [Person(f"imported-{number}-{i}", [f"{world(i)}, by {number}-{i}"]) for i in range(IMPORTED)]
             everybody = [{"user_id": person.id, "profile": person.texts} for person in people]
             file = write_people(self._folder / f"people-{number}.json", everybody)
             command = mta("users", "import", str(file), "--url", self._url)
@@ -203,4 +201,4 @@ class Imports(threading.Thread):
             if ran.returncode:
                 self.failures.append(ran.stdout + ran.stderr)
             self.people += people
-            self._stop_asked.wait(self._pause_s)
+            self._stop_asked.wait(IMPORT_PAUSE_S)
