@@ -49,7 +49,8 @@ class Supervisor:
         Raises StartError, with the end of the log, if a required part fails its first start or has died too often.
         """
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores it
+                asyncio.get_running_loop().add_signal_handler(number, self.stop)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._run_part(part)) for part in self._parts]

@@ -50,7 +50,8 @@ def show(data: Path) -> int:
     """Run the demo with its server's data in a folder, and return the exit status."""
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         _run(console, data)
     except MtaError as error:

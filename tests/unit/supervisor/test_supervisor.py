@@ -373,6 +373,22 @@ async def test_a_stubborn_part_is_killed_when_its_time_is_up_or_a_second_signal_
     assert not alive(pid_of("stubborn", tmp_path))
 
 
+async def test_a_hangup_that_nohup_ignores_stops_nothing(tmp_path: Path, data: DataFolder) -> None:
+    stopping: list[int] = []
+
+    def hung_up(record: Record) -> bool:
+        stopping.append(record.count("brief", "stopping"))
+        signal.raise_signal(signal.SIGHUP)
+        return len(stopping) == 3
+
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        await run_until(hung_up, data, python_part("brief", tmp_path, ""))
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+    assert stopping == [0, 0, 0]
+
+
 async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_newest(
     tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
