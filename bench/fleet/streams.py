@@ -128,11 +128,12 @@ class Loader:
         return Load(streams, time.perf_counter() - start_s)
 
     async def open(self, per_s: float, seconds: float, on_stream: OnStream = lambda _: None, *, seed: int = 0) -> Load:
-        """Run an open loop: requests arrive at the gateways in turn as a Poisson process, whatever the answers take."""
+        """Send a request at once and more as a Poisson process, to the gateways in turn, whatever the answers take."""
         chance, under_way, urls = random.Random(seed), [], itertools.cycle(self._urls)
         start_s = next_s = time.perf_counter()
-        while (next_s := next_s + chance.expovariate(per_s)) < start_s + seconds:
+        while next_s < start_s + seconds:
             await sleep_until(next_s)
+            next_s += chance.expovariate(per_s)
             under_way.append(asyncio.create_task(self.stream(next(urls))))
             under_way[-1].add_done_callback(lambda task: on_stream(task.result()))
         return Load(await asyncio.gather(*under_way), time.perf_counter() - start_s)
