@@ -76,6 +76,7 @@ class UserErased(Conflict):
             "to store the user again",
             param="user_id",
         )
+        self.headers["X-Should-Retry"] = "false"  # OpenAI's clients would send it again by themselves
 
 
 class Gone(ApiError):  # it was there, but its time is over

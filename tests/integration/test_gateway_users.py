@@ -168,6 +168,7 @@ def test_a_write_in_progress_does_not_bring_an_erased_user_back(
         erased.set()
         answer = answering.result()
     check_erased(client, gateway, user, answer.status_code, answer.json()["error"])
+    assert answer.headers["X-Should-Retry"] == "false"  # else OpenAI's clients bring the user back
     request().raise_for_status()  # a user may come back
 
 
