@@ -53,7 +53,8 @@ class Call(Generic[T]):
         except httpx.HTTPError as error:
             if streaming:
                 raise broken_off() from error
-            raise MtaError(f"{self.method} {self.path} got no answer from {url}: {error}", "no_answer") from error
+            code = "not_sendable" if isinstance(error, httpx.UnsupportedProtocol) else "no_answer"
+            raise MtaError(f"{self.method} {self.path} got no answer from {url}: {error}", code) from error
         except (ValueError, LookupError, TypeError) as error:
             raise MtaError(
                 f"{self.method} {self.path} got an answer that this client cannot read: {error!r}", "not_understood"

@@ -262,6 +262,13 @@ def test_a_refusal_and_a_long_wait_are_errors_at_once(
     assert (len(server.bodies), waits) == (1, [])
 
 
+@pytest.mark.parametrize("url", ["server", "localhost:8000"])
+def test_a_url_without_a_scheme_is_an_error_at_once(kind: Any, url: str, waits: list[float]) -> None:
+    with kind(url) as client, pytest.raises(MtaError, match=r"protocol") as failure:
+        client.user("ada")
+    assert (failure.value.code, failure.value.is_transient, waits) == ("not_sendable", False, [])
+
+
 def test_whether_a_server_is_ready_is_asked_once(kind: Any) -> None:
     server = Busy((503, "1"))
     with kind("http://server", transport=httpx.MockTransport(server)) as client:
