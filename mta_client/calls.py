@@ -81,7 +81,7 @@ class Patience:
 
 def http_options(key: str | None, timeout_s: float, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of an httpx client."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
     timeout, limits = httpx.Timeout(timeout_s, connect=CONNECT_S), httpx.Limits(keepalive_expiry=KEEP_ALIVE_S)
     return {"timeout": timeout, "limits": limits, **options, "headers": headers | dict(options.get("headers") or {})}
 

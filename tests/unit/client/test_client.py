@@ -269,6 +269,19 @@ def test_a_url_without_a_scheme_is_an_error_at_once(kind: Any, url: str, waits: 
     assert (failure.value.code, failure.value.is_transient, waits) == ("not_sendable", False, [])
 
 
+def test_white_space_around_a_key_is_no_part_of_it(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    def note(request: httpx.Request) -> httpx.Response:
+        sent.append(request.headers["Authorization"])
+        return httpx.Response(200, json=JOB)
+
+    monkeypatch.setenv("MTA_API_KEY", "mta_key\n")  # as files of secrets often end
+    with kind("http://server", transport=httpx.MockTransport(note)) as client:
+        client.job("key.1")
+    assert sent == ["Bearer mta_key"]
+
+
 def test_whether_a_server_is_ready_is_asked_once(kind: Any) -> None:
     server = Busy((503, "1"))
     with kind("http://server", transport=httpx.MockTransport(server)) as client:
