@@ -42,10 +42,13 @@ _USER_ID_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 256, "pattern"
 UserId = Annotated[str, AfterValidator(check_user_id), WithJsonSchema(_USER_ID_SCHEMA | {"description": _USER_ID})]
 UserIdInPath = Annotated[UserId, Path(description=_USER_ID, examples=["ada"])]
 
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+_StopList = Annotated[list[_Stop], Field(min_length=1, max_length=MAX_STOPS)]
 Stops = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    Field(min_length=1, max_length=MAX_STOPS),
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    _StopList,
+    BeforeValidator(
+        lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=_Stop | _StopList
+    ),
 ]
 
 

@@ -103,6 +103,12 @@ def test_the_document_shows_whole_answers_and_events() -> None:
             check_whole(shape, value)
 
 
+@pytest.mark.parametrize("model", [GenerateRequest, ChatRequest, CompletionRequest])
+def test_the_document_lets_stop_be_one_text(model: type[BaseModel]) -> None:
+    stop = DOCUMENT["components"]["schemas"][model.__name__]["properties"]["stop"]
+    assert {shape["type"] for shape in stop["anyOf"]} == {"string", "array", "null"}
+
+
 @pytest.mark.parametrize("model", [GenerateRequest, ItemsRequest, AdaptRequest])
 def test_the_document_shows_requests_that_are_taken(model: type[BaseModel]) -> None:
     examples = DOCUMENT["components"]["schemas"][model.__name__]["examples"]
