@@ -219,7 +219,7 @@ async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
     return JobAnswer.of(await _stored(request).cancel(users_of(request), _checked_job_id(job_id)))
 
 
-@router.get("/jobs/{job_id}/events", responses={200: {"content": _EVENTS}})
+@router.get("/jobs/{job_id}/events", response_class=Response, responses={200: {"content": _EVENTS}})
 async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
     """Stream the job as server-sent events: `job` now and after each change, then `done` when the job has ended.
 

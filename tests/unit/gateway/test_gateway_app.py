@@ -101,6 +101,8 @@ def test_the_document_shows_whole_answers_and_events() -> None:
         assert values
         for value in values:
             check_whole(shape, value)
+    followed = DOCUMENT["paths"]["/jobs/{job_id}/events"]["get"]["responses"]["200"]["content"]
+    assert followed.keys() == {"text/event-stream"}
 
 
 @pytest.mark.parametrize("model", [GenerateRequest, ChatRequest, CompletionRequest])
