@@ -204,6 +204,8 @@ def _path(kind: str, identifier: str) -> str:
 
 @sendable()
 def _items(items: Items) -> list[dict[str, Any]]:
+    if isinstance(items, str | Mapping):  # whose letters or names would replace the user's history
+        raise TypeError("items must be a list")
     return [{"text": item} if isinstance(item, str) else dict(item) for item in items]
 
 

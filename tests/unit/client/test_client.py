@@ -77,6 +77,8 @@ def test_both_clients_have_the_same_methods() -> None:
         lambda client: client.user(7),
         lambda client: client.put_profile("ada", [ALONE]),
         lambda client: client.add_items("ada", [7]),
+        lambda client: client.put_profile("ada", "no list"),
+        lambda client: client.put_profile("ada", {"text": "no list"}),
         lambda client: client.generate("ada", ALONE),
         lambda client: client.generate("ada", [7]),
         lambda client: client.generate("ada", "hello", temperature=math.nan),
