@@ -88,7 +88,7 @@ class Client:
         try:
             return self._call(calls.forget(user_id))
         except MtaError as error:
-            if missing_ok and error.status == httpx.codes.NOT_FOUND:
+            if missing_ok and (error.status, error.param) == (httpx.codes.NOT_FOUND, "user_id"):
                 return None
             raise
 

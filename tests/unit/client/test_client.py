@@ -198,6 +198,12 @@ def test_other_responses_are_errors_too(kind: Any, status: int, body: bytes) -> 
     assert status == 200 or failure.value.message == body.decode()
 
 
+def test_a_wrong_url_is_not_taken_for_an_unknown_user(kind: Any) -> None:
+    body = b'{"error": {"message": "no such route", "code": "not_found", "param": null}}'
+    with served(kind, body, 404) as client, pytest.raises(MtaError, match="no such route"):
+        client.forget("ada", missing_ok=True)
+
+
 class Busy:
     """A server that gives these answers first, each a status and the time after which to ask again, and then a job."""
 
