@@ -291,6 +291,10 @@ class SigningLoop:
         except StoreTimeout as error:
             log.warning("%s: not signed yet: %s", user_key, error)
             return True  # the queue has postponed the entry
+        except TrainingError as error:
+            log.error("%s: cannot be signed: %s", user_key, error)
+            await self.queue.remove(user_key)
+            return True  # the user's next request asks again
         await self.queue.remove(user_key)
         profile = await self.profiles.load(user_key)
         if profile is not None and not profile.is_signed(self.bank.manifest.short):
@@ -298,7 +302,10 @@ class SigningLoop:
         return True
 
     async def _sign(self, user_key: str) -> None:
-        """Sign a user's items unless they are signed already. StoreTimeout is not a try."""
+        """Sign a user's items unless they are signed already; TrainingError if the user's data is damaged.
+
+        StoreTimeout is not a try.
+        """
         bank, tries = self.bank.manifest.short, 0
         for _ in range(MAX_WRITE_ATTEMPTS):
             try:
@@ -318,9 +325,6 @@ class SigningLoop:
                     log.info("%s: signed, %d items", user_key, len(pairs))
                     return
             except UserErased:
-                return
-            except TrainingError as error:
-                log.error("%s: cannot be signed: %s", user_key, error)
                 return
 
     async def _commit(self, user_key: str, snapshot: Snapshot, change: Change) -> bool:

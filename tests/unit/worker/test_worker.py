@@ -261,3 +261,9 @@ async def test_a_user_whose_server_is_gone_is_left_to_later_which_is_no_try(
     async with asyncio.timeout(10):
         assert await signing(steps, **{gone: Unavailable("its primary is lost")}).work_once(0)
     assert steps == ["take, free", *left]
+
+
+async def test_a_user_whose_data_is_damaged_leaves_the_queue_until_they_come_again() -> None:
+    steps = list[str]()
+    assert await signing(steps, read=Unavailable("a damaged item", code="store_corrupt")).work_once(0)
+    assert steps == ["take, free", "read, busy", "remove, free"]
