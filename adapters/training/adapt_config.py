@@ -24,7 +24,7 @@ class AdaptConfig:
     rank: int = 2
     steps: int = 8  # maximum per run; a run stops early when the held-out loss no longer falls
     learning_rate: float = 1e-3  # after the warm-up
-    holdout: float = 0.2  # share of samples to hold out when there are more than `MAX_FOLDED`
+    holdout: float = 0.2  # share of samples to hold out above `MAX_FOLDED`, at most half of those that may judge
     strength: float = 0.5  # factor on the anchors' merged weights; below 1 only with a common row
     newer_than_ms: int = 0  # judge on what was learnt after this time, also against the adapter served since; 0: all
     seed: int = 0

@@ -176,7 +176,8 @@ def _train_single(run: UserRun, samples: Sequence[Example], judges: range) -> _J
 def _train_with_holdout(run: UserRun, samples: Sequence[Example], judges: range) -> _Judging:
     """Hold out a part of the samples, and return the weights with the lowest held-out loss."""
     order = random.Random(run.config.seed).sample(judges, len(judges))
-    held = order[: max(1, round(run.config.holdout * len(samples)))]
+    count = min(round(run.config.holdout * len(samples)), len(judges) // 2)  # the others are trained on
+    held = order[: max(1, count)]
     aside, kept = [samples[i] for i in held], [samples[i] for i in [*order[len(held) :], *range(judges.start)]]
     before = yield from run.begin("all samples but those held out", aside)
     losses, weights = yield from run.evaluated(kept, aside, run.config.steps, keep_below=before)
