@@ -98,7 +98,7 @@ class AdapterTrainer:
             self._example(f"samples.{place}", encode_conversation, list(sample.messages), sample.output)
             for place, sample in enumerate(samples)
         ]
-        kept = self._learned(learned, [len(example.ids) for example in examples], config)
+        kept = self._learned(learned, examples, config)
         samples = [*samples, *(sample for sample, _ in kept)]
         examples += [example for _, example in kept]
         if not examples:
@@ -129,15 +129,19 @@ class AdapterTrainer:
         return Served(fuse(self.matrix, parse_recipe(stored.recipe), torch.float32), adapter.weights)
 
     def _learned(
-        self, learned: Sequence[Sample], lengths: list[int], config: AdaptConfig
+        self, learned: Sequence[Sample], given: Sequence[Example], config: AdaptConfig
     ) -> list[tuple[Sample, Example]]:
-        """Return the newest learned samples that fit, oldest first. A sample that cannot be used is left out."""
+        """Return the newest learned samples that fit, oldest first. One that cannot be used or is known is left out."""
         kept: list[tuple[Sample, Example]] = []
+        known, lengths = set(given), [len(example.ids) for example in given]
         for sample in reversed(learned):
             try:
                 example = self._example("a learned sample", encode_conversation, list(sample.messages), sample.output)
             except TrainingError:
                 continue
+            if example in known:  # held out, it would be trained on as well
+                continue
+            known.add(example)
             lengths = [*lengths, len(example.ids)]
             if config.tokens_read(lengths) > config.max_tokens:
                 break

@@ -351,6 +351,7 @@ def test_what_was_sent_instead_of_answers_is_trained_on_the_newest_first_within_
     for fit in range(1, 5):
         budget = replace(FEW_STEPS, max_tokens=estimate(trainer, [first, *others[-fit:]]))
         assert ids_read(trainer, [first], budget, learned=others) == ids_read(trainer, [first, *others[-fit:]])
+    assert ids_read(trainer, [first], learned=[others[0], first, *others]) == whole  # each is read once
     odd = Sample([{"role": "user", "content": "?"}], "word " * 5000)  # longer than the context
     assert ids_read(trainer, [first], learned=[*others, odd]) == whole
     with pytest.raises(TrainingError, match="no sample can be used"):
