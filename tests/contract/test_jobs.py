@@ -123,6 +123,8 @@ async def test_a_silent_worker_s_job_goes_to_another_until_the_last_try(jobs: Jo
     for _ in range(MAX_TRIES):
         leases.append(await claimed(jobs, job_id, lease_s=0.001))
         await asyncio.sleep(0.01)
+    starts = [lease.job.started_ms for lease in leases]
+    assert starts == sorted(set(starts))  # what comes before the last start is trained on
     assert not await jobs.renew(leases[0], LEASE_S, step=1, of=1)
     assert await jobs.claim(job_id, LEASE_S) is None
     job = await jobs.job(job_id)

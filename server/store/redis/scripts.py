@@ -135,8 +135,8 @@ if redis.call('HINCRBY', KEYS[1], 'tries', 1) > tonumber(max_tries) then
   finish(KEYS[1], 'failed')
   return 0
 end
-redis.call('HSET', KEYS[1], 'state', 'running', 'lease', token, 'lease_until', now + lease_ms, 'lease_ms', lease_ms)
-redis.call('HSETNX', KEYS[1], 'started_ms', now)
+redis.call('HSET', KEYS[1], 'state', 'running', 'lease', token, 'lease_until', now + lease_ms, 'lease_ms', lease_ms,
+  'started_ms', now)
 return 1
 """)
 
