@@ -36,7 +36,7 @@ log = logging.getLogger("mta.store")
 KEPT_JOBS = 20  # number of newest jobs kept per user, until an erasure
 MAX_TRIES = 3
 _JOB_ID = re.compile(r"([a-z2-7]{26})\.([1-9][0-9]{0,9})")
-_TOO_MANY, _ERASED, _LATE = 0, -1, -2
+_REFUSED, _ERASED, _LATE = 0, -1, -2
 _FIRST_NUMBER_RANGE = 1 << 32  # a user's first number is random: an erasure forgets those used, but ids are not reused
 _TRIES_EXHAUSTED = (
     f"this job was started {MAX_TRIES} times and never finished. Most likely its workers ran out of memory: send fewer "
@@ -154,8 +154,9 @@ class JobStore:
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
         """Store samples and create a job that trains on them; older open jobs of the user become superseded.
 
-        Returns the existing job for a repeated submission, and None if the user would have more than `max_samples`.
-        Raises `UserErased` if the user was erased after the request began.
+        Returns the existing job for a repeated submission; None if the user would have more than `max_samples`, and for
+        a background job beside an open one of its bank. Raises `UserErased` if the user was erased after the request
+        began.
         """
         queue = self._queue(submission.bank)
         # Reserve first: an entry without a job is harmless, but a job without an entry would never be trained.
@@ -171,6 +172,7 @@ class JobStore:
             "bank": submission.bank,
             "config": submission.config,
             "append": submission.append,
+            "background": submission.background,
             "max_samples": max_samples,
             "traceparent": submission.traceparent,
         }
@@ -183,7 +185,7 @@ class JobStore:
             await queue.cancel_reservation(reservation)
         if number == _LATE:
             raise Unavailable("the store took too long to accept the samples: send the request again")
-        if job is None and number != _TOO_MANY:
+        if job is None and number != _REFUSED:
             raise UserErased
         return job
 

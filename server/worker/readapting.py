@@ -102,8 +102,6 @@ class Readapting:
             defaults = default_config(self.manifest.room, self.manifest.common)
             config = encode_config(replace(defaults, **asdict(self.budget)))
             submission = Submission([], True, config, bank=self.manifest.short, epoch=epoch, background=True)
-            own, _ = await self.jobs.open_job(user_key, self.manifest.short)
-            if own is None:
-                with suppress(UserErased):
-                    await self.jobs.submit(user_key, submission, MAX_SAMPLES)
+            with suppress(UserErased):
+                await self.jobs.submit(user_key, submission, MAX_SAMPLES)
             tally.queued += 1

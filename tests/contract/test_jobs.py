@@ -79,6 +79,15 @@ async def test_the_same_idempotency_key_is_the_same_job_while_that_is_remembered
     assert (await submitted(jobs, user, idempotency_key="key 0")).id not in all_jobs
 
 
+async def test_a_job_that_nobody_asked_for_replaces_no_open_one_of_its_bank(jobs: JobStore, user: str) -> None:
+    asked = await submitted(jobs, user)
+    unasked = Submission([], append=True, config="{}", bank=BANK, background=True)
+    assert await jobs.submit(user, unasked, 100) is None
+    assert await jobs.jobs(user) == [asked]
+    await jobs.cancel(asked.id)
+    assert (await submitted(jobs, user, background=True)).id != asked.id
+
+
 async def test_a_search_for_a_duplicate_finds_the_job_and_stores_nothing(jobs: JobStore, user: str) -> None:
     repeated, new = (Submission([text], append=False, config="{}", bank=BANK) for text in (b"a", b"b"))
     assert await jobs.find_duplicate(user, repeated) is None

@@ -139,13 +139,17 @@ class Store(RuleBasedStateMachine):
         assert newest in (expected.newest, expected.newest + 1) or (expected.newest == 0 and not before)
         assert newest not in expected.former
         assert not (self.full and newest > expected.newest)
-        if not isinstance(outcome, ApiError):
+        opened = {n for n, state in before.items() if not state.ended}
+        if outcome is None:
+            assert (background, newest, opened) == (True, expected.newest, {newest})
+        elif not isinstance(outcome, ApiError):
             assert outcome.id == JobId(key, newest)
             expected.acknowledged.add(newest)
         if newest == expected.newest:
             assert self.states(user) == before
         else:
-            self.end_as(user, {n for n, state in before.items() if not state.ended}, JobState.SUPERSEDED)
+            assert not (background and opened)
+            self.end_as(user, opened, JobState.SUPERSEDED)
         expected.newest = newest
 
     @rule(user=USERS, gateway=TWO, fault=FAULTS, place=PLACES)

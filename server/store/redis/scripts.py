@@ -47,7 +47,7 @@ end
 """
 
 # KEYS: jobs, samples, epoch. ARGV: JSON (`JobStore.submit`), then the samples. Returns the job's number, 0 for too many
-# samples, -1 if the user was erased, -2 if the deadline has passed.
+# samples or an open job that is not to be replaced, -1 if the user was erased, -2 if the deadline has passed.
 SUBMIT = job_script("""
 local given = cjson.decode(ARGV[1])
 if erased_since(KEYS[3], given.epoch) then return -1 end
@@ -64,9 +64,10 @@ if given.key ~= '' then
     if redis.call('HGET', name(number), 'key') == given.key then return known(number) end
   end
 else
-  local state, token = unpack(redis.call('HMGET', name(last), 'state', 'token'))
-  local reusable = state == 'queued' or state == 'running' or state == 'succeeded'
-  if reusable and token == given.token then return known(last) end
+  local state, token, bank = unpack(redis.call('HMGET', name(last), 'state', 'token', 'bank'))
+  local open = is_open(name(last))
+  if (open or state == 'succeeded') and token == given.token then return known(last) end
+  if open and given.background and bank == given.bank then return 0 end
 end
 if now > given.until_ms then return -2 end
 
