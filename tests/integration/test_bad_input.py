@@ -175,6 +175,12 @@ def test_a_body_that_never_says_its_length_is_cut_off_at_the_limit(client: Clien
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
 
+def test_a_compressed_body_is_refused_as_such(client: Client) -> None:
+    response = client.post("/generate", content=b"\x1f\x8b", headers={"Content-Type": JSON, "Content-Encoding": "gzip"})
+    assert error_of(response) == (415, "content-encoding", "unsupported_media_type")
+    assert "'gzip'" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("job_id", ["unknown", "a.1", "a.0x1", "%00", "a" * 65, "%2E%2E", f"{'a' * 26}.1"])
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 def test_an_unknown_job_is_refused(client: Client, method: str, job_id: str) -> None:

@@ -111,7 +111,10 @@ class JsonRoute(APIRoute):
         """Run before the body is read, for state that must be captured at that moment."""
 
     def _is_in_lines(self, request: Request) -> bool:
-        """Return whether the body is newline-delimited JSON; raise `WrongMediaType` if it is not JSON at all."""
+        """Return whether the body is newline-delimited JSON; raise `WrongMediaType` if it is compressed or no JSON."""
+        if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+            message = f"Content-Encoding must not be set, got {excerpt(coding)}: send the body uncompressed"
+            raise WrongMediaType(message, param="content-encoding")
         given = request.headers.get("content-type")
         media_type = (given or "").partition(";")[0].strip().lower()
         if self.lines and media_type in _LINES:
