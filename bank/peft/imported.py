@@ -40,7 +40,7 @@ _PLAIN = {
     "layer_replication": None,
 }
 # PEFT's initialisations that take the first B A away from the base model, so that the adapter belongs to another base.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,6 +206,7 @@ def without(part: str) -> Callable[[Tensors], None]:
         ({"peft_type": "IA3"}, "of type 'IA3'"),
         ({"r": 5}, "has rank 4, but its configuration says 5"),
         ({"lora_alpha": None}, "lora_alpha must be a number"),
+        ({"init_lora_weights": "lora_ga"}, "has changed the base model: convert"),
         (number_of(float("nan")), "not finite"),
         (number_of(float("inf")), "not finite"),
         (without("lora_A"), "needs one A and one B"),
