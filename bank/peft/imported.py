@@ -152,9 +152,9 @@ def read_peft(folder: Path) -> PeftAdapter:
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+        config = dict(json.loads((folder / CONFIG_FILE).read_text("utf-8")))
         tensors = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise BankError(f"no PEFT adapter at {folder}: {error}") from error
     if config.get("peft_type") != "LORA":
         raise BankError(f"{folder} holds a PEFT adapter of type {excerpt(config.get('peft_type'))}, not a LoRA")

@@ -181,6 +181,10 @@ def test_imports_that_make_no_bank_are_refused(inbox: Inbox, tmp_path: Path) -> 
     inbox.refuse(r"no profile for \['stabilised'\]", profiles=inbox.profiles_of("plain", "patterned"))
     inbox.refuse(r"these repeat: \['plain'\]", [inbox.adapters[0], inbox.adapters[0]])
     inbox.refuse("no PEFT adapter at", [tmp_path])
+    odd = Path(shutil.copytree(inbox.adapters[0], tmp_path / "odd"))
+    for content, message in (("[]", "of type None, not a LoRA"), ("7", "no PEFT adapter at")):
+        (odd / "adapter_config.json").write_text(content)
+        inbox.refuse(message, [odd])
     config = LlamaConfig.from_pretrained(inbox.model)
     config.intermediate_size = 96
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
@@ -202,11 +206,11 @@ def without(part: str) -> Callable[[Tensors], None]:
         ({"use_dora": True}, "use_dora = True is not supported"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "has changed the base model: convert"),
+        ({"init_lora_weights": "lora_ga"}, "has changed the base model: convert"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "of type 'IA3'"),
         ({"r": 5}, "has rank 4, but its configuration says 5"),
         ({"lora_alpha": None}, "lora_alpha must be a number"),
-        ({"init_lora_weights": "lora_ga"}, "has changed the base model: convert"),
         (number_of(float("nan")), "not finite"),
         (number_of(float("inf")), "not finite"),
         (without("lora_A"), "needs one A and one B"),
