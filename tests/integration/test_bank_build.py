@@ -125,6 +125,7 @@ def test_what_makes_no_bank_is_refused_before_anything_is_trained(bench: Bench, 
         ({"task": "poems"}, "unknown task 'poems'"),
         ({"rank": 512}, "above vLLM's largest"),
         ({"directions": 4}, "--directions: at most --anchors 3, got 4"),
+        ({"seed": 2**32}, "--seed: .* less than 4294967296"),
         ({"directions": 0, "anchors": 335}, "--directions 0: a recipe names at most 334 anchors"),
     ):
         with pytest.raises(BankError, match=message):
