@@ -264,6 +264,8 @@ def verify_files(folder: Path, manifest: BankManifest, names: tuple[str, ...] | 
             found = file_sha256(path)
         except FileNotFoundError:
             raise BankError(f"the bank at {folder} lacks {name}: copy it again or build the bank again") from None
+        except OSError as error:
+            raise BankError(f"cannot read {path}: {error.strerror}") from error
         if found != manifest.files.get(name):
             raise BankError(
                 f"{path} is damaged: its SHA-256 is {found[:12]}…, but the manifest says "

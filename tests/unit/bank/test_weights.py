@@ -280,6 +280,14 @@ def test_a_bank_that_does_not_fit_is_of_before_or_has_a_flipped_bit_is_refused(
         opened(tmp_path)
 
 
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    signed_bank(tmp_path)
+    (tmp_path / MAP_FILE).unlink()
+    (tmp_path / MAP_FILE).mkdir()
+    with pytest.raises(BankError, match=r"cannot read .*map.json: Is a directory"):
+        opened(tmp_path)
+
+
 def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
     saved_bank(tmp_path)
     manifest = tmp_path / MANIFEST_FILE
