@@ -82,7 +82,7 @@ def evaluate(
         tables, authorship = run(inputs, options, AdaptConfig(), show)
     print_tables(tables, console)
     print_authorship(authorship, console)
-    console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}", markup=False)
 
 
 def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> None:

@@ -233,7 +233,7 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
     anchors = Table("anchor", "items", title=f"{len(summary['anchors'])} anchors", title_justify="left")
     for anchor in summary["anchors"]:
         anchors.add_row(anchor["id"], str(anchor["items"]))
-    Console(highlight=False).print(table, anchors, sep="\n")
+    Console(highlight=False, markup=False).print(table, anchors, sep="\n")
 
 
 def _describe_rule(weights: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ class ConsoleProgress(RowProgress, AbstractContextManager["ConsoleProgress"]):
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False)
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
         """Start training, given the tokens per row; the time estimate starts here."""

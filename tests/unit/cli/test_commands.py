@@ -206,6 +206,12 @@ class Shown(ConsoleProgress):
         return self.text.getvalue().splitlines()
 
 
+def test_a_path_is_told_as_it_is() -> None:
+    with Shown() as progress:
+        progress.say("/data/[/old]/[v2].json")
+    assert progress.text.getvalue() == "/data/[/old]/[v2].json\n"
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_rows_then_pieces_of_other_work_then_another_row_are_all_shown(terminal: bool) -> None:
     with Shown(force_terminal=terminal) as progress:
