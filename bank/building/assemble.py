@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -142,4 +143,6 @@ def _replacing(path: Path) -> Iterator[Path]:
     draft = path.with_name(f"{path.name}{_DRAFT}")
     yield draft
     draft.chmod(0o644)  # safetensors makes files readable by the owner only
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
     draft.replace(path)

@@ -20,7 +20,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Curvature, Signature
 from bank.lookup.summary import summarise
-from bank.manifest import COORDINATES_FILE, MATRIX_FILE, ROWS_FILE, BankManifest, read_manifest
+from bank.manifest import COORDINATES_FILE, MANIFEST_FILE, MATRIX_FILE, ROWS_FILE, BankManifest, read_manifest
 from bank.matrix import open_anchor_rows, open_matrix
 from bank.peft.exported import export_anchor
 from bench.rig.tiny import tiny_bank, world
@@ -84,6 +84,16 @@ def bank(tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path) -> Path
 def opened(bank: Path, embedder: Embedder) -> tuple[ServingBank, BankManifest, np.ndarray]:
     serving = ServingBank.open(bank, embedder.id)
     return serving, serving.manifest, embedder.embed([world(5)])[0]
+
+
+def test_every_file_is_on_the_disk_before_the_manifest(
+    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = list[str]()
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink().stem))
+    written = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, directions=2)
+    assert sorted(synced[:-1]) == sorted(read_manifest(written).files)
+    assert synced[-1] == MANIFEST_FILE
 
 
 def test_a_recipe_has_a_step_for_each_direction_times_the_strength(bank: Path, embedder: Embedder) -> None:
