@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.synchronize import Semaphore
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
@@ -90,10 +91,15 @@ def _helpers(meeting: str, count: int, run: Callable[[Ranks], object]) -> Iterat
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # after Ctrl-C, of unused locks
     spawn = multiprocessing.get_context("spawn")
-    others = [spawn.Process(target=_help, args=(meeting, rank, count, run), daemon=True) for rank in range(1, count)]
+    here = spawn.Semaphore(0)
+    others = [spawn.Process(target=_help, args=(here, meeting, n, count, run), daemon=True) for n in range(1, count)]
     for other in others:
         other.start()
     try:
+        for _ in others:  # joining blocks, even on Ctrl-C, until all do
+            while not here.acquire(timeout=1):
+                if any(other.exitcode for other in others):
+                    raise RuntimeError("it never joined")
         with _member(meeting, 0, count) as ranks:
             yield ranks
     except RuntimeError as error:
@@ -108,9 +114,10 @@ def _helpers(meeting: str, count: int, run: Callable[[Ranks], object]) -> Iterat
             other.join()
 
 
-def _help(meeting: str, rank: int, count: int, run: Callable[[Ranks], object]) -> None:
+def _help(here: Semaphore, meeting: str, rank: int, count: int, run: Callable[[Ranks], object]) -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # Ctrl-C reaches every process; rank 0 reports it
     torch.set_num_threads(1)
+    here.release()
     with _member(meeting, rank, count) as ranks:
         try:
             run(ranks)

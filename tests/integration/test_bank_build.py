@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -124,8 +125,8 @@ def test_what_makes_no_bank_is_refused_before_anything_is_trained(bench: Bench, 
         (few, "3 anchors were asked for, but only 2 people"),
         ({"task": "poems"}, "unknown task 'poems'"),
         ({"rank": 512}, "above vLLM's largest"),
-        ({"directions": 4}, "--directions: at most --anchors 3, got 4"),
         ({"seed": 2**32}, "--seed: .* less than 4294967296"),
+        ({"directions": 4}, "--directions: at most --anchors 3, got 4"),
         ({"directions": 0, "anchors": 335}, "--directions 0: a recipe names at most 334 anchors"),
     ):
         with pytest.raises(BankError, match=message):
@@ -247,6 +248,20 @@ def test_a_build_that_loses_a_rank_says_so_and_goes_on_when_it_is_run_again(benc
     progress = Recorder()
     assert bench.build("lost", progress).fingerprint == built.fingerprint
     assert progress.begun == ["a00", "a01", "a02"]
+
+
+class Unreadable:
+    """Ends a process that is to run it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (9,)
+
+    def __call__(self, ranks: Ranks) -> None: ...
+
+
+def test_a_rank_that_ends_before_it_joins_is_not_waited_for() -> None:
+    with pytest.raises(BankError, match="ended with status 9"), joined(2, Unreadable()):
+        pass
 
 
 def test_what_one_rank_refuses_all_ranks_refuse(bench: Bench, tmp_path: Path) -> None:
