@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -85,7 +86,7 @@ def read_records(path: Path) -> Iterator[Record]:
     """Yield the records of a file, if it exists; remove an incomplete last line, which a killed run may leave."""
     whole, _, torn = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
     if torn:
-        path.write_bytes(whole + b"\n" if whole else b"")
+        os.truncate(path, len(whole) + bool(whole))
     for number, line in enumerate(filter(None, whole.decode("utf-8").split("\n")), 1):
         try:
             yield Record(**json.loads(line))
