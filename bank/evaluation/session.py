@@ -80,6 +80,8 @@ def evaluate(
 
     `progress` receives the number of finished runs and the total.
     """
+    if all(method.on_curve for method in options.methods):
+        raise BankError("--methods: tables leave out points of curves (@k, @n), so give another method too")
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     task = bank.serving.task
     check_base_model(inputs.model_folder, {inputs.bank: bank.manifest})
