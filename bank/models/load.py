@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from adapters.errors import excerpt
 from adapters.training.forward.attention import use_quick_attention
 from bank.errors import BankError
 from bank.models.folders import check_chat_template, model_config
@@ -57,8 +58,10 @@ def limit_gpu(share: float | None) -> None:
 
 def resolve_dtype(dtype: str) -> str:
     """Resolve `auto` to bfloat16 if the hardware multiplies it fast, else float32; return other values unchanged."""
-    if dtype != "auto":
+    if dtype in ("bfloat16", "float32"):
         return dtype
+    if dtype != "auto":
+        raise BankError(f"--dtype: must be auto, bfloat16 or float32, got {excerpt(dtype)}")
     fast = torch.cuda.is_available() or bool(BF16_FLAGS & cpu_flags())
     return "bfloat16" if fast else "float32"
 

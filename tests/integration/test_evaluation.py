@@ -102,9 +102,11 @@ def test_every_method_has_records_and_a_row_and_a_killed_run_goes_on(inputs: Eva
     assert path.read_text("utf-8") == whole
 
 
-def test_a_run_without_a_table_is_refused(inputs: EvalInputs) -> None:
+def test_a_run_without_a_table_or_of_an_unknown_type_is_refused(inputs: EvalInputs) -> None:
     with pytest.raises(BankError, match="give another method too"):
         run(inputs, "merged@k1,mean@k2")
+    with pytest.raises(BankError, match="--dtype: must be auto, bfloat16 or float32, got 'float16'"):
+        run(dataclasses.replace(inputs, dtype="float16"))
 
 
 def test_a_bank_without_baselines_is_told_which_flag_it_lacks(inputs: EvalInputs, bench: Bench) -> None:
