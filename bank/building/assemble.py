@@ -128,9 +128,8 @@ def write_bank(
         )
         # What is left of the bank that this one replaces, or of a write that failed, knows its people.
         for stale in {CURVATURE_FILE, COORDINATES_FILE, ROWS_FILE}.difference(files):
-            (out / stale).unlink(missing_ok=True)
-        for draft in out.glob(f"*{_DRAFT}"):
-            draft.unlink()
+            for left in (stale, f"{stale}{_DRAFT}"):
+                (out / left).unlink(missing_ok=True)
         shutil.rmtree(out / BASELINES, ignore_errors=True)
         return write_manifest(out, manifest)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is faiss's

@@ -89,6 +89,7 @@ def opened(bank: Path, embedder: Embedder) -> tuple[ServingBank, BankManifest, n
 def test_every_file_is_on_the_disk_before_the_manifest(
     tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "bank" / "others.tmp").mkdir(parents=True)
     synced = list[str]()
     monkeypatch.setattr("os.fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink().stem))
     written = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, directions=2)
