@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from adapters.errors import excerpt
 from adapters.training.forward.attention import use_quick_attention
@@ -37,7 +38,7 @@ def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
             model = kind.from_pretrained(None, config=config, state_dict=weights, **loaded).to(device)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, **loaded).to(device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BankError(f"cannot load the base model at {folder}: {error}") from error
     if device == "cpu":
         use_quick_attention(model)

@@ -128,15 +128,18 @@ def _common_modules(read: Sequence[PeftAdapter], model_folder: Path) -> tuple[Mo
 
 def linear_shapes(model_folder: Path) -> dict[str, tuple[int, int]]:
     """Return (H_out, H_in) by module name for all matrices in the base model's safetensors; read only their headers."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     shapes = {}
-    for path in sorted(model_folder.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118 - the handle is not a mapping
-                shape = file.get_slice(key).get_shape()
-                if key.endswith(".weight") and len(shape) == 2:
-                    shapes[key.removesuffix(".weight")] = (shape[0], shape[1])
+    try:
+        for path in sorted(model_folder.glob("*.safetensors")):
+            with safe_open(path, framework="numpy") as file:
+                for key in file.keys():  # noqa: SIM118 - the handle is not a mapping
+                    shape = file.get_slice(key).get_shape()
+                    if key.endswith(".weight") and len(shape) == 2:
+                        shapes[key.removesuffix(".weight")] = (shape[0], shape[1])
+    except (OSError, SafetensorError) as error:
+        raise BankError(f"cannot read the base model at {model_folder}: {error}") from error
     if not shapes:
         raise BankError(f"the base model at {model_folder} has no *.safetensors to check adapters against")
     return shapes

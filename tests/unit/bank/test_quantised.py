@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from bank.errors import BankError
 from bank.models.load import load_base
 from bank.models.quantised import plain_weights, quantisation_of
+from bank.peft.imported import linear_shapes
 from bench.rig.architectures import tiny_of
 from bench.rig.quantised import BLOCK, FP8_MAX, GROUP, INT8_MAX, QUANTISATIONS, quantised
 
@@ -68,6 +70,15 @@ def test_what_cannot_be_undone_is_refused_with_what_can(config: dict[str, Any], 
     assert quantisation_of({}) is None
     with pytest.raises(BankError, match=f"{reason}.*use the model without quantisation, or quantised by awq, gptq"):
         quantisation_of({"quantization_config": config})
+
+
+def test_a_model_with_damaged_weights_is_refused(tmp_path: Path, plain: Path) -> None:
+    weights = shutil.copytree(plain, tmp_path / "model") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:9999])
+    with pytest.raises(BankError, match="cannot load the base model at"):
+        load_base(weights.parent, "float32")
+    with pytest.raises(BankError, match="cannot read the base model at"):
+        linear_shapes(weights.parent)
 
 
 def test_packed_numbers_of_other_widths_and_broken_files_are_refused(tmp_path: Path, plain: Path) -> None:
