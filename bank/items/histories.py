@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
@@ -22,10 +23,18 @@ from pydantic import (
 
 from adapters.errors import excerpt
 from bank.errors import BankError, ProfileError
-from bank.items.profile import Item, item_pair, number_text, parse_item
+from bank.items.profile import Item, has_surrogate, item_pair, number_text, parse_item
 from bank.items.tasks import Task
 
-Answer = Annotated[str, BeforeValidator(number_text)]
+
+def _encodable(text: str) -> str:
+    if has_surrogate(text):
+        raise ValueError("a lone surrogate is not valid text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Answer = Annotated[Text, BeforeValidator(number_text)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +42,8 @@ class Query:
     """One evaluation question; `gold` is the person's own answer."""
 
     __pydantic_config__ = ConfigDict(coerce_numbers_to_str=True)
-    id: str
-    input: str
+    id: Text
+    input: Text
     gold: Answer
 
 
@@ -62,7 +71,7 @@ class History:
 
 class RawName(BaseModel):
     model_config = ConfigDict(coerce_numbers_to_str=True)
-    user_id: str = Field(validation_alias=AliasChoices("user_id", "id"))
+    user_id: Text = Field(validation_alias=AliasChoices("user_id", "id"))
 
 
 class RawPerson(RawName):
