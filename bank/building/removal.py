@@ -18,6 +18,7 @@ from bank.manifest import (
     INDEX_FILE,
     MANIFEST_FILE,
     BankManifest,
+    PosteriorRule,
     read_manifest,
     verify_files,
     write_manifest,
@@ -49,9 +50,12 @@ def remove_anchor(folder: Path, anchor: str, out: Path) -> BankManifest:
             curvature = coordinates[kept] @ curvature @ coordinates[kept].T
             count = min(manifest.directions, len(kept))
             directions = make_directions(matrix.rows[kept], Curvature.of(curvature), count, deviation)
-            weights = weights.model_copy(update={"posterior": directions.rule})
+            rule = directions.rule
         else:
+            prior = weights.posterior.decay * np.diagonal(curvature).mean()
             curvature = curvature[kept][:, kept]
+            rule = PosteriorRule(decay=float(prior / np.diagonal(curvature).mean()))
+        weights = weights.model_copy(update={"posterior": rule})
     written = write_bank(
         out,
         task=manifest.task,

@@ -20,7 +20,17 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Curvature, Signature
 from bank.lookup.summary import summarise
-from bank.manifest import COORDINATES_FILE, MANIFEST_FILE, MATRIX_FILE, ROWS_FILE, BankManifest, read_manifest
+from bank.manifest import (
+    COORDINATES_FILE,
+    CURVATURE_FILE,
+    MANIFEST_FILE,
+    MATRIX_FILE,
+    ROWS_FILE,
+    BankManifest,
+    file_sha256,
+    read_manifest,
+    write_manifest,
+)
 from bank.matrix import open_anchor_rows, open_matrix
 from bank.peft.exported import export_anchor
 from bench.rig.tiny import tiny_bank, world
@@ -173,3 +183,16 @@ def test_a_removed_anchor_is_in_no_row_and_the_others_are_as_before(
         with pytest.raises(BankError, match=message):
             remove_anchor(bank, anchor, tmp_path / "other" if anchor == "a09" else out)
     assert not (tmp_path / "other" / MATRIX_FILE).exists()
+
+
+def test_a_removal_leaves_the_prior_of_the_other_anchors(
+    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path
+) -> None:
+    bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, anchors=3, signs=True)
+    np.save(bank / CURVATURE_FILE, np.diag([1.0, 1.0, 7.0]))
+    before = read_manifest(bank)
+    files = before.files | {CURVATURE_FILE: file_sha256(bank / CURVATURE_FILE)}
+    write_manifest(bank, before.model_copy(update={"files": files}))
+    after = remove_anchor(bank, "a02", tmp_path / "out")
+    assert before.weights.posterior and after.weights.posterior
+    assert after.weights.posterior.decay == 3 * before.weights.posterior.decay
