@@ -30,14 +30,18 @@ def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     try:
         tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
         loaded: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention_of(config, device)}
+        loaded["output_loading_info"] = True
         if quantisation := quantisation_of(model_config(folder)):
             del config.quantization_config
             with torch.device("meta"):
                 kind = type(AutoModelForCausalLM.from_config(config))
             weights = plain_weights(folder, quantisation, loaded["dtype"])
-            model = kind.from_pretrained(None, config=config, state_dict=weights, **loaded).to(device)
+            model, told = kind.from_pretrained(None, config=config, state_dict=weights, **loaded)
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, **loaded).to(device)
+            model, told = AutoModelForCausalLM.from_pretrained(folder, **loaded)
+        if missing := sorted(told["missing_keys"]):  # which would have random weights
+            raise ValueError(f"it lacks {len(missing)} tensors, the first of them {missing[0]}")
+        model = model.to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BankError(f"cannot load the base model at {folder}: {error}") from error
     if device == "cpu":

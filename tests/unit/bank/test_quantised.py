@@ -74,6 +74,11 @@ def test_what_cannot_be_undone_is_refused_with_what_can(config: dict[str, Any], 
 
 def test_a_model_with_damaged_weights_is_refused(tmp_path: Path, plain: Path) -> None:
     weights = shutil.copytree(plain, tmp_path / "model") / "model.safetensors"
+    save_file(
+        {name: tensor for name, tensor in load_file(weights).items() if "q_proj" not in name}, weights, {"format": "pt"}
+    )
+    with pytest.raises(BankError, match=r"it lacks \d+ tensors, the first of them .*q_proj"):
+        load_base(weights.parent, "float32")
     weights.write_bytes(weights.read_bytes()[:9999])
     with pytest.raises(BankError, match="cannot load the base model at"):
         load_base(weights.parent, "float32")
