@@ -228,7 +228,7 @@ class TestReading:
         question = {"user": "rosa", "prompt": "Rain?", "maxTokens": 9, "temperature": 0, "history": 0, "strength": 1}
         body = reading("snippets", "m.asBody(v[0])", question)
         assert (body["learn"], body["history"], "strength" in body) == (False, 0, False)
-        assert 'extra_body={"history": 0}' in reading("snippets", "m.asPython(v[0])", question)
+        assert 'extra_body={"history": 0, "learn": False}' in reading("snippets", "m.asPython(v[0])", question)
 
     def test_words_that_differ_are_marked_and_no_text_is_lost(self, reading: Reading) -> None:
         for left, right, marked in (

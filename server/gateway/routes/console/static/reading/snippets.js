@@ -19,7 +19,7 @@ export const asCurl = (question) => [
 ].join(' \\\n');
 
 export function asPython(question) {
-	const extra = Object.entries({ history: question.history, strength: question.strength })
+	const extra = Object.entries({ history: question.history, learn: 'False', strength: question.strength })
 		.filter(([name, value]) => name === 'history' || value !== 1)
 		.map(([name, value]) => `"${name}": ${value}`);
 	return [
@@ -33,7 +33,7 @@ export function asPython(question) {
 		`    messages=[{"role": "user", "content": ${JSON.stringify(question.prompt)}}],`,
 		`    max_tokens=${question.maxTokens},`,
 		`    temperature=${question.temperature},`,
-		...(extra.length ? [`    extra_body={${extra.join(', ')}},`] : []),
+		`    extra_body={${extra.join(', ')}},`,
 		')',
 		'print(answer.choices[0].message.content)',
 		'print(answer.personalization["level"], answer.personalization["recipe"])',
