@@ -52,6 +52,14 @@ class TestUsers:
         with pytest.raises(MtaError):
             api.user("newcomer")
 
+    def test_an_address_shows_whom_it_names_whoever_was_looked_up_since(self, look: Looking) -> None:
+        page = look.visit("users", id="rosa")
+        page.get_by_label("User id").fill("kai")
+        page.get_by_role("button", name="Look up").click()
+        expect(page.get_by_role("heading", name="kai")).to_be_visible()
+        page.evaluate("location.hash = '#/users?id=rosa'")
+        expect(page.get_by_role("heading", name="rosa")).to_be_visible()
+
     def test_what_people_write_is_text_and_never_markup(self, look: Looking, api: Client) -> None:
         api.put_profile(HOSTILE, [MARKUP, "A quiet day by the sea."])
         page = look.visit("users", id=HOSTILE)

@@ -43,7 +43,7 @@ function Console() {
 			<${Readiness} />
 		</header>
 		<main ref=${main} id="main" tabindex="-1">
-			<${PAGES[name]} key=${`${name}?${place.params}`} params=${place.params} />
+			<${PAGES[name]} key=${place} params=${place.params} />
 		</main>`;
 }
 
