@@ -150,6 +150,15 @@ class TestTrouble:
         page.get_by_role("button", name="Try again").click()
         expect(page.get_by_role("region", name="What is stored")).to_be_visible()
 
+    def test_a_gateway_that_hangs_is_not_shown_as_it_was(self, look: Looking) -> None:
+        page = look.visit("system")
+        expect(page.get_by_role("region", name="Parts")).to_be_visible()
+        page.route("**/ready", lambda route: None)
+        expect(page.get_by_role("alert")).to_contain_text("The gateway does not answer")
+        expect(page.get_by_role("region", name="Parts")).to_have_count(0)
+        page.unroute("**/ready")
+        expect(page.get_by_role("region", name="Parts")).to_be_visible()
+
     def test_a_stream_that_ends_without_its_end(self, look: Looking) -> None:
         page = look.visit("playground")
 

@@ -7,6 +7,7 @@ import { figure } from '../parts/words.js';
 import { parseMetrics } from '../reading/metrics.js';
 
 const EVERY_MS = 2000;
+const LOOK_MS = 5000;
 const KEPT = 90; // readings: three minutes
 
 const STATES = {
@@ -26,8 +27,9 @@ export function System() {
 		if (!live) return undefined;
 		let timer;
 		asking.current = new AbortController();
-		const { signal } = asking.current;
+		const paused = asking.current.signal;
 		const look = async () => {
+			const signal = AbortSignal.any([paused, AbortSignal.timeout(LOOK_MS)]);
 			try {
 				const [seen, told] = await Promise.all([
 					call('GET', '/ready', undefined, { signal, also: [503] }),
@@ -37,7 +39,8 @@ export function System() {
 				setReadings((all) => [...all, { at: performance.now(), ...parseMetrics(told) }].slice(-KEPT));
 				setFault(null);
 			} catch (error) {
-				if (signal.aborted) return;
+				if (paused.aborted) return;
+				setReady(null);
 				setFault(error);
 			}
 			timer = setTimeout(look, EVERY_MS);
