@@ -159,6 +159,15 @@ class TestTrouble:
         page.unroute("**/ready")
         expect(page.get_by_role("region", name="Parts")).to_be_visible()
 
+    def test_a_key_that_no_header_can_carry_is_sent_to_be_refused(self, look: Looking) -> None:
+        page = look.visit("users")
+        page.evaluate("sessionStorage.setItem('key', 'mta_a\u200bkey')")
+        page.reload()
+        with page.expect_request("**/users/rosa") as sent:
+            page.get_by_label("User id").fill("rosa")
+            page.get_by_role("button", name="Look up").click()
+        assert sent.value.headers["authorization"] == "Bearer mta_a%E2%80%8Bkey"
+
     def test_a_stream_that_ends_without_its_end(self, look: Looking) -> None:
         page = look.visit("playground")
 

@@ -70,7 +70,7 @@ export async function* events(method, path, body, signal) {
 }
 
 async function send(method, path, body, signal, also) {
-	const headers = { ...(key.get() && { Authorization: `Bearer ${key.get()}` }), ...(body && { 'Content-Type': 'application/json' }) };
+	const headers = { ...(key.get() && { Authorization: `Bearer ${encodeURI(key.get())}` }), ...(body && { 'Content-Type': 'application/json' }) };
 	let response;
 	try {
 		response = await fetch(gateway(path), { method, signal, headers, body: body && JSON.stringify(body), cache: 'no-store' });
