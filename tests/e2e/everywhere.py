@@ -168,6 +168,15 @@ class TestTrouble:
             page.get_by_role("button", name="Look up").click()
         assert sent.value.headers["authorization"] == "Bearer mta_a%E2%80%8Bkey"
 
+    def test_an_erasure_that_fails_stays_said_and_is_not_tried_again_as_a_look_up(self, look: Looking) -> None:
+        page = look.visit("users", id="rosa")
+        page.get_by_role("button", name="Erase").click()
+        page.route("**/users/*", lambda route: route.abort())
+        page.get_by_role("group").get_by_role("button", name="Erase").click()
+        expect(page.get_by_role("alert")).to_contain_text("The gateway does not answer")
+        expect(page.get_by_role("button", name="Try again")).to_have_count(0)
+        expect(page.get_by_role("button", name="Erase")).to_be_visible()
+
     def test_a_stream_that_ends_without_its_end(self, look: Looking) -> None:
         page = look.visit("playground")
 

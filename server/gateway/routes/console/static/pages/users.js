@@ -60,7 +60,7 @@ export function Users({ params }) {
 			<${UserId} value=${typed} onValue=${setTyped} />
 			<button type="submit" class="main">Look up</button>
 		</form>
-		<${Notice} error=${fault} again=${() => look(id)} />
+		<${Notice} error=${fault} again=${user ? undefined : () => look(id)} />
 		${erased && html`<${Erased} erased=${erased} />`}
 		<div aria-live="polite">
 			${user === 'looking' && html`<p class="dim">Looking …</p>`}
