@@ -47,6 +47,7 @@ export function Users({ params }) {
 		try {
 			const href = URL.createObjectURL(new Blob([await text(`${userPath(id)}/export`)]));
 			Object.assign(document.createElement('a'), { href, download: `${id}.json` }).click();
+			setTimeout(() => URL.revokeObjectURL(href), 60_000); // the download has begun by then
 		} catch (error) {
 			setFault(error);
 		}
