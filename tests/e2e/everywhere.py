@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -176,6 +177,17 @@ class TestTrouble:
         expect(page.get_by_role("alert")).to_contain_text("The gateway does not answer")
         expect(page.get_by_role("button", name="Try again")).to_have_count(0)
         expect(page.get_by_role("button", name="Erase")).to_be_visible()
+
+    def test_why_an_answer_is_the_base_models_is_said(self, look: Looking) -> None:
+        page = look.visit("playground")
+        who = {"level": "base", "anchors": [], "reason": "the engine cannot serve this user's recipe"}
+        told = f"data: {json.dumps({'personalization': who})}\n\n{BEGUN}data: [DONE]\n\n"
+        page.route("**/generate", lambda route: route.fulfill(body=told, content_type="text/event-stream"))
+        page.get_by_role("radio", name="A user by id").check()
+        page.get_by_label("User id").fill("rosa")
+        page.get_by_label("Question").fill("Hello?")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect(answer(page, "rosa")).to_contain_text("The engine cannot serve this user's recipe.")
 
     def test_a_stream_that_ends_without_its_end(self, look: Looking) -> None:
         page = look.visit("playground")

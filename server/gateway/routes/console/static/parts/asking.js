@@ -37,6 +37,10 @@ const rate = (usage, since) => (usage.completion_tokens > 1 && since > 0 ? ((usa
 
 export const busy = ({ phase }) => phase === 'waiting' || phase === 'streaming';
 
+const REASONS = {
+	'unknown user': 'Nothing is stored about this user, so the base model answers.',
+	'the request asked for the base model': '', // its card says so
+};
 const PHASES = { waiting: 'Waiting for the first token …', stopped: 'Stopped.', done: 'The answer is empty.' };
 
 /** One side of the comparison; `marked` is the text with its differences, when known. */
@@ -51,8 +55,8 @@ export function Answer({ title, hint, answer, marked, again }) {
 		</div>
 		${phase === 'stopped' && text && html`<p class="dim">Stopped.</p>`}
 		<${Notice} error=${error && { message: text ? `The answer broke off. ${sentence(error.message)}` : error.message }} again=${again} />
-		${who?.reason && who.level !== 'base' && html`<p class="hint">${who.reason}</p>`}
-		${who?.reason === 'unknown user' && html`<p class="hint">Nothing is stored about this user, so the base model answers.</p>`}
+		${[REASONS[who?.reason] ?? who?.reason, who?.history_reason].filter(Boolean).map((reason) => html`
+			<p key=${reason} class="hint">${sentence(reason)}</p>`)}
 		${who && who.level !== 'base' && html`<${Anchors} anchors=${who.anchors} />`}
 		<${Stats} answer=${answer} />
 	</section>`;
