@@ -185,6 +185,16 @@ class TestBank:
         assert all(name in drawn for name in ("rosa", *speaking))
         assert page.url.endswith("#/bank?user=rosa")
 
+    def test_a_page_opened_later_shows_the_bank_that_is_served_then(self, look: Looking) -> None:
+        page = look.visit("bank")
+        about = page.get_by_role("region", name="About the bank")
+        expect(about).to_be_visible()
+        told = httpx.get(f"{look.url}/bank").raise_for_status().json() | {"bank": "0ther000"}
+        page.route("**/bank", lambda route: route.fulfill(json=told))
+        page.get_by_role("link", name="Users").click()
+        page.get_by_role("link", name="Bank").click()
+        expect(about).to_contain_text("0ther000")
+
 
 MILLISECONDS = re.compile(r"\d ms|\d s")
 
