@@ -3,15 +3,10 @@
 const LINE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)/;
 const LABEL = /([\w]+)="((?:[^"\\]|\\.)*)"/g;
 
-/** {help: Map of name → text, samples: Map of name → [{labels, value}…]}. */
+/** {samples: Map of name → [{labels, value}…]}. */
 export function parseMetrics(text) {
-	const help = new Map();
 	const samples = new Map();
 	for (const line of text.split('\n')) {
-		if (line.startsWith('# HELP ')) {
-			const [name, ...words] = line.slice(7).split(' ');
-			help.set(name, words.join(' '));
-		}
 		const found = !line.startsWith('#') && line.match(LINE);
 		if (!found) continue;
 		const [, name, labels = '', value] = found;
@@ -21,7 +16,7 @@ export function parseMetrics(text) {
 			value: Number(value.replace('Inf', 'Infinity')),
 		});
 	}
-	return { help, samples };
+	return { samples };
 }
 
 const all = () => true;
@@ -45,13 +40,13 @@ export function growth(before, now, name, passes = all) {
 }
 
 /** Estimates a quantile of a histogram between two readings, like Prometheus; null without observations. */
-export function quantile(before, now, name, q, passes = all) {
+export function quantile(before, now, name, q) {
 	const bounds = new Map();
 	for (const { labels, value } of now.samples.get(`${name}_bucket`) ?? []) {
-		if (passes(labels)) bounds.set(labels.le, (bounds.get(labels.le) ?? 0) + value);
+		bounds.set(labels.le, (bounds.get(labels.le) ?? 0) + value);
 	}
 	for (const { labels, value } of before.samples.get(`${name}_bucket`) ?? []) {
-		if (passes(labels) && bounds.has(labels.le)) bounds.set(labels.le, bounds.get(labels.le) - value);
+		if (bounds.has(labels.le)) bounds.set(labels.le, bounds.get(labels.le) - value);
 	}
 	const steps = [...bounds].map(([bound, many]) => [bound === '+Inf' ? Infinity : Number(bound), many]).sort(([a], [b]) => a - b);
 	const many = steps.at(-1)?.[1] ?? 0;
