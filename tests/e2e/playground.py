@@ -92,6 +92,12 @@ class TestPlayground:
         said = subprocess.run([sys.executable, "-c", python], capture_output=True, check=True, timeout=120, text=True)
         assert said.stdout.strip().splitlines()[-1].startswith("merged mta3:")
 
+    def test_a_setting_that_keeps_ask_from_asking_is_shown(self, look: Looking) -> None:
+        page = look.visit("playground", user="rosa", ask="Hello?", tokens=8, temperature=0.75)
+        answered(page)
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect(page.get_by_label("Temperature")).to_be_focused()
+
     def test_a_user_who_is_unknown_is_answered_by_the_base_model_and_told_so(self, look: Looking) -> None:
         page = look.visit("playground", user="nobody-at-all", ask="Hello?", tokens=8)
         answered(page)

@@ -145,7 +145,7 @@ export function Playground({ params }) {
 					disabled=${mute} onValue=${(value) => setStrength(Number(value))} onChange=${(event) => askAgain(Number(event.target.value))}
 					hint=${mute ? 'This bank has no common row to replace the anchors, so strength is always 1.'
 						: 'Factor on the anchors’ weights. A new value asks again.'} />
-				<details>
+				<details onInvalidCapture=${(event) => { event.currentTarget.open = true; }}>
 					<summary>Settings</summary>
 					<div class="row">
 						${[['Tokens at most', maxTokens, setMaxTokens, 1, 4096, 1], ['Temperature', temperature, setTemperature, 0, 2, 0.1],
