@@ -55,8 +55,9 @@ class UserAdapters:
             if recipe.name in self._held:
                 exists = await self._is_current(recipe.user_adapter)
             else:
-                self._sending[recipe.name] = asyncio.create_task(self._send(recipe, recipe.user_adapter))
-                exists = await asyncio.shield(self._sending[recipe.name])
+                sending = self._sending[recipe.name] = asyncio.create_task(self._send(recipe, recipe.user_adapter))
+                sending.add_done_callback(lambda task: task.cancelled() or task.exception())  # its client may be gone
+                exists = await asyncio.shield(sending)
         except ApiError as error:
             raise UserAdapterError(f"user adapter {recipe.user_adapter} cannot be fetched: {error}; {plain}") from error
         if not exists:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import threading
 from collections.abc import Callable
@@ -291,6 +292,17 @@ async def test_what_the_workers_could_not_take_is_released_and_tried_anew(world:
     world.failure = None
     await world.hold("b")
     assert world.held == {"b"}
+
+
+async def test_what_fails_once_its_client_has_left_is_no_error_of_the_event_loop(world: World) -> None:
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    await left(await begun(world, "b"))
+    world.failure = Unavailable("the store cannot be used now")
+    world.gate.set()
+    await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+    gc.collect()
+    assert not reported
 
 
 async def until(condition: Callable[[], bool]) -> None:
