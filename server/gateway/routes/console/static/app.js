@@ -23,7 +23,7 @@ function Console() {
 		addEventListener('hashchange', moved);
 		return () => removeEventListener('hashchange', moved);
 	}, []);
-	const name = place.page in PAGES ? place.page : 'playground';
+	const name = Object.hasOwn(PAGES, place.page) ? place.page : 'playground';
 	useEffect(() => {
 		document.title = `${titled(name)} · MTA console`;
 		if (seen.current !== name) main.current.querySelector('h1')?.focus();
