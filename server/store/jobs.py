@@ -272,8 +272,7 @@ class JobStore:
         """Hand a job to another worker; False if the lease is no longer valid. `counts`: count the run as a try."""
         queue, arguments = self._queue(lease.job.bank), (lease.token, 0 if counts else -1)
         released = bool(await self._connection.write(scripts.RELEASE, (keys.job(*lease.job.id),), *arguments))
-        if released:
-            await queue.postpone(lease.job.id.user_key, 0)
+        await queue.postpone(lease.job.id.user_key, 0)  # also if an earlier call released it, whose answer was lost
         queue.forget_score(lease.job.id.user_key)
         return released
 

@@ -240,6 +240,15 @@ async def test_an_ending_whose_answer_was_lost_is_known_as_ones_own(parts: Store
     assert (await parts.jobs.cancel(job.id))[1]
 
 
+async def test_a_job_whose_return_was_not_confirmed_is_taken_at_once(parts: StoreParts, user: str) -> None:
+    job_id = (await submitted(parts.jobs, user)).id
+    assert await parts.jobs.next_job(BANK, 1) == job_id
+    lease = await claimed(parts.jobs, job_id)
+    parts.connection.fail(Fault.TWICE)
+    await parts.jobs.release(lease, counts=False)
+    assert await parts.jobs.next_job(BANK, 1) == job_id
+
+
 async def test_samples_of_an_erased_user_are_refused(parts: StoreParts, user: str) -> None:
     epoch = await parts.profiles.epoch(user)
     await parts.profiles.erase(user, known.LATER_MS, 0)
