@@ -14,7 +14,7 @@ from adapters.errors import MtaError
 from bench.rig.cluster import ask
 from bench.rig.processes import paused, wait_until
 from bench.rig.proxy import LossyProxy
-from bench.rig.valkey import DURABLE, ValkeyProcess, free_port
+from bench.rig.valkey import DURABLE, ValkeyProcess, free_port, server_binaries
 from bench.rig.watched import SERVICE, WatchedValkey
 from server.errors import Unavailable
 from server.store.backup.copying import StoreCopying
@@ -161,6 +161,16 @@ async def test_a_replica_is_no_store_and_another_address_is_followed_to_the_new_
     finally:
         primary.kill()
         replica.kill()
+
+
+@pytest.mark.parametrize("binary", server_binaries().values(), ids=server_binaries())
+def test_a_replica_keeps_no_file_that_it_was_synchronised_from(binary: Path, tmp_path: Path) -> None:
+    options = (*DURABLE, "--rdb-del-sync-files", "yes", "--repl-diskless-sync-delay", "0")
+    primary, replica = (ValkeyProcess(tmp_path / name, options, binary) for name in ("primary", "replica"))
+    with primary, replica:
+        ask(replica, "REPLICAOF", "127.0.0.1", primary.port)
+        wait_until(lambda: ask(replica, "ROLE")[3] == b"connected", "the replica to be synchronised")
+        assert not list(replica.folder.glob("*.rdb"))
 
 
 @pytest.fixture(scope="module")
