@@ -325,15 +325,16 @@ class JobStore:
 
     async def open_job(self, user_key: str, bank: str) -> tuple[JobId | None, int]:
         """Return a user's open job for a bank, and the remaining lease time in ms."""
-        found = await self._connection.evaluate(scripts.OPEN_JOB, (keys.jobs(user_key),), keys.job_prefix(user_key))
-        if not found:
+        last = await self._connection.run(lambda redis: redis.hget(keys.jobs(user_key), "last"))
+        if last is None:
             return None, 0
-        number, state, job_bank, held_ms = found
+        job_id = JobId(user_key, int(last))  # a key for the script: while a slot moves, the two may be on two servers
+        state, job_bank, held_ms = await self._connection.evaluate(scripts.OPEN_JOB, (keys.job(*job_id),))
         if state is None or job_bank != bank.encode():
             return None, 0
         with corrupt_if_undecodable():
             ended = JobState(state.decode()).ended
-        return None if ended else JobId(user_key, int(number)), held_ms
+        return None if ended else job_id, held_ms
 
     async def _has_jobs(self, user_key: str) -> bool:
         return bool(await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))))

@@ -142,6 +142,20 @@ async def test_users_are_served_while_their_keys_move(cluster: ValkeyCluster, co
     cluster.move(slot, target, source)
 
 
+async def test_a_job_is_found_while_its_keys_move(cluster: ValkeyCluster, connection: RedisConnection) -> None:
+    source, target, _ = cluster.primaries
+    here, there = (ask(node, "CLUSTER MYID").decode() for node in (source, target))
+    user, jobs, bank = next(users_at(cluster, source)), JobStore(connection), "0badcafe"
+    job, slot = await submitted(jobs, user, bank=bank), key_slot(keys.jobs(user).encode())
+    ask(target, f"CLUSTER SETSLOT {slot} IMPORTING {here}")
+    ask(source, f"CLUSTER SETSLOT {slot} MIGRATING {there}")
+    ask(source, "MIGRATE", "127.0.0.1", target.port, keys.jobs(user), 0, 5000)
+    found = await jobs.next_job(bank, 1)
+    cluster.move(slot, source, target)
+    cluster.move(slot, target, source)
+    assert found == job.id
+
+
 @pytest.mark.usefixtures("quick_rewrites")
 async def test_one_file_is_rewritten_for_an_erasure(cluster: ValkeyCluster, connection: RedisConnection) -> None:
     async with cluster.client() as raw:

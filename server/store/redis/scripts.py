@@ -102,13 +102,10 @@ end
 return found
 """
 
-# KEYS: jobs. ARGV: prefix of job names. Returns number, state, bank and remaining lease time (ms) of the user's newest
-# job; nothing for a user without jobs.
+# KEYS: job. Returns state, bank and remaining lease time (ms).
 OPEN_JOB = job_script("""
-local last = redis.call('HGET', KEYS[1], 'last')
-if not last then return {} end
-local state, bank = unpack(redis.call('HMGET', ARGV[1] .. last, 'state', 'bank'))
-return {last, state, bank, lease_left(ARGV[1] .. last)}
+local state, bank = unpack(redis.call('HMGET', KEYS[1], 'state', 'bank'))
+return {state, bank, lease_left(KEYS[1])}
 """)
 
 # KEYS: job, epoch. Returns whether this call ended it, -1 if the user left this key.
