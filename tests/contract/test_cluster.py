@@ -156,6 +156,21 @@ async def test_a_job_is_found_while_its_keys_move(cluster: ValkeyCluster, connec
     assert found == job.id
 
 
+async def test_samples_stay_if_a_moving_slot_refuses_more(cluster: ValkeyCluster, connection: RedisConnection) -> None:
+    source, target, _ = cluster.primaries
+    here, there = (ask(node, "CLUSTER MYID").decode() for node in (source, target))
+    user, jobs, epoch = next(users_at(cluster, source)), JobStore(connection), "came back"
+    await ProfileStore(connection).erase(user, LATER_MS, 0, epoch)
+    job, slot = await submitted(jobs, user, epoch=epoch), key_slot(keys.jobs(user).encode())
+    ask(target, f"CLUSTER SETSLOT {slot} IMPORTING {here}")
+    ask(source, f"CLUSTER SETSLOT {slot} MIGRATING {there}")
+    with pytest.raises(Unavailable):
+        await submitted(jobs, user, "another", epoch=epoch)
+    cluster.move(slot, source, target)
+    cluster.move(slot, target, source)
+    assert (await jobs.samples(user), await jobs.jobs(user)) == ([b"a"], [job])
+
+
 @pytest.mark.usefixtures("quick_rewrites")
 async def test_one_file_is_rewritten_for_an_erasure(cluster: ValkeyCluster, connection: RedisConnection) -> None:
     async with cluster.client() as raw:

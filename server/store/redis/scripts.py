@@ -70,6 +70,7 @@ else
   if open and given.background and bank == given.bank then return 0 end
 end
 if now > given.until_ms then return -2 end
+redis.call('EXISTS', name(last + 1))  -- a server whose slot moves refuses new keys: here, before anything is written
 
 local seen, kept, fresh = {}, 0, {}
 for _, sample in ipairs(given.append and redis.call('LRANGE', KEYS[2], 0, -1) or {}) do
