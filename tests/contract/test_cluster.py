@@ -30,6 +30,8 @@ from server.store.redis.servers.connection import REFUSED, RedisConnection
 from tests.support.store_parts import (
     LATER_MS,
     REPLICA_TIMEOUT_MS,
+    StoreParts,
+    WorkerSteps,
     Writing,
     change,
     claimed,
@@ -169,6 +171,28 @@ async def test_samples_stay_if_a_moving_slot_refuses_more(cluster: ValkeyCluster
     cluster.move(slot, source, target)
     cluster.move(slot, target, source)
     assert (await jobs.samples(user), await jobs.jobs(user)) == ([b"a"], [job])
+
+
+async def test_an_adapter_is_replaced_in_a_moving_slot(cluster: ValkeyCluster) -> None:
+    source, target, _ = cluster.primaries
+    here, there = (ask(node, "CLUSTER MYID").decode() for node in (source, target))
+    user, epoch = next(users_at(cluster, source)), "came back"
+    slot = key_slot(keys.adapter(user).encode())
+    async with StoreParts.opened(cluster.url) as parts:
+        worker = WorkerSteps(parts, "0badcaf1")
+        await parts.profiles.erase(user, LATER_MS, 0, epoch)
+        await parts.profiles.commit(user, b"", change("a"), epoch)
+        for sample in "ab":
+            await submitted(parts.jobs, user, sample, bank=worker.bank, epoch=epoch)
+            await worker.take()
+            await worker.claim()
+            if sample == "b":
+                ask(target, f"CLUSTER SETSLOT {slot} IMPORTING {here}")
+                ask(source, f"CLUSTER SETSLOT {slot} MIGRATING {there}")
+            promoted = await worker.promote()
+        cluster.move(slot, source, target)
+        cluster.move(slot, target, source)
+        assert promoted == await parts.adapters.adapter_id(user) is not None
 
 
 @pytest.mark.usefixtures("quick_rewrites")

@@ -173,7 +173,6 @@ if #KEYS > 1 then
   if erased_since(KEYS[4], epoch or '') or bank ~= given.bank then return 0 end
   if redis.call('GET', KEYS[2]) ~= expected then return 0 end
   redis.call('SET', KEYS[2], record)
-  redis.call('DEL', KEYS[3])
   redis.call('HSET', KEYS[3], 'id', given.adapter, 'recipe', given.recipe, 'sha256', given.sha256, 'raw', raw)
 end
 redis.call('HSET', KEYS[1], 'ended_by', given.token, 'before', given.before, 'after', given.after,
