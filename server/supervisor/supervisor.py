@@ -102,12 +102,12 @@ class Supervisor:
     async def _run_once(self, part: Part) -> tuple[bool, float, str]:
         """Run a part until it ends, and rotate its log; return whether it was ready, its uptime, and how it ended."""
         self._report(part.name, "starting", part.address)
+        started_s, uptime_s = time.monotonic(), 0.0
         try:
             process = self._running[part.name] = await spawn(part, self._data, self._stop_timeout_s)
         except OSError as error:  # too many processes or files
             return False, 0.0, f"could not be started: {error}"
-        ended, started_s, uptime_s = asyncio.create_task(process.wait()), time.monotonic(), 0.0
-        ready, failure = False, ""
+        ended, ready, failure = asyncio.create_task(process.wait()), False, ""
         while not ended.done():
             if ready:
                 with suppress(OSError):  # a full disk

@@ -125,9 +125,10 @@ class TestTrouble:
         wait_until(api.ready, "the engine's restart", RESTART_S)
 
     def test_an_engine_killed_in_the_middle_of_an_answer(self, look: Looking, healed: Demo, api: Client) -> None:
+        engine = healed.engine()  # known at once when it matters: rosa's letter has its end after some fifty tokens
         page = look.visit("playground", user="rosa", ask="Tell me a very long story.", tokens=2000)
         expect(answer(page, "rosa").locator(".caret")).to_be_visible()
-        os.kill(healed.engine(), signal.SIGKILL)
+        os.kill(engine, signal.SIGKILL)
         for title in ("rosa", "Base model"):
             expect(answer(page, title).get_by_role("alert")).to_contain_text("The answer broke off.")
         expect(page.locator(".caret")).to_have_count(0)

@@ -113,6 +113,7 @@ def test_killed_it_leaves_no_process_and_the_next_one_has_what_was_stored_and_go
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda it=(None, pid), name=name: second.part(name) not in it, f"a new {name}")  # type: ignore[misc]
             wait_until(second.ready, "all to be back")
+        wait_until(lambda: httpx.get(f"{second.url}/users/ada").is_success, "the gateway to reach its store")
         assert httpx.get(f"{second.url}/users/ada").json()["recipe"] == before["recipe"]
         assert stops_with_every_part(second, signal.SIGTERM)
 
