@@ -3,20 +3,13 @@ need the extra `cpu` or `gpu`."""
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
 
 import typer
 
 from adapters.errors import MtaError
-
-
-def exit_on_signals() -> None:
-    """Let SIGTERM, and SIGHUP unless `nohup` ignores it, exit like Ctrl-C, so that servers that were started stop."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+from server.watching.background import exit_on_signals
 
 
 def script(main: Callable[..., object]) -> None:

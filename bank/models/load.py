@@ -62,7 +62,7 @@ def limit_gpu(share: float | None) -> None:
 
 
 def resolve_dtype(dtype: str) -> str:
-    """Resolve `auto` to bfloat16 if the hardware multiplies it fast, else float32; return other values unchanged."""
+    """Resolve `auto` to bfloat16 if the hardware multiplies it fast, else float32; BankError if it is neither."""
     if dtype in ("bfloat16", "float32"):
         return dtype
     if dtype != "auto":

@@ -14,7 +14,6 @@ import typer
 
 from adapters.errors import MtaError
 from bank.models.folders import ensure_embedder
-from bench import exit_on_signals
 from bench.fleet.chaos.verdict import Claim
 from bench.page.report import console, report, tabulate
 from bench.rig.tiny import tiny_bank, tiny_model
@@ -30,6 +29,7 @@ from mta_client import MtaError as ClientError
 from server.cli.demo.bank import build_bank
 from server.cli.demo.personas import anchors
 from server.settings import load_settings
+from server.watching.background import exit_on_signals
 
 FOLDER = Path("out/containers")
 Check = Callable[[Site], list[Claim]]

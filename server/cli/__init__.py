@@ -26,7 +26,7 @@ from server.cli.users import commands as users
 from server.settings import Settings, load_settings
 
 app = typer.Typer(name="mta", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-# Exceptions that signal handlers raise; `bench.exit_on_signals` raises SystemExit.
+# Exceptions that signal handlers raise; `exit_on_signals` raises SystemExit.
 _SIGNALS: dict[type[BaseException], signal.Signals] = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
 _URL_PASSWORD = re.compile(r"(://[^:/@]*:)[^/]+(?=@)|(password=)[^&]+")  # the first up to the URL's last @
 

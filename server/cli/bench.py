@@ -10,6 +10,7 @@ from importlib import import_module
 import typer
 
 from adapters.errors import MtaError
+from server.watching.background import exit_on_signals
 
 app = typer.Typer(name="bench", help="Measure this machine: tables, JSON, pictures.", no_args_is_help=True)
 fleet = typer.Typer(name="fleet", help="Several engines behind a router, and simulated fleets.", no_args_is_help=True)
@@ -40,7 +41,7 @@ def _register(name: str, module: str, about: str) -> None:
     @group.command(name.rpartition(" ")[2], help=about, add_help_option=False, context_settings=pass_through)
     def run(context: typer.Context) -> None:
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        import_module("bench").exit_on_signals()
+        exit_on_signals()
         try:
             inner.command()(import_module(module).main)
         except ModuleNotFoundError as error:

@@ -1,10 +1,12 @@
-"""Helpers for background work in every process: periodic steps, thread priority, store timings."""
+"""Helpers for background work in every process: periodic steps, signals, thread priority, store timings."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import signal
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
@@ -15,6 +17,13 @@ from server.errors import ApiError
 
 NICENESS = 10  # about a tenth of a core's time when other threads compete for it
 BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+
+
+def exit_on_signals() -> None:
+    """Let SIGTERM, and SIGHUP unless `nohup` ignores it, exit like Ctrl-C, so that servers that were started stop."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
 
 
 async def forever(

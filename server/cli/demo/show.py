@@ -18,6 +18,7 @@ from server.cli.demo.answers import DemoAnswer, answers_table, ask, curl_lines
 from server.cli.demo.bank import build_bank
 from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Persona, anchors
 from server.cli.demo.server import DemoError, Server, run_mta, running_server
+from server.watching.background import exit_on_signals
 
 SHOWN_QUESTIONS = QUESTIONS[:2]
 _PLAIN_WIDTH = 100
@@ -49,9 +50,7 @@ class Teller:
 def show(data: Path) -> int:
     """Run the demo with its server's data in a folder, and return the exit status."""
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
-            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    exit_on_signals()
     try:
         _run(console, data)
     except MtaError as error:
