@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -144,54 +144,52 @@ async def test_users_are_served_while_their_keys_move(cluster: ValkeyCluster, co
     cluster.move(slot, target, source)
 
 
-async def test_a_job_is_found_while_its_keys_move(cluster: ValkeyCluster, connection: RedisConnection) -> None:
+@contextmanager
+def moving(cluster: ValkeyCluster, key: str) -> Iterator[None]:
+    """While a key's slot moves from the first primary to the second; then it is back whole."""
     source, target, _ = cluster.primaries
     here, there = (ask(node, "CLUSTER MYID").decode() for node in (source, target))
-    user, jobs, bank = next(users_at(cluster, source)), JobStore(connection), "0badcafe"
-    job, slot = await submitted(jobs, user, bank=bank), key_slot(keys.jobs(user).encode())
+    slot = key_slot(key.encode())
     ask(target, f"CLUSTER SETSLOT {slot} IMPORTING {here}")
     ask(source, f"CLUSTER SETSLOT {slot} MIGRATING {there}")
-    ask(source, "MIGRATE", "127.0.0.1", target.port, keys.jobs(user), 0, 5000)
-    found = await jobs.next_job(bank, 1)
-    cluster.move(slot, source, target)
-    cluster.move(slot, target, source)
+    try:
+        yield
+    finally:
+        cluster.move(slot, source, target)
+        cluster.move(slot, target, source)
+
+
+async def test_a_job_is_found_while_its_keys_move(cluster: ValkeyCluster, connection: RedisConnection) -> None:
+    source, target, _ = cluster.primaries
+    user, jobs, bank = next(users_at(cluster, source)), JobStore(connection), "0badcafe"
+    job = await submitted(jobs, user, bank=bank)
+    with moving(cluster, keys.jobs(user)):
+        ask(source, "MIGRATE", "127.0.0.1", target.port, keys.jobs(user), 0, 5000)
+        found = await jobs.next_job(bank, 1)
     assert found == job.id
 
 
 async def test_samples_stay_if_a_moving_slot_refuses_more(cluster: ValkeyCluster, connection: RedisConnection) -> None:
-    source, target, _ = cluster.primaries
-    here, there = (ask(node, "CLUSTER MYID").decode() for node in (source, target))
-    user, jobs, epoch = next(users_at(cluster, source)), JobStore(connection), "came back"
+    user, jobs, epoch = next(users_at(cluster, cluster.primaries[0])), JobStore(connection), "came back"
     await ProfileStore(connection).erase(user, LATER_MS, 0, epoch)
-    job, slot = await submitted(jobs, user, epoch=epoch), key_slot(keys.jobs(user).encode())
-    ask(target, f"CLUSTER SETSLOT {slot} IMPORTING {here}")
-    ask(source, f"CLUSTER SETSLOT {slot} MIGRATING {there}")
-    with pytest.raises(Unavailable):
+    job = await submitted(jobs, user, epoch=epoch)
+    with moving(cluster, keys.jobs(user)), pytest.raises(Unavailable):
         await submitted(jobs, user, "another", epoch=epoch)
-    cluster.move(slot, source, target)
-    cluster.move(slot, target, source)
     assert (await jobs.samples(user), await jobs.jobs(user)) == ([b"a"], [job])
 
 
 async def test_an_adapter_is_replaced_in_a_moving_slot(cluster: ValkeyCluster) -> None:
-    source, target, _ = cluster.primaries
-    here, there = (ask(node, "CLUSTER MYID").decode() for node in (source, target))
-    user, epoch = next(users_at(cluster, source)), "came back"
-    slot = key_slot(keys.adapter(user).encode())
+    user, epoch = next(users_at(cluster, cluster.primaries[0])), "came back"
     async with StoreParts.opened(cluster.url) as parts:
         worker = WorkerSteps(parts, "0badcaf1")
         await parts.profiles.erase(user, LATER_MS, 0, epoch)
         await parts.profiles.commit(user, b"", change("a"), epoch)
-        for sample in "ab":
+        for sample, place in (("a", nullcontext()), ("b", moving(cluster, keys.adapter(user)))):
             await submitted(parts.jobs, user, sample, bank=worker.bank, epoch=epoch)
             await worker.take()
             await worker.claim()
-            if sample == "b":
-                ask(target, f"CLUSTER SETSLOT {slot} IMPORTING {here}")
-                ask(source, f"CLUSTER SETSLOT {slot} MIGRATING {there}")
-            promoted = await worker.promote()
-        cluster.move(slot, source, target)
-        cluster.move(slot, target, source)
+            with place:
+                promoted = await worker.promote()
         assert promoted == await parts.adapters.adapter_id(user) is not None
 
 

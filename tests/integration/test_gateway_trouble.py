@@ -19,7 +19,7 @@ from server.gateway.routes import users
 from server.gateway.users.adapting import MAX_CONCURRENT
 from server.settings import Settings
 from server.store.tenants.user_key import User
-from tests.support.calls import ALL, BOTH, NewUser, either, put, who
+from tests.support.calls import ALL, BOTH, NewUser, body_of, either, put, who
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter, metric, wait_until_ready
 
@@ -225,9 +225,7 @@ class TestClientsThatLeave:
     @pytest.mark.parametrize("stream", [False, True])
     def test_before_admission(self, gateway: GatewayThread, fake_engine: FakeEngine, route: str, stream: bool) -> None:
         fake_engine.knobs.token_delay_s = 30  # nothing is ever sent
-        body = {"user_id": "nobody"} if route == "/generate" else {}
-        body |= {"messages": [{"role": "user", "content": "x"}]} if "chat" in route else {"prompt": "x"}
-        with gateway.send(f"POST {route}", json.dumps(body | {"stream": stream}).encode()):
+        with gateway.send(f"POST {route}", json.dumps(body_of(route, stream=stream)).encode()):
             wait_until(lambda: bool(fake_engine.seen), "the engine to be asked")
         wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to notice")
 

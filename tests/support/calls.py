@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import generate
 
 NewUser = Callable[[], str]
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -71,10 +70,14 @@ def ask(
     return client.post("/v1/chat/completions", json=body, headers=headers)
 
 
+def body_of(route: str, **fields: Any) -> dict[str, Any]:
+    """A short generation for a route."""
+    named = {"user_id": fields.pop("user", "nobody")} if route == "/generate" else {}
+    return named | (HELLO if "chat" in route else {"prompt": "hello", "max_tokens": 4}) | fields
+
+
 def either(client: httpx.Client, route: str, **fields: Any) -> httpx.Response:
-    if route == "/generate":
-        return generate(client, fields.pop("user", "nobody"), **fields)
-    return client.post(route, json=(HELLO if "chat" in route else {"prompt": "hello", "max_tokens": 4}) | fields)
+    return client.post(route, json=body_of(route, **fields))
 
 
 def asked(fake_engine: FakeEngine) -> str:
