@@ -287,7 +287,9 @@ def test_tokens_are_counted_if_needed(strict: Client, new_user: NewUser, fake_en
     with_steps(strict, new_user(), 16, given).raise_for_status()
     assert len(fake_engine.tokenized) == 11
     fake_engine.knobs.counts = False
-    assert with_steps(strict, new_user(), 16, given).status_code == 400
+    response = with_steps(strict, new_user(), 16, given)
+    assert error_of(response) == (503, None, "engine_unavailable")
+    assert "of 10 of 10 samples" in response.json()["error"]["message"]
 
 
 def test_kept_samples_count_too(strict: Client, new_user: NewUser) -> None:

@@ -218,17 +218,28 @@ class SampleChecks:
                 )
 
     async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
-        """Refuse a job that would read more tokens than its configuration allows, which bounds the job's time."""
+        """Refuse a job that would read more tokens than its configuration allows, which bounds the job's time.
+
+        Raises `Unavailable` if that cannot be known now.
+        """
         context = self.engines.context
         # Upper bounds: a token has at least one byte, and no sample may be longer than the context.
         token_counts = [len(raw) if context is None else min(len(raw), context) for raw in raw_samples]
         if _fits(config, token_counts):
             return
+        uncounted = set(range(len(raw_samples)))
         async for index, tokens in _ask_each(self._count_tokens, dict(enumerate(raw_samples))):
             if tokens is not None:
                 token_counts[index] = min(token_counts[index], tokens)
+                uncounted.remove(index)
         if _fits(config, token_counts):
             return
+        if uncounted:
+            raise Unavailable(
+                f"samples: the tokens of {len(uncounted)} of {len(raw_samples)} samples could not be counted now, and "
+                "by their bytes the job may be too large: try again in a moment, or send fewer",
+                code="engine_unavailable",
+            )
         one_step = replace(config, steps=1)
         if not _fits(one_step, token_counts):
             raise InvalidRequest(

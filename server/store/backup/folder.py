@@ -65,15 +65,24 @@ async def write_copy(copies: Path, store: StoreCopying, progress: Callable[[int,
         manifest = Manifest(FORMAT, at, stored, users, sha256, store.secret, store.version)
         draft.write_bytes(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
         for path in (data, draft):
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
+            _sync(path)
         draft.rename(folder / MANIFEST)
+        for path in (folder, copies):  # older copies may be deleted next
+            _sync(path)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise MtaError(f"cannot write a copy to {folder}: {error.strerror or error}") from error
         raise
     return folder, manifest
+
+
+def _sync(path: Path) -> None:  # a file or a folder
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def open_copy(folder: Path) -> Manifest:

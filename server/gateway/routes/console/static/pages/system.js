@@ -29,6 +29,10 @@ export function System() {
 		asking.current = new AbortController();
 		const paused = asking.current.signal;
 		const look = async () => {
+			if (document.hidden) {
+				timer = setTimeout(look, EVERY_MS);
+				return;
+			}
 			const signal = AbortSignal.any([paused, AbortSignal.timeout(LOOK_MS)]);
 			try {
 				const [seen, told] = await Promise.all([
