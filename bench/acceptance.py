@@ -2,8 +2,8 @@
 
 Runs the model test of the store with many more steps than `make test`, tries every base model, builds a bank of 12
 anchors from the headline writers of `DATA` (kept, and resumed if it was interrupted), and runs the other benchmarks
-with it one by one, printing each command first. The results are a table and `acceptance.json`; exit status 1 if a step
-fails or a target is missed.
+with it one by one, printing each command first. The results are a table and `acceptance.json`, which holds the steps
+done so far: after an interruption, `--resume` runs the others. Exit status 1 if a step fails or a target is missed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from bench.rig.up import up
 from server.settings import load_settings
 
 TASK = "news_headline"
+RESULT = "acceptance.json"
 ANCHORS = 12
 
 
@@ -109,17 +110,21 @@ class Run:
     """Runs steps one after the other and collects their outcomes.
 
     Args:
-        out: folder of the reports.
+        out: folder of the reports and of the result, which is written after each step.
         console: console for the progress.
+        earlier: outcomes of an earlier run; the steps that ran and passed are not run again.
     """
 
-    def __init__(self, out: Path, console: Console) -> None:
+    def __init__(self, out: Path, console: Console, earlier: Iterable[Outcome] = ()) -> None:
         self.outcomes: list[Outcome] = []
         self._out = out
         self._console = console
+        self._earlier = {outcome.step: outcome for outcome in earlier if outcome.command and outcome.passed}
 
     def step(self, name: str, command: Iterable[object], targets: Iterable[Target] = (), key: str = "") -> bool:
         """Run a command, with the engine's key if needed, and judge a benchmark's report by `targets`."""
+        if self._is_known(name):
+            return True
         argv = [str(part) for part in command]
         report = self._out / f"{argv[1].partition('.')[2]}.json" if targets else None
         if report:
@@ -134,25 +139,49 @@ class Run:
         outcome = Outcome(name, line, time.monotonic() - start_s, status)
         if report:
             outcome.figures = judge(report, targets)
-        self.outcomes.append(outcome)
         self._console.print(f"{name}: {outcome.seconds:.0f} s, exit status {status}")
-        return outcome.passed
+        return self._add(outcome)
 
     def skip(self, name: str, remedy: str) -> None:
         """Record a step that this machine cannot run, with what it needs."""
         self._console.print(f"{name}: skipped, {remedy}", soft_wrap=True)
-        self.outcomes.append(Outcome(name, "", 0, 0, [Figure("skipped", remedy, "", met=True, binding=False)]))
+        self._add(Outcome(name, "", 0, 0, [Figure("skipped", remedy, "", met=True, binding=False)]))
 
-    @contextmanager
-    def needing(self, name: str) -> Iterator[None]:
-        """Wrap steps that need a running server; if it does not start, record a failed step."""
+    def served(
+        self,
+        name: str,
+        server: tuple[Path, tuple[str, ...]],
+        command: Callable[[str, str], Iterable[object]],
+        targets: Iterable[Target],
+    ) -> None:
+        """Run a step beside `mta up`, whose data folder and options are `server`.
+
+        `command` receives the URLs of gateway and engine. If the server does not start, the step fails.
+        """
+        if self._is_known(name):
+            return
         start_s = time.monotonic()
         try:
-            yield
+            with _served(server[0], *server[1]) as (url, engine, key):
+                self.step(name, command(url, engine), targets, key)
         except Exception as error:
             self._console.print(str(error), markup=False, soft_wrap=True)
             figure = Figure("error", str(error).partition("\n")[0], "none", met=False, binding=True)
-            self.outcomes.append(Outcome(name, "", time.monotonic() - start_s, 1, [figure]))
+            self._add(Outcome(name, "", time.monotonic() - start_s, 1, [figure]))
+
+    def _is_known(self, name: str) -> bool:
+        """Return whether the step passed earlier; its outcome is kept."""
+        outcome = self._earlier.get(name)
+        if outcome:
+            self._console.print(f"{name}: passed earlier")
+            self._add(outcome)
+        return outcome is not None
+
+    def _add(self, outcome: Outcome) -> bool:
+        self.outcomes.append(outcome)
+        content = {"machine": processor(), "steps": [asdict(one) for one in self.outcomes]}
+        (self._out / RESULT).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return outcome.passed
 
 
 def main(
@@ -161,10 +190,12 @@ def main(
     app_python: Annotated[
         Path | None, typer.Option(help="Python with the package `open-webui`.", envvar="CHAT_APP_PYTHON")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the steps that passed in an earlier run.")] = False,
 ) -> None:
     """Run everything, and print one table at the end."""
     out.mkdir(parents=True, exist_ok=True)
-    run, bank, users = Run(out, console()), out / f"{TASK}-{ANCHORS}", data / TASK / "users.json"
+    run = Run(out, console(), earlier(out / RESULT) if resume else ())
+    bank, users = out / f"{TASK}-{ANCHORS}", data / TASK / "users.json"
     model = ("tests/contract/test_store_model.py", "--hypothesis-profile=long")
     run.step("the store's promises, 50,000 steps", ("-m", "pytest", "-q", *model))
     run.step("base models", ("-m", "pytest", "-q", "-m", "", "tests/integration/test_architectures.py"))
@@ -179,9 +210,13 @@ def main(
         run.step("fuse", ("-m", "bench.serving.cold", "--bank", bank), FUSE)
         run.step("soak", ("-m", "bench.scale.soak"), SOAK)
         _fleets(run, bank)
-        with run.needing("a tiny server"), _served(out / "tiny-data", *_tiny(out / "tiny")) as (url, engine, key):
-            measure = ("-m", "bench.serving.gateway", "--gateway", url, "--engine", engine, "--max-tokens", 32)
-            run.step("gateway", measure, GATEWAY, key)
+        measured = ("-m", "bench.serving.gateway", "--max-tokens", 32)
+        run.served(
+            "gateway",
+            (out / "tiny-data", _tiny(out / "tiny")),
+            lambda url, engine: (*measured, "--gateway", url, "--engine", engine),
+            GATEWAY,
+        )
         run.step("overload", ("-m", "bench.fleet.overload"), (OWN_VERDICT,))
         run.step("feedback beside answers", ("-m", "bench.learning.rate"), SERVED)
         learn = ("-m", "bench.learning.predict", *people, "--people", 4, "--texts", 9, "--refresh", 6)
@@ -193,19 +228,29 @@ def main(
             run.skip("a chat app in a browser", CHAT_APP)
         run.step("oracle", ("-m", "bench.oracle", *people), ORACLE)
         # In bfloat16 an answer depends on its batch where two tokens nearly tie, so use float32.
-        with run.needing("an exact server"), _served(out / "data", *served, "--dtype", "float32") as (url, engine, key):
-            serve = ("-m", "bench.serving.users", "--users", users, "--url", url, "--engine", engine)
-            run.step("users", serve, (OWN_VERDICT,), key)
-        with run.needing("a server that adapts"), _served(out / "adapt-data", *served) as (url, _, _):
-            run.step("beside a job", ("-m", "bench.adapt.beside", "--gateway", url), (OWN_VERDICT,))
+        run.served(
+            "users",
+            (out / "data", (*served, "--dtype", "float32")),
+            lambda url, engine: ("-m", "bench.serving.users", "--users", users, "--url", url, "--engine", engine),
+            (OWN_VERDICT,),
+        )
+        run.served(
+            "beside a job",
+            (out / "adapt-data", served),
+            lambda url, _: ("-m", "bench.adapt.beside", "--gateway", url),
+            (OWN_VERDICT,),
+        )
         run.step("two engines as one", ("-m", "bench.fleet.replicas", *people), (OWN_VERDICT,))
         run.step("quality", ("-m", "server.cli", "eval", *people, "--out", out / "quality", "--no-predict"))
     console().print(_table(run.outcomes))
-    passed = all(outcome.passed for outcome in run.outcomes)
-    content = {"machine": processor(), "passed": passed, "steps": [asdict(outcome) for outcome in run.outcomes]}
-    (out / "acceptance.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if not passed:
+    if not all(outcome.passed for outcome in run.outcomes):
         raise typer.Exit(1)
+
+
+def earlier(result: Path) -> list[Outcome]:
+    """Return the outcomes in a result; none if there is no result."""
+    steps = json.loads(result.read_text(encoding="utf-8"))["steps"] if result.exists() else []
+    return [Outcome(**(step | {"figures": [Figure(**figure) for figure in step["figures"]]})) for step in steps]
 
 
 @contextmanager

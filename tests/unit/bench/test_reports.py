@@ -210,14 +210,29 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
     monkeypatch.setenv("MTA_MODEL", "another")
     with pytest.raises(typer.Exit):
         acceptance.main(tmp_path, tmp_path / "out")
-    steps = {step["step"]: step for step in json.loads((tmp_path / "out/acceptance.json").read_text("utf-8"))["steps"]}
-    for name in ("a tiny server", "an exact server", "a server that adapts"):
+    steps = read_steps(tmp_path / "out")
+    for name in ("gateway", "users", "beside a job"):
         assert steps[name]["status"] == 1
         assert steps[name]["figures"][0]["value"] == "ended with status 1 before Ready:"
     assert steps["quality"]["status"] == 0
     for module in ("bench.oracle", "bench.fleet.replicas"):
         (command,) = (call.args[0] for call in run.call_args_list if module in call.args[0])
         assert command[command.index("--model") + 1] == "another"
+
+    def ran(module: str) -> bool:
+        return any(module in call.args[0] for call in run.call_args_list)
+
+    assert ran("eval") and ran("bench.oracle")
+    run.reset_mock()
+    with pytest.raises(typer.Exit):
+        acceptance.main(tmp_path, tmp_path / "out", resume=True)
+    assert not ran("eval") and ran("bench.oracle"), "what passed runs again, or what failed does not"
+    assert list(read_steps(tmp_path / "out")) == list(steps)
+    assert read_steps(tmp_path / "out")["quality"] == steps["quality"]
+
+
+def read_steps(out: Path) -> dict[str, Any]:
+    return {step["step"]: step for step in json.loads((out / "acceptance.json").read_text("utf-8"))["steps"]}
 
 
 @pytest.mark.parametrize(
