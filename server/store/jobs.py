@@ -115,6 +115,7 @@ class Submission:
     epoch: str = ""  # the user's epoch when the request began (`server/store/profiles.py`)
     idempotency_key: str = ""  # the same key returns the same job while that is kept
     traceparent: str = ""
+    tenant: str = ""  # whose turn it takes in the queue
     background: bool = False  # not requested by a user: trained when nothing else is due
 
     @property
@@ -180,7 +181,7 @@ class JobStore:
         number = int(await self._connection.write(scripts.SUBMIT, names, orjson.dumps(given), *submission.samples))
         job = await self.job(JobId(user_key, number)) if number > 0 else None
         if job is not None and job.state is JobState.QUEUED:
-            await queue.add(user_key, reservation, background=submission.background)
+            await queue.add(user_key, reservation, tenant=submission.tenant, background=submission.background)
         else:
             await queue.cancel_reservation(reservation)
         if number == _LATE:

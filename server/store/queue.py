@@ -4,6 +4,9 @@
 dies. A worker postpones the entry while it is busy, and removes it when no work is left, unless new work was added
 meanwhile. A request that is about to create work first reserves an entry of its own, `<user key>+<random>`. If the
 request dies, that entry becomes due; changes to the user's entry do not affect it.
+
+Tenants take turns (start-time fair queueing): a user who is added waits with a negative score, made of the tenant's
+next turn and the second. A tenant's next turn comes after its last one, and never before the one being served.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ POLL_S = 0.4  # seconds between polls of an idle worker: one command, no write
 GRACE_MS = 10_000  # time a worker has to start on a user it has taken before another worker may take the user
 RESERVED_MS = 60_000  # time a request has to create its work after reserving an entry
 
-# KEYS of every script: foreground set, background set, attempts. Times come from the server's clock alone.
+# KEYS of every script: foreground set, background set, attempts, turns. Times come from the server's clock alone.
 
 _RESERVE = script("""
 local set, entry, ahead = KEYS[tonumber(ARGV[1])], ARGV[2], ARGV[3]
@@ -32,22 +35,48 @@ redis.call('ZADD', set, now + ahead, entry)
 return now
 """)
 
+# A score is exact up to 2^52: turns from 0 to 2^21 - 1, and seconds. The field `<class>` of the turns is the one being
+# served, `<class>:<tenant>` the tenant's next.
+_TURNS = """
+local turns, turn_length = 2^21, 2^31
+local function turn(field) return tonumber(redis.call('HGET', KEYS[4], field) or 0) end
+"""
+
 # A waiting user keeps their position but gets a new score, so a worker that remembers the old one removes nothing.
-_ADD = script("""
-local class, user, listed = tonumber(ARGV[1]), ARGV[2], ARGV[3]
-local due = tonumber(redis.call('ZSCORE', KEYS[class], user) or now + 1)
-redis.call('ZADD', KEYS[class], due <= now and due + 1 or now, user)
+_ADD = script(
+    _TURNS
+    + """
+local class, user, listed, tenant = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
+local score = tonumber(redis.call('ZSCORE', KEYS[class], user) or now + 1)
+if score <= now then
+  score = score + 1
+else
+  local own = class .. ':' .. tenant
+  local mine = math.min(math.max(turn(class), turn(own)), turns - 1)
+  redis.call('HSET', KEYS[4], own, mine + 1)
+  score = (mine - turns) * turn_length + time[1]
+end
+redis.call('ZADD', KEYS[class], score, user)
 redis.call('ZREM', KEYS[3 - class], user)
 redis.call('ZREM', KEYS[class], listed)
 return 1
-""")
+"""
+)
 
-# An entry further in the future than any entry this clock creates was added before the clock was set back.
-_TAKE = oom_script("""
+# Whoever was taken before and is due again comes first. An entry further in the future than any entry this clock
+# creates was added before the clock was set back.
+_TAKE = oom_script(
+    _TURNS
+    + """
 local grace, furthest = unpack(ARGV)
 for class = 1, 2 do
-  local found = redis.call('ZRANGEBYSCORE', KEYS[class], '-inf', now, 'LIMIT', 0, 1)[1]
+  local found = redis.call('ZRANGEBYSCORE', KEYS[class], 0, now, 'LIMIT', 0, 1)[1]
     or redis.call('ZRANGEBYSCORE', KEYS[class], now + furthest, '+inf', 'LIMIT', 0, 1)[1]
+  if not found then
+    local waiting, score = unpack(redis.call('ZRANGEBYSCORE', KEYS[class], '-inf', '(0', 'WITHSCORES', 'LIMIT', 0, 1))
+    found = waiting
+    if found then redis.call('HSET', KEYS[4], class, math.floor(score / turn_length) + turns) end
+  end
   if found then
     local user = string.match(found, '^[^+]+')
     for each = 1, 2 do redis.call('ZREM', KEYS[each], found, user) end
@@ -56,34 +85,41 @@ for class = 1, 2 do
   end
 end
 return {}
-""")
+"""
+)
 
 # Postpone an entry by the given ms, or remove it if none are given, provided that it has the score the caller saw.
-# Returns its new score, or -1 if there is no entry.
+# Returns its new score, or 0 if there is no entry. In an empty queue the turns begin anew.
 _UPDATE = oom_script("""
 local user, seen, wait = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 if not wait then redis.call('HDEL', KEYS[3], user) end
 for class = 1, 2 do
-  local due = tonumber(redis.call('ZSCORE', KEYS[class], user) or -1)
-  if due >= 0 and due ~= seen then return due end
-  if due >= 0 and wait then
+  local score = tonumber(redis.call('ZSCORE', KEYS[class], user) or 0)
+  if score ~= 0 and score ~= seen then return score end
+  if score ~= 0 and wait then
     redis.call('ZADD', KEYS[class], now + wait, user)
     return now + wait
   end
   redis.call('ZREM', KEYS[class], user)
 end
-return -1
+if redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then redis.call('DEL', KEYS[4]) end
+return 0
 """)
 
-_BACKLOG = script("""
+_BACKLOG = script(
+    _TURNS
+    + """
 local all, due, first = 0, 0, now
 for class = 1, 2 do
   all = all + redis.call('ZCARD', KEYS[class])
   due = due + redis.call('ZCOUNT', KEYS[class], '-inf', now)
-  first = math.min(first, tonumber(redis.call('ZRANGE', KEYS[class], 0, 0, 'WITHSCORES')[2] or now))
+  local waiting = redis.call('ZRANGEBYSCORE', KEYS[class], '-inf', '(0', 'WITHSCORES', 'LIMIT', 0, 1)[2]
+  local again = redis.call('ZRANGEBYSCORE', KEYS[class], 0, now, 'WITHSCORES', 'LIMIT', 0, 1)[2]
+  first = math.min(first, waiting and waiting % turn_length * 1000 or now, again or now)
 end
 return {all, due, now - first}
-""")
+"""
+)
 
 # Do not count a user who has left the queue: nothing would ever remove an erased user's count.
 _COUNT_ATTEMPT = """
@@ -107,7 +143,7 @@ class Backlog:
 
     open: int  # unfinished jobs
     waiting: int  # unfinished jobs that no worker has claimed
-    oldest_s: float  # waiting time of the oldest waiting job; 0 if none waits
+    oldest_s: float  # waiting time of the next job, which is its tenant's oldest; 0 if none waits
 
 
 class UserQueue:
@@ -132,10 +168,12 @@ class UserQueue:
         with suppress(Unavailable):
             await self._connection.run(lambda redis: redis.zrem(reservation.name, reservation.entry))
 
-    async def add(self, user_key: str, reservation: Reservation | None = None, *, background: bool = False) -> None:
-        """Make a user due now, and drop the reservation."""
+    async def add(
+        self, user_key: str, reservation: Reservation | None = None, *, tenant: str = "", background: bool = False
+    ) -> None:
+        """Let a user wait for the tenant's next turn, and drop the reservation."""
         await self._register_bank()
-        await self._write(_ADD, 1 + background, user_key, reservation.entry if reservation else "")
+        await self._write(_ADD, 1 + background, user_key, reservation.entry if reservation else "", tenant)
 
     async def take(self, wait_s: float) -> str | None:
         """Wait for a due user. The user may have been erased or served already."""
@@ -151,14 +189,14 @@ class UserQueue:
     async def postpone(self, user_key: str, wait_ms: int) -> None:
         """Make a user due again after `wait_ms`. Errors are ignored: a worker then only checks the user too early."""
         with suppress(Unavailable):
-            self._scores[user_key] = int(await self._run(_UPDATE, user_key, self._scores.get(user_key, -1), wait_ms))
+            self._scores[user_key] = int(await self._run(_UPDATE, user_key, self._scores.get(user_key, 0), wait_ms))
 
     async def remove(self, user_key: str) -> None:
         """Remove a user, unless the user was added again since this process last saw their score."""
-        await self._write(_UPDATE, user_key, self._scores.pop(user_key, -1))
+        await self._write(_UPDATE, user_key, self._scores.pop(user_key, 0))
 
     async def remember_score(self, user_key: str) -> None:  # for `remove`
-        self._scores[user_key] = int(await self._run(_UPDATE, user_key, -2, 0))
+        self._scores[user_key] = int(await self._run(_UPDATE, user_key, 0, 0))
 
     def forget_score(self, user_key: str) -> None:
         self._scores.pop(user_key, None)

@@ -270,7 +270,7 @@ class Rotation:
             _, held, _ = await self.profiles.measure(target)
             await self._holdings.note(tenant, {source: Held(), target: held})
         if bank:
-            await UserQueue(self._connection, "jobs", bank).add(target)
+            await UserQueue(self._connection, "jobs", bank).add(target, tenant=tenant)
 
     async def sweep(self, tenants: Sequence[UserKeys], on_users: Callable[[Sweep], None]) -> Sweep:
         """Move every user of these tenants who is stored under the second secret."""

@@ -20,7 +20,7 @@ from server.store.redis import keys
 from tests.support.store_parts import BANK, KEYS, Fault, StoreParts, claimed, submitted
 
 OTHER_BANK = "00000000"
-DUE, BACKGROUND, _ = keys.queue("jobs", BANK)
+DUE, BACKGROUND, *_ = keys.queue("jobs", BANK)
 REJECTED = Trained(JobState.REJECTED, 1.0, 1.0)
 
 
@@ -28,12 +28,12 @@ async def time_passes(raw: redis.Redis) -> None:
     """Whoever was to be looked at later is due."""
     for name in (DUE, BACKGROUND, keys.queue("sign", BANK)[0]):
         for user in await raw.zrange(name, 0, -1):
-            await raw.zadd(name, {user: 0})
+            await raw.zadd(name, {user: 1})
     await asyncio.sleep(0.002)  # whoever is looked at next has another score than before
 
 
-async def in_queue(raw: redis.Redis) -> list[str]:
-    return [user.decode() for name in (DUE, BACKGROUND) for user in await raw.zrange(name, 0, -1)]
+async def in_queue(raw: redis.Redis, work: keys.Work = "jobs") -> list[str]:
+    return [user.decode() for name in keys.queue(work, BANK)[:2] for user in await raw.zrange(name, 0, -1)]
 
 
 async def test_a_job_is_taken_within_half_a_second_at_few_polls(
@@ -60,7 +60,6 @@ async def test_a_job_taken_and_not_claimed_is_taken_again_first(jobs: JobStore, 
     others = []
     for n in range(3):
         others.append((await submitted(jobs, KEYS.key(f"waiting-{n}"))).id)
-        await asyncio.sleep(0.01)  # places go by the millisecond
     await raw.zadd(DUE, {user: (await raw.zscore(DUE, user)) - 10_000})
     assert [await jobs.next_job(BANK, 1) for _ in range(4)] == [job.id, *others]
     assert await jobs.next_job(BANK, 0.05) is None
@@ -136,11 +135,32 @@ async def test_background_work_is_taken_when_nothing_else_is_due(jobs: JobStore,
     assert await in_queue(raw) == [f"{user}x", user]
     await submitted(jobs, user, "now they ask")
     assert await raw.zcard(BACKGROUND) == 0
-    await asyncio.sleep(0.01)  # places go by the millisecond
     behind = (await submitted(jobs, f"{user}y")).id
-    await asyncio.sleep(0.01)
     again = (await submitted(jobs, user, "again")).id  # who asks again keeps their place
     assert [await jobs.next_job(BANK, 1) for _ in range(2)] == [again, behind]
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_tenants_take_turns(parts: StoreParts, raw: redis.Redis, background: bool) -> None:
+    queue = parts.signing
+
+    async def came(tenant: str, *users: str) -> None:
+        for user in users:
+            await queue.add(user, tenant=tenant, background=background)
+
+    async def taken(count: int) -> list[str | None]:
+        return [await queue.take(1) for _ in range(count)]
+
+    await came("a", "a1", "a2", "a3", "a4", "a5")
+    await came("b", "b1", "b2")
+    assert await taken(3) == ["a1", "b1", "a2"]
+    await came("c", "c1", "c2")  # has no turns to catch up on
+    await came("a", "a5", "a6")  # who waits keeps the place
+    assert await taken(7) == ["b2", "c1", "a3", "c2", "a4", "a5", "a6"]
+    assert await queue.take(0.05) is None
+    for user in await in_queue(raw, "sign"):
+        await queue.remove(user)
+    assert not await raw.exists(*keys.queue("sign", BANK))
 
 
 async def test_a_call_before_a_worker_has_left_is_heard(parts: StoreParts, user: str, raw: redis.Redis) -> None:

@@ -359,7 +359,7 @@ async def test_a_full_store_refuses_what_would_be_stored_and_erases(full: StoreP
     assert await full.erase(ANN) == erasure
     assert await full.erase(CAI)
     assert not await raw.sismember(keys.adapted(BANK), key)
-    for name in (*keys.queue("jobs", BANK), *keys.queue("sign", BANK)):
+    for name in (*keys.queue("jobs", BANK)[:2], *keys.queue("sign", BANK)[:2]):
         assert await raw.type(name) in (b"none", b"zset")
         assert await raw.zscore(name, key) is None
     with pytest.raises(Unavailable, match="full"):

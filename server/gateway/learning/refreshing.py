@@ -68,6 +68,7 @@ class Refreshing:
             return None
         usual = default_config(self.manifest.room, self.manifest.common)
         config = encode_config(replace(usual, newer_than_ms=seen_ms, **asdict(self.budget)))
-        submission = Submission([], True, config, bank=self.manifest.short, epoch=epoch, background=True)
+        bank, tenant = self.manifest.short, user.tenant
+        submission = Submission([], True, config, bank=bank, epoch=epoch, tenant=tenant, background=True)
         with self.quotas.admit(user, lambda: Held(adapters=adapter is None)):
             return await self.jobs.submit(user.key, submission, MAX_SAMPLES)

@@ -79,7 +79,7 @@ class Metrics:
         self.learned = counter("mta_learned_messages", "Users' messages that became items of their histories.")
         self.bank = gauge("mta_bank_info", "The bank served.", ("bank",))
         self.jobs = gauge("mta_jobs", "Approximate number of adapt jobs, by state: queued or running.", ("state",))
-        self.oldest_job = gauge("mta_jobs_oldest_seconds", "Age of the oldest queued job.")
+        self.oldest_job = gauge("mta_jobs_oldest_seconds", "How long the next job has waited.")
         self.rewrite_overdue = gauge("mta_rewrite_overdue_seconds", "Delay of removing erased users from the AOF.")
         self.copied = gauge("mta_store_copied_timestamp_seconds", "When the store's newest copy began; 0: none.")
         self.store = StoreSeconds(registry)

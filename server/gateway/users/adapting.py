@@ -57,7 +57,7 @@ class Adapting:
         with one exception: if the first two requests for a user run at once and exceed `MAX_SAMPLES` together, the
         profile keeps the items of the refused one.
         """
-        config, submission = await self._prepare(request, epoch)
+        config, submission = await self._prepare(user, request, epoch)
         async with self.checks.turns.held(user.tenant):
             await self.checks.check_template(request.samples)
             await self.checks.check_lengths(submission.samples)
@@ -77,7 +77,7 @@ class Adapting:
 
     async def find_duplicate(self, user: User, request: TrainingRequest, epoch: str) -> Job | None:
         """Return the job that an earlier copy of this request created, or None. Arguments and errors as in `submit`."""
-        _, submission = await self._prepare(request, epoch)
+        _, submission = await self._prepare(user, request, epoch)
         find = self.jobs.find_duplicate
         return await self.profiles.rotation.at(user, lambda user: find(user.key, submission))
 
@@ -131,7 +131,7 @@ class Adapting:
             raise Conflict(f"job {job_id} has already ended: it is {job.state.value}", param="job_id", code="job_ended")
         return job
 
-    async def _prepare(self, request: TrainingRequest, epoch: str) -> tuple[AdaptConfig, Submission]:
+    async def _prepare(self, user: User, request: TrainingRequest, epoch: str) -> tuple[AdaptConfig, Submission]:
         config = replace(training_config(self.manifest, request.options), **asdict(self.budget))
         # Encoding megabytes of samples would block the event loop for a large part of a second.
         samples = await asyncio.to_thread(_encode_samples, request.samples)
@@ -143,6 +143,7 @@ class Adapting:
             epoch=epoch,
             idempotency_key=request.idempotency_key,
             traceparent=self.tracing.current(),
+            tenant=user.tenant,
         )
 
 

@@ -126,7 +126,7 @@ class Profiles:
         """Request a user's signature unless it is requested already; after a failure, the next answer tries again."""
         try:
             if self.signing is not None:
-                await self.signing.add(user.key)
+                await self.signing.add(user.key, tenant=user.tenant)
         except ApiError as error:
             log.warning("a signature could not be requested: %s", error.explained)
 

@@ -18,9 +18,10 @@ Per user (`server/store/tenants/user_key.py`)::
 
 Per queue (`server/store/queue.py`), `jobs:<bank>` or `sign:<bank>`; these keys and the shared ones do not expire::
 
-    mta:{<queue>}:due         zset    user key → time when the user is due, ms
+    mta:{<queue>}:due         zset    user key → time when the user is due, ms, or the turn for which they wait
     mta:{<queue>}:background  zset    the same, for work no user requested
     mta:{<queue>}:tries       hash    user key → number of attempts by workers
+    mta:{<queue>}:turns       hash    the turn being served, and each tenant's next
 
 Shared by all users::
 
@@ -132,6 +133,6 @@ def held(name: str) -> str:
     return f"mta:held:{name}"
 
 
-def queue(work: Work, bank: str) -> tuple[str, str, str]:  # due, background, tries
+def queue(work: Work, bank: str) -> tuple[str, str, str, str]:  # due, background, tries, turns
     prefix = f"mta:{{{work}:{bank}}}:"
-    return f"{prefix}due", f"{prefix}background", f"{prefix}tries"
+    return f"{prefix}due", f"{prefix}background", f"{prefix}tries", f"{prefix}turns"
