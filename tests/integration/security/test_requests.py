@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from tests.integration.security.conftest import KEYS, ask
 from tests.support.calls import ALL, HELLO, error_of
 from tests.support.fake_engine import KEY, FakeEngine
 from tests.support.gateway import SECRET, GatewayThread, Keyed, generate
+from tests.support.store_parts import StoreParts
 
 CLOSED = {route: scope for route, (scope, _) in ROUTES.items() if scope is not OPEN}
 ITEMS = {"items": [{"text": "Dear friend,\nThe first roses are open along the south wall."}]}
@@ -168,6 +170,24 @@ def test_another_tenants_job_is_no_job(acme: httpx.Client, globex: httpx.Client,
     assert refused.text.replace(job_id, "") == unknown.text.replace(f"{'a' * 26}.1", "")
     assert acme.get(f"/jobs/{job_id}").json()["state"] == "queued"
     assert acme.delete(f"/jobs/{job_id}").json()["state"] == "cancelled"
+
+
+def test_many_jobs_of_one_tenant_delay_anothers_by_one(
+    keyed: Keyed, acme: httpx.Client, globex: httpx.Client, new_user: Callable[[], str]
+) -> None:
+    def job(client: httpx.Client) -> str:
+        answer = ask(client, "POST /users/{user_id}/adapt", {}, new_user()).raise_for_status()
+        return str(answer.json()["id"])
+
+    async def next_job() -> str:
+        async with StoreParts.opened(keyed.gateway.parts.settings.redis_url) as parts:
+            found = await parts.jobs.next_job(keyed.gateway.parts.bank.manifest.short, 5)
+            assert found
+            return str(found)
+
+    many, own = [job(acme) for _ in range(4)], job(globex)
+    before = list(iter(lambda: asyncio.run(next_job()), own))
+    assert len({*before} & {*many}) <= 1
 
 
 @ALL
