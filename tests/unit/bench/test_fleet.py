@@ -1,0 +1,124 @@
+"""What is claimed of fleets whose parts die: each claim can fail."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import httpx
+import numpy as np
+import pytest
+
+from bench.fleet import rolling
+from bench.fleet.chaos.asking import End, Outcome
+from bench.fleet.chaos.census import Usage
+from bench.fleet.chaos.faults import PARTS, Fault, Outage, shuffled
+from bench.fleet.chaos.verdict import Claim, about_keys, about_outages, about_requests
+from bench.fleet.lasting import DEATHS, plan
+from bench.fleet.simulate import served, zipf
+from bench.page.pictures import draw
+from bench.rig.processes import wait_until
+
+ENGINE_AWAY = Outage(Fault("engine"), 100.0, 120.0)
+GATEWAY_AWAY = Outage(Fault("gateway"), 200.0, 205.0)
+ANSWER = httpx.Response(200, text='{"recipe":"mta3:00000000:shared:c"}\n\ndata: [DONE]')
+
+
+def asked(end: End, at_s: float, *, streaming: bool = False) -> Outcome:
+    return Outcome("POST /generate", at_s, at_s + 1, end, "", streaming)
+
+
+def failing(claims: list[Claim]) -> list[str]:
+    return [claim.what for claim in claims if not claim.holds]
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        ([asked(End.REFUSED, 110.0)] * 2, "failed before their first token"),
+        ([asked(End.REFUSED, 110.0)], ""),
+        ([asked(End.REFUSED, 300.0)] * 9, ""),
+        ([asked(End.BROKEN, 110.0, streaming=True)] * 9, ""),
+        ([asked(End.CUT, 199.5)], ""),
+        ([asked(End.CUT, 206.0)], "connections lost while no gateway was down"),
+        ([asked(End.UNCLEAR, 300.0)], "requests with neither answer nor clear error"),
+    ],
+)
+def test_of_a_hundred_requests_while_an_engine_is_down_one_may_fail_and_none_without_a_reason(
+    more: list[Outcome], wrong: str
+) -> None:
+    many = [asked(End.ANSWERED, 110.0)] * 100
+    found = failing(about_requests([*many, *more], [ENGINE_AWAY, GATEWAY_AWAY]))
+    assert len(found) == bool(wrong)
+    assert all(claim.startswith(wrong) for claim in found)
+
+
+def test_a_part_is_back_within_a_minute_takes_no_more_and_nothing_is_left_of_the_erased_but_tombstones() -> None:
+    assert failing(about_outages([Outage(Fault("worker", 20.0), 0.0, 79.0)])) == []  # its pause does not count
+    assert failing(about_outages([Outage(Fault("worker"), 0.0, 61.0)])) == ["worker"]
+    later = [Usage(310, 90), Usage(320, 60), Usage(200, 99)]
+    assert [Usage(200, 50).exceeded_by(usage) for usage in later] == [False, True, True]
+    assert failing(about_keys(Counter({"epoch": 5, "mta:": 4}), users=5)) == []
+    assert failing(about_keys(Counter({"epoch": 5, "profile": 1}), users=5)) != []
+    faults = shuffled(random.Random(0))
+    assert {(faults.count(Fault(part)), faults.count(Fault(part, 20.0))) for part in PARTS} == {(3, 1)}
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [
+        (httpx.ReadTimeout("timed out"), True),
+        (httpx.RemoteProtocolError("peer closed connection without sending complete message body"), True),
+        (httpx.DecodingError("not gzip"), True),
+        (httpx.ConnectError("refused"), False),
+        (httpx.ConnectTimeout("timed out"), False),
+        (httpx.RemoteProtocolError("Server disconnected without sending a response."), True),
+    ],
+)
+def test_what_broke_has_failed_and_who_gets_no_connection_at_one_gateway_asks_the_other(
+    error: Exception, failed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rolling, "PAUSE_S", 0.001)
+    monkeypatch.setattr(httpx.Client, "request", MagicMock(side_effect=itertools.cycle((error, ANSWER))))
+    asking = rolling.Load(["http://one", "http://other"], seed=0)
+    asking.start()
+    wait_until(lambda: asking.recipes.total() > 1 and len(asking.failures) >= 2 * failed, "two of each", 10)
+    asking.stop()
+    assert bool(asking.failures) is failed
+    assert all(repr(error) in failure for failure in asking.failures)
+
+
+def test_an_engine_keeps_the_recipes_that_were_used_last_and_users_ask_as_zipf_says() -> None:
+    asking, engines = np.array([1, 2, 1, 3, 2, 1]), np.zeros(6, dtype=np.int64)
+    assert served(asking, engines, 1, held=2).warm == pytest.approx(1 / 6)
+    assert served(asking, engines, 1, held=3).warm == pytest.approx(3 / 6)
+    assert served(asking, engines, 1, held=3, begin=3).warm == pytest.approx(2 / 3)
+    assert served(asking, np.array([0, 1, 0, 1, 1, 0]), 2, held=2).warm == pytest.approx(3 / 6)
+    counts = np.bincount(zipf(1000, 200_000, 1.0, np.random.default_rng(2)), minlength=1000)
+    assert counts[0] / counts[9] == pytest.approx(10, rel=0.2)
+    assert counts[0] / counts[99] == pytest.approx(100, rel=0.4)
+
+
+def test_a_run_of_hours_has_deaths_every_few_minutes_backups_by_the_hour_and_two_changes() -> None:
+    lasting = MagicMock()
+    events = list(plan(lasting, random.Random(1), 4 * 3600, 180, 3600))
+    times = [at_s for at_s, _, _ in events]
+    assert times == sorted(times) and times[-1] == 4 * 3600
+    names = [what for _, what, _ in events]
+    assert (names.count("backup"), names.count("next bank"), names.count("next secret")) == (4, 1, 1)
+    assert names.index("next bank") < names.index("next secret")
+    deaths = [name.removeprefix("death of ") for name in names if name.startswith("death of ")]
+    assert 70 < len(deaths) < 90 and set(deaths) == set(DEATHS)
+    for _, _, event in events:
+        event()
+    assert [call.args[0] for call in lasting.die.call_args_list] == deaths
+
+
+def test_its_picture_shows_memory_and_keys_over_time(tmp_path: Path) -> None:
+    readings = [{"at_s": 30.0 * n, "keys": 7, "gateway-1, MiB": 90.0 + n, "valkey, MiB": 20.0} for n in range(4)]
+    content = {"bench": "lasting", "readings": readings, "events": [["backup", 60.0]]}
+    drawn = draw({"lasting": content}, tmp_path)
+    assert drawn["lasting"].stat().st_size > 1000
