@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import typer
+from rich.progress import Progress
 
 from adapters.training.adapt_config import AdaptConfig
 from bank.evaluation.intervals import compare_together
@@ -60,7 +61,13 @@ def main(
     model = ensure_base_model(settings.model, settings.cache_dir)
     methods = (*parse_methods("common,mean,merged:topic,merged"), Method("kind"))
     inputs = EvalInputs(out / "users.json", out / "bank", out, model, embedder)
-    evaluate(inputs, EvalOptions(methods, predict=False), AdaptConfig(), lambda done, total: console().print(done))
+    with Progress(console=console()) as progress:
+        bar = progress.add_task("evaluating", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        evaluate(inputs, EvalOptions(methods, predict=False), AdaptConfig(), show)
     report("Losses, and differences, nats a token", list(rows(mean_losses([out]))), None)
 
 

@@ -67,7 +67,7 @@ def test_cost_of_a_tiny_model_straight_and_through_a_gateway(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(limits, "_WHILE_S", 0.1)
-    few: dict[str, Any] = {"pairs": 2, "tokens": 2, "only": ["150", "4 recipes"], "slots": [4], "gateway": True}
+    few: dict[str, Any] = {"pairs": 2, "tokens": 12, "only": ["150", "4 recipes"], "slots": [4], "gateway": True}
     cost.main(tiny_model=True, out=tmp_path / "cost.json", **few)
     (table,) = written(tmp_path / "cost.json", capsys.readouterr().out)["tables"]
     rows = [dict(zip(table["columns"], line, strict=True)) for line in table["lines"]]
