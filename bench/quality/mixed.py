@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from adapters.training.adapt_config import AdaptConfig
 from bank.evaluation.intervals import compare_together
-from bank.evaluation.methods import ADAPTERS, Method, parse_methods
+from bank.evaluation.methods import ADAPTERS, METHODS, Method, parse_methods
 from bank.evaluation.session import EvalInputs, EvalOptions, evaluate
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
@@ -55,11 +55,12 @@ def main(
         (out / f"{name}.json").write_text(json.dumps(mixed), "utf-8")
     mta("bank", "build", "--users", out / "anchors.json", "--task", "chat", "--anchors", sum(ANCHORS.values()),
         *BUILD.split(), "--no-verdict", "--seed", seed, "--out", out / "bank")  # fmt: skip
+    METHODS["kind"] = Method("kind")
     ADAPTERS["kind"] = lambda of, user, _: of.equal(places(ANCHORS)[kind_of(user.user.user_id)])
     settings = load_settings()
     embedder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
     model = ensure_base_model(settings.model, settings.cache_dir)
-    methods = (*parse_methods("common,mean,merged:topic,merged"), Method("kind"))
+    methods = tuple(parse_methods("common,mean,kind,merged:topic,merged"))
     inputs = EvalInputs(out / "users.json", out / "bank", out, model, embedder)
     with Progress(console=console()) as progress:
         bar = progress.add_task("evaluating", total=None)
