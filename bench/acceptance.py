@@ -123,7 +123,7 @@ class Run:
 
     def step(self, name: str, command: Iterable[object], targets: Iterable[Target] = (), key: str = "") -> bool:
         """Run a command, with the engine's key if needed, and judge a benchmark's report by `targets`."""
-        if self._is_known(name):
+        if self._keep(name):
             return True
         argv = [str(part) for part in command]
         report = self._out / f"{argv[1].partition('.')[2]}.json" if targets else None
@@ -158,7 +158,7 @@ class Run:
 
         `command` receives the URLs of gateway and engine. If the server does not start, the step fails.
         """
-        if self._is_known(name):
+        if self._keep(name):
             return
         start_s = time.monotonic()
         try:
@@ -169,8 +169,8 @@ class Run:
             figure = Figure("error", str(error).partition("\n")[0], "none", met=False, binding=True)
             self._add(Outcome(name, "", time.monotonic() - start_s, 1, [figure]))
 
-    def _is_known(self, name: str) -> bool:
-        """Return whether the step passed earlier; its outcome is kept."""
+    def _keep(self, name: str) -> bool:
+        """Keep the outcome of a step that passed earlier; return whether there is one."""
         outcome = self._earlier.get(name)
         if outcome:
             self._console.print(f"{name}: passed earlier")

@@ -110,8 +110,9 @@ def rows(losses: Losses) -> Iterator[tuple[str, str]]:
         users = [user for user in losses["merged"] if user.startswith(kind)]
         means = {method: fmean(of[user] for user in users) for method, of in losses.items()}
         yield kind or "all", ", ".join(f"{method} {mean:.3f}" for method, mean in means.items())
-        less = {other: [losses["merged"][user] - losses[other][user] for user in users] for other in losses}
-        for other, interval in compare_together({other: of for other, of in less.items() if any(of)}).items():
+        others = [method for method in losses if method != "merged"]
+        less = {other: [losses["merged"][user] - losses[other][user] for user in users] for other in others}
+        for other, interval in compare_together(less).items():
             yield f"{kind or 'all'}: merged less {other}", str(interval)
 
 

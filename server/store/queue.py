@@ -73,8 +73,8 @@ for class = 1, 2 do
   local found = redis.call('ZRANGEBYSCORE', KEYS[class], 0, now, 'LIMIT', 0, 1)[1]
     or redis.call('ZRANGEBYSCORE', KEYS[class], now + furthest, '+inf', 'LIMIT', 0, 1)[1]
   if not found then
-    local waiting, score = unpack(redis.call('ZRANGEBYSCORE', KEYS[class], '-inf', '(0', 'WITHSCORES', 'LIMIT', 0, 1))
-    found = waiting
+    local score
+    found, score = unpack(redis.call('ZRANGEBYSCORE', KEYS[class], '-inf', '(0', 'WITHSCORES', 'LIMIT', 0, 1))
     if found then redis.call('HSET', KEYS[4], class, math.floor(score / turn_length) + turns) end
   end
   if found then

@@ -228,16 +228,16 @@ class SampleChecks:
         token_counts = [len(raw) if context is None else min(len(raw), context) for raw in raw_samples]
         if _fits(config, token_counts):
             return
-        uncounted = set(range(len(raw_samples)))
+        uncounted = len(raw_samples)
         async for index, tokens in _ask_each(self._count_tokens, dict(enumerate(raw_samples))):
             if tokens is not None:
                 token_counts[index] = min(token_counts[index], tokens)
-                uncounted.remove(index)
+                uncounted -= 1
         if _fits(config, token_counts):
             return
         if uncounted:
             raise Unavailable(
-                f"samples: the tokens of {len(uncounted)} of {len(raw_samples)} samples could not be counted now, and "
+                f"samples: the tokens of {uncounted} of {len(raw_samples)} samples could not be counted now, and "
                 "by their bytes the job may be too large: try again in a moment, or send fewer",
                 code="engine_unavailable",
             )
