@@ -142,7 +142,7 @@ async def test_background_work_is_taken_when_nothing_else_is_due(jobs: JobStore,
 
 @pytest.mark.parametrize("background", [False, True])
 async def test_tenants_take_turns(parts: StoreParts, raw: redis.Redis, background: bool) -> None:
-    queue = parts.signing
+    queue = parts.to_sign
 
     async def came(tenant: str, *users: str) -> None:
         for user in users:
@@ -225,7 +225,7 @@ async def test_a_job_that_cannot_be_read_keeps_nobody_waiting(jobs: JobStore, us
 
 
 async def test_attempts_at_a_signature_are_counted_by_bank(parts: StoreParts, user: str, raw: redis.Redis) -> None:
-    signing, other = parts.signing, UserQueue(parts.connection, "sign", OTHER_BANK)
+    signing, other = parts.to_sign, UserQueue(parts.connection, "sign", OTHER_BANK)
     for _ in range(3):
         await signing.add(user)
     assert await other.take(0.05) is None
@@ -255,7 +255,7 @@ async def test_attempts_at_a_signature_are_counted_by_bank(parts: StoreParts, us
 async def test_an_erased_user_leaves_the_queues_of_every_bank(parts: StoreParts, raw: redis.Redis) -> None:
     user = KEYS.key("moved")
     await submitted(parts.jobs, user, bank=OTHER_BANK)
-    for signing in (UserQueue(parts.connection, "sign", OTHER_BANK), parts.signing):
+    for signing in (UserQueue(parts.connection, "sign", OTHER_BANK), parts.to_sign):
         await signing.add(user)
         assert await signing.count_attempt(user) == 1
     for number in range(KEPT_JOBS):  # until nothing of the user's own says which bank that was

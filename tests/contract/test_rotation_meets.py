@@ -127,15 +127,8 @@ async def test_a_write_meets_a_move_and_is_not_lost(begun: Rotation, server: Ser
 
 
 async def exported(parts: StoreParts, user: User) -> dict[str, Any]:
-    exporting = Exporting(
-        Rotation(parts.connection, SECRETS),
-        jobs=parts.jobs,
-        feedback=parts.feedback,
-        worth=parts.worth,
-        adapters=parts.adapters,
-        folder=Path(),
-        manifest=Mock(check=Mock(side_effect=FusionError("of another bank"))),
-    )
+    parts.rotation = Rotation(parts.connection, SECRETS)
+    exporting = Exporting(parts, Path(), Mock(check=Mock(side_effect=FusionError("of another bank"))))
     pieces = await exporting.export(user, lambda job: {"state": job.state.value})
     document: dict[str, Any] = orjson.loads(b"".join(pieces))
     return document

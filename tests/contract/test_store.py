@@ -244,7 +244,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
         assert await parts.profiles.commit(key, snapshot.version, change)
         await submitted(parts.jobs, key)
         await parts.feedback.add(key, "gen-1", Feedback("base", "none"), Sample([], "said"), "")
-        await parts.signing.add(key)
+        await parts.to_sign.add(key)
         await parts.worth.add(key, "", {CELL: Counts(answers=1)})
         await parts.worth.add_people(CELL.week, TENANT, [key])
     await parts.worth.add_sums(TENANT, "a token", {CELL: (1.0,)})
@@ -260,7 +260,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, 
     await worker.claim()
     assert await worker.promote()
     await worker.take_signing()
-    await parts.signing.count_attempt(KEYS.key("ada"))
+    await parts.to_sign.count_attempt(KEYS.key("ada"))
     await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key("bob"), background=True)
     await parts.erase("bob")
     await raw.set(keys.RESTORING, "a copy")
@@ -300,7 +300,7 @@ async def full(server: Servers, nodes: Nodes, parts: StoreParts) -> AsyncIterato
     await worker.claim()
     assert await worker.promote()
     await submitted(parts.jobs, key, SAMPLE, "another")
-    await parts.signing.add(key)
+    await parts.to_sign.add(key)
     await parts.put(CAI, "about cai")
     await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key(CAI))
     for node in nodes:
@@ -321,7 +321,7 @@ async def test_a_full_store_refuses_what_would_be_stored_and_erases(full: StoreP
     for refused in (
         full.put(BOB, "about bob"),
         submitted(full.jobs, KEYS.key(BOB)),
-        full.signing.add(KEYS.key(BOB)),
+        full.to_sign.add(KEYS.key(BOB)),
         full.feedback.add(KEYS.key(BOB), "gen-1", Feedback("merged", "none"), Sample([], "said"), ""),
         full.connection.run(lambda redis: redis.set("mta:{bob}:samples", "x")),
     ):

@@ -124,7 +124,7 @@ class Store(RuleBasedStateMachine):
         assert not (self.full and outcome is True)
         expected.text = found
         if outcome is True:
-            self.tried(parts, parts.signing.add(KEYS.key(put.user)))
+            self.tried(parts, parts.to_sign.add(KEYS.key(put.user)))
 
     @rule(user=USERS, gateway=TWO, sample=TWO, append=BOOL, background=BOOL, fault=FAULTS, place=PLACES)
     def adapt(

@@ -17,27 +17,19 @@ from adapters.recipe import UserAdapterId, parse_recipe
 from bank.manifest import BankManifest
 from bank.peft.exported import ExportedAdapter
 from server.errors import UserErased
-from server.store.adapters import AdapterStore, StoredAdapter
-from server.store.append_only_file import AppendOnlyFile
-from server.store.feedback import FeedbackStore
-from server.store.jobs import Job, JobStore
+from server.store.adapters import StoredAdapter
+from server.store.jobs import Job
 from server.store.opening import Stores
 from server.store.profile_record import AdapterNote, Profile
-from server.store.profiles import Erasure, ProfileStore
-from server.store.queue import UserQueue
-from server.store.rotation import Rotation
+from server.store.profiles import Erasure
 from server.store.samples import decode_sample
 from server.store.tenants.user_key import User
-from server.store.worth import WorthStore, monday
+from server.store.worth import monday
 
 
 @dataclass
 class Exporting:
-    rotation: Rotation
-    jobs: JobStore
-    feedback: FeedbackStore
-    worth: WorthStore
-    adapters: AdapterStore
+    stores: Stores
     folder: Path  # of the served bank
     manifest: BankManifest
 
@@ -46,20 +38,20 @@ class Exporting:
 
         Raises UserErased if the user is erased during the export.
         """
-        return await self.rotation.at(user, lambda user: self._export(user.key, job_answer), writes=False)
+        return await self.stores.rotation.at(user, lambda user: self._export(user.key, job_answer), writes=False)
 
     async def _export(self, key: str, job_answer: Callable[[Job], dict[str, Any]]) -> Iterator[bytes] | None:
-        profiles = self.rotation.profiles
+        stores, profiles = self.stores, self.stores.profiles
         snapshot = await profiles.read(key)
         profile = snapshot.profile
         if profile is None:
             return None
-        samples = await self.jobs.samples(key)
-        jobs = await self.jobs.jobs(key)
-        feedback = await self.feedback.entries(key)
-        tally = await self.worth.tally(key)
+        samples = await stores.jobs.samples(key)
+        jobs = await stores.jobs.jobs(key)
+        feedback = await stores.feedback.entries(key)
+        tally = await stores.worth.tally(key)
         note = profile.adapter
-        stored = await self.adapters.adapter(UserAdapterId(key, note.id)) if note else None
+        stored = await stores.adapters.adapter(UserAdapterId(key, note.id)) if note else None
         if await profiles.load(key) is None or await profiles.epoch(key) != snapshot.epoch:  # moved away, or erased
             raise UserErased
         complete, says = await asyncio.to_thread(self._load, stored) if stored else (None, "it is no longer stored")
@@ -99,13 +91,8 @@ class Exporting:
 
 @dataclass
 class Erasing:
-    profiles: ProfileStore
-    adapters: AdapterStore
-    jobs: JobStore
-    worth: WorthStore
-    signing: Callable[[str], UserQueue]  # signing queue of a bank, by its 8 hex digits
+    stores: Stores
     bank: str  # 8 hex digits of the served bank
-    log_file: AppendOnlyFile
     drop: Callable[[str], Coroutine[Any, Any, None]]  # drops a user's adapters from every engine
     _dropping: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -124,13 +111,13 @@ class Erasing:
         return replace(max(known, key=lambda erasure: erasure.erased.keys), rewritten_by_ms=until_ms) if known else None
 
     async def _erase(self, key: str, tenant: str, epoch: str) -> Erasure | None:
-        is_unknown, erasure = await self.profiles.erase_if_unknown(key, epoch)
+        is_unknown, erasure = await self.stores.profiles.erase_if_unknown(key, epoch)
         if not is_unknown:
-            rewrite = await self.log_file.request_rewrite(key)
-            erasure = await self.profiles.erase(key, rewrite.erase_by_ms, rewrite.rewritten_by_ms, epoch)
+            rewrite = await self.stores.file.request_rewrite(key)
+            erasure = await self.stores.profiles.erase(key, rewrite.erase_by_ms, rewrite.rewritten_by_ms, epoch)
         if erasure is None:
             return None
-        await leave_shared_keys(self, key, tenant, (self.bank, *erasure.banks))
+        await leave_shared_keys(self.stores, key, tenant, (self.bank, *erasure.banks))
         if erasure.erased.adapters:
             task = asyncio.create_task(self.drop(key))
             self._dropping.add(task)
@@ -138,7 +125,7 @@ class Erasing:
         return erasure
 
 
-async def leave_shared_keys(stores: Erasing | Stores, user_key: str, tenant: str, banks: Iterable[str] = ()) -> None:
+async def leave_shared_keys(stores: Stores, user_key: str, tenant: str, banks: Iterable[str] = ()) -> None:
     """Remove an erased user from the sets and queues of these banks, and of all banks that were used so far."""
     await stores.adapters.remove_adapted(user_key)
     await stores.worth.remove_erased(user_key, tenant)
