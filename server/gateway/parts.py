@@ -162,6 +162,7 @@ async def open_gateway(
                 no_evidence=empty_signature(short, bank.manifest.personal_rows) if has_signatures else None,
             )
             cache = IndexCache(INDEX_CACHE_BYTES // len(banks))
+            refreshing = Refreshing(stores, quotas, bank.manifest, budget, every_hours=settings.refresh_hours)
             histories = HistoryIndexer(lambda user: stores.profiles.items(user.key), bank.task, cache)
             return Parts(
                 settings=settings,
@@ -179,20 +180,7 @@ async def open_gateway(
                 ),
                 erasing=Erasing(stores, short, engines.drop),
                 exporting=Exporting(stores, folder, bank.manifest),
-                feedbacks=Feedbacks(
-                    stores.feedback,
-                    profiles,
-                    Refreshing(
-                        stores.feedback,
-                        stores.jobs,
-                        stores.profiles,
-                        quotas,
-                        manifest=bank.manifest,
-                        budget=budget,
-                        every_hours=settings.refresh_hours,
-                    ),
-                    tallies,
-                ),
+                feedbacks=Feedbacks(stores.feedback, profiles, refreshing, tallies),
                 learner=learner,
                 tallies=tallies,
                 generator=Generator(

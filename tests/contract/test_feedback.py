@@ -57,7 +57,7 @@ async def test_a_text_that_comes_during_a_training_is_new_to_its_adapter(parts: 
     """Jobs and texts have the store's times; the adapter has one of the worker's clock, which may be ahead."""
     user, worker, manifest = KEYS.user("somebody"), WorkerSteps(parts), Mock(short=BANK, room=2, common=True)
     quotas, budget = Mock(admit=lambda *_: nullcontext()), JobBudget(1000, 60)
-    refreshing = Refreshing(parts.feedback, parts.jobs, parts.profiles, quotas, manifest, budget, every_hours=0)
+    refreshing = Refreshing(parts, quotas, manifest, budget, every_hours=0)
 
     async def is_due(answer: str) -> bool:
         await parts.feedback.add(KEY, answer, merged(), SAID, "")

@@ -14,9 +14,8 @@ from adapters.training.adapt_config import default_config
 from bank.manifest import BankManifest
 from server.errors import ApiError
 from server.gateway.access.quotas import Quotas
-from server.store.feedback import FeedbackStore
-from server.store.jobs import Job, JobStore, Submission
-from server.store.profiles import ProfileStore
+from server.store.jobs import Job, Submission
+from server.store.opening import Stores
 from server.store.samples import MAX_SAMPLES, JobBudget, encode_config
 from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User
@@ -28,9 +27,7 @@ _HOUR_MS = 3600 * 1000
 
 @dataclass
 class Refreshing:
-    feedback: FeedbackStore
-    jobs: JobStore
-    profiles: ProfileStore
+    stores: Stores
     quotas: Quotas
     manifest: BankManifest
     budget: JobBudget
@@ -48,15 +45,15 @@ class Refreshing:
             return None
 
     async def _refresh(self, user: User, after: int, epoch: str) -> Job | None:
-        profile = await self.profiles.load(user.key)
+        profile = await self.stores.profiles.load(user.key)
         if profile is None:
             return None
-        learned_ms = await self.feedback.learned_ms(user.key)
+        learned_ms = await self.stores.feedback.learned_ms(user.key)
         if len(learned_ms) < after:
             return None
         adapter = profile.adapter
         is_served = adapter is not None and bank_of(adapter.recipe) == self.manifest.short
-        jobs = await self.jobs.jobs(user.key)
+        jobs = await self.stores.jobs.jobs(user.key)
         seen_ms = 0
         if adapter and is_served:  # what came during its training, it has not seen
             began_ms = (job.started_ms for job in jobs if job.adapter == adapter.id)
@@ -71,4 +68,4 @@ class Refreshing:
         bank, tenant = self.manifest.short, user.tenant
         submission = Submission([], True, config, bank=bank, epoch=epoch, tenant=tenant, background=True)
         with self.quotas.admit(user, lambda: Held(adapters=adapter is None)):
-            return await self.jobs.submit(user.key, submission, MAX_SAMPLES)
+            return await self.stores.jobs.submit(user.key, submission, MAX_SAMPLES)
