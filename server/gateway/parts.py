@@ -184,7 +184,7 @@ async def open_gateway(
                 learner=learner,
                 tallies=tallies,
                 generator=Generator(
-                    Personalizer(bank, profiles.find, profiles.request_signature),
+                    Personalizer(bank, profiles),
                     PromptBuilder(bank.task, engines, histories, settings.queue_timeout_s),
                     engine,
                     engines,

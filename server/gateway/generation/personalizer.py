@@ -6,10 +6,8 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 
 from adapters.errors import excerpt
 from adapters.recipe import FusionRecipe, UserAdapterId, bank_of, parse_recipe
@@ -17,6 +15,7 @@ from bank.lookup.serving import AnchorWeight, ServingBank
 from server.engine_protocol import BASE_MODEL
 from server.errors import InvalidRequest, NotFound
 from server.gateway.generation.request import GenerationRequest, Personalize
+from server.gateway.users.profiles import Profiles
 from server.store.profile_record import Profile
 from server.store.tenants.user_key import User
 from server.store.worth import this_hour, week_of
@@ -67,17 +66,11 @@ class Personalization:
 
 
 class Personalizer:
-    """Finds recipes. It knows nothing about a user beyond the profile, which `find` loads."""
+    """Finds recipes. It knows nothing about a user beyond the profile."""
 
-    def __init__(
-        self,
-        bank: ServingBank,
-        find: Callable[[User], Awaitable[tuple[User, Profile | None, str]]],
-        request_signature: Callable[[User], Coroutine[Any, Any, None]],
-    ) -> None:
+    def __init__(self, bank: ServingBank, profiles: Profiles) -> None:
         self._bank = bank
-        self._find = find
-        self._request_signature = request_signature
+        self._profiles = profiles
         self._last_request_s: dict[str, float] = {}
         self._request_tasks: set[asyncio.Task[None]] = set()
 
@@ -90,7 +83,7 @@ class Personalizer:
             )
         if request.user is None or not request.wants_profile:
             return request.user, None, ""
-        return await self._find(request.user)
+        return await self._profiles.find(request.user)
 
     def candidates(self, request: GenerationRequest, profile: Profile | None) -> tuple[Personalization, ...]:
         """Return the possible personalizations, most personal first; the first one that the engine can serve is used.
@@ -140,7 +133,7 @@ class Personalizer:
         if len(self._last_request_s) >= _MAX_REMEMBERED_USERS:
             self._last_request_s.clear()
         self._last_request_s[user.key] = now_s
-        task = asyncio.create_task(self._request_signature(user))
+        task = asyncio.create_task(self._profiles.request_signature(user))
         self._request_tasks.add(task)
         task.add_done_callback(self._request_tasks.discard)
 
