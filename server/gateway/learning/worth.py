@@ -14,7 +14,7 @@ from server.gateway.learning.confidence import (
     people_weeks_needed,
     relative,
 )
-from server.gateway.learning.tallies import SHARE_UNIT, Metric, metrics_of
+from server.gateway.learning.tallies import SHARE_UNIT, Metric
 from server.store.worth import EVER, Cell, Counts
 
 _LEVELS = (Level.STACKED, Level.MERGED)
@@ -40,19 +40,6 @@ BEGIN = (
     "and send feedback on answers to POST /users/{user_id}/feedback"
 )
 COUNTING = "nothing is known yet: people are counted once their week is over, a day after its end, by Tuesday 0:00 UTC"
-
-
-@dataclass(frozen=True, slots=True)
-class WeekOfArm:
-    """What happened to the answers of one week, level and arm."""
-
-    cell: Cell
-    people: int
-    counts: Counts
-
-    @property
-    def shares(self) -> Mapping[Metric, float]:
-        return metrics_of(self.counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +90,10 @@ class Comparison:
         return f"{self.level} {verb} {_shown(saved, 0, ' %')} {part} {_SAVED[self.metric]}{advice}"
 
 
-def weeks_of(sums: Mapping[Cell, Sequence[float]]) -> list[WeekOfArm]:
-    """Return what happened in each week, newest first."""
+def weeks_of(sums: Mapping[Cell, Sequence[float]]) -> list[tuple[Cell, int, Counts]]:
+    """Return the cells of all weeks with the number of people and what happened to their answers, newest first."""
     cells = sorted((cell for cell in sums if cell.week != EVER), key=lambda cell: (-cell.week, cell.field))
-    return [WeekOfArm(cell, int(sums[cell][0]), Counts(*sums[cell][1:])) for cell in cells]
+    return [(cell, int(sums[cell][0]), Counts(*sums[cell][1:])) for cell in cells]
 
 
 def comparisons_of(sums: Mapping[Cell, Sequence[float]]) -> Iterator[Comparison]:

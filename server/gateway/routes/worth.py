@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.gateway.access.keys import caller_of
 from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.learning.confidence import SequentialInterval, Totals
-from server.gateway.learning.tallies import Metric
-from server.gateway.learning.worth import BEGIN, COUNTING, Comparison, WeekOfArm, comparisons_of, share_of, weeks_of
+from server.gateway.learning.tallies import Metric, metrics_of
+from server.gateway.learning.worth import BEGIN, COUNTING, Comparison, comparisons_of, share_of, weeks_of
 from server.gateway.parts import gateway_of
-from server.store.worth import monday
+from server.store.worth import Cell, Counts, monday
 
 _SHARES = "0 to 1, of all answers alike; null if no answer says anything about it."
 
@@ -77,17 +77,16 @@ class WeekAnswer(BaseModel, frozen=True):
     shares: dict[Metric, float] = Field(description=f"Each metric, {_SHARES}")
 
     @classmethod
-    def of(cls, known: WeekOfArm) -> Self:
-        cell, counts = known.cell, known.counts
+    def of(cls, cell: Cell, people: int, counts: Counts) -> Self:
         names = ("answers", "sent", "edited", "discarded", "up", "down")
         return cls(
             week=monday(cell.week),
             level=Level(cell.level),
             arm=Arm(cell.arm),
             holdout=share_of(cell),
-            people=known.people,
+            people=people,
             feedback=int(counts.answered),
-            shares={metric: round(share, 4) for metric, share in known.shares.items()},
+            shares={metric: round(share, 4) for metric, share in metrics_of(counts).items()},
             **{name: int(getattr(counts, name)) for name in names},
         )
 
@@ -153,5 +152,5 @@ async def read_worth(request: Request) -> WorthAnswer:
         says=[known.says for known in comparisons] or [COUNTING if begun else BEGIN],
         running=[RunningAnswer(week=monday(week), people=people) for week, people in running],
         comparisons=comparisons,
-        weeks=[WeekAnswer.of(known) for known in weeks_of(sums)],
+        weeks=[WeekAnswer.of(*week) for week in weeks_of(sums)],
     )
