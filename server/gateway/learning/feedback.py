@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 from rapidfuzz.distance import Levenshtein
 
@@ -15,7 +14,7 @@ from server.gateway.generation.answer_ids import AnswerNote
 from server.gateway.learning.refreshing import Refreshing
 from server.gateway.learning.tallies import Person, Tallies
 from server.gateway.users.profiles import Profiles, check_size
-from server.store.feedback import Feedback, FeedbackStore, Outcome, Rating
+from server.store.feedback import Feedback, FeedbackStore, Outcome
 from server.store.jobs import Job
 from server.store.samples import Sample, encode_sample
 from server.store.tenants.holdings import Held
@@ -34,15 +33,6 @@ class Final:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """Feedback as a client gives it; something in it is set."""
-
-    outcome: Outcome | None
-    rating: Rating | None
-    final: Final | None
-
-
-@dataclass(frozen=True, slots=True)
 class Learnt:
     feedback: Feedback  # all that is known about the answer by now
     learned: bool  # whether this request brought a sample
@@ -56,32 +46,33 @@ class Feedbacks:
     refreshing: Refreshing
     tallies: Tallies
 
-    async def give(self, user: User, note: AnswerNote, given: Given, epoch: str, *, refresh_after: int = 0) -> Learnt:
-        """Store feedback; feedback on the same answer adds to the earlier one and replaces what both say.
+    async def give(
+        self, user: User, note: AnswerNote, said: Feedback, final: Final | None, epoch: str, *, refresh_after: int
+    ) -> Learnt:
+        """Store what a client says; feedback on the same answer adds to the earlier one and replaces what both say.
 
         A final text that differs from the answer becomes a sample and an item of the user's history, each under the
         answer's id; after `refresh_after` of them the user is adapted again. Raises InvalidRequest if the parts
         contradict each other, and UserErased as `Profiles.learn` does.
         """
-        give = partial(self._give, note=note, given=given, epoch=epoch, refresh_after=refresh_after)
-        return await self.profiles.rotation.at(user, give)
-
-    async def _give(self, user: User, note: AnswerNote, given: Given, epoch: str, refresh_after: int) -> Learnt:
-        changed, sample = await asyncio.to_thread(_difference, given.final) if given.final else (None, None)
-        outcome = given.outcome
-        if given.final:
-            if outcome is Outcome.SENT and sample:
+        sample = None
+        if final:
+            changed, sample = await asyncio.to_thread(_difference, final)
+            if said.outcome is Outcome.SENT and sample:
                 raise InvalidRequest("outcome is sent, but final differs from the answer: send edited", param="outcome")
-            outcome = outcome or (Outcome.EDITED if sample else Outcome.SENT)
-        said = Feedback(note.level.value, note.arm.value, outcome, given.rating, changed)
+            said = replace(said, outcome=said.outcome or (Outcome.EDITED if sample else Outcome.SENT), changed=changed)
         wanted = Held(bytes=160 + (len(encode_sample(sample)) if sample else 0))  # about what the store takes
-        with self.profiles.quotas.admit(user, lambda: wanted):
-            if sample:
-                await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
-            new, before = await self.store.add(user.key, note.request_id, said, sample, epoch)
-        self.tallies.count_feedback(Person(user.tenant, user.key, epoch), note, new, before)
-        job = await self.refreshing.refresh_if_due(user, refresh_after, epoch) if sample else None
-        return Learnt(new, learned=sample is not None, job=job)
+
+        async def store(user: User) -> Learnt:
+            with self.profiles.quotas.admit(user, lambda: wanted):
+                if sample:
+                    await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
+                new, before = await self.store.add(user.key, note.request_id, said, sample, epoch)
+            self.tallies.count_feedback(Person(user.tenant, user.key, epoch), note, new, before)
+            job = await self.refreshing.refresh_if_due(user, refresh_after, epoch) if sample else None
+            return Learnt(new, learned=sample is not None, job=job)
+
+        return await self.profiles.rotation.at(user, store)
 
     def _item(self, answer: str, sample: Sample) -> Item:
         raw = {"id": answer, "input": sample.messages[-1]["content"], "output": sample.output}

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from server.gateway.access.keys import caller_of
 from server.gateway.generation.answer_ids import read_answer_id
 from server.gateway.generation.personalizer import Arm, Level
-from server.gateway.learning.feedback import Final, Given
+from server.gateway.learning.feedback import Final
 from server.gateway.parts import parts_of, user_of, users_of
 from server.gateway.routes.requests import (
     SampleInput,
@@ -23,7 +23,7 @@ from server.gateway.routes.requests import (
     sample_messages,
 )
 from server.settings import MAX_ITEM_BYTES
-from server.store.feedback import Outcome, Rating
+from server.store.feedback import Feedback, Outcome, Rating
 from server.store.samples import Sample
 
 _MAX_ID_CHARS = 128
@@ -110,8 +110,8 @@ async def give_feedback(request: Request, user_id: UserIdInPath, body: FeedbackR
         final = Final(Sample(sample_messages(body.input), body.final), body.text, body.sha256)
     policy = caller_of(request).policy
     refresh = parts.settings.refresh_samples if policy.refresh is None else policy.refresh
-    given = Given(body.outcome, body.rating, final)
-    learnt = await parts.feedbacks.give(user, note, given, epoch, refresh_after=refresh)
+    said = Feedback(note.level.value, note.arm.value, body.outcome, body.rating, None)
+    learnt = await parts.feedbacks.give(user, note, said, final, epoch, refresh_after=refresh)
     known = learnt.feedback
     return FeedbackAnswer(
         answer=body.answer,
