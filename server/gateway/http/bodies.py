@@ -82,21 +82,16 @@ class JsonRoute(APIRoute):
         if field is None:
             return handle
 
-        def valid(value: Any) -> Any:
-            checked, errors = field.validate(value, loc=("body",))
-            if errors:
-                raise fault_of(errors)
-            return checked
-
-        def of_json(body: bytes) -> Any:
-            return valid(parse_json(body))
-
-        def of_lines(body: bytes) -> Any:
-            assert self.lines
-            return valid({self.lines: parse_lines(body, self.lines, self.max_lines)})
-
         async def strict(request: Request) -> Response:
-            parse = of_lines if self._is_in_lines(request) else of_json
+            lines = self._lines_of(request)
+
+            def parse(body: bytes) -> Any:
+                value = {lines: parse_lines(body, lines, self.max_lines)} if lines else parse_json(body)
+                checked, errors = field.validate(value, loc=("body",))
+                if errors:
+                    raise fault_of(errors)
+                return checked
+
             await self.before_body(request)
             bodies: BodyReader = request.app.state.bodies
             try:
@@ -110,21 +105,21 @@ class JsonRoute(APIRoute):
     async def before_body(self, request: Request) -> None:
         """Run before the body is read, for state that must be captured at that moment."""
 
-    def _is_in_lines(self, request: Request) -> bool:
-        """Return whether the body is newline-delimited JSON; raise `WrongMediaType` if it is compressed or no JSON."""
+    def _lines_of(self, request: Request) -> str | None:
+        """Return `lines` if the body is newline-delimited; raise `WrongMediaType` if it is compressed or no JSON."""
         if (coding := request.headers.get("content-encoding", "identity")) != "identity":
             message = f"Content-Encoding must not be set, got {excerpt(coding)}: send the body uncompressed"
             raise WrongMediaType(message, param="content-encoding")
         given = request.headers.get("content-type")
         media_type = (given or "").partition(";")[0].strip().lower()
         if self.lines and media_type in _LINES:
-            return True
+            return self.lines
         if media_type != "application/json" and not (
             media_type.startswith("application/") and media_type.endswith("+json")
         ):
             wanted = "application/json or application/x-ndjson" if self.lines else "application/json"
             raise WrongMediaType(f"Content-Type must be {wanted}, got {excerpt(given)}", param="content-type")
-        return False
+        return None
 
 
 class _ReadRequest(Request):
