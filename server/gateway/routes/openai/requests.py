@@ -193,19 +193,13 @@ class OpenAIRequest(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_engine_fields(cls, fields: Any) -> Any:
-        for name in fields if isinstance(fields, dict) else ():
-            if name in REFUSED:
-                message = f"{name} controls the engine, which only the server may do: leave it out"
-                raise InvalidRequest(message, param=name, code="refused_field")
-        return fields
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_ignored_fields(cls, fields: Any) -> Any:
+    def _refuse_or_drop_fields(cls, fields: Any) -> Any:
         """Drop ignored fields and nulls; keep unknown fields, even if null, for validation to refuse."""
         if not isinstance(fields, dict):
             return fields
+        if refused := next((name for name in fields if name in REFUSED), None):
+            message = f"{refused} controls the engine, which only the server may do: leave it out"
+            raise InvalidRequest(message, param=refused, code="refused_field")
         known = cls.model_fields
         return {n: value for n, value in fields.items() if n not in IGNORED and (value is not None or n not in known)}
 
