@@ -220,13 +220,13 @@ class RequestLog:
         traceparent.set(self._tracing.current())
         self._tracing.note(request=own_id)
         scope.setdefault("state", {})["notes"] = notes
-        status, headed, unaudited = 500, False, False
+        status, ended = 500, False
         is_head = scope["method"] == "HEAD"
         inner = {**scope, "method": "GET"} if is_head else scope
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status, headed, unaudited
-            if unaudited:
+            nonlocal status, ended
+            if ended:
                 return
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -235,14 +235,12 @@ class RequestLog:
                     _audit(inner["state"], status)  # before the client can know: a gateway may die now
                 except Unavailable as error:
                     refusal = error_response(error)
-                    status, unaudited = refusal.status_code, True
+                    status, ended = refusal.status_code, True
                     refusal.headers["X-Request-Id"] = own_id
                     await refusal(inner, receive, send)
                     return
             elif is_head:
-                if headed:
-                    return
-                headed, message = True, {"type": "http.response.body"}  # a stream stops too: `receive` disconnects
+                ended, message = True, {"type": "http.response.body"}  # a stream stops too: `receive` disconnects
             await send(message)
 
         try:
