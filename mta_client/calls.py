@@ -55,7 +55,7 @@ class Call(Generic[T]):
                 raise broken_off() from error
             code = "not_sendable" if isinstance(error, httpx.UnsupportedProtocol) else "no_answer"
             raise MtaError(f"{self.method} {self.path} got no answer from {url}: {error}", code) from error
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise MtaError(
                 f"{self.method} {self.path} got an answer that this client cannot read: {error!r}", "not_understood"
             ) from error

@@ -169,7 +169,8 @@ def test_events_are_read_up_to_done_and_comments_skipped(kind: Any) -> None:
 def test_a_stream_that_breaks_off_is_an_error_after_its_events(kind: Any) -> None:
     error = {"message": "the engine died", "type": "server_error", "param": None, "code": "engine_unavailable"}
     ends = ((b"", "broken_off"), (LOST, "broken_off"), (event({"error": error}), "engine_unavailable"))
-    for rest, code in ends:
+    unread: list[Any] = [7, {"choices": [{"delta": None, "finish_reason": None}]}]
+    for rest, code in (*ends, *((event(value), "not_understood") for value in unread)):
         with served(kind, event(PIECE) + rest) as client:
             chunks = client.stream("ada", "hello")
             assert next(chunks).text == "a\u2028b\x85c"  # not separators of lines
