@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -34,7 +33,6 @@ class AsyncClient:
         **options: Any,
     ) -> None:
         self.url, self.retry_s = url, retry_s
-        key = key or os.environ.get("MTA_API_KEY")
         self._http = httpx.AsyncClient(base_url=url, **calls.http_options(key, timeout_s, options))
 
     async def __aenter__(self) -> AsyncClient:

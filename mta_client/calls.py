@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,6 +82,7 @@ class Patience:
 
 def http_options(key: str | None, timeout_s: float, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of an httpx client."""
+    key = key or os.environ.get("MTA_API_KEY")
     headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
     timeout, limits = httpx.Timeout(timeout_s, connect=CONNECT_S), httpx.Limits(keepalive_expiry=KEEP_ALIVE_S)
     return {"timeout": timeout, "limits": limits, **options, "headers": headers | dict(options.get("headers") or {})}

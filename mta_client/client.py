@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -43,7 +42,6 @@ class Client:
         **options: Any,
     ) -> None:
         self.url, self.retry_s = url, retry_s
-        key = key or os.environ.get("MTA_API_KEY")
         self._http = httpx.Client(base_url=url, **calls.http_options(key, timeout_s, options))
         self._stopped = threading.Event()
 
