@@ -14,7 +14,7 @@ from server.gateway.learning.confidence import (
     people_weeks_needed,
     relative,
 )
-from server.gateway.learning.tallies import SHARE_UNIT, Metric
+from server.gateway.learning.tallies import Metric
 from server.store.worth import EVER, Cell, Counts
 
 _LEVELS = (Level.STACKED, Level.MERGED)
@@ -109,11 +109,6 @@ def comparisons_of(sums: Mapping[Cell, Sequence[float]]) -> Iterator[Comparison]
                 if metric in lower or metric in full:
                     of_both = lower.get(metric, Totals()), full.get(metric, Totals())
                     yield Comparison(share, level, metric, *of_both)
-
-
-def share_of(cell: Cell | Comparison) -> float:
-    """Return the share of people held out."""
-    return cell.share / SHARE_UNIT
 
 
 def _is_known(sums: Mapping[Cell, Sequence[float]], ever: Cell) -> bool:

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.gateway.access.keys import caller_of
 from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.learning.confidence import SequentialInterval, Totals
-from server.gateway.learning.tallies import Metric, metrics_of
-from server.gateway.learning.worth import BEGIN, COUNTING, Comparison, comparisons_of, share_of, weeks_of
+from server.gateway.learning.tallies import SHARE_UNIT, Metric, metrics_of
+from server.gateway.learning.worth import BEGIN, COUNTING, Comparison, comparisons_of, weeks_of
 from server.gateway.parts import gateway_of
 from server.store.worth import Cell, Counts, monday
 
@@ -49,7 +49,7 @@ class ComparisonAnswer(BaseModel, frozen=True):
         return cls(
             level=known.level,
             metric=known.metric,
-            holdout=share_of(known),
+            holdout=known.share / SHARE_UNIT,
             lower=ArmAnswer.of(known.lower),
             full=ArmAnswer.of(known.full),
             difference=known.difference,
@@ -83,7 +83,7 @@ class WeekAnswer(BaseModel, frozen=True):
             week=monday(cell.week),
             level=Level(cell.level),
             arm=Arm(cell.arm),
-            holdout=share_of(cell),
+            holdout=cell.share / SHARE_UNIT,
             people=people,
             feedback=int(counts.answered),
             shares={metric: round(share, 4) for metric, share in metrics_of(counts).items()},
