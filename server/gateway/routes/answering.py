@@ -91,11 +91,6 @@ class Usage(BaseModel, frozen=True):
     completion_tokens: int
     total_tokens: int
 
-    @classmethod
-    def of(cls, answer: Answer) -> Self | None:
-        """Return the usage of a complete answer, if the engine reported it."""
-        return cls(**answer.stream.usage) if answer.stream.usage else None
-
 
 def anchor_answers(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> list[AnchorAnswer]:
     """Return the anchors of a recipe, largest weight first, with the current similarity and gain of each.

@@ -131,7 +131,7 @@ class _GenerateResponse(AnswerResponse):
             id=answer.public_id,
             text=text,
             finish_reason=answer.stream.first.finish_reason,
-            usage=Usage.of(answer),
+            usage=answer.stream.usage or None,
             personalization=PersonalizationAnswer.of(answer),
         ).model_dump_json()
 
@@ -141,4 +141,5 @@ class _GenerateResponse(AnswerResponse):
         async for text, _ in answer.pieces():
             if text:
                 yield _chunk(base, {"content": text})
-        yield _chunk(base, {}, answer.stream.first.finish_reason, usage=Usage.of(answer), timings_ms=answer.timings.ms)
+        reason, usage = answer.stream.first.finish_reason, answer.stream.usage or None
+        yield _chunk(base, {}, reason, usage=usage, timings_ms=answer.timings.ms)
