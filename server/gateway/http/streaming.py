@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import orjson
@@ -40,6 +41,7 @@ class EventSender:
     """Sends a stream of events, and a comment, which clients ignore, after `KEEP_ALIVE_S` without an event.
 
     Status 200 and `headers()` precede the first of them. Once the stream has `begun`, an error can only be an event.
+    The response ends with the context, unless an exception passes.
     """
 
     def __init__(self, send: Send, headers: Callable[[], Mapping[str, str]]) -> None:
@@ -48,14 +50,17 @@ class EventSender:
         self._headers = headers
         self._sent_s = time.monotonic()
         self._turn = asyncio.Lock()
-        self._keeping_alive: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         self._keeping_alive = asyncio.create_task(self._keep_alive())
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._stop_keeping_alive()
+    async def __aexit__(self, error: object, *_: object) -> None:
+        async with nullcontext() if error else self._turn:
+            self._keeping_alive.cancel()
+            await asyncio.gather(self._keeping_alive, return_exceptions=True)
+            if not error:  # from now on `receive` reports a disconnect, even if the client has the complete response
+                await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def write(self, data: bytes) -> None:
         async with self._turn:
@@ -66,18 +71,6 @@ class EventSender:
                 await self._send({"type": "http.response.start", "status": 200, "headers": head})
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
             self._sent_s = time.monotonic()
-
-    async def end(self) -> None:
-        async with self._turn:
-            await self._stop_keeping_alive()
-            # From now on `receive` reports a disconnect, even if the client has the complete response.
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _stop_keeping_alive(self) -> None:
-        if keeping_alive := self._keeping_alive:
-            self._keeping_alive = None
-            keeping_alive.cancel()
-            await asyncio.gather(keeping_alive, return_exceptions=True)
 
     async def _keep_alive(self) -> None:
         while True:

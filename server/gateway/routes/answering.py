@@ -187,7 +187,6 @@ class AnswerResponse(Response):
                 notes.broken = True
                 self._parts.metrics.broken_streams.labels(error.code).inc()
                 await sender.write(event(ErrorAnswer.of(error)))
-            await sender.end()
 
     def _begin(self, scope: Scope, answer: Answer) -> None:
         """Keep the answer for the headers and record its notes, metrics and trace attributes."""

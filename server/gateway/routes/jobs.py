@@ -258,7 +258,6 @@ class _JobEvents(Response):
                 await sender.write(b"event: done\n" + DONE)
             except ApiError as error:
                 await sender.write(event(ErrorAnswer.of(error)))
-            await sender.end()
 
 
 def _training_request(body: AdaptRequest) -> TrainingRequest:

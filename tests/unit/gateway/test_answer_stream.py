@@ -269,8 +269,7 @@ async def test_a_sender_begins_once_and_says_nothing_after_the_end(monkeypatch: 
         await asyncio.sleep(0.01)
         for number in range(5):
             await sender.write(event(number))
-        await sender.end()
-        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.01)
     assert [message["type"] for message in sent] == ["http.response.start"] + ["http.response.body"] * (len(sent) - 1)
     assert [message["more_body"] for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
     bodies = [message["body"] for message in sent[1:-1]]
