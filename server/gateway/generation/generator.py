@@ -18,7 +18,6 @@ from server.gateway.generation.answer_stream import AnswerStream, SubRequest, sp
 from server.gateway.generation.personalizer import Personalization, Personalizer
 from server.gateway.generation.prompts import PromptBuilder, UserPrompt
 from server.gateway.generation.request import GenerationRequest, LengthLimits
-from server.store.tenants.user_key import User
 from server.watching.logs import request_id
 
 
@@ -47,6 +46,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    request: GenerationRequest  # with the user as stored
     id: str  # the request's, for logs
     public_id: str  # for the client: `id`, or an id that feedback can name (`answer_ids.py`)
     personalization: Personalization
@@ -55,9 +55,7 @@ class Answer:
     stream: AnswerStream
     timings: Timings  # complete when `pieces` has ended
     limits: Mapping[str, str]  # response headers with the caller's remaining limits
-    user: User | None  # as stored
     epoch: str  # the user's, as the request found it
-    learns: bool  # whether the last user message becomes an item
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield the pieces of `AnswerStream.pieces` and record their timing."""
@@ -117,6 +115,7 @@ class Generator:
                 served, request_id = candidates[skipped], engine_request.request_id
                 public_id = _public_id(request, epoch, request_id, served)
                 yield Answer(
+                    request,
                     request_id,
                     public_id,
                     served,
@@ -125,9 +124,7 @@ class Generator:
                     stream,
                     timings,
                     limits=usage.headers(),
-                    user=user,
                     epoch=epoch,
-                    learns=request.learnt is not None,
                 )
 
     @asynccontextmanager

@@ -82,7 +82,7 @@ class PersonalizationAnswer(BaseModel, frozen=True):
             reason=personalization.reason,
             timings_ms=answer.timings.ms,
             arm=personalization.arm,
-            learned=answer.learns,
+            learned=answer.request.learnt is not None,
         )
 
 
@@ -209,8 +209,8 @@ class AnswerResponse(Response):
 
     def _after(self, answer: Answer) -> None:
         """Count a complete answer, and learn from the message that it answers."""
-        request = self._request
-        user, item = answer.user, request.learnt
+        request = answer.request
+        user, item = request.user, request.learnt
         if user and request.holdout:
             person = Person(user.tenant, user.key, answer.epoch)
             self._parts.tallies.count_answer(person, answer.personalization, request.holdout)

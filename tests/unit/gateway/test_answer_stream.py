@@ -216,13 +216,13 @@ async def test_a_long_answer_takes_little_more_memory_than_what_will_be_sent(top
 
     nothing: Any = None
     answer: Any = SimpleNamespace(
+        request=SimpleNamespace(learnt=None),
         pieces=pieces,
         public_id="x",
         personalization=Personalization(Level.BASE),
         prompt=UserPrompt([], 0, None, None),
         stream=SimpleNamespace(first=SimpleNamespace(first_token_s=0.0)),
         timings=SimpleNamespace(ms={}),
-        learns=False,
     )
     body = ChatRequest(messages=[ChatMessage(role="user", content="hello")])
     sent = await _OpenAIResponse(nothing, nothing, body, "chat.completion").whole(answer)
