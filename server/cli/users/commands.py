@@ -7,6 +7,7 @@ import base64
 import hashlib
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -172,13 +173,12 @@ def readapt(
 
 async def _readapt(settings: Settings, default_bank_folder: Path | None, at_a_time: int) -> None:
     """Create jobs for the settings' bank; `default_bank_folder` is the gateways' MTA_BANK."""
-    from rich.progress import MofNCompleteColumn, Progress
-
     from bank.manifest import read_manifest
+    from server.cli.bank.progress import ConsoleProgress
     from server.store.opening import open_stores
     from server.store.samples import JobBudget
     from server.store.tenants.user_key import Tenants
-    from server.worker.readapting import Readapting, ReadaptTally, ServedBanks
+    from server.worker.readapting import Readapting, ServedBanks
 
     manifest = read_manifest(settings.bank_folder())
     async with open_stores(settings) as stores:
@@ -191,13 +191,8 @@ async def _readapt(settings: Settings, default_bank_folder: Path | None, at_a_ti
             served = ServedBanks(ring, default_bank, Tenants(settings.user_secret, settings.tenant), settings.tenant)
         budget = JobBudget(settings.job_tokens, settings.job_seconds)
         work = Readapting(stores.jobs, stores.adapters, stores.profiles, manifest, at_a_time, budget, served)
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-            task = progress.add_task("users", total=None)
-
-            def on_user(tally: ReadaptTally, of: int) -> None:
-                progress.update(task, completed=tally.queued + tally.settled + tally.waiting, total=of)
-
-            tally = await work.run(on_user)
+        with ConsoleProgress() as progress:
+            tally = await work.run(partial(progress.piece, "users"))
     Console(highlight=False).print(
         f"bank {manifest.short}: {tally.queued} users have a job, {tally.settled} need none, "
         f"{tally.waiting} wait for a request to remake their profile"
