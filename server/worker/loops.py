@@ -263,8 +263,6 @@ class JobLoop:
             if await held.retry(self.jobs.promote, held.lease, trained, noted, snapshot.version, stored):
                 return
             job = await held.retry(self.jobs.job, job_id)
-            if job is not None and job.adapter == stored.id:
-                return  # the write succeeded, but its answer was lost
             if job is None or job.state.ended:
                 break
         raise LeaseLost
