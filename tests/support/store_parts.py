@@ -22,20 +22,15 @@ from bench.rig.processes import PATIENCE_S
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.gateway.users.privacy import Erasing
-from server.store.adapters import AdapterStore, StoredAdapter, new_adapter_id
+from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.append_only_file import AppendOnlyFile
-from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Submission, Trained
+from server.store.opening import Stores
 from server.store.profile_record import AdapterNote, Profile, StoredItem, StoredSignature, StoredVector
 from server.store.profiles import Change, Erasure, ProfileStore, Snapshot
-from server.store.queue import UserQueue
 from server.store.redis import keys
 from server.store.redis.servers.connection import RedisConnection
-from server.store.tenants.access_keys import AccessKeys
-from server.store.tenants.holdings import HoldingStore
-from server.store.tenants.rates import Rates
 from server.store.tenants.user_key import UserKeys
-from server.store.worth import WorthStore
 
 BANK = "9f2c41d0"
 RECIPE = f"mta3:{BANK}:shared:c"
@@ -77,16 +72,13 @@ class FaultyConnection(RedisConnection):
         return await super().write(script, names, *arguments)
 
 
-class StoreParts:
-    """One process's stores, on a connection of its own that can be made to fail."""
+class StoreParts(Stores):
+    """One process's stores, on a connection of its own that can be made to fail; `signing` is the queue of one bank."""
 
     def __init__(self, url: str) -> None:
         self.connection = FaultyConnection(url)
-        self.profiles, self.jobs = ProfileStore(self.connection), JobStore(self.connection)
-        self.feedback, self.worth = FeedbackStore(self.connection), WorthStore(self.connection)
-        self.keys, self.rates = AccessKeys(self.connection), Rates(self.connection)
-        self.holdings = HoldingStore(self.connection)
-        self.adapters, self.signing = AdapterStore(self.connection), UserQueue(self.connection, "sign", BANK)
+        super().__init__(self.connection, SECRET)
+        self.signing_of, self.signing = self.signing, self.signing(BANK)
 
     @classmethod
     @asynccontextmanager
@@ -120,9 +112,9 @@ class StoreParts:
             adapters=self.adapters,
             jobs=self.jobs,
             worth=self.worth,
-            signing=lambda bank: UserQueue(self.connection, "sign", bank),
+            signing=self.signing_of,
             bank=BANK,
-            log_file=AppendOnlyFile(self.connection),
+            log_file=self.file,
             drop=AsyncMock(),
         )
         return await erasing.erase(users.user(user))
