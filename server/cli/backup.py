@@ -21,8 +21,6 @@ from server.store.tenants.user_key import UserKeys, check_values
 from server.watching.audit import Act, note, read_audit
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from server.store.opening import Stores  # commands start without redis-py
 
 CLOCK_SKEW = timedelta(seconds=10)  # maximum difference between the clocks of gateways and of `mta backup`
@@ -41,15 +39,14 @@ def backup(
     Every write acknowledged before the copy began is in it. The copy holds personal data, also of people who are erased
     later, so delete it in time. MTA_SECRET is not in it and not needed; neither are banks, which are files.
     """
+    from server.cli.progress import ConsoleProgress
     from server.watching.background import lower_priority
 
     lower_priority()
 
     async def copy(stores: Stores) -> tuple[Path, Manifest]:
-        with _progress() as progress:
-            task = progress.add_task("users", total=None)
-            show = partial(progress.update, task)
-            folder, manifest = await write_copy(out, stores.copying, lambda done, of: show(completed=done, total=of))
+        with ConsoleProgress() as progress:
+            folder, manifest = await write_copy(out, stores.copying, partial(progress.piece, "users"))
         try:
             await stores.copying.note_copy(manifest.began_s)
         except Unavailable as error:  # the store is full
@@ -142,6 +139,7 @@ async def _restore(
 
     `tenants` are those whose users may have been erased under another key.
     """
+    from server.cli.progress import ConsoleProgress
     from server.gateway.users.privacy import leave_shared_keys
 
     users: list[str] = []
@@ -157,12 +155,12 @@ async def _restore(
     if await stores.copying.begin_restore(manifest.sha256):  # perhaps an earlier run did not have all logs
         for user_key in since.gone:
             await _erase(stores, user_key)
-    with _progress() as progress:
-        task = progress.add_task("users", total=manifest.users)
-        async for written in stores.copying.write(kept()):
-            progress.update(task, completed=min(written, manifest.users))
-        for user_key in progress.track(users, description="queues"):
+    with ConsoleProgress() as progress:
+        async for _ in stores.copying.write(kept()):
+            progress.piece("users", len(users), manifest.users)
+        for done, user_key in enumerate(users, 1):
             left += await _settle(stores, user_key, since.gone, tenants)
+            progress.piece("queues", done, len(users))
     for user_key, tenant in since.gone.items():
         await leave_shared_keys(stores, user_key, tenant)
     valid = [key for key in (await stores.keys.all()).keys if key.id in since.revoked and key.revoked_ms is None]
@@ -203,10 +201,3 @@ async def _settle(stores: Stores, user_key: str, gone: dict[str, str], tenants: 
 async def _erase(stores: Stores, user_key: str) -> None:
     rewrite = await stores.file.request_rewrite(user_key)
     await stores.profiles.erase(user_key, rewrite.erase_by_ms, rewrite.rewritten_by_ms)
-
-
-def _progress() -> Progress:
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))

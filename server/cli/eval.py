@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,8 +50,6 @@ def evaluate(
 ) -> None:
     """Compare methods of personalisation on people's own later answers; a lower loss is better."""
     prepare_to_train()
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from adapters.training.adapt_config import AdaptConfig
     from bank.evaluation.methods import default_methods, parse_methods
     from bank.evaluation.session import EvalInputs, EvalOptions
@@ -59,6 +58,7 @@ def evaluate(
     from bank.lookup.embedder import Embedder
     from bank.manifest import read_manifest
     from bank.models.folders import ensure_base_model, ensure_embedder
+    from server.cli.progress import ConsoleProgress
     from server.settings import load_settings
 
     kind = get_task(read_manifest(bank).task).kind
@@ -71,15 +71,9 @@ def evaluate(
     folder = ensure_base_model(settings.model, settings.cache_dir)
     encoder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
     inputs = EvalInputs(users, bank, out, folder, encoder, people, only, last, profile, dtype, curves)
+    with ConsoleProgress() as progress:
+        tables, authorship = run(inputs, options, AdaptConfig(), partial(progress.piece, "evaluating"))
     console = Console(highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("evaluating", total=None)
-
-        def show(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
-        tables, authorship = run(inputs, options, AdaptConfig(), show)
     print_tables(tables, console)
     print_authorship(authorship, console)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}", markup=False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
@@ -18,8 +17,7 @@ from adapters.errors import MtaError, excerpt
 from server.errors import Unavailable
 from server.watching.logs import request_id
 
-_log = logging.getLogger("mta.audit")
-_log.propagate = False
+_path: Path | None = None
 
 
 class Act(StrEnum):
@@ -34,39 +32,15 @@ class Act(StrEnum):
     SECRET_EXCHANGED = "secret_exchanged"  # outcome `begun`, or `done`: nobody is left under the old one
 
 
-class _PrivateFile(logging.Handler):
-    """A file that only its owner can read. It is opened for each line, which it gets whole or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-        os.close(self._opened())
-
-    def _opened(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line, file = f"{record.getMessage()}\n".encode(), self._opened()
-        try:
-            if (written := os.write(file, line)) < len(line):
-                os.ftruncate(file, os.fstat(file).st_size - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(file)
-
-
 def audit_to(path: Path | None) -> None:
     """Write the audit log of this process to a file, or nowhere; MtaError if the file cannot be opened."""
-    for handler in list(_log.handlers):
-        _log.removeHandler(handler)
-        handler.close()
-    _log.setLevel(logging.INFO if path else logging.CRITICAL)
-    if path is None:
-        return
+    global _path  # noqa: PLW0603  a process has one, as it has one root logger
+    file = path and path.expanduser()
     try:
-        _log.addHandler(_PrivateFile(path.expanduser()))
+        _write(file, b"")
     except OSError as error:
         raise MtaError(f"cannot write the audit log {path} (MTA_AUDIT): {error.strerror or error}") from error
+    _path = file
 
 
 def note(act: Act, outcome: object, *, tenant: str = "", **who: object) -> None:
@@ -84,12 +58,26 @@ def note(act: Act, outcome: object, *, tenant: str = "", **who: object) -> None:
         "request": request_id.get(),
         **who,
     }
+    entry = json.dumps({name: value for name, value in line.items() if value}, ensure_ascii=False)
     try:
-        _log.info(json.dumps({name: value for name, value in line.items() if value}, ensure_ascii=False))
+        _write(_path, f"{entry}\n".encode())
     except OSError as error:
         raise Unavailable(
             f"{act} is not in the audit log (MTA_AUDIT), which cannot be written: repeat it once that is put right"
         ) from error
+
+
+def _write(path: Path | None, line: bytes) -> None:
+    """Add a line, whole or not at all, to a file that only its owner can read; other programs may have moved it."""
+    if path is None:
+        return
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        if (written := os.write(file, line)) < len(line):
+            os.ftruncate(file, os.fstat(file).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(file)
 
 
 def read_audit(

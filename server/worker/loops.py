@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import logging
 import math
-import mmap
 import secrets
 import time
 import traceback
@@ -56,7 +55,6 @@ log = logging.getLogger("mta.worker")
 
 MAX_WRITE_ATTEMPTS = 20  # writes per result, when the user's record keeps changing
 MAX_SIGN_TRIES = 3  # worker deaths per user; after that the user gets an empty signature
-RESERVE_BYTES = 16 << 20  # address space freed on a lack of memory, to release the job; untouched, it uses no memory
 _BUCKETS_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 GIVEN_UP = "given up"  # returned to the queue
 UNWANTED = "unwanted"  # cancelled, superseded, erased, or taken by another worker
@@ -123,10 +121,7 @@ class JobLoop:
     model_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
     tracing: Tracing = field(default_factory=Tracing)
-
-    def __post_init__(self) -> None:
-        self._reserve = mmap.mmap(-1, RESERVE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.releasing = set[asyncio.Task[None]]()  # jobs that are returned once the store answers
+    releasing: set[asyncio.Task[None]] = field(default_factory=set)  # of jobs that are returned once the store answers
 
     async def work_once(self, wait_s: float) -> bool:
         """Wait for a job and train it if it still needs a worker; return False if no job came."""
@@ -169,7 +164,7 @@ class JobLoop:
             await self._release(lease, counts=False)
             raise
         except Exception as error:
-            self._free_memory(error)
+            _free_memory(error)
             await self._release(lease, counts=True)
             raise
         finally:
@@ -183,13 +178,6 @@ class JobLoop:
                 log.info("%s: returned to the queue", lease.job.id)
         except (MtaError, StoreTimeout, RuntimeError) as error:
             log.warning("%s: not returned to the queue: %s", lease.job.id, error)
-
-    def _free_memory(self, error: BaseException | None) -> None:
-        """Free memory, so that a process that ran out of memory can still release its job."""
-        self._reserve.close()
-        while error is not None:
-            traceback.clear_frames(error.__traceback__)  # the frames hold the training's tensors
-            error = error.__cause__ or error.__context__
 
     async def _train(self, held: HeldLease) -> JobState:
         """Train a job; an error in its content makes it FAILED."""
@@ -263,8 +251,6 @@ class JobLoop:
             if await held.retry(self.jobs.promote, held.lease, trained, noted, snapshot.version, stored):
                 return
             job = await held.retry(self.jobs.job, job_id)
-            if job is not None and job.adapter == stored.id:
-                return  # the write succeeded, but its answer was lost
             if job is None or job.state.ended:
                 break
         raise LeaseLost
@@ -353,3 +339,10 @@ class SigningLoop:
         if pairs and not made.tokens:
             log.warning("%s: no signature: the gradient is not finite", user_key)
         return made
+
+
+def _free_memory(error: BaseException | None) -> None:
+    """Free what the training's frames hold, so that a process that ran out of memory can still release its job."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -66,8 +66,8 @@ class Readapting:
     budget: JobBudget
     served: ServedBanks | None = None
 
-    async def run(self, on_user: Callable[[ReadaptTally, int], None] = lambda tally, of: None) -> ReadaptTally:
-        """Process the users of all other banks; `on_user` gets the tally and the total number of users.
+    async def run(self, progress: Callable[[int, int], None] = lambda done, of: None) -> ReadaptTally:
+        """Process the users of all other banks; `progress` gets the numbers of users done and of all users.
 
         Raises BankError if this bank has no rank left for users.
         """
@@ -82,7 +82,7 @@ class Readapting:
         for bank in stale:
             async for user_key in self.adapters.adapted_users(bank):
                 await self._user(user_key, bank, tally)
-                on_user(tally, sum(stale.values()))
+                progress(tally.queued + tally.settled + tally.waiting, sum(stale.values()))
         return tally
 
     async def _user(self, user_key: str, bank: str, tally: ReadaptTally) -> None:

@@ -241,7 +241,7 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 sys.path.insert(0, {str(tmp_path)!r})
 import server.gateway.app, server.supervisor.services, server.cli.run.gateway, server.cli.run.processes
-import server.cli.bank.progress, server.cli.users.importing, server.cli.users.gateway, server.store.rotation
+import server.cli.progress, server.cli.users.importing, server.cli.users.gateway, server.store.rotation
 from server.cli import main
 sys.argv = ['mta', 'keys', 'create', '--help']
 main()

@@ -5,42 +5,31 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import redis.asyncio as redis
 
 from adapters.training.adapt_config import AdaptConfig
 from bank.manifest import BankManifest
-from server.store.adapters import AdapterStore
-from server.store.feedback import FeedbackStore
-from server.store.jobs import Job, JobId, JobStore, Submission
+from server.store.jobs import Job, JobId, Submission
 from server.store.profile_record import Profile, StoredItem
-from server.store.profiles import Change, ProfileStore
-from server.store.redis.servers.connection import RedisConnection
+from server.store.profiles import Change
 from server.store.samples import Sample, encode_config, encode_sample
-from server.store.tenants.user_key import UserKeys
+from tests.support.store_parts import KEYS, StoreParts
 
 CONFIG = encode_config(AdaptConfig(steps=4, learning_rate=0.02))
 SAMPLES = [encode_sample(Sample([{"role": "user", "content": f"question {n}"}], f"{n} yes yes yes")) for n in range(8)]
 _numbers = itertools.count()
-_keys = UserKeys("a secret for tests only", "tests")
 
 
-@dataclass
-class Desk:
+class Desk(StoreParts):
     """The stores, and users of one bank."""
 
-    jobs: JobStore
-    adapters: AdapterStore
-    profiles: ProfileStore
-    feedback: FeedbackStore
-    connection: RedisConnection
     manifest: BankManifest
 
     async def user(self, *pairs: tuple[str, str]) -> str:
         """The key of a new user who has these items."""
-        key = _keys.key(f"user-{next(_numbers)}")
+        key = KEYS.key(f"user-{next(_numbers)}")
         embedding = np.eye(self.manifest.embedder.dim, dtype=np.float32)[0]
         profile = Profile("ada", len(pairs), 1, self.manifest.embedder.id, embedding)
         fields = [dict(zip(("input", "output"), pair, strict=True)) for pair in pairs]
@@ -68,10 +57,6 @@ async def desk_at(url: str, manifest: BankManifest) -> AsyncIterator[Desk]:
     """At a store that holds nothing."""
     async with redis.from_url(url) as raw:
         await raw.flushall()
-    connection = RedisConnection(url)
-    await connection.check()
-    try:
-        stores = JobStore(connection), AdapterStore(connection), ProfileStore(connection), FeedbackStore(connection)
-        yield Desk(*stores, connection, manifest)
-    finally:
-        await connection.close()
+    async with Desk.opened(url) as desk:
+        desk.manifest = manifest
+        yield desk

@@ -91,7 +91,7 @@ def build(
     from bank.building.ranks import joined
     from bank.evaluation.verdict import judge_bank
     from bank.lookup.summary import verdict_text
-    from server.cli.bank.progress import ConsoleProgress
+    from server.cli.progress import ConsoleProgress
 
     inputs = BuildInputs(users, out, settings.model, settings.cache_dir, outputs, exclude, settings.embedder, force)
     run = partial(build_bank, inputs, options, RowProgress())

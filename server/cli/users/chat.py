@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,13 +57,12 @@ class Conversation:
         self._user = user
         self._messages: list[dict[str, str]] = []
         self._options: dict[str, Any] = {"personalize": "auto", "strength": 1.0, "max_tokens": max_tokens}
-        self._interrupted = False
 
     def run(self) -> None:
         while True:
             line = None
             try:
-                with self._until_ctrl_c():
+                with _until_ctrl_c():
                     line = input(self._prompt).strip()
             except EOFError:
                 line = "/quit"
@@ -77,21 +75,6 @@ class Conversation:
                 self._command(line)
             elif line:
                 self._ask(line)
-
-    @contextmanager
-    def _until_ctrl_c(self) -> Iterator[None]:
-        """End the block on Ctrl-C; ignore Ctrl-C after the block."""
-        self._interrupted = False
-        with suppress(KeyboardInterrupt):
-            signal.signal(signal.SIGINT, self._interrupt)
-            try:
-                yield
-            finally:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._interrupted = True  # the exception may be lost in an interpreter callback
-        raise KeyboardInterrupt
 
     @property
     def _prompt(self) -> str:
@@ -122,7 +105,7 @@ class Conversation:
         text, level, end, first, start_s = "", "", "stopped", "no token", time.monotonic()
         try:
             chunks = self._client.stream(self._user, messages, **self._options)
-            with self._until_ctrl_c(), closing(chunks):
+            with _until_ctrl_c(), closing(chunks):
                 for chunk in chunks:
                     if who := chunk.personalization:
                         reasons = "; ".join(filter(None, (who.reason, who.history_reason)))
@@ -133,8 +116,6 @@ class Conversation:
                     typer.echo(chunk.text.translate(_CONTROL_CHARACTERS), nl=False)
                     if chunk.usage:
                         end = f"{chunk.usage['completion_tokens']} tokens"
-                    if self._interrupted:
-                        break
         except mta_client.MtaError as error:
             typer.secho(f"{chr(10) if text else ''}error: {describe_error(error)}", fg=typer.colors.RED)
             return
@@ -142,6 +123,17 @@ class Conversation:
         _print_note(", ".join(filter(None, (level, first, end))))
         if text:
             self._messages = [*messages, {"role": "assistant", "content": text}]
+
+
+@contextmanager
+def _until_ctrl_c() -> Iterator[None]:
+    """End the block on Ctrl-C; ignore Ctrl-C after the block."""
+    with suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _print_note(text: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -18,11 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from adapters.errors import MtaError
+from server.cli.keys import with_stores
 from server.cli.shared import Bank, RedisUrl
 from server.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from mta_client import Client
+    from server.store.opening import Stores
 
 T = TypeVar("T")
 
@@ -47,7 +49,7 @@ def import_(
     an interrupted import, run the command again. People who cannot be imported are listed with the reason in
     FILE.failed.ndjson, and the exit status is 1. Calls to a busy or stopped gateway are retried for up to five minutes.
     """
-    from server.cli.bank.progress import ConsoleProgress
+    from server.cli.progress import ConsoleProgress
     from server.cli.users.gateway import gateway_client
     from server.cli.users.importing import Import, Journal, count_people
     from server.watching.background import lower_priority
@@ -167,37 +169,29 @@ def readapt(
     have banks of their own (`mta keys bank`), users of other banks are skipped; this needs the gateways' MTA_SECRET.
     For a tenant's bank set --bank, and leave MTA_BANK as the gateways have it.
     """
-    asyncio.run(_readapt(load_settings(bank=bank, redis_url=redis_url), load_settings().bank, at_a_time))
+    settings, default_bank = load_settings(bank=bank, redis_url=redis_url), load_settings().bank
+    with_stores(settings, lambda stores: _readapt(stores, settings, default_bank, at_a_time))
 
 
-async def _readapt(settings: Settings, default_bank_folder: Path | None, at_a_time: int) -> None:
+async def _readapt(stores: Stores, settings: Settings, default_bank_folder: Path | None, at_a_time: int) -> None:
     """Create jobs for the settings' bank; `default_bank_folder` is the gateways' MTA_BANK."""
-    from rich.progress import MofNCompleteColumn, Progress
-
     from bank.manifest import read_manifest
-    from server.store.opening import open_stores
+    from server.cli.progress import ConsoleProgress
     from server.store.samples import JobBudget
     from server.store.tenants.user_key import Tenants
-    from server.worker.readapting import Readapting, ReadaptTally, ServedBanks
+    from server.worker.readapting import Readapting, ServedBanks
 
-    manifest = read_manifest(settings.bank_folder())
-    async with open_stores(settings) as stores:
-        ring = await stores.keys.all()
-        served = None
-        if ring.banks:
-            default_bank: str | None = manifest.short
-            if manifest.short in ring.banks.values():  # the default bank may be another
-                default_bank = read_manifest(default_bank_folder).short if default_bank_folder else None
-            served = ServedBanks(ring, default_bank, Tenants(settings.user_secret, settings.tenant), settings.tenant)
-        budget = JobBudget(settings.job_tokens, settings.job_seconds)
-        work = Readapting(stores.jobs, stores.adapters, stores.profiles, manifest, at_a_time, budget, served)
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-            task = progress.add_task("users", total=None)
-
-            def on_user(tally: ReadaptTally, of: int) -> None:
-                progress.update(task, completed=tally.queued + tally.settled + tally.waiting, total=of)
-
-            tally = await work.run(on_user)
+    manifest, ring = read_manifest(settings.bank_folder()), await stores.keys.all()
+    served = None
+    if ring.banks:
+        default_bank: str | None = manifest.short
+        if manifest.short in ring.banks.values():  # the default bank may be another
+            default_bank = read_manifest(default_bank_folder).short if default_bank_folder else None
+        served = ServedBanks(ring, default_bank, Tenants(settings.user_secret, settings.tenant), settings.tenant)
+    budget = JobBudget(settings.job_tokens, settings.job_seconds)
+    work = Readapting(stores.jobs, stores.adapters, stores.profiles, manifest, at_a_time, budget, served)
+    with ConsoleProgress() as progress:
+        tally = await work.run(partial(progress.piece, "users"))
     Console(highlight=False).print(
         f"bank {manifest.short}: {tally.queued} users have a job, {tally.settled} need none, "
         f"{tally.waiting} wait for a request to remake their profile"

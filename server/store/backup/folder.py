@@ -7,7 +7,6 @@ contents. The folder's name is the time at which the copy began. Only its owner 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from adapters.errors import MtaError
+from bank.manifest import file_sha256
 from server.store.redis import keys
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ async def write_copy(copies: Path, store: StoreCopying, progress: Callable[[int,
                 header = orjson.dumps([(name, expires_ms, len(content)) for name, expires_ms, content in entry])
                 file.write(b"".join([header, b"\n", *(content for *_, content in entry)]))
                 stored, users = stored + len(entry), users + bool(user_of(entry))
-        at, sha256 = began.isoformat(timespec="milliseconds"), _sha256(data)
+        at, sha256 = began.isoformat(timespec="milliseconds"), file_sha256(data)
         manifest = Manifest(FORMAT, at, stored, users, sha256, store.secret, store.version)
         draft.write_bytes(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
         for path in (data, draft):
@@ -89,7 +89,7 @@ def open_copy(folder: Path) -> Manifest:
     """Return the manifest of a copy; raise `MtaError` if the copy is incomplete, damaged or of another format."""
     try:
         manifest = Manifest(**orjson.loads((folder / MANIFEST).read_bytes()))
-        sha256 = _sha256(folder / DATA)
+        sha256 = file_sha256(folder / DATA)
     except (OSError, ValueError, TypeError) as error:
         inside = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}")))
         hint = f". It contains the copies {inside}: name one" if inside else ""
@@ -127,8 +127,3 @@ def delete_old_copies(copies: Path, days: int) -> list[Path]:
     except OSError as error:
         raise MtaError(f"cannot delete the old copy {folder}: {error.strerror or error}") from error
     return old
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

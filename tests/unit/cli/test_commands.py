@@ -26,8 +26,8 @@ from bank.errors import BankError
 from bank.manifest import PosteriorRule, WeightRule, write_manifest
 from server.cli import app
 from server.cli.bank import commands
-from server.cli.bank.progress import ConsoleProgress
 from server.cli.bench import BENCHMARKS
+from server.cli.progress import ConsoleProgress
 from tests.unit.bank.test_weights import manifest
 
 BENCH_OPTIONS = {
@@ -139,6 +139,12 @@ def test_texts_are_asked_for_where_answers_have_a_voice(tmp_path: Path) -> None:
     refused = mta("eval", *paths, "--methods", "base", "--write", "base")
     assert refused.exit_code == 2
     assert "this bank's answers are score" in " ".join(refused.output.replace("│", " ").split())
+
+
+def test_a_store_that_cannot_be_reached_is_told_with_the_cause_and_the_setting(tmp_path: Path) -> None:
+    write_manifest(tmp_path, manifest())
+    failed = mta("readapt", "--bank", str(tmp_path), "--redis-url", "redis://127.0.0.1:1").exception
+    assert re.search("connecting to 127.0.0.1:1.* MTA_REDIS_URL is correct", str(failed))
 
 
 def test_each_benchmark_shows_its_own_options_and_all_are_listed_and_have_a_main() -> None:

@@ -10,7 +10,7 @@ connection, because it only waits for writes of its own connection.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -159,10 +159,9 @@ async def durability_of(execute: Execute) -> Durability:
         config = await execute("CONFIG GET", "appendonly", "appendfsync")
     except ResponseError:  # managed services hide CONFIG
         return await _try_waitaof(execute)
-    found = decoded(config)
-    if found.get("appendonly") != "yes" or found.get("appendfsync") == "no":
+    if config.get("appendonly") != "yes" or config.get("appendfsync") == "no":
         return Durability.NONE  # with `no` the server does not track fsyncs, so WAITAOF would never return
-    return Durability.ALWAYS if found.get("appendfsync") == "always" else await _try_waitaof(execute)
+    return Durability.ALWAYS if config.get("appendfsync") == "always" else await _try_waitaof(execute)
 
 
 async def _try_waitaof(execute: Execute) -> Durability:
@@ -217,11 +216,3 @@ def check_confirmed(answers: Sequence[Any]) -> None:
                 f"Redis did not confirm within {timeout_ms / 1000:g} s that the write is {where}: send it again",
                 code="store_not_durable",
             )
-
-
-def decoded(fields: Mapping[Any, Any]) -> dict[str, Any]:
-    return {text(name): text(value) for name, value in fields.items()}
-
-
-def text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value

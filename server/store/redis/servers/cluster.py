@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -20,6 +20,7 @@ from redis.asyncio.cluster import ClusterNode, PipelineCommand, RedisCluster
 from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.utils import str_if_bytes
 
 from server.store.durability import Durability
 from server.store.redis.servers.base import (
@@ -28,9 +29,7 @@ from server.store.redis.servers.base import (
     StoreServer,
     check_confirmed,
     confirmations,
-    decoded,
     durability_of,
-    text,
 )
 
 log = logging.getLogger("mta.store")
@@ -267,7 +266,7 @@ class Cluster:
         """
         slots = self._client.nodes_manager.slots_cache
         for first, last, *nodes in shards:
-            primary, *replicas = (f"{text(node[0]) or host}:{node[1]}" for node in nodes)
+            primary, *replicas = (f"{str_if_bytes(node[0]) or host}:{node[1]}" for node in nodes)
             lists = {id(held): held for held in (slots.get(slot, ()) for slot in range(first, last + 1))}
             for held in lists.values():
                 known = [node.name for node in held]
@@ -278,7 +277,11 @@ class Cluster:
     async def _shards(self) -> list[tuple[list[int], list[dict[str, Any]]]]:
         """Return for each shard its slot ranges (first, last, first, …) and the fields of its servers."""
         _, shards = await self._ask_any("CLUSTER SHARDS")
-        return [(shard["slots"], [decoded(node) for node in shard["nodes"]]) for shard in shards]
+        return [(shard["slots"], list(map(_decoded, shard["nodes"]))) for shard in shards]
+
+
+def _decoded(fields: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str_if_bytes(name): str_if_bytes(value) for name, value in fields.items()}
 
 
 def _read_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:

@@ -46,7 +46,7 @@ class ConsoleProgress(RowProgress, AbstractContextManager["ConsoleProgress"]):
         """Start training, given the tokens per row; the time estimate starts here."""
         self._rows, self._pieces = list(work_tokens), None
         if self._rows:
-            self._start(0, sum(work_tokens.values()))
+            self._start("", 0, sum(work_tokens.values()))
 
     def step(self, row: str, steps: int, report: StepReport) -> None:
         work = self._advance(self._bars.tasks[-1].completed + report.tokens)
@@ -56,18 +56,18 @@ class ConsoleProgress(RowProgress, AbstractContextManager["ConsoleProgress"]):
 
     def piece(self, what: str, done: int, of: int) -> None:
         """Show the number of finished pieces of other work; the first call for a phase sets its starting point."""
-        left = ""
+        text = f"{what}: {done} of {of}"
         if what == self._pieces:
-            left = _left(self._advance(done))
+            text += _left(self._advance(done))
         else:
             self._pieces = what
-            self._start(done, of)
-        self._show(f"{what}: {done} of {of}{left}", last=done == of)
+            self._start(text, done, of)
+        self._show(text, last=done == of)
 
-    def _start(self, done: int, total: int) -> None:
+    def _start(self, text: str, done: int, total: int) -> None:
         self._line_s = self._clock()
         self._bars.start()
-        self._bars.add_task("", completed=done, total=total)
+        self._bars.add_task(text, completed=done, total=total)
 
     def _advance(self, done: float) -> Task:
         work = self._bars.tasks[-1]
@@ -78,7 +78,7 @@ class ConsoleProgress(RowProgress, AbstractContextManager["ConsoleProgress"]):
         """Update the bar; without a terminal, print a line every few seconds and the last one."""
         now_s = self._clock()
         if self._console.is_terminal:
-            self._bars.update(self._bars.tasks[-1].id, description=text, refresh=True)
+            self._bars.update(self._bars.tasks[-1].id, description=text)
         elif last or now_s - self._line_s >= LINE_EVERY_S:
             self._line_s = now_s
             self._console.print(text, soft_wrap=True)
