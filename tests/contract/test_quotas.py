@@ -158,6 +158,18 @@ async def test_bytes_are_those_of_everything_that_grows(gateways: tuple[Gateway,
         pass
 
 
+async def test_room_counts_once_it_is_made(gateways: tuple[Gateway, Gateway]) -> None:
+    here, _ = gateways
+    user = await here.put("ada", "x" * 40_000)
+    await here.quotas.count()
+    with ExitStack() as admitted:
+        for _ in range(3):  # of the same data, and each may fail
+            admitted.enter_context(here.quotas.admit(user, lambda: Held(bytes=-30_000)))
+        refusal(here.quotas, "bob", lambda: Held(people=1, bytes=20_000))
+        await here.quotas.count()
+        refusal(here.quotas, "bob", lambda: Held(people=1, bytes=20_000))
+
+
 async def test_samples_that_replace_more_need_no_room(gateways: tuple[Gateway, Gateway]) -> None:
     here, _ = gateways
     user = await here.put("ada")

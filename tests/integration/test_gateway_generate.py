@@ -313,6 +313,9 @@ def test_everything_in_the_prompt_counts(client: Client, gateway: GatewayThread,
         {"messages": [{"role": "user", "content": long + "x"}]},
         {"tools": [{"type": "function", "function": {"name": "f", "description": long}}]},
         {"messages": [{"role": "assistant", "tool_calls": [call]}, *HELLO["messages"]]},
+        {"messages": [{"role": "assistant", "content": "a", "reasoning": long}, *HELLO["messages"]]},
+        {"messages": [{"role": "tool", "content": "a", "tool_call_id": long}, *HELLO["messages"]]},
+        {"messages": [{"role": "user", "content": "a", "name": long}]},
     ):
         assert error_of(ask(client, **fields)) == (400, "messages", "prompt_too_long")
     halves = [long[: len(long) // 2 + 1]] * 2

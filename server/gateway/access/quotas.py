@@ -50,13 +50,13 @@ class Quotas:
     def admit(self, user: User, wanted: Callable[[], Held]) -> Iterator[None]:
         """Count what is about to be added to a tenant's holdings, for the duration of a `with` block that writes it.
 
-        Raises `QuotaExceeded`, but never for a request that makes room.
+        Raises `QuotaExceeded`, but never for a request that makes room, which counts once it is measured.
         """
         if (quota := self.keys.quotas.get(user.tenant)) is None:
             yield
             return
         self._asking.add(user.tenant)
-        used, more = self._used.setdefault(user.tenant, Held()), wanted()
+        used, more = self._used.setdefault(user.tenant, Held()), +wanted()
         for what, most in quota.limits.items():
             if more[what] > 0 and used[what] + more[what] > most:
                 self.refused("quota")

@@ -152,7 +152,7 @@ def size_bytes(text: str) -> int:
 
 
 def _prompt_text(message: dict[str, Any]) -> str:
-    text: str = message.get("content", "")
+    text = "".join(message.get(field, "") for field in ("content", "reasoning", "name", "tool_call_id"))
     return text + orjson.dumps(message["tool_calls"]).decode() if "tool_calls" in message else text
 
 

@@ -15,6 +15,7 @@ from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
 from server.errors import QuotaExceeded, UserErased
+from server.gateway.access.shares import Shares
 from server.gateway.engines.chat import Conversation
 from server.gateway.users.profiles import Profiles
 from server.settings import MAX_ITEM_BYTES
@@ -82,14 +83,15 @@ class MessageLearner:
     """Stores messages in the background, one at a time; the request has been answered by then."""
 
     learned: Callable[[int], None]  # called with the number of new items
-    _pending: asyncio.Queue[tuple[Profiles, LearntMessage]] = field(default_factory=lambda: asyncio.Queue(MAX_PENDING))
+    _pending: asyncio.Queue[tuple[Profiles, LearntMessage]] = field(default_factory=asyncio.Queue)
+    _places: Shares = field(default_factory=lambda: Shares(lambda: MAX_PENDING))  # of tenants
 
-    @property
-    def has_room(self) -> bool:
-        return not self._pending.full()
+    def has_room(self, tenant: str) -> bool:
+        return self._places.may_acquire(tenant)
 
     def learn(self, profiles: Profiles, message: LearntMessage) -> None:
-        with suppress(asyncio.QueueFull):
+        if self.has_room(message.user.tenant):
+            self._places.acquire(message.user.tenant)
             self._pending.put_nowait((profiles, message))
 
     async def store_next(self) -> None:
@@ -102,6 +104,7 @@ class MessageLearner:
         except (UserErased, QuotaExceeded):
             pass
         finally:
+            self._places.release(message.user.tenant)
             self._pending.task_done()
 
     async def finish(self) -> None:

@@ -121,7 +121,7 @@ def with_learning(parts: Parts, request: GenerationRequest, learn: bool | None) 
     policy = request.caller.policy
     holdout = parts.settings.holdout if policy.holdout is None else policy.holdout
     wanted = policy.learn if learn is None else learn
-    learns = wanted and request.wants_profile and request.messages and parts.learner.has_room
+    learns = wanted and request.wants_profile and request.messages and parts.learner.has_room(request.users.tenant)
     learnt = item_of(request.messages, parts.bank.task) if learns else None
     return replace(request, holdout=holdout, learnt=learnt)
 

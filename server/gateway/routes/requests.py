@@ -32,6 +32,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_HISTORY = 16
 SEED_MAX = (1 << 63) - 1
+MAX_INT32 = (1 << 31) - 1  # largest token id and token count: engines use 32-bit integers
 MAX_MESSAGES = 1024
 
 _USER_ID = (
@@ -189,7 +190,7 @@ class GenerateRequest(Strict):
         None, fail_fast=True, min_length=1, max_length=MAX_MESSAGES, description="A conversation, instead of a prompt."
     )
     max_tokens: int = Field(
-        128, ge=1, description="Maximum length of the answer in tokens; refused if it exceeds the context."
+        128, ge=1, le=MAX_INT32, description="Maximum length of the answer in tokens; refused beyond the context."
     )
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the most likely tokens with this total probability.")

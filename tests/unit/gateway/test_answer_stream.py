@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import EngineFailed
+from server.errors import EngineFailed, InvalidRequest
 from server.gateway.access.queue import EngineQueue
 from server.gateway.engines.chat import EngineRequest, EngineStream, Piece, events
 from server.gateway.generation.answer_stream import AnswerStream, split_request
@@ -195,6 +195,15 @@ def test_a_conversation_s_chunks_become_the_message_that_the_engine_would_have_s
     assert [one["token"] for one in first["logprobs"]["content"]] == ["a ", "c"]
     assert (first["finish_reason"], second["finish_reason"]) == ("length", "stop")
     assert second["message"]["content"] == "b"
+
+
+def test_an_answer_is_joined_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "MAX_JOINED_BYTES", 900)
+    logprobs = {"content": [{"token": "sea", "logprob": -0.5}] * 10}
+    pieces = [{"index": index, "delta": {"content": "sea "}, "logprobs": logprobs} for index in range(3)]
+    assert len(joined([{"choices": [piece]} for piece in pieces[:2]])["choices"]) == 2
+    with pytest.raises(InvalidRequest, match="set stream, or ask for less"):
+        joined([{"choices": pieces}])
 
 
 @pytest.mark.parametrize("top", [0, 5])

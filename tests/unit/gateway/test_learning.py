@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from unittest.mock import AsyncMock, Mock
 
 import numpy as np
 import pytest
 
+from bank.items.profile import Item
 from bank.items.tasks import get_task
 from bank.lookup.signature import empty_signature
 from server.gateway.generation.personalizer import Arm, arm_of
-from server.gateway.learning.messages import item_of, own_words
+from server.gateway.learning.messages import MAX_PENDING, LearntMessage, MessageLearner, item_of, own_words
 from server.gateway.users.profiles import signature_due
 from server.settings import MAX_ITEM_BYTES
 from server.store.profile_record import Profile, StoredSignature
+from server.store.tenants.user_key import User
 from server.store.worth import week_of
 
 BANK, DAY_MS = "0123abcd", 24 * 3600 * 1000
@@ -80,6 +83,20 @@ def test_an_item_is_the_last_message_of_the_user_after_what_it_answers() -> None
         [last | {"content": f"{SAID}\0"}],
     ):
         assert item_of(messages, task) is None
+
+
+async def test_a_tenant_that_says_much_leaves_room_for_what_others_say() -> None:
+    learner, item, profiles = MessageLearner(Mock()), Item("a", {"text": SAID}), Mock(learn=AsyncMock())
+
+    def say(tenant: str) -> None:
+        learner.learn(profiles, LearntMessage(User("ada", "a" * 26, tenant), item, "", time.perf_counter()))
+
+    for _ in range(2 * MAX_PENDING):
+        say("loud")
+    assert not learner.has_room("loud") and learner.has_room("calm")
+    say("calm")
+    while not learner.has_room("loud") or profiles.learn.call_args.args[0].tenant == "loud":
+        await learner.store_next()
 
 
 def test_signatures_of_learnt_items_are_made_at_a_few_numbers_and_then_daily() -> None:

@@ -151,7 +151,7 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
     GenerateRequest: {
         "temperature": (True, "1", -0.1),
         "top_p": (0,),
-        "max_tokens": (1.5, True, None, 0, -5),
+        "max_tokens": (1.5, True, None, 0, -5, 1 << 31),
         "stream": ("yes", 1),
         "seed": (1 << 63,),
         "stop": ([], list("abcde")),

@@ -15,6 +15,7 @@ from server.errors import InvalidRequest
 from server.gateway.generation.request import Personalize, prompts_of
 from server.gateway.routes.openai.schemas import check_schemas, check_size
 from server.gateway.routes.requests import (
+    MAX_INT32,
     MAX_MESSAGES,
     SEED_MAX,
     History,
@@ -37,7 +38,6 @@ REFUSED = frozenset(  # fields that control the engine
 )
 MAX_CHOICES = 128  # maximum number of answers to one request: prompts times `n`
 _MAX_TOOLS = 128
-_MAX_INT32 = (1 << 31) - 1  # largest token id and token count: engines use 32-bit integers
 
 
 def _without_nulls(fields: Any) -> Any:
@@ -68,7 +68,7 @@ def _check_prompt(value: Any) -> Any:
 
 
 def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(id_) is int and 0 <= id_ <= _MAX_INT32 for id_ in value)
+    return isinstance(value, list) and bool(value) and all(type(id_) is int and 0 <= id_ <= MAX_INT32 for id_ in value)
 
 
 def _check_encodable(value: Any) -> Any:
@@ -104,7 +104,7 @@ def _check_tool_choice(value: Any) -> Any:
 _FORMATS = ("text", "json_object", "json_schema")
 _FORMAT = {"type": "object", "properties": {"type": {"enum": list(_FORMATS)}}, "required": ["type"]}
 _TEXT = {"type": "string", "minLength": 1}
-_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": _MAX_INT32}}
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_INT32}}
 _PROMPTS = {"anyOf": [_TEXT, _IDS, *({"type": "array", "minItems": 1, "items": item} for item in (_TEXT, _IDS))]}
 _PART = {
     "type": "object",
@@ -174,7 +174,7 @@ class StreamOptions(Strict):
 class OpenAIRequest(Strict):
     model: str = Field(PERSONAL_MODEL, description="`mta`, or `base` for the base model.")
     user: UserId | None = Field(None, description="User id; alternative to the header X-User-ID.")
-    max_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT32)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -216,7 +216,7 @@ class OpenAIRequest(Strict):
 
 class ChatRequest(OpenAIRequest):
     messages: list[Annotated[ChatMessage, NoNulls]] = Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32, description="Overrides `max_tokens`.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT32, description="Overrides `max_tokens`.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Tools | None = None
@@ -231,7 +231,7 @@ class CompletionRequest(OpenAIRequest):
     """A continuation of a prompt, verbatim and without a chat template."""
 
     prompt: Annotated[str | list[Any], PlainValidator(_check_prompt), WithJsonSchema(_PROMPTS)]
-    max_tokens: int | None = Field(None, ge=0, le=_MAX_INT32, description="16 by default; 0 only with `echo`.")
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INT32, description="16 by default; 0 only with `echo`.")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
 

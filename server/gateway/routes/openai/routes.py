@@ -36,6 +36,8 @@ from server.gateway.routes.openai.requests import (
 from server.gateway.routes.requests import QueueTimeout
 from server.store.tenants.user_key import check_user_id
 
+MAX_JOINED_BYTES = 64 << 20  # 40,000 tokens with `top_logprobs` 20, for which the event loop stands still for 0.3 s
+
 _MODELS = (PERSONAL_MODEL, BASE_MODEL)
 _RESPONSES: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _INTERNAL_FIELDS = ("kv_transfer_params", "ec_transfer_params")  # fields that engines exchange with each other
@@ -251,10 +253,14 @@ class JoinedChunks:
     def __init__(self) -> None:
         self._common: dict[str, Any] = {}
         self._choices = defaultdict[int, _JoinedChoice](_JoinedChoice)
+        self._bytes = 0
 
     def add(self, chunk: dict[str, Any]) -> None:
         for piece in chunk["choices"]:
-            self._choices[piece["index"]].add(piece)
+            self._bytes += self._choices[piece["index"]].add(piece)
+        if self._bytes > MAX_JOINED_BYTES:
+            most = f"the answer exceeds {MAX_JOINED_BYTES >> 20} MiB, the maximum that is not streamed"
+            raise InvalidRequest(f"{most}: set stream, or ask for less", param="stream", code="answer_too_large")
         self._common |= chunk
 
     def value(self) -> dict[str, Any]:
@@ -267,13 +273,18 @@ class _JoinedChoice:
         self._logprobs = defaultdict[str, bytearray](bytearray)  # by list, its items as JSON, each with a comma
         self._others: dict[str, Any] = {"finish_reason": None}
 
-    def add(self, piece: dict[str, Any]) -> None:
+    def add(self, piece: dict[str, Any]) -> int:
+        """Add a piece and return its size in bytes."""
+        size = 0
         for name, text in (piece.get("delta") or {"text": piece.get("text")}).items():
             if isinstance(text, str) and name != "role":
                 self._texts[name] += text.encode()
+                size += len(text)
         for name, items in (piece.get("logprobs") or {}).items():
-            self._logprobs[name] += b"".join(orjson.dumps(item) + b"," for item in items or ())
+            self._logprobs[name] += (raw := b"".join(orjson.dumps(item) + b"," for item in items or ()))
+            size += len(raw)
         self._others |= {name: value for name, value in piece.items() if value is not None and name not in _JOINED}
+        return size
 
     def value(self) -> dict[str, Any]:
         texts = {name: text.decode() for name, text in self._texts.items()}
