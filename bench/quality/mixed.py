@@ -46,7 +46,6 @@ People = list[dict[str, Any]]
 def main(
     data: Annotated[Path, typer.Option(help="Folder of the real histories.", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Option(help="Folder for people, bank and records.")] = Path("out/mixed"),
-    seed: Annotated[int, typer.Option(help="Seed of the rows.")] = 1,
 ) -> None:
     """Build, evaluate, and print losses and differences of each kind."""
     out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +53,7 @@ def main(
         mixed = [person for kind, count in counts.items() for person in people(data / kind / f"{name}.json", count)]
         (out / f"{name}.json").write_text(json.dumps(mixed), "utf-8")
     mta("bank", "build", "--users", out / "anchors.json", "--task", "chat", "--anchors", sum(ANCHORS.values()),
-        *BUILD.split(), "--no-verdict", "--seed", seed, "--out", out / "bank")  # fmt: skip
+        *BUILD.split(), "--no-verdict", "--seed", 1, "--out", out / "bank")  # fmt: skip
     METHODS["kind"] = Method("kind")
     ADAPTERS["kind"] = lambda of, user, _: of.equal(places(ANCHORS)[kind_of(user.user.user_id)])
     settings = load_settings()
