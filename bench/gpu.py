@@ -94,7 +94,6 @@ def main(
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 64,
     pairs: Annotated[int, typer.Option(help="Turns, after one for warm-up.", min=1)] = 5,
-    peft: Annotated[bool, typer.Option("--peft/--no-peft", help="Also a stock vLLM with PEFT folders.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/gpu.json"),
 ) -> None:
     """Measure the cold path and the throughput of many recipes, against the base model and PEFT folders."""
@@ -107,11 +106,10 @@ def main(
             with measured.server("ours") as ours:
                 tables.append(_cold(one, ours, subject, prompt))
                 lines = measured.in_turn("recipes", ours, subject.names(counts[-1]))
-            if peft:
-                folders = peft_folders(subject, Path(scratch) / one.value / "peft", counts[-1])
-                with measured.server("stock") as stock:
-                    load_folders(stock, folders, progress)
-                    lines += measured.in_turn("PEFT folders", stock, [folder.name for folder in folders])
+            folders = peft_folders(subject, Path(scratch) / one.value / "peft", counts[-1])
+            with measured.server("stock") as stock:
+                load_folders(stock, folders, progress)
+                lines += measured.in_turn("PEFT folders", stock, [folder.name for folder in folders])
             title = (
                 f"{subject.title}, bfloat16, {measured.slots} slots, {clients} clients, prompts of {prompt} tokens, "
                 f"answers of {tokens}: tokens a second"

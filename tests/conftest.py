@@ -18,8 +18,9 @@ from xdist.scheduler import LoadFileScheduling
 from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
+from bench.rig.cluster import ValkeyCluster
 from bench.rig.engine import Engine, running_engine
-from bench.rig.valkey import ValkeyProcess
+from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.settings import Settings
 from server.supervisor import services
 from tests.support.fake_engine import KEY, FakeEngine, Knobs
@@ -130,6 +131,15 @@ def valkey(memory: Path) -> Iterator[ValkeyProcess]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def followed(memory: Path) -> Iterator[ValkeyCluster]:
+    """Three primaries that go on when one is gone; the first of them has a replica."""
+    options = (*DURABLE, "--cluster-require-full-coverage", "no")
+    running = ValkeyCluster(Path(tempfile.mkdtemp(dir=memory)), options, replicas=1).start()
+    yield running
+    running.kill()
+
+
 @pytest.fixture(scope="session")
 def fake_engine_server(tiny_bank_folder: Path) -> Iterator[FakeEngine]:
     """A fake engine that says it serves the tiny bank."""
@@ -191,3 +201,15 @@ def ada(client: httpx.Client, new_user: Callable[[], str]) -> str:
     items = [{"text": world(0)}, {"text": f"{world(0)} again"}, {"text": world(2)}]
     client.put(f"/users/{user_id}/profile", json={"items": items}).raise_for_status()
     return user_id
+
+
+@pytest.fixture(scope="module")  # asyncio is not to be had while it runs
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    from bench.rig.browser import chromium, running_browser  # imports Playwright
+
+    executable = chromium()
+    if executable is None:
+        pytest.skip("this machine has no Chromium: `deploy/setup.sh tools` installs it where it can")
+    with running_browser(executable) as started:
+        yield started

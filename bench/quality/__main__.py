@@ -73,7 +73,6 @@ def main(
         int | None,
         typer.Option(help="Number of anchors of each bank.", show_default="12, mails 10, films 20, c50 32, blogs 216"),
     ] = None,
-    build: Annotated[str, typer.Option(help="Further options of `mta bank build`, in one string.")] = "",
     evaluate: Annotated[str, typer.Option("--eval", help="Further options of `mta eval`, in one string.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Made-up people and a tiny model.")] = False,
 ) -> None:
@@ -89,7 +88,7 @@ def main(
     name = TASKS.get(task, task)
     everybody = data / task / "anchors.json"
     size = anchors or ANCHORS.get(task, 12)
-    build = f"--no-verdict {BUILDS.get(task, '')} {build}"
+    build = f"--no-verdict {BUILDS.get(task, '')}"
     methods = ",".join([*(method.name for method in default_methods(get_task(name).kind)), "merged:topic"])
     options = ["--methods", methods, *shlex.split(f"{EVALS.get(task, '')} {evaluate}")]
     options += ["--people", str(people)] if people else []

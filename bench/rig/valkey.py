@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import redis
@@ -49,7 +49,7 @@ class ValkeyProcess:
         self.folder = folder
         self._clock = folder / "clock" if clock else None
         self._options = options
-        self._binary = binary or get_binary_path()
+        self.binary = binary or get_binary_path()
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
 
@@ -83,24 +83,28 @@ class ValkeyProcess:
         """Start the server without waiting for it, and return its command."""
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [
-            *(str(self._binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
+            *(str(self.binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
             *("--save", "", "--daemonize", "no", *self._options),
         ]
-        environment = dict(os.environ)
+        environment = {}
         if self._clock is not None:
             self.set_clock(0)
-            environment |= {
+            environment = {
                 "LD_PRELOAD": str(FAKE_TIME),
                 "FAKETIME_TIMESTAMP_FILE": str(self._clock),
                 "FAKETIME_NO_CACHE": "1",
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             }
+        return self.run(command, environment)
+
+    def run(self, command: list[str], environment: Mapping[str, str]) -> list[str]:
+        """Run a command as this server, and return it."""
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=os.environ | environment,
                 start_new_session=True,  # Ctrl-C is for the benchmark, which ends its parts in order
             )
         return command

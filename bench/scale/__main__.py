@@ -35,8 +35,6 @@ def main(
         typer.Option(help=f"{', '.join(PARTS)}; may be repeated.", show_default="all"),
     ] = None,
     users: Annotated[int, typer.Option(help="Users written to the store.", min=MIN_USERS)] = 1_000_000,
-    signed: Annotated[float, typer.Option(help="Share of the users with a signature.", min=0, max=1)] = 0.5,
-    signature: Annotated[int, typer.Option(help="Anchors in the signatures' bank.", min=1)] = 50,
     lookups: Annotated[int, typer.Option(help="Number of timed lookups.", min=MIN_COUNT)] = 20_000,
     anchors: Annotated[int, typer.Option(help="Anchors of the large bank.", min=2)] = 10_000,
     people: Annotated[int, typer.Option(help="People imported during streams.", min=MIN_COUNT)] = 10_000,
@@ -56,7 +54,7 @@ def main(
         for name in parts:
             where = Path(scratch) / name
             if name == "users":
-                found = users_part.measure(users_part.Workload(users, signed, signature, lookups), where, progress)
+                found = users_part.measure(users, lookups, where, progress)
             elif name == "anchors":
                 found = anchors_part.measure(anchors, lookups, where, progress)
             else:

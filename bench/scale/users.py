@@ -10,7 +10,6 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,49 +40,40 @@ SAMPLE = 2000
 """Number of users whose memory is measured."""
 ARRIVALS_PER_S = 1000
 CONCURRENCY = 16
+ANCHORS = 50  # of the signatures' bank
 ABSENT_ENGINE = "http://127.0.0.1:9"  # port 9, discard: nothing listens there
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Number of users, share of them with a signature, anchors of the signatures' bank, and number of lookups."""
-
-    users: int
-    signed: float
-    anchors: int
-    lookups: int
-
-
-def measure(load: Workload, folder: Path, progress: Progress) -> Figures:
-    """Write the users, measure, and return a table with one row per figure."""
+def measure(users: int, lookups: int, folder: Path, progress: Progress) -> Figures:
+    """Write users, half of them with a signature, measure, and return a table with one row per figure."""
     subject = tiny(folder)
     keys = UserKeys(SECRET, Settings().tenant)
     with ValkeyProcess(folder / "valkey") as store:
         with redis.Redis.from_url(store.url) as raw:
             empty = raw.info("memory")["used_memory"]
-            make = _maker(load, subject.manifest.embedder.id)
+            make = _maker(subject.manifest.embedder.id)
             asyncio.run(_commit(store.url, keys, make))
             committed = {name: raw.strlen(_key(keys, name)) for name in map(_name, range(COMMITTED))}
             start_s = time.perf_counter()
-            _write(raw, keys, make, load.users, progress)
+            _write(raw, keys, make, users, progress)
             written_s = time.perf_counter() - start_s
             if any(raw.strlen(_key(keys, name)) != size for name, size in committed.items()):
                 raise RuntimeError("the records written in pipelines are not those that the store commits")
             memory = raw.info("memory")
-            sizes = _sizes(raw, keys, load)
-        alone, arriving, per_s = asyncio.run(_look_up(store.url, keys, load, progress))
-        before, after, seen = _through_gateway(subject.bank, store.url, load, progress)
+            sizes = _sizes(raw, keys, users)
+        alone, arriving, per_s = asyncio.run(_look_up(store.url, keys, users, lookups, progress))
+        before, after, seen = _through_gateway(subject.bank, store.url, users, lookups, progress)
     kinds = {
-        "without a signature": [n for n in sizes if not _is_signed(n, load)],
-        f"with a signature over {load.anchors} anchors": [n for n in sizes if _is_signed(n, load)],
+        "without a signature": [n for n in sizes if not _is_signed(n)],
+        f"with a signature over {ANCHORS} anchors": [n for n in sizes if _is_signed(n)],
     }
     lines: list[list[object]] = [
-        [f"bytes of a user {kind}: mean", fmean(sizes[n] for n in found)] for kind, found in kinds.items() if found
+        [f"bytes of a user {kind}: mean", fmean(sizes[n] for n in found)] for kind, found in kinds.items()
     ]
     lines += [
-        ["bytes of the store for each user, keys and overhead and all", (memory["used_memory"] - empty) / load.users],
+        ["bytes of the store for each user, keys and overhead and all", (memory["used_memory"] - empty) / users],
         ["resident memory of the store, MiB", memory["used_memory_rss"] / 2**20],
-        ["users written a second, in pipelines, every write on disk", load.users / written_s],
+        ["users written a second, in pipelines, every write on disk", users / written_s],
     ]
     for how, taken in (("one after the other", alone), (f"arriving {ARRIVALS_PER_S:,} a second", arriving)):
         lines += [[f"lookups {how}: p{round(100 * share)}, ms", percentile(taken, share)] for share in (0.5, 0.99)]
@@ -92,7 +82,7 @@ def measure(load: Workload, folder: Path, progress: Progress) -> Figures:
         ["a gateway's memory when it has started, MiB", before],
         [f"the same after {seen:,} different users, MiB", after],
     ]
-    title = f"{load.users:,} users in Valkey, {round(100 * load.signed)} % of them with a signature"
+    title = f"{users:,} users in Valkey, 50 % of them with a signature"
     return Figures(title, ("users", "figure"), lines)
 
 
@@ -104,22 +94,22 @@ def _key(keys: UserKeys, name: str) -> str:
     return f"mta:{{{keys.key(name)}}}:profile"
 
 
-def _is_signed(number: int, load: Workload) -> bool:
-    """Whether a user has a signature; they are distributed evenly over each hundred users."""
-    return number % 100 < 100 * load.signed
+def _is_signed(number: int) -> bool:
+    """Whether a user has a signature."""
+    return number % 2 == 0
 
 
-def _maker(load: Workload, embedder: str) -> Callable[[int], Profile]:
+def _maker(embedder: str) -> Callable[[int], Profile]:
     """Return a function that makes un-adapted profiles: the embedding of ten items, and perhaps a signature."""
     numbers = np.random.default_rng(0)
     vectors = numbers.standard_normal((512, 384)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    products = numbers.standard_normal((512, load.anchors)).astype(np.float32)
+    products = numbers.standard_normal((512, ANCHORS)).astype(np.float32)
 
     def make(number: int) -> Profile:
         at = number % 512
         signature = None
-        if _is_signed(number, load):
+        if _is_signed(number):
             signature = StoredSignature(Signature("0badcafe", 240, products[at]), made_of_ms=1_700_000_000_000)
         return Profile(_name(number), 10, 1_700_000_000_000, embedder, vectors[at], signature=signature)
 
@@ -146,9 +136,9 @@ def _write(raw: Any, keys: UserKeys, make: Callable[[int], Profile], users: int,
         progress.advance(bar, len(batch))
 
 
-def _sizes(raw: Any, keys: UserKeys, load: Workload) -> dict[int, int]:
+def _sizes(raw: Any, keys: UserKeys, users: int) -> dict[int, int]:
     """Return the `MEMORY USAGE` of some users, by number."""
-    chosen = random.Random(1).sample(range(load.users), min(SAMPLE, load.users))
+    chosen = random.Random(1).sample(range(users), min(SAMPLE, users))
     with raw.pipeline(transaction=False) as pipe:
         for number in chosen:
             pipe.memory_usage(_key(keys, _name(number)), samples=0)
@@ -156,17 +146,17 @@ def _sizes(raw: Any, keys: UserKeys, load: Workload) -> dict[int, int]:
 
 
 async def _look_up(
-    url: str, keys: UserKeys, load: Workload, progress: Progress
+    url: str, keys: UserKeys, users: int, lookups: int, progress: Progress
 ) -> tuple[list[float], list[float], float]:
     """Look up random users by the store's own read path: return the ms of each in sequence, the ms of each in a Poisson
     process, and the rate of a closed loop."""
-    chance, third = random.Random(2), load.lookups // 3
+    chance, third = random.Random(2), lookups // 3
     bar = progress.add_task("lookups", total=3 * third)
 
     async with open_stores(Settings(redis_url=url)) as stores:
 
         async def look_up() -> float:
-            key = keys.key(_name(chance.randrange(load.users)))
+            key = keys.key(_name(chance.randrange(users)))
             start_s = time.perf_counter()
             found = await stores.profiles.load(key)
             taken_ms = (time.perf_counter() - start_s) * 1000
@@ -192,10 +182,10 @@ async def _look_up(
         return alone, arriving, third // CONCURRENCY * CONCURRENCY / (time.perf_counter() - start_s)
 
 
-def _through_gateway(bank: Path, url: str, load: Workload, progress: Progress) -> tuple[float, float, int]:
+def _through_gateway(bank: Path, url: str, users: int, lookups: int, progress: Progress) -> tuple[float, float, int]:
     """Return a real gateway's memory before and after looking up distinct users, and their number."""
-    count = min(load.lookups, load.users)
-    chosen: Sequence[int] = random.Random(3).sample(range(load.users), count)
+    count = min(lookups, users)
+    chosen: Sequence[int] = random.Random(3).sample(range(users), count)
     with (
         running_gateway(bank, url, ABSENT_ENGINE, KEY, SECRET) as process,
         httpx.Client(base_url=gateway_url(process), timeout=30) as client,

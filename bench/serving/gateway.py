@@ -26,6 +26,7 @@ from bench.page.report import Spread, percentile, report
 from bench.rig.client import authorization
 from mta_client import Client
 
+LEVELS = (1, 16)  # concurrent requests
 USER = "bench-gateway"
 ITEMS = ("The swell came in at dawn.", "We waxed the boards.", "Salt in the coffee again.")
 PROMPTS = [f"Write a sentence about the number {number}." for number in range(16)]
@@ -82,16 +83,12 @@ def main(
     key: Annotated[str, typer.Option(help="The engine's key.", envvar="MTA_ENGINE_KEY")] = "",
     pairs: Annotated[int, typer.Option(help="Pairs of blocks, after one pair for warm-up.", min=5)] = 5,
     requests: Annotated[int, typer.Option(help="Requests in a block.", min=1)] = 32,
-    concurrency: Annotated[
-        list[int] | None, typer.Option(help="Concurrent requests; may be repeated.", show_default="1 and 16")
-    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 4,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure the latency that the gateway adds at p50 and p99, for complete answers and first tokens of streams."""
     sides = _sides(gateway, engine, key, max_tokens)
-    levels = concurrency or [1, 16]
-    rows, readings = asyncio.run(_measure(sides, pairs, requests, levels))
+    rows, readings = asyncio.run(_measure(sides, pairs, requests))
     title = f"Added by the gateway, ms: {pairs} pairs of {requests} requests, {max_tokens} tokens each"
     report(title, rows, out, readings=readings)
 
@@ -110,15 +107,15 @@ def _sides(gateway: str, engine: str, key: str, max_tokens: int) -> dict[str, Si
 
 
 async def _measure(
-    sides: dict[str, Side], pairs: int, requests: int, levels: Sequence[int]
+    sides: dict[str, Side], pairs: int, requests: int
 ) -> tuple[list[tuple[str, object]], dict[str, Any]]:
     """Measure every mode at every concurrency; return rows for the table, and all readings."""
     rows: list[tuple[str, object]] = []
     readings: dict[str, Any] = {}
     with Progress() as progress:
-        task = progress.add_task("A B A B", total=2 * len(levels) * (pairs + 1) * 2)
+        task = progress.add_task("A B A B", total=2 * len(LEVELS) * (pairs + 1) * 2)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4)) as session:
-            for (what, stream), concurrent in itertools.product((("whole", False), ("first token", True)), levels):
+            for (what, stream), concurrent in itertools.product((("whole", False), ("first token", True)), LEVELS):
                 for side in sides.values():
                     side.blocks, side.own_ms = [], []
                 for _, side in itertools.product(range(pairs + 1), sides.values()):

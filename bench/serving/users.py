@@ -84,7 +84,6 @@ def main(
     url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8000",
     engine: Annotated[str | None, typer.Option(help="URL of the engine, to examine differences.")] = None,
     key: Annotated[str, typer.Option(help="The engine's key.", envvar="MTA_ENGINE_KEY")] = "",
-    concurrency: Annotated[int, typer.Option(help="Requests at a time in the first two passes.", min=1)] = 8,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
     out: Annotated[Path, typer.Option(help="Write the answers as JSON.")] = Path("answers.json"),
 ) -> None:
@@ -93,7 +92,7 @@ def main(
     queries = [Query(p["user_id"], q["id"], q["input"], q["gold"]) for p in people for q in p["query"]]
     with Client(url, timeout_s=600) as client, Progress() as progress:
 
-        def all_of(title: str, work: Callable[[Any], object], of: Sequence[Any], at_a_time: int = concurrency) -> None:
+        def all_of(title: str, work: Callable[[Any], object], of: Sequence[Any], at_a_time: int = 8) -> None:
             task = progress.add_task(title, total=len(of))
             with ThreadPoolExecutor(at_a_time) as pool:
                 for _ in pool.map(work, of):

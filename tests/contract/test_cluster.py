@@ -16,7 +16,7 @@ from redis.crc import key_slot
 
 from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.processes import paused, wait_until
-from bench.rig.valkey import DURABLE, ValkeyProcess
+from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.store import profiles
 from server.store.durability import Durability
@@ -210,15 +210,6 @@ async def test_a_url_names_hosts_a_login_and_how_to_encrypt() -> None:
     kept = client.connection_kwargs
     assert (kept["username"], kept["password"]) == ("me", "s@cret")
     assert kept["connection_class"].__name__ == "SSLConnection"
-
-
-@pytest.fixture(scope="module")
-def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
-    """Three primaries that go on when one is gone; the first of them has a replica."""
-    options = (*DURABLE, "--cluster-require-full-coverage", "no")
-    running = ValkeyCluster(tmp_path_factory.mktemp("followed"), options, replicas=1).start()
-    yield running
-    running.kill()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from server.errors import Unavailable, UserErased
 from server.store import profiles
 from server.store.backup.copying import StoreCopying
 from server.store.feedback import Feedback
-from server.store.profile_record import StoredItem, StoredVector
+from server.store.profile_record import StoredItem
 from server.store.profiles import TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis import keys
@@ -27,10 +27,10 @@ from server.store.samples import Sample
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.holdings import Held
 from server.store.tenants.rates import Rate, Use
-from server.store.worth import TALLY_S, Cell, Counts
+from server.store.worth import TALLY_S
+from tests.support.moving import CELL
 from tests.support.store_parts import (
     BANK,
-    EMBEDDER,
     KEYS,
     LATER_MS,
     SECRET,
@@ -41,7 +41,6 @@ from tests.support.store_parts import (
     on_disk,
     opened,
     profile,
-    put_of,
     submitted,
     until_forgotten,
     vector,
@@ -225,7 +224,6 @@ _PARTS = {
     "<week>": "[0-9]{4}",
     "<tenant>": TENANT,
 }
-CELL = Cell(2961, 0, "merged", "full")
 _EXPIRES = re.compile("7 days|3 weeks|ten windows|after the last lease")
 
 
@@ -236,33 +234,22 @@ def fits(name: str, pattern: str) -> bool:
     return re.fullmatch(pattern, name) is not None
 
 
-async def test_whatever_is_written_stands_in_the_table_of_keys(server: Servers, parts: StoreParts, raw: Redis) -> None:
-    for user in ("ada", "bob"):
-        key = KEYS.key(user)
-        snapshot = await parts.profiles.read(key)
-        change = replace(put_of(user, "text", snapshot), put_vectors={"it": StoredVector(EMBEDDER, np.ones(4, "f4"))})
-        assert await parts.profiles.commit(key, snapshot.version, change)
-        await submitted(parts.jobs, key)
-        await parts.feedback.add(key, "gen-1", Feedback("base", "none"), Sample([], "said"), "")
-        await parts.to_sign.add(key)
-        await parts.worth.add(key, "", {CELL: Counts(answers=1)})
-        await parts.worth.add_people(CELL.week, TENANT, [key])
+async def test_whatever_is_written_stands_in_the_table_of_keys(
+    server: Servers, parts: StoreParts, raw: Redis, old: str
+) -> None:
+    await parts.to_sign.add(old)
+    await WorkerSteps(parts).take_signing()
+    await parts.to_sign.count_attempt(old)
+    await parts.put("bob", "text")
+    await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key("bob"), background=True)
+    await parts.erase("bob")
     await parts.worth.add_sums(TENANT, "a token", {CELL: (1.0,)})
     await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
     await parts.keys.note_used(["a digest"], 1)
-    await parts.holdings.note(TENANT, {KEYS.key("ada"): Held(people=1)})
     await Rotation(parts.connection, SECRET).check()
     assert (await parts.rates.consume([Use(Rate("tokens", "user-x", 5), 1)]))[0].fits
     for held in ("running/key-x", "recounted/42", f"gateways/{'0' * 16}"):
         assert await parts.rates.acquire(held, ["it"], 60)
-    worker = WorkerSteps(parts)
-    await worker.take()
-    await worker.claim()
-    assert await worker.promote()
-    await worker.take_signing()
-    await parts.to_sign.count_attempt(KEYS.key("ada"))
-    await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key("bob"), background=True)
-    await parts.erase("bob")
     await raw.set(keys.RESTORING, "a copy")
     await StoreCopying(parts.connection).note_copy(1e9)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from bench.rig.browser import PATIENCE_MS, Looking, chromium, looking, running_browser
+from bench.rig.browser import PATIENCE_MS, Looking, looking
 from bench.rig.processes import command_line, descendants
 from mta_client import Client
 from server.cli.demo.answers import DemoAnswer, ask
@@ -71,16 +71,6 @@ def answers(api: Client) -> dict[str, list[DemoAnswer]]:
     with ThreadPoolExecutor(len(users)) as pool:  # all of them at once: their tokens share the engine's steps
         said = {name: [pool.submit(ask, api, user, asked) for asked in QUESTIONS] for name, user in users.items()}
         return {name: [answer.result() for answer in waiting] for name, waiting in said.items()}
-
-
-@pytest.fixture(scope="module")  # of the one module there is: asyncio is not to be had while it runs
-def browser() -> Iterator[Browser]:
-    """A headless Chromium."""
-    executable = chromium()
-    if executable is None:
-        pytest.skip("this machine has no Chromium: `deploy/setup.sh tools` installs it where it can")
-    with running_browser(executable) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

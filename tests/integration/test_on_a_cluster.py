@@ -11,7 +11,6 @@ import pytest
 
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.processes import wait_until
-from bench.rig.valkey import DURABLE
 from deploy.observe.receiver import Receiver
 from server.settings import Settings
 from server.store.redis import keys
@@ -26,32 +25,23 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def cluster(memory: Path) -> Iterator[ValkeyCluster]:
-    """Three primaries that go on when one is gone; the first has a replica."""
-    options = (*DURABLE, "--cluster-require-full-coverage", "no")
-    running = ValkeyCluster(memory / "bearing", options, replicas=1).start()
-    yield running
-    running.kill()
-
-
-@pytest.fixture(scope="module")
-def gateway(gateway_settings: Settings, cluster: ValkeyCluster, receiver: Receiver) -> Iterator[GatewayThread]:
-    with GatewayThread(gateway_settings, redis_url=cluster.url, otlp_endpoint=receiver.url) as running:
+def gateway(gateway_settings: Settings, followed: ValkeyCluster, receiver: Receiver) -> Iterator[GatewayThread]:
+    with GatewayThread(gateway_settings, redis_url=followed.url, otlp_endpoint=receiver.url) as running:
         with running.client() as client:
             wait_until_ready(client)
         yield running
 
 
 @pytest.fixture
-def work(trainer: AdapterTrainer, tiny_bank_folder: Path, cluster: ValkeyCluster) -> Work:
-    return working(cluster.url, trainer, tiny_bank_folder)
+def work(trainer: AdapterTrainer, tiny_bank_folder: Path, followed: ValkeyCluster) -> Work:
+    return working(followed.url, trainer, tiny_bank_folder)
 
 
-def somebody(gateway: GatewayThread, cluster: ValkeyCluster, primary: int) -> str:
+def somebody(gateway: GatewayThread, followed: ValkeyCluster, primary: int) -> str:
     """A new user whom one of the primaries holds."""
     users = (f"on-a-cluster-{number}" for number in _numbers)
-    home = cluster.primaries[primary]
-    return next(user for user in users if cluster.home_of(keys.profile(gateway.key(user))) is home)
+    home = followed.primaries[primary]
+    return next(user for user in users if followed.home_of(keys.profile(gateway.key(user))) is home)
 
 
 def put(client: httpx.Client, user: str, text: str = "surfing and the sea") -> httpx.Response:
@@ -64,12 +54,12 @@ def level(client: httpx.Client, user: str) -> str:
 
 
 def test_a_user_is_stored_served_trained_for_and_erased(
-    client: httpx.Client, gateway: GatewayThread, cluster: ValkeyCluster, fake_engine: FakeEngine, work: Work
+    client: httpx.Client, gateway: GatewayThread, followed: ValkeyCluster, fake_engine: FakeEngine, work: Work
 ) -> None:
     fake_engine.knobs.user_adapters = True
     due, *_ = keys.queue("jobs", gateway.parts.bank.manifest.short)
     user = somebody(
-        gateway, cluster, 0 if cluster.home_of(due) is cluster.primaries[1] else 1
+        gateway, followed, 0 if followed.home_of(due) is followed.primaries[1] else 1
     )  # not where the queue is
     assert level(client, user) == "base"
     put(client, user).raise_for_status()
@@ -84,9 +74,9 @@ def test_a_user_is_stored_served_trained_for_and_erased(
 
 
 def test_a_trace_says_how_long_the_store_took(
-    client: httpx.Client, gateway: GatewayThread, cluster: ValkeyCluster, receiver: Receiver
+    client: httpx.Client, gateway: GatewayThread, followed: ValkeyCluster, receiver: Receiver
 ) -> None:
-    user = somebody(gateway, cluster, 1)
+    user = somebody(gateway, followed, 1)
     put(client, user, "old trains").raise_for_status()
     level(client, user)
     gateway.parts.tracing._provider.force_flush()  # type: ignore[attr-defined]
@@ -101,14 +91,14 @@ def test_a_trace_says_how_long_the_store_took(
 def test_a_gateway_serves_others_while_a_primary_is_gone(
     client: httpx.Client,
     gateway: GatewayThread,
-    cluster: ValkeyCluster,
+    followed: ValkeyCluster,
     fake_engine: FakeEngine,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("server.store.redis.servers.cluster.DISCOVERY_TIMEOUT_S", 10.0)  # who answers late is there
     monkeypatch.setattr("server.store.redis.servers.connection.CHECK_TIMEOUT_S", 60.0)
-    gone = cluster.primaries[1]
-    known, *others, lost = (somebody(gateway, cluster, primary) for primary in (1, 0, 2, 1))
+    gone = followed.primaries[1]
+    known, *others, lost = (somebody(gateway, followed, primary) for primary in (1, 0, 2, 1))
     put(client, known).raise_for_status()
     gone.kill()
     wait_until(lambda: client.get("/ready").json()["detail"] is not None, "the gateway to see it")

@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 
-from bench.rig.browser import Looking, chromium, looking, running_browser
+from bench.rig.browser import Looking, looking
 from bench.rig.valkey import ValkeyProcess
 from server.gateway.learning.tallies import sums_of
 from server.settings import Settings
@@ -48,17 +48,8 @@ def gateway(gateway_settings: Settings, store: ValkeyProcess) -> Iterator[Gatewa
         yield started
 
 
-@pytest.fixture(scope="module")
-def browser(gateway: GatewayThread) -> Iterator[Browser]:
-    executable = chromium()
-    if executable is None:
-        pytest.skip("this machine has no Chromium")
-    with running_browser(executable) as started:
-        yield started
-
-
 @pytest.fixture
-def look(browser: Browser, gateway: GatewayThread) -> Iterator[Looking]:
+def look(gateway: GatewayThread, browser: Browser) -> Iterator[Looking]:
     with looking(browser, gateway.url) as looker:
         yield looker
         assert looker.faults == looker.foreign == looker.refusals == []

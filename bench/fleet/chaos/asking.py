@@ -49,10 +49,8 @@ def ask(client: httpx.Client, method: str, path: str, body: object = None, heade
     try:
         response = client.request(method, path, json=body, headers=headers)
         end, reason, answer = _judged(response)
-    except httpx.TimeoutException as error:
-        end, reason = End.UNCLEAR, repr(error)
     except httpx.TransportError as error:
-        end, reason = End.CUT, repr(error)
+        end, reason = End.UNCLEAR if isinstance(error, httpx.TimeoutException) else End.CUT, repr(error)
     return Outcome(f"{method} {path}", begun_s, time.monotonic(), end, reason), answer
 
 
@@ -74,10 +72,8 @@ def stream(client: httpx.Client, path: str, body: object, headers: Any = None) -
                     end, reason = End.ANSWERED, ""
     except MtaError as error:
         end, reason = End.BROKEN, error.code
-    except httpx.TimeoutException as error:
-        end, reason = End.UNCLEAR, repr(error)
     except httpx.TransportError as error:
-        end, reason = End.CUT, repr(error)
+        end, reason = End.UNCLEAR if isinstance(error, httpx.TimeoutException) else End.CUT, repr(error)
     return Outcome(f"POST {path}, streamed", begun_s, time.monotonic(), end, reason, pieces > 0)
 
 
