@@ -20,6 +20,7 @@ from server.gateway.parts import open_gateway
 from server.gateway.routes import feedback, generate, jobs, operations, users, worth
 from server.gateway.routes.console import routes as console
 from server.gateway.routes.openai import routes as openai
+from server.gateway.routes.users import EXPORTS_AT_ONCE
 from server.settings import Settings
 from server.watching import open_tracing
 
@@ -52,8 +53,9 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    large = FairQueue(Shares(lambda: LARGE_AT_ONCE))
+    large, exports = FairQueue(Shares(lambda: LARGE_AT_ONCE)), FairQueue(Shares(lambda: EXPORTS_AT_ONCE))
     app.state.bodies = BodyReader(lambda request: large.held(caller_name_of(request)))
+    app.state.export = lambda request: exports.held(caller_name_of(request))
     app.add_middleware(RequestLog, metrics=metrics, tracing=tracing)
     for part in (generate, openai, users, feedback, jobs, worth, operations, console):
         app.include_router(part.router)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from bench.rig.tiny import world
 from bench.rig.valkey import ValkeyProcess
 from server.cli import app
 from server.errors import InvalidRequest
+from server.gateway.routes.users import EXPORTS_AT_ONCE
 from server.gateway.users.adapting import training_config
 from server.store.profile_record import OtherEmbedding, StoredSignature
 from server.store.profiles import Change
@@ -211,6 +214,32 @@ def test_an_export_without_samples(client: Client, ada: str, new_user: NewUser, 
     client.delete(f"/users/{ada}").raise_for_status()
     for nobody in (ada, new_user()):
         assert error_of(client.get(f"/users/{nobody}/export")) == (404, "user_id", "not_found")
+
+
+def test_exports_are_made_a_few_at_a_time(
+    client: Client, ada: str, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, most = 0, 0
+
+    async def slow(*_: object) -> Iterator[bytes]:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.05)
+
+        def pieces() -> Iterator[bytes]:
+            nonlocal now
+            time.sleep(0.05)
+            yield b"{}"
+            now -= 1
+
+        return pieces()
+
+    monkeypatch.setattr(gateway.parts.exporting, "export", slow)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.get(f"/users/{ada}/export"), range(8)))
+    assert [answer.json() for answer in answers] == [{}] * 8
+    assert (now, most) == (0, EXPORTS_AT_ONCE // 2)
 
 
 def test_an_export_has_the_whole_adapter_in_peft_format(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import StreamingResponse
 
@@ -29,6 +29,7 @@ from server.store.tenants.user_key import User
 from server.watching.audit import Act
 
 MAX_ITEMS = 10_000
+EXPORTS_AT_ONCE = 4  # of up to 60 MB, for which a gateway takes 160
 
 
 class ItemsRequest(Strict):
@@ -139,7 +140,18 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     )
 
 
-@router.get("/export", response_class=Response, responses={200: {"content": {"application/json": {}}}})
+async def _place(request: Request) -> AsyncIterator[None]:
+    """Wait for one of the places for exports, and hold it until the response has been sent."""
+    async with request.app.state.export(request):
+        yield
+
+
+@router.get(
+    "/export",
+    response_class=Response,
+    responses={200: {"content": {"application/json": {}}}},
+    dependencies=[Depends(_place)],
+)
 async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     """Export everything that is stored about the user, as one JSON object.
 
