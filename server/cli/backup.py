@@ -156,8 +156,8 @@ async def _restore(
         for user_key in since.gone:
             await _erase(stores, user_key)
     with ConsoleProgress() as progress:
-        async for _ in stores.copying.write(kept()):
-            progress.piece("users", len(users), manifest.users)
+        async for written in stores.copying.write(kept()):
+            progress.piece("users", min(written, manifest.users), manifest.users)
         for done, user_key in enumerate(users, 1):
             left += await _settle(stores, user_key, since.gone, tenants)
             progress.piece("queues", done, len(users))

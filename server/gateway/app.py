@@ -53,9 +53,9 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    large, exports = FairQueue(Shares(lambda: LARGE_AT_ONCE)), FairQueue(Shares(lambda: EXPORTS_AT_ONCE))
+    large = FairQueue(Shares(lambda: LARGE_AT_ONCE))
     app.state.bodies = BodyReader(lambda request: large.held(caller_name_of(request)))
-    app.state.export = lambda request: exports.held(caller_name_of(request))
+    app.state.exports = FairQueue(Shares(lambda: EXPORTS_AT_ONCE))
     app.add_middleware(RequestLog, metrics=metrics, tracing=tracing)
     for part in (generate, openai, users, feedback, jobs, worth, operations, console):
         app.include_router(part.router)

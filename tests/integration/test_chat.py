@@ -97,8 +97,9 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], g
     return chatting
 
 
+@pytest.mark.parametrize("pieces", [0, 1, 3])
 def test_an_interrupt_while_exceptions_reach_nobody_stops_the_answer(
-    typed: Talk, ada: str, monkeypatch: pytest.MonkeyPatch, fake_engine: FakeEngine
+    typed: Talk, ada: str, monkeypatch: pytest.MonkeyPatch, fake_engine: FakeEngine, pieces: int
 ) -> None:
     class Dying:  # somebody presses Ctrl-C as it is forgotten: what is raised at such a moment reaches nobody
         def __del__(self) -> None:
@@ -110,7 +111,7 @@ def test_an_interrupt_while_exceptions_reach_nobody_stops_the_answer(
     def echoing(text: str = "", *, nl: bool = True) -> None:
         echo(text, nl=nl)
         if not nl:
-            if not said:
+            if len(said) == pieces:
                 Dying()
             said.append(text)
 

@@ -16,7 +16,7 @@ from adapters.recipe import bank_of
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest, NotFound
-from server.gateway.access.keys import caller_of
+from server.gateway.access.keys import caller_name_of, caller_of
 from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts, gateway_of, parts_of, user_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
@@ -142,7 +142,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
 
 async def _place(request: Request) -> AsyncIterator[None]:
     """Wait for one of the places for exports, and hold it until the response has been sent."""
-    async with request.app.state.export(request):
+    async with request.app.state.exports.held(caller_name_of(request)):
         yield
 
 

@@ -21,7 +21,7 @@ from server.store import profile_record as records
 from server.store.jobs import JobId, parse_job_id
 from server.store.profile_record import AdapterNote, OtherEmbedding, Profile, StoredSignature
 from server.store.samples import decode_config, encode_config
-from server.store.tenants.user_key import UserKeys, check_user_id
+from server.store.tenants.user_key import MAX_USER_ID_BYTES, UserKeys, check_user_id
 
 DIM = 384
 VECTOR = np.random.default_rng(0).uniform(-1, 1, DIM).astype("f4")
@@ -170,6 +170,17 @@ def test_printable_ids_are_accepted(user_id: str) -> None:
 def test_other_ids_are_refused(user_id: str) -> None:
     with pytest.raises(ValueError, match="must"):
         check_user_id(user_id)
+
+
+@given(st.text())
+def test_no_accepted_id_can_leave_its_place_in_a_path_or_a_key(user_id: str) -> None:
+    try:
+        check_user_id(user_id)
+    except ValueError:
+        return
+    assert 0 < len(user_id.encode()) <= MAX_USER_ID_BYTES
+    assert user_id not in (".", "..")
+    assert not set(user_id) & set("/\\{} \r\n\t\0")
 
 
 @given(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8")))

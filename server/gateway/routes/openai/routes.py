@@ -278,8 +278,8 @@ class _JoinedChoice:
         size = 0
         for name, text in (piece.get("delta") or {"text": piece.get("text")}).items():
             if isinstance(text, str) and name != "role":
-                self._texts[name] += text.encode()
-                size += len(text)
+                self._texts[name] += (raw := text.encode())
+                size += len(raw)
         for name, items in (piece.get("logprobs") or {}).items():
             self._logprobs[name] += (raw := b"".join(orjson.dumps(item) + b"," for item in items or ()))
             size += len(raw)
