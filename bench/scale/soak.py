@@ -1,7 +1,7 @@
 """Serve thousands of distinct recipes on one server while a long stream holds a recipe that they would evict.
 
-Uses a tiny random model and eight slots. Checks that every answer arrives, that every token of the stream is right, and
-that neither vLLM's processes nor the name map nor `/metrics` grow.
+Uses a tiny random model and eight slots. Checks that every answer arrives, that the stream's tokens are right, and that
+neither vLLM's processes nor the name map nor `/metrics` grow.
 """
 
 from __future__ import annotations
@@ -26,23 +26,28 @@ from bench.rig.tiny import tiny_bank, tiny_model
 from server.settings import Settings
 
 CONTEXT, ANCHORS, SLOTS, CLIENTS = 65_536, 64, 8, 8
-JUDGED = 4000  # tokens of the stream
+WEIGHTS = 4000  # of an anchor
+JUDGED = 4000  # tokens of each answer of the stream
 NEAR_TIE = 0.01
 """Largest gap in log-probability to the best token that another batch's rounding can explain."""
 
 
 class LongStream(threading.Thread):
-    """One greedy answer that is streamed until `stop`; keeps its token ids."""
+    """Greedy answers as long as the context, streamed one after the other until `stop`; keeps their token ids."""
 
     def __init__(self, engine: Engine, recipe: str) -> None:
         super().__init__(daemon=True)
         self.engine, self.recipe = engine, recipe
         self.prompt: list[int] = []
-        self.tokens: list[int] = []
-        self.ended_by_itself = False
+        self.answers: list[list[int]] = []
         self._stop_asked = threading.Event()
 
     def run(self) -> None:
+        while not self._stop_asked.is_set():
+            self.answers.append([])
+            self._stream(self.answers[-1])
+
+    def _stream(self, tokens: list[int]) -> None:
         body = {
             "model": self.recipe,
             "messages": [{"role": "user", "content": "tell me everything"}],
@@ -59,8 +64,7 @@ class LongStream(threading.Thread):
                 if line.startswith("data: {"):
                     chunk = json.loads(line[6:])
                     self.prompt = self.prompt or chunk.get("prompt_token_ids") or []
-                    self.tokens += chunk["choices"][0].get("token_ids") or []
-        self.ended_by_itself = True
+                    tokens += chunk["choices"][0].get("token_ids") or []
 
     def stop(self) -> None:
         """Hang up."""
@@ -69,7 +73,9 @@ class LongStream(threading.Thread):
 
 
 def main(
-    recipes: Annotated[int, typer.Option(help="Distinct recipes to serve.", min=100)] = 2000,
+    recipes: Annotated[
+        int, typer.Option(help="Distinct recipes to serve.", min=100, max=(ANCHORS - 1) * WEIGHTS)
+    ] = 2000,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Serve thousands of recipes beside one long stream, and check for growth."""
@@ -84,8 +90,7 @@ def main(
 def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
     stream = LongStream(engine, f"{prefix}:c+a63*999")
     stream.start()
-    names = [f"{prefix}:c+a{i % (ANCHORS - 1):02d}*{1 + i // (ANCHORS - 1) * 7 % 1000}" for i in range(recipes)]
-    assert len(set(names)) == recipes
+    names = [f"{prefix}:c+a{i % (ANCHORS - 1):02d}*{1 + i // (ANCHORS - 1) * 7 % WEIGHTS}" for i in range(recipes)]
     answers = 0
     rss_mib: dict[int, dict[str, float]] = {}
     series: dict[int, int] = {}
@@ -99,7 +104,7 @@ def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
             rss_mib[upto] = _resident_mib(engine.pid)
             series[upto] = len(engine.client.get("/metrics").text.splitlines())
     status = engine.status()
-    running = stream.is_alive() and not stream.ended_by_itself
+    running = stream.is_alive()
     stream.stop()
     growth = {process: 100 * (rss_mib[recipes][process] / rss_mib[middle][process] - 1) for process in rss_mib[recipes]}
     report(
@@ -107,8 +112,8 @@ def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
         [
             ("answers", f"{answers} of {recipes}"),
             ("stream still running at the end", running),
-            ("tokens streamed", len(stream.tokens)),
-            ("of them not this recipe's own choice", _foreign_tokens(engine, stream)),
+            ("tokens streamed", sum(map(len, stream.answers))),
+            ("of them not this recipe's own choice", sum(_foreign_tokens(engine, stream, it) for it in stream.answers)),
             *((f"growth of {name} from recipe {middle}, %", round(by, 2)) for name, by in growth.items()),
             ("names known (at most 1024)", status["names"]),
             ("adapters in the worker (at most 64)", len(engine.resident()["resident"])),
@@ -120,9 +125,9 @@ def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
     )
 
 
-def _foreign_tokens(engine: Engine, stream: LongStream) -> int:
-    """Count streamed tokens that another adapter must have chosen: worse than the best one by more than a tie."""
-    tokens = (stream.prompt + stream.tokens)[: len(stream.prompt) + JUDGED]
+def _foreign_tokens(engine: Engine, stream: LongStream, answer: list[int]) -> int:
+    """Count an answer's tokens that another adapter must have chosen: worse than the best by more than a tie."""
+    tokens = stream.prompt + answer[:JUDGED]
     body = {"model": stream.recipe, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
     response = engine.client.post("/v1/completions", json=body).raise_for_status()
     entries = response.json()["choices"][0]["prompt_logprobs"][len(stream.prompt) :]
