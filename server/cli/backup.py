@@ -14,7 +14,8 @@ import typer
 
 from adapters.errors import MtaError
 from adapters.recipe import parse_recipe
-from server.cli.keys import MOST_DAYS, Data, store_settings, with_stores
+from server.cli.shared import MOST_DAYS, Data
+from server.cli.store import store_settings, with_stores
 from server.errors import Unavailable
 from server.store.backup.folder import Entry, Manifest, delete_old_copies, open_copy, read_entries, user_of, write_copy
 from server.store.tenants.user_key import UserKeys, check_values

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import SecretStr
 from rich.table import Column, Table
 
 from adapters.errors import MtaError, excerpt
-from server.cli.shared import setting, table_console
-from server.settings import Settings, load_settings
+from server.cli.shared import MOST_DAYS, Data, setting, table_console
+from server.cli.store import store_settings, with_stores
 from server.store.tenants import access_keys
 from server.store.tenants.access_keys import CREATE, AccessKey, KeyRing, Policy, Scope
 from server.store.tenants.rates import Allowance, Quota
-from server.watching.audit import Act, audit_to, note
+from server.watching.audit import Act, note
 
 if TYPE_CHECKING:
     from server.store.opening import Stores  # commands start without redis-py
 
-T = TypeVar("T")
-
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 MOST = 10**15  # which the store's numbers hold exactly
-MOST_DAYS = 36_500  # far beyond, times have no date any more
 
 app = typer.Typer(help="Keys for a gateway's HTTP API; each belongs to a tenant.", no_args_is_help=True)
 
@@ -48,9 +41,6 @@ def _parse_amount(text: str) -> int:
 
 def _amount(about: str, *flags: str) -> Any:
     return typer.Option(*flags, help=about, parser=_parse_amount, metavar="N", show_default="as is")
-
-
-Data = Annotated[Path | None, setting("data_dir", about="Data folder of `mta up`.")]
 
 
 @app.command()
@@ -220,40 +210,6 @@ def _check_tenant(tenant: str, ring: KeyRing) -> None:
     tenants = sorted({key.tenant for key in ring.keys})
     if tenant not in tenants:
         raise MtaError(f"no key belongs to the tenant {excerpt(tenant)}, only to {', '.join(tenants) or 'none'}")
-
-
-def store_settings(data: Path | None) -> Settings:
-    """Load the settings; without another store, use that of a running `mta up`, and its secret."""
-    from server.supervisor.services import valkey_url
-
-    settings = load_settings(data_dir=data)
-    audit_to(settings.audit)
-    if data is None and "redis_url" in settings.model_fields_set:
-        return settings
-    folder = settings.data_dir.expanduser()
-    try:
-        url = valkey_url(folder)
-        if url is None:
-            remedy = "set its folder with --data, or the store with MTA_REDIS_URL"
-            raise MtaError(f"no `mta up` runs in {settings.data_dir}: {remedy}")
-        secret = settings.secret or SecretStr((folder / "secret").read_text("ascii").strip())
-    except OSError as error:
-        raise MtaError(f"cannot read {error.filename}: {error.strerror}. Be the user who runs `mta up`") from error
-    return settings.model_copy(update={"redis_url": url, "secret": secret})
-
-
-def with_stores(settings: Settings, command: Callable[[Stores], Awaitable[T]], *, checked: bool = True) -> T:
-    from server.errors import Unavailable
-    from server.store.opening import open_stores
-
-    async def run() -> T:
-        async with open_stores(settings, checked=checked) as stores:
-            return await command(stores)
-
-    try:
-        return asyncio.run(run())
-    except Unavailable as error:
-        raise MtaError(f"{error.explained}. Check that `mta up` is running or that MTA_REDIS_URL is correct") from error
 
 
 def _date(ms: int | None) -> str:

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from server.settings import Settings
 
+MOST_DAYS = 36_500  # far beyond, times have no date any more
+
 
 def setting(name: str, *flags: str, about: str | None = None, **more: Any) -> Any:
     """Return the option of a setting; if it is not given, the setting's variable or default applies."""
@@ -23,6 +25,7 @@ def setting(name: str, *flags: str, about: str | None = None, **more: Any) -> An
 Bank = Annotated[Path | None, setting("bank")]
 Model = Annotated[str | None, setting("model")]
 Embedder = Annotated[Path | None, setting("embedder")]
+Data = Annotated[Path | None, setting("data_dir", about="Data folder of `mta up`.")]
 RedisUrl = Annotated[str | None, setting("redis_url", about="URL of Redis or Valkey.")]
 
 

@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from typing import Any, NamedTuple
@@ -102,6 +102,7 @@ class Job:
     error: str = ""  # why the job failed, in words
     traceparent: str = ""  # trace context of the request
     idempotency_key: str = ""
+    is_new: bool = field(default=False, compare=False)  # the call that returned it has created it
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,8 @@ class JobStore:
             "traceparent": submission.traceparent,
         }
         names = (keys.jobs(user_key), keys.samples(user_key), keys.epoch(user_key))
-        number = int(await self._connection.write(scripts.SUBMIT, names, orjson.dumps(given), *submission.samples))
+        done = await self._connection.write(scripts.SUBMIT, names, orjson.dumps(given), *submission.samples)
+        number, is_new = map(int, done)
         job = await self.job(JobId(user_key, number)) if number > 0 else None
         if job is not None and job.state is JobState.QUEUED:
             await queue.add(user_key, reservation, tenant=submission.tenant, background=submission.background)
@@ -188,7 +190,7 @@ class JobStore:
             raise Unavailable("the store took too long to accept the samples: send the request again")
         if job is None and number != _REFUSED:
             raise UserErased
-        return job
+        return job and replace(job, is_new=bool(is_new))
 
     async def find_duplicate(self, user_key: str, submission: Submission) -> Job | None:
         """Return the existing job for a repeated submission of samples, or None. Raises as `submit` does."""

@@ -92,7 +92,9 @@ async def test_a_search_for_a_duplicate_finds_the_job_and_stores_nothing(jobs: J
     repeated, new = (Submission([text], append=False, config="{}", bank=BANK) for text in (b"a", b"b"))
     assert await jobs.find_duplicate(user, repeated) is None
     job = await submitted(jobs, user, "a")
-    assert await jobs.find_duplicate(user, repeated) == job
+    found = await jobs.find_duplicate(user, repeated)
+    assert found is not None
+    assert (found, found.is_new, job.is_new) == (job, False, True)
     assert await jobs.find_duplicate(user, new) is None
     assert (await jobs.samples(user), await jobs.jobs(user)) == ([b"a"], [job])
 

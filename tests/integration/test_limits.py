@@ -22,6 +22,7 @@ from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.profiles import HistoryLimit
 from server.settings import Settings
+from server.store.jobs import Job, JobStore
 from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import NO_OVERRIDES, Allowance
 from tests.support.calls import NewUser, either, error_of, put
@@ -203,14 +204,30 @@ class TestRates:
             assert adapt(client, kai, "roses", idempotency_key="k").status_code == 202
         assert "3 adapt jobs a day" in refused(adapt(client, kai, "more roses"))
 
+    def test_equal_requests_at_once_are_one_job(
+        self, small: Keyed, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def together(*asked: Any) -> Job:
+            begun.append(asked)
+            while len(begun) < 2:
+                await asyncio.sleep(0.01)
+            return await submit(*asked)
+
+        client, user, submit, begun = small.client("any"), new_user(), Adapting.submit, list[object]()
+        monkeypatch.setattr(Adapting, "submit", together)
+        with ThreadPoolExecutor(2) as pool:
+            equal = list(pool.map(lambda _: adapt(client, user, "the sea"), range(2)))
+        assert len({answer.raise_for_status().json()["id"] for answer in equal}) == 1
+        assert [adapt(client, user, text).status_code for text in ("roses", "frost")] == [202, 429]
+
     def test_a_job_not_stored_is_none(self, small: Keyed, new_user: NewUser, monkeypatch: pytest.MonkeyPatch) -> None:
         async def away(*_: object) -> None:
             raise Unavailable("the store cannot be used now")
 
         client, user = small.client("any"), new_user()
-        for owner, step in ((type(small.gateway.parts.adapting.jobs), "jobs"), (Adapting, "submit")):
+        for owner in (JobStore, Adapting):
             with monkeypatch.context() as patched:
-                patched.setattr(owner, step, away)
+                patched.setattr(owner, "submit", away)
                 assert adapt(client, user, "the sea").status_code == 503
         assert [adapt(client, user, text).status_code for text in ("the sea", "roses", "frost")] == [202, 202, 429]
 

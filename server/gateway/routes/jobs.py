@@ -189,7 +189,7 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     """
     parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
     training = await asyncio.to_thread(_training_request, body)
-    job, earlier_ids = None, list[JobId]()
+    job = None
     try:
         rate_uses = await parts.limiter.take_job(caller_of(request), user.key)
     except TooMany:  # the limit is for new jobs: a client that lost the response still gets its job
@@ -197,11 +197,9 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
             raise
     else:
         try:
-            if rate_uses:
-                earlier_ids = await parts.adapting.earlier_jobs(user)
             job = await parts.adapting.submit(user, training, epoch)
         finally:
-            if job is None or job.id in earlier_ids:  # refused, or a repeated request
+            if job is None or not job.is_new:  # refused, or a repeated request
                 await parts.limiter.refund(rate_uses)
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobAnswer.of(job)

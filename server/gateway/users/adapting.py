@@ -105,10 +105,6 @@ class Adapting:
         self.profiles.quotas.changed(user)
         return job
 
-    async def earlier_jobs(self, user: User) -> list[JobId]:
-        jobs = await self.profiles.rotation.at(user, lambda user: self.jobs.jobs(user.key), writes=False)
-        return [job.id for job in jobs]
-
     async def job(self, users: UserKeys, job_id: JobId) -> Job:
         """Return a tenant's job; raise NotFound if the tenant has no such job."""
         job, owner = await asyncio.gather(self.jobs.job(job_id), self.profiles.store.load(job_id.user_key))

@@ -46,18 +46,19 @@ local function finish(job, state)
 end
 """
 
-# KEYS: jobs, samples, epoch. ARGV: JSON (`JobStore.submit`), then the samples. Returns the job's number, 0 for too many
-# samples or an open job that is not to be replaced, -1 if the user was erased, -2 if the deadline has passed.
+# KEYS: jobs, samples, epoch. ARGV: JSON (`JobStore.submit`), then the samples. Returns the job's number and whether the
+# job is new; instead of a number 0 for too many samples or an open job that is not to be replaced, -1 if the user was
+# erased, -2 if the deadline has passed.
 SUBMIT = job_script("""
 local given = cjson.decode(ARGV[1])
-if erased_since(KEYS[3], given.epoch) then return -1 end
+if erased_since(KEYS[3], given.epoch) then return {-1, 0} end
 
 local last = tonumber(redis.call('HGET', KEYS[1], 'last') or given.number_before)
 local oldest = math.max(1, last - given.kept + 1)
 local function name(number) return given.prefix .. number end
 local function known(number)
   redis.call('HSET', KEYS[1], 'last', last)
-  return number
+  return {number, 0}
 end
 if given.key ~= '' then
   for number = last, oldest, -1 do
@@ -67,9 +68,9 @@ else
   local state, token, bank = unpack(redis.call('HMGET', name(last), 'state', 'token', 'bank'))
   local open = is_open(name(last))
   if (open or state == 'succeeded') and token == given.token then return known(last) end
-  if open and given.background and bank == given.bank then return 0 end
+  if open and given.background and bank == given.bank then return {0, 0} end
 end
-if now > given.until_ms then return -2 end
+if now > given.until_ms then return {-2, 0} end
 redis.call('EXISTS', name(last + 1))  -- a server whose slot moves refuses new keys: here, before anything is written
 
 local seen, kept, fresh = {}, 0, {}
@@ -79,7 +80,7 @@ end
 for i = 2, #ARGV do
   if not seen[ARGV[i]] then seen[ARGV[i]], fresh[#fresh + 1] = true, ARGV[i] end
 end
-if kept + #fresh > given.max_samples then return 0 end
+if kept + #fresh > given.max_samples then return {0, 0} end
 if not given.append then redis.call('DEL', KEYS[2]) end
 for _, sample in ipairs(fresh) do redis.call('RPUSH', KEYS[2], sample) end
 
@@ -91,7 +92,7 @@ for older = math.max(1, number - given.kept + 1), last do
 end
 redis.call('HSET', name(number), 'state', 'queued', 'config', given.config, 'created_ms', now, 'bank', given.bank,
   'epoch', given.epoch, 'token', given.token, 'key', given.key, 'traceparent', given.traceparent)
-return number
+return {number, 1}
 """)
 
 # KEYS: jobs. ARGV: prefix of job names, number of kept jobs, fields. Returns number and fields of each job.
