@@ -25,7 +25,7 @@ from bench.rig.processes import descendants, memory_mib
 from bench.rig.tiny import tiny_bank, tiny_model
 from server.settings import Settings
 
-CONTEXT, ANCHORS, SLOTS, CLIENTS = 65_536, 64, 8, 8
+CONTEXT, ANCHORS, SLOTS, CLIENTS = 16_384, 64, 8, 8
 WEIGHTS = 4000  # of an anchor
 JUDGED = 4000  # tokens of each answer of the stream
 NEAR_TIE = 0.01
@@ -64,7 +64,8 @@ class LongStream(threading.Thread):
                 if line.startswith("data: {"):
                     chunk = json.loads(line[6:])
                     self.prompt = self.prompt or chunk.get("prompt_token_ids") or []
-                    tokens += chunk["choices"][0].get("token_ids") or []
+                    for choice in chunk["choices"]:
+                        tokens += choice.get("token_ids") or []
 
     def stop(self) -> None:
         """Hang up."""
