@@ -29,7 +29,6 @@ Prompt = str | Sequence[Mapping[str, str]]
 """One user turn, or a conversation of messages."""
 
 CONNECT_S = 5.0
-KEEP_ALIVE_S = 2.0  # the server closes idle connections after 5 s
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 30.0
 
 
@@ -84,8 +83,8 @@ def http_options(key: str | None, timeout_s: float, options: Mapping[str, Any]) 
     """Return the options of an httpx client."""
     key = key or os.environ.get("MTA_API_KEY")
     headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
-    timeout, limits = httpx.Timeout(timeout_s, connect=CONNECT_S), httpx.Limits(keepalive_expiry=KEEP_ALIVE_S)
-    return {"timeout": timeout, "limits": limits, **options, "headers": headers | dict(options.get("headers") or {})}
+    timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
+    return {"timeout": timeout, **options, "headers": headers | dict(options.get("headers") or {})}
 
 
 def put_profile(user_id: str, items: Items) -> Call[Profile]:

@@ -64,7 +64,7 @@ class Engine:
 
 
 def client_of(url: str, timeout_s: float = 120) -> httpx.Client:
-    """Return a client of an engine whose key is `KEY`; it drops idle connections well before vLLM does, after 5 s."""
+    """Return a client of an engine whose key is `KEY`; it drops idle connections before any vLLM does."""
     limits = httpx.Limits(keepalive_expiry=2)
     return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=timeout_s, limits=limits)
 

@@ -183,6 +183,8 @@ def _environment(settings: Settings) -> dict[str, str]:
         "VLLM_PLUGINS": PLUGIN,
         "VLLM_API_KEY": ",".join(settings.engine_keys),
         "VLLM_NO_USAGE_STATS": "1",
+        # Clients drop idle connections long before: after a stall, a server closes due ones without reading them.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
     }
     forwarded = {f"MTA_{name.upper()}": getattr(settings, name) for name in FORWARDED}
     environment |= {name: str(value) for name, value in forwarded.items() if value is not None}

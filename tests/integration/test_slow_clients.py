@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -101,6 +102,12 @@ class TestHeaders:
     def test_silence_is_hung_up_on(self, connection: socket.socket, sent: bytes) -> None:
         connection.sendall(sent)
         assert not everything(connection).startswith(b"HTTP/1.1 200")
+
+    def test_a_connection_is_used_again_after_clients_would_have_closed_it(self, connection: socket.socket) -> None:
+        for pause_s in (0, 6):  # httpx, and so OpenAI's client, closes one that is idle for 5 s
+            time.sleep(pause_s)
+            connection.sendall(GET if pause_s == 0 else GET[:-2] + b"Connection: close\r\n\r\n")
+        assert everything(connection).count(b"HTTP/1.1 200") == 2
 
     def test_what_is_no_http_is_refused_in_our_shape(self, connection: socket.socket) -> None:
         connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")

@@ -25,7 +25,7 @@ from server.gateway.engines.admin import Engines
 
 log = logging.getLogger("mta.gateway")
 
-_KEEP_ALIVE_S = 4.0  # below vLLM's 5 s, so that no connection is reused while the engine closes it
+_KEEP_ALIVE_S = 4.0  # below vLLM's default of 5 s, so that no connection is reused while the engine closes it
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
 _CONNECT_ERRORS = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)

@@ -27,6 +27,9 @@ LINGER_S = 2.0
 """Seconds to discard what a refused client still sends; closing at once would lose the response."""
 SEND_BUFFER_BYTES = 128 << 10
 """Kernel send buffer per connection; the default of megabytes would hold a minute of an engine's output unread."""
+IDLE_S = 75
+"""Seconds until an idle connection is closed: longer than clients (5 s) and most load balancers (60 s) keep one, since
+what arrives meanwhile is lost."""
 STALLED_S = 2.0
 """Seconds until a client that stops reading a generation is disconnected; ordinary answers fit into the buffers."""
 
@@ -171,6 +174,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=False,  # paths contain user ids
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=IDLE_S,
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
     )
 
