@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -117,6 +120,19 @@ def test_its_status_waits_for_no_step_of_the_model(engine: Engine) -> None:
     with paused(core):
         status = engine.client.get("/mta/v1/status", timeout=20)
     assert status.json()["banks"] == engine.status()["banks"]
+
+
+def test_a_request_that_waits_while_the_server_stands_still_is_answered(engine: Engine) -> None:
+    """It closed the connection unread: it had been idle for more than the 5 s that vLLM allows."""
+    connection = http.client.HTTPConnection(engine.url.removeprefix("http://"), timeout=PATIENCE_S)
+    with closing(connection):
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        time.sleep(0.5)  # the server sends an answer before it notes that the connection is idle
+        with paused(engine.pid):
+            connection.request("GET", "/health")
+            time.sleep(6)
+        assert connection.getresponse().status == httpx.codes.OK
 
 
 def test_its_core_is_a_fork_and_none_of_its_processes_has_the_secret_of_users(engine: Engine) -> None:
