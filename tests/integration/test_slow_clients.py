@@ -109,6 +109,14 @@ class TestHeaders:
             connection.sendall(GET if pause_s == 0 else GET[:-2] + b"Connection: close\r\n\r\n")
         assert everything(connection).count(b"HTTP/1.1 200") == 2
 
+    def test_of_very_many_connections_idle_ones_are_closed_early(
+        self, connection: socket.socket, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in (("CROWD", 0), ("CROWDED_IDLE_S", 0.1)):
+            monkeypatch.setattr(serving, name, value)
+        connection.sendall(GET)
+        assert everything(connection).startswith(b"HTTP/1.1 200")
+
     def test_what_is_no_http_is_refused_in_our_shape(self, connection: socket.socket) -> None:
         connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         assert answered(connection) == (400, "invalid_http")

@@ -27,9 +27,10 @@ LINGER_S = 2.0
 """Seconds to discard what a refused client still sends; closing at once would lose the response."""
 SEND_BUFFER_BYTES = 128 << 10
 """Kernel send buffer per connection; the default of megabytes would hold a minute of an engine's output unread."""
-IDLE_S = 75
+IDLE_S, CROWDED_IDLE_S = 75, 5
 """Seconds until an idle connection is closed: longer than clients (5 s) and most load balancers (60 s) keep one, since
-what arrives meanwhile is lost."""
+what arrives meanwhile is lost; and the same beyond `CROWD` connections, so that idle ones do not use up the files."""
+CROWD = 2000
 STALLED_S = 2.0
 """Seconds until a client that stops reading a generation is disconnected; ordinary answers fit into the buffers."""
 
@@ -112,6 +113,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        self.timeout_keep_alive = CROWDED_IDLE_S if len(self.connections) > CROWD else IDLE_S
         super().on_response_complete()
         if not self._in_head:
             self._start_timer(HEADER_TIMEOUT_S)
@@ -174,7 +176,6 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=False,  # paths contain user ids
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=IDLE_S,
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
     )
 
