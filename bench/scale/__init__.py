@@ -1,1 +1,1 @@
-"""How far it scales: `mta bench scale`, and what grows beside a long stream: `python -m bench.scale.soak`."""
+"""How far it scales: `mta bench scale`, and what grows beside long streams: `python -m bench.scale.soak`."""

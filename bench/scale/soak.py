@@ -1,6 +1,6 @@
-"""Serve thousands of distinct recipes on one server while a long stream holds a recipe that they would evict.
+"""Serve thousands of distinct recipes on one server while long streams hold a recipe that they would evict.
 
-Uses a tiny random model and eight slots. Checks that every answer arrives, that the stream's tokens are right, and that
+Uses a tiny random model and eight slots. Checks that every answer arrives, that the streams' tokens are right, and that
 neither vLLM's processes nor the name map nor `/metrics` grow.
 """
 
@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
+from adapters.recipe import MAX_WEIGHT
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
 from bench import script
@@ -26,7 +27,6 @@ from bench.rig.tiny import tiny_bank, tiny_model
 from server.settings import Settings
 
 CONTEXT, ANCHORS, SLOTS, CLIENTS = 16_384, 64, 8, 8
-WEIGHTS = 4000  # of an anchor
 JUDGED = 4000  # tokens of each answer of the stream
 NEAR_TIE = 0.01
 """Largest gap in log-probability to the best token that another batch's rounding can explain."""
@@ -58,6 +58,7 @@ class LongStream(threading.Thread):
             "return_token_ids": True,
         }
         with self.engine.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            response.raise_for_status()
             for line in response.iter_lines():
                 if self._stop_asked.is_set():
                     return
@@ -75,11 +76,11 @@ class LongStream(threading.Thread):
 
 def main(
     recipes: Annotated[
-        int, typer.Option(help="Distinct recipes to serve.", min=100, max=(ANCHORS - 1) * WEIGHTS)
+        int, typer.Option(help="Distinct recipes to serve.", min=100, max=(ANCHORS - 1) * MAX_WEIGHT)
     ] = 2000,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Serve thousands of recipes beside one long stream, and check for growth."""
+    """Serve thousands of recipes beside long streams, and check for growth."""
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_model(Path(scratch) / "model", context=CONTEXT)
         embedder = ensure_embedder(None, Settings().cache_dir)
@@ -91,7 +92,7 @@ def main(
 def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
     stream = LongStream(engine, f"{prefix}:c+a63*999")
     stream.start()
-    names = [f"{prefix}:c+a{i % (ANCHORS - 1):02d}*{1 + i // (ANCHORS - 1) * 7 % WEIGHTS}" for i in range(recipes)]
+    names = [f"{prefix}:c+a{i % (ANCHORS - 1):02d}*{1 + i // (ANCHORS - 1) * 7 % MAX_WEIGHT}" for i in range(recipes)]
     answers = 0
     rss_mib: dict[int, dict[str, float]] = {}
     series: dict[int, int] = {}
