@@ -97,17 +97,28 @@ def tiny(scratch: Path, *, anchors: int = 16, embeddings: Vectors | None = None)
     return random_rows(scratch / "tiny-bank", model, "tiny", anchors=anchors, rank=4, embeddings=embeddings)
 
 
-def random_subject(scratch: Path, model: str | None, rank: int, *, anchors: int = 16) -> Subject:
-    """Create a bank of random rows of a rank for a base model, without room for user adapters."""
+def random_subject(
+    scratch: Path, model: str | None, rank: int = 8, *, anchors: int = 16, directions: int | None = None
+) -> Subject:
+    """Create a bank of random rows, or directions, for a base model, without room for user adapters."""
     settings = load_settings(model=model)
     folder = ensure_base_model(settings.model, settings.cache_dir)
-    return random_rows(scratch / f"rank-{rank}", folder, model_name(settings.model, folder), anchors=anchors, rank=rank)
+    name, where = model_name(settings.model, folder), scratch / f"rank-{rank}"
+    return random_rows(where, folder, name, anchors=directions or anchors, rank=rank, directions=directions)
 
 
 def random_rows(
-    folder: Path, model: Path, name: str, *, anchors: int, rank: int, embeddings: Vectors | None = None
+    folder: Path,
+    model: Path,
+    name: str,
+    *,
+    anchors: int,
+    rank: int,
+    directions: int | None = None,
+    embeddings: Vectors | None = None,
 ) -> Subject:
-    """Create a bank of random rows for a model in a folder, without room for user adapters; `name` is the model's."""
+    """Create a bank of random rows, or directions, for a model in a folder, without room for user adapters; `name` is
+    the model's."""
     settings = load_settings()
     tiny_bank(
         folder,
@@ -115,6 +126,7 @@ def random_rows(
         ensure_embedder(settings.embedder, settings.cache_dir),
         anchors=anchors,
         rank=rank,
+        directions=directions,
         user_rank=0,
         scale=0.01,  # small enough to keep a real model's answers sound; the size does not affect the cost
         name=name,

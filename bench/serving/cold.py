@@ -34,7 +34,7 @@ from bench.page.report import Spread, report
 from bench.rig.engine import Engine
 from bench.rig.limits import BF16_BYTES, Limits, Model
 from bench.rig.servers import vllm_server
-from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, configured_subject, tiny
+from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, configured_subject, random_subject, tiny
 from bench.serving.histograms import BLOCKING_STEPS, COLD_PATH, Total, means_ms, totals
 from bench.serving.peft_folders import write_peft
 from server.engine_protocol import BASE_MODEL
@@ -50,17 +50,25 @@ def main(
     bank: BankOption = None,
     model: ModelOption = None,
     tiny_model: TinyOption = False,
+    directions: Annotated[
+        int | None, typer.Option(help="Measure a bank of so many random directions instead.", min=1)
+    ] = None,
     pairs: Annotated[int, typer.Option(help="Timed repetitions of each way, after a warm-up.", min=1)] = 15,
     rivals: Annotated[bool, typer.Option(help="Also measure `merge` and `disk`.")] = True,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/cold.json"),
 ) -> None:
     """Measure the time until a never-seen recipe is usable, against merging and loading a PEFT folder."""
+    if directions and (bank or tiny_model):
+        raise typer.BadParameter("makes a bank of its own: leave out --bank and --tiny", param_hint="--directions")
     readings: dict[str, list[float]] = {way: [] for way in ("worker", *(RIVALS if rivals else ()), "cold", "warm")}
     inside: dict[str, list[float]] = {step: [] for step in (*COLD_PATH, *BLOCKING_STEPS)}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as servers:
         where = Path(scratch)
-        subject = tiny(where) if tiny_model else configured_subject(bank, model)
+        if directions:
+            subject = random_subject(where, model, directions=directions)
+        else:
+            subject = tiny(where) if tiny_model else configured_subject(bank, model)
         manifest, matrix = subject.manifest, open_matrix(subject.bank, subject.manifest)
         limits = Limits.measured(Model.read(subject.model))
         recipes = subject.recipes()

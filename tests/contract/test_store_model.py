@@ -355,7 +355,7 @@ class Store(RuleBasedStateMachine):
 
     def connected(self) -> StoreParts:
         parts = StoreParts(server.url)
-        self.run(parts.connection.check())
+        self.run(parts.until_checked())
         return parts
 
     def run(self, work: Work[T]) -> T:

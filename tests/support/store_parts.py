@@ -85,13 +85,13 @@ class StoreParts(Stores):
     async def opened(cls, url: str) -> AsyncIterator[StoreParts]:
         parts = cls(url)
         try:
-            await parts._until_checked()
+            await parts.until_checked()
             yield parts
         finally:
             await parts.connection.close()
 
-    async def _until_checked(self) -> None:
-        """Wait as a process at its start does: a cluster is down while a busy machine keeps a node from answering."""
+    async def until_checked(self) -> None:
+        """Wait as a process at its start does: a busy machine can keep a server from answering in time."""
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 with suppress(Unavailable):

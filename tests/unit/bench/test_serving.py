@@ -36,7 +36,7 @@ from bench.rig.servers import vllm_command
 from bench.rig.subject import Subject, configured_subject, random_subject
 from bench.rig.tiny import tiny_bank, weightless_model
 from bench.rig.up import up_command
-from bench.serving import cost, gateway, stall, thrash
+from bench.serving import cold, cost, gateway, stall, thrash
 from bench.serving.load import Ask, loading
 from bench.serving.users import Query, judged
 from mta_client import Client
@@ -289,6 +289,11 @@ def test_a_random_bank_has_its_rank_and_a_model_may_be_without_weights(
     made = random_subject(tmp_path, str(tiny_model_folder), 16, anchors=3)
     assert (made.manifest.rank, made.manifest.serving_rank, made.manifest.user_rank) == (16, 16, 0)
     assert open_matrix(made.bank, made.manifest).rows.shape[0] == 4  # the common row beside them
+    wide = random_subject(tmp_path, str(tiny_model_folder), directions=20)
+    assert (wide.manifest.directions, wide.merged_rows, wide.manifest.rank) == (20, 20, 8)
+    assert [len(recipe.steps) for recipe in itertools.islice(wide.recipes(), 2)] == [20, 20]
+    with pytest.raises(typer.BadParameter, match="leave out --bank and --tiny"):
+        cold.main(directions=20, tiny_model=True)
     shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     model = weightless_model(tmp_path / "model", num_attention_heads=4, num_key_value_heads=2, **shape)
     manifest = read_manifest(tiny_bank(tmp_path / "bank", model, embedder_folder))
