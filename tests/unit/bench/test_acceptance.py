@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from bench import acceptance
 from bench.acceptance import FUSE, GATEWAY, ORACLE, PACKAGES, SOAK, Figure, Target, judge
@@ -78,6 +81,34 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
     assert not ran("eval") and ran("bench.oracle"), "what passed runs again, or what failed does not"
     assert list(read_steps(tmp_path / "out")) == list(steps)
     assert read_steps(tmp_path / "out")["quality"] == steps["quality"]
+
+
+def test_every_step_is_a_command_that_its_program_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = "mta-gateway\nmta-engine-cpu"
+    run = MagicMock(return_value=subprocess.CompletedProcess([], 0, stdout=listed))
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(acceptance.shutil, "which", MagicMock(return_value="/usr/bin/docker"))
+    monkeypatch.setattr(acceptance, "_served", lambda *_: nullcontext(("http://gateway", "http://engine", "key")))
+    monkeypatch.setattr(acceptance, "_tiny", lambda _: ())
+    with pytest.raises(typer.Exit):
+        acceptance.main(tmp_path, tmp_path / "out", tmp_path / "python")
+    commands = [call.args[0][2:] for call in run.call_args_list if call.args[0][1] == "-m"]
+    taken = {module for module, *arguments in commands if module != "pytest" and takes(module, arguments)}
+    assert len(commands) == len(read_steps(tmp_path / "out"))
+    assert {"server.cli", "deploy.containers", "bench.learning.chats", "bench.serving.users"} <= taken
+
+
+def takes(module: str, arguments: list[str]) -> bool:
+    """Whether a program knows these options; with `--help` it only reads them."""
+    package = import_module(module)
+    program = import_module(f"{module}.__main__") if hasattr(package, "__path__") else package
+    app = getattr(program, "app", None) or getattr(package, "app", None)
+    if app is None:
+        app = typer.Typer()
+        app.command()(program.main)
+    read = CliRunner().invoke(app, [*arguments, "--help"])
+    assert read.exit_code == 0, read.output
+    return True
 
 
 def read_steps(out: Path) -> dict[str, Any]:
