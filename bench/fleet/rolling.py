@@ -92,7 +92,11 @@ class Replaceable:
 
 
 class Load(threading.Thread):
-    """A client that sends one request after the other to any gateway that accepts the connection."""
+    """A client that sends one request after the other to any gateway that accepts the connection.
+
+    Attributes:
+        left_out: URL of a gateway that gets no new requests, as a load balancer would have it; empty if all do.
+    """
 
     def __init__(self, urls: list[str], seed: int, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(daemon=True)
@@ -101,7 +105,10 @@ class Load(threading.Thread):
         fresh = httpx.Limits(
             max_keepalive_connections=0
         )  # one that the gateway has closed would look like a lost request
-        self._clients = [httpx.Client(base_url=url, headers=headers, timeout=ANSWER_S, limits=fresh) for url in urls]
+        self._clients = {
+            url: httpx.Client(base_url=url, headers=headers, timeout=ANSWER_S, limits=fresh) for url in urls
+        }
+        self.left_out = ""
         self._chance = random.Random(seed)
         self._stop_asked = threading.Event()
 
@@ -122,9 +129,10 @@ class Load(threading.Thread):
                 self.recipes[_recipe(answer)[:13]] += 1
 
     def _one(self, method: str, path: str, body: dict[str, object]) -> str | None:
-        for client in self._chance.sample(self._clients, len(self._clients)):
+        asked = [url for url in self._clients if url != self.left_out]
+        for url in self._chance.sample(asked, len(asked)):
             try:
-                response = client.request(method, path, json=body)
+                response = self._clients[url].request(method, path, json=body)
             except Exception as error:  # any failure of a request; this thread must continue
                 if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
                     continue

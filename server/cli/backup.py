@@ -17,7 +17,16 @@ from adapters.recipe import parse_recipe
 from server.cli.shared import MOST_DAYS, Data
 from server.cli.store import store_settings, with_stores
 from server.errors import Unavailable
-from server.store.backup.folder import Entry, Manifest, delete_old_copies, open_copy, read_entries, user_of, write_copy
+from server.store.backup.folder import (
+    Entry,
+    Manifest,
+    delete_old_copies,
+    has_data,
+    open_copy,
+    read_entries,
+    user_of,
+    write_copy,
+)
 from server.store.tenants.user_key import UserKeys, check_values
 from server.watching.audit import Act, note, read_audit
 
@@ -150,7 +159,8 @@ async def _restore(
         for entry in read_entries(copy):
             user = user_of(entry)
             if user not in since.gone:
-                users.extend([user] if user else [])
+                if user and has_data(entry):
+                    users.append(user)
                 yield entry
 
     if await stores.copying.begin_restore(manifest.sha256):  # perhaps an earlier run did not have all logs

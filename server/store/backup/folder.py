@@ -60,7 +60,7 @@ async def write_copy(copies: Path, store: StoreCopying, progress: Callable[[int,
             async for entry in store.entries(progress):
                 header = orjson.dumps([(name, expires_ms, len(content)) for name, expires_ms, content in entry])
                 file.write(b"".join([header, b"\n", *(content for *_, content in entry)]))
-                stored, users = stored + len(entry), users + bool(user_of(entry))
+                stored, users = stored + len(entry), users + has_data(entry)
         at, sha256 = began.isoformat(timespec="milliseconds"), file_sha256(data)
         manifest = Manifest(FORMAT, at, stored, users, sha256, store.secret, store.version)
         draft.write_bytes(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
@@ -110,6 +110,11 @@ def read_entries(folder: Path) -> Iterator[Entry]:
 
 def user_of(entry: Entry) -> str | None:  # user key; None for a shared key
     return keys.user_of(entry[0][0])
+
+
+def has_data(entry: Entry) -> bool:  # of a user; somebody who was erased has a tombstone alone
+    user = user_of(entry)
+    return user is not None and any(name != keys.epoch(user) for name, *_ in entry)
 
 
 def delete_old_copies(copies: Path, days: int) -> list[Path]:
