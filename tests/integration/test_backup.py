@@ -66,10 +66,10 @@ def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_key
         Keyed(gateway, secrets).client("kept") as client,
     ):
         bank = gateway.parts.bank.manifest.short
-        for user in ("erased before", *USERS):
+        for user in ("erased-before", *USERS):
             item = {"id": "it", "text": f"a text of {user}"}
             client.put(f"/users/{user}/profile", json={"items": [item]}).raise_for_status()
-        client.delete("/users/erased before").raise_for_status()
+        client.delete("/users/erased-before").raise_for_status()
         written = asyncio.run(copied_while_written(lost, bank, tmp_path / "copies"))
         for user in ERASED:
             client.delete(f"/users/{user}").raise_for_status()

@@ -91,6 +91,24 @@ def test_what_broke_has_failed_and_who_gets_no_connection_at_one_gateway_asks_th
     assert all(repr(error) in failure for failure in asking.failures)
 
 
+def test_a_gateway_that_is_left_out_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def request(client: httpx.Client, *_: object, **__: object) -> object:
+        asked.append(str(client.base_url))
+        return ANSWER
+
+    monkeypatch.setattr(rolling, "PAUSE_S", 0.001)
+    monkeypatch.setattr(httpx.Client, "request", request)
+    asking = rolling.Load(["http://one", "http://other"], seed=0)
+    asking.left_out = "http://one"
+    asking.start()
+    wait_until(lambda: len(asked) > 10, "some requests", 10)
+    asking.stop()
+    assert set(asked) == {"http://other"}
+    assert not asking.failures
+
+
 def test_an_engine_keeps_the_recipes_that_were_used_last_and_users_ask_as_zipf_says() -> None:
     asking, engines = np.array([1, 2, 1, 3, 2, 1]), np.zeros(6, dtype=np.int64)
     assert served(asking, engines, 1, held=2).warm == pytest.approx(1 / 6)
