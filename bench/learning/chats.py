@@ -183,7 +183,7 @@ def _checked(ran: Up, key: str, chat: Chat) -> tuple[list[tuple[str, object]], d
         level = client.generate(chat.user_id, "Any plans for Sunday?", max_tokens=8).personalization.level
     text = (ran.data / "logs" / "gateway.log").read_text(encoding="utf-8")
     log = re.findall(r"POST /v1/chat/completions .*", text)
-    levels = Counter(line.rpartition(" ")[2] for line in log)
+    levels = Counter(re.findall(r" chatcmpl-\w+ (\w+)", "\n".join(log)))
     refused = [line for line in log if " 200 " not in line]
     return [
         ("items: the person's messages and nothing else", marked(len(items), items == chat.expected)),
