@@ -1,7 +1,7 @@
 """A person's training data: their items, a share of them with past items of the same person in the prompt.
 
 A model that was never trained with past items in the prompt treats them as noise. An item's prompt never contains the
-item itself or a later one.
+item itself, a later one, or the answer that is asked for.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from adapters.training.example import Example
 from bank.items.histories import History
 from bank.items.profile import Item, item_pair
 from bank.items.prompt import chat_messages, encode_conversation, encode_pair
-from bank.items.retrieval import ItemIndex, turn_with_memories
+from bank.items.retrieval import ItemIndex, searchable, turn_with_memories
 from bank.items.tasks import PAST_COUNTS, Task
+
+QUOTED_WORDS = 8  # length from which on an answer is recognised within a longer text
 
 
 class PastItems:
@@ -32,22 +34,41 @@ class PastItems:
     def memories(self, turn: str, output: str) -> list[str]:
         """Return the past items to put before a turn, as prompts quote them, best first; often none or one.
 
-        If the turn and output are an item of this person, only earlier items are used; otherwise all items are.
+        If the turn and output are an item of this person, only earlier items are used; otherwise all items are. Where
+        answers are texts, none is used that tells this one. Labels recur, and leaving them out would tell them.
         """
         chance = random.Random(f"{self._seed}:{turn}:{output}")
         if chance.random() >= self._share:
             return []
-        return self._index.memories(turn, chance.choice(PAST_COUNTS[self.task.kind]), self._places.get((turn, output)))
+        asked = normalised(output)
+        is_text, is_long = self.task.kind == "text", len(searchable(asked).split()) >= QUOTED_WORDS
+        first = self._places.get((normalised(turn), asked), len(self._pairs))
+
+        def usable(place: int, memory: str) -> bool:
+            tells = is_text and (self._pairs[place][1] == asked or (is_long and asked in normalised(memory)))
+            return place < first and not tells
+
+        return self._index.memories(turn, chance.choice(PAST_COUNTS[self.task.kind]), usable)
 
     @cached_property
     def _index(self) -> ItemIndex:
         return ItemIndex(self.task, self._items)
 
     @cached_property
+    def _pairs(self) -> list[tuple[str, str]]:
+        """The items' turns and outputs, normalised; empty texts for plain items."""
+        pairs = [item_pair(item, self.task) or ("", "") for item in self._items]
+        return [(normalised(turn), normalised(output)) for turn, output in pairs]
+
+    @cached_property
     def _places(self) -> dict[tuple[str, str], int]:
         """Index of each pair's first occurrence among the items."""
-        pairs = [(place, item_pair(item, self.task)) for place, item in enumerate(self._items)]
-        return {pair: place for place, pair in reversed(pairs) if pair is not None}
+        return {pair: place for place, pair in reversed(list(enumerate(self._pairs)))}
+
+
+def normalised(text: str) -> str:
+    """Return a text in lower case with single spaces: two that differ in these alone tell the same."""
+    return " ".join(text.casefold().split())
 
 
 @dataclass(frozen=True, slots=True)

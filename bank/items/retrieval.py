@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 from bank.items.profile import Item, is_pair, item_text
 from bank.items.tasks import Task, get_task
@@ -39,8 +39,13 @@ class ItemIndex:
             self.size_bytes += sum(sys.getsizeof(word) + _WORD_BYTES for word in words.vocab)
             self.size_bytes += _POSTING_BYTES * sum(map(len, words.ids))
 
-    def memories(self, turn: str, count: int, before: int | None = None) -> list[str]:
-        """Return up to `count` of the first `before` items (or all) as prompts quote them, best, then newest first."""
+    def memories(
+        self, turn: str, count: int, usable: Callable[[int, str], bool] = lambda place, memory: True
+    ) -> list[str]:
+        """Return up to `count` items as prompts quote them, best, then newest first.
+
+        Only items are used that are `usable`, by their index in the history and as quoted.
+        """
         import bm25s
 
         query = searchable(turn.removeprefix(self._task.instruction))
@@ -48,9 +53,9 @@ class ItemIndex:
         scores: Sequence[float] = [0.0] * len(self._memories)
         if self._retriever is not None and words:  # empty if the turn holds only stop words
             scores = self._retriever.get_scores(words)
-        searched = len(self._memories) if before is None else bisect_left(self._places, before)
-        best = sorted(range(searched), key=lambda place: (-scores[place], -place))[:count]
-        return [self._memories[place] for place in best]
+        best = sorted(range(len(self._memories)), key=lambda place: (-scores[place], -place))
+        found = (self._memories[place] for place in best if usable(self._places[place], self._memories[place]))
+        return list(islice(found, count))
 
 
 def searchable(text: str) -> str:

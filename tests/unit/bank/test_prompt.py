@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from bank.items.retrieval import ItemIndex, turn_with_memories
 from bank.items.tasks import PAST_COUNTS, Task, get_task, tasks
 from tests.support.bank_bench import Recorder
 
-CHAT, NEWS = get_task("chat"), get_task("news_headline")
+CHAT, NEWS, STARS = get_task("chat"), get_task("news_headline"), get_task("movie_rating")
 TURN = "Generate a headline for the following article: A dog slept through the race."
 ITEMS = [
     parse_item({"title": "Cats Win", "text": "A cat won a contest."}, NEWS, 0),
@@ -111,7 +112,7 @@ def test_the_most_relevant_earlier_items_stand_before_the_turn_in_lamps_words_th
     for nothing, count in ((ITEMS, 0), ([], 3), (ITEMS[2:], 3)):
         assert with_history(NEWS, TURN, nothing, count) == TURN
     index = ItemIndex(NEWS, [ITEMS[2], *ITEMS[:2], *ITEMS[:2]])
-    best = [index.memories("a dog and a cat", 9, before) for before in range(6)]
+    best = [index.memories("a dog and a cat", 9, lambda place, _: place < before) for before in range(6)]  # noqa: B023
     assert [len(found) for found in best] == [0, 0, 1, 2, 3, 4]
     assert best[2] == [cats]
 
@@ -191,6 +192,43 @@ def test_of_an_item_that_is_there_twice_the_first_one_counts_and_of_a_turn_that_
     assert seen == [False, True, False]
     past = PastItems(CHAT, person(*SUBJECTS).items, share=1, seed=0)
     assert past.memories("And more roses?", "something else")[0] == quoted(5, "more roses")
+
+
+LONG = "we leave at nine from the east door of the hall"
+
+
+@pytest.mark.parametrize(
+    ("task", "item", "turn", "output"),
+    [
+        (CHAT, {"input": "Any plans?", "output": "The sea."}, "Any plans?\n", "The sea."),
+        (CHAT, {"input": "Any plans?", "output": "The sea."}, "And what are your plans?", "the  SEA.\n"),
+        (
+            NEWS,
+            {"text": "A dog lost a race.", "title": "Dogs Lose"},
+            "Headline, please: A dog lost a race.",
+            "Dogs lose",
+        ),
+        (CHAT, {"input": "When?", "output": f"Hello! {LONG}. Bye"}, "When do we leave?", LONG.upper()),
+        (
+            CHAT,
+            {"input": "时间?", "output": "我们九点从大厅的东门出发, 再见"},
+            "什么时候出发?",
+            "我们九点从大厅的东门出发",
+        ),
+        (STARS, {"text": "a film", "score": "4"}, f"{STARS.instruction}a  film", " 4"),
+    ],
+)
+def test_no_memory_tells_the_answer_that_is_asked_for(task: Task, item: Any, turn: str, output: str) -> None:
+    past = PastItems(task, [parse_item(item, task, 0)], share=1, seed=0)
+    assert past.memories(turn, output) == []
+    assert past.memories(turn, "another") != []
+
+
+def test_a_short_answer_within_a_text_and_an_equal_label_are_no_secret() -> None:
+    past = PastItems(CHAT, [parse_item({"input": "Any plans?", "output": "The sea, always."}, CHAT, 0)], 1, 0)
+    assert past.memories("Where to?", "the sea") != []
+    stars = PastItems(STARS, [parse_item({"text": "a film", "score": "4"}, STARS, 0)], 1, 0)
+    assert stars.memories(f"{STARS.instruction}another film", "4") != []
 
 
 def test_the_share_is_of_the_items_and_most_get_one() -> None:
