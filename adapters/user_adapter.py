@@ -6,22 +6,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
 from adapters.flat import FlatLora, flattened, lora_of
 from adapters.lora import LoraWeights, RowLayout
-from adapters.raw import USER_FORMAT, USER_KIND, read_user_adapter
+from adapters.raw import USER_FORMAT, USER_KIND, read_tensors, read_user_adapter
 
 
 @dataclass(frozen=True, slots=True)
 class UserAdapter:
-    """A trained user adapter, with the name of the plain recipe it was trained on."""
+    """A trained user adapter, with the name of the plain recipe and hashes of the samples it was trained on."""
 
     recipe: str
     weights: LoraWeights
+    samples: Collection[str] = ()  # empty in adapters of versions that noted none
 
 
 def stack(fused: LoraWeights, user: UserAdapter, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
@@ -42,7 +45,10 @@ def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
     first = next((place for place, module in enumerate(layout.modules) if user.weights.b[module.name].any()), 0)
     changed = replace(layout, modules=layout.modules[first:])
     flats = {"a": flattened(changed, user.weights.a), "b": flattened(changed, user.weights.b)}
-    header = {"kind": USER_KIND, "rank": user.weights.rank, "recipe": user.recipe, "first": first}
+    header = {
+        **{"kind": USER_KIND, "rank": user.weights.rank, "recipe": user.recipe, "first": first},
+        "samples": " ".join(sorted(user.samples)),
+    }
     # Use a single entry: safetensors writes several in varying order, but equal adapters must have equal bytes.
     raw: bytes = save(
         {name: flat.to(torch.bfloat16) for name, flat in flats.items()}, {USER_FORMAT: json.dumps(header)}
@@ -53,4 +59,6 @@ def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
 def decode_user_adapter(layout: RowLayout, raw: bytes) -> UserAdapter:
     recipe, rank, tensors = read_user_adapter(layout, raw)
     a, b = (torch.from_numpy(tensors[name]).view(torch.bfloat16) for name in ("a", "b"))
-    return UserAdapter(recipe, lora_of(RowLayout(layout.modules, rank, shared_a=False), a, b))
+    _, metadata = read_tensors(np.frombuffer(raw, np.uint8))
+    samples = json.loads(metadata[USER_FORMAT]).get("samples", "").split()
+    return UserAdapter(recipe, lora_of(RowLayout(layout.modules, rank, shared_a=False), a, b), frozenset(samples))

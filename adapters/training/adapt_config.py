@@ -11,7 +11,8 @@ from adapters.errors import TrainingError, excerpt
 BATCH_SIZE = 4  # samples per step
 EVAL_INTERVAL = 2  # steps between two evaluations of the held-out loss
 FOLDS = 2
-MAX_FOLDED = 20  # maximum number of samples for cross-validation; with more samples, a part is held out
+RIVALS = 5  # at most: merged, the common row, the base model, the adapter in use on its own recipe and on the new one
+MAX_FOLDED = 20  # so many samples are all held out, each in one fold; of more, a share
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +25,8 @@ class AdaptConfig:
     rank: int = 2
     steps: int = 8  # maximum per run; a run stops early when the held-out loss no longer falls
     learning_rate: float = 1e-3  # after the warm-up
-    holdout: float = 0.2  # share of samples to hold out above `MAX_FOLDED`, at most half of those that may judge
+    holdout: float = 0.2  # share of samples that are held out, each in one fold, of more than `MAX_FOLDED`
     strength: float = 0.5  # factor on the anchors' merged weights; below 1 only with a common row
-    newer_than_ms: int = 0  # judge on what was learnt after this time, also against the adapter served since; 0: all
     seed: int = 0
     max_tokens: int = 2_000_000  # maximum tokens that all runs read, including held-out samples
     max_seconds: int = 3600  # maximum training time of one worker
@@ -37,13 +37,17 @@ class AdaptConfig:
             ("rank", int, lambda value: value > 0, whole),
             ("steps", int, lambda value: value > 0, whole),
             ("seed", int, lambda value: True, "a whole number"),
-            ("newer_than_ms", int, lambda value: value >= 0, "a whole number from 0"),
             ("learning_rate", int | float, lambda value: 0 < value < math.inf, "a number above 0"),
             ("holdout", int | float, lambda value: 0 <= value < 1, "from 0 to below 1"),
+            ("strength", int | float, lambda value: 0 <= value <= 1, "from 0 to 1"),
         ):
             value = getattr(self, name)
             if not isinstance(value, of) or not holds(value):
                 raise TrainingError(f"{name} must be {wanted}, got {excerpt(value)}")
+
+    def judges(self, count: int) -> int:
+        """Return how many of `count` samples are held out at most."""
+        return min(count, max(MAX_FOLDED, round(self.holdout * count)))
 
     def tokens_read(self, lengths: Sequence[int]) -> int:
         """Estimate the maximum number of tokens read by all runs, given each sample's token count."""
@@ -55,14 +59,10 @@ class AdaptConfig:
 
     def _samples_read(self, count: int) -> int:
         """Return the number of sample reads in all runs, repeated reads included."""
-        looks = 1 + math.ceil(self.steps / EVAL_INTERVAL)
-        if count == 1:
-            return max(1, self.steps // 2) + 2
-        if count <= MAX_FOLDED:
-            held = [len(range(fold, count, FOLDS)) for fold in range(FOLDS)]
-            folds = sum(self.steps * min(BATCH_SIZE, count - aside) + looks * aside for aside in held)
-            return folds + self.steps * min(BATCH_SIZE, count)
-        return self.steps * BATCH_SIZE + looks * max(1, round(self.holdout * count))
+        judges, looks = self.judges(count), RIVALS + math.ceil(self.steps / EVAL_INTERVAL)
+        held = [len(range(fold, judges, FOLDS)) for fold in range(FOLDS)]
+        folds = sum(self.steps * min(BATCH_SIZE, count - aside) for aside in held)
+        return folds + looks * judges + self.steps * min(BATCH_SIZE, count)
 
 
 def default_config(room: int, common: bool) -> AdaptConfig:

@@ -62,14 +62,16 @@ def drawn_gradients(
 
 def mean_loss(model: Any, examples: Sequence[Example]) -> float:
     """Return the negative log-likelihood per output token, in nats."""
-    return sum(row_losses(model, examples)) / output_tokens(examples)
+    return sum(map(sum, row_losses(model, examples))) / output_tokens(examples)
 
 
 @torch.no_grad()
-def row_losses(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> Iterator[float]:
-    """Yield the negative log-likelihood of each row of examples, in nats; compute each row on demand."""
+def row_losses(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> Iterator[list[float]]:
+    """Yield the negative log-likelihood of each example in a row, in nats; compute each row on demand."""
     for row in pack(model, examples):
-        yield float(_losses(_logits(model, row, below), row).sum())
+        yield [
+            float(tokens.sum()) for tokens in torch.split(_losses(_logits(model, row, below), row).cpu(), row.counts)
+        ]
 
 
 @torch.no_grad()

@@ -1,14 +1,14 @@
-"""Few-shot training of a user adapter on a frozen fused adapter, kept only if it lowers the held-out loss.
+"""Few-shot training of a user adapter on a frozen fused adapter, promoted only if it beats what is served without it.
 
-Few samples are cross-validated to find the number of steps, then all train; of many samples, a part is held out.
+In each of two folds an adapter is trained without the samples that judge it, on a fused adapter for which they are no
+evidence. The other fold's samples choose how many steps count. Then all samples train the adapter that is kept.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections import defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,19 +18,32 @@ import torch
 
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights, ModuleShape
-from adapters.training.adapt_config import BATCH_SIZE, EVAL_INTERVAL, FOLDS, MAX_FOLDED, AdaptConfig
+from adapters.training.adapt_config import BATCH_SIZE, EVAL_INTERVAL, FOLDS, AdaptConfig
 from adapters.training.attached import Attached, attached
-from adapters.training.example import Example, output_tokens
+from adapters.training.example import Example
 from adapters.training.forward.lower_layers import LowerLayers, layer_of, upper_half
 from adapters.training.loss import backward, row_losses
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, optimise
 
 WARM_UP_STEPS = 2
+MIN_JUDGES = 4  # with fewer, chance decides what is promoted (`bench.adapt.gate`)
+MARGIN = 1.0  # standard errors by which an adapter must be better, so that at most one in twenty promoted ones is worse
 PATIENCE = 2  # number of evaluations without a new lowest held-out loss after which a run ends
 MAX_LOSS_RISE = 5.0  # above the first step, in nats per token: such a run does not recover, so training fails
 # Learning-rate factor with which eight steps of the upper half of the layers learn about as much as all layers do (the
 # exact factor was 1.9 on headlines and 1.7 on mails).
 UPPER_HALF_FACTOR = 1.75
+
+
+IN_USE = "the adapter in use"
+TOO_FEW = (
+    "{count} samples can be held out, and at least {needed} are needed to tell whether an adapter is better than what "
+    "the user is served without one: send more"
+)
+NOT_BETTER = (
+    "on {count} held-out samples the adapter has a loss of {after:.3f} ± {error:.3f}, and {best}, without it, "
+    "{before:.3f}: that is not surely better. Send more samples, or samples that have more in common"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +56,39 @@ class TrainingProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """The outcome of training; the losses are held-out losses in nats per output token."""
+class Beneath:
+    """What a user adapter is trained on, and what the person is served without it, by name; None is the base model."""
 
-    weights: LoraWeights | None  # None if training did not lower the loss
-    before: float  # loss of the fused adapter alone
-    after: float  # loss with the user adapter
-    steps: int
-    judges: Sequence[int] = ()  # places of the samples that these losses are about
-    served: float | None = None  # loss of the adapter that was served meanwhile, if it was asked for
+    fused: LoraWeights
+    rivals: Mapping[str, LoraWeights | None]
+
+
+BeneathWithout = Callable[[Sequence[int]], Beneath]
+"""Returns what lies beneath for which the samples at these places are no evidence."""
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """The user adapter that is served, and the fused adapter that it was trained on."""
+class Judgement:
+    """The outcome of training; the losses are of samples that trained nothing of it, in nats per output token."""
 
-    fused: LoraWeights
-    adapter: LoraWeights
+    weights: LoraWeights | None  # None if it is not promoted
+    before: float | None = None  # loss of the best that the person is served without it; None if nothing was trained
+    after: float | None = None  # loss with the user adapter
+    steps: int = 0
+    reason: str = ""  # why it is not promoted, in words
+    served: float | None = None  # loss of the adapter in use, if there is one
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """Losses of the samples held out in one fold, summed over each one's tokens."""
+
+    tokens: Sequence[int]  # output tokens of each
+    by_step: Mapping[int, Sequence[float]]  # under the adapter after this many steps
+    rivals: Mapping[str, Sequence[float]]
 
 
 _Judging = Generator[TrainingProgress, None, Judgement]
-_Losses = dict[int, float]  # held-out losses by step
 
 
 @dataclass
@@ -88,101 +113,110 @@ class TrainingRun:
 
 def train_user(
     model: Any,
-    fused: LoraWeights,
+    beneath: BeneathWithout,
     samples: Sequence[Example],
     config: AdaptConfig,
     *,
-    newest: int | None = None,
-    served: Served | None = None,
+    judges: Sequence[int] | None = None,
 ) -> TrainingRun:
-    """Train a user adapter on the fused adapter (float32); TrainingError without samples, or if the loss diverges.
+    """Train a user adapter; TrainingError without samples, or if the loss diverges.
 
-    Only the last `newest` samples are held out, by default all. The adapter that is served must lose more on them.
+    Only the samples at the places `judges` are held out, by default all. Fewer than `MIN_JUDGES` promote nothing.
     """
     if not samples:
         raise TrainingError("there are no samples: send some")
-    count = len(samples)
-    judges = range(count - (newest or count), count)
-    return TrainingRun(_training(model, fused, samples, config, judges=judges, served=served))
+    return TrainingRun(_training(model, beneath, samples, config, range(len(samples)) if judges is None else judges))
 
 
 def _training(
-    model: Any,
-    fused: LoraWeights,
-    samples: Sequence[Example],
-    config: AdaptConfig,
-    *,
-    judges: range,
-    served: Served | None,
+    model: Any, beneath: BeneathWithout, samples: Sequence[Example], config: AdaptConfig, judges: Sequence[int]
 ) -> _Judging:
-    is_folded = 1 < len(judges) <= len(samples) <= MAX_FOLDED
-    train = _train_single if len(samples) == 1 else _train_folds if is_folded else _train_with_holdout
-    with user_run(model, fused, config) as run:
-        judgement = yield from train(run, samples, judges)
-        now = run.now
-    if served is None:
+    if len(judges) < MIN_JUDGES:
+        return Judgement(None, reason=TOO_FEW.format(count=len(judges), needed=MIN_JUDGES))
+    order = random.Random(config.seed).sample(judges, len(judges))[: config.judges(len(samples))]
+    folds, now, steps = list[_Fold](), TrainingProgress(0, 0, 0.0), config.steps
+    for number in range(FOLDS):
+        held = sorted(order[number::FOLDS])
+        aside = [samples[place] for place in held]
+        kept = [sample for place, sample in enumerate(samples) if place not in held]
+        now = replace(now, phase=f"fold {number + 1} of {FOLDS}")
+        ground = beneath(held)
+        rivals = {}
+        for name, lora in ground.rivals.items():
+            rivals[name] = yield from _rival_losses(model, lora, aside, now)
+        tokens = [example.output_tokens for example in aside]
+        yield replace(now, held_out=min(map(sum, rivals.values())) / sum(tokens))
+        with user_run(model, ground.fused, config, now) as run:
+            by_step = yield from run.evaluated(kept, aside, steps, stop_early=number == 0)
+            now = run.now
+        folds.append(_Fold(tokens, by_step, rivals))
+        steps = max(by_step)  # all folds as long as the first
+    judgement = judge(folds)
+    if judgement.reason:
         return judgement
-    with attached(model, served.adapter, frozen=served.fused) as here:
-        held = [samples[place] for place in judgement.judges]
-        loss = yield from _loss(here.model, held, None, now)
-    return replace(judgement, served=loss, weights=judgement.weights if judgement.after < loss else None)
+    with user_run(model, beneath(()).fused, config, replace(now, phase="all samples")) as run:
+        for report in run.train(samples, judgement.steps):
+            yield run.count(report, of=steps * FOLDS + judgement.steps)
+        return replace(judgement, weights=run.weights())
 
 
-def _loss(
+def _rival_losses(
+    model: Any, lora: LoraWeights | None, examples: Sequence[Example], now: TrainingProgress
+) -> Generator[TrainingProgress, None, list[float]]:
+    if lora is None:
+        return (yield from _losses(model, examples, None, now))
+    with attached(model, lora) as here:
+        return (yield from _losses(here.model, examples, None, now))
+
+
+def _losses(
     model: Any, examples: Sequence[Example], below: LowerLayers | None, now: TrainingProgress
-) -> Generator[TrainingProgress, None, float]:
-    """Return the examples' mean loss; yield the progress after each row."""
-    loss = 0.0
-    for row_loss in row_losses(model, examples, below):
-        loss += row_loss
+) -> Generator[TrainingProgress, None, list[float]]:
+    """Return each example's loss, summed over its tokens; yield the progress after each row."""
+    losses = list[float]()
+    for row in row_losses(model, examples, below):
+        losses += row
         yield now
-    return loss / output_tokens(examples)
+    return losses
 
 
-def _train_folds(run: UserRun, samples: Sequence[Example], judges: range) -> _Judging:
-    """Cross-validate, with all folds as long as the first, then train on all samples for the best number of steps."""
-    order = random.Random(run.config.seed).sample(judges, len(judges))
-    before, after, steps = 0.0, defaultdict[int, float](float), run.config.steps
-    tokens = output_tokens([samples[place] for place in judges])
-    for fold in range(FOLDS):
-        held = set(order[fold::FOLDS])
-        aside = [samples[i] for i in sorted(held)]
-        kept = [samples[i] for i in range(len(samples)) if i not in held]
-        share = output_tokens(aside) / tokens
-        before += share * (yield from run.begin(f"fold {fold + 1} of {FOLDS}", aside))
-        losses, _ = yield from run.evaluated(kept, aside, steps, runs=FOLDS + 1, stop_early=fold == 0)
-        steps = max(losses)
-        for step, loss in losses.items():
-            after[step] += share * loss
-    best = min(after, key=lambda step: (after[step], step))
-    if not after[best] < before:
-        return Judgement(None, before, after[best], best, judges)
-    run.enter("all samples")
-    for report in run.train(samples, best):
-        yield run.count(report, of=steps * FOLDS + best)
-    return Judgement(run.weights(), before, after[best], best, judges)
+def judge(folds: Sequence[_Fold]) -> Judgement:
+    """Compare the folds' adapters with the best of their rivals, and choose the number of steps for all samples.
 
+    The adapter must be better by `MARGIN` standard errors of the mean difference. Its weights are yet to be trained.
+    """
+    steps = folds[0].by_step.keys()
 
-def _train_single(run: UserRun, samples: Sequence[Example], judges: range) -> _Judging:
-    """Train on one sample and evaluate on the same, for half the steps, as no held-out loss can end the run."""
-    steps = max(1, run.config.steps // 2)
-    before = yield from run.begin("the one sample", samples)
-    for report in run.train(samples, steps):
-        yield run.count(report, of=steps)
-    after = yield from run.loss(samples)
-    return Judgement(run.weights() if after < before else None, before, after, steps, judges)
+    def loss_after(step: int, of: Sequence[_Fold]) -> tuple[float, int]:
+        return sum(sum(fold.by_step[step]) for fold in of), step
 
-
-def _train_with_holdout(run: UserRun, samples: Sequence[Example], judges: range) -> _Judging:
-    """Hold out a part of the samples, and return the weights with the lowest held-out loss."""
-    order = random.Random(run.config.seed).sample(judges, len(judges))
-    count = min(round(run.config.holdout * len(samples)), len(judges) // 2)  # the others are trained on
-    held = order[: max(1, count)]
-    aside, kept = [samples[i] for i in held], [samples[i] for i in [*order[len(held) :], *range(judges.start)]]
-    before = yield from run.begin("all samples but those held out", aside)
-    losses, weights = yield from run.evaluated(kept, aside, run.config.steps, keep_below=before)
-    best = min(losses, key=losses.__getitem__)
-    return Judgement(weights, before, losses[best], best, held)
+    rivals = {name: sum(sum(fold.rivals[name]) for fold in folds) for name in folds[0].rivals}
+    best = min(rivals, key=lambda name: rivals[name])
+    tokens, gains, after = list[int](), list[float](), 0.0
+    for fold in folds:
+        others = [other for other in folds if other is not fold]
+        chosen = fold.by_step[min(steps, key=lambda step: loss_after(step, others))]
+        tokens += fold.tokens
+        gains += [without - own for without, own in zip(fold.rivals[best], chosen, strict=True)]
+        after += sum(chosen)
+    total, count = sum(tokens), len(tokens)
+    gain = sum(gains) / total
+    spread = sum((own - gain * size) ** 2 for own, size in zip(gains, tokens, strict=True))
+    error = (spread * count / (count - 1)) ** 0.5 / total
+    reason = ""
+    if not gain > MARGIN * error:
+        reason = NOT_BETTER.format(
+            count=count, after=after / total, before=rivals[best] / total, best=best, error=error
+        )
+    in_use = [loss for name, loss in rivals.items() if name.startswith(IN_USE)]
+    return Judgement(
+        None,
+        before=rivals[best] / total,
+        after=after / total,
+        steps=min(steps, key=lambda step: loss_after(step, folds)),
+        reason=reason,
+        served=min(in_use) / total if in_use else None,
+    )
 
 
 @dataclass(slots=True)
@@ -198,52 +232,29 @@ class UserRun:
     modules: Sequence[ModuleShape]  # modules of the fused adapter
     below: LowerLayers | None  # layers below the trained ones
     parameters: list[torch.nn.Parameter]
-    now: TrainingProgress = TrainingProgress(0, 0, 0.0)
-
-    def enter(self, phase: str) -> None:
-        self.now = replace(self.now, phase=phase)
-
-    def begin(self, phase: str, held_out: Sequence[Example]) -> Generator[TrainingProgress, None, float]:
-        """Reset the user's LoRA to its start, which changes nothing, and return the held-out loss."""
-        self.enter(phase)
-        self.lora.put(self.start)
-        loss = yield from self.loss(held_out)
-        yield replace(self.now, held_out=loss)
-        return loss
-
-    def loss(self, examples: Sequence[Example]) -> Generator[TrainingProgress, None, float]:
-        """Return the examples' mean loss under the current adapter, as `_loss` does."""
-        return (yield from _loss(self.lora.model, examples, self.below, self.now))
+    now: TrainingProgress
 
     def evaluated(
-        self,
-        samples: Sequence[Example],
-        aside: Sequence[Example],
-        steps: int,
-        *,
-        runs: int = 1,
-        stop_early: bool = True,
-        keep_below: float = -math.inf,
-    ) -> Generator[TrainingProgress, None, tuple[_Losses, LoraWeights | None]]:
-        """Train one of `runs` runs and evaluate the held-out loss; `stop_early` ends it when the loss stops falling.
+        self, samples: Sequence[Example], aside: Sequence[Example], steps: int, *, stop_early: bool
+    ) -> Generator[TrainingProgress, None, dict[int, list[float]]]:
+        """Train one fold and return the losses of what is held out, by step, each summed over its tokens.
 
-        Return the held-out losses, and the weights with the lowest one if it is below `keep_below`.
+        `stop_early` ends the run when their mean no longer falls.
         """
-        losses: _Losses = {}
-        weights = None
+        losses = dict[int, list[float]]()
+        tokens, runs = sum(example.output_tokens for example in aside), FOLDS + 1
         for report in self.train(samples, steps):
             loss = None
             if report.step % EVAL_INTERVAL == 0 or report.step == steps:
-                loss = losses[report.step] = yield from self.loss(aside)
-                best = min(losses, key=losses.__getitem__)
-                if best == report.step and loss < keep_below:
-                    weights = self.weights()
+                losses[report.step] = yield from _losses(self.lora.model, aside, self.below, self.now)
+                loss = sum(losses[report.step]) / tokens
+                best = min(losses, key=lambda step: sum(losses[step]))
                 if stop_early and report.step - best >= PATIENCE * EVAL_INTERVAL:
                     steps = report.step
             yield self.count(report, of=steps * runs, held_out=loss)
             if report.step == steps:
                 break
-        return losses, weights
+        return losses
 
     def train(self, samples: Sequence[Example], steps: int) -> Iterator[StepReport]:
         """Train from the start, one step per report; raise TrainingError if the loss diverges or becomes NaN."""
@@ -278,7 +289,7 @@ class UserRun:
 
 
 @contextmanager
-def user_run(model: Any, fused: LoraWeights, config: AdaptConfig) -> Iterator[UserRun]:
+def user_run(model: Any, fused: LoraWeights, config: AdaptConfig, now: TrainingProgress) -> Iterator[UserRun]:
     """Attach a user LoRA, to the upper half of the layers if it can run alone, which halves the time; then restore."""
     modules = [ModuleShape(name, a.shape[1], fused.b[name].shape[0]) for name, a in fused.a.items()]
     half = upper_half(model, fused.a)
@@ -286,7 +297,7 @@ def user_run(model: Any, fused: LoraWeights, config: AdaptConfig) -> Iterator[Us
     start = initial_lora(trained, config.rank, config.seed)
     with attached(model, start, frozen=fused) as here:
         below = None if half is None else LowerLayers(model, model.get_submodule(half[0]), half[1])
-        yield UserRun(config, here, start, modules, below, here.trainable(train_a=True))
+        yield UserRun(config, here, start, modules, below, here.trainable(train_a=True), now)
 
 
 def _constant(step: int, steps: int) -> float:

@@ -11,7 +11,7 @@ from adapters.lora import LoraWeights
 from adapters.recipe import MAX_TERMS
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example
-from adapters.training.user_trainer import train_user
+from adapters.training.user_trainer import Beneath, train_user
 from adapters.user_adapter import encode_user_adapter
 from bank.building.selection import mean_embedding
 from bank.building.signer import Signer
@@ -44,7 +44,7 @@ class Evidence:
     embedding: Vectors  # profile embedding [E]
     signature: Signature | None = None
     training_examples: Sequence[Example] | None = None  # all profile items, some with past items in the prompt
-    # Few-shot adapters by recipe and seed; None if training did not lower the held-out loss.
+    # Few-shot adapters by recipe and seed; None if one was not promoted.
     trained: dict[tuple[str, int], LoraWeights | None] = field(default_factory=dict)
 
 
@@ -113,21 +113,47 @@ class Evaluator:
         return EvalAdapter(self.bank, serving.personalise(evidence.embedding, signature, share).recipe)
 
     def stacked(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        found = self.trained(self.fused(evidence, self.config.strength), evidence, seed)
-        return found if found.trained else self.fused(evidence)
+        def beneath(known: Evidence) -> tuple[EvalAdapter, EvalAdapter]:
+            return self.fused(known, self.config.strength), self.fused(known)
 
-    def trained(self, beneath: EvalAdapter, evidence: Evidence, seed: int) -> EvalAdapter:
-        """Stack a few-shot adapter on `beneath`; return `beneath` alone if there is no data or it was rejected."""
+        return self.trained(beneath, evidence, seed)
+
+    def own(self, evidence: Evidence, seed: int) -> EvalAdapter:
+        """Return a few-shot adapter without anchors."""
+        common = self.common(self.bank)
+        return self.trained(lambda known: (common, common), evidence, seed)
+
+    def trained(
+        self, beneath: Callable[[Evidence], tuple[EvalAdapter, EvalAdapter]], evidence: Evidence, seed: int
+    ) -> EvalAdapter:
+        """Stack a few-shot adapter on the first of what `beneath` makes of the evidence.
+
+        Return the second, which the person is served without it, if there is no data or it was not promoted.
+        """
+        share, task = self.bank.manifest.history_share, self.bank.serving.task
         if evidence.training_examples is None:
-            share = self.bank.manifest.history_share
-            found = lessons(evidence.user, self.bank.serving.task, share, seed=0)
+            found = lessons(evidence.user, task, share, seed=0)
             evidence.training_examples = [lesson.example(self.scorer.tokenizer, self.max_tokens) for lesson in found]
-        key = (beneath.recipe.name, seed)
-        if evidence.training_examples and key not in evidence.trained:
-            config = replace(self.config, seed=seed)
-            judgement = train_user(self.scorer.bare(), beneath.lora(), evidence.training_examples, config).finish()
+        (ground, without), examples = beneath(evidence), evidence.training_examples
+        unsigned = len(examples) - len(evidence.signature_examples)  # older than the newest, which are signed
+
+        def unseen(held: Sequence[int]) -> Beneath:
+            if not held:
+                return Beneath(ground.lora(), {})
+            signed = enumerate(evidence.signature_examples, unsigned)
+            kept = [example for place, example in signed if place not in held]
+            fused, served = beneath(Evidence(evidence.user, kept, evidence.embedding))
+            rivals = {"without it": served.lora(), "the base model": None}
+            if self.bank.manifest.common:
+                rivals["the common row"] = self.common(self.bank).lora()
+            return Beneath(fused.lora(), rivals)
+
+        key = (ground.recipe.name, seed)
+        if examples and key not in evidence.trained:
+            judgement = train_user(self.scorer.bare(), unseen, examples, replace(self.config, seed=seed)).finish()
             evidence.trained[key] = judgement.weights
-        return replace(beneath, trained=evidence.trained.get(key))
+        weights = evidence.trained.get(key)
+        return replace(ground, trained=weights) if weights else without
 
     def read(
         self, method: Method, evidence: Evidence, adapter: EvalAdapter | None, new_tokens: int = 0
@@ -191,7 +217,7 @@ ADAPTERS: dict[str, Callable[[Evaluator, Evidence, int], EvalAdapter | None]] = 
     "merged:topic": lambda of, user, seed: EvalAdapter(of.bank, of.bank.serving.personalise(user.embedding).recipe),
     "merged": lambda of, user, seed: of.fused(user),
     "stacked": Evaluator.stacked,  # merged at reduced strength plus a few-shot adapter; merged if that was rejected
-    "own": lambda of, user, seed: of.trained(of.common(of.bank), user, seed),  # a few-shot adapter without anchors
+    "own": Evaluator.own,
 }
 
 

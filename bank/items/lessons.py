@@ -66,6 +66,12 @@ class PastItems:
         return {pair: place for place, pair in reversed(list(enumerate(self._pairs)))}
 
 
+def is_same(task: Task, one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether two (turn, output) pairs are one lesson: where answers are texts, an app may word the turn otherwise."""
+    (turn, output), (other_turn, other_output) = (tuple(map(normalised, pair)) for pair in (one, other))
+    return output == other_output and (task.kind == "text" or turn == other_turn)
+
+
 def normalised(text: str) -> str:
     """Return a text in lower case with single spaces: two that differ in these alone tell the same."""
     return " ".join(text.casefold().split())

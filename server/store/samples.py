@@ -22,6 +22,10 @@ class Sample:
     messages: Messages  # conversation, ending with the user's turn
     output: str  # the wanted answer
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.messages[-1]["content"], self.output
+
 
 @dataclass(frozen=True, slots=True)
 class JobBudget:
@@ -60,7 +64,7 @@ def encode_config(config: AdaptConfig) -> str:
 
 
 def decode_config(text: str) -> AdaptConfig:
-    """Decode a configuration; missing fields get their defaults.
+    """Decode a configuration; missing fields get their defaults, and `newer_than_ms` of older versions is ignored.
 
     Raises `TrainingError` for an invalid value, and `ValueError` for a text that is not a configuration and for an
     unknown field: to ignore it would not train what was requested.
@@ -68,6 +72,7 @@ def decode_config(text: str) -> AdaptConfig:
     value = orjson.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"the job's configuration is not a JSON object: {excerpt(value)}")
+    value.pop("newer_than_ms", None)
     unknown = sorted(value.keys() - {field.name for field in fields(AdaptConfig)})
     if unknown:
         raise ValueError(

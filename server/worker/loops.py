@@ -22,11 +22,11 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from adapters.errors import MtaError, TrainingError
-from adapters.recipe import FusionRecipe, UserAdapterId
+from adapters.recipe import FusionRecipe, UserAdapterId, bank_of
 from adapters.training.user_trainer import Judgement
-from bank.items.profile import Item, item_pair
+from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
-from bank.lookup.signature import MAX_ITEMS, Signature, empty_signature
+from bank.lookup.signature import Signature, empty_signature
 from server.errors import ApiError, UserErased
 from server.settings import Settings
 from server.store.adapters import AdapterStore, StoredAdapter, new_adapter_id
@@ -49,7 +49,7 @@ from server.worker.lease import (
     retry_until,
     train_with_lease,
 )
-from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, AdapterTrainer, as_training_error
+from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, AdapterTrainer, Person, as_training_error, pairs_of
 
 log = logging.getLogger("mta.worker")
 
@@ -192,55 +192,53 @@ class JobLoop:
 
     async def _adapt(self, held: HeldLease) -> JobState:
         lease, key = held.lease, held.lease.job.id.user_key
-        profile = await held.retry(self.profiles.load, key)
-        if profile is None:
+        snapshot = await held.retry(self.profiles.read, key)
+        if snapshot.profile is None:
             raise TrainingError("the user no longer has a profile: create one with PUT /users/{id}/profile")
-        profile = profile.with_embedder(self.bank.manifest.embedder.id)
+        profile = snapshot.profile.with_embedder(self.bank.manifest.embedder.id)
         if profile is None:
             raise TrainingError("the user's profile was made with another embedder: submit the job again")
         with as_training_error("the job's configuration", CONFIG_REMEDY):
             config = decode_config(lease.job.config)
             max_s = float(config.max_seconds)
-            recipe = self.bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
         samples = []
         for place, raw in enumerate(await held.retry(self.jobs.samples, key)):
             with as_training_error(f"samples.{place}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
-        learned = [entry for entry in (await held.retry(self.feedback.entries, key)).values() if entry.sample]
-        newer, served = 0, None
-        if config.newer_than_ms and profile.adapter:
-            newer = sum(entry.at_ms > config.newer_than_ms for entry in learned)
-            served = await held.retry(self.adapters.adapter, UserAdapterId(key, profile.adapter.id))
-        items = []
-        if self.bank.manifest.history_share:
-            snapshot = await held.retry(self.profiles.read, key)
-            items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]  # oldest first
+        learned = [e.sample for e in (await held.retry(self.feedback.entries, key)).values() if e.sample]
+        in_use = None
+        if profile.adapter and bank_of(profile.adapter.recipe) == self.bank.manifest.short:
+            in_use = await held.retry(self.adapters.adapter, UserAdapterId(key, profile.adapter.id))
+        items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]  # oldest first
+
+        def recipe_of(signature: Signature | None, strength: float) -> FusionRecipe:
+            return self.bank.personalise(profile.embedding, signature, strength).recipe
+
+        person = Person(recipe_of, profile.evidence, items, in_use)
         with self.tracing.span("train"):
-            said = [entry.sample for entry in learned if entry.sample]
-            train = partial(
-                self.trainer.train, recipe, samples, config, items, learned=said, newer=newer, served=served
-            )
+            train = partial(self.trainer.train, person, samples, config, learned)
             judgement = await train_with_lease(held, max_s, train)
             self.tracing.note(samples=len(samples) + len(learned), steps=judgement.steps)
         if judgement.weights is None:
             state = JobState.REJECTED
-            await self._end(held, Trained(state, judgement.before, judgement.after, judgement.served))
+            await self._end(held, _trained(state, judgement))
         else:
             state = JobState.SUCCEEDED
-            await self._promote(held, recipe, judgement)
-        log.info("%s: held-out loss %.4f, before %.4f", lease.job.id, judgement.after, judgement.before)
+            recipe = recipe_of(profile.evidence, config.strength)
+            raw = await asyncio.to_thread(self.trainer.encoded, recipe, judgement.weights, [*samples, *learned])
+            await self._promote(held, recipe, judgement, raw)
+        log.info("%s: %s: held-out loss %s, without it %s", lease.job.id, state, judgement.after, judgement.before)
         return state
 
     async def _end(self, held: HeldLease, trained: Trained) -> None:
         if not await held.retry(self.jobs.end, held.lease, trained):
             raise LeaseLost
 
-    async def _promote(self, held: HeldLease, recipe: FusionRecipe, judgement: Judgement) -> None:
+    async def _promote(self, held: HeldLease, recipe: FusionRecipe, judgement: Judgement, raw: bytes) -> None:
         """Write adapter and outcome atomically; retry if the user's record has changed meanwhile."""
         job_id = held.lease.job.id
-        raw = await asyncio.to_thread(self.trainer.encoded, recipe, judgement)
         stored = StoredAdapter(new_adapter_id(), recipe.name, hashlib.sha256(raw).hexdigest(), raw)
-        trained = Trained(JobState.SUCCEEDED, judgement.before, judgement.after, judgement.served)
+        trained = _trained(JobState.SUCCEEDED, judgement)
         for _ in range(MAX_WRITE_ATTEMPTS):
             snapshot = await held.retry(self.profiles.read, job_id.user_key)
             if snapshot.profile is None:
@@ -302,8 +300,7 @@ class SigningLoop:
                         return
                     tries = tries or await self.queue.count_attempt(user_key)
                     items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
-                    found = (item_pair(item, self.bank.task) for item in items)
-                    pairs = [pair for pair in found if pair is not None][-MAX_ITEMS:]
+                    pairs = pairs_of(items, self.bank.task)
                     made = await self._make_signature(user_key, pairs, tries)
                 change = Change(replace(profile, signature=StoredSignature(made, profile.updated_ms)), {}, {}, ())
                 if await self._commit(user_key, snapshot, change):
@@ -339,6 +336,10 @@ class SigningLoop:
         if pairs and not made.tokens:
             log.warning("%s: no signature: the gradient is not finite", user_key)
         return made
+
+
+def _trained(state: JobState, judgement: Judgement) -> Trained:
+    return Trained(state, judgement.before, judgement.after, judgement.served, judgement.reason)
 
 
 def _free_memory(error: BaseException | None) -> None:

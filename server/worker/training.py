@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,21 @@ import torch
 
 from adapters.errors import MtaError, TrainingError
 from adapters.fusion import fuse
+from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, parse_recipe
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example
 from adapters.training.trainer import TrainPlan, initial_lora, train_lora
-from adapters.training.user_trainer import Judgement, Served, TrainingRun, train_user
-from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter
+from adapters.training.user_trainer import IN_USE, MIN_JUDGES, Beneath, TrainingRun, train_user
+from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter, stack
 from bank.building.signer import Signer
-from bank.items.lessons import PastItems, add_memories
-from bank.items.profile import Item
+from bank.items.lessons import PastItems, add_memories, is_same, normalised
+from bank.items.profile import Item, item_pair
 from bank.items.prompt import encode_conversation, encode_pair
-from bank.items.tasks import get_task
-from bank.lookup.signature import Signature
+from bank.items.tasks import Task, get_task
+from bank.lookup.serving import common_recipe
+from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
 from bank.models.load import load_base
@@ -53,11 +57,32 @@ def as_training_error(what: str, remedy: str) -> Iterator[None]:
         raise TrainingError(f"{what} cannot be used ({reason}): {remedy}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Person:
+    """What a job knows of its user besides the samples."""
+
+    recipe: Callable[[Signature | None, float], FusionRecipe]  # of a signature and a strength, as serving makes it
+    signature: Signature | None = None
+    items: Sequence[Item] = ()  # oldest first
+    in_use: StoredAdapter | None = None  # the adapter that is served
+
+
+def sample_hash(sample: Sample) -> str:
+    return hashlib.sha256("\0".join(map(normalised, sample.pair)).encode()).hexdigest()[:8]
+
+
+def pairs_of(items: Sequence[Item], task: Task) -> list[tuple[str, str]]:
+    """Return the items' pairs that a signature is made from, oldest first."""
+    found = (item_pair(item, task) for item in items)
+    return [pair for pair in found if pair is not None][-MAX_ITEMS:]
+
+
 class AdapterTrainer:
     """Trains user adapters of one bank on one base model."""
 
     def __init__(self, manifest: BankManifest, matrix: MetaMatrix, model: Any, tokenizer: Any) -> None:
         self.manifest = manifest
+        self.task = get_task(manifest.task)
         self.matrix = matrix
         self.model = model
         self.tokenizer = tokenizer
@@ -75,23 +100,15 @@ class AdapterTrainer:
         train_lora(self.model, [Example((0,) * _WARM_UP_TOKENS, 1)], TrainPlan(1, 1, 1e-3, 0), start=start)
 
     def train(
-        self,
-        recipe: FusionRecipe,
-        samples: Sequence[Sample],
-        config: AdaptConfig,
-        items: Sequence[Item] = (),
-        *,
-        learned: Sequence[Sample] = (),
-        newer: int = 0,
-        served: StoredAdapter | None = None,
+        self, person: Person, samples: Sequence[Sample], config: AdaptConfig, learned: Sequence[Sample] = ()
     ) -> TrainingRun:
-        """Train and judge a user adapter on top of a recipe, step by step.
+        """Train and judge a user adapter on top of a person's recipe, step by step.
 
         The newest of the `learned` samples (oldest first) are added as far as the job's token budget allows. If the
-        bank was trained with history, prepend some of the user's `items` (oldest first) to samples, within the rest.
-        With `served`, the last `newer` learned samples judge, which that adapter has not seen.
+        bank was trained with history, prepend some of the user's items to samples, within the rest. Samples that the
+        adapter in use was trained on judge only if there are too few others.
         """
-        room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
+        room = self.manifest.serving_rank - self.manifest.rank_of(person.recipe(person.signature, config.strength))
         if config.rank > room:
             raise TrainingError(f"rank {config.rank} does not fit: the bank leaves rank {room} for users")
         examples = [
@@ -103,10 +120,10 @@ class AdapterTrainer:
         examples += [example for _, example in kept]
         if not examples:
             raise TrainingError("no sample can be used: too long, or refused by the model's chat template")
-        past = PastItems(get_task(self.manifest.task), items, self.manifest.history_share, config.seed)
+        past = PastItems(self.task, person.items, self.manifest.history_share, config.seed)
         left = config.room_for_past([len(example.ids) for example in examples])
         for place, sample in enumerate(samples):
-            if left and (memories := past.memories(sample.messages[-1]["content"], sample.output)):
+            if left and (memories := past.memories(*sample.pair)):
                 what, alone = f"samples.{place}", len(examples[place].ids)
                 messages, max_tokens = list(sample.messages), min(alone + left, self._context)
                 with as_training_error(what, SAMPLE_REMEDY):
@@ -115,18 +132,35 @@ class AdapterTrainer:
                     )
                 examples[place] = self._example(what, encode_conversation, messages, sample.output)
                 left -= len(examples[place].ids) - alone
-        fused = fuse(self.matrix, recipe, torch.float32)
-        if served is None:
-            return train_user(self.model, fused, examples, config)
-        unseen = {id(sample) for sample in learned[max(0, len(learned) - newer) :]}
-        newest = sum(id(sample) in unseen for sample, _ in kept)
-        if not newest:
-            raise TrainingError("no usable sample is newer than the adapter that is served")
-        return train_user(self.model, fused, examples, config, newest=newest, served=self._served(served))
+        in_use = person.in_use and decode_user_adapter(self.manifest.layout, person.in_use.raw)
+        new = [place for place, sample in enumerate(samples) if not in_use or sample_hash(sample) not in in_use.samples]
 
-    def _served(self, stored: StoredAdapter) -> Served:
-        adapter = decode_user_adapter(self.manifest.layout, stored.raw)
-        return Served(fuse(self.matrix, parse_recipe(stored.recipe), torch.float32), adapter.weights)
+        def beneath(held: Sequence[int]) -> Beneath:
+            return self._beneath(person, [samples[place].pair for place in held], config.strength, in_use)
+
+        return train_user(self.model, beneath, examples, config, judges=new if len(new) >= MIN_JUDGES else None)
+
+    def _beneath(
+        self, person: Person, held: Sequence[tuple[str, str]], strength: float, in_use: UserAdapter | None
+    ) -> Beneath:
+        """Return what lies beneath a user adapter, for which the pairs `held` are no evidence."""
+        pairs, signature = pairs_of(person.items, self.task), person.signature
+        unseen = [pair for pair in pairs if not any(is_same(self.task, pair, other) for other in held)]
+        if signature and len(unseen) < len(pairs):
+            signature = self.signature(unseen)
+
+        def fused(recipe: FusionRecipe) -> LoraWeights:
+            return fuse(self.matrix, recipe, torch.float32)
+
+        ground = fused(person.recipe(signature, strength))
+        rivals = {"the merged adapter": fused(person.recipe(signature, 1.0)), "the base model": None}
+        if self.manifest.common:
+            rivals["the common row"] = fused(common_recipe(self.manifest))
+        if in_use:
+            served = fused(parse_recipe(in_use.recipe))
+            rivals[IN_USE] = stack(served, in_use, torch.float32)
+            rivals[f"{IN_USE}, on the new recipe"] = stack(ground, in_use, torch.float32)
+        return Beneath(ground, rivals)
 
     def _learned(
         self, learned: Sequence[Sample], given: Sequence[Example], config: AdaptConfig
@@ -158,9 +192,10 @@ class AdapterTrainer:
     def _signer(self) -> Signer:
         return Signer(self.model, self.matrix)
 
-    def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes:
-        assert judgement.weights is not None
-        return encode_user_adapter(self.manifest.layout, UserAdapter(recipe.name, judgement.weights))
+    def encoded(self, recipe: FusionRecipe, weights: LoraWeights, samples: Sequence[Sample]) -> bytes:
+        """Return a user adapter as it is stored, with the hashes of its samples."""
+        trained = UserAdapter(recipe.name, weights, frozenset(map(sample_hash, samples)))
+        return encode_user_adapter(self.manifest.layout, trained)
 
     def _example(self, what: str, encode: Callable[..., Example], *content: Any) -> Example:
         """Encode; refuse content on which the model would fail with an error that looks like a fault of the process."""

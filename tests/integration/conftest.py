@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from adapters.recipe import FusionRecipe
-from adapters.training.adapt_config import AdaptConfig
 from adapters.training.user_trainer import Judgement, TrainingProgress, TrainingRun
-from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, LossDifference, Verdict, read_manifest
 from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
 from deploy.observe.receiver import Receiver, receiving
 from server.settings import Settings
-from server.store.samples import Sample
 from server.watching.audit import audit_to
 from server.watching.tracing import Tracing
 from server.worker.loops import JobLoop
@@ -177,10 +173,8 @@ class Interrupted:
         self._trainer, self._meanwhile, self._at_step = trainer, meanwhile, at_step
         self.encoded = trainer.encoded
 
-    def train(
-        self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, items: Sequence[Item], **more: Any
-    ) -> TrainingRun:
-        return TrainingRun(self._hooked(self._trainer.train(recipe, samples, config, items, **more)))
+    def train(self, *given: Any) -> TrainingRun:
+        return TrainingRun(self._hooked(self._trainer.train(*given)))
 
     def _hooked(self, training: TrainingRun) -> Generator[TrainingProgress, None, Judgement]:
         step = 0

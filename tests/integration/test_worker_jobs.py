@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +16,23 @@ import pytest
 import torch
 
 from adapters.errors import TrainingError
+from adapters.lora import LoraWeights
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.adapt_config import MAX_FOLDED, AdaptConfig
 from adapters.training.example import Example
 from adapters.training.loss import mean_loss
+from adapters.training.trainer import initial_lora
+from adapters.training.user_trainer import IN_USE, MIN_JUDGES, Judgement
+from adapters.user_adapter import UserAdapter
 from bank.items.profile import Item
 from bank.items.prompt import encode_conversation
 from bank.lookup.serving import ServingBank
+from bank.lookup.signature import empty_signature
 from bank.manifest import BankManifest
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
+from server.store.adapters import StoredAdapter
 from server.store.feedback import Feedback, Outcome
 from server.store.jobs import MAX_TRIES, JobId, JobState, JobStore
 from server.store.redis import keys
@@ -33,7 +40,7 @@ from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import Sample
 from server.worker.loops import JobLoop
 from server.worker.process import work_forever
-from server.worker.training import AdapterTrainer
+from server.worker.training import AdapterTrainer, Person
 from tests.integration.conftest import Interrupted
 from tests.support.desk import CONFIG, SAMPLES, Desk
 
@@ -307,6 +314,12 @@ def some(count: int) -> list[Sample]:
     return [Sample([{"role": "user", "content": f"{n:02d}?"}], f"{n:02d} yes, number {n:02d}") for n in range(count)]
 
 
+def person_of(trainer: AdapterTrainer, **known: Any) -> Person:
+    manifest = trainer.manifest
+    recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, (Term(0, 600), Term(3, 400)))
+    return Person(lambda signature, strength: recipe, **known)
+
+
 def estimate(trainer: AdapterTrainer, samples: list[Sample]) -> int:
     examples = [encode_conversation(trainer.tokenizer, list(sample.messages), sample.output) for sample in samples]
     return FEW_STEPS.tokens_read([len(example.ids) for example in examples])
@@ -316,12 +329,10 @@ def ids_read(
     trainer: AdapterTrainer,
     samples: list[Sample],
     config: AdaptConfig = FEW_STEPS,
-    items: list[Item] | None = None,
-    learned: list[Sample] | None = None,
+    learned: Sequence[Sample] = (),
+    **known: Any,
 ) -> int:
     """How many token ids the model reads while a job trains."""
-    manifest = trainer.manifest
-    recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, (Term(0, 600), Term(3, 400)))
     read = 0
 
     def count_ids(module: Any, positional: Any, named: dict[str, torch.Tensor]) -> None:
@@ -330,36 +341,77 @@ def ids_read(
 
     hook = trainer.model.register_forward_pre_hook(count_ids, with_kwargs=True)
     try:
-        trainer.train(recipe, samples, config, items or [], learned=learned or []).finish()
+        trainer.train(person_of(trainer, **known), samples, config, learned).finish()
     finally:
         hook.remove()
     return read
 
 
-@pytest.mark.parametrize("count", [1, 3, MAX_FOLDED + 1])
-def test_a_job_reads_about_as_many_tokens_as_estimated_and_never_more(trainer: AdapterTrainer, count: int) -> None:
-    samples = some(count)
-    assert 0.8 * estimate(trainer, samples) < ids_read(trainer, samples) <= estimate(trainer, samples)
+@pytest.mark.parametrize("count", [MIN_JUDGES, MAX_FOLDED + 5])
+def test_a_job_reads_about_as_many_tokens_as_estimated_and_never_more(
+    trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    samples, promoted = some(count), Judgement(None, steps=FEW_STEPS.steps)
+    monkeypatch.setattr("adapters.training.user_trainer.judge", lambda folds: promoted)
+    encoded = trainer.encoded(person_of(trainer).recipe(None, 1), zero_weights(trainer), [])
+    in_use = StoredAdapter("a", "", "", encoded)
+    assert 0.8 * estimate(trainer, samples) < ids_read(trainer, samples, in_use=in_use) <= estimate(trainer, samples)
+
+
+def zero_weights(trainer: AdapterTrainer) -> LoraWeights:
+    return initial_lora(trainer.manifest.layout.modules, 1, seed=0)
 
 
 def test_what_was_sent_instead_of_answers_is_trained_on_the_newest_first_within_the_budget(
     trainer: AdapterTrainer,
 ) -> None:
-    first, *others = some(6)
+    first, *others = some(9)
     whole = ids_read(trainer, [first, *others])
     assert ids_read(trainer, [first], learned=others) == ids_read(trainer, [], learned=[first, *others]) == whole
-    for fit in range(1, 5):
+    for fit in range(MIN_JUDGES, 8):
         budget = replace(FEW_STEPS, max_tokens=estimate(trainer, [first, *others[-fit:]]))
-        assert ids_read(trainer, [first], budget, learned=others) == ids_read(trainer, [first, *others[-fit:]])
+        assert ids_read(trainer, [first], budget, others) == ids_read(trainer, [first, *others[-fit:]])
     assert ids_read(trainer, [first], learned=[others[0], first, *others]) == whole  # each is read once
     odd = Sample([{"role": "user", "content": "?"}], "word " * 5000)  # longer than the context
     assert ids_read(trainer, [first], learned=[*others, odd]) == whole
     with pytest.raises(TrainingError, match="no sample can be used"):
         ids_read(trainer, [], learned=[odd])
-    recipe = FusionRecipe(trainer.manifest.short, trainer.manifest.method, trainer.manifest.common, (Term(0, 600),))
-    served: Any = object()
-    with pytest.raises(TrainingError, match="no usable sample is newer"):
-        trainer.train(recipe, [], FEW_STEPS, learned=[first, odd], newer=1, served=served)
+
+
+@pytest.mark.parametrize(("trained_on", "judges"), [(4, [4, 5, 6, 7, 8]), (6, None), (0, list(range(9)))])
+def test_what_the_adapter_in_use_was_trained_on_does_not_judge(
+    trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch, trained_on: int, judges: list[int] | None
+) -> None:
+    """Too few others do not either: then all judge, and the adapter in use has the advantage."""
+    samples, asked = some(9), list[Any]()
+    recipe = person_of(trainer).recipe(None, 1)
+    in_use = StoredAdapter("a", recipe.name, "", trainer.encoded(recipe, zero_weights(trainer), samples[:trained_on]))
+    monkeypatch.setattr("server.worker.training.train_user", lambda *_, judges: asked.append(judges))
+    trainer.train(person_of(trainer, in_use=in_use), samples, FEW_STEPS)
+    assert asked == [judges]
+
+
+def test_both_adapters_are_judged_on_the_new_recipe_and_the_one_in_use_on_its_own_too(
+    trainer: AdapterTrainer,
+) -> None:
+    recipe = person_of(trainer).recipe(None, 1)
+    trained = UserAdapter(recipe.name, zero_weights(trainer))
+    found = trainer._beneath(person_of(trainer), [], 0.5, trained)
+    assert set(found.rivals) == {
+        *("the merged adapter", "the base model", "the common row"),
+        *(IN_USE, f"{IN_USE}, on the new recipe"),
+    }
+
+
+def test_the_recipe_beneath_has_not_seen_what_judges(trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [(f"{n}?", f"answer {n}") for n in range(4)]
+    items = [Item(f"{n}", {"input": turn, "output": output}) for n, (turn, output) in enumerate(pairs)]
+    signed = list[list[tuple[str, str]]]()
+    monkeypatch.setattr(trainer, "signature", lambda kept: signed.append(kept) or empty_signature("", 6))
+    person = person_of(trainer, items=items, signature=empty_signature("", 6))
+    for held in ([], [pairs[1], ("as the app words it", "ANSWER  3")], [("other", "other")]):
+        trainer._beneath(person, held, 0.5, None)
+    assert signed == [[pairs[0], pairs[2]]]
 
 
 async def test_a_job_trains_on_what_was_sent_instead_of_answers_and_has_the_items_where_the_bank_knows_history(
@@ -368,9 +420,9 @@ async def test_a_job_trains_on_what_was_sent_instead_of_answers_and_has_the_item
     noted: list[tuple[int, list[Any]]] = []
     train, past = worker.trainer.train, ("how is the bread?", "crusty")
 
-    def noting(recipe: FusionRecipe, samples: list[Sample], config: AdaptConfig, items: list[Item], **more: Any) -> Any:
-        noted.append((len(samples) + len(more["learned"]), [tuple(item.fields.values()) for item in items]))
-        return train(recipe, samples, config, items, **more)
+    def noting(person: Person, samples: list[Sample], config: AdaptConfig, learned: list[Sample]) -> Any:
+        noted.append((len(samples) + len(learned), [tuple(item.fields.values()) for item in person.items]))
+        return train(person, samples, config, learned)
 
     monkeypatch.setattr(worker.trainer, "train", noting)
     knows = worker.bank.manifest.model_copy(update={"training": {"history_share": 1.0}})
@@ -390,8 +442,9 @@ def test_past_items_stand_before_samples_within_the_token_budget(trainer: Adapte
     knows = BankManifest.model_copy(trainer.manifest, update={"training": {"history_share": 1.0}})
     knowing = AdapterTrainer(knows, trainer.matrix, trainer.model, trainer.tokenizer)
     plain, least = ids_read(trainer, samples), estimate(trainer, samples)
-    free, none = (ids_read(knowing, samples, replace(FEW_STEPS, max_tokens=most), past) for most in (10**6, least))
-    some_room = (plain + free) // 2
-    assert (
-        none == plain < ids_read(knowing, samples, replace(FEW_STEPS, max_tokens=some_room), past) <= some_room < free
-    )
+
+    def read(max_tokens: int) -> int:
+        return ids_read(knowing, samples, replace(FEW_STEPS, max_tokens=max_tokens), items=past)
+
+    free, some_room = read(10**6), (least + estimate(trainer, samples) * 2) // 2
+    assert read(least) == plain < read(some_room) <= min(some_room, free)
