@@ -64,7 +64,7 @@ class Refreshing:
         if jobs and (not jobs[-1].state.ended or now_ms < jobs[-1].created_ms + self.every_hours * _HOUR_MS):
             return None
         usual = default_config(self.manifest.room, self.manifest.common)
-        config = encode_config(replace(usual, newer_than_ms=seen_ms, **asdict(self.budget)))
+        config = encode_config(replace(usual, **asdict(self.budget)))
         bank, tenant = self.manifest.short, user.tenant
         submission = Submission([], True, config, bank=bank, epoch=epoch, tenant=tenant, background=True)
         with self.quotas.admit(user, lambda: Held(adapters=adapter is None)):

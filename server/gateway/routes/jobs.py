@@ -55,7 +55,7 @@ class AdaptOptions(Strict):
     steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Maximum number of optimiser steps in one run.")
     learning_rate: float | None = Field(None, gt=0, le=1)
     holdout: float | None = Field(
-        None, ge=0.05, le=0.5, description="Share of the samples to hold out, if there are many."
+        None, ge=0.05, le=0.5, description="Share of the samples to hold out in turn, if there are more than 20."
     )
     strength: float | None = Field(
         None,
@@ -107,16 +107,17 @@ class JobProgress(BaseModel, frozen=True):
 class HeldOut(BaseModel, frozen=True):
     """Loss on held-out samples in nats per output token; null until it is known."""
 
-    before: float | None = Field(description="Loss with the fused adapter alone.")
-    after: float | None = Field(description="Loss with the user adapter.")
-    served: float | None = Field(
-        description="Loss with the adapter served meanwhile, if the server adapted the user by itself (`refresh`)."
+    before: float | None = Field(
+        description="Loss with the best that the user is served without the new adapter: the merged adapter, the "
+        "adapter in use, the common row or the base model."
     )
+    after: float | None = Field(description="Loss with the new adapter.")
+    served: float | None = Field(description="Loss with the adapter in use, if there is one.")
 
 
 class JobAnswer(BaseModel, frozen=True):
     id: str
-    state: JobState = Field(description="All but the first two are final. `rejected`: trained, but not better.")
+    state: JobState = Field(description="All but the first two are final. `rejected`: not surely better.")
     config: dict[str, Any]
     progress: JobProgress
     held_out: HeldOut
@@ -125,7 +126,7 @@ class JobAnswer(BaseModel, frozen=True):
     ended_at: str | None
     tries: int = Field(description="Number of times a worker has started the job.")
     adapter: str | None = Field(description="Id of the user adapter that the job made.")
-    error: str | None = Field(description="Why the job failed, and what to do.")
+    error: str | None = Field(description="Why the job failed or its adapter was rejected, and what to do.")
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -184,8 +185,9 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     """Train a small adapter for the user on samples of how they want to be answered.
 
     The samples replace the previous ones, and the job supersedes the user's earlier jobs. If the user has no profile,
-    one is created from the samples. The adapter is served only if it lowers the loss on held-out samples. Samples can
-    also be sent as newline-delimited JSON (`application/x-ndjson`), one per line.
+    one is created from the samples. The adapter is served only if, on held-out samples, it is surely better than what
+    the user is served without it; that takes a few samples. Samples can also be sent as newline-delimited JSON
+    (`application/x-ndjson`), one per line.
     """
     parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
     training = await asyncio.to_thread(_training_request, body)
