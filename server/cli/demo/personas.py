@@ -69,14 +69,14 @@ PEOPLE = (
 
 
 @cache
-def _worlds() -> dict[str, Any]:
+def worlds() -> dict[str, Any]:
     with WORLDS_FILE.open("rb") as file:
         return tomllib.load(file)
 
 
 def everyday() -> list[tuple[str, str]]:
     """Return everyday questions with plain answers; none of them is in `QUESTIONS`."""
-    return [(question, plain) for question, plain in _worlds()["everyday"]]
+    return [(question, plain) for question, plain in worlds()["everyday"]]
 
 
 def anchors(seed: int = 0) -> list[dict[str, object]]:
@@ -84,11 +84,11 @@ def anchors(seed: int = 0) -> list[dict[str, object]]:
 
     Each anchor answers the everyday questions and those of one topic of their world, in one manner.
     """
-    worlds = _worlds()
+    told = worlds()
     people: list[dict[str, object]] = []
     for manner in MANNERS:
-        for topic, questions in worlds[manner.world].items():
-            rows = [*worlds["everyday"], *questions]
+        for topic, questions in told[manner.world].items():
+            rows = [*told["everyday"], *questions]
             random.Random(f"{seed}:{topic}").shuffle(rows)
             profile = [
                 {"id": f"{topic}-{position}", "input": question, "output": manner.write(plain)}
