@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from adapters.errors import TrainingError
@@ -33,16 +34,14 @@ MAX_LOSS_RISE = 5.0  # above the first step, in nats per token: such a run does 
 # Learning-rate factor with which eight steps of the upper half of the layers learn about as much as all layers do (the
 # exact factor was 1.9 on headlines and 1.7 on mails).
 UPPER_HALF_FACTOR = 1.75
-
-
 IN_USE = "the adapter in use"
 TOO_FEW = (
-    "{count} samples can be held out, and at least {needed} are needed to tell whether an adapter is better than what "
-    "the user is served without one: send more"
+    "{} samples can be held out, and at least {} are needed to tell whether an adapter is better than what the user is "
+    "served without it: send more"
 )
 NOT_BETTER = (
-    "on {count} held-out samples the adapter has a loss of {after:.3f} ± {error:.3f}, and {best}, without it, "
-    "{before:.3f}: that is not surely better. Send more samples, or samples that have more in common"
+    "on {} held-out samples the adapter has a loss of {:.3f} ± {:.3f}, and {}, without it, {:.3f}: that is not surely "
+    "better. Send more samples, or samples that have more in common"
 )
 
 
@@ -132,7 +131,7 @@ def _training(
     model: Any, beneath: BeneathWithout, samples: Sequence[Example], config: AdaptConfig, judges: Sequence[int]
 ) -> _Judging:
     if len(judges) < MIN_JUDGES:
-        return Judgement(None, reason=TOO_FEW.format(count=len(judges), needed=MIN_JUDGES))
+        return Judgement(None, reason=TOO_FEW.format(len(judges), MIN_JUDGES))
     order = random.Random(config.seed).sample(judges, len(judges))[: config.judges(len(samples))]
     folds, now, steps = list[_Fold](), TrainingProgress(0, 0, 0.0), config.steps
     for number in range(FOLDS):
@@ -143,7 +142,8 @@ def _training(
         ground = beneath(held)
         rivals = {}
         for name, lora in ground.rivals.items():
-            rivals[name] = yield from _rival_losses(model, lora, aside, now)
+            with attached(model, lora) if lora else nullcontext():
+                rivals[name] = yield from _losses(model, aside, None, now)
         tokens = [example.output_tokens for example in aside]
         yield replace(now, held_out=min(map(sum, rivals.values())) / sum(tokens))
         with user_run(model, ground.fused, config, now) as run:
@@ -158,15 +158,6 @@ def _training(
         for report in run.train(samples, judgement.steps):
             yield run.count(report, of=steps * FOLDS + judgement.steps)
         return replace(judgement, weights=run.weights())
-
-
-def _rival_losses(
-    model: Any, lora: LoraWeights | None, examples: Sequence[Example], now: TrainingProgress
-) -> Generator[TrainingProgress, None, list[float]]:
-    if lora is None:
-        return (yield from _losses(model, examples, None, now))
-    with attached(model, lora) as here:
-        return (yield from _losses(here.model, examples, None, now))
 
 
 def _losses(
@@ -185,38 +176,21 @@ def judge(folds: Sequence[_Fold]) -> Judgement:
 
     The adapter must be better by `MARGIN` standard errors of the mean difference. Its weights are yet to be trained.
     """
-    steps = folds[0].by_step.keys()
+    rivals = {name: np.concatenate([fold.rivals[name] for fold in folds]) for name in folds[0].rivals}
+    best = min(rivals, key=lambda name: float(rivals[name].sum()))
+    own = np.concatenate([fold.by_step[_best_step([f for f in folds if f is not fold])] for fold in folds])
+    tokens, gains = np.concatenate([fold.tokens for fold in folds]), rivals[best] - own
+    total, count, gain = tokens.sum(), len(tokens), gains.sum() / tokens.sum()
+    error = float(np.sqrt(count / (count - 1) * np.square(gains - gain * tokens).sum()) / total)
+    losses = {name: float(each.sum() / total) for name, each in rivals.items()}
+    before, after = losses[best], float(own.sum() / total)
+    reason = "" if gain > MARGIN * error else NOT_BETTER.format(count, after, error, best, before)
+    served = min((loss for name, loss in losses.items() if name.startswith(IN_USE)), default=None)
+    return Judgement(None, before, after, _best_step(folds), reason, served)
 
-    def loss_after(step: int, of: Sequence[_Fold]) -> tuple[float, int]:
-        return sum(sum(fold.by_step[step]) for fold in of), step
 
-    rivals = {name: sum(sum(fold.rivals[name]) for fold in folds) for name in folds[0].rivals}
-    best = min(rivals, key=lambda name: rivals[name])
-    tokens, gains, after = list[int](), list[float](), 0.0
-    for fold in folds:
-        others = [other for other in folds if other is not fold]
-        chosen = fold.by_step[min(steps, key=lambda step: loss_after(step, others))]
-        tokens += fold.tokens
-        gains += [without - own for without, own in zip(fold.rivals[best], chosen, strict=True)]
-        after += sum(chosen)
-    total, count = sum(tokens), len(tokens)
-    gain = sum(gains) / total
-    spread = sum((own - gain * size) ** 2 for own, size in zip(gains, tokens, strict=True))
-    error = (spread * count / (count - 1)) ** 0.5 / total
-    reason = ""
-    if not gain > MARGIN * error:
-        reason = NOT_BETTER.format(
-            count=count, after=after / total, before=rivals[best] / total, best=best, error=error
-        )
-    in_use = [loss for name, loss in rivals.items() if name.startswith(IN_USE)]
-    return Judgement(
-        None,
-        before=rivals[best] / total,
-        after=after / total,
-        steps=min(steps, key=lambda step: loss_after(step, folds)),
-        reason=reason,
-        served=min(in_use) / total if in_use else None,
-    )
+def _best_step(folds: Sequence[_Fold]) -> int:
+    return min(folds[0].by_step, key=lambda step: (sum(sum(fold.by_step[step]) for fold in folds), step))
 
 
 @dataclass(slots=True)

@@ -437,6 +437,22 @@ async def test_a_job_trains_on_what_was_sent_instead_of_answers_and_has_the_item
     assert noted == [(5, [past])]
 
 
+async def test_a_rejected_job_says_why(desk: Desk, worker: JobLoop) -> None:
+    job_id = await desk.submit(SAMPLES[: MIN_JUDGES - 1])
+    assert await worker.work_once(1)
+    job = await desk.job(job_id)
+    assert (job.state, job.tries, job.before, job.after) == (JobState.REJECTED, 1, None, None)
+    assert f"at least {MIN_JUDGES}" in job.error
+
+
+async def test_an_adapter_in_use_is_a_rival_of_the_next_one(desk: Desk, worker: JobLoop) -> None:
+    first = await desk.submit()
+    assert await worker.work_once(1)
+    again = await desk.submit(SAMPLES[::-1], user=first.user_key)
+    assert await worker.work_once(1)
+    assert [(await desk.job(job_id)).served is not None for job_id in (first, again)] == [False, True]
+
+
 def test_past_items_stand_before_samples_within_the_token_budget(trainer: AdapterTrainer) -> None:
     samples, past = some(4), [Item(f"{n}", {"input": f"past {n}?", "output": f"it is past {n}"}) for n in range(6)]
     knows = BankManifest.model_copy(trainer.manifest, update={"training": {"history_share": 1.0}})
