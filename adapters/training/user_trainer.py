@@ -56,10 +56,13 @@ class TrainingProgress:
 
 @dataclass(frozen=True, slots=True)
 class Beneath:
-    """What a user adapter is trained on, and what the person is served without it, by name; None is the base model."""
+    """What a user adapter is trained on, and what makes each of what the person is served without it, by name.
+
+    None is the base model. They are made one at a time, since those of a large model take much memory.
+    """
 
     fused: LoraWeights
-    rivals: Mapping[str, LoraWeights | None]
+    rivals: Mapping[str, Callable[[], LoraWeights | None]]
 
 
 BeneathWithout = Callable[[Sequence[int]], Beneath]
@@ -134,27 +137,30 @@ def _training(
         return Judgement(None, reason=TOO_FEW.format(len(judges), MIN_JUDGES))
     order = random.Random(config.seed).sample(judges, len(judges))[: config.judges(len(samples))]
     folds, now, steps = list[_Fold](), TrainingProgress(0, 0, 0.0), config.steps
+    ground = below = None
     for number in range(FOLDS):
         held = sorted(order[number::FOLDS])
         aside = [samples[place] for place in held]
         kept = [sample for place, sample in enumerate(samples) if place not in held]
         now = replace(now, phase=f"fold {number + 1} of {FOLDS}")
-        ground = beneath(held)
+        last, ground = ground, beneath(held)
         rivals = {}
-        for name, lora in ground.rivals.items():
-            with attached(model, lora) if lora else nullcontext():
+        for name, make in ground.rivals.items():
+            with attached(model, lora) if (lora := make()) else nullcontext():
                 rivals[name] = yield from _losses(model, aside, None, now)
         tokens = [example.output_tokens for example in aside]
         yield replace(now, held_out=min(map(sum, rivals.values())) / sum(tokens))
-        with user_run(model, ground.fused, config, now) as run:
+        with user_run(model, ground.fused, config, now, below if ground is last else None) as run:
             by_step = yield from run.evaluated(kept, aside, steps, stop_early=number == 0)
-            now = run.now
+            now, below = run.now, run.below
         folds.append(_Fold(tokens, by_step, rivals))
         steps = max(by_step)  # all folds as long as the first
     judgement = judge(folds)
     if judgement.reason:
         return judgement
-    with user_run(model, beneath(()).fused, config, replace(now, phase="all samples")) as run:
+    last, ground = ground, beneath(())
+    now = replace(now, phase="all samples")
+    with user_run(model, ground.fused, config, now, below if ground is last else None) as run:
         for report in run.train(samples, judgement.steps):
             yield run.count(report, of=steps * FOLDS + judgement.steps)
         return replace(judgement, weights=run.weights())
@@ -263,14 +269,20 @@ class UserRun:
 
 
 @contextmanager
-def user_run(model: Any, fused: LoraWeights, config: AdaptConfig, now: TrainingProgress) -> Iterator[UserRun]:
-    """Attach a user LoRA, to the upper half of the layers if it can run alone, which halves the time; then restore."""
+def user_run(
+    model: Any, fused: LoraWeights, config: AdaptConfig, now: TrainingProgress, below: LowerLayers | None = None
+) -> Iterator[UserRun]:
+    """Attach a user LoRA, to the upper half of the layers if it can run alone, which halves the time; then restore.
+
+    `below` is that of an earlier run on the same fused adapter.
+    """
     modules = [ModuleShape(name, a.shape[1], fused.b[name].shape[0]) for name, a in fused.a.items()]
     half = upper_half(model, fused.a)
     trained = modules if half is None else [m for m in modules if layer_of(m.name) >= half[1]]
     start = initial_lora(trained, config.rank, config.seed)
     with attached(model, start, frozen=fused) as here:
-        below = None if half is None else LowerLayers(model, model.get_submodule(half[0]), half[1])
+        if half is not None:
+            below = below or LowerLayers(model, model.get_submodule(half[0]), half[1])
         yield UserRun(config, here, start, modules, below, here.trainable(train_a=True), now)
 
 

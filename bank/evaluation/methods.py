@@ -143,9 +143,9 @@ class Evaluator:
             signed = enumerate(evidence.signature_examples, unsigned)
             kept = [example for place, example in signed if place not in held]
             fused, served = beneath(Evidence(evidence.user, kept, evidence.embedding))
-            rivals = {"without it": served.lora(), "the base model": None}
+            rivals = {"without it": served.lora, "the base model": lambda: None}
             if self.bank.manifest.common:
-                rivals["the common row"] = self.common(self.bank).lora()
+                rivals["the common row"] = self.common(self.bank).lora
             return Beneath(fused.lora(), rivals)
 
         key = (ground.recipe.name, seed)

@@ -38,6 +38,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
 from bank.models.folders import ensure_base_model, ensure_embedder
+from bank.models.load import resolve_dtype
 from bench import script
 from bench.page.report import console, report
 from bench.rig.people import write_people
@@ -109,7 +110,8 @@ class Gate:
         model = ensure_base_model(settings.model, settings.cache_dir)
         config = default_config(serving.manifest.room, serving.manifest.common)
         config = config if strength is None else replace(config, strength=strength)
-        return cls(AdapterTrainer.open(folder, serving.manifest, model, "auto"), serving, embedder, config)
+        trainer = AdapterTrainer.open(folder, serving.manifest, model, resolve_dtype(settings.dtype))
+        return cls(trainer, serving, embedder, config)
 
     def outcome(self, person: History, count: int, unseen: int) -> Outcome:
         task, trainer = self.trainer.task, self.trainer

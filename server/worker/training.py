@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -135,32 +135,34 @@ class AdapterTrainer:
         in_use = person.in_use and decode_user_adapter(self.manifest.layout, person.in_use.raw)
         new = [place for place, sample in enumerate(samples) if not in_use or sample_hash(sample) not in in_use.samples]
 
+        pairs = tuple(pairs_of(person.items, self.task))
+
+        @lru_cache(1)
+        def made_of(unseen: tuple[tuple[str, str], ...]) -> Beneath:
+            signature = person.signature
+            if signature and len(unseen) < len(pairs):
+                signature = self.signature(unseen)
+            return self._beneath(partial(person.recipe, signature), config.strength, in_use)
+
         def beneath(held: Sequence[int]) -> Beneath:
-            return self._beneath(person, [samples[place].pair for place in held], config.strength, in_use)
+            seen = [samples[place].pair for place in held]
+            return made_of(tuple(pair for pair in pairs if not any(is_same(self.task, pair, each) for each in seen)))
 
         return train_user(self.model, beneath, examples, config, judges=new if len(new) >= MIN_JUDGES else None)
 
-    def _beneath(
-        self, person: Person, held: Sequence[tuple[str, str]], strength: float, in_use: UserAdapter | None
-    ) -> Beneath:
-        """Return what lies beneath a user adapter, for which the pairs `held` are no evidence."""
-        pairs, signature = pairs_of(person.items, self.task), person.signature
-        unseen = [pair for pair in pairs if not any(is_same(self.task, pair, other) for other in held)]
-        if signature and len(unseen) < len(pairs):
-            signature = self.signature(unseen)
-
+    def _beneath(self, recipe: Callable[[float], FusionRecipe], strength: float, in_use: UserAdapter | None) -> Beneath:
         def fused(recipe: FusionRecipe) -> LoraWeights:
             return fuse(self.matrix, recipe, torch.float32)
 
-        ground = fused(person.recipe(signature, strength))
-        rivals = {"the merged adapter": fused(person.recipe(signature, 1.0)), "the base model": None}
-        if self.manifest.common:
-            rivals["the common row"] = fused(common_recipe(self.manifest))
+        ground = fused(recipe(strength))
+        rivals: dict[str, Callable[[], LoraWeights | None]] = {"the merged adapter": lambda: fused(recipe(1.0))}
         if in_use:
             served = fused(parse_recipe(in_use.recipe))
-            rivals[IN_USE] = stack(served, in_use, torch.float32)
-            rivals[f"{IN_USE}, on the new recipe"] = stack(ground, in_use, torch.float32)
-        return Beneath(ground, rivals)
+            rivals[IN_USE] = lambda: stack(served, in_use, torch.float32)
+            rivals[f"{IN_USE}, on the new recipe"] = lambda: stack(ground, in_use, torch.float32)
+        if self.manifest.common:
+            rivals["the common row"] = lambda: fused(common_recipe(self.manifest))
+        return Beneath(ground, rivals | {"the base model": lambda: None})
 
     def _learned(
         self, learned: Sequence[Sample], given: Sequence[Example], config: AdaptConfig

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -314,7 +315,8 @@ def steps(training: TrainingRun) -> Iterator[TrainingProgress]:
 
 
 def on(fused: LoraWeights, **rivals: LoraWeights | None) -> BeneathWithout:
-    return lambda held: Beneath(fused, {"merged": fused} | rivals)
+    everybody = {"merged": fused} | rivals
+    return lambda held: Beneath(fused, {name: partial(lambda lora: lora, lora) for name, lora in everybody.items()})
 
 
 def loss_with(model: Any, lora: LoraWeights, samples: Sequence[Example]) -> float:
@@ -371,7 +373,7 @@ def test_what_judges_trains_no_adapter_and_is_no_evidence_beneath(
 
     def beneath(held: Sequence[int]) -> Beneath:
         asked.append(set(held))
-        return Beneath(fused, {"merged": fused})
+        return Beneath(fused, {"merged": lambda: fused})
 
     def noted(model: Any, parameters: Any, kept: Sequence[Example], *args: Any, **more: Any) -> Any:
         trained.append(set(kept))

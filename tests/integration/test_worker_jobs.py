@@ -244,7 +244,7 @@ async def test_a_sample_that_cannot_be_encoded_fails_its_job_and_is_named(
     ("text", "reason"),
     [  # what is not read by `decode_config`
         (config(flavour=1), "flavour"),
-        (config(strength="half"), "configuration"),
+        (config(strength="half"), "strength"),
         (config(max_seconds="long"), "configuration"),
     ],
 )
@@ -394,9 +394,9 @@ def test_what_the_adapter_in_use_was_trained_on_does_not_judge(
 def test_both_adapters_are_judged_on_the_new_recipe_and_the_one_in_use_on_its_own_too(
     trainer: AdapterTrainer,
 ) -> None:
-    recipe = person_of(trainer).recipe(None, 1)
-    trained = UserAdapter(recipe.name, zero_weights(trainer))
-    found = trainer._beneath(person_of(trainer), [], 0.5, trained)
+    person = person_of(trainer)
+    trained = UserAdapter(person.recipe(None, 1).name, zero_weights(trainer))
+    found = trainer._beneath(partial(person.recipe, None), 0.5, trained)
     assert set(found.rivals) == {
         *("the merged adapter", "the base model", "the common row"),
         *(IN_USE, f"{IN_USE}, on the new recipe"),
@@ -406,12 +406,16 @@ def test_both_adapters_are_judged_on_the_new_recipe_and_the_one_in_use_on_its_ow
 def test_the_recipe_beneath_has_not_seen_what_judges(trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [(f"{n}?", f"answer {n}") for n in range(4)]
     items = [Item(f"{n}", {"input": turn, "output": output}) for n, (turn, output) in enumerate(pairs)]
-    signed = list[list[tuple[str, str]]]()
-    monkeypatch.setattr(trainer, "signature", lambda kept: signed.append(kept) or empty_signature("", 6))
-    person = person_of(trainer, items=items, signature=empty_signature("", 6))
-    for held in ([], [pairs[1], ("as the app words it", "ANSWER  3")], [("other", "other")]):
-        trainer._beneath(person, held, 0.5, None)
-    assert signed == [[pairs[0], pairs[2]]]
+    sent = [*pairs[:2], ("as the app words it", "ANSWER  3"), ("other", "other")]
+    signed, grounds = list[Any](), list[Any]()
+    empty = empty_signature("", 6)
+    monkeypatch.setattr(trainer, "signature", lambda kept: signed.append(kept) or empty)
+    monkeypatch.setattr("server.worker.training.train_user", lambda model, beneath, *_, **__: grounds.append(beneath))
+    samples = [Sample([{"role": "user", "content": turn}], output) for turn, output in sent]
+    trainer.train(person_of(trainer, items=items, signature=empty), samples, FEW_STEPS)
+    for held in ([], [1, 2], [3]):
+        grounds[0](held)
+    assert signed == [(pairs[0], pairs[2])]
 
 
 async def test_a_job_trains_on_what_was_sent_instead_of_answers_and_has_the_items_where_the_bank_knows_history(
