@@ -137,7 +137,8 @@ def _training(
         return Judgement(None, reason=TOO_FEW.format(len(judges), MIN_JUDGES))
     order = random.Random(config.seed).sample(judges, len(judges))[: config.judges(len(samples))]
     folds, now, steps = list[_Fold](), TrainingProgress(0, 0, 0.0), config.steps
-    ground = below = None
+    ground: Beneath | None = None
+    below: LowerLayers | None = None
     for number in range(FOLDS):
         held = sorted(order[number::FOLDS])
         aside = [samples[place] for place in held]

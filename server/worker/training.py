@@ -132,7 +132,7 @@ class AdapterTrainer:
                     )
                 examples[place] = self._example(what, encode_conversation, messages, sample.output)
                 left -= len(examples[place].ids) - alone
-        in_use = person.in_use and decode_user_adapter(self.manifest.layout, person.in_use.raw)
+        in_use = decode_user_adapter(self.manifest.layout, person.in_use.raw) if person.in_use else None
         new = [place for place, sample in enumerate(samples) if not in_use or sample_hash(sample) not in in_use.samples]
 
         pairs = tuple(pairs_of(person.items, self.task))
