@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.errors import ApiError, HeadersTooLarge, InvalidRequest, TooSlow
@@ -81,11 +82,30 @@ class Connection(HttpToolsProtocol):
                 self._refuse(HeadersTooLarge(f"the request's headers exceed {MAX_HEADER_BYTES} bytes: send fewer"))
                 return
             piece = data[start : start + room]
-            start += len(piece)
             self._header_bytes += len(piece)
-            super().data_received(piece)
+            start += self._parse(piece)
         if self._in_head and self._header_bytes and self._timer is None:
             self._start_timer(HEADER_TIMEOUT_S)
+
+    def _parse(self, piece: bytes) -> int:
+        """Parse a piece, and return how many of its bytes were taken: not those after headers that are read again.
+
+        If a client asks for another protocol, the parser takes its body for that protocol and what follows for the next
+        request. No other is spoken here, so a new parser reads the headers without `Upgrade`.
+        """
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(piece)
+        except HttpParserUpgrade as upgrade:
+            line = (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+            headers = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade")
+            self.parser = HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self._parse(b"%b %b HTTP/%b\r\n%b\r\n" % (*line, headers))
+            return int(upgrade.args[0])
+        except HttpParserError:
+            self._refuse(InvalidRequest("the request is not valid HTTP/1.1", code="invalid_http"))
+        return len(piece)
 
     def on_message_begin(self) -> None:
         self._header_bytes = max(1, self._header_bytes)  # 0 if the request began in the same piece as the previous end
@@ -98,6 +118,10 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._is_answering():  # else nobody would notice when the first one's client leaves or stops reading
             raise ValueError("a second request before the answer to the first")  # closes the connection
+        if self.parser.get_method() == b"CONNECT":  # what follows would belong to no request
+            raise ValueError("this is no proxy")
+        if self.parser.should_upgrade():  # `_parse` has the headers read again
+            return
         self._in_head = False
         self._header_bytes = 0
         self._stop_timer()
@@ -108,6 +132,8 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_head = True
         self._header_bytes = 0
         super().on_message_complete()
@@ -117,9 +143,6 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if not self._in_head:
             self._start_timer(HEADER_TIMEOUT_S)
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(InvalidRequest("the request is not valid HTTP/1.1", code="invalid_http"))
 
     def _refuse(self, error: ApiError) -> None:
         """Send the error and close the connection; only close it if another response is in progress."""
