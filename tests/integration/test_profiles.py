@@ -116,6 +116,22 @@ async def test_tenants_take_turns_at_the_embedder(writing: Profiles) -> None:
     await asyncio.gather(*theirs)
 
 
+async def test_a_tenants_long_changes_follow_each_other_and_short_ones_pass(writing: Profiles) -> None:
+    embedder, names = writing.embedder, [f"{place}" for place in range(3 * EMBED_BATCH)]
+    embedder.gate.clear()
+    asked = [items(*(f"long-{name}" for name in names)), items(*(f"later-{name}" for name in names)), items("short")]
+    tasks = []
+    for number, given in enumerate(asked):
+        tasks.append(asyncio.create_task(writing.replace(KEYS.user(f"in-line-{number}"), given, "")))
+        await embedder.asked()
+    while writing.turns.waiting < 1:
+        await asyncio.sleep(0.01)
+    embedder.gate.set()
+    await asyncio.gather(*tasks)
+    kinds = [text.removeprefix("a text about ").partition("-")[0] for text in embedder.texts]
+    assert [kind for kind, _ in itertools.groupby(kinds)] == ["long", "short", "long", "later"]
+
+
 async def test_a_write_stands_though_the_signing_queue_is_away(
     writing: Profiles, user: User, caplog: pytest.LogCaptureFixture
 ) -> None:

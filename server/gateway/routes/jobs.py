@@ -12,7 +12,7 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.errors import excerpt
-from server.errors import ApiError, NotFound, TooMany
+from server.errors import ApiError, NotFound, TooMany, Unavailable
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
@@ -241,14 +241,16 @@ class _JobEvents(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(ClientGone):
-            await unless_gone(receive, self._follow(send))
+            await unless_gone(receive, self._follow(scope, send))
 
-    async def _follow(self, send: Send) -> None:
+    async def _follow(self, scope: Scope, send: Send) -> None:
         job = self._job
         async with EventSender(send, dict) as sender:
             await sender.write(event(JobAnswer.of(job), "job"))
             try:
                 while not job.state.ended:
+                    if scope["state"].get("stopping"):
+                        raise Unavailable("this gateway is stopping: follow the job again", code="stopping")
                     await asyncio.sleep(_POLL_S)
                     before, job = job, await self._adapting.job(self._users, job.id)
                     if job != before:

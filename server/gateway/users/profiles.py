@@ -12,9 +12,10 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from weakref import WeakValueDictionary
 
 import numpy as np
 import orjson
@@ -88,6 +89,7 @@ class Profiles:
     signing: UserQueue | None = None  # users with changed items; None if the bank has no signatures
     no_evidence: Signature | None = None  # an empty signature for this bank, likewise
     _refreshing: dict[str, asyncio.Task[Profile | None]] = field(default_factory=dict)
+    _long: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)  # by tenant
 
     @property
     def store(self) -> ProfileStore:
@@ -209,13 +211,16 @@ class Profiles:
         }
         missing = [(name, text) for name, text in texts.items() if name not in kept]
         to_embed = [pair for pair in missing if pair not in embedded]
-        for start in range(0, len(to_embed), EMBED_BATCH):
-            batch = to_embed[start : start + EMBED_BATCH]
-            async with self.turns.held(tenant):
-                rows = await asyncio.get_running_loop().run_in_executor(
-                    self.executor, self.embedder.embed, [text for _, text in batch]
-                )
-            embedded.update(zip(batch, map(as_stored, rows), strict=True))
+        # A tenant's long changes follow each other, so that the first of many is not done as late as the last.
+        line = self._long.setdefault(tenant, asyncio.Lock()) if len(to_embed) > EMBED_BATCH else nullcontext()
+        async with line:
+            for start in range(0, len(to_embed), EMBED_BATCH):
+                batch = to_embed[start : start + EMBED_BATCH]
+                async with self.turns.held(tenant):
+                    rows = await asyncio.get_running_loop().run_in_executor(
+                        self.executor, self.embedder.embed, [text for _, text in batch]
+                    )
+                embedded.update(zip(batch, map(as_stored, rows), strict=True))
         vectors = {name: kept[name] if name in kept else embedded[name, text] for name, text in texts.items()}
         return vectors, {name: StoredVector(self.embedder.id, embedded[name, text]) for name, text in missing}
 
