@@ -65,7 +65,6 @@ class Connection(HttpToolsProtocol):
         self._header_bytes = 0
         self._in_head = True
         self._refused = False
-        self._stopping = False
         self._timer: asyncio.TimerHandle | None = None
         self._checks_sending = False
 
@@ -87,7 +86,7 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close the connection once its response has been sent, or the first request of it has not arrived in time."""
-        self._stopping = True
+        self.app_state["stopping"] = True  # each later request gets a copy
         if self._is_answering():
             self.cycle.scope["state"]["stopping"] = True
         elif not self._refused and (self.cycle is None or self._header_bytes):
@@ -155,8 +154,6 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if self.scope["http_version"] == "1.0":
             _send_until_close(self.cycle)
-        if self._stopping:
-            self.shutdown()
 
     def on_body(self, body: bytes) -> None:
         self._header_bytes = 0
@@ -220,7 +217,7 @@ class Connection(HttpToolsProtocol):
         self._timer = None
         if self._is_answering():
             self._start_timer(HEADER_TIMEOUT_S)
-        elif self._stopping and not self._refused:
+        elif self.app_state.get("stopping") and not self._refused:
             self._refuse(
                 Unavailable("this gateway is stopping: send the request again", code="stopping", retry_after_s=1)
             )
@@ -270,10 +267,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 
 class GatewayServer(uvicorn.Server):
-    """Uvicorn's server without its signal handlers: the caller handles signals, from before startup.
-
-    When it stops, it first takes what has connected.
-    """
+    """Uvicorn's server, which resets no request when it stops. Its caller handles signals, from before startup."""
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()
@@ -281,7 +275,4 @@ class GatewayServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
         await asyncio.sleep(ACCEPT_S)
-        for server in self.servers:
-            server.close()
-        await asyncio.sleep(ACCEPT_S)  # until what was accepted last is a connection
         await super().shutdown(sockets)
