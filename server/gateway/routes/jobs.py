@@ -221,7 +221,7 @@ async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
 async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
     """Stream the job as server-sent events: `job` now and after each change, then `done` when the job has ended.
 
-    While nothing changes, a comment (`: keep-alive`) is sent every 15 seconds. If the gateway stops before the job ends,
+    While nothing changes, a comment (`: keep-alive`) is sent every 15 seconds. If the gateway stops before that,
     the stream ends with an event `{"error": …}` of the code `stopping`: follow the job again.
     """
     users, adapting = users_of(request), _stored(request)

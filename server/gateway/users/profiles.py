@@ -46,6 +46,7 @@ from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
 
+CHANGES_AT_ONCE = 32  # in a gateway, each of up to 10 MB
 EMBED_BATCH = 16  # texts per executor task, so that short histories need not wait for long ones
 MAX_ATTEMPTS = 64  # commits per change when other requests keep winning the race
 SIGNED_AT = (4, 8, 16, 32)  # numbers of learnt items at which a signature is made; then the first of each day
@@ -84,6 +85,7 @@ class Profiles:
     task: Task
     executor: Executor  # the embedder's threads
     turns: FairQueue  # for them, in which each tenant has one at a time
+    places: FairQueue  # for changes, of which each holds a whole history
     limit: HistoryLimit
     quotas: Quotas
     signing: UserQueue | None = None  # users with changed items; None if the bank has no signatures
@@ -111,11 +113,11 @@ class Profiles:
 
         Raises UserErased, and writes nothing, if the user is erased before the change is written.
         """
-        return await self._change(user, lambda history: replace_history(history, items, self.limit), epoch)
+        return await self._change(user, lambda history: replace_history(history, items, self.limit), epoch, len(items))
 
     async def add(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
         """Add items to the history, replacing items with the same id. Otherwise like `replace`."""
-        return await self._change(user, lambda history: add_to_history(history, items, self.limit), epoch)
+        return await self._change(user, lambda history: add_to_history(history, items, self.limit), epoch, len(items))
 
     async def learn(self, user: User, item: Item, epoch: str) -> ProfileUpdate:
         """Add an item that was seen in passing. A signature is made at `SIGNED_AT` items and then daily.
@@ -151,10 +153,14 @@ class Profiles:
         user: User,
         apply: Callable[[StoredItems], StoredItems],
         epoch: str | None = None,
+        texts: int = 0,
         *,
         often: bool = False,
     ) -> ProfileUpdate:
-        return await self.rotation.at(user, lambda user: self._change_at(user, apply, epoch, often=often))
+        # A tenant's long changes follow each other, so that the first of many is not done as late as the last.
+        line = self._long.setdefault(user.tenant, asyncio.Lock()) if texts > EMBED_BATCH else nullcontext()
+        async with line, self.places.held(user.tenant):
+            return await self.rotation.at(user, lambda user: self._change_at(user, apply, epoch, often=often))
 
     async def _change_at(
         self, user: User, apply: Callable[[StoredItems], StoredItems], epoch: str | None, *, often: bool
@@ -211,16 +217,13 @@ class Profiles:
         }
         missing = [(name, text) for name, text in texts.items() if name not in kept]
         to_embed = [pair for pair in missing if pair not in embedded]
-        # A tenant's long changes follow each other, so that the first of many is not done as late as the last.
-        line = self._long.setdefault(tenant, asyncio.Lock()) if len(to_embed) > EMBED_BATCH else nullcontext()
-        async with line:
-            for start in range(0, len(to_embed), EMBED_BATCH):
-                batch = to_embed[start : start + EMBED_BATCH]
-                async with self.turns.held(tenant):
-                    rows = await asyncio.get_running_loop().run_in_executor(
-                        self.executor, self.embedder.embed, [text for _, text in batch]
-                    )
-                embedded.update(zip(batch, map(as_stored, rows), strict=True))
+        for start in range(0, len(to_embed), EMBED_BATCH):
+            batch = to_embed[start : start + EMBED_BATCH]
+            async with self.turns.held(tenant):
+                rows = await asyncio.get_running_loop().run_in_executor(
+                    self.executor, self.embedder.embed, [text for _, text in batch]
+                )
+            embedded.update(zip(batch, map(as_stored, rows), strict=True))
         vectors = {name: kept[name] if name in kept else embedded[name, text] for name, text in texts.items()}
         return vectors, {name: StoredVector(self.embedder.id, embedded[name, text]) for name, text in missing}
 
