@@ -147,7 +147,7 @@ class TestResponses:
 
 class TestConnections:
     async def test_too_many_cost_the_one_that_is_idle_for_longest(self) -> None:
-        async with started(streaming(b"here"), max_connections=2) as (server, listener):
+        async with started(streaming(b"here"), limit=2) as (server, listener):
             place = listener.getsockname()
             used, silent = [await asyncio.open_connection(*place) for _ in range(2)]
             await until(lambda: len(server.server_state.connections) == 2)

@@ -7,6 +7,7 @@ import logging
 import math
 import resource
 import socket
+from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,8 @@ LAST_READ_S = 1.0
 ACCEPT_S = 0.05
 """Seconds in which an event loop accepts what has connected; closing the listener before would reset it."""
 
+IdleConnections = OrderedDict["Connection", None]  # of a server, the one that has answered nothing for longest first
+
 
 class Connection(HttpToolsProtocol):
     """Limits the size and time of everything a client sends except bodies, which `BodyReader` limits.
@@ -55,13 +58,11 @@ class Connection(HttpToolsProtocol):
     and when a body continues after its response. Another runs while the client does not read and the buffers are full.
     """
 
-    def __init__(
-        self, *, send_timeout_s: float, max_connections: int, idle: dict[Connection, None], **uvicorn_options: Any
-    ) -> None:
+    def __init__(self, *, send_timeout_s: float, limit: int, idle: IdleConnections, **uvicorn_options: Any) -> None:
         super().__init__(**uvicorn_options)
         self._send_timeout_s = send_timeout_s
-        self._max_connections = max_connections
-        self._idle = idle  # all connections that answer nothing, those that do so for longest first
+        self._limit = limit
+        self._idle = idle
         self._header_bytes = 0
         self._in_head = True
         self._refused = False
@@ -72,10 +73,8 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         if (plain := transport.get_extra_info("socket")) is not None:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        if len(self.connections) > self._max_connections and self._idle:
-            longest = next(iter(self._idle))
-            del self._idle[longest]
-            longest.transport.abort()
+        if len(self.connections) > self._limit and self._idle:
+            self._idle.popitem(last=False)[0].transport.abort()
         self._idle[self] = None
         self._start_timer(HEADER_TIMEOUT_S)
 
@@ -218,9 +217,7 @@ class Connection(HttpToolsProtocol):
         if self._is_answering():
             self._start_timer(HEADER_TIMEOUT_S)
         elif self.app_state.get("stopping") and not self._refused:
-            self._refuse(
-                Unavailable("this gateway is stopping: send the request again", code="stopping", retry_after_s=1)
-            )
+            self._refuse(Unavailable("this gateway is stopping: try again", code="stopping", retry_after_s=1))
         elif self._in_head and self._header_bytes and not self._refused:
             self._refuse(TooSlow(f"the request's headers did not arrive within {HEADER_TIMEOUT_S:g} s"))
         else:
@@ -249,9 +246,8 @@ def allow_connections() -> int:
 
 
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    protocol: Any = partial(
-        Connection, send_timeout_s=settings.send_timeout_s, max_connections=allow_connections(), idle={}
-    )
+    limit, idle = allow_connections(), IdleConnections()
+    protocol: Any = partial(Connection, send_timeout_s=settings.send_timeout_s, limit=limit, idle=idle)
     return uvicorn.Config(
         app,
         http=protocol,

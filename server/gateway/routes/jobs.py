@@ -189,7 +189,6 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     """
     parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
     training = await asyncio.to_thread(_training_request, body)
-    job = None
     try:
         rate_uses = await parts.limiter.take_job(caller_of(request), user.key)
     except TooMany:  # the limit is for new jobs: a client that lost the response still gets its job
@@ -198,9 +197,11 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     else:
         try:
             job = await parts.adapting.submit(user, training, epoch)
-        finally:
-            if job is None or not job.is_new:  # refused, or a repeated request
-                await parts.limiter.refund(rate_uses)
+        except Exception:  # not if the client has left: the job may be there
+            await parts.limiter.refund(rate_uses)
+            raise
+        if not job.is_new:
+            await parts.limiter.refund(rate_uses)
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobAnswer.of(job)
 
