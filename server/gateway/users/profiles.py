@@ -157,8 +157,9 @@ class Profiles:
         *,
         often: bool = False,
     ) -> ProfileUpdate:
-        # A tenant's long changes follow each other, so that the first of many is not done as late as the last.
-        line = self._long.setdefault(user.tenant, asyncio.Lock()) if texts > EMBED_BATCH else nullcontext()
+        line: asyncio.Lock | nullcontext[None] = nullcontext()
+        if texts > EMBED_BATCH:  # a tenant's follow each other: else the first of many is done as late as the last
+            line = self._long.setdefault(user.tenant, asyncio.Lock())
         async with line, self.places.held(user.tenant):
             return await self.rotation.at(user, lambda user: self._change_at(user, apply, epoch, often=often))
 
