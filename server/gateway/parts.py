@@ -41,7 +41,7 @@ from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting, SampleChecks
 from server.gateway.users.privacy import Erasing, Exporting
-from server.gateway.users.profiles import HistoryLimit, Profiles
+from server.gateway.users.profiles import CHANGES_AT_ONCE, HistoryLimit, Profiles
 from server.settings import Settings
 from server.store.append_only_file import REWRITE_CHECK_S, AppendOnlyFile
 from server.store.figures import FIGURES_INTERVAL_S
@@ -147,6 +147,7 @@ async def open_gateway(
         tallies = Tallies(stores.worth)
 
         turns, checking = FairQueue(Shares(lambda: 1)), FairQueue(Shares(lambda: 2))  # over all banks
+        changing = FairQueue(Shares(lambda: CHANGES_AT_ONCE))
 
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
             short, has_signatures = bank.manifest.short, bank.manifest.has_signatures
@@ -156,6 +157,7 @@ async def open_gateway(
                 task=bank.task,
                 executor=embedding,
                 turns=turns,
+                places=changing,
                 limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
                 quotas=quotas,
                 signing=stores.signing(short) if has_signatures else None,

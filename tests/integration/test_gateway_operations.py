@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -264,6 +265,17 @@ def series(client: httpx.Client) -> set[str]:
     """All time series but those of the store's own commands, some of which only the gateway's loops send."""
     lines = client.get("/metrics").raise_for_status().text.splitlines()
     return {line.rpartition(" ")[0] for line in lines if not line.startswith(("#", "mta_store_"))}
+
+
+def test_who_follows_a_job_is_told_when_the_gateway_stops(gateway_settings: Settings, client: httpx.Client) -> None:
+    job = adapt(client, "followed").raise_for_status().json()["id"]
+    events = f"/jobs/{job}/events"
+    with GatewayThread(gateway_settings) as gateway, gateway.client() as mine, mine.stream("GET", events) as stream:
+        lines = stream.iter_lines()
+        assert next(lines) == "event: job"
+        gateway.stop()
+        *_, last = filter(None, lines)
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
 
 
 class TestHead:

@@ -74,8 +74,8 @@ def user() -> User:
 
 def profiles(store: ProfileStore, embedder: CountingEmbedder) -> Profiles:
     rotation, limit = Rotation(store._connection, None), HistoryLimit(64, 1 << 20)
-    turns = FairQueue(Shares(lambda: 1))
-    return Profiles(rotation, embedder, get_task("chat"), ThreadPoolExecutor(1), turns, limit, MagicMock())
+    turns, places = FairQueue(Shares(lambda: 1)), FairQueue(Shares(lambda: 50))
+    return Profiles(rotation, embedder, get_task("chat"), ThreadPoolExecutor(1), turns, places, limit, MagicMock())
 
 
 def items(*names: str) -> list[Item]:
@@ -114,6 +114,39 @@ async def test_tenants_take_turns_at_the_embedder(writing: Profiles) -> None:
     await own
     assert embedder.texts.index("a text about waves") <= 2 * len("ab")  # after two of theirs at most
     await asyncio.gather(*theirs)
+
+
+async def test_a_tenants_long_changes_follow_each_other_and_short_ones_pass(writing: Profiles) -> None:
+    embedder, names = writing.embedder, [f"{place}" for place in range(3 * EMBED_BATCH)]
+    embedder.gate.clear()
+    asked = [items(*(f"long-{name}" for name in names)), items(*(f"later-{name}" for name in names)), items("short")]
+    tasks = []
+    for number, given in enumerate(asked):
+        tasks.append(asyncio.create_task(writing.replace(KEYS.user(f"in-line-{number}"), given, "")))
+        await embedder.asked()
+    while writing.turns.waiting < 1:
+        await asyncio.sleep(0.01)
+    embedder.gate.set()
+    await asyncio.gather(*tasks)
+    kinds = [text.removeprefix("a text about ").partition("-")[0] for text in embedder.texts]
+    assert [kind for kind, _ in itertools.groupby(kinds)] == ["long", "short", "long", "later"]
+
+
+async def test_only_so_many_changes_hold_a_history_at_once(
+    writing: Profiles, store: ProfileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing.places = FairQueue(Shares(lambda: 4))
+    embedder, read, reads = writing.embedder, store.read, list[str]()
+    monkeypatch.setattr(ProfileStore, "read", lambda self, key: reads.append(key) or read(key))
+    embedder.gate.clear()
+    users = [KEYS.user(f"crowded-{number}") for number in range(10)]
+    tasks = [asyncio.create_task(writing.replace(user, items(user.id), "")) for user in users]
+    while writing.places.waiting < len(users) - 2:  # half the places are for other tenants
+        await asyncio.sleep(0.01)
+    await embedder.asked()
+    assert len(reads) == 2
+    embedder.gate.set()
+    assert [update.changed for update in await asyncio.gather(*tasks)] == [1] * len(users)
 
 
 async def test_a_write_stands_though_the_signing_queue_is_away(

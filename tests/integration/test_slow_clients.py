@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 
+from bank.items.profile import Vectors
+from bank.lookup.embedder import Embedder
 from bench.rig.processes import wait_until
 from server.gateway.http import bodies, serving
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
@@ -109,14 +112,6 @@ class TestHeaders:
         connection.sendall(GET[:-2] + b"Connection: close\r\n\r\n")
         assert everything(connection).count(b"HTTP/1.1 200") == 2
 
-    def test_of_very_many_connections_idle_ones_are_closed_early(
-        self, connection: socket.socket, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        for name, value in (("CROWD", 0), ("CROWDED_IDLE_S", 0.1)):
-            monkeypatch.setattr(serving, name, value)
-        connection.sendall(GET)
-        assert everything(connection).startswith(b"HTTP/1.1 200")
-
     def test_what_is_no_http_is_refused_in_our_shape(self, connection: socket.socket) -> None:
         connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         assert answered(connection) == (400, "invalid_http")
@@ -196,6 +191,51 @@ class TestBodies:
             assert large.result() == "missing"
 
 
+class TestHandlers:
+    """What follows a body: the embedder is busy with it."""
+
+    @pytest.fixture
+    def embedding(self, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+        embedder = Held(gateway.parts.profiles.embedder)
+        monkeypatch.setattr(gateway.parts.profiles, "embedder", embedder)
+        yield embedder
+        embedder.gate.set()
+
+    def test_a_large_body_keeps_its_place_until_its_request_has_ended(
+        self, gateway: GatewayThread, embedding: Held, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("server.gateway.app.LARGE_AT_ONCE", 1)
+        with ThreadPoolExecutor(1) as pool, gateway.client() as client:
+            first = pool.submit(client.put, "/users/holder/profile", json=large_profile())
+            embedding.asked.wait(30)
+            monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.3)
+            second = client.put("/users/waiter/profile", json=large_profile())
+            embedding.gate.set()
+            assert first.result().status_code == 200
+        assert (second.status_code, second.json()["error"]["code"]) == (503, "overloaded")
+
+    def test_one_that_waits_too_long_is_refused(
+        self, gateway: GatewayThread, embedding: Held, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bodies, "HANDLER_TIMEOUT_S", 0.3)
+        with gateway.client() as client:
+            late = client.put("/users/late/profile", json=large_profile())
+            embedding.gate.set()
+            assert (late.status_code, late.json()["error"]["code"]) == (503, "overloaded")
+            assert int(late.headers["Retry-After"]) > 0
+            assert client.get("/users/late").status_code == 404
+
+    def test_a_client_that_leaves_ends_its_work(self, gateway: GatewayThread, embedding: Held) -> None:
+        gone = 'mta_requests_total{level="",method="PUT",route="/users/{user_id}/profile",status="499"}'
+        with gateway.client() as client:
+            before = metric(client, gone)
+            with gateway.send("PUT /users/leaver/profile", json.dumps(large_profile()).encode()):
+                embedding.asked.wait(30)
+            wait_until(lambda: metric(client, gone) == before + 1, "the request to be counted")
+            embedding.gate.set()
+            assert client.get("/users/leaver").status_code == 404
+
+
 class TestAnswers:
     @pytest.mark.usefixtures("impatient")
     def test_a_long_stream_goes_on(self, gateway: GatewayThread, fake_engine: FakeEngine, ada: str) -> None:
@@ -204,6 +244,24 @@ class TestAnswers:
         with gateway.send("POST /generate", body, "Connection: close\r\n") as connection:
             connection.sendall(b"\r\n")  # some clients do that
             assert b"data: [DONE]" in everything(connection)
+
+
+class Held:
+    """An embedder that waits at a gate."""
+
+    def __init__(self, inner: Embedder) -> None:
+        self.id = inner.id
+        self.gate, self.asked = threading.Event(), threading.Event()
+        self._inner = inner
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        self.asked.set()
+        assert self.gate.wait(30)
+        return self._inner.embed(texts)
+
+
+def large_profile() -> dict[str, Any]:
+    return {"items": [{"text": f"{number} {'x' * 20_000}"} for number in range(4)]}
 
 
 def trickled(connection: socket.socket, byte: bytes) -> None:

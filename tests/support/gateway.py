@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
-import uvicorn
 
 from bench.rig.client import summed
 from bench.rig.processes import wait_until
 from bench.rig.valkey import free_port
 from server.gateway.app import create_app
-from server.gateway.http.serving import uvicorn_config
+from server.gateway.http.serving import GatewayServer, uvicorn_config
 from server.gateway.parts import Parts
 from server.settings import Settings
 from server.store.profile_record import AdapterNote
@@ -41,7 +40,7 @@ class GatewayThread:
         self._failure: BaseException | None = None
         config = uvicorn_config(self.app, settings)
         config.port, config.timeout_graceful_shutdown = self.port, 2
-        self._server = uvicorn.Server(config)
+        self._server = GatewayServer(config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._up = threading.Event()
 
@@ -76,8 +75,12 @@ class GatewayThread:
             raise self._failure
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Begin to stop."""
         self._server.should_exit = True
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
         self.thread.join(30)
 
     async def _serve(self) -> None:

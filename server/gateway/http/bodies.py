@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -16,14 +16,19 @@ from adapters.errors import excerpt
 from server.errors import CLIENT_GONE, TooLarge, TooSlow, Unavailable, WrongMediaType
 from server.gateway.http.errors import fault_of
 from server.gateway.http.json_text import parse_json, parse_lines
+from server.gateway.http.streaming import ClientGone, unless_gone
 
 MAX_BODY_BYTES = 8 << 20
 BODY_TIMEOUT_S = 60.0
-"""Seconds for a body to arrive. The store must remember the erasure of an unknown user for longer than this."""
+"""Seconds for a body to arrive, its wait for a place among the large ones included."""
+HANDLER_TIMEOUT_S = 240.0
+"""Seconds for what follows, up to the response's beginning: checks, waits for an embedder, a commit."""
+LONGEST_WRITE_S = BODY_TIMEOUT_S + HANDLER_TIMEOUT_S
+"""Seconds from a write's arrival to its commit at most: what a write must know of erasures is kept for longer."""
 SMALL_BYTES = 64 << 10
 """Maximum size of a body that is parsed on the event loop, which takes a millisecond or two."""
 LARGE_AT_ONCE = 16
-"""Maximum number of larger bodies that arrive or are parsed; uvicorn stops reading others beyond `SMALL_BYTES`."""
+"""Maximum number of requests with larger bodies; uvicorn stops reading others beyond `SMALL_BYTES`."""
 
 _LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
 
@@ -31,18 +36,23 @@ T = TypeVar("T")
 
 
 class BodyReader:
-    """Reads request bodies; `large` waits for one of the `LARGE_AT_ONCE` places for a large body and holds it."""
+    """Reads request bodies; `large` waits for one of the `LARGE_AT_ONCE` places for a large body and holds it.
+
+    A parsed body takes more memory than its bytes, so a request keeps the place as long as the context of `read`.
+    """
 
     def __init__(self, large: Callable[[Request], AbstractAsyncContextManager[None]]) -> None:
         self._large = large
         self._thread = ThreadPoolExecutor(1, "bodies")  # more would only compete with the event loop for the GIL
 
-    async def read(self, request: Request, parse: Callable[[bytes], T]) -> T:
+    @asynccontextmanager
+    async def read(self, request: Request, parse: Callable[[bytes], T]) -> AsyncIterator[T]:
         async with AsyncExitStack() as held:
             body = await self._read(request, held)
             if len(body) <= SMALL_BYTES:
-                return parse(body)
-            return await asyncio.get_running_loop().run_in_executor(self._thread, parse, body)
+                yield parse(body)
+            else:
+                yield await asyncio.get_running_loop().run_in_executor(self._thread, parse, body)
 
     async def _read(self, request: Request, held: AsyncExitStack) -> bytes:
         length = request.headers.get("content-length", "0")
@@ -95,10 +105,13 @@ class JsonRoute(APIRoute):
             await self.before_body(request)
             bodies: BodyReader = request.app.state.bodies
             try:
-                body = await bodies.read(request, parse)
-            except ClientDisconnect:
+                async with bodies.read(request, parse) as body, asyncio.timeout(HANDLER_TIMEOUT_S):
+                    return await unless_gone(request.receive, handle(_ReadRequest(request, body)))
+            except (ClientDisconnect, ClientGone):
                 return Response(status_code=CLIENT_GONE)
-            return await handle(_ReadRequest(request, body))
+            except TimeoutError:
+                late = f"the request was not done within {HANDLER_TIMEOUT_S:g} s: send it again later"
+                raise Unavailable(late, code="overloaded", retry_after_s=30) from None
 
         return strict
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.errors import excerpt
-from server.errors import ApiError, NotFound, TooMany
+from server.errors import ApiError, NotFound, TooMany, Unavailable
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
@@ -191,7 +191,6 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     """
     parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
     training = await asyncio.to_thread(_training_request, body)
-    job = None
     try:
         rate_uses = await parts.limiter.take_job(caller_of(request), user.key)
     except TooMany:  # the limit is for new jobs: a client that lost the response still gets its job
@@ -200,9 +199,11 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     else:
         try:
             job = await parts.adapting.submit(user, training, epoch)
-        finally:
-            if job is None or not job.is_new:  # refused, or a repeated request
-                await parts.limiter.refund(rate_uses)
+        except Exception:  # not if the client has left: the job may be there
+            await parts.limiter.refund(rate_uses)
+            raise
+        if not job.is_new:
+            await parts.limiter.refund(rate_uses)
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobAnswer.of(job)
 
@@ -223,7 +224,8 @@ async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
 async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
     """Stream the job as server-sent events: `job` now and after each change, then `done` when the job has ended.
 
-    While nothing changes, a comment (`: keep-alive`) is sent every 15 seconds.
+    While nothing changes, a comment (`: keep-alive`) is sent every 15 seconds. If the gateway stops before that,
+    the stream ends with an event `{"error": …}` of the code `stopping`: follow the job again.
     """
     users, adapting = users_of(request), _stored(request)
     return _JobEvents(adapting, users, await adapting.job(users, _checked_job_id(job_id)))
@@ -243,14 +245,16 @@ class _JobEvents(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(ClientGone):
-            await unless_gone(receive, self._follow(send))
+            await unless_gone(receive, self._follow(scope, send))
 
-    async def _follow(self, send: Send) -> None:
+    async def _follow(self, scope: Scope, send: Send) -> None:
         job = self._job
         async with EventSender(send, dict) as sender:
             await sender.write(event(JobAnswer.of(job), "job"))
             try:
                 while not job.state.ended:
+                    if scope["state"].get("stopping"):
+                        raise Unavailable("this gateway is stopping: follow the job again", code="stopping")
                     await asyncio.sleep(_POLL_S)
                     before, job = job, await self._adapting.job(self._users, job.id)
                     if job != before:

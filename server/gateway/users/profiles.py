@@ -12,9 +12,10 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from weakref import WeakValueDictionary
 
 import numpy as np
 import orjson
@@ -45,6 +46,7 @@ from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
 
+CHANGES_AT_ONCE = 32  # in a gateway, each of up to 10 MB
 EMBED_BATCH = 16  # texts per executor task, so that short histories need not wait for long ones
 MAX_ATTEMPTS = 64  # commits per change when other requests keep winning the race
 SIGNED_AT = (4, 8, 16, 32)  # numbers of learnt items at which a signature is made; then the first of each day
@@ -83,11 +85,13 @@ class Profiles:
     task: Task
     executor: Executor  # the embedder's threads
     turns: FairQueue  # for them, in which each tenant has one at a time
+    places: FairQueue  # for changes, of which each holds a whole history
     limit: HistoryLimit
     quotas: Quotas
     signing: UserQueue | None = None  # users with changed items; None if the bank has no signatures
     no_evidence: Signature | None = None  # an empty signature for this bank, likewise
     _refreshing: dict[str, asyncio.Task[Profile | None]] = field(default_factory=dict)
+    _long: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)  # by tenant
 
     @property
     def store(self) -> ProfileStore:
@@ -109,11 +113,11 @@ class Profiles:
 
         Raises UserErased, and writes nothing, if the user is erased before the change is written.
         """
-        return await self._change(user, lambda history: replace_history(history, items, self.limit), epoch)
+        return await self._change(user, lambda history: replace_history(history, items, self.limit), epoch, len(items))
 
     async def add(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
         """Add items to the history, replacing items with the same id. Otherwise like `replace`."""
-        return await self._change(user, lambda history: add_to_history(history, items, self.limit), epoch)
+        return await self._change(user, lambda history: add_to_history(history, items, self.limit), epoch, len(items))
 
     async def learn(self, user: User, item: Item, epoch: str) -> ProfileUpdate:
         """Add an item that was seen in passing. A signature is made at `SIGNED_AT` items and then daily.
@@ -149,10 +153,15 @@ class Profiles:
         user: User,
         apply: Callable[[StoredItems], StoredItems],
         epoch: str | None = None,
+        texts: int = 0,
         *,
         often: bool = False,
     ) -> ProfileUpdate:
-        return await self.rotation.at(user, lambda user: self._change_at(user, apply, epoch, often=often))
+        line: asyncio.Lock | nullcontext[None] = nullcontext()
+        if texts > EMBED_BATCH:  # a tenant's follow each other: else the first of many is done as late as the last
+            line = self._long.setdefault(user.tenant, asyncio.Lock())
+        async with line, self.places.held(user.tenant):
+            return await self.rotation.at(user, lambda user: self._change_at(user, apply, epoch, often=often))
 
     async def _change_at(
         self, user: User, apply: Callable[[StoredItems], StoredItems], epoch: str | None, *, often: bool

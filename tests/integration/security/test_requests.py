@@ -271,6 +271,18 @@ def test_what_is_no_clean_header_is_no_request(keyed: Keyed, fake_engine: FakeEn
     assert fake_engine.seen == []
 
 
+def test_a_body_after_an_upgrade_is_no_request(keyed: Keyed, acme: httpx.Client, shared_name: str) -> None:
+    host = "HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    hidden = f"DELETE /users/{shared_name} {host}Authorization: Bearer {keyed.secrets['acme']}\r\n\r\n".encode()
+    upgrade = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
+    with keyed.gateway.send("POST /generate", b"", upgrade, length=len(hidden)) as connection:
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 401")
+        connection.sendall(hidden)
+        connection.sendall(f"GET /health {host}\r\n".encode())
+        assert b'"ok"' in b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert acme.get(f"/users/{shared_name}").status_code == httpx.codes.OK
+
+
 @pytest.mark.parametrize("user_id", ["a\r\nX-Evil: 1", "a\nb", "a\x00b"])
 def test_no_user_id_becomes_a_header(acme: httpx.Client, fake_engine: FakeEngine, user_id: str) -> None:
     refused = acme.post("/v1/completions", json={"prompt": "x", "user": user_id, "max_tokens": 1})
