@@ -2,10 +2,11 @@
 
 A move has four steps, each atomic and safe to repeat by several processes at once. The keys may lie on two servers.
 
-1. The old key gets a mark (`split_mark` in `profiles.py`): from now on it refuses every write. Its data is read.
+1. The old key's epoch names the new one (`split_epoch` in `profiles.py`): from now on it refuses every write. Its data
+   is read, with the mark of a write that has begun there.
 2. The data is written to the new key, unless that was erased since before the first step. Now the user is there.
 3. The shared sets and the queue get the new key.
-4. The old key loses its data. Items and adapter stay for requests in progress; the mark answers for the ids of jobs.
+4. The old key loses its data. Items and adapter stay for requests in progress; the epoch answers for the ids of jobs.
 
 Until step 2 the user is read at the old key, and whoever wants to write finishes the move first. Where new users are
 stored, and to which key users move, says the store, not the order of secrets that a process happens to have.
@@ -38,7 +39,7 @@ from server.store.worth import WorthStore
 
 T = TypeVar("T")
 
-MARK_S = 30 * 24 * 3600
+MOVED_S = 30 * 24 * 3600
 ARRIVE_MS = 60_000  # a copy is written by then or not at all: far less than the tombstone of an erasure stays
 GRACE_MS = 120_000  # requests in progress read items and adapter at the old key for this long, and erasures need it
 MAX_TRIES = 8  # moves of a user who is erased again and again meanwhile
@@ -46,11 +47,11 @@ _IN, _FROM, _SINCE = "in", "from", "since"
 
 # KEYS of the scripts: `keys.of_user`, the last is `epoch`.
 
-# ARGV: new key, expiry of the mark (s), time for `_ARRIVE` (ms), prefix of job names, number of kept jobs. Returns
+# ARGV: new key, expiry of its name (s), time for `_ARRIVE` (ms), prefix of job names, number of kept jobs. Returns
 # `busy` while a worker holds the user's job, `moved` if nothing is left to move; else `left`, the bank of an open job,
 # and what `_ARRIVE` needs to know.
 _LEAVE = job_script("""
-local target, mark_s, within, prefix, kept = unpack(ARGV)
+local target, stays_s, within, prefix, kept = unpack(ARGV)
 local left = KEYS[#KEYS]
 local epoch, moved, until_ms = unpack(redis.call('HMGET', left, 'epoch', 'moved', 'until_ms'))
 if moved then return {'moved'} end
@@ -61,7 +62,7 @@ if string.sub(epoch or '', 1, 1) ~= '>' then
   until_ms = ttl > 0 and now + ttl or 0
   redis.call('HSET', left, 'epoch', '>' .. target .. ' ' .. (epoch or ''), 'until_ms', until_ms)
 end
-redis.call('EXPIRE', left, mark_s)
+redis.call('EXPIRE', left, stays_s)
 local bank = is_open(prefix .. last) and redis.call('HGET', prefix .. last, 'bank') or ''
 local tombstone = cjson.encode(redis.call('HGETALL', left))
 local found = {'left', bank, now + within, tombstone, math.max(0, until_ms - now)}
@@ -74,13 +75,13 @@ for number = math.max(1, last - kept), last do take('j' .. number, prefix .. num
 return found
 """)
 
-# ARGV: epoch of this key before step 1, prefix of job names, deadline (ms), fields of the old key's epoch (JSON) and
-# their expiry (ms; 0: none), and of each key its place in KEYS or the number of its job, its expiry and its content.
-# Returns whether the user is here now.
+# ARGV: epoch of this key before step 1 (`leave_mark`), prefix of job names, deadline (ms), fields of the old key's
+# epoch (JSON) and their expiry (ms; 0: none), and of each key its place in KEYS or the number of its job, its expiry
+# and its content. Returns whether the user is here now.
 _ARRIVE = script("""
 local before, prefix, until_ms, tombstone, expiry = unpack(ARGV)
 local here, data = KEYS[#KEYS], {unpack(KEYS, 1, #KEYS - 1)}
-if now > tonumber(until_ms) or (redis.call('HGET', here, 'epoch') or '') ~= before then return 0 end
+if now > tonumber(until_ms) or not is_as_seen(here, before) then return 0 end
 if string.sub(before, 1, 1) == '>' then
   redis.call('DEL', unpack(data))  -- what stayed here of a user who moved away and comes back
 elseif redis.call('EXISTS', unpack(data)) > 0 then  -- of an earlier call
@@ -198,8 +199,12 @@ class Rotation:
 
     async def end(self) -> None:
         """Note that nobody is left under the second secret, and have what they left there leave the files."""
-        await self._file.request_all(GRACE_MS)
+        await self._file.announce_expiry(GRACE_MS)
         await self._connection.run(methodcaller("hdel", keys.SECRET, _FROM))
+
+    async def begin_write(self, user: User) -> str:
+        """Return the user's epoch for a write that begins now, as `ProfileStore.begin` does."""
+        return await self.at(user, lambda user: self.profiles.begin(user.key))
 
     async def at(self, user: User, act: Callable[[User], Awaitable[T]], *, writes: bool = True) -> T:
         """Call `act` with the user's key; once more if the user moves meanwhile, so it must be safe to repeat."""
@@ -239,9 +244,9 @@ class Rotation:
 
     async def move(self, source: str, target: str, tenant: str) -> bool:
         """Move a user to another key; return False if a worker trains for the user: later, then."""
-        leaving = (target, MARK_S, ARRIVE_MS, keys.job_prefix(source), KEPT_JOBS)
+        leaving = (target, MOVED_S, ARRIVE_MS, keys.job_prefix(source), KEPT_JOBS)
         for _ in range(MAX_TRIES):
-            before = await self._connection.run(methodcaller("hget", keys.epoch(target), "epoch")) or b""
+            before = await self.profiles.leave_mark(target)
             state, *left = await self._connection.write(_LEAVE, keys.of_user(source), *leaving)
             if state != b"left":
                 return bool(state == b"moved")

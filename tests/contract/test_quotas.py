@@ -24,7 +24,7 @@ from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.holdings import Held
 from server.store.tenants.rates import Quota
 from server.store.tenants.user_key import Tenants, User, UserKeys
-from tests.support.store_parts import BANK, KEYS, SECRET, TENANT, StoreParts, WorkerSteps, change, submitted
+from tests.support.store_parts import BANK, KEYS, SECRET, TENANT, StoreParts, WorkerSteps, change, stored, submitted
 
 QUOTA = Quota(people=3, bytes=50_000, adapters=1)
 PERSON = Held(people=1, bytes=100)
@@ -212,7 +212,7 @@ async def test_a_recount_puts_a_wrong_count_right(
     monkeypatch.setattr(holdings, "SCANNED", 10)
     here, there = gateways
     await asyncio.gather(*(parts.put(f"u{number}", "text") for number in range(50)))  # nobody noted them
-    await parts.profiles.commit(UserKeys(SECRET, "another").key("u1"), b"", change("a", user_id="u1"))
+    await stored(parts.profiles, UserKeys(SECRET, "another").key("u1"), change("a", user_id="u1"))
     await raw.set(keys.profile("y" * 26), "damaged")
     await parts.put("ghost", "text")
     ghost = KEYS.key("ghost")

@@ -132,7 +132,7 @@ class Store(RuleBasedStateMachine):
     ) -> None:
         parts, expected, key = self.gateways[gateway], self.users[user], KEYS.key(user)
         before = self.states(user)
-        epoch = self.run(parts.profiles.epoch(key))
+        epoch = self.run(parts.profiles.begin(key))
         submission = Submission([b"sample %d" % sample], append, "{}", BANK, epoch, background=background)
         outcome = self.tried(parts, parts.jobs.submit(key, submission, 100), fault, place % 3)
         newest = self.newest(user)
@@ -155,7 +155,7 @@ class Store(RuleBasedStateMachine):
     @rule(user=USERS, gateway=TWO, fault=FAULTS, place=PLACES)
     def adapt_while_erased(self, user: str, gateway: int, fault: Fault | None, place: int) -> None:
         parts, key = self.gateways[gateway], KEYS.key(user)
-        epoch = self.run(parts.profiles.epoch(key))
+        epoch = self.run(parts.profiles.begin(key))
         self.erase(user, 1 - gateway, None, 0)
         submission = Submission([b"sample"], False, "{}", BANK, epoch)
         outcome = self.tried(parts, parts.jobs.submit(key, submission, 100), fault, place % 3)
@@ -165,11 +165,11 @@ class Store(RuleBasedStateMachine):
     @rule(user=USERS, gateway=TWO, fault=FAULTS, place=PLACES)
     def erase(self, user: str, gateway: int, fault: Fault | None, place: int) -> None:
         parts, expected, key = self.gateways[gateway], self.users[user], KEYS.key(user)
-        before, former = self.run(parts.profiles.epoch(key)), expected.former | self.states(user).keys()
+        before, former = self.run(parts.profiles.begin(key)), expected.former | self.states(user).keys()
         was_nobody = not self.kept_of(user)
         outcome = self.tried(parts, parts.erase(user), fault, place)
         assert fault or not isinstance(outcome, ApiError)
-        if self.run(parts.profiles.epoch(key)) == before:
+        if self.run(parts.profiles.begin(key)) == before:
             assert isinstance(outcome, ApiError)
             return
         self.ended = {job: state for job, state in self.ended.items() if job.user_key != key}
