@@ -1,10 +1,9 @@
-"""Rewrites the append-only files, so that erased data leaves the disk.
+"""Rewrites the append-only files, so that erased data leaves the disk: every server its own, at most once an hour.
 
-Every server whose file may contain erased data rewrites it, at most once an hour. The hash `keys.rewrite(server)` says
-so, in ms by the clock of the server that holds it:
-- `asked`: when an erasure was announced last; `first`: when the first one was that no rewrite has left out;
-- `last`: the start of the last successful rewrite;
-- `tried`: the start of the last one that was begun; `before`: the server's run id and its number of rewrites by then.
+The hash `keys.rewrite(server)` says since when the file may hold erased data (`first`, absent if it does not), when the
+newest erasure was announced (`asked`), when the last rewrite that succeeded began (`last`) and the one that was tried
+(`tried`; `before`: the server's run id and its number of rewrites by then). Times are in ms. The version before knows
+`due`.
 
 An erasure is announced *before* it happens, so that a crash in between cannot leave the file unchanged. It happens
 within `ERASE_MS` or not at all, so a rewrite leaves out what was announced that long before its start.
@@ -31,63 +30,43 @@ ERASE_MS = 60_000  # time from the announcement within which the erasure must ha
 CLOCK_SKEW_MS = 10_000  # maximum clock difference in a cluster: another server's clock judges the deadline
 REWRITE_MS = 600_000  # assumed duration of a rewrite; one that has not succeeded by then is tried again
 
-# A time ahead counts as long ago: the clock was set back.
-_STATE = """
-local function get(key, field) return tonumber(redis.call('HGET', key, field) or 0) end
-local function age_ms(time) return time <= now and now - time or math.huge end
-local function holds_erased(key, erase_ms)
-  local asked = get(key, 'asked')
-  return asked > 0 and asked + erase_ms > get(key, 'last')
-end
-"""
-
-# KEYS: rewrite, of each server. ARGV: time until the announcement counts (ms), time to erase. Returns the current time.
-_ANNOUNCE = oom_script(
-    _STATE
-    + """
+# KEYS: rewrite, of each server. ARGV: time until the announcement counts (ms). Returns the current time.
+_ANNOUNCE = oom_script("""
 for _, key in ipairs(KEYS) do
-  if get(key, 'last') > now then redis.call('HDEL', key, 'last') end
-  if not holds_erased(key, ARGV[2]) then redis.call('HSET', key, 'first', now) end
-  redis.call('HSET', key, 'asked', now + ARGV[1])
+  redis.call('HSETNX', key, 'first', now)
+  redis.call('HSET', key, 'asked', math.max(now + ARGV[1], tonumber(redis.call('HGET', key, 'asked') or 0)))
 end
 return now
-"""
-)
+""")
 
 # KEYS: rewrite. ARGV: the server's run id, its number of rewrites, whether the last one succeeded, interval, time to
-# erase, time after which a rewrite is tried again. Notes a rewrite that has ended. Returns whether to start one now,
-# and whether the one before it failed.
-_UPDATE = oom_script(
-    _STATE
-    + """
-local key, run, rewrites, succeeded, interval_ms, erase_ms, retry_ms = KEYS[1], unpack(ARGV)
-local tried = get(key, 'tried')
-local before_run, before = string.match(redis.call('HGET', key, 'before') or '', '^(%w+) (%d+)$')
-local ended = before_run == run and tonumber(rewrites) > tonumber(before)
-if ended and succeeded == '1' and tried <= now then
-  redis.call('HSET', key, 'last', tried)
-  redis.call('HDEL', key, 'tried', 'before')
-  tried = 0
+# erase, time after which a rewrite is tried again. Returns whether to start one now, and whether the one before failed.
+_UPDATE = oom_script("""
+local run, rewrites, succeeded, interval_ms, erase_ms, retry_ms = unpack(ARGV)
+local function get(field) return redis.call('HGET', KEYS[1], field) end
+local function is_recent(time, ms) return time and tonumber(time) <= now and now - time < tonumber(ms) end
+local tried, before = get('tried'), get('before') or ''
+local number = string.match(before, '^' .. run .. ' (%d+)$')
+if number and tonumber(rewrites) > tonumber(number) and succeeded == '1' and tonumber(tried) <= now then
+  redis.call('HSET', KEYS[1], 'last', tried)
+  redis.call('HDEL', KEYS[1], 'first', 'due', 'tried', 'before')
+  if (get('asked') or 0) + erase_ms > tonumber(tried) then redis.call('HSET', KEYS[1], 'first', tried) end
 end
-if not holds_erased(key, erase_ms) or age_ms(get(key, 'last')) < tonumber(interval_ms)
-  or age_ms(tried) < tonumber(retry_ms) then return {0, 0} end
-redis.call('HSET', key, 'tried', now, 'before', run .. ' ' .. rewrites)
-return {1, tried > 0 and 1 or 0}
-"""
-)
+local holds_erased = get('first') or get('due')
+if not holds_erased or is_recent(get('last'), interval_ms) or is_recent(get('tried'), retry_ms) then return {0, 0} end
+local has_failed = redis.call('HEXISTS', KEYS[1], 'tried')
+redis.call('HSET', KEYS[1], 'tried', now, 'before', run .. ' ' .. rewrites)
+return {1, has_failed}
+""")
 
-# KEYS: rewrite, of each server. ARGV: time to erase. Returns the age (ms) of the oldest last rewrite, or of the first
-# announcement after it, among those whose file may contain erased data.
-_AGE = script(
-    _STATE
-    + """
+# KEYS: rewrite, of each server. Returns for how long one of the files may have held erased data (ms).
+_AGE = script("""
 local age = 0
 for _, key in ipairs(KEYS) do
-  if holds_erased(key, ARGV[1]) then age = math.max(age, now - math.max(get(key, 'first'), get(key, 'last'))) end
+  age = math.max(age, now - tonumber(redis.call('HGET', key, 'first') or redis.call('HGET', key, 'due') or now))
 end
 return age
-"""
-)
+""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +93,12 @@ class AppendOnlyFile:
         await self._announce(await self._connection.holders(), in_ms)
 
     async def _announce(self, servers: Sequence[str], in_ms: int = 0) -> int:
-        return int(await self._connection.write(_ANNOUNCE, list(map(keys.rewrite, servers)), in_ms, ERASE_MS))
+        return int(await self._connection.write(_ANNOUNCE, list(map(keys.rewrite, servers)), in_ms))
 
     async def overdue_s(self) -> float:
         """Return by how many seconds the oldest rewrite is late, of all servers, reachable or not; 0 if none is."""
         states = list(map(keys.rewrite, await self._connection.holders()))
-        age_ms = int(await self._connection.evaluate(_AGE, states, ERASE_MS))
+        age_ms = int(await self._connection.evaluate(_AGE, states))
         return max(0, age_ms - _promised_ms()) / 1000
 
     async def rewrite_if_due(self) -> None:

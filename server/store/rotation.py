@@ -27,6 +27,7 @@ from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore
 from server.store.append_only_file import AppendOnlyFile
 from server.store.backup.copying import AT_ONCE, StoreCopying, batches
+from server.store.feedback import ALONE_S
 from server.store.jobs import KEPT_JOBS
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
@@ -43,7 +44,7 @@ MOVED_S = 30 * 24 * 3600
 ARRIVE_MS = 60_000  # a copy is written by then or not at all: far less than the tombstone of an erasure stays
 GRACE_MS = 120_000  # requests in progress read items and adapter at the old key for this long, and erasures need it
 MAX_TRIES = 8  # moves of a user who is erased again and again meanwhile
-_IN, _FROM, _SINCE = "in", "from", "since"
+_IN, _FROM = "in", "from"
 
 # KEYS of the scripts: `keys.of_user`, the last is `epoch`.
 
@@ -131,7 +132,6 @@ local of_new, of_old = unpack(ARGV)
 if redis.call('HGET', KEYS[1], 'from') == of_new then return -1 end
 local news = redis.call('HGET', KEYS[1], 'in') ~= of_new
 redis.call('HSET', KEYS[1], 'in', of_new, 'from', of_old)
-if news then redis.call('HSET', KEYS[1], 'since', now) end
 return news and 1 or 0
 """)
 
@@ -305,18 +305,11 @@ class Rotation:
                 return
         sweep.strange += 1
 
-    async def nameless(self, *, forget: bool) -> int:
-        """Count, or remove, feedback from before the exchange without a profile that says whose it is.
-
-        A store whose users never left a secret has no such time, and none of it is older.
-        """
-        since_ms = int(await self._connection.run(methodcaller("hget", keys.SECRET, _SINCE)) or 0)
-        found = set[str]()
+    async def let_nameless_expire(self) -> int:
+        """Count feedback without a profile that says whose it is; also what an earlier version left expires then."""
+        found = 0
         for key in await self._copying.users_with(keys.feedback):
-            entries = await self._connection.run(methodcaller("hvals", keys.feedback(key)))
-            before = all(int(entry.partition(b" ")[0]) < since_ms for entry in entries)
-            if before and entries and await self.profiles.load(key) is None:
-                found.add(key)
-                if forget:
-                    await self._connection.run(methodcaller("delete", keys.feedback(key)))
-        return len(found)
+            if await self.profiles.load(key) is None:
+                found += 1
+                await self._connection.run(methodcaller("expire", keys.feedback(key), ALONE_S, nx=True))
+        return found

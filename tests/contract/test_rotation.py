@@ -14,7 +14,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
 from server.store import rotation
 from server.store.backup.copying import StoreCopying
-from server.store.feedback import Feedback
+from server.store.feedback import ALONE_S, Feedback
 from server.store.jobs import JobState
 from server.store.profiles import TOMBSTONE_S
 from server.store.redis import keys
@@ -234,10 +234,9 @@ async def test_one_pass_moves_everybody_of_these_tenants_and_names_the_others(
         new, former = BOTH.keys(f"person-{number}")
         assert (await parts.profiles.load(new)).user_id == f"person-{number}"
         assert await parts.profiles.load(former) is None
-    assert await begun.nameless(forget=True) == 0  # rated since the exchange began
-    await raw.hset(keys.SECRET, "since", 1 << 52)
-    assert [await begun.nameless(forget=forget) for forget in (False, False, True, False)] == [1, 1, 1, 0]
-    assert await parts.feedback.entries(rated) == {}
+    await raw.persist(keys.feedback(rated))  # as the version before left it
+    assert await begun.let_nameless_expire() == 1
+    assert 0 < await raw.ttl(keys.feedback(rated)) <= ALONE_S
 
 
 async def test_where_people_are_stored_says_the_store(parts: StoreParts, someone: User) -> None:
@@ -255,7 +254,6 @@ async def test_where_people_are_stored_says_the_store(parts: StoreParts, someone
         await each.check()
     assert await places() == [someone.keys[1]] * 2
     assert not await both[1][0].begin()  # the secrets in the wrong order: nobody leaves, and it comes to its end
-    assert await both[1][0].nameless(forget=True) == 0
     await both[1][0].end()
     assert await both[0][0].begin()
     with pytest.raises(MtaError, match="swap the two"):

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from bench.rig.proxy import LossyProxy
 from bench.rig.valkey import DURABLE, ValkeyProcess, free_port, server_binaries
 from bench.rig.watched import SERVICE, WatchedValkey
 from server.errors import Unavailable
+from server.store.append_only_file import AppendOnlyFile
 from server.store.backup.copying import StoreCopying
 from server.store.backup.folder import user_of
 from server.store.durability import Durability
@@ -31,6 +33,7 @@ from tests.support.store_parts import (
     change,
     connected,
     forgotten,
+    on_disk,
     opened,
     stored,
     strict_and_lenient,
@@ -213,6 +216,30 @@ async def test_a_write_waits_for_the_replica_until_it_is_down(
 @pytest.mark.usefixtures("quick_rewrites")
 async def test_an_erasure_leaves_both_files(watched: WatchedValkey, connection: RedisConnection, user: str) -> None:
     await forgotten(connection, user, *watched.servers)
+
+
+@pytest.mark.usefixtures("quick_rewrites")
+async def test_the_file_of_a_replica_that_is_down_is_overdue(
+    watched: WatchedValkey, connection: RedisConnection, user: str
+) -> None:
+    store, file = ProfileStore(connection), AppendOnlyFile(connection)
+    await stored(store, user, change("a", user_id="somebody unmistakable"))
+    watched.replica.kill()
+    async with asyncio.timeout(60):
+        while len(await connection.members()) > 1:
+            await asyncio.sleep(0.1)
+        asked = await file.announce(user)
+        assert await store.erase(user, asked.erase_by_ms, asked.rewritten_by_ms)
+        while on_disk("unmistakable", watched.primary) or not await file.overdue_s():
+            await file.rewrite_if_due()
+            await asyncio.sleep(0.05)
+        assert on_disk("unmistakable", watched.replica)
+        watched.replica.start()
+        watched.follow()
+        while on_disk("unmistakable", watched.replica) or await file.overdue_s():
+            with suppress(Unavailable):
+                await file.rewrite_if_due()
+            await asyncio.sleep(0.05)
 
 
 async def test_a_copy_is_read_from_the_primary_alone(watched: WatchedValkey, connection: RedisConnection) -> None:
