@@ -249,7 +249,8 @@ class ProfileStore:
     async def leave_mark(self, key: str) -> str:
         """Do as `begin`, also at a key that the user has left."""
         names, mark = (keys.profile(key), keys.epoch(key)), secrets.token_hex(8)
-        return (await self._connection.evaluate(_BEGIN, names, mark, MARK_S)).decode()
+        epoch: bytes = await self._connection.evaluate(_BEGIN, names, mark, MARK_S, timeout_s=WRITE_TIMEOUT_S)
+        return epoch.decode()
 
     async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
         """Write a change of the snapshot of `version`. Return True once it is on disk, False if the user has changed.

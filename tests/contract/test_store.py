@@ -280,6 +280,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(
     await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key("bob"), background=True)
     await parts.erase("bob")
     await parts.worth.add_sums(TENANT, "a token", {CELL: (1.0,)})
+    await parts.feedback.add(KEYS.key("cai"), "gen-1", Feedback("base", "none"), None, "")
     await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
     await parts.keys.note_used(["a digest"], 1)
     await Rotation(parts.connection, SECRET).check()

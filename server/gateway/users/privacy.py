@@ -52,10 +52,11 @@ class Exporting:
         jobs = await stores.jobs.jobs(key)
         feedback = await stores.feedback.entries(key)
         tally = await stores.worth.tally(key)
-        note = profile and profile.adapter
+        note = profile.adapter if profile else None
         stored = await stores.adapters.adapter(UserAdapterId(key, note.id)) if note else None
         now, _, epoch = await profiles.state(key)
-        if (now is None) != (profile is None) or epoch != snapshot.epoch:  # moved away, or erased
+        is_here = now is not None if profile else await profiles.is_stored(key)
+        if not is_here or epoch != snapshot.epoch:  # moved away, or erased
             raise UserErased
         complete, says = await asyncio.to_thread(self._load, stored) if stored else (None, "it is no longer stored")
         placeholder = secrets.token_hex()  # random, so that no text of the user's contains it
