@@ -169,7 +169,7 @@ async def test_a_failing_rewrite_is_told_and_tried_again(disk: Disk, caplog: pyt
     assert await disk.file.overdue_s() == 0
 
 
-async def test_a_server_that_refuses_to_rewrite_is_told_and_asked_again(
+async def test_a_server_that_refuses_a_rewrite_is_told_and_asked_again(
     disk: Disk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, send = [], disk.connection.send

@@ -113,9 +113,7 @@ def test_later_feedback_adds_to_earlier_and_replaces_what_both_say() -> None:
     assert before.over(None) == before
 
 
-async def test_feedback_of_a_person_without_a_profile_is_counted_and_expires(
-    parts: StoreParts, raw: Redis, user: str
-) -> None:
+async def test_feedback_without_a_profile_is_counted_and_expires(parts: StoreParts, raw: Redis, user: str) -> None:
     await parts.feedback.add(user, "gen-1", merged(rating=Rating.UP), None, "")
     _, held, _ = await parts.profiles.measure(user)
     assert held["people"] == 1

@@ -255,9 +255,7 @@ async def test_of_equal_requests_at_once_one_makes_the_job(parts: StoreParts, us
     assert [sum(job.is_new for job in made), len({job.id for job in made})] == [1, 1]
 
 
-async def test_the_same_samples_are_the_same_job_while_its_adapter_serves(
-    parts: StoreParts, user: str, raw: Redis
-) -> None:
+async def test_the_same_samples_are_one_job_while_its_adapter_serves(parts: StoreParts, user: str, raw: Redis) -> None:
     await with_profile(parts, user)
     worker = WorkerSteps(parts)
     job = await submitted(parts.jobs, user)

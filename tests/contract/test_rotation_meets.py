@@ -146,7 +146,7 @@ async def test_a_first_write_that_began_before_the_exchange(
 
 
 @pytest.mark.parametrize("at", range(MOVE_WRITES + 1))
-async def test_who_is_unknown_and_erased_during_a_move_is_not_stored_by_what_was_begun(
+async def test_a_first_write_that_began_before_a_move_and_an_erasure(
     begun: Rotation, server: Servers, parts: StoreParts, someone: User, at: int
 ) -> None:
     new, old = someone.keys

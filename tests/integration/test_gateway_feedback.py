@@ -76,7 +76,7 @@ def test_a_text_sent_instead_of_an_answer_is_an_item_and_a_sample(client: Client
     assert generate(client, user_id).json()["personalization"]["level"] == "merged"
 
 
-def test_a_rating_by_somebody_without_a_profile_is_exported_and_erased(client: Client, new_user: NewUser) -> None:
+def test_a_rating_without_a_profile_is_exported_and_erased(client: Client, new_user: NewUser) -> None:
     user_id = new_user()
     give(client, user_id, answered(client, user_id), rating="up").raise_for_status()
     known = export(client, user_id)
