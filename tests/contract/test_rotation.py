@@ -72,7 +72,7 @@ async def test_a_user_moves_with_all_that_is_stored(
     assert (await raw.hgetall(keys.epoch(new))).items() >= tombstone.items()
     assert TOMBSTONE_S - 60 < await raw.ttl(keys.epoch(new)) <= TOMBSTONE_S
     assert replace((await parts.jobs.jobs(new))[-1], id=job.id) == job
-    assert await parts.profiles.moved_to(old) == new
+    assert (await parts.profiles.state(old))[1] == new
     counted = await raw.hgetall(keys.count(TENANT))
     assert (counted[b"people"], counted[b"adapters"], new.encode() in counted, old.encode() in counted) == (
         *(b"1", b"1"),
