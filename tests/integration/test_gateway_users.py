@@ -200,7 +200,7 @@ def test_the_file_is_asked_to_forget_before_anything_is_erased(
         raise Unavailable("the store cannot be used now")
 
     with monkeypatch.context() as patched:
-        patched.setattr(gateway.parts.erasing.stores.file, "request_rewrite", away)
+        patched.setattr(gateway.parts.erasing.stores.file, "announce", away)
         assert client.delete(f"/users/{ada}").status_code == 503
     assert client.get(f"/users/{ada}").status_code == 200
     assert client.delete(f"/users/{ada}").raise_for_status().json()["erased"]["items"] == 3
