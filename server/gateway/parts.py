@@ -127,7 +127,7 @@ async def open_gateway(
         fingerprints = [bank.manifest.fingerprint for bank in banks.values()]
         health = Health(stores.server, engines, fingerprints, generating=settings.engine_url)
 
-        limiter = Limiter(stores.rates, settings, metrics.count_refusal)
+        limiter = Limiter(stores.rates, keys, settings, metrics.count_refusal)
         share = GatewayShare(stores.rates, engines.urls, lambda: engines.sequences, settings.engine_places)
         stack.push_async_callback(share.leave)
         queue = EngineQueue(

@@ -17,9 +17,9 @@ from itertools import groupby
 from typing import Any
 
 from server.errors import QuotaExceeded, TooMany, Unavailable
-from server.gateway.access.keys import Caller
+from server.gateway.access.keys import Caller, KnownKeys
 from server.settings import Settings
-from server.store.tenants.rates import DAY_S, MINUTE_S, Allowance, BucketLevel, Rate, Rates, Use, quota_exceeded
+from server.store.tenants.rates import DAY_S, MINUTE_S, Allowance, BucketLevel, Quota, Rate, Rates, Use, quota_exceeded
 from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
@@ -69,8 +69,9 @@ class Limiter:
     The key limits in `settings` apply to keys without limits of their own. A tenant without keys counts as one key.
     """
 
-    def __init__(self, store: Rates, settings: Settings, refused: Callable[[str], None]) -> None:
+    def __init__(self, store: Rates, keys: KnownKeys, settings: Settings, refused: Callable[[str], None]) -> None:
         self._store = store
+        self._keys = keys
         self._per_key = Allowance(
             settings.key_requests, settings.key_tokens, settings.key_jobs, settings.key_concurrent
         )
@@ -103,7 +104,7 @@ class Limiter:
 
         `tokens` returns an estimate, which `usage.tokens` replaces when the request ends.
         """
-        daily = usage.caller.daily_tokens
+        daily = self._daily(usage.caller)
         counts_tokens = daily or usage.allowance.tokens or (user and self._per_user.tokens)
         amounts = {"tokens": tokens()} if counts_tokens else {}
         uses = _uses(usage.caller.name, usage.allowance, amounts)
@@ -151,6 +152,9 @@ class Limiter:
             await self._store.release(f"running/{caller}", member)
         except Unavailable as error:
             log.warning("a finished request counts as concurrent for another %g s: %s", _LEASE_S, error.explained)
+
+    def _daily(self, caller: Caller) -> Rate | None:
+        return self._keys.quotas.get(caller.tenant, Quota()).daily_tokens(caller.tenant)
 
     def _of_user(self, user_key: str | None, amounts: Mapping[str, int]) -> list[Use]:
         return [] if user_key is None else _uses(f"{_USER}{user_key}", self._per_user, amounts)
@@ -206,7 +210,7 @@ class Limiter:
 
     def _refusal(self, unfit: Sequence[Use], limit: int, usage: RequestUsage) -> TooMany | QuotaExceeded:
         caller = usage.caller
-        if exceeded := next((use for use in unfit if use.rate == caller.daily_tokens), None):
+        if exceeded := next((use for use in unfit if use.rate == self._daily(caller)), None):
             self._refused("quota")
             used, most = usage.levels[exceeded.rate].used, exceeded.rate.most
             return quota_exceeded(caller.tenant, "tokens", used, most, exceeded.amount)
