@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import MtaError
+from server.watching.audit import sync
 
 MAX_LOG_BYTES = 64 << 20  # size at which the log of a running part is rotated
 _HANDOVER_TRIES = 50  # a tenth of a second each: longest wait for the parts of a killed `mta up` to exit
@@ -97,9 +98,7 @@ def _secret(path: Path) -> str:
         draft = path.with_suffix(".tmp")
         write_private(draft, secrets.token_hex(_SECRET_BYTES) + "\n")
         draft.rename(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync(path.parent)
     secret = path.read_text("ascii").strip()
     if len(secret) < _SECRET_BYTES:
         raise StartError(f"{path} holds no secret: restore it, or delete it and lose the link to all stored users")

@@ -87,13 +87,15 @@ class KnownKeys:
         self.quotas: dict[str, Quota] = {}  # by tenant
         self._ring = ""
         self._revision = 0  # until the first key is created
+        self.are_lost = False  # whether the store has lost them
         self._seen = set[str]()  # digests of keys used since the last `note_used`
         self._noted = dict[str, int]()  # hour of the last use that the store knows from here, by digest
 
     async def refresh(self, store: AccessKeys) -> None:
         """Load from the store what has changed since the last call: all keys at first, and after a failover."""
         ring_id, revision = await store.revision()
-        if self._ring and ring_id != self._ring:
+        self.are_lost = bool(self._ring) and ring_id != self._ring
+        if self.are_lost:
             log.error(_KEYS_LOST, ring_id or "none", self._ring)
             return
         if revision == self._revision:

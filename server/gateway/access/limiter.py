@@ -113,15 +113,10 @@ class Limiter:
         if uses:
             usage.body = asyncio.create_task(self._consume(usage, uses, 0))
 
-    def count_afterwards(self, caller: Caller) -> None:
-        """Count a request against its key in the background, without ever refusing it."""
-        if uses := _uses(caller.name, caller.policy.allowance.with_defaults(self._per_key), {"requests": 1}):
-            self._settle_in_background(caller, self._correct(uses))
-
-    async def take_job(self, caller: Caller, user_key: str) -> Sequence[Use]:
-        """Count an adapt job; pass the result to `refund` if no job is created."""
-        usage, jobs = RequestUsage(caller, caller.policy.allowance.with_defaults(self._per_key)), {"jobs": 1}
-        if uses := _uses(caller.name, usage.allowance, jobs) + self._of_user(user_key, jobs):
+    async def take(self, caller: Caller, what: str, user_key: str | None = None) -> Sequence[Use]:
+        """Count one of `what`, a field of `Allowance`; pass the result to `refund` if it comes to nothing."""
+        usage = RequestUsage(caller, caller.policy.allowance.with_defaults(self._per_key))
+        if uses := _uses(caller.name, usage.allowance, {what: 1}) + self._of_user(user_key, {what: 1}):
             await self._consume(usage, uses, 0)
         return usage.uses
 

@@ -191,7 +191,7 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     training = await asyncio.to_thread(_training_request, body)
     job = None
     try:
-        rate_uses = await parts.limiter.take_job(caller_of(request), user.key)
+        rate_uses = await parts.limiter.take(caller_of(request), "jobs", user.key)
     except TooMany:  # the limit is for new jobs: a client that lost the response still gets its job
         if (job := await parts.adapting.find_duplicate(user, training, epoch)) is None:
             raise
