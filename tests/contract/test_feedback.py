@@ -10,11 +10,15 @@ from unittest.mock import Mock
 import pytest
 
 from server.errors import UserErased
+from server.gateway.access.keys import Caller, KnownKeys
+from server.gateway.access.limiter import Limiter
 from server.gateway.learning.refreshing import Refreshing
+from server.settings import Settings
 from server.store import feedback as feedback_module
 from server.store.feedback import Feedback, Outcome, Rating
 from server.store.samples import JobBudget, Sample, decode_config
-from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps
+from server.store.tenants.access_keys import Scope
+from tests.support.store_parts import BANK, KEYS, TENANT, StoreParts, WorkerSteps
 
 KEY = KEYS.key("somebody")
 SAID = Sample([{"role": "user", "content": "any plans?"}], "the sea")
@@ -57,11 +61,13 @@ async def test_a_text_that_comes_during_a_training_is_new_to_its_adapter(parts: 
     """Jobs and texts have the store's times; the adapter has one of the worker's clock, which may be ahead."""
     user, worker, manifest = KEYS.user("somebody"), WorkerSteps(parts), Mock(short=BANK, room=2, common=True)
     quotas, budget = Mock(admit=lambda *_: nullcontext()), JobBudget(1000, 60)
-    refreshing = Refreshing(parts, quotas, manifest, budget, every_hours=0)
+    limiter = Limiter(parts.rates, KnownKeys(TENANT), Settings(), lambda reason: None)
+    refreshing = Refreshing(parts, quotas, limiter, manifest, budget, after=2, every_hours=0)
+    caller = Caller(TENANT, "", frozenset(Scope))
 
     async def is_due(answer: str) -> bool:
         await parts.feedback.add(KEY, answer, merged(), SAID, "")
-        return await refreshing.refresh_if_due(user, 2, "") is not None
+        return await refreshing.refresh_if_due(user, caller, "") is not None
 
     await parts.put(user.id, "text")
     assert [await is_due("gen-1"), await is_due("gen-2")] == [False, True]

@@ -242,6 +242,7 @@ class TestRates:
         again = [client.delete(f"/users/{user}").status_code for user in known]  # nothing is stored any more
         assert 429 in again
 
+
 class TestWithoutTheStore:
     def test_nothing_is_counted(self, gateway_settings: Settings, fake_engine: FakeEngine, tmp_path: Path) -> None:
         limits = {"key_requests": 1, "key_tokens": 10, "key_concurrent": 1, "key_jobs": 2}

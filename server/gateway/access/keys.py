@@ -45,7 +45,12 @@ class Caller:
 
     @property
     def name(self) -> str:
-        """The owner of shares and limits: the key, or the tenant while no key exists."""
+        """The owner of places (`shares.py`)."""
+        return f"{self.tenant}\0{self.key_id}"
+
+    @property
+    def owner(self) -> str:
+        """The owner of limits: the key, or the tenant while no key exists."""
         return f"key-{self.key_id}" if self.key_id else f"tenant-{self.tenant}"
 
 
