@@ -1,4 +1,4 @@
-"""The data folder of `mta up`: the lock, the secret, Valkey's files and the logs."""
+"""The data folder of `mta up`: the lock, the secret, Valkey's files, the audit log and the logs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from adapters.errors import MtaError
 from server.watching.audit import sync
 
+AUDIT_LOG = "audit.jsonl"
 MAX_LOG_BYTES = 64 << 20  # size at which the log of a running part is rotated
 _HANDOVER_TRIES = 50  # a tenth of a second each: longest wait for the parts of a killed `mta up` to exit
 _SECRET_BYTES = 32

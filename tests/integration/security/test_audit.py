@@ -138,5 +138,6 @@ def test_a_log_that_cannot_be_written_or_read_is_named(tmp_path: Path, monkeypat
     with pytest.raises(MtaError, match=r"cannot write the audit log .*nowhere.*MTA_AUDIT"):
         audit_to(tmp_path / "nowhere" / "audit.jsonl")
     monkeypatch.delenv("MTA_AUDIT", raising=False)
-    assert "set MTA_AUDIT" in str(CliRunner().invoke(app, ["audit"]).exception)
+    monkeypatch.setenv("MTA_DATA_DIR", str(tmp_path))  # of an `mta up` that never was
+    assert f"cannot read the audit log {tmp_path}" in str(CliRunner().invoke(app, ["audit"]).exception)
     assert "cannot read" in str(CliRunner().invoke(app, ["audit", str(tmp_path / "none")]).exception)
