@@ -162,15 +162,7 @@ async def open_gateway(
                 no_evidence=empty_signature(short, bank.manifest.personal_rows) if has_signatures else None,
             )
             cache = IndexCache(INDEX_CACHE_BYTES // len(banks))
-            refreshing = Refreshing(
-                stores,
-                quotas,
-                limiter,
-                bank.manifest,
-                budget,
-                after=settings.refresh_samples,
-                every_hours=settings.refresh_hours,
-            )
+            refreshing = Refreshing(stores, quotas, limiter, bank.manifest, budget, settings)
             histories = HistoryIndexer(lambda user: stores.profiles.items(user.key), bank.task, cache)
             return Parts(
                 settings=settings,

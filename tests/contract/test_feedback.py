@@ -61,8 +61,9 @@ async def test_a_text_that_comes_during_a_training_is_new_to_its_adapter(parts: 
     """Jobs and texts have the store's times; the adapter has one of the worker's clock, which may be ahead."""
     user, worker, manifest = KEYS.user("somebody"), WorkerSteps(parts), Mock(short=BANK, room=2, common=True)
     quotas, budget = Mock(admit=lambda *_: nullcontext()), JobBudget(1000, 60)
-    limiter = Limiter(parts.rates, KnownKeys(TENANT), Settings(), lambda reason: None)
-    refreshing = Refreshing(parts, quotas, limiter, manifest, budget, after=2, every_hours=0)
+    settings = Settings(refresh_samples=2, refresh_hours=0)
+    limiter = Limiter(parts.rates, KnownKeys(TENANT), settings, lambda reason: None)
+    refreshing = Refreshing(parts, quotas, limiter, manifest, budget, settings)
     caller = Caller(TENANT, "", frozenset(Scope))
 
     async def is_due(answer: str) -> bool:

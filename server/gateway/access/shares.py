@@ -220,27 +220,30 @@ class FairQueue:
     @property
     def newcomers(self) -> int:
         """Number of waiting requests that may be refused."""
-        return sum(map(self.length, self._lines))
-
-    def length(self, name: str) -> int:
-        """Return the number of waiting requests of a caller, or of a tenant's callers, that may be refused."""
-        lines = (line for caller, line in self._lines.items() if name in (caller, tenant_of(caller)))
-        return sum(waiting.may_be_refused for line in lines for waiting in line)
+        return sum(waiting.may_be_refused for line in self._lines.values() for waiting in line)
 
     def ahead_of(self, caller: str) -> int:
         """Return the number of requests that would be served before a new one of this caller."""
-        tenant, turns = tenant_of(caller), self.length(caller) + 1
-        own = sum(min(self.length(other), turns) for other in self._lines if tenant_of(other) == tenant)
+        lengths, tenant = self._lengths(), tenant_of(caller)
+        turns = lengths[caller] + 1
+        own = sum(min(lengths[other], turns) for other in self._lines if tenant_of(other) == tenant)
         tenants = set(map(tenant_of, self._lines)) - {tenant}
-        return own + sum(min(self.length(other), own + 1) for other in tenants)
+        return own + sum(min(lengths[other], own + 1) for other in tenants)
 
     def longest_beside(self, caller: str) -> str | None:
         """Return whose last request a new one of `caller` may displace: the longest line of the busiest tenant."""
-        busiest = max(
-            self._lines, key=lambda other: (self.length(tenant_of(other)), self.length(other)), default=caller
-        )
+        lengths = self._lengths()
+        busiest = max(self._lines, key=lambda other: (lengths[tenant_of(other)], lengths[other]), default=caller)
         level = str if tenant_of(busiest) == tenant_of(caller) else tenant_of  # compares callers, or tenants
-        return busiest if self.length(level(busiest)) > self.length(level(caller)) + 1 else None
+        return busiest if lengths[level(busiest)] > lengths[level(caller)] + 1 else None
+
+    def _lengths(self) -> Counter[str]:
+        """Return the number of waiting requests that may be refused, by caller and by tenant."""
+        lengths = Counter[str]()
+        for caller, line in self._lines.items():
+            for name in {caller, tenant_of(caller)}:
+                lengths[name] += sum(waiting.may_be_refused for waiting in line)
+        return lengths
 
     def refuse_last(self, caller: str, error: Exception) -> None:
         """Refuse a caller's most recent request that may be refused."""

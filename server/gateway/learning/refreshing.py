@@ -18,6 +18,7 @@ from server.errors import ApiError
 from server.gateway.access.keys import Caller
 from server.gateway.access.limiter import Limiter
 from server.gateway.access.quotas import Quotas
+from server.settings import Settings
 from server.store.jobs import Job, Submission
 from server.store.opening import Stores
 from server.store.samples import MAX_SAMPLES, JobBudget, encode_config
@@ -37,15 +38,14 @@ class Refreshing:
     limiter: Limiter
     manifest: BankManifest
     budget: JobBudget
-    after: int  # new texts, for keys that do not say how many; 0: never
-    every_hours: float  # shortest time between two jobs of a user
+    settings: Settings
 
     async def refresh_if_due(self, user: User, caller: Caller, epoch: str) -> Job | None:
         """Create and return a job if the user sent enough new texts and the caller's key may adapt.
 
         A lack of the store, or of the key's jobs, is logged: the next feedback tries again.
         """
-        after = self.after if caller.policy.refresh is None else caller.policy.refresh
+        after = self.settings.refresh_samples if caller.policy.refresh is None else caller.policy.refresh
         if not after or not self.manifest.room or Scope.ADAPT not in caller.scopes:
             return None
         try:
@@ -71,7 +71,7 @@ class Refreshing:
         if sum(at_ms > seen_ms for at_ms in learned_ms) < after:
             return None
         now_ms = time.time_ns() // 1_000_000
-        if jobs and (not jobs[-1].state.ended or now_ms < jobs[-1].created_ms + self.every_hours * _HOUR_MS):
+        if jobs and (not jobs[-1].state.ended or now_ms < jobs[-1].created_ms + self.settings.refresh_hours * _HOUR_MS):
             return None
         usual = default_config(self.manifest.room, self.manifest.common)
         config = encode_config(replace(usual, newer_than_ms=seen_ms, **asdict(self.budget)))

@@ -129,8 +129,6 @@ def digest_of(secret: bytes) -> str:
 
 _RING, _REVISION, _REVOKED, _BANK, _QUOTA = "ring", "revision", "revoked:", "bank:", "quota:"
 
-MAX_STEP = 1 << 32
-
 # KEYS of every script: the hash, the list of changes. ARGV: id for a new ring, step of the revision, then its own. A
 # repeated call changes nothing.
 _CHANGED = """
@@ -235,7 +233,7 @@ class AccessKeys:
         return {digest.decode(): int(hour) for digest, hour in found.items()}
 
     async def _change(self, script: str, *arguments: object) -> object:
-        given = (secrets.token_hex(8), secrets.randbelow(MAX_STEP) + 1, *arguments)
+        given = (secrets.token_hex(8), secrets.randbelow(1 << 32) + 1, *arguments)
         return await self._connection.write(oom_script(_CHANGED + script), (keys.ACCESS_KEYS, keys.KEY_CHANGES), *given)
 
 

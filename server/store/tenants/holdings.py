@@ -57,13 +57,10 @@ class HoldingStore:
             told += (user_key, f"{held['bytes']} {held['adapters']}" if held["people"] else "")
         await self._connection.evaluate(_NOTE, (keys.count(tenant),), *told)
 
-    async def any(self, user: User) -> bool:
+    async def has_any(self, user: User) -> bool:
         """Return whether anything is stored about a user, apart from an erasure."""
-        for key in user.every_key:
-            *names, _ = keys.of_user(key)
-            if await self._connection.run(methodcaller("exists", *names)):
-                return True
-        return False
+        names = (keys.of_user(key)[:-1] for key in user.every_key)
+        return any([await self._connection.run(methodcaller("exists", *of_key)) for of_key in names])
 
     async def is_counted(self, tenant: str) -> bool:
         return bool(await self._connection.run(methodcaller("exists", keys.count(tenant))))
