@@ -147,9 +147,8 @@ def test_the_data_folder_of_mta_up_has_the_log_that_a_restore_needs(
     try:
         with closing(Redis.from_url(valkey_url(data.path) or "")) as raw:
             wait_until(lambda: is_up(raw), "Valkey to answer")
-            mta("keys", "create", "app", *here)
+            (key_id,) = re.findall(r"key ([0-9a-f]{12}) ", mta("keys", "create", "app", *here))
             mta("backup", "--out", out, *here)
-            key_id = re.findall(r"^[0-9a-f]{12}", mta("keys", "list", *here), re.MULTILINE)[0]
             mta("keys", "revoke", key_id, *here)
             raw.flushall()
             (copy,) = out.iterdir()
