@@ -116,7 +116,9 @@ class Settings(BaseSettings):
     metrics_port: int = Field(0, ge=0, le=65535, description="Metrics port: worker (0: none), router (0: 29000).")
     log_format: Literal["text", "json"] = Field("text", description="Log format: plain text, or a JSON object a line.")
     audit: Path | None = Field(
-        None, description="File for the audit log: erasures, exports, keys, copies and the like."
+        None,
+        description="File for the audit log: erasures, exports, keys, copies and the like; by default none, of `mta "
+        "up` `audit.jsonl` in its data folder.",
     )
     otlp_endpoint: str = Field("", description="Trace collector, OTLP over HTTP, e.g. http://127.0.0.1:4318.")
     trace_share: float = Field(1.0, ge=0, le=1, description="Share of requests traced if the client does not decide.")

@@ -10,10 +10,10 @@ import orjson
 import typer
 from rich.table import Table
 
-from adapters.errors import MtaError
 from server.cli.shared import table_console
 from server.settings import load_settings
 from server.store.tenants.user_key import UserKeys
+from server.supervisor.data_folder import AUDIT_LOG
 from server.watching.audit import Act, read_audit
 
 _COLUMNS = ("time", "act", "outcome", "tenant", "key", "user", "of_key", "bank", "quota", "copy", "request")
@@ -21,7 +21,8 @@ _COLUMNS = ("time", "act", "outcome", "tenant", "key", "user", "of_key", "bank",
 
 def audit(
     files: Annotated[
-        list[Path] | None, typer.Argument(help="Audit logs, oldest first.", show_default="MTA_AUDIT")
+        list[Path] | None,
+        typer.Argument(help="Audit logs, oldest first.", show_default="MTA_AUDIT, or that of `mta up`"),
     ] = None,
     act: Annotated[Act | None, typer.Option(help="Only this act.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Only acts of this tenant.")] = None,
@@ -40,9 +41,7 @@ def audit(
     `NEW,OLD` for what happened before it was exchanged.
     """
     settings = load_settings()
-    files = files or ([settings.audit] if settings.audit else [])
-    if not files:
-        raise MtaError("there is no audit log to read: name a file, or set MTA_AUDIT")
+    files = files or [settings.audit or settings.data_dir / AUDIT_LOG]
     wanted = {"act": act and act.value, "tenant": tenant, "key": key}
     sought: dict[str, tuple[str, ...]] = {name: (value,) for name, value in wanted.items() if value is not None}
     if user is not None:

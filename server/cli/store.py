@@ -20,12 +20,13 @@ T = TypeVar("T")
 
 
 def store_settings(data: Path | None) -> Settings:
-    """Load the settings; without another store, use that of a running `mta up`, and its secret."""
+    """Load the settings; without another store, use that of a running `mta up`, its secret and its audit log."""
+    from server.supervisor.data_folder import AUDIT_LOG
     from server.supervisor.services import valkey_url
 
     settings = load_settings(data_dir=data)
-    audit_to(settings.audit)
     if data is None and "redis_url" in settings.model_fields_set:
+        audit_to(settings.audit)
         return settings
     folder = settings.data_dir.expanduser()
     try:
@@ -36,6 +37,7 @@ def store_settings(data: Path | None) -> Settings:
         secret = settings.secret or SecretStr((folder / "secret").read_text("ascii").strip())
     except OSError as error:
         raise MtaError(f"cannot read {error.filename}: {error.strerror}. Be the user who runs `mta up`") from error
+    audit_to(settings.audit or folder / AUDIT_LOG)
     return settings.model_copy(update={"redis_url": url, "secret": secret})
 
 

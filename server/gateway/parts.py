@@ -127,7 +127,7 @@ async def open_gateway(
         fingerprints = [bank.manifest.fingerprint for bank in banks.values()]
         health = Health(stores.server, engines, fingerprints, generating=settings.engine_url)
 
-        limiter = Limiter(stores.rates, settings, metrics.count_refusal)
+        limiter = Limiter(stores.rates, keys, settings, metrics.count_refusal)
         share = GatewayShare(stores.rates, engines.urls, lambda: engines.sequences, settings.engine_places)
         stack.push_async_callback(share.leave)
         queue = EngineQueue(
@@ -164,7 +164,7 @@ async def open_gateway(
                 no_evidence=empty_signature(short, bank.manifest.personal_rows) if has_signatures else None,
             )
             cache = IndexCache(INDEX_CACHE_BYTES // len(banks))
-            refreshing = Refreshing(stores, quotas, bank.manifest, budget, every_hours=settings.refresh_hours)
+            refreshing = Refreshing(stores, quotas, limiter, bank.manifest, budget, settings)
             histories = HistoryIndexer(lambda user: stores.profiles.items(user.key), bank.task, cache)
             return Parts(
                 settings=settings,

@@ -1,4 +1,4 @@
-"""The data folder of `mta up`: the lock, the secret, Valkey's files and the logs."""
+"""The data folder of `mta up`: the lock, the secret, Valkey's files, the audit log and the logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import MtaError
+from server.watching.audit import sync
 
+AUDIT_LOG = "audit.jsonl"
 MAX_LOG_BYTES = 64 << 20  # size at which the log of a running part is rotated
 _HANDOVER_TRIES = 50  # a tenth of a second each: longest wait for the parts of a killed `mta up` to exit
 _SECRET_BYTES = 32
@@ -97,9 +99,7 @@ def _secret(path: Path) -> str:
         draft = path.with_suffix(".tmp")
         write_private(draft, secrets.token_hex(_SECRET_BYTES) + "\n")
         draft.rename(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync(path.parent)
     secret = path.read_text("ascii").strip()
     if len(secret) < _SECRET_BYTES:
         raise StartError(f"{path} holds no secret: restore it, or delete it and lose the link to all stored users")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -44,7 +45,7 @@ def audit_to(path: Path | None) -> None:
 
 
 def note(act: Act, outcome: object, *, tenant: str = "", **who: object) -> None:
-    """Add a line, with the current request's id if there is one; Unavailable if it cannot be written.
+    """Add a line, which is on disk then, with the current request's id; Unavailable if it cannot be written.
 
     `outcome` is an HTTP status, `begun` or `done`; `tenant` is empty for what concerns all. `who` can have `key` (id of
     the API key that acts, or `cli`), `user` (a user key), and what the act is about: `of_key`, `bank`, `quota` or
@@ -67,17 +68,38 @@ def note(act: Act, outcome: object, *, tenant: str = "", **who: object) -> None:
         ) from error
 
 
+def room() -> tuple[int, int] | None:
+    """Return the free bytes and the size of the disk that the audit log of this process is on; None without a log."""
+    if _path is None:
+        return None
+    disk = shutil.disk_usage(_path.parent)
+    return disk.free, disk.total
+
+
 def _write(path: Path | None, line: bytes) -> None:
     """Add a line, whole or not at all, to a file that only its owner can read; other programs may have moved it."""
     if path is None:
         return
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
+        is_new = not os.fstat(file).st_size
         if (written := os.write(file, line)) < len(line):
             os.ftruncate(file, os.fstat(file).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file)
     finally:
         os.close(file)
+    if is_new:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def read_audit(

@@ -11,12 +11,16 @@ import pytest
 from redis.asyncio import Redis
 
 from server.errors import UserErased
+from server.gateway.access.keys import Caller, KnownKeys
+from server.gateway.access.limiter import Limiter
 from server.gateway.learning.refreshing import Refreshing
+from server.settings import Settings
 from server.store import feedback as feedback_module
 from server.store.feedback import ALONE_S, Feedback, Outcome, Rating
 from server.store.redis import keys
 from server.store.samples import JobBudget, Sample
-from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps, change, stored
+from server.store.tenants.access_keys import Scope
+from tests.support.store_parts import BANK, KEYS, TENANT, StoreParts, WorkerSteps, change, stored
 
 KEY = KEYS.key("somebody")
 SAID = Sample([{"role": "user", "content": "any plans?"}], "the sea")
@@ -59,11 +63,14 @@ async def test_a_text_that_comes_during_a_training_is_new_to_its_adapter(parts: 
     """Jobs and texts have the store's times; the adapter has one of the worker's clock, which may be ahead."""
     user, worker, manifest = KEYS.user("somebody"), WorkerSteps(parts), Mock(short=BANK, room=2, common=True)
     quotas, budget = Mock(admit=lambda *_: nullcontext()), JobBudget(1000, 60)
-    refreshing = Refreshing(parts, quotas, manifest, budget, every_hours=0)
+    settings = Settings(refresh_samples=2, refresh_hours=0)
+    limiter = Limiter(parts.rates, KnownKeys(TENANT), settings, lambda reason: None)
+    refreshing = Refreshing(parts, quotas, limiter, manifest, budget, settings)
+    caller = Caller(TENANT, "", frozenset(Scope))
 
     async def is_due(answer: str) -> bool:
         await parts.feedback.add(KEY, answer, merged(), SAID, "")
-        return await refreshing.refresh_if_due(user, 2, "") is not None
+        return await refreshing.refresh_if_due(user, caller, "") is not None
 
     await parts.put(user.id, "text")
     assert [await is_due("gen-1"), await is_due("gen-2")] == [False, True]

@@ -322,7 +322,7 @@ async def adapted(parts: StoreParts) -> StoreParts:
 
 def served(own: str, *, secret: str = known.SECRET, **named: str) -> ServedBanks:
     """Ada's tenant and one more, of which some name banks."""
-    ring = KeyRing(1, [access_key(tenant, "app", tenant, Scope) for tenant in (known.TENANT, "acme")], named)
+    ring = KeyRing(1, [access_key(tenant, "app", tenant, Scope) for tenant in (known.TENANT, "acme")], named, "", {})
     return ServedBanks(ring, own, Tenants(secret, "default"), "default")
 
 

@@ -80,7 +80,7 @@ async def test_a_quota_travels_with_the_keys_until_it_is_removed(
     ring = await parts.keys.all()
     assert ring.quotas == {TENANT: QUOTA} == gateways[0].quotas.keys.quotas
     await parts.keys.set_quota(TENANT, Quota())
-    assert ((await parts.keys.all()).quotas, (await parts.keys.revision())[1]) == ({}, ring.revision + 1)
+    assert (await parts.keys.all()).quotas == {}
     await gateways[0].refresh()
     with ExitStack() as admitted:
         for number in range(9):

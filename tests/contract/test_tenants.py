@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from bench.rig.valkey import ValkeyProcess
 from server.errors import Forbidden, Unauthorized, Unavailable
 from server.gateway.access.keys import REFRESH_INTERVAL_S, Caller, KnownKeys
 from server.gateway.access.limiter import Limiter
@@ -20,7 +21,7 @@ from server.store.redis.keys import ACCESS_KEYS
 from server.store.redis.servers.connection import READ_TIMEOUT_S
 from server.store.tenants import rates as scripts
 from server.store.tenants.access_keys import AccessKey, AccessKeys, Policy, Scope, access_key, new_secret
-from server.store.tenants.rates import MOST_DEBT, Allowance, Rate, Rates, Use
+from server.store.tenants.rates import MOST_DEBT, Allowance, Quota, Rate, Rates, Use
 from tests.support.store_parts import StoreParts
 
 LOCAL = [(b"host", b"127.0.0.1:8000")]
@@ -77,10 +78,12 @@ async def test_a_key_is_kept_without_its_secret_and_stays_known_as_revoked(store
     assert not await store.revoke(key_of(new_secret()).digest, 8)
     assert (await store.all()).keys == [replace(key, revoked_ms=7)]
     assert len(ring.id) == 16
-    for revision, bank in enumerate(("9f2c41d0", ""), ring.revision + 1):
-        assert await store.revision() == (ring.id, revision)
+    for bank in ("9f2c41d0", ""):
+        before = await store.revision()
         await store.set_bank("acme", bank)
         assert (await store.all()).banks == ({"acme": bank} if bank else {})
+        assert (await store.revision())[0] == before[0] == ring.id
+        assert (await store.revision())[1] > before[1]  # by which gateways of the version before see it
 
 
 async def test_the_first_key_is_made_once_however_many_try(store: AccessKeys) -> None:
@@ -134,6 +137,13 @@ def test_while_no_key_exists_this_machine_alone_is_answered() -> None:
         assert caught.value.code == "no_api_key_exists"
 
 
+@pytest.mark.parametrize("name", ["Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP", "Via"])
+def test_while_no_key_exists_a_proxys_requests_are_refused(name: str) -> None:
+    with pytest.raises(Forbidden) as caught:
+        KnownKeys("default").caller([*LOCAL, (name.lower().encode(), b"10.0.0.7")])
+    assert caught.value.code == "no_api_key_exists"
+
+
 async def test_only_a_bearer_with_the_whole_secret_counts(known: KnownKeys, secret: str) -> None:
     too_long = "Bearer " + "x" * 10_000
     for header in ("", "Bearer", "Bearer ", "Basic {}", "{}", "Bearer {} {}", "Bearer {}x", "bearer\t{}", too_long):
@@ -163,6 +173,79 @@ async def test_a_store_that_lost_its_keys_or_has_others_opens_nothing(
             await reading
         assert caught.value.code == "store_corrupt"
     assert known.caller(sent(secret)) == before
+
+
+async def test_a_key_lost_in_a_failover_counts_no_more(store: AccessKeys, known: KnownKeys, raw: Redis) -> None:
+    lost, revoked, after = (new_secret() for _ in range(3))
+    await store.add(key_of(revoked))
+    behind = await raw.hgetall(ACCESS_KEYS)  # of a replica
+    await store.revoke(key_of(revoked).digest, 7)
+    await known.refresh(store)
+    await store.add(key_of(lost))
+    await known.refresh(store)
+    assert isinstance(known.caller(sent(lost)), Caller)
+    await raw.delete(ACCESS_KEYS)
+    await raw.hset(ACCESS_KEYS, mapping=behind)
+    for _ in range(2):  # as many changes as were lost
+        await store.add(key_of(after := new_secret()))
+    await known.refresh(store)
+    assert refused(known, sent(lost)) == "invalid_api_key"
+    assert isinstance(known.caller(sent(after)), Caller)
+    assert refused(known, sent(revoked)) == "revoked_api_key"
+
+
+async def test_a_change_reads_what_changed_alone(
+    store: AccessKeys, known: KnownKeys, nodes: list[ValkeyProcess]
+) -> None:
+    """10,000 keys took 180 ms of the event loop."""
+    await asyncio.gather(*(store.add(key_of(new_secret())) for _ in range(200)))
+    await known.refresh(store)
+    secret, clients = new_secret(), [node.client() for node in nodes]
+
+    async def read_bytes() -> int:
+        return sum([(await client.info("stats"))["total_net_output_bytes"] for client in clients])
+
+    changes = (
+        lambda: store.add(key_of(secret)),
+        lambda: store.set_quota("acme", Quota(tokens=7)),
+        lambda: store.set_bank("acme", "9f2c41d0"),
+        lambda: store.set_quota("acme", Quota()),
+        lambda: store.set_bank("acme", ""),
+        lambda: store.revoke(key_of(secret).digest, 7),
+    )
+    seen = []
+    for change in changes:
+        await change()
+        before = await read_bytes()
+        await known.refresh(store)
+        assert await read_bytes() - before < 40_000
+        accepted = isinstance(known.caller(sent(secret)), Caller)
+        seen.append((accepted, known.bank_of("acme"), known.quotas.get("acme")))
+    for client in clients:
+        await client.aclose()
+    tokens = Quota(tokens=7)
+    assert seen == [
+        (True, None, None),
+        (True, None, tokens),
+        (True, "9f2c41d0", tokens),
+        (True, "9f2c41d0", None),
+        (True, None, None),
+        (False, None, None),
+    ]
+
+
+async def test_changes_by_the_version_before_are_seen(store: AccessKeys, known: KnownKeys, raw: Redis) -> None:
+    secret = new_secret()
+    await store.add(key_of(secret))
+    await known.refresh(store)
+    await raw.hset(ACCESS_KEYS, f"revoked:{key_of(secret).digest}", 7)
+    await raw.hincrby(ACCESS_KEYS, "revision", 1)
+    await store.add(key_of(new_secret()))
+    await known.refresh(store)
+    assert refused(known, sent(secret)) == "revoked_api_key"
+    names = {name.decode().partition(":")[0] for name in await raw.hgetall(ACCESS_KEYS)}
+    digests = {name for name in names if len(name) == 64}  # what that version knows
+    assert names - digests == {"ring", "revision", "revoked"}
 
 
 async def test_a_store_that_cannot_be_read_at_the_start_is_not_one_without_keys(store: AccessKeys, raw: Redis) -> None:
@@ -197,7 +280,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def limiter(rates: Rates) -> Limiter:
-    return Limiter(rates, Settings(), lambda reason: None)
+    return Limiter(rates, KnownKeys("default"), Settings(), lambda reason: None)
 
 
 async def take(rates: Rates, rate: Rate, amount: int) -> bool:

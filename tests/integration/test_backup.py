@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import httpx
 import pytest
+from redis import ConnectionError, Redis
 
 from adapters.errors import MtaError
 from bench.rig.cluster import ValkeyCluster, ask
@@ -26,7 +28,9 @@ from server.store.redis import keys
 from server.store.tenants.access_keys import Scope, digest_of
 from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
-from server.watching.audit import Act, note, read_audit
+from server.supervisor.data_folder import DataFolder
+from server.supervisor.services import valkey_part, valkey_url
+from server.watching.audit import Act, audit_to, note, read_audit
 from tests.support.calls import mta
 from tests.support.gateway import SECRET, GatewayThread, Keyed, make_keys, metric
 from tests.support.store_parts import StoreParts, WorkerSteps, Writing, change, stored, submitted, until_forgotten
@@ -131,6 +135,35 @@ def test_who_is_in_a_log_that_only_the_second_run_of_a_restore_has_stays_erased(
         note(Act.ERASE, httpx.codes.OK.value, tenant=TENANT, user=user_key(USERS[0]))
         assert "restored: 1 users" in mta("restore", copy, "--erased", log, MTA_REDIS_URL=server.url)
         assert asyncio.run(left()) == USERS[1:2]
+
+
+def test_the_data_folder_of_mta_up_has_the_log_that_a_restore_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MTA_AUDIT", raising=False)
+    with closing(DataFolder.open(tmp_path / "data")) as data:
+        server = subprocess.Popen(valkey_part(data, 100 << 20).command, stdout=subprocess.DEVNULL)
+    here, out = ("--data", data.path), tmp_path / "copies"
+    try:
+        with closing(Redis.from_url(valkey_url(data.path) or "")) as raw:
+            wait_until(lambda: is_up(raw), "Valkey to answer")
+            (key_id,) = re.findall(r"key ([0-9a-f]{12}) ", mta("keys", "create", "app", *here))
+            mta("backup", "--out", out, *here)
+            mta("keys", "revoke", key_id, *here)
+            raw.flushall()
+            (copy,) = out.iterdir()
+            assert "1 API keys stay revoked" in mta("restore", copy, "--erased", data.path / "audit.jsonl", *here)
+            assert "key_revoked" in mta("audit", MTA_DATA_DIR=str(data.path))
+    finally:
+        server.terminate()
+        server.wait()
+        audit_to(None)
+
+
+def is_up(raw: Redis) -> bool:
+    with suppress(ConnectionError):
+        return bool(raw.ping())
+    return False
 
 
 async def put(store: Store, users: Sequence[str]) -> None:

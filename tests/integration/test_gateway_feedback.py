@@ -24,9 +24,9 @@ from server.gateway.learning import messages
 from server.settings import Settings
 from server.store.redis import keys
 from server.store.tenants.access_keys import Scope
-from server.store.tenants.rates import NO_OVERRIDES
+from server.store.tenants.rates import NO_OVERRIDES, Allowance
 from server.store.tenants.user_key import UserKeys
-from tests.support.calls import FINAL, SAMPLES, NewUser, ask, error_of, give, put, who
+from tests.support.calls import FINAL, SAMPLES, NewUser, adapt, ask, error_of, give, put, who
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import (
     SECRET,
@@ -281,10 +281,29 @@ def test_after_so_many_new_texts_a_user_is_adapted_again(gateway_settings: Setti
         assert job["state"] == "queued"
         client.delete(f"/jobs/{job['id']}").raise_for_status()
         assert not taught(4)  # not yet: a day has to pass
-        own.parts.feedbacks.refreshing.every_hours = 0
+        at_once = own.parts.settings.model_copy(update={"refresh_hours": 0})
+        own.parts.feedbacks.refreshing.settings = at_once
         seen_ms = export(client, user_id)["feedback"][-1]["at_ms"]
         asyncio.run(give_adapter(own, user_id, created_ms=seen_ms))
         assert [taught(number) for number in (5, 6)] == [False, True]  # what the adapter has seen does not count
+
+
+def test_a_refresh_is_a_job_of_the_key_that_brings_it(
+    gateway_settings: Settings, store: ValkeyProcess, new_user: NewUser
+) -> None:
+    keys = {"one job": (Scope, Allowance(jobs=1)), "may not": ((Scope.GENERATE, Scope.WRITE), NO_OVERRIDES)}
+    secrets = make_keys(store.url, {name: (gateway_settings.tenant, *given) for name, given in keys.items()})
+    with serving(gateway_settings, redis_url=store.url, refresh_samples=1) as client:
+
+        def refreshed(name: str) -> bool:
+            client.headers["Authorization"] = f"Bearer {secrets[name]}"
+            user_id = new_user()
+            return (
+                give(client, user_id, answered(client, user_id), **FINAL).raise_for_status().json()["job"] is not None
+            )
+
+        assert [refreshed(name) for name in ("may not", "one job", "one job")] == [False, True, False]
+        assert adapt(client, new_user()).status_code == 429
 
 
 def test_a_share_of_users_is_answered_one_level_lower_and_told_so(

@@ -19,7 +19,7 @@ from server.cli.run.needs import CUDA_BYTES, GIB, needs_of
 from server.engine.command import Share, check_engine, engine_command, is_cpu_build, memory_bytes
 from server.settings import Settings
 from server.supervisor import services
-from server.supervisor.data_folder import DataFolder
+from server.supervisor.data_folder import AUDIT_LOG, DataFolder
 from server.supervisor.services import LOOPBACK, Part, free_port
 
 # vLLM's processes talk to each other over TCP, by default on the address that the host name resolves to.
@@ -35,6 +35,7 @@ def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -
     embedder = ensure_embedder(settings.embedder, settings.cache_dir)
     ServingBank.open(settings.bank_folder(), Embedder.load(embedder).id)
     settings = _with(settings, embedder=embedder, secret=settings.secret or SecretStr(data.secret))
+    settings = _with(settings, audit=settings.audit or data.path / AUDIT_LOG)  # a restore needs to know who was erased
     if "redis_url" not in given:
         store_mib = settings.store_mib or memory_bytes() // 8 >> 20  # the rest is for engine and worker
         parts.append(services.valkey_part(data, store_mib << 20))

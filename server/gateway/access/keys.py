@@ -13,7 +13,7 @@ from typing import Any
 from adapters.errors import MtaError, excerpt
 from server.errors import Forbidden, Unauthorized
 from server.store.tenants.access_keys import CREATE, USUAL, AccessKeys, Policy, Scope, digest_of
-from server.store.tenants.rates import Quota, Rate
+from server.store.tenants.rates import Quota
 from server.store.worth import this_hour
 
 log = logging.getLogger("mta.gateway")
@@ -24,9 +24,10 @@ USED_INTERVAL_S = 60.0  # seconds until the store knows that a key was used
 
 _MAX_SECRET_BYTES = 128
 _KEYS_LOST = (
-    "the store has lost API keys (revision %d of ring %s after %d of %s): this gateway still accepts the keys that it "
-    "has loaded; if the change is intended, restart the gateways"
+    "the store has lost API keys (ring %s instead of %s): this gateway still accepts the keys that it has loaded; "
+    "if the change is intended, restart the gateways"
 )
+_OF_PROXIES = frozenset((b"forwarded", b"x-real-ip", b"via"))
 _ALL_SCOPES = frozenset(Scope)
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -40,12 +41,16 @@ class Caller:
     key_id: str  # public id of the key; empty while no key exists
     scopes: frozenset[Scope]
     policy: Policy = USUAL
-    daily_tokens: Rate | None = None  # quota of the tenant
     expires_s: float = math.inf  # time from which the key is refused, Unix time
 
     @property
     def name(self) -> str:
-        """The owner of shares and limits: the key, or the tenant while no key exists."""
+        """The owner of places (`shares.py`)."""
+        return f"{self.tenant}\0{self.key_id}"
+
+    @property
+    def owner(self) -> str:
+        """The owner of limits: the key, or the tenant while no key exists."""
         return f"key-{self.key_id}" if self.key_id else f"tenant-{self.tenant}"
 
 
@@ -82,39 +87,45 @@ class KnownKeys:
     def __init__(self, tenant: str) -> None:
         self._local_caller = Caller(tenant, "", _ALL_SCOPES)
         self._callers: dict[str, Caller] = {}
-        self._revoked: frozenset[str] = frozenset()
-        self._banks: Mapping[str, str] = {}
-        self.quotas: Mapping[str, Quota] = {}  # by tenant
+        self._revoked = set[str]()  # digests
+        self._banks: dict[str, str] = {}
+        self.quotas: dict[str, Quota] = {}  # by tenant
         self._ring = ""
         self._revision = 0  # until the first key is created
+        self.are_lost = False  # whether the store has lost them
         self._seen = set[str]()  # digests of keys used since the last `note_used`
         self._noted = dict[str, int]()  # hour of the last use that the store knows from here, by digest
 
     async def refresh(self, store: AccessKeys) -> None:
-        """Load the keys from the store if they have changed."""
+        """Load from the store what has changed since the last call: all keys at first, and after a failover."""
         ring_id, revision = await store.revision()
-        if revision < self._revision or (self._ring and ring_id != self._ring):
-            log.error(_KEYS_LOST, revision, ring_id or "none", self._revision, self._ring or "none")
+        self.are_lost = bool(self._ring) and ring_id != self._ring
+        if self.are_lost:
+            log.error(_KEYS_LOST, ring_id or "none", self._ring)
             return
         if revision == self._revision:
             return
-        ring = await store.all()
-        self._callers = {
+        if (ring := await store.changes(self._revision, revision)) is None:
+            ring = await store.all()
+            self._callers, self._banks, self.quotas = {}, {}, {}
+        # A failover may also lose a revocation: what was revoked once stays so.
+        self._revoked |= {key.digest for key in ring.keys if key.revoked_ms is not None}
+        self._callers |= {
             key.digest: Caller(
                 key.tenant,
                 key.id,
                 key.scopes,
                 key.policy,
-                ring.quotas.get(key.tenant, Quota()).daily_tokens(key.tenant),
                 expires_s=math.inf if key.expires_ms is None else key.expires_ms / 1000,
             )
             for key in ring.keys
-            if key.revoked_ms is None
         }
-        self._revoked = frozenset(key.digest for key in ring.keys if key.revoked_ms is not None)
-        self._banks, self.quotas = ring.banks, ring.quotas
+        for digest in self._revoked & self._callers.keys():
+            del self._callers[digest]
+        self._banks = {tenant: bank for tenant, bank in (self._banks | ring.banks).items() if bank}
+        self.quotas = {tenant: quota for tenant, quota in (self.quotas | ring.quotas).items() if quota.limits}
         self._ring, self._revision = ring.id, ring.revision
-        log.info("loaded %d valid API keys", len(self._callers))
+        log.info("loaded %d API keys, %d are valid", len(ring.keys), len(self._callers))
 
     async def note_used(self, store: AccessKeys) -> None:
         """Tell the store which keys were used, once an hour for each."""
@@ -144,8 +155,8 @@ class KnownKeys:
     def caller(self, headers: Headers) -> Caller | Unauthorized:
         """Return the caller for these headers; if they carry no valid key, return the error, as open routes ignore it.
 
-        Raise `Forbidden`, on every route, if no key exists and the `Host` header is not local: DNS rebinding can make
-        a local browser send such requests.
+        Raise `Forbidden`, on every route, if no key exists and the `Host` header is not local, for DNS rebinding can
+        make a local browser send such requests, or if a proxy forwards the request, whose client may be anywhere.
         """
         if not self._revision:
             _check_is_local(headers)
@@ -176,10 +187,11 @@ def _check_is_local(headers: Headers) -> None:
     hosts = [value for name, value in headers if name == b"host"]
     host = hosts[0].decode("latin-1") if len(hosts) == 1 else ""
     name, colon, port = host.rpartition(":")
-    if not _is_loopback((name if colon and port.isdecimal() else host).strip("[]")):
+    by_proxy = any(name in _OF_PROXIES or name.startswith(b"x-forwarded-") for name, _ in headers)
+    if by_proxy or not _is_loopback((name if colon and port.isdecimal() else host).strip("[]")):
         raise Forbidden(
-            f"no API key exists, so the gateway only accepts requests to a loopback address, got host {excerpt(host)}: "
-            f"create a key with `{CREATE} NAME`, or use http://127.0.0.1",
+            "no API key exists, so the gateway only accepts requests to a loopback address that no proxy forwards, got "
+            f"host {excerpt(host)}: create a key with `{CREATE} NAME`, or use http://127.0.0.1",
             code="no_api_key_exists",
         )
 

@@ -10,16 +10,17 @@ import asyncio
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 from server.errors import QuotaExceeded, TooMany, Unavailable
-from server.gateway.access.keys import Caller
+from server.gateway.access.keys import Caller, KnownKeys
 from server.settings import Settings
-from server.store.tenants.rates import DAY_S, MINUTE_S, Allowance, BucketLevel, Rate, Rates, Use, quota_exceeded
+from server.store.jobs import Job
+from server.store.tenants.rates import DAY_S, MINUTE_S, Allowance, BucketLevel, Quota, Rate, Rates, Use, quota_exceeded
 from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
@@ -69,8 +70,9 @@ class Limiter:
     The key limits in `settings` apply to keys without limits of their own. A tenant without keys counts as one key.
     """
 
-    def __init__(self, store: Rates, settings: Settings, refused: Callable[[str], None]) -> None:
+    def __init__(self, store: Rates, keys: KnownKeys, settings: Settings, refused: Callable[[str], None]) -> None:
         self._store = store
+        self._keys = keys
         self._per_key = Allowance(
             settings.key_requests, settings.key_tokens, settings.key_jobs, settings.key_concurrent
         )
@@ -86,10 +88,10 @@ class Limiter:
         """Count one request for the duration of a `with` block; a request that `generates` needs a token left."""
         allowance = caller.policy.allowance.with_defaults(self._per_key)
         usage, limit = RequestUsage(caller, allowance), allowance.concurrent or 0
-        uses = _uses(caller.name, allowance, {"requests": 1, "tokens": 0} if generates else {"requests": 1})
+        uses = _uses(caller.owner, allowance, {"requests": 1, "tokens": 0} if generates else {"requests": 1})
         uses += self._of_user(user_key, {"requests": 1})
         try:
-            if limit and (settling := self._settling[caller.name]):  # a client may send again right after a response
+            if limit and (settling := self._settling[caller.owner]):  # a client may send again right after a response
                 await asyncio.wait(settling)
             if uses or limit:
                 await self._consume(usage, uses, limit)
@@ -103,28 +105,35 @@ class Limiter:
 
         `tokens` returns an estimate, which `usage.tokens` replaces when the request ends.
         """
-        daily = usage.caller.daily_tokens
+        daily = self._daily(usage.caller)
         counts_tokens = daily or usage.allowance.tokens or (user and self._per_user.tokens)
         amounts = {"tokens": tokens()} if counts_tokens else {}
-        uses = _uses(usage.caller.name, usage.allowance, amounts)
+        uses = _uses(usage.caller.owner, usage.allowance, amounts)
         uses += self._of_user(user.key if user else None, {"requests": 1} | amounts)
         uses += [Use(daily, min(amounts["tokens"], daily.most))] if daily else []
         if uses:
             usage.body = asyncio.create_task(self._consume(usage, uses, 0))
 
-    def count_afterwards(self, caller: Caller) -> None:
-        """Count a request against its key in the background, without ever refusing it."""
-        if uses := _uses(caller.name, caller.policy.allowance.with_defaults(self._per_key), {"requests": 1}):
-            self._settle_in_background(caller, self._correct(uses))
-
-    async def take_job(self, caller: Caller, user_key: str) -> Sequence[Use]:
-        """Count an adapt job; pass the result to `refund` if no job is created."""
-        usage, jobs = RequestUsage(caller, caller.policy.allowance.with_defaults(self._per_key)), {"jobs": 1}
-        if uses := _uses(caller.name, usage.allowance, jobs) + self._of_user(user_key, jobs):
+    async def take(self, caller: Caller, what: str, user_key: str | None = None) -> Sequence[Use]:
+        """Count one of `what`, a field of `Allowance`."""
+        usage = RequestUsage(caller, caller.policy.allowance.with_defaults(self._per_key))
+        if uses := _uses(caller.owner, usage.allowance, {what: 1}) + self._of_user(user_key, {what: 1}):
             await self._consume(usage, uses, 0)
         return usage.uses
 
-    async def refund(self, uses: Sequence[Use]) -> None:
+    async def take_job(self, caller: Caller, user_key: str, submit: Callable[[], Awaitable[Job | None]]) -> Job | None:
+        """Submit an adapt job; count it if it is new."""
+        uses = await self.take(caller, "jobs", user_key)
+        try:
+            job = await submit()
+        except Exception:  # not if the client has left: the job may be there
+            await self._refund(uses)
+            raise
+        if job is None or not job.is_new:  # refused, or a repeated request
+            await self._refund(uses)
+        return job
+
+    async def _refund(self, uses: Sequence[Use]) -> None:
         await self._correct([replace(use, amount=-use.amount) for use in uses])
 
     async def renew_concurrent(self) -> None:
@@ -152,6 +161,9 @@ class Limiter:
         except Unavailable as error:
             log.warning("a finished request counts as concurrent for another %g s: %s", _LEASE_S, error.explained)
 
+    def _daily(self, caller: Caller) -> Rate | None:
+        return self._keys.quotas.get(caller.tenant, Quota()).daily_tokens(caller.tenant)
+
     def _of_user(self, user_key: str | None, amounts: Mapping[str, int]) -> list[Use]:
         return [] if user_key is None else _uses(f"{_USER}{user_key}", self._per_user, amounts)
 
@@ -163,7 +175,7 @@ class Limiter:
         tried = asyncio.gather(*(self._try_consume(owned, usage) for owned in _by_owner(uses)))
         is_full = False
         if limit:  # 0 when the body is counted: `usage.member` must keep the request's name then
-            unfit, member = await asyncio.gather(tried, self._enter(usage.caller.name, limit))
+            unfit, member = await asyncio.gather(tried, self._enter(usage.caller.owner, limit))
             usage.member, is_full = member or "", member is None
         else:
             unfit = await tried
@@ -171,7 +183,7 @@ class Limiter:
         if not is_full and not refused:
             return
         consumed, usage.uses = usage.uses, []
-        await self.refund(consumed)
+        await self._refund(consumed)
         raise self._refusal(refused, limit, usage)
 
     async def _try_consume(self, uses: Sequence[Use], usage: RequestUsage) -> Sequence[Use]:
@@ -195,7 +207,7 @@ class Limiter:
             estimates = [use for use in usage.uses if use.rate.what == "tokens" and use.amount]
             await self._correct([replace(use, amount=usage.tokens - use.amount) for use in estimates])
         if usage.member:
-            await self._leave(usage.caller.name, usage.member)
+            await self._leave(usage.caller.owner, usage.member)
 
     async def _correct(self, uses: Sequence[Use]) -> None:
         changed = [use for use in uses if use.amount]
@@ -206,7 +218,7 @@ class Limiter:
 
     def _refusal(self, unfit: Sequence[Use], limit: int, usage: RequestUsage) -> TooMany | QuotaExceeded:
         caller = usage.caller
-        if exceeded := next((use for use in unfit if use.rate == caller.daily_tokens), None):
+        if exceeded := next((use for use in unfit if use.rate == self._daily(caller)), None):
             self._refused("quota")
             used, most = usage.levels[exceeded.rate].used, exceeded.rate.most
             return quota_exceeded(caller.tenant, "tokens", used, most, exceeded.amount)
@@ -225,7 +237,7 @@ class Limiter:
     def _settle_in_background(self, caller: Caller, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` in the background; the caller's next request waits for it if concurrency is limited."""
         task = asyncio.create_task(work)
-        settling = self._settling[caller.name]
+        settling = self._settling[caller.owner]
         settling.add(task)
         task.add_done_callback(settling.discard)
 

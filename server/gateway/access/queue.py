@@ -162,8 +162,7 @@ class EngineQueue:
         limit = max(1, places // 2) if self._max_waiting is None else self._max_waiting
         if self._line.newcomers < limit:
             return
-        longest = self._line.longest()
-        if longest is None or longest == caller or self._line.length(longest) <= self._line.length(caller) + 1:
+        if (longest := self._line.longest_beside(caller)) is None:
             raise self._refusal("queue_full")
         if displace:
             self._line.refuse_last(longest, self._refusal("queue_full"))

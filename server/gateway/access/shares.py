@@ -1,4 +1,7 @@
-"""Fair shares of the places that callers compete for: requests in progress, large bodies, sequences in the engines."""
+"""Fair shares of the places that callers compete for: requests in progress, large bodies, sequences in the engines.
+
+Tenants share places first, then the keys of each. A caller is a key, `<tenant>\\0<key>`, or a tenant without keys.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,22 @@ _CREDIT_S = 0.5
 """Maximum credit for unused places, in seconds of the share: limits a burst to 1.5 times the share."""
 
 
+def tenant_of(caller: str) -> str:
+    return caller.partition("\0")[0]
+
+
 class Shares:
     """Counts places that clients may keep for as long as they like.
 
-    A caller may hold at most as many places as it leaves free: half of them if it is alone. So a new caller always
-    finds a free place, however many callers there are. While the number of places is unknown, there is no limit.
+    A tenant may hold three quarters of what the others leave, and a key two thirds of what is left of that: half of
+    all places if it is alone. So a new tenant always finds a free place, and so does a new key of any tenant, however
+    many there are. While the number of places is unknown, there is no limit.
     """
 
     def __init__(self, places: Callable[[], int | None]) -> None:
         self.taken = 0
         self._places = places
-        self._held: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()  # by caller and by tenant
 
     @property
     def free(self) -> float:
@@ -43,22 +51,29 @@ class Shares:
         return not self.taken or (size <= self.free and self.is_within_share(caller, size))
 
     def is_within_share(self, caller: str, size: int = 1) -> bool:
-        """Return whether `size` more places are within a caller's share, free or not; the first request always is."""
-        held = self._held[caller]
-        return not held or held + size <= self._share(caller)
+        """Return whether `size` more places are within the shares of a caller and its tenant, free or not.
+
+        The first request of both always is.
+        """
+        shares = ((caller, self._share(caller)), (tenant := tenant_of(caller), self._tenant_share(tenant)))
+        return all(not self._held[name] or self._held[name] + size <= share for name, share in shares)
 
     def acquire(self, caller: str, size: int = 1) -> None:
-        self._held[caller] += size
+        for name in {caller, tenant_of(caller)}:
+            self._held[name] += size
+            if not self._held[name]:
+                del self._held[name]
         self.taken += size
 
     def release(self, caller: str, size: int = 1) -> None:
-        self._held[caller] -= size
-        if not self._held[caller]:
-            del self._held[caller]
-        self.taken -= size
+        self.acquire(caller, -size)
+
+    def _tenant_share(self, tenant: str) -> float:
+        return 0.75 * (self.free + self._held[tenant])
 
     def _share(self, caller: str) -> float:
-        return self.free
+        tenant = tenant_of(caller)
+        return 2 * (self._tenant_share(tenant) - self._held[tenant])
 
 
 @dataclass(slots=True)
@@ -80,16 +95,18 @@ class _Use:
 class FairShares(Shares):
     """Counts places that become free by themselves, such as sequences in an engine.
 
-    A caller's share is all places divided by the number of active callers. Within its share, a caller may take any free
-    place. Beyond its share, it may spend the credit for what it recently left unused, which allows short bursts, and it
-    may take places as long as the others keep 2.5 times their mean. So places that nobody needs do not stay idle, and a
-    caller that always takes the maximum gets no more than its share of what others need.
+    A tenant's share is all places divided by the number of active tenants; a caller's is that divided by the number of
+    the tenant's active callers. Within these, a caller may take any free place. Beyond its share, it may spend the
+    credit for what it recently left unused, which allows short bursts, and it may take places as long as the others
+    keep 2.5 times their mean. So places that nobody needs do not stay idle, and a caller that always takes the maximum
+    gets no more than its share of what others need.
     """
 
     def __init__(self, places: Callable[[], int | None]) -> None:
         super().__init__(places)
         self._all = _Use(time.monotonic())
         self._uses: OrderedDict[str, _Use] = OrderedDict()  # of active callers, least recently seen first
+        self._active: Counter[str] = Counter()  # number of active callers, by tenant
 
     def may_acquire(self, caller: str, size: int = 1) -> bool:
         use, held = self._touch(caller), self._held[caller]
@@ -105,10 +122,6 @@ class FairShares(Shares):
         self._touch(caller)
         super().acquire(caller, size)
 
-    def release(self, caller: str, size: int = 1) -> None:
-        self._touch(caller)
-        super().release(caller, size)
-
     def _touch(self, caller: str) -> _Use:
         """Mark a caller as active and return its use; update the means and remove inactive callers."""
         now_s = time.monotonic()
@@ -121,6 +134,8 @@ class FairShares(Shares):
                 self._update(other, oldest, now_s)
             else:
                 del self._uses[other]
+                self._active -= Counter((tenant_of(other),))
+        self._active[tenant_of(caller)] += caller not in self._uses
         use = self._uses.setdefault(caller, _Use(now_s))
         self._update(caller, use, now_s)
         return use
@@ -131,9 +146,13 @@ class FairShares(Shares):
         unused = share - held if math.isfinite(share) else 0.0
         use.credit = min(_CREDIT_S * share, use.credit + use.add(held, now_s) * unused)
 
+    def _tenant_share(self, tenant: str, keys: int = 1) -> float:
+        places, tenants = self._places(), len(self._active) + (tenant not in self._active)
+        return math.inf if places is None else math.ceil(places / tenants / keys)
+
     def _share(self, caller: str) -> float:
-        places = self._places()
-        return math.inf if places is None else math.ceil(places / (len(self._uses) + (caller not in self._uses)))
+        tenant = tenant_of(caller)
+        return self._tenant_share(tenant, self._active[tenant] + (caller not in self._uses))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,7 +166,10 @@ class Waiter:
 
 
 class FairQueue:
-    """Requests that wait for places; callers take turns. No place stays free while a waiting request may take it."""
+    """Requests that wait for places; tenants take turns, and so do the callers of each.
+
+    No place stays free while a waiting request may take it.
+    """
 
     def __init__(self, shares: Shares) -> None:
         self.waiting = 0
@@ -198,20 +220,30 @@ class FairQueue:
     @property
     def newcomers(self) -> int:
         """Number of waiting requests that may be refused."""
-        return sum(map(self.length, self._lines))
-
-    def length(self, caller: str) -> int:
-        """Return the number of a caller's waiting requests that may be refused."""
-        return sum(waiting.may_be_refused for waiting in self._lines.get(caller, ()))
+        return sum(waiting.may_be_refused for line in self._lines.values() for waiting in line)
 
     def ahead_of(self, caller: str) -> int:
         """Return the number of requests that would be served before a new one of this caller."""
-        mine = self.length(caller)
-        return sum(min(self.length(other), mine + 1) for other in self._lines)
+        lengths, tenant = self._lengths(), tenant_of(caller)
+        turns = lengths[caller] + 1
+        own = sum(min(lengths[other], turns) for other in self._lines if tenant_of(other) == tenant)
+        tenants = set(map(tenant_of, self._lines)) - {tenant}
+        return own + sum(min(lengths[other], own + 1) for other in tenants)
 
-    def longest(self) -> str | None:
-        """Return the caller with the most waiting requests."""
-        return max(self._lines, key=self.length, default=None)
+    def longest_beside(self, caller: str) -> str | None:
+        """Return whose last request a new one of `caller` may displace: the longest line of the busiest tenant."""
+        lengths = self._lengths()
+        busiest = max(self._lines, key=lambda other: (lengths[tenant_of(other)], lengths[other]), default=caller)
+        level = str if tenant_of(busiest) == tenant_of(caller) else tenant_of  # compares callers, or tenants
+        return busiest if lengths[level(busiest)] > lengths[level(caller)] + 1 else None
+
+    def _lengths(self) -> Counter[str]:
+        """Return the number of waiting requests that may be refused, by caller and by tenant."""
+        lengths = Counter[str]()
+        for caller, line in self._lines.items():
+            for name in {caller, tenant_of(caller)}:
+                lengths[name] += sum(waiting.may_be_refused for waiting in line)
+        return lengths
 
     def refuse_last(self, caller: str, error: Exception) -> None:
         """Refuse a caller's most recent request that may be refused."""
@@ -240,7 +272,8 @@ class FairQueue:
         """Give the free places to the waiting requests, in turn."""
         while found := self._next():
             caller, waiting = found
-            self._lines.move_to_end(caller)
+            for other in [*(other for other in self._lines if tenant_of(other) == tenant_of(caller)), caller]:
+                self._lines.move_to_end(other)
             self._remove(caller, waiting)
             if not waiting.turn.done():
                 self._shares.acquire(caller, waiting.size)

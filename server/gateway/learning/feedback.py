@@ -10,6 +10,7 @@ from rapidfuzz.distance import Levenshtein
 
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest
+from server.gateway.access.keys import Caller
 from server.gateway.generation.answer_ids import AnswerNote
 from server.gateway.learning.refreshing import Refreshing
 from server.gateway.learning.tallies import Person, Tallies
@@ -47,13 +48,13 @@ class Feedbacks:
     tallies: Tallies
 
     async def give(
-        self, user: User, note: AnswerNote, said: Feedback, final: Final | None, epoch: str, *, refresh_after: int
+        self, user: User, note: AnswerNote, said: Feedback, final: Final | None, epoch: str, *, caller: Caller
     ) -> Learnt:
         """Store what a client says; feedback on the same answer adds to the earlier one and replaces what both say.
 
         A final text that differs from the answer becomes a sample and an item of the user's history, each under the
-        answer's id; after `refresh_after` of them the user is adapted again. Raises InvalidRequest if the parts
-        contradict each other, and UserErased as `Profiles.learn` does.
+        answer's id; after some of them the user is adapted again, as a job of `caller`. Raises InvalidRequest if the
+        parts contradict each other, and UserErased as `Profiles.learn` does.
         """
         sample = None
         if final:
@@ -69,7 +70,7 @@ class Feedbacks:
                     await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
                 new, before = await self.store.add(user.key, note.request_id, said, sample, epoch)
             self.tallies.count_feedback(Person(user.tenant, user.key, epoch), note, new, before)
-            job = await self.refreshing.refresh_if_due(user, refresh_after, epoch) if sample else None
+            job = await self.refreshing.refresh_if_due(user, caller, epoch) if sample else None
             return Learnt(new, learned=sample is not None, job=job)
 
         return await self.profiles.rotation.at(user, store)

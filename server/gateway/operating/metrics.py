@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -20,7 +21,7 @@ from server.gateway.http.errors import error_response
 from server.gateway.operating.health import Health, Readiness
 from server.store.durability import CheckedStore
 from server.store.figures import ServerFigures
-from server.watching.audit import Act, note
+from server.watching.audit import Act, note, room
 from server.watching.background import BUCKETS_S, StoreSeconds
 from server.watching.logs import request_id, traceparent
 
@@ -129,6 +130,9 @@ class _PartsCollector(Collector):
             yield GaugeMetricFamily("mta_store_used_bytes", "Memory used by the store.", memory.used_bytes)
             if memory.max_bytes:
                 yield GaugeMetricFamily("mta_store_max_bytes", "Memory limit of the store.", memory.max_bytes)
+        if disk := room():
+            yield GaugeMetricFamily("mta_audit_free_bytes", "Free on the disk of the audit log.", disk[0])
+            yield GaugeMetricFamily("mta_audit_disk_bytes", "Size of the disk of the audit log.", disk[1])
         labels = ("tenant", "quota")
         used = GaugeMetricFamily("mta_tenant_used", "What a tenant with a quota has used of it.", labels=labels)
         quota = GaugeMetricFamily("mta_tenant_quota", "Quota of a tenant.", labels=labels)
@@ -232,7 +236,7 @@ class RequestLog:
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", own_id.encode())]
                 try:
-                    _audit(inner["state"], status)  # before the client can know: a gateway may die now
+                    await _audit(inner["state"], status)  # before the client can know: a gateway may die now
                 except Unavailable as error:
                     refusal = error_response(error)
                     status, ended = refusal.status_code, True
@@ -258,7 +262,7 @@ class RequestLog:
             line = " ".join(filter(None, (f"{method} {route} {status} {took_ms} ms", notes.answer_id, notes.level, by)))
             fields = {"method": method, "route": route, "status": status, "ms": took_ms}
             log.info(line, extra={"fields": fields | ({"tenant": tenant, "key": key} if key else {})})
-            _audit(inner["state"], status)
+            await _audit(inner["state"], status)
 
 
 def _caller(state: dict[str, Any]) -> tuple[str, str]:
@@ -267,9 +271,9 @@ def _caller(state: dict[str, Any]) -> tuple[str, str]:
     return getattr(caller, "tenant", ""), getattr(caller, "key_id", "")
 
 
-def _audit(state: dict[str, Any], status: int) -> None:
+async def _audit(state: dict[str, Any], status: int) -> None:
     """Add a request that is to be audited to the audit log, once."""
     if audited := state["notes"].audited:
         state["notes"].audited = None
         (act, user_key), (tenant, key) = audited, _caller(state)
-        note(act, status, tenant=tenant, key=key, user=user_key)
+        await asyncio.to_thread(note, act, status, tenant=tenant, key=key, user=user_key)

@@ -108,10 +108,8 @@ async def give_feedback(request: Request, user_id: UserIdInPath, body: FeedbackR
     final = None
     if body.final is not None and body.input is not None:
         final = Final(Sample(sample_messages(body.input), body.final), body.text, body.sha256)
-    policy = caller_of(request).policy
-    refresh = parts.settings.refresh_samples if policy.refresh is None else policy.refresh
     said = Feedback(note.level.value, note.arm.value, body.outcome, body.rating, None)
-    learnt = await parts.feedbacks.give(user, note, said, final, epoch, refresh_after=refresh)
+    learnt = await parts.feedbacks.give(user, note, said, final, epoch, caller=caller_of(request))
     known = learnt.feedback
     return FeedbackAnswer(
         answer=body.answer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import orjson
@@ -191,19 +192,12 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     """
     parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
     training = await asyncio.to_thread(_training_request, body)
+    submit = partial(parts.adapting.submit, user, training, epoch)
     try:
-        rate_uses = await parts.limiter.take_job(caller_of(request), user.key)
+        job = await parts.limiter.take_job(caller_of(request), user.key, submit)
     except TooMany:  # the limit is for new jobs: a client that lost the response still gets its job
         if (job := await parts.adapting.find_duplicate(user, training, epoch)) is None:
             raise
-    else:
-        try:
-            job = await parts.adapting.submit(user, training, epoch)
-        except Exception:  # not if the client has left: the job may be there
-            await parts.limiter.refund(rate_uses)
-            raise
-        if not job.is_new:
-            await parts.limiter.refund(rate_uses)
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobAnswer.of(job)
 

@@ -162,10 +162,10 @@ async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     fields of the record are missing.
     """
     user = user_of(request, user_id)
-    notes_of(request.scope).audited = (Act.EXPORT, user.key)
     export = await parts_of(request).exporting.export(user, _exported_job)
     if export is None:
         raise _unknown(user_id)
+    notes_of(request.scope).audited = (Act.EXPORT, user.key)
     return StreamingResponse(export, media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
@@ -173,14 +173,18 @@ async def export_user(request: Request, user_id: UserIdInPath) -> Response:
 async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
     """Erase everything stored about the user. Engines drop the user's adapter within 30 seconds.
 
-    No limit applies beforehand; if nothing was stored, the request then counts against the API key.
+    No limit applies. But if nothing is stored about the user, the request counts as any request of its API key.
     """
-    parts, user = gateway_of(request).default_parts, user_of(request, user_id)  # the tenant's bank may not be loaded
-    notes_of(request.scope).audited = (Act.ERASE, user.key)
+    gateway, user = gateway_of(request), user_of(request, user_id)
+    parts, notes = gateway.default_parts, notes_of(request.scope)  # the tenant's bank may not be loaded
+    if not await parts.profiles.quotas.store.has_any(user):
+        await parts.limiter.take(caller_of(request), "requests")
+    notes.audited = (Act.ERASE, user.key)
     erasure = await parts.erasing.erase(user)
     parts.profiles.quotas.changed(user)
     if erasure is None:
-        parts.limiter.count_afterwards(caller_of(request))
+        if not gateway.keys.are_lost:  # else a restore may bring back what this store lost
+            notes.audited = None
         raise _unknown(user_id)
     return ErasedAnswer(user_id=user_id, erased=erasure.erased, log_rewritten_by=iso(erasure.rewritten_by_ms))
 

@@ -7,7 +7,6 @@ contents. The folder's name is the time at which the copy began. Only its owner 
 from __future__ import annotations
 
 import gzip
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import orjson
 from adapters.errors import MtaError
 from bank.manifest import file_sha256
 from server.store.redis import keys
+from server.watching.audit import sync
 
 if TYPE_CHECKING:
     from server.store.backup.copying import StoreCopying
@@ -65,24 +65,16 @@ async def write_copy(copies: Path, store: StoreCopying, progress: Callable[[int,
         manifest = Manifest(FORMAT, at, stored, users, sha256, store.secret, store.version)
         draft.write_bytes(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
         for path in (data, draft):
-            _sync(path)
+            sync(path)
         draft.rename(folder / MANIFEST)
         for path in (folder, copies):  # older copies may be deleted next
-            _sync(path)
+            sync(path)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise MtaError(f"cannot write a copy to {folder}: {error.strerror or error}") from error
         raise
     return folder, manifest
-
-
-def _sync(path: Path) -> None:  # a file or a folder
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def open_copy(folder: Path) -> Manifest:

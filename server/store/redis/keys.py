@@ -35,6 +35,7 @@ Shared by all users::
     mta:{rewrite}:<server>    hash    the same, per server if there are several
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`,
                                       `quota:<tenant>` → JSON; `revision` and `ring` (a random id) of the whole set
+    mta:{access}:changes      list    its newest 100 changes: revision before, revision after, changed field
     mta:{access}:secret       hash    `in`: keyed hash of the MTA_SECRET that keys users, `from`: of the one they leave
     mta:{access}:used         hash    SHA-256 of an API key → hour of its last use, since 1970
     mta:{restore}             string  SHA-256 of the copy whose restore has not ended (`server/store/backup/`)
@@ -66,6 +67,7 @@ BANKS = "mta:adapted"
 WORTH = "mta:worth"
 REWRITE = "mta:{rewrite}"
 ACCESS_KEYS = "mta:{access}:keys"
+KEY_CHANGES = "mta:{access}:changes"
 USED_KEYS = "mta:{access}:used"
 SECRET = "mta:{access}:secret"
 RESTORING = "mta:{restore}"

@@ -1,4 +1,8 @@
-"""API keys, of which the store keeps only hashes: one Redis hash, read as a whole and changed by scripts."""
+"""API keys, of which the store keeps only hashes: one Redis hash, changed by scripts, and a list of its changes.
+
+The revision grows with each change by a random step, so that two lines of changes, one of them lost in a failover, have
+no revision in common. Processes of the version before see a larger revision and read everything.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
@@ -75,13 +79,13 @@ class AccessKey:
 
 @dataclass(frozen=True, slots=True)
 class KeyRing:
-    """A consistent copy of all keys."""
+    """A consistent copy of all keys, or what changed of it."""
 
-    revision: int  # increases with every change; 0 if no key was ever created
+    revision: int  # 0 if no key was ever created
     keys: Sequence[AccessKey]  # oldest first, revoked ones included
-    banks: Mapping[str, str] = field(default_factory=dict)  # 8 hex digits, by tenant, for tenants with their own bank
-    id: str = ""  # random, created with the first change
-    quotas: Mapping[str, Quota] = field(default_factory=dict)  # by tenant, for tenants with one
+    banks: Mapping[str, str]  # 8 hex digits, by tenant; empty for a tenant that no longer has its own bank
+    id: str  # random, created with the first change
+    quotas: Mapping[str, Quota]  # by tenant; without limits for a tenant that no longer has one
 
 
 def new_secret() -> str:
@@ -125,37 +129,41 @@ def digest_of(secret: bytes) -> str:
 
 _RING, _REVISION, _REVOKED, _BANK, _QUOTA = "ring", "revision", "revoked:", "bank:", "quota:"
 
-# KEYS of every script: the hash. ARGV: id for a new ring, then its own. A repeated call changes nothing.
+# KEYS of every script: the hash, the list of changes. ARGV: id for a new ring, step of the revision, then its own. A
+# repeated call changes nothing.
 _CHANGED = """
-local function changed()
-  redis.call('HINCRBY', KEYS[1], 'revision', 1)
+local function changed(field)
+  local before = redis.call('HGET', KEYS[1], 'revision') or '0'
+  redis.call('HINCRBY', KEYS[1], 'revision', ARGV[2])
   redis.call('HSETNX', KEYS[1], 'ring', ARGV[1])
+  redis.call('RPUSH', KEYS[2], before .. ' ' .. redis.call('HGET', KEYS[1], 'revision') .. ' ' .. field)
+  redis.call('LTRIM', KEYS[2], -100, -1)
 end
 """
 
 _ADD = """
-local digest, record, only_first = unpack(ARGV, 2)
+local digest, record, only_first = unpack(ARGV, 3)
 local before = redis.call('HGET', KEYS[1], digest)
 if not before and only_first == '1' and redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 redis.call('HSET', KEYS[1], digest, before or record)
-if not before then changed() end
+if not before then changed(digest) end
 return 1
 """
 
 _REVOKE = """
-local digest, now = unpack(ARGV, 2)
+local digest, now = unpack(ARGV, 3)
 if redis.call('HEXISTS', KEYS[1], digest) == 0 then return 0 end
 local before = redis.call('HGET', KEYS[1], 'revoked:' .. digest)
 redis.call('HSET', KEYS[1], 'revoked:' .. digest, before or now)
 if before then return 0 end
-changed()
+changed('revoked:' .. digest)
 return 1
 """
 
 _SET = """
-local field, value = unpack(ARGV, 2)
+local field, value = unpack(ARGV, 3)
 if value == '' then redis.call('HDEL', KEYS[1], field) else redis.call('HSET', KEYS[1], field, value) end
-changed()
+changed(field)
 """
 
 
@@ -177,16 +185,24 @@ class AccessKeys:
     async def all(self) -> KeyRing:
         found = await self._connection.run(lambda redis: redis.hgetall(keys.ACCESS_KEYS))
         with corrupt_if_undecodable():
-            fields = {name.decode(): raw for name, raw in found.items()}
-            ring, revision = fields.pop(_RING, b"").decode(), int(fields.pop(_REVISION, 0))
-            revoked = {digest: int(when_ms) for digest, when_ms in _pop(fields, _REVOKED).items()}
-            banks = {tenant: bank.decode() for tenant, bank in _pop(fields, _BANK).items()}
-            told = _pop(fields, _QUOTA).items()
-            quotas = {tenant: Quota(**_known(Quota, orjson.loads(raw))) for tenant, raw in told}
-            known = [_decoded(digest, raw, revoked.get(digest)) for digest, raw in fields.items()]
-        if bool(known) != bool(revision):
+            ring = _decoded({name.decode(): raw for name, raw in found.items()})
+        if bool(ring.keys) != bool(ring.revision):
             raise Unavailable("the store holds only some of the API keys", code="store_corrupt")
-        return KeyRing(revision, sorted(known, key=lambda key: (key.created_ms, key.digest)), banks, ring, quotas)
+        return ring
+
+    async def changes(self, since: int, until: int) -> KeyRing | None:
+        """Return what changed from one revision to another; None if that is not known, as after a failover."""
+        listed = await self._connection.run(lambda redis: redis.lrange(keys.KEY_CHANGES, 0, -1))
+        at, names = since, {_RING}
+        for before, after, name in (line.decode().split(" ", 2) for line in listed):
+            if at == int(before) and at != until:
+                at = int(after)
+                names |= {name, name.removeprefix(_REVOKED)}
+        if at != until:
+            return None
+        fields = await self._connection.run(lambda redis: redis.hmget(keys.ACCESS_KEYS, list(names)))
+        with corrupt_if_undecodable():
+            return _decoded(dict(zip(names, fields, strict=True)) | {_REVISION: b"%d" % until})
 
     async def add(self, key: AccessKey, *, only_first: bool = False) -> bool:
         """Store a key; return whether it is stored. With `only_first` only if there is no key yet, revoked or not."""
@@ -217,16 +233,27 @@ class AccessKeys:
         return {digest.decode(): int(hour) for digest, hour in found.items()}
 
     async def _change(self, script: str, *arguments: object) -> object:
-        whole = oom_script(_CHANGED + script)
-        return await self._connection.write(whole, (keys.ACCESS_KEYS,), secrets.token_hex(8), *arguments)
+        given = (secrets.token_hex(8), secrets.randbelow(1 << 32) + 1, *arguments)
+        return await self._connection.write(oom_script(_CHANGED + script), (keys.ACCESS_KEYS, keys.KEY_CHANGES), *given)
 
 
-def _pop(fields: dict[str, bytes], prefix: str) -> dict[str, bytes]:
+def _decoded(fields: dict[str, bytes | None]) -> KeyRing:
+    """Decode fields of the hash; a bank or a quota that is None was removed."""
+    ring, revision = (fields.pop(_RING, None) or b"").decode(), int(fields.pop(_REVISION, None) or 0)
+    revoked = {digest: int(when_ms) for digest, when_ms in _pop(fields, _REVOKED).items() if when_ms}
+    banks = {tenant: (bank or b"").decode() for tenant, bank in _pop(fields, _BANK).items()}
+    told = _pop(fields, _QUOTA).items()
+    quotas = {tenant: Quota(**_known(Quota, orjson.loads(raw or b"{}"))) for tenant, raw in told}
+    known = [_key(digest, raw or b"", revoked.get(digest)) for digest, raw in fields.items()]
+    return KeyRing(revision, sorted(known, key=lambda key: (key.created_ms, key.digest)), banks, ring, quotas)
+
+
+def _pop(fields: dict[str, bytes | None], prefix: str) -> dict[str, bytes | None]:
     """Remove the fields with a prefix; return them without it."""
     return {name.removeprefix(prefix): fields.pop(name) for name in list(fields) if name.startswith(prefix)}
 
 
-def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:
+def _key(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:
     record = orjson.loads(raw)
     allowance = Allowance(**_known(Allowance, record["allowance"]))
     policy = Policy(**_known(Policy, record) | {"allowance": allowance})

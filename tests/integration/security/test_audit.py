@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from server.store.tenants.access_keys import digest_of
 from server.store.tenants.user_key import UserKeys
 from server.watching.audit import audit_to
 from tests.integration.security.conftest import create, keys
+from tests.support.calls import put
 from tests.support.gateway import SECRET, Keyed
 
 pytestmark = pytest.mark.usefixtures("environment")
@@ -44,19 +46,19 @@ def test_each_act_is_a_line_without_texts_names_and_secrets(
 ) -> None:
     path = f"/users/{shared_name}"
     with caplog.at_level(logging.INFO, "mta.gateway"):
-        answers = [acme.get(f"{path}/export"), acme.delete(path), acme.get(f"{path}/export")]
+        answers = [acme.get(f"{path}/export"), acme.delete(path)]
         refused = acme.request("DELETE", path, headers=keyed.header("only generate"))
     assert refused.status_code == httpx.codes.FORBIDDEN
-    of_gateway = entries(log, 3)
+    of_gateway = entries(log, 2)
     secret, key_id = create("my app", "--tenant", "quiet")
     assert keys("revoke", key_id).exit_code == keys("revoke", key_id).exit_code == 0
     assert key_id in keys("list").output  # whole, also where there is no terminal
     assert keys("bank", "quiet", "0123abcd").exit_code == keys("bank", "quiet").exit_code == 0
 
-    of_commands = entries(log, 8)[3:]
+    of_commands = entries(log, 7)[2:]
     acting = digest_of(keyed.secrets["acme"].encode())[:12]
     user = UserKeys(SECRET, "acme").key(shared_name)
-    for entry, act, answer in zip(of_gateway, ("export", "erase", "export"), answers, strict=True):
+    for entry, act, answer in zip(of_gateway, ("export", "erase"), answers, strict=True):
         assert re.fullmatch(r"20\d\d-[\d-]+T[\d:]+\.\d{3}Z", entry.pop("time"))
         assert entry == {
             **{"act": act, "outcome": str(answer.status_code), "tenant": "acme", "key": acting, "user": user},
@@ -75,24 +77,38 @@ def test_each_act_is_a_line_without_texts_names_and_secrets(
     assert any("export 200 " in line and f"tenant=acme key={acting}" in line for line in caplog.messages)
 
 
-def test_a_log_that_is_moved_goes_on_under_its_name(log: Path, acme: httpx.Client, new_user: Callable[[], str]) -> None:
+def test_a_log_that_is_moved_goes_on_under_its_name(log: Path, acme: httpx.Client, shared_name: str) -> None:
     for place in range(2):
-        acme.delete(f"/users/{new_user()}")
+        acme.delete(f"/users/{shared_name}")
         assert len(entries(log, 1)) == 1
         log.rename(log.with_suffix(f".{place}"))
 
 
-def test_what_cannot_be_noted_is_not_acknowledged_and_leaves_no_part_of_a_line(
-    log: Path, acme: httpx.Client, new_user: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+def test_where_nothing_existed_no_line_is_left(log: Path, acme: httpx.Client, new_user: Callable[[], str]) -> None:
+    path = f"/users/{new_user()}"
+    assert [acme.delete(path).status_code, acme.get(f"{path}/export").status_code] == [404, 404]
+    assert log.read_text() == ""
+
+
+@pytest.mark.parametrize("fault", ["a part of a line", "no line on disk"])
+def test_what_cannot_be_noted_is_not_acknowledged(
+    fault: str, log: Path, acme: httpx.Client, shared_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, path = os.write, f"/users/{new_user()}"
-    with monkeypatch.context() as full:
-        full.setattr(os, "write", lambda file, line: write(file, line[:9]))
-        refused = acme.delete(path)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
-    assert refused.headers["X-Request-Id"] and not log.read_text()
-    assert acme.delete(path).status_code == httpx.codes.NOT_FOUND
-    assert [entry["act"] for entry in entries(log, 1)] == ["erase"]
+    def refused(file: int) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    write, path = os.write, f"/users/{shared_name}"
+    with monkeypatch.context() as broken:
+        if fault == "no line on disk":
+            broken.setattr(os, "fsync", refused)
+        else:
+            broken.setattr(os, "write", lambda file, line: write(file, line[:9]))
+        answer = acme.delete(path)
+        assert log.read_text() == "" or fault == "no line on disk"
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert answer.headers["X-Request-Id"]
+    assert acme.delete(path).status_code == httpx.codes.OK
+    assert entries(log, 1)[-1]["act"] == "erase"
 
 
 def test_the_log_is_searched_by_act_key_user_and_time(
@@ -100,11 +116,12 @@ def test_the_log_is_searched_by_act_key_user_and_time(
 ) -> None:
     ada, bob = new_user(), new_user()
     for client, user in ((acme, ada), (acme, bob), (globex, ada)):
-        client.delete(f"/users/{user}")
+        put(client, user)
         client.get(f"/users/{user}/export")
+        client.delete(f"/users/{user}")
     everything = entries(log, 6)
     assert audit() == everything
-    assert audit(str(log), "--act", "erase") == everything[::2]
+    assert audit(str(log), "--act", "erase") == everything[1::2]
     assert audit("--tenant", "globex") == everything[4:]
     assert audit("--tenant", "acme", "--user", bob) == everything[2:4]
     assert audit("--key", everything[0]["key"]) == everything[:4]
@@ -121,5 +138,6 @@ def test_a_log_that_cannot_be_written_or_read_is_named(tmp_path: Path, monkeypat
     with pytest.raises(MtaError, match=r"cannot write the audit log .*nowhere.*MTA_AUDIT"):
         audit_to(tmp_path / "nowhere" / "audit.jsonl")
     monkeypatch.delenv("MTA_AUDIT", raising=False)
-    assert "set MTA_AUDIT" in str(CliRunner().invoke(app, ["audit"]).exception)
+    monkeypatch.setenv("MTA_DATA_DIR", str(tmp_path))  # of an `mta up` that never was
+    assert f"cannot read the audit log {tmp_path}" in str(CliRunner().invoke(app, ["audit"]).exception)
     assert "cannot read" in str(CliRunner().invoke(app, ["audit", str(tmp_path / "none")]).exception)

@@ -14,8 +14,10 @@ import pytest
 
 from server.errors import TooMany, Unavailable
 from server.gateway.access import queue, shares
+from server.gateway.access.keys import Caller
 from server.gateway.access.queue import EngineQueue, GatewayShare
-from server.gateway.access.shares import FairShares, Shares
+from server.gateway.access.shares import FairQueue, FairShares, Shares
+from server.gateway.routes.users import EXPORTS_AT_ONCE
 from tests.support.watchdog import settled
 
 
@@ -26,6 +28,7 @@ class Line:
         self.places = places
         self.queue = EngineQueue(lambda: self.places, max_waiting=max_waiting, patience_s=60)
         self.served: list[str] = []
+        self.callers: dict[str, str] = {}  # by the first letter of a name, if not that letter
         self._ends: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -59,7 +62,7 @@ class Line:
         assert (self.queue.taken, self.queue.waiting) == (0, 0)
 
     async def _request(self, name: str, size: int, patience_s: float | None) -> None:
-        async with self.queue.acquire(name[0], size=size, patience_s=patience_s):
+        async with self.queue.acquire(self.callers.get(name[0], name[0]), size=size, patience_s=patience_s):
             self.served.append(name)
             await self._ends[name].wait()
 
@@ -238,6 +241,11 @@ async def test_gateways_before_the_same_engines_share_their_places() -> None:
     assert share(store, 9, "a", given=4)() == 4
 
 
+def keys(tenant: str, count: int) -> list[str]:
+    """Callers of a tenant."""
+    return [Caller(tenant, f"k{number}", frozenset()).name for number in range(count)]
+
+
 def taken(places: Shares, *callers: str, at_most: int = 100) -> dict[str, int]:
     """Return how many places each caller gets if they take turns until nobody gets another."""
     got = dict.fromkeys(callers, 0)
@@ -258,6 +266,52 @@ def test_however_many_want_all_of_it_a_newcomer_finds_a_place() -> None:
     assert [taken(places, name)[name] for name in "abcde"] == [8, 4, 2, 1, 1]
     places.release("a", 4)
     assert taken(places, "a", "f") == {"a": 0, "f": 2}
+
+
+def test_however_many_keys_a_tenant_has_another_finds_a_place() -> None:
+    places = Shares(lambda: EXPORTS_AT_ONCE)
+    assert sum(taken(places, *keys("acme", 9)).values()) < EXPORTS_AT_ONCE
+    assert taken(places, *keys("globex", 1)) == {keys("globex", 1)[0]: 1}
+
+
+def test_a_new_key_finds_a_place_beside_others_of_its_tenant() -> None:
+    places = Shares(lambda: 512)
+    assert [taken(places, key, at_most=512)[key] for key in keys("acme", 5)] == [256, 86, 28, 10, 3]
+    assert [taken(places, key, at_most=512)[key] for key in keys("globex", 2)] == [65, 21]
+
+
+def test_active_tenants_get_equal_shares_whatever_their_keys() -> None:
+    places, callers = FairShares(lambda: 12), [*keys("acme", 3), *keys("globex", 1)]
+    for caller in callers:
+        places.acquire(caller)
+    within = [[size for size in range(13) if places.is_within_share(caller, size)] for caller in callers]
+    assert [max(sizes) + 1 for sizes in within] == [2, 2, 2, 6]
+
+
+async def test_tenants_take_turns_and_so_do_their_keys() -> None:
+    line, served = FairQueue(Shares(lambda: 1)), list[str]()
+    one, other, third = keys("acme", 3)
+    (globex,) = keys("globex", 1)
+
+    async def ask(caller: str) -> None:
+        async with line.held(caller):
+            served.append(caller)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*map(ask, [one, one, other, other, third, globex, globex]))
+    assert served == [one, one, globex, other, globex, third, other]
+
+
+async def test_a_full_line_makes_room_for_the_tenant_that_waits_less() -> None:
+    line = Line(places=1, max_waiting=4)
+    line.callers = {"a": "acme\0a", "b": "acme\0b", "c": "acme\0c", "g": "globex\0g", "h": "globex\0h"}
+    await line.come("a1", "a2", "b1", "b2", "c1", "g1", "h1")
+    assert line.queue.waiting == 4
+    for name in ("b2", "a2"):
+        await line.refusal(name)
+    await line.come("c2")
+    await line.refusal("c2")
+    await line.close()
 
 
 def test_a_caller_without_a_place_stays_active_for_ten_seconds(clock: SimpleNamespace) -> None:

@@ -96,6 +96,7 @@ def test_each_part_gets_the_secrets_that_it_needs_and_none_by_argv(
     shared = {"MTA_BANK": str(bank), "MTA_REDIS_URL": url, "MTA_PROFILE_ITEMS": "7"}
     assert gateway.environment.items() >= (shared | {"MTA_SECRET": "s" * 32, "MTA_ENGINE_KEY": "k" * 32}).items()
     assert worker.environment.items() >= shared.items()
+    assert gateway.environment["MTA_AUDIT"] == str(data.path / "audit.jsonl")
     on_loopback = {"VLLM_API_KEY": "k" * 32, "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     assert engine.environment.items() >= on_loopback.items()
     for part in (worker, router):  # a worker knows neither users nor engines; a router passes keys on
