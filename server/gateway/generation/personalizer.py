@@ -9,11 +9,13 @@ import time
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import numpy as np
+
 from adapters.errors import excerpt
 from adapters.recipe import FusionRecipe, UserAdapterId, bank_of, parse_recipe
 from bank.lookup.serving import AnchorWeight, ServingBank
 from server.engine_protocol import BASE_MODEL
-from server.errors import InvalidRequest, NotFound
+from server.errors import InvalidRequest, NotFound, Unavailable
 from server.gateway.generation.request import GenerationRequest, Personalize
 from server.gateway.users.profiles import Profiles
 from server.store.profile_record import Profile
@@ -83,7 +85,7 @@ class Personalizer:
             )
         if request.user is None or not request.wants_profile:
             return request.user, None, ""
-        return await self._profiles.find(request.user)
+        return await self._profiles.find_at_once(request.user)
 
     def candidates(self, request: GenerationRequest, profile: Profile | None) -> tuple[Personalization, ...]:
         """Return the possible personalizations, most personal first; the first one that the engine can serve is used.
@@ -96,6 +98,12 @@ class Personalizer:
             return (_without_profile(request),)
         if self._bank.manifest.has_signatures and not profile.is_signed(self._bank.manifest.short):
             self._schedule_signature_request(user)
+        if profile.embedder != self._profiles.embedder.id:
+            evidence = profile.evidence if self._bank.manifest.has_signatures else None
+            if not evidence or not evidence.is_usable_for(self._bank.manifest.short):
+                return (_not_embedded(request),)
+            no_topics = np.zeros(self._profiles.embedder.dim, np.float32)  # another embedder's are not comparable
+            profile = replace(profile, embedding=no_topics)
         personal = self._bank.personalise(profile.embedding, profile.evidence, request.strength)
         merged = Personalization(Level.MERGED, personal.recipe, personal.source, personal.weights)
         if request.personalize is Personalize.MERGED:
@@ -143,6 +151,13 @@ def arm_of(user_key: str, holdout: float) -> Arm:
     week = week_of(this_hour())
     drawn = hashlib.sha256(f"{week} {user_key}".encode()).digest()[:8]
     return Arm.LOWER if int.from_bytes(drawn) < holdout * (1 << 64) else Arm.FULL
+
+
+def _not_embedded(request: GenerationRequest) -> Personalization:
+    reason = "the user's items are being embedded anew since the embedder was changed"
+    if request.personalize is Personalize.MERGED:
+        raise Unavailable(f"{reason}: send the request again", code="not_embedded")
+    return Personalization(Level.BASE, reason=reason)
 
 
 def _without_profile(request: GenerationRequest) -> Personalization:
