@@ -165,7 +165,7 @@ def test_after_a_restore_that_was_broken_off_it_starts_waits_and_says_what_to_do
         ask(server, "SET", keys.RESTORING, open_copy(copy).sha256)
     command, clean = up_command(data, *options, "--port", "0")
     with running(command, clean | environment) as process:
-        process.wait_for(rf"valkey +starting +a restore .*mta restore COPY --data {data}` again")
+        process.wait_for(rf"valkey +starting +a restore was broken off: run `mta restore COPY --data {data}` again")
         assert "gateway" not in process.output
         calls.mta("restore", copy, "--without-erasures", "--data", data)
         process.wait_for(READY)

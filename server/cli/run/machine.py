@@ -60,18 +60,16 @@ def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -
     return [*parts, *engines, gateway, replace(part, optional=True)]
 
 
-async def _unfinished_restore(settings: Settings, folder: Path) -> str:
-    """Return how to end a restore that has not ended, which takes the running Valkey; empty if there is none."""
+async def _unfinished_restore(settings: Settings, data: Path) -> str:
+    """Return what ends a restore that was broken off, for which Valkey must run; empty if none was."""
+    advice = (
+        f"run `mta restore COPY --data {data}` again, with its other options, or stop this and delete {data}/valkey"
+    )
     try:
         async with open_stores(settings):
             return ""
     except Unavailable as error:
-        if error.code != "store_incomplete":
-            return ""
-    return (
-        f"a restore has not ended: run `mta restore COPY --data {folder}` again, with its other options, or stop this "
-        f"and delete {folder / 'valkey'} to begin with an empty store"
-    )
+        return f"a restore was broken off: {advice}" if error.code == "store_incomplete" else ""
 
 
 def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, list[Part], str | None]:

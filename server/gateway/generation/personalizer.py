@@ -24,6 +24,7 @@ from server.store.worth import this_hour, week_of
 
 SIGNATURE_REQUEST_INTERVAL_S = 60.0  # until a gateway requests a user's missing signature again
 _MAX_REMEMBERED_USERS = 10_000
+_NOT_EMBEDDED = "the user's items are being embedded anew since the embedder was changed"
 _HELD_OUT = "this week the user is answered one level lower, for comparison (MTA_HOLDOUT)"
 
 
@@ -101,9 +102,10 @@ class Personalizer:
         if profile.embedder != self._profiles.embedder.id:
             evidence = profile.evidence if self._bank.manifest.has_signatures else None
             if not evidence or not evidence.is_usable_for(self._bank.manifest.short):
-                return (_not_embedded(request),)
-            no_topics = np.zeros(self._profiles.embedder.dim, np.float32)  # another embedder's are not comparable
-            profile = replace(profile, embedding=no_topics)
+                if request.personalize is Personalize.MERGED:
+                    raise Unavailable(f"{_NOT_EMBEDDED}: send the request again", code="not_embedded")
+                return (Personalization(Level.BASE, reason=_NOT_EMBEDDED),)
+            profile = replace(profile, embedding=np.zeros(self._profiles.embedder.dim, np.float32))  # not comparable
         personal = self._bank.personalise(profile.embedding, profile.evidence, request.strength)
         merged = Personalization(Level.MERGED, personal.recipe, personal.source, personal.weights)
         if request.personalize is Personalize.MERGED:
@@ -151,13 +153,6 @@ def arm_of(user_key: str, holdout: float) -> Arm:
     week = week_of(this_hour())
     drawn = hashlib.sha256(f"{week} {user_key}".encode()).digest()[:8]
     return Arm.LOWER if int.from_bytes(drawn) < holdout * (1 << 64) else Arm.FULL
-
-
-def _not_embedded(request: GenerationRequest) -> Personalization:
-    reason = "the user's items are being embedded anew since the embedder was changed"
-    if request.personalize is Personalize.MERGED:
-        raise Unavailable(f"{reason}: send the request again", code="not_embedded")
-    return Personalization(Level.BASE, reason=reason)
 
 
 def _without_profile(request: GenerationRequest) -> Personalization:

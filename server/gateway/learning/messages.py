@@ -16,7 +16,6 @@ import orjson
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
-from server.errors import QuotaExceeded, UserErased
 from server.gateway.access.shares import Shares
 from server.gateway.engines.chat import Conversation
 from server.gateway.users.profiles import Profiles
@@ -104,21 +103,17 @@ class MessageLearner:
 
     async def _store(self, profiles: Profiles, message: LearntMessage) -> None:
         """Wait for the tenant's earlier messages, then store this one, or count why it is not stored."""
-        dropped: str | None = "stopped"
+        dropped = "stopped"
         try:
             async with self._lines[message.user.tenant]:
-                if time.perf_counter() - message.asked_s > MAX_AGE_S:
+                if time.perf_counter() - message.asked_s <= MAX_AGE_S:
+                    update = await profiles.learn(message.user, message.item, message.epoch)
+                    self.learned(update.changed)
+                    dropped = ""
+                else:
                     dropped = "late"
-                    return
-                update = await profiles.learn(message.user, message.item, message.epoch)
-            self.learned(update.changed)
-            dropped = None
-        except UserErased:
-            dropped = "erased"
-        except QuotaExceeded:
-            dropped = "quota"
-        except Exception as error:
-            dropped = "failed"
+        except Exception as error:  # most often the user was erased, a quota is used up, or the store is away
+            dropped = getattr(error, "code", "failed")
             log.warning("a message was not learnt: %s", getattr(error, "explained", repr(error)))
         finally:
             self._places.release(message.user.tenant)

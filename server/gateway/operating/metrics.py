@@ -83,10 +83,7 @@ class Metrics:
         self.disconnects = counter("mta_disconnects", "Generations whose client disconnected before the end.")
         self.profile_changes = counter("mta_profile_changes", "Profile items added, removed or replaced.")
         self.learned = counter("mta_learned_messages", "Users' messages that became items of their histories.")
-        of_unlearned = "Messages that were to be learnt and were not stored, by reason."
-        self.unlearned = counter("mta_unlearned_messages", of_unlearned, ("reason",))
-        for reason in ("late", "erased", "quota", "failed", "stopped"):
-            self.unlearned.labels(reason)
+        self.unlearned = counter("mta_unlearned_messages", "Messages that were to be learnt and were not.", ("reason",))
         self.bank = gauge("mta_bank_info", "The bank served.", ("bank",))
         self.jobs = gauge("mta_jobs", "Approximate number of adapt jobs, by state: queued or running.", ("state",))
         self.oldest_job = gauge("mta_jobs_oldest_seconds", "How long the next job has waited.")
