@@ -38,9 +38,9 @@ format: setup ## let ruff format and fix the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-acceptance: setup ## the long checks, in one table (DATA=folder of the real histories; RESUME=1 keeps what passed)
+acceptance: setup ## the long checks, in one table (DATA=folder of the real histories; RESUME=1 keeps what passed, STEP=name runs one)
 	@test -n "$(DATA)" || { echo "say where the histories are: make acceptance DATA=../shared/data" >&2; exit 2; }
-	$(BIN)/python -m bench.acceptance --data "$(DATA)" $(if $(RESUME),--resume)
+	$(BIN)/python -m bench.acceptance --data "$(DATA)" $(if $(RESUME),--resume) $(if $(STEP),--only "$(STEP)")
 
 lock: setup ## pin the packages of the images, with hashes, in deploy/locks
 	deploy/locks/lock.sh

@@ -113,10 +113,13 @@ class Run:
         out: folder of the reports and of the result, which is written after each step.
         console: console for the progress.
         earlier: outcomes of an earlier run; the steps that ran and passed are not run again.
+        only: name of the one step to run, even if it passed earlier; all if empty.
     """
 
-    def __init__(self, out: Path, console: Console, earlier: Iterable[Outcome] = ()) -> None:
+    def __init__(self, out: Path, console: Console, earlier: Iterable[Outcome] = (), only: str = "") -> None:
         self.outcomes: list[Outcome] = []
+        self.names: dict[str, None] = {}  # of all steps
+        self._only = only
         self._out = out
         self._console = console
         self._earlier = {outcome.step: outcome for outcome in earlier if outcome.command and outcome.passed}
@@ -144,6 +147,8 @@ class Run:
 
     def skip(self, name: str, remedy: str) -> None:
         """Record a step that this machine cannot run, with what it needs."""
+        if self._keep(name):
+            return
         self._console.print(f"{name}: skipped, {remedy}", soft_wrap=True)
         self._add(Outcome(name, "", 0, 0, [Figure("skipped", remedy, "", met=True, binding=False)]))
 
@@ -170,12 +175,15 @@ class Run:
             self._add(Outcome(name, "", time.monotonic() - start_s, 1, [figure]))
 
     def _keep(self, name: str) -> bool:
-        """Keep the outcome of a step that passed earlier; return whether there is one."""
+        """Return whether a step is not to be run; keep its outcome if it passed earlier."""
+        self.names[name] = None
+        if name == self._only:
+            return False
         outcome = self._earlier.get(name)
         if outcome:
             self._console.print(f"{name}: passed earlier")
             self._add(outcome)
-        return outcome is not None
+        return outcome is not None or bool(self._only)
 
     def _add(self, outcome: Outcome) -> bool:
         self.outcomes.append(outcome)
@@ -191,16 +199,20 @@ def main(
         Path | None, typer.Option(help="Python with the package `open-webui`.", envvar="CHAT_APP_PYTHON")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the steps that passed in an earlier run.")] = False,
+    only: Annotated[
+        str, typer.Option("--only", help="Run this step alone, with the bank of an earlier run; implies --resume.")
+    ] = "",
 ) -> None:
     """Run everything, and print one table at the end."""
     out.mkdir(parents=True, exist_ok=True)
-    run = Run(out, console(), earlier(out / RESULT) if resume else ())
+    run = Run(out, console(), earlier(out / RESULT) if resume or only else (), only)
     bank, users = out / f"{TASK}-{ANCHORS}", data / TASK / "users.json"
     model = ("tests/contract/test_store_model.py", "--hypothesis-profile=long")
     run.step("the store's promises, 50,000 steps", ("-m", "pytest", "-q", *model))
     run.step("base models", ("-m", "pytest", "-q", "-m", "", "tests/integration/test_architectures.py"))
     run.step("benchmarks", ("-m", "pytest", "-q", "-m", "acceptance", "tests/integration/test_bench.py"))
     run.step("a store that is lost", ("-m", "pytest", "-q", "-m", "", "tests/integration/test_backup.py"))
+    run.step("what the version before wrote", ("-m", "pytest", "-q", "-m", "", "tests/integration/test_earlier.py"))
     run.step("packages", ("-m", "deploy.audit"), PACKAGES)
     run.step("the wheel", ("-m", "deploy.wheel"), (OWN_VERDICT,))
     build = ("--users", data / TASK / "anchors.json", "--task", TASK, "--anchors", ANCHORS, "--out", bank)
@@ -242,6 +254,8 @@ def main(
         )
         run.step("two engines as one", ("-m", "bench.fleet.replicas", *people), (OWN_VERDICT,))
         run.step("quality", ("-m", "server.cli", "eval", *people, "--out", out / "quality", "--no-predict"))
+    if only and only not in run.names:
+        raise typer.BadParameter(f"no step is called {only!r}, only {', '.join(run.names)}", param_hint="--only")
     console().print(_table(run.outcomes))
     if not all(outcome.passed for outcome in run.outcomes):
         raise typer.Exit(1)

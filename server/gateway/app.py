@@ -13,6 +13,7 @@ from fastapi_offline import FastAPIOffline
 from server.gateway.access.keys import KnownKeys, caller_name_of
 from server.gateway.access.routes import guard
 from server.gateway.access.shares import FairQueue, Shares
+from server.gateway.generation.personalizer import Level
 from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader
 from server.gateway.http.errors import ErrorAnswer, add_error_handlers
 from server.gateway.operating.metrics import Metrics, RequestLog
@@ -34,7 +35,7 @@ Text in each user's own style, from one base model. `PUT /users/{user_id}/profil
 
 def create_app(settings: Settings) -> FastAPI:
     """Create the application; its lifespan opens all parts."""
-    metrics, keys = Metrics(settings.named_tenants), KnownKeys(settings.tenant)
+    metrics, keys = Metrics(settings.named_tenants, Level), KnownKeys(settings.tenant)
     tracing = open_tracing(settings, "mta-gateway")
 
     @asynccontextmanager

@@ -143,7 +143,7 @@ async def open_gateway(
         metrics.queue_waiting.set_function(lambda: queue.waiting)
 
         budget = JobBudget(settings.job_tokens, settings.job_seconds)
-        learner = MessageLearner(metrics.learned.inc)
+        learner = MessageLearner(metrics.learned.inc, lambda why: metrics.unlearned.labels(why).inc())
         tallies = Tallies(stores.worth)
 
         turns, checking = FairQueue(Shares(lambda: 1)), FairQueue(Shares(lambda: 2))  # over all banks
@@ -208,7 +208,6 @@ async def open_gateway(
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
             forever(REWRITE_CHECK_S, partial(_rewrite_file_if_due, stores.file, metrics), log),
             forever(FIGURES_INTERVAL_S, partial(_read_figures, stores, metrics), log),
-            forever(0, learner.store_next, log),
             forever(STORE_INTERVAL_S, tallies.flush, log),
             forever(FOLD_INTERVAL_S, tallies.fold, log),
             forever(COUNT_INTERVAL_S, quotas.count, log),

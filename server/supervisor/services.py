@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,9 @@ class Part:
     optional: bool = False  # whether the other parts can serve without it
     start_timeout_s: float = START_S
     niceness: int = 0  # above 0 the part yields CPU time to the other parts
+    held_up: Callable[[], Awaitable[str]] | None = (
+        None  # what an operator must do before others can use it, "": nothing
+    )
 
     async def is_ready(self, log: Path) -> bool:
         url, timeout = f"http://{self.address}{self.ready}", aiohttp.ClientTimeout(total=5)

@@ -107,17 +107,22 @@ class Supervisor:
             process = self._running[part.name] = await spawn(part, self._data, self._stop_timeout_s)
         except OSError as error:  # too many processes or files
             return False, 0.0, f"could not be started: {error}"
-        ended, ready, failure = asyncio.create_task(process.wait()), False, ""
+        ended, ready, failure, advice = asyncio.create_task(process.wait()), False, "", ""
         while not ended.done():
             if ready:
                 with suppress(OSError):  # a full disk
                     await asyncio.to_thread(self._data.rotate_large_log, part.name)
-            elif ready := await part.is_ready(self._data.log(part.name)):
+            elif not await part.is_ready(self._data.log(part.name)):
+                if uptime_s > part.start_timeout_s:
+                    failure = f"was not ready after {part.start_timeout_s:.0f} s"
+                    await end(process, self._stop_timeout_s)
+            elif needed := part.held_up and await part.held_up():
+                if needed != advice:
+                    self._report(part.name, "starting", advice := needed)
+            else:
+                ready = True
                 self._tried[part.name].set()
                 self._report(part.name, "ready", f"{part.address} after {uptime_s:.1f} s")
-            elif uptime_s > part.start_timeout_s:
-                failure = f"was not ready after {part.start_timeout_s:.0f} s"
-                await end(process, self._stop_timeout_s)
             await asyncio.wait([ended], timeout=LOG_CHECK_INTERVAL_S if ready else POLL_S)
             uptime_s = time.monotonic() - started_s
         del self._running[part.name]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,7 +36,9 @@ from tests.support.gateway import (
     generate,
     give_adapter,
     make_keys,
+    metric,
     serving,
+    text_of,
     wait_until_ready,
 )
 
@@ -84,6 +87,20 @@ def test_a_rating_without_a_profile_is_exported_and_erased(client: Client, new_u
     assert [entry["rating"] for entry in known["feedback"]] == ["up"]
     assert client.delete(f"/users/{user_id}").raise_for_status().json()["erased"]["feedback"] == 1
     assert client.get(f"/users/{user_id}/export").status_code == 404
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_model_said_can_be_sent_back_even_nul(
+    client: Client, new_user: NewUser, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.support.fake_engine.WORDS", ("a\0b\\",) * 12)
+    response = generate(client, user_id := new_user(), stream=stream).raise_for_status()
+    told = chunks_of(response)[:-1] if stream else [response.json()]
+    text, answer = text_of(told) if stream else told[0]["text"], told[0]["id"]
+    assert text == "a\N{REPLACEMENT CHARACTER}b\\ " * 4
+    give(client, user_id, answer, input="hello", text=text, final=text).raise_for_status()
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": text}]
+    generate(client, user_id, prompt=None, messages=[*said, said[0]]).raise_for_status()
 
 
 def test_feedback_adds_up_and_a_repeated_one_changes_nothing(client: Client, ada: str) -> None:
@@ -256,14 +273,16 @@ def test_nothing_is_learnt_of_a_user_who_is_erased_meanwhile(
 
 
 def test_nothing_is_learnt_from_an_answer_that_took_longer_than_erasures_are_remembered(
-    client: Client, new_user: NewUser, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
+    client: Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    user_id, waiting = new_user(), gateway.parts.learner._pending
+    user_id = new_user()
+    late = partial(metric, client, 'mta_unlearned_messages_total{reason="late"}')
+    before = late()
     with monkeypatch.context() as patched:
         patched.setattr(messages, "MAX_AGE_S", 0)
         ask(client, user_id, **said("this comes far too late"), learn=True).raise_for_status()
-        ask(client, new_user(), **said("and this as well"), learn=True).raise_for_status()
-        wait_until(lambda: not waiting._unfinished_tasks, "both to be read")  # type: ignore[attr-defined]
+        ask(client, new_user(), **said("and this one comes far too late as well"), learn=True).raise_for_status()
+        wait_until(lambda: late() == before + 2, "both to be counted")
     ask(client, user_id, **said("a message that comes in time"), learn=True).raise_for_status()
     assert [item["text"] for item in learnt(client, user_id, 1)] == ["a message that comes in time"]
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +15,12 @@ from httpx import Client
 from adapters.recipe import parse_recipe
 from bench.rig.processes import wait_until
 from server.settings import Settings
+from server.store.profiles import Change
 from server.store.tenants.user_key import UserKeys
 from tests.support.calls import ALL, BOTH, HELLO, NewUser, ask, either, error_of, put, who
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter, text_of, wait_until_ready
+from tests.support.store_parts import StoreParts
 
 STREAMED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 
@@ -52,6 +57,35 @@ def test_when_the_base_model_answers(client: Client, ada: str, new_user: NewUser
     assert fake_engine.seen[-1].body["model"] == "base"
     base = who(generate(client, ada, personalize="none"))
     assert (base["level"], base["recipe"], "profile" in base["timings_ms"]) == ("base", None, False)
+
+
+async def embedded_by_another(gateway: GatewayThread, user_id: str) -> None:
+    """Have a user's embeddings be those of another embedder, as after a change."""
+    async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
+        snapshot = await parts.profiles.read(key := gateway.key(user_id))
+        assert snapshot.profile
+        vectors = {name: replace(stored, embedder="00" * 8) for name, stored in snapshot.vectors.items()}
+        change = Change(replace(snapshot.profile, embedder="00" * 8), {}, vectors, ())
+        assert await parts.profiles.commit(key, snapshot.version, change, snapshot.epoch)
+
+
+def test_an_answer_does_not_wait_for_a_new_embedder(
+    client: Client, ada: str, gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.run(embedded_by_another(gateway, ada))
+    goes_on, real = threading.Event(), gateway.parts.profiles.embedder
+
+    def embed(texts: list[str]) -> Any:
+        goes_on.wait(30)
+        return real.embed(texts)
+
+    slow = SimpleNamespace(id=real.id, dim=real.dim, embed=embed)
+    monkeypatch.setattr(gateway.parts.profiles, "embedder", slow)
+    base = who(generate(client, ada))
+    assert (base["level"], "embedded anew" in base["reason"]) == ("base", True)
+    assert error_of(generate(client, ada, personalize="merged")) == (503, None, "not_embedded")
+    goes_on.set()
+    wait_until(lambda: who(generate(client, ada))["level"] == "merged", "the items to be embedded")
 
 
 @pytest.mark.parametrize("stream", [False, True])

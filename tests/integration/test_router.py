@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,15 +15,17 @@ import httpx
 import pytest
 
 from bank.manifest import read_manifest
-from bench.rig.processes import wait_until
+from bench.rig.processes import children, command_line, descendants, mta, running, wait_until
 from bench.rig.router import Router, running_router
 from bench.rig.tiny import world
 from server.settings import Settings
-from server.supervisor.services import ROUTER_OPTIONS
+from server.supervisor.services import ROUTER_OPTIONS, free_port
 from tests.support.calls import adapt
 from tests.support.fake_engine import KEY, FakeEngine, Knobs, Seen
 from tests.support.gateway import becomes, chunks_of, generate, serving
 
+UNSHARE = ("unshare", "--pid", "--fork", "--kill-child")
+ALONE = shutil.which("unshare") and not subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode
 PEOPLE, USER = 12, "routed-0"
 BREAKER_S = float(str(ROUTER_OPTIONS["cb-timeout-duration-secs"]))
 
@@ -168,3 +172,13 @@ def test_a_second_failure_or_a_refusal_is_final(fleet: Fleet, knobs: dict[str, i
 def test_without_the_router_engines_are_asked_directly(fleet: Fleet) -> None:
     os.kill(fleet.router.process.process.pid, signal.SIGKILL)  # in the last test: it does not come back
     fleet.check_each_recipe_has_one_engine()
+
+
+@pytest.mark.skipif(not ALONE, reason="this user may not begin a namespace of processes (`unshare --pid`)")
+def test_a_router_that_is_process_1_stops_while_it_waits_for_an_engine() -> None:
+    waiting = mta("router", "--engine-urls", "http://127.0.0.1:1", "--port", str(free_port()))
+    with running([*UNSHARE, *waiting], {"MTA_METRICS_PORT": str(free_port())}) as process:
+        wait_until(lambda: any("vllm_router" in command_line(pid) for pid in descendants(process.process.pid)), "it")
+        (first,) = children(process.process.pid)
+        os.kill(first, signal.SIGTERM)
+        process.wait()

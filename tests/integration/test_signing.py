@@ -6,9 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 
@@ -18,9 +20,13 @@ from bank.manifest import read_manifest
 from bench.rig.tiny import tiny_bank, world
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
+from server.gateway.generation.personalizer import Personalizer
+from server.gateway.generation.request import Personalize
 from server.settings import Settings
+from server.store.profile_record import Profile, StoredSignature
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
+from server.store.tenants.user_key import UserKeys
 from server.worker.lease import Stalled
 from server.worker.loops import MAX_SIGN_TRIES, SigningLoop
 from server.worker.training import AdapterTrainer
@@ -29,6 +35,7 @@ from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import generate, serving
 from tests.support.store_parts import connected
 
+QUERY = np.eye(1, 384, dtype="f4")[0]
 ODD = {"input": "odd", "output": "one"}
 PICKY = "{% if messages[0]['content'] == 'odd' %}{{ raise_exception('odd') }}{% endif %}"
 
@@ -109,6 +116,16 @@ def test_topics_speak_until_the_signature_is_there(client: httpx.Client, user_id
     gains = [anchor["gain"] for anchor in who["anchors"]]
     assert [abs(gain) for gain in gains] == sorted(map(abs, gains), reverse=True)
     assert all((anchor["weight"] > 0) is (anchor["gain"] > 0) for anchor in who["anchors"])
+
+
+def test_a_signature_speaks_for_whom_no_topic_is_known_yet(sign: Sign) -> None:
+    bank, user = sign._bank, UserKeys("a secret for tests only", "signing").user("ada")
+    found = StoredSignature(Signature(bank.manifest.short, 9, np.ones(6, "f4")), 1)
+    of_another = Profile("ada", 1, 1, "00" * 8, np.ones(4, "f4") / 2, signature=found)  # embedder, with fewer numbers
+    profiles = SimpleNamespace(embedder=SimpleNamespace(id=bank.manifest.embedder.id, dim=bank.manifest.embedder.dim))
+    request = SimpleNamespace(user=user, personalize=Personalize.MERGED, strength=1.0, holdout=0.0)
+    (merged,) = Personalizer(bank, profiles).candidates(request, of_another)  # type: ignore[arg-type]
+    assert (merged.source, merged.recipe) == ("signature", bank.personalise(QUERY, found.signature).recipe)
 
 
 def test_a_change_or_an_erasure_while_signing_counts(client: httpx.Client, user_id: str, sign: Sign) -> None:

@@ -14,9 +14,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench.rig.cluster import ask
 from bench.rig.processes import alive, command_line, descendants, mta, running, wait_until
-from bench.rig.up import Up, up, up_command
+from bench.rig.up import READY, Up, up, up_command
+from bench.rig.valkey import ValkeyProcess
 from server.engine.command import memory_bytes
+from server.store.backup.folder import open_copy
+from server.store.redis import keys
+from tests.support import calls
 from tests.support.fake_engine import KEY, FakeEngine
 
 PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
@@ -148,3 +153,19 @@ def test_what_cannot_start_is_explained(running_up: Up, refused: Callable[..., s
     output = refused(tmp_path / "data", "--port", "0", "--redis-url", "redis://127.0.0.1:1/0")
     assert "gateway ended with status" in output
     assert "127.0.0.1:1" in output.partition("The end of ")[2]
+
+
+def test_after_a_restore_that_was_broken_off_it_starts_waits_and_says_what_to_do(
+    options: tuple[str, ...], embedder_folder: Path, tmp_path: Path
+) -> None:
+    data, environment = tmp_path / "data", {"MTA_ENGINE_KEY": KEY, "MTA_EMBEDDER": str(embedder_folder)}
+    with ValkeyProcess(data / "valkey") as server:
+        calls.mta("backup", "--out", tmp_path, MTA_REDIS_URL=server.url)
+        (copy,) = tmp_path.glob("*Z")
+        ask(server, "SET", keys.RESTORING, open_copy(copy).sha256)
+    command, clean = up_command(data, *options, "--port", "0")
+    with running(command, clean | environment) as process:
+        process.wait_for(rf"valkey +starting +a restore was broken off: run `mta restore COPY --data {data}` again")
+        assert "gateway" not in process.output
+        calls.mta("restore", copy, "--without-erasures", "--data", data)
+        process.wait_for(READY)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import SecretStr
@@ -17,7 +19,9 @@ from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
 from server.cli.run.needs import CUDA_BYTES, GIB, needs_of
 from server.engine.command import Share, check_engine, engine_command, is_cpu_build, memory_bytes
+from server.errors import Unavailable
 from server.settings import Settings
+from server.store.opening import open_stores
 from server.supervisor import services
 from server.supervisor.data_folder import AUDIT_LOG, DataFolder
 from server.supervisor.services import LOOPBACK, Part, free_port
@@ -38,8 +42,9 @@ def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -
     settings = _with(settings, audit=settings.audit or data.path / AUDIT_LOG)  # a restore needs to know who was erased
     if "redis_url" not in given:
         store_mib = settings.store_mib or memory_bytes() // 8 >> 20  # the rest is for engine and worker
-        parts.append(services.valkey_part(data, store_mib << 20))
+        valkey = services.valkey_part(data, store_mib << 20)
         settings = _with(settings, redis_url=services.valkey_url(data.path))
+        parts.append(replace(valkey, held_up=partial(_unfinished_restore, settings, data.path)))
     if not given & {"engine_url", "engine_urls"}:
         settings, engines, gpu = _engines(settings, say)
     address, argv = f"{LOOPBACK}:{settings.port}", (sys.executable, "-m", "server.cli")
@@ -54,6 +59,18 @@ def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -
     threads, niceness = f"{settings.worker_threads} threads", settings.worker_niceness
     part = Part("worker", (*argv, "worker"), environment, threads, "ready: bank", needs, niceness=niceness)
     return [*parts, *engines, gateway, replace(part, optional=True)]
+
+
+async def _unfinished_restore(settings: Settings, data: Path) -> str:
+    """Return what ends a restore that was broken off, for which Valkey must run; empty if none was."""
+    advice = (
+        f"run `mta restore COPY --data {data}` again, with its other options, or stop this and delete {data}/valkey"
+    )
+    try:
+        async with open_stores(settings):
+            return ""
+    except Unavailable as error:
+        return f"a restore was broken off: {advice}" if error.code == "store_incomplete" else ""
 
 
 def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, list[Part], str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,10 @@ def router(
     from server.supervisor.services import router_command
 
     argv, environment = router_command(settings)
+    if os.getpid() == 1 and (child := os.fork()):  # the kernel keeps signals from process 1 that has no handler yet
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: os.kill(child, number))
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256)
     os.execve(argv[0], argv, environment)
 
 

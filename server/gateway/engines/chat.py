@@ -36,6 +36,7 @@ _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
 _ERROR_PRONE_FIELDS = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
 """Fields that may cause an error without a `param`; if all are absent, the chat template rejected the prompt."""
 _ABORTED = "abort"  # finish reason of an answer that vLLM aborts, e.g. during shutdown
+_NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")  # after an even number of backslashes
 _USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")  # in a recipe's name; it contains the user's key
 
 Conversation = list[dict[str, Any]]
@@ -294,12 +295,17 @@ async def events(chunks: aiohttp.StreamReader) -> AsyncGenerator[Any, None]:
             data = line[5:].strip()
             if data == b"[DONE]":
                 return
-            yield orjson.loads(data)
+            yield _parsed(data)
     raise EOFError("the stream ended without [DONE]")
 
 
 async def _single_value(chunks: aiohttp.StreamReader) -> AsyncGenerator[Any, None]:
-    yield orjson.loads(await chunks.read())
+    yield _parsed(await chunks.read())
+
+
+def _parsed(data: bytes) -> Any:
+    """Parse an engine's JSON, with U+FFFD in place of NUL: requests must not have it, so no answer may."""
+    return orjson.loads(_NUL.sub(rb"\1\\ufffd", data) if rb"\u0000" in data else data)
 
 
 def open_session(timeout_s: float, **options: Any) -> aiohttp.ClientSession:

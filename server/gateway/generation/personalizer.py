@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import numpy as np
+
 from adapters.errors import excerpt
 from adapters.recipe import FusionRecipe, UserAdapterId, bank_of, parse_recipe
 from bank.lookup.serving import AnchorWeight, ServingBank
@@ -23,6 +25,7 @@ from server.store.worth import this_hour, week_of
 
 SIGNATURE_REQUEST_INTERVAL_S = 60.0  # until a gateway requests a user's missing signature again
 _MAX_REMEMBERED_USERS = 10_000
+_NOT_EMBEDDED = "the user's items are being embedded anew since the embedder was changed"
 _HELD_OUT = "this week the user is answered one level lower, for comparison (MTA_HOLDOUT)"
 
 
@@ -84,7 +87,7 @@ class Personalizer:
             )
         if request.user is None or not request.wants_profile:
             return request.user, None, ""
-        user, profile, epoch = await self._profiles.find(request.user)
+        user, profile, epoch = await self._profiles.find_at_once(request.user)
         if request.learnt and profile is None:
             with suppress(Unavailable):  # the message is not learnt then
                 epoch = await self._profiles.rotation.begin_write(user)
@@ -101,6 +104,13 @@ class Personalizer:
             return (_without_profile(request),)
         if self._bank.manifest.has_signatures and not profile.is_signed(self._bank.manifest.short):
             self._schedule_signature_request(user)
+        if profile.embedder != self._profiles.embedder.id:
+            evidence = profile.evidence if self._bank.manifest.has_signatures else None
+            if not evidence or not evidence.is_usable_for(self._bank.manifest.short):
+                if request.personalize is Personalize.MERGED:
+                    raise Unavailable(f"{_NOT_EMBEDDED}: send the request again", code="not_embedded")
+                return (Personalization(Level.BASE, reason=_NOT_EMBEDDED),)
+            profile = replace(profile, embedding=np.zeros(self._profiles.embedder.dim, np.float32))  # not comparable
         personal = self._bank.personalise(profile.embedding, profile.evidence, request.strength)
         merged = Personalization(Level.MERGED, personal.recipe, personal.source, personal.weights)
         if request.personalize is Personalize.MERGED:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,13 +16,14 @@ import orjson
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
-from server.errors import QuotaExceeded, UserErased
 from server.gateway.access.shares import Shares
 from server.gateway.engines.chat import Conversation
 from server.gateway.users.profiles import Profiles
 from server.settings import MAX_ITEM_BYTES
 from server.store.profiles import MARK_S
 from server.store.tenants.user_key import User
+
+log = logging.getLogger("mta.gateway")
 
 MAX_PENDING = 1000  # messages of a gateway that wait to be stored
 MAX_AGE_S = MARK_S - 60  # later on the mark of an unknown user could be gone
@@ -80,34 +83,46 @@ class LearntMessage:
 
 @dataclass
 class MessageLearner:
-    """Stores messages in the background, one at a time; the request has been answered by then."""
+    """Stores messages in the background, those of a tenant one after the other; requests have been answered by then."""
 
     learned: Callable[[int], None]  # called with the number of new items
-    _pending: asyncio.Queue[tuple[Profiles, LearntMessage]] = field(default_factory=asyncio.Queue)
+    dropped: Callable[[str], None]  # called with the reason for each message that is not stored
     _places: Shares = field(default_factory=lambda: Shares(lambda: MAX_PENDING))  # of tenants
+    _lines: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))  # by tenant
+    _storing: set[asyncio.Task[None]] = field(default_factory=set)
 
     def has_room(self, tenant: str) -> bool:
+        """Return whether a message may be accepted; one that was accepted is never refused by `learn`."""
         return self._places.may_acquire(tenant)
 
     def learn(self, profiles: Profiles, message: LearntMessage) -> None:
-        if self.has_room(message.user.tenant):
-            self._places.acquire(message.user.tenant)
-            self._pending.put_nowait((profiles, message))
+        self._places.acquire(message.user.tenant)
+        task = asyncio.create_task(self._store(profiles, message))
+        self._storing.add(task)
+        task.add_done_callback(self._storing.discard)
 
-    async def store_next(self) -> None:
-        """Wait for a message and store it, unless its user was erased, it is too old, or a quota is used up."""
-        profiles, message = await self._pending.get()
+    async def _store(self, profiles: Profiles, message: LearntMessage) -> None:
+        """Wait for the tenant's earlier messages, then store this one, or count why it is not stored."""
+        dropped = "stopped"
         try:
-            if time.perf_counter() - message.asked_s <= MAX_AGE_S:
-                update = await profiles.learn(message.user, message.item, message.epoch)
-                self.learned(update.changed)
-        except (UserErased, QuotaExceeded):
-            pass
+            async with self._lines[message.user.tenant]:
+                if time.perf_counter() - message.asked_s <= MAX_AGE_S:
+                    update = await profiles.learn(message.user, message.item, message.epoch)
+                    self.learned(update.changed)
+                    dropped = ""
+                else:
+                    dropped = "late"
+        except Exception as error:  # most often the user was erased, a quota is used up, or the store is away
+            dropped = getattr(error, "code", "failed")
+            log.warning("a message was not learnt: %s", getattr(error, "explained", repr(error)))
         finally:
             self._places.release(message.user.tenant)
-            self._pending.task_done()
+            if dropped:
+                self.dropped(dropped)
 
-    async def finish(self) -> None:
-        """Wait until all pending messages are stored, for at most `CLOSE_S`."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._pending.join(), CLOSE_S)
+    async def finish(self, timeout_s: float = CLOSE_S) -> None:
+        """Wait until all pending messages are stored, and drop those that are not in time."""
+        if self._storing and (pending := (await asyncio.wait(self._storing, timeout=timeout_s))[1]):
+            log.warning("%d messages were not learnt: the gateway stops", len(pending))
+            for task in pending:
+                task.cancel()

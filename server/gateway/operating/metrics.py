@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
@@ -42,9 +43,12 @@ _OUTCOMES = {429: "limited", CLIENT_GONE: "gone", 503: "unavailable"}
 
 
 class Metrics:
-    """The metrics of one gateway, in a registry of its own; tenants not in `tenants` are labelled `other`."""
+    """The metrics of one gateway, in a registry of its own; tenants not in `tenants` are labelled `other`.
 
-    def __init__(self, tenants: Iterable[str] = ()) -> None:
+    What alerts use starts at zero, for each of the `levels` of answers: the first burst is then an increase.
+    """
+
+    def __init__(self, tenants: Iterable[str] = (), levels: Iterable[str] = ()) -> None:
         self._registry = registry = CollectorRegistry()
         self._tenants = frozenset(tenants)
 
@@ -58,11 +62,13 @@ class Metrics:
             "broken (error within a stream) or gone (client disconnected).",
             ("tenant", "level", "outcome"),
         )
-        for tenant in self._tenants | {OTHER}:
-            for outcome in ("refused", "limited", "unavailable", "failed"):
-                self.generations.labels(tenant, "", outcome)  # start at zero, so that the first failure is an increase
+        outcomes = ("answered", "refused", "broken", "failed", *_OUTCOMES.values())
+        for labels in product(self._tenants | {OTHER}, ("", *levels), outcomes):
+            self.generations.labels(*labels)
         self.stages = seconds("mta_stage_seconds", "Duration of each stage of a generation.", ("stage",))
         self.ttft = seconds("mta_ttft_seconds", "Time from arrival to the first streamed token.", ("level",))
+        for level in levels:
+            self.ttft.labels(level)
         self.inter_token = seconds("mta_inter_token_seconds", "Time between two tokens of a stream.")
         self.tokens = counter("mta_tokens", "Prompt and completion tokens.", ("level", "kind"))
         self.queue_waiting = gauge("mta_queue_waiting", "Generations that wait for the engines.")
@@ -78,6 +84,7 @@ class Metrics:
         self.disconnects = counter("mta_disconnects", "Generations whose client disconnected before the end.")
         self.profile_changes = counter("mta_profile_changes", "Profile items added, removed or replaced.")
         self.learned = counter("mta_learned_messages", "Users' messages that became items of their histories.")
+        self.unlearned = counter("mta_unlearned_messages", "Messages that were to be learnt and were not.", ("reason",))
         self.bank = gauge("mta_bank_info", "The bank served.", ("bank",))
         self.jobs = gauge("mta_jobs", "Approximate number of adapt jobs, by state: queued or running.", ("state",))
         self.oldest_job = gauge("mta_jobs_oldest_seconds", "How long the next job has waited.")

@@ -49,6 +49,7 @@ log = logging.getLogger("mta.gateway")
 CHANGES_AT_ONCE = 32  # in a gateway, each of up to 10 MB
 EMBED_BATCH = 16  # texts per executor task, so that short histories need not wait for long ones
 MAX_ATTEMPTS = 64  # commits per change when other requests keep winning the race
+MAX_REFRESHING = 16  # profiles that are embedded in the background; beyond, the next answer to a user tries again
 SIGNED_AT = (4, 8, 16, 32)  # numbers of learnt items at which a signature is made; then the first of each day
 _DAY_MS = 24 * 3600 * 1000
 _MAX_PAUSE_S = 0.05  # longest pause between two attempts
@@ -103,10 +104,21 @@ class Profiles:
 
     async def find(self, user: User) -> tuple[User, Profile | None, str]:
         """Return the user as stored, what `current` returns, and the user's epoch."""
+        user, profile, epoch = await self.find_at_once(user)
+        if profile and profile.embedder != self.embedder.id:
+            profile = await asyncio.shield(self._refresh_once(user))
+        return user, profile, epoch
+
+    async def find_at_once(self, user: User) -> tuple[User, Profile | None, str]:
+        """Return what `find` does, without waiting for the embedder.
+
+        A profile that has only another embedder's embedding is embedded in the background.
+        """
         user, profile, epoch = await self.store.find(user)
-        if profile is None:
-            return user, None, epoch
-        return user, profile.with_embedder(self.embedder.id) or await self._refresh_once(user), epoch
+        current = profile and profile.with_embedder(self.embedder.id)
+        if profile and not current and len(self._refreshing) < MAX_REFRESHING:
+            self._refresh_once(user)
+        return user, current or profile, epoch
 
     async def replace(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
         """Replace the history with these items, oldest first; `epoch` is the user's epoch at the time of the request.
@@ -134,19 +146,24 @@ class Profiles:
         except ApiError as error:
             log.warning("a signature could not be requested: %s", error.explained)
 
-    async def _refresh_once(self, user: User) -> Profile | None:
+    def _refresh_once(self, user: User) -> asyncio.Task[Profile | None]:
         """Replace another embedder's embedding; concurrent calls share one task per user."""
         task = self._refreshing.get(user.key)
         if task is None:
             task = self._refreshing[user.key] = asyncio.create_task(self._refresh(user))
-            task.add_done_callback(lambda _: self._refreshing.pop(user.key, None))
-        return await asyncio.shield(task)
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved without a waiter
+        return task
 
     async def _refresh(self, user: User) -> Profile | None:
         try:
             return (await self._change(user, dict)).profile
         except UserErased:
             return None
+        except Exception as error:
+            log.warning("a profile was not embedded again: %s", getattr(error, "explained", repr(error)))
+            raise
+        finally:
+            del self._refreshing[user.key]
 
     async def _change(
         self,

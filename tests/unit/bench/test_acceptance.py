@@ -83,6 +83,18 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
     assert read_steps(tmp_path / "out")["quality"] == steps["quality"]
 
 
+def test_one_step_is_run_by_its_name_and_what_passed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = MagicMock(return_value=subprocess.CompletedProcess([], 0, stdout=""))
+    monkeypatch.setattr(subprocess, "run", run)
+    for name in ("a store that is lost", "quality", "quality"):
+        run.reset_mock()
+        acceptance.main(tmp_path, tmp_path / "out", only=name)
+        assert len([call for call in run.call_args_list if "-m" in call.args[0]]) == 1
+    assert list(read_steps(tmp_path / "out")) == ["a store that is lost", "quality"]
+    with pytest.raises(typer.BadParameter, match=r"no step is called .qualities., only .*, quality"):
+        acceptance.main(tmp_path, tmp_path / "out", only="qualities")
+
+
 def test_every_step_is_a_command_that_its_program_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = "mta-gateway\nmta-engine-cpu"
     run = MagicMock(return_value=subprocess.CompletedProcess([], 0, stdout=listed))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from dataclasses import replace
-from unittest.mock import AsyncMock, Mock
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,8 +14,17 @@ import pytest
 from bank.items.profile import Item
 from bank.items.tasks import get_task
 from bank.lookup.signature import empty_signature
+from bench.rig.processes import PATIENCE_S
+from server.errors import QuotaExceeded, Unavailable, UserErased
 from server.gateway.generation.personalizer import Arm, arm_of
-from server.gateway.learning.messages import MAX_PENDING, LearntMessage, MessageLearner, item_of, own_words
+from server.gateway.learning.messages import (
+    MAX_AGE_S,
+    MAX_PENDING,
+    LearntMessage,
+    MessageLearner,
+    item_of,
+    own_words,
+)
 from server.gateway.users.profiles import signature_due
 from server.settings import MAX_ITEM_BYTES
 from server.store.profile_record import Profile, StoredSignature
@@ -21,7 +32,9 @@ from server.store.tenants.user_key import User
 from server.store.worth import week_of
 
 BANK, DAY_MS = "0123abcd", 24 * 3600 * 1000
+FAULTS = {"erased": UserErased(), "full": QuotaExceeded("x"), "away": Unavailable("x"), "odd": ValueError("x")}
 SAID = "honestly the sea was flat all week"
+ITEM = Item("a", {"text": SAID})
 ANSWERED = {"role": "assistant", "content": "How was the sea?"}
 
 
@@ -85,18 +98,78 @@ def test_an_item_is_the_last_message_of_the_user_after_what_it_answers() -> None
         assert item_of(messages, task) is None
 
 
+@dataclass
+class Said:
+    """A learner, with what it learned and dropped; profiles of the tenants in `held` are stored once it is empty."""
+
+    held: set[str] = field(default_factory=set)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    stored: list[str] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.learner = MessageLearner(Mock(), lambda why: self.dropped.update([why]))
+
+    def say(self, tenant: str, ago_s: float = 0) -> None:
+        message = LearntMessage(User("ada", "a" * 26, tenant), ITEM, "", time.perf_counter() - ago_s)
+        self.learner.learn(self, message)  # type: ignore[arg-type]
+
+    async def learn(self, user: User, item: Item, epoch: str) -> Mock:
+        async with self.changed:
+            await self.changed.wait_for(lambda: user.tenant not in self.held)
+        if user.tenant in FAULTS:
+            raise FAULTS[user.tenant]
+        self.stored.append(user.tenant)
+        return Mock(changed=1)
+
+    async def release(self) -> None:
+        async with self.changed:
+            self.held.clear()
+            self.changed.notify_all()
+
+
 async def test_a_tenant_that_says_much_leaves_room_for_what_others_say() -> None:
-    learner, item, profiles = MessageLearner(Mock()), Item("a", {"text": SAID}), Mock(learn=AsyncMock())
+    said = Said(held={"loud"})
+    while said.learner.has_room("loud"):
+        said.say("loud")
+    assert said.learner.has_room("calm")
+    await said.release()
+    await said.learner.finish()
+    assert said.learner.has_room("loud") and set(said.stored) == {"loud"}
 
-    def say(tenant: str) -> None:
-        learner.learn(profiles, LearntMessage(User("ada", "a" * 26, tenant), item, "", time.perf_counter()))
 
-    for _ in range(2 * MAX_PENDING):
-        say("loud")
-    assert not learner.has_room("loud") and learner.has_room("calm")
-    say("calm")
-    while not learner.has_room("loud") or profiles.learn.call_args.args[0].tenant == "loud":
-        await learner.store_next()
+async def test_a_tenants_messages_wait_for_none_of_anothers() -> None:
+    said = Said(held={"loud"})
+    said.say("loud")
+    said.say("calm")
+    async with asyncio.timeout(PATIENCE_S):
+        while "calm" not in said.stored:
+            await asyncio.sleep(0)
+    assert said.stored == ["calm"]
+    await said.release()
+    await said.learner.finish()
+    assert said.stored == ["calm", "loud"]
+
+
+async def test_what_was_accepted_is_stored_however_many_were_accepted_at_once() -> None:
+    said = Said()
+    for _ in range(2 * MAX_PENDING):  # had room when they were accepted, and ended together
+        said.say("loud")
+    await said.learner.finish()
+    assert (len(said.stored), said.dropped) == (2 * MAX_PENDING, Counter())
+
+
+async def test_every_message_that_is_dropped_is_counted() -> None:
+    said = Said(held={"stalled"})
+    said.say("calm", MAX_AGE_S + 1)
+    for tenant in (*FAULTS, "stalled"):
+        said.say(tenant)
+    await said.learner.finish(0.05)
+    await asyncio.sleep(0)
+    assert said.dropped == {"late": 1, "stopped": 1, "failed": 1} | {
+        fault.code: 1 for fault in list(FAULTS.values())[:3]
+    }
+    assert said.stored == []
 
 
 def test_signatures_of_learnt_items_are_made_at_a_few_numbers_and_then_daily() -> None:

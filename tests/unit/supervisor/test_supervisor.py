@@ -314,6 +314,20 @@ async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_ne
     assert numbers[0] > 3 * LIMIT // 200
 
 
+async def test_a_part_that_waits_for_its_operator_has_time_and_says_so_once(tmp_path: Path, data: DataFolder) -> None:
+    asked: list[str] = []
+
+    async def held_up() -> str:
+        asked.append("run this")
+        return "" if len(asked) > 5 else asked[-1]
+
+    part = replace(python_part("held", tmp_path, ""), ready="", held_up=held_up, start_timeout_s=0)
+    other = replace(python_part("other", tmp_path, ""), needs=("held",))
+    record = await run_until(at_once, data, part, other)
+    assert record.of("held", "starting")[1:] == ["run this"]
+    assert record.states.index(("held", "ready")) < record.states.index(("other", "starting"))
+
+
 async def test_each_run_has_a_log_of_its_own_and_is_ready_once_it_says_so(tmp_path: Path, data: DataFolder) -> None:
     log = data.log("brief")
     for said, expected in (("ready: now", True), ("not yet", False)):
