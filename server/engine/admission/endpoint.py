@@ -105,6 +105,7 @@ class MtaEndpointPlugin:
             "status": "ok",
             "model": engine.model_config.model,
             "max_model_len": engine.model_config.max_model_len,
+            "sampling": engine.model_config.get_diff_sampling_param(),
             "banks": [manifest.fingerprint for manifest in manifests.values()],
             "max_lora_rank": args.max_lora_rank,
             "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,

@@ -35,6 +35,7 @@ from server.gateway.routes.openai.requests import (
 from server.gateway.routes.openai.schemas import MAX_BYTES, MAX_STATES, states_of
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.routes.users import ItemsRequest
+from server.settings import Sampling
 from server.store.tenants.user_key import UserKeys
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))  # NUL is refused on purpose
@@ -140,7 +141,7 @@ def fault(model: type[BaseModel], extra: Mapping[str, object]) -> InvalidRequest
 def test_the_least_request_gets_the_documented_defaults() -> None:
     least = LEAST[GenerateRequest]
     request = GenerateRequest.model_validate(least)
-    assert (request.max_tokens, request.temperature, request.top_p) == (128, 1.0, 1.0)
+    assert [getattr(request, name) for name in ("max_tokens", *Sampling.model_fields)] == [None] * 6
     assert (request.stream, request.personalize, request.stop) == (False, Personalize.AUTO, None)
     assert GenerateRequest.model_validate(least | {"stop": "END", "temperature": 0}).stop == ["END"]
     good = {"temperature": 2, "top_p": 1, "stop": ["a", "b"], "seed": -(1 << 63), "personalize": "merged"}
@@ -151,7 +152,7 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
     GenerateRequest: {
         "temperature": (True, "1", -0.1),
         "top_p": (0,),
-        "max_tokens": (1.5, True, None, 0, -5, 1 << 31),
+        "max_tokens": (1.5, True, 0, -5, 1 << 31),
         "stream": ("yes", 1),
         "seed": (1 << 63,),
         "stop": ([], list("abcde")),
@@ -248,8 +249,8 @@ def test_what_steers_the_engine_is_refused_by_name(name: str) -> None:
     ("model", "names"),
     [
         (GenerateRequest, ("model",)),
-        (ChatRequest, ("top_k", "guided_json", "echo", "user_id", "prompt")),
-        (CompletionRequest, ("history", "tools", "messages", "max_completion_tokens")),
+        (ChatRequest, ("guided_json", "echo", "user_id", "prompt")),
+        (CompletionRequest, ("prompt_logprobs", "history", "tools", "messages", "max_completion_tokens")),
     ],
 )
 def test_what_is_unknown_is_refused_by_name_even_as_null(model: type[BaseModel], names: Sequence[str]) -> None:
@@ -261,6 +262,7 @@ def test_what_is_unknown_is_refused_by_name_even_as_null(model: type[BaseModel],
 PASSED: dict[str, Any] = {
     **{"temperature": 0.5, "top_p": 0.9, "n": 2, "stop": ["END"], "seed": 7, "logprobs": True, "top_logprobs": 3},
     **{"presence_penalty": -0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"5": -100.0}},
+    **{"top_k": 7, "min_p": 0.1},
     **{"max_tokens": 9, "max_completion_tokens": 8, "tools": [TOOL], "parallel_tool_calls": False},
     "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [None]}}},
     "tool_choice": {"type": "function", "function": {"name": "look"}},
@@ -302,7 +304,7 @@ def test_prompts_are_texts_or_token_ids_and_at_most_128_answers() -> None:
         assert CompletionRequest.model_validate({"prompt": prompt, "n": 2}).prompt == prompt
 
 
-LIMITS = LengthLimits(max_prompt_chars=10, context_tokens=512)
+LIMITS = LengthLimits(max_prompt_chars=10, context_tokens=512, default_max_tokens=300)
 
 
 def ask(**fields: Any) -> GenerationRequest:
@@ -350,7 +352,7 @@ def test_an_answer_beyond_what_the_prompt_leaves_is_refused_with_what_would_fit(
 
 
 def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
-    unknown = LengthLimits(max_prompt_chars=10, context_tokens=None)
+    unknown = replace(LIMITS, context_tokens=None)
     unknown.check(ask(max_tokens=10_000))
     unknown.check_answer(ask(max_tokens=10_000), 500)
     LIMITS.check_answer(ask(max_tokens=500), None)
@@ -359,21 +361,25 @@ def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
 
 def test_an_answer_comes_whole_when_it_is_short_and_surely_fits() -> None:
     asked, longest = ask(prompt="ä" * 20, max_tokens=8), ask(max_tokens=WHOLE_TOKENS)
-    assert LengthLimits(100, 4096).allow_whole(longest, longest.messages)
-    assert not LengthLimits(100, 4096).allow_whole(replace(longest, max_tokens=WHOLE_TOKENS + 1), longest.messages)
+    long = LengthLimits(100, 4096, WHOLE_TOKENS + 1)
+    assert long.allow_whole(longest, longest.messages)
+    for tokens in (WHOLE_TOKENS + 1, None):
+        assert not long.allow_whole(replace(longest, max_tokens=tokens), longest.messages)
     for prompt in (None, "ä" * 20, ["ä" * 20], [1] * 40, [[1] * 40]):
         request = replace(asked, prompt=prompt, messages=[] if prompt else asked.messages)
         bound = max_prompt_tokens(request.messages, prompt or "")
         assert bound > 40
-        assert LengthLimits(100, bound + 8).allow_whole(request, request.messages)
-        assert not LengthLimits(100, bound + 7).allow_whole(request, request.messages)
-        assert LengthLimits(100, bound).allow_whole(replace(request, max_tokens=None), request.messages)
+        assert replace(LIMITS, context_tokens=bound + 8).allow_whole(request, request.messages)
+        assert not replace(LIMITS, context_tokens=bound + 7).allow_whole(request, request.messages)
+        assert replace(LIMITS, context_tokens=bound).allow_whole(replace(request, max_tokens=None), request.messages)
 
 
 def test_tokens_are_estimated_before_the_engine_has_counted_them() -> None:
-    limits, asked = LengthLimits(10_000, 512), ask(prompt="x" * 400, max_tokens=20)
+    limits, asked = LengthLimits(10_000, 512, 300), ask(prompt="x" * 400, max_tokens=20)
     assert limits.estimate_tokens(asked) == 100 + 20
     assert limits.estimate_tokens(replace(asked, max_tokens=None)) == 100 + 256
+    assert replace(limits, context_tokens=4096).estimate_tokens(replace(asked, max_tokens=None)) == 100 + 300
+    assert limits.estimate_tokens(replace(asked, max_tokens=None, messages=[], prompt="x" * 400)) == 100 + 16
     twice = replace(asked, messages=[], prompt=[[1, 2, 3], [4, 5]], sampling={"n": 2})
     assert twice.sequences == 4
     assert limits.estimate_tokens(twice) == 5 + 4 * 20

@@ -12,20 +12,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Wit
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
-from server.gateway.generation.request import Personalize, prompts_of
+from server.gateway.generation.request import CONTINUATION_TOKENS, prompts_of
 from server.gateway.routes.openai.schemas import check_schemas, check_size
-from server.gateway.routes.requests import (
-    MAX_INT32,
-    MAX_MESSAGES,
-    SEED_MAX,
-    History,
-    Learn,
-    Mode,
-    Stops,
-    Strength,
-    Strict,
-    UserId,
-)
+from server.gateway.routes.requests import MAX_MESSAGES, AnswerRequest, History, Strict, UserId
+from server.settings import MAX_INT32
 
 PERSONAL_MODEL = "mta"
 OWN_FIELDS = {
@@ -171,25 +161,15 @@ class StreamOptions(Strict):
     include_obfuscation: bool = Field(False, description="No effect: chunks are not padded.")
 
 
-class OpenAIRequest(Strict):
+class OpenAIRequest(AnswerRequest):
     model: str = Field(PERSONAL_MODEL, description="`mta`, or `base` for the base model.")
     user: UserId | None = Field(None, description="User id; alternative to the header X-User-ID.")
-    max_tokens: int | None = Field(None, ge=1, le=MAX_INT32)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: Stops | None = None
-    seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=2, description="A vLLM extension.")
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: Annotated[dict[str, Any], AfterValidator(_check_format), WithJsonSchema(_FORMAT)] | None = None
-    stream: bool = False
     stream_options: StreamOptions | None = None
-    personalize: Mode = Personalize.AUTO
-    strength: Strength = 1.0
-    learn: Learn = None
 
     @model_validator(mode="before")
     @classmethod
@@ -231,7 +211,9 @@ class CompletionRequest(OpenAIRequest):
     """A continuation of a prompt, verbatim and without a chat template."""
 
     prompt: Annotated[str | list[Any], PlainValidator(_check_prompt), WithJsonSchema(_PROMPTS)]
-    max_tokens: int | None = Field(None, ge=0, le=MAX_INT32, description="16 by default; 0 only with `echo`.")
+    max_tokens: int | None = Field(
+        None, ge=0, le=MAX_INT32, description=f"{CONTINUATION_TOKENS} by default; 0 only with `echo`."
+    )
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
 
