@@ -268,6 +268,24 @@ def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
     assert prefetcher.result("x") == "fused"
 
 
+def test_a_fusion_that_failed_twice_is_new_for_a_later_request() -> None:
+    prefetcher = FusionPrefetcher[str](MagicMock(side_effect=[MemoryError, MemoryError, "fused"]))
+    prefetcher.start("x")
+    assert isinstance(prefetcher.wait("x").exception(), MemoryError)
+    assert prefetcher.unfinished(["x"]) == set()  # it is not tried a third time
+    assert (prefetcher.failed(["x", "y"]), prefetcher.failed(["x"])) == ({"x"}, set())
+    assert prefetcher.result("x") == "fused"
+
+
+def test_a_wait_before_the_step_counts_for_its_first_adapter(manager: CountingManager) -> None:
+    manager.wait_for(recipe(1))
+    assert manager._waited_s > 0
+    manager._waited_s = 1000.0
+    manager._apply_adapters({recipe(1), recipe(2)})
+    found = re.search(r"^mta_engine_bring_in_seconds_sum (\S+)$", manager.metrics.text, re.MULTILINE)
+    assert found and 1000 <= float(found[1]) < 2000
+
+
 @pytest.mark.parametrize("method", ["shared", "cat"])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_on_a_gpu_the_thread_that_fuses_pins_whatever_is_copied_to_a_slot(

@@ -49,6 +49,10 @@ JSON = st.recursive(
 ENDLESS = ("(a{1,127}b{1,127}){1,127}", "((((a?){1,100})?){1,100})?", r"(\d{1,50}[a-z]{1,50}){1,127}", "^.{1,5000}$")
 
 
+BEYOND = ("a{129}", "(ab){0,129}", "x{2}y{129,}", "[a-z]{1, 200 }", "a{9999999999}")
+"""Patterns with a count that no engine compiles, though they have few states."""
+
+
 def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
@@ -169,7 +173,8 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
         "response_format": (
             *({"type": "text", "a": 1 << 64}, {"type": "structural_tag"}, {"type": "json_schema"}),
             json_schema({"enum": ["x" * MAX_BYTES]}),
-            *(json_schema({"properties": {"a": {"pattern": pattern}}}) for pattern in ENDLESS),
+            *(json_schema({"properties": {"a": {"pattern": pattern}}}) for pattern in (*ENDLESS, *BEYOND)),
+            json_schema({"patternProperties": {BEYOND[0]: {}}}),
             json_schema({"patternProperties": {pattern: {} for pattern in ENDLESS}}),
             json_schema({"properties": {str(n): {} for n in range(201)}, "minProperties": 1}),
         ),
@@ -202,6 +207,10 @@ WITHIN: Sequence[tuple[Any, dict[str, Any], str]] = [
     (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content"),
     (ChatRequest, {"messages": [{"role": "user", "content": "x", "audio": {}}]}, "messages.0.audio"),
     (CompletionRequest, {"prompt": ["a"] * 65, "n": 2}, "prompt"),
+    *(
+        (CompletionRequest, {"prompt": prompt, "echo": True, "logprobs": 0}, "echo")
+        for prompt in ([1] * 513, ["a", "ä" * 257], [[1], [1] * 513])
+    ),
 ]
 """Values that are wrong somewhere within, or only together, and what the error names."""
 
@@ -273,7 +282,7 @@ def test_what_is_passed_on_is_passed_as_it_came() -> None:
     known = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
     assert PASSED.keys() | {"echo"} == known - OWN_FIELDS
     assert ChatRequest.model_validate(CHAT | PASSED).engine_fields == PASSED
-    of_texts = {"echo": True, "logprobs": 2}
+    of_texts: dict[str, Any] = {"echo": True, "logprobs": 2}
     assert CompletionRequest.model_validate({"prompt": "hi"} | of_texts).engine_fields == of_texts
 
 
@@ -297,6 +306,24 @@ def test_a_conversation_with_tools_that_a_client_echoes_is_taken() -> None:
         {"role": "assistant", "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "c1", "content": ""},
     ]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt": ["a" * 512, "b"], "echo": True, "logprobs": 0},
+        {"prompt": [1] * 512, "echo": True, "logprobs": 0},
+        {"prompt": [1] * 513, "echo": True},
+        {"prompt": [1] * 513, "echo": False, "logprobs": 5},
+    ],
+)
+def test_a_prompt_is_echoed_with_logprobs_when_it_is_short(asked: dict[str, Any]) -> None:
+    assert CompletionRequest.model_validate(asked).engine_fields.keys() == asked.keys() - {"prompt"}
+
+
+@pytest.mark.parametrize("pattern", ["a{128}", "[{]200}", r"\{200}", "a{3}{70}", "(a{15}){15}", "^a{0,128}b{128,}$"])
+def test_patterns_whose_counts_are_within_bounds_are_taken(pattern: str) -> None:
+    ChatRequest.model_validate(CHAT | {"response_format": json_schema({"pattern": pattern, "maxLength": 9999})})
 
 
 def test_prompts_are_texts_or_token_ids_and_at_most_128_answers() -> None:
@@ -401,7 +428,7 @@ def test_tokens_are_estimated_before_the_engine_has_counted_them() -> None:
 def test_the_states_of_a_pattern_are_those_of_its_repeats_written_out(pattern: str, states: int) -> None:
     assert states_of(pattern) == states
     accepted = states < 100
-    with nullcontext() if accepted else pytest.raises(ValidationError, match="patterns that repeat less"):
+    with nullcontext() if accepted else pytest.raises(ValidationError, match="must have patterns that repeat"):
         body = {"messages": [{"role": "user", "content": "hi"}], "response_format": json_schema({"pattern": pattern})}
         ChatRequest.model_validate(body)
 

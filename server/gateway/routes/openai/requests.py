@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Wit
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
-from server.gateway.generation.request import CONTINUATION_TOKENS, prompts_of
+from server.gateway.generation.request import CONTINUATION_TOKENS, prompts_of, size_bytes
 from server.gateway.routes.openai.schemas import check_schemas, check_size
 from server.gateway.routes.requests import MAX_MESSAGES, AnswerRequest, History, Strict, UserId
 from server.settings import MAX_INT32
@@ -26,6 +26,7 @@ IGNORED = frozenset(("store", "metadata", "service_tier"))
 REFUSED = frozenset(  # fields that control the engine
     ("cache_salt", "priority", "request_id", "session_id", "kv_transfer_params", "vllm_xargs", "chat_template")
 )
+MAX_ECHOED = 512  # tokens of a prompt with logprobs: their logits are outside of the engines' memory plan
 MAX_CHOICES = 128  # maximum number of answers to one request: prompts times `n`
 _MAX_TOOLS = 128
 
@@ -222,4 +223,13 @@ class CompletionRequest(OpenAIRequest):
         if len(prompts_of(self.prompt)) * (self.n or 1) > MAX_CHOICES:
             message = f"the number of prompts times n must be at most {MAX_CHOICES}"
             raise PydanticCustomError("combination", message, {"param": "prompt"})
+        return self
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            longest = max(size_bytes(each) if isinstance(each, str) else len(each) for each in prompts_of(self.prompt))
+            if longest > MAX_ECHOED:
+                message = f"echo with logprobs takes prompts of at most {MAX_ECHOED} bytes or token ids, not {longest}"
+                raise PydanticCustomError("combination", message, {"param": "echo"})
         return self

@@ -11,23 +11,28 @@ from pydantic_core import PydanticCustomError
 
 MAX_BYTES = 32 << 10  # 3 s a MB
 MAX_STATES = 2_000  # a second or two; one that repeats itself 127 times within 127 times has 32,000
+MAX_REPEATS = 128  # xgrammar compiles no pattern with a higher count: a request would end in an engine's fault
 MAX_COUNTED = 200  # properties of objects that bound their number: the square of it counts, and 1,000 take 5 s
 _MAX_DIGITS = 9
-_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{(\d++)(?:,(\d*+))?\}|.", re.DOTALL)
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{ *+(\d++) *+(?:, *+(\d*+) *+)?\}|.", re.DOTALL)
 """Read in one pass: an unclosed class ends with the text, and no quantifier gives anything back."""
 _NO_STATE = "?*+|^$"
 
 
 def check_schemas(schemas: Iterable[Any]) -> None:
     """Raise PydanticCustomError if these schemas together would take an engine too long."""
-    states = counted = 0
+    patterns: list[str] = []
+    counted = 0
     for part in _objects(schemas):
-        properties, named = part.get("properties"), part.get("patternProperties")
-        states += sum(map(states_of, named)) if isinstance(named, dict) else 0
-        states += states_of(pattern) if isinstance(pattern := part.get("pattern"), str) else 0
+        properties, named, pattern = part.get("properties"), part.get("patternProperties"), part.get("pattern")
+        patterns += [*(named if isinstance(named, dict) else ()), *([pattern] if isinstance(pattern, str) else ())]
         if isinstance(properties, dict) and not {"minProperties", "maxProperties"}.isdisjoint(part):
             counted += len(properties)
-    if states > MAX_STATES:
+    if (most := max(map(_highest_count, patterns), default=0)) > MAX_REPEATS:
+        raise PydanticCustomError(
+            "schema", f"must have patterns that repeat a part at most {MAX_REPEATS} times, not {most}: use maxLength"
+        )
+    if (states := sum(map(states_of, patterns))) > MAX_STATES:
         raise PydanticCustomError(
             "schema",
             f"must have patterns that repeat less: written out, their counted repeats make {states} places, at most "
@@ -69,6 +74,11 @@ def states_of(pattern: str) -> int:
             last = 1
             groups[-1] += 1
     return sum(groups)
+
+
+def _highest_count(pattern: str) -> int:
+    counts = (count for found in _ATOM.finditer(pattern) for count in found.groups() if count)
+    return max((int(count[:_MAX_DIGITS]) for count in counts), default=0)
 
 
 def _objects(values: Iterable[Any]) -> Iterator[dict[str, Any]]:
