@@ -277,6 +277,7 @@ def test_the_engines_own_sampling_is_the_default_of_each_field(
 ) -> None:
     fake_engine.turn(sampling={"temperature": 0.2, "top_p": 0.9})
     with serving(gateway_settings) as client:
+        assert client.get("/ready").json()["parts"]["engines"][0]["sampling"] == fake_engine.knobs.sampling
         for sent in ({}, {"temperature": 1.5}, {"temperature": 0, "top_p": 0.5, "top_k": 7}):
             either(client, route, user=ada if user == "ada" else user, **sent).raise_for_status()
             body = fake_engine.seen[-1].body

@@ -81,14 +81,14 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         return {lora_id for lora_id, name in needed.items() if name in unfinished}
 
     def wait_for(self, request: LoRARequest) -> None:
-        """Wait until the adapter of a request that the next step runs is fused, or its fusion has failed for good."""
+        """Wait until the fusion of an adapter that the next step needs has ended."""
         start = time.perf_counter()
         self._prefetcher.wait(request.lora_name)
         self._waited_s = time.perf_counter() - start
 
     def failed(self, requests: Sequence[LoRARequest]) -> set[int]:
-        """Return the ids of the adapters whose fusion has failed for good; for later requests it is tried again."""
-        failed = self._prefetcher.failed([request.lora_name for request in requests])
+        """Return the ids of the adapters whose fusion failed, once; later requests try again."""
+        failed = self._prefetcher.take_failed([request.lora_name for request in requests])
         return {request.lora_int_id for request in requests if request.lora_name in failed}
 
     def _needs_fusion(self, request: LoRARequest) -> bool:
@@ -166,6 +166,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     def hold(self, name: str, raw: bytes) -> None:
         """Keep the checked user adapter of a stacked recipe until `release`, and start to fuse the recipe."""
         self._users[name] = raw
+        self._prefetcher.take_failed([name])  # a fusion without these bytes
         self._prefetcher.start(name)
 
     def release(self, names: Sequence[str]) -> None:

@@ -17,16 +17,8 @@ import torch
 Fused = TypeVar("Fused")
 
 MAX_PREFETCHED = 32  # maximum number of queued, running and finished fusions; further requests start as space frees
-MAX_FAILURES = 2  # attempts at a fusion; then the requests that wait for it end with an error
+MAX_ATTEMPTS = 2  # at a fusion; then the requests that wait for it end with an error
 log = logging.getLogger("mta.engine")
-
-
-class _Fusion(Future[Fused]):
-    failures: int = 0  # of the recipe's attempts so far, this one included
-
-    @property
-    def failed(self) -> bool:
-        return self.done() and self.exception() is not None
 
 
 def _compute_with(threads: int) -> None:
@@ -41,7 +33,7 @@ class FusionPrefetcher(Generic[Fused]):
     def __init__(self, fuse: Callable[[str], Fused]) -> None:
         self._fuse = fuse
         self._lock = Lock()
-        self._futures: dict[str, _Fusion[Fused]] = {}  # by recipe name, in the order of fusion
+        self._futures: dict[str, Future[Fused]] = {}  # by recipe name, in the order of fusion
         threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(1, "mta-fuse", _compute_with, (1,))
         self._pool.submit(int).result()  # start the thread now, before its creator is bound to one core
@@ -68,26 +60,26 @@ class FusionPrefetcher(Generic[Fused]):
             self._futures = {name: self._futures[name] for name in first} | self._futures
 
     def wait(self, name: str) -> Future[Fused]:
-        """Prioritise a recipe, and wait until it is fused or has failed `MAX_FAILURES` times.
+        """Prioritise a recipe, and wait until its fusion has ended.
 
         The fusing thread runs even a fusion that has not started. On a machine with busy cores, the caller's several
         threads would take many times as long.
         """
-        while True:
-            self.prioritise([name])
-            fusion = self._futures[name]
-            if fusion.exception() is None or fusion.failures >= MAX_FAILURES:
-                return fusion
+        self.prioritise([name])
+        fusion = self._futures[name]
+        fusion.exception()
+        return fusion
 
     def result(self, name: str) -> Fused:
         """Return the adapter as soon as it is fused; the caller then calls `discard`."""
         return self.wait(name).result()
 
-    def failed(self, names: Iterable[str]) -> set[str]:
-        """Forget and return the recipes that failed `MAX_FAILURES` times; for a later request they are new."""
+    def take_failed(self, names: Iterable[str]) -> set[str]:
+        """Return the recipes whose fusion failed, and forget that it did: later requests try again."""
         with self._lock:
-            failed = {name for name in names if name in self._futures and self._futures[name].failures >= MAX_FAILURES}
-            self._futures = {name: fusion for name, fusion in self._futures.items() if name not in failed}
+            failed = {name for name in names if name in self._futures and _has_failed(self._futures[name])}
+            for name in failed:
+                del self._futures[name]
         return failed
 
     def discard(self, name: str) -> None:
@@ -108,22 +100,19 @@ class FusionPrefetcher(Generic[Fused]):
         """Names of the recipes whose fusion is queued, running or finished without an error."""
         with self._lock:
             futures = list(self._futures.items())
-        return [name for name, future in futures if not future.failed]
+        return [name for name, future in futures if not _has_failed(future)]
 
     def _queue_all(self, names: Sequence[str]) -> None:
-        """Queue new recipes, and failed ones again; evict the oldest others when full."""
+        """Queue new recipes; evict the oldest others when full."""
         others = [name for name in self._futures if name not in names]
         for name in names:
-            future = self._futures.get(name)
-            if future is None or (future.failed and future.failures < MAX_FAILURES):
+            if name not in self._futures:
                 if len(self._futures) >= MAX_PREFETCHED and others:
                     self._futures.pop(others.pop(0)).cancel()
                 self._queue(name)
 
     def _queue(self, name: str) -> None:
-        fusion, before = _Fusion[Fused](), self._futures.get(name)
-        fusion.failures = before.failures if before else 0
-        self._futures[name] = fusion
+        self._futures[name] = Future()
         self._pool.submit(self._fuse_next)
 
     def _fuse_next(self) -> None:
@@ -134,9 +123,15 @@ class FusionPrefetcher(Generic[Fused]):
             if future is None:
                 return
             future.set_running_or_notify_cancel()
-        try:
-            future.set_result(self._fuse(name))
-        except BaseException as error:
-            log.exception("the fusion of %s failed", name.partition(":u-")[0])
-            future.failures += 1
-            future.set_exception(error)
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                future.set_result(self._fuse(name))
+                return
+            except BaseException as error:
+                log.exception("the fusion of %s failed, attempt %d", name.partition(":u-")[0], attempt)
+                if attempt == MAX_ATTEMPTS:
+                    future.set_exception(error)
+
+
+def _has_failed(future: Future[Fused]) -> bool:
+    return future.done() and future.exception() is not None

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from server.engine_protocol import BASE_MODEL
 from server.errors import ApiError, EngineFailed, Unavailable
@@ -93,7 +92,9 @@ class Generator:
         The caller has already checked the limits of the API key; `usage` records what the request uses from here on.
         """
         limits = LengthLimits(self.max_prompt_chars, self.engines.context, self.default_max_tokens)
-        request = replace(request, sampling=_with_defaults(request, limits, self.engines.sampling))
+        # An engine refuses a length above its context.
+        length = {} if limits.context_tokens is None else {"max_tokens": limits.answer_tokens(request)}
+        request = replace(request, sampling={**length, **self.engines.sampling, **request.sampling})
         limits.check(request)
         self.queue.check(request.caller.name, request.patience_s)
         self.limiter.count_body(usage, request.user, lambda: limits.estimate_tokens(request))
@@ -183,12 +184,6 @@ def _public_id(request: GenerationRequest, epoch: str, request_id: str, served: 
         return request_id
     recipe = served.public_recipe
     return answer_id(request.users, request.user, epoch, request_id, level=served.level, arm=served.arm, recipe=recipe)
-
-
-def _with_defaults(request: GenerationRequest, limits: LengthLimits, sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request's fields for the engine, which refuses a length above its context; `sampling` is the default."""
-    length = {} if limits.context_tokens is None else {"max_tokens": limits.answer_tokens(request)}
-    return {**length, **sampling, **request.sampling}
 
 
 def _engine_request(request: GenerationRequest, prompt: UserPrompt, limits: LengthLimits) -> EngineRequest:

@@ -103,40 +103,34 @@ class LengthLimits:
         """Return the tokens surely left for a conversation with its history; None while the context is unknown."""
         if self.context_tokens is None:
             return None
-        return self.context_tokens - self._reserved_tokens(request) - _tool_bytes(request)
+        return self.context_tokens - self.answer_tokens(request, parts=2) - _tool_bytes(request)
 
     def estimate_tokens(self, request: GenerationRequest) -> int:
         """Estimate the tokens of the prompt, without history, and of all its answers."""
         chars, token_ids = _prompt_length(request)
         text_tokens = (chars + _tool_bytes(request)) // _CHARS_PER_TOKEN
-        return text_tokens + token_ids + self._reserved_tokens(request) * request.sequences
+        return text_tokens + token_ids + self.answer_tokens(request, parts=2) * request.sequences
 
     def allow_whole(self, request: GenerationRequest, messages: Conversation) -> bool:
         """Return whether to request an answer in one piece: it is short and fits with any tokenisation of the prompt.
 
-        Other answers are streamed, and refused at the first token if they do not fit. Without `max_tokens` all fit.
+        Other answers are streamed, and refused at the first token if they do not fit. The default always fits.
         """
-        if self.answer_tokens(request) > WHOLE_TOKENS:
-            return False
         if request.max_tokens is None:
-            return True
-        if self.context_tokens is None:
+            return self.answer_tokens(request) <= WHOLE_TOKENS
+        if self.context_tokens is None or request.max_tokens > WHOLE_TOKENS:
             return False
         return max_prompt_tokens(messages, request.prompt or "") + request.max_tokens <= self.context_tokens
 
-    def answer_tokens(self, request: GenerationRequest) -> int:
-        """Return `max_tokens` or its default, at most the context; an engine lowers it to what the prompt leaves."""
+    def answer_tokens(self, request: GenerationRequest, *, parts: int = 1) -> int:
+        """Return `max_tokens` or its default, at most one of so many parts of the context.
+
+        An engine lowers it to what the prompt leaves.
+        """
         if request.max_tokens is not None:
             return request.max_tokens
         default = self.default_max_tokens if request.prompt is None else CONTINUATION_TOKENS
-        return default if self.context_tokens is None else min(default, self.context_tokens)
-
-    def _reserved_tokens(self, request: GenerationRequest) -> int:
-        """Return the tokens to keep free for an answer, by default at most half the context."""
-        tokens = self.answer_tokens(request)
-        if request.max_tokens is not None or self.context_tokens is None:
-            return tokens
-        return min(tokens, self.context_tokens // 2)
+        return default if self.context_tokens is None else min(default, self.context_tokens // parts)
 
 
 def _context_exceeded(request: GenerationRequest, why: str) -> InvalidRequest:

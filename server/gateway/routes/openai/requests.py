@@ -219,17 +219,12 @@ class CompletionRequest(OpenAIRequest):
     echo: bool | None = None
 
     @model_validator(mode="after")
-    def _check_choices(self) -> Self:
+    def _check_prompts(self) -> Self:
         if len(prompts_of(self.prompt)) * (self.n or 1) > MAX_CHOICES:
             message = f"the number of prompts times n must be at most {MAX_CHOICES}"
             raise PydanticCustomError("combination", message, {"param": "prompt"})
-        return self
-
-    @model_validator(mode="after")
-    def _check_echo(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            longest = max(size_bytes(each) if isinstance(each, str) else len(each) for each in prompts_of(self.prompt))
-            if longest > MAX_ECHOED:
-                message = f"echo with logprobs takes prompts of at most {MAX_ECHOED} bytes or token ids, not {longest}"
-                raise PydanticCustomError("combination", message, {"param": "echo"})
+        longest = max(size_bytes(each) if isinstance(each, str) else len(each) for each in prompts_of(self.prompt))
+        if self.echo and self.logprobs is not None and longest > MAX_ECHOED:
+            message = f"echo with logprobs takes prompts of at most {MAX_ECHOED} bytes or token ids, not {longest}"
+            raise PydanticCustomError("combination", message, {"param": "echo"})
         return self

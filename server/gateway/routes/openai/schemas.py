@@ -21,22 +21,18 @@ _NO_STATE = "?*+|^$"
 
 def check_schemas(schemas: Iterable[Any]) -> None:
     """Raise PydanticCustomError if these schemas together would take an engine too long."""
-    patterns: list[str] = []
-    counted = 0
+    states = counted = 0
     for part in _objects(schemas):
-        properties, named, pattern = part.get("properties"), part.get("patternProperties"), part.get("pattern")
-        patterns += [*(named if isinstance(named, dict) else ()), *([pattern] if isinstance(pattern, str) else ())]
+        properties, named = part.get("properties"), part.get("patternProperties")
+        states += sum(map(states_of, named)) if isinstance(named, dict) else 0
+        states += states_of(pattern) if isinstance(pattern := part.get("pattern"), str) else 0
         if isinstance(properties, dict) and not {"minProperties", "maxProperties"}.isdisjoint(part):
             counted += len(properties)
-    if (most := max(map(_highest_count, patterns), default=0)) > MAX_REPEATS:
-        raise PydanticCustomError(
-            "schema", f"must have patterns that repeat a part at most {MAX_REPEATS} times, not {most}: use maxLength"
-        )
-    if (states := sum(map(states_of, patterns))) > MAX_STATES:
+    if states > MAX_STATES:
         raise PydanticCustomError(
             "schema",
-            f"must have patterns that repeat less: written out, their counted repeats make {states} places, at most "
-            f"{MAX_STATES} are allowed (maxLength and maxItems may be of any size)",
+            f"must have patterns that repeat less: a part at most {MAX_REPEATS} times, and all of them at most "
+            f"{MAX_STATES} places with their repeats written out (maxLength and maxItems may be of any size)",
         )
     if counted > MAX_COUNTED:
         raise PydanticCustomError(
@@ -54,7 +50,7 @@ def check_size(value: Any) -> None:
 def states_of(pattern: str) -> int:
     """Return about how many states a regular expression has: what a counted repeat repeats counts as often.
 
-    It is a number beyond `MAX_STATES` for all that have more.
+    It is a number beyond `MAX_STATES` for all that have more, or that repeat a part more than `MAX_REPEATS` times.
     """
     groups, last = [0], 0
     for found in _ATOM.finditer(pattern):
@@ -63,6 +59,8 @@ def states_of(pattern: str) -> int:
         atom, least, most = found[0], found[1], found[2]
         if least:
             times = max(int(least[:_MAX_DIGITS]), int((most or "0")[:_MAX_DIGITS]))
+            if times > MAX_REPEATS:
+                return MAX_STATES + times
             groups[-1] += last * (times - 1)
             last *= times
         elif atom == "(":
@@ -74,11 +72,6 @@ def states_of(pattern: str) -> int:
             last = 1
             groups[-1] += 1
     return sum(groups)
-
-
-def _highest_count(pattern: str) -> int:
-    counts = (count for found in _ATOM.finditer(pattern) for count in found.groups() if count)
-    return max((int(count[:_MAX_DIGITS]) for count in counts), default=0)
 
 
 def _objects(values: Iterable[Any]) -> Iterator[dict[str, Any]]:
