@@ -166,10 +166,8 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
         "scheduler-cls": f"server.engine.admission.fair_scheduler.{scheduler}",
         "worker-extension-cls": "server.engine.fusing.manager.WorkerExtension",
         "language-model-only": [],  # gateways send text: do not load what a multimodal model has for images
-        "generation-config": "auto"
-        if chosen is None
-        else "vllm",  # the sampling that the model's folder names, or none
-        # vLLM would cut every answer to the length that the folder names.
+        "generation-config": "auto" if chosen is None else "vllm",  # with the model's own sampling, or with none
+        # Without the model's own length: vLLM would cut every answer to it.
         "override-generation-config": json.dumps({"max_new_tokens": None} | (chosen or {})),
         # Routers drop the request option; the gateway reads the prompt length from the usage in every chunk.
         "enable-force-include-usage": [],

@@ -149,7 +149,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
                 return False
             slots.remove_adapter(lora_id)  # never serve the former recipe of a reused id
         if is_recipe_name(name):
-            self._register(self._model_of(lora_id, name, self._prefetcher.result(name)))
+            self._register(self._model_of(lora_id, name, self._prefetcher.wait(name).result()))
             self._prefetcher.discard(name)
         else:
             with timed(self.metrics.load):

@@ -60,7 +60,7 @@ class FusionPrefetcher(Generic[Fused]):
             self._futures = {name: self._futures[name] for name in first} | self._futures
 
     def wait(self, name: str) -> Future[Fused]:
-        """Prioritise a recipe, and wait until its fusion has ended.
+        """Prioritise a recipe, and return its fusion when it has ended; who takes the adapter then calls `discard`.
 
         The fusing thread runs even a fusion that has not started. On a machine with busy cores, the caller's several
         threads would take many times as long.
@@ -70,16 +70,11 @@ class FusionPrefetcher(Generic[Fused]):
         fusion.exception()
         return fusion
 
-    def result(self, name: str) -> Fused:
-        """Return the adapter as soon as it is fused; the caller then calls `discard`."""
-        return self.wait(name).result()
-
     def take_failed(self, names: Iterable[str]) -> set[str]:
         """Return the recipes whose fusion failed, and forget that it did: later requests try again."""
         with self._lock:
             failed = {name for name in names if name in self._futures and _has_failed(self._futures[name])}
-            for name in failed:
-                del self._futures[name]
+            self._futures = {name: fusion for name, fusion in self._futures.items() if name not in failed}
         return failed
 
     def discard(self, name: str) -> None:
