@@ -15,8 +15,9 @@ from adapters.recipe import FusionRecipe, Term, parse_recipe
 from bank.building.directions import DirectionRows, make_directions
 from bank.building.removal import remove_anchor
 from bank.errors import BankError
-from bank.lookup.directions import Directions
+from bank.lookup.directions import COMPARED, Directions
 from bank.lookup.embedder import Embedder
+from bank.lookup.index import AnchorIndex
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Curvature, Signature
 from bank.lookup.summary import summarise
@@ -84,6 +85,20 @@ def test_the_nearest_anchors_are_those_whose_rows_change_the_loss_alike() -> Non
         assert [other for other, _ in found] == np.argsort(cosines[anchor])[:3].tolist()
         assert [cosine for _, cosine in found] == pytest.approx(np.sort(-cosines[anchor])[::-1][:3].tolist(), abs=1e-5)
     assert [cosine for _, cosine in directions.nearest(np.zeros(6))] == [0, 0, 0]
+
+
+def test_the_nearest_anchors_are_found_once_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched, search = list[np.ndarray](), AnchorIndex.search
+    monkeypatch.setattr(
+        AnchorIndex, "search", lambda index, here, k: (searched.append(here), search(index, here, k))[1]
+    )
+    coordinates = np.random.default_rng(1).normal(size=(1000, 200)).astype(np.float32)
+    directions = Directions.of(coordinates, Curvature.of(np.diag(np.arange(200.0, 0.0, -1.0))))
+    found = directions.nearest(coordinates[7])
+    assert found[0] == (7, pytest.approx(1, abs=1e-6))
+    assert directions.nearest(coordinates[7].copy()) == found
+    assert [(here.dtype, here.shape) for here in searched] == [(np.float32, (COMPARED,))]
+    assert directions.nearest(coordinates[8])[0][0] == 8
 
 
 @pytest.fixture
