@@ -52,23 +52,19 @@ class UserRecipe:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
 class ServingBank:
     """A bank opened for lookups, without the weights of its adapters."""
 
-    def __init__(
-        self,
-        manifest: BankManifest,
-        index: AnchorIndex,
-        atlas: Atlas,
-        curvature: Curvature | None = None,
-        directions: Directions | None = None,
-    ) -> None:
-        self.manifest = manifest
-        self.task: Task = get_task(manifest.task)
-        self.index = index
-        self.atlas = atlas
-        self.curvature = curvature
-        self.directions = directions
+    manifest: BankManifest
+    index: AnchorIndex
+    atlas: Atlas
+    curvature: Curvature | None = None
+    directions: Directions | None = None
+
+    @property
+    def task(self) -> Task:
+        return get_task(self.manifest.task)
 
     @classmethod
     def open(cls, folder: Path, embedder_id: str) -> ServingBank:
