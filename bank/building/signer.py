@@ -91,8 +91,7 @@ def measured_people(
 ) -> tuple[list[MeasuredPerson], int]:
     """Choose random people; the more anchors, the more items.
 
-    Also return how many of them, from the first, judge the decays and are left out of the common row's training: 0 if
-    there are too few people, so that all who judge are in it.
+    Also return how many of them, from the first, judge the decays unseen by the common row; 0 if people are too few.
     """
     wanted, rows = max(MEASURED_ITEMS, 4 * len(anchors)), {person.user_id: i for i, person in enumerate(anchors)}
     found = list[MeasuredPerson]()
