@@ -25,7 +25,6 @@ from adapters.training.example import Example
 from adapters.training.loss import mean_loss
 from adapters.training.trainer import StepReport
 from adapters.training.user_trainer import train_user
-from bank.building import signer
 from bank.building.assemble import BASELINES
 from bank.building.build import build_bank, build_baselines, read_inputs
 from bank.building.options import BuildOptions
@@ -33,13 +32,11 @@ from bank.building.progress import RowProgress
 from bank.building.ranks import Ranks, joined
 from bank.building.resume import WORK_FOLDER, workbench
 from bank.building.rows import RowJob, RowTrainer
-from bank.building.signer import MeasuredPerson, Signer
 from bank.errors import BankError
 from bank.evaluation.methods import METHODS, Evaluator
 from bank.evaluation.scoring import OpenBank, Scorer
 from bank.evaluation.verdict import judge_bank
 from bank.items.histories import History, Query, read_histories
-from bank.items.profile import Vectors
 from bank.items.prompt import encode_pair
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
@@ -85,35 +82,6 @@ def test_the_common_row_is_trained_first_and_without_old_pieces(bench: Bench, bu
     both = ("measuring the curvature", "fitting the rule")
     assert progress.pieces == [(what, person, 5) for what in both for person in range(6)]
     assert not (bench.folder / "order" / WORK_FOLDER).exists()
-
-
-@pytest.mark.parametrize("count", [23, 24])
-def test_the_common_row_is_not_trained_on_those_who_judge(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
-    trained, judges, progress = set[tuple[int, ...]](), list[MeasuredPerson](), Recorder()
-    job, chance = RowTrainer.job, np.random.default_rng(0)
-
-    def noted_job(self: RowTrainer, name: str, whose: Sequence[History], *sizes: int) -> RowJob:
-        pairs = [pair for person in whose for pair in person.pairs(CHAT)] if name == "common" else []
-        trained.update(encode_pair(self.tokenizer, *pair, self.options.max_tokens).ids for pair in pairs)
-        return job(self, name, whose, *sizes)
-
-    def judge(own: Signer, h: Vectors, person: MeasuredPerson, *, directions: bool) -> Vectors:
-        judges.append(person)
-        return np.zeros((len(signer.DECAYS), 1))
-
-    monkeypatch.setattr(RowTrainer, "job", noted_job)
-    monkeypatch.setattr(signer, "_judge", judge)
-    monkeypatch.setattr(Signer, "drawn_products", lambda own, examples, seed: chance.normal(size=(len(examples), 3)))
-    users = write_people(bench.folder / f"{count}.json", people(count, items=11))
-    quick: dict[str, Any] = {"anchors_by": "longest", "verdict": False, "steps": 1, "common_steps": 1}
-    manifest = bench.build(f"of-{count}", progress, inputs={"users": users}, **quick)
-    both = trained.intersection(example.ids for person in judges for example in person.examples)
-    assert (len(judges), len(both) > 0) == ((6, False) if count == 24 else (23, True))
-    assert manifest.training["unseen_judges"] == (6 if count == 24 else 0)
-    told = "the common row does not see 6 people" if count == 24 else "too few people to leave any out"
-    assert any(said.startswith(told) for said in progress.said)
 
 
 def test_an_anchor_explains_its_person_better_than_the_common_row_alone(bench: Bench, tiny_model_folder: Path) -> None:

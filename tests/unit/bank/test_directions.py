@@ -124,7 +124,7 @@ def test_every_file_is_on_the_disk_before_the_manifest(
 
 def test_a_recipe_has_a_step_for_each_direction_times_the_strength(bank: Path, embedder: Embedder) -> None:
     serving, manifest, embedding = opened(bank, embedder)
-    seen = Signature(manifest.short, 10**6, np.array([3.0, -1.5, 0.01, 0.0], np.float32))
+    seen = Signature(manifest.short, 10**6, np.array([3.0, -1.5, 0.01, 0.005], np.float32))
     z = Curvature.of(np.load(bank / "curvature.npy")).step(seen, manifest.weights.posterior.decay)
     for share in (1.0, 0.5):
         found = serving.personalise(embedding, seen, share)
@@ -132,8 +132,8 @@ def test_a_recipe_has_a_step_for_each_direction_times_the_strength(bank: Path, e
         assert found.recipe.steps == tuple(int(number) for number in np.rint(share * 16 * z))
         assert parse_recipe(found.recipe.name) == found.recipe
         shown = anchor_answers(found.recipe, found.weights)
-        assert [(anchor.id, anchor.weight) for anchor in shown] == [("a05", None), ("a03", None), ("a00", None)]
-        assert [weight.anchor for weight in found.weights] == [5, 3, 0]  # the directions are 5, 4, 3, 2
+        assert [(anchor.id, anchor.weight) for anchor in shown] == [("a05", None), ("a03", None), ("a02", None)]
+        assert [weight.anchor for weight in found.weights] == [5, 3, 2]  # the directions are 5, 4, 3, 2
     common = serving.personalise(embedding, seen, 0.0)
     assert common.recipe.name == f"mta3:{manifest.short}:shared:c"
     assert anchor_answers(common.recipe, common.weights) == []
