@@ -31,7 +31,7 @@ from bank.building.selection import (
     spread,
     typical_words,
 )
-from bank.building.signer import Signer, fit_rule, measure_curvature, measured_people
+from bank.building.signer import MeasuredPerson, Signer, fit_rule, measure_curvature, measured_people
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors
@@ -41,16 +41,9 @@ from bank.lookup.index import AnchorIndex
 from bank.lookup.prior import fit_prior
 from bank.lookup.serving import common_recipe
 from bank.lookup.signature import Curvature
-from bank.manifest import INDEX_FILE, BankManifest, BaseModelId, EmbedderId, WeightRule, read_manifest
+from bank.manifest import INDEX_FILE, BankManifest, EmbedderId, WeightRule, read_manifest
 from bank.matrix import open_matrix
-from bank.models.folders import (
-    check_chat_template,
-    ensure_base_model,
-    ensure_embedder,
-    model_hash,
-    model_name,
-    prompts_hash,
-)
+from bank.models.folders import base_model_id, ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
 
 EMBED_THREADS = 2
@@ -78,10 +71,9 @@ def build_bank(
         )
     progress.say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
-    check_chat_template(model_folder)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
-    base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
-    key = inputs_key(options, task, people, held_out, (base.hash, prompts_hash(model_folder), embedder.id))
+    base = base_model_id(inputs.model, model_folder)
+    key = inputs_key(options, task, people, held_out, (base.hash, *base.prompts.values(), embedder.id))
     whole = f"{key} in {resolve_dtype(options.dtype)}"
     if set(ranks.each(range(ranks.count), lambda _: whole)) != {whole}:
         raise BankError(
@@ -109,8 +101,12 @@ def build_bank(
         progress.say(f"loading the base model ({options.dtype})")
         model, tokenizer = load_base(model_folder, options.dtype)
         trainer = RowTrainer(model, tokenizer, task, options, progress)
-        trained = trainer.rows(work, people, anchors)
-        rule, curvature, directions = _measured(trained, people, anchors, trainer, work)
+        measured, judges = measured_people(people, anchors, trainer)
+        few = "too few people to leave any out: the decay is chosen on some in the common row, and may be too high"
+        progress.say(f"the common row does not see {judges} people, on whom the decay is chosen" if judges else few)
+        left_out = {person.user_id for person in measured[:judges]}
+        trained = trainer.rows(work, [person for person in people if person.user_id not in left_out], anchors)
+        rule, curvature, directions = _measured(trained, measured, judges, trainer, work)
         return ranks.first(
             lambda: write_bank(
                 inputs.out,
@@ -125,7 +121,7 @@ def build_bank(
                 shared_a=trained.shared_a,
                 embeddings=embeddings,
                 items=[lengths[at] for at in chosen],
-                training=options.record(key, len(people)),
+                training=options.record(key, len(people)) | {"unseen_judges": judges},
                 prior=fit_prior(task, [[gold for _, gold in person.pairs(task)] for person in people]),
                 curvature=curvature,
                 words=typical_words(anchors, task) if options.describe else (),
@@ -135,16 +131,16 @@ def build_bank(
 
 
 def _measured(
-    trained: TrainedRows, people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer, work: Workbench
+    trained: TrainedRows, measured: Sequence[MeasuredPerson], judges: int, trainer: RowTrainer, work: Workbench
 ) -> tuple[WeightRule, Vectors, DirectionRows | None]:
     """Return the bank's rule, the curvature along the anchors' rows, and the directions if the bank is to have them."""
     options, say = trainer.options, trainer.progress.say
     say("measuring the curvature of the loss along the anchors' rows")
-    matrix, measured = trained.matrix(), measured_people(people, anchors, trainer)
+    matrix = trained.matrix()
     signer = Signer(trainer.model, matrix)
     curvature = measure_curvature(signer, measured, trainer, work)
     known = Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
-    decay, kept = fit_rule(signer, curvature, measured, trainer, work)
+    decay, kept = fit_rule(signer, curvature, measured[:judges] or measured, trainer, work)
     rule = options.rule(decay)
     if not options.wants_directions:
         return rule, curvature, None
@@ -152,7 +148,7 @@ def _measured(
     told = ", ".join(
         f"{kept[k - 1]:.0%} of the gain with {k}" for k in (8, 16, 32, 64, 128, 256, 384) if k <= len(kept)
     )
-    say(f"the rows are {count} directions of {len(anchors)} anchors and keep {kept[count - 1]:.0%} of the gain; {told}")
+    say(f"the rows are {count} directions of {len(kept)} anchors and keep {kept[count - 1]:.0%} of the gain; {told}")
     deviation = float(known.eigenvalues.mean() * decay) ** -0.5
     directions = make_directions(matrix.rows[: matrix.anchors], known, count, deviation)
     return rule.model_copy(update={"posterior": directions.rule}), curvature, directions
@@ -190,7 +186,7 @@ def build_baselines(
     task = get_task(options.task)
     people, _ = read_inputs(inputs, task, options)
     options = options.resolved()
-    model, tokenizer = load_base(ensure_base_model(inputs.model, inputs.cache_dir), options.dtype)
+    model, tokenizer = load_base(ensure_base_model(inputs.model, inputs.cache_dir, manifest.base_model), options.dtype)
     steps = options.steps * len(manifest.anchors)
     trainer = RowTrainer(model, tokenizer, task, options, progress)
     job = trainer.job("task", people, steps, options.batch_size)

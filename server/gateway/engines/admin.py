@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Any
 
@@ -50,6 +50,7 @@ class EngineState(AddressState):
     max_model_len: int | None = None
     banks: tuple[str, ...] = ()
     sampling: Mapping[str, Any] | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)  # of its model, by part; older engines do not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ class Engines:
         try:
             answer = orjson.loads(await self._call_private("GET", url, STATUS, timeout_s))
             context = int(answer["max_model_len"])
-            banks = tuple(map(str, answer["banks"]))
+            banks, prompts = tuple(map(str, answer["banks"])), dict(answer.get("prompts", {}))
             sampling = dict(answer["sampling"]) if "sampling" in answer else None
             reported = {field.name: answer.get(field.name) for field in fields(EngineFigures)}
             figures = EngineFigures(**{name: None if n is None else int(n) for name, n in reported.items()})
@@ -175,7 +176,7 @@ class Engines:
         except (ValueError, TypeError, KeyError) as error:
             return EngineState(url, "not_an_mta_engine", f"its status response is invalid: {error}"), None
         self._seen.add(url)
-        return EngineState(url, "ok", None, context, banks, sampling), figures
+        return EngineState(url, "ok", None, context, banks, sampling, prompts), figures
 
     async def _call_private(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:
         """Return the response body of a private route; raise `EngineFault` if the HTTP status is not 200."""
