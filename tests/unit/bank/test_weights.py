@@ -204,7 +204,7 @@ def test_the_curvature_is_found_in_drawn_answers_and_the_decay_in_how_far_people
     work = Workbench(tmp_path, Ranks())
     h = measure_curvature(quadratic, people, trainer, work)
     assert np.linalg.norm(h - quadratic.h) < 0.1 * np.linalg.norm(quadratic.h)
-    decay, _ = fit_rule(quadratic, h, people, trainer, work)
+    decay, _ = fit_rule(quadratic, Curvature.of(h), people, trainer, work)
     best = N / (far**2 * np.trace(h))  # the noise of one token over the variance of people's steps
     assert best / 4 < decay < best * 4
 
@@ -216,9 +216,9 @@ def test_a_persons_own_row_has_no_part_in_the_decay_and_a_bank_of_one_keeps_the_
     person = bowl.person(np.array([5.0, 0.0, 0.0, 0.0]))
     anchor = replace(person, own_row=0)
     before = bowl.losses(np.zeros((1, N)), person.examples)[0]
-    losses = [before - _judge(bowl, bowl.h, who, directions=False).max() for who in (anchor, person)]
+    losses = [before - _judge(bowl, Curvature.of(bowl.h), who, directions=False).max() for who in (anchor, person)]
     assert losses[0] > 10 * losses[1]
-    assert fit_rule(bowl, np.ones((1, 1)), [anchor], trainer, Workbench(tmp_path, Ranks())) == (
+    assert fit_rule(bowl, Curvature.of(np.ones((1, 1))), [anchor], trainer, Workbench(tmp_path, Ranks())) == (
         PosteriorRule().decay,
         1,
     )
@@ -232,7 +232,7 @@ def test_the_share_of_the_gain_that_the_leading_directions_keep_is_predicted(
     bowl.h = np.diag([0.001, 1.0, 0.0005, 0.5])
     people = [replace(bowl.person(np.array([1.0, 1.0, 1.0, far])), own_row=own_row) for far in (1.0, 1.1, 0.9)]
     wants = replace(trainer, options=BuildOptions("chat", directions=1))
-    _, kept = fit_rule(bowl, bowl.h, people, wants, Workbench(tmp_path, Ranks()))
+    _, kept = fit_rule(bowl, Curvature.of(bowl.h), people, wants, Workbench(tmp_path, Ranks()))
     assert kept == pytest.approx([2 / 3, 1, 1, 1], abs=0.05)
 
 
