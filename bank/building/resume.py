@@ -60,7 +60,7 @@ class Workbench:
                 self._write(missing[place], piece)
             done(len(names) - len(missing) + place + 1)
         self.ranks.first(lambda: None)  # the last piece is on the disk
-        return [self._read(name) for name in names]
+        return [np.load(self._path(name)) for name in names]
 
     def finished_rows(self, width: int) -> int:
         """Return the number of rows of this width that earlier runs finished."""
@@ -83,10 +83,6 @@ class Workbench:
         self.ranks.first(lambda: None)
         mapped = torch.from_file(str(path), shared=True, size=count * width, dtype=torch.bfloat16)
         return mapped.view(count, width)
-
-    def _read(self, name: str) -> Vectors:
-        vectors: Vectors = np.load(self._path(name))
-        return vectors
 
     def _write(self, name: str, made: Vectors) -> None:
         draft = self._folder / "draft"

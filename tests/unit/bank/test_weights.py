@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.lora import ModuleShape
-from adapters.recipe import FusionMethod, parse_recipe
+from adapters.recipe import MAX_DIRECTIONS, FusionMethod, parse_recipe
 from adapters.training.example import Example
 from bank.building import signer
 from bank.building.options import BuildOptions
@@ -154,6 +154,36 @@ def test_a_step_is_the_posterior_mean(seed: int, tokens: int, decay: float) -> N
     wanted = np.linalg.solve(tokens * h + scale * np.eye(N), tokens * x)
     found = Curvature.of(measured(seed)).step(Signature("00000000", tokens, x), decay)
     assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["of many people", "of few people", "the same along all rows", "of rows apart"])
+def test_a_row_left_out_is_as_if_the_curvature_lacked_it(kind: str) -> None:
+    count, numbers = MAX_DIRECTIONS + 16 if kind == "of many people" else 40, np.random.default_rng(0)
+    root = numbers.normal(size=(count, 8 if kind == "of few people" else 2 * count))
+    apart = {"the same along all rows": np.eye(count), "of rows apart": np.diag(np.arange(1.0, count + 1))}
+    h = apart.get(kind, root @ root.T)
+    x = (h @ numbers.normal(size=count)).astype(np.float32)
+    for own in (0, count // 2, count - 1):
+        others = np.arange(count) != own
+        known, seen = Curvature.of(h[others][:, others]), Signature("", 1000, x)
+        step = Curvature.of(h).step(seen, 250.0, without=own)
+        wanted = known.step(replace(seen, products=x[others]), 250.0)
+        np.testing.assert_allclose(step[others], wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+        assert step[own] == 0
+        gains = Curvature.of(h).gains(step, seen, without=own)
+        direct = known.gains(wanted, replace(seen, products=x[others]))
+        np.testing.assert_allclose(gains[:-1], direct, rtol=0, atol=1e-5 * direct[-1])
+        assert gains[-1] == pytest.approx(direct[-1], rel=1e-5)
+
+
+def test_the_rule_is_fitted_without_another_eigendecomposition(
+    trainer: RowTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bowl: Any = Quadratic()
+    people = [replace(bowl.person(np.ones(N)), own_row=own) for own in (None, *range(N))]
+    curvature, wants = Curvature.of(bowl.h), replace(trainer, options=BuildOptions("chat", directions=1))
+    monkeypatch.delattr(np.linalg, "eigh")
+    fit_rule(bowl, curvature, people, wants, Workbench(tmp_path, Ranks()))
 
 
 def test_a_curvature_that_says_nothing_is_refused() -> None:
