@@ -73,7 +73,7 @@ class RowTrainer:
             self.progress.say(f"{1 + finished} of {1 + len(anchors)} rows were finished in an earlier run")
         own = range(finished, len(anchors))[work.ranks.rank :: work.ranks.count]
         jobs = (self._anchor_job(place, anchors) for place in own)
-        self.progress.begin({job.name: job.work_tokens for job in chain([first][: len(waiting)], jobs)})
+        self.progress.begin({job.name: job.work_tokens for job in chain([first] if waiting else [], jobs)})
         made = [self._common_row(layout, first, work.ranks) for _ in waiting]  # by all ranks together
         (numbers,) = map(torch.from_numpy, work.pieces([first.name], made.__getitem__))
         a, b = torch.split(numbers, [layout.a_numbers, layout.b_numbers])
