@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from adapters.errors import FusionError
 from adapters.lora import RowLayout
+from adapters.raw import file_head
 
 PAGE_BYTES = 4096  # smallest memory page size
+BF16_BYTES = 2
 PACK_BLOCK = 1024  # int8 numbers that share a scale, as in `server/engine/cpu/lora.cpp`
 
 
@@ -87,15 +88,24 @@ class MetaMatrix:
 
 
 def write_matrix(
-    path: Path, layout: RowLayout, rows: Sequence[torch.Tensor], shared_a: torch.Tensor | None = None
+    path: Path, layout: RowLayout, count: int, rows: Iterable[torch.Tensor], shared_a: torch.Tensor | None = None
 ) -> None:
-    """Write bf16 rows [D] (anchors in index order, then the common row, if any) and the frozen A, if any."""
-    matrix = torch.stack([row.reshape(-1).to(torch.bfloat16) for row in rows])
-    if matrix.shape[1] != layout.row_numbers:
-        raise FusionError(f"rows have {matrix.shape[1]} numbers, but the layout needs {layout.row_numbers}")
-    tensors = {"rows": matrix.contiguous()}
+    """Write `count` bf16 rows [D], one by one (anchors in index order, then any common row), and any frozen A."""
+    shapes = {"rows": (count, layout.row_numbers)}
     if layout.shared_a:
         if shared_a is None or shared_a.numel() != layout.a_numbers:
             raise FusionError(f"a shared layout needs one A of {layout.a_numbers} numbers")
-        tensors["shared_a"] = shared_a.reshape(-1).to(torch.bfloat16).contiguous()
-    save_file(tensors, path)
+        shapes["shared_a"] = (layout.a_numbers,)
+    with path.open("wb") as file:
+        file.write(file_head(shapes.items(), {}))
+        for row in rows:
+            if row.numel() != layout.row_numbers:
+                raise FusionError(f"rows have {row.numel()} numbers, but the layout needs {layout.row_numbers}")
+            file.write(stored(row))
+        if layout.shared_a and shared_a is not None:
+            file.write(stored(shared_a))
+
+
+def stored(numbers: torch.Tensor) -> memoryview:
+    """Return the bytes of numbers in a matrix file, bf16."""
+    return memoryview(numbers.to(torch.bfloat16).reshape(-1).view(torch.uint8).numpy())

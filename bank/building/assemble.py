@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 BASELINES = "baselines"  # subfolder of a bank
-_DRAFT = ".tmp"
+_DRAFTS = ".drafts"
 
 
 def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
@@ -74,38 +74,37 @@ def write_bank(
     words: Sequence[tuple[str, ...]] = (),
     directions: DirectionRows | None = None,
 ) -> BankManifest:
-    """Write a bank's files, the manifest last, so that a folder with a manifest is complete.
+    """Write drafts of a bank's files, then rename them, the manifest last: a folder with a manifest is complete.
 
-    `rows` are flat, the common row last. `embeddings` [N, E], `items` (number of training items) and `words` are in
-    anchor order; `curvature` is H [N, N]. With `directions`, those are served, and the anchors' rows kept beside them.
+    If a draft cannot be written, a bank that is in the folder stays as it was. Engines that have mapped its files keep
+    them intact. `rows` are flat, the common row last. `embeddings` [N, E], `items` (number of training items) and
+    `words` are in anchor order; `curvature` is H [N, N]. With `directions`, those are served, and the anchors' rows
+    kept beside them.
     """
-    from safetensors import SafetensorError
-
     from adapters.matrix import write_matrix
 
     method = FusionMethod.SHARED if layout.shared_a else FusionMethod.CAT
     rank = bank_rank(method, layout.rank, weights, common, user_rank)
+    drafts = out / _DRAFTS
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is not a bank
-        files, arrays = [INDEX_FILE, MAP_FILE, MATRIX_FILE], {CURVATURE_FILE: curvature}
+        shutil.rmtree(drafts, ignore_errors=True)  # of a build that was killed
+        drafts.mkdir(parents=True)
+        arrays = {CURVATURE_FILE: curvature}
+        served, count = iter(rows), len(rows)
         if directions is not None:
-            with _replacing(out / ROWS_FILE) as draft:
-                write_matrix(draft, layout, rows, shared_a)
-            files.append(ROWS_FILE)
+            write_matrix(drafts / ROWS_FILE, layout, count, rows, shared_a)
             arrays = {CURVATURE_FILE: directions.curvature, COORDINATES_FILE: directions.coordinates}
-            rows = [*directions.rows, rows[-1]]
-        with _replacing(out / MATRIX_FILE) as draft:
-            write_matrix(draft, layout, rows, shared_a)
-        with _replacing(out / INDEX_FILE) as draft:
-            AnchorIndex.build(embeddings).save(draft)
-        with _replacing(out / MAP_FILE) as draft:
-            Atlas.of(embeddings).save(draft)
+            served, count = chain(directions.mixed(rows[:-1]), rows[-1:]), len(directions.mixing) + 1
+        write_matrix(drafts / MATRIX_FILE, layout, count, served, shared_a)
+        AnchorIndex.build(embeddings).save(drafts / INDEX_FILE)
+        Atlas.of(embeddings).save(drafts / MAP_FILE)
         for name, array in arrays.items():
             if array is not None:
-                with _replacing(out / name) as draft, draft.open("wb") as file:
-                    np.save(file, array)
-                files.append(name)
+                np.save(drafts / name, array)
+        files = sorted(drafts.iterdir())
+        for path in files:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         manifest = BankManifest(
             task=task,
             base_model=base_model,
@@ -121,27 +120,21 @@ def write_bank(
             anchors=tuple(
                 AnchorEntry(id=anchor_id(i), items=n, words=words[i] if words else ()) for i, n in enumerate(items)
             ),
-            directions=len(directions.rows) if directions is not None else None,
+            directions=len(directions.mixing) if directions is not None else None,
             prior=prior,
             training=training,
-            files={name: file_sha256(out / name) for name in files},
+            files={path.name: file_sha256(path) for path in files},
         )
-        # What is left of the bank that this one replaces, or of a write that failed, knows its people.
-        for stale in {CURVATURE_FILE, COORDINATES_FILE, ROWS_FILE}.difference(files):
-            for left in (stale, f"{stale}{_DRAFT}"):
-                (out / left).unlink(missing_ok=True)
+        written = write_manifest(drafts, manifest)
+        # From here on nothing takes room on the disk, and until the end the folder is not a bank.
+        (out / MANIFEST_FILE).unlink(missing_ok=True)
+        for stale in {CURVATURE_FILE, COORDINATES_FILE, ROWS_FILE}.difference(manifest.files):
+            (out / stale).unlink(missing_ok=True)
         shutil.rmtree(out / BASELINES, ignore_errors=True)
-        return write_manifest(out, manifest)
-    except (OSError, SafetensorError, RuntimeError) as error:  # the last is faiss's
+        for name in (*manifest.files, MANIFEST_FILE):
+            (drafts / name).replace(out / name)
+        return written
+    except (OSError, RuntimeError) as error:  # the latter is faiss's
         raise BankError(f"cannot write the bank to {out}: {error}") from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a draft and rename it to `path`; engines that have mapped the old file keep it intact."""
-    draft = path.with_name(f"{path.name}{_DRAFT}")
-    yield draft
-    draft.chmod(0o644)  # safetensors makes files readable by the owner only
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    draft.replace(path)
+    finally:
+        shutil.rmtree(drafts, ignore_errors=True)

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from adapters.flat import flattened
 from adapters.fusion import fuse
+from adapters.matrix import MetaMatrix
 from adapters.recipe import MAX_DIRECTIONS, MAX_TERMS, FusionMethod, anchor_id
 from bank.building.assemble import BASELINES, bank_rank, write_bank
 from bank.building.directions import DirectionRows, make_directions
 from bank.building.options import BuildInputs, BuildOptions
 from bank.building.progress import RowProgress
 from bank.building.ranks import Ranks
-from bank.building.resume import Workbench, finished_bank, inputs_key, workbench
-from bank.building.rows import RowTrainer, TrainedRows
+from bank.building.resume import Workbench, build_inputs, finished_bank, workbench
+from bank.building.rows import RowTrainer
 from bank.building.selection import (
     MIN_ITEMS,
     held_out_people,
@@ -44,9 +46,10 @@ from bank.lookup.signature import Curvature
 from bank.manifest import INDEX_FILE, BankManifest, EmbedderId, WeightRule, read_manifest
 from bank.matrix import open_matrix
 from bank.models.folders import base_model_id, ensure_base_model, ensure_embedder
-from bank.models.load import load_base, resolve_dtype
+from bank.models.load import load_base
 
 EMBED_THREADS = 2
+EMBEDDED_AT_ONCE = 16  # people whose embeddings are one piece of work
 KEPT = 0.95  # share of the gain that chosen directions keep
 
 
@@ -55,7 +58,7 @@ def build_bank(
 ) -> BankManifest:
     """Build a bank, continue an interrupted build, or return the finished one; BankError before training if invalid."""
     ranks = ranks or Ranks()
-    task, options = get_task(options.task), options.resolved()
+    task = get_task(options.task)
     bank_rank(FusionMethod.SHARED, options.rank, options.rule(), True, options.user_rank)
     if (options.directions or 0) > options.anchors:
         raise BankError(f"--directions: at most --anchors {options.anchors}, got {options.directions}")
@@ -73,31 +76,23 @@ def build_bank(
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
     base = base_model_id(inputs.model, model_folder)
-    key = inputs_key(options, task, people, held_out, (base.hash, *base.prompts.values(), embedder.id))
-    whole = f"{key} in {resolve_dtype(options.dtype)}"
-    if set(ranks.each(range(ranks.count), lambda _: whole)) != {whole}:
-        raise BankError(
-            "the ranks would build different banks: give every machine the same people, options and model, and name "
-            "--dtype, which depends on the machine"
-        )
-    if (built := ranks.first(lambda: finished_bank(inputs.out, key, force=inputs.force))) is not None:
+    asked = build_inputs(options, task, people, held_out, (base.hash, *base.prompts.values(), embedder.id))
+    if (built := ranks.first(lambda: finished_bank(inputs.out, asked, force=inputs.force))) is not None:
         progress.say(f"{inputs.out} already holds this bank")
         return built
-    with workbench(inputs.out, key, ranks) as work:
+    with workbench(inputs.out, asked, ranks, force=inputs.force) as (work, begun):
+        options = replace(options, dtype=begun["dtype"])
         lengths = [len(person.pairs(task)) for person in candidates]
         sampled = None
         if options.anchors_by == "topics":
             progress.say(f"embedding the histories of {len(candidates)} people")
-            samples = [spread(person.items) for person in candidates]
-            (sampled,) = work.pieces(
-                ["embeddings"], lambda _: np.stack([mean_embedding(s, task, embedder) for s in samples])
+            sampled = _embeddings(
+                "candidates", candidates, lambda one: mean_embedding(spread(one.items), task, embedder), work
             )
         chosen = select_anchors(sampled, lengths, options.anchors, options.seed)
         progress.say("anchors: " + ", ".join(f"{anchor_id(i)} ({lengths[at]} items)" for i, at in enumerate(chosen)))
         anchors = [candidates[at] for at in chosen]
-        (embeddings,) = work.pieces(
-            ["anchors"], lambda _: np.stack([person_embedding(anchor, task, embedder) for anchor in anchors])
-        )
+        embeddings = _embeddings("anchors", anchors, lambda one: person_embedding(one, task, embedder), work)
         progress.say(f"loading the base model ({options.dtype})")
         model, tokenizer = load_base(model_folder, options.dtype)
         trainer = RowTrainer(model, tokenizer, task, options, progress)
@@ -105,8 +100,8 @@ def build_bank(
         few = "too few people to leave any out: the decay is chosen on some in the common row, and may be too high"
         progress.say(f"the common row does not see {judges} people, on whom the decay is chosen" if judges else few)
         left_out = {person.user_id for person in measured[:judges]}
-        trained = trainer.rows(work, [person for person in people if person.user_id not in left_out], anchors)
-        rule, curvature, directions = _measured(trained, measured, judges, trainer, work)
+        matrix = trainer.rows(work, [person for person in people if person.user_id not in left_out], anchors)
+        rule, curvature, directions = _measured(matrix, measured, judges, trainer, work)
         return ranks.first(
             lambda: write_bank(
                 inputs.out,
@@ -116,12 +111,12 @@ def build_bank(
                 common=True,
                 user_rank=options.user_rank,
                 weights=rule,
-                layout=trained.layout,
-                rows=trained.rows,
-                shared_a=trained.shared_a,
+                layout=matrix.layout,
+                rows=list(matrix.rows),
+                shared_a=matrix.shared_a,
                 embeddings=embeddings,
                 items=[lengths[at] for at in chosen],
-                training=options.record(key, len(people)) | {"unseen_judges": judges},
+                training={**begun, "people": len(people), "unseen_judges": judges},
                 prior=fit_prior(task, [[gold for _, gold in person.pairs(task)] for person in people]),
                 curvature=curvature,
                 words=typical_words(anchors, task) if options.describe else (),
@@ -130,17 +125,23 @@ def build_bank(
         )
 
 
+def _embeddings(name: str, people: Sequence[History], embed: Callable[[History], Vectors], work: Workbench) -> Vectors:
+    """Return the embedding of each person, [P, E]; each piece of work has a few people."""
+    parts = [people[first : first + EMBEDDED_AT_ONCE] for first in range(0, len(people), EMBEDDED_AT_ONCE)]
+    names = [f"{name}-{place:04d}" for place in range(len(parts))]
+    return np.concatenate(work.pieces(names, lambda place: np.stack([embed(person) for person in parts[place]])))
+
+
 def _measured(
-    trained: TrainedRows, measured: Sequence[MeasuredPerson], judges: int, trainer: RowTrainer, work: Workbench
+    matrix: MetaMatrix, measured: Sequence[MeasuredPerson], judges: int, trainer: RowTrainer, work: Workbench
 ) -> tuple[WeightRule, Vectors, DirectionRows | None]:
     """Return the bank's rule, the curvature along the anchors' rows, and the directions if the bank is to have them."""
     options, say = trainer.options, trainer.progress.say
     say("measuring the curvature of the loss along the anchors' rows")
-    matrix = trained.matrix()
     signer = Signer(trainer.model, matrix)
     curvature = measure_curvature(signer, measured, trainer, work)
     known = Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
-    decay, kept = fit_rule(signer, curvature, measured[:judges] or measured, trainer, work)
+    decay, kept = fit_rule(signer, known, measured[:judges] or measured, trainer, work)
     rule = options.rule(decay)
     if not options.wants_directions:
         return rule, curvature, None
@@ -150,7 +151,7 @@ def _measured(
     )
     say(f"the rows are {count} directions of {len(kept)} anchors and keep {kept[count - 1]:.0%} of the gain; {told}")
     deviation = float(known.eigenvalues.mean() * decay) ** -0.5
-    directions = make_directions(matrix.rows[: matrix.anchors], known, count, deviation)
+    directions = make_directions(known, count, deviation)
     return rule.model_copy(update={"posterior": directions.rule}), curvature, directions
 
 
@@ -185,8 +186,8 @@ def build_baselines(
             return found
     task = get_task(options.task)
     people, _ = read_inputs(inputs, task, options)
-    options = options.resolved()
-    model, tokenizer = load_base(ensure_base_model(inputs.model, inputs.cache_dir, manifest.base_model), options.dtype)
+    folder = ensure_base_model(inputs.model, inputs.cache_dir, manifest.base_model)
+    model, tokenizer = load_base(folder, str(manifest.training["dtype"]))
     steps = options.steps * len(manifest.anchors)
     trainer = RowTrainer(model, tokenizer, task, options, progress)
     job = trainer.job("task", people, steps, options.batch_size)

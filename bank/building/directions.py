@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from adapters.fusion import CHUNK_NUMBERS
 from bank.items.profile import Vectors
 from bank.lookup.signature import Curvature
 from bank.manifest import PosteriorRule
 
+MIXED_AT_ONCE, READ_NUMBERS = 8, 1 << 20  # directions made in one pass over the rows; numbers of the rows read at once
+
 
 @dataclass(frozen=True, slots=True)
 class DirectionRows:
-    """K directions: their rows [K, D], each anchor's coordinates [N, K] and the curvature along them, H [K, K]."""
+    """K directions: how their rows mix the anchors' [K, N], each anchor's coordinates [N, K], H along them [K, K]."""
 
-    rows: torch.Tensor
+    mixing: torch.Tensor
     coordinates: Vectors
     curvature: Vectors
+
+    def mixed(self, rows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield each direction's row [D], given the anchors' [N, D]: a few at a time, and so of few columns."""
+        width = max(1, READ_NUMBERS // len(rows))
+        for weights in torch.split(self.mixing, MIXED_AT_ONCE):
+            found = torch.empty(len(weights), rows[0].numel())
+            for place, columns in enumerate(torch.split(found, width, dim=1)):
+                read = [row[place * width :][:width] for row in rows]
+                torch.mm(weights, torch.stack(read).float(), out=columns)
+            yield from found
 
     @property
     def rule(self) -> PosteriorRule:
@@ -27,14 +39,13 @@ class DirectionRows:
         return PosteriorRule(decay=float(1 / np.diagonal(self.curvature).mean()))
 
 
-def make_directions(rows: torch.Tensor, curvature: Curvature, count: int, deviation: float) -> DirectionRows:
-    """Take the `count` leading eigenvectors of the curvature along the rows [N, D], each `deviation` long.
+def make_directions(curvature: Curvature, count: int, deviation: float) -> DirectionRows:
+    """Take the `count` leading eigenvectors of the curvature along the anchors' rows, each `deviation` long.
 
     `deviation` is the prior's, of one step along an anchor's row.
     """
     leading = curvature.eigenvectors[:, ::-1][:, :count]
     leading = leading * np.sign(leading[np.abs(leading).argmax(axis=0), range(count)])  # fix the arbitrary sign
     mixing = torch.from_numpy((deviation * leading.T).astype(np.float32))
-    pieces = [mixing @ part.float() for part in torch.split(rows, CHUNK_NUMBERS, dim=1)]
     values = curvature.eigenvalues[::-1][:count]
-    return DirectionRows(torch.cat(pieces, 1), (leading / deviation).astype(np.float32), np.diag(deviation**2 * values))
+    return DirectionRows(mixing, (leading / deviation).astype(np.float32), np.diag(deviation**2 * values))

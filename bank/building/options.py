@@ -64,12 +64,6 @@ class BuildOptions(_Checked):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # k-means takes no larger one
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
-    def resolved(self) -> BuildOptions:
-        from bank.models.load import resolve_dtype
-
-        dtype: Any = resolve_dtype(self.dtype)
-        return dataclasses.replace(self, dtype=dtype)
-
     @property
     def wants_directions(self) -> bool:
         return self.anchors > MOST_PEOPLE if self.directions is None else self.directions > 0
@@ -79,10 +73,9 @@ class BuildOptions(_Checked):
         posterior = PosteriorRule() if decay is None else PosteriorRule(decay=decay)
         return WeightRule(anchors=min(self.k, self.anchors), strength=TOPIC_STRENGTH, posterior=posterior)
 
-    def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:
-        """Return the manifest's `training` field: all options, the number of people, and the key of all inputs."""
-        modules = ",".join(self.target_modules) if self.target_modules else None
-        return {**dataclasses.asdict(self), "target_modules": modules, "people": people, "inputs": key}
+    def record(self) -> dict[str, int | float | str | bool | None]:
+        """Return all options as the manifest's field `training` has them."""
+        return {**dataclasses.asdict(self), "target_modules": ",".join(self.target_modules or ()) or None}
 
 
 @checked_dataclass(frozen=True, slots=True)

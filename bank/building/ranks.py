@@ -52,12 +52,9 @@ class Ranks:
                     result = make(at_once[self.rank])
                 except MtaError as error:
                     result = error
-            results = [result]
-            if len(at_once) > 1:
-                results = [None] * self.count
+            results = [result] * self.count
+            if self.count > 1:
                 group.all_gather_object(results, result)
-            elif self.count > 1:  # all rows may be one result, and gathering takes memory for one of every rank
-                group.broadcast_object_list(results)
             for found in results[: len(at_once)]:
                 if isinstance(found, MtaError):
                     raise found

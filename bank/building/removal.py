@@ -49,7 +49,7 @@ def remove_anchor(folder: Path, anchor: str, out: Path) -> BankManifest:
             deviation = float(np.sqrt(manifest.directions / np.square(coordinates).sum()))
             curvature = coordinates[kept] @ curvature @ coordinates[kept].T
             count = min(manifest.directions, len(kept))
-            directions = make_directions(matrix.rows[kept], Curvature.of(curvature), count, deviation)
+            directions = make_directions(Curvature.of(curvature), count, deviation)
             rule = directions.rule
         else:
             prior = weights.posterior.decay * np.diagonal(curvature).mean()
@@ -65,7 +65,7 @@ def remove_anchor(folder: Path, anchor: str, out: Path) -> BankManifest:
         user_rank=manifest.user_rank,
         weights=weights.model_copy(update={"anchors": min(weights.anchors, len(kept))}),
         layout=manifest.layout,
-        rows=[*matrix.rows[kept], *matrix.rows[len(manifest.anchors) :]],
+        rows=[matrix.rows[i] for i in (*kept, *range(len(manifest.anchors), len(matrix.rows)))],
         shared_a=matrix.shared_a,
         embeddings=AnchorIndex.load(folder / INDEX_FILE).vectors(kept),
         items=[manifest.anchors[i].items for i in kept],

@@ -12,25 +12,30 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from adapters.matrix import BF16_BYTES, stored
 from bank.building.options import BuildOptions
 from bank.building.ranks import Ranks
-from bank.building.selection import SERVED_ITEMS
 from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.profile import Vectors
 from bank.items.tasks import Task
 from bank.manifest import MANIFEST_FILE, BankManifest, read_manifest, verify_files
 from bank.models.folders import locked
+from bank.models.load import resolve_dtype
 
 WORK_FOLDER = ".build"
-_BUILD_FORMAT = 11  # part of the key; increase it when the same inputs would give a different bank
+INPUTS = "inputs"  # name of the hash among the inputs
+_PIECES, _INPUTS_FILE, _ROWS_FILE = "pieces", "inputs.json", "rows.bf16"
+_BUILD_FORMAT = 11  # hashed, so increase it when the same inputs would give a different bank
+Inputs = dict[str, int | float | str | bool | None]
 
 
 class Workbench:
     """The finished pieces of one build; each is written by rename, so existing pieces are complete.
 
-    All ranks call the same methods in the same order. Only rank 0 reads and writes the folder.
+    All ranks call the same methods in the same order. Only rank 0 writes to the folder, and all ranks read it.
     """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
@@ -40,11 +45,6 @@ class Workbench:
     def waiting(self, names: Sequence[str]) -> list[str]:
         """Return the names of the pieces that no earlier run finished."""
         return self.ranks.first(lambda: [name for name in names if not self._path(name).is_file()])
-
-    def piece(self, name: str, make: Callable[[], Vectors]) -> Vectors:
-        """Return the piece of this name; all ranks compute it together if no earlier run did."""
-        made = make() if self.waiting([name]) else None
-        return self.ranks.first(lambda: self._read(name) if made is None else self._write(name, made))
 
     def pieces(
         self, names: Sequence[str], make: Callable[[int], Vectors], done: Callable[[int], None] = lambda count: None
@@ -59,63 +59,119 @@ class Workbench:
             if not self.ranks.rank:
                 self._write(missing[place], piece)
             done(len(names) - len(missing) + place + 1)
-        return self.ranks.first(lambda: [self._read(name) for name in names])
+        self.ranks.first(lambda: None)  # the last piece is on the disk
+        return [np.load(self._path(name)) for name in names]
 
-    def _read(self, name: str) -> Vectors:
-        vectors: Vectors = np.load(self._path(name))
-        return vectors
+    def finished_rows(self, width: int) -> int:
+        """Return the number of rows of this width that earlier runs finished."""
+        path = self._folder / _ROWS_FILE
+        return self.ranks.first(lambda: path.stat().st_size // (BF16_BYTES * width) if path.exists() else 0)
 
-    def _write(self, name: str, made: Vectors) -> Vectors:
+    def rows(self, count: int, width: int, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """Return rows [count, width] bf16, which all ranks map from one file; each rank computes some of the missing.
+
+        Rows are appended in order, so that the file's length tells how many are finished.
+        """
+        path, finished = self._folder / _ROWS_FILE, self.finished_rows(width)
+        for place, row in enumerate(self.ranks.each(range(finished, count), make), finished):
+            if not self.ranks.rank:
+                with path.open("ab") as file:
+                    file.truncate(BF16_BYTES * width * place)  # a run may have been killed within a row
+                    file.write(stored(row))
+                    file.flush()
+                    os.fsync(file.fileno())
+        self.ranks.first(lambda: None)
+        mapped = torch.from_file(str(path), shared=True, size=count * width, dtype=torch.bfloat16)
+        return mapped.view(count, width)
+
+    def _write(self, name: str, made: Vectors) -> None:
         draft = self._folder / "draft"
-        try:
-            with draft.open("wb") as file:
-                np.save(file, made)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self._path(name))
-        except OSError as error:
-            raise BankError(f"cannot keep a piece of the build in {self._folder}: {error.strerror or error}") from error
-        return made
+        with draft.open("wb") as file:
+            np.save(file, made)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self._path(name))
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.npy"
 
 
 @contextmanager
-def workbench(out: Path, key: str, ranks: Ranks) -> Iterator[Workbench]:
-    """Lock and open the work folder of build `key` of the bank at `out`; remove it if the block succeeds."""
+def workbench(out: Path, inputs: Inputs, ranks: Ranks, *, force: bool = False) -> Iterator[tuple[Workbench, Inputs]]:
+    """Lock and open the work folder of the bank at `out`; remove it if the block succeeds.
+
+    Also return the inputs with their dtype: `auto` is what the pieces were made with, else what suits rank 0's machine.
+    BankError if the pieces are of other inputs, unless `force`, which deletes them.
+    """
     root = out / WORK_FOLDER
-    if ranks.rank:
-        yield Workbench(root / key, ranks)
-        return
-    with ExitStack() as lock:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            lock.enter_context(locked(root / "lock", wait=False))
-            for other in root.iterdir():
-                if other.is_dir() and other.name != key:
-                    shutil.rmtree(other)
-            folder = root / key
-            folder.mkdir(exist_ok=True)
-        except BlockingIOError:
-            raise BankError(f"another build is running in {out}: wait for it or name another --out") from None
-        except OSError as error:
-            raise BankError(f"cannot build a bank in {out}: {error}") from error
-        yield Workbench(folder, ranks)
-        shutil.rmtree(root, ignore_errors=True)
+    try:
+        with ExitStack() as lock:
+            begun = ranks.first(lambda: _begin(root, inputs, lock, force=force))
+            told = ranks.each(range(ranks.count), lambda _: _differences(_recorded(root), inputs))
+            if other := ", ".join(filter(None, told)):
+                raise BankError(
+                    f"the ranks would build different banks ({other}): give every machine the same people, options and "
+                    "model, and an --out that all of them share"
+                )
+            yield Workbench(root / _PIECES, ranks), begun
+            if not ranks.rank:
+                shutil.rmtree(root, ignore_errors=True)
+    except BlockingIOError:
+        raise BankError(f"another build is running in {out}: wait for it or name another --out") from None
+    except OSError as error:
+        raise BankError(f"cannot build a bank in {out}: {error}") from error
 
 
-def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
-    """Return the folder's bank if build `key` made it, else None; BankError for another bank unless `force`."""
+def _begin(root: Path, inputs: Inputs, lock: ExitStack, *, force: bool) -> Inputs:
+    """Take the lock, record the inputs unless the folder has pieces of the same, and return them with their dtype."""
+    root.mkdir(parents=True, exist_ok=True)
+    lock.enter_context(locked(root / "lock", wait=False))
+    found = _recorded(root)
+    if not (other := _differences(found, inputs)):
+        return {**inputs, "dtype": found["dtype"]}
+    if not force and any(root.glob("*/*.npy")):
+        raise BankError(
+            f"{root.parent} holds the unfinished build of another bank ({other}): run that again, name another --out, "
+            "or start anew with --force"
+        )
+    for path in filter(Path.is_dir, list(root.iterdir())):
+        shutil.rmtree(path)
+    (root / _PIECES).mkdir()
+    begun = {**inputs, "dtype": resolve_dtype(str(inputs["dtype"]))}
+    (root / _PIECES / _INPUTS_FILE).write_text(json.dumps(begun), "utf-8")
+    return begun
+
+
+def _recorded(root: Path) -> Inputs:
+    """Return the inputs of the pieces in this work folder; empty if there are none, or an earlier version made them."""
+    try:
+        return dict(json.loads((root / _PIECES / _INPUTS_FILE).read_text("utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _differences(found: Inputs, inputs: Inputs) -> str:
+    """Say how inputs differ from those that were recorded; empty if both make the same bank."""
+    changed = [
+        f"--{name.replace('_', '-')} was {found[name]}, is {value}"
+        for name, value in inputs.items()
+        if name in found and name not in (INPUTS, "verdict") and value not in (found[name], "auto")
+    ]  # the verdict only decides which people are held out, and those are hashed
+    same = changed or found.get(INPUTS) == inputs[INPUTS]
+    return ", ".join(changed) if same else "other people, texts or models, or another version of this program"
+
+
+def finished_bank(out: Path, inputs: Inputs, *, force: bool) -> BankManifest | None:
+    """Return the folder's bank if a build with these inputs made it; BankError for another bank unless `force`."""
     if not (out / MANIFEST_FILE).exists():
         return None
     try:
         manifest = read_manifest(out)
-        if manifest.training.get("inputs") == key:
+        if not (other := _differences(manifest.training, inputs)):
             verify_files(out, manifest)
-            shutil.rmtree(out / WORK_FOLDER / key, ignore_errors=True)  # left by a build that was killed at its end
+            shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # left by a build that was killed at its end
             return manifest
-        found = f"another bank, {manifest.short}"
+        found = f"another bank, {manifest.short} ({other})"
     except BankError as error:
         found = f"a bank that cannot be used ({error})"
     if force:
@@ -123,26 +179,16 @@ def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
     raise BankError(f"{out} holds {found}: name another --out, or replace it with --force")
 
 
-def inputs_key(
+def build_inputs(
     options: BuildOptions, task: Task, people: Sequence[History], held_out: Sequence[History], models: Sequence[str]
-) -> str:
-    """Return the SHA-256 (64 hex digits) of everything that determines the bank: equal keys mean equal banks.
+) -> Inputs:
+    """Return the options, and a SHA-256 (64 hex digits) of all else that determines the bank: equal ones, equal banks.
 
-    The options are resolved; `models` are hashes of base model, prompts and embedder. `held_out` decides the verdict.
+    `models` are hashes of base model, prompts and embedder. `held_out` decides the verdict.
     """
 
     def contents(people: Sequence[History]) -> list[object]:
         return [[person.user_id, [[item.id, dict(item.fields)] for item in person.items]] for person in people]
 
-    chosen = dataclasses.asdict(options)
-    del chosen["verdict"]  # it only decides which people are held out, and those are hashed below
-    content = {
-        "format": _BUILD_FORMAT,
-        "options": chosen,
-        "task": dataclasses.asdict(task),
-        "people": contents(people),
-        "aside": contents(held_out),
-        "models": list(models),
-        "served_items": SERVED_ITEMS,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    content = [_BUILD_FORMAT, dataclasses.asdict(task), contents(people), contents(held_out), list(models)]
+    return {**options.record(), INPUTS: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}

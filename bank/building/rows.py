@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,20 +52,6 @@ class RowJob:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainedRows:
-    """Trained rows, flat: B of each anchor in order, then B of the common row; and the shared A."""
-
-    layout: RowLayout
-    rows: list[torch.Tensor]
-    shared_a: torch.Tensor
-
-    def matrix(self) -> MetaMatrix:
-        """Return the rows as they will be served: rounded to bf16."""
-        rows = torch.stack([row.to(torch.bfloat16) for row in self.rows])
-        return MetaMatrix(self.layout, rows, len(rows) - 1, True, self.shared_a.to(torch.bfloat16))
-
-
-@dataclass(frozen=True, slots=True)
 class RowTrainer:
     model: Any
     tokenizer: Any
@@ -72,7 +59,7 @@ class RowTrainer:
     options: BuildOptions
     progress: RowProgress
 
-    def rows(self, work: Workbench, people: Sequence[History], anchors: Sequence[History]) -> TrainedRows:
+    def rows(self, work: Workbench, people: Sequence[History], anchors: Sequence[History]) -> MetaMatrix:
         """Train the common row, then one row per anchor; skip rows that an earlier run finished."""
         options = self.options
         try:
@@ -81,20 +68,28 @@ class RowTrainer:
             raise BankError(f"--target-modules: {error}") from error
         layout = RowLayout(modules, options.rank, shared_a=True)
         first = self.job("common", people, options.common_steps, options.common_batch_size)
-        jobs = [self.job(anchor_id(i), [who], options.steps, options.batch_size) for i, who in enumerate(anchors)]
-        waiting = work.waiting([job.name for job in (first, *jobs)])
-        if len(waiting) <= len(jobs):
-            self.progress.say(f"{1 + len(jobs) - len(waiting)} of {1 + len(jobs)} rows were finished in an earlier run")
-        own = [job for job in jobs if job.name in waiting][work.ranks.rank :: work.ranks.count]
-        if first.name in waiting:
-            own.insert(0, first)
-        self.progress.begin({job.name: job.work_tokens for job in own})
-        numbers = torch.from_numpy(work.piece(first.name, partial(self._common_row, layout, first, work.ranks)))
+        waiting, finished = work.waiting([first.name]), min(work.finished_rows(layout.row_numbers), len(anchors))
+        if not waiting:
+            self.progress.say(f"{1 + finished} of {1 + len(anchors)} rows were finished in an earlier run")
+        own = range(finished, len(anchors))[work.ranks.rank :: work.ranks.count]
+        jobs = (self._anchor_job(place, anchors) for place in own)
+        self.progress.begin({job.name: job.work_tokens for job in chain([first] if waiting else [], jobs)})
+        made = [self._common_row(layout, first, work.ranks) for _ in waiting]  # by all ranks together
+        (numbers,) = map(torch.from_numpy, work.pieces([first.name], made.__getitem__))
         a, b = torch.split(numbers, [layout.a_numbers, layout.b_numbers])
         common = lora_of(layout, _stored(a), _stored(b))
-        names = [job.name for job in jobs]
-        found = work.pieces(names, lambda place: self._anchor_row(layout, jobs[place], common))
-        return TrainedRows(layout, [*map(torch.from_numpy, found), b], flattened(layout, common.a))
+
+        def make(place: int) -> torch.Tensor:
+            if place == len(anchors):
+                return b
+            trained = self.train(self._anchor_job(place, anchors), common, train_a=False)
+            return (flattened(layout, trained.b) - flattened(layout, common.b)).to(torch.bfloat16)
+
+        rows = work.rows(len(anchors) + 1, layout.row_numbers, make)
+        return MetaMatrix(layout, rows, len(anchors), True, a.to(torch.bfloat16))
+
+    def _anchor_job(self, place: int, anchors: Sequence[History]) -> RowJob:
+        return self.job(anchor_id(place), [anchors[place]], self.options.steps, self.options.batch_size)
 
     def job(self, name: str, people: Sequence[History], steps: int, batch_size: int) -> RowJob:
         """Choose a row's examples from the people's lessons (at least one), at most as many as training reads.
@@ -130,11 +125,6 @@ class RowTrainer:
         start = lora_of(layout, _stored(flattened(layout, start.a)), flattened(layout, start.b))
         lora = self.train(job, start, gradient=partial(_shared_backward, ranks))
         return torch.cat([flattened(layout, lora.a), flattened(layout, lora.b)]).numpy()
-
-    def _anchor_row(self, layout: RowLayout, job: RowJob, common: LoraWeights) -> Vectors:
-        trained = self.train(job, common, train_a=False)
-        found: Vectors = (flattened(layout, trained.b) - flattened(layout, common.b)).numpy()
-        return found
 
 
 def _shared_backward(ranks: Ranks, model: Any, examples: Sequence[Example]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -121,15 +121,16 @@ def measure_curvature(
 
 
 def fit_rule(
-    signer: Signer, curvature: Vectors, people: Sequence[MeasuredPerson], trainer: RowTrainer, work: Workbench
+    signer: Signer, curvature: Curvature, people: Sequence[MeasuredPerson], trainer: RowTrainer, work: Workbench
 ) -> tuple[float, Vectors]:
     """Return the decay whose steps from people's earlier items gain most on their later items, as measured.
 
     Also return the share of that gain that the 1, 2, … N leading directions keep, [N], as the products predict it. A
     person's own row is left out, since it was trained on these items. Without any other row nothing is fitted.
     """
-    judges = [person for person in people if person.own_row is None or len(curvature) > 1][:JUDGES]
-    evenly = np.linspace(0, 1, len(curvature) + 1, dtype=np.float32)[1:]
+    rows = len(curvature.eigenvalues)
+    judges = [person for person in people if person.own_row is None or rows > 1][:JUDGES]
+    evenly = np.linspace(0, 1, rows + 1, dtype=np.float32)[1:]
     if not judges:
         return PosteriorRule().decay, evenly
     judged = work.pieces(
@@ -149,25 +150,18 @@ def fit_rule(
     return DECAYS[best], evenly
 
 
-def _judge(signer: Signer, curvature: Vectors, person: MeasuredPerson, *, directions: bool) -> Vectors:
+def _judge(signer: Signer, curvature: Curvature, person: MeasuredPerson, *, directions: bool) -> Vectors:
     """Return each decay's gain on the person's later items, [decays, 1], in nats per token.
 
     With `directions`, [decays, 1 + N]: also the gain that the products predict for the 1, 2, … N leading directions.
     """
-    half, rows = len(person.examples) // 2, np.arange(len(curvature)) != person.own_row
-    known, earlier, later = Curvature.of(curvature[rows][:, rows]), person.examples[:half], person.examples[half:]
-
-    def signature(examples: Sequence[Example]) -> Signature:
-        made = signer.signature("", examples)
-        return replace(made, products=made.products[rows])
-
-    seen, steps = signature(earlier), np.zeros((1 + len(DECAYS), len(rows)), np.float32)
-    for step, decay in zip(steps[1:], DECAYS, strict=True):
-        step[rows] = known.step(seen, decay)
-    losses = signer.losses(steps, later)
+    half, own = len(person.examples) // 2, person.own_row
+    earlier, later = person.examples[:half], person.examples[half:]
+    seen = signer.signature("", earlier)
+    steps = [curvature.step(seen, decay, own) for decay in DECAYS]
+    losses = signer.losses(np.stack([np.zeros_like(steps[0]), *steps]), later)
     found: Vectors = (losses[0] - losses[1:])[:, None]
     if not directions:
         return found
-    wanted = signature(later)
-    predicted = np.stack([known.gains(step[rows], wanted) for step in steps[1:]])
-    return np.concatenate([found, np.pad(predicted, ((0, 0), (0, int(len(rows) - rows.sum()))), "edge")], axis=1)
+    wanted = signer.signature("", later)
+    return np.concatenate([found, np.stack([curvature.gains(step, wanted, own) for step in steps])], axis=1)

@@ -20,7 +20,7 @@ from bank.items.tasks import get_task, past_count_range
 from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, LossDifference, Verdict, write_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
-from bank.models.load import load_base, resolve_dtype
+from bank.models.load import load_base
 
 COMMON, MERGED, PRIOR = "common", "merged", "prior"
 _LEVEL = 0.95
@@ -40,7 +40,7 @@ def judge_bank(
         return manifest
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
     folder = ensure_base_model(inputs.model, inputs.cache_dir, manifest.base_model)
-    base = load_base(folder, resolve_dtype(options.dtype))
+    base = load_base(folder, str(manifest.training["dtype"]))
     bank = OpenBank.open(inputs.out, embedder.id)
     evaluator = Evaluator(bank=bank, scorer=Scorer(*base), embedder=embedder, max_tokens=options.max_tokens)
     what, found = "measuring on held-out people", list[Losses]()

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from adapters.recipe import MAX_DIRECTIONS
 from bank.errors import BankError
 from bank.items.profile import Vectors
 
+SMALLEST = 1e-6  # part of an eigenvector that is told from none when a row is left out
 MAX_ITEMS = 32  # maximum number of a user's newest items in a signature
 
 
@@ -80,17 +82,51 @@ class Curvature:
         whole = (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
         return Curvature.of(np.asarray(whole[:count, :count], np.float64))
 
-    def gains(self, step: Vectors, signature: Signature) -> Vectors:
+    def gains(self, step: Vectors, signature: Signature, without: int | None = None) -> Vectors:
         """Return what a step [N] gains on the signature's items along the 1, 2, … N leading directions, [N].
 
-        In nats per token, as predicted from the products.
+        In nats per token, as predicted from the products; more than `MAX_DIRECTIONS` count as all. With a row left out,
+        whose step is 0, directions are those of the other rows.
         """
-        along = self.eigenvectors.T @ np.asarray(step, np.float64)
-        products = self.eigenvectors.T @ np.asarray(signature.products, np.float64)
-        return np.asarray(np.cumsum((along * products - self.eigenvalues * along**2 / 2)[::-1]))
+        z, x = (self.eigenvectors.T @ np.asarray(of, np.float64) for of in (step, signature.products))
+        gains = np.full(len(step), z @ x - self.eigenvalues @ z**2 / 2)
+        if without is None:
+            values, z, x = self.eigenvalues[::-1], z[::-1], x[::-1]
+        else:
+            values, vectors = self._leading_without(without, min(MAX_DIRECTIONS, len(step) - 1))
+            z, x = vectors.T @ z, vectors.T @ x
+        leading = np.cumsum(z * x - values * z**2 / 2)[:MAX_DIRECTIONS]
+        gains[: len(leading)] = leading
+        return gains
 
-    def step(self, signature: Signature, decay: float) -> Vectors:
-        """Return z [N]; `decay` is λ in units of tr H / N."""
-        x = self.eigenvectors.T @ np.asarray(signature.products, np.float64)
-        shrunk = signature.tokens / (signature.tokens * self.eigenvalues + decay * self.eigenvalues.mean())
-        return np.asarray(self.eigenvectors @ (shrunk * x), np.float32)
+    def step(self, signature: Signature, decay: float, without: int | None = None) -> Vectors:
+        """Return z [N]; `decay` is λ in units of tr H / N. With a row left out, the step is as if H were without it."""
+        x, values, prior = np.array(signature.products, np.float64), self.eigenvalues, self.eigenvalues.mean()
+        if without is not None:
+            x[without] = 0
+            prior = (values.sum() - self.eigenvectors[without] ** 2 @ values) / (len(values) - 1)
+        shrunk = signature.tokens / (signature.tokens * values + decay * prior)
+        step = self.eigenvectors @ (shrunk * (self.eigenvectors.T @ x))
+        if without is not None:  # the inverse of a matrix without one row and column, from the inverse with it
+            column = self.eigenvectors @ (shrunk * self.eigenvectors[without])
+            step -= step[without] / column[without] * column
+            step[without] = 0
+        return np.asarray(step, np.float32)
+
+    def _leading_without(self, row: int, count: int) -> tuple[Vectors, Vectors]:
+        """Return the leading eigenvalues [K] of H without a row, and their eigenvectors [N, K] in the basis of H's.
+
+        Between any two neighbours of the eigenvalues eⱼ of H lies one, the root y of Σ vⱼ² / (eⱼ - y), with v the row
+        of H's eigenvectors; its eigenvector is vⱼ / (eⱼ - y) (Golub 1973, Some modified matrix eigenvalue problems).
+        """
+        v = self.eigenvectors[row]
+        v = np.where(np.abs(v) < SMALLEST, SMALLEST, v)
+        e = self.eigenvalues + self.eigenvalues.max() * SMALLEST**2 * np.arange(len(v))  # no two are equal
+        above, gap = e[: -count - 1 : -1], np.diff(e)[::-1][:count]
+        low, high = np.zeros(count), np.ones(count)  # of the way from the neighbour above to that below
+        for _ in range(60):
+            middle = (low + high) / 2
+            apart = e[:, None] - above + middle * gap
+            is_above = (v[:, None] ** 2 / apart).sum(axis=0) > 0
+            low, high = np.where(is_above, middle, low), np.where(is_above, high, middle)
+        return above - middle * gap, v[:, None] / apart / np.linalg.norm(v[:, None] / apart, axis=0)

@@ -88,7 +88,7 @@ def rewritten(shared: OpenBank, scratch: Path) -> OpenBank:
         _turned(layout, lora_of(layout, shared.matrix.shared_a.float(), row.float()), seed)
         for seed, row in enumerate(shared.matrix.rows)
     ]
-    write_matrix(folder / MATRIX_FILE, layout, rows)
+    write_matrix(folder / MATRIX_FILE, layout, len(rows), rows)
     rank = serving_rank(fused_rank(method, old.rank, old.weights.anchors, old.common) + old.user_rank)
     manifest = old.model_copy(
         update={

@@ -91,8 +91,7 @@ def tiny_bank(
         posterior, curvature = PosteriorRule(), np.eye(anchors, dtype=np.float32)
     if directions:
         curvature = np.diag(1 + np.arange(anchors, dtype=np.float32) / anchors)
-        kept = torch.stack(rows[:anchors]).to(torch.bfloat16)
-        made = make_directions(kept, Curvature.of(curvature), directions, deviation=1.0)
+        made = make_directions(Curvature.of(curvature), directions, deviation=1.0)
         posterior = made.rule
     write_bank(
         folder,

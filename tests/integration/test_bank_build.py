@@ -30,7 +30,7 @@ from bank.building.build import build_bank, build_baselines, read_inputs
 from bank.building.options import BuildOptions
 from bank.building.progress import RowProgress
 from bank.building.ranks import Ranks, joined
-from bank.building.resume import WORK_FOLDER, workbench
+from bank.building.resume import WORK_FOLDER, Inputs, workbench
 from bank.building.rows import RowJob, RowTrainer
 from bank.errors import BankError
 from bank.evaluation.methods import METHODS, Evaluator
@@ -74,9 +74,11 @@ def test_a_bank_has_the_anchors_asked_for_and_nothing_that_names_anybody(bench: 
 def test_the_common_row_is_trained_first_and_without_old_pieces(bench: Bench, built: BankManifest) -> None:
     left = bench.folder / "order" / WORK_FOLDER / ("0" * 64)
     left.mkdir(parents=True)
-    (left / "common.npy").write_bytes(b"of another seed")
+    (left / "common.npy").write_bytes(b"of an earlier version")
+    with pytest.raises(BankError, match="holds the unfinished build of another bank"):
+        bench.build("order", seed=2)
     progress = Recorder()
-    assert bench.build("order", progress, seed=2).fingerprint != built.fingerprint
+    assert bench.build("order", progress, seed=2, inputs={"force": True}).fingerprint != built.fingerprint
     assert progress.begun == ["common", "a00", "a01", "a02"]
     assert progress.steps == [(row, step) for row in progress.begun for step in (1, 2, 3)]
     both = ("measuring the curvature", "fitting the rule")
@@ -132,7 +134,8 @@ def test_what_makes_no_bank_is_refused_before_anything_is_trained(bench: Bench, 
         with pytest.raises(BankError, match=message):
             bench.build("refused", **changes)
     assert not (bench.folder / "refused").exists()
-    with workbench(bench.folder / "busy", "key", Ranks()), pytest.raises(BankError, match="another build is running"):
+    busy: Inputs = {"dtype": "float32", "inputs": "hash"}
+    with workbench(bench.folder / "busy", busy, Ranks()), pytest.raises(BankError, match="another build is running"):
         bench.build("busy")
 
 
@@ -142,7 +145,7 @@ def test_the_same_bank_is_built_once_and_another_is_replaced_only_by_force(bench
     assert bench.build("forced", progress, anchors=2) == old
     assert not progress.begun
     assert "already" in progress.said[-1]
-    with pytest.raises(BankError, match=f"another bank, {old.short}.*--force"):
+    with pytest.raises(BankError, match=rf"another bank, {old.short} \(--anchors was 2, is 1\).*--force"):
         bench.build("forced", anchors=1)
     flip_a_bit(folder / MATRIX_FILE)
     with pytest.raises(BankError, match=f"{MATRIX_FILE} is damaged"):
@@ -159,11 +162,8 @@ def test_of_a_bank_that_is_replaced_and_of_a_build_that_was_killed_nothing_stays
     (folder / BASELINES).mkdir()
     assert (folder / ROWS_FILE).exists() and (folder / COORDINATES_FILE).exists()
     manifest = bench.build("replaced", anchors=1, directions=0, inputs={"force": True})
-    left = folder / ".build" / str(manifest.training["inputs"])
-    left.mkdir(parents=True)
+    (folder / WORK_FOLDER / "pieces").mkdir(parents=True)
     assert bench.build("replaced", anchors=1, directions=0) == manifest
-    assert not left.exists()
-    left.parent.rmdir()
     assert {path.name for path in folder.iterdir()} == {*manifest.files, MANIFEST_FILE}
 
 
@@ -209,15 +209,17 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_fingerprint(bench: Bench,
     with pytest.raises(KeyboardInterrupt):
         bench.build("killed", Killer("a01"))
     assert not (bench.folder / "killed" / MANIFEST_FILE).exists()
-    finished = {path.name for path in (bench.folder / "killed").glob(f"{WORK_FOLDER}/*/*.npy")}
-    assert finished == {"embeddings.npy", "anchors.npy", "common.npy", "a00.npy"}
+    finished = {path.name for path in (bench.folder / "killed").glob(f"{WORK_FOLDER}/*/*")}
+    assert finished == {"inputs.json", "candidates-0000.npy", "anchors-0000.npy", "common.npy", "rows.bf16"}
+    with pytest.raises(BankError, match=r"--steps was 3, is 4\): run that again.*--force"):
+        bench.build("killed", steps=4)
     progress = Killer()
     with pytest.raises(KeyboardInterrupt):
         bench.build("killed", progress)
     assert "2 of 4 rows were finished in an earlier run" in progress.said
     assert progress.begun == ["a01", "a02"]
     last = Recorder()
-    assert bench.build("killed", last).fingerprint == built.fingerprint
+    assert bench.build("killed", last, dtype="auto").fingerprint == built.fingerprint
     assert last.begun == []
 
 
@@ -268,12 +270,12 @@ def test_what_one_rank_refuses_all_ranks_refuse(bench: Bench, tmp_path: Path) ->
     bench.build("taken", anchors=1)
     with pytest.raises(BankError, match="another bank"):
         bench.build_by_ranks("taken", 2, Recorder())
-    other = bench.inputs("taken", users=write_people(tmp_path / "other.json", people(4)))
+    other = bench.inputs("unlike", users=write_people(tmp_path / "other.json", people(4)))
     with (
         pytest.raises(BankError, match="the ranks would build different banks"),
         joined(2, partial(build_bank, other, OPTIONS, RowProgress())) as ranks,
     ):
-        build_bank(bench.inputs("taken"), OPTIONS, Recorder(), ranks)
+        build_bank(bench.inputs("unlike"), OPTIONS, Recorder(), ranks)
 
 
 def test_without_a_terminal_the_command_prints_lines_and_one_for_a_refusal(bench: Bench) -> None:

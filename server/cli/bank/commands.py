@@ -27,7 +27,7 @@ Out = Annotated[Path, typer.Option(help="Output folder.")]
 Outputs = Annotated[Path | None, typer.Option(help="With LaMP's questions: the outputs file.")]
 Exclude = Annotated[Path | None, typer.Option(help="People to exclude: a file in the same layout, or a list of ids.")]
 Modules = Annotated[str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj; default: all linear layers.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder, or a half-built one.")]
 BankArgument = Annotated[Path | None, typer.Argument(help="Folder of the bank.", show_default="MTA_BANK")]
 AnchorsBy = Annotated[str, typer.Option(help="Anchors: topics (the longest history of each topic) or longest.")]
 Directions = Annotated[

@@ -30,7 +30,7 @@ def make_matrix(folder: Path, method: FusionMethod, common: bool) -> MetaMatrix:
     rows = [torch.randn(layout.row_numbers, generator=generator) for _ in range(ANCHORS + common)]
     shared_a = torch.randn(layout.a_numbers, generator=generator) if layout.shared_a else None
     path = folder / "meta_loras.safetensors"
-    write_matrix(path, layout, rows, shared_a)
+    write_matrix(path, layout, len(rows), rows, shared_a)
     return MetaMatrix.open(path, layout, ANCHORS, common)
 
 

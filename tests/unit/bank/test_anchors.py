@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bank.building.options import BuildOptions
-from bank.building.resume import inputs_key
 from bank.building.selection import (
     SERVED_ITEMS,
     held_out_people,
@@ -129,16 +128,6 @@ def test_an_anchor_is_told_by_words_that_it_used_more_than_once_and_others_did_n
     assert all("miller" not in words for words in typical_words([gardener, sailor], CHAT))
     people = [writer("a", "it is 555123", "it is 555123"), writer("b", "and so", "and so")]
     assert typical_words(people, CHAT) == [(), ()]
-
-
-def test_a_key_tells_apart_what_would_be_another_bank() -> None:
-    def key(aside: int = 9, model: str = "model", **changes: object) -> str:
-        options = BuildOptions("chat", **changes)  # type: ignore[arg-type]
-        return inputs_key(options, CHAT, [crowd(20)[0]], [crowd(aside)[0]], (model, "prompts", "embedder"))
-
-    others = [key(10), key(model="another"), key(history_share=1.0), key(anchors_by="longest"), key(describe=True)]
-    assert len({key(), *others}) == 1 + len(others)
-    assert key() == key(verdict=False)  # who is left out says that
 
 
 def test_the_rule_is_topics_then_the_posterior_and_large_banks_have_directions() -> None:

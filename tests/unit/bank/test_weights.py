@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.lora import ModuleShape
-from adapters.recipe import FusionMethod, parse_recipe
+from adapters.recipe import MAX_DIRECTIONS, FusionMethod, parse_recipe
 from adapters.training.example import Example
 from bank.building import signer
 from bank.building.options import BuildOptions
@@ -156,6 +156,36 @@ def test_a_step_is_the_posterior_mean(seed: int, tokens: int, decay: float) -> N
     assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["of many people", "of few people", "the same along all rows", "of rows apart"])
+def test_a_row_left_out_is_as_if_the_curvature_lacked_it(kind: str) -> None:
+    count, numbers = MAX_DIRECTIONS + 16 if kind == "of many people" else 40, np.random.default_rng(0)
+    root = numbers.normal(size=(count, 8 if kind == "of few people" else 2 * count))
+    apart = {"the same along all rows": np.eye(count), "of rows apart": np.diag(np.arange(1.0, count + 1))}
+    h = apart.get(kind, root @ root.T)
+    x = (h @ numbers.normal(size=count)).astype(np.float32)
+    for own in (0, count // 2, count - 1):
+        others = np.arange(count) != own
+        known, seen = Curvature.of(h[others][:, others]), Signature("", 1000, x)
+        step = Curvature.of(h).step(seen, 250.0, without=own)
+        wanted = known.step(replace(seen, products=x[others]), 250.0)
+        np.testing.assert_allclose(step[others], wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+        assert step[own] == 0
+        gains = Curvature.of(h).gains(step, seen, without=own)
+        direct = known.gains(wanted, replace(seen, products=x[others]))
+        np.testing.assert_allclose(gains[:-1], direct, rtol=0, atol=1e-5 * direct[-1])
+        assert gains[-1] == pytest.approx(direct[-1], rel=1e-5)
+
+
+def test_the_rule_is_fitted_without_another_eigendecomposition(
+    trainer: RowTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bowl: Any = Quadratic()
+    people = [replace(bowl.person(np.ones(N)), own_row=own) for own in (None, *range(N))]
+    curvature, wants = Curvature.of(bowl.h), replace(trainer, options=BuildOptions("chat", directions=1))
+    monkeypatch.delattr(np.linalg, "eigh")
+    fit_rule(bowl, curvature, people, wants, Workbench(tmp_path, Ranks()))
+
+
 def test_a_curvature_that_says_nothing_is_refused() -> None:
     for number, reason in ((0.0, "no positive curvature"), (np.nan, "not finite")):
         with pytest.raises(BankError, match=reason):
@@ -204,7 +234,7 @@ def test_the_curvature_is_found_in_drawn_answers_and_the_decay_in_how_far_people
     work = Workbench(tmp_path, Ranks())
     h = measure_curvature(quadratic, people, trainer, work)
     assert np.linalg.norm(h - quadratic.h) < 0.1 * np.linalg.norm(quadratic.h)
-    decay, _ = fit_rule(quadratic, h, people, trainer, work)
+    decay, _ = fit_rule(quadratic, Curvature.of(h), people, trainer, work)
     best = N / (far**2 * np.trace(h))  # the noise of one token over the variance of people's steps
     assert best / 4 < decay < best * 4
 
@@ -216,9 +246,9 @@ def test_a_persons_own_row_has_no_part_in_the_decay_and_a_bank_of_one_keeps_the_
     person = bowl.person(np.array([5.0, 0.0, 0.0, 0.0]))
     anchor = replace(person, own_row=0)
     before = bowl.losses(np.zeros((1, N)), person.examples)[0]
-    losses = [before - _judge(bowl, bowl.h, who, directions=False).max() for who in (anchor, person)]
+    losses = [before - _judge(bowl, Curvature.of(bowl.h), who, directions=False).max() for who in (anchor, person)]
     assert losses[0] > 10 * losses[1]
-    assert fit_rule(bowl, np.ones((1, 1)), [anchor], trainer, Workbench(tmp_path, Ranks())) == (
+    assert fit_rule(bowl, Curvature.of(np.ones((1, 1))), [anchor], trainer, Workbench(tmp_path, Ranks())) == (
         PosteriorRule().decay,
         1,
     )
@@ -232,7 +262,7 @@ def test_the_share_of_the_gain_that_the_leading_directions_keep_is_predicted(
     bowl.h = np.diag([0.001, 1.0, 0.0005, 0.5])
     people = [replace(bowl.person(np.array([1.0, 1.0, 1.0, far])), own_row=own_row) for far in (1.0, 1.1, 0.9)]
     wants = replace(trainer, options=BuildOptions("chat", directions=1))
-    _, kept = fit_rule(bowl, bowl.h, people, wants, Workbench(tmp_path, Ranks()))
+    _, kept = fit_rule(bowl, Curvature.of(bowl.h), people, wants, Workbench(tmp_path, Ranks()))
     assert kept == pytest.approx([2 / 3, 1, 1, 1], abs=0.05)
 
 
