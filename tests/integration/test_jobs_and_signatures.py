@@ -79,7 +79,8 @@ class Worker:
 
 
 @pytest.fixture
-async def worker(desk: Desk, trainer: AdapterTrainer, bank_folder: Path) -> Worker:
+async def worker(desk: Desk, trainer: AdapterTrainer, bank_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    monkeypatch.setattr("server.worker.loops.MAX_TURN_S", 600.0)  # no turn ends because the machine is slow
     return Worker(desk, trainer, bank_folder)
 
 
