@@ -56,20 +56,26 @@ class Attached:
 
 @contextmanager
 def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None) -> Iterator[Attached]:
-    """Attach a LoRA that starts at `trained`, and a frozen LoRA if given, which may adapt more modules; then detach."""
+    """Attach a LoRA that starts at `trained`, and a frozen LoRA if given, which may adapt more modules; then detach.
+
+    What was attached before is put aside meanwhile, as it is.
+    """
+    aside = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
+    bases = {name: layer.base for name, layer in aside.items()}
     layers = {}
     for name in {**(frozen.a if frozen else {}), **trained.a}:
+        base = bases.setdefault(name, model.get_submodule(name))
         beside = (frozen.a[name], frozen.b[name]) if frozen else None
-        layers[name] = AdaptedLinear(model.get_submodule(name), trained.rank if name in trained.a else 0, beside)
+        layers[name] = AdaptedLinear(base, trained.rank if name in trained.a else 0, beside)
     here = Attached(model, {name: layers[name] for name in trained.a})
     here.put(trained)
     try:
-        for name, layer in layers.items():
+        for name, layer in (bases | layers).items():
             model.set_submodule(name, layer, strict=True)
         yield here
     finally:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer.base, strict=True)
+        for name, layer in (bases | aside).items():
+            model.set_submodule(name, layer, strict=True)
 
 
 class AdaptedLinear(torch.nn.Module):

@@ -103,7 +103,7 @@ class TrainingRun:
     progress: _Judging
     judgement: Judgement | None = None
 
-    def __iter__(self) -> Iterator[TrainingProgress]:
+    def __iter__(self) -> Generator[TrainingProgress, None, None]:
         self.judgement = yield from self.progress
 
     def finish(self) -> Judgement:

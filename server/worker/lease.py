@@ -1,4 +1,4 @@
-"""Train a job on a thread while the worker holds the job's lease. A thread cannot be killed, only its process can."""
+"""Train a job on threads while the worker holds the job's lease. A thread cannot be killed, only its process can."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 import errno
 import logging
 import math
-import threading
+import re
 import time
+import traceback
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from adapters.errors import TrainingError
@@ -23,6 +25,7 @@ LEASE_S = 15.0  # duration of a lease
 RENEW_S = 1.0  # interval between renewals
 STORE_TIMEOUT_S = 4.0  # timeout of one store call, short enough to retry within the lease
 STALL_S = 600.0  # without progress, after which a computation counts as hung; a full context's step may take a minute
+_NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")  # PyTorch's RuntimeErrors
 MAX_CURVE_POINTS = 200  # maximum number of points of each curve
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,66 +113,96 @@ class HeldLease:
         return await retry_until(self._until_s, call, *args, **kwargs)
 
 
-async def train_with_lease(held: HeldLease, max_s: float, train: Callable[[], TrainingRun]) -> Judgement:
-    """Train on a thread for at most `max_s`, and renew the lease meanwhile.
+async def with_lease(held: HeldLease, work: asyncio.Task[T], progress: ProgressLog) -> T:
+    """Renew the lease while `work` runs, and once more; return its result. Errors of the lease leave it running."""
+    ended = False
+    while not ended:
+        ended = bool((await asyncio.wait({work}, timeout=RENEW_S))[0])
+        await held.renew(progress.latest, progress.curve)
+    return work.result()
+
+
+async def train_with_lease(
+    held: HeldLease, max_s: float, train: Callable[[], TrainingRun], model_lock: asyncio.Lock
+) -> Judgement:
+    """Train for at most `max_s`, and renew the lease meanwhile; see `Training`.
 
     After a lost lease or a timeout, wait until training stops at its next step. After a cancellation, do not wait: a
-    step may take longer than a stopping process has left to release its job. The thread then goes on using the model,
-    which is safe because the process is about to exit.
+    step may take longer than a stopping process has left to release its job.
 
     Raises TrainingError after `max_s` or from `train`; LeaseLost and StoreTimeout from the lease; and Stalled.
     """
-    thread = TrainingThread(str(held.lease.job.id), train, max_s)
+    training = Training(str(held.lease.job.id), train, max_s, model_lock, ProgressLog())
+    task = asyncio.create_task(training.run())
     try:
-        ended = False
-        while not ended:
-            ended = await thread.wait_ended()
-            await held.renew(thread.progress.latest, thread.progress.curve)
-        judgement = thread.task.result()
-        assert judgement is not None, "training stops early only after the lease is lost"
-        return judgement
+        return await with_lease(held, task, training.progress)
     except asyncio.CancelledError:
-        thread.task.cancel()  # does not stop the thread
+        task.cancel()  # does not stop the thread
         raise
     finally:
-        thread.stop.set()
-        while not await thread.wait_ended():
-            pass
-        await asyncio.gather(thread.task, return_exceptions=True)
+        training.stop = True
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(outcome, Stalled):
+            raise outcome
 
 
-class TrainingThread:
-    """A training thread, started by the constructor; `name` appears in errors. Use it from the event loop."""
+@dataclass
+class Training:
+    """One job's training, which holds the model's lock for one step at a time; whoever waits for it comes in between.
 
-    def __init__(self, name: str, train: Callable[[], TrainingRun], max_s: float) -> None:
-        self.progress = ProgressLog()
-        self.stop = threading.Event()  # makes training stop at its next step
-        self._name = name
-        self._train = train
-        self._max_s = max_s
-        self._alive_s = time.monotonic()
-        self.task = asyncio.create_task(asyncio.to_thread(self._run, self._alive_s + max_s))
+    A step runs on a thread. `max_s` limits the time of all steps, `name` appears in errors.
+    """
 
-    async def wait_ended(self) -> bool:
-        """Wait up to `RENEW_S`; return whether training has ended. Raise Stalled after `STALL_S` without a step."""
-        await asyncio.wait({self.task}, timeout=RENEW_S)
-        if not self.task.done() and time.monotonic() - self._alive_s > STALL_S:
-            raise Stalled(f"{self._name}: no step within {STALL_S:g} s; the worker must restart")
-        return self.task.done()
+    name: str
+    train: Callable[[], TrainingRun]
+    max_s: float
+    model_lock: asyncio.Lock
+    progress: ProgressLog
+    stop: bool = False  # makes training stop after its next step
+    taken_s: float = 0.0
 
-    def _run(self, end_s: float) -> Judgement | None:
-        run = self._train()
-        for latest in run:
+    async def run(self) -> Judgement:
+        """Train to the end; raise LeaseLost after `stop`, and other errors as `train_with_lease` does."""
+        run = await self._with_model(self.train)
+        steps = iter(run)
+        while (latest := await self._with_model(lambda: next(steps, None))) is not None:
             self.progress.add(latest)
-            self._alive_s = time.monotonic()
-            if self.stop.is_set():
-                break
-            if self._alive_s > end_s:
+            if self.stop or self.taken_s > self.max_s:
+                await self._with_model(steps.close)  # which restores the model
+                if self.stop:
+                    raise LeaseLost
                 raise TrainingError(
-                    f"training ran over its limit of {self._max_s:g} s, at step {latest.step} of {latest.of}: "
+                    f"training ran over its limit of {self.max_s:g} s, at step {latest.step} of {latest.of}: "
                     "send fewer or shorter samples, or ask for fewer steps"
                 )
+        assert run.judgement is not None
         return run.judgement
+
+    async def _with_model(self, call: Callable[[], T]) -> T:
+        await self.model_lock.acquire()
+        since_s = time.monotonic()
+        task = asyncio.create_task(asyncio.to_thread(call))
+        task.add_done_callback(lambda _: self.model_lock.release())  # a hung thread keeps the model
+        try:
+            return await unless_stalled(task, f"{self.name}: no step")
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+                raise
+            traceback.clear_frames(error.__traceback__)  # what they hold is memory that this process needs
+            raise TrainingError(
+                f"training ran out of memory after {self.progress.latest.step} steps: send shorter samples, or give "
+                "workers more memory"
+            ) from error
+        finally:
+            self.taken_s += time.monotonic() - since_s
+
+
+async def unless_stalled(task: asyncio.Task[T], what: str) -> T:
+    """Return a task's result. Raise Stalled after `STALL_S`; the task then goes on, as it does after a cancellation."""
+    await asyncio.wait({task}, timeout=STALL_S)
+    if not task.done():
+        raise Stalled(f"{what} within {STALL_S:g} s; the worker must restart")
+    return task.result()
 
 
 class ProgressLog:

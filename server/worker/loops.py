@@ -1,8 +1,9 @@
 """The worker's loops and their metrics: one loop trains jobs, the other signs users whose items have changed.
 
-An error in a job's content fails the job. An error of the process ends the process and counts as a try of the job.
-A lack of the store is not a try. It may be of some users alone: the loops go on with the others and do not hold the
-model meanwhile. A worker writes nothing after its lease expires.
+They share the base model: between two steps of training the users who wait are signed. An error in a job's content
+fails the job, as does a lack of memory in its training. Another error of the process ends the process and counts as a
+try of the job. A lack of the store is not a try. It may be of some users alone: the loops go on with the others. A
+worker writes nothing after its lease expires.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import logging
 import math
 import secrets
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ from server.store.adapters import AdapterStore, StoredAdapter, new_adapter_id
 from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Trained
 from server.store.profile_record import AdapterNote, StoredSignature
-from server.store.profiles import Change, ProfileStore, Snapshot
+from server.store.profiles import Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.samples import decode_config, decode_sample
 from server.watching.background import StoreSeconds
@@ -41,19 +41,22 @@ from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
 from server.worker.lease import (
     LEASE_S,
-    STALL_S,
     HeldLease,
     LeaseLost,
-    Stalled,
+    ProgressLog,
     StoreTimeout,
     retry_until,
     train_with_lease,
+    unless_stalled,
+    with_lease,
 )
 from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, AdapterTrainer, Person, as_training_error, pairs_of
 
 log = logging.getLogger("mta.worker")
 
 MAX_WRITE_ATTEMPTS = 20  # writes per result, when the user's record keeps changing
+MAX_TURN_S = 5.0  # time after which signing lets a job do its next step
+LOOK_S = 0.01  # longest wait for another user within that time
 MAX_SIGN_TRIES = 3  # worker deaths per user; after that the user gets an empty signature
 _BUCKETS_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 GIVEN_UP = "given up"  # returned to the queue
@@ -109,7 +112,7 @@ class WorkerMetrics:
 class JobLoop:
     """Claims a job, holds its lease during training, and writes the outcome once.
 
-    The loop holds `model_lock` while it uses the base model, which it shares with `SigningLoop`.
+    Each step of training holds `model_lock`, as does `signing`, which a bank without signatures lacks.
     """
 
     jobs: JobStore
@@ -121,6 +124,7 @@ class JobLoop:
     model_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
     tracing: Tracing = field(default_factory=Tracing)
+    signing: SigningLoop | None = None
     releasing: set[asyncio.Task[None]] = field(default_factory=set)  # of jobs that are returned once the store answers
 
     async def work_once(self, wait_s: float) -> bool:
@@ -128,8 +132,7 @@ class JobLoop:
         job_id = await self.jobs.next_job(self.bank.manifest.short, wait_s)
         if job_id is None:
             return False
-        async with self.model_lock:
-            await self._claim(job_id)
+        await self._claim(job_id)
         return True
 
     async def _claim(self, job_id: JobId) -> None:
@@ -163,8 +166,7 @@ class JobLoop:
         except asyncio.CancelledError:
             await self._release(lease, counts=False)
             raise
-        except Exception as error:
-            _free_memory(error)
+        except Exception:
             await self._release(lease, counts=True)
             raise
         finally:
@@ -192,6 +194,8 @@ class JobLoop:
 
     async def _adapt(self, held: HeldLease) -> JobState:
         lease, key = held.lease, held.lease.job.id.user_key
+        if self.signing is not None:  # the adapter keeps its recipe, so that is not to be by topics
+            await with_lease(held, asyncio.create_task(self.signing.sign(key)), ProgressLog())
         snapshot = await held.retry(self.profiles.read, key)
         if snapshot.profile is None:
             raise TrainingError("the user no longer has a profile: create one with PUT /users/{id}/profile")
@@ -217,7 +221,7 @@ class JobLoop:
         person = Person(recipe_of, profile.evidence, items, in_use)
         with self.tracing.span("train"):
             train = partial(self.trainer.train, person, samples, config, learned)
-            judgement = await train_with_lease(held, max_s, train)
+            judgement = await train_with_lease(held, max_s, train, self.model_lock)
             self.tracing.note(samples=len(samples) + len(learned), steps=judgement.steps)
         if judgement.weights is None:
             state = JobState.REJECTED
@@ -256,7 +260,7 @@ class JobLoop:
 
 @dataclass
 class SigningLoop:
-    """Makes signatures, one at a time; each takes about a second."""
+    """Makes the signatures of all users who wait, one at a time; each takes about a second."""
 
     queue: UserQueue
     profiles: ProfileStore
@@ -266,57 +270,59 @@ class SigningLoop:
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
 
     async def work_once(self, wait_s: float) -> bool:
-        """Wait for a user and make their signature; return False if no user came."""
+        """Wait for users and sign them, for `MAX_TURN_S` if so many wait; return False if none came."""
         user_key = await self.queue.take(wait_s)
         if user_key is None:
             return False
-        try:
-            await self._sign(user_key)
-        except StoreTimeout as error:
-            log.warning("%s: not signed yet: %s", user_key, error)
-            return True  # the queue has postponed the entry
-        except TrainingError as error:
-            log.error("%s: cannot be signed: %s", user_key, error)
-            await self.queue.remove(user_key)
-            return True  # the user's next request asks again
-        await self.queue.remove(user_key)
-        profile = await self.profiles.load(user_key)
-        if profile is not None and not profile.is_signed(self.bank.manifest.short):
-            await self.queue.add(user_key)  # items changed during signing, when the queue ignored the request
+        async with self.model_lock:
+            until_s = time.monotonic() + MAX_TURN_S
+            while user_key is not None:
+                await self._sign_taken(user_key, until_s)
+                user_key = await self.queue.take(LOOK_S) if time.monotonic() < until_s else None
         return True
 
-    async def _sign(self, user_key: str) -> None:
-        """Sign a user's items unless they are signed already; TrainingError if the user's data is damaged.
+    async def sign(self, user_key: str) -> None:
+        """Sign a user for their job, of which a death of the worker is a try. Raises TrainingError and StoreTimeout."""
+        async with self.model_lock:
+            while not await self._sign(user_key, 1, time.monotonic() + LEASE_S):
+                pass
 
-        StoreTimeout is not a try.
-        """
-        bank, tries = self.bank.manifest.short, 0
-        for _ in range(MAX_WRITE_ATTEMPTS):
-            try:
-                async with self.model_lock:
-                    snapshot = await retry_until(0, self.profiles.read, user_key)
-                    profile = snapshot.profile
-                    if profile is None or profile.is_signed(bank):
-                        return
-                    tries = tries or await self.queue.count_attempt(user_key)
-                    items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
-                    pairs = pairs_of(items, self.bank.task)
-                    made = await self._make_signature(user_key, pairs, tries)
-                change = Change(replace(profile, signature=StoredSignature(made, profile.updated_ms)), {}, {}, ())
-                if await self._commit(user_key, snapshot, change):
-                    self.metrics.signatures.inc()
-                    log.info("%s: signed, %d items", user_key, len(pairs))
-                    return
-            except UserErased:
-                return
-
-    async def _commit(self, user_key: str, snapshot: Snapshot, change: Change) -> bool:
-        commit, until_s = self.profiles.commit, time.monotonic() + LEASE_S
+    async def _sign_taken(self, user_key: str, until_s: float) -> None:
         try:
-            return await retry_until(until_s, commit, user_key, snapshot.version, change, snapshot.epoch)
-        except StoreTimeout:
+            is_settled = await self._sign(user_key, await self.queue.count_attempt(user_key), until_s)
+        except StoreTimeout as error:
+            log.warning("%s: not signed yet: %s", user_key, error)
             await self.queue.forget_attempts(user_key)  # tries are of workers that died
-            raise
+            return  # the queue has postponed the entry
+        except TrainingError as error:
+            log.error("%s: cannot be signed: %s", user_key, error)
+            is_settled = True  # the user's next request asks again
+        await self.queue.remove(user_key)
+        if not is_settled:
+            await self.queue.add(user_key)
+
+    async def _sign(self, user_key: str, tries: int, until_s: float) -> bool:
+        """Sign a user's items unless they are signed already; return False if the record changes meanwhile.
+
+        The caller holds the model. Raises TrainingError if the user's data is damaged, and StoreTimeout.
+        """
+        snapshot = await retry_until(0, self.profiles.read, user_key)
+        profile = snapshot.profile
+        if profile is None or profile.is_signed(self.bank.manifest.short):
+            return True
+        items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
+        pairs = pairs_of(items, self.bank.task)
+        made = await self._make_signature(user_key, pairs, tries)
+        change = Change(replace(profile, signature=StoredSignature(made, profile.updated_ms)), {}, {}, ())
+        commit = self.profiles.commit
+        try:
+            is_stored = await retry_until(until_s, commit, user_key, snapshot.version, change, snapshot.epoch)
+        except UserErased:
+            return True
+        if is_stored:
+            self.metrics.signatures.inc()
+            log.info("%s: signed, %d items", user_key, len(pairs))
+        return is_stored
 
     async def _make_signature(self, user_key: str, pairs: Sequence[tuple[str, str]], tries: int) -> Signature:
         """Return the signature of the items, or an empty one if that fails; raise Stalled if the computation hangs."""
@@ -324,12 +330,9 @@ class SigningLoop:
         if tries > MAX_SIGN_TRIES:
             log.error("%s: gets an empty signature, since signing killed %d workers", user_key, MAX_SIGN_TRIES)
             return empty
-        making = asyncio.create_task(asyncio.to_thread(self.signer.signature, pairs))
-        await asyncio.wait({making}, timeout=STALL_S)
-        if not making.done():
-            raise Stalled(f"{user_key}: no signature within {STALL_S:g} s; the worker must restart")
         try:
-            made = making.result()
+            making = asyncio.create_task(asyncio.to_thread(self.signer.signature, pairs))
+            made = await unless_stalled(making, f"{user_key}: no signature")
         except MtaError as error:
             log.warning("%s: no signature: %s", user_key, type(error.__cause__ or error).__name__)
             return empty
@@ -340,10 +343,3 @@ class SigningLoop:
 
 def _trained(state: JobState, judgement: Judgement) -> Trained:
     return Trained(state, judgement.before, judgement.after, judgement.served, judgement.reason)
-
-
-def _free_memory(error: BaseException | None) -> None:
-    """Free what the training's frames hold, so that a process that ran out of memory can still release its job."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

@@ -53,8 +53,8 @@ async def run_worker(settings: Settings) -> None:
         loops = [work_forever(jobs.work_once)]
         if bank.manifest.has_signatures:
             signing = stores.signing(bank.manifest.short)
-            signs = SigningLoop(signing, profiles, bank, trainer, model_lock=model_lock, metrics=metrics)
-            loops.append(work_forever(signs.work_once))
+            jobs.signing = SigningLoop(signing, profiles, bank, trainer, model_lock=model_lock, metrics=metrics)
+            loops.append(work_forever(jobs.signing.work_once))
         working = asyncio.gather(*loops)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, working.cancel)

@@ -17,7 +17,7 @@ from adapters.fusion import fuse
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, parse_recipe
-from adapters.training.adapt_config import AdaptConfig
+from adapters.training.adapt_config import MAX_SAMPLE_TOKENS, AdaptConfig
 from adapters.training.example import Example
 from adapters.training.trainer import TrainPlan, initial_lora, train_lora
 from adapters.training.user_trainer import IN_USE, MIN_JUDGES, Beneath, TrainingRun, train_user
@@ -86,7 +86,7 @@ class AdapterTrainer:
         self.matrix = matrix
         self.model = model
         self.tokenizer = tokenizer
-        self._context = int(model.config.get_text_config().max_position_embeddings)
+        self._context = min(int(model.config.get_text_config().max_position_embeddings), MAX_SAMPLE_TOKENS)
         self._vocab_size = int(model.get_input_embeddings().num_embeddings)
 
     @classmethod
@@ -205,7 +205,7 @@ class AdapterTrainer:
             example = encode(self.tokenizer, *content)
         if len(example.ids) > self._context:
             raise TrainingError(
-                f"{what} has {len(example.ids)} tokens, but the model's context is {self._context}: shorten it"
+                f"{what} has {len(example.ids)} tokens, but a sample may have at most {self._context}: shorten it"
             )
         if not 0 < example.loss_from < len(example.ids):
             raise TrainingError(f"{what} has no token to learn after a prompt: {SAMPLE_REMEDY}")

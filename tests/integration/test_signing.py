@@ -191,6 +191,6 @@ def test_a_store_that_is_away_is_no_try(
 
 
 def test_a_signing_that_stalls_ends_the_process(user_id: str, sign: Sign, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.worker.loops.STALL_S", 0.1)
+    monkeypatch.setattr("server.worker.lease.STALL_S", 0.1)
     with pytest.raises(Stalled):
         sign(lambda: time.sleep(0.5))

@@ -26,7 +26,7 @@ from adapters.training.forward import lower_layers
 from adapters.training.forward.attention import Block, use_quick_attention
 from adapters.training.forward.lower_layers import LowerLayers, layer_of, upper_half
 from adapters.training.forward.packing import Row, pack
-from adapters.training.loss import backward, mean_loss, row_losses, score
+from adapters.training.loss import b_gradient, backward, mean_loss, row_losses, score
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
 from adapters.training.user_trainer import (
     IN_USE,
@@ -214,6 +214,19 @@ def test_blocks_of_any_size_give_what_plain_attention_gives(
             Row, "blocks", lambda row: [Block(b.first, b.last, 0, b.first, b.last) for b in blocks(row, 8)]
         )
         assert [loss for loss, _ in score(quick, taken)] != pytest.approx(expected, rel=1e-3)
+
+
+def test_memory_of_a_backward_pass_grows_with_the_length_and_not_its_square(quick: Any) -> None:
+    kept = dict.fromkeys((1024, 2048), 0)
+    for length in kept:
+
+        def note(tensor: torch.Tensor, length: int = length) -> torch.Tensor:
+            kept[length] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            gradient(quick, [Example((1,) * length, length - 8)])
+    assert kept[2048] < 2.2 * kept[1024]
 
 
 def test_answers_id_by_id_after_padding_on_the_left_are_those_of_plain_attention(
@@ -459,6 +472,23 @@ def test_training_that_is_left_or_interrupted_ends_there_and_detaches(
         assert progress.step == step
         assert training.judgement is None
         assert modules_of(model) == names
+
+
+@pytest.mark.parametrize("count", [10, MANY])
+def test_a_run_that_is_put_aside_for_signatures_trains_the_same_bytes(
+    quick: Any, fused: LoraWeights, mannered: Callable[..., list[Example]], count: int
+) -> None:
+    layout, raw = RowLayout(linear_modules(quick), 4, shared_a=True), []
+    common = initial_lora(layout.modules, 4, seed=1)
+    alone = b_gradient(quick, layout, common, mannered(3))
+    for is_interrupted in (False, True):
+        training = train_user(quick, fused, mannered(count), replace(CONFIG, steps=4))
+        for _ in training:
+            assert not is_interrupted or torch.equal(b_gradient(quick, layout, common, mannered(3)), alone)
+        assert training.judgement and training.judgement.weights
+        raw.append(encode_user_adapter(layout, UserAdapter("", training.judgement.weights)))
+    assert raw[0] == raw[1]
+    assert torch.equal(b_gradient(quick, layout, common, mannered(3)), alone)
 
 
 def test_numbers_that_explode_or_are_none_are_an_error_with_the_step(

@@ -6,6 +6,7 @@ import asyncio
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -270,34 +271,38 @@ async def test_a_damaged_record_fails_its_job_and_the_next_is_trained(desk: Desk
 
 
 @pytest.mark.parametrize(
-    ("where", "trouble"),
+    ("where", "trouble", "state"),
     [
-        ("encode_conversation", MemoryError()),
-        ("train_user", MemoryError()),
-        ("train_user", RuntimeError("CUDA error: an illegal memory access")),
+        ("encode_conversation", MemoryError(), JobState.FAILED),
+        ("train_user", None, JobState.FAILED),
+        ("train_user", torch.OutOfMemoryError("CUDA out of memory"), JobState.FAILED),
+        ("train_user", RuntimeError("CUDA error: an illegal memory access"), JobState.QUEUED),
     ],
 )
-async def test_a_fault_of_the_process_ends_it_and_gives_the_job_back_once_memory_is_freed(
-    desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, where: str, trouble: Exception
+async def test_a_lack_of_memory_ends_the_job_and_another_fault_the_process(
+    desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, where: str, *, trouble: Any, state: JobState
 ) -> None:
-    made, release = list[weakref.ref[torch.Tensor]](), worker.jobs.release
+    """What a failed job held is free by then; without a trouble the allocator's own is met."""
+    made, end = list[weakref.ref[torch.Tensor]](), worker.jobs.end
 
     def broken(*_: object, **__: object) -> None:
         tensor = torch.zeros(1)
         made.append(weakref.ref(tensor))
+        if trouble is None:
+            torch.empty(1 << 50)
         raise trouble
 
-    async def released(*args: Any, **options: Any) -> bool:
+    async def ending(*args: Any, **options: Any) -> bool:
         assert made[0]() is None
-        return await release(*args, **options)
+        return bool(await end(*args, **options))
 
     monkeypatch.setattr(f"server.worker.training.{where}", broken)
-    monkeypatch.setattr(worker.jobs, "release", released)
+    monkeypatch.setattr(worker.jobs, "end", ending)
     job_id = await desk.submit()
-    with pytest.raises(type(trouble)):
+    with nullcontext() if state is JobState.FAILED else pytest.raises(RuntimeError):
         await worker.work_once(0.1)
     job = await desk.job(job_id)
-    assert (job.state, job.tries) == (JobState.QUEUED, 1)
+    assert (job.state, job.tries, "out of memory" in job.error) == (state, 1, state is JobState.FAILED)
 
 
 def test_warming_up_changes_nothing(trainer: AdapterTrainer) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from adapters.errors import excerpt
-from adapters.training.adapt_config import AdaptConfig, default_config
+from adapters.training.adapt_config import MAX_SAMPLE_TOKENS, AdaptConfig, default_config
 from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
 from bank.manifest import BankManifest
@@ -201,15 +201,13 @@ class SampleChecks:
                 self._accepted.add(_role_sequence(samples[index]))
 
     async def check_lengths(self, raw_samples: Sequence[bytes]) -> None:
-        """Refuse samples longer than the context. A token has at least one byte, so few samples need counting."""
-        context = self.engines.context
-        if context is None:
-            return
-        to_count = {index: raw for index, raw in enumerate(raw_samples) if len(raw) > context}
+        """Refuse samples that are too long. A token has at least one byte, so few samples need counting."""
+        longest = min(self.engines.context or MAX_SAMPLE_TOKENS, MAX_SAMPLE_TOKENS)
+        to_count = {index: raw for index, raw in enumerate(raw_samples) if len(raw) > longest}
         async for index, tokens in _ask_each(self._count_tokens, to_count):
-            if tokens is not None and tokens > context:
+            if tokens is not None and tokens > longest:
                 raise InvalidRequest(
-                    f"samples.{index} has {tokens} tokens, the model's context is {context}: shorten it",
+                    f"samples.{index} has {tokens} tokens, but a sample may have at most {longest}: shorten it",
                     param=f"samples.{index}",
                     code="context_length_exceeded",
                 )
@@ -219,9 +217,7 @@ class SampleChecks:
 
         Raises `Unavailable` if that cannot be known now.
         """
-        context = self.engines.context
-        # Upper bounds: a token has at least one byte, and no sample may be longer than the context.
-        token_counts = [len(raw) if context is None else min(len(raw), context) for raw in raw_samples]
+        token_counts = [min(len(raw), MAX_SAMPLE_TOKENS) for raw in raw_samples]  # upper bounds
         if _fits(config, token_counts):
             return
         uncounted = len(raw_samples)

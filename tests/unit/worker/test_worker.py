@@ -37,6 +37,7 @@ from server.worker.lease import (
     retry_until,
     thin,
     train_with_lease,
+    with_lease,
 )
 from server.worker.loops import SigningLoop, WorkerMetrics
 
@@ -67,7 +68,9 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def quick_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And turns that do not end because the machine is slow."""
     monkeypatch.setattr("server.worker.lease.RENEW_S", 0.01)
+    monkeypatch.setattr("server.worker.loops.MAX_TURN_S", 600.0)
 
 
 @pytest.fixture
@@ -91,13 +94,13 @@ async def test_training_ends_with_the_step_in_progress_if_the_lease_is_lost(run:
         raise LeaseLost
 
     with pytest.raises(LeaseLost):
-        await train_with_lease(held(lose), 60, run.training)
+        await train_with_lease(held(lose), 60, run.training, asyncio.Lock())
     assert (run.steps, run.left) == (2, True)
 
 
 async def test_a_cancellation_does_not_wait_for_the_step_in_progress_which_is_the_last(run: Run) -> None:
     renewed = asyncio.Event()
-    holding = asyncio.create_task(train_with_lease(held(renewed.set), 60, run.training))
+    holding = asyncio.create_task(train_with_lease(held(renewed.set), 60, run.training, asyncio.Lock()))
     await renewed.wait()
     holding.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -110,15 +113,57 @@ async def test_a_cancellation_does_not_wait_for_the_step_in_progress_which_is_th
 
 async def test_training_ends_at_its_time_limit(run: Run) -> None:
     with pytest.raises(TrainingError, match="limit of 0 s, at step 1 of 3"):
-        await train_with_lease(held(run.may_go_on.set), 0, run.training)
+        await train_with_lease(held(run.may_go_on.set), 0, run.training, asyncio.Lock())
     assert (run.steps, run.left) == (1, True)
 
 
 async def test_hung_training_is_not_awaited(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does anything else compute with the model that it may still be using."""
     monkeypatch.setattr("server.worker.lease.STALL_S", 0.05)
+    lock = asyncio.Lock()
     with pytest.raises(Stalled, match=r"a\.1: no step"):
-        await train_with_lease(held(lambda: None), 60, run.training)
+        await train_with_lease(held(lambda: None), 60, run.training, lock)
+    assert lock.locked()
     run.may_go_on.set()
+
+
+async def test_whoever_waits_for_the_model_has_it_after_the_step_in_progress(run: Run) -> None:
+    lock, seen, waiting = asyncio.Lock(), list[int](), set[asyncio.Task[None]]()
+
+    async def use_model() -> None:
+        async with lock:
+            seen.append(run.steps)
+
+    def begin() -> None:
+        if not waiting:
+            waiting.add(asyncio.create_task(use_model()))
+            asyncio.get_running_loop().call_soon(run.may_go_on.set)
+
+    assert await train_with_lease(held(begin), 60, run.training, lock) is JUDGEMENT
+    assert (seen, lock.locked()) == ([2], False)
+
+
+async def test_time_for_which_others_have_the_model_is_no_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, lock = [0.0], asyncio.Lock()
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    run.may_go_on.set()
+    await lock.acquire()
+    training = asyncio.create_task(train_with_lease(held(lambda: None), 60, run.training, lock))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    now_s[0] = 100.0
+    lock.release()
+    assert await training is JUDGEMENT
+
+
+async def test_a_lease_is_renewed_while_other_work_of_its_job_runs() -> None:
+    renewed = asyncio.Event()
+
+    async def renew(progress: TrainingProgress, curve: Curve) -> None:
+        renewed.set()
+
+    lease: Any = SimpleNamespace(renew=renew)
+    assert await with_lease(lease, asyncio.create_task(renewed.wait()), ProgressLog())
 
 
 @pytest.mark.parametrize(
@@ -206,21 +251,21 @@ def test_a_port_in_use_is_named_and_by_default_there_is_none(monkeypatch: pytest
     WorkerMetrics().publish(Settings())
 
 
-def signing(steps: list[str], **answers: object) -> SigningLoop:
-    """A loop for one user, whose texts change all the while; it notes each step, and whether the model is in use."""
-    changing = Profile("ada", 1, 1, "0" * 16, np.ones(4, "f4"))
+def signing(steps: list[str], *waiting: str, **answers: object) -> SigningLoop:
+    """A loop for users who are not signed; it notes each step, and whether the model is in use."""
+    users = iter(waiting or ("key",))
+    unsigned = Profile("ada", 1, 1, "0" * 16, np.ones(4, "f4"))
     given = {
-        "take": "key",
-        "read": Snapshot(b"", "", changing, {"a": StoredItem(0, {"text": "hello"})}, {}),
+        "read": Snapshot(b"", "", unsigned, {"a": StoredItem(0, {"text": "hello"})}, {}),
         "count_attempt": 1,
         "commit": True,
-        "load": changing,
     } | answers
 
     def step(name: str) -> Any:
         async def called(*_: object) -> object:
             steps.append(f"{name}, {'busy' if loop.model_lock.locked() else 'free'}")
-            if isinstance(answer := given.get(name), Exception):
+            answer = next(users, None) if name == "take" else given.get(name)
+            if isinstance(answer, Exception):
                 raise answer
             return answer
 
@@ -229,34 +274,49 @@ def signing(steps: list[str], **answers: object) -> SigningLoop:
     queue: Any = SimpleNamespace(
         **{name: step(name) for name in ("take", "count_attempt", "forget_attempts", "remove", "add")}
     )
-    profiles: Any = SimpleNamespace(**{name: step(name) for name in ("read", "commit", "load")})
+    profiles: Any = SimpleNamespace(**{name: step(name) for name in ("read", "commit")})
     bank: Any = SimpleNamespace(manifest=SimpleNamespace(short=BANK, personal_rows=2), task=get_task("chat"))
     signer: Any = SimpleNamespace(signature=lambda pairs: empty_signature(BANK, 2))
     loop = SigningLoop(queue, profiles, bank, signer, asyncio.Lock())
     return loop
 
 
-async def test_a_try_counts_once_the_model_is_free_and_a_changed_user_is_signed_again() -> None:
+SIGNED = ("count_attempt, busy", "read, busy", "commit, busy", "remove, busy")
+"""The steps of signing one user."""
+
+
+@pytest.mark.parametrize(("is_stored", "more"), [(True, []), (False, ["add, busy"])])
+async def test_a_try_counts_once_the_model_is_free_and_a_changed_user_is_signed_again(
+    is_stored: bool, more: list[str]
+) -> None:
     """While a worker waits for the model, others take its user again, which must not count."""
     steps = list[str]()
-    assert await signing(steps).work_once(0)
-    assert steps == [
-        *("take, free", "read, busy", "count_attempt, busy", "commit, free"),
-        *("remove, free", "load, free", "add, free"),
-    ]
+    assert await signing(steps, commit=is_stored).work_once(0)
+    assert steps == ["take, free", *SIGNED, *more, "take, busy"]
+
+
+@pytest.mark.parametrize(("turn_s", "signed"), [(600, 3), (0, 1)])
+async def test_all_who_wait_are_signed_in_one_turn_of_bounded_time(
+    monkeypatch: pytest.MonkeyPatch, turn_s: float, signed: int
+) -> None:
+    monkeypatch.setattr("server.worker.loops.MAX_TURN_S", turn_s)
+    steps = list[str]()
+    loop = signing(steps, "ada", "kai", "rosa")
+    assert await loop.work_once(0)
+    assert (steps.count("commit, busy"), loop.model_lock.locked()) == (signed, False)
 
 
 @pytest.mark.parametrize(
     ("gone", "left"),
     [
-        ("read", ["read, busy"]),
-        ("commit", ["read, busy", "count_attempt, busy", "commit, free", "forget_attempts, free"]),
+        ("read", ["count_attempt, busy", "read, busy", "forget_attempts, busy"]),
+        ("commit", ["count_attempt, busy", "read, busy", "commit, busy", "forget_attempts, busy"]),
     ],
 )
 async def test_a_user_whose_server_is_gone_is_left_to_later_which_is_no_try(
     gone: str, left: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.worker.loops.LEASE_S", 0)
+    monkeypatch.setattr("server.worker.loops.MAX_TURN_S", 0)
     steps = list[str]()
     async with asyncio.timeout(10):
         assert await signing(steps, **{gone: Unavailable("its primary is lost")}).work_once(0)
@@ -266,4 +326,4 @@ async def test_a_user_whose_server_is_gone_is_left_to_later_which_is_no_try(
 async def test_a_user_whose_data_is_damaged_leaves_the_queue_until_they_come_again() -> None:
     steps = list[str]()
     assert await signing(steps, read=Unavailable("a damaged item", code="store_corrupt")).work_once(0)
-    assert steps == ["take, free", "read, busy", "remove, free"]
+    assert steps == ["take, free", "count_attempt, busy", "read, busy", "remove, busy", "take, busy"]
