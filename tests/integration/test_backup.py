@@ -137,9 +137,7 @@ def test_who_is_in_a_log_that_only_the_second_run_of_a_restore_has_stays_erased(
         assert asyncio.run(left()) == USERS[1:2]
 
 
-def test_the_data_folder_of_mta_up_has_the_log_that_a_restore_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_data_folder_has_the_log_that_a_restore_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MTA_AUDIT", raising=False)
     with closing(DataFolder.open(tmp_path / "data")) as data:
         server = subprocess.Popen(valkey_part(data, 100 << 20).command, stdout=subprocess.DEVNULL)

@@ -105,8 +105,11 @@ class KnownKeys:
             return
         if revision == self._revision:
             return
-        if (ring := await store.changes(self._revision, revision)) is None:
-            ring = await store.all()
+        changed = await store.changes(self._revision, revision)
+        ring = changed or await store.all()
+        if ring.id != ring_id:  # the store was exchanged meanwhile, which the next call finds
+            return
+        if changed is None:
             self._callers, self._banks, self.quotas = {}, {}, {}
         # A failover may also lose a revocation: what was revoked once stays so.
         self._revoked |= {key.digest for key in ring.keys if key.revoked_ms is not None}
@@ -122,8 +125,8 @@ class KnownKeys:
         }
         for digest in self._revoked & self._callers.keys():
             del self._callers[digest]
-        self._banks = {tenant: bank for tenant, bank in (self._banks | ring.banks).items() if bank}
-        self.quotas = {tenant: quota for tenant, quota in (self.quotas | ring.quotas).items() if quota.limits}
+        self._banks = {tenant: bank for tenant, bank in {**self._banks, **ring.banks}.items() if bank}
+        self.quotas = {tenant: quota for tenant, quota in {**self.quotas, **ring.quotas}.items() if quota.limits}
         self._ring, self._revision = ring.id, ring.revision
         log.info("loaded %d API keys, %d are valid", len(ring.keys), len(self._callers))
 
