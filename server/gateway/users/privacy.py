@@ -61,7 +61,8 @@ class Exporting:
         complete, says = await asyncio.to_thread(self._load, stored) if stored else (None, "it is no longer stored")
         placeholder = secrets.token_hex()  # random, so that no text of the user's contains it
         peft = {"config": complete.config(), "weights": placeholder} if complete else None
-        document = (_profile_fields(profile) if profile else {"user_id": user.id}) | {
+        fields: dict[str, Any] = _profile_fields(profile) if profile else {"user_id": user.id}
+        document = fields | {
             "items": [{"id": name, **item.fields} for name, item in snapshot.items.items()],
             "vectors": {  # little-endian fp16, as stored
                 name: {"embedder": embedding.embedder, "fp16": _base64(embedding.vector.astype("<f2").tobytes())}
