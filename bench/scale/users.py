@@ -118,7 +118,8 @@ async def _commit(url: str, keys: UserKeys, make: Callable[[int], Profile]) -> N
     async with open_stores(Settings(redis_url=url)) as stores:
         for number in range(COMMITTED):
             change = Change(make(number), {}, {}, ())
-            if not await stores.profiles.commit(keys.key(_name(number)), b"", change):
+            key = keys.key(_name(number))
+            if not await stores.profiles.commit(key, b"", change, await stores.profiles.begin(key)):
                 raise RuntimeError(f"{_name(number)} was there before")
 
 

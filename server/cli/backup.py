@@ -210,5 +210,5 @@ async def _settle(stores: Stores, user_key: str, gone: dict[str, str], tenants: 
 
 
 async def _erase(stores: Stores, user_key: str) -> None:
-    rewrite = await stores.file.request_rewrite(user_key)
+    rewrite = await stores.file.announce(user_key)
     await stores.profiles.erase(user_key, rewrite.erase_by_ms, rewrite.rewritten_by_ms)

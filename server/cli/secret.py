@@ -37,10 +37,6 @@ def rotate(
             help="Another tenant that has users; may be repeated.", show_default="those with a key, MTA_TENANT"
         ),
     ] = None,
-    forget: Annotated[
-        bool,
-        typer.Option("--forget", help="Remove ratings of people of whom nothing else is stored, not even an id."),
-    ] = False,
     data: Data = None,
 ) -> None:
     """Move all users from the old secret in MTA_SECRET, `NEW,OLD`, to the new one, while requests run.
@@ -54,15 +50,16 @@ def rotate(
     from server.errors import Unavailable
 
     try:
-        asyncio.run(_rotate(settings, tenant or [], forget=forget))
+        asyncio.run(_rotate(settings, tenant or []))
     except Unavailable as error:
         raise MtaError(f"{error.explained}. Run the command again: it goes on where it stopped") from error
 
 
-async def _rotate(settings: Settings, tenants: list[str], *, forget: bool) -> None:
+async def _rotate(settings: Settings, tenants: list[str]) -> None:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from server.store.feedback import ALONE_S
     from server.store.opening import open_stores
     from server.store.rotation import GRACE_MS
 
@@ -95,15 +92,15 @@ async def _rotate(settings: Settings, tenants: list[str], *, forget: bool) -> No
                 f"{sweep.strange} users belong to none of the tenants {', '.join(names)}, or their record cannot be "
                 "read: keep OLD, and name their tenant with --tenant"
             )
-        nameless = await rotation.nameless(forget=forget)
-        if nameless and not forget:
-            raise MtaError(
-                f"ratings by people of whom nothing else is stored: {nameless}. They move when these people write: "
-                "keep OLD until then, or remove them with --forget"
-            )
+        nameless = await rotation.let_nameless_expire()
         await rotation.end()
         note(Act.SECRET_EXCHANGED, "done", key="cli")
         typer.echo(
             f"nobody is left under the old secret: take OLD away from MTA_SECRET in {GRACE_MS // 60_000} minutes, and "
             "restart the gateways"
         )
+        if nameless:
+            typer.echo(
+                f"people without a profile, of whom there are only ratings: {nameless}. Nothing says whose these are. "
+                f"They expire within {ALONE_S // 86_400} days; until then an erasure finds them only with OLD"
+            )

@@ -1,6 +1,7 @@
 """Feedback: what a person did with each answer, and the text sent instead (keys: `server/store/redis/keys.py`).
 
-One entry per answer; feedback on the same answer replaces it. The newest `KEPT_FEEDBACK` entries are kept.
+One entry per answer; feedback on the same answer replaces it. The newest `KEPT_FEEDBACK` entries are kept; those of a
+person without a profile expire.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import Sample, decode_sample, encode_sample
 
 KEPT_FEEDBACK = 1000  # entries per user
+ALONE_S = 21 * 24 * 3600  # from the last feedback of a person without a profile; after 7 days none is accepted
 
-# KEYS: feedback, learned, epoch. ARGV: epoch, answer, the entry that was seen (empty: none), JSON of the new one,
-# sample (empty: none), number of kept entries. An entry is `<ms> <JSON>`: the time of the newest text sent instead of
-# the answer, or of the first feedback. Returns 1 if written, 0 if the entry is another than that seen, -1 if the user
-# was erased.
+# KEYS: feedback, learned, epoch, record. ARGV: epoch, answer, the entry that was seen (empty: none), JSON of the new
+# one, sample (empty: none), number of kept entries, expiry of those of a person without a profile (s). An entry is
+# `<ms> <JSON>`: the time of the newest text sent instead of the answer, or of the first feedback. Returns 1 if written,
+# 0 if the entry is another than that seen, -1 if the user was erased.
 _PUT = script("""
-local epoch, answer, seen, entry, sample, kept = unpack(ARGV)
+local epoch, answer, seen, entry, sample, kept, stays_s = unpack(ARGV)
 if erased_since(KEYS[3], epoch) then return -1 end
 local before = redis.call('HGET', KEYS[1], answer) or ''
 if before ~= seen then return 0 end
@@ -34,6 +36,7 @@ local is_new = before == '' or sample ~= '' and redis.call('HGET', KEYS[2], answ
 local at = is_new and string.format('%d', now) or string.match(before, '^%d+')
 redis.call('HSET', KEYS[1], answer, at .. ' ' .. entry)
 if sample ~= '' then redis.call('HSET', KEYS[2], answer, sample) end
+if redis.call('EXISTS', KEYS[4]) == 0 then redis.call('EXPIRE', KEYS[1], stays_s) end
 for _ = 1, redis.call('HLEN', KEYS[1]) - tonumber(kept) do
   local all, oldest, first = redis.call('HGETALL', KEYS[1]), nil, math.huge
   for i = 1, #all, 2 do
@@ -101,14 +104,14 @@ class FeedbackStore:
         Returns what is known now and what was known before; if the store's reply was lost, both are alike, and the
         change is counted nowhere. Raises `UserErased` if the user was erased since `epoch`.
         """
-        names = (keys.feedback(user_key), keys.learned(user_key), keys.epoch(user_key))
+        names = (keys.feedback(user_key), keys.learned(user_key), keys.epoch(user_key), keys.profile(user_key))
         said = encode_sample(sample) if sample else b""
         while True:
             seen = await self._connection.run(lambda redis: redis.hget(names[0], answer)) or b""
             before = _entry(seen).feedback if seen else None
             new = feedback.over(before)
             raw = orjson.dumps(asdict(new))
-            written = await self._connection.write(_PUT, names, epoch, answer, seen, raw, said, KEPT_FEEDBACK)
+            written = await self._connection.write(_PUT, names, epoch, answer, seen, raw, said, KEPT_FEEDBACK, ALONE_S)
             if written < 0:
                 raise UserErased
             if written:

@@ -1,8 +1,9 @@
 """Adapt jobs: their records, and the samples they train on (keys: `server/store/redis/keys.py`).
 
-The record is authoritative; the bank's queue (`queue.py`) only says when to check it. Its hash also holds `token` and
-`epoch` of the submission; `lease`, `lease_until` and `lease_ms` while a worker has it; and `ended_by`, the token of the
-call that ended it. Only a user's newest job can be open. Each change is atomic and safe to repeat.
+The record is authoritative; the bank's queue (`queue.py`) only says when to check it. Its hash also holds `token` of
+the submission; `epoch`, for workers of an earlier version; `lease`, `lease_until` and `lease_ms` while a worker has it;
+and `made_by` and `ended_by`, tokens of the calls. Only a user's newest job can be open. Each change is atomic and safe
+to repeat. An erasure removes the records, so whoever trains meanwhile has no lease.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Submission:
     append: bool  # add to the stored samples instead of replacing them
     config: str
     bank: str
-    epoch: str = ""  # the user's epoch when the request began (`server/store/profiles.py`)
+    epoch: str = ""  # the user's when the request began (`ProfileStore.begin`)
     idempotency_key: str = ""  # the same key returns the same job while that is kept
     traceparent: str = ""
     tenant: str = ""  # whose turn it takes in the queue
@@ -121,7 +122,8 @@ class Submission:
 
     @property
     def token(self) -> str:
-        """Hash by which the user's newest job is returned for a repeated submission, if it is open or succeeded."""
+        """Hash by which the user's newest job is returned for a repeated submission, if it is open or its adapter the
+        user's."""
         digests = [hashlib.sha256(sample).hexdigest() for sample in self.samples]
         return hashlib.sha256(orjson.dumps([self.bank, self.append, self.config, *digests])).hexdigest()[:32]
 
@@ -171,6 +173,7 @@ class JobStore:
             "epoch": submission.epoch,
             "key": submission.idempotency_key,
             "token": submission.token,
+            "call": secrets.token_hex(8),
             "bank": submission.bank,
             "config": submission.config,
             "append": submission.append,
@@ -178,7 +181,7 @@ class JobStore:
             "max_samples": max_samples,
             "traceparent": submission.traceparent,
         }
-        names = (keys.jobs(user_key), keys.samples(user_key), keys.epoch(user_key))
+        names = (keys.jobs(user_key), keys.samples(user_key), keys.epoch(user_key), keys.adapter(user_key))
         done = await self._connection.write(scripts.SUBMIT, names, orjson.dumps(given), *submission.samples)
         number, is_new = map(int, done)
         job = await self.job(JobId(user_key, number)) if number > 0 else None

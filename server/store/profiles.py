@@ -1,9 +1,15 @@
 """Profiles: a user's record, items, vectors and epoch (keys: `server/store/redis/keys.py`).
 
 A request needs only the record; items and vectors are needed for changes. A commit succeeds only if the record has not
-changed since it was read. Erasing a user starts a new *epoch*. Each write names the epoch it saw at its start and is
-refused if the epoch has changed, so writes in progress store nothing of an erased user. A user who moved to the key of
-another secret leaves the epoch `><new key> <epoch>` (`rotation.py`), which refuses every write.
+changed since it was read.
+
+Erasing a user starts a new *epoch*, which the tombstone keeps. Each write names the epoch it saw at its start and is
+refused if the epoch has changed, so writes in progress store nothing of an erased user. For an unknown user, an erasure
+leaves nothing behind. Therefore a write to one begins by leaving a *mark* that expires, a random number. An erasure
+removes it, and what is written later demands it: whatever loses a mark, such as a failover, a write is refused then.
+
+A user who moved to the key of another secret leaves the epoch `><new key> <epoch>` (`rotation.py`), which refuses every
+write.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from operator import methodcaller
 
 from server.errors import Unavailable, UserErased
 from server.store.durability import corrupt_if_undecodable
@@ -36,12 +43,14 @@ from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User
 
 TOMBSTONE_S = 7 * 24 * 3600
-UNKNOWN_TOMBSTONE_S = 600  # for an unknown user: longer than the body of any request takes to arrive
+MARK_S = 3600  # longer than a write waits for its body, its places and the embedder: one that outlasts it is refused
+LATE = "erased_late"  # error code: something is stored, and the deadline for its erasure has passed
 # COMMANDLOG exists from Valkey 8.1 on.
 _CLEAR_LOGS = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RESET large-reply")
 
-# KEYS: record, items, vectors, epoch. ARGV: as named; id, item and vector of each put, empty if unchanged; ids to drop.
-# Returns 1 if written, 0 if the record has changed, -1 if the user was erased.
+# KEYS: record, items, vectors, epoch, feedback. ARGV: as named; id, item and vector of each put, empty if unchanged;
+# ids to drop. Returns 1 if written, 0 if the record has changed, -1 if the user was erased or the write of an unknown
+# one has no mark.
 _COMMIT = script("""
 local expected, record, epoch, puts = unpack(ARGV, 1, 4)  -- all of them may be more than Lua's stack
 local current = redis.call('GET', KEYS[1]) or ''
@@ -49,9 +58,10 @@ if current == record then
   redis.call('SET', KEYS[1], current)
   return 1
 end
-if erased_since(KEYS[4], epoch) then return -1 end
+if erased_since(KEYS[4], epoch) or (current == '' and not string.find(epoch, '+', 1, true)) then return -1 end
 if current ~= expected then return 0 end
 redis.call('SET', KEYS[1], record)
+if current == '' then redis.call('PERSIST', KEYS[5]) end  -- of a person without a profile it expires
 local drops = 5 + 3 * tonumber(puts)
 for i = 5, drops - 1, 3 do
   local id, item, vector = unpack(ARGV, i, i + 2)
@@ -65,10 +75,22 @@ end
 return 1
 """)
 
-# KEYS: as `keys.of_user`, the tombstone last. Returns the tombstone's fields except the epoch, or nothing if the user
-# exists and the deadline has passed. A tombstone without counts belongs to an unknown user.
+# KEYS: record, epoch. ARGV: a new mark and its life (s). Returns the epoch, and `+` and the mark of an unknown user.
+_BEGIN = """
+local epoch, mark = unpack(redis.call('HMGET', KEYS[2], 'epoch', 'mark'))
+if redis.call('EXISTS', KEYS[1]) == 1 then return epoch or '' end
+if not mark then
+  mark = ARGV[1]
+  redis.call('HSET', KEYS[2], 'mark', mark)
+end
+if redis.call('TTL', KEYS[2]) < tonumber(ARGV[2]) then redis.call('EXPIRE', KEYS[2], ARGV[2]) end
+return (epoch or '') .. '+' .. mark
+"""
+
+# KEYS: as `keys.of_user`, the tombstone last. Returns the tombstone's counts, none for an unknown user, or nothing if
+# the user exists and the deadline has passed. It always writes, for it may be repeated (`RedisConnection.write`).
 _ERASE = oom_script("""
-local prefix, kept_jobs, known_s, unknown_s, epoch, until_ms, rewritten_by = unpack(ARGV)
+local prefix, kept_jobs, stays_s, epoch, until_ms, rewritten_by = unpack(ARGV)
 local job_numbers, record, items, vectors, samples, feedback, learned = unpack(KEYS)
 local adapter, tombstone = KEYS[#KEYS - 1], KEYS[#KEYS]
 if now > tonumber(until_ms) and redis.call('EXISTS', unpack(KEYS, 1, #KEYS - 1)) > 0 then return {} end
@@ -82,15 +104,17 @@ for number = math.max(1, last - kept_jobs), last do
   jobs = jobs + redis.call('DEL', prefix .. number)
 end
 local keys = jobs + redis.call('DEL', unpack(KEYS, 1, #KEYS - 1))
+local moved_to = string.match(redis.call('HGET', tombstone, 'epoch') or '', '^>%w+ ') or ''
+redis.call('HSET', tombstone, 'epoch', moved_to .. epoch)
+redis.call('HDEL', tombstone, 'mark')
 if keys > 0 then
   redis.call('HSET', tombstone, 'jobs', jobs, 'keys', keys, 'rewritten_by', rewritten_by,
     'banks', table.concat(banks, ' '), unpack(counts))
+  if moved_to ~= '' then redis.call('HSET', tombstone, 'until_ms', now + stays_s * 1000) end
+  if redis.call('TTL', tombstone) < tonumber(stays_s) then redis.call('EXPIRE', tombstone, stays_s) end
+elseif moved_to == '' and redis.call('HEXISTS', tombstone, 'keys') == 0 then
+  redis.call('DEL', tombstone)
 end
-local mark = string.match(redis.call('HGET', tombstone, 'epoch') or '', '^>%w+ ') or ''
-redis.call('HSET', tombstone, 'epoch', mark .. epoch)
-local stays_s = tonumber(keys > 0 and known_s or unknown_s)
-if mark ~= '' then redis.call('HSET', tombstone, 'until_ms', now + stays_s * 1000) end
-if redis.call('TTL', tombstone) < stays_s then redis.call('EXPIRE', tombstone, stays_s) end
 local counted = {'items', 'samples', 'jobs', 'adapters', 'keys', 'feedback'}
 return redis.call('HMGET', tombstone, 'rewritten_by', 'banks', unpack(counted))
 """)
@@ -112,10 +136,9 @@ return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2]), redis.call('
 """
 
 # KEYS: record, items, vectors, samples, feedback, learned, adapter, jobs. ARGV: prefix of job names. Returns record and
-# bytes, whether there is an adapter and whether one is being trained; nothing for an unknown user.
+# bytes, whether there is an adapter and whether one is being trained.
 _MEASURE = """
 local record, bytes = redis.call('GET', KEYS[1]), 0
-if not record then return {} end
 for i = 1, 7 do bytes = bytes + (redis.call('MEMORY', 'USAGE', KEYS[i], 'SAMPLES', 0) or 0) end
 local last = redis.call('HGET', KEYS[8], 'last')
 local state = last and redis.call('HGET', ARGV[1] .. last, 'state')
@@ -128,7 +151,7 @@ class Snapshot:
     """A consistent copy of a user's profile, items and vectors."""
 
     version: bytes  # record that `commit` compares; empty for an unknown user
-    epoch: str  # id of the user's last erasure; empty if none is kept
+    epoch: str  # id of the user's last erasure; empty if none is kept. It holds no mark
     profile: Profile | None  # None for an unknown user
     items: Mapping[str, StoredItem]  # by id, oldest first
     vectors: Mapping[str, StoredVector]  # by item id; may be incomplete
@@ -183,7 +206,7 @@ class ProfileStore:
         with corrupt_if_undecodable():
             return Snapshot(
                 version=record or b"",
-                epoch=split_mark(epoch)[1],
+                epoch=split_epoch(epoch)[1],
                 profile=decode_profile(record) if record else None,
                 items=_in_order(_pairs(raw_items)),
                 vectors={name.decode(): decode_vector(raw) for name, raw in _pairs(raw_vectors).items()},
@@ -191,25 +214,22 @@ class ProfileStore:
 
     async def find(self, user: User) -> tuple[User, Profile | None, str]:
         """Return the user with the key they are stored under, the profile and the epoch, of one moment."""
-        profile, _, epoch = await self._load(user.key)
+        profile, _, epoch = await self.state(user.key)
         for other in user.keys:
             if profile or other == user.key:
                 continue
-            profile, moved_to, others_epoch = await self._load(other)
+            profile, moved_to, others_epoch = await self.state(other)
             if profile or moved_to != user.key:
                 # Who is under neither key comes back under the first, whose tombstone may outlast the other's.
                 return replace(user, key=other), profile, others_epoch or ("" if profile else epoch)
-            profile, _, epoch = await self._load(user.key)  # the user may have moved since it was read first
+            profile, _, epoch = await self.state(user.key)  # the user may have moved since it was read first
         return user, profile, epoch
 
-    async def moved_to(self, key: str) -> str:
-        """Return the key that a user moved to; empty if the user has not."""
-        return split_mark(await self._connection.run(lambda redis: redis.hget(keys.epoch(key), "epoch")))[0]
-
-    async def _load(self, key: str) -> tuple[Profile | None, str, str]:
+    async def state(self, key: str) -> tuple[Profile | None, str, str]:
+        """Return the profile, the key that the user moved to, and the epoch; the latter are empty if there is none."""
         record, epoch = await self._connection.evaluate(_LOAD, (keys.profile(key), keys.epoch(key)))
         with corrupt_if_undecodable():
-            return decode_profile(record) if record else None, *split_mark(epoch)
+            return decode_profile(record) if record else None, *split_epoch(epoch)
 
     async def items(self, key: str) -> Mapping[str, StoredItem]:
         """Return the items by id, oldest first; empty for an unknown user."""
@@ -217,14 +237,26 @@ class ProfileStore:
         with corrupt_if_undecodable():
             return _in_order(raw_items)
 
-    async def epoch(self, key: str) -> str:
-        """Return the id of the user's last erasure, or an empty string if none is kept."""
-        return split_mark(await self._connection.run(lambda redis: redis.hget(keys.epoch(key), "epoch")))[1]
+    async def begin(self, key: str) -> str:
+        """Return the user's epoch for a write that begins now; an unknown user gets a mark, which is part of it.
+
+        This need not be durable: without its mark, the write is refused. Raises `UserErased` if the user left the key.
+        """
+        if (epoch := await self.leave_mark(key)).startswith(">"):
+            raise UserErased
+        return epoch
+
+    async def leave_mark(self, key: str) -> str:
+        """Do as `begin`, also at a key that the user has left."""
+        names, mark = (keys.profile(key), keys.epoch(key)), secrets.token_hex(8)
+        epoch: bytes = await self._connection.evaluate(_BEGIN, names, mark, MARK_S, timeout_s=WRITE_TIMEOUT_S)
+        return epoch.decode()
 
     async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
         """Write a change of the snapshot of `version`. Return True once it is on disk, False if the user has changed.
 
-        Raises `UserErased` if the user was erased since `epoch`, the user's epoch when work on the change began.
+        Raises `UserErased` if the user was erased since `epoch`, the user's epoch when work on the change began, and if
+        the user is unknown and it has no mark.
         """
         items = {name: encode_item(item) for name, item in change.put_items.items()}
         vectors = {name: encode_vector(vector) for name, vector in change.put_vectors.items()}
@@ -232,7 +264,8 @@ class ProfileStore:
         arguments = [version, encode_profile(change.profile), epoch, len(puts)]
         for name in puts:
             arguments += [name, items.get(name, b""), vectors.get(name, b"")]
-        written = await self._connection.write(_COMMIT, (*_names(key), keys.epoch(key)), *arguments, *change.drop)
+        names = (*_names(key), keys.epoch(key), keys.feedback(key))
+        written = await self._connection.write(_COMMIT, names, *arguments, *change.drop)
         if written < 0:
             raise UserErased
         return bool(written)
@@ -242,23 +275,22 @@ class ProfileStore:
         if not self._connection.reads_are_durable:
             await self._connection.write(_WRITE_AGAIN, (keys.profile(key),))
 
-    async def erase_if_unknown(self, key: str, epoch: str) -> tuple[bool, Erasure | None]:
-        """Start this epoch if nothing is stored about a user, so that writes in progress are refused.
-
-        Returns whether nothing is stored, and in that case the last erasure, if kept.
-        """
-        answer = await self._erase(key, 0, 0, epoch)
-        return bool(answer), _erasure(answer)
+    async def is_stored(self, key: str) -> bool:
+        """Return whether anything is stored about a user, besides a tombstone."""
+        return bool(await self._connection.run(methodcaller("exists", *keys.of_user(key)[:-1])))
 
     async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int, epoch: str = "") -> Erasure | None:
         """Remove everything stored about a user; the removal is on disk when this returns.
 
         `epoch` is a new one, random if empty. Returns the erasure; if nothing was stored, the last kept one; None for
-        an unknown user. Also raises `Unavailable` if the store's clock is past `deadline_ms`, Unix time.
+        an unknown user, of whom nothing is kept. Also raises `Unavailable` if something is stored and the store's clock
+        is past `deadline_ms`, Unix time.
         """
-        answer = await self._erase(key, deadline_ms, rewritten_by_ms, epoch or secrets.token_hex(8))
+        epoch = epoch or secrets.token_hex(8)
+        arguments = (keys.job_prefix(key), KEPT_JOBS, TOMBSTONE_S, epoch, deadline_ms, rewritten_by_ms)
+        answer = await self._connection.write(_ERASE, keys.of_user(key), *arguments)
         if not answer:
-            raise Unavailable("the store took too long to erase the user: send the request again")
+            raise Unavailable("the store took too long to erase the user: send the request again", code=LATE)
         if (erasure := _erasure(answer)) is not None:
             await self._clear_command_logs()
         return erasure
@@ -270,22 +302,15 @@ class ProfileStore:
             await asyncio.gather(*(self._connection.send(*one) for one in asked), return_exceptions=True)
 
     async def measure(self, key: str) -> tuple[bytes, Held, bool]:
-        """Return a user's record, empty for an unknown user, what they hold, and whether they have an open job."""
+        """Return a user's record, empty if there is no profile, what they hold, and whether they have an open job."""
         of_user = (keys.samples, keys.feedback, keys.learned, keys.adapter, keys.jobs)
         names = (*_names(key), *(name(key) for name in of_user))
-        found = await self._connection.evaluate(_MEASURE, names, keys.job_prefix(key))
-        record, size_bytes, adapters, trains = found or (b"", 0, 0, 0)
-        return record, Held(people=bool(record), bytes=size_bytes, adapters=max(adapters, trains)), bool(trains)
-
-    async def _erase(self, key: str, deadline_ms: int, rewritten_by_ms: int, epoch: str) -> list[bytes | None]:
-        arguments = (KEPT_JOBS, TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, epoch, deadline_ms, rewritten_by_ms)
-        answer: list[bytes | None] = await self._connection.write(
-            _ERASE, keys.of_user(key), keys.job_prefix(key), *arguments
-        )
-        return answer
+        record, size_bytes, adapters, trains = await self._connection.evaluate(_MEASURE, names, keys.job_prefix(key))
+        held = Held(people=size_bytes > 0, bytes=size_bytes, adapters=max(adapters, trains))
+        return record or b"", held, bool(trains)
 
 
-def split_mark(epoch: bytes | None) -> tuple[str, str]:
+def split_epoch(epoch: bytes | None) -> tuple[str, str]:
     """Return the key that a user moved to, if any, and the epoch in which that was."""
     text = (epoch or b"").decode()
     moved_to, _, before = text.removeprefix(">").partition(" ") if text.startswith(">") else ("", "", text)
@@ -294,7 +319,7 @@ def split_mark(epoch: bytes | None) -> tuple[str, str]:
 
 def _erasure(tombstone: list[bytes | None]) -> Erasure | None:
     """Decode a tombstone; None if it has no counts."""
-    rewritten_by, banks, *counts = tombstone or [None, None]
+    rewritten_by, banks, *counts = tombstone
     if rewritten_by is None or banks is None:
         return None
     erased = Erased(*(int(count or 0) for count in counts))

@@ -2,10 +2,11 @@
 
 A move has four steps, each atomic and safe to repeat by several processes at once. The keys may lie on two servers.
 
-1. The old key gets a mark (`split_mark` in `profiles.py`): from now on it refuses every write. Its data is read.
+1. The old key's epoch names the new one (`split_epoch` in `profiles.py`): from now on it refuses every write. Its data
+   is read, with the mark of a write that has begun there.
 2. The data is written to the new key, unless that was erased since before the first step. Now the user is there.
 3. The shared sets and the queue get the new key.
-4. The old key loses its data. Items and adapter stay for requests in progress; the mark answers for the ids of jobs.
+4. The old key loses its data. Items and adapter stay for requests in progress; the epoch answers for the ids of jobs.
 
 Until step 2 the user is read at the old key, and whoever wants to write finishes the move first. Where new users are
 stored, and to which key users move, says the store, not the order of secrets that a process happens to have.
@@ -26,6 +27,7 @@ from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore
 from server.store.append_only_file import AppendOnlyFile
 from server.store.backup.copying import AT_ONCE, StoreCopying, batches
+from server.store.feedback import ALONE_S
 from server.store.jobs import KEPT_JOBS
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
@@ -38,19 +40,19 @@ from server.store.worth import WorthStore
 
 T = TypeVar("T")
 
-MARK_S = 30 * 24 * 3600
+MOVED_S = 30 * 24 * 3600
 ARRIVE_MS = 60_000  # a copy is written by then or not at all: far less than the tombstone of an erasure stays
 GRACE_MS = 120_000  # requests in progress read items and adapter at the old key for this long, and erasures need it
 MAX_TRIES = 8  # moves of a user who is erased again and again meanwhile
-_IN, _FROM, _SINCE = "in", "from", "since"
+_IN, _FROM = "in", "from"
 
 # KEYS of the scripts: `keys.of_user`, the last is `epoch`.
 
-# ARGV: new key, expiry of the mark (s), time for `_ARRIVE` (ms), prefix of job names, number of kept jobs. Returns
+# ARGV: new key, expiry of its name (s), time for `_ARRIVE` (ms), prefix of job names, number of kept jobs. Returns
 # `busy` while a worker holds the user's job, `moved` if nothing is left to move; else `left`, the bank of an open job,
 # and what `_ARRIVE` needs to know.
 _LEAVE = job_script("""
-local target, mark_s, within, prefix, kept = unpack(ARGV)
+local target, stays_s, within, prefix, kept = unpack(ARGV)
 local left = KEYS[#KEYS]
 local epoch, moved, until_ms = unpack(redis.call('HMGET', left, 'epoch', 'moved', 'until_ms'))
 if moved then return {'moved'} end
@@ -61,7 +63,7 @@ if string.sub(epoch or '', 1, 1) ~= '>' then
   until_ms = ttl > 0 and now + ttl or 0
   redis.call('HSET', left, 'epoch', '>' .. target .. ' ' .. (epoch or ''), 'until_ms', until_ms)
 end
-redis.call('EXPIRE', left, mark_s)
+redis.call('EXPIRE', left, stays_s)
 local bank = is_open(prefix .. last) and redis.call('HGET', prefix .. last, 'bank') or ''
 local tombstone = cjson.encode(redis.call('HGETALL', left))
 local found = {'left', bank, now + within, tombstone, math.max(0, until_ms - now)}
@@ -74,13 +76,13 @@ for number = math.max(1, last - kept), last do take('j' .. number, prefix .. num
 return found
 """)
 
-# ARGV: epoch of this key before step 1, prefix of job names, deadline (ms), fields of the old key's epoch (JSON) and
-# their expiry (ms; 0: none), and of each key its place in KEYS or the number of its job, its expiry and its content.
-# Returns whether the user is here now.
+# ARGV: epoch of this key before step 1 (`leave_mark`), prefix of job names, deadline (ms), fields of the old key's
+# epoch (JSON) and their expiry (ms; 0: none), and of each key its place in KEYS or the number of its job, its expiry
+# and its content. Returns whether the user is here now.
 _ARRIVE = script("""
 local before, prefix, until_ms, tombstone, expiry = unpack(ARGV)
 local here, data = KEYS[#KEYS], {unpack(KEYS, 1, #KEYS - 1)}
-if now > tonumber(until_ms) or (redis.call('HGET', here, 'epoch') or '') ~= before then return 0 end
+if now > tonumber(until_ms) or not is_as_seen(here, before) then return 0 end
 if string.sub(before, 1, 1) == '>' then
   redis.call('DEL', unpack(data))  -- what stayed here of a user who moved away and comes back
 elseif redis.call('EXISTS', unpack(data)) > 0 then  -- of an earlier call
@@ -130,7 +132,6 @@ local of_new, of_old = unpack(ARGV)
 if redis.call('HGET', KEYS[1], 'from') == of_new then return -1 end
 local news = redis.call('HGET', KEYS[1], 'in') ~= of_new
 redis.call('HSET', KEYS[1], 'in', of_new, 'from', of_old)
-if news then redis.call('HSET', KEYS[1], 'since', now) end
 return news and 1 or 0
 """)
 
@@ -198,8 +199,12 @@ class Rotation:
 
     async def end(self) -> None:
         """Note that nobody is left under the second secret, and have what they left there leave the files."""
-        await self._file.request_all(GRACE_MS)
+        await self._file.announce_expiry(GRACE_MS)
         await self._connection.run(methodcaller("hdel", keys.SECRET, _FROM))
+
+    async def begin_write(self, user: User) -> str:
+        """Return the user's epoch for a write that begins now, as `ProfileStore.begin` does."""
+        return await self.at(user, lambda user: self.profiles.begin(user.key))
 
     async def at(self, user: User, act: Callable[[User], Awaitable[T]], *, writes: bool = True) -> T:
         """Call `act` with the user's key; once more if the user moves meanwhile, so it must be safe to repeat."""
@@ -239,9 +244,9 @@ class Rotation:
 
     async def move(self, source: str, target: str, tenant: str) -> bool:
         """Move a user to another key; return False if a worker trains for the user: later, then."""
-        leaving = (target, MARK_S, ARRIVE_MS, keys.job_prefix(source), KEPT_JOBS)
+        leaving = (target, MOVED_S, ARRIVE_MS, keys.job_prefix(source), KEPT_JOBS)
         for _ in range(MAX_TRIES):
-            before = await self._connection.run(methodcaller("hget", keys.epoch(target), "epoch")) or b""
+            before = await self.profiles.leave_mark(target)
             state, *left = await self._connection.write(_LEAVE, keys.of_user(source), *leaving)
             if state != b"left":
                 return bool(state == b"moved")
@@ -300,18 +305,11 @@ class Rotation:
                 return
         sweep.strange += 1
 
-    async def nameless(self, *, forget: bool) -> int:
-        """Count, or remove, feedback from before the exchange without a profile that says whose it is.
-
-        A store whose users never left a secret has no such time, and none of it is older.
-        """
-        since_ms = int(await self._connection.run(methodcaller("hget", keys.SECRET, _SINCE)) or 0)
-        found = set[str]()
+    async def let_nameless_expire(self) -> int:
+        """Count feedback without a profile that says whose it is; also what an earlier version left expires then."""
+        found = 0
         for key in await self._copying.users_with(keys.feedback):
-            entries = await self._connection.run(methodcaller("hvals", keys.feedback(key)))
-            before = all(int(entry.partition(b" ")[0]) < since_ms for entry in entries)
-            if before and entries and await self.profiles.load(key) is None:
-                found.add(key)
-                if forget:
-                    await self._connection.run(methodcaller("delete", keys.feedback(key)))
-        return len(found)
+            if await self.profiles.load(key) is None:
+                found += 1
+                await self._connection.run(methodcaller("expire", keys.feedback(key), ALONE_S, nx=True))
+        return found

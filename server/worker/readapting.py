@@ -86,8 +86,7 @@ class Readapting:
         return tally
 
     async def _user(self, user_key: str, bank: str, tally: ReadaptTally) -> None:
-        epoch = await self.profiles.epoch(user_key)
-        profile = await self.profiles.load(user_key)
+        profile, _, epoch = await self.profiles.state(user_key)
         now = bank_of(profile.adapter.recipe) if profile and profile.adapter else ""
         if profile and self.served and self.served.serving_bank(user_key, profile.user_id) != self.manifest.short:
             tally.settled += 1  # keep the user on the list for their own bank

@@ -22,7 +22,7 @@ from server.store.samples import Sample, encode_sample
 from server.store.tenants.user_key import User
 from server.store.worth import Counts
 from tests.support.moving import BOTH, CELL, SECRETS, WORDS
-from tests.support.store_parts import KEYS, TENANT, StoreParts, WorkerSteps, change, submitted
+from tests.support.store_parts import KEYS, TENANT, StoreParts, WorkerSteps, change, stored, submitted
 
 _numbers = itertools.count()
 settings.register_profile("long")  # `test_store_model.py` reads which profile was asked for
@@ -87,8 +87,8 @@ def user() -> str:
 
 @pytest.fixture
 def quick_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = {"INTERVAL_MS": 800, "ERASE_MS": 200, "CLOCK_SKEW_MS": 0, "START_MS": 500, "REWRITE_CHECK_S": 0.05}
-    for name, value in {**quick, "REWRITE_MS": 0, "RETRY_MS": 150}.items():
+    quick = {"INTERVAL_MS": 800, "ERASE_MS": 200, "CLOCK_SKEW_MS": 0, "REWRITE_MS": 500, "REWRITE_CHECK_S": 0.05}
+    for name, value in quick.items():
         monkeypatch.setattr(append_only_file, name, value)
 
 
@@ -119,7 +119,7 @@ def someone(server: ValkeyProcess | ValkeyCluster) -> User:
 async def old(parts: StoreParts, someone: User) -> str:
     """The old key of a user of whom everything is stored that can be."""
     key = someone.keys[1]
-    assert await parts.profiles.commit(key, b"", change("abc", user_id=someone.id))
+    assert await stored(parts.profiles, key, change("abc", user_id=someone.id))
     await submitted(parts.jobs, key, encode_sample(Sample([], WORDS)).decode())
     worker = WorkerSteps(parts)
     await worker.take()

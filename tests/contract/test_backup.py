@@ -33,6 +33,7 @@ from tests.support.store_parts import (
     WorkerSteps,
     change,
     connected,
+    stored,
     submitted,
     users_at,
 )
@@ -49,7 +50,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 async def full(parts: StoreParts) -> AsyncIterator[StoreParts]:
     for user in USERS:
         key = KEYS.key(user)
-        await parts.profiles.commit(key, b"", change("abc", user_id=user))
+        await stored(parts.profiles, key, change("abc", user_id=user))
         await submitted(parts.jobs, key, "\x00\xff binary")
         await parts.to_sign.add(key)
     await parts.erase(USERS[0])
@@ -199,7 +200,7 @@ async def test_keys_that_move_meanwhile_are_noticed(cluster: ValkeyCluster) -> N
     async with StoreParts.opened(cluster.url) as parts:
         here, there, _ = cluster.primaries
         key = next(users_at(cluster, here))
-        await parts.profiles.commit(key, b"", change("a"))
+        await stored(parts.profiles, key, change("a"))
         slot = key_slot(keys.profile(key).encode())
         store = StoreCopying(parts.connection)
         entries = store.entries(lambda done, total: None)
@@ -217,7 +218,7 @@ async def test_a_server_that_restarts_meanwhile_is_noticed(one_server: ValkeyPro
     async with one_server.client() as raw:
         await raw.flushall()
     async with StoreParts.opened(one_server.url) as parts:
-        await parts.profiles.commit(KEYS.key("ada"), b"", change("a"))
+        await stored(parts.profiles, KEYS.key("ada"), change("a"))
         entries = StoreCopying(parts.connection).entries(lambda done, total: None)
         await anext(entries)
         one_server.kill()

@@ -37,6 +37,7 @@ from tests.support.store_parts import (
     claimed,
     connected,
     forgotten,
+    stored,
     strict_and_lenient,
     submitted,
     users_at,
@@ -83,9 +84,9 @@ async def test_one_server_decides_how_durable_all_are(
     async with strict_and_lenient(cluster.url) as (strict, lenient):
         with configured(weak, name, value):
             assert await lenient.check() is expected
-            assert await ProfileStore(lenient).commit(next(users_at(cluster, weak)), b"", change("a"))
+            assert await stored(ProfileStore(lenient), next(users_at(cluster, weak)), change("a"))
             assert (f":{weak.port}" in caplog.text) == (expected is Durability.NONE)
-            elsewhere = ProfileStore(strict).commit(next(users_at(cluster, cluster.primaries[0])), b"", change("a"))
+            elsewhere = stored(ProfileStore(strict), next(users_at(cluster, cluster.primaries[0])), change("a"))
             for refused in (strict.check(), elsewhere):
                 if said:
                     with pytest.raises(Unavailable, match=said.format(ask(weak, "CLUSTER MYID").decode())):
@@ -95,14 +96,14 @@ async def test_one_server_decides_how_durable_all_are(
         assert await strict.check() is Durability.ALWAYS
         if name == "appendonly":  # before anybody has looked again: a replica without a file may have taken over
             with configured(weak, "appendonly", "no"), pytest.raises(Unavailable):
-                await ProfileStore(strict).commit(next(users_at(cluster, weak)), b"", change("a"))
+                await stored(ProfileStore(strict), next(users_at(cluster, weak)), change("a"))
 
 
 async def test_a_write_waits_on_its_own_connection(cluster: ValkeyCluster, connection: RedisConnection) -> None:
     for home in cluster.primaries:
         key = next(users_at(cluster, home))
         async with redis.from_url(home.url) as raw, raw.monitor() as monitor:
-            assert await ProfileStore(connection).commit(key, b"", change("a"))
+            assert await stored(ProfileStore(connection), key, change("a"))
             seen = monitor.listen()
             async with asyncio.timeout(10):
                 heard = [await anext(seen)]
@@ -128,7 +129,7 @@ async def test_users_are_served_while_their_keys_move(cluster: ValkeyCluster, co
         while calls(target, "asking") < sent + 12:  # more often than redis-py sends it
             assert not reading.done()
             await asyncio.sleep(0.02)
-        writing = asyncio.create_task(store.commit(key, b"", change("a")))
+        writing = asyncio.create_task(stored(store, key, change("a")))
         sent = calls(target, "asking")
         while not calls(target, "asking") > sent + 8:
             await asyncio.sleep(0.02)
@@ -170,8 +171,8 @@ async def test_a_job_is_found_while_its_keys_move(cluster: ValkeyCluster, connec
 
 
 async def test_samples_stay_if_a_moving_slot_refuses_more(cluster: ValkeyCluster, connection: RedisConnection) -> None:
-    user, jobs, epoch = next(users_at(cluster, cluster.primaries[0])), JobStore(connection), "came back"
-    await ProfileStore(connection).erase(user, LATER_MS, 0, epoch)
+    user, jobs = next(users_at(cluster, cluster.primaries[0])), JobStore(connection)
+    epoch = await ProfileStore(connection).begin(user)
     job = await submitted(jobs, user, epoch=epoch)
     with moving(cluster, keys.jobs(user)), pytest.raises(Unavailable):
         await submitted(jobs, user, "another", epoch=epoch)
@@ -179,10 +180,10 @@ async def test_samples_stay_if_a_moving_slot_refuses_more(cluster: ValkeyCluster
 
 
 async def test_an_adapter_is_replaced_in_a_moving_slot(cluster: ValkeyCluster) -> None:
-    user, epoch = next(users_at(cluster, cluster.primaries[0])), "came back"
+    user = next(users_at(cluster, cluster.primaries[0]))
     async with StoreParts.opened(cluster.url) as parts:
         worker = WorkerSteps(parts, "0badcaf1")
-        await parts.profiles.erase(user, LATER_MS, 0, epoch)
+        epoch = await parts.profiles.begin(user)
         await parts.profiles.commit(user, b"", change("a"), epoch)
         for sample, place in (("a", nullcontext()), ("b", moving(cluster, keys.adapter(user)))):
             await submitted(parts.jobs, user, sample, bank=worker.bank, epoch=epoch)
@@ -223,18 +224,18 @@ async def test_a_write_without_a_replica_is_not_acknowledged(
     followed: ValkeyCluster, to_followed: RedisConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     users, store = users_at(followed, followed.primaries[0]), ProfileStore(to_followed)
-    assert await store.commit(next(users), b"", change("a"))
+    assert await stored(store, next(users), change("a"))
     monkeypatch.setattr(REPLICA_TIMEOUT_MS, 100)
     with paused(followed.replicas[0].pid):
         with pytest.raises(Unavailable, match="on a replica"):
-            await store.commit(next(users), b"", change("a"))
+            await stored(store, next(users), change("a"))
         elsewhere = next(users_at(followed, followed.primaries[1]))
-        assert await store.commit(elsewhere, b"", change("a"))
+        assert await stored(store, elsewhere, change("a"))
         monkeypatch.setattr("server.store.redis.servers.cluster.REFRESH_S", 3600.0)
         wait_until(lambda: not followed.lists_replicas(followed.primaries[1]), "the replica to count as failed")
         with pytest.raises(Unavailable, match="on a replica"):
-            await store.commit(next(users), b"", change("a"))
-        assert await store.commit(next(users), b"", change("a"))  # nobody waits for it any more
+            await stored(store, next(users), change("a"))
+        assert await stored(store, next(users), change("a"))  # nobody waits for it any more
 
 
 async def test_nor_is_one_that_is_sent_again(
@@ -250,7 +251,7 @@ async def test_nor_is_one_that_is_sent_again(
 
     to_followed.write = noted  # type: ignore[method-assign]
     store, jobs = ProfileStore(to_followed), JobStore(to_followed)
-    await store.commit(user, b"", change("a"))
+    await stored(store, user, change("a"))
     await store.wait_until_durable(user)
     await store.erase(erased, LATER_MS, 0)
     lease = await claimed(jobs, (await submitted(jobs, user)).id)
@@ -317,9 +318,9 @@ async def test_who_lives_elsewhere_is_served(
             assert "33% of all users cannot be served" in str(connection.unserved)
             assert f"127.0.0.1:{gone.port}" in str(connection.unserved)
             reading = [asyncio.create_task(store.load(lost)) for _ in range(READS)]
-            writing = [asyncio.create_task(store.commit(lost, b"", change("a"))) for _ in range(READS)]
+            writing = [asyncio.create_task(stored(store, lost, change("a"))) for _ in range(READS)]
             await asyncio.sleep(0)
-            assert await store.commit(served, b"", change("a"))
+            assert await stored(store, served, change("a"))
             assert await store.load(served) is not None
             refused = await asyncio.gather(*reading, *writing, return_exceptions=True)
             assert {error.code for error in refused if isinstance(error, Unavailable)} == {"store_unavailable"}
@@ -329,7 +330,7 @@ async def test_who_lives_elsewhere_is_served(
         wait_until(lambda: {state(node) for node in followed.nodes} == {"ok"}, "peace")
         await connection.check()
         assert connection.unserved is None
-        assert await store.commit(lost, b"", change("a"))
+        assert await stored(store, lost, change("a"))
 
 
 async def test_a_cluster_that_serves_a_third_is_no_store(followed: ValkeyCluster, cluster: ValkeyCluster) -> None:

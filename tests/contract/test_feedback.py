@@ -8,13 +8,15 @@ from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
+from redis.asyncio import Redis
 
 from server.errors import UserErased
 from server.gateway.learning.refreshing import Refreshing
 from server.store import feedback as feedback_module
-from server.store.feedback import Feedback, Outcome, Rating
+from server.store.feedback import ALONE_S, Feedback, Outcome, Rating
+from server.store.redis import keys
 from server.store.samples import JobBudget, Sample, decode_config
-from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps
+from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps, change, stored
 
 KEY = KEYS.key("somebody")
 SAID = Sample([{"role": "user", "content": "any plans?"}], "the sea")
@@ -109,3 +111,15 @@ def test_later_feedback_adds_to_earlier_and_replaces_what_both_say() -> None:
     assert merged(rating=Rating.DOWN).over(before) == merged(rating=Rating.DOWN, outcome=Outcome.EDITED, changed=0.5)
     assert merged(outcome=Outcome.DISCARDED).over(before) == merged(rating=Rating.UP, outcome=Outcome.DISCARDED)
     assert before.over(None) == before
+
+
+async def test_feedback_without_a_profile_is_counted_and_expires(parts: StoreParts, raw: Redis, user: str) -> None:
+    await parts.feedback.add(user, "gen-1", merged(rating=Rating.UP), None, "")
+    _, held, _ = await parts.profiles.measure(user)
+    assert held["people"] == 1
+    assert held["bytes"] > 0
+    assert 0 < await raw.ttl(keys.feedback(user)) <= ALONE_S
+    assert await stored(parts.profiles, user, change("a"))
+    assert await raw.ttl(keys.feedback(user)) == -1
+    await parts.feedback.add(user, "gen-2", merged(rating=Rating.UP), None, "")
+    assert await raw.ttl(keys.feedback(user)) == -1

@@ -167,8 +167,8 @@ def made(name: str) -> StoredAdapter:
 
 
 async def with_profile(parts: StoreParts, key: str) -> tuple[Profile, bytes]:
-    before = await parts.profiles.read(key)
-    await parts.profiles.commit(key, before.version, put_of("ada", "text", before), before.epoch)
+    epoch, before = await parts.profiles.begin(key), await parts.profiles.read(key)
+    await parts.profiles.commit(key, before.version, put_of("ada", "text", before), epoch)
     snapshot = await parts.profiles.read(key)
     return snapshot.profile, snapshot.version
 
@@ -242,6 +242,32 @@ async def test_an_ending_whose_answer_was_lost_is_known_as_ones_own(parts: Store
     assert (await parts.jobs.cancel(job.id))[1]
 
 
+@pytest.mark.parametrize("place", range(2))
+async def test_a_call_says_that_it_made_a_job_though_it_was_sent_twice(
+    parts: StoreParts, user: str, place: int
+) -> None:
+    parts.connection.fail(Fault.TWICE, place)
+    assert (await submitted(parts.jobs, user)).is_new
+
+
+async def test_of_equal_requests_at_once_one_makes_the_job(parts: StoreParts, user: str) -> None:
+    made = await asyncio.gather(*(submitted(parts.jobs, user) for _ in range(8)))
+    assert [sum(job.is_new for job in made), len({job.id for job in made})] == [1, 1]
+
+
+async def test_the_same_samples_are_one_job_while_its_adapter_serves(parts: StoreParts, user: str, raw: Redis) -> None:
+    await with_profile(parts, user)
+    worker = WorkerSteps(parts)
+    job = await submitted(parts.jobs, user)
+    await worker.take()
+    await worker.claim()
+    assert await worker.promote()
+    assert (await submitted(parts.jobs, user)).id == job.id
+    await raw.delete(keys.adapter(user))
+    again = await submitted(parts.jobs, user)
+    assert (again.is_new, again.state) == (True, JobState.QUEUED)
+
+
 async def test_a_job_whose_return_was_not_confirmed_is_taken_at_once(parts: StoreParts, user: str) -> None:
     job_id = (await submitted(parts.jobs, user)).id
     assert await parts.jobs.next_job(BANK, 1) == job_id
@@ -252,12 +278,12 @@ async def test_a_job_whose_return_was_not_confirmed_is_taken_at_once(parts: Stor
 
 
 async def test_samples_of_an_erased_user_are_refused(parts: StoreParts, user: str) -> None:
-    epoch = await parts.profiles.epoch(user)
+    epoch = await parts.profiles.begin(user)
     await parts.profiles.erase(user, known.LATER_MS, 0)
     with pytest.raises(UserErased):
         await submitted(parts.jobs, user, epoch=epoch)
     assert await parts.jobs.samples(user) == []
-    assert (await submitted(parts.jobs, user, epoch=await parts.profiles.epoch(user))).state is JobState.QUEUED
+    assert (await submitted(parts.jobs, user, epoch=await parts.profiles.begin(user))).state is JobState.QUEUED
     read = parts.jobs.job
 
     async def erased_before(job_id: JobId) -> Job | None:  # the new job is read back
@@ -266,7 +292,7 @@ async def test_samples_of_an_erased_user_are_refused(parts: StoreParts, user: st
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(UserErased):
         patched.setattr(parts.jobs, "job", erased_before)
-        await submitted(parts.jobs, user, "b", epoch=await parts.profiles.epoch(user))
+        await submitted(parts.jobs, user, "b", epoch=await parts.profiles.begin(user))
 
 
 async def test_a_job_id_nobody_remembers_is_not_used_again(parts: StoreParts, user: str, raw: Redis) -> None:

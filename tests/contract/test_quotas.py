@@ -17,6 +17,7 @@ from server.gateway.access import quotas as rules
 from server.gateway.access.keys import KnownKeys
 from server.gateway.access.quotas import RECOUNT_INTERVAL_S, Quotas
 from server.gateway.users.adapting import Adapting, TrainingRequest
+from server.store.feedback import Feedback
 from server.store.jobs import Submission
 from server.store.redis import keys
 from server.store.tenants import holdings
@@ -24,7 +25,7 @@ from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.holdings import Held
 from server.store.tenants.rates import Quota
 from server.store.tenants.user_key import Tenants, User, UserKeys
-from tests.support.store_parts import BANK, KEYS, SECRET, TENANT, StoreParts, WorkerSteps, change, submitted
+from tests.support.store_parts import BANK, KEYS, SECRET, TENANT, StoreParts, WorkerSteps, change, stored, submitted
 
 QUOTA = Quota(people=3, bytes=50_000, adapters=1)
 PERSON = Held(people=1, bytes=100)
@@ -205,6 +206,25 @@ async def test_an_adapter_counts_from_its_job_on_and_not_once_that_failed(gatewa
     assert not here.quotas._waiting
 
 
+async def test_who_has_only_rated_counts_for_their_tenant_alone(
+    parts: StoreParts, gateways: tuple[Gateway, Gateway]
+) -> None:
+    here, there = gateways
+    await parts.keys.add(access_key(new_secret(), "app", "another", Scope))
+    await parts.keys.set_quota("another", QUOTA)
+    await here.refresh()
+    user = KEYS.user("a rater")
+    await parts.feedback.add(user.key, "gen-1", Feedback("base", "none"), None, "")
+    here.quotas.changed(user)
+    await here.quotas.count()
+    counted = here.used()
+    assert (counted["people"], counted["bytes"] > 0) == (1, True)
+    await there.quotas.recount()
+    await there.refresh()
+    found = {(tenant, what): used for tenant, what, used, _ in there.quotas.used()}
+    assert (there.used(), found["another", "people"]) == (counted, 0)
+
+
 async def test_a_recount_puts_a_wrong_count_right(
     parts: StoreParts, gateways: tuple[Gateway, Gateway], raw: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +232,7 @@ async def test_a_recount_puts_a_wrong_count_right(
     monkeypatch.setattr(holdings, "SCANNED", 10)
     here, there = gateways
     await asyncio.gather(*(parts.put(f"u{number}", "text") for number in range(50)))  # nobody noted them
-    await parts.profiles.commit(UserKeys(SECRET, "another").key("u1"), b"", change("a", user_id="u1"))
+    await stored(parts.profiles, UserKeys(SECRET, "another").key("u1"), change("a", user_id="u1"))
     await raw.set(keys.profile("y" * 26), "damaged")
     await parts.put("ghost", "text")
     ghost = KEYS.key("ghost")

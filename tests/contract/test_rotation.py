@@ -14,7 +14,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
 from server.store import rotation
 from server.store.backup.copying import StoreCopying
-from server.store.feedback import Feedback
+from server.store.feedback import ALONE_S, Feedback
 from server.store.jobs import JobState
 from server.store.profiles import TOMBSTONE_S
 from server.store.redis import keys
@@ -33,6 +33,7 @@ from tests.support.store_parts import (
     change,
     claimed,
     on_disk,
+    stored,
     submitted,
     until_forgotten,
 )
@@ -68,10 +69,10 @@ async def test_a_user_moves_with_all_that_is_stored(
     assert await begun.move(old, new, TENANT)
     assert await held(raw, new) == before
     assert await held(raw, old) == {}
-    assert await raw.hgetall(keys.epoch(new)) == tombstone
+    assert (await raw.hgetall(keys.epoch(new))).items() >= tombstone.items()
     assert TOMBSTONE_S - 60 < await raw.ttl(keys.epoch(new)) <= TOMBSTONE_S
     assert replace((await parts.jobs.jobs(new))[-1], id=job.id) == job
-    assert await parts.profiles.moved_to(old) == new
+    assert (await parts.profiles.state(old))[1] == new
     counted = await raw.hgetall(keys.count(TENANT))
     assert (counted[b"people"], counted[b"adapters"], new.encode() in counted, old.encode() in counted) == (
         *(b"1", b"1"),
@@ -83,7 +84,7 @@ async def test_a_user_moves_with_all_that_is_stored(
     )
     left = {name: await raw.pttl(name) for name in [keys.items(old), keys.adapter(old)]}  # for requests in progress
     assert all(0 < ms <= rotation.GRACE_MS for ms in left.values()), left
-    assert 0 < await raw.ttl(keys.epoch(old)) <= rotation.MARK_S
+    assert 0 < await raw.ttl(keys.epoch(old)) <= rotation.MOVED_S
     again = await held(raw, new)
     assert await begun.move(old, new, TENANT)
     assert await held(raw, new) == again
@@ -102,7 +103,9 @@ async def test_who_moved_is_found_whatever_the_order_of_secrets_and_refuses_ever
         assert (found.key, profile.user_id) == (someone.keys[0], someone.id)
     kept = await held(raw, someone.keys[0])
     marked = (await raw.hget(keys.epoch(old), "epoch")).decode()
-    for epoch in {*epochs, await parts.profiles.epoch(old), marked}:
+    with pytest.raises(UserErased):
+        await parts.profiles.begin(old)
+    for epoch in {*epochs, await parts.profiles.leave_mark(old), marked}:
         with pytest.raises(UserErased):
             await parts.profiles.commit(old, b"", change("z"), epoch)
         with pytest.raises(UserErased):
@@ -142,7 +145,7 @@ async def test_a_write_that_began_before_the_exchange_is_made_at_the_new_key(
     moving: Rotation, parts: StoreParts, someone: User, old: str
 ) -> None:
     await moving.check()
-    tried, epoch = list[str](), await parts.profiles.epoch(old)
+    tried, epoch = list[str](), await parts.profiles.begin(old)
 
     async def write(user: User) -> str:
         tried.append(user.key)
@@ -160,12 +163,12 @@ async def test_who_is_stored_by_a_write_that_outlasts_the_exchange_is_not_left_b
     moving: Rotation, parts: StoreParts, someone: User
 ) -> None:
     await moving.check()
-    new, former = someone.keys
+    (new, former), epoch = someone.keys, await moving.begin_write(someone)
 
     async def write(user: User) -> str:
         await moving.begin()
         await moving.end()
-        return await put(parts, user, "z", "")
+        return await put(parts, user, "z", epoch)
 
     assert await moving.at(someone, write) == former
     assert [bool(await parts.profiles.load(key)) for key in (new, former)] == [True, False]
@@ -196,7 +199,7 @@ async def test_two_who_move_one_user_do_it_once(server: Servers, raw: Redis, som
 async def test_a_user_stays_while_a_worker_trains_and_takes_a_waiting_job_along(
     begun: Rotation, parts: StoreParts, someone: User, old: str
 ) -> None:
-    epoch = await parts.profiles.epoch(old)
+    epoch = await parts.profiles.begin(old)
     waiting = await submitted(parts.jobs, old, "another sample", epoch=epoch)
     lease = await claimed(parts.jobs, waiting.id)
     assert not await begun.move(old, someone.keys[0], TENANT)
@@ -220,7 +223,7 @@ async def test_one_pass_moves_everybody_of_these_tenants_and_names_the_others(
     for number in range(40):
         await parts.put(f"person-{number}", WORDS)
     stranger = UserKeys(SECRET, "unheard of").key("person-1")
-    await parts.profiles.commit(stranger, b"", change("a", user_id="person-1"))
+    await stored(parts.profiles, stranger, change("a", user_id="person-1"))
     rated = KEYS.key("who only rated")
     await parts.feedback.add(rated, "gen-1", Feedback("base", "none"), None, "")
     tenants = [UserKeys(SECRETS, "empty"), BOTH]
@@ -231,10 +234,9 @@ async def test_one_pass_moves_everybody_of_these_tenants_and_names_the_others(
         new, former = BOTH.keys(f"person-{number}")
         assert (await parts.profiles.load(new)).user_id == f"person-{number}"
         assert await parts.profiles.load(former) is None
-    assert await begun.nameless(forget=True) == 0  # rated since the exchange began
-    await raw.hset(keys.SECRET, "since", 1 << 52)
-    assert [await begun.nameless(forget=forget) for forget in (False, False, True, False)] == [1, 1, 1, 0]
-    assert await parts.feedback.entries(rated) == {}
+    await raw.persist(keys.feedback(rated))  # as the version before left it
+    assert await begun.let_nameless_expire() == 1
+    assert 0 < await raw.ttl(keys.feedback(rated)) <= ALONE_S
 
 
 async def test_where_people_are_stored_says_the_store(parts: StoreParts, someone: User) -> None:
@@ -252,7 +254,6 @@ async def test_where_people_are_stored_says_the_store(parts: StoreParts, someone
         await each.check()
     assert await places() == [someone.keys[1]] * 2
     assert not await both[1][0].begin()  # the secrets in the wrong order: nobody leaves, and it comes to its end
-    assert await both[1][0].nameless(forget=True) == 0
     await both[1][0].end()
     assert await both[0][0].begin()
     with pytest.raises(MtaError, match="swap the two"):

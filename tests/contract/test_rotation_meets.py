@@ -60,14 +60,14 @@ async def test_who_is_erased_during_a_move_stays_erased(
 
         await interrupted(begun._connection, lambda: begun.move(old, new, TENANT), at, erase)
         for key in (new, old):
-            assert [name async for name in raw.scan_iter(f"*{key}*")] == [keys.epoch(key).encode()]
+            assert {name async for name in raw.scan_iter(f"*{key}*")} <= {keys.epoch(key).encode()}
         assert await raw.scard(keys.adapted(BANK)) == await raw.scard(keys.people(CELL.week, TENANT)) == 0
         assert (await moving.profiles.find(someone))[1] is None
         assert await gateway.erase(someone.id, BOTH)  # the same answer again
         with pytest.raises(UserErased):  # what was in progress
             await moving.at(someone, lambda user: put(gateway, user, "z", ""))
         assert (await moving.profiles.find(someone))[1] is None
-        epoch = (await moving.profiles.find(someone))[2]  # and may come back
+        epoch = await moving.begin_write(someone)  # and may come back
         assert await moving.at(someone, lambda user: put(gateway, user, "z", epoch)) == new
         assert (await moving.profiles.find(someone))[0].key == new
         assert await gateway.profiles.load(old) is None
@@ -78,8 +78,9 @@ async def test_who_was_erased_before_the_exchange_may_come_back_after_it(
 ) -> None:
     assert await parts.erase(someone.id, BOTH)
     await begun.end()
-    found, profile, epoch = await begun.profiles.find(someone)
+    found, profile, _ = await begun.profiles.find(someone)
     assert (found.key, profile) == (old, None)
+    epoch = await begun.begin_write(someone)
     assert await begun.at(someone, lambda user: put(parts, user, "z", epoch)) == someone.keys[0]
     assert (await begun.profiles.find(someone))[0].key == someone.keys[0]
 
@@ -89,10 +90,11 @@ async def test_who_came_after_the_exchange_and_was_erased_may_come_back_once_the
 ) -> None:
     await begun.end()
     new, old = someone.keys
-    assert await begun.at(someone, lambda user: put(parts, user, "z", "")) == new
+    epoch = await begun.begin_write(someone)
+    assert await begun.at(someone, lambda user: put(parts, user, "z", epoch)) == new
     assert await parts.erase(someone.id, BOTH)
     await raw.delete(keys.epoch(old))  # its time is over; that of the key with data is longer
-    epoch = (await begun.profiles.find(someone))[2]
+    epoch = await begun.begin_write(someone)
     assert await begun.at(someone, lambda user: put(parts, user, "z", epoch)) == new
 
 
@@ -124,6 +126,36 @@ async def test_a_write_meets_a_move_and_is_not_lost(begun: Rotation, server: Ser
         assert set(found.items) == set("abcz")
         assert found.profile.adapter is not None
         assert await gateway.profiles.load(old) is None
+
+
+@pytest.mark.parametrize("erased", [False, True])
+async def test_a_first_write_that_began_before_the_exchange(
+    moving: Rotation, parts: StoreParts, someone: User, *, erased: bool
+) -> None:
+    await moving.check()
+    epoch = await moving.begin_write(someone)
+    if erased:
+        assert await parts.erase(someone.id, BOTH) is None
+    await moving.begin()
+    write = moving.at(someone, lambda user: put(parts, user, "z", epoch))
+    if not erased:
+        assert await write == someone.keys[0]
+        return
+    with pytest.raises(UserErased):
+        await write
+
+
+@pytest.mark.parametrize("at", range(MOVE_WRITES + 1))
+async def test_a_first_write_that_began_before_a_move_and_an_erasure(
+    begun: Rotation, server: Servers, parts: StoreParts, someone: User, at: int
+) -> None:
+    new, old = someone.keys
+    epoch = await parts.profiles.begin(old)  # by a gateway to which the exchange is not known yet
+    async with StoreParts.opened(server.url) as gateway:
+        erase = partial(gateway.erase, someone.id, BOTH)
+        await interrupted(begun._connection, lambda: begun.move(old, new, TENANT), at, erase)
+    with pytest.raises(UserErased):
+        await begun.at(someone, lambda user: put(parts, user, "z", epoch))
 
 
 async def exported(parts: StoreParts, user: User) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from bench.rig.proxy import LossyProxy
 from bench.rig.valkey import DURABLE, ValkeyProcess, free_port, server_binaries
 from bench.rig.watched import SERVICE, WatchedValkey
 from server.errors import Unavailable
+from server.store.append_only_file import AppendOnlyFile
 from server.store.backup.copying import StoreCopying
 from server.store.backup.folder import user_of
 from server.store.durability import Durability
@@ -31,7 +33,9 @@ from tests.support.store_parts import (
     change,
     connected,
     forgotten,
+    on_disk,
     opened,
+    stored,
     strict_and_lenient,
 )
 
@@ -67,7 +71,7 @@ async def test_a_durable_server_is_waited_for(start: Start, options: Options, ex
 
         assert connection.durability is expected
         store = ProfileStore(connection)
-        for write in (store.commit(user, b"", change("a")), store.erase(user, LATER_MS, 0)):
+        for write in (stored(store, user, change("a")), store.erase(user, LATER_MS, 0)):
             evals, waited = await calls()
             assert await write
             assert await calls() == [evals + 1, waited + waits]
@@ -85,12 +89,12 @@ EVICTS = [(*DURABLE, *hidden, "--maxmemory-policy", policy) for policy, *hidden 
 )
 async def test_a_server_that_may_lose_or_evict_is_refused(start: Start, options: Options, said: str, user: str) -> None:
     async with strict_and_lenient(start(*options).url) as (strict, lenient):
-        for refused in (strict.check(), ProfileStore(strict).commit(user, b"", change("a"))):
+        for refused in (strict.check(), stored(ProfileStore(strict), user, change("a"))):
             with pytest.raises(Unavailable, match=said) as caught:
                 await refused
             assert caught.value.code == "store_not_durable"
         assert await lenient.check() is (Durability.NONE if options in LOSES else Durability.EVICTS)
-        assert await ProfileStore(lenient).commit(user, b"", change("a"))
+        assert await stored(ProfileStore(lenient), user, change("a"))
 
 
 async def test_a_server_that_begins_to_evict_or_was_restarted_is_noticed(start: Start, user: str) -> None:
@@ -98,12 +102,12 @@ async def test_a_server_that_begins_to_evict_or_was_restarted_is_noticed(start: 
     async with connected(server.url) as connection:
         store = ProfileStore(connection)
         ask(server, "CONFIG SET", "maxmemory-policy", "allkeys-lru")
-        for refused in (connection.check(), store.commit(user, b"", change("a"))):
+        for refused in (connection.check(), stored(store, user, change("a"))):
             with pytest.raises(Unavailable, match="allkeys-lru"):
                 await refused
         ask(server, "CONFIG SET", "maxmemory-policy", "noeviction")
         await connection.check()
-        assert await store.commit(user, b"", change("a"))
+        assert await stored(store, user, change("a"))
         server.kill()
         for attempt in (store.load(user), store.read(user), store.erase(user, LATER_MS, 0), connection.check()):
             with pytest.raises(Unavailable) as caught:
@@ -118,7 +122,7 @@ async def test_who_is_cancelled_amid_a_call_ends(server: ValkeyProcess) -> None:
 
         async def read() -> None:
             while True:
-                await store.epoch("somebody")
+                await store.begin("somebody")
 
         asking = [asyncio.create_task(read()) for _ in range(40)]
         await asyncio.sleep(0.2)
@@ -145,7 +149,7 @@ async def test_a_replica_is_no_store_and_another_address_is_followed_to_the_new_
             url, user = f"redis://127.0.0.1:{address.port}", "somebody"
             async with connected(url) as connection, connected(url) as checking:
                 store = ProfileStore(connection)
-                assert await store.commit(user, b"", change("a"))
+                assert await stored(store, user, change("a"))
                 ask(primary, "FAILOVER", "TO", "127.0.0.1", replica.port)
                 wait_until(lambda: ask(primary, "ROLE")[0] == b"slave", "the replica to take over")
                 address.to_port = replica.port
@@ -157,7 +161,7 @@ async def test_a_replica_is_no_store_and_another_address_is_followed_to_the_new_
         async with strict_and_lenient(primary.url) as (connection, _):
             ask(primary, "REPLICAOF", "NO", "ONE")
             assert await connection.check() is Durability.ALWAYS
-            assert await ProfileStore(connection).commit("another", b"", change("a"))
+            assert await stored(ProfileStore(connection), "another", change("a"))
     finally:
         primary.kill()
         replica.kill()
@@ -195,7 +199,7 @@ async def test_a_write_waits_for_the_replica_until_it_is_down(
     assert not connection.reads_are_durable
     with paused(watched.replica.pid):
         with pytest.raises(Unavailable, match="on a replica"):
-            await store.commit(user, b"", change("a"))
+            await stored(store, user, change("a"))
         async with asyncio.timeout(60):
             while True:
                 try:
@@ -214,10 +218,34 @@ async def test_an_erasure_leaves_both_files(watched: WatchedValkey, connection: 
     await forgotten(connection, user, *watched.servers)
 
 
+@pytest.mark.usefixtures("quick_rewrites")
+async def test_the_file_of_a_replica_that_is_down_is_overdue(
+    watched: WatchedValkey, connection: RedisConnection, user: str
+) -> None:
+    store, file = ProfileStore(connection), AppendOnlyFile(connection)
+    await stored(store, user, change("a", user_id="somebody unmistakable"))
+    watched.replica.kill()
+    async with asyncio.timeout(60):
+        while len(await connection.members()) > 1:
+            await asyncio.sleep(0.1)
+        asked = await file.announce(user)
+        assert await store.erase(user, asked.erase_by_ms, asked.rewritten_by_ms)
+        while on_disk("unmistakable", watched.primary) or not await file.overdue_s():
+            await file.rewrite_if_due()
+            await asyncio.sleep(0.05)
+        assert on_disk("unmistakable", watched.replica)
+        watched.replica.start()
+        watched.follow()
+        while on_disk("unmistakable", watched.replica) or await file.overdue_s():
+            with suppress(Unavailable):
+                await file.rewrite_if_due()
+            await asyncio.sleep(0.05)
+
+
 async def test_a_copy_is_read_from_the_primary_alone(watched: WatchedValkey, connection: RedisConnection) -> None:
     users = {KEYS.key(f"copied-{n}") for n in range(20)}
     for user in users:
-        await ProfileStore(connection).commit(user, b"", change("a"))
+        await stored(ProfileStore(connection), user, change("a"))
     copied = [user_of(entry) async for entry in StoreCopying(connection).entries(lambda done, of: None)]
     assert {user: copied.count(user) for user in users} == dict.fromkeys(users, 1)
 
@@ -246,7 +274,7 @@ async def test_writes_go_on_and_nothing_acknowledged_is_lost(
 
 async def test_a_sentinel_that_is_away_or_does_not_know_is_passed_over(watched: WatchedValkey, user: str) -> None:
     async with opened(watched.url.replace("://", f"://127.0.0.1:{free_port()},")) as store:
-        assert await store.commit(user, b"", change("a"))
+        assert await stored(store, user, change("a"))
         assert await store.erase(user, LATER_MS, 0)
     with pytest.raises(Unavailable) as caught:
         async with connected(watched.url.replace(SERVICE, "others")):

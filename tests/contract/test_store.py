@@ -19,7 +19,7 @@ from server.store import profiles
 from server.store.backup.copying import StoreCopying
 from server.store.feedback import Feedback
 from server.store.profile_record import StoredItem
-from server.store.profiles import TOMBSTONE_S, UNKNOWN_TOMBSTONE_S, Change, ProfileStore
+from server.store.profiles import MARK_S, TOMBSTONE_S, Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis import keys
 from server.store.rotation import Rotation
@@ -41,6 +41,7 @@ from tests.support.store_parts import (
     on_disk,
     opened,
     profile,
+    stored,
     submitted,
     until_forgotten,
     vector,
@@ -57,7 +58,7 @@ def store(parts: StoreParts) -> ProfileStore:
 
 async def test_a_long_history_is_stored_in_one_step(store: ProfileStore, user: str) -> None:
     many = {f"{number}": StoredItem(number, {"text": "a"}) for number in range(4096)}
-    assert await store.commit(user, b"", Change(profile(items=len(many)), many, {}, ()))
+    assert await stored(store, user, Change(profile(items=len(many)), many, {}, ()))
     assert (await store.read(user)).items == many
 
 
@@ -66,16 +67,13 @@ async def test_an_unknown_user_has_nothing_and_one_without_items_takes_little(st
     assert await store.load(user) is None
     assert (snapshot.version, snapshot.profile, snapshot.items, snapshot.vectors) == (b"", None, {}, {})
     assert (await store.measure(user))[:2] == (b"", Held(people=0, bytes=0, adapters=0))
-    assert await store.erase(user, LATER_MS, 0) is None
-    with pytest.raises(UserErased):  # what was under way
-        await store.commit(user, snapshot.version, change("a"), snapshot.epoch)
-    await store.commit(user, b"", change(user_id="u" * 36), await store.epoch(user))
+    assert await stored(store, user, change(user_id="u" * 36))
     assert 0 < (await store.measure(user))[1]["bytes"] < 1024
 
 
 async def test_what_is_committed_is_read_back(store: ProfileStore, raw: Redis, user: str) -> None:
     written = change("zma", user_id="someone-unmistakable", extra={99: b"later evidence"})
-    assert await store.commit(user, b"", replace(written, put_items=dict(sorted(written.put_items.items()))))
+    assert await stored(store, user, replace(written, put_items=dict(sorted(written.put_items.items()))))
     snapshot = await store.read(user)
     loaded = await store.load(user)
     assert (loaded.user_id, loaded.items, loaded.extra) == ("someone-unmistakable", 3, {99: b"later evidence"})
@@ -92,20 +90,22 @@ async def test_what_is_committed_is_read_back(store: ProfileStore, raw: Redis, u
 
 
 async def test_a_change_from_an_old_version_writes_nothing(store: ProfileStore, user: str) -> None:
-    assert await store.commit(user, b"", change("ab"))
+    assert await stored(store, user, change("ab"))
     version = (await store.read(user)).version
     assert await store.commit(user, version, Change(profile(items=1), {}, {}, ("a",)))
     assert not await store.commit(user, version, change("c"))
-    assert not await store.commit(user, b"", change("d"))
+    assert not await stored(store, user, change("d"))
     snapshot = await store.read(user)
     assert list(snapshot.items) == list(snapshot.vectors) == ["b"]
 
 
 async def test_one_of_two_changes_is_written_and_a_snapshot_is_of_one_moment(server: Servers, user: str) -> None:
     async with opened(server.url) as one, opened(server.url) as other:
+        epoch = await one.begin(user)
         for _ in range(20):
             version = (await one.read(user)).version
-            outcomes = await asyncio.gather(*(store.commit(user, version, change("ab")) for store in (one, other)))
+            commits = (store.commit(user, version, change("ab"), epoch) for store in (one, other))
+            outcomes = await asyncio.gather(*commits)
             assert sorted(outcomes) == [False, True]
 
         async def write() -> None:
@@ -121,29 +121,29 @@ async def test_one_of_two_changes_is_written_and_a_snapshot_is_of_one_moment(ser
 
 
 async def test_an_erasure_leaves_a_tombstone_with_its_answer(store: ProfileStore, raw: Redis, user: str) -> None:
-    before = await store.read(user)
-    assert await store.commit(user, before.version, change("abc"), before.epoch)
+    before = await store.begin(user)
+    assert await store.commit(user, b"", change("abc"), before)
     with pytest.raises(Unavailable, match="too long"):
         await store.erase(user, 1, 0)
     assert await store.load(user) is not None
-    assert await store.epoch(user) == ""
+    assert await store.begin(user) == ""
     erasure = await store.erase(user, LATER_MS, 1234)
     assert (erasure.erased.items, erasure.erased.keys, erasure.rewritten_by_ms) == (3, 3, 1234)
     assert [name async for name in raw.scan_iter(f"*{user}*")] == [keys.epoch(user).encode()]
     assert 0 < await raw.ttl(keys.epoch(user)) <= TOMBSTONE_S
     with pytest.raises(UserErased):
-        await store.commit(user, before.version, change("b"), before.epoch)
+        await store.commit(user, b"", change("b"), before)
     empty = await store.read(user)
     assert (empty.profile, empty.items) == (None, {})
     assert await store.erase(user, LATER_MS, 5678) == erasure
-    epoch = await store.epoch(user)
+    epoch = await store.begin(user)
     assert await store.commit(user, b"", change("a"), epoch)
-    assert await store.epoch(user) == epoch
+    assert epoch.startswith(await store.begin(user))
     again = await store.erase(user, LATER_MS, 5678)
     assert (again.erased.items, again.rewritten_by_ms) == (1, 5678)
 
 
-async def test_erasing_nobody_is_one_write_that_is_kept_for_minutes_and_no_rewrite(
+async def test_erasing_nobody_leaves_nothing_and_rewrites_nothing(
     parts: StoreParts, raw: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written, write = [], parts.connection.write
@@ -153,28 +153,64 @@ async def test_erasing_nobody_is_one_write_that_is_kept_for_minutes_and_no_rewri
         return await write(script, names, *arguments)
 
     monkeypatch.setattr(parts.connection, "write", noted)
-    tombstone = keys.epoch(KEYS.key("nobody"))
     for _ in range(2):
+        await parts.profiles.begin(KEYS.key("nobody"))
         assert await parts.erase("nobody") is None
-    assert written == [tombstone] * 2
-    assert [name async for name in raw.scan_iter()] == [tombstone.encode()]
-    assert 0 < await raw.ttl(tombstone) <= UNKNOWN_TOMBSTONE_S < 3600
+    assert written == [keys.epoch(KEYS.key("nobody"))] * 2
+    assert [name async for name in raw.scan_iter()] == []
 
 
-async def test_asking_again_makes_no_tombstone_shorter_or_younger(parts: StoreParts, raw: Redis) -> None:
+async def test_a_write_to_nobody_that_outlasts_its_mark_is_refused(store: ProfileStore, raw: Redis, user: str) -> None:
+    epoch = await store.begin(user)
+    assert 0 < await raw.ttl(keys.epoch(user)) <= MARK_S
+    await raw.delete(keys.epoch(user))  # its time is over
+    with pytest.raises(UserErased):
+        await store.commit(user, b"", change("a"), epoch)
+    await store.begin(user)
+    with pytest.raises(UserErased):
+        await store.commit(user, b"", change("a"), epoch)
+
+
+async def test_a_write_to_nobody_without_a_mark_is_refused(store: ProfileStore, user: str) -> None:
+    with pytest.raises(UserErased):
+        await store.commit(user, b"", change("a"))
+
+
+async def test_an_erasure_of_nobody_refuses_all_writes_begun(parts: StoreParts, user: str) -> None:
+    epoch = await parts.profiles.begin(user)
+    assert await parts.profiles.begin(user) == epoch
+    assert await parts.profiles.erase(user, LATER_MS, 0) is None
+    late = await parts.profiles.begin(user)
+    for refused in (
+        parts.profiles.commit(user, b"", change("a"), epoch),
+        submitted(parts.jobs, user, epoch=epoch),
+        parts.feedback.add(user, "gen-1", Feedback("base", "none"), None, epoch),
+    ):
+        with pytest.raises(UserErased):
+            await refused
+    assert await parts.profiles.commit(user, b"", change("a"), late)
+    assert await parts.profiles.commit(user, (await parts.profiles.read(user)).version, change("b"), late)
+
+
+async def test_a_mark_outlives_the_tombstone_that_it_stands_in(store: ProfileStore, raw: Redis, user: str) -> None:
+    await stored(store, user, change("a"))
+    assert await store.erase(user, LATER_MS, 1)
+    await raw.expire(keys.epoch(user), 30)
+    epoch = await store.begin(user)
+    assert 30 < await raw.ttl(keys.epoch(user)) <= MARK_S
+    assert await store.erase(user, LATER_MS, 1)  # the same answer again
+    with pytest.raises(UserErased):
+        await store.commit(user, b"", change("a"), epoch)
+
+
+async def test_asking_again_makes_no_tombstone_younger(parts: StoreParts, raw: Redis) -> None:
     key = KEYS.key("somebody")
-    await parts.profiles.commit(key, b"", change("a"))
+    await stored(parts.profiles, key, change("a"))
     erasure = await parts.erase("somebody")
     assert erasure.rewritten_by_ms > 0
     await raw.expire(keys.epoch(key), TOMBSTONE_S - 100)
     assert await parts.erase("somebody") == erasure
-    assert UNKNOWN_TOMBSTONE_S < await raw.ttl(keys.epoch(key)) <= TOMBSTONE_S - 100
-    before = await parts.profiles.read(key)
-    await raw.expire(keys.epoch(key), 30)
-    assert await parts.erase("somebody") == erasure
-    assert await raw.ttl(keys.epoch(key)) > 30  # longer than what was under way takes
-    with pytest.raises(UserErased):
-        await parts.profiles.commit(key, before.version, change("a"), before.epoch)
+    assert TOMBSTONE_S - 200 < await raw.ttl(keys.epoch(key)) <= TOMBSTONE_S - 100
 
 
 USER, WORDS = "somebody-who-was-here", "words that nobody shall find again"
@@ -201,7 +237,7 @@ async def test_servers_logs_of_commands_forget_who_is_erased(parts: StoreParts, 
                 patched.setattr(profiles, "_CLEAR_LOGS", commands)
                 await parts.put(USER, WORDS)
                 key = KEYS.key(USER)
-                await submitted(parts.jobs, key, WORDS, epoch=await parts.profiles.epoch(key))
+                await submitted(parts.jobs, key, WORDS, epoch=await parts.profiles.begin(key))
                 assert [text in logged() for text in (USER, WORDS)] == [True, True]
                 assert await parts.erase(USER)
                 assert [text in logged() for text in (USER, WORDS)] == [left, left]
@@ -244,6 +280,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(
     await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key("bob"), background=True)
     await parts.erase("bob")
     await parts.worth.add_sums(TENANT, "a token", {CELL: (1.0,)})
+    await parts.feedback.add(KEYS.key("cai"), "gen-1", Feedback("base", "none"), None, "")
     await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
     await parts.keys.note_used(["a digest"], 1)
     await Rotation(parts.connection, SECRET).check()

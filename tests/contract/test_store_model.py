@@ -1,13 +1,15 @@
 """The store's promises as a model: whatever dies, is lost or comes late, in whatever order, against a real Valkey.
 
-No acknowledged write is lost, also when a replica takes over. Nothing of an erased user is left but their tombstone,
-and nothing that was under way brings them back. Every acknowledged job ends, and ends once. What a full store refuses
-changes nothing, and users are erased there. `--hypothesis-profile=long` takes 25 times as many steps.
+No acknowledged write is lost, also when a replica takes over. Nothing of an erased user is left but their tombstone, of
+an unknown one nothing, and nothing that was under way brings them back, however late; the rewritten files do not hold
+them. Every acknowledged job ends, and ends once. What a full store refuses changes nothing, and users are erased there.
+`--hypothesis-profile=long` takes 25 times as many steps.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +25,12 @@ from bench.rig.cluster import ask
 from bench.rig.valkey import FAKE_TIME
 from bench.rig.watched import WatchedValkey
 from server.errors import ApiError, Unavailable, UserErased
+from server.store import append_only_file
 from server.store.jobs import KEPT_JOBS, JobId, JobState, Submission
-from server.store.profiles import UNKNOWN_TOMBSTONE_S, Snapshot
+from server.store.profiles import Snapshot
 from server.store.redis import keys
 from server.store.tenants.access_keys import Scope, access_key, new_secret
-from tests.support.store_parts import BANK, KEYS, REPLICA_TIMEOUT_MS, Fault, StoreParts, WorkerSteps, put_of
+from tests.support.store_parts import BANK, KEYS, REPLICA_TIMEOUT_MS, Fault, StoreParts, WorkerSteps, on_disk, put_of
 
 T = TypeVar("T")
 Work = Coroutine[Any, Any, T]
@@ -37,7 +40,7 @@ TWO, BOOL = st.integers(0, 1), st.booleans()
 FAULTS = st.one_of(st.none(), st.none(), st.sampled_from(Fault))
 PLACES = st.integers(0, 4)
 JUMPS_S = st.sampled_from([1.0, 11.0, 16.0, 61.0, 3600.0, -5.0, -3600.0])
-MOST_AHEAD_S = 3 * 24 * 3600  # below a tombstone's life: whatever is under way ends long before that
+MOST_AHEAD_S = 3 * 24 * 3600  # below a tombstone's life: what is under way to a known user ends long before that
 STEPS = {"default": 2_000, "long": 50_000}
 STEPS_A_RUN = 50
 
@@ -48,7 +51,10 @@ server: WatchedValkey
 def one_server(memory: Path) -> Iterator[None]:
     global server  # noqa: PLW0603  hypothesis makes the machine without arguments
     server = WatchedValkey(memory / "model", clock=FAKE_TIME is not None).start()
-    yield
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("INTERVAL_MS", "REWRITE_MS"):  # so that a file is rewritten as soon as it may hold erased data
+            patched.setattr(append_only_file, name, 0)
+        yield
     server.kill()
 
 
@@ -56,7 +62,6 @@ def one_server(memory: Path) -> Iterator[None]:
 class Expected:  # of a user
     text: str | None = None  # of their item; None for an unknown user
     erasures: int = 0
-    was_nobody: bool = False  # there was nothing to be erased the last time
     newest: int = 0  # number of the newest job
     former: frozenset[int] = frozenset()  # numbers of the jobs that went with an erasure
     acknowledged: set[int] = field(default_factory=set)  # jobs answered with 2xx, of a user not erased since
@@ -66,9 +71,10 @@ class Expected:  # of a user
 class UnderWay:  # a profile write
     user: str
     text: str
+    epoch: str
     snapshot: Snapshot
     erasures: int
-    jumped_s: float  # by how much the clock had been set forward by then, in all
+    mark_lost: int  # as `Store.marks_lost` by then
 
 
 class Store(RuleBasedStateMachine):
@@ -82,7 +88,9 @@ class Store(RuleBasedStateMachine):
         self._raw = [redis.Redis.from_url(each.url) for each in server.servers]
         self.set_full(full=False)
         self.raw.flushall()
-        self.ahead_s = self.jumped_s = 0.0
+        self.ahead_s = 0.0
+        self.marks_lost = 0  # how often marks may have been lost, so that a write is refused without an erasure
+        self.erased_texts: list[str] = []
         if FAKE_TIME:
             server.set_clock(0)
         self.gateways = [self.connected() for _ in range(2)]
@@ -96,29 +104,30 @@ class Store(RuleBasedStateMachine):
 
     @rule(user=USERS, gateway=TWO)
     def begin_a_put(self, user: str, gateway: int) -> None:
-        self.texts += 1
-        snapshot = self.run(self.gateways[gateway].profiles.read(KEYS.key(user)))
-        put = UnderWay(user, f"text {self.texts}", snapshot, self.users[user].erasures, self.jumped_s)
-        self.under_way.append(put)
+        epoch = self.begun(user, gateway)
+        if epoch is not None:
+            snapshot = self.run(self.gateways[gateway].profiles.read(KEYS.key(user)))
+            erasures, text = self.users[user].erasures, self.new_text()
+            self.under_way.append(UnderWay(user, text, epoch, snapshot, erasures, self.marks_lost))
 
     @precondition(lambda self: self.under_way)
     @rule(which=st.integers(0, 9), gateway=TWO, fault=FAULTS)
     def finish_a_put(self, which: int, gateway: int, fault: Fault | None) -> None:
         put = self.under_way.pop(which % len(self.under_way))
         parts, expected = self.gateways[gateway], self.users[put.user]
-        if expected.was_nobody and self.jumped_s - put.jumped_s > UNKNOWN_TOMBSTONE_S - 60:
-            return  # no request takes so long
         change = put_of(put.user, put.text, put.snapshot)
-        work = parts.profiles.commit(KEYS.key(put.user), put.snapshot.version, change, put.snapshot.epoch)
+        work = parts.profiles.commit(KEYS.key(put.user), put.snapshot.version, change, put.epoch)
         outcome = self.tried(parts, work, fault)
+        may_lack_its_mark = "+" in put.epoch and put.mark_lost < self.marks_lost
         found = self.text_of(put.user)
         if expected.erasures > put.erasures:
             assert isinstance(outcome, UserErased | Unavailable)
             assert found == expected.text
         elif outcome is True:
             assert found == put.text
-        elif outcome is False or self.full:
+        elif outcome is False or self.full or isinstance(outcome, UserErased):
             assert found == expected.text
+            assert may_lack_its_mark or not isinstance(outcome, UserErased)
         else:
             assert found in (expected.text, put.text)
         assert not (self.full and outcome is True)
@@ -131,8 +140,9 @@ class Store(RuleBasedStateMachine):
         self, *, user: str, gateway: int, sample: int, append: bool, background: bool, fault: Fault | None, place: int
     ) -> None:
         parts, expected, key = self.gateways[gateway], self.users[user], KEYS.key(user)
-        before = self.states(user)
-        epoch = self.run(parts.profiles.epoch(key))
+        before, epoch = self.states(user), self.begun(user, gateway)
+        if epoch is None:
+            return
         submission = Submission([b"sample %d" % sample], append, "{}", BANK, epoch, background=background)
         outcome = self.tried(parts, parts.jobs.submit(key, submission, 100), fault, place % 3)
         newest = self.newest(user)
@@ -155,8 +165,10 @@ class Store(RuleBasedStateMachine):
     @rule(user=USERS, gateway=TWO, fault=FAULTS, place=PLACES)
     def adapt_while_erased(self, user: str, gateway: int, fault: Fault | None, place: int) -> None:
         parts, key = self.gateways[gateway], KEYS.key(user)
-        epoch = self.run(parts.profiles.epoch(key))
+        epoch = self.begun(user, gateway)
         self.erase(user, 1 - gateway, None, 0)
+        if epoch is None:
+            return
         submission = Submission([b"sample"], False, "{}", BANK, epoch)
         outcome = self.tried(parts, parts.jobs.submit(key, submission, 100), fault, place % 3)
         assert isinstance(outcome, UserErased | Unavailable)
@@ -165,18 +177,32 @@ class Store(RuleBasedStateMachine):
     @rule(user=USERS, gateway=TWO, fault=FAULTS, place=PLACES)
     def erase(self, user: str, gateway: int, fault: Fault | None, place: int) -> None:
         parts, expected, key = self.gateways[gateway], self.users[user], KEYS.key(user)
-        before, former = self.run(parts.profiles.epoch(key)), expected.former | self.states(user).keys()
-        was_nobody = not self.kept_of(user)
+        before, former = self.begun(user, gateway), expected.former | self.states(user).keys()
         outcome = self.tried(parts, parts.erase(user), fault, place)
         assert fault or not isinstance(outcome, ApiError)
-        if self.run(parts.profiles.epoch(key)) == before:
+        left = self.raw.hgetall(keys.epoch(key))
+        if before is not None and self.begun(user, gateway) == before:
             assert isinstance(outcome, ApiError)
             return
+        assert not left or (b"mark" not in left and b"keys" in left)
         self.ended = {job: state for job, state in self.ended.items() if job.user_key != key}
-        self.users[user] = Expected(None, expected.erasures + 1, was_nobody, former=former)
+        self.users[user] = Expected(None, expected.erasures + 1, former=former)
+        self.erased_texts += [expected.text] if expected.text else []
         assert self.kept_of(user) == []
         if not isinstance(outcome, ApiError):
             assert self.tried(parts, parts.erase(user)) == outcome
+
+    @precondition(lambda self: self.erased_texts)
+    @rule(gateway=TWO)
+    def rewrite_the_files(self, gateway: int) -> None:
+        """No file holds an erased person once it was rewritten."""
+        texts, self.erased_texts = self.erased_texts, []
+        for _ in range(400):
+            self.run(self.gateways[gateway].file.rewrite_if_due())
+            if not any(on_disk(text, *server.servers) for text in texts):
+                return
+            time.sleep(0.01)
+        raise AssertionError(texts)
 
     @rule(user=USERS, gateway=TWO, fault=FAULTS)
     def cancel(self, user: str, gateway: int, fault: Fault | None) -> None:
@@ -265,6 +291,7 @@ class Store(RuleBasedStateMachine):
     def fail_over(self, *, lost: bool) -> None:
         """The primary hands over, or has died a moment after it answered; what is known to be so still is."""
         self.failed_over = True
+        self.marks_lost += 1
         server.fail_over(lost=lost)
         if FAKE_TIME:
             server.set_clock(self.ahead_s)
@@ -280,21 +307,20 @@ class Store(RuleBasedStateMachine):
     def write_while_cut_off_and_fail_over(self, user: str, gateway: int) -> None:
         """The replica no longer gets what the primary writes, and takes over: so none of it may be acknowledged."""
         parts, key = self.gateways[gateway], KEYS.key(user)
-        self.texts += 1
-        snapshot = self.run(parts.profiles.read(key))
+        epoch, snapshot = self.begun(user, gateway) or "", self.run(parts.profiles.read(key))
         ask(server.replica, "REPLICAOF", "NO", "ONE")
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(REPLICA_TIMEOUT_MS, 50)
-            change = put_of(user, f"text {self.texts}", snapshot)
-            work = parts.profiles.commit(key, snapshot.version, change, snapshot.epoch)
-            assert isinstance(self.tried(parts, work), Unavailable)
+            change = put_of(user, self.new_text(), snapshot)
+            work = parts.profiles.commit(key, snapshot.version, change, epoch)
+            assert isinstance(self.tried(parts, work), Unavailable if epoch or snapshot.version else UserErased)
             assert isinstance(self.tried(parts, parts.erase(user)), Unavailable)
         self.fail_over(lost=True)
 
     @precondition(lambda self: FAKE_TIME is not None)
     @rule(by_s=JUMPS_S)
     def jump(self, by_s: float) -> None:
-        self.jumped_s += max(0.0, by_s)
+        self.marks_lost += 1
         self.ahead_s = min(MOST_AHEAD_S, max(-MOST_AHEAD_S, self.ahead_s + by_s))
         server.set_clock(self.ahead_s)
 
@@ -371,6 +397,17 @@ class Store(RuleBasedStateMachine):
             return error
         finally:
             parts.connection.fail(None)
+
+    def begun(self, user: str, gateway: int) -> str | None:
+        """The epoch of a write that begins now; None if the store is too full for one."""
+        parts = self.gateways[gateway]
+        epoch = self.tried(parts, parts.profiles.begin(KEYS.key(user)))
+        assert self.full or isinstance(epoch, str)
+        return epoch if isinstance(epoch, str) else None
+
+    def new_text(self) -> str:
+        self.texts += 1
+        return f"text {self.texts}."
 
     def check_keys(self) -> None:
         """Every API key that was made is there, and revoked if it was."""

@@ -91,7 +91,7 @@ async def test_an_erasure_takes_the_tally_along_and_refuses_what_was_counted_bef
     assert await parts.worth.people(week, TENANT) == 0
     await tallies.flush()
     assert (await parts.worth.tally(key), await parts.worth.people(week, TENANT)) == ({}, 0)
-    tallies.count_answer(person("ada", await parts.profiles.epoch(key)), spoken, HOLDOUT)
+    tallies.count_answer(person("ada", await parts.profiles.begin(key)), spoken, HOLDOUT)
     await tallies.flush()
     assert await parts.worth.people(week, TENANT) == 1
 

@@ -29,7 +29,7 @@ from server.store.tenants.user_key import UserKeys
 from server.watching.audit import Act, note, read_audit
 from tests.support.calls import mta
 from tests.support.gateway import SECRET, GatewayThread, Keyed, make_keys, metric
-from tests.support.store_parts import StoreParts, WorkerSteps, Writing, change, submitted, until_forgotten
+from tests.support.store_parts import StoreParts, WorkerSteps, Writing, change, stored, submitted, until_forgotten
 
 TENANT = "acme"
 USERS = [f"person-{n}" for n in range(200)]
@@ -136,7 +136,7 @@ def test_who_is_in_a_log_that_only_the_second_run_of_a_restore_has_stays_erased(
 async def put(store: Store, users: Sequence[str]) -> None:
     async with StoreParts.opened(store.url) as parts:
         for user in users:
-            await parts.profiles.commit(user_key(user), b"", change("a", user_id=user))
+            await stored(parts.profiles, user_key(user), change("a", user_id=user))
 
 
 def test_a_full_store_can_be_copied(memory: Path, tmp_path: Path, log: Path) -> None:

@@ -76,6 +76,16 @@ def test_a_text_sent_instead_of_an_answer_is_an_item_and_a_sample(client: Client
     assert generate(client, user_id).json()["personalization"]["level"] == "merged"
 
 
+def test_a_rating_without_a_profile_is_exported_and_erased(client: Client, new_user: NewUser) -> None:
+    user_id = new_user()
+    give(client, user_id, answered(client, user_id), rating="up").raise_for_status()
+    known = export(client, user_id)
+    assert (known["user_id"], known["items"], known["adapter"]) == (user_id, [], None)
+    assert [entry["rating"] for entry in known["feedback"]] == ["up"]
+    assert client.delete(f"/users/{user_id}").raise_for_status().json()["erased"]["feedback"] == 1
+    assert client.get(f"/users/{user_id}/export").status_code == 404
+
+
 def test_feedback_adds_up_and_a_repeated_one_changes_nothing(client: Client, ada: str) -> None:
     answer, before = answered(client, ada), len(export(client, ada)["items"])
     first = give(client, ada, answer, rating="up").json()

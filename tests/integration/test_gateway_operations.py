@@ -106,8 +106,7 @@ def over_a_store(settings: Settings, folder: Path, *options: str, **given: objec
     now_ms = time.time_ns() // 1_000_000
     with ValkeyProcess(folder, options or DURABLE) as store:
         with redis.Redis.from_url(store.url) as raw:
-            late = {"due": now_ms - 3_600_000, "failures": 9, "retry": now_ms + 3_000_000}
-            raw.hset("mta:{rewrite}", mapping=late)
+            raw.hset("mta:{rewrite}", mapping={"first": now_ms - 7_200_000, "asked": now_ms - 7_200_000})
         with serving(settings, redis_url=store.url, **given) as client:
             yield client, store
 

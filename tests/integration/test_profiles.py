@@ -19,7 +19,7 @@ from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.gateway.access.shares import FairQueue, Shares
-from server.gateway.users.profiles import EMBED_BATCH, HistoryLimit, Profiles
+from server.gateway.users.profiles import EMBED_BATCH, HistoryLimit, Profiles, ProfileUpdate
 from server.store.profile_record import AdapterNote
 from server.store.profiles import Change, ProfileStore
 from server.store.queue import UserQueue
@@ -72,10 +72,20 @@ def user() -> User:
     return KEYS.user(f"user-{next(_numbers)}")
 
 
+class Begun(Profiles):
+    """Begins a write when it is made, not before its body arrives."""
+
+    async def replace(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
+        return await super().replace(user, items, epoch or await self.rotation.begin_write(user))
+
+    async def add(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
+        return await super().add(user, items, epoch or await self.rotation.begin_write(user))
+
+
 def profiles(store: ProfileStore, embedder: CountingEmbedder) -> Profiles:
     rotation, limit = Rotation(store._connection, None), HistoryLimit(64, 1 << 20)
     turns = FairQueue(Shares(lambda: 1))
-    return Profiles(rotation, embedder, get_task("chat"), ThreadPoolExecutor(1), turns, limit, MagicMock())
+    return Begun(rotation, embedder, get_task("chat"), ThreadPoolExecutor(1), turns, limit, MagicMock())
 
 
 def items(*names: str) -> list[Item]:

@@ -15,7 +15,7 @@ from server.store.jobs import Job, JobId, Submission
 from server.store.profile_record import Profile, StoredItem
 from server.store.profiles import Change
 from server.store.samples import Sample, encode_config, encode_sample
-from tests.support.store_parts import KEYS, StoreParts
+from tests.support.store_parts import KEYS, StoreParts, stored
 
 CONFIG = encode_config(AdaptConfig(steps=4, learning_rate=0.02))
 SAMPLES = [encode_sample(Sample([{"role": "user", "content": f"question {n}"}], f"{n} yes yes yes")) for n in range(8)]
@@ -34,7 +34,7 @@ class Desk(StoreParts):
         profile = Profile("ada", len(pairs), 1, self.manifest.embedder.id, embedding)
         fields = [dict(zip(("input", "output"), pair, strict=True)) for pair in pairs]
         items = {str(n): StoredItem(n, item) for n, item in enumerate(fields)}
-        await self.profiles.commit(key, b"", Change(profile, items, {}, ()))
+        await stored(self.profiles, key, Change(profile, items, {}, ()))
         return key
 
     async def submit(

@@ -102,8 +102,8 @@ class StoreParts(Stores):
     async def put(self, user: str, text: str) -> None:
         """Let one item be all that a user has."""
         key = KEYS.key(user)
-        before = await self.profiles.read(key)
-        assert await self.profiles.commit(key, before.version, put_of(user, text, before), before.epoch)
+        epoch, before = await self.profiles.begin(key), await self.profiles.read(key)
+        assert await self.profiles.commit(key, before.version, put_of(user, text, before), epoch)
 
     async def erase(self, user: str, users: UserKeys = KEYS) -> Erasure | None:
         """As the gateway does; there are no engines."""
@@ -173,6 +173,11 @@ def change(names: str = "", drop: str = "", **changes: object) -> Change:
     return Change(profile(items=len(names), **changes), items, vectors, tuple(drop))
 
 
+async def stored(store: ProfileStore, key: str, change: Change) -> bool:
+    """Store somebody who is unknown, as a request does."""
+    return await store.commit(key, b"", change, await store.begin(key))
+
+
 def users_at(cluster: ValkeyCluster, home: ValkeyProcess) -> Iterator[str]:
     """Keys of users whom no other test knows, and whom one of the primaries holds."""
     for number in _numbers:
@@ -189,8 +194,8 @@ def on_disk(text: str, *servers: ValkeyProcess) -> bool:
 async def forgotten(connection: RedisConnection, key: str, *servers: ValkeyProcess) -> None:
     """What is stored of a user and erased stands in the files of its servers, and then leaves them."""
     store, file, secret = ProfileStore(connection), AppendOnlyFile(connection), "words that nobody shall find again"
-    await store.commit(key, b"", change("a", user_id=secret))
-    asked = await file.request_rewrite(key)
+    await stored(store, key, change("a", user_id=secret))
+    asked = await file.announce(key)
     assert await store.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
     assert all(on_disk(secret, server) for server in servers)
     await until_forgotten(connection, secret, *servers)
@@ -241,8 +246,8 @@ class Writing:
         while not self._enough:
             self._tried[user] = number = self._tried[user] + 1
             try:
-                snapshot = await self._store.read(user)
-                assert await self._store.commit(user, snapshot.version, change("a", updated_ms=number), snapshot.epoch)
+                epoch, snapshot = await self._store.begin(user), await self._store.read(user)
+                assert await self._store.commit(user, snapshot.version, change("a", updated_ms=number), epoch)
                 self.acknowledged[user] = number
             except Unavailable as error:
                 assert error.code in ("store_unavailable", "store_not_durable")

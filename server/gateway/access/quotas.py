@@ -110,23 +110,23 @@ class Quotas:
         lease, me = f"recounted/{crc32(repr(sorted(self.keys.quotas.items())).encode())}", secrets.token_hex(8)
         if not tenants or await self.rates.acquire(lease, [me], _LEASE_S, 1) is None:
             return
-        async for user_keys in self.store.all_people(tenants):
+        async for tenant, user_keys in self.store.all_people(tenants):
             found = defaultdict[str, dict[str, Held]](dict)
             for user_key in user_keys:
                 record, held, _ = await self.profiles.measure(user_key)
-                for tenant in self._owners(user_key, record, tenants):
-                    found[tenant][user_key] = held
+                for owner in [tenant] if tenant else self._owners(user_key, record, tenants):
+                    found[owner][user_key] = held
             await self._note(found)
             await self.rates.renew(lease, [me], _LEASE_S)
             await asyncio.sleep(_PAUSE_S)
         await self.rates.renew(lease, [me], RECOUNT_INTERVAL_S)
 
     def _owners(self, user_key: str, record: bytes, tenants: list[str]) -> list[str]:
-        """Return which of the tenants a user belongs to: one or none; all for an unknown user."""
+        """Return which of the tenants a user with this record belongs to: one or none."""
         try:
             user_id = decode_profile(record).user_id
-        except ValueError:  # a damaged record, if there is one
-            return [] if record else tenants
+        except ValueError:  # damaged, or erased meanwhile
+            return []
         return [tenant for tenant in tenants if user_key in self.users.users(tenant).keys(user_id)]
 
     async def _note(self, found: Mapping[str, Mapping[str, Held]]) -> None:

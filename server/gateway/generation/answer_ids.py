@@ -43,7 +43,7 @@ def answer_id(
 ) -> str:
     """Return the id that the client gets. `recipe` is the public name, None for the base model."""
     kind = _LEVELS.index(level) * len(_ARMS) + _ARMS.index(arm)
-    hashes = _hash(recipe or "", _RECIPE_BYTES) + _hash(epoch, _EPOCH_BYTES)
+    hashes = _hash(recipe or "", _RECIPE_BYTES) + _hash(_unmarked(epoch), _EPOCH_BYTES)
     head = this_hour().to_bytes(_HOUR_BYTES) + bytes([kind]) + hashes
     ending = head + _macs(users, user, request_id, head)[0]
     return f"{request_id}.{base64.urlsafe_b64encode(ending).decode()}"
@@ -62,13 +62,17 @@ def read_answer_id(users: UserKeys, user: User, epoch: str, text: str) -> Answer
         raise _unknown(text) from None
     head, mac = ending[:_HEAD_BYTES], ending[_HEAD_BYTES:]
     is_ours = any(hmac.compare_digest(mac, made) for made in _macs(users, user, request_id, head))
-    if not is_ours or (epoch and not head.endswith(_hash(epoch, _EPOCH_BYTES))):
+    if not is_ours or ((epoch := _unmarked(epoch)) and not head.endswith(_hash(epoch, _EPOCH_BYTES))):
         raise _unknown(text)
     hour, kind = int.from_bytes(head[:_HOUR_BYTES]), head[_HOUR_BYTES]
     if this_hour() - hour >= VALID_HOURS:
         raise Gone(f"answer {excerpt(text)} was given 7 days ago: it takes no feedback any more", param="answer")
     level, arm = _LEVELS[kind // len(_ARMS)], _ARMS[kind % len(_ARMS)]
     return AnswerNote(request_id, hour, level, arm)
+
+
+def _unmarked(epoch: str) -> str:  # without the mark that a write left
+    return epoch.partition("+")[0]
 
 
 def _macs(users: UserKeys, user: User, request_id: str, head: bytes) -> list[bytes]:

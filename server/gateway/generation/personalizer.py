@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -13,7 +14,7 @@ from adapters.errors import excerpt
 from adapters.recipe import FusionRecipe, UserAdapterId, bank_of, parse_recipe
 from bank.lookup.serving import AnchorWeight, ServingBank
 from server.engine_protocol import BASE_MODEL
-from server.errors import InvalidRequest, NotFound
+from server.errors import InvalidRequest, NotFound, Unavailable
 from server.gateway.generation.request import GenerationRequest, Personalize
 from server.gateway.users.profiles import Profiles
 from server.store.profile_record import Profile
@@ -83,7 +84,11 @@ class Personalizer:
             )
         if request.user is None or not request.wants_profile:
             return request.user, None, ""
-        return await self._profiles.find(request.user)
+        user, profile, epoch = await self._profiles.find(request.user)
+        if request.learnt and profile is None:
+            with suppress(Unavailable):  # the message is not learnt then
+                epoch = await self._profiles.rotation.begin_write(user)
+        return user, profile, epoch
 
     def candidates(self, request: GenerationRequest, profile: Profile | None) -> tuple[Personalization, ...]:
         """Return the possible personalizations, most personal first; the first one that the engine can serve is used.

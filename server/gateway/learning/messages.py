@@ -19,11 +19,11 @@ from server.gateway.access.shares import Shares
 from server.gateway.engines.chat import Conversation
 from server.gateway.users.profiles import Profiles
 from server.settings import MAX_ITEM_BYTES
-from server.store.profiles import UNKNOWN_TOMBSTONE_S
+from server.store.profiles import MARK_S
 from server.store.tenants.user_key import User
 
 MAX_PENDING = 1000  # messages of a gateway that wait to be stored
-MAX_AGE_S = UNKNOWN_TOMBSTONE_S - 60  # later on an erasure since the request could be forgotten
+MAX_AGE_S = MARK_S - 60  # later on the mark of an unknown user could be gone
 MIN_LETTERS = 16  # a shorter message says nothing about its writer
 CLOSE_S = 10.0  # longest time to store pending messages at shutdown
 _FENCED = re.compile(r"```.*?(```|\Z)", re.DOTALL)

@@ -111,8 +111,8 @@ class UserRoute(JsonRoute):
     """A route that writes its body to a user, unless the user is erased while the body arrives."""
 
     async def before_body(self, request: Request) -> None:
-        user, store = user_of(request, request.path_params["user_id"]), parts_of(request).profiles.store
-        request.state.epoch = (await store.find(user))[2] if user.keys else await store.epoch(user.key)
+        user, rotation = user_of(request, request.path_params["user_id"]), parts_of(request).profiles.rotation
+        request.state.epoch = await rotation.begin_write(user)
 
 
 class UserSamplesRoute(UserRoute):

@@ -116,7 +116,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     parts = parts_of(request)
     user, profile, _ = await parts.profiles.find(user_of(request, user_id))
     if profile is None:
-        raise _unknown(user_id)
+        raise _unknown(user_id, "profile")
     adapter = profile.adapter
     personal = parts.bank.personalise(profile.embedding, profile.evidence)
     return UserAnswer(
@@ -158,7 +158,8 @@ async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     It contains the fields of the user's record, `items`, their `vectors`, `samples`, `feedback`, `tally` (counts of
     compared answers), `jobs` (with the idempotency key and trace of each request) and `adapter`: the stored user
     adapter and, in `peft`, the complete adapter that is served, as the `config` and `weights` (base64) of a PEFT
-    folder; `says` describes it, or why it is missing.
+    folder; `says` describes it, or why it is missing. For a user without a profile, of whom there is only feedback, the
+    fields of the record are missing.
     """
     user = user_of(request, user_id)
     notes_of(request.scope).audited = (Act.EXPORT, user.key)
@@ -226,5 +227,5 @@ def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
     return newest_items(items, parts.profiles.limit)
 
 
-def _unknown(user_id: str) -> NotFound:
-    return NotFound(f"user_id {excerpt(user_id)} is unknown: no data is stored for this user", param="user_id")
+def _unknown(user_id: str, missing: str = "data") -> NotFound:
+    return NotFound(f"user_id {excerpt(user_id)} is unknown: no {missing} is stored for this user", param="user_id")

@@ -108,7 +108,7 @@ class Adapting:
     async def job(self, users: UserKeys, job_id: JobId) -> Job:
         """Return a tenant's job; raise NotFound if the tenant has no such job."""
         job, owner = await asyncio.gather(self.jobs.job(job_id), self.profiles.store.load(job_id.user_key))
-        if job is None and (moved_to := await self.profiles.store.moved_to(job_id.user_key)):
+        if job is None and (moved_to := (await self.profiles.store.state(job_id.user_key))[1]):
             return await self.job(users, JobId(moved_to, job_id.number))
         if job is None or owner is None or job_id.user_key not in users.keys(owner.user_id):
             raise _unknown_job(job_id)
@@ -118,7 +118,7 @@ class Adapting:
         """Cancel a job; a running job stops at its next training step. Raise Conflict if the job has already ended."""
         job_id = (await self.job(users, job_id)).id
         job, ended = await self.jobs.cancel(job_id)
-        if job is None and (moved_to := await self.profiles.store.moved_to(job_id.user_key)):
+        if job is None and (moved_to := (await self.profiles.store.state(job_id.user_key))[1]):
             await self.profiles.rotation.move(job_id.user_key, moved_to, users.tenant)
             return await self.cancel(users, JobId(moved_to, job_id.number))
         if job is None:

@@ -16,12 +16,13 @@ from adapters.errors import MtaError
 from adapters.recipe import UserAdapterId, parse_recipe
 from bank.manifest import BankManifest
 from bank.peft.exported import ExportedAdapter
-from server.errors import UserErased
+from server.errors import Unavailable, UserErased
 from server.store.adapters import StoredAdapter
+from server.store.append_only_file import Rewrite
 from server.store.jobs import Job
 from server.store.opening import Stores
 from server.store.profile_record import AdapterNote, Profile
-from server.store.profiles import Erasure
+from server.store.profiles import LATE, Erasure
 from server.store.samples import decode_sample
 from server.store.tenants.user_key import User
 from server.store.worth import monday
@@ -36,28 +37,32 @@ class Exporting:
     async def export(self, user: User, job_answer: Callable[[Job], dict[str, Any]]) -> Iterator[bytes] | None:
         """Return the export as pieces of one JSON object, or None for an unknown user. `job_answer` formats a job.
 
+        Of a person without a profile there may be feedback: then the fields of the record are missing.
         Raises UserErased if the user is erased during the export.
         """
-        return await self.stores.rotation.at(user, lambda user: self._export(user.key, job_answer), writes=False)
+        return await self.stores.rotation.at(user, lambda user: self._export(user, job_answer), writes=False)
 
-    async def _export(self, key: str, job_answer: Callable[[Job], dict[str, Any]]) -> Iterator[bytes] | None:
-        stores, profiles = self.stores, self.stores.profiles
+    async def _export(self, user: User, job_answer: Callable[[Job], dict[str, Any]]) -> Iterator[bytes] | None:
+        stores, profiles, key = self.stores, self.stores.profiles, user.key
         snapshot = await profiles.read(key)
         profile = snapshot.profile
-        if profile is None:
+        if profile is None and not await profiles.is_stored(key):
             return None
         samples = await stores.jobs.samples(key)
         jobs = await stores.jobs.jobs(key)
         feedback = await stores.feedback.entries(key)
         tally = await stores.worth.tally(key)
-        note = profile.adapter
+        note = profile.adapter if profile else None
         stored = await stores.adapters.adapter(UserAdapterId(key, note.id)) if note else None
-        if await profiles.load(key) is None or await profiles.epoch(key) != snapshot.epoch:  # moved away, or erased
+        now, _, epoch = await profiles.state(key)
+        is_here = now is not None if profile else await profiles.is_stored(key)
+        if not is_here or epoch != snapshot.epoch:  # moved away, or erased
             raise UserErased
         complete, says = await asyncio.to_thread(self._load, stored) if stored else (None, "it is no longer stored")
         placeholder = secrets.token_hex()  # random, so that no text of the user's contains it
         peft = {"config": complete.config(), "weights": placeholder} if complete else None
-        document = _profile_fields(profile) | {
+        fields: dict[str, Any] = _profile_fields(profile) if profile else {"user_id": user.id}
+        document = fields | {
             "items": [{"id": name, **item.fields} for name, item in snapshot.items.items()],
             "vectors": {  # little-endian fp16, as stored
                 name: {"embedder": embedding.embedder, "fp16": _base64(embedding.vector.astype("<f2").tobytes())}
@@ -111,10 +116,14 @@ class Erasing:
         return replace(max(known, key=lambda erasure: erasure.erased.keys), rewritten_by_ms=until_ms) if known else None
 
     async def _erase(self, key: str, tenant: str, epoch: str) -> Erasure | None:
-        is_unknown, erasure = await self.stores.profiles.erase_if_unknown(key, epoch)
-        if not is_unknown:
-            rewrite = await self.stores.file.request_rewrite(key)
+        was_stored = await self.stores.profiles.is_stored(key)
+        rewrite = await self.stores.file.announce(key) if was_stored else Rewrite(0, 0)
+        try:
             erasure = await self.stores.profiles.erase(key, rewrite.erase_by_ms, rewrite.rewritten_by_ms, epoch)
+        except Unavailable as error:
+            if was_stored or error.code != LATE:
+                raise
+            return await self._erase(key, tenant, epoch)  # something has been stored meanwhile
         if erasure is None:
             return None
         await leave_shared_keys(self.stores, key, tenant, (self.bank, *erasure.banks))

@@ -7,13 +7,14 @@ Per user (`server/store/tenants/user_key.py`)::
     mta:{<user key>}:items      hash    item id → JSON                                      -
     mta:{<user key>}:vectors    hash    item id → embedder id and fp16 embedding            -
     mta:{<user key>}:samples    list    encoded samples, oldest first                       -
-    mta:{<user key>}:feedback   hash    answer → time and feedback (`store/feedback.py`)    -
+    mta:{<user key>}:feedback   hash    answer → time and feedback (`store/feedback.py`)    - (no profile: 3 weeks)
     mta:{<user key>}:learned    hash    answer → encoded sample that feedback brought       -
     mta:{<user key>}:tally      hash    week, level, arm → counts (`server/store/worth.py`)     3 weeks
     mta:{<user key>}:adapter    hash    id, recipe, sha256, raw                             -
     mta:{<user key>}:jobs       hash    `last` → number of the newest job                   -
     mta:{<user key>}:job:<n>    hash    a job's record (`server/store/jobs.py`)             20 jobs later
-    mta:{<user key>}:epoch      hash    tombstone: `epoch`, and what the erasure removed;   7 days (unknown: 10 min)
+    mta:{<user key>}:epoch      hash    tombstone: `epoch`, and what the erasure removed;   7 days
+                                        `mark` of a write to an unknown user;               an hour at least
                                         of a user who has another key now (`rotation.py`)   30 days
 
 Per queue (`server/store/queue.py`), `jobs:<bank>` or `sign:<bank>`; these keys and the shared ones do not expire::

@@ -7,15 +7,23 @@ nothing and returns the same answer, but it repeats the write, because Redis wai
 _PRELUDE = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local function erased_since(key, seen)  -- false again once the tombstone expires; true once the user left the key
-  local epoch = redis.call('HGET', key, 'epoch')
-  return epoch and (epoch ~= seen or string.sub(epoch, 1, 1) == '>')
+local function has_left(key)  -- for the key of another secret (`rotation.py`)
+  return string.sub(redis.call('HGET', key, 'epoch') or '', 1, 1) == '>'
 end
+local function is_as_seen(key, seen)  -- as `ProfileStore.begin` returned it; without a mark while no tombstone says no
+  local epoch, mark = unpack(redis.call('HMGET', key, 'epoch', 'mark'))
+  local seen_epoch, seen_mark = string.match(seen, '^([^+]*)%+?(.*)$')
+  return (not epoch or epoch == seen_epoch) and (seen_mark == '' or mark == seen_mark)
+end
+local function erased_since(key, seen) return has_left(key) or not is_as_seen(key, seen) end
 """
 
 
 def script(body: str) -> str:
-    """Return a script with `now` (ms) and `erased_since(key, epoch)` defined."""
+    """Return a script with `now` (ms) and `erased_since(key, epoch)` defined.
+
+    A user is erased since a write began if there is a tombstone with another epoch, or the mark that it left is gone.
+    """
     return _PRELUDE + body
 
 
@@ -46,9 +54,9 @@ local function finish(job, state)
 end
 """
 
-# KEYS: jobs, samples, epoch. ARGV: JSON (`JobStore.submit`), then the samples. Returns the job's number and whether the
-# job is new; instead of a number 0 for too many samples or an open job that is not to be replaced, -1 if the user was
-# erased, -2 if the deadline has passed.
+# KEYS: jobs, samples, epoch, adapter. ARGV: JSON (`JobStore.submit`), then the samples. Returns the job's number and
+# whether this call made it; instead of a number 0 for too many samples or an open job that is not to be replaced, -1 if
+# the user was erased, -2 if the deadline has passed.
 SUBMIT = job_script("""
 local given = cjson.decode(ARGV[1])
 if erased_since(KEYS[3], given.epoch) then return {-1, 0} end
@@ -58,16 +66,17 @@ local oldest = math.max(1, last - given.kept + 1)
 local function name(number) return given.prefix .. number end
 local function known(number)
   redis.call('HSET', KEYS[1], 'last', last)
-  return {number, 0}
+  return {number, redis.call('HGET', name(number), 'made_by') == given.call and 1 or 0}
 end
 if given.key ~= '' then
   for number = last, oldest, -1 do
     if redis.call('HGET', name(number), 'key') == given.key then return known(number) end
   end
 else
-  local state, token, bank = unpack(redis.call('HMGET', name(last), 'state', 'token', 'bank'))
+  local token, bank, made = unpack(redis.call('HMGET', name(last), 'token', 'bank', 'adapter'))
   local open = is_open(name(last))
-  if (open or state == 'succeeded') and token == given.token then return known(last) end
+  local serves = (made or '') ~= '' and made == redis.call('HGET', KEYS[4], 'id')
+  if (open or serves) and token == given.token then return known(last) end
   if open and given.background and bank == given.bank then return {0, 0} end
 end
 if now > given.until_ms then return {-2, 0} end
@@ -91,7 +100,8 @@ for older = math.max(1, number - given.kept + 1), last do
   if is_open(name(older)) then finish(name(older), 'superseded') end
 end
 redis.call('HSET', name(number), 'state', 'queued', 'config', given.config, 'created_ms', now, 'bank', given.bank,
-  'epoch', given.epoch, 'token', given.token, 'key', given.key, 'traceparent', given.traceparent)
+  'epoch', redis.call('HGET', KEYS[3], 'epoch') or '', 'token', given.token, 'key', given.key,
+  'traceparent', given.traceparent, 'made_by', given.call)
 return {number, 1}
 """)
 
@@ -113,7 +123,7 @@ return {state, bank, lease_left(KEYS[1])}
 # KEYS: job, epoch. Returns whether this call ended it, -1 if the user left this key.
 CANCEL = job_script("""
 local token = ARGV[1]
-if erased_since(KEYS[2], redis.call('HGET', KEYS[2], 'epoch')) then return -1 end
+if has_left(KEYS[2]) then return -1 end
 local state, ended_by = unpack(redis.call('HMGET', KEYS[1], 'state', 'ended_by'))
 if not is_open(KEYS[1]) then
   if state then redis.call('HSET', KEYS[1], 'state', state) end
@@ -170,8 +180,7 @@ end
 if redis.call('HGET', KEYS[1], 'lease') ~= given.token then return 0 end
 if #KEYS > 1 then
   local expected, record, raw = unpack(ARGV, 2)
-  local epoch, bank = unpack(redis.call('HMGET', KEYS[1], 'epoch', 'bank'))
-  if erased_since(KEYS[4], epoch or '') or bank ~= given.bank then return 0 end
+  if has_left(KEYS[4]) or redis.call('HGET', KEYS[1], 'bank') ~= given.bank then return 0 end
   if redis.call('GET', KEYS[2]) ~= expected then return 0 end
   redis.call('SET', KEYS[2], record)
   redis.call('HSET', KEYS[3], 'id', given.adapter, 'recipe', given.recipe, 'sha256', given.sha256, 'raw', raw)

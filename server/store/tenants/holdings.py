@@ -21,7 +21,8 @@ SCANNED = 100  # keys that one step of a scan looks at
 _USER_KEY_CHARS = 26
 
 Held = Counter[str]
-"""What one person has in the store, or several: `people`, `bytes` and `adapters`, also those that are being trained."""
+"""What one person has in the store, or several: `people` of whom anything is stored, `bytes` and `adapters`, also those
+that are being trained."""
 
 # KEYS: count. ARGV: expiry (s), then user keys, each with `<bytes> <adapters>`, empty for an unknown user.
 _NOTE = oom_script("""
@@ -68,17 +69,17 @@ class HoldingStore:
             held["tokens"] = int((await self._rates.consume([Use(rate, 0)]))[0].used)
         return held
 
-    async def all_people(self, tenants: Iterable[str]) -> AsyncIterator[list[str]]:
-        """Yield the keys of all users that are stored, and of those counted for these tenants; some come twice."""
+    async def all_people(self, tenants: Iterable[str]) -> AsyncIterator[tuple[str, list[str]]]:
+        """Yield the keys of all users who have a profile, whose tenant is not known, and of those counted by tenant."""
         if self._connection.unserved:
             raise Unavailable(self._connection.unserved)
         for server in await self._connection.members():
             if (await self._connection.send(server, "ROLE"))[0] == b"master":
                 async for names in self._connection.names(server, keys.profile("*"), SCANNED):
-                    yield [user_key for user_key in map(keys.user_of, names) if user_key]
+                    yield "", [user_key for user_key in map(keys.user_of, names) if user_key]
         for tenant in tenants:
             position = None
             while position != 0:
                 scan = methodcaller("hscan", keys.count(tenant), position or 0, count=SCANNED)
                 position, fields = await self._connection.run(scan)
-                yield [name.decode() for name in fields if len(name) == _USER_KEY_CHARS]
+                yield tenant, [name.decode() for name in fields if len(name) == _USER_KEY_CHARS]

@@ -61,8 +61,8 @@ class Servers(Protocol):
     async def members(self) -> list[StoreServer]:
         """Return all reachable servers that hold data."""
 
-    async def holders(self, name: str) -> list[str]:
-        """Return the ids of the servers whose files hold a key, reachable or not."""
+    async def holders(self, name: str = "") -> list[str]:
+        """Return the ids of the servers whose files hold a key, or any key, reachable or not."""
 
     async def close(self) -> None: ...
 
@@ -120,7 +120,7 @@ class SingleServer:
     async def members(self) -> list[StoreServer]:
         return [StoreServer("", self.execute)]
 
-    async def holders(self, name: str) -> list[str]:
+    async def holders(self, name: str = "") -> list[str]:
         return [""]
 
     async def close(self) -> None:

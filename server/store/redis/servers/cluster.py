@@ -162,12 +162,14 @@ class Cluster:
                 found += [StoreServer(fields["id"], node.execute_command) for node in known if node][:1]
         return found
 
-    async def holders(self, name: str) -> list[str]:
-        slot = self._client.keyslot(name)
+    async def holders(self, name: str = "") -> list[str]:
+        slot, found = self._client.keyslot(name), list[str]()
         for slots, nodes in await self._shards():
-            if any(first <= slot <= last for first, last in zip(slots[::2], slots[1::2], strict=True)):
-                return [fields["id"] for fields in nodes]
-        raise exceptions.SlotNotCoveredError(f"no server holds slot {slot}")
+            if not name or any(first <= slot <= last for first, last in zip(slots[::2], slots[1::2], strict=True)):
+                found += [fields["id"] for fields in nodes]
+        if not found:
+            raise exceptions.SlotNotCoveredError(f"no server holds slot {slot}")
+        return found
 
     async def close(self) -> None:
         await self._client.aclose()

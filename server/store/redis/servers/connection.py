@@ -122,7 +122,7 @@ class RedisConnection:
         async with _translated(READ_TIMEOUT_S):
             return await self._servers.members()
 
-    async def holders(self, name: str) -> list[str]:
+    async def holders(self, name: str = "") -> list[str]:
         async with _translated(READ_TIMEOUT_S):
             return await self._servers.holders(name)
 

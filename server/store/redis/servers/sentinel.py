@@ -88,7 +88,7 @@ class Sentinel:
         names = [topology.primary, *sorted(topology.replicas)]
         return [StoreServer(name, self._server(name).execute) for name in names]
 
-    async def holders(self, name: str) -> list[str]:
+    async def holders(self, name: str = "") -> list[str]:
         topology = await self._current()
         return [topology.primary, *sorted(topology.known)]
 
