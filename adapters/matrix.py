@@ -91,7 +91,7 @@ def write_matrix(
     path: Path, layout: RowLayout, count: int, rows: Iterable[torch.Tensor], shared_a: torch.Tensor | None = None
 ) -> None:
     """Write `count` bf16 rows [D], one by one (anchors in index order, then any common row), and any frozen A."""
-    shapes = {"rows": (count, layout.row_numbers)}
+    shapes: dict[str, tuple[int, ...]] = {"rows": (count, layout.row_numbers)}
     if layout.shared_a:
         if shared_a is None or shared_a.numel() != layout.a_numbers:
             raise FusionError(f"a shared layout needs one A of {layout.a_numbers} numbers")

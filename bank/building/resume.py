@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ WORK_FOLDER = ".build"
 INPUTS = "inputs"  # name of the hash among the inputs
 _PIECES, _INPUTS_FILE, _ROWS_FILE = "pieces", "inputs.json", "rows.bf16"
 _BUILD_FORMAT = 11  # hashed, so increase it when the same inputs would give a different bank
-Inputs = dict[str, int | float | str | bool | None]
+Inputs = dict[str, Any]  # options by name, and a hash of all else
 
 
 class Workbench:
@@ -137,7 +138,7 @@ def _begin(root: Path, inputs: Inputs, lock: ExitStack, *, force: bool) -> Input
     for path in filter(Path.is_dir, list(root.iterdir())):
         shutil.rmtree(path)
     (root / _PIECES).mkdir()
-    begun = {**inputs, "dtype": resolve_dtype(str(inputs["dtype"]))}
+    begun = {**inputs, "dtype": resolve_dtype(inputs["dtype"])}
     (root / _PIECES / _INPUTS_FILE).write_text(json.dumps(begun), "utf-8")
     return begun
 

@@ -17,6 +17,7 @@ from bank.building.directions import make_directions
 from bank.building.ranks import Ranks
 from bank.building.resume import Workbench
 from bank.errors import BankError
+from bank.lookup.index import AnchorIndex
 from bank.lookup.signature import Curvature
 from bank.lookup.summary import summarise
 from bank.manifest import MANIFEST_FILE, BaseModelId, EmbedderId, WeightRule, read_manifest
@@ -72,8 +73,9 @@ def data_bytes() -> int:
 def test_rows_are_kept_mixed_and_written_in_little_memory(tmp_path: Path) -> None:
     layout, count, width = RowLayout((ModuleShape("q", 8, 2 * MIB // 8),), 4, shared_a=True), 48, MIB
     curvature = Curvature.of(np.diag(np.arange(1.0, count + 1)))
-    work = tmp_path / "work"
+    work, embeddings = tmp_path / "work", np.eye(count, 4, dtype=np.float32)
     work.mkdir()
+    AnchorIndex.build(embeddings)  # loads FAISS, which has no part in what is limited
     with limited(resource.RLIMIT_DATA, data_bytes() + 40 * MIB):  # all rows have 96 MiB in bf16
         rows = Workbench(work, Ranks()).rows(count + 1, width, lambda place: torch.full((width,), place % 7 + 1.0))
         manifest = write_bank(
@@ -87,7 +89,7 @@ def test_rows_are_kept_mixed_and_written_in_little_memory(tmp_path: Path) -> Non
             layout=layout,
             rows=list(rows),
             shared_a=torch.ones(layout.a_numbers),
-            embeddings=np.eye(count, 4, dtype=np.float32),
+            embeddings=embeddings,
             items=[11] * count,
             training={},
             directions=make_directions(curvature, 3, 1.0),
