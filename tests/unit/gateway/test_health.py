@@ -55,7 +55,7 @@ async def test_an_engine_with_other_prompts_is_not_used() -> None:
         engines.probe.return_value = (EngineState("http://engine", "ok", None, 512, (ONE,), prompts=prompts),)
         found = await health.probe()
         assert (found.engines[0].status, found.readiness) == (status, readiness)
-    assert f"another chat template than the bank {ONE[:8]}" in str(found.engines[0].detail)
+    assert f"another chat template than bank {ONE[:8]}" in str(found.engines[0].detail)
 
 
 LACKING = "{} of 2 engines lack a bank that another engine has"
