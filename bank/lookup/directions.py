@@ -6,8 +6,9 @@ not grow with the number of anchors. A step of 1 along any of them is one standa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +16,34 @@ import numpy as np
 from adapters.recipe import MAX_STEP, STEPS_PER_DEVIATION, FusionRecipe
 from bank.errors import BankError
 from bank.items.profile import Vectors
+from bank.lookup.index import AnchorIndex
 from bank.lookup.signature import Curvature
 from bank.manifest import BankManifest
 
 NEAREST = 3  # number of anchors that describe a user
+COMPARED = 128  # leading directions of the loss's metric that they are compared along
+_REMEMBERED = 4096  # number of users whose nearest anchors are remembered
 
 
 @dataclass(frozen=True, slots=True)
 class Directions:
-    """Where each anchor lies: the coordinates [N, K] that give its own row, and the same in the loss's metric."""
+    """Where each anchor lies: the coordinates [N, K] that give its own row, and a search in the loss's metric."""
 
     coordinates: Vectors
-    metric: Vectors  # M [K, K] with MMᵀ = H
-    unit: Vectors  # [N, K], rows of length 1
+    _search: Callable[[bytes], list[tuple[int, float]]]  # by the steps [K], as float32
 
     @classmethod
     def of(cls, coordinates: Vectors, curvature: Curvature) -> Directions:
-        metric = curvature.eigenvectors * np.sqrt(curvature.eigenvalues)
+        metric = (curvature.eigenvectors * np.sqrt(curvature.eigenvalues))[:, -COMPARED:]  # of M with MMᵀ = H
         unit = np.asarray(coordinates, np.float64) @ metric
-        return cls(coordinates, metric, unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30))
+        unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
+        metric, index = metric.astype(np.float32), AnchorIndex.build(unit, len(unit))
+
+        def search(steps: bytes) -> list[tuple[int, float]]:
+            here = np.frombuffer(steps, np.float32) @ metric
+            return index.search(here / max(float(np.linalg.norm(here)), 1e-30), NEAREST)
+
+        return cls(coordinates, lru_cache(_REMEMBERED)(search))
 
     @classmethod
     def load(cls, path: Path, manifest: BankManifest, curvature: Curvature) -> Directions:
@@ -52,10 +62,11 @@ class Directions:
         return steps
 
     def nearest(self, steps: Vectors) -> list[tuple[int, float]]:
-        """Return the anchors whose rows change the loss most like these steps [K], with the cosine, nearest first."""
-        here = np.asarray(steps, np.float64) @ self.metric
-        cosines = self.unit @ here / max(float(np.linalg.norm(here)), 1e-30)
-        return [(int(anchor), float(cosines[anchor])) for anchor in np.argsort(-cosines, kind="stable")[:NEAREST]]
+        """Return the anchors whose rows change the loss most like these steps [K], with the cosine, nearest first.
+
+        Gateways call it for each answer, so it is computed once for a version of a profile, which has its own steps.
+        """
+        return self._search(np.asarray(steps, np.float32).tobytes())
 
 
 def recipe_of_directions(manifest: BankManifest, steps: Vectors, share: float = 1.0) -> FusionRecipe:

@@ -15,8 +15,9 @@ from adapters.recipe import FusionRecipe, Term, parse_recipe
 from bank.building.directions import DirectionRows, make_directions
 from bank.building.removal import remove_anchor
 from bank.errors import BankError
-from bank.lookup.directions import Directions
+from bank.lookup.directions import COMPARED, Directions
 from bank.lookup.embedder import Embedder
+from bank.lookup.index import AnchorIndex
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Curvature, Signature
 from bank.lookup.summary import summarise
@@ -86,6 +87,20 @@ def test_the_nearest_anchors_are_those_whose_rows_change_the_loss_alike() -> Non
     assert [cosine for _, cosine in directions.nearest(np.zeros(6))] == [0, 0, 0]
 
 
+def test_the_nearest_anchors_are_found_once_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched, search = list[np.ndarray](), AnchorIndex.search
+    monkeypatch.setattr(
+        AnchorIndex, "search", lambda index, here, k: (searched.append(here), search(index, here, k))[1]
+    )
+    coordinates = np.random.default_rng(1).normal(size=(1000, 200)).astype(np.float32)
+    directions = Directions.of(coordinates, Curvature.of(np.diag(np.arange(200.0, 0.0, -1.0))))
+    found = directions.nearest(coordinates[7])
+    assert found[0] == (7, pytest.approx(1, abs=1e-6))
+    assert directions.nearest(coordinates[7].copy()) == found
+    assert [(here.dtype, here.shape) for here in searched] == [(np.float32, (COMPARED,))]
+    assert directions.nearest(coordinates[8])[0][0] == 8
+
+
 @pytest.fixture
 def bank(tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path) -> Path:
     return tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, anchors=6, k=2, directions=4)
@@ -109,7 +124,7 @@ def test_every_file_is_on_the_disk_before_the_manifest(
 
 def test_a_recipe_has_a_step_for_each_direction_times_the_strength(bank: Path, embedder: Embedder) -> None:
     serving, manifest, embedding = opened(bank, embedder)
-    seen = Signature(manifest.short, 10**6, np.array([3.0, -1.5, 0.01, 0.0], np.float32))
+    seen = Signature(manifest.short, 10**6, np.array([3.0, -1.5, 0.01, 0.005], np.float32))
     z = Curvature.of(np.load(bank / "curvature.npy")).step(seen, manifest.weights.posterior.decay)
     for share in (1.0, 0.5):
         found = serving.personalise(embedding, seen, share)
@@ -117,8 +132,8 @@ def test_a_recipe_has_a_step_for_each_direction_times_the_strength(bank: Path, e
         assert found.recipe.steps == tuple(int(number) for number in np.rint(share * 16 * z))
         assert parse_recipe(found.recipe.name) == found.recipe
         shown = anchor_answers(found.recipe, found.weights)
-        assert [(anchor.id, anchor.weight) for anchor in shown] == [("a05", None), ("a03", None), ("a00", None)]
-        assert [weight.anchor for weight in found.weights] == [5, 3, 0]  # the directions are 5, 4, 3, 2
+        assert [(anchor.id, anchor.weight) for anchor in shown] == [("a05", None), ("a03", None), ("a02", None)]
+        assert [weight.anchor for weight in found.weights] == [5, 3, 2]  # the directions are 5, 4, 3, 2
     common = serving.personalise(embedding, seen, 0.0)
     assert common.recipe.name == f"mta3:{manifest.short}:shared:c"
     assert anchor_answers(common.recipe, common.weights) == []
