@@ -82,7 +82,8 @@ class Evaluator:
         rule = rule.model_copy(update={"anchors": min(rule.anchors, count), "posterior": posterior})
         index = AnchorIndex.build(serving.index.vectors(range(count)))
         curvature = serving.curvature and serving.curvature.first(count)
-        return ServingBank(serving.manifest.model_copy(update={"weights": rule}), index, serving.atlas, curvature)
+        manifest = serving.manifest.model_copy(update={"weights": rule})
+        return replace(serving, manifest=manifest, index=index, curvature=curvature)
 
     def common(self, bank: OpenBank) -> EvalAdapter:
         """Return a bank's common row alone."""

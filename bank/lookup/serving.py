@@ -52,23 +52,16 @@ class UserRecipe:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
 class ServingBank:
     """A bank opened for lookups, without the weights of its adapters."""
 
-    def __init__(
-        self,
-        manifest: BankManifest,
-        index: AnchorIndex,
-        atlas: Atlas,
-        curvature: Curvature | None = None,
-        directions: Directions | None = None,
-    ) -> None:
-        self.manifest = manifest
-        self.task: Task = get_task(manifest.task)
-        self.index = index
-        self.atlas = atlas
-        self.curvature = curvature
-        self.directions = directions
+    manifest: BankManifest
+    task: Task
+    index: AnchorIndex
+    atlas: Atlas
+    curvature: Curvature | None = None
+    directions: Directions | None = None
 
     @classmethod
     def open(cls, folder: Path, embedder_id: str) -> ServingBank:
@@ -93,7 +86,7 @@ class ServingBank:
         directions = None
         if manifest.directions and curvature:
             directions = Directions.load(folder / COORDINATES_FILE, manifest, curvature)
-        return cls(manifest, index, atlas, curvature, directions)
+        return cls(manifest, get_task(manifest.task), index, atlas, curvature, directions)
 
     def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
         """Return a user's recipe, and its anchors with the strongest evidence first.
