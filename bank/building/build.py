@@ -31,7 +31,7 @@ from bank.building.selection import (
     spread,
     typical_words,
 )
-from bank.building.signer import Signer, fit_rule, measure_curvature, measured_people
+from bank.building.signer import MeasuredPerson, Signer, fit_rule, measure_curvature, measured_people
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors
@@ -109,8 +109,12 @@ def build_bank(
         progress.say(f"loading the base model ({options.dtype})")
         model, tokenizer = load_base(model_folder, options.dtype)
         trainer = RowTrainer(model, tokenizer, task, options, progress)
-        trained = trainer.rows(work, people, anchors)
-        rule, curvature, directions = _measured(trained, people, anchors, trainer, work)
+        measured, judges = measured_people(people, anchors, trainer)
+        few = "too few people to leave any out: the decay is chosen on some in the common row, and may be too high"
+        progress.say(f"the common row does not see {judges} people, on whom the decay is chosen" if judges else few)
+        left_out = {person.user_id for person in measured[:judges]}
+        trained = trainer.rows(work, [person for person in people if person.user_id not in left_out], anchors)
+        rule, curvature, directions = _measured(trained, measured, judges, trainer, work)
         return ranks.first(
             lambda: write_bank(
                 inputs.out,
@@ -125,7 +129,7 @@ def build_bank(
                 shared_a=trained.shared_a,
                 embeddings=embeddings,
                 items=[lengths[at] for at in chosen],
-                training=options.record(key, len(people)),
+                training=options.record(key, len(people)) | {"unseen_judges": judges},
                 prior=fit_prior(task, [[gold for _, gold in person.pairs(task)] for person in people]),
                 curvature=curvature,
                 words=typical_words(anchors, task) if options.describe else (),
@@ -135,16 +139,16 @@ def build_bank(
 
 
 def _measured(
-    trained: TrainedRows, people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer, work: Workbench
+    trained: TrainedRows, measured: Sequence[MeasuredPerson], judges: int, trainer: RowTrainer, work: Workbench
 ) -> tuple[WeightRule, Vectors, DirectionRows | None]:
     """Return the bank's rule, the curvature along the anchors' rows, and the directions if the bank is to have them."""
     options, say = trainer.options, trainer.progress.say
     say("measuring the curvature of the loss along the anchors' rows")
-    matrix, measured = trained.matrix(), measured_people(people, anchors, trainer)
+    matrix = trained.matrix()
     signer = Signer(trainer.model, matrix)
     curvature = measure_curvature(signer, measured, trainer, work)
     known = Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
-    decay, kept = fit_rule(signer, curvature, measured, trainer, work)
+    decay, kept = fit_rule(signer, curvature, measured[:judges] or measured, trainer, work)
     rule = options.rule(decay)
     if not options.wants_directions:
         return rule, curvature, None
@@ -152,7 +156,7 @@ def _measured(
     told = ", ".join(
         f"{kept[k - 1]:.0%} of the gain with {k}" for k in (8, 16, 32, 64, 128, 256, 384) if k <= len(kept)
     )
-    say(f"the rows are {count} directions of {len(anchors)} anchors and keep {kept[count - 1]:.0%} of the gain; {told}")
+    say(f"the rows are {count} directions of {len(kept)} anchors and keep {kept[count - 1]:.0%} of the gain; {told}")
     deviation = float(known.eigenvalues.mean() * decay) ** -0.5
     directions = make_directions(matrix.rows[: matrix.anchors], known, count, deviation)
     return rule.model_copy(update={"posterior": directions.rule}), curvature, directions

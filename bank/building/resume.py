@@ -24,7 +24,7 @@ from bank.manifest import MANIFEST_FILE, BankManifest, read_manifest, verify_fil
 from bank.models.folders import locked
 
 WORK_FOLDER = ".build"
-_BUILD_FORMAT = 10  # part of the key; increase it when the same inputs would give a different bank
+_BUILD_FORMAT = 11  # part of the key; increase it when the same inputs would give a different bank
 
 
 class Workbench:

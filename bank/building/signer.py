@@ -20,6 +20,7 @@ from adapters.training.example import Example, output_tokens
 from adapters.training.loss import b_gradient, drawn_gradients, mean_loss
 from bank.building.resume import Workbench
 from bank.building.rows import RowTrainer
+from bank.building.selection import MIN_HELD_OUT, PEOPLE_PER_HELD_OUT
 from bank.items.histories import History
 from bank.items.profile import Vectors
 from bank.items.prompt import encode_pair
@@ -80,12 +81,18 @@ class Signer:
 class MeasuredPerson:
     """A person whose newest items, oldest first, measure the bank."""
 
+    user_id: str
     own_row: int | None  # the anchor's index, if the person is an anchor
     examples: list[Example]
 
 
-def measured_people(people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer) -> list[MeasuredPerson]:
-    """Choose random people; the more anchors, the more items."""
+def measured_people(
+    people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer
+) -> tuple[list[MeasuredPerson], int]:
+    """Choose random people; the more anchors, the more items.
+
+    Also return how many of them, from the first, judge the decays unseen by the common row; 0 if people are too few.
+    """
     wanted, rows = max(MEASURED_ITEMS, 4 * len(anchors)), {person.user_id: i for i, person in enumerate(anchors)}
     found = list[MeasuredPerson]()
     for person in random.Random(trainer.options.seed).sample(list(people), len(people)):
@@ -94,9 +101,10 @@ def measured_people(people: Sequence[History], anchors: Sequence[History], train
         pairs = person.pairs(trainer.task)[-MOST:]
         if len(pairs) >= FEWEST:
             examples = [encode_pair(trainer.tokenizer, *pair, trainer.options.max_tokens) for pair in pairs]
-            found.append(MeasuredPerson(rows.get(person.user_id), examples))
+            found.append(MeasuredPerson(person.user_id, rows.get(person.user_id), examples))
             wanted -= len(pairs)
-    return found
+    judges = min(JUDGES, len(people) // PEOPLE_PER_HELD_OUT, len(found))
+    return found, judges if judges >= MIN_HELD_OUT else 0
 
 
 def measure_curvature(

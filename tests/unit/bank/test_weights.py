@@ -173,7 +173,7 @@ class Quadratic:
 
     def person(self, best: Vectors, items: int = 12) -> MeasuredPerson:
         item = Example(tuple(np.round(best * 1000).astype(int)), len(best) - self.tokens)
-        return MeasuredPerson(None, [item] * items)
+        return MeasuredPerson("", None, [item] * items)
 
     def drawn_products(self, examples: Sequence[Example], seed: int) -> Vectors:
         chance = np.random.default_rng(seed)
