@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -33,10 +34,16 @@ class Frozen(BaseModel):
 
 
 class BaseModelId(Frozen):
-    """The base model: a display name, and the hash that is checked."""
+    """The base model: a display name, the hub's revision, and the hashes that are checked. Older banks lack two."""
 
     name: str
     hash: str
+    revision: str | None = Field(default=None, exclude_if=lambda value: not value)
+    prompts: dict[str, str] = Field(default={}, exclude_if=lambda value: not value)  # `prompt_hashes`
+
+    def unlike(self, prompts: Mapping[str, str]) -> str:
+        """Name those of `prompts` that this model has otherwise; empty if nothing is known of either."""
+        return " and ".join(part for part, found in prompts.items() if self.prompts.get(part, found) != found)
 
 
 class EmbedderId(Frozen):

@@ -41,16 +41,9 @@ from bank.lookup.index import AnchorIndex
 from bank.lookup.prior import fit_prior
 from bank.lookup.serving import common_recipe
 from bank.lookup.signature import Curvature
-from bank.manifest import INDEX_FILE, BankManifest, BaseModelId, EmbedderId, WeightRule, read_manifest
+from bank.manifest import INDEX_FILE, BankManifest, EmbedderId, WeightRule, read_manifest
 from bank.matrix import open_matrix
-from bank.models.folders import (
-    check_chat_template,
-    ensure_base_model,
-    ensure_embedder,
-    model_hash,
-    model_name,
-    prompts_hash,
-)
+from bank.models.folders import base_model_id, ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
 
 EMBED_THREADS = 2
@@ -78,10 +71,9 @@ def build_bank(
         )
     progress.say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
-    check_chat_template(model_folder)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
-    base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
-    key = inputs_key(options, task, people, held_out, (base.hash, prompts_hash(model_folder), embedder.id))
+    base = base_model_id(inputs.model, model_folder)
+    key = inputs_key(options, task, people, held_out, (base.hash, *base.prompts.values(), embedder.id))
     whole = f"{key} in {resolve_dtype(options.dtype)}"
     if set(ranks.each(range(ranks.count), lambda _: whole)) != {whole}:
         raise BankError(
@@ -194,7 +186,7 @@ def build_baselines(
     task = get_task(options.task)
     people, _ = read_inputs(inputs, task, options)
     options = options.resolved()
-    model, tokenizer = load_base(ensure_base_model(inputs.model, inputs.cache_dir), options.dtype)
+    model, tokenizer = load_base(ensure_base_model(inputs.model, inputs.cache_dir, manifest.base_model), options.dtype)
     steps = options.steps * len(manifest.anchors)
     trainer = RowTrainer(model, tokenizer, task, options, progress)
     job = trainer.job("task", people, steps, options.batch_size)

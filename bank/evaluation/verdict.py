@@ -39,7 +39,8 @@ def judge_bank(
         progress.say("there are too few people to hold any out: the bank's gain is not measured")
         return manifest
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
-    base = load_base(ensure_base_model(inputs.model, inputs.cache_dir), resolve_dtype(options.dtype))
+    folder = ensure_base_model(inputs.model, inputs.cache_dir, manifest.base_model)
+    base = load_base(folder, resolve_dtype(options.dtype))
     bank = OpenBank.open(inputs.out, embedder.id)
     evaluator = Evaluator(bank=bank, scorer=Scorer(*base), embedder=embedder, max_tokens=options.max_tokens)
     what, found = "measuring on held-out people", list[Losses]()

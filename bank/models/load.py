@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from adapters.errors import excerpt
 from adapters.training.forward.attention import use_quick_attention
 from bank.errors import BankError
-from bank.models.folders import check_chat_template, model_config
+from bank.models.folders import model_config
 from bank.models.process_startup import BF16_FLAGS, cpu_flags, without_audio
 from bank.models.quantised import plain_weights, quantisation_of
 
@@ -26,7 +26,6 @@ def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_chat_template(folder)
     try:
         tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
         loaded: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention_of(config, device)}

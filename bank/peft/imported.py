@@ -23,8 +23,8 @@ from bank.errors import BankError
 from bank.items.histories import read_histories
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
-from bank.manifest import BankManifest, BaseModelId, EmbedderId, WeightRule
-from bank.models.folders import model_hash
+from bank.manifest import BankManifest, EmbedderId, WeightRule
+from bank.models.folders import base_model_id
 from bank.peft.exported import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 # PEFT settings that change ΔW = scaling · B A, each with the value at which it has no effect.
@@ -97,7 +97,7 @@ def import_bank(
     return write_bank(
         out,
         task=task.name,
-        base_model=BaseModelId(name=base_model, hash=model_hash(model_folder)),
+        base_model=base_model_id(base_model, model_folder),
         embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
         common=False,
         user_rank=options.user_rank,

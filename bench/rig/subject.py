@@ -15,7 +15,7 @@ from adapters.errors import MtaError
 from adapters.recipe import STEPS_PER_DEVIATION, FusionRecipe, Term, per_mille
 from bank.items.profile import Vectors
 from bank.manifest import BankManifest, read_manifest
-from bank.models.folders import ensure_base_model, ensure_embedder, model_name
+from bank.models.folders import base_model_id, ensure_base_model, ensure_embedder
 from bench.rig.tiny import tiny_bank, tiny_model
 from server.settings import load_settings
 
@@ -88,7 +88,7 @@ def configured_subject(bank: Path | None, model: str | None) -> Subject:
     settings = load_settings(bank=bank, model=model)
     folder = settings.bank_folder()
     manifest = read_manifest(folder)
-    return Subject(folder, ensure_base_model(settings.model, settings.cache_dir), manifest)
+    return Subject(folder, ensure_base_model(settings.model, settings.cache_dir, manifest.base_model), manifest)
 
 
 def tiny(scratch: Path, *, anchors: int = 16, embeddings: Vectors | None = None) -> Subject:
@@ -103,7 +103,7 @@ def random_subject(
     """Create a bank of random rows, or directions, for a base model, without room for user adapters."""
     settings = load_settings(model=model)
     folder = ensure_base_model(settings.model, settings.cache_dir)
-    name, where = model_name(settings.model, folder), scratch / f"rank-{rank}"
+    name, where = base_model_id(settings.model, folder).name, scratch / f"rank-{rank}"
     return random_rows(where, folder, name, anchors=directions or anchors, rank=rank, directions=directions)
 
 

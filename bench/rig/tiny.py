@@ -18,8 +18,8 @@ from bank.building.directions import make_directions
 from bank.items.profile import Vectors
 from bank.lookup.embedder import Embedder
 from bank.lookup.signature import Curvature
-from bank.manifest import BaseModelId, EmbedderId, PosteriorRule, WeightRule
-from bank.models.folders import model_hash
+from bank.manifest import EmbedderId, PosteriorRule, WeightRule
+from bank.models.folders import base_model_id
 from bench.rig.architectures import byte_tokenizer, tiny_of
 
 WORLDS = ("surfing and the sea", "office planning", "growing roses", "chess openings", "baking bread", "old trains")
@@ -97,7 +97,7 @@ def tiny_bank(
     write_bank(
         folder,
         task="chat",
-        base_model=BaseModelId(name=name, hash=model_hash(model_folder)),
+        base_model=base_model_id(name, model_folder),
         embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
         common=common,
         user_rank=user_rank,

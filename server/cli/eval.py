@@ -61,14 +61,15 @@ def evaluate(
     from server.cli.progress import ConsoleProgress
     from server.settings import load_settings
 
-    kind = get_task(read_manifest(bank).task).kind
+    manifest = read_manifest(bank)
+    kind = get_task(manifest.task).kind
     chosen = parse_methods(methods) if methods else default_methods(kind)
     writing = parse_methods(write) if write else []
     if writing and kind != "text":
         raise typer.BadParameter(f"this bank's answers are {kind}, not free text", param_hint="--write")
     options = EvalOptions(tuple(dict.fromkeys([*chosen, *writing])), seeds, predict, sample, tuple(writing), texts)
     settings = load_settings(model=model, embedder=embedder)
-    folder = ensure_base_model(settings.model, settings.cache_dir)
+    folder = ensure_base_model(settings.model, settings.cache_dir, manifest.base_model)
     encoder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
     inputs = EvalInputs(users, bank, out, folder, encoder, people, only, last, profile, dtype, curves)
     with ConsoleProgress() as progress:

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
-from bank.models.folders import check_base_model, check_chat_template, ensure_base_model, model_config
+from bank.models.folders import check_base_model, ensure_base_model, model_config
 from bank.models.process_startup import cpu_flags
 from server.engine.cpu import native
 from server.engine_protocol import BASE_MODEL, PLUGIN
@@ -68,20 +68,18 @@ def is_cpu_build() -> bool:
 
 def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
     """Return the banks and the folder of the base model, fetched if missing; raise MtaError if one cannot be served."""
-    folders = settings.banks
+    banks = {folder: read_manifest(folder) for folder in settings.banks}
     if not settings.engine_keys:
         raise BankError("no engine key: set MTA_ENGINE_KEY to a long random text, the same for gateway and engine")
     for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
         if not entry_points(group=group, name=PLUGIN):
             raise BankError(f"the entry point {group}: {PLUGIN} is not installed: run `pip install .` again")
-    model_folder = ensure_base_model(settings.model, settings.cache_dir)
+    model_folder = ensure_base_model(settings.model, settings.cache_dir, next(iter(banks.values())).base_model)
     if is_cpu_build():
         _check_cpu(model_folder, model_config(model_folder))
-    banks = {folder: read_manifest(folder) for folder in folders}
     for folder, manifest in banks.items():
         verify_files(folder, manifest, (MATRIX_FILE,))
     check_base_model(model_folder, banks)
-    check_chat_template(model_folder)
     if is_cpu_build():
         native.build(settings.cache_dir)
     return list(banks.values()), model_folder

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bank.models.folders import model_config
+from bank.models.folders import model_config, prompt_hashes
 from bench.rig.engine import KEY, Engine, running_engine
 from bench.rig.processes import PATIENCE_S, command_line, descendants, paused, wait_until
 from bench.rig.valkey import ValkeyProcess
@@ -120,6 +120,10 @@ def test_its_status_waits_for_no_step_of_the_model(engine: Engine) -> None:
     with paused(core):
         status = engine.client.get("/mta/v1/status", timeout=20)
     assert status.json()["banks"] == engine.status()["banks"]
+
+
+def test_its_status_tells_the_prompts_of_its_model(engine: Engine, model: Path) -> None:
+    assert engine.status()["prompts"] == prompt_hashes(model)
 
 
 def test_a_request_that_waits_while_the_server_stands_still_is_answered(engine: Engine) -> None:

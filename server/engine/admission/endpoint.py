@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Set
 from contextlib import AsyncExitStack
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI
@@ -19,6 +20,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 
 from bank.errors import BankError
 from bank.manifest import read_manifest
+from bank.models.folders import prompt_hashes
 from server.engine import metrics
 from server.engine.admission.access import AccessMiddleware, Drain
 from server.engine.admission.prepare import AdapterNames, HoldNames, Manifests, Preparer
@@ -100,12 +102,14 @@ class MtaEndpointPlugin:
             from server.watching.otlp import SpanTracing
 
             tracing = SpanTracing()
+        prompts = prompt_hashes(Path(engine.model_config.model))
         Preparer(manifests, names, users, partial(metrics.timed, adapter_metrics.check), tracing).install()
         self._status = lambda: {
             "status": "ok",
             "model": engine.model_config.model,
             "max_model_len": engine.model_config.max_model_len,
             "banks": [manifest.fingerprint for manifest in manifests.values()],
+            "prompts": prompts,
             "max_lora_rank": args.max_lora_rank,
             "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
             "slots": args.max_loras,

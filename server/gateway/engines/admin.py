@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Any
 
@@ -49,6 +49,7 @@ class EngineState(AddressState):
 
     max_model_len: int | None = None
     banks: tuple[str, ...] = ()
+    prompts: Mapping[str, str] = field(default_factory=dict)  # of its model, by part; older engines do not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ class Engines:
         try:
             answer = orjson.loads(await self._call_private("GET", url, STATUS, timeout_s))
             context = int(answer["max_model_len"])
-            banks = tuple(map(str, answer["banks"]))
+            banks, prompts = tuple(map(str, answer["banks"])), dict(answer.get("prompts", {}))
             reported = {field.name: answer.get(field.name) for field in fields(EngineFigures)}
             figures = EngineFigures(**{name: None if n is None else int(n) for name, n in reported.items()})
         except EngineFault as fault:
@@ -171,7 +172,7 @@ class Engines:
         except (ValueError, TypeError, KeyError) as error:
             return EngineState(url, "not_an_mta_engine", f"its status response is invalid: {error}"), None
         self._seen.add(url)
-        return EngineState(url, "ok", None, context, banks), figures
+        return EngineState(url, "ok", None, context, banks, prompts), figures
 
     async def _call_private(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:
         """Return the response body of a private route; raise `EngineFault` if the HTTP status is not 200."""

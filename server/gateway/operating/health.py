@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
+from bank.manifest import BaseModelId
 from server.errors import ApiError
 from server.gateway.engines.admin import AddressState, Engines, EngineState
 from server.store.durability import CheckedStore, Durability
@@ -126,12 +126,14 @@ class ProbeResult:
 
 
 class Health:
-    """Probes the parts. `fingerprints` are the banks the engines must serve, `generating` an engine or router URL."""
+    """Probes the parts. `banks` are those that the engines must serve, by fingerprint, with the models they are for."""
 
-    def __init__(self, store: CheckedStore, engines: Engines, fingerprints: Sequence[str], *, generating: str) -> None:
+    def __init__(
+        self, store: CheckedStore, engines: Engines, banks: dict[str, BaseModelId], *, generating: str
+    ) -> None:
         self._store = store
         self._engines = engines
-        self._fingerprints = fingerprints
+        self._banks = banks
         self._generating = generating.rstrip("/")
         self.last: ProbeResult | None = None
         self._was_ready = False
@@ -143,7 +145,7 @@ class Health:
 
     async def probe(self) -> ProbeResult:
         store, engines, router = await asyncio.gather(self._probe_store(), self._probe_engines(), self._probe_router())
-        lacking = tuple(bank for bank in self._fingerprints if not any(bank in engine.banks for engine in engines))
+        lacking = tuple(bank for bank in self._banks if not any(bank in engine.banks for engine in engines))
         self._log_lacking(lacking if any(engine.banks for engine in engines) else ())
         generating = router or engines[self._engines.urls.index(self._generating)]
         self.last = ProbeResult(store, generating, engines, lacking, time.monotonic())
@@ -184,10 +186,14 @@ class Health:
         return tuple(self._with_bank_status(state) if state.status == "ok" else state for state in states)
 
     def _with_bank_status(self, state: EngineState) -> EngineState:
-        lacking = [bank[:8] for bank in self._fingerprints if bank not in state.banks]
+        for bank, base_model in self._banks.items():
+            if other := bank in state.banks and base_model.unlike(state.prompts):
+                detail = f"it has another {other} than bank {bank[:8]} was built with: start it with the bank's model"
+                return replace(state, status="other_prompts", detail=detail, banks=())
+        lacking = [bank[:8] for bank in self._banks if bank not in state.banks]
         if not lacking:
             return state
-        status = "other_bank" if len(lacking) == len(self._fingerprints) else "lacks_bank"
+        status = "other_bank" if len(lacking) == len(self._banks) else "lacks_bank"
         served = [bank[:8] for bank in state.banks]
         detail = f"it serves the banks {served}, but not {', '.join(lacking)}, which this gateway uses"
         return replace(state, status=status, detail=detail)

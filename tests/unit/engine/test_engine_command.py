@@ -22,7 +22,7 @@ from server.settings import Settings
 
 def bank(rank: int = 8, *modules: str) -> Any:
     shapes = [ModuleShape(f"layers.0.{module}", 64, 192) for module in modules or ("q_proj",)]
-    return SimpleNamespace(serving_rank=rank, target_modules=modules or ("q_proj",), modules=shapes)
+    return SimpleNamespace(serving_rank=rank, target_modules=modules or ("q_proj",), modules=shapes, base_model=None)
 
 
 @dataclass
@@ -70,11 +70,12 @@ def test_mixtures_of_experts_need_gpus(tmp_path: Path, monkeypatch: pytest.Monke
     for written, on_cpu, refused in ((config, True, True), (config, False, False), (DENSE, True, False)):
         (tmp_path / "config.json").write_text(json.dumps(written))
         monkeypatch.setattr("server.engine.command.is_cpu_build", lambda answer=on_cpu: answer)
+        monkeypatch.setattr("server.engine.command.read_manifest", lambda folder: bank(8, "q_proj"))
         settings = Settings(bank=tmp_path / "none", model=str(tmp_path), engine_key="k" * 32)  # type: ignore[arg-type]
         with pytest.raises(BankError) as caught:
             check_engine(settings)
         assert ("Mixture of Experts" in str(caught.value)) is refused
-        assert refused or "no bank" in str(caught.value)
+        assert refused or "lacks" in str(caught.value)
 
 
 @pytest.mark.parametrize("has_amx", [False, True])
@@ -84,9 +85,10 @@ def test_some_quantisations_need_amx(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(DENSE | {"quantization_config": stored}))
     monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: True)
+    monkeypatch.setattr("server.engine.command.read_manifest", lambda folder: bank(8, "q_proj"))
     monkeypatch.setattr("server.engine.command.cpu_flags", lambda: {"amx_tile"} if has_amx else set())
     settings = Settings(bank=tmp_path / "none", model=str(tmp_path), engine_key="k" * 32)  # type: ignore[arg-type]
-    with pytest.raises(BankError, match="no bank" if has_amx or "bits" in stored else "only on CPUs with AMX"):
+    with pytest.raises(BankError, match="lacks" if has_amx or "bits" in stored else "only on CPUs with AMX"):
         check_engine(settings)
 
 

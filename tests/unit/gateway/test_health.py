@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
+from bank.manifest import BaseModelId
 from server.gateway.engines.admin import EngineState
 from server.gateway.operating.health import Health, Readiness
 from server.gateway.operating.metrics import Metrics
 from server.store.durability import Durability, Memory
 
 ONE, OTHER = "a1" * 32, "b2" * 32
+MODEL = BaseModelId(name="tiny", hash="")
 NEVER: tuple[str, ...] = ("never",)
 
 
@@ -41,7 +43,19 @@ def store(memory: Memory | None = None, unserved: str | None = None) -> Any:
 
 def watching(store: Any, *banks: tuple[str, ...] | None) -> Health:
     engines: Any = Said(*banks)
-    return Health(store, engines, [ONE, OTHER], generating=engines.urls[0])
+    return Health(store, engines, dict.fromkeys((ONE, OTHER), MODEL), generating=engines.urls[0])
+
+
+async def test_an_engine_with_other_prompts_is_not_used() -> None:
+    built_for = MODEL.model_copy(update={"prompts": {"chat template": "1", "tokenizer": "2"}})
+    engines = Mock(urls=("http://engine",), probe=AsyncMock())
+    health = Health(store(), engines, {ONE: built_for}, generating="http://engine")
+    for template, status, readiness in (("1", "ok", Readiness.READY), ("3", "other_prompts", Readiness.NOT_READY)):
+        prompts = {"chat template": template, "tokenizer": "2"}
+        engines.probe.return_value = (EngineState("http://engine", "ok", None, 512, (ONE,), prompts),)
+        found = await health.probe()
+        assert (found.engines[0].status, found.readiness) == (status, readiness)
+    assert f"another chat template than bank {ONE[:8]}" in str(found.engines[0].detail)
 
 
 LACKING = "{} of 2 engines lack a bank that another engine has"
