@@ -145,9 +145,9 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
     slots = settings.max_loras or (_slots_on_cpu(settings, manifests) if on_cpu else settings.max_num_seqs)
     scheduler = "FairScheduler" if on_cpu else "FairAsyncScheduler"
     in_process = on_cpu and settings.tensor_parallel_size == 1
-    chosen = settings.default_sampling and settings.default_sampling.model_dump(exclude_none=True)
-    if chosen is None and settings.model == DEFAULT_MODEL:
-        chosen = DEFAULT_MODEL_SAMPLING
+    chosen: dict[str, Any] | None = DEFAULT_MODEL_SAMPLING if settings.model == DEFAULT_MODEL else None
+    if settings.default_sampling is not None:
+        chosen = settings.default_sampling.model_dump(exclude_none=True)
     return {
         "model": model_folder,
         "served-model-name": BASE_MODEL,

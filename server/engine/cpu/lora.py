@@ -71,7 +71,7 @@ class Rows:
         indices = indices[np.argsort(row_slots[indices], kind="stable")]
         chosen = row_slots[indices]
         parts = (indices.astype(np.int32), chosen.astype(np.int32), table.a_slots[chosen], table.ranks[chosen])
-        return cls(*map(torch.from_numpy, parts), needed)
+        return cls(*map(torch.from_numpy, parts), needed=needed)
 
     @property
     def for_kernel(self) -> tuple[torch.Tensor | int, ...]:

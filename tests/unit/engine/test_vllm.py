@@ -119,8 +119,7 @@ def test_vllm_takes_the_options_that_the_engine_is_started_with(monkeypatch: pyt
 
 
 def test_a_grammar_repeats_no_more_than_gateways_allow() -> None:
-    import xgrammar
-
+    xgrammar = pytest.importorskip("xgrammar")
     letters = [*map(chr, range(32, 127)), "</s>"]
     compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo(letters, stop_token_ids=[len(letters) - 1]))
     for pattern in (f"a{{{MAX_REPEATS}}}", f"(a{{1,{MAX_REPEATS}}}){{{MAX_REPEATS}}}"):
