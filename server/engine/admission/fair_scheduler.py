@@ -1,8 +1,10 @@
 """Fair scheduling while adapters are being fused, or when more recipes wait than there are slots.
 
 A step waits for the fusions of all its requests, so a request is held back until its adapter is fused, if another one
-can run. vLLM admits requests with a slot ahead of requests without one, for as long as such requests arrive. If a
-request waits too long, a slot is therefore drained: that of the recipe with the fewest running requests.
+can run. A request whose fusion keeps failing ends with an error: within a step, such a failure would end the engine.
+
+vLLM admits requests with a slot ahead of requests without one, for as long as such requests arrive. If a request waits
+too long, a slot is therefore drained: that of the recipe with the fewest running requests.
 """
 
 from __future__ import annotations
@@ -53,11 +55,16 @@ class FairScheduler(Scheduler):  # type: ignore[misc]
         held = held_back(self.waiting, self.running, self.lora_config.max_loras, time.time())
         if self.adapter_manager is None:
             return held
-        personal = [request for request in self.waiting if request.lora_request]
-        unfused = self.adapter_manager.unfused([request.lora_request for request in personal])
-        if not self.running and all(_adapter_id(request) in unfused for request in self.waiting):
-            unfused.discard(_adapter_id(next(iter(self.waiting))))  # nothing else can run: wait for the first
-        return held | {request for request in personal if _adapter_id(request) in unfused}
+        ending: set[str] = self.grammar_compile_error_reqs  # vLLM ends these requests with an error after the step
+        waiting = [request for request in self.waiting if request.request_id not in ending]
+        adapters = [request.lora_request for request in waiting if request.lora_request]
+        unfused = self.adapter_manager.unfused(adapters)
+        if not self.running and waiting and all(_adapter_id(request) in unfused for request in waiting):
+            self.adapter_manager.wait_for(adapters[0])  # nothing else can run
+            unfused.discard(adapters[0].lora_int_id)
+        failed = self.adapter_manager.failed(adapters)
+        ending |= {request.request_id for request in waiting if _adapter_id(request) in failed}
+        return held | {each for each in self.waiting if _adapter_id(each) in unfused or each.request_id in ending}
 
 
 class FairAsyncScheduler(FairScheduler, AsyncScheduler):  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """The adapter manager of a worker: it sums the bank rows of each recipe and writes the sum into a slot.
 
-The arrival of a request starts its fusion (`prefetch.py`), which cannot fail, as the name was checked before admission.
+The arrival of a request starts its fusion (`prefetch.py`). The name was checked before admission; should a fusion fail
+all the same, the request ends before a step needs it (`admission/fair_scheduler.py`).
 The step that runs the request writes the sum into a slot (`_apply_adapters`, `slots.py`). The manager never evicts an
 adapter of the running batch, and never serves an id with another recipe.
 """
@@ -44,6 +45,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     _users: dict[str, bytes]  # serialised user adapters by the name of the stacked recipe
     _prefetcher: FusionPrefetcher[FlatLora]
     _pinned: bool
+    _waited_s: float = 0.0  # for the next adapter, before its step
     _sum_transposed: TransposedSum | None = None
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
@@ -77,6 +79,17 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         needed = {request.lora_int_id: request.lora_name for request in requests if self._needs_fusion(request)}
         unfinished = self._prefetcher.unfinished(needed.values())
         return {lora_id for lora_id, name in needed.items() if name in unfinished}
+
+    def wait_for(self, request: LoRARequest) -> None:
+        """Wait until the fusion of an adapter that the next step needs has ended."""
+        start = time.perf_counter()
+        self._prefetcher.wait(request.lora_name)
+        self._waited_s = time.perf_counter() - start
+
+    def failed(self, requests: Sequence[LoRARequest]) -> set[int]:
+        """Return the ids of the adapters whose fusion failed, once; later requests try again."""
+        failed = self._prefetcher.take_failed([request.lora_name for request in requests])
+        return {request.lora_int_id for request in requests if request.lora_name in failed}
 
     def _needs_fusion(self, request: LoRARequest) -> bool:
         """Return whether a request's recipe is missing from the CPU tier; safe in any thread."""
@@ -122,7 +135,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             slots.touch(lora_id)
         self._prefetcher.prioritise([request.lora_name for request in wanted.values() if self._needs_fusion(request)])
         for lora_id, request in wanted.items():
-            start = time.perf_counter()
+            start, self._waited_s = time.perf_counter() - self._waited_s, 0.0
             self.add_adapter(request)
             if slots.activate_adapter(lora_id):
                 self.metrics.bring_in.observe(time.perf_counter() - start)
@@ -136,7 +149,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
                 return False
             slots.remove_adapter(lora_id)  # never serve the former recipe of a reused id
         if is_recipe_name(name):
-            self._register(self._model_of(lora_id, name, self._prefetcher.result(name)))
+            self._register(self._model_of(lora_id, name, self._prefetcher.wait(name).result()))
             self._prefetcher.discard(name)
         else:
             with timed(self.metrics.load):
@@ -153,6 +166,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     def hold(self, name: str, raw: bytes) -> None:
         """Keep the checked user adapter of a stacked recipe until `release`, and start to fuse the recipe."""
         self._users[name] = raw
+        self._prefetcher.take_failed([name])  # a fusion without these bytes
         self._prefetcher.start(name)
 
     def release(self, names: Sequence[str]) -> None:

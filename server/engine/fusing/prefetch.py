@@ -6,6 +6,7 @@ the request is scheduled. A step that needs an adapter waits for its fusion and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
@@ -16,6 +17,8 @@ import torch
 Fused = TypeVar("Fused")
 
 MAX_PREFETCHED = 32  # maximum number of queued, running and finished fusions; further requests start as space frees
+MAX_ATTEMPTS = 2  # at a fusion; then the requests that wait for it end with an error
+log = logging.getLogger("mta.engine")
 
 
 def _compute_with(threads: int) -> None:
@@ -56,14 +59,23 @@ class FusionPrefetcher(Generic[Fused]):
             self._queue_all(first)
             self._futures = {name: self._futures[name] for name in first} | self._futures
 
-    def result(self, name: str) -> Fused:
-        """Prioritise a recipe, wait for its fusion and return the adapter; the caller then calls `discard`.
+    def wait(self, name: str) -> Future[Fused]:
+        """Prioritise a recipe, and return its fusion when it has ended; who takes the adapter then calls `discard`.
 
         The fusing thread runs even a fusion that has not started. On a machine with busy cores, the caller's several
         threads would take many times as long.
         """
         self.prioritise([name])
-        return self._futures[name].result()
+        fusion = self._futures[name]
+        fusion.exception()
+        return fusion
+
+    def take_failed(self, names: Iterable[str]) -> set[str]:
+        """Return the recipes whose fusion failed, and forget that it did: later requests try again."""
+        with self._lock:
+            failed = {name for name in names if name in self._futures and _has_failed(self._futures[name])}
+            self._futures = {name: fusion for name, fusion in self._futures.items() if name not in failed}
+        return failed
 
     def discard(self, name: str) -> None:
         """Drop the result; the manager now holds the adapter."""
@@ -83,14 +95,13 @@ class FusionPrefetcher(Generic[Fused]):
         """Names of the recipes whose fusion is queued, running or finished without an error."""
         with self._lock:
             futures = list(self._futures.items())
-        return [name for name, future in futures if not future.done() or future.exception() is None]
+        return [name for name, future in futures if not _has_failed(future)]
 
     def _queue_all(self, names: Sequence[str]) -> None:
-        """Queue new and failed recipes; evict the oldest others when full."""
+        """Queue new recipes; evict the oldest others when full."""
         others = [name for name in self._futures if name not in names]
         for name in names:
-            future = self._futures.get(name)
-            if future is None or (future.done() and future.exception() is not None):
+            if name not in self._futures:
                 if len(self._futures) >= MAX_PREFETCHED and others:
                     self._futures.pop(others.pop(0)).cancel()
                 self._queue(name)
@@ -107,7 +118,15 @@ class FusionPrefetcher(Generic[Fused]):
             if future is None:
                 return
             future.set_running_or_notify_cancel()
-        try:
-            future.set_result(self._fuse(name))
-        except BaseException as error:
-            future.set_exception(error)
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                future.set_result(self._fuse(name))
+                return
+            except BaseException as error:
+                log.exception("the fusion of %s failed, attempt %d", name.partition(":u-")[0], attempt)
+                if attempt == MAX_ATTEMPTS:
+                    future.set_exception(error)
+
+
+def _has_failed(future: Future[Fused]) -> bool:
+    return future.done() and future.exception() is not None

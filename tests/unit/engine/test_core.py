@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from adapters.flat import FlatLora
 from bench.rig.processes import PATIENCE_S
 from server.engine import patches
 from server.engine.admission import fair_scheduler
@@ -28,6 +31,8 @@ from server.engine.admission.fair_scheduler import FairScheduler, held_back
 from server.engine.command import preloads
 from server.engine.cpu.core import in_this_process, with_restarting_generator
 from server.engine.fusing.manager import prefetch_on_arrival
+from tests.unit.engine.test_fusing_manager import CountingManager
+from tests.unit.engine.test_fusing_manager import recipe as request_of
 
 
 def test_a_models_class_is_inspected_in_the_engines_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +124,7 @@ class Asked:
         self.recipe = recipe
         self.lora_request = SimpleNamespace(lora_int_id=recipe) if recipe else None
         self.arrival_time = NOW - waited_s
+        self.request_id = f"{id(self)}"
 
 
 LONG = fair_scheduler.PATIENCE_S + 1
@@ -148,6 +154,7 @@ class Bare(FairScheduler):
     def __init__(self, waiting: list[Any], running: list[Any]) -> None:
         self.lora_config = SimpleNamespace(max_loras=SLOTS)
         self.waiting, self.running = FCFSRequestQueue(waiting), list(running)
+        self.grammar_compile_error_reqs: set[str] = set()
 
 
 @pytest.fixture
@@ -200,7 +207,7 @@ def test_who_is_left_out_of_a_step_keeps_their_place(
     requests = [Asked(*request) for request in waiting]
     left = [request for place, request in enumerate(requests) if place not in admitted]
     fair = Bare(requests, running)
-    fair.adapter_manager = fuser = MagicMock()
+    fair.adapter_manager = fuser = MagicMock(**{"failed.return_value": set()})
     fuser.unfused.side_effect = lambda asked: unfused & {request.lora_int_id for request in asked}
     assert fair.schedule() == [requests[place] for place in admitted]
     assert list(fair.waiting) == left
@@ -208,6 +215,33 @@ def test_who_is_left_out_of_a_step_keeps_their_place(
     if running is not FULL:
         fuser.unfused.side_effect = lambda asked: set()
         assert fair.schedule() == left
+
+
+class FailingManager(CountingManager):
+    """Cannot fuse recipe 9."""
+
+    def _flat(self, name: str) -> FlatLora:
+        flat = super()._flat(name)
+        if name == request_of(9).lora_name:
+            raise MemoryError
+        return flat
+
+
+@pytest.mark.usefixtures("only_slots_count")
+@pytest.mark.parametrize("running", [FULL[:1], []], ids=["beside others", "alone"])
+def test_requests_whose_fusion_fails_twice_end_alone(running: list[Any]) -> None:
+    """vLLM sends the error once the step is over; until then it may schedule another step."""
+    requests = [Asked(number) for number in (9, 10, 9)]
+    for request in requests:
+        request.lora_request = request_of(request.recipe)  # type: ignore[assignment]
+    fair, manager, admitted = Bare(requests, running), FailingManager(), []
+    fair.adapter_manager = manager
+    ending, deadline_s = fair.grammar_compile_error_reqs, time.monotonic() + PATIENCE_S
+    while (len(ending) < 2 or not admitted) and time.monotonic() < deadline_s:
+        admitted += fair.schedule()
+    assert ending == {requests[0].request_id, requests[2].request_id}
+    assert (admitted, fair.schedule(), list(fair.waiting)) == ([requests[1]], [], [requests[0], requests[2]])
+    assert Counter(manager.fused) == {request_of(9).lora_name: 2, request_of(10).lora_name: 1}
 
 
 def test_an_arriving_request_starts_its_fusion_in_the_engine_core(monkeypatch: pytest.MonkeyPatch) -> None:

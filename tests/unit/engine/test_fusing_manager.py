@@ -207,7 +207,7 @@ def test_the_fusing_thread_computes_alone_also_where_vllm_has_disabled_the_setti
     torch.set_num_threads(2)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     try:
-        assert FusionPrefetcher(lambda name: torch.get_num_threads()).result("x") == 1
+        assert FusionPrefetcher(lambda name: torch.get_num_threads()).wait("x").result() == 1
         assert torch.get_num_threads() == 2
     finally:
         torch._C.set_num_threads(threads)
@@ -223,7 +223,7 @@ def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for()
     wait(prefetcher._futures.values(), PATIENCE_S)
     assert not prefetcher.unfinished(["old 1", "new"])
     assert prefetcher.names == [*(f"old {number}" for number in range(1, MAX_PREFETCHED)), "new"]
-    assert prefetcher.result("old 0") == "OLD 0"
+    assert prefetcher.wait("old 0").result() == "OLD 0"
     assert len(prefetcher.names) == MAX_PREFETCHED
 
 
@@ -234,7 +234,7 @@ def test_of_more_that_wait_than_are_kept_the_first_are_fused_and_the_next_as_the
         wait(prefetcher._futures.values(), PATIENCE_S)
         assert prefetcher.unfinished(waiting[taken:]) == set(waiting[taken + MAX_PREFETCHED :])
         assert prefetcher.names == waiting[taken : taken + MAX_PREFETCHED]
-        prefetcher.result(waiting[taken])
+        prefetcher.wait(waiting[taken]).result()
         prefetcher.discard(waiting[taken])
 
 
@@ -259,13 +259,40 @@ def test_who_waits_is_unfused_until_their_adapter_is_ready(manager: CountingMana
     assert manager.fused == names_of(1, 2)
 
 
-def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
-    fuse = MagicMock(side_effect=[KeyError("its user adapter was on its way out, and came back"), "fused"])
-    prefetcher = FusionPrefetcher[str](fuse)
+def test_a_fusion_that_failed_once_is_tried_again() -> None:
+    prefetcher = FusionPrefetcher[str](MagicMock(side_effect=[MemoryError, "fused"]))
     prefetcher.start("x")
-    wait(prefetcher._futures.values(), PATIENCE_S)
+    assert prefetcher.wait("x").result() == "fused"
+
+
+def test_a_fusion_that_failed_twice_is_new_for_a_later_request() -> None:
+    prefetcher = FusionPrefetcher[str](MagicMock(side_effect=[MemoryError, MemoryError, "fused"]))
+    prefetcher.start("x")
+    assert isinstance(prefetcher.wait("x").exception(), MemoryError)
     assert prefetcher.names == []
-    assert prefetcher.result("x") == "fused"
+    assert prefetcher.unfinished(["x"]) == set()  # it is not tried a third time
+    assert (prefetcher.take_failed(["x", "y"]), prefetcher.take_failed(["x"])) == ({"x"}, set())
+    assert prefetcher.wait("x").result() == "fused"
+
+
+def test_an_adapter_whose_bytes_came_late_is_fused_again(
+    manager: CountingManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = stacked("a")
+    monkeypatch.setattr(manager, "_flat", lambda name: (manager._users[name], FlatLora((), (), torch.zeros(0, 8)))[1])
+    manager.wait_for(late)
+    manager.hold(late.lora_name, b"")
+    manager._apply_adapters({late})
+    assert manager.resident() == [late.lora_name]
+
+
+def test_a_wait_before_the_step_counts_for_its_first_adapter(manager: CountingManager) -> None:
+    manager.wait_for(recipe(1))
+    assert manager._waited_s > 0
+    manager._waited_s = 1000.0
+    manager._apply_adapters({recipe(1), recipe(2)})
+    found = re.search(r"^mta_engine_bring_in_seconds_sum (\S+)$", manager.metrics.text, re.MULTILINE)
+    assert found and 1000 <= float(found[1]) < 2000
 
 
 @pytest.mark.parametrize("method", ["shared", "cat"])
@@ -291,7 +318,7 @@ def test_on_a_gpu_the_thread_that_fuses_pins_whatever_is_copied_to_a_slot(
         return tensor
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    flat = manager._prefetcher.result(name)
+    flat = manager._prefetcher.wait(name).result()
     assert {pinned.get(tensor.data_ptr()) for tensor in (flat.b, *flat.a)} == {"mta-fuse"}
 
 
