@@ -149,13 +149,17 @@ struct Layer {
 //   slots      [n] int32, slot with the row's B
 //   a_slots    [n] int32, slot with the row's A, which adapters may share
 //   ranks      [n] int32, rank of the row's adapter, capped at R
+//   needed     one more than the highest index in `rows`, found once a step for all layers
 void lora_linear_(
     at::Tensor& y, const at::Tensor& x, at::TensorList a, at::TensorList b,
-    const at::Tensor& rows, const at::Tensor& slots, const at::Tensor& a_slots, const at::Tensor& ranks) {
+    const at::Tensor& rows, const at::Tensor& slots, const at::Tensor& a_slots, const at::Tensor& ranks, int64_t needed) {
   const Layer layer(a, b);
   TORCH_CHECK(y.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16, "x and y must be bf16");
   TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && y.stride(1) == 1 && x.stride(1) == 1 && x.size(1) == layer.h_in,
               "x must be [N, H_in] and y [N, H_out], dense in each row");
+  TORCH_CHECK(needed <= std::min(x.size(0), y.size(0)), "the step has adapters up to row ", needed - 1, ", x has ",
+              x.size(0), " rows and y ", y.size(0));
+  TORCH_CHECK(layer.width <= y.size(1) + layer.h_in * int64_t(a.size()), "B has more outputs than y");
   const auto row = rows.const_data_ptr<int32_t>(), slot = slots.const_data_ptr<int32_t>();
   const auto a_slot = a_slots.const_data_ptr<int32_t>(), rank = ranks.const_data_ptr<int32_t>();
   const auto inputs = static_cast<const bf16*>(x.const_data_ptr());
@@ -190,13 +194,14 @@ void lora_linear_(
 //   the others as for lora_linear_, with at most FEW rows; all are empty for the layer alone
 at::Tensor linear(
     const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias, at::TensorList a, at::TensorList b,
-    const at::Tensor& rows, const at::Tensor& slots, const at::Tensor& a_slots, const at::Tensor& ranks) {
+    const at::Tensor& rows, const at::Tensor& slots, const at::Tensor& a_slots, const at::Tensor& ranks, int64_t needed) {
   TORCH_CHECK(w.dim() == 4 && w.is_contiguous() && w.scalar_type() == at::kBFloat16, "w must be packed bf16");
   const int64_t n = x.size(0), h_in = 2 * w.size(1), h_out = LANES * w.size(0), adapted = rows.size(0);
   TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1 && x.size(1) == h_in && x.scalar_type() == at::kBFloat16,
               "x must be [N, H_in] bf16, dense in each row");
   TORCH_CHECK(!bias || (bias->is_contiguous() && bias->size(0) == h_out && bias->scalar_type() == at::kBFloat16),
               "bias must be [H_out] bf16");
+  TORCH_CHECK(needed <= n, "the step has adapters up to row ", needed - 1, ", x has ", n, " rows");
   TORCH_CHECK(!adapted || n <= FEW, "at most ", FEW, " rows may have adapters, got ", n);
   std::optional<Layer> layer;
   if (adapted) layer.emplace(a, b);
@@ -298,10 +303,10 @@ at::Tensor weighted_sum_transposed(
 TORCH_LIBRARY(mta_cpu, library) {
   library.def(
       "lora_linear_(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor rows, Tensor slots, Tensor a_slots, "
-      "Tensor ranks) -> ()");
+      "Tensor ranks, int needed) -> ()");
   library.def(
       "linear(Tensor x, Tensor w, Tensor? bias, Tensor[] a, Tensor[] b, Tensor rows, Tensor slots, Tensor a_slots, "
-      "Tensor ranks) -> Tensor");
+      "Tensor ranks, int needed) -> Tensor");
   library.def(
       "weighted_sum_transposed(Tensor rows, int[] chosen, float[] weights, int rank, Tensor? packed=None, "
       "Tensor? scales=None) -> Tensor");

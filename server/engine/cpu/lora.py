@@ -58,6 +58,7 @@ class Rows:
     slots: torch.Tensor  # slot with the row's adapter
     a_slots: torch.Tensor  # slot with the adapter's A, equal for all adapters that share it
     ranks: torch.Tensor  # rank of the adapter
+    needed: int  # number of rows that a layer must have
 
     @classmethod
     def from_slots(cls, slots: torch.Tensor, table: SlotTable) -> Rows | None:
@@ -66,14 +67,15 @@ class Rows:
         indices = np.flatnonzero(row_slots >= 0)
         if not len(indices):
             return None
+        needed = int(indices[-1]) + 1
         indices = indices[np.argsort(row_slots[indices], kind="stable")]
         chosen = row_slots[indices]
         parts = (indices.astype(np.int32), chosen.astype(np.int32), table.a_slots[chosen], table.ranks[chosen])
-        return cls(*(torch.from_numpy(part) for part in parts))
+        return cls(*map(torch.from_numpy, parts), needed=needed)
 
     @property
-    def for_kernel(self) -> tuple[torch.Tensor, ...]:
-        return self.indices, self.slots, self.a_slots, self.ranks
+    def for_kernel(self) -> tuple[torch.Tensor | int, ...]:
+        return self.indices, self.slots, self.a_slots, self.ranks, self.needed
 
     @cached_property
     def groups(self) -> list[tuple[int, int, torch.Tensor]]:

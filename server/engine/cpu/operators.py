@@ -20,7 +20,7 @@ from server.settings import Settings
 
 LANES = 16  # outputs side by side in packed weights, as in lora.cpp
 FEW = 32  # rows up to which `linear` also adds adapters
-_NO_ROWS = (torch.empty(0, dtype=torch.int32),) * 4
+_NO_ROWS = (*(torch.empty(0, dtype=torch.int32),) * 4, 0)
 
 
 def install() -> None:
@@ -76,7 +76,7 @@ def multiplied(
     packed: torch.Tensor,
     bias: torch.Tensor | None,
     adapters: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] = ((), ()),
-    rows: Sequence[torch.Tensor] = _NO_ROWS,
+    rows: Sequence[torch.Tensor | int] = _NO_ROWS,
 ) -> torch.Tensor:
     """Return x Wᵀ + bias [..., H_out], plus what the adapters of `rows` add."""
     y: torch.Tensor = linear()(x.reshape(-1, x.shape[-1]), packed, bias, *adapters, *rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,7 +85,7 @@ def layer_of(step: Step) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, 
 
 def wrapper_of(step: Step) -> CpuLoRA:
     slots = len(step.tenants)
-    wrapper = CpuLoRA(64, max_batches=64, device=torch.device("cpu"))
+    wrapper = CpuLoRA(1024, max_batches=64, device=torch.device("cpu"))
     wrapper.table = SlotTable(slots)
     for slot, (rank, shares) in enumerate(step.tenants):
         wrapper.table.update(slot, rank, ("bank", rank) if shares else None)
@@ -139,6 +140,17 @@ def test_numbers_that_are_none_do_not_spread_and_without_adapters_nothing_is_add
     for without in (fresh, wrapper):
         without.add_lora_linear(unchanged, x, *layer, 1.0, step.h_out)
         assert not unchanged.any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "refused"),
+    [(999, 48, "up to row 999, x has 999 rows"), (1000, 47, "B has more outputs than y"), (1000, 48, None)],
+)
+def test_a_layer_without_a_steps_rows_or_outputs_is_refused(rows: int, outputs: int, refused: str | None) -> None:
+    step = Step((0, *[-1] * 998, 0), ((8, False),), 8, 64, (16, 32), dtype=torch.bfloat16)
+    x, y = torch.ones(rows, 64).bfloat16(), torch.zeros(rows, outputs).bfloat16()
+    with pytest.raises(RuntimeError, match=refused) if refused else nullcontext():
+        wrapper_of(step).add_lora_linear(y, x, *layer_of(step), 1.0, step.h_out)
 
 
 def test_a_vllm_with_an_operation_that_nobody_knows_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,13 +127,14 @@ def test_what_cannot_be_packed_stays_as_vllm_has_it(weight: torch.Tensor) -> Non
 
 def test_the_operator_refuses_what_does_not_fit(linear: Any) -> None:
     none, x, w = operators._NO_ROWS, torch.ones(2, 16).bfloat16(), pack(torch.ones(32, 16).bfloat16())
-    rows = tuple(torch.zeros(1, dtype=torch.int32) for _ in range(4))
+    rows = (*(torch.zeros(1, dtype=torch.int32) for _ in range(4)), 1)
     a, b = torch.zeros(1, 1, 8, 16).bfloat16(), torch.zeros(1, 1, 8, 16).bfloat16().transpose(2, 3)
     for wrong, why in (
         ((x[:, 1:], w, None, [], [], *none), "x must be"),
         ((x, w[0], None, [], [], *none), "w must be"),
         ((x, w, torch.ones(31).bfloat16(), [], [], *none), "bias must be"),
         ((x, w, None, [a], [b], *rows), "A and B must fit w"),
+        ((x, w, None, [a], [b], *rows[:4], 3), "adapters up to row 2, x has 2 rows"),
         ((torch.ones(FEW + 1, 16).bfloat16(), w, None, [a], [b], *rows), "at most 32 rows"),
     ):
         with pytest.raises(RuntimeError, match=why):
