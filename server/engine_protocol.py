@@ -11,7 +11,8 @@ BASE_MODEL = "base"  # model name under which engines serve the base model
 
 STATUS = "/mta/v1/status"
 """GET: the engine's status: `banks` (fingerprints), `max_model_len` (tokens), `max_num_seqs` (sequences per batch),
-`slots` (recipes per batch) and, if known, `slots_taken`, `prepares` and `fuses`."""
+`slots` (recipes per batch), `sampling` (of requests that set none, in OpenAI's and vLLM's fields; older engines do not
+report it) and, if known, `slots_taken`, `prepares` and `fuses`."""
 
 RESIDENT = "/mta/v1/resident"  # GET: adapters that the workers hold, for operators
 DROP = "/mta/v1/drop"  # POST `{"user_key"}`: drop the adapters of a user

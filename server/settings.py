@@ -8,12 +8,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, Field, Json, SecretStr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapters.errors import MtaError, excerpt
 
+MAX_INT32 = (1 << 31) - 1  # largest token id and token count: engines use 32-bit integers
 MAX_ITEM_BYTES = 64 << 10  # maximum size of a profile item, as JSON
 _COMPOSE_ONLY = ("MTA_ADMIN_KEY", "MTA_BANK_DIR", "MTA_GRAFANA_PORT", "MTA_PORT_2")  # read only by docker-compose.yml
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110, section 5.6.2
@@ -26,6 +27,19 @@ def _user_folder(variable: str, fallback: str) -> Path:
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+class Sampling(BaseModel, frozen=True, extra="forbid"):
+    """How tokens are drawn; None means not set."""
+
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Only the likeliest tokens of this total probability.")
+    top_k: int | None = Field(None, ge=0, le=MAX_INT32, description="Only so many of the likeliest tokens; 0: all.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Only tokens this likely, relative to the likeliest.")
+    repetition_penalty: float | None = Field(None, gt=0, le=2, description="Above 1: repeat less.")
+
+    def __str__(self) -> str:
+        return self.model_dump_json(exclude_none=True)
 
 
 class Settings(BaseSettings):
@@ -89,6 +103,9 @@ class Settings(BaseSettings):
         description="Headers that may name the user on OpenAI's routes, comma-separated; the first that is not empty "
         "counts.",
     )
+    default_max_tokens: int = Field(
+        1024, ge=1, le=MAX_INT32, description="Maximum tokens of an answer whose request sets none, if they fit."
+    )
     max_prompt_chars: int = Field(200_000, gt=0, description="Maximum length of a prompt, in characters.")
     key_requests: int = Field(0, ge=0, description="Requests a minute per API key; 0: no limit.")
     key_tokens: int = Field(0, ge=0, description="Tokens a minute per API key, prompts included; 0: no limit.")
@@ -137,6 +154,11 @@ class Settings(BaseSettings):
     )
     max_cpu_loras: int = Field(64, ge=1, description="Maximum fused adapters in the worker's memory, slots included.")
     max_model_len: int | None = Field(None, gt=0, description="Context length in tokens; default: the model's own.")
+    default_sampling: Json[Sampling] | None = Field(
+        None,
+        description="Sampling if a request sets none: temperature, top_p, top_k, min_p, repetition_penalty, as JSON. "
+        "Default: the model's generation_config.json; for the default model temperature 0.2 and top_p 0.9.",
+    )
     max_num_seqs: int = Field(32, ge=1, description="Maximum requests in a batch.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB; vLLM uses whole GiB, at least 1.")
     engine_gpu_share: float | None = Field(
@@ -213,6 +235,7 @@ def load_settings(**given: object) -> Settings:
         return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
-        variable = f"MTA_{first['loc'][0]}".upper() if first["loc"] else "MTA_*"
+        name, *inside = first["loc"] or "*"
+        variable = ".".join([f"MTA_{name}".upper(), *map(str, inside)])
         shown = "" if "secret" in variable.lower() or "key" in variable.lower() else f", got {excerpt(first['input'])}"
         raise MtaError(f"{variable}: {first['msg']}{shown} (`mta settings` lists all)") from None

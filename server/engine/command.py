@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from pydantic import SecretStr
 
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
-from bank.models.folders import check_base_model, check_chat_template, ensure_base_model, model_config
+from bank.models.folders import DEFAULT_MODEL, check_base_model, check_chat_template, ensure_base_model, model_config
 from bank.models.process_startup import cpu_flags
 from server.engine.cpu import native
 from server.engine_protocol import BASE_MODEL, PLUGIN
@@ -26,6 +27,7 @@ from server.watching.tracing import TRACES_PATH
 T = TypeVar("T")
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # experts per layer
+DEFAULT_MODEL_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # its own file has none; at 1 it writes junk
 FORWARDED = ("bank", "next_bank", "cache_dir", "redis_url", "drain_s", "otlp_endpoint")
 """Settings that vLLM's processes read from their environment."""
 
@@ -145,6 +147,9 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
     slots = settings.max_loras or (_slots_on_cpu(settings, manifests) if on_cpu else settings.max_num_seqs)
     scheduler = "FairScheduler" if on_cpu else "FairAsyncScheduler"
     in_process = on_cpu and settings.tensor_parallel_size == 1
+    chosen: dict[str, Any] | None = DEFAULT_MODEL_SAMPLING if settings.model == DEFAULT_MODEL else None
+    if settings.default_sampling is not None:
+        chosen = settings.default_sampling.model_dump(exclude_none=True)
     return {
         "model": model_folder,
         "served-model-name": BASE_MODEL,
@@ -161,7 +166,9 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
         "scheduler-cls": f"server.engine.admission.fair_scheduler.{scheduler}",
         "worker-extension-cls": "server.engine.fusing.manager.WorkerExtension",
         "language-model-only": [],  # gateways send text: do not load what a multimodal model has for images
-        "generation-config": "vllm",  # ignore the sampling defaults in the model folder
+        "generation-config": "auto" if chosen is None else "vllm",  # with the model's own sampling, or with none
+        # Without the model's own length: vLLM would cut every answer to it.
+        "override-generation-config": json.dumps({"max_new_tokens": None} | (chosen or {})),
         # Routers drop the request option; the gateway reads the prompt length from the usage in every chunk.
         "enable-force-include-usage": [],
         "otlp-traces-endpoint": settings.otlp_endpoint.rstrip("/") + TRACES_PATH if settings.otlp_endpoint else None,

@@ -191,6 +191,7 @@ async def open_gateway(
                     limiter=limiter,
                     queue=queue,
                     max_prompt_chars=settings.max_prompt_chars,
+                    default_max_tokens=settings.default_max_tokens,
                 ),
                 limiter=limiter,
                 health=health,

@@ -23,6 +23,7 @@ from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequ
 from tests.support.fake_engine import FakeEngine, Knobs
 
 CONTEXT = 512
+SAMPLING = {"temperature": 0.7, "top_k": 50}  # of `tiny_engine`
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ async def refusal(client: EngineClient, request: EngineRequest, kind: type[MtaEr
 def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path) -> Iterator[Subject]:
     if request.param == "fake":
         banks = (read_manifest(tiny_bank_folder).fingerprint,)
-        fake = FakeEngine(Knobs(banks, token_delay_s=0.002, strict=True)).start()
+        fake = FakeEngine(Knobs(banks, token_delay_s=0.002, strict=True, sampling=SAMPLING)).start()
         yield Subject(
             fake.url,
             tiny_bank_folder,
@@ -199,6 +200,19 @@ async def test_a_prompt_beyond_the_context_is_refused(client: EngineClient, subj
     assert str(CONTEXT) in error.message
 
 
+@pytest.mark.parametrize("prompt", [None, "x" * 400])
+async def test_a_length_up_to_the_context_is_cut_to_what_the_prompt_leaves(
+    client: EngineClient, subject: Subject, prompt: str | None
+) -> None:
+    request = replace(ask(subject.recipe().name, max_tokens=CONTEXT, text="x" * 400), prompt=prompt, stream=False)
+    async with client.generate(request) as stream:
+        async for _ in stream:
+            pass
+    assert (stream.finish_reason, stream.usage["total_tokens"]) == ("length", CONTEXT)
+    longer = replace(request, sampling={**request.sampling, "max_tokens": CONTEXT + 1})
+    assert (await refusal(client, longer, InvalidRequest)).param == "max_tokens"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_prompt_length_is_known_at_the_first_token_and_leaving_early_aborts(
     client: EngineClient, subject: Subject, stream: bool
@@ -253,6 +267,7 @@ async def test_its_status_is_understood_and_a_wrong_key_blames_the_gateway(
         engines = Engines(session, [subject.url], key)
         (state,) = await engines.probe(PATIENCE_S)
         assert (state.status, state.banks, engines.context) == (status, banks, context)
+        assert engines.sampling == (SAMPLING if context else {})
 
 
 async def test_what_engines_have_together_stays_known_while_they_are_away(session: aiohttp.ClientSession) -> None:

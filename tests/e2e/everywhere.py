@@ -268,7 +268,13 @@ class TestReading:
         question = {"user": "rosa", "prompt": "Rain?", "maxTokens": 9, "temperature": 0, "history": 0, "strength": 1}
         body = reading("snippets", "m.asBody(v[0])", question)
         assert (body["learn"], body["history"], "strength" in body) == (False, 0, False)
-        assert 'extra_body={"history": 0, "learn": False}' in reading("snippets", "m.asPython(v[0])", question)
+        code = reading("snippets", "m.asPython(v[0])", question)
+        assert 'extra_body={"history": 0, "learn": False}' in code and "    temperature=0,\n" in code
+
+    def test_what_is_left_to_the_server_is_not_sent(self, reading: Reading) -> None:
+        question = {"user": "rosa", "prompt": "Rain?", "maxTokens": None, "temperature": None, "history": 0}
+        assert not {"max_tokens", "temperature"} & reading("snippets", "m.asBody(v[0])", question).keys()
+        assert "=null" not in reading("snippets", "m.asPython(v[0])", question | {"strength": 1})
 
     def test_words_that_differ_are_marked_and_no_text_is_lost(self, reading: Reading) -> None:
         for left, right, marked in (

@@ -73,7 +73,7 @@ class TestPlayground:
             api.user(kept[0])
 
     def test_a_permalink_asks_the_same_again(self, look: Looking) -> None:
-        page = look.visit("playground", user="rosa", ask=QUESTIONS[3], tokens=24)
+        page = look.visit("playground", user="rosa", ask=QUESTIONS[3], tokens=24, temperature=0)
         answered(page)
         first = text_of(answer(page, "rosa"))
         link = copied(page, "Copy link")

@@ -26,8 +26,8 @@ PICTURES = {"mermaid"}
 @pytest.fixture(scope="module")
 def settings(tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path) -> dict[str, str]:
     folders = {"MTA_BANK": tiny_bank_folder, "MTA_MODEL": tiny_model_folder, "MTA_EMBEDDER": embedder_folder}
-    headers = {"MTA_USER_HEADERS": "X-User-ID,X-OpenWebUI-User-Id"}
-    return {name: str(folder) for name, folder in folders.items()} | headers
+    others = {"MTA_USER_HEADERS": "X-User-ID,X-OpenWebUI-User-Id", "MTA_DEFAULT_MAX_TOKENS": "32"}  # a random model's
+    return {name: str(folder) for name, folder in folders.items()} | others
 
 
 @pytest.fixture(scope="module")

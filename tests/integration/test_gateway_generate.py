@@ -11,11 +11,20 @@ from httpx import Client
 
 from adapters.recipe import parse_recipe
 from bench.rig.processes import wait_until
-from server.settings import Settings
+from server.settings import Sampling, Settings
 from server.store.tenants.user_key import UserKeys
 from tests.support.calls import ALL, BOTH, HELLO, NewUser, ask, either, error_of, put, who
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter, text_of, wait_until_ready
+from tests.support.gateway import (
+    SECRET,
+    GatewayThread,
+    chunks_of,
+    generate,
+    give_adapter,
+    serving,
+    text_of,
+    wait_until_ready,
+)
 
 STREAMED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 
@@ -248,12 +257,43 @@ def test_known_fields_are_passed_on_unchanged(client: Client, ada: str, fake_eng
     assert ada not in json.dumps(seen.body) + json.dumps(seen.headers)
 
 
-def test_without_a_limit_an_answer_may_fill_the_context(client: Client, fake_engine: FakeEngine) -> None:
-    wait_until_ready(client)
-    answer = ask(client, max_tokens=None).raise_for_status().json()
-    assert "max_tokens" not in fake_engine.seen[-1].body
-    assert answer["usage"]["total_tokens"] == fake_engine.knobs.context == 512
-    assert error_of(ask(client, max_completion_tokens=512))[:2] == (400, "max_completion_tokens")
+@pytest.mark.parametrize(("default", "context", "longest"), [(1024, 512, 512 - 5), (100, 512, 100), (100, 80, 80 - 5)])
+def test_without_a_length_the_default_is_asked_for_or_what_fits(
+    gateway_settings: Settings, fake_engine: FakeEngine, default: int, context: int, longest: int
+) -> None:
+    fake_engine.turn(context=context)
+    with serving(gateway_settings, default_max_tokens=default) as client:
+        for route, tokens in (("/generate", longest), ("/v1/chat/completions", longest), ("/v1/completions", 16)):
+            answer = either(client, route, max_tokens=None).raise_for_status().json()
+            assert answer["usage"]["completion_tokens"] == tokens
+            assert "stream" not in fake_engine.seen[-1].body
+        assert error_of(ask(client, max_completion_tokens=context))[:2] == (400, "max_completion_tokens")
+
+
+@ALL
+@pytest.mark.parametrize("user", ["ada", "nobody"])
+def test_the_engines_own_sampling_is_the_default_of_each_field(
+    gateway_settings: Settings, fake_engine: FakeEngine, ada: str, route: str, user: str
+) -> None:
+    fake_engine.turn(sampling={"temperature": 0.2, "top_p": 0.9})
+    with serving(gateway_settings) as client:
+        assert client.get("/ready").json()["parts"]["engines"][0]["sampling"] == fake_engine.knobs.sampling
+        for sent in ({}, {"temperature": 1.5}, {"temperature": 0, "top_p": 0.5, "top_k": 7}):
+            either(client, route, user=ada if user == "ada" else user, **sent).raise_for_status()
+            body = fake_engine.seen[-1].body
+            found = {name: body[name] for name in Sampling.model_fields if name in body}
+            assert found == {"temperature": 0.2, "top_p": 0.9} | sent
+            assert (body["model"] == "base") is (user == "nobody")
+
+
+@ALL
+def test_an_engine_that_reports_no_sampling_keeps_its_own(
+    gateway_settings: Settings, fake_engine: FakeEngine, route: str
+) -> None:
+    fake_engine.turn(sampling=None)
+    with serving(gateway_settings) as client:
+        either(client, route).raise_for_status()
+    assert not Sampling.model_fields.keys() & fake_engine.seen[-1].body.keys()
 
 
 @pytest.mark.parametrize("prompt", ["hello", ["hello", "there"], [7, 8, 9], [[7], [8, 9]]])

@@ -44,6 +44,7 @@ class Knobs:
     user_adapters: bool = False  # whether it has whatever user adapter it is asked for
     counts: bool = True  # whether it says how many tokens a conversation has
     strict: bool = False  # whether it has the chat template of `bench.rig.tiny`, instead of one that takes everything
+    sampling: Mapping[str, float] | None = field(default_factory=dict)  # its default; None: older than that
     figures: Mapping[str, int | None] = field(default_factory=dict)  # what its status says besides
 
 
@@ -172,6 +173,7 @@ class FakeEngine:
         if not authorised(request):
             return error_answer(401, "missing or wrong engine key")
         told = {"status": "ok", "model": "fake", "max_model_len": self.knobs.context, "banks": list(self.knobs.banks)}
+        told |= {} if self.knobs.sampling is None else {"sampling": dict(self.knobs.sampling)}
         return web.json_response(told | {"max_lora_rank": 8, "slots": 8, "names": 0} | dict(self.knobs.figures))
 
     async def _drop(self, request: web.Request) -> web.Response:
@@ -204,6 +206,8 @@ class FakeEngine:
             return error_answer(404, f"The model `{model}` does not exist.", "model")
         if reason := (knobs.strict and template_refusal(body.get("messages", []))) or options_refusal(body):
             return error_answer(400, reason)
+        if (longest := body.get("max_tokens") or 0) > knobs.context:
+            return error_answer(400, f"max_tokens={longest} cannot be greater than {knobs.context=}.", "max_tokens")
         if (prompt := seen.prompt_tokens) > knobs.context:
             limit = f"This model's maximum context length is {knobs.context} tokens."
             return error_answer(400, f"{limit} However, your prompt contains {prompt} input tokens.", "input_tokens")

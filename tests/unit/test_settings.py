@@ -25,6 +25,7 @@ def test_options_go_before_the_environment_and_none_is_not_given(monkeypatch: py
     [
         *(("MTA_PORT", "http"), ("MTA_PORT", "70000"), ("MTA_PROFILE_ITEMS", "0"), ("MTA_DTYPE", "int4")),
         ("MTA_PROFILE_BYTES", "65535"),  # the largest item would not fit
+        *(("MTA_DEFAULT_SAMPLING", "0.2"), ("MTA_DEFAULT_SAMPLING", "temperature=0")),
         *(("MTA_USER_HEADERS", ",,"), ("MTA_USER_HEADERS", "X-User-ID, X User"), ("MTA_USER_HEADERS", "X-Größe")),
     ],
 )
@@ -34,6 +35,12 @@ def test_a_value_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch, v
         load_settings()
     assert variable in str(caught.value)
     assert value in str(caught.value)
+
+
+def test_a_wrong_value_within_a_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTA_DEFAULT_SAMPLING", '{"temperature": 3}')
+    with pytest.raises(MtaError, match=r"^MTA_DEFAULT_SAMPLING\.temperature: .*, got 3"):
+        load_settings()
 
 
 BUILDS = ("bank build --users people --task chat --out bank", "bank import adapter --profiles people --out bank")

@@ -76,7 +76,7 @@ def answers_table(
 
 def curl_lines(url: str, user_id: str) -> str:
     """Return shell commands to try next: ask as `user_id`, show their anchors, and write your own profile."""
-    ask = {"user_id": user_id, "prompt": "How do I get over a bad day?", "max_tokens": MAX_TOKENS, "temperature": 0}
+    ask = {"user_id": user_id, "prompt": "How do I get over a bad day?"}
     profile = {"items": [{"text": line} for line in _OWN_LINES]}
     return "\n".join(
         [

@@ -31,7 +31,9 @@ _CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if 
 def chat(
     user: Annotated[str, typer.Option(help="The user whose adapter answers.")],
     url: Url = None,
-    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in an answer.", min=1)] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Maximum number of tokens in an answer; default: the server's.", min=1)
+    ] = None,
 ) -> None:
     """Talk to the server as one of its users; Ctrl-C stops an answer."""
     import mta_client
@@ -52,7 +54,7 @@ def chat(
 class Conversation:
     """A conversation and the options of its next answer. Ctrl-C discards the typed line or stops the answer."""
 
-    def __init__(self, client: Client, user: str, max_tokens: int) -> None:
+    def __init__(self, client: Client, user: str, max_tokens: int | None) -> None:
         self._client = client
         self._user = user
         self._messages: list[dict[str, str]] = []

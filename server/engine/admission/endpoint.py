@@ -101,10 +101,12 @@ class MtaEndpointPlugin:
 
             tracing = SpanTracing()
         Preparer(manifests, names, users, partial(metrics.timed, adapter_metrics.check), tracing).install()
+        sampling = engine.model_config.get_diff_sampling_param()
         self._status = lambda: {
             "status": "ok",
             "model": engine.model_config.model,
             "max_model_len": engine.model_config.max_model_len,
+            "sampling": sampling,
             "banks": [manifest.fingerprint for manifest in manifests.values()],
             "max_lora_rank": args.max_lora_rank,
             "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any
@@ -49,6 +49,7 @@ class EngineState(AddressState):
 
     max_model_len: int | None = None
     banks: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class Engines:
         self.answering: tuple[str, ...] = ()  # URLs of the engines with status `ok` at the last probe
         self._seen: set[str] = set()  # URLs of the engines that have reported once
         self.context: int | None = None  # shortest context length last reported, in tokens
+        self.sampling: Mapping[str, Any] = {}  # last reported, of requests that set none; the first engine's that does
         self.sequences: int | None = None  # total of `EngineFigures.sequences`; None if unknown
         self.figures: list[EngineFigures | None] = [None] * len(self.urls)
 
@@ -89,6 +91,7 @@ class Engines:
         self.answering = tuple(state.url for state in states if state.status == "ok")
         contexts = [state.max_model_len for state in states if state.max_model_len]
         self.context = min(contexts, default=self.context)
+        self.sampling = next((state.sampling for state in states if state.sampling is not None), self.sampling)
         self.sequences = sum(figures.sequences for figures in self.figures if figures) or self.sequences
         return states
 
@@ -162,6 +165,7 @@ class Engines:
             answer = orjson.loads(await self._call_private("GET", url, STATUS, timeout_s))
             context = int(answer["max_model_len"])
             banks = tuple(map(str, answer["banks"]))
+            sampling = dict(answer["sampling"]) if "sampling" in answer else None
             reported = {field.name: answer.get(field.name) for field in fields(EngineFigures)}
             figures = EngineFigures(**{name: None if n is None else int(n) for name, n in reported.items()})
         except EngineFault as fault:
@@ -171,7 +175,7 @@ class Engines:
         except (ValueError, TypeError, KeyError) as error:
             return EngineState(url, "not_an_mta_engine", f"its status response is invalid: {error}"), None
         self._seen.add(url)
-        return EngineState(url, "ok", None, context, banks), figures
+        return EngineState(url, "ok", None, context, banks, sampling), figures
 
     async def _call_private(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:
         """Return the response body of a private route; raise `EngineFault` if the HTTP status is not 200."""

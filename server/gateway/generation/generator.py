@@ -83,6 +83,7 @@ class Generator:
     limiter: Limiter
     queue: EngineQueue
     max_prompt_chars: int  # maximum length of a conversation with its history, in characters
+    default_max_tokens: int  # maximum length of an answer whose request sets none
 
     @asynccontextmanager
     async def answer(self, request: GenerationRequest, usage: RequestUsage, timings: Timings) -> AsyncIterator[Answer]:
@@ -90,7 +91,10 @@ class Generator:
 
         The caller has already checked the limits of the API key; `usage` records what the request uses from here on.
         """
-        limits = LengthLimits(self.max_prompt_chars, self.engines.context)
+        limits = LengthLimits(self.max_prompt_chars, self.engines.context, self.default_max_tokens)
+        # An engine refuses a length above its context.
+        length = {} if limits.context_tokens is None else {"max_tokens": limits.answer_tokens(request)}
+        request = replace(request, sampling={**length, **self.engines.sampling, **request.sampling})
         limits.check(request)
         self.queue.check(request.caller.name, request.patience_s)
         self.limiter.count_body(usage, request.user, lambda: limits.estimate_tokens(request))

@@ -15,6 +15,7 @@ from server.gateway.access.keys import Caller
 from server.gateway.engines.chat import Conversation, Prompt
 from server.store.tenants.user_key import User, UserKeys
 
+CONTINUATION_TOKENS = 16  # of a continued prompt whose request sets no length, as OpenAI documents it
 WHOLE_TOKENS = 1024  # longest answer requested in one piece: until it is complete, a working engine looks hung
 _TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to a conversation
 _TEMPLATE_TOKENS_PER_MESSAGE = 16  # upper bound on what it adds to each message
@@ -38,7 +39,7 @@ class GenerationRequest:
     messages: Conversation
     prompt: Prompt | None = None  # continued verbatim, without a chat template
     history: int = 0  # number of the user's past items to add to the conversation
-    max_tokens: int | None  # None for the rest of the context
+    max_tokens: int | None  # None for the default, or what the prompt leaves if that is less
     sampling: Mapping[str, Any]  # fields passed to the engine unchanged
     stream: bool
     users: UserKeys  # of the caller's tenant
@@ -64,6 +65,7 @@ class GenerationRequest:
 class LengthLimits:
     max_prompt_chars: int  # maximum length of a conversation with its history; a token id or byte of tools counts as 1
     context_tokens: int | None  # the model's context length; None until an engine has reported it
+    default_max_tokens: int  # of a conversation's answer whose request sets none
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse a request whose length alone exceeds the limits, before calling the store or an engine."""
@@ -101,29 +103,34 @@ class LengthLimits:
         """Return the tokens surely left for a conversation with its history; None while the context is unknown."""
         if self.context_tokens is None:
             return None
-        return self.context_tokens - self._answer_tokens(request) - _tool_bytes(request)
+        return self.context_tokens - self.answer_tokens(request, parts=2) - _tool_bytes(request)
 
     def estimate_tokens(self, request: GenerationRequest) -> int:
         """Estimate the tokens of the prompt, without history, and of all its answers."""
         chars, token_ids = _prompt_length(request)
         text_tokens = (chars + _tool_bytes(request)) // _CHARS_PER_TOKEN
-        return text_tokens + token_ids + self._answer_tokens(request) * request.sequences
+        return text_tokens + token_ids + self.answer_tokens(request, parts=2) * request.sequences
 
     def allow_whole(self, request: GenerationRequest, messages: Conversation) -> bool:
         """Return whether to request an answer in one piece: it is short and fits with any tokenisation of the prompt.
 
-        Other answers are streamed, and refused at the first token if they do not fit. Without `max_tokens` all fit.
+        Other answers are streamed, and refused at the first token if they do not fit. The default always fits.
         """
         if request.max_tokens is None:
-            return True
+            return self.answer_tokens(request) <= WHOLE_TOKENS
         if self.context_tokens is None or request.max_tokens > WHOLE_TOKENS:
             return False
         return max_prompt_tokens(messages, request.prompt or "") + request.max_tokens <= self.context_tokens
 
-    def _answer_tokens(self, request: GenerationRequest) -> int:
-        """Return `max_tokens`; by default half the context, at most `WHOLE_TOKENS`."""
-        default_tokens = WHOLE_TOKENS if self.context_tokens is None else min(WHOLE_TOKENS, self.context_tokens // 2)
-        return default_tokens if request.max_tokens is None else request.max_tokens
+    def answer_tokens(self, request: GenerationRequest, *, parts: int = 1) -> int:
+        """Return `max_tokens` or its default, at most one of so many parts of the context.
+
+        An engine lowers it to what the prompt leaves.
+        """
+        if request.max_tokens is not None:
+            return request.max_tokens
+        default = self.default_max_tokens if request.prompt is None else CONTINUATION_TOKENS
+        return default if self.context_tokens is None else min(default, self.context_tokens // parts)
 
 
 def _context_exceeded(request: GenerationRequest, why: str) -> InvalidRequest:

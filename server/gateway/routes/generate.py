@@ -26,9 +26,10 @@ from server.gateway.routes.answering import (
     with_learning,
 )
 from server.gateway.routes.requests import GenerateRequest, QueueTimeout
+from server.settings import Sampling
 from server.store.tenants.user_key import UserKeys
 
-_SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
+_SAMPLING = {"max_tokens", "stop", "seed", *Sampling.model_fields}
 
 
 class GenerateAnswer(BaseModel, frozen=True):

@@ -25,6 +25,7 @@ from server.gateway.generation.request import Personalize
 from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.errors import AS_MESSAGES, AS_TEXT
 from server.gateway.parts import parts_of, user_of
+from server.settings import MAX_INT32, Sampling
 from server.store.samples import MAX_SAMPLES
 from server.store.tenants.user_key import check_user_id
 
@@ -32,7 +33,6 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_HISTORY = 16
 SEED_MAX = (1 << 63) - 1
-MAX_INT32 = (1 << 31) - 1  # largest token id and token count: engines use 32-bit integers
 MAX_MESSAGES = 1024
 
 _USER_ID = (
@@ -165,7 +165,24 @@ def sample_messages(turns: str | Sequence[Message]) -> list[dict[str, str]]:
     return chat_messages(turns) if isinstance(turns, str) else [message.model_dump() for message in turns]
 
 
-class GenerateRequest(Strict):
+class AnswerRequest(Sampling, Strict):
+    """What requests for an answer share. Null means that a field is not set: then the server's defaults apply.
+
+    They are `MTA_DEFAULT_MAX_TOKENS` and, field by field, the engines' sampling (`MTA_DEFAULT_SAMPLING`).
+    """
+
+    max_tokens: int | None = Field(
+        None, ge=1, le=MAX_INT32, description="Maximum length of the answer in tokens; refused beyond the context."
+    )
+    stop: Stops | None = Field(None, description="Texts that end the answer; a single string is accepted.")
+    seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
+    stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
+    personalize: Mode = Personalize.AUTO
+    strength: Strength = 1.0
+    learn: Learn = None
+
+
+class GenerateRequest(AnswerRequest):
     """A generation for one user, from a prompt or a conversation."""
 
     model_config = ConfigDict(
@@ -189,18 +206,7 @@ class GenerateRequest(Strict):
     messages: list[Message] | None = Field(
         None, fail_fast=True, min_length=1, max_length=MAX_MESSAGES, description="A conversation, instead of a prompt."
     )
-    max_tokens: int = Field(
-        128, ge=1, le=MAX_INT32, description="Maximum length of the answer in tokens; refused beyond the context."
-    )
-    temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the most likely tokens with this total probability.")
-    stop: Stops | None = Field(None, description="Texts that end the answer; a single string is accepted.")
-    seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
-    stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
     history: History = "auto"
-    personalize: Mode = Personalize.AUTO
-    strength: Strength = 1.0
-    learn: Learn = None
 
     @model_validator(mode="after")
     def _check_conversation(self) -> Self:

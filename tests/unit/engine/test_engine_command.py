@@ -98,6 +98,21 @@ def test_slots_fit_every_bank() -> None:
     assert not [module for module in modules[4:] if module.endswith("_proj")]
 
 
+@pytest.mark.parametrize(
+    ("settings", "source", "sampling"),
+    [
+        ({"model": "default"}, "vllm", {"temperature": 0.2, "top_p": 0.9}),
+        ({"model": "/a/folder"}, "auto", {}),
+        ({"model": "default", "default_sampling": '{"top_k": 5}'}, "vllm", {"top_k": 5}),
+        ({"model": "/a/folder", "default_sampling": "{}"}, "vllm", {}),
+    ],
+)
+def test_sampling_is_what_is_set_or_the_models_own(settings: dict[str, str], source: str, sampling: Any) -> None:
+    started = command(**settings)
+    assert started["generation-config"] == source
+    assert json.loads(started["override-generation-config"]) == {"max_new_tokens": None} | sampling
+
+
 @pytest.mark.parametrize("variable", ["MTA_SECRET", "mta_secret"])
 def test_it_gets_no_secret_but_its_own_key(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "s" * 32)

@@ -29,6 +29,7 @@ from server.engine.cpu.core import InProcessExecutor
 from server.engine.cpu.lora import CpuLoRA, CpuLoRAManager, CpuSlots
 from server.engine.fusing.manager import FusingLoRAManager
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
+from server.gateway.routes.openai.schemas import MAX_REPEATS
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[3]
@@ -115,6 +116,16 @@ def test_vllm_takes_the_options_that_the_engine_is_started_with(monkeypatch: pyt
         monkeypatch.setattr("server.engine.command.is_cpu_build", lambda is_cpu=on_cpu: is_cpu)
         argv, _ = engine_command(settings, [bank], Path("/model"))
         assert not {word for word in argv if word.startswith("--")} - known
+
+
+def test_a_grammar_repeats_no_more_than_gateways_allow() -> None:
+    xgrammar = pytest.importorskip("xgrammar")
+    letters = [*map(chr, range(32, 127)), "</s>"]
+    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo(letters, stop_token_ids=[len(letters) - 1]))
+    for pattern in (f"a{{{MAX_REPEATS}}}", f"(a{{1,{MAX_REPEATS}}}){{{MAX_REPEATS}}}"):
+        compiler.compile_json_schema({"type": "string", "pattern": pattern})
+    with pytest.raises(RuntimeError):
+        compiler.compile_json_schema({"type": "string", "pattern": f"a{{{MAX_REPEATS + 1}}}"})
 
 
 def test_it_is_the_vllm_that_is_pinned() -> None:

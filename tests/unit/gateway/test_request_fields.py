@@ -35,6 +35,7 @@ from server.gateway.routes.openai.requests import (
 from server.gateway.routes.openai.schemas import MAX_BYTES, MAX_STATES, states_of
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.routes.users import ItemsRequest
+from server.settings import Sampling
 from server.store.tenants.user_key import UserKeys
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))  # NUL is refused on purpose
@@ -46,6 +47,10 @@ JSON = st.recursive(
 
 
 ENDLESS = ("(a{1,127}b{1,127}){1,127}", "((((a?){1,100})?){1,100})?", r"(\d{1,50}[a-z]{1,50}){1,127}", "^.{1,5000}$")
+
+
+BEYOND = ("a{129}", "(ab){0,129}", "x{2}y{129,}", "[a-z]{1, 200 }", "a{9999999999}")
+"""Patterns with a count that no engine compiles, though they have few states."""
 
 
 def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def fault(model: type[BaseModel], extra: Mapping[str, object]) -> InvalidRequest
 def test_the_least_request_gets_the_documented_defaults() -> None:
     least = LEAST[GenerateRequest]
     request = GenerateRequest.model_validate(least)
-    assert (request.max_tokens, request.temperature, request.top_p) == (128, 1.0, 1.0)
+    assert [getattr(request, name) for name in ("max_tokens", *Sampling.model_fields)] == [None] * 6
     assert (request.stream, request.personalize, request.stop) == (False, Personalize.AUTO, None)
     assert GenerateRequest.model_validate(least | {"stop": "END", "temperature": 0}).stop == ["END"]
     good = {"temperature": 2, "top_p": 1, "stop": ["a", "b"], "seed": -(1 << 63), "personalize": "merged"}
@@ -151,7 +156,7 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
     GenerateRequest: {
         "temperature": (True, "1", -0.1),
         "top_p": (0,),
-        "max_tokens": (1.5, True, None, 0, -5, 1 << 31),
+        "max_tokens": (1.5, True, 0, -5, 1 << 31),
         "stream": ("yes", 1),
         "seed": (1 << 63,),
         "stop": ([], list("abcde")),
@@ -168,7 +173,8 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
         "response_format": (
             *({"type": "text", "a": 1 << 64}, {"type": "structural_tag"}, {"type": "json_schema"}),
             json_schema({"enum": ["x" * MAX_BYTES]}),
-            *(json_schema({"properties": {"a": {"pattern": pattern}}}) for pattern in ENDLESS),
+            *(json_schema({"properties": {"a": {"pattern": pattern}}}) for pattern in (*ENDLESS, *BEYOND)),
+            json_schema({"patternProperties": {BEYOND[0]: {}}}),
             json_schema({"patternProperties": {pattern: {} for pattern in ENDLESS}}),
             json_schema({"properties": {str(n): {} for n in range(201)}, "minProperties": 1}),
         ),
@@ -201,6 +207,10 @@ WITHIN: Sequence[tuple[Any, dict[str, Any], str]] = [
     (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content"),
     (ChatRequest, {"messages": [{"role": "user", "content": "x", "audio": {}}]}, "messages.0.audio"),
     (CompletionRequest, {"prompt": ["a"] * 65, "n": 2}, "prompt"),
+    *(
+        (CompletionRequest, {"prompt": prompt, "echo": True, "logprobs": 0}, "echo")
+        for prompt in ([1] * 513, ["a", "ä" * 257], [[1], [1] * 513])
+    ),
 ]
 """Values that are wrong somewhere within, or only together, and what the error names."""
 
@@ -248,8 +258,8 @@ def test_what_steers_the_engine_is_refused_by_name(name: str) -> None:
     ("model", "names"),
     [
         (GenerateRequest, ("model",)),
-        (ChatRequest, ("top_k", "guided_json", "echo", "user_id", "prompt")),
-        (CompletionRequest, ("history", "tools", "messages", "max_completion_tokens")),
+        (ChatRequest, ("guided_json", "echo", "user_id", "prompt")),
+        (CompletionRequest, ("prompt_logprobs", "history", "tools", "messages", "max_completion_tokens")),
     ],
 )
 def test_what_is_unknown_is_refused_by_name_even_as_null(model: type[BaseModel], names: Sequence[str]) -> None:
@@ -261,6 +271,7 @@ def test_what_is_unknown_is_refused_by_name_even_as_null(model: type[BaseModel],
 PASSED: dict[str, Any] = {
     **{"temperature": 0.5, "top_p": 0.9, "n": 2, "stop": ["END"], "seed": 7, "logprobs": True, "top_logprobs": 3},
     **{"presence_penalty": -0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"5": -100.0}},
+    **{"top_k": 7, "min_p": 0.1},
     **{"max_tokens": 9, "max_completion_tokens": 8, "tools": [TOOL], "parallel_tool_calls": False},
     "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [None]}}},
     "tool_choice": {"type": "function", "function": {"name": "look"}},
@@ -271,7 +282,7 @@ def test_what_is_passed_on_is_passed_as_it_came() -> None:
     known = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
     assert PASSED.keys() | {"echo"} == known - OWN_FIELDS
     assert ChatRequest.model_validate(CHAT | PASSED).engine_fields == PASSED
-    of_texts = {"echo": True, "logprobs": 2}
+    of_texts: dict[str, Any] = {"echo": True, "logprobs": 2}
     assert CompletionRequest.model_validate({"prompt": "hi"} | of_texts).engine_fields == of_texts
 
 
@@ -297,12 +308,30 @@ def test_a_conversation_with_tools_that_a_client_echoes_is_taken() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt": ["a" * 512, "b"], "echo": True, "logprobs": 0},
+        {"prompt": [1] * 512, "echo": True, "logprobs": 0},
+        {"prompt": [1] * 513, "echo": True},
+        {"prompt": [1] * 513, "echo": False, "logprobs": 5},
+    ],
+)
+def test_a_prompt_is_echoed_with_logprobs_when_it_is_short(asked: dict[str, Any]) -> None:
+    assert CompletionRequest.model_validate(asked).engine_fields.keys() == asked.keys() - {"prompt"}
+
+
+@pytest.mark.parametrize("pattern", ["a{128}", "[{]200}", r"\{200}", "a{3}{70}", "(a{15}){15}", "^a{0,128}b{128,}$"])
+def test_patterns_whose_counts_are_within_bounds_are_taken(pattern: str) -> None:
+    ChatRequest.model_validate(CHAT | {"response_format": json_schema({"pattern": pattern, "maxLength": 9999})})
+
+
 def test_prompts_are_texts_or_token_ids_and_at_most_128_answers() -> None:
     for prompt in ("a", ["a"], ["a", "b"], [1, 2], [[1], [2, 3]], ["a"] * 64, [1] * 500):
         assert CompletionRequest.model_validate({"prompt": prompt, "n": 2}).prompt == prompt
 
 
-LIMITS = LengthLimits(max_prompt_chars=10, context_tokens=512)
+LIMITS = LengthLimits(max_prompt_chars=10, context_tokens=512, default_max_tokens=300)
 
 
 def ask(**fields: Any) -> GenerationRequest:
@@ -350,7 +379,7 @@ def test_an_answer_beyond_what_the_prompt_leaves_is_refused_with_what_would_fit(
 
 
 def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
-    unknown = LengthLimits(max_prompt_chars=10, context_tokens=None)
+    unknown = replace(LIMITS, context_tokens=None)
     unknown.check(ask(max_tokens=10_000))
     unknown.check_answer(ask(max_tokens=10_000), 500)
     LIMITS.check_answer(ask(max_tokens=500), None)
@@ -359,21 +388,25 @@ def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
 
 def test_an_answer_comes_whole_when_it_is_short_and_surely_fits() -> None:
     asked, longest = ask(prompt="ä" * 20, max_tokens=8), ask(max_tokens=WHOLE_TOKENS)
-    assert LengthLimits(100, 4096).allow_whole(longest, longest.messages)
-    assert not LengthLimits(100, 4096).allow_whole(replace(longest, max_tokens=WHOLE_TOKENS + 1), longest.messages)
+    long = LengthLimits(100, 4096, WHOLE_TOKENS + 1)
+    assert long.allow_whole(longest, longest.messages)
+    for tokens in (WHOLE_TOKENS + 1, None):
+        assert not long.allow_whole(replace(longest, max_tokens=tokens), longest.messages)
     for prompt in (None, "ä" * 20, ["ä" * 20], [1] * 40, [[1] * 40]):
         request = replace(asked, prompt=prompt, messages=[] if prompt else asked.messages)
         bound = max_prompt_tokens(request.messages, prompt or "")
         assert bound > 40
-        assert LengthLimits(100, bound + 8).allow_whole(request, request.messages)
-        assert not LengthLimits(100, bound + 7).allow_whole(request, request.messages)
-        assert LengthLimits(100, bound).allow_whole(replace(request, max_tokens=None), request.messages)
+        assert replace(LIMITS, context_tokens=bound + 8).allow_whole(request, request.messages)
+        assert not replace(LIMITS, context_tokens=bound + 7).allow_whole(request, request.messages)
+        assert replace(LIMITS, context_tokens=bound).allow_whole(replace(request, max_tokens=None), request.messages)
 
 
 def test_tokens_are_estimated_before_the_engine_has_counted_them() -> None:
-    limits, asked = LengthLimits(10_000, 512), ask(prompt="x" * 400, max_tokens=20)
+    limits, asked = LengthLimits(10_000, 512, 300), ask(prompt="x" * 400, max_tokens=20)
     assert limits.estimate_tokens(asked) == 100 + 20
     assert limits.estimate_tokens(replace(asked, max_tokens=None)) == 100 + 256
+    assert replace(limits, context_tokens=4096).estimate_tokens(replace(asked, max_tokens=None)) == 100 + 300
+    assert limits.estimate_tokens(replace(asked, max_tokens=None, messages=[], prompt="x" * 400)) == 100 + 16
     twice = replace(asked, messages=[], prompt=[[1, 2, 3], [4, 5]], sampling={"n": 2})
     assert twice.sequences == 4
     assert limits.estimate_tokens(twice) == 5 + 4 * 20
@@ -389,13 +422,13 @@ def test_tokens_are_estimated_before_the_engine_has_counted_them() -> None:
         (r"^(\([0-9]{3}\))?[0-9]{3}-[0-9]{4}$", 13),
         (r"[\]{2}]{3}", 3),
         ("((ab){2,}c|d)*x{0}", 6),
-        (")a{99999999999}", 1_000_000_000),
+        (")a{99999999999}", 1_000_001_999),
     ],
 )
 def test_the_states_of_a_pattern_are_those_of_its_repeats_written_out(pattern: str, states: int) -> None:
     assert states_of(pattern) == states
     accepted = states < 100
-    with nullcontext() if accepted else pytest.raises(ValidationError, match="patterns that repeat less"):
+    with nullcontext() if accepted else pytest.raises(ValidationError, match="must have patterns that repeat"):
         body = {"messages": [{"role": "user", "content": "hi"}], "response_format": json_schema({"pattern": pattern})}
         ChatRequest.model_validate(body)
 

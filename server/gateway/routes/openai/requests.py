@@ -12,20 +12,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Wit
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
-from server.gateway.generation.request import Personalize, prompts_of
+from server.gateway.generation.request import CONTINUATION_TOKENS, prompts_of, size_bytes
 from server.gateway.routes.openai.schemas import check_schemas, check_size
-from server.gateway.routes.requests import (
-    MAX_INT32,
-    MAX_MESSAGES,
-    SEED_MAX,
-    History,
-    Learn,
-    Mode,
-    Stops,
-    Strength,
-    Strict,
-    UserId,
-)
+from server.gateway.routes.requests import MAX_MESSAGES, AnswerRequest, History, Strict, UserId
+from server.settings import MAX_INT32
 
 PERSONAL_MODEL = "mta"
 OWN_FIELDS = {
@@ -36,6 +26,7 @@ IGNORED = frozenset(("store", "metadata", "service_tier"))
 REFUSED = frozenset(  # fields that control the engine
     ("cache_salt", "priority", "request_id", "session_id", "kv_transfer_params", "vllm_xargs", "chat_template")
 )
+MAX_ECHOED = 512  # tokens of a prompt with logprobs: their logits are outside of the engines' memory plan
 MAX_CHOICES = 128  # maximum number of answers to one request: prompts times `n`
 _MAX_TOOLS = 128
 
@@ -171,25 +162,15 @@ class StreamOptions(Strict):
     include_obfuscation: bool = Field(False, description="No effect: chunks are not padded.")
 
 
-class OpenAIRequest(Strict):
+class OpenAIRequest(AnswerRequest):
     model: str = Field(PERSONAL_MODEL, description="`mta`, or `base` for the base model.")
     user: UserId | None = Field(None, description="User id; alternative to the header X-User-ID.")
-    max_tokens: int | None = Field(None, ge=1, le=MAX_INT32)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: Stops | None = None
-    seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=2, description="A vLLM extension.")
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: Annotated[dict[str, Any], AfterValidator(_check_format), WithJsonSchema(_FORMAT)] | None = None
-    stream: bool = False
     stream_options: StreamOptions | None = None
-    personalize: Mode = Personalize.AUTO
-    strength: Strength = 1.0
-    learn: Learn = None
 
     @model_validator(mode="before")
     @classmethod
@@ -231,13 +212,19 @@ class CompletionRequest(OpenAIRequest):
     """A continuation of a prompt, verbatim and without a chat template."""
 
     prompt: Annotated[str | list[Any], PlainValidator(_check_prompt), WithJsonSchema(_PROMPTS)]
-    max_tokens: int | None = Field(None, ge=0, le=MAX_INT32, description="16 by default; 0 only with `echo`.")
+    max_tokens: int | None = Field(
+        None, ge=0, le=MAX_INT32, description=f"{CONTINUATION_TOKENS} by default; 0 only with `echo`."
+    )
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
 
     @model_validator(mode="after")
-    def _check_choices(self) -> Self:
+    def _check_prompts(self) -> Self:
         if len(prompts_of(self.prompt)) * (self.n or 1) > MAX_CHOICES:
             message = f"the number of prompts times n must be at most {MAX_CHOICES}"
             raise PydanticCustomError("combination", message, {"param": "prompt"})
+        longest = max(size_bytes(each) if isinstance(each, str) else len(each) for each in prompts_of(self.prompt))
+        if self.echo and self.logprobs is not None and longest > MAX_ECHOED:
+            message = f"echo with logprobs takes prompts of at most {MAX_ECHOED} bytes or token ids, not {longest}"
+            raise PydanticCustomError("combination", message, {"param": "echo"})
         return self

@@ -98,8 +98,8 @@ async def chat_completions(
 
     Without a user, or with the model `base`, the base model answers. The field `personalization` (in a stream, of the
     first chunk) and the headers X-MTA-Level and X-MTA-Recipe describe the personalisation. `store`, `metadata` and
-    `service_tier` are ignored; fields that control the engine are refused. Without `max_tokens`, an answer may fill the
-    rest of the context.
+    `service_tier` are ignored; fields that control the engine are refused. Without a length or a temperature the
+    server's defaults apply.
     """
     return _answer(request, body, x_queue_timeout)
 

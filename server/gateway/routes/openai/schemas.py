@@ -11,9 +11,10 @@ from pydantic_core import PydanticCustomError
 
 MAX_BYTES = 32 << 10  # 3 s a MB
 MAX_STATES = 2_000  # a second or two; one that repeats itself 127 times within 127 times has 32,000
+MAX_REPEATS = 128  # xgrammar compiles no pattern with a higher count: a request would end in an engine's fault
 MAX_COUNTED = 200  # properties of objects that bound their number: the square of it counts, and 1,000 take 5 s
 _MAX_DIGITS = 9
-_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{(\d++)(?:,(\d*+))?\}|.", re.DOTALL)
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{ *+(\d++) *+(?:, *+(\d*+) *+)?\}|.", re.DOTALL)
 """Read in one pass: an unclosed class ends with the text, and no quantifier gives anything back."""
 _NO_STATE = "?*+|^$"
 
@@ -30,8 +31,8 @@ def check_schemas(schemas: Iterable[Any]) -> None:
     if states > MAX_STATES:
         raise PydanticCustomError(
             "schema",
-            f"must have patterns that repeat less: written out, their counted repeats make {states} places, at most "
-            f"{MAX_STATES} are allowed (maxLength and maxItems may be of any size)",
+            f"must have patterns that repeat less: a part at most {MAX_REPEATS} times, and all of them at most "
+            f"{MAX_STATES} places with their repeats written out (maxLength and maxItems may be of any size)",
         )
     if counted > MAX_COUNTED:
         raise PydanticCustomError(
@@ -49,7 +50,7 @@ def check_size(value: Any) -> None:
 def states_of(pattern: str) -> int:
     """Return about how many states a regular expression has: what a counted repeat repeats counts as often.
 
-    It is a number beyond `MAX_STATES` for all that have more.
+    It is a number beyond `MAX_STATES` for all that have more, or that repeat a part more than `MAX_REPEATS` times.
     """
     groups, last = [0], 0
     for found in _ATOM.finditer(pattern):
@@ -58,6 +59,8 @@ def states_of(pattern: str) -> int:
         atom, least, most = found[0], found[1], found[2]
         if least:
             times = max(int(least[:_MAX_DIGITS]), int((most or "0")[:_MAX_DIGITS]))
+            if times > MAX_REPEATS:
+                return MAX_STATES + times
             groups[-1] += last * (times - 1)
             last *= times
         elif atom == "(":

@@ -32,8 +32,8 @@ export function Playground({ params }) {
 	const [erased, setErased] = useState(null);
 	const [prompt, setPrompt] = useState(params.get('ask') ?? '');
 	const [strength, setStrength] = useState(numberIn(params, 'strength', 1));
-	const [maxTokens, setMaxTokens] = useState(numberIn(params, 'tokens', 96));
-	const [temperature, setTemperature] = useState(numberIn(params, 'temperature', 0));
+	const [maxTokens, setMaxTokens] = useState(numberIn(params, 'tokens', null));
+	const [temperature, setTemperature] = useState(numberIn(params, 'temperature', null));
 	const [history, setHistory] = useState(numberIn(params, 'history', 0));
 	const [asked, setAsked] = useState(null);
 	const [base, setBase] = useState(BLANK);
@@ -148,10 +148,10 @@ export function Playground({ params }) {
 				<details onInvalidCapture=${(event) => { event.currentTarget.open = true; }}>
 					<summary>Settings</summary>
 					<div class="row">
-						${[['Tokens at most', maxTokens, setMaxTokens, 1, 4096, 1], ['Temperature', temperature, setTemperature, 0, 2, 0.1],
-							['Past items in the prompt', history, setHistory, 0, 16, 1]].map(([label, value, set, min, max, step]) => html`
-							<${Input} key=${label} type="number" required label=${label} value=${value} min=${min} max=${max} step=${step}
-								onValue=${(typed) => set(Number(typed))} />`)}
+						${[['Tokens at most', maxTokens, setMaxTokens, 1, 4096, 1, null], ['Temperature', temperature, setTemperature, 0, 2, 0.1, null],
+							['Past items in the prompt', history, setHistory, 0, 16, 1, 0]].map(([label, value, set, min, max, step, empty]) => html`
+							<${Input} key=${label} type="number" placeholder="server’s default" label=${label} value=${value ?? ''}
+								min=${min} max=${max} step=${step} onValue=${(typed) => set(typed === '' ? empty : Number(typed))} />`)}
 					</div>
 				</details>
 				<div class="actions">
@@ -178,7 +178,7 @@ const linked = ({ user, prompt, strength, maxTokens, temperature, history }) => 
 	user,
 	ask: prompt,
 	strength: strength === 1 ? null : strength,
-	tokens: maxTokens === 96 ? null : maxTokens,
-	temperature: temperature || null,
+	tokens: maxTokens,
+	temperature,
 	history: history || null,
 });

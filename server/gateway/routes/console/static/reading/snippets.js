@@ -1,4 +1,4 @@
-// The playground's question as curl and Python code.
+// The playground's question as curl and Python code; what is null in it is left to the server.
 import { gateway } from '../api.js';
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
@@ -6,10 +6,10 @@ const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 export const asBody = ({ user, prompt, maxTokens, temperature, history, strength }) => ({
 	user_id: user,
 	prompt,
-	max_tokens: maxTokens,
-	temperature,
 	history,
 	learn: false,
+	...(maxTokens != null && { max_tokens: maxTokens }),
+	...(temperature != null && { temperature }),
 	...(strength !== 1 && { strength }),
 });
 
@@ -31,8 +31,8 @@ export function asPython(question) {
 		'    model="mta",',
 		`    user=${JSON.stringify(question.user)},`,
 		`    messages=[{"role": "user", "content": ${JSON.stringify(question.prompt)}}],`,
-		`    max_tokens=${question.maxTokens},`,
-		`    temperature=${question.temperature},`,
+		...(question.maxTokens == null ? [] : [`    max_tokens=${question.maxTokens},`]),
+		...(question.temperature == null ? [] : [`    temperature=${question.temperature},`]),
 		`    extra_body={${extra.join(', ')}},`,
 		')',
 		'print(answer.choices[0].message.content)',
