@@ -11,7 +11,7 @@ from adapters.errors import TrainingError, excerpt
 BATCH_SIZE = 4  # samples per step
 EVAL_INTERVAL = 2  # steps between two evaluations of the held-out loss
 FOLDS = 2
-MAX_SAMPLE_TOKENS = 4096  # of one sample: training keeps 0.3 to 0.6 MB for each of them with the default model
+MAX_SAMPLE_TOKENS = 4096  # of one sample, since the memory of a step grows with the longest
 RIVALS = 5  # at most: merged, the common row, the base model, the adapter in use on its own recipe and on the new one
 MAX_FOLDED = 20  # so many samples are all held out, each in one fold; of more, a share
 
