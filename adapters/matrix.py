@@ -108,4 +108,4 @@ def write_matrix(
 
 def stored(numbers: torch.Tensor) -> memoryview:
     """Return the bytes of numbers in a matrix file, bf16."""
-    return memoryview(numbers.to(torch.bfloat16).reshape(-1).view(torch.uint8).numpy())
+    return numbers.to(torch.bfloat16).reshape(-1).view(torch.uint8).numpy().data

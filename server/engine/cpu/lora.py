@@ -71,7 +71,8 @@ class Rows:
         indices = indices[np.argsort(row_slots[indices], kind="stable")]
         chosen = row_slots[indices]
         parts = (indices.astype(np.int32), chosen.astype(np.int32), table.a_slots[chosen], table.ranks[chosen])
-        return cls(*map(torch.from_numpy, parts), needed=needed)
+        of_rows, of_slots, of_a, ranks = map(torch.from_numpy, parts)
+        return cls(of_rows, of_slots, of_a, ranks, needed)
 
     @property
     def for_kernel(self) -> tuple[torch.Tensor | int, ...]:

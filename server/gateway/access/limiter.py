@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from server.errors import QuotaExceeded, TooMany, Unavailable
 from server.gateway.access.keys import Caller, KnownKeys
@@ -28,6 +28,8 @@ log = logging.getLogger("mta.gateway")
 RENEW_INTERVAL_S = 15.0
 _LEASE_S = 60.0  # seconds until the requests of a crashed gateway stop counting
 _USER = "user-"
+
+MadeJob = TypeVar("MadeJob", bound="Job | None")
 
 
 @dataclass(slots=True)
@@ -121,7 +123,7 @@ class Limiter:
             await self._consume(usage, uses, 0)
         return usage.uses
 
-    async def take_job(self, caller: Caller, user_key: str, submit: Callable[[], Awaitable[Job | None]]) -> Job | None:
+    async def take_job(self, caller: Caller, user_key: str, submit: Callable[[], Awaitable[MadeJob]]) -> MadeJob:
         """Submit an adapt job; count it if it is new."""
         uses = await self.take(caller, "jobs", user_key)
         try:
