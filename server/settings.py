@@ -237,7 +237,7 @@ def load_settings(**given: object) -> Settings:
         return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
-        name, *inside = first["loc"] or ("*",)
-        variable = ".".join([f"MTA_{name}".upper(), *map(str, inside)])
+        place, *inside = first["loc"] or ("*",)
+        variable = ".".join([f"MTA_{place}".upper(), *map(str, inside)])
         shown = "" if "secret" in variable.lower() or "key" in variable.lower() else f", got {excerpt(first['input'])}"
         raise MtaError(f"{variable}: {first['msg']}{shown} (`mta settings` lists all)") from None

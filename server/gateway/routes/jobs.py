@@ -196,8 +196,9 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     try:
         job = await parts.limiter.take_job(caller_of(request), user.key, submit)
     except TooMany:  # the limit is for new jobs: a client that lost the response still gets its job
-        if (job := await parts.adapting.find_duplicate(user, training, epoch)) is None:
+        if (found := await parts.adapting.find_duplicate(user, training, epoch)) is None:
             raise
+        job = found
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobAnswer.of(job)
 
