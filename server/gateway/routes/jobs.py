@@ -196,6 +196,7 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     except TooMany:  # the limit is for new jobs: a client that lost the response still gets its job
         if (job := await parts.adapting.find_duplicate(user, training, epoch)) is None:
             raise
+    assert job is not None  # `submit` returns one, or raises
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobAnswer.of(job)
 
