@@ -52,7 +52,7 @@ class UserRecipe:
     source: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ServingBank:
     """A bank opened for lookups, without the weights of its adapters."""
 

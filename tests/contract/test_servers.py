@@ -71,7 +71,8 @@ async def test_a_durable_server_is_waited_for(start: Start, options: Options, ex
 
         assert connection.durability is expected
         store = ProfileStore(connection)
-        for write in (stored(store, user, change("a")), store.erase(user, LATER_MS, 0)):
+        mark = await store.begin(user)
+        for write in (store.commit(user, b"", change("a"), mark), store.erase(user, LATER_MS, 0)):
             evals, waited = await calls()
             assert await write
             assert await calls() == [evals + 1, waited + waits]

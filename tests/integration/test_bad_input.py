@@ -136,7 +136,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def untouched(gateway: GatewayThread) -> Callable[[Case], bool]:
-    """Tells whether the store has changed since the last call; a user's erasure request may stay noted."""
+    """Tells whether the store has changed since the last call; the mark of a write that has begun may stay."""
     with gateway.client() as client:
         put(client, USER, [{"text": "the sea"}])
         wait_until_ready(client)  # from now on the gateway knows the engine's context of 512
@@ -146,9 +146,7 @@ def untouched(gateway: GatewayThread) -> Callable[[Case], bool]:
         nonlocal last
         before, last = last, held_by(gateway.parts.settings.redis_url)
         changed = {key for key, _ in before.items() ^ last.items()}
-        if case.call.startswith("DELETE"):
-            changed = {key for key in changed if not key.startswith("mta:{rewrite}") and not key.endswith(":epoch")}
-        return not changed
+        return all(key.endswith(":epoch") for key in changed)
 
     return unchanged
 
@@ -271,7 +269,7 @@ def test_too_many_steps_are_refused_with_how_many_fit(strict: Client, new_user: 
     response = with_steps(strict, user_id, 500, given)
     assert error_of(response) == (400, "config.steps", "job_too_large")
     message = response.json()["error"]["message"]
-    assert "851000 tokens" in message  # 3 runs of 500 steps of 4 samples, 251 looks at 10 of them, 100 each
+    assert "855000 tokens" in message  # 3 runs of 500 steps of 4 samples, 250 + 5 looks at 10 of them, 100 each
     assert "20000 are allowed" in message
     fitting = int(message.rpartition("with ")[2].partition(" steps")[0])
     assert with_steps(strict, user_id, fitting + 1, given).status_code == 400
@@ -294,7 +292,7 @@ def test_tokens_are_counted_if_needed(strict: Client, new_user: NewUser, fake_en
 
 def test_kept_samples_count_too(strict: Client, new_user: NewUser) -> None:
     user_id, more = new_user(), samples(4, "y" * 400)
-    with_steps(strict, user_id, 4, samples(2, "x" * 400)).raise_for_status()
-    assert error_of(with_steps(strict, user_id, 4, more, append=True))[1] == "config.steps"
-    with_steps(strict, user_id, 2, more, append=True).raise_for_status()
-    with_steps(strict, user_id, 4, more).raise_for_status()
+    with_steps(strict, user_id, 2, samples(2, "x" * 400)).raise_for_status()
+    assert error_of(with_steps(strict, user_id, 2, more, append=True))[1] == "config.steps"
+    with_steps(strict, user_id, 1, more, append=True).raise_for_status()
+    with_steps(strict, user_id, 2, more).raise_for_status()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from adapters.recipe import FusionRecipe
+from adapters.training.adapt_config import AdaptConfig
 from adapters.training.user_trainer import TrainingRun
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
@@ -20,7 +21,7 @@ from server.store.jobs import JobState
 from server.store.queue import UserQueue
 from server.store.samples import decode_config
 from server.worker.loops import JobLoop, SigningLoop
-from server.worker.training import AdapterTrainer
+from server.worker.training import AdapterTrainer, Person
 from tests.integration.conftest import Interrupted
 from tests.support.desk import Desk
 
@@ -68,10 +69,10 @@ class Worker:
         self.events.append("signed")
         return self._trainer.signature(pairs)
 
-    def train(self, recipe: FusionRecipe, *args: Any, **options: Any) -> TrainingRun:
-        self.recipes.append(recipe)
+    def train(self, person: Person, samples: Any, config: AdaptConfig, learned: Any) -> TrainingRun:
+        self.recipes.append(person.recipe(person.signature, config.strength))
         hooked = Interrupted(self._trainer, self._begin, lambda step: self.events.append(f"step {step}"))
-        return hooked.train(recipe, *args, **options)
+        return hooked.train(person, samples, config, learned)
 
     def _begin(self) -> None:
         self._loop.call_soon_threadsafe(self.begun.set)

@@ -482,7 +482,7 @@ def test_a_run_that_is_put_aside_for_signatures_trains_the_same_bytes(
     common = initial_lora(layout.modules, 4, seed=1)
     alone = b_gradient(quick, layout, common, mannered(3))
     for is_interrupted in (False, True):
-        training = train_user(quick, fused, mannered(count), replace(CONFIG, steps=4))
+        training = train_user(quick, on(fused), mannered(count), replace(CONFIG, steps=4))
         for _ in training:
             assert not is_interrupted or torch.equal(b_gradient(quick, layout, common, mannered(3)), alone)
         assert training.judgement and training.judgement.weights

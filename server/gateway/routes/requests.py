@@ -111,8 +111,11 @@ class UserRoute(JsonRoute):
     """A route that writes its body to a user, unless the user is erased while the body arrives."""
 
     async def before_body(self, request: Request) -> None:
-        user, rotation = user_of(request, request.path_params["user_id"]), parts_of(request).profiles.rotation
-        request.state.epoch = await rotation.begin_write(user)
+        try:
+            user = user_of(request, check_user_id(request.path_params["user_id"]))
+        except ValueError:
+            return  # the handler refuses it
+        request.state.epoch = await parts_of(request).profiles.rotation.begin_write(user)
 
 
 class UserSamplesRoute(UserRoute):

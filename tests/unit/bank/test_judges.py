@@ -60,7 +60,7 @@ class Building:
 
     def _rows(self, work: object, common: Sequence[History], anchors: Sequence[History]) -> Any:
         self.common, self.anchors = ({person.user_id for person in some} for some in (common, anchors))
-        return SimpleNamespace(matrix=lambda: None, layout=None, rows=None, shared_a=None)
+        return SimpleNamespace(layout=None, rows=(), shared_a=None)
 
     def _fit_rule(self, signer: object, curvature: object, judges: Sequence[MeasuredPerson], *_: object) -> Any:
         self.judges = [person.user_id for person in judges]

@@ -309,7 +309,7 @@ async def test_the_events_of_a_waiting_job_keep_the_stream_alive_until_it_is_can
 
     adapting: Any = SimpleNamespace(job=read_job)
     await _JobEvents(adapting, UserKeys("a secret that only tests know", "default"), queued)(
-        {}, asyncio.Event().wait, send
+        {"state": {}}, asyncio.Event().wait, send
     )
     head, first, *comments, last, done, end = sent
     assert (head, set(comments), done, end) == (b"", {KEEP_ALIVE}, b"event: done\n" + DONE, b"")

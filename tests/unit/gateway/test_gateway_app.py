@@ -120,7 +120,7 @@ def test_the_document_shows_requests_that_are_taken(model: type[BaseModel]) -> N
 
 
 def test_the_table_of_openais_fields_is_the_gateways() -> None:
-    text = (ROOT / "docs/openai.md").read_text(encoding="utf-8")
+    text, _, _ = (ROOT / "docs/openai.md").read_text(encoding="utf-8").partition("| field | default |")
     rows = [set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| (`\w+`.*?) \|", text, re.MULTILINE)]
     ours, personal, passed, ignored, refused = rows[-5:]
     passed_on = (ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()) - OWN_FIELDS

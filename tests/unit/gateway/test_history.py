@@ -245,12 +245,12 @@ async def test_half_of_a_requests_patience_is_left_for_a_place_when_its_history_
     busy = ask(indexing, "busy")
     await until_read(held, 1)
     request = replace(REQUEST, patience_s=given_s)
-    prompt = await prompts.build(request, profile("ada"), LengthLimits(1000, 512))
+    prompt = await prompts.build(request, profile("ada"), LengthLimits(1000, 512, 300))
     assert (prompt.messages, prompt.items) == (REQUEST.messages, 0)
     assert prompt.reason
     assert prompt.patience_s is not None
     assert 0 <= prompt.patience_s < left_s + 0.01
-    without = await prompts.build(replace(request, history=0), profile("ada"), LengthLimits(1000, 512))
+    without = await prompts.build(replace(request, history=0), profile("ada"), LengthLimits(1000, 512, 300))
     assert without.patience_s == given_s
     busy.cancel()
 
