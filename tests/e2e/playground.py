@@ -53,7 +53,7 @@ class TestPlayground:
     def test_pasted_writing_is_answered_beside_the_base_model_and_can_be_erased(
         self, look: Looking, api: Client
     ) -> None:
-        page = look.visit("playground")
+        page = look.visit("playground", tokens=48, temperature=0)
         page.get_by_role("button", name="Use an example").click()
         ask(page, QUESTIONS[0])
         base, personal = answer(page, "Base model"), answer(page, "Personal")
