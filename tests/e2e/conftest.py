@@ -21,7 +21,7 @@ from tests.support.terminal import Terminal, terminal
 
 DEMO = (sys.executable, "-m", "server.cli", "demo", "--data")
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 1000.0  # the bank may have to be built, beside other tests
+PATIENCE_S = 2400.0  # the bank may have to be built, beside other tests, on a slow machine
 
 expect.set_options(timeout=PATIENCE_MS)
 

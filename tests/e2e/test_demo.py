@@ -15,7 +15,7 @@ from tests.e2e.pages import TestAdapt, TestBank, TestSystem, TestUsers  # noqa: 
 from tests.e2e.playground import TestPlayground, TestStrength  # noqa: F401
 from tests.support.terminal import CTRL_C
 
-pytestmark = pytest.mark.timeout(1200)  # the first test may have to build the bank
+pytestmark = pytest.mark.timeout(2700)  # the first test may have to build the bank
 
 
 def test_on_a_terminal_the_server_stays_up_until_ctrl_c(demo: Demo) -> None:
