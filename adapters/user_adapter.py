@@ -20,11 +20,10 @@ from adapters.raw import USER_FORMAT, USER_KIND, read_tensors, read_user_adapter
 
 @dataclass(frozen=True, slots=True)
 class UserAdapter:
-    """A trained user adapter, with the name of the plain recipe and hashes of the samples it was trained on."""
+    """A trained user adapter, with the name of the plain recipe it was trained on."""
 
     recipe: str
     weights: LoraWeights
-    samples: Collection[str] = ()  # empty in adapters of versions that noted none
 
 
 def stack(fused: LoraWeights, user: UserAdapter, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
@@ -40,14 +39,17 @@ def stack_flat(fused: FlatLora, user: UserAdapter, dtype: torch.dtype = torch.bf
     return FlatLora(modules, a, torch.cat([fused.b.to(dtype), theirs.b.to(dtype)], dim=1))
 
 
-def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
-    """Serialise a user adapter for the store: weights in bf16, from the first module that it changes to the last."""
+def encode_user_adapter(layout: RowLayout, user: UserAdapter, samples: Collection[str] = ()) -> bytes:
+    """Serialise a user adapter for the store: weights in bf16, from the first module that it changes to the last.
+
+    `samples` are hashes of what it was trained on.
+    """
     first = next((place for place, module in enumerate(layout.modules) if user.weights.b[module.name].any()), 0)
     changed = replace(layout, modules=layout.modules[first:])
     flats = {"a": flattened(changed, user.weights.a), "b": flattened(changed, user.weights.b)}
     header = {
         **{"kind": USER_KIND, "rank": user.weights.rank, "recipe": user.recipe, "first": first},
-        "samples": " ".join(sorted(user.samples)),
+        "samples": " ".join(sorted(samples)),
     }
     # Use a single entry: safetensors writes several in varying order, but equal adapters must have equal bytes.
     raw: bytes = save(
@@ -59,6 +61,10 @@ def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
 def decode_user_adapter(layout: RowLayout, raw: bytes) -> UserAdapter:
     recipe, rank, tensors = read_user_adapter(layout, raw)
     a, b = (torch.from_numpy(tensors[name]).view(torch.bfloat16) for name in ("a", "b"))
+    return UserAdapter(recipe, lora_of(RowLayout(layout.modules, rank, shared_a=False), a, b))
+
+
+def samples_of(raw: bytes) -> frozenset[str]:
+    """Return the hashes of the samples that a user adapter was trained on; none if its version noted none."""
     _, metadata = read_tensors(np.frombuffer(raw, np.uint8))
-    samples = json.loads(metadata[USER_FORMAT]).get("samples", "").split()
-    return UserAdapter(recipe, lora_of(RowLayout(layout.modules, rank, shared_a=False), a, b), frozenset(samples))
+    return frozenset(json.loads(metadata[USER_FORMAT]).get("samples", "").split())

@@ -27,8 +27,8 @@ from adapters.training.loss import backward, row_losses
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, optimise
 
 WARM_UP_STEPS = 2
-MIN_JUDGES = 4  # with fewer, chance decides what is promoted (`bench.adapt.gate`)
-MARGIN = 1.0  # standard errors by which an adapter must be better, so that at most one in twenty promoted ones is worse
+MIN_JUDGES = 4  # two in each fold: with fewer, chance decides what is promoted
+MARGIN = 1.0  # standard errors by which an adapter must be better, since few samples judge
 PATIENCE = 2  # number of evaluations without a new lowest held-out loss after which a run ends
 MAX_LOSS_RISE = 5.0  # above the first step, in nats per token: such a run does not recover, so training fails
 # Learning-rate factor with which eight steps of the upper half of the layers learn about as much as all layers do (the

@@ -66,10 +66,9 @@ class PastItems:
         return {pair: place for place, pair in reversed(list(enumerate(self._pairs)))}
 
 
-def is_same(task: Task, one: tuple[str, str], other: tuple[str, str]) -> bool:
-    """Whether two (turn, output) pairs are one lesson: where answers are texts, an app may word the turn otherwise."""
-    (turn, output), (other_turn, other_output) = (tuple(map(normalised, pair)) for pair in (one, other))
-    return output == other_output and (task.kind == "text" or turn == other_turn)
+def lesson_key(task: Task, turn: str, output: str) -> tuple[str, str]:
+    """Return what all pairs of one lesson share: where answers are texts, an app may word the turn otherwise."""
+    return "" if task.kind == "text" else normalised(turn), normalised(output)
 
 
 def normalised(text: str) -> str:

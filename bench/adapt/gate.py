@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations, product
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,7 @@ from server.cli.demo.manners import MANNERS
 from server.cli.demo.personas import anchors, worlds
 from server.settings import Settings, load_settings
 from server.store.samples import Sample
-from server.worker.training import AdapterTrainer, Person, pairs_of
+from server.worker.training import AdapterTrainer, JobUser, pairs_of
 
 MAX_TOKENS = 512  # of an unseen item
 
@@ -123,7 +124,7 @@ class Gate:
 
         signature = trainer.signature(pairs) if trainer.manifest.has_signatures else None
         samples = [Sample(chat_messages(turn), output) for turn, output in pairs]
-        judgement = trainer.train(Person(recipe_of, signature, items), samples, self.config).finish()
+        judgement = trainer.train(JobUser(recipe_of, signature, items), samples, self.config).finish()
         gain = 0.0
         if judgement.weights:
             examples = [encode_pair(trainer.tokenizer, *pair, MAX_TOKENS) for pair in later]
@@ -157,13 +158,11 @@ def rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, object]]:
 def outsiders(path: Path) -> Path:
     """Write people who answer the questions of another manner's world, which no anchor of their manner has seen."""
     found = []
-    for manner in MANNERS:
-        for other in (other for other in MANNERS if other is not manner):
-            for seed in range(2):
-                asked = [pair for topic in worlds()[other.world].values() for pair in topic]
-                random.Random(seed).shuffle(asked)
-                profile = [{"input": question, "output": manner.write(plain)} for question, plain in asked]
-                found.append({"user_id": f"{manner.world}-{other.world}-{seed}", "profile": profile, "query": []})
+    for (manner, other), seed in product(permutations(MANNERS, 2), range(2)):
+        asked = [pair for topic in worlds()[other.world].values() for pair in topic]
+        random.Random(seed).shuffle(asked)
+        profile = [{"input": question, "output": manner.write(plain)} for question, plain in asked]
+        found.append({"user_id": f"{manner.world}-{other.world}-{seed}", "profile": profile, "query": []})
     return write_people(path, found)
 
 

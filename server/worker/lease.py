@@ -125,14 +125,14 @@ async def with_lease(held: HeldLease, work: asyncio.Task[T], progress: ProgressL
 async def train_with_lease(
     held: HeldLease, max_s: float, train: Callable[[], TrainingRun], model_lock: asyncio.Lock
 ) -> Judgement:
-    """Train for at most `max_s`, and renew the lease meanwhile; see `Training`.
+    """Train for at most `max_s`, and renew the lease meanwhile; see `SharedTraining`.
 
     After a lost lease or a timeout, wait until training stops at its next step. After a cancellation, do not wait: a
     step may take longer than a stopping process has left to release its job.
 
     Raises TrainingError after `max_s` or from `train`; LeaseLost and StoreTimeout from the lease; and Stalled.
     """
-    training = Training(str(held.lease.job.id), train, max_s, model_lock, ProgressLog())
+    training = SharedTraining(str(held.lease.job.id), train, max_s, model_lock, ProgressLog())
     task = asyncio.create_task(training.run())
     try:
         return await with_lease(held, task, training.progress)
@@ -147,7 +147,7 @@ async def train_with_lease(
 
 
 @dataclass
-class Training:
+class SharedTraining:
     """One job's training, which holds the model's lock for one step at a time; whoever waits for it comes in between.
 
     A step runs on a thread. `max_s` limits the time of all steps, `name` appears in errors.

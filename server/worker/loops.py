@@ -50,7 +50,7 @@ from server.worker.lease import (
     unless_stalled,
     with_lease,
 )
-from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, AdapterTrainer, Person, as_training_error, pairs_of
+from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, AdapterTrainer, JobUser, as_training_error, pairs_of
 
 log = logging.getLogger("mta.worker")
 
@@ -218,9 +218,9 @@ class JobLoop:
         def recipe_of(signature: Signature | None, strength: float) -> FusionRecipe:
             return self.bank.personalise(profile.embedding, signature, strength).recipe
 
-        person = Person(recipe_of, profile.evidence, items, in_use)
+        user = JobUser(recipe_of, profile.evidence, items, in_use)
         with self.tracing.span("train"):
-            train = partial(self.trainer.train, person, samples, config, learned)
+            train = partial(self.trainer.train, user, samples, config, learned)
             judgement = await train_with_lease(held, max_s, train, self.model_lock)
             self.tracing.note(samples=len(samples) + len(learned), steps=judgement.steps)
         if judgement.weights is None:

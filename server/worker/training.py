@@ -21,9 +21,9 @@ from adapters.training.adapt_config import MAX_SAMPLE_TOKENS, AdaptConfig
 from adapters.training.example import Example
 from adapters.training.trainer import TrainPlan, initial_lora, train_lora
 from adapters.training.user_trainer import IN_USE, MIN_JUDGES, Beneath, TrainingRun, train_user
-from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter, stack
+from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter, samples_of, stack
 from bank.building.signer import Signer
-from bank.items.lessons import PastItems, add_memories, is_same, normalised
+from bank.items.lessons import PastItems, add_memories, lesson_key, normalised
 from bank.items.profile import Item, item_pair
 from bank.items.prompt import encode_conversation, encode_pair
 from bank.items.tasks import Task, get_task
@@ -58,7 +58,7 @@ def as_training_error(what: str, remedy: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Person:
+class JobUser:
     """What a job knows of its user besides the samples."""
 
     recipe: Callable[[Signature | None, float], FusionRecipe]  # of a signature and a strength, as serving makes it
@@ -100,15 +100,15 @@ class AdapterTrainer:
         train_lora(self.model, [Example((0,) * _WARM_UP_TOKENS, 1)], TrainPlan(1, 1, 1e-3, 0), start=start)
 
     def train(
-        self, person: Person, samples: Sequence[Sample], config: AdaptConfig, learned: Sequence[Sample] = ()
+        self, user: JobUser, samples: Sequence[Sample], config: AdaptConfig, learned: Sequence[Sample] = ()
     ) -> TrainingRun:
-        """Train and judge a user adapter on top of a person's recipe, step by step.
+        """Train and judge a user adapter on top of a user's recipe, step by step.
 
         The newest of the `learned` samples (oldest first) are added as far as the job's token budget allows. If the
         bank was trained with history, prepend some of the user's items to samples, within the rest. Samples that the
         adapter in use was trained on judge only if there are too few others.
         """
-        room = self.manifest.serving_rank - self.manifest.rank_of(person.recipe(person.signature, config.strength))
+        room = self.manifest.serving_rank - self.manifest.rank_of(user.recipe(user.signature, config.strength))
         if config.rank > room:
             raise TrainingError(f"rank {config.rank} does not fit: the bank leaves rank {room} for users")
         examples = [
@@ -120,7 +120,7 @@ class AdapterTrainer:
         examples += [example for _, example in kept]
         if not examples:
             raise TrainingError("no sample can be used: too long, or refused by the model's chat template")
-        past = PastItems(self.task, person.items, self.manifest.history_share, config.seed)
+        past = PastItems(self.task, user.items, self.manifest.history_share, config.seed)
         left = config.room_for_past([len(example.ids) for example in examples])
         for place, sample in enumerate(samples):
             if left and (memories := past.memories(*sample.pair)):
@@ -132,21 +132,22 @@ class AdapterTrainer:
                     )
                 examples[place] = self._example(what, encode_conversation, messages, sample.output)
                 left -= len(examples[place].ids) - alone
-        in_use = decode_user_adapter(self.manifest.layout, person.in_use.raw) if person.in_use else None
-        new = [place for place, sample in enumerate(samples) if not in_use or sample_hash(sample) not in in_use.samples]
-
-        pairs = tuple(pairs_of(person.items, self.task))
+        in_use, known = None, frozenset[str]()
+        if user.in_use:
+            in_use, known = decode_user_adapter(self.manifest.layout, user.in_use.raw), samples_of(user.in_use.raw)
+        new = [place for place, sample in enumerate(samples) if sample_hash(sample) not in known]
+        pairs = tuple(pairs_of(user.items, self.task))
 
         @lru_cache(1)
         def made_of(unseen: tuple[tuple[str, str], ...]) -> Beneath:
-            signature = person.signature
+            signature = user.signature
             if signature and len(unseen) < len(pairs):
                 signature = self.signature(unseen)
-            return self._beneath(partial(person.recipe, signature), config.strength, in_use)
+            return self._beneath(partial(user.recipe, signature), config.strength, in_use)
 
         def beneath(held: Sequence[int]) -> Beneath:
-            seen = [samples[place].pair for place in held]
-            return made_of(tuple(pair for pair in pairs if not any(is_same(self.task, pair, each) for each in seen)))
+            seen = {lesson_key(self.task, *samples[place].pair) for place in held}
+            return made_of(tuple(pair for pair in pairs if lesson_key(self.task, *pair) not in seen))
 
         return train_user(self.model, beneath, examples, config, judges=new if len(new) >= MIN_JUDGES else None)
 
@@ -196,8 +197,8 @@ class AdapterTrainer:
 
     def encoded(self, recipe: FusionRecipe, weights: LoraWeights, samples: Sequence[Sample]) -> bytes:
         """Return a user adapter as it is stored, with the hashes of its samples."""
-        trained = UserAdapter(recipe.name, weights, frozenset(map(sample_hash, samples)))
-        return encode_user_adapter(self.manifest.layout, trained)
+        hashes = frozenset(map(sample_hash, samples))
+        return encode_user_adapter(self.manifest.layout, UserAdapter(recipe.name, weights), hashes)
 
     def _example(self, what: str, encode: Callable[..., Example], *content: Any) -> Example:
         """Encode; refuse content on which the model would fail with an error that looks like a fault of the process."""

@@ -21,7 +21,7 @@ from server.store.jobs import JobState
 from server.store.queue import UserQueue
 from server.store.samples import decode_config
 from server.worker.loops import JobLoop, SigningLoop
-from server.worker.training import AdapterTrainer, Person
+from server.worker.training import AdapterTrainer, JobUser
 from tests.integration.conftest import Interrupted
 from tests.support.desk import Desk
 
@@ -69,7 +69,7 @@ class Worker:
         self.events.append("signed")
         return self._trainer.signature(pairs)
 
-    def train(self, person: Person, samples: Any, config: AdaptConfig, learned: Any) -> TrainingRun:
+    def train(self, person: JobUser, samples: Any, config: AdaptConfig, learned: Any) -> TrainingRun:
         self.recipes.append(person.recipe(person.signature, config.strength))
         hooked = Interrupted(self._trainer, self._begin, lambda step: self.events.append(f"step {step}"))
         return hooked.train(person, samples, config, learned)

@@ -41,7 +41,7 @@ from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import Sample
 from server.worker.loops import JobLoop
 from server.worker.process import work_forever
-from server.worker.training import AdapterTrainer, Person
+from server.worker.training import AdapterTrainer, JobUser
 from tests.integration.conftest import Interrupted
 from tests.support.desk import CONFIG, SAMPLES, Desk
 
@@ -319,10 +319,10 @@ def some(count: int) -> list[Sample]:
     return [Sample([{"role": "user", "content": f"{n:02d}?"}], f"{n:02d} yes, number {n:02d}") for n in range(count)]
 
 
-def person_of(trainer: AdapterTrainer, **known: Any) -> Person:
+def person_of(trainer: AdapterTrainer, **known: Any) -> JobUser:
     manifest = trainer.manifest
     recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, (Term(0, 600), Term(3, 400)))
-    return Person(lambda signature, strength: recipe, **known)
+    return JobUser(lambda signature, strength: recipe, **known)
 
 
 def estimate(trainer: AdapterTrainer, samples: list[Sample]) -> int:
@@ -429,7 +429,7 @@ async def test_a_job_trains_on_what_was_sent_instead_of_answers_and_has_the_item
     noted: list[tuple[int, list[Any]]] = []
     train, past = worker.trainer.train, ("how is the bread?", "crusty")
 
-    def noting(person: Person, samples: list[Sample], config: AdaptConfig, learned: list[Sample]) -> Any:
+    def noting(person: JobUser, samples: list[Sample], config: AdaptConfig, learned: list[Sample]) -> Any:
         noted.append((len(samples) + len(learned), [tuple(item.fields.values()) for item in person.items]))
         return train(person, samples, config, learned)
 
