@@ -17,6 +17,7 @@ from bank.lookup.signature import empty_signature
 from bench.rig.processes import PATIENCE_S
 from server.errors import QuotaExceeded, Unavailable, UserErased
 from server.gateway.generation.personalizer import Arm, arm_of
+from server.gateway.http.bodies import LONGEST_WRITE_S
 from server.gateway.learning.messages import (
     MAX_AGE_S,
     MAX_PENDING,
@@ -28,6 +29,7 @@ from server.gateway.learning.messages import (
 from server.gateway.users.profiles import signature_due
 from server.settings import MAX_ITEM_BYTES
 from server.store.profile_record import Profile, StoredSignature
+from server.store.profiles import MARK_S
 from server.store.tenants.user_key import User
 from server.store.worth import week_of
 
@@ -201,3 +203,7 @@ def test_a_share_of_users_is_held_out_for_a_week(monkeypatch: pytest.MonkeyPatch
     assert held(monday_s, 0.0) == set()
     assert first < held(monday_s, 0.2)
     assert [week_of(hour) for hour in (0, 95, 96)] == [0, 0, 1]  # 1970 began on a Thursday
+
+
+def test_a_mark_outlives_the_longest_write() -> None:
+    assert LONGEST_WRITE_S < MAX_AGE_S < MARK_S
