@@ -24,7 +24,7 @@ from adapters.recipe import anchor_id
 from adapters.training.example import Example, output_tokens
 from adapters.training.forward.packing import Row, pack
 from adapters.training.loss import backward, backward_row
-from adapters.training.trainer import Gradient, StepReport, TrainPlan, initial_lora, linear_modules, train_lora
+from adapters.training.trainer import Gradient, TrainPlan, initial_lora, linear_modules, train_lora
 from bank.building.options import BuildOptions
 from bank.building.progress import RowProgress
 from bank.building.ranks import Ranks
@@ -108,10 +108,7 @@ class RowTrainer:
         self, job: RowJob, start: LoraWeights, *, train_a: bool = True, gradient: Gradient = backward
     ) -> LoraWeights:
         """Train a row; BankError if its weights are not finite in the end."""
-
-        def on_step(report: StepReport) -> None:
-            self.progress.step(job.name, job.plan.steps, report)
-
+        on_step = partial(self.progress.step, job.name, job.plan.steps)
         lora = train_lora(
             self.model, job.examples, job.plan, start=start, train_a=train_a, on_step=on_step, gradient=gradient
         )
