@@ -6,7 +6,7 @@ not grow with the number of anchors. A step of 1 along any of them is one standa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -55,11 +55,6 @@ class Directions:
         if coordinates.shape != expected:
             raise BankError(f"{path} has shape {coordinates.shape}, but the manifest says {expected}: copy it again")
         return cls.of(coordinates, curvature)
-
-    def mixture(self, weights: Iterable[tuple[int, float]]) -> Vectors:
-        """Return the steps [K] to the sum of these anchors' rows with these weights."""
-        steps: Vectors = np.sum([weight * self.coordinates[anchor] for anchor, weight in weights], axis=0)
-        return steps
 
     def nearest(self, steps: Vectors) -> list[tuple[int, float]]:
         """Return the anchors whose rows change the loss most like these steps [K], with the cosine, nearest first.

@@ -9,8 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from adapters.errors import excerpt
-from bank.errors import BankError
 from bank.items.tasks import Task
 from bank.manifest import AnswerPrior
 
@@ -46,8 +44,6 @@ def personal_shares(prior: AnswerPrior, answers: Sequence[str]) -> Mapping[str, 
 
 def surprise(shares: Mapping[str, float], answer: str) -> float:
     """Return −log of an answer's share, in nats."""
-    if answer not in shares:
-        raise BankError(f"{excerpt(answer)} is not an answer of this task; the answers are {', '.join(shares)}")
     return -math.log(shares[answer])
 
 
