@@ -84,7 +84,6 @@ class Evaluator:
         return replace(serving, manifest=manifest, index=index, curvature=curvature)
 
     def common(self, bank: OpenBank) -> EvalAdapter:
-        """Return a bank's common row alone."""
         if not bank.manifest.common:
             raise BankError("`common` and `own` need the common row, but this bank has none")
         return EvalAdapter(bank, common_recipe(bank.manifest))
@@ -95,7 +94,6 @@ class Evaluator:
         return self.equal(random.Random(seed).sample(everybody, min(count, len(everybody))))
 
     def equal(self, anchors: Sequence[int]) -> EvalAdapter:
-        """Return these anchors with equal weights."""
         weight = self.bank.manifest.weights.strength / len(anchors)
         recipe = self.bank.serving.merge([AnchorWeight(anchor, weight, 0.0) for anchor in anchors])
         return EvalAdapter(self.bank, recipe)
@@ -121,10 +119,7 @@ class Evaluator:
     def trained(
         self, beneath: Callable[[Evidence], tuple[EvalAdapter, EvalAdapter]], evidence: Evidence, seed: int
     ) -> EvalAdapter:
-        """Stack a few-shot adapter on the first of what `beneath` makes of the evidence.
-
-        Return the second, which the person is served without it, if there is no data or it was not promoted.
-        """
+        """Stack a few-shot adapter on the first of what `beneath` makes; return the second if none was promoted."""
         ground, without = beneath(evidence)
         found = lessons(evidence.user, self.bank.serving.task, self.bank.manifest.history_share, seed=0)
         unsigned = len(found) - len(evidence.signature_examples)  # older than the newest, which are signed
@@ -252,7 +247,6 @@ REMEMBERING = ("base", "common", "task", "merged", "stacked", "own")  # also run
 
 
 def parse_methods(text: str) -> list[Method]:
-    """Parse a comma-separated list of method names; duplicates are dropped."""
     names = dict.fromkeys(name.strip() for name in text.split(","))
     if unknown := [name for name in names if name not in METHODS]:
         raise BankError(

@@ -85,7 +85,6 @@ class Lesson:
     output: str
 
     def example(self, tokenizer: Any, max_tokens: int) -> Example:
-        """Encode the item with the memories that fit into `max_tokens`."""
         task, turn, output = self.past.task, self.turn, self.output
         memories = self.past.memories(turn, output)
         return encode_with_memories(tokenizer, task, turn, output, memories=memories, max_tokens=max_tokens)

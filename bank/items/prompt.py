@@ -1,7 +1,4 @@
-"""The only module that turns a conversation into token ids, so that training uses the same tokens as vLLM's serving.
-
-A `tokenizer` is a Hugging Face one.
-"""
+"""The only module that turns a conversation into token ids, so that training uses the same tokens as vLLM's serving."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from bank.manifest import BankManifest
 
 NEAREST = 3  # number of anchors that describe a user
 COMPARED = 128  # leading directions of the loss's metric that they are compared along
-_REMEMBERED = 4096  # number of users whose nearest anchors are remembered
+_REMEMBERED = 4096  # number of profiles whose nearest anchors are remembered, for gateways ask for each answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,7 @@ class Directions:
         return cls.of(coordinates, curvature)
 
     def nearest(self, steps: Vectors) -> list[tuple[int, float]]:
-        """Return the anchors whose rows change the loss most like these steps [K], with the cosine, nearest first.
-
-        Gateways call it for each answer, so it is computed once for a version of a profile, which has its own steps.
-        """
+        """Return the anchors whose rows change the loss most like these steps [K], with the cosine, nearest first."""
         return self._search(np.asarray(steps, np.float32).tobytes())
 
 

@@ -1,7 +1,4 @@
-"""Predict a person's answer without a model: the histogram of their past answers, smoothed towards everybody's.
-
-It is the baseline for tasks whose answers are labels or scores, because people's labels are largely habitual.
-"""
+"""Predict labels or scores, which are largely habits, by the histogram of a person's past answers, smoothed."""
 
 from __future__ import annotations
 

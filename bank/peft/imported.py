@@ -71,10 +71,7 @@ def import_bank(
     base_model: str,
     embedder: Embedder,
 ) -> BankManifest:
-    """Make a bank from PEFT folders, in anchor order; adapters of smaller rank are padded to the largest rank.
-
-    The `user_id` of each profile is the name of an adapter's folder.
-    """
+    """Make a bank from PEFT folders, in anchor order, and the profiles that have a folder's name as `user_id`."""
     task = get_task(options.task)
     read = [read_peft(folder) for folder in adapters]
     names = [adapter.name for adapter in read]
