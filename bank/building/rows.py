@@ -92,7 +92,7 @@ class RowTrainer:
         return self.job(anchor_id(place), [anchors[place]], self.options.steps, self.options.batch_size)
 
     def job(self, name: str, people: Sequence[History], steps: int, batch_size: int) -> RowJob:
-        """Choose a row's examples, at most as many as training reads, by a seed of its own: other rows do not change it."""
+        """Choose a row's examples, at most as many as training reads; with its own seed it depends on no other row."""
         options, seed = self.options, _row_seed(self.options.seed, name)
         pool = [each for person in people for each in lessons(person, self.task, options.history_share, options.seed)]
         chosen = random.Random(seed).sample(range(len(pool)), min(len(pool), steps * batch_size))
