@@ -51,6 +51,10 @@ class PeftAdapter:
     a: dict[str, torch.Tensor]
     b: dict[str, torch.Tensor]
 
+    @property
+    def rank(self) -> int:
+        return max(a.shape[0] for a in self.a.values())
+
     def row(self, layout: RowLayout) -> torch.Tensor:
         """Return the same ΔW as a row [D], zero-padded to the layout's rank and to all its modules."""
         a = {module.name: torch.zeros(layout.rank, module.h_in) for module in layout.modules}
@@ -81,7 +85,7 @@ def import_bank(
     if missing := [name for name in names if name not in known]:
         raise BankError(f"{profiles} has no profile for {excerpt(missing)}: user_id must be the adapter folder's name")
     people = [known[name] for name in names]
-    rank = max(a.shape[0] for adapter in read for a in adapter.a.values())
+    rank = max(adapter.rank for adapter in read)
     layout = RowLayout(_common_modules(read, model_folder), rank, shared_a=False)
     rule = WeightRule(anchors=min(options.k, len(read)))
     bank_rank(FusionMethod.CAT, layout.rank, rule, False, options.user_rank)
