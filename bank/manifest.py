@@ -83,12 +83,10 @@ class LossDifference(Frozen):
 
     @property
     def is_lower(self) -> bool:
-        """Whether the whole interval is below 0."""
         return self.high < 0
 
     @property
     def is_higher(self) -> bool:
-        """Whether the whole interval is above 0."""
         return self.low > 0
 
 
@@ -160,7 +158,6 @@ class BankManifest(Frozen):
 
     @property
     def has_signatures(self) -> bool:
-        """Whether users' weights come from signatures."""
         return self.weights.posterior is not None
 
     @property
@@ -259,10 +256,7 @@ def write_manifest(folder: Path, manifest: BankManifest) -> BankManifest:
 
 
 def verify_files(folder: Path, manifest: BankManifest, names: tuple[str, ...] | None = None) -> None:
-    """Check the named files of the bank, or all if None; BankError names the first missing or damaged one.
-
-    Unless it is named, the file of the anchors' rows may be missing.
-    """
+    """Check the named files, or all but missing anchors' rows if None; BankError names the first missing or damaged."""
     for name in names if names is not None else tuple(manifest.files):
         path = folder / name
         if names is None and name == ROWS_FILE and not path.exists():

@@ -10,19 +10,16 @@ from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 
 
-def open_matrix(folder: Path, manifest: BankManifest) -> MetaMatrix:
+def open_matrix(folder: Path, manifest: BankManifest, file: str = MATRIX_FILE) -> MetaMatrix:
     """Map a bank's meta-LoRA matrix; BankError if it is missing or damaged, or its shape differs from the manifest."""
-    return _open(folder, manifest, MATRIX_FILE, manifest.personal_rows)
+    verify_files(folder, manifest, (file,))
+    try:
+        return MetaMatrix.open(folder / file, manifest.layout, manifest.personal_rows, manifest.common)
+    except FusionError as error:
+        raise BankError(str(error)) from error
 
 
 def open_anchor_rows(folder: Path, manifest: BankManifest) -> MetaMatrix:
     """Map the matrix whose rows are the anchors' own, for a bank of directions too; BankError as for `open_matrix`."""
-    return _open(folder, manifest, manifest.anchor_rows_file, len(manifest.anchors))
-
-
-def _open(folder: Path, manifest: BankManifest, file: str, rows: int) -> MetaMatrix:
-    verify_files(folder, manifest, (file,))
-    try:
-        return MetaMatrix.open(folder / file, manifest.layout, rows, manifest.common)
-    except FusionError as error:
-        raise BankError(str(error)) from error
+    people = manifest.model_copy(update={"directions": None})
+    return open_matrix(folder, people, manifest.anchor_rows_file)

@@ -76,10 +76,9 @@ def write_bank(
 ) -> BankManifest:
     """Write drafts of a bank's files, then rename them, the manifest last: a folder with a manifest is complete.
 
-    If a draft cannot be written, a bank that is in the folder stays as it was. Engines that have mapped its files keep
-    them intact. `rows` are flat, the common row last. `embeddings` [N, E], `items` (number of training items) and
-    `words` are in anchor order; `curvature` is H [N, N]. With `directions`, those are served, and the anchors' rows
-    kept beside them.
+    If a draft cannot be written, a bank in the folder stays as it was; engines keep what they have mapped of it. `rows`
+    are flat [D], the common row last. `embeddings` [N, E], `items` (how many trained) and `words` are in anchor order;
+    `curvature` is H [N, N]. With `directions`, those are served, and the anchors' rows kept beside them.
     """
     from adapters.matrix import write_matrix
 

@@ -1,8 +1,4 @@
-"""`mta bank build`: build a bank from people's histories.
-
-Each piece is kept in the work folder and depends only on the inputs and its own seed, so a restarted build gives the
-same fingerprint.
-"""
+"""`mta bank build`: build a bank from people's histories; a restarted build gives the same fingerprint."""
 
 from __future__ import annotations
 
@@ -177,8 +173,8 @@ def build_baselines(
 ) -> BankManifest:
     """Train the task row of a finished bank, built from these inputs with these options, unless it exists.
 
-    It is the common row, trained for as many more steps as all anchors together, and shows what of their effect is not
-    personal. It is stored as a bank with one anchor of zeros, so that an engine can serve it.
+    It is the common row, trained for as many more steps as all anchors, and shows what of their effect is not personal.
+    It is stored as a bank with one anchor of zeros, so that an engine can serve it.
     """
     out = inputs.out / BASELINES
     with suppress(BankError):  # no task row yet, or one in an older format

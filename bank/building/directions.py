@@ -40,10 +40,7 @@ class DirectionRows:
 
 
 def make_directions(curvature: Curvature, count: int, deviation: float) -> DirectionRows:
-    """Take the `count` leading eigenvectors of the curvature along the anchors' rows, each `deviation` long.
-
-    `deviation` is the prior's, of one step along an anchor's row.
-    """
+    """Take the `count` leading eigenvectors along the anchors' rows, as long as `deviation`, the prior's of a step."""
     leading = curvature.eigenvectors[:, ::-1][:, :count]
     leading = leading * np.sign(leading[np.abs(leading).argmax(axis=0), range(count)])  # fix the arbitrary sign
     mixing = torch.from_numpy((deviation * leading.T).astype(np.float32))

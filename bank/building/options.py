@@ -22,7 +22,6 @@ T = TypeVar("T")
 
 
 def _split_names(given: object) -> object:
-    """Split a comma-separated string; None if it is empty."""
     return tuple(part.strip() for part in given.split(",")) if given and isinstance(given, str) else given or None
 
 
@@ -69,7 +68,6 @@ class BuildOptions(_Checked):
         return self.anchors > MOST_PEOPLE if self.directions is None else self.directions > 0
 
     def rule(self, decay: float | None = None) -> WeightRule:
-        """Return the bank's weight rule."""
         posterior = PosteriorRule() if decay is None else PosteriorRule(decay=decay)
         return WeightRule(anchors=min(self.k, self.anchors), strength=TOPIC_STRENGTH, posterior=posterior)
 

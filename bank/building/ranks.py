@@ -40,10 +40,7 @@ class Ranks:
         return next(self.each([None], lambda _: make()))
 
     def each(self, pieces: Sequence[Piece], make: Callable[[Piece], Result]) -> Iterator[Result]:
-        """Compute every piece on one of the ranks, and yield all results in order, on all ranks.
-
-        An `MtaError` of one rank is raised on all.
-        """
+        """Compute every piece on one of the ranks; yield all results in order, or raise an `MtaError`, on all ranks."""
         for start in range(0, len(pieces), self.count):
             at_once = pieces[start : start + self.count]
             result: Result | MtaError | None = None
@@ -63,13 +60,10 @@ class Ranks:
 
 @contextmanager
 def joined(count: int, run: Callable[[Ranks], object]) -> Iterator[Ranks]:
-    """Join the ranks of `torchrun`, or start `count - 1` more processes, each of which calls `run` as one of the ranks.
-
-    On a CPU each rank computes with one thread: two ranks train half again as fast as two threads.
-    """
+    """Join the ranks of `torchrun`, or start `count - 1` more processes, which call `run` as the others."""
     threads = torch.get_num_threads()
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # two ranks train half again as fast as two threads
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             if torch.cuda.is_available():

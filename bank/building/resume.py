@@ -64,7 +64,6 @@ class Workbench:
         return [np.load(self._path(name)) for name in names]
 
     def finished_rows(self, width: int) -> int:
-        """Return the number of rows of this width that earlier runs finished."""
         path = self._folder / _ROWS_FILE
         return self.ranks.first(lambda: path.stat().st_size // (BF16_BYTES * width) if path.exists() else 0)
 

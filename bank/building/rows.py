@@ -24,7 +24,7 @@ from adapters.recipe import anchor_id
 from adapters.training.example import Example, output_tokens
 from adapters.training.forward.packing import Row, pack
 from adapters.training.loss import backward, backward_row
-from adapters.training.trainer import Gradient, StepReport, TrainPlan, initial_lora, linear_modules, train_lora
+from adapters.training.trainer import Gradient, TrainPlan, initial_lora, linear_modules, train_lora
 from bank.building.options import BuildOptions
 from bank.building.progress import RowProgress
 from bank.building.ranks import Ranks
@@ -92,10 +92,7 @@ class RowTrainer:
         return self.job(anchor_id(place), [anchors[place]], self.options.steps, self.options.batch_size)
 
     def job(self, name: str, people: Sequence[History], steps: int, batch_size: int) -> RowJob:
-        """Choose a row's examples from the people's lessons (at least one), at most as many as training reads.
-
-        Each row has a seed of its own, so that it does not depend on the other rows trained in the same run.
-        """
+        """Choose a row's examples, at most as many as training reads; with its own seed it depends on no other row."""
         options, seed = self.options, _row_seed(self.options.seed, name)
         pool = [each for person in people for each in lessons(person, self.task, options.history_share, options.seed)]
         chosen = random.Random(seed).sample(range(len(pool)), min(len(pool), steps * batch_size))
@@ -108,10 +105,7 @@ class RowTrainer:
         self, job: RowJob, start: LoraWeights, *, train_a: bool = True, gradient: Gradient = backward
     ) -> LoraWeights:
         """Train a row; BankError if its weights are not finite in the end."""
-
-        def on_step(report: StepReport) -> None:
-            self.progress.step(job.name, job.plan.steps, report)
-
+        on_step = partial(self.progress.step, job.name, job.plan.steps)
         lora = train_lora(
             self.model, job.examples, job.plan, start=start, train_a=train_a, on_step=on_step, gradient=gradient
         )

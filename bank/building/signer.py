@@ -89,10 +89,7 @@ class MeasuredPerson:
 def measured_people(
     people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer
 ) -> tuple[list[MeasuredPerson], int]:
-    """Choose random people; the more anchors, the more items.
-
-    Also return how many of them, from the first, judge the decays unseen by the common row; 0 if people are too few.
-    """
+    """Choose random people; return also how many, from the first, judge the decays unseen; 0 if people are few."""
     wanted, rows = max(MEASURED_ITEMS, 4 * len(anchors)), {person.user_id: i for i, person in enumerate(anchors)}
     found = list[MeasuredPerson]()
     for person in random.Random(trainer.options.seed).sample(list(people), len(people)):

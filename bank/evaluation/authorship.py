@@ -1,7 +1,4 @@
-"""Authorship: how often a classifier trained on people's profiles names the right person for a text.
-
-The people's own later answers (`gold`) are the upper bound.
-"""
+"""Authorship: how often a classifier trained on people's profiles names the right person for a text."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from bank.evaluation.run import Record
 from bank.items.histories import History
 from bank.items.tasks import Task
 
-GOLD = "gold"
+GOLD = "gold"  # people's own later answers, the upper bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +67,6 @@ def _texts_by_method(people: Sequence[History], records: Sequence[Record]) -> di
 
 
 def _trained_classifier(people: Sequence[History], task: Task) -> Any:
-    """Train a scikit-learn pipeline on the texts of the people's profiles, with user ids as classes."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -85,7 +81,6 @@ def _trained_classifier(people: Sequence[History], task: Task) -> Any:
 
 
 def _ranks(classifier: Any, person: str, texts: Sequence[str]) -> list[int]:
-    """Return the person's rank for each text, from 1, by the classifier's probabilities."""
     chances = classifier.predict_proba(texts)
     own = chances[:, list(classifier.classes_).index(person)]
     return [int(rank) for rank in 1 + (chances > own[:, None]).sum(axis=1)]

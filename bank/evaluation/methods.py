@@ -37,13 +37,12 @@ MAX_HISTORY, MAX_PROFILE_ITEMS = 16, 20
 
 @dataclass(slots=True)
 class Evidence:
-    """What is known about a user before any query, for all methods; fields that are None are computed on first use."""
+    """What is known about a user before any query, for all methods."""
 
     user: History
     signature_examples: Sequence[Example]  # profile items the signature is computed from
     embedding: Vectors  # profile embedding [E]
-    signature: Signature | None = None
-    training_examples: Sequence[Example] | None = None  # all profile items, some with past items in the prompt
+    signature: Signature | None = None  # computed on first use
     # Few-shot adapters by recipe and seed; None if one was not promoted.
     trained: dict[tuple[str, int], LoraWeights | None] = field(default_factory=dict)
 
@@ -55,7 +54,6 @@ class Evaluator:
     embedder: Embedder
     max_tokens: int = 512  # longest example; each past item in the prompt may add the same number
     config: AdaptConfig = field(default_factory=AdaptConfig)  # few-shot training; its seed is not used
-    _signer: Signer | None = field(init=False, default=None)
 
     def evidence(self, user: History) -> Evidence:
         task = self.bank.serving.task
@@ -86,7 +84,6 @@ class Evaluator:
         return replace(serving, manifest=manifest, index=index, curvature=curvature)
 
     def common(self, bank: OpenBank) -> EvalAdapter:
-        """Return a bank's common row alone."""
         if not bank.manifest.common:
             raise BankError("`common` and `own` need the common row, but this bank has none")
         return EvalAdapter(bank, common_recipe(bank.manifest))
@@ -97,7 +94,6 @@ class Evaluator:
         return self.equal(random.Random(seed).sample(everybody, min(count, len(everybody))))
 
     def equal(self, anchors: Sequence[int]) -> EvalAdapter:
-        """Return these anchors with equal weights."""
         weight = self.bank.manifest.weights.strength / len(anchors)
         recipe = self.bank.serving.merge([AnchorWeight(anchor, weight, 0.0) for anchor in anchors])
         return EvalAdapter(self.bank, recipe)
@@ -106,18 +102,14 @@ class Evaluator:
         """Return the adapter that serving would fuse for the user; `share` as in `ServingBank.personalise`."""
         serving = serving or self.bank.serving
         if serving.manifest.has_signatures and evidence.signature is None:
-            model = self.scorer.bare()
-            self._signer = self._signer or Signer(model, self.bank.matrix)
-            evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signature_examples)
+            signer = Signer(self.scorer.bare(), self.bank.matrix)
+            evidence.signature = signer.signature(self.bank.manifest.short, evidence.signature_examples)
         if signature := evidence.signature:
             signature = replace(signature, products=signature.products[: serving.index.anchor_count])
         return EvalAdapter(self.bank, serving.personalise(evidence.embedding, signature, share).recipe)
 
     def stacked(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        def beneath(known: Evidence) -> tuple[EvalAdapter, EvalAdapter]:
-            return self.fused(known, self.config.strength), self.fused(known)
-
-        return self.trained(beneath, evidence, seed)
+        return self.trained(lambda known: (self.fused(known, self.config.strength), self.fused(known)), evidence, seed)
 
     def own(self, evidence: Evidence, seed: int) -> EvalAdapter:
         """Return a few-shot adapter without anchors."""
@@ -127,16 +119,10 @@ class Evaluator:
     def trained(
         self, beneath: Callable[[Evidence], tuple[EvalAdapter, EvalAdapter]], evidence: Evidence, seed: int
     ) -> EvalAdapter:
-        """Stack a few-shot adapter on the first of what `beneath` makes of the evidence.
-
-        Return the second, which the person is served without it, if there is no data or it was not promoted.
-        """
-        share, task = self.bank.manifest.history_share, self.bank.serving.task
-        if evidence.training_examples is None:
-            found = lessons(evidence.user, task, share, seed=0)
-            evidence.training_examples = [lesson.example(self.scorer.tokenizer, self.max_tokens) for lesson in found]
-        (ground, without), examples = beneath(evidence), evidence.training_examples
-        unsigned = len(examples) - len(evidence.signature_examples)  # older than the newest, which are signed
+        """Stack a few-shot adapter on the first of what `beneath` makes; return the second if none was promoted."""
+        ground, without = beneath(evidence)
+        found = lessons(evidence.user, self.bank.serving.task, self.bank.manifest.history_share, seed=0)
+        unsigned = len(found) - len(evidence.signature_examples)  # older than the newest, which are signed
 
         def unseen(held: Sequence[int]) -> Beneath:
             if not held:
@@ -150,7 +136,8 @@ class Evaluator:
             return Beneath(fused.lora(), rivals)
 
         key = (ground.recipe.name, seed)
-        if examples and key not in evidence.trained:
+        if found and key not in evidence.trained:
+            examples = [lesson.example(self.scorer.tokenizer, self.max_tokens) for lesson in found]
             judgement = train_user(self.scorer.bare(), unseen, examples, replace(self.config, seed=seed)).finish()
             evidence.trained[key] = judgement.weights
         weights = evidence.trained.get(key)
@@ -260,7 +247,6 @@ REMEMBERING = ("base", "common", "task", "merged", "stacked", "own")  # also run
 
 
 def parse_methods(text: str) -> list[Method]:
-    """Parse a comma-separated list of method names; duplicates are dropped."""
     names = dict.fromkeys(name.strip() for name in text.split(","))
     if unknown := [name for name in names if name not in METHODS]:
         raise BankError(

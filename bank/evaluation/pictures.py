@@ -49,16 +49,13 @@ def gains_figure(losses: Losses) -> Any:
 
 
 def prices_figure(rows: Sequence[MethodRow]) -> Any:
-    """Draw the loss of each method against its costs: bytes stored per user, and additional prompt tokens.
-
-    Colours are adapters and marks are numbers of past items in the prompt; a line joins points with the same adapter.
-    If the base model is above all others, it is drawn at the upper edge with its loss, so as not to stretch the scale.
-    """
+    """Draw the loss of each method against its costs: bytes stored per user, and additional prompt tokens."""
     methods = [METHODS[row.method] for row in rows]
     adapters = list(dict.fromkeys(method.adapter for method in methods))
     colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(reversed(adapters))}
     marks = {n: _MARKS[min(place, 3)] for place, n in enumerate(sorted({method.history for method in methods}))}
     shortest = min((row.prompt_tokens for row in rows if row.prompt_tokens), default=0.0)
+    # A base model above all others is drawn at the upper edge with its loss, so as not to stretch the scale.
     top = max([row.loss for row in rows if not row.method.startswith("base")] or [row.loss for row in rows])
     figure, panels = _panels(2, size=4.4)
     prices = ((panels[0], lambda row: row.kept_bytes), (panels[1], lambda row: max(0.0, row.prompt_tokens - shortest)))

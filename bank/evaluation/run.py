@@ -114,7 +114,7 @@ def _records(evaluator: Evaluator, run: MethodRun, evidence: Evidence, adapter: 
     new_tokens = NEW_TOKENS[evaluator.bank.serving.task.kind] if run.predicted else 0
     examples, readings = evaluator.read(method, evidence, adapter, new_tokens)
     written = scorer.write(adapter, examples, run.texts) if run.texts else [[] for _ in examples]
-    rejected = method.trained and bool(evidence.training_examples) and not (adapter and adapter.trained)
+    rejected = method.trained and bool(evidence.signature_examples) and not (adapter and adapter.trained)
     kept_bytes = evaluator.kept_bytes(method, evidence, adapter)
     records = [
         Record(

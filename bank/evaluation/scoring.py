@@ -78,18 +78,13 @@ class EvalAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A model's results for one example."""
-
     loss: float  # mean over the output tokens, in nats per token
     answer: str | None  # greedy answer to the prompt, without special tokens; None if not requested
     chances: Sequence[float] = ()  # of each of `SCORES` as first token; empty if not requested or of several tokens
 
 
 class Scorer:
-    """A base model with changing adapters.
-
-    Attaching costs more than a pass over a few examples, so an attached adapter gets new weights while the rank stays.
-    """
+    """A base model with changing adapters; attaching is costly, so an attached one gets new weights while R stays."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -117,10 +112,7 @@ class Scorer:
         return [Reading(loss, answer, likely) for (loss, likely), answer in zip(found, answers, strict=True)]
 
     def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
-        """Sample `texts` answers per prompt, with at most `WRITTEN_TOKENS` tokens and temperature `TEMPERATURE`.
-
-        All are sampled in one batch: a decoding step with many rows costs little more than one with few.
-        """
+        """Sample `texts` answers per prompt in one batch, since a decoding step costs little more with many rows."""
         sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
         with torch.random.fork_rng():
             torch.manual_seed(0)

@@ -71,15 +71,9 @@ class EvalOptions:
 
 
 def evaluate(
-    inputs: EvalInputs,
-    options: EvalOptions,
-    config: AdaptConfig,
-    progress: Callable[[int, int], None],
+    inputs: EvalInputs, options: EvalOptions, config: AdaptConfig, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, list[MethodRow]], list[AuthorshipRow]]:
-    """Do the runs without records, write the results, and return the methods' rows by table title, and authorship rows.
-
-    `progress` receives the number of finished runs and the total.
-    """
+    """Do the runs without records, write the results, and return rows of methods by table title, and of authorship."""
     if all(method.on_curve for method in options.methods):
         raise BankError("--methods: tables leave out points of curves (@k, @n), so give another method too")
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
@@ -94,12 +88,8 @@ def evaluate(
     records = Records(inputs.out, _key(bank.manifest.fingerprint, people, config, dtype))
     if any(method.adapter == "task" for method in options.methods):
         _ = bank.task_bank  # raises BankError now if there is none
-    evaluator = Evaluator(
-        bank=bank,
-        scorer=Scorer(*load_base(inputs.model_folder, dtype)),
-        embedder=inputs.embedder,
-        config=config,
-    )
+    scorer = Scorer(*load_base(inputs.model_folder, dtype))
+    evaluator = Evaluator(bank=bank, scorer=scorer, embedder=inputs.embedder, config=config)
     wanted = [list(options.runs(place, task.kind)) for place in range(len(people))]
     done, total = 0, sum(map(len, wanted))
     for user, runs in zip(people, wanted, strict=True):
@@ -118,12 +108,8 @@ def evaluate(
 def _key(bank: str, people: Sequence[History], config: AdaptConfig, dtype: str) -> str:
     """Return the SHA-256 (16 hex digits) of all that determines a record except seed and method."""
     contents = [[p.user_id, [dict(i.fields) for i in p.items], [asdict(q) for q in p.queries]] for p in people]
-    content = {
-        "bank": bank,
-        "config": asdict(replace(config, seed=0)),
-        "people": contents,
-        "how": f"in process, {dtype}",
-    }
+    settings = {"config": asdict(replace(config, seed=0)), "how": f"in process, {dtype}"}
+    content = settings | {"bank": bank, "people": contents}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

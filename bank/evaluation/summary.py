@@ -105,7 +105,6 @@ def columns(rows: Sequence[MethodRow]) -> tuple[list[str], list[str]]:
 
 
 def markdown(found: Mapping[str, Sequence[MethodRow]]) -> str:
-    """Format tables by title in Markdown, with intervals, significant differences in bold, and a caption."""
     blocks = [f"**{title}**\n\n{_table(rows)}" for title, rows in found.items()]
     return "\n\n".join([*blocks, CAPTION]) + "\n"
 

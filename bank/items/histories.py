@@ -60,10 +60,7 @@ class History:
         return [pair for item in self.items if (pair := item_pair(item, task)) is not None]
 
     def with_queries(self, task: Task, count: int, profile: int | None = None) -> History:
-        """Return the person with the last `count` items as queries, and the `profile` items before them, or all.
-
-        Every item must be a pair.
-        """
+        """Return the person with the last `count` items, all pairs, as queries, and the `profile` items before them."""
         asked = [Query(f"{self.user_id}-{place}", *pair) for place, pair in enumerate(self.pairs(task)[-count:])]
         earlier = self.items[:-count]
         return History(self.user_id, earlier if profile is None else earlier[-profile:], tuple(asked))

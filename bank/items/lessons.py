@@ -22,14 +22,14 @@ from bank.items.tasks import PAST_COUNTS, Task
 QUOTED_WORDS = 8  # length from which on an answer is recognised within a longer text
 
 
+@dataclass(frozen=True, eq=False)
 class PastItems:
     """A person's items, oldest first, put into prompts for a `share` of the turns, 0 to 1, which the seed decides."""
 
-    def __init__(self, task: Task, items: Sequence[Item], share: float, seed: int) -> None:
-        self.task = task
-        self._items = items
-        self._share = share
-        self._seed = seed
+    task: Task
+    items: Sequence[Item]
+    share: float
+    seed: int
 
     def memories(self, turn: str, output: str) -> list[str]:
         """Return the past items to put before a turn, as prompts quote them, best first; often none or one.
@@ -37,8 +37,8 @@ class PastItems:
         If the turn and output are an item of this person, only earlier items are used; otherwise all items are. Where
         answers are texts, none is used that tells this one. Labels recur, and leaving them out would tell them.
         """
-        chance = random.Random(f"{self._seed}:{turn}:{output}")
-        if chance.random() >= self._share:
+        chance = random.Random(f"{self.seed}:{turn}:{output}")
+        if chance.random() >= self.share:
             return []
         asked = normalised(output)
         is_text, is_long = self.task.kind == "text", len(searchable(asked).split()) >= QUOTED_WORDS
@@ -52,12 +52,12 @@ class PastItems:
 
     @cached_property
     def _index(self) -> ItemIndex:
-        return ItemIndex(self.task, self._items)
+        return ItemIndex(self.task, self.items)
 
     @cached_property
     def _pairs(self) -> list[tuple[str, str]]:
         """The items' turns and outputs, normalised; empty texts for plain items."""
-        pairs = [item_pair(item, self.task) or ("", "") for item in self._items]
+        pairs = [item_pair(item, self.task) or ("", "") for item in self.items]
         return [(normalised(turn), normalised(output)) for turn, output in pairs]
 
     @cached_property
@@ -85,7 +85,6 @@ class Lesson:
     output: str
 
     def example(self, tokenizer: Any, max_tokens: int) -> Example:
-        """Encode the item with the memories that fit into `max_tokens`."""
         task, turn, output = self.past.task, self.turn, self.output
         memories = self.past.memories(turn, output)
         return encode_with_memories(tokenizer, task, turn, output, memories=memories, max_tokens=max_tokens)
@@ -106,13 +105,7 @@ def encode_with_memories(
 
 
 def add_memories(
-    tokenizer: Any,
-    task: Task,
-    messages: list[dict[str, str]],
-    output: str,
-    *,
-    memories: Sequence[str],
-    max_tokens: int,
+    tokenizer: Any, task: Task, messages: list[dict[str, str]], output: str, *, memories: Sequence[str], max_tokens: int
 ) -> list[dict[str, str]]:
     """Add memories, best first, to the turn that ends a conversation; skip those with which it would be too long."""
     turn, chosen, found = messages[-1]["content"], list[str](), messages

@@ -1,7 +1,4 @@
-"""The only module that turns a conversation into token ids, so that training uses the same tokens as vLLM's serving.
-
-A `tokenizer` is a Hugging Face one.
-"""
+"""The only module that turns a conversation into token ids, so that training uses the same tokens as vLLM's serving."""
 
 from __future__ import annotations
 
@@ -37,21 +34,15 @@ def encode_pair(tokenizer: Any, turn: str, output: str, max_tokens: int) -> Exam
 
 def encode_conversation(tokenizer: Any, messages: list[dict[str, str]], output: str) -> Example:
     """Tokenise a conversation that ends with the user's turn, and the expected answer, without cutting anything."""
-    prompt = _prompt(tokenizer, messages)
-    before = tokenizer.encode(prompt, add_special_tokens=False)
+    before = prompt_ids(tokenizer, messages)
     after = tokenizer.encode(output + _end_of_turn(tokenizer, messages), add_special_tokens=False)
     return Example(tuple(before + after), len(before))
 
 
 def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Return the token ids of a conversation, with the generation prompt."""
-    ids: list[int] = tokenizer.encode(_prompt(tokenizer, messages), add_special_tokens=False)
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
     return ids
-
-
-def _prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
 
 
 def _end_of_turn(tokenizer: Any, messages: list[dict[str, str]]) -> str:

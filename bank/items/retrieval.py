@@ -42,10 +42,7 @@ class ItemIndex:
     def memories(
         self, turn: str, count: int, usable: Callable[[int, str], bool] = lambda place, memory: True
     ) -> list[str]:
-        """Return up to `count` items as prompts quote them, best, then newest first.
-
-        Only items are used that are `usable`, by their index in the history and as quoted.
-        """
+        """Return up to `count` items as prompts quote them, best, then newest first; `usable` gets index and text."""
         import bm25s
 
         query = searchable(turn.removeprefix(self._task.instruction))
@@ -59,8 +56,7 @@ class ItemIndex:
 
 
 def searchable(text: str) -> str:
-    """Return a text whose words are runs of letters: without combining marks, and as pairs of letters where a script
-    has no spaces between words."""
+    """Return a text without combining marks, and in pairs of letters where a script has no spaces between words."""
     if text.isascii():
         return text
     text = "".join(sign for sign in text if not unicodedata.category(sign).startswith("M"))

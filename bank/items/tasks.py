@@ -30,13 +30,13 @@ class Task:
     """The templates of one task; `tasks.toml` describes the fields."""
 
     name: str
-    lamp: str | None
     input: str
     output: str
     text: tuple[str, ...]
     memory: str
     remembering: str = "{memories}. {input}"
     kind: AnswerKind = "text"
+    lamp: str | None = None
 
     @property
     def pair_fields(self) -> tuple[str, ...]:
@@ -71,10 +71,7 @@ def _placeholders(template: str) -> tuple[str, ...]:
 @cache
 def tasks() -> Mapping[str, Task]:
     document = tomllib.loads(resources.files("bank.items").joinpath("tasks.toml").read_text("utf-8"))
-    return {
-        name: Task(name, **raw | {"lamp": raw.get("lamp"), "text": tuple(raw["text"])})
-        for name, raw in document.items()
-    }
+    return {name: Task(name, **raw | {"text": tuple(raw["text"])}) for name, raw in document.items()}
 
 
 def get_task(name: str) -> Task:

@@ -6,7 +6,7 @@ not grow with the number of anchors. A step of 1 along any of them is one standa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from bank.manifest import BankManifest
 
 NEAREST = 3  # number of anchors that describe a user
 COMPARED = 128  # leading directions of the loss's metric that they are compared along
-_REMEMBERED = 4096  # number of users whose nearest anchors are remembered
+_REMEMBERED = 4096  # number of profiles whose nearest anchors are remembered, for gateways ask for each answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +56,8 @@ class Directions:
             raise BankError(f"{path} has shape {coordinates.shape}, but the manifest says {expected}: copy it again")
         return cls.of(coordinates, curvature)
 
-    def mixture(self, weights: Iterable[tuple[int, float]]) -> Vectors:
-        """Return the steps [K] to the sum of these anchors' rows with these weights."""
-        steps: Vectors = np.sum([weight * self.coordinates[anchor] for anchor, weight in weights], axis=0)
-        return steps
-
     def nearest(self, steps: Vectors) -> list[tuple[int, float]]:
-        """Return the anchors whose rows change the loss most like these steps [K], with the cosine, nearest first.
-
-        Gateways call it for each answer, so it is computed once for a version of a profile, which has its own steps.
-        """
+        """Return the anchors whose rows change the loss most like these steps [K], with the cosine, nearest first."""
         return self._search(np.asarray(steps, np.float32).tobytes())
 
 

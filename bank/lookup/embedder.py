@@ -1,7 +1,4 @@
-"""The sentence embedder of builds and gateways: one ONNX file and its tokenizer.
-
-The graph takes `input_ids` and `attention_mask` [n, tokens] and returns unit vectors [n, E].
-"""
+"""The sentence embedder of builds and gateways: an ONNX file (`bank/models/embedder_export.py`) and its tokenizer."""
 
 from __future__ import annotations
 

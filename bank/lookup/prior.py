@@ -1,7 +1,4 @@
-"""Predict a person's answer without a model: the histogram of their past answers, smoothed towards everybody's.
-
-It is the baseline for tasks whose answers are labels or scores, because people's labels are largely habitual.
-"""
+"""Predict labels or scores, which are largely habits, by the histogram of a person's past answers, smoothed."""
 
 from __future__ import annotations
 
@@ -9,8 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from adapters.errors import excerpt
-from bank.errors import BankError
 from bank.items.tasks import Task
 from bank.manifest import AnswerPrior
 
@@ -46,8 +41,6 @@ def personal_shares(prior: AnswerPrior, answers: Sequence[str]) -> Mapping[str, 
 
 def surprise(shares: Mapping[str, float], answer: str) -> float:
     """Return −log of an answer's share, in nats."""
-    if answer not in shares:
-        raise BankError(f"{excerpt(answer)} is not an answer of this task; the answers are {', '.join(shares)}")
     return -math.log(shares[answer])
 
 

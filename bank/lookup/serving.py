@@ -109,8 +109,8 @@ class ServingBank:
         recipe = recipe_of_shares(self.manifest, weights, share, grain)
         if not self.directions or not recipe.terms:
             return recipe
-        mixture = self.directions.mixture((term.anchor, term.weight / PER_MILLE) for term in recipe.terms)
-        return recipe_of_directions(self.manifest, mixture)
+        rows = [term.weight / PER_MILLE * self.directions.coordinates[term.anchor] for term in recipe.terms]
+        return recipe_of_directions(self.manifest, np.sum(rows, axis=0))
 
 
 def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> tuple[AnchorWeight, ...]:

