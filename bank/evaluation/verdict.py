@@ -87,7 +87,10 @@ def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
 
 
 def difference(values: Sequence[float]) -> LossDifference:
-    """Return the Hodges-Lehmann estimate and its exact signed-rank interval; fewer than six values have no bounds."""
+    """Return the Hodges-Lehmann estimate and its exact signed-rank interval; fewer than six values have no bounds.
+
+    With few people, one outlier makes Student's interval wide, and the bootstrap's interval is too narrow.
+    """
     n = len(values)
     pairs = sorted((one + other) / 2 for one, other in combinations_with_replacement(values, 2))
     sums = np.ones(1)  # counts of the 2ⁿ sign choices of the ranks 1 to n by the sum of the positive ranks: 0, 1, …
