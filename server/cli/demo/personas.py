@@ -74,11 +74,6 @@ def worlds() -> dict[str, Any]:
         return tomllib.load(file)
 
 
-def everyday() -> list[tuple[str, str]]:
-    """Return everyday questions with plain answers; none of them is in `QUESTIONS`."""
-    return [(question, plain) for question, plain in worlds()["everyday"]]
-
-
 def anchors(seed: int = 0) -> list[dict[str, object]]:
     """Return the bank's anchors in LaMP's per-user layout for the task `chat`; `seed` shuffles their histories.
 
