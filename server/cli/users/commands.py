@@ -51,7 +51,7 @@ def import_(
     """
     from server.cli.progress import ConsoleProgress
     from server.cli.users.gateway import gateway_client
-    from server.cli.users.importing import Import, Journal, count_people
+    from server.cli.users.importing import Journal, count_people, import_people
     from server.watching.background import lower_priority
 
     lower_priority()
@@ -62,8 +62,7 @@ def import_(
         gateway_client(url, _IMPORT_RETRY_S) as client,
     ):
         progress.piece("people", 0, total)
-        work = Import(client, journal, lambda people: progress.piece("people", people, total))
-        counts = work.run(file, at_a_time)
+        counts = import_people(client, journal, file, at_a_time, lambda people: progress.piece("people", people, total))
     summary = f"{counts['imported']} imported, {counts['skipped']} already imported, {counts['failed']} failed"
     if counts["failed"]:
         typer.echo(f"{summary}: see {journal.failed}")
