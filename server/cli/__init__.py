@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from adapters.errors import MtaError
@@ -73,9 +73,7 @@ app.command("readapt")(users.readapt)
 def settings() -> None:
     """Show every setting: its environment variable, its current value and its purpose. Secrets are hidden."""
     current = load_settings()
-    table = Table("variable", "value", "what it is", pad_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
+    table = Table(*(Column(head, overflow="fold") for head in ("variable", "value", "what it is")), pad_edge=False)
     for name, field in Settings.model_fields.items():
         value = getattr(current, name)
         shown = "" if value is None else _URL_PASSWORD.sub(r"\1\2***", str(value))  # secrets print as asterisks

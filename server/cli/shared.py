@@ -46,10 +46,7 @@ def prepare_to_train(threads: int | None = None, *, gpu: bool = True) -> None:
 
 
 def end_on_signals() -> None:
-    """Let SIGINT and SIGTERM end the process at once until its event loop takes over; nothing needs closing before.
-
-    The default action does not work for process 1 of a container: the kernel ignores it. An exception does not work
-    either: the interpreter can swallow it in a callback.
-    """
+    """Let SIGINT and SIGTERM end the process at once until its event loop takes over; nothing needs closing before."""
+    # The kernel keeps the default action from process 1 of a container, and the interpreter can swallow an exception.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))

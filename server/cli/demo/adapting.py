@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mta_client import Client, Job
@@ -15,12 +15,9 @@ from server.cli.demo.answers import DemoAnswer
 from server.cli.demo.personas import QUESTIONS, worlds
 
 USER = "kai"
-GREETING = "gg friends,"
-"""Opening of all texts of this person; nobody in the bank uses it."""
-
+GREETING = "gg friends,"  # opens all texts of this person; nobody in the bank uses it
 SAMPLES = 10
 CONFIG: dict[str, Any] = {"rank": 2, "steps": 12, "learning_rate": 6e-3}
-
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -38,27 +35,19 @@ def train(client: Client, user_id: str) -> tuple[Job, float]:
 
 
 def shows(text: str) -> bool:
-    """Whether a text begins with the person's greeting."""
     return text.lstrip().startswith(GREETING)
 
 
 def before_and_after(before: Sequence[DemoAnswer], after: Sequence[DemoAnswer]) -> Table:
-    """Return a table of answers to the same questions before and after the training."""
-    table = Table(
-        box=box.ROUNDED,
-        title=f"{USER} before and after {SAMPLES} samples that begin with “{GREETING}”",
-        title_justify="left",
-    )
-    for title in ("Question", "Before", "After"):
-        table.add_column(title, ratio=1 if title == "Question" else 2)
+    columns = (Column("Question", ratio=1), Column("Before", ratio=2), Column("After", ratio=2))
+    title = f"{USER} before and after {SAMPLES} samples that begin with “{GREETING}”"
+    table = Table(*columns, box=box.ROUNDED, title=title, title_justify="left", show_lines=True)
     for question, old, new in zip(QUESTIONS, before, after, strict=False):
         table.add_row(Text(question, style="bold"), _shown(old), _shown(new))
-        table.add_section()
     return table
 
 
 def outcome(job: Job, seconds: float) -> str:
-    """Describe the outcome of the training in one line."""
     before, after = (job.held_out[side] or 0.0 for side in ("before", "after"))
     return (
         f"{job.state} after {job.progress['steps']} steps in {seconds:.0f} s: loss on held-out samples "

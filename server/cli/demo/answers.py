@@ -30,7 +30,7 @@ class DemoAnswer:
 
 
 def ask(client: Client, user_id: str, question: str) -> DemoAnswer:
-    """Request one greedy, streamed answer."""
+    """Stream a greedy answer."""
     sent_s = time.perf_counter()
     first_token_s = finish_reason = None
     pieces: list[str] = []
@@ -49,7 +49,6 @@ def ask(client: Client, user_id: str, question: str) -> DemoAnswer:
 def answers_table(
     questions: Sequence[str], answers: Mapping[tuple[str, str], DemoAnswer], people: Mapping[str, str]
 ) -> Table:
-    """Return a table of the answers with a section for each question."""
     table = Table(
         box=box.ROUNDED,
         title="The same questions, asked by different people",

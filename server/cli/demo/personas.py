@@ -12,8 +12,7 @@ from typing import Any
 from server.cli.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
 
 WORLDS_FILE = Path(__file__).with_name("worlds.toml")
-NOBODY = "nobody"
-"""A user id that is unknown to the server."""
+NOBODY = "nobody"  # a user id that is unknown to the server
 
 QUESTIONS = (
     "How do I make new friends in a new city?",

@@ -32,9 +32,7 @@ class DemoError(MtaError):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """The demo's server."""
-
-    api: Client  # its HTTP API
+    api: Client
     process: subprocess.Popen[str]  # `mta up`, behind its guard
 
 
