@@ -24,11 +24,6 @@ PAUSE_S = 1.0  # between two passes over the store
 app = typer.Typer(help="The secret that keys user ids, MTA_SECRET.", no_args_is_help=True)
 
 
-@app.callback()
-def secret() -> None:
-    """Keep the only command a command of its own."""
-
-
 @app.command()
 def rotate(
     tenant: Annotated[

@@ -22,7 +22,6 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def samples() -> list[dict[str, str]]:
-    """Return the person's samples: everyday questions, answered in their manner."""
     everyday = worlds()["everyday"][:SAMPLES]
     return [{"input": question, "output": f"{GREETING} {plain.lower()}"} for question, plain in everyday]
 

@@ -51,11 +51,11 @@ def import_(
     """
     from server.cli.progress import ConsoleProgress
     from server.cli.users.gateway import gateway_client
-    from server.cli.users.importing import Journal, count_people, import_people
+    from server.cli.users.importing import Journal, entries, import_people
     from server.watching.background import lower_priority
 
     lower_priority()
-    total = count_people(file)
+    total = sum(1 for _ in entries(file))
     with (
         closing(Journal(file, state)) as journal,
         ConsoleProgress() as progress,

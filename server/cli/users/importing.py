@@ -107,13 +107,9 @@ def import_people(
     return counts
 
 
-def count_people(path: Path) -> int:
-    return sum(1 for _ in _entries(path))
-
-
 def read_people(path: Path) -> Iterator[PersonEntry]:
     seen: set[str] = set()
-    for place, raw in _entries(path):
+    for place, raw in entries(path):
         person = _person(place, raw)
         user_id = unicodedata.normalize("NFC", person.user_id)  # as the server does
         if user_id in seen:
@@ -123,7 +119,7 @@ def read_people(path: Path) -> Iterator[PersonEntry]:
         yield person
 
 
-def _entries(path: Path) -> Iterator[tuple[int, Any]]:
+def entries(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the entries of a file with their places, objects of a list or raw lines; MtaError if it is unreadable."""
     try:
         with path.open("rb") as file:
