@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapters.errors import MtaError
-from server.cli.shared import Data
-from server.cli.store import store_settings
+from server.cli.shared import Data, store_settings
 from server.settings import Settings
 from server.store.tenants.user_key import UserKeys, secrets_of
 from server.watching.audit import Act, note

@@ -18,8 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from adapters.errors import MtaError
-from server.cli.shared import Bank, RedisUrl
-from server.cli.store import with_stores
+from server.cli.shared import Bank, RedisUrl, with_stores
 from server.settings import Settings, load_settings
 
 if TYPE_CHECKING:
