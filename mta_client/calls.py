@@ -76,7 +76,6 @@ class Patience:
 
 
 def http_options(key: str | None, timeout_s: float, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of an httpx client."""
     key = key or os.environ.get("MTA_API_KEY")
     headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
     timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)

@@ -43,7 +43,6 @@ class ConsoleProgress(RowProgress, AbstractContextManager["ConsoleProgress"]):
         self._console.print(text, soft_wrap=True, markup=False)
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
-        """Start training, given the tokens per row; the time estimate starts here."""
         self._rows, self._pieces = list(work_tokens), None
         if self._rows:
             self._start("", 0, sum(work_tokens.values()))

@@ -20,8 +20,6 @@ _OWN_LINES = ("The hedge is trimmed and the apples are in.", "Sowed beans and sw
 
 @dataclass(frozen=True, slots=True)
 class DemoAnswer:
-    """An answer to one user."""
-
     text: str
     cut: bool  # whether it reached the token limit
     level: str  # `base`, `merged` or `stacked`

@@ -77,7 +77,6 @@ def _run(console: Console, data: Path) -> None:
 
 @contextmanager
 def _step(console: Console, number: int, what: str) -> Iterator[None]:
-    """Announce a step, and print its duration at the end."""
     console.print(f"[bold]\\[{number}/{STEPS}] {what}[/bold]")
     start_s = time.monotonic()
     yield
@@ -89,7 +88,6 @@ def _line(console: Console, text: str) -> None:
 
 
 def _stay_up(console: Console, server: Server) -> None:
-    """Keep the server running until Ctrl-C."""
     try:  # from here on Ctrl-C is the normal end, even during the output
         url = server.api.url
         console.print(f"\nThe server stays up at {url} ({url}/docs). Try:\n", soft_wrap=True)
