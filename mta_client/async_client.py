@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -115,12 +114,11 @@ class AsyncClient:
 
     async def _once(self, call: Call[T]) -> T:
         response = await self._send(call)
-        async with aclosing(response):
-            with call.explained(self.url):
-                return call.read(json.loads(await response.aread()))
+        with call.explained(self.url):
+            return call.read(response.json())
 
     async def _stream(self, call: Call[T]) -> AsyncGenerator[T, None]:
-        response, events = await self._patiently(lambda: self._send(call)), Events()
+        response, events = await self._patiently(lambda: self._send(call, stream=True)), Events()
         async with aclosing(response):
             with call.explained(self.url, streaming=True):
                 async for piece in response.aiter_bytes():
@@ -130,11 +128,11 @@ class AsyncClient:
                         return
         raise calls.broken_off()
 
-    async def _send(self, call: Call[T]) -> httpx.Response:
-        """Return a 2xx response whose body is not read yet; the caller closes it."""
+    async def _send(self, call: Call[T], *, stream: bool = False) -> httpx.Response:
+        """Return a 2xx response; the body of a stream is not read yet, and the caller closes it."""
         request = call.request(self._http)
         with call.explained(self.url):
-            response = await self._http.send(request, stream=True)
+            response = await self._http.send(request, stream=stream)
             if response.is_success:
                 return response
             async with aclosing(response):

@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Items = Sequence[str | Mapping[str, Any]]
-"""Texts, or items with the fields of the bank's task."""
-
-Prompt = str | Sequence[Mapping[str, str]]
-"""One user turn, or a conversation of messages."""
-
+Items = Sequence[str | Mapping[str, Any]]  # texts, or items with the fields of the bank's task
+Prompt = str | Sequence[Mapping[str, str]]  # one user turn, or a conversation of messages
 CONNECT_S = 5.0
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 30.0
 
@@ -80,7 +76,6 @@ class Patience:
 
 
 def http_options(key: str | None, timeout_s: float, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of an httpx client."""
     key = key or os.environ.get("MTA_API_KEY")
     headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
     timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -150,11 +149,11 @@ class Client:
 
     def _once(self, call: Call[T]) -> T:
         response = self._send(call)
-        with closing(response), call.explained(self.url):
-            return call.read(json.loads(response.read()))
+        with call.explained(self.url):
+            return call.read(response.json())
 
     def _stream(self, call: Call[T]) -> Generator[T, None, None]:
-        response, events = self._patiently(lambda: self._send(call)), Events()
+        response, events = self._patiently(lambda: self._send(call, stream=True)), Events()
         with closing(response), call.explained(self.url, streaming=True):
             for piece in response.iter_bytes():
                 yield from map(call.read, events.feed(piece))
@@ -162,11 +161,11 @@ class Client:
                     return
         raise calls.broken_off()
 
-    def _send(self, call: Call[T]) -> httpx.Response:
-        """Return a 2xx response whose body is not read yet; the caller closes it."""
+    def _send(self, call: Call[T], *, stream: bool = False) -> httpx.Response:
+        """Return a 2xx response; the body of a stream is not read yet, and the caller closes it."""
         request = call.request(self._http)
         with call.explained(self.url):
-            response = self._http.send(request, stream=True)
+            response = self._http.send(request, stream=stream)
             if response.is_success:
                 return response
             with closing(response):

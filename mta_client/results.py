@@ -190,7 +190,6 @@ def read(kind: type[T], answer: Mapping[str, Any]) -> T:
 
 
 def read_chunk(event: Mapping[str, Any]) -> Chunk:
-    """Build a chunk from a stream's event."""
     choice = event["choices"][0]
     absent = dict.fromkeys(("personalization", "usage", "timings_ms"))
     flat = {"text": choice["delta"].get("content", ""), "finish_reason": choice["finish_reason"]}

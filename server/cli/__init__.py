@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from adapters.errors import MtaError
@@ -19,7 +19,7 @@ from bank.models.process_startup import run_and_exit, without_audio
 from server.cli import audit, backup, bench, eval, keys, secret
 from server.cli.bank import commands as bank
 from server.cli.demo import commands as demo
-from server.cli.run import doctor, gateway, processes, up
+from server.cli.run import doctor, gateway, processes
 from server.cli.shared import table_console
 from server.cli.users import chat, worth
 from server.cli.users import commands as users
@@ -48,7 +48,7 @@ def options(
 
 
 app.command("demo")(demo.demo)
-app.command("up")(up.up)
+app.command("up")(processes.up)
 app.command("doctor")(doctor.doctor)
 app.add_typer(bank.app, name="bank")
 app.command("eval")(eval.evaluate)
@@ -73,9 +73,7 @@ app.command("readapt")(users.readapt)
 def settings() -> None:
     """Show every setting: its environment variable, its current value and its purpose. Secrets are hidden."""
     current = load_settings()
-    table = Table("variable", "value", "what it is", pad_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
+    table = Table(*(Column(head, overflow="fold") for head in ("variable", "value", "what it is")), pad_edge=False)
     for name, field in Settings.model_fields.items():
         value = getattr(current, name)
         shown = "" if value is None else _URL_PASSWORD.sub(r"\1\2***", str(value))  # secrets print as asterisks

@@ -14,8 +14,7 @@ import typer
 
 from adapters.errors import MtaError
 from adapters.recipe import parse_recipe
-from server.cli.shared import MOST_DAYS, Data
-from server.cli.store import store_settings, with_stores
+from server.cli.shared import MOST_DAYS, Data, store_settings, with_stores
 from server.errors import Unavailable
 from server.store.backup.folder import (
     Entry,

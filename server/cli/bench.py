@@ -1,7 +1,4 @@
-"""`mta bench`: measure the cost and the scaling of the server on this machine.
-
-A command takes the options of its benchmark's `main`, which is imported only when the command runs: it needs torch.
-"""
+"""`mta bench`: each command takes the options of its benchmark's `main`, which it imports when it runs."""
 
 from __future__ import annotations
 

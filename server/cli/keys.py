@@ -12,8 +12,7 @@ import typer
 from rich.table import Column, Table
 
 from adapters.errors import MtaError, excerpt
-from server.cli.shared import MOST_DAYS, Data, setting, table_console
-from server.cli.store import store_settings, with_stores
+from server.cli.shared import MOST_DAYS, Data, setting, store_settings, table_console, with_stores
 from server.store.tenants import access_keys
 from server.store.tenants.access_keys import CREATE, AccessKey, KeyRing, Policy, Scope
 from server.store.tenants.rates import Allowance, Quota

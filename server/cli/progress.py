@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from bank.building.progress import RowProgress
 
@@ -43,22 +43,22 @@ class ConsoleProgress(RowProgress, AbstractContextManager["ConsoleProgress"]):
         self._console.print(text, soft_wrap=True, markup=False)
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
-        """Start training, given the tokens per row; the time estimate starts here."""
         self._rows, self._pieces = list(work_tokens), None
         if self._rows:
             self._start("", 0, sum(work_tokens.values()))
 
     def step(self, row: str, steps: int, report: StepReport) -> None:
-        work = self._advance(self._bars.tasks[-1].completed + report.tokens)
+        work = self._bars.tasks[-1]
+        left = self._advance(work.completed + report.tokens)
         place = f"{self._rows.index(row) + 1} of {len(self._rows)}"
-        speed = f"loss {report.loss:.3f}  {work.speed or 0:.0f} tokens/s{_left(work)}"
+        speed = f"loss {report.loss:.3f}  {work.speed or 0:.0f} tokens/s{left}"
         self._show(f"training {row} ({place})  step {report.step}/{steps}  {speed}", last=report.step == steps)
 
     def piece(self, what: str, done: int, of: int) -> None:
         """Show the number of finished pieces of other work; the first call for a phase sets its starting point."""
         text = f"{what}: {done} of {of}"
         if what == self._pieces:
-            text += _left(self._advance(done))
+            text += self._advance(done)
         else:
             self._pieces = what
             self._start(text, done, of)
@@ -69,10 +69,12 @@ class ConsoleProgress(RowProgress, AbstractContextManager["ConsoleProgress"]):
         self._bars.start()
         self._bars.add_task(text, completed=done, total=total)
 
-    def _advance(self, done: float) -> Task:
+    def _advance(self, done: float) -> str:
+        """Move the bar, and return the estimated remaining time as the end of a text; "" if it is not known."""
         work = self._bars.tasks[-1]
         self._bars.update(work.id, completed=done)
-        return work
+        left_s = work.time_remaining
+        return "" if left_s is None else f"  about {int(left_s // 60)}:{int(left_s % 60):02d} min left"
 
     def _show(self, text: str, *, last: bool) -> None:
         """Update the bar; without a terminal, print a line every few seconds and the last one."""
@@ -82,8 +84,3 @@ class ConsoleProgress(RowProgress, AbstractContextManager["ConsoleProgress"]):
         elif last or now_s - self._line_s >= LINE_EVERY_S:
             self._line_s = now_s
             self._console.print(text, soft_wrap=True)
-
-
-def _left(work: Task) -> str:
-    left_s = work.time_remaining
-    return "" if left_s is None else f"  about {int(left_s // 60)}:{int(left_s % 60):02d} min left"

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapters.errors import MtaError
-from server.cli.shared import Data
-from server.cli.store import store_settings
+from server.cli.shared import Data, store_settings
 from server.settings import Settings
 from server.store.tenants.user_key import UserKeys, secrets_of
 from server.watching.audit import Act, note
@@ -22,11 +21,6 @@ SETTLE_S = 10.0  # a request that began before may still store somebody under th
 PAUSE_S = 1.0  # between two passes over the store
 
 app = typer.Typer(help="The secret that keys user ids, MTA_SECRET.", no_args_is_help=True)
-
-
-@app.callback()
-def secret() -> None:
-    """Keep the only command a command of its own."""
 
 
 @app.command()

@@ -1,17 +1,27 @@
-"""Options and process setup that commands share."""
+"""What commands share: options, the set-up of their process, and access to the store."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from pydantic import SecretStr
 from rich.console import Console
 
-from server.settings import Settings
+from adapters.errors import MtaError
+from server.settings import Settings, load_settings
+from server.watching.audit import audit_to
+
+if TYPE_CHECKING:
+    from server.store.opening import Stores  # commands start without redis-py
+
+T = TypeVar("T")
 
 MOST_DAYS = 36_500  # far beyond, times have no date any more
 
@@ -46,10 +56,43 @@ def prepare_to_train(threads: int | None = None, *, gpu: bool = True) -> None:
 
 
 def end_on_signals() -> None:
-    """Let SIGINT and SIGTERM end the process at once until its event loop takes over; nothing needs closing before.
-
-    The default action does not work for process 1 of a container: the kernel ignores it. An exception does not work
-    either: the interpreter can swallow it in a callback.
-    """
+    """Let SIGINT and SIGTERM end the process at once until its event loop takes over; nothing needs closing before."""
+    # The kernel keeps the default action from process 1 of a container, and the interpreter can swallow an exception.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))
+
+
+def store_settings(data: Path | None) -> Settings:
+    """Load the settings; without another store, use that of a running `mta up`, its secret and its audit log."""
+    from server.supervisor.data_folder import AUDIT_LOG
+    from server.supervisor.services import valkey_url
+
+    settings = load_settings(data_dir=data)
+    if data is None and "redis_url" in settings.model_fields_set:
+        audit_to(settings.audit)
+        return settings
+    folder = settings.data_dir.expanduser()
+    try:
+        url = valkey_url(folder)
+        if url is None:
+            remedy = "set its folder with --data, or the store with MTA_REDIS_URL"
+            raise MtaError(f"no `mta up` runs in {settings.data_dir}: {remedy}")
+        secret = settings.secret or SecretStr((folder / "secret").read_text("ascii").strip())
+    except OSError as error:
+        raise MtaError(f"cannot read {error.filename}: {error.strerror}. Be the user who runs `mta up`") from error
+    audit_to(settings.audit or folder / AUDIT_LOG)
+    return settings.model_copy(update={"redis_url": url, "secret": secret})
+
+
+def with_stores(settings: Settings, command: Callable[[Stores], Awaitable[T]], *, checked: bool = True) -> T:
+    from server.errors import Unavailable
+    from server.store.opening import open_stores
+
+    async def run() -> T:
+        async with open_stores(settings, checked=checked) as stores:
+            return await command(stores)
+
+    try:
+        return asyncio.run(run())
+    except Unavailable as error:
+        raise MtaError(f"{error.explained}. Check that `mta up` is running or that MTA_REDIS_URL is correct") from error

@@ -43,8 +43,7 @@ ROUTER_OPTIONS: dict[str, object] = {
     "cb-failure-threshold": 2,
     "cb-timeout-duration-secs": 3,
     "request-timeout-secs": 24 * 3600,  # the gateway enforces timeouts
-    # At startup the router waits for its first engine.
-    "worker-startup-timeout-secs": START_S,
+    "worker-startup-timeout-secs": START_S,  # at startup the router waits for its first engine
     "worker-startup-check-interval": 1,
 }
 
@@ -62,9 +61,7 @@ class Part:
     optional: bool = False  # whether the other parts can serve without it
     start_timeout_s: float = START_S
     niceness: int = 0  # above 0 the part yields CPU time to the other parts
-    held_up: Callable[[], Awaitable[str]] | None = (
-        None  # what an operator must do before others can use it, "": nothing
-    )
+    held_up: Callable[[], Awaitable[str]] | None = None  # what its operator must do before others use it, or ""
 
     async def is_ready(self, log: Path) -> bool:
         url, timeout = f"http://{self.address}{self.ready}", aiohttp.ClientTimeout(total=5)
@@ -130,10 +127,7 @@ def environment(settings: Iterable[tuple[str, object]] = ()) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return an unused loopback port outside the range that the kernel assigns to outgoing connections.
-
-    No port is returned twice: whoever got it may bind it later.
-    """
+    """Return an unused loopback port that the kernel does not assign; none twice, since it may be bound later."""
     for port in set(secrets.SystemRandom().sample(PORT_RANGE, 100)) - _GIVEN:
         with socket.socket() as probe, suppress(OSError):
             probe.bind((LOOPBACK, port))

@@ -34,8 +34,6 @@ _STYLES = {"ready": "green", "down": "bold red", "given up": "bold red"}
 
 
 class Supervisor:
-    """Keeps parts running; starts them in the order of their dependencies and stops them in reverse order."""
-
     def __init__(self, parts: Sequence[Part], data: DataFolder, report: Report, stop_timeout_s: float) -> None:
         self._parts, self._data, self._report, self._stop_timeout_s = tuple(parts), data, report, stop_timeout_s
         self._running: dict[str, Process] = {}  # the guards

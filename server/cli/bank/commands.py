@@ -24,7 +24,6 @@ from server.settings import load_settings
 app = typer.Typer(help="Build and inspect banks, export and import their adapters.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option(help="Output folder.")]
-Outputs = Annotated[Path | None, typer.Option(help="With LaMP's questions: the outputs file.")]
 Exclude = Annotated[Path | None, typer.Option(help="People to exclude: a file in the same layout, or a list of ids.")]
 Modules = Annotated[str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj; default: all linear layers.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder, or a half-built one.")]
@@ -53,7 +52,7 @@ def build(
     *,
     users: Annotated[Path, typer.Option(help="People's histories: LaMP's per-user layout, or LaMP's own questions.")],
     out: Out,
-    outputs: Outputs = None,
+    outputs: Annotated[Path | None, typer.Option(help="With LaMP's questions: the outputs file.")] = None,
     exclude: Exclude = None,
     task: Annotated[str, typer.Option(help="Type of the items: news_headline, movie_rating, chat …")],
     anchors: Annotated[int, typer.Option(help="Exact number of anchors.")] = _BUILD.anchors,

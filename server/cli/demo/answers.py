@@ -15,28 +15,25 @@ from rich.text import Text
 from mta_client import Client, Personalization
 
 MAX_TOKENS = 80
-
 _OWN_LINES = ("The hedge is trimmed and the apples are in.", "Sowed beans and sweet peas by the gate.")
 
 
 @dataclass(frozen=True, slots=True)
 class DemoAnswer:
-    """An answer to one user."""
-
-    text: str  # the answer's text
+    text: str
     cut: bool  # whether it reached the token limit
     level: str  # `base`, `merged` or `stacked`
     anchors: tuple[tuple[str, float | None], ...]  # (id, weight) of the merged anchors, nearest first
     ttft_ms: float  # time to the first token
 
 
-def ask(client: Client, user_id: str, question: str, max_tokens: int = MAX_TOKENS) -> DemoAnswer:
-    """Request one greedy, streamed answer."""
+def ask(client: Client, user_id: str, question: str) -> DemoAnswer:
+    """Stream a greedy answer."""
     sent_s = time.perf_counter()
     first_token_s = finish_reason = None
     pieces: list[str] = []
     who: Personalization | None = None
-    for chunk in client.stream(user_id, question, max_tokens=max_tokens, temperature=0):
+    for chunk in client.stream(user_id, question, max_tokens=MAX_TOKENS, temperature=0):
         who, finish_reason = chunk.personalization or who, chunk.finish_reason
         if chunk.text:
             first_token_s = first_token_s or time.perf_counter()
@@ -50,7 +47,6 @@ def ask(client: Client, user_id: str, question: str, max_tokens: int = MAX_TOKEN
 def answers_table(
     questions: Sequence[str], answers: Mapping[tuple[str, str], DemoAnswer], people: Mapping[str, str]
 ) -> Table:
-    """Return a table of the answers with a section for each question."""
     table = Table(
         box=box.ROUNDED,
         title="The same questions, asked by different people",

@@ -1,7 +1,4 @@
-"""The demo's bank, cached under a hash of its inputs and shared by all checkouts.
-
-`mta bank build` itself checks whether a bank is up to date, and resumes an interrupted build.
-"""
+"""The demo's bank, cached under a hash of its inputs; `mta bank build` checks it, and resumes an interrupted build."""
 
 from __future__ import annotations
 

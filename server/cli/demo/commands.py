@@ -9,12 +9,12 @@ import typer
 
 from server.settings import load_settings
 
-Data = Annotated[
-    Path | None, typer.Option(help="Data folder of the demo's server.", show_default="demo/data in MTA_CACHE_DIR")
-]
 
-
-def demo(data: Data = None) -> None:
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(help="Data folder of the demo's server.", show_default="demo/data in MTA_CACHE_DIR")
+    ] = None,
+) -> None:
     """From nothing to personalised answers, in a table: a small bank of made-up people, a server, few-shot training.
 
     In a terminal the server then stays up, with calls to try, until Ctrl-C; elsewhere everything is stopped. Of the

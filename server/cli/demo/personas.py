@@ -12,8 +12,7 @@ from typing import Any
 from server.cli.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
 
 WORLDS_FILE = Path(__file__).with_name("worlds.toml")
-NOBODY = "nobody"
-"""A user id that is unknown to the server."""
+NOBODY = "nobody"  # a user id that is unknown to the server
 
 QUESTIONS = (
     "How do I make new friends in a new city?",
@@ -72,11 +71,6 @@ PEOPLE = (
 def worlds() -> dict[str, Any]:
     with WORLDS_FILE.open("rb") as file:
         return tomllib.load(file)
-
-
-def everyday() -> list[tuple[str, str]]:
-    """Return everyday questions with plain answers; none of them is in `QUESTIONS`."""
-    return [(question, plain) for question, plain in worlds()["everyday"]]
 
 
 def anchors(seed: int = 0) -> list[dict[str, object]]:

@@ -32,9 +32,7 @@ class DemoError(MtaError):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """The demo's server."""
-
-    api: Client  # its HTTP API
+    api: Client
     process: subprocess.Popen[str]  # `mta up`, behind its guard
 
 
@@ -81,12 +79,16 @@ def running_server(bank: Path, data: Path, say: Callable[[str], None]) -> Iterat
         mta(*up, grace_s=_SERVER_GRACE_S, stdout=subprocess.PIPE) as process,
         Client(f"http://{LOOPBACK}:{port}", trust_env=False) as client,  # no proxy for this machine
     ):
-        server = Server(client, process)
-        ready = threading.Event()
+        ready, deadline_s = threading.Event(), time.monotonic() + _READY_TIMEOUT_S
         threading.Thread(target=_relay, args=(process, ready, say), daemon=True).start()
-        _await_ready(server)
+        while not client.ready():
+            if process.poll() is not None:
+                raise DemoError(f"`mta up` ended with status {process.returncode}; its message is above")
+            if time.monotonic() > deadline_s:
+                raise DemoError(f"the server was not ready after {_READY_TIMEOUT_S} s; its parts' output is above")
+            time.sleep(_POLL_S)
         ready.set()
-        yield server
+        yield Server(client, process)
 
 
 def _port() -> int:
@@ -97,16 +99,6 @@ def _port() -> int:
     except StartError:
         return free_port()
     return port
-
-
-def _await_ready(server: Server) -> None:
-    deadline_s = time.monotonic() + _READY_TIMEOUT_S
-    while not server.api.ready():
-        if server.process.poll() is not None:
-            raise DemoError(f"`mta up` ended with status {server.process.returncode}; its message is above")
-        if time.monotonic() > deadline_s:
-            raise DemoError(f"the server was not ready after {_READY_TIMEOUT_S} s; the output of its parts is above")
-        time.sleep(_POLL_S)
 
 
 def _relay(process: subprocess.Popen[str], ready: threading.Event, say: Callable[[str], None]) -> None:

@@ -7,44 +7,24 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from mta_client import Client, MtaError
+from mta_client import MtaError
 from server.cli.demo import adapting
-from server.cli.demo.answers import DemoAnswer, answers_table, ask, curl_lines
+from server.cli.demo.answers import answers_table, ask, curl_lines
 from server.cli.demo.bank import build_bank
-from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Persona, anchors
+from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, anchors
 from server.cli.demo.server import DemoError, Server, run_mta, running_server
 from server.watching.background import exit_on_signals
 
 SHOWN_QUESTIONS = QUESTIONS[:2]
+STEPS = 6
 _PLAIN_WIDTH = 100
 _EXCERPT_CHARS = 44
-
-
-class Teller:
-    """Prints the steps of the demo."""
-
-    def __init__(self, console: Console, steps: int) -> None:
-        self._console = console
-        self._steps = steps
-        self._step = 0
-
-    @contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        """Announce a step, and print its duration at the end."""
-        self._step += 1
-        self._console.print(f"[bold]\\[{self._step}/{self._steps}] {what}[/bold]")
-        start_s = time.monotonic()
-        yield
-        self._console.print(f"      [green]done[/green] in {time.monotonic() - start_s:.0f} s")
-
-    def line(self, text: str) -> None:
-        """Print a line within the step."""
-        self._console.print(Text(f"      {text}", style="dim"), soft_wrap=True)
 
 
 def show(data: Path) -> int:
@@ -62,56 +42,52 @@ def show(data: Path) -> int:
 
 
 def _run(console: Console, data: Path) -> None:
-    teller = Teller(console, steps=6)
-    people = anchors()
-    with teller.step("mta models: a base model and an embedder, made once"):
+    step, line, people = partial(_step, console), partial(_line, console), anchors()
+    with step(1, "mta models: a base model and an embedder, made once"):
         run_mta("models")
-    with teller.step(f"mta bank build: {len(people)} made-up people become anchors, once"):
+    with step(2, f"mta bank build: {len(people)} made-up people become anchors, once"):
         bank = build_bank(people)
     with ExitStack() as stack:
-        with teller.step("mta up: the server"):
-            server = stack.enter_context(running_server(bank, data, teller.line))
-        with teller.step("Three people who are not anchors, each with a few lines of their writing"):
+        with step(3, "mta up: the server"):
+            server = stack.enter_context(running_server(bank, data, line))
+        with step(4, "Three people who are not anchors, each with a few lines of their writing"):
             for person in PEOPLE:
                 server.api.forget(person.user_id, missing_ok=True)  # left by an earlier run
                 server.api.put_profile(person.user_id, person.lines)
-                teller.line(f"PUT /users/{person.user_id}/profile: {len(person.lines)} lines, {_excerpt(person)}")
-        with teller.step("POST /generate: the same questions, as nobody and as each of them"):
-            answers = _ask_all(server.api)
-        console.print(answers_table(SHOWN_QUESTIONS, answers, _looks()))
-        with teller.step(
-            f"POST /users/{adapting.USER}/adapt: {adapting.SAMPLES} samples of a habit that no anchor has"
-        ):
+                start = " ".join(person.lines[0].split())[:_EXCERPT_CHARS]
+                line(f"PUT /users/{person.user_id}/profile: {len(person.lines)} lines, “{start}…”")
+        marks = {NOBODY: "no profile"} | {person.user_id: person.manner.mark for person in PEOPLE}
+        with step(5, "POST /generate: the same questions, as nobody and as each of them"):
+            ask(server.api, NOBODY, QUESTIONS[-1])  # warm up: the first request is slow
+            asked = [(question, user_id) for question in SHOWN_QUESTIONS for user_id in marks]
+            answers = {(question, user_id): ask(server.api, user_id, question) for question, user_id in asked}
+        console.print(answers_table(SHOWN_QUESTIONS, answers, marks))
+        with step(6, f"POST /users/{adapting.USER}/adapt: {adapting.SAMPLES} samples of a habit that no anchor has"):
             before = [answers[question, adapting.USER] for question in SHOWN_QUESTIONS]
-            training = adapting.train(server.api, adapting.USER)
-            if training.job.error:
-                raise DemoError(f"the training failed: {training.job.error}")
-            for line in (*adapting.loss_curve(training.losses), adapting.outcome(training)):
-                teller.line(line)
+            job, seconds = adapting.train(server.api, adapting.USER)
+            if job.error:
+                raise DemoError(f"the training failed: {job.error}")
+            for text in (*adapting.loss_curve(job), adapting.outcome(job, seconds)):
+                line(text)
             after = [ask(server.api, adapting.USER, question) for question in SHOWN_QUESTIONS]
         console.print(adapting.before_and_after(before, after))
         if sys.stdin.isatty() and sys.stdout.isatty():
             _stay_up(console, server)
 
 
-def _ask_all(client: Client) -> dict[tuple[str, str], DemoAnswer]:
-    ask(client, NOBODY, QUESTIONS[-1])  # warm up: the first request is slow
-    askers = [NOBODY, *(person.user_id for person in PEOPLE)]
-    return {(question, user_id): ask(client, user_id, question) for question in SHOWN_QUESTIONS for user_id in askers}
+@contextmanager
+def _step(console: Console, number: int, what: str) -> Iterator[None]:
+    console.print(f"[bold]\\[{number}/{STEPS}] {what}[/bold]")
+    start_s = time.monotonic()
+    yield
+    console.print(f"      [green]done[/green] in {time.monotonic() - start_s:.0f} s")
 
 
-def _excerpt(person: Persona) -> str:
-    """Return the start of a person's writing on one line."""
-    return f"“{' '.join(person.lines[0].split())[:_EXCERPT_CHARS]}…”"
-
-
-def _looks() -> dict[str, str]:
-    """Return the user ids with the mark to look for in their answers."""
-    return {NOBODY: "no profile"} | {person.user_id: person.manner.mark for person in PEOPLE}
+def _line(console: Console, text: str) -> None:
+    console.print(Text(f"      {text}", style="dim"), soft_wrap=True)
 
 
 def _stay_up(console: Console, server: Server) -> None:
-    """Keep the server running until Ctrl-C."""
     try:  # from here on Ctrl-C is the normal end, even during the output
         url = server.api.url
         console.print(f"\nThe server stays up at {url} ({url}/docs). Try:\n", soft_wrap=True)

@@ -135,7 +135,6 @@ def machine(needed_bytes: int) -> Iterator[Finding]:
 
 
 def places(settings: Settings) -> Iterator[Finding]:
-    """Check that the gateway's port is free, and that data and cache can be written."""
     try:
         listening(LOOPBACK, settings.port).close()
         yield Finding("port", f"{LOOPBACK}:{settings.port} is free")
@@ -154,7 +153,6 @@ def places(settings: Settings) -> Iterator[Finding]:
 
 
 def packages(extras: Sequence[str]) -> Iterator[Finding]:
-    """Check that all packages that the project asks for are installed, in versions that it accepts."""
     unmet = unmet_requirements(PROJECT, extras)
     found = f"{PROJECT} {version_of(PROJECT)} for Python {platform.python_version()}"
     named = ",".join(extra for extra in extras if extra not in ("", "train"))  # which others include
@@ -163,7 +161,6 @@ def packages(extras: Sequence[str]) -> Iterator[Finding]:
 
 
 def unmet_requirements(package: str, extras: Sequence[str]) -> list[str]:
-    """List the package's requirements that are not installed, or in another version."""
     from packaging.requirements import Requirement
 
     unmet = []
@@ -189,7 +186,6 @@ def valkey() -> Iterator[Finding]:
 
 
 def engine(settings: Settings, package: str | None) -> Iterator[Finding]:
-    """Check the build of vLLM, the processor or GPU that it runs on, and the compiler that it needs."""
     from server.cli.run.machine import cards
 
     gpus = [f"GPU {card.name} of {decimal(card.total)}" for card in cards()]
@@ -217,7 +213,6 @@ def engine(settings: Settings, package: str | None) -> Iterator[Finding]:
 
 
 def models(settings: Settings, *, base_model: bool) -> Iterator[Finding]:
-    """Check that the default embedder and, if it is loaded here, the default base model can be had."""
     name = settings.model if base_model else None
     try:
         check_default_models(name, settings.embedder, settings.cache_dir)

@@ -90,8 +90,7 @@ class Needs:
 
     def adapter_bytes(self, rank: int) -> int:
         """Return the size of A and B of all modules, in bfloat16."""
-        layout = RowLayout(self.modules, rank, shared_a=False)
-        return BF16 * layout.row_numbers
+        return BF16 * RowLayout(self.modules, rank, shared_a=False).row_numbers
 
     def bank_bytes(self, rank: int, rows: int) -> int:
         """Return the size of a bank's matrix: `rows`, the common row and the shared A."""

@@ -18,8 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from adapters.errors import MtaError
-from server.cli.shared import Bank, RedisUrl
-from server.cli.store import with_stores
+from server.cli.shared import Bank, RedisUrl, with_stores
 from server.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -51,19 +50,18 @@ def import_(
     """
     from server.cli.progress import ConsoleProgress
     from server.cli.users.gateway import gateway_client
-    from server.cli.users.importing import Import, Journal, count_people
+    from server.cli.users.importing import Journal, entries, import_people
     from server.watching.background import lower_priority
 
     lower_priority()
-    total = count_people(file)
+    total = sum(1 for _ in entries(file))
     with (
         closing(Journal(file, state)) as journal,
         ConsoleProgress() as progress,
         gateway_client(url, _IMPORT_RETRY_S) as client,
     ):
         progress.piece("people", 0, total)
-        work = Import(client, journal, lambda people: progress.piece("people", people, total))
-        counts = work.run(file, at_a_time)
+        counts = import_people(client, journal, file, at_a_time, lambda people: progress.piece("people", people, total))
     summary = f"{counts['imported']} imported, {counts['skipped']} already imported, {counts['failed']} failed"
     if counts["failed"]:
         typer.echo(f"{summary}: see {journal.failed}")

@@ -14,11 +14,7 @@ from server.settings import load_settings
 
 
 class RequestRefused(MtaError):
-    """The gateway refused the request; a retry would not help."""
-
-
-class KeyRefused(RequestRefused):
-    """The gateway refused the key, and so would refuse every other request."""
+    """The gateway refused this request, not the key; a retry would not help."""
 
 
 def gateway_client(url: str | None, retry_s: float = 0) -> mta_client.Client:
@@ -36,7 +32,7 @@ def gateway_client(url: str | None, retry_s: float = 0) -> mta_client.Client:
 
 @contextmanager
 def gateway_errors(client: mta_client.Client) -> Iterator[None]:
-    """Turn a failed call into RequestRefused, or into MtaError if the gateway was busy or down all the time."""
+    """Turn a failed call into RequestRefused, or into MtaError if other requests would fail as well."""
     try:
         yield
     except mta_client.MtaError as error:
@@ -44,7 +40,7 @@ def gateway_errors(client: mta_client.Client) -> Iterator[None]:
             tried = f"gave up (a call is repeated for at most {client.retry_s:.0f} s)"
             raise MtaError(f"{client.url}: {describe_error(error)}; {tried}") from error
         of_key = error.status == 401 or (error.status == 403 and error.code != "quota_exceeded")
-        raise (KeyRefused if of_key else RequestRefused)(describe_error(error)) from error
+        raise (MtaError if of_key else RequestRefused)(describe_error(error)) from error
 
 
 def describe_error(error: mta_client.MtaError) -> str:

@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import IO, TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import orjson
 
 from adapters.errors import MtaError, excerpt
-from server.cli.users.gateway import KeyRefused, RequestRefused, gateway_errors
+from server.cli.users.gateway import RequestRefused, gateway_errors
 from server.store.tenants.user_key import check_user_id
 
 if TYPE_CHECKING:
@@ -31,11 +31,6 @@ class PersonEntry:
     user_id: str
     items: list[Any]
     fault: str = ""  # why the entry is invalid
-
-    def digests(self, url: str) -> tuple[str, str]:
-        """Return hashes of the person at this gateway, and of these with the items; they identify nobody."""
-        person = [url, self.user_id]
-        return _hash(person), _hash([*person, self.items])
 
 
 class Journal:
@@ -53,7 +48,7 @@ class Journal:
             self.failed.unlink(missing_ok=True)
             self._done = _open_private(done)
             *lines, partial = self._done.read().split(b"\n")
-            self.known = dict(map(_hashes, lines))
+            self.known = dict(line.decode().split() for line in lines)
             self._done.truncate(self._done.tell() - len(partial))  # line of a killed run
         except (OSError, ValueError) as error:
             raise MtaError(f"{done} is not the state of an import, or cannot be written: {error}") from error
@@ -71,58 +66,50 @@ class Journal:
             file.write(orjson.dumps({"entry": person.place, "user_id": person.user_id, "reason": reason}) + b"\n")
 
 
-@dataclass
-class Import:
-    """One run of an import; `on_person` is called after each person, with the number of people so far."""
+def import_people(
+    client: Client, journal: Journal, path: Path, at_a_time: int, on_person: Callable[[int], None] = lambda people: None
+) -> Counter[str]:
+    """Import a file's people; count those imported by this run, skipped as imported before, and failed.
 
-    client: Client
-    journal: Journal
-    on_person: Callable[[int], None] = lambda people: None
-    counts: Counter[str] = field(default_factory=Counter)  # imported by this run, skipped as imported before, failed
-    _lock: Lock = field(default_factory=Lock)
+    `on_person` is called after each person, with the number of people so far. MtaError, with a valid journal, if the
+    file or, for too long, the gateway fails.
+    """
+    counts, lock, begun = Counter[str](), Lock(), deque[Future[None]]()
 
-    def run(self, path: Path, at_a_time: int) -> Counter[str]:
-        """Import a file's people; MtaError, with a valid journal, if the file or, for too long, the gateway fails."""
-        begun: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(at_a_time) as threads:
-            try:
-                for person in read_people(path):
-                    begun.append(threads.submit(self._import, person))
-                    if len(begun) > _READ_AHEAD:
-                        begun.popleft().result()
-                for one in begun:
-                    one.result()
-            finally:
-                self.client.stop()
-        return self.counts
-
-    def _import(self, person: PersonEntry) -> None:
-        (who, content), fault = person.digests(self.client.url), person.fault
-        known = self.journal.known.get(who) == content
+    def put(person: PersonEntry) -> None:
+        identity, fault = [client.url, person.user_id], person.fault
+        who, content = _hash(identity), _hash([*identity, person.items])
+        known = journal.known.get(who) == content
         if not (fault or known):
             try:
-                with gateway_errors(self.client):
-                    self.client.put_profile(person.user_id, person.items)
-            except KeyRefused:
-                raise
+                with gateway_errors(client):
+                    client.put_profile(person.user_id, person.items)
             except RequestRefused as error:
                 fault = str(error)
-        with self._lock:
+        with lock:
             if fault:
-                self.journal.fail(person, fault)
+                journal.fail(person, fault)
             elif not known:
-                self.journal.add(who, content)
-            self.counts["failed" if fault else "skipped" if known else "imported"] += 1
-            self.on_person(self.counts.total())
+                journal.add(who, content)
+            counts["failed" if fault else "skipped" if known else "imported"] += 1
+            on_person(counts.total())
 
-
-def count_people(path: Path) -> int:
-    return sum(1 for _ in _entries(path))
+    with ThreadPoolExecutor(at_a_time) as threads:
+        try:
+            for person in read_people(path):
+                begun.append(threads.submit(put, person))
+                if len(begun) > _READ_AHEAD:
+                    begun.popleft().result()
+            for one in begun:
+                one.result()
+        finally:
+            client.stop()
+    return counts
 
 
 def read_people(path: Path) -> Iterator[PersonEntry]:
     seen: set[str] = set()
-    for place, raw in _entries(path):
+    for place, raw in entries(path):
         person = _person(place, raw)
         user_id = unicodedata.normalize("NFC", person.user_id)  # as the server does
         if user_id in seen:
@@ -132,7 +119,7 @@ def read_people(path: Path) -> Iterator[PersonEntry]:
         yield person
 
 
-def _entries(path: Path) -> Iterator[tuple[int, Any]]:
+def entries(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the entries of a file with their places, objects of a list or raw lines; MtaError if it is unreadable."""
     try:
         with path.open("rb") as file:
@@ -170,12 +157,8 @@ def _person(place: int, raw: Any) -> PersonEntry:
 
 
 def _hash(value: object) -> str:
+    """Return the SHA-256 of a value, shortened; it identifies nobody."""
     return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
-
-
-def _hashes(line: bytes) -> tuple[str, str]:
-    person, content = line.decode().split()
-    return person, content
 
 
 def _open_private(path: Path) -> IO[bytes]:

@@ -41,13 +41,10 @@ def _comparisons(rows: Any) -> Table:
     table = Table("level", "metric", "one level lower", "full", "difference", title="All weeks", title_justify="left")
     for row in rows:
         means = (f"{_percent(row[arm]['mean'])} of {row[arm]['people_weeks']}" for arm in ("lower", "full"))
-        found = row["difference"]
-        ends = (
-            f"{100 * found['estimate']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
-            if found
-            else "–"
-        )
-        table.add_row(row["level"], row["metric"], *means, ends)
+        difference = "–"
+        if found := row["difference"]:
+            difference = f"{100 * found['estimate']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+        table.add_row(row["level"], row["metric"], *means, difference)
     return table
 
 

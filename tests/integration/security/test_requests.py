@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.routing import Mount, Route
 
-from server.cli.run import up
+from server.cli.run import processes
 from server.gateway.access.keys import KnownKeys
 from server.gateway.access.routes import OPEN, ROUTES, RouteKind, guard
 from server.store.tenants.access_keys import new_secret
@@ -60,7 +60,7 @@ def test_the_document_says_which_routes_want_a_key(stranger: httpx.Client) -> No
 
 def test_mta_up_shows_a_key_in_what_to_try_where_one_is_wanted(keyed: Keyed, gateway: GatewayThread) -> None:
     for one, wanted in ((keyed.gateway, True), (gateway, False)):
-        assert ('-H "Authorization: Bearer $MTA_API_KEY"' in up.welcome(one.url)) is wanted
+        assert ('-H "Authorization: Bearer $MTA_API_KEY"' in processes.welcome(one.url)) is wanted
 
 
 @pytest.mark.parametrize("route", CLOSED)

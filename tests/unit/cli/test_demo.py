@@ -20,7 +20,6 @@ from bank.items.profile import item_pair, item_text, parse_item, profile_embeddi
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from server.cli.demo import show as demo
-from server.cli.demo.adapting import Training
 from server.cli.demo.answers import DemoAnswer, answers_table, curl_lines
 from server.cli.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
 from server.cli.demo.personas import PEOPLE, QUESTIONS, anchors
@@ -135,7 +134,8 @@ def test_without_a_terminal_it_shows_both_tables_and_stops_the_server(
         yield Server(MagicMock(), MagicMock())
         stopped.append(capsys.readouterr().out)
 
-    job = MagicMock(state="succeeded", error=None, progress={"steps": 12}, held_out={"before": 3.0, "after": 2.0})
+    progress = {"steps": 12, "loss": [(1, 3.0), (12, 2.0)]}
+    job = MagicMock(state="succeeded", error=None, progress=progress, held_out={"before": 3.0, "after": 2.0})
     for name, stand_in in {
         "run_mta": MagicMock(),
         "build_bank": MagicMock(),
@@ -143,7 +143,7 @@ def test_without_a_terminal_it_shows_both_tables_and_stops_the_server(
         "ask": lambda *_: DemoAnswer("said", False, "merged", (("a00", 0.5),), 81.2),
     }.items():
         monkeypatch.setattr(demo, name, stand_in)
-    monkeypatch.setattr(demo.adapting, "train", lambda *_: Training(job, [3.0, 2.0], 9.0))
+    monkeypatch.setattr(demo.adapting, "train", lambda *_: (job, 9.0))
     monkeypatch.setattr(signal, "signal", MagicMock())
     assert demo.show(tmp_path) == 0
     (shown,) = stopped
