@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from rapidfuzz.distance import Levenshtein
 
-from bank.items.profile import Item, parse_item
+from bank.items.profile import parse_item
 from server.errors import InvalidRequest
 from server.gateway.access.keys import Caller
 from server.gateway.generation.answer_ids import AnswerNote
@@ -67,17 +67,15 @@ class Feedbacks:
         async def store(user: User) -> Learnt:
             with self.profiles.quotas.admit(user, lambda: wanted):
                 if sample:
-                    await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
+                    said_to = {"input": sample.messages[-1]["content"], "output": sample.output}
+                    item = parse_item({"id": note.request_id} | said_to, self.profiles.task, 0)
+                    await self.profiles.learn(user, item, epoch)
                 new, before = await self.store.add(user.key, note.request_id, said, sample, epoch)
             self.tallies.count_feedback(Person(user.tenant, user.key, epoch), note, new, before)
             job = await self.refreshing.refresh_if_due(user, caller, epoch) if sample else None
             return Learnt(new, learned=sample is not None, job=job)
 
         return await self.profiles.rotation.at(user, store)
-
-    def _item(self, answer: str, sample: Sample) -> Item:
-        raw = {"id": answer, "input": sample.messages[-1]["content"], "output": sample.output}
-        return parse_item(raw, self.profiles.task, 0)
 
 
 def _difference(final: Final) -> tuple[float | None, Sample | None]:

@@ -20,7 +20,7 @@ from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
-from server.gateway.learning.messages import LearntMessage, item_of
+from server.gateway.learning.messages import item_of
 from server.gateway.learning.tallies import Person
 from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts
@@ -215,6 +215,5 @@ class AnswerResponse(Response):
             person = Person(user.tenant, user.key, answer.epoch)
             self._parts.tallies.count_answer(person, answer.personalization, request.holdout)
         if user and item:
-            message = LearntMessage(user, item, answer.epoch, answer.timings.started_s)
-            self._parts.learner.learn(self._parts.profiles, message)
+            self._parts.learner.learn(self._parts.profiles, user, item, answer.epoch, answer.timings.started_s)
         self._parts.metrics.observe(answer.timings.ms, answer.personalization.level.value, answer.stream.usage)
