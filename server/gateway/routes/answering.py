@@ -45,6 +45,17 @@ class AnchorAnswer(BaseModel, frozen=True):
         "come from topics."
     )
 
+    @classmethod
+    def of(cls, anchor: int, weight: float | None, known: AnchorWeight | None) -> Self:
+        """Return an anchor by its number and its weight in the recipe; `known`: what the current profile says of it."""
+        gain = known.gain if known else None
+        return cls(
+            id=anchor_id(anchor),
+            weight=weight,
+            similarity=round(known.similarity, 4) if known else None,
+            gain=None if gain is None else round(gain, 4),
+        )
+
 
 class PersonalizationAnswer(BaseModel, frozen=True):
     """The level of personalisation, the anchors in the recipe and the time of each stage."""
@@ -98,21 +109,9 @@ def anchor_answers(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> lis
     A recipe of directions has none; the anchors nearest to the user are returned, nearest first.
     """
     if recipe.steps:
-        return [
-            AnchorAnswer(id=anchor_id(near.anchor), weight=None, similarity=round(near.similarity, 4), gain=None)
-            for near in weights
-        ]
-    current, answers = {weight.anchor: weight for weight in weights}, list[AnchorAnswer]()
-    for term in recipe.terms:
-        weight = current.get(term.anchor)
-        answers.append(
-            AnchorAnswer(
-                id=anchor_id(term.anchor),
-                weight=term.weight / PER_MILLE,
-                similarity=round(weight.similarity, 4) if weight else None,
-                gain=round(weight.gain, 4) if weight and weight.gain is not None else None,
-            )
-        )
+        return [AnchorAnswer.of(near.anchor, None, near) for near in weights]
+    known = {weight.anchor: weight for weight in weights}
+    answers = [AnchorAnswer.of(term.anchor, term.weight / PER_MILLE, known.get(term.anchor)) for term in recipe.terms]
     return sorted(answers, key=lambda answer: (-abs(answer.weight or 0), answer.id))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.gateway.access.keys import caller_of
@@ -21,6 +21,7 @@ from server.gateway.routes.requests import (
     UserRoute,
     epoch_of,
     sample_messages,
+    with_examples,
 )
 from server.settings import MAX_ITEM_BYTES
 from server.store.feedback import Feedback, Outcome, Rating
@@ -32,18 +33,14 @@ _MAX_ID_CHARS = 128
 class FeedbackRequest(Strict):
     """What a person did with an answer; at least one of `outcome`, `rating` and `final`."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"answer": "gen-1b0330fa255959863cff0464.B5zPAuOwxELjsMRCmPw8nekiCZYPioQEaDRfC38_", "outcome": "sent"},
-                {
-                    "answer": "gen-1b0330fa255959863cff0464.B5zPAuOwxELjsMRCmPw8nekiCZYPioQEaDRfC38_",
-                    "input": "Any plans?",
-                    "text": "I have no plans yet.",
-                    "final": "The sea. Always the sea.",
-                },
-            ]
-        }
+    model_config = with_examples(
+        {"answer": "gen-1b0330fa255959863cff0464.B5zPAuOwxELjsMRCmPw8nekiCZYPioQEaDRfC38_", "outcome": "sent"},
+        {
+            "answer": "gen-1b0330fa255959863cff0464.B5zPAuOwxELjsMRCmPw8nekiCZYPioQEaDRfC38_",
+            "input": "Any plans?",
+            "text": "I have no plans yet.",
+            "final": "The sea. Always the sea.",
+        },
     )
 
     answer: str = Field(max_length=_MAX_ID_CHARS, description="The `id` of the answer, for 7 days.")

@@ -120,7 +120,7 @@ def request_of(
         caller=caller,
         patience_s=patience_s,
         user_param="user_id",
-        prompt_param=request.conversation_param,
+        prompt_param="prompt" if request.messages is None else "messages",
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import orjson
 from fastapi import APIRouter, Path, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from adapters.errors import excerpt
 from server.errors import ApiError, NotFound, TooMany, Unavailable
@@ -26,6 +26,7 @@ from server.gateway.routes.requests import (
     UserSamplesRoute,
     epoch_of,
     sample_messages,
+    with_examples,
 )
 from server.gateway.users.adapting import Adapting, TrainingRequest
 from server.store.jobs import Job, JobId, JobState, parse_job_id
@@ -70,15 +71,11 @@ class AdaptOptions(Strict):
 class AdaptRequest(Strict):
     """Samples to train on."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "samples": [
-                        {"input": "Any plans?", "output": "The sea. Always the sea."},
-                        {"input": "How was your day?", "output": "Salty. Glorious."},
-                    ]
-                }
+    model_config = with_examples(
+        {
+            "samples": [
+                {"input": "Any plans?", "output": "The sea. Always the sea."},
+                {"input": "How was your day?", "output": "Salty. Glorious."},
             ]
         }
     )

@@ -68,33 +68,6 @@ History = Annotated[
     int | Literal["auto"], PlainValidator(_history), WithJsonSchema(_HISTORY_SCHEMA | {"description": _HISTORY})
 ]
 
-
-Mode = Annotated[
-    Personalize,
-    Field(
-        strict=False,  # enum values arrive as JSON strings
-        description="`auto`: as personal as possible. `merged`: the merged recipe or an error. `none`: the base model.",
-    ),
-]
-Strength = Annotated[
-    float,
-    Field(
-        ge=0,
-        le=1,
-        multiple_of=0.05,
-        description="Factor on the anchor weights, in steps of 0.05; at 0 only the common row is used. Below 1 the "
-        "user's own adapter is left out.",
-    ),
-]
-
-
-Learn = Annotated[
-    bool | None,
-    Field(
-        description="Whether the last user message becomes an item of the user's history, unless it is short, code or "
-        "quoted. Default: as the API key says (`mta keys create --learn`)."
-    ),
-]
 QueueTimeout = Annotated[
     float | None,
     Header(
@@ -133,6 +106,10 @@ class Strict(BaseModel):
     """A body whose values are not converted to other types and whose unknown fields are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def with_examples(*bodies: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
 
 
 class Message(Strict):
@@ -180,26 +157,37 @@ class AnswerRequest(Sampling, Strict):
     stop: Stops | None = Field(None, description="Texts that end the answer; a single string is accepted.")
     seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
     stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
-    personalize: Mode = Personalize.AUTO
-    strength: Strength = 1.0
-    learn: Learn = None
+    personalize: Personalize = Field(
+        Personalize.AUTO,
+        strict=False,  # enum values arrive as JSON strings
+        description="`auto`: as personal as possible. `merged`: the merged recipe or an error. `none`: the base model.",
+    )
+    strength: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        multiple_of=0.05,
+        description="Factor on the anchor weights, in steps of 0.05; at 0 only the common row is used. Below 1 the "
+        "user's own adapter is left out.",
+    )
+    learn: bool | None = Field(
+        None,
+        description="Whether the last user message becomes an item of the user's history, unless it is short, code or "
+        "quoted. Default: as the API key says (`mta keys create --learn`).",
+    )
 
 
 class GenerateRequest(AnswerRequest):
     """A generation for one user, from a prompt or a conversation."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"user_id": "ada", "prompt": "What should I do this weekend?", "max_tokens": 64},
-                {
-                    "user_id": "ada",
-                    "messages": [{"role": "user", "content": "Write a headline for an article on tides."}],
-                    "temperature": 0,
-                    "stream": True,
-                },
-            ]
-        }
+    model_config = with_examples(
+        {"user_id": "ada", "prompt": "What should I do this weekend?", "max_tokens": 64},
+        {
+            "user_id": "ada",
+            "messages": [{"role": "user", "content": "Write a headline for an article on tides."}],
+            "temperature": 0,
+            "stream": True,
+        },
     )
 
     user_id: UserId
@@ -217,7 +205,3 @@ class GenerateRequest(AnswerRequest):
             message = "set prompt or messages, not both" if self.prompt else "set prompt or messages"
             raise PydanticCustomError("combination", message, {"param": "prompt"})
         return self
-
-    @property
-    def conversation_param(self) -> str:
-        return "prompt" if self.messages is None else "messages"
