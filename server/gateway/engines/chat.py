@@ -70,8 +70,6 @@ class AnswerInterrupted(EngineFailed):
 
 
 class ErrorEvent(EngineFailed):
-    """The engine sent an error in place of a piece."""
-
     def __init__(self, error: Any) -> None:
         shown = _USER_ADAPTER.sub("", excerpt(error, 300))
         super().__init__(f"the engine failed in the middle of the answer: {shown}")
@@ -219,7 +217,6 @@ class EngineStream:
         self._first: Piece | None = None
 
     async def begin(self) -> None:
-        """Wait for the first piece."""
         with contextlib.suppress(StopAsyncIteration):
             self._first = await self._next()
         if self._streamed:

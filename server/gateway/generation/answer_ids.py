@@ -30,8 +30,6 @@ _LEVELS, _ARMS = tuple(Level), tuple(Arm)
 
 @dataclass(frozen=True, slots=True)
 class AnswerNote:
-    """What an answer's id says."""
-
     request_id: str
     hour: int  # since 1970
     level: Level  # of the adapter that spoke in the end

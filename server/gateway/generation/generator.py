@@ -23,8 +23,6 @@ from server.watching.logs import request_id
 
 @dataclass(slots=True)
 class Timings:
-    """Times the stages of one request."""
-
     started_s: float  # arrival time by the performance counter
     observe_gap_s: Callable[[float], None]  # called with the seconds between two streamed texts
     ms: dict[str, float] = field(default_factory=dict)  # by stage name, in order of recording
@@ -58,7 +56,6 @@ class Answer:
     epoch: str  # the user's, as the request found it
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield the pieces of `AnswerStream.pieces` and record their timing."""
         stream, timings = self.stream, self.timings
         is_streamed = stream.first.first_token_s is not None
         last_text_s: float | None = None
@@ -152,10 +149,7 @@ class Generator:
     async def _start_part(
         self, stack: AsyncExitStack, request: EngineRequest, candidates: Sequence[Personalization]
     ) -> tuple[int, EngineStream]:
-        """Start a request with the first candidate that the engine can serve; it is aborted when `stack` closes.
-
-        Return the number of skipped candidates and the stream.
-        """
+        """Start a request with the first candidate that the engine can serve, after so many; `stack` aborts it."""
         missing: AdapterMissing | None = None
         for skipped, candidate in enumerate(candidates):
             attempt = replace(request, model=candidate.model)

@@ -161,14 +161,12 @@ def arm_of(user_key: str, holdout: float) -> Arm:
 
 
 def _without_profile(request: GenerationRequest) -> Personalization:
+    user, param = request.user, request.user_param
     if request.personalize is Personalize.NONE:
         return Personalization(Level.BASE, reason="the request asked for the base model")
-    param, required = request.user_param, request.personalize is Personalize.MERGED
-    if request.user is None:
-        if required:
-            raise InvalidRequest(f"{param} is required if personalize is merged", param=param, code="missing")
-        return Personalization(Level.BASE, reason="the request names no user")
-    if required:
-        message = f"{param} {excerpt(request.user.id)} has no profile: create one with PUT /users/{{id}}/profile"
-        raise NotFound(message, param=param)
-    return Personalization(Level.BASE, reason="unknown user")
+    if request.personalize is Personalize.AUTO:
+        return Personalization(Level.BASE, reason="unknown user" if user else "the request names no user")
+    if user is None:
+        raise InvalidRequest(f"{param} is required if personalize is merged", param=param, code="missing")
+    message = f"{param} {excerpt(user.id)} has no profile: create one with PUT /users/{{id}}/profile"
+    raise NotFound(message, param=param)

@@ -89,7 +89,6 @@ class PromptBuilder:
                 tokens_per_byte = min(1.0, max(1.25 * tokens_per_byte, 1.05 * tokens / max_prompt_tokens(built)))
 
     def _select(self, messages: Conversation, memories: Sequence[str], room_bytes: float, max_chars: int) -> list[str]:
-        """Return the memories that fit, best first."""
         frame = self._with_memories(messages, [""])
         room_bytes -= max_prompt_tokens(frame)
         room_chars = max_chars - chars_of(frame)
@@ -142,7 +141,6 @@ class IndexCache:
             self.drop(next(iter(self._cached)))
 
     def drop(self, user_key: str) -> _CachedIndex | None:
-        """Remove and return a user's index, if there is one."""
         cached = self._cached.pop(user_key, None)
         if cached is not None:
             cached.expiry.cancel()

@@ -57,7 +57,6 @@ class GenerationRequest:
 
     @property
     def sequences(self) -> int:
-        """Number of answers to generate."""
         return len(prompts_of(self.prompt)) * int(self.sampling.get("n", 1))
 
 

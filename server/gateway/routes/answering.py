@@ -6,10 +6,11 @@ import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from fastapi import Response
 from pydantic import BaseModel, Field
+from starlette.types import Receive, Scope, Send
 
 from adapters.recipe import PER_MILLE, FusionRecipe, anchor_id
 from bank.lookup.serving import AnchorWeight
@@ -24,9 +25,6 @@ from server.gateway.learning.messages import item_of
 from server.gateway.learning.tallies import Person
 from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts
-
-if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
 
 log = logging.getLogger("mta.gateway")
 
@@ -188,7 +186,6 @@ class AnswerResponse(Response):
                 await sender.write(event(ErrorAnswer.of(error)))
 
     def _begin(self, scope: Scope, answer: Answer) -> None:
-        """Keep the answer for the headers and record its notes, metrics and trace attributes."""
         self._answer, notes = answer, notes_of(scope)
         notes.answer_id, notes.level = answer.id, answer.personalization.level.value
         metrics, stream, timings = self._parts.metrics, answer.stream.first, answer.timings

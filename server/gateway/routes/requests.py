@@ -29,8 +29,6 @@ from server.settings import MAX_INT32, Sampling
 from server.store.samples import MAX_SAMPLES
 from server.store.tenants.user_key import check_user_id
 
-MAX_STOPS = 4
-MAX_STOP_CHARS = 256
 MAX_HISTORY = 16
 SEED_MAX = (1 << 63) - 1
 MAX_MESSAGES = 1024
@@ -43,8 +41,8 @@ _USER_ID_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 256, "pattern"
 UserId = Annotated[str, AfterValidator(check_user_id), WithJsonSchema(_USER_ID_SCHEMA | {"description": _USER_ID})]
 UserIdInPath = Annotated[UserId, Path(description=_USER_ID, examples=["ada"])]
 
-_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-_StopList = Annotated[list[_Stop], Field(min_length=1, max_length=MAX_STOPS)]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_StopList = Annotated[list[_Stop], Field(min_length=1, max_length=4)]
 Stops = Annotated[
     _StopList,
     BeforeValidator(
@@ -59,14 +57,12 @@ def _history(value: Any) -> int | Literal["auto"]:
     raise PydanticCustomError("history", f"must be a whole number from 0 to {MAX_HISTORY}, or auto")
 
 
-_HISTORY = (
-    "Number of the user's most relevant past items to put into the prompt; fewer if they do not fit, none if they "
-    "cannot be read in time. `auto`: the number found to help when the bank was built."
-)
-_HISTORY_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_HISTORY}, {"const": "auto"}]}
-History = Annotated[
-    int | Literal["auto"], PlainValidator(_history), WithJsonSchema(_HISTORY_SCHEMA | {"description": _HISTORY})
-]
+_HISTORY = {
+    "anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_HISTORY}, {"const": "auto"}],
+    "description": "Number of the user's most relevant past items to put into the prompt; fewer if they do not fit, "
+    "none if they cannot be read in time. `auto`: the number found to help when the bank was built.",
+}
+History = Annotated[int | Literal["auto"], PlainValidator(_history), WithJsonSchema(_HISTORY)]
 
 QueueTimeout = Annotated[
     float | None,
@@ -141,7 +137,6 @@ SampleOutput = Annotated[str, Field(min_length=1), AfterValidator(_check_not_bla
 
 
 def sample_messages(turns: str | Sequence[Message]) -> list[dict[str, str]]:
-    """Return the conversation that the input of a sample stands for."""
     return chat_messages(turns) if isinstance(turns, str) else [message.model_dump() for message in turns]
 
 
