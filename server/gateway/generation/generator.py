@@ -149,7 +149,7 @@ class Generator:
     async def _start_part(
         self, stack: AsyncExitStack, request: EngineRequest, candidates: Sequence[Personalization]
     ) -> tuple[int, EngineStream]:
-        """Start a request with the first candidate that the engine can serve, after so many; `stack` aborts it."""
+        """Return the number of candidates that the engine cannot serve, and the stream of the first that it can."""
         missing: AdapterMissing | None = None
         for skipped, candidate in enumerate(candidates):
             attempt = replace(request, model=candidate.model)
