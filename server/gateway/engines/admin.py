@@ -97,12 +97,11 @@ class Engines:
         return states
 
     async def probe_router(self, url: str, timeout_s: float) -> AddressState:
-        path = ROUTER_READY_PATH
         try:
-            http_status, _ = await self._request("GET", url + path, timeout_s)
-            if http_status == 404:
-                path = ROUTER_HEALTH_PATH
+            for path in (ROUTER_READY_PATH, ROUTER_HEALTH_PATH):
                 http_status, _ = await self._request("GET", url + path, timeout_s)
+                if http_status != 404:
+                    break
         except EngineFault as fault:
             return AddressState(url, fault.status, str(fault))
         if http_status != 200:
@@ -193,9 +192,7 @@ class Engines:
         """Return HTTP status and body of vLLM's `/tokenize` from any engine; if it fails, from another one."""
         body = {"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False}
         fault: Exception | None = None
-        urls = random.sample(self.urls, len(self.urls))
-        urls.sort(key=lambda url: url not in self.answering)  # engines that failed the last probe come last
-        for url in urls[:TOKENIZE_ATTEMPTS]:
+        for url in self.by_preference(str(random.random()))[:TOKENIZE_ATTEMPTS]:
             try:
                 http_status, raw = await self._request("POST", f"{url}/tokenize", TOKENIZE_TIMEOUT_S, body)
                 return http_status, orjson.loads(raw)

@@ -70,10 +70,8 @@ class AnswerInterrupted(EngineFailed):
 
 
 class ErrorEvent(EngineFailed):
-    """The engine sent an error in place of a piece."""
-
     def __init__(self, error: Any) -> None:
-        shown = _without_user_adapters(excerpt(error, 300))
+        shown = _USER_ADAPTER.sub("", excerpt(error, 300))
         super().__init__(f"the engine failed in the middle of the answer: {shown}")
         self.error = error if isinstance(error, dict) else {}
 
@@ -92,22 +90,15 @@ class EngineRequest:
     prompt: Prompt | None = None
 
 
+@dataclass
 class EngineClient:
     """Sends generations to one OpenAI server (vLLM or a router); if that fails, directly to the `engines`."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        url: str,
-        engines: Engines,
-        key: str | None,
-        retried: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._session = session
-        self._url = url.rstrip("/")
-        self._engines = engines
-        self._headers = {"Content-Type": "application/json"} | key_header(key)
-        self._retried = retried
+    session: aiohttp.ClientSession
+    url: str
+    engines: Engines
+    key: str | None
+    retried: Callable[[], None] = lambda: None
 
     @asynccontextmanager
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
@@ -135,7 +126,7 @@ class EngineClient:
                 continue
             if failure:
                 log.warning("retrying %s on another route: %s", request.request_id, failure.explained)
-                self._retried()
+                self.retried()
             try:
                 return await self._send(request, url, session_id)
             except (EngineUnavailable, AnswerInterrupted) as error:
@@ -154,10 +145,11 @@ class EngineClient:
         A router maps a session id to an engine, so another session id usually selects another engine. If the router
         cannot be reached or has no healthy engine, the engines are called directly.
         """
-        yield self._url, model
-        if self._url not in self._engines.urls:
-            yield self._url, f"{model}~"
-        yield from [(url, model) for url in self._engines.by_preference(model) if url != self._url][:_MAX_DIRECT]
+        own = self.url.rstrip("/")
+        yield own, model
+        if own not in self.engines.urls:
+            yield own, f"{model}~"
+        yield from [(url, model) for url in self.engines.by_preference(model) if url != own][:_MAX_DIRECT]
 
     async def _send(
         self, request: EngineRequest, url: str, session_id: str
@@ -169,10 +161,12 @@ class EngineClient:
             path, body["prompt"] = "/v1/completions", request.prompt
         if request.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": session_id}
+        headers = {"Content-Type": "application/json", "X-Request-Id": request.request_id, "X-Session-ID": session_id}
         sent_s = time.perf_counter()
         try:
-            response = await self._session.post(url + path, data=orjson.dumps(body), headers=headers)
+            response = await self.session.post(
+                url + path, data=orjson.dumps(body), headers=headers | key_header(self.key)
+            )
         except aiohttp.SocketTimeoutError as error:
             raise EngineFailed("the engine did not answer in time", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -207,13 +201,7 @@ class EngineStream:
     """
 
     def __init__(
-        self,
-        chunks: aiohttp.StreamReader,
-        sent_s: float,
-        *,
-        streamed: bool = True,
-        chat: bool = True,
-        answers: int = 1,  # to each prompt
+        self, chunks: aiohttp.StreamReader, sent_s: float, *, streamed: bool = True, chat: bool = True, answers: int = 1
     ) -> None:
         self.sent_s = sent_s  # time of sending by the performance counter
         self.first_token_s: float | None = None  # None if the answer is not streamed
@@ -222,14 +210,13 @@ class EngineStream:
         self.usage: dict[str, int] = {}
         self.complete = False
         self._streamed = streamed
-        self._answers = answers
+        self._answers = answers  # to each prompt
         self._prompts, self._written = dict[int, int](), dict[int, int]()  # tokens of each prompt, of each answer
         self._field = ("delta" if streamed else "message") if chat else "text"
         self._values = events(chunks) if streamed else _single_value(chunks)
         self._first: Piece | None = None
 
     async def begin(self) -> None:
-        """Wait for the first piece."""
         with contextlib.suppress(StopAsyncIteration):
             self._first = await self._next()
         if self._streamed:
@@ -333,7 +320,7 @@ async def _error_from(response: aiohttp.ClientResponse, request: EngineRequest) 
 def _error_of(status: int, error: Any, request: EngineRequest) -> MtaError:
     """Translate an engine's error, which is one in OpenAI's shape if the engine could answer."""
     try:
-        message, param = _without_user_adapters(str(error["message"])), error.get("param")
+        message, param = _USER_ADAPTER.sub("", str(error["message"])), error.get("param")
         param = param and str(param).removeprefix("body.")
     except (TypeError, KeyError, AttributeError):
         message, param = f"HTTP {status} without a reason", None
@@ -349,7 +336,3 @@ def _error_of(status: int, error: Any, request: EngineRequest) -> MtaError:
     if status >= 500 or status == 429:
         return EngineUnavailable(f"the engine cannot answer now: {message}", received=True, silent=False)
     return EngineFailed(f"the engine answered {status}: {message}")
-
-
-def _without_user_adapters(message: str) -> str:
-    return _USER_ADAPTER.sub("", message)

@@ -30,8 +30,6 @@ _LEVELS, _ARMS = tuple(Level), tuple(Arm)
 
 @dataclass(frozen=True, slots=True)
 class AnswerNote:
-    """What an answer's id says."""
-
     request_id: str
     hour: int  # since 1970
     level: Level  # of the adapter that spoke in the end
@@ -45,7 +43,7 @@ def answer_id(
     kind = _LEVELS.index(level) * len(_ARMS) + _ARMS.index(arm)
     hashes = _hash(recipe or "", _RECIPE_BYTES) + _hash(_unmarked(epoch), _EPOCH_BYTES)
     head = this_hour().to_bytes(_HOUR_BYTES) + bytes([kind]) + hashes
-    ending = head + _macs(users, user, request_id, head)[0]
+    ending = head + users.sign_answer(user, head, request_id.encode())[0]
     return f"{request_id}.{base64.urlsafe_b64encode(ending).decode()}"
 
 
@@ -61,7 +59,8 @@ def read_answer_id(users: UserKeys, user: User, epoch: str, text: str) -> Answer
     except (binascii.Error, UnicodeEncodeError):
         raise _unknown(text) from None
     head, mac = ending[:_HEAD_BYTES], ending[_HEAD_BYTES:]
-    is_ours = any(hmac.compare_digest(mac, made) for made in _macs(users, user, request_id, head))
+    macs = users.sign_answer(user, head, request_id.encode("utf-8", "replace"))
+    is_ours = any(hmac.compare_digest(mac, made) for made in macs)
     if not is_ours or ((epoch := _unmarked(epoch)) and not head.endswith(_hash(epoch, _EPOCH_BYTES))):
         raise _unknown(text)
     hour, kind = int.from_bytes(head[:_HOUR_BYTES]), head[_HOUR_BYTES]
@@ -73,10 +72,6 @@ def read_answer_id(users: UserKeys, user: User, epoch: str, text: str) -> Answer
 
 def _unmarked(epoch: str) -> str:  # without the mark that a write left
     return epoch.partition("+")[0]
-
-
-def _macs(users: UserKeys, user: User, request_id: str, head: bytes) -> list[bytes]:
-    return users.sign_answer(user, head, request_id.encode("utf-8", "replace"))
 
 
 def _hash(text: str, size: int) -> bytes:

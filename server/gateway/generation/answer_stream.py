@@ -90,7 +90,6 @@ class AnswerStream:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Sum of the token counts that the engine has reported for the parts."""
         reported = [(part, stream.usage) for part, stream in self._streams if stream.usage]
         if not reported:
             return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from server.engine_protocol import BASE_MODEL
 from server.errors import ApiError, EngineFailed, Unavailable
@@ -21,13 +21,11 @@ from server.gateway.generation.request import GenerationRequest, LengthLimits
 from server.watching.logs import request_id
 
 
+@dataclass(slots=True)
 class Timings:
-    """Times the stages of one request."""
-
-    def __init__(self, started_s: float, observe_gap_s: Callable[[float], None]) -> None:
-        self.started_s = started_s  # arrival time by the performance counter
-        self.observe_gap_s = observe_gap_s  # called with the seconds between two streamed texts
-        self.ms: dict[str, float] = {}  # milliseconds by stage name, in order of recording
+    started_s: float  # arrival time by the performance counter
+    observe_gap_s: Callable[[float], None]  # called with the seconds between two streamed texts
+    ms: dict[str, float] = field(default_factory=dict)  # by stage name, in order of recording
 
     def record(self, name: str, duration_s: float) -> None:
         self.ms[name] = round(duration_s * 1000, 3)
@@ -58,7 +56,6 @@ class Answer:
     epoch: str  # the user's, as the request found it
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield the pieces of `AnswerStream.pieces` and record their timing."""
         stream, timings = self.stream, self.timings
         is_streamed = stream.first.first_token_s is not None
         last_text_s: float | None = None
@@ -116,20 +113,9 @@ class Generator:
             if lease.waited_s:
                 timings.record("queue", lease.waited_s)
             async with stream:
-                served, request_id = candidates[skipped], engine_request.request_id
-                public_id = _public_id(request, epoch, request_id, served)
-                yield Answer(
-                    request,
-                    request_id,
-                    public_id,
-                    served,
-                    skipped,
-                    prompt,
-                    stream,
-                    timings,
-                    limits=usage.headers(),
-                    epoch=epoch,
-                )
+                served, own_id, left = candidates[skipped], engine_request.request_id, usage.headers()
+                public_id = _public_id(request, epoch, own_id, served)
+                yield Answer(request, own_id, public_id, served, skipped, prompt, stream, timings, left, epoch)
 
     @asynccontextmanager
     async def _start_answer(
@@ -163,10 +149,7 @@ class Generator:
     async def _start_part(
         self, stack: AsyncExitStack, request: EngineRequest, candidates: Sequence[Personalization]
     ) -> tuple[int, EngineStream]:
-        """Start a request with the first candidate that the engine can serve; it is aborted when `stack` closes.
-
-        Return the number of skipped candidates and the stream.
-        """
+        """Return the number of candidates that the engine cannot serve, and the stream of the first that it can."""
         missing: AdapterMissing | None = None
         for skipped, candidate in enumerate(candidates):
             attempt = replace(request, model=candidate.model)

@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -69,28 +69,28 @@ class Personalization:
         return self.recipe.plain.name if self.recipe else None
 
 
+@dataclass
 class Personalizer:
     """Finds recipes. It knows nothing about a user beyond the profile."""
 
-    def __init__(self, bank: ServingBank, profiles: Profiles) -> None:
-        self._bank = bank
-        self._profiles = profiles
-        self._last_request_s: dict[str, float] = {}
-        self._request_tasks: set[asyncio.Task[None]] = set()
+    bank: ServingBank
+    profiles: Profiles
+    _last_request_s: dict[str, float] = field(default_factory=dict)  # by user key
+    _request_tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def profile(self, request: GenerationRequest) -> tuple[User | None, Profile | None, str]:
         """Return the user as stored, the profile, None if there is none or the request needs none, and the epoch."""
-        if request.strength != 1 and not self._bank.manifest.common:
+        if request.strength != 1 and not self.bank.manifest.common:
             raise InvalidRequest(
                 f"strength must be 1, got {request.strength}: this bank has no common row to replace the anchors",
                 param="strength",
             )
         if request.user is None or not request.wants_profile:
             return request.user, None, ""
-        user, profile, epoch = await self._profiles.find_at_once(request.user)
+        user, profile, epoch = await self.profiles.find_at_once(request.user)
         if request.learnt and profile is None:
             with suppress(Unavailable):  # the message is not learnt then
-                epoch = await self._profiles.rotation.begin_write(user)
+                epoch = await self.profiles.rotation.begin_write(user)
         return user, profile, epoch
 
     def candidates(self, request: GenerationRequest, profile: Profile | None) -> tuple[Personalization, ...]:
@@ -102,23 +102,23 @@ class Personalizer:
         user = request.user
         if user is None or profile is None:
             return (_without_profile(request),)
-        if self._bank.manifest.has_signatures and not profile.is_signed(self._bank.manifest.short):
+        if self.bank.manifest.has_signatures and not profile.is_signed(self.bank.manifest.short):
             self._schedule_signature_request(user)
-        if profile.embedder != self._profiles.embedder.id:
-            evidence = profile.evidence if self._bank.manifest.has_signatures else None
-            if not evidence or not evidence.is_usable_for(self._bank.manifest.short):
+        if profile.embedder != self.profiles.embedder.id:
+            evidence = profile.evidence if self.bank.manifest.has_signatures else None
+            if not evidence or not evidence.is_usable_for(self.bank.manifest.short):
                 if request.personalize is Personalize.MERGED:
                     raise Unavailable(f"{_NOT_EMBEDDED}: send the request again", code="not_embedded")
                 return (Personalization(Level.BASE, reason=_NOT_EMBEDDED),)
-            profile = replace(profile, embedding=np.zeros(self._profiles.embedder.dim, np.float32))  # not comparable
-        personal = self._bank.personalise(profile.embedding, profile.evidence, request.strength)
+            profile = replace(profile, embedding=np.zeros(self.profiles.embedder.dim, np.float32))  # not comparable
+        personal = self.bank.personalise(profile.embedding, profile.evidence, request.strength)
         merged = Personalization(Level.MERGED, personal.recipe, personal.source, personal.weights)
         if request.personalize is Personalize.MERGED:
             return (merged,)
         base = Personalization(Level.BASE, reason="the engine cannot serve this user's recipe")
         adapter = profile.adapter
         ladder: tuple[Personalization, ...] = merged, base
-        if adapter is None or bank_of(adapter.recipe) != self._bank.manifest.short:
+        if adapter is None or bank_of(adapter.recipe) != self.bank.manifest.short:
             pass
         elif request.strength < 1:
             reason = "strength is below 1, and the user's adapter is served on its own recipe only"
@@ -135,8 +135,8 @@ class Personalizer:
         if arm is Arm.FULL:
             return replace(ladder[0], arm=arm), *ladder[1:]
         lower = ladder[1]
-        if lower.level is Level.BASE and self._bank.manifest.common:
-            common = self._bank.personalise(profile.embedding, profile.evidence, 0)
+        if lower.level is Level.BASE and self.bank.manifest.common:
+            common = self.bank.personalise(profile.embedding, profile.evidence, 0)
             lower = Personalization(Level.COMMON, common.recipe, common.source)
         return replace(lower, arm=arm, reason=_HELD_OUT), ladder[-1]
 
@@ -148,7 +148,7 @@ class Personalizer:
         if len(self._last_request_s) >= _MAX_REMEMBERED_USERS:
             self._last_request_s.clear()
         self._last_request_s[user.key] = now_s
-        task = asyncio.create_task(self._profiles.request_signature(user))
+        task = asyncio.create_task(self.profiles.request_signature(user))
         self._request_tasks.add(task)
         task.add_done_callback(self._request_tasks.discard)
 
@@ -161,14 +161,12 @@ def arm_of(user_key: str, holdout: float) -> Arm:
 
 
 def _without_profile(request: GenerationRequest) -> Personalization:
+    user, param = request.user, request.user_param
     if request.personalize is Personalize.NONE:
         return Personalization(Level.BASE, reason="the request asked for the base model")
-    param, required = request.user_param, request.personalize is Personalize.MERGED
-    if request.user is None:
-        if required:
-            raise InvalidRequest(f"{param} is required if personalize is merged", param=param, code="missing")
-        return Personalization(Level.BASE, reason="the request names no user")
-    if required:
-        message = f"{param} {excerpt(request.user.id)} has no profile: create one with PUT /users/{{id}}/profile"
-        raise NotFound(message, param=param)
-    return Personalization(Level.BASE, reason="unknown user")
+    if request.personalize is Personalize.AUTO:
+        return Personalization(Level.BASE, reason="unknown user" if user else "the request names no user")
+    if user is None:
+        raise InvalidRequest(f"{param} is required if personalize is merged", param=param, code="missing")
+    message = f"{param} {excerpt(user.id)} has no profile: create one with PUT /users/{{id}}/profile"
+    raise NotFound(message, param=param)

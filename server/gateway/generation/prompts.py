@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bank.items.profile import Item
 from bank.items.prompt import chat_messages
@@ -89,7 +89,6 @@ class PromptBuilder:
                 tokens_per_byte = min(1.0, max(1.25 * tokens_per_byte, 1.05 * tokens / max_prompt_tokens(built)))
 
     def _select(self, messages: Conversation, memories: Sequence[str], room_bytes: float, max_chars: int) -> list[str]:
-        """Return the memories that fit, best first."""
         frame = self._with_memories(messages, [""])
         room_bytes -= max_prompt_tokens(frame)
         room_chars = max_chars - chars_of(frame)
@@ -113,14 +112,14 @@ class _CachedIndex:
     expiry: asyncio.TimerHandle
 
 
+@dataclass
 class IndexCache:
     """One index per user, evicted in least-recently-used order. Use it from one event loop."""
 
-    def __init__(self, max_bytes: int, ttl_s: float = INDEX_TTL_S) -> None:
-        self.size_bytes = 0
-        self._max_bytes = max_bytes
-        self._ttl_s = ttl_s
-        self._cached: OrderedDict[str, _CachedIndex] = OrderedDict()
+    max_bytes: int
+    ttl_s: float = INDEX_TTL_S
+    size_bytes: int = 0
+    _cached: OrderedDict[str, _CachedIndex] = field(default_factory=OrderedDict)
 
     def get(self, user_key: str, version: Version) -> ItemIndex | None:
         """Return the index of this version of a user's history; drop an index of another version."""
@@ -133,16 +132,15 @@ class IndexCache:
     def put(self, user_key: str, version: Version, index: ItemIndex) -> None:
         """Store an index, unless it alone exceeds `max_bytes`."""
         self.drop(user_key)
-        if index.size_bytes > self._max_bytes:
+        if index.size_bytes > self.max_bytes:
             return
-        expiry = asyncio.get_running_loop().call_later(self._ttl_s, self.drop, user_key)
+        expiry = asyncio.get_running_loop().call_later(self.ttl_s, self.drop, user_key)
         self._cached[user_key] = _CachedIndex(version, index, expiry)
         self.size_bytes += index.size_bytes
-        while self.size_bytes > self._max_bytes:
+        while self.size_bytes > self.max_bytes:
             self.drop(next(iter(self._cached)))
 
     def drop(self, user_key: str) -> _CachedIndex | None:
-        """Remove and return a user's index, if there is one."""
         cached = self._cached.pop(user_key, None)
         if cached is not None:
             cached.expiry.cancel()
@@ -159,6 +157,7 @@ class _Build:
     task: asyncio.Task[ItemIndex]
 
 
+@dataclass
 class HistoryIndexer:
     """Indexes histories, whose items `read` returns. Use it from one event loop.
 
@@ -167,14 +166,11 @@ class HistoryIndexer:
     the index is ready for the user's next request.
     """
 
-    def __init__(
-        self, read: Callable[[User], Awaitable[Mapping[str, StoredItem]]], task: Task, cache: IndexCache
-    ) -> None:
-        self._read = read
-        self._task = task
-        self._cache = cache
-        self._builds: dict[tuple[str, Version], _Build] = {}
-        self._queue = FairQueue(Shares(lambda: 1))
+    read: Callable[[User], Awaitable[Mapping[str, StoredItem]]]
+    task: Task
+    cache: IndexCache
+    _builds: dict[tuple[str, Version], _Build] = field(default_factory=dict)
+    _queue: FairQueue = field(default_factory=lambda: FairQueue(Shares(lambda: 1)))
 
     async def index(
         self, user: User, profile: Profile, caller: str, patience_s: float
@@ -184,7 +180,7 @@ class HistoryIndexer:
         `patience_s` is the longest wait in the caller's queue; once started, the build is awaited without a limit.
         """
         version = (profile.updated_ms, profile.items, profile.embedding.tobytes())
-        if (cached := self._cache.get(user.key, version)) is not None:
+        if (cached := self.cache.get(user.key, version)) is not None:
             return cached, 0.0
         build = self._builds.get((user.key, version)) or self._queue_build(user, version, caller)
         if build is None:
@@ -208,9 +204,9 @@ class HistoryIndexer:
         try:
             async with self._queue.held(caller):
                 started.set_result(None)
-                items = [Item(name, item.fields) for name, item in (await self._read(user)).items()]
-                index = await asyncio.to_thread(ItemIndex, self._task, items)
-            self._cache.put(user.key, version, index)
+                items = [Item(name, item.fields) for name, item in (await self.read(user)).items()]
+                index = await asyncio.to_thread(ItemIndex, self.task, items)
+            self.cache.put(user.key, version, index)
             return index
         finally:
             del self._builds[user.key, version]

@@ -57,7 +57,6 @@ class GenerationRequest:
 
     @property
     def sequences(self) -> int:
-        """Number of answers to generate."""
         return len(prompts_of(self.prompt)) * int(self.sampling.get("n", 1))
 
 
@@ -85,18 +84,14 @@ class LengthLimits:
 
         Several prompts are not checked: the engine reports only their total and applies its own rule to each prompt.
         """
-        if (
-            prompt_tokens is None
-            or self.context_tokens is None
-            or request.max_tokens is None
-            or len(prompts_of(request.prompt)) > 1
-        ):
+        asked, context = request.max_tokens, self.context_tokens
+        if prompt_tokens is None or context is None or asked is None or len(prompts_of(request.prompt)) > 1:
             return
-        if prompt_tokens + request.max_tokens > self.context_tokens:
+        if prompt_tokens + asked > context:
             raise _context_exceeded(
                 request,
-                f"exceeds the context: the prompt has {prompt_tokens} tokens and the model's context is "
-                f"{self.context_tokens}. Ask for at most {self.context_tokens - prompt_tokens}",
+                f"exceeds the context: the prompt has {prompt_tokens} tokens and the model's context is {context}. "
+                f"Ask for at most {context - prompt_tokens}",
             )
 
     def room_tokens(self, request: GenerationRequest) -> int | None:

@@ -22,8 +22,9 @@ look that was planned beforehand. It is valid if
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
-from math import ceil, log, sqrt
+from math import log, sqrt
 
 ALPHA = 0.05
 MIN_PEOPLE_WEEKS = 30
@@ -67,7 +68,6 @@ class SequentialInterval:
     high: float
 
     def excludes(self, value: float = 0.0) -> bool:
-        """Return whether `value` lies outside, by default 0: the arms differ."""
         return not self.low <= value <= self.high
 
 
@@ -109,19 +109,15 @@ def people_weeks_needed(lower: Totals, full: Totals) -> int | None:
         return None
     effect = lower.mean - full.mean
     variance, effective = lower.variance_of_mean + full.variance_of_mean, _effective(lower, full)
+    known = lower.n + full.n
 
-    def seen(times: float) -> bool:
+    def is_excluded(more: int) -> bool:
+        times = 1 + more / known
         return effect**2 > _standard_errors(times * effective) ** 2 * variance / times
 
-    few, many = 1.0, 1.0
-    while not seen(many):
-        few, many = many, many * 2
-        if many > 1e6:
-            return None
-    for _ in range(30):
-        between = (few + many) / 2
-        few, many = (few, between) if seen(between) else (between, many)
-    return ceil((many - 1) * (lower.n + full.n))
+    most = 1_000_000 * known
+    more = bisect_left(range(most), True, key=is_excluded)
+    return more if more < most else None
 
 
 def _enough(lower: Totals, full: Totals) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from rapidfuzz.distance import Levenshtein
 
-from bank.items.profile import Item, parse_item
+from bank.items.profile import parse_item
 from server.errors import InvalidRequest
 from server.gateway.access.keys import Caller
 from server.gateway.generation.answer_ids import AnswerNote
@@ -26,18 +26,9 @@ _MAX_COMPARED = 1 << 26  # product of two texts' lengths whose distance takes 2 
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """What the person really sent."""
-
-    sample: Sample  # to what, and the text
+    sample: Sample  # what the person really sent, and to what
     answer: str | None  # the answer's own text, if the client still has it
     answer_sha256: str | None  # else its hash, 64 hex digits
-
-
-@dataclass(frozen=True, slots=True)
-class Learnt:
-    feedback: Feedback  # all that is known about the answer by now
-    learned: bool  # whether this request brought a sample
-    job: Job | None  # the training job that it brought
 
 
 @dataclass
@@ -49,11 +40,12 @@ class Feedbacks:
 
     async def give(
         self, user: User, note: AnswerNote, said: Feedback, final: Final | None, epoch: str, *, caller: Caller
-    ) -> Learnt:
+    ) -> tuple[Feedback, bool, Job | None]:
         """Store what a client says; feedback on the same answer adds to the earlier one and replaces what both say.
 
         A final text that differs from the answer becomes a sample and an item of the user's history, each under the
-        answer's id; after some of them the user is adapted again, as a job of `caller`. Raises InvalidRequest if the
+        answer's id; after some of them the user is adapted again, as a job of `caller`. Returns all that is known about
+        the answer by now, whether this call brought a sample, and the job that it brought. Raises InvalidRequest if the
         parts contradict each other, and UserErased as `Profiles.learn` does.
         """
         sample = None
@@ -64,20 +56,18 @@ class Feedbacks:
             said = replace(said, outcome=said.outcome or (Outcome.EDITED if sample else Outcome.SENT), changed=changed)
         wanted = Held(bytes=160 + (len(encode_sample(sample)) if sample else 0))  # about what the store takes
 
-        async def store(user: User) -> Learnt:
+        async def store(user: User) -> tuple[Feedback, bool, Job | None]:
             with self.profiles.quotas.admit(user, lambda: wanted):
                 if sample:
-                    await self.profiles.learn(user, self._item(note.request_id, sample), epoch)
+                    said_to = {"input": sample.messages[-1]["content"], "output": sample.output}
+                    item = parse_item({"id": note.request_id} | said_to, self.profiles.task, 0)
+                    await self.profiles.learn(user, item, epoch)
                 new, before = await self.store.add(user.key, note.request_id, said, sample, epoch)
             self.tallies.count_feedback(Person(user.tenant, user.key, epoch), note, new, before)
             job = await self.refreshing.refresh_if_due(user, caller, epoch) if sample else None
-            return Learnt(new, learned=sample is not None, job=job)
+            return new, sample is not None, job
 
         return await self.profiles.rotation.at(user, store)
-
-    def _item(self, answer: str, sample: Sample) -> Item:
-        raw = {"id": answer, "input": sample.messages[-1]["content"], "output": sample.output}
-        return parse_item(raw, self.profiles.task, 0)
 
 
 def _difference(final: Final) -> tuple[float | None, Sample | None]:

@@ -71,16 +71,6 @@ def item_of(messages: Conversation, task: Task) -> Item | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class LearntMessage:
-    """An item of a user's own words, from a request of this epoch."""
-
-    user: User
-    item: Item
-    epoch: str
-    asked_s: float  # when the request arrived, by the performance counter
-
-
 @dataclass
 class MessageLearner:
     """Stores messages in the background, those of a tenant one after the other; requests have been answered by then."""
@@ -95,19 +85,20 @@ class MessageLearner:
         """Return whether a message may be accepted; one that was accepted is never refused by `learn`."""
         return self._places.may_acquire(tenant)
 
-    def learn(self, profiles: Profiles, message: LearntMessage) -> None:
-        self._places.acquire(message.user.tenant)
-        task = asyncio.create_task(self._store(profiles, message))
+    def learn(self, profiles: Profiles, user: User, item: Item, epoch: str, asked_s: float) -> None:
+        """Store an item from a request of this epoch that arrived at `asked_s`, by the performance counter."""
+        self._places.acquire(user.tenant)
+        task = asyncio.create_task(self._store(profiles, user, item, epoch, asked_s))
         self._storing.add(task)
         task.add_done_callback(self._storing.discard)
 
-    async def _store(self, profiles: Profiles, message: LearntMessage) -> None:
+    async def _store(self, profiles: Profiles, user: User, item: Item, epoch: str, asked_s: float) -> None:
         """Wait for the tenant's earlier messages, then store this one, or count why it is not stored."""
         dropped = "stopped"
         try:
-            async with self._lines[message.user.tenant]:
-                if time.perf_counter() - message.asked_s <= MAX_AGE_S:
-                    update = await profiles.learn(message.user, message.item, message.epoch)
+            async with self._lines[user.tenant]:
+                if time.perf_counter() - asked_s <= MAX_AGE_S:
+                    update = await profiles.learn(user, item, epoch)
                     self.learned(update.changed)
                     dropped = ""
                 else:
@@ -116,7 +107,7 @@ class MessageLearner:
             dropped = getattr(error, "code", "failed")
             log.warning("a message was not learnt: %s", getattr(error, "explained", repr(error)))
         finally:
-            self._places.release(message.user.tenant)
+            self._places.release(user.tenant)
             if dropped:
                 self.dropped(dropped)
 

@@ -61,13 +61,10 @@ class Refreshing:
         learned_ms = await self.stores.feedback.learned_ms(user.key)
         if len(learned_ms) < after:
             return None
-        adapter = profile.adapter
-        is_served = adapter is not None and bank_of(adapter.recipe) == self.manifest.short
+        adapter, seen_ms = profile.adapter, 0
         jobs = await self.stores.jobs.jobs(user.key)
-        seen_ms = 0
-        if adapter and is_served:  # what came during its training, it has not seen
-            began_ms = (job.started_ms for job in jobs if job.adapter == adapter.id)
-            seen_ms = next(began_ms, adapter.created_ms)
+        if adapter and bank_of(adapter.recipe) == self.manifest.short:  # it has not seen what came while it was trained
+            seen_ms = next((job.started_ms for job in jobs if job.adapter == adapter.id), adapter.created_ms)
         if sum(at_ms > seen_ms for at_ms in learned_ms) < after:
             return None
         now_ms = time.time_ns() // 1_000_000

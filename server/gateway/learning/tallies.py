@@ -54,8 +54,6 @@ def metrics_of(counts: Counts) -> dict[Metric, float]:
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """A user of a tenant, in an epoch."""
-
     tenant: str
     user_key: str
     epoch: str

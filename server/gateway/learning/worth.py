@@ -54,7 +54,6 @@ class Comparison:
 
     @property
     def difference(self) -> SequentialInterval | None:
-        """Return `lower` less `full`."""
         return difference(self.lower, self.full)
 
     @property
@@ -64,12 +63,10 @@ class Comparison:
 
     @property
     def needed(self) -> int | None:
-        """Return about how many more people-weeks it takes to tell the arms apart."""
         return people_weeks_needed(self.lower, self.full)
 
     @property
     def says(self) -> str:
-        """Return the result in words, and what to do."""
         found, saved, needed = self.difference, self.saved, self.needed
         about = f"{self.level}, {_SHARE_OF[self.metric]}: not known yet"
         if self.metric is Metric.SILENT and self.lower.sum + self.full.sum == self.lower.n + self.full.n:

@@ -6,10 +6,11 @@ import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from fastapi import Response
 from pydantic import BaseModel, Field
+from starlette.types import Receive, Scope, Send
 
 from adapters.recipe import PER_MILLE, FusionRecipe, anchor_id
 from bank.lookup.serving import AnchorWeight
@@ -20,13 +21,10 @@ from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
-from server.gateway.learning.messages import LearntMessage, item_of
+from server.gateway.learning.messages import item_of
 from server.gateway.learning.tallies import Person
 from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts
-
-if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
 
 log = logging.getLogger("mta.gateway")
 
@@ -44,6 +42,17 @@ class AnchorAnswer(BaseModel, frozen=True):
         description="Predicted reduction of the loss on the user's own items, in nats per token; null if the weights "
         "come from topics."
     )
+
+    @classmethod
+    def of(cls, anchor: int, weight: float | None, known: AnchorWeight | None) -> Self:
+        """Return an anchor by its number and its weight in the recipe; `known`: what the current profile says of it."""
+        gain = known.gain if known else None
+        return cls(
+            id=anchor_id(anchor),
+            weight=weight,
+            similarity=round(known.similarity, 4) if known else None,
+            gain=None if gain is None else round(gain, 4),
+        )
 
 
 class PersonalizationAnswer(BaseModel, frozen=True):
@@ -98,21 +107,9 @@ def anchor_answers(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> lis
     A recipe of directions has none; the anchors nearest to the user are returned, nearest first.
     """
     if recipe.steps:
-        return [
-            AnchorAnswer(id=anchor_id(near.anchor), weight=None, similarity=round(near.similarity, 4), gain=None)
-            for near in weights
-        ]
-    current, answers = {weight.anchor: weight for weight in weights}, list[AnchorAnswer]()
-    for term in recipe.terms:
-        weight = current.get(term.anchor)
-        answers.append(
-            AnchorAnswer(
-                id=anchor_id(term.anchor),
-                weight=term.weight / PER_MILLE,
-                similarity=round(weight.similarity, 4) if weight else None,
-                gain=round(weight.gain, 4) if weight and weight.gain is not None else None,
-            )
-        )
+        return [AnchorAnswer.of(near.anchor, None, near) for near in weights]
+    known = {weight.anchor: weight for weight in weights}
+    answers = [AnchorAnswer.of(term.anchor, term.weight / PER_MILLE, known.get(term.anchor)) for term in recipe.terms]
     return sorted(answers, key=lambda answer: (-abs(answer.weight or 0), answer.id))
 
 
@@ -189,7 +186,6 @@ class AnswerResponse(Response):
                 await sender.write(event(ErrorAnswer.of(error)))
 
     def _begin(self, scope: Scope, answer: Answer) -> None:
-        """Keep the answer for the headers and record its notes, metrics and trace attributes."""
         self._answer, notes = answer, notes_of(scope)
         notes.answer_id, notes.level = answer.id, answer.personalization.level.value
         metrics, stream, timings = self._parts.metrics, answer.stream.first, answer.timings
@@ -215,6 +211,5 @@ class AnswerResponse(Response):
             person = Person(user.tenant, user.key, answer.epoch)
             self._parts.tallies.count_answer(person, answer.personalization, request.holdout)
         if user and item:
-            message = LearntMessage(user, item, answer.epoch, answer.timings.started_s)
-            self._parts.learner.learn(self._parts.profiles, message)
+            self._parts.learner.learn(self._parts.profiles, user, item, answer.epoch, answer.timings.started_s)
         self._parts.metrics.observe(answer.timings.ms, answer.personalization.level.value, answer.stream.usage)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Self
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.gateway.access.keys import caller_of
@@ -21,32 +22,27 @@ from server.gateway.routes.requests import (
     UserRoute,
     epoch_of,
     sample_messages,
+    with_examples,
 )
 from server.settings import MAX_ITEM_BYTES
 from server.store.feedback import Feedback, Outcome, Rating
 from server.store.samples import Sample
 
-_MAX_ID_CHARS = 128
-
 
 class FeedbackRequest(Strict):
     """What a person did with an answer; at least one of `outcome`, `rating` and `final`."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"answer": "gen-1b0330fa255959863cff0464.B5zPAuOwxELjsMRCmPw8nekiCZYPioQEaDRfC38_", "outcome": "sent"},
-                {
-                    "answer": "gen-1b0330fa255959863cff0464.B5zPAuOwxELjsMRCmPw8nekiCZYPioQEaDRfC38_",
-                    "input": "Any plans?",
-                    "text": "I have no plans yet.",
-                    "final": "The sea. Always the sea.",
-                },
-            ]
-        }
+    model_config = with_examples(
+        {"answer": "gen-1b0330fa255959863cff0464.B5zPAuOwxELjsMRCmPw8nekiCZYPioQEaDRfC38_", "outcome": "sent"},
+        {
+            "answer": "gen-1b0330fa255959863cff0464.B5zPAuOwxELjsMRCmPw8nekiCZYPioQEaDRfC38_",
+            "input": "Any plans?",
+            "text": "I have no plans yet.",
+            "final": "The sea. Always the sea.",
+        },
     )
 
-    answer: str = Field(max_length=_MAX_ID_CHARS, description="The `id` of the answer, for 7 days.")
+    answer: str = Field(max_length=128, description="The `id` of the answer, for 7 days.")
     outcome: Outcome | None = Field(
         None, strict=False, description="By default `edited` if `final` differs from the answer, `sent` if it does not."
     )
@@ -109,15 +105,5 @@ async def give_feedback(request: Request, user_id: UserIdInPath, body: FeedbackR
     if body.final is not None and body.input is not None:
         final = Final(Sample(sample_messages(body.input), body.final), body.text, body.sha256)
     said = Feedback(note.level.value, note.arm.value, body.outcome, body.rating, None)
-    learnt = await parts.feedbacks.give(user, note, said, final, epoch, caller=caller_of(request))
-    known = learnt.feedback
-    return FeedbackAnswer(
-        answer=body.answer,
-        level=note.level,
-        arm=note.arm,
-        outcome=known.outcome,
-        rating=known.rating,
-        changed=known.changed,
-        learned=learnt.learned,
-        job=str(learnt.job.id) if learnt.job else None,
-    )
+    known, learned, job = await parts.feedbacks.give(user, note, said, final, epoch, caller=caller_of(request))
+    return FeedbackAnswer(answer=body.answer, learned=learned, job=str(job.id) if job else None, **asdict(known))

@@ -18,13 +18,7 @@ from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.streaming import DONE, event
 from server.gateway.parts import parts_of, users_of
-from server.gateway.routes.answering import (
-    AnchorAnswer,
-    AnswerResponse,
-    PersonalizationAnswer,
-    Usage,
-    with_learning,
-)
+from server.gateway.routes.answering import AnchorAnswer, AnswerResponse, PersonalizationAnswer, Usage, with_learning
 from server.gateway.routes.requests import GenerateRequest, QueueTimeout
 from server.settings import Sampling
 from server.store.tenants.user_key import UserKeys
@@ -41,7 +35,6 @@ class GenerateAnswer(BaseModel, frozen=True):
 
 
 def _chunk_base(answer_id: str, created_s: int, recipe: str) -> dict[str, Any]:
-    """Return the fields that all chunks of a streamed answer share."""
     return {"id": answer_id, "object": "chat.completion.chunk", "created": created_s, "model": recipe}
 
 
@@ -120,7 +113,7 @@ def request_of(
         caller=caller,
         patience_s=patience_s,
         user_param="user_id",
-        prompt_param=request.conversation_param,
+        prompt_param="prompt" if request.messages is None else "messages",
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 import orjson
 from fastapi import APIRouter, Path, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+from starlette.types import Receive, Scope, Send
 
 from adapters.errors import excerpt
 from server.errors import ApiError, NotFound, TooMany, Unavailable
@@ -26,14 +28,11 @@ from server.gateway.routes.requests import (
     UserSamplesRoute,
     epoch_of,
     sample_messages,
+    with_examples,
 )
 from server.gateway.users.adapting import Adapting, TrainingRequest
 from server.store.jobs import Job, JobId, JobState, parse_job_id
 from server.store.samples import MAX_SAMPLES, Sample
-from server.store.tenants.user_key import UserKeys
-
-if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
 
 MAX_USER_RANK = 8
 MAX_STEPS = 500
@@ -70,15 +69,11 @@ class AdaptOptions(Strict):
 class AdaptRequest(Strict):
     """Samples to train on."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "samples": [
-                        {"input": "Any plans?", "output": "The sea. Always the sea."},
-                        {"input": "How was your day?", "output": "Salty. Glorious."},
-                    ]
-                }
+    model_config = with_examples(
+        {
+            "samples": [
+                {"input": "Any plans?", "output": "The sea. Always the sea."},
+                {"input": "How was your day?", "output": "Salty. Glorious."},
             ]
         }
     )
@@ -222,8 +217,8 @@ async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
     While nothing changes, a comment (`: keep-alive`) is sent every 15 seconds. If the gateway stops before that,
     the stream ends with an event `{"error": …}` of the code `stopping`: follow the job again.
     """
-    users, adapting = users_of(request), _stored(request)
-    return _JobEvents(adapting, users, await adapting.job(users, _checked_job_id(job_id)))
+    read = partial(_stored(request).job, users_of(request))
+    return _JobEvents(read, await read(_checked_job_id(job_id)))
 
 
 def _stored(request: Request) -> Adapting:
@@ -232,10 +227,9 @@ def _stored(request: Request) -> Adapting:
 
 
 class _JobEvents(Response):
-    def __init__(self, adapting: Adapting, users: UserKeys, job: Job) -> None:
+    def __init__(self, read: Callable[[JobId], Awaitable[Job]], job: Job) -> None:
         super().__init__()
-        self._adapting = adapting
-        self._users = users
+        self._read = read
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -251,7 +245,7 @@ class _JobEvents(Response):
                     if scope["state"].get("stopping"):
                         raise Unavailable("this gateway is stopping: follow the job again", code="stopping")
                     await asyncio.sleep(_POLL_S)
-                    before, job = job, await self._adapting.job(self._users, job.id)
+                    before, job = job, await self._read(job.id)
                     if job != before:
                         await sender.write(event(JobAnswer.of(job), "job"))
                 await sender.write(b"event: done\n" + DONE)

@@ -29,8 +29,6 @@ from server.settings import MAX_INT32, Sampling
 from server.store.samples import MAX_SAMPLES
 from server.store.tenants.user_key import check_user_id
 
-MAX_STOPS = 4
-MAX_STOP_CHARS = 256
 MAX_HISTORY = 16
 SEED_MAX = (1 << 63) - 1
 MAX_MESSAGES = 1024
@@ -43,8 +41,8 @@ _USER_ID_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 256, "pattern"
 UserId = Annotated[str, AfterValidator(check_user_id), WithJsonSchema(_USER_ID_SCHEMA | {"description": _USER_ID})]
 UserIdInPath = Annotated[UserId, Path(description=_USER_ID, examples=["ada"])]
 
-_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-_StopList = Annotated[list[_Stop], Field(min_length=1, max_length=MAX_STOPS)]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_StopList = Annotated[list[_Stop], Field(min_length=1, max_length=4)]
 Stops = Annotated[
     _StopList,
     BeforeValidator(
@@ -59,42 +57,13 @@ def _history(value: Any) -> int | Literal["auto"]:
     raise PydanticCustomError("history", f"must be a whole number from 0 to {MAX_HISTORY}, or auto")
 
 
-_HISTORY = (
-    "Number of the user's most relevant past items to put into the prompt; fewer if they do not fit, none if they "
-    "cannot be read in time. `auto`: the number found to help when the bank was built."
-)
-_HISTORY_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_HISTORY}, {"const": "auto"}]}
-History = Annotated[
-    int | Literal["auto"], PlainValidator(_history), WithJsonSchema(_HISTORY_SCHEMA | {"description": _HISTORY})
-]
+_HISTORY = {
+    "anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_HISTORY}, {"const": "auto"}],
+    "description": "Number of the user's most relevant past items to put into the prompt; fewer if they do not fit, "
+    "none if they cannot be read in time. `auto`: the number found to help when the bank was built.",
+}
+History = Annotated[int | Literal["auto"], PlainValidator(_history), WithJsonSchema(_HISTORY)]
 
-
-Mode = Annotated[
-    Personalize,
-    Field(
-        strict=False,  # enum values arrive as JSON strings
-        description="`auto`: as personal as possible. `merged`: the merged recipe or an error. `none`: the base model.",
-    ),
-]
-Strength = Annotated[
-    float,
-    Field(
-        ge=0,
-        le=1,
-        multiple_of=0.05,
-        description="Factor on the anchor weights, in steps of 0.05; at 0 only the common row is used. Below 1 the "
-        "user's own adapter is left out.",
-    ),
-]
-
-
-Learn = Annotated[
-    bool | None,
-    Field(
-        description="Whether the last user message becomes an item of the user's history, unless it is short, code or "
-        "quoted. Default: as the API key says (`mta keys create --learn`)."
-    ),
-]
 QueueTimeout = Annotated[
     float | None,
     Header(
@@ -135,6 +104,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def with_examples(*bodies: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
+
+
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
     content: str = Field(min_length=1)
@@ -164,7 +137,6 @@ SampleOutput = Annotated[str, Field(min_length=1), AfterValidator(_check_not_bla
 
 
 def sample_messages(turns: str | Sequence[Message]) -> list[dict[str, str]]:
-    """Return the conversation that the input of a sample stands for."""
     return chat_messages(turns) if isinstance(turns, str) else [message.model_dump() for message in turns]
 
 
@@ -180,26 +152,37 @@ class AnswerRequest(Sampling, Strict):
     stop: Stops | None = Field(None, description="Texts that end the answer; a single string is accepted.")
     seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
     stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
-    personalize: Mode = Personalize.AUTO
-    strength: Strength = 1.0
-    learn: Learn = None
+    personalize: Personalize = Field(
+        Personalize.AUTO,
+        strict=False,  # enum values arrive as JSON strings
+        description="`auto`: as personal as possible. `merged`: the merged recipe or an error. `none`: the base model.",
+    )
+    strength: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        multiple_of=0.05,
+        description="Factor on the anchor weights, in steps of 0.05; at 0 only the common row is used. Below 1 the "
+        "user's own adapter is left out.",
+    )
+    learn: bool | None = Field(
+        None,
+        description="Whether the last user message becomes an item of the user's history, unless it is short, code or "
+        "quoted. Default: as the API key says (`mta keys create --learn`).",
+    )
 
 
 class GenerateRequest(AnswerRequest):
     """A generation for one user, from a prompt or a conversation."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"user_id": "ada", "prompt": "What should I do this weekend?", "max_tokens": 64},
-                {
-                    "user_id": "ada",
-                    "messages": [{"role": "user", "content": "Write a headline for an article on tides."}],
-                    "temperature": 0,
-                    "stream": True,
-                },
-            ]
-        }
+    model_config = with_examples(
+        {"user_id": "ada", "prompt": "What should I do this weekend?", "max_tokens": 64},
+        {
+            "user_id": "ada",
+            "messages": [{"role": "user", "content": "Write a headline for an article on tides."}],
+            "temperature": 0,
+            "stream": True,
+        },
     )
 
     user_id: UserId
@@ -217,7 +200,3 @@ class GenerateRequest(AnswerRequest):
             message = "set prompt or messages, not both" if self.prompt else "set prompt or messages"
             raise PydanticCustomError("combination", message, {"param": "prompt"})
         return self
-
-    @property
-    def conversation_param(self) -> str:
-        return "prompt" if self.messages is None else "messages"

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
 
 from adapters.errors import excerpt
@@ -21,7 +21,7 @@ from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts, gateway_of, parts_of, user_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
 from server.gateway.routes.jobs import JobAnswer, iso
-from server.gateway.routes.requests import Strict, UserIdInPath, UserRoute, epoch_of
+from server.gateway.routes.requests import Strict, UserIdInPath, UserRoute, epoch_of, with_examples
 from server.gateway.users.profiles import ProfileUpdate, check_size, newest_items
 from server.store.jobs import Job
 from server.store.profiles import Erased
@@ -35,13 +35,9 @@ EXPORTS_AT_ONCE = 4  # of up to 60 MB, for which a gateway takes 160
 class ItemsRequest(Strict):
     """Items of a user's history, oldest first."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"items": [{"text": "Up at five for the waves again."}, {"text": "Wax on, wetsuit on, gone."}]},
-                {"items": [{"id": "n1", "input": "Any plans?", "output": "The sea. Always the sea."}]},
-            ]
-        }
+    model_config = with_examples(
+        {"items": [{"text": "Up at five for the waves again."}, {"text": "Wax on, wetsuit on, gone."}]},
+        {"items": [{"id": "n1", "input": "Any plans?", "output": "The sea. Always the sea."}]},
     )
 
     items: list[dict[str, Any]] = Field(

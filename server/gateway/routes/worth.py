@@ -16,8 +16,6 @@ from server.gateway.learning.worth import BEGIN, COUNTING, Comparison, compariso
 from server.gateway.parts import gateway_of
 from server.store.worth import Cell, Counts, monday
 
-_SHARES = "0 to 1, of all answers alike; null if no answer says anything about it."
-
 
 class ArmAnswer(BaseModel, frozen=True):
     people_weeks: int = Field(description="Number of people, each counted once a week.")
@@ -46,16 +44,12 @@ class ComparisonAnswer(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, known: Comparison) -> Self:
+        names = ("level", "metric", "difference", "saved", "needed", "says")
         return cls(
-            level=known.level,
-            metric=known.metric,
             holdout=known.share / SHARE_UNIT,
             lower=ArmAnswer.of(known.lower),
             full=ArmAnswer.of(known.full),
-            difference=known.difference,
-            saved=known.saved,
-            needed=known.needed,
-            says=known.says,
+            **{name: getattr(known, name) for name in names},
         )
 
 
@@ -74,7 +68,9 @@ class WeekAnswer(BaseModel, frozen=True):
     discarded: int
     up: int
     down: int
-    shares: dict[Metric, float] = Field(description=f"Each metric, {_SHARES}")
+    shares: dict[Metric, float] = Field(
+        description="Each metric, 0 to 1, of all answers alike; null if no answer says anything about it."
+    )
 
     @classmethod
     def of(cls, cell: Cell, people: int, counts: Counts) -> Self:

@@ -30,7 +30,6 @@ from server.gateway.routes.openai import routes
 from server.gateway.routes.openai.requests import ChatMessage, ChatRequest
 from server.gateway.routes.openai.routes import JoinedChunks, _OpenAIResponse
 from server.store.jobs import Job, JobId, JobState
-from server.store.tenants.user_key import UserKeys
 from tests.support.watchdog import settled
 
 
@@ -234,7 +233,7 @@ async def test_a_long_answer_takes_little_more_memory_than_what_will_be_sent(top
         timings=SimpleNamespace(ms={}),
     )
     body = ChatRequest(messages=[ChatMessage(role="user", content="hello")])
-    sent = await _OpenAIResponse(nothing, nothing, body, "chat.completion").whole(answer)
+    sent = await _OpenAIResponse(nothing, nothing, body).whole(answer)
     assert orjson.loads(sent)["choices"][3]["message"]["content"] == "sea " * 1000
     assert 0 < taken_bytes < 2 * len(sent)
 
@@ -307,10 +306,7 @@ async def test_the_events_of_a_waiting_job_keep_the_stream_alive_until_it_is_can
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message.get("body", b""))
 
-    adapting: Any = SimpleNamespace(job=read_job)
-    await _JobEvents(adapting, UserKeys("a secret that only tests know", "default"), queued)(
-        {"state": {}}, asyncio.Event().wait, send
-    )
+    await _JobEvents(read_job, queued)({"state": {}}, asyncio.Event().wait, send)
     head, first, *comments, last, done, end = sent
     assert (head, set(comments), done, end) == (b"", {KEEP_ALIVE}, b"event: done\n" + DONE, b"")
     for body, state in ((first, b'"state":"queued"'), (last, b'"state":"cancelled"')):

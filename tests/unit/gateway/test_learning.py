@@ -18,14 +18,7 @@ from bench.rig.processes import PATIENCE_S
 from server.errors import QuotaExceeded, Unavailable, UserErased
 from server.gateway.generation.personalizer import Arm, arm_of
 from server.gateway.http.bodies import LONGEST_WRITE_S
-from server.gateway.learning.messages import (
-    MAX_AGE_S,
-    MAX_PENDING,
-    LearntMessage,
-    MessageLearner,
-    item_of,
-    own_words,
-)
+from server.gateway.learning.messages import MAX_AGE_S, MAX_PENDING, MessageLearner, item_of, own_words
 from server.gateway.users.profiles import signature_due
 from server.settings import MAX_ITEM_BYTES
 from server.store.profile_record import Profile, StoredSignature
@@ -113,8 +106,8 @@ class Said:
         self.learner = MessageLearner(Mock(), lambda why: self.dropped.update([why]))
 
     def say(self, tenant: str, ago_s: float = 0) -> None:
-        message = LearntMessage(User("ada", "a" * 26, tenant), ITEM, "", time.perf_counter() - ago_s)
-        self.learner.learn(self, message)  # type: ignore[arg-type]
+        user = User("ada", "a" * 26, tenant)
+        self.learner.learn(self, user, ITEM, "", time.perf_counter() - ago_s)  # type: ignore[arg-type]
 
     async def learn(self, user: User, item: Item, epoch: str) -> Mock:
         async with self.changed:

@@ -26,12 +26,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # revalidate on every request
 }
-_TYPES = {  # explicit, because the system's type tables may be missing in container images
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".svg": "image/svg+xml",
-}
 
 Point = tuple[float, float]
 
@@ -77,7 +71,6 @@ async def read_bank(request: Request) -> BankAnswer:
     """Return the served bank: its anchors on a map and the weight rule in words."""
     bank = parts_of(request).bank
     manifest, atlas = bank.manifest, bank.atlas
-    places = [(float(x), float(y)) for x, y in atlas.anchors]
     return BankAnswer(
         bank=manifest.short,
         model=manifest.base_model.name,
@@ -89,7 +82,7 @@ async def read_bank(request: Request) -> BankAnswer:
         common_row=manifest.common,
         anchors=[
             AnchorOnMap(id=entry.id, items=entry.items, at=place, words=list(entry.words))
-            for entry, place in zip(manifest.anchors, places, strict=True)
+            for entry, place in zip(manifest.anchors, atlas.anchors.tolist(), strict=True)
         ],
         map=MapAnswer(explained=(atlas.explained[0], atlas.explained[1])),
     )
@@ -132,7 +125,7 @@ async def file(request: Request) -> Response:
     """Serve the page or one of its files."""
     path = request.path_params.get("path") or "index.html"
     response = await _FILES.get_response(path, request.scope)
-    if response.status_code == 200 and (kind := _TYPES.get(Path(path).suffix)):
-        response.headers["Content-Type"] = kind
+    if response.status_code == 200 and path.endswith(".js"):  # Python's own table has an outdated type for these
+        response.headers["Content-Type"] = "text/javascript; charset=utf-8"
     response.headers.update(HEADERS)
     return response

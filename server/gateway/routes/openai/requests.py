@@ -28,7 +28,6 @@ REFUSED = frozenset(  # fields that control the engine
 )
 MAX_ECHOED = 512  # tokens of a prompt with logprobs: their logits are outside of the engines' memory plan
 MAX_CHOICES = 128  # maximum number of answers to one request: prompts times `n`
-_MAX_TOOLS = 128
 
 
 def _without_nulls(fields: Any) -> Any:
@@ -123,7 +122,7 @@ class Tool(Strict):
 
 Tools = Annotated[
     list[Annotated[Tool, NoNulls]],
-    Field(fail_fast=True, min_length=1, max_length=_MAX_TOOLS),
+    Field(fail_fast=True, min_length=1, max_length=128),
     AfterValidator(_check_tools),
 ]
 

@@ -148,7 +148,7 @@ def _answer(request: Request, body: ChatRequest | CompletionRequest, patience_s:
         user_param="user",
     )
     if isinstance(body, ChatRequest):
-        kind, max_completion_tokens = "chat.completion", body.max_completion_tokens
+        max_completion_tokens = body.max_completion_tokens
         asked = body.history if body.history is not None else "auto" if caller_of(request).policy.history else 0
         generation = request_of(
             id_prefix="chatcmpl",
@@ -159,11 +159,10 @@ def _answer(request: Request, body: ChatRequest | CompletionRequest, patience_s:
             prompt_param="messages",
         )
     else:
-        kind = "text_completion"
         generation = request_of(
             id_prefix="cmpl", messages=[], prompt=body.prompt, max_tokens=body.max_tokens, prompt_param="prompt"
         )
-    return _OpenAIResponse(parts, with_learning(parts, generation, body.learn), body, kind)
+    return _OpenAIResponse(parts, with_learning(parts, generation, body.learn), body)
 
 
 def _checked_model(model: str) -> str:
@@ -194,13 +193,13 @@ def _user_id(user: str | None, headers: Headers, names: Sequence[str]) -> str | 
 
 
 class _OpenAIResponse(AnswerResponse):
-    """An answer in OpenAI's format; `kind` is the value of `object`, in chunks of a chat plus `.chunk`."""
+    """An answer in OpenAI's format."""
 
-    def __init__(self, parts: Parts, generation: GenerationRequest, body: OpenAIRequest, kind: str) -> None:
+    def __init__(self, parts: Parts, generation: GenerationRequest, body: OpenAIRequest) -> None:
         super().__init__(parts, generation)
         self._model = body.model
         self._options = body.stream_options or StreamOptions()
-        self._kind = kind
+        self._is_chat = isinstance(body, ChatRequest)
 
     async def whole(self, answer: Answer) -> bytes:
         streamed, joined = answer.stream.first.first_token_s is not None, JoinedChunks()
@@ -209,12 +208,12 @@ class _OpenAIResponse(AnswerResponse):
                 joined.add(value)
         if streamed:
             value = joined.value()
-        self._make_public(value, answer, self._kind)
+        self._make_public(value, answer, "chat.completion" if self._is_chat else "text_completion")
         value["personalization"] = PersonalizationAnswer.of(answer).model_dump()
         return orjson.dumps(value)
 
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
-        kind = f"{self._kind}.chunk" if self._kind == "chat.completion" else self._kind
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
         personalization: PersonalizationAnswer | None = None
         async for _, chunk in answer.pieces():
             if not chunk["choices"] and not self._options.include_usage:

@@ -42,7 +42,6 @@ def check_schemas(schemas: Iterable[Any]) -> None:
 
 
 def check_size(value: Any) -> None:
-    """Raise PydanticCustomError if a value that holds a schema is too long."""
     if len(orjson.dumps(value)) > MAX_BYTES:
         raise PydanticCustomError("schema", f"must have at most {MAX_BYTES} bytes as JSON")
 
