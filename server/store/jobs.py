@@ -24,7 +24,7 @@ import orjson
 from adapters.recipe import parse_recipe
 from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore, StoredAdapter
-from server.store.durability import corrupt_if_undecodable
+from server.store.durability import Store, corrupt_if_undecodable
 from server.store.profile_record import Profile, encode_profile
 from server.store.queue import Backlog, UserQueue
 from server.store.redis import keys, scripts
@@ -147,11 +147,11 @@ class Trained:
     error: str = ""
 
 
-class JobStore:
-    """Stores jobs and samples. Methods raise `Unavailable` when the store cannot be used."""
+class JobStore(Store):
+    """Stores jobs and samples."""
 
     def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._adapters = AdapterStore(connection)
         self._queue = cache(lambda bank: UserQueue(connection, "jobs", bank))  # cached because a queue remembers scores
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from operator import methodcaller
 
 from server.errors import Unavailable, UserErased
-from server.store.durability import corrupt_if_undecodable
+from server.store.durability import Store, corrupt_if_undecodable
 from server.store.jobs import KEPT_JOBS
 from server.store.profile_record import (
     Profile,
@@ -38,7 +38,6 @@ from server.store.profile_record import (
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
-from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User
 
@@ -188,11 +187,8 @@ class Erasure:
     banks: tuple[str, ...] = ()  # banks (8 hex digits) of the removed jobs
 
 
-class ProfileStore:
-    """Stores profiles, by user key. Every method raises `Unavailable` if the store cannot be reached or refuses."""
-
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+class ProfileStore(Store):
+    """Stores profiles, by user key."""
 
     async def load(self, key: str) -> Profile | None:
         record = await self._connection.run(lambda redis: redis.get(keys.profile(key)))

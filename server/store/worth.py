@@ -12,11 +12,10 @@ from datetime import date, timedelta
 from operator import add, attrgetter, methodcaller, sub
 from typing import Self
 
-from server.store.durability import corrupt_if_undecodable
+from server.store.durability import Store, corrupt_if_undecodable
 from server.store.feedback import Feedback, Outcome, Rating
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script
-from server.store.redis.servers.connection import RedisConnection
 
 WEEK_HOURS = 7 * 24
 TALLY_S = 21 * 24 * 3600  # a week is folded within its next one
@@ -131,11 +130,8 @@ class Counts:
 _NUMBERS = attrgetter(*Counts.__slots__)
 
 
-class WorthStore:
-    """Stores tallies and their sums. Methods raise `Unavailable` as the other stores do."""
-
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+class WorthStore(Store):
+    """Stores tallies and their sums."""
 
     async def add(self, user_key: str, epoch: str, counts: Mapping[Cell, Counts]) -> bool:
         """Add to a person's tally; return False, and add nothing, if the user was erased since `epoch`."""

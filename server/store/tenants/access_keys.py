@@ -14,19 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
 from adapters.errors import MtaError, excerpt
 from server.errors import Unavailable
-from server.store.durability import corrupt_if_undecodable
+from server.store.durability import Store, corrupt_if_undecodable
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script
 from server.store.tenants.rates import NO_OVERRIDES, Allowance, Quota
-
-if TYPE_CHECKING:
-    from server.store.redis.servers.connection import RedisConnection  # commands start without redis-py
 
 PREFIX = "mta_"
 SECRET_BYTES = 32
@@ -167,14 +164,8 @@ changed(field)
 """
 
 
-class AccessKeys:
-    """Stores API keys. Every method raises `Unavailable` if the store cannot be reached or refuses.
-
-    Keys are revoked, never deleted, so a store that once had keys never looks like a new one.
-    """
-
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+class AccessKeys(Store):
+    """Stores API keys. They are revoked, never deleted: a store that once had keys never looks like a new one."""
 
     async def revision(self) -> tuple[str, int]:
         """Return the current `KeyRing.id` and `KeyRing.revision`."""

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from server.errors import QuotaExceeded
+from server.store.durability import Store
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script
-
-if TYPE_CHECKING:
-    from server.store.redis.servers.connection import RedisConnection  # commands start without redis-py
 
 MINUTE_S = 60
 DAY_S = 24 * 3600
@@ -162,11 +159,8 @@ return redis.call('PEXPIRE', KEYS[1], ARGV[1])
 """)
 
 
-class Rates:
-    """Leaky buckets and leases. Every method raises `Unavailable` if the store cannot be reached."""
-
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+class Rates(Store):
+    """Leaky buckets and leases."""
 
     async def consume(self, uses: Sequence[Use], *, anyway: bool = False) -> list[BucketLevel]:
         """Count all uses, or none if one does not fit, and return the level of each one's rate afterwards.
