@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from typing import Any, NamedTuple
@@ -165,21 +165,14 @@ class JobStore(Store):
         queue = self._queue(submission.bank)
         # Reserve first: an entry without a job is harmless, but a job without an entry would never be trained.
         reservation = await queue.reserve(user_key, background=submission.background)
-        given = {
+        given = asdict(replace(submission, samples=())) | {
             "prefix": keys.job_prefix(user_key),
             "number_before": secrets.randbelow(_FIRST_NUMBER_RANGE),
             "kept": KEPT_JOBS,
             "until_ms": reservation.until_ms,
-            "epoch": submission.epoch,
-            "key": submission.idempotency_key,
             "token": submission.token,
             "call": secrets.token_hex(8),
-            "bank": submission.bank,
-            "config": submission.config,
-            "append": submission.append,
-            "background": submission.background,
             "max_samples": max_samples,
-            "traceparent": submission.traceparent,
         }
         names = (keys.jobs(user_key), keys.samples(user_key), keys.epoch(user_key), keys.adapter(user_key))
         done = await self._connection.write(scripts.SUBMIT, names, orjson.dumps(given), *submission.samples)
@@ -284,8 +277,7 @@ class JobStore(Store):
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
         """End a job without an adapter; return False if the lease is no longer valid."""
-        given = orjson.dumps(_outcome(lease, trained))
-        done = bool(await self._connection.write(scripts.END, (keys.job(*lease.job.id),), given))
+        done = bool(await self._connection.write(scripts.END, (keys.job(*lease.job.id),), _outcome(lease, trained)))
         if done:
             await self._queue(lease.job.bank).remove(lease.job.id.user_key)
         return done
@@ -301,10 +293,10 @@ class JobStore(Store):
         user_key, bank = lease.job.id.user_key, parse_recipe(raw.recipe).bank
         # Add the user first: an extra member is harmless, but a missing one would never be adapted again.
         await self._adapters.add_adapted(user_key, bank)
-        given = _outcome(lease, trained) | {"adapter": raw.id, "bank": bank, "recipe": raw.recipe, "sha256": raw.sha256}
+        given = _outcome(lease, trained, adapter=raw.id, bank=bank, recipe=raw.recipe, sha256=raw.sha256)
         names = (keys.job(*lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
         raws = (version, encode_profile(profile), raw.raw)
-        done = bool(await self._connection.write(scripts.END, names, orjson.dumps(given), *raws))
+        done = bool(await self._connection.write(scripts.END, names, given, *raws))
         if done:
             await self._adapters.remove_adapted(user_key, except_bank=bank)
             await self._queue(lease.job.bank).remove(user_key)
@@ -346,20 +338,9 @@ class JobStore(Store):
         return bool(await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))))
 
 
-def _outcome(lease: Lease, trained: Trained) -> dict[str, object]:
-    return {
-        "token": lease.token,
-        "state": trained.state.value,
-        "before": _loss_text(trained.before),
-        "after": _loss_text(trained.after),
-        "served": _loss_text(trained.served),
-        "error": trained.error,
-        "adapter": "",
-    }
-
-
-def _loss_text(loss: float | None) -> str:
-    return "" if loss is None else repr(loss)
+def _outcome(lease: Lease, trained: Trained, *, adapter: str = "", **of_adapter: str) -> bytes:
+    fields = {name: "" if value is None else str(value) for name, value in asdict(trained).items()}
+    return orjson.dumps({"token": lease.token, "adapter": adapter, **fields, **of_adapter})
 
 
 def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:
