@@ -287,9 +287,12 @@ class ProfileStore(Store):
         answer = await self._connection.write(_ERASE, keys.of_user(key), *arguments)
         if not answer:
             raise Unavailable("the store took too long to erase the user: send the request again", code=LATE)
-        if (erasure := _erasure(answer)) is not None:
-            await self._clear_command_logs()
-        return erasure
+        rewritten_by, banks, *counts = answer
+        if rewritten_by is None or banks is None:
+            return None
+        await self._clear_command_logs()
+        erased = Erased(*(int(count or 0) for count in counts))
+        return Erasure(erased, int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
 
     async def _clear_command_logs(self) -> None:
         """Clear the command logs of all servers, which contain user texts. Refusals are ignored."""
@@ -311,15 +314,6 @@ def split_epoch(epoch: bytes | None) -> tuple[str, str]:
     text = (epoch or b"").decode()
     moved_to, _, before = text.removeprefix(">").partition(" ") if text.startswith(">") else ("", "", text)
     return moved_to, before
-
-
-def _erasure(tombstone: list[bytes | None]) -> Erasure | None:
-    """Decode a tombstone; None if it has no counts."""
-    rewritten_by, banks, *counts = tombstone
-    if rewritten_by is None or banks is None:
-        return None
-    erased = Erased(*(int(count or 0) for count in counts))
-    return Erasure(erased, int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
 
 
 def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:  # Lua returns a hash as field, value, field, value
