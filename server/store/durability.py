@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from functools import cache
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from pydantic import TypeAdapter
 
 from server.errors import Unavailable
 
 if TYPE_CHECKING:
     from server.store.redis.servers.connection import RedisConnection
+
+T = TypeVar("T")
 
 FULL_SHARE = 0.99  # memory use from which a store counts as full: the next write may need more than is free
 
@@ -67,6 +72,15 @@ class Store:
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
+
+
+_type_adapter = cache(TypeAdapter)  # building one takes milliseconds
+
+
+def decode(kind: type[T], raw: bytes | str) -> T:
+    """Decode JSON as a dataclass; ignore fields that only a later version knows. Raises `ValueError` if invalid."""
+    decoded: T = _type_adapter(kind).validate_json(raw)
+    return decoded
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from enum import StrEnum
 import orjson
 
 from server.errors import UserErased
-from server.store.durability import Store, corrupt_if_undecodable
+from server.store.durability import Store, corrupt_if_undecodable, decode
 from server.store.redis import keys
 from server.store.redis.scripts import script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
@@ -134,12 +134,4 @@ class FeedbackStore(Store):
 def _entry(raw: bytes, sample: bytes | None = None) -> Entry:
     at_ms, _, text = raw.partition(b" ")
     with corrupt_if_undecodable():
-        value = orjson.loads(text)
-        feedback = Feedback(
-            value["level"],
-            value["arm"],
-            Outcome(value["outcome"]) if value["outcome"] else None,
-            Rating(value["rating"]) if value["rating"] else None,
-            value["changed"],
-        )
-        return Entry(int(at_ms), feedback, decode_sample(sample) if sample else None)
+        return Entry(int(at_ms), decode(Feedback, text), decode_sample(sample) if sample else None)
