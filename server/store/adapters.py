@@ -72,14 +72,12 @@ class AdapterStore(Store):
 
     async def adapted_users(self, bank: str) -> AsyncIterator[str]:
         """Yield the keys of users whose adapter was trained on a bank. Some may have another adapter or none by now."""
-        cursor = 0
-        while True:
-            scan = methodcaller("sscan", keys.adapted(bank), cursor, count=_BATCH)
+        cursor = None
+        while cursor != 0:
+            scan = methodcaller("sscan", keys.adapted(bank), cursor or 0, count=_BATCH)
             cursor, members = await self._connection.run(scan)
             for member in members:
                 yield member.decode()
-            if cursor == 0:
-                return
 
     async def remove_adapted(self, user_key: str, *, except_bank: str = "") -> None:
         """Remove a user from every bank's set except that of `except_bank`."""

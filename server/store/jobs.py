@@ -122,8 +122,7 @@ class Submission:
 
     @property
     def token(self) -> str:
-        """Hash by which the user's newest job is returned for a repeated submission, if it is open or its adapter the
-        user's."""
+        """Hash by which a repeated submission is recognised."""
         digests = [hashlib.sha256(sample).hexdigest() for sample in self.samples]
         return hashlib.sha256(orjson.dumps([self.bank, self.append, self.config, *digests])).hexdigest()[:32]
 

@@ -36,7 +36,7 @@ from server.store.profile_record import (
     encode_vector,
 )
 from server.store.redis import keys
-from server.store.redis.scripts import oom_script, script
+from server.store.redis.scripts import job_script, oom_script, script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User
@@ -136,13 +136,12 @@ return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2]), redis.call('
 
 # KEYS: record, items, vectors, samples, feedback, learned, adapter, jobs. ARGV: prefix of job names. Returns record and
 # bytes, whether there is an adapter and whether one is being trained.
-_MEASURE = """
+_MEASURE = job_script("""
 local record, bytes = redis.call('GET', KEYS[1]), 0
 for i = 1, 7 do bytes = bytes + (redis.call('MEMORY', 'USAGE', KEYS[i], 'SAMPLES', 0) or 0) end
 local last = redis.call('HGET', KEYS[8], 'last')
-local state = last and redis.call('HGET', ARGV[1] .. last, 'state')
-return {record, bytes, redis.call('EXISTS', KEYS[7]), (state == 'queued' or state == 'running') and 1 or 0}
-"""
+return {record, bytes, redis.call('EXISTS', KEYS[7]), last and is_open(ARGV[1] .. last) and 1 or 0}
+""")
 
 
 @dataclass(frozen=True, slots=True)

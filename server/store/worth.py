@@ -19,8 +19,7 @@ from server.store.redis.scripts import oom_script, script
 
 WEEK_HOURS = 7 * 24
 TALLY_S = 21 * 24 * 3600  # a week is folded within its next one
-EVER = 0
-"""The week under which the sums of all weeks are kept."""
+EVER = 0  # the week under which the sums of all weeks are kept
 
 # KEYS: a hash; for a user's also the epoch. ARGV: epoch, expiry (s; 0: none), token of this call (empty: none), then
 # fields with numbers to add to theirs. A call that is repeated, as its answer was lost, adds nothing. Returns whether
