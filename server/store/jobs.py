@@ -158,8 +158,7 @@ class JobStore(Store):
         """Store samples and create a job that trains on them; older open jobs of the user become superseded.
 
         Returns the existing job for a repeated submission; None if the user would have more than `max_samples`, and for
-        a background job beside an open one of its bank. Raises `UserErased` if the user was erased after the request
-        began.
+        a background job beside an open one of its bank. Raises `UserErased` if the user was erased since the request.
         """
         queue = self._queue(submission.bank)
         # Reserve first: an entry without a job is harmless, but a job without an entry would never be trained.

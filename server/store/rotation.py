@@ -257,11 +257,8 @@ class Rotation(Store):
         await self._connection.write(_CLEAR, keys.of_user(source), GRACE_MS, keys.job_prefix(source), KEPT_JOBS)
         return True
 
-    async def _note(self, source: str, target: str, tenant: str, bank: str) -> None:
-        """Put the new key where the old one stood in what users share, unless the user is erased meanwhile.
-
-        `bank` is that of an open job, empty if there is none.
-        """
+    async def _note(self, source: str, target: str, tenant: str, bank: str) -> None:  # bank of an open job, or empty
+        """Put the new key where the old one stood in what users share, unless the user is erased meanwhile."""
         profile = await self.profiles.load(target)
         if profile and profile.adapter:
             await self._adapters.add_adapted(target, bank_of(profile.adapter.recipe))

@@ -94,7 +94,6 @@ class Counts:
 
     @classmethod
     def of(cls, feedback: Feedback | None) -> Counts:
-        """Return the counts of the feedback on one answer."""
         if feedback is None:
             return cls()
         return cls(

@@ -94,10 +94,8 @@ held = _under("mta:held:")
 
 
 def of_user(user_key: str) -> list[str]:
-    """Return the names of all keys that a user can have, but for job records.
-
-    Scripts count on the order of all but `tally`: a new kind goes beside it.
-    """
+    """Return the names of all keys that a user can have, but for job records."""
+    # Scripts count on the order of all but `tally`: a new kind goes beside it.
     kinds = (jobs, profile, items, vectors, samples, feedback, learned, tally, adapter, epoch)
     return [name(user_key) for name in kinds]
 

@@ -165,8 +165,7 @@ class Rates(Store):
     async def consume(self, uses: Sequence[Use], *, anyway: bool = False) -> list[BucketLevel]:
         """Count all uses, or none if one does not fit, and return the level of each one's rate afterwards.
 
-        All are for one owner and different rates; 0 only queries. `anyway` counts also beyond a limit, to be paid off
-        later.
+        All are for one owner and different rates; 0 only queries. `anyway` counts also beyond a limit, as a debt.
         """
         names = [keys.rate(use.rate.owner, use.rate.what) for use in uses]
         given = [number for use in uses for number in (use.rate.most, use.rate.window_s * 1_000_000, use.amount)]
