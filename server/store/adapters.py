@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from operator import methodcaller
 
 from adapters.recipe import UserAdapterId
+from server.store.durability import Store
 from server.store.redis import keys
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
-from server.store.redis.servers.connection import RedisConnection
 
 _BATCH = 100
 
@@ -37,11 +37,8 @@ def new_adapter_id() -> str:
     return b32encode(secrets.token_bytes(16)).decode().rstrip("=").lower()
 
 
-class AdapterStore:
-    """Stores user adapters. Every method raises `Unavailable` when the store cannot be used."""
-
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+class AdapterStore(Store):
+    """Stores user adapters."""
 
     async def adapter(self, adapter_id: UserAdapterId) -> StoredAdapter | None:
         """Return an adapter if it is still its user's current one."""
@@ -75,14 +72,12 @@ class AdapterStore:
 
     async def adapted_users(self, bank: str) -> AsyncIterator[str]:
         """Yield the keys of users whose adapter was trained on a bank. Some may have another adapter or none by now."""
-        cursor = 0
-        while True:
-            scan = methodcaller("sscan", keys.adapted(bank), cursor, count=_BATCH)
+        cursor = None
+        while cursor != 0:
+            scan = methodcaller("sscan", keys.adapted(bank), cursor or 0, count=_BATCH)
             cursor, members = await self._connection.run(scan)
             for member in members:
                 yield member.decode()
-            if cursor == 0:
-                return
 
     async def remove_adapted(self, user_key: str, *, except_bank: str = "") -> None:
         """Remove a user from every bank's set except that of `except_bank`."""

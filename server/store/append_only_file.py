@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.errors import Unavailable
+from server.store.durability import Store
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.base import StoreServer
-from server.store.redis.servers.connection import RedisConnection
 
 log = logging.getLogger("mta.store")
 
@@ -77,11 +77,8 @@ class Rewrite:
     rewritten_by_ms: int  # when the erased data is gone from the file at the latest
 
 
-class AppendOnlyFile:
+class AppendOnlyFile(Store):
     """The files of all servers."""
-
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
 
     async def announce(self, user_key: str) -> Rewrite:
         """Announce a user's erasure. If it raises `Unavailable`, erase nothing."""

@@ -13,11 +13,10 @@ from enum import StrEnum
 import orjson
 
 from server.errors import UserErased
-from server.store.durability import corrupt_if_undecodable
+from server.store.durability import Store, corrupt_if_undecodable, decode
 from server.store.redis import keys
 from server.store.redis.scripts import script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
-from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import Sample, decode_sample, encode_sample
 
 KEPT_FEEDBACK = 1000  # entries per user
@@ -90,11 +89,8 @@ class Entry:
     sample: Sample | None = None  # what the person sent instead, and to what
 
 
-class FeedbackStore:
-    """Stores feedback by user key. Methods raise `Unavailable` as the other stores do."""
-
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+class FeedbackStore(Store):
+    """Stores feedback by user key."""
 
     async def add(
         self, user_key: str, answer: str, feedback: Feedback, sample: Sample | None, epoch: str
@@ -138,12 +134,4 @@ class FeedbackStore:
 def _entry(raw: bytes, sample: bytes | None = None) -> Entry:
     at_ms, _, text = raw.partition(b" ")
     with corrupt_if_undecodable():
-        value = orjson.loads(text)
-        feedback = Feedback(
-            value["level"],
-            value["arm"],
-            Outcome(value["outcome"]) if value["outcome"] else None,
-            Rating(value["rating"]) if value["rating"] else None,
-            value["changed"],
-        )
-        return Entry(int(at_ms), feedback, decode_sample(sample) if sample else None)
+        return Entry(int(at_ms), decode(Feedback, text), decode_sample(sample) if sample else None)

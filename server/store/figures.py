@@ -33,15 +33,15 @@ class ServerFigures:
 async def read_figures(connection: RedisConnection) -> list[ServerFigures]:
     """Return the figures of the servers that report them; managed services may refuse."""
     members = await connection.members()
-    reports = await asyncio.gather(*(_figures(connection, server) for server in members), return_exceptions=True)
-    for report in reports:
-        if isinstance(report, BaseException) and not isinstance(report, Unavailable):
-            raise report
-    return [report for report in reports if isinstance(report, ServerFigures)]
+    reports = await asyncio.gather(*(_figures(connection, server) for server in members))
+    return [report for report in reports if report is not None]
 
 
-async def _figures(connection: RedisConnection, server: StoreServer) -> ServerFigures:
-    info: dict[str, Any] = await connection.send(server, "INFO", *_SECTIONS)
+async def _figures(connection: RedisConnection, server: StoreServer) -> ServerFigures | None:
+    try:
+        info: dict[str, Any] = await connection.send(server, "INFO", *_SECTIONS)
+    except Unavailable:
+        return None
     return ServerFigures(
         server.id,
         int(info.get("used_memory", 0)),

@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ import orjson
 from adapters.recipe import parse_recipe
 from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore, StoredAdapter
-from server.store.durability import corrupt_if_undecodable
+from server.store.durability import Store, corrupt_if_undecodable
 from server.store.profile_record import Profile, encode_profile
 from server.store.queue import Backlog, UserQueue
 from server.store.redis import keys, scripts
@@ -122,8 +122,7 @@ class Submission:
 
     @property
     def token(self) -> str:
-        """Hash by which the user's newest job is returned for a repeated submission, if it is open or its adapter the
-        user's."""
+        """Hash by which a repeated submission is recognised."""
         digests = [hashlib.sha256(sample).hexdigest() for sample in self.samples]
         return hashlib.sha256(orjson.dumps([self.bank, self.append, self.config, *digests])).hexdigest()[:32]
 
@@ -147,11 +146,11 @@ class Trained:
     error: str = ""
 
 
-class JobStore:
-    """Stores jobs and samples. Methods raise `Unavailable` when the store cannot be used."""
+class JobStore(Store):
+    """Stores jobs and samples."""
 
     def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._adapters = AdapterStore(connection)
         self._queue = cache(lambda bank: UserQueue(connection, "jobs", bank))  # cached because a queue remembers scores
 
@@ -159,27 +158,19 @@ class JobStore:
         """Store samples and create a job that trains on them; older open jobs of the user become superseded.
 
         Returns the existing job for a repeated submission; None if the user would have more than `max_samples`, and for
-        a background job beside an open one of its bank. Raises `UserErased` if the user was erased after the request
-        began.
+        a background job beside an open one of its bank. Raises `UserErased` if the user was erased since the request.
         """
         queue = self._queue(submission.bank)
         # Reserve first: an entry without a job is harmless, but a job without an entry would never be trained.
         reservation = await queue.reserve(user_key, background=submission.background)
-        given = {
+        given = asdict(replace(submission, samples=())) | {
             "prefix": keys.job_prefix(user_key),
             "number_before": secrets.randbelow(_FIRST_NUMBER_RANGE),
             "kept": KEPT_JOBS,
             "until_ms": reservation.until_ms,
-            "epoch": submission.epoch,
-            "key": submission.idempotency_key,
             "token": submission.token,
             "call": secrets.token_hex(8),
-            "bank": submission.bank,
-            "config": submission.config,
-            "append": submission.append,
-            "background": submission.background,
             "max_samples": max_samples,
-            "traceparent": submission.traceparent,
         }
         names = (keys.jobs(user_key), keys.samples(user_key), keys.epoch(user_key), keys.adapter(user_key))
         done = await self._connection.write(scripts.SUBMIT, names, orjson.dumps(given), *submission.samples)
@@ -284,8 +275,7 @@ class JobStore:
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
         """End a job without an adapter; return False if the lease is no longer valid."""
-        given = orjson.dumps(_outcome(lease, trained))
-        done = bool(await self._connection.write(scripts.END, (keys.job(*lease.job.id),), given))
+        done = bool(await self._connection.write(scripts.END, (keys.job(*lease.job.id),), _outcome(lease, trained)))
         if done:
             await self._queue(lease.job.bank).remove(lease.job.id.user_key)
         return done
@@ -301,10 +291,10 @@ class JobStore:
         user_key, bank = lease.job.id.user_key, parse_recipe(raw.recipe).bank
         # Add the user first: an extra member is harmless, but a missing one would never be adapted again.
         await self._adapters.add_adapted(user_key, bank)
-        given = _outcome(lease, trained) | {"adapter": raw.id, "bank": bank, "recipe": raw.recipe, "sha256": raw.sha256}
+        given = _outcome(lease, trained, adapter=raw.id, bank=bank, recipe=raw.recipe, sha256=raw.sha256)
         names = (keys.job(*lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
         raws = (version, encode_profile(profile), raw.raw)
-        done = bool(await self._connection.write(scripts.END, names, orjson.dumps(given), *raws))
+        done = bool(await self._connection.write(scripts.END, names, given, *raws))
         if done:
             await self._adapters.remove_adapted(user_key, except_bank=bank)
             await self._queue(lease.job.bank).remove(user_key)
@@ -346,20 +336,9 @@ class JobStore:
         return bool(await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))))
 
 
-def _outcome(lease: Lease, trained: Trained) -> dict[str, object]:
-    return {
-        "token": lease.token,
-        "state": trained.state.value,
-        "before": _loss_text(trained.before),
-        "after": _loss_text(trained.after),
-        "served": _loss_text(trained.served),
-        "error": trained.error,
-        "adapter": "",
-    }
-
-
-def _loss_text(loss: float | None) -> str:
-    return "" if loss is None else repr(loss)
+def _outcome(lease: Lease, trained: Trained, *, adapter: str = "", **of_adapter: str) -> bytes:
+    fields = {name: "" if value is None else str(value) for name, value in asdict(trained).items()}
+    return orjson.dumps({"token": lease.token, "adapter": adapter, **fields, **of_adapter})
 
 
 def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:

@@ -119,8 +119,7 @@ def encode_profile(profile: Profile) -> bytes:
         _EMBEDDER: bytes.fromhex(profile.embedder),
         _EMBEDDING: _half(profile.embedding),
     }
-    if profile.adapter is not None:
-        note = profile.adapter
+    if (note := profile.adapter) is not None:
         parts[_ADAPTER] = f"{note.id} {note.recipe} {note.size_bytes} {note.created_ms} {note.made_in}".encode()
     if profile.signature is not None:
         parts[_SIGNATURE] = _signature_bytes(profile.signature)

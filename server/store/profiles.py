@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from operator import methodcaller
 
 from server.errors import Unavailable, UserErased
-from server.store.durability import corrupt_if_undecodable
+from server.store.durability import Store, corrupt_if_undecodable
 from server.store.jobs import KEPT_JOBS
 from server.store.profile_record import (
     Profile,
@@ -36,9 +36,8 @@ from server.store.profile_record import (
     encode_vector,
 )
 from server.store.redis import keys
-from server.store.redis.scripts import oom_script, script
+from server.store.redis.scripts import job_script, oom_script, script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
-from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User
 
@@ -137,13 +136,12 @@ return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2]), redis.call('
 
 # KEYS: record, items, vectors, samples, feedback, learned, adapter, jobs. ARGV: prefix of job names. Returns record and
 # bytes, whether there is an adapter and whether one is being trained.
-_MEASURE = """
+_MEASURE = job_script("""
 local record, bytes = redis.call('GET', KEYS[1]), 0
 for i = 1, 7 do bytes = bytes + (redis.call('MEMORY', 'USAGE', KEYS[i], 'SAMPLES', 0) or 0) end
 local last = redis.call('HGET', KEYS[8], 'last')
-local state = last and redis.call('HGET', ARGV[1] .. last, 'state')
-return {record, bytes, redis.call('EXISTS', KEYS[7]), (state == 'queued' or state == 'running') and 1 or 0}
-"""
+return {record, bytes, redis.call('EXISTS', KEYS[7]), last and is_open(ARGV[1] .. last) and 1 or 0}
+""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +186,8 @@ class Erasure:
     banks: tuple[str, ...] = ()  # banks (8 hex digits) of the removed jobs
 
 
-class ProfileStore:
-    """Stores profiles, by user key. Every method raises `Unavailable` if the store cannot be reached or refuses."""
-
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+class ProfileStore(Store):
+    """Stores profiles, by user key."""
 
     async def load(self, key: str) -> Profile | None:
         record = await self._connection.run(lambda redis: redis.get(keys.profile(key)))
@@ -291,9 +286,12 @@ class ProfileStore:
         answer = await self._connection.write(_ERASE, keys.of_user(key), *arguments)
         if not answer:
             raise Unavailable("the store took too long to erase the user: send the request again", code=LATE)
-        if (erasure := _erasure(answer)) is not None:
-            await self._clear_command_logs()
-        return erasure
+        rewritten_by, banks, *counts = answer
+        if rewritten_by is None or banks is None:
+            return None
+        await self._clear_command_logs()
+        erased = Erased(*(int(count or 0) for count in counts))
+        return Erasure(erased, int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
 
     async def _clear_command_logs(self) -> None:
         """Clear the command logs of all servers, which contain user texts. Refusals are ignored."""
@@ -315,15 +313,6 @@ def split_epoch(epoch: bytes | None) -> tuple[str, str]:
     text = (epoch or b"").decode()
     moved_to, _, before = text.removeprefix(">").partition(" ") if text.startswith(">") else ("", "", text)
     return moved_to, before
-
-
-def _erasure(tombstone: list[bytes | None]) -> Erasure | None:
-    """Decode a tombstone; None if it has no counts."""
-    rewritten_by, banks, *counts = tombstone
-    if rewritten_by is None or banks is None:
-        return None
-    erased = Erased(*(int(count or 0) for count in counts))
-    return Erasure(erased, int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
 
 
 def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:  # Lua returns a hash as field, value, field, value

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import Unavailable
+from server.store.durability import Store
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.connection import RedisConnection
@@ -146,11 +147,11 @@ class Backlog:
     oldest_s: float  # waiting time of the next job, which is its tenant's oldest; 0 if none waits
 
 
-class UserQueue:
-    """Queue for one kind of work and one bank (8 hex digits). Methods raise `Unavailable` as the other stores do."""
+class UserQueue(Store):
+    """Queue for one kind of work and one bank (8 hex digits)."""
 
     def __init__(self, connection: RedisConnection, work: keys.Work, bank: str) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._bank = bank
         self._keys = keys.queue(work, bank)
         self._scores: dict[str, int] = {}  # by user key: the last score of the entry that this process saw

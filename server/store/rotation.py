@@ -27,6 +27,7 @@ from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore
 from server.store.append_only_file import AppendOnlyFile
 from server.store.backup.copying import AT_ONCE, StoreCopying, batches
+from server.store.durability import Store
 from server.store.feedback import ALONE_S
 from server.store.jobs import KEPT_JOBS
 from server.store.profiles import ProfileStore
@@ -145,15 +146,12 @@ class Sweep:
     strange: int = 0  # of no known tenant, or with a record that this version cannot read
 
 
-class Rotation:
-    """Finds users under the secrets in MTA_SECRET, and moves them. Methods raise `Unavailable` as the stores do.
-
-    While there is one secret, `at` reads nothing.
-    """
+class Rotation(Store):
+    """Finds users under the secrets in MTA_SECRET, and moves them. While there is one secret, `at` reads nothing."""
 
     def __init__(self, connection: RedisConnection, secret: str | None) -> None:
+        super().__init__(connection)
         self.profiles = ProfileStore(connection)
-        self._connection = connection
         self._adapters = AdapterStore(connection)
         self._worth = WorthStore(connection)
         self._holdings = HoldingStore(connection)
@@ -259,11 +257,8 @@ class Rotation:
         await self._connection.write(_CLEAR, keys.of_user(source), GRACE_MS, keys.job_prefix(source), KEPT_JOBS)
         return True
 
-    async def _note(self, source: str, target: str, tenant: str, bank: str) -> None:
-        """Put the new key where the old one stood in what users share, unless the user is erased meanwhile.
-
-        `bank` is that of an open job, empty if there is none.
-        """
+    async def _note(self, source: str, target: str, tenant: str, bank: str) -> None:  # bank of an open job, or empty
+        """Put the new key where the old one stood in what users share, unless the user is erased meanwhile."""
         profile = await self.profiles.load(target)
         if profile and profile.adapter:
             await self._adapters.add_adapted(target, bank_of(profile.adapter.recipe))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import orjson
 
 from adapters.errors import excerpt
 from adapters.training.adapt_config import AdaptConfig
+from server.store.durability import decode
 
 MAX_SAMPLES = 1000  # maximum number of samples stored per user
 
@@ -51,7 +52,7 @@ NO_CURVE = Curve()
 
 
 def encode_sample(sample: Sample) -> bytes:
-    return orjson.dumps({"messages": list(sample.messages), "output": sample.output})
+    return orjson.dumps(sample)
 
 
 def decode_sample(raw: bytes) -> Sample:
@@ -60,7 +61,7 @@ def decode_sample(raw: bytes) -> Sample:
 
 
 def encode_config(config: AdaptConfig) -> str:
-    return orjson.dumps(asdict(config)).decode()
+    return orjson.dumps(config).decode()
 
 
 def decode_config(text: str) -> AdaptConfig:
@@ -83,9 +84,5 @@ def decode_config(text: str) -> AdaptConfig:
 
 
 def decode_curve(text: str) -> Curve:
-    """Decode a curve; empty text is an empty curve. Raises `ValueError`, `KeyError` or `TypeError` if invalid."""
-    if not text:
-        return NO_CURVE
-    value = orjson.loads(text)
-    loss, held_out = (tuple((int(step), float(loss)) for step, loss in value[name]) for name in ("loss", "held_out"))
-    return Curve(str(value["phase"]), loss, held_out)
+    """Decode a curve; empty text is an empty curve. Raises `ValueError` if invalid."""
+    return decode(Curve, text) if text else NO_CURVE

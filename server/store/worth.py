@@ -12,16 +12,14 @@ from datetime import date, timedelta
 from operator import add, attrgetter, methodcaller, sub
 from typing import Self
 
-from server.store.durability import corrupt_if_undecodable
+from server.store.durability import Store, corrupt_if_undecodable
 from server.store.feedback import Feedback, Outcome, Rating
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script
-from server.store.redis.servers.connection import RedisConnection
 
 WEEK_HOURS = 7 * 24
 TALLY_S = 21 * 24 * 3600  # a week is folded within its next one
-EVER = 0
-"""The week under which the sums of all weeks are kept."""
+EVER = 0  # the week under which the sums of all weeks are kept
 
 # KEYS: a hash; for a user's also the epoch. ARGV: epoch, expiry (s; 0: none), token of this call (empty: none), then
 # fields with numbers to add to theirs. A call that is repeated, as its answer was lost, adds nothing. Returns whether
@@ -96,7 +94,6 @@ class Counts:
 
     @classmethod
     def of(cls, feedback: Feedback | None) -> Counts:
-        """Return the counts of the feedback on one answer."""
         if feedback is None:
             return cls()
         return cls(
@@ -131,11 +128,8 @@ class Counts:
 _NUMBERS = attrgetter(*Counts.__slots__)
 
 
-class WorthStore:
-    """Stores tallies and their sums. Methods raise `Unavailable` as the other stores do."""
-
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+class WorthStore(Store):
+    """Stores tallies and their sums."""
 
     async def add(self, user_key: str, epoch: str, counts: Mapping[Cell, Counts]) -> bool:
         """Add to a person's tally; return False, and add nothing, if the user was erased since `epoch`."""

@@ -17,6 +17,7 @@ from typing import TypeVar
 from adapters.errors import MtaError
 from server.errors import Unavailable
 from server.store.backup.folder import Entry
+from server.store.durability import Store
 from server.store.jobs import KEPT_JOBS
 from server.store.redis import keys
 from server.store.redis.servers.base import WRITE_TIMEOUT_S, StoreServer
@@ -56,11 +57,11 @@ return ''
 _MARK, _UNMARK = "return redis.call('SET', KEYS[1], ARGV[1])", "return redis.call('DEL', KEYS[1])"
 
 
-class StoreCopying:
-    """Copies and restores a store. Methods raise `Unavailable` if it cannot be reached."""
+class StoreCopying(Store):
+    """Copies and restores a store."""
 
     def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self.version = self.secret = ""  # of the store that was copied: its server's, and `in` of `keys.SECRET`
 
     async def entries(self, progress: Callable[[int, int], None]) -> AsyncIterator[Entry]:

@@ -76,6 +76,10 @@ _LEFT_OUT = re.compile(r"mta:(\{rewrite\}|\{restore\}|copied|rates:|held:|use:|a
 _OF_USER = re.compile(r"mta:\{([a-z2-7]{26})\}:")
 
 
+def _under(prefix: str) -> Callable[[str], str]:
+    return lambda name: f"{prefix}{name}"
+
+
 def _of_user(what: str) -> Callable[[str], str]:
     return lambda user_key: f"mta:{{{user_key}}}:{what}"
 
@@ -84,13 +88,14 @@ profile, items, vectors = _of_user("profile"), _of_user("items"), _of_user("vect
 samples, adapter, epoch = _of_user("samples"), _of_user("adapter"), _of_user("epoch")
 jobs, job_prefix = _of_user("jobs"), _of_user("job:")
 feedback, learned, tally = _of_user("feedback"), _of_user("learned"), _of_user("tally")
+adapted = _under(f"{BANKS}:")  # by bank
+folded, count = _under(f"{WORTH}:folded:"), _under("mta:use:")  # by tenant
+held = _under("mta:held:")
 
 
 def of_user(user_key: str) -> list[str]:
-    """Return the names of all keys that a user can have, but for job records.
-
-    Scripts count on the order of all but `tally`: a new kind goes beside it.
-    """
+    """Return the names of all keys that a user can have, but for job records."""
+    # Scripts count on the order of all but `tally`: a new kind goes beside it.
     kinds = (jobs, profile, items, vectors, samples, feedback, learned, tally, adapter, epoch)
     return [name(user_key) for name in kinds]
 
@@ -112,28 +117,12 @@ def rewrite(server: str) -> str:  # by the server's id, which is empty if there 
     return f"{REWRITE}:{server}" if server else REWRITE
 
 
-def adapted(bank: str) -> str:
-    return f"{BANKS}:{bank}"
-
-
 def people(week: int, tenant: str) -> str:
     return f"{WORTH}:{week}:{tenant}"
 
 
-def folded(tenant: str) -> str:
-    return f"{WORTH}:folded:{tenant}"
-
-
 def rate(owner: str, what: str) -> str:
     return f"mta:rates:{{{owner}}}:{what}"
-
-
-def count(tenant: str) -> str:
-    return f"mta:use:{tenant}"
-
-
-def held(name: str) -> str:
-    return f"mta:held:{name}"
 
 
 def queue(work: Work, bank: str) -> tuple[str, str, str, str]:  # due, background, tries, turns

@@ -68,9 +68,9 @@ local function known(number)
   redis.call('HSET', KEYS[1], 'last', last)
   return {number, redis.call('HGET', name(number), 'made_by') == given.call and 1 or 0}
 end
-if given.key ~= '' then
+if given.idempotency_key ~= '' then
   for number = last, oldest, -1 do
-    if redis.call('HGET', name(number), 'key') == given.key then return known(number) end
+    if redis.call('HGET', name(number), 'key') == given.idempotency_key then return known(number) end
   end
 else
   local token, bank, made = unpack(redis.call('HMGET', name(last), 'token', 'bank', 'adapter'))
@@ -100,7 +100,7 @@ for older = math.max(1, number - given.kept + 1), last do
   if is_open(name(older)) then finish(name(older), 'superseded') end
 end
 redis.call('HSET', name(number), 'state', 'queued', 'config', given.config, 'created_ms', now, 'bank', given.bank,
-  'epoch', redis.call('HGET', KEYS[3], 'epoch') or '', 'token', given.token, 'key', given.key,
+  'epoch', redis.call('HGET', KEYS[3], 'epoch') or '', 'token', given.token, 'key', given.idempotency_key,
   'traceparent', given.traceparent, 'made_by', given.call)
 return {number, 1}
 """)

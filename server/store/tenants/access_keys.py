@@ -11,22 +11,18 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from adapters.errors import MtaError, excerpt
 from server.errors import Unavailable
-from server.store.durability import corrupt_if_undecodable
+from server.store.durability import Store, corrupt_if_undecodable, decode
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script
 from server.store.tenants.rates import NO_OVERRIDES, Allowance, Quota
-
-if TYPE_CHECKING:
-    from server.store.redis.servers.connection import RedisConnection  # commands start without redis-py
 
 PREFIX = "mta_"
 SECRET_BYTES = 32
@@ -167,14 +163,8 @@ changed(field)
 """
 
 
-class AccessKeys:
-    """Stores API keys. Every method raises `Unavailable` if the store cannot be reached or refuses.
-
-    Keys are revoked, never deleted, so a store that once had keys never looks like a new one.
-    """
-
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+class AccessKeys(Store):
+    """Stores API keys. They are revoked, never deleted: a store that once had keys never looks like a new one."""
 
     async def revision(self) -> tuple[str, int]:
         """Return the current `KeyRing.id` and `KeyRing.revision`."""
@@ -242,8 +232,7 @@ def _decoded(fields: dict[str, bytes | None]) -> KeyRing:
     ring, revision = (fields.pop(_RING, None) or b"").decode(), int(fields.pop(_REVISION, None) or 0)
     revoked = {digest: int(when_ms) for digest, when_ms in _pop(fields, _REVOKED).items() if when_ms}
     banks = {tenant: (bank or b"").decode() for tenant, bank in _pop(fields, _BANK).items()}
-    told = _pop(fields, _QUOTA).items()
-    quotas = {tenant: Quota(**_known(Quota, orjson.loads(raw or b"{}"))) for tenant, raw in told}
+    quotas = {tenant: decode(Quota, raw or b"{}") for tenant, raw in _pop(fields, _QUOTA).items()}
     known = [_key(digest, raw or b"", revoked.get(digest)) for digest, raw in fields.items()]
     return KeyRing(revision, sorted(known, key=lambda key: (key.created_ms, key.digest)), banks, ring, quotas)
 
@@ -254,14 +243,4 @@ def _pop(fields: dict[str, bytes | None], prefix: str) -> dict[str, bytes | None
 
 
 def _key(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:
-    record = orjson.loads(raw)
-    allowance = Allowance(**_known(Allowance, record["allowance"]))
-    policy = Policy(**_known(Policy, record) | {"allowance": allowance})
-    scopes = frozenset(map(Scope, record["scopes"]))
-    given = {"digest": digest, "scopes": scopes, "revoked_ms": revoked_ms, "policy": policy}
-    return AccessKey(**_known(AccessKey, record) | given)
-
-
-def _known(kind: type[Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that this version knows: a later one may have stored more."""
-    return {name: value for name, value in record.items() if name in kind.__slots__}
+    return replace(decode(AccessKey, raw), digest=digest, revoked_ms=revoked_ms, policy=decode(Policy, raw))

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from operator import methodcaller
 
 from server.errors import Unavailable
+from server.store.durability import Store
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script
 from server.store.redis.servers.connection import RedisConnection
@@ -44,11 +45,11 @@ redis.call('EXPIRE', KEYS[1], ARGV[1])
 """)
 
 
-class HoldingStore:
-    """Keeps the counts. Methods raise `Unavailable` as the other stores do."""
+class HoldingStore(Store):
+    """Keeps the counts."""
 
     def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._rates = Rates(connection)
 
     async def note(self, tenant: str, people: Mapping[str, Held]) -> None:

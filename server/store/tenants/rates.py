@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from server.errors import QuotaExceeded
+from server.store.durability import Store
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script
-
-if TYPE_CHECKING:
-    from server.store.redis.servers.connection import RedisConnection  # commands start without redis-py
 
 MINUTE_S = 60
 DAY_S = 24 * 3600
@@ -162,17 +159,13 @@ return redis.call('PEXPIRE', KEYS[1], ARGV[1])
 """)
 
 
-class Rates:
-    """Leaky buckets and leases. Every method raises `Unavailable` if the store cannot be reached."""
-
-    def __init__(self, connection: RedisConnection) -> None:
-        self._connection = connection
+class Rates(Store):
+    """Leaky buckets and leases."""
 
     async def consume(self, uses: Sequence[Use], *, anyway: bool = False) -> list[BucketLevel]:
         """Count all uses, or none if one does not fit, and return the level of each one's rate afterwards.
 
-        All are for one owner and different rates; 0 only queries. `anyway` counts also beyond a limit, to be paid off
-        later.
+        All are for one owner and different rates; 0 only queries. `anyway` counts also beyond a limit, as a debt.
         """
         names = [keys.rate(use.rate.owner, use.rate.what) for use in uses]
         given = [number for use in uses for number in (use.rate.most, use.rate.window_s * 1_000_000, use.amount)]

@@ -155,22 +155,16 @@ class SingleServer:
 
 
 async def durability_of(execute: Execute) -> Durability:
-    try:
+    with suppress(ResponseError):  # managed services hide CONFIG
         config = await execute("CONFIG GET", "appendonly", "appendfsync")
-    except ResponseError:  # managed services hide CONFIG
-        return await _try_waitaof(execute)
-    if config.get("appendonly") != "yes" or config.get("appendfsync") == "no":
-        return Durability.NONE  # with `no` the server does not track fsyncs, so WAITAOF would never return
-    return Durability.ALWAYS if config.get("appendfsync") == "always" else await _try_waitaof(execute)
-
-
-async def _try_waitaof(execute: Execute) -> Durability:
-    """Send WAITAOF on a connection without writes: it returns at once, or fails if there is no append-only file."""
-    try:
-        await execute("WAITAOF", 1, 0, 1)
-    except ResponseError:
-        return Durability.NONE
-    return Durability.WAITAOF
+        if config.get("appendonly") != "yes" or config.get("appendfsync") == "no":
+            return Durability.NONE  # with `no` the server does not track fsyncs, so WAITAOF would never return
+        if config.get("appendfsync") == "always":
+            return Durability.ALWAYS
+    with suppress(ResponseError):  # there is no append-only file
+        await execute("WAITAOF", 1, 0, 1)  # returns at once, since nothing was written on the connection
+        return Durability.WAITAOF
+    return Durability.NONE
 
 
 async def memory_of(servers: Sequence[StoreServer]) -> tuple[list[str], Memory | None]:
