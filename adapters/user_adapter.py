@@ -40,10 +40,7 @@ def stack_flat(fused: FlatLora, user: UserAdapter, dtype: torch.dtype = torch.bf
 
 
 def encode_user_adapter(layout: RowLayout, user: UserAdapter, samples: Collection[str] = ()) -> bytes:
-    """Serialise a user adapter for the store: weights in bf16, from the first module that it changes to the last.
-
-    `samples` are hashes of what it was trained on.
-    """
+    """Serialise a user adapter in bf16, from the first module that it changes on, with the hashes of its samples."""
     first = next((place for place, module in enumerate(layout.modules) if user.weights.b[module.name].any()), 0)
     changed = replace(layout, modules=layout.modules[first:])
     flats = {"a": flattened(changed, user.weights.a), "b": flattened(changed, user.weights.b)}

@@ -40,10 +40,7 @@ class StepReport:
 
 
 def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[ModuleShape, ...]:
-    """Return the modules named in `targets`, or all, of the language model without its output head.
-
-    Raises FusionError if nothing matches.
-    """
+    """Return the language model's modules named in `targets`, or all but its output head; FusionError if none match."""
     head, language_model = model.get_output_embeddings(), set(model.get_decoder().modules())
     found = [
         ModuleShape(name, module.in_features, module.out_features)
