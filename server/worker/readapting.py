@@ -52,25 +52,18 @@ class ServedBanks:
 
 @dataclass(frozen=True, slots=True)
 class Readapting:
-    """Creates jobs for users whose adapter belongs to a bank other than `manifest`, the bank served now.
-
-    At most `at_a_time` jobs are open at once. `served` tells which users to skip, because another bank serves them;
-    without it this bank serves everybody.
-    """
+    """Creates jobs for users whose adapter belongs to a bank other than `manifest`, the bank served now."""
 
     jobs: JobStore
     adapters: AdapterStore
     profiles: ProfileStore
     manifest: BankManifest
-    at_a_time: int
+    at_a_time: int  # maximum number of open jobs
     budget: JobBudget
-    served: ServedBanks | None = None
+    served: ServedBanks | None = None  # tells which users to skip; without it this bank serves everybody
 
     async def run(self, progress: Callable[[int, int], None] = lambda done, of: None) -> ReadaptTally:
-        """Process the users of all other banks; `progress` gets the numbers of users done and of all users.
-
-        Raises BankError if this bank has no rank left for users.
-        """
+        """Process the users of all other banks; `progress` gets the numbers of users done and of all users."""
         if not self.manifest.room:
             raise BankError(
                 f"bank {self.manifest.short} leaves users no rank: their adapters cannot be trained again. Build it "
