@@ -64,10 +64,7 @@ class FusionMetrics:
 
 
 class AdapterMetrics(Collector):
-    """Publishes the metrics of the API process and of the first worker.
-
-    `ask` calls `measured` on all workers' managers; `slots` is the maximum number of adapters in one batch.
-    """
+    """Publishes the metrics of the API process and of the first worker; `ask` calls `measured` on all workers."""
 
     def __init__(self, ask: Callable[[], Awaitable[Any]], names: AdapterNames, slots: int) -> None:
         self._ask = ask

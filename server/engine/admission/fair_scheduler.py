@@ -35,7 +35,6 @@ class FairScheduler(Scheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Schedule one step without the requests that must be held back."""
         held = self._held_back() if self.waiting else set()
         if not held:
             return super().schedule(*args, **kwargs)

@@ -75,10 +75,7 @@ class AdapterNames:
             del self._leases[name]
 
     def _evict(self) -> None:
-        """Drop the least recently used names that are not in use, an eighth of the capacity at a time.
-
-        Finding the names in flight takes a pass over the engine's requests, so names are evicted in batches.
-        """
+        """Drop the least recently used names not in use, an eighth of the capacity, as `in_use` visits all requests."""
         held = self.in_use
         surplus = len(self.entries) - self.capacity + self.capacity // 8
         for name in [name for name in self.entries if name not in held][:surplus]:

@@ -55,7 +55,6 @@ def build(cache_dir: Path) -> bool:
 
 
 def missing_tools() -> list[str]:
-    """Return what has to be installed before the library can be compiled."""
     tools = {"c++": "g++", "ninja": "ninja"}
     return [package for tool, package in tools.items() if shutil.which(tool, path=_search_path()) is None]
 
