@@ -80,10 +80,6 @@ class HeldLease:
     since_s: float  # by `time.monotonic`, just before the call that claimed the job or renewed the lease
     written_curve: Curve | None = None
 
-    @property
-    def until_s(self) -> float:
-        return self.since_s + LEASE_S
-
     async def renew(self, progress: TrainingProgress, curve: Curve) -> None:
         """Extend the lease; LeaseLost if the store refuses, StoreTimeout if the lease expires without its answer."""
         since_s = time.monotonic()
@@ -92,14 +88,14 @@ class HeldLease:
                 new = None if curve == self.written_curve else curve
                 held = await self.jobs.renew(self.lease, LEASE_S, step=progress.step, of=progress.of, curve=new)
         except (Unavailable, TimeoutError) as error:
-            _raise_unless_transient(error, self.until_s)
+            _raise_unless_transient(error, self.since_s + LEASE_S)
             return
         if not held:
             raise LeaseLost
         self.since_s, self.written_curve = since_s, curve
 
     async def retry(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await retry_until(self.until_s, call, *args, **kwargs)
+        return await retry_until(self.since_s + LEASE_S, call, *args, **kwargs)
 
 
 async def with_lease(held: HeldLease, work: asyncio.Task[T], progress: ProgressLog) -> T:
@@ -117,9 +113,8 @@ async def train_with_lease(
     """Train for at most `max_s`, and renew the lease meanwhile; see `SharedTraining`.
 
     After a lost lease or a timeout, wait until training stops at its next step. After a cancellation, do not wait: a
-    step may take longer than a stopping process has left to release its job.
-
-    Raises TrainingError after `max_s` or from `train`; LeaseLost and StoreTimeout from the lease; and Stalled.
+    step may take longer than a stopping process has left to release its job. Raises TrainingError after `max_s` or from
+    `train`; LeaseLost and StoreTimeout from the lease; and Stalled.
     """
     training = SharedTraining(str(held.lease.job.id), train, max_s, model_lock, ProgressLog())
     task = asyncio.create_task(training.run())

@@ -71,10 +71,9 @@ class WorkerMetrics:
         self.jobs = Counter("mta_worker_jobs", about, ("outcome",), registry=registry)
         for outcome in (JobState.SUCCEEDED, JobState.REJECTED, JobState.FAILED, UNWANTED, GIVEN_UP):
             self.jobs.labels(outcome)  # start at zero, so that the first job counts as an increase
-        about = "From a job's request to its first try."
-        self.wait = Histogram("mta_worker_job_wait_seconds", about, buckets=_BUCKETS_S, registry=registry)
-        about = "From taking a job to its outcome."
-        self.took = Histogram("mta_worker_job_seconds", about, buckets=_BUCKETS_S, registry=registry)
+        histogram = partial(Histogram, buckets=_BUCKETS_S, registry=registry)
+        self.wait = histogram("mta_worker_job_wait_seconds", "From a job's request to its first try.")
+        self.took = histogram("mta_worker_job_seconds", "From taking a job to its outcome.")
         self.signatures = Counter("mta_worker_signatures", "Users whose items were signed.", registry=registry)
         self.store = StoreSeconds(registry)
         self._begun_s: float | None = None
@@ -177,7 +176,6 @@ class JobLoop:
             log.warning("%s: not returned to the queue: %s", lease.job.id, error)
 
     async def _train(self, held: HeldLease) -> JobState:
-        """Train a job; an error in its content makes it FAILED."""
         try:
             return await self._adapt(held)
         except ApiError:

@@ -28,8 +28,6 @@ POLL_S = 0.5  # interval between backlog checks
 
 @dataclass(slots=True)
 class ReadaptTally:
-    """Number of users by outcome."""
-
     queued: int = 0  # users with a job, from this run or an earlier one
     settled: int = 0  # users who need no job: erased, already adapted, without samples, or served by another bank
     waiting: int = 0  # users whose profile needs a new embedding: their next request makes it, and a later run the job
