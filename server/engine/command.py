@@ -84,7 +84,6 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
 
 
 def _check_cpu(model_folder: Path, config: dict[str, Any]) -> None:
-    """Raise BankError for a model that vLLM's CPU build cannot serve with LoRA on this processor."""
     if (experts := _experts(config)) > 1:
         raise BankError(
             f"the base model at {model_folder} is a Mixture of Experts ({experts} a layer): vLLM serves such models "

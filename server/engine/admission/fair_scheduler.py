@@ -71,7 +71,6 @@ class FairAsyncScheduler(FairScheduler, AsyncScheduler):  # type: ignore[misc]
 
 
 def _adapter_id(request: Request) -> int:
-    """Return the id of a request's adapter, or 0 for the base model."""
     return request.lora_request.lora_int_id if request.lora_request else 0
 
 

@@ -43,11 +43,11 @@ class SlotTable:
 class Rows:
     """The rows of a step that have an adapter, sorted by slot; all tensors are [n] int32."""
 
+    needed: int  # number of rows that a layer must have
     indices: torch.Tensor  # index among all rows
     slots: torch.Tensor  # slot with the row's adapter
     a_slots: torch.Tensor  # slot with the adapter's A, equal for all adapters that share it
     ranks: torch.Tensor  # rank of the adapter
-    needed: int  # number of rows that a layer must have
 
     @classmethod
     def from_slots(cls, slots: torch.Tensor, table: SlotTable) -> Rows | None:
@@ -60,8 +60,7 @@ class Rows:
         indices = indices[np.argsort(row_slots[indices], kind="stable")]
         chosen = row_slots[indices]
         parts = (indices.astype(np.int32), chosen.astype(np.int32), table.a_slots[chosen], table.ranks[chosen])
-        of_rows, of_slots, of_a, ranks = map(torch.from_numpy, parts)
-        return cls(of_rows, of_slots, of_a, ranks, needed)
+        return cls(needed, *map(torch.from_numpy, parts))
 
     @property
     def for_kernel(self) -> tuple[torch.Tensor | int, ...]:

@@ -20,7 +20,7 @@ log = logging.getLogger("mta.engine")
 
 SOURCES = (Path(__file__).with_name("lora.cpp"), Path(__file__).with_name("rows.h"))
 NAME = "mta_cpu"
-FLAGS = ("-O3", "-fopenmp", "-Wno-psabi")
+FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
 
 
 def library_path(cache_dir: Path) -> Path:
@@ -68,9 +68,7 @@ def _compile(folder: str) -> None:
     from torch.utils import cpp_extension
 
     os.environ["PATH"] = _search_path()
-    cpp_extension.load(
-        NAME, [str(SOURCES[0])], extra_cflags=list(FLAGS), is_python_module=False, build_directory=folder
-    )
+    cpp_extension.load(NAME, [str(SOURCES[0])], extra_cflags=FLAGS, is_python_module=False, build_directory=folder)
 
 
 @cache

@@ -76,7 +76,6 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         return {lora_id for lora_id, name in needed.items() if name in unfinished}
 
     def wait_for(self, request: LoRARequest) -> None:
-        """Wait until the fusion of an adapter that the next step needs has ended."""
         start = time.perf_counter()
         self._prefetcher.wait(request.lora_name)
         self._waited_s = time.perf_counter() - start
