@@ -66,7 +66,7 @@ class Row:
 def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> list[Row]:
     """Pack the examples, in order, into rows of at most `limit` tokens or a single example.
 
-    Each remainder keeps at least one token before its first output token.
+    Each remainder keeps a token before its first output. If our mask cannot replace the model's, no two share a row.
     """
     shared, limit = (_shared(examples), limit) if _packs(model, examples) else (0, 0)
     parts: list[list[Example]] = []
