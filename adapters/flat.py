@@ -58,14 +58,12 @@ def flattened(layout: RowLayout, matrices: Mapping[str, torch.Tensor]) -> torch.
 
 def cut_a(layout: RowLayout, flat: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return A [R, H_in] per module, as views of the flat numbers [R·ΣH_in]."""
-    pieces = torch.split(flat, [layout.rank * m.h_in for m in layout.modules])
-    return {m.name: piece.view(layout.rank, m.h_in) for m, piece in zip(layout.modules, pieces, strict=True)}
+    return {m.name: flat[cut].view(layout.rank, m.h_in) for m, cut, _ in layout.slices()}
 
 
 def cut_b(layout: RowLayout, flat: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return B [H_out, R] per module, as views of the flat numbers [R·ΣH_out]."""
-    pieces = torch.split(flat, [layout.rank * m.h_out for m in layout.modules])
-    return {m.name: piece.view(m.h_out, layout.rank) for m, piece in zip(layout.modules, pieces, strict=True)}
+    return {m.name: flat[cut].view(m.h_out, layout.rank) for m, _, cut in layout.slices()}
 
 
 def lora_of(layout: RowLayout, a: torch.Tensor, b: torch.Tensor) -> LoraWeights:

@@ -40,11 +40,10 @@ def fuse_flat(
 ) -> FlatLora:
     """Build the adapter of a recipe that its bank has checked, without the user adapter.
 
-    Fusion takes a few PyTorch operations, independent of the number of modules, so a thread that fuses beside a running
-    model rarely needs the GIL. `sum_transposed` replaces PyTorch for the B of `shared` fusions to bf16.
+    A few operations serve all modules, so that a thread that fuses beside a running model rarely needs the GIL.
+    `sum_transposed` replaces PyTorch for the B of `shared` fusions to bf16.
     """
-    summed = recipe.rows(matrix.common_index if recipe.common else 0)
-    rows, weights = [row for row, _ in summed], [weight for _, weight in summed]
+    rows, weights = zip(*recipe.rows(matrix.common_index if recipe.common else 0), strict=True)
     layout = matrix.layout
     if recipe.method is FusionMethod.SHARED:
         if sum_transposed is not None and dtype is torch.bfloat16:
@@ -64,7 +63,7 @@ def weighted_sum(
     rows: torch.Tensor, chosen: Sequence[int], weights: Sequence[float], dtype: torch.dtype
 ) -> torch.Tensor:
     """Return Σ wᵢ rowᵢ [D] over the chosen rows of [N, D] bf16, summed in float32 and rounded once to `dtype`."""
-    if dtype is torch.bfloat16 and rows.dtype is torch.bfloat16:
+    if dtype is torch.bfloat16:
         return _weighted_bag(rows, chosen, weights)
     total = torch.empty(rows.shape[1], dtype=dtype)
     pieces = torch.split(total, CHUNK_NUMBERS)  # small enough for the sum to stay in the cache
@@ -83,8 +82,7 @@ def _weighted_bag(rows: torch.Tensor, chosen: Sequence[int], weights: Sequence[f
     bags = torch.arange(pieces)[:, None] + torch.tensor([entry for entry, _ in entries])
     shares = torch.tensor([part for _, part in entries], dtype=torch.bfloat16).expand(pieces, -1).contiguous()
     table = rows.view(rows.shape[0] * pieces, -1)
-    summed: torch.Tensor = torch.nn.functional.embedding_bag(bags, table, mode="sum", per_sample_weights=shares)
-    return summed.view(-1)
+    return torch.nn.functional.embedding_bag(bags, table, mode="sum", per_sample_weights=shares).view(-1)
 
 
 def _bf16_parts(weight: float) -> tuple[float, ...]:

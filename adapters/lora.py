@@ -75,7 +75,6 @@ class RowLayout:
 
 def serving_rank(rank: int) -> int:
     """Return the smallest slot rank of vLLM that fits `rank`; raise ValueError above the largest slot rank."""
-    for size in VLLM_RANKS:
-        if rank <= size:
-            return size
-    raise ValueError(f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: use fewer anchors or a smaller rank")
+    if rank > VLLM_RANKS[-1]:
+        raise ValueError(f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: use fewer anchors or a smaller rank")
+    return next(size for size in VLLM_RANKS if rank <= size)

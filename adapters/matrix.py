@@ -68,10 +68,7 @@ class MetaMatrix:
         return self.anchors
 
     def with_packed(self) -> MetaMatrix:
-        """Return a matrix that has all rows but the common one in int8 too, so that sums of many read half as much.
-
-        A number of a block is off by at most 1/254 of the block's largest.
-        """
+        """Return a matrix with all rows but the common one in int8 too, off by at most 1/254 of a block's largest."""
         width = self.rows.shape[1]
         numbers = torch.empty((self.anchors, width), dtype=torch.int8)
         scales = torch.empty(self.anchors, -(-width // PACK_BLOCK))

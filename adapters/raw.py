@@ -52,10 +52,7 @@ def _cut(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> Bits:
 
 
 def read_user_adapter(layout: RowLayout, raw: bytes) -> tuple[str, int, dict[str, Bits]]:
-    """Return a user adapter's recipe, rank R_u, and flat `a` and `b`; UserAdapterError if it cannot be served.
-
-    Modules before the first that is stored have zeros.
-    """
+    """Return a user adapter's recipe, rank R_u, and flat `a` and `b`; UserAdapterError if it cannot be served."""
     try:
         tensors, metadata = read_tensors(np.frombuffer(raw, np.uint8))
         header = json.loads(metadata[USER_FORMAT])
@@ -73,7 +70,7 @@ def read_user_adapter(layout: RowLayout, raw: bytes) -> tuple[str, int, dict[str
         raise UserAdapterError(f"user adapter of rank {rank} holds {shapes} numbers, but this bank needs {expected}")
     if any(((tensors[name] & _EXPONENT) == _EXPONENT).any() for name in expected):
         raise UserAdapterError(f"user adapter of rank {rank} holds numbers that are not finite")
-    zeros = {name: np.zeros(sum(each[:first]), np.uint16) for name, each in sizes.items()}
+    zeros = {name: np.zeros(sum(each[:first]), np.uint16) for name, each in sizes.items()}  # of the modules before
     return recipe, rank, {name: np.concatenate([zeros[name], tensors[name]]) for name in sizes}
 
 

@@ -138,7 +138,6 @@ def anchor_id(index: int) -> str:
 
 
 def is_recipe_name(name: str | None) -> bool:
-    """Return whether a model name has the prefix of a recipe."""
     return name is not None and name.startswith(f"{FORMAT}:")
 
 

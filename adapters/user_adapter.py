@@ -40,21 +40,14 @@ def stack_flat(fused: FlatLora, user: UserAdapter, dtype: torch.dtype = torch.bf
 
 
 def encode_user_adapter(layout: RowLayout, user: UserAdapter, samples: Collection[str] = ()) -> bytes:
-    """Serialise a user adapter for the store: weights in bf16, from the first module that it changes to the last.
-
-    `samples` are hashes of what it was trained on.
-    """
+    """Serialise a user adapter in bf16, from the first module that it changes on, with the hashes of its samples."""
     first = next((place for place, module in enumerate(layout.modules) if user.weights.b[module.name].any()), 0)
     changed = replace(layout, modules=layout.modules[first:])
-    flats = {"a": flattened(changed, user.weights.a), "b": flattened(changed, user.weights.b)}
-    header = {
-        **{"kind": USER_KIND, "rank": user.weights.rank, "recipe": user.recipe, "first": first},
-        "samples": " ".join(sorted(samples)),
-    }
+    weights = {"a": flattened(changed, user.weights.a).bfloat16(), "b": flattened(changed, user.weights.b).bfloat16()}
+    about = {"kind": USER_KIND, "rank": user.weights.rank, "recipe": user.recipe, "first": first}
+    header = json.dumps(about | {"samples": " ".join(sorted(samples))})
     # Use a single entry: safetensors writes several in varying order, but equal adapters must have equal bytes.
-    raw: bytes = save(
-        {name: flat.to(torch.bfloat16) for name, flat in flats.items()}, {USER_FORMAT: json.dumps(header)}
-    )
+    raw: bytes = save(weights, {USER_FORMAT: header})
     return raw
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -55,8 +56,8 @@ def drawn_gradients(
         for example in examples:
             (row,) = pack(here.model, [example])
             logits = _logits(here.model, row)
-            drawn = logits.detach().float().softmax(-1).multinomial(1, generator=chance)[:, 0]
-            _cross_entropy(logits, drawn).sum().backward()  # type: ignore[no-untyped-call]
+            drawn = logits.detach().float().softmax(-1).multinomial(1, generator=chance)[:, 0].tolist()
+            _losses(logits, replace(row, targets=drawn)).sum().backward()  # type: ignore[no-untyped-call]
             yield flattened(layout, here.take_b_gradients())
 
 
@@ -69,9 +70,8 @@ def mean_loss(model: Any, examples: Sequence[Example]) -> float:
 def row_losses(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> Iterator[list[float]]:
     """Yield the negative log-likelihood of each example in a row, in nats; compute each row on demand."""
     for row in pack(model, examples):
-        yield [
-            float(tokens.sum()) for tokens in torch.split(_losses(_logits(model, row, below), row).cpu(), row.counts)
-        ]
+        losses = _losses(_logits(model, row, below), row).cpu()
+        yield [float(tokens.sum()) for tokens in torch.split(losses, row.counts)]
 
 
 @torch.no_grad()
@@ -88,10 +88,7 @@ def score(model: Any, examples: Sequence[Example], among: Sequence[int] = ()) ->
 
 
 def _losses(logits: torch.Tensor, row: Row) -> torch.Tensor:
-    return _cross_entropy(logits, torch.tensor(row.targets).to(logits.device))
-
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    targets = torch.tensor(row.targets).to(logits.device)
     losses: torch.Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return losses
 

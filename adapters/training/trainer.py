@@ -40,10 +40,7 @@ class StepReport:
 
 
 def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[ModuleShape, ...]:
-    """Return the modules named in `targets`, or all, of the language model without its output head.
-
-    Raises FusionError if nothing matches.
-    """
+    """Return the language model's modules named in `targets`, or all but its output head; FusionError if none match."""
     head, language_model = model.get_output_embeddings(), set(model.get_decoder().modules())
     found = [
         ModuleShape(name, module.in_features, module.out_features)
@@ -60,11 +57,8 @@ def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[Mo
 def initial_lora(modules: Sequence[ModuleShape], rank: int, seed: int) -> LoraWeights:
     """Return the usual float32 start: A uniform in ±1/√H_in and B zero, so ΔW is zero."""
     generator = torch.Generator().manual_seed(seed)
-    return LoraWeights(
-        rank=rank,
-        a={m.name: (torch.rand(rank, m.h_in, generator=generator) * 2 - 1) * m.h_in**-0.5 for m in modules},
-        b={m.name: torch.zeros(m.h_out, rank) for m in modules},
-    )
+    a = {m.name: (torch.rand(rank, m.h_in, generator=generator) * 2 - 1) * m.h_in**-0.5 for m in modules}
+    return LoraWeights(rank, a, {m.name: torch.zeros(m.h_out, rank) for m in modules})
 
 
 def rate_factor(step: int, steps: int) -> float:

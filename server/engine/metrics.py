@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, generate_latest
@@ -63,23 +63,22 @@ class FusionMetrics:
         return generate_latest(self._registry).decode()
 
 
+@dataclass(eq=False)
 class AdapterMetrics(Collector):
-    """Publishes the metrics of the API process and of the first worker.
+    """Publishes the metrics of the API process and of the first worker; `ask` calls `measured` on all workers."""
 
-    `ask` calls `measured` on all workers' managers; `slots` is the maximum number of adapters in one batch.
-    """
+    ask: Callable[[], Awaitable[Any]]
+    names: AdapterNames
+    slots: int  # maximum number of adapters in one batch
+    _running_query: asyncio.Task[None] | None = None
+    _registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    _taken: int | None = None
+    _warm: int = 0
+    _worker_text: str = field(default_factory=lambda: FusionMetrics().text)
 
-    def __init__(self, ask: Callable[[], Awaitable[Any]], names: AdapterNames, slots: int) -> None:
-        self._ask = ask
-        self._names = names
-        self._slots = slots
-        self._running_query: asyncio.Task[None] | None = None
-        self._registry = CollectorRegistry()
+    def __post_init__(self) -> None:
         meaning = "Time to check and admit a recipe, without fetching its user adapter."
         self.check = _histogram(self._registry, "check", meaning)
-        self._taken: int | None = None
-        self._warm = 0
-        self._worker_text = FusionMetrics().text
 
     async def refresh(self) -> None:
         """Ask the workers and wait briefly; concurrent calls share one query."""
@@ -99,7 +98,7 @@ class AdapterMetrics(Collector):
 
     async def _ask_workers(self) -> None:
         try:
-            self._taken, self._worker_text = (await self._ask())[0]
+            self._taken, self._worker_text = (await self.ask())[0]
             checks = self._registry.get_sample_value("mta_engine_check_seconds_count")
             # Who was checked and is not fused yet counts as warm until then, but a counter never falls.
             self._warm = max(self._warm, int(checks or 0) - self._fuses())
@@ -116,12 +115,12 @@ class AdapterMetrics(Collector):
         for metric in text_string_to_metric_families(generate_latest(self._registry).decode() + self._worker_text):
             if not metric.name.endswith("_created"):  # creation times are not useful
                 yield metric
-        names, fuses = self._names, self._fuses()
+        names, fuses = self.names, self._fuses()
         shared = "Requests admitted while another request with the same recipe was open."
         yield CounterMetricFamily("mta_engine_fuses", "Recipes fused.", fuses)
         yield CounterMetricFamily("mta_engine_shared_slots", shared, names.shared)
         for name, meaning, value in (
-            ("mta_engine_slots", "LoRA slots.", self._slots),
+            ("mta_engine_slots", "LoRA slots.", self.slots),
             ("mta_engine_slots_resident", "Slots that hold an adapter.", self._taken or 0),
             ("mta:adapters_in_use", "Distinct recipes among the engine's requests.", len(names.in_flight())),
             ("mta:adapter_names", "Recipes with an assigned engine id.", len(names)),

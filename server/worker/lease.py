@@ -44,10 +44,7 @@ class Stalled(Exception):
 
 
 async def retry_until(until_s: float, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Retry an idempotent store call; raise StoreTimeout at `until_s` by `time.monotonic`.
-
-    Raises TrainingError if the user's stored data is damaged.
-    """
+    """Retry an idempotent call; StoreTimeout at `until_s` by `time.monotonic`, TrainingError for damaged data."""
     while True:
         try:
             async with asyncio.timeout(STORE_TIMEOUT_S):
@@ -74,43 +71,31 @@ def _raise_unless_transient(error: Unavailable | TimeoutError, until_s: float) -
     log.warning("%s", reason)
 
 
+@dataclass
 class HeldLease:
-    """A lease held by this worker. It expires by the worker's own clock, which is earlier than in the store.
+    """A lease held by this worker. It expires by the worker's own clock, which is earlier than in the store."""
 
-    `since_s` is the time by `time.monotonic` just before the call that claimed the job.
-    """
-
-    def __init__(self, jobs: JobStore, lease: Lease, since_s: float) -> None:
-        self.lease = lease
-        self._jobs = jobs
-        self._until_s = since_s + LEASE_S
-        self._written_curve: Curve | None = None
+    jobs: JobStore
+    lease: Lease
+    since_s: float  # by `time.monotonic`, just before the call that claimed the job or renewed the lease
+    written_curve: Curve | None = None
 
     async def renew(self, progress: TrainingProgress, curve: Curve) -> None:
-        """Extend the lease and report progress; write the curve only if it has changed.
-
-        Raises LeaseLost if the store refuses, and StoreTimeout if the lease expires while the store is unreachable.
-        """
+        """Extend the lease; LeaseLost if the store refuses, StoreTimeout if the lease expires without its answer."""
         since_s = time.monotonic()
         try:
             async with asyncio.timeout(STORE_TIMEOUT_S):
-                held = await self._jobs.renew(
-                    self.lease,
-                    LEASE_S,
-                    step=progress.step,
-                    of=progress.of,
-                    curve=None if curve == self._written_curve else curve,
-                )
+                new = None if curve == self.written_curve else curve
+                held = await self.jobs.renew(self.lease, LEASE_S, step=progress.step, of=progress.of, curve=new)
         except (Unavailable, TimeoutError) as error:
-            _raise_unless_transient(error, self._until_s)
+            _raise_unless_transient(error, self.since_s + LEASE_S)
             return
         if not held:
             raise LeaseLost
-        self._until_s, self._written_curve = since_s + LEASE_S, curve
+        self.since_s, self.written_curve = since_s, curve
 
     async def retry(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Retry a store call until the lease expires, as `retry_until`."""
-        return await retry_until(self._until_s, call, *args, **kwargs)
+        return await retry_until(self.since_s + LEASE_S, call, *args, **kwargs)
 
 
 async def with_lease(held: HeldLease, work: asyncio.Task[T], progress: ProgressLog) -> T:
@@ -128,9 +113,8 @@ async def train_with_lease(
     """Train for at most `max_s`, and renew the lease meanwhile; see `SharedTraining`.
 
     After a lost lease or a timeout, wait until training stops at its next step. After a cancellation, do not wait: a
-    step may take longer than a stopping process has left to release its job.
-
-    Raises TrainingError after `max_s` or from `train`; LeaseLost and StoreTimeout from the lease; and Stalled.
+    step may take longer than a stopping process has left to release its job. Raises TrainingError after `max_s` or from
+    `train`; LeaseLost and StoreTimeout from the lease; and Stalled.
     """
     training = SharedTraining(str(held.lease.job.id), train, max_s, model_lock, ProgressLog())
     task = asyncio.create_task(training.run())
@@ -148,14 +132,11 @@ async def train_with_lease(
 
 @dataclass
 class SharedTraining:
-    """One job's training, which holds the model's lock for one step at a time; whoever waits for it comes in between.
+    """One job's training, which holds the model's lock for one step at a time, so that others come in between."""
 
-    A step runs on a thread. `max_s` limits the time of all steps, `name` appears in errors.
-    """
-
-    name: str
+    name: str  # for errors
     train: Callable[[], TrainingRun]
-    max_s: float
+    max_s: float  # for all steps
     model_lock: asyncio.Lock
     progress: ProgressLog
     stop: bool = False  # makes training stop after its next step

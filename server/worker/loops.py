@@ -23,7 +23,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from adapters.errors import MtaError, TrainingError
 from adapters.recipe import FusionRecipe, UserAdapterId, bank_of
-from adapters.training.user_trainer import Judgement
 from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature, empty_signature
@@ -72,10 +71,9 @@ class WorkerMetrics:
         self.jobs = Counter("mta_worker_jobs", about, ("outcome",), registry=registry)
         for outcome in (JobState.SUCCEEDED, JobState.REJECTED, JobState.FAILED, UNWANTED, GIVEN_UP):
             self.jobs.labels(outcome)  # start at zero, so that the first job counts as an increase
-        about = "From a job's request to its first try."
-        self.wait = Histogram("mta_worker_job_wait_seconds", about, buckets=_BUCKETS_S, registry=registry)
-        about = "From taking a job to its outcome."
-        self.took = Histogram("mta_worker_job_seconds", about, buckets=_BUCKETS_S, registry=registry)
+        histogram = partial(Histogram, buckets=_BUCKETS_S, registry=registry)
+        self.wait = histogram("mta_worker_job_wait_seconds", "From a job's request to its first try.")
+        self.took = histogram("mta_worker_job_seconds", "From taking a job to its outcome.")
         self.signatures = Counter("mta_worker_signatures", "Users whose items were signed.", registry=registry)
         self.store = StoreSeconds(registry)
         self._begun_s: float | None = None
@@ -110,10 +108,7 @@ class WorkerMetrics:
 
 @dataclass
 class JobLoop:
-    """Claims a job, holds its lease during training, and writes the outcome once.
-
-    Each step of training holds `model_lock`, as does `signing`, which a bank without signatures lacks.
-    """
+    """Claims a job, holds its lease during training, and writes the outcome once."""
 
     jobs: JobStore
     profiles: ProfileStore
@@ -121,19 +116,18 @@ class JobLoop:
     adapters: AdapterStore
     bank: ServingBank
     trainer: AdapterTrainer
-    model_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    model_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held for each step of training, and by `signing`
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
     tracing: Tracing = field(default_factory=Tracing)
-    signing: SigningLoop | None = None
+    signing: SigningLoop | None = None  # None for a bank without signatures
     releasing: set[asyncio.Task[None]] = field(default_factory=set)  # of jobs that are returned once the store answers
 
     async def work_once(self, wait_s: float) -> bool:
         """Wait for a job and train it if it still needs a worker; return False if no job came."""
         job_id = await self.jobs.next_job(self.bank.manifest.short, wait_s)
-        if job_id is None:
-            return False
-        await self._claim(job_id)
-        return True
+        if job_id is not None:
+            await self._claim(job_id)
+        return job_id is not None
 
     async def _claim(self, job_id: JobId) -> None:
         since_s = time.monotonic()
@@ -182,7 +176,6 @@ class JobLoop:
             log.warning("%s: not returned to the queue: %s", lease.job.id, error)
 
     async def _train(self, held: HeldLease) -> JobState:
-        """Train a job; an error in its content makes it FAILED."""
         try:
             return await self._adapt(held)
         except ApiError:
@@ -223,14 +216,14 @@ class JobLoop:
             train = partial(self.trainer.train, user, samples, config, learned)
             judgement = await train_with_lease(held, max_s, train, self.model_lock)
             self.tracing.note(samples=len(samples) + len(learned), steps=judgement.steps)
+        state = JobState.REJECTED if judgement.weights is None else JobState.SUCCEEDED
+        trained = Trained(state, judgement.before, judgement.after, judgement.served, judgement.reason)
         if judgement.weights is None:
-            state = JobState.REJECTED
-            await self._end(held, _trained(state, judgement))
+            await self._end(held, trained)
         else:
-            state = JobState.SUCCEEDED
             recipe = recipe_of(profile.evidence, config.strength)
             raw = await asyncio.to_thread(self.trainer.encoded, recipe, judgement.weights, [*samples, *learned])
-            await self._promote(held, recipe, judgement, raw)
+            await self._promote(held, recipe, trained, raw)
         log.info("%s: %s: held-out loss %s, without it %s", lease.job.id, state, judgement.after, judgement.before)
         return state
 
@@ -238,11 +231,10 @@ class JobLoop:
         if not await held.retry(self.jobs.end, held.lease, trained):
             raise LeaseLost
 
-    async def _promote(self, held: HeldLease, recipe: FusionRecipe, judgement: Judgement, raw: bytes) -> None:
+    async def _promote(self, held: HeldLease, recipe: FusionRecipe, trained: Trained, raw: bytes) -> None:
         """Write adapter and outcome atomically; retry if the user's record has changed meanwhile."""
         job_id = held.lease.job.id
         stored = StoredAdapter(new_adapter_id(), recipe.name, hashlib.sha256(raw).hexdigest(), raw)
-        trained = _trained(JobState.SUCCEEDED, judgement)
         for _ in range(MAX_WRITE_ATTEMPTS):
             snapshot = await held.retry(self.profiles.read, job_id.user_key)
             if snapshot.profile is None:
@@ -302,10 +294,7 @@ class SigningLoop:
             await self.queue.add(user_key)
 
     async def _sign(self, user_key: str, tries: int, until_s: float) -> bool:
-        """Sign a user's items unless they are signed already; return False if the record changes meanwhile.
-
-        The caller holds the model. Raises TrainingError if the user's data is damaged, and StoreTimeout.
-        """
+        """Sign a user's items, unless signed; return False if the record changes. The caller holds the model."""
         snapshot = await retry_until(0, self.profiles.read, user_key)
         profile = snapshot.profile
         if profile is None or profile.is_signed(self.bank.manifest.short):
@@ -339,7 +328,3 @@ class SigningLoop:
         if pairs and not made.tokens:
             log.warning("%s: no signature: the gradient is not finite", user_key)
         return made
-
-
-def _trained(state: JobState, judgement: Judgement) -> Trained:
-    return Trained(state, judgement.before, judgement.after, judgement.served, judgement.reason)

@@ -28,10 +28,7 @@ STORE_RETRY_S = 1.0  # pause after a failed store call
 
 
 async def run_worker(settings: Settings) -> None:
-    """Open the parts, then train jobs and, if the bank has signatures, sign users, until a signal.
-
-    Raises MtaError if a part cannot be opened or does not match.
-    """
+    """Train jobs and, if the bank has signatures, sign users, until a signal; MtaError if a part cannot be opened."""
     limit_gpu(settings.worker_gpu_share)
     with heavy_imports():
         bank, trainer = _open_parts(settings)
@@ -39,21 +36,12 @@ async def run_worker(settings: Settings) -> None:
     metrics.publish(settings)
     async with open_stores(settings, timed=metrics.store, span=tracing.span) as stores:
         profiles, model_lock = stores.profiles, asyncio.Lock()
-        jobs = JobLoop(
-            stores.jobs,
-            profiles,
-            stores.feedback,
-            stores.adapters,
-            bank=bank,
-            trainer=trainer,
-            model_lock=model_lock,
-            metrics=metrics,
-            tracing=tracing,
-        )
+        kept = stores.jobs, profiles, stores.feedback, stores.adapters
+        jobs = JobLoop(*kept, bank, trainer, model_lock, metrics, tracing)
         loops = [work_forever(jobs.work_once)]
         if bank.manifest.has_signatures:
             signing = stores.signing(bank.manifest.short)
-            jobs.signing = SigningLoop(signing, profiles, bank, trainer, model_lock=model_lock, metrics=metrics)
+            jobs.signing = SigningLoop(signing, profiles, bank, trainer, model_lock, metrics)
             loops.append(work_forever(jobs.signing.work_once))
         working = asyncio.gather(*loops)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -84,11 +72,7 @@ def _open_parts(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
 
 
 async def work_forever(work_once: Callable[[float], Awaitable[object]]) -> None:
-    """Work until cancelled; wait while the store is unreachable.
-
-    Raises unexpected errors, most of which come from a lack of memory: a new process is safer, and other workers
-    retry the job until its tries are used up.
-    """
+    """Work until cancelled; wait while the store is unreachable. Raises unexpected errors: a new process is safer."""
     while True:
         try:
             await work_once(QUEUE_WAIT_S)

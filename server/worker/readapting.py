@@ -28,8 +28,6 @@ POLL_S = 0.5  # interval between backlog checks
 
 @dataclass(slots=True)
 class ReadaptTally:
-    """Number of users by outcome."""
-
     queued: int = 0  # users with a job, from this run or an earlier one
     settled: int = 0  # users who need no job: erased, already adapted, without samples, or served by another bank
     waiting: int = 0  # users whose profile needs a new embedding: their next request makes it, and a later run the job
@@ -52,25 +50,18 @@ class ServedBanks:
 
 @dataclass(frozen=True, slots=True)
 class Readapting:
-    """Creates jobs for users whose adapter belongs to a bank other than `manifest`, the bank served now.
-
-    At most `at_a_time` jobs are open at once. `served` tells which users to skip, because another bank serves them;
-    without it this bank serves everybody.
-    """
+    """Creates jobs for users whose adapter belongs to a bank other than `manifest`, the bank served now."""
 
     jobs: JobStore
     adapters: AdapterStore
     profiles: ProfileStore
     manifest: BankManifest
-    at_a_time: int
+    at_a_time: int  # maximum number of open jobs
     budget: JobBudget
-    served: ServedBanks | None = None
+    served: ServedBanks | None = None  # tells which users to skip; without it this bank serves everybody
 
     async def run(self, progress: Callable[[int, int], None] = lambda done, of: None) -> ReadaptTally:
-        """Process the users of all other banks; `progress` gets the numbers of users done and of all users.
-
-        Raises BankError if this bank has no rank left for users.
-        """
+        """Process the users of all other banks; `progress` gets the numbers of users done and of all users."""
         if not self.manifest.room:
             raise BankError(
                 f"bank {self.manifest.short} leaves users no rank: their adapters cannot be trained again. Build it "

@@ -46,7 +46,6 @@ _blocks: ContextVar[list[Block] | None] = ContextVar("blocks", default=None)
 
 @contextmanager
 def in_blocks(blocks: list[Block]) -> Iterator[None]:
-    """Compute attention in these blocks while the context is active."""
     token = _blocks.set(blocks)
     try:
         yield
@@ -80,8 +79,7 @@ def _attend(  # noqa: PLR0917  Hugging Face's interface
 ) -> tuple[torch.Tensor, None]:
     """Implement Hugging Face's attention interface; evaluation mode has no dropout."""
     blocks = _blocks.get() or [Block(0, query.shape[2], 0, 0, key.shape[2])]
-    attended: torch.Tensor = _Attention.apply(query, key, value, attention_mask, scaling, blocks)  # type: ignore[no-untyped-call]
-    return attended, None
+    return _Attention.apply(query, key, value, attention_mask, scaling, blocks), None  # type: ignore[no-untyped-call]
 
 
 class _Attention(torch.autograd.Function):

@@ -66,8 +66,7 @@ class Row:
 def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> list[Row]:
     """Pack the examples, in order, into rows of at most `limit` tokens or a single example.
 
-    Each remainder keeps at least one token before its first output token. Every example gets its own row if our mask
-    cannot replace the model's: if the model is stateful, or an example is longer than its attention window.
+    Each remainder keeps a token before its first output. If our mask cannot replace the model's, no two share a row.
     """
     shared, limit = (_shared(examples), limit) if _packs(model, examples) else (0, 0)
     parts: list[list[Example]] = []
@@ -83,7 +82,7 @@ def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> li
     return [_row(part, shared) for part in parts]
 
 
-def _packs(model: Any, examples: Sequence[Example]) -> bool:
+def _packs(model: Any, examples: Sequence[Example]) -> bool:  # whether our mask can replace the model's
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     longest = max((len(example.ids) for example in examples), default=0)

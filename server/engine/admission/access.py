@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,26 +22,20 @@ from server.engine_protocol import DROP, RESIDENT, STATUS
 
 log = logging.getLogger("mta.engine")
 
-PUBLIC_ROUTES = frozenset({("GET", "/health")})  # method and path of routes that need no key
+PUBLIC_ROUTES = {("GET", "/health")}  # method and path of routes that need no key
 
-KEYED_ROUTES = frozenset(
-    {
-        ("POST", "/v1/chat/completions"),
-        ("POST", "/v1/completions"),  # for log-probabilities in evaluation
-        ("POST", "/tokenize"),
-        ("GET", "/v1/models"),
-        ("GET", "/metrics"),
-        ("GET", STATUS),
-        ("GET", RESIDENT),
-        ("POST", DROP),
-    }
-)
-"""Method and path of routes that need one of the engine's keys."""
+KEYED_ROUTES = {  # method and path of routes that need one of the engine's keys
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),  # for log-probabilities in evaluation
+    ("POST", "/tokenize"),
+    ("GET", "/v1/models"),
+    ("GET", "/metrics"),
+    ("GET", STATUS),
+    ("GET", RESIDENT),
+    ("POST", DROP),
+}
 
-
-def _stop_vllm() -> None:
-    """Stop vLLM by SIGINT, whose handler is still vLLM's own; it stops at once on SIGINT and on SIGTERM."""
-    os.kill(os.getpid(), signal.SIGINT)
+_stop_vllm = partial(signal.raise_signal, signal.SIGINT)  # whose handler is still vLLM's own, which stops at once
 
 
 class Drain:

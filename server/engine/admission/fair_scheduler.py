@@ -35,7 +35,6 @@ class FairScheduler(Scheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Schedule one step without the requests that must be held back."""
         held = self._held_back() if self.waiting else set()
         if not held:
             return super().schedule(*args, **kwargs)
@@ -72,7 +71,6 @@ class FairAsyncScheduler(FairScheduler, AsyncScheduler):  # type: ignore[misc]
 
 
 def _adapter_id(request: Request) -> int:
-    """Return the id of a request's adapter, or 0 for the base model."""
     return request.lora_request.lora_int_id if request.lora_request else 0
 
 

@@ -36,12 +36,11 @@ class AdapterNames:
     """Bounded map from recipe names to engine ids, least recently used first; ids in use never change.
 
     vLLM compares adapters by name but tracks them by id, so one name under two ids in one batch is fatal. A name keeps
-    its id while it is leased (an open HTTP request uses it) or `in_flight` (the engine holds such a request). At most
-    `capacity` entries are kept, unless more are in use. vLLM reads `entries`; only this class writes it.
+    its id while it is leased (an open HTTP request uses it) or `in_flight` (the engine holds such a request).
     """
 
-    entries: dict[str, LoRARequest]
-    capacity: int
+    entries: dict[str, LoRARequest]  # vLLM reads it, only this class writes it
+    capacity: int  # maximum number of entries, unless more are in use
     in_flight: Callable[[], Set[str]]
     next_id: int = 1
     shared: int = 0  # number of leases granted while another open request held the same name
@@ -65,8 +64,11 @@ class AdapterNames:
         self.entries[name] = entry  # now the most recently used
         self.shared += name in self._leases
         self._leases[name] += 1
-        if len(self.entries) > self.capacity:
-            self._evict()
+        if len(self.entries) > self.capacity:  # `in_use` visits all requests, so names are dropped in batches
+            held = self.in_use
+            surplus = len(self.entries) - self.capacity + self.capacity // 8
+            for idle in [known for known in self.entries if known not in held][:surplus]:
+                self._ids.discard(self.entries.pop(idle).lora_int_id)
         return entry
 
     def release(self, name: str) -> None:
@@ -74,18 +76,7 @@ class AdapterNames:
         if self._leases[name] <= 0:
             del self._leases[name]
 
-    def _evict(self) -> None:
-        """Drop the least recently used names that are not in use, an eighth of the capacity at a time.
-
-        Finding the names in flight takes a pass over the engine's requests, so names are evicted in batches.
-        """
-        held = self.in_use
-        surplus = len(self.entries) - self.capacity + self.capacity // 8
-        for name in [name for name in self.entries if name not in held][:surplus]:
-            self._ids.discard(self.entries.pop(name).lora_int_id)
-
     def _make(self, name: str) -> LoRARequest:
-        """Create an entry with the next free id; ids wrap from MAX_ID to 1."""
         while self.next_id in self._ids:
             self.next_id = self.next_id % MAX_ID + 1
         new = self.next_id

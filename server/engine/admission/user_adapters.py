@@ -66,7 +66,6 @@ class UserAdapters:
         await self._evict()
 
     async def sweep(self) -> None:
-        """Release every replaced or erased adapter that no request uses."""
         gone = [name for name, (adapter, _) in list(self._held.items()) if not await self._is_current(adapter)]
         in_use = self.in_use()
         await self._release([name for name in gone if name not in in_use])

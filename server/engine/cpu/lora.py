@@ -6,7 +6,7 @@ or for dtypes other than bfloat16, each layer takes one dense product per adapte
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,41 +24,30 @@ from server.engine.fusing.manager import FusingLoRAManager
 from server.engine.fusing.slots import FusedSlots, SlotContent
 from server.settings import Settings
 
-KNOWN_OPERATIONS = {
-    *("add_shrink", "add_expand", "add_lora_linear", "add_lora_embedding", "add_lora_logits"),
-    "apply_lora_full_linear",  # already skips rows without an adapter
-}  # of vLLM's wrapper; `patches.py` lists the parameters of those overridden here
-
 UNKNOWN_RANK = 1 << 16  # use all ranks of the slot
 
 Stacks = tuple[torch.Tensor, ...]  # A or B [S, 1, rows, columns] for each module of a layer (q, k and v are one layer)
 
 
 class SlotTable:
-    """Data about each slot, besides its weights, that the kernels need."""
+    """Data about each slot, besides its weights, that the kernels need; both arrays are [S] int32."""
 
-    def __init__(self, slots: int) -> None:
-        self.ranks = np.full(slots, UNKNOWN_RANK, np.int32)  # [S]
-        self.a_slots = np.arange(slots, dtype=np.int32)  # [S], the first slot with the same A
-        self._a_keys: list[Hashable] = list(range(slots))
-
-    def update(self, slot: int, rank: int | None, shared_a_key: Hashable = None) -> None:
-        """Record a new adapter; `shared_a_key` is equal for adapters with the same A, None for an A of its own."""
-        self.ranks[slot] = UNKNOWN_RANK if rank is None else rank
-        self._a_keys[slot] = slot if shared_a_key is None else shared_a_key
-        first: dict[Hashable, int] = {}
-        self.a_slots[:] = [first.setdefault(key, index) for index, key in enumerate(self._a_keys)]
+    def __init__(self, contents: Sequence[SlotContent]) -> None:
+        first: dict[str | int, int] = {}
+        a_slots = [first.setdefault(content.shared_a_key or slot, slot) for slot, content in enumerate(contents)]
+        self.a_slots = np.array(a_slots, np.int32)  # the first slot with the same A
+        self.ranks = np.array([content.rank or UNKNOWN_RANK for content in contents], np.int32)
 
 
 @dataclass(frozen=True)  # without slots, because `groups` is cached
 class Rows:
     """The rows of a step that have an adapter, sorted by slot; all tensors are [n] int32."""
 
+    needed: int  # number of rows that a layer must have
     indices: torch.Tensor  # index among all rows
     slots: torch.Tensor  # slot with the row's adapter
     a_slots: torch.Tensor  # slot with the adapter's A, equal for all adapters that share it
     ranks: torch.Tensor  # rank of the adapter
-    needed: int  # number of rows that a layer must have
 
     @classmethod
     def from_slots(cls, slots: torch.Tensor, table: SlotTable) -> Rows | None:
@@ -71,8 +60,7 @@ class Rows:
         indices = indices[np.argsort(row_slots[indices], kind="stable")]
         chosen = row_slots[indices]
         parts = (indices.astype(np.int32), chosen.astype(np.int32), table.a_slots[chosen], table.ranks[chosen])
-        of_rows, of_slots, of_a, ranks = map(torch.from_numpy, parts)
-        return cls(of_rows, of_slots, of_a, ranks, needed)
+        return cls(needed, *map(torch.from_numpy, parts))
 
     @property
     def for_kernel(self) -> tuple[torch.Tensor | int, ...]:
@@ -169,15 +157,17 @@ class CpuSlots(FusedSlots):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._table = SlotTable(self.lora_slots)
-        for wrapper in self.punica_wrapper_mapping.values():
-            wrapper.table = self._table
+        self._describe_slots()
         for module in self.modules.values():
             transpose_b(module)
 
     def _record(self, index: int, content: SlotContent) -> None:
         super()._record(index, content)
-        self._table.update(index, content.rank, content.shared_a_key)
+        self._describe_slots()
+
+    def _describe_slots(self) -> None:
+        for wrapper in self.punica_wrapper_mapping.values():
+            wrapper.table = SlotTable(self._contents)
 
 
 def transpose_b(layer: Any) -> None:
@@ -207,7 +197,8 @@ class CpuLoRAManager(FusingLoRAManager):
 
 def install() -> None:
     """Make vLLM use `CpuLoRA` on CPUs; raise BankError if vLLM has an unknown operation, which could mix adapters."""
-    unknown = sorted({name for name in vars(PunicaWrapperCPU) if not name.startswith("_")} - KNOWN_OPERATIONS)
+    known = {*vars(CpuLoRA), "apply_lora_full_linear"}  # this one already skips rows without an adapter
+    unknown = sorted(name for name in {*vars(PunicaWrapperCPU)} - known if not name.startswith("_"))
     if unknown:
         raise BankError(
             f"PunicaWrapperCPU of this vLLM has {unknown}, which may mix up adapters: install the version of vLLM "

@@ -20,7 +20,7 @@ log = logging.getLogger("mta.engine")
 
 SOURCES = (Path(__file__).with_name("lora.cpp"), Path(__file__).with_name("rows.h"))
 NAME = "mta_cpu"
-FLAGS = ("-O3", "-fopenmp", "-Wno-psabi")
+FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
 
 
 def library_path(cache_dir: Path) -> Path:
@@ -55,7 +55,6 @@ def build(cache_dir: Path) -> bool:
 
 
 def missing_tools() -> list[str]:
-    """Return what has to be installed before the library can be compiled."""
     tools = {"c++": "g++", "ninja": "ninja"}
     return [package for tool, package in tools.items() if shutil.which(tool, path=_search_path()) is None]
 
@@ -69,9 +68,7 @@ def _compile(folder: str) -> None:
     from torch.utils import cpp_extension
 
     os.environ["PATH"] = _search_path()
-    cpp_extension.load(
-        NAME, [str(SOURCES[0])], extra_cflags=list(FLAGS), is_python_module=False, build_directory=folder
-    )
+    cpp_extension.load(NAME, [str(SOURCES[0])], extra_cflags=FLAGS, is_python_module=False, build_directory=folder)
 
 
 @cache

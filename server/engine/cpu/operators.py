@@ -50,7 +50,8 @@ def with_packed_weights(choose: Callable[..., None]) -> Callable[..., None]:
 
     def choose_or_pack(layer: Any, remove_weight: bool) -> None:
         weight = layer.weight
-        if linear() is None or not can_pack(weight):
+        fits = weight.dim() == 2 and weight.dtype == torch.bfloat16
+        if linear() is None or not fits or weight.shape[0] % LANES or weight.shape[1] % 2:
             choose(layer, remove_weight)
             return
         layer.packed = packed = pack(weight.data)
@@ -90,10 +91,6 @@ def linear() -> Any:
         return None
     compiled = kernels(Settings().cache_dir)
     return compiled.linear.default if compiled else None
-
-
-def can_pack(weight: torch.Tensor) -> bool:
-    return weight.dim() == 2 and weight.dtype == torch.bfloat16 and weight.shape[0] % LANES == weight.shape[1] % 2 == 0
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

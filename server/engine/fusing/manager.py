@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from bank.matrix import open_matrix
 from server.engine import patches
 from server.engine.fusing.prefetch import FusionPrefetcher
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
-from server.engine.metrics import FusionMetrics, timed
+from server.engine.metrics import timed
 from server.settings import Settings
 
 
@@ -39,12 +39,6 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
     _manager_cls = FusedSlots
     _adapter_manager: FusedSlots
-    metrics: FusionMetrics
-    _matrices: dict[str, MetaMatrix]
-    _vllm_names: dict[str, Mapping[str, str]]
-    _users: dict[str, bytes]  # serialised user adapters by the name of the stacked recipe
-    _prefetcher: FusionPrefetcher[FlatLora]
-    _pinned: bool
     _waited_s: float = 0.0  # for the next adapter, before its step
     _sum_transposed: TransposedSum | None = None
 
@@ -52,9 +46,10 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         """Wrap the model's layers as vLLM does, then open the banks; raise BankError if a bank is broken or unfit."""
         wrapped = super().create_lora_manager(model, vllm_config)
         self._pinned = PIN_MEMORY and self.device.type != "cpu"  # copies to the GPU are fast only from pinned memory
-        self._users = {}
+        self._users: dict[str, bytes] = {}  # serialised user adapters by the name of the stacked recipe
         self.metrics = self._adapter_manager.metrics
-        self._matrices, self._vllm_names = {}, {}
+        self._matrices: dict[str, MetaMatrix] = {}
+        self._vllm_names: dict[str, dict[str, str]] = {}
         for folder in Settings().banks:
             manifest = read_manifest(folder)
             matrix = open_matrix(folder, manifest).prepared(self.lora_config.lora_dtype, pin_memory=self._pinned)
@@ -81,7 +76,6 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         return {lora_id for lora_id, name in needed.items() if name in unfinished}
 
     def wait_for(self, request: LoRARequest) -> None:
-        """Wait until the fusion of an adapter that the next step needs has ended."""
         start = time.perf_counter()
         self._prefetcher.wait(request.lora_name)
         self._waited_s = time.perf_counter() - start

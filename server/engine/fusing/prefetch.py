@@ -22,7 +22,6 @@ log = logging.getLogger("mta.engine")
 
 
 def _compute_with(threads: int) -> None:
-    """Set the number of threads that compute what this one asks for."""
     torch._C.set_num_threads(threads)  # vLLM's workers replace `torch.set_num_threads` by one that does nothing
     torch.get_num_threads()  # a thread that has asked keeps its number when another thread sets its own
 
@@ -78,7 +77,6 @@ class FusionPrefetcher(Generic[Fused]):
         return failed
 
     def discard(self, name: str) -> None:
-        """Drop the result; the manager now holds the adapter."""
         with self._lock:
             self._futures.pop(name, None)
 

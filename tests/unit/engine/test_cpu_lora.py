@@ -28,6 +28,7 @@ from adapters.recipe import parse_recipe
 from bank.errors import BankError
 from server.engine.cpu import lora, native
 from server.engine.cpu.lora import CpuLoRA, SlotTable, transpose_b
+from server.engine.fusing.slots import SlotContent
 from server.settings import Settings
 
 ROUNDING = 2**-8  # of a bfloat16 number: half a unit in its last place, and some more for what went before
@@ -86,9 +87,8 @@ def layer_of(step: Step) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, 
 def wrapper_of(step: Step) -> CpuLoRA:
     slots = len(step.tenants)
     wrapper = CpuLoRA(1024, max_batches=64, device=torch.device("cpu"))
-    wrapper.table = SlotTable(slots)
-    for slot, (rank, shares) in enumerate(step.tenants):
-        wrapper.table.update(slot, rank, ("bank", rank) if shares else None)
+    contents = [SlotContent(rank, shared_a_key=f"{rank}" if shares else None) for rank, shares in step.tenants]
+    wrapper.table = SlotTable(contents)
     if not step.compiled:
         wrapper._kernel = None
     ids = tuple(slots - owner if owner >= 0 else 0 for owner in step.owners)  # slot 0 has the highest id
