@@ -125,7 +125,7 @@ async def open_gateway(
         engines = Engines(session, settings.engines, engine_key)
         engine = EngineClient(session, settings.engine_url, engines, engine_key, metrics.retries.inc)
         built_for = {bank.manifest.fingerprint: bank.manifest.base_model for bank in banks.values()}
-        health = Health(stores.server, engines, built_for, generating=settings.engine_url)
+        health = Health(stores.server, engines, built_for, generating=settings.engine_url.rstrip("/"))
 
         limiter = Limiter(stores.rates, keys, settings, metrics.count_refusal)
         share = GatewayShare(stores.rates, engines.urls, lambda: engines.sequences, settings.engine_places)

@@ -18,8 +18,7 @@ from server.store.worth import this_hour
 
 log = logging.getLogger("mta.gateway")
 
-REFRESH_INTERVAL_S = 2.0
-"""Seconds between refreshes of the keys; a change takes effect in under 5 s unless the store is slow."""
+REFRESH_INTERVAL_S = 2.0  # a change of the keys takes effect in under 5 s unless the store is slow
 USED_INTERVAL_S = 60.0  # seconds until the store knows that a key was used
 
 _MAX_SECRET_BYTES = 128
@@ -28,7 +27,6 @@ _KEYS_LOST = (
     "if the change is intended, restart the gateways"
 )
 _OF_PROXIES = frozenset((b"forwarded", b"x-real-ip", b"via"))
-_ALL_SCOPES = frozenset(Scope)
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -85,7 +83,7 @@ class KnownKeys:
     """
 
     def __init__(self, tenant: str) -> None:
-        self._local_caller = Caller(tenant, "", _ALL_SCOPES)
+        self._local_caller = Caller(tenant, "", frozenset(Scope))
         self._callers: dict[str, Caller] = {}
         self._revoked = set[str]()  # digests
         self._banks: dict[str, str] = {}

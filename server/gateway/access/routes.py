@@ -8,23 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as ASGIScope
 
 from server.errors import Forbidden, TooMany, Unavailable
 from server.gateway.access.keys import KnownKeys, caller_name_of, caller_of
 from server.gateway.access.shares import Shares
 from server.store.tenants.access_keys import CREATE, Scope
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Send
-    from starlette.types import Scope as ASGIScope
-
-OPEN = None
-"""Marks a route that requires no key: it reveals nothing about users or about this deployment."""
+OPEN = None  # marks a route that requires no key: it reveals nothing about users or about this deployment
 
 
 class RouteKind(StrEnum):

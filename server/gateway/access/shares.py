@@ -13,14 +13,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-MEAN_TIME_S = 30.0
-"""Time constant of the exponential mean of places held, in seconds."""
-_ACTIVE_S = 10.0
-"""Seconds that a caller without a place still counts as active."""
-_RESERVE_FACTOR = 2.5
-"""Places kept for the other callers, as a multiple of their mean: three standard deviations more for a mean of four."""
-_CREDIT_S = 0.5
-"""Maximum credit for unused places, in seconds of the share: limits a burst to 1.5 times the share."""
+MEAN_TIME_S = 30.0  # time constant of the exponential mean of places held
+_ACTIVE_S = 10.0  # a caller without a place still counts as active for so long
+_RESERVE_FACTOR = 2.5  # times their mean is kept for the other callers: three standard deviations more for one of four
+_CREDIT_S = 0.5  # maximum credit for unused places, in seconds of the share: limits a burst to 1.5 times the share
 
 
 def tenant_of(caller: str) -> str:

@@ -19,16 +19,11 @@ from server.gateway.http.json_text import parse_json, parse_lines
 from server.gateway.http.streaming import ClientGone, unless_gone
 
 MAX_BODY_BYTES = 8 << 20
-BODY_TIMEOUT_S = 60.0
-"""Seconds for a body to arrive, its wait for a place among the large ones included."""
-HANDLER_TIMEOUT_S = 240.0
-"""Seconds for what follows, up to the response's beginning: checks, waits for an embedder, a commit."""
-LONGEST_WRITE_S = BODY_TIMEOUT_S + HANDLER_TIMEOUT_S
-"""Seconds from a write's arrival to its commit at most: what a write must know of erasures is kept for longer."""
-SMALL_BYTES = 64 << 10
-"""Maximum size of a body that is parsed on the event loop, which takes a millisecond or two."""
-LARGE_AT_ONCE = 16
-"""Maximum number of requests with larger bodies; uvicorn stops reading others beyond `SMALL_BYTES`."""
+BODY_TIMEOUT_S = 60.0  # for a body to arrive, its wait for a place among the large ones included
+HANDLER_TIMEOUT_S = 240.0  # for what follows, up to the response's beginning: checks, waits for an embedder, a commit
+LONGEST_WRITE_S = BODY_TIMEOUT_S + HANDLER_TIMEOUT_S  # what a write must know of erasures is kept for longer
+SMALL_BYTES = 64 << 10  # maximum size of a body that is parsed on the event loop, which takes a millisecond or two
+LARGE_AT_ONCE = 16  # requests with larger bodies; uvicorn stops reading others beyond `SMALL_BYTES`
 
 _LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
 

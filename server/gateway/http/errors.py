@@ -61,8 +61,7 @@ def fault_of(errors: Sequence[Any]) -> InvalidRequest:
             return InvalidRequest(f"unknown field {param!r}, got {value}", param=param, code="unknown_field")
         case "combination":  # of several fields, which the message names
             return InvalidRequest(f"{first['msg']}, got {value}", param=param)
-    subject = _SUBJECT.match(first["msg"])
-    rule = first["msg"][subject.end() :] if subject else first["msg"]
+    rule = _SUBJECT.sub("", first["msg"])
     return InvalidRequest(f"{param} {rule if rule.startswith('must') else f'must {rule}'}, got {value}", param=param)
 
 

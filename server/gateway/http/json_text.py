@@ -15,8 +15,7 @@ from adapters.errors import excerpt, shortened
 from bank.items.profile import has_surrogate
 from server.errors import InvalidRequest
 
-MAX_STRUCTURE_BYTES = 512 << 10
-"""Maximum number of quotes and non-space bytes outside strings; every value has at least one."""
+MAX_STRUCTURE_BYTES = 512 << 10  # of quotes and non-space bytes outside strings; every value has at least one
 MAX_FIELDS = 1000  # per object, because pydantic reports an error for each unknown field
 
 _ESCAPED_BACKSLASH = rb"\\"

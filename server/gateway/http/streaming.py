@@ -6,17 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import orjson
 from pydantic import BaseModel
 from starlette.responses import Response
+from starlette.types import Receive, Send
 
-if TYPE_CHECKING:
-    from starlette.types import Receive, Send
-
-KEEP_ALIVE_S = 15.0
-"""Maximum silence of a stream in seconds; proxies close streams that are silent for much longer."""
+KEEP_ALIVE_S = 15.0  # maximum silence of a stream; proxies close streams that are silent for much longer
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not cache or buffer events
 KEEP_ALIVE = b": keep-alive\n\n"

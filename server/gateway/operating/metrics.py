@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import CLIENT_GONE, Unavailable
 from server.gateway.engines.admin import Engines
@@ -25,11 +26,7 @@ from server.store.figures import ServerFigures
 from server.watching.audit import Act, note, room
 from server.watching.background import BUCKETS_S, StoreSeconds
 from server.watching.logs import request_id, traceparent
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from server.watching.tracing import Tracing
+from server.watching.tracing import Tracing
 
 log = logging.getLogger("mta.gateway")
 
