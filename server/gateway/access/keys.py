@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ class Caller:
     key_id: str  # public id of the key; empty while no key exists
     scopes: frozenset[Scope]
     policy: Policy = USUAL
-    expires_s: float = math.inf  # time from which the key is refused, Unix time
+    expires_ms: int | None = None  # time from which the key is refused, Unix time
 
     @property
     def name(self) -> str:
@@ -112,14 +111,7 @@ class KnownKeys:
         # A failover may also lose a revocation: what was revoked once stays so.
         self._revoked |= {key.digest for key in ring.keys if key.revoked_ms is not None}
         self._callers |= {
-            key.digest: Caller(
-                key.tenant,
-                key.id,
-                key.scopes,
-                key.policy,
-                expires_s=math.inf if key.expires_ms is None else key.expires_ms / 1000,
-            )
-            for key in ring.keys
+            key.digest: Caller(key.tenant, key.id, key.scopes, key.policy, key.expires_ms) for key in ring.keys
         }
         for digest in self._revoked & self._callers.keys():
             del self._callers[digest]
@@ -173,7 +165,7 @@ class KnownKeys:
 
     def _caller(self, digest: str) -> Caller | Unauthorized:
         caller = self._callers.get(digest)
-        if caller is not None and time.time() < caller.expires_s:
+        if caller is not None and (caller.expires_ms is None or time.time() * 1000 < caller.expires_ms):
             self._seen.add(digest)
             return caller
         new = f"create another with `{CREATE} NAME`"

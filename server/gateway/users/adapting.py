@@ -83,7 +83,7 @@ class Adapting:
 
     async def _submit(self, user: User, request: TrainingRequest, submission: Submission) -> Job | None:
         # Workers fail a job without a profile, so the profile comes first.
-        profile = await self.profiles.current(user)
+        _, profile, _ = await self.profiles.find(user)
         is_first = profile is None or profile.adapter is None
         wanted = Held(bytes=sum(map(len, submission.samples)), adapters=is_first)
         if user.tenant in self.profiles.quotas.keys.quotas and not request.append:
@@ -186,12 +186,13 @@ class SampleChecks:
 
     async def check_template(self, samples: Sequence[Sample]) -> None:
         """Refuse samples that the chat template refuses. Only roles matter, so each role sequence is checked once."""
-        first_indices: dict[str, int] = {}  # by role sequence
+        unchecked: dict[str, int] = {}  # index of the first sample, by role sequence
         for index, sample in enumerate(samples):
-            first_indices.setdefault(_role_sequence(sample), index)
-        unchecked = {index: samples[index] for roles, index in first_indices.items() if roles not in self._accepted}
+            if (roles := _role_sequence(sample)) not in self._accepted:
+                unchecked.setdefault(roles, index)
+        conversations = {index: _conversation(samples[index]) for index in unchecked.values()}
         with suppress(Unavailable):
-            async for index, reason in _ask_each(self._template_refusal, unchecked):
+            async for index, reason in _ask_each(self.engines.template_refusal, conversations):
                 if reason is not None:
                     param = f"samples.{index}.input"
                     message = f"{param}: the model's chat template refuses these messages: {excerpt(reason, 300)}"
@@ -252,9 +253,6 @@ class SampleChecks:
             param="config.steps",
             code="job_too_large",
         )
-
-    async def _template_refusal(self, sample: Sample) -> str | None:
-        return await self.engines.template_refusal(_conversation(sample))
 
     async def _count_tokens(self, raw_sample: bytes) -> int | None:
         return await self.engines.count_tokens(_conversation(decode_sample(raw_sample)))

@@ -98,12 +98,8 @@ class Profiles:
     def store(self) -> ProfileStore:
         return self.rotation.profiles
 
-    async def current(self, user: User) -> Profile | None:
-        """Return the profile, embedded by the current embedder; None for an unknown user."""
-        return (await self.find(user))[1]
-
     async def find(self, user: User) -> tuple[User, Profile | None, str]:
-        """Return the user as stored, what `current` returns, and the user's epoch."""
+        """Return the user as stored, the profile, embedded by this embedder, if there is one, and the user's epoch."""
         user, profile, epoch = await self.find_at_once(user)
         if profile and profile.embedder != self.embedder.id:
             profile = await asyncio.shield(self._refresh_once(user))
