@@ -32,8 +32,6 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The sender of a request."""
-
     tenant: str
     key_id: str  # public id of the key; empty while no key exists
     scopes: frozenset[Scope]

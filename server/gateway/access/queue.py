@@ -129,7 +129,6 @@ class EngineQueue:
             lease.release()
 
     async def _enter(self, caller: str, size: int, places: int, patience_s: float, begun: bool) -> float:
-        """Take the places and return the seconds waited."""
         if self._line.try_acquire(caller, size):
             return 0.0
         start_s = time.monotonic()

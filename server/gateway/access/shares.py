@@ -153,8 +153,6 @@ class FairShares(Shares):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiter:
-    """A request in a line."""
-
     size: int  # number of places it needs
     keep_from_s: float  # when freed places start being kept for it, by the monotonic clock; before, others may pass
     turn: asyncio.Future[None]  # done once it has its places

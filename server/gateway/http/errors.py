@@ -42,7 +42,6 @@ class ErrorAnswer(BaseModel, frozen=True):
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Make an application return every exception in OpenAI's error shape."""
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
 

@@ -122,8 +122,6 @@ class ProbeResult:
 
 @dataclass(eq=False)
 class Health:
-    """Probes the parts."""
-
     store: CheckedStore
     engines: Engines
     banks: dict[str, BaseModelId]  # that the engines must serve, by fingerprint, with the models they are for
@@ -137,7 +135,10 @@ class Health:
         return self.last.readiness if self.last else Readiness.NOT_YET_SEEN
 
     async def probe(self) -> ProbeResult:
-        store, engines, router = await asyncio.gather(self._probe_store(), self._probe_engines(), self._probe_router())
+        store, states, router = await asyncio.gather(
+            self._probe_store(), self.engines.probe(PROBE_TIMEOUT_S), self._probe_router()
+        )
+        engines = tuple(self._with_bank_status(state) if state.status == "ok" else state for state in states)
         lacking = tuple(bank for bank in self.banks if not any(bank in engine.banks for engine in engines))
         self._log_lacking(lacking if any(engine.banks for engine in engines) else ())
         generating = router or engines[self.engines.urls.index(self.generating)]
@@ -172,11 +173,6 @@ class Health:
         if not durability.is_durable:
             return StoreState("ok", durability, "acknowledged writes can be lost: MTA_REQUIRE_DURABLE_STORE is false")
         return StoreState(_PARTIAL, durability, unserved) if unserved else StoreState("ok", durability)
-
-    async def _probe_engines(self) -> tuple[EngineState, ...]:
-        """Probe the engines; those that lack a bank are not `ok`."""
-        states = await self.engines.probe(PROBE_TIMEOUT_S)
-        return tuple(self._with_bank_status(state) if state.status == "ok" else state for state in states)
 
     def _with_bank_status(self, state: EngineState) -> EngineState:
         for bank, base_model in self.banks.items():

@@ -202,7 +202,6 @@ class RequestNotes:
 
 
 def notes_of(scope: Scope) -> RequestNotes:
-    """Return the notes that `RequestLog` created for a request."""
     notes: RequestNotes = scope["state"]["notes"]
     return notes
 
@@ -242,10 +241,8 @@ class RequestLog:
                 try:
                     await _audit(inner["state"], status)  # before the client can know: a gateway may die now
                 except Unavailable as error:
-                    refusal = error_response(error)
-                    status, ended = refusal.status_code, True
-                    refusal.headers["X-Request-Id"] = own_id
-                    await refusal(inner, receive, send)
+                    await error_response(error)(inner, receive, send_with_id)
+                    ended = True
                     return
             elif is_head:
                 ended, message = True, {"type": "http.response.body"}  # a stream stops too: `receive` disconnects

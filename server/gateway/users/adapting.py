@@ -282,5 +282,4 @@ def _conversation(sample: Sample) -> list[dict[str, str]]:
 
 
 def _role_sequence(sample: Sample) -> str:
-    """Return the first letter of each message's role."""
     return "".join(message["role"][0] for message in sample.messages)

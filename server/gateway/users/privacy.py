@@ -183,7 +183,6 @@ def _base64(raw: bytes) -> str:
 
 
 def _base64_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Encode a stream of bytes as one base64 text, piece by piece."""
     rest = b""
     for piece in pieces:
         data = rest + piece
