@@ -50,10 +50,7 @@ class Caller:
 
 
 def caller_of(request: Mapping[str, Any]) -> Caller:
-    """Return the caller of a request, given as Starlette's `Request` or as an ASGI scope.
-
-    Raise `Unauthorized` if the request has no valid key, which only open routes allow.
-    """
+    """Return the caller of a request or ASGI scope; `Unauthorized` if it has no valid key, which open routes allow."""
     caller: Caller | Unauthorized = request["state"]["caller"]
     if isinstance(caller, Unauthorized):
         raise caller

@@ -105,10 +105,7 @@ class Limiter:
                 settled.add_done_callback(self._settling[caller.owner].discard)
 
     def count_body(self, usage: RequestUsage, user: User | None, tokens: Callable[[], int]) -> None:
-        """Start counting the limits that depend on a generation's body; `RequestUsage.within_limits` has the result.
-
-        `tokens` returns an estimate, which `usage.tokens` replaces when the request ends.
-        """
+        """Start counting what depends on a generation's body; `usage.tokens` replaces the estimated `tokens` later."""
         daily = self._daily(usage.caller)
         counts_tokens = daily or usage.allowance.tokens or (user and self._per_user.tokens)
         amounts = {"tokens": tokens()} if counts_tokens else {}

@@ -47,10 +47,7 @@ class Shares:
         return not self.taken or (size <= self.free and self.is_within_share(caller, size))
 
     def is_within_share(self, caller: str, size: int = 1) -> bool:
-        """Return whether `size` more places are within the shares of a caller and its tenant, free or not.
-
-        The first request of both always is.
-        """
+        """Return whether `size` more places, free or not, are within both shares, as a first request always is."""
         shares = ((caller, self._share(caller)), (tenant := tenant_of(caller), self._tenant_share(tenant)))
         return all(not self._held[name] or self._held[name] + size <= share for name, share in shares)
 
@@ -192,10 +189,7 @@ class FairQueue:
     async def wait(
         self, caller: str, size: int, patience_s: float | None, passed_for_s: float, *, may_be_refused: bool = True
     ) -> None:
-        """Wait for places that `try_acquire` did not take, or raise `TimeoutError`.
-
-        Smaller requests may pass for `passed_for_s`.
-        """
+        """Wait in the line for places, or raise `TimeoutError`; smaller requests may pass for `passed_for_s`."""
         keep_from_s = time.monotonic() + passed_for_s
         waiting = Waiter(size, keep_from_s, asyncio.get_running_loop().create_future(), may_be_refused)
         self._lines.setdefault(caller, []).append(waiting)

@@ -259,10 +259,10 @@ class RequestLog:
             if method == "POST" and scope["path"] in _GENERATION_PATHS:
                 self._metrics.count_generation(tenant, notes.level, status, broken=notes.broken)
             took_ms = round((time.perf_counter() - notes.started_s) * 1000, 1)
-            by = f"tenant={tenant} key={key}" if key else ""
-            line = " ".join(filter(None, (f"{method} {route} {status} {took_ms} ms", notes.answer_id, notes.level, by)))
-            fields = {"method": method, "route": route, "status": status, "ms": took_ms}
-            log.info(line, extra={"fields": fields | ({"tenant": tenant, "key": key} if key else {})})
+            by = {"tenant": tenant, "key": key} if key else {}
+            told = (f"{method} {route} {status} {took_ms} ms", notes.answer_id, notes.level, *map("=".join, by.items()))
+            fields = {"method": method, "route": route, "status": status, "ms": took_ms} | by
+            log.info(" ".join(filter(None, told)), extra={"fields": fields})
             await _audit(inner["state"], status)
 
 

@@ -214,10 +214,7 @@ class SampleChecks:
                 )
 
     async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
-        """Refuse a job that would read more tokens than its configuration allows, which bounds the job's time.
-
-        Raises `Unavailable` if that cannot be known now.
-        """
+        """Refuse a job that reads more tokens than its configuration allows; `Unavailable` if that is not known now."""
         token_counts = [min(len(raw), MAX_SAMPLE_TOKENS) for raw in raw_samples]  # upper bounds
         if _fits(config, token_counts):
             return

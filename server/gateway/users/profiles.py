@@ -106,10 +106,7 @@ class Profiles:
         return user, profile, epoch
 
     async def find_at_once(self, user: User) -> tuple[User, Profile | None, str]:
-        """Return what `find` does, without waiting for the embedder.
-
-        A profile that has only another embedder's embedding is embedded in the background.
-        """
+        """Return what `find` does, but have a profile with another embedder's embedding embedded in the background."""
         user, profile, epoch = await self.store.find(user)
         current = profile and profile.with_embedder(self.embedder.id)
         if profile and not current and len(self._refreshing) < MAX_REFRESHING:
