@@ -251,8 +251,7 @@ def _load_search(task: Task) -> None:
 
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def gateway_of(request: Request) -> Gateway:

@@ -20,7 +20,7 @@ from bank.lookup.embedder import Embedder
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.users.profiles import EMBED_BATCH, HistoryLimit, Profiles, ProfileUpdate
-from server.store.profile_record import AdapterNote
+from server.store.profile_record import AdapterNote, Profile
 from server.store.profiles import Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis.servers.connection import RedisConnection
@@ -81,6 +81,9 @@ class Begun(Profiles):
     async def add(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
         return await super().add(user, items, epoch or await self.rotation.begin_write(user))
 
+    async def current(self, user: User) -> Profile | None:
+        return (await self.find(user))[1]
+
 
 def profiles(store: ProfileStore, embedder: CountingEmbedder) -> Profiles:
     rotation, limit = Rotation(store._connection, None), HistoryLimit(64, 1 << 20)
@@ -100,7 +103,7 @@ async def test_only_new_items_are_embedded(writing: Profiles, user: User) -> Non
     await writing.replace(user, items("chess", "waves"), "")
     assert embedder.texts == []
     mean = embedder.inner.embed(["a text about waves", "a text about chess"]).mean(axis=0)
-    embedding = (await writing.find(user))[1].embedding
+    embedding = (await writing.current(user)).embedding
     assert float(embedding @ mean / np.linalg.norm(mean)) == pytest.approx(1, abs=1e-3)
     await writing.add(user, items("bread"), "")
     assert embedder.texts == ["a text about bread"]
@@ -174,7 +177,7 @@ async def test_another_embedders_embedding_is_remade_once(store: ProfileStore, e
     await profiles(store, old).replace(user, items("waves", "roses"), "")
     reading = profiles(store, new)
     for _ in range(2):
-        assert (await reading.find(user))[1].embedder == embedder.id
+        assert (await reading.current(user)).embedder == embedder.id
         assert sorted(new.texts) == ["a text about roses", "a text about waves"]
     other = KEYS.user(f"user-{next(_numbers)}")
     await profiles(store, old).replace(other, items("waves", "roses"), "")
@@ -188,11 +191,11 @@ async def test_concurrent_requests_share_a_new_embedding(store: ProfileStore, em
     new = CountingEmbedder(embedder)
     new.gate.clear()
     reading = profiles(store, new)
-    waiting = [asyncio.create_task(reading.find(user)) for _ in range(10)]
+    waiting = [asyncio.create_task(reading.current(user)) for _ in range(10)]
     await new.asked()
     waiting[0].cancel()  # the others do not notice
     new.gate.set()
-    assert {profile.embedder for _, profile, _ in await asyncio.gather(*waiting[1:]) if profile} == {embedder.id}
+    assert {profile.embedder for profile in await asyncio.gather(*waiting[1:]) if profile} == {embedder.id}
     assert len(new.texts) == 2
 
 
@@ -204,7 +207,7 @@ async def test_the_rest_of_the_record_survives_changes(writing: Profiles, user: 
     assert await writing.store.commit(user.key, snapshot.version, change)
     await writing.add(user, items("waves"), "")
     await writing.replace(user, items("bread"), "")
-    _, profile, _ = await writing.find(user)
+    profile = await writing.current(user)
     assert (profile.adapter, profile.extra) == (note, extra)
 
 

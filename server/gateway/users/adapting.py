@@ -78,8 +78,7 @@ class Adapting:
     async def find_duplicate(self, user: User, request: TrainingRequest, epoch: str) -> Job | None:
         """Return the job that an earlier copy of this request created, or None. Arguments and errors as in `submit`."""
         _, submission = await self._prepare(user, request, epoch)
-        find = self.jobs.find_duplicate
-        return await self.profiles.rotation.at(user, lambda user: find(user.key, submission))
+        return await self.profiles.rotation.at(user, lambda user: self.jobs.find_duplicate(user.key, submission))
 
     async def _submit(self, user: User, request: TrainingRequest, submission: Submission) -> Job | None:
         # Workers fail a job without a profile, so the profile comes first.
@@ -240,9 +239,7 @@ class SampleChecks:
                 param="samples",
                 code="job_too_large",
             )
-        max_steps = config.steps - 1
-        while not _fits(replace(config, steps=max_steps), token_counts):
-            max_steps -= 1
+        max_steps = next(n for n in range(config.steps - 1, 0, -1) if _fits(replace(config, steps=n), token_counts))
         raise InvalidRequest(
             f"config.steps {config.steps} makes a job that reads about {config.tokens_read(token_counts)} tokens over "
             f"its {len(token_counts)} samples, but at most {config.max_tokens} are allowed: with {max_steps} steps it "
