@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,8 +77,6 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """A gateway with all banks that it serves."""
-
     parts: Mapping[str, Parts]  # by the first 8 hex digits of the bank; the first entry is the default bank
     keys: KnownKeys
 
@@ -125,17 +122,13 @@ async def open_gateway(
         engines = Engines(session, settings.engines, engine_key)
         engine = EngineClient(session, settings.engine_url, engines, engine_key, metrics.retries.inc)
         built_for = {bank.manifest.fingerprint: bank.manifest.base_model for bank in banks.values()}
-        health = Health(stores.server, engines, built_for, generating=settings.engine_url)
+        health = Health(stores.server, engines, built_for, generating=settings.engine_url.rstrip("/"))
 
         limiter = Limiter(stores.rates, keys, settings, metrics.count_refusal)
         share = GatewayShare(stores.rates, engines.urls, lambda: engines.sequences, settings.engine_places)
         stack.push_async_callback(share.leave)
         queue = EngineQueue(
-            share,
-            max_waiting=settings.queue_places,
-            patience_s=settings.queue_timeout_s,
-            waited=metrics.queue_seconds.observe,
-            refused=metrics.count_refusal,
+            share, settings.queue_places, settings.queue_timeout_s, metrics.queue_seconds.observe, metrics.count_refusal
         )
         quotas = Quotas(stores.holdings, stores.profiles, stores.rates, keys, tenants, metrics.count_refusal)
         metrics.watch(engines, health, stores.server, quotas.used)
@@ -146,22 +139,17 @@ async def open_gateway(
         learner = MessageLearner(metrics.learned.inc, lambda why: metrics.unlearned.labels(why).inc())
         tallies = Tallies(stores.worth)
 
-        turns, checking = FairQueue(Shares(lambda: 1)), FairQueue(Shares(lambda: 2))  # over all banks
-        changing = FairQueue(Shares(lambda: CHANGES_AT_ONCE))
+        turns, changing = FairQueue(Shares(lambda: 1)), FairQueue(Shares(lambda: CHANGES_AT_ONCE))  # over all banks
+        checks = SampleChecks(engines, FairQueue(Shares(lambda: 2)))
+        limit = HistoryLimit(settings.profile_items, settings.profile_bytes)
 
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
             short, has_signatures = bank.manifest.short, bank.manifest.has_signatures
+            metrics.bank.labels(short).set(1)
+            signing = stores.signing(short) if has_signatures else None
+            none = empty_signature(short, bank.manifest.personal_rows) if has_signatures else None
             profiles = Profiles(
-                stores.rotation,
-                embedder=embedder,
-                task=bank.task,
-                executor=embedding,
-                turns=turns,
-                places=changing,
-                limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
-                quotas=quotas,
-                signing=stores.signing(short) if has_signatures else None,
-                no_evidence=empty_signature(short, bank.manifest.personal_rows) if has_signatures else None,
+                stores.rotation, embedder, bank.task, embedding, turns, changing, limit, quotas, signing, none
             )
             cache = IndexCache(INDEX_CACHE_BYTES // len(banks))
             refreshing = Refreshing(stores, quotas, limiter, bank.manifest, budget, settings)
@@ -171,15 +159,7 @@ async def open_gateway(
                 tenants=tenants,
                 bank=bank,
                 profiles=profiles,
-                adapting=Adapting(
-                    stores.jobs,
-                    profiles,
-                    checks=SampleChecks(engines, checking),
-                    manifest=bank.manifest,
-                    task=bank.task,
-                    budget=budget,
-                    tracing=tracing,
-                ),
+                adapting=Adapting(stores.jobs, profiles, checks, bank.manifest, bank.task, budget, tracing),
                 erasing=Erasing(stores, short, engines.drop),
                 exporting=Exporting(stores, folder, bank.manifest),
                 feedbacks=Feedbacks(stores.feedback, profiles, refreshing, tallies),
@@ -202,8 +182,6 @@ async def open_gateway(
             )
 
         parts = {bank.manifest.short: parts_over(folder, bank) for folder, bank in banks.items()}
-        for short in parts:
-            metrics.bank.labels(short).set(1)
         for background in (
             health.watch(),
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
@@ -240,7 +218,7 @@ def _open_banks(folders: Sequence[Path], embedder_id: str) -> dict[Path, Serving
 
 async def _count_jobs(jobs: JobStore, banks: Iterable[str], metrics: Metrics) -> None:
     """Count the banks' open jobs; keep the last count while the store is down."""
-    with contextlib.suppress(Unavailable):
+    with suppress(Unavailable):
         backlogs = [await jobs.backlog(bank) for bank in banks]
         metrics.jobs.labels("queued").set(sum(each.waiting for each in backlogs))
         metrics.jobs.labels("running").set(sum(each.open - each.waiting for each in backlogs))
@@ -248,7 +226,7 @@ async def _count_jobs(jobs: JobStore, banks: Iterable[str], metrics: Metrics) ->
 
 
 async def _last(store_counts: Callable[[], Awaitable[None]]) -> None:
-    with contextlib.suppress(Unavailable):  # counts are lost like those of a crash
+    with suppress(Unavailable):  # counts are lost like those of a crash
         await store_counts()
 
 
@@ -273,8 +251,7 @@ def _load_search(task: Task) -> None:
 
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def gateway_of(request: Request) -> Gateway:

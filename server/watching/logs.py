@@ -17,11 +17,6 @@ request_id: ContextVar[str] = ContextVar("mta_request_id", default="")
 traceparent: ContextVar[str] = ContextVar("mta_traceparent", default="")  # W3C's header; empty if not traced
 
 
-def trace_id() -> str:
-    """Return the current trace id, 32 hex digits; empty if the request is not traced."""
-    return traceparent.get()[3:35]  # skip the version
-
-
 def log_to_stderr(log_format: Literal["text", "json"]) -> None:
     """Log our own loggers from INFO up, all others from WARNING up."""
     handler = logging.StreamHandler()
@@ -31,7 +26,7 @@ def log_to_stderr(log_format: Literal["text", "json"]) -> None:
 
 
 def _ids() -> dict[str, str]:
-    ids = {"request": request_id.get(), "trace": trace_id()}
+    ids = {"request": request_id.get(), "trace": traceparent.get()[3:35]}  # behind the version
     return {name: value for name, value in ids.items() if value}
 
 

@@ -178,8 +178,8 @@ async def test_samples_that_replace_more_need_no_room(gateways: tuple[Gateway, G
     here.quotas.changed(user)
     await here.quotas.count()
     assert here.used()["bytes"] > 40_000
-    current = AsyncMock(return_value=await here.parts.profiles.load(user.key))
-    adapting = Adapting(here.parts.jobs, Mock(current=current, quotas=here.quotas), *[Mock()] * 5)
+    find = AsyncMock(return_value=(user, await here.parts.profiles.load(user.key), ""))
+    adapting = Adapting(here.parts.jobs, Mock(find=find, quotas=here.quotas), *[Mock()] * 5)
     fewer = Submission([f"{n:01001}".encode() for n in range(20)], False, "{}", BANK)
     with pytest.raises(QuotaExceeded):
         await adapting._submit(user, TrainingRequest([], {}, True, ""), replace(fewer, append=True))

@@ -20,7 +20,7 @@ from bank.lookup.embedder import Embedder
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.users.profiles import EMBED_BATCH, HistoryLimit, Profiles, ProfileUpdate
-from server.store.profile_record import AdapterNote
+from server.store.profile_record import AdapterNote, Profile
 from server.store.profiles import Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis.servers.connection import RedisConnection
@@ -80,6 +80,9 @@ class Begun(Profiles):
 
     async def add(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
         return await super().add(user, items, epoch or await self.rotation.begin_write(user))
+
+    async def current(self, user: User) -> Profile | None:
+        return (await self.find(user))[1]
 
 
 def profiles(store: ProfileStore, embedder: CountingEmbedder) -> Profiles:

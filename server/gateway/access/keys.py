@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from server.store.worth import this_hour
 
 log = logging.getLogger("mta.gateway")
 
-REFRESH_INTERVAL_S = 2.0
-"""Seconds between refreshes of the keys; a change takes effect in under 5 s unless the store is slow."""
+REFRESH_INTERVAL_S = 2.0  # a change of the keys takes effect in under 5 s unless the store is slow
 USED_INTERVAL_S = 60.0  # seconds until the store knows that a key was used
 
 _MAX_SECRET_BYTES = 128
@@ -28,20 +26,17 @@ _KEYS_LOST = (
     "if the change is intended, restart the gateways"
 )
 _OF_PROXIES = frozenset((b"forwarded", b"x-real-ip", b"via"))
-_ALL_SCOPES = frozenset(Scope)
 
 Headers = Iterable[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The sender of a request."""
-
     tenant: str
     key_id: str  # public id of the key; empty while no key exists
     scopes: frozenset[Scope]
     policy: Policy = USUAL
-    expires_s: float = math.inf  # time from which the key is refused, Unix time
+    expires_ms: int | None = None  # time from which the key is refused, Unix time
 
     @property
     def name(self) -> str:
@@ -55,10 +50,7 @@ class Caller:
 
 
 def caller_of(request: Mapping[str, Any]) -> Caller:
-    """Return the caller of a request, given as Starlette's `Request` or as an ASGI scope.
-
-    Raise `Unauthorized` if the request has no valid key, which only open routes allow.
-    """
+    """Return the caller of a request or ASGI scope; `Unauthorized` if it has no valid key, which open routes allow."""
     caller: Caller | Unauthorized = request["state"]["caller"]
     if isinstance(caller, Unauthorized):
         raise caller
@@ -85,7 +77,7 @@ class KnownKeys:
     """
 
     def __init__(self, tenant: str) -> None:
-        self._local_caller = Caller(tenant, "", _ALL_SCOPES)
+        self._local_caller = Caller(tenant, "", frozenset(Scope))
         self._callers: dict[str, Caller] = {}
         self._revoked = set[str]()  # digests
         self._banks: dict[str, str] = {}
@@ -114,14 +106,7 @@ class KnownKeys:
         # A failover may also lose a revocation: what was revoked once stays so.
         self._revoked |= {key.digest for key in ring.keys if key.revoked_ms is not None}
         self._callers |= {
-            key.digest: Caller(
-                key.tenant,
-                key.id,
-                key.scopes,
-                key.policy,
-                expires_s=math.inf if key.expires_ms is None else key.expires_ms / 1000,
-            )
-            for key in ring.keys
+            key.digest: Caller(key.tenant, key.id, key.scopes, key.policy, key.expires_ms) for key in ring.keys
         }
         for digest in self._revoked & self._callers.keys():
             del self._callers[digest]
@@ -175,7 +160,7 @@ class KnownKeys:
 
     def _caller(self, digest: str) -> Caller | Unauthorized:
         caller = self._callers.get(digest)
-        if caller is not None and time.time() < caller.expires_s:
+        if caller is not None and (caller.expires_ms is None or time.time() * 1000 < caller.expires_ms):
             self._seen.add(digest)
             return caller
         new = f"create another with `{CREATE} NAME`"

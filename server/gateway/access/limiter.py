@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -100,13 +100,12 @@ class Limiter:
             yield usage
         finally:
             if uses or limit or usage.body:
-                self._settle_in_background(caller, self._settle(usage))
+                settled = asyncio.create_task(self._settle(usage))
+                self._settling[caller.owner].add(settled)
+                settled.add_done_callback(self._settling[caller.owner].discard)
 
     def count_body(self, usage: RequestUsage, user: User | None, tokens: Callable[[], int]) -> None:
-        """Start counting the limits that depend on a generation's body; `RequestUsage.within_limits` has the result.
-
-        `tokens` returns an estimate, which `usage.tokens` replaces when the request ends.
-        """
+        """Start counting what depends on a generation's body; `usage.tokens` replaces the estimated `tokens` later."""
         daily = self._daily(usage.caller)
         counts_tokens = daily or usage.allowance.tokens or (user and self._per_user.tokens)
         amounts = {"tokens": tokens()} if counts_tokens else {}
@@ -235,13 +234,6 @@ class Limiter:
             wait_s = 1.0
             message = f"this API key is at its limit of concurrent requests, {limit}: try again in a moment"
         return TooMany(message, retry_after_s=wait_s, limits=usage.headers())
-
-    def _settle_in_background(self, caller: Caller, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` in the background; the caller's next request waits for it if concurrency is limited."""
-        task = asyncio.create_task(work)
-        settling = self._settling[caller.owner]
-        settling.add(task)
-        task.add_done_callback(settling.discard)
 
 
 def _uses(owner: str, allowance: Allowance, amounts: Mapping[str, int]) -> list[Use]:

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from hashlib import blake2b
 from math import ceil
 
@@ -20,8 +21,7 @@ COUNT_GATEWAYS_S = 2.0
 _GATEWAY_LEASE_S = 10.0
 _MAX_RETRY_S = 60.0
 _PACE_WEIGHT = 0.1
-_WIDEST_DIVISOR = 4
-"""One request to the engines may use at most a quarter of all places."""
+_WIDEST_DIVISOR = 4  # one request to the engines may use at most a quarter of all places
 
 
 class GatewayShare:
@@ -68,6 +68,7 @@ class EngineLease:
             self._release(size)
 
 
+@dataclass(eq=False)
 class EngineQueue:
     """Assigns places to generations; callers take turns.
 
@@ -76,24 +77,17 @@ class EngineQueue:
     called with the seconds of each wait, also of those that gave up, and `refused` with the reason of each refusal.
     """
 
-    def __init__(
-        self,
-        places: Callable[[], int | None],
-        *,
-        max_waiting: int | None,
-        patience_s: float,
-        waited: Callable[[float], object] = lambda seconds: None,
-        refused: Callable[[str], object] = lambda reason: None,
-    ) -> None:
-        self._places = places
-        self._max_waiting = max_waiting
-        self._patience_s = patience_s
-        self._waited = waited
-        self._refused = refused
-        self._shares = FairShares(places)
+    places: Callable[[], int | None]
+    max_waiting: int | None
+    patience_s: float
+    waited: Callable[[float], object] = lambda seconds: None
+    refused: Callable[[str], object] = lambda reason: None
+    _pace_s: float = 0.0  # mean time between two releases
+    _last_s: float | None = None  # time of the last release if generations waited then
+
+    def __post_init__(self) -> None:
+        self._shares = FairShares(self.places)
         self._line = FairQueue(self._shares)
-        self._pace_s = 0.0
-        self._last_s: float | None = None
 
     @property
     def taken(self) -> int:
@@ -106,12 +100,12 @@ class EngineQueue:
     @property
     def widest(self) -> int | None:
         """Maximum number of sequences in one request to the engines; None while unknown."""
-        places = self._places()
+        places = self.places()
         return None if places is None else max(1, places // _WIDEST_DIVISOR)
 
     def check(self, caller: str, patience_s: float | None) -> None:
         """Raise if `acquire` would refuse the request now: refusing early saves looking up the user."""
-        places = self._places()
+        places = self.places()
         if places is not None and self.taken >= places:
             self._check_room(caller, places, self._patience(patience_s), displace=False)
 
@@ -123,11 +117,11 @@ class EngineQueue:
 
         `begun` means that another part of the same answer has been admitted already: it waits without a time limit.
         """
-        places = self._places()
+        places = self.places()
         size = min(size, places or 0)
         waited_s = await self._enter(caller, size, places, self._patience(patience_s), begun) if places else 0.0
         if not begun:
-            self._waited(waited_s)
+            self.waited(waited_s)
         lease = EngineLease(lambda size: self._leave(caller, size), size, waited_s)
         try:
             yield lease
@@ -135,31 +129,28 @@ class EngineQueue:
             lease.release()
 
     async def _enter(self, caller: str, size: int, places: int, patience_s: float, begun: bool) -> float:
-        """Take the places and return the seconds waited."""
         if self._line.try_acquire(caller, size):
             return 0.0
         start_s = time.monotonic()
-        passed_for_s = patience_s / 2
-        if begun:
-            await self._line.wait(caller, size, None, passed_for_s, may_be_refused=False)
-            return time.monotonic() - start_s
-        self._check_room(caller, places, patience_s, displace=True)
+        if not begun:
+            self._check_room(caller, places, patience_s, displace=True)
+        limit_s = None if begun else patience_s
         try:
-            await self._line.wait(caller, size, patience_s, passed_for_s)
+            await self._line.wait(caller, size, limit_s, patience_s / 2, may_be_refused=not begun)
         except TimeoutError:
-            self._waited(time.monotonic() - start_s)
+            self.waited(time.monotonic() - start_s)
             raise self._refusal("queue_timeout") from None
         return time.monotonic() - start_s
 
     def _patience(self, given_s: float | None) -> float:
-        return self._patience_s if given_s is None else min(given_s, self._patience_s)
+        return self.patience_s if given_s is None else min(given_s, self.patience_s)
 
     def _check_room(self, caller: str, places: int, patience_s: float, *, displace: bool) -> None:
         """Raise if the queue has no room; with `displace`, refuse the last request of the longest line instead."""
         ahead = self._line.ahead_of(caller)
         if ahead and (ahead + 1) * self._pace_s > patience_s:  # with nobody ahead, let it wait to measure the pace anew
             raise self._refusal("queue_timeout")
-        limit = max(1, places // 2) if self._max_waiting is None else self._max_waiting
+        limit = max(1, places // 2) if self.max_waiting is None else self.max_waiting
         if self._line.newcomers < limit:
             return
         if (longest := self._line.longest_beside(caller)) is None:
@@ -177,7 +168,7 @@ class EngineQueue:
         self._line.release(caller, size)
 
     def _refusal(self, reason: str) -> TooMany:
-        self._refused(reason)
+        self.refused(reason)
         return TooMany(
             "the engines are busy and cannot serve this request in time: try again in a moment",
             code="overloaded",

@@ -23,8 +23,7 @@ from server.store.tenants.rates import Quota, Rates, quota_exceeded
 from server.store.tenants.user_key import Tenants, User
 
 COUNT_INTERVAL_S = 1.0
-COUNT_TURNS = 60
-"""Counts until each tenant was counted that asked for nothing here: a thousand at every count took 0.3 s."""
+COUNT_TURNS = 60  # counts until each tenant was counted that asked for nothing here: a thousand took 0.3 s
 RECOUNT_CHECK_S = 5.0
 RECOUNT_INTERVAL_S = 3600.0  # from the end of a recount to the next
 _PAUSE_S = 0.1  # after each step of a recount

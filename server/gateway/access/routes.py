@@ -8,23 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as ASGIScope
 
 from server.errors import Forbidden, TooMany, Unavailable
 from server.gateway.access.keys import KnownKeys, caller_name_of, caller_of
 from server.gateway.access.shares import Shares
 from server.store.tenants.access_keys import CREATE, Scope
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Send
-    from starlette.types import Scope as ASGIScope
-
-OPEN = None
-"""Marks a route that requires no key: it reveals nothing about users or about this deployment."""
+OPEN = None  # marks a route that requires no key: it reveals nothing about users or about this deployment
 
 
 class RouteKind(StrEnum):
@@ -33,7 +30,7 @@ class RouteKind(StrEnum):
     OPERATION = "operation"  # nothing: operators are always served
     UNLIMITED = "unlimited"  # a place, but no rate limit: erasing must always work, and open routes have no key
     REQUEST = "request"  # a place and the key's request limit
-    EVENTS = "events"  # like REQUEST, plus a place among the event streams, which may stay open for hours
+    EVENTS = "events"  # like REQUEST, plus one of a quarter of all places: an event stream may stay open for hours
     GENERATION = "generation"  # like REQUEST, plus the token limits
 
 
@@ -67,8 +64,6 @@ ROUTES: Mapping[str, tuple[Scope | None, RouteKind]] = {
     "GET /openapi.json": (OPEN, RouteKind.UNLIMITED),
 }
 
-EVENTS_DIVISOR = 4  # at most a quarter of all requests in progress may be event streams of jobs
-
 _SCHEME = "API key"
 
 
@@ -78,7 +73,7 @@ def guard(app: FastAPI, keys: KnownKeys, max_requests: int, refused: Callable[[s
     `refused` is called with the reason of each refusal. Raise `KeyError` if a route is missing from `ROUTES`.
     """
     places = Shares(lambda: max_requests)
-    streams = Shares(lambda: max(1, max_requests // EVENTS_DIVISOR))
+    streams = Shares(lambda: max(1, max_requests // 4))
     by_kind = {RouteKind.EVENTS: [places, streams], RouteKind.OPERATION: []}
     for route in app.routes:
         assert isinstance(route, Route | Mount), route

@@ -13,14 +13,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-MEAN_TIME_S = 30.0
-"""Time constant of the exponential mean of places held, in seconds."""
-_ACTIVE_S = 10.0
-"""Seconds that a caller without a place still counts as active."""
-_RESERVE_FACTOR = 2.5
-"""Places kept for the other callers, as a multiple of their mean: three standard deviations more for a mean of four."""
-_CREDIT_S = 0.5
-"""Maximum credit for unused places, in seconds of the share: limits a burst to 1.5 times the share."""
+MEAN_TIME_S = 30.0  # time constant of the exponential mean of places held
+_ACTIVE_S = 10.0  # a caller without a place still counts as active for so long
+_RESERVE_FACTOR = 2.5  # times their mean is kept for the other callers: three standard deviations more for one of four
+_CREDIT_S = 0.5  # maximum credit for unused places, in seconds of the share: limits a burst to 1.5 times the share
 
 
 def tenant_of(caller: str) -> str:
@@ -51,10 +47,7 @@ class Shares:
         return not self.taken or (size <= self.free and self.is_within_share(caller, size))
 
     def is_within_share(self, caller: str, size: int = 1) -> bool:
-        """Return whether `size` more places are within the shares of a caller and its tenant, free or not.
-
-        The first request of both always is.
-        """
+        """Return whether `size` more places, free or not, are within both shares, as a first request always is."""
         shares = ((caller, self._share(caller)), (tenant := tenant_of(caller), self._tenant_share(tenant)))
         return all(not self._held[name] or self._held[name] + size <= share for name, share in shares)
 
@@ -157,8 +150,6 @@ class FairShares(Shares):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiter:
-    """A request in a line."""
-
     size: int  # number of places it needs
     keep_from_s: float  # when freed places start being kept for it, by the monotonic clock; before, others may pass
     turn: asyncio.Future[None]  # done once it has its places
@@ -198,10 +189,7 @@ class FairQueue:
     async def wait(
         self, caller: str, size: int, patience_s: float | None, passed_for_s: float, *, may_be_refused: bool = True
     ) -> None:
-        """Wait for places that `try_acquire` did not take, or raise `TimeoutError`.
-
-        Smaller requests may pass for `passed_for_s`.
-        """
+        """Wait in the line for places, or raise `TimeoutError`; smaller requests may pass for `passed_for_s`."""
         keep_from_s = time.monotonic() + passed_for_s
         waiting = Waiter(size, keep_from_s, asyncio.get_running_loop().create_future(), may_be_refused)
         self._lines.setdefault(caller, []).append(waiting)

@@ -19,16 +19,11 @@ from server.gateway.http.json_text import parse_json, parse_lines
 from server.gateway.http.streaming import ClientGone, unless_gone
 
 MAX_BODY_BYTES = 8 << 20
-BODY_TIMEOUT_S = 60.0
-"""Seconds for a body to arrive, its wait for a place among the large ones included."""
-HANDLER_TIMEOUT_S = 240.0
-"""Seconds for what follows, up to the response's beginning: checks, waits for an embedder, a commit."""
-LONGEST_WRITE_S = BODY_TIMEOUT_S + HANDLER_TIMEOUT_S
-"""Seconds from a write's arrival to its commit at most: what a write must know of erasures is kept for longer."""
-SMALL_BYTES = 64 << 10
-"""Maximum size of a body that is parsed on the event loop, which takes a millisecond or two."""
-LARGE_AT_ONCE = 16
-"""Maximum number of requests with larger bodies; uvicorn stops reading others beyond `SMALL_BYTES`."""
+BODY_TIMEOUT_S = 60.0  # for a body to arrive, its wait for a place among the large ones included
+HANDLER_TIMEOUT_S = 240.0  # for what follows, up to the response's beginning: checks, waits for an embedder, a commit
+LONGEST_WRITE_S = BODY_TIMEOUT_S + HANDLER_TIMEOUT_S  # what a write must know of erasures is kept for longer
+SMALL_BYTES = 64 << 10  # maximum size of a body that is parsed on the event loop, which takes a millisecond or two
+LARGE_AT_ONCE = 16  # requests with larger bodies; uvicorn stops reading others beyond `SMALL_BYTES`
 
 _LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
 
@@ -139,13 +134,10 @@ class _ReadRequest(Request):
     """A request that gives FastAPI the validated body; FastAPI passes a model on unchanged."""
 
     def __init__(self, request: Request, body: Any) -> None:
-        headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
-        headers.append((b"content-type", b"application/json"))  # FastAPI only calls `json` for this type
-        super().__init__({**request.scope, "headers": headers}, request.receive)
+        super().__init__(request.scope, request.receive)
         self._read = body
 
-    async def body(self) -> bytes:
-        return b"{}"  # FastAPI would treat an empty body as missing
-
-    async def json(self) -> Any:
+    async def body(self) -> Any:
         return self._read
+
+    json = body  # which FastAPI calls as well if the content type is JSON

@@ -42,7 +42,6 @@ class ErrorAnswer(BaseModel, frozen=True):
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Make an application return every exception in OpenAI's error shape."""
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
 
@@ -61,8 +60,7 @@ def fault_of(errors: Sequence[Any]) -> InvalidRequest:
             return InvalidRequest(f"unknown field {param!r}, got {value}", param=param, code="unknown_field")
         case "combination":  # of several fields, which the message names
             return InvalidRequest(f"{first['msg']}, got {value}", param=param)
-    subject = _SUBJECT.match(first["msg"])
-    rule = first["msg"][subject.end() :] if subject else first["msg"]
+    rule = _SUBJECT.sub("", first["msg"])
     return InvalidRequest(f"{param} {rule if rule.startswith('must') else f'must {rule}'}, got {value}", param=param)
 
 

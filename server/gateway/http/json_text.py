@@ -15,13 +15,10 @@ from adapters.errors import excerpt, shortened
 from bank.items.profile import has_surrogate
 from server.errors import InvalidRequest
 
-MAX_STRUCTURE_BYTES = 512 << 10
-"""Maximum number of quotes and non-space bytes outside strings; every value has at least one."""
+MAX_STRUCTURE_BYTES = 512 << 10  # of quotes and non-space bytes outside strings; every value has at least one
 MAX_FIELDS = 1000  # per object, because pydantic reports an error for each unknown field
 
 _ESCAPED_BACKSLASH = rb"\\"
-_NUL = rb"\u0000"
-_TOO_DEEP = "recursion limit"
 
 
 def parse_json(body: bytes) -> Any:
@@ -33,7 +30,7 @@ def parse_json(body: bytes) -> Any:
     except ValueError as error:
         raise _parse_error(body, str(error)) from error
     _check_fields(value)
-    if _NUL in bare:
+    if rb"\u0000" in bare:
         _check_leaves(value, [])
         raise InvalidRequest("the body contains NUL, which is not allowed in text", param="body")
     return value
@@ -99,7 +96,7 @@ def _parse_error(body: bytes, reason: str) -> InvalidRequest:
     if not body.strip():
         return InvalidRequest("the body is empty: send a JSON object", param="body", code="invalid_json")
     try:
-        if _TOO_DEEP not in reason:
+        if "recursion limit" not in reason:
             _check_leaves(json.loads(body.decode()), [])
     except InvalidRequest as fault:
         return fault

@@ -10,43 +10,30 @@ import socket
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from server.errors import ApiError, HeadersTooLarge, InvalidRequest, TooSlow, Unavailable
 from server.gateway.http.errors import ErrorAnswer
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from uvicorn._types import ASGISendEvent
-
-    from server.settings import Settings
+from server.settings import Settings
 
 log = logging.getLogger("mta.gateway")
 
-MAX_HEADER_BYTES = 32 << 10
-"""Maximum number of consecutive bytes outside a body: request line and headers, or trailers."""
+MAX_HEADER_BYTES = 32 << 10  # maximum of consecutive bytes outside a body: request line and headers, or trailers
 HEADER_TIMEOUT_S = 10.0
-LINGER_S = 2.0
-"""Seconds to discard what a refused client still sends; closing at once would lose the response."""
-SEND_BUFFER_BYTES = 128 << 10
-"""Kernel send buffer per connection; the default of megabytes would hold a minute of an engine's output unread."""
-IDLE_S = 75
-"""Seconds until an idle connection is closed: longer than clients (5 s) and most load balancers (60 s) keep one, since
-what arrives meanwhile is lost."""
-MAX_CONNECTIONS = 2000
-"""Number of connections beyond which the one that is idle for longest is closed, so that files never run out; half the
-number of files that the process may open, if that is less."""
-STALLED_S = 2.0
-"""Seconds until a client that stops reading a generation is disconnected; ordinary answers fit into the buffers."""
+LINGER_S = 2.0  # for what a refused client still sends; closing at once would lose the response
+SEND_BUFFER_BYTES = 128 << 10  # of the kernel; its default of megabytes would hold a minute of an engine's output
+IDLE_S = 75  # longer than clients (5 s) and most balancers (60 s) keep a connection, since what arrives then is lost
+MAX_CONNECTIONS = 2000  # or half the files that the process may open: beyond, the one idle for longest is closed
+STALLED_S = 2.0  # until a client that stops reading a generation is disconnected; ordinary answers fit into the buffers
 CHECK_SENDING_S = 0.5  # between two looks at a buffer that is full
-LAST_READ_S = 1.0
-"""Seconds that a stopping gateway reads the first request of a connection; then it sends 503."""
-ACCEPT_S = 0.05
-"""Seconds in which an event loop accepts what has connected; closing the listener before would reset it."""
+LAST_READ_S = 1.0  # for which a stopping gateway reads the first request of a connection; then it sends 503
+ACCEPT_S = 0.05  # in which an event loop accepts what has connected; closing the listener before would reset it
 
 IdleConnections = OrderedDict["Connection", None]  # of a server, the one that has answered nothing for longest first
 

@@ -6,21 +6,19 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from operator import methodcaller
+from typing import Any, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel
 from starlette.responses import Response
+from starlette.types import Receive, Send
 
-if TYPE_CHECKING:
-    from starlette.types import Receive, Send
-
-KEEP_ALIVE_S = 15.0
-"""Maximum silence of a stream in seconds; proxies close streams that are silent for much longer."""
+KEEP_ALIVE_S = 15.0  # maximum silence of a stream; proxies close streams that are silent for much longer
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not cache or buffer events
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+_DUMPED = methodcaller("model_dump", mode="json")
 
 T = TypeVar("T")
 
@@ -28,13 +26,7 @@ T = TypeVar("T")
 def event(value: object, name: str = "") -> bytes:
     """Encode an event with `value` as JSON; the value may contain pydantic models."""
     named = f"event: {name}\n".encode() if name else b""
-    return named + b"data: " + orjson.dumps(value, default=_dump_model) + b"\n\n"
-
-
-def _dump_model(value: object) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    raise TypeError
+    return named + b"data: " + orjson.dumps(value, default=_DUMPED) + b"\n\n"
 
 
 class EventSender:

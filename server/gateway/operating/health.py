@@ -18,17 +18,12 @@ from server.watching.background import forever
 log = logging.getLogger("mta.gateway")
 
 PROBE_INTERVAL_S = 2.0
-STARTUP_PROBE_INTERVAL_S = 0.25
-"""Probe interval until the gateway is ready for the first time, because someone is waiting for it to start."""
-
+STARTUP_PROBE_INTERVAL_S = 0.25  # until the gateway is ready for the first time: someone is waiting for it to start
 PROBE_TIMEOUT_S = 2.0
-STALE_AFTER_S = 15.0
-"""Age in seconds at which a result is stale. A round of probes takes at most 4 s, so the probe loop hangs or ended."""
+STALE_AFTER_S = 15.0  # a round of probes takes at most 4 s: the probe loop hangs or has ended
 
-_FULL = "full"
-_PARTIAL = "partial"
-_USABLE = ("ok", _PARTIAL, _FULL)
-"""A full store still reads and erases, and a partial one serves most users, so load balancers must keep sending."""
+_FULL, _PARTIAL = "full", "partial"
+_USABLE = ("ok", _PARTIAL, _FULL)  # a full store still reads and erases, and a partial one serves most users
 
 
 class Readiness(StrEnum):
@@ -125,29 +120,28 @@ class ProbeResult:
         return "; ".join(problems) or None
 
 
+@dataclass(eq=False)
 class Health:
-    """Probes the parts. `banks` are those that the engines must serve, by fingerprint, with the models they are for."""
-
-    def __init__(
-        self, store: CheckedStore, engines: Engines, banks: dict[str, BaseModelId], *, generating: str
-    ) -> None:
-        self._store = store
-        self._engines = engines
-        self._banks = banks
-        self._generating = generating.rstrip("/")
-        self.last: ProbeResult | None = None
-        self._was_ready = False
-        self._logged: tuple[str, ...] = ()
+    store: CheckedStore
+    engines: Engines
+    banks: dict[str, BaseModelId]  # that the engines must serve, by fingerprint, with the models they are for
+    generating: str  # URL that generations are sent to, without a slash at its end
+    last: ProbeResult | None = None
+    _was_ready: bool = False
+    _logged: tuple[str, ...] = ()
 
     @property
     def readiness(self) -> Readiness:
         return self.last.readiness if self.last else Readiness.NOT_YET_SEEN
 
     async def probe(self) -> ProbeResult:
-        store, engines, router = await asyncio.gather(self._probe_store(), self._probe_engines(), self._probe_router())
-        lacking = tuple(bank for bank in self._banks if not any(bank in engine.banks for engine in engines))
+        store, states, router = await asyncio.gather(
+            self._probe_store(), self.engines.probe(PROBE_TIMEOUT_S), self._probe_router()
+        )
+        engines = tuple(self._with_bank_status(state) if state.status == "ok" else state for state in states)
+        lacking = tuple(bank for bank in self.banks if not any(bank in engine.banks for engine in engines))
         self._log_lacking(lacking if any(engine.banks for engine in engines) else ())
-        generating = router or engines[self._engines.urls.index(self._generating)]
+        generating = router or engines[self.engines.urls.index(self.generating)]
         self.last = ProbeResult(store, generating, engines, lacking, time.monotonic())
         self._was_ready |= self.readiness is Readiness.READY
         return self.last
@@ -166,11 +160,11 @@ class Health:
 
     async def _probe_store(self) -> StoreState:
         try:
-            durability = await self._store.check()
+            durability = await self.store.check()
         except ApiError as error:
-            return StoreState("unavailable", self._store.durability, error.explained)
-        unserved = self._store.unserved
-        if (memory := self._store.memory) and memory.full:
+            return StoreState("unavailable", self.store.durability, error.explained)
+        unserved = self.store.unserved
+        if (memory := self.store.memory) and memory.full:
             no_room = (
                 f"{memory.used_bytes >> 20} of {memory.max_bytes >> 20} MiB are used, and nothing new is stored; "
                 "erasing users and revoking keys still work: free memory, or raise maxmemory (`mta up`: MTA_STORE_MIB)"
@@ -180,26 +174,21 @@ class Health:
             return StoreState("ok", durability, "acknowledged writes can be lost: MTA_REQUIRE_DURABLE_STORE is false")
         return StoreState(_PARTIAL, durability, unserved) if unserved else StoreState("ok", durability)
 
-    async def _probe_engines(self) -> tuple[EngineState, ...]:
-        """Probe the engines; those that lack a bank are not `ok`."""
-        states = await self._engines.probe(PROBE_TIMEOUT_S)
-        return tuple(self._with_bank_status(state) if state.status == "ok" else state for state in states)
-
     def _with_bank_status(self, state: EngineState) -> EngineState:
-        for bank, base_model in self._banks.items():
+        for bank, base_model in self.banks.items():
             if other := bank in state.banks and base_model.unlike(state.prompts):
                 detail = f"it has another {other} than bank {bank[:8]} was built with: start it with the bank's model"
                 return replace(state, status="other_prompts", detail=detail, banks=())
-        lacking = [bank[:8] for bank in self._banks if bank not in state.banks]
+        lacking = [bank[:8] for bank in self.banks if bank not in state.banks]
         if not lacking:
             return state
-        status = "other_bank" if len(lacking) == len(self._banks) else "lacks_bank"
+        status = "other_bank" if len(lacking) == len(self.banks) else "lacks_bank"
         served = [bank[:8] for bank in state.banks]
         detail = f"it serves the banks {served}, but not {', '.join(lacking)}, which this gateway uses"
         return replace(state, status=status, detail=detail)
 
     async def _probe_router(self) -> AddressState | None:
         """Probe the router; return None if generations go directly to an engine."""
-        if self._generating in self._engines.urls:
+        if self.generating in self.engines.urls:
             return None
-        return await self._engines.probe_router(self._generating, PROBE_TIMEOUT_S)
+        return await self.engines.probe_router(self.generating, PROBE_TIMEOUT_S)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import CLIENT_GONE, Unavailable
 from server.gateway.engines.admin import Engines
@@ -25,11 +26,7 @@ from server.store.figures import ServerFigures
 from server.watching.audit import Act, note, room
 from server.watching.background import BUCKETS_S, StoreSeconds
 from server.watching.logs import request_id, traceparent
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from server.watching.tracing import Tracing
+from server.watching.tracing import Tracing
 
 log = logging.getLogger("mta.gateway")
 
@@ -205,7 +202,6 @@ class RequestNotes:
 
 
 def notes_of(scope: Scope) -> RequestNotes:
-    """Return the notes that `RequestLog` created for a request."""
     notes: RequestNotes = scope["state"]["notes"]
     return notes
 
@@ -245,10 +241,8 @@ class RequestLog:
                 try:
                     await _audit(inner["state"], status)  # before the client can know: a gateway may die now
                 except Unavailable as error:
-                    refusal = error_response(error)
-                    status, ended = refusal.status_code, True
-                    refusal.headers["X-Request-Id"] = own_id
-                    await refusal(inner, receive, send)
+                    await error_response(error)(inner, receive, send_with_id)
+                    ended = True
                     return
             elif is_head:
                 ended, message = True, {"type": "http.response.body"}  # a stream stops too: `receive` disconnects
@@ -265,10 +259,10 @@ class RequestLog:
             if method == "POST" and scope["path"] in _GENERATION_PATHS:
                 self._metrics.count_generation(tenant, notes.level, status, broken=notes.broken)
             took_ms = round((time.perf_counter() - notes.started_s) * 1000, 1)
-            by = f"tenant={tenant} key={key}" if key else ""
-            line = " ".join(filter(None, (f"{method} {route} {status} {took_ms} ms", notes.answer_id, notes.level, by)))
-            fields = {"method": method, "route": route, "status": status, "ms": took_ms}
-            log.info(line, extra={"fields": fields | ({"tenant": tenant, "key": key} if key else {})})
+            by = {"tenant": tenant, "key": key} if key else {}
+            told = (f"{method} {route} {status} {took_ms} ms", notes.answer_id, notes.level, *map("=".join, by.items()))
+            fields = {"method": method, "route": route, "status": status, "ms": took_ms} | by
+            log.info(" ".join(filter(None, told)), extra={"fields": fields})
             await _audit(inner["state"], status)
 
 

@@ -78,12 +78,11 @@ class Adapting:
     async def find_duplicate(self, user: User, request: TrainingRequest, epoch: str) -> Job | None:
         """Return the job that an earlier copy of this request created, or None. Arguments and errors as in `submit`."""
         _, submission = await self._prepare(user, request, epoch)
-        find = self.jobs.find_duplicate
-        return await self.profiles.rotation.at(user, lambda user: find(user.key, submission))
+        return await self.profiles.rotation.at(user, lambda user: self.jobs.find_duplicate(user.key, submission))
 
     async def _submit(self, user: User, request: TrainingRequest, submission: Submission) -> Job | None:
         # Workers fail a job without a profile, so the profile comes first.
-        profile = await self.profiles.current(user)
+        _, profile, _ = await self.profiles.find(user)
         is_first = profile is None or profile.adapter is None
         wanted = Held(bytes=sum(map(len, submission.samples)), adapters=is_first)
         if user.tenant in self.profiles.quotas.keys.quotas and not request.append:
@@ -186,12 +185,13 @@ class SampleChecks:
 
     async def check_template(self, samples: Sequence[Sample]) -> None:
         """Refuse samples that the chat template refuses. Only roles matter, so each role sequence is checked once."""
-        first_indices: dict[str, int] = {}  # by role sequence
+        unchecked: dict[str, int] = {}  # index of the first sample, by role sequence
         for index, sample in enumerate(samples):
-            first_indices.setdefault(_role_sequence(sample), index)
-        unchecked = {index: samples[index] for roles, index in first_indices.items() if roles not in self._accepted}
+            if (roles := _role_sequence(sample)) not in self._accepted:
+                unchecked.setdefault(roles, index)
+        conversations = {index: _conversation(samples[index]) for index in unchecked.values()}
         with suppress(Unavailable):
-            async for index, reason in _ask_each(self._template_refusal, unchecked):
+            async for index, reason in _ask_each(self.engines.template_refusal, conversations):
                 if reason is not None:
                     param = f"samples.{index}.input"
                     message = f"{param}: the model's chat template refuses these messages: {excerpt(reason, 300)}"
@@ -213,10 +213,7 @@ class SampleChecks:
                 )
 
     async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
-        """Refuse a job that would read more tokens than its configuration allows, which bounds the job's time.
-
-        Raises `Unavailable` if that cannot be known now.
-        """
+        """Refuse a job that reads more tokens than its configuration allows; `Unavailable` if that is not known now."""
         token_counts = [min(len(raw), MAX_SAMPLE_TOKENS) for raw in raw_samples]  # upper bounds
         if _fits(config, token_counts):
             return
@@ -242,9 +239,7 @@ class SampleChecks:
                 param="samples",
                 code="job_too_large",
             )
-        max_steps = config.steps - 1
-        while not _fits(replace(config, steps=max_steps), token_counts):
-            max_steps -= 1
+        max_steps = next(n for n in range(config.steps - 1, 0, -1) if _fits(replace(config, steps=n), token_counts))
         raise InvalidRequest(
             f"config.steps {config.steps} makes a job that reads about {config.tokens_read(token_counts)} tokens over "
             f"its {len(token_counts)} samples, but at most {config.max_tokens} are allowed: with {max_steps} steps it "
@@ -252,9 +247,6 @@ class SampleChecks:
             param="config.steps",
             code="job_too_large",
         )
-
-    async def _template_refusal(self, sample: Sample) -> str | None:
-        return await self.engines.template_refusal(_conversation(sample))
 
     async def _count_tokens(self, raw_sample: bytes) -> int | None:
         return await self.engines.count_tokens(_conversation(decode_sample(raw_sample)))
@@ -284,5 +276,4 @@ def _conversation(sample: Sample) -> list[dict[str, str]]:
 
 
 def _role_sequence(sample: Sample) -> str:
-    """Return the first letter of each message's role."""
     return "".join(message["role"][0] for message in sample.messages)

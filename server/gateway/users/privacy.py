@@ -170,24 +170,19 @@ def _adapter_fields(note: AdapterNote, stored: StoredAdapter | None, says: str) 
 
 
 def _json_pieces(document: dict[str, Any], placeholder: str, weights: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the JSON with the weights in place of `placeholder`; they are streamed, never held in memory at once."""
+    """Yield the JSON with the weights in place of `placeholder`, in base64; they are never in memory all at once."""
     raw = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     before, _, after = raw.partition(placeholder.encode())
     yield before
-    yield from _base64_pieces(weights)
-    yield after
-
-
-def _base64(raw: bytes) -> str:
-    return base64.b64encode(raw).decode()
-
-
-def _base64_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Encode a stream of bytes as one base64 text, piece by piece."""
     rest = b""
-    for piece in pieces:
+    for piece in weights:
         data = rest + piece
         whole = len(data) - len(data) % 3
         yield base64.b64encode(data[:whole])
         rest = data[whole:]
     yield base64.b64encode(rest)
+    yield after
+
+
+def _base64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()

@@ -98,22 +98,15 @@ class Profiles:
     def store(self) -> ProfileStore:
         return self.rotation.profiles
 
-    async def current(self, user: User) -> Profile | None:
-        """Return the profile, embedded by the current embedder; None for an unknown user."""
-        return (await self.find(user))[1]
-
     async def find(self, user: User) -> tuple[User, Profile | None, str]:
-        """Return the user as stored, what `current` returns, and the user's epoch."""
+        """Return the user as stored, the profile, embedded by this embedder, if there is one, and the user's epoch."""
         user, profile, epoch = await self.find_at_once(user)
         if profile and profile.embedder != self.embedder.id:
             profile = await asyncio.shield(self._refresh_once(user))
         return user, profile, epoch
 
     async def find_at_once(self, user: User) -> tuple[User, Profile | None, str]:
-        """Return what `find` does, without waiting for the embedder.
-
-        A profile that has only another embedder's embedding is embedded in the background.
-        """
+        """Return what `find` does, but have a profile with another embedder's embedding embedded in the background."""
         user, profile, epoch = await self.store.find(user)
         current = profile and profile.with_embedder(self.embedder.id)
         if profile and not current and len(self._refreshing) < MAX_REFRESHING:

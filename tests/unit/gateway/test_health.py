@@ -118,7 +118,7 @@ async def test_a_full_or_partial_store_leaves_a_gateway_ready(
 
 async def test_a_missing_bank_is_logged_once_and_only_while_engines_answer(caplog: pytest.LogCaptureFixture) -> None:
     health = watching(store(), None)
-    engines: Any = health._engines
+    engines: Any = health.engines
     for banks, lines in ((None, 0), ((ONE,), 1), ((ONE,), 1), ((ONE, OTHER), 1), ((ONE,), 2), ((OTHER,), 3)):
         engines._banks = (banks,)
         await health.probe()

@@ -14,7 +14,7 @@ import pytest
 from server.errors import Unavailable
 from server.watching import logs
 from server.watching.background import forever
-from server.watching.logs import JsonFormatter, RequestIds, TextFormatter, request_id, trace_id, traceparent
+from server.watching.logs import JsonFormatter, RequestIds, TextFormatter, request_id, traceparent
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
@@ -51,11 +51,11 @@ async def test_an_engines_lines_carry_the_ids_that_the_gateway_sent() -> None:
     seen = []
 
     async def app(*_: object) -> None:
-        seen.append((request_id.get(), trace_id()))
+        seen.append((request_id.get(), traceparent.get()))
 
     headers = [(b"x-request-id", b"gen-1"), (b"traceparent", PARENT.encode())]
     await RequestIds(app)({"type": "http", "headers": headers}, None, None)  # type: ignore[arg-type]
-    assert seen == [("gen-1", TRACE)]
+    assert seen == [("gen-1", PARENT)]
 
 
 def test_an_engines_configuration_can_be_loaded() -> None:
