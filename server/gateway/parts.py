@@ -128,7 +128,11 @@ async def open_gateway(
         share = GatewayShare(stores.rates, engines.urls, lambda: engines.sequences, settings.engine_places)
         stack.push_async_callback(share.leave)
         queue = EngineQueue(
-            share, settings.queue_places, settings.queue_timeout_s, metrics.queue_seconds.observe, metrics.count_refusal
+            share,
+            max_waiting=settings.queue_places,
+            patience_s=settings.queue_timeout_s,
+            waited=metrics.queue_seconds.observe,
+            refused=metrics.count_refusal,
         )
         quotas = Quotas(stores.holdings, stores.profiles, stores.rates, keys, tenants, metrics.count_refusal)
         metrics.watch(engines, health, stores.server, quotas.used)
@@ -146,10 +150,17 @@ async def open_gateway(
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
             short, has_signatures = bank.manifest.short, bank.manifest.has_signatures
             metrics.bank.labels(short).set(1)
-            signing = stores.signing(short) if has_signatures else None
-            none = empty_signature(short, bank.manifest.personal_rows) if has_signatures else None
             profiles = Profiles(
-                stores.rotation, embedder, bank.task, embedding, turns, changing, limit, quotas, signing, none
+                stores.rotation,
+                embedder=embedder,
+                task=bank.task,
+                executor=embedding,
+                turns=turns,
+                places=changing,
+                limit=limit,
+                quotas=quotas,
+                signing=stores.signing(short) if has_signatures else None,
+                no_evidence=empty_signature(short, bank.manifest.personal_rows) if has_signatures else None,
             )
             cache = IndexCache(INDEX_CACHE_BYTES // len(banks))
             refreshing = Refreshing(stores, quotas, limiter, bank.manifest, budget, settings)

@@ -120,7 +120,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
     def held_recipe(self, lora_id: int) -> str | None:
         """Return the recipe that the CPU tier holds under an id; safe in any thread."""
         # vLLM's `get_adapter` would make the adapter the most recently used.
-        return getattr(self._registered_adapters._Cache__data.get(lora_id), "recipe", None)
+        return getattr(self._registered_adapters.cache.get(lora_id), "recipe", None)
 
     def touch(self, lora_id: int) -> None:
         self.get_adapter(lora_id)
