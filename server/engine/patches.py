@@ -87,6 +87,7 @@ PATCHES = {
         Patch(f"{_WORKER}.add_adapter", "self lora_request", "FusingLoRAManager's, which fuses and uses no slot"),
         Patch(f"{_SLOTS}._add_adapter", "self lora", "FusedSlots', as a fused adapter needs no packing"),
         Patch(f"{_SLOTS}.activate_adapter", "self lora_id", "FusedSlots', which writes all modules in one call"),
+        Patch(f"{_SLOTS}.deactivate_adapter", "self adapter_id", "FusedSlots', which records CPU-tier removals"),
     ),
     CORE: (
         Patch(_SCHEDULE, "self throttle_prefills", "admission/fair_scheduler.py: fair, and no step waits for a fusion"),

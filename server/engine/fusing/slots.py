@@ -89,6 +89,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
     def _reset_records(self) -> None:
         self.metrics = FusionMetrics()
         self._contents = [SlotContent() for _ in range(self.lora_slots)]
+        self._recipes: dict[int, str] = {}  # recipes in the CPU tier by id: reading vLLM's cache changes its LRU order
         self._cells: dict[Footprint, list[Cells]] = {}
         self._stacks: dict[str, Stacks] = {}
 
@@ -119,18 +120,26 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
 
     def held_recipe(self, lora_id: int) -> str | None:
         """Return the recipe that the CPU tier holds under an id; safe in any thread."""
-        # vLLM's `get_adapter` would make the adapter the most recently used.
-        return getattr(self._registered_adapters.cache.get(lora_id), "recipe", None)
+        return self._recipes.get(lora_id)
 
     def touch(self, lora_id: int) -> None:
+        """Mark an adapter as most recently used in both tiers, if present."""
         self.get_adapter(lora_id)
         self._active_adapters.touch(lora_id)
 
     def _add_adapter(self, lora: LoRAModel) -> None:
         if isinstance(lora, FusedLoRAModel):
             self._registered_adapters[lora.id] = lora
+            self._recipes[lora.id] = lora.recipe
         else:
             super()._add_adapter(lora)
+
+    def deactivate_adapter(self, adapter_id: int) -> bool:
+        """Deactivate an adapter as vLLM does; the CPU tier also calls this after it removes an adapter."""
+        if adapter_id not in self._registered_adapters:
+            self._recipes.pop(adapter_id, None)
+        deactivated: bool = super().deactivate_adapter(adapter_id)
+        return deactivated
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Ensure that an adapter is in a slot and most recently used; return whether it had to be written."""
@@ -146,6 +155,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         return True
 
     def _write(self, index: int, model: LoRAModel) -> None:
+        """Write an adapter into a free slot and register it with vLLM."""
         before = self._contents[index].footprint
         content = SlotContent(model.rank, getattr(model, "recipe", None), getattr(model, "shared_a_key", None))
         self._record(index, content)
@@ -222,9 +232,10 @@ class Cells:
 
     @classmethod
     def of_slots(cls, stacks: Stacks, ranks: Sequence[int]) -> list[Cells]:
-        """Return the cells of all slots for adapters of these `ranks`; one by one they would take ten times as long.
+        """Return the cells of all slots; creating them together takes a tenth of the time.
 
         `stacks` has each module's A [S, 1, rows, H_in] and B [S, 1, H_out, columns], in the adapter's module order.
+        `ranks` are the ranks of the blocks of A.
         """
         rank, start, slots = sum(ranks), 0, len(stacks[0][0])
         parts = [_per_slot([b[:, 0, :, :rank].mT for _, b in stacks])]  # so CPUs have it in memory
