@@ -24,10 +24,10 @@ class AdaptConfig:
     """
 
     rank: int = 2
-    steps: int = 8  # maximum per run; a run stops early when the held-out loss no longer falls
-    learning_rate: float = 1e-3  # after the warm-up
+    steps: int = 6  # maximum per run; a run stops early when the held-out loss no longer falls
+    learning_rate: float = 1.4e-3  # after the warm-up
     holdout: float = 0.2  # share of samples that are held out, each in one fold, of more than `MAX_FOLDED`
-    strength: float = 0.5  # factor on the anchors' merged weights; below 1 only with a common row
+    strength: float = 1.0  # factor on the anchors' merged weights; below 1 only with a common row
     seed: int = 0
     max_tokens: int = 2_000_000  # maximum tokens that all runs read, including held-out samples
     max_seconds: int = 3600  # maximum training time of one worker
@@ -66,7 +66,7 @@ class AdaptConfig:
         return folds + looks * judges + self.steps * min(BATCH_SIZE, count)
 
 
-def default_config(room: int, common: bool) -> AdaptConfig:
-    """Return the default settings for a bank with `room` ranks for user adapters, with or without a common row."""
+def default_config(room: int) -> AdaptConfig:
+    """Return the default settings for a bank with `room` ranks for user adapters."""
     usual = AdaptConfig()
-    return replace(usual, rank=max(1, min(usual.rank, room)), strength=usual.strength if common else 1.0)
+    return replace(usual, rank=max(1, min(usual.rank, room)))

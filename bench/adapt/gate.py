@@ -109,7 +109,7 @@ class Gate:
         embedder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
         serving = ServingBank.open(folder, embedder.id)
         model = ensure_base_model(settings.model, settings.cache_dir)
-        config = default_config(serving.manifest.room, serving.manifest.common)
+        config = default_config(serving.manifest.room)
         config = config if strength is None else replace(config, strength=strength)
         trainer = AdapterTrainer.open(folder, serving.manifest, model, resolve_dtype(settings.dtype))
         return cls(trainer, serving, embedder, config)

@@ -82,7 +82,7 @@ async def _measure(url: str, manifest: BankManifest, people: int, every_s: float
     """Return everyone's wait in seconds, and how many jobs had not ended by then."""
     async with open_stores(Settings(redis_url=url)) as stores:
         signing = stores.signing(manifest.short)
-        config = encode_config(default_config(manifest.room, manifest.common))
+        config = encode_config(default_config(manifest.room))
         for number in range(jobs):
             pairs = _pairs(number, SAMPLES)
             samples = [encode_sample(Sample([{"role": "user", "content": turn}], text)) for turn, text in pairs]

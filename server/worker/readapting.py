@@ -89,7 +89,7 @@ class Readapting:
         else:
             while (await self.jobs.backlog(self.manifest.short)).open >= self.at_a_time:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(POLL_S)
-            defaults = default_config(self.manifest.room, self.manifest.common)
+            defaults = default_config(self.manifest.room)
             config = encode_config(replace(defaults, **asdict(self.budget)))
             submission = Submission([], True, config, bank=self.manifest.short, epoch=epoch, background=True)
             with suppress(UserErased):

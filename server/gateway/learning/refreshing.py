@@ -70,7 +70,7 @@ class Refreshing:
         now_ms = time.time_ns() // 1_000_000
         if jobs and (not jobs[-1].state.ended or now_ms < jobs[-1].created_ms + self.settings.refresh_hours * _HOUR_MS):
             return None
-        usual = default_config(self.manifest.room, self.manifest.common)
+        usual = default_config(self.manifest.room)
         config = encode_config(replace(usual, **asdict(self.budget)))
         bank, tenant = self.manifest.short, user.tenant
         submission = Submission([], True, config, bank=bank, epoch=epoch, tenant=tenant, background=True)

@@ -157,10 +157,10 @@ JobIdInPath = Annotated[str, Path(description="Id returned by `POST /users/{user
 EXAMPLE = JobAnswer(
     id="q5kxv7d2m4zr3yh6wncb2tpaei.1871290335",
     state=JobState.RUNNING,
-    config={"rank": 2, "steps": 16, "learning_rate": 0.001, "holdout": 0.2, "strength": 0.5},
+    config={"rank": 2, "steps": 6, "learning_rate": 0.0014, "holdout": 0.2, "strength": 1.0},
     progress=JobProgress(
         step=4,
-        steps=24,
+        steps=18,
         phase="fold 1 of 2",
         loss=[(1, 2.41), (2, 2.2), (3, 2.06), (4, 1.93)],
         held_out=[(0, 2.38), (2, 2.21), (4, 2.04)],

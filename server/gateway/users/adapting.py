@@ -158,7 +158,7 @@ def _encode_samples(samples: Sequence[Sample]) -> list[bytes]:
 def training_config(manifest: BankManifest, options: Mapping[str, Any]) -> AdaptConfig:
     """Fill in defaults for missing options; raise InvalidRequest if the bank does not support an option."""
     room = manifest.room
-    config = replace(default_config(room, manifest.common), **options)
+    config = replace(default_config(room), **options)
     if config.rank > room:
         raise InvalidRequest(
             f"config.rank {config.rank} does not fit: this bank leaves a rank of {room} for users", param="config.rank"

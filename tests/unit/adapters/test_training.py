@@ -80,8 +80,7 @@ def test_the_rate_warms_up_over_a_tenth_and_falls_to_nothing() -> None:
 
 def test_a_job_trains_within_the_room_that_the_bank_leaves() -> None:
     for room, rank in ((0, 1), (1, 1), (2, 2), (8, 2)):
-        assert default_config(room, common=True) == AdaptConfig(rank=rank, strength=0.5)
-        assert default_config(room, common=False) == AdaptConfig(rank=rank, strength=1.0)
+        assert default_config(room) == AdaptConfig(rank=rank)
 
 
 def eager_attention_forward(module: Any, query: Any, key: Any, value: Any) -> Any:
