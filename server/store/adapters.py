@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from operator import methodcaller
 
 from adapters.recipe import UserAdapterId
-from server.store.durability import Store
+from server.store.base import Store
 from server.store.redis import keys
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.errors import Unavailable
-from server.store.durability import Store
+from server.store.base import Store
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.base import StoreServer

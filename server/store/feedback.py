@@ -13,7 +13,7 @@ from enum import StrEnum
 import orjson
 
 from server.errors import UserErased
-from server.store.durability import Store, corrupt_if_undecodable, decode
+from server.store.base import Store, corrupt_if_undecodable, decode
 from server.store.redis import keys
 from server.store.redis.scripts import script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S

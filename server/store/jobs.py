@@ -24,7 +24,7 @@ import orjson
 from adapters.recipe import parse_recipe
 from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore, StoredAdapter
-from server.store.durability import Store, corrupt_if_undecodable
+from server.store.base import Store, corrupt_if_undecodable
 from server.store.profile_record import Profile, encode_profile
 from server.store.queue import Backlog, UserQueue
 from server.store.redis import keys, scripts

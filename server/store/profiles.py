@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from operator import methodcaller
 
 from server.errors import Unavailable, UserErased
-from server.store.durability import Store, corrupt_if_undecodable
+from server.store.base import Store, corrupt_if_undecodable
 from server.store.jobs import KEPT_JOBS
 from server.store.profile_record import (
     Profile,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import Unavailable
-from server.store.durability import Store
+from server.store.base import Store
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script
 from server.store.redis.servers.connection import RedisConnection

@@ -27,7 +27,7 @@ from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore
 from server.store.append_only_file import AppendOnlyFile
 from server.store.backup.copying import AT_ONCE, StoreCopying, batches
-from server.store.durability import Store
+from server.store.base import Store
 from server.store.feedback import ALONE_S
 from server.store.jobs import KEPT_JOBS
 from server.store.profiles import ProfileStore

@@ -9,7 +9,7 @@ import orjson
 
 from adapters.errors import excerpt
 from adapters.training.adapt_config import AdaptConfig
-from server.store.durability import decode
+from server.store.base import decode
 
 MAX_SAMPLES = 1000  # maximum number of samples stored per user
 

@@ -12,7 +12,7 @@ from datetime import date, timedelta
 from operator import add, attrgetter, methodcaller, sub
 from typing import Self
 
-from server.store.durability import Store, corrupt_if_undecodable
+from server.store.base import Store, corrupt_if_undecodable
 from server.store.feedback import Feedback, Outcome, Rating
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script, script

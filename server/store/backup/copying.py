@@ -17,7 +17,7 @@ from typing import TypeVar
 from adapters.errors import MtaError
 from server.errors import Unavailable
 from server.store.backup.folder import Entry
-from server.store.durability import Store
+from server.store.base import Store
 from server.store.jobs import KEPT_JOBS
 from server.store.redis import keys
 from server.store.redis.servers.base import WRITE_TIMEOUT_S, StoreServer

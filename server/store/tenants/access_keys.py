@@ -19,7 +19,7 @@ import orjson
 
 from adapters.errors import MtaError, excerpt
 from server.errors import Unavailable
-from server.store.durability import Store, corrupt_if_undecodable, decode
+from server.store.base import Store, corrupt_if_undecodable, decode
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script
 from server.store.tenants.rates import NO_OVERRIDES, Allowance, Quota

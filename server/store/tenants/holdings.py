@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from operator import methodcaller
 
 from server.errors import Unavailable
-from server.store.durability import Store
+from server.store.base import Store
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script
 from server.store.redis.servers.connection import RedisConnection

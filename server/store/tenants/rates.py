@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from server.errors import QuotaExceeded
-from server.store.durability import Store
+from server.store.base import Store
 from server.store.redis import keys
 from server.store.redis.scripts import oom_script
 
