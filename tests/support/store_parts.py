@@ -187,8 +187,10 @@ def users_at(cluster: ValkeyCluster, home: ValkeyProcess) -> Iterator[str]:
 
 
 def on_disk(text: str, *servers: ValkeyProcess) -> bool:
-    files = (path for server in servers for path in server.folder.rglob("*") if path.is_file())
-    return any(text.encode() in path.read_bytes() for path in files)
+    while True:
+        with suppress(FileNotFoundError):  # a rewrite has renamed a file meanwhile: look at all again
+            files = (path for server in servers for path in server.folder.rglob("*") if path.is_file())
+            return any(text.encode() in path.read_bytes() for path in files)
 
 
 async def forgotten(connection: RedisConnection, key: str, *servers: ValkeyProcess) -> None:
