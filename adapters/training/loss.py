@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -56,8 +55,8 @@ def drawn_gradients(
         for example in examples:
             (row,) = pack(here.model, [example])
             logits = _logits(here.model, row)
-            drawn = logits.detach().float().softmax(-1).multinomial(1, generator=chance)[:, 0].tolist()
-            _losses(logits, replace(row, targets=drawn)).sum().backward()  # type: ignore[no-untyped-call]
+            drawn = logits.detach().float().softmax(-1).multinomial(1, generator=chance)[:, 0]
+            _cross_entropy(logits, drawn).sum().backward()  # type: ignore[no-untyped-call]
             yield flattened(layout, here.take_b_gradients())
 
 
@@ -88,7 +87,10 @@ def score(model: Any, examples: Sequence[Example], among: Sequence[int] = ()) ->
 
 
 def _losses(logits: torch.Tensor, row: Row) -> torch.Tensor:
-    targets = torch.tensor(row.targets).to(logits.device)
+    return _cross_entropy(logits, torch.tensor(row.targets).to(logits.device))
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     losses: torch.Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return losses
 

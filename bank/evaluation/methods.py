@@ -54,6 +54,7 @@ class Evaluator:
     embedder: Embedder
     max_tokens: int = 512  # longest example; each past item in the prompt may add the same number
     config: AdaptConfig = field(default_factory=AdaptConfig)  # few-shot training; its seed is not used
+    _signer: Signer | None = field(init=False, default=None)
 
     def evidence(self, user: History) -> Evidence:
         task = self.bank.serving.task
@@ -102,8 +103,9 @@ class Evaluator:
         """Return the adapter that serving would fuse for the user; `share` as in `ServingBank.personalise`."""
         serving = serving or self.bank.serving
         if serving.manifest.has_signatures and evidence.signature is None:
-            signer = Signer(self.scorer.bare(), self.bank.matrix)
-            evidence.signature = signer.signature(self.bank.manifest.short, evidence.signature_examples)
+            model = self.scorer.bare()
+            self._signer = self._signer or Signer(model, self.bank.matrix)
+            evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signature_examples)
         if signature := evidence.signature:
             signature = replace(signature, products=signature.products[: serving.index.anchor_count])
         return EvalAdapter(self.bank, serving.personalise(evidence.embedding, signature, share).recipe)

@@ -156,7 +156,9 @@ class AdapterTrainer:
             return fuse(self.matrix, recipe, torch.float32)
 
         ground = fused(recipe(strength))
-        rivals: dict[str, Callable[[], LoraWeights | None]] = {"the merged adapter": lambda: fused(recipe(1.0))}
+        rivals: dict[str, Callable[[], LoraWeights | None]] = {
+            "the merged adapter": lambda: ground if strength == 1 else fused(recipe(1.0))
+        }
         if in_use:
             served = fused(parse_recipe(in_use.recipe))
             rivals[IN_USE] = lambda: stack(served, in_use, torch.float32)

@@ -166,8 +166,9 @@ class CpuSlots(FusedSlots):
         self._describe_slots()
 
     def _describe_slots(self) -> None:
+        table = SlotTable(self._contents)
         for wrapper in self.punica_wrapper_mapping.values():
-            wrapper.table = SlotTable(self._contents)
+            wrapper.table = table
 
 
 def transpose_b(layer: Any) -> None:

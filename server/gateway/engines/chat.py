@@ -100,6 +100,10 @@ class EngineClient:
     key: str | None
     retried: Callable[[], None] = lambda: None
 
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/")
+        self._headers = {"Content-Type": "application/json"} | key_header(self.key)
+
     @asynccontextmanager
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
         """Start a generation and wait for its first piece; leaving the context early aborts it in the engine.
@@ -145,11 +149,10 @@ class EngineClient:
         A router maps a session id to an engine, so another session id usually selects another engine. If the router
         cannot be reached or has no healthy engine, the engines are called directly.
         """
-        own = self.url.rstrip("/")
-        yield own, model
-        if own not in self.engines.urls:
-            yield own, f"{model}~"
-        yield from [(url, model) for url in self.engines.by_preference(model) if url != own][:_MAX_DIRECT]
+        yield self.url, model
+        if self.url not in self.engines.urls:
+            yield self.url, f"{model}~"
+        yield from [(url, model) for url in self.engines.by_preference(model) if url != self.url][:_MAX_DIRECT]
 
     async def _send(
         self, request: EngineRequest, url: str, session_id: str
@@ -161,12 +164,10 @@ class EngineClient:
             path, body["prompt"] = "/v1/completions", request.prompt
         if request.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        headers = {"Content-Type": "application/json", "X-Request-Id": request.request_id, "X-Session-ID": session_id}
+        headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": session_id}
         sent_s = time.perf_counter()
         try:
-            response = await self.session.post(
-                url + path, data=orjson.dumps(body), headers=headers | key_header(self.key)
-            )
+            response = await self.session.post(url + path, data=orjson.dumps(body), headers=headers)
         except aiohttp.SocketTimeoutError as error:
             raise EngineFailed("the engine did not answer in time", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
