@@ -179,12 +179,15 @@ class Store(RuleBasedStateMachine):
     def erase(self, user: str, gateway: int, fault: Fault | None, place: int) -> None:
         parts, expected, key = self.gateways[gateway], self.users[user], KEYS.key(user)
         before, former = self.begun(user, gateway), expected.former | self.states(user).keys()
+        kept = self.kept_of(user)
         outcome = self.tried(parts, parts.erase(user), fault, place)
         assert fault or not isinstance(outcome, ApiError)
         left = self.raw.hgetall(keys.epoch(key))
         if before is not None and self.begun(user, gateway) == before:
             assert isinstance(outcome, ApiError)
             return
+        if before is None and isinstance(outcome, ApiError) and self.kept_of(user) == kept:
+            return  # a full store gives nobody a mark, so only what is kept tells that the request never arrived
         assert not left or (b"mark" not in left and b"keys" in left)
         self.ended = {job: state for job, state in self.ended.items() if job.user_key != key}
         self.users[user] = Expected(None, expected.erasures + 1, former=former)
