@@ -78,7 +78,11 @@ class UnderWay:  # a profile write
 
 
 class Store(RuleBasedStateMachine):
-    """Two gateways, two workers, two users, one store of a primary and a replica, which takes over once in each run."""
+    """Two gateways, two workers, two users, one store of a primary and a replica, which takes over once in each run.
+
+    Whether a rule can run must not depend on the servers' answers, or Hypothesis could not run the same steps again: a
+    rule with nothing to do does nothing.
+    """
 
     tries: ClassVar[int] = 0  # how often anything was tried, in all runs
 
@@ -89,6 +93,7 @@ class Store(RuleBasedStateMachine):
         server.follow()  # a run that failed may have left the replica cut off
         self.set_full(full=False)
         self.raw.flushall()
+        assert self.raw.wait(1, 60_000) == 1  # a replica that takes over at once has nothing of the run before either
         self.ahead_s = 0.0
         self.marks_lost = 0  # how often marks may have been lost, so that a write is refused without an erasure
         self.erased_texts: list[str] = []
@@ -111,9 +116,10 @@ class Store(RuleBasedStateMachine):
             erasures, text = self.users[user].erasures, self.new_text()
             self.under_way.append(UnderWay(user, text, epoch, snapshot, erasures, self.marks_lost))
 
-    @precondition(lambda self: self.under_way)
     @rule(which=st.integers(0, 9), gateway=TWO, fault=FAULTS)
     def finish_a_put(self, which: int, gateway: int, fault: Fault | None) -> None:
+        if not self.under_way:
+            return
         put = self.under_way.pop(which % len(self.under_way))
         parts, expected = self.gateways[gateway], self.users[put.user]
         change = put_of(put.user, put.text, put.snapshot)
@@ -196,7 +202,6 @@ class Store(RuleBasedStateMachine):
         if not isinstance(outcome, ApiError):
             assert self.tried(parts, parts.erase(user)) == outcome
 
-    @precondition(lambda self: self.erased_texts)
     @rule(gateway=TWO)
     def rewrite_the_files(self, gateway: int) -> None:
         """No file holds an erased person once it was rewritten."""
@@ -223,7 +228,6 @@ class Store(RuleBasedStateMachine):
             self.tried(steps.parts, steps.take())
             self.tried(steps.parts, steps.claim(), fault, place % 2)
 
-    @precondition(lambda self: any(worker.lease for worker in self.workers))
     @rule(worker=TWO, promote=BOOL, fault=FAULTS, place=PLACES)
     def finish_a_job(self, worker: int, promote: bool, fault: Fault | None, place: int) -> None:
         steps = self.workers[worker]
@@ -236,7 +240,6 @@ class Store(RuleBasedStateMachine):
                 self.end_as(user, {job_id.number}, JobState.SUCCEEDED if promote else JobState.REJECTED)
             self.observe(user)
 
-    @precondition(lambda self: any(worker.lease for worker in self.workers))
     @rule(worker=TWO, counts=BOOL, gives_back=BOOL, fault=FAULTS, place=PLACES)
     def go_on_or_give_back(self, worker: int, counts: bool, gives_back: bool, fault: Fault | None, place: int) -> None:
         steps = self.workers[worker]
@@ -246,7 +249,7 @@ class Store(RuleBasedStateMachine):
         elif steps.lease is not None:
             self.tried(steps.parts, steps.parts.jobs.renew(steps.lease, 15.0, step=1, of=2), fault)
 
-    @precondition(lambda self: FAKE_TIME is not None and any(worker.lease for worker in self.workers))
+    @precondition(lambda self: FAKE_TIME is not None)
     @rule(worker=TWO, fault=FAULTS)
     def take_over(self, worker: int, fault: Fault | None) -> None:
         """A worker falls silent for longer than its lease, and lives on; the other takes the job up."""
@@ -274,9 +277,10 @@ class Store(RuleBasedStateMachine):
             self.revoked[key.digest] = False
         self.check_keys()
 
-    @precondition(lambda self: self.revoked)
     @rule(which=st.integers(0, 9), gateway=TWO, fault=FAULTS)
     def revoke_a_key(self, which: int, gateway: int, fault: Fault | None) -> None:
+        if not self.revoked:
+            return
         parts, digest = self.gateways[gateway], list(self.revoked)[which % len(self.revoked)]
         outcome = self.tried(parts, parts.keys.revoke(digest, 1), fault)
         assert fault or not isinstance(outcome, ApiError)
@@ -466,7 +470,7 @@ def test_the_store_keeps_its_promises_whatever_happens(request: pytest.FixtureRe
     run_state_machine_as_test(
         Store,
         settings=settings(
-            max_examples=steps // STEPS_A_RUN * 3 // 2,
+            max_examples=steps // STEPS_A_RUN * 2,
             stateful_step_count=STEPS_A_RUN,
             deadline=None,
             derandomize=profile == "default",
