@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Literal
+from statistics import median
+from typing import Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.errors import FusionError, excerpt
@@ -26,6 +29,9 @@ INDEX_FILE = "anchors.faiss"
 CURVATURE_FILE = "curvature.npy"
 MAP_FILE = "map.json"
 COORDINATES_FILE = "coordinates.npy"
+LONGEST_SUFFIX = 4  # K, tokens before the token of a phrase (`bank/lookup/phrases.py`)
+_LEVEL = 0.95
+_NO_BOUND = 1e9  # JSON has no infinity
 ROWS_FILE = "rows.safetensors"  # the anchors' rows that directions were made of; only `mta bank` reads it
 
 
@@ -81,6 +87,21 @@ class LossDifference(Frozen):
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Estimate from one value per person, with the exact signed-rank interval; fewer than six have no bounds.
+
+        With few people, one outlier makes Student's interval wide, and the bootstrap's interval is too narrow.
+        """
+        n = len(values)
+        pairs = sorted((one + other) / 2 for one, other in combinations_with_replacement(values, 2))
+        sums = np.ones(1)  # counts of the 2ⁿ sign choices of ranks 1 to n by the sum of the positive ranks: 0, 1, …
+        for rank in range(1, n + 1):
+            sums = np.pad(sums, (0, rank)) + np.pad(sums, (rank, 0))
+        outside = int(np.sum(np.cumsum(sums) / 2**n <= (1 - _LEVEL) / 2))
+        low, high = (pairs[outside - 1], pairs[-outside]) if outside else (-_NO_BOUND, _NO_BOUND)
+        return cls(mean=median(pairs), low=low, high=high)
+
     @property
     def is_lower(self) -> bool:
         return self.high < 0
@@ -88,6 +109,14 @@ class LossDifference(Frozen):
     @property
     def is_higher(self) -> bool:
         return self.low > 0
+
+
+class PhraseRule(Frozen):
+    """How far to trust a person's phrase table (`bank/lookup/phrases.py`), and what that was worth at the build."""
+
+    trust: tuple[float, ...] = Field(min_length=LONGEST_SUFFIX, max_length=LONGEST_SUFFIX)  # λ by length of the suffix
+    people: int = Field(ge=1)  # number of people on whom it was chosen
+    gain: LossDifference  # on their later answers: with a table, trusted as the others say, minus without
 
 
 class Verdict(Frozen):
@@ -100,6 +129,7 @@ class Verdict(Frozen):
     both: LossDifference  # the bank's rule with past items minus without
     beyond: LossDifference  # the bank's rule minus the common row, both with past items
     prior: LossDifference | None = None  # the bank's rule minus the histogram of answers; None for free-text answers
+    words: LossDifference | None = Field(default=None, exclude_if=lambda value: value is None)  # rule: table minus none
     history: int = Field(default=0, ge=0)  # default number of past items in prompts; if 0, those above have 1
 
 
@@ -123,6 +153,7 @@ class BankManifest(Frozen):
     serving_rank: int = Field(gt=0)
     weights: WeightRule
     prior: AnswerPrior | None = None
+    phrases: PhraseRule | None = Field(default=None, exclude_if=lambda value: value is None)
     verdict: Verdict | None = None
     target_modules: tuple[str, ...]
     modules: tuple[ModuleShape, ...]
@@ -168,6 +199,14 @@ class BankManifest(Frozen):
     @property
     def history_default(self) -> int:
         return self.verdict.history if self.verdict else 0
+
+    @property
+    def words_default(self) -> bool:
+        """Whether requests use the user's phrase table by default: where it was surely worth something."""
+        judged = self.phrases.gain if self.phrases else None
+        if self.verdict and self.verdict.words:
+            judged = self.verdict.words
+        return judged is not None and judged.is_lower
 
     @property
     def room(self) -> int:

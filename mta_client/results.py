@@ -58,7 +58,8 @@ class Personalization:
     """How an answer was personalized: `level` is `base`, `merged` or `stacked`; `reason` says why it is not higher.
 
     `history` is the number of past items in the prompt; `history_reason` says why it is 0, if they came too late.
-    `arm` is `none` unless the user is compared; `learned` says whether the last message is learnt.
+    `arm` is `none` unless the user is compared; `learned` says whether the last message is learnt. Of the
+    user's own `phrases`, some had proposed `moved` tokens of the answer.
     """
 
     level: str
@@ -71,6 +72,8 @@ class Personalization:
     history_reason: str | None = None
     arm: str = "none"
     learned: bool = False
+    phrases: int = 0
+    moved: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +89,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A chunk of a stream. The first has the personalization, the last the finish reason, token counts and timings."""
+    """A chunk of a stream. The first has the personalization, the last the finish reason, token counts and timings.
+
+    The user's own phrases had proposed `moved` of a chunk's tokens; in the last chunk, `moved` is the whole answer's.
+    """
 
     text: str
     finish_reason: str | None
     personalization: Personalization | None
     usage: Mapping[str, int] | None
     timings_ms: Mapping[str, float] | None
+    moved: int = 0
 
 
 @dataclass(frozen=True, slots=True)

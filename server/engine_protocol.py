@@ -6,6 +6,10 @@ the recipe's name as the model.
 
 from __future__ import annotations
 
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Any
+
 PLUGIN = "mta"  # name of both vLLM entry points, and value of `VLLM_PLUGINS`
 BASE_MODEL = "base"  # model name under which engines serve the base model
 
@@ -16,6 +20,13 @@ known, `slots_taken`, `prepares` and `fuses`. Older engines report neither `prom
 
 RESIDENT = "/mta/v1/resident"  # GET: adapters that the workers hold, for operators
 DROP = "/mta/v1/drop"  # POST `{"user_key"}`: drop the adapters of a user
+
+PHRASES, TRUST = "mta_phrases", "mta_trust"
+"""Fields of a request's `vllm_xargs`: a phrase table in base64, and the trust in it by length of a suffix."""
+
+
+def phrase_arguments(table: bytes, trust: Sequence[float]) -> dict[str, Any]:
+    return {PHRASES: b64encode(table).decode(), TRUST: list(trust)}
 
 
 def key_header(key: str | None) -> dict[str, str]:

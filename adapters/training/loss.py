@@ -65,12 +65,16 @@ def mean_loss(model: Any, examples: Sequence[Example]) -> float:
     return sum(map(sum, row_losses(model, examples))) / output_tokens(examples)
 
 
-@torch.no_grad()
 def row_losses(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> Iterator[list[float]]:
     """Yield the negative log-likelihood of each example in a row, in nats; compute each row on demand."""
     for row in pack(model, examples):
-        losses = _losses(_logits(model, row, below), row).cpu()
-        yield [float(tokens.sum()) for tokens in torch.split(losses, row.counts)]
+        yield [float(tokens.sum()) for tokens in token_losses(model, row, below)]
+
+
+@torch.no_grad()
+def token_losses(model: Any, row: Row, below: LowerLayers | None = None) -> Sequence[torch.Tensor]:
+    """Return the negative log-likelihood of each output token, in nats, of each example in a row."""
+    return torch.split(_losses(_logits(model, row, below), row).cpu(), row.counts)
 
 
 @torch.no_grad()
@@ -87,7 +91,12 @@ def score(model: Any, examples: Sequence[Example], among: Sequence[int] = ()) ->
 
 
 def _losses(logits: torch.Tensor, row: Row) -> torch.Tensor:
-    return _cross_entropy(logits, torch.tensor(row.targets).to(logits.device))
+    losses = _cross_entropy(logits, torch.tensor(row.targets).to(logits.device))
+    if any(example.mixed for example in row.examples):
+        pairs = [pair for each in row.examples for pair in each.mixed or [(1.0, 0.0)] * each.output_tokens]
+        kept, added = torch.tensor(pairs).to(losses).log().T
+        losses = -torch.logaddexp(kept - losses, added)
+    return losses
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

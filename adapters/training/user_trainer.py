@@ -63,6 +63,7 @@ class Beneath:
 
     fused: LoraWeights
     rivals: Mapping[str, Callable[[], LoraWeights | None]]
+    served: Callable[[Example], Example] = lambda example: example  # a judging sample as the serving predicts it
 
 
 BeneathWithout = Callable[[Sequence[int]], Beneath]
@@ -141,10 +142,10 @@ def _training(
     below: LowerLayers | None = None
     for number in range(FOLDS):
         held = sorted(order[number::FOLDS])
-        aside = [samples[place] for place in held]
         kept = [sample for place, sample in enumerate(samples) if place not in held]
         now = replace(now, phase=f"fold {number + 1} of {FOLDS}")
         last, ground = ground, beneath(held)
+        aside = [ground.served(samples[place]) for place in held]
         rivals = {}
         for name, make in ground.rivals.items():
             with attached(model, lora) if (lora := make()) else nullcontext():

@@ -30,6 +30,7 @@ from bank.manifest import (
     BankManifest,
     BaseModelId,
     EmbedderId,
+    PhraseRule,
     WeightRule,
     file_sha256,
     fused_rank,
@@ -73,6 +74,7 @@ def write_bank(
     curvature: Vectors | None = None,
     words: Sequence[tuple[str, ...]] = (),
     directions: DirectionRows | None = None,
+    phrases: PhraseRule | None = None,
 ) -> BankManifest:
     """Write drafts of a bank's files, then rename them, the manifest last: a folder with a manifest is complete.
 
@@ -121,6 +123,7 @@ def write_bank(
             ),
             directions=len(directions.mixing) if directions is not None else None,
             prior=prior,
+            phrases=phrases,
             training=training,
             files={path.name: file_sha256(path) for path in files},
         )

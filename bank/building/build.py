@@ -16,6 +16,7 @@ from adapters.recipe import MAX_DIRECTIONS, MAX_TERMS, FusionMethod, anchor_id
 from bank.building.assemble import BASELINES, bank_rank, write_bank
 from bank.building.directions import DirectionRows, make_directions
 from bank.building.options import BuildInputs, BuildOptions
+from bank.building.phrases import fit_phrases
 from bank.building.progress import RowProgress
 from bank.building.ranks import Ranks
 from bank.building.resume import Workbench, build_inputs, finished_bank, workbench
@@ -29,7 +30,7 @@ from bank.building.selection import (
     spread,
     typical_words,
 )
-from bank.building.signer import MeasuredPerson, Signer, fit_rule, measure_curvature, measured_people
+from bank.building.signer import MeasuredPerson, Signer, fit_rule, judges_of, measure_curvature, measured_people
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors
@@ -39,7 +40,7 @@ from bank.lookup.index import AnchorIndex
 from bank.lookup.prior import fit_prior
 from bank.lookup.serving import common_recipe
 from bank.lookup.signature import Curvature
-from bank.manifest import INDEX_FILE, BankManifest, EmbedderId, WeightRule, read_manifest
+from bank.manifest import INDEX_FILE, BankManifest, EmbedderId, PhraseRule, WeightRule, read_manifest
 from bank.matrix import open_matrix
 from bank.models.folders import base_model_id, ensure_base_model, ensure_embedder
 from bank.models.load import load_base
@@ -97,7 +98,7 @@ def build_bank(
         progress.say(f"the common row does not see {judges} people, on whom the decay is chosen" if judges else few)
         left_out = {person.user_id for person in measured[:judges]}
         matrix = trainer.rows(work, [person for person in people if person.user_id not in left_out], anchors)
-        rule, curvature, directions = _measured(matrix, measured, judges, trainer, work)
+        rule, curvature, directions, phrases = _measured(matrix, measured, judges, trainer, work)
         return ranks.first(
             lambda: write_bank(
                 inputs.out,
@@ -117,6 +118,7 @@ def build_bank(
                 curvature=curvature,
                 words=typical_words(anchors, task) if options.describe else (),
                 directions=directions,
+                phrases=phrases,
             )
         )
 
@@ -130,17 +132,23 @@ def _embeddings(name: str, people: Sequence[History], embed: Callable[[History],
 
 def _measured(
     matrix: MetaMatrix, measured: Sequence[MeasuredPerson], judges: int, trainer: RowTrainer, work: Workbench
-) -> tuple[WeightRule, Vectors, DirectionRows | None]:
-    """Return the bank's rule, the curvature along the anchors' rows, and the directions if the bank is to have them."""
+) -> tuple[WeightRule, Vectors, DirectionRows | None, PhraseRule | None]:
+    """Return the bank's rule, the curvature along the anchors' rows, the directions if it has them, and the trust."""
     options, say = trainer.options, trainer.progress.say
     say("measuring the curvature of the loss along the anchors' rows")
     signer = Signer(trainer.model, matrix)
     curvature = measure_curvature(signer, measured, trainer, work)
     known = Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
-    decay, kept = fit_rule(signer, known, measured[:judges] or measured, trainer, work)
+    judging = measured[:judges] or measured
+    decay, kept = fit_rule(signer, known, judging, trainer, work)
     rule = options.rule(decay)
+
+    def step_of(person: MeasuredPerson) -> Vectors:
+        return known.step(signer.signature("", person.halves[0]), decay, person.own_row)
+
+    phrases = fit_phrases(signer, step_of, judges_of(known, judging), trainer, work)
     if not options.wants_directions:
-        return rule, curvature, None
+        return rule, curvature, None, phrases
     count = min(options.directions or int(np.argmax(kept >= KEPT)) + 1, MAX_DIRECTIONS)
     told = ", ".join(
         f"{kept[k - 1]:.0%} of the gain with {k}" for k in (8, 16, 32, 64, 128, 256, 384) if k <= len(kept)
@@ -148,7 +156,7 @@ def _measured(
     say(f"the rows are {count} directions of {len(kept)} anchors and keep {kept[count - 1]:.0%} of the gain; {told}")
     deviation = float(known.eigenvalues.mean() * decay) ** -0.5
     directions = make_directions(known, count, deviation)
-    return rule.model_copy(update={"posterior": directions.rule}), curvature, directions
+    return rule.model_copy(update={"posterior": directions.rule}), curvature, directions, phrases
 
 
 def read_inputs(

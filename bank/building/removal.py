@@ -71,6 +71,7 @@ def remove_anchor(folder: Path, anchor: str, out: Path) -> BankManifest:
         items=[manifest.anchors[i].items for i in kept],
         training={**manifest.training, "inputs": None, "removed_from": manifest.fingerprint},
         prior=manifest.prior,
+        phrases=manifest.phrases,
         curvature=curvature,
         words=[manifest.anchors[i].words for i in kept],
         directions=directions,

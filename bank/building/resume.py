@@ -29,7 +29,7 @@ from bank.models.load import resolve_dtype
 WORK_FOLDER = ".build"
 INPUTS = "inputs"  # name of the hash among the inputs
 _PIECES, _INPUTS_FILE, _ROWS_FILE = "pieces", "inputs.json", "rows.bf16"
-_BUILD_FORMAT = 11  # hashed, so increase it when the same inputs would give a different bank
+_BUILD_FORMAT = 12  # hashed, so increase it when the same inputs would give a different bank
 Inputs = dict[str, Any]  # options by name, and a hash of all else
 
 

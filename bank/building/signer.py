@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,7 +17,8 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.training.attached import attached
 from adapters.training.example import Example, output_tokens
-from adapters.training.loss import b_gradient, drawn_gradients, mean_loss
+from adapters.training.forward.packing import pack
+from adapters.training.loss import b_gradient, drawn_gradients, mean_loss, token_losses
 from bank.building.resume import Workbench
 from bank.building.rows import RowTrainer
 from bank.building.selection import MIN_HELD_OUT, PEOPLE_PER_HELD_OUT
@@ -61,13 +62,24 @@ class Signer:
 
     def losses(self, steps: Vectors, examples: Sequence[Example]) -> Vectors:
         """Return the examples' mean loss after each of the steps [S, N] from the common row, in nats per token."""
-        found = list[float]()
+        return np.array([mean_loss(model, examples) for model in self._after(steps)])
+
+    def token_losses(self, step: Vectors, examples: Sequence[Example]) -> list[Vectors]:
+        """Return the loss of each output token of each example after a step [N] from the common row, in nats."""
+        return [
+            losses.numpy()
+            for model in self._after(step[None])
+            for row in pack(model, examples)
+            for losses in token_losses(model, row)
+        ]
+
+    def _after(self, steps: Vectors) -> Iterator[Any]:
+        """Yield the model after each of the steps [S, N] from the common row."""
         with attached(self._model, self._common) as here:
             for step in steps.tolist():
                 b = self._common_b + weighted_sum(self._rows, range(len(self._rows)), step, torch.float32)
                 here.put(LoraWeights(self._layout.rank, self._common.a, cut_b(self._layout, b)))
-                found.append(mean_loss(here.model, examples))
-        return np.array(found)
+                yield here.model
 
     def _products(self, gradients: Sequence[torch.Tensor]) -> Vectors:
         """Return −⟨g, rowᵢ⟩ of each gradient, [G, N]."""
@@ -84,6 +96,12 @@ class MeasuredPerson:
     user_id: str
     own_row: int | None  # the anchor's index, if the person is an anchor
     examples: list[Example]
+
+    @property
+    def halves(self) -> tuple[list[Example], list[Example]]:
+        """The earlier items and the later ones."""
+        half = len(self.examples) // 2
+        return self.examples[:half], self.examples[half:]
 
 
 def measured_people(
@@ -126,7 +144,7 @@ def fit_rule(
     person's own row is left out, since it was trained on these items. Without any other row nothing is fitted.
     """
     rows = len(curvature.eigenvalues)
-    judges = [person for person in people if person.own_row is None or rows > 1][:JUDGES]
+    judges = judges_of(curvature, people)
     evenly = np.linspace(0, 1, rows + 1, dtype=np.float32)[1:]
     if not judges:
         return PosteriorRule().decay, evenly
@@ -147,13 +165,17 @@ def fit_rule(
     return DECAYS[best], evenly
 
 
+def judges_of(curvature: Curvature, people: Sequence[MeasuredPerson]) -> list[MeasuredPerson]:
+    """Return the people whose later items choose a bank's constants: those with rows besides their own."""
+    return [person for person in people if person.own_row is None or len(curvature.eigenvalues) > 1][:JUDGES]
+
+
 def _judge(signer: Signer, curvature: Curvature, person: MeasuredPerson, *, directions: bool) -> Vectors:
     """Return each decay's gain on the person's later items, [decays, 1], in nats per token.
 
     With `directions`, [decays, 1 + N]: also the gain that the products predict for the 1, 2, … N leading directions.
     """
-    half, own = len(person.examples) // 2, person.own_row
-    earlier, later = person.examples[:half], person.examples[half:]
+    own, (earlier, later) = person.own_row, person.halves
     seen = signer.signature("", earlier)
     steps = [curvature.step(seen, decay, own) for decay in DECAYS]
     losses = signer.losses(np.stack([np.zeros_like(steps[0]), *steps]), later)

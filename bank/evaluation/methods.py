@@ -16,15 +16,16 @@ from adapters.user_adapter import encode_user_adapter
 from bank.building.selection import mean_embedding
 from bank.building.signer import Signer
 from bank.errors import BankError
-from bank.evaluation.scoring import EvalAdapter, OpenBank, Reading, Scorer
+from bank.evaluation.scoring import EvalAdapter, OpenBank, Reading, Scorer, TrustedPhrases
 from bank.items.histories import History, Query
 from bank.items.lessons import encode_with_memories, lessons
-from bank.items.profile import Vectors
-from bank.items.prompt import chat_messages, encode_conversation, encode_pair
+from bank.items.profile import Vectors, own_texts
+from bank.items.prompt import answer_ids, chat_messages, encode_conversation, encode_pair
 from bank.items.retrieval import ItemIndex
 from bank.items.tasks import AnswerKind, past_count_range
 from bank.lookup.embedder import Embedder
 from bank.lookup.index import AnchorIndex
+from bank.lookup.phrases import phrase_table, proposals
 from bank.lookup.prior import SCORES, personal_shares, surprise
 from bank.lookup.serving import AnchorWeight, ServingBank, common_recipe
 from bank.lookup.signature import MAX_ITEMS, Signature
@@ -152,9 +153,25 @@ class Evaluator:
         task, user = self.bank.serving.task, evidence.user
         index = ItemIndex(task, user.items if method.history else ())
         examples = [self._example(query, index.memories(query.input, method.history)) for query in user.queries]
+        phrases = self.phrases(evidence) if method.words else None
+        if phrases:
+            said = [proposals(phrases.table, example.output) for example in examples]
+            examples = [
+                replace(example, mixed=tuple(each.mixed(phrases.trust) for each in tokens))
+                for example, tokens in zip(examples, said, strict=True)
+            ]
         if method.adapter == "prior":
             return examples, self._read_prior(user, examples)
-        return examples, self.scorer.read(adapter, examples, new_tokens, chances=task.kind == "score")
+        chances = task.kind == "score" and not phrases
+        return examples, self.scorer.read(adapter, examples, new_tokens, chances=chances, phrases=phrases)
+
+    def phrases(self, evidence: Evidence) -> TrustedPhrases:
+        """Return the table of the user's own texts, as a worker makes it; BankError if the bank has no trust."""
+        rule = self.bank.manifest.phrases
+        if rule is None:
+            raise BankError("this bank was built without trust in phrases: build it again, or leave out `+words`")
+        texts = own_texts(evidence.user.items, self.bank.serving.task)
+        return TrustedPhrases(phrase_table(answer_ids(self.scorer.tokenizer, texts)[::-1]), rule.trust)
 
     def _example(self, query: Query, memories: Sequence[str]) -> Example:
         """Return a query as model input; one that is too long is cut alike with past items and without."""
@@ -175,6 +192,7 @@ class Evaluator:
             kept += SIGNATURE_HEADER_BYTES + HALF_BYTES * manifest.personal_rows
         if adapter and (user := adapter.user_adapter):
             kept += len(encode_user_adapter(manifest.layout, user))
+        kept += len(self.phrases(evidence).table.tobytes()) if method.words else 0
         for item in evidence.user.items if method.history else ():
             kept += len(json.dumps(dict(item.fields), ensure_ascii=False).encode())
         return kept
@@ -219,11 +237,13 @@ class Method:
     history: int = 0  # number of the user's most relevant past items in the prompt
     k: int | None = None  # the bank as if it had only its first k anchors; None for all
     items: int | None = None  # number of the profile's last items in use; None for all
+    words: bool = False  # whether the user's phrase table is mixed in
 
     @property
     def name(self) -> str:
         point = f"@k{self.k}" if self.k else f"@n{self.items}" if self.items else ""
-        return f"{self.adapter}{point}" + (f"+history@h{self.history}" if self.history else "")
+        history = f"+history@h{self.history}" if self.history else ""
+        return f"{self.adapter}{point}{history}" + ("+words" if self.words else "")
 
     @property
     def on_curve(self) -> bool:
@@ -243,9 +263,17 @@ METHODS = {
         *(Method("merged", items=n) for n in range(1, MAX_PROFILE_ITEMS + 1)),
     )
 }
+METHODS |= {
+    name: method
+    for plain in METHODS.values()
+    if plain.adapter != "prior" and not plain.on_curve
+    for method in (replace(plain, words=True),)
+    for name in (method.name, *(["words"] if plain.name == "common" else []))
+}
 
 DEFAULT = "base,common,task,mean,random,merged,stacked,own"
 REMEMBERING = ("base", "common", "task", "merged", "stacked", "own")  # also run with past items in the prompt
+REPEATING = ("common", "merged", "stacked", "own")  # also run with phrase tables
 
 
 def parse_methods(text: str) -> list[Method]:
@@ -254,14 +282,17 @@ def parse_methods(text: str) -> list[Method]:
         raise BankError(
             f"{unknown[0]!r} is not a method. Methods are {', '.join(ADAPTERS)}; mean and merged take @k4 (the bank's "
             "first 4 anchors), merged takes @n5 (the last 5 items); all except prior take +history@h3 (3 past items in "
-            "the prompt)"
+            "the prompt) and +words (their phrase table; `words` alone is common+words)"
         )
     return [METHODS[name] for name in names]
 
 
-def default_methods(kind: AnswerKind) -> list[Method]:
+def default_methods(kind: AnswerKind, words: bool = True) -> list[Method]:
+    """Return the methods to compare; with `words`, where answers are texts, some of them with phrase tables too."""
     plain = parse_methods(DEFAULT if kind == "text" else f"prior,{DEFAULT}")
-    return plain + [Method(adapter, count) for adapter in REMEMBERING for count in past_count_range(kind)]
+    plain += [Method(adapter, count) for adapter in REMEMBERING for count in past_count_range(kind)]
+    wanted = REPEATING if words and kind == "text" else ()
+    return plain + [replace(method, words=True) for method in plain if method.adapter in wanted]
 
 
 def curves(anchors: int, items: int) -> list[Method]:

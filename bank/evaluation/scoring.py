@@ -22,10 +22,12 @@ from adapters.training.loss import score
 from adapters.user_adapter import UserAdapter, stack
 from bank.building.assemble import BASELINES
 from bank.errors import BankError
+from bank.lookup.phrases import Phrases
 from bank.lookup.prior import SCORES
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
+from bank.models.mixing import PhraseSlots, window_of
 
 WRITTEN_TOKENS, TEMPERATURE = 160, 0.7
 
@@ -76,6 +78,14 @@ class EvalAdapter:
         return stack(fused, user, torch.float32) if user else fused
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TrustedPhrases:
+    """A user's phrase table, and the bank's trust in it."""
+
+    table: Phrases
+    trust: Sequence[float]
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     loss: float  # mean over the output tokens, in nats per token
@@ -100,23 +110,39 @@ class Scorer:
         return self._model
 
     def read(
-        self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
+        self,
+        adapter: EvalAdapter | None,
+        examples: Sequence[Example],
+        new_tokens: int = 0,
+        *,
+        chances: bool = False,
+        phrases: TrustedPhrases | None = None,
     ) -> list[Reading]:
-        """Read examples, and answer their prompts if `new_tokens` > 0; `chances` requests the field of `Reading`."""
+        """Read examples, and answer their prompts if `new_tokens` > 0; `chances` requests the field of `Reading`.
+
+        `phrases` are mixed into answers; into what is read they are mixed by the examples themselves.
+        """
         ids = [self.tokenizer.encode(score, add_special_tokens=False) for score in SCORES] if chances else []
         among = [one[0] for one in ids] if all(len(one) == 1 for one in ids) else []
         model = self._model_with(adapter)
         found = score(model, examples, among)
         no_answers: list[Any] = [None] * len(found)
-        answers = self._generate(model, examples, new_tokens, do_sample=False) if new_tokens else no_answers
+        answers = self._generate(model, examples, new_tokens, phrases) if new_tokens else no_answers
         return [Reading(loss, answer, likely) for (loss, likely), answer in zip(found, answers, strict=True)]
 
-    def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
+    def write(
+        self,
+        adapter: EvalAdapter | None,
+        examples: Sequence[Example],
+        texts: int,
+        phrases: TrustedPhrases | None = None,
+        temperature: float = TEMPERATURE,
+    ) -> list[list[str]]:
         """Sample `texts` answers per prompt in one batch, since a decoding step costs little more with many rows."""
-        sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
+        model = self._model_with(adapter)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            written = self._generate(self._model_with(adapter), examples, WRITTEN_TOKENS, texts, **sampling)
+            written = self._generate(model, examples, WRITTEN_TOKENS, phrases, texts=texts, temperature=temperature)
         return [written[first : first + texts] for first in range(0, len(written), texts)]
 
     @torch.no_grad()
@@ -129,9 +155,17 @@ class Scorer:
 
     @torch.no_grad()
     def _generate(
-        self, model: Any, examples: Sequence[Example], new_tokens: int, texts: int = 1, **sampling: Any
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        new_tokens: int,
+        phrases: TrustedPhrases | None,
+        *,
+        texts: int = 1,
+        temperature: float = 0.0,
     ) -> list[str]:
-        """Generate `texts` answers per prompt, grouped by prompt; each prompt is read once."""
+        """Generate `texts` answers per prompt, grouped by prompt; each prompt is read once. Greedy at temperature 0."""
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         prompts = [example.ids[: example.loss_from] for example in examples]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         width = max(len(prompt) for prompt in prompts)
@@ -146,6 +180,7 @@ class Scorer:
             past_key_values=cache,
             max_new_tokens=new_tokens,
             pad_token_id=pad,
+            logits_processor=[_Mixing(phrases)] if phrases else [],
             **sampling,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)]
@@ -159,3 +194,24 @@ class Scorer:
             self._rank = lora.rank
         self._current.put(lora)
         return self._current.model
+
+
+class _Mixing:
+    """A logits processor for one call of `generate`: mixes one user's table into every row, as an engine does."""
+
+    def __init__(self, phrases: TrustedPhrases) -> None:
+        self._phrases = phrases
+        self._begin = 0  # length of the prompts
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(len(scores), device=scores.device)
+        if not self._begin:
+            self._begin, self._slots = input_ids.shape[1], PhraseSlots(len(rows), scores.shape[1], scores.device)
+            for row in range(len(scores)):
+                self._slots.put(row, self._phrases.table, self._phrases.trust)
+        answers = input_ids[:, self._begin :].tolist()
+        windows = torch.tensor([window_of(answer, len(answer)) for answer in answers], device=scores.device)
+        mixed = scores.float()
+        self._slots.count(rows, windows)
+        self._slots.mix(mixed, rows, rows, windows)
+        return mixed

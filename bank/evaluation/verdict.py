@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations_with_replacement
-from statistics import fmean, median
-
-import numpy as np
+from statistics import fmean
 
 from bank.building.build import EMBED_THREADS, read_inputs
 from bank.building.options import BuildInputs, BuildOptions
@@ -23,8 +20,7 @@ from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base
 
 COMMON, MERGED, PRIOR = "common", "merged", "prior"
-_LEVEL = 0.95
-_NO_BOUND = 1e9  # JSON has no infinity
+WITH_WORDS = Method(MERGED, words=True).name
 Losses = dict[str, float]  # one person's mean loss by method, in nats per token
 
 
@@ -57,6 +53,7 @@ def _losses(evaluator: Evaluator, person: History) -> Losses:
     task = evaluator.bank.serving.task
     methods = [Method(name, history) for name in (COMMON, MERGED) for history in (0, *past_count_range(task.kind))]
     methods += [Method(PRIOR)] if evaluator.bank.manifest.prior else []
+    methods += [Method(MERGED, words=True)] if evaluator.bank.manifest.phrases else []
     runs = [MethodRun(method) for method in methods]
     found = evaluate_user(evaluator, person.with_queries(task, QUERIES), runs)
     return {records[0].method: fmean(record.loss for record in records) for records in found}
@@ -66,7 +63,7 @@ def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
     """Judge a bank by people's losses; of the two numbers of past items `tried`, the larger must be clearly better."""
 
     def less(method: str, other: str) -> LossDifference:
-        return difference([losses[method] - losses[other] for losses in people])
+        return LossDifference.of([losses[method] - losses[other] for losses in people])
 
     few, many = tried
     with_few, with_many = (Method(MERGED, count).name for count in tried)
@@ -82,20 +79,6 @@ def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
         both=less(merged, MERGED),
         beyond=less(merged, common),
         prior=less(MERGED, PRIOR) if PRIOR in people[0] else None,
+        words=less(WITH_WORDS, MERGED) if WITH_WORDS in people[0] else None,
         history=history,
     )
-
-
-def difference(values: Sequence[float]) -> LossDifference:
-    """Return the Hodges-Lehmann estimate and its exact signed-rank interval; fewer than six values have no bounds.
-
-    With few people, one outlier makes Student's interval wide, and the bootstrap's interval is too narrow.
-    """
-    n = len(values)
-    pairs = sorted((one + other) / 2 for one, other in combinations_with_replacement(values, 2))
-    sums = np.ones(1)  # counts of the 2ⁿ sign choices of the ranks 1 to n by the sum of the positive ranks: 0, 1, …
-    for rank in range(1, n + 1):
-        sums = np.pad(sums, (0, rank)) + np.pad(sums, (rank, 0))
-    outside = int(np.sum(np.cumsum(sums) / 2**n <= (1 - _LEVEL) / 2))
-    low, high = (pairs[outside - 1], pairs[-outside]) if outside else (-_NO_BOUND, _NO_BOUND)
-    return LossDifference(mean=median(pairs), low=low, high=high)

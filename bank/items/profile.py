@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,12 @@ def item_pair(item: Item, task: Task) -> tuple[str, str] | None:
     if all(name in item.fields for name in task.pair_fields):
         return task.input.format_map(item.fields), task.output.format_map(item.fields)
     return None
+
+
+def own_texts(items: Iterable[Item], task: Task) -> list[str]:
+    """Return what a person wrote themselves: the outputs of pairs, and plain texts."""
+    found = ((item_pair(item, task) or ("", item.fields.get(PLAIN, "")))[1] for item in items)
+    return [text for text in found if text.strip()]
 
 
 def is_pair(fields: Mapping[str, str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from adapters.training.example import Example
@@ -37,6 +38,12 @@ def encode_conversation(tokenizer: Any, messages: list[dict[str, str]], output: 
     before = prompt_ids(tokenizer, messages)
     after = tokenizer.encode(output + _end_of_turn(tokenizer, messages), add_special_tokens=False)
     return Example(tuple(before + after), len(before))
+
+
+def answer_ids(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
+    """Tokenise answers with the end of turn, as they stand in examples."""
+    end = _end_of_turn(tokenizer, chat_messages("?"))
+    return [tokenizer.encode(answer + end, add_special_tokens=False) for answer in answers]
 
 
 def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

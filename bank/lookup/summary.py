@@ -20,6 +20,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         **manifest.model_dump(mode="json", exclude={"format", "files", "modules", "prior"}),
         "index": {"kind": index.kind, "anchors": index.anchor_count, "dim": index.dim},
         "modules": len(manifest.modules),
+        "words_default": manifest.words_default,
         "fused_rank": manifest.fused_rank,
         "room": manifest.room,
         "row_bytes": 2 * manifest.layout.row_numbers,
@@ -37,6 +38,8 @@ def verdict_text(verdict: Verdict) -> str:
     ]
     if verdict.prior:
         sentences.append(f"adapters against the histogram of a person's own answers {_figure(verdict.prior)}")
+    if verdict.words:
+        sentences.append(f"with a person's own phrases {_figure(verdict.words)}")
     history = f"Prompts get {_items(verdict)} by default." if verdict.history else ""
     return f"{'; '.join(sentences)}. {history}".rstrip()
 

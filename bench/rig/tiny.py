@@ -18,10 +18,11 @@ from bank.building.directions import make_directions
 from bank.items.profile import Vectors
 from bank.lookup.embedder import Embedder
 from bank.lookup.signature import Curvature
-from bank.manifest import EmbedderId, PosteriorRule, WeightRule
+from bank.manifest import EmbedderId, LossDifference, PhraseRule, PosteriorRule, WeightRule
 from bank.models.folders import base_model_id
 from bench.rig.architectures import byte_tokenizer, tiny_of
 
+PHRASES = PhraseRule(trust=(0.3, 0.5, 0.8, 0.9), people=7, gain=LossDifference(mean=-0.2, low=-0.3, high=-0.1))
 WORLDS = ("surfing and the sea", "office planning", "growing roses", "chess openings", "baking bread", "old trains")
 
 
@@ -109,6 +110,7 @@ def tiny_bank(
         training={"seed": seed},
         curvature=curvature,
         directions=made,
+        phrases=PHRASES,
     )
     return folder
 

@@ -5,7 +5,8 @@
                    one recipe; 16 streams over 4 recipes, and over 16
 
 Every recipe is resident before it is timed, and no prompt is cached. `--without-lora` adds a vLLM started without LoRA,
-as vLLM would serve only the base model; `--gateway` also measures a first token through the gateway. `--rank` makes a
+as vLLM would serve only the base model; `--gateway` also measures a first token through the gateway. `--words` compares
+each recipe with itself and a phrase table that proposes every token of its answer. `--rank` makes a
 bank of random rows for the model, for each rank in turn; `--slots` is also measured in turn, with or without ranks.
 
 The limit of a first token is the prompt's operations divided by the processor's speed; the limit of a decode step is
@@ -29,6 +30,7 @@ import typer
 from rich.progress import Progress
 
 from adapters.errors import MtaError
+from bank.lookup.phrases import LONGEST, phrase_table
 from bench import script
 from bench.page.report import Figures, Spread, tabulate
 from bench.rig.engine import Engine
@@ -37,10 +39,13 @@ from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, configured_subject, random_subject, tiny
 from bench.serving.front import through_gateway
 from bench.serving.load import Answer, Ask, Loader, Prompts, loading
-from server.engine_protocol import BASE_MODEL
+from server.engine_protocol import BASE_MODEL, phrase_arguments
 
 SHORT = 16
 """Tokens of the prompt in the decode rows."""
+
+TRUST = (0.2, 0.5, 0.8, 0.9)
+"""In phrases, by length, about what banks of mails have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Only rows with this text; may be repeated.")] = None,
     gateway: Annotated[bool, typer.Option("--gateway", help="Also through the gateway.")] = False,
     without_lora: Annotated[bool, typer.Option("--without-lora", help="Also a vLLM without LoRA.")] = False,
+    words: Annotated[bool, typer.Option("--words", help="Recipes with a phrase table against those without.")] = False,
     pairs: Annotated[int, typer.Option(help="Turns of each side, after one for warm-up.", min=1)] = 5,
     tokens: Annotated[int, typer.Option(help="Tokens of each answer in decode rows.", min=2)] = 24,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
@@ -100,6 +106,10 @@ def main(
     if tiny_model and (bank or model or rank):
         raise typer.BadParameter(
             "uses its own model and bank: leave out --bank, --model and --rank", param_hint="--tiny"
+        )
+    if words and (gateway or without_lora):
+        raise typer.BadParameter(
+            "compares a recipe with itself: leave out --gateway and --without-lora", param_hint="--words"
         )
     if bank and rank:
         raise typer.BadParameter("a bank is made for each rank: leave out --bank", param_hint="--rank")
@@ -114,9 +124,11 @@ def main(
             subjects = [random_subject(where, model, r) for r in rank] if rank else [configured_subject(bank, model)]
         shape = Model.read(subjects[0].model)
         limits = Limits.measured(shape)
-        plan = Plan(chosen, pairs, dtype, without_lora, where / "gateway" if gateway else None)
+        plan = Plan(chosen, pairs, dtype, without_lora, words, where / "gateway" if gateway else None)
         for subject, number in itertools.product(subjects, counts):
-            title = f"{subject.title}, {number} slots, {dtype}"
+            title = f"{subject.title}, {number} slots, {dtype}" + (", base: recipes without phrases" if words else "")
+            if words and not subject.manifest.phrases:
+                raise MtaError(f"{subject.title} has no trust in phrases: build it again")
             taken = _one_engine(plan, subject, number, progress, title)
             lines = [_line(case, found, limits, shape, subject) for case, found in taken]
             tables.append(Figures(title, COLUMNS, lines))
@@ -148,6 +160,7 @@ class Plan:
     pairs: int
     dtype: str
     without_lora: bool
+    words: bool
     gateway: Path | None
 
 
@@ -176,7 +189,7 @@ def _one_engine(
         if plan.without_lora:
             engines.append(servers.enter_context(vllm_server(subject, "plain", **settings)))
         done = partial(progress.advance, bar)
-        taken = [(case, asyncio.run(_measure(case, subject, engines, plan.pairs, done))) for case in rows]
+        taken = [(case, asyncio.run(_measure(plan, case, subject, engines, done))) for case in rows]
         if plan.gateway:
             asked = cases(2)[1]
             found = Readings(*through_gateway(subject, engines[0], plan.gateway, asked.prompt, plan.pairs))
@@ -185,7 +198,7 @@ def _one_engine(
 
 
 async def _measure(
-    case: Case, subject: Subject, engines: Sequence[Engine], pairs: int, done: Callable[[], object]
+    plan: Plan, case: Case, subject: Subject, engines: Sequence[Engine], done: Callable[[], object]
 ) -> Readings:
     """Measure base and recipe (and the server without LoRA) in turn, every other turn backwards; the first warms up.
 
@@ -194,16 +207,21 @@ async def _measure(
     names, prompts = subject.names(case.recipes), Prompts(subject.model)
     readings = Readings()
     async with loading(*engines) as loaders:
-        sides: list[tuple[list[float], Loader, Sequence[str]]] = [
-            (readings.base, loaders[0], [BASE_MODEL]),
-            (readings.recipe, loaders[0], names),
-        ]
-        sides += [(readings.plain, loader, [BASE_MODEL]) for loader in loaders[1:]]
-        for turn in range(pairs + 1):
+        if plan.words:
+            fixed = prompts(case.prompt)  # a table proposes the answer to one prompt
+            asks_with = [await _with_phrases(loaders[0], Ask(name, fixed, case.tokens)) for name in names]
+            without = [replace(ask, body={}) for ask in asks_with]
+        else:
+            asks_with = [Ask(name, (), case.tokens) for name in names]
+            without = [Ask(BASE_MODEL, (), case.tokens)]
+        sides = [(readings.base, loaders[0], without), (readings.recipe, loaders[0], asks_with)]
+        sides += [(readings.plain, loader, without) for loader in loaders[1:]]
+        for turn in range(plan.pairs + 1):
             found = list[tuple[list[float], float | None]]()
-            for kept, loader, models in reversed(sides) if turn % 2 else sides:
+            for kept, loader, asked in reversed(sides) if turn % 2 else sides:
                 for tokens in (2, case.tokens):
-                    asks = [Ask(models[i % len(models)], prompts(case.prompt), tokens) for i in range(case.streams)]
+                    asks = [replace(asked[i % len(asked)], tokens=tokens) for i in range(case.streams)]
+                    asks = [ask if ask.prompt else replace(ask, prompt=prompts(case.prompt)) for ask in asks]
                     answers = await loader.together(asks)
                 found.append((kept, _reading(case, answers)))
             values = [(kept, value) for kept, value in found if value is not None]
@@ -214,6 +232,13 @@ async def _measure(
     if not readings.base:
         raise MtaError(f"{case.label}: all answers came in one piece; the machine is too busy to measure")
     return readings
+
+
+async def _with_phrases(loader: Loader, ask: Ask) -> Ask:
+    """Return the request with a phrase table that proposes every token of its answer, the most that one can cost."""
+    ids = await loader.token_ids(ask)
+    parts = [ids[at : at + 2 * LONGEST] for at in range(0, len(ids), LONGEST)]
+    return replace(ask, body={"vllm_xargs": phrase_arguments(phrase_table(parts * 2).tobytes(), TRUST)})
 
 
 def _reading(case: Case, answers: Sequence[Answer]) -> float | None:

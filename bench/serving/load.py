@@ -12,10 +12,11 @@ import json
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -31,6 +32,7 @@ class Ask:
     model: str
     prompt: Sequence[int]
     tokens: int
+    body: Mapping[str, Any] = field(default_factory=dict)  # further fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +80,21 @@ class Loader:
             output_len=ask.tokens,
             model=ask.model,
             extra_headers=key_header(KEY),
-            extra_body={"temperature": 0, "cache_salt": next(self._salts)},
+            extra_body={"temperature": 0, "cache_salt": next(self._salts), **ask.body},
             ignore_eos=True,
         )
         found = await async_request_openai_completions(wanted, self._session)
         if not found.success:
             raise RuntimeError(f"{ask.model} was not answered: {found.error}")
         return Answer(found.ttft * 1000, [gap * 1000 for gap in found.itl], found.output_tokens)
+
+    async def token_ids(self, ask: Ask) -> list[int]:
+        """Return the token ids of an answer."""
+        body = {"model": ask.model, "prompt": ask.prompt, "max_tokens": ask.tokens, "return_token_ids": True}
+        body |= {"temperature": 0, "ignore_eos": True}
+        async with self._session.post(self._url, json=body, headers=key_header(KEY), raise_for_status=True) as response:
+            ids: list[int] = (await response.json())["choices"][0]["token_ids"]
+        return ids
 
     async def together(self, asks: Iterable[Ask]) -> list[Answer]:
         """Send all requests at the same time."""

@@ -63,7 +63,7 @@ def evaluate(
 
     manifest = read_manifest(bank)
     kind = get_task(manifest.task).kind
-    chosen = parse_methods(methods) if methods else default_methods(kind)
+    chosen = parse_methods(methods) if methods else default_methods(kind, words=manifest.phrases is not None)
     writing = parse_methods(write) if write else []
     if writing and kind != "text":
         raise typer.BadParameter(f"this bank's answers are {kind}, not free text", param_hint="--write")

@@ -163,6 +163,7 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
         "override-generation-config": json.dumps({"max_new_tokens": None} | (chosen or {})),
         # Routers drop the request option; the gateway reads the prompt length from the usage in every chunk.
         "enable-force-include-usage": [],
+        "logits-processors": _phrase_processor(on_cpu) if any(manifest.phrases for manifest in manifests) else None,
         "otlp-traces-endpoint": settings.otlp_endpoint.rstrip("/") + TRACES_PATH if settings.otlp_endpoint else None,
         "enable-lora": [],
         "max-loras": slots,
@@ -172,6 +173,13 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
         # Wrap only modules that a bank adapts: vLLM spends time on each wrapped module for every token.
         "lora-target-modules": sorted({module for manifest in manifests for module in manifest.target_modules}),
     }
+
+
+def _phrase_processor(on_cpu: bool) -> str:
+    """Return the class that mixes in phrase tables: GPUs use vLLM's second model runner unless told otherwise."""
+    if on_cpu or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
+        return "server.engine.phrases.processor:PhraseProcessor"
+    return "server.engine.phrases.gpu_processor:GpuPhraseProcessor"
 
 
 def _environment(settings: Settings) -> dict[str, str]:

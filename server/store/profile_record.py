@@ -16,15 +16,16 @@ import numpy as np
 import orjson
 
 from bank.items.profile import Vectors
+from bank.lookup.phrases import decode_phrases
 from bank.lookup.signature import Signature, empty_signature
 
 RECORD_VERSION = 1
 _PART = struct.Struct("<BH")
 _EMBEDDER_BYTES = 8
 
-_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE, _OTHER = range(1, 10)
+_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE, _OTHER, _PHRASES = range(1, 11)
 _REQUIRED = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
-_KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER}
+_KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER, _PHRASES}
 _HALF_BYTES = 2
 _SIGNATURE_HEADER = struct.Struct("<4sIQf")  # bank, tokens, made_of_ms, length of the products
 _OTHER_HEADER = struct.Struct("<8sQ")  # embedder, made_of_ms
@@ -70,6 +71,7 @@ class Profile:
     adapter: AdapterNote | None = None
     signature: StoredSignature | None = None  # may be outdated, or for another bank
     other: OtherEmbedding | None = None
+    phrases: bytes = b""  # phrase table, made with the signature from the same items for the same bank
     extra: Mapping[int, bytes] = field(default_factory=dict)  # unknown parts, by tag
 
     def with_embedder(self, embedder: str) -> Profile | None:
@@ -123,6 +125,8 @@ def encode_profile(profile: Profile) -> bytes:
         parts[_ADAPTER] = f"{note.id} {note.recipe} {note.size_bytes} {note.created_ms} {note.made_in}".encode()
     if profile.signature is not None:
         parts[_SIGNATURE] = _signature_bytes(profile.signature)
+    if profile.phrases:
+        parts[_PHRASES] = profile.phrases
     if profile.other is not None:
         head = _OTHER_HEADER.pack(bytes.fromhex(profile.other.embedder), profile.other.made_of_ms)
         parts[_OTHER] = head + _half(profile.other.embedding)
@@ -147,6 +151,7 @@ def decode_profile(record: bytes) -> Profile:
         adapter=_note(parts[_ADAPTER]) if _ADAPTER in parts else None,
         signature=_stored_signature(parts[_SIGNATURE]) if _SIGNATURE in parts else None,
         other=_other(parts[_OTHER]) if _OTHER in parts else None,
+        phrases=decode_phrases(parts.get(_PHRASES, b"")).tobytes(),
         extra={tag: part for tag, part in parts.items() if tag not in _KNOWN},
     )
 

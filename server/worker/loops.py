@@ -302,7 +302,9 @@ class SigningLoop:
         items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
         pairs = pairs_of(items, self.bank.task)
         made = await self._make_signature(user_key, pairs, tries)
-        change = Change(replace(profile, signature=StoredSignature(made, profile.updated_ms)), {}, {}, ())
+        phrases = await asyncio.to_thread(self.signer.phrases, items)
+        signed = replace(profile, signature=StoredSignature(made, profile.updated_ms), phrases=phrases)
+        change = Change(signed, {}, {}, ())
         commit = self.profiles.commit
         try:
             is_stored = await retry_until(until_s, commit, user_key, snapshot.version, change, snapshot.epoch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from adapters.training.user_trainer import IN_USE, MIN_JUDGES, Beneath, Training
 from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter, samples_of, stack
 from bank.building.signer import Signer
 from bank.items.lessons import PastItems, add_memories, lesson_key, normalised
-from bank.items.profile import Item, item_pair
-from bank.items.prompt import encode_conversation, encode_pair
+from bank.items.profile import Item, item_pair, own_texts
+from bank.items.prompt import answer_ids, encode_conversation, encode_pair
 from bank.items.tasks import Task, get_task
+from bank.lookup.phrases import phrase_table, proposals
 from bank.lookup.serving import common_recipe
 from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.manifest import BankManifest
@@ -137,13 +138,15 @@ class AdapterTrainer:
             in_use, known = decode_user_adapter(self.manifest.layout, user.in_use.raw), samples_of(user.in_use.raw)
         new = [place for place, sample in enumerate(samples) if sample_hash(sample) not in known]
         pairs = tuple(pairs_of(user.items, self.task))
+        plain = own_texts([item for item in user.items if item_pair(item, self.task) is None], self.task)
 
         @lru_cache(1)
         def made_of(unseen: tuple[tuple[str, str], ...]) -> Beneath:
             signature = user.signature
             if signature and len(unseen) < len(pairs):
                 signature = self.signature(unseen)
-            return self._beneath(partial(user.recipe, signature), config.strength, in_use)
+            beneath = self._beneath(partial(user.recipe, signature), config.strength, in_use)
+            return replace(beneath, served=self._served([*plain, *(output for _, output in unseen)]))
 
         def beneath(held: Sequence[int]) -> Beneath:
             seen = {lesson_key(self.task, *samples[place].pair) for place in held}
@@ -166,6 +169,16 @@ class AdapterTrainer:
         if self.manifest.common:
             rivals["the common row"] = lambda: fused(common_recipe(self.manifest))
         return Beneath(ground, rivals | {"the base model": lambda: None})
+
+    def _served(self, texts: Sequence[str]) -> Callable[[Example], Example]:
+        """Return how samples are judged: with the phrase table of the user's other texts, if answers get one."""
+        rule = self.manifest.phrases
+        if rule is None or not self.manifest.words_default:
+            return lambda example: example
+        table = phrase_table(answer_ids(self.tokenizer, texts)[::-1])
+        return lambda example: replace(
+            example, mixed=tuple(said.mixed(rule.trust) for said in proposals(table, example.output))
+        )
 
     def _learned(
         self, learned: Sequence[Sample], given: Sequence[Example], config: AdaptConfig
@@ -192,6 +205,12 @@ class AdapterTrainer:
         max_tokens = min(MAX_SIGNED_TOKENS, self._context)
         examples = [self._example(f"items.{place}", encode_pair, *pair, max_tokens) for place, pair in enumerate(pairs)]
         return self._signer.signature(self.manifest.short, examples)
+
+    def phrases(self, items: Sequence[Item]) -> bytes:
+        """Return the user's phrase table, of their newest texts; empty if the bank has no trust in tables."""
+        if not self.manifest.phrases:
+            return b""
+        return phrase_table(answer_ids(self.tokenizer, own_texts(items, self.task))[::-1]).tobytes()
 
     @cached_property
     def _signer(self) -> Signer:

@@ -13,10 +13,12 @@ import pytest
 
 from adapters.errors import MtaError
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
+from bank.lookup.phrases import LONGEST, phrase_table
 from bank.manifest import read_manifest
 from bench.rig.engine import KEY, Engine
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import free_port
+from server.engine_protocol import key_header, phrase_arguments
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, open_session
@@ -198,6 +200,35 @@ async def test_a_prompt_beyond_the_context_is_refused(client: EngineClient, subj
     error = await refusal(client, ask(subject.recipe().name, "x" * chars), InvalidRequest)
     assert (error.param, error.code) == ("prompt", "context_length_exceeded")
     assert str(CONTEXT) in error.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_ids_of_an_answer_come_back_with_its_phrases(
+    client: EngineClient, subject: Subject, session: aiohttp.ClientSession, stream: bool
+) -> None:
+    request = ask(subject.recipe().name)
+    body = {"model": request.model, "messages": request.messages, "return_token_ids": True, **request.sampling}
+    async with session.post(f"{subject.url}/v1/chat/completions", json=body, headers=key_header(KEY)) as response:
+        value = await response.json()
+    (choice,) = value["choices"]
+    ids = choice["token_ids"]
+    assert (len(ids), len(value["prompt_token_ids"])) == (8, value["usage"]["prompt_tokens"])
+    said = phrase_table([ids[:4]] * 2).tobytes()
+    moving = replace(
+        request, phrases=said, trust=[0.0] * LONGEST, stream=stream
+    )  # trusted so little, they move nothing
+    async with client.generate(moving) as answer:
+        text = "".join([text async for text, _ in answer])
+    assert (text, answer.moved) == (choice["message"]["content"], 4)
+
+
+@pytest.mark.parametrize(("table", "trust"), [(b"short", [0.5] * LONGEST), (bytes(11), [0.5] * LONGEST), (b"", [1.0])])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_table_that_is_none_is_refused(
+    subject: Subject, client: EngineClient, table: bytes, trust: list[float], stream: bool
+) -> None:
+    sampling = {"vllm_xargs": phrase_arguments(table, trust)}
+    await refusal(client, replace(ask(subject.recipe().name, **sampling), stream=stream), InvalidRequest)
 
 
 @pytest.mark.parametrize("prompt", [None, "x" * 400])

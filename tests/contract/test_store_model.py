@@ -470,7 +470,7 @@ def test_the_store_keeps_its_promises_whatever_happens(request: pytest.FixtureRe
     run_state_machine_as_test(
         Store,
         settings=settings(
-            max_examples=steps // STEPS_A_RUN * 2,
+            max_examples=steps // STEPS_A_RUN * 5 // 4,
             stateful_step_count=STEPS_A_RUN,
             deadline=None,
             derandomize=profile == "default",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from bench.rig.browser import Looking, looking
 from mta_client import Client, MtaError
@@ -47,6 +47,13 @@ def copied(page: Page, button: str) -> str:
     expect(pressed.locator("..").get_by_role("status")).to_have_text("copied")
     text: str = page.evaluate("navigator.clipboard.readText()")
     return text
+
+
+def streamed(*pieces: tuple[str, int]) -> str:
+    """A stream of texts, each with the number of its tokens that a phrase had proposed."""
+    chunks = [{"choices": [{"delta": {"content": text}, "finish_reason": None}], "moved": n} for text, n in pieces]
+    end = {"choices": [{"delta": {}, "finish_reason": "stop"}], "moved": sum(n for _, n in pieces)}
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in (*chunks, end)) + "data: [DONE]\n\n"
 
 
 class TestPlayground:
@@ -97,6 +104,30 @@ class TestPlayground:
         answered(page)
         page.get_by_role("button", name="Ask", exact=True).click()
         expect(page.get_by_label("Temperature")).to_be_focused()
+
+    def test_what_a_users_phrases_proposed_is_underlined_and_counted(self, look: Looking) -> None:
+        def answer_both(route: Route) -> None:
+            own = (("With", 1), (" love", 1), (" always", 0)) if '"auto"' in (route.request.post_data or "") else ()
+            route.fulfill(body=streamed(("Rest.\n", 0), *own), content_type="text/event-stream")
+
+        look.page.route("**/generate", answer_both)
+        page = look.visit("playground", user="rosa", ask="Rain?")
+        personal = answer(page, "rosa")
+        expect(personal.locator("mark")).to_have_text("With love always")
+        expect(personal.locator("mark u")).to_have_text("With love")
+        expect(personal).to_contain_text(re.compile(r"own words\s*2 tokens"))
+        expect(answer(page, "Base model").locator("u")).to_have_count(0)
+
+    def test_own_words_can_be_switched_off(self, look: Looking) -> None:
+        page = look.visit("playground", user="rosa", ask="Hello?", tokens=4)
+        answered(page)
+        page.get_by_text("Settings", exact=True).click()
+        page.get_by_role("radio", name="Off", exact=True).check()
+        with page.expect_request(lambda request: '"auto"' in (request.post_data or "")) as sent:
+            page.get_by_role("button", name="Ask", exact=True).click()
+        assert sent.value.post_data_json["words"] is False
+        assert "words=false" in page.url
+        assert '"words": False' in copied(page, "Copy as Python")
 
     def test_a_user_who_is_unknown_is_answered_by_the_base_model_and_told_so(self, look: Looking) -> None:
         page = look.visit("playground", user="nobody-at-all", ask="Hello?", tokens=8)

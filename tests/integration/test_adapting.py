@@ -19,6 +19,7 @@ from httpx import Client
 from typer.testing import CliRunner
 
 from adapters.recipe import parse_recipe
+from bank.lookup.phrases import phrase_table
 from bank.lookup.signature import Signature
 from bank.peft.imported import read_peft
 from bench.rig.processes import wait_until
@@ -269,13 +270,15 @@ async def test_the_rest_of_the_record_and_a_lost_adapter(client: Client, ada: st
         made_of = snapshot.profile.updated_ms
         signed = StoredSignature(Signature("9f2c41d0", 7, np.array([0.5, -0.25], "f4")), made_of)
         other = OtherEmbedding("00" * 8, np.full(4, 0.5, "f4"), made_of)
-        profile = replace(snapshot.profile, signature=signed, other=other, extra={200: b"later"})
+        repeated, later = phrase_table([[7, 8]] * 2).tobytes(), {200: b"later"}
+        profile = replace(snapshot.profile, signature=signed, other=other, phrases=repeated, extra=later)
         assert await parts.profiles.commit(gateway.key(ada), snapshot.version, Change(profile, {}, {}, ()))
     await give_adapter(gateway, ada)
     export = client.get(f"/users/{ada}/export").raise_for_status().json()
     assert export["signature"].pop("products") == pytest.approx([0.5, -0.25], abs=1e-3)
     assert export["signature"] == {"bank": "9f2c41d0", "tokens": 7, "made_of_ms": made_of}
     assert export["other_embedding"] == {"embedder": "00" * 8, "embedding": [0.5] * 4, "made_of_ms": made_of}
+    assert base64.b64decode(export["phrases"]) == repeated
     assert export["of_later_versions"] == {"200": "bGF0ZXI="}
     adapter = export["adapter"]
     assert (adapter["peft"], adapter["stored"], adapter["says"]) == (None, None, "it is no longer stored")

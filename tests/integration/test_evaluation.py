@@ -12,17 +12,21 @@ from typing import Any
 import pytest
 
 from adapters.training.adapt_config import AdaptConfig
+from adapters.training.attached import attached
 from adapters.training.example import Example
+from adapters.training.forward.packing import pack
+from adapters.training.loss import token_losses
 from adapters.training.trainer import initial_lora
 from bank.building.assemble import BASELINES
 from bank.building.build import build_baselines
 from bank.errors import BankError
 from bank.evaluation.methods import DEFAULT, METHODS, Evaluator, parse_methods
 from bank.evaluation.run import RECORDS_FILE
-from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer
+from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer, TrustedPhrases
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, EvalOptions, evaluate
 from bank.items.histories import read_histories
 from bank.lookup.embedder import Embedder
+from bank.lookup.phrases import phrase_table, proposals
 from bank.lookup.prior import SCORES
 from bank.manifest import read_manifest
 from bank.models.load import load_base
@@ -100,6 +104,42 @@ def test_every_method_has_records_and_a_row_and_a_killed_run_goes_on(inputs: Eva
     whole = path.read_text("utf-8")
     assert sorted(run(inputs, "common,task", seeds=1)[0]) == ["common", "task"]  # of what is there, any can be shown
     assert path.read_text("utf-8") == whole
+
+
+@pytest.fixture
+def evaluator(inputs: EvalInputs) -> Evaluator:
+    scorer = Scorer(*load_base(inputs.model_folder, "float32"))
+    bank = OpenBank.open(inputs.bank, inputs.embedder.id)
+    return Evaluator(bank=bank, scorer=scorer, embedder=inputs.embedder, config=CONFIG)
+
+
+def test_words_are_mixed_into_each_token_that_is_read(inputs: EvalInputs, evaluator: Evaluator) -> None:
+    user = read_histories(inputs.users, evaluator.bank.serving.task, queries=True)[0]
+    known, plain = evaluator.evidence(user), METHODS["merged"]
+    adapter, phrases = evaluator.adapter(plain, known, 0), evaluator.phrases(known)
+    (example, *_), (without, *_) = evaluator.read(plain, known, adapter)
+    _, (with_words, *_) = evaluator.read(METHODS["merged+words"], known, adapter)
+    said = proposals(phrases.table, example.output)
+    assert any(each.length for each in said)
+    with attached(evaluator.scorer.bare(), adapter.lora()) as here:
+        (row,) = pack(here.model, [example])
+        (losses,) = token_losses(here.model, row)
+    assert losses.mean() == pytest.approx(without.loss, abs=1e-5)
+    mixed = [kept * math.exp(-loss) + added for loss, (kept, added) in zip(
+        losses.tolist(), (each.mixed(phrases.trust) for each in said), strict=True
+    )]  # fmt: skip
+    assert -sum(map(math.log, mixed)) / len(mixed) == pytest.approx(with_words.loss, abs=1e-5)
+
+
+def test_what_is_written_repeats_the_persons_words(inputs: EvalInputs, evaluator: Evaluator) -> None:
+    user = read_histories(inputs.users, evaluator.bank.serving.task, queries=True)[0]
+    known, scorer = evaluator.evidence(user), evaluator.scorer
+    examples, _ = evaluator.read(METHODS["words"], known, None)
+    text = known.signature_examples[0].output
+    habit = scorer.tokenizer.decode(text, skip_special_tokens=True)
+    phrases = TrustedPhrases(phrase_table([text, text]), [0.97] * 4)
+    assert scorer.write(None, examples[:2], 1, phrases, temperature=0) == [[habit], [habit]]
+    assert scorer.write(None, examples[:1], 1, temperature=0) != [[habit]]
 
 
 def test_a_run_without_a_table_or_of_an_unknown_type_is_refused(inputs: EvalInputs) -> None:

@@ -13,14 +13,17 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
+from transformers import AutoTokenizer
 
+from bank.items.prompt import answer_ids
+from bank.lookup.phrases import phrase_table
 from bench.fleet.overload import Overload
 from bench.fleet.streams import Load
 from bench.rig.engine import Engine
 from bench.rig.valkey import free_port
 from server.settings import Settings
-from tests.support.calls import BOTH, either
-from tests.support.gateway import GatewayThread, chunks_of, serving
+from tests.support.calls import BOTH, either, put, who
+from tests.support.gateway import GatewayThread, chunks_of, generate, give_phrases, serving, text_of
 from tests.support.node import run_module
 
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -47,6 +50,22 @@ def test_users_get_answers_of_their_own(client: OpenAI, gateway_over_vllm: Gatew
     with gateway_over_vllm.client() as plain:
         answer = plain.post("/generate", json={"user_id": "rosa", "max_tokens": 24, **options})
         assert answer.json()["text"] == texts["rosa"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_user_repeats_is_said(gateway_over_vllm: GatewayThread, tiny_model_folder: Path, stream: bool) -> None:
+    ids = answer_ids(AutoTokenizer.from_pretrained(tiny_model_folder), ["ahoy, mate"])  # with the end of turn
+    with gateway_over_vllm.client() as plain:
+        put(plain, "sailor")
+        asyncio.run(give_phrases(gateway_over_vllm, "sailor", phrase_table(ids * 2).tobytes()))
+        asked = {"max_tokens": 24, "temperature": 0, "stream": stream}
+        said, unsaid = (generate(plain, "sailor", words=words, **asked).raise_for_status() for words in (True, False))
+    if stream:
+        *chunks, last, _ = chunks_of(said)
+        assert (text_of(chunks), last["moved"]) == ("ahoy, mate", 11)
+    else:
+        assert (said.json()["text"], who(said)["moved"]) == ("ahoy, mate", 11)
+    assert "ahoy" not in unsaid.text
 
 
 @BOTH

@@ -13,6 +13,7 @@ import pytest
 from adapters.recipe import FusionRecipe
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.user_trainer import TrainingRun
+from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
 from bank.manifest import read_manifest
@@ -68,6 +69,9 @@ class Worker:
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
         self.events.append("signed")
         return self._trainer.signature(pairs)
+
+    def phrases(self, items: Sequence[Item]) -> bytes:
+        return self._trainer.phrases(items)
 
     def train(self, person: JobUser, samples: Any, config: AdaptConfig, learned: Any) -> TrainingRun:
         self.recipes.append(person.recipe(person.signature, config.strength))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from bank.items.profile import Item
+from bank.items.prompt import answer_ids
+from bank.lookup.phrases import decode_phrases, proposals
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
 from bank.manifest import read_manifest
@@ -30,7 +34,7 @@ from server.store.tenants.user_key import UserKeys
 from server.worker.lease import Stalled
 from server.worker.loops import MAX_SIGN_TRIES, SigningLoop
 from server.worker.training import AdapterTrainer
-from tests.support.calls import SAMPLES
+from tests.support.calls import SAMPLES, pair
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import generate, serving
 from tests.support.store_parts import connected
@@ -56,6 +60,9 @@ class Sign:
         if self.made == 1:
             self._meanwhile()
         return self.trainer.signature(pairs)
+
+    def phrases(self, items: Sequence[Item]) -> bytes:
+        return self.trainer.phrases(items)
 
     async def _all(self) -> None:
         async with connected(self._url) as connection:
@@ -123,7 +130,7 @@ def test_a_signature_speaks_for_whom_no_topic_is_known_yet(sign: Sign) -> None:
     found = StoredSignature(Signature(bank.manifest.short, 9, np.ones(6, "f4")), 1)
     of_another = Profile("ada", 1, 1, "00" * 8, np.ones(4, "f4") / 2, signature=found)  # embedder, with fewer numbers
     profiles = SimpleNamespace(embedder=SimpleNamespace(id=bank.manifest.embedder.id, dim=bank.manifest.embedder.dim))
-    request = SimpleNamespace(user=user, personalize=Personalize.MERGED, strength=1.0, holdout=0.0)
+    request = SimpleNamespace(user=user, personalize=Personalize.MERGED, strength=1.0, words=False, holdout=0.0)
     (merged,) = Personalizer(bank, profiles).candidates(request, of_another)  # type: ignore[arg-type]
     assert (merged.source, merged.recipe) == ("signature", bank.personalise(QUERY, found.signature).recipe)
 
@@ -194,3 +201,30 @@ def test_a_signing_that_stalls_ends_the_process(user_id: str, sign: Sign, monkey
     monkeypatch.setattr("server.worker.lease.STALL_S", 0.1)
     with pytest.raises(Stalled):
         sign(lambda: time.sleep(0.5))
+
+
+def repeated(client: httpx.Client, user_id: str, sign: Sign, text: str) -> str:
+    """A text with what the user's stored phrases propose of it in capitals, and the rest as dots."""
+    stored = client.get(f"/users/{user_id}/export").raise_for_status().json()["phrases"]
+    said = proposals(decode_phrases(base64.b64decode(stored)), answer_ids(sign.trainer.tokenizer, [text])[0])
+    return "".join(char.upper() if each.share else "." for char, each in zip(text, said, strict=False))
+
+
+def test_phrases_are_of_all_own_texts_and_follow_the_items(client: httpx.Client, user_id: str, sign: Sign) -> None:
+    put(client, user_id, [pair("a", "when?", "yours, ada"), {"text": "yours, kai"}])
+    sign()
+    assert repeated(client, user_id, sign, "yours, eve") == "YOURS, ..."
+    put(client, user_id, [pair("a", "yours, when?", "bye, ada"), pair("b", "yours, who?", "bye, kai")])
+    sign()
+    assert [repeated(client, user_id, sign, text) for text in ("yours,", "bye,")] == ["......", "BYE,"]
+
+
+def test_a_bank_without_trust_stores_no_phrases(
+    client: httpx.Client, user_id: str, sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign()
+    assert repeated(client, user_id, sign, "0 yes") == "..YES"
+    put(client, user_id, SAMPLES[:4])
+    monkeypatch.setattr(sign.trainer, "manifest", sign.trainer.manifest.model_copy(update={"phrases": None}))
+    sign()
+    assert repeated(client, user_id, sign, "0 yes") == "....."

@@ -26,7 +26,7 @@ from adapters.training.forward import lower_layers
 from adapters.training.forward.attention import Block, use_quick_attention
 from adapters.training.forward.lower_layers import LowerLayers, layer_of, upper_half
 from adapters.training.forward.packing import Row, pack
-from adapters.training.loss import b_gradient, backward, mean_loss, row_losses, score
+from adapters.training.loss import b_gradient, backward, mean_loss, row_losses, score, token_losses
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
 from adapters.training.user_trainer import (
     IN_USE,
@@ -130,6 +130,18 @@ def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, e
     assert [loss for loss, _ in score(model, examples)] == pytest.approx(each, rel=1e-5)
     assert read(model, examples) == pytest.approx(alone, rel=1e-5)
     assert mean_loss(model, examples) == pytest.approx(sum(alone) / sum(counts), rel=1e-5)
+
+
+def test_a_mixed_token_has_the_loss_of_the_mixture(model: Any, examples: list[Example]) -> None:
+    plain, served = examples[:2]
+    pairs = tuple((0.75, 0.25 * (place % 2)) for place in range(served.output_tokens))
+    (row,) = pack(model, [plain, replace(served, mixed=pairs)])
+    found = dict(zip(row.examples, token_losses(model, row), strict=True))
+    (alone,) = pack(model, [plain, served])
+    before = dict(zip(alone.examples, token_losses(model, alone), strict=True))
+    kept, added = torch.tensor(pairs).T
+    assert torch.allclose(found[replace(served, mixed=pairs)], -(kept * (-before[served]).exp() + added).log())
+    assert torch.equal(found[plain], before[plain])
 
 
 def test_gradients_are_those_of_single_examples_or_dense(

@@ -29,7 +29,7 @@ from bank.items.profile import Item
 from bank.items.prompt import encode_conversation
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import empty_signature
-from bank.manifest import BankManifest
+from bank.manifest import BankManifest, LossDifference
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
@@ -421,6 +421,26 @@ def test_the_recipe_beneath_has_not_seen_what_judges(trainer: AdapterTrainer, mo
     for held in ([], [1, 2], [3]):
         grounds[0](held)
     assert signed == [(pairs[0], pairs[2])]
+
+
+def test_samples_are_judged_as_answers_with_phrases_would_be(
+    trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, unsure = some(4), LossDifference(mean=-0.2, low=-0.3, high=0.1)
+    mine, others = (
+        [Item(name, {"input": "?", "output": f"{said}{name}"}) for name in "ab"] for said in ("yes, number ", "WWWWW")
+    )
+
+    def before(items: Sequence[Item], **changed: Any) -> float:
+        rule = trainer.manifest.phrases.model_copy(update=changed)
+        monkeypatch.setattr(trainer, "manifest", trainer.manifest.model_copy(update={"phrases": rule}))
+        judged = trainer.train(person_of(trainer, items=items), samples, FEW_STEPS).finish()
+        return judged.before
+
+    plain = before([])
+    assert before(mine) < plain - 0.1
+    assert before(others) > plain
+    assert before(mine, gain=unsure) == pytest.approx(plain)
 
 
 async def test_a_job_trains_on_what_was_sent_instead_of_answers_and_has_the_items_where_the_bank_knows_history(

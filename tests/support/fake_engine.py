@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 from aiohttp import web
@@ -19,6 +20,7 @@ from aiohttp import web
 from adapters.errors import RecipeError
 from adapters.recipe import FusionMethod, parse_recipe
 from bench.rig.engine import KEY
+from server.engine.phrases.arguments import table_of
 from server.supervisor.services import free_port
 
 __all__ = ["KEY", "FakeEngine", "Knobs", "Seen"]
@@ -70,6 +72,14 @@ class Seen:
     @property
     def prompt_tokens(self) -> int:
         return sum(map(self.prompt_tokens_of, self.prompts))
+
+    @property
+    def returns_ids(self) -> bool:
+        return bool(self.body.get("return_token_ids"))
+
+    @property
+    def prompt_ids(self) -> list[int] | None:
+        return list(range(self.prompt_tokens)) if self.returns_ids else None
 
     @property
     def choices(self) -> range:
@@ -291,17 +301,28 @@ def options_refusal(body: dict[str, Any]) -> str | None:
         return '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
     if body.get("n", 1) > 1 and body.get("temperature") == 0:
         return "n must be 1 when using greedy sampling"
+    asking: Any = SimpleNamespace(extra_args=body.get("vllm_xargs"))
+    try:
+        table_of(asking)
+    except ValueError as error:  # as of our logits processor
+        return str(error)
     return None
+
+
+def ids_of(text: str) -> list[int]:
+    """The tokens of an answer, one a word."""
+    return [WORDS.index(word) for word in text.split()]
 
 
 def whole(seen: Seen, words: list[str], finish_reasons: Sequence[str]) -> dict[str, Any]:
     text = "".join(words)
     said = {"text": text} if "prompt" in seen.body else {"message": {"role": "assistant", "content": text}}
+    said |= {"token_ids": ids_of(text) if seen.returns_ids else None}
     choices = [
         {"index": index, **said, "logprobs": _logprobs(seen.body, words), "finish_reason": reason}
         for index, reason in zip(seen.choices, cycle(finish_reasons), strict=False)
     ]
-    more = {"usage": seen.usage, "kv_transfer_params": {"host": "inner"}}
+    more = {"usage": seen.usage, "kv_transfer_params": {"host": "inner"}, "prompt_token_ids": seen.prompt_ids}
     return _named(seen, "chat.completion") | {"choices": choices} | more
 
 
@@ -317,9 +338,12 @@ def chunk(seen: Seen, index: int | None, word: str | None = None, reason: str | 
     said = {"delta": delta} if "messages" in seen.body else {"text": word or ""}
     logprobs = _logprobs(seen.body, [word]) if word else None
     choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+    if word != "":  # vLLM's opening has the prompt's alone
+        choice["token_ids"] = ids_of(word or "") if seen.returns_ids else None
     told = (
         {"choices": [], "usage": seen.usage} if index is None else {"choices": [choice], "usage": seen.usage_of(index)}
     )
+    told |= {"prompt_token_ids": seen.prompt_ids} if word == "" else {}
     content = _named(seen, "chat.completion.chunk") | told
     return b"data: " + json.dumps(content).encode() + b"\n\n"
 

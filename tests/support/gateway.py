@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from bank.lookup.signature import empty_signature
 from bench.rig.client import summed
 from bench.rig.processes import wait_until
 from bench.rig.valkey import free_port
@@ -20,7 +21,7 @@ from server.gateway.app import create_app
 from server.gateway.http.serving import GatewayServer, uvicorn_config
 from server.gateway.parts import Parts
 from server.settings import Settings
-from server.store.profile_record import AdapterNote
+from server.store.profile_record import AdapterNote, StoredSignature
 from server.store.profiles import Change
 from server.store.tenants.access_keys import Policy, Scope, access_key, digest_of, new_secret
 from server.store.tenants.rates import Allowance
@@ -198,3 +199,15 @@ async def give_adapter(
         change = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
         assert await parts.profiles.commit(key, snapshot.version, change, snapshot.epoch)
         await parts.adapters.add_adapted(key, bank)
+
+
+async def give_phrases(gateway: GatewayThread, user_id: str, table: bytes, bank: str = "") -> None:
+    """Keep a phrase table in a profile beside a signature, as a worker of a bank does."""
+    key, manifest = gateway.key(user_id), gateway.parts.bank.manifest
+    async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
+        snapshot = await parts.profiles.read(key)
+        assert snapshot.profile
+        made = empty_signature(bank or manifest.short, manifest.personal_rows)
+        signed = StoredSignature(made, snapshot.profile.updated_ms)
+        change = Change(replace(snapshot.profile, signature=signed, phrases=table), {}, {}, ())
+        assert await parts.profiles.commit(key, snapshot.version, change, snapshot.epoch)

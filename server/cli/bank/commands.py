@@ -218,6 +218,7 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
         "method": f"{summary['method']}, {common}",
         "adapted": f"{summary['modules']} modules: {', '.join(summary['target_modules'])}",
         "weights": _describe_rule(weights),
+        "phrases": _describe_phrases(summary),
         "index": f"{index['kind']}, {index['anchors']} anchors of {index['dim']} dimensions",
         "rows": f"{summary['directions']} directions" if summary["directions"] else "the anchors' own",
         "rank": f"{summary['rank']} per row, {summary['fused_rank']} fused, {summary['serving_rank']} served; "
@@ -233,6 +234,17 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
     for anchor in summary["anchors"]:
         anchors.add_row(anchor["id"], str(anchor["items"]))
     Console(highlight=False, markup=False).print(table, anchors, sep="\n")
+
+
+def _describe_phrases(summary: Mapping[str, Any]) -> str:
+    if not (rule := summary.get("phrases")):
+        return "none: built without, or imported"
+    trust, gain = ", ".join(f"{each:.2f}" for each in rule["trust"]), rule["gain"]
+    used = "used" if summary["words_default"] else "not used"
+    return (
+        f"{used} by default, trust {trust} by length; they change the loss of {rule['people']} people's later items by "
+        f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+    )
 
 
 def _describe_rule(weights: Mapping[str, Any]) -> str:

@@ -68,5 +68,4 @@ def loss_curve(job: Job, height: int = 5) -> list[str]:
 
 
 def _shown(answer: DemoAnswer) -> Text:
-    text = Text(answer.text).append(" …" if answer.cut else "", "dim")
-    return text.append(f"\n\n{answer.level}", "dim")
+    return answer.shown.append(f"\n\n{', '.join((answer.level, *answer.own_words))}", "dim")

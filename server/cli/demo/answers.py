@@ -25,23 +25,39 @@ class DemoAnswer:
     level: str  # `base`, `merged` or `stacked`
     anchors: tuple[tuple[str, float | None], ...]  # (id, weight) of the merged anchors, nearest first
     ttft_ms: float  # time to the first token
+    moved: int = 0  # number of tokens that the person's own phrases had proposed
+    own: tuple[tuple[int, int], ...] = ()  # where the chunks with these tokens begin and end in the text
+
+    @property
+    def shown(self) -> Text:
+        text = Text(self.text)
+        for begin, end in self.own:
+            text.stylize("underline", begin, end)
+        return text.append(" …" if self.cut else "", "dim")
+
+    @property
+    def own_words(self) -> tuple[str, ...]:
+        """The number of tokens in words, for where no underline shows; empty if there are none."""
+        return (f"own words {self.moved}",) if self.moved else ()
 
 
 def ask(client: Client, user_id: str, question: str) -> DemoAnswer:
     """Stream a greedy answer."""
     sent_s = time.perf_counter()
     first_token_s = finish_reason = None
-    pieces: list[str] = []
+    text, moved, own = "", 0, list[tuple[int, int]]()
     who: Personalization | None = None
     for chunk in client.stream(user_id, question, max_tokens=MAX_TOKENS, temperature=0):
-        who, finish_reason = chunk.personalization or who, chunk.finish_reason
+        who, finish_reason, moved = chunk.personalization or who, chunk.finish_reason, chunk.moved
         if chunk.text:
             first_token_s = first_token_s or time.perf_counter()
-            pieces.append(chunk.text)
+            begin, text = len(text), (text + chunk.text).lstrip()
+            if chunk.moved:
+                own.append((begin, len(text)))
     ttft_ms = ((first_token_s or time.perf_counter()) - sent_s) * 1000
     assert who is not None  # every stream begins with it
     anchors = tuple((anchor.id, anchor.weight) for anchor in who.anchors)
-    return DemoAnswer("".join(pieces).strip(), finish_reason == "length", who.level, anchors, ttft_ms)
+    return DemoAnswer(text.rstrip(), finish_reason == "length", who.level, anchors, ttft_ms, moved, tuple(own))
 
 
 def answers_table(
@@ -51,7 +67,8 @@ def answers_table(
         box=box.ROUNDED,
         title="The same questions, asked by different people",
         title_justify="left",
-        caption="Anchors: those in the bank whose adapters were merged for the answer, with their weights.",
+        caption="Anchors: those in the bank whose adapters were merged for the answer, with their weights.\n"
+        "Underlined: from the person's own repeated words; “own words” counts their tokens.",
         caption_justify="left",
     )
     table.add_column("Asked by", max_width=20)
@@ -63,9 +80,9 @@ def answers_table(
         for user_id, look_for in people.items():
             answer = answers[question, user_id]
             who = Text("\n").append(user_id, "bold cyan").append(f"\n{look_for}", "dim")
-            text = Text(f"\n{answer.text}").append(" …" if answer.cut else "", "dim")
-            anchors = "\n".join(f"{name} {weight or 0:.3f}" for name, weight in answer.anchors) or "none"
-            table.add_row(who, text, f"\n{anchors}", f"\n{answer.ttft_ms:.0f} ms")
+            anchors = [f"{name} {weight or 0:.3f}" for name, weight in answer.anchors] or ["none"]
+            spoke = "\n".join((*anchors, *answer.own_words))
+            table.add_row(who, Text("\n") + answer.shown, f"\n{spoke}", f"\n{answer.ttft_ms:.0f} ms")
         table.add_section()
     return table
 

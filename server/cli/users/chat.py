@@ -117,7 +117,8 @@ class Conversation:
                     text += chunk.text
                     typer.echo(chunk.text.translate(_CONTROL_CHARACTERS), nl=False)
                     if chunk.usage:
-                        end = f"{chunk.usage['completion_tokens']} tokens"
+                        own = f", {chunk.moved} from the user's own words" if chunk.moved else ""
+                        end = f"{chunk.usage['completion_tokens']} tokens{own}"
         except mta_client.MtaError as error:
             typer.secho(f"{chr(10) if text else ''}error: {describe_error(error)}", fg=typer.colors.RED)
             return

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import re
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ import aiohttp
 import orjson
 
 from adapters.errors import MtaError, excerpt
-from server.engine_protocol import key_header
+from bank.lookup.phrases import Reader, decode_phrases
+from server.engine_protocol import key_header, phrase_arguments
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
 
@@ -45,6 +47,9 @@ Prompt = str | list[str] | list[int] | list[list[int]]
 """One or several prompts, as texts or token ids."""
 Piece = tuple[str, dict[str, Any]]
 """Text of the first choice (often empty) and the JSON value that contained it."""
+
+
+MOVED = "moved"  # added to a choice: the number of its tokens that a phrase had proposed
 
 
 class AdapterMissing(MtaError):
@@ -88,6 +93,8 @@ class EngineRequest:
     cache_salt: str  # per tenant, so that tenants do not share the prefix cache
     stream: bool = True
     prompt: Prompt | None = None
+    phrases: bytes = b""  # the user's phrase table, to be mixed in, and the trust in it
+    trust: Sequence[float] = ()
 
 
 @dataclass
@@ -162,6 +169,8 @@ class EngineClient:
             path, body["messages"] = "/v1/chat/completions", request.messages
         else:
             path, body["prompt"] = "/v1/completions", request.prompt
+        if request.phrases:  # the ids tell which of the answer's tokens the table had proposed
+            body |= {"vllm_xargs": phrase_arguments(request.phrases, request.trust), "return_token_ids": True}
         if request.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": session_id}
@@ -182,6 +191,7 @@ class EngineClient:
                 streamed=request.stream,
                 chat=request.prompt is None,
                 answers=request.sampling.get("n") or 1,
+                phrases=request.phrases,
             )
             try:
                 await stream.begin()
@@ -202,14 +212,23 @@ class EngineStream:
     """
 
     def __init__(
-        self, chunks: aiohttp.StreamReader, sent_s: float, *, streamed: bool = True, chat: bool = True, answers: int = 1
+        self,
+        chunks: aiohttp.StreamReader,
+        sent_s: float,
+        *,
+        streamed: bool = True,
+        chat: bool = True,
+        answers: int = 1,
+        phrases: bytes = b"",
     ) -> None:
         self.sent_s = sent_s  # time of sending by the performance counter
         self.first_token_s: float | None = None  # None if the answer is not streamed
         self.prompt_tokens: int | None = None  # None if the first piece does not report it
         self.finish_reason: str | None = None  # OpenAI's reason for the first choice
         self.usage: dict[str, int] = {}
+        self.moved = 0  # number of tokens that a phrase had proposed
         self.complete = False
+        self._readers = defaultdict[int, Reader](lambda: Reader(decode_phrases(phrases)))  # by choice
         self._streamed = streamed
         self._answers = answers  # to each prompt
         self._prompts, self._written = dict[int, int](), dict[int, int]()  # tokens of each prompt, of each answer
@@ -257,6 +276,10 @@ class EngineStream:
             self._count(usage, choices)
         if not choices:
             return ""
+        for choice in choices:
+            if ids := choice.pop("token_ids", None):
+                choice[MOVED] = sum(map(self._readers[choice["index"]].read, ids))
+                self.moved += choice[MOVED]
         if any(choice.get("finish_reason") == _ABORTED for choice in choices):
             raise AnswerInterrupted
         self.finish_reason = choices[0].get("finish_reason") or self.finish_reason

@@ -89,6 +89,10 @@ class AnswerStream:
             await asyncio.gather(self._reader, return_exceptions=True)
 
     @property
+    def moved(self) -> int:
+        return sum(stream.moved for _, stream in self._streams)
+
+    @property
     def usage(self) -> dict[str, int]:
         reported = [(part, stream.usage) for part, stream in self._streams if stream.usage]
         if not reported:

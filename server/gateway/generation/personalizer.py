@@ -14,6 +14,7 @@ import numpy as np
 
 from adapters.errors import excerpt
 from adapters.recipe import FusionRecipe, UserAdapterId, bank_of, parse_recipe
+from bank.lookup.phrases import decode_phrases
 from bank.lookup.serving import AnchorWeight, ServingBank
 from server.engine_protocol import BASE_MODEL
 from server.errors import InvalidRequest, NotFound, Unavailable
@@ -55,6 +56,7 @@ class Personalization:
     source: str | None = None  # the evidence that the weights come from
     weights: tuple[AnchorWeight, ...] = ()  # by the current profile; a user adapter keeps the recipe it was trained on
     reason: str | None = None  # why no higher level applies
+    phrases: bytes = b""  # the user's phrase table, to be mixed in
     made_in: str = ""  # traceparent of the job that made the user's adapter
     arm: Arm = Arm.NONE
 
@@ -62,6 +64,10 @@ class Personalization:
     def model(self) -> str:
         """The engine's model name. Do not show it to clients: it may contain the user's key."""
         return self.recipe.name if self.recipe else BASE_MODEL
+
+    @property
+    def phrase_count(self) -> int:
+        return len(decode_phrases(self.phrases))
 
     @property
     def public_recipe(self) -> str | None:
@@ -112,7 +118,8 @@ class Personalizer:
                 return (Personalization(Level.BASE, reason=_NOT_EMBEDDED),)
             profile = replace(profile, embedding=np.zeros(self.profiles.embedder.dim, np.float32))  # not comparable
         personal = self.bank.personalise(profile.embedding, profile.evidence, request.strength)
-        merged = Personalization(Level.MERGED, personal.recipe, personal.source, personal.weights)
+        phrases = self._phrases(request, profile)
+        merged = Personalization(Level.MERGED, personal.recipe, personal.source, personal.weights, phrases=phrases)
         if request.personalize is Personalize.MERGED:
             return (merged,)
         base = Personalization(Level.BASE, reason="the engine cannot serve this user's recipe")
@@ -139,6 +146,13 @@ class Personalizer:
             common = self.bank.personalise(profile.embedding, profile.evidence, 0)
             lower = Personalization(Level.COMMON, common.recipe, common.source)
         return replace(lower, arm=arm, reason=_HELD_OUT), ladder[-1]
+
+    def _phrases(self, request: GenerationRequest, profile: Profile) -> bytes:
+        """Return the table to mix in; empty if the request wants none, or continues a text and begins no answer."""
+        manifest, signed = self.bank.manifest, profile.evidence
+        wanted = manifest.words_default if request.words == "auto" else request.words
+        is_ours = manifest.phrases is not None and signed is not None and signed.bank == manifest.short
+        return profile.phrases if wanted and is_ours and request.prompt is None else b""
 
     def _schedule_signature_request(self, user: User) -> None:
         """Request a signature in the background, at most once per user and `SIGNATURE_REQUEST_INTERVAL_S`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -38,6 +38,7 @@ class GenerationRequest:
     strength: float  # factor on the bank's anchor weights relative to the common row
     messages: Conversation
     prompt: Prompt | None = None  # continued verbatim, without a chat template
+    words: bool | Literal["auto"] = False  # whether to mix in the user's phrase table; `auto`: as the bank was measured
     history: int = 0  # number of the user's past items to add to the conversation
     max_tokens: int | None  # None for the default, or what the prompt leaves if that is less
     sampling: Mapping[str, Any]  # fields passed to the engine unchanged

@@ -77,6 +77,10 @@ class PersonalizationAnswer(BaseModel, frozen=True):
         description="Arm that the user is in this week (`MTA_HOLDOUT`); `none`: the answer is not compared."
     )
     learned: bool = Field(description="Whether the last user message becomes an item of the user's history (`learn`).")
+    phrases: int = Field(description="Number of the user's phrases that were mixed in (`words`).")
+    moved: int = Field(
+        description="Number of the answer's tokens that a phrase had proposed; 0 in a stream: see its last chunk."
+    )
 
     @classmethod
     def of(cls, answer: Answer) -> Self:
@@ -87,6 +91,8 @@ class PersonalizationAnswer(BaseModel, frozen=True):
             source=personalization.source,
             anchors=anchor_answers(personalization.recipe, personalization.weights) if personalization.recipe else [],
             history=answer.prompt.items,
+            phrases=personalization.phrase_count,
+            moved=answer.stream.moved,
             history_reason=answer.prompt.reason,
             reason=personalization.reason,
             timings_ms=answer.timings.ms,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from bank.items.prompt import chat_messages
 from server.engine_protocol import BASE_MODEL
 from server.gateway.access.keys import Caller, caller_of
+from server.gateway.engines.chat import MOVED
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.generation.request import GenerationRequest
@@ -58,6 +59,8 @@ _EXAMPLE = GenerateAnswer(  # no field is null, because FastAPI drops null base 
         ],
         history=0,
         history_reason="the user's past items could not be read in time",
+        phrases=214,
+        moved=5,
         reason="the engine cannot serve this user's adapter",
         arm=Arm.FULL,
         learned=False,
@@ -68,7 +71,7 @@ _EXAMPLE_BASE = _chunk_base(_EXAMPLE.id, 1790000000, "mta3:9f2c41d0:shared:c+a03
 _STREAMED = (
     _chunk(_EXAMPLE_BASE, {"role": "assistant", "content": ""}, personalization=_EXAMPLE.personalization)
     + _chunk(_EXAMPLE_BASE, {"content": "up"})
-    + _chunk(_EXAMPLE_BASE, {}, "stop", usage=_EXAMPLE.usage, timings_ms=_EXAMPLE.personalization.timings_ms)
+    + _chunk(_EXAMPLE_BASE, {}, "stop", usage=_EXAMPLE.usage, moved=5, timings_ms=_EXAMPLE.personalization.timings_ms)
     + DONE
 ).decode()
 _CONTENT: dict[str, Any] = {
@@ -84,8 +87,9 @@ async def generate(request: Request, body: GenerateRequest, x_queue_timeout: Que
     """Answer a prompt in the user's own manner.
 
     With `stream`, the answer is sent as server-sent events in the format of OpenAI's chunks: the first contains
-    `personalization`, the last `usage` and `timings_ms`; then follows `data: [DONE]`. An error during the stream is an
-    event `{"error": …}` without `[DONE]`. While there is nothing to send, a comment (`: keep-alive`) follows every 15
+    `personalization`, the last `usage`, `moved` and `timings_ms`; then follows `data: [DONE]`. Other chunks have
+    `moved` if one of the user's phrases had proposed a token of theirs. An error during the stream is an event
+    `{"error": …}` without `[DONE]`. While there is nothing to send, a comment (`: keep-alive`) follows every 15
     seconds. An error before the first event or comment is a response with its own status; after it, the status is 200.
     """
     parts = parts_of(request)
@@ -105,6 +109,7 @@ def request_of(
         personalize=request.personalize,
         strength=request.strength,
         messages=[message.model_dump() for message in messages] if prompt is None else chat_messages(prompt),
+        words=request.words,
         history=history if request.history == "auto" else request.history,
         max_tokens=request.max_tokens,
         sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
@@ -132,8 +137,9 @@ class _GenerateResponse(AnswerResponse):
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
         base = _chunk_base(answer.public_id, int(time.time()), answer.personalization.public_recipe or BASE_MODEL)
         yield _chunk(base, {"role": "assistant", "content": ""}, personalization=PersonalizationAnswer.of(answer))
-        async for text, _ in answer.pieces():
+        async for text, value in answer.pieces():
             if text:
-                yield _chunk(base, {"content": text})
+                moved = value["choices"][0].get(MOVED)
+                yield _chunk(base, {"content": text}, **({MOVED: moved} if moved else {}))
         reason, usage = answer.stream.first.finish_reason, answer.stream.usage or None
-        yield _chunk(base, {}, reason, usage=usage, timings_ms=answer.timings.ms)
+        yield _chunk(base, {}, reason, usage=usage, moved=answer.stream.moved, timings_ms=answer.timings.ms)

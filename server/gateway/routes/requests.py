@@ -64,6 +64,20 @@ _HISTORY = {
 }
 History = Annotated[int | Literal["auto"], PlainValidator(_history), WithJsonSchema(_HISTORY)]
 
+
+def _words(value: Any) -> bool | Literal["auto"]:
+    if value == "auto" or isinstance(value, bool):
+        return value  # type: ignore[no-any-return]
+    raise PydanticCustomError("words", "must be true, false or auto")
+
+
+_WORDS = {
+    "anyOf": [{"type": "boolean"}, {"const": "auto"}],
+    "description": "Whether what the user repeats in their own texts (greetings, sign-offs, set phrases) is made "
+    "likelier. `auto`: if that was found to help when the bank was built. Continued prompts are left alone.",
+}
+Words = Annotated[bool | Literal["auto"], PlainValidator(_words), WithJsonSchema(_WORDS)]
+
 QueueTimeout = Annotated[
     float | None,
     Header(
@@ -165,6 +179,7 @@ class AnswerRequest(Sampling, Strict):
         description="Factor on the anchor weights, in steps of 0.05; at 0 only the common row is used. Below 1 the "
         "user's own adapter is left out.",
     )
+    words: Words = "auto"
     learn: bool | None = Field(
         None,
         description="Whether the last user message becomes an item of the user's history, unless it is short, code or "

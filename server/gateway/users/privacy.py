@@ -152,6 +152,7 @@ def _profile_fields(profile: Profile) -> dict[str, Any]:
         "embedding": profile.embedding,
         "other_embedding": profile.other,
         "signature": {**asdict(signature.signature), "made_of_ms": signature.made_of_ms} if signature else None,
+        "phrases": _base64(profile.phrases),
         "of_later_versions": {str(tag): _base64(raw) for tag, raw in profile.extra.items()},
     }
 

@@ -250,11 +250,13 @@ def signature_due(before: Profile | None, after: Profile, bank: str) -> bool:
 
 
 def _carry_over(before: Profile | None, profile: Profile, *, same_items: bool) -> Profile:
-    """Copy adapter, signature and extra fields to the new record; for the same items, keep the other embedding too."""
+    """Copy adapter, signature, phrases and extra fields to the new record; for the same items, the other embedding."""
     now_ms = time.time_ns() // 1_000_000
     if before is None:
         return replace(profile, updated_ms=now_ms)
-    kept = replace(profile, adapter=before.adapter, signature=before.signature, extra=before.extra)
+    kept = replace(
+        profile, adapter=before.adapter, signature=before.signature, phrases=before.phrases, extra=before.extra
+    )
     if not same_items:
         return replace(kept, updated_ms=max(now_ms, before.updated_ms + 1))
     other = OtherEmbedding(before.embedder, before.embedding, before.updated_ms)

@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
-from bank.evaluation.verdict import difference, verdict
+from bank.evaluation.verdict import verdict
 from bank.items.tasks import get_task
 from bank.lookup.prior import fit_prior, personal_shares, surprise
 from bank.lookup.summary import verdict_text
-from bank.manifest import AnswerPrior, Verdict, read_manifest, write_manifest
+from bank.manifest import (
+    LONGEST_SUFFIX,
+    AnswerPrior,
+    LossDifference,
+    PhraseRule,
+    Verdict,
+    read_manifest,
+    write_manifest,
+)
 from tests.unit.bank.test_weights import manifest
 
 FILMS = get_task("movie_rating")
@@ -21,11 +29,13 @@ EVEN = AnswerPrior(weight=8, shares=dict.fromkeys("12345", 0.2))
 PEOPLE = (0.0, 0.1, -0.1, 0.05, -0.05, 0.02)
 
 
-def measured(merged: float, recalled: float, both: float, further: float = 0.0, prior: float | None = None) -> Verdict:
+def measured(
+    merged: float, recalled: float, both: float, further: float = 0.0, prior: float | None = None, **more: float
+) -> Verdict:
     """The verdict over a few people whose losses are about these."""
     means = {"common": 3.0, "common+history@h1": recalled, "common+history@h3": recalled - further}
     means |= {"merged": merged, "merged+history@h1": both, "merged+history@h3": both - further}
-    means |= {"prior": prior} if prior is not None else {}
+    means |= more | ({"prior": prior} if prior is not None else {})
     people = [
         {name: mean + (1 + place / 100) * own for place, (name, mean) in enumerate(means.items())} for own in PEOPLE
     ]
@@ -33,16 +43,16 @@ def measured(merged: float, recalled: float, both: float, further: float = 0.0, 
 
 
 def test_an_interval_says_what_the_signed_ranks_of_the_differences_say() -> None:
-    found = difference([0.1, 0.2, 0.3, 0.4, 0.5, 0.7])
+    found = LossDifference.of([0.1, 0.2, 0.3, 0.4, 0.5, 0.7])
     assert (found.mean, found.low, found.high) == pytest.approx((0.35, 0.1, 0.7))
     assert found.is_higher
-    assert difference([-0.1, -0.11, -0.09, -0.12, -0.08, -30]).is_lower, "one who gains much makes nobody unsure"
-    assert not difference([-0.1, -0.11, -0.09, -0.12, -0.08]).is_lower, "five people cannot show anything"
+    assert LossDifference.of([-0.1, -0.11, -0.09, -0.12, -0.08, -30]).is_lower, "one who gains much makes nobody unsure"
+    assert not LossDifference.of([-0.1, -0.11, -0.09, -0.12, -0.08]).is_lower, "five people cannot show anything"
     chance = np.random.default_rng(0)
     for people in (6, 7, 11, 16):
         for shift in (0.0, 0.4, 0.8):
             values = chance.normal(shift, 1, people).tolist()
-            found = difference(values)
+            found = LossDifference.of(values)
             assert (found.is_lower or found.is_higher) == (wilcoxon(values, method="exact").pvalue <= 0.05)
 
 
@@ -81,6 +91,20 @@ def test_a_verdict_is_kept_in_the_manifest_and_decides_how_much_history_prompts_
     assert (read, read.verdict, read.history_default, read.history_share) == (kept, found, 1, 0.5)
     assert (plain.history_default, plain.history_share) == (0, 0)
     assert plain.model_copy(update={"prior": EVEN}).compute_fingerprint() != plain.compute_fingerprint()
+
+
+def test_words_are_the_default_where_they_surely_helped_people_left_out() -> None:
+    plain, helped = manifest(3), LossDifference(mean=-0.2, low=-0.3, high=-0.1)
+    rule = PhraseRule(trust=(0.1,) * LONGEST_SUFFIX, people=7, gain=helped)
+    trusting = plain.model_copy(update={"phrases": rule})
+    unsure = rule.model_copy(update={"gain": LossDifference(mean=-0.2, low=-0.3, high=0.1)})
+    before = [plain, trusting, plain.model_copy(update={"phrases": unsure})]
+    assert [each.words_default for each in before] == [False, True, False]
+    for loss, helps in ((2.7, True), (3.1, False)):  # who was left out knows better
+        judged = measured(2.9, 3.1, 3.0, **{"merged+words": loss})
+        assert trusting.model_copy(update={"verdict": judged}).words_default is helps
+        assert f"phrases {judged.words.mean:+.3f}" in verdict_text(judged)
+    assert trusting.model_copy(update={"verdict": measured(2.9, 3.1, 3.0)}).words_default
 
 
 def test_everybodys_shares_weigh_little_beside_people_who_answer_alike_and_smooth_a_persons_own_counts() -> None:

@@ -19,8 +19,10 @@ from rich.console import Console
 from bank.items.profile import item_pair, item_text, parse_item, profile_embedding
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
+from mta_client import Chunk
+from server.cli.demo import adapting
 from server.cli.demo import show as demo
-from server.cli.demo.answers import DemoAnswer, answers_table, curl_lines
+from server.cli.demo.answers import DemoAnswer, answers_table, ask, curl_lines
 from server.cli.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
 from server.cli.demo.personas import PEOPLE, QUESTIONS, anchors
 from server.cli.demo.server import Server
@@ -114,6 +116,30 @@ def test_long_answers_wrap_and_nothing_is_cut() -> None:
     assert max(map(len, shown.splitlines())) <= WIDTH
     said = ("word59 …", "- [red] is no markup", "- two", "a00 0.505", "a02 0.495", "123 ms", "81 ms", "none", "Why?")
     assert [text for text in (*words[:-1], *said) if text not in shown] == []
+
+
+def test_what_own_phrases_proposed_is_underlined_where_it_stands() -> None:
+    first = Chunk("", None, MagicMock(level="merged", anchors=()), None, None)
+    said = [Chunk(text, None, None, None, None, moved) for text, moved in ((" Rest.\n", 0), ("With", 1), (" love ", 2))]
+    client = MagicMock(**{"stream.return_value": [first, *said, Chunk("", "stop", None, {}, {}, 3)]})
+    answer = ask(client, "rosa", "Why?")
+    shown = answer.shown
+    assert (shown.plain, answer.moved) == ("Rest.\nWith love", 3)
+    assert [(shown.plain[span.start : span.end], span.style) for span in shown.spans] == [
+        ("With", "underline"),
+        (" love", "underline"),
+    ]
+
+
+def test_both_tables_count_own_words_where_styles_vanish() -> None:
+    counted, plain = (DemoAnswer("Rest.", False, "merged", (("a00", 0.5),), 81.2, moved) for moved in (9, 0))
+    console = Console(width=WIDTH, record=True, file=io.StringIO())
+    for table in (
+        answers_table(["Why?"], {("Why?", "rosa"): counted, ("Why?", "kai"): plain}, {"rosa": "love", "kai": "none"}),
+        adapting.before_and_after([plain], [counted]),
+    ):
+        console.print(table)
+        assert re.findall(r"own words (\d+)", console.export_text()) == ["9"]
 
 
 def test_each_call_to_try_is_one_shell_command_with_json() -> None:

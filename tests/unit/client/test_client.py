@@ -166,6 +166,11 @@ def test_events_are_read_up_to_done_and_comments_skipped(kind: Any) -> None:
         assert [job.state for job in client.events("key.1")] == ["running", "succeeded"]
 
 
+def test_a_chunk_says_how_many_of_its_tokens_phrases_moved(kind: Any) -> None:
+    with served(kind, event(PIECE) + event(PIECE | {"moved": 2}) + b"data: [DONE]\n\n") as client:
+        assert [chunk.moved for chunk in client.stream("ada", "hello")] == [0, 2]
+
+
 def test_a_stream_that_breaks_off_is_an_error_after_its_events(kind: Any) -> None:
     error = {"message": "the engine died", "type": "server_error", "param": None, "code": "engine_unavailable"}
     ends = ((b"", "broken_off"), (LOST, "broken_off"), (event({"error": error}), "engine_unavailable"))

@@ -14,6 +14,7 @@ import torch
 
 from adapters.lora import ModuleShape
 from bank.errors import BankError
+from bench.rig.tiny import PHRASES
 from server.engine import command as engine
 from server.engine.command import Share, check_engine, engine_command
 from server.engine.fusing.slots import Cells
@@ -22,7 +23,8 @@ from server.settings import Settings
 
 def bank(rank: int = 8, *modules: str) -> Any:
     shapes = [ModuleShape(f"layers.0.{module}", 64, 192) for module in modules or ("q_proj",)]
-    return SimpleNamespace(serving_rank=rank, target_modules=modules or ("q_proj",), modules=shapes, base_model=None)
+    found = {"serving_rank": rank, "target_modules": modules or ("q_proj",), "modules": shapes}
+    return SimpleNamespace(**found, base_model=None, phrases=None)
 
 
 @dataclass
@@ -146,6 +148,18 @@ def test_on_a_gpu_every_request_of_a_batch_may_have_its_own_recipe_unless_one_as
         assert started["max-loras"] == started["max-num-seqs"] == sequences
         assert int(started["max-cpu-loras"]) >= 2 * int(sequences)
     assert command(max_num_seqs=100, max_loras=3)["max-loras"] == "3"
+
+
+def test_phrases_are_mixed_by_the_class_of_the_runner(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--logits-processors" not in command().argv
+    trusting = bank()
+    trusting.phrases = PHRASES
+    found = [command(bank(), trusting)["logits-processors"]]
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    found += [command(trusting)["logits-processors"]]
+    folder = "server.engine.phrases"
+    first, second = f"{folder}.processor:PhraseProcessor", f"{folder}.gpu_processor:GpuPhraseProcessor"
+    assert found == [first if on_cpu else second, first]
 
 
 def test_it_traces_to_where_its_gateway_does_and_logs_as_it_does_only_if_they_are_to() -> None:

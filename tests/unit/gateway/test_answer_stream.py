@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bank.lookup.phrases import phrase_table
 from server.errors import EngineFailed, InvalidRequest
 from server.gateway.access.queue import EngineQueue
 from server.gateway.engines.chat import EngineRequest, EngineStream, Piece, events
@@ -73,6 +74,22 @@ async def test_until_the_end_the_usage_is_the_sum_of_what_chunks_say_of_their_ow
     stream: Any = EngineStream(Chunks(), 0.0, chat=False, answers=2)  # type: ignore[arg-type]
     counted = [tuple(stream.usage.values()) for _ in range(len(told) + 1) if await stream._next()]
     assert counted == [(5, 1, 6), (5, 2, 7), (12, 3, 15), (12, 4, 16), (12, 13, 25), (7, 15, 22)]
+
+
+async def test_each_choice_is_read_from_its_own_beginning() -> None:
+    said = [(0, [1]), (1, [1]), (1, [9]), (0, [2]), (1, None)]
+    values = [{"choices": [{"index": index, "text": "", "token_ids": ids}]} for index, ids in said]
+
+    class Chunks:
+        async def iter_any(self) -> AsyncIterator[bytes]:
+            for value in values:
+                yield event(value)
+
+    table = phrase_table([[1, 2], [1, 2]]).tobytes()
+    stream: Any = EngineStream(Chunks(), 0.0, chat=False, answers=2, phrases=table)  # type: ignore[arg-type]
+    choices = [(await stream._next())[1]["choices"][0] for _ in said]
+    assert [choice.get("moved") for choice in choices] == [1, 1, 0, 1, None]
+    assert (stream.moved, [choice for choice in choices if "token_ids" in choice]) == (3, [])
 
 
 def piece(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
@@ -229,7 +246,7 @@ async def test_a_long_answer_takes_little_more_memory_than_what_will_be_sent(top
         public_id="x",
         personalization=Personalization(Level.BASE),
         prompt=UserPrompt([], 0, None, None),
-        stream=SimpleNamespace(first=SimpleNamespace(first_token_s=0.0)),
+        stream=SimpleNamespace(first=SimpleNamespace(first_token_s=0.0), moved=0),
         timings=SimpleNamespace(ms={}),
     )
     body = ChatRequest(messages=[ChatMessage(role="user", content="hello")])

@@ -80,6 +80,7 @@ class Chunk(ChatCompletionChunk):
     model_config = ConfigDict(extra="forbid")
     personalization: PersonalizationAnswer | None = None
     usage: Usage | None = None  # type: ignore[assignment]
+    moved: int | None = None
     timings_ms: dict[str, float] | None = None
 
 

@@ -164,6 +164,7 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
         "user_id": (7, None),
         "prompt": (None,),
         "history": (-1, 17, 1.0, True, "1", "AUTO", [], "auto "),
+        "words": ("yes", "AUTO", 1, 0.5, []),
     },
     ChatRequest: {
         "n": (0, 129),
@@ -183,6 +184,7 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
         "strength": (0.33, 1.05, -0.05, "1", True),
         "user": ("a b",),
         "history": (17,),
+        "words": ("true", 0),
         "messages": ([],),
     },
     CompletionRequest: {
@@ -257,9 +259,12 @@ def test_what_steers_the_engine_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("model", "names"),
     [
-        (GenerateRequest, ("model",)),
-        (ChatRequest, ("guided_json", "echo", "user_id", "prompt")),
-        (CompletionRequest, ("prompt_logprobs", "history", "tools", "messages", "max_completion_tokens")),
+        (GenerateRequest, ("model", "vllm_xargs", "return_token_ids")),
+        (ChatRequest, ("return_token_ids", "guided_json", "echo", "user_id", "prompt")),
+        (
+            CompletionRequest,
+            ("return_token_ids", "prompt_logprobs", "history", "tools", "messages", "max_completion_tokens"),
+        ),
     ],
 )
 def test_what_is_unknown_is_refused_by_name_even_as_null(model: type[BaseModel], names: Sequence[str]) -> None:

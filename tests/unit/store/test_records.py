@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from adapters.errors import MtaError, TrainingError
 from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId, parse_recipe
 from adapters.training.adapt_config import AdaptConfig
+from bank.lookup.phrases import phrase_table
 from bank.lookup.signature import Signature
 from server.store import profile_record as records
 from server.store.jobs import JobId, parse_job_id
@@ -39,10 +40,11 @@ def reread(profile: Profile) -> Profile:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"user_id": "", "items": 0, "updated_ms": 0, "extra": {10: b"", 255: bytes(2000)}},
+        {"user_id": "", "items": 0, "updated_ms": 0, "extra": {12: b"", 255: bytes(2000)}},
         {"user_id": "\N{GRINNING FACE}" * 64, "items": 1 << 20, "updated_ms": 1 << 50, "embedder": "ff00" * 4},
         {"adapter": AdapterNote("a" * 26, "mta3:9f2c41d0:shared:c+a03*1000", 1 << 30, 1 << 50)},
         {"adapter": AdapterNote("7" * 26, "mta3", 0, 0, f"00-{1:032x}-{2:016x}-01"), "extra": {11: b"\n \xff"}},
+        {"phrases": phrase_table([[7, 8, 9]] * 2).tobytes()},
     ],
 )
 def test_a_record_comes_back_as_it_was_with_parts_that_are_not_known(changes: dict[str, object]) -> None:
@@ -76,6 +78,12 @@ def test_a_damaged_part_is_refused_as_part_of_the_record(tag: int, cut: bytes) -
     for damaged in (b"", b"short", cut):
         with pytest.raises(ValueError, match="profile record"):
             reread(profile(extra={tag: damaged}))
+
+
+@pytest.mark.parametrize("damaged", [b"short", bytes(11)])
+def test_a_damaged_phrase_table_is_refused_as_part_of_the_record(damaged: bytes) -> None:
+    with pytest.raises(ValueError, match="phrase"):
+        reread(profile(phrases=damaged))
 
 
 def test_a_profile_is_seen_by_both_embedders_while_the_items_are_the_same() -> None:

@@ -276,7 +276,7 @@ def signing(steps: list[str], *waiting: str, **answers: object) -> SigningLoop:
     )
     profiles: Any = SimpleNamespace(**{name: step(name) for name in ("read", "commit")})
     bank: Any = SimpleNamespace(manifest=SimpleNamespace(short=BANK, personal_rows=2), task=get_task("chat"))
-    signer: Any = SimpleNamespace(signature=lambda pairs: empty_signature(BANK, 2))
+    signer: Any = SimpleNamespace(signature=lambda _: empty_signature(BANK, 2), phrases=lambda _: b"")
     loop = SigningLoop(queue, profiles, bank, signer, asyncio.Lock())
     return loop
 

@@ -20,7 +20,7 @@ from server.settings import MAX_INT32
 PERSONAL_MODEL = "mta"
 OWN_FIELDS = {
     *("model", "user", "messages", "prompt", "stream", "stream_options"),
-    *("history", "personalize", "strength", "learn"),
+    *("history", "personalize", "strength", "words", "learn"),
 }
 IGNORED = frozenset(("store", "metadata", "service_tier"))
 REFUSED = frozenset(  # fields that control the engine

@@ -20,6 +20,7 @@ from adapters.errors import excerpt
 from server.engine_protocol import BASE_MODEL
 from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_of
+from server.gateway.engines.chat import MOVED
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.request import GenerationRequest, Personalize
 from server.gateway.http.bodies import JsonRoute
@@ -40,7 +41,7 @@ MAX_JOINED_BYTES = 64 << 20  # 40,000 tokens with `top_logprobs` 20, for which t
 
 _MODELS = (PERSONAL_MODEL, BASE_MODEL)
 _RESPONSES: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-_INTERNAL_FIELDS = ("kv_transfer_params", "ec_transfer_params")  # fields that engines exchange with each other
+_INTERNAL_FIELDS = ("kv_transfer_params", "ec_transfer_params", "prompt_token_ids")  # of engines and gateways alone
 _NULLABLE = {"content", "refusal", "logprobs", "finish_reason", "usage"}  # in OpenAI's schema; other nulls are removed
 _JOINED = {"delta", "text", "logprobs"}
 
@@ -140,6 +141,7 @@ def _answer(request: Request, body: ChatRequest | CompletionRequest, patience_s:
         user=None if user_id is None else users.user(user_id),
         personalize=personalize,
         strength=body.strength,
+        words=body.words,
         sampling=body.engine_fields,
         stream=body.stream,
         users=users,
@@ -237,6 +239,8 @@ class _OpenAIResponse(AnswerResponse):
         for name in _INTERNAL_FIELDS:
             value.pop(name, None)
         contents = [choice.get("message") or choice.get("delta") or {} for choice in value["choices"]]
+        for choice in value["choices"]:
+            choice.pop(MOVED, None)
         for part in (value, value.get("usage") or {}, *value["choices"], *contents):
             for name in [name for name, inner in part.items() if inner is None and name not in _NULLABLE]:
                 del part[name]

@@ -35,6 +35,7 @@ export function Playground({ params }) {
 	const [maxTokens, setMaxTokens] = useState(numberIn(params, 'tokens', null));
 	const [temperature, setTemperature] = useState(numberIn(params, 'temperature', null));
 	const [history, setHistory] = useState(numberIn(params, 'history', 0));
+	const [words, setWords] = useState(params.has('words') ? params.get('words') === 'true' : null);
 	const [asked, setAsked] = useState(null);
 	const [base, setBase] = useState(BLANK);
 	const [personal, setPersonal] = useState(BLANK);
@@ -66,7 +67,7 @@ export function Playground({ params }) {
 		setPersonal(BLANK);
 		setFault(null);
 		try {
-			const question = { user: await store(signal), prompt: prompt.trim(), maxTokens, temperature, history, strength };
+			const question = { user: await store(signal), prompt: prompt.trim(), maxTokens, temperature, history, strength, words };
 			setAsked(question);
 			note('playground', linked(question));
 			await Promise.all([
@@ -152,6 +153,12 @@ export function Playground({ params }) {
 							['Past items in the prompt', history, setHistory, 0, 16, 1, 0]].map(([label, value, set, min, max, step, empty]) => html`
 							<${Input} key=${label} type="number" placeholder="server’s default" label=${label} value=${value ?? ''}
 								min=${min} max=${max} step=${step} onValue=${(typed) => set(typed === '' ? empty : Number(typed))} />`)}
+						<fieldset class="field">
+							<legend>Their own repeated words</legend>
+							<div class="choice">${[['Auto', null], ['On', true], ['Off', false]].map(([label, value]) => html`
+								<label key=${label}><input type="radio" name="words" checked=${words === value}
+									onChange=${() => setWords(value)} />${label}</label>`)}</div>
+						</fieldset>
 					</div>
 				</details>
 				<div class="actions">
@@ -167,18 +174,20 @@ export function Playground({ params }) {
 				answer=${personal} marked=${sides[1]} again=${askBoth} />
 		</div>
 		${asked && html`<div class="actions end">
-			${sides.length > 0 && html`<p class="dim"><mark>Marked</mark> words are not in the other answer.</p>`}
+			${sides.length > 0 && html`<p class="dim"><mark>Marked</mark> words are not in the other answer.
+				${personal.moved > 0 && html`${' '}<u>Underlined</u> words are what this person repeats in their own texts.`}</p>`}
 			<${Copy} label="Copy link" text=${() => permalink('playground', linked(asked))} />
 			<${Copy} label="Copy as curl" text=${() => asCurl(asked)} />
 			<${Copy} label="Copy as Python" text=${() => asPython(asked)} />
 		</div>`}`;
 }
 
-const linked = ({ user, prompt, strength, maxTokens, temperature, history }) => ({
+const linked = ({ user, prompt, strength, maxTokens, temperature, history, words }) => ({
 	user,
 	ask: prompt,
 	strength: strength === 1 ? null : strength,
 	tokens: maxTokens,
 	temperature,
 	history: history || null,
+	words,
 });

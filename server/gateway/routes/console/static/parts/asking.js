@@ -3,28 +3,29 @@ import { events, wasStopped } from '../api.js';
 import { asBody } from '../reading/snippets.js';
 import { html } from './html.js';
 import { Anchors, Level, Notice, sentence } from './widgets.js';
-import { figure, milliseconds } from './words.js';
+import { count, figure, milliseconds } from './words.js';
 
-export const BLANK = { phase: 'idle', text: '' };
+export const BLANK = { phase: 'idle', text: '', own: '' }; // `own`: `u` for each character that a phrase proposed, else `-`
 
 /** Asks, and calls `tell` with every new state of the answer. Never throws. */
 export async function ask(question, personalize, signal, tell) {
 	const sent = performance.now();
-	let state = { phase: 'waiting', text: '' };
+	let state = { ...BLANK, phase: 'waiting' };
 	const change = (more) => tell(state = { ...state, ...more });
 	change({});
 	try {
 		const body = { ...asBody(question), personalize, stream: true };
-		if (personalize === 'none') for (const field of ['strength', 'history']) delete body[field];
+		if (personalize === 'none') for (const field of ['strength', 'history', 'words']) delete body[field];
 		for await (const chunk of events('POST', '/generate', body, signal)) {
 			const now = performance.now();
 			const piece = chunk.choices?.[0]?.delta?.content;
 			if (chunk.personalization) change({ who: chunk.personalization });
 			if (piece) {
-				change({ phase: 'streaming', text: state.text + piece, ttft: state.ttft ?? now - sent, first: state.first ?? now });
+				const own = state.own + (chunk.moved ? 'u' : '-').repeat(piece.length);
+				change({ phase: 'streaming', text: state.text + piece, own, ttft: state.ttft ?? now - sent, first: state.first ?? now });
 			}
 			if (chunk.usage) change({ usage: chunk.usage, rate: rate(chunk.usage, now - state.first) });
-			if (chunk.choices?.[0]?.finish_reason) change({ finish: chunk.choices[0].finish_reason });
+			if (chunk.choices?.[0]?.finish_reason) change({ finish: chunk.choices[0].finish_reason, moved: chunk.moved });
 		}
 		change({ phase: 'done' });
 	} catch (error) {
@@ -49,7 +50,7 @@ export function Answer({ title, hint, answer, marked, again }) {
 	return html`<section class="card answer" aria-label=${title}>
 		<header><h2>${title}</h2>${who && html`<${Level} level=${who.level} />`}</header>
 		<div class="text" aria-live="polite" aria-busy=${busy(answer)}>
-			${text ? shown(text, marked) : html`<p class="dim">${PHASES[phase] ?? (phase === 'failed' ? '' : hint)}</p>`}
+			${text ? shown(text, answer.own, marked) : html`<p class="dim">${PHASES[phase] ?? (phase === 'failed' ? '' : hint)}</p>`}
 			${phase === 'streaming' && html`<span class="caret" aria-hidden="true"></span>`}
 			${answer.finish === 'length' && html`<span class="dim" title="The token limit was reached"> …</span>`}
 		</div>
@@ -62,15 +63,25 @@ export function Answer({ title, hint, answer, marked, again }) {
 	</section>`;
 }
 
-const shown = (text, marked) => (marked
-	? marked.map(([piece, differs], index) => (differs ? html`<mark key=${index}>${piece}</mark>` : piece))
-	: text);
+/** The text with its differences marked, when known, and what the user's own phrases proposed underlined. */
+function shown(text, own, marked = [[text, false]]) {
+	let at = 0;
+	const said = (run) => {
+		const part = text.slice(at, at += run.length);
+		return run[0] === 'u' ? html`<u>${part}</u>` : part;
+	};
+	return marked.map(([piece, differs], index) => {
+		const parts = own.slice(at, at + piece.length).match(/u+|-+/g)?.map(said);
+		return differs ? html`<mark key=${index}>${parts}</mark>` : parts;
+	});
+}
 
-function Stats({ answer: { usage, ttft, rate: speed } }) {
+function Stats({ answer: { usage, ttft, rate: speed, moved } }) {
 	if (ttft == null) return null;
 	return html`<dl class="stats">
 		<div><dt>First token</dt><dd>${milliseconds(ttft)}</dd></div>
 		${usage && html`<div><dt>Tokens</dt><dd>${usage.prompt_tokens} in, ${usage.completion_tokens} out</dd></div>`}
+		${moved > 0 && html`<div><dt>From own words</dt><dd>${count(moved, 'token')}</dd></div>`}
 		${speed && html`<div><dt>Speed</dt><dd>${figure(speed)} tokens/s</dd></div>`}
 	</dl>`;
 }

@@ -3,7 +3,7 @@ import { gateway } from '../api.js';
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-export const asBody = ({ user, prompt, maxTokens, temperature, history, strength }) => ({
+export const asBody = ({ user, prompt, maxTokens, temperature, history, strength, words }) => ({
 	user_id: user,
 	prompt,
 	history,
@@ -11,6 +11,7 @@ export const asBody = ({ user, prompt, maxTokens, temperature, history, strength
 	...(maxTokens != null && { max_tokens: maxTokens }),
 	...(temperature != null && { temperature }),
 	...(strength !== 1 && { strength }),
+	...(words != null && { words }),
 });
 
 export const asCurl = (question) => [
@@ -19,8 +20,9 @@ export const asCurl = (question) => [
 ].join(' \\\n');
 
 export function asPython(question) {
-	const extra = Object.entries({ history: question.history, learn: 'False', strength: question.strength })
-		.filter(([name, value]) => name === 'history' || value !== 1)
+	const { history, strength, words } = question;
+	const own = words != null && { words: words ? 'True' : 'False' };
+	const extra = Object.entries({ history, learn: 'False', ...(strength !== 1 && { strength }), ...own })
 		.map(([name, value]) => `"${name}": ${value}`);
 	return [
 		'import os',

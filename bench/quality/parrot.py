@@ -1,0 +1,101 @@
+"""Do answers repeat habits, or recite a person's old texts? Sampled answers with phrase tables and without.
+
+    python -m bench.quality.parrot --bank BANK --users DATA/mail/users.json
+
+For each person outside of the bank, each of their queries is answered by `merged`, at several temperatures, with and
+without the person's phrase table. An answer recites if twelve words in a row stand in one of the person's items alone;
+it loops if it has six words in a row three times. The person's own later texts are measured in the same way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import typer
+from rich.progress import track
+
+from bank.evaluation.methods import METHODS, Evaluator
+from bank.evaluation.scoring import OpenBank, Scorer
+from bank.items.histories import read_histories
+from bank.items.profile import own_texts
+from bank.lookup.embedder import Embedder
+from bank.models.folders import ensure_base_model, ensure_embedder
+from bank.models.load import load_base, resolve_dtype
+from bench import script
+from bench.page.report import Figures, console, tabulate
+from server.settings import load_settings
+
+RECITED, LOOPED, LOOPS = 12, 6, 3  # words in a row; times
+COLUMNS = ("answers", "texts", "recite, %", "loop, %", "words", "distinct pairs, %")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    recites: bool
+    loops: bool
+    words: int
+    distinct: float  # share of its pairs of words that differ
+
+    @classmethod
+    def of(cls, text: str, items: Sequence[str]) -> Text:
+        """Measure a text of somebody who wrote these items."""
+        words = text.split()
+        stands = Counter(run for item in items for run in set(_runs(item.split(), RECITED)))
+        recites = any(stands[run] == 1 for run in _runs(words, RECITED))
+        loops = any(count >= LOOPS for count in Counter(_runs(words, LOOPED)).values())
+        pairs = list(_runs(words, 2))
+        return cls(recites, loops, len(words), len(set(pairs)) / len(pairs) if pairs else 1.0)
+
+
+def _runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
+    return (tuple(words[at : at + length]) for at in range(len(words) - length + 1))
+
+
+def main(
+    *,
+    bank: Annotated[Path, typer.Option(help="A bank with trust in phrases.", exists=True)],
+    users: Annotated[Path, typer.Option(help="People with queries, in LaMP's per-user layout.", exists=True)],
+    people: Annotated[int | None, typer.Option(help="At most so many people.")] = None,
+    texts: Annotated[int, typer.Option(help="Answers to each query.", min=1)] = 1,
+    temperatures: Annotated[str, typer.Option(help="Temperatures.")] = "0,0.7,1",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Measure."""
+    settings = load_settings()
+    embedder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
+    opened, method = OpenBank.open(bank, embedder.id), METHODS["merged+words"]
+    folder = ensure_base_model(settings.model, settings.cache_dir, opened.manifest.base_model)
+    scorer = Scorer(*load_base(folder, resolve_dtype(settings.dtype)))
+    evaluator, task = Evaluator(bank=opened, scorer=scorer, embedder=embedder), opened.serving.task
+    found = dict[str, list[Text]]()
+    for user in track(read_histories(users, task, queries=True)[:people], "writing", console=console()):
+        known, items = evaluator.evidence(user), own_texts(user.items, task)
+        adapter, phrases = evaluator.adapter(method, known, 0), evaluator.phrases(known)
+        examples, _ = evaluator.read(method, known, adapter)
+        found.setdefault("their own later texts", []).extend(Text.of(query.gold, items) for query in user.queries)
+        for temperature in map(float, temperatures.split(",")):
+            for what, table in (("without", None), ("with", phrases)):
+                written = scorer.write(adapter, examples, texts, table, temperature)
+                rows = found.setdefault(f"{what} phrases, temperature {temperature:g}", [])
+                rows += [Text.of(text, items) for each in written for text in each]
+    lines = [
+        [
+            name,
+            len(rows),
+            100 * fmean(row.recites for row in rows),
+            100 * fmean(row.loops for row in rows),
+            fmean(row.words for row in rows),
+            100 * fmean(row.distinct for row in rows),
+        ]
+        for name, rows in found.items()
+    ]
+    tabulate([Figures(f"{users}, {bank}", COLUMNS, lines)], out, bench="parrot")
+
+
+if __name__ == "__main__":
+    script(main)
