@@ -171,7 +171,7 @@ class Evaluator:
         if rule is None:
             raise BankError("this bank was built without trust in phrases: build it again, or leave out `+words`")
         texts = own_texts(evidence.user.items, self.bank.serving.task)
-        return TrustedPhrases(phrase_table(answer_ids(self.scorer.tokenizer, texts)[::-1]), rule.trust)
+        return TrustedPhrases(phrase_table(answer_ids(self.scorer.tokenizer, texts[::-1])), rule.trust)
 
     def _example(self, query: Query, memories: Sequence[str]) -> Example:
         """Return a query as model input; one that is too long is cut alike with past items and without."""

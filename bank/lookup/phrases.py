@@ -25,10 +25,11 @@ LONGEST = LONGEST_SUFFIX  # K
 START, NOTHING = -1, -2  # stand for the beginning of an answer, and for what is before it
 MAX_BYTES = 4096  # of a person's table
 _PHRASE = np.dtype([("suffix", "<u4"), ("token", "<u4"), ("length", "u1"), ("share", "u1"), ("limit", "u1")])
+MAX_TOKENS = 1 << 16  # of the texts of a table: half a second's work
 MAX_PHRASES = MAX_BYTES // _PHRASE.itemsize
 _MOST = 255  # in a byte
 _GRAM, _LONG = 8, 16  # tokens that are compared at once; length from which on two texts can be copies of one
-_TOKEN_BITS, _TEXT_BITS = 20, 10  # of a token id, and of a text's place, beside 32 of a hash
+_TOKEN_BITS, _TEXT_BITS = 19, 12  # of a token id, and of a text's place, beside 32 of a hash
 _MULTIPLIER, _MASK = 1_000_003, 0xFFFF_FFFF
 
 Phrases = npt.NDArray[np.void]
@@ -46,8 +47,11 @@ def suffix_hash(tokens: Iterable[Any], length: int) -> Any:
 def phrase_table(texts: Sequence[Sequence[int]], max_bytes: int = MAX_BYTES) -> Phrases:
     """Return the phrases of a person's texts, each as token ids with the end of turn; nearly equal ones count once.
 
-    If there is too little room, those that stand in most texts are kept, of these the longest.
+    Texts come newest first, and those beyond `MAX_TOKENS` are left out. If there is too little room, those that stand
+    in most texts are kept, of these the longest.
     """
+    sizes = np.cumsum([len(text) for text in texts[: 1 << _TEXT_BITS]])
+    texts = texts[: int(np.searchsorted(sizes, MAX_TOKENS, "right"))]
     keys, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for place, text in enumerate(_distinct(texts)):
         ids = np.array([NOTHING] * (LONGEST - 1) + [START, *text], np.int64)

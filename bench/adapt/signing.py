@@ -120,7 +120,8 @@ async def _add(stores: Stores, manifest: BankManifest, name: str, seed: int) -> 
     profile = Profile(name, len(items), 1, manifest.embedder.id, embedding)
     stored = {item.id: StoredItem(place, item.fields) for place, item in enumerate(items)}
     user_key = UserKeys(SECRET, Settings().tenant).key(name)
-    await stores.profiles.commit(user_key, b"", Change(profile, stored, {}, ()))
+    epoch = await stores.profiles.begin(user_key)
+    await stores.profiles.commit(user_key, b"", Change(profile, stored, {}, ()), epoch)
     return user_key
 
 

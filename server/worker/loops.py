@@ -14,10 +14,11 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
@@ -52,6 +53,7 @@ from server.worker.lease import (
 from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, AdapterTrainer, JobUser, as_training_error, pairs_of
 
 log = logging.getLogger("mta.worker")
+T = TypeVar("T")
 
 MAX_WRITE_ATTEMPTS = 20  # writes per result, when the user's record keeps changing
 MAX_TURN_S = 5.0  # time after which signing lets a job do its next step
@@ -300,9 +302,7 @@ class SigningLoop:
         if profile is None or profile.is_signed(self.bank.manifest.short):
             return True
         items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
-        pairs = pairs_of(items, self.bank.task)
-        made = await self._make_signature(user_key, pairs, tries)
-        phrases = await asyncio.to_thread(self.signer.phrases, items)
+        made, phrases = await self._make(user_key, items, tries)
         signed = replace(profile, signature=StoredSignature(made, profile.updated_ms), phrases=phrases)
         change = Change(signed, {}, {}, ())
         commit = self.profiles.commit
@@ -312,21 +312,26 @@ class SigningLoop:
             return True
         if is_stored:
             self.metrics.signatures.inc()
-            log.info("%s: signed, %d items", user_key, len(pairs))
+            log.info("%s: signed, %d items", user_key, len(items))
         return is_stored
 
-    async def _make_signature(self, user_key: str, pairs: Sequence[tuple[str, str]], tries: int) -> Signature:
-        """Return the signature of the items, or an empty one if that fails; raise Stalled if the computation hangs."""
+    async def _make(self, user_key: str, items: Sequence[Item], tries: int) -> tuple[Signature, bytes]:
+        """Return the items' signature and phrase table, each empty if it fails; raise Stalled if one of them hangs."""
         empty = empty_signature(self.bank.manifest.short, self.bank.manifest.personal_rows)
         if tries > MAX_SIGN_TRIES:
             log.error("%s: gets an empty signature, since signing killed %d workers", user_key, MAX_SIGN_TRIES)
-            return empty
-        try:
-            making = asyncio.create_task(asyncio.to_thread(self.signer.signature, pairs))
-            made = await unless_stalled(making, f"{user_key}: no signature")
-        except MtaError as error:
-            log.warning("%s: no signature: %s", user_key, type(error.__cause__ or error).__name__)
-            return empty
-        if pairs and not made.tokens:
+            return empty, b""
+        pairs = pairs_of(items, self.bank.task)
+        made = await _made_or(empty, f"{user_key}: no signature", self.signer.signature, pairs)
+        if pairs and made is not empty and not made.tokens:
             log.warning("%s: no signature: the gradient is not finite", user_key)
-        return made
+        return made, await _made_or(b"", f"{user_key}: no phrases", self.signer.phrases, items)
+
+
+async def _made_or(otherwise: T, problem: str, make: Callable[[Any], T], given: object) -> T:
+    """Return what a thread makes, or the other value if it fails with an error of the content."""
+    try:
+        return await unless_stalled(asyncio.create_task(asyncio.to_thread(make, given)), problem)
+    except MtaError as error:
+        log.warning("%s: %s", problem, type(error.__cause__ or error).__name__)
+        return otherwise

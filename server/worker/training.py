@@ -175,7 +175,7 @@ class AdapterTrainer:
         rule = self.manifest.phrases
         if rule is None or not self.manifest.words_default:
             return lambda example: example
-        table = phrase_table(answer_ids(self.tokenizer, texts)[::-1])
+        table = phrase_table(answer_ids(self.tokenizer, texts[::-1]))
         return lambda example: replace(
             example, mixed=tuple(said.mixed(rule.trust) for said in proposals(table, example.output))
         )
@@ -210,7 +210,8 @@ class AdapterTrainer:
         """Return the user's phrase table, of their newest texts; empty if the bank has no trust in tables."""
         if not self.manifest.phrases:
             return b""
-        return phrase_table(answer_ids(self.tokenizer, own_texts(items, self.task))[::-1]).tobytes()
+        with as_training_error("the items", SAMPLE_REMEDY):
+            return phrase_table(answer_ids(self.tokenizer, own_texts(items, self.task)[::-1])).tobytes()
 
     @cached_property
     def _signer(self) -> Signer:

@@ -79,7 +79,7 @@ class PersonalizationAnswer(BaseModel, frozen=True):
     learned: bool = Field(description="Whether the last user message becomes an item of the user's history (`learn`).")
     phrases: int = Field(description="Number of the user's phrases that were mixed in (`words`).")
     moved: int = Field(
-        description="Number of the answer's tokens that a phrase had proposed; 0 in a stream: see its last chunk."
+        description="Number of the answer's tokens that a phrase had proposed; in a stream, see its last chunk."
     )
 
     @classmethod

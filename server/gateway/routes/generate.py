@@ -137,9 +137,11 @@ class _GenerateResponse(AnswerResponse):
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
         base = _chunk_base(answer.public_id, int(time.time()), answer.personalization.public_recipe or BASE_MODEL)
         yield _chunk(base, {"role": "assistant", "content": ""}, personalization=PersonalizationAnswer.of(answer))
+        moved = 0
         async for text, value in answer.pieces():
-            if text:
-                moved = value["choices"][0].get(MOVED)
+            moved += sum(choice.get(MOVED, 0) for choice in value["choices"])
+            if text:  # half a character has none
                 yield _chunk(base, {"content": text}, **({MOVED: moved} if moved else {}))
+                moved = 0
         reason, usage = answer.stream.first.finish_reason, answer.stream.usage or None
         yield _chunk(base, {}, reason, usage=usage, moved=answer.stream.moved, timings_ms=answer.timings.ms)

@@ -14,6 +14,7 @@ from bank.lookup.phrases import (
     LONGEST,
     MAX_BYTES,
     MAX_PHRASES,
+    MAX_TOKENS,
     START,
     Reader,
     decode_phrases,
@@ -75,6 +76,13 @@ def test_a_full_table_keeps_what_stands_in_most_texts() -> None:
     assert len(table) == MAX_PHRASES
     assert len(table.tobytes()) <= MAX_BYTES
     assert HELLO in table["token"]
+
+
+def test_a_table_of_very_many_texts_is_of_the_newest() -> None:
+    rare = [[token, END] for token in range(1000, 9000)]
+    assert phrase_table([[HELLO, ADA], *rare[:2000], [HELLO, ADA]])["token"].tolist().count(ADA) > 0
+    assert not {HELLO, ADA} & set(phrase_table([[HELLO, ADA], *rare, [HELLO, ADA]])["token"].tolist())
+    assert len(phrase_table([[HELLO, ADA], [WEEK] * MAX_TOKENS, [HELLO, ADA]])) == 0
 
 
 def test_the_longest_suffix_proposes() -> None:

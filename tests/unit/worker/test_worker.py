@@ -327,3 +327,15 @@ async def test_a_user_whose_data_is_damaged_leaves_the_queue_until_they_come_aga
     steps = list[str]()
     assert await signing(steps, read=Unavailable("a damaged item", code="store_corrupt")).work_once(0)
     assert steps == ["take, free", "count_attempt, busy", "read, busy", "remove, busy", "take, busy"]
+
+
+@pytest.mark.parametrize("failing", ["signature", "phrases"])
+async def test_what_cannot_be_made_of_items_is_stored_as_empty(failing: str) -> None:
+    def fail(_: object) -> None:
+        raise TrainingError("the items cannot be used")
+
+    steps = list[str]()
+    loop = signing(steps)
+    setattr(loop.signer, failing, fail)
+    assert await loop.work_once(0)
+    assert steps == ["take, free", *SIGNED, "take, busy"]
