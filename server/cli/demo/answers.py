@@ -63,12 +63,14 @@ def ask(client: Client, user_id: str, question: str) -> DemoAnswer:
 def answers_table(
     questions: Sequence[str], answers: Mapping[tuple[str, str], DemoAnswer], people: Mapping[str, str]
 ) -> Table:
+    caption = "Anchors: those in the bank whose adapters were merged for the answer, with their weights."
+    if any(answer.moved for answer in answers.values()):  # none where the anchors know a person's habits already
+        caption += "\nUnderlined: from the person's own repeated words; “own words” counts their tokens."
     table = Table(
         box=box.ROUNDED,
         title="The same questions, asked by different people",
         title_justify="left",
-        caption="Anchors: those in the bank whose adapters were merged for the answer, with their weights.\n"
-        "Underlined: from the person's own repeated words; “own words” counts their tokens.",
+        caption=caption,
         caption_justify="left",
     )
     table.add_column("Asked by", max_width=20)
