@@ -29,10 +29,10 @@ INDEX_FILE = "anchors.faiss"
 CURVATURE_FILE = "curvature.npy"
 MAP_FILE = "map.json"
 COORDINATES_FILE = "coordinates.npy"
+ROWS_FILE = "rows.safetensors"  # the anchors' rows that directions were made of; only `mta bank` reads it
 LONGEST_SUFFIX = 4  # K, tokens before the token of a phrase (`bank/lookup/phrases.py`)
 _LEVEL = 0.95
 _NO_BOUND = 1e9  # JSON has no infinity
-ROWS_FILE = "rows.safetensors"  # the anchors' rows that directions were made of; only `mta bank` reads it
 
 
 class Frozen(BaseModel):

@@ -58,7 +58,7 @@ def _gains(signer: Signer, step: Vectors, person: MeasuredPerson) -> Vectors:
     In nats per token, mean over the later items.
     """
     earlier, later = person.halves
-    table = phrase_table([example.output for example in reversed(earlier)])
+    table = phrase_table([example.output for example in earlier])
     gains: Vectors = np.zeros((LONGEST, len(TRUSTS)), np.float32)
     for example, losses in zip(later, signer.token_losses(step, later), strict=True):
         for said, chance in zip(proposals(table, example.output), np.exp(-losses), strict=True):

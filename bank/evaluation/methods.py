@@ -25,7 +25,7 @@ from bank.items.retrieval import ItemIndex
 from bank.items.tasks import AnswerKind, past_count_range
 from bank.lookup.embedder import Embedder
 from bank.lookup.index import AnchorIndex
-from bank.lookup.phrases import phrase_table, proposals
+from bank.lookup.phrases import mixture, phrase_table
 from bank.lookup.prior import SCORES, personal_shares, surprise
 from bank.lookup.serving import AnchorWeight, ServingBank, common_recipe
 from bank.lookup.signature import MAX_ITEMS, Signature
@@ -44,6 +44,7 @@ class Evidence:
     signature_examples: Sequence[Example]  # profile items the signature is computed from
     embedding: Vectors  # profile embedding [E]
     signature: Signature | None = None  # computed on first use
+    phrases: TrustedPhrases | None = None  # likewise
     # Few-shot adapters by recipe and seed; None if one was not promoted.
     trained: dict[tuple[str, int], LoraWeights | None] = field(default_factory=dict)
 
@@ -155,11 +156,8 @@ class Evaluator:
         examples = [self._example(query, index.memories(query.input, method.history)) for query in user.queries]
         phrases = self.phrases(evidence) if method.words else None
         if phrases:
-            said = [proposals(phrases.table, example.output) for example in examples]
-            examples = [
-                replace(example, mixed=tuple(each.mixed(phrases.trust) for each in tokens))
-                for example, tokens in zip(examples, said, strict=True)
-            ]
+            table, trust = phrases.table, phrases.trust
+            examples = [replace(example, mixed=mixture(table, trust, example.output)) for example in examples]
         if method.adapter == "prior":
             return examples, self._read_prior(user, examples)
         chances = task.kind == "score" and not phrases
@@ -170,8 +168,10 @@ class Evaluator:
         rule = self.bank.manifest.phrases
         if rule is None:
             raise BankError("this bank was built without trust in phrases: build it again, or leave out `+words`")
-        texts = own_texts(evidence.user.items, self.bank.serving.task)
-        return TrustedPhrases(phrase_table(answer_ids(self.scorer.tokenizer, texts[::-1])), rule.trust)
+        if evidence.phrases is None:
+            texts = own_texts(evidence.user.items, self.bank.serving.task)
+            evidence.phrases = TrustedPhrases(phrase_table(answer_ids(self.scorer.tokenizer, texts)), rule.trust)
+        return evidence.phrases
 
     def _example(self, query: Query, memories: Sequence[str]) -> Example:
         """Return a query as model input; one that is too long is cut alike with past items and without."""

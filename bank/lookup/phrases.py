@@ -47,10 +47,11 @@ def suffix_hash(tokens: Iterable[Any], length: int) -> Any:
 def phrase_table(texts: Sequence[Sequence[int]], max_bytes: int = MAX_BYTES) -> Phrases:
     """Return the phrases of a person's texts, each as token ids with the end of turn; nearly equal ones count once.
 
-    Texts come newest first, and those beyond `MAX_TOKENS` are left out. If there is too little room, those that stand
-    in most texts are kept, of these the longest.
+    Texts come oldest first, and the oldest beyond `MAX_TOKENS` are left out. If there is too little room, those that
+    stand in most texts are kept, of these the longest.
     """
-    sizes = np.cumsum([len(text) for text in texts[: 1 << _TEXT_BITS]])
+    texts = texts[::-1][: 1 << _TEXT_BITS]
+    sizes = np.cumsum([len(text) for text in texts])
     texts = texts[: int(np.searchsorted(sizes, MAX_TOKENS, "right"))]
     keys, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for place, text in enumerate(_distinct(texts)):
@@ -114,7 +115,7 @@ class Reader:
     def read(self, token: int) -> bool:
         """Go on by a token; return whether a phrase had proposed it."""
         found = [matching[token] for matching in self._matching() if token in matching]
-        is_proposed = bool(found) and any(at in found for at in self.proposing())
+        is_proposed = not set(found).isdisjoint(self.proposing())
         for at in found:
             self._left[at] -= 1
         self._recent = (*self._recent, token)[-LONGEST:]
@@ -152,6 +153,11 @@ def proposals(table: Phrases, text: Sequence[int]) -> list[Proposal]:
         found.append(Proposal(length, float(own.sum()), float(shares.sum())))
         reader.read(token)
     return found
+
+
+def mixture(table: Phrases, trust: Sequence[float], text: Sequence[int]) -> tuple[tuple[float, float], ...]:
+    """Return for each token of such a text the (a, b) with which a p + b is its probability, as in `Example.mixed`."""
+    return tuple(said.mixed(trust) for said in proposals(table, text))
 
 
 def _distinct(texts: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:

@@ -6,8 +6,8 @@
 
 Every recipe is resident before it is timed, and no prompt is cached. `--without-lora` adds a vLLM started without LoRA,
 as vLLM would serve only the base model; `--gateway` also measures a first token through the gateway. `--words` compares
-each recipe with itself and a phrase table that proposes every token of its answer. `--rank` makes a
-bank of random rows for the model, for each rank in turn; `--slots` is also measured in turn, with or without ranks.
+each recipe with itself and a phrase table that proposes every token of its answer. `--rank` makes a bank of random rows
+for the model, for each rank in turn; `--slots` is also measured in turn, with or without ranks.
 
 The limit of a first token is the prompt's operations divided by the processor's speed; the limit of a decode step is
 the bytes read (weights, KV cache, each adapter once) divided by the memory bandwidth. Both are measured first.

@@ -27,7 +27,7 @@ from bank.items.lessons import PastItems, add_memories, lesson_key, normalised
 from bank.items.profile import Item, item_pair, own_texts
 from bank.items.prompt import answer_ids, encode_conversation, encode_pair
 from bank.items.tasks import Task, get_task
-from bank.lookup.phrases import phrase_table, proposals
+from bank.lookup.phrases import mixture, phrase_table
 from bank.lookup.serving import common_recipe
 from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.manifest import BankManifest
@@ -175,10 +175,8 @@ class AdapterTrainer:
         rule = self.manifest.phrases
         if rule is None or not self.manifest.words_default:
             return lambda example: example
-        table = phrase_table(answer_ids(self.tokenizer, texts[::-1]))
-        return lambda example: replace(
-            example, mixed=tuple(said.mixed(rule.trust) for said in proposals(table, example.output))
-        )
+        table = phrase_table(answer_ids(self.tokenizer, texts))
+        return lambda example: replace(example, mixed=mixture(table, rule.trust, example.output))
 
     def _learned(
         self, learned: Sequence[Sample], given: Sequence[Example], config: AdaptConfig
@@ -211,7 +209,7 @@ class AdapterTrainer:
         if not self.manifest.phrases:
             return b""
         with as_training_error("the items", SAMPLE_REMEDY):
-            return phrase_table(answer_ids(self.tokenizer, own_texts(items, self.task)[::-1])).tobytes()
+            return phrase_table(answer_ids(self.tokenizer, own_texts(items, self.task))).tobytes()
 
     @cached_property
     def _signer(self) -> Signer:

@@ -44,19 +44,17 @@ class PhraseProcessor(LogitsProcessor):  # type: ignore[misc]
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if not self._answers:
             return logits
-        behind = [answer for answer in self._answers.values() for _ in range(answer.counted, len(answer.output))]
-        if behind:  # by one token each, or by all of an answer that was preempted
-            windows = [
-                window_of(answer.output, end)
-                for answer in self._answers.values()
-                for end in range(answer.counted + 1, len(answer.output) + 1)
-            ]
-            self._slots.count(self._tensor([answer.slot for answer in behind]), self._tensor(windows))
-        for answer in self._answers.values():
+        slots, windows = list[int](), list[list[int]]()
+        for answer in self._answers.values():  # behind by one token, or by all of an answer that was preempted
+            for end in range(answer.counted + 1, len(answer.output) + 1):
+                slots.append(answer.slot)
+                windows.append(window_of(answer.output, end))
             answer.counted = len(answer.output)
-        rows, answers = self._tensor(list(self._answers)), self._answers.values()
-        windows = [window_of(answer.output, len(answer.output)) for answer in answers]
-        self._slots.mix(logits, rows, self._tensor([answer.slot for answer in answers]), self._tensor(windows))
+        if slots:
+            self._slots.count(self._tensor(slots), self._tensor(windows))
+        slots = [answer.slot for answer in self._answers.values()]
+        windows = [window_of(answer.output, answer.counted) for answer in self._answers.values()]
+        self._slots.mix(logits, self._tensor(list(self._answers)), self._tensor(slots), self._tensor(windows))
         return logits
 
     def _begin(self, params: SamplingParams, prompt: list[int] | None, output: list[int]) -> _Answer | None:

@@ -123,7 +123,7 @@ def test_bytes_that_are_no_table_are_refused() -> None:
             decode_phrases(raw)
 
 
-def test_trust_is_what_gains_most_and_the_gain_is_of_others_choice() -> None:
+def test_trust_gains_most_and_its_gain_is_of_others_choice() -> None:
     gains = np.zeros((7, LONGEST, len(TRUSTS)))
     gains[:, 0, 5], gains[:, 3, 9] = 0.1, 0.2
     gains[0, 0, 5], gains[0, 0, 6] = -0.5, 3.0  # somebody for whom much more would be right

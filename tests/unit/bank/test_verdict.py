@@ -93,7 +93,7 @@ def test_a_verdict_is_kept_in_the_manifest_and_decides_how_much_history_prompts_
     assert plain.model_copy(update={"prior": EVEN}).compute_fingerprint() != plain.compute_fingerprint()
 
 
-def test_words_are_the_default_where_they_surely_helped_people_left_out() -> None:
+def test_words_are_the_default_where_they_surely_helped() -> None:
     plain, helped = manifest(3), LossDifference(mean=-0.2, low=-0.3, high=-0.1)
     rule = PhraseRule(trust=(0.1,) * LONGEST_SUFFIX, people=7, gain=helped)
     trusting = plain.model_copy(update={"phrases": rule})
