@@ -20,10 +20,14 @@ from adapters.training.forward.packing import Row, pack
 _ROWS_AT_A_TIME = 16
 
 
-def backward(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> float:
-    """Add the gradient of the mean loss per output token to the trainable parameters, and return the loss in nats."""
+def backward(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> Iterator[float]:
+    """Add the gradient of the mean loss per output token to the trainable parameters; yield each row's part of it.
+
+    The loss is in nats. Between two rows the model may do other work.
+    """
     outputs = output_tokens(examples)
-    return sum(backward_row(model, row, outputs, below) for row in pack(model, examples))
+    for row in pack(model, examples):
+        yield backward_row(model, row, outputs, below)
 
 
 def backward_row(model: Any, row: Row, outputs: int, below: LowerLayers | None = None) -> float:
@@ -37,7 +41,7 @@ def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Seque
     """Return ∂L/∂B at a LoRA, [R·ΣH_out] float32 on CPU in layout order; L is the mean loss per output token."""
     with attached(model, lora) as here:
         here.trainable(train_a=False)
-        backward(here.model, examples)
+        sum(backward(here.model, examples))
         return flattened(layout, here.take_b_gradients())
 
 

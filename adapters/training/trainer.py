@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from adapters.training.loss import backward
 
 WARM_UP = 0.1
 CLIP_NORM = 1.0
-Gradient = Callable[[Any, Sequence[Example]], float]  # as `backward`
+Gradient = Callable[[Any, Sequence[Example]], Iterable[float]]  # as `backward`
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,8 @@ def train_lora(
         raise FusionError("there is nothing to train on: no example has an output")
     with attached(model, start) as lora:
         for report in optimise(lora.model, lora.trainable(train_a=train_a), examples, plan, gradient=gradient):
-            on_step(report)
+            if report is not None:
+                on_step(report)
         return lora.weights()
 
 
@@ -96,14 +97,20 @@ def optimise(
     *,
     rate: Callable[[int, int], float] = rate_factor,
     gradient: Gradient = backward,
-) -> Iterator[StepReport]:
-    """Train parameters in place, one step per report requested; `rate` maps (step from 0, steps) to a factor."""
+) -> Iterator[StepReport | None]:
+    """Train parameters in place and report each step; yield None after each row that a step reads.
+
+    `rate` maps (step from 0, steps) to a factor.
+    """
     optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, plan.steps))
     batches = _batches(len(examples), plan.batch_size, plan.seed)
     for step in range(1, plan.steps + 1):
         batch = [examples[i] for i in next(batches)]
-        loss = gradient(model, batch)
+        loss = 0.0
+        for part in gradient(model, batch):
+            loss += part
+            yield None
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimiser.step()
         torch.autograd.graph.increment_version(parameters)  # fused AdamW omits this, and `AdaptedLinear` needs it

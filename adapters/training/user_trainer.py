@@ -98,7 +98,7 @@ _Judging = Generator[TrainingProgress, None, Judgement]
 class TrainingRun:
     """Training that advances as it is iterated, and ends and restores the model when the loop is left.
 
-    Yields progress after each step and each held-out row. `judgement` is None until training has finished.
+    Yields progress after each signature, row and step. `judgement` is None until training has finished.
     """
 
     progress: _Judging
@@ -145,6 +145,7 @@ def _training(
         kept = [sample for place, sample in enumerate(samples) if place not in held]
         now = replace(now, phase=f"fold {number + 1} of {FOLDS}")
         last, ground = ground, beneath(held)
+        yield now
         aside = [ground.served(samples[place]) for place in held]
         rivals = {}
         for name, make in ground.rivals.items():
@@ -160,11 +161,12 @@ def _training(
     judgement = judge(folds)
     if judgement.reason:
         return judgement
-    last, ground = ground, beneath(())
     now = replace(now, phase="all samples")
+    last, ground = ground, beneath(())
+    yield now
     with user_run(model, ground.fused, config, now, below if ground is last else None) as run:
         for report in run.train(samples, judgement.steps):
-            yield run.count(report, of=steps * FOLDS + judgement.steps)
+            yield run.count(report, of=steps * FOLDS + judgement.steps) if report else run.now
         return replace(judgement, weights=run.weights())
 
 
@@ -226,6 +228,9 @@ class UserRun:
         losses = dict[int, list[float]]()
         tokens, runs = sum(example.output_tokens for example in aside), FOLDS + 1
         for report in self.train(samples, steps):
+            if report is None:
+                yield self.now
+                continue
             loss = None
             if report.step % EVAL_INTERVAL == 0 or report.step == steps:
                 losses[report.step] = yield from _losses(self.lora.model, aside, self.below, self.now)
@@ -238,15 +243,15 @@ class UserRun:
                 break
         return losses
 
-    def train(self, samples: Sequence[Example], steps: int) -> Iterator[StepReport]:
-        """Train from the start, one step per report; raise TrainingError if the loss diverges or becomes NaN."""
+    def train(self, samples: Sequence[Example], steps: int) -> Iterator[StepReport | None]:
+        """Train from the start, as `optimise`; raise TrainingError if the loss diverges or becomes NaN."""
         self.lora.put(self.start)
         rate = self.config.learning_rate * (UPPER_HALF_FACTOR if self.below else 1.0)
         plan = TrainPlan(steps, min(BATCH_SIZE, len(samples)), rate, self.config.seed)
         gradient, first = partial(backward, below=self.below), math.nan
         for report in optimise(self.lora.model, self.parameters, samples, plan, rate=_constant, gradient=gradient):
-            first = report.loss if report.step == 1 else first
-            if not report.loss <= first + MAX_LOSS_RISE:  # also true for NaN
+            first = report.loss if report and report.step == 1 else first
+            if report and not report.loss <= first + MAX_LOSS_RISE:  # also true for NaN
                 before = f", but was {first:.4g} at the first step" if report.step > 1 else ""
                 raise TrainingError(
                     f"training diverged: the loss is {report.loss:.4g} at step {report.step}{before}: lower the "

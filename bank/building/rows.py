@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -121,10 +121,10 @@ class RowTrainer:
         return torch.cat([flattened(layout, lora.a), flattened(layout, lora.b)]).numpy()
 
 
-def _shared_backward(ranks: Ranks, model: Any, examples: Sequence[Example]) -> float:
+def _shared_backward(ranks: Ranks, model: Any, examples: Sequence[Example]) -> Iterator[float]:
     """Do the same as `backward`, with packed rows shared among the ranks; their number does not change the sums."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    outputs, loss, sums = output_tokens(examples), 0.0, list[torch.Tensor]()
+    outputs, sums = output_tokens(examples), list[torch.Tensor]()
 
     def gradients(row: Row) -> tuple[float, list[torch.Tensor]]:
         for parameter in parameters:
@@ -133,11 +133,10 @@ def _shared_backward(ranks: Ranks, model: Any, examples: Sequence[Example]) -> f
         return row_loss, [parameter.grad.cpu() for parameter in parameters if parameter.grad is not None]
 
     for row_loss, found in ranks.each(pack(model, examples), gradients):
-        loss += row_loss
+        yield row_loss
         sums = [one + other for one, other in zip(sums, found, strict=True)] if sums else found
     for parameter, gradient in zip(parameters, sums, strict=True):
         parameter.grad = gradient.to(parameter.device)
-    return loss
 
 
 def _row_seed(seed: int, name: str) -> int:

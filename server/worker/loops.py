@@ -45,6 +45,7 @@ from server.worker.lease import (
     LeaseLost,
     ProgressLog,
     StoreTimeout,
+    on_model_thread,
     retry_until,
     train_with_lease,
     unless_stalled,
@@ -224,7 +225,7 @@ class JobLoop:
             await self._end(held, trained)
         else:
             recipe = recipe_of(profile.evidence, config.strength)
-            raw = await asyncio.to_thread(self.trainer.encoded, recipe, judgement.weights, [*samples, *learned])
+            raw = await on_model_thread(self.trainer.encoded, recipe, judgement.weights, [*samples, *learned])
             await self._promote(held, recipe, trained, raw)
         log.info("%s: %s: held-out loss %s, without it %s", lease.job.id, state, judgement.after, judgement.before)
         return state
@@ -331,7 +332,7 @@ class SigningLoop:
 async def _made_or(otherwise: T, problem: str, make: Callable[[Any], T], given: object) -> T:
     """Return what a thread makes, or the other value if it fails with an error of the content."""
     try:
-        return await unless_stalled(asyncio.create_task(asyncio.to_thread(make, given)), problem)
+        return await unless_stalled(on_model_thread(make, given), problem)
     except MtaError as error:
         log.warning("%s: %s", problem, type(error.__cause__ or error).__name__)
         return otherwise

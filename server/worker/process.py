@@ -18,6 +18,7 @@ from server.errors import ApiError
 from server.settings import Settings
 from server.store.opening import open_stores
 from server.watching import open_tracing
+from server.worker.lease import on_model_thread
 from server.worker.loops import JobLoop, SigningLoop, WorkerMetrics
 from server.worker.training import AdapterTrainer
 
@@ -31,7 +32,7 @@ async def run_worker(settings: Settings) -> None:
     """Train jobs and, if the bank has signatures, sign users, until a signal; MtaError if a part cannot be opened."""
     limit_gpu(settings.worker_gpu_share)
     with heavy_imports():
-        bank, trainer = _open_parts(settings)
+        bank, trainer = await on_model_thread(_open_parts, settings)
     metrics, tracing = WorkerMetrics(), open_tracing(settings, "mta-worker")
     metrics.publish(settings)
     async with open_stores(settings, timed=metrics.store, span=tracing.span) as stores:

@@ -34,6 +34,7 @@ from server.worker.lease import (
     ProgressLog,
     Stalled,
     StoreTimeout,
+    on_model_thread,
     retry_until,
     thin,
     train_with_lease,
@@ -107,7 +108,7 @@ async def test_a_cancellation_does_not_wait_for_the_step_in_progress_which_is_th
         await holding
     assert run.steps == 1
     run.may_go_on.set()
-    await asyncio.get_running_loop().shutdown_default_executor()  # as the process does when it ends
+    await on_model_thread(lambda: None)  # comes after it
     assert (run.steps, run.left) == (2, True)
 
 
