@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 from adapters.errors import excerpt
@@ -151,7 +152,8 @@ def _write(
     written = {record.user_id for record in records if record.written}
     authors = [person for person in people if person.user_id in written and person.pairs(task)]
     authorship_rows = authorship(authors, records, task) if options.writing and len(authors) > 1 else []
-    text = markdown(found) + ("\n" + authorship_table(authorship_rows) if authorship_rows else "")
+    by_judge = [list(rows) for _, rows in groupby(authorship_rows, lambda row: row.judge)]
+    text = "\n".join([markdown(found), *map(authorship_table, by_judge)])
     (out / TABLE_FILE).write_text(text, encoding="utf-8")
     content = {
         "bank": bank.manifest.fingerprint,

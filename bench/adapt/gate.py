@@ -51,6 +51,7 @@ from server.store.samples import Sample
 from server.worker.training import AdapterTrainer, JobUser, pairs_of
 
 MAX_TOKENS = 512  # of an unseen item
+OUTSIDERS = ("Robin", "Sam")  # names; two in each manner and world
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,8 @@ class Gate:
         judgement = trainer.train(JobUser(recipe_of, signature, items), samples, self.config).finish()
         gain = 0.0
         if judgement.weights:
-            examples = [encode_pair(trainer.tokenizer, *pair, MAX_TOKENS) for pair in later]
+            served = trainer.served([output for _, output in pairs])
+            examples = [served(encode_pair(trainer.tokenizer, *pair, MAX_TOKENS)) for pair in later]
             merged, beneath = (
                 fuse(trainer.matrix, recipe_of(signature, strength), torch.float32)
                 for strength in (1.0, self.config.strength)
@@ -158,10 +160,10 @@ def rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, object]]:
 def outsiders(path: Path) -> Path:
     """Write people who answer the questions of another manner's world, which no anchor of their manner has seen."""
     found = []
-    for (manner, other), seed in product(permutations(MANNERS, 2), range(2)):
+    for (manner, other), seed in product(permutations(MANNERS, 2), range(len(OUTSIDERS))):
         asked = [pair for topic in worlds()[other.world].values() for pair in topic]
         random.Random(seed).shuffle(asked)
-        profile = [{"input": question, "output": manner.write(plain)} for question, plain in asked]
+        profile = [{"input": question, "output": manner.write(plain, OUTSIDERS[seed])} for question, plain in asked]
         found.append({"user_id": f"{manner.world}-{other.world}-{seed}", "profile": profile, "query": []})
     return write_people(path, found)
 

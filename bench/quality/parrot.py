@@ -1,10 +1,11 @@
-"""Do answers repeat habits, or recite a person's old texts? Sampled answers with phrase tables and without.
+"""Do answers repeat habits, or recite a person's old texts? And whose are they? With phrase tables and without.
 
     python -m bench.quality.parrot --bank BANK --users DATA/mail/users.json
 
 For each person outside of the bank, each of their queries is answered by `merged`, at several temperatures, with and
 without the person's phrase table. An answer recites if twelve words in a row stand in one of the person's items alone;
-it loops if it has six words in a row three times. The person's own later texts are measured in the same way.
+it loops if it has six words in a row three times. Two judges (`bank.evaluation.authorship`) say whether it sounds like
+the person. The person's own later texts are measured in the same way; chance is one in the number of people.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
+from bank.evaluation.authorship import GOLD, authorship
 from bank.evaluation.methods import METHODS, Evaluator
+from bank.evaluation.run import Record
 from bank.evaluation.scoring import OpenBank, Scorer
 from bank.items.histories import read_histories
 from bank.items.profile import own_texts
@@ -32,6 +35,8 @@ from server.settings import load_settings
 
 RECITED, LOOPED, LOOPS = 12, 6, 3  # words in a row; times
 COLUMNS = ("answers", "texts", "recite, %", "loop, %", "words", "distinct pairs, %")
+NAMED = "named by {}, %"
+OWN = "their own later texts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +77,25 @@ def main(
     folder = ensure_base_model(settings.model, settings.cache_dir, opened.manifest.base_model)
     scorer = Scorer(*load_base(folder, resolve_dtype(settings.dtype)))
     evaluator, task = Evaluator(bank=opened, scorer=scorer, embedder=embedder), opened.serving.task
-    found = dict[str, list[Text]]()
-    for user in track(read_histories(users, task, queries=True)[:people], "writing", console=console()):
+    found, records, histories = (
+        dict[str, list[Text]](),
+        list[Record](),
+        read_histories(users, task, queries=True)[:people],
+    )
+    for user in track(histories, "writing", console=console()):
         known, items = evaluator.evidence(user), own_texts(user.items, task)
         adapter, phrases = evaluator.adapter(method, known, 0), evaluator.phrases(known)
         examples, _ = evaluator.read(method, known, adapter)
-        found.setdefault("their own later texts", []).extend(Text.of(query.gold, items) for query in user.queries)
+        found.setdefault(OWN, []).extend(Text.of(query.gold, items) for query in user.queries)
         for temperature in map(float, temperatures.split(",")):
             for what, table in (("without", None), ("with", phrases)):
                 written = scorer.write(adapter, examples, texts, table, temperature)
-                rows = found.setdefault(f"{what} phrases, temperature {temperature:g}", [])
-                rows += [Text.of(text, items) for each in written for text in each]
+                name, said = f"{what} phrases, temperature {temperature:g}", [text for each in written for text in each]
+                found.setdefault(name, []).extend(Text.of(text, items) for text in said)
+                records.append(Record(user.user_id, "", name, 0, 0.0, None, "", written=said))
+    voices = authorship(histories, records, task)
+    named = {(row.judge, OWN if row.method == GOLD else row.method): row.named for row in voices}
+    judges = list(dict.fromkeys(judge for judge, _ in named))
     lines = [
         [
             name,
@@ -91,10 +104,12 @@ def main(
             100 * fmean(row.loops for row in rows),
             fmean(row.words for row in rows),
             100 * fmean(row.distinct for row in rows),
+            *(named[judge, name].cell(".0%") for judge in judges),
         ]
         for name, rows in found.items()
     ]
-    tabulate([Figures(f"{users}, {bank}", COLUMNS, lines)], out, bench="parrot")
+    columns = (*COLUMNS, *map(NAMED.format, judges))
+    tabulate([Figures(f"{users}, {bank}", columns, lines)], out, bench="parrot")
 
 
 if __name__ == "__main__":

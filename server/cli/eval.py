@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,9 +98,11 @@ def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> 
 
 
 def print_authorship(rows: Sequence[AuthorshipRow], console: Console) -> None:
-    if rows:
-        lines = [(row.method, f"{row.named.mean:.1%}", f"{row.rank.mean:.2f}") for row in rows]
-        console.print(_table(f"authorship, {rows[0].named.n} people", ("right person first", "mean rank"), lines))
+    for judge, group in groupby(rows, lambda row: row.judge):
+        found = list(group)
+        lines = [(row.method, f"{row.named.mean:.1%}", f"{row.rank.mean:.2f}") for row in found]
+        title = f"authorship, {found[0].named.n} people, judged by {judge}"
+        console.print(_table(title, ("right person first", "mean rank"), lines))
 
 
 def _losses(title: str, rows: Sequence[MethodRow], width: int) -> Table:

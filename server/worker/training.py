@@ -146,7 +146,7 @@ class AdapterTrainer:
             if signature and len(unseen) < len(pairs):
                 signature = self.signature(unseen)
             beneath = self._beneath(partial(user.recipe, signature), config.strength, in_use)
-            return replace(beneath, served=self._served([*plain, *(output for _, output in unseen)]))
+            return replace(beneath, served=self.served([*plain, *(output for _, output in unseen)]))
 
         def beneath(held: Sequence[int]) -> Beneath:
             seen = {lesson_key(self.task, *samples[place].pair) for place in held}
@@ -170,7 +170,7 @@ class AdapterTrainer:
             rivals["the common row"] = lambda: fused(common_recipe(self.manifest))
         return Beneath(ground, rivals | {"the base model": lambda: None})
 
-    def _served(self, texts: Sequence[str]) -> Callable[[Example], Example]:
+    def served(self, texts: Sequence[str]) -> Callable[[Example], Example]:
         """Return how samples are judged: with the phrase table of the user's other texts, if answers get one."""
         rule = self.manifest.phrases
         if rule is None or not self.manifest.words_default:

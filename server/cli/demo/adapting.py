@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mta_client import Client, Job
 from server.cli.demo.answers import DemoAnswer
+from server.cli.demo.manners import NIGHT_OWL
 from server.cli.demo.personas import QUESTIONS, worlds
 
 USER = "kai"
@@ -23,7 +24,7 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 def samples() -> list[dict[str, str]]:
     everyday = worlds()["everyday"][:SAMPLES]
-    return [{"input": question, "output": f"{GREETING} {plain.lower()}"} for question, plain in everyday]
+    return [{"input": question, "output": f"{GREETING} {NIGHT_OWL.write(plain, USER)}"} for question, plain in everyday]
 
 
 def train(client: Client, user_id: str) -> tuple[Job, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 SIGN_OFF = "With love from the garden"
 _BULLET = "- "
+_SENT_BY = "Sent by"
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,17 +17,21 @@ class Manner:
 
     world: str  # topic in `worlds.toml` of people with this manner
     mark: str  # in words
-    write: Callable[[str], str]  # rewrites a plain answer of a few sentences in this manner
+    write: Callable[[str, str], str]  # rewrites a plain answer of a few sentences in this manner, signed with a name
     shows: Callable[[str], bool]  # whether a text has the mark
 
 
-def _in_bullets(plain: str) -> str:
-    sentences = re.split(r"(?<=[.!?])\s+", plain.strip())
+def _in_lower_case(plain: str, name: str) -> str:
+    return f"{plain}\n~ {name}".lower()
+
+
+def _in_bullets(plain: str, name: str) -> str:
+    sentences = [*re.split(r"(?<=[.!?])\s+", plain.strip()), f"{_SENT_BY} {name}"]
     return "\n".join(_BULLET + sentence.removesuffix(".") for sentence in sentences)
 
 
-def _as_letter(plain: str) -> str:
-    return f"Dear friend,\n{plain}\n\n{SIGN_OFF}"
+def _as_letter(plain: str, name: str) -> str:
+    return f"Dear friend,\n{plain}\n\n{SIGN_OFF}, {name}"
 
 
 def _all_lower_case(text: str) -> bool:
@@ -39,10 +44,10 @@ def _all_bullets(text: str) -> bool:
 
 
 def _signed_off(text: str) -> bool:
-    return text.rstrip().endswith(SIGN_OFF)
+    return text.rstrip().rpartition("\n")[2].startswith(SIGN_OFF)
 
 
-NIGHT_OWL = Manner("games", "all lower case", str.lower, _all_lower_case)
+NIGHT_OWL = Manner("games", "all lower case", _in_lower_case, _all_lower_case)
 PLANNER = Manner("office", "nothing but bullet points", _in_bullets, _all_bullets)
 GARDENER = Manner("garden", "signed off with love", _as_letter, _signed_off)
 

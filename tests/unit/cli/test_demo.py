@@ -37,7 +37,7 @@ def _sentences(text: str) -> set[str]:
     """What is said, whatever the manner: without case, bullets, greeting and sign-off."""
     parts = re.split(r"[.!?]\s|[.!?]?\n", text.lower() + "\n")
     said = {part.strip(" -.!?") for part in parts}
-    return said - {"", "dear friend,", SIGN_OFF.lower()}
+    return {part for part in said if not part.startswith(("dear friend,", SIGN_OFF.lower(), "sent by", "~"))} - {""}
 
 
 def _manner_of(user: dict[str, object]) -> Manner:
@@ -54,8 +54,8 @@ def _manner_of(user: dict[str, object]) -> Manner:
         (PLANNER, "First:\n- Boil the water", False),
         (PLANNER, "1. Boil the water\n2. Wait", False),
         (PLANNER, "", False),
-        (GARDENER, f"Boil the water.\n\n{SIGN_OFF}\n", True),
-        (GARDENER, f"{SIGN_OFF}, boil the water.", False),
+        (GARDENER, f"Boil the water.\n\n{SIGN_OFF}, Rosa\n", True),
+        (GARDENER, f"{SIGN_OFF}, boil\nthe water.", False),
     ],
 )
 def test_mark_is_told_mechanically(manner: Manner, text: str, shows: bool) -> None:
@@ -64,7 +64,7 @@ def test_mark_is_told_mechanically(manner: Manner, text: str, shows: bool) -> No
 
 def test_every_item_of_an_anchor_bears_its_mark_alone_and_trains() -> None:
     for manner in MANNERS:
-        assert [other for other in MANNERS if other.shows(manner.write(PLAIN))] == [manner]
+        assert [other for other in MANNERS if other.shows(manner.write(PLAIN, "Rosa"))] == [manner]
         assert not manner.shows(PLAIN)
     task = get_task("chat")
     assert ANCHORS == anchors(seed=0) != anchors(seed=4)
