@@ -9,7 +9,7 @@ import pytest
 
 from mta_client import Client
 from server.cli.demo import adapting
-from server.cli.demo.answers import DemoAnswer, ask
+from server.cli.demo.answers import MAX_TOKENS, DemoAnswer, ask
 from server.cli.demo.manners import MANNERS
 from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Persona
 from tests.e2e.conftest import Demo
@@ -40,6 +40,17 @@ class TestAnswers:
         for manner in MANNERS:
             assert sum(map(manner.shows, texts)) <= AT_MOST_AS_NOBODY, texts
         assert {(answer.level, answer.anchors) for answer in answers[NOBODY]} == {("base", ())}
+
+    @each_person
+    def test_a_person_signs_with_their_name_which_only_their_own_phrases_know(
+        self, person: Persona, api: Client, answers: dict[str, list[DemoAnswer]]
+    ) -> None:
+        found = answers[person.user_id]
+        assert (
+            sum(person.user_id in answer.text.lower() and answer.moved > 1 for answer in found) >= AT_LEAST_AS_SOMEBODY
+        )
+        without = api.generate(person.user_id, QUESTIONS[0], words=False, max_tokens=MAX_TOKENS, temperature=0)
+        assert person.user_id not in without.text.lower()
 
     def test_answers_say_which_anchors_spoke_and_people_of_different_manners_share_none(
         self, answers: dict[str, list[DemoAnswer]]
