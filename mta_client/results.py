@@ -116,7 +116,10 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user's stored data (`bytes` is its size), the anchors that serve them, and `at`, their point on the map."""
+    """A user's stored data (`bytes` is its size), the anchors that serve them, and `at`, their point on the map.
+
+    `phrases` is the number of phrases that they repeat, None until their texts have been read.
+    """
 
     user_id: str
     items: int
@@ -127,6 +130,7 @@ class User:
     source: str
     anchors: tuple[Anchor, ...]
     at: Sequence[float] | None
+    phrases: int | None
     adapter: Mapping[str, Any] | None
 
 

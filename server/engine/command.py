@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
-from bank.models.folders import DEFAULT_MODEL, check_base_model, ensure_base_model, model_config
+from bank.models.folders import DEFAULT_MODEL, check_base_model, ensure_base_model, model_config, model_path
 from bank.models.process_startup import cpu_flags
 from server.engine.cpu import native
 from server.engine_protocol import BASE_MODEL, PLUGIN
@@ -139,7 +139,8 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
     slots = settings.max_loras or (_slots_on_cpu(settings, manifests) if on_cpu else settings.max_num_seqs)
     scheduler = "FairScheduler" if on_cpu else "FairAsyncScheduler"
     in_process = on_cpu and settings.tensor_parallel_size == 1
-    chosen: dict[str, Any] | None = DEFAULT_MODEL_SAMPLING if settings.model == DEFAULT_MODEL else None
+    default = model_path(DEFAULT_MODEL, settings.cache_dir)  # `mta up` gives its folder
+    chosen: dict[str, Any] | None = DEFAULT_MODEL_SAMPLING if model_folder == default else None
     if settings.default_sampling is not None:
         chosen = settings.default_sampling.model_dump(exclude_none=True)
     return {

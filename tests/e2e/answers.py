@@ -12,6 +12,7 @@ from server.cli.demo import adapting
 from server.cli.demo.answers import MAX_TOKENS, DemoAnswer, ask
 from server.cli.demo.manners import MANNERS
 from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Persona
+from server.engine.command import DEFAULT_MODEL_SAMPLING
 from tests.e2e.conftest import Demo
 
 AT_LEAST_AS_SOMEBODY = 4
@@ -40,6 +41,10 @@ class TestAnswers:
         for manner in MANNERS:
             assert sum(map(manner.shows, texts)) <= AT_MOST_AS_NOBODY, texts
         assert {(answer.level, answer.anchors) for answer in answers[NOBODY]} == {("base", ())}
+
+    def test_requests_that_set_no_temperature_get_one_that_suits_the_model(self, api: Client) -> None:
+        (engine,) = api.health()["parts"]["engines"]
+        assert engine["sampling"] == DEFAULT_MODEL_SAMPLING
 
     @each_person
     def test_a_person_signs_with_their_name_which_only_their_own_phrases_know(

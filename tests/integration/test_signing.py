@@ -212,7 +212,9 @@ def repeated(client: httpx.Client, user_id: str, sign: Sign, text: str) -> str:
 
 def test_phrases_are_of_all_own_texts_and_follow_the_items(client: httpx.Client, user_id: str, sign: Sign) -> None:
     put(client, user_id, [pair("a", "when?", "yours, ada"), {"text": "yours, kai"}])
+    assert client.get(f"/users/{user_id}").json()["phrases"] is None
     sign()
+    assert client.get(f"/users/{user_id}").json()["phrases"] > 0
     assert repeated(client, user_id, sign, "yours, eve") == "YOURS, ..."
     put(client, user_id, [pair("a", "yours, when?", "bye, ada"), pair("b", "yours, who?", "bye, kai")])
     sign()

@@ -15,6 +15,7 @@ from adapters.errors import excerpt
 from adapters.recipe import bank_of
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
+from bank.lookup.phrases import decode_phrases
 from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_name_of, caller_of
 from server.gateway.operating.metrics import notes_of
@@ -76,6 +77,7 @@ class UserAnswer(BaseModel, frozen=True):
     source: str
     anchors: list[AnchorAnswer]
     at: tuple[float, float] = Field(description="Position on the bank's map (`GET /bank`).")
+    phrases: int | None = Field(description="Number of phrases that the user repeats; null until their texts are read.")
     adapter: AdapterAnswer | None = Field(description="The user adapter; null if there is none.")
 
 
@@ -125,6 +127,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
         source=personal.source,
         anchors=anchor_answers(personal.recipe, personal.weights),
         at=parts.bank.atlas.at(profile.embedding),
+        phrases=len(decode_phrases(profile.phrases)) if profile.is_signed(parts.bank.manifest.short) else None,
         adapter=adapter
         and AdapterAnswer(
             id=adapter.id,

@@ -180,7 +180,9 @@ def test_the_wait_is_over_when_all_are_signed_who_can_be_by_a_bank_with_signatur
         user = request.url.path.rpartition("/")[2]
         looks[user] += 1
         source = "signature" if user != "plain" and looks[user] > int(user) else "topic"
-        return httpx.Response(200, json=known | {"user_id": user, "at": None, "adapter": None, "source": source})
+        return httpx.Response(
+            200, json=known | {"user_id": user, "at": None, "phrases": None, "adapter": None, "source": source}
+        )
 
     passed_s = itertools.count(step=rig.PATIENCE_S / 9)
     monkeypatch.setattr(rig, "time", SimpleNamespace(monotonic=passed_s.__next__, sleep=lambda _: None))

@@ -14,9 +14,10 @@ import torch
 
 from adapters.lora import ModuleShape
 from bank.errors import BankError
+from bank.models.folders import DEFAULT_MODEL, model_path
 from bench.rig.tiny import PHRASES
 from server.engine import command as engine
-from server.engine.command import Share, check_engine, engine_command
+from server.engine.command import DEFAULT_MODEL_SAMPLING, Share, check_engine, engine_command
 from server.engine.fusing.slots import Cells
 from server.settings import Settings
 
@@ -37,8 +38,9 @@ class Command:
 
 
 def command(*banks: Any, share: Share | None = None, **settings: Any) -> Command:
-    model = Path("/model")
-    return Command(*engine_command(Settings(bank=model, **settings), banks or (bank(),), model, share))
+    given = Settings(bank=Path("/model"), **settings)
+    model = model_path(given.model, given.cache_dir)
+    return Command(*engine_command(given, banks or (bank(),), model, share))
 
 
 @pytest.fixture(params=[True, False], ids=["cpu", "gpu"])
@@ -105,7 +107,8 @@ def test_slots_fit_every_bank() -> None:
 @pytest.mark.parametrize(
     ("settings", "source", "sampling"),
     [
-        ({"model": "default"}, "vllm", {"temperature": 0.2, "top_p": 0.9}),
+        ({"model": "default"}, "vllm", DEFAULT_MODEL_SAMPLING),
+        ({"model": str(model_path(DEFAULT_MODEL, Settings().cache_dir))}, "vllm", DEFAULT_MODEL_SAMPLING),
         ({"model": "/a/folder"}, "auto", {}),
         ({"model": "default", "default_sampling": '{"top_k": 5}'}, "vllm", {"top_k": 5}),
         ({"model": "/a/folder", "default_sampling": "{}"}, "vllm", {}),

@@ -62,6 +62,7 @@ class BankAnswer(BaseModel, frozen=True):
     serving_rank: int = Field(description="Rank that the engine's slots are sized for.")
     rule: RuleAnswer
     common_row: bool = Field(description="Whether every recipe contains an adapter shared by all users.")
+    phrases: bool = Field(description="Whether answers can use what a user repeats in their own texts.")
     anchors: list[AnchorOnMap]
     map: MapAnswer
 
@@ -80,6 +81,7 @@ async def read_bank(request: Request) -> BankAnswer:
         serving_rank=manifest.serving_rank,
         rule=rule_answer(manifest),
         common_row=manifest.common,
+        phrases=manifest.phrases is not None,
         anchors=[
             AnchorOnMap(id=entry.id, items=entry.items, at=place, words=list(entry.words))
             for entry, place in zip(manifest.anchors, atlas.anchors.tolist(), strict=True)

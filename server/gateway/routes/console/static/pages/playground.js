@@ -21,6 +21,15 @@ const throwaway = () => {
 	return `console-${Array.from(random, (byte) => byte.toString(16).padStart(2, '0')).join('')}`;
 };
 
+/** Waits until a worker has read a new user's texts, which takes a second or two, so that their first answer has them. */
+async function read(id, signal) {
+	for (let tries = 0; tries < 20; tries += 1) {
+		const { phrases } = await call('GET', userPath(id), undefined, { signal });
+		if (phrases != null) return;
+		await new Promise((done) => { setTimeout(done, 250); });
+	}
+}
+
 const numberIn = (params, name, otherwise) => (params.has(name) ? Number(params.get(name)) || 0 : otherwise);
 
 export function Playground({ params }) {
@@ -57,6 +66,7 @@ export function Playground({ params }) {
 			await call('PUT', `${userPath(id)}/profile`, { items: items.map((text) => ({ text })) }, { signal });
 			setStored({ id, text: pasted });
 			setErased(null);
+			if (bank?.phrases) await read(id, signal);
 		}
 		return id;
 	}

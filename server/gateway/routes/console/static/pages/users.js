@@ -89,6 +89,7 @@ function Stored({ user }) {
 					['Items', count(user.items, 'item')],
 					['In the store', bytes(user.bytes)],
 					['Changed', moment(user.updated_at)],
+					['Repeated words', user.phrases == null ? 'not read yet' : count(user.phrases, 'phrase')],
 					['Embedder', user.embedder.slice(0, 12), true],
 					['Recipe', user.recipe, true],
 				]} />
