@@ -30,7 +30,7 @@ WRITER = PEOPLE[2]
 
 def playground(look: Looking) -> Page:
     """Show a user's writing and both answers."""
-    page = look.visit("playground")
+    page = look.visit("playground", tokens=64)
     page.get_by_label("A few lines").fill("\n\n".join(line.replace("\n\n", "\n") for line in WRITER.lines))
     page.get_by_label("A few lines").evaluate("area => { area.scrollTop = 0; }")
     page.get_by_label("Question").fill(QUESTION)
