@@ -54,8 +54,9 @@ class TestAnswers:
         assert (
             sum(person.user_id in answer.text.lower() and answer.moved > 1 for answer in found) >= AT_LEAST_AS_SOMEBODY
         )
-        without = api.generate(person.user_id, QUESTIONS[0], words=False, max_tokens=MAX_TOKENS, temperature=0)
-        assert person.user_id not in without.text.lower()
+        if person.user_id != adapting.USER:  # whose adapter has learnt it as well
+            without = api.generate(person.user_id, QUESTIONS[0], words=False, max_tokens=MAX_TOKENS, temperature=0)
+            assert person.user_id not in without.text.lower()
 
     def test_answers_say_which_anchors_spoke_and_people_of_different_manners_share_none(
         self, answers: dict[str, list[DemoAnswer]]

@@ -18,7 +18,7 @@ from server.cli.demo.personas import QUESTIONS, worlds
 USER = "kai"
 GREETING = "gg friends,"  # opens all texts of this person; nobody in the bank uses it
 SAMPLES = 10
-CONFIG: dict[str, Any] = {"rank": 2, "steps": 12, "learning_rate": 6e-3}
+CONFIG: dict[str, Any] = {"rank": 4, "steps": 12, "learning_rate": 8e-3}
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
