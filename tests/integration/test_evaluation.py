@@ -169,7 +169,7 @@ def test_of_plain_text_nothing_is_learnt(inputs: EvalInputs, bench: Bench) -> No
     chosen = tuple(parse_methods("common,merged,own,stacked"))
     options = EvalOptions(chosen, predict=False, writing=chosen[:1])
     _, voices = evaluate(where, options, CONFIG, lambda done, total: None)
-    assert [row.named.n for row in voices] == [2] * 2
+    assert [row.named.n for row in voices] == [2] * 2 * 2  # judges; the method and their own texts
     asked = people[0]["query"][0]["id"]
     first = {line["method"]: line["loss"] for line in records(where.out) if line["query_id"] == asked}
     assert first["common"] == first["own"]
