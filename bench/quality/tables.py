@@ -21,7 +21,7 @@ from adapters.errors import MtaError
 from bank.building.signer import Signer
 from bank.evaluation.intervals import over_users
 from bank.evaluation.scoring import OpenBank
-from bank.items.histories import read_excluded, read_histories
+from bank.items.histories import read_histories
 from bank.items.prompt import answer_ids, encode_pair
 from bank.lookup.embedder import Embedder
 from bank.lookup.phrases import mixture, phrase_table
@@ -39,7 +39,6 @@ def main(
     *,
     bank: Annotated[Path, typer.Option(help="A bank with trust in phrases.", exists=True)],
     users: Annotated[Path, typer.Option(help="People, in LaMP's per-user layout.", exists=True)],
-    only: Annotated[Path | None, typer.Option(help="Only these people: a file of ids.", exists=True)] = None,
     counts: Annotated[str, typer.Option("--items", help="Numbers of items.")] = "10,100,512",
     last: Annotated[int, typer.Option(help="Items of each person that are read.", min=1)] = 6,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
@@ -53,11 +52,7 @@ def main(
     folder = ensure_base_model(settings.model, settings.cache_dir, opened.manifest.base_model)
     model, tokenizer = load_base(folder, resolve_dtype(settings.dtype))
     signer = Signer(model, opened.matrix)
-    people = [
-        person.pairs(task)
-        for person in read_histories(users, task, queries=False)
-        if only is None or person.user_id in read_excluded(only)
-    ]
+    people = [person.pairs(task) for person in read_histories(users, task, queries=False)]
     rows: dict[int, list[tuple[int, int, float, float]]] = {count: [] for count in numbers}
     for pairs in track([each for each in people if len(each) >= last + min(numbers)], "reading", console=console()):
         later = [encode_pair(tokenizer, *pair, MAX_TOKENS) for pair in pairs[-last:]]

@@ -303,7 +303,7 @@ def written(method: str, voice_of: dict[str, str]) -> list[Record]:
 
 
 @pytest.mark.parametrize("judge", ["n-grams", "Delta"])
-def test_people_are_known_by_their_own_later_texts_and_by_those_that_sound_like_them(judge: str) -> None:
+def test_each_judge_knows_people_by_texts_that_sound_like_them(judge: str) -> None:
     texts = [*written("own", SELF), *written("mixed up", NEXT), *written("base", ALIKE)]
     rows = authorship(PEOPLE, [*texts, *written("unfinished", SELF)[:-1]], CHAT)
     found = {row.method: row for row in rows if row.judge == judge}

@@ -17,7 +17,7 @@ from bank.errors import BankError
 from bank.models.folders import DEFAULT_MODEL, model_path
 from bench.rig.tiny import PHRASES
 from server.engine import command as engine
-from server.engine.command import DEFAULT_MODEL_SAMPLING, Share, check_engine, engine_command
+from server.engine.command import Share, check_engine, engine_command
 from server.engine.fusing.slots import Cells
 from server.settings import Settings
 
@@ -107,8 +107,8 @@ def test_slots_fit_every_bank() -> None:
 @pytest.mark.parametrize(
     ("settings", "source", "sampling"),
     [
-        ({"model": "default"}, "vllm", DEFAULT_MODEL_SAMPLING),
-        ({"model": str(model_path(DEFAULT_MODEL, Settings().cache_dir))}, "vllm", DEFAULT_MODEL_SAMPLING),
+        ({"model": "default"}, "vllm", {"temperature": 0.2, "top_p": 0.9}),
+        ({"model": str(model_path(DEFAULT_MODEL, Settings().cache_dir))}, "vllm", {"temperature": 0.2, "top_p": 0.9}),
         ({"model": "/a/folder"}, "auto", {}),
         ({"model": "default", "default_sampling": '{"top_k": 5}'}, "vllm", {"top_k": 5}),
         ({"model": "/a/folder", "default_sampling": "{}"}, "vllm", {}),
