@@ -7,8 +7,9 @@ the recipe's name as the model.
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Sequence
 from typing import Any
+
+from bank.lookup.phrases import TrustedPhrases
 
 PLUGIN = "mta"  # name of both vLLM entry points, and value of `VLLM_PLUGINS`
 BASE_MODEL = "base"  # model name under which engines serve the base model
@@ -25,8 +26,8 @@ PHRASES, TRUST = "mta_phrases", "mta_trust"
 """Fields of a request's `vllm_xargs`: a phrase table in base64, and the trust in it by length of a suffix."""
 
 
-def phrase_arguments(table: bytes, trust: Sequence[float]) -> dict[str, Any]:
-    return {PHRASES: b64encode(table).decode(), TRUST: list(trust)}
+def phrase_arguments(phrases: TrustedPhrases) -> dict[str, Any]:
+    return {PHRASES: b64encode(phrases.table.tobytes()).decode(), TRUST: list(phrases.trust)}
 
 
 def key_header(key: str | None) -> dict[str, str]:

@@ -16,16 +16,16 @@ from adapters.user_adapter import encode_user_adapter
 from bank.building.selection import mean_embedding
 from bank.building.signer import Signer
 from bank.errors import BankError
-from bank.evaluation.scoring import EvalAdapter, OpenBank, Reading, Scorer, TrustedPhrases
+from bank.evaluation.scoring import EvalAdapter, OpenBank, Reading, Scorer
 from bank.items.histories import History, Query
 from bank.items.lessons import encode_with_memories, lessons
 from bank.items.profile import Vectors, own_texts
-from bank.items.prompt import answer_ids, chat_messages, encode_conversation, encode_pair
+from bank.items.prompt import chat_messages, encode_conversation, encode_pair
 from bank.items.retrieval import ItemIndex
 from bank.items.tasks import AnswerKind, past_count_range
 from bank.lookup.embedder import Embedder
 from bank.lookup.index import AnchorIndex
-from bank.lookup.phrases import mixture, phrase_table
+from bank.lookup.phrases import NO_PHRASES, TrustedPhrases, as_served
 from bank.lookup.prior import SCORES, personal_shares, surprise
 from bank.lookup.serving import AnchorWeight, ServingBank, common_recipe
 from bank.lookup.signature import MAX_ITEMS, Signature
@@ -137,7 +137,8 @@ class Evaluator:
             rivals = {"without it": served.lora, "the base model": lambda: None}
             if self.bank.manifest.common:
                 rivals["the common row"] = self.common(self.bank).lora
-            return Beneath(fused.lora(), rivals)
+            texts = [lesson.output for place, lesson in enumerate(found) if place not in held]
+            return Beneath(fused.lora(), rivals, as_served(self.bank.manifest, self.scorer.tokenizer, texts))
 
         key = (ground.recipe.name, seed)
         if found and key not in evidence.trained:
@@ -154,23 +155,24 @@ class Evaluator:
         task, user = self.bank.serving.task, evidence.user
         index = ItemIndex(task, user.items if method.history else ())
         examples = [self._example(query, index.memories(query.input, method.history)) for query in user.queries]
-        phrases = self.phrases(evidence) if method.words else None
+        phrases = self.phrases(method, evidence)
         if phrases:
-            table, trust = phrases.table, phrases.trust
-            examples = [replace(example, mixed=mixture(table, trust, example.output)) for example in examples]
+            examples = [phrases.mixed(example) for example in examples]
         if method.adapter == "prior":
             return examples, self._read_prior(user, examples)
         chances = task.kind == "score" and not phrases
         return examples, self.scorer.read(adapter, examples, new_tokens, chances=chances, phrases=phrases)
 
-    def phrases(self, evidence: Evidence) -> TrustedPhrases:
-        """Return the table of the user's own texts, as a worker makes it; BankError if the bank has no trust."""
+    def phrases(self, method: Method, evidence: Evidence) -> TrustedPhrases:
+        """Return what a method mixes in, made of the user's texts as a worker does; BankError without trust."""
         rule = self.bank.manifest.phrases
+        if not method.words:
+            return NO_PHRASES
         if rule is None:
             raise BankError("this bank was built without trust in phrases: build it again, or leave out `+words`")
         if evidence.phrases is None:
             texts = own_texts(evidence.user.items, self.bank.serving.task)
-            evidence.phrases = TrustedPhrases(phrase_table(answer_ids(self.scorer.tokenizer, texts)), rule.trust)
+            evidence.phrases = TrustedPhrases.of(self.scorer.tokenizer, texts, rule.trust)
         return evidence.phrases
 
     def _example(self, query: Query, memories: Sequence[str]) -> Example:
@@ -192,7 +194,7 @@ class Evaluator:
             kept += SIGNATURE_HEADER_BYTES + HALF_BYTES * manifest.personal_rows
         if adapter and (user := adapter.user_adapter):
             kept += len(encode_user_adapter(manifest.layout, user))
-        kept += len(self.phrases(evidence).table.tobytes()) if method.words else 0
+        kept += self.phrases(method, evidence).table.nbytes
         for item in evidence.user.items if method.history else ():
             kept += len(json.dumps(dict(item.fields), ensure_ascii=False).encode())
         return kept

@@ -113,7 +113,7 @@ def _records(evaluator: Evaluator, run: MethodRun, evidence: Evidence, adapter: 
     method, scorer = run.method, evaluator.scorer
     new_tokens = NEW_TOKENS[evaluator.bank.serving.task.kind] if run.predicted else 0
     examples, readings = evaluator.read(method, evidence, adapter, new_tokens)
-    phrases = evaluator.phrases(evidence) if method.words else None
+    phrases = evaluator.phrases(method, evidence)
     written = scorer.write(adapter, examples, run.texts, phrases) if run.texts else [[] for _ in examples]
     rejected = method.trained and bool(evidence.signature_examples) and not (adapter and adapter.trained)
     kept_bytes = evaluator.kept_bytes(method, evidence, adapter)

@@ -22,7 +22,7 @@ from adapters.training.loss import score
 from adapters.user_adapter import UserAdapter, stack
 from bank.building.assemble import BASELINES
 from bank.errors import BankError
-from bank.lookup.phrases import Phrases
+from bank.lookup.phrases import NO_PHRASES, TrustedPhrases
 from bank.lookup.prior import SCORES
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest
@@ -78,14 +78,6 @@ class EvalAdapter:
         return stack(fused, user, torch.float32) if user else fused
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TrustedPhrases:
-    """A user's phrase table, and the bank's trust in it."""
-
-    table: Phrases
-    trust: Sequence[float]
-
-
 @dataclass(frozen=True, slots=True)
 class Reading:
     loss: float  # mean over the output tokens, in nats per token
@@ -116,7 +108,7 @@ class Scorer:
         new_tokens: int = 0,
         *,
         chances: bool = False,
-        phrases: TrustedPhrases | None = None,
+        phrases: TrustedPhrases = NO_PHRASES,
     ) -> list[Reading]:
         """Read examples, and answer their prompts if `new_tokens` > 0; `chances` requests the field of `Reading`.
 
@@ -135,7 +127,7 @@ class Scorer:
         adapter: EvalAdapter | None,
         examples: Sequence[Example],
         texts: int,
-        phrases: TrustedPhrases | None = None,
+        phrases: TrustedPhrases = NO_PHRASES,
         temperature: float = TEMPERATURE,
     ) -> list[list[str]]:
         """Sample `texts` answers per prompt in one batch, since a decoding step costs little more with many rows."""
@@ -159,7 +151,7 @@ class Scorer:
         model: Any,
         examples: Sequence[Example],
         new_tokens: int,
-        phrases: TrustedPhrases | None,
+        phrases: TrustedPhrases,
         *,
         texts: int = 1,
         temperature: float = 0.0,
@@ -208,7 +200,7 @@ class _Mixing:
         if not self._begin:
             self._begin, self._slots = input_ids.shape[1], PhraseSlots(len(rows), scores.shape[1], scores.device)
             for row in range(len(scores)):
-                self._slots.put(row, self._phrases.table, self._phrases.trust)
+                self._slots.put(row, self._phrases)
         answers = input_ids[:, self._begin :].tolist()
         windows = torch.tensor([window_of(answer, len(answer)) for answer in answers], device=scores.device)
         mixed = scores.float()

@@ -12,14 +12,16 @@ texts. This module needs numpy alone, for gateways; engines mix on tensors (`ser
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from bank.manifest import LONGEST_SUFFIX
+from adapters.training.example import Example
+from bank.items.prompt import answer_ids
+from bank.manifest import LONGEST_SUFFIX, BankManifest
 
 LONGEST = LONGEST_SUFFIX  # K
 START, NOTHING = -1, -2  # stand for the beginning of an answer, and for what is before it
@@ -91,10 +93,33 @@ def decode_phrases(raw: bytes) -> Phrases:
     return table
 
 
-def weights_of(table: Phrases, trust: Sequence[float]) -> npt.NDArray[np.float32]:
-    """Return λc of each phrase, [E]; `trust` is λ by length."""
-    weights: npt.NDArray[np.float32] = np.asarray(trust, np.float32)[table["length"] - 1] * (table["share"] / _MOST)
-    return weights.astype(np.float32)
+@dataclass(frozen=True, slots=True, eq=False)
+class TrustedPhrases:
+    """A person's table, and the bank's trust in it: λ by length of a suffix."""
+
+    table: Phrases
+    trust: Sequence[float]
+
+    @classmethod
+    def of(cls, tokenizer: Any, texts: Sequence[str], trust: Sequence[float]) -> Self:
+        return cls(phrase_table(answer_ids(tokenizer, texts)), trust)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def weights(self) -> npt.NDArray[np.float32]:
+        """λc of each phrase, [E]."""
+        trust = np.asarray(self.trust, np.float32)[self.table["length"] - 1]
+        weights: npt.NDArray[np.float32] = trust * self.table["share"].astype(np.float32) / _MOST
+        return weights
+
+    def mixed(self, example: Example) -> Example:
+        """Return an example whose answer is no part of the table, as it is predicted with the table mixed in."""
+        return replace(example, mixed=tuple(said.mixed(self.trust) for said in proposals(self.table, example.output)))
+
+
+NO_PHRASES = TrustedPhrases(np.zeros(0, _PHRASE), ())
 
 
 class Reader:
@@ -128,6 +153,13 @@ class Reader:
                 yield matching
 
 
+def as_served(manifest: BankManifest, tokenizer: Any, texts: Sequence[str]) -> Callable[[Example], Example]:
+    """Return how examples are predicted for a person with these texts, if their requests choose nothing."""
+    if manifest.phrases is None or not manifest.words_default:
+        return lambda example: example
+    return TrustedPhrases.of(tokenizer, texts, manifest.phrases.trust).mixed
+
+
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """What a table says of one token of a text: nothing if `length` is 0."""
@@ -153,11 +185,6 @@ def proposals(table: Phrases, text: Sequence[int]) -> list[Proposal]:
         found.append(Proposal(length, float(own.sum()), float(shares.sum())))
         reader.read(token)
     return found
-
-
-def mixture(table: Phrases, trust: Sequence[float], text: Sequence[int]) -> tuple[tuple[float, float], ...]:
-    """Return for each token of such a text the (a, b) with which a p + b is its probability, as in `Example.mixed`."""
-    return tuple(said.mixed(trust) for said in proposals(table, text))
 
 
 def _distinct(texts: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bank.lookup.phrases import LONGEST, MAX_PHRASES, NOTHING, START, Phrases, suffix_hash, weights_of
+from bank.lookup.phrases import LONGEST, MAX_PHRASES, NOTHING, START, TrustedPhrases, suffix_hash
 
 WINDOW = LONGEST + 1  # tokens that a step looks at: the newest and the suffix before it
 
@@ -22,18 +22,19 @@ class PhraseSlots:
         self._weights = torch.zeros(size, dtype=torch.float32, device=device)
         self._left = torch.zeros(size, dtype=torch.int64, device=device)
 
-    def put(self, slot: int, table: Phrases, trust: Sequence[float]) -> None:
+    def put(self, slot: int, phrases: TrustedPhrases) -> None:
         """Give a slot to a new answer; phrases with tokens that the model lacks are left out."""
-        table = table[table["token"] < self._vocabulary]
-        count = len(table)
+        table = phrases.table
+        known = table["token"] < self._vocabulary
+        count = int(known.sum())
         self._suffixes[slot] = -1
         for ours, column in (
             (self._suffixes, table["suffix"].astype("i8")),
             (self._tokens, table["token"].astype("i8")),
-            (self._weights, weights_of(table, trust)),
+            (self._weights, phrases.weights),
             (self._left, table["limit"].astype("i8")),
         ):
-            ours[slot, :count] = torch.from_numpy(column).to(ours.device, non_blocking=True)
+            ours[slot, :count] = torch.from_numpy(column[known]).to(ours.device, non_blocking=True)
 
     def count(self, slots: torch.Tensor, windows: torch.Tensor) -> None:
         """Count the phrases that windows [N, K + 1] of tokens end with as used by the answers in `slots` [N]."""

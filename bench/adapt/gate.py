@@ -36,6 +36,7 @@ from bank.evaluation.intervals import over_users
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.prompt import chat_messages, encode_pair
 from bank.lookup.embedder import Embedder
+from bank.lookup.phrases import as_served
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
 from bank.models.folders import ensure_base_model, ensure_embedder
@@ -128,7 +129,7 @@ class Gate:
         judgement = trainer.train(JobUser(recipe_of, signature, items), samples, self.config).finish()
         gain = 0.0
         if judgement.weights:
-            served = trainer.served([output for _, output in pairs])
+            served = as_served(trainer.manifest, trainer.tokenizer, [output for _, output in pairs])
             examples = [served(encode_pair(trainer.tokenizer, *pair, MAX_TOKENS)) for pair in later]
             merged, beneath = (
                 fuse(trainer.matrix, recipe_of(signature, strength), torch.float32)

@@ -27,6 +27,7 @@ from bank.evaluation.scoring import OpenBank, Scorer
 from bank.items.histories import read_histories
 from bank.items.profile import own_texts
 from bank.lookup.embedder import Embedder
+from bank.lookup.phrases import NO_PHRASES
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
 from bench import script
@@ -84,11 +85,11 @@ def main(
     )
     for user in track(histories, "writing", console=console()):
         known, items = evaluator.evidence(user), own_texts(user.items, task)
-        adapter, phrases = evaluator.adapter(method, known, 0), evaluator.phrases(known)
+        adapter, phrases = evaluator.adapter(method, known, 0), evaluator.phrases(method, known)
         examples, _ = evaluator.read(method, known, adapter)
         found.setdefault(OWN, []).extend(Text.of(query.gold, items) for query in user.queries)
         for temperature in map(float, temperatures.split(",")):
-            for what, table in (("without", None), ("with", phrases)):
+            for what, table in (("without", NO_PHRASES), ("with", phrases)):
                 written = scorer.write(adapter, examples, texts, table, temperature)
                 name, said = f"{what} phrases, temperature {temperature:g}", [text for each in written for text in each]
                 found.setdefault(name, []).extend(Text.of(text, items) for text in said)

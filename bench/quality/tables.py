@@ -24,7 +24,7 @@ from bank.evaluation.scoring import OpenBank
 from bank.items.histories import read_histories
 from bank.items.prompt import answer_ids, encode_pair
 from bank.lookup.embedder import Embedder
-from bank.lookup.phrases import mixture, phrase_table
+from bank.lookup.phrases import TrustedPhrases, phrase_table
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
 from bench import script
@@ -60,13 +60,13 @@ def main(
         for count in (count for count in numbers if len(pairs) >= last + count):
             began_s = time.perf_counter()
             texts = answer_ids(tokenizer, [output for _, output in pairs[-last - count : -last]])
-            table = phrase_table(texts)
+            phrases = TrustedPhrases(phrase_table(texts), rule.trust)
             ms = 1e3 * (time.perf_counter() - began_s)
             gains = []
             for example, known in zip(later, losses, strict=True):
-                kept, added = np.array(mixture(table, rule.trust, example.output)).T
+                kept, added = np.array(phrases.mixed(example).mixed).T
                 gains.append(float(np.log(kept + added * np.exp(known)).mean()))
-            rows[count].append((sum(map(len, texts)), len(table.tobytes()), ms, float(np.mean(gains))))
+            rows[count].append((sum(map(len, texts)), phrases.table.nbytes, ms, float(np.mean(gains))))
     lines = []
     for count, found in rows.items():
         if found:

@@ -30,7 +30,7 @@ import typer
 from rich.progress import Progress
 
 from adapters.errors import MtaError
-from bank.lookup.phrases import LONGEST, phrase_table
+from bank.lookup.phrases import LONGEST, TrustedPhrases, phrase_table
 from bench import script
 from bench.page.report import Figures, Spread, tabulate
 from bench.rig.engine import Engine
@@ -238,7 +238,7 @@ async def _with_phrases(loader: Loader, ask: Ask) -> Ask:
     """Return the request with a phrase table that proposes every token of its answer, the most that one can cost."""
     ids = await loader.token_ids(ask)
     parts = [ids[at : at + 2 * LONGEST] for at in range(0, len(ids), LONGEST)]
-    return replace(ask, body={"vllm_xargs": phrase_arguments(phrase_table(parts * 2).tobytes(), TRUST)})
+    return replace(ask, body={"vllm_xargs": phrase_arguments(TrustedPhrases(phrase_table(parts * 2), TRUST))})
 
 
 def _reading(case: Case, answers: Sequence[Answer]) -> float | None:

@@ -27,7 +27,7 @@ from bank.items.lessons import PastItems, add_memories, lesson_key, normalised
 from bank.items.profile import Item, item_pair, own_texts
 from bank.items.prompt import answer_ids, encode_conversation, encode_pair
 from bank.items.tasks import Task, get_task
-from bank.lookup.phrases import mixture, phrase_table
+from bank.lookup.phrases import as_served, phrase_table
 from bank.lookup.serving import common_recipe
 from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.manifest import BankManifest
@@ -146,7 +146,8 @@ class AdapterTrainer:
             if signature and len(unseen) < len(pairs):
                 signature = self.signature(unseen)
             beneath = self._beneath(partial(user.recipe, signature), config.strength, in_use)
-            return replace(beneath, served=self.served([*plain, *(output for _, output in unseen)]))
+            texts = [*plain, *(output for _, output in unseen)]
+            return replace(beneath, served=as_served(self.manifest, self.tokenizer, texts))
 
         def beneath(held: Sequence[int]) -> Beneath:
             seen = {lesson_key(self.task, *samples[place].pair) for place in held}
@@ -169,14 +170,6 @@ class AdapterTrainer:
         if self.manifest.common:
             rivals["the common row"] = lambda: fused(common_recipe(self.manifest))
         return Beneath(ground, rivals | {"the base model": lambda: None})
-
-    def served(self, texts: Sequence[str]) -> Callable[[Example], Example]:
-        """Return how samples are judged: with the phrase table of the user's other texts, if answers get one."""
-        rule = self.manifest.phrases
-        if rule is None or not self.manifest.words_default:
-            return lambda example: example
-        table = phrase_table(answer_ids(self.tokenizer, texts))
-        return lambda example: replace(example, mixed=mixture(table, rule.trust, example.output))
 
     def _learned(
         self, learned: Sequence[Sample], given: Sequence[Example], config: AdaptConfig

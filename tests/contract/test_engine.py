@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,12 @@ import pytest
 
 from adapters.errors import MtaError
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
-from bank.lookup.phrases import LONGEST, phrase_table
+from bank.lookup.phrases import LONGEST, TrustedPhrases, phrase_table
 from bank.manifest import read_manifest
 from bench.rig.engine import KEY, Engine
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import free_port
-from server.engine_protocol import key_header, phrase_arguments
+from server.engine_protocol import key_header
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, open_session
@@ -213,10 +214,8 @@ async def test_the_ids_of_an_answer_come_back_with_its_phrases(
     (choice,) = value["choices"]
     ids = choice["token_ids"]
     assert (len(ids), len(value["prompt_token_ids"])) == (8, value["usage"]["prompt_tokens"])
-    said = phrase_table([ids[:4]] * 2).tobytes()
-    moving = replace(
-        request, phrases=said, trust=[0.0] * LONGEST, stream=stream
-    )  # trusted so little, they move nothing
+    phrases = TrustedPhrases(phrase_table([ids[:4]] * 2), [0.0] * LONGEST)  # trusted so little, they move nothing
+    moving = replace(request, phrases=phrases, stream=stream)
     async with client.generate(moving) as answer:
         text = "".join([text async for text, _ in answer])
     assert (text, answer.moved) == (choice["message"]["content"], 4)
@@ -227,7 +226,7 @@ async def test_the_ids_of_an_answer_come_back_with_its_phrases(
 async def test_a_table_that_is_none_is_refused(
     subject: Subject, client: EngineClient, table: bytes, trust: list[float], stream: bool
 ) -> None:
-    sampling = {"vllm_xargs": phrase_arguments(table, trust)}
+    sampling = {"vllm_xargs": {"mta_phrases": b64encode(table).decode(), "mta_trust": trust}}
     await refusal(client, replace(ask(subject.recipe().name, **sampling), stream=stream), InvalidRequest)
 
 

@@ -17,21 +17,25 @@ from adapters.training.example import Example
 from adapters.training.forward.packing import pack
 from adapters.training.loss import token_losses
 from adapters.training.trainer import initial_lora
+from adapters.training.user_trainer import train_user
 from bank.building.assemble import BASELINES
 from bank.building.build import build_baselines
 from bank.errors import BankError
 from bank.evaluation.methods import DEFAULT, METHODS, Evaluator, parse_methods
 from bank.evaluation.run import RECORDS_FILE
-from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer, TrustedPhrases
+from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, EvalOptions, evaluate
 from bank.items.histories import read_histories
+from bank.items.profile import own_texts
+from bank.items.prompt import answer_ids
 from bank.lookup.embedder import Embedder
-from bank.lookup.phrases import phrase_table, proposals
+from bank.lookup.phrases import TrustedPhrases, phrase_table, proposals
 from bank.lookup.prior import SCORES
 from bank.manifest import read_manifest
 from bank.models.load import load_base
 from bench.quality import ratings
 from bench.rig.people import people, write_people
+from bench.rig.tiny import PHRASES
 from server.cli import app
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 
@@ -116,7 +120,7 @@ def evaluator(inputs: EvalInputs) -> Evaluator:
 def test_words_are_mixed_into_each_token_that_is_read(inputs: EvalInputs, evaluator: Evaluator) -> None:
     user = read_histories(inputs.users, evaluator.bank.serving.task, queries=True)[0]
     known, plain = evaluator.evidence(user), METHODS["merged"]
-    adapter, phrases = evaluator.adapter(plain, known, 0), evaluator.phrases(known)
+    adapter, phrases = evaluator.adapter(plain, known, 0), evaluator.phrases(METHODS["words"], known)
     (example, *_), (without, *_) = evaluator.read(plain, known, adapter)
     _, (with_words, *_) = evaluator.read(METHODS["merged+words"], known, adapter)
     said = proposals(phrases.table, example.output)
@@ -129,6 +133,27 @@ def test_words_are_mixed_into_each_token_that_is_read(inputs: EvalInputs, evalua
         losses.tolist(), (each.mixed(phrases.trust) for each in said), strict=True
     )]  # fmt: skip
     assert -sum(map(math.log, mixed)) / len(mixed) == pytest.approx(with_words.loss, abs=1e-5)
+
+
+def test_few_shot_adapters_are_judged_with_the_persons_words(
+    inputs: EvalInputs, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[Example] = []
+
+    def noting(model: Any, beneath: Any, examples: list[Example], config: AdaptConfig) -> Any:
+        judged.append(beneath([0]).served(examples[0]))
+        return train_user(model, beneath, examples, config)
+
+    monkeypatch.setattr("bank.evaluation.methods.train_user", noting)
+    trusting = evaluator.bank.manifest.model_copy(update={"phrases": PHRASES})
+    monkeypatch.setattr(evaluator.bank.serving, "manifest", trusting)
+    user = read_histories(inputs.users, evaluator.bank.serving.task, queries=True)[0]
+    evaluator.adapter(METHODS["own"], evaluator.evidence(user), 0)
+    texts = own_texts(user.items, evaluator.bank.serving.task)
+    ids, *others = answer_ids(evaluator.scorer.tokenizer, texts)
+    mixed = tuple(each.mixed(PHRASES.trust) for each in proposals(phrase_table(others), ids))
+    assert [example.mixed for example in judged] == [mixed]
+    assert any(added for _, added in mixed)
 
 
 def test_what_is_written_repeats_the_persons_words(inputs: EvalInputs, evaluator: Evaluator) -> None:

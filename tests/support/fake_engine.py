@@ -20,7 +20,7 @@ from aiohttp import web
 from adapters.errors import RecipeError
 from adapters.recipe import FusionMethod, parse_recipe
 from bench.rig.engine import KEY
-from server.engine.phrases.arguments import table_of
+from server.engine.phrases.arguments import phrases_of
 from server.supervisor.services import free_port
 
 __all__ = ["KEY", "FakeEngine", "Knobs", "Seen"]
@@ -303,7 +303,7 @@ def options_refusal(body: dict[str, Any]) -> str | None:
         return "n must be 1 when using greedy sampling"
     asking: Any = SimpleNamespace(extra_args=body.get("vllm_xargs"))
     try:
-        table_of(asking)
+        phrases_of(asking)
     except ValueError as error:  # as of our logits processor
         return str(error)
     return None

@@ -12,7 +12,7 @@ import numpy as np
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
 from bank.lookup.phrases import NOTHING, START
-from server.engine.phrases.arguments import table_of
+from server.engine.phrases.arguments import phrases_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,15 +33,15 @@ class GpuPhraseProcessor(LogitsProcessor):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        table_of(sampling_params)
+        phrases_of(sampling_params)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        asked = table_of(sampling_params)
-        self._has[req_idx] = asked is not None
-        if asked is not None:
-            self._slots.put(req_idx, *asked)
+        phrases = phrases_of(sampling_params)
+        self._has[req_idx] = phrases is not None
+        if phrases is not None:
+            self._slots.put(req_idx, phrases)
             self._resumed.append(req_idx)
-        return asked is not None
+        return phrases is not None
 
     def apply_staged_writes(self) -> None:
         """Count what an answer that was preempted has used, but for its last token, which the next step counts."""

@@ -12,7 +12,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from bank.models.mixing import PhraseSlots, window_of
-from server.engine.phrases.arguments import table_of
+from server.engine.phrases.arguments import phrases_of
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class PhraseProcessor(LogitsProcessor):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        table_of(sampling_params)
+        phrases_of(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -58,11 +58,11 @@ class PhraseProcessor(LogitsProcessor):  # type: ignore[misc]
         return logits
 
     def _begin(self, params: SamplingParams, prompt: list[int] | None, output: list[int]) -> _Answer | None:
-        if (asked := table_of(params)) is None:
+        if (phrases := phrases_of(params)) is None:
             return None
         taken = {answer.slot for answer in self._answers.values()}
         slot = next(slot for slot in range(self._count) if slot not in taken)
-        self._slots.put(slot, *asked)
+        self._slots.put(slot, phrases)
         return _Answer(slot, output)
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:

@@ -20,7 +20,7 @@ import aiohttp
 import orjson
 
 from adapters.errors import MtaError, excerpt
-from bank.lookup.phrases import Reader, decode_phrases
+from bank.lookup.phrases import NO_PHRASES, Reader, TrustedPhrases
 from server.engine_protocol import key_header, phrase_arguments
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
@@ -93,8 +93,7 @@ class EngineRequest:
     cache_salt: str  # per tenant, so that tenants do not share the prefix cache
     stream: bool = True
     prompt: Prompt | None = None
-    phrases: bytes = b""  # the user's phrase table, to be mixed in, and the trust in it
-    trust: Sequence[float] = ()
+    phrases: TrustedPhrases = NO_PHRASES  # the user's, to be mixed in
 
 
 @dataclass
@@ -170,7 +169,7 @@ class EngineClient:
         else:
             path, body["prompt"] = "/v1/completions", request.prompt
         if request.phrases:  # the ids tell which of the answer's tokens the table had proposed
-            body |= {"vllm_xargs": phrase_arguments(request.phrases, request.trust), "return_token_ids": True}
+            body |= {"vllm_xargs": phrase_arguments(request.phrases), "return_token_ids": True}
         if request.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": session_id}
@@ -219,7 +218,7 @@ class EngineStream:
         streamed: bool = True,
         chat: bool = True,
         answers: int = 1,
-        phrases: bytes = b"",
+        phrases: TrustedPhrases = NO_PHRASES,
     ) -> None:
         self.sent_s = sent_s  # time of sending by the performance counter
         self.first_token_s: float | None = None  # None if the answer is not streamed
@@ -228,7 +227,7 @@ class EngineStream:
         self.usage: dict[str, int] = {}
         self.moved = 0  # number of tokens that a phrase had proposed
         self.complete = False
-        self._readers = defaultdict[int, Reader](lambda: Reader(decode_phrases(phrases)))  # by choice
+        self._readers = defaultdict[int, Reader](lambda: Reader(phrases.table))  # by choice
         self._streamed = streamed
         self._answers = answers  # to each prompt
         self._prompts, self._written = dict[int, int](), dict[int, int]()  # tokens of each prompt, of each answer

@@ -82,11 +82,6 @@ class Generator:
     max_prompt_chars: int  # maximum length of a conversation with its history, in characters
     default_max_tokens: int  # maximum length of an answer whose request sets none
 
-    @property
-    def _trust(self) -> Sequence[float]:
-        rule = self.personalizer.bank.manifest.phrases
-        return rule.trust if rule else ()
-
     @asynccontextmanager
     async def answer(self, request: GenerationRequest, usage: RequestUsage, timings: Timings) -> AsyncIterator[Answer]:
         """Start an answer and wait for its first piece; leaving the context early aborts it in the engine.
@@ -157,7 +152,7 @@ class Generator:
         """Return the number of candidates that the engine cannot serve, and the stream of the first that it can."""
         missing: AdapterMissing | None = None
         for skipped, candidate in enumerate(candidates):
-            attempt = replace(request, model=candidate.model, phrases=candidate.phrases, trust=self._trust)
+            attempt = replace(request, model=candidate.model, phrases=candidate.phrases)
             try:
                 return skipped, await stack.enter_async_context(self.engine.generate(attempt))
             except AdapterMissing as error:

@@ -14,7 +14,7 @@ import numpy as np
 
 from adapters.errors import excerpt
 from adapters.recipe import FusionRecipe, UserAdapterId, bank_of, parse_recipe
-from bank.lookup.phrases import decode_phrases
+from bank.lookup.phrases import NO_PHRASES, TrustedPhrases, decode_phrases
 from bank.lookup.serving import AnchorWeight, ServingBank
 from server.engine_protocol import BASE_MODEL
 from server.errors import InvalidRequest, NotFound, Unavailable
@@ -56,7 +56,7 @@ class Personalization:
     source: str | None = None  # the evidence that the weights come from
     weights: tuple[AnchorWeight, ...] = ()  # by the current profile; a user adapter keeps the recipe it was trained on
     reason: str | None = None  # why no higher level applies
-    phrases: bytes = b""  # the user's phrase table, to be mixed in
+    phrases: TrustedPhrases = NO_PHRASES  # the user's, to be mixed in
     made_in: str = ""  # traceparent of the job that made the user's adapter
     arm: Arm = Arm.NONE
 
@@ -64,10 +64,6 @@ class Personalization:
     def model(self) -> str:
         """The engine's model name. Do not show it to clients: it may contain the user's key."""
         return self.recipe.name if self.recipe else BASE_MODEL
-
-    @property
-    def phrase_count(self) -> int:
-        return len(decode_phrases(self.phrases))
 
     @property
     def public_recipe(self) -> str | None:
@@ -147,12 +143,14 @@ class Personalizer:
             lower = Personalization(Level.COMMON, common.recipe, common.source)
         return replace(lower, arm=arm, reason=_HELD_OUT), ladder[-1]
 
-    def _phrases(self, request: GenerationRequest, profile: Profile) -> bytes:
-        """Return the table to mix in; empty if the request wants none, or continues a text and begins no answer."""
+    def _phrases(self, request: GenerationRequest, profile: Profile) -> TrustedPhrases:
+        """Return what to mix in; nothing if the request wants none, or continues a text and begins no answer."""
         manifest, signed = self.bank.manifest, profile.evidence
         wanted = manifest.words_default if request.words == "auto" else request.words
-        is_ours = manifest.phrases is not None and signed is not None and signed.bank == manifest.short
-        return profile.phrases if wanted and is_ours and request.prompt is None else b""
+        is_ours = signed is not None and signed.bank == manifest.short
+        if not (wanted and is_ours and manifest.phrases) or request.prompt is not None:
+            return NO_PHRASES
+        return TrustedPhrases(decode_phrases(profile.phrases), manifest.phrases.trust)
 
     def _schedule_signature_request(self, user: User) -> None:
         """Request a signature in the background, at most once per user and `SIGNATURE_REQUEST_INTERVAL_S`."""

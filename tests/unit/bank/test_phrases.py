@@ -17,11 +17,11 @@ from bank.lookup.phrases import (
     MAX_TOKENS,
     START,
     Reader,
+    TrustedPhrases,
     decode_phrases,
     phrase_table,
     proposals,
     suffix_hash,
-    weights_of,
 )
 
 HELLO, ADA, THANKS, WEEK, BYE, END = range(10, 16)
@@ -112,7 +112,7 @@ def test_the_mixture_sums_to_one() -> None:
     reader = Reader(table)
     proposing = reader.proposing()
     kept, _ = proposals(table, [HELLO])[0].mixed(trust)
-    assert kept + float(weights_of(table, trust)[proposing].sum()) == pytest.approx(1)
+    assert kept + float(TrustedPhrases(table, trust).weights[proposing].sum()) == pytest.approx(1)
 
 
 def test_bytes_that_are_no_table_are_refused() -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from bank.lookup.phrases import Phrases, Reader, phrase_table, weights_of
+from bank.lookup.phrases import Phrases, Reader, TrustedPhrases, phrase_table
 from server.engine.phrases.gpu_processor import GpuPhraseProcessor
 from server.engine.phrases.processor import PhraseProcessor
 from server.engine_protocol import PHRASES, TRUST, phrase_arguments
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def asking(table: Phrases | None) -> SamplingParams:
-    return SamplingParams(extra_args=None if table is None else phrase_arguments(table.tobytes(), TRUSTED))
+    return SamplingParams(extra_args=None if table is None else phrase_arguments(TrustedPhrases(table, TRUSTED)))
 
 
 def mixed(logits: torch.Tensor, table: Phrases, answer: Sequence[int]) -> torch.Tensor:
@@ -40,7 +40,7 @@ def mixed(logits: torch.Tensor, table: Phrases, answer: Sequence[int]) -> torch.
     for token in answer:
         reader.read(token)
     proposing = reader.proposing()
-    weights = torch.from_numpy(weights_of(table, TRUSTED)[proposing])
+    weights = torch.from_numpy(TrustedPhrases(table, TRUSTED).weights[proposing])
     probabilities = (1 - weights.sum()) * logits.softmax(-1)
     return probabilities.index_add(0, torch.tensor(table["token"][proposing].astype("i8"), dtype=torch.long), weights)
 

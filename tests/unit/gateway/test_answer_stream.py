@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bank.lookup.phrases import phrase_table
+from bank.lookup.phrases import TrustedPhrases, phrase_table
 from server.errors import EngineFailed, InvalidRequest
 from server.gateway.access.queue import EngineQueue
 from server.gateway.engines.chat import EngineRequest, EngineStream, Piece, events
@@ -85,8 +85,8 @@ async def test_each_choice_is_read_from_its_own_beginning() -> None:
             for value in values:
                 yield event(value)
 
-    table = phrase_table([[1, 2], [1, 2]]).tobytes()
-    stream: Any = EngineStream(Chunks(), 0.0, chat=False, answers=2, phrases=table)  # type: ignore[arg-type]
+    phrases = TrustedPhrases(phrase_table([[1, 2], [1, 2]]), ())
+    stream: Any = EngineStream(Chunks(), 0.0, chat=False, answers=2, phrases=phrases)  # type: ignore[arg-type]
     choices = [(await stream._next())[1]["choices"][0] for _ in said]
     assert [choice.get("moved") for choice in choices] == [1, 1, 0, 1, None]
     assert (stream.moved, [choice for choice in choices if "token_ids" in choice]) == (3, [])
