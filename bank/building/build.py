@@ -142,11 +142,7 @@ def _measured(
     judging = measured[:judges] or measured
     decay, kept = fit_rule(signer, known, judging, trainer, work)
     rule = options.rule(decay)
-
-    def step_of(person: MeasuredPerson) -> Vectors:
-        return known.step(signer.signature("", person.halves[0]), decay, person.own_row)
-
-    phrases = fit_phrases(signer, step_of, judges_of(known, judging), trainer, work)
+    phrases = fit_phrases(signer, known, judges_of(known, judging), trainer, work, decay=decay)
     if not options.wants_directions:
         return rule, curvature, None, phrases
     count = min(options.directions or int(np.argmax(kept >= KEPT)) + 1, MAX_DIRECTIONS)

@@ -44,7 +44,6 @@ class Evidence:
     signature_examples: Sequence[Example]  # profile items the signature is computed from
     embedding: Vectors  # profile embedding [E]
     signature: Signature | None = None  # computed on first use
-    phrases: TrustedPhrases | None = None  # likewise
     # Few-shot adapters by recipe and seed; None if one was not promoted.
     trained: dict[tuple[str, int], LoraWeights | None] = field(default_factory=dict)
 
@@ -170,10 +169,8 @@ class Evaluator:
             return NO_PHRASES
         if rule is None:
             raise BankError("this bank was built without trust in phrases: build it again, or leave out `+words`")
-        if evidence.phrases is None:
-            texts = own_texts(evidence.user.items, self.bank.serving.task)
-            evidence.phrases = TrustedPhrases.of(self.scorer.tokenizer, texts, rule.trust)
-        return evidence.phrases
+        texts = own_texts(evidence.user.items, self.bank.serving.task)
+        return TrustedPhrases.of(self.scorer.tokenizer, texts, rule.trust)
 
     def _example(self, query: Query, memories: Sequence[str]) -> Example:
         """Return a query as model input; one that is too long is cut alike with past items and without."""
