@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from adapters.errors import FusionError, excerpt
 from adapters.lora import ModuleShape, RowLayout
 from adapters.recipe import MAX_DIRECTIONS, FusionMethod, FusionRecipe, anchor_id
+from adapters.training.example import Acts
 from bank.errors import BankError
 
 MANIFEST_FILE = "bank.json"
@@ -195,6 +196,10 @@ class BankManifest(Frozen):
     def history_share(self) -> float:
         """Share of the training items with past items of the same person in the prompt."""
         return float(self.training.get("history_share") or 0)
+
+    @property
+    def acts(self) -> Acts:
+        return Acts(str(self.training.get("acts", Acts.EVERYWHERE)))
 
     @property
     def history_default(self) -> int:

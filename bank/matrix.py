@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from adapters.errors import FusionError
+from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
+from adapters.recipe import FusionRecipe
+from adapters.training.attached import SharedPart
+from adapters.training.example import Acts
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 
@@ -17,6 +23,14 @@ def open_matrix(folder: Path, manifest: BankManifest, file: str = MATRIX_FILE) -
         return MetaMatrix.open(folder / file, manifest.layout, manifest.personal_rows, manifest.common)
     except FusionError as error:
         raise BankError(str(error)) from error
+
+
+def shared_part(matrix: MetaMatrix, manifest: BankManifest) -> SharedPart | None:
+    """Return what reads the tokens before the bank's personal part acts; None if it acts everywhere."""
+    if manifest.acts is Acts.EVERYWHERE:
+        return None
+    common = FusionRecipe(manifest.short, manifest.method, True, ())
+    return SharedPart(manifest.acts, fuse(matrix, common, torch.float32))
 
 
 def open_anchor_rows(folder: Path, manifest: BankManifest) -> MetaMatrix:

@@ -11,9 +11,8 @@ import torch
 
 from adapters.flat import flattened
 from adapters.lora import LoraWeights, RowLayout
-from adapters.training.attached import attached
+from adapters.training.attached import SharedPart, attached
 from adapters.training.example import Example, output_tokens
-from adapters.training.forward.attention import in_blocks
 from adapters.training.forward.lower_layers import LowerLayers
 from adapters.training.forward.packing import Row, pack
 
@@ -37,16 +36,24 @@ def backward_row(model: Any, row: Row, outputs: int, below: LowerLayers | None =
     return float(loss.detach())
 
 
-def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example]) -> torch.Tensor:
+def b_gradient(
+    model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example], shared: SharedPart | None = None
+) -> torch.Tensor:
     """Return ∂L/∂B at a LoRA, [R·ΣH_out] float32 on CPU in layout order; L is the mean loss per output token."""
-    with attached(model, lora) as here:
+    with attached(model, lora, shared=shared) as here:
         here.trainable(train_a=False)
         sum(backward(here.model, examples))
         return flattened(layout, here.take_b_gradients())
 
 
 def drawn_gradients(
-    model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example], seed: int
+    model: Any,
+    layout: RowLayout,
+    lora: LoraWeights,
+    examples: Sequence[Example],
+    seed: int,
+    *,
+    shared: SharedPart | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield ∂L/∂B of each example for an output that the model draws; L is the sum over its tokens.
 
@@ -54,7 +61,7 @@ def drawn_gradients(
     (the Fisher information).
     """
     chance = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    with attached(model, lora) as here:
+    with attached(model, lora, shared=shared) as here:
         here.trainable(train_a=False)
         for example in examples:
             (row,) = pack(here.model, [example])
@@ -109,7 +116,7 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _logits(model: Any, row: Row, below: LowerLayers | None = None) -> torch.Tensor:
-    with below.skipped(row) if below else nullcontext(), in_blocks(row.blocks()):
+    with below.skipped(row) if below else nullcontext(), row.being_read():
         logits: torch.Tensor = model(**row.inputs(model), use_cache=False).logits[0]
     return logits
 

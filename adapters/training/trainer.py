@@ -15,7 +15,7 @@ import torch
 
 from adapters.errors import FusionError, excerpt
 from adapters.lora import LoraWeights, ModuleShape
-from adapters.training.attached import attached
+from adapters.training.attached import SharedPart, attached
 from adapters.training.example import Example
 from adapters.training.loss import backward
 
@@ -78,11 +78,12 @@ def train_lora(
     train_a: bool = True,
     on_step: Callable[[StepReport], None] = lambda report: None,
     gradient: Gradient = backward,
+    shared: SharedPart | None = None,
 ) -> LoraWeights:
     """Train a LoRA that starts at `start` and adapts the same modules, and return it as float32 on CPU."""
     if not examples:
         raise FusionError("there is nothing to train on: no example has an output")
-    with attached(model, start) as lora:
+    with attached(model, start, shared=shared) as lora:
         for report in optimise(lora.model, lora.trainable(train_a=train_a), examples, plan, gradient=gradient):
             if report is not None:
                 on_step(report)

@@ -20,7 +20,7 @@ import torch
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.adapt_config import BATCH_SIZE, EVAL_INTERVAL, FOLDS, AdaptConfig
-from adapters.training.attached import Attached, attached
+from adapters.training.attached import Attached, SharedPart, attached
 from adapters.training.example import Example
 from adapters.training.forward.lower_layers import LowerLayers, layer_of, upper_half
 from adapters.training.loss import backward, row_losses
@@ -64,6 +64,7 @@ class Beneath:
     fused: LoraWeights
     rivals: Mapping[str, Callable[[], LoraWeights | None]]
     served: Callable[[Example], Example] = lambda example: example  # a judging sample as the serving predicts it
+    shared: SharedPart | None = None
 
 
 BeneathWithout = Callable[[Sequence[int]], Beneath]
@@ -149,11 +150,12 @@ def _training(
         aside = [ground.served(samples[place]) for place in held]
         rivals = {}
         for name, make in ground.rivals.items():
-            with attached(model, lora) if (lora := make()) else nullcontext():
+            with attached(model, lora, shared=ground.shared) if (lora := make()) else nullcontext():
                 rivals[name] = yield from _losses(model, aside, None, now)
         tokens = [example.output_tokens for example in aside]
         yield replace(now, held_out=min(map(sum, rivals.values())) / sum(tokens))
-        with user_run(model, ground.fused, config, now, below if ground is last else None) as run:
+        kept_below = below if ground is last else None
+        with user_run(model, ground.fused, config, now, kept_below, shared=ground.shared) as run:
             by_step = yield from run.evaluated(kept, aside, steps, stop_early=number == 0)
             now, below = run.now, run.below
         folds.append(_Fold(tokens, by_step, rivals))
@@ -164,7 +166,8 @@ def _training(
     now = replace(now, phase="all samples")
     last, ground = ground, beneath(())
     yield now
-    with user_run(model, ground.fused, config, now, below if ground is last else None) as run:
+    kept_below = below if ground is last else None
+    with user_run(model, ground.fused, config, now, kept_below, shared=ground.shared) as run:
         for report in run.train(samples, judgement.steps):
             yield run.count(report, of=steps * FOLDS + judgement.steps) if report else run.now
         return replace(judgement, weights=run.weights())
@@ -277,7 +280,13 @@ class UserRun:
 
 @contextmanager
 def user_run(
-    model: Any, fused: LoraWeights, config: AdaptConfig, now: TrainingProgress, below: LowerLayers | None = None
+    model: Any,
+    fused: LoraWeights,
+    config: AdaptConfig,
+    now: TrainingProgress,
+    below: LowerLayers | None = None,
+    *,
+    shared: SharedPart | None = None,
 ) -> Iterator[UserRun]:
     """Attach a user LoRA, to the upper half of the layers if it can run alone, which halves the time; then restore.
 
@@ -287,7 +296,7 @@ def user_run(
     half = upper_half(model, fused.a)
     trained = modules if half is None else [m for m in modules if layer_of(m.name) >= half[1]]
     start = initial_lora(trained, config.rank, config.seed)
-    with attached(model, start, frozen=fused) as here:
+    with attached(model, start, frozen=fused, shared=shared) as here:
         if half is not None:
             below = below or LowerLayers(model, model.get_submodule(half[0]), half[1])
         yield UserRun(config, here, start, modules, below, here.trainable(train_a=True), now)

@@ -136,7 +136,7 @@ def _measured(
     """Return the bank's rule, the curvature along the anchors' rows, the directions if it has them, and the trust."""
     options, say = trainer.options, trainer.progress.say
     say("measuring the curvature of the loss along the anchors' rows")
-    signer = Signer(trainer.model, matrix)
+    signer = Signer(trainer.model, matrix, options.acts)
     curvature = measure_curvature(signer, measured, trainer, work)
     known = Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
     judging = measured[:judges] or measured

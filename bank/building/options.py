@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, Validati
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from adapters.recipe import MAX_DIRECTIONS
+from adapters.training.example import Acts
 from bank.errors import BankError
 from bank.manifest import PosteriorRule, WeightRule
 
@@ -57,6 +58,7 @@ class BuildOptions(_Checked):
     common_batch_size: Count = 16
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     history_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    acts: Acts = Acts.EVERYWHERE
     max_tokens: Count = 512
     verdict: bool = True
     describe: bool = False

@@ -21,6 +21,7 @@ from adapters.flat import flattened, lora_of
 from adapters.lora import LoraWeights, RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import anchor_id
+from adapters.training.attached import SharedPart
 from adapters.training.example import Example, output_tokens
 from adapters.training.forward.packing import Row, pack
 from adapters.training.loss import backward, backward_row
@@ -82,7 +83,7 @@ class RowTrainer:
         def make(place: int) -> torch.Tensor:
             if place == len(anchors):
                 return b
-            trained = self.train(self._anchor_job(place, anchors), common, train_a=False)
+            trained = self.train(self._anchor_job(place, anchors), common, shared=SharedPart(self.options.acts, common))
             return (flattened(layout, trained.b) - flattened(layout, common.b)).to(torch.bfloat16)
 
         rows = work.rows(len(anchors) + 1, layout.row_numbers, make)
@@ -102,12 +103,18 @@ class RowTrainer:
         return RowJob(name, examples, TrainPlan(steps, batch_size, options.learning_rate, seed))
 
     def train(
-        self, job: RowJob, start: LoraWeights, *, train_a: bool = True, gradient: Gradient = backward
+        self, job: RowJob, start: LoraWeights, *, shared: SharedPart | None = None, gradient: Gradient = backward
     ) -> LoraWeights:
-        """Train a row; BankError if its weights are not finite in the end."""
-        on_step = partial(self.progress.step, job.name, job.plan.steps)
+        """Train the common row, or with a `shared` part an anchor's, which keeps its A; BankError if not finite."""
         lora = train_lora(
-            self.model, job.examples, job.plan, start=start, train_a=train_a, on_step=on_step, gradient=gradient
+            self.model,
+            job.examples,
+            job.plan,
+            start=start,
+            train_a=shared is None,
+            on_step=partial(self.progress.step, job.name, job.plan.steps),
+            gradient=gradient,
+            shared=shared,
         )
         if not all(bool(weights.isfinite().all()) for weights in (*lora.a.values(), *lora.b.values())):
             raise BankError(f"training {job.name} diverged: the weights are not finite; try a lower --learning-rate")

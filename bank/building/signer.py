@@ -15,8 +15,8 @@ from adapters.flat import cut_a, cut_b
 from adapters.fusion import weighted_sum
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
-from adapters.training.attached import attached
-from adapters.training.example import Example, output_tokens
+from adapters.training.attached import SharedPart, attached
+from adapters.training.example import Acts, Example, output_tokens
 from adapters.training.forward.packing import pack
 from adapters.training.loss import b_gradient, drawn_gradients, mean_loss, token_losses
 from bank.building.resume import Workbench
@@ -38,25 +38,26 @@ _AT_A_TIME = 8  # gradients, and rows, that are multiplied at once
 class Signer:
     """Computes gradients with respect to B at a bank's common row; FusionError without a common row or a shared A."""
 
-    def __init__(self, model: Any, matrix: MetaMatrix) -> None:
+    def __init__(self, model: Any, matrix: MetaMatrix, acts: Acts) -> None:
         self._model = model
         self._layout = matrix.layout
         self._rows = matrix.rows[: matrix.anchors]
         a = {name: a.float() for name, a in cut_a(matrix.layout, matrix.frozen).items()}
         self._common_b = matrix.rows[matrix.common_index].float()
         self._common = LoraWeights(matrix.layout.rank, a, cut_b(matrix.layout, self._common_b))
+        self._shared = SharedPart(acts, self._common)
 
     def signature(self, bank: str, examples: Sequence[Example]) -> Signature:
         """Return the items' signature for `bank` (8 hex digits); empty if there are no items or it is not finite."""
         if not examples:
             return empty_signature(bank, len(self._rows))
-        gradient = b_gradient(self._model, self._layout, self._common, examples)
+        gradient = b_gradient(self._model, self._layout, self._common, examples, self._shared)
         made = Signature(bank, output_tokens(examples), self._products([gradient])[0].astype(np.float32))
         return made if made.finite else empty_signature(bank, len(self._rows))
 
     def drawn_products(self, examples: Sequence[Example], seed: int) -> Vectors:
         """Return −⟨g, rowᵢ⟩ of each example for an output that the model draws, [E, N], summed over its tokens."""
-        gradients = drawn_gradients(self._model, self._layout, self._common, examples, seed)
+        gradients = drawn_gradients(self._model, self._layout, self._common, examples, seed, shared=self._shared)
         parts = [self._products(some) for some in iter(lambda: list(islice(gradients, _AT_A_TIME)), [])]
         return np.concatenate(parts)
 
@@ -75,7 +76,7 @@ class Signer:
 
     def _after(self, steps: Vectors) -> Iterator[Any]:
         """Yield the model after each of the steps [S, N] from the common row."""
-        with attached(self._model, self._common) as here:
+        with attached(self._model, self._common, shared=self._shared) as here:
             for step in steps.tolist():
                 b = self._common_b + weighted_sum(self._rows, range(len(self._rows)), step, torch.float32)
                 here.put(LoraWeights(self._layout.rank, self._common.a, cut_b(self._layout, b)))

@@ -105,7 +105,7 @@ class Evaluator:
         serving = serving or self.bank.serving
         if serving.manifest.has_signatures and evidence.signature is None:
             model = self.scorer.bare()
-            self._signer = self._signer or Signer(model, self.bank.matrix)
+            self._signer = self._signer or Signer(model, self.bank.matrix, self.bank.manifest.acts)
             evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signature_examples)
         if signature := evidence.signature:
             signature = replace(signature, products=signature.products[: serving.index.anchor_count])
@@ -129,7 +129,7 @@ class Evaluator:
 
         def unseen(held: Sequence[int]) -> Beneath:
             if not held:
-                return Beneath(ground.lora(), {})
+                return Beneath(ground.lora(), {}, shared=self.bank.shared)
             signed = enumerate(evidence.signature_examples, unsigned)
             kept = [example for place, example in signed if place not in held]
             fused, served = beneath(Evidence(evidence.user, kept, evidence.embedding))
@@ -137,7 +137,8 @@ class Evaluator:
             if self.bank.manifest.common:
                 rivals["the common row"] = self.common(self.bank).lora
             texts = [lesson.output for place, lesson in enumerate(found) if place not in held]
-            return Beneath(fused.lora(), rivals, as_served(self.bank.manifest, self.scorer.tokenizer, texts))
+            judged = as_served(self.bank.manifest, self.scorer.tokenizer, texts)
+            return Beneath(fused.lora(), rivals, judged, self.bank.shared)
 
         key = (ground.recipe.name, seed)
         if found and key not in evidence.trained:

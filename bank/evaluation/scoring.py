@@ -16,8 +16,8 @@ from adapters.fusion import fuse
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
-from adapters.training.attached import Attached, attached
-from adapters.training.example import Example
+from adapters.training.attached import Attached, SharedPart, attached, personal_tokens
+from adapters.training.example import Acts, Example
 from adapters.training.loss import score
 from adapters.user_adapter import UserAdapter, stack
 from bank.building.assemble import BASELINES
@@ -26,7 +26,7 @@ from bank.lookup.phrases import NO_PHRASES, TrustedPhrases
 from bank.lookup.prior import SCORES
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest
-from bank.matrix import open_matrix
+from bank.matrix import open_matrix, shared_part
 from bank.models.mixing import PhraseSlots, window_of
 
 WRITTEN_TOKENS, TEMPERATURE = 160, 0.7
@@ -54,6 +54,10 @@ class OpenBank:
             reason = "belongs to another bank" if found else "is missing"
             raise BankError(f"the task row {reason} ({folder}): build the bank at {self.folder} again with --baselines")
         return found
+
+    @cached_property
+    def shared(self) -> SharedPart | None:
+        return shared_part(self.matrix, self.manifest)
 
     @property
     def manifest(self) -> BankManifest:
@@ -92,7 +96,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self._model = model
         self._current: Attached | None = None
-        self._rank = 0
+        self._fits: tuple[int, SharedPart | None] = 0, None  # rank and shared part of what is attached
         self._attached = ExitStack()
 
     def bare(self) -> Any:
@@ -164,7 +168,13 @@ class Scorer:
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]).to(model.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]).to(model.device)
         head = {"attention_mask": mask[:, :-1], "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]}
-        cache = model(ids[:, :-1], **head, use_cache=True, logits_to_keep=1).past_key_values
+
+        def personal(acts: Acts, device: torch.device) -> torch.Tensor:
+            begins = [width - example.loss_from + example.personal_from(acts) for example in examples]
+            return (torch.arange(width - 1) >= torch.tensor(begins)[:, None]).reshape(-1, 1).to(device)
+
+        with personal_tokens(personal):
+            cache = model(ids[:, :-1], **head, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(texts)
         made = model.generate(
             input_ids=ids.repeat_interleave(texts, 0),
@@ -180,10 +190,10 @@ class Scorer:
     def _model_with(self, adapter: EvalAdapter | None) -> Any:
         if adapter is None:
             return self.bare()
-        lora = adapter.lora()
-        if self._current is None or self._rank != lora.rank:
-            self._current = self._attached.enter_context(attached(self.bare(), lora))
-            self._rank = lora.rank
+        lora, shared = adapter.lora(), adapter.bank.shared
+        if self._current is None or self._fits != (lora.rank, shared):
+            self._current = self._attached.enter_context(attached(self.bare(), lora, shared=shared))
+            self._fits = lora.rank, shared
         self._current.put(lora)
         return self._current.model
 

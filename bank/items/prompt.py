@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from adapters.training.example import Example
 
 _ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for an answer: its own text can occur in the template
+_TURNS = "a", "1", "\n\n", " ."  # a turn's first characters can share a token with what is before it
 
 
 def chat_messages(turn: str) -> list[dict[str, str]]:
@@ -30,14 +35,28 @@ def encode_pair(tokenizer: Any, turn: str, output: str, max_tokens: int) -> Exam
         while kept and len(before) + len(after) > max_tokens:  # a cut inside a character can add ids
             kept -= 1
             before = prompt_ids(tokenizer, chat_messages(tokenizer.decode(turn_ids[:kept])))
-    return Example(tuple((before + after)[:max_tokens]), min(len(before), max_tokens))
+    return replace(whole, ids=tuple((before + after)[:max_tokens]), loss_from=min(len(before), max_tokens))
 
 
 def encode_conversation(tokenizer: Any, messages: list[dict[str, str]], output: str) -> Example:
     """Tokenise a conversation that ends with the user's turn, and the expected answer, without cutting anything."""
     before = prompt_ids(tokenizer, messages)
     after = tokenizer.encode(output + _end_of_turn(tokenizer, messages), add_special_tokens=False)
-    return Example(tuple(before + after), len(before))
+    return Example(tuple(before + after), len(before), system=system_tokens(tokenizer, messages, before))
+
+
+def system_tokens(tokenizer: Any, messages: Sequence[Mapping[str, str]], ids: Sequence[int]) -> int:
+    """Return the number of a prompt's first tokens that all conversations with the same system prompt have."""
+    system = [dict(message) for message in takewhile(lambda message: message["role"] != "user", messages)]
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(_opening(tokenizer, json.dumps(system)), ids, strict=False))
+    return sum(1 for _ in same)
+
+
+@lru_cache(1024)
+def _opening(tokenizer: Any, system: str) -> list[int]:
+    """Return the tokens that prompts with these messages before the user's first turn begin with."""
+    found = [prompt_ids(tokenizer, [*json.loads(system), *chat_messages(turn)]) for turn in _TURNS]
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*found, strict=False))]
 
 
 def answer_ids(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:

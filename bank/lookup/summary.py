@@ -20,6 +20,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         **manifest.model_dump(mode="json", exclude={"format", "files", "modules", "prior"}),
         "index": {"kind": index.kind, "anchors": index.anchor_count, "dim": index.dim},
         "modules": len(manifest.modules),
+        "acts": manifest.acts,
         "words_default": manifest.words_default,
         "fused_rank": manifest.fused_rank,
         "room": manifest.room,

@@ -140,7 +140,7 @@ class Gate:
         return Outcome(count, judgement.weights is not None, gain)
 
     def _loss(self, lora: LoraWeights, examples: Sequence[Example]) -> float:
-        with attached(self.trainer.model, lora) as here:
+        with attached(self.trainer.model, lora, shared=self.trainer.shared) as here:
             return mean_loss(here.model, examples)
 
 

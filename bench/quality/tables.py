@@ -51,7 +51,7 @@ def main(
         raise MtaError(f"the bank at {bank} has no trust in phrases: use another")
     folder = ensure_base_model(settings.model, settings.cache_dir, opened.manifest.base_model)
     model, tokenizer = load_base(folder, resolve_dtype(settings.dtype))
-    signer = Signer(model, opened.matrix)
+    signer = Signer(model, opened.matrix, opened.manifest.acts)
     people = [person.pairs(task) for person in read_histories(users, task, queries=False)]
     rows: dict[int, list[tuple[int, int, float, float]]] = {count: [] for count in numbers}
     for pairs in track([each for each in people if len(each) >= last + min(numbers)], "reading", console=console()):

@@ -84,7 +84,7 @@ def _line(anchors: int, rank: int, folder: Path) -> list[object]:
 def _build(trainer: RowTrainer, work: Workbench, people: list[History], out: Path) -> int:
     """Train, use and write the rows; return the bytes of all."""
     matrix = trainer.rows(work, people[:1], people)
-    signer = Signer(trainer.model, matrix)
+    signer = Signer(trainer.model, matrix, trainer.options.acts)
     examples = trainer.job("one", people[:1], 1, 4).examples
     signer.drawn_products(examples, 0)
     signer.losses(np.ones((2, len(people)), np.float32), examples)

@@ -18,6 +18,7 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, parse_recipe
 from adapters.training.adapt_config import MAX_SAMPLE_TOKENS, AdaptConfig
+from adapters.training.attached import SharedPart
 from adapters.training.example import Example
 from adapters.training.trainer import TrainPlan, initial_lora, train_lora
 from adapters.training.user_trainer import IN_USE, MIN_JUDGES, Beneath, TrainingRun, train_user
@@ -31,7 +32,7 @@ from bank.lookup.phrases import as_served, phrase_table
 from bank.lookup.serving import common_recipe
 from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.manifest import BankManifest
-from bank.matrix import open_matrix
+from bank.matrix import open_matrix, shared_part
 from bank.models.load import load_base
 from server.store.adapters import StoredAdapter
 from server.store.samples import Sample
@@ -169,7 +170,7 @@ class AdapterTrainer:
             rivals[f"{IN_USE}, on the new recipe"] = lambda: stack(ground, in_use, torch.float32)
         if self.manifest.common:
             rivals["the common row"] = lambda: fused(common_recipe(self.manifest))
-        return Beneath(ground, rivals | {"the base model": lambda: None})
+        return Beneath(ground, rivals | {"the base model": lambda: None}, shared=self.shared)
 
     def _learned(
         self, learned: Sequence[Sample], given: Sequence[Example], config: AdaptConfig
@@ -205,8 +206,12 @@ class AdapterTrainer:
             return phrase_table(answer_ids(self.tokenizer, own_texts(items, self.task))).tobytes()
 
     @cached_property
+    def shared(self) -> SharedPart | None:
+        return shared_part(self.matrix, self.manifest)
+
+    @cached_property
     def _signer(self) -> Signer:
-        return Signer(self.model, self.matrix)
+        return Signer(self.model, self.matrix, self.manifest.acts)
 
     def encoded(self, recipe: FusionRecipe, weights: LoraWeights, samples: Sequence[Sample]) -> bytes:
         """Return a user adapter as it is stored, with the hashes of its samples."""

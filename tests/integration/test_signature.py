@@ -14,7 +14,7 @@ from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import PER_MILLE, FusionRecipe, Term
 from adapters.training.attached import attached
-from adapters.training.example import Example
+from adapters.training.example import Acts, Example
 from adapters.training.loss import mean_loss
 from bank.building.signer import Signer
 from bank.items.prompt import encode_pair
@@ -60,7 +60,7 @@ def world(bench: Bench, tiny_model_folder: Path, embedder: Embedder) -> World:
 
 @pytest.fixture(scope="module")
 def signer(world: World) -> Signer:
-    return Signer(world.model, world.matrix)
+    return Signer(world.model, world.matrix, Acts.EVERYWHERE)
 
 
 def test_products_are_what_a_small_step_along_each_row_gains(world: World, signer: Signer) -> None:

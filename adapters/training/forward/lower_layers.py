@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from adapters.training.example import Example
-from adapters.training.forward.attention import in_blocks
 from adapters.training.forward.packing import Row, pack
 
 MAX_IDS = 32_768  # maximum number of tokens with cached states, which take 38 MB for a 135M model
@@ -84,7 +83,7 @@ class LowerLayers:
             return hidden_states
 
         above = range(self._first, len(self._layers))
-        with self._replaced(lambda layer: catch if layer == self._first else _identity, above), in_blocks(row.blocks()):
+        with self._replaced(lambda layer: catch if layer == self._first else _identity, above), row.being_read():
             self._model.base_model(**row.inputs(self._model, logits=False), use_cache=False)
         lengths = [row.shared, *(len(example.ids) - row.shared for example in row.examples)]
         shared, *own = torch.split(caught[0][0], lengths)

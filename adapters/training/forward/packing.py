@@ -5,22 +5,25 @@ Each remainder attends to the prefix and itself, at its own example's positions,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
 import torch
 
-from adapters.training.example import Example
-from adapters.training.forward.attention import Block
+from adapters.training.attached import personal_tokens
+from adapters.training.example import Acts, Example
+from adapters.training.forward.attention import Block, in_blocks
 
 ROW_TOKENS = 512  # maximum tokens per row: enough to keep the processor busy, few enough to stay in its caches
 BLOCK_IDS = 128  # tokens per attention block: small blocks skip masked pairs, large ones keep the processor busy
 _PREFIX = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Row:
     ids: list[int]  # [T]
     positions: list[int]  # position of each id in its own example
@@ -44,6 +47,18 @@ class Row:
             inputs["position_ids"] = torch.tensor([self.positions])
             inputs["attention_mask"] = self._mask(model.dtype)
         return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    @contextmanager
+    def being_read(self) -> Iterator[None]:
+        """Let attention and adapters know, while the context is active, that the model reads this row."""
+        with in_blocks(self.blocks()), personal_tokens(lru_cache(self.personal)):
+            yield
+
+    def personal(self, acts: Acts, device: torch.device) -> torch.Tensor:
+        """Return on which tokens the personal part acts, [T, 1]."""
+        begins = torch.tensor([example.personal_from(acts) for example in self.examples])
+        owners = torch.tensor(self.owners).clamp(min=0)  # the prefix is shared by all alike
+        return (torch.tensor(self.positions) >= begins[owners])[:, None].to(device)
 
     def blocks(self, size: int = BLOCK_IDS) -> list[Block]:
         """Split the row into attention blocks, each with the range of positions that it can attend to."""
@@ -90,11 +105,17 @@ def _packs(model: Any, examples: Sequence[Example]) -> bool:  # whether our mask
 
 
 def _shared(examples: Sequence[Example]) -> int:
-    """Return the length of the common prefix, which ends before the token that predicts the first output."""
+    """Return the length of the common prefix, which ends before the token that predicts the first output.
+
+    If the system prompts' lengths differ, it ends before the shortest does.
+    """
     if not examples:
         return 0
     same = takewhile(lambda column: len(set(column)) == 1, zip(*(example.ids for example in examples), strict=False))
-    return max(0, min(sum(1 for _ in same), *(example.loss_from - 1 for example in examples)))
+    ends = [example.loss_from - 1 for example in examples]
+    if len(systems := {example.system for example in examples}) > 1:
+        ends += systems
+    return max(0, min(sum(1 for _ in same), *ends))
 
 
 def _row(examples: Sequence[Example], shared: int) -> Row:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from adapters.training.example import Acts
 from bank.building.options import BuildInputs, BuildOptions, ImportOptions
 from bank.errors import BankError
 from server.cli.shared import Embedder, Model, prepare_to_train
@@ -39,6 +40,7 @@ Directions = Annotated[
 UserRank = Annotated[int, typer.Option(help="Rank reserved for users' own stacked LoRAs.")]
 Top = Annotated[int, typer.Option(help="Maximum number of anchors in a recipe by topics.")]
 HistoryShare = Annotated[float, typer.Option(help="Share of training items with past items in the prompt.")]
+ActsFrom = Annotated[Acts, typer.Option(help="From where on adapters are personal.")]
 Verdict = Annotated[bool, typer.Option(help="Hold out a few people, and measure the bank's gain on them.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Processes that build it; default on CPU: one for each core.")]
 Describe = Annotated[bool, typer.Option(help="Store a few typical words of each anchor's own texts, for display.")]
@@ -68,6 +70,7 @@ def build(
     common_batch_size: Annotated[int, typer.Option(help="The same for the common row.")] = _BUILD.common_batch_size,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = _BUILD.learning_rate,
     history_share: HistoryShare = _BUILD.history_share,
+    acts: ActsFrom = _BUILD.acts,
     max_tokens: Annotated[int, typer.Option(help="Longest training example.")] = _BUILD.max_tokens,
     verdict: Verdict = _BUILD.verdict,
     describe: Describe = _BUILD.describe,
@@ -221,6 +224,7 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
         "phrases": _describe_phrases(summary),
         "index": f"{index['kind']}, {index['anchors']} anchors of {index['dim']} dimensions",
         "rows": f"{summary['directions']} directions" if summary["directions"] else "the anchors' own",
+        "acts": summary["acts"].replace("_", " "),
         "rank": f"{summary['rank']} per row, {summary['fused_rank']} fused, {summary['serving_rank']} served; "
         f"user adapters: up to rank {summary['room']}",
         "size": f"{sizes}; {decimal(summary['row_bytes'])} per row",

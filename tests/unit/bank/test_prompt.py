@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.lessons import Lesson, PastItems, encode_with_memories, lessons
 from bank.items.profile import Item, parse_item
-from bank.items.prompt import chat_messages, encode_pair
+from bank.items.prompt import chat_messages, encode_conversation, encode_pair
 from bank.items.retrieval import ItemIndex, turn_with_memories
 from bank.items.tasks import PAST_COUNTS, Task, get_task, tasks
 from tests.support.bank_bench import Recorder
@@ -51,6 +52,43 @@ class CharTokenizer:
 
     def decode(self, token_ids: list[int]) -> str:
         return "".join(chr(i) for i in token_ids)
+
+
+class GreedyTokenizer(CharTokenizer):
+    """Under a template with a default system prompt, and white space that sticks together."""
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        has_system = conversation[0]["role"] == "system"
+        system = conversation[0]["content"] if has_system else "be kind"
+        rest = super().apply_chat_template(
+            conversation[has_system:], tokenize=tokenize, add_generation_prompt=add_generation_prompt
+        )
+        return f"<s>{system}\n{rest.replace('<user>', '<user>' + chr(10))}"
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [hash(piece) for piece in re.findall(r"\s+|\S", text)]
+
+
+@pytest.mark.parametrize(
+    ("system", "turn", "shared"),
+    [
+        (None, "hi", "<s>be kind\n<user>"),
+        ("Answer in rhymes.", "hi", "<s>Answer in rhymes.\n<user>"),
+        ("Answer in rhymes.", "\n\nhi", "<s>Answer in rhymes.\n<user>"),
+        ("", "a", "<s>\n<user>"),
+    ],
+)
+def test_the_system_prompt_is_what_all_turns_share(system: str | None, turn: str, shared: str) -> None:
+    tokenizer: Any = GreedyTokenizer()
+    before = [] if system is None else [{"role": "system", "content": system}]
+    example = encode_conversation(tokenizer, [*before, *chat_messages(turn)], "yes")
+    assert example.ids[: example.system] == tuple(tokenizer.encode(shared, add_special_tokens=False))
+    later = encode_conversation(
+        tokenizer, [*before, *chat_messages(turn), {"role": "assistant", "content": "no"}, *chat_messages("why")], "so"
+    )
+    assert later.system == example.system
 
 
 def split(tokenizer: CharTokenizer, turn: str, output: str, max_tokens: int = 1000) -> tuple[str, str]:
