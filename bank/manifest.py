@@ -202,6 +202,15 @@ class BankManifest(Frozen):
         return Acts(str(self.training.get("acts", Acts.EVERYWHERE)))
 
     @property
+    def common_recipe(self) -> FusionRecipe:
+        return FusionRecipe(self.short, self.method, True, ())
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether all users share what the model reads before the personal part acts."""
+        return self.acts is not Acts.EVERYWHERE
+
+    @property
     def history_default(self) -> int:
         return self.verdict.history if self.verdict else 0
 

@@ -9,9 +9,7 @@ import torch
 from adapters.errors import FusionError
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
-from adapters.recipe import FusionRecipe
 from adapters.training.attached import SharedPart
-from adapters.training.example import Acts
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 
@@ -27,10 +25,9 @@ def open_matrix(folder: Path, manifest: BankManifest, file: str = MATRIX_FILE) -
 
 def shared_part(matrix: MetaMatrix, manifest: BankManifest) -> SharedPart | None:
     """Return what reads the tokens before the bank's personal part acts; None if it acts everywhere."""
-    if manifest.acts is Acts.EVERYWHERE:
+    if not manifest.shares_prompts:
         return None
-    common = FusionRecipe(manifest.short, manifest.method, True, ())
-    return SharedPart(manifest.acts, fuse(matrix, common, torch.float32))
+    return SharedPart(manifest.acts, fuse(matrix, manifest.common_recipe, torch.float32))
 
 
 def open_anchor_rows(folder: Path, manifest: BankManifest) -> MetaMatrix:

@@ -38,7 +38,6 @@ from bank.items.tasks import Task, get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.index import AnchorIndex
 from bank.lookup.prior import fit_prior
-from bank.lookup.serving import common_recipe
 from bank.lookup.signature import Curvature
 from bank.manifest import INDEX_FILE, BankManifest, EmbedderId, PhraseRule, WeightRule, read_manifest
 from bank.matrix import open_matrix
@@ -193,7 +192,7 @@ def build_baselines(
     job = trainer.job("task", people, steps, options.batch_size)
     progress.say(f"baseline: training the common row for {steps} more steps, as long as all anchors together")
     progress.begin({job.name: job.work_tokens})
-    trained = trainer.train(job, fuse(open_matrix(inputs.out, manifest), common_recipe(manifest), torch.float32))
+    trained = trainer.train(job, fuse(open_matrix(inputs.out, manifest), manifest.common_recipe, torch.float32))
     row = flattened(manifest.layout, trained.b)
     return write_bank(
         out,

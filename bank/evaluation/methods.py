@@ -27,7 +27,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.index import AnchorIndex
 from bank.lookup.phrases import NO_PHRASES, TrustedPhrases, as_served
 from bank.lookup.prior import SCORES, personal_shares, surprise
-from bank.lookup.serving import AnchorWeight, ServingBank, common_recipe
+from bank.lookup.serving import AnchorWeight, ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.manifest import PosteriorRule
 
@@ -88,7 +88,7 @@ class Evaluator:
     def common(self, bank: OpenBank) -> EvalAdapter:
         if not bank.manifest.common:
             raise BankError("`common` and `own` need the common row, but this bank has none")
-        return EvalAdapter(bank, common_recipe(bank.manifest))
+        return EvalAdapter(bank, bank.manifest.common_recipe)
 
     def random(self, seed: str) -> EvalAdapter:
         """Return as many random anchors as a topic recipe has."""

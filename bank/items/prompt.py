@@ -47,15 +47,23 @@ def encode_conversation(tokenizer: Any, messages: list[dict[str, str]], output: 
 
 def system_tokens(tokenizer: Any, messages: Sequence[Mapping[str, str]], ids: Sequence[int]) -> int:
     """Return the number of a prompt's first tokens that all conversations with the same system prompt have."""
-    system = [dict(message) for message in takewhile(lambda message: message["role"] != "user", messages)]
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(_opening(tokenizer, json.dumps(system)), ids, strict=False))
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(opening(tokenizer, messages), ids, strict=False))
     return sum(1 for _ in same)
 
 
+def opening(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    """Return the tokens that all prompts with the same messages before the user's first turn begin with.
+
+    `options` are the chat template's, such as tools.
+    """
+    system = [dict(message) for message in takewhile(lambda message: message["role"] != "user", messages)]
+    return _opening(tokenizer, json.dumps(system), json.dumps(options))
+
+
 @lru_cache(1024)
-def _opening(tokenizer: Any, system: str) -> list[int]:
-    """Return the tokens that prompts with these messages before the user's first turn begin with."""
-    found = [prompt_ids(tokenizer, [*json.loads(system), *chat_messages(turn)]) for turn in _TURNS]
+def _opening(tokenizer: Any, system: str, options: str) -> list[int]:
+    messages, given = json.loads(system), json.loads(options)
+    found = [prompt_ids(tokenizer, [*messages, *chat_messages(turn)], **given) for turn in _TURNS]
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*found, strict=False))]
 
 
@@ -65,8 +73,8 @@ def answer_ids(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
     return [tokenizer.encode(answer + end, add_special_tokens=False) for answer in answers]
 
 
-def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def prompt_ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
     return ids
 

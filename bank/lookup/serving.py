@@ -139,10 +139,6 @@ def posterior_weights(
     )
 
 
-def common_recipe(manifest: BankManifest) -> FusionRecipe:
-    return FusionRecipe(manifest.short, manifest.method, True, ())
-
-
 def recipe_of_steps(manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0) -> FusionRecipe:
     """Multiply each step by `share`, 0 to 1, and round it to per mille; drop steps that round to zero."""
     steps = {w.anchor: round(share * w.weight * PER_MILLE) for w in sorted(weights, key=lambda w: w.anchor)}

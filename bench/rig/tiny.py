@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from adapters.lora import RowLayout
 from adapters.recipe import FusionMethod
+from adapters.training.example import Acts
 from adapters.training.trainer import linear_modules
 from bank.building.assemble import write_bank
 from bank.building.directions import make_directions
@@ -60,6 +61,7 @@ def tiny_bank(
     scale: float = 0.05,
     signs: bool = False,
     directions: int | None = None,
+    acts: Acts = Acts.EVERYWHERE,
     seed: int = 1,
     name: str = "tiny",
     embeddings: Vectors | None = None,
@@ -76,6 +78,7 @@ def tiny_bank(
         scale: standard deviation of the rows' numbers.
         signs: whether the bank has the posterior, with a curvature of 1 along every row.
         directions: number of directions that replace the rows; the bank has the posterior.
+        acts: from where on the rows are personal.
         seed: seed of the rows.
         name: name of the base model.
         embeddings: embeddings [N, E] of the anchors, instead of those of texts.
@@ -107,7 +110,7 @@ def tiny_bank(
         shared_a=shared_a,
         embeddings=embedder.embed([world(i) for i in range(anchors)]) if embeddings is None else embeddings,
         items=[12] * anchors,
-        training={"seed": seed},
+        training={"seed": seed, "acts": acts},
         curvature=curvature,
         directions=made,
         phrases=PHRASES,

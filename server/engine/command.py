@@ -137,6 +137,7 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
     """Return vLLM's options by name; an empty list is a flag, and None leaves the option out."""
     on_cpu = is_cpu_build()
     slots = settings.max_loras or (_slots_on_cpu(settings, manifests) if on_cpu else settings.max_num_seqs)
+    slots += sum(manifest.shares_prompts for manifest in manifests)  # for their common recipes
     scheduler = "FairScheduler" if on_cpu else "FairAsyncScheduler"
     in_process = on_cpu and settings.tensor_parallel_size == 1
     default = model_path(DEFAULT_MODEL, settings.cache_dir)  # `mta up` gives its folder

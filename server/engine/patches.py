@@ -57,11 +57,20 @@ _ATTENTION_PARAMETERS = "dtype block_size head_size kv_cache_dtype"
 _METADATA_PARAMETERS = "self mapping lora_index_to_id max_loras vocab_size kwargs"
 _LORA_PARAMETERS = "self y x lora_a_stacked lora_b_stacked scale"
 _EXPAND_PARAMETERS = "self y x lora_b_stacked output_slices offset_start add_inputs kwargs"
+_BLOCK_PARAMETERS = "request start_token_idx end_token_idx start_mm_idx"
 _RPC_PARAMETERS = "self method timeout args kwargs non_block single_value"
 
 MANAGER = "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager"
 ARRIVAL = "vllm.v1.engine.core:EngineCore.preprocess_add_request"
 MODEL_CHECK = "vllm.entrypoints.serve.engine.serving:BaseServing._check_model"
+BLOCK_KEYS = "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys"
+BATCH_ADD = "vllm.v1.worker.gpu_input_batch:InputBatch.add_request"
+BATCH_REMOVE = "vllm.v1.worker.gpu_input_batch:InputBatch.remove_request"
+BATCH_LORAS = "vllm.v1.worker.gpu_input_batch:InputBatch.make_lora_inputs"
+GPU_ADD = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests"
+GPU_REMOVE = "vllm.v1.worker.gpu.lora_utils:LoraState.remove_request"
+GPU_ACTIVE = "vllm.v1.worker.gpu.lora_utils:LoraState.get_activate_loras"
+GPU_LORAS = "vllm.v1.worker.gpu.lora_utils:LoraState.make_lora_inputs"
 CPU_OPERATORS = "vllm.platforms.cpu:CpuPlatform.get_punica_wrapper"
 CPU_CONFIG_UPDATE = "vllm.platforms.cpu:CpuPlatform.check_and_update_config"
 CPU_INSPECTION = "vllm.model_executor.models.registry:_run_in_subprocess"
@@ -76,6 +85,9 @@ EVERYWHERE = "every process, when vLLM loads its plugins"
 CORE = "the engine core, when it creates its scheduler"
 API = "the API process, before it listens"
 ON_CPU = "every process on CPU, when vLLM loads its plugins"
+SHARING = "every process, if users of a bank share the beginnings of prompts"
+SHARING_ON_CPU = "the same on CPU"
+SHARING_ON_GPU = "the same on GPUs, whose second model runner alone is supported"
 CPU_CORE = "the engine core on CPU that runs the model in its own process, before it loads the model"
 
 PATCHES = {
@@ -96,6 +108,20 @@ PATCHES = {
     API: (
         Patch(MODEL_CHECK, "self request", "admission/prepare.py: a recipe must not fail after admission"),
         # metrics.py removes `PrometheusStatLogger.gauge_lora_info`, an attribute of instances, which cannot be checked.
+    ),
+    SHARING: (
+        Patch(BLOCK_KEYS, _BLOCK_PARAMETERS, "shared_part.py: shared blocks are hashed under the common recipe"),
+    ),
+    SHARING_ON_CPU: (
+        Patch(BATCH_ADD, "self request", "shared_part.py: the batch knows each request's shared tokens"),
+        Patch(BATCH_REMOVE, "self req_id", "shared_part.py: the same"),
+        Patch(BATCH_LORAS, "self num_scheduled_tokens num_sampled_tokens", "shared_part.py: they use its slot"),
+    ),
+    SHARING_ON_GPU: (
+        Patch(GPU_ADD, "self scheduler_output", "shared_part.py: the batch knows each request's shared tokens"),
+        Patch(GPU_REMOVE, "self req_id", "shared_part.py: the same"),
+        Patch(GPU_ACTIVE, "self req_ids", "shared_part.py: the common recipe is active, and counts for CUDA graphs"),
+        Patch(GPU_LORAS, "self req_ids idx_mapping num_scheduled_tokens", "shared_part.py: they use its slot"),
     ),
     ON_CPU: (
         Patch(CPU_OPERATORS, "", "CpuLoRA: vLLM applies the last slot's adapter to rows without an adapter"),

@@ -22,6 +22,7 @@ def register() -> None:
 
     from server.engine import patches
     from server.engine.fusing.manager import FusingLoRAManager
+    from server.engine.shared_part import CommonRecipes, install
 
     if issubclass(lora_model_runner_mixin.LRUCacheWorkerLoRAManager, FusingLoRAManager):
         return
@@ -36,3 +37,8 @@ def register() -> None:
         operators.install()
         manager = lora.CpuLoRAManager
     patches.replace(patches.MANAGER, lambda original: manager)
+    if commons := CommonRecipes.served():
+        on_cpu = current_platform.is_cpu()
+        patches.check(patches.SHARING)
+        patches.check(patches.SHARING_ON_CPU if on_cpu else patches.SHARING_ON_GPU)
+        install(commons, on_cpu=on_cpu)

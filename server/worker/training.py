@@ -29,7 +29,6 @@ from bank.items.profile import Item, item_pair, own_texts
 from bank.items.prompt import answer_ids, encode_conversation, encode_pair
 from bank.items.tasks import Task, get_task
 from bank.lookup.phrases import as_served, phrase_table
-from bank.lookup.serving import common_recipe
 from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix, shared_part
@@ -169,7 +168,7 @@ class AdapterTrainer:
             rivals[IN_USE] = lambda: stack(served, in_use, torch.float32)
             rivals[f"{IN_USE}, on the new recipe"] = lambda: stack(ground, in_use, torch.float32)
         if self.manifest.common:
-            rivals["the common row"] = lambda: fused(common_recipe(self.manifest))
+            rivals["the common row"] = lambda: fused(self.manifest.common_recipe)
         return Beneath(ground, rivals | {"the base model": lambda: None}, shared=self.shared)
 
     def _learned(

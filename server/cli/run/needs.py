@@ -44,7 +44,8 @@ def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Se
         weights = stored // NUMBER_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "", BF16)
         served = weights * number
     context = settings.max_model_len or _language(config).get("max_position_embeddings", 0)
-    slots = (settings.max_loras or settings.max_num_seqs) * slot_bytes(manifests, number)
+    count = (settings.max_loras or settings.max_num_seqs) + sum(manifest.shares_prompts for manifest in manifests)
+    slots = count * slot_bytes(manifests, number)
     engine = (served + context * token_bytes(config, number)) // settings.tensor_parallel_size + slots + FORWARD_BYTES
     return engine, worker_bytes(weights)
 

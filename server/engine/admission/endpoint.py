@@ -25,6 +25,7 @@ from server.engine import metrics
 from server.engine.admission.access import AccessMiddleware, Drain
 from server.engine.admission.prepare import AdapterNames, HoldNames, Manifests, Preparer
 from server.engine.admission.user_adapters import SWEEP_S, UserAdapters
+from server.engine.shared_part import CommonRecipes
 from server.engine_protocol import DROP, PLUGIN, RESIDENT, STATUS
 from server.settings import Settings
 from server.store.opening import open_stores
@@ -85,6 +86,9 @@ class MtaEndpointPlugin:
 
         capacity = NAMES_PER_ADAPTER * args.max_cpu_loras
         names = AdapterNames(state.openai_serving_models.lora_requests, capacity, in_flight)
+        commons = CommonRecipes.of(manifests.values())
+        for common in commons.by_bank.values():
+            names.reserve(common)
         opening = open_stores(settings, checked=False, timed=StoreSeconds(REGISTRY))  # the engine only reads
         stores = await self._resources.enter_async_context(opening)
         self._users = users = UserAdapters(
@@ -95,15 +99,17 @@ class MtaEndpointPlugin:
             capacity_bytes=IDLE_ADAPTER_BYTES,
             in_use=lambda: names.in_use,
         )
+        slots = args.max_loras - len(commons)
         self._sweeping = asyncio.create_task(forever(SWEEP_S, users.sweep, log))
-        self._metrics = adapter_metrics = metrics.publish(engine, names, args.max_loras)
+        self._metrics = adapter_metrics = metrics.publish(engine, names, slots)
         tracing = Tracing()
         if settings.otlp_endpoint:
             from server.watching.otlp import SpanTracing
 
             tracing = SpanTracing()
         prompts = prompt_hashes(Path(engine.model_config.model))
-        Preparer(manifests, names, users, partial(metrics.timed, adapter_metrics.check), tracing).install()
+        check = partial(metrics.timed, adapter_metrics.check)
+        Preparer(manifests, names, users, check, tracing, engine.get_tokenizer()).install()
         sampling = engine.model_config.get_diff_sampling_param()
         self._status = lambda: {
             "status": "ok",
@@ -114,7 +120,7 @@ class MtaEndpointPlugin:
             "prompts": prompts,
             "max_lora_rank": args.max_lora_rank,
             "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
-            "slots": args.max_loras,
+            "slots": slots,
             "names": len(names),
             "user_adapters": len(users),
             **adapter_metrics.summary(),
@@ -149,6 +155,13 @@ def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: li
         raise BankError("the engine has no key: set VLLM_API_KEY (`mta engine` sets it from MTA_ENGINE_KEY)")
     if (args.max_cpu_loras or args.max_loras) <= args.max_loras:
         raise BankError(f"--max-cpu-loras is {args.max_cpu_loras}: it must be above --max-loras, {args.max_loras}")
+    if any(manifest.shares_prompts for manifest in manifests.values()):
+        for option in ("kv_transfer_config", "kv_events_config", "kv_offloading_size"):
+            if getattr(args, option, None):
+                raise BankError(
+                    f"--{option.replace('_', '-')} does not know the shared beginnings of prompts: leave it out, or "
+                    "build the bank with --acts everywhere"
+                )
     needed = max(manifest.serving_rank for manifest in manifests.values())
     if args.max_lora_rank < needed:
         raise BankError(f"--max-lora-rank is {args.max_lora_rank}: the bank needs at least {needed}")

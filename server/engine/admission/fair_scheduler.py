@@ -20,6 +20,7 @@ from vllm.v1.request import Request
 
 from server.engine import patches
 from server.engine.fusing.manager import FusingLoRAManager
+from server.engine.shared_part import without_common_slots
 
 PATIENCE_S = 2.0  # maximum time that requests with a slot may be admitted ahead of a waiting request without one
 DRAIN_DIVISOR = 4  # at most one slot in 4 is drained at a time, so that the batch stays nearly full
@@ -33,6 +34,7 @@ class FairScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         patches.check(patches.CORE)
         super().__init__(*args, **kwargs)
+        self.lora_config: Any = without_common_slots(self.vllm_config.lora_config)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         held = self._held_back() if self.waiting else set()

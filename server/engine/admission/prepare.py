@@ -8,24 +8,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Set
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+from jinja2 import TemplateError
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.lora.request import LoRARequest
 
 from adapters.errors import FusionError, MtaError, excerpt
 from adapters.recipe import is_recipe_name, parse_recipe
+from adapters.training.example import Acts
+from bank.items.prompt import opening
 from bank.manifest import BankManifest
 from server.engine import patches
 from server.engine.admission.user_adapters import UserAdapters
+from server.engine.shared_part import ALL, MAX_ID, SHARED
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
 
-MAX_ID = 2**31 - 1  # vLLM's kernels index adapters by int32
 Manifests = Mapping[str, BankManifest]  # by the 8 hex digits in recipe names; two while a fleet moves to a new bank
 
 _held: ContextVar[ExitStack] = ContextVar("mta_held_names")  # releases the leases of the current HTTP request
@@ -46,6 +49,7 @@ class AdapterNames:
     shared: int = 0  # number of leases granted while another open request held the same name
     _leases: Counter[str] = field(default_factory=Counter)
     _ids: set[int] = field(default_factory=set)
+    _reserved: set[str] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -56,7 +60,13 @@ class AdapterNames:
 
     @property
     def in_use(self) -> Set[str]:
-        return self.in_flight() | self._leases.keys()
+        return self.in_flight() | self._leases.keys() | self._reserved
+
+    def reserve(self, entry: LoRARequest) -> None:
+        """Give a name its entry for good."""
+        self.entries[entry.lora_name] = entry
+        self._ids.add(entry.lora_int_id)
+        self._reserved.add(entry.lora_name)
 
     def lease(self, name: str) -> LoRARequest:
         """Return the entry of a name and keep it until `release`; call `release` once per lease."""
@@ -93,11 +103,13 @@ class Preparer:
     users: UserAdapters
     timed_check: Callable[[], AbstractContextManager[None]]  # times the check and lease of a recipe
     tracing: Tracing
+    tokenizer: Any
 
-    async def prepare(self, name: str) -> None:
+    async def prepare(self, name: str) -> BankManifest:
         """Check a recipe, lease its name for the rest of the current HTTP request, and load its user adapter.
 
-        Raise MtaError if the name is not canonical, no bank can fuse the recipe, or the user adapter is unusable.
+        Return its bank's manifest. Raise MtaError if the name is not canonical, no bank can fuse the recipe, or the
+        user adapter is unusable.
         """
         with self.timed_check():
             recipe = parse_recipe(name)
@@ -109,6 +121,20 @@ class Preparer:
             _held.get().callback(self.names.release, name)
         if recipe.user_adapter is not None:
             await self.users.ensure(recipe)
+        return manifest
+
+    def count_shared(self, request: Any, manifest: BankManifest) -> None:
+        """Write into a request how many of its prompt's first tokens are shared: none of a text or of token ids."""
+        count, messages = 0, getattr(request, "messages", None)
+        if messages and manifest.acts is Acts.ANSWER:
+            count = ALL
+        elif messages:
+            options: dict[str, Any] = dict(request.chat_template_kwargs or {})
+            if request.tools:
+                options["tools"] = [tool.model_dump() for tool in request.tools]
+            with suppress(ValueError, TypeError, KeyError, TemplateError):  # vLLM refuses such a conversation itself
+                count = len(opening(self.tokenizer, messages, **options))
+        request.vllm_xargs = {**(request.vllm_xargs or {}), SHARED: count}
 
     def install(self) -> None:
         """Make vLLM's serving classes prepare recipe names when they check that a model exists."""
@@ -118,10 +144,12 @@ class Preparer:
                 if is_recipe_name(request.model):
                     try:
                         with self.tracing.span("prepare", follows=traceparent.get()):
-                            await self.prepare(request.model)
+                            manifest = await self.prepare(request.model)
                     except MtaError as error:
                         kind, status = "NotFoundError", HTTPStatus.NOT_FOUND
                         return serving.create_error_response(str(error), kind, status, param="model")
+                    if manifest.shares_prompts and hasattr(request, "vllm_xargs"):
+                        self.count_shared(request, manifest)
                 return await vllm_check(serving, request)
 
             return check_model

@@ -31,6 +31,7 @@ from server.engine import patches
 from server.engine.fusing.prefetch import FusionPrefetcher
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 from server.engine.metrics import timed
+from server.engine.shared_part import CommonRecipes
 from server.settings import Settings
 
 
@@ -60,6 +61,8 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             self._matrices[manifest.short] = matrix
             self._vllm_names[manifest.short] = self._adapter_manager.vllm_names(manifest.short, matrix.layout)
         self._prefetcher = FusionPrefetcher(self._fuse)
+        for common in CommonRecipes.served().by_bank.values():  # which the first step with an adapter needs
+            self._prefetcher.start(common.lora_name)
         prefetch_on_arrival(self)
         return wrapped
 

@@ -29,7 +29,6 @@ from bank.lookup.index import AnchorIndex
 from bank.lookup.serving import (
     AnchorWeight,
     ServingBank,
-    common_recipe,
     recipe_of_shares,
     recipe_of_steps,
     topic_weights,
@@ -124,7 +123,7 @@ def test_of_strength_and_share_the_common_row_has_the_rest_and_steps_are_shorten
     steps = [AnchorWeight(anchor, step, 0.0) for anchor, step in ((2, -9.0), (0, 0.5), (1, 0.0004))]
     for share, terms in ((1.0, "c+a00*500+a02*-4000"), (0.5, "c+a00*250+a02*-4000"), (0.0, "c")):
         assert recipe_of_steps(manifest(), steps, share).name == f"mta3:9f2c41d0:cat:{terms}"
-    assert common_recipe(manifest()).name == "mta3:9f2c41d0:cat:c"
+    assert manifest().common_recipe.name == "mta3:9f2c41d0:cat:c"
 
 
 def test_people_of_nearly_the_same_topics_share_a_recipe(tmp_path: Path) -> None:

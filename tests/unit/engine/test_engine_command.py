@@ -25,7 +25,7 @@ from server.settings import Settings
 def bank(rank: int = 8, *modules: str) -> Any:
     shapes = [ModuleShape(f"layers.0.{module}", 64, 192) for module in modules or ("q_proj",)]
     found = {"serving_rank": rank, "target_modules": modules or ("q_proj",), "modules": shapes}
-    return SimpleNamespace(**found, base_model=None, phrases=None)
+    return SimpleNamespace(**found, base_model=None, phrases=None, shares_prompts=False)
 
 
 @dataclass
@@ -151,6 +151,9 @@ def test_on_a_gpu_every_request_of_a_batch_may_have_its_own_recipe_unless_one_as
         assert started["max-loras"] == started["max-num-seqs"] == sequences
         assert int(started["max-cpu-loras"]) >= 2 * int(sequences)
     assert command(max_num_seqs=100, max_loras=3)["max-loras"] == "3"
+    sharing = bank()
+    sharing.shares_prompts = True
+    assert command(sharing, max_loras=3)["max-loras"] == "4"
 
 
 def test_phrases_are_mixed_by_the_class_of_the_runner(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:

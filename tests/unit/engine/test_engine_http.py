@@ -67,11 +67,14 @@ async def test_a_websocket_is_refused_as_soon_as_it_knocks() -> None:
         ({"lora_modules": ["ana=adapters/ana"]}, "--lora-modules takes ids"),
         ({"max_cpu_loras": 8}, "--max-cpu-loras is 8"),
         ({"max_lora_rank": 4}, "--max-lora-rank is 4: the bank needs at least 8"),
+        ({"kv_transfer_config": "{}"}, "--kv-transfer-config does not know"),
+        ({"kv_events_config": "{}"}, "--kv-events-config does not know"),
+        ({"kv_offloading_size": 4.0}, "--kv-offloading-size does not know"),
     ],
 )
 def test_options_that_recipes_cannot_be_served_with_end_the_start(changed: dict[str, Any], words: str) -> None:
     needed = {"enable_lora": True, "lora_modules": None, "max_loras": 8, "max_cpu_loras": 64, "max_lora_rank": 8}
-    bank: Any = SimpleNamespace(serving_rank=8)
+    bank: Any = SimpleNamespace(serving_rank=8, shares_prompts=True)
     _refuse_unsafe(AsyncMock(), Namespace(**needed), ["key"], {"b": bank})
     with pytest.raises(BankError, match=words):
         _refuse_unsafe(AsyncMock(), Namespace(**needed | changed), ["key"], {"b": bank})

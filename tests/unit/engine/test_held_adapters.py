@@ -26,8 +26,9 @@ from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId
 from adapters.user_adapter import UserAdapter, encode_user_adapter
 from bench.rig.processes import PATIENCE_S
 from server.engine.admission import user_adapters
-from server.engine.admission.prepare import MAX_ID, AdapterNames
+from server.engine.admission.prepare import AdapterNames
 from server.engine.admission.user_adapters import UserAdapters
+from server.engine.shared_part import MAX_ID
 from server.errors import Unavailable
 from server.store.adapters import StoredAdapter
 

@@ -108,7 +108,9 @@ def test_vllm_takes_the_options_that_the_engine_is_started_with(monkeypatch: pyt
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     settings = Settings(bank=Path("/bank"), otlp_endpoint="http://127.0.0.1:4318")
-    bank: Any = SimpleNamespace(serving_rank=8, target_modules=("q_proj",), modules=[], phrases=True)
+    bank: Any = SimpleNamespace(
+        serving_rank=8, target_modules=("q_proj",), modules=[], phrases=True, shares_prompts=False
+    )
     known = {
         option for action in make_arg_parser(FlexibleArgumentParser())._actions for option in action.option_strings
     }

@@ -1,0 +1,114 @@
+"""A real vLLM whose users share how prompts begin: it is read once, with the common row, and nothing else is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapters.matrix import MetaMatrix
+from adapters.recipe import FusionRecipe, Term
+from adapters.training.example import Acts
+from bank.items.prompt import encode_conversation
+from bank.manifest import BankManifest, read_manifest
+from bank.matrix import open_matrix
+from bench.oracle.dense import token_logprobs, two_part_logprobs
+from bench.rig.engine import Engine, running_engine
+from bench.rig.tiny import tiny_bank
+
+SLOTS, BLOCK = 2, 128  # tokens of a block on CPUs
+TOLERANCE = 1e-3
+SYSTEM = "Answer in one line, politely. " * 9  # two blocks and a little
+TURNS = ("Where is the sea?", "And why?", "Who are you, and what do you want from me?")
+
+
+class Served:
+    """An engine, and the dense model beside it."""
+
+    def __init__(self, acts: Acts, bank: Path, model: Path, engine: Engine) -> None:
+        self.acts, self.engine, self.found = acts, engine, 0
+        self.manifest: BankManifest = read_manifest(bank)
+        self.matrix: MetaMatrix = open_matrix(bank, self.manifest)
+        self.dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def recipe(self, anchor: int, weight: int = 900) -> FusionRecipe:
+        return FusionRecipe(self.manifest.short, self.manifest.method, True, (Term(anchor, weight),))
+
+    def messages(self, turn: str, system: str = SYSTEM) -> list[dict[str, str]]:
+        return [{"role": "system", "content": system}, {"role": "user", "content": turn}]
+
+    def ask(self, model: str, messages: list[dict[str, str]], **options: object) -> dict[str, Any]:
+        body = {"messages": messages, "max_tokens": 6, "logprobs": True, "return_token_ids": True} | options
+        response = self.engine.chat(model, **body)
+        response.raise_for_status()
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def cached(self) -> int:
+        """Tokens found in the prefix cache, since the last call."""
+        before, self.found = self.found, int(self.engine.metric("vllm:prefix_cache_hits_total"))
+        return self.found - before
+
+    def check(self, recipe: FusionRecipe, messages: list[dict[str, str]], answer: dict[str, Any]) -> None:
+        """The answer's log-probabilities are those of the two parts, as training reads them."""
+        (choice,) = answer["choices"]
+        ids, prompt = choice["token_ids"], answer["prompt_token_ids"]
+        shared = encode_conversation(self.tokenizer, messages, "yes").personal_from(self.acts)
+        assert 2 * BLOCK < shared < len(prompt)
+        whole = [*prompt, *ids]
+        wanted = two_part_logprobs(self.dense, self.matrix, (self.manifest.common_recipe, recipe), whole, shared)
+        plain = token_logprobs(self.dense, whole)[len(prompt) - 1 :]
+        found = torch.tensor([token["logprob"] for token in choice["logprobs"]["content"]])
+        torch.testing.assert_close(found, wanted[len(prompt) - 1 :], atol=TOLERANCE, rtol=0)
+        assert (found - plain).abs().max() > 10 * TOLERANCE
+
+
+@pytest.fixture(scope="module", params=[Acts.AFTER_SYSTEM, Acts.ANSWER])
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder: Path
+) -> Iterator[Served]:
+    bank = tiny_bank(tmp_path_factory.mktemp("shared"), model, embedder_folder, acts=request.param, scale=0.1)
+    settings = {"dtype": "float32", "max_loras": SLOTS, "max_model_len": 512}
+    with running_engine(bank, model, **settings) as engine:
+        yield Served(request.param, bank, model, engine)
+
+
+def test_answers_are_those_of_the_two_parts_and_the_first_is_read_once(served: Served) -> None:
+    served.cached()
+    recipes = [served.recipe(anchor) for anchor in range(4)]
+    for place, recipe in enumerate(recipes):
+        messages = served.messages(TURNS[place % len(TURNS)])
+        answer = served.ask(recipe.name, messages)
+        served.check(recipe, messages, answer)
+        assert served.cached() == (2 * BLOCK if place else 0)
+
+
+def test_many_users_in_one_step_read_their_own_parts(served: Served) -> None:
+    recipes = [served.recipe(anchor, weight) for anchor in range(4) for weight in (-800, 700)]
+    asked = [served.messages(f"{turn} {place}") for place, turn in enumerate(TURNS * 3)][: len(recipes)]
+    with ThreadPoolExecutor(len(recipes)) as pool:
+        answers = list(pool.map(lambda recipe, messages: served.ask(recipe.name, messages), recipes, asked))
+    for recipe, messages, answer in zip(recipes, asked, answers, strict=True):
+        served.check(recipe, messages, answer)
+
+
+def test_the_base_model_and_other_tenants_read_for_themselves(served: Served) -> None:
+    messages = served.messages("Which way?", SYSTEM.upper())
+    served.cached()
+    served.ask(served.recipe(0).name, messages)
+    base = served.ask("base", messages)
+    assert served.cached() == 0
+    whole = [*base["prompt_token_ids"], *base["choices"][0]["token_ids"]]
+    found = torch.tensor([token["logprob"] for token in base["choices"][0]["logprobs"]["content"]])
+    alone = token_logprobs(served.dense, whole)[len(base["prompt_token_ids"]) - 1 :]
+    torch.testing.assert_close(found, alone, atol=TOLERANCE, rtol=0)
+    served.ask(served.recipe(1).name, messages, cache_salt="another tenant")
+    assert served.cached() == 0
+    served.ask(served.recipe(1).name, messages)
+    assert served.cached() == 2 * BLOCK
