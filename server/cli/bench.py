@@ -17,6 +17,7 @@ BENCHMARKS = {
     "cost": ("bench.serving.cost", "Cost of a personal answer: base model against recipe."),
     "cold": ("bench.serving.cold", "Time until a new recipe is usable, by step."),
     "thrash": ("bench.serving.thrash", "More users than slots, compared with stock vLLM and as many PEFT folders."),
+    "shared": ("bench.serving.shared", "First tokens of users who share a system prompt."),
     "stall": ("bench.serving.stall", "Delay that new users cause for running streams."),
     "adapt": ("bench.adapt.wait", "Time that a user waits for few-shot adaptation."),
     "scale": ("bench.scale.__main__", "A million users in the store, 10,000 anchors, 10,000 people imported."),
