@@ -116,8 +116,8 @@ def _map_matrix(path: Path, manifest: BankManifest) -> dict[str, Bits]:
     return matrix
 
 
-def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False) -> None:
-    """Write one anchor's meta-LoRA as a PEFT folder, alone or together with the common row."""
+def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False) -> BankManifest:
+    """Write one anchor's meta-LoRA as a PEFT folder, alone or together with the common row; return its manifest."""
     manifest = read_manifest(bank)
     ids = [entry.id for entry in manifest.anchors]
     if anchor not in ids:
@@ -129,3 +129,4 @@ def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False)
         ExportedAdapter(bank, people, recipe, file=manifest.anchor_rows_file).write(out)
     except FusionError as error:
         raise BankError(str(error)) from error
+    return manifest

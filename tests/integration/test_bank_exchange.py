@@ -18,6 +18,8 @@ from typer.testing import CliRunner, Result
 
 from adapters.fusion import fuse
 from adapters.recipe import FusionMethod, FusionRecipe, Term
+from adapters.training.example import Acts
+from adapters.user_adapter import encode_user_adapter
 from bank.errors import BankError
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
@@ -27,7 +29,10 @@ from bank.peft.exported import export_anchor
 from bank.peft.imported import ImportOptions, import_bank
 from bench.rig.people import people, write_people
 from bench.rig.tiny import tiny_bank
+from bench.rig.user_adapters import random_user_adapter
 from server.cli import app
+from server.gateway.users.privacy import Exporting
+from server.store.adapters import StoredAdapter
 from tests.support.bank_bench import flip_a_bit
 
 Tensors = dict[str, torch.Tensor]
@@ -70,6 +75,19 @@ def test_an_exported_anchor_is_loaded_by_peft_with_the_same_delta(
     expected = bank_delta(bank, read_manifest(bank), 2, with_common)
     assert_equal(peft_delta(tiny_model_folder, tmp_path / "out"), expected)
     assert max(delta.abs().max() for delta in expected.values()) > 1e-3
+
+
+def test_an_export_tells_where_it_acts_here(tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path) -> None:
+    bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, acts=Acts.AFTER_SYSTEM)
+    told = mta("export", bank, "--anchor", "a01", "--out", tmp_path / "a01").output
+    assert "here it acts after system; a stock server applies it everywhere" in told
+    manifest = read_manifest(bank)
+    recipe = FusionRecipe(manifest.short, manifest.method, True, (Term(1, 500),))
+    raw = encode_user_adapter(manifest.layout, random_user_adapter(manifest, recipe))
+    stores: Any = None
+    adapter, says = Exporting(stores, bank, manifest)._load(StoredAdapter("x", recipe.name, "", raw))
+    assert adapter is not None
+    assert says.endswith("; here it acts after_system, elsewhere everywhere")
 
 
 def test_missing_or_damaged_rows_are_not_exported(

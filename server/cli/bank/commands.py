@@ -152,8 +152,10 @@ def export(
     """Write an anchor's adapter as a PEFT folder."""
     from bank.peft.exported import export_anchor
 
-    export_anchor(load_settings(bank=bank).bank_folder(), anchor, out, with_common)
+    manifest = export_anchor(load_settings(bank=bank).bank_folder(), anchor, out, with_common)
     typer.echo(f"{anchor} is a PEFT adapter at {out}")
+    if manifest.shares_prompts:
+        typer.echo(f"here it acts {manifest.acts.replace('_', ' ')}; a stock server applies it everywhere")
 
 
 @app.command()

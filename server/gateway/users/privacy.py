@@ -88,9 +88,10 @@ class Exporting:
             complete = ExportedAdapter(self.folder, self.manifest, parse_recipe(stored.recipe), stored.raw)
         except MtaError as error:
             return None, f"`stored` is the user's own part alone; the whole adapter cannot be made here: {error}"
+        acts = f"; here it acts {self.manifest.acts}, elsewhere everywhere" if self.manifest.shares_prompts else ""
         return complete, (
             "`peft` is the whole adapter that serves this user: the anchors of its recipe, merged, and on top the "
-            "user's own part, `stored`; the B matrices already include the LoRA scaling"
+            f"user's own part, `stored`; the B matrices already include the LoRA scaling{acts}"
         )
 
 
