@@ -18,12 +18,15 @@ from bank.items.prompt import encode_conversation
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bench.oracle.dense import token_logprobs, two_part_logprobs
-from bench.rig.engine import Engine, running_engine
+from bench.rig.engine import Engine
+from bench.rig.servers import vllm_server
+from bench.rig.subject import Subject
 from bench.rig.tiny import tiny_bank
 
-SLOTS, BLOCK = 2, 128  # tokens of a block on CPUs
+SLOTS = 2
+WHOLE = 256  # tokens of the blocks that the system prompt fills
 TOLERANCE = 1e-3
-SYSTEM = "Answer in one line, politely. " * 9  # two blocks and a little
+SYSTEM = "Answer in one line, politely. " * 9
 TURNS = ("Where is the sea?", "And why?", "Who are you, and what do you want from me?")
 
 
@@ -56,37 +59,43 @@ class Served:
         return self.found - before
 
     def check(self, recipe: FusionRecipe, messages: list[dict[str, str]], answer: dict[str, Any]) -> None:
-        """The answer's log-probabilities are those of the two parts, as training reads them."""
-        (choice,) = answer["choices"]
-        ids, prompt = choice["token_ids"], answer["prompt_token_ids"]
+        """The answers' log-probabilities are those of the two parts, as training reads them."""
+        prompt = answer["prompt_token_ids"]
         shared = encode_conversation(self.tokenizer, messages, "yes").personal_from(self.acts)
-        assert 2 * BLOCK < shared < len(prompt)
-        whole = [*prompt, *ids]
-        wanted = two_part_logprobs(self.dense, self.matrix, (self.manifest.common_recipe, recipe), whole, shared)
-        plain = token_logprobs(self.dense, whole)[len(prompt) - 1 :]
-        found = torch.tensor([token["logprob"] for token in choice["logprobs"]["content"]])
-        torch.testing.assert_close(found, wanted[len(prompt) - 1 :], atol=TOLERANCE, rtol=0)
-        assert (found - plain).abs().max() > 10 * TOLERANCE
+        assert WHOLE < shared < len(prompt)
+        for choice in answer["choices"]:
+            ids = [*prompt, *choice["token_ids"]]
+            wanted = two_part_logprobs(self.dense, self.matrix, (self.manifest.common_recipe, recipe), ids, shared)
+            found = torch.tensor([token["logprob"] for token in choice["logprobs"]["content"]])
+            own = wanted[len(prompt) - 1 :]
+            torch.testing.assert_close(found, own, atol=TOLERANCE, rtol=0)
+            assert (own - token_logprobs(self.dense, ids)[len(prompt) - 1 :]).abs().max() > 10 * TOLERANCE
+            if read := answer.get("prompt_logprobs"):
+                of_prompt = [entry[str(token)]["logprob"] for entry, token in zip(read[1:], prompt[1:], strict=True)]
+                torch.testing.assert_close(torch.tensor(of_prompt), wanted[: len(prompt) - 1], atol=TOLERANCE, rtol=0)
 
 
-@pytest.fixture(scope="module", params=[Acts.AFTER_SYSTEM, Acts.ANSWER])
+@pytest.fixture(scope="module", params=[(Acts.AFTER_SYSTEM, 128), (Acts.ANSWER, 32)], ids=str)
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder: Path
 ) -> Iterator[Served]:
-    bank = tiny_bank(tmp_path_factory.mktemp("shared"), model, embedder_folder, acts=request.param, scale=0.1)
+    """With blocks of 128 tokens, as on CPUs, or with small ones and prompts that take several steps."""
+    acts, block = request.param
+    bank = tiny_bank(tmp_path_factory.mktemp("shared"), model, embedder_folder, acts=acts, scale=0.1)
+    subject = Subject(bank, model, read_manifest(bank))
+    arguments = ("--block-size", str(block), "--max-num-batched-tokens", "512" if block == 128 else "80")
     settings = {"dtype": "float32", "max_loras": SLOTS, "max_model_len": 512}
-    with running_engine(bank, model, **settings) as engine:
-        yield Served(request.param, bank, model, engine)
+    with vllm_server(subject, arguments=arguments, **settings) as engine:
+        yield Served(acts, bank, model, engine)
 
 
 def test_answers_are_those_of_the_two_parts_and_the_first_is_read_once(served: Served) -> None:
     served.cached()
-    recipes = [served.recipe(anchor) for anchor in range(4)]
-    for place, recipe in enumerate(recipes):
-        messages = served.messages(TURNS[place % len(TURNS)])
+    for place, turn in enumerate(TURNS):
+        recipe, messages = served.recipe(place), served.messages(turn)
         answer = served.ask(recipe.name, messages)
         served.check(recipe, messages, answer)
-        assert served.cached() == (2 * BLOCK if place else 0)
+        assert served.cached() == (WHOLE if place else 0)
 
 
 def test_many_users_in_one_step_read_their_own_parts(served: Served) -> None:
@@ -96,6 +105,22 @@ def test_many_users_in_one_step_read_their_own_parts(served: Served) -> None:
         answers = list(pool.map(lambda recipe, messages: served.ask(recipe.name, messages), recipes, asked))
     for recipe, messages, answer in zip(recipes, asked, answers, strict=True):
         served.check(recipe, messages, answer)
+
+
+def test_prompts_that_are_told_and_several_answers_are_read_alike(served: Served) -> None:
+    messages = served.messages("How many?")
+    for recipe, options in (
+        (served.recipe(1), {"prompt_logprobs": 0}),
+        (served.recipe(2), {"n": 3, "temperature": 1, "seed": 1}),
+    ):
+        served.check(recipe, messages, served.ask(recipe.name, messages, **options))
+
+
+def test_an_earlier_answer_is_read_as_training_reads_it(served: Served) -> None:
+    recipe, messages = served.recipe(3), served.messages("Why?")
+    said = served.ask(recipe.name, messages)["choices"][0]["message"]["content"]
+    messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "And then?"}]
+    served.check(recipe, messages, served.ask(recipe.name, messages))
 
 
 def test_the_base_model_and_other_tenants_read_for_themselves(served: Served) -> None:
@@ -111,4 +136,4 @@ def test_the_base_model_and_other_tenants_read_for_themselves(served: Served) ->
     served.ask(served.recipe(1).name, messages, cache_salt="another tenant")
     assert served.cached() == 0
     served.ask(served.recipe(1).name, messages)
-    assert served.cached() == 2 * BLOCK
+    assert served.cached() == WHOLE
