@@ -17,11 +17,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from adapters.flat import flattened
 from adapters.fusion import fuse
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.attached import attached
-from adapters.training.example import Example
+from adapters.training.example import Acts, Example
 from adapters.training.loss import mean_loss
 from adapters.training.trainer import StepReport
 from adapters.training.user_trainer import train_user
@@ -44,7 +45,7 @@ from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
 from bank.lookup.summary import summarise
 from bank.manifest import COORDINATES_FILE, MANIFEST_FILE, MATRIX_FILE, ROWS_FILE, BankManifest, read_manifest
-from bank.matrix import open_anchor_rows
+from bank.matrix import open_anchor_rows, shared_part
 from bank.models.load import load_base
 from bench.rig.people import people, write_people
 from server.cli import app
@@ -309,6 +310,18 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Example]]:
 
     monkeypatch.setattr("bank.evaluation.methods.train_user", spying)
     return seen
+
+
+def test_rows_act_where_the_bank_says_and_share_the_common_row(bench: Bench, built: BankManifest) -> None:
+    acting = bench.build("acting", acts=Acts.ANSWER)
+    assert (acting.acts, acting.shares_prompts, built.shares_prompts) == (Acts.ANSWER, True, False)
+    other, plain = bench.matrix("acting", acting), bench.matrix("plain", built)
+    assert torch.equal(other.rows[other.anchors], plain.rows[plain.anchors])
+    assert not torch.allclose(other.rows[0].float(), plain.rows[0].float(), rtol=0.1)
+    shared = shared_part(other, acting)
+    assert shared is not None
+    assert torch.equal(flattened(acting.layout, shared.lora.b), other.rows[other.anchors].float())
+    assert shared_part(plain, built) is None
 
 
 def test_rows_and_user_adapters_are_trained_with_the_past_in_the_prompt_where_the_manifest_says_so(

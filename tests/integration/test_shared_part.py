@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.example import Acts
+from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from bank.items.prompt import encode_conversation
+from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bench.oracle.dense import token_logprobs, two_part_logprobs
@@ -34,7 +36,7 @@ class Served:
     """An engine, and the dense model beside it."""
 
     def __init__(self, acts: Acts, bank: Path, model: Path, engine: Engine) -> None:
-        self.acts, self.engine, self.found = acts, engine, 0
+        self.acts, self.bank, self.engine, self.found = acts, bank, engine, 0
         self.manifest: BankManifest = read_manifest(bank)
         self.matrix: MetaMatrix = open_matrix(bank, self.manifest)
         self.dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -111,9 +113,20 @@ def test_prompts_that_are_told_and_several_answers_are_read_alike(served: Served
     messages = served.messages("How many?")
     for recipe, options in (
         (served.recipe(1), {"prompt_logprobs": 0}),
+        (served.manifest.common_recipe, {}),
         (served.recipe(2), {"n": 3, "temperature": 1, "seed": 1}),
     ):
         served.check(recipe, messages, served.ask(recipe.name, messages, **options))
+
+
+def test_evaluation_writes_what_the_engine_writes(served: Served, embedder_folder: Path) -> None:
+    bank, scorer = OpenBank.open(served.bank, Embedder.load(embedder_folder).id), Scorer(served.dense, served.tokenizer)
+    asked, recipe = [served.messages(turn) for turn in TURNS], served.recipe(2)
+    examples = [encode_conversation(served.tokenizer, messages, "yes") for messages in asked]
+    readings = scorer.read(EvalAdapter(bank, recipe), examples, 6)
+    answers = [served.ask(recipe.name, messages)["choices"][0]["message"]["content"] for messages in asked]
+    scorer.bare()
+    assert [reading.answer for reading in readings] == [answer.strip() for answer in answers]
 
 
 def test_an_earlier_answer_is_read_as_training_reads_it(served: Served) -> None:

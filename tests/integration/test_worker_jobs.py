@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from adapters.errors import TrainingError
+from adapters.fusion import fuse
 from adapters.lora import LoraWeights
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.adapt_config import MAX_FOLDED, AdaptConfig
-from adapters.training.example import Example
+from adapters.training.attached import SharedPart, attached
+from adapters.training.example import Acts, Example
 from adapters.training.loss import mean_loss
 from adapters.training.trainer import initial_lora
 from adapters.training.user_trainer import IN_USE, MIN_JUDGES, Judgement
@@ -421,6 +423,21 @@ def test_the_recipe_beneath_has_not_seen_what_judges(trainer: AdapterTrainer, mo
     for held in ([], [1, 2], [3]):
         grounds[0](held)
     assert signed == [(pairs[0], pairs[2])]
+
+
+@pytest.mark.parametrize("acts", list(Acts))
+def test_samples_are_judged_where_the_adapters_act(trainer: AdapterTrainer, acts: Acts) -> None:
+    plain = trainer.manifest.model_copy(update={"training": {"acts": acts}, "phrases": None})
+    acting, samples = AdapterTrainer(plain, trainer.matrix, trainer.model, trainer.tokenizer), some(4)
+    person = person_of(acting)
+    judged = acting.train(person, samples, FEW_STEPS).finish()
+    examples = [encode_conversation(trainer.tokenizer, list(each.messages), each.output) for each in samples]
+    common, merged = (fuse(trainer.matrix, one, torch.float32) for one in (plain.common_recipe, person.recipe(None, 1)))
+    losses = [mean_loss(trainer.model, examples)]
+    for lora in (common, merged):
+        with attached(trainer.model, lora, shared=SharedPart(acts, common)) as here:
+            losses.append(mean_loss(here.model, examples))
+    assert judged.before == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_samples_are_judged_as_answers_with_phrases_would_be(
