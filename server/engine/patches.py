@@ -85,9 +85,8 @@ EVERYWHERE = "every process, when vLLM loads its plugins"
 CORE = "the engine core, when it creates its scheduler"
 API = "the API process, before it listens"
 ON_CPU = "every process on CPU, when vLLM loads its plugins"
-SHARING = "every process, if users of a bank share the beginnings of prompts"
-SHARING_ON_CPU = "the same on CPU"
-SHARING_ON_GPU = "the same on GPUs, whose second model runner alone is supported"
+SHARING = "every process, if users of a bank share how prompts begin, when vLLM loads its plugins"
+SHARING_ON_GPU = "the same on GPUs, whose second model runner has names of its own"
 CPU_CORE = "the engine core on CPU that runs the model in its own process, before it loads the model"
 
 PATCHES = {
@@ -111,8 +110,6 @@ PATCHES = {
     ),
     SHARING: (
         Patch(BLOCK_KEYS, _BLOCK_PARAMETERS, "shared_part.py: shared blocks are hashed under the common recipe"),
-    ),
-    SHARING_ON_CPU: (
         Patch(BATCH_ADD, "self request", "shared_part.py: the batch knows each request's shared tokens"),
         Patch(BATCH_REMOVE, "self req_id", "shared_part.py: the same"),
         Patch(BATCH_LORAS, "self num_scheduled_tokens num_sampled_tokens", "shared_part.py: they use its slot"),

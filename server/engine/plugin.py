@@ -38,7 +38,4 @@ def register() -> None:
         manager = lora.CpuLoRAManager
     patches.replace(patches.MANAGER, lambda original: manager)
     if commons := CommonRecipes.served():
-        on_cpu = current_platform.is_cpu()
-        patches.check(patches.SHARING)
-        patches.check(patches.SHARING_ON_CPU if on_cpu else patches.SHARING_ON_GPU)
-        install(commons, on_cpu=on_cpu)
+        install(commons, on_cpu=current_platform.is_cpu())

@@ -105,13 +105,15 @@ class SharedReading:
 
 
 def install(commons: CommonRecipes, *, on_cpu: bool) -> None:
-    """Make this process hash and read shared parts under the common recipes."""
+    """Make this process hash and read shared parts under the common recipes; GPUs may use either model runner."""
+    patches.check(patches.SHARING)
+    if not on_cpu:
+        patches.check(patches.SHARING_ON_GPU)
     patches.replace(patches.BLOCK_KEYS, lambda original: with_shared_blocks(original, commons))
-    if on_cpu:
-        patches.replace(patches.BATCH_ADD, lambda original: _adding(original, commons))
-        patches.replace(patches.BATCH_REMOVE, _removing)
-        patches.replace(patches.BATCH_LORAS, _mapping)
-    else:
+    patches.replace(patches.BATCH_ADD, lambda original: _adding(original, commons))
+    patches.replace(patches.BATCH_REMOVE, _removing)
+    patches.replace(patches.BATCH_LORAS, _mapping)
+    if not on_cpu:
         patches.replace(patches.GPU_ADD, lambda original: _adding_on_gpu(original, commons))
         patches.replace(patches.GPU_REMOVE, _removing)
         patches.replace(patches.GPU_ACTIVE, _activating_on_gpu)

@@ -162,6 +162,8 @@ def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: li
                     f"--{option.replace('_', '-')} does not know the shared beginnings of prompts: leave it out, or "
                     "build the bank with --acts everywhere"
                 )
+        if getattr(args, "specialize_active_lora", False) and not engine_client.vllm_config.use_v2_model_runner:
+            raise BankError("--specialize-active-lora counts no common recipe with vLLM's first model runner")
     needed = max(manifest.serving_rank for manifest in manifests.values())
     if args.max_lora_rank < needed:
         raise BankError(f"--max-lora-rank is {args.max_lora_rank}: the bank needs at least {needed}")

@@ -70,14 +70,16 @@ async def test_a_websocket_is_refused_as_soon_as_it_knocks() -> None:
         ({"kv_transfer_config": "{}"}, "--kv-transfer-config does not know"),
         ({"kv_events_config": "{}"}, "--kv-events-config does not know"),
         ({"kv_offloading_size": 4.0}, "--kv-offloading-size does not know"),
+        ({"specialize_active_lora": True}, "--specialize-active-lora counts no common recipe"),
     ],
 )
 def test_options_that_recipes_cannot_be_served_with_end_the_start(changed: dict[str, Any], words: str) -> None:
     needed = {"enable_lora": True, "lora_modules": None, "max_loras": 8, "max_cpu_loras": 64, "max_lora_rank": 8}
     bank: Any = SimpleNamespace(serving_rank=8, shares_prompts=True)
-    _refuse_unsafe(AsyncMock(), Namespace(**needed), ["key"], {"b": bank})
+    engine = AsyncMock(**{"vllm_config.use_v2_model_runner": False})
+    _refuse_unsafe(engine, Namespace(**needed), ["key"], {"b": bank})
     with pytest.raises(BankError, match=words):
-        _refuse_unsafe(AsyncMock(), Namespace(**needed | changed), ["key"], {"b": bank})
+        _refuse_unsafe(engine, Namespace(**needed | changed), ["key"], {"b": bank})
 
 
 async def test_an_engine_that_is_to_stop_sends_everybody_on_to_another() -> None:
