@@ -32,6 +32,7 @@ FORWARDED = ("bank", "next_bank", "cache_dir", "redis_url", "drain_s", "otlp_end
 """Settings that vLLM's processes read from their environment."""
 
 SLOT_MEMORY_DIVISOR = 16  # on CPU, slots take at most 1/16 of the memory available to this process
+CPU_BLOCK = 32  # tokens; the least that vLLM's attention likes
 MIN_SLOTS, MAX_SLOTS = 8, 64  # on CPU; with more slots, a batch would have fewer requests than slots
 VIEWS, VIEW_BYTES = 9, 600
 """Number and size of the tensor views per module and slot, for plain and stacked adapters (`fusing/slots.py`)."""
@@ -155,6 +156,8 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
         "max-num-seqs": settings.max_num_seqs,
         "tensor-parallel-size": settings.tensor_parallel_size,
         "gpu-memory-utilization": None if on_cpu else settings.engine_gpu_share,
+        # vLLM caches whole blocks, of 128 tokens on CPUs: up to 127 of a known beginning would be read again.
+        "block-size": CPU_BLOCK if on_cpu else None,
         "enforce-eager": [] if on_cpu else None,
         "distributed-executor-backend": "server.engine.cpu.core.InProcessExecutor" if in_process else None,
         "scheduler-cls": f"server.engine.admission.fair_scheduler.{scheduler}",

@@ -81,7 +81,7 @@ class Served:
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder: Path
 ) -> Iterator[Served]:
-    """With blocks of 128 tokens, as on CPUs, or with small ones and prompts that take several steps."""
+    """With large blocks, or with small ones and prompts that take several steps."""
     acts, block = request.param
     bank = tiny_bank(tmp_path_factory.mktemp("shared"), model, embedder_folder, acts=acts, scale=0.1)
     subject = Subject(bank, model, read_manifest(bank))

@@ -156,6 +156,11 @@ def test_on_a_gpu_every_request_of_a_batch_may_have_its_own_recipe_unless_one_as
     assert command(sharing, max_loras=3)["max-loras"] == "4"
 
 
+def test_blocks_are_small_on_cpu_and_vllms_own_on_gpus(on_cpu: bool) -> None:
+    assert ("--block-size" in command().argv) is on_cpu
+    assert not on_cpu or command()["block-size"] == "32"
+
+
 def test_phrases_are_mixed_by_the_class_of_the_runner(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--logits-processors" not in command().argv
     trusting = bank()
