@@ -93,7 +93,10 @@ def attached(
     for name in {**(frozen.a if frozen else {}), **trained.a}:
         base = bases.setdefault(name, model.get_submodule(name))
         beside = (frozen.a[name], frozen.b[name]) if frozen else None
-        layers[name] = AdaptedLinear(name, base, trained.rank if name in trained.a else 0, beside, shared)
+        before = None
+        if shared and shared.acts is not Acts.EVERYWHERE:
+            before = shared.acts, shared.lora.a[name], shared.lora.b[name]
+        layers[name] = AdaptedLinear(base, trained.rank if name in trained.a else 0, beside, before)
     here = Attached(model, {name: layers[name] for name in trained.a})
     here.put(trained)
     try:
@@ -110,11 +113,10 @@ class AdaptedLinear(torch.nn.Module):
 
     def __init__(
         self,
-        name: str,
         base: torch.nn.Linear,
         rank: int,
         frozen: tuple[torch.Tensor, torch.Tensor] | None,
-        shared: SharedPart | None,
+        shared: tuple[Acts, torch.Tensor, torch.Tensor] | None,
     ) -> None:
         super().__init__()
         weight = base.weight
@@ -127,8 +129,7 @@ class AdaptedLinear(torch.nn.Module):
         if frozen:
             self._down[: self._first] = frozen[0]
             self._up[:, : self._first] = frozen[1]
-        self._acts = shared.acts if shared else Acts.EVERYWHERE
-        self._shared = tuple(part[name].to(weight) for part in (shared.lora.a, shared.lora.b)) if shared else None
+        self._shared = (shared[0], shared[1].to(weight), shared[2].to(weight)) if shared else None
         self._copied: tuple[int, int] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,8 +140,9 @@ class AdaptedLinear(torch.nn.Module):
                 self._up[:, self._first :] = self.b
             self._copied = versions
         shared, find = None, _personal.get()
-        if self._shared and find and self._acts is not Acts.EVERYWHERE:
-            shared = find(self._acts, x.device), *self._shared
+        if self._shared and find:
+            acts, down, up = self._shared
+            shared = find(acts, x.device), down, up
         y: torch.Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
             x, self.a, self.b, self.base.weight, self.base.bias, self._down, self._up, shared
         )

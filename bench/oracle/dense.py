@@ -71,19 +71,21 @@ def dense_adapter(
 def two_part_logprobs(
     model: Any, matrix: MetaMatrix, recipes: tuple[FusionRecipe, FusionRecipe], token_ids: list[int], shared: int
 ) -> torch.Tensor:
-    """Return the same where the first recipe reads the `shared` first tokens, and the second one all others."""
+    """Return what `token_logprobs` does if one recipe reads the `shared` first tokens, and the other the rest."""
     with torch.no_grad():
         with dense_adapter(model, matrix, recipes[0]):
             read = model(torch.tensor([token_ids[:shared]]), use_cache=True)
         with dense_adapter(model, matrix, recipes[1]):
             rest = model(torch.tensor([token_ids[shared:]]), past_key_values=read.past_key_values)
-    logits = torch.cat([read.logits[0], rest.logits[0]])[:-1].float()
-    return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(token_ids)[1:, None])[:, 0]
+    return _of_next(torch.cat([read.logits[0], rest.logits[0]]), token_ids)
 
 
 def token_logprobs(model: Any, token_ids: list[int]) -> torch.Tensor:
     """Return the log-probability of each token but the first given those before it, [T - 1]."""
-    ids = torch.tensor([token_ids])
     with torch.no_grad():
-        logits = model(ids).logits[0, :-1].float()
-    return torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+        return _of_next(model(torch.tensor([token_ids])).logits[0], token_ids)
+
+
+def _of_next(logits: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
+    """Return the log-probability of each token but the first by the logits [T, V] of the one before it."""
+    return torch.log_softmax(logits[:-1].float(), dim=-1).gather(1, torch.tensor(token_ids)[1:, None])[:, 0]

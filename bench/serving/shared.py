@@ -48,7 +48,7 @@ def main(
     acts: Annotated[str, typer.Option(help="Where the personal part acts.")] = ",".join(Acts),
     pairs: Annotated[int, typer.Option(help="Turns of each side, after one for warm-up.", min=1)] = 9,
     users: Annotated[int, typer.Option(help="Users who ask once each.", min=1)] = 100,
-    block: Annotated[int | None, typer.Option(help="Tokens of a KV block.", show_default="vLLM's")] = None,
+    block: Annotated[int | None, typer.Option(help="Tokens of a KV block.", show_default="the engine's")] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/shared.json"),
 ) -> None:
@@ -66,7 +66,7 @@ def main(
                     measured = _measured(engine, recipes, prompt, pairs, users)
                     lines.append([place, len(opening(tokenizer, [prompt])), *measured])
     tabulate(
-        [Figures(f"{subject.title}, {dtype}, blocks of {block or 'the default'}", COLUMNS, lines)], out, bench="shared"
+        [Figures(f"{subject.title}, {dtype}, blocks of {block or 'its own size'}", COLUMNS, lines)], out, bench="shared"
     )
 
 

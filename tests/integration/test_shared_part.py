@@ -91,13 +91,17 @@ def served(
         yield Served(acts, bank, model, engine)
 
 
-def test_answers_are_those_of_the_two_parts_and_the_first_is_read_once(served: Served) -> None:
+def test_a_system_prompt_is_read_once_for_all_users(served: Served) -> None:
     served.cached()
     for place, turn in enumerate(TURNS):
-        recipe, messages = served.recipe(place), served.messages(turn)
-        answer = served.ask(recipe.name, messages)
-        served.check(recipe, messages, answer)
+        served.ask(served.recipe(place).name, served.messages(turn, SYSTEM.lower()))
         assert served.cached() == (WHOLE if place else 0)
+
+
+def test_answers_are_those_of_the_two_parts(served: Served) -> None:
+    for place, turn in enumerate(TURNS):
+        recipe, messages = served.recipe(place), served.messages(turn)
+        served.check(recipe, messages, served.ask(recipe.name, messages))
 
 
 def test_many_users_in_one_step_read_their_own_parts(served: Served) -> None:
@@ -109,14 +113,15 @@ def test_many_users_in_one_step_read_their_own_parts(served: Served) -> None:
         served.check(recipe, messages, answer)
 
 
-def test_prompts_that_are_told_and_several_answers_are_read_alike(served: Served) -> None:
+@pytest.mark.parametrize(
+    ("anchor", "options"),
+    [(1, {"prompt_logprobs": 0}), (2, {"n": 3, "temperature": 1, "seed": 1}), (None, {})],
+    ids=["prompt", "several answers", "the common recipe"],
+)
+def test_other_ways_of_asking_are_read_alike(served: Served, anchor: int | None, options: dict[str, object]) -> None:
+    recipe = served.manifest.common_recipe if anchor is None else served.recipe(anchor)
     messages = served.messages("How many?")
-    for recipe, options in (
-        (served.recipe(1), {"prompt_logprobs": 0}),
-        (served.manifest.common_recipe, {}),
-        (served.recipe(2), {"n": 3, "temperature": 1, "seed": 1}),
-    ):
-        served.check(recipe, messages, served.ask(recipe.name, messages, **options))
+    served.check(recipe, messages, served.ask(recipe.name, messages, **options))
 
 
 def test_evaluation_writes_what_the_engine_writes(served: Served, embedder_folder: Path) -> None:

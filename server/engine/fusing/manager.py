@@ -31,7 +31,6 @@ from server.engine import patches
 from server.engine.fusing.prefetch import FusionPrefetcher
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 from server.engine.metrics import timed
-from server.engine.shared_part import CommonRecipes
 from server.settings import Settings
 
 
@@ -51,8 +50,10 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         self.metrics = self._adapter_manager.metrics
         self._matrices: dict[str, MetaMatrix] = {}
         self._vllm_names: dict[str, dict[str, str]] = {}
+        commons = list[str]()  # of banks whose prompts have a shared part
         for folder in Settings().banks:
             manifest = read_manifest(folder)
+            commons += [manifest.common_recipe.name] * manifest.shares_prompts
             matrix = open_matrix(folder, manifest).prepared(self.lora_config.lora_dtype, pin_memory=self._pinned)
             if self._sum_transposed and manifest.directions:  # all of them are summed for every recipe
                 matrix = matrix.with_packed()
@@ -61,8 +62,8 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             self._matrices[manifest.short] = matrix
             self._vllm_names[manifest.short] = self._adapter_manager.vllm_names(manifest.short, matrix.layout)
         self._prefetcher = FusionPrefetcher(self._fuse)
-        for common in CommonRecipes.served().by_bank.values():  # which the first step with an adapter needs
-            self._prefetcher.start(common.lora_name)
+        for name in commons:  # which the first step with an adapter needs
+            self._prefetcher.start(name)
         prefetch_on_arrival(self)
         return wrapped
 

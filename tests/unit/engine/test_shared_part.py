@@ -30,6 +30,7 @@ from server.engine.shared_part import MAX_ID, SHARED, CommonRecipes, SharedReadi
 COMMON = LoRARequest(lora_name="mta3:0a0b0c0d:shared:c", lora_int_id=MAX_ID, lora_path="mta3:0a0b0c0d:shared:c")
 COMMONS = CommonRecipes({"0a0b0c0d": COMMON})
 OTHER_BANK = "mta3:ffffffff:shared:c+a01*500"
+ORDER = ["c", "a", "b"]  # of a batch
 
 
 def recipe(number: int, name: str | None = None) -> LoRARequest:
@@ -87,7 +88,7 @@ def test_shared_tokens_alone_are_read_with_the_common_recipe(seed: int, shapes: 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The second model runner's bookkeeping of adapters, with what the engine makes of it."""
+    """The second model runner's bookkeeping of three requests, with what the engine makes of it."""
     monkeypatch.setattr(LoraState, "remove_request", shared_part._removing(LoraState.remove_request))
     monkeypatch.setattr(LoraState, "get_activate_loras", shared_part._activating_on_gpu(LoraState.get_activate_loras))
     monkeypatch.setattr(LoraState, "make_lora_inputs", shared_part._mapping_on_gpu(LoraState.make_lora_inputs))
@@ -100,28 +101,29 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
             runner.lora_state.remove_request(new.req_id)
             runner.lora_state.add_request(new.req_id, index, new.lora_request)
 
-    runner.add = shared_part._adding_on_gpu(add_requests, COMMONS)
-    return runner
-
-
-def test_a_gpus_runner_reads_them_alike_and_counts_the_common_recipe(gpu: Any) -> None:
     loras = {"a": recipe(1), "b": None, "c": recipe(2)}
     new = [
         SimpleNamespace(req_id=name, lora_request=lora, sampling_params=asking(3), prompt_len=6)
         for name, lora in loras.items()
     ]
-    gpu.add(gpu, SimpleNamespace(scheduled_new_reqs=new))
-    state, order = gpu.lora_state, ["c", "a", "b"]
+    shared_part._adding_on_gpu(add_requests, COMMONS)(runner, SimpleNamespace(scheduled_new_reqs=new))
+    return runner
+
+
+def test_a_gpus_runner_reads_them_alike(gpu: Any) -> None:
     rows = np.array([2, 0, 1])
     gpu.req_states.num_computed_tokens_np[:] = [2, 0, 0, 0]
-    sampled, ids, active = state.make_lora_inputs(order, rows, np.array([4, 4, 2]))
+    sampled, ids, active = gpu.lora_state.make_lora_inputs(ORDER, rows, np.array([4, 4, 2]))
     assert (sampled, ids) == ((2, 1, 0), (MAX_ID, MAX_ID, MAX_ID, 2, MAX_ID, 1, 1, 1, 0, 0))
     assert active == {recipe(1), recipe(2), COMMON}
-    config: Any = SimpleNamespace(max_loras=8)
-    assert get_num_active_loras_for_dispatch(config, state, order, dummy_run=False) == 3
-    assert get_num_active_loras_for_dispatch(config, state, ["b"], dummy_run=False) == 0
     gpu.req_states.num_computed_tokens_np[:] = [6, 2, 4, 0]
-    assert state.make_lora_inputs(order, rows, np.array([1, 1, 1]))[1] == (2, 1, 0)
+    assert gpu.lora_state.make_lora_inputs(ORDER, rows, np.array([1, 1, 1]))[1] == (2, 1, 0)
+
+
+def test_a_gpus_graphs_count_the_common_recipe(gpu: Any) -> None:
+    config: Any = SimpleNamespace(max_loras=8)
+    assert get_num_active_loras_for_dispatch(config, gpu.lora_state, ORDER, dummy_run=False) == 3
+    assert get_num_active_loras_for_dispatch(config, gpu.lora_state, ["b"], dummy_run=False) == 0
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,8 @@ class Prompt:
 
     def hashes(self, block: int) -> list[bytes]:
         hasher = kv_cache_utils.get_request_block_hasher(block, sha256)
-        params, tokens, named = (
-            asking(self.shared),
-            list(self.ids),
-            {"lora_request": self.lora, "cache_salt": self.salt},
-        )
-        request = Request("r", tokens, params, None, **named, block_hasher=hasher)
+        of = {"lora_request": self.lora, "cache_salt": self.salt, "block_hasher": hasher}
+        request = Request("r", list(self.ids), asking(self.shared), None, **of)
         request.append_output_token_ids([1] * block)
         return list(request.block_hashes)
 
@@ -166,10 +164,6 @@ def hashed() -> Any:
         original = kv_cache_utils.generate_block_hash_extra_keys
         patched.setattr(kv_cache_utils, "generate_block_hash_extra_keys", with_shared_blocks(original, COMMONS))
         yield
-
-
-def equal_blocks(one: Sequence[bytes], other: Sequence[bytes]) -> int:
-    return sum(mine == theirs for mine, theirs in zip(one, other, strict=False))
 
 
 @given(PROMPTS, PROMPTS, st.sampled_from([1, 2, 4, 8]))
