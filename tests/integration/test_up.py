@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from bench.rig.cluster import ask
-from bench.rig.processes import alive, command_line, descendants, mta, running, wait_until
+from bench.rig.processes import PATIENCE_S, alive, command_line, descendants, mta, running, wait_until
 from bench.rig.up import READY, Up, up, up_command
 from bench.rig.valkey import ValkeyProcess
 from server.engine.command import memory_bytes
@@ -97,7 +97,7 @@ def stops_with_every_part(started: Up, number: signal.Signals) -> bool:
     family = descendants(started.pid)
     assert len(family) >= 2  # a part and its guard
     started.process.send(number)
-    return started.process.wait(30) == 0 and not any(map(alive, family))
+    return started.process.wait(2 * PATIENCE_S) == 0 and not any(map(alive, family))
 
 
 def test_killed_it_leaves_no_process_and_the_next_one_has_what_was_stored_and_goes_on_unread(
