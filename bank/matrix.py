@@ -9,7 +9,7 @@ import torch
 from adapters.errors import FusionError
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
-from adapters.training.attached import SharedPart
+from adapters.training.forward.shared_part import SharedPart
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 

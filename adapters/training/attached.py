@@ -1,44 +1,22 @@
 """Attach LoRAs to a base model for training, and detach them; they compute in the base model's dtype, as in serving.
 
 The trained parameters are float32, so that small steps are not lost. Both passes are explicit: automatic
-differentiation takes 50 % longer. Tokens before the personal part acts are read with the shared LoRA alone.
+differentiation takes 50 % longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from adapters.lora import LoraWeights
-from adapters.training.example import Acts
 
-FindPersonal = Callable[[Acts, torch.device], torch.Tensor]
-"""Returns on which of the T tokens that are read the personal part acts, [T, 1] bool."""
-
-_personal: ContextVar[FindPersonal | None] = ContextVar("personal", default=None)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SharedPart:
-    """What reads the tokens before the personal part acts: the bank's common row."""
-
-    acts: Acts
-    lora: LoraWeights
-
-
-@contextmanager
-def personal_tokens(find: FindPersonal) -> Iterator[None]:
-    """Let the personal part act where `find` says while the context is active; otherwise it acts on all tokens."""
-    token = _personal.set(find)
-    try:
-        yield
-    finally:
-        _personal.reset(token)
+if TYPE_CHECKING:
+    from adapters.training.forward.shared_part import SharedPart
 
 
 @dataclass(frozen=True)
@@ -85,7 +63,7 @@ def attached(
 ) -> Iterator[Attached]:
     """Attach a LoRA that starts at `trained`, and a frozen LoRA if given, which may adapt more modules; then detach.
 
-    With a `shared` part both act only where the personal part does. What was attached before is put aside meanwhile.
+    With a `shared` part they read what comes after it. What was attached before is put aside meanwhile.
     """
     aside = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
     bases = {name: layer.base for name, layer in aside.items()}
@@ -93,10 +71,7 @@ def attached(
     for name in {**(frozen.a if frozen else {}), **trained.a}:
         base = bases.setdefault(name, model.get_submodule(name))
         beside = (frozen.a[name], frozen.b[name]) if frozen else None
-        before = None
-        if shared and shared.acts is not Acts.EVERYWHERE:
-            before = shared.acts, shared.lora.a[name], shared.lora.b[name]
-        layers[name] = AdaptedLinear(base, trained.rank if name in trained.a else 0, beside, before)
+        layers[name] = AdaptedLinear(base, trained.rank if name in trained.a else 0, beside, shared)
     here = Attached(model, {name: layers[name] for name in trained.a})
     here.put(trained)
     try:
@@ -109,18 +84,19 @@ def attached(
 
 
 class AdaptedLinear(torch.nn.Module):
-    """A frozen linear module with a trainable float32 LoRA, `a` and `b`, and optionally a frozen and a shared LoRA."""
+    """A frozen linear module with a trainable float32 LoRA, `a` and `b`, and optionally a frozen one."""
 
     def __init__(
         self,
         base: torch.nn.Linear,
         rank: int,
         frozen: tuple[torch.Tensor, torch.Tensor] | None,
-        shared: tuple[Acts, torch.Tensor, torch.Tensor] | None,
+        shared: SharedPart | None,
     ) -> None:
         super().__init__()
         weight = base.weight
         self.base = base
+        self.shared = shared  # what reads the tokens before those that this module gets
         self.a = torch.nn.Parameter(weight.new_zeros(rank, base.in_features, dtype=torch.float32), requires_grad=False)
         self.b = torch.nn.Parameter(weight.new_zeros(base.out_features, rank, dtype=torch.float32), requires_grad=False)
         self._first = len(frozen[0]) if frozen else 0
@@ -129,7 +105,6 @@ class AdaptedLinear(torch.nn.Module):
         if frozen:
             self._down[: self._first] = frozen[0]
             self._up[:, : self._first] = frozen[1]
-        self._shared = (shared[0], shared[1].to(weight), shared[2].to(weight)) if shared else None
         self._copied: tuple[int, int] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,21 +114,14 @@ class AdaptedLinear(torch.nn.Module):
                 self._down[self._first :] = self.a
                 self._up[:, self._first :] = self.b
             self._copied = versions
-        shared, find = None, _personal.get()
-        if self._shared and find:
-            acts, down, up = self._shared
-            shared = find(acts, x.device), down, up
         y: torch.Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
-            x, self.a, self.b, self.base.weight, self.base.bias, self._down, self._up, shared
+            x, self.a, self.b, self.base.weight, self.base.bias, self._down, self._up
         )
         return y
 
 
 class _LowRank(torch.autograd.Function):
-    """y = x Wᵀ + bias + (x Downᵀ) Upᵀ, where the last rows of Down are A and the last columns of Up are B.
-
-    With `shared`, (which tokens are personal [T, 1], Down, Up), the other tokens use these Down and Up.
-    """
+    """y = x Wᵀ + bias + (x Downᵀ) Upᵀ, where the last rows of Down are A and the last columns of Up are B."""
 
     @staticmethod
     def forward(  # noqa: PLR0917  autograd passes arguments by position
@@ -165,18 +133,12 @@ class _LowRank(torch.autograd.Function):
         bias: torch.Tensor | None,
         down: torch.Tensor,
         up: torch.Tensor,
-        shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         u = flat @ down.T
-        y = torch.nn.functional.linear(flat, weight, bias)
-        if shared:
-            personal, shared_down, shared_up = shared
-            u *= personal
-            y.addmm_((flat @ shared_down.T) * ~personal, shared_up.T)
-        y.addmm_(u, up.T)
+        y = torch.nn.functional.linear(flat, weight, bias).addmm_(u, up.T)
         ctx.save_for_backward(flat, u, weight, down, up)
-        ctx.shape, ctx.rank, ctx.shared = x.shape, len(a), shared
+        ctx.shape, ctx.rank = x.shape, len(a)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -187,16 +149,10 @@ class _LowRank(torch.autograd.Function):
         of_x = of_a = of_b = None
         if needs_x or needs_a:
             of_u = grad @ up
-            if ctx.shared:
-                of_u *= ctx.shared[0]
         if needs_x:
-            of_x = (grad @ weight).addmm_(of_u, down)
-            if ctx.shared:
-                personal, shared_down, shared_up = ctx.shared
-                of_x.addmm_((grad @ shared_up) * ~personal, shared_down)
-            of_x = of_x.view(ctx.shape)
+            of_x = (grad @ weight).addmm_(of_u, down).view(ctx.shape)
         if needs_a:
             of_a = (of_u[:, -ctx.rank :].T @ flat).float()
         if needs_b:
             of_b = (u[:, -ctx.rank :].T @ grad).T.float()
-        return of_x, of_a, of_b, None, None, None, None, None
+        return of_x, of_a, of_b, None, None, None, None

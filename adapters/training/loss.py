@@ -11,10 +11,11 @@ import torch
 
 from adapters.flat import flattened
 from adapters.lora import LoraWeights, RowLayout
-from adapters.training.attached import SharedPart, attached
+from adapters.training.attached import attached
 from adapters.training.example import Example, output_tokens
 from adapters.training.forward.lower_layers import LowerLayers
 from adapters.training.forward.packing import Row, pack
+from adapters.training.forward.shared_part import SharedPart
 
 _ROWS_AT_A_TIME = 16
 
@@ -116,8 +117,9 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _logits(model: Any, row: Row, below: LowerLayers | None = None) -> torch.Tensor:
+    inputs = row.inputs(model)
     with below.skipped(row) if below else nullcontext(), row.being_read():
-        logits: torch.Tensor = model(**row.inputs(model), use_cache=False).logits[0]
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits[0]
     return logits
 
 

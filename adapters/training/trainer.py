@@ -15,8 +15,9 @@ import torch
 
 from adapters.errors import FusionError, excerpt
 from adapters.lora import LoraWeights, ModuleShape
-from adapters.training.attached import SharedPart, attached
+from adapters.training.attached import attached
 from adapters.training.example import Example
+from adapters.training.forward.shared_part import SharedPart
 from adapters.training.loss import backward
 
 WARM_UP = 0.1

@@ -20,9 +20,10 @@ import torch
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.adapt_config import BATCH_SIZE, EVAL_INTERVAL, FOLDS, AdaptConfig
-from adapters.training.attached import Attached, SharedPart, attached
+from adapters.training.attached import Attached, attached
 from adapters.training.example import Example
 from adapters.training.forward.lower_layers import LowerLayers, layer_of, upper_half
+from adapters.training.forward.shared_part import SharedPart
 from adapters.training.loss import backward, row_losses
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, optimise
 

@@ -21,9 +21,9 @@ from adapters.flat import flattened, lora_of
 from adapters.lora import LoraWeights, RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import anchor_id
-from adapters.training.attached import SharedPart
 from adapters.training.example import Example, output_tokens
 from adapters.training.forward.packing import Row, pack
+from adapters.training.forward.shared_part import SharedPart
 from adapters.training.loss import backward, backward_row
 from adapters.training.trainer import Gradient, TrainPlan, initial_lora, linear_modules, train_lora
 from bank.building.options import BuildOptions

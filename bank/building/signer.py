@@ -15,9 +15,10 @@ from adapters.flat import cut_a, cut_b
 from adapters.fusion import weighted_sum
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
-from adapters.training.attached import SharedPart, attached
+from adapters.training.attached import attached
 from adapters.training.example import Acts, Example, output_tokens
 from adapters.training.forward.packing import pack
+from adapters.training.forward.shared_part import SharedPart
 from adapters.training.loss import b_gradient, drawn_gradients, mean_loss, token_losses
 from bank.building.resume import Workbench
 from bank.building.rows import RowTrainer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,9 @@ from adapters.fusion import fuse
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
-from adapters.training.attached import Attached, SharedPart, attached, personal_tokens
-from adapters.training.example import Acts, Example
+from adapters.training.attached import Attached, attached
+from adapters.training.example import Example
+from adapters.training.forward.shared_part import SharedPart, shared_part_of
 from adapters.training.loss import score
 from adapters.user_adapter import UserAdapter, stack
 from bank.building.assemble import BASELINES
@@ -162,19 +163,21 @@ class Scorer:
     ) -> list[str]:
         """Generate `texts` answers per prompt, grouped by prompt; each prompt is read once. Greedy at temperature 0."""
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        prompts = [example.ids[: example.loss_from] for example in examples]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]).to(model.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]).to(model.device)
-        head = {"attention_mask": mask[:, :-1], "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]}
-
-        def personal(acts: Acts, device: torch.device) -> torch.Tensor:
-            begins = [width - example.loss_from + example.personal_from(acts) for example in examples]
-            return (torch.arange(width - 1) >= torch.tensor(begins)[:, None]).reshape(-1, 1).to(device)
-
-        with personal_tokens(personal):
-            cache = model(ids[:, :-1], **head, use_cache=True, logits_to_keep=1).past_key_values
+        part = shared_part_of(model)
+        begins = [len(part.prefix(example)) if part else 0 for example in examples]
+        before = _padded([example.ids[:begin] for example, begin in zip(examples, begins, strict=True)], pad)
+        own = [example.ids[begin : example.loss_from] for example, begin in zip(examples, begins, strict=True)]
+        ids, mask = (torch.cat(parts, 1).to(model.device) for parts in zip(before, _padded(own, pad), strict=True))
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache: Any = None
+        first, width = before[0].shape[1], ids.shape[1]
+        for reader, start, stop in ((part, 0, first), (None, first, width - 1)):
+            if start < stop:
+                head = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+                with attached(model, reader.lora) if reader else nullcontext():
+                    read = model(ids[:, start:stop], **head, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = read.past_key_values
         cache.batch_repeat_interleave(texts)
         made = model.generate(
             input_ids=ids.repeat_interleave(texts, 0),
@@ -196,6 +199,13 @@ class Scorer:
             self._fits = lora.rank, shared
         self._current.put(lora)
         return self._current.model
+
+
+def _padded(ids: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids padded on the left, [B, T], and a mask with 1 for each id and 0 for padding."""
+    width = max(map(len, ids))
+    padded = torch.tensor([[pad] * (width - len(one)) + list(one) for one in ids], dtype=torch.long)
+    return padded, torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in ids], dtype=torch.long)
 
 
 class _Mixing:

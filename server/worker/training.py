@@ -18,8 +18,8 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, parse_recipe
 from adapters.training.adapt_config import MAX_SAMPLE_TOKENS, AdaptConfig
-from adapters.training.attached import SharedPart
 from adapters.training.example import Example
+from adapters.training.forward.shared_part import SharedPart
 from adapters.training.trainer import TrainPlan, initial_lora, train_lora
 from adapters.training.user_trainer import IN_USE, MIN_JUDGES, Beneath, TrainingRun, train_user
 from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter, samples_of, stack

@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.flat import flattened, lora_of
 from adapters.lora import LoraWeights, RowLayout
-from adapters.training.attached import SharedPart, attached
+from adapters.training.attached import attached
 from adapters.training.example import Acts, Example
+from adapters.training.forward import packing, shared_part
 from adapters.training.forward.attention import use_quick_attention
 from adapters.training.forward.lower_layers import LowerLayers, upper_half
 from adapters.training.forward.packing import pack
+from adapters.training.forward.shared_part import SharedPart
 from adapters.training.loss import b_gradient, backward, row_losses
 from adapters.training.trainer import initial_lora, linear_modules
 from bank.items.prompt import encode_conversation
@@ -177,3 +179,39 @@ def test_a_signature_at_the_common_row_is_of_what_acts(
         slope = (loss(acts, 1) - loss(acts, -1)) / 2
         assert slope == pytest.approx(float(found[acts] @ small), rel=0.05, abs=1e-5)
     assert len({round(float(gradient.norm()), 6) for gradient in found.values()}) == len(Acts)
+
+
+@pytest.mark.parametrize("kept_bytes", [shared_part.MAX_KEPT_BYTES, 0])
+def test_what_is_shared_is_read_once_if_there_is_room(
+    model: Any,
+    make: Callable[[int], LoraWeights],
+    examples: list[Example],
+    kept_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads = list[shared_part.Prefix]()
+    read = SharedPart._read
+
+    def counted(part: SharedPart, model: Any, prefix: shared_part.Prefix) -> shared_part.KeysValues:
+        reads.append(prefix)
+        return read(part, model, prefix)
+
+    monkeypatch.setattr(shared_part, "MAX_KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(SharedPart, "_read", counted)
+    part = SharedPart(Acts.ANSWER, make(0))
+    with attached(model, make(1), shared=part) as here:
+        first, again = ([loss for row in row_losses(here.model, examples) for loss in row] for _ in range(2))
+    assert again == first
+    assert reads == [part.prefix(example) for example in examples] * (1 if kept_bytes else 2)
+
+
+def test_rows_without_room_for_what_is_read_before_split(
+    model: Any, make: Callable[[int], LoraWeights], examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with attached(model, make(1), shared=SharedPart(Acts.ANSWER, make(0))) as here:
+        (whole,) = pack(here.model, examples)
+        monkeypatch.setattr(packing, "ROW_KEYS", whole.keys_before + len(whole.ids) - 1)
+        assert [len(row.examples) for row in pack(here.model, examples)] == [2, 1]
+        found = [loss for row in row_losses(here.model, examples) for loss in row]
+        monkeypatch.undo()
+        assert found == pytest.approx([loss for row in row_losses(here.model, examples) for loss in row], rel=1e-5)

@@ -223,7 +223,7 @@ def test_blocks_of_any_size_give_what_plain_attention_gives(
     assert_same(gradient(quick, taken), gradient(model, taken))
     if (size, count) == (5, 6):  # blocks that claim to see too little change the losses: they are what is computed
         monkeypatch.setattr(
-            Row, "blocks", lambda row: [Block(b.first, b.last, 0, b.first, b.last) for b in blocks(row, 8)]
+            Row, "blocks", lambda row: [Block(b.first, b.last, (0, 0), (b.first, b.last)) for b in blocks(row, 8)]
         )
         assert [loss for loss, _ in score(quick, taken)] != pytest.approx(expected, rel=1e-3)
 

@@ -21,8 +21,9 @@ from adapters.fusion import fuse
 from adapters.lora import LoraWeights
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.adapt_config import MAX_FOLDED, AdaptConfig
-from adapters.training.attached import SharedPart, attached
+from adapters.training.attached import attached
 from adapters.training.example import Acts, Example
+from adapters.training.forward.shared_part import SharedPart
 from adapters.training.loss import mean_loss
 from adapters.training.trainer import initial_lora
 from adapters.training.user_trainer import IN_USE, MIN_JUDGES, Judgement

@@ -22,23 +22,23 @@ _NAME = "mta_training"
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Positions `first` to `last` of a row, which attend only to 0 to `shared` and `start` to `end`; ends exclusive."""
+    """Positions `first` to `last` of a row, which attend only to the keys of two ranges; ends exclusive."""
 
     first: int
     last: int
-    shared: int
-    start: int
-    end: int
+    far: tuple[int, int]
+    near: tuple[int, int]
 
     def seen(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return the visible part of a tensor that has the row's positions along `dim`."""
-        near = tensor.narrow(dim, self.start, self.end - self.start)
-        return torch.cat([tensor.narrow(dim, 0, self.shared), near], dim) if self.shared else near
+        """Return the visible part of a tensor that has the keys along `dim`."""
+        near, far = (tensor.narrow(dim, start, end - start) for start, end in (self.near, self.far))
+        return torch.cat([far, near], dim) if self.far[1] > self.far[0] else near
 
     def add(self, total: torch.Tensor, part: torch.Tensor) -> None:
-        """Add `part`, which covers the visible positions, to `total` [B, K, T, D]."""
-        total[:, :, : self.shared] += part[:, :, : self.shared]
-        total[:, :, self.start : self.end] += part[:, :, self.shared :]
+        """Add `part`, which covers the visible keys, to `total` [B, K, S, D]."""
+        (start, end), size = self.far, self.far[1] - self.far[0]
+        total[:, :, start:end] += part[:, :, :size]
+        total[:, :, slice(*self.near)] += part[:, :, size:]
 
 
 _blocks: ContextVar[list[Block] | None] = ContextVar("blocks", default=None)
@@ -78,7 +78,7 @@ def _attend(  # noqa: PLR0917  Hugging Face's interface
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Implement Hugging Face's attention interface; evaluation mode has no dropout."""
-    blocks = _blocks.get() or [Block(0, query.shape[2], 0, 0, key.shape[2])]
+    blocks = _blocks.get() or [Block(0, query.shape[2], (0, 0), (0, key.shape[2]))]
     return _Attention.apply(query, key, value, attention_mask, scaling, blocks), None  # type: ignore[no-untyped-call]
 
 

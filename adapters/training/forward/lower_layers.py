@@ -68,7 +68,7 @@ class LowerLayers:
         for missing in pack(self._model, [example for example in row.examples if example not in states]):
             states |= self._compute(missing)
         for example in row.examples:
-            if sum(len(cached.ids) for cached in self._cache) + len(example.ids) <= MAX_IDS:
+            if sum(map(len, self._cache.values())) + len(states[example]) <= MAX_IDS:
                 self._cache[example] = states[example]
         own = [states[example][row.shared :] for example in row.examples]
         return torch.cat([states[row.examples[0]][: row.shared], *own])[None]
@@ -76,7 +76,7 @@ class LowerLayers:
     @torch.no_grad()
     def _compute(self, row: Row) -> dict[Example, torch.Tensor]:
         """Run the lower layers, and return the hidden states of each example of a row, [T, H]."""
-        caught: list[torch.Tensor] = []
+        caught, inputs = list[torch.Tensor](), row.inputs(self._model, logits=False)
 
         def catch(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             caught.append(hidden_states)
@@ -84,8 +84,8 @@ class LowerLayers:
 
         above = range(self._first, len(self._layers))
         with self._replaced(lambda layer: catch if layer == self._first else _identity, above), row.being_read():
-            self._model.base_model(**row.inputs(self._model, logits=False), use_cache=False)
-        lengths = [row.shared, *(len(example.ids) - row.shared for example in row.examples)]
+            self._model.base_model(**inputs, use_cache=False)
+        lengths = [row.owners.count(owner) for owner in range(-1, len(row.examples))]
         shared, *own = torch.split(caught[0][0], lengths)
         return {example: torch.cat([shared, part]) for example, part in zip(row.examples, own, strict=True)}
 

@@ -1,6 +1,7 @@
 """Pack several examples into one row: their common prefix once, then the remainder of each, without padding.
 
-Each remainder attends to the prefix and itself, at its own example's positions, as if the example were alone.
+Each remainder attends to the prefix and itself, at its own example's positions, as if the example were alone. Tokens
+before the personal part acts are in no row: rows attend to their keys and values.
 """
 
 from __future__ import annotations
@@ -8,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
 
-from adapters.training.attached import personal_tokens
-from adapters.training.example import Acts, Example
+from adapters.training.example import Example
 from adapters.training.forward.attention import Block, in_blocks
+from adapters.training.forward.shared_part import Prefix, SharedPart, shared_part_of
 
 ROW_TOKENS = 512  # maximum tokens per row: enough to keep the processor busy, few enough to stay in its caches
+ROW_KEYS = 4 * ROW_TOKENS  # maximum tokens in and before a row
 BLOCK_IDS = 128  # tokens per attention block: small blocks skip masked pairs, large ones keep the processor busy
 _PREFIX = -1
 
@@ -32,49 +33,58 @@ class Row:
     targets: list[int]  # output tokens to predict at `logit_indices`
     counts: list[int]  # number of output tokens per example
     examples: list[Example]
+    part: SharedPart | None  # what reads the tokens before
+    before: list[Prefix]  # the different prefixes that are read before
+    spans: list[tuple[int, int]]  # keys before the row that each example sees: the first, and one past the last
 
     @property
     def shared(self) -> int:
         return self.owners.count(_PREFIX)
 
-    def inputs(self, model: Any, *, logits: bool = True) -> dict[str, torch.Tensor]:
+    @property
+    def keys_before(self) -> int:
+        return sum(map(len, self.before))
+
+    def inputs(self, model: Any, *, logits: bool = True) -> dict[str, Any]:
         """Return the model's keyword arguments, with logits only where an output token is predicted."""
         device = next(model.parameters()).device
-        inputs = {"input_ids": torch.tensor([self.ids])}
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([self.ids])}
         if logits:
             inputs["logits_to_keep"] = torch.tensor(self.logit_indices)
         if len(self.counts) > 1:
-            inputs["position_ids"] = torch.tensor([self.positions])
             inputs["attention_mask"] = self._mask(model.dtype)
-        return {name: tensor.to(device) for name, tensor in inputs.items()}
+        if len(self.counts) > 1 or self.before:
+            inputs["position_ids"] = torch.tensor([self.positions])
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        if self.part and self.before:
+            inputs["past_key_values"] = self.part.cache(model, self.before)
+        return inputs
 
     @contextmanager
     def being_read(self) -> Iterator[None]:
-        """Let attention and adapters know, while the context is active, that the model reads this row."""
-        with in_blocks(self.blocks()), personal_tokens(lru_cache(self.personal)):
+        """Let attention know, while the context is active, that the model reads this row."""
+        with in_blocks(self.blocks()):
             yield
 
-    def personal(self, acts: Acts, device: torch.device) -> torch.Tensor:
-        """Return on which tokens the personal part acts, [T, 1]."""
-        begins = torch.tensor([example.personal_from(acts) for example in self.examples])
-        owners = torch.tensor(self.owners).clamp(min=0)  # the prefix is shared by all alike
-        return (torch.tensor(self.positions) >= begins[owners])[:, None].to(device)
-
     def blocks(self, size: int = BLOCK_IDS) -> list[Block]:
-        """Split the row into attention blocks, each with the range of positions that it can attend to."""
-        found, shared = [], self.shared
+        """Split the row into attention blocks, each with the ranges of keys that it can attend to."""
+        found, shared, before = [], self.shared, self.keys_before
         for first in range(0, len(self.ids), size):
-            owner = self.owners[first]
-            start = self.owners.index(owner)
-            alone = start <= shared  # the visible positions are contiguous with the prefix
             last = min(first + size, len(self.ids))
-            found.append(Block(first, last, 0, 0, last) if alone else Block(first, last, shared, start, last))
+            spans = [self.spans[owner] for owner in set(self.owners[first:last])]
+            far = (0, before + shared) if shared else (min(spans)[0], max(end for _, end in spans))
+            near = before + self.owners.index(self.owners[first]), before + last
+            if near[0] <= far[1]:  # they are contiguous
+                far, near = (0, 0), (far[0], near[1])
+            found.append(Block(first, last, far, near))
         return found
 
     def _mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the additive mask [1, 1, T, T]: 0 if the row's token may attend to the column's, else about -∞."""
-        owners = torch.tensor(self.owners)
-        seen = ((owners == _PREFIX) | (owners == owners[:, None])).tril()
+        """Return the additive mask [1, 1, T, S]: 0 if the row's token may attend to the column's, else about -∞."""
+        owners, keys = torch.tensor(self.owners), torch.arange(self.keys_before)
+        begins, ends = torch.tensor(self.spans)[owners].T[:, :, None]
+        near = ((owners == _PREFIX) | (owners == owners[:, None])).tril()
+        seen = torch.cat([(begins <= keys) & (keys < ends), near], 1)
         return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
 
 
@@ -83,18 +93,23 @@ def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> li
 
     Each remainder keeps a token before its first output. If our mask cannot replace the model's, no two share a row.
     """
-    shared, limit = (_shared(examples), limit) if _packs(model, examples) else (0, 0)
-    parts: list[list[Example]] = []
-    size = 0
-    for example in examples:
-        own = len(example.ids) - shared
-        if parts and size + own <= limit:
-            parts[-1].append(example)
-            size += own
+    part, packs = shared_part_of(model), _packs(model, examples)
+    before = [part.prefix(example) if part else () for example in examples]
+    shared = _shared(examples) - len(before[0]) if packs and len(set(before)) == 1 else 0
+    shared = max(0, shared)
+    rows: list[list[int]] = []
+    size, keys = 0, 0
+    for place, example in enumerate(examples):
+        own = len(example.ids) - len(before[place]) - shared
+        new = 0 if rows and before[place] in {before[other] for other in rows[-1]} else len(before[place])
+        if packs and rows and size + own <= limit and keys + new + own <= ROW_KEYS:
+            rows[-1].append(place)
+            size, keys = size + own, keys + new + own
         else:
-            parts.append([example])
+            rows.append([place])
             size = shared + own
-    return [_row(part, shared) for part in parts]
+            keys = size + len(before[place])
+    return [_row([examples[place] for place in row], [before[place] for place in row], shared, part) for row in rows]
 
 
 def _packs(model: Any, examples: Sequence[Example]) -> bool:  # whether our mask can replace the model's
@@ -105,27 +120,25 @@ def _packs(model: Any, examples: Sequence[Example]) -> bool:  # whether our mask
 
 
 def _shared(examples: Sequence[Example]) -> int:
-    """Return the length of the common prefix, which ends before the token that predicts the first output.
-
-    If the system prompts' lengths differ, it ends before the shortest does.
-    """
-    if not examples:
-        return 0
+    """Return the length of the common prefix, which ends before the token that predicts the first output."""
     same = takewhile(lambda column: len(set(column)) == 1, zip(*(example.ids for example in examples), strict=False))
-    ends = [example.loss_from - 1 for example in examples]
-    if len(systems := {example.system for example in examples}) > 1:
-        ends += systems
-    return max(0, min(sum(1 for _ in same), *ends))
+    return min(sum(1 for _ in same), *(example.loss_from - 1 for example in examples))
 
 
-def _row(examples: Sequence[Example], shared: int) -> Row:
-    prefix = examples[0].ids[:shared]
-    row = Row(list(prefix), list(range(shared)), [_PREFIX] * shared, [], [], [], list(examples))
+def _row(examples: list[Example], before: Sequence[Prefix], shared: int, part: SharedPart | None) -> Row:
+    """Make a row of examples, each without what is read before."""
+    begin = len(before[0])
+    distinct = [prefix for prefix in dict.fromkeys(before) if prefix]
+    ends = dict(zip(distinct, accumulate(map(len, distinct)), strict=True))
+    spans = [(ends.get(prefix, 0) - len(prefix), ends.get(prefix, 0)) for prefix in before]
+    ids, positions = list(examples[0].ids[begin : begin + shared]), list(range(begin, begin + shared))
+    row = Row(ids, positions, [_PREFIX] * shared, [], [], [], examples, part, distinct, spans)
     for owner, example in enumerate(examples):
-        offset = len(row.ids) - shared
-        row.ids.extend(example.ids[shared:])
-        row.positions.extend(range(shared, len(example.ids)))
-        row.owners.extend([owner] * (len(example.ids) - shared))
+        begin = len(before[owner]) + shared
+        offset = len(row.ids) - begin
+        row.ids.extend(example.ids[begin:])
+        row.positions.extend(range(begin, len(example.ids)))
+        row.owners.extend([owner] * (len(example.ids) - begin))
         predicted = range(example.loss_from, len(example.ids))
         row.logit_indices.extend(offset + place - 1 for place in predicted)
         row.targets.extend(example.ids[place] for place in predicted)
