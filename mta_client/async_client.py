@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -77,7 +77,7 @@ class AsyncClient:
     async def adapt(
         self,
         user_id: str,
-        samples: Sequence[Mapping[str, Any]],
+        samples: Items,
         *,
         append: bool = False,
         idempotency_key: str | None = None,

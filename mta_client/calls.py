@@ -110,9 +110,9 @@ def stream(user_id: str, prompt: Prompt, options: Mapping[str, Any]) -> Call[Chu
     return Call("POST", "/generate", read_chunk, {**_generate_body(user_id, prompt), **options, "stream": True})
 
 
-def adapt(user_id: str, samples: Sequence[Mapping[str, Any]], **options: object) -> Call[Job]:
+def adapt(user_id: str, samples: Items, **options: object) -> Call[Job]:
     given = {name: value for name, value in options.items() if value is not None}
-    return _call(Job, "POST", f"{_path('users', user_id)}/adapt", {"samples": _dicts(samples), **given})
+    return _call(Job, "POST", f"{_path('users', user_id)}/adapt", {"samples": _items(samples), **given})
 
 
 def feedback(user_id: str, answer: str, given: Mapping[str, Any]) -> Call[Feedback]:
@@ -201,7 +201,7 @@ def _path(kind: str, identifier: str) -> str:
 @sendable()
 def _items(items: Items) -> list[dict[str, Any]]:
     if isinstance(items, str | Mapping):  # whose letters or names would replace the user's history
-        raise TypeError("items must be a list")
+        raise TypeError("items and samples must be lists")
     return [{"text": item} if isinstance(item, str) else dict(item) for item in items]
 
 

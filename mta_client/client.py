@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from typing import Any, TypeVar
 
@@ -100,13 +100,13 @@ class Client:
     def adapt(
         self,
         user_id: str,
-        samples: Sequence[Mapping[str, Any]],
+        samples: Items,
         *,
         append: bool = False,
         idempotency_key: str | None = None,
         **config: Any,
     ) -> Job:
-        """Start training a user's adapter on samples with `input` and `output`.
+        """Start training a user's adapter on samples with `input` and `output`, or on texts of theirs alone.
 
         The samples replace the stored ones, or extend them with `append`. `config` has options such as `steps`. The
         same samples are the same job until that fails; the same `idempotency_key` is always the same job.

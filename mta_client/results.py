@@ -104,7 +104,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The result of a profile change: the numbers of received, kept and changed items, and the new recipe."""
+    """The result of a profile change: the numbers of received, kept and changed items, and the new recipe.
+
+    `hint` says why some items teach nothing but topics.
+    """
 
     user_id: str
     received: int
@@ -112,6 +115,7 @@ class Profile:
     changed: int
     recipe: str
     anchors: tuple[Anchor, ...]
+    hint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from bank.items.prompt import chat_messages, encode_conversation, encode_pair
 from bank.items.retrieval import ItemIndex, searchable, turn_with_memories
 from bank.items.tasks import PAST_COUNTS, Task
 
+END_CHARS = 160  # of an answer, which tell it where answers are texts: of a plain text, a lesson may hold the end alone
 QUOTED_WORDS = 8  # length from which on an answer is recognised within a longer text
 
 
@@ -68,7 +69,9 @@ class PastItems:
 
 def lesson_key(task: Task, turn: str, output: str) -> tuple[str, str]:
     """Return what all pairs of one lesson share: where answers are texts, an app may word the turn otherwise."""
-    return "" if task.kind == "text" else normalised(turn), normalised(output)
+    if task.kind == "text":
+        return "", normalised(output)[-END_CHARS:]
+    return normalised(turn), normalised(output)
 
 
 def normalised(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,10 @@ from bank.items.tasks import Task
 MAX_ID_CHARS = 256
 PAIR = ("input", "output")
 PLAIN = "text"
+
+SHORTEST, LONG = 12, 400  # characters of a plain text that is a sample; that is a lesson in a history, and is split
+OPENING = 40, 240  # characters of a long text's opening, which ends with a sentence or a line, else between two words
+_END = re.compile(r"""[.!?…]["'”’)\]]*(?=\s)|[。！？]|\n|$""")
 
 Vectors = npt.NDArray[np.float32]
 
@@ -64,18 +69,49 @@ def item_text(item: Item, task: Task) -> str:
 
 
 def item_pair(item: Item, task: Task) -> tuple[str, str] | None:
-    """Return the (input, output) pair to train on, or None for a plain-text item."""
+    """Return the (input, output) pair to train on; None for a plain text that teaches nothing in this task."""
+    if (given := _given_pair(item, task)) is not None:
+        return given
+    return text_pair(item.fields[PLAIN], task, LONG) if PLAIN in item.fields else None
+
+
+def text_pair(text: str, task: Task, shortest: int = SHORTEST) -> tuple[str, str] | None:
+    """Return a plain text as a pair: a long one's rest after its opening, a short one after a bare turn.
+
+    None if it has less than `shortest` characters, or people do not write freely in this task.
+    """
+    text = text.strip()
+    if not task.begun or len(text) < shortest:
+        return None
+    if len(text) < LONG:
+        return task.bare, text
+    least, most = OPENING
+    end = _END.search(text, least)
+    cut = end.end() if end and end.end() <= most else max(text.rfind(" ", least, most), text.rfind("\n", least, most))
+    cut = most if cut < 0 else cut
+    return task.begun.format(opening=text[:cut].strip()), text[cut:].strip()
+
+
+def untaught(text: str, task: Task, shortest: int = LONG) -> str:
+    """Say why a plain text teaches nothing in this task, and what to do."""
+    if task.begun:
+        return f"{excerpt(text)} is too short to learn from: a text needs at least {shortest} characters, or an input"
+    fields = ", ".join(task.pair_fields)
+    return f"the bank's task, {task.name}, learns from no text alone: send {fields}, or input and output"
+
+
+def own_texts(items: Iterable[Item], task: Task) -> list[str]:
+    """Return what a person wrote themselves: the outputs of pairs, and plain texts."""
+    found = ((_given_pair(item, task) or ("", item.fields.get(PLAIN, "")))[1] for item in items)
+    return [text for text in found if text.strip()]
+
+
+def _given_pair(item: Item, task: Task) -> tuple[str, str] | None:
     if is_pair(item.fields):
         return item.fields["input"], item.fields["output"]
     if all(name in item.fields for name in task.pair_fields):
         return task.input.format_map(item.fields), task.output.format_map(item.fields)
     return None
-
-
-def own_texts(items: Iterable[Item], task: Task) -> list[str]:
-    """Return what a person wrote themselves: the outputs of pairs, and plain texts."""
-    found = ((item_pair(item, task) or ("", item.fields.get(PLAIN, "")))[1] for item in items)
-    return [text for text in found if text.strip()]
 
 
 def is_pair(fields: Mapping[str, str]) -> bool:

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from bank.items.profile import Item, is_pair, item_text
+from bank.items.profile import Item, item_pair, item_text
 from bank.items.tasks import Task, get_task
 
 JOIN = ", and "
@@ -78,4 +78,5 @@ def _memory(task: Task, item: Item) -> str | None:
     """Return a past item as a prompt quotes it; None if it lacks the fields to quote."""
     if all(name in item.fields for name in task.memory_fields):
         return task.memory.format_map(item.fields)
-    return get_task("chat").memory.format_map(item.fields) if is_pair(item.fields) else None
+    pair = item_pair(item, task)
+    return get_task("chat").memory.format(input=pair[0], output=pair[1]) if pair else None

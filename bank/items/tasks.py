@@ -37,6 +37,8 @@ class Task:
     remembering: str = "{memories}. {input}"
     kind: AnswerKind = "text"
     lamp: str | None = None
+    begun: str = ""
+    bare: str = ""
 
     @property
     def pair_fields(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from bank.lookup.phrases import decode_phrases
 from bank.lookup.signature import Signature, empty_signature
 
 RECORD_VERSION = 1
+LESSONS = 1.0  # increase it when items teach that taught nothing, so that users without a signature are signed again
 _PART = struct.Struct("<BH")
 _EMBEDDER_BYTES = 8
 
@@ -27,7 +28,7 @@ _REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATU
 _REQUIRED = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
 _KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER, _PHRASES}
 _HALF_BYTES = 2
-_SIGNATURE_HEADER = struct.Struct("<4sIQf")  # bank, tokens, made_of_ms, length of the products
+_SIGNATURE_HEADER = struct.Struct("<4sIQf")  # bank, tokens, made_of_ms, length of the products; if empty, the lessons
 _OTHER_HEADER = struct.Struct("<8sQ")  # embedder, made_of_ms
 
 
@@ -48,6 +49,7 @@ class StoredSignature:
 
     signature: Signature
     made_of_ms: int
+    lessons: float = LESSONS  # version of what an item teaches; known of empty signatures alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,14 @@ class Profile:
         return self.signature.signature if self.signature else None
 
     def is_signed(self, bank: str) -> bool:
-        """Return whether the current items have a signature for a bank (8 hex digits)."""
+        """Return whether the current items have a signature for a bank (8 hex digits).
+
+        An empty one counts only if what items teach is still the same.
+        """
         signed = self.signature
-        return signed is not None and (signed.signature.bank, signed.made_of_ms) == (bank, self.updated_ms)
+        if signed is None or (signed.signature.bank, signed.made_of_ms) != (bank, self.updated_ms):
+            return False
+        return signed.signature.tokens > 0 or signed.lessons == LESSONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +206,15 @@ def _signature_bytes(stored: StoredSignature) -> bytes:
     """Encode products as a unit vector in fp16 and a length, since gradients are too small for fp16."""
     made = _finite(stored.signature)
     length = made.length
-    head = _SIGNATURE_HEADER.pack(bytes.fromhex(made.bank), made.tokens, stored.made_of_ms, length)
+    last = length if made.tokens else stored.lessons
+    head = _SIGNATURE_HEADER.pack(bytes.fromhex(made.bank), made.tokens, stored.made_of_ms, last)
     return head + _half(made.products / length if length else made.products)
 
 
 def _stored_signature(raw: bytes) -> StoredSignature:
-    (bank, tokens, made_of_ms, length), unit = _with_header(_SIGNATURE_HEADER, raw, "signature")
-    return StoredSignature(_finite(Signature(bank.hex(), tokens, unit * np.float32(length))), made_of_ms)
+    (bank, tokens, made_of_ms, last), unit = _with_header(_SIGNATURE_HEADER, raw, "signature")
+    made = _finite(Signature(bank.hex(), tokens, unit * np.float32(last)))
+    return StoredSignature(made, made_of_ms) if tokens else StoredSignature(made, made_of_ms, last)
 
 
 def _finite(made: Signature) -> Signature:

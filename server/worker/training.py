@@ -137,21 +137,20 @@ class AdapterTrainer:
         if user.in_use:
             in_use, known = decode_user_adapter(self.manifest.layout, user.in_use.raw), samples_of(user.in_use.raw)
         new = [place for place, sample in enumerate(samples) if sample_hash(sample) not in known]
-        pairs = tuple(pairs_of(user.items, self.task))
-        plain = own_texts([item for item in user.items if item_pair(item, self.task) is None], self.task)
+        pairs = [item_pair(item, self.task) for item in user.items]
+        keys = [pair and lesson_key(self.task, *pair) for pair in pairs]
 
         @lru_cache(1)
-        def made_of(unseen: tuple[tuple[str, str], ...]) -> Beneath:
-            signature = user.signature
+        def made_of(unseen: tuple[int, ...]) -> Beneath:
+            signature, items = user.signature, [user.items[place] for place in unseen]
             if signature and len(unseen) < len(pairs):
-                signature = self.signature(unseen)
+                signature = self.signature(pairs_of(items, self.task))
             beneath = self._beneath(partial(user.recipe, signature), config.strength, in_use)
-            texts = [*plain, *(output for _, output in unseen)]
-            return replace(beneath, served=as_served(self.manifest, self.tokenizer, texts))
+            return replace(beneath, served=as_served(self.manifest, self.tokenizer, own_texts(items, self.task)))
 
         def beneath(held: Sequence[int]) -> Beneath:
             seen = {lesson_key(self.task, *samples[place].pair) for place in held}
-            return made_of(tuple(pair for pair in pairs if lesson_key(self.task, *pair) not in seen))
+            return made_of(tuple(place for place, key in enumerate(keys) if key not in seen))
 
         return train_user(self.model, beneath, examples, config, judges=new if len(new) >= MIN_JUDGES else None)
 

@@ -141,6 +141,34 @@ def test_a_user_without_a_profile_gets_one_from_the_samples(client: Client, new_
     assert (again.status_code, again.json()["error"]["code"]) == (409, "job_ended")
 
 
+def test_texts_alone_are_samples(client: Client, new_user: NewUser) -> None:
+    user_id, long = new_user(), "I went to the sea this morning, as ever. " + "The waves were high. " * 20
+    adapt(client, user_id, samples=[{"text": "No sea, no me."}, {"output": long}]).raise_for_status()
+    stored = client.get(f"/users/{user_id}/export").json()["samples"]
+    assert [(one["messages"][-1]["content"], one["output"]) for one in stored] == [
+        ("Write a text.", "No sea, no me."),
+        (f"Write the next sentences of the text that begins: {long[:61].strip()}", long[61:].strip()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sample", "told"),
+    [
+        ({"text": "Yes."}, "'Yes.' is too short to learn from"),
+        *((given, "must have input and output, or text alone") for given in ({}, {"input": "q"})),
+        ({"output": "an answer", "text": "a text as well"}, "must have input and output, or text alone"),
+        ({"input": "q", "output": "a", "text": "a text as well"}, "must have input and output, or text alone"),
+    ],
+)
+def test_a_sample_that_teaches_nothing_is_refused(
+    client: Client, new_user: NewUser, sample: dict[str, str], told: str
+) -> None:
+    answer = adapt(client, new_user(), samples=[*SAMPLES, sample])
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, f"samples.{len(SAMPLES)}")
+    assert told in error["message"]
+
+
 def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
     client: Client, adapted: str, work: Work, valkey: ValkeyProcess, *, gateway: GatewayThread, fake_engine: FakeEngine
 ) -> None:

@@ -189,6 +189,21 @@ def test_a_request_that_waits_too_long_for_its_history_is_answered_without(
     assert (told["history"], told["history_reason"], len(indexed)) == (1, None, 2)
 
 
+def test_items_without_anything_to_quote_say_so(client: Client, new_user: NewUser) -> None:
+    told = put(client, user := new_user(), [{"text": "Yes."}, ITEMS[0]])
+    assert told["hint"].startswith("1 of 2 items tell topics alone: 'Yes.' is too short to learn from")
+    assert put(client, user, [{"text": "Yes, behind the mill. " * 20}])["hint"] is None
+    assert who(generate(client, user, prompt=TURN, history=1))["history_reason"] is None
+    put(client, user, [{"text": "Yes."}])
+    before = metric(client, "mta_histories_left_out_total")
+    told = who(generate(client, user, prompt=TURN, history=1))
+    assert (told["history"], told["history_reason"]) == (
+        0,
+        "none of the user's items has the fields that prompts quote",
+    )
+    assert metric(client, "mta_histories_left_out_total") == before
+
+
 def test_changes_through_another_gateway_are_seen_at_once(
     client: Client, other_gateway: GatewayThread, user: str, fake_engine: FakeEngine
 ) -> None:

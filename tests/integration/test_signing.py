@@ -143,23 +143,31 @@ def test_a_change_or_an_erasure_while_signing_counts(client: httpx.Client, user_
     assert client.get(f"/users/{user_id}").status_code == httpx.codes.NOT_FOUND
 
 
-@pytest.mark.parametrize("trouble", ["no outputs", "a gradient that is no number", "refused by the template"])
+@pytest.mark.parametrize("trouble", ["short texts", "a gradient that is no number", "refused by the template"])
 def test_items_that_teach_nothing_leave_it_to_the_topics_and_are_not_asked_for_again(
     client: httpx.Client, user_id: str, sign: Sign, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
     numbers, tokenizer = sign.trainer.manifest.layout.b_numbers, sign.trainer.tokenizer
-    items = [{"text": world(0)}, {"text": world(1)}] if trouble == "no outputs" else [*SAMPLES, ODD]
+    items = [{"text": world(0)}, {"text": world(1)}] if trouble == "short texts" else [*SAMPLES, ODD]
     if "gradient" in trouble:
         monkeypatch.setattr("bank.building.signer.b_gradient", lambda *_: torch.full((numbers,), torch.nan))
     elif "template" in trouble:
         monkeypatch.setattr(tokenizer, "chat_template", PICKY + tokenizer.chat_template)
     put(client, user_id, items)
+    assert generate(client, user_id).json()["personalization"]["reason"] is None  # not known yet
     assert (sign(), source(client, user_id)) == (1, "topic")
+    reason = generate(client, user_id).json()["personalization"]["reason"]
+    assert reason == "none of the user's items can be learnt from, so their topics decide"
     assert sign() == 0
     monkeypatch.undo()
     put(client, user_id, SAMPLES[:4])
     sign()
     assert source(client, user_id) == "signature"
+
+
+def test_plain_texts_are_signed(client: httpx.Client, user_id: str, sign: Sign) -> None:
+    put(client, user_id, [{"text": "Yes."}, {"text": f"{world(1)}: no. " * 40}])
+    assert (sign(), source(client, user_id)) == (1, "signature")
 
 
 def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(

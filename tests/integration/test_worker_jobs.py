@@ -423,7 +423,7 @@ def test_the_recipe_beneath_has_not_seen_what_judges(trainer: AdapterTrainer, mo
     trainer.train(person_of(trainer, items=items, signature=empty), samples, FEW_STEPS)
     for held in ([], [1, 2], [3]):
         grounds[0](held)
-    assert signed == [(pairs[0], pairs[2])]
+    assert signed == [[pairs[0], pairs[2]]]
 
 
 @pytest.mark.parametrize("acts", list(Acts))

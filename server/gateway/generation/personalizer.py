@@ -27,6 +27,7 @@ from server.store.worth import this_hour, week_of
 SIGNATURE_REQUEST_INTERVAL_S = 60.0  # until a gateway requests a user's missing signature again
 _MAX_REMEMBERED_USERS = 10_000
 _NOT_EMBEDDED = "the user's items are being embedded anew since the embedder was changed"
+_UNTAUGHT = "none of the user's items can be learnt from, so their topics decide"
 _HELD_OUT = "this week the user is answered one level lower, for comparison (MTA_HOLDOUT)"
 
 
@@ -104,10 +105,11 @@ class Personalizer:
         user = request.user
         if user is None or profile is None:
             return (_without_profile(request),)
-        if self.bank.manifest.has_signatures and not profile.is_signed(self.bank.manifest.short):
+        reads_items, is_signed = self.bank.manifest.has_signatures, profile.is_signed(self.bank.manifest.short)
+        if reads_items and not is_signed:
             self._schedule_signature_request(user)
         if profile.embedder != self.profiles.embedder.id:
-            evidence = profile.evidence if self.bank.manifest.has_signatures else None
+            evidence = profile.evidence if reads_items else None
             if not evidence or not evidence.is_usable_for(self.bank.manifest.short):
                 if request.personalize is Personalize.MERGED:
                     raise Unavailable(f"{_NOT_EMBEDDED}: send the request again", code="not_embedded")
@@ -115,7 +117,8 @@ class Personalizer:
             profile = replace(profile, embedding=np.zeros(self.profiles.embedder.dim, np.float32))  # not comparable
         personal = self.bank.personalise(profile.embedding, profile.evidence, request.strength)
         phrases = self._phrases(request, profile)
-        merged = Personalization(Level.MERGED, personal.recipe, personal.source, personal.weights, phrases=phrases)
+        why = _UNTAUGHT if reads_items and is_signed and personal.source == "topic" else None
+        merged = Personalization(Level.MERGED, personal.recipe, personal.source, personal.weights, why, phrases)
         if request.personalize is Personalize.MERGED:
             return (merged,)
         base = Personalization(Level.BASE, reason="the engine cannot serve this user's recipe")
@@ -128,7 +131,7 @@ class Personalizer:
             ladder = replace(merged, reason=reason), base
         else:
             trained_on = replace(parse_recipe(adapter.recipe), user_adapter=UserAdapterId(user.key, adapter.id))
-            stacked = replace(merged, level=Level.STACKED, recipe=trained_on, made_in=adapter.made_in)
+            stacked = replace(merged, level=Level.STACKED, recipe=trained_on, reason=None, made_in=adapter.made_in)
             ladder = stacked, replace(merged, reason="the engine cannot serve this user's adapter"), base
         is_compared = request.holdout > 0 and request.strength == 1
         return self._in_arm(ladder, arm_of(user.key, request.holdout), profile) if is_compared else ladder

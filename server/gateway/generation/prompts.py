@@ -24,7 +24,8 @@ INDEX_TTL_S = 300.0  # seconds a history index stays in memory after its last us
 MAX_QUEUED_BUILDS = 16  # per caller
 _ANSWER_MARK_TOKENS = 64  # upper bound on what a chat template adds before the answer; the engine's count omits it
 _MIN_TOKENS_PER_BYTE = 1 / 8  # assumed minimum; a text with fewer tokens gets fewer items than would fit
-_HISTORY_LATE = "the user's past items could not be read in time, because others were queued first: retry soon"
+HISTORY_LATE = "the user's past items could not be read in time, because others were queued first: retry soon"
+_NOTHING_QUOTED = "none of the user's items has the fields that prompts quote"
 
 Version = tuple[int, int, bytes]
 
@@ -35,7 +36,7 @@ class UserPrompt:
 
     messages: Conversation
     items: int
-    reason: str | None  # why requested past items are missing; set if reading them took too long
+    reason: str | None  # why requested past items are missing: reading took too long, or there is nothing to quote
     patience_s: float | None  # seconds the request may still wait; None for the default
 
 
@@ -61,9 +62,10 @@ class PromptBuilder:
         index, waited_s = await self.histories.index(request.user, profile, request.caller.name, patience_s / 2)
         patience_s = max(0.0, patience_s - waited_s)
         if index is None:
-            return UserPrompt(messages, 0, _HISTORY_LATE, patience_s)
+            return UserPrompt(messages, 0, HISTORY_LATE, patience_s)
         memories = await asyncio.to_thread(index.memories, messages[-1]["content"], request.history)
-        return UserPrompt(*await self._fit(messages, memories, room, limits.max_prompt_chars), None, patience_s)
+        reason = None if memories else _NOTHING_QUOTED
+        return UserPrompt(*await self._fit(messages, memories, room, limits.max_prompt_chars), reason, patience_s)
 
     async def _fit(
         self, messages: Conversation, memories: Sequence[str], room: int, max_chars: int

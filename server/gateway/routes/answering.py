@@ -18,6 +18,7 @@ from server.errors import ApiError
 from server.gateway.access.limiter import usage_of
 from server.gateway.generation.generator import Answer, Timings
 from server.gateway.generation.personalizer import Arm, Level
+from server.gateway.generation.prompts import HISTORY_LATE
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
@@ -71,7 +72,8 @@ class PersonalizationAnswer(BaseModel, frozen=True):
         "until its first streamed token. `engine`: engine in total. `total`: since the request arrived."
     )
     history_reason: str | None = Field(
-        description="Why the requested past items are not in the prompt, if they could not be read in time."
+        description="Why the requested past items are not in the prompt: they could not be read in time, or none has "
+        "the fields that prompts quote."
     )
     arm: Arm = Field(
         description="Arm that the user is in this week (`MTA_HOLDOUT`); `none`: the answer is not compared."
@@ -196,7 +198,7 @@ class AnswerResponse(Response):
         notes.answer_id, notes.level = answer.id, answer.personalization.level.value
         metrics, stream, timings = self._parts.metrics, answer.stream.first, answer.timings
         metrics.fallbacks.inc(answer.fallbacks)
-        metrics.histories_left_out.inc(answer.prompt.reason is not None)
+        metrics.histories_left_out.inc(answer.prompt.reason == HISTORY_LATE)
         if stream.first_token_s is not None:
             timings.record("engine_ttft", stream.first_token_s - stream.sent_s)
             metrics.ttft.labels(notes.level).observe(stream.first_token_s - timings.started_s)

@@ -15,7 +15,9 @@ from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
 from adapters.errors import excerpt
-from server.errors import ApiError, NotFound, TooMany, Unavailable
+from bank.items.profile import SHORTEST, text_pair, untaught
+from bank.items.tasks import Task
+from server.errors import ApiError, InvalidRequest, NotFound, TooMany, Unavailable
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
@@ -40,10 +42,11 @@ _POLL_S = 0.5
 
 
 class SampleRequest(Strict):
-    """One example of how the user wants to be answered."""
+    """One example of how the user wants to be answered, or where people write freely, a text of the user's alone."""
 
-    input: SampleInput = Field(description="One user turn, or a conversation that ends with one.")
-    output: SampleOutput = Field(description="The desired answer.")
+    input: SampleInput | None = Field(None, description="One user turn, or a conversation that ends with one.")
+    output: SampleOutput | None = Field(None, description="The desired answer.")
+    text: SampleOutput | None = Field(None, description="Instead of both, a text that the user wrote.")
 
 
 class AdaptOptions(Strict):
@@ -186,7 +189,7 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     (`application/x-ndjson`), one per line.
     """
     parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
-    training = await asyncio.to_thread(_training_request, body)
+    training = await asyncio.to_thread(_training_request, body, parts.bank.task)
     submit = partial(parts.adapting.submit, user, training, epoch)
     try:
         job = await parts.limiter.take_job(caller_of(request), user.key, submit)
@@ -253,9 +256,20 @@ class _JobEvents(Response):
                 await sender.write(event(ErrorAnswer.of(error)))
 
 
-def _training_request(body: AdaptRequest) -> TrainingRequest:
-    samples = [Sample(sample_messages(sample.input), sample.output) for sample in body.samples]
+def _training_request(body: AdaptRequest, task: Task) -> TrainingRequest:
+    samples = [_sample(f"samples.{place}", sample, task) for place, sample in enumerate(body.samples)]
     return TrainingRequest(samples, body.config.model_dump(exclude_none=True), body.append, body.idempotency_key or "")
+
+
+def _sample(where: str, given: SampleRequest, task: Task) -> Sample:
+    if given.input is not None and given.output is not None and given.text is None:
+        return Sample(sample_messages(given.input), given.output)
+    text = given.text if given.output is None else given.output
+    if text is None or given.input is not None or (given.text is not None and given.output is not None):
+        raise InvalidRequest(f"{where} must have input and output, or text alone: got {excerpt(given)}", param=where)
+    if (pair := text_pair(text, task)) is None:
+        raise InvalidRequest(f"{where} has no input, and {untaught(text, task, SHORTEST)}", param=where)
+    return Sample(sample_messages(pair[0]), pair[1])
 
 
 def _checked_job_id(text: str) -> JobId:

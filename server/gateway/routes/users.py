@@ -14,7 +14,8 @@ from starlette.responses import StreamingResponse
 from adapters.errors import excerpt
 from adapters.recipe import bank_of
 from bank.errors import ProfileError
-from bank.items.profile import Item, parse_item
+from bank.items.profile import Item, item_pair, item_text, parse_item, untaught
+from bank.items.tasks import Task
 from bank.lookup.phrases import decode_phrases
 from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_name_of, caller_of
@@ -57,6 +58,7 @@ class ProfileAnswer(BaseModel, frozen=True):
     changed: int = Field(description="Number of items added, removed or replaced; 0 for a repeated request.")
     recipe: str
     anchors: list[AnchorAnswer]
+    hint: str | None = Field(description="Why some of the items teach nothing but topics; null if all teach more.")
 
 
 class AdapterAnswer(BaseModel, frozen=True):
@@ -198,6 +200,7 @@ async def _change(
     # Parsing megabytes of items takes a large part of a second, too long for the event loop.
     items, received = await asyncio.to_thread(_items, parts, body.items), len(body.items)
     body.items.clear()  # megabytes, while many such requests may wait for their turn at the embedder
+    hint = _hint(items, parts.bank.task)
     update = await change(user, items, epoch_of(request))
     parts.metrics.profile_changes.inc(update.changed)
     personal = parts.bank.personalise(update.profile.embedding, update.profile.evidence)
@@ -208,6 +211,7 @@ async def _change(
         changed=update.changed,
         recipe=personal.recipe.name,
         anchors=anchor_answers(personal.recipe, personal.weights),
+        hint=hint,
     )
 
 
@@ -228,6 +232,14 @@ def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
         check_size(f"items.{position}", orjson.dumps(fields), fields, code="item_too_large")
         items.append(item)
     return newest_items(items, parts.profiles.limit)
+
+
+def _hint(items: Sequence[Item], task: Task) -> str | None:
+    """Return why items teach nothing but topics, and how many do; None if all teach more."""
+    untold = [item for item in items if item_pair(item, task) is None]
+    if not untold:
+        return None
+    return f"{len(untold)} of {len(items)} items tell topics alone: {untaught(item_text(untold[0], task), task)}"
 
 
 def _unknown(user_id: str, missing: str = "data") -> NotFound:

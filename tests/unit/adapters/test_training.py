@@ -21,7 +21,7 @@ from adapters.training.trainer import rate_factor
 def model(**config: Any) -> Any:
     weight = torch.nn.Parameter(torch.zeros(1))
     text = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config))
-    return SimpleNamespace(config=text, parameters=lambda: iter([weight]), dtype=torch.float32)
+    return SimpleNamespace(config=text, parameters=lambda: iter([weight]), dtype=torch.float32, modules=list)
 
 
 def example(prompt: list[int], output: list[int]) -> Example:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from bank.errors import BankError, ProfileError
 from bank.items.histories import Query, read_excluded, read_histories
-from bank.items.profile import item_pair, item_text, parse_item, profile_embedding
+from bank.items.lessons import lesson_key
+from bank.items.profile import item_pair, item_text, own_texts, parse_item, profile_embedding, text_pair, untaught
 from bank.items.tasks import Task, get_task, tasks
 
 HEADLINE, RATING, CHAT = (get_task(name) for name in ("news_headline", "movie_rating", "chat"))
@@ -61,20 +62,57 @@ def test_numbers_are_texts_with_all_their_digits_and_without_an_id_equal_content
     assert ids == ["1700000000.123", "1700000999.9", "5", "5"]
 
 
-def test_a_pair_serves_every_task_and_is_embedded_without_the_instruction_and_plain_text_trains_nothing() -> None:
+def test_a_pair_serves_every_task_without_its_instruction() -> None:
     pair = "Generate a headline for the following article: It happened.", "Big News"
     item = parse_item(dict(zip(("input", "output"), pair, strict=True)), HEADLINE, 0)
     assert item_pair(item, HEADLINE) == pair
     assert item_text(item, HEADLINE) == "It happened.\nBig News"
-    for task in (HEADLINE, RATING, CHAT):
-        item = parse_item({"text": "I like trains."}, task, 0)
-        assert item_text(item, task) == "I like trains."
-        assert item_pair(item, task) is None
     assert item_pair(parse_item({"text": "a", "input": "b"}, CHAT, 0), CHAT) is None
     first = parse_item({"text": "a", "title": "b", "noise": 1}, HEADLINE, 0)
     again = parse_item({"title": "b", "text": "a"}, HEADLINE, 5)
     other = parse_item({"title": "b", "text": "A"}, HEADLINE, 0)
     assert first.id == again.id != other.id
+
+
+BEGUN = "Write the next sentences of the text that begins: "
+LONG = "I went to the sea this morning, as ever. " + "The waves were high. " * 20
+UNSPACED = "海" * 30 + "。" + "今天也去了海边。" * 60
+
+
+@pytest.mark.parametrize(
+    ("text", "turn", "output"),
+    [
+        ("I like trains.", "Write a text.", "I like trains."),
+        (f" {LONG[:398]} ", "Write a text.", LONG[:398].strip()),
+        (LONG, f"{BEGUN}{LONG[:61].strip()}", LONG[61:].strip()),
+        ("Hello there\n\n" + LONG, f"{BEGUN}Hello there\n\n{LONG[:40].strip()}", LONG[40:].strip()),
+        ("word " * 100, f"{BEGUN}{('word ' * 48).strip()}", ("word " * 52).strip()),
+        ("x" * 500, f"{BEGUN}{'x' * 240}", "x" * 260),
+        (UNSPACED, f"{BEGUN}{UNSPACED[:47]}", UNSPACED[47:]),
+        ("🌊" * 400, f"{BEGUN}{'🌊' * 240}", "🌊" * 160),
+    ],
+)
+def test_a_plain_text_becomes_a_lesson(text: str, turn: str, output: str) -> None:
+    item = parse_item({"text": text}, CHAT, 0)
+    assert text_pair(text, CHAT) == (turn, output)
+    assert item_pair(item, CHAT) == (None if turn == "Write a text." else (turn, output))
+    assert item_text(item, CHAT) == text
+    assert own_texts([item], CHAT) == [text]
+
+
+@pytest.mark.parametrize("text", ["I like trains.", LONG, UNSPACED])
+def test_a_plain_text_is_one_lesson_with_itself_as_an_answer(text: str) -> None:
+    pair = text_pair(text, CHAT)
+    assert pair is not None
+    assert lesson_key(CHAT, *pair) == lesson_key(CHAT, "as the app asks", text) != lesson_key(CHAT, pair[0], "other")
+
+
+@pytest.mark.parametrize("task", [HEADLINE, RATING, CHAT])
+def test_a_text_that_teaches_nothing_says_why(task: Task) -> None:
+    text = "Yes." if task is CHAT else LONG
+    assert item_pair(parse_item({"text": text}, task, 0), task) is None
+    told = "'Yes.' is too short to learn from" if task is CHAT else f"the bank's task, {task.name}, learns from no text"
+    assert untaught(text, task).startswith(told)
 
 
 @pytest.mark.parametrize(

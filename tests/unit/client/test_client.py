@@ -84,7 +84,7 @@ def test_both_clients_have_the_same_methods() -> None:
         lambda client: client.generate("ada", "hello", temperature=math.nan),
         lambda client: client.generate("ada", "hello", stop=b"x"),
         lambda client: next(client.stream("ada", "hello", temperature=math.inf)),
-        lambda client: client.adapt("ada", ["no mapping"]),
+        lambda client: client.adapt("ada", [7]),
     ],
 )
 def test_what_cannot_be_encoded_is_not_sent(kind: Any, call: Callable[[Client], object]) -> None:

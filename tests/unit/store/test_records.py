@@ -63,6 +63,14 @@ def test_a_signature_survives_the_round_trip(numbers: int, scale: float) -> None
     assert read.signature.products == pytest.approx(products, rel=1e-2, abs=1e-3 * scale)
 
 
+def test_an_empty_signature_counts_while_items_teach_the_same() -> None:
+    empty = Signature("9f2c41d0", 0, np.zeros(2, np.float32))
+    now = profile(updated_ms=7, signature=StoredSignature(empty, made_of_ms=7))
+    assert reread(now).is_signed("9f2c41d0")
+    before = struct.pack("<4sIQf2e", bytes.fromhex("9f2c41d0"), 0, 7, 0.0, 0.0, 0.0)
+    assert not reread(profile(updated_ms=7, extra={8: before})).is_signed("9f2c41d0")
+
+
 @pytest.mark.parametrize("wrong", [(1, np.nan), (1, np.inf), (1, -np.inf), (3e38, 3e38)])
 def test_a_signature_without_a_finite_length_written_or_kept_says_nothing(wrong: tuple[float, float]) -> None:
     written = StoredSignature(Signature("9f2c41d0", 184, np.array(wrong, np.float32)), made_of_ms=7)
