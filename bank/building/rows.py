@@ -21,7 +21,7 @@ from adapters.flat import flattened, lora_of
 from adapters.lora import LoraWeights, RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import anchor_id
-from adapters.training.example import Example, output_tokens
+from adapters.training.example import Acts, Example, output_tokens
 from adapters.training.forward.packing import Row, pack
 from adapters.training.forward.shared_part import SharedPart
 from adapters.training.loss import backward, backward_row
@@ -67,6 +67,8 @@ class RowTrainer:
             modules = linear_modules(self.model, options.target_modules)
         except FusionError as error:
             raise BankError(f"--target-modules: {error}") from error
+        if options.acts is not Acts.EVERYWHERE and getattr(self.model, "_is_stateful", False):
+            raise BankError(f"--acts {options.acts}: this base model keeps no keys and values; it needs everywhere")
         layout = RowLayout(modules, options.rank, shared_a=True)
         first = self.job("common", people, options.common_steps, options.common_batch_size)
         waiting, finished = work.waiting([first.name]), min(work.finished_rows(layout.row_numbers), len(anchors))

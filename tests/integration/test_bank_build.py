@@ -120,6 +120,12 @@ def test_on_request_typical_words_are_kept_and_only_the_target_modules_adapted(b
         bench.build("no-targets", target_modules=("query",))
 
 
+def test_what_a_model_reads_in_a_state_is_not_shared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.LlamaForCausalLM._is_stateful", True)
+    with pytest.raises(BankError, match="--acts answer: this base model keeps no keys"):
+        bench.build("stateful", acts=Acts.ANSWER)
+
+
 def test_what_makes_no_bank_is_refused_before_anything_is_trained(bench: Bench, tmp_path: Path) -> None:
     of_ten = {**people(1, items=10)[0], "user_id": "of ten items"}
     short = write_people(tmp_path / "short.json", [*people(2), of_ten])

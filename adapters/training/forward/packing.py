@@ -95,10 +95,9 @@ def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> li
     """
     part, packs = shared_part_of(model), _packs(model, examples)
     before = [part.prefix(example) if part else () for example in examples]
-    shared = _shared(examples) - len(before[0]) if packs and len(set(before)) == 1 else 0
-    shared = max(0, shared)
+    shared = max(0, _shared(examples) - len(before[0])) if packs and len(set(before)) == 1 else 0
     rows: list[list[int]] = []
-    size, keys = 0, 0
+    size = keys = 0
     for place, example in enumerate(examples):
         own = len(example.ids) - len(before[place]) - shared
         new = 0 if rows and before[place] in {before[other] for other in rows[-1]} else len(before[place])
