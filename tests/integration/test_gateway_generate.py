@@ -282,8 +282,10 @@ def test_wrong_users_are_refused(client: Client, ada: str, new_user: NewUser, fa
 def test_known_fields_are_passed_on_unchanged(client: Client, ada: str, fake_engine: FakeEngine, stream: bool) -> None:
     sent = {"n": 2, "stop": ["END"], "seed": 7, "logprobs": True, "top_logprobs": 2, "logit_bias": {"5": 1.5}}
     sent |= {"max_completion_tokens": 3, "response_format": {"type": "json_object"}}
+    sent |= {"min_tokens": 2, "ignore_eos": True, "skip_special_tokens": False}
     ignored = {"store": True, "metadata": {"a": "b"}, "service_tier": "auto"}
-    ask(client, ada, stream=stream, **sent, **ignored).raise_for_status()
+    answer = ask(client, ada, stream=stream, **sent, **ignored).raise_for_status()
+    assert answer.headers["X-MTA-Ignored"] == "store, metadata, service_tier"
     seen = fake_engine.seen[-1]
     own = {"model": seen.body["model"], "cache_salt": UserKeys(SECRET, "default").cache_salt}
     assert seen.body == HELLO | sent | own | STREAMED  # two sequences are streamed, so that each releases its place

@@ -208,6 +208,9 @@ WITHIN: Sequence[tuple[Any, dict[str, Any], str]] = [
     (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
     (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content"),
     (ChatRequest, {"messages": [{"role": "user", "content": "x", "audio": {}}]}, "messages.0.audio"),
+    (ChatRequest, {"min_tokens": 2}, "min_tokens"),
+    (ChatRequest, {"min_tokens": 3, "max_tokens": 5, "max_completion_tokens": 2}, "min_tokens"),
+    (CompletionRequest, {"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
     (CompletionRequest, {"prompt": ["a"] * 65, "n": 2}, "prompt"),
     *(
         (CompletionRequest, {"prompt": prompt, "echo": True, "logprobs": 0}, "echo")
@@ -246,7 +249,9 @@ def test_a_million_wrong_items_are_one_finding() -> None:
 @pytest.mark.parametrize("name", sorted(IGNORED))
 def test_what_is_ignored_is_taken_whatever_it_holds(name: str) -> None:
     for value in (True, {"a": [1]}, "auto"):
-        assert ChatRequest.model_validate(CHAT | {name: value}) == ChatRequest.model_validate(CHAT)
+        found = ChatRequest.model_validate(CHAT | {name: value})
+        assert found.model_dump() == ChatRequest.model_validate(CHAT).model_dump()
+        assert found.ignored == (name,)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -260,23 +265,29 @@ def test_what_steers_the_engine_is_refused_by_name(name: str) -> None:
     ("model", "names"),
     [
         (GenerateRequest, ("model", "vllm_xargs", "return_token_ids")),
-        (ChatRequest, ("return_token_ids", "guided_json", "echo", "user_id", "prompt")),
+        (ChatRequest, ("return_token_ids", "guided_json", "echo", "user_id", "prompt", "stop_token_ids")),
         (
             CompletionRequest,
             ("return_token_ids", "prompt_logprobs", "history", "tools", "messages", "max_completion_tokens"),
         ),
     ],
 )
-def test_what_is_unknown_is_refused_by_name_even_as_null(model: type[BaseModel], names: Sequence[str]) -> None:
+def test_what_is_unknown_is_refused_by_name(model: type[BaseModel], names: Sequence[str]) -> None:
     for name in names:
-        error = fault(model, {name: None})
+        error = fault(model, {name: 1})
         assert (error.param, error.code) == (name, "unknown_field")
+
+
+@pytest.mark.parametrize("name", ["temperature", "guided_json", "store"])
+def test_null_is_not_set_in_openais_requests(name: str) -> None:
+    found = ChatRequest.model_validate(CHAT | {name: None})
+    assert (found.engine_fields, found.ignored) == ({}, ())
 
 
 PASSED: dict[str, Any] = {
     **{"temperature": 0.5, "top_p": 0.9, "n": 2, "stop": ["END"], "seed": 7, "logprobs": True, "top_logprobs": 3},
     **{"presence_penalty": -0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"5": -100.0}},
-    **{"top_k": 7, "min_p": 0.1},
+    **{"top_k": 7, "min_p": 0.1, "min_tokens": 2, "ignore_eos": True, "skip_special_tokens": False},
     **{"max_tokens": 9, "max_completion_tokens": 8, "tools": [TOOL], "parallel_tool_calls": False},
     "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [None]}}},
     "tool_choice": {"type": "function", "function": {"name": "look"}},

@@ -8,7 +8,15 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 import orjson
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
@@ -22,7 +30,12 @@ OWN_FIELDS = {
     *("model", "user", "messages", "prompt", "stream", "stream_options"),
     *("history", "personalize", "strength", "words", "learn"),
 }
-IGNORED = frozenset(("store", "metadata", "service_tier"))
+IGNORED = frozenset(  # hints, which change no answer of this server
+    (
+        *("store", "metadata", "service_tier", "reasoning_effort", "verbosity"),
+        *("prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
+    )
+)
 REFUSED = frozenset(  # fields that control the engine
     ("cache_salt", "priority", "request_id", "session_id", "kv_transfer_params", "vllm_xargs", "chat_template")
 )
@@ -170,24 +183,41 @@ class OpenAIRequest(AnswerRequest):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: Annotated[dict[str, Any], AfterValidator(_check_format), WithJsonSchema(_FORMAT)] | None = None
     stream_options: StreamOptions | None = None
+    min_tokens: int | None = Field(None, ge=0, le=MAX_INT32, description="Requires `max_tokens`; a vLLM extension.")
+    ignore_eos: bool | None = Field(None, description="Whether to write on after an answer's end; a vLLM extension.")
+    skip_special_tokens: bool | None = Field(None, description="Of the answer's text; a vLLM extension.")
+    _ignored: tuple[str, ...] = ()
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _refuse_or_drop_fields(cls, fields: Any) -> Any:
-        """Drop ignored fields and nulls; keep unknown fields, even if null, for validation to refuse."""
+    def _refuse_or_drop_fields(cls, fields: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Drop ignored fields and nulls."""
         if not isinstance(fields, dict):
-            return fields
+            return validate(fields)
         if refused := next((name for name in fields if name in REFUSED), None):
             message = f"{refused} controls the engine, which only the server may do: leave it out"
             raise InvalidRequest(message, param=refused, code="refused_field")
-        known = cls.model_fields
-        return {n: value for n, value in fields.items() if n not in IGNORED and (value is not None or n not in known)}
+        made = validate({n: value for n, value in fields.items() if n not in IGNORED and value is not None})
+        made._ignored = tuple(name for name, value in fields.items() if name in IGNORED and value is not None)
+        return made
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if self.stream_options and not self.stream:
             raise PydanticCustomError("combination", "stream_options requires stream", {"param": "stream_options"})
         return self
+
+    @model_validator(mode="after")
+    def _check_min_tokens(self) -> Self:
+        most = getattr(self, "max_completion_tokens", None) or self.max_tokens
+        if self.min_tokens and (most is None or self.min_tokens > most):
+            message = f"min_tokens requires a max_tokens of at least as many: {self.min_tokens}, got {most}"
+            raise PydanticCustomError("combination", message, {"param": "min_tokens"})
+        return self
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return self._ignored
 
     @property
     def engine_fields(self) -> dict[str, Any]:

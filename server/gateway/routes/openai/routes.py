@@ -98,9 +98,9 @@ async def chat_completions(
     """Answer a conversation in the user's own manner, in OpenAI's format.
 
     Without a user, or with the model `base`, the base model answers. The field `personalization` (in a stream, of the
-    first chunk) and the headers X-MTA-Level and X-MTA-Recipe describe the personalisation. `store`, `metadata` and
-    `service_tier` are ignored; fields that control the engine are refused. Without a length or a temperature the
-    server's defaults apply.
+    first chunk) and the headers X-MTA-Level and X-MTA-Recipe describe the personalisation. Hints such as `store` are
+    ignored, and listed in X-MTA-Ignored; fields that control the engine are refused. Without a length or a temperature
+    the server's defaults apply.
     """
     return _answer(request, body, x_queue_timeout)
 
@@ -201,6 +201,7 @@ class _OpenAIResponse(AnswerResponse):
         super().__init__(parts, generation)
         self._model = body.model
         self._options = body.stream_options or StreamOptions()
+        self._ignored = {"X-MTA-Ignored": ", ".join(body.ignored)} if body.ignored else {}
         self._is_chat = isinstance(body, ChatRequest)
 
     async def whole(self, answer: Answer) -> bytes:
@@ -231,7 +232,8 @@ class _OpenAIResponse(AnswerResponse):
 
     def headers_of(self, answer: Answer) -> dict[str, str]:
         recipe = answer.personalization.public_recipe
-        return {"X-MTA-Level": answer.personalization.level.value} | ({"X-MTA-Recipe": recipe} if recipe else {})
+        known = {"X-MTA-Level": answer.personalization.level.value, **self._ignored}
+        return known | ({"X-MTA-Recipe": recipe} if recipe else {})
 
     def _make_public(self, value: dict[str, Any], answer: Answer, kind: str) -> None:
         """Replace the engine's names with public ones: its model name may contain a user's key."""
