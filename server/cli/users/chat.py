@@ -96,7 +96,7 @@ class Conversation:
         elif name == "/strength" and re.fullmatch(r"-?\d*\.?\d+", value):
             self._options["strength"] = float(value)
         else:
-            _print_note("\n".join(f"{command:<12} {what}" for command, what in COMMANDS.items()))
+            _print_note("\n".join((f"{line} is none of:", *(f"{name:<12} {what}" for name, what in COMMANDS.items()))))
 
     def _ask(self, question: str) -> None:
         """Stream the answer and print its personalization. The text of a stopped answer stays in the conversation."""
