@@ -57,7 +57,7 @@ class Anchor:
 class Personalization:
     """How an answer was personalized: `level` is `base`, `merged` or `stacked`; `reason` says why it is not higher.
 
-    `history` is the number of past items in the prompt; `history_reason` says why it is 0, if they came too late.
+    `history` is the number of past items in the prompt; `history_reason` says why it is 0, if some were wanted.
     `arm` is `none` unless the user is compared; `learned` says whether the last message is learnt. Of the
     user's own `phrases`, some had proposed `moved` tokens of the answer.
     """

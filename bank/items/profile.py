@@ -22,7 +22,7 @@ PLAIN = "text"
 
 SHORTEST, LONG = 12, 400  # characters of a plain text that is a sample; that is a lesson in a history, and is split
 OPENING = 40, 240  # characters of a long text's opening, which ends with a sentence or a line, else between two words
-_END = re.compile(r"""[.!?…]["'”’)\]]*(?=\s)|[。！？]|\n|$""")
+_END = re.compile(r"""[.!?…]["'”’)\]]*(?=\s)|[。！？]|\n""")
 
 Vectors = npt.NDArray[np.float32]
 
@@ -87,7 +87,7 @@ def text_pair(text: str, task: Task, shortest: int = SHORTEST) -> tuple[str, str
         return task.bare, text
     least, most = OPENING
     end = _END.search(text, least)
-    cut = end.end() if end and end.end() <= most else max(text.rfind(" ", least, most), text.rfind("\n", least, most))
+    cut = end.end() if end and end.end() <= most else text.rfind(" ", least, most)
     cut = most if cut < 0 else cut
     return task.begun.format(opening=text[:cut].strip()), text[cut:].strip()
 

@@ -96,18 +96,18 @@ def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> li
     part, packs = shared_part_of(model), _packs(model, examples)
     before = [part.prefix(example) if part else () for example in examples]
     shared = max(0, _shared(examples) - len(before[0])) if packs and len(set(before)) == 1 else 0
-    rows: list[list[int]] = []
-    size = keys = 0
-    for place, example in enumerate(examples):
-        own = len(example.ids) - len(before[place]) - shared
-        new = 0 if rows and before[place] in {before[other] for other in rows[-1]} else len(before[place])
-        if packs and rows and size + own <= limit and keys + new + own <= ROW_KEYS:
-            rows[-1].append(place)
-            size, keys = size + own, keys + new + own
-        else:
-            rows.append([place])
-            size = shared + own
-            keys = size + len(before[place])
+    rows, seen = list[list[int]](), set[Prefix]()  # places of the examples in each row, and prefixes before the last
+    size = keys = shared
+    for place, (example, prefix) in enumerate(zip(examples, before, strict=True)):
+        own = len(example.ids) - len(prefix) - shared
+        new = 0 if prefix in seen else len(prefix)
+        if not (packs and rows and size + own <= limit and keys + new + own <= ROW_KEYS):
+            rows.append([])
+            seen.clear()
+            size, keys, new = shared, shared, len(prefix)
+        rows[-1].append(place)
+        seen.add(prefix)
+        size, keys = size + own, keys + new + own
     return [_row([examples[place] for place in row], [before[place] for place in row], shared, part) for row in rows]
 
 

@@ -264,11 +264,11 @@ def _training_request(body: AdaptRequest, task: Task) -> TrainingRequest:
 def _sample(where: str, given: SampleRequest, task: Task) -> Sample:
     if given.input is not None and given.output is not None and given.text is None:
         return Sample(sample_messages(given.input), given.output)
-    text = given.text if given.output is None else given.output
-    if text is None or given.input is not None or (given.text is not None and given.output is not None):
+    texts = [text for text in (given.output, given.text) if text is not None]
+    if given.input is not None or len(texts) != 1:
         raise InvalidRequest(f"{where} must have input and output, or text alone: got {excerpt(given)}", param=where)
-    if (pair := text_pair(text, task)) is None:
-        raise InvalidRequest(f"{where} has no input, and {untaught(text, task, SHORTEST)}", param=where)
+    if (pair := text_pair(texts[0], task)) is None:
+        raise InvalidRequest(f"{where} has no input, and {untaught(texts[0], task, SHORTEST)}", param=where)
     return Sample(sample_messages(pair[0]), pair[1])
 
 

@@ -198,9 +198,8 @@ async def _change(
 ) -> ProfileAnswer:
     parts, user = parts_of(request), user_of(request, user_id)
     # Parsing megabytes of items takes a large part of a second, too long for the event loop.
-    items, received = await asyncio.to_thread(_items, parts, body.items), len(body.items)
+    (items, hint), received = await asyncio.to_thread(_items, parts, body.items), len(body.items)
     body.items.clear()  # megabytes, while many such requests may wait for their turn at the embedder
-    hint = _hint(items, parts.bank.task)
     update = await change(user, items, epoch_of(request))
     parts.metrics.profile_changes.inc(update.changed)
     personal = parts.bank.personalise(update.profile.embedding, update.profile.evidence)
@@ -220,8 +219,8 @@ def _exported_job(job: Job) -> dict[str, Any]:
     return JobAnswer.of(job).model_dump(mode="json") | request
 
 
-def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
-    """Return the items of a body, without those that the history's limit drops anyway."""
+def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> tuple[list[Item], str | None]:
+    """Return the items of a body, without those that the history's limit drops anyway, and a hint about them."""
     items = []
     for position, raw in enumerate(raw_items):
         try:
@@ -231,7 +230,8 @@ def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
         fields = dict(item.fields)
         check_size(f"items.{position}", orjson.dumps(fields), fields, code="item_too_large")
         items.append(item)
-    return newest_items(items, parts.profiles.limit)
+    kept = newest_items(items, parts.profiles.limit)
+    return kept, _hint(kept, parts.bank.task)
 
 
 def _hint(items: Sequence[Item], task: Task) -> str | None:

@@ -62,11 +62,15 @@ def test_numbers_are_texts_with_all_their_digits_and_without_an_id_equal_content
     assert ids == ["1700000000.123", "1700000999.9", "5", "5"]
 
 
-def test_a_pair_serves_every_task_without_its_instruction() -> None:
+def test_a_pair_serves_every_task_and_a_short_text_none() -> None:
     pair = "Generate a headline for the following article: It happened.", "Big News"
     item = parse_item(dict(zip(("input", "output"), pair, strict=True)), HEADLINE, 0)
     assert item_pair(item, HEADLINE) == pair
     assert item_text(item, HEADLINE) == "It happened.\nBig News"
+    for task in (HEADLINE, RATING, CHAT):
+        item = parse_item({"text": "I like trains."}, task, 0)
+        assert item_text(item, task) == "I like trains."
+        assert item_pair(item, task) is None
     assert item_pair(parse_item({"text": "a", "input": "b"}, CHAT, 0), CHAT) is None
     first = parse_item({"text": "a", "title": "b", "noise": 1}, HEADLINE, 0)
     again = parse_item({"title": "b", "text": "a"}, HEADLINE, 5)

@@ -278,6 +278,12 @@ def test_what_is_unknown_is_refused_by_name(model: type[BaseModel], names: Seque
         assert (error.param, error.code) == (name, "unknown_field")
 
 
+@pytest.mark.parametrize("name", ["model", "vllm_xargs", "return_token_ids"])
+def test_what_is_unknown_is_refused_by_name_even_as_null(name: str) -> None:
+    error = fault(GenerateRequest, {name: None})
+    assert (error.param, error.code) == (name, "unknown_field")
+
+
 @pytest.mark.parametrize("name", ["temperature", "guided_json", "store"])
 def test_null_is_not_set_in_openais_requests(name: str) -> None:
     found = ChatRequest.model_validate(CHAT | {name: None})

@@ -30,12 +30,10 @@ OWN_FIELDS = {
     *("model", "user", "messages", "prompt", "stream", "stream_options"),
     *("history", "personalize", "strength", "words", "learn"),
 }
-IGNORED = frozenset(  # hints, which change no answer of this server
-    (
-        *("store", "metadata", "service_tier", "reasoning_effort", "verbosity"),
-        *("prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
-    )
-)
+IGNORED = {  # hints, which change no answer of this server
+    *("store", "metadata", "service_tier", "reasoning_effort", "verbosity"),
+    *("prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
+}
 REFUSED = frozenset(  # fields that control the engine
     ("cache_salt", "priority", "request_id", "session_id", "kv_transfer_params", "vllm_xargs", "chat_template")
 )
@@ -209,11 +207,15 @@ class OpenAIRequest(AnswerRequest):
 
     @model_validator(mode="after")
     def _check_min_tokens(self) -> Self:
-        most = getattr(self, "max_completion_tokens", None) or self.max_tokens
-        if self.min_tokens and (most is None or self.min_tokens > most):
-            message = f"min_tokens requires a max_tokens of at least as many: {self.min_tokens}, got {most}"
+        if self.min_tokens and self.min_tokens > (self.longest or 0):
+            message = f"min_tokens requires a max_tokens of at least as many: {self.min_tokens}, got {self.longest}"
             raise PydanticCustomError("combination", message, {"param": "min_tokens"})
         return self
+
+    @property
+    def longest(self) -> int | None:
+        """The requested maximum length of an answer in tokens."""
+        return self.max_tokens
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -235,6 +237,10 @@ class ChatRequest(OpenAIRequest):
     history: History | None = Field(
         None, description="As in `/generate`. Default: `auto` if the API key says so, else 0."
     )
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
 
 class CompletionRequest(OpenAIRequest):

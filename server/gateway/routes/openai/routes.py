@@ -150,19 +150,18 @@ def _answer(request: Request, body: ChatRequest | CompletionRequest, patience_s:
         user_param="user",
     )
     if isinstance(body, ChatRequest):
-        max_completion_tokens = body.max_completion_tokens
         asked = body.history if body.history is not None else "auto" if caller_of(request).policy.history else 0
         generation = request_of(
             id_prefix="chatcmpl",
             messages=[message.model_dump(exclude_unset=True) for message in body.messages],
             history=parts.bank.manifest.history_default if asked == "auto" else asked,
-            max_tokens=max_completion_tokens or body.max_tokens,
-            max_tokens_param="max_completion_tokens" if max_completion_tokens else "max_tokens",
+            max_tokens=body.longest,
+            max_tokens_param="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
             prompt_param="messages",
         )
     else:
         generation = request_of(
-            id_prefix="cmpl", messages=[], prompt=body.prompt, max_tokens=body.max_tokens, prompt_param="prompt"
+            id_prefix="cmpl", messages=[], prompt=body.prompt, max_tokens=body.longest, prompt_param="prompt"
         )
     return _OpenAIResponse(parts, with_learning(parts, generation, body.learn), body)
 
