@@ -32,6 +32,7 @@ from bank.building.selection import (
 )
 from bank.building.signer import MeasuredPerson, Signer, fit_rule, judges_of, measure_curvature, measured_people
 from bank.errors import BankError
+from bank.items.folders import LeftOut
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
@@ -60,7 +61,11 @@ def build_bank(
         raise BankError(f"--directions: at most --anchors {options.anchors}, got {options.directions}")
     if not options.wants_directions and options.anchors > MAX_TERMS:
         raise BankError(f"--directions 0: a recipe names at most {MAX_TERMS} anchors, got --anchors {options.anchors}")
-    people, held_out = read_inputs(inputs, task, options, progress.say)
+    left_out = list[LeftOut]()
+    people, held_out = read_inputs(inputs, task, options, progress.say, left_out.append)
+    if left_out:
+        first = f"{left_out[0].where} {left_out[0].why}"
+        progress.say(f"{len(left_out)} files, mails or lines are left out ({first}): `mta bank check` counts them")
     candidates = [person for person in people if len(person.pairs(task)) >= MIN_ITEMS]
     progress.say(f"{len(people)} people, {len(candidates)} of them with at least {MIN_ITEMS} items to train on")
     if len(candidates) < options.anchors:
@@ -95,8 +100,8 @@ def build_bank(
         measured, judges = measured_people(people, anchors, trainer)
         few = "too few people to leave any out: the decay is chosen on some in the common row, and may be too high"
         progress.say(f"the common row does not see {judges} people, on whom the decay is chosen" if judges else few)
-        left_out = {person.user_id for person in measured[:judges]}
-        matrix = trainer.rows(work, [person for person in people if person.user_id not in left_out], anchors)
+        unseen = {person.user_id for person in measured[:judges]}
+        matrix = trainer.rows(work, [person for person in people if person.user_id not in unseen], anchors)
         rule, curvature, directions, phrases = _measured(matrix, measured, judges, trainer, work)
         return ranks.first(
             lambda: write_bank(
@@ -155,10 +160,14 @@ def _measured(
 
 
 def read_inputs(
-    inputs: BuildInputs, task: Task, options: BuildOptions, say: Callable[[str], None] = lambda text: None
+    inputs: BuildInputs,
+    task: Task,
+    options: BuildOptions,
+    say: Callable[[str], None] = lambda text: None,
+    on_left_out: Callable[[LeftOut], None] = lambda left_out: None,
 ) -> tuple[list[History], list[History]]:
     """Read the people; return those the bank is built from, and those held out to measure it on."""
-    people = read_histories(inputs.users, task, inputs.outputs)
+    people = read_histories(inputs.users, task, inputs.outputs, on_left_out=on_left_out)
     excluded = read_excluded(inputs.exclude) if inputs.exclude is not None else frozenset()
     kept = [person for person in people if person.user_id not in excluded]
     if not kept:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,7 @@ from pydantic import (
 
 from adapters.errors import excerpt
 from bank.errors import BankError, ProfileError
+from bank.items.folders import LeftOut, people_in, read_person
 from bank.items.profile import Item, has_surrogate, item_pair, number_text, parse_item
 from bank.items.tasks import Task
 
@@ -88,13 +91,30 @@ class RawGolds(BaseModel):
     golds: list[RawGold]
 
 
-def read_histories(path: Path, task: Task, outputs: Path | None = None, *, queries: bool = False) -> list[History]:
+def read_histories(
+    path: Path,
+    task: Task,
+    outputs: Path | None = None,
+    *,
+    queries: bool = False,
+    on_left_out: Callable[[LeftOut], None] = lambda left_out: None,
+) -> list[History]:
     """Read people's histories, and their queries if `queries`; BankError names the person and the item at fault.
 
-    There are two layouts. Per user: a list of `{"user_id", "profile": [item…], "query": [{"id", "input", "gold"}…]}`.
+    A folder is read by `bank/items/folders.py`, and what cannot be used in it is left out. A file has one of two
+    layouts. Per user: a list of `{"user_id", "profile": [item…], "query": [{"id", "input", "gold"}…]}`.
     LaMP's own: a list of questions `{"id", "input", "profile": [item…]}`; with LaMP's `outputs` file, each question
     with its gold answer becomes one more item of that person.
     """
+    if path.is_dir():
+        if outputs or queries:
+            needs = "an outputs file" if outputs else "queries to evaluate on"
+            raise BankError(f"{path} is a folder, which has no {needs}: take the last items instead (--last N)")
+        return _in_folder(path, task, on_left_out)
+    return _in_file(path, task, outputs, queries=queries)
+
+
+def _in_file(path: Path, task: Task, outputs: Path | None, *, queries: bool) -> list[History]:
     shape = '{"golds": [{"id", "output"}…]}'
     golds = None if outputs is None else {gold.id: gold.output for gold in _read(outputs, RawGolds, shape).golds}
     people: dict[str, dict[str, Item]] = {}
@@ -130,6 +150,18 @@ def read_histories(path: Path, task: Task, outputs: Path | None = None, *, queri
     if not people:
         raise BankError(f"{path} lists no people")
     return [History(user_id, tuple(items.values()), asked.get(user_id, ())) for user_id, items in people.items()]
+
+
+def _in_folder(path: Path, task: Task, on_left_out: Callable[[LeftOut], None]) -> list[History]:
+    people = [read_person(each, task) for each in people_in(path)]
+    for left_out in chain.from_iterable(person.left_out for person in people):
+        on_left_out(left_out)
+    found = [History(person.user_id, tuple(person.items.values())) for person in people if person.items]
+    if not found:
+        raise BankError(f"{path} holds nobody's texts: give each person a folder or an mbox; see `mta bank check`")
+    if repeated := [id for id, n in Counter(person.user_id for person in found).items() if n > 1]:
+        raise BankError(f"{path}: {excerpt(repeated[0])} has a folder and a mailbox: put them together")
+    return found
 
 
 def read_excluded(path: Path) -> frozenset[str]:

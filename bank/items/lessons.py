@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters.training.example import Example
 from bank.items.histories import History
-from bank.items.profile import Item, item_pair
+from bank.items.profile import Item, item_pair, normalised
 from bank.items.prompt import chat_messages, encode_conversation, encode_pair
 from bank.items.retrieval import ItemIndex, searchable, turn_with_memories
 from bank.items.tasks import PAST_COUNTS, Task
@@ -72,11 +72,6 @@ def lesson_key(task: Task, turn: str, output: str) -> tuple[str, str]:
     if task.kind == "text":
         return "", normalised(output)[-END_CHARS:]
     return normalised(turn), normalised(output)
-
-
-def normalised(text: str) -> str:
-    """Return a text in lower case with single spaces: two that differ in these alone tell the same."""
-    return " ".join(text.casefold().split())
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def parse_item(raw: object, task: Task, position: int) -> Item:
         given = next((name for name in PAIR if name in fields), None)
         missing = {"input": "output", "output": "input"}[given] if given else PLAIN
         own = ", ".join(f'"{name}"' for name in task.fields)
-        shapes = f'{{{own}}}, {{"input", "output"}} or {{"text"}}'
+        shapes = ", ".join(dict.fromkeys((f"{{{own}}}", '{"input", "output"}'))) + ' or {"text"}'
         param = f"{where}.{missing}"
         raise ProfileError(f"{param} is missing or blank: give {shapes}, got {excerpt(dict(raw))}", param)
     return Item(_identity(raw.get("id"), fields, f"{where}.id"), fields)
@@ -98,6 +98,11 @@ def untaught(text: str, task: Task, shortest: int = LONG) -> str:
         return f"{excerpt(text)} is too short to learn from: a text needs at least {shortest} characters, or an input"
     fields = ", ".join(task.pair_fields)
     return f"the bank's task, {task.name}, learns from no text alone: send {fields}, or input and output"
+
+
+def normalised(text: str) -> str:
+    """Return a text in lower case with single spaces: two that differ in these alone tell the same."""
+    return " ".join(text.casefold().split())
 
 
 def own_texts(items: Iterable[Item], task: Task) -> list[str]:

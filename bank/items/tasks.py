@@ -39,6 +39,8 @@ class Task:
     lamp: str | None = None
     begun: str = ""
     bare: str = ""
+    mail: str = ""
+    reply: str = ""
 
     @property
     def pair_fields(self) -> tuple[str, ...]:

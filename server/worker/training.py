@@ -24,8 +24,8 @@ from adapters.training.trainer import TrainPlan, initial_lora, train_lora
 from adapters.training.user_trainer import IN_USE, MIN_JUDGES, Beneath, TrainingRun, train_user
 from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter, samples_of, stack
 from bank.building.signer import Signer
-from bank.items.lessons import PastItems, add_memories, lesson_key, normalised
-from bank.items.profile import Item, item_pair, own_texts
+from bank.items.lessons import PastItems, add_memories, lesson_key
+from bank.items.profile import Item, item_pair, normalised, own_texts
 from bank.items.prompt import answer_ids, encode_conversation, encode_pair
 from bank.items.tasks import Task, get_task
 from bank.lookup.phrases import as_served, phrase_table

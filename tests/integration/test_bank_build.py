@@ -101,6 +101,24 @@ def test_an_anchor_explains_its_person_better_than_the_common_row_alone(bench: B
         assert loss(history, Term(index, 1000)) < 0.9 * loss(history)
 
 
+def test_a_dry_run_says_what_a_build_would_take(tiny_model_folder: Path, tmp_path: Path) -> None:
+    for name, count in (("rosa", 12), ("tom", 2)):
+        (tmp_path / name).mkdir()
+        lines = [f'{{"input": "Say {number}", "output": "I say {number}"}}\n' for number in range(count)]
+        (tmp_path / name / "items.jsonl").write_text("".join(lines))
+    (tmp_path / "tom" / "note.txt").write_text("A note of a few words")
+    (tmp_path / "tom" / "photo.png").write_bytes(b"")
+    given = ["bank", "check", str(tmp_path), "--model", str(tiny_model_folder)]
+    found = CliRunner().invoke(app, [*given, "--anchors", "1"])
+    words = " ".join(found.output.split())
+    assert found.exit_code == 0, found.output
+    assert "2: 1 can be anchors (11 lessons or more), 1 teach the common row alone" in words
+    assert "15: 14 lessons, 1 tell topics alone" in words
+    assert "1: tom/photo.png is no .txt" in words and "min with 1 anchors" in words
+    refused = CliRunner().invoke(app, [*given, "--anchors", "2"])
+    assert refused.exit_code == 1 and "2 anchors were asked for" in " ".join(refused.output.split())
+
+
 def test_people_left_out_shape_nothing(bench: Bench, tmp_path: Path) -> None:
     exclude = write_people(tmp_path / "exclude.json", ["secret-person-1", "secret-person-4"])
     without = write_people(tmp_path / "without.json", [p for i, p in enumerate(people(5)) if i not in (1, 4)])

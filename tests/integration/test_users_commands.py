@@ -112,6 +112,24 @@ def test_whoever_cannot_be_imported_is_named_with_the_reason_and_the_rest_go_on(
     assert [client.get(f"/users/{user}").status_code for user in (good, "17", late)] == [200] * 3
 
 
+def test_people_in_a_folder_are_imported_with_their_mails(
+    client: httpx.Client, gateway: GatewayThread, new_user: NewUser, tmp_path: Path
+) -> None:
+    user, nobody, folder = new_user(), new_user(), tmp_path / "people"
+    (folder / user).mkdir(parents=True)
+    mail = "From: a@x.org\nSubject: Boats\n\nThe sea was flat all week long, they say.\n"
+    (folder / user / "1.eml").write_text(mail)
+    (folder / user / "photo.png").write_bytes(b"")
+    (folder / nobody).mkdir()
+    done = mta("import", str(folder), "--url", gateway.url)
+    left_out, summary = done.output.splitlines()[-2:]
+    assert done.exit_code == 1 and summary.startswith("1 imported, 0 already imported, 1 failed")
+    assert left_out.startswith("2 files, mails or lines are left out")
+    (item,) = client.get(f"/users/{user}/export").json()["items"]
+    assert item["input"] == 'Write a mail about "Boats".' and item["output"].startswith("The sea was flat")
+    assert nobody in (tmp_path / "people.failed.ndjson").read_text()
+
+
 class Stub:
     def __init__(self) -> None:
         self.answers: list[tuple[int, dict[str, str]]] = []  # status and headers of the next ones; then 200

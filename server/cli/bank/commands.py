@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
@@ -24,6 +25,7 @@ from server.settings import load_settings
 
 app = typer.Typer(help="Build and inspect banks, export and import their adapters.", no_args_is_help=True)
 
+USERS = "A folder with a folder or an mbox for each person; or histories as JSON, in a layout of LaMP's."
 Out = Annotated[Path, typer.Option(help="Output folder.")]
 Exclude = Annotated[Path | None, typer.Option(help="People to exclude: a file in the same layout, or a list of ids.")]
 Modules = Annotated[str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj; default: all linear layers.")]
@@ -52,7 +54,7 @@ T = TypeVar("T", BuildOptions, ImportOptions)
 @app.command()
 def build(
     *,
-    users: Annotated[Path, typer.Option(help="People's histories: LaMP's per-user layout, or LaMP's own questions.")],
+    users: Annotated[Path, typer.Option(help=USERS)],
     out: Out,
     outputs: Annotated[Path | None, typer.Option(help="With LaMP's questions: the outputs file.")] = None,
     exclude: Exclude = None,
@@ -112,6 +114,50 @@ def build(
     typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
     if manifest.verdict:
         typer.echo(verdict_text(manifest.verdict))
+
+
+@app.command()
+def check(
+    *,
+    users: Annotated[Path, typer.Argument(help=USERS)],
+    task: Annotated[str, typer.Option(help="Type of the items: chat, news_headline, movie_rating …")] = "chat",
+    anchors: Annotated[int, typer.Option(help="Exact number of anchors.")] = _BUILD.anchors,
+    exclude: Exclude = None,
+    model: Model = None,
+) -> None:
+    """Say what a build would take from people's texts, what it would leave out and why, and how long it would take.
+
+    Nothing is built. The time is estimated from one training step, with the default options.
+    """
+    settings = load_settings(model=model)
+    prepare_to_train()
+    from bank.building.dry_run import dry_run
+    from bank.building.selection import MIN_ITEMS
+    from server.cli.progress import ConsoleProgress
+
+    inputs = BuildInputs(users, Path(), settings.model, settings.cache_dir, exclude=exclude)
+    with ConsoleProgress() as progress:
+        found = dry_run(inputs, BuildOptions(task, anchors), progress.say)
+    only = found.teachers - found.candidates - found.held_out
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row(
+        "people",
+        f"{found.people}: {found.candidates} can be anchors ({MIN_ITEMS} lessons or more), {only} teach the common row "
+        f"alone, {found.held_out} are held out to measure the bank, {found.people - found.teachers} teach nothing",
+    )
+    why = f" ({found.untaught})" if found.untaught else ""
+    table.add_row(
+        "items", f"{found.items}: {found.lessons} lessons, {found.items - found.lessons} tell topics alone{why}"
+    )
+    reasons = Counter(each.why for each in found.left_out)
+    examples = {each.why: each.where for each in reversed(found.left_out)}
+    table.add_row("left out", "\n".join(f"{n}: {examples[why]} {why}" for why, n in reasons.most_common()) or "nothing")
+    needs = f"{anchors} anchors were asked for, but {found.candidates} people can be anchors: give more, or --anchors N"
+    takes = needs if found.seconds is None else f"about {found.seconds / 60:.0f} min with {anchors} anchors"
+    table.add_row("build", takes)
+    Console(highlight=False, markup=False).print(table)
+    if found.seconds is None:
+        raise typer.Exit(1)
 
 
 def _default_ranks(inputs: BuildInputs) -> int:

@@ -37,17 +37,19 @@ _IMPORT_RETRY_S, _RETRY_S = 300.0, 5.0  # how long the import, and other command
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="LaMP's per-user layout, or newline-delimited JSON.")],
+    file: Annotated[Path, typer.Argument(help="JSON, or a folder with a folder or an mbox for each person.")],
     url: Url = None,
+    task: Annotated[str, typer.Option(help="The bank's task, by which a folder's mails become items.")] = "chat",
     at_a_time: Annotated[int, typer.Option(help="Maximum number of requests in flight.", min=1, max=64)] = 4,
     state: Annotated[Path | None, typer.Option(help="Hashes of imported people.", show_default="FILE.imported")] = None,
 ) -> None:
-    """Import the people in FILE: a list of `{"user_id": …, "profile": [items]}`, or one such object per line.
+    """Import the people in FILE: a list of `{"user_id": …, "profile": [items]}`, one such object per line, or a folder.
 
     An item is a text, or an object with the fields of the bank's task. Each person's history is replaced. To continue
     an interrupted import, run the command again. People who cannot be imported are listed with the reason in
     FILE.failed.ndjson, and the exit status is 1. Calls to a busy or stopped gateway are retried for up to five minutes.
     """
+    from bank.items.tasks import get_task
     from server.cli.progress import ConsoleProgress
     from server.cli.users.gateway import gateway_client
     from server.cli.users.importing import Journal, entries, import_people
@@ -61,7 +63,11 @@ def import_(
         gateway_client(url, _IMPORT_RETRY_S) as client,
     ):
         progress.piece("people", 0, total)
-        counts = import_people(client, journal, file, at_a_time, lambda people: progress.piece("people", people, total))
+        counts = import_people(
+            client, journal, file, at_a_time, lambda people: progress.piece("people", people, total), get_task(task)
+        )
+    if counts["left out"]:
+        typer.echo(f"{counts['left out']} files, mails or lines are left out: `mta bank check {file}` says why")
     summary = f"{counts['imported']} imported, {counts['skipped']} already imported, {counts['failed']} failed"
     if counts["failed"]:
         typer.echo(f"{summary}: see {journal.failed}")

@@ -1,4 +1,4 @@
-"""Import people's profiles from a file into a gateway, which checks the items, and continue interrupted imports."""
+"""Import people from a file or folder into a gateway, which checks the items, and continue interrupted imports."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from typing import IO, TYPE_CHECKING, Any
 import orjson
 
 from adapters.errors import MtaError, excerpt
+from bank.items.folders import people_in, read_person
+from bank.items.tasks import Task, get_task
 from server.cli.users.gateway import RequestRefused, gateway_errors
 from server.store.tenants.user_key import check_user_id
 
 if TYPE_CHECKING:
     from mta_client import Client
 
+OUTCOMES = "imported", "skipped", "failed"
+CHAT = get_task("chat")
 _READ_AHEAD = 64  # maximum number of people in memory
 
 
@@ -31,6 +35,7 @@ class PersonEntry:
     user_id: str
     items: list[Any]
     fault: str = ""  # why the entry is invalid
+    left_out: int = 0  # files, mails or lines of the person's folder
 
 
 class Journal:
@@ -67,9 +72,14 @@ class Journal:
 
 
 def import_people(
-    client: Client, journal: Journal, path: Path, at_a_time: int, on_person: Callable[[int], None] = lambda people: None
+    client: Client,
+    journal: Journal,
+    path: Path,
+    at_a_time: int,
+    on_person: Callable[[int], None] = lambda people: None,
+    task: Task = CHAT,
 ) -> Counter[str]:
-    """Import a file's people; count those imported by this run, skipped as imported before, and failed.
+    """Import people; count those imported by this run, skipped as imported before, and failed, and texts left out.
 
     `on_person` is called after each person, with the number of people so far. MtaError, with a valid journal, if the
     file or, for too long, the gateway fails.
@@ -92,11 +102,12 @@ def import_people(
             elif not known:
                 journal.add(who, content)
             counts["failed" if fault else "skipped" if known else "imported"] += 1
-            on_person(counts.total())
+            on_person(sum(counts[each] for each in OUTCOMES))
 
     with ThreadPoolExecutor(at_a_time) as threads:
         try:
-            for person in read_people(path):
+            for person in read_people(path, task):
+                counts["left out"] += person.left_out
                 begun.append(threads.submit(put, person))
                 if len(begun) > _READ_AHEAD:
                     begun.popleft().result()
@@ -107,20 +118,24 @@ def import_people(
     return counts
 
 
-def read_people(path: Path) -> Iterator[PersonEntry]:
+def read_people(path: Path, task: Task = CHAT) -> Iterator[PersonEntry]:
+    """Yield the people of a file, or of a folder with texts for this task."""
     seen: set[str] = set()
     for place, raw in entries(path):
-        person = _person(place, raw)
+        person = _from_folder(place, raw, task) if isinstance(raw, Path) else _person(place, raw)
         user_id = unicodedata.normalize("NFC", person.user_id)  # as the server does
         if user_id in seen:
-            person = replace(person, fault=f"{excerpt(person.user_id)} is in the file twice: merge the entries")
+            person = replace(person, fault=f"{excerpt(person.user_id)} is there twice: merge the entries")
         elif user_id:
             seen.add(user_id)
         yield person
 
 
 def entries(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the entries of a file with their places, objects of a list or raw lines; MtaError if it is unreadable."""
+    """Yield what a file or folder holds, with places: objects of a list, lines, or paths; MtaError if unreadable."""
+    if path.is_dir():
+        yield from enumerate(people_in(path), 1)
+        return
     try:
         with path.open("rb") as file:
             is_list = file.read(1 << 20).lstrip()[:1] == b"["
@@ -133,6 +148,15 @@ def entries(path: Path) -> Iterator[tuple[int, Any]]:
         raise MtaError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise MtaError(f"{path} is not JSON: {error}") from error
+
+
+def _from_folder(place: int, path: Path, task: Task) -> PersonEntry:
+    found = read_person(path, task)
+    items = [{"id": item.id, **item.fields} for item in found.items.values()]
+    person = _person(place, {"user_id": found.user_id, "profile": items})
+    if not items:
+        person = replace(person, fault="; ".join(f"{each.where} {each.why}" for each in found.left_out[:3]))
+    return replace(person, left_out=len(found.left_out))
 
 
 def _person(place: int, raw: Any) -> PersonEntry:

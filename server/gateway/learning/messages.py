@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from bank.errors import ProfileError
+from bank.items.own_words import own_words
 from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
 from server.gateway.access.shares import Shares
@@ -27,30 +27,7 @@ log = logging.getLogger("mta.gateway")
 
 MAX_PENDING = 1000  # messages of a gateway that wait to be stored
 MAX_AGE_S = MARK_S - 60  # later on the mark of an unknown user could be gone
-MIN_LETTERS = 16  # a shorter message says nothing about its writer
 CLOSE_S = 10.0  # longest time to store pending messages at shutdown
-_FENCED = re.compile(r"```.*?(```|\Z)", re.DOTALL)
-_QUOTED = re.compile(r"^[ \t]*>.*$", re.MULTILINE)
-_TAG = re.compile(r"<(/?)([A-Za-z][\w-]*+)[^<>]*+>")
-_CODE_LINE = re.compile(
-    r"[;{}]\s*$|^\s*(def|class|import|from|return|#include|function|const|let|var|SELECT)\b|[=<>]{2}|\w\("
-)
-_CODE_SHARE = 0.5  # share of code lines above which a message is code
-
-
-def own_words(text: str) -> str:
-    """Return what a person wrote in a message, without code blocks and quotes; empty if that is short or code.
-
-    A message with a pair of tags is markup, or an app has put its own prompt around the words, for example with the
-    content of a file: nothing of it is learnt.
-    """
-    words = _QUOTED.sub("", _FENCED.sub("", text)).strip()
-    tags = {(mark, name.lower()) for mark, name in _TAG.findall(words)}
-    if any(("", name) in tags for mark, name in tags if mark):
-        return ""
-    lines = [line for line in words.splitlines() if line.strip()]
-    is_code = sum(bool(_CODE_LINE.search(line)) for line in lines) > _CODE_SHARE * len(lines)
-    return "" if is_code or sum(map(str.isalpha, words)) < MIN_LETTERS else words
 
 
 def item_of(messages: Conversation, task: Task) -> Item | None:
