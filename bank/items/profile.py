@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from adapters.errors import excerpt
 from bank.errors import ProfileError
+from bank.items.drafts import notes_of
 from bank.items.tasks import Task
 
 MAX_ID_CHARS = 256
@@ -78,9 +79,11 @@ def item_pair(item: Item, task: Task) -> tuple[str, str] | None:
 def text_pair(text: str, task: Task, shortest: int = SHORTEST) -> tuple[str, str] | None:
     """Return a plain text as a pair: a long one's rest after its opening, a short one after a bare turn.
 
-    None if it has less than `shortest` characters, or people do not write freely in this task.
+    Where drafts are rewritten, the text is that of its own notes. None if it has less than `shortest` characters, or people do not write freely in this task.
     """
     text = text.strip()
+    if task.drafted and (notes := notes_of(text)):
+        return task.input.format(draft=notes), text
     if not task.begun or len(text) < shortest:
         return None
     if len(text) < LONG:

@@ -56,6 +56,11 @@ class Task:
         return tuple(dict.fromkeys((*self.text, *self.pair_fields)))
 
     @property
+    def drafted(self) -> bool:
+        """Whether people bring drafts, which become texts in their own words."""
+        return "draft" in self.pair_fields
+
+    @property
     def instruction(self) -> str:
         """The turn's text before its first field; it is the same for everybody, so it is never embedded."""
         return self.input.partition("{")[0]
