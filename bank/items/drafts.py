@@ -11,10 +11,11 @@ _WORD = re.compile(r"\S+")
 _EDGES = "\"'“”‘’„«»()[]{}<>*_,;:.!?…"
 _FACTS = {
     "links": re.compile(r"https?://[^\s<>\"')\]]+[\w/]|\bwww\.[^\s<>\"')\]]+[\w/]"),
-    "addresses": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
+    "addresses": re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
     "numbers": re.compile(r"\d+(?:[.,:/-]\d+)*"),
     "names": re.compile(r"(?<=[^\s.!?…:\n\"“„(>*-][ \t])[^\W\d_a-zà-öø-ÿ][\w'’-]*\w"),
 }
+_NAME = re.compile(r"\w[\w'’-]*")
 
 
 def notes_of(text: str) -> str:
@@ -32,25 +33,26 @@ def _function_words() -> frozenset[str]:
     return frozenset(word for words in lists for word in words)
 
 
-def facts_of(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each kind of fact with the facts of a text; names are capitalised words that do not begin a sentence."""
-    for kind, pattern in _FACTS.items():
-        yield kind, list(dict.fromkeys(pattern.findall(text)))
-        text = pattern.sub(" ", text)
-
-
 def kept(draft: str, answer: str) -> tuple[dict[str, str], list[str], list[str]]:
-    """Return how many of a draft's facts stand in an answer, by kind, those that are missing, and those it adds."""
+    """Return how many of a draft's facts stand in an answer, by kind, those that are missing, and those it adds.
+
+    Facts are links, addresses, numbers, and names: capitalised words that do not begin a sentence, which the other text
+    may write in lower case.
+    """
     counts, missing, added = dict[str, str](), list[str](), list[str]()
-    for (kind, wanted), (_, found) in zip(facts_of(draft), facts_of(answer), strict=True):
-        lost = [fact for fact in wanted if not _stands(fact, answer)]
+    words = [set(map(str.casefold, _NAME.findall(text))) for text in (draft, answer)]
+    for (kind, wanted), (_, found) in zip(_facts(draft), _facts(answer), strict=True):
+        in_draft, in_answer = words if kind == "names" else (wanted, found)
+        lost = [shown for fact, shown in wanted.items() if fact not in in_answer]
         if wanted:
             counts[kind] = f"{len(wanted) - len(lost)} of {len(wanted)}"
         missing += lost
-        added += [fact for fact in found if not _stands(fact, draft)]
+        added += [shown for fact, shown in found.items() if fact not in in_draft]
     return counts, missing, added
 
 
-def _stands(fact: str, text: str) -> bool:
-    """Whether a fact stands in a text as a whole; people write names in lower case, too."""
-    return re.search(rf"(?<!\w){re.escape(fact)}(?!\w)", text, re.IGNORECASE) is not None
+def _facts(text: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield each kind of fact with the facts of a text, in their order: without case, and as written."""
+    for kind, pattern in _FACTS.items():
+        yield kind, {fact.casefold(): fact for fact in pattern.findall(text)}
+        text = pattern.sub(" ", text)

@@ -79,7 +79,8 @@ def item_pair(item: Item, task: Task) -> tuple[str, str] | None:
 def text_pair(text: str, task: Task, shortest: int = SHORTEST) -> tuple[str, str] | None:
     """Return a plain text as a pair: a long one's rest after its opening, a short one after a bare turn.
 
-    Where drafts are rewritten, the text is that of its own notes. None if it has less than `shortest` characters, or people do not write freely in this task.
+    Where drafts are rewritten, the text is that of its own notes. None if it has less than `shortest` characters, or
+    people do not write freely in this task.
     """
     text = text.strip()
     if task.drafted and (notes := notes_of(text)):

@@ -62,6 +62,7 @@ def tiny_bank(
     signs: bool = False,
     directions: int | None = None,
     acts: Acts = Acts.EVERYWHERE,
+    task: str = "chat",
     seed: int = 1,
     name: str = "tiny",
     embeddings: Vectors | None = None,
@@ -79,6 +80,7 @@ def tiny_bank(
         signs: whether the bank has the posterior, with a curvature of 1 along every row.
         directions: number of directions that replace the rows; the bank has the posterior.
         acts: from where on the rows are personal.
+        task: type of the items.
         seed: seed of the rows.
         name: name of the base model.
         embeddings: embeddings [N, E] of the anchors, instead of those of texts.
@@ -99,7 +101,7 @@ def tiny_bank(
         posterior = made.rule
     write_bank(
         folder,
-        task="chat",
+        task=task,
         base_model=base_model_id(name, model_folder),
         embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
         common=common,

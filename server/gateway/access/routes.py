@@ -36,6 +36,7 @@ class RouteKind(StrEnum):
 
 ROUTES: Mapping[str, tuple[Scope | None, RouteKind]] = {
     "POST /generate": (Scope.GENERATE, RouteKind.GENERATION),
+    "POST /rewrite": (Scope.GENERATE, RouteKind.GENERATION),
     "POST /v1/chat/completions": (Scope.GENERATE, RouteKind.GENERATION),
     "POST /v1/completions": (Scope.GENERATE, RouteKind.GENERATION),
     "GET /v1/models": (Scope.GENERATE, RouteKind.REQUEST),

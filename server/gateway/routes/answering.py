@@ -148,6 +148,10 @@ class AnswerResponse(Response):
     def events(self, answer: Answer) -> AsyncIterator[bytes]:
         """Yield the events of a streamed answer, without `[DONE]`."""
 
+    def again(self) -> GenerationRequest | None:
+        """Return what to ask the engine next, if an answer that is not streamed is not good enough."""
+        return None
+
     def headers_of(self, answer: Answer) -> dict[str, str]:
         """Return headers in addition to `Server-Timing` and the remaining limits."""
         return {}
@@ -162,10 +166,13 @@ class AnswerResponse(Response):
             self._parts.metrics.disconnects.inc()
 
     async def _whole(self, timings: Timings, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._parts.generator.answer(self._request, usage_of(scope), timings) as answer:
-            self._begin(scope, answer)
-            content = await self.whole(answer)
-        self._after(answer)
+        request: GenerationRequest | None = self._request
+        while request:
+            async with self._parts.generator.answer(request, usage_of(scope), timings) as answer:
+                self._begin(scope, answer)
+                content = await self.whole(answer)
+            self._after(answer)
+            request = self.again()
         headers = self._known_headers(timings)
         await Response(content, headers=headers, media_type="application/json")(scope, receive, send)
 

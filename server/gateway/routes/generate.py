@@ -9,10 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from bank.items.prompt import chat_messages
 from server.engine_protocol import BASE_MODEL
 from server.gateway.access.keys import Caller, caller_of
-from server.gateway.engines.chat import MOVED
+from server.gateway.engines.chat import MOVED, Conversation
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.generation.request import GenerationRequest
@@ -20,7 +19,7 @@ from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.streaming import DONE, event
 from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import AnchorAnswer, AnswerResponse, PersonalizationAnswer, Usage, with_learning
-from server.gateway.routes.requests import GenerateRequest, QueueTimeout
+from server.gateway.routes.requests import GenerateRequest, QueueTimeout, UserRequest
 from server.settings import Sampling
 from server.store.tenants.user_key import UserKeys
 
@@ -94,21 +93,27 @@ async def generate(request: Request, body: GenerateRequest, x_queue_timeout: Que
     """
     parts = parts_of(request)
     default = parts.bank.manifest.history_default
-    generation = request_of(body, users_of(request), caller_of(request), history=default, patience_s=x_queue_timeout)
-    return _GenerateResponse(parts, with_learning(parts, generation, body.learn))
+    users, caller = users_of(request), caller_of(request)
+    generation = request_of(body, body.turns, users, caller, history=default, patience_s=x_queue_timeout)
+    return GenerateResponse(parts, with_learning(parts, generation, body.learn))
 
 
 def request_of(
-    request: GenerateRequest, users: UserKeys, caller: Caller, *, history: int = 0, patience_s: float | None = None
+    request: UserRequest,
+    messages: Conversation,
+    users: UserKeys,
+    caller: Caller,
+    *,
+    history: int = 0,
+    patience_s: float | None = None,
 ) -> GenerationRequest:
     """Convert an HTTP request to a generation request; `history` is the number of items for `auto`."""
-    prompt, messages = request.prompt, request.messages or ()
     return GenerationRequest(
         id_prefix="gen",
         user=users.user(request.user_id),
         personalize=request.personalize,
         strength=request.strength,
-        messages=[message.model_dump() for message in messages] if prompt is None else chat_messages(prompt),
+        messages=messages,
         words=request.words,
         history=history if request.history == "auto" else request.history,
         max_tokens=request.max_tokens,
@@ -118,12 +123,16 @@ def request_of(
         caller=caller,
         patience_s=patience_s,
         user_param="user_id",
-        prompt_param="prompt" if request.messages is None else "messages",
+        prompt_param=request.prompt_param,
     )
 
 
-class _GenerateResponse(AnswerResponse):
-    async def whole(self, answer: Answer) -> str:
+class GenerateResponse(AnswerResponse):
+    def extras(self, text: str) -> dict[str, Any]:
+        """Return what the last chunk says of the whole text."""
+        return {}
+
+    async def complete(self, answer: Answer) -> GenerateAnswer:
         text = "".join([text async for text, _ in answer.pieces()])
         assert answer.stream.first.finish_reason
         return GenerateAnswer(
@@ -132,16 +141,21 @@ class _GenerateResponse(AnswerResponse):
             finish_reason=answer.stream.first.finish_reason,
             usage=answer.stream.usage or None,
             personalization=PersonalizationAnswer.of(answer),
-        ).model_dump_json()
+        )
+
+    async def whole(self, answer: Answer) -> str:
+        return (await self.complete(answer)).model_dump_json()
 
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
         base = _chunk_base(answer.public_id, int(time.time()), answer.personalization.public_recipe or BASE_MODEL)
         yield _chunk(base, {"role": "assistant", "content": ""}, personalization=PersonalizationAnswer.of(answer))
-        moved = 0
+        moved, texts = 0, list[str]()
         async for text, value in answer.pieces():
             moved += sum(choice.get(MOVED, 0) for choice in value["choices"])
             if text:  # half a character has none
+                texts.append(text)
                 yield _chunk(base, {"content": text}, **({MOVED: moved} if moved else {}))
                 moved = 0
-        reason, usage = answer.stream.first.finish_reason, answer.stream.usage or None
-        yield _chunk(base, {}, reason, usage=usage, moved=answer.stream.moved, timings_ms=answer.timings.ms)
+        reason, stream = answer.stream.first.finish_reason, answer.stream
+        known = {"usage": stream.usage or None, MOVED: stream.moved, "timings_ms": answer.timings.ms}
+        yield _chunk(base, {}, reason, **known, **self.extras("".join(texts)))

@@ -127,7 +127,7 @@ class Message(Strict):
     content: str = Field(min_length=1)
 
 
-def _check_not_blank(text: str) -> str:
+def check_not_blank(text: str) -> str:
     if not text.strip():
         raise PydanticCustomError("blank", "must contain more than white space")
     return text
@@ -135,7 +135,7 @@ def _check_not_blank(text: str) -> str:
 
 def _ends_with_user_turn(conversation: str | list[Message]) -> str | list[Message]:
     last = Message(role="user", content=conversation) if isinstance(conversation, str) else conversation[-1]
-    _check_not_blank(last.content)
+    check_not_blank(last.content)
     if last.role != "user":
         raise PydanticCustomError("turn", f"must end with a user turn, but ends with {last.role!r}")
     return conversation
@@ -147,7 +147,7 @@ SampleInput = Annotated[
     Discriminator(lambda value: AS_MESSAGES if isinstance(value, list) else AS_TEXT),
     AfterValidator(_ends_with_user_turn),
 ]
-SampleOutput = Annotated[str, Field(min_length=1), AfterValidator(_check_not_blank)]
+SampleOutput = Annotated[str, Field(min_length=1), AfterValidator(check_not_blank)]
 
 
 def sample_messages(turns: str | Sequence[Message]) -> list[dict[str, str]]:
@@ -187,7 +187,17 @@ class AnswerRequest(Sampling, Strict):
     )
 
 
-class GenerateRequest(AnswerRequest):
+class UserRequest(AnswerRequest):
+    user_id: UserId
+    history: History = "auto"
+
+    @property
+    def prompt_param(self) -> str:
+        """The field with the prompt, for error messages."""
+        return "prompt"
+
+
+class GenerateRequest(UserRequest):
     """A generation for one user, from a prompt or a conversation."""
 
     model_config = with_examples(
@@ -200,14 +210,12 @@ class GenerateRequest(AnswerRequest):
         },
     )
 
-    user_id: UserId
     prompt: str | None = Field(
         None, min_length=1, description="One complete user turn; the server applies the model's chat template."
     )
     messages: list[Message] | None = Field(
         None, fail_fast=True, min_length=1, max_length=MAX_MESSAGES, description="A conversation, instead of a prompt."
     )
-    history: History = "auto"
 
     @model_validator(mode="after")
     def _check_conversation(self) -> Self:
@@ -215,3 +223,11 @@ class GenerateRequest(AnswerRequest):
             message = "set prompt or messages, not both" if self.prompt else "set prompt or messages"
             raise PydanticCustomError("combination", message, {"param": "prompt"})
         return self
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        return sample_messages(self.prompt or self.messages or ())
+
+    @property
+    def prompt_param(self) -> str:
+        return "prompt" if self.messages is None else "messages"

@@ -109,9 +109,8 @@ def test_new_content_under_a_known_id_replaces_it_in_its_place() -> None:
 
 
 KEYS = UserKeys("a secret that only tests know", "default")
-REQUEST = request_of(
-    GenerateRequest(user_id="ada", prompt="hello", history=1, max_tokens=4), KEYS, Caller("app", "default", frozenset())
-)
+ASKED = GenerateRequest(user_id="ada", prompt="hello", history=1, max_tokens=4)
+REQUEST = request_of(ASKED, ASKED.turns, KEYS, Caller("app", "default", frozenset()))
 
 
 class Held:

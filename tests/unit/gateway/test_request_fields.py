@@ -358,7 +358,9 @@ LIMITS = LengthLimits(max_prompt_chars=10, context_tokens=512, default_max_token
 
 def ask(**fields: Any) -> GenerationRequest:
     request = GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields)
-    return request_of(request, UserKeys("a secret for tests only", "tests"), Caller("tests", "", frozenset()))
+    return request_of(
+        request, request.turns, UserKeys("a secret for tests only", "tests"), Caller("tests", "", frozenset())
+    )
 
 
 def in_messages(*texts: str) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""`POST /rewrite`: a draft reaches the engine as the bank's task words it, and its facts are counted in the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from bank.items.tasks import get_task
+from bank.manifest import read_manifest
+from server.settings import Settings
+from tests.support.calls import NewUser, error_of, give, put
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import GatewayThread, chunks_of
+
+DRAFT = "We meet Bob at 10:30."
+TASK = get_task("rewrite")
+
+
+@pytest.fixture(scope="module")
+def rewriting(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model_folder: Path,
+    embedder_folder: Path,
+    gateway_settings: Settings,
+    fake_engine_server: FakeEngine,
+) -> Iterator[GatewayThread]:
+    """A gateway with a bank for drafts."""
+    from bench.rig.tiny import tiny_bank  # imports torch
+
+    folder = tmp_path_factory.mktemp("drafts") / "bank"
+    bank = tiny_bank(folder, tiny_model_folder, embedder_folder, task="rewrite", anchors=6, seed=3)
+    before = fake_engine_server.knobs.banks
+    fake_engine_server.knobs.banks = (*before, read_manifest(bank).fingerprint)
+    with GatewayThread(gateway_settings, bank=bank) as gateway:
+        yield gateway
+    fake_engine_server.knobs.banks = before
+
+
+@pytest.fixture
+def drafts(rewriting: GatewayThread, fake_engine: FakeEngine) -> Iterator[httpx.Client]:
+    with rewriting.client() as client:
+        yield client
+
+
+@pytest.fixture
+def writer(drafts: httpx.Client, new_user: NewUser) -> str:
+    put(drafts, user := new_user(), [{"text": "Sowed beans by the gate this morning."}])
+    return user
+
+
+def rewrite(client: httpx.Client, user: str, draft: str = DRAFT, **fields: Any) -> httpx.Response:
+    return client.post("/rewrite", json={"user_id": user, "draft": draft, "max_tokens": 4} | fields)
+
+
+def turns_of(fake_engine: FakeEngine) -> list[str]:
+    return [seen.body["messages"][-1]["content"] for seen in fake_engine.seen]
+
+
+def test_a_draft_is_worded_by_the_task_and_answered_by_the_recipe(
+    drafts: httpx.Client, writer: str, fake_engine: FakeEngine
+) -> None:
+    answer = rewrite(drafts, writer).raise_for_status().json()
+    assert answer["personalization"]["level"] == "merged"
+    assert turns_of(fake_engine) == [TASK.input.format(draft=DRAFT)]
+    assert answer["kept"] == {"numbers": "0 of 1", "names": "0 of 1"}
+    assert (answer["missing"], answer["added"]) == (["10:30", "Bob"], [])
+    assert give(drafts, writer, answer["id"], rating="up").status_code == 200
+
+
+def test_notes_stand_below_the_draft(drafts: httpx.Client, writer: str, fake_engine: FakeEngine) -> None:
+    answer = rewrite(drafts, writer, notes=["bring 5 plans", "tea"]).raise_for_status().json()
+    assert turns_of(fake_engine) == [TASK.input.format(draft=f"{DRAFT}\nbring 5 plans, tea")]
+    assert answer["kept"]["numbers"] == "0 of 2"
+
+
+def test_the_last_chunk_of_a_stream_says_what_is_kept(drafts: httpx.Client, writer: str) -> None:
+    *_, last, _ = chunks_of(rewrite(drafts, writer, stream=True).raise_for_status())
+    assert last["missing"] == ["10:30", "Bob"] and last["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_retry_names_what_was_lost(drafts: httpx.Client, writer: str, fake_engine: FakeEngine) -> None:
+    answer = rewrite(drafts, writer, on_loss="retry").raise_for_status().json()
+    turn = TASK.input.format(draft=DRAFT)
+    assert turns_of(fake_engine) == [turn, f"{turn}\nIt must name: 10:30, Bob"]
+    assert answer["missing"] == ["10:30", "Bob"]
+
+
+def test_nothing_is_asked_again_where_nothing_is_lost(
+    drafts: httpx.Client, writer: str, fake_engine: FakeEngine
+) -> None:
+    answer = rewrite(drafts, writer, "nothing to keep here", on_loss="retry").raise_for_status().json()
+    assert len(fake_engine.seen) == 1 and (answer["kept"], answer["missing"]) == ({}, [])
+
+
+def test_a_loss_can_be_refused(drafts: httpx.Client, writer: str) -> None:
+    refused = rewrite(drafts, writer, on_loss="refuse")
+    assert error_of(refused) == (422, None, "facts_lost")
+    assert "10:30, Bob" in refused.json()["error"]["message"]
+    assert rewrite(drafts, writer, "nothing to keep here", on_loss="refuse").status_code == 200
+
+
+def test_a_draft_is_never_learnt(drafts: httpx.Client, writer: str) -> None:
+    assert rewrite(drafts, writer).json()["personalization"]["learned"] is False
+    assert error_of(rewrite(drafts, writer, learn=True))[:2] == (400, "learn")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"draft": ""}, "draft"),
+        ({"draft": " \n"}, "draft"),
+        ({"notes": []}, "notes"),
+        ({"notes": [" "]}, "notes.0"),
+        ({"draft": "long " * 200}, "draft"),
+        ({"stream": True, "on_loss": "retry"}, "on_loss"),
+        ({"stream": True, "on_loss": "refuse"}, "on_loss"),
+        ({"on_loss": "ask"}, "on_loss"),
+        ({"prompt": "hello"}, "prompt"),
+    ],
+)
+def test_what_is_wrong_is_named(drafts: httpx.Client, writer: str, fields: dict[str, Any], param: str) -> None:
+    assert error_of(rewrite(drafts, writer, **{"draft": DRAFT} | fields))[:2] == (400, param)
+
+
+def test_a_bank_of_answers_rewrites_nothing(client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine) -> None:
+    assert error_of(rewrite(client, new_user())) == (404, None, "no_rewrite_bank")
+    assert fake_engine.seen == []
