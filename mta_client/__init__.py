@@ -19,6 +19,7 @@ from mta_client.results import (
     MtaError,
     Personalization,
     Profile,
+    Rewritten,
     User,
     Worth,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "MtaError",
     "Personalization",
     "Profile",
+    "Rewritten",
     "User",
     "Worth",
 ]

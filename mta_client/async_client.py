@@ -13,7 +13,7 @@ import httpx
 from mta_client import calls
 from mta_client.calls import Call, Events, Items, Patience, Prompt
 from mta_client.client import RETRY_S, TIMEOUT_S
-from mta_client.results import Answer, Chunk, Erased, Feedback, Job, MtaError, Profile, User, Worth
+from mta_client.results import Answer, Chunk, Erased, Feedback, Job, MtaError, Profile, Rewritten, User, Worth
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -73,6 +73,9 @@ class AsyncClient:
 
     def stream(self, user_id: str, prompt: Prompt, **options: Any) -> AsyncGenerator[Chunk, None]:
         return self._stream(calls.stream(user_id, prompt, options))
+
+    async def rewrite(self, user_id: str, draft: str, **options: Any) -> Rewritten:
+        return await self._call(calls.rewrite(user_id, draft, options))
 
     async def adapt(
         self,

@@ -15,7 +15,20 @@ from urllib.parse import quote
 
 import httpx
 
-from mta_client.results import Answer, Chunk, Erased, Feedback, Job, MtaError, Profile, User, Worth, read, read_chunk
+from mta_client.results import (
+    Answer,
+    Chunk,
+    Erased,
+    Feedback,
+    Job,
+    MtaError,
+    Profile,
+    Rewritten,
+    User,
+    Worth,
+    read,
+    read_chunk,
+)
 
 if TYPE_CHECKING:
     from mta_client.results import T as D
@@ -108,6 +121,10 @@ def generate(user_id: str, prompt: Prompt, options: Mapping[str, Any]) -> Call[A
 
 def stream(user_id: str, prompt: Prompt, options: Mapping[str, Any]) -> Call[Chunk]:
     return Call("POST", "/generate", read_chunk, {**_generate_body(user_id, prompt), **options, "stream": True})
+
+
+def rewrite(user_id: str, draft: str, options: Mapping[str, Any]) -> Call[Rewritten]:
+    return _call(Rewritten, "POST", "/rewrite", {"user_id": user_id, "draft": draft, **options})
 
 
 def adapt(user_id: str, samples: Items, **options: object) -> Call[Job]:

@@ -12,7 +12,7 @@ import httpx
 
 from mta_client import calls
 from mta_client.calls import Call, Events, Items, Patience, Prompt
-from mta_client.results import Answer, Chunk, Erased, Feedback, Job, MtaError, Profile, User, Worth
+from mta_client.results import Answer, Chunk, Erased, Feedback, Job, MtaError, Profile, Rewritten, User, Worth
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -96,6 +96,10 @@ class Client:
     def stream(self, user_id: str, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
         """Stream an answer; closing the generator stops the generation."""
         return self._stream(calls.stream(user_id, prompt, options))
+
+    def rewrite(self, user_id: str, draft: str, **options: Any) -> Rewritten:
+        """Give a draft back in a user's own words; `options` are the other fields of `POST /rewrite`."""
+        return self._call(calls.rewrite(user_id, draft, options))
 
     def adapt(
         self,

@@ -88,6 +88,15 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Rewritten(Answer):
+    """A draft in a user's own words: how many of its facts are `kept`, by kind, and those missing and added."""
+
+    kept: Mapping[str, str]
+    missing: Sequence[str]
+    added: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A chunk of a stream. The first has the personalization, the last the finish reason, token counts and timings.
 

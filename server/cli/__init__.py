@@ -65,6 +65,7 @@ app.command("backup")(backup.backup)
 app.command("restore")(backup.restore)
 app.add_typer(users.app, name="users")
 app.command("chat")(chat.chat)
+app.command("rewrite")(chat.rewrite)
 app.command("worth")(worth.worth)
 app.command("readapt")(users.readapt)
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+import mta_client
 from bank.items.tasks import get_task
 from bank.manifest import read_manifest
+from server.cli import app
 from server.settings import Settings
 from tests.support.calls import NewUser, error_of, give, put
 from tests.support.fake_engine import FakeEngine
@@ -129,3 +132,18 @@ def test_what_is_wrong_is_named(drafts: httpx.Client, writer: str, fields: dict[
 def test_a_bank_of_answers_rewrites_nothing(client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine) -> None:
     assert error_of(rewrite(client, new_user())) == (404, None, "no_rewrite_bank")
     assert fake_engine.seen == []
+
+
+def test_the_client_and_the_command_rewrite(rewriting: GatewayThread, writer: str) -> None:
+    with mta_client.Client(rewriting.url, trust_env=False) as client:
+        made = client.rewrite(writer, DRAFT, max_tokens=4)
+    assert (made.kept["numbers"], made.missing, made.personalization.level) == ("0 of 1", ["10:30", "Bob"], "merged")
+    done = CliRunner().invoke(app, ["rewrite", "--user", writer, "--url", rewriting.url], input=DRAFT)
+    assert (
+        done.exit_code == 0 and done.stderr == "merged; 0 of 1 numbers kept; 0 of 1 names kept; missing: 10:30, Bob\n"
+    )
+
+
+def test_a_command_without_a_bank_for_drafts_says_what_to_build(gateway: GatewayThread) -> None:
+    refused = CliRunner().invoke(app, ["rewrite", "--user", "rosa", "--url", gateway.url], input=DRAFT).exception
+    assert "--task rewrite" in str(refused)

@@ -1,4 +1,4 @@
-"""`mta chat`: chat with the server in the terminal as one of its users."""
+"""`mta chat` and `mta rewrite`: use the server in the terminal as one of its users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapters.errors import MtaError
-from server.cli.users.commands import Url
+from server.cli.users.commands import Url, call_gateway
 
 if TYPE_CHECKING:
     from mta_client import Client
@@ -126,6 +126,20 @@ class Conversation:
         _print_note(", ".join(filter(None, (level, first, end))))
         if text:
             self._messages = [*messages, {"role": "assistant", "content": text}]
+
+
+def rewrite(
+    user: Annotated[str, typer.Option(help="The user whose words the draft gets.")],
+    draft: Annotated[typer.FileText, typer.Argument(help="File with the draft.", show_default="standard input")] = "-",  # type: ignore[assignment]
+    url: Url = None,
+) -> None:
+    """Give a draft back in a user's own words; which facts it keeps follows on standard error."""
+    made = call_gateway(url, lambda client: client.rewrite(user, draft.read()))
+    typer.echo(made.text.translate(_CONTROL_CHARACTERS))
+    facts = [f"{made.personalization.level}", *(f"{count} {kind} kept" for kind, count in made.kept.items())]
+    changed = {"missing": made.missing, "added": made.added}
+    facts += [f"{name}: {', '.join(found)}" for name, found in changed.items() if found]
+    typer.secho("; ".join(facts), dim=True, err=True)
 
 
 @contextmanager
