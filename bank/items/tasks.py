@@ -60,6 +60,10 @@ class Task:
         """Whether people bring drafts, which become texts in their own words."""
         return "draft" in self.pair_fields
 
+    def turn(self, given: str) -> str:
+        """Return what an app sends as a user turn as this task words it: a draft alone is none yet."""
+        return self.input.format(draft=given) if self.drafted else given
+
     @property
     def instruction(self) -> str:
         """The turn's text before its first field; it is the same for everybody, so it is never embedded."""

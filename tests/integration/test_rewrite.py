@@ -147,3 +147,21 @@ def test_the_client_and_the_command_rewrite(rewriting: GatewayThread, writer: st
 def test_a_command_without_a_bank_for_drafts_says_what_to_build(gateway: GatewayThread) -> None:
     refused = CliRunner().invoke(app, ["rewrite", "--user", "rosa", "--url", gateway.url], input=DRAFT).exception
     assert "--task rewrite" in str(refused)
+
+
+def test_what_was_sent_instead_teaches_from_the_answer(
+    drafts: httpx.Client, writer: str, rewriting: GatewayThread
+) -> None:
+    answer = rewrite(drafts, writer).json()
+    given = {"input": DRAFT, "text": answer["text"], "final": "Bob at 10:30 then. See you!"}
+    assert give(drafts, writer, answer["id"], **given).json()["learned"]
+    *_, item = drafts.get(f"/users/{writer}/export").json()["items"]
+    assert (item["input"], item["output"]) == (TASK.turn(answer["text"]), "Bob at 10:30 then. See you!")
+
+
+def test_samples_of_a_bank_for_drafts_are_drafts(drafts: httpx.Client, writer: str) -> None:
+    samples = [{"input": DRAFT, "output": "Bob at 10:30."}, {"text": "We sowed the beans by the gate."}]
+    drafts.post(f"/users/{writer}/adapt", json={"samples": samples}).raise_for_status()
+    first, second = drafts.get(f"/users/{writer}/export").json()["samples"]
+    assert first["messages"][-1]["content"] == TASK.turn(DRAFT)
+    assert second["messages"][-1]["content"] == TASK.turn("sowed, beans, gate")

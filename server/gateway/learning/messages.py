@@ -40,7 +40,8 @@ def item_of(messages: Conversation, task: Task) -> Item | None:
     if last["role"] != "user" or len(text) > MAX_ITEM_BYTES or not (words := own_words(text)):
         return None
     asked = before[-1].get("content") if before and before[-1]["role"] == "assistant" else None
-    for raw in ({"input": asked, "output": words} if asked else {}, {"text": words}):
+    answers = asked and not task.drafted
+    for raw in ({"input": asked, "output": words} if answers else {}, {"text": words}):
         with suppress(ProfileError):
             item = parse_item(raw, task, 0)
             if len(orjson.dumps(dict(item.fields))) <= MAX_ITEM_BYTES:

@@ -103,7 +103,9 @@ async def give_feedback(request: Request, user_id: UserIdInPath, body: FeedbackR
     note = read_answer_id(users_of(request), user, epoch, body.answer)
     final = None
     if body.final is not None and body.input is not None:
-        final = Final(Sample(sample_messages(body.input), body.final), body.text, body.sha256)
+        task = parts.bank.task
+        given = body.text if task.drafted and body.text else body.input  # what was changed is the nearest draft
+        final = Final(Sample(sample_messages(given, task), body.final), body.text, body.sha256)
     said = Feedback(note.level.value, note.arm.value, body.outcome, body.rating, None)
     known, learned, job = await parts.feedbacks.give(user, note, said, final, epoch, caller=caller_of(request))
     return FeedbackAnswer(answer=body.answer, learned=learned, job=str(job.id) if job else None, **asdict(known))

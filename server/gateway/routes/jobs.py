@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.errors import excerpt
 from bank.items.profile import SHORTEST, text_pair, untaught
+from bank.items.prompt import chat_messages
 from bank.items.tasks import Task
 from server.errors import ApiError, InvalidRequest, NotFound, TooMany, Unavailable
 from server.gateway.access.keys import caller_of
@@ -263,13 +264,13 @@ def _training_request(body: AdaptRequest, task: Task) -> TrainingRequest:
 
 def _sample(where: str, given: SampleRequest, task: Task) -> Sample:
     if given.input is not None and given.output is not None and given.text is None:
-        return Sample(sample_messages(given.input), given.output)
+        return Sample(sample_messages(given.input, task), given.output)
     texts = [text for text in (given.output, given.text) if text is not None]
     if given.input is not None or len(texts) != 1:
         raise InvalidRequest(f"{where} must have input and output, or text alone: got {excerpt(given)}", param=where)
     if (pair := text_pair(texts[0], task)) is None:
         raise InvalidRequest(f"{where} has no input, and {untaught(texts[0], task, SHORTEST)}", param=where)
-    return Sample(sample_messages(pair[0]), pair[1])
+    return Sample(chat_messages(pair[0]), pair[1])
 
 
 def _checked_job_id(text: str) -> JobId:

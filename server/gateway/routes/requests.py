@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from bank.items.prompt import chat_messages
+from bank.items.tasks import Task
 from server.gateway.generation.request import Personalize
 from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.errors import AS_MESSAGES, AS_TEXT
@@ -150,8 +151,8 @@ SampleInput = Annotated[
 SampleOutput = Annotated[str, Field(min_length=1), AfterValidator(check_not_blank)]
 
 
-def sample_messages(turns: str | Sequence[Message]) -> list[dict[str, str]]:
-    return chat_messages(turns) if isinstance(turns, str) else [message.model_dump() for message in turns]
+def sample_messages(turns: str | Sequence[Message], task: Task) -> list[dict[str, str]]:
+    return chat_messages(task.turn(turns)) if isinstance(turns, str) else [message.model_dump() for message in turns]
 
 
 class AnswerRequest(Sampling, Strict):
@@ -226,7 +227,7 @@ class GenerateRequest(UserRequest):
 
     @property
     def turns(self) -> list[dict[str, str]]:
-        return sample_messages(self.prompt or self.messages or ())
+        return chat_messages(self.prompt) if self.prompt else [each.model_dump() for each in self.messages or ()]
 
     @property
     def prompt_param(self) -> str:

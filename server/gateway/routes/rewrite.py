@@ -88,7 +88,7 @@ async def rewrite(request: Request, body: RewriteRequest, x_queue_timeout: Queue
             "rewrite`, and serve it",
             code="no_rewrite_bank",
         )
-    turns = chat_messages(parts.bank.task.input.format(draft=body.whole))
+    turns = chat_messages(parts.bank.task.turn(body.whole))
     users, caller, default = users_of(request), caller_of(request), parts.bank.manifest.history_default
     generation = request_of(body, turns, users, caller, history=default, patience_s=x_queue_timeout)
     return _RewriteResponse(parts, with_learning(parts, generation, False), body)
