@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 
 from bank.errors import BankError, ProfileError
-from bank.items.mail import MAX_MAIL_BYTES, NO_WORDS, Mail, UnusableError, own_mails, read_mail
+from bank.items.mail import MAX_MAIL_BYTES, NO_WORDS, Mail, UnusableError, own_address, read_mail
 from bank.items.own_words import own_words
 from bank.items.profile import Item, item_text, normalised, parse_item
 from bank.items.tasks import Task
@@ -28,6 +28,8 @@ MAX_ITEM_BYTES = 64 << 10  # as JSON, as in a profile
 MAX_FILE_BYTES = 64 << 20  # of a file of texts or items
 MAILBOX = ".mbox"
 KINDS = ".txt, .md, .eml, .mbox or .jsonl"
+NOT_OWN = "is not from the person's own address"
+MANY_SENDERS = "is one of several senders' mails: name the folder or mbox by the person's address"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,15 @@ class Person:
     left_out: list[LeftOut] = field(default_factory=list)
     _texts: set[str] = field(default_factory=set)
 
-    def add(self, where: str, raw: Any, task: Task) -> None:
-        """Keep an item, unless it is not valid, too large, or says the same as an earlier one."""
-        with self.leaving_out(where):
-            item = parse_item(raw, task, 0)
-            if (size := len(orjson.dumps(dict(item.fields)))) > MAX_ITEM_BYTES:
-                raise UnusableError(f"has {size} bytes as JSON; at most {MAX_ITEM_BYTES} are allowed")
-            if (text := normalised(item_text(item, task))) in self._texts:
-                raise UnusableError("says the same as an earlier one")
-            self._texts.add(text)
-            self.items[item.id] = item
+    def add(self, raw: Any, task: Task) -> None:
+        """Keep an item; ProfileError or UnusableError if it is not valid, too large, or says the same as another."""
+        item = parse_item(raw, task, 0)
+        if (size := len(orjson.dumps(dict(item.fields)))) > MAX_ITEM_BYTES:
+            raise UnusableError(f"has {size} bytes as JSON; at most {MAX_ITEM_BYTES} are allowed")
+        if (text := normalised(item_text(item, task))) in self._texts:
+            raise UnusableError("says the same as an earlier one")
+        self._texts.add(text)
+        self.items[item.id] = item
 
     @contextmanager
     def leaving_out(self, where: str) -> Iterator[None]:
@@ -93,12 +94,13 @@ def read_person(path: Path, task: Task) -> Person:
                     if isinstance(found, Mail):
                         mails.append((name + place, found))
                     else:
-                        person.add(name + place, found, task)
-    for where, mail in own_mails(mails, person.user_id):
+                        person.add(found, task)
+    own = own_address(person.user_id, {mail.sender for _, mail in mails})
+    for where, mail in sorted(mails, key=lambda each: each[1].sent):
         with person.leaving_out(where):
-            if isinstance(mail, str):
-                raise UnusableError(mail)
-            person.add(where, mail.item(task), task)
+            if mail.sender != own:
+                raise UnusableError(NOT_OWN if own else MANY_SENDERS)
+            person.add(mail.item(task), task)
     if not (person.items or person.left_out):
         person.left_out.append(LeftOut(_shown(path.name), "is empty"))
     return person

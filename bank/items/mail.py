@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from email import policy
 from email.message import EmailMessage
@@ -69,19 +69,9 @@ def read_mail(raw: bytes) -> Mail:
     return Mail(sender, sent, subject, words, without_quotes(quoted)[:QUOTED].strip())
 
 
-def own_mails(mails: Iterable[tuple[str, Mail]], person: str) -> Iterator[tuple[str, Mail | str]]:
-    """Yield the mails that a person sent, oldest first, and for every other one why it is left out.
-
-    Theirs is the address that the folder is named by, or the only one.
-    """
-    mails = sorted(mails, key=lambda each: each[1].sent)
-    senders = {mail.sender for _, mail in mails}
-    own = person.lower() if "@" in person else next(iter(senders), "") if len(senders) == 1 else None
-    for where, mail in mails:
-        if own is None:
-            yield where, "is one of several senders' mails: name the folder or mbox by the person's address"
-        else:
-            yield where, mail if mail.sender == own else "is not from the person's own address"
+def own_address(person: str, senders: Collection[str]) -> str:
+    """Return whose mails are a person's: the address that they are named by, or the only one; "" if there are many."""
+    return person.lower() if "@" in person else "".join(senders) if len(senders) == 1 else ""
 
 
 def _parts(message: EmailMessage) -> tuple[list[str], str]:
