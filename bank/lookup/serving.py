@@ -22,7 +22,6 @@ from bank.manifest import (
     INDEX_FILE,
     MAP_FILE,
     BankManifest,
-    PosteriorRule,
     WeightRule,
     read_manifest,
     verify_files,
@@ -94,14 +93,16 @@ class ServingBank:
         The embedding [E] has unit length. An unusable signature is ignored. Weights are multiplied by `share`, 0 to 1.
         """
         rule, curvature = self.manifest.weights, self.curvature
+        weights = topic_weights(self.index, rule, embedding)
         if rule.posterior and curvature and signature and signature.is_usable_for(self.manifest.short):
+            topics = step_of(weights, self.index.anchor_count)
             if self.directions:
-                steps = curvature.step(signature, rule.posterior.decay)
+                steps = curvature.step(signature, rule.posterior.decay, topics=topics @ self.directions.coordinates)
                 near = tuple(AnchorWeight(anchor, 0.0, cosine) for anchor, cosine in self.directions.nearest(steps))
                 return UserRecipe(recipe_of_directions(self.manifest, steps, share), near, "signature")
-            weights = posterior_weights(self.index, rule.posterior, curvature, embedding, signature)
+            steps = curvature.step(signature, rule.posterior.decay, topics=topics)
+            weights = posterior_weights(self.index, steps, embedding, signature)
             return UserRecipe(recipe_of_steps(self.manifest, weights, share), weights, "signature")
-        weights = topic_weights(self.index, rule, embedding)
         return UserRecipe(self.merge(weights, share, TOPIC_GRAIN), weights, "topic")
 
     def merge(self, weights: Sequence[AnchorWeight], share: float = 1.0, grain: int = 1) -> FusionRecipe:
@@ -126,11 +127,17 @@ def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> t
     )
 
 
+def step_of(weights: Sequence[AnchorWeight], anchors: int) -> Vectors:
+    """Return anchors' weights as a step along all anchors' rows, [N]."""
+    step = np.zeros(anchors, np.float32)
+    step[[each.anchor for each in weights]] = [each.weight for each in weights]
+    return step
+
+
 def posterior_weights(
-    index: AnchorIndex, rule: PosteriorRule, curvature: Curvature, embedding: Vectors, signature: Signature
+    index: AnchorIndex, steps: Vectors, embedding: Vectors, signature: Signature
 ) -> tuple[AnchorWeight, ...]:
-    """Return steps from the common row, longest first; the embedding [E] only sets the similarities."""
-    steps = curvature.step(signature, rule.decay)
+    """Return steps [N] from the common row as weights, longest first; the embedding [E] only sets the similarities."""
     cosines = index.vectors(range(index.anchor_count)) @ np.asarray(embedding, np.float32)
     longest = sorted(range(index.anchor_count), key=lambda anchor: (-abs(steps[anchor]), anchor))
     return tuple(

@@ -2,7 +2,8 @@
 
 For a step of zᵢ along each anchor's row from the common row, the loss of a user's n output tokens is about
 n(L₀ − x·z + ½ zᵀHz), where xᵢ = −⟨g, rowᵢ⟩, g is the gradient of the user's mean loss per token, and H is the curvature
-measured at build. With a prior N(0, I/λ) on z, the posterior mean is z = (nH + λI)⁻¹ n x, so only x is stored.
+measured at build. With a prior N(z₀, I/λ) on z, the posterior mean is z = (nH + λI)⁻¹ (n x + λ z₀), so only x is
+stored. z₀ are the weights by topic, which serve without a signature: a user's first items move on from there.
 This module needs numpy alone, for gateways; the build and the worker compute signatures (`bank/building/signer.py`).
 """
 
@@ -99,12 +100,19 @@ class Curvature:
         gains[: len(leading)] = leading
         return gains
 
-    def step(self, signature: Signature, decay: float, without: int | None = None) -> Vectors:
-        """Return z [N]; `decay` is λ in units of tr H / N. With a row left out, the step is as if H were without it."""
-        x, values, prior = np.array(signature.products, np.float64), self.eigenvalues, self.eigenvalues.mean()
+    def step(
+        self, signature: Signature, decay: float, without: int | None = None, topics: Vectors | float = 0.0
+    ) -> Vectors:
+        """Return z [N]; `decay` is λ in units of tr H / N, and `topics` are z₀ [N], where it is without evidence.
+
+        With a row left out, the step is as if H were without it.
+        """
+        values, prior = self.eigenvalues, self.eigenvalues.mean()
+        if without is not None:
+            prior = (values.sum() - self.eigenvectors[without] ** 2 @ values) / (len(values) - 1)
+        x = np.asarray(signature.products + decay * prior / signature.tokens * topics, np.float64)
         if without is not None:
             x[without] = 0
-            prior = (values.sum() - self.eigenvectors[without] ** 2 @ values) / (len(values) - 1)
         shrunk = signature.tokens / (signature.tokens * values + decay * prior)
         step = self.eigenvectors @ (shrunk * (self.eigenvectors.T @ x))
         if without is not None:  # the inverse of a matrix without one row and column, from the inverse with it

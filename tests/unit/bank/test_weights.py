@@ -146,12 +146,12 @@ def measured(seed: int = 0) -> np.ndarray:
 @given(seed=st.integers(0, 999), tokens=st.integers(1, 5000), decay=st.floats(1, 1000))
 def test_a_step_is_the_posterior_mean(seed: int, tokens: int, decay: float) -> None:
     h = measured(seed)
-    x = np.random.default_rng(seed + 1).normal(size=N)
+    x, topics = np.random.default_rng(seed + 1).normal(size=(2, N))
     values, vectors = np.linalg.eigh((h + h.T) / 2)
     h = vectors @ np.diag(np.clip(values, 0, None)) @ vectors.T
     scale = decay * np.trace(h) / N
-    wanted = np.linalg.solve(tokens * h + scale * np.eye(N), tokens * x)
-    found = Curvature.of(measured(seed)).step(Signature("00000000", tokens, x), decay)
+    wanted = np.linalg.solve(tokens * h + scale * np.eye(N), tokens * x + scale * topics)
+    found = Curvature.of(measured(seed)).step(Signature("00000000", tokens, x), decay, topics=topics)
     assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
 
 
@@ -161,12 +161,12 @@ def test_a_row_left_out_is_as_if_the_curvature_lacked_it(kind: str) -> None:
     root = numbers.normal(size=(count, 8 if kind == "of few people" else 2 * count))
     apart = {"the same along all rows": np.eye(count), "of rows apart": np.diag(np.arange(1.0, count + 1))}
     h = apart.get(kind, root @ root.T)
-    x = (h @ numbers.normal(size=count)).astype(np.float32)
+    x, topics = (h @ numbers.normal(size=count)).astype(np.float32), numbers.normal(size=count)
     for own in (0, count // 2, count - 1):
         others = np.arange(count) != own
         known, seen = Curvature.of(h[others][:, others]), Signature("", 1000, x)
-        step = Curvature.of(h).step(seen, 250.0, without=own)
-        wanted = known.step(replace(seen, products=x[others]), 250.0)
+        step = Curvature.of(h).step(seen, 250.0, without=own, topics=topics)
+        wanted = known.step(replace(seen, products=x[others]), 250.0, topics=topics[others])
         np.testing.assert_allclose(step[others], wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
         assert step[own] == 0
         gains = Curvature.of(h).gains(step, seen, without=own)
@@ -276,6 +276,15 @@ def test_evidence_leads_to_steps_and_topics_to_coarse_shares(tmp_path: Path) -> 
     topic = bank.personalise(QUERY)
     assert (topic.source, topic.recipe.name) == ("topic", f"mta3:{written.short}:shared:c+a00*300+a01*100")
     assert bank.personalise(QUERY, Signature("00000000", 9, np.ones(N, np.float32))) == topic
+
+
+def test_the_first_items_move_a_user_on_from_their_topics(tmp_path: Path) -> None:
+    written, bank = signed_bank(tmp_path), opened(tmp_path)
+    products = np.array([1.0, -1.0, 0.5, 0.1], np.float32)
+    weights = [bank.personalise(QUERY, Signature(written.short, n, products)).weights for n in (1, 10**7)]
+    few, many = ({each.anchor: each.weight for each in found} for found in weights)
+    assert [few[0], few[1], few[2]] == pytest.approx([0.3, 0.1, 0.0], abs=0.02)
+    assert [many[0], many[1], many[2]] == pytest.approx([1.0, -0.5, 0.167], abs=0.01)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
