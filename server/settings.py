@@ -51,6 +51,11 @@ class Settings(BaseSettings):
     bank: Path | None = Field(None, description="Folder of the bank (`mta bank build --out`).")
     next_bank: Path | None = Field(None, description="Second bank that engines serve while a fleet moves to it.")
     model: str = Field("default", description="Base model: folder, hub id or `default` (SmolLM2-135M-Instruct).")
+    chat_template: Path | None = Field(
+        None,
+        description="File with a chat template in place of the base model's own, for building banks, training and "
+        "serving; a bank is served with the template that it was built with.",
+    )
     embedder: Path | None = Field(None, description="Folder with model.onnx and tokenizer.json; default: MiniLM.")
     cache_dir: Path = Field(
         default_factory=lambda: _user_folder("XDG_CACHE_HOME", ".cache"),
@@ -160,6 +165,14 @@ class Settings(BaseSettings):
         None,
         description="Sampling if a request sets none: temperature, top_p, top_k, min_p, repetition_penalty, as JSON. "
         "Default: the model's generation_config.json; for the default model temperature 0.2 and top_p 0.9.",
+    )
+    tool_parser: str | None = Field(
+        None,
+        description="vLLM's parser of tool calls, or `none`; default: that of the model's family, if its chat template "
+        "shows one.",
+    )
+    reasoning_parser: str | None = Field(
+        None, description="vLLM's parser of reasoning, which then stands apart from an answer's content."
     )
     max_num_seqs: int = Field(32, ge=1, description="Maximum requests in a batch.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB; vLLM uses whole GiB, at least 1.")
