@@ -161,7 +161,7 @@ def prompt_hashes(folder: Path) -> dict[str, str]:
     if not (template := chat_template(folder)):
         raise BankError(
             f"the base model at {folder} has no chat template, so user turns cannot be rendered: use a chat model, or "
-            "put its template into chat_template.jinja in that folder"
+            "put its template into chat_template.jinja in that folder, or set MTA_CHAT_TEMPLATE to its file"
         )
     special = {
         name: token for each in _configs(folder) for name, token in each.items() if name.endswith("_token") and token

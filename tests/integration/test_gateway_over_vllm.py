@@ -68,6 +68,65 @@ def test_what_a_user_repeats_is_said(gateway_over_vllm: GatewayThread, tiny_mode
     assert "ahoy" not in unsaid.text
 
 
+LOOK = {"where": {"enum": ["sea", "mill"]}, "high": {"type": "boolean"}}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": LOOK, **more}}}
+    for name, more in (("wait", {}), ("look", {"required": list(LOOK), "additionalProperties": False}))
+]
+CALL = '<tool_call>\n{"name": "look", "arguments": {"where": "sea", "high": true}}\n</tool_call>'
+NAMED = {"type": "function", "function": {"name": "look"}}
+
+
+def called(client: OpenAI, stream: bool, **asked: Any) -> tuple[list[tuple[str, Any]], str | None, str]:
+    """The calls of an answer to a request with tools, the finish reason, and what is said besides."""
+    asked = {"model": "mta", "messages": HELLO, "tools": TOOLS, "max_tokens": 200, "temperature": 0} | asked
+    if stream:
+        with client.chat.completions.stream(**asked) as events:
+            answer: Any = events.get_final_completion()
+    else:
+        answer = client.chat.completions.create(**asked)
+    (choice,) = answer.choices
+    calls = [call.function for call in choice.message.tool_calls or []]
+    return [(c.name, json.loads(c.arguments)) for c in calls], choice.finish_reason, choice.message.content or ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("user", ["rosa", "nobody"])
+@pytest.mark.parametrize(("choice", "reason"), [(NAMED, "stop"), ("required", "tool_calls")])
+def test_a_forced_call_follows_its_schema(client: OpenAI, choice: Any, reason: str, user: str, stream: bool) -> None:
+    tools = TOOLS[1:]
+    ((name, arguments),), found, said = called(client, stream, user=user, tools=tools, tool_choice=choice)
+    assert (name, found, said) == ("look", reason, "")
+    assert set(arguments) == set(LOOK) and arguments["where"] in LOOK["where"]["enum"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_calls_on_its_own(
+    client: OpenAI, gateway_over_vllm: GatewayThread, tiny_model_folder: Path, stream: bool
+) -> None:
+    ids = answer_ids(AutoTokenizer.from_pretrained(tiny_model_folder), [CALL])
+    with gateway_over_vllm.client() as plain:
+        put(plain, "caller")
+    asyncio.run(give_phrases(gateway_over_vllm, "caller", phrase_table(ids * 2).tobytes()))
+    calls, reason, said = called(client, stream, user="caller", extra_body={"words": True})
+    assert (calls, reason, said) == ([("look", {"where": "sea", "high": True})], "tool_calls", "")
+    calls, _, _ = called(client, stream, user="caller", extra_body={"words": True}, tool_choice="none")
+    assert calls == []
+    answer = client.chat.completions.create(model="mta", user="caller", messages=HELLO, tools=TOOLS, max_tokens=1)
+    assert answer.personalization["phrases"] == 0  # by default a call is likelier than what a person repeats
+
+
+def test_a_conversation_goes_on_after_a_call(client: OpenAI) -> None:
+    function = {"name": "look", "arguments": '{"where": "sea"}'}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+    turns = [*HELLO, call, {"role": "tool", "tool_call_id": "c", "content": "it is calm"}]
+    asked: Any = {"model": "mta", "user": "rosa", "messages": turns, "max_tokens": 4}
+    for tools in ({}, {"tools": TOOLS}):
+        answer = client.chat.completions.create(**asked, **tools, extra_body={"learn": True})
+        assert answer.choices[0].message.content
+        assert answer.personalization["learned"] is False
+
+
 @BOTH
 @pytest.mark.parametrize("stream", [False, True])
 def test_only_fields_that_openai_allows_are_null(gateway_over_vllm: GatewayThread, route: str, stream: bool) -> None:
