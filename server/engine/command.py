@@ -16,17 +16,10 @@ from pydantic import SecretStr
 
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
-from bank.models.folders import (
-    DEFAULT_MODEL,
-    chat_template,
-    check_base_model,
-    ensure_base_model,
-    model_config,
-    model_path,
-)
+from bank.models.folders import DEFAULT_MODEL, check_base_model, ensure_base_model, model_config, model_path
 from bank.models.process_startup import cpu_flags
 from server.engine.cpu import native
-from server.engine.parsers import check_parsers, tool_parser, with_tools
+from server.engine.parsers import check_parsers, parser_options
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
 from server.watching.logs import VLLM_CONFIG
@@ -153,8 +146,6 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
     in_process = on_cpu and settings.tensor_parallel_size == 1
     default = model_path(DEFAULT_MODEL, settings.cache_dir)  # `mta up` gives its folder
     is_default = (model_folder / "config.json").resolve().parent == default.resolve()  # also with another template
-    template = chat_template(model_folder)
-    parser = tool_parser(settings, template)
     chosen: dict[str, Any] | None = DEFAULT_MODEL_SAMPLING if is_default else None
     if settings.default_sampling is not None:
         chosen = settings.default_sampling.model_dump(exclude_none=True)
@@ -181,12 +172,7 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
         "override-generation-config": json.dumps({"max_new_tokens": None} | (chosen or {})),
         # Routers drop the request option; the gateway reads the prompt length from the usage in every chunk.
         "enable-force-include-usage": [],
-        "tool-call-parser": parser,
-        "enable-auto-tool-choice": [] if parser else None,
-        # Arguments follow their schema however a call was asked for: vLLM checks those of `strict` tools alone.
-        "tool-strict-level": "parameter" if parser else None,
-        "chat-template": with_tools(template) if parser else None,
-        "reasoning-parser": settings.reasoning_parser,
+        **parser_options(settings, model_folder),
         "logits-processors": _phrase_processor(on_cpu) if any(manifest.phrases for manifest in manifests) else None,
         "otlp-traces-endpoint": settings.otlp_endpoint.rstrip("/") + TRACES_PATH if settings.otlp_endpoint else None,
         "enable-lora": [],

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bank.errors import BankError
-from bank.models.folders import template_hash
+from bank.models.folders import chat_template, template_hash
 from server.settings import Settings
 
-NONE = "none"  # the value of MTA_TOOL_PARSER that turns a family's parser off
 FAMILIES = {  # what only such a family's chat template says, and the parser that reads what it asks for
     "<args-json-object>": "hermes",  # Qwen2.5, Qwen3, SmolLM3
     "<parameter=example_parameter_1>": "qwen3_coder",  # Qwen3-Coder, Qwen3.5
@@ -25,16 +24,25 @@ TEMPLATES = {  # hash of a model's own template → ours, which is the same to t
 }
 
 
-def with_tools(template: Any) -> Path | None:
-    """Return our chat template in place of a model's own one that ignores tools, if there is one."""
-    return TEMPLATES.get(template_hash(template))
+def parser_options(settings: Settings, model_folder: Path) -> dict[str, object]:
+    """Return vLLM's options by name, as `command.py` has them."""
+    template = chat_template(model_folder)
+    parser = tool_parser(settings, template)
+    return {
+        "tool-call-parser": parser,
+        "enable-auto-tool-choice": [] if parser else None,
+        "tool-strict-level": "parameter" if parser else None,  # all arguments follow their schema, not `strict` ones
+        "chat-template": TEMPLATES.get(template_hash(template)) if parser else None,
+        "reasoning-parser": settings.reasoning_parser,
+    }
 
 
 def tool_parser(settings: Settings, template: Any) -> str | None:
     """Return the name of vLLM's parser: as it is set, or that of the family that a model's chat template shows."""
     if settings.tool_parser is not None:
-        return None if settings.tool_parser == NONE else settings.tool_parser
-    says = ours.read_text("utf-8") if (ours := with_tools(template)) else str(template)
+        return None if settings.tool_parser == "none" else settings.tool_parser
+    ours = TEMPLATES.get(template_hash(template))
+    says = ours.read_text("utf-8") if ours else str(template)
     return next((parser for mark, parser in FAMILIES.items() if mark in says), None)
 
 
@@ -42,7 +50,7 @@ def check_parsers(settings: Settings) -> None:
     """Raise BankError if vLLM has no parser of the name that is set."""
     for what, package in (("tool", "tool_parsers"), ("reasoning", "reasoning")):
         known, name = registered(package), getattr(settings, f"{what}_parser")
-        if name is not None and name not in known and (what, name) != ("tool", NONE):
+        if name is not None and name not in known and (what, name) != ("tool", "none"):
             close = ", ".join(get_close_matches(name, sorted(known), 3, cutoff=0))
             raise BankError(
                 f"MTA_{what.upper()}_PARSER: vLLM has no {what} parser {name!r}. Close to it are {close}; it has "

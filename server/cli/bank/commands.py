@@ -95,8 +95,8 @@ def build(
     from bank.lookup.summary import verdict_text
     from server.cli.progress import ConsoleProgress
 
-    given = settings.embedder, force, settings.chat_template
-    inputs = BuildInputs(users, out, settings.model, settings.cache_dir, outputs, exclude, *given)
+    given = settings.model, settings.cache_dir, outputs, exclude, settings.embedder, force, settings.chat_template
+    inputs = BuildInputs(users, out, *given)
     run = partial(build_bank, inputs, options, RowProgress())
     with ConsoleProgress() as progress:
         try:

@@ -217,17 +217,16 @@ def engine(settings: Settings, package: str | None) -> Iterator[Finding]:
 
 def parsers(settings: Settings) -> Finding:
     """Say how tool calls and reasoning are read from answers, as far as the base model is here."""
-    own = settings.chat_template
+    own, folder = settings.chat_template, model_path(settings.model, settings.cache_dir)
     try:
         check_parsers(settings)
-        template = own.read_text("utf-8") if own else chat_template(model_path(settings.model, settings.cache_dir))
+        template = own.read_text("utf-8") if own else chat_template(folder)
     except (BankError, OSError) as error:
         found, _, remedy = str(error).partition(". ")
         return Finding("parsers", found, remedy or "set MTA_CHAT_TEMPLATE to a file that can be read")
-    tools = tool_parser(settings, template) or ("none" if template else "the model's, once it is here")
-    remedy = "for tool calls, set MTA_TOOL_PARSER" if tools == "none" and not settings.tool_parser else ""
-    found = f"tools: {tools}, reasoning: {settings.reasoning_parser or 'none'}, chat template: {own or 'its own'}"
-    return Finding("parsers", found, remedy, needed=False)
+    tools, needs = tool_parser(settings, template), "for tool calls, set MTA_TOOL_PARSER"
+    found = f"tools: {tools}, reasoning: {settings.reasoning_parser}, chat template: {own or 'its own'}"
+    return Finding("parsers", found, needs if template and not (tools or settings.tool_parser) else "", needed=False)
 
 
 def models(settings: Settings, *, base_model: bool) -> Iterator[Finding]:

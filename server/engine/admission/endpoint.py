@@ -111,8 +111,7 @@ class MtaEndpointPlugin:
         prompts = prompt_hashes(Path(engine.model_config.model))
         check = partial(metrics.timed, adapter_metrics.check)
         tokenizer = engine.get_tokenizer()
-        if args.chat_template:  # which `apply_chat_template` would not know
-            tokenizer.chat_template = load_chat_template(args.chat_template)
+        tokenizer.chat_template = load_chat_template(args.chat_template) or tokenizer.chat_template
         Preparer(manifests, names, users, check, tracing, tokenizer).install()
         sampling = engine.model_config.get_diff_sampling_param()
         self._status = lambda: {

@@ -37,7 +37,6 @@ _MAX_DIRECT = 2  # maximum number of engines tried without the router
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
 _ERROR_PRONE_FIELDS = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
 """Fields that may cause an error without a `param`; if all are absent, the chat template rejected the prompt."""
-_NO_PARSER = "--tool-call-parser"  # in vLLM's message about a call that it could not read
 _ABORTED = "abort"  # finish reason of an answer that vLLM aborts, e.g. during shutdown
 _NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")  # after an even number of backslashes
 _USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")  # in a recipe's name; it contains the user's key
@@ -350,12 +349,9 @@ def _error_of(status: int, error: Any, request: EngineRequest) -> MtaError:
         message, param = f"HTTP {status} without a reason", None
     if status == 404 and param == "model":
         return AdapterMissing(message)
-    if status in (400, 422) and _NO_PARSER in message:
-        message = (
-            "the engine has no parser of tool calls: start it with MTA_TOOL_PARSER, vLLM's name of the parser for this "
-            'model, or send "tool_choice": "none"'
-        )
-        return InvalidRequest(message, param="tools", code="no_tool_parser")
+    if status in (400, 422) and "--tool-call-parser" in message:
+        remedy = 'start it with MTA_TOOL_PARSER, vLLM\'s name for this model\'s calls, or send "tool_choice": "none"'
+        return InvalidRequest(f"the engine cannot read tool calls: {remedy}", param="tools", code="no_tool_parser")
     if status in (400, 422):
         too_long = param in _PROMPT_PARAMS
         if too_long or (param is None and _ERROR_PRONE_FIELDS.isdisjoint(request.sampling)):

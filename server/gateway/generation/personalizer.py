@@ -147,14 +147,10 @@ class Personalizer:
         return replace(lower, arm=arm, reason=_HELD_OUT), ladder[-1]
 
     def _phrases(self, request: GenerationRequest, profile: Profile) -> TrustedPhrases:
-        """Return what to mix in; nothing if the request wants none, continues a text, or by default has tools.
-
-        A person's greeting would be likelier than a call.
-        """
+        """Return what to mix in; nothing if the request wants none, or continues a text and begins no answer."""
         manifest, signed = self.bank.manifest, profile.evidence
-        wanted = request.words
-        if wanted == "auto":
-            wanted = manifest.words_default and "tools" not in request.sampling
+        by_default = manifest.words_default and "tools" not in request.sampling  # a greeting, where a call is due
+        wanted = by_default if request.words == "auto" else request.words
         is_ours = signed is not None and signed.bank == manifest.short
         if not (wanted and is_ours and manifest.phrases) or request.prompt is not None:
             return NO_PHRASES

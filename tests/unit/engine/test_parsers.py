@@ -11,7 +11,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from bank.errors import BankError
-from server.engine.parsers import FAMILIES, check_parsers, tool_parser, with_tools
+from bank.models.folders import template_hash
+from server.engine.parsers import FAMILIES, TEMPLATES, check_parsers, tool_parser
 from server.settings import Settings
 
 SMOLLM2 = (
@@ -32,9 +33,7 @@ def rendered(template: str, conversations: list[list[dict[str, Any]]], **options
 
 @pytest.fixture(scope="module")
 def ours() -> str:
-    path = with_tools(SMOLLM2)
-    assert path is not None
-    return path.read_text("utf-8")
+    return TEMPLATES[template_hash(SMOLLM2)].read_text("utf-8")
 
 
 def conversations(count: int) -> list[list[dict[str, Any]]]:
@@ -88,7 +87,7 @@ def test_a_family_is_known_by_its_template(mark: str, parser: str, several: bool
 def test_no_parser_is_guessed_for_an_unknown_family() -> None:
     assert [tool_parser(Settings(), template) for template in ("{{ messages }}", None)] == [None, None]
     assert tool_parser(Settings(), SMOLLM2) == "hermes"
-    assert with_tools(SMOLLM2 + " ") is None
+    assert tool_parser(Settings(), SMOLLM2 + " ") is None
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
