@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, Json, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, Field, FilePath, Json, SecretStr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     bank: Path | None = Field(None, description="Folder of the bank (`mta bank build --out`).")
     next_bank: Path | None = Field(None, description="Second bank that engines serve while a fleet moves to it.")
     model: str = Field("default", description="Base model: folder, hub id or `default` (SmolLM2-135M-Instruct).")
-    chat_template: Path | None = Field(
+    chat_template: FilePath | None = Field(
         None, description="File with a chat template in place of the base model's, as when the bank was built."
     )
     embedder: Path | None = Field(None, description="Folder with model.onnx and tokenizer.json; default: MiniLM.")

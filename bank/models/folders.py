@@ -67,10 +67,7 @@ def _with_template(folder: Path, template: Path, cache_dir: Path) -> Path:
 
     Its last two names are the model's own, which tell a manifest what it is, and at which revision.
     """
-    try:
-        text = template.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise BankError(f"MTA_CHAT_TEMPLATE: cannot read {template}: {error}") from error
+    text = template.read_text("utf-8")
     if chat_template(folder) == text:
         return folder
     made_of = f"{folder.absolute()} {folder.stat().st_mtime_ns} {text}"

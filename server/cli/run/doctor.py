@@ -221,9 +221,9 @@ def parsers(settings: Settings) -> Finding:
     try:
         check_parsers(settings)
         template = own.read_text("utf-8") if own else chat_template(folder)
-    except (BankError, OSError) as error:
+    except BankError as error:
         found, _, remedy = str(error).partition(". ")
-        return Finding("parsers", found, remedy or "set MTA_CHAT_TEMPLATE to a file that can be read")
+        return Finding("parsers", found, remedy)
     tools, needs = tool_parser(settings, template), "for tool calls, set MTA_TOOL_PARSER"
     found = f"tools: {tools}, reasoning: {settings.reasoning_parser}, chat template: {own or 'its own'}"
     return Finding("parsers", found, needs if template and not (tools or settings.tool_parser) else "", needed=False)
