@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, Json, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, Field, FilePath, Json, SecretStr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     bank: Path | None = Field(None, description="Folder of the bank (`mta bank build --out`).")
     next_bank: Path | None = Field(None, description="Second bank that engines serve while a fleet moves to it.")
     model: str = Field("default", description="Base model: folder, hub id or `default` (SmolLM2-135M-Instruct).")
+    chat_template: FilePath | None = Field(
+        None, description="File with a chat template in place of the base model's, as when the bank was built."
+    )
     embedder: Path | None = Field(None, description="Folder with model.onnx and tokenizer.json; default: MiniLM.")
     cache_dir: Path = Field(
         default_factory=lambda: _user_folder("XDG_CACHE_HOME", ".cache"),
@@ -160,6 +163,12 @@ class Settings(BaseSettings):
         None,
         description="Sampling if a request sets none: temperature, top_p, top_k, min_p, repetition_penalty, as JSON. "
         "Default: the model's generation_config.json; for the default model temperature 0.2 and top_p 0.9.",
+    )
+    tool_parser: str | None = Field(
+        None, description="vLLM's parser of tool calls, or `none`; default: what the model's chat template asks for."
+    )
+    reasoning_parser: str | None = Field(
+        None, description="vLLM's parser of reasoning, which then stands beside an answer's content."
     )
     max_num_seqs: int = Field(32, ge=1, description="Maximum requests in a batch.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB; vLLM uses whole GiB, at least 1.")

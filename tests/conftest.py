@@ -114,7 +114,10 @@ def tiny_bank_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder
 def tiny_engine(tiny_bank_folder: Path, tiny_model_folder: Path) -> Iterator[Engine]:
     """A real engine with the tiny bank."""
     with running_engine(
-        tiny_bank_folder, tiny_model_folder, default_sampling='{"temperature": 0.7, "top_k": 50}'
+        tiny_bank_folder,
+        tiny_model_folder,
+        default_sampling='{"temperature": 0.7, "top_k": 50}',
+        tool_parser="hermes",
     ) as engine:
         yield engine
 

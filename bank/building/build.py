@@ -74,7 +74,7 @@ def build_bank(
             "items to train on: ask for fewer with --anchors, or give more people"
         )
     progress.say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
-    model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
+    model_folder = ensure_base_model(inputs.model, inputs.cache_dir, template=inputs.template)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
     base = base_model_id(inputs.model, model_folder)
     asked = build_inputs(options, task, people, held_out, (base.hash, *base.prompts.values(), embedder.id))
@@ -194,7 +194,7 @@ def build_baselines(
             return found
     task = get_task(options.task)
     people, _ = read_inputs(inputs, task, options)
-    folder = ensure_base_model(inputs.model, inputs.cache_dir, manifest.base_model)
+    folder = ensure_base_model(inputs.model, inputs.cache_dir, manifest.base_model, inputs.template)
     model, tokenizer = load_base(folder, str(manifest.training["dtype"]))
     steps = options.steps * len(manifest.anchors)
     trainer = RowTrainer(model, tokenizer, task, options, progress)

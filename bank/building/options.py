@@ -99,3 +99,4 @@ class BuildInputs:
     exclude: Path | None = None
     embedder: Path | None = None
     force: bool = False
+    template: Path | None = None  # of chats; None: the model's own

@@ -35,7 +35,7 @@ def judge_bank(
         progress.say("there are too few people to hold any out: the bank's gain is not measured")
         return manifest
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
-    folder = ensure_base_model(inputs.model, inputs.cache_dir, manifest.base_model)
+    folder = ensure_base_model(inputs.model, inputs.cache_dir, manifest.base_model, inputs.template)
     base = load_base(folder, str(manifest.training["dtype"]))
     bank = OpenBank.open(inputs.out, embedder.id)
     evaluator = Evaluator(bank=bank, scorer=Scorer(*base), embedder=embedder, max_tokens=options.max_tokens)

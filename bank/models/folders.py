@@ -29,11 +29,19 @@ _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dty
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # blocks hashed per weight file, and their size
 
 
-def ensure_base_model(name: str, cache_dir: Path, built_for: BaseModelId | None = None) -> Path:
+def ensure_base_model(
+    name: str, cache_dir: Path, built_for: BaseModelId | None = None, template: Path | None = None
+) -> Path:
     """Return a base model's folder, given `default`, a local folder or a Hugging Face id; prepare or download it.
 
-    An id is resolved to the revision that a bank was `built_for`, if it is that bank's, else to the newest.
+    An id is resolved to the revision that a bank was `built_for`, if it is that bank's, else to the newest. With a file
+    `template`, the folder has it as chat template.
     """
+    folder = _own_folder(name, cache_dir, built_for)
+    return folder if template is None else _with_template(folder, template, cache_dir)
+
+
+def _own_folder(name: str, cache_dir: Path, built_for: BaseModelId | None) -> Path:
     folder = model_path(name, cache_dir)
     if name == DEFAULT_MODEL:
         return _prepare(folder, "config.json", _export_base_model)
@@ -52,6 +60,25 @@ def ensure_base_model(name: str, cache_dir: Path, built_for: BaseModelId | None 
             f"base model {name!r} is not a local folder and could not be fetched from the Hugging Face hub, at "
             f"revision {revision or 'main'}: {error}"
         ) from error
+
+
+def _with_template(folder: Path, template: Path, cache_dir: Path) -> Path:
+    """Return a folder of links to a model's files, with another chat template: so what reads a model needs no option.
+
+    Its last two names are the model's own, which tell a manifest what it is, and at which revision.
+    """
+    text = template.read_text("utf-8")
+    if chat_template(folder) == text:
+        return folder
+    made_of = f"{folder.absolute()} {folder.stat().st_mtime_ns} {text}"
+    name = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+
+    def link(draft: Path) -> None:
+        unlike = shutil.ignore_patterns("chat_template.*")
+        shutil.copytree(folder.absolute(), draft, ignore=unlike, copy_function=os.symlink, dirs_exist_ok=True)
+        (draft / "chat_template.jinja").write_text(text, "utf-8")
+
+    return _prepare(cache_dir / "templates" / name / folder.parent.name / folder.name, "config.json", link)
 
 
 def ensure_embedder(folder: Path | None, cache_dir: Path) -> Path:
@@ -126,21 +153,36 @@ def prompt_hashes(folder: Path) -> dict[str, str]:
 
     It reads files alone. Of the tokenizer's configuration special tokens count: the rest depends on who writes it.
     """
-    own, older = folder / "chat_template.jinja", (folder / "tokenizer_config.json", folder / "chat_template.json")
-    configs = [_read_json(path) for path in older if path.is_file()]
-    found = [own.read_text("utf-8")] if own.is_file() else [each.get("chat_template") for each in configs]
-    if not any(found):
+    if not (template := chat_template(folder)):
         raise BankError(
             f"the base model at {folder} has no chat template, so user turns cannot be rendered: use a chat model, or "
-            "put its template into chat_template.jinja in that folder"
+            "put its template into chat_template.jinja in that folder, or set MTA_CHAT_TEMPLATE to its file"
         )
-    template = hashlib.sha256(json.dumps(next(filter(None, found)), sort_keys=True).encode())
-    special = {name: token for each in configs for name, token in each.items() if name.endswith("_token") and token}
+    special = {
+        name: token for each in _configs(folder) for name, token in each.items() if name.endswith("_token") and token
+    }
     special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
     tokenizer = hashlib.sha256(json.dumps(special, sort_keys=True).encode())
     for path in sorted(p for p in folder.iterdir() if p.name.startswith(_TOKENIZER_FILES) and p.is_file()):
         tokenizer.update(f"{path.name}:".encode() + path.read_bytes())
-    return {"chat template": template.hexdigest(), "tokenizer": tokenizer.hexdigest()}
+    return {"chat template": template_hash(template), "tokenizer": tokenizer.hexdigest()}
+
+
+def chat_template(folder: Path) -> Any:
+    """Return a base model's chat template, as a text or as its files have several; None if there is none."""
+    if (own := folder / "chat_template.jinja").is_file():
+        return own.read_text("utf-8")
+    return next(filter(None, (each.get("chat_template") for each in _configs(folder))), None)
+
+
+def template_hash(template: Any) -> str:
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+
+
+def _configs(folder: Path) -> list[dict[str, Any]]:
+    """Return the files that may have a chat template, unless it has one of its own."""
+    paths = (folder / "tokenizer_config.json", folder / "chat_template.json")
+    return [_read_json(path) for path in paths if path.is_file()]
 
 
 def weight_bytes(model_folder: Path) -> int:
@@ -156,7 +198,8 @@ def check_base_model(model_folder: Path, banks: Mapping[Path, BankManifest]) -> 
             raise BankError(
                 f"the bank at {folder} is for {built_for.name} (hash {built_for.hash[:12]}…, revision "
                 f"{built_for.revision or 'not known'}), but the model at {model_folder} has another {other}: serve the "
-                "bank's model as it was when the bank was built, or build a bank for this one"
+                "bank's model as it was when the bank was built, with the same MTA_CHAT_TEMPLATE, if any, or build a "
+                "bank for this one"
             )
 
 
@@ -173,7 +216,8 @@ def _prepare(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path:
                     # Containers mount the cache, but temporary folders and safetensors files are private by default.
                     draft.chmod(0o755)
                     for path in draft.iterdir():
-                        path.chmod(0o644)
+                        if not path.is_symlink():
+                            path.chmod(0o644)
                     if folder.exists():  # incomplete: it lacks its landmark
                         shutil.rmtree(folder)
                     draft.rename(folder)

@@ -70,7 +70,7 @@ def evaluate(
         raise typer.BadParameter(f"this bank's answers are {kind}, not free text", param_hint="--write")
     options = EvalOptions(tuple(dict.fromkeys([*chosen, *writing])), seeds, predict, sample, tuple(writing), texts)
     settings = load_settings(model=model, embedder=embedder)
-    folder = ensure_base_model(settings.model, settings.cache_dir, manifest.base_model)
+    folder = ensure_base_model(settings.model, settings.cache_dir, manifest.base_model, settings.chat_template)
     encoder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
     inputs = EvalInputs(users, bank, out, folder, encoder, people, only, last, profile, dtype, curves)
     with ConsoleProgress() as progress:

@@ -19,6 +19,7 @@ from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 from bank.models.folders import DEFAULT_MODEL, check_base_model, ensure_base_model, model_config, model_path
 from bank.models.process_startup import cpu_flags
 from server.engine.cpu import native
+from server.engine.parsers import check_parsers, parser_options
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
 from server.watching.logs import VLLM_CONFIG
@@ -73,7 +74,9 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
     for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
         if not entry_points(group=group, name=PLUGIN):
             raise BankError(f"the entry point {group}: {PLUGIN} is not installed: run `pip install .` again")
-    model_folder = ensure_base_model(settings.model, settings.cache_dir, next(iter(banks.values())).base_model)
+    check_parsers(settings)
+    built_for = next(iter(banks.values())).base_model
+    model_folder = ensure_base_model(settings.model, settings.cache_dir, built_for, settings.chat_template)
     if is_cpu_build():
         _check_cpu(model_folder, model_config(model_folder))
     for folder, manifest in banks.items():
@@ -142,7 +145,8 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
     scheduler = "FairScheduler" if on_cpu else "FairAsyncScheduler"
     in_process = on_cpu and settings.tensor_parallel_size == 1
     default = model_path(DEFAULT_MODEL, settings.cache_dir)  # `mta up` gives its folder
-    chosen: dict[str, Any] | None = DEFAULT_MODEL_SAMPLING if model_folder == default else None
+    is_default = (model_folder / "config.json").resolve().parent == default.resolve()  # also with another template
+    chosen: dict[str, Any] | None = DEFAULT_MODEL_SAMPLING if is_default else None
     if settings.default_sampling is not None:
         chosen = settings.default_sampling.model_dump(exclude_none=True)
     return {
@@ -168,6 +172,7 @@ def _options(settings: Settings, manifests: Sequence[BankManifest], model_folder
         "override-generation-config": json.dumps({"max_new_tokens": None} | (chosen or {})),
         # Routers drop the request option; the gateway reads the prompt length from the usage in every chunk.
         "enable-force-include-usage": [],
+        **parser_options(settings, model_folder),
         "logits-processors": _phrase_processor(on_cpu) if any(manifest.phrases for manifest in manifests) else None,
         "otlp-traces-endpoint": settings.otlp_endpoint.rstrip("/") + TRACES_PATH if settings.otlp_endpoint else None,
         "enable-lora": [],

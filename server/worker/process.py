@@ -65,7 +65,7 @@ def _open_parts(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
     folder = settings.bank_folder()
     embedder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
     bank = ServingBank.open(folder, embedder.id)
-    model = ensure_base_model(settings.model, settings.cache_dir, bank.manifest.base_model)
+    model = ensure_base_model(settings.model, settings.cache_dir, bank.manifest.base_model, settings.chat_template)
     check_base_model(model, {folder: bank.manifest})
     trainer = AdapterTrainer.open(folder, bank.manifest, model, resolve_dtype("auto"))
     trainer.warm_up()

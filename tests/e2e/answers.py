@@ -3,9 +3,12 @@ once somebody has sent a few samples of it. The real model, bank and processes."
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 import pytest
+from openai import OpenAI
 
 from mta_client import Client
 from server.cli.demo import adapting
@@ -17,6 +20,8 @@ from tests.e2e.conftest import Demo
 AT_LEAST_AS_SOMEBODY = 4
 AT_MOST_AS_NOBODY = 1
 AT_LEAST_AFTER_ADAPTING = 3
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": CITY}}
 
 each_person = pytest.mark.parametrize("person", PEOPLE, ids=lambda person: person.user_id)
 
@@ -77,3 +82,21 @@ class TestAnswers:
         assert {answer.level for answer in after} == {"stacked"}
         texts = [answer.text for answer in after]
         assert sum(map(adapting.shows, texts)) >= AT_LEAST_AFTER_ADAPTING, texts
+
+
+class TestTools:
+    def test_the_default_model_calls_on_its_own_and_reads_the_result(self, demo: Demo) -> None:
+        asked: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+        options: Any = {"model": "base", "tools": [WEATHER], "max_tokens": 60, "temperature": 0}
+        with OpenAI(base_url=f"{demo.url}/v1", api_key="unused", max_retries=0) as client:
+            whole = client.chat.completions.create(messages=asked, **options)
+            with client.chat.completions.stream(messages=asked, **options) as events:
+                streamed = events.get_final_completion()
+            for answer in (whole, streamed):
+                (call,) = answer.choices[0].message.tool_calls
+                assert (call.function.name, answer.choices[0].finish_reason) == ("get_weather", "tool_calls")
+                assert json.loads(call.function.arguments) == {"city": "Paris"}
+            said: Any = whole.choices[0].message.model_dump(exclude_none=True) | {"content": None}
+            result = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "sunny, 21 degrees"}
+            answer = client.chat.completions.create(messages=[*asked, said, result], **options)
+            assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls

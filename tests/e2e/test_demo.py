@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.rig.processes import alive, descendants, running, wait_until
-from tests.e2e.answers import TestAnswers  # noqa: F401
+from tests.e2e.answers import TestAnswers, TestTools  # noqa: F401
 from tests.e2e.conftest import DEMO, PATIENCE_S, ROOT, Demo
 from tests.e2e.everywhere import TestEverywhere, TestReading, TestTrouble  # noqa: F401
 from tests.e2e.pages import TestAdapt, TestBank, TestSystem, TestUsers  # noqa: F401

@@ -344,9 +344,8 @@ def test_a_prompt_is_continued_as_it_is(client: Client, fake_engine: FakeEngine,
 def test_the_engines_own_refusals_are_passed_on(client: Client, fake_engine: FakeEngine) -> None:
     tools = [{"type": "function", "function": {"name": "look"}}]
     refused = ask(client, tools=tools)
-    assert error_of(refused) == (400, None, "invalid_value")
-    assert "--enable-auto-tool-choice" in refused.json()["error"]["message"]
-    assert ask(client, tools=tools, tool_choice="required").status_code == 200
+    assert error_of(refused) == (400, "tools", "no_tool_parser")
+    assert "MTA_TOOL_PARSER" in refused.json()["error"]["message"]
     assert error_of(ask(client, n=2, temperature=0))[:2] == (400, None)
     fake_engine.knobs.strict = True  # only the conversation can be at fault
     assert error_of(ask(client, messages=HELLO["messages"] * 2))[:2] == (400, "messages")

@@ -68,6 +68,62 @@ def test_what_a_user_repeats_is_said(gateway_over_vllm: GatewayThread, tiny_mode
     assert "ahoy" not in unsaid.text
 
 
+LOOK = {"where": {"enum": ["sea", "mill"]}, "high": {"type": "boolean"}}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": LOOK, **more}}}
+    for name, more in (("wait", {}), ("look", {"required": list(LOOK), "additionalProperties": False}))
+]
+NAMED = {"type": "function", "function": {"name": "look"}}
+
+
+def called(client: OpenAI, stream: bool, **asked: Any) -> tuple[list[tuple[str, Any]], str | None, str]:
+    """The calls of an answer to a request with tools, the finish reason, and what is said besides."""
+    asked = {"model": "mta", "messages": HELLO, "tools": TOOLS, "max_tokens": 400, "seed": 1} | asked
+    if stream:
+        with client.chat.completions.stream(**asked) as events:
+            answer: Any = events.get_final_completion()
+    else:
+        answer = client.chat.completions.create(**asked)
+    (choice,) = answer.choices
+    calls = [call.function for call in choice.message.tool_calls or []]
+    return [(c.name, json.loads(c.arguments)) for c in calls], choice.finish_reason, choice.message.content or ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("user", ["rosa", "nobody"])
+@pytest.mark.parametrize(("choice", "reason"), [(NAMED, "stop"), ("required", "tool_calls")])
+def test_a_forced_call_follows_its_schema(client: OpenAI, choice: Any, reason: str, user: str, stream: bool) -> None:
+    # A random model likes white space, and calls more than once: not when it is hot, or told so.
+    asked = {"tools": TOOLS[1:], "tool_choice": choice, "temperature": 1, "parallel_tool_calls": False}
+    ((name, arguments),), found, said = called(client, stream, user=user, **asked)
+    assert (name, found, said) == ("look", reason, "")
+    assert set(arguments) == set(LOOK) and arguments["where"] in LOOK["where"]["enum"]
+
+
+def test_a_call_is_likelier_than_what_a_person_repeats(
+    client: OpenAI, gateway_over_vllm: GatewayThread, tiny_model_folder: Path
+) -> None:
+    ids = answer_ids(AutoTokenizer.from_pretrained(tiny_model_folder), ["ahoy, mate"])
+    with gateway_over_vllm.client() as plain:
+        put(plain, "caller")
+    asyncio.run(give_phrases(gateway_over_vllm, "caller", phrase_table(ids * 2).tobytes()))
+    asked: Any = {"model": "mta", "user": "caller", "messages": HELLO, "max_tokens": 1}
+    for more, mixed in (({}, True), ({"tools": TOOLS}, False), ({"tools": TOOLS, "extra_body": {"words": True}}, True)):
+        answer = client.chat.completions.create(**asked, **more)
+        assert bool(answer.personalization["phrases"]) is mixed
+
+
+def test_a_conversation_goes_on_after_a_call(client: OpenAI) -> None:
+    function = {"name": "look", "arguments": '{"where": "sea"}'}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+    turns = [*HELLO, call, {"role": "tool", "tool_call_id": "c", "content": "it is calm"}]
+    asked: Any = {"model": "mta", "user": "rosa", "messages": turns, "max_tokens": 4}
+    for tools in ({}, {"tools": TOOLS}):
+        answer = client.chat.completions.create(**asked, **tools, extra_body={"learn": True})
+        assert answer.choices[0].message.content
+        assert answer.personalization["learned"] is False
+
+
 @BOTH
 @pytest.mark.parametrize("stream", [False, True])
 def test_only_fields_that_openai_allows_are_null(gateway_over_vllm: GatewayThread, route: str, stream: bool) -> None:

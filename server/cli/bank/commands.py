@@ -97,7 +97,8 @@ def build(
     from bank.lookup.summary import verdict_text
     from server.cli.progress import ConsoleProgress
 
-    inputs = BuildInputs(users, out, settings.model, settings.cache_dir, outputs, exclude, settings.embedder, force)
+    given = settings.model, settings.cache_dir, outputs, exclude, settings.embedder, force, settings.chat_template
+    inputs = BuildInputs(users, out, *given)
     run = partial(build_bank, inputs, options, RowProgress())
     with ConsoleProgress() as progress:
         try:
@@ -245,7 +246,7 @@ def import_(
 
     if (out / MANIFEST_FILE).exists() and not force:
         raise BankError(f"{out} already holds a bank: choose another --out, or replace it with --force")
-    folder = ensure_base_model(settings.model, settings.cache_dir)
+    folder = ensure_base_model(settings.model, settings.cache_dir, template=settings.chat_template)
     encoder = embedders.Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
     name = settings.model
     manifest = import_bank(adapters, profiles, out, options, model_folder=folder, base_model=name, embedder=encoder)

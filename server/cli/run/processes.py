@@ -87,7 +87,7 @@ def models(
     cache, folder = settings.cache_dir, settings.bank
     built_for = read_manifest(folder).base_model if folder and (folder / MANIFEST_FILE).exists() else None
     preparations: dict[str, Callable[[], Path | None]] = {
-        "base model": lambda: ensure_base_model(settings.model, cache, built_for),
+        "base model": lambda: ensure_base_model(settings.model, cache, built_for, settings.chat_template),
         "embedder": lambda: ensure_embedder(settings.embedder, cache),
     }
     if is_cpu_build():

@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.renderers.chat_utils import load_chat_template
 
 from bank.errors import BankError
 from bank.manifest import read_manifest
@@ -109,7 +110,9 @@ class MtaEndpointPlugin:
             tracing = SpanTracing()
         prompts = prompt_hashes(Path(engine.model_config.model))
         check = partial(metrics.timed, adapter_metrics.check)
-        Preparer(manifests, names, users, check, tracing, engine.get_tokenizer()).install()
+        tokenizer = engine.get_tokenizer()
+        tokenizer.chat_template = load_chat_template(args.chat_template) or tokenizer.chat_template
+        Preparer(manifests, names, users, check, tracing, tokenizer).install()
         sampling = engine.model_config.get_diff_sampling_param()
         self._status = lambda: {
             "status": "ok",

@@ -349,6 +349,9 @@ def _error_of(status: int, error: Any, request: EngineRequest) -> MtaError:
         message, param = f"HTTP {status} without a reason", None
     if status == 404 and param == "model":
         return AdapterMissing(message)
+    if status in (400, 422) and "--tool-call-parser" in message:
+        remedy = 'start it with MTA_TOOL_PARSER, vLLM\'s name for this model\'s calls, or send "tool_choice": "none"'
+        return InvalidRequest(f"the engine cannot read tool calls: {remedy}", param="tools", code="no_tool_parser")
     if status in (400, 422):
         too_long = param in _PROMPT_PARAMS
         if too_long or (param is None and _ERROR_PRONE_FIELDS.isdisjoint(request.sampling)):

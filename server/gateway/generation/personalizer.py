@@ -149,7 +149,8 @@ class Personalizer:
     def _phrases(self, request: GenerationRequest, profile: Profile) -> TrustedPhrases:
         """Return what to mix in; nothing if the request wants none, or continues a text and begins no answer."""
         manifest, signed = self.bank.manifest, profile.evidence
-        wanted = manifest.words_default if request.words == "auto" else request.words
+        by_default = manifest.words_default and "tools" not in request.sampling  # a greeting, where a call is due
+        wanted = by_default if request.words == "auto" else request.words
         is_ours = signed is not None and signed.bank == manifest.short
         if not (wanted and is_ours and manifest.phrases) or request.prompt is not None:
             return NO_PHRASES

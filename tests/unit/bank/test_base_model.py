@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from adapters.errors import MtaError
 from adapters.lora import ModuleShape
 from adapters.recipe import FusionMethod
 from bank.errors import BankError
@@ -28,7 +29,7 @@ from bank.manifest import (
 from bank.models.folders import base_model_id, check_base_model, ensure_base_model, prompt_hashes
 from server.cli import app
 from server.engine.command import check_engine
-from server.settings import Settings
+from server.settings import Settings, load_settings
 
 FILES = {
     "config.json": {"model_type": "llama"},
@@ -178,3 +179,45 @@ def test_a_revision_that_is_not_there_is_named(hub: Hub, hub_bank: Path) -> None
     shutil.rmtree(hub.at(hub.first))
     with pytest.raises(BankError, match=f"{hub.name}.* could not be fetched .*, at revision {hub.first}: "):
         check_engine(settings_of(hub_bank, hub.name))
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.jinja"
+    path.write_text("{{ mine }}")
+    return path
+
+
+def test_a_template_of_ones_own_is_another_chat_template(
+    tmp_path: Path, bank: Path, model: Path, template: Path
+) -> None:
+    settings = settings_of(bank, str(model)).model_copy(update={"chat_template": template, "cache_dir": tmp_path / "c"})
+    with pytest.raises(BankError, match=r"has another chat template: .*MTA_CHAT_TEMPLATE"):
+        check_engine(settings)
+    folder = ensure_base_model(str(model), tmp_path / "c", template=template)
+    write_manifest(bank, read_manifest(bank).model_copy(update={"base_model": base_model_id(str(folder), folder)}))
+    assert check_engine(settings)[1] == folder
+    assert ensure_base_model(str(folder), tmp_path / "c", template=template) == folder  # the worker of `mta up`
+    with pytest.raises(BankError, match="has another chat template"):
+        check_engine(settings_of(bank, str(model)))
+
+
+def test_a_model_with_another_template_keeps_all_else(tmp_path: Path, hub: Hub, template: Path) -> None:
+    (hub.at(hub.first) / "model.safetensors").chmod(0o600)
+    own, other = (ensure_base_model(hub.name, tmp_path / "c", template=each) for each in (None, template))
+    before, after = base_model_id(hub.name, own), base_model_id(hub.name, other)
+    assert (after.name, after.revision, after.hash) == (hub.name, hub.first, before.hash)
+    assert after.unlike(before.prompts) == "chat template"
+    assert (own / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (own / "model.safetensors").stat().st_mode & 0o777 == 0o600
+    template.write_text("{{ messages }}")
+    assert ensure_base_model(hub.name, tmp_path / "c", template=template) == own
+
+
+def test_a_model_without_a_template_can_be_given_one(tmp_path: Path, model: Path, template: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(BankError, match="MTA_CHAT_TEMPLATE"):
+        prompt_hashes(model)
+    assert prompt_hashes(ensure_base_model(str(model), tmp_path / "c", template=template))
+    with pytest.raises(MtaError, match=r"^MTA_CHAT_TEMPLATE: "):
+        load_settings(chat_template=tmp_path / "none")

@@ -264,3 +264,20 @@ def test_packages_for_audio_are_hidden_from_our_processes(tmp_path: Path, monkey
     done: Any = subprocess.run([sys.executable, "-c", HIDING], capture_output=True, text=True, check=False)
     assert done.stdout == "None None\n"
     assert "ModuleNotFoundError" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "state", "found"),
+    [
+        ("{{ '[TOOL_CALLS]' }}", {}, "ok", "tools: mistral"),
+        ("{{ messages }}", {"reasoning_parser": "qwen3"}, "advice", "reasoning: qwen3"),
+        ("{{ messages }}", {"tool_parser": "none"}, "ok", "tools: None"),
+        ("{{ messages }}", {"tool_parser": "hermess"}, "missing", "no tool parser 'hermess'"),
+    ],
+)
+def test_parsers_are_shown(tmp_path: Path, template: str, settings: dict[str, str], state: str, found: str) -> None:
+    if not any(map(doctor.version_of, doctor.ENGINES)):
+        pytest.skip("vLLM is not installed")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    finding = doctor.parsers(Settings(model=str(tmp_path), **settings))  # type: ignore[arg-type]
+    assert (finding.state, found in finding.found) == (state, True)

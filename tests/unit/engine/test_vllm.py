@@ -29,6 +29,7 @@ from server.engine.cpu.core import InProcessExecutor
 from server.engine.cpu.lora import CpuLoRA, CpuLoRAManager, CpuSlots
 from server.engine.fusing.manager import FusingLoRAManager
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
+from server.engine.parsers import FAMILIES, registered
 from server.gateway.routes.openai.schemas import MAX_REPEATS
 from server.settings import Settings
 
@@ -157,3 +158,12 @@ def test_another_vllm_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch, 
 def test_only_names_of_the_table_are_replaced() -> None:
     with pytest.raises(KeyError):
         patches.replace("vllm.lora.worker_manager:WorkerLoRAManager", lambda original: original)
+
+
+@pytest.mark.parametrize(
+    ("package", "manager"), [("tool_parsers", "ToolParserManager"), ("reasoning", "ReasoningParserManager")]
+)
+def test_the_source_names_all_parsers_that_vllm_registers(package: str, manager: str) -> None:
+    found = getattr(import_module(f"vllm.{package}"), manager).list_registered()
+    assert registered(package) == set(found)
+    assert package != "tool_parsers" or registered(package) >= set(FAMILIES.values())

@@ -42,12 +42,14 @@ def test_an_item_is_the_last_message_of_the_user_after_what_it_answers() -> None
     assert again == alone  # the same words have the same id
     replied = item_of([{"role": "user", "content": "hello"}, ANSWERED, last], task)
     assert replied is not None and replied.fields == {"input": ANSWERED["content"], "output": SAID}
+    call = {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "look", "arguments": SAID}}]}
+    assert item_of([call, last], task) == alone
     long = ANSWERED | {"content": "x" * MAX_ITEM_BYTES}
     assert item_of([long, last], task) == alone
     for messages in (
         [last, ANSWERED],
         [{"role": "user", "content": None}],
-        [{"role": "tool", "content": SAID}],
+        [last, call, {"role": "tool", "content": SAID}],
         [last | {"content": SAID + "x" * MAX_ITEM_BYTES}],
         [last | {"content": f"{SAID}\n```{'x' * MAX_ITEM_BYTES}```"}],
         [last | {"content": f"{SAID}\0"}],
