@@ -312,6 +312,15 @@ SAID = st.sampled_from(
         {"reasoning": "hm", "tool_calls": [CALL]},
     ]
 )
+
+
+def blocks_of(message: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The ids of a message's calls, or the names of its other fields, each with its text."""
+    found = [(name, message[name]) for name in ("reasoning", "content") if message.get(name)]
+    found += [(call["id"], call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+    return found or [("content", "")]
+
+
 MOVING = {"created_at", "completed_at", "id"}  # by the clock, or by the request
 
 
@@ -322,6 +331,10 @@ def same(value: Any) -> Any:
     return [same(inner) for inner in value] if isinstance(value, list) else value
 
 
+def said_in(item: Mapping[str, Any]) -> str:
+    return item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data(), SAID, st.sampled_from(["stop", "length", "tool_calls"]))
 async def test_a_response_is_the_same_in_any_chunks(data: Any, message: dict[str, Any], reason: str) -> None:
@@ -330,6 +343,9 @@ async def test_a_response_is_the_same_in_any_chunks(data: Any, message: dict[str
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     for event in events:
         OF_RESPONSES.validate_python(event)
+    kinds = {"message": "content", "reasoning": "reasoning"}
+    made = [(item.get("call_id") or kinds[item["type"]], said_in(item)) for item in one["output"]]
+    assert made == blocks_of(message)
     last = events[-1]
     assert last["type"] == f"response.{'incomplete' if reason == 'length' else 'completed'}"
     assert same(last["response"]) == same(one)
@@ -337,8 +353,7 @@ async def test_a_response_is_the_same_in_any_chunks(data: Any, message: dict[str
         told = [event for event in events if event.get("output_index") == index]
         assert (told[0]["type"], told[-1]["type"]) == ("response.output_item.added", "response.output_item.done")
         assert told[-1]["item"] == made
-        text = made.get("arguments") or made["content"][0]["text"]
-        assert "".join(event["delta"] for event in told if "delta" in event) == text
+        assert "".join(event["delta"] for event in told if "delta" in event) == said_in(made)
     places = [event["output_index"] for event in events if "output_index" in event]
     assert places == sorted(places)
 
@@ -360,6 +375,10 @@ async def test_a_message_is_the_same_in_any_chunks(data: Any, message: dict[str,
                 assert index == len(content) - 1
                 ((name, text),) = more.items()
                 content[-1]["partial" if name == "partial_json" else name] += text
+    kinds = {"text": "content", "thinking": "reasoning"}
+    texts = [made["partial"] or made.get("text") or made.get("thinking", "") for made in content]
+    names = [made.get("id") or kinds[made["type"]] for made in content]
+    assert list(zip(names, texts, strict=True)) == blocks_of(message)
     for made in content:
         partial = made.pop("partial")
         if partial:
