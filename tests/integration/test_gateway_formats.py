@@ -111,7 +111,7 @@ def test_a_broken_stream_ends_in_the_formats_failure(
     assert "[DONE]" not in response.text and "message_stop" not in response.text
 
 
-def test_a_response_that_ended_is_followed_by_done_and_a_message_by_its_stop(client: Client) -> None:
+def test_a_stream_ends_in_the_mark_of_its_format(client: Client) -> None:
     assert either(client, "/v1/responses", stream=True).text.endswith("\n\ndata: [DONE]\n\n")
     ends = either(client, "/v1/messages", stream=True)
     assert (events_of(ends)[-1][0], "[DONE]" in ends.text) == ("message_stop", False)

@@ -49,7 +49,7 @@ def block(kind: str, **fields: Any) -> dict[str, Any]:
     return {"type": kind, "cache_control": {"type": "ephemeral"}, **fields}
 
 
-def test_items_become_turns_and_what_one_side_says_in_a_row_is_one() -> None:
+def test_items_become_turns_joined_for_each_side() -> None:
     given = [
         {"role": "developer", "content": "be kind"},
         item("message", role="user", content=[part("input_text", "hello"), part("input_text", "you")]),
