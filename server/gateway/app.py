@@ -20,6 +20,7 @@ from server.gateway.operating.metrics import Metrics, RequestLog
 from server.gateway.parts import open_gateway
 from server.gateway.routes import feedback, generate, jobs, operations, rewrite, users, worth
 from server.gateway.routes.console import routes as console
+from server.gateway.routes.openai import messages, responses
 from server.gateway.routes.openai import routes as openai
 from server.gateway.routes.users import EXPORTS_AT_ONCE
 from server.settings import Settings
@@ -58,7 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.bodies = BodyReader(lambda request: large.held(caller_name_of(request)))
     app.state.exports = FairQueue(Shares(lambda: EXPORTS_AT_ONCE))
     app.add_middleware(RequestLog, metrics=metrics, tracing=tracing)
-    for part in (generate, rewrite, openai, users, feedback, jobs, worth, operations, console):
+    for part in (generate, rewrite, openai, responses, messages, users, feedback, jobs, worth, operations, console):
         app.include_router(part.router)
     guard(app, keys, settings.max_requests, metrics.count_refusal)
     add_error_handlers(app)

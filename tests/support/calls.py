@@ -16,6 +16,7 @@ NewUser = Callable[[], str]
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 BOTH = pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
 ALL = pytest.mark.parametrize("route", ["/generate", "/v1/chat/completions", "/v1/completions"])
+TRANSLATED = pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages"])
 SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
 
 
@@ -73,7 +74,10 @@ def ask(
 def body_of(route: str, **fields: Any) -> dict[str, Any]:
     """A short generation for a route."""
     named = {"user_id": fields.pop("user", "nobody")} if route == "/generate" else {}
-    return named | (HELLO if "chat" in route else {"prompt": "hello", "max_tokens": 4}) | fields
+    if "responses" in route:
+        return {"input": "hello", "max_output_tokens": 4} | fields
+    is_chat = "chat" in route or "messages" in route
+    return named | (HELLO if is_chat else {"prompt": "hello", "max_tokens": 4}) | fields
 
 
 def either(client: httpx.Client, route: str, **fields: Any) -> httpx.Response:
@@ -85,8 +89,10 @@ def asked(fake_engine: FakeEngine) -> str:
     return fake_engine.seen[-1].body["messages"][-1]["content"]
 
 
-def error_of(response: httpx.Response) -> tuple[int, str, str]:
-    """Status, field and code of an error."""
+def error_of(response: httpx.Response) -> tuple[int, str | None, str]:
+    """Status, field and code of an error; Anthropic's names no field."""
     error = response.json()["error"]
+    if "details" in error:
+        return response.status_code, None, error["details"]["error_code"]
     assert set(error) == {"message", "type", "param", "code"}
     return response.status_code, error["param"], error["code"]

@@ -45,6 +45,7 @@ class Knobs:
     status: int | None = None  # of every answer, instead of generating
     user_adapters: bool = False  # whether it has whatever user adapter it is asked for
     counts: bool = True  # whether it says how many tokens a conversation has
+    says: Mapping[str, Any] | None = None  # a whole message, perhaps with calls of tools, instead of words
     strict: bool = False  # whether it has the chat template of `bench.rig.tiny`, instead of one that takes everything
     sampling: Mapping[str, float] | None = field(default_factory=dict)  # its default; None: older than that
     figures: Mapping[str, int | None] = field(default_factory=dict)  # what its status says besides
@@ -214,7 +215,9 @@ class FakeEngine:
             return error_answer(knobs.status, f"the fake engine was told to fail at `{model}`")
         if knobs.lacks(model) or not (model == "base" or self._can_fuse(model)):
             return error_answer(404, f"The model `{model}` does not exist.", "model")
-        if reason := (knobs.strict and template_refusal(body.get("messages", []))) or options_refusal(body):
+        if reason := (knobs.strict and template_refusal(body.get("messages", []))) or (
+            knobs.says is None and options_refusal(body)
+        ):
             return error_answer(400, reason)
         if (longest := body.get("max_tokens") or 0) > knobs.context:
             return error_answer(400, f"max_tokens={longest} cannot be greater than {knobs.context=}.", "max_tokens")
@@ -233,6 +236,8 @@ class FakeEngine:
         return known and recipe.method is FusionMethod.SHARED
 
     async def _whole(self, request: web.Request, seen: Seen) -> web.Response:
+        if self.knobs.says:
+            return web.json_response(said_whole(seen, self.knobs.says))
         words = seen.words(self.knobs.context)
         for _ in words:
             if seen.tokens == self.knobs.die_after:
@@ -253,6 +258,9 @@ class FakeEngine:
         if self.knobs.dies:
             self.knobs.dies -= 1
             _cut(request)
+        if self.knobs.says:
+            await response.write(said_in_chunks(seen, self.knobs.says))
+            return response
         for word in seen.words(self.knobs.context):
             if seen.tokens == self.knobs.die_after:
                 _cut(request)
@@ -324,6 +332,31 @@ def whole(seen: Seen, words: list[str], finish_reasons: Sequence[str]) -> dict[s
     ]
     more = {"usage": seen.usage, "kv_transfer_params": {"host": "inner"}, "prompt_token_ids": seen.prompt_ids}
     return _named(seen, "chat.completion") | {"choices": choices} | more
+
+
+def said_whole(seen: Seen, says: Mapping[str, Any]) -> dict[str, Any]:
+    reason = "tool_calls" if "tool_calls" in says else "stop"
+    choice = {"index": 0, "message": {"role": "assistant", "content": None, **says}, "finish_reason": reason}
+    return _named(seen, "chat.completion") | {"choices": [choice], "usage": seen.usage}
+
+
+def said_in_chunks(seen: Seen, says: Mapping[str, Any]) -> bytes:
+    """A message in pieces of two characters, the calls of tools one after the other."""
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
+    deltas += [{name: piece} for name in ("reasoning", "content") for piece in _pieces(says.get(name) or "")]
+    for index, call in enumerate(says.get("tool_calls", ())):
+        opening = call | {"index": index, "function": call["function"] | {"arguments": ""}}
+        deltas.append({"tool_calls": [opening]})
+        arguments = [{"arguments": piece} for piece in _pieces(call["function"]["arguments"])]
+        deltas += [{"tool_calls": [{"index": index, "function": function}]} for function in arguments]
+    choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls" if "tool_calls" in says else "stop"})
+    values = [_named(seen, "chat.completion.chunk") | {"choices": [one], "usage": seen.usage} for one in choices]
+    return b"".join(b"data: " + json.dumps(value).encode() + b"\n\n" for value in values) + b"data: [DONE]\n\n"
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[start : start + 2] for start in range(0, len(text), 2)]
 
 
 def chunks(seen: Seen, word: str | None, finish_reasons: Sequence[str | None] = (None,)) -> bytes:

@@ -140,9 +140,10 @@ class KnownKeys:
                 f"a key with `{CREATE} NAME`, or listen on 127.0.0.1"
             )
 
-    def caller(self, headers: Headers) -> Caller | Unauthorized:
+    def caller(self, headers: Headers, key_header: bytes = b"") -> Caller | Unauthorized:
         """Return the caller for these headers; if they carry no valid key, return the error, as open routes ignore it.
 
+        `key_header` is another header that may hold the key alone; it is not read beside `Authorization`.
         Raise `Forbidden`, on every route, if no key exists and the `Host` header is not local, for DNS rebinding can
         make a local browser send such requests, or if a proxy forwards the request, whose client may be anywhere.
         """
@@ -150,6 +151,7 @@ class KnownKeys:
             _check_is_local(headers)
             return self._local_caller
         given = [value for name, value in headers if name == b"authorization"]
+        given = given or [b"Bearer " + value for name, value in headers if name == key_header]
         if not given:
             return Unauthorized("an API key is required: send `Authorization: Bearer KEY`", code="missing_api_key")
         scheme, _, secret = given[0].partition(b" ")

@@ -39,6 +39,9 @@ ROUTES: Mapping[str, tuple[Scope | None, RouteKind]] = {
     "POST /rewrite": (Scope.GENERATE, RouteKind.GENERATION),
     "POST /v1/chat/completions": (Scope.GENERATE, RouteKind.GENERATION),
     "POST /v1/completions": (Scope.GENERATE, RouteKind.GENERATION),
+    "POST /v1/responses": (Scope.GENERATE, RouteKind.GENERATION),
+    "GET /v1/responses/{response_id}": (Scope.GENERATE, RouteKind.REQUEST),
+    "POST /v1/messages": (Scope.GENERATE, RouteKind.GENERATION),
     "GET /v1/models": (Scope.GENERATE, RouteKind.REQUEST),
     "GET /v1/models/{model:path}": (Scope.GENERATE, RouteKind.REQUEST),
     "GET /bank": (Scope.GENERATE, RouteKind.REQUEST),
@@ -81,7 +84,8 @@ def guard(app: FastAPI, keys: KnownKeys, max_requests: int, refused: Callable[[s
         methods = {"GET"} if isinstance(route, Mount) else route.methods or set()
         (method,) = methods - {"HEAD"}
         required, kind = ROUTES[f"{method} {route.path}"]
-        route.app = _Gates(route.app, keys, required, kind, by_kind.get(kind, [places]), refused)
+        key_header = getattr(route, "key_header", b"")
+        route.app = _Gates(route.app, keys, required, kind, by_kind.get(kind, [places]), refused, key_header)
         if required is not OPEN and isinstance(route, APIRoute):
             route.openapi_extra = {"security": [{_SCHEME: []}, {}]}  # {}: no key is needed while none exists
     # Unknown paths pass the gates too: a page of another origin must not learn which routes exist.
@@ -107,9 +111,10 @@ class _Gates:
     kind: RouteKind
     places: Sequence[Shares]
     refused: Callable[[str], None]
+    key_header: bytes = b""  # another than `Authorization` that a key may come in
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        scope["state"]["caller"] = self.keys.caller(scope["headers"])
+        scope["state"]["caller"] = self.keys.caller(scope["headers"], self.key_header)
         if self.required is not OPEN and self.required not in caller_of(scope).scopes:
             raise Forbidden(
                 f"this API key lacks the scope `{self.required}`, which this route requires: "

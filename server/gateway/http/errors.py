@@ -1,10 +1,10 @@
-"""Returns all errors in OpenAI's shape: our own, pydantic's and Starlette's."""
+"""Returns all errors in OpenAI's shape, or in that of their route: our own, pydantic's and Starlette's."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -32,7 +32,7 @@ class ErrorDetail(BaseModel, frozen=True):
 
 
 class ErrorAnswer(BaseModel, frozen=True):
-    """OpenAI's error shape, used by every 4xx and 5xx response."""
+    """OpenAI's error shape, used by every 4xx and 5xx response but those of `/v1/messages`."""
 
     error: ErrorDetail
 
@@ -80,12 +80,12 @@ async def _on_error(request: Request, error: Exception) -> Response:
         case _:  # a bug; Starlette raises it again after the response, so that it gets logged
             shown = ApiError("internal error of the gateway: see its log")
             shown.headers["X-Request-Id"] = request_id.get()  # such a response passes by `RequestLog`
-    return error_response(shown)
+    return error_response(shown, getattr(request.scope.get("route"), "error_answer", ErrorAnswer.of))
 
 
-def error_response(error: ApiError) -> Response:
-    """Return an error as a response, and log it if the server is to blame."""
+def error_response(error: ApiError, answer: Callable[[ApiError], BaseModel] = ErrorAnswer.of) -> Response:
+    """Return an error as a response, in the shape of its route, and log it if the server is to blame."""
     if error.status >= 500:
         log.warning("%s", error.explained)
-    content = ErrorAnswer.of(error).model_dump_json()
+    content = answer(error).model_dump_json()
     return Response(content, error.status, error.headers, media_type="application/json")

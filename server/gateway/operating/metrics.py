@@ -33,7 +33,9 @@ log = logging.getLogger("mta.gateway")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
 
-_GENERATION_PATHS = frozenset(("/generate", "/rewrite", "/v1/chat/completions", "/v1/completions"))
+_GENERATION_PATHS = frozenset(
+    ("/generate", "/rewrite", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+)
 _METHODS = frozenset(("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"))
 Used = Callable[[], Iterable[tuple[str, str, float, int]]]  # tenant, kind of quota, use, and the quota
 _OUTCOMES = {429: "limited", CLIENT_GONE: "gone", 503: "unavailable"}

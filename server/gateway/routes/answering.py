@@ -134,6 +134,8 @@ def with_learning(parts: Parts, request: GenerationRequest, learn: bool | None) 
 class AnswerResponse(Response):
     """A response that generates while it is sent and stops the engine if the client disconnects."""
 
+    ending = DONE  # what follows the last event of a stream
+
     def __init__(self, parts: Parts, request: GenerationRequest) -> None:
         super().__init__()
         self._parts = parts
@@ -146,7 +148,11 @@ class AnswerResponse(Response):
 
     @abstractmethod
     def events(self, answer: Answer) -> AsyncIterator[bytes]:
-        """Yield the events of a streamed answer, without `[DONE]`."""
+        """Yield the events of a streamed answer, without its `ending`."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the event that ends a stream after an error."""
+        return event(ErrorAnswer.of(error))
 
     def again(self) -> GenerationRequest | None:
         """Return what to ask the engine next, if an answer that is not streamed is not good enough."""
@@ -187,7 +193,7 @@ class AnswerResponse(Response):
                         await sender.write(data)
                     notes.generating = False
                     self._after(answer)
-                    await sender.write(DONE)
+                    await sender.write(self.ending)
             except Exception as error:
                 if not sender.begun:
                     raise
@@ -198,7 +204,7 @@ class AnswerResponse(Response):
                     error = ApiError("the gateway failed in the middle of the answer")
                 notes.broken = True
                 self._parts.metrics.broken_streams.labels(error.code).inc()
-                await sender.write(event(ErrorAnswer.of(error)))
+                await sender.write(self.failure(error))
 
     def _begin(self, scope: Scope, answer: Answer) -> None:
         self._answer, notes = answer, notes_of(scope)

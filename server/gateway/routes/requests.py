@@ -155,18 +155,14 @@ def sample_messages(turns: str | Sequence[Message], task: Task) -> list[dict[str
     return chat_messages(task.turn(turns)) if isinstance(turns, str) else [message.model_dump() for message in turns]
 
 
-class AnswerRequest(Sampling, Strict):
+class PersonalRequest(Sampling, Strict):
     """What requests for an answer share. Null means that a field is not set: then the server's defaults apply.
 
     They are `MTA_DEFAULT_MAX_TOKENS` and, field by field, the engines' sampling (`MTA_DEFAULT_SAMPLING`).
     """
 
-    max_tokens: int | None = Field(
-        None, ge=1, le=MAX_INT32, description="Maximum length of the answer in tokens; refused beyond the context."
-    )
-    stop: Stops | None = Field(None, description="Texts that end the answer; a single string is accepted.")
     seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
-    stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
+    stream: bool = Field(False, description="Answer with server-sent events.")
     personalize: Personalize = Field(
         Personalize.AUTO,
         strict=False,  # enum values arrive as JSON strings
@@ -186,6 +182,13 @@ class AnswerRequest(Sampling, Strict):
         description="Whether the last user message becomes an item of the user's history, unless it is short, code or "
         "quoted. Default: as the API key says (`mta keys create --learn`).",
     )
+
+
+class AnswerRequest(PersonalRequest):
+    max_tokens: int | None = Field(
+        None, ge=1, le=MAX_INT32, description="Maximum length of the answer in tokens; refused beyond the context."
+    )
+    stop: Stops | None = Field(None, description="Texts that end the answer; a single string is accepted.")
 
 
 class UserRequest(AnswerRequest):

@@ -27,20 +27,24 @@ KEYS: Mapping[str, tuple[str, frozenset[Scope], Allowance]] = {
 }
 
 
-def ask(client: httpx.Client, route: str, headers: Mapping[str, str], user: str = "ada") -> httpx.Response:
+def ask(
+    client: httpx.Client, route: str, headers: Mapping[str, str] | list[tuple[str, str]], user: str = "ada"
+) -> httpx.Response:
     """A request that a route would take, but for the key; `route` as in the table of routes."""
     method, path = route.split(" ")
     path = path.replace("{user_id}", user).replace("{job_id}", f"{'a' * 26}.1").replace("{path:path}", "app.js")
-    path = path.replace("{model:path}", "mta")
+    path = path.replace("{model:path}", "mta").replace("{response_id}", "resp-1")
     bodies: dict[str, Any] = {
         "/generate": {"user_id": user, "prompt": "Hello", "max_tokens": 2},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2},
         "/v1/completions": {"prompt": "Hello", "max_tokens": 2},
+        "/v1/responses": {"input": "Hello", "max_output_tokens": 2},
+        "/v1/messages": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2},
         f"/users/{user}/profile": {"items": [{"text": "a text"}]},
         f"/users/{user}/profile/items": {"items": [{"text": "a text"}]},
         f"/users/{user}/adapt": {"samples": [{"input": "Hello", "output": "Hello, dear friend"}]},
     }
-    return client.request(method, path, json=bodies.get(path), headers=dict(headers))
+    return client.request(method, path, json=bodies.get(path), headers=headers)
 
 
 def keys(*arguments: str) -> Result:

@@ -126,6 +126,13 @@ def test_a_key_counts_in_its_one_place_alone(keyed: Keyed, stranger: httpx.Clien
     assert stranger.get("/v1/models", headers=two).status_code == httpx.codes.UNAUTHORIZED
 
 
+def test_messages_take_a_key_as_anthropics_clients_send_it(keyed: Keyed, stranger: httpx.Client) -> None:
+    key, revoked = (("X-API-Key", keyed.secrets[name]) for name in ("acme", "revoked"))
+    bearer = ("Authorization", f"Bearer {keyed.secrets['globex']}")
+    for headers, status in (([key], 200), ([key, key], 401), ([revoked], 401), ([revoked, bearer], 200)):
+        assert ask(stranger, "POST /v1/messages", headers).status_code == status
+
+
 @pytest.mark.parametrize("key", [name for name in KEYS if name.startswith("only")])
 def test_a_body_is_not_awaited_for_a_key_that_may_not_send_it(keyed: Keyed, key: str) -> None:
     with keyed.send(key, "PUT /users/ada/profile", b"", length=8_000_000) as connection:

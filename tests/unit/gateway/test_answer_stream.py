@@ -29,7 +29,7 @@ from server.gateway.http.streaming import DONE, KEEP_ALIVE, EventSender, event
 from server.gateway.routes.jobs import _JobEvents
 from server.gateway.routes.openai import routes
 from server.gateway.routes.openai.requests import ChatMessage, ChatRequest
-from server.gateway.routes.openai.routes import JoinedChunks, _OpenAIResponse
+from server.gateway.routes.openai.routes import JoinedChunks, OpenAIResponse
 from server.store.jobs import Job, JobId, JobState
 from tests.support.watchdog import settled
 
@@ -250,7 +250,7 @@ async def test_a_long_answer_takes_little_more_memory_than_what_will_be_sent(top
         timings=SimpleNamespace(ms={}),
     )
     body = ChatRequest(messages=[ChatMessage(role="user", content="hello")])
-    sent = await _OpenAIResponse(nothing, nothing, body).whole(answer)
+    sent = await OpenAIResponse(nothing, nothing, body).whole(answer)
     assert orjson.loads(sent)["choices"][3]["message"]["content"] == "sea " * 1000
     assert 0 < taken_bytes < 2 * len(sent)
 

@@ -1,11 +1,13 @@
-"""Request bodies of OpenAI's API; strict like all requests. Null means that a field is not set.
+"""Request bodies of OpenAI's API, and what those of other formats become. Strict; null means that a field is not set.
 
 Fields that are neither defined nor ignored are refused. Fields outside `OWN_FIELDS` go to the engine unchanged.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from abc import abstractmethod
+from collections.abc import Mapping, Set
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import orjson
 from pydantic import (
@@ -14,18 +16,22 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PlainValidator,
+    ValidationError,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from adapters.errors import excerpt
 from server.errors import InvalidRequest
 from server.gateway.generation.request import CONTINUATION_TOKENS, prompts_of, size_bytes
+from server.gateway.http.errors import fault_of
 from server.gateway.routes.openai.schemas import check_schemas, check_size
-from server.gateway.routes.requests import MAX_MESSAGES, AnswerRequest, History, Strict, UserId
+from server.gateway.routes.requests import MAX_MESSAGES, AnswerRequest, History, PersonalRequest, Strict, UserId
 from server.settings import MAX_INT32
 
 PERSONAL_MODEL = "mta"
+STRING = {"type": "string"}
 OWN_FIELDS = {
     *("model", "user", "messages", "prompt", "stream", "stream_options"),
     *("history", "personalize", "strength", "words", "learn"),
@@ -45,18 +51,27 @@ def _without_nulls(fields: Any) -> Any:
     return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
 
 
-def _join_parts(content: Any) -> Any:
-    """Join content parts into one text, as vLLM does; pydantic checks content of another type."""
-    if not isinstance(content, list):
+def object_schema(required: Mapping[str, Any], **optional: Any) -> dict[str, Any]:
+    """Return the JSON schema of an object with these fields, whose other fields are ignored."""
+    return {"type": "object", "properties": {**required, **optional}, "required": list(required)}
+
+
+def texts_schema(*kinds: str) -> dict[str, Any]:
+    """Return the JSON schema of what `text_of` takes."""
+    part = object_schema({"type": {"enum": list(kinds)}, "text": STRING})
+    return {"anyOf": [STRING, {"type": "array", "items": part}]}
+
+
+def text_of(content: Any, *kinds: str) -> str:
+    """Return a text, or the texts of a list of parts of these types, joined as vLLM does it."""
+    if isinstance(content, str):
         return content
-    if not all(map(_is_text_part, content)):
-        raise PydanticCustomError("parts", "must be a text or a list of parts of type text")
+    for part in content if isinstance(content, list) else [content]:
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (part, None)
+        if kind not in kinds or not isinstance(text, str):
+            told = {"kinds": " or ".join(kinds), "kind": excerpt(kind)}
+            raise PydanticCustomError("parts", "must be a text or parts of type {kinds} with a text, not {kind}", told)
     return "\n".join(part["text"] for part in content)
-
-
-def _is_text_part(part: Any) -> bool:
-    has_fields = isinstance(part, dict) and part.keys() == {"type", "text"}
-    return has_fields and part["type"] == "text" and isinstance(part["text"], str)
 
 
 def _check_prompt(value: Any) -> Any:
@@ -107,16 +122,14 @@ _FORMAT = {"type": "object", "properties": {"type": {"enum": list(_FORMATS)}}, "
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_INT32}}
 _PROMPTS = {"anyOf": [_TEXT, _IDS, *({"type": "array", "minItems": 1, "items": item} for item in (_TEXT, _IDS))]}
-_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-    "additionalProperties": False,
-}
-_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
 _CHOICE = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}
 
+Text = Annotated[str, BeforeValidator(lambda content: text_of(content, "text")), WithJsonSchema(texts_schema("text"))]
 NoNulls = BeforeValidator(_without_nulls)
+ToolChoice = Annotated[Any, AfterValidator(_check_tool_choice), WithJsonSchema(_CHOICE)]
+ChatHistory = Annotated[
+    History | None, Field(description="As in `/generate`. Default: `auto` if the API key says so, else 0.")
+]
 
 
 class Function(Strict):
@@ -151,7 +164,7 @@ class ToolCall(Strict):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_join_parts), WithJsonSchema(_CONTENT)] | None = Field(
+    content: Text | None = Field(
         None, description="A text, or parts of type `text`; optional for an assistant message with `tool_calls`."
     )
     name: str | None = None
@@ -172,9 +185,42 @@ class StreamOptions(Strict):
     include_obfuscation: bool = Field(False, description="No effect: chunks are not padded.")
 
 
-class OpenAIRequest(AnswerRequest):
+class ModelRequest(PersonalRequest):
+    """What requests in formats of other servers share."""
+
+    ID_PREFIX: ClassVar[str]  # of answers
+    PROMPT: ClassVar[str]  # name of the field with the prompt
+    LONGEST: ClassVar[str] = "max_tokens"  # and of that with the maximum length of an answer
+    HINTS: ClassVar[Set[str]] = IGNORED
+
     model: str = Field(PERSONAL_MODEL, description="`mta`, or `base` for the base model.")
     user: UserId | None = Field(None, description="User id; alternative to the header X-User-ID.")
+    _ignored: tuple[str, ...] = ()
+
+    @classmethod
+    def check(cls, fields: Mapping[str, Any]) -> None:
+        """Raise InvalidRequest if fields that would not be read must not be dropped either."""
+        if refused := next((name for name in fields if name in REFUSED), None):
+            message = f"{refused} controls the engine, which only the server may do: leave it out"
+            raise InvalidRequest(message, param=refused, code="refused_field")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse_or_drop_fields(cls, fields: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Drop ignored fields and nulls."""
+        if not isinstance(fields, dict):
+            return validate(fields)
+        cls.check(fields)
+        made = validate({n: value for n, value in fields.items() if n not in cls.HINTS and value is not None})
+        made._ignored = tuple(name for name, value in fields.items() if name in cls.HINTS and value is not None)
+        return made
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return self._ignored
+
+
+class OpenAIRequest(ModelRequest, AnswerRequest):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -184,20 +230,6 @@ class OpenAIRequest(AnswerRequest):
     min_tokens: int | None = Field(None, ge=0, le=MAX_INT32, description="Requires `max_tokens`; a vLLM extension.")
     ignore_eos: bool | None = Field(None, description="Whether to write on after an answer's end; a vLLM extension.")
     skip_special_tokens: bool | None = Field(None, description="Of the answer's text; a vLLM extension.")
-    _ignored: tuple[str, ...] = ()
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _refuse_or_drop_fields(cls, fields: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Drop ignored fields and nulls."""
-        if not isinstance(fields, dict):
-            return validate(fields)
-        if refused := next((name for name in fields if name in REFUSED), None):
-            message = f"{refused} controls the engine, which only the server may do: leave it out"
-            raise InvalidRequest(message, param=refused, code="refused_field")
-        made = validate({n: value for n, value in fields.items() if n not in IGNORED and value is not None})
-        made._ignored = tuple(name for name, value in fields.items() if name in IGNORED and value is not None)
-        return made
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -218,25 +250,22 @@ class OpenAIRequest(AnswerRequest):
         return self.max_tokens
 
     @property
-    def ignored(self) -> tuple[str, ...]:
-        return self._ignored
-
-    @property
     def engine_fields(self) -> dict[str, Any]:
         return self.model_dump(exclude=OWN_FIELDS, exclude_unset=True)
 
 
 class ChatRequest(OpenAIRequest):
+    ID_PREFIX = "chatcmpl"
+    PROMPT = "messages"
+
     messages: list[Annotated[ChatMessage, NoNulls]] = Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT32, description="Overrides `max_tokens`.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Tools | None = None
-    tool_choice: Annotated[Any, AfterValidator(_check_tool_choice), WithJsonSchema(_CHOICE)] = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
-    history: History | None = Field(
-        None, description="As in `/generate`. Default: `auto` if the API key says so, else 0."
-    )
+    history: ChatHistory = None
 
     @property
     def longest(self) -> int | None:
@@ -245,6 +274,9 @@ class ChatRequest(OpenAIRequest):
 
 class CompletionRequest(OpenAIRequest):
     """A continuation of a prompt, verbatim and without a chat template."""
+
+    ID_PREFIX = "cmpl"
+    PROMPT = "prompt"
 
     prompt: Annotated[str | list[Any], PlainValidator(_check_prompt), WithJsonSchema(_PROMPTS)]
     max_tokens: int | None = Field(
@@ -263,3 +295,33 @@ class CompletionRequest(OpenAIRequest):
             message = f"echo with logprobs takes prompts of at most {MAX_ECHOED} bytes or token ids, not {longest}"
             raise PydanticCustomError("combination", message, {"param": "echo"})
         return self
+
+
+class TranslatedRequest(ModelRequest):
+    """A request in another format, with the chat request that it becomes; errors name the fields of this one."""
+
+    RENAMED: ClassVar[Mapping[str, str]]  # parts of the names of the chat request's fields
+
+    history: ChatHistory = None
+    _chat: ChatRequest
+
+    @abstractmethod
+    def chat_fields(self) -> dict[str, Any]:
+        """Return the chat request's fields that have another name or form here; None for one that is not set."""
+
+    @model_validator(mode="after")
+    def _translate(self) -> Self:
+        shared = self.model_dump(include=set(TranslatedRequest.model_fields), exclude_unset=True)
+        try:
+            self._chat = ChatRequest.model_validate(shared | self.chat_fields())
+        except ValidationError as error:
+            fault = fault_of(error.errors())
+            for name, renamed in self.RENAMED.items():
+                fault.message = fault.message.replace(name, renamed, 1)
+                fault.param = fault.param and fault.param.replace(name, renamed, 1)
+            raise fault from None
+        return self
+
+    @property
+    def chat(self) -> ChatRequest:
+        return self._chat

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -20,7 +19,7 @@ from adapters.errors import excerpt
 from server.engine_protocol import BASE_MODEL
 from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_of
-from server.gateway.engines.chat import MOVED
+from server.gateway.engines.chat import MOVED, Conversation
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.request import GenerationRequest, Personalize
 from server.gateway.http.bodies import JsonRoute
@@ -31,8 +30,10 @@ from server.gateway.routes.openai.requests import (
     PERSONAL_MODEL,
     ChatRequest,
     CompletionRequest,
+    ModelRequest,
     OpenAIRequest,
     StreamOptions,
+    TranslatedRequest,
 )
 from server.gateway.routes.requests import QueueTimeout
 from server.store.tenants.user_key import check_user_id
@@ -40,29 +41,32 @@ from server.store.tenants.user_key import check_user_id
 MAX_JOINED_BYTES = 64 << 20  # 40,000 tokens with `top_logprobs` 20, for which the event loop stands still for 0.3 s
 
 _MODELS = (PERSONAL_MODEL, BASE_MODEL)
-_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _INTERNAL_FIELDS = ("kv_transfer_params", "ec_transfer_params", "prompt_token_ids")  # of engines and gateways alone
 _NULLABLE = {"content", "refusal", "logprobs", "finish_reason", "usage"}  # in OpenAI's schema; other nulls are removed
 _JOINED = {"delta", "text", "logprobs"}
 
 
-class _Completion(BaseModel, frozen=True):
+class NamedAnswer(BaseModel, frozen=True):
+    """An answer, in a format that others define and document."""
+
     id: str
-    created: int = Field(description="Seconds since 1970.")
     model: str = Field(description="The model named in the request.")
-    usage: dict[str, Any]
-    personalization: PersonalizationAnswer = Field(description="Not part of OpenAI's schema.")
+    usage: dict[str, Any] | None
+    personalization: PersonalizationAnswer = Field(description="Not part of the format's own schema.")
 
 
-class ChatCompletion(_Completion, frozen=True):
+class ChatCompletion(NamedAnswer, frozen=True):
     object: Literal["chat.completion"]
+    created: int = Field(description="Seconds since 1970.")
     choices: list[dict[str, Any]] = Field(
         description="OpenAI's: `index`, `message`, `finish_reason`, `logprobs`; streams have `delta` for `message`."
     )
 
 
-class TextCompletion(_Completion, frozen=True):
+class TextCompletion(NamedAnswer, frozen=True):
     object: Literal["text_completion"]
+    created: int = Field(description="Seconds since 1970.")
     choices: list[dict[str, Any]] = Field(description="OpenAI's: `index`, `text`, `finish_reason`, `logprobs`.")
 
 
@@ -91,7 +95,7 @@ UserHeader = Annotated[
 router = APIRouter(route_class=JsonRoute, prefix="/v1", tags=["openai"])
 
 
-@router.post("/chat/completions", response_model=ChatCompletion, responses=_RESPONSES)
+@router.post("/chat/completions", response_model=ChatCompletion, responses=STREAMED)
 async def chat_completions(
     request: Request, body: ChatRequest, x_user_id: UserHeader = None, x_queue_timeout: QueueTimeout = None
 ) -> Response:
@@ -102,10 +106,10 @@ async def chat_completions(
     ignored, and listed in X-MTA-Ignored; fields that control the engine are refused. Without a length or a temperature
     the server's defaults apply.
     """
-    return _answer(request, body, x_queue_timeout)
+    return answer_to(request, body, x_queue_timeout, OpenAIResponse)
 
 
-@router.post("/completions", response_model=TextCompletion, responses=_RESPONSES)
+@router.post("/completions", response_model=TextCompletion, responses=STREAMED)
 async def completions(
     request: Request, body: CompletionRequest, x_user_id: UserHeader = None, x_queue_timeout: QueueTimeout = None
 ) -> Response:
@@ -113,7 +117,7 @@ async def completions(
 
     Everything else is as for chat completions.
     """
-    return _answer(request, body, x_queue_timeout)
+    return answer_to(request, body, x_queue_timeout, OpenAIResponse)
 
 
 @router.get("/models")
@@ -128,42 +132,46 @@ async def model(model: Annotated[str, Path(description="Model name.", examples=[
     return ModelAnswer(id=_checked_model(model))
 
 
-def _answer(request: Request, body: ChatRequest | CompletionRequest, patience_s: float | None) -> Response:
+def answer_to(
+    request: Request,
+    body: ChatRequest | CompletionRequest | TranslatedRequest,
+    patience_s: float | None,
+    response: Callable[..., Response],
+) -> Response:
+    """Return the `response` to a request in any of the formats."""
+    asked = body.chat if isinstance(body, TranslatedRequest) else body
     personalize = body.personalize
     if _checked_model(body.model) == BASE_MODEL:
         if personalize is Personalize.MERGED:
             raise InvalidRequest("personalize is merged, but the model is base", param="personalize")
         personalize = Personalize.NONE
-    parts, users = parts_of(request), users_of(request)
-    user_id = _user_id(body.user, request.headers, parts.settings.user_header_names)
-    request_of = partial(
-        GenerationRequest,
+    parts, users, caller = parts_of(request), users_of(request), caller_of(request)
+    user_id = _user_id(asked.user, request.headers, parts.settings.user_header_names)
+    messages: Conversation = []
+    history: int | Literal["auto"] = 0
+    if isinstance(asked, ChatRequest):
+        messages = [message.model_dump(exclude_unset=True) for message in asked.messages]
+        history = asked.history if asked.history is not None else "auto" if caller.policy.history else 0
+    generation = GenerationRequest(
+        id_prefix=body.ID_PREFIX,
         user=None if user_id is None else users.user(user_id),
         personalize=personalize,
-        strength=body.strength,
-        words=body.words,
-        sampling=body.engine_fields,
-        stream=body.stream,
+        strength=asked.strength,
+        messages=messages,
+        prompt=asked.prompt if isinstance(asked, CompletionRequest) else None,
+        words=asked.words,
+        history=parts.bank.manifest.history_default if history == "auto" else history,
+        max_tokens=asked.longest,
+        sampling=asked.engine_fields,
+        stream=asked.stream,
         users=users,
-        caller=caller_of(request),
+        caller=caller,
         patience_s=patience_s,
         user_param="user",
+        prompt_param=body.PROMPT,
+        max_tokens_param="max_completion_tokens" if "max_completion_tokens" in body.model_fields_set else body.LONGEST,
     )
-    if isinstance(body, ChatRequest):
-        asked = body.history if body.history is not None else "auto" if caller_of(request).policy.history else 0
-        generation = request_of(
-            id_prefix="chatcmpl",
-            messages=[message.model_dump(exclude_unset=True) for message in body.messages],
-            history=parts.bank.manifest.history_default if asked == "auto" else asked,
-            max_tokens=body.longest,
-            max_tokens_param="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
-            prompt_param="messages",
-        )
-    else:
-        generation = request_of(
-            id_prefix="cmpl", messages=[], prompt=body.prompt, max_tokens=body.longest, prompt_param="prompt"
-        )
-    return _OpenAIResponse(parts, with_learning(parts, generation, body.learn), body)
+    return response(parts, with_learning(parts, generation, asked.learn), body)
 
 
 def _checked_model(model: str) -> str:
@@ -193,14 +201,26 @@ def _user_id(user: str | None, headers: Headers, names: Sequence[str]) -> str | 
     return header_id
 
 
-class _OpenAIResponse(AnswerResponse):
+class ModelResponse(AnswerResponse):
+    """An answer to a request that named a model, with the headers about its personalisation."""
+
+    def __init__(self, parts: Parts, generation: GenerationRequest, body: ModelRequest) -> None:
+        super().__init__(parts, generation)
+        self._model = body.model
+        self._ignored = {"X-MTA-Ignored": ", ".join(body.ignored)} if body.ignored else {}
+
+    def headers_of(self, answer: Answer) -> dict[str, str]:
+        recipe = answer.personalization.public_recipe
+        known = {"X-MTA-Level": answer.personalization.level.value, **self._ignored}
+        return known | ({"X-MTA-Recipe": recipe} if recipe else {})
+
+
+class OpenAIResponse(ModelResponse):
     """An answer in OpenAI's format."""
 
     def __init__(self, parts: Parts, generation: GenerationRequest, body: OpenAIRequest) -> None:
-        super().__init__(parts, generation)
-        self._model = body.model
+        super().__init__(parts, generation, body)
         self._options = body.stream_options or StreamOptions()
-        self._ignored = {"X-MTA-Ignored": ", ".join(body.ignored)} if body.ignored else {}
         self._is_chat = isinstance(body, ChatRequest)
 
     async def whole(self, answer: Answer) -> bytes:
@@ -228,11 +248,6 @@ class _OpenAIResponse(AnswerResponse):
             if personalization is None:
                 chunk["personalization"] = personalization = PersonalizationAnswer.of(answer)
             yield event(chunk)
-
-    def headers_of(self, answer: Answer) -> dict[str, str]:
-        recipe = answer.personalization.public_recipe
-        known = {"X-MTA-Level": answer.personalization.level.value, **self._ignored}
-        return known | ({"X-MTA-Recipe": recipe} if recipe else {})
 
     def _make_public(self, value: dict[str, Any], answer: Answer, kind: str) -> None:
         """Replace the engine's names with public ones: its model name may contain a user's key."""
