@@ -104,9 +104,9 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The result of a profile change: the numbers of received, kept and changed items, and the new recipe.
+    """The result of a profile change: the numbers of received, kept, changed and removed items, and the new recipe.
 
-    `hint` says why some items teach nothing but topics.
+    `changed` counts items that are new or have new content. `hint` says why some items teach nothing but topics.
     """
 
     user_id: str
@@ -116,6 +116,7 @@ class Profile:
     recipe: str
     anchors: tuple[Anchor, ...]
     hint: str | None = None
+    removed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

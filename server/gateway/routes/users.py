@@ -55,10 +55,11 @@ class ProfileAnswer(BaseModel, frozen=True):
     user_id: str
     received: int = Field(description="Number of items in the request.")
     kept: int = Field(description="Number of items in the profile now.")
-    changed: int = Field(description="Number of items added, removed or replaced; 0 for a repeated request.")
+    changed: int = Field(description="Number of items that are new or have new content; 0 for a repeated request.")
     recipe: str
     anchors: list[AnchorAnswer]
     hint: str | None = Field(description="Why some of the items teach nothing but topics; null if all teach more.")
+    removed: int = Field(description="Number of earlier items that are gone: not in a PUT, or beyond the limit.")
 
 
 class AdapterAnswer(BaseModel, frozen=True):
@@ -201,13 +202,14 @@ async def _change(
     (items, hint), received = await asyncio.to_thread(_items, parts, body.items), len(body.items)
     body.items.clear()  # megabytes, while many such requests may wait for their turn at the embedder
     update = await change(user, items, epoch_of(request))
-    parts.metrics.profile_changes.inc(update.changed)
+    parts.metrics.profile_changes.inc(update.changed + update.removed)
     personal = parts.bank.personalise(update.profile.embedding, update.profile.evidence)
     return ProfileAnswer(
         user_id=user.id,
         received=received,
         kept=update.profile.items,
         changed=update.changed,
+        removed=update.removed,
         recipe=personal.recipe.name,
         anchors=anchor_answers(personal.recipe, personal.weights),
         hint=hint,
