@@ -152,7 +152,9 @@ class Erased:
 class Job:
     """A training job's current state; `tries` is the number of times that a worker took it.
 
-    `progress` has `step`, `steps`, `phase`, and pairs of step and loss in `loss` and `held_out`.
+    `progress` has `step`, `steps`, `phase`, and pairs of step and loss in `loss` and `held_out`. `shown` has an `input`
+    that was held out, the answer `wanted`, and the model's `before` and `after`. `hint` says, of a new job, how many
+    samples are not of the bank's task.
     """
 
     id: str
@@ -166,6 +168,8 @@ class Job:
     tries: int
     adapter: str | None
     error: str | None
+    shown: Mapping[str, str] | None = None
+    hint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
