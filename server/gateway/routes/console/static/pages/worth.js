@@ -1,7 +1,7 @@
 // What personalisation is worth: each level against the one below, with intervals, and the weeks behind it.
 import { call } from '../api.js';
 import { html, useEffect, useState } from '../parts/html.js';
-import { Notice, sentence } from '../parts/widgets.js';
+import { Notice, Says } from '../parts/widgets.js';
 import { count, figure, percent } from '../parts/words.js';
 
 const METRICS = {
@@ -28,7 +28,7 @@ export function Worth() {
 		${worth && html`
 			<section class="card" aria-label="Results">
 				<h2>Is it worth it?</h2>
-				<ul class="stack">${worth.says.map((words) => html`<li key=${words}>${sentence(words)}</li>`)}</ul>
+				<ul class="stack">${worth.says.map((words) => html`<li key=${words}><${Says} text=${words} /></li>`)}</ul>
 				${worth.running.map(({ week, people }) => html`<p key=${week} class="hint">
 					Week of ${week}: ${count(people, 'person', 'people')} so far, counted once it is over.</p>`)}
 			</section>
