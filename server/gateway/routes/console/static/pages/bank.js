@@ -36,7 +36,7 @@ export function Bank({ params }) {
 		<${Notice} error=${failure} again=${() => location.reload()} />
 		${!bank && !failure && html`<p class="dim" role="status">Reading the bank …</p>`}
 		${bank && html`
-			<div class="broad">
+			<div class="columns">
 				<section class="card" aria-label="Map of the anchors">
 					<h2>Map</h2>
 					<${AnchorMap} anchors=${bank.anchors} user=${user} />
@@ -48,23 +48,21 @@ export function Bank({ params }) {
 					<${Notice} error=${fault} />
 					<div class="stack" aria-live="polite">${user && html`<${Shown} user=${user} />`}</div>
 				</section>
-				<div class="stack">
-					<${Rule} rule=${bank.rule} />
-					<section class="card" aria-label="About the bank">
-						<h2>This bank</h2>
-						<${Facts} label="This bank" rows=${[
-							['Bank', bank.bank, true],
-							['Task', bank.task?.name.replaceAll('_', ' ')],
-							['Base model', bank.model],
-							['Embedder', shortened(bank.embedder, 16), true],
-							['Fusion', bank.method],
-							['Rank', `${bank.rank}, served in slots of ${bank.serving_rank}`],
-							['Common row', bank.common_row ? 'yes, in every answer' : 'none'],
-						]} />
-					</section>
-				</div>
-			</div>
-			<${AnchorTable} anchors=${bank.anchors} />`}`;
+				<${Rule} rule=${bank.rule} />
+				<section class="card" aria-label="About the bank">
+					<h2>This bank</h2>
+					<${Facts} label="This bank" rows=${[
+						['Bank', bank.bank, true],
+						['Task', bank.task?.name.replaceAll('_', ' ')],
+						['Base model', bank.model],
+						['Embedder', shortened(bank.embedder, 16), true],
+						['Fusion', bank.method],
+						['Rank', `${bank.rank}, served in slots of ${bank.serving_rank}`],
+						['Common row', bank.common_row ? 'yes, in every answer' : 'none'],
+					]} />
+				</section>
+				<${AnchorTable} anchors=${bank.anchors} />
+			</div>`}`;
 }
 
 const explained = ({ explained: shares }) => ` The two axes cover ${percent(shares[0] + shares[1])} of the variance.`;
