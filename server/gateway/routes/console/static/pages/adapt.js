@@ -160,7 +160,7 @@ function Training({ job, lost }) {
 			<h3>${job.shown.input}</h3>
 			<p class="hint">A sample that neither answer has been trained on; its own answer is “${job.shown.wanted}”</p>
 			<div class="pair">${['before', 'after'].map((side) => html`<div key=${side}>
-				<p class="dim">${titled(side)}</p><p class="text">${job.shown[side]} …</p></div>`)}</div>
+				<p class="dim">${titled(side)}</p><p class="text">${job.shown[side]}</p></div>`)}</div>
 		</article>`}
 	</section>`;
 }

@@ -156,7 +156,7 @@ export function Playground({ params }) {
 			</fieldset>
 			<div class="question">
 				<${Input} area rows=${free ? 2 : 4} required=${task.field} label=${free ? 'Question' : titled(task.field ?? 'question')}
-					hint=${`${instruction && `Asked as “${shortened(instruction, 200)}” and this text. `}Ctrl+Enter or ⌘+Enter asks.`}
+					hint=${`${instruction && `Asked as “${shortened(instruction.trim(), 200)}” and this text. `}Ctrl+Enter or ⌘+Enter asks.`}
 					value=${prompt.startsWith(instruction) ? prompt.slice(instruction.length) : prompt} onValue=${setPrompt} />
 				<${Input} type="range" min="0" max="1" step="0.05" label=${`Strength ${strength.toFixed(2)}`} value=${strength}
 					disabled=${mute} onValue=${(value) => setStrength(Number(value))} onChange=${(event) => askAgain(Number(event.target.value))}
