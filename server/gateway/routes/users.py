@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
 import orjson
@@ -177,8 +176,8 @@ async def list_items(
     user, profile, _ = await parts.profiles.find_at_once(user_of(request, user_id))
     if profile is None:
         raise _unknown(user_id, "profile")
-    newest = reversed((await parts.profiles.store.items(user.key)).items())
-    items = [Item(name, stored.fields) for name, stored in islice(newest, limit)]
+    newest = list((await parts.profiles.store.items(user.key)).items())[: -limit - 1 : -1]
+    items = [Item(name, stored.fields) for name, stored in newest]
     return ItemsAnswer(user_id=user_id, items=[ItemAnswer.of(item, parts.bank.task) for item in items])
 
 
