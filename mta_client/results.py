@@ -113,9 +113,9 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The result of a profile change: the numbers of received, kept and changed items, and the new recipe.
+    """The result of a profile change: the numbers of received, kept, changed and removed items, and the new recipe.
 
-    `hint` says why some items teach nothing but topics.
+    `changed` counts items that are new or have new content. `hint` says why some items teach nothing but topics.
     """
 
     user_id: str
@@ -125,6 +125,7 @@ class Profile:
     recipe: str
     anchors: tuple[Anchor, ...]
     hint: str | None = None
+    removed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,9 @@ class Erased:
 class Job:
     """A training job's current state; `tries` is the number of times that a worker took it.
 
-    `progress` has `step`, `steps`, `phase`, and pairs of step and loss in `loss` and `held_out`.
+    `progress` has `step`, `steps`, `phase`, and pairs of step and loss in `loss` and `held_out`. `shown` has an `input`
+    that was held out, the answer `wanted`, and the model's `before` and `after`. `hint` says, of a new job, how many
+    samples are not of the bank's task.
     """
 
     id: str
@@ -174,6 +177,8 @@ class Job:
     tries: int
     adapter: str | None
     error: str | None
+    shown: Mapping[str, str] | None = None
+    hint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,16 @@ from adapters.errors import MtaError, excerpt
 MAX_INT32 = (1 << 31) - 1  # largest token id and token count: engines use 32-bit integers
 MAX_ITEM_BYTES = 64 << 10  # maximum size of a profile item, as JSON
 _COMPOSE_ONLY = ("MTA_ADMIN_KEY", "MTA_BANK_DIR", "MTA_GRAFANA_PORT", "MTA_PORT_2")  # read only by docker-compose.yml
+GROUPS = {
+    "bank": "What is served",
+    "host": "Gateway",
+    "metrics_tenants": "Watching",
+    "api_key": "Commands that call a gateway",
+    "inner_host": "Engine",
+    "replicas": "Fleet",
+    "worker_threads": "Worker",
+}
+"""Titles of the settings' groups, by the first setting of each."""
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110, section 5.6.2
 
 
@@ -47,7 +57,6 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="MTA_", frozen=True, extra="ignore")
 
-    # What is served
     bank: Path | None = Field(None, description="Folder of the bank (`mta bank build --out`).")
     next_bank: Path | None = Field(None, description="Second bank that engines serve while a fleet moves to it.")
     model: str = Field("default", description="Base model: folder, hub id or `default` (SmolLM2-135M-Instruct).")
@@ -67,7 +76,6 @@ class Settings(BaseSettings):
         None, ge=16, description="Memory limit of `mta up`'s store in MiB; default: an eighth of memory."
     )
 
-    # Gateway
     host: str = Field("127.0.0.1", description="Address the gateway listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on.")
     redis_url: str = Field(
@@ -129,7 +137,6 @@ class Settings(BaseSettings):
     job_tokens: int = Field(2_000_000, gt=0, description="Maximum tokens an adapt job reads; an hour on two cores.")
     job_seconds: int = Field(3600, gt=0, description="Longest training time of an adapt job, seconds.")
 
-    # Watching
     metrics_tenants: str = Field(
         "", description="Tenants with metrics of their own, comma-separated, besides MTA_TENANT; others are `other`."
     )
@@ -143,11 +150,9 @@ class Settings(BaseSettings):
     otlp_endpoint: str = Field("", description="Trace collector, OTLP over HTTP, e.g. http://127.0.0.1:4318.")
     trace_share: float = Field(1.0, ge=0, le=1, description="Share of requests traced if the client does not decide.")
 
-    # Commands that call a gateway
     api_key: SecretStr | None = Field(None, description="API key to send; `mta keys create` creates one.")
     first_key: SecretStr | None = Field(None, description="The operator's first key, for `mta keys create --given`.")
 
-    # Engine
     inner_host: str = Field("127.0.0.1", description="Address of engine, router, worker metrics; never a public one.")
     engine_port: int = Field(8001, ge=0, le=65535, description="Port the engine listens on.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights and KV cache.")
@@ -177,12 +182,10 @@ class Settings(BaseSettings):
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) per engine.")
 
-    # Fleet
     replicas: int = Field(1, ge=1, description="Engines that `mta up` starts; two or more run behind a router.")
     router_port: int = Field(8002, ge=0, le=65535, description="Port the router listens on.")
     drain_s: float = Field(30, ge=0, description="Seconds for gateway and engine to finish open requests at shutdown.")
 
-    # Worker
     worker_threads: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)),
         ge=1,

@@ -13,6 +13,7 @@ EVAL_INTERVAL = 2  # steps between two evaluations of the held-out loss
 FOLDS = 2
 MAX_SAMPLE_TOKENS = 4096  # of one sample, since the memory of a step grows with the longest
 RIVALS = 5  # at most: merged, the common row, the base model, the adapter in use on its own recipe and on the new one
+SHOWN_TOKENS = 48  # of each of the two answers that show what a job has changed
 MAX_FOLDED = 20  # so many samples are all held out, each in one fold; of more, a share
 
 
@@ -52,18 +53,19 @@ class AdaptConfig:
 
     def tokens_read(self, lengths: Sequence[int]) -> int:
         """Estimate the maximum number of tokens read by all runs, given each sample's token count."""
-        return math.ceil(self._samples_read(len(lengths)) * sum(lengths) / len(lengths))
+        return math.ceil(self._samples_read(len(lengths)) * sum(lengths) / len(lengths)) + 2 * SHOWN_TOKENS
 
     def room_for_past(self, lengths: Sequence[int]) -> int:
         """Return how many tokens of past items fit before samples of these lengths, within `max_tokens`."""
-        return max(0, int(self.max_tokens * len(lengths) / self._samples_read(len(lengths))) - sum(lengths))
+        tokens = self.max_tokens - 2 * SHOWN_TOKENS
+        return max(0, int(tokens * len(lengths) / self._samples_read(len(lengths))) - sum(lengths))
 
     def _samples_read(self, count: int) -> int:
         """Return the number of sample reads in all runs, repeated reads included."""
         judges, looks = self.judges(count), RIVALS + math.ceil(self.steps / EVAL_INTERVAL)
         held = [len(range(fold, judges, FOLDS)) for fold in range(FOLDS)]
         folds = sum(self.steps * min(BATCH_SIZE, count - aside) for aside in held)
-        return folds + looks * judges + self.steps * min(BATCH_SIZE, count)
+        return folds + looks * judges + self.steps * min(BATCH_SIZE, count) + 2  # which is answered twice
 
 
 def default_config(room: int) -> AdaptConfig:

@@ -53,6 +53,7 @@ class TrainingProgress:
     loss: float  # training loss of the step
     phase: str = ""  # short description of the current run
     held_out: float | None = None  # held-out loss, if evaluated after this step
+    shown: tuple[str, ...] = ()  # what `write` returns of a held-out sample on what lies beneath, and the new answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,10 @@ class Beneath:
 
 BeneathWithout = Callable[[Sequence[int]], Beneath]
 """Returns what lies beneath for which the samples at these places are no evidence."""
+
+
+Write = Callable[[int], tuple[str, ...]]
+"""Returns texts about the sample at a place, the last one what the model answers with the adapter attached to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,7 @@ def train_user(
     config: AdaptConfig,
     *,
     judges: Sequence[int] | None = None,
+    write: Write | None = None,
 ) -> TrainingRun:
     """Train a user adapter; TrainingError without samples, or if the loss diverges.
 
@@ -130,11 +136,18 @@ def train_user(
     """
     if not samples:
         raise TrainingError("there are no samples: send some")
-    return TrainingRun(_training(model, beneath, samples, config, range(len(samples)) if judges is None else judges))
+    judges = range(len(samples)) if judges is None else judges
+    return TrainingRun(_training(model, beneath, samples, config, judges, write=write))
 
 
 def _training(
-    model: Any, beneath: BeneathWithout, samples: Sequence[Example], config: AdaptConfig, judges: Sequence[int]
+    model: Any,
+    beneath: BeneathWithout,
+    samples: Sequence[Example],
+    config: AdaptConfig,
+    judges: Sequence[int],
+    *,
+    write: Write | None,
 ) -> _Judging:
     if len(judges) < MIN_JUDGES:
         return Judgement(None, reason=TOO_FEW.format(len(judges), MIN_JUDGES))
@@ -155,9 +168,15 @@ def _training(
                 rivals[name] = yield from _losses(model, aside, None, now)
         tokens = [example.output_tokens for example in aside]
         yield replace(now, held_out=min(map(sum, rivals.values())) / sum(tokens))
-        kept_below = below if ground is last else None
+        kept_below, shown = below if ground is last else None, tuple[str, ...]()
+        asked = min(held, key=lambda place: len(samples[place].ids))
+        if write and number == 0:
+            with attached(model, ground.fused, shared=ground.shared):
+                shown = write(asked)
         with user_run(model, ground.fused, config, now, kept_below, shared=ground.shared) as run:
             by_step = yield from run.evaluated(kept, aside, steps, stop_early=number == 0)
+            if write and shown:
+                yield replace(run.now, shown=(*shown, *write(asked)[-1:]))
             now, below = run.now, run.below
         folds.append(_Fold(tokens, by_step, rivals))
         steps = max(by_step)  # all folds as long as the first

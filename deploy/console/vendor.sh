@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-readonly PREACT=10.29.8 HTM=3.1.1 UPLOT=1.6.32
+readonly PREACT=10.29.8 HTM=3.1.1
 readonly CONSOLE=server/gateway/routes/console
 readonly HASHES=vendored.sha256
 
@@ -27,16 +27,13 @@ main() {
   local made=$fetched/made name
   fetch preact "$PREACT"
   fetch htm "$HTM"
-  fetch uplot "$UPLOT"
   mkdir -p "$made/static/vendor" "$made/licences"
   without_map "$fetched/preact/dist/preact.module.js" >"$made/static/vendor/preact.js"
   # A browser resolves no bare names, and an import map would be an inline script.
   without_map "$fetched/preact/hooks/dist/hooks.module.js" | sed 's|from"preact"|from"./preact.js"|' \
     >"$made/static/vendor/hooks.js"
   cp "$fetched/htm/dist/htm.module.js" "$made/static/vendor/htm.js"
-  # The package's own module is not minified, at three times the size.
-  { cat "$fetched/uplot/dist/uPlot.iife.min.js" && printf '\nexport default uPlot;\n'; } >"$made/static/vendor/uplot.js"
-  for name in preact htm uplot; do cp "$fetched/$name/LICENSE" "$made/licences/$name.txt"; done
+  for name in preact htm; do cp "$fetched/$name/LICENSE" "$made/licences/$name.txt"; done
   if [[ ${1:-} == accept ]]; then
     (cd "$made" && sha256sum licences/* static/vendor/* >"$HASHES")
   else
@@ -44,7 +41,7 @@ main() {
     (cd "$made" && sha256sum --check --strict --quiet "$HASHES")
   fi
   cp -R "$made/." "$CONSOLE/"
-  echo "preact $PREACT, htm $HTM and uPlot $UPLOT are in $CONSOLE/static/vendor"
+  echo "preact $PREACT and htm $HTM are in $CONSOLE/static/vendor"
 }
 
 main "$@"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
-from rich.text import Text
 
 from adapters.errors import MtaError
 from bank.models.process_startup import run_and_exit, without_audio
@@ -20,11 +20,11 @@ from server.cli import audit, backup, bench, eval, keys, secret
 from server.cli.bank import commands as bank
 from server.cli.demo import commands as demo
 from server.cli.run import doctor, gateway, processes
-from server.cli.shared import table_console
 from server.cli.users import chat, worth
 from server.cli.users import commands as users
-from server.settings import Settings, load_settings
+from server.settings import GROUPS, Settings, load_settings
 
+MOST_COLUMNS = 100  # of a text that is read
 app = typer.Typer(name="mta", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 # Exceptions that signal handlers raise; `exit_on_signals` raises SystemExit.
 _SIGNALS: dict[type[BaseException], signal.Signals] = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
@@ -73,13 +73,15 @@ app.command("readapt")(users.readapt)
 @app.command()
 def settings() -> None:
     """Show every setting: its environment variable, its current value and its purpose. Secrets are hidden."""
-    current = load_settings()
-    table = Table(*(Column(head, overflow="fold") for head in ("variable", "value", "what it is")), pad_edge=False)
+    current, indent = load_settings(), "    "
+    width = min(MOST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 24)).columns)
     for name, field in Settings.model_fields.items():
+        if name in GROUPS:
+            typer.secho(f"\n{GROUPS[name]}", bold=True)
         value = getattr(current, name)
         shown = "" if value is None else _URL_PASSWORD.sub(r"\1\2***", str(value))  # secrets print as asterisks
-        table.add_row(f"MTA_{name.upper()}", Text(shown), Text(field.description or ""))
-    table_console().print(table)
+        typer.echo(f"MTA_{name.upper()} = {shown}".removesuffix(" = "))
+        typer.echo(textwrap.fill(field.description or "", width, initial_indent=indent, subsequent_indent=indent))
 
 
 def main() -> None:

@@ -46,6 +46,8 @@ class Curve:
     phase: str = ""  # current activity, in a few words
     loss: tuple[Point, ...] = ()  # training loss
     held_out: tuple[Point, ...] = ()  # loss on held-out samples
+    runs: tuple[tuple[int, str], ...] = ()  # the steps done before each training run, and its phase
+    shown: tuple[str, ...] = ()  # a held-out input, the answer wanted, and the model's without and with the adapter
 
 
 NO_CURVE = Curve()

@@ -206,9 +206,13 @@ class ProgressLog:
     def __init__(self) -> None:
         self.latest = TrainingProgress(0, 0, 0.0)
         self._loss, self._held_out = list[Point](), list[Point]()
+        self._runs, self._shown = list[tuple[int, str]](), tuple[str, ...]()
 
     def add(self, progress: TrainingProgress) -> None:
         """Add progress. A step may be reported several times; losses that are not finite are dropped."""
+        if progress.phase != self.latest.phase:
+            self._runs.append((progress.step, progress.phase))
+        self._shown = progress.shown or self._shown
         if progress.step > self.latest.step and math.isfinite(progress.loss):
             self._loss.append((progress.step, round(progress.loss, 5)))
         if progress.held_out is not None and math.isfinite(progress.held_out):
@@ -217,7 +221,7 @@ class ProgressLog:
 
     @property
     def curve(self) -> Curve:
-        return Curve(self.latest.phase, thin(self._loss), thin(self._held_out))
+        return Curve(self.latest.phase, thin(self._loss), thin(self._held_out), tuple(self._runs), self._shown)
 
 
 def thin(points: list[Point]) -> tuple[Point, ...]:

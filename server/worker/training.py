@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,14 +13,14 @@ from typing import Any
 
 import torch
 
-from adapters.errors import MtaError, TrainingError
+from adapters.errors import MtaError, TrainingError, shortened
 from adapters.fusion import fuse
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, parse_recipe
-from adapters.training.adapt_config import MAX_SAMPLE_TOKENS, AdaptConfig
+from adapters.training.adapt_config import MAX_SAMPLE_TOKENS, SHOWN_TOKENS, AdaptConfig
 from adapters.training.example import Example
-from adapters.training.forward.shared_part import SharedPart
+from adapters.training.forward.shared_part import SharedPart, shared_part_of
 from adapters.training.trainer import TrainPlan, initial_lora, train_lora
 from adapters.training.user_trainer import IN_USE, MIN_JUDGES, Beneath, TrainingRun, train_user
 from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter, samples_of, stack
@@ -36,9 +37,12 @@ from bank.models.load import load_base
 from server.store.adapters import StoredAdapter
 from server.store.samples import Sample
 
+log = logging.getLogger("mta.worker")
+
 MAX_SIGNED_TOKENS = 512  # longest item in a signature; the inputs of longer items are cut at the end
 CONFIG_REMEDY = "submit the job again"
 SAMPLE_REMEDY = "send it as the model's chat template requires, or leave it out"
+SHOWN_CHARS = 300  # of the input that they answer
 _MAX_ERROR_CHARS = 300
 _WARM_UP_TOKENS = 64  # length of the warm-up example
 
@@ -152,7 +156,33 @@ class AdapterTrainer:
             seen = {lesson_key(self.task, *samples[place].pair) for place in held}
             return made_of(tuple(place for place, key in enumerate(keys) if key not in seen))
 
-        return train_user(self.model, beneath, examples, config, judges=new if len(new) >= MIN_JUDGES else None)
+        def write(place: int) -> tuple[str, ...]:
+            turn, output = samples[place].pair
+            try:
+                return shortened(turn, SHOWN_CHARS), shortened(output, SHOWN_CHARS), self._answer(examples[place])
+            except Exception as error:  # it shows what was learnt, and decides nothing
+                log.warning("no answer to show: %s", type(error).__name__)
+                return ()
+
+        judges = new if len(new) >= MIN_JUDGES else None
+        return train_user(self.model, beneath, examples, config, judges=judges, write=write)
+
+    @torch.no_grad()
+    def _answer(self, example: Example) -> str:
+        """Return the beginning of the likeliest answer to an example's prompt, with what is attached to the model."""
+        part = shared_part_of(self.model)
+        prefix = part.prefix(example) if part else ()
+        ids = torch.tensor([example.ids[: example.loss_from]]).to(self.model.device)
+        made = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=part.cache(self.model, [prefix]) if part and prefix else None,
+            max_new_tokens=SHOWN_TOKENS,
+            do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id,
+        )
+        text: str = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        return text.strip()
 
     def _beneath(self, recipe: Callable[[float], FusionRecipe], strength: float, in_use: UserAdapter | None) -> Beneath:
         def fused(recipe: FusionRecipe) -> LoraWeights:

@@ -276,15 +276,17 @@ class TestReading:
         assert not {"max_tokens", "temperature"} & reading("snippets", "m.asBody(v[0])", question).keys()
         assert "=null" not in reading("snippets", "m.asPython(v[0])", question | {"strength": 1})
 
-    def test_words_that_differ_are_marked_and_no_text_is_lost(self, reading: Reading) -> None:
+    def test_words_that_the_other_text_lacks_are_marked_and_no_text_is_lost(self, reading: Reading) -> None:
         for left, right, marked in (
             ("the cat sat", "the dog sat", (["cat"], ["dog"])),
-            ("one two", "one two", ([], [])),
-            ("", "all new", ([], ["all new"])),
+            ("one two", "two one", ([], [])),
             ("a\n\nb c", "b c", (["a"], [])),
-            ("x\ny", "z", (["x", "y"], ["z"])),
-            ("Same words", "same words", (["Same"], ["same"])),
+            ("x\ny and so on", "z, and so on", (["x", "y"], ["z,"])),
+            ("Same words.", "same words –", ([], [])),
         ):
             sides = reading("diff", "m.compared(v[0], v[1])", left, right)
             assert ["".join(text for text, _ in side) for side in sides] == [left, right]
             assert tuple([text for text, differs in side if differs] for side in sides) == marked
+
+    def test_texts_with_little_in_common_have_no_marks(self, reading: Reading) -> None:
+        assert reading("diff", "m.compared(v[0], v[1])", "all of it is new", "nothing here but other words") == []

@@ -19,6 +19,7 @@ from httpx import Client
 from typer.testing import CliRunner
 
 from adapters.recipe import parse_recipe
+from bank.items.tasks import get_task
 from bank.lookup.phrases import phrase_table
 from bank.lookup.signature import Signature
 from bank.peft.imported import read_peft
@@ -77,6 +78,11 @@ def test_a_trained_adapter_is_served(client: Client, ada: str, fake_engine: Fake
     assert progress["step"] == progress["steps"] > 0
     assert [step for step, _ in progress["loss"]] == list(range(1, progress["steps"] + 1))
     assert progress["phase"] == "all samples"
+    (fold, begin), *_, (last, phase) = progress["runs"]
+    assert (fold, begin, phase) == (0, "fold 1 of 2", "all samples") and 0 < last < progress["step"]
+    shown = done["shown"]
+    assert {"input": shown["input"], "output": shown["wanted"]} in SAMPLES
+    assert shown["before"] != shown["after"]
     first, second = (loss for step, loss in progress["held_out"] if step in (0, 2))
     assert (len(progress["held_out"]) > 4, first == second) == (True, False)
     stacked, merged = who(generate(client, ada)), who(generate(client, ada, personalize="merged"))
@@ -87,6 +93,16 @@ def test_a_trained_adapter_is_served(client: Client, ada: str, fake_engine: Fake
     adapter = client.get(f"/users/{ada}").json()["adapter"]
     assert (adapter["id"], adapter["stale"], adapter["recipe"]) == (done["adapter"], False, stacked["recipe"])
     assert adapter["bytes"] > 100
+
+
+def test_samples_of_another_task_are_told_so_at_once(
+    client: Client, gateway: GatewayThread, ada: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert adapt(client, ada).json()["hint"] is None
+    monkeypatch.setattr(gateway.parts.bank, "task", news := get_task("news_headline"))
+    fitting = {"input": f"{news.instruction}Rain fell.", "output": "Rain"}
+    hint = adapt(client, ada, samples=[*SAMPLES, fitting]).json()["hint"]
+    assert hint.startswith(f"{len(SAMPLES)} of {len(SAMPLES) + 1} samples") and "news_headline" in hint
 
 
 def test_without_a_common_row_the_strength_must_be_1(gateway: GatewayThread) -> None:

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from httpx import Client
 
+from bank.items.tasks import get_task, tasks
 from bank.manifest import PosteriorRule, WeightRule
 from bench.rig.tiny import world
 from server.gateway.routes.console import routes as pages
-from server.gateway.routes.console.routes import rule_answer
+from server.gateway.routes.console.routes import TaskAnswer, rule_answer
 from tests.support.calls import NewUser, error_of, put
 from tests.support.gateway import GatewayThread
 
 ROOT = Path(pages.__file__).parent
-MOST_BYTES = 159_000
+MOST_BYTES = 120_000
 OWN = [path for path in sorted(pages.STATIC.rglob("*")) if path.is_file() and "vendor" not in path.parts]
 MODULES = sorted(pages.STATIC.rglob("*.js"))
 _IMPORT = re.compile(r"""(?:\bfrom\s?|\bimport\()['"]([^'"\s]+)['"]""")
@@ -66,12 +67,20 @@ def test_the_bank_is_a_map_of_its_anchors(client: Client, gateway: GatewayThread
     places = np.array([anchor["at"] for anchor in told["anchors"]])
     variance = (vectors - vectors.mean(axis=0)).var(axis=0).sum()
     assert told["map"]["explained"] == pytest.approx(places.var(axis=0) / variance, abs=1e-4)
+    assert (told["task"]["name"], told["task"]["instruction"], told["task"]["field"]) == ("chat", "", "input")
     assert told["rule"]["name"] == "topic"
     assert "2 anchors" in told["rule"]["says"]
     assert told["rule"]["constants"] == {"anchors": 2, "strength": 1.0}
     user_id = new_user()
     put(client, user_id, [{"text": world(3)}])
     assert client.get(f"/users/{user_id}").json()["at"] == pytest.approx(places[3], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", tasks())
+def test_a_turn_is_what_the_task_says_and_one_field(name: str) -> None:
+    task = get_task(name)
+    told = TaskAnswer.of(task)
+    assert task.input == told.instruction + (f"{{{told.field}}}" if told.field else "")
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from httpx import Client
 
 from bench.rig.tiny import world
 from server.errors import Unavailable
-from tests.support.calls import NewUser, put, who
-from tests.support.gateway import GatewayThread, generate
+from tests.support.calls import NewUser, error_of, put, who
+from tests.support.gateway import GatewayThread, generate, give_adapter
 
 ITEMS = [{"text": "up at five for the waves"}]
 BODIES = {
@@ -63,6 +63,43 @@ def test_a_profile_is_answered_with_its_recipe(client: Client, new_user: NewUser
         assert (same["recipe"], same["anchors"]) == (answer["recipe"], answer["anchors"])
 
 
+def test_what_changed_and_what_had_to_go_are_two_numbers(client: Client, new_user: NewUser) -> None:
+    user_id = new_user()
+    put(client, user_id, texts(0))
+    answer = put(client, user_id, texts(1))
+    assert (*counts(answer), answer["removed"]) == (1, 1, 1, 1)
+    answer = put(client, user_id, texts(1, 2))
+    assert (*counts(answer), answer["removed"]) == (2, 2, 1, 0)
+
+
+def test_items_are_listed_with_what_each_teaches(client: Client, new_user: NewUser) -> None:
+    user_id = new_user()
+    put(client, user_id, [{"id": "pair", "input": "Tea?", "output": "Yes."}, {"id": "long", "text": "word " * 100}])
+    post(client, user_id, [{"id": "short", "text": "ok"}])
+    listed = client.get(f"/users/{user_id}/profile/items").raise_for_status().json()
+    assert [(item["id"], item["teaches"]) for item in listed["items"]] == [
+        ("short", "too_short"),
+        ("long", "lesson"),
+        ("pair", "lesson"),
+    ]
+    assert "400 characters" in listed["items"][0]["reason"] and listed["items"][1]["reason"] is None
+    assert (len(listed["items"][1]["text"]), listed["items"][2]["text"]) == (300, "Tea?\nYes.")
+    newest = client.get(f"/users/{user_id}/profile/items", params={"limit": 1}).raise_for_status().json()
+    assert newest["items"] == listed["items"][:1]
+    assert error_of(client.get(f"/users/{new_user()}/profile/items"))[0] == 404
+
+
+async def test_a_user_is_shown_with_the_recipe_that_serves_them(
+    client: Client, gateway: GatewayThread, new_user: NewUser
+) -> None:
+    user_id = new_user()
+    put(client, user_id, texts(3))
+    await give_adapter(gateway, user_id)
+    shown = client.get(f"/users/{user_id}").raise_for_status().json()
+    assert shown["recipe"] == shown["adapter"]["recipe"]
+    assert [(anchor["id"], anchor["weight"]) for anchor in shown["anchors"]] == [("a01", 0.5)]
+
+
 def test_repeating_a_request_changes_nothing(client: Client, new_user: NewUser, gateway: GatewayThread) -> None:
     user_id = new_user()
     first = put(client, user_id, texts(0, 1, 2))
@@ -83,14 +120,14 @@ def test_what_a_change_received_kept_and_changed(client: Client, new_user: NewUs
     user_id = new_user()
     assert counts(post(client, user_id, texts(0))) == (1, 1, 1)  # adding to nobody makes a profile
     shapes = [{"input": "a question", "output": "an answer"}, {"text": "plain", "nested": {"a": [1, None]}}]
-    assert counts(put(client, user_id, shapes)) == (2, 2, 3)
+    assert counts(put(client, user_id, shapes)) == (2, 2, 2)
     put(client, user_id, [{"text": "one"}, {"text": "two"}])
     assert counts(post(client, user_id, [{"text": "two"}, {"text": "three"}, {"text": "three"}])) == (3, 3, 1)
     put(client, user_id, [{"id": "a", "text": world(0)}])
     for change, items, changed, nearest in (
         (post, [{"id": "a", "text": world(4)}], (1, 1, 1), "a04"),
-        (put, texts(0, 6, 12), (3, 3, 4), "a00"),
-        (put, [{"text": world(5)}], (1, 1, 4), "a05"),  # three went, one came
+        (put, texts(0, 6, 12), (3, 3, 3), "a00"),
+        (put, [{"text": world(5)}], (1, 1, 1), "a05"),
     ):
         answer = change(client, user_id, items)
         assert (counts(answer), answer["anchors"][0]["id"]) == (changed, nearest)

@@ -394,7 +394,7 @@ def test_what_the_adapter_in_use_was_trained_on_does_not_judge(
     samples, asked = some(9), list[Any]()
     recipe = person_of(trainer).recipe(None, 1)
     in_use = StoredAdapter("a", recipe.name, "", trainer.encoded(recipe, zero_weights(trainer), samples[:trained_on]))
-    monkeypatch.setattr("server.worker.training.train_user", lambda *_, judges: asked.append(judges))
+    monkeypatch.setattr("server.worker.training.train_user", lambda *_, judges, write: asked.append(judges))
     trainer.train(person_of(trainer, in_use=in_use), samples, FEW_STEPS)
     assert asked == [judges]
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from adapters.errors import MtaError
 from server.cli import app, run
-from server.settings import Settings, load_settings
+from server.settings import GROUPS, Settings, load_settings
 
 
 def test_options_go_before_the_environment_and_none_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,5 +119,13 @@ def test_the_command_lists_all_settings_and_shows_no_secret(
     assert result.exit_code == 0
     for name in Settings.model_fields:
         assert f"MTA_{name.upper()}" in result.output
-    assert f"redis://{shown} " in result.output
+    assert f"redis://{shown}\n" in result.output
     assert "unmistakable" not in result.output
+
+
+def test_settings_are_listed_by_group_within_a_terminal() -> None:
+    lines = CliRunner().invoke(app, ["settings"], env={"COLUMNS": "80"}).output.splitlines()
+    assert max(len(line) for line in lines if line.startswith(" ")) <= 80
+    titles = [line for line in lines if line and line[0] not in " M"]
+    assert titles == list(GROUPS.values())
+    assert lines.index("MTA_BANK") < lines.index(titles[1]) < lines.index("MTA_HOST = 127.0.0.1")

@@ -88,6 +88,8 @@ def doctor(
     findings, screen = list[Finding](), Console(stderr=True)
     for subject, check in checks(settings).items():
         with screen.status(f"checking {subject} …") if screen.is_terminal else nullcontext():
+            if not screen.is_terminal:
+                screen.print(f"checking {subject} …")
             findings += check()
     healthy = all(finding.state != "missing" for finding in findings)
     if as_json:

@@ -47,6 +47,7 @@ ROUTES: Mapping[str, tuple[Scope | None, RouteKind]] = {
     "GET /bank": (Scope.GENERATE, RouteKind.REQUEST),
     "PUT /users/{user_id}/profile": (Scope.WRITE, RouteKind.REQUEST),
     "POST /users/{user_id}/profile/items": (Scope.WRITE, RouteKind.REQUEST),
+    "GET /users/{user_id}/profile/items": (Scope.WRITE, RouteKind.REQUEST),
     "GET /users/{user_id}": (Scope.WRITE, RouteKind.REQUEST),
     "GET /users/{user_id}/export": (Scope.WRITE, RouteKind.REQUEST),
     "DELETE /users/{user_id}": (Scope.WRITE, RouteKind.UNLIMITED),

@@ -58,8 +58,8 @@ def fault_of(errors: Sequence[Any]) -> InvalidRequest:
             return InvalidRequest(f"{param} is required", param=param, code="missing")
         case "extra_forbidden":
             return InvalidRequest(f"unknown field {param!r}, got {value}", param=param, code="unknown_field")
-        case "combination":  # of several fields, which the message names
-            return InvalidRequest(f"{first['msg']}, got {value}", param=param)
+        case "combination":  # of several fields, which the message names; the value is the whole body
+            return InvalidRequest(first["msg"], param=param)
     rule = _SUBJECT.sub("", first["msg"])
     return InvalidRequest(f"{param} {rule if rule.startswith('must') else f'must {rule}'}, got {value}", param=param)
 

@@ -65,8 +65,8 @@ class AdaptOptions(Strict):
         None,
         ge=0,
         le=1,
-        description="Factor on the anchor weights of the merged adapter to train on: 1 trains on that adapter, 0 on "
-        "the common row alone. By default 0.5; 1 if the bank has no common row.",
+        description="Factor on the anchor weights of the merged adapter to train on: 1, the default, trains on that "
+        "adapter, 0 on the common row alone.",
     )
 
 
@@ -102,6 +102,7 @@ class JobProgress(BaseModel, frozen=True):
     held_out: list[tuple[int, float]] = Field(
         description="Step and loss on held-out samples, where measured. Each run starts again."
     )
+    runs: list[tuple[int, str]] = Field(description="The steps done before each training run, and its phase.")
 
 
 class HeldOut(BaseModel, frozen=True):
@@ -113,6 +114,15 @@ class HeldOut(BaseModel, frozen=True):
     )
     after: float | None = Field(description="Loss with the new adapter.")
     served: float | None = Field(description="Loss with the adapter in use, if there is one.")
+
+
+class ShownAnswer(BaseModel, frozen=True):
+    """One sample that was held out, and the beginnings of the likeliest answers to it, without the user's phrases."""
+
+    input: str = Field(description="The beginning of the user's turn.")
+    wanted: str = Field(description="The beginning of the sample's answer.")
+    before: str = Field(description="Answer with the recipe beneath the adapter.")
+    after: str = Field(description="Answer with an adapter on it that was trained without this sample.")
 
 
 class JobAnswer(BaseModel, frozen=True):
@@ -127,9 +137,14 @@ class JobAnswer(BaseModel, frozen=True):
     tries: int = Field(description="Number of times a worker has started the job.")
     adapter: str | None = Field(description="Id of the user adapter that the job made.")
     error: str | None = Field(description="Why the job failed or its adapter was rejected, and what to do.")
+    shown: ShownAnswer | None = Field(description="What training changes; null until it is known.")
+    hint: str | None = Field(
+        description="In the answer to new samples: how many do not look like the bank's task, if any."
+    )
 
     @classmethod
-    def of(cls, job: Job) -> Self:
+    def of(cls, job: Job, hint: str | None = None) -> Self:
+        shown = job.curve.shown
         return cls(
             id=str(job.id),
             state=job.state,
@@ -140,6 +155,7 @@ class JobAnswer(BaseModel, frozen=True):
                 phase=job.curve.phase or ("preparing" if job.state is JobState.RUNNING else job.state.value),
                 loss=list(job.curve.loss),
                 held_out=list(job.curve.held_out),
+                runs=list(job.curve.runs),
             ),
             held_out=HeldOut(before=job.before, after=job.after, served=job.served),
             created_at=iso(job.created_ms),
@@ -148,6 +164,8 @@ class JobAnswer(BaseModel, frozen=True):
             tries=job.tries,
             adapter=job.adapter or None,
             error=job.error or None,
+            shown=ShownAnswer(**dict(zip(ShownAnswer.model_fields, shown, strict=False))) if shown else None,
+            hint=hint,
         )
 
 
@@ -168,6 +186,7 @@ EXAMPLE = JobAnswer(
         phase="fold 1 of 2",
         loss=[(1, 2.41), (2, 2.2), (3, 2.06), (4, 1.93)],
         held_out=[(0, 2.38), (2, 2.21), (4, 2.04)],
+        runs=[(0, "fold 1 of 2")],
     ),
     held_out=HeldOut(before=None, after=None, served=None),
     created_at="2026-11-27T08:03:41.208+00:00",
@@ -176,6 +195,8 @@ EXAMPLE = JobAnswer(
     tries=1,
     adapter=None,
     error=None,
+    shown=None,
+    hint=None,
 )
 _EVENTS = {"text/event-stream": {"example": event(EXAMPLE, "job").decode()}}
 
@@ -199,7 +220,7 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
             raise
         job = found
     response.headers["Location"] = f"/jobs/{job.id}"
-    return JobAnswer.of(job)
+    return JobAnswer.of(job, _hint(training, parts.bank.task))
 
 
 @router.get("/jobs/{job_id}")
@@ -260,6 +281,18 @@ class _JobEvents(Response):
 def _training_request(body: AdaptRequest, task: Task) -> TrainingRequest:
     samples = [_sample(f"samples.{place}", sample, task) for place, sample in enumerate(body.samples)]
     return TrainingRequest(samples, body.config.model_dump(exclude_none=True), body.append, body.idempotency_key or "")
+
+
+def _hint(training: TrainingRequest, task: Task) -> str | None:
+    """Return how many samples do not look like the bank's task, and what that means; None if all do."""
+    samples = training.samples
+    other = sum(not sample.pair[0].startswith(task.instruction) for sample in samples)
+    if not other:
+        return None
+    return (
+        f"{other} of {len(samples)} samples are not of the bank's task, {task.name}, whose turns begin with "
+        f"{excerpt(task.instruction)}: its anchors know nothing of other turns, so that answers to these may be poor"
+    )
 
 
 def _sample(where: str, given: SampleRequest, task: Task) -> Sample:

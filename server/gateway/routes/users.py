@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import orjson
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
 
 from adapters.errors import excerpt
-from adapters.recipe import bank_of
+from adapters.recipe import bank_of, parse_recipe
 from bank.errors import ProfileError
 from bank.items.profile import Item, item_pair, item_text, parse_item, untaught
 from bank.items.tasks import Task
@@ -31,7 +31,9 @@ from server.store.tenants.user_key import User
 from server.watching.audit import Act
 
 MAX_ITEMS = 10_000
+SHOWN_CHARS = 300  # of an item in the list
 EXPORTS_AT_ONCE = 4  # of up to 60 MB, for which a gateway takes 160
+Teaches = Literal["lesson", "topics", "too_short"]
 
 
 class ItemsRequest(Strict):
@@ -55,10 +57,32 @@ class ProfileAnswer(BaseModel, frozen=True):
     user_id: str
     received: int = Field(description="Number of items in the request.")
     kept: int = Field(description="Number of items in the profile now.")
-    changed: int = Field(description="Number of items added, removed or replaced; 0 for a repeated request.")
+    changed: int = Field(description="Number of items that are new or have new content; 0 for a repeated request.")
     recipe: str
     anchors: list[AnchorAnswer]
     hint: str | None = Field(description="Why some of the items teach nothing but topics; null if all teach more.")
+    removed: int = Field(description="Number of earlier items that are gone: not in a PUT, or beyond the limit.")
+
+
+class ItemAnswer(BaseModel, frozen=True):
+    id: str
+    text: str = Field(description="The beginning of what tells the item's topic, at most 300 characters.")
+    teaches: Teaches = Field(
+        description="`lesson`: the newest of these are what the user's weights are made from. `topics`: it tells "
+        "topics alone. `too_short`: likewise, but a longer text would be a lesson."
+    )
+    reason: str | None = Field(description="Why it is no lesson, and what would be one.")
+
+    @classmethod
+    def of(cls, item: Item, task: Task) -> Self:
+        text, pair = item_text(item, task), item_pair(item, task)
+        teaches: Teaches = "lesson" if pair else "too_short" if task.begun else "topics"
+        return cls(id=item.id, text=text[:SHOWN_CHARS], teaches=teaches, reason=None if pair else untaught(text, task))
+
+
+class ItemsAnswer(BaseModel, frozen=True):
+    user_id: str
+    items: list[ItemAnswer] = Field(description="Newest first.")
 
 
 class AdapterAnswer(BaseModel, frozen=True):
@@ -75,7 +99,7 @@ class UserAnswer(BaseModel, frozen=True):
     bytes: int = Field(description="Memory used by the user's data in the store.")
     embedder: str
     updated_at: str = Field(description="UTC, ISO 8601.")
-    recipe: str
+    recipe: str = Field(description="The recipe that serves the user: the adapter's own, if there is one to serve.")
     source: str
     anchors: list[AnchorAnswer]
     at: tuple[float, float] = Field(description="Position on the bank's map (`GET /bank`).")
@@ -119,15 +143,17 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
         raise _unknown(user_id, "profile")
     adapter = profile.adapter
     personal = parts.bank.personalise(profile.embedding, profile.evidence)
+    stale = adapter is not None and bank_of(adapter.recipe) != parts.bank.manifest.short
+    recipe = parse_recipe(adapter.recipe) if adapter and not stale else personal.recipe
     return UserAnswer(
         user_id=user_id,
         items=profile.items,
         bytes=(await parts.profiles.store.measure(user.key))[1]["bytes"],
         embedder=profile.embedder,
         updated_at=iso(profile.updated_ms),
-        recipe=personal.recipe.name,
+        recipe=recipe.name,
         source=personal.source,
-        anchors=anchor_answers(personal.recipe, personal.weights),
+        anchors=anchor_answers(recipe, personal.weights),
         at=parts.bank.atlas.at(profile.embedding),
         phrases=len(decode_phrases(profile.phrases)) if profile.is_signed(parts.bank.manifest.short) else None,
         adapter=adapter
@@ -136,9 +162,23 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
             recipe=adapter.recipe,
             bytes=adapter.size_bytes,
             created_at=iso(adapter.created_ms),
-            stale=bank_of(adapter.recipe) != parts.bank.manifest.short,
+            stale=stale,
         ),
     )
+
+
+@router.get("/profile/items")
+async def list_items(
+    request: Request, user_id: UserIdInPath, limit: Annotated[int, Query(ge=1, le=MAX_ITEMS)] = 100
+) -> ItemsAnswer:
+    """Return what is known of the user's newest items, without their embeddings."""
+    parts = parts_of(request)
+    user, profile, _ = await parts.profiles.find_at_once(user_of(request, user_id))
+    if profile is None:
+        raise _unknown(user_id, "profile")
+    newest = list((await parts.profiles.store.items(user.key)).items())[: -limit - 1 : -1]
+    items = [Item(name, stored.fields) for name, stored in newest]
+    return ItemsAnswer(user_id=user_id, items=[ItemAnswer.of(item, parts.bank.task) for item in items])
 
 
 async def _place(request: Request) -> AsyncIterator[None]:
@@ -201,13 +241,14 @@ async def _change(
     (items, hint), received = await asyncio.to_thread(_items, parts, body.items), len(body.items)
     body.items.clear()  # megabytes, while many such requests may wait for their turn at the embedder
     update = await change(user, items, epoch_of(request))
-    parts.metrics.profile_changes.inc(update.changed)
+    parts.metrics.profile_changes.inc(update.changed + update.removed)
     personal = parts.bank.personalise(update.profile.embedding, update.profile.evidence)
     return ProfileAnswer(
         user_id=user.id,
         received=received,
         kept=update.profile.items,
         changed=update.changed,
+        removed=update.removed,
         recipe=personal.recipe.name,
         anchors=anchor_answers(personal.recipe, personal.weights),
         hint=hint,

@@ -70,13 +70,14 @@ class HistoryDiff:
 
     put: dict[str, StoredItem]  # new, replaced and moved items
     drop: tuple[str, ...]  # ids of removed items
-    changed: int  # number of items added, removed, or with new content; moved items do not count
+    changed: int  # number of items added or with new content; moved items do not count
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileUpdate:
     profile: Profile  # after the change
     changed: int  # as in `HistoryDiff`
+    removed: int  # number of older items that had to go
 
 
 @dataclass
@@ -191,7 +192,7 @@ class Profiles:
                 current = snapshot.profile and snapshot.profile.with_embedder(self.embedder.id)
                 if current and same:
                     await self.store.wait_until_durable(key)
-                    return ProfileUpdate(current, 0)
+                    return ProfileUpdate(current, 0, 0)
                 if attempt == 0 and not same:
                     admitted.enter_context(self.quotas.admit(user, partial(_growth, snapshot, history)))
                 vectors, fresh = await self._vectors(user.tenant, snapshot, history, embedded)
@@ -206,7 +207,7 @@ class Profiles:
                 if await self.store.commit(key, snapshot.version, change, epoch):
                     if not put_off:
                         await self.request_signature(user)
-                    return ProfileUpdate(profile, step.changed)
+                    return ProfileUpdate(profile, step.changed, len(step.drop))
                 await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
         raise Unavailable(
             f"too many other requests are changing this profile: gave up after {MAX_ATTEMPTS} attempts",
@@ -286,7 +287,7 @@ def diff_histories(before: StoredItems, after: StoredItems) -> HistoryDiff:
     put = {name: item for name, item in after.items() if before.get(name) != item}
     drop = tuple(name for name in before if name not in after)
     moved = sum(name in before and before[name].fields == item.fields for name, item in put.items())
-    return HistoryDiff(put, drop, len(put) - moved + len(drop))
+    return HistoryDiff(put, drop, len(put) - moved)
 
 
 def _growth(snapshot: Snapshot, history: StoredItems) -> Held:

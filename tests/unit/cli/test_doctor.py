@@ -71,6 +71,10 @@ def test_only_what_is_needed_and_missing_makes_the_status_1(monkeypatch: pytest.
     assert ["memory", "missing", "1", "GB", "add", "memory"] in rows
 
 
+def test_without_a_terminal_it_says_what_it_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, Finding("cores", "2")).stderr == "checking all …\n"
+
+
 def test_as_json_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     said = run(monkeypatch, Finding("cores", "2"), Finding("memory", "1 GB", "add memory"), options=("--json",))
     assert (said.exit_code, json.loads(said.stdout)["healthy"]) == (1, False)

@@ -98,8 +98,7 @@ def test_a_diff_turns_one_history_into_the_other(before: dict[str, StoredItem], 
     result = {name: item for name, item in before.items() if name not in step.drop} | step.put
     assert result == after
     content = {name: item.fields for name, item in before.items()}, {name: item.fields for name, item in after.items()}
-    changed = {name for name in before.keys() | after.keys() if content[0].get(name) != content[1].get(name)}
-    assert step.changed == len(changed)
+    assert step.changed == sum(content[0].get(name) != fields for name, fields in content[1].items())
 
 
 def test_new_content_under_a_known_id_replaces_it_in_its_place() -> None:

@@ -133,6 +133,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     CompletionRequest: {"prompt": "hi"},
 }
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "default": None}}}
+SECRET = {"role": "user", "content": "unmistakable"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 
 
@@ -231,6 +232,18 @@ def test_other_values_are_refused_by_name(model: type[BaseModel], extra: dict[st
     error = fault(model, extra)
     assert error.param == param
     assert extra.keys() != {"history"} or "from 0 to 16, or auto" in error.message
+
+
+@pytest.mark.parametrize(
+    ("model", "extra"),
+    [
+        (ChatRequest, {"messages": [SECRET], "stream_options": {"include_usage": True}}),
+        (ChatRequest, {"messages": [SECRET], "min_tokens": 2}),
+        (GenerateRequest, {"prompt": SECRET["content"], "messages": [SECRET]}),
+    ],
+)
+def test_fields_that_do_not_go_together_echo_no_body(model: type[BaseModel], extra: dict[str, Any]) -> None:
+    assert SECRET["content"] not in fault(model, extra).message
 
 
 def test_the_message_shows_the_value_but_never_all_of_a_long_one() -> None:

@@ -215,6 +215,7 @@ def test_a_curve_has_one_finite_loss_a_step_and_all_held_out_losses() -> None:
         TrainingProgress(1, 4, 2.5, "fold 1 of 2"),
         TrainingProgress(1, 4, 2.5, "fold 1 of 2"),
         TrainingProgress(2, 4, 2.0, "fold 1 of 2", held_out=2.25),
+        TrainingProgress(2, 4, 2.0, "fold 1 of 2", shown=("Tea?", "Yes.", "No.", "Yes")),
         TrainingProgress(2, 4, 2.0, "fold 2 of 2", held_out=3.5),
         TrainingProgress(3, 4, math.nan, "fold 2 of 2", held_out=math.inf),
         TrainingProgress(4, 4, math.inf, "fold 2 of 2", held_out=math.nan),
@@ -222,6 +223,8 @@ def test_a_curve_has_one_finite_loss_a_step_and_all_held_out_losses() -> None:
         log.add(progress)
     assert (log.curve.phase, log.curve.loss) == ("fold 2 of 2", ((1, 2.5), (2, 2.0)))
     assert log.curve.held_out == ((0, 3.0), (2, 2.25), (2, 3.5))
+    assert log.curve.runs == ((0, "fold 1 of 2"), (2, "fold 2 of 2"))
+    assert log.curve.shown == ("Tea?", "Yes.", "No.", "Yes")
 
 
 def shown(port: int) -> dict[str, float]:

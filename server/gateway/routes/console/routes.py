@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
@@ -10,6 +11,7 @@ from starlette.responses import RedirectResponse
 from starlette.staticfiles import StaticFiles
 
 from adapters.recipe import PER_MILLE
+from bank.items.tasks import Task
 from bank.lookup.serving import TOPIC_GRAIN
 from bank.manifest import BankManifest
 from server.gateway.parts import parts_of
@@ -38,6 +40,20 @@ class RuleAnswer(BaseModel, frozen=True):
     constants: dict[str, int | float]
 
 
+class TaskAnswer(BaseModel, frozen=True):
+    """What the bank's people do."""
+
+    name: str = Field(examples=["chat"])
+    fields: tuple[str, ...] = Field(description="Fields of an item.")
+    instruction: str = Field(description="What a turn begins with; empty where people write freely.")
+    field: str | None = Field(description="The field of an item that ends a turn; null if the instruction is all.")
+
+    @classmethod
+    def of(cls, task: Task) -> Self:
+        field = next((name for name in task.pair_fields if f"{{{name}}}" in task.input), None)
+        return cls(name=task.name, fields=task.fields, instruction=task.instruction, field=field)
+
+
 class AnchorOnMap(BaseModel, frozen=True):
     """An anchor, without its identity."""
 
@@ -54,6 +70,7 @@ class MapAnswer(BaseModel, frozen=True):
 
 
 class BankAnswer(BaseModel, frozen=True):
+    task: TaskAnswer
     bank: str = Field(description="The bank's 8 hex digits, as in recipe names.")
     model: str
     embedder: str
@@ -73,6 +90,7 @@ async def read_bank(request: Request) -> BankAnswer:
     bank = parts_of(request).bank
     manifest, atlas = bank.manifest, bank.atlas
     return BankAnswer(
+        task=TaskAnswer.of(bank.task),
         bank=manifest.short,
         model=manifest.base_model.name,
         embedder=manifest.embedder.id,

@@ -234,7 +234,8 @@ class OpenAIRequest(ModelRequest, AnswerRequest):
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if self.stream_options and not self.stream:
-            raise PydanticCustomError("combination", "stream_options requires stream", {"param": "stream_options"})
+            message = "stream_options requires a stream: set stream to true, or leave stream_options out"
+            raise PydanticCustomError("combination", message, {"param": "stream_options"})
         return self
 
     @model_validator(mode="after")

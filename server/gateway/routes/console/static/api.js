@@ -11,7 +11,7 @@ export class Failure extends Error {
 }
 
 const GONE = 'The gateway does not answer. It may be restarting, or the connection may be lost: try again in a moment.';
-const BROKEN = 'The answer broke off: the connection to the gateway was lost.';
+const BROKEN = 'The connection to the gateway was lost.';
 const SILENT = 'The gateway has sent nothing for 45 seconds. Try again.';
 
 export const gateway = (path = '') => new URL(path.replace(/^\//, ''), ROOT).href;

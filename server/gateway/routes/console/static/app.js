@@ -3,6 +3,7 @@ import { render } from './vendor/preact.js';
 import { call, key } from './api.js';
 import { html, useEffect, useRef, useState } from './parts/html.js';
 import { go, here } from './parts/links.js';
+import { titled } from './parts/words.js';
 import { Adapt } from './pages/adapt.js';
 import { Bank } from './pages/bank.js';
 import { Playground } from './pages/playground.js';
@@ -11,7 +12,6 @@ import { Users } from './pages/users.js';
 import { Worth } from './pages/worth.js';
 
 const PAGES = { playground: Playground, users: Users, adapt: Adapt, bank: Bank, worth: Worth, system: System };
-const titled = (name) => name[0].toUpperCase() + name.slice(1);
 const LOOK_MS = 5000;
 
 function Console() {

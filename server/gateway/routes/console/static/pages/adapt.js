@@ -5,8 +5,8 @@ import { Chart } from '../parts/chart.js';
 import { ended, follow } from '../parts/following.js';
 import { html, useEffect, useMemo, useRef, useState } from '../parts/html.js';
 import { note } from '../parts/links.js';
-import { Facts, Input, Notice, UserId } from '../parts/widgets.js';
-import { count, loss } from '../parts/words.js';
+import { Facts, Input, Notice, Says, UserId } from '../parts/widgets.js';
+import { count, loss, titled } from '../parts/words.js';
 import { readSamples } from '../reading/samples.js';
 import { BeforeAfter, SampleInput } from './adapt_parts.js';
 
@@ -30,6 +30,7 @@ export function Adapt({ params }) {
 	const [job, setJob] = useState(null);
 	const [lost, setLost] = useState(false);
 	const [fault, setFault] = useState(null);
+	const [hint, setHint] = useState('');
 	const run = useRef();
 	const { samples, faults } = useMemo(() => readSamples(text), [text]);
 	useEffect(() => {
@@ -49,6 +50,7 @@ export function Adapt({ params }) {
 		const id = user.trim();
 		const questions = asked.split('\n').map((line) => line.trim()).filter(Boolean);
 		setJob(null);
+		setHint('');
 		setRows(questions.map((question) => ({ question })));
 		try {
 			setPhase('before');
@@ -56,6 +58,7 @@ export function Adapt({ params }) {
 			const config = steps ? { steps: Number(steps) } : {};
 			const made = await call('POST', `${userPath(id)}/adapt`, { samples, config }, { signal });
 			setJob(made);
+			setHint(made.hint);
 			note('adapt', { user: id, job: made.id });
 			const last = await watch(made.id, signal);
 			if (last?.state === 'succeeded') {
@@ -126,12 +129,13 @@ export function Adapt({ params }) {
 			</div>
 		</form>
 		${phase === 'before' && html`<p class="dim" role="status">Asking the questions before training …</p>`}
+		${hint && html`<${Notice} calm><${Says} text=${hint} /><//>`}
 		${job && html`<${Training} job=${job} lost=${lost} />`}
 		${rows.length > 0 && html`<${BeforeAfter} rows=${rows} />`}`;
 }
 
 function Training({ job, lost }) {
-	const { step, steps, phase, loss: losses, held_out: held } = job.progress;
+	const { step, steps, phase, loss: losses, held_out: held, runs = [] } = job.progress;
 	const said = losses.length
 		? `Training loss from ${loss(losses[0][1])} to ${loss(losses.at(-1)[1])}; held out ${held.map(([, value]) => loss(value)).join(', ')}`
 		: 'No steps yet';
@@ -140,9 +144,9 @@ function Training({ job, lost }) {
 		<h2>Training</h2>
 		<p role="status">${STATES[job.state] ?? job.state}${job.state === 'running' ? `: ${phase}` : ''}.
 			${lost && ' The connection is lost; reconnecting …'}</p>
-		${job.error && html`<${Notice}>${job.error}<//>`}
+		${job.error && html`<${Notice} error=${{ message: job.error }} />`}
 		${steps > 0 && html`<label class="progress">Step ${step} of ${steps}<progress value=${step} max=${steps}></progress></label>`}
-		${losses.length > 0 && html`<${Chart} across="step" up="loss, nats per token" said=${said} series=${[
+		${losses.length > 0 && html`<${Chart} across="step" up="loss, nats per token" said=${said} runs=${runs.length ? runs : [[0, '']]} series=${[
 			{ label: 'loss in training', points: losses },
 			{ label: 'loss held out', points: held, dots: true },
 		]} />`}
@@ -152,5 +156,11 @@ function Training({ job, lost }) {
 			['Adapter', job.adapter, true],
 			['Job', job.id, true],
 		].map(([name, value, mono]) => [name, value || null, mono])} />
+		${job.shown && html`<article class="versus" aria-label="A held-out sample">
+			<h3>${job.shown.input}</h3>
+			<p class="hint">A sample that neither answer has been trained on; its own answer is “${job.shown.wanted}”</p>
+			<div class="pair">${['before', 'after'].map((side) => html`<div key=${side}>
+				<p class="dim">${titled(side)}</p><p class="text">${job.shown[side]}</p></div>`)}</div>
+		</article>`}
 	</section>`;
 }

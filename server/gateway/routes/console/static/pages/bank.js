@@ -5,7 +5,7 @@ import { html, useEffect, useRef, useState } from '../parts/html.js';
 import { go, note } from '../parts/links.js';
 import { AnchorMap } from '../parts/map.js';
 import { Anchors, Bar, Facts, Notice, UserId } from '../parts/widgets.js';
-import { percent, SOURCES } from '../parts/words.js';
+import { percent, shortened, SOURCES } from '../parts/words.js';
 
 export function Bank({ params }) {
 	const [bank, failure] = useBank();
@@ -36,7 +36,7 @@ export function Bank({ params }) {
 		<${Notice} error=${failure} again=${() => location.reload()} />
 		${!bank && !failure && html`<p class="dim" role="status">Reading the bank …</p>`}
 		${bank && html`
-			<div class="broad">
+			<div class="columns">
 				<section class="card" aria-label="Map of the anchors">
 					<h2>Map</h2>
 					<${AnchorMap} anchors=${bank.anchors} user=${user} />
@@ -48,30 +48,27 @@ export function Bank({ params }) {
 					<${Notice} error=${fault} />
 					<div class="stack" aria-live="polite">${user && html`<${Shown} user=${user} />`}</div>
 				</section>
-				<div class="stack">
-					<${Rule} rule=${bank.rule} />
-					<section class="card" aria-label="About the bank">
-						<h2>This bank</h2>
-						<${Facts} label="This bank" rows=${[
-							['Bank', bank.bank, true],
-							['Base model', bank.model],
-							['Embedder', shortId(bank.embedder), true],
-							['Fusion', bank.method],
-							['Rank', `${bank.rank}, served in slots of ${bank.serving_rank}`],
-							['Common row', bank.common_row ? 'yes, in every answer' : 'none'],
-						]} />
-					</section>
-					<${AnchorTable} anchors=${bank.anchors} />
-				</div>
+				<${Rule} rule=${bank.rule} />
+				<section class="card" aria-label="About the bank">
+					<h2>This bank</h2>
+					<${Facts} label="This bank" rows=${[
+						['Bank', bank.bank, true],
+						['Task', bank.task?.name.replaceAll('_', ' ')],
+						['Base model', bank.model],
+						['Embedder', shortened(bank.embedder, 16), true],
+						['Fusion', bank.method],
+						['Rank', `${bank.rank}, served in slots of ${bank.serving_rank}`],
+						['Common row', bank.common_row ? 'yes, in every answer' : 'none'],
+					]} />
+				</section>
+				<${AnchorTable} anchors=${bank.anchors} />
 			</div>`}`;
 }
 
 const explained = ({ explained: shares }) => ` The two axes cover ${percent(shares[0] + shares[1])} of the variance.`;
 
-const shortId = (id) => (id.length > 16 ? `${id.slice(0, 12)}…` : id);
-
 function Shown({ user }) {
-	return html`<h3><a class="mono" href=${go('users', { id: user.user_id })}>${user.user_id}</a></h3>
+	return html`<h3><a class="mono" href=${go('users', { id: user.user_id })}>${shortened(user.user_id, 64)}</a></h3>
 		<p class="hint">Chosen ${SOURCES[user.source] ?? `by ${user.source}`}.</p>
 		<${Anchors} anchors=${user.anchors} detailed />`;
 }
@@ -93,7 +90,7 @@ function AnchorTable({ anchors }) {
 		<h2>Anchors</h2>
 		<div class="scroll" tabindex="0" role="region" aria-label="Items of each anchor">
 			<table>
-				<thead><tr><th scope="col">Anchor</th><th scope="col">Items</th><th><span class="unseen">Share of the most</span></th></tr></thead>
+				<thead><tr><th scope="col">Anchor</th><th scope="col" class="figure">Items</th><th><span class="unseen">Share of the most</span></th></tr></thead>
 				<tbody>${anchors.map(({ id, items, words }) => html`<tr key=${id}>
 					<th scope="row" class="mono">${id}</th><td class="figure">${items}</td><td class="long"><${Bar} share=${items / most} />${words?.join(', ')}</td>
 				</tr>`)}</tbody>

@@ -5,16 +5,13 @@ import { useBank } from '../parts/bank.js';
 import { html, useEffect, useMemo, useRef, useState } from '../parts/html.js';
 import { note, permalink } from '../parts/links.js';
 import { Copy, Erased, Input, Notice, Sure, UserId } from '../parts/widgets.js';
-import { count, pieces } from '../parts/words.js';
+import { count, pieces, shortened, titled } from '../parts/words.js';
 import { compared } from '../reading/diff.js';
+import { EXAMPLES } from '../reading/examples.js';
 import { asCurl, asPython } from '../reading/snippets.js';
 
 const THROWAWAY = /^console-[0-9a-f]{10}$/;
-const EXAMPLE = [
-	'stayed up until four to finish the last dungeon. the final boss was worth every potion',
-	'our squad won the tournament on friday. i played the healer and died only twice',
-	'who is in voice chat tonight? pizza is on me and the loot is shared',
-].join('\n');
+const CHAT = { name: 'chat', instruction: '', field: 'input', fields: ['input', 'output'] }; // until the bank is known
 
 const throwaway = () => {
 	const random = crypto.getRandomValues(new Uint8Array(5));
@@ -63,7 +60,7 @@ export function Playground({ params }) {
 		const id = stored?.id ?? throwaway();
 		if (stored?.text !== pasted) {
 			setStored({ id, text: null });
-			await call('PUT', `${userPath(id)}/profile`, { items: items.map((text) => ({ text })) }, { signal });
+			await call('PUT', `${userPath(id)}/profile`, { items }, { signal });
 			setStored({ id, text: pasted });
 			setErased(null);
 			if (bank?.phrases) await read(id, signal);
@@ -77,7 +74,7 @@ export function Playground({ params }) {
 		setPersonal(BLANK);
 		setFault(null);
 		try {
-			const question = { user: await store(signal), prompt: prompt.trim(), maxTokens, temperature, history, strength, words };
+			const question = { user: await store(signal), prompt: whole(prompt), maxTokens, temperature, history, strength, words };
 			setAsked(question);
 			note('playground', linked(question));
 			await Promise.all([
@@ -117,10 +114,15 @@ export function Playground({ params }) {
 		}
 	}
 
+	const task = bank?.task ?? CHAT;
+	const { instruction } = task;
+	const free = task.name === 'chat';
+	const whole = (typed) => (typed.startsWith(instruction) ? typed : instruction + typed).trim();
+	const useExample = () => { setPasted(EXAMPLES[task.name].writing); setPrompt(EXAMPLES[task.name].question); };
 	const mute = Boolean(bank) && !bank.common_row;
 	const asking = busy(base) || busy(personal);
 	const sides = useMemo(
-		() => (base.phase === 'done' && personal.phase === 'done' ? compared(base.text, personal.text) : []),
+		() => (base.phase === 'done' && personal.phase === 'done' ? compared(base.text, personal.text) : null),
 		[base, personal],
 	);
 	const kept = from === 'paste' ? stored?.id : THROWAWAY.test(user) && user;
@@ -130,8 +132,9 @@ export function Playground({ params }) {
 	const submit = (event) => { event.preventDefault(); askBoth(); };
 
 	return html`
-		<h1 tabindex="-1">Playground</h1>
-		<p class="lead">Ask the base model and one user’s personal model the same question.</p>
+		<h1 tabindex="-1">${free ? 'Playground' : `Playground: ${task.name.replaceAll('_', ' ')}`}</h1>
+		<p class="lead">${free ? 'Ask the base model and one user’s personal model the same question.'
+			: 'Give the base model and one user’s personal model the same of what this bank is for.'}</p>
 		<form class="card ask" ref=${form} onSubmit=${submit} onKeyDown=${keys}>
 			<fieldset class="who">
 				<legend>Who asks</legend>
@@ -143,15 +146,18 @@ export function Playground({ params }) {
 				${from === 'id'
 					? html`<${UserId} value=${user} onValue=${setUser} hint="The exact id. The base model answers unknown users." />`
 					: html`<${Input} area rows="4" label="A few lines of their writing" value=${pasted} onValue=${setPasted}
-							hint=${html`One text per line, or texts separated by empty lines.
+							hint=${html`One text per line, or texts separated by empty lines${free ? '' : html`; or JSON objects with
+								${' '}<code>${task.fields.join(', ')}</code>`}.
 								${pasted.trim() ? ` ${count(pieces(pasted).length, 'piece')}.` : ' '}
-								${!pasted && html`<button type="button" class="link" onClick=${() => setPasted(EXAMPLE)}>Use an example</button>`}`} />`}
+								${!pasted && EXAMPLES[task.name] && html`<button type="button" class="link" onClick=${useExample}>Use an example</button>`}`} />`}
 				${kept && html`<div class="kept"><p>Stored as <span class="mono">${kept}</span> until it is erased.</p>
 					<${Sure} label="Erase" question="Erase this writing?" onYes=${() => erase(kept)} /></div>`}
 				${erased && html`<${Erased} erased=${erased} />`}
 			</fieldset>
 			<div class="question">
-				<${Input} area rows="2" required label="Question" hint="Ctrl+Enter or ⌘+Enter asks." value=${prompt} onValue=${setPrompt} />
+				<${Input} area rows=${free ? 2 : 4} required=${task.field} label=${free ? 'Question' : titled(task.field ?? 'question')}
+					hint=${`${instruction && `Asked as “${shortened(instruction.trim(), 200)}” and this text. `}Ctrl+Enter or ⌘+Enter asks.`}
+					value=${prompt.startsWith(instruction) ? prompt.slice(instruction.length) : prompt} onValue=${setPrompt} />
 				<${Input} type="range" min="0" max="1" step="0.05" label=${`Strength ${strength.toFixed(2)}`} value=${strength}
 					disabled=${mute} onValue=${(value) => setStrength(Number(value))} onChange=${(event) => askAgain(Number(event.target.value))}
 					hint=${mute ? 'This bank has no common row to replace the anchors, so strength is always 1.'
@@ -179,12 +185,13 @@ export function Playground({ params }) {
 			</div>
 		</form>
 		<div class="pair even">
-			<${Answer} title="Base model" hint="Its answer appears here." answer=${base} marked=${sides[0]} again=${askBoth} />
-			<${Answer} title=${asked && !THROWAWAY.test(asked.user) ? asked.user : 'Personal'} hint="The answer for this person appears here."
-				answer=${personal} marked=${sides[1]} again=${askBoth} />
+			<${Answer} title="Base model" hint="Its answer appears here." answer=${base} marked=${sides?.[0]} again=${askBoth} />
+			<${Answer} title=${asked && !THROWAWAY.test(asked.user) ? shortened(asked.user, 64) : 'Personal'} hint="The answer for this person appears here."
+				answer=${personal} marked=${sides?.[1]} again=${askBoth} />
 		</div>
 		${asked && html`<div class="actions end">
-			${sides.length > 0 && html`<p class="dim"><mark>Marked</mark> words are not in the other answer.
+			${sides && html`<p class="dim">${sides.length ? html`<mark>Marked</mark> words are not in the other answer.`
+				: 'The answers have too few words in common to mark those that differ.'}
 				${personal.moved > 0 && html`${' '}<u>Underlined</u> words are what this person repeats in their own texts.`}</p>`}
 			<${Copy} label="Copy link" text=${() => permalink('playground', linked(asked))} />
 			<${Copy} label="Copy as curl" text=${() => asCurl(asked)} />

@@ -2,12 +2,13 @@
 import { call, text } from '../api.js';
 import { html, useEffect, useRef, useState } from '../parts/html.js';
 import { Figures } from '../parts/figures.js';
-import { Notice } from '../parts/widgets.js';
+import { Notice, Says } from '../parts/widgets.js';
 import { figure } from '../parts/words.js';
 import { parseMetrics } from '../reading/metrics.js';
 
 const EVERY_MS = 2000;
 const LOOK_MS = 5000;
+const MINUTE_S = 60;
 const KEPT = 90; // readings: three minutes
 
 const STATES = {
@@ -52,10 +53,12 @@ export function System() {
 		look();
 		return () => { clearTimeout(timer); asking.current.abort(); };
 	}, [live]);
+	const covered = readings.length ? Math.round((readings.at(-1).at - readings[0].at) / 1000) : 0;
 	return html`
 		<h1 tabindex="-1">System</h1>
 		<div class="actions">
-			<p class="dim">${live ? 'Live, every two seconds' : 'Paused'}; rates and times cover the last minute.</p>
+			<p class="dim">${live ? 'Live, every two seconds' : 'Paused'}; rates and times cover
+				${' '}${covered < MINUTE_S ? `the ${covered} seconds since this page was opened` : 'the last minute'}.</p>
 			<button type="button" class="quiet" aria-pressed=${!live} onClick=${() => setLive(!live)}>${live ? 'Pause' : 'Go on'}</button>
 		</div>
 		<${Notice} error=${fault} />
@@ -75,11 +78,12 @@ function Parts({ ready: { status, detail, seen_s_ago: seen, parts } }) {
 	];
 	return html`<section class="card" aria-label="Parts">
 		<h2>Parts</h2>
-		<p role="status">${STATES[status] ?? status} ${detail ?? ''}</p>
+		<p role="status">${STATES[status] ?? status} ${detail && html`<${Says} text=${detail} />`}</p>
 		<ul class="parts">${rows.map(([name, part, more], index) => html`<li key=${index} class=${part.status === 'ok' ? 'ok' : 'off'}>
 			<span class="dot" aria-hidden="true"></span>
 			<span><strong>${name}</strong> ${part.status.replaceAll('_', ' ')}</span>
-			<p class="dim">${more}${more && part.detail ? '. ' : ''}${part.detail}</p>
+			<p class="dim">${more}</p>
+			${part.detail && html`<p class="dim"><${Says} text=${part.detail} /></p>`}
 		</li>`)}</ul>
 		${seen != null && html`<p class="hint">Probed ${figure(seen)} s ago.</p>`}
 	</section>`;

@@ -1,9 +1,10 @@
 // One user's stored data and anchors; export and erase.
 import { call, text, userPath, wasStopped } from '../api.js';
 import { html, useEffect, useRef, useState } from '../parts/html.js';
+import { AddItems, Items } from '../parts/items.js';
 import { go, note } from '../parts/links.js';
-import { Anchors, anchorsTitle, Erased, Facts, Input, Notice, Sure, UserId } from '../parts/widgets.js';
-import { bytes, count, moment, pieces, SOURCES } from '../parts/words.js';
+import { Anchors, anchorsTitle, Erased, Facts, Notice, Sure, UserId } from '../parts/widgets.js';
+import { bytes, count, moment, shortened, SOURCES } from '../parts/words.js';
 
 export function Users({ params }) {
 	const [typed, setTyped] = useState(params.get('id') ?? '');
@@ -65,47 +66,46 @@ export function Users({ params }) {
 		${erased && html`<${Erased} erased=${erased} />`}
 		<div aria-live="polite">
 			${user === 'looking' && html`<p class="dim">Looking …</p>`}
-			${user === 'unknown' && html`<p class="notice calm">Nothing is stored about <span class="mono">${id}</span>.
-				Add items below to create a profile.</p>`}
-			${user?.user_id && html`<${Stored} user=${user} />`}
+			${user === 'unknown' && html`<${Notice} calm>Nothing is stored about <span class="mono">${shortened(id, 64)}</span>.
+				Add items below to create a profile.<//>`}
 		</div>
-		${(user === 'unknown' || user?.user_id) && html`<div class="pair">
+		${(user === 'unknown' || user?.user_id) && html`<div class=${user.user_id ? 'columns' : ''}>
+			${user.user_id && html`<${Stored} user=${user} />
+				<${Adapter} adapter=${user.adapter} />
+				<${Items} key=${`items ${id}`} id=${id} many=${user.items} changed=${user.updated_at} />`}
 			<${AddItems} key=${id} id=${id} onAdded=${() => look(id, true)} />
 			${user.user_id && html`<section class="card" aria-label="Export or erase">
 				<h2>Export or erase</h2>
 				<p><button type="button" class="link" onClick=${take}>Export</button> all data of
-					${' '}<span class="mono">${id}</span> as JSON, or erase it: items, samples, jobs and adapters.</p>
-				<${Sure} key=${id} label="Erase" question=${`Erase ${id} for good?`} onYes=${erase} />
+					${' '}<span class="mono">${shortened(id, 64)}</span> as JSON, or erase it: items, samples, jobs and adapters.</p>
+				<${Sure} key=${id} label="Erase" question=${`Erase ${shortened(id, 64)} for good?`} onYes=${erase} />
 			</section>`}
 		</div>`}`;
 }
 
 function Stored({ user }) {
 	return html`
-		<div class="pair">
-			<section class="card" aria-label="What is stored">
-				<h2 class="mono">${user.user_id}</h2>
-				<${Facts} label="What is stored" rows=${[
-					['Items', count(user.items, 'item')],
-					['In the store', bytes(user.bytes)],
-					['Changed', moment(user.updated_at)],
-					['Repeated words', user.phrases == null ? 'not read yet' : count(user.phrases, 'phrase')],
-					['Embedder', user.embedder.slice(0, 12), true],
-					['Recipe', user.recipe, true],
-				]} />
-				<p class="actions">
-					<a href=${go('playground', { user: user.user_id })}>Ask as this user</a>
-					<a href=${go('bank', { user: user.user_id })}>Show on the map</a>
-					<a href=${go('adapt', { user: user.user_id })}>Adapt</a>
-				</p>
-			</section>
-			<section class="card" aria-label=${anchorsTitle(user.anchors)}>
-				<h2>${anchorsTitle(user.anchors)}</h2>
-				<p class="hint">Chosen ${SOURCES[user.source] ?? `by ${user.source}`}.</p>
-				<${Anchors} anchors=${user.anchors} detailed />
-			</section>
-			<${Adapter} adapter=${user.adapter} />
-		</div>`;
+		<section class="card" aria-label="What is stored">
+			<h2 class="mono">${shortened(user.user_id, 64)}</h2>
+			<${Facts} label="What is stored" rows=${[
+				['Items', count(user.items, 'item')],
+				['In the store', bytes(user.bytes)],
+				['Changed', moment(user.updated_at)],
+				['Repeated words', user.phrases == null ? 'not read yet' : count(user.phrases, 'phrase')],
+				['Embedder', user.embedder.slice(0, 12), true],
+				['Recipe', user.recipe, true],
+			]} />
+			<p class="actions">
+				<a href=${go('playground', { user: user.user_id })}>Ask as this user</a>
+				<a href=${go('bank', { user: user.user_id })}>Show on the map</a>
+				<a href=${go('adapt', { user: user.user_id })}>Adapt</a>
+			</p>
+		</section>
+		<section class="card" aria-label=${anchorsTitle(user.anchors)}>
+			<h2>${anchorsTitle(user.anchors)}</h2>
+			<p class="hint">Chosen ${SOURCES[user.source] ?? `by ${user.source}`}.</p>
+			<${Anchors} anchors=${user.anchors} detailed />
+		</section>`;
 }
 
 function Adapter({ adapter }) {
@@ -121,37 +121,4 @@ function Adapter({ adapter }) {
 				${adapter.stale && html`<p class="notice calm">It belongs to another bank, so it is not served.</p>`}`
 			: html`<p class="dim">None: not trained on any samples.</p>`}
 	</section>`;
-}
-
-function AddItems({ id, onAdded }) {
-	const here = useRef(true);
-	useEffect(() => () => { here.current = false; }, []);
-	const [typed, setTyped] = useState('');
-	const [added, setAdded] = useState(null);
-	const [fault, setFault] = useState(null);
-	const [sending, setSending] = useState(false);
-	const found = pieces(typed);
-	async function add(event) {
-		event.preventDefault();
-		setSending(true);
-		setFault(null);
-		try {
-			setAdded(await call('POST', `${userPath(id)}/profile/items`, { items: found.map((text) => ({ text })) }));
-			setTyped('');
-			if (here.current) onAdded();
-		} catch (error) {
-			setFault(error);
-		}
-		setSending(false);
-	}
-	return html`<form class="card" onSubmit=${add} aria-label="Add items">
-		<h2>Add items</h2>
-		<${Input} area rows="3" required label="What they have written" value=${typed} onValue=${setTyped}
-			hint="One item per line, or items separated by empty lines." />
-		<div class="actions">
-			<button type="submit" disabled=${sending || !found.length}>Add ${found.length ? count(found.length, 'item') : ''}</button>
-			<p role="status">${added && `${count(added.changed, 'item')} changed, ${count(added.kept, 'item')} kept.`}</p>
-		</div>
-		<${Notice} error=${fault} />
-	</form>`;
 }

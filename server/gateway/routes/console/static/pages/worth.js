@@ -1,8 +1,8 @@
 // What personalisation is worth: each level against the one below, with intervals, and the weeks behind it.
 import { call } from '../api.js';
 import { html, useEffect, useState } from '../parts/html.js';
-import { Notice, sentence } from '../parts/widgets.js';
-import { count, figure, percent } from '../parts/words.js';
+import { Notice, Says } from '../parts/widgets.js';
+import { count, figure, percent, titled } from '../parts/words.js';
 
 const METRICS = {
 	changed: ['Text changed', 'less text changed'],
@@ -28,11 +28,11 @@ export function Worth() {
 		${worth && html`
 			<section class="card" aria-label="Results">
 				<h2>Is it worth it?</h2>
-				<ul class="stack">${worth.says.map((words) => html`<li key=${words}>${sentence(words)}</li>`)}</ul>
+				<ul class="stack">${worth.says.map((words) => html`<li key=${words}><${Says} text=${words} /></li>`)}</ul>
 				${worth.running.map(({ week, people }) => html`<p key=${week} class="hint">
 					Week of ${week}: ${count(people, 'person', 'people')} so far, counted once it is over.</p>`)}
 			</section>
-			<div class="pair">${grouped(worth.comparisons).map((group) => html`
+			<div class="pair even">${grouped(worth.comparisons).map((group) => html`
 				<${Comparisons} key=${group[0].level + group[0].holdout} group=${group} />`)}</div>
 			${worth.weeks.length > 0 && html`<${Weeks} weeks=${worth.weeks} />`}`}`;
 }
@@ -48,7 +48,7 @@ function Comparisons({ group }) {
 	const known = group.filter(({ difference }) => difference).map(better);
 	const most = Math.max(0.01, ...known.flatMap(({ low, high }) => [Math.abs(low), Math.abs(high)]));
 	return html`<section class="card" aria-label=${`Comparisons of ${level}`}>
-		<h2>${level} against one level lower</h2>
+		<h2>${titled(level)} against one level lower</h2>
 		<ul class="intervals">${group.map((one) => html`<li key=${one.metric}>
 			<span>${METRICS[one.metric][0]}</span>
 			${one.difference
@@ -56,8 +56,8 @@ function Comparisons({ group }) {
 				: html`<span class="dim">too few people yet</span>`}
 			<span class="hint">${shares(one)}</span>
 		</li>`)}</ul>
-		<p class="hint">Right of the line, ${level} is better. A bar that does not touch the line is sure (95 %, at any time).
-			The picture ends at ${figure(most * 100)} points; ${percent(holdout)} of users are held out.</p>
+		<p class="hint">${known.length > 0 && `Right of the line, ${level} is better. A bar that does not touch the line is sure (95 %, at
+			any time). The picture ends at ${figure(most * 100)} points. `}${percent(holdout)} of users are held out.</p>
 	</section>`;
 }
 

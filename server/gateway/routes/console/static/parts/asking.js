@@ -2,7 +2,7 @@
 import { events, wasStopped } from '../api.js';
 import { asBody } from '../reading/snippets.js';
 import { html } from './html.js';
-import { Anchors, Level, Notice, sentence } from './widgets.js';
+import { Anchors, Level, Notice, Says, sentence } from './widgets.js';
 import { count, figure, milliseconds } from './words.js';
 
 export const BLANK = { phase: 'idle', text: '', own: '' }; // `own`: `u` for each character that a phrase proposed, else `-`
@@ -57,7 +57,7 @@ export function Answer({ title, hint, answer, marked, again }) {
 		${phase === 'stopped' && text && html`<p class="dim">Stopped.</p>`}
 		<${Notice} error=${error && { message: text ? `The answer broke off. ${sentence(error.message)}` : error.message }} again=${again} />
 		${[REASONS[who?.reason] ?? who?.reason, who?.history_reason].filter(Boolean).map((reason) => html`
-			<p key=${reason} class="hint">${sentence(reason)}</p>`)}
+			<p key=${reason} class="hint"><${Says} text=${reason} /></p>`)}
 		${who && who.level !== 'base' && html`<${Anchors} anchors=${who.anchors} />`}
 		<${Stats} answer=${answer} />
 	</section>`;

@@ -1,78 +1,54 @@
-// Curves drawn with uPlot in the page's colours; uPlot is loaded on first use.
-import { html, useEffect, useRef } from './html.js';
+// Curves over the steps of several runs, drawn in SVG; a curve ends where its run does.
+import { html, useWidth } from './html.js';
+import { figure } from './words.js';
 
-const height = 240;
-const dark = matchMedia('(prefers-color-scheme: dark)');
-
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const HIGH = 240;
+const [TOP, RIGHT, BOTTOM, LEFT] = [28, 10, 42, 46];
+const LABEL = 76; // pixels that the name of a run takes
 
 /**
- * Curves over one axis.
- *
- * `series` is [{label, points: [[x, y]…], dots}…]; `said` is the description for screen readers.
+ * `series` is [{label, points: [[x, y]…], dots}…], `runs` [[x before its first point, name]…], or nothing for one run;
+ * `said` is the description for screen readers.
  */
-export function Chart({ series, across, up, said }) {
-	const place = useRef();
-	const plot = useRef();
-	const shown = useRef();
-	shown.current = aligned(series);
-	useEffect(() => {
-		let gone = false;
-		const draw = async () => {
-			const { default: UPlot } = await import('../vendor/uplot.js');
-			if (gone) return;
-			plot.current?.destroy();
-			const width = place.current.clientWidth;
-			plot.current = new UPlot(options(series, across, up, width), shown.current, place.current);
-		};
-		const sized = new ResizeObserver(([{ contentRect }]) => plot.current?.setSize({ width: contentRect.width, height }));
-		draw().then(() => !gone && sized.observe(place.current));
-		dark.addEventListener('change', draw);
-		return () => {
-			gone = true;
-			sized.disconnect();
-			dark.removeEventListener('change', draw);
-			plot.current?.destroy();
-		};
-	}, []);
-	useEffect(() => plot.current?.setData(shown.current));
+export function Chart({ series, runs, across, up, said }) {
+	const [around, wide] = useWidth();
+	const points = series.flatMap((one) => one.points);
+	const [xs, ys] = [ticks(points.map(([x]) => x), wide / 90, 1), ticks(points.map(([, y]) => y), 4, 0)];
+	const end = Math.max(...points.map(([x]) => x), 1);
+	const x = (value) => LEFT + ((wide - LEFT - RIGHT) * value) / end;
+	const y = (value) => HIGH - BOTTOM - ((HIGH - TOP - BOTTOM) * value) / ys.at(-1);
+	const begins = runs.map(([begin]) => begin);
+	const room = (index) => x(begins[index + 1] ?? end) - x(begins[index]);
 	return html`<figure class="chart">
-		<div ref=${place} role="img" aria-label=${said}></div>
+		<div ref=${around}><svg width=${wide} height=${HIGH} role="img" aria-label=${said}>
+			${ys.map((value) => html`<g key=${value} class="tick"><line x1=${LEFT} x2=${wide - RIGHT} y1=${y(value)} y2=${y(value)} />
+				<text class="before" x=${LEFT - 8} y=${y(value) + 4}>${figure(value)}</text></g>`)}
+			${xs.map((value) => html`<text key=${value} x=${x(value)} y=${HIGH - BOTTOM + 18}>${figure(value)}</text>`)}
+			<text x=${(LEFT + wide - RIGHT) / 2} y=${HIGH - 4}>${across}</text>
+			<text x=${-(TOP + HIGH - BOTTOM) / 2} y="12" transform="rotate(-90)">${up}</text>
+			${runs.map(([begin, name], index) => html`<g key=${begin}>
+				${begin > 0 && html`<line class="cut" x1=${x(begin)} x2=${x(begin)} y1=${TOP} y2=${HIGH - BOTTOM} />`}
+				${room(index) > LABEL && html`<text x=${x(begin) + room(index) / 2} y="16">${name}</text>`}
+			</g>`)}
+			${series.map(({ label, points: own, dots }, index) => html`<g key=${label} class=${`curve-${index}`}>${dots
+				? own.map(([at, value], place) => html`<circle key=${place} cx=${x(at)} cy=${y(value)} r="4" />`)
+				: split(own, begins).map((run, place) => html`<polyline key=${place}
+					points=${run.map(([at, value]) => `${x(at)},${y(value)}`).join(' ')} />`)}</g>`)}
+		</svg></div>
 		<figcaption>${series.map(({ label, dots }, index) => html`<span key=${label} class=${`key key-${index}`}>
 			<i class=${dots ? 'dots' : ''} aria-hidden="true"></i>${label}</span>`)}</figcaption>
 	</figure>`;
 }
 
-/** Converts to uPlot's format: one list of x, and a y or a gap for each. Points of a series may share an x. */
-function aligned(series) {
-	const points = series.flatMap(({ points: own }, index) => own.map(([x, y]) => [x, index + 1, y]));
-	const rows = [];
-	for (const [x, index, y] of points.sort(([a], [b]) => a - b)) {
-		if (rows.at(-1)?.[0] !== x || rows.at(-1)[index] !== undefined) rows.push([x]);
-		rows.at(-1)[index] = y;
-	}
-	return [0, ...series].map((_, column) => rows.map((row) => row[column]));
+/** About `many` round numbers from 0 to the largest value or just above it. */
+function ticks(values, many, least) {
+	const rough = Math.max(least, Math.max(...values) / many, 1e-9);
+	const ten = 10 ** Math.floor(Math.log10(rough));
+	const step = ten * [1, 2, 5, 10].find((times) => times * ten >= rough);
+	const last = least ? Math.floor : Math.ceil;
+	return Array.from({ length: last(Math.max(...values, step) / step) + 1 }, (_, index) => index * step);
 }
 
-function options(series, across, up, width) {
-	const [ink, line] = [colour('--dim'), colour('--line')];
-	const axis = (label) => ({
-		label, stroke: ink, labelSize: 18, labelGap: 2, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 },
-		font: '12px system-ui, sans-serif', labelFont: '12px system-ui, sans-serif',
-	});
-	return {
-		width,
-		height,
-		legend: { show: false },
-		cursor: { show: false },
-		scales: { x: { time: false } },
-		axes: [{ ...axis(across), incrs: [1, 2, 5, 10, 20, 50, 100, 200] }, { ...axis(up), size: 52 }],
-		series: [{}, ...series.map(({ label, dots }, index) => ({
-			label,
-			stroke: colour(`--curve-${index}`),
-			width: dots ? 0 : 2,
-			spanGaps: true,
-			points: { show: dots, size: 9, fill: colour(`--curve-${index}`) },
-		}))],
-	};
-}
+const split = (points, begins) => begins
+	.map((begin, index) => points.filter(([at]) => at > begin && at <= (begins[index + 1] ?? Infinity)))
+	.filter((run) => run.length);

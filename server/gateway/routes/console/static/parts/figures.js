@@ -45,7 +45,7 @@ const quotas = ({ samples }) => (samples.get('mta_tenant_quota') ?? []).map(({ l
 
 const shown = (value) => (value === null ? '–' : figure(value));
 
-const Tile = ({ name, values, spark }) => html`<section class="card tile" aria-label=${name}>
+const Tile = ({ name, values, spark }) => html`<section class=${spark ? 'card tile broader' : 'card tile'} aria-label=${name}>
 	<h2>${name}</h2>
 	<p>${values.map(([value, unit]) => html`<span key=${unit}><b>${value}</b> ${unit}</span>`)}</p>
 	${spark && html`<${Spark} values=${spark} />`}

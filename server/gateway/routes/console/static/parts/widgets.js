@@ -1,18 +1,24 @@
 // Small widgets shared by the pages.
 import { html, useEffect, useId, useRef, useState } from './html.js';
-import { LEVELS, percent } from './words.js';
+import { LEVELS, percent, shortened } from './words.js';
 
 /** An error or a note; `again` adds a retry button. */
 export function Notice({ error, children, again, calm = false }) {
 	if (!error && !children) return null;
 	return html`<div class=${calm ? 'notice calm' : 'notice'} role=${calm ? 'status' : 'alert'}>
-		<p>${error ? sentence(error.message) : children}</p>
+		<p>${error ? html`<${Says} text=${error.message} />` : children}</p>
 		${again && html`<button type="button" class="quiet" onClick=${again}>Try again</button>`}
 	</div>`;
 }
 
 /** Makes a sentence of a message: the gateway's messages start in lower case. */
-export const sentence = (words) => `${words.charAt(0).toUpperCase()}${words.slice(1)}${/[.!?]$/.test(words) ? '' : '.'}`;
+export const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?…]["'”’)]*$/.test(text) ? '' : '.'}`;
+
+/** A message as a sentence, with what stands in backticks as code. */
+export function Says({ text }) {
+	const parts = sentence(text).split('`');
+	return parts.length % 2 ? parts.map((part, place) => (place % 2 ? html`<code>${part}</code>` : part)) : text;
+}
 
 /** A labelled input or text area; `onValue` gets the value, `rest` goes to the control. */
 export function Input({ label, hint, area = false, onValue, ...rest }) {
@@ -47,17 +53,24 @@ export const anchorsTitle = (anchors) => (anchors[0]?.weight === null ? 'Nearest
 /** The anchors of a recipe as bars, or the nearest ones if the recipe names none. */
 export function Anchors({ anchors, detailed = false }) {
 	if (!anchors.length) return html`<p class="dim">No anchor speaks.</p>`;
+	const shown = ({ weight, similarity }) => weight ?? similarity;
+	const most = Math.max(1, ...anchors.map((anchor) => Math.abs(shown(anchor))));
+	const away = anchors.some((anchor) => shown(anchor) < 0);
 	return html`<ul class="bars" aria-label=${anchorsTitle(anchors)}>
 		${anchors.map(({ id, weight, similarity, gain }) => html`<li key=${id}>
 			<span class="mono">${id}</span>
-			<${Bar} share=${Math.min(1, Math.abs(weight ?? similarity))} less=${(weight ?? similarity) < 0} />
+			<${Bar} share=${Math.abs(weight ?? similarity) / most} less=${(weight ?? similarity) < 0} />
 			<span class="figure">${weight == null ? similarity.toFixed(2) : percent(weight)}</span>
 			${detailed && html`<span class="why">
 				${weight != null && similarity != null && html`<span>similarity ${similarity.toFixed(2)}</span>`}
 				${gain != null && html`<span>predicted gain ${gain.toFixed(3)} nats per token</span>`}
 			</span>`}
 		</li>`)}
-	</ul>`;
+	</ul>
+	${(away || most > 1) && html`<p class="hint legend">
+		${away && html`<span><${Bar} share=${1} less /> moves away from the anchor</span>`}
+		${most > 1 && html`<span>A whole bar is ${percent(most)}.</span>`}
+	</p>`}`;
 }
 
 export function Bar({ share, less = false }) {
@@ -109,7 +122,7 @@ export function Sure({ label, question, onYes }) {
 export function Erased({ erased }) {
 	const parts = Object.entries(erased.erased).filter(([, many]) => many).map(([what, many]) => `${many} ${what}`);
 	return html`<${Notice} calm>
-		Erased ${erased.user_id}: ${parts.join(', ') || 'no data'}.
+		Erased ${shortened(erased.user_id, 64)}: ${parts.join(', ') || 'no data'}.
 		${' '}The store's file on disk is rewritten by ${new Date(erased.log_rewritten_by).toLocaleTimeString()}.
 	<//>`;
 }

@@ -1,13 +1,18 @@
 // Formats numbers, sizes and times.
+import { parsed } from '../reading/samples.js';
 
 const number = new Intl.NumberFormat('en', { maximumFractionDigits: 1 });
 const when = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' });
 
-export const figure = (value) => number.format(value);
+export const figure = (value) => number.format(value).replace('-', '−');
 
 export const count = (value, one, many = `${one}s`) => `${number.format(value)} ${value === 1 ? one : many}`;
 
-export const percent = (share) => `${number.format(share * 100)} %`;
+export const percent = (share) => `${figure(share * 100)} %`;
+
+export const titled = (name) => name[0].toUpperCase() + name.slice(1);
+
+export const shortened = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
 
 export function bytes(size) {
 	if (size < 1024) return count(size, 'byte');
@@ -24,11 +29,11 @@ export const loss = (value) => (value == null ? '–' : value.toFixed(3));
 
 export const moment = (iso) => (iso ? when.format(new Date(iso)) : '–');
 
-/** Splits pasted text at empty lines, or into lines if there are none. */
+/** Items of pasted text: it is split at empty lines, or into lines if there are none; a JSON object is an item itself. */
 export function pieces(pasted) {
 	const plain = pasted.replaceAll('\r\n', '\n').trim();
 	const split = /\n\s*\n/.test(plain) ? plain.split(/\n\s*\n/) : plain.split('\n');
-	return split.map((piece) => piece.trim()).filter(Boolean);
+	return split.map((piece) => piece.trim()).filter(Boolean).map((text) => (text.startsWith('{') && parsed(text)) || { text });
 }
 
 export const SOURCES = {

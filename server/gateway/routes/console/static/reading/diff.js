@@ -1,37 +1,18 @@
-// Word differences of two texts, by the longest common subsequence.
+// Words of two texts that the other one does not have.
 
-const MOST_CELLS = 2_000_000;
+const MOST = 0.6; // share of marked words beyond which marks say no more than that the texts differ
 
-/** Returns [[text, differs]…] for each side; a word includes the spaces before it. */
+/** Returns [[text, differs]…] for each side, a word with the spaces before it; nothing if they have little in common. */
 export function compared(left, right) {
-	const [a, b] = [words(left), words(right)];
-	if (a.length * b.length > MOST_CELLS) return [[[left, false]], [[right, false]]];
-	const common = lengths(a, b);
-	const sides = [[], []];
-	let [i, j] = [0, 0];
-	while (i < a.length || j < b.length) {
-		if (i < a.length && j < b.length && same(a[i], b[j])) {
-			add(sides[0], a[i++], false);
-			add(sides[1], b[j++], false);
-		} else if (j >= b.length || (i < a.length && common[i + 1][j] >= common[i][j + 1])) add(sides[0], a[i++], true);
-		else add(sides[1], b[j++], true);
-	}
-	return sides;
+	const sides = [left, right].map((text) => text.match(/\s*\S+/g) ?? []);
+	const known = sides.map((words) => new Set(words.map(bare)));
+	const marked = sides.map((words, side) => words.map((word) => bare(word) !== '' && !known[1 - side].has(bare(word))));
+	if (marked.flat().filter(Boolean).length > MOST * marked.flat().length) return [];
+	return sides.map((words, side) => words.reduce((runs, word, place) => add(runs, word, marked[side][place]), []));
 }
 
-const words = (text) => text.match(/\s*\S+/g) ?? [];
-
-const same = (one, other) => one.trim() === other.trim();
-
-function lengths(a, b) {
-	const table = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
-	for (let i = a.length - 1; i >= 0; i--) {
-		for (let j = b.length - 1; j >= 0; j--) {
-			table[i][j] = same(a[i], b[j]) ? table[i + 1][j + 1] + 1 : Math.max(table[i + 1][j], table[i][j + 1]);
-		}
-	}
-	return table;
-}
+/** A word without case and punctuation. */
+const bare = (word) => word.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, '');
 
 /** Appends a word, to the last entry if `differs` is equal. Marks start at a word and end at a line break. */
 function add(side, word, differs) {
@@ -40,4 +21,5 @@ function add(side, word, differs) {
 	if (last && last[1] === differs && !(differs && lead.includes('\n'))) last[0] += word;
 	else if (differs && lead) side.push([lead, false], [word.slice(lead.length), true]);
 	else side.push([word, differs]);
+	return side;
 }

@@ -13,11 +13,12 @@ export function readSamples(text) {
 		const lines = plain.split('\n').map((line, index) => [line.trim(), index]).filter(([line]) => line);
 		return checked(lines.map(([line]) => parsed(line)), (index) => `line ${lines[index][1] + 1}`);
 	}
-	if (plain.startsWith('[')) return { samples: [], faults: ['This starts like a JSON array but is not valid JSON.'] };
+	if (plain.startsWith('[')) return { samples: [], faults: ['This starts like a JSON array but is not valid JSON'] };
 	return fromCsv(plain);
 }
 
-function parsed(text) {
+/** The value of a JSON text, or undefined. */
+export function parsed(text) {
 	try {
 		return JSON.parse(text);
 	} catch {
@@ -44,7 +45,7 @@ function fromCsv(text) {
 	const columns = head.map((name) => name.trim().toLowerCase());
 	const [input, output] = [columns.indexOf('input'), columns.indexOf('output')];
 	if (input < 0 || output < 0) {
-		return { samples: [], faults: ['This is neither JSON nor CSV with the columns input and output.'] };
+		return { samples: [], faults: ['This is neither JSON nor CSV with the columns input and output'] };
 	}
 	return checked(rows.map((row) => ({ input: row[input], output: row[output] })), (index) => `row ${index + 2}`);
 }
