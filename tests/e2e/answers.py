@@ -4,6 +4,9 @@ once somebody has sent a few samples of it. The real model, bank and processes."
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +15,7 @@ from server.cli.demo import adapting
 from server.cli.demo.answers import MAX_TOKENS, DemoAnswer, ask
 from server.cli.demo.manners import MANNERS
 from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Persona
-from tests.e2e.conftest import Demo
+from tests.e2e.conftest import ROOT, Demo
 
 AT_LEAST_AS_SOMEBODY = 4
 AT_MOST_AS_NOBODY = 1
@@ -64,6 +67,16 @@ class TestAnswers:
             assert sum(weight for _, weight in answer.anchors) == pytest.approx(0.5)
         speaking = [name for person in PEOPLE for name, _ in answers[person.user_id][0].anchors]
         assert len(set(speaking)) == len(speaking)
+
+    def test_serving_is_what_training_is(self, demo: Demo, tmp_path: Path) -> None:
+        (tmp_path / "texts").write_text("The sea is wide today, and all the boats are out.\n")
+        options = ("--data", demo.data, "--url", demo.url, "--user", adapting.USER, "--texts", tmp_path / "texts")
+        command = [sys.executable, "-m", "server.cli", "verify", *map(str, options)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        compared = [line.split(": ")[0] for line in done.stdout.splitlines() if line.startswith("text 1, ")]
+        assert compared[:2] == ["text 1, base", "text 1, c"]
+        assert len(compared) == 6  # two recipes for all, the user's, and their adapter
 
     def test_a_habit_shows_after_adapting_and_not_before(
         self, demo: Demo, api: Client, answers: dict[str, list[DemoAnswer]]
