@@ -226,8 +226,9 @@ def test_an_engine_that_is_rigged_from_the_start_is_never_ready(served: Served, 
         (("--bank", "tests/earlier/bank"), "an engine does not serve the bank at tests/earlier/bank"),
         (("--engine-url", "http://127.0.0.1:1"), "the engine at http://127.0.0.1:1 gives no /mta/v1/status: "),
         (("--texts", "nowhere.txt"), "No such file or directory: 'nowhere.txt'"),
+        (("--texts", "/dev/null"), "there is nothing to read: /dev/null is empty"),
     ],
-    ids=["another bank", "no engine", "no texts"],
+    ids=["another bank", "no engine", "no file", "no texts"],
 )
 def test_verify_that_cannot_be_run_says_why_and_ends_with_two(
     verify: Callable[..., Result], options: tuple[str, ...], reason: str

@@ -61,6 +61,8 @@ def verified(settings: Settings, user: str | None, texts: Path | None, url: str 
         adapters |= own
     if texts is not None:
         pairs = [(TEXTS[0][0], line) for line in texts.read_text("utf-8").splitlines() if line.strip()]
+    if not pairs:
+        raise MtaError(f"there is nothing to read: {'the user has no items' if texts is None else f'{texts} is empty'}")
     model, tokenizer = load_base(model_folder, dtype)
     examples = [encode_pair(tokenizer, *pair, MAX_TOKENS) for pair in pairs]
     trained, within = readings(model, examples, adapters, shared_part(matrix, manifest)), True
