@@ -21,17 +21,11 @@ _LORA = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
 
 @contextmanager
 def vllm_server(
-    subject: Subject,
-    flavour: Flavour = "ours",
-    *,
-    arguments: Sequence[str] = (),
-    module: Sequence[str] = ("server.engine",),
-    **settings: object,
+    subject: Subject, flavour: Flavour = "ours", *, arguments: Sequence[str] = (), **settings: object
 ) -> Iterator[Engine]:
-    """Run a vLLM of a flavour by a module; all other options are the same for each flavour."""
+    """Run a vLLM of a flavour; all other options are the same for each flavour."""
     port = free_port()
     argv, environment = vllm_command(subject, flavour, port, **settings)
-    argv[2:3] = module
     with served([*argv, *arguments], environment, port) as engine:
         yield engine
 

@@ -24,8 +24,9 @@ from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bench.oracle.dense import token_logprobs, two_part_logprobs
 from bench.rig.engine import KEY, START_TIMEOUT_S, Engine
+from bench.rig.engine import served as serving
 from bench.rig.processes import PATIENCE_S, running
-from bench.rig.servers import vllm_command, vllm_server
+from bench.rig.servers import vllm_command
 from bench.rig.subject import Subject
 from bench.rig.tiny import tiny_bank
 from server.cli import app
@@ -94,6 +95,14 @@ class Served:
                 torch.testing.assert_close(torch.tensor(of_prompt), wanted[: len(prompt) - 1], atol=TOLERANCE, rtol=0)
 
 
+def rigged(subject: Subject, rig: Path, **settings: object) -> tuple[list[str], dict[str, str], int]:
+    """Command, environment and port of an engine that a file rigs."""
+    port = free_port()
+    argv, environment = vllm_command(subject, "ours", port, **settings)
+    argv[2:3] = "tests.support.rigged", str(rig)
+    return argv, environment, port
+
+
 WAYS = [(Acts.AFTER_SYSTEM, 128), (Acts.ANSWER, 32)]
 one_way = pytest.mark.parametrize("served", WAYS[:1], indirect=True, ids=str)
 
@@ -110,8 +119,8 @@ def served(
     subject = Subject(bank, model, read_manifest(bank))
     arguments = ("--block-size", str(block), "--max-num-batched-tokens", "512" if block == 128 else "80")
     settings = {"dtype": "float32", "max_loras": SLOTS, "max_model_len": 512}
-    module = ("tests.support.rigged", str(rig))
-    with vllm_server(subject, arguments=arguments, module=module, **settings) as engine:
+    argv, environment, port = rigged(subject, rig, **settings)
+    with serving([*argv, *arguments], environment, port) as engine:
         yield Served(acts, bank, model, engine)
 
 
@@ -212,8 +221,7 @@ def test_a_rigged_engine_is_caught(served: Served, verify: Callable[..., Result]
 def test_an_engine_that_is_rigged_from_the_start_is_never_ready(served: Served, tmp_path: Path) -> None:
     (tmp_path / "rig").write_text(RIGS[1])
     subject = Subject(served.bank, served.model, served.manifest)
-    argv, environment = vllm_command(subject, "ours", free_port(), dtype="float32", max_model_len=512)
-    argv[2:3] = "tests.support.rigged", str(tmp_path / "rig")
+    argv, environment, _ = rigged(subject, tmp_path / "rig", dtype="float32", max_model_len=512)
     with running(argv, environment) as engine:
         engine.wait_for(r"BankError: adapters do not act as in training", START_TIMEOUT_S)
         assert engine.process.wait(PATIENCE_S) != 0
