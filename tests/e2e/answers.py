@@ -70,13 +70,13 @@ class TestAnswers:
 
     def test_serving_is_what_training_is(self, demo: Demo, tmp_path: Path) -> None:
         (tmp_path / "texts").write_text("The sea is wide today, and all the boats are out.\n")
-        options = ("--data", demo.data, "--url", demo.url, "--user", adapting.USER, "--texts", tmp_path / "texts")
-        command = [sys.executable, "-m", "server.cli", "verify", *map(str, options)]
+        options = ("--data", str(demo.data), "--texts", str(tmp_path / "texts"))
+        command = [sys.executable, "-m", "server.cli", "verify", *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         compared = [line.split(": ")[0] for line in done.stdout.splitlines() if line.startswith("text 1, ")]
         assert compared[:2] == ["text 1, base", "text 1, c"]
-        assert len(compared) == 6  # two recipes for all, the user's, and their adapter
+        assert len(compared) == 4
 
     def test_a_habit_shows_after_adapting_and_not_before(
         self, demo: Demo, api: Client, answers: dict[str, list[DemoAnswer]]
