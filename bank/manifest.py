@@ -32,6 +32,7 @@ MAP_FILE = "map.json"
 COORDINATES_FILE = "coordinates.npy"
 ROWS_FILE = "rows.safetensors"  # the anchors' rows that directions were made of; only `mta bank` reads it
 LONGEST_SUFFIX = 4  # K, tokens before the token of a phrase (`bank/lookup/phrases.py`)
+BASE = "base"  # what recipes' names are to adapters, of the base model
 _LEVEL = 0.95
 _NO_BOUND = 1e9  # JSON has no infinity
 
@@ -134,6 +135,19 @@ class Verdict(Frozen):
     history: int = Field(default=0, ge=0)  # default number of past items in prompts; if 0, those above have 1
 
 
+class Canary(Frozen):
+    """How training reads a few tokens, by which an engine knows that its adapters act alike.
+
+    `read` has the log-probabilities of the tokens from `read_from` on: of the base model under `BASE`, then by what a
+    recipe's name has as terms; each adds to the one before.
+    """
+
+    ids: tuple[int, ...]
+    read_from: int = Field(ge=1)
+    shared: int = Field(ge=0)  # number of the first tokens that all users of the bank share
+    read: dict[str, tuple[float, ...]]
+
+
 class AnchorEntry(Frozen):
     """One anchor: its public id, its number of training items and, if the build kept them, its typical words."""
 
@@ -156,6 +170,7 @@ class BankManifest(Frozen):
     prior: AnswerPrior | None = None
     phrases: PhraseRule | None = Field(default=None, exclude_if=lambda value: value is None)
     verdict: Verdict | None = None
+    canary: Canary | None = Field(default=None, exclude_if=lambda value: value is None)
     target_modules: tuple[str, ...]
     modules: tuple[ModuleShape, ...]
     anchors: tuple[AnchorEntry, ...]

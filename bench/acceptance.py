@@ -81,11 +81,6 @@ def _counts(value: str) -> tuple[int, ...]:
 
 
 OWN_VERDICT = Target("", "as the script itself demands", lambda value: WRONG not in str(value))
-ORACLE = tuple(
-    Target(f"{method}{stacked}, float32", "at most 1e-2", lambda value: float(value) <= 1e-2)
-    for method in ("shared", "cat")
-    for stacked in ("", " + user")
-)
 FUSE = (Target("merge over worker", "at least 5", lambda value: value["median"] >= 5),)
 SOAK = (
     Target("answers", "all", lambda value: len(set(_counts(value))) == 1),
@@ -238,13 +233,18 @@ def main(
             run.step("a chat app in a browser", (*chat, "--out", out / "chats"))
         else:
             run.skip("a chat app in a browser", CHAT_APP)
-        run.step("oracle", ("-m", "bench.oracle", *people), ORACLE)
         # In bfloat16 an answer depends on its batch where two tokens nearly tie, so use float32.
         run.served(
             "users",
             (out / "data", (*served, "--dtype", "float32")),
             lambda url, engine: ("-m", "bench.serving.users", "--users", users, "--url", url, "--engine", engine),
             (OWN_VERDICT,),
+        )
+        run.served(
+            "serving equals training",
+            (out / "data", (*served, "--dtype", "float32")),
+            lambda _, engine: ("-m", "server.cli", "verify", *served, "--engine-url", engine),
+            (),
         )
         run.served(
             "beside a job",

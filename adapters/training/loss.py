@@ -83,6 +83,12 @@ def row_losses(model: Any, examples: Sequence[Example], below: LowerLayers | Non
         yield [float(tokens.sum()) for tokens in token_losses(model, row, below)]
 
 
+def example_losses(model: Any, examples: Sequence[Example]) -> Iterator[torch.Tensor]:
+    """Yield the negative log-likelihood of each output token of each example, in nats."""
+    for row in pack(model, examples):
+        yield from token_losses(model, row)
+
+
 @torch.no_grad()
 def token_losses(model: Any, row: Row, below: LowerLayers | None = None) -> Sequence[torch.Tensor]:
     """Return the negative log-likelihood of each output token, in nats, of each example in a row."""

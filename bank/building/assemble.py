@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from bank.manifest import (
     AnswerPrior,
     BankManifest,
     BaseModelId,
+    Canary,
     EmbedderId,
     PhraseRule,
     WeightRule,
@@ -75,12 +76,14 @@ def write_bank(
     words: Sequence[tuple[str, ...]] = (),
     directions: DirectionRows | None = None,
     phrases: PhraseRule | None = None,
+    record: Callable[[Path, BankManifest], Canary] | None = None,
 ) -> BankManifest:
     """Write drafts of a bank's files, then rename them, the manifest last: a folder with a manifest is complete.
 
     If a draft cannot be written, a bank in the folder stays as it was; engines keep what they have mapped of it. `rows`
     are flat [D], the common row last. `embeddings` [N, E], `items` (how many trained) and `words` are in anchor order;
-    `curvature` is H [N, N]. With `directions`, those are served, and the anchors' rows kept beside them.
+    `curvature` is H [N, N]. With `directions`, those are served, and the anchors' rows kept beside them. `record` reads
+    the canary with what is in a folder.
     """
     from adapters.matrix import write_matrix
 
@@ -128,6 +131,8 @@ def write_bank(
             files={path.name: file_sha256(path) for path in files},
         )
         written = write_manifest(drafts, manifest)
+        if record is not None:
+            written = write_manifest(drafts, written.model_copy(update={"canary": record(drafts, written)}))
         # From here on nothing takes room on the disk, and until the end the folder is not a bank.
         (out / MANIFEST_FILE).unlink(missing_ok=True)
         for stale in {CURVATURE_FILE, COORDINATES_FILE, ROWS_FILE}.difference(manifest.files):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from bank.building.options import BuildInputs, BuildOptions
 from bank.building.phrases import fit_phrases
 from bank.building.progress import RowProgress
 from bank.building.ranks import Ranks
+from bank.building.readings import record_canary
 from bank.building.resume import Workbench, build_inputs, finished_bank, workbench
 from bank.building.rows import RowTrainer
 from bank.building.selection import (
@@ -123,6 +125,7 @@ def build_bank(
                 words=typical_words(anchors, task) if options.describe else (),
                 directions=directions,
                 phrases=phrases,
+                record=partial(record_canary, model, tokenizer),
             )
         )
 

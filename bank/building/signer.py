@@ -17,9 +17,8 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.training.attached import attached
 from adapters.training.example import Acts, Example, output_tokens
-from adapters.training.forward.packing import pack
 from adapters.training.forward.shared_part import SharedPart
-from adapters.training.loss import b_gradient, drawn_gradients, mean_loss, token_losses
+from adapters.training.loss import b_gradient, drawn_gradients, example_losses, mean_loss
 from bank.building.resume import Workbench
 from bank.building.rows import RowTrainer
 from bank.building.selection import MIN_HELD_OUT, PEOPLE_PER_HELD_OUT
@@ -68,12 +67,7 @@ class Signer:
 
     def token_losses(self, step: Vectors, examples: Sequence[Example]) -> list[Vectors]:
         """Return the loss of each output token of each example after a step [N] from the common row, in nats."""
-        return [
-            losses.numpy()
-            for model in self._after(step[None])
-            for row in pack(model, examples)
-            for losses in token_losses(model, row)
-        ]
+        return [losses.numpy() for model in self._after(step[None]) for losses in example_losses(model, examples)]
 
     def _after(self, steps: Vectors) -> Iterator[Any]:
         """Yield the model after each of the steps [S, N] from the common row."""

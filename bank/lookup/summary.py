@@ -17,7 +17,7 @@ def summarise(folder: Path) -> dict[str, Any]:
     files = [name for name in (*manifest.files, MANIFEST_FILE) if (folder / name).exists()]
     return {
         "folder": str(folder),
-        **manifest.model_dump(mode="json", exclude={"format", "files", "modules", "prior"}),
+        **manifest.model_dump(mode="json", exclude={"format", "files", "modules", "prior", "canary"}),
         "index": {"kind": index.kind, "anchors": index.anchor_count, "dim": index.dim},
         "modules": len(manifest.modules),
         "acts": manifest.acts,

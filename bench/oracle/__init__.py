@@ -1,1 +1,1 @@
-"""Check that a fused adapter is exactly what its recipe says: `python -m bench.oracle`."""
+"""Dense formulas of recipes, with which tests compare engine and training."""

@@ -1,6 +1,6 @@
 """The oracle: computes recipes on dense float64 matrices. It shares no code with `adapters/fusion.py`.
 
-The tests and `bench/oracle` compare a running vLLM with Hugging Face models that have ΔW added to their weights.
+The tests compare a running vLLM with Hugging Face models that have ΔW added to their weights.
 """
 
 from __future__ import annotations

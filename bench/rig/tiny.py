@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from adapters.training.example import Acts
 from adapters.training.trainer import linear_modules
 from bank.building.assemble import write_bank
 from bank.building.directions import make_directions
+from bank.building.readings import record_canary
 from bank.items.profile import Vectors
 from bank.lookup.embedder import Embedder
 from bank.lookup.signature import Curvature
 from bank.manifest import EmbedderId, LossDifference, PhraseRule, PosteriorRule, WeightRule
 from bank.models.folders import base_model_id
+from bank.models.load import load_base
 from bench.rig.architectures import byte_tokenizer, tiny_of
 
 PHRASES = PhraseRule(trust=(0.3, 0.5, 0.8, 0.9), people=7, gain=LossDifference(mean=-0.2, low=-0.3, high=-0.1))
@@ -66,6 +69,7 @@ def tiny_bank(
     seed: int = 1,
     name: str = "tiny",
     embeddings: Vectors | None = None,
+    canary: bool = False,
 ) -> Path:
     """Write a bank of random rows for a model, with an index of real embeddings.
 
@@ -84,6 +88,7 @@ def tiny_bank(
         seed: seed of the rows.
         name: name of the base model.
         embeddings: embeddings [N, E] of the anchors, instead of those of texts.
+        canary: whether to record the bank's canary, which reads a text with the model in float32.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
@@ -112,10 +117,11 @@ def tiny_bank(
         shared_a=shared_a,
         embeddings=embedder.embed([world(i) for i in range(anchors)]) if embeddings is None else embeddings,
         items=[12] * anchors,
-        training={"seed": seed, "acts": acts},
+        training={"seed": seed, "acts": acts, "dtype": "float32"},
         curvature=curvature,
         directions=made,
         phrases=PHRASES,
+        record=partial(record_canary, *load_base(model_folder, "float32")) if canary else None,
     )
     return folder
 

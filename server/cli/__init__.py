@@ -19,7 +19,7 @@ from bank.models.process_startup import run_and_exit, without_audio
 from server.cli import audit, backup, bench, eval, keys, secret
 from server.cli.bank import commands as bank
 from server.cli.demo import commands as demo
-from server.cli.run import doctor, gateway, processes
+from server.cli.run import doctor, gateway, processes, verify
 from server.cli.users import chat, worth
 from server.cli.users import commands as users
 from server.settings import GROUPS, Settings, load_settings
@@ -50,6 +50,7 @@ def options(
 app.command("demo")(demo.demo)
 app.command("up")(processes.up)
 app.command("doctor")(doctor.doctor)
+app.command("verify")(verify.verify)
 app.add_typer(bank.app, name="bank")
 app.command("eval")(eval.evaluate)
 app.add_typer(bench.app, name="bench")

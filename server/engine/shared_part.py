@@ -19,9 +19,9 @@ from vllm.lora.request import LoRARequest
 from adapters.recipe import is_recipe_name
 from bank.manifest import BankManifest, read_manifest
 from server.engine import patches
+from server.engine_protocol import SHARED
 from server.settings import Settings
 
-SHARED = "mta_shared"  # field of a request's `extra_args`: the number of its first tokens that are shared
 ALL = 1 << 30  # all of a prompt but its last token, which predicts the answer's first
 MAX_ID = 2**31 - 1  # vLLM's kernels index adapters by int32
 

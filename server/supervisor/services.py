@@ -25,6 +25,7 @@ STOP_S = 35  # maximum to stop one engine and all other parts in turn, even if e
 DRAIN_S = 5  # default for engine and gateway to finish requests in progress before they stop
 STOP_MARGIN_S = 3  # added for a part to exit before it is killed
 _VALKEY_CONFIG = "valkey.conf"
+ENGINES = "engines"  # file in a data folder: the engines' URLs, their key and bank, a line each
 _GIVEN = set[int]()  # ports that this process got
 
 LIVENESS = "/liveness"  # the router answers 200 as soon as it listens, whatever the state of its engines
@@ -105,6 +106,17 @@ def valkey_url(folder: Path) -> str | None:
         options = dict(line.split(" ", 1) for line in (folder / _VALKEY_CONFIG).read_text("utf-8").splitlines())
         return f"redis://:{options['requirepass']}@{LOOPBACK}:{options['port']}/0"
     return None
+
+
+def with_engines(settings: Settings) -> Settings:
+    """Add to settings without an engine's URL those of the `mta up` that runs, or last ran, on their data folder."""
+    folder = settings.data_dir.expanduser()
+    if settings.model_fields_set & {"engine_url", "engine_urls"} or not (folder / ENGINES).exists():
+        return settings
+    urls, key, bank = (folder / ENGINES).read_text("utf-8").splitlines()
+    found: dict[str, object] = {"engine_urls": urls, "engine_key": SecretStr(key), "bank": settings.bank or Path(bank)}
+    found["secret"] = settings.secret or SecretStr((folder / "secret").read_text("ascii").strip())
+    return settings.model_copy(update=found)
 
 
 def router_command(settings: Settings) -> tuple[list[str], dict[str, str]]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from server.cli.demo import adapting
 from server.cli.demo.answers import MAX_TOKENS, DemoAnswer, ask
 from server.cli.demo.manners import MANNERS
 from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Persona
-from tests.e2e.conftest import Demo
+from tests.e2e.conftest import ROOT, Demo
 
 AT_LEAST_AS_SOMEBODY = 4
 AT_MOST_AS_NOBODY = 1
@@ -69,6 +72,16 @@ class TestAnswers:
             assert sum(weight for _, weight in answer.anchors) == pytest.approx(0.5)
         speaking = [name for person in PEOPLE for name, _ in answers[person.user_id][0].anchors]
         assert len(set(speaking)) == len(speaking)
+
+    def test_serving_is_what_training_is(self, demo: Demo, tmp_path: Path) -> None:
+        (tmp_path / "texts").write_text("The sea is wide today, and all the boats are out.\n")
+        options = ("--data", str(demo.data), "--texts", str(tmp_path / "texts"))
+        command = [sys.executable, "-m", "server.cli", "verify", *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        compared = [line.split(": ")[0] for line in done.stdout.splitlines() if line.startswith("text 1, ")]
+        assert compared[:2] == ["text 1, base", "text 1, c"]
+        assert len(compared) == 4
 
     def test_a_habit_shows_after_adapting_and_not_before(
         self, demo: Demo, api: Client, answers: dict[str, list[DemoAnswer]]

@@ -33,6 +33,7 @@ class Demo:
     terminal: Terminal
     shown: str  # from the answers on
     url: str  # of its server
+    data: Path  # its folder
 
     @property
     def pid(self) -> int:
@@ -49,11 +50,12 @@ class Demo:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     """`make demo`; the bank is trained here only if the cache has none."""
-    with terminal([*DEMO, str(tmp_path_factory.mktemp("demo") / "data")], ROOT) as screen:
+    data = tmp_path_factory.mktemp("demo") / "data"
+    with terminal([*DEMO, str(data)], ROOT) as screen:
         shown = screen.wait_for(r"(?s)\[5/6\](.*)Ctrl-C stops everything", PATIENCE_S)[1]
         url = re.search(r"The server stays up at (http://\S+)", shown)
         assert url, shown
-        yield Demo(screen, shown, url[1])
+        yield Demo(screen, shown, url[1], data)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from adapters.flat import flattened
 from adapters.fusion import fuse
-from adapters.recipe import FusionRecipe, Term
+from adapters.recipe import FORMAT, FusionRecipe, Term, parse_recipe
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.attached import attached
 from adapters.training.example import Acts, Example
@@ -44,9 +45,10 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
 from bank.lookup.summary import summarise
-from bank.manifest import COORDINATES_FILE, MANIFEST_FILE, MATRIX_FILE, ROWS_FILE, BankManifest, read_manifest
+from bank.manifest import BASE, COORDINATES_FILE, MANIFEST_FILE, MATRIX_FILE, ROWS_FILE, BankManifest, read_manifest
 from bank.matrix import open_anchor_rows, shared_part
 from bank.models.load import load_base
+from bench.oracle.dense import dense_adapter, token_logprobs
 from bench.rig.people import people, write_people
 from server.cli import app
 from tests.support.bank_bench import OPTIONS, Bench, Recorder, flip_a_bit
@@ -117,6 +119,18 @@ def test_a_dry_run_says_what_a_build_would_take(tiny_model_folder: Path, tmp_pat
     assert "1: tom/photo.png is no .txt" in words and "min with 1 anchors" in words
     refused = CliRunner().invoke(app, [*given, "--anchors", "2"])
     assert refused.exit_code == 1 and "2 anchors were asked for" in " ".join(refused.output.split())
+
+
+def test_the_canary_is_what_dense_formulas_read(bench: Bench, built: BankManifest) -> None:
+    (model, _), canary = load_base(bench.model, "float32"), built.canary
+    assert canary
+    assert (len(canary.ids), canary.shared) == (24, 0)
+    assert list(canary.read) == ["base", "c", "c+a00*900+a02*-700"]
+    for terms, read in canary.read.items():
+        recipe = parse_recipe(f"{FORMAT}:{built.short}:shared:{terms}") if terms != BASE else None
+        with dense_adapter(model, bench.matrix("plain", built), recipe) if recipe else nullcontext():
+            wanted = token_logprobs(model, list(canary.ids))[canary.read_from - 1 :]
+        assert read == pytest.approx(wanted.tolist(), abs=2e-3)
 
 
 def test_people_left_out_shape_nothing(bench: Bench, tmp_path: Path) -> None:

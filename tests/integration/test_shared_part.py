@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Term
@@ -20,10 +23,15 @@ from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bench.oracle.dense import token_logprobs, two_part_logprobs
-from bench.rig.engine import Engine
-from bench.rig.servers import vllm_server
+from bench.rig.engine import KEY, START_TIMEOUT_S, Engine
+from bench.rig.engine import served as serving
+from bench.rig.processes import PATIENCE_S, running
+from bench.rig.servers import vllm_command
 from bench.rig.subject import Subject
 from bench.rig.tiny import tiny_bank
+from server.cli import app
+from server.supervisor.services import free_port
+from tests.support.rigged import RIGS, ROUTE
 
 SLOTS = 2
 WHOLE = 256  # tokens of the blocks that the system prompt fills
@@ -36,7 +44,7 @@ class Served:
     """An engine, and the dense model beside it."""
 
     def __init__(self, acts: Acts, bank: Path, model: Path, engine: Engine) -> None:
-        self.acts, self.bank, self.engine, self.found = acts, bank, engine, 0
+        self.acts, self.bank, self.model, self.engine, self.found = acts, bank, model, engine, 0
         self.manifest: BankManifest = read_manifest(bank)
         self.matrix: MetaMatrix = open_matrix(bank, self.manifest)
         self.dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -54,6 +62,16 @@ class Served:
         response.raise_for_status()
         answer: dict[str, Any] = response.json()
         return answer
+
+    @contextmanager
+    def rigged(self, how: str) -> Iterator[str]:
+        """Yield why the engine would not be ready, were it rigged from the start."""
+        yield self._rig(how)
+        assert self._rig("") == ""
+
+    def _rig(self, how: str) -> str:
+        answer = self.engine.client.post(ROUTE, json={"rig": how}).raise_for_status()
+        return str(answer.json()["error"])
 
     def cached(self) -> int:
         """Tokens found in the prefix cache, since the last call."""
@@ -77,17 +95,32 @@ class Served:
                 torch.testing.assert_close(torch.tensor(of_prompt), wanted[: len(prompt) - 1], atol=TOLERANCE, rtol=0)
 
 
-@pytest.fixture(scope="module", params=[(Acts.AFTER_SYSTEM, 128), (Acts.ANSWER, 32)], ids=str)
+def rigged(subject: Subject, rig: Path, **settings: object) -> tuple[list[str], dict[str, str], int]:
+    """Command, environment and port of an engine that a file rigs."""
+    port = free_port()
+    argv, environment = vllm_command(subject, "ours", port, **settings)
+    argv[2:3] = "tests.support.rigged", str(rig)
+    return argv, environment, port
+
+
+WAYS = [(Acts.AFTER_SYSTEM, 128), (Acts.ANSWER, 32)]
+one_way = pytest.mark.parametrize("served", WAYS[:1], indirect=True, ids=str)
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=str)
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder: Path
 ) -> Iterator[Served]:
     """With large blocks, or with small ones and prompts that take several steps."""
     acts, block = request.param
-    bank = tiny_bank(tmp_path_factory.mktemp("shared"), model, embedder_folder, acts=acts, scale=0.1)
+    folder = tmp_path_factory.mktemp("shared")
+    bank, rig = tiny_bank(folder / "bank", model, embedder_folder, acts=acts, scale=0.1, canary=True), folder / "rig"
+    rig.touch()
     subject = Subject(bank, model, read_manifest(bank))
     arguments = ("--block-size", str(block), "--max-num-batched-tokens", "512" if block == 128 else "80")
     settings = {"dtype": "float32", "max_loras": SLOTS, "max_model_len": 512}
-    with vllm_server(subject, arguments=arguments, **settings) as engine:
+    argv, environment, port = rigged(subject, rig, **settings)
+    with serving([*argv, *arguments], environment, port) as engine:
         yield Served(acts, bank, model, engine)
 
 
@@ -155,3 +188,59 @@ def test_the_base_model_and_other_tenants_read_for_themselves(served: Served) ->
     assert served.cached() == 0
     served.ask(served.recipe(1).name, messages)
     assert served.cached() == WHOLE
+
+
+@pytest.fixture
+def verify(served: Served, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command, for this engine."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the command does, but for this test alone
+    monkeypatch.setenv("MTA_ENGINE_KEY", KEY)
+    where = ("--bank", str(served.bank), "--model", str(served.model), "--engine-url", served.engine.url)
+    return lambda *options: CliRunner().invoke(app, ["verify", *where, *options])
+
+
+def test_serving_is_found_to_equal_training(verify: Callable[..., Result]) -> None:
+    done = verify()
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count(" effect 1.000\n") == 4 * 5
+
+
+@one_way
+@pytest.mark.parametrize("rig", RIGS)
+def test_a_rigged_engine_is_caught(served: Served, verify: Callable[..., Result], tmp_path: Path, rig: str) -> None:
+    (tmp_path / "texts").write_text("The sea is wide today, and the boats are out.\n")
+    with served.rigged(rig) as refusal:
+        done = verify("--texts", str(tmp_path / "texts"))
+    assert done.exit_code == 1, done.output
+    wrong = [line.split(":")[0] for line in done.stdout.splitlines() if line.endswith("NOT AS IN TRAINING")]
+    assert wrong[:2] == ["text 1, c+a00*900+a03*-700", "text 1, c+a00*300+a03*200"]
+    assert refusal.startswith("adapters do not act as in training: with c+a00*900+a03*-700 of bank")
+
+
+@one_way
+def test_an_engine_that_is_rigged_from_the_start_is_never_ready(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "rig").write_text(RIGS[1])
+    subject = Subject(served.bank, served.model, served.manifest)
+    argv, environment, _ = rigged(subject, tmp_path / "rig", dtype="float32", max_model_len=512)
+    with running(argv, environment) as engine:
+        engine.wait_for(r"BankError: adapters do not act as in training", START_TIMEOUT_S)
+        assert engine.process.wait(PATIENCE_S) != 0
+
+
+@one_way
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--bank", "tests/earlier/bank"), "an engine does not serve the bank at tests/earlier/bank"),
+        (("--engine-url", "http://127.0.0.1:1"), "the engine at http://127.0.0.1:1 gives no /mta/v1/status: "),
+        (("--texts", "nowhere.txt"), "No such file or directory: 'nowhere.txt'"),
+        (("--texts", "/dev/null"), "there is nothing to read: /dev/null is empty"),
+    ],
+    ids=["another bank", "no engine", "no file", "no texts"],
+)
+def test_verify_that_cannot_be_run_says_why_and_ends_with_two(
+    verify: Callable[..., Result], options: tuple[str, ...], reason: str
+) -> None:
+    done = verify(*options)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert reason in done.stderr

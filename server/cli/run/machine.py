@@ -23,7 +23,7 @@ from server.errors import Unavailable
 from server.settings import Settings
 from server.store.opening import open_stores
 from server.supervisor import services
-from server.supervisor.data_folder import AUDIT_LOG, DataFolder
+from server.supervisor.data_folder import AUDIT_LOG, DataFolder, write_private
 from server.supervisor.services import LOOPBACK, Part, free_port
 
 # vLLM's processes talk to each other over TCP, by default on the address that the host name resolves to.
@@ -47,6 +47,8 @@ def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -
         parts.append(replace(valkey, held_up=partial(_unfinished_restore, settings, data.path)))
     if not given & {"engine_url", "engine_urls"}:
         settings, engines, gpu = _engines(settings, say)
+        known = (settings.engine_urls, settings.engine_keys[0], str(settings.bank_folder().resolve()))
+        write_private(data.path / services.ENGINES, "\n".join(known))
     address, argv = f"{LOOPBACK}:{settings.port}", (sys.executable, "-m", "server.cli")
     gateway = Part("gateway", (*argv, "gateway"), services.environment(settings), address, "/ready", needs=("valkey",))
     if not engines:  # external engines come with external workers, and are running

@@ -24,6 +24,7 @@ from bank.manifest import read_manifest
 from bank.models.folders import prompt_hashes
 from server.engine import metrics
 from server.engine.admission.access import AccessMiddleware, Drain
+from server.engine.admission.canary import check_canary
 from server.engine.admission.prepare import AdapterNames, HoldNames, Manifests, Preparer
 from server.engine.admission.user_adapters import SWEEP_S, UserAdapters
 from server.engine.shared_part import CommonRecipes
@@ -114,9 +115,13 @@ class MtaEndpointPlugin:
         tokenizer.chat_template = load_chat_template(args.chat_template) or tokenizer.chat_template
         Preparer(manifests, names, users, check, tracing, tokenizer).install()
         sampling = engine.model_config.get_diff_sampling_param()
+        dtype = engine.model_config.quantization or str(engine.model_config.dtype).removeprefix("torch.")
+        for manifest in manifests.values():
+            await check_canary(engine, names, manifest, dtype)
         self._status = lambda: {
             "status": "ok",
             "model": engine.model_config.model,
+            "dtype": dtype,
             "max_model_len": engine.model_config.max_model_len,
             "sampling": sampling,
             "banks": [manifest.fingerprint for manifest in manifests.values()],

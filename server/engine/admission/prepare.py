@@ -25,7 +25,8 @@ from bank.items.prompt import opening
 from bank.manifest import BankManifest
 from server.engine import patches
 from server.engine.admission.user_adapters import UserAdapters
-from server.engine.shared_part import ALL, MAX_ID, SHARED
+from server.engine.shared_part import ALL, MAX_ID
+from server.engine_protocol import SHARED
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
 
@@ -124,8 +125,9 @@ class Preparer:
         return manifest
 
     def count_shared(self, request: Any, manifest: BankManifest) -> None:
-        """Write into a request how many of its prompt's first tokens are shared: none of a text or of token ids."""
-        count, messages = 0, getattr(request, "messages", None)
+        """Write into a request how many of its prompt's first tokens are shared; of token ids it may say so itself."""
+        given, messages = request.vllm_xargs or {}, getattr(request, "messages", None)
+        count = 0 if messages else int(given.get(SHARED, 0))
         if messages and manifest.acts is Acts.ANSWER:
             count = ALL
         elif messages:
@@ -134,7 +136,7 @@ class Preparer:
                 options["tools"] = [tool.model_dump() for tool in request.tools]
             with suppress(ValueError, TypeError, KeyError, TemplateError):  # vLLM refuses such a conversation itself
                 count = len(opening(self.tokenizer, messages, **options))
-        request.vllm_xargs = {**(request.vllm_xargs or {}), SHARED: count}
+        request.vllm_xargs = {**given, SHARED: count}
 
     def install(self) -> None:
         """Make vLLM's serving classes prepare recipe names when they check that a model exists."""

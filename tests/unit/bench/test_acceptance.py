@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from bench import acceptance
-from bench.acceptance import FUSE, GATEWAY, ORACLE, PACKAGES, SOAK, Figure, Target, judge
+from bench.acceptance import FUSE, GATEWAY, PACKAGES, SOAK, Figure, Target, judge
 from deploy import audit
 
 SKIPPED = {"name": "torch", "skip_reason": "Dependency not found and could not be audited: torch (2.13.0+cpu)"}
@@ -39,7 +39,7 @@ def test_every_row_that_a_target_names_must_be_there_and_meet_it(written: Path) 
     assert verdicts(written, {"growth of A, %": 1.0, "growth of B, %": 3.1}, growth) == [True, False]
     assert verdicts(written, {}, FUSE) == [False]
     written.unlink()
-    assert [figure.met for figure in judge(written, ORACLE)] == [False] * len(ORACLE)
+    assert [figure.met for figure in judge(written, SOAK)] == [False] * len(SOAK)
 
 
 def test_a_missed_aim_is_shown_but_fails_nothing(written: Path) -> None:
@@ -67,18 +67,17 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
         assert steps[name]["status"] == 1
         assert steps[name]["figures"][0]["value"] == "ended with status 1 before Ready:"
     assert steps["quality"]["status"] == 0
-    for module in ("bench.oracle", "bench.fleet.replicas"):
-        (command,) = (call.args[0] for call in run.call_args_list if module in call.args[0])
-        assert command[command.index("--model") + 1] == "another"
+    (command,) = (call.args[0] for call in run.call_args_list if "bench.fleet.replicas" in call.args[0])
+    assert command[command.index("--model") + 1] == "another"
 
     def ran(module: str) -> bool:
         return any(module in call.args[0] for call in run.call_args_list)
 
-    assert ran("eval") and ran("bench.oracle")
+    assert ran("eval") and ran("bench.fleet.replicas")
     run.reset_mock()
     with pytest.raises(typer.Exit):
         acceptance.main(tmp_path, tmp_path / "out", resume=True)
-    assert not ran("eval") and ran("bench.oracle"), "what passed runs again, or what failed does not"
+    assert not ran("eval") and ran("bench.fleet.replicas"), "what passed runs again, or what failed does not"
     assert list(read_steps(tmp_path / "out")) == list(steps)
     assert read_steps(tmp_path / "out")["quality"] == steps["quality"]
 

@@ -23,11 +23,10 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from transformers import AutoModelForCausalLM
 
 from adapters.errors import MtaError
-from adapters.recipe import FusionMethod, parse_recipe
+from adapters.recipe import parse_recipe
 from adapters.training.trainer import linear_modules
 from bank.manifest import PosteriorRule, WeightRule, read_manifest
 from bank.matrix import open_matrix
-from bench.oracle import __main__ as oracle
 from bench.rig import client as rig
 from bench.rig.client import until_signed
 from bench.rig.engine import KEY, Engine
@@ -273,16 +272,6 @@ def test_a_bank_with_too_few_anchors_says_so_and_no_bank_names_the_setting(
     monkeypatch.delenv("MTA_BANK", raising=False)
     with pytest.raises(MtaError, match="MTA_BANK"):
         configured_subject(None, None)
-
-
-@pytest.mark.parametrize("other", [{"directions": 2}, {"method": FusionMethod.CAT}])
-def test_the_oracle_refuses_a_bank_whose_rows_it_cannot_write_in_the_other_method(
-    other: dict[str, Any], tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path
-) -> None:
-    bank = tiny_bank(tmp_path, tiny_model_folder, embedder_folder, **other)
-    with pytest.raises(typer.BadParameter) as refused:
-        oracle.main(bank=bank)
-    assert refused.value.param_hint == "--bank"
 
 
 def test_a_random_bank_has_its_rank_and_a_model_may_be_without_weights(

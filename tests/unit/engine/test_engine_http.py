@@ -6,7 +6,7 @@ import asyncio
 from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, patch
 
 import pytest
 
@@ -18,6 +18,7 @@ from bank.errors import BankError
 from bench.rig.processes import PATIENCE_S
 from server.engine import metrics
 from server.engine.admission.access import KEYED_ROUTES, PUBLIC_ROUTES, AccessMiddleware, Drain
+from server.engine.admission.canary import check_canary
 from server.engine.admission.endpoint import _refuse_unsafe
 from server.engine.admission.prepare import AdapterNames
 from server.engine.metrics import AdapterMetrics, FusionMetrics, RefreshMetrics
@@ -80,6 +81,13 @@ def test_options_that_recipes_cannot_be_served_with_end_the_start(changed: dict[
     _refuse_unsafe(engine, Namespace(**needed), ["key"], {"b": bank})
     with pytest.raises(BankError, match=words):
         _refuse_unsafe(engine, Namespace(**needed | changed), ["key"], {"b": bank})
+
+
+async def test_a_bank_without_a_canary_is_served_and_the_log_says_so() -> None:
+    before: Any = SimpleNamespace(canary=None, short="9f2c41d0")
+    with patch("server.engine.admission.canary.log") as log:
+        await check_canary(None, AsyncMock(), before, "float32")
+    assert [call.args[1] for call in log.warning.call_args_list] == ["9f2c41d0"]
 
 
 async def test_an_engine_that_is_to_stop_sends_everybody_on_to_another() -> None:

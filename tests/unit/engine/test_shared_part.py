@@ -216,15 +216,16 @@ class Words:
         ),
         (Acts.AFTER_SYSTEM, {"messages": [USER], "tools": ["clock", "map"]}, 4),
         (Acts.ANSWER, {"messages": [USER]}, shared_part.ALL),
-        (Acts.AFTER_SYSTEM, {"prompt": "hi"}, 0),
-        (Acts.ANSWER, {"prompt": [1, 2, 3]}, 0),
+        (Acts.AFTER_SYSTEM, {"prompt": "hi", "vllm_xargs": None}, 0),
+        (Acts.ANSWER, {"prompt": [1, 2, 3]}, 99),
     ],
 )
 def test_a_request_says_how_much_of_its_prompt_is_shared(acts: Acts, body: dict[str, Any], count: int) -> None:
     tools = [
         SimpleNamespace(model_dump=lambda name=name: {"function": {"name": name}}) for name in body.pop("tools", [])
     ]
-    request = SimpleNamespace(vllm_xargs={SHARED: 99, "mine": 1}, tools=tools, chat_template_kwargs=None, **body)
+    made = {"vllm_xargs": {SHARED: 99, "mine": 1}, "tools": tools, "chat_template_kwargs": None}
+    request = SimpleNamespace(**made | body)
     preparer: Any = SimpleNamespace(tokenizer=Words())
     Preparer.count_shared(preparer, request, SimpleNamespace(acts=acts))  # type: ignore[arg-type]
-    assert request.vllm_xargs == {SHARED: count, "mine": 1}
+    assert request.vllm_xargs == {**((made | body)["vllm_xargs"] or {}), SHARED: count}

@@ -104,5 +104,9 @@ def test_each_part_gets_the_secrets_that_it_needs_and_none_by_argv(
     assert "RUST_LOG" not in router.environment  # it would have every recipe logged
     assert router.command[-3:] == ["--worker-urls", f"http://{engine.address}", f"http://{other.address}"]
     assert "--policy=consistent_hash" in router.command
+    kept = services.with_engines(Settings(data_dir=data.path))
+    assert kept.engines == (f"http://{engine.address}", f"http://{other.address}")
+    assert (kept.engine_keys, kept.bank, kept.user_secret) == (("k" * 32,), bank, "e" * 32)
+    assert stat.S_IMODE((data.path / services.ENGINES).stat().st_mode) == 0o600
     with pytest.raises(BankError, match="no bank at"):
         parts_of(Settings(bank=data.path, **folders), data, print)  # type: ignore[arg-type]
