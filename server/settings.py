@@ -174,6 +174,7 @@ class Settings(BaseSettings):
     drain_s: float = Field(30, ge=0, description="Seconds for gateway and engine to finish open requests at shutdown.")
 
     # Worker
+    adapter_versions: int = Field(3, ge=1, description="Maximum versions kept of a user's adapter, the served one too.")
     worker_threads: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)),
         ge=1,
