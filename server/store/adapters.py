@@ -23,7 +23,6 @@ from server.store.redis import keys, scripts
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 
 _BATCH = 100
-_FACTS, _RAW = "facts:", "raw:"
 
 # KEYS: record, adapter. Returns the record, then fields and values of the adapter without the bytes.
 _READ = """
@@ -73,6 +72,7 @@ class KeptVersions:
     profile: Profile | None
     versions: Sequence[AdapterVersion] = ()  # newest first
     serving: AdapterVersion | None = None
+    chosen_ms: int = 0  # since when it serves, if it was chosen; 0 if it serves since it was trained
 
     def promotion(self, made: AdapterVersion, at_most: int) -> dict[str, Any]:
         """Return the `change` to a new version, for which the oldest make room: the one that serves goes last."""
@@ -83,16 +83,8 @@ class KeptVersions:
     def change(self, to: AdapterVersion, dropped: Sequence[AdapterVersion] = ()) -> dict[str, Any]:
         """Return what a script needs to let a version serve from now on, and to drop others."""
         left = None if self.serving in dropped else self.serving
-        return {
-            "number": to.number,
-            "id": to.note.id,
-            "recipe": to.note.recipe,
-            "sha256": to.sha256,
-            "facts": orjson.dumps(to).decode(),
-            "left": left.number if left else 0,
-            "left_facts": orjson.dumps(left).decode(),
-            "dropped": [version.number for version in dropped],
-        }
+        facts = {"to": orjson.dumps(to).decode(), "left": orjson.dumps(left).decode() if left else ""}
+        return {"adapter": to.note.id, "dropped": [version.number for version in dropped], **facts}
 
 
 def new_adapter_id() -> str:
@@ -123,20 +115,16 @@ class AdapterStore(Store):
         fields = {name.decode(): value for name, value in zip(flat[::2], flat[1::2], strict=True)}
         with corrupt_if_undecodable():
             profile = decode_profile(record) if record else None
-            noted = [decode(AdapterVersion, raw) for name, raw in fields.items() if name.startswith(_FACTS)]
-            note = profile.adapter if profile else None
-            kept = sorted((one for one in noted if f"{_RAW}{one.number}" in fields), key=lambda one: one.number)
-            serving = None
+            note, serving = profile.adapter if profile else None, None
+            noted = [decode(AdapterVersion, raw) for name, raw in fields.items() if name.startswith("facts:")]
+            kept = [one for one in noted if f"raw:{one.number}" in fields]
             if note and fields.get("id") == note.id.encode():
-                # A worker that knew no versions noted nothing, and replaced what served before.
-                unnoted = AdapterVersion(note, fields["sha256"].decode(), number=kept[-1].number + 1 if kept else 1)
+                number = 1 + max((one.number for one in kept), default=0)  # of what a worker without versions promoted
+                unnoted = AdapterVersion(note, fields["sha256"].decode(), number=number)
                 serving = next((one for one in noted if one.note.id == note.id), unnoted)
-        versions = sorted([*kept, *filter(None, [serving])], key=lambda one: -one.number)
-        return KeptVersions(record, profile, versions, serving)
-
-    async def chosen_ms(self, user_key: str) -> int:
-        """Return when the adapter that serves was chosen, Unix time; 0 if it serves since it was trained."""
-        return int(await self._connection.run(lambda redis: redis.hget(keys.adapter(user_key), "chosen_ms")) or 0)
+                kept.append(serving)
+            kept.sort(key=lambda one: -one.number)
+            return KeptVersions(record, profile, kept, serving, int(fields.get("chosen_ms", 0)))
 
     async def serve(self, user_key: str, found: KeptVersions, chosen: AdapterVersion) -> bool:
         """Let a kept version serve instead, and end the user's job if nobody asked for it, in one atomic step.

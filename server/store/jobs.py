@@ -291,7 +291,7 @@ class JobStore(Store):
             return False
         # Add the user first: an extra member is harmless, but a missing one would never be adapted again.
         await self._adapters.add_adapted(user_key, bank)
-        given = _outcome(lease, trained, adapter=made.note.id, bank=bank, **found.promotion(made, at_most))
+        given = _outcome(lease, trained, bank=bank, **found.promotion(made, at_most))
         names = (keys.job(*lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
         raws = (found.record, encode_profile(replace(found.profile, adapter=made.note)), raw)
         done = bool(await self._connection.write(scripts.END, names, given, *raws))
@@ -312,7 +312,7 @@ class JobStore(Store):
     async def remove_erased(self, user_key: str, bank: str) -> None:
         queue = self._queue(bank)
         await queue.remember_score(user_key)
-        if await self._has_jobs(user_key):  # the user has come back
+        if await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))):  # the user has come back
             queue.forget_score(user_key)
         else:
             await queue.remove(user_key)
@@ -330,13 +330,10 @@ class JobStore(Store):
             ended = JobState(state.decode()).ended
         return None if ended else job_id, held_ms
 
-    async def _has_jobs(self, user_key: str) -> bool:
-        return bool(await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))))
 
-
-def _outcome(lease: Lease, trained: Trained, *, adapter: str = "", **of_adapter: Any) -> bytes:
+def _outcome(lease: Lease, trained: Trained, **of_adapter: Any) -> bytes:
     fields = {name: "" if value is None else str(value) for name, value in asdict(trained).items()}
-    return orjson.dumps({"token": lease.token, "adapter": adapter, **fields, **of_adapter})
+    return orjson.dumps({"token": lease.token, "adapter": "", **fields, **of_adapter})
 
 
 def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:

@@ -93,10 +93,7 @@ local prefix, kept_jobs, stays_s, epoch, until_ms, rewritten_by = unpack(ARGV)
 local job_numbers, record, items, vectors, samples, feedback, learned = unpack(KEYS)
 local adapter, tombstone = KEYS[#KEYS - 1], KEYS[#KEYS]
 if now > tonumber(until_ms) and redis.call('EXISTS', unpack(KEYS, 1, #KEYS - 1)) > 0 then return {} end
-local adapters = 0
-for _, field in ipairs(redis.call('HKEYS', adapter)) do
-  if string.sub(field, 1, 3) == 'raw' then adapters = adapters + 1 end
-end
+local _, adapters = string.gsub(table.concat(redis.call('HKEYS', adapter), ' '), 'raw', '')
 local counts = {
   'items', redis.call('HLEN', items), 'samples', redis.call('LLEN', samples) + redis.call('HLEN', learned),
   'adapters', adapters, 'feedback', redis.call('HLEN', feedback)

@@ -54,17 +54,18 @@ local function finish(job, state)
 end
 """
 
-# `given` is `KeptVersions.change`, `raw` the bytes of the adapter that serves from now on.
+# `given` is `KeptVersions.change`, `raw` the bytes of a new version.
 _ADAPTER = """
 local function serve(key, given, raw)
-  local left = given.left
-  if left > 0 then
-    redis.call('HSET', key, 'raw:' .. left, redis.call('HGET', key, 'raw'), 'facts:' .. left, given.left_facts)
+  local to = cjson.decode(given.to)
+  if given.left ~= '' then
+    local number = cjson.decode(given.left).number
+    redis.call('HSET', key, 'raw:' .. number, redis.call('HGET', key, 'raw'), 'facts:' .. number, given.left)
   end
   for _, number in ipairs(given.dropped) do redis.call('HDEL', key, 'raw:' .. number, 'facts:' .. number) end
-  redis.call('HSET', key, 'id', given.id, 'recipe', given.recipe, 'sha256', given.sha256, 'raw', raw,
-    'facts:' .. given.number, given.facts)
-  redis.call('HDEL', key, 'raw:' .. given.number, 'chosen_ms')
+  redis.call('HSET', key, 'id', to.note.id, 'recipe', to.note.recipe, 'sha256', to.sha256,
+    'raw', raw or redis.call('HGET', key, 'raw:' .. to.number), 'facts:' .. to.number, given.to)
+  redis.call('HDEL', key, 'raw:' .. to.number, 'chosen_ms')
 end
 """
 
@@ -212,8 +213,8 @@ local given, expected, record, prefix = cjson.decode(ARGV[1]), unpack(ARGV, 2)
 if has_left(KEYS[3]) then return -1 end
 local current = redis.call('GET', KEYS[1])
 if current ~= expected and current ~= record then return 0 end
-if current == expected and given.left ~= given.number then
-  serve(KEYS[2], given, redis.call('HGET', KEYS[2], 'raw:' .. given.number))
+if current == expected and given.left ~= given.to then
+  serve(KEYS[2], given)
   redis.call('HSET', KEYS[2], 'chosen_ms', now)
   local newest = prefix .. (redis.call('HGET', KEYS[4], 'last') or '')
   if is_open(newest) and redis.call('HGET', newest, 'background') == '1' then finish(newest, 'superseded') end

@@ -31,7 +31,7 @@ def ask(client: httpx.Client, route: str, headers: Mapping[str, str], user: str 
     """A request that a route would take, but for the key; `route` as in the table of routes."""
     method, path = route.split(" ")
     path = path.replace("{user_id}", user).replace("{job_id}", f"{'a' * 26}.1").replace("{path:path}", "app.js")
-    path = path.replace("{model:path}", "mta")
+    path = path.replace("{model:path}", "mta").replace("{version}", "1")
     bodies: dict[str, Any] = {
         "/generate": {"user_id": user, "prompt": "Hello", "max_tokens": 2},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2},
