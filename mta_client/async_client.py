@@ -89,6 +89,12 @@ class AsyncClient:
         call = calls.adapt(user_id, samples, append=append, config=config, idempotency_key=idempotency_key)
         return await self._call(call)
 
+    async def adapters(self, user_id: str) -> list[dict[str, Any]]:
+        return await self._call(calls.adapters(user_id))
+
+    async def serve(self, user_id: str, version: int) -> dict[str, Any]:
+        return await self._call(calls.serve(user_id, version))
+
     async def feedback(self, user_id: str, answer: str, **given: Any) -> Feedback:
         return await self._call(calls.feedback(user_id, answer, given))
 

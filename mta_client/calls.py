@@ -132,6 +132,14 @@ def adapt(user_id: str, samples: Items, **options: object) -> Call[Job]:
     return _call(Job, "POST", f"{_path('users', user_id)}/adapt", {"samples": _items(samples), **given})
 
 
+def adapters(user_id: str) -> Call[list[dict[str, Any]]]:
+    return Call("GET", f"{_path('users', user_id)}/adapters", lambda answer: list(answer["adapters"]))
+
+
+def serve(user_id: str, version: int) -> Call[dict[str, Any]]:
+    return Call("POST", f"{_path('users', user_id)}/adapters/{version}/serve", dict)
+
+
 def feedback(user_id: str, answer: str, given: Mapping[str, Any]) -> Call[Feedback]:
     return _call(Feedback, "POST", f"{_path('users', user_id)}/feedback", {"answer": answer, **given})
 

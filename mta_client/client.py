@@ -117,6 +117,14 @@ class Client:
         """
         return self._call(calls.adapt(user_id, samples, append=append, config=config, idempotency_key=idempotency_key))
 
+    def adapters(self, user_id: str) -> list[dict[str, Any]]:
+        """Return the kept versions of a user's adapter, newest first (`GET /users/{id}/adapters`)."""
+        return self._call(calls.adapters(user_id))
+
+    def serve(self, user_id: str, version: int) -> dict[str, Any]:
+        """Let the kept version of a user's adapter with this number serve instead."""
+        return self._call(calls.serve(user_id, version))
+
     def feedback(self, user_id: str, answer: str, **given: Any) -> Feedback:
         """Say what a user did with an answer, named by its `id`.
 

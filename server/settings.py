@@ -24,7 +24,7 @@ GROUPS = {
     "api_key": "Commands that call a gateway",
     "inner_host": "Engine",
     "replicas": "Fleet",
-    "worker_threads": "Worker",
+    "adapter_versions": "Worker",
 }
 """Titles of the settings' groups, by the first setting of each."""
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110, section 5.6.2
@@ -186,6 +186,7 @@ class Settings(BaseSettings):
     router_port: int = Field(8002, ge=0, le=65535, description="Port the router listens on.")
     drain_s: float = Field(30, ge=0, description="Seconds for gateway and engine to finish open requests at shutdown.")
 
+    adapter_versions: int = Field(3, ge=1, description="Maximum versions kept of a user's adapter, the served one too.")
     worker_threads: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)),
         ge=1,

@@ -170,7 +170,7 @@ async def open_gateway(
                 tenants=tenants,
                 bank=bank,
                 profiles=profiles,
-                adapting=Adapting(stores.jobs, profiles, checks, bank.manifest, bank.task, budget, tracing),
+                adapting=Adapting(stores.jobs, stores.adapters, profiles, checks, bank.manifest, budget, tracing),
                 erasing=Erasing(stores, short, engines.drop),
                 exporting=Exporting(stores, folder, bank.manifest),
                 feedbacks=Feedbacks(stores.feedback, profiles, refreshing, tallies),

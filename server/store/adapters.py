@@ -1,19 +1,38 @@
-"""User adapters, one key per user, and the sets of users by bank."""
+"""User adapters, one key per user, and the sets of users by bank.
+
+Some of a user's adapters are kept as *versions*, numbered from 1 in the order in which they were made. One of them
+serves: requests and engines know no other, and its fields have the names that they had before there were versions.
+"""
 
 from __future__ import annotations
 
 import secrets
 from base64 import b32encode
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from operator import methodcaller
+from typing import Any
 
-from adapters.recipe import UserAdapterId
-from server.store.base import Store
-from server.store.redis import keys
+import orjson
+
+from adapters.recipe import UserAdapterId, bank_of
+from server.errors import UserErased
+from server.store.base import Store, corrupt_if_undecodable, decode
+from server.store.profile_record import AdapterNote, Profile, decode_profile, encode_profile
+from server.store.redis import keys, scripts
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 
 _BATCH = 100
+
+# KEYS: record, adapter. Returns the record, then fields and values of the adapter without the bytes.
+_READ = """
+local found = {redis.call('GET', KEYS[1]) or ''}
+for _, field in ipairs(redis.call('HKEYS', KEYS[2])) do
+  found[#found + 1] = field
+  found[#found + 1] = string.sub(field, 1, 3) == 'raw' and '' or redis.call('HGET', KEYS[2], field)
+end
+return found
+"""
 
 # KEYS: a set. ARGV: the member. Always writes, because the store does not wait for a script that changes nothing.
 _ADD_MEMBER = """
@@ -30,6 +49,42 @@ class StoredAdapter:
     recipe: str
     sha256: str  # of the bytes, 64 hex digits
     raw: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """What is known of a kept adapter; None: it was made before versions were kept. Losses are as in `Job`."""
+
+    note: AdapterNote
+    sha256: str
+    rank: int | None = None
+    samples: int | None = None
+    before: float | None = None
+    after: float | None = None
+    number: int = 0  # given when it is stored
+
+
+@dataclass(frozen=True, slots=True)
+class KeptVersions:
+    """A user's kept adapters, of one moment."""
+
+    record: bytes  # of the profile, which changes with the adapter that serves; empty for an unknown user
+    profile: Profile | None
+    versions: Sequence[AdapterVersion] = ()  # newest first
+    serving: AdapterVersion | None = None
+    chosen_ms: int = 0  # since when it serves, if it was chosen; 0 if it serves since it was trained
+
+    def promotion(self, made: AdapterVersion, at_most: int) -> dict[str, Any]:
+        """Return the `change` to a new version, for which the oldest make room: the one that serves goes last."""
+        number = self.versions[0].number + 1 if self.versions else 1
+        first_to_go = sorted(self.versions, key=lambda one: (one is self.serving, one.number))
+        return self.change(replace(made, number=number), first_to_go[: max(0, len(first_to_go) + 1 - at_most)])
+
+    def change(self, to: AdapterVersion, dropped: Sequence[AdapterVersion] = ()) -> dict[str, Any]:
+        """Return what a script needs to let a version serve from now on, and to drop others."""
+        left = None if self.serving in dropped else self.serving
+        facts = {"to": orjson.dumps(to).decode(), "left": orjson.dumps(left).decode() if left else ""}
+        return {"adapter": to.note.id, "dropped": [version.number for version in dropped], **facts}
 
 
 def new_adapter_id() -> str:
@@ -53,6 +108,40 @@ class AdapterStore(Store):
     async def adapter_id(self, user_key: str) -> str | None:  # of the user's current adapter
         value = await self._connection.run(lambda redis: redis.hget(keys.adapter(user_key), "id"))
         return value.decode() if value is not None else None
+
+    async def kept(self, user_key: str) -> KeptVersions:
+        names = (keys.profile(user_key), keys.adapter(user_key))
+        record, *flat = await self._connection.evaluate(_READ, names)
+        fields = {name.decode(): value for name, value in zip(flat[::2], flat[1::2], strict=True)}
+        with corrupt_if_undecodable():
+            profile = decode_profile(record) if record else None
+            note, serving = profile.adapter if profile else None, None
+            noted = [decode(AdapterVersion, raw) for name, raw in fields.items() if name.startswith("facts:")]
+            kept = [one for one in noted if f"raw:{one.number}" in fields]
+            if note and fields.get("id") == note.id.encode():
+                number = 1 + max((one.number for one in kept), default=0)  # of what a worker without versions promoted
+                unnoted = AdapterVersion(note, fields["sha256"].decode(), number=number)
+                serving = next((one for one in noted if one.note.id == note.id), unnoted)
+                kept.append(serving)
+            kept.sort(key=lambda one: -one.number)
+            return KeptVersions(record, profile, kept, serving, int(fields.get("chosen_ms", 0)))
+
+    async def serve(self, user_key: str, found: KeptVersions, chosen: AdapterVersion) -> bool:
+        """Let a kept version serve instead, and end the user's job if nobody asked for it, in one atomic step.
+
+        Returns False if the user has changed since `found` was read. Raises `UserErased` if the user left the key.
+        """
+        assert found.profile is not None
+        bank = bank_of(chosen.note.recipe)
+        await self.add_adapted(user_key, bank)
+        names = (keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key), keys.jobs(user_key))
+        record = encode_profile(replace(found.profile, adapter=chosen.note))
+        given = (orjson.dumps(found.change(chosen)), found.record, record, keys.job_prefix(user_key))
+        done = await self._connection.write(scripts.SERVE, names, *given)
+        await self.settle_adapted(user_key, bank, written=done > 0)
+        if done < 0:
+            raise UserErased
+        return bool(done)
 
     async def add_adapted(self, user_key: str, bank: str) -> None:
         """Add a user to a bank's set durably: in a cluster, a durable write to the user's keys does not cover it."""
@@ -78,6 +167,13 @@ class AdapterStore(Store):
             cursor, members = await self._connection.run(scan)
             for member in members:
                 yield member.decode()
+
+    async def settle_adapted(self, user_key: str, bank: str, *, written: bool) -> None:
+        """Leave the other banks' sets if an adapter of this bank was written, and all sets if the user is erased."""
+        if written:
+            await self.remove_adapted(user_key, except_bank=bank)
+        elif not await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))):
+            await self.remove_adapted(user_key)
 
     async def remove_adapted(self, user_key: str, *, except_bank: str = "") -> None:
         """Remove a user from every bank's set except that of `except_bank`."""

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from adapters.recipe import parse_recipe
+from adapters.recipe import bank_of
 from server.errors import Unavailable, UserErased
-from server.store.adapters import AdapterStore, StoredAdapter
+from server.store.adapters import AdapterStore, AdapterVersion
 from server.store.base import Store, corrupt_if_undecodable
-from server.store.profile_record import Profile, encode_profile
+from server.store.profile_record import encode_profile
 from server.store.queue import Backlog, UserQueue
 from server.store.redis import keys, scripts
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
@@ -280,26 +280,24 @@ class JobStore(Store):
             await self._queue(lease.job.bank).remove(lease.job.id.user_key)
         return done
 
-    async def promote(
-        self, lease: Lease, trained: Trained, profile: Profile, version: bytes, raw: StoredAdapter
-    ) -> bool:
-        """End a job with an adapter and replace the user's previous adapter, in one atomic step.
+    async def promote(self, lease: Lease, trained: Trained, made: AdapterVersion, raw: bytes, *, at_most: int) -> bool:
+        """End a job with an adapter, which serves from then on, in one atomic step; `at_most` versions stay.
 
-        `version` is the expected profile record, `profile` its replacement with the new adapter. Returns False if the
-        lease or the record has changed, the user was erased after the request, or the job is for another bank.
+        Returns False if the lease or the record has changed, the user was erased, or the job is for another bank.
         """
-        user_key, bank = lease.job.id.user_key, parse_recipe(raw.recipe).bank
+        user_key, bank = lease.job.id.user_key, bank_of(made.note.recipe)
+        found = await self._adapters.kept(user_key)
+        if found.profile is None:
+            return False
         # Add the user first: an extra member is harmless, but a missing one would never be adapted again.
         await self._adapters.add_adapted(user_key, bank)
-        given = _outcome(lease, trained, adapter=raw.id, bank=bank, recipe=raw.recipe, sha256=raw.sha256)
+        given = _outcome(lease, trained, bank=bank, **found.promotion(made, at_most))
         names = (keys.job(*lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
-        raws = (version, encode_profile(profile), raw.raw)
+        raws = (found.record, encode_profile(replace(found.profile, adapter=made.note)), raw)
         done = bool(await self._connection.write(scripts.END, names, given, *raws))
+        await self._adapters.settle_adapted(user_key, bank, written=done)
         if done:
-            await self._adapters.remove_adapted(user_key, except_bank=bank)
             await self._queue(lease.job.bank).remove(user_key)
-        elif not await self._has_jobs(user_key):  # erased meanwhile
-            await self._adapters.remove_adapted(user_key)
         return done
 
     async def queue_again(self, user_key: str) -> None:
@@ -314,7 +312,7 @@ class JobStore(Store):
     async def remove_erased(self, user_key: str, bank: str) -> None:
         queue = self._queue(bank)
         await queue.remember_score(user_key)
-        if await self._has_jobs(user_key):  # the user has come back
+        if await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))):  # the user has come back
             queue.forget_score(user_key)
         else:
             await queue.remove(user_key)
@@ -332,13 +330,10 @@ class JobStore(Store):
             ended = JobState(state.decode()).ended
         return None if ended else job_id, held_ms
 
-    async def _has_jobs(self, user_key: str) -> bool:
-        return bool(await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))))
 
-
-def _outcome(lease: Lease, trained: Trained, *, adapter: str = "", **of_adapter: str) -> bytes:
+def _outcome(lease: Lease, trained: Trained, **of_adapter: Any) -> bytes:
     fields = {name: "" if value is None else str(value) for name, value in asdict(trained).items()}
-    return orjson.dumps({"token": lease.token, "adapter": adapter, **fields, **of_adapter})
+    return orjson.dumps({"token": lease.token, "adapter": "", **fields, **of_adapter})
 
 
 def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:

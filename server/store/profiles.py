@@ -93,9 +93,10 @@ local prefix, kept_jobs, stays_s, epoch, until_ms, rewritten_by = unpack(ARGV)
 local job_numbers, record, items, vectors, samples, feedback, learned = unpack(KEYS)
 local adapter, tombstone = KEYS[#KEYS - 1], KEYS[#KEYS]
 if now > tonumber(until_ms) and redis.call('EXISTS', unpack(KEYS, 1, #KEYS - 1)) > 0 then return {} end
+local _, adapters = string.gsub(table.concat(redis.call('HKEYS', adapter), ' '), 'raw', '')
 local counts = {
   'items', redis.call('HLEN', items), 'samples', redis.call('LLEN', samples) + redis.call('HLEN', learned),
-  'adapters', redis.call('EXISTS', adapter), 'feedback', redis.call('HLEN', feedback)
+  'adapters', adapters, 'feedback', redis.call('HLEN', feedback)
 }
 local jobs, banks, last = 0, {}, tonumber(redis.call('HGET', job_numbers, 'last') or 0)
 for number = math.max(1, last - kept_jobs), last do

@@ -24,6 +24,7 @@ _path: Path | None = None
 class Act(StrEnum):
     ERASE = "erase"
     EXPORT = "export"
+    SERVE = "serve"  # a kept version of a user's adapter
     KEY_CREATED = "key_created"
     KEY_REVOKED = "key_revoked"
     BANK_CHOSEN = "bank_chosen"  # for a tenant

@@ -29,7 +29,7 @@ from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature, empty_signature
 from server.errors import ApiError, UserErased
 from server.settings import Settings
-from server.store.adapters import AdapterStore, StoredAdapter, new_adapter_id
+from server.store.adapters import AdapterStore, AdapterVersion, new_adapter_id
 from server.store.feedback import FeedbackStore
 from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Trained
 from server.store.profile_record import AdapterNote, StoredSignature
@@ -122,6 +122,7 @@ class JobLoop:
     model_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held for each step of training, and by `signing`
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
     tracing: Tracing = field(default_factory=Tracing)
+    at_most: int = 3  # kept versions of a user's adapter
     signing: SigningLoop | None = None  # None for a bank without signatures
     releasing: set[asyncio.Task[None]] = field(default_factory=set)  # of jobs that are returned once the store answers
 
@@ -225,8 +226,13 @@ class JobLoop:
             await self._end(held, trained)
         else:
             recipe = recipe_of(profile.evidence, config.strength)
-            raw = await on_model_thread(self.trainer.encoded, recipe, judgement.weights, [*samples, *learned])
-            await self._promote(held, recipe, trained, raw)
+            samples += learned
+            raw = await on_model_thread(self.trainer.encoded, recipe, judgement.weights, samples)
+            created_ms = time.time_ns() // 1_000_000
+            note = AdapterNote(new_adapter_id(), recipe.name, len(raw), created_ms, self.tracing.current())
+            sha256 = hashlib.sha256(raw).hexdigest()
+            made = AdapterVersion(note, sha256, config.rank, len(samples), trained.before, trained.after)
+            await self._promote(held, trained, made, raw)
         log.info("%s: %s: held-out loss %s, without it %s", lease.job.id, state, judgement.after, judgement.before)
         return state
 
@@ -234,20 +240,12 @@ class JobLoop:
         if not await held.retry(self.jobs.end, held.lease, trained):
             raise LeaseLost
 
-    async def _promote(self, held: HeldLease, recipe: FusionRecipe, trained: Trained, raw: bytes) -> None:
+    async def _promote(self, held: HeldLease, trained: Trained, made: AdapterVersion, raw: bytes) -> None:
         """Write adapter and outcome atomically; retry if the user's record has changed meanwhile."""
-        job_id = held.lease.job.id
-        stored = StoredAdapter(new_adapter_id(), recipe.name, hashlib.sha256(raw).hexdigest(), raw)
         for _ in range(MAX_WRITE_ATTEMPTS):
-            snapshot = await held.retry(self.profiles.read, job_id.user_key)
-            if snapshot.profile is None:
-                break
-            created_ms = time.time_ns() // 1_000_000
-            note = AdapterNote(stored.id, recipe.name, len(raw), created_ms, self.tracing.current())
-            noted = replace(snapshot.profile, adapter=note)
-            if await held.retry(self.jobs.promote, held.lease, trained, noted, snapshot.version, stored):
+            if await held.retry(self.jobs.promote, held.lease, trained, made, raw, at_most=self.at_most):
                 return
-            job = await held.retry(self.jobs.job, job_id)
+            job = await held.retry(self.jobs.job, held.lease.job.id)
             if job is None or job.state.ended:
                 break
         raise LeaseLost

@@ -38,7 +38,7 @@ async def run_worker(settings: Settings) -> None:
     async with open_stores(settings, timed=metrics.store, span=tracing.span) as stores:
         profiles, model_lock = stores.profiles, asyncio.Lock()
         kept = stores.jobs, profiles, stores.feedback, stores.adapters
-        jobs = JobLoop(*kept, bank, trainer, model_lock, metrics, tracing)
+        jobs = JobLoop(*kept, bank, trainer, model_lock, metrics, tracing, settings.adapter_versions)
         loops = [work_forever(jobs.work_once)]
         if bank.manifest.has_signatures:
             signing = stores.signing(bank.manifest.short)

@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from redis.asyncio import Redis
@@ -14,10 +15,21 @@ from redis.asyncio import Redis
 from adapters.recipe import UserAdapterId
 from bank.errors import BankError
 from server.errors import Unavailable, UserErased
-from server.store.adapters import StoredAdapter
+from server.store.adapters import AdapterStore, AdapterVersion, StoredAdapter
 from server.store.feedback import Feedback
-from server.store.jobs import KEPT_JOBS, MAX_TRIES, Job, JobId, JobState, JobStore, Submission, Trained, parse_job_id
-from server.store.profile_record import Profile
+from server.store.jobs import (
+    KEPT_JOBS,
+    MAX_TRIES,
+    Job,
+    JobId,
+    JobState,
+    JobStore,
+    Lease,
+    Submission,
+    Trained,
+    parse_job_id,
+)
+from server.store.profile_record import AdapterNote
 from server.store.redis import keys
 from server.store.samples import Curve, JobBudget, Sample, decode_config
 from server.store.tenants.access_keys import KeyRing, Scope, access_key
@@ -166,19 +178,24 @@ def made(name: str) -> StoredAdapter:
     return StoredAdapter(f"{name:a<26}", known.RECIPE, hashlib.sha256(raw).hexdigest(), raw)
 
 
-async def with_profile(parts: StoreParts, key: str) -> tuple[Profile, bytes]:
+async def promoted(jobs: JobStore, lease: Lease, name: str, **changes: str) -> bool:
+    stored = made(name)
+    note = AdapterNote(stored.id, stored.recipe, len(stored.raw), 1)
+    version = AdapterVersion(replace(note, **changes), stored.sha256)
+    return await jobs.promote(lease, BETTER, version, stored.raw, at_most=1)
+
+
+async def put_profile(parts: StoreParts, key: str) -> None:
     epoch, before = await parts.profiles.begin(key), await parts.profiles.read(key)
     await parts.profiles.commit(key, before.version, put_of("ada", "text", before), epoch)
-    snapshot = await parts.profiles.read(key)
-    return snapshot.profile, snapshot.version
 
 
 async def test_an_adapter_replaces_the_last_in_one_step(parts: StoreParts, user: str) -> None:
     jobs = parts.jobs
     for name in ("first", "second"):
-        record = await with_profile(parts, user)
+        await put_profile(parts, user)
         lease = await claimed(jobs, (await submitted(jobs, user, name)).id)
-        assert await jobs.promote(lease, BETTER, *record, made(name))
+        assert await promoted(jobs, lease, name)
         job = await jobs.job(lease.job.id)
         assert (job.state, job.adapter, job.before, job.after) == (JobState.SUCCEEDED, made(name).id, 2.0, 1.5)
     assert await parts.adapters.adapter(UserAdapterId(user, made("second").id)) == made("second")
@@ -188,18 +205,23 @@ async def test_an_adapter_replaces_the_last_in_one_step(parts: StoreParts, user:
 
 async def test_nothing_is_promoted_for_another_record_lease_bank_or_user(parts: StoreParts, user: str) -> None:
     jobs = parts.jobs
-    profile, version = await with_profile(parts, user)
     lease = await claimed(jobs, (await submitted(jobs, user)).id)
-    other = replace(made("a"), recipe="mta3:00000000:shared:c")
-    assert not await jobs.promote(lease, BETTER, profile, b"another version", made("a"))
-    assert not await jobs.promote(replace(lease, token="stolen"), BETTER, profile, version, made("a"))
-    assert not await jobs.promote(lease, BETTER, profile, version, other)
+    assert not await promoted(jobs, lease, "a")  # there is no profile
+    await put_profile(parts, user)
+    before = await parts.adapters.kept(user)
+    await put_profile(parts, user)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(AdapterStore, "kept", AsyncMock(return_value=before))
+        assert not await promoted(jobs, lease, "a")
+    assert not await promoted(jobs, replace(lease, token="stolen"), "a")
+    assert not await promoted(jobs, lease, "a", recipe="mta3:00000000:shared:c")
     assert await parts.adapters.adapter(UserAdapterId(user, made("a").id)) is None
     assert (await jobs.job(lease.job.id)).state is JobState.RUNNING
-    assert await jobs.promote(lease, BETTER, profile, version, made("a"))
+    assert await promoted(jobs, lease, "a")
     lease = await claimed(jobs, (await submitted(jobs, user, "b")).id)
     await parts.profiles.erase(user, known.LATER_MS, 0)  # and made again
-    assert not await jobs.promote(lease, BETTER, *await with_profile(parts, user), made("b"))
+    await put_profile(parts, user)
+    assert not await promoted(jobs, lease, "b")
     assert await parts.adapters.adapter_id(user) is None
     assert await parts.adapters.adapted() == {}
 
@@ -256,7 +278,7 @@ async def test_of_equal_requests_at_once_one_makes_the_job(parts: StoreParts, us
 
 
 async def test_the_same_samples_are_one_job_while_its_adapter_serves(parts: StoreParts, user: str, raw: Redis) -> None:
-    await with_profile(parts, user)
+    await put_profile(parts, user)
     worker = WorkerSteps(parts)
     job = await submitted(parts.jobs, user)
     await worker.take()

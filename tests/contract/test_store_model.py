@@ -9,6 +9,7 @@ them. Every acknowledged job ends, and ends once. What a full store refuses chan
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
@@ -240,6 +241,18 @@ class Store(RuleBasedStateMachine):
                 self.end_as(user, {job_id.number}, JobState.SUCCEEDED if promote else JobState.REJECTED)
             self.observe(user)
 
+    @rule(user=USERS, gateway=TWO, number=st.integers(0, 2), fault=FAULTS, place=PLACES)
+    def serve_another_version(self, user: str, gateway: int, number: int, fault: Fault | None, place: int) -> None:
+        adapters, key = self.gateways[gateway].adapters, KEYS.key(user)
+        found = self.run(adapters.kept(key))
+        if number < len(found.versions) and found.versions[number] is not found.serving:
+            work = adapters.serve(key, found, found.versions[number])
+            outcome = self.tried(self.gateways[gateway], work, fault, place % 3)
+            serving = self.run(adapters.kept(key)).serving
+            assert outcome is True or isinstance(outcome, Unavailable)
+            assert serving == found.versions[number] or (serving == found.serving and outcome is not True)
+        self.observe(user)
+
     @rule(worker=TWO, counts=BOOL, gives_back=BOOL, fault=FAULTS, place=PLACES)
     def go_on_or_give_back(self, worker: int, counts: bool, gives_back: bool, fault: Fault | None, place: int) -> None:
         steps = self.workers[worker]
@@ -445,6 +458,11 @@ class Store(RuleBasedStateMachine):
             assert self.states(user).get(number, state) is state
 
     def observe(self, user: str) -> None:
+        held = {name.decode(): value for name, value in self.raw.hgetall(keys.adapter(KEYS.key(user))).items()}
+        found = self.run(self.gateways[0].adapters.kept(KEYS.key(user)))
+        raws = [held["raw" if one is found.serving else f"raw:{one.number}"] for one in found.versions]
+        assert [hashlib.sha256(raw).hexdigest() for raw in raws] == [one.sha256 for one in found.versions]
+        assert (found.serving is not None, len(raws) <= 3) == (bool(held), True)
         for number, state in self.states(user).items():
             if state.ended:
                 assert self.ended.setdefault(JobId(KEYS.key(user), number), state) is state

@@ -22,7 +22,7 @@ from bench.rig.processes import PATIENCE_S
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.gateway.users.privacy import Erasing
-from server.store.adapters import StoredAdapter, new_adapter_id
+from server.store.adapters import AdapterVersion, new_adapter_id
 from server.store.append_only_file import AppendOnlyFile
 from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Submission, Trained
 from server.store.opening import Stores
@@ -262,6 +262,7 @@ class WorkerSteps:
 
     parts: StoreParts
     bank: str = BANK
+    at_most: int = 3  # kept versions
     taken: JobId | None = None  # a job that the queue gave it
     lease: Lease | None = None  # a job that it has claimed
     signing: str | None = None  # a user whose signature it was asked for
@@ -279,17 +280,13 @@ class WorkerSteps:
 
     async def promote(self) -> str | None:
         """End the claimed job with an adapter; the adapter's id, if it was written."""
-        key, raw = self.lease.job.id.user_key, f"adapter {next(_numbers)}".encode()
-        recipe = RECIPE.replace(BANK, self.bank)
-        stored = StoredAdapter(new_adapter_id(), recipe, hashlib.sha256(raw).hexdigest(), raw)
-        snapshot = await self.parts.profiles.read(key)
-        if snapshot.profile is None:
-            return None
+        raw = f"adapter {next(_numbers)}".encode()
         late_ms = time.time_ns() // 1_000_000 + 60_000  # a worker's clock may be ahead
-        noted = replace(snapshot.profile, adapter=AdapterNote(stored.id, recipe, len(raw), late_ms))
+        note = AdapterNote(new_adapter_id(), RECIPE.replace(BANK, self.bank), len(raw), late_ms)
+        made = AdapterVersion(note, hashlib.sha256(raw).hexdigest(), 2, 10, 2.0, 1.0)
         trained = Trained(JobState.SUCCEEDED, 2.0, 1.0)
-        done = await self.parts.jobs.promote(self.lease, trained, noted, snapshot.version, stored)
-        return stored.id if done else None
+        done = await self.parts.jobs.promote(self.lease, trained, made, raw, at_most=self.at_most)
+        return note.id if done else None
 
     async def take_signing(self) -> None:
         self.signing = await self.parts.to_sign.take(0.02)

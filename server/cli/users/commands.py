@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from adapters.errors import MtaError
-from server.cli.shared import Bank, RedisUrl, with_stores
+from server.cli.shared import Bank, RedisUrl, table_console, with_stores
 from server.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -98,6 +98,23 @@ def show(user_id: UserId, url: Url = None) -> None:
         numbers = (anchor.weight, anchor.similarity, anchor.gain)
         anchors.add_row(anchor.id, *("–" if number is None else f"{number:.3f}" for number in numbers))
     Console(highlight=False).print(facts, anchors, sep="\n")
+
+
+@app.command()
+def adapters(
+    user_id: UserId,
+    url: Url = None,
+    serve: Annotated[int | None, typer.Option(help="First let this version serve, to go back to it.", min=1)] = None,
+) -> None:
+    """List the kept versions of a user's adapter."""
+    if serve:
+        call_gateway(url, lambda client: client.serve(user_id, serve))
+    table = Table("version", "made", "samples", "rank", "loss before", "after", "size", "bank", "", pad_edge=False)
+    for one in call_gateway(url, lambda client: client.adapters(user_id)):
+        state = "stale" if one["stale"] else "serves" if one["serving"] else ""
+        noted = ("–" if one[name] is None else f"{one[name]:.5g}" for name in ("samples", "rank", "before", "after"))
+        table.add_row(str(one["version"]), one["created_at"], *noted, decimal(one["bytes"]), one["bank"], state)
+    table_console().print(table if table.rows else "no adapter is kept: none was trained, or none was better")
 
 
 @app.command()

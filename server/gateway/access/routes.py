@@ -53,6 +53,8 @@ ROUTES: Mapping[str, tuple[Scope | None, RouteKind]] = {
     "DELETE /users/{user_id}": (Scope.WRITE, RouteKind.UNLIMITED),
     "POST /users/{user_id}/feedback": (Scope.WRITE, RouteKind.REQUEST),
     "POST /users/{user_id}/adapt": (Scope.ADAPT, RouteKind.REQUEST),
+    "GET /users/{user_id}/adapters": (Scope.ADAPT, RouteKind.REQUEST),
+    "POST /users/{user_id}/adapters/{version}/serve": (Scope.ADAPT, RouteKind.REQUEST),
     "GET /jobs/{job_id}": (Scope.ADAPT, RouteKind.REQUEST),
     "GET /jobs/{job_id}/events": (Scope.ADAPT, RouteKind.EVENTS),
     "DELETE /jobs/{job_id}": (Scope.ADAPT, RouteKind.REQUEST),

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import orjson
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
 
@@ -25,13 +25,17 @@ from server.gateway.routes.answering import AnchorAnswer, anchor_answers
 from server.gateway.routes.jobs import JobAnswer, iso
 from server.gateway.routes.requests import Strict, UserIdInPath, UserRoute, epoch_of, with_examples
 from server.gateway.users.profiles import ProfileUpdate, check_size, newest_items
+from server.settings import MAX_INT32
+from server.store.adapters import AdapterVersion
 from server.store.jobs import Job
+from server.store.profile_record import AdapterNote
 from server.store.profiles import Erased
 from server.store.tenants.user_key import User
 from server.watching.audit import Act
 
 MAX_ITEMS = 10_000
 SHOWN_CHARS = 300  # of an item in the list
+VersionInPath = Annotated[int, Path(ge=1, le=MAX_INT32, description="As `GET /users/{user_id}/adapters` lists it.")]
 EXPORTS_AT_ONCE = 4  # of up to 60 MB, for which a gateway takes 160
 Teaches = Literal["lesson", "topics", "too_short"]
 
@@ -91,6 +95,34 @@ class AdapterAnswer(BaseModel, frozen=True):
     bytes: int = Field(description="Stored size in bytes.")
     created_at: str = Field(description="UTC, ISO 8601.")
     stale: bool = Field(description="Whether it belongs to another bank and is therefore not served.")
+
+    @classmethod
+    def of(cls, note: AdapterNote, parts: Parts, **more: Any) -> Self:
+        stale, created_at = bank_of(note.recipe) != parts.bank.manifest.short, iso(note.created_ms)
+        own = {"id": note.id, "recipe": note.recipe, "bytes": note.size_bytes, "created_at": created_at, "stale": stale}
+        return cls.model_validate(own | more)
+
+
+class VersionAnswer(AdapterAnswer, frozen=True):
+    """A kept version of a user's adapter. What an earlier version of the server did not note is null."""
+
+    version: int = Field(description="Versions are numbered from 1 in the order in which they were made.")
+    serving: bool = Field(description="Whether the user is answered with it, unless it is stale.")
+    bank: str = Field(description="The bank it was trained on, 8 hex digits.")
+    rank: int | None
+    samples: int | None = Field(description="Number of samples it was made from, those from feedback included.")
+    before: float | None = Field(description="`held_out.before` of its job.")
+    after: float | None = Field(description="`held_out.after` of its job.")
+
+    @classmethod
+    def of_version(cls, version: AdapterVersion, parts: Parts, *, serving: bool) -> Self:
+        known = {name: getattr(version, name) for name in ("rank", "samples", "before", "after")}
+        bank = bank_of(version.note.recipe)
+        return cls.of(version.note, parts, version=version.number, serving=serving, bank=bank, **known)
+
+
+class VersionsAnswer(BaseModel, frozen=True):
+    adapters: list[VersionAnswer] = Field(description="Newest first; at most `MTA_ADAPTER_VERSIONS`.")
 
 
 class UserAnswer(BaseModel, frozen=True):
@@ -156,14 +188,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
         anchors=anchor_answers(recipe, personal.weights),
         at=parts.bank.atlas.at(profile.embedding),
         phrases=len(decode_phrases(profile.phrases)) if profile.is_signed(parts.bank.manifest.short) else None,
-        adapter=adapter
-        and AdapterAnswer(
-            id=adapter.id,
-            recipe=adapter.recipe,
-            bytes=adapter.size_bytes,
-            created_at=iso(adapter.created_ms),
-            stale=stale,
-        ),
+        adapter=adapter and AdapterAnswer.of(adapter, parts),
     )
 
 
@@ -179,6 +204,30 @@ async def list_items(
     newest = list((await parts.profiles.store.items(user.key)).items())[: -limit - 1 : -1]
     items = [Item(name, stored.fields) for name, stored in newest]
     return ItemsAnswer(user_id=user_id, items=[ItemAnswer.of(item, parts.bank.task) for item in items])
+
+
+@router.get("/adapters")
+async def list_adapters(request: Request, user_id: UserIdInPath) -> VersionsAnswer:
+    """List the kept versions of the user's adapter."""
+    parts = parts_of(request)
+    found = await parts.adapting.versions(user_of(request, user_id))
+    if found.profile is None:
+        raise _unknown(user_id, "profile")
+    answers = [VersionAnswer.of_version(one, parts, serving=one is found.serving) for one in found.versions]
+    return VersionsAnswer(adapters=answers)
+
+
+@router.post("/adapters/{version}/serve")
+async def serve_adapter(request: Request, user_id: UserIdInPath, version: VersionInPath) -> VersionAnswer:
+    """Let a kept version of the user's adapter serve from the next request on.
+
+    Training that no client asked for (`MTA_REFRESH_SAMPLES`, `mta readapt`) ends, and refreshing counts texts anew. A
+    version of another bank is a 409. Repeating the request changes nothing.
+    """
+    parts, user = parts_of(request), user_of(request, user_id)
+    chosen = await parts.adapting.serve(user, version)
+    notes_of(request.scope).audited = (Act.SERVE, user.key)
+    return VersionAnswer.of_version(chosen, parts, serving=True)
 
 
 async def _place(request: Request) -> AsyncIterator[None]:
@@ -197,10 +246,10 @@ async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     """Export everything that is stored about the user, as one JSON object.
 
     It contains the fields of the user's record, `items`, their `vectors`, `samples`, `feedback`, `tally` (counts of
-    compared answers), `jobs` (with the idempotency key and trace of each request) and `adapter`: the stored user
-    adapter and, in `peft`, the complete adapter that is served, as the `config` and `weights` (base64) of a PEFT
-    folder; `says` describes it, or why it is missing. For a user without a profile, of whom there is only feedback, the
-    fields of the record are missing.
+    compared answers), `jobs` (with the idempotency key and trace of each request), `adapters` (what is known of each
+    kept version) and `adapter`: the stored user adapter and, in `peft`, the complete adapter that is served, as the
+    `config` and `weights` (base64) of a PEFT folder; `says` describes it, or why it is missing. For a user without a
+    profile, of whom there is only feedback, the fields of the record are missing.
     """
     user = user_of(request, user_id)
     export = await parts_of(request).exporting.export(user, _exported_job)

@@ -1,4 +1,4 @@
-"""The gateway's side of adapting: check samples, and create, find and cancel training jobs."""
+"""The gateway's side of adapting: check samples, create, find and cancel training jobs, and go back to an adapter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from adapters.errors import excerpt
+from adapters.recipe import bank_of
 from adapters.training.adapt_config import MAX_SAMPLE_TOKENS, AdaptConfig, default_config
 from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
@@ -16,7 +17,8 @@ from bank.manifest import BankManifest
 from server.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded, Unavailable
 from server.gateway.access.shares import FairQueue
 from server.gateway.engines.admin import Engines
-from server.gateway.users.profiles import Profiles, check_size
+from server.gateway.users.profiles import MAX_ATTEMPTS, Profiles, check_size
+from server.store.adapters import AdapterStore, AdapterVersion, KeptVersions
 from server.store.jobs import Job, JobId, JobStore, Submission
 from server.store.samples import MAX_SAMPLES, JobBudget, Sample, decode_sample, encode_config, encode_sample
 from server.store.tenants.holdings import Held
@@ -43,10 +45,10 @@ class TrainingRequest:
 @dataclass
 class Adapting:
     jobs: JobStore
+    adapters: AdapterStore
     profiles: Profiles
     checks: SampleChecks
     manifest: BankManifest
-    task: Task
     budget: JobBudget
     tracing: Tracing
 
@@ -98,7 +100,7 @@ class Adapting:
                     raise
                 admitted.enter_context(self.profiles.quotas.admit(user, lambda: Held(bytes=wanted["bytes"])))
             if profile is None:
-                items = await asyncio.to_thread(_items_from_samples, request.samples, self.task)
+                items = await asyncio.to_thread(_items_from_samples, request.samples, self.profiles.task)
                 await self.profiles.add(user, items, submission.epoch)
             job = await self.jobs.submit(user.key, submission, MAX_SAMPLES)
         self.profiles.quotas.changed(user)
@@ -125,6 +127,29 @@ class Adapting:
         if not ended:
             raise Conflict(f"job {job_id} has already ended: it is {job.state.value}", param="job_id", code="job_ended")
         return job
+
+    async def versions(self, user: User) -> KeptVersions:
+        return await self.profiles.rotation.at(user, lambda user: self.adapters.kept(user.key), writes=False)
+
+    async def serve(self, user: User, number: int) -> AdapterVersion:
+        """Let a kept version of a user's adapter serve; raise NotFound without it, and Conflict if of another bank."""
+        return await self.profiles.rotation.at(user, lambda user: self._serve(user, number))
+
+    async def _serve(self, user: User, number: int) -> AdapterVersion:
+        for _ in range(MAX_ATTEMPTS):
+            found = await self.adapters.kept(user.key)
+            chosen = next((version for version in found.versions if version.number == number), None)
+            if chosen is None:
+                kept = ", ".join(str(version.number) for version in found.versions) or "none"
+                message = f"version {number} of this user's adapter is not kept: choose one of those that are ({kept})"
+                raise NotFound(message, param="version", code="unknown_version")
+            if (bank := bank_of(chosen.note.recipe)) != self.manifest.short:
+                why = f"version {number} of this user's adapter belongs to bank {bank}, not to the one that is served"
+                remedy = f"adapt the user again (POST /users/{{id}}/adapt, `mta readapt`), or serve bank {bank} again"
+                raise Conflict(f"{why}: {remedy}", param="version", code="other_bank")
+            if await self.adapters.serve(user.key, found, chosen):
+                return chosen
+        raise Unavailable("too many other requests are changing this user: try again later", code="contention")
 
     async def _prepare(self, user: User, request: TrainingRequest, epoch: str) -> tuple[AdaptConfig, Submission]:
         config = replace(training_config(self.manifest, request.options), **asdict(self.budget))

@@ -52,6 +52,7 @@ class Exporting:
         jobs = await stores.jobs.jobs(key)
         feedback = await stores.feedback.entries(key)
         tally = await stores.worth.tally(key)
+        versions = (await stores.adapters.kept(key)).versions
         note = profile.adapter if profile else None
         stored = await stores.adapters.adapter(UserAdapterId(key, note.id)) if note else None
         now, _, epoch = await profiles.state(key)
@@ -78,6 +79,7 @@ class Exporting:
                 for cell, counts in tally.items()
             ],
             "jobs": [job_answer(job) for job in jobs],
+            "adapters": versions,
             "adapter": _adapter_fields(note, stored, says) | {"peft": peft} if note else None,
         }
         return _json_pieces(document, placeholder, complete.weights() if complete else ())

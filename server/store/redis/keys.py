@@ -10,7 +10,8 @@ Per user (`server/store/tenants/user_key.py`)::
     mta:{<user key>}:feedback   hash    answer → time and feedback (`store/feedback.py`)    - (no profile: 3 weeks)
     mta:{<user key>}:learned    hash    answer → encoded sample that feedback brought       -
     mta:{<user key>}:tally      hash    week, level, arm → counts (`server/store/worth.py`)     3 weeks
-    mta:{<user key>}:adapter    hash    id, recipe, sha256, raw                             -
+    mta:{<user key>}:adapter    hash    id, recipe, sha256, raw; of each kept version `facts:<n>`, -
+                                        `raw:<n>` unless it serves; `chosen_ms` (`store/adapters.py`)
     mta:{<user key>}:jobs       hash    `last` → number of the newest job                   -
     mta:{<user key>}:job:<n>    hash    a job's record (`server/store/jobs.py`)             20 jobs later
     mta:{<user key>}:epoch      hash    tombstone: `epoch`, and what the erasure removed;   7 days

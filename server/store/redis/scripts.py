@@ -33,8 +33,8 @@ def oom_script(body: str) -> str:
 
 
 def job_script(body: str) -> str:
-    """Return a script like `script` that knows whether a job is open, and its lease."""
-    return script(_JOB + body)
+    """Return a script like `script` that knows whether a job is open, and its lease, and can change who serves."""
+    return script(_JOB + _ADAPTER + body)
 
 
 # A lease with more time left than its full length was granted before the clock was set back; it counts as expired.
@@ -51,6 +51,21 @@ end
 local function finish(job, state)
   redis.call('HSET', job, 'state', state, 'ended_ms', now)
   redis.call('HDEL', job, 'lease', 'lease_until', 'lease_ms')
+end
+"""
+
+# `given` is `KeptVersions.change`, `raw` the bytes of a new version.
+_ADAPTER = """
+local function serve(key, given, raw)
+  local to = cjson.decode(given.to)
+  if given.left ~= '' then
+    local number = cjson.decode(given.left).number
+    redis.call('HSET', key, 'raw:' .. number, redis.call('HGET', key, 'raw'), 'facts:' .. number, given.left)
+  end
+  for _, number in ipairs(given.dropped) do redis.call('HDEL', key, 'raw:' .. number, 'facts:' .. number) end
+  redis.call('HSET', key, 'id', to.note.id, 'recipe', to.note.recipe, 'sha256', to.sha256,
+    'raw', raw or redis.call('HGET', key, 'raw:' .. to.number), 'facts:' .. to.number, given.to)
+  redis.call('HDEL', key, 'raw:' .. to.number, 'chosen_ms')
 end
 """
 
@@ -101,7 +116,7 @@ for older = math.max(1, number - given.kept + 1), last do
 end
 redis.call('HSET', name(number), 'state', 'queued', 'config', given.config, 'created_ms', now, 'bank', given.bank,
   'epoch', redis.call('HGET', KEYS[3], 'epoch') or '', 'token', given.token, 'key', given.idempotency_key,
-  'traceparent', given.traceparent, 'made_by', given.call)
+  'traceparent', given.traceparent, 'made_by', given.call, 'background', given.background and 1 or 0)
 return {number, 1}
 """)
 
@@ -170,7 +185,7 @@ return 1
 """
 
 # KEYS: job; to promote an adapter also record, adapter, epoch. ARGV: JSON (`_outcome` in `jobs.py`); to promote also
-# the adapter's fields in it, the expected record, the new one, the adapter's bytes. Returns whether all was written.
+# what `serve` needs in it, the expected record, the new one, the adapter's bytes. Returns whether all was written.
 END = job_script("""
 local given = cjson.decode(ARGV[1])
 if redis.call('HGET', KEYS[1], 'ended_by') == given.token then
@@ -182,11 +197,28 @@ if #KEYS > 1 then
   local expected, record, raw = unpack(ARGV, 2)
   if has_left(KEYS[4]) or redis.call('HGET', KEYS[1], 'bank') ~= given.bank then return 0 end
   if redis.call('GET', KEYS[2]) ~= expected then return 0 end
+  serve(KEYS[3], given, raw)
   redis.call('SET', KEYS[2], record)
-  redis.call('HSET', KEYS[3], 'id', given.adapter, 'recipe', given.recipe, 'sha256', given.sha256, 'raw', raw)
 end
 redis.call('HSET', KEYS[1], 'ended_by', given.token, 'before', given.before, 'after', given.after,
   'served', given.served, 'error', given.error, 'adapter', given.adapter)
 finish(KEYS[1], given.state)
+return 1
+""")
+
+# KEYS: record, adapter, epoch, jobs. ARGV: JSON for `serve`, the expected record, the new one, prefix of job names. An
+# open job that no client asked for ends. Returns 1 if all was written, 0 if the record changed, -1 if the user left.
+SERVE = job_script("""
+local given, expected, record, prefix = cjson.decode(ARGV[1]), unpack(ARGV, 2)
+if has_left(KEYS[3]) then return -1 end
+local current = redis.call('GET', KEYS[1])
+if current ~= expected and current ~= record then return 0 end
+if current == expected and given.left ~= given.to then
+  serve(KEYS[2], given)
+  redis.call('HSET', KEYS[2], 'chosen_ms', now)
+  local newest = prefix .. (redis.call('HGET', KEYS[4], 'last') or '')
+  if is_open(newest) and redis.call('HGET', newest, 'background') == '1' then finish(newest, 'superseded') end
+end
+redis.call('SET', KEYS[1], record)
 return 1
 """)

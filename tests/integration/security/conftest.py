@@ -33,7 +33,7 @@ def ask(
     """A request that a route would take, but for the key; `route` as in the table of routes."""
     method, path = route.split(" ")
     path = path.replace("{user_id}", user).replace("{job_id}", f"{'a' * 26}.1").replace("{path:path}", "app.js")
-    path = path.replace("{model:path}", "mta").replace("{response_id}", "resp-1")
+    path = path.replace("{model:path}", "mta").replace("{response_id}", "resp-1").replace("{version}", "1")
     bodies: dict[str, Any] = {
         "/generate": {"user_id": user, "prompt": "Hello", "max_tokens": 2},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2},
