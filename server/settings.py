@@ -169,6 +169,7 @@ class Settings(BaseSettings):
         description="Sampling if a request sets none: temperature, top_p, top_k, min_p, repetition_penalty, as JSON. "
         "Default: the model's generation_config.json; for the default model temperature 0.2 and top_p 0.9.",
     )
+    canary: bool = Field(True, description="Whether an engine starts only if adapters act as when the bank was built.")
     tool_parser: str | None = Field(
         None, description="vLLM's parser of tool calls, or `none`; default: what the model's chat template asks for."
     )

@@ -34,7 +34,7 @@ async def check_canary(engine: Any, names: AdapterNames, manifest: BankManifest,
             raise BankError(
                 f"adapters do not act as in training: with {terms} of bank {manifest.short} a text's log-probabilities "
                 f"are not those of its build, {found}. `mta doctor` checks the installed packages; if another release "
-                "built the bank, build it again"
+                "built the bank, build it again. MTA_CANARY=false starts the engine all the same"
             )
 
 

@@ -116,7 +116,7 @@ class MtaEndpointPlugin:
         Preparer(manifests, names, users, check, tracing, tokenizer).install()
         sampling = engine.model_config.get_diff_sampling_param()
         dtype = engine.model_config.quantization or str(engine.model_config.dtype).removeprefix("torch.")
-        for manifest in manifests.values():
+        for manifest in manifests.values() if settings.canary else ():
             await check_canary(engine, names, manifest, dtype)
         self._status = lambda: {
             "status": "ok",
