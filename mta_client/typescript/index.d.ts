@@ -64,6 +64,8 @@ export class Client {
   stream(userId: string, prompt: Prompt, options?: Options): AsyncGenerator<Chunk, void, void>
   rewrite(userId: string, draft: string, options?: RewriteOptions): Promise<Rewritten>
   adapt(userId: string, samples: Items, options?: AdaptOptions): Promise<Job>
+  adapters(userId: string): Promise<Array<Schemas['VersionAnswer']>>
+  serve(userId: string, version: number): Promise<Schemas['VersionAnswer']>
   feedback(userId: string, answer: string, given: Omit<Schemas['FeedbackRequest'], 'answer'>): Promise<Feedback>
   worth(): Promise<Worth>
   job(jobId: string): Promise<Job>

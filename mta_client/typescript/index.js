@@ -86,6 +86,14 @@ export class Client {
     return this.#call('POST', `${userPath(userId)}/adapt`, { samples: texts(samples), ...options })
   }
 
+  async adapters(userId) {
+    return (await this.#call('GET', `${userPath(userId)}/adapters`)).adapters
+  }
+
+  serve(userId, version) {
+    return this.#call('POST', `${userPath(userId)}/adapters/${version}/serve`)
+  }
+
   feedback(userId, answer, given) {
     return this.#call('POST', `${userPath(userId)}/feedback`, { answer, ...given })
   }

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 import mta_client
 from server.cli import app
-from tests.support.calls import NewUser, error_of, who
+from server.settings import Settings
+from server.store.samples import Sample, encode_sample
+from tests.support.calls import FINAL, NewUser, error_of, give, who
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate
 from tests.support.store_parts import StoreParts, WorkerSteps, submitted
@@ -26,7 +28,8 @@ async def _promote(gateway: GatewayThread, user_id: str, bank: str, *, submits: 
     async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
         key, worker = gateway.key(user_id), WorkerSteps(parts, bank or gateway.parts.bank.manifest.short)
         if submits:
-            await submitted(parts.jobs, key, f"sample {next(_numbers)}", bank=worker.bank)
+            sample = encode_sample(Sample([], f"answer {next(_numbers)}")).decode()
+            await submitted(parts.jobs, key, sample, bank=worker.bank)
         async with asyncio.timeout(30):
             while worker.lease is None or worker.lease.job.id.user_key != key:
                 await worker.take()
@@ -62,6 +65,8 @@ def test_a_version_is_listed_and_serves_again(
     assert client.post(f"/users/{ada}/adapters/1/serve").json() == chosen  # again
     assert listed(client, ada) == [(2, False), (1, True)]
     assert client.get(f"/users/{ada}").json()["adapter"]["id"] == made[0]
+    export = client.get(f"/users/{ada}/export").raise_for_status().json()
+    assert (export["adapter"]["id"], [version["note"]["id"] for version in export["adapters"]]) == (made[0], made[::-1])
     acts = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(act["act"], act["outcome"], act["user"]) for act in acts[:4]] == [("serve", "200", gateway.key(ada))] * 4
     assert client.delete(f"/users/{ada}").json()["erased"]["adapters"] == 2
@@ -82,6 +87,23 @@ def test_a_version_that_cannot_serve_is_refused(
     assert error_of(client.post(f"/users/{new_user()}/adapters/1/serve")) == (404, "version", "unknown_version")
     assert error_of(client.get(f"/users/{new_user()}/adapters")) == (404, "user_id", "not_found")
     assert listed(client, ada) == [(2, True), (1, False)]
+
+
+def test_after_going_back_refreshing_waits_for_new_texts(gateway_settings: Settings, new_user: NewUser) -> None:
+    user_id = new_user()
+    with GatewayThread(gateway_settings, refresh_samples=2, refresh_hours=0) as own, own.client() as client:
+
+        def taught(number: int) -> bool:
+            answer, final = generate(client, user_id).json()["id"], {"final": f"wave number {number}"}
+            said = give(client, user_id, answer, **FINAL | final)
+            return said.raise_for_status().json()["job"] is not None
+
+        assert [taught(0), taught(1)] == [False, True]
+        promoted(own, user_id, submits=False)
+        assert not taught(2)
+        promoted(own, user_id)
+        client.post(f"/users/{user_id}/adapters/1/serve").raise_for_status()
+        assert [taught(3), taught(4)] == [False, True]  # the third text, which version 1 has not seen, does not count
 
 
 def test_client_and_command_list_versions_and_go_back(ada: str, gateway: GatewayThread) -> None:

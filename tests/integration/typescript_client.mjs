@@ -34,6 +34,8 @@ test('a user from the first item to the last', async () => {
   assert.equal((await client.addItems(user, ['a rose'])).kept, 3)
   assert.equal((await client.user(user)).items, 3)
   assert.equal((await client.export(user)).items.length, 3)
+  assert.deepEqual(await client.adapters(user), [])
+  assert.equal((await failed(client.serve(user, 1))).code, 'unknown_version')
   assert.equal((await client.forget(user)).erased.items, 3)
   assert.equal(await client.forget(`${USER}-unknown`, { missingOk: true }), null)
   const error = await failed(client.forget(`${USER}-unknown`))
