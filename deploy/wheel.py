@@ -89,7 +89,8 @@ def lacking(wheel: Path) -> set[str]:
     files = {path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()}
     with ZipFile(wheel) as archive:
         present = set(archive.namelist())
-    return {f"{path.relative_to(ROOT)}" for path in files if path.parent.name != "__pycache__"} - present
+    left_out = ("__pycache__", "typescript")  # the latter is npm's
+    return {f"{path.relative_to(ROOT)}" for path in files if path.parent.name not in left_out} - present
 
 
 class User:

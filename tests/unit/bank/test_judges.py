@@ -37,7 +37,7 @@ class Building:
         self.progress = Recorder()
         embedder = SimpleNamespace(id="0" * 16, dim=2)
         for name, stand_in in {
-            "ensure_base_model": lambda *_: folder,
+            "ensure_base_model": lambda *_, **__: folder,
             "base_model_id": lambda *_: BaseModelId(name="none", hash="0" * 64),
             "ensure_embedder": lambda *_: folder,
             "Embedder": SimpleNamespace(load=lambda *_: embedder),
