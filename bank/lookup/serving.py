@@ -128,9 +128,10 @@ def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> t
 
 
 def step_of(weights: Sequence[AnchorWeight], anchors: int) -> Vectors:
-    """Return anchors' weights as a step along all anchors' rows, [N]."""
+    """Return the weights by topic as a step along all anchors' rows, [N]; 0 where no anchor's topics are the user's."""
     step = np.zeros(anchors, np.float32)
-    step[[each.anchor for each in weights]] = [each.weight for each in weights]
+    near = [each for each in weights if each.similarity > 0]
+    step[[each.anchor for each in near]] = [each.weight for each in near]
     return step
 
 

@@ -269,7 +269,8 @@ def test_too_many_steps_are_refused_with_how_many_fit(strict: Client, new_user: 
     response = with_steps(strict, user_id, 500, given)
     assert error_of(response) == (400, "config.steps", "job_too_large")
     message = response.json()["error"]["message"]
-    assert "855000 tokens" in message  # 3 runs of 500 steps of 4 samples, 250 + 5 looks at 10 of them, 100 each
+    # 3 runs of 500 steps of 4 samples, 250 + 5 looks at 10 of them, 100 each, and an answer shown twice
+    assert "855296 tokens" in message
     assert "20000 are allowed" in message
     fitting = int(message.rpartition("with ")[2].partition(" steps")[0])
     assert with_steps(strict, user_id, fitting + 1, given).status_code == 400

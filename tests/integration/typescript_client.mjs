@@ -60,8 +60,9 @@ test('leaving a stream ends it', async () => {
 })
 
 test('a refusal names the field, of a stream as well', async () => {
-  for (const call of [client.generate(USER, 'hi', { temperature: -1 }), client.stream(USER, 'hi', { temperature: -1 }).next()]) {
-    const error = await failed(call)
+  const hot = { temperature: -1 }
+  for (const call of [() => client.generate(USER, 'hi', hot), () => client.stream(USER, 'hi', hot).next()]) {
+    const error = await failed(call())
     assert.deepEqual([error.status, error.code, error.param], [400, 'invalid_value', 'temperature'])
   }
 })
