@@ -68,7 +68,8 @@ def _seconds(
     people: Sequence[History], candidates: Sequence[History], inputs: BuildInputs, options: BuildOptions
 ) -> float:
     """Estimate how long training and measuring take on this machine; embedding and the verdict are short."""
-    model, tokenizer = load_base(ensure_base_model(inputs.model, inputs.cache_dir), resolve_dtype(options.dtype))
+    folder = ensure_base_model(inputs.model, inputs.cache_dir, template=inputs.template)
+    model, tokenizer = load_base(folder, resolve_dtype(options.dtype))
     trainer = RowTrainer(model, tokenizer, get_task(options.task), options, RowProgress())
     lengths = [len(person.pairs(trainer.task)) for person in candidates]
     anchors = [candidates[at] for at in select_anchors(None, lengths, options.anchors, options.seed)]

@@ -136,7 +136,8 @@ def check(
     from bank.building.selection import MIN_ITEMS
     from server.cli.progress import ConsoleProgress
 
-    inputs = BuildInputs(users, Path(), settings.model, settings.cache_dir, exclude=exclude)
+    where = settings.model, settings.cache_dir
+    inputs = BuildInputs(users, Path(), *where, exclude=exclude, template=settings.chat_template)
     with ConsoleProgress() as progress:
         found = dry_run(inputs, BuildOptions(task, anchors), progress.say)
     only = found.teachers - found.candidates - found.held_out

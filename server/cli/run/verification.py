@@ -52,7 +52,7 @@ def verified(settings: Settings, user: str | None, texts: Path | None, url: str 
         raise MtaError(f"an engine does not serve the bank at {folder}: set --bank to one that all of them do")
     dtypes = [state.get("dtype") for state in states]
     dtype = "float32" if {*dtypes} == {"float32"} else resolve_dtype("auto")
-    model_folder = ensure_base_model(settings.model, settings.cache_dir, manifest.base_model)
+    model_folder = ensure_base_model(settings.model, settings.cache_dir, manifest.base_model, settings.chat_template)
     check_base_model(model_folder, {folder: manifest})
     matrix, pairs = open_matrix(folder, manifest), list(TEXTS)
     adapters = {recipe.name: fuse(matrix, recipe, torch.float32) for recipe in trial_recipes(manifest)}
