@@ -172,8 +172,12 @@ class AdapterStore(Store):
         """Leave the other banks' sets if an adapter of this bank was written, and all sets if the user is erased."""
         if written:
             await self.remove_adapted(user_key, except_bank=bank)
-        elif not await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))):
+        elif not await self.has_jobs(user_key):
             await self.remove_adapted(user_key)
+
+    async def has_jobs(self, user_key: str) -> bool:
+        """Return whether a user has had jobs since they were last erased."""
+        return bool(await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))))
 
     async def remove_adapted(self, user_key: str, *, except_bank: str = "") -> None:
         """Remove a user from every bank's set except that of `except_bank`."""

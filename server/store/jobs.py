@@ -312,7 +312,7 @@ class JobStore(Store):
     async def remove_erased(self, user_key: str, bank: str) -> None:
         queue = self._queue(bank)
         await queue.remember_score(user_key)
-        if await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))):  # the user has come back
+        if await self._adapters.has_jobs(user_key):  # the user has come back
             queue.forget_score(user_key)
         else:
             await queue.remove(user_key)
