@@ -39,7 +39,7 @@ class LeftOut:
 
 
 @dataclass(slots=True)
-class Person:
+class PersonTexts:
     """A person's items, texts by name and then mails, oldest first, and what was left out of their files."""
 
     user_id: str
@@ -78,10 +78,10 @@ def people_in(folder: Path) -> list[Path]:
         raise BankError(f"cannot read {folder}: {error.strerror or error}") from error
 
 
-def read_person(path: Path, task: Task) -> Person:
+def read_person(path: Path, task: Task) -> PersonTexts:
     """Read the texts of one of `people_in`; a person without items has the reasons in `left_out`."""
     is_mailbox = path.suffix.lower() == MAILBOX and path.is_file()
-    person = Person(unicodedata.normalize("NFC", _shown(path.stem if is_mailbox else path.name)))
+    person = PersonTexts(unicodedata.normalize("NFC", _shown(path.stem if is_mailbox else path.name)))
     mails = list[tuple[str, Mail]]()
     for file in [path] if path.is_file() or path.is_symlink() else _files(path):
         name = _shown(file.relative_to(path.parent))

@@ -10,7 +10,7 @@ import pytest
 from bank.building.build import read_inputs
 from bank.building.options import BuildInputs, BuildOptions
 from bank.errors import BankError
-from bank.items.folders import Person, people_in, read_person
+from bank.items.folders import PersonTexts, people_in, read_person
 from bank.items.histories import read_histories
 from bank.items.mail import MAX_LINES, MAX_MAIL_BYTES, Mail, UnusableError, read_mail
 from bank.items.tasks import get_task
@@ -30,7 +30,7 @@ def mail(body: str, kind: str = "text/plain; charset=utf-8", **headers: str) -> 
     return "\n".join([*(f"{k}: {v}" for k, v in given.items()), f"Content-Type: {kind}", "", body]).encode()
 
 
-def person(folder: Path, files: dict[str, bytes], task: object = CHAT) -> Person:
+def person(folder: Path, files: dict[str, bytes], task: object = CHAT) -> PersonTexts:
     """Read a person whose folder holds these files."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def person(folder: Path, files: dict[str, bytes], task: object = CHAT) -> Person
     return read_person(folder, task)  # type: ignore[arg-type]
 
 
-def reasons(found: Person) -> dict[str, str]:
+def reasons(found: PersonTexts) -> dict[str, str]:
     return {each.where: each.why for each in found.left_out}
 
 

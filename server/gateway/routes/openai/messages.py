@@ -21,7 +21,14 @@ from server.gateway.http.streaming import event
 from server.gateway.routes.answering import PersonalizationAnswer
 from server.gateway.routes.openai.requests import STRING, Text, TranslatedRequest, object_schema, text_of, texts_schema
 from server.gateway.routes.openai.routes import STREAMED, NamedAnswer, UserHeader, answer_to
-from server.gateway.routes.openai.translation import Block, Kind, TranslatedResponse, Turn, conversation_of, tool_call
+from server.gateway.routes.openai.translation import (
+    AnswerBlock,
+    Kind,
+    TranslatedResponse,
+    Turn,
+    conversation_of,
+    tool_call,
+)
 from server.gateway.routes.requests import MAX_MESSAGES, QueueTimeout, Stops, Strict, UserId
 from server.settings import MAX_INT32
 from server.watching.logs import request_id
@@ -220,7 +227,7 @@ class MessagesResponse(TranslatedResponse):
         return {"stop_reason": reason and _REASONS.get(reason, reason), "stop_sequence": self.stop}
 
 
-def _block_of(block: Block) -> dict[str, Any]:
+def _block_of(block: AnswerBlock) -> dict[str, Any]:
     match block.kind:
         case Kind.TEXT:
             return {"type": "text", "text": block.text, "citations": None}

@@ -29,7 +29,14 @@ from server.gateway.routes.openai.requests import (
     texts_schema,
 )
 from server.gateway.routes.openai.routes import STREAMED, NamedAnswer, UserHeader, answer_to
-from server.gateway.routes.openai.translation import Block, Kind, TranslatedResponse, Turn, conversation_of, tool_call
+from server.gateway.routes.openai.translation import (
+    AnswerBlock,
+    Kind,
+    TranslatedResponse,
+    Turn,
+    conversation_of,
+    tool_call,
+)
 from server.gateway.routes.requests import MAX_MESSAGES, QueueTimeout, Strict
 from server.settings import MAX_INT32
 from server.watching.logs import request_id
@@ -231,7 +238,7 @@ class ResponsesResponse(TranslatedResponse):
         name = f"response.{name}"
         return streaming.event({"type": name, "sequence_number": self._number, **fields}, name)
 
-    def _item(self, block: Block) -> dict[str, Any]:
+    def _item(self, block: AnswerBlock) -> dict[str, Any]:
         is_cut = self.finish_reason == "length" and block is self.blocks[-1]
         status = "in_progress" if not block.ended else "incomplete" if is_cut else "completed"
         item = {"id": _item_id(block), "status": status}
@@ -244,11 +251,11 @@ class ResponsesResponse(TranslatedResponse):
         return {"type": "message", "role": "assistant", **item, "content": content}
 
 
-def _item_id(block: Block) -> str:
+def _item_id(block: AnswerBlock) -> str:
     return f"item_{block.index}_{request_id.get()}"
 
 
-def _part_of(block: Block) -> dict[str, Any]:
+def _part_of(block: AnswerBlock) -> dict[str, Any]:
     part = {"type": _TOLD[block.kind], "text": block.text}
     return part | {"annotations": [], **_LOGPROBS[block.kind]} if block.kind is Kind.TEXT else part
 

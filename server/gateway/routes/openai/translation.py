@@ -50,7 +50,7 @@ class Kind(StrEnum):
 
 
 @dataclass(slots=True, eq=False)
-class Block:
+class AnswerBlock:
     """A part of an answer: reasoning, text, or the call of a tool."""
 
     kind: Kind
@@ -66,7 +66,7 @@ class Block:
         return "".join(self.pieces)
 
 
-Step = tuple[Block, str | None]
+Step = tuple[AnswerBlock, str | None]
 """A block and its next text: empty when the block begins, None when it ends."""
 
 
@@ -75,7 +75,7 @@ class TranslatedResponse(ModelResponse):
 
     def __init__(self, parts: Parts, generation: GenerationRequest, body: TranslatedRequest) -> None:
         super().__init__(parts, generation, body)
-        self.blocks: list[Block] = []
+        self.blocks: list[AnswerBlock] = []
         self.finish_reason: str | None = None
         self.stop: str | None = None  # the stop text that ended the answer
         self._place: tuple[Kind, int] | None = None  # of the block that has begun and not ended
@@ -121,7 +121,7 @@ class TranslatedResponse(ModelResponse):
         if place != self._place:
             yield from self._end_block()
             self._place = place
-            self.blocks.append(Block(place[0], len(self.blocks), call_id, name))
+            self.blocks.append(AnswerBlock(place[0], len(self.blocks), call_id, name))
             yield self.blocks[-1], ""
         if text:
             self.blocks[-1].pieces.append(text)
