@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,10 @@ from bench.rig.valkey import free_port
 from server.settings import Settings
 from tests.support.calls import BOTH, either, put, who
 from tests.support.gateway import GatewayThread, chunks_of, generate, give_phrases, serving, text_of
-from tests.support.node import run_module
+from tests.support.node import names_of, run_tests
 
 HELLO = [{"role": "user", "content": "hello there"}]
 MODULE = Path(__file__).with_name("openai_npm.mjs")  # the tests of the npm client
-NAMES = re.findall(r"^test\('(.+)', ", MODULE.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -172,17 +170,12 @@ def results(
     tmp_path_factory: pytest.TempPathFactory, gateway_over_vllm: GatewayThread, gateway_settings: Settings
 ) -> Mapping[str, str]:
     folder = tmp_path_factory.mktemp("npm")
-    shutil.copy(MODULE, folder)
     with GatewayThread(gateway_settings, engine_url=f"http://127.0.0.1:{free_port()}") as without_engine:
         urls = {"GATEWAY_URL": gateway_over_vllm.url, "NOWHERE_URL": without_engine.url}
-        done = run_module(folder, MODULE.name, "--test-reporter=tap", environment=urls)
-    parts = re.split(r"^((?:not )?ok) \d+ - (.*)\n", done.stdout, flags=re.MULTILINE)[1:]
-    found = {name: word if word == "ok" else told for word, name, told in zip(*[iter(parts)] * 3, strict=True)}
-    assert found, done.stderr
-    return found
+        return run_tests(folder, MODULE, urls)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names_of(MODULE))
 def test_the_npm_client(results: Mapping[str, str], name: str) -> None:
     assert results[name] == "ok", results[name]
 

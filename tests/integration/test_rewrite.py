@@ -63,9 +63,7 @@ def turns_of(fake_engine: FakeEngine) -> list[str]:
     return [seen.body["messages"][-1]["content"] for seen in fake_engine.seen]
 
 
-def test_a_draft_is_worded_by_the_task_and_answered_by_the_recipe(
-    drafts: httpx.Client, writer: str, fake_engine: FakeEngine
-) -> None:
+def test_a_draft_is_worded_by_the_task(drafts: httpx.Client, writer: str, fake_engine: FakeEngine) -> None:
     answer = rewrite(drafts, writer).raise_for_status().json()
     assert answer["personalization"]["level"] == "merged"
     assert turns_of(fake_engine) == [TASK.input.format(draft=DRAFT)]

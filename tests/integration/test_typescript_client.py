@@ -12,11 +12,10 @@ import pytest
 
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread
-from tests.support.node import run_module
+from tests.support.node import names_of, run_module, run_tests
 
 CLIENT = Path(__file__).parents[2] / "mta_client" / "typescript"
 MODULE = Path(__file__).with_name("typescript_client.mjs")
-NAMES = re.findall(r"^test\('(.+)', ", MODULE.read_text(encoding="utf-8"), re.MULTILINE)
 TOOLS = "node_modules"
 APP = """
 import { Client, MtaError, type Answer } from '#mta-client'
@@ -43,7 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, gateway: GatewayThread) -> 
     shutil.copytree(CLIENT, folder / "client")
     (folder / "client" / "openapi.json").write_text(json.dumps(gateway.app.openapi()))
     (folder / "package.json").write_text('{"type": "module", "imports": {"#mta-client": "./client/index.js"}}')
-    shutil.copy(MODULE, folder)
     (folder / "app.ts").write_text(APP)
     return folder
 
@@ -51,15 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, gateway: GatewayThread) -> 
 @pytest.fixture(scope="module")
 def results(folder: Path, gateway: GatewayThread, fake_engine_server: FakeEngine) -> Mapping[str, str]:
     fake_engine_server.reset()
-    environment = {"GATEWAY_URL": gateway.url, "USER": "typescript"}
-    done = run_module(folder, MODULE.name, "--test-reporter=tap", environment=environment)
-    parts = re.split(r"^((?:not )?ok) \d+ - (.*)\n", done.stdout, flags=re.MULTILINE)[1:]
-    found = {name: word if word == "ok" else told for word, name, told in zip(*[iter(parts)] * 3, strict=True)}
-    assert found, done.stderr
-    return found
+    return run_tests(folder, MODULE, {"GATEWAY_URL": gateway.url, "USER": "typescript"})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names_of(MODULE))
 def test_it_calls_the_server(results: Mapping[str, str], name: str) -> None:
     assert results[name] == "ok", results[name]
 

@@ -36,6 +36,21 @@ def run_module(
     )
 
 
+def names_of(module: Path) -> list[str]:
+    """Return the names of a module's tests."""
+    return re.findall(r"^test\('(.+)', ", module.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def run_tests(folder: Path, module: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Run a module's tests in a folder; return `ok`, or what node told, by their names."""
+    shutil.copy(module, folder)
+    done = run_module(folder, module.name, "--test-reporter=tap", environment=environment)
+    parts = re.split(r"^((?:not )?ok) \d+ - (.*)\n", done.stdout, flags=re.MULTILINE)[1:]
+    found = {name: word if word == "ok" else told for word, name, told in zip(*[iter(parts)] * 3, strict=True)}
+    assert found, done.stderr
+    return found
+
+
 def _packages(binaries: Path) -> Path:
     """The folder with the packages, checked against the lock file's hashes; fetched on first use."""
     kept = Settings().cache_dir / "npm"

@@ -58,7 +58,7 @@ def test_the_bound_is_that_of_the_coarser_side(dtypes: set[object], bound: Bound
     assert bound_of(dtypes) is bound
 
 
-def test_a_bank_of_the_version_before_has_no_canary_and_its_fingerprint() -> None:
+def test_a_bank_of_before_has_no_canary_and_its_fingerprint() -> None:
     manifest = read_manifest(EARLIER)
     assert manifest.canary is None
     assert manifest.compute_fingerprint() == manifest.fingerprint

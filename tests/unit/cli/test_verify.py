@@ -63,9 +63,7 @@ def test_without_an_adapter_in_use_the_recipe_is_todays(
     assert pairs == [("How was your day?", "too short"), ("Who?", "Ana")]
 
 
-def test_an_adapter_in_use_is_read_on_the_recipe_it_was_trained_on(
-    stored: Stored, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_in_use_is_read_on_its_own_recipe(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verification, "call_gateway", lambda *_: stored.answer(stale=False))
     _, adapters = stored.read()
     merged, stacked = adapters

@@ -55,7 +55,7 @@ def test_without_tools_ours_writes_what_the_models_own_does(ours: str, begun: bo
 
 
 @pytest.mark.parametrize("system", [None, "Be kind."])
-def test_tools_calls_and_results_are_written_where_a_model_reads_them(ours: str, system: str | None) -> None:
+def test_tools_calls_and_results_are_where_a_model_reads_them(ours: str, system: str | None) -> None:
     turns = [
         {"role": "user", "content": "Where?"},
         {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
