@@ -96,6 +96,12 @@ def token_losses(model: Any, row: Row, below: LowerLayers | None = None) -> Sequ
 
 
 @torch.no_grad()
+def output_log_chances(model: Any, examples: Sequence[Example]) -> torch.Tensor:
+    """Return the log-probability of each token of the vocabulary where each output token is, [T, V] on CPU."""
+    return torch.cat([_logits(model, row).float().log_softmax(-1).cpu() for row in pack(model, examples)])
+
+
+@torch.no_grad()
 def score(model: Any, examples: Sequence[Example], among: Sequence[int] = ()) -> list[tuple[float, list[float]]]:
     """Return each example's mean loss per output token, and the probability of each id in `among` as first output."""
     found: list[tuple[float, list[float]]] = []

@@ -12,7 +12,6 @@ import torch
 
 from adapters.flat import flattened
 from adapters.fusion import fuse
-from adapters.matrix import MetaMatrix
 from adapters.recipe import MAX_DIRECTIONS, MAX_TERMS, FusionMethod, anchor_id
 from bank.building.assemble import BASELINES, bank_rank, write_bank
 from bank.building.directions import DirectionRows, make_directions
@@ -30,9 +29,9 @@ from bank.building.selection import (
     person_embedding,
     select_anchors,
     spread,
-    typical_words,
 )
 from bank.building.signer import MeasuredPerson, Signer, fit_rule, judges_of, measure_curvature, measured_people
+from bank.building.words import likelier_words
 from bank.errors import BankError
 from bank.items.folders import LeftOut
 from bank.items.histories import History, read_excluded, read_histories
@@ -107,7 +106,10 @@ def build_bank(
         matrix = trainer.rows(work, [person for person in people if person.user_id not in unseen], anchors)
         index = AnchorIndex.build(embeddings)
         judging = [_with_topics(person, index, trainer, embedder) for person in measured[:judges] or measured]
-        rule, curvature, directions, phrases = _measured(matrix, measured, judging, trainer, work)
+        progress.say("measuring the curvature of the loss along the anchors' rows")
+        signer = Signer(model, matrix, options.acts)
+        rule, curvature, directions, phrases = _measured(signer, measured, judging, trainer, work)
+        words = likelier_words(signer, len(anchors), trainer, work)
         return ranks.first(
             lambda: write_bank(
                 inputs.out,
@@ -125,7 +127,7 @@ def build_bank(
                 training={**begun, "people": len(people), "unseen_judges": judges},
                 prior=fit_prior(task, [[gold for _, gold in person.pairs(task)] for person in people]),
                 curvature=curvature,
-                words=typical_words(anchors, task) if options.describe else (),
+                words=words,
                 directions=directions,
                 phrases=phrases,
                 record=partial(record_canary, model, tokenizer),
@@ -149,7 +151,7 @@ def _with_topics(person: MeasuredPerson, index: AnchorIndex, trainer: RowTrainer
 
 
 def _measured(
-    matrix: MetaMatrix,
+    signer: Signer,
     measured: Sequence[MeasuredPerson],
     judging: Sequence[MeasuredPerson],
     trainer: RowTrainer,
@@ -157,8 +159,6 @@ def _measured(
 ) -> tuple[WeightRule, Vectors, DirectionRows | None, PhraseRule | None]:
     """Return the bank's rule, the curvature along the anchors' rows, the directions if it has them, and the trust."""
     options, say = trainer.options, trainer.progress.say
-    say("measuring the curvature of the loss along the anchors' rows")
-    signer = Signer(trainer.model, matrix, options.acts)
     curvature = measure_curvature(signer, measured, trainer, work)
     known = Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
     posterior, kept = fit_rule(signer, known, judging, trainer, work)

@@ -61,7 +61,6 @@ class BuildOptions(_Checked):
     acts: Acts = Acts.EVERYWHERE
     max_tokens: Count = 512
     verdict: bool = True
-    describe: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # k-means takes no larger one
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -87,23 +86,3 @@ def _cluster(embeddings: Vectors, count: int, seed: int) -> np.ndarray[tuple[int
         warnings.simplefilter("ignore", ConvergenceWarning)  # the caller handles fewer distinct people than clusters
         labels = KMeans(count, n_init=10, random_state=seed).fit(np.asarray(embeddings, np.float64)).labels_
     return np.asarray(labels, dtype=np.int32)
-
-
-def typical_words(anchors: Sequence[History], task: Task, count: int = 6) -> list[tuple[str, ...]]:
-    """Return the words that distinguish each anchor, by tf-idf; none of one item alone, which may be personal."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectorizer = TfidfVectorizer(token_pattern=r"(?u)\b[^\W\d_]{3,}\b", stop_words="english", sublinear_tf=True)
-    words_of = vectorizer.build_analyzer()
-    seen = [[words_of(item_text(item, task)) for item in anchor.items] for anchor in anchors]
-    try:
-        scores = vectorizer.fit_transform(" ".join(word for item in items for word in item) for items in seen)
-    except ValueError:  # the texts hold only stop words
-        return [()] * len(anchors)
-    names = vectorizer.get_feature_names_out()
-    found = []
-    for items, row in zip(seen, scores, strict=True):
-        used_in = Counter(word for item in items for word in set(item))
-        ranked = sorted(zip(-row.data, names[row.indices], strict=True))
-        found.append(tuple(str(word) for _, word in ranked if used_in[word] > 1)[:count])
-    return found

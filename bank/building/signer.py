@@ -18,7 +18,7 @@ from adapters.matrix import MetaMatrix
 from adapters.training.attached import attached
 from adapters.training.example import Acts, Example, output_tokens
 from adapters.training.forward.shared_part import SharedPart
-from adapters.training.loss import b_gradient, drawn_gradients, example_losses, mean_loss
+from adapters.training.loss import b_gradient, drawn_gradients, example_losses, mean_loss, output_log_chances
 from bank.building.resume import Workbench
 from bank.building.rows import RowTrainer
 from bank.building.selection import MIN_HELD_OUT, PEOPLE_PER_HELD_OUT
@@ -69,6 +69,11 @@ class Signer:
     def token_losses(self, step: Vectors, examples: Sequence[Example]) -> list[Vectors]:
         """Return the loss of each output token of each example after a step [N] from the common row, in nats."""
         return [losses.numpy() for model in self._after(step[None]) for losses in example_losses(model, examples)]
+
+    def log_chances(self, steps: Vectors, examples: Sequence[Example]) -> Iterator[Vectors]:
+        """Yield the log-probability of each token at each place of the outputs, [T, V], after each step of [S, N]."""
+        for model in self._after(steps):
+            yield output_log_chances(model, examples).numpy()
 
     def _after(self, steps: Vectors) -> Iterator[Any]:
         """Yield the model after each of the steps [S, N] from the common row."""

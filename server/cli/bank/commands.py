@@ -45,7 +45,6 @@ HistoryShare = Annotated[float, typer.Option(help="Share of training items with 
 ActsFrom = Annotated[Acts, typer.Option(help="From where on adapters are personal.")]
 Verdict = Annotated[bool, typer.Option(help="Hold out a few people, and measure the bank's gain on them.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Processes that build it; default on CPU: one for each core.")]
-Describe = Annotated[bool, typer.Option(help="Store a few typical words of each anchor's own texts, for display.")]
 RANK_BYTES = 2 << 30  # a rank's memory besides the base model, as measured with SmolLM2-135M: 2.5 GB in all
 _BUILD, _IMPORT = BuildOptions("chat"), ImportOptions()  # for their defaults
 T = TypeVar("T", BuildOptions, ImportOptions)
@@ -75,7 +74,6 @@ def build(
     acts: ActsFrom = _BUILD.acts,
     max_tokens: Annotated[int, typer.Option(help="Longest training example.")] = _BUILD.max_tokens,
     verdict: Verdict = _BUILD.verdict,
-    describe: Describe = _BUILD.describe,
     seed: Annotated[int, typer.Option(help="Random seed; the same inputs and seed give the same bank.")] = _BUILD.seed,
     dtype: Annotated[str, typer.Option(help="Base model's type: auto, bfloat16 or float32.")] = _BUILD.dtype,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also train the task row, for `mta eval`.")] = False,

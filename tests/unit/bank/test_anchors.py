@@ -18,11 +18,10 @@ from bank.building.selection import (
     person_embedding,
     select_anchors,
     spread,
-    typical_words,
 )
 from bank.errors import BankError
 from bank.items.histories import History
-from bank.items.profile import Item, Vectors, parse_item, profile_embedding
+from bank.items.profile import Item, Vectors, profile_embedding
 from bank.items.tasks import get_task
 from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
@@ -113,21 +112,6 @@ def test_who_has_items_of_plain_text_or_answers_what_the_task_lacks_stays() -> N
     for last in ("5", "4.5"):  # nobody's histogram has a share for the second
         assert len(held_out_people(raters(*["5"] * 23, last), films, 0)) == 6
     assert held_out_people(raters(*["4.5"] * 24), films, 0) == []
-
-
-def writer(name: str, *texts: str) -> History:
-    return History(name, tuple(parse_item({"text": text}, CHAT, place) for place, text in enumerate(texts)))
-
-
-def test_an_anchor_is_told_by_words_that_it_used_more_than_once_and_others_did_not() -> None:
-    gardener = writer(
-        "g", "the roses are open", "prune the roses today", "roses and Miller's plums", "plums again today"
-    )
-    sailor = writer("s", "the swell came today", "a swell at dawn", "waxed boards for the swell", "boards at dawn")
-    assert typical_words([gardener, sailor], CHAT, count=2) == [("roses", "plums"), ("swell", "boards")]
-    assert all("miller" not in words for words in typical_words([gardener, sailor], CHAT))
-    people = [writer("a", "it is 555123", "it is 555123"), writer("b", "and so", "and so")]
-    assert typical_words(people, CHAT) == [(), ()]
 
 
 def test_the_rule_is_topics_then_the_posterior_and_large_banks_have_directions() -> None:

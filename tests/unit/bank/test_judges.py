@@ -47,6 +47,7 @@ class Building:
             "Signer": lambda *_: None,
             "measure_curvature": lambda *_: np.eye(3),
             "fit_rule": self._fit_rule,
+            "likelier_words": lambda *_: (),
             "fit_phrases": lambda *_, **__: None,
             "write_bank": self._write_bank,
         }.items():

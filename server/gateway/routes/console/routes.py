@@ -60,7 +60,7 @@ class AnchorOnMap(BaseModel, frozen=True):
     id: str = Field(examples=["a03"])
     items: int = Field(description="Number of items it was trained on.")
     at: Point = Field(description="Position on the map.")
-    words: list[str] = Field(description="Typical words, if the bank was built with `--describe`.")
+    words: list[str] = Field(description="Words that the anchor makes likelier; empty where answers are labels.")
 
 
 class MapAnswer(BaseModel, frozen=True):
