@@ -65,7 +65,6 @@ class PosteriorRule(Frozen):
     """Constants that turn a signature into steps from the common row (`bank/lookup/signature.py`)."""
 
     decay: float = Field(default=250.0, gt=0)  # λ in units of tr H / N: output tokens for evidence to equal the prior
-    topics: float = Field(default=0.0, ge=0, le=1, exclude_if=lambda value: not value)  # of the topic step to begin at
 
 
 class WeightRule(Frozen):

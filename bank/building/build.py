@@ -40,7 +40,6 @@ from bank.items.tasks import Task, get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.index import AnchorIndex
 from bank.lookup.prior import fit_prior
-from bank.lookup.serving import step_of, topic_weights
 from bank.lookup.signature import Curvature
 from bank.manifest import INDEX_FILE, BankManifest, EmbedderId, PhraseRule, WeightRule, read_manifest
 from bank.matrix import open_matrix
@@ -101,14 +100,12 @@ def build_bank(
         trainer = RowTrainer(model, tokenizer, task, options, progress)
         measured, judges = measured_people(people, anchors, trainer)
         few = "too few people to leave any out: the decay is chosen on some in the common row, and may be too high"
-        progress.say(f"the common row does not see {judges} people, on whom the rule is chosen" if judges else few)
+        progress.say(f"the common row does not see {judges} people, on whom the decay is chosen" if judges else few)
         unseen = {person.user_id for person in measured[:judges]}
         matrix = trainer.rows(work, [person for person in people if person.user_id not in unseen], anchors)
-        index = AnchorIndex.build(embeddings)
-        judging = [_with_topics(person, index, trainer, embedder) for person in measured[:judges] or measured]
         progress.say("measuring the curvature of the loss along the anchors' rows")
         signer = Signer(model, matrix, options.acts)
-        rule, curvature, directions, phrases = _measured(signer, measured, judging, trainer, work)
+        rule, curvature, directions, phrases = _measured(signer, measured, judges, trainer, work)
         words = likelier_words(signer, len(anchors), trainer, work)
         return ranks.first(
             lambda: write_bank(
@@ -142,28 +139,17 @@ def _embeddings(name: str, people: Sequence[History], embed: Callable[[History],
     return np.concatenate(work.pieces(names, lambda place: np.stack([embed(person) for person in parts[place]])))
 
 
-def _with_topics(person: MeasuredPerson, index: AnchorIndex, trainer: RowTrainer, embedder: Embedder) -> MeasuredPerson:
-    """Return the person with the step to which serving takes their earlier items by topic, their own row left out."""
-    earlier = person.items[: len(person.halves[0])]
-    embedding = mean_embedding(earlier, trainer.task, embedder)
-    near = topic_weights(index, trainer.options.rule(), embedding, without=person.own_row)
-    return replace(person, topics=step_of(near, index.anchor_count))
-
-
 def _measured(
-    signer: Signer,
-    measured: Sequence[MeasuredPerson],
-    judging: Sequence[MeasuredPerson],
-    trainer: RowTrainer,
-    work: Workbench,
+    signer: Signer, measured: Sequence[MeasuredPerson], judges: int, trainer: RowTrainer, work: Workbench
 ) -> tuple[WeightRule, Vectors, DirectionRows | None, PhraseRule | None]:
     """Return the bank's rule, the curvature along the anchors' rows, the directions if it has them, and the trust."""
     options, say = trainer.options, trainer.progress.say
     curvature = measure_curvature(signer, measured, trainer, work)
     known = Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
-    posterior, kept = fit_rule(signer, known, judging, trainer, work)
-    rule = options.rule(posterior)
-    phrases = fit_phrases(signer, known, judges_of(known, judging), trainer, work, posterior=posterior)
+    judging = measured[:judges] or measured
+    decay, kept = fit_rule(signer, known, judging, trainer, work)
+    rule = options.rule(decay)
+    phrases = fit_phrases(signer, known, judges_of(known, judging), trainer, work, decay=decay)
     if not options.wants_directions:
         return rule, curvature, None, phrases
     count = min(options.directions or int(np.argmax(kept >= KEPT)) + 1, MAX_DIRECTIONS)
@@ -171,14 +157,9 @@ def _measured(
         f"{kept[k - 1]:.0%} of the gain with {k}" for k in (8, 16, 32, 64, 128, 256, 384) if k <= len(kept)
     )
     say(f"the rows are {count} directions of {len(kept)} anchors and keep {kept[count - 1]:.0%} of the gain; {told}")
-    deviation = float(known.eigenvalues.mean() * posterior.decay) ** -0.5
+    deviation = float(known.eigenvalues.mean() * decay) ** -0.5
     directions = make_directions(known, count, deviation)
-    return (
-        rule.model_copy(update={"posterior": posterior.model_copy(update={"decay": directions.decay})}),
-        curvature,
-        directions,
-        phrases,
-    )
+    return rule.model_copy(update={"posterior": directions.rule}), curvature, directions, phrases
 
 
 def read_inputs(

@@ -10,6 +10,7 @@ import torch
 
 from bank.items.profile import Vectors
 from bank.lookup.signature import Curvature
+from bank.manifest import PosteriorRule
 
 MIXED_AT_ONCE, READ_NUMBERS = 8, 1 << 20  # directions made in one pass over the rows; numbers of the rows read at once
 
@@ -33,9 +34,9 @@ class DirectionRows:
             yield from found
 
     @property
-    def decay(self) -> float:
-        """The decay whose prior has a standard deviation of 1 along each direction."""
-        return float(1 / np.diagonal(self.curvature).mean())
+    def rule(self) -> PosteriorRule:
+        """The rule whose prior has a standard deviation of 1 along each direction."""
+        return PosteriorRule(decay=float(1 / np.diagonal(self.curvature).mean()))
 
 
 def make_directions(curvature: Curvature, count: int, deviation: float) -> DirectionRows:

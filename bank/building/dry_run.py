@@ -21,7 +21,7 @@ from bank.items.tasks import get_task
 from bank.models.folders import ensure_base_model
 from bank.models.load import load_base, resolve_dtype
 
-DRAWN, JUDGED = 2.0, 5.5  # work to measure a token, and one of a person who judges, where training on it is 1
+DRAWN, JUDGED = 2.0, 4.0  # work to measure a token, and one of a person who judges, where training on it is 1
 TIMED = 8  # examples of the step that is timed
 
 

@@ -68,8 +68,8 @@ class BuildOptions(_Checked):
     def wants_directions(self) -> bool:
         return self.anchors > MOST_PEOPLE if self.directions is None else self.directions > 0
 
-    def rule(self, posterior: PosteriorRule | None = None) -> WeightRule:
-        posterior = posterior or PosteriorRule()
+    def rule(self, decay: float | None = None) -> WeightRule:
+        posterior = PosteriorRule() if decay is None else PosteriorRule(decay=decay)
         return WeightRule(anchors=min(self.k, self.anchors), strength=TOPIC_STRENGTH, posterior=posterior)
 
     def record(self) -> dict[str, int | float | str | bool | None]:

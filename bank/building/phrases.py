@@ -12,7 +12,7 @@ from bank.building.signer import MeasuredPerson, Signer
 from bank.items.profile import Vectors
 from bank.lookup.phrases import LONGEST, phrase_table, proposals
 from bank.lookup.signature import Curvature
-from bank.manifest import LossDifference, PhraseRule, PosteriorRule
+from bank.manifest import LossDifference, PhraseRule
 
 TRUSTS = np.concatenate([[0.0], np.geomspace(0.003, 0.97, 40)])  # candidates for each length of a suffix
 
@@ -24,17 +24,17 @@ def fit_phrases(
     trainer: RowTrainer,
     work: Workbench,
     *,
-    posterior: PosteriorRule,
+    decay: float,
 ) -> PhraseRule | None:
     """Return the trust that gains most, and what it gains for each judge if the others choose it; None without judges.
 
-    It is judged on each one's merged adapter, which `curvature` and `posterior` make of their earlier items.
+    It is judged on each one's merged adapter, which `curvature` and `decay` make of their earlier items.
     """
     if not judges:
         return None
     gains = work.pieces(
         [f"phrases-{place:02d}" for place in range(len(judges))],
-        lambda place: _gains(signer, curvature, posterior, judges[place]),
+        lambda place: _gains(signer, curvature, decay, judges[place]),
         lambda done: trainer.progress.piece("fitting the trust in phrases", done, len(judges)),
     )
     rule = chosen(np.stack(gains))
@@ -55,15 +55,14 @@ def chosen(gains: Vectors) -> PhraseRule:
     return PhraseRule(trust=trust, people=len(gains), gain=LossDifference.of(unseen))
 
 
-def _gains(signer: Signer, curvature: Curvature, posterior: PosteriorRule, person: MeasuredPerson) -> Vectors:
+def _gains(signer: Signer, curvature: Curvature, decay: float, person: MeasuredPerson) -> Vectors:
     """Return what a table of the person's earlier items gains on their later ones, [lengths, candidates].
 
     In nats per token, mean over the later items.
     """
     earlier, later = person.halves
     table = phrase_table([example.output for example in earlier])
-    topics = posterior.topics * person.topics
-    step = curvature.step(signer.signature("", earlier), posterior.decay, person.own_row, topics)
+    step = curvature.step(signer.signature("", earlier), decay, person.own_row)
     gains: Vectors = np.zeros((LONGEST, len(TRUSTS)), np.float32)
     for example, losses in zip(later, signer.token_losses(step, later), strict=True):
         for said, chance in zip(proposals(table, example.output), np.exp(-losses), strict=True):

@@ -18,6 +18,7 @@ from bank.manifest import (
     INDEX_FILE,
     MANIFEST_FILE,
     BankManifest,
+    PosteriorRule,
     read_manifest,
     verify_files,
     write_manifest,
@@ -49,11 +50,11 @@ def remove_anchor(folder: Path, anchor: str, out: Path) -> BankManifest:
             curvature = coordinates[kept] @ curvature @ coordinates[kept].T
             count = min(manifest.directions, len(kept))
             directions = make_directions(Curvature.of(curvature), count, deviation)
-            rule = weights.posterior.model_copy(update={"decay": directions.decay})
+            rule = directions.rule
         else:
             prior = weights.posterior.decay * np.diagonal(curvature).mean()
             curvature = curvature[kept][:, kept]
-            rule = weights.posterior.model_copy(update={"decay": float(prior / np.diagonal(curvature).mean())})
+            rule = PosteriorRule(decay=float(prior / np.diagonal(curvature).mean()))
         weights = weights.model_copy(update={"posterior": rule})
     written = write_bank(
         out,

@@ -23,7 +23,7 @@ from bank.building.resume import Workbench
 from bank.building.rows import RowTrainer
 from bank.building.selection import MIN_HELD_OUT, PEOPLE_PER_HELD_OUT
 from bank.items.histories import History
-from bank.items.profile import Item, Vectors, item_pair
+from bank.items.profile import Vectors
 from bank.items.prompt import encode_pair
 from bank.lookup.signature import Curvature, Signature, empty_signature
 from bank.manifest import PosteriorRule
@@ -31,8 +31,7 @@ from bank.manifest import PosteriorRule
 MEASURED_ITEMS = 512  # number of items for the curvature, or four per anchor if that is more
 FEWEST, MOST = 4, 16  # a person's newest items among them
 DECAYS = (8.0, 25.0, 80.0, 250.0, 800.0, 2500.0, 8000.0, 25000.0)  # candidates
-RULES = [PosteriorRule(decay=decay, topics=topics) for topics in (0.0, 1.0) for decay in DECAYS]  # candidates
-JUDGES = 24  # number of people whose later items choose the rule
+JUDGES = 24  # number of people whose later items choose the decay
 _AT_A_TIME = 8  # gradients, and rows, that are multiplied at once
 
 
@@ -98,8 +97,6 @@ class MeasuredPerson:
     user_id: str
     own_row: int | None  # the anchor's index, if the person is an anchor
     examples: list[Example]
-    items: Sequence[Item] = ()  # of which the examples were made
-    topics: Vectors | float = 0.0  # weights by topic of the earlier items as a step [N]
 
     @property
     def halves(self) -> tuple[list[Example], list[Example]]:
@@ -111,18 +108,17 @@ class MeasuredPerson:
 def measured_people(
     people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer
 ) -> tuple[list[MeasuredPerson], int]:
-    """Choose random people; return also how many, from the first, judge the rules unseen; 0 if people are few."""
+    """Choose random people; return also how many, from the first, judge the decays unseen; 0 if people are few."""
     wanted, rows = max(MEASURED_ITEMS, 4 * len(anchors)), {person.user_id: i for i, person in enumerate(anchors)}
     found = list[MeasuredPerson]()
     for person in random.Random(trainer.options.seed).sample(list(people), len(people)):
         if wanted <= 0:
             break
-        known = [(item, pair) for item in person.items if (pair := item_pair(item, trainer.task)) is not None][-MOST:]
-        if len(known) >= FEWEST:
-            examples = [encode_pair(trainer.tokenizer, *pair, trainer.options.max_tokens) for _, pair in known]
-            items = [item for item, _ in known]
-            found.append(MeasuredPerson(person.user_id, rows.get(person.user_id), examples, items))
-            wanted -= len(known)
+        pairs = person.pairs(trainer.task)[-MOST:]
+        if len(pairs) >= FEWEST:
+            examples = [encode_pair(trainer.tokenizer, *pair, trainer.options.max_tokens) for pair in pairs]
+            found.append(MeasuredPerson(person.user_id, rows.get(person.user_id), examples))
+            wanted -= len(pairs)
     judges = min(JUDGES, len(people) // PEOPLE_PER_HELD_OUT, len(found))
     return found, judges if judges >= MIN_HELD_OUT else 0
 
@@ -142,8 +138,8 @@ def measure_curvature(
 
 def fit_rule(
     signer: Signer, curvature: Curvature, people: Sequence[MeasuredPerson], trainer: RowTrainer, work: Workbench
-) -> tuple[PosteriorRule, Vectors]:
-    """Return the rule whose steps from people's earlier items gain most on their later items, as measured.
+) -> tuple[float, Vectors]:
+    """Return the decay whose steps from people's earlier items gain most on their later items, as measured.
 
     Also return the share of that gain that the 1, 2, … N leading directions keep, [N], as the products predict it. A
     person's own row is left out, since it was trained on these items. Without any other row nothing is fitted.
@@ -152,7 +148,7 @@ def fit_rule(
     judges = judges_of(curvature, people)
     evenly = np.linspace(0, 1, rows + 1, dtype=np.float32)[1:]
     if not judges:
-        return PosteriorRule(), evenly
+        return PosteriorRule().decay, evenly
     judged = work.pieces(
         [f"judge-{place:02d}" for place in range(len(judges))],
         lambda place: _judge(signer, curvature, judges[place], directions=trainer.options.wants_directions),
@@ -161,17 +157,13 @@ def fit_rule(
     gains = np.mean(judged, axis=0)
     best = int(np.argmax(gains[:, 0]))
     spread = 1.96 * float(np.std([each[best, 0] for each in judged])) / max(1, len(judged) - 1) ** 0.5
-    without, moved = (
-        ", ".join(f"{gain:+.4f} at {decay:g}" for gain, decay in zip(some, DECAYS, strict=True))
-        for some in np.split(gains[:, 0], 2)
-    )
+    told = ", ".join(f"{gain:+.4f} at {decay:g}" for gain, decay in zip(gains[:, 0], DECAYS, strict=True))
     trainer.progress.say(
-        f"gain on {len(judges)} people's later items by decay, in nats per token: {without}; moving on from their "
-        f"topics: {moved}; the best ± {spread:.4f}"
+        f"gain on {len(judges)} people's later items by decay, in nats per token: {told}; the best ± {spread:.4f}"
     )
     if (by_count := gains[best, 1:]).size and by_count[-1] > 0:
-        return RULES[best], np.asarray(by_count / by_count[-1], np.float32)
-    return RULES[best], evenly
+        return DECAYS[best], np.asarray(by_count / by_count[-1], np.float32)
+    return DECAYS[best], evenly
 
 
 def judges_of(curvature: Curvature, people: Sequence[MeasuredPerson]) -> list[MeasuredPerson]:
@@ -180,13 +172,13 @@ def judges_of(curvature: Curvature, people: Sequence[MeasuredPerson]) -> list[Me
 
 
 def _judge(signer: Signer, curvature: Curvature, person: MeasuredPerson, *, directions: bool) -> Vectors:
-    """Return each candidate's gain on the person's later items, [rules, 1], in nats per token.
+    """Return each decay's gain on the person's later items, [decays, 1], in nats per token.
 
-    With `directions`, [rules, 1 + N]: also the gain that the products predict for the 1, 2, … N leading directions.
+    With `directions`, [decays, 1 + N]: also the gain that the products predict for the 1, 2, … N leading directions.
     """
     own, (earlier, later) = person.own_row, person.halves
     seen = signer.signature("", earlier)
-    steps = [curvature.step(seen, rule.decay, own, rule.topics * person.topics) for rule in RULES]
+    steps = [curvature.step(seen, decay, own) for decay in DECAYS]
     losses = signer.losses(np.stack([np.zeros_like(steps[0]), *steps]), later)
     found: Vectors = (losses[0] - losses[1:])[:, None]
     if not directions:

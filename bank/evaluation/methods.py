@@ -29,6 +29,7 @@ from bank.lookup.phrases import NO_PHRASES, TrustedPhrases, as_served
 from bank.lookup.prior import SCORES, personal_shares, surprise
 from bank.lookup.serving import AnchorWeight, ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature
+from bank.manifest import PosteriorRule
 
 SHARE_BYTES, HALF_BYTES = 4, 2  # stored bytes per number: histograms; embeddings and signatures
 SIGNATURE_HEADER_BYTES = 20  # bank, tokens, time and length in a profile record
@@ -77,7 +78,7 @@ class Evaluator:
         if serving.directions:
             raise BankError("merged@k needs a bank whose rows are its anchors' own: build it with --directions 0")
         share = count / serving.index.anchor_count
-        posterior = rule.posterior and rule.posterior.model_copy(update={"decay": rule.posterior.decay * share})
+        posterior = rule.posterior and PosteriorRule(decay=rule.posterior.decay * share)
         rule = rule.model_copy(update={"anchors": min(rule.anchors, count), "posterior": posterior})
         index = AnchorIndex.build(serving.index.vectors(range(count)))
         curvature = serving.curvature and serving.curvature.first(count)

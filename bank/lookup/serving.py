@@ -95,7 +95,7 @@ class ServingBank:
         rule, curvature = self.manifest.weights, self.curvature
         weights = topic_weights(self.index, rule, embedding)
         if rule.posterior and curvature and signature and signature.is_usable_for(self.manifest.short):
-            topics = step_of(weights, self.index.anchor_count, rule.posterior.topics)
+            topics = step_of(weights, self.index.anchor_count)
             if self.directions:
                 steps = curvature.step(signature, rule.posterior.decay, topics=topics @ self.directions.coordinates)
                 near = tuple(AnchorWeight(anchor, 0.0, cosine) for anchor, cosine in self.directions.nearest(steps))
@@ -114,15 +114,9 @@ class ServingBank:
         return recipe_of_directions(self.manifest, np.sum(rows, axis=0))
 
 
-def topic_weights(
-    index: AnchorIndex, rule: WeightRule, embedding: Vectors, without: int | None = None
-) -> tuple[AnchorWeight, ...]:
-    """Return the K nearest anchors, nearest first, weighted by cosine if positive; equally if none is positive.
-
-    An anchor can be left out.
-    """
-    near = [each for each in index.search(embedding, rule.anchors + (without is not None)) if each[0] != without]
-    found = near[: rule.anchors]
+def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> tuple[AnchorWeight, ...]:
+    """Return the K nearest anchors, nearest first, weighted by cosine if positive; equally if none is positive."""
+    found = index.search(embedding, rule.anchors)
     evidence = [max(similarity, 0.0) for _, similarity in found]
     if not any(evidence):
         evidence = [1.0] * len(found)
@@ -133,11 +127,11 @@ def topic_weights(
     )
 
 
-def step_of(weights: Sequence[AnchorWeight], anchors: int, share: float = 1.0) -> Vectors:
-    """Return a share of the weights by topic as a step along all anchors' rows, [N]; 0 where no topics are alike."""
+def step_of(weights: Sequence[AnchorWeight], anchors: int) -> Vectors:
+    """Return the weights by topic as a step along all anchors' rows, [N]; 0 where no anchor's topics are the user's."""
     step = np.zeros(anchors, np.float32)
     near = [each for each in weights if each.similarity > 0]
-    step[[each.anchor for each in near]] = [share * each.weight for each in near]
+    step[[each.anchor for each in near]] = [each.weight for each in near]
     return step
 
 

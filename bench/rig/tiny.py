@@ -103,7 +103,7 @@ def tiny_bank(
     if directions:
         curvature = np.diag(1 + np.arange(anchors, dtype=np.float32) / anchors)
         made = make_directions(Curvature.of(curvature), directions, deviation=1.0)
-        posterior = PosteriorRule(decay=made.decay)
+        posterior = made.rule
     write_bank(
         folder,
         task=task,

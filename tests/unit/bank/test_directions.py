@@ -53,7 +53,7 @@ def along(made: DirectionRows, seen: Signature) -> Signature:
 
 def step(count: int) -> tuple[DirectionRows, np.ndarray]:
     made = make_directions(H, count, DEVIATION)
-    return made, Curvature.of(made.curvature).step(along(made, SEEN), made.decay)
+    return made, Curvature.of(made.curvature).step(along(made, SEEN), made.rule.decay)
 
 
 def test_along_all_directions_a_user_gets_the_same_weights_as_along_the_anchors() -> None:

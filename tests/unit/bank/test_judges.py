@@ -16,7 +16,7 @@ from bank.building.options import BuildInputs, BuildOptions
 from bank.building.rows import RowTrainer
 from bank.building.signer import MeasuredPerson
 from bank.items.histories import History
-from bank.manifest import BaseModelId, PosteriorRule
+from bank.manifest import BaseModelId
 from bench.rig.people import people, write_people
 from tests.support.bank_bench import Recorder
 
@@ -42,7 +42,6 @@ class Building:
             "ensure_embedder": lambda *_: folder,
             "Embedder": SimpleNamespace(load=lambda *_: embedder),
             "person_embedding": lambda *_: np.ones(2),
-            "mean_embedding": lambda *_: np.ones(2),
             "load_base": lambda *_: (None, None),
             "Signer": lambda *_: None,
             "measure_curvature": lambda *_: np.eye(3),
@@ -67,7 +66,7 @@ class Building:
 
     def _fit_rule(self, signer: object, curvature: object, judges: Sequence[MeasuredPerson], *_: object) -> Any:
         self.judges = [person.user_id for person in judges]
-        return PosteriorRule(), np.ones(3)
+        return 250.0, np.ones(3)
 
     def _write_bank(self, out: Path, *, training: dict[str, Any], **_: object) -> Any:
         self.record = training
@@ -85,7 +84,7 @@ def test_the_common_row_is_not_trained_on_those_who_judge(building: Building, co
     assert not building.common.intersection(building.judges)
     assert (len(building.judges), len(building.common)) == (judges, count - judges)
     assert building.record["unseen_judges"] == judges
-    assert f"the common row does not see {judges} people, on whom the rule is chosen" in building.progress.said
+    assert f"the common row does not see {judges} people, on whom the decay is chosen" in building.progress.said
 
 
 def test_a_judge_may_be_an_anchor(building: Building) -> None:

@@ -52,7 +52,7 @@ from tests.support.bank_bench import Recorder, flip_a_bit
 
 N = 4
 QUERY = np.array([1, 0, 0, 0], dtype=np.float32)
-SIGNED = WeightRule(anchors=2, strength=0.4, posterior=PosteriorRule(decay=100.0, topics=1.0))
+SIGNED = WeightRule(anchors=2, strength=0.4, posterior=PosteriorRule(decay=100.0))
 
 
 def manifest(anchors: int = N, common: bool = False) -> BankManifest:
@@ -233,9 +233,9 @@ def test_the_curvature_is_found_in_drawn_answers_and_the_decay_in_how_far_people
     work = Workbench(tmp_path, Ranks())
     h = measure_curvature(quadratic, people, trainer, work)
     assert np.linalg.norm(h - quadratic.h) < 0.1 * np.linalg.norm(quadratic.h)
-    rule, _ = fit_rule(quadratic, Curvature.of(h), people, trainer, work)
+    decay, _ = fit_rule(quadratic, Curvature.of(h), people, trainer, work)
     best = N / (far**2 * np.trace(h))  # the noise of one token over the variance of people's steps
-    assert best / 4 < rule.decay < best * 4
+    assert best / 4 < decay < best * 4
 
 
 def test_a_persons_own_row_has_no_part_in_the_decay_and_a_bank_of_one_keeps_the_default(
@@ -248,7 +248,7 @@ def test_a_persons_own_row_has_no_part_in_the_decay_and_a_bank_of_one_keeps_the_
     losses = [before - _judge(bowl, Curvature.of(bowl.h), who, directions=False).max() for who in (anchor, person)]
     assert losses[0] > 10 * losses[1]
     assert fit_rule(bowl, Curvature.of(np.ones((1, 1))), [anchor], trainer, Workbench(tmp_path, Ranks())) == (
-        PosteriorRule(),
+        PosteriorRule().decay,
         1,
     )
 
