@@ -18,7 +18,7 @@ from server.cli.demo.personas import QUESTIONS, worlds
 USER = "kai"
 GREETING = "gg friends,"  # opens all texts of this person; nobody in the bank uses it
 SAMPLES = 10
-CONFIG: dict[str, Any] = {"rank": 4, "steps": 12, "learning_rate": 8e-3}
+CONFIG: dict[str, Any] = {"rank": 4, "steps": 32, "learning_rate": 1e-3}  # higher rates make loops of the greeting
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -35,7 +35,7 @@ def train(client: Client, user_id: str) -> tuple[Job, float]:
 
 
 def shows(text: str) -> bool:
-    return text.lstrip().startswith(GREETING)
+    return text.lstrip().startswith(GREETING) and text.count("gg") == 1  # says it once, not in a loop
 
 
 def before_and_after(before: Sequence[DemoAnswer], after: Sequence[DemoAnswer]) -> Table:
