@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,35 +11,13 @@ from typer.testing import CliRunner
 
 import mta_client
 from bank.items.tasks import get_task
-from bank.manifest import read_manifest
 from server.cli import app
-from server.settings import Settings
 from tests.support.calls import NewUser, error_of, give, put
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, chunks_of
 
 DRAFT = "We meet Bob at 10:30."
 TASK = get_task("rewrite")
-
-
-@pytest.fixture(scope="module")
-def rewriting(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model_folder: Path,
-    embedder_folder: Path,
-    gateway_settings: Settings,
-    fake_engine_server: FakeEngine,
-) -> Iterator[GatewayThread]:
-    """A gateway with a bank for drafts."""
-    from bench.rig.tiny import tiny_bank  # imports torch
-
-    folder = tmp_path_factory.mktemp("drafts") / "bank"
-    bank = tiny_bank(folder, tiny_model_folder, embedder_folder, task="rewrite", anchors=6, seed=3)
-    before = fake_engine_server.knobs.banks
-    fake_engine_server.knobs.banks = (*before, read_manifest(bank).fingerprint)
-    with GatewayThread(gateway_settings, bank=bank) as gateway:
-        yield gateway
-    fake_engine_server.knobs.banks = before
 
 
 @pytest.fixture
