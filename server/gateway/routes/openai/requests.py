@@ -113,7 +113,9 @@ def _check_format(value: dict[str, Any]) -> dict[str, Any]:
 def _check_kind(value: Any) -> Any:
     if isinstance(value, dict) and "grammar" in value:
         known = ", ".join(Structure.__annotations__)
-        message = f"must not be a grammar, because one of 200 bytes can stop an engine for minutes: use one of {known}"
+        message = (
+            f"must not be a grammar, because one of 220 bytes can take an engine over a minute: use one of {known}"
+        )
         raise PydanticCustomError("structure", message)
     return value
 
