@@ -114,6 +114,10 @@ class Settings(BaseSettings):
         description="Headers that may name the user on OpenAI's routes, comma-separated; the first that is not empty "
         "counts.",
     )
+    chat_template_kwargs: str = Field(
+        "enable_thinking,thinking",
+        description="Arguments of the chat template that requests may set (`chat_template_kwargs`), comma-separated.",
+    )
     default_max_tokens: int = Field(
         1024, ge=1, le=MAX_INT32, description="Maximum tokens of an answer whose request sets none, if they fit."
     )
@@ -223,6 +227,10 @@ class Settings(BaseSettings):
     @property
     def user_header_names(self) -> tuple[str, ...]:
         return _listed(self.user_headers)
+
+    @property
+    def template_arguments(self) -> tuple[str, ...]:
+        return _listed(self.chat_template_kwargs)
 
     @property
     def user_secret(self) -> str | None:

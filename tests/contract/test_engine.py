@@ -155,6 +155,7 @@ async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subj
     assert stream.usage["completion_tokens"] == 8
     assert stream.usage["prompt_tokens"] > sum(len(message["content"]) for message in messages) - 1
     counted = await engines.count_tokens(messages)
+    assert await engines.count_tokens(messages, {"thinking": True}) == counted
     messages[0]["content"] += "x" * 100
     assert await engines.count_tokens(messages) == (counted or 0) + 100
 

@@ -283,6 +283,7 @@ def test_known_fields_are_passed_on_unchanged(client: Client, ada: str, fake_eng
     sent = {"n": 2, "stop": ["END"], "seed": 7, "logprobs": True, "top_logprobs": 2, "logit_bias": {"5": 1.5}}
     sent |= {"max_completion_tokens": 3, "response_format": {"type": "json_object"}}
     sent |= {"min_tokens": 2, "ignore_eos": True, "skip_special_tokens": False}
+    sent |= {"chat_template_kwargs": {"enable_thinking": False}}
     ignored = {"store": True, "metadata": {"a": "b"}, "service_tier": "auto"}
     answer = ask(client, ada, stream=stream, **sent, **ignored).raise_for_status()
     assert answer.headers["X-MTA-Ignored"] == "store, metadata, service_tier"
@@ -291,6 +292,17 @@ def test_known_fields_are_passed_on_unchanged(client: Client, ada: str, fake_eng
     assert seen.body == HELLO | sent | own | STREAMED  # two sequences are streamed, so that each releases its place
     assert seen.headers["X-Session-ID"] == seen.body["model"]
     assert ada not in json.dumps(seen.body) + json.dumps(seen.headers)
+
+
+def test_the_operator_chooses_the_template_arguments(gateway_settings: Settings, fake_engine: FakeEngine) -> None:
+    with serving(gateway_settings, chat_template_kwargs="effort, thinking") as client:
+        given = {"effort": "low", "thinking": True}
+        ask(client, chat_template_kwargs=given).raise_for_status()
+        assert fake_engine.seen[-1].body["chat_template_kwargs"] == given
+        refused = ask(client, chat_template_kwargs={"effort": 1, "enable_thinking": False})
+        assert error_of(refused) == (400, "chat_template_kwargs", "refused_field")
+        assert "'enable_thinking'; allowed here (MTA_CHAT_TEMPLATE_KWARGS): effort, thinking" in refused.text
+    assert len(fake_engine.seen) == 1
 
 
 @pytest.mark.parametrize(("default", "context", "longest"), [(1024, 512, 512 - 5), (100, 512, 100), (100, 80, 80 - 5)])

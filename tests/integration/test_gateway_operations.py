@@ -296,6 +296,11 @@ class TestHead:
         series = 'mta_requests_total{level="",method="HEAD",route="/jobs/{job_id}/events",status="200"}'
         wait_until(lambda: metric(client, series) > 0, "the request to be over")
 
+    def test_every_method_of_a_path_is_listed(self, client: httpx.Client) -> None:
+        for path, methods in client.get("/openapi.json").json()["paths"].items():
+            allowed = client.options(path.replace("{job_id}", "a.1")).headers["Allow"].split(", ")
+            assert sorted(allowed) == sorted(method.upper() for method in methods)
+
     def test_only_routes_with_get_have_it_and_the_document_omits_it(self, client: httpx.Client) -> None:
         for response in (client.head("/generate"), client.get("/generate")):
             assert (response.status_code, response.headers["Allow"]) == (405, "POST")

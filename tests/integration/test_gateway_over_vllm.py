@@ -21,7 +21,7 @@ from bench.fleet.streams import Load
 from bench.rig.engine import Engine
 from bench.rig.valkey import free_port
 from server.settings import Settings
-from tests.support.calls import BOTH, either, put, who
+from tests.support.calls import BOTH, either, error_of, put, who
 from tests.support.gateway import GatewayThread, chunks_of, generate, give_phrases, serving, text_of
 from tests.support.node import names_of, run_tests
 
@@ -109,6 +109,44 @@ def test_a_call_is_likelier_than_what_a_person_repeats(
     for more, mixed in (({}, True), ({"tools": TOOLS}, False), ({"tools": TOOLS, "extra_body": {"words": True}}, True)):
         answer = client.chat.completions.create(**asked, **more)
         assert bool(answer.personalization["phrases"]) is mixed
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("structure", "pattern"),
+    [
+        ({"choice": ["sea", "mill"]}, "sea|mill"),
+        ({"regex": "[ab]{3,5}c"}, "[ab]{3,5}c"),
+        ({"json": {"type": "object", "properties": LOOK, "required": list(LOOK)}}, r"(?s)\{.*\}"),
+        ({"json_object": True}, r"(?s)\{.*"),
+        ({"json": {}}, "(?s).+"),
+    ],
+)
+def test_an_answer_has_the_structure_asked_for(
+    gateway_over_vllm: GatewayThread, route: str, structure: dict[str, Any], pattern: str
+) -> None:
+    with gateway_over_vllm.client() as plain:
+        answer = either(plain, route, user="rosa", structured_outputs=structure, max_tokens=300, temperature=1, seed=1)
+    (choice,) = answer.raise_for_status().json()["choices"]
+    assert re.fullmatch(pattern, choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("fields", "tokens"), [({}, 1), ({"min_tokens": 3}, 4), ({"structured_outputs": {"regex": "[a-f]+"}}, 2)]
+)
+def test_stop_tokens_end_an_answer(
+    gateway_over_vllm: GatewayThread, tiny_model_folder: Path, route: str, fields: dict[str, Any], tokens: int
+) -> None:
+    (stop,) = AutoTokenizer.from_pretrained(tiny_model_folder).encode("c", add_special_tokens=False)
+    asked = {"user": "rosa", "max_tokens": 9, "temperature": 0, "logit_bias": {str(stop): 100}} | fields
+    with gateway_over_vllm.client() as plain:
+        answer = either(plain, route, stop_token_ids=[stop], **asked).raise_for_status().json()
+        refused = either(plain, route, stop_token_ids=[stop, (1 << 31) - 1], **asked)
+        either(plain, route).raise_for_status()
+    assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["stop_reason"]) == ("stop", stop)
+    assert answer["usage"]["completion_tokens"] == tokens
+    assert error_of(refused)[:2] == (400, "stop_token_ids")
 
 
 def test_a_conversation_goes_on_after_a_call(client: OpenAI) -> None:

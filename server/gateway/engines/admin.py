@@ -127,10 +127,15 @@ class Engines:
 
         await asyncio.gather(*map(drop_at, self.urls))
 
-    async def count_tokens(self, messages: list[dict[str, str]]) -> int | None:
-        """Return the length of a conversation in tokens; None if no engine answers in time."""
+    async def count_tokens(
+        self, messages: list[dict[str, str]], template: Mapping[str, Any] | None = None
+    ) -> int | None:
+        """Return the length of a conversation in tokens; None if no engine answers in time.
+
+        `template` has the chat template's arguments.
+        """
         try:
-            http_status, answer = await self._tokenize(messages)
+            http_status, answer = await self._tokenize(messages, chat_template_kwargs=template)
             return int(answer["count"]) if http_status == 200 else None
         except (Unavailable, KeyError, TypeError, ValueError):
             return None
@@ -188,9 +193,9 @@ class Engines:
             raise EngineFault("unavailable", f"it answered {http_status}")
         return raw
 
-    async def _tokenize(self, messages: list[dict[str, str]]) -> tuple[int, Any]:
+    async def _tokenize(self, messages: list[dict[str, str]], **options: Any) -> tuple[int, Any]:
         """Return HTTP status and body of vLLM's `/tokenize` from any engine; if it fails, from another one."""
-        body = {"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False}
+        body = {"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False, **options}
         fault: Exception | None = None
         for url in self.by_preference(str(random.random()))[:TOKENIZE_ATTEMPTS]:
             try:

@@ -35,7 +35,9 @@ _NO_HEALTHY_ENGINE = b"No available workers"  # vllm-router's response when it f
 _MAX_SENDS = 2  # a higher limit would let one request crash engine after engine
 _MAX_DIRECT = 2  # maximum number of engines tried without the router
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
-_ERROR_PRONE_FIELDS = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
+_ERROR_PRONE_FIELDS = frozenset(
+    ("n", "logprobs", "logit_bias", "response_format", "structured_outputs", "tools", "tool_choice")
+)
 """Fields that may cause an error without a `param`; if all are absent, the chat template rejected the prompt."""
 _ABORTED = "abort"  # finish reason of an answer that vLLM aborts, e.g. during shutdown
 _NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")  # after an even number of backslashes

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bank.items.profile import Item
 from bank.items.prompt import chat_messages
@@ -65,10 +66,12 @@ class PromptBuilder:
             return UserPrompt(messages, 0, HISTORY_LATE, patience_s)
         memories = await asyncio.to_thread(index.memories, messages[-1]["content"], request.history)
         reason = None if memories else _NOTHING_QUOTED
-        return UserPrompt(*await self._fit(messages, memories, room, limits.max_prompt_chars), reason, patience_s)
+        template = request.sampling.get("chat_template_kwargs", {})
+        fitting = await self._fit(messages, memories, room, limits.max_prompt_chars, template)
+        return UserPrompt(*fitting, reason, patience_s)
 
     async def _fit(
-        self, messages: Conversation, memories: Sequence[str], room: int, max_chars: int
+        self, messages: Conversation, memories: Sequence[str], room: int, max_chars: int, template: Mapping[str, Any]
     ) -> tuple[Conversation, int]:
         """Return the conversation with the most relevant memories that fit into `room` tokens, and their number.
 
@@ -82,7 +85,7 @@ class PromptBuilder:
             built = self._with_memories(messages, chosen)
             if max_prompt_tokens(built) <= room:
                 return built, len(chosen)
-            tokens = await self.engines.count_tokens(built)
+            tokens = await self.engines.count_tokens(built, template)
             if tokens is None:
                 tokens_per_byte = 1.0
             elif tokens + _ANSWER_MARK_TOKENS <= room:

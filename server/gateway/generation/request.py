@@ -63,14 +63,18 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class LengthLimits:
-    max_prompt_chars: int  # maximum length of a conversation with its history; a token id or byte of tools counts as 1
+    max_prompt_chars: int  # maximum length of a conversation with its history; a token id or template byte is 1
     context_tokens: int | None  # the model's context length; None until an engine has reported it
     default_max_tokens: int  # of a conversation's answer whose request sets none
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse a request whose length alone exceeds the limits, before calling the store or an engine."""
         chars, token_ids = _prompt_length(request)
-        lengths = {"characters": chars, "token ids": token_ids, "bytes of tools": _tool_bytes(request)}
+        lengths = {
+            "characters": chars,
+            "token ids": token_ids,
+            "bytes of tools and template arguments": _template_bytes(request),
+        }
         if sum(lengths.values()) > self.max_prompt_chars:
             found = " and ".join(f"{length} {unit}" for unit, length in lengths.items() if length)
             message = f"{request.prompt_param} has {found}, at most {self.max_prompt_chars} are allowed"
@@ -99,12 +103,12 @@ class LengthLimits:
         """Return the tokens surely left for a conversation with its history; None while the context is unknown."""
         if self.context_tokens is None:
             return None
-        return self.context_tokens - self.answer_tokens(request, parts=2) - _tool_bytes(request)
+        return self.context_tokens - self.answer_tokens(request, parts=2) - _template_bytes(request)
 
     def estimate_tokens(self, request: GenerationRequest) -> int:
         """Estimate the tokens of the prompt, without history, and of all its answers."""
         chars, token_ids = _prompt_length(request)
-        text_tokens = (chars + _tool_bytes(request)) // _CHARS_PER_TOKEN
+        text_tokens = (chars + _template_bytes(request)) // _CHARS_PER_TOKEN
         return text_tokens + token_ids + self.answer_tokens(request, parts=2) * request.sequences
 
     def allow_whole(self, request: GenerationRequest, messages: Conversation) -> bool:
@@ -116,7 +120,8 @@ class LengthLimits:
             return self.answer_tokens(request) <= WHOLE_TOKENS
         if self.context_tokens is None or request.max_tokens > WHOLE_TOKENS:
             return False
-        return max_prompt_tokens(messages, request.prompt or "") + request.max_tokens <= self.context_tokens
+        prompt_tokens = max_prompt_tokens(messages, request.prompt or "") + _template_bytes(request)
+        return prompt_tokens + request.max_tokens <= self.context_tokens
 
     def answer_tokens(self, request: GenerationRequest, *, parts: int = 1) -> int:
         """Return `max_tokens` or its default, at most one of so many parts of the context.
@@ -167,6 +172,7 @@ def _prompt_length(request: GenerationRequest) -> tuple[int, int]:
     return chars_of(request.messages) + prompt_chars, token_ids
 
 
-def _tool_bytes(request: GenerationRequest) -> int:
-    """Return the size of the tools' JSON, which the chat template adds to the prompt: at most one token per byte."""
-    return len(orjson.dumps(request.sampling["tools"])) if "tools" in request.sampling else 0
+def _template_bytes(request: GenerationRequest) -> int:
+    """Return the size of the JSON that the chat template may add to the prompt: at most one token per byte."""
+    given = (request.sampling.get(name) for name in ("tools", "chat_template_kwargs"))
+    return sum(len(orjson.dumps(value)) for value in given if value)

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from adapters.errors import excerpt, shortened
 from server.errors import ApiError, InvalidRequest, NotFound, WrongMethod
@@ -77,6 +78,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
             else:
                 shown = NotFound(f"{place}: no such route; /docs lists all routes")
             shown.headers |= error.headers or {}
+            if error.status_code == 405:  # Starlette names only the first route of this path
+                routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+                shown.headers["Allow"] = ", ".join(sorted(set[str]().union(*(route.methods for route in routes))))
         case _:  # a bug; Starlette raises it again after the response, so that it gets logged
             shown = ApiError("internal error of the gateway: see its log")
             shown.headers["X-Request-Id"] = request_id.get()  # such a response passes by `RequestLog`

@@ -19,7 +19,18 @@ from server.gateway.app import create_app
 from server.gateway.routes.answering import PersonalizationAnswer, Usage
 from server.gateway.routes.generate import GenerateAnswer
 from server.gateway.routes.jobs import AdaptRequest, JobAnswer
-from server.gateway.routes.openai.requests import IGNORED, OWN_FIELDS, REFUSED, ChatRequest, CompletionRequest
+from server.gateway.routes.openai.requests import (
+    IGNORED,
+    MAX_ARGUMENT_CHARS,
+    MAX_ECHOED,
+    MAX_STOP_IDS,
+    OWN_FIELDS,
+    REFUSED,
+    ChatRequest,
+    CompletionRequest,
+    Structure,
+)
+from server.gateway.routes.openai.schemas import MAX_BYTES, MAX_COUNTED, MAX_REPEATS, MAX_STATES
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.routes.users import ItemsRequest
 from server.settings import Settings
@@ -123,6 +134,24 @@ def test_the_document_shows_requests_that_are_taken(model: type[BaseModel]) -> N
 def test_the_table_of_openais_fields_is_the_gateways() -> None:
     text, _, _ = (ROOT / "docs/openai.md").read_text(encoding="utf-8").partition("| field | default |")
     rows = [set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| (`\w+`.*?) \|", text, re.MULTILINE)]
-    ours, personal, passed, ignored, refused = rows[-5:]
+    (ours, personal), bounded, (ignored, refused) = rows[:2], rows[2:-2], rows[-2:]
     passed_on = (ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()) - OWN_FIELDS
-    assert (ours | personal, passed, ignored, refused) == (OWN_FIELDS, passed_on, IGNORED, REFUSED)
+    assert (ours | personal, set().union(*bounded), ignored, refused) == (OWN_FIELDS, passed_on, IGNORED, REFUSED)
+    assert sum(map(len, bounded)) == len(passed_on)
+
+
+def test_the_table_of_openais_fields_has_their_bounds() -> None:
+    table, _, _ = (ROOT / "docs/openai.md").read_text(encoding="utf-8").partition("Any other field is a 400")
+    for bound in (
+        f"one of them, of at most {MAX_BYTES >> 10} KiB as JSON",
+        f"at most {MAX_STATES:,} places in all",
+        f"repeat nothing more than {MAX_REPEATS} times",
+        f"at most {MAX_COUNTED} properties",
+        f"lists their names (`{Settings.model_fields['chat_template_kwargs'].default}` by default)",
+        f"texts of at most {MAX_ARGUMENT_CHARS} characters",
+        f"at most {MAX_STOP_IDS} of the model's vocabulary",
+        f"at most {MAX_ECHOED} token ids or bytes",
+    ):
+        assert bound in table
+    (kinds,) = re.findall(r"has one of (.+?);", table)
+    assert set(re.findall(r"`(\w+)`", kinds)) == Structure.__annotations__.keys()

@@ -180,6 +180,15 @@ WRONG: Mapping[Any, Mapping[str, Sequence[Any]]] = {
             json_schema({"patternProperties": {pattern: {} for pattern in ENDLESS}}),
             json_schema({"properties": {str(n): {} for n in range(201)}, "minProperties": 1}),
         ),
+        "structured_outputs": (
+            *({}, 5, {"grammar": 'root ::= "a"'}, {"regex": "a", "choice": ["a"]}, {"json": {"a": 1 << 64}}),
+            *({"regex": pattern} for pattern in (*ENDLESS, *BEYOND)),
+            *({"json": {"properties": {"a": {"pattern": pattern}}}} for pattern in (*ENDLESS, *BEYOND)),
+            {"json": {"properties": {str(n): {} for n in range(201)}, "minProperties": 1}},
+            {"choice": ["x" * MAX_BYTES]},
+        ),
+        "stop_token_ids": (5, [1] * 65),
+        "chat_template_kwargs": (5, {"thinking": [1]}, {"thinking": "x" * 257}, {"thinking": 1 << 64}),
         "max_completion_tokens": (1 << 31,),
         "stream_options": ({"include_usage": True},),
         "strength": (0.33, 1.05, -0.05, "1", True),
@@ -209,6 +218,13 @@ WITHIN: Sequence[tuple[Any, dict[str, Any], str]] = [
     (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
     (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content"),
     (ChatRequest, {"messages": [{"role": "user", "content": "x", "audio": {}}]}, "messages.0.audio"),
+    *(
+        (ChatRequest, {"structured_outputs": {name: value}}, f"structured_outputs.{name}")
+        for name, value in (("json", "{}"), ("regex", ""), ("choice", []), ("json_object", False), ("lark", "x"))
+    ),
+    (CompletionRequest, {"structured_outputs": {"choice": ["a", 5]}}, "structured_outputs.choice.1"),
+    (ChatRequest, {"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}}, "structured_outputs"),
+    *((ChatRequest, {"stop_token_ids": [id_]}, "stop_token_ids.0") for id_ in (-1, 1 << 31, "a")),
     (ChatRequest, {"min_tokens": 2}, "min_tokens"),
     (ChatRequest, {"min_tokens": 3, "max_tokens": 5, "max_completion_tokens": 2}, "min_tokens"),
     (CompletionRequest, {"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
@@ -278,10 +294,13 @@ def test_what_steers_the_engine_is_refused_by_name(name: str) -> None:
     ("model", "names"),
     [
         (GenerateRequest, ("model", "vllm_xargs", "return_token_ids")),
-        (ChatRequest, ("return_token_ids", "guided_json", "echo", "user_id", "prompt", "stop_token_ids")),
+        (ChatRequest, ("return_token_ids", "guided_json", "echo", "user_id", "prompt", "bad_words")),
         (
             CompletionRequest,
-            ("return_token_ids", "prompt_logprobs", "history", "tools", "messages", "max_completion_tokens"),
+            (
+                *("return_token_ids", "prompt_logprobs", "history", "tools", "messages", "max_completion_tokens"),
+                "chat_template_kwargs",
+            ),
         ),
     ],
 )
@@ -303,20 +322,24 @@ def test_null_is_not_set_in_openais_requests(name: str) -> None:
     assert (found.engine_fields, found.ignored) == ({}, ())
 
 
+STRUCTURES = {"json": {"type": "array", "maxItems": 9999}, "regex": "a{128}", "choice": ["a", "b"], "json_object": True}
 PASSED: dict[str, Any] = {
     **{"temperature": 0.5, "top_p": 0.9, "n": 2, "stop": ["END"], "seed": 7, "logprobs": True, "top_logprobs": 3},
     **{"presence_penalty": -0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"5": -100.0}},
     **{"top_k": 7, "min_p": 0.1, "min_tokens": 2, "ignore_eos": True, "skip_special_tokens": False},
+    "stop_token_ids": [0, (1 << 31) - 1],
     **{"max_tokens": 9, "max_completion_tokens": 8, "tools": [TOOL], "parallel_tool_calls": False},
     "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [None]}}},
     "tool_choice": {"type": "function", "function": {"name": "look"}},
+    "chat_template_kwargs": {"enable_thinking": False, "thinking": "low", "budget": 1.5},
 }
 
 
 def test_what_is_passed_on_is_passed_as_it_came() -> None:
     known = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
-    assert PASSED.keys() | {"echo"} == known - OWN_FIELDS
-    assert ChatRequest.model_validate(CHAT | PASSED).engine_fields == PASSED
+    assert PASSED.keys() | {"echo", "structured_outputs"} == known - OWN_FIELDS
+    for asked in (PASSED, *({"structured_outputs": {name: value}} for name, value in STRUCTURES.items())):
+        assert ChatRequest.model_validate(CHAT | asked).engine_fields == asked
     of_texts: dict[str, Any] = {"echo": True, "logprobs": 2}
     assert CompletionRequest.model_validate({"prompt": "hi"} | of_texts).engine_fields == of_texts
 
@@ -324,6 +347,14 @@ def test_what_is_passed_on_is_passed_as_it_came() -> None:
 def test_nothing_is_passed_that_was_not_sent_and_null_is_nothing() -> None:
     request = ChatRequest.model_validate(CHAT | dict.fromkeys(PASSED) | {"model": None, "user": None, "stream": None})
     assert (request.engine_fields, request.model, request.stream) == ({}, "mta", False)
+
+
+def test_null_is_not_set_in_structures_and_arguments() -> None:
+    fields = {"structured_outputs": {"json": None, "regex": "a"}, "chat_template_kwargs": {"thinking": None}}
+    assert ChatRequest.model_validate(CHAT | fields).engine_fields == {
+        "structured_outputs": {"regex": "a"},
+        "chat_template_kwargs": {},
+    }
 
 
 def test_strength_comes_in_steps_and_floats_hit_them() -> None:
@@ -400,7 +431,14 @@ def test_what_is_known_to_be_too_much_is_refused(fits: Any, exceeds: Any, param:
     [
         ({"messages": [], "prompt": [[1] * 6, [2] * 5]}, "prompt has 11 token ids, at most 10 are allowed"),
         ({"messages": [], "prompt": ["x" * 6, "ä" * 5]}, "prompt has 11 characters, at most 10 are allowed"),
-        ({"sampling": {"tools": ["ää"]}}, "prompt has 5 characters and 8 bytes of tools, at most 10 are allowed"),
+        (
+            {"sampling": {"chat_template_kwargs": {"a": 1}}},
+            "prompt has 5 characters and 7 bytes of tools and template arguments, at most 10 are allowed",
+        ),
+        (
+            {"sampling": {"tools": ["ää"]}},
+            "prompt has 5 characters and 8 bytes of tools and template arguments, at most 10 are allowed",
+        ),
     ],
 )
 def test_a_prompt_that_is_too_long_is_refused_with_what_it_holds(changed: dict[str, Any], found: str) -> None:

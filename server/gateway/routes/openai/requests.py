@@ -13,6 +13,7 @@ import orjson
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     PlainValidator,
@@ -21,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from adapters.errors import excerpt
 from server.errors import InvalidRequest
@@ -45,6 +47,8 @@ REFUSED = frozenset(  # fields that control the engine
 )
 MAX_ECHOED = 512  # tokens of a prompt with logprobs: their logits are outside of the engines' memory plan
 MAX_CHOICES = 128  # maximum number of answers to one request: prompts times `n`
+MAX_STOP_IDS = 64  # on GPUs vLLM has room for 128, with the model's own
+MAX_ARGUMENT_CHARS = 256  # of a chat template
 
 
 def _without_nulls(fields: Any) -> Any:
@@ -106,6 +110,33 @@ def _check_format(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _check_kind(value: Any) -> Any:
+    if isinstance(value, dict) and "grammar" in value:
+        known = ", ".join(Structure.__annotations__)
+        message = (
+            f"must not be a grammar, because one of 220 bytes can take an engine over a minute: use one of {known}"
+        )
+        raise PydanticCustomError("structure", message)
+    return value
+
+
+def _check_structure(value: Structure) -> Structure:
+    if len(value) != 1:
+        raise PydanticCustomError("structure", f"must have one of {', '.join(Structure.__annotations__)}")
+    check_size(_check_encodable(value))
+    check_schemas([value.get("json"), {"pattern": value.get("regex")}])
+    return value
+
+
+def _check_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    for argument in value.values():
+        if not isinstance(argument, bool | int | float | str) or len(str(argument)) > MAX_ARGUMENT_CHARS:
+            kinds = f"booleans, numbers and texts of at most {MAX_ARGUMENT_CHARS} characters"
+            raise PydanticCustomError("arguments", f"must have only {kinds} as values")
+    _check_encodable(value)
+    return value
+
+
 def _check_tools(tools: list[Tool]) -> list[Tool]:
     check_schemas(tool.function.parameters for tool in tools)
     return tools
@@ -122,14 +153,34 @@ _FORMAT = {"type": "object", "properties": {"type": {"enum": list(_FORMATS)}}, "
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_INT32}}
 _PROMPTS = {"anyOf": [_TEXT, _IDS, *({"type": "array", "minItems": 1, "items": item} for item in (_TEXT, _IDS))]}
+_ARGUMENT = {"anyOf": [{"type": ["boolean", "number"]}, STRING | {"maxLength": MAX_ARGUMENT_CHARS}]}
+_ARGUMENTS = {"type": "object", "additionalProperties": _ARGUMENT}
 _CHOICE = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}
 
 Text = Annotated[str, BeforeValidator(lambda content: text_of(content, "text")), WithJsonSchema(texts_schema("text"))]
 NoNulls = BeforeValidator(_without_nulls)
+NonEmpty = Annotated[str, Field(min_length=1)]
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_check_arguments), NoNulls, WithJsonSchema(_ARGUMENTS)]
 ToolChoice = Annotated[Any, AfterValidator(_check_tool_choice), WithJsonSchema(_CHOICE)]
 ChatHistory = Annotated[
     History | None, Field(description="As in `/generate`. Default: `auto` if the API key says so, else 0.")
 ]
+
+
+class Structure(TypedDict, total=False):
+    """What an answer must look like: one of these. A vLLM extension."""
+
+    __pydantic_config__ = ConfigDict(  # type: ignore[misc]
+        strict=True, extra="forbid", json_schema_extra={"minProperties": 1, "maxProperties": 1}
+    )
+
+    json: dict[str, Any]
+    regex: NonEmpty
+    choice: Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]
+    json_object: Literal[True]
+
+
+StructuredOutputs = Annotated[Structure, AfterValidator(_check_structure), BeforeValidator(_check_kind), NoNulls]
 
 
 class Function(Strict):
@@ -226,6 +277,10 @@ class OpenAIRequest(ModelRequest, AnswerRequest):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: Annotated[dict[str, Any], AfterValidator(_check_format), WithJsonSchema(_FORMAT)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_INT32)]] | None = Field(
+        None, fail_fast=True, max_length=MAX_STOP_IDS, description="Tokens that end the answer; a vLLM extension."
+    )
     stream_options: StreamOptions | None = None
     min_tokens: int | None = Field(None, ge=0, le=MAX_INT32, description="Requires `max_tokens`; a vLLM extension.")
     ignore_eos: bool | None = Field(None, description="Whether to write on after an answer's end; a vLLM extension.")
@@ -236,6 +291,13 @@ class OpenAIRequest(ModelRequest, AnswerRequest):
         if self.stream_options and not self.stream:
             message = "stream_options requires a stream: set stream to true, or leave stream_options out"
             raise PydanticCustomError("combination", message, {"param": "stream_options"})
+        return self
+
+    @model_validator(mode="after")
+    def _check_formats(self) -> Self:
+        if self.structured_outputs and self.response_format:
+            message = "structured_outputs does not go with response_format: leave one of them out"
+            raise PydanticCustomError("combination", message, {"param": "structured_outputs"})
         return self
 
     @model_validator(mode="after")
@@ -266,6 +328,9 @@ class ChatRequest(OpenAIRequest):
     tools: Tools | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateArguments | None = Field(
+        None, description="Arguments of the chat template, of those in `MTA_CHAT_TEMPLATE_KWARGS`; a vLLM extension."
+    )
     history: ChatHistory = None
 
     @property

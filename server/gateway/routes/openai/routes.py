@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -151,6 +151,7 @@ def answer_to(
     history: int | Literal["auto"] = 0
     if isinstance(asked, ChatRequest):
         messages = [message.model_dump(exclude_unset=True) for message in asked.messages]
+        _check_template_arguments(asked.chat_template_kwargs or {}, parts.settings.template_arguments)
         history = asked.history if asked.history is not None else "auto" if caller.policy.history else 0
     generation = GenerationRequest(
         id_prefix=body.ID_PREFIX,
@@ -179,6 +180,13 @@ def _checked_model(model: str) -> str:
         message = f"the model {excerpt(model)} does not exist: use {' or '.join(_MODELS)}"
         raise NotFound(message, param="model", code="model_not_found")
     return model
+
+
+def _check_template_arguments(given: Iterable[str], allowed: Sequence[str]) -> None:
+    if refused := next((name for name in given if name not in allowed), None):
+        known = ", ".join(allowed) or "none"
+        message = f"chat_template_kwargs has {excerpt(refused)}; allowed here (MTA_CHAT_TEMPLATE_KWARGS): {known}"
+        raise InvalidRequest(message, param="chat_template_kwargs", code="refused_field")
 
 
 def _user_id(user: str | None, headers: Headers, names: Sequence[str]) -> str | None:
