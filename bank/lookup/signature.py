@@ -35,6 +35,14 @@ class Signature:
         """Whether the products and their norm are finite in float32."""
         return self.length <= float(np.finfo(np.float32).max)
 
+    def and_more(self, other: Signature) -> Signature:
+        """Return the signature of these items and the other's; the other's alone if this is for another bank."""
+        tokens = self.tokens + other.tokens
+        if self.bank != other.bank or not tokens:
+            return other
+        share = np.float32(self.tokens / tokens)
+        return Signature(self.bank, tokens, share * self.products + (1 - share) * other.products)
+
     @property
     def length(self) -> float:
         return float(np.linalg.norm(self.products.astype(np.float64)))

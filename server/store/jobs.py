@@ -2,7 +2,7 @@
 
 The record is authoritative; the bank's queue (`queue.py`) only says when to check it. Its hash also holds `token` of
 the submission; `epoch`, for workers of an earlier version; `lease`, `lease_until` and `lease_ms` while a worker has it;
-and `made_by` and `ended_by`, tokens of the calls. Only a user's newest job can be open. Each change is atomic and safe
+`made_by` and `ended_by`, tokens of the calls. Only a user's newest job can be open. Each change is atomic and safe
 to repeat. An erasure removes the records, so whoever trains meanwhile has no lease.
 """
 
@@ -24,6 +24,7 @@ import orjson
 from adapters.recipe import bank_of
 from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore, AdapterVersion
+from server.store.append_only_file import AppendOnlyFile
 from server.store.base import Store, corrupt_if_undecodable
 from server.store.profile_record import encode_profile
 from server.store.queue import Backlog, UserQueue
@@ -45,7 +46,7 @@ _TRIES_EXHAUSTED = (
     "logs show the cause"
 )
 _STRINGS = ("config", "bank", "adapter", "error", "traceparent")
-_INTEGERS = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
+_INTEGERS = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of", "forgets")
 _LOSSES = ("before", "after", "served")
 _FIELDS = ("state", "curve", "key", *_STRINGS, *_INTEGERS, *_LOSSES)
 
@@ -103,6 +104,7 @@ class Job:
     error: str = ""  # why the job failed, in words
     traceparent: str = ""  # trace context of the request
     idempotency_key: str = ""
+    forgets: int = 0  # 1 if its samples go when it ends
     is_new: bool = field(default=False, compare=False)  # the call that returned it has created it
 
 
@@ -119,6 +121,7 @@ class Submission:
     traceparent: str = ""
     tenant: str = ""  # whose turn it takes in the queue
     background: bool = False  # not requested by a user: trained when nothing else is due
+    forgets_s: int = 0  # samples go when the job ends, at the latest after this time; 0: they stay
 
     @property
     def token(self) -> str:
@@ -152,6 +155,7 @@ class JobStore(Store):
     def __init__(self, connection: RedisConnection) -> None:
         super().__init__(connection)
         self._adapters = AdapterStore(connection)
+        self._file = AppendOnlyFile(connection)
         self._queue = cache(lambda bank: UserQueue(connection, "jobs", bank))  # cached because a queue remembers scores
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
@@ -211,7 +215,10 @@ class JobStore(Store):
         ended = await self._connection.write(scripts.CANCEL, names, secrets.token_hex(16))
         if ended < 0:
             return None, False
-        return await self.job(job_id), bool(ended)
+        job = await self.job(job_id)
+        if job and job.forgets:
+            await self._file.announce(job_id.user_key)
+        return job, bool(ended)
 
     async def samples(self, user_key: str) -> list[bytes]:  # oldest first
         name = keys.samples(user_key)
@@ -275,6 +282,8 @@ class JobStore(Store):
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
         """End a job without an adapter; return False if the lease is no longer valid."""
+        if lease.job.forgets:
+            await self._file.announce(lease.job.id.user_key)
         done = bool(await self._connection.write(scripts.END, (keys.job(*lease.job.id),), _outcome(lease, trained)))
         if done:
             await self._queue(lease.job.bank).remove(lease.job.id.user_key)
@@ -289,6 +298,8 @@ class JobStore(Store):
         found = await self._adapters.kept(user_key)
         if found.profile is None:
             return False
+        if lease.job.forgets:
+            await self._file.announce(user_key)
         # Add the user first: an extra member is harmless, but a missing one would never be adapted again.
         await self._adapters.add_adapted(user_key, bank)
         given = _outcome(lease, trained, bank=bank, **found.promotion(made, at_most))

@@ -28,6 +28,7 @@ from bank.lookup.signature import Signature
 from server.errors import ApiError, InvalidRequest, Unavailable, UserErased
 from server.gateway.access.quotas import Quotas
 from server.gateway.access.shares import FairQueue
+from server.gateway.users.passing import MEAN, Passing
 from server.settings import MAX_ITEM_BYTES
 from server.store.profile_record import (
     OtherEmbedding,
@@ -68,9 +69,19 @@ class HistoryLimit:
 class HistoryDiff:
     """The writes that turn one history into another."""
 
-    put: dict[str, StoredItem]  # new, replaced and moved items
+    put: StoredItems  # new, replaced and moved items
     drop: tuple[str, ...]  # ids of removed items
     changed: int  # number of items added or with new content; moved items do not count
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A requested change: what it makes of a history, and what the API key says of keeping texts."""
+
+    apply: Callable[[StoredItems], StoredItems]
+    keep: bool | None
+    replaces: bool = False  # the whole history
+    often: bool = False  # as messages are learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,7 @@ class Profiles:
     places: FairQueue  # for changes, of which each holds a whole history
     limit: HistoryLimit
     quotas: Quotas
+    keep_texts: bool = True  # unless an API key says otherwise
     signing: UserQueue | None = None  # users with changed items; None if the bank has no signatures
     no_evidence: Signature | None = None  # an empty signature for this bank, likewise
     _refreshing: dict[str, asyncio.Task[Profile | None]] = field(default_factory=dict)
@@ -100,9 +112,14 @@ class Profiles:
         return self.rotation.profiles
 
     async def find(self, user: User) -> tuple[User, Profile | None, str]:
-        """Return the user as stored, the profile, embedded by this embedder, if there is one, and the user's epoch."""
+        """Return the user as stored, the profile, embedded by this embedder, if there is one, and the user's epoch.
+
+        Without texts to embed again, the embedding is 0.
+        """
         user, profile, epoch = await self.find_at_once(user)
         if profile and profile.embedder != self.embedder.id:
+            if not profile.keeps_texts:
+                return user, replace(profile, embedding=np.zeros(self.embedder.dim, np.float32)), epoch
             profile = await asyncio.shield(self._refresh_once(user))
         return user, profile, epoch
 
@@ -110,27 +127,40 @@ class Profiles:
         """Return what `find` does, but have a profile with another embedder's embedding embedded in the background."""
         user, profile, epoch = await self.store.find(user)
         current = profile and profile.with_embedder(self.embedder.id)
-        if profile and not current and len(self._refreshing) < MAX_REFRESHING:
+        if profile and not current and profile.keeps_texts and len(self._refreshing) < MAX_REFRESHING:
             self._refresh_once(user)
         return user, current or profile, epoch
 
-    async def replace(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
+    def is_forgotten(self, profile: Profile) -> bool:
+        """Return whether what texts that are not kept have left is of another embedder or bank."""
+        return profile.is_forgotten(self.embedder.id, self.no_evidence.bank if self.no_evidence else None)
+
+    def keeps_texts(self, before: Profile | None, keep: bool | None) -> bool:
+        """Return whether a user's texts stay if the API key says `keep`; if they do not, this holds until a PUT."""
+        return (self.keep_texts if keep is None else keep) and (before is None or before.keeps_texts)
+
+    async def replace(self, user: User, items: Sequence[Item], epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Replace the history with these items, oldest first; `epoch` is the user's epoch at the time of the request.
 
+        `keep` is what the API key says of keeping texts (`Policy`).
         Raises UserErased, and writes nothing, if the user is erased before the change is written.
         """
-        return await self._change(user, lambda history: replace_history(history, items, self.limit), epoch, len(items))
+        made = _Asked(lambda history: replace_history(history, items, self.limit), keep, replaces=True)
+        return await self._change(user, made, epoch, len(items))
 
-    async def add(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
+    async def add(self, user: User, items: Sequence[Item], epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Add items to the history, replacing items with the same id. Otherwise like `replace`."""
-        return await self._change(user, lambda history: add_to_history(history, items, self.limit), epoch, len(items))
+        made = _Asked(lambda history: add_to_history(history, items, self.limit), keep)
+        return await self._change(user, made, epoch, len(items))
 
-    async def learn(self, user: User, item: Item, epoch: str) -> ProfileUpdate:
+    async def learn(self, user: User, item: Item, epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Add an item that was seen in passing. A signature is made at `SIGNED_AT` items and then daily.
 
-        Each signature gives a new recipe, which finds no prefix in the engines' caches. Otherwise like `replace`.
+        Each signature gives a new recipe, which finds no prefix in the engines' caches. Texts that are not kept cannot
+        wait: they are signed at once. Otherwise like `replace`.
         """
-        return await self._change(user, lambda history: add_to_history(history, [item], self.limit), epoch, often=True)
+        made = _Asked(lambda history: add_to_history(history, [item], self.limit), keep, often=True)
+        return await self._change(user, made, epoch)
 
     async def request_signature(self, user: User) -> None:
         """Request a user's signature unless it is requested already; after a failure, the next answer tries again."""
@@ -150,7 +180,7 @@ class Profiles:
 
     async def _refresh(self, user: User) -> Profile | None:
         try:
-            return (await self._change(user, dict)).profile
+            return (await self._change(user, _Asked(dict, keep=True))).profile
         except UserErased:
             return None
         except Exception as error:
@@ -162,21 +192,17 @@ class Profiles:
     async def _change(
         self,
         user: User,
-        apply: Callable[[StoredItems], StoredItems],
+        asked: _Asked,
         epoch: str | None = None,
         texts: int = 0,
-        *,
-        often: bool = False,
     ) -> ProfileUpdate:
         line: asyncio.Lock | nullcontext[None] = nullcontext()
         if texts > EMBED_BATCH:  # a tenant's follow each other: else the first of many is done as late as the last
             line = self._long.setdefault(user.tenant, asyncio.Lock())
         async with line, self.places.held(user.tenant):
-            return await self.rotation.at(user, lambda user: self._change_at(user, apply, epoch, often=often))
+            return await self.rotation.at(user, lambda user: self._change_at(user, asked, epoch))
 
-    async def _change_at(
-        self, user: User, apply: Callable[[StoredItems], StoredItems], epoch: str | None, *, often: bool
-    ) -> ProfileUpdate:
+    async def _change_at(self, user: User, asked: _Asked, epoch: str | None) -> ProfileUpdate:
         """Read, apply, embed new items, and commit; start over if another request commits first."""
         key = user.key
         embedded: dict[tuple[str, str], Vectors] = {}  # by id and text; reused when an attempt starts over
@@ -184,35 +210,56 @@ class Profiles:
             for attempt in range(MAX_ATTEMPTS):
                 snapshot = await self.store.read(key)
                 epoch = snapshot.epoch if epoch is None else epoch
-                history = apply(snapshot.items)
+                history, before = asked.apply(snapshot.items), snapshot.profile
                 if not history:  # nothing to make an embedding from
                     raise UserErased
-                step = diff_histories(snapshot.items, history)
-                same = not step.put and not step.drop
-                current = snapshot.profile and snapshot.profile.with_embedder(self.embedder.id)
+                keeps = self.keeps_texts(None if asked.replaces else before, asked.keep)
+                passing = None if keeps else self._passing(snapshot, history, replaces=asked.replaces)
+                if passing:
+                    step = HistoryDiff(*passing.written(snapshot), len(passing.new))
+                else:
+                    step = diff_histories(snapshot.items, history)
+                    if before and not before.keeps_texts:
+                        step = replace(step, drop=(*step.drop, *snapshot.vectors))
+                same = not (step.put or step.drop or step.changed)
+                current = before and before.with_embedder(self.embedder.id)
                 if current and same:
                     await self.store.wait_until_durable(key)
                     return ProfileUpdate(current, 0, 0)
                 if attempt == 0 and not same:
-                    admitted.enter_context(self.quotas.admit(user, partial(_growth, snapshot, history)))
-                vectors, fresh = await self._vectors(user.tenant, snapshot, history, embedded)
-                embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
-                profile = Profile(user.id, len(history), 0, self.embedder.id, embedding)
-                profile = _carry_over(snapshot.profile, profile, same_items=same)
+                    texts = passing.texts if passing else history
+                    admitted.enter_context(self.quotas.admit(user, partial(_growth, snapshot, texts)))
+                embeds = passing.new if passing else history
+                vectors, fresh = await self._vectors(user.tenant, snapshot, embeds, embedded)
+                rows = np.stack(list(vectors.values()))
+                if passing:
+                    fresh = passing.vectors(snapshot, self.embedder.id, rows)
+                    rows = fresh[MEAN].vector[None]
+                items = len(passing.hashes) if passing else len(history)
+                profile = Profile(user.id, items, 0, self.embedder.id, as_stored(profile_embedding(rows)))
+                profile = _carry_over(before, profile, same_items=same)
+                if passing:
+                    signature = None if passing.starts_anew else profile.signature
+                    profile = replace(profile, keeps_texts=False, signature=signature, phrases=b"")
                 none = self.no_evidence
-                put_off = often and none and not signature_due(snapshot.profile, profile, none.bank)
+                put_off = asked.often and keeps and none and not signature_due(before, profile, none.bank)
                 if put_off and none:
                     profile = replace(profile, signature=StoredSignature(profile.evidence or none, profile.updated_ms))
                 change = Change(profile, step.put, fresh, step.drop)
                 if await self.store.commit(key, snapshot.version, change, epoch):
                     if not put_off:
                         await self.request_signature(user)
-                    return ProfileUpdate(profile, step.changed, len(step.drop))
+                    return ProfileUpdate(profile, step.changed, passing.removed if passing else len(step.drop))
                 await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
         raise Unavailable(
             f"too many other requests are changing this profile: gave up after {MAX_ATTEMPTS} attempts",
             code="contention",
         )
+
+    def _passing(self, snapshot: Snapshot, history: StoredItems, *, replaces: bool) -> Passing:
+        before, signs = snapshot.profile, self.no_evidence is not None
+        is_ours = before is not None and not before.keeps_texts and not self.is_forgotten(before)
+        return Passing.of(snapshot, history, self.limit.items, is_ours=is_ours, replaces=replaces, signs=signs)
 
     async def _vectors(
         self, tenant: str, snapshot: Snapshot, history: StoredItems, embedded: dict[tuple[str, str], Vectors]
