@@ -155,7 +155,6 @@ class JobStore(Store):
     def __init__(self, connection: RedisConnection) -> None:
         super().__init__(connection)
         self._adapters = AdapterStore(connection)
-        self._file = AppendOnlyFile(connection)
         self._queue = cache(lambda bank: UserQueue(connection, "jobs", bank))  # cached because a queue remembers scores
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
@@ -165,6 +164,8 @@ class JobStore(Store):
         a background job beside an open one of its bank. Raises `UserErased` if the user was erased since the request.
         """
         queue = self._queue(submission.bank)
+        if submission.forgets_s:
+            await AppendOnlyFile(self._connection).announce(user_key, submission.forgets_s * 1000)
         # Reserve first: an entry without a job is harmless, but a job without an entry would never be trained.
         reservation = await queue.reserve(user_key, background=submission.background)
         given = asdict(replace(submission, samples=())) | {
@@ -215,10 +216,7 @@ class JobStore(Store):
         ended = await self._connection.write(scripts.CANCEL, names, secrets.token_hex(16))
         if ended < 0:
             return None, False
-        job = await self.job(job_id)
-        if job and job.forgets:
-            await self._file.announce(job_id.user_key)
-        return job, bool(ended)
+        return await self.job(job_id), bool(ended)
 
     async def samples(self, user_key: str) -> list[bytes]:  # oldest first
         name = keys.samples(user_key)
@@ -282,8 +280,6 @@ class JobStore(Store):
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
         """End a job without an adapter; return False if the lease is no longer valid."""
-        if lease.job.forgets:
-            await self._file.announce(lease.job.id.user_key)
         done = bool(await self._connection.write(scripts.END, (keys.job(*lease.job.id),), _outcome(lease, trained)))
         if done:
             await self._queue(lease.job.bank).remove(lease.job.id.user_key)
@@ -298,8 +294,6 @@ class JobStore(Store):
         found = await self._adapters.kept(user_key)
         if found.profile is None:
             return False
-        if lease.job.forgets:
-            await self._file.announce(user_key)
         # Add the user first: an extra member is harmless, but a missing one would never be adapted again.
         await self._adapters.add_adapted(user_key, bank)
         given = _outcome(lease, trained, bank=bank, **found.promotion(made, at_most))

@@ -271,8 +271,8 @@ class ProfileStore(Store):
         for name in puts:
             arguments += [name, items.get(name, b""), vectors.get(name, b"")]
         names = (*_names(key), keys.epoch(key), keys.feedback(key), keys.samples(key), keys.learned(key))
-        if stays_s and change.drop:
-            await AppendOnlyFile(self._connection).announce(key)
+        if stays_s and items:
+            await AppendOnlyFile(self._connection).announce(key, stays_s * 1000)
         written = await self._connection.write(_COMMIT, names, *arguments, *change.drop)
         if written < 0:
             raise UserErased

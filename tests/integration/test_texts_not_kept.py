@@ -21,7 +21,6 @@ from server.settings import Settings
 from server.store.profile_record import Profile
 from server.store.profiles import Change
 from server.store.queue import UserQueue
-from server.store.redis import keys
 from server.store.tenants.access_keys import Policy, Scope, access_key, new_secret
 from server.worker.loops import JobLoop, SigningLoop
 from server.worker.training import AdapterTrainer
@@ -133,18 +132,6 @@ def test_no_text_stays_once_signed_and_trained_on(rig: Rig, new_user: Callable[[
     assert "not kept" in who["history_reason"]
     listed = rig.client.get(f"/users/{user_id}/profile/items").json()
     assert (listed["items"], bool(listed["hint"])) == ([], True)
-
-
-def test_the_file_is_rewritten_for_texts_that_were_dropped(rig: Rig, new_user: Callable[[], str]) -> None:
-    put(rig.client, new_user(), ITEMS)
-
-    async def began() -> bytes | None:
-        async with rig.store.client() as raw:
-            await raw.delete(keys.REWRITE)
-            await asyncio.to_thread(rig.work)
-            return await raw.hget(keys.REWRITE, "first")
-
-    assert asyncio.run(began()) is not None
 
 
 def test_items_add_to_the_evidence_and_repeats_do_not(rig: Rig, new_user: Callable[[], str]) -> None:

@@ -1,8 +1,8 @@
 """Histories whose texts are not kept: an item's text passes through the store until a worker has signed it.
 
-What stays is the mean of the items' embeddings, the hash of each item, which tells a repeat, and in the profile the
-signature, to which the worker adds. New items add to this evidence. It starts anew when a PUT brings other items, and
-when it is of another embedder or bank, for which it is worth nothing: so all texts can be sent again then.
+What stays is the mean of the items' embeddings, a hash of each item, which tells a repeat, and the signature in the
+profile, to which the worker adds. New items add to this evidence. It starts anew when a PUT brings other items, and for
+another embedder or bank, to which it says nothing: then items that were sent before count again.
 """
 
 from __future__ import annotations
@@ -19,63 +19,46 @@ from server.store.profile_record import StoredItem, StoredVector, as_stored
 from server.store.profiles import Snapshot
 
 MEAN = ""  # the mean's name among the stored vectors; the others there are hashes, without a vector
-_NO_VECTOR = np.zeros(0, np.float32)
+
+Items = Mapping[str, StoredItem]
 
 
 @dataclass(frozen=True, slots=True)
 class Passing:
-    """A change of such a history."""
+    """A change of such a history; items are by id, oldest first."""
 
-    new: Mapping[str, StoredItem]  # items that did not count before, by id
-    texts: Mapping[str, StoredItem]  # that wait for their signature
-    hashes: Sequence[str]  # of the items that count from now on
-    counted: Sequence[str]  # of those among them that counted before
-    starts_anew: bool
+    new: Items  # that did not count before
+    texts: Items  # that wait for their signature after it
+    put: Items  # of these, those to write
+    drop: tuple[str, ...]  # names of items and vectors to remove first
+    hashes: Sequence[str]  # of all items that count after it
+    counted: int  # number of the first of them that counted before; 0 if the evidence starts anew
     removed: int  # number of items that no longer count
 
     @classmethod
-    def of(
-        cls,
-        snapshot: Snapshot,
-        history: Mapping[str, StoredItem],
-        most: int,
-        *,
-        is_ours: bool,
-        replaces: bool,
-        signs: bool,
-    ) -> Passing:
-        """Return the change to a history, in which at most `most` items count.
-
-        Nothing counts before it unless `is_ours`; texts wait only if the bank `signs` them.
-        """
+    def of(cls, snapshot: Snapshot, history: Items, most: int, *, is_ours: bool, replaces: bool | None) -> Passing:
+        """Return the change to a history, of which `most` items can count; unless `is_ours`, none counts before it."""
         named = {_hash(name, item): name for name, item in history.items()}
         before = [name for name in snapshot.vectors if name != MEAN] if is_ours else []
-        starts_anew = not before or (replaces and named.keys() != set(before))
-        new = {name: history[name] for key, name in named.items() if starts_anew or key not in before}
-        waiting = {name: item for name, item in history.items() if name in new or name in snapshot.items}
-        counted = [] if starts_anew else before[max(0, len(before) + len(new) - most) :]
-        hashes = [*counted, *(key for key, name in named.items() if name in new)]
-        removed = sum(key not in hashes for key in before)
-        return cls(new, waiting if signs else {}, hashes, counted, starts_anew, removed)
+        known = [] if replaces and named.keys() != set(before) else before
+        fresh = [key for key in named if key not in known]
+        kept = known[max(0, len(known) + len(fresh) - most) :]
+        new = {named[key]: history[named[key]] for key in fresh}
+        texts = {name: item for name, item in history.items() if name in new or name in snapshot.items}
+        stored, hashes = dict.fromkeys((*snapshot.items, *snapshot.vectors)), [*kept, *fresh]
+        stays = {MEAN, *texts, *hashes} if kept else {}
+        drop = tuple(name for name in stored if name not in stays)
+        return cls(new, texts, new if kept else texts, drop, hashes, len(kept), len({*before} - {*hashes}))
 
-    def written(self, snapshot: Snapshot) -> tuple[Mapping[str, StoredItem], tuple[str, ...]]:
-        """Return the texts to put, and the names of what is dropped before that."""
-        stored = dict.fromkeys((*snapshot.items, *snapshot.vectors))
-        if self.starts_anew:
-            return self.texts, tuple(stored)
-        put = {name: item for name, item in self.texts.items() if name in self.new}
-        return put, tuple(name for name in stored if name != MEAN and name not in {*self.texts, *self.hashes})
-
-    def vectors(self, snapshot: Snapshot, embedder: str, new: Vectors) -> dict[str, StoredVector]:
-        """Return what is stored beside the texts, of the new items' embeddings [n, E] and the mean so far."""
-        rows, weights = list(new), [1] * len(new)
+    def vectors(self, snapshot: Snapshot, embedder: str, new: Sequence[Vectors]) -> dict[str, StoredVector]:
+        """Return the mean with the new items' embeddings [E], and what else is to be stored among the vectors."""
+        rows, weights = [*new], [1] * len(new)
         if self.counted:
-            rows, weights = [*rows, snapshot.vectors[MEAN].vector], [*weights, len(self.counted)]
-        mean = as_stored(np.average(rows, axis=0, weights=weights))
-        fresh = dict.fromkeys(self.hashes[len(self.counted) :], StoredVector(embedder, _NO_VECTOR))
-        return {MEAN: StoredVector(embedder, mean), **fresh}
+            rows, weights = [*rows, snapshot.vectors[MEAN].vector], [*weights, self.counted]
+        mean = StoredVector(embedder, as_stored(np.average(rows, axis=0, weights=weights)))
+        hashes = dict.fromkeys(self.hashes[self.counted :], StoredVector(embedder, np.zeros(0, np.float32)))
+        return {MEAN: mean, **hashes}
 
 
 def _hash(name: str, item: StoredItem) -> str:
-    content = orjson.dumps([name, dict(item.fields)], option=orjson.OPT_SORT_KEYS)
-    return hashlib.sha256(content).hexdigest()[:32]
+    return hashlib.sha256(orjson.dumps([name, dict(item.fields)], option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]

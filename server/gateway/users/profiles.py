@@ -75,16 +75,6 @@ class HistoryDiff:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A requested change: what it makes of a history, and what the API key says of keeping texts."""
-
-    apply: Callable[[StoredItems], StoredItems]
-    keep: bool | None
-    replaces: bool = False  # the whole history
-    often: bool = False  # as messages are learnt
-
-
-@dataclass(frozen=True, slots=True)
 class ProfileUpdate:
     profile: Profile  # after the change
     changed: int  # as in `HistoryDiff`
@@ -145,13 +135,13 @@ class Profiles:
         `keep` is what the API key says of keeping texts (`Policy`).
         Raises UserErased, and writes nothing, if the user is erased before the change is written.
         """
-        made = _Asked(lambda history: replace_history(history, items, self.limit), keep, replaces=True)
-        return await self._change(user, made, epoch, len(items))
+        made = partial(replace_history, given=items, limit=self.limit)
+        return await self._change(user, made, epoch, len(items), keep=keep, replaces=True)
 
     async def add(self, user: User, items: Sequence[Item], epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Add items to the history, replacing items with the same id. Otherwise like `replace`."""
-        made = _Asked(lambda history: add_to_history(history, items, self.limit), keep)
-        return await self._change(user, made, epoch, len(items))
+        made = partial(add_to_history, given=items, limit=self.limit)
+        return await self._change(user, made, epoch, len(items), keep=keep)
 
     async def learn(self, user: User, item: Item, epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Add an item that was seen in passing. A signature is made at `SIGNED_AT` items and then daily.
@@ -159,8 +149,8 @@ class Profiles:
         Each signature gives a new recipe, which finds no prefix in the engines' caches. Texts that are not kept cannot
         wait: they are signed at once. Otherwise like `replace`.
         """
-        made = _Asked(lambda history: add_to_history(history, [item], self.limit), keep, often=True)
-        return await self._change(user, made, epoch)
+        made = partial(add_to_history, given=[item], limit=self.limit)
+        return await self._change(user, made, epoch, keep=keep, often=True)
 
     async def request_signature(self, user: User) -> None:
         """Request a user's signature unless it is requested already; after a failure, the next answer tries again."""
@@ -180,7 +170,7 @@ class Profiles:
 
     async def _refresh(self, user: User) -> Profile | None:
         try:
-            return (await self._change(user, _Asked(dict, keep=True))).profile
+            return (await self._change(user, dict)).profile
         except UserErased:
             return None
         except Exception as error:
@@ -192,17 +182,27 @@ class Profiles:
     async def _change(
         self,
         user: User,
-        asked: _Asked,
+        apply: Callable[[StoredItems], StoredItems],
         epoch: str | None = None,
         texts: int = 0,
+        **how: bool | None,
     ) -> ProfileUpdate:
         line: asyncio.Lock | nullcontext[None] = nullcontext()
         if texts > EMBED_BATCH:  # a tenant's follow each other: else the first of many is done as late as the last
             line = self._long.setdefault(user.tenant, asyncio.Lock())
         async with line, self.places.held(user.tenant):
-            return await self.rotation.at(user, lambda user: self._change_at(user, asked, epoch))
+            return await self.rotation.at(user, lambda user: self._change_at(user, apply, epoch, **how))
 
-    async def _change_at(self, user: User, asked: _Asked, epoch: str | None) -> ProfileUpdate:
+    async def _change_at(
+        self,
+        user: User,
+        apply: Callable[[StoredItems], StoredItems],
+        epoch: str | None,
+        *,
+        keep: bool | None = True,
+        replaces: bool | None = None,
+        often: bool | None = None,
+    ) -> ProfileUpdate:
         """Read, apply, embed new items, and commit; start over if another request commits first."""
         key = user.key
         embedded: dict[tuple[str, str], Vectors] = {}  # by id and text; reused when an attempt starts over
@@ -210,39 +210,37 @@ class Profiles:
             for attempt in range(MAX_ATTEMPTS):
                 snapshot = await self.store.read(key)
                 epoch = snapshot.epoch if epoch is None else epoch
-                history, before = asked.apply(snapshot.items), snapshot.profile
+                history, before = apply(snapshot.items), snapshot.profile
                 if not history:  # nothing to make an embedding from
                     raise UserErased
-                keeps = self.keeps_texts(None if asked.replaces else before, asked.keep)
-                passing = None if keeps else self._passing(snapshot, history, replaces=asked.replaces)
-                if passing:
-                    step = HistoryDiff(*passing.written(snapshot), len(passing.new))
-                else:
-                    step = diff_histories(snapshot.items, history)
-                    if before and not before.keeps_texts:
-                        step = replace(step, drop=(*step.drop, *snapshot.vectors))
+                passing, step = None, diff_histories(snapshot.items, history)
+                if not self.keeps_texts(None if replaces else before, keep):
+                    is_ours = before is not None and not before.keeps_texts and not self.is_forgotten(before)
+                    passing = Passing.of(snapshot, history, self.limit.items, is_ours=is_ours, replaces=replaces)
+                    history = passing.texts if self.signing else {}
+                    step = HistoryDiff(passing.put if self.signing else {}, passing.drop, len(passing.new))
+                elif before and not before.keeps_texts:
+                    step = replace(step, drop=(*step.drop, *snapshot.vectors))
                 same = not (step.put or step.drop or step.changed)
                 current = before and before.with_embedder(self.embedder.id)
                 if current and same:
                     await self.store.wait_until_durable(key)
                     return ProfileUpdate(current, 0, 0)
                 if attempt == 0 and not same:
-                    texts = passing.texts if passing else history
-                    admitted.enter_context(self.quotas.admit(user, partial(_growth, snapshot, texts)))
+                    admitted.enter_context(self.quotas.admit(user, partial(_growth, snapshot, history)))
                 embeds = passing.new if passing else history
                 vectors, fresh = await self._vectors(user.tenant, snapshot, embeds, embedded)
-                rows = np.stack(list(vectors.values()))
+                rows, items = list(vectors.values()), len(history)
                 if passing:
                     fresh = passing.vectors(snapshot, self.embedder.id, rows)
-                    rows = fresh[MEAN].vector[None]
-                items = len(passing.hashes) if passing else len(history)
-                profile = Profile(user.id, items, 0, self.embedder.id, as_stored(profile_embedding(rows)))
+                    rows, items = [fresh[MEAN].vector], len(passing.hashes)
+                embedding = as_stored(profile_embedding(np.stack(rows)))
+                profile = Profile(user.id, items, 0, self.embedder.id, embedding, keeps_texts=not passing)
                 profile = _carry_over(before, profile, same_items=same)
                 if passing:
-                    signature = None if passing.starts_anew else profile.signature
-                    profile = replace(profile, keeps_texts=False, signature=signature, phrases=b"")
+                    profile = replace(profile, signature=profile.signature if passing.counted else None, phrases=b"")
                 none = self.no_evidence
-                put_off = asked.often and keeps and none and not signature_due(before, profile, none.bank)
+                put_off = often and not passing and none and not signature_due(before, profile, none.bank)
                 if put_off and none:
                     profile = replace(profile, signature=StoredSignature(profile.evidence or none, profile.updated_ms))
                 change = Change(profile, step.put, fresh, step.drop)
@@ -255,11 +253,6 @@ class Profiles:
             f"too many other requests are changing this profile: gave up after {MAX_ATTEMPTS} attempts",
             code="contention",
         )
-
-    def _passing(self, snapshot: Snapshot, history: StoredItems, *, replaces: bool) -> Passing:
-        before, signs = snapshot.profile, self.no_evidence is not None
-        is_ours = before is not None and not before.keeps_texts and not self.is_forgotten(before)
-        return Passing.of(snapshot, history, self.limit.items, is_ours=is_ours, replaces=replaces, signs=signs)
 
     async def _vectors(
         self, tenant: str, snapshot: Snapshot, history: StoredItems, embedded: dict[tuple[str, str], Vectors]

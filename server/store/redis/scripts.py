@@ -111,7 +111,7 @@ end
 if kept + #fresh > given.max_samples then return {0, 0} end
 if not given.append then redis.call('DEL', KEYS[2]) end
 for _, sample in ipairs(fresh) do redis.call('RPUSH', KEYS[2], sample) end
-if given.forgets_s > 0 then redis.call('EXPIRE', KEYS[2], given.forgets_s) else redis.call('PERSIST', KEYS[2]) end
+if given.forgets_s > 0 then redis.call('EXPIRE', KEYS[2], given.forgets_s) end
 
 local number = last + 1
 redis.call('HSET', KEYS[1], 'last', number)
