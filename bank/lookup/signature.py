@@ -37,11 +37,10 @@ class Signature:
 
     def and_more(self, other: Signature) -> Signature:
         """Return the signature of these items and the other's; the other's alone if this is for another bank."""
-        tokens = self.tokens + other.tokens
-        if self.bank != other.bank or not tokens:
+        if self.bank != other.bank or not self.tokens:
             return other
-        share = np.float32(self.tokens / tokens)
-        return Signature(self.bank, tokens, share * self.products + (1 - share) * other.products)
+        share, tokens = np.float32(other.tokens / (self.tokens + other.tokens)), self.tokens + other.tokens
+        return Signature(self.bank, tokens, self.products + share * (other.products - self.products))
 
     @property
     def length(self) -> float:

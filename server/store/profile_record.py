@@ -24,9 +24,8 @@ LESSONS = 1.0  # increase it when items teach that taught nothing, so that users
 _PART = struct.Struct("<BH")
 _EMBEDDER_BYTES = 8
 
-_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE, _OTHER, _PHRASES, _PASSING = range(
-    1, 12
-)
+_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE, _OTHER, _PHRASES = range(1, 11)
+_PASSING = 11  # texts are not kept
 _REQUIRED = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
 _KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER, _PHRASES, _PASSING}
 _HALF_BYTES = 2

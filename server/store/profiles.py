@@ -73,12 +73,8 @@ for i = 6, drops - 1, 3 do
   if item ~= '' then redis.call('HSET', KEYS[2], id, item) end
   if vector ~= '' then redis.call('HSET', KEYS[3], id, vector) end
 end
-for _, texts in ipairs(stays_s == '0' and {} or {KEYS[2], KEYS[6], KEYS[7]}) do
-  redis.call('EXPIRE', texts, stays_s, 'NX')
-end
-if stays_s == '0' then
-  redis.call('PERSIST', KEYS[2])
-  redis.call('PERSIST', KEYS[7])
+for _, texts in ipairs({KEYS[2], KEYS[7], stays_s ~= '0' and KEYS[6] or nil}) do
+  if stays_s == '0' then redis.call('PERSIST', texts) else redis.call('EXPIRE', texts, stays_s, 'NX') end
 end
 return 1
 """)

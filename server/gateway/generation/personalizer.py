@@ -28,10 +28,7 @@ SIGNATURE_REQUEST_INTERVAL_S = 60.0  # until a gateway requests a user's missing
 _MAX_REMEMBERED_USERS = 10_000
 _NOT_EMBEDDED = "the user's items are being embedded anew since the embedder was changed"
 _UNTAUGHT = "none of the user's items can be learnt from, so their topics decide"
-FORGOTTEN = (
-    "the user's texts are not kept (MTA_KEEP_TEXTS), and what was made of them is of another embedder or bank: send "
-    "texts again"
-)
+FORGOTTEN = "what was made of the user's texts, which are not kept, is of another embedder or bank: send texts again"
 _HELD_OUT = "this week the user is answered one level lower, for comparison (MTA_HOLDOUT)"
 
 
@@ -117,7 +114,9 @@ class Personalizer:
             evidence = profile.evidence if reads_items else None
             if not evidence or not evidence.is_usable_for(self.bank.manifest.short):
                 if forgotten:
-                    return self._forgotten()
+                    base, manifest = Personalization(Level.BASE, reason=FORGOTTEN), self.bank.manifest
+                    common = replace(base, level=Level.COMMON, recipe=manifest.common_recipe)
+                    return (common, base) if manifest.common else (base,)
                 if request.personalize is Personalize.MERGED:
                     raise Unavailable(f"{_NOT_EMBEDDED}: send the request again", code="not_embedded")
                 return (Personalization(Level.BASE, reason=_NOT_EMBEDDED),)
@@ -143,11 +142,6 @@ class Personalizer:
             ladder = stacked, replace(merged, reason="the engine cannot serve this user's adapter"), base
         is_compared = request.holdout > 0 and request.strength == 1
         return self._in_arm(ladder, arm_of(user.key, request.holdout), profile) if is_compared else ladder
-
-    def _forgotten(self) -> tuple[Personalization, ...]:
-        """Return the common row, if the bank has one, before the base model."""
-        manifest, base = self.bank.manifest, Personalization(Level.BASE, reason=FORGOTTEN)
-        return (replace(base, level=Level.COMMON, recipe=manifest.common_recipe), base) if manifest.common else (base,)
 
     def _in_arm(self, ladder: tuple[Personalization, ...], arm: Arm, profile: Profile) -> tuple[Personalization, ...]:
         """Return the personalizations for a user in an arm; below merged is the common row, if the bank has one."""

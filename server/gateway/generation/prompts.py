@@ -37,9 +37,7 @@ class UserPrompt:
 
     messages: Conversation
     items: int
-    reason: (
-        str | None
-    )  # why requested past items are missing: they are not kept, reading took too long, or there is nothing to quote
+    reason: str | None  # why requested past items are missing
     patience_s: float | None  # seconds the request may still wait; None for the default
 
 

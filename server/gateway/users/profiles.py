@@ -10,11 +10,12 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -57,6 +58,7 @@ _MAX_PAUSE_S = 0.05  # longest pause between two attempts
 _ITEM_BYTES = 1000  # of an item in the store besides its text: its embedding, and the hashes' own
 
 StoredItems = Mapping[str, StoredItem]  # by id, oldest first
+Kind = Literal["replace", "add", "learn", "embed"]  # of a change
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +104,7 @@ class Profiles:
         return self.rotation.profiles
 
     async def find(self, user: User) -> tuple[User, Profile | None, str]:
-        """Return the user as stored, the profile, embedded by this embedder, if there is one, and the user's epoch.
-
-        Without texts to embed again, the embedding is 0.
-        """
+        """Return the user as stored, the profile if there is one, embedded by this embedder or 0, and the epoch."""
         user, profile, epoch = await self.find_at_once(user)
         if profile and profile.embedder != self.embedder.id:
             if not profile.keeps_texts:
@@ -132,16 +131,14 @@ class Profiles:
     async def replace(self, user: User, items: Sequence[Item], epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Replace the history with these items, oldest first; `epoch` is the user's epoch at the time of the request.
 
-        `keep` is what the API key says of keeping texts (`Policy`).
-        Raises UserErased, and writes nothing, if the user is erased before the change is written.
+        `keep` is the API key's `Policy.keep_texts`. Raises UserErased, and writes nothing, if the user is erased before
+        the change is written.
         """
-        made = partial(replace_history, given=items, limit=self.limit)
-        return await self._change(user, made, epoch, len(items), keep=keep, replaces=True)
+        return await self._change(user, "replace", items, epoch, keep)
 
     async def add(self, user: User, items: Sequence[Item], epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Add items to the history, replacing items with the same id. Otherwise like `replace`."""
-        made = partial(add_to_history, given=items, limit=self.limit)
-        return await self._change(user, made, epoch, len(items), keep=keep)
+        return await self._change(user, "add", items, epoch, keep)
 
     async def learn(self, user: User, item: Item, epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Add an item that was seen in passing. A signature is made at `SIGNED_AT` items and then daily.
@@ -149,8 +146,7 @@ class Profiles:
         Each signature gives a new recipe, which finds no prefix in the engines' caches. Texts that are not kept cannot
         wait: they are signed at once. Otherwise like `replace`.
         """
-        made = partial(add_to_history, given=[item], limit=self.limit)
-        return await self._change(user, made, epoch, keep=keep, often=True)
+        return await self._change(user, "learn", [item], epoch, keep)
 
     async def request_signature(self, user: User) -> None:
         """Request a user's signature unless it is requested already; after a failure, the next answer tries again."""
@@ -170,7 +166,7 @@ class Profiles:
 
     async def _refresh(self, user: User) -> Profile | None:
         try:
-            return (await self._change(user, dict)).profile
+            return (await self._change(user, "embed")).profile
         except UserErased:
             return None
         except Exception as error:
@@ -180,28 +176,16 @@ class Profiles:
             del self._refreshing[user.key]
 
     async def _change(
-        self,
-        user: User,
-        apply: Callable[[StoredItems], StoredItems],
-        epoch: str | None = None,
-        texts: int = 0,
-        **how: bool | None,
+        self, user: User, kind: Kind, items: Sequence[Item] = (), epoch: str | None = None, keep: bool | None = True
     ) -> ProfileUpdate:
         line: asyncio.Lock | nullcontext[None] = nullcontext()
-        if texts > EMBED_BATCH:  # a tenant's follow each other: else the first of many is done as late as the last
+        if len(items) > EMBED_BATCH:  # a tenant's follow each other: else the first of many is done as late as the last
             line = self._long.setdefault(user.tenant, asyncio.Lock())
         async with line, self.places.held(user.tenant):
-            return await self.rotation.at(user, lambda user: self._change_at(user, apply, epoch, **how))
+            return await self.rotation.at(user, lambda user: self._change_at(user, kind, items, epoch, keep))
 
     async def _change_at(
-        self,
-        user: User,
-        apply: Callable[[StoredItems], StoredItems],
-        epoch: str | None,
-        *,
-        keep: bool | None = True,
-        replaces: bool | None = None,
-        often: bool | None = None,
+        self, user: User, kind: Kind, items: Sequence[Item], epoch: str | None, keep: bool | None
     ) -> ProfileUpdate:
         """Read, apply, embed new items, and commit; start over if another request commits first."""
         key = user.key
@@ -210,13 +194,18 @@ class Profiles:
             for attempt in range(MAX_ATTEMPTS):
                 snapshot = await self.store.read(key)
                 epoch = snapshot.epoch if epoch is None else epoch
-                history, before = apply(snapshot.items), snapshot.profile
+                before, history = snapshot.profile, snapshot.items
+                if kind != "embed":
+                    make = replace_history if kind == "replace" else add_to_history
+                    history = make(snapshot.items, items, self.limit)
                 if not history:  # nothing to make an embedding from
                     raise UserErased
                 passing, step = None, diff_histories(snapshot.items, history)
-                if not self.keeps_texts(None if replaces else before, keep):
+                if not self.keeps_texts(None if kind == "replace" else before, keep):
                     is_ours = before is not None and not before.keeps_texts and not self.is_forgotten(before)
-                    passing = Passing.of(snapshot, history, self.limit.items, is_ours=is_ours, replaces=replaces)
+                    passing = Passing.of(
+                        snapshot, history, self.limit.items, is_ours=is_ours, replaces=kind == "replace"
+                    )
                     history = passing.texts if self.signing else {}
                     step = HistoryDiff(passing.put if self.signing else {}, passing.drop, len(passing.new))
                 elif before and not before.keeps_texts:
@@ -230,17 +219,17 @@ class Profiles:
                     admitted.enter_context(self.quotas.admit(user, partial(_growth, snapshot, history)))
                 embeds = passing.new if passing else history
                 vectors, fresh = await self._vectors(user.tenant, snapshot, embeds, embedded)
-                rows, items = list(vectors.values()), len(history)
+                rows, count = list(vectors.values()), len(history)
                 if passing:
                     fresh = passing.vectors(snapshot, self.embedder.id, rows)
-                    rows, items = [fresh[MEAN].vector], len(passing.hashes)
+                    rows, count = [fresh[MEAN].vector], len(passing.hashes)
                 embedding = as_stored(profile_embedding(np.stack(rows)))
-                profile = Profile(user.id, items, 0, self.embedder.id, embedding, keeps_texts=not passing)
+                profile = Profile(user.id, count, 0, self.embedder.id, embedding, keeps_texts=not passing)
                 profile = _carry_over(before, profile, same_items=same)
                 if passing:
                     profile = replace(profile, signature=profile.signature if passing.counted else None, phrases=b"")
                 none = self.no_evidence
-                put_off = often and not passing and none and not signature_due(before, profile, none.bank)
+                put_off = kind == "learn" and not passing and none and not signature_due(before, profile, none.bank)
                 if put_off and none:
                     profile = replace(profile, signature=StoredSignature(profile.evidence or none, profile.updated_ms))
                 change = Change(profile, step.put, fresh, step.drop)
