@@ -199,6 +199,26 @@ def test_another_bank_forgets_until_texts_come_again(rig: Rig, new_user: Callabl
         rig.work()
         assert rig.close_to(user_id, *ITEMS)
         assert rig.client.get(f"/users/{user_id}").json()["reason"] is None
+    asyncio.run(change(signature=old))
+    adapt(rig.client, user_id, samples=SAMPLES).raise_for_status()  # samples are texts too
+    rig.work()
+    assert rig.close_to(user_id, *SAMPLES)
+
+
+def test_a_bank_without_signatures_stores_no_text(
+    gateway_settings: Settings, store: ValkeyProcess, trainer: AdapterTrainer, new_user: Callable[[], str]
+) -> None:
+    with GatewayThread(gateway_settings, redis_url=store.url, keep_texts=False) as gateway, gateway.client() as client:
+        rig, user_id = Rig(gateway, client, store, trainer), new_user()
+        put(client, user_id, ITEMS)
+        for changed in (len(MORE), 0):
+            told = rig.add(user_id, [*ITEMS, *MORE])
+            assert (told["changed"], told["kept"]) == (changed, len(ITEMS) + len(MORE))
+            assert rig.holds() == set()
+        before = rig.profile(user_id).embedding
+        put(client, user_id, MORE)
+        assert not np.array_equal(rig.profile(user_id).embedding, before)
+        assert rig.profile(user_id).items == len(MORE)
 
 
 def test_a_key_keeps_texts_or_drops_what_another_kept(rig: Rig, new_user: Callable[[], str]) -> None:
