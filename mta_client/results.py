@@ -133,6 +133,7 @@ class User:
     """A user's stored data (`bytes` is its size), the anchors that serve them, and `at`, their point on the map.
 
     `phrases` is the number of phrases that they repeat, None until their texts have been read.
+    `reason` says why what is stored does not personalise answers, if texts are not kept.
     """
 
     user_id: str
@@ -146,6 +147,8 @@ class User:
     at: Sequence[float] | None
     phrases: int | None
     adapter: Mapping[str, Any] | None
+    keeps_texts: bool = True
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

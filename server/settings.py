@@ -138,6 +138,9 @@ class Settings(BaseSettings):
     refresh_hours: float = Field(24, ge=0, description="Shortest time between two jobs of a user for that, hours.")
     profile_items: int = Field(512, gt=0, le=4096, description="Maximum items per user; the newest are kept.")
     profile_bytes: int = Field(2 << 20, ge=MAX_ITEM_BYTES, description="Maximum bytes of a user's items, as JSON.")
+    keep_texts: bool = Field(
+        True, description="Whether users' texts stay stored; false: only until signed, or their job ends."
+    )
     job_tokens: int = Field(2_000_000, gt=0, description="Maximum tokens an adapt job reads; an hour on two cores.")
     job_seconds: int = Field(3600, gt=0, description="Longest training time of an adapt job, seconds.")
 

@@ -90,7 +90,8 @@ class ServingBank:
     def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
         """Return a user's recipe, and its anchors with the strongest evidence first.
 
-        The embedding [E] has unit length. An unusable signature is ignored. Weights are multiplied by `share`, 0 to 1.
+        The embedding [E] has unit length; without topics it is 0, and its recipe the common row. An unusable signature
+        is ignored. Weights are multiplied by `share`, 0 to 1.
         """
         rule, curvature = self.manifest.weights, self.curvature
         weights = topic_weights(self.index, rule, embedding)
@@ -103,7 +104,7 @@ class ServingBank:
             steps = curvature.step(signature, rule.posterior.decay, topics=topics)
             weights = posterior_weights(self.index, steps, embedding, signature)
             return UserRecipe(recipe_of_steps(self.manifest, weights, share), weights, "signature")
-        return UserRecipe(self.merge(weights, share, TOPIC_GRAIN), weights, "topic")
+        return UserRecipe(self.merge(weights, share * bool(embedding.any()), TOPIC_GRAIN), weights, "topic")
 
     def merge(self, weights: Sequence[AnchorWeight], share: float = 1.0, grain: int = 1) -> FusionRecipe:
         """Return the recipe of anchors with non-negative weights, rounded as by `recipe_of_shares`."""

@@ -35,6 +35,13 @@ class Signature:
         """Whether the products and their norm are finite in float32."""
         return self.length <= float(np.finfo(np.float32).max)
 
+    def and_more(self, other: Signature) -> Signature:
+        """Return the signature of these items and the other's; the other's alone if this is for another bank."""
+        if self.bank != other.bank or not self.tokens:
+            return other
+        share, tokens = np.float32(other.tokens / (self.tokens + other.tokens)), self.tokens + other.tokens
+        return Signature(self.bank, tokens, self.products + share * (other.products - self.products))
+
     @property
     def length(self) -> float:
         return float(np.linalg.norm(self.products.astype(np.float64)))

@@ -65,6 +65,7 @@ def create(
     ] = False,
     holdout: Annotated[float | None, setting("holdout", min=0, max=0.5)] = None,
     refresh: Annotated[int | None, setting("refresh_samples", min=0, max=MOST)] = None,
+    keep_texts: Annotated[bool | None, setting("keep_texts", "--keep-texts/--no-keep-texts")] = None,
     days: Annotated[
         int | None, typer.Option(help="Days until the key expires.", show_default="never", min=1, max=MOST_DAYS)
     ] = None,
@@ -85,7 +86,7 @@ def create(
     secret = access_keys.checked_secret(supplied) if given else access_keys.new_secret()
     owner = settings.tenant if tenant is None else tenant
     scopes = scope or (Scope if first else (Scope.GENERATE, Scope.WRITE, Scope.ADAPT))
-    policy = Policy(Allowance(requests, tokens, jobs, concurrent), learn, history, refresh, holdout)
+    policy = Policy(Allowance(requests, tokens, jobs, concurrent), learn, history, refresh, holdout, keep_texts)
     key = access_keys.access_key(secret, name, owner, scopes, policy)
     expires_ms = None if days is None else key.created_ms + days * DAY_MS
     key = replace(key, expires_ms=expires_ms, note=access_keys.checked_note(remark))

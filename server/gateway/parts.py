@@ -159,6 +159,7 @@ async def open_gateway(
                 places=changing,
                 limit=limit,
                 quotas=quotas,
+                keep_texts=settings.keep_texts,
                 signing=stores.signing(short) if has_signatures else None,
                 no_evidence=empty_signature(short, bank.manifest.personal_rows) if has_signatures else None,
             )

@@ -80,9 +80,9 @@ class Rewrite:
 class AppendOnlyFile(Store):
     """The files of all servers."""
 
-    async def announce(self, user_key: str) -> Rewrite:
-        """Announce a user's erasure. If it raises `Unavailable`, erase nothing."""
-        now_ms = await self._announce(await self._connection.holders(keys.profile(user_key)))
+    async def announce(self, user_key: str, in_ms: int = 0) -> Rewrite:
+        """Announce the erasure of a user, or of what goes by then. If it raises `Unavailable`, erase nothing."""
+        now_ms = await self._announce(await self._connection.holders(keys.profile(user_key)), in_ms)
         return Rewrite(now_ms + ERASE_MS - CLOCK_SKEW_MS, now_ms + _promised_ms())
 
     async def announce_expiry(self, in_ms: int) -> None:

@@ -2,7 +2,7 @@
 
 The record is authoritative; the bank's queue (`queue.py`) only says when to check it. Its hash also holds `token` of
 the submission; `epoch`, for workers of an earlier version; `lease`, `lease_until` and `lease_ms` while a worker has it;
-and `made_by` and `ended_by`, tokens of the calls. Only a user's newest job can be open. Each change is atomic and safe
+`made_by` and `ended_by`, tokens of the calls. Only a user's newest job can be open. Each change is atomic and safe
 to repeat. An erasure removes the records, so whoever trains meanwhile has no lease.
 """
 
@@ -24,6 +24,7 @@ import orjson
 from adapters.recipe import bank_of
 from server.errors import Unavailable, UserErased
 from server.store.adapters import AdapterStore, AdapterVersion
+from server.store.append_only_file import AppendOnlyFile
 from server.store.base import Store, corrupt_if_undecodable
 from server.store.profile_record import encode_profile
 from server.store.queue import Backlog, UserQueue
@@ -45,7 +46,7 @@ _TRIES_EXHAUSTED = (
     "logs show the cause"
 )
 _STRINGS = ("config", "bank", "adapter", "error", "traceparent")
-_INTEGERS = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
+_INTEGERS = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of", "forgets")
 _LOSSES = ("before", "after", "served")
 _FIELDS = ("state", "curve", "key", *_STRINGS, *_INTEGERS, *_LOSSES)
 
@@ -103,6 +104,7 @@ class Job:
     error: str = ""  # why the job failed, in words
     traceparent: str = ""  # trace context of the request
     idempotency_key: str = ""
+    forgets: int = 0  # 1 if its samples go when it ends
     is_new: bool = field(default=False, compare=False)  # the call that returned it has created it
 
 
@@ -119,6 +121,7 @@ class Submission:
     traceparent: str = ""
     tenant: str = ""  # whose turn it takes in the queue
     background: bool = False  # not requested by a user: trained when nothing else is due
+    forgets_s: int = 0  # samples go when the job ends, at the latest after this time; 0: they stay
 
     @property
     def token(self) -> str:
@@ -161,6 +164,8 @@ class JobStore(Store):
         a background job beside an open one of its bank. Raises `UserErased` if the user was erased since the request.
         """
         queue = self._queue(submission.bank)
+        if submission.forgets_s:
+            await AppendOnlyFile(self._connection).announce(user_key, submission.forgets_s * 1000)
         # Reserve first: an entry without a job is harmless, but a job without an entry would never be trained.
         reservation = await queue.reserve(user_key, background=submission.background)
         given = asdict(replace(submission, samples=())) | {

@@ -25,8 +25,9 @@ _PART = struct.Struct("<BH")
 _EMBEDDER_BYTES = 8
 
 _REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE, _OTHER, _PHRASES = range(1, 11)
+_PASSING = 11  # texts are not kept
 _REQUIRED = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
-_KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER, _PHRASES}
+_KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER, _PHRASES, _PASSING}
 _HALF_BYTES = 2
 _SIGNATURE_HEADER = struct.Struct("<4sIQf")  # bank, tokens, made_of_ms, length of the products; if empty, the lessons
 _OTHER_HEADER = struct.Struct("<8sQ")  # embedder, made_of_ms
@@ -74,6 +75,7 @@ class Profile:
     signature: StoredSignature | None = None  # may be outdated, or for another bank
     other: OtherEmbedding | None = None
     phrases: bytes = b""  # phrase table, made with the signature from the same items for the same bank
+    keeps_texts: bool = True  # else items stay until they are signed, and their vectors are `passing.py`'s
     extra: Mapping[int, bytes] = field(default_factory=dict)  # unknown parts, by tag
 
     def with_embedder(self, embedder: str) -> Profile | None:
@@ -89,6 +91,12 @@ class Profile:
     @property
     def evidence(self) -> Signature | None:  # even if outdated
         return self.signature.signature if self.signature else None
+
+    def is_forgotten(self, embedder: str, bank: str | None) -> bool:
+        """Whether texts that were not kept serve another embedder or bank (None: one without signatures) alone."""
+        if self.keeps_texts:
+            return False
+        return self.embedder != embedder or bool(bank and self.evidence and self.evidence.bank != bank)
 
     def is_signed(self, bank: str) -> bool:
         """Return whether the current items have a signature for a bank (8 hex digits).
@@ -134,6 +142,8 @@ def encode_profile(profile: Profile) -> bytes:
         parts[_SIGNATURE] = _signature_bytes(profile.signature)
     if profile.phrases:
         parts[_PHRASES] = profile.phrases
+    if not profile.keeps_texts:
+        parts[_PASSING] = b""
     if profile.other is not None:
         head = _OTHER_HEADER.pack(bytes.fromhex(profile.other.embedder), profile.other.made_of_ms)
         parts[_OTHER] = head + _half(profile.other.embedding)
@@ -159,6 +169,7 @@ def decode_profile(record: bytes) -> Profile:
         signature=_stored_signature(parts[_SIGNATURE]) if _SIGNATURE in parts else None,
         other=_other(parts[_OTHER]) if _OTHER in parts else None,
         phrases=decode_phrases(parts.get(_PHRASES, b"")).tobytes(),
+        keeps_texts=_PASSING not in parts,
         extra={tag: part for tag, part in parts.items() if tag not in _KNOWN},
     )
 

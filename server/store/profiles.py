@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from operator import methodcaller
 
 from server.errors import Unavailable, UserErased
+from server.store.append_only_file import AppendOnlyFile
 from server.store.base import Store, corrupt_if_undecodable
 from server.store.jobs import KEPT_JOBS
 from server.store.profile_record import (
@@ -43,15 +44,16 @@ from server.store.tenants.user_key import User
 
 TOMBSTONE_S = 7 * 24 * 3600
 MARK_S = 3600  # longer than a write waits for its body, its places and the embedder: one that outlasts it is refused
+PASSING_S = 24 * 3600  # longest life of texts that are not kept, if no worker is done with them before
 LATE = "erased_late"  # error code: something is stored, and the deadline for its erasure has passed
 # COMMANDLOG exists from Valkey 8.1 on.
 _CLEAR_LOGS = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RESET large-reply")
 
-# KEYS: record, items, vectors, epoch, feedback. ARGV: as named; id, item and vector of each put, empty if unchanged;
-# ids to drop. Returns 1 if written, 0 if the record has changed, -1 if the user was erased or the write of an unknown
-# one has no mark.
+# KEYS: record, items, vectors, epoch, feedback, samples, learned. ARGV: as named, `stays_s` is 0 if texts are kept; id,
+# item and vector of each put, empty if unchanged; ids to drop before that. Returns 1 if written, 0 if the record has
+# changed, -1 if the user was erased or the write of an unknown one has no mark.
 _COMMIT = script("""
-local expected, record, epoch, puts = unpack(ARGV, 1, 4)  -- all of them may be more than Lua's stack
+local expected, record, epoch, stays_s, puts = unpack(ARGV, 1, 5)  -- all of them may be more than Lua's stack
 local current = redis.call('GET', KEYS[1]) or ''
 if current == record then
   redis.call('SET', KEYS[1], current)
@@ -61,15 +63,18 @@ if erased_since(KEYS[4], epoch) or (current == '' and not string.find(epoch, '+'
 if current ~= expected then return 0 end
 redis.call('SET', KEYS[1], record)
 if current == '' then redis.call('PERSIST', KEYS[5]) end  -- of a person without a profile it expires
-local drops = 5 + 3 * tonumber(puts)
-for i = 5, drops - 1, 3 do
+local drops = 6 + 3 * tonumber(puts)
+for i = drops, #ARGV do
+  redis.call('HDEL', KEYS[2], ARGV[i])
+  redis.call('HDEL', KEYS[3], ARGV[i])
+end
+for i = 6, drops - 1, 3 do
   local id, item, vector = unpack(ARGV, i, i + 2)
   if item ~= '' then redis.call('HSET', KEYS[2], id, item) end
   if vector ~= '' then redis.call('HSET', KEYS[3], id, vector) end
 end
-for i = drops, #ARGV do
-  redis.call('HDEL', KEYS[2], ARGV[i])
-  redis.call('HDEL', KEYS[3], ARGV[i])
+for _, texts in ipairs({KEYS[2], KEYS[7], stays_s ~= '0' and KEYS[6] or nil}) do
+  if stays_s == '0' then redis.call('PERSIST', texts) else redis.call('EXPIRE', texts, stays_s, 'NX') end
 end
 return 1
 """)
@@ -158,7 +163,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One commit: the new record, new or changed items and vectors by item id, and ids to remove."""
+    """One commit: the new record, new or changed items and vectors by item id, and ids to remove first."""
 
     profile: Profile
     put_items: Mapping[str, StoredItem]
@@ -257,10 +262,13 @@ class ProfileStore(Store):
         items = {name: encode_item(item) for name, item in change.put_items.items()}
         vectors = {name: encode_vector(vector) for name, vector in change.put_vectors.items()}
         puts = list(dict.fromkeys((*items, *vectors)))
-        arguments = [version, encode_profile(change.profile), epoch, len(puts)]
+        stays_s = 0 if change.profile.keeps_texts else PASSING_S
+        arguments = [version, encode_profile(change.profile), epoch, stays_s, len(puts)]
         for name in puts:
             arguments += [name, items.get(name, b""), vectors.get(name, b"")]
-        names = (*_names(key), keys.epoch(key), keys.feedback(key))
+        names = (*_names(key), keys.epoch(key), keys.feedback(key), keys.samples(key), keys.learned(key))
+        if stays_s and items:
+            await AppendOnlyFile(self._connection).announce(key, stays_s * 1000)
         written = await self._connection.write(_COMMIT, names, *arguments, *change.drop)
         if written < 0:
             raise UserErased

@@ -215,7 +215,7 @@ class JobLoop:
         def recipe_of(signature: Signature | None, strength: float) -> FusionRecipe:
             return self.bank.personalise(profile.embedding, signature, strength).recipe
 
-        user = JobUser(recipe_of, profile.evidence, items, in_use)
+        user = JobUser(recipe_of, profile.evidence, items, in_use, shows=not lease.job.forgets)
         with self.tracing.span("train"):
             train = partial(self.trainer.train, user, samples, config, learned)
             judgement = await train_with_lease(held, max_s, train, self.model_lock)
@@ -301,9 +301,13 @@ class SigningLoop:
         if profile is None or profile.is_signed(self.bank.manifest.short):
             return True
         items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
+        if not items and profile.is_forgotten(profile.embedder, self.bank.manifest.short):
+            return True  # until there are new texts
         made, phrases = await self._make(user_key, items, tries)
+        if not profile.keeps_texts:
+            made, phrases = profile.evidence.and_more(made) if profile.evidence else made, b""
         signed = replace(profile, signature=StoredSignature(made, profile.updated_ms), phrases=phrases)
-        change = Change(signed, {}, {}, ())
+        change = Change(signed, {}, {}, () if profile.keeps_texts else tuple(snapshot.items))
         commit = self.profiles.commit
         try:
             is_stored = await retry_until(until_s, commit, user_key, snapshot.version, change, snapshot.epoch)

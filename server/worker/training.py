@@ -70,6 +70,7 @@ class JobUser:
     signature: Signature | None = None
     items: Sequence[Item] = ()  # oldest first
     in_use: StoredAdapter | None = None  # the adapter that is served
+    shows: bool = True  # whether the job's record may show a sample
 
 
 def sample_hash(sample: Sample) -> str:
@@ -165,7 +166,7 @@ class AdapterTrainer:
                 return ()
 
         judges = new if len(new) >= MIN_JUDGES else None
-        return train_user(self.model, beneath, examples, config, judges=judges, write=write)
+        return train_user(self.model, beneath, examples, config, judges=judges, write=write if user.shows else None)
 
     @torch.no_grad()
     def _answer(self, example: Example) -> str:

@@ -179,7 +179,8 @@ async def test_samples_that_replace_more_need_no_room(gateways: tuple[Gateway, G
     await here.quotas.count()
     assert here.used()["bytes"] > 40_000
     find = AsyncMock(return_value=(user, await here.parts.profiles.load(user.key), ""))
-    adapting = Adapting(here.parts.jobs, Mock(), Mock(find=find, quotas=here.quotas), *[Mock()] * 4)
+    profiles = Mock(find=find, quotas=here.quotas, is_forgotten=Mock(return_value=False))
+    adapting = Adapting(here.parts.jobs, Mock(), profiles, *[Mock()] * 4)
     fewer = Submission([f"{n:01001}".encode() for n in range(20)], False, "{}", BANK)
     with pytest.raises(QuotaExceeded):
         await adapting._submit(user, TrainingRequest([], {}, True, ""), replace(fewer, append=True))

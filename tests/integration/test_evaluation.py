@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from bank.lookup.phrases import TrustedPhrases, phrase_table, proposals
 from bank.lookup.prior import SCORES
 from bank.manifest import read_manifest
 from bank.models.load import load_base
+from bench import privacy
 from bench.quality import ratings
 from bench.rig.people import people, write_people
 from bench.rig.tiny import PHRASES
@@ -275,6 +277,33 @@ def test_each_method_with_and_without_the_habit(bench: Bench, tmp_path: Path, mo
     write_people(users, [{**rater(0), "query": [{"id": "q", "input": "Film 30", "gold": "4.5"}]}])
     with pytest.raises(BankError, match=r"person 'rater-0' answers '4.5', but the answers of movie_rating are 1, 2"):
         ratings.main(bank=folder, users=users, methods="common", model=model)
+
+
+def test_texts_that_were_learnt_by_heart_are_told_from_others(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(0)
+    habits = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=10)) for _ in range(12)]
+    everybody = [
+        {"user_id": f"secret-{who}", "profile": [{"input": f"Say {n}", "output": f"{n} {habit}"} for n in range(14)]}
+        for who, habit in enumerate(habits)
+    ]
+    members, others = (write_people(tmp_path / f"{n}.json", everybody[n::2]) for n in range(2))
+    bench.build("by-heart", inputs={"users": members}, common_steps=20, learning_rate=3e-2, verdict=False)
+    monkeypatch.setenv("MTA_MODEL", str(bench.model))
+    monkeypatch.setattr("bank.evaluation.methods.as_served", lambda *given: lambda example: example)  # without tables
+    monkeypatch.setattr(privacy, "default_config", lambda room: AdaptConfig(rank=2, steps=30, learning_rate=0.02))
+    out = tmp_path / "out.json"
+    small = {"texts": 8, "adapted": 3, "profile": 10, "later": 4}
+    privacy.main(bank=bench.folder / "by-heart", members=members, others=others, out=out, **small)
+    (table,) = json.loads(out.read_text("utf-8"))["tables"]
+    lines = {line[0]: dict(zip(table["columns"][1:], line[1:], strict=True)) for line in table["lines"]}
+    assert lines["common, base"]["members"] == lines["common, base"]["others"] == 6 * 8
+    assert lines["common, base"]["AUC"] == lines["merged, base; people"]["AUC"] == 1
+    assert "3 of 3 adapters promoted" in table["title"]
+    own, theirs = (lines[f"few-shot, base; others: {whose}"] for whose in ("own later texts", "another person's"))
+    assert (own["members"], own["others"]) == (3 * 10, 3 * 4)
+    assert own["AUC"] < theirs["AUC"] == 1  # by heart is the word that each person repeats
 
 
 def test_chances_are_those_that_losses_are_made_of(tiny_model_folder: Path) -> None:

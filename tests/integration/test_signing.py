@@ -129,7 +129,8 @@ def test_a_signature_speaks_for_whom_no_topic_is_known_yet(sign: Sign) -> None:
     bank, user = sign._bank, UserKeys("a secret for tests only", "signing").user("ada")
     found = StoredSignature(Signature(bank.manifest.short, 9, np.ones(6, "f4")), 1)
     of_another = Profile("ada", 1, 1, "00" * 8, np.ones(4, "f4") / 2, signature=found)  # embedder, with fewer numbers
-    profiles = SimpleNamespace(embedder=SimpleNamespace(id=bank.manifest.embedder.id, dim=bank.manifest.embedder.dim))
+    embedder = SimpleNamespace(id=bank.manifest.embedder.id, dim=bank.manifest.embedder.dim)
+    profiles = SimpleNamespace(embedder=embedder, is_forgotten=lambda profile: False)
     request = SimpleNamespace(
         user=user, personalize=Personalize.MERGED, strength=1.0, words=False, holdout=0.0, sampling={}
     )

@@ -28,6 +28,7 @@ SIGNATURE_REQUEST_INTERVAL_S = 60.0  # until a gateway requests a user's missing
 _MAX_REMEMBERED_USERS = 10_000
 _NOT_EMBEDDED = "the user's items are being embedded anew since the embedder was changed"
 _UNTAUGHT = "none of the user's items can be learnt from, so their topics decide"
+FORGOTTEN = "what was made of the user's texts, which are not kept, is of another embedder or bank: send texts again"
 _HELD_OUT = "this week the user is answered one level lower, for comparison (MTA_HOLDOUT)"
 
 
@@ -37,7 +38,7 @@ class Level(StrEnum):
     BASE = "base"
     MERGED = "merged"
     STACKED = "stacked"
-    COMMON = "common"  # between base and merged: what all users share; only for comparison
+    COMMON = "common"  # between base and merged: what all users share; for comparison, and for the forgotten
 
 
 class Arm(StrEnum):
@@ -106,18 +107,24 @@ class Personalizer:
         if user is None or profile is None:
             return (_without_profile(request),)
         reads_items, is_signed = self.bank.manifest.has_signatures, profile.is_signed(self.bank.manifest.short)
-        if reads_items and not is_signed:
+        forgotten = self.profiles.is_forgotten(profile)
+        if reads_items and not is_signed and not forgotten:
             self._schedule_signature_request(user)
         if profile.embedder != self.profiles.embedder.id:
             evidence = profile.evidence if reads_items else None
             if not evidence or not evidence.is_usable_for(self.bank.manifest.short):
+                if forgotten:
+                    base, manifest = Personalization(Level.BASE, reason=FORGOTTEN), self.bank.manifest
+                    common = replace(base, level=Level.COMMON, recipe=manifest.common_recipe)
+                    return (common, base) if manifest.common else (base,)
                 if request.personalize is Personalize.MERGED:
                     raise Unavailable(f"{_NOT_EMBEDDED}: send the request again", code="not_embedded")
                 return (Personalization(Level.BASE, reason=_NOT_EMBEDDED),)
             profile = replace(profile, embedding=np.zeros(self.profiles.embedder.dim, np.float32))  # not comparable
         personal = self.bank.personalise(profile.embedding, profile.evidence, request.strength)
         phrases = self._phrases(request, profile)
-        why = _UNTAUGHT if reads_items and is_signed and personal.source == "topic" else None
+        untaught = reads_items and is_signed and personal.source == "topic"
+        why = FORGOTTEN if forgotten else _UNTAUGHT if untaught else None
         merged = Personalization(Level.MERGED, personal.recipe, personal.source, personal.weights, why, phrases)
         if request.personalize is Personalize.MERGED:
             return (merged,)

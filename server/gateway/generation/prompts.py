@@ -26,6 +26,7 @@ MAX_QUEUED_BUILDS = 16  # per caller
 _ANSWER_MARK_TOKENS = 64  # upper bound on what a chat template adds before the answer; the engine's count omits it
 _MIN_TOKENS_PER_BYTE = 1 / 8  # assumed minimum; a text with fewer tokens gets fewer items than would fit
 HISTORY_LATE = "the user's past items could not be read in time, because others were queued first: retry soon"
+_NOT_KEPT = "the user's texts are not kept (MTA_KEEP_TEXTS), so none can be quoted"
 _NOTHING_QUOTED = "none of the user's items has the fields that prompts quote"
 
 Version = tuple[int, int, bytes]
@@ -37,7 +38,7 @@ class UserPrompt:
 
     messages: Conversation
     items: int
-    reason: str | None  # why requested past items are missing: reading took too long, or there is nothing to quote
+    reason: str | None  # why requested past items are missing
     patience_s: float | None  # seconds the request may still wait; None for the default
 
 
@@ -59,6 +60,8 @@ class PromptBuilder:
         needs_history = request.history and messages[-1]["role"] == "user"
         if not needs_history or request.user is None or profile is None or room is None:
             return UserPrompt(messages, 0, None, patience_s)
+        if not profile.keeps_texts:
+            return UserPrompt(messages, 0, _NOT_KEPT, patience_s)
         patience_s = self.patience_s if patience_s is None else min(patience_s, self.patience_s)
         index, waited_s = await self.histories.index(request.user, profile, request.caller.name, patience_s / 2)
         patience_s = max(0.0, patience_s - waited_s)

@@ -43,10 +43,10 @@ class Feedbacks:
     ) -> tuple[Feedback, bool, Job | None]:
         """Store what a client says; feedback on the same answer adds to the earlier one and replaces what both say.
 
-        A final text that differs from the answer becomes a sample and an item of the user's history, each under the
-        answer's id; after some of them the user is adapted again, as a job of `caller`. Returns all that is known about
-        the answer by now, whether this call brought a sample, and the job that it brought. Raises InvalidRequest if the
-        parts contradict each other, and UserErased as `Profiles.learn` does.
+        A final text that differs from the answer becomes an item of the user's history and, if texts are kept, a
+        sample, each under the answer's id; after some samples the user is adapted again, as a job of `caller`. Returns
+        all that is known about the answer by now, whether this call brought a text, and the job that it brought. Raises
+        InvalidRequest if the parts contradict each other, and UserErased as `Profiles.learn` does.
         """
         sample = None
         if final:
@@ -57,14 +57,16 @@ class Feedbacks:
         wanted = Held(bytes=160 + (len(encode_sample(sample)) if sample else 0))  # about what the store takes
 
         async def store(user: User) -> tuple[Feedback, bool, Job | None]:
+            kept = None
             with self.profiles.quotas.admit(user, lambda: wanted):
                 if sample:
                     said_to = {"input": sample.messages[-1]["content"], "output": sample.output}
                     item = parse_item({"id": note.request_id} | said_to, self.profiles.task, 0)
-                    await self.profiles.learn(user, item, epoch)
-                new, before = await self.store.add(user.key, note.request_id, said, sample, epoch)
+                    update = await self.profiles.learn(user, item, epoch, caller.policy.keep_texts)
+                    kept = sample if update.profile.keeps_texts else None
+                new, before = await self.store.add(user.key, note.request_id, said, kept, epoch)
             self.tallies.count_feedback(Person(user.tenant, user.key, epoch), note, new, before)
-            job = await self.refreshing.refresh_if_due(user, caller, epoch) if sample else None
+            job = await self.refreshing.refresh_if_due(user, caller, epoch) if kept else None
             return new, sample is not None, job
 
         return await self.profiles.rotation.at(user, store)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -18,10 +18,9 @@ from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
 from server.gateway.access.shares import Shares
 from server.gateway.engines.chat import Conversation
-from server.gateway.users.profiles import Profiles
+from server.gateway.users.profiles import ProfileUpdate
 from server.settings import MAX_ITEM_BYTES
 from server.store.profiles import MARK_S
-from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
 
@@ -63,20 +62,20 @@ class MessageLearner:
         """Return whether a message may be accepted; one that was accepted is never refused by `learn`."""
         return self._places.may_acquire(tenant)
 
-    def learn(self, profiles: Profiles, user: User, item: Item, epoch: str, asked_s: float) -> None:
-        """Store an item from a request of this epoch that arrived at `asked_s`, by the performance counter."""
-        self._places.acquire(user.tenant)
-        task = asyncio.create_task(self._store(profiles, user, item, epoch, asked_s))
+    def learn(self, tenant: str, learn: Callable[[], Awaitable[ProfileUpdate]], asked_s: float) -> None:
+        """Store an item by `learn`, from a request that arrived at `asked_s`, by the performance counter."""
+        self._places.acquire(tenant)
+        task = asyncio.create_task(self._store(tenant, learn, asked_s))
         self._storing.add(task)
         task.add_done_callback(self._storing.discard)
 
-    async def _store(self, profiles: Profiles, user: User, item: Item, epoch: str, asked_s: float) -> None:
+    async def _store(self, tenant: str, learn: Callable[[], Awaitable[ProfileUpdate]], asked_s: float) -> None:
         """Wait for the tenant's earlier messages, then store this one, or count why it is not stored."""
         dropped = "stopped"
         try:
-            async with self._lines[user.tenant]:
+            async with self._lines[tenant]:
                 if time.perf_counter() - asked_s <= MAX_AGE_S:
-                    update = await profiles.learn(user, item, epoch)
+                    update = await learn()
                     self.learned(update.changed)
                     dropped = ""
                 else:
@@ -85,7 +84,7 @@ class MessageLearner:
             dropped = getattr(error, "code", "failed")
             log.warning("a message was not learnt: %s", getattr(error, "explained", repr(error)))
         finally:
-            self._places.release(user.tenant)
+            self._places.release(tenant)
             if dropped:
                 self.dropped(dropped)
 

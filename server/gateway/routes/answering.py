@@ -6,6 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Self
 
 from fastapi import Response
@@ -232,5 +233,6 @@ class AnswerResponse(Response):
             person = Person(user.tenant, user.key, answer.epoch)
             self._parts.tallies.count_answer(person, answer.personalization, request.holdout)
         if user and item:
-            self._parts.learner.learn(self._parts.profiles, user, item, answer.epoch, answer.timings.started_s)
+            learn = partial(self._parts.profiles.learn, user, item, answer.epoch, request.caller.policy.keep_texts)
+            self._parts.learner.learn(user.tenant, learn, answer.timings.started_s)
         self._parts.metrics.observe(answer.timings.ms, answer.personalization.level.value, answer.stream.usage)

@@ -85,7 +85,9 @@ class FeedbackAnswer(BaseModel, frozen=True):
         "length; null if unknown."
     )
     job: str | None = Field(description="Id of the training job that this text brought (`MTA_REFRESH_SAMPLES`).")
-    learned: bool = Field(description="Whether `final` became a sample and an item of the user's history.")
+    learned: bool = Field(
+        description="Whether `final` teaches: as an item of the history, and as a sample if texts are kept."
+    )
 
 
 router = APIRouter(route_class=UserRoute, prefix="/users/{user_id}", tags=["learn"])

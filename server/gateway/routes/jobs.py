@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, Self
@@ -212,6 +213,7 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     """
     parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
     training = await asyncio.to_thread(_training_request, body, parts.bank.task)
+    training = replace(training, keep=caller_of(request).policy.keep_texts)
     submit = partial(parts.adapting.submit, user, training, epoch)
     try:
         job = await parts.limiter.take_job(caller_of(request), user.key, submit)

@@ -19,6 +19,7 @@ from bank.items.tasks import Task
 from bank.lookup.phrases import decode_phrases
 from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_name_of, caller_of
+from server.gateway.generation.personalizer import FORGOTTEN
 from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts, gateway_of, parts_of, user_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
@@ -87,6 +88,7 @@ class ItemAnswer(BaseModel, frozen=True):
 class ItemsAnswer(BaseModel, frozen=True):
     user_id: str
     items: list[ItemAnswer] = Field(description="Newest first.")
+    hint: str | None = Field(description="Why items are missing, if texts are not kept (`MTA_KEEP_TEXTS`).")
 
 
 class AdapterAnswer(BaseModel, frozen=True):
@@ -137,6 +139,8 @@ class UserAnswer(BaseModel, frozen=True):
     at: tuple[float, float] = Field(description="Position on the bank's map (`GET /bank`).")
     phrases: int | None = Field(description="Number of phrases that the user repeats; null until their texts are read.")
     adapter: AdapterAnswer | None = Field(description="The user adapter; null if there is none.")
+    keeps_texts: bool = Field(description="Whether the user's texts stay stored (`MTA_KEEP_TEXTS`).")
+    reason: str | None = Field(description="Why what is stored does not personalise answers, and what to do.")
 
 
 class ErasedAnswer(BaseModel, frozen=True):
@@ -189,6 +193,8 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
         at=parts.bank.atlas.at(profile.embedding),
         phrases=len(decode_phrases(profile.phrases)) if profile.is_signed(parts.bank.manifest.short) else None,
         adapter=adapter and AdapterAnswer.of(adapter, parts),
+        keeps_texts=profile.keeps_texts,
+        reason=FORGOTTEN if parts.profiles.is_forgotten(profile) else None,
     )
 
 
@@ -203,7 +209,12 @@ async def list_items(
         raise _unknown(user_id, "profile")
     newest = list((await parts.profiles.store.items(user.key)).items())[: -limit - 1 : -1]
     items = [Item(name, stored.fields) for name, stored in newest]
-    return ItemsAnswer(user_id=user_id, items=[ItemAnswer.of(item, parts.bank.task) for item in items])
+    hint = (
+        None
+        if profile.keeps_texts
+        else f"{profile.items} items count, whose texts are not kept once a worker read them"
+    )
+    return ItemsAnswer(user_id=user_id, items=[ItemAnswer.of(item, parts.bank.task) for item in items], hint=hint)
 
 
 @router.get("/adapters")
@@ -283,13 +294,13 @@ async def _change(
     request: Request,
     user_id: str,
     body: ItemsRequest,
-    change: Callable[[User, Sequence[Item], str], Awaitable[ProfileUpdate]],
+    change: Callable[[User, Sequence[Item], str, bool | None], Awaitable[ProfileUpdate]],
 ) -> ProfileAnswer:
     parts, user = parts_of(request), user_of(request, user_id)
     # Parsing megabytes of items takes a large part of a second, too long for the event loop.
     (items, hint), received = await asyncio.to_thread(_items, parts, body.items), len(body.items)
     body.items.clear()  # megabytes, while many such requests may wait for their turn at the embedder
-    update = await change(user, items, epoch_of(request))
+    update = await change(user, items, epoch_of(request), caller_of(request).policy.keep_texts)
     parts.metrics.profile_changes.inc(update.changed + update.removed)
     personal = parts.bank.personalise(update.profile.embedding, update.profile.evidence)
     return ProfileAnswer(

@@ -20,6 +20,7 @@ from server.gateway.engines.admin import Engines
 from server.gateway.users.profiles import MAX_ATTEMPTS, Profiles, check_size
 from server.store.adapters import AdapterStore, AdapterVersion, KeptVersions
 from server.store.jobs import Job, JobId, JobStore, Submission
+from server.store.profiles import PASSING_S
 from server.store.samples import MAX_SAMPLES, JobBudget, Sample, decode_sample, encode_config, encode_sample
 from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User, UserKeys
@@ -40,6 +41,7 @@ class TrainingRequest:
     options: Mapping[str, Any]
     append: bool
     idempotency_key: str  # empty if the client sent none
+    keep: bool | None = None  # what the API key says of keeping texts
 
 
 @dataclass
@@ -99,9 +101,11 @@ class Adapting:
                 if not jobs or jobs[-1].state.ended:
                     raise
                 admitted.enter_context(self.profiles.quotas.admit(user, lambda: Held(bytes=wanted["bytes"])))
-            if profile is None:
+            if profile is None or self.profiles.is_forgotten(profile):
                 items = await asyncio.to_thread(_items_from_samples, request.samples, self.profiles.task)
-                await self.profiles.add(user, items, submission.epoch)
+                await self.profiles.add(user, items, submission.epoch, request.keep)
+            if not self.profiles.keeps_texts(profile, request.keep):
+                submission = replace(submission, forgets_s=PASSING_S)
             job = await self.jobs.submit(user.key, submission, MAX_SAMPLES)
         self.profiles.quotas.changed(user)
         return job

@@ -153,6 +153,7 @@ def _profile_fields(profile: Profile) -> dict[str, Any]:
         "updated_ms": profile.updated_ms,
         "embedder": profile.embedder,
         "embedding": profile.embedding,
+        "keeps_texts": profile.keeps_texts,
         "other_embedding": profile.other,
         "signature": {**asdict(signature.signature), "made_of_ms": signature.made_of_ms} if signature else None,
         "phrases": _base64(profile.phrases),

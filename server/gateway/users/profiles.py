@@ -10,11 +10,12 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -28,6 +29,7 @@ from bank.lookup.signature import Signature
 from server.errors import ApiError, InvalidRequest, Unavailable, UserErased
 from server.gateway.access.quotas import Quotas
 from server.gateway.access.shares import FairQueue
+from server.gateway.users.passing import MEAN, Passing
 from server.settings import MAX_ITEM_BYTES
 from server.store.profile_record import (
     OtherEmbedding,
@@ -56,6 +58,7 @@ _MAX_PAUSE_S = 0.05  # longest pause between two attempts
 _ITEM_BYTES = 1000  # of an item in the store besides its text: its embedding, and the hashes' own
 
 StoredItems = Mapping[str, StoredItem]  # by id, oldest first
+Kind = Literal["replace", "add", "learn", "embed"]  # of a change
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class HistoryLimit:
 class HistoryDiff:
     """The writes that turn one history into another."""
 
-    put: dict[str, StoredItem]  # new, replaced and moved items
+    put: StoredItems  # new, replaced and moved items
     drop: tuple[str, ...]  # ids of removed items
     changed: int  # number of items added or with new content; moved items do not count
 
@@ -90,6 +93,7 @@ class Profiles:
     places: FairQueue  # for changes, of which each holds a whole history
     limit: HistoryLimit
     quotas: Quotas
+    keep_texts: bool = True  # unless an API key says otherwise
     signing: UserQueue | None = None  # users with changed items; None if the bank has no signatures
     no_evidence: Signature | None = None  # an empty signature for this bank, likewise
     _refreshing: dict[str, asyncio.Task[Profile | None]] = field(default_factory=dict)
@@ -100,9 +104,11 @@ class Profiles:
         return self.rotation.profiles
 
     async def find(self, user: User) -> tuple[User, Profile | None, str]:
-        """Return the user as stored, the profile, embedded by this embedder, if there is one, and the user's epoch."""
+        """Return the user as stored, the profile if there is one, embedded by this embedder or 0, and the epoch."""
         user, profile, epoch = await self.find_at_once(user)
         if profile and profile.embedder != self.embedder.id:
+            if not profile.keeps_texts:
+                return user, replace(profile, embedding=np.zeros(self.embedder.dim, np.float32)), epoch
             profile = await asyncio.shield(self._refresh_once(user))
         return user, profile, epoch
 
@@ -110,27 +116,37 @@ class Profiles:
         """Return what `find` does, but have a profile with another embedder's embedding embedded in the background."""
         user, profile, epoch = await self.store.find(user)
         current = profile and profile.with_embedder(self.embedder.id)
-        if profile and not current and len(self._refreshing) < MAX_REFRESHING:
+        if profile and not current and profile.keeps_texts and len(self._refreshing) < MAX_REFRESHING:
             self._refresh_once(user)
         return user, current or profile, epoch
 
-    async def replace(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
+    def is_forgotten(self, profile: Profile) -> bool:
+        """Return whether what texts that are not kept have left is of another embedder or bank."""
+        return profile.is_forgotten(self.embedder.id, self.no_evidence.bank if self.no_evidence else None)
+
+    def keeps_texts(self, before: Profile | None, keep: bool | None) -> bool:
+        """Return whether a user's texts stay if the API key says `keep`; if they do not, this holds until a PUT."""
+        return (self.keep_texts if keep is None else keep) and (before is None or before.keeps_texts)
+
+    async def replace(self, user: User, items: Sequence[Item], epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Replace the history with these items, oldest first; `epoch` is the user's epoch at the time of the request.
 
-        Raises UserErased, and writes nothing, if the user is erased before the change is written.
+        `keep` is the API key's `Policy.keep_texts`. Raises UserErased, and writes nothing, if the user is erased before
+        the change is written.
         """
-        return await self._change(user, lambda history: replace_history(history, items, self.limit), epoch, len(items))
+        return await self._change(user, "replace", items, epoch, keep)
 
-    async def add(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
+    async def add(self, user: User, items: Sequence[Item], epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Add items to the history, replacing items with the same id. Otherwise like `replace`."""
-        return await self._change(user, lambda history: add_to_history(history, items, self.limit), epoch, len(items))
+        return await self._change(user, "add", items, epoch, keep)
 
-    async def learn(self, user: User, item: Item, epoch: str) -> ProfileUpdate:
+    async def learn(self, user: User, item: Item, epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Add an item that was seen in passing. A signature is made at `SIGNED_AT` items and then daily.
 
-        Each signature gives a new recipe, which finds no prefix in the engines' caches. Otherwise like `replace`.
+        Each signature gives a new recipe, which finds no prefix in the engines' caches. Texts that are not kept cannot
+        wait: they are signed at once. Otherwise like `replace`.
         """
-        return await self._change(user, lambda history: add_to_history(history, [item], self.limit), epoch, often=True)
+        return await self._change(user, "learn", [item], epoch, keep)
 
     async def request_signature(self, user: User) -> None:
         """Request a user's signature unless it is requested already; after a failure, the next answer tries again."""
@@ -150,7 +166,7 @@ class Profiles:
 
     async def _refresh(self, user: User) -> Profile | None:
         try:
-            return (await self._change(user, dict)).profile
+            return (await self._change(user, "embed")).profile
         except UserErased:
             return None
         except Exception as error:
@@ -160,22 +176,16 @@ class Profiles:
             del self._refreshing[user.key]
 
     async def _change(
-        self,
-        user: User,
-        apply: Callable[[StoredItems], StoredItems],
-        epoch: str | None = None,
-        texts: int = 0,
-        *,
-        often: bool = False,
+        self, user: User, kind: Kind, items: Sequence[Item] = (), epoch: str | None = None, keep: bool | None = True
     ) -> ProfileUpdate:
         line: asyncio.Lock | nullcontext[None] = nullcontext()
-        if texts > EMBED_BATCH:  # a tenant's follow each other: else the first of many is done as late as the last
+        if len(items) > EMBED_BATCH:  # a tenant's follow each other: else the first of many is done as late as the last
             line = self._long.setdefault(user.tenant, asyncio.Lock())
         async with line, self.places.held(user.tenant):
-            return await self.rotation.at(user, lambda user: self._change_at(user, apply, epoch, often=often))
+            return await self.rotation.at(user, lambda user: self._change_at(user, kind, items, epoch, keep))
 
     async def _change_at(
-        self, user: User, apply: Callable[[StoredItems], StoredItems], epoch: str | None, *, often: bool
+        self, user: User, kind: Kind, items: Sequence[Item], epoch: str | None, keep: bool | None
     ) -> ProfileUpdate:
         """Read, apply, embed new items, and commit; start over if another request commits first."""
         key = user.key
@@ -184,30 +194,49 @@ class Profiles:
             for attempt in range(MAX_ATTEMPTS):
                 snapshot = await self.store.read(key)
                 epoch = snapshot.epoch if epoch is None else epoch
-                history = apply(snapshot.items)
+                before, history = snapshot.profile, snapshot.items
+                if kind != "embed":
+                    make = replace_history if kind == "replace" else add_to_history
+                    history = make(snapshot.items, items, self.limit)
                 if not history:  # nothing to make an embedding from
                     raise UserErased
-                step = diff_histories(snapshot.items, history)
-                same = not step.put and not step.drop
-                current = snapshot.profile and snapshot.profile.with_embedder(self.embedder.id)
+                passing, step = None, diff_histories(snapshot.items, history)
+                if not self.keeps_texts(None if kind == "replace" else before, keep):
+                    is_ours = before is not None and not before.keeps_texts and not self.is_forgotten(before)
+                    passing = Passing.of(
+                        snapshot, history, self.limit.items, is_ours=is_ours, replaces=kind == "replace"
+                    )
+                    history = passing.texts if self.signing else {}
+                    step = HistoryDiff(passing.put if self.signing else {}, passing.drop, len(passing.new))
+                elif before and not before.keeps_texts:
+                    step = replace(step, drop=(*step.drop, *snapshot.vectors))
+                same = not (step.put or step.drop or step.changed)
+                current = before and before.with_embedder(self.embedder.id)
                 if current and same:
                     await self.store.wait_until_durable(key)
                     return ProfileUpdate(current, 0, 0)
                 if attempt == 0 and not same:
                     admitted.enter_context(self.quotas.admit(user, partial(_growth, snapshot, history)))
-                vectors, fresh = await self._vectors(user.tenant, snapshot, history, embedded)
-                embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
-                profile = Profile(user.id, len(history), 0, self.embedder.id, embedding)
-                profile = _carry_over(snapshot.profile, profile, same_items=same)
+                embeds = passing.new if passing else history
+                vectors, fresh = await self._vectors(user.tenant, snapshot, embeds, embedded)
+                rows, count = list(vectors.values()), len(history)
+                if passing:
+                    fresh = passing.vectors(snapshot, self.embedder.id, rows)
+                    rows, count = [fresh[MEAN].vector], len(passing.hashes)
+                embedding = as_stored(profile_embedding(np.stack(rows)))
+                profile = Profile(user.id, count, 0, self.embedder.id, embedding, keeps_texts=not passing)
+                profile = _carry_over(before, profile, same_items=same)
+                if passing:
+                    profile = replace(profile, signature=profile.signature if passing.counted else None, phrases=b"")
                 none = self.no_evidence
-                put_off = often and none and not signature_due(snapshot.profile, profile, none.bank)
+                put_off = kind == "learn" and not passing and none and not signature_due(before, profile, none.bank)
                 if put_off and none:
                     profile = replace(profile, signature=StoredSignature(profile.evidence or none, profile.updated_ms))
                 change = Change(profile, step.put, fresh, step.drop)
                 if await self.store.commit(key, snapshot.version, change, epoch):
                     if not put_off:
                         await self.request_signature(user)
-                    return ProfileUpdate(profile, step.changed, len(step.drop))
+                    return ProfileUpdate(profile, step.changed, passing.removed if passing else len(step.drop))
                 await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
         raise Unavailable(
             f"too many other requests are changing this profile: gave up after {MAX_ATTEMPTS} attempts",

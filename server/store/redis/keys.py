@@ -4,9 +4,9 @@ Per user (`server/store/tenants/user_key.py`)::
 
     key                         type    what                                                expiry
     mta:{<user key>}:profile    string  the record (`server/store/profile_record.py`)       -
-    mta:{<user key>}:items      hash    item id → JSON                                      -
+    mta:{<user key>}:items      hash    item id → JSON                                      - (not kept: a day)
     mta:{<user key>}:vectors    hash    item id → embedder id and fp16 embedding            -
-    mta:{<user key>}:samples    list    encoded samples, oldest first                       -
+    mta:{<user key>}:samples    list    encoded samples, oldest first                       - (not kept: a day)
     mta:{<user key>}:feedback   hash    answer → time and feedback (`store/feedback.py`)    - (no profile: 3 weeks)
     mta:{<user key>}:learned    hash    answer → encoded sample that feedback brought       -
     mta:{<user key>}:tally      hash    week, level, arm → counts (`server/store/worth.py`)     3 weeks

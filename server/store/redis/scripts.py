@@ -48,9 +48,12 @@ local function lease_left(job)
   local left = tonumber(ends or 0) - now
   return left > 0 and left <= tonumber(length or left) and left or 0
 end
-local function finish(job, state)
+local function finish(job, state, leaves_samples)
   redis.call('HSET', job, 'state', state, 'ended_ms', now)
   redis.call('HDEL', job, 'lease', 'lease_until', 'lease_ms')
+  if redis.call('HGET', job, 'forgets') == '1' and not leaves_samples then
+    redis.call('DEL', (string.gsub(job, 'job:%d+$', 'samples')))
+  end
 end
 """
 
@@ -108,16 +111,18 @@ end
 if kept + #fresh > given.max_samples then return {0, 0} end
 if not given.append then redis.call('DEL', KEYS[2]) end
 for _, sample in ipairs(fresh) do redis.call('RPUSH', KEYS[2], sample) end
+if given.forgets_s > 0 then redis.call('EXPIRE', KEYS[2], given.forgets_s) end
 
 local number = last + 1
 redis.call('HSET', KEYS[1], 'last', number)
 redis.call('DEL', name(number - given.kept))
 for older = math.max(1, number - given.kept + 1), last do
-  if is_open(name(older)) then finish(name(older), 'superseded') end
+  if is_open(name(older)) then finish(name(older), 'superseded', true) end
 end
 redis.call('HSET', name(number), 'state', 'queued', 'config', given.config, 'created_ms', now, 'bank', given.bank,
   'epoch', redis.call('HGET', KEYS[3], 'epoch') or '', 'token', given.token, 'key', given.idempotency_key,
-  'traceparent', given.traceparent, 'made_by', given.call, 'background', given.background and 1 or 0)
+  'traceparent', given.traceparent, 'made_by', given.call, 'background', given.background and 1 or 0,
+  'forgets', given.forgets_s > 0 and 1 or 0)
 return {number, 1}
 """)
 

@@ -48,6 +48,7 @@ class Policy:
     history: bool = False  # whether OpenAI's conversations have `history: auto` unless they say otherwise
     refresh: int | None = None  # `Settings.refresh_samples` of the key's users; None: as the gateways' settings say
     holdout: float | None = None  # share of users answered one level lower; None: as the gateways' settings say
+    keep_texts: bool | None = None  # whether users' texts stay stored; None: as the gateways' settings say
 
 
 USUAL = Policy()

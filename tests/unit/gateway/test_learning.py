@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -71,7 +72,7 @@ class Said:
 
     def say(self, tenant: str, ago_s: float = 0) -> None:
         user = User("ada", "a" * 26, tenant)
-        self.learner.learn(self, user, ITEM, "", time.perf_counter() - ago_s)  # type: ignore[arg-type]
+        self.learner.learn(tenant, partial(self.learn, user, ITEM, ""), time.perf_counter() - ago_s)
 
     async def learn(self, user: User, item: Item, epoch: str) -> Mock:
         async with self.changed:

@@ -43,7 +43,7 @@ def reread(profile: Profile) -> Profile:
         {"user_id": "", "items": 0, "updated_ms": 0, "extra": {12: b"", 255: bytes(2000)}},
         {"user_id": "\N{GRINNING FACE}" * 64, "items": 1 << 20, "updated_ms": 1 << 50, "embedder": "ff00" * 4},
         {"adapter": AdapterNote("a" * 26, "mta3:9f2c41d0:shared:c+a03*1000", 1 << 30, 1 << 50)},
-        {"adapter": AdapterNote("7" * 26, "mta3", 0, 0, f"00-{1:032x}-{2:016x}-01"), "extra": {11: b"\n \xff"}},
+        {"adapter": AdapterNote("7" * 26, "mta3", 0, 0, f"00-{1:032x}-{2:016x}-01"), "extra": {13: b"\n \xff"}},
         {"phrases": phrase_table([[7, 8, 9]] * 2).tobytes()},
     ],
 )
