@@ -54,7 +54,10 @@ class _PrefixRepr(reprlib.Repr):
 
 def excerpt(value: object, limit: int = 80) -> str:
     """Return `repr(value)` cut to `limit` characters, for error messages."""
-    return shortened(_PrefixRepr(limit).repr(value), limit)
+    text = _PrefixRepr(limit).repr(value)
+    if isinstance(value, str) and len(text) > limit:
+        return f"{text[: limit - 2]}…{text[0]}"
+    return shortened(text, limit)
 
 
 def shortened(text: str, limit: int = 120) -> str:

@@ -55,6 +55,26 @@ class TestUsers:
         with pytest.raises(MtaError):
             api.user("newcomer")
 
+    def test_an_earlier_version_of_an_adapter_serves_again(self, look: Looking) -> None:
+        told = httpx.get(f"{look.url}/users/kai").raise_for_status().json()
+        kept = {"recipe": told["recipe"], "bytes": 4096, "created_at": told["updated_at"], "stale": False, "samples": 8}
+        newest, first = (
+            {"version": number, "id": f"adapter{number}", "before": 2.0, "after": after, "serving": number == 2} | kept
+            for number, after in ((2, 1.25), (1, 1.5))
+        )
+        asked = []
+        page = look.visit("users")
+        page.route("**/users/kai", lambda route: route.fulfill(json=told | {"adapter": newest}))
+        page.route("**/users/kai/adapters", lambda route: route.fulfill(json={"adapters": [newest, first]}))
+        page.route("**/serve", lambda route: (asked.append(route.request.url), route.fulfill(json=first)))
+        page.get_by_label("User id").fill("kai")
+        page.get_by_role("button", name="Look up").click()
+        adapters = page.get_by_role("region", name="Adapter", exact=True)
+        expect(adapters.get_by_role("region", name="Version 2")).to_contain_text(re.compile("serving.*2.000 → 1.250"))
+        adapters.get_by_role("region", name="Version 1").get_by_role("button", name="Serve this one").click()
+        expect(page.get_by_role("button", name="Serve this one")).to_have_count(1)
+        assert asked == [f"{look.url}/users/kai/adapters/1/serve"]
+
     def test_an_address_shows_whom_it_names_whoever_was_looked_up_since(self, look: Looking) -> None:
         page = look.visit("users", id="rosa")
         page.get_by_label("User id").fill("kai")

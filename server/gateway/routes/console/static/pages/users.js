@@ -1,5 +1,6 @@
 // One user's stored data and anchors; export and erase.
 import { call, text, userPath, wasStopped } from '../api.js';
+import { Adapters } from '../parts/adapters.js';
 import { html, useEffect, useRef, useState } from '../parts/html.js';
 import { AddItems, Items } from '../parts/items.js';
 import { go, note } from '../parts/links.js';
@@ -71,7 +72,7 @@ export function Users({ params }) {
 		</div>
 		${(user === 'unknown' || user?.user_id) && html`<div class=${user.user_id ? 'columns' : ''}>
 			${user.user_id && html`<${Stored} user=${user} />
-				<${Adapter} adapter=${user.adapter} />
+				<${Adapters} key=${`adapters ${id}`} id=${id} serving=${user.adapter?.id} onServe=${() => look(id, true)} />
 				<${Items} key=${`items ${id}`} id=${id} many=${user.items} changed=${user.updated_at} />`}
 			<${AddItems} key=${id} id=${id} onAdded=${() => look(id, true)} />
 			${user.user_id && html`<section class="card" aria-label="Export or erase">
@@ -106,19 +107,4 @@ function Stored({ user }) {
 			<p class="hint">Chosen ${SOURCES[user.source] ?? `by ${user.source}`}.</p>
 			<${Anchors} anchors=${user.anchors} detailed />
 		</section>`;
-}
-
-function Adapter({ adapter }) {
-	return html`<section class="card" aria-label="Adapter">
-		<h2>Adapter of their own</h2>
-		${adapter
-			? html`<${Facts} label="Adapter" rows=${[
-					['Id', adapter.id, true],
-					['Trained on', adapter.recipe, true],
-					['Size', bytes(adapter.bytes)],
-					['Made', moment(adapter.created_at)],
-				]} />
-				${adapter.stale && html`<p class="notice calm">It belongs to another bank, so it is not served.</p>`}`
-			: html`<p class="dim">None: not trained on any samples.</p>`}
-	</section>`;
 }
