@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -58,6 +58,46 @@ def test_notes_stand_below_the_draft(drafts: httpx.Client, writer: str, fake_eng
 def test_the_last_chunk_of_a_stream_says_what_is_kept(drafts: httpx.Client, writer: str) -> None:
     *_, last, _ = chunks_of(rewrite(drafts, writer, stream=True).raise_for_status())
     assert last["missing"] == ["10:30", "Bob"] and last["choices"][0]["finish_reason"] == "length"
+
+
+class TestChat:
+    @pytest.fixture
+    def chat(self, drafts: httpx.Client, writer: str) -> Callable[..., httpx.Response]:
+        body = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": DRAFT}]}
+        body |= {"user": writer, "max_tokens": 4, "rewrite": True}
+        return lambda **fields: drafts.post("/v1/chat/completions", json=body | fields)
+
+    def test_the_last_message_is_the_draft(self, chat: Callable[..., httpx.Response], fake_engine: FakeEngine) -> None:
+        answer = chat(n=2).raise_for_status().json()
+        assert answer["personalization"]["level"] == "merged"
+        assert [choice["rewritten"]["missing"] for choice in answer["choices"]] == [["10:30", "Bob"]] * 2
+        assert turns_of(fake_engine) == [TASK.input.format(draft=DRAFT)]
+        assert fake_engine.seen[-1].body["messages"][0]["content"] == "Be kind."
+        assert "rewrite" not in fake_engine.seen[-1].body
+
+    def test_without_it_messages_stay_as_they_are(
+        self, chat: Callable[..., httpx.Response], fake_engine: FakeEngine
+    ) -> None:
+        answer = chat(rewrite=False).raise_for_status().json()
+        assert turns_of(fake_engine) == [DRAFT]
+        assert "rewritten" not in answer["choices"][0]
+
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"messages": [{"role": "user", "content": " \n"}]}, "messages"),
+            ({"messages": [{"role": "assistant", "content": DRAFT}]}, "messages"),
+            ({"learn": True}, "learn"),
+        ],
+    )
+    def test_what_is_no_draft_is_refused(
+        self, chat: Callable[..., httpx.Response], fields: dict[str, Any], param: str
+    ) -> None:
+        assert error_of(chat(**fields))[:2] == (400, param)
+
+    def test_a_bank_for_answers_has_no_drafts(self, client: httpx.Client) -> None:
+        body = {"messages": [{"role": "user", "content": DRAFT}], "rewrite": True}
+        assert error_of(client.post("/v1/chat/completions", json=body)) == (404, None, "no_rewrite_bank")
 
 
 def test_a_retry_names_what_was_lost(drafts: httpx.Client, writer: str, fake_engine: FakeEngine) -> None:

@@ -11,8 +11,10 @@ from pydantic_core import PydanticCustomError
 
 from bank.items.drafts import kept
 from bank.items.prompt import chat_messages
+from bank.items.tasks import Task
 from server.errors import ApiError, NotFound
 from server.gateway.access.keys import caller_of
+from server.gateway.engines.chat import Conversation
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.bodies import JsonRoute
@@ -81,17 +83,31 @@ async def rewrite(request: Request, body: RewriteRequest, x_queue_timeout: Queue
     Needs a bank for drafts. Everything is as for `/generate`; the answer, in a stream its last chunk, also says which
     facts of the draft are `kept`, `missing` and `added`.
     """
-    parts = parts_of(request)
-    if not parts.bank.task.drafted:
-        raise NotFound(
-            f"this server's bank is one of {parts.bank.task.name}: build one for drafts with `mta bank build --task "
-            "rewrite`, and serve it",
-            code="no_rewrite_bank",
-        )
-    turns = chat_messages(parts.bank.task.turn(body.whole))
-    users, caller, default = users_of(request), caller_of(request), parts.bank.manifest.history_default
+    parts, users, caller = parts_of(request), users_of(request), caller_of(request)
+    turns, default = draft_turns(body.whole, parts.bank.task), parts.bank.manifest.history_default
     generation = request_of(body, turns, users, caller, history=default, patience_s=x_queue_timeout)
     return _RewriteResponse(parts, with_learning(parts, generation, False), body)
+
+
+def draft_turns(draft: str, task: Task) -> Conversation:
+    """Return the prompt for a draft.
+
+    Raises:
+        NotFound: if the bank's task is not one for drafts.
+    """
+    if not task.drafted:
+        raise NotFound(
+            f"this server's bank is one of {task.name}: build one for drafts with `mta bank build --task rewrite`, and "
+            "serve it",
+            code="no_rewrite_bank",
+        )
+    return chat_messages(task.turn(draft))
+
+
+def facts_of(draft: str, text: str) -> dict[str, Any]:
+    """Return the fields of `Kept`."""
+    counts, missing, added = kept(draft, text)
+    return {"kept": counts, "missing": missing, "added": added}
 
 
 class _RewriteResponse(GenerateResponse):
@@ -121,5 +137,4 @@ class _RewriteResponse(GenerateResponse):
         return replace(self._request, messages=chat_messages(turn))
 
     def extras(self, text: str) -> dict[str, Any]:
-        counts, missing, added = kept(self._draft, text)
-        return {"kept": counts, "missing": missing, "added": added}
+        return facts_of(self._draft, text)

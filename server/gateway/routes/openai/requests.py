@@ -36,7 +36,7 @@ PERSONAL_MODEL = "mta"
 STRING = {"type": "string"}
 OWN_FIELDS = {
     *("model", "user", "messages", "prompt", "stream", "stream_options"),
-    *("history", "personalize", "strength", "words", "learn"),
+    *("history", "personalize", "strength", "words", "learn", "rewrite"),
 }
 IGNORED = {  # hints, which change no answer of this server
     *("store", "metadata", "service_tier", "reasoning_effort", "verbosity"),
@@ -332,6 +332,19 @@ class ChatRequest(OpenAIRequest):
         None, description="Arguments of the chat template, of those in `MTA_CHAT_TEMPLATE_KWARGS`; a vLLM extension."
     )
     history: ChatHistory = None
+    rewrite: bool = Field(
+        False, description="Whether the last message is a draft, to be given back in the user's own words (`/rewrite`)."
+    )
+
+    @model_validator(mode="after")
+    def _check_draft(self) -> Self:
+        last = self.messages[-1]
+        if self.rewrite and (last.role != "user" or not (last.content or "").strip()):
+            message = f"rewrite requires a draft: the last message, of the user and not empty; it is {last.role}'s"
+            raise PydanticCustomError("combination", message, {"param": "messages"})
+        if self.rewrite and self.learn:
+            raise PydanticCustomError("combination", "a draft is never learnt: leave learn out", {"param": "learn"})
+        return self
 
     @property
     def longest(self) -> int | None:

@@ -36,6 +36,7 @@ from server.gateway.routes.openai.requests import (
     TranslatedRequest,
 )
 from server.gateway.routes.requests import QueueTimeout
+from server.gateway.routes.rewrite import draft_turns, facts_of
 from server.store.tenants.user_key import check_user_id
 
 MAX_JOINED_BYTES = 64 << 20  # 40,000 tokens with `top_logprobs` 20, for which the event loop stands still for 0.3 s
@@ -148,10 +149,13 @@ def answer_to(
     parts, users, caller = parts_of(request), users_of(request), caller_of(request)
     user_id = _user_id(asked.user, request.headers, parts.settings.user_header_names)
     messages: Conversation = []
+    draft, learn = draft_of(asked), asked.learn
     history: int | Literal["auto"] = 0
     if isinstance(asked, ChatRequest):
         messages = [message.model_dump(exclude_unset=True) for message in asked.messages]
         _check_template_arguments(asked.chat_template_kwargs or {}, parts.settings.template_arguments)
+        if draft is not None:
+            messages[-1:], learn = draft_turns(draft, parts.bank.task), False
         history = asked.history if asked.history is not None else "auto" if caller.policy.history else 0
     generation = GenerationRequest(
         id_prefix=body.ID_PREFIX,
@@ -172,7 +176,11 @@ def answer_to(
         prompt_param=body.PROMPT,
         max_tokens_param="max_completion_tokens" if "max_completion_tokens" in body.model_fields_set else body.LONGEST,
     )
-    return response(parts, with_learning(parts, generation, asked.learn), body)
+    return response(parts, with_learning(parts, generation, learn), body)
+
+
+def draft_of(body: ModelRequest) -> str | None:
+    return body.messages[-1].content if isinstance(body, ChatRequest) and body.rewrite else None
 
 
 def _checked_model(model: str) -> str:
@@ -230,6 +238,7 @@ class OpenAIResponse(ModelResponse):
         super().__init__(parts, generation, body)
         self._options = body.stream_options or StreamOptions()
         self._is_chat = isinstance(body, ChatRequest)
+        self._draft = draft_of(body)
 
     async def whole(self, answer: Answer) -> bytes:
         streamed, joined = answer.stream.first.first_token_s is not None, JoinedChunks()
@@ -240,6 +249,9 @@ class OpenAIResponse(ModelResponse):
             value = joined.value()
         self._make_public(value, answer, "chat.completion" if self._is_chat else "text_completion")
         value["personalization"] = PersonalizationAnswer.of(answer).model_dump()
+        if self._draft is not None:
+            for choice in value["choices"]:
+                choice["rewritten"] = facts_of(self._draft, choice["message"]["content"] or "")
         return orjson.dumps(value)
 
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
