@@ -218,3 +218,23 @@ def browser() -> Iterator[Any]:
         pytest.skip("this machine has no Chromium: `deploy/setup.sh tools` installs it where it can")
     with running_browser(executable) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def rewriting(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model_folder: Path,
+    embedder_folder: Path,
+    gateway_settings: Settings,
+    fake_engine_server: FakeEngine,
+) -> Iterator[GatewayThread]:
+    """A gateway with a bank for drafts."""
+    from bench.rig.tiny import tiny_bank  # imports torch
+
+    folder = tmp_path_factory.mktemp("drafts") / "bank"
+    bank = tiny_bank(folder, tiny_model_folder, embedder_folder, task="rewrite", anchors=6, seed=3)
+    before = fake_engine_server.knobs.banks
+    fake_engine_server.knobs.banks = (*before, read_manifest(bank).fingerprint)
+    with GatewayThread(gateway_settings, bank=bank) as gateway:
+        yield gateway
+    fake_engine_server.knobs.banks = before

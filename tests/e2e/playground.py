@@ -174,3 +174,24 @@ class TestStrength:
         assert len(again) == 1
         assert again[0].endswith(":c")
         assert "strength=0" in page.url
+
+
+class TestDrafts:
+    def test_a_draft_stands_beside_its_rewriting(
+        self, browser: Browser, rewriting: GatewayThread, fake_engine: FakeEngine
+    ) -> None:
+        with rewriting.client() as client:
+            wait_until_ready(client)
+        with looking(browser, rewriting.url) as looker:
+            page = looker.visit("playground", tokens=4)
+            page.get_by_role("button", name="Use an example").click()
+            page.get_by_role("textbox", name="Draft").fill("We meet Bob at 10:30.")
+            page.get_by_role("button", name="Rewrite").click()
+            expect(page.get_by_text("tokens/s")).to_have_count(1)
+            assert text_of(answer(page, "Draft")) == "We meet Bob at 10:30."
+            expect(answer(page, "Personal")).to_contain_text("Kept of the draft: 0 of 1 numbers, 0 of 1 names.")
+            expect(answer(page, "Personal")).to_contain_text("Missing: 10:30, Bob.")
+            assert [seen.body["messages"][-1]["content"][:5] for seen in fake_engine.seen] == ["Write"]
+            assert 'rewrite": True' in copied(page, "Copy as Python")
+            assert "/rewrite -H" in copied(page, "Copy as curl")
+            assert looker.faults == []

@@ -12,7 +12,7 @@ from tests.e2e.answers import TestAnswers, TestTools  # noqa: F401
 from tests.e2e.conftest import DEMO, PATIENCE_S, ROOT, Demo
 from tests.e2e.everywhere import TestEverywhere, TestReading, TestTrouble  # noqa: F401
 from tests.e2e.pages import TestAdapt, TestBank, TestSystem, TestUsers  # noqa: F401
-from tests.e2e.playground import TestPlayground, TestStrength  # noqa: F401
+from tests.e2e.playground import TestDrafts, TestPlayground, TestStrength  # noqa: F401
 from tests.support.terminal import CTRL_C
 
 pytestmark = pytest.mark.timeout(2700)  # the first test may have to build the bank

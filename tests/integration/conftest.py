@@ -24,7 +24,6 @@ from server.worker.loops import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
 from tests.support.desk import Desk, desk_at
-from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import SECRET, GatewayThread, wait_until_ready
 from tests.support.store_parts import StoreParts
 from tests.support.watchdog import never_held
@@ -103,26 +102,6 @@ def bank(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder:
 def prefix(bank: Path) -> str:
     """How recipes of `bank`, or of a module's own, begin."""
     return f"mta3:{read_manifest(bank).short}:shared"
-
-
-@pytest.fixture(scope="module")
-def rewriting(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model_folder: Path,
-    embedder_folder: Path,
-    gateway_settings: Settings,
-    fake_engine_server: FakeEngine,
-) -> Iterator[GatewayThread]:
-    """A gateway with a bank for drafts."""
-    from bench.rig.tiny import tiny_bank  # imports torch
-
-    folder = tmp_path_factory.mktemp("drafts") / "bank"
-    bank = tiny_bank(folder, tiny_model_folder, embedder_folder, task="rewrite", anchors=6, seed=3)
-    before = fake_engine_server.knobs.banks
-    fake_engine_server.knobs.banks = (*before, read_manifest(bank).fingerprint)
-    with GatewayThread(gateway_settings, bank=bank) as gateway:
-        yield gateway
-    fake_engine_server.knobs.banks = before
 
 
 @pytest.fixture(scope="module")

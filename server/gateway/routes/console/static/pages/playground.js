@@ -1,4 +1,4 @@
-// The base model's answer and the personal answer to one question, side by side.
+// The base model's answer and the personal answer to one question, side by side; with a bank for drafts, a draft and its rewriting.
 import { call, userPath } from '../api.js';
 import { Answer, ask, BLANK, busy } from '../parts/asking.js';
 import { useBank } from '../parts/bank.js';
@@ -68,17 +68,22 @@ export function Playground({ params }) {
 		return id;
 	}
 
+	/** The base model answers a question; a draft stands there itself. */
+	const askBase = (question, signal) => (question.drafted
+		? setBase({ phase: 'done', text: question.prompt, own: '-'.repeat(question.prompt.length) })
+		: ask(question, 'none', signal, setBase));
+
 	async function askBoth() {
 		const { signal } = restart();
 		setBase(BLANK);
 		setPersonal(BLANK);
 		setFault(null);
 		try {
-			const question = { user: await store(signal), prompt: whole(prompt), maxTokens, temperature, history, strength, words };
+			const question = { user: await store(signal), prompt: whole(prompt), drafted, maxTokens, temperature, history, strength, words };
 			setAsked(question);
 			note('playground', linked(question));
 			await Promise.all([
-				ask(question, 'none', signal, setBase),
+				askBase(question, signal),
 				ask(question, 'auto', signal, setPersonal),
 			]);
 		} catch (error) {
@@ -93,7 +98,7 @@ export function Playground({ params }) {
 		const question = { ...asked, strength: value };
 		setAsked(question);
 		note('playground', linked(question));
-		if (busy(base)) ask(question, 'none', signal, setBase);
+		if (busy(base)) askBase(question, signal);
 		ask(question, 'auto', signal, setPersonal);
 	}
 
@@ -115,7 +120,8 @@ export function Playground({ params }) {
 	}
 
 	const task = bank?.task ?? CHAT;
-	const { instruction } = task;
+	const drafted = task.name === 'rewrite';
+	const instruction = drafted ? '' : task.instruction;
 	const free = task.name === 'chat';
 	const whole = (typed) => (typed.startsWith(instruction) ? typed : instruction + typed).trim();
 	const useExample = () => { setPasted(EXAMPLES[task.name].writing); setPrompt(EXAMPLES[task.name].question); };
@@ -134,7 +140,7 @@ export function Playground({ params }) {
 	return html`
 		<h1 tabindex="-1">${free ? 'Playground' : `Playground: ${task.name.replaceAll('_', ' ')}`}</h1>
 		<p class="lead">${free ? 'Ask the base model and one user’s personal model the same question.'
-			: 'Give the base model and one user’s personal model the same of what this bank is for.'}</p>
+			: drafted ? 'Give a draft from anywhere back in one user’s own words.' : 'Give the base model and one user’s personal model the same of what this bank is for.'}</p>
 		<form class="card ask" ref=${form} onSubmit=${submit} onKeyDown=${keys}>
 			<fieldset class="who">
 				<legend>Who asks</legend>
@@ -178,14 +184,14 @@ export function Playground({ params }) {
 					</div>
 				</details>
 				<div class="actions">
-					<button type="submit" class="main">Ask</button>
+					<button type="submit" class="main">${drafted ? 'Rewrite' : 'Ask'}</button>
 					${asking && html`<button type="button" onClick=${() => run.current.abort()}>Stop</button>`}
 				</div>
 				<${Notice} error=${fault} />
 			</div>
 		</form>
 		<div class="pair even">
-			<${Answer} title="Base model" hint="Its answer appears here." answer=${base} marked=${sides?.[0]} again=${askBoth} />
+			<${Answer} title=${drafted ? 'Draft' : 'Base model'} hint=${drafted ? 'The draft appears here.' : 'Its answer appears here.'} answer=${base} marked=${sides?.[0]} again=${askBoth} />
 			<${Answer} title=${asked && !THROWAWAY.test(asked.user) ? shortened(asked.user, 64) : 'Personal'} hint="The answer for this person appears here."
 				answer=${personal} marked=${sides?.[1]} again=${askBoth} />
 		</div>

@@ -1,6 +1,6 @@
 // One streamed answer and its display: text, anchors and timings.
 import { events, wasStopped } from '../api.js';
-import { asBody } from '../reading/snippets.js';
+import { asBody, route } from '../reading/snippets.js';
 import { html } from './html.js';
 import { Anchors, Level, Notice, Says, sentence } from './widgets.js';
 import { count, figure, milliseconds } from './words.js';
@@ -16,7 +16,7 @@ export async function ask(question, personalize, signal, tell) {
 	try {
 		const body = { ...asBody(question), personalize, stream: true };
 		if (personalize === 'none') for (const field of ['strength', 'history', 'words']) delete body[field];
-		for await (const chunk of events('POST', '/generate', body, signal)) {
+		for await (const chunk of events('POST', route(question), body, signal)) {
 			const now = performance.now();
 			const piece = chunk.choices?.[0]?.delta?.content;
 			if (chunk.personalization) change({ who: chunk.personalization });
@@ -24,6 +24,7 @@ export async function ask(question, personalize, signal, tell) {
 				const own = state.own + (chunk.moved ? 'u' : '-').repeat(piece.length);
 				change({ phase: 'streaming', text: state.text + piece, own, ttft: state.ttft ?? now - sent, first: state.first ?? now });
 			}
+			if (chunk.kept) change({ kept: chunk.kept, missing: chunk.missing });
 			if (chunk.usage) change({ usage: chunk.usage, rate: rate(chunk.usage, now - state.first) });
 			if (chunk.choices?.[0]?.finish_reason) change({ finish: chunk.choices[0].finish_reason, moved: chunk.moved });
 		}
@@ -58,9 +59,16 @@ export function Answer({ title, hint, answer, marked, again }) {
 		<${Notice} error=${error && { message: text ? `The answer broke off. ${sentence(error.message)}` : error.message }} again=${again} />
 		${[REASONS[who?.reason] ?? who?.reason, who?.history_reason].filter(Boolean).map((reason) => html`
 			<p key=${reason} class="hint"><${Says} text=${reason} /></p>`)}
+		${answer.kept && html`<p class="hint">${keeps(answer)}</p>`}
 		${who && who.level !== 'base' && html`<${Anchors} anchors=${who.anchors} />`}
 		<${Stats} answer=${answer} />
 	</section>`;
+}
+
+/** Which facts of a draft are still there. */
+function keeps({ kept, missing }) {
+	const counts = Object.entries(kept).map(([kind, of]) => `${of} ${kind}`).join(', ') || 'there are no numbers or names';
+	return `Kept of the draft: ${counts}.${missing.length ? ` Missing: ${missing.join(', ')}.` : ''}`;
 }
 
 /** The text with its differences marked, when known, and what the user's own phrases proposed underlined. */

@@ -37,6 +37,13 @@ export const EXAMPLES = {
 		writing: lines({ text: 'Slow, with long looks at the sea.', score: 4 }),
 		question: 'A chase through three cities, loud from the first minute.',
 	},
+	rewrite: {
+		writing: lines(
+			{ text: 'Thanks for the quick reply, Jo. Thursday at ten suits me well, I will bring the plans. Best, Ada' },
+			{ text: 'No news from the printer yet, I will call them after lunch and tell you what they say. Best, Ada' },
+		),
+		question: 'The meeting with Tom is moved to Tuesday at 10:30. Please confirm that you can attend.',
+	},
 	scholarly_title: {
 		writing: lines({ title: 'How Rivers Remember Floods', abstract: 'We read a century of floods from the mud of one lake.' }),
 		question: 'We ask how trees along a river record dry summers.',

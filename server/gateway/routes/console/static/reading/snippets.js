@@ -1,27 +1,28 @@
-// The playground's question as curl and Python code; what is null in it is left to the server.
+// The playground's question or draft as curl and Python code; what is null in it is left to the server.
 import { gateway } from '../api.js';
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-export const asBody = ({ user, prompt, maxTokens, temperature, history, strength, words }) => ({
+export const asBody = ({ user, prompt, drafted, maxTokens, temperature, history, strength, words }) => ({
 	user_id: user,
-	prompt,
+	...(drafted ? { draft: prompt } : { prompt, learn: false }),
 	history,
-	learn: false,
 	...(maxTokens != null && { max_tokens: maxTokens }),
 	...(temperature != null && { temperature }),
 	...(strength !== 1 && { strength }),
 	...(words != null && { words }),
 });
 
+export const route = ({ drafted }) => (drafted ? '/rewrite' : '/generate');
+
 export const asCurl = (question) => [
-	`curl -s ${gateway('generate')} -H 'Content-Type: application/json' -H "Authorization: Bearer $MTA_API_KEY"`,
+	`curl -s ${gateway(route(question))} -H 'Content-Type: application/json' -H "Authorization: Bearer $MTA_API_KEY"`,
 	`  -d ${quoted(JSON.stringify(asBody(question)))}`,
 ].join(' \\\n');
 
 export function asPython(question) {
 	const { history, strength, words } = question;
-	const own = words != null && { words: words ? 'True' : 'False' };
+	const own = { ...(words != null && { words: words ? 'True' : 'False' }), ...(question.drafted && { rewrite: 'True' }) };
 	const extra = Object.entries({ history, learn: 'False', ...(strength !== 1 && { strength }), ...own })
 		.map(([name, value]) => `"${name}": ${value}`);
 	return [
