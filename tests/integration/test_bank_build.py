@@ -48,10 +48,10 @@ from bank.lookup.summary import summarise
 from bank.manifest import BASE, COORDINATES_FILE, MANIFEST_FILE, MATRIX_FILE, ROWS_FILE, BankManifest, read_manifest
 from bank.matrix import open_anchor_rows, shared_part
 from bank.models.load import load_base
-from bench.oracle.dense import dense_adapter, token_logprobs
 from bench.rig.people import people, write_people
 from server.cli import app
 from tests.support.bank_bench import OPTIONS, Bench, Recorder, flip_a_bit
+from tests.support.dense import dense_adapter, token_logprobs
 
 CHAT = get_task("chat")
 

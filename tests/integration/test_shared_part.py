@@ -22,7 +22,6 @@ from bank.items.prompt import encode_conversation
 from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
-from bench.oracle.dense import token_logprobs, two_part_logprobs
 from bench.rig.engine import KEY, START_TIMEOUT_S, Engine
 from bench.rig.engine import served as serving
 from bench.rig.processes import PATIENCE_S, running
@@ -31,6 +30,7 @@ from bench.rig.subject import Subject
 from bench.rig.tiny import tiny_bank
 from server.cli import app
 from server.supervisor.services import free_port
+from tests.support.dense import token_logprobs, two_part_logprobs
 from tests.support.rigged import RIGS, ROUTE
 
 SLOTS = 2

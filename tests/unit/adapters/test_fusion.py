@@ -17,7 +17,7 @@ from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionMethod, FusionRecipe, Term
 from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter, stack
 from bank.manifest import BankManifest, WeightRule
-from bench.oracle.dense import dense_delta, dense_parts
+from tests.support.dense import dense_delta, dense_parts
 
 MODULES = (ModuleShape("q", 24, 16), ModuleShape("down", 40, 24))
 ANCHORS, RANK = 5, 4

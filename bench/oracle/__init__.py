@@ -1,1 +1,0 @@
-"""Dense formulas of recipes, with which tests compare engine and training."""
