@@ -28,9 +28,9 @@ from server.gateway.routes.openai.requests import (
     REFUSED,
     ChatRequest,
     CompletionRequest,
-    Structure,
 )
 from server.gateway.routes.openai.schemas import MAX_BYTES, MAX_COUNTED, MAX_REPEATS, MAX_STATES
+from server.gateway.routes.openai.structure import Structure
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.routes.users import ItemsRequest
 from server.settings import Settings

@@ -9,11 +9,9 @@ from abc import abstractmethod
 from collections.abc import Mapping, Set
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import orjson
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     PlainValidator,
@@ -22,13 +20,19 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from typing_extensions import TypedDict
 
 from adapters.errors import excerpt
 from server.errors import InvalidRequest
 from server.gateway.generation.request import CONTINUATION_TOKENS, prompts_of, size_bytes
 from server.gateway.http.errors import fault_of
-from server.gateway.routes.openai.schemas import check_schemas, check_size
+from server.gateway.routes.openai.structure import (
+    NoNulls,
+    ResponseFormat,
+    StructuredOutputs,
+    ToolChoice,
+    Tools,
+    check_encodable,
+)
 from server.gateway.routes.requests import MAX_MESSAGES, AnswerRequest, History, PersonalRequest, Strict, UserId
 from server.settings import MAX_INT32
 
@@ -49,10 +53,6 @@ MAX_ECHOED = 512  # tokens of a prompt with logprobs: their logits are outside o
 MAX_CHOICES = 128  # maximum number of answers to one request: prompts times `n`
 MAX_STOP_IDS = 64  # on GPUs vLLM has room for 128, with the model's own
 MAX_ARGUMENT_CHARS = 256  # of a chat template
-
-
-def _without_nulls(fields: Any) -> Any:
-    return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
 
 
 def object_schema(required: Mapping[str, Any], **optional: Any) -> dict[str, Any]:
@@ -91,114 +91,25 @@ def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(id_) is int and 0 <= id_ <= MAX_INT32 for id_ in value)
 
 
-def _check_encodable(value: Any) -> Any:
-    try:
-        orjson.dumps(value)
-    except TypeError:
-        raise PydanticCustomError("number", "must not contain integers beyond 64 bits") from None
-    return value
-
-
-def _check_format(value: dict[str, Any]) -> dict[str, Any]:
-    if value.get("type") not in _FORMATS:
-        raise PydanticCustomError("format", f"must have a type: {', '.join(_FORMATS)}")
-    schema = value.get("json_schema")
-    if value["type"] == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("schema"), dict)):
-        raise PydanticCustomError("format", "must have a json_schema with a name and a schema")
-    check_size(_check_encodable(value))
-    check_schemas([schema])
-    return value
-
-
-def _check_kind(value: Any) -> Any:
-    if isinstance(value, dict) and "grammar" in value:
-        known = ", ".join(Structure.__annotations__)
-        message = (
-            f"must not be a grammar, because one of 220 bytes can take an engine over a minute: use one of {known}"
-        )
-        raise PydanticCustomError("structure", message)
-    return value
-
-
-def _check_structure(value: Structure) -> Structure:
-    if len(value) != 1:
-        raise PydanticCustomError("structure", f"must have one of {', '.join(Structure.__annotations__)}")
-    check_size(_check_encodable(value))
-    check_schemas([value.get("json"), {"pattern": value.get("regex")}])
-    return value
-
-
 def _check_arguments(value: dict[str, Any]) -> dict[str, Any]:
     for argument in value.values():
         if not isinstance(argument, bool | int | float | str) or len(str(argument)) > MAX_ARGUMENT_CHARS:
             kinds = f"booleans, numbers and texts of at most {MAX_ARGUMENT_CHARS} characters"
             raise PydanticCustomError("arguments", f"must have only {kinds} as values")
-    _check_encodable(value)
+    check_encodable(value)
     return value
 
 
-def _check_tools(tools: list[Tool]) -> list[Tool]:
-    check_schemas(tool.function.parameters for tool in tools)
-    return tools
-
-
-def _check_tool_choice(value: Any) -> Any:
-    if not isinstance(value, (str, dict)):
-        raise PydanticCustomError("tool_choice", "must be a text or an object")
-    return _check_encodable(value)
-
-
-_FORMATS = ("text", "json_object", "json_schema")
-_FORMAT = {"type": "object", "properties": {"type": {"enum": list(_FORMATS)}}, "required": ["type"]}
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_INT32}}
 _PROMPTS = {"anyOf": [_TEXT, _IDS, *({"type": "array", "minItems": 1, "items": item} for item in (_TEXT, _IDS))]}
 _ARGUMENT = {"anyOf": [{"type": ["boolean", "number"]}, STRING | {"maxLength": MAX_ARGUMENT_CHARS}]}
 _ARGUMENTS = {"type": "object", "additionalProperties": _ARGUMENT}
-_CHOICE = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}
 
 Text = Annotated[str, BeforeValidator(lambda content: text_of(content, "text")), WithJsonSchema(texts_schema("text"))]
-NoNulls = BeforeValidator(_without_nulls)
-NonEmpty = Annotated[str, Field(min_length=1)]
 TemplateArguments = Annotated[dict[str, Any], AfterValidator(_check_arguments), NoNulls, WithJsonSchema(_ARGUMENTS)]
-ToolChoice = Annotated[Any, AfterValidator(_check_tool_choice), WithJsonSchema(_CHOICE)]
 ChatHistory = Annotated[
     History | None, Field(description="As in `/generate`. Default: `auto` if the API key says so, else 0.")
-]
-
-
-class Structure(TypedDict, total=False):
-    """What an answer must look like: one of these. A vLLM extension."""
-
-    __pydantic_config__ = ConfigDict(  # type: ignore[misc]
-        strict=True, extra="forbid", json_schema_extra={"minProperties": 1, "maxProperties": 1}
-    )
-
-    json: dict[str, Any]
-    regex: NonEmpty
-    choice: Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]
-    json_object: Literal[True]
-
-
-StructuredOutputs = Annotated[Structure, AfterValidator(_check_structure), BeforeValidator(_check_kind), NoNulls]
-
-
-class Function(Strict):
-    name: str = Field(min_length=1)
-    description: str | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_check_encodable)] | None = None
-    strict: bool | None = None
-
-
-class Tool(Strict):
-    type: Literal["function"]
-    function: Function
-
-
-Tools = Annotated[
-    list[Annotated[Tool, NoNulls]],
-    Field(fail_fast=True, min_length=1, max_length=128),
-    AfterValidator(_check_tools),
 ]
 
 
@@ -276,7 +187,7 @@ class OpenAIRequest(ModelRequest, AnswerRequest):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    response_format: Annotated[dict[str, Any], AfterValidator(_check_format), WithJsonSchema(_FORMAT)] | None = None
+    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_INT32)]] | None = Field(
         None, fail_fast=True, max_length=MAX_STOP_IDS, description="Tokens that end the answer; a vLLM extension."

@@ -22,13 +22,13 @@ from server.gateway.routes.answering import PersonalizationAnswer
 from server.gateway.routes.openai.requests import (
     IGNORED,
     STRING,
-    ToolChoice,
     TranslatedRequest,
     object_schema,
     text_of,
     texts_schema,
 )
 from server.gateway.routes.openai.routes import STREAMED, NamedAnswer, UserHeader, answer_to
+from server.gateway.routes.openai.structure import ToolChoice
 from server.gateway.routes.openai.translation import (
     AnswerBlock,
     Kind,
