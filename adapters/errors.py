@@ -55,9 +55,7 @@ class _PrefixRepr(reprlib.Repr):
 def excerpt(value: object, limit: int = 80) -> str:
     """Return `repr(value)` cut to `limit` characters, for error messages."""
     text = _PrefixRepr(limit).repr(value)
-    if isinstance(value, str) and len(text) > limit:
-        return f"{text[: limit - 2]}…{text[0]}"
-    return shortened(text, limit)
+    return shortened(text[:-1], limit - 1) + text[-1] if isinstance(value, str) else shortened(text, limit)
 
 
 def shortened(text: str, limit: int = 120) -> str:

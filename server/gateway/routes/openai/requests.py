@@ -258,6 +258,10 @@ class ChatRequest(OpenAIRequest):
         return self
 
     @property
+    def draft(self) -> str | None:
+        return self.messages[-1].content if self.rewrite else None
+
+    @property
     def longest(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 

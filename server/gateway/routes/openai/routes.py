@@ -149,13 +149,13 @@ def answer_to(
     parts, users, caller = parts_of(request), users_of(request), caller_of(request)
     user_id = _user_id(asked.user, request.headers, parts.settings.user_header_names)
     messages: Conversation = []
-    draft, learn = draft_of(asked), asked.learn
+    learn = asked.learn
     history: int | Literal["auto"] = 0
     if isinstance(asked, ChatRequest):
         messages = [message.model_dump(exclude_unset=True) for message in asked.messages]
         _check_template_arguments(asked.chat_template_kwargs or {}, parts.settings.template_arguments)
-        if draft is not None:
-            messages[-1:], learn = draft_turns(draft, parts.bank.task), False
+        if asked.draft is not None:
+            messages[-1:], learn = draft_turns(asked.draft, parts.bank.task), False
         history = asked.history if asked.history is not None else "auto" if caller.policy.history else 0
     generation = GenerationRequest(
         id_prefix=body.ID_PREFIX,
@@ -177,10 +177,6 @@ def answer_to(
         max_tokens_param="max_completion_tokens" if "max_completion_tokens" in body.model_fields_set else body.LONGEST,
     )
     return response(parts, with_learning(parts, generation, learn), body)
-
-
-def draft_of(body: ModelRequest) -> str | None:
-    return body.messages[-1].content if isinstance(body, ChatRequest) and body.rewrite else None
 
 
 def _checked_model(model: str) -> str:
@@ -238,7 +234,7 @@ class OpenAIResponse(ModelResponse):
         super().__init__(parts, generation, body)
         self._options = body.stream_options or StreamOptions()
         self._is_chat = isinstance(body, ChatRequest)
-        self._draft = draft_of(body)
+        self._draft = body.draft if isinstance(body, ChatRequest) else None
 
     async def whole(self, answer: Answer) -> bytes:
         streamed, joined = answer.stream.first.first_token_s is not None, JoinedChunks()

@@ -41,7 +41,7 @@ export function Adapters({ id, serving, onServe }) {
 			<${Facts} label=${`Version ${kept.version}`} rows=${[
 				['Made', moment(kept.created_at)],
 				['Samples', kept.samples],
-				['Loss on held-out samples', kept.after != null && `${loss(kept.before)} → ${loss(kept.after)}`],
+				['Loss on held-out samples', kept.after == null ? null : `${loss(kept.before)} → ${loss(kept.after)}`],
 				['Size', bytes(kept.bytes)],
 				['Id', kept.id, true],
 				['Trained on', kept.recipe, true],

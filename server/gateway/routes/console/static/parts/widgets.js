@@ -38,7 +38,7 @@ export const UserId = (rest) => html`<${Input} label="User id" required autocomp
 /** A list of names and values, without empty rows. */
 export function Facts({ rows, label }) {
 	return html`<dl class="facts" aria-label=${label}>
-		${rows.filter(([, value]) => value != null && value !== false && value !== '').map(([name, value, mono]) => html`<div key=${name}>
+		${rows.filter(([, value]) => value != null && value !== '').map(([name, value, mono]) => html`<div key=${name}>
 			<dt>${name}</dt><dd class=${mono ? 'mono' : ''}>${value}</dd>
 		</div>`)}
 	</dl>`;
