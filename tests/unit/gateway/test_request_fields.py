@@ -1,30 +1,19 @@
-"""What counts as JSON, what requests may hold, and how long a prompt and its answer may be."""
+"""What requests may hold."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from server.errors import InvalidRequest
-from server.gateway.access.keys import Caller
 from server.gateway.generation.request import (
-    WHOLE_TOKENS,
-    GenerationRequest,
-    LengthLimits,
     Personalize,
-    max_prompt_tokens,
 )
 from server.gateway.http.errors import MAX_SHOWN_CHARS, fault_of
-from server.gateway.http.json_text import MAX_FIELDS, MAX_STRUCTURE_BYTES, parse_json, parse_lines
-from server.gateway.routes.generate import request_of
 from server.gateway.routes.openai.requests import (
     IGNORED,
     OWN_FIELDS,
@@ -36,15 +25,6 @@ from server.gateway.routes.openai.schemas import MAX_BYTES, MAX_STATES, states_o
 from server.gateway.routes.requests import GenerateRequest
 from server.gateway.routes.users import ItemsRequest
 from server.settings import Sampling
-from server.store.tenants.user_key import UserKeys
-
-TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))  # NUL is refused on purpose
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
-    lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner),
-    max_leaves=20,
-)
-
 
 ENDLESS = ("(a{1,127}b{1,127}){1,127}", "((((a?){1,100})?){1,100})?", r"(\d{1,50}[a-z]{1,50}){1,127}", "^.{1,5000}$")
 
@@ -59,71 +39,6 @@ def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
 
 def tool(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": parameters}}
-
-
-@given(JSON, st.booleans())
-def test_every_json_value_is_read_as_pythons_reader_does(value: object, escaped: bool) -> None:
-    body = json.dumps(value, ensure_ascii=escaped).encode()
-    assert parse_json(body) == json.loads(body)
-
-
-@pytest.mark.parametrize(
-    ("body", "param", "words"),
-    [
-        (b'{"temperature": NaN}', "temperature", "finite"),
-        (b'{"a": {"b": [1, -Infinity]}}', "a.b.1", "finite"),
-        (rb'{"prompt": "a\u0000b"}', "prompt", "NUL"),
-        (rb'{"items": [{"text": "x"}, {"text": "\ud800"}]}', "items.1.text", "surrogate"),
-        (rb'{"\ud800": 1}', "body", "surrogate"),
-        (rb'{"a": {"b\u0000": 1}}', "a", "NUL"),
-        (b"", "body", "empty"),
-        (b"  ", "body", "empty"),
-        (b"{", "body", "not JSON"),
-        (b'{"a": 1} x', "body", "not JSON"),
-        (b"'a'", "body", "not JSON"),
-        (b'"\xff"', "body", "UTF-8"),
-        (b"[" * 100_000, "body", "recursion"),
-        (b"[" * 500 + b"]" * 500, "body", "recursion"),
-        (b"1" * 5000, "body", "out of range"),
-        (b'{"%s": {"b": "\\u0000"}}' % (b"a" * 1000), "a" * 119 + "…", "NUL"),
-        # Lines, which are counted before they are parsed
-        (b"{" + b"\n{" * 2, "rows", "rows has 3 lines, at most 2"),
-        (b"\n" * 100, "rows", "101 lines"),
-        (b"{\n" * 100, "rows", "101 lines"),
-        (rb'{"a": 1}' + b"\n" + rb'{"a": ["x", "\u0000"]}', "rows.1.a.1", "NUL"),
-    ],
-)
-def test_a_fault_is_named(body: bytes, param: str, words: str) -> None:
-    with pytest.raises(InvalidRequest, match=words) as caught:
-        parse_lines(body, "rows", 2) if param.startswith("rows") else parse_json(body)
-    assert caught.value.param == param
-    assert len(caught.value.message) < 300
-
-
-def test_text_may_hold_any_number_of_quotes_and_commas_and_json_white_space() -> None:
-    text = '\\",[{"' * (MAX_STRUCTURE_BYTES // 4)
-    assert parse_json(json.dumps({"a": text}).encode()) == {"a": text}
-    assert parse_json(b"[1,\n" + b" " * MAX_STRUCTURE_BYTES * 2 + b"2]") == [1, 2]
-    assert parse_json(rb'{"a": "\\u0000"}') == {"a": "\\u0000"}
-
-
-@pytest.mark.parametrize("values", [["1"], ['""'], ["[]"], ['{"a":1}'], ["1", '"a,b"', "{}"]])
-def test_too_many_values_are_refused(values: list[str]) -> None:
-    most = MAX_STRUCTURE_BYTES // len(",".join(values))
-    parse_json(f"[{','.join(values * (most // 3))}]".encode())
-    with pytest.raises(InvalidRequest) as caught:
-        parse_json(f"[{','.join(values * (most * 2))}]".encode())
-    assert caught.value.code == "too_many_values"
-
-
-def test_an_object_of_too_many_fields_is_refused() -> None:
-    fields = {str(number): number for number in range(MAX_FIELDS + 1)}
-    with pytest.raises(InvalidRequest, match=str(MAX_FIELDS + 1)):
-        parse_json(json.dumps([{"a": [fields]}]).encode())
-
-
-def test_blank_lines_are_passed_over() -> None:
-    assert parse_lines(b'\n{"a": 1}\r\n \n[2]\n\n', "rows", 3) == [{"a": 1}, [2]]
 
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
@@ -395,98 +310,6 @@ def test_patterns_whose_counts_are_within_bounds_are_taken(pattern: str) -> None
 def test_prompts_are_texts_or_token_ids_and_at_most_128_answers() -> None:
     for prompt in ("a", ["a"], ["a", "b"], [1, 2], [[1], [2, 3]], ["a"] * 64, [1] * 500):
         assert CompletionRequest.model_validate({"prompt": prompt, "n": 2}).prompt == prompt
-
-
-LIMITS = LengthLimits(max_prompt_chars=10, context_tokens=512, default_max_tokens=300)
-
-
-def ask(**fields: Any) -> GenerationRequest:
-    request = GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields)
-    return request_of(
-        request, request.turns, UserKeys("a secret for tests only", "tests"), Caller("tests", "", frozenset())
-    )
-
-
-def in_messages(*texts: str) -> dict[str, Any]:
-    return {"prompt": None, "messages": [{"role": "user", "content": text} for text in texts]}
-
-
-@pytest.mark.parametrize(
-    ("fits", "exceeds", "param", "code"),
-    [
-        ({"prompt": "ä" * 10}, {"prompt": "x" * 11}, "prompt", "prompt_too_long"),
-        (in_messages("x" * 5, "x" * 5), in_messages("x" * 6, "x" * 5), "messages", "prompt_too_long"),
-        ({"max_tokens": 511}, {"max_tokens": 512}, "max_tokens", "context_length_exceeded"),
-    ],
-)
-def test_what_is_known_to_be_too_much_is_refused(fits: Any, exceeds: Any, param: str, code: str) -> None:
-    LIMITS.check(ask(**fits))
-    with pytest.raises(InvalidRequest) as caught:
-        LIMITS.check(ask(**exceeds))
-    assert (caught.value.param, caught.value.code) == (param, code)
-
-
-@pytest.mark.parametrize(
-    ("changed", "found"),
-    [
-        ({"messages": [], "prompt": [[1] * 6, [2] * 5]}, "prompt has 11 token ids, at most 10 are allowed"),
-        ({"messages": [], "prompt": ["x" * 6, "ä" * 5]}, "prompt has 11 characters, at most 10 are allowed"),
-        (
-            {"sampling": {"chat_template_kwargs": {"a": 1}}},
-            "prompt has 5 characters and 7 bytes of tools and template arguments, at most 10 are allowed",
-        ),
-        (
-            {"sampling": {"tools": ["ää"]}},
-            "prompt has 5 characters and 8 bytes of tools and template arguments, at most 10 are allowed",
-        ),
-    ],
-)
-def test_a_prompt_that_is_too_long_is_refused_with_what_it_holds(changed: dict[str, Any], found: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        LIMITS.check(replace(ask(), **changed))
-    assert caught.value.message == found
-
-
-def test_an_answer_beyond_what_the_prompt_leaves_is_refused_with_what_would_fit() -> None:
-    LIMITS.check_answer(ask(max_tokens=12), 500)
-    with pytest.raises(InvalidRequest, match="Ask for at most 12"):
-        LIMITS.check_answer(ask(max_tokens=13), 500)
-
-
-def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
-    unknown = replace(LIMITS, context_tokens=None)
-    unknown.check(ask(max_tokens=10_000))
-    unknown.check_answer(ask(max_tokens=10_000), 500)
-    LIMITS.check_answer(ask(max_tokens=500), None)
-    assert not unknown.allow_whole(ask(max_tokens=1), ask().messages)
-
-
-def test_an_answer_comes_whole_when_it_is_short_and_surely_fits() -> None:
-    asked, longest = ask(prompt="ä" * 20, max_tokens=8), ask(max_tokens=WHOLE_TOKENS)
-    long = LengthLimits(100, 4096, WHOLE_TOKENS + 1)
-    assert long.allow_whole(longest, longest.messages)
-    for tokens in (WHOLE_TOKENS + 1, None):
-        assert not long.allow_whole(replace(longest, max_tokens=tokens), longest.messages)
-    for prompt in (None, "ä" * 20, ["ä" * 20], [1] * 40, [[1] * 40]):
-        request = replace(asked, prompt=prompt, messages=[] if prompt else asked.messages)
-        bound = max_prompt_tokens(request.messages, prompt or "")
-        assert bound > 40
-        assert replace(LIMITS, context_tokens=bound + 8).allow_whole(request, request.messages)
-        assert not replace(LIMITS, context_tokens=bound + 7).allow_whole(request, request.messages)
-        assert replace(LIMITS, context_tokens=bound).allow_whole(replace(request, max_tokens=None), request.messages)
-
-
-def test_tokens_are_estimated_before_the_engine_has_counted_them() -> None:
-    limits, asked = LengthLimits(10_000, 512, 300), ask(prompt="x" * 400, max_tokens=20)
-    assert limits.estimate_tokens(asked) == 100 + 20
-    assert limits.estimate_tokens(replace(asked, max_tokens=None)) == 100 + 256
-    assert replace(limits, context_tokens=4096).estimate_tokens(replace(asked, max_tokens=None)) == 100 + 300
-    assert limits.estimate_tokens(replace(asked, max_tokens=None, messages=[], prompt="x" * 400)) == 100 + 16
-    twice = replace(asked, messages=[], prompt=[[1, 2, 3], [4, 5]], sampling={"n": 2})
-    assert twice.sequences == 4
-    assert limits.estimate_tokens(twice) == 5 + 4 * 20
-    assert limits.estimate_tokens(replace(asked, messages=[], prompt=[1, 2, 3])) == 3 + 20
-    assert limits.estimate_tokens(replace(asked, messages=[], prompt=["x" * 8, "x" * 8])) == 4 + 2 * 20
 
 
 @pytest.mark.parametrize(
