@@ -194,4 +194,11 @@ class TestDrafts:
             assert [seen.body["messages"][-1]["content"][:5] for seen in fake_engine.seen] == ["Write"]
             assert 'rewrite": True' in copied(page, "Copy as Python")
             assert "/rewrite -H" in copied(page, "Copy as curl")
+            link = copied(page, "Copy link")
+            page.goto("about:blank")
+            page.goto(link)  # the same draft, rewritten again
+            expect(answer(page, "Draft")).to_contain_text("We meet Bob at 10:30.")
+            expect(page.get_by_text("Kept of the draft")).to_have_count(1)
+            assert len(turns := [seen.body["messages"][-1]["content"] for seen in fake_engine.seen]) == 2
+            assert turns[0] == turns[1]
             assert looker.faults == []

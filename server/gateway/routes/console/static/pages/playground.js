@@ -1,4 +1,5 @@
-// The base model's answer and the personal answer to one question, side by side; with a bank for drafts, a draft and its rewriting.
+// The base model's answer and the personal answer to one question, side by side.
+// With a bank for drafts: a draft and its rewriting.
 import { call, userPath } from '../api.js';
 import { Answer, ask, BLANK, busy } from '../parts/asking.js';
 import { useBank } from '../parts/bank.js';
@@ -30,7 +31,7 @@ async function read(id, signal) {
 const numberIn = (params, name, otherwise) => (params.has(name) ? Number(params.get(name)) || 0 : otherwise);
 
 export function Playground({ params }) {
-	const [bank] = useBank();
+	const [bank, unknown] = useBank();
 	const [from, setFrom] = useState(params.has('user') ? 'id' : 'paste');
 	const [user, setUser] = useState(params.get('user') ?? '');
 	const [pasted, setPasted] = useState('');
@@ -48,10 +49,10 @@ export function Playground({ params }) {
 	const [fault, setFault] = useState(null);
 	const run = useRef();
 	const form = useRef();
-	useEffect(() => {
-		if (params.has('user') && params.has('ask')) askBoth();
-		return () => run.current?.abort();
-	}, []);
+	useEffect(() => () => run.current?.abort(), []);
+	useEffect(() => { // the bank says what a link asks for
+		if ((bank || unknown) && params.has('user') && params.has('ask')) askBoth();
+	}, [bank, unknown]);
 
 	async function store(signal) {
 		if (from === 'id') return user.trim();
@@ -140,7 +141,8 @@ export function Playground({ params }) {
 	return html`
 		<h1 tabindex="-1">${free ? 'Playground' : `Playground: ${task.name.replaceAll('_', ' ')}`}</h1>
 		<p class="lead">${free ? 'Ask the base model and one user’s personal model the same question.'
-			: drafted ? 'Give a draft from anywhere back in one user’s own words.' : 'Give the base model and one user’s personal model the same of what this bank is for.'}</p>
+			: drafted ? 'Give a draft from anywhere back in one user’s own words.'
+				: 'Give the base model and one user’s personal model the same of what this bank is for.'}</p>
 		<form class="card ask" ref=${form} onSubmit=${submit} onKeyDown=${keys}>
 			<fieldset class="who">
 				<legend>Who asks</legend>
@@ -191,7 +193,8 @@ export function Playground({ params }) {
 			</div>
 		</form>
 		<div class="pair even">
-			<${Answer} title=${drafted ? 'Draft' : 'Base model'} hint=${drafted ? 'The draft appears here.' : 'Its answer appears here.'} answer=${base} marked=${sides?.[0]} again=${askBoth} />
+			<${Answer} title=${drafted ? 'Draft' : 'Base model'} hint=${drafted ? 'The draft appears here.' : 'Its answer appears here.'}
+				answer=${base} marked=${sides?.[0]} again=${askBoth} />
 			<${Answer} title=${asked && !THROWAWAY.test(asked.user) ? shortened(asked.user, 64) : 'Personal'} hint="The answer for this person appears here."
 				answer=${personal} marked=${sides?.[1]} again=${askBoth} />
 		</div>
