@@ -159,6 +159,7 @@ class Settings(BaseSettings):
 
     api_key: SecretStr | None = Field(None, description="API key to send; `mta keys create` creates one.")
     first_key: SecretStr | None = Field(None, description="The operator's first key, for `mta keys create --given`.")
+    drafts_key: SecretStr | None = Field(None, description="Key of the server that `mta bank drafts` asks.")
 
     inner_host: str = Field("127.0.0.1", description="Address of engine, router, worker metrics; never a public one.")
     engine_port: int = Field(8001, ge=0, le=65535, description="Port the engine listens on.")

@@ -15,6 +15,7 @@ from adapters.fusion import fuse
 from adapters.recipe import MAX_DIRECTIONS, MAX_TERMS, FusionMethod, anchor_id
 from bank.building.assemble import BASELINES, bank_rank, write_bank
 from bank.building.directions import DirectionRows, make_directions
+from bank.building.drafting import made_by
 from bank.building.options import BuildInputs, BuildOptions
 from bank.building.phrases import fit_phrases
 from bank.building.progress import RowProgress
@@ -121,7 +122,7 @@ def build_bank(
                 shared_a=matrix.shared_a,
                 embeddings=embeddings,
                 items=[lengths[at] for at in chosen],
-                training={**begun, "people": len(people), "unseen_judges": judges},
+                training={**begun, **made_by(inputs.users), "people": len(people), "unseen_judges": judges},
                 prior=fit_prior(task, [[gold for _, gold in person.pairs(task)] for person in people]),
                 curvature=curvature,
                 words=words,

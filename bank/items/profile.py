@@ -85,7 +85,7 @@ def text_pair(text: str, task: Task, shortest: int = SHORTEST) -> tuple[str, str
     text = text.strip()
     if task.drafted and (notes := notes_of(text)):
         return task.input.format(draft=notes), text
-    if not task.begun or len(text) < shortest:
+    if not task.begun or len(normalised(text)) < shortest:
         return None
     if len(text) < LONG:
         return task.bare, text

@@ -41,6 +41,15 @@ from tests.support.store_parts import connected
 
 QUERY = np.eye(1, 384, dtype="f4")[0]
 ODD = {"input": "odd", "output": "one"}
+ODD_TEXTS = {  # and what is known of people who wrote nothing else
+    "one word": ("Yes", "topic"),
+    "no end": ("x" * 60_000, "signature"),
+    "emoji": ("🌹🐝 " * 150, "signature"),
+    "right to left": ("שלום לכולם, היום ירד גשם. " * 20, "signature"),
+    "code": ("def f(x):\n    return {'a': [x, None]}  # %s <|im_end|>\n" * 12, "signature"),
+    "only quotes": ("> You wrote that it rains.\n" * 20, "signature"),
+    "mostly spaces": ("a" + " \u00a0\n\t" * 200 + "b", "topic"),
+}
 PICKY = "{% if messages[0]['content'] == 'odd' %}{{ raise_exception('odd') }}{% endif %}"
 
 
@@ -171,6 +180,12 @@ def test_items_that_teach_nothing_leave_it_to_the_topics_and_are_not_asked_for_a
 def test_plain_texts_are_signed(client: httpx.Client, user_id: str, sign: Sign) -> None:
     put(client, user_id, [{"text": "Yes."}, {"text": f"{world(1)}: no. " * 40}])
     assert (sign(), source(client, user_id)) == (1, "signature")
+
+
+@pytest.mark.parametrize(("text", "known"), ODD_TEXTS.values(), ids=ODD_TEXTS)
+def test_odd_texts_are_signed(client: httpx.Client, user_id: str, sign: Sign, text: str, known: str) -> None:
+    put(client, user_id, [{"text": text}])
+    assert (sign(), source(client, user_id)) == (1, known)
 
 
 def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(

@@ -160,6 +160,47 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def drafts(
+    *,
+    users: Annotated[Path, typer.Option(help=USERS)],
+    drafts_by: Annotated[str, typer.Option(help="URL of a server of OpenAI's API, which mostly ends with /v1.")],
+    drafts_model: Annotated[str, typer.Option(help="The model's name there.")],
+    out: Annotated[Path, typer.Option(help="Folder for texts and drafts, to be given to a build as --users.")],
+    exclude: Exclude = None,
+    task: Annotated[str, typer.Option(help="A type of items with drafts.")] = "rewrite",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+) -> None:
+    """Have a model write a draft of each of people's texts, so that a bank learns to turn its drafts into their words.
+
+    The texts are sent to that server, with the key in MTA_DRAFTS_KEY. A run that was stopped continues. Without drafts,
+    a build takes a text's content words, names and numbers for one.
+    """
+    from bank.building.drafting import Drafter, undrafted, write_drafts
+    from bank.items.histories import read_excluded, read_histories
+    from bank.items.tasks import get_task
+    from server.cli.progress import ConsoleProgress
+
+    kind, excluded = get_task(task), read_excluded(exclude) if exclude else frozenset()
+    people = [person for person in read_histories(users, kind) if person.user_id not in excluded]
+    texts = [item.fields["text"] for person in people for item in undrafted(person, kind)]
+    typer.echo(
+        f"{len(texts)} texts of {len(people)} people, {decimal(len(''.join(texts).encode()))}, go to {drafts_by}"
+    )
+    if not yes:
+        typer.confirm("Send them?", abort=True)
+    key = load_settings().drafts_key
+    drafter = Drafter(drafts_by, drafts_model, key.get_secret_value() if key else "")
+    with ConsoleProgress() as progress:
+        try:
+            without = write_drafts(people, kind, drafter, out, lambda done: progress.piece("drafts", done, len(texts)))
+        except KeyboardInterrupt:
+            progress.say("stopped; run the same command again to continue with the next text")
+            sys.exit(130)
+    refused = f"; {without} were refused or got no answer: their notes stand for drafts" if without else ""
+    typer.echo(f"{len(texts) - without} drafts are in {out}{refused}")
+
+
 def _default_ranks(inputs: BuildInputs) -> int:
     """Return one rank for each core that memory allows; with GPUs one, since only `torchrun` shares them out."""
     import torch

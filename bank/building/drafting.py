@@ -1,0 +1,150 @@
+"""Drafts by another model: each of people's plain texts is sent to a server of OpenAI's API, which answers with one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import sleep
+from typing import BinaryIO
+
+import httpx
+
+from adapters.errors import excerpt
+from bank.errors import BankError
+from bank.items.drafts import notes_of
+from bank.items.histories import History
+from bank.items.profile import PLAIN, Item
+from bank.items.tasks import Task
+
+PROMPT = (
+    "Say what this text says in plain and neutral words, as somebody else would. Keep its language and all facts, "
+    "names, numbers and links. Answer with the new text alone: {text}"
+)
+AT_ONCE, TRIES, TIMEOUT_S, LONGEST_PAUSE_S = 8, 5, 300.0, 60.0
+_ITEMS, _MADE_BY = "items.jsonl", ".drafts.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Drafter:
+    """A model behind OpenAI's API, by the URL that its clients take, which mostly ends with /v1."""
+
+    url: str
+    model: str
+    key: str = field(default="", repr=False)
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What a folder of drafts, and the bank built from it, keep of how they were made."""
+        return {"drafts_by": self.url, "drafts_model": self.model, "drafts_prompt": PROMPT}
+
+    def draft_of(self, text: str) -> str | None:
+        """Ask for one draft; None if this text is refused, or nothing is answered. BankError if the server fails."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": PROMPT.format(text=text)}]}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        for attempt in range(TRIES):
+            pause_s = 2.0**attempt
+            try:
+                url = f"{self.url.rstrip('/')}/chat/completions"
+                answer = httpx.post(url, json=body | {"temperature": 0}, headers=headers, timeout=TIMEOUT_S)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                why = str(error) or type(error).__name__
+            else:
+                if answer.is_success:
+                    return _content(answer, self.url)
+                why = f"status {answer.status_code}: {excerpt(answer.text)}"
+                if answer.status_code in (400, 413, 422):
+                    return None
+                if answer.status_code < 500 and answer.status_code not in (408, 429):
+                    break
+                if (after := answer.headers.get("Retry-After", "")).isdecimal():
+                    pause_s = min(float(after), LONGEST_PAUSE_S)
+            if attempt + 1 < TRIES:
+                sleep(pause_s)
+        raise BankError(
+            f"{self.url} gave no draft ({why}): check the URL, the model {self.model!r} and MTA_DRAFTS_KEY, then run "
+            "the same command again; it continues"
+        )
+
+
+def _content(answer: httpx.Response, url: str) -> str | None:
+    try:
+        content = answer.json()["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        raise BankError(f"{url} answered with no chat completion: {excerpt(answer.text)}") from None
+    return content.strip() or None if isinstance(content, str) else None
+
+
+def undrafted(person: History, task: Task) -> list[Item]:
+    """Return a person's plain texts that say enough to be drafted."""
+    if not task.drafted:
+        raise BankError(f"the task {task.name} has no drafts: use --task rewrite")
+    fields = set(task.pair_fields)
+    return [item for item in person.items if not fields <= set(item.fields) and notes_of(item.fields.get(PLAIN, ""))]
+
+
+def write_drafts(
+    people: Sequence[History], task: Task, drafter: Drafter, out: Path, done: Callable[[int], None]
+) -> int:
+    """Write the people's items with their drafts to `out/PERSON/items.jsonl`; return how many texts got none.
+
+    A draft is kept as soon as it is made, so a run that was stopped continues. `done` gets the number of texts that are
+    finished, at the start too. BankError if `out` holds another model's drafts.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if (others := made_by(out)) and others != drafter.record:
+        raise BankError(f"{out} holds drafts by {others['drafts_model']} of {others['drafts_by']}: name another --out")
+    (out / _MADE_BY).write_text(json.dumps(drafter.record))
+    finished = refused = 0
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for person in people:
+            folder = out / person.user_id.replace("/", "%2F").replace(".", "%2E", person.user_id.startswith("."))
+            folder.mkdir(exist_ok=True)
+            with (folder / _ITEMS).open("a+b") as file:
+                kept = _kept(file)
+                texts = {item.id: item.fields[PLAIN] for item in undrafted(person, task)}
+                items = [item for item in person.items if item.id not in kept]
+                finished += len(texts.keys() & kept)
+                done(finished)
+                with closing(_asked(pool, drafter, [texts[item.id] for item in items if item.id in texts])) as drafts:
+                    for item in items:
+                        fields = {"id": item.id, **item.fields}
+                        if item.id in texts:
+                            draft = next(drafts)
+                            refused += draft is None
+                            finished += 1
+                            done(finished)
+                            fields |= {"draft": draft} if draft else {}
+                        file.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
+                        file.flush()
+                os.fsync(file.fileno())
+    return refused
+
+
+def _asked(pool: ThreadPoolExecutor, drafter: Drafter, texts: Sequence[str]) -> Generator[str | None]:
+    """Yield the drafts in order; after a failure, or if the caller stops, no more are asked for."""
+    waiting = [pool.submit(drafter.draft_of, text) for text in texts]
+    try:
+        for each in waiting:
+            yield each.result()
+    finally:
+        for each in waiting:
+            each.cancel()
+
+
+def _kept(file: BinaryIO) -> set[str]:
+    """Return the ids of the items that an earlier run wrote; a line that it did not finish is removed."""
+    file.seek(0)
+    written = file.read()
+    file.truncate(written.rfind(b"\n") + 1)
+    return {json.loads(line)["id"] for line in written.split(b"\n")[:-1]}
+
+
+def made_by(users: Path) -> Mapping[str, str]:
+    """Return how the drafts in a folder of people were made; nothing if they are not by `write_drafts`."""
+    path = users / _MADE_BY
+    return json.loads(path.read_text()) if path.is_file() else {}
