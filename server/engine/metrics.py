@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 if TYPE_CHECKING:
     from server.engine.admission.prepare import AdapterNames
 
-log = logging.getLogger("mta.engine")
+log = logging.getLogger("vllm.mta")
 
 REFRESH_TIMEOUT_S = 2.0  # maximum time that `/metrics` waits for a busy worker before it returns the last known values
 BUCKETS_S = (

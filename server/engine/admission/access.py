@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.engine_protocol import DROP, RESIDENT, STATUS
 
-log = logging.getLogger("mta.engine")
+log = logging.getLogger("vllm.mta")
 
 PUBLIC_ROUTES = {("GET", "/health")}  # method and path of routes that need no key
 

@@ -17,7 +17,7 @@ from bank.manifest import BASE, BankManifest, Canary
 from server.engine.admission.prepare import AdapterNames
 from server.engine_protocol import SHARED
 
-log = logging.getLogger("vllm.mta")  # below vLLM's, whose lines are shown before the server listens
+log = logging.getLogger("vllm.mta")  # as all loggers in here, below the one that has vLLM's handler
 
 
 async def check_canary(engine: Any, names: AdapterNames, manifest: BankManifest, dtype: str) -> None:

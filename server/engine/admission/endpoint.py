@@ -37,7 +37,7 @@ from server.watching.tracing import Tracing
 
 IDLE_ADAPTER_BYTES = 256 << 20  # maximum size of the user adapters that an engine keeps, unless more are in use
 NAMES_PER_ADAPTER = 4  # idle recipes whose ids an engine remembers, for each adapter that its workers can hold
-log = logging.getLogger("mta.engine")
+log = logging.getLogger("vllm.mta")
 
 
 class MtaEndpointPlugin:

@@ -19,7 +19,7 @@ from bank.manifest import BankManifest
 from server.errors import ApiError
 from server.store.adapters import AdapterStore, StoredAdapter
 
-log = logging.getLogger("mta.engine")
+log = logging.getLogger("vllm.mta")
 
 SWEEP_S = 30.0  # interval at which adapters that were replaced or erased are dropped, unless a request uses them
 

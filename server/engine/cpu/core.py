@@ -16,7 +16,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from server.engine import patches
 
-log = logging.getLogger("mta.engine")
+log = logging.getLogger("vllm.mta")
 
 START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
 THREADS_FOLDER = Path("/proc/self/task")  # one entry per thread of this process, named by its id

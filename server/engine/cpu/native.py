@@ -16,7 +16,7 @@ from typing import Any
 
 from bank.models.folders import locked
 
-log = logging.getLogger("mta.engine")
+log = logging.getLogger("vllm.mta")
 
 SOURCES = (Path(__file__).with_name("lora.cpp"), Path(__file__).with_name("rows.h"))
 NAME = "mta_cpu"

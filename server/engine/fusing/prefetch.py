@@ -18,7 +18,7 @@ Fused = TypeVar("Fused")
 
 MAX_PREFETCHED = 32  # maximum number of queued, running and finished fusions; further requests start as space frees
 MAX_ATTEMPTS = 2  # at a fusion; then the requests that wait for it end with an error
-log = logging.getLogger("mta.engine")
+log = logging.getLogger("vllm.mta")
 
 
 def _compute_with(threads: int) -> None:

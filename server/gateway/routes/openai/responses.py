@@ -165,7 +165,8 @@ _TOLD = {Kind.TEXT: "output_text", Kind.REASONING: "reasoning_text", Kind.CALL: 
 _LOGPROBS: Mapping[Kind, dict[str, Any]] = {Kind.TEXT: {"logprobs": []}}  # which texts must have, and do not
 _FIXED = {  # fields that OpenAI's schema demands
     **{"store": False, "background": False, "truncation": "disabled", "service_tier": "default", "metadata": {}},
-    **{"top_logprobs": 0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "reasoning": {"effort": None}},
+    **{"top_logprobs": 0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+    "reasoning": {"effort": None, "summary": None},
     **dict.fromkeys(("previous_response_id", "max_tool_calls", "safety_identifier", "prompt_cache_key")),
 }
 
