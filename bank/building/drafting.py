@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import sleep
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import httpx
 
@@ -26,6 +26,7 @@ PROMPT = (
     "names, numbers and links. Answer with the new text alone: {text}"
 )
 AT_ONCE, TRIES, TIMEOUT_S, LONGEST_PAUSE_S = 8, 5, 300.0, 60.0
+SPARE_TOKENS = 32  # beyond half as many as the text has bytes; a draft that needs more repeats itself
 _ITEMS, _MADE_BY = "items.jsonl", ".drafts.json"
 
 
@@ -43,14 +44,16 @@ class Drafter:
         return {"drafts_by": self.url, "drafts_model": self.model, "drafts_prompt": PROMPT}
 
     def draft_of(self, text: str) -> str | None:
-        """Ask for one draft; None if this text is refused, or nothing is answered. BankError if the server fails."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": PROMPT.format(text=text)}]}
+        """Ask for one draft; None if the text is refused, or the draft does not end. BankError if the server fails."""
+        body: dict[str, Any] = {"model": self.model, "temperature": 0}
+        body["messages"] = [{"role": "user", "content": PROMPT.format(text=text)}]
+        body["max_tokens"] = len(text.encode()) // 2 + SPARE_TOKENS
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         for attempt in range(TRIES):
             pause_s = 2.0**attempt
             try:
                 url = f"{self.url.rstrip('/')}/chat/completions"
-                answer = httpx.post(url, json=body | {"temperature": 0}, headers=headers, timeout=TIMEOUT_S)
+                answer = httpx.post(url, json=body, headers=headers, timeout=TIMEOUT_S)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 why = str(error) or type(error).__name__
             else:
@@ -73,10 +76,11 @@ class Drafter:
 
 def _content(answer: httpx.Response, url: str) -> str | None:
     try:
-        content = answer.json()["choices"][0]["message"]["content"]
+        choice = answer.json()["choices"][0]
+        content, has_ended = choice["message"]["content"], choice["finish_reason"] != "length"
     except (ValueError, LookupError, TypeError):
         raise BankError(f"{url} answered with no chat completion: {excerpt(answer.text)}") from None
-    return content.strip() or None if isinstance(content, str) else None
+    return content.strip() or None if has_ended and isinstance(content, str) else None
 
 
 def undrafted(person: History, task: Task) -> list[Item]:

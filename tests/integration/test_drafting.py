@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bank.building.drafting import PROMPT, made_by
+from bank.items.drafts import notes_of
 from bank.items.histories import read_histories
 from bank.items.tasks import get_task
 from server.cli import app
@@ -49,21 +50,36 @@ def written(out: Path) -> list[dict[str, str]]:
     return [json.loads(line) for file in sorted(out.glob("*/items.jsonl")) for line in file.read_text().splitlines()]
 
 
-def test_a_real_model_writes_drafts(gateway_over_vllm: GatewayThread, drafts: Drafts, out: Path) -> None:
-    done = drafts(gateway_over_vllm)
+def pairs(out: Path) -> dict[str, list[tuple[str, str]]]:
+    return {person.user_id.replace("%2F", "/"): person.pairs(REWRITE) for person in read_histories(out, REWRITE)}
+
+
+def pair(text: str, draft: str) -> tuple[str, str]:
+    return REWRITE.input.format(draft=draft), text
+
+
+def test_a_draft_that_does_not_end_is_none(gateway_over_vllm: GatewayThread, drafts: Drafts, out: Path) -> None:
+    done = drafts(gateway_over_vllm)  # a random model's answers never end
     assert done.exit_code == 0, done.output
-    assert "3 texts of 2 people, 121 bytes" in done.output and "3 drafts are in" in done.output
-    people = {person.user_id: person.pairs(REWRITE) for person in read_histories(out, REWRITE)}
-    assert {who: [text for _, text in pairs] for who, pairs in people.items()} == {
-        who.replace("/", "%2F"): own for who, own in TEXTS.items()
-    }
-    assert [turn for turn, _ in people["rosa"]] == [
-        REWRITE.input.format(draft=item["draft"]) for item in written(out) if item["text"] in TEXTS["rosa"]
-    ]
-    assert made_by(out)["drafts_prompt"] == PROMPT
+    assert "0 drafts are in" in done.output and "3 were refused or did not end" in done.output
+    assert pairs(out) == {who: [pair(text, notes_of(text)) for text in own] for who, own in TEXTS.items()}
 
 
 class TestAnotherServer:
+    @pytest.fixture
+    def fake_engine(self, fake_engine: FakeEngine) -> FakeEngine:
+        fake_engine.turn(finish_reasons=("stop",))
+        return fake_engine
+
+    def test_a_text_and_its_draft_are_a_pair(
+        self, gateway: GatewayThread, fake_engine: FakeEngine, drafts: Drafts, out: Path
+    ) -> None:
+        done = drafts(gateway)
+        assert "3 texts of 2 people, 121 bytes" in done.output and "3 drafts are in" in done.output
+        made = {item["text"]: item["draft"] for item in written(out)}
+        assert pairs(out) == {who: [pair(text, made[text]) for text in own] for who, own in TEXTS.items()}
+        assert made_by(out)["drafts_prompt"] == PROMPT
+
     def test_a_second_run_asks_nothing(
         self, gateway: GatewayThread, fake_engine: FakeEngine, drafts: Drafts, out: Path
     ) -> None:
@@ -79,7 +95,7 @@ class TestAnotherServer:
     ) -> None:
         long = " ".join(["beans"] * 200)  # beyond the fake engine's context
         done = drafts(gateway, texts={"rosa": [long, *TEXTS["rosa"]]})
-        assert "2 drafts are in" in done.output and "1 were refused" in done.output
+        assert "2 drafts are in" in done.output and "1 were refused or did not end" in done.output
         assert [item["id"] for item in written(out) if "draft" not in item] == [written(out)[0]["id"]]
 
     def test_a_busy_server_is_asked_again(

@@ -197,7 +197,7 @@ def drafts(
         except KeyboardInterrupt:
             progress.say("stopped; run the same command again to continue with the next text")
             sys.exit(130)
-    refused = f"; {without} were refused or got no answer: their notes stand for drafts" if without else ""
+    refused = f"; {without} were refused or did not end: their notes stand for drafts" if without else ""
     typer.echo(f"{len(texts) - without} drafts are in {out}{refused}")
 
 
