@@ -18,7 +18,7 @@ from adapters.errors import excerpt
 from bank.errors import BankError
 from bank.items.drafts import notes_of
 from bank.items.histories import History
-from bank.items.profile import PLAIN, Item
+from bank.items.profile import PLAIN, Item, is_pair
 from bank.items.tasks import Task
 
 PROMPT = (
@@ -88,7 +88,8 @@ def undrafted(person: History, task: Task) -> list[Item]:
     if not task.drafted:
         raise BankError(f"the task {task.name} has no drafts: use --task rewrite")
     fields = set(task.pair_fields)
-    return [item for item in person.items if not fields <= set(item.fields) and notes_of(item.fields.get(PLAIN, ""))]
+    plain = (item for item in person.items if not (is_pair(item.fields) or fields <= set(item.fields)))
+    return [item for item in plain if notes_of(item.fields.get(PLAIN, ""))]
 
 
 def write_drafts(
@@ -112,7 +113,9 @@ def write_drafts(
                 kept = _kept(file)
                 texts = {item.id: item.fields[PLAIN] for item in undrafted(person, task)}
                 items = [item for item in person.items if item.id not in kept]
-                finished += len(texts.keys() & kept)
+                known = texts.keys() & kept.keys()
+                finished += len(known)
+                refused += sum("draft" not in kept[each] for each in known)
                 done(finished)
                 with closing(_asked(pool, drafter, [texts[item.id] for item in items if item.id in texts])) as drafts:
                     for item in items:
@@ -140,12 +143,12 @@ def _asked(pool: ThreadPoolExecutor, drafter: Drafter, texts: Sequence[str]) -> 
             each.cancel()
 
 
-def _kept(file: BinaryIO) -> set[str]:
-    """Return the ids of the items that an earlier run wrote; a line that it did not finish is removed."""
+def _kept(file: BinaryIO) -> dict[str, dict[str, str]]:
+    """Return the items that an earlier run wrote, by id; a line that it did not finish is removed."""
     file.seek(0)
     written = file.read()
     file.truncate(written.rfind(b"\n") + 1)
-    return {json.loads(line)["id"] for line in written.split(b"\n")[:-1]}
+    return {item["id"]: item for item in map(json.loads, written.split(b"\n")[:-1])}
 
 
 def made_by(users: Path) -> Mapping[str, str]:

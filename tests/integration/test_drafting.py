@@ -94,8 +94,9 @@ class TestAnotherServer:
         self, gateway: GatewayThread, fake_engine: FakeEngine, drafts: Drafts, out: Path
     ) -> None:
         long = " ".join(["beans"] * 200)  # beyond the fake engine's context
-        done = drafts(gateway, texts={"rosa": [long, *TEXTS["rosa"]]})
-        assert "2 drafts are in" in done.output and "1 were refused or did not end" in done.output
+        for _ in range(2):  # another run counts alike
+            done = drafts(gateway, texts={"rosa": [long, *TEXTS["rosa"]]})
+            assert "2 drafts are in" in done.output and "1 were refused or did not end" in done.output
         assert [item["id"] for item in written(out) if "draft" not in item] == [written(out)[0]["id"]]
 
     def test_a_busy_server_is_asked_again(
