@@ -83,13 +83,13 @@ def _content(answer: httpx.Response, url: str) -> str | None:
     return content.strip() or None if has_ended and isinstance(content, str) else None
 
 
-def undrafted(person: History, task: Task) -> list[Item]:
-    """Return a person's plain texts that say enough to be drafted."""
+def undrafted(person: History, task: Task) -> dict[str, str]:
+    """Return a person's plain texts that say enough to be drafted, by the item's id."""
     if not task.drafted:
         raise BankError(f"the task {task.name} has no drafts: use --task rewrite")
     fields = set(task.pair_fields)
     plain = (item for item in person.items if not (is_pair(item.fields) or fields <= set(item.fields)))
-    return [item for item in plain if notes_of(item.fields.get(PLAIN, ""))]
+    return {item.id: text for item in plain if notes_of(text := item.fields.get(PLAIN, ""))}
 
 
 def write_drafts(
@@ -110,36 +110,36 @@ def write_drafts(
             folder = out / person.user_id.replace("/", "%2F").replace(".", "%2E", person.user_id.startswith("."))
             folder.mkdir(exist_ok=True)
             with (folder / _ITEMS).open("a+b") as file:
-                kept = _kept(file)
-                texts = {item.id: item.fields[PLAIN] for item in undrafted(person, task)}
-                items = [item for item in person.items if item.id not in kept]
+                kept, texts = _kept(file), undrafted(person, task)
                 known = texts.keys() & kept.keys()
                 finished += len(known)
                 refused += sum("draft" not in kept[each] for each in known)
                 done(finished)
-                with closing(_asked(pool, drafter, [texts[item.id] for item in items if item.id in texts])) as drafts:
-                    for item in items:
-                        fields = {"id": item.id, **item.fields}
-                        if item.id in texts:
-                            draft = next(drafts)
-                            refused += draft is None
-                            finished += 1
-                            done(finished)
-                            fields |= {"draft": draft} if draft else {}
-                        file.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
-                        file.flush()
-                os.fsync(file.fileno())
+                missing = [item for item in person.items if item.id not in kept]
+                with closing(_written(file, missing, texts, drafter, pool)) as written:
+                    for has_draft in written:
+                        finished += 1
+                        refused += not has_draft
+                        done(finished)
     return refused
 
 
-def _asked(pool: ThreadPoolExecutor, drafter: Drafter, texts: Sequence[str]) -> Generator[str | None]:
-    """Yield the drafts in order; after a failure, or if the caller stops, no more are asked for."""
-    waiting = [pool.submit(drafter.draft_of, text) for text in texts]
+def _written(
+    file: BinaryIO, items: Sequence[Item], texts: Mapping[str, str], drafter: Drafter, pool: ThreadPoolExecutor
+) -> Generator[bool]:
+    """Write items in order, and yield for each text whether it has a draft; if the caller stops, no more are asked."""
+    waiting = {item.id: pool.submit(drafter.draft_of, texts[item.id]) for item in items if item.id in texts}
     try:
-        for each in waiting:
-            yield each.result()
+        for item in items:
+            draft = waiting[item.id].result() if item.id in waiting else None
+            fields = {"id": item.id, **item.fields} | ({"draft": draft} if draft else {})
+            file.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            if item.id in waiting:
+                yield draft is not None
+        os.fsync(file.fileno())
     finally:
-        for each in waiting:
+        for each in waiting.values():
             each.cancel()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -34,14 +35,14 @@ def out(tmp_path: Path) -> Path:
 def drafts(tmp_path: Path, out: Path) -> Drafts:
     """Run the command on `TEXTS`, or others, with a gateway as the server that is asked."""
 
-    def run(server: GatewayThread, *more: str, texts: dict[str, list[str]] = TEXTS) -> Result:
+    def run(
+        server: GatewayThread, *, model: str = "base", task: str = "rewrite", yes: bool = True, texts: Any = TEXTS
+    ) -> Result:
         people = [{"user_id": who, "profile": [{"text": text} for text in own]} for who, own in texts.items()]
         (users := tmp_path / "users.json").write_text(json.dumps(people))
         asked = ("--users", str(users), "--drafts-by", f"{server.url}/v1", "--out", str(out))
-        model = () if "--drafts-model" in more else ("--drafts-model", "base")
-        yes = () if "--no" in more else ("--yes",)
-        given = [each for each in more if each != "--no"]
-        return CliRunner().invoke(app, ["bank", "drafts", *asked, *model, *yes, *given], input="n\n")
+        chosen = ("--drafts-model", model, "--task", task, *["--yes"] * yes)
+        return CliRunner().invoke(app, ["bank", "drafts", *asked, *chosen], input="n\n")
 
     return run
 
@@ -109,21 +110,21 @@ class TestAnotherServer:
     def test_an_unknown_model_ends_the_run(
         self, gateway: GatewayThread, fake_engine: FakeEngine, drafts: Drafts
     ) -> None:
-        done = drafts(gateway, "--drafts-model", "gpt-0")
+        done = drafts(gateway, model="gpt-0")
         assert done.exit_code == 1 and not fake_engine.seen
         assert "gave no draft (status 404" in str(done.exception) and "'gpt-0'" in str(done.exception)
 
     def test_another_models_drafts_stay(self, gateway: GatewayThread, fake_engine: FakeEngine, drafts: Drafts) -> None:
         assert drafts(gateway).exit_code == 0
-        done = drafts(gateway, "--drafts-model", "mta")
+        done = drafts(gateway, model="mta")
         assert done.exit_code == 1 and "holds drafts by base of" in str(done.exception)
 
     def test_nothing_is_sent_without_a_yes(
         self, gateway: GatewayThread, fake_engine: FakeEngine, drafts: Drafts, out: Path
     ) -> None:
-        assert drafts(gateway, "--no").exit_code == 1
+        assert drafts(gateway, yes=False).exit_code == 1
         assert not fake_engine.seen and not out.exists()
 
     def test_a_task_without_drafts_is_refused(self, gateway: GatewayThread, drafts: Drafts) -> None:
-        refusal = drafts(gateway, "--task", "chat").exception
+        refusal = drafts(gateway, task="chat").exception
         assert "the task chat has no drafts: use --task rewrite" in str(refusal)

@@ -183,7 +183,7 @@ def drafts(
 
     kind, excluded = get_task(task), read_excluded(exclude) if exclude else frozenset()
     people = [person for person in read_histories(users, kind) if person.user_id not in excluded]
-    texts = [item.fields["text"] for person in people for item in undrafted(person, kind)]
+    texts = [text for person in people for text in undrafted(person, kind).values()]
     typer.echo(
         f"{len(texts)} texts of {len(people)} people, {decimal(len(''.join(texts).encode()))}, go to {drafts_by}"
     )

@@ -58,7 +58,7 @@ def test_a_fault_is_named(body: bytes, param: str, words: str) -> None:
     assert len(caught.value.message) < 300
 
 
-def test_text_may_hold_any_number_of_quotes_and_commas_and_json_white_space() -> None:
+def test_text_may_hold_any_quotes_commas_and_white_space() -> None:
     text = '\\",[{"' * (MAX_STRUCTURE_BYTES // 4)
     assert parse_json(json.dumps({"a": text}).encode()) == {"a": text}
     assert parse_json(b"[1,\n" + b" " * MAX_STRUCTURE_BYTES * 2 + b"2]") == [1, 2]

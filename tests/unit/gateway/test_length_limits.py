@@ -69,13 +69,13 @@ def test_a_prompt_that_is_too_long_is_refused_with_what_it_holds(changed: dict[s
     assert caught.value.message == found
 
 
-def test_an_answer_beyond_what_the_prompt_leaves_is_refused_with_what_would_fit() -> None:
+def test_an_answer_longer_than_the_room_is_refused() -> None:
     LIMITS.check_answer(ask(max_tokens=12), 500)
     with pytest.raises(InvalidRequest, match="Ask for at most 12"):
         LIMITS.check_answer(ask(max_tokens=13), 500)
 
 
-def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
+def test_without_a_known_context_only_characters_count() -> None:
     unknown = replace(LIMITS, context_tokens=None)
     unknown.check(ask(max_tokens=10_000))
     unknown.check_answer(ask(max_tokens=10_000), 500)

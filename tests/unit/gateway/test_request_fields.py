@@ -10,9 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from server.errors import InvalidRequest
-from server.gateway.generation.request import (
-    Personalize,
-)
+from server.gateway.generation.request import Personalize
 from server.gateway.http.errors import MAX_SHOWN_CHARS, fault_of
 from server.gateway.routes.openai.requests import (
     IGNORED,
