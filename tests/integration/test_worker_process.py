@@ -101,8 +101,9 @@ def test_running_out_of_memory_fails_the_job_and_the_worker_goes_on(
             small = post(new_user(), SHORT, steps=1)
             wait_until(lambda: small()["ended_at"], "a small job, for which there is memory")
             assert small()["state"] != "failed"
-        else:  # a matrix library that gets no memory ends the process without a word: the lease expires
-            assert (job()["state"], job()["tries"]) == ("running", 1)
+        else:  # a matrix library ends the process without a word, the event loop after it has returned the job
+            assert job()["state"] in ("running", "queued")
+            assert job()["tries"] == 1
     assert client.get("/ready").status_code == 200
 
 
