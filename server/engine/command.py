@@ -75,6 +75,11 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
         if not entry_points(group=group, name=PLUGIN):
             raise BankError(f"the entry point {group}: {PLUGIN} is not installed: run `pip install .` again")
     check_parsers(settings)
+    if settings.dtype == "float32" and not is_cpu_build():
+        raise BankError(
+            "MTA_DTYPE=float32 is for CPUs: vLLM's kernels for LoRA on GPUs know 16 bits alone. Leave it out, or set "
+            "bfloat16 or float16"
+        )
     built_for = next(iter(banks.values())).base_model
     model_folder = ensure_base_model(settings.model, settings.cache_dir, built_for, settings.chat_template)
     if is_cpu_build():

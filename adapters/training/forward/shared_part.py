@@ -14,7 +14,7 @@ from adapters.lora import LoraWeights
 from adapters.training.attached import AdaptedLinear, attached
 from adapters.training.example import Acts, Example
 
-MAX_KEPT_BYTES = 1 << 28
+MAX_KEPT_BYTES = 1 << 28  # of keys and values that a bank's trainer keeps
 
 Prefix = tuple[int, ...]  # token ids of a conversation before the personal part acts
 KeysValues = list[tuple[torch.Tensor, torch.Tensor]]  # of each layer, [1, K, T, D]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.lora import ModuleShape, RowLayout, serving_rank
+from adapters.training.forward.shared_part import MAX_KEPT_BYTES
 from bank.building.options import BuildOptions
 from bank.errors import BankError
 from bank.manifest import BankManifest
@@ -44,10 +45,10 @@ def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Se
         weights = stored // NUMBER_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "", BF16)
         served = weights * number
     context = settings.max_model_len or _language(config).get("max_position_embeddings", 0)
-    count = (settings.max_loras or settings.max_num_seqs) + sum(manifest.shares_prompts for manifest in manifests)
-    slots = count * slot_bytes(manifests, number)
+    sharing = sum(manifest.shares_prompts for manifest in manifests)  # banks whose common row has a slot of its own
+    slots = ((settings.max_loras or settings.max_num_seqs) + sharing) * slot_bytes(manifests, number)
     engine = (served + context * token_bytes(config, number)) // settings.tensor_parallel_size + slots + FORWARD_BYTES
-    return engine, worker_bytes(weights)
+    return engine, worker_bytes(weights) + sharing * MAX_KEPT_BYTES
 
 
 def _language(config: Mapping[str, Any]) -> Mapping[str, Any]:

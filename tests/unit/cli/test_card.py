@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.training.example import Acts
 from bank.manifest import read_manifest
 from bank.models.load import limit_gpu
 from server.cli.run import machine
@@ -113,6 +114,8 @@ def test_what_is_needed_follows_the_model(tmp_path: Path, tiny_bank_folder: Path
     engine, worker = needs_of(tmp_path, manifests, Settings())
     assert 18 * GIB < worker < 22 * GIB
     assert 19 * GIB < engine < 20 * GIB  # the weights, 1 GiB of cache, 2 to compute in, a little for slots
+    sharing = [manifest.model_copy(update={"training": {"acts": Acts.AFTER_SYSTEM}}) for manifest in manifests]
+    assert needs_of(tmp_path, sharing, Settings())[1] == worker + GIB // 4  # keys and values that are read once
     assert needs_of(tmp_path, manifests, Settings(dtype="float32"))[0] > engine + 16 * GIB
     assert needs_of(tmp_path, manifests, Settings(tensor_parallel_size=2))[0] < engine - 8 * GIB
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))

@@ -82,6 +82,16 @@ def test_mixtures_of_experts_need_gpus(tmp_path: Path, monkeypatch: pytest.Monke
         assert refused or "lacks" in str(caught.value)
 
 
+def test_gpus_refuse_32_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
+    monkeypatch.setattr("server.engine.command.read_manifest", lambda folder: bank(8, "q_proj"))
+    (tmp_path / "config.json").write_text(json.dumps(DENSE))
+    given: dict[str, Any] = {"bank": tmp_path / "none", "model": str(tmp_path), "engine_key": "k" * 32}
+    for dtype in ("float32", "auto"):
+        refused = dtype == "float32" and not on_cpu
+        with pytest.raises(BankError, match="set bfloat16 or float16" if refused else "lacks"):
+            check_engine(Settings(**given, dtype=dtype))
+
+
 @pytest.mark.parametrize("has_amx", [False, True])
 @pytest.mark.parametrize("stored", [{"weight_block_size": [128, 128]}, {"format": "int-quantized"}, {"bits": 4}])
 def test_some_quantisations_need_amx(
