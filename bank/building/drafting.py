@@ -38,6 +38,14 @@ class Drafter:
     model: str
     key: str = field(default="", repr=False)
 
+    def __post_init__(self) -> None:
+        scheme_and_host = self.url.split("/")[:3]
+        if "@" in "".join(scheme_and_host):
+            raise BankError(
+                "the URL of --drafts-by has a name or password before @, which the bank would keep: leave it out, and "
+                "set MTA_DRAFTS_KEY to a key"
+            )
+
     @property
     def record(self) -> dict[str, str]:
         """What a folder of drafts, and the bank built from it, keep of how they were made."""

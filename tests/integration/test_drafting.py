@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from bank.building.drafting import PROMPT, made_by
+from bank.building.drafting import PROMPT, Drafter, made_by
+from bank.errors import BankError
 from bank.items.drafts import notes_of
 from bank.items.histories import read_histories
 from bank.items.tasks import get_task
@@ -64,6 +65,13 @@ def test_a_draft_that_does_not_end_is_none(gateway_over_vllm: GatewayThread, dra
     assert done.exit_code == 0, done.output
     assert "0 drafts are in" in done.output and "3 were refused or did not end" in done.output
     assert pairs(out) == {who: [pair(text, notes_of(text)) for text in own] for who, own in TEXTS.items()}
+
+
+def test_a_password_in_the_url_is_refused() -> None:
+    with pytest.raises(BankError, match="before @") as caught:
+        Drafter("https://rosa:secret@example.com/v1", "base")
+    assert "secret" not in str(caught.value)
+    assert Drafter("https://example.com/@rosa/v1", "base").record["drafts_by"] == "https://example.com/@rosa/v1"
 
 
 class TestAnotherServer:

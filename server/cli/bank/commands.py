@@ -181,6 +181,8 @@ def drafts(
     from bank.items.tasks import get_task
     from server.cli.progress import ConsoleProgress
 
+    key = load_settings().drafts_key
+    drafter = Drafter(drafts_by, drafts_model, key.get_secret_value() if key else "")
     kind, excluded = get_task(task), read_excluded(exclude) if exclude else frozenset()
     people = [person for person in read_histories(users, kind) if person.user_id not in excluded]
     texts = [text for person in people for text in undrafted(person, kind).values()]
@@ -189,8 +191,6 @@ def drafts(
     )
     if not yes:
         typer.confirm("Send them?", abort=True)
-    key = load_settings().drafts_key
-    drafter = Drafter(drafts_by, drafts_model, key.get_secret_value() if key else "")
     with ConsoleProgress() as progress:
         try:
             without = write_drafts(people, kind, drafter, out, lambda done: progress.piece("drafts", done, len(texts)))
