@@ -1,11 +1,12 @@
 # Everyday commands. Each makes or updates .venv first; a finished set-up takes no time.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types style format acceptance lock audit images containers-test clean
+.PHONY: help setup demo test check lint types style format acceptance lock audit images containers-test clean
 
 BIN := .venv/bin
 PACKAGES := adapters bank bench mta_client server
 SCRIPTS := deploy/setup.sh deploy/locks/lock.sh deploy/console/vendor.sh .ci/run
 WORKERS := logical --maxprocesses 4
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -17,7 +18,10 @@ demo: setup ## from nothing to personalised answers, in a table
 	@$(BIN)/mta demo --data out/demo/data
 
 test: lint ## lint, then run every test, on data that the tests make themselves
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
+	$(PYTEST) tests --durations=15
+
+check: lint ## lint, then run the unit and contract tests: before a commit
+	$(PYTEST) tests/unit tests/contract -q
 
 lint: ## check formatting, style, types, layers, security, shell scripts
 	@deploy/setup.sh tools
