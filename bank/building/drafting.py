@@ -39,8 +39,7 @@ class Drafter:
     key: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        scheme_and_host = self.url.split("/")[:3]
-        if "@" in "".join(scheme_and_host):
+        if any("@" in part for part in self.url.split("/")[:3]):  # the scheme and the host
             raise BankError(
                 "the URL of --drafts-by has a name or password before @, which the bank would keep: leave it out, and "
                 "set MTA_DRAFTS_KEY to a key"

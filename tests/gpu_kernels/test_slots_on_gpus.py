@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
 import torch
-from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from adapters.flat import FlatLora
 from adapters.lora import ModuleShape
 from server.engine.fusing.slots import FusedLoRAModel
 from tests.gpu_kernels.interpreted import adapted, interpreter
-from tests.unit.engine.test_slots import SLOTS, BareSlots
+from tests.unit.engine.test_slots import SLOTS, BareSlots, bare_layer
 
 MODULES = tuple(ModuleShape(name, 40, h_out) for name, h_out in (("q", 48), ("k", 16)))
 DTYPE, ROUNDING = torch.float16, 2**-10
@@ -33,9 +31,8 @@ class Slots(BareSlots):
 
     def __init__(self, rank: int) -> None:
         super().__init__()
-        layer: Any = BaseLinearLayerWithLoRA.__new__(BaseLinearLayerWithLoRA)
-        torch.nn.Module.__init__(layer)
-        layer.tp_size, layer.n_slices = 1, len(MODULES)
+        layer = bare_layer()
+        layer.n_slices = len(MODULES)
         layer.lora_a_stacked = tuple(torch.zeros(SLOTS, 1, rank, m.h_in, dtype=DTYPE) for m in MODULES)
         layer.lora_b_stacked = tuple(torch.zeros(SLOTS, 1, m.h_out, rank, dtype=DTYPE) for m in MODULES)
         self.modules, self.packed_modules = {"qk": layer}, {"qk": [m.name for m in MODULES]}
@@ -96,9 +93,9 @@ def test_each_row_is_given_its_own_adapter(kernels: Executor, owners: Sequence[i
 
 @pytest.mark.parametrize(("room", "ranks"), [(16, (8, 2)), (16, (16,)), (32, (8, 8, 8)), (16, (5,))])
 def test_ranks_and_blocks_are_read_whole(kernels: Executor, room: int, ranks: tuple[int, ...]) -> None:
-    slots = Slots(room)
-    own_a = {"shares_a": len(ranks) < 3}
-    check(kernels, slots, [slots.bring_in(1, *ranks, **own_a), slots.bring_in(2, *ranks[:1], **own_a)])
+    slots, shares_a = Slots(room), len(ranks) < 3
+    served = [slots.bring_in(lora_id, *own, shares_a=shares_a) for lora_id, own in ((1, ranks), (2, ranks[:1]))]
+    check(kernels, slots, served)
 
 
 def test_a_slot_that_is_taken_over_keeps_nothing_of_before(kernels: Executor) -> None:
