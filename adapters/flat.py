@@ -39,10 +39,6 @@ class FlatLora:
             return self
         return FlatLora(self.modules, self.a, torch.stack(self.b.unbind(1)).t())
 
-    def pinned(self) -> FlatLora:
-        """Return the LoRA in page-locked memory, from which GPUs copy fast; reuse tensors already pinned."""
-        return FlatLora(self.modules, tuple(block.pin_memory() for block in self.a), self.b.pin_memory())
-
     def weights(self) -> LoraWeights:
         """Return A and B per module; A is a view if it is a single block."""
         cuts = [cut_a(RowLayout(self.modules, r, shared_a=False), a) for r, a in zip(self.ranks, self.a, strict=True)]

@@ -53,12 +53,9 @@ class MetaMatrix:
             raise FusionError("method `shared` needs a bank with one frozen A")
         return self.shared_a
 
-    def prepared(self, dtype: torch.dtype, *, pin_memory: bool = False) -> MetaMatrix:
+    def prepared(self, dtype: torch.dtype) -> MetaMatrix:
         """Return a matrix whose frozen A is already in `dtype`, so that fusions need not convert it."""
-        if self.shared_a is None:
-            return self
-        shared_a = self.shared_a.to(dtype)
-        return replace(self, shared_a=shared_a.pin_memory() if pin_memory else shared_a)
+        return self if self.shared_a is None else replace(self, shared_a=self.shared_a.to(dtype))
 
     @property
     def common_index(self) -> int:

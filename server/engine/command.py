@@ -36,7 +36,7 @@ SLOT_MEMORY_DIVISOR = 16  # on CPU, slots take at most 1/16 of the memory availa
 CPU_BLOCK = 32  # tokens; the least that vLLM's attention likes
 MIN_SLOTS, MAX_SLOTS = 8, 64  # on CPU; with more slots, a batch would have fewer requests than slots
 VIEWS, VIEW_BYTES = 9, 600
-"""Number and size of the tensor views per module and slot, for plain and stacked adapters (`fusing/slots.py`)."""
+"""Number and size of the tensor views per module and slot, for plain and stacked adapters (`cpu/slots.py`)."""
 
 MEMORY_LIMIT_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Files with a container's memory limit, for cgroups v2 and v1."""

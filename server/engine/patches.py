@@ -97,12 +97,12 @@ PATCHES = {
         Patch(f"{_WORKER}._apply_adapters", "self lora_requests", "FusingLoRAManager's, which keeps a step's adapters"),
         Patch(f"{_WORKER}.add_adapter", "self lora_request", "FusingLoRAManager's, which fuses and uses no slot"),
         Patch(f"{_SLOTS}._add_adapter", "self lora", "FusedSlots', as a fused adapter needs no packing"),
-        Patch(f"{_SLOTS}.activate_adapter", "self lora_id", "FusedSlots', which writes all modules in one call"),
+        Patch(f"{_SLOTS}.activate_adapter", "self lora_id", "FusedSlots', which writes all modules in a few calls"),
         Patch(f"{_SLOTS}.deactivate_adapter", "self adapter_id", "FusedSlots', which records CPU-tier removals"),
     ),
     CORE: (
         Patch(_SCHEDULE, "self throttle_prefills", "admission/fair_scheduler.py: fair, and no step waits for a fusion"),
-        Patch(ARRIVAL, "self request", "fusing/prefetch.py: the arrival of a request starts the fusion of its adapter"),
+        Patch(ARRIVAL, "self request", "cpu/prefetch.py: the arrival of a request starts the fusion of its adapter"),
     ),
     API: (
         Patch(MODEL_CHECK, "self request", "admission/prepare.py: a recipe must not fail after admission"),

@@ -27,15 +27,19 @@ def register() -> None:
     if issubclass(lora_model_runner_mixin.LRUCacheWorkerLoRAManager, FusingLoRAManager):
         return
     patches.check(patches.EVERYWHERE)
-    manager = FusingLoRAManager
     if current_platform.is_cpu():
         from server.engine.cpu import core, lora, operators
+        from server.engine.cpu.manager import CpuLoRAManager
 
         patches.check(patches.ON_CPU)
         lora.install()
         core.install()
         operators.install()
-        manager = lora.CpuLoRAManager
+        manager: type[FusingLoRAManager] = CpuLoRAManager
+    else:
+        from server.engine.gpu.manager import GpuLoRAManager
+
+        manager = GpuLoRAManager
     patches.replace(patches.MANAGER, lambda original: manager)
     if commons := CommonRecipes.served():
         install(commons, on_cpu=current_platform.is_cpu())

@@ -12,15 +12,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from server.engine import patches
-from server.engine.fusing.manager import FusingLoRAManager
 from server.engine.shared_part import without_common_slots
+
+if TYPE_CHECKING:
+    from server.engine.cpu.manager import CpuLoRAManager
 
 PATIENCE_S = 2.0  # maximum time that requests with a slot may be admitted ahead of a waiting request without one
 DRAIN_DIVISOR = 4  # at most one slot in 4 is drained at a time, so that the batch stays nearly full
@@ -29,7 +31,7 @@ DRAIN_DIVISOR = 4  # at most one slot in 4 is drained at a time, so that the bat
 class FairScheduler(Scheduler):  # type: ignore[misc]
     """vLLM's scheduler, but steps do not wait for fusions, and no request is passed over indefinitely."""
 
-    adapter_manager: FusingLoRAManager | None = None  # None if another process fuses, or before the first request
+    adapter_manager: CpuLoRAManager | None = None  # None if nothing is fused ahead, or before the first request
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         patches.check(patches.CORE)

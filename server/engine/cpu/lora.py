@@ -13,15 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from adapters.flat import FlatLora
 from bank.errors import BankError
 from server.engine import patches
 from server.engine.cpu.native import kernels
-from server.engine.fusing.manager import FusingLoRAManager
-from server.engine.fusing.slots import FusedSlots, SlotContent
+from server.engine.fusing.slots import SlotContent
 from server.settings import Settings
 
 UNKNOWN_RANK = 1 << 16  # use all ranks of the slot
@@ -150,50 +147,6 @@ def _add_products(
 
 def _flat(rows: torch.Tensor) -> torch.Tensor:
     return rows.view(-1, rows.shape[-1])
-
-
-class CpuSlots(FusedSlots):
-    """Slots whose B is contiguous along H_out, as the kernel needs, with unchanged tensor shapes for vLLM."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._describe_slots()
-        for module in self.modules.values():
-            transpose_b(module)
-
-    def _record(self, index: int, content: SlotContent) -> None:
-        super()._record(index, content)
-        self._describe_slots()
-
-    def _describe_slots(self) -> None:
-        table = SlotTable(self._contents)
-        for wrapper in self.punica_wrapper_mapping.values():
-            wrapper.table = table
-
-
-def transpose_b(layer: Any) -> None:
-    """Make a layer's B contiguous along H_out; the slots must be empty."""
-    stacks = layer.lora_b_stacked
-    if isinstance(stacks, tuple):
-        layer.lora_b_stacked = tuple(
-            stack.new_zeros(stack.transpose(2, 3).shape).transpose(2, 3) if stack.dim() == 4 else stack
-            for stack in stacks
-        )
-
-
-class CpuLoRAManager(FusingLoRAManager):
-    """Sums rows with the compiled kernel, if available, and stores B in the layout of the slots."""
-
-    _manager_cls = CpuSlots
-
-    def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
-        compiled = kernels(Settings().cache_dir)
-        if compiled and self.lora_config.lora_dtype is torch.bfloat16:  # the only type that the kernel sums
-            self._sum_transposed = compiled.weighted_sum_transposed.default
-        return super().create_lora_manager(model, vllm_config)
-
-    def _lay_out(self, flat: FlatLora) -> FlatLora:
-        return flat.transposed()
 
 
 def install() -> None:

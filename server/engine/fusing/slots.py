@@ -11,18 +11,19 @@ A slot is one index S into each layer's tensors. For one module, with the bank's
             u │ block 1: the user's A  │                │         │      │      │ │
               ├────────────────────────┤                └─────────┴──────┴──────┘ ▼
          rest │ 0                      │                 lora_b_stacked[module][S, 0]; on CPUs it lies
-              └────────────────────────┘                 along H_out in memory (`cpu/lora.py`)
+              └────────────────────────┘                 along H_out in memory (`cpu/slots.py`)
                lora_a_stacked[module][S, 0]
 
 A `cat` bank has a block of A for each row of the recipe. vLLM writes a slot module by module: it packs q, k and v (or
-gate and up) into one layer, then zeroes and copies both matrices. Here one call writes all modules (`Cells`). If the
-slot last held an adapter of the same bank and ranks, nothing is zeroed, because the same cells are overwritten. In a
-`shared` bank the slot already has the frozen A, so only B and the user's A are copied. vLLM still writes adapters that
-it slices first (tensor parallelism, mixtures of experts).
+gate and up) into one layer, then zeroes and copies both matrices. Here a few calls write all modules (`cpu/slots.py`,
+`gpu/slots.py`). If the slot last held an adapter of the same bank and ranks, nothing is zeroed, because the same cells
+are overwritten. In a `shared` bank the slot already has the frozen A, so only B and the user's A are written. vLLM
+still writes adapters whose layers are not plain (mixtures of experts, fully sharded LoRAs).
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -43,18 +44,30 @@ Stacks = list[tuple[torch.Tensor, torch.Tensor]]  # A and B over all slots, for 
 
 
 class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
-    """A fused adapter; it creates vLLM's per-module objects only if vLLM writes the slot.
+    """An adapter of a recipe, whose A has blocks of `ranks`.
 
     `bank` is the bank's 8 hex digits; `shares_a` says whether all adapters of the bank share the first block of A.
     """
 
+    def __init__(self, lora_id: int, recipe: str, ranks: tuple[int, ...], *, bank: str, shares_a: bool) -> None:
+        super().__init__(lora_id, sum(ranks), {})
+        self.recipe, self.bank, self.shares_a = recipe, bank, shares_a
+        self.footprint: Footprint = (bank, ranks)
+
+    @property
+    def shared_a_key(self) -> str | None:
+        """Return a key that is equal for adapters with the same A in every module; None if the adapter adds its own."""
+        return self.bank if self.shares_a and len(self.footprint[1]) == 1 else None
+
+
+class FlatLoRAModel(FusedLoRAModel):
+    """A fused adapter in memory; it creates vLLM's per-module objects only if vLLM writes the slot."""
+
     def __init__(
         self, lora_id: int, recipe: str, flat: FlatLora, vllm_names: Mapping[str, str], *, bank: str, shares_a: bool
     ) -> None:
-        super().__init__(lora_id, flat.rank, {})
-        self.recipe, self.flat, self.bank, self.shares_a = recipe, flat, bank, shares_a
-        self.footprint: Footprint = (bank, flat.ranks)
-        self.vllm_names = vllm_names
+        super().__init__(lora_id, recipe, flat.ranks, bank=bank, shares_a=shares_a)
+        self.flat, self.vllm_names = flat, vllm_names
 
     def unpack(self) -> None:
         weights = self.flat.weights()
@@ -62,11 +75,6 @@ class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
             name: LoRALayerWeights(name, weights.rank, weights.rank, weights.a[module], weights.b[module])
             for module, name in self.vllm_names.items()
         }
-
-    @property
-    def shared_a_key(self) -> str | None:
-        """Return a key that is equal for adapters with the same A in every module; None if the adapter adds its own."""
-        return self.bank if self.shares_a and len(self.flat.a) == 1 else None
 
 
 @dataclass(slots=True)
@@ -90,8 +98,6 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self.metrics = FusionMetrics()
         self._contents = [SlotContent() for _ in range(self.lora_slots)]
         self._recipes: dict[int, str] = {}  # recipes in the CPU tier by id: reading vLLM's cache changes its LRU order
-        self._cells: dict[Footprint, list[Cells]] = {}
-        self._stacks: dict[str, Stacks] = {}
 
     def vllm_names(self, bank: str, layout: RowLayout) -> dict[str, str]:
         """Return vLLM's names by module of a bank; raise BankError if this model lacks one of the modules."""
@@ -159,13 +165,13 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         before = self._contents[index].footprint
         content = SlotContent(model.rank, getattr(model, "recipe", None), getattr(model, "shared_a_key", None))
         self._record(index, content)
-        if isinstance(model, FusedLoRAModel) and self._stacks_of(model):
+        if isinstance(model, FusedLoRAModel) and self._writes(model):
             self._active_adapters[model.id] = None
             self.lora_index_to_id[index] = model.id
             self._overwrite(index, model, before)
             content.footprint = model.footprint  # set last, as a write may fail midway
             return
-        if isinstance(model, FusedLoRAModel):
+        if isinstance(model, FlatLoRAModel):
             model.unpack()
             super()._add_adapter(model)
         super().activate_adapter(model.id)  # uses the same slot, the first free one
@@ -175,8 +181,15 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         if not same_bank:
             self._clear(index)
         is_clear = not same_bank or before == model.footprint
-        cells = self._cells_of(model)[index]
-        cells.write(model.flat, has_shared_a=same_bank and model.shares_a, padding_is_zero=is_clear)
+        self._write_cells(index, model, has_shared_a=same_bank and model.shares_a, padding_is_zero=is_clear)
+
+    @abstractmethod
+    def _writes(self, model: FusedLoRAModel) -> bool:
+        """Return whether `_write_cells` writes such adapters, and not vLLM."""
+
+    @abstractmethod
+    def _write_cells(self, index: int, model: Any, *, has_shared_a: bool, padding_is_zero: bool) -> None:
+        """Write an adapter; skip the first block of A or the padding if the slot already has the right values."""
 
     def _record(self, index: int, content: SlotContent) -> None:
         self._contents[index] = content
@@ -192,71 +205,21 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         for module in self.modules.values():
             module.reset_lora(index)
 
-    def prepare(self, model: FusedLoRAModel) -> None:
-        """Compute the cells of adapters like this one ahead of a step, in any thread; it takes about 0.1 s."""
-        if self._stacks_of(model):
-            self._cells_of(model)
+    def stacks(self, names: Sequence[str], *, sliced: bool = False) -> Stacks:
+        """Return the tensors over all slots of modules by vLLM's names; empty if one is not plain.
 
-    def _cells_of(self, model: FusedLoRAModel) -> list[Cells]:
-        if model.footprint not in self._cells:
-            self._cells[model.footprint] = Cells.of_slots(self._stacks_of(model), model.flat.ranks)
-        return self._cells[model.footprint]
-
-    def _stacks_of(self, model: FusedLoRAModel) -> Stacks:
-        """Return the tensors of the adapter's modules over all slots; empty if vLLM slices adapters first."""
-        if model.bank not in self._stacks:
-            stacks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-            for name, module in self.modules.items():
-                parts = self.packed_modules.get(name, [name])
-                if module.tp_size == 1 and len(parts) == len(module.lora_a_stacked):
-                    pairs = zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
-                    stacks |= zip(parts, pairs, strict=True)
-            names = [model.vllm_names[module.name] for module in model.flat.modules]
-            plain = all(name in stacks and _is_plain(*stacks[name]) for name in names)
-            self._stacks[model.bank] = [stacks[name] for name in names] if plain else []
-        return self._stacks[model.bank]
+        A module is plain if its adapters lie in a slot as they are, or with `sliced` as the layer cuts them for a rank.
+        """
+        stacks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name, module in self.modules.items():
+            parts = self.packed_modules.get(name, [name])
+            if (sliced or module.tp_size == 1) and len(parts) == len(module.lora_a_stacked):
+                pairs = zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
+                stacks |= zip(parts, pairs, strict=True)
+        plain = all(name in stacks and _is_plain(*stacks[name]) for name in names)
+        return [stacks[name] for name in names] if plain else []
 
 
 def _is_plain(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether both tensors have the shape [slots, 1, rows, columns], with A contiguous in each slot."""
     return all(stack.dim() == 4 and stack.shape[1] == 1 for stack in (a, b)) and a[0].is_contiguous()
-
-
-@dataclass(frozen=True, slots=True)
-class Cells:
-    """All cells of a bank's modules in one slot. The cost of copying depends on their number, not on bytes."""
-
-    parts: list[list[torch.Tensor]]  # B of each module [R, H_out], then each block of A of each module [Rᵢ·H_in]
-    sizes: list[list[int]]  # the last dimension of each, the same for all slots: to ask the cells takes 0.1 ms
-    padding: list[torch.Tensor]  # cells beyond the adapter's rank, which must be zero
-
-    @classmethod
-    def of_slots(cls, stacks: Stacks, ranks: Sequence[int]) -> list[Cells]:
-        """Return the cells of all slots; creating them together takes a tenth of the time.
-
-        `stacks` has each module's A [S, 1, rows, H_in] and B [S, 1, H_out, columns], in the adapter's module order.
-        `ranks` are the ranks of the blocks of A.
-        """
-        rank, start, slots = sum(ranks), 0, len(stacks[0][0])
-        parts = [_per_slot([b[:, 0, :, :rank].mT for _, b in stacks])]  # so CPUs have it in memory
-        for rows in ranks:
-            parts.append(_per_slot([a[:, 0, start : start + rows].view(slots, -1) for a, _ in stacks]))
-            start += rows
-        padding = [part for a, b in stacks for part in (a[:, 0, rank:], b[:, 0, :, rank:]) if part[0].numel()]
-        paddings = _per_slot(padding) if padding else [[] for _ in range(slots)]
-        sizes = [[cell.shape[-1] for cell in of_slots[0]] for of_slots in parts]
-        return [cls([*of_slot], sizes, rest) for of_slot, rest in zip(zip(*parts, strict=True), paddings, strict=True)]
-
-    def write(self, flat: FlatLora, *, has_shared_a: bool = False, padding_is_zero: bool = False) -> None:
-        """Write an adapter; skip the first block of A or the padding if the slot already has the right values."""
-        given = list(zip(self.parts, self.sizes, (flat.b.mT, *flat.a), strict=True))
-        if has_shared_a:
-            del given[1]
-        pieces = [piece for _, sizes, whole in given for piece in torch.split(whole, sizes, dim=-1)]
-        torch._foreach_copy_([cell for cells, _, _ in given for cell in cells], pieces, non_blocking=True)
-        if self.padding and not padding_is_zero:
-            torch._foreach_zero_(self.padding)
-
-
-def _per_slot(cells: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    return [list(of_slot) for of_slot in zip(*(cell.unbind(0) for cell in cells), strict=True)]

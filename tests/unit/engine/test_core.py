@@ -30,7 +30,7 @@ from server.engine.admission import fair_scheduler
 from server.engine.admission.fair_scheduler import FairScheduler, held_back
 from server.engine.command import preloads
 from server.engine.cpu.core import in_this_process, with_restarting_generator
-from server.engine.fusing.manager import prefetch_on_arrival
+from server.engine.cpu.manager import prefetch_on_arrival
 from tests.unit.engine.test_fusing_manager import CountingManager
 from tests.unit.engine.test_fusing_manager import recipe as request_of
 

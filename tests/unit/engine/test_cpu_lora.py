@@ -26,7 +26,8 @@ from adapters.matrix import PACK_BLOCK, MetaMatrix
 from adapters.recipe import parse_recipe
 from bank.errors import BankError
 from server.engine.cpu import lora, native
-from server.engine.cpu.lora import CpuLoRA, SlotTable, transpose_b
+from server.engine.cpu.lora import CpuLoRA, SlotTable
+from server.engine.cpu.slots import transpose_b
 from server.engine.fusing.slots import SlotContent
 from server.settings import Settings
 

@@ -18,7 +18,7 @@ from bank.models.folders import DEFAULT_MODEL, model_path
 from bench.rig.tiny import PHRASES
 from server.engine import command as engine
 from server.engine.command import Share, check_engine, engine_command
-from server.engine.fusing.slots import Cells
+from server.engine.cpu.slots import Cells
 from server.settings import Settings
 
 

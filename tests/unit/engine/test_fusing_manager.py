@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from threading import Event, Thread, current_thread
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +22,11 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from adapters.flat import FlatLora
-from adapters.lora import LoraWeights, ModuleShape, RowLayout
-from adapters.matrix import MetaMatrix
-from adapters.user_adapter import UserAdapter, encode_user_adapter
+from adapters.lora import ModuleShape, RowLayout
 from bench.rig.processes import PATIENCE_S, wait_until
-from server.engine.fusing.manager import FusingLoRAManager
-from server.engine.fusing.prefetch import MAX_PREFETCHED, FusionPrefetcher
-from server.engine.fusing.slots import Footprint, FusedLoRAModel
+from server.engine.cpu.manager import CpuLoRAManager
+from server.engine.cpu.prefetch import MAX_PREFETCHED, FusionPrefetcher
+from server.engine.fusing.slots import FlatLoRAModel, Footprint
 from tests.unit.engine.test_slots import BANK, CPU_TIER, BareSlots
 
 LAYOUT = RowLayout((ModuleShape("q", 8, 6),), 4, shared_a=True)
@@ -44,16 +40,16 @@ class EmptySlots(BareSlots):
         self.modules = {}
         self.prepared: list[tuple[Footprint, str]] = []
 
-    def _stacks_of(self, model: FusedLoRAModel) -> list[Any]:
-        return [()]
+    def _writes(self, model: Any) -> bool:
+        return isinstance(model, FlatLoRAModel)
 
-    def _overwrite(self, index: int, model: FusedLoRAModel, before: Any) -> None: ...
+    def _overwrite(self, index: int, model: FlatLoRAModel, before: Any) -> None: ...
 
-    def prepare(self, model: FusedLoRAModel) -> None:
+    def prepare(self, model: FlatLoRAModel) -> None:
         self.prepared.append((model.footprint, current_thread().name))
 
 
-class CountingManager(FusingLoRAManager):
+class CountingManager(CpuLoRAManager):
     def __init__(self) -> None:
         self._adapter_manager = EmptySlots()
         self.metrics = self._adapter_manager.metrics
@@ -61,7 +57,6 @@ class CountingManager(FusingLoRAManager):
         self._vllm_names = {BANK: {}}
         self._matrices: Any = {BANK: SimpleNamespace(shared_a=None)}
         self._prefetcher = FusionPrefetcher(self._fuse)
-        self._pinned = False
         self.fused: list[str] = []
         self.fusing, self.gate = Event(), Event()
         self.gate.set()
@@ -293,42 +288,6 @@ def test_a_wait_before_the_step_counts_for_its_first_adapter(manager: CountingMa
     manager._apply_adapters({recipe(1), recipe(2)})
     found = re.search(r"^mta_engine_bring_in_seconds_sum (\S+)$", manager.metrics.text, re.MULTILINE)
     assert found and 1000 <= float(found[1]) < 2000
-
-
-@pytest.mark.parametrize("method", ["shared", "cat"])
-@pytest.mark.parametrize("stacked", [False, True])
-def test_on_a_gpu_the_thread_that_fuses_pins_whatever_is_copied_to_a_slot(
-    manager: CountingManager, monkeypatch: pytest.MonkeyPatch, method: str, stacked: bool
-) -> None:
-    layout = replace(LAYOUT, shared_a=method == "shared")
-    rows = torch.randn(3, layout.row_numbers).to(torch.bfloat16)
-    shared_a = torch.randn(layout.a_numbers).to(torch.bfloat16) if layout.shared_a else None
-    manager._matrices = {BANK: MetaMatrix(layout, rows, 2, True, shared_a)}
-    manager.lora_config = SimpleNamespace(lora_dtype=torch.bfloat16)
-    manager._pinned = True
-    plain = f"mta3:{BANK}:{method}:c+a01*300"
-    name = f"{plain}:u-{'a' * 25}e.{'a' * 25}e" if stacked else plain
-    own = LoraWeights(2, {"q": torch.randn(2, 8)}, {"q": torch.randn(6, 2)})
-    manager._users[name] = encode_user_adapter(layout, UserAdapter(plain, own))
-    monkeypatch.setattr(manager, "_flat", partial(FusingLoRAManager._flat, manager))
-    pinned: dict[int, str] = {}  # the thread that put a tensor into page-locked memory, where no GPU is
-
-    def pin(tensor: torch.Tensor) -> torch.Tensor:
-        pinned[tensor.data_ptr()] = current_thread().name[:8]
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    flat = manager._prefetcher.wait(name).result()
-    assert {pinned.get(tensor.data_ptr()) for tensor in (flat.b, *flat.a)} == {"mta-fuse"}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_what_is_pinned_already_is_not_copied_again() -> None:
-    flat = FlatLora(LAYOUT.modules, (torch.zeros(32).pin_memory(),), torch.zeros(6, 4))
-    pinned = flat.pinned()
-    assert pinned.a[0].data_ptr() == flat.a[0].data_ptr()
-    assert pinned.b.is_pinned()
 
 
 def test_an_adapter_from_a_folder_counts_as_loaded(manager: CountingManager, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,8 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from adapters.flat import FlatLora
 from adapters.lora import ModuleShape
 from server.engine.command import VIEW_BYTES, VIEWS, slot_bytes
-from server.engine.fusing.slots import Cells, FusedLoRAModel, FusedSlots
+from server.engine.cpu.slots import Cells, CpuSlots
+from server.engine.fusing.slots import FlatLoRAModel
 
 MODULES = tuple(ModuleShape(f"m{i}", 8 * (i + 1), 24 - 4 * i) for i in range(4))
 Stacks = list[tuple[torch.Tensor, torch.Tensor]]
@@ -90,25 +92,28 @@ def sums(layer: Any, index: int) -> list[tuple[float, float]]:
     return [(float(a[index].sum()), float(b[index].sum())) for a, b in parts]
 
 
-class BareSlots(FusedSlots):
-    """Our slots over vLLM's two tiers and its way of evicting."""
+def make_bare(slots: Any, modules: Mapping[str, Any], packed: Mapping[str, Sequence[str]]) -> None:
+    """Let our slots have vLLM's two tiers and its way of evicting, and these layers."""
+    slots.lora_config = SimpleNamespace(max_loras=SLOTS, max_cpu_loras=CPU_TIER, fully_sharded_loras=False)
+    slots.lora_index_to_id = [None] * SLOTS
+    slots.punica_wrapper_mapping = {}
+    slots.modules, slots.packed_modules = modules, packed
+    slots.is_pooling_model = slots._enable_mixed_moe_lora_format = False
+    slots._registered_adapters = AdapterLRUCache(CPU_TIER, slots.deactivate_adapter)
+    slots._active_adapters = AdapterLRUCache(SLOTS, slots._deactivate_adapter)
+    slots._reset_records()
 
+
+class BareSlots(CpuSlots):
     def __init__(self) -> None:
-        self.lora_config = SimpleNamespace(max_loras=SLOTS, max_cpu_loras=CPU_TIER)
-        self.lora_index_to_id = [None] * SLOTS
-        self.modules: dict[str, Any] = {"q": bare_layer()}
-        self.packed_modules: dict[str, list[str]] = {}
-        self.is_pooling_model = self._enable_mixed_moe_lora_format = False
-        self._registered_adapters = AdapterLRUCache(CPU_TIER, self.deactivate_adapter)
-        self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
-        self._reset_records()
+        make_bare(self, {"q": bare_layer()}, {})
 
-    def model(self, lora_id: int, recipe: str, number: float, *, own: bool = False, bank: str = BANK) -> FusedLoRAModel:
+    def model(self, lora_id: int, recipe: str, number: float, *, own: bool = False, bank: str = BANK) -> FlatLoRAModel:
         """An adapter whose B is this number everywhere; perhaps with a user's A of it stacked on the bank's of ones."""
         more = (torch.full((OWN * HIDDEN,), number),) if own else ()
         b = torch.full((HIDDEN, RANK + OWN * own), number)
         flat = FlatLora((Q,), (torch.ones(RANK * HIDDEN), *more), b)
-        return FusedLoRAModel(lora_id, recipe, flat, {"q": "q"}, bank=bank, shares_a=True)
+        return FlatLoRAModel(lora_id, recipe, flat, {"q": "q"}, bank=bank, shares_a=True)
 
     def serve(self, lora_id: int, recipe: str, number: float, **kind: Any) -> None:
         self.add_adapter(self.model(lora_id, recipe, number, **kind))
@@ -186,12 +191,12 @@ def test_what_vllm_packed_is_the_same_each_time_it_is_brought_back(slots: BareSl
     slots.modules, slots.packed_modules = {"qv": bare_layer(MergedColumnParallelLinearWithLoRA, 2)}, {"qv": ["q", "v"]}
     flat = FlatLora((Q, V), (torch.ones(RANK * 2 * HIDDEN),), torch.full((2 * HIDDEN, RANK), 3.0))
     kind: dict[str, Any] = {"vllm_names": {"q": "q", "v": "v"}, "bank": BANK, "shares_a": False}
-    slots.add_adapter(FusedLoRAModel(1, "ann", flat, **kind))
+    slots.add_adapter(FlatLoRAModel(1, "ann", flat, **kind))
     for other in range(2, 12):
         slots.activate_adapter(1)
         assert sums(slots.modules["qv"], slots.lora_index_to_id.index(1)) == [(A, 3 * B)] * 2
         slots.deactivate_adapter(1)
-        slots.add_adapter(FusedLoRAModel(other, "bob", flat, **kind))
+        slots.add_adapter(FlatLoRAModel(other, "bob", flat, **kind))
         slots.activate_adapter(other)
         slots.remove_adapter(other)
     assert (flat.b == 3).all()

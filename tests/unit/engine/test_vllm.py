@@ -26,16 +26,18 @@ from server.engine import patches
 from server.engine.admission.fair_scheduler import FairAsyncScheduler, FairScheduler
 from server.engine.command import engine_command, is_cpu_build
 from server.engine.cpu.core import InProcessExecutor
-from server.engine.cpu.lora import CpuLoRA, CpuLoRAManager, CpuSlots
+from server.engine.cpu.lora import CpuLoRA
+from server.engine.cpu.manager import CpuLoRAManager
+from server.engine.cpu.slots import CpuSlots
 from server.engine.fusing.manager import FusingLoRAManager
-from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
+from server.engine.fusing.slots import FlatLoRAModel, FusedSlots
 from server.engine.parsers import FAMILIES, registered
 from server.gateway.routes.openai.schemas import MAX_REPEATS
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[3]
 OURS = (
-    *(FusingLoRAManager, FusedSlots, FusedLoRAModel, FairScheduler, FairAsyncScheduler),
+    *(FusingLoRAManager, FusedSlots, FlatLoRAModel, FairScheduler, FairAsyncScheduler),
     *((CpuLoRAManager, CpuSlots, CpuLoRA, InProcessExecutor) if is_cpu_build() else ()),
 )
 """All classes of the engine that extend one of vLLM's."""
