@@ -24,6 +24,7 @@ from adapters.lora import LoraWeights, ModuleShape, RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import parse_recipe
 from adapters.user_adapter import UserAdapter, stack
+from bank.errors import BankError
 from server.engine.gpu.slots import DeviceBank, DeviceSlots, SummedLoRAModel
 from tests.unit.engine.test_slots import SLOTS, bare_layer, make_bare
 
@@ -197,3 +198,12 @@ def test_a_rank_has_its_own_slice_of_each_module() -> None:
         torch.testing.assert_close(a[:10], wanted_a, rtol=ROUNDING, atol=0)
         torch.testing.assert_close(b[:, :10], wanted_b, rtol=ROUNDING, atol=1e-6)
         assert not a[10:].any() and not b[:, 10:].any()
+
+
+def test_rows_that_do_not_fit_are_refused_in_figures() -> None:
+    slots = Slots()
+    with (
+        patch("torch.empty", side_effect=torch.OutOfMemoryError),
+        pytest.raises(BankError, match=r"rows of bank 11111111 need 0\.0 GiB on cpu, .*: lower MTA_MAX_LORAS, raise"),
+    ):
+        slots.open_bank(ONE, matrix_of(ONE), {m.name: m.name for m in MODULES})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ FORWARD_BYTES = 2 * GIB  # estimate for an engine's activations and graphs
 MIN_TRAINING_BYTES = 2 * GIB  # minimum for a job besides the base model; a large model needs a quarter of its size
 NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ROWS = 64  # a bank's anchors, or its directions if it has more people
-CONTEXT, SLOTS, USER_RANK = 8192, 32, 2  # of the printed table
+CONTEXT, SLOTS, USER_RANK, CARDS = 8192, 32, 2, (2, 4, 8)  # of the printed table
+CUT_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # tensor parallelism cuts H_out, and so B
+CUT_INPUTS = ("o_proj", "down_proj")  # H_in, and so A
 
 
 def token_bytes(config: Mapping[str, Any], number: int) -> int:
@@ -47,8 +49,15 @@ def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Se
     context = settings.max_model_len or _language(config).get("max_position_embeddings", 0)
     sharing = sum(manifest.shares_prompts for manifest in manifests)  # banks whose common row has a slot of its own
     slots = ((settings.max_loras or settings.max_num_seqs) + sharing) * slot_bytes(manifests, number)
-    engine = (served + context * token_bytes(config, number)) // settings.tensor_parallel_size + slots + FORWARD_BYTES
+    rows = sum(rows_bytes(manifest.layout, manifest.personal_rows + manifest.common) for manifest in manifests)
+    split = (served + context * token_bytes(config, number)) // settings.tensor_parallel_size
+    engine = split + slots + rows + FORWARD_BYTES
     return engine, worker_bytes(weights) + sharing * MAX_KEPT_BYTES
+
+
+def rows_bytes(layout: RowLayout, rows: int) -> int:
+    """Return the size of a bank's rows with any frozen A, in a file and on a GPU that serves them."""
+    return BF16 * (layout.a_numbers * layout.shared_a + rows * layout.row_numbers)
 
 
 def _language(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -96,23 +105,39 @@ class Needs:
 
     def bank_bytes(self, rank: int, rows: int) -> int:
         """Return the size of a bank's matrix: `rows`, the common row and the shared A."""
-        layout = RowLayout(self.modules, rank, shared_a=True)
-        return BF16 * (layout.a_numbers + (rows + 1) * layout.row_numbers)
+        return rows_bytes(RowLayout(self.modules, rank, shared_a=True), rows + 1)
+
+    def on_each_of(self, cards: int) -> Needs:
+        """Return what each of several cards holds; of modules that are not known to be cut, all."""
+
+        def cut(module: ModuleShape) -> ModuleShape:
+            last = module.name.rpartition(".")[2]
+            h_in, h_out = (cards if last in names else 1 for names in (CUT_INPUTS, CUT_OUTPUTS))
+            return replace(module, h_in=module.h_in // h_in, h_out=module.h_out // h_out)
+
+        return Needs(self.parameters // cards, tuple(map(cut, self.modules)), self.bytes_a_token // cards)
+
+    def engine_bytes(self, options: BuildOptions) -> int:
+        """Return the GPU memory of an engine with one context, `SLOTS` slots, one bank and what it computes in."""
+        room = serving_rank(options.rank + options.user_rank)
+        cache, slots = CONTEXT * self.bytes_a_token, SLOTS * self.adapter_bytes(room)
+        return BF16 * self.parameters + cache + slots + self.bank_bytes(options.rank, ROWS) + FORWARD_BYTES
 
     def table(self) -> Iterator[tuple[str, str]]:
         """Yield what is needed, in words and figures, with the defaults of `mta bank build`."""
         options = BuildOptions("chat")
         rank, room = options.rank, serving_rank(options.rank + options.user_rank)
-        weights, slot = BF16 * self.parameters, self.adapter_bytes(room)
+        slot = self.adapter_bytes(room)
         yield "parameters", f"{self.parameters / 1e9:.2f} billion"
-        yield "weights in bfloat16", shown(weights)
+        yield "weights in bfloat16", shown(BF16 * self.parameters)
         yield f"KV cache of {CONTEXT} tokens", shown(CONTEXT * self.bytes_a_token)
         yield f"a slot of rank {room}", shown(slot)
         yield f"{SLOTS} slots", shown(SLOTS * slot)
         yield f"a bank of {ROWS} rows of rank {rank}", shown(self.bank_bytes(rank, ROWS))
         yield f"a user adapter of rank {USER_RANK}", shown(self.adapter_bytes(USER_RANK) // 2)  # half of the layers
-        engine = weights + CONTEXT * self.bytes_a_token + SLOTS * slot + FORWARD_BYTES
-        yield "engine: the above, and what it computes in", shown(engine)
+        yield "engine: the above, and what it computes in", shown(self.engine_bytes(options))
+        for cards in CARDS:
+            yield f"on each of {cards} GPUs", shown(self.on_each_of(cards).engine_bytes(options))
         yield "worker: weights, a job, CUDA", shown(worker_bytes(self.parameters))
 
 

@@ -7,6 +7,7 @@ its slice of each row, cut by vLLM's layers as they cut any adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -107,16 +108,19 @@ class DeviceSlots(FusedSlots):
 
         rows_of_a = matrix.rows[:, : layout.a_numbers] if matrix.shared_a is None else matrix.shared_a[None]
         rows_of_b = matrix.rows[:, -layout.b_numbers :]
-        device, h_in, h_out = stacks[0][0].device, *(sum(widths) for widths in zip(*_widths(stacks), strict=True))
+        h_in, h_out = sum(a.shape[3] for a, _ in stacks), sum(b.shape[2] for _, b in stacks)
+        device, sizes = (
+            stacks[0][0].device,
+            ((len(rows_of_a), layout.rank * h_in), (len(rows_of_b), layout.rank * h_out)),
+        )
         try:
-            a = torch.empty(len(rows_of_a), layout.rank * h_in, dtype=matrix.rows.dtype, device=device)
-            b = torch.empty(len(rows_of_b), layout.rank * h_out, dtype=matrix.rows.dtype, device=device)
+            a, b = (torch.empty(size, dtype=matrix.rows.dtype, device=device) for size in sizes)
         except torch.OutOfMemoryError as error:
-            needed = len(rows_of_a) * layout.rank * h_in + len(rows_of_b) * layout.rank * h_out
+            needed = matrix.rows.element_size() * sum(map(math.prod, sizes))
             raise BankError(
-                f"the rows of bank {bank} need {needed * matrix.rows.element_size() / GIB:.1f} GiB on {device}, which "
-                "has less free beside the base model and the slots: lower MTA_MAX_LORAS, use more cards "
-                "(MTA_TENSOR_PARALLEL_SIZE), or build the bank with fewer directions or a smaller rank"
+                f"the rows of bank {bank} need {needed / GIB:.1f} GiB on {device}, which has less free beside the base "
+                "model and the slots: lower MTA_MAX_LORAS, raise MTA_TENSOR_PARALLEL_SIZE, or build the bank with "
+                "fewer directions or a smaller rank"
             ) from error
         for row, whole in zip(a, rows_of_a, strict=True):
             row.copy_(self._cut("slice_lora_a", cut_a(layout, whole), vllm_names))
@@ -143,7 +147,3 @@ class DeviceSlots(FusedSlots):
         bank.write(index, model, has_shared_a=has_shared_a)
         if not padding_is_zero:
             bank.zero(index, model.rank)
-
-
-def _widths(stacks: Stacks) -> list[tuple[int, int]]:
-    return [(a.shape[3], b.shape[2]) for a, b in stacks]

@@ -16,7 +16,7 @@ from bank.manifest import read_manifest
 from bank.models.load import limit_gpu
 from server.cli.run import machine
 from server.cli.run.machine import MAX_GPU_SHARE, Card, cards, parts_of, plan
-from server.cli.run.needs import CUDA_BYTES, GIB, needs_of
+from server.cli.run.needs import CUDA_BYTES, GIB, needs_of, rows_bytes
 from server.cli.shared import prepare_to_train
 from server.engine import command
 from server.settings import Settings
@@ -114,6 +114,9 @@ def test_what_is_needed_follows_the_model(tmp_path: Path, tiny_bank_folder: Path
     engine, worker = needs_of(tmp_path, manifests, Settings())
     assert 18 * GIB < worker < 22 * GIB
     assert 19 * GIB < engine < 20 * GIB  # the weights, 1 GiB of cache, 2 to compute in, a little for slots
+    [manifest] = manifests
+    rows = rows_bytes(manifest.layout, len(manifest.anchors) + 1)
+    assert needs_of(tmp_path, manifests * 2, Settings())[0] == engine + rows
     sharing = [manifest.model_copy(update={"training": {"acts": Acts.AFTER_SYSTEM}}) for manifest in manifests]
     assert needs_of(tmp_path, sharing, Settings())[1] == worker + GIB // 4  # keys and values that are read once
     assert needs_of(tmp_path, manifests, Settings(dtype="float32"))[0] > engine + 16 * GIB

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
 
+from adapters.lora import ModuleShape
 from adapters.recipe import FusionRecipe
 from adapters.user_adapter import encode_user_adapter
 from bank.manifest import MATRIX_FILE, read_manifest
@@ -57,6 +59,17 @@ def test_the_page_has_the_figures_of_the_sizes_that_it_names(size: str, paramete
     for what, figure in needs.table():
         [line] = [line for line in page.splitlines() if line.startswith(f"| {what} |")]
         assert line.split("|")[column].strip() == figure
+
+
+def test_each_gpu_holds_its_slices() -> None:
+    whole = Needs.of(llama("8B"))
+    half = whole.on_each_of(2)
+    shapes = {m.name.rpartition(".")[2]: (m.h_in, m.h_out) for m in half.modules}
+    assert shapes["k_proj"] == (4096, 512)
+    assert shapes["down_proj"] == (7168, 4096)
+    assert (half.parameters, half.bytes_a_token) == (whole.parameters // 2, whole.bytes_a_token // 2)
+    unknown = replace(whole, modules=(ModuleShape("model.dense", 8, 6),))
+    assert unknown.on_each_of(2).modules == unknown.modules
 
 
 def test_the_command_prints_them_without_weights(tmp_path: Path) -> None:
