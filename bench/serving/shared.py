@@ -2,9 +2,10 @@
 
     mta bench shared --bank BANK
 
-For each of `everywhere`, `after_system` and `answer` an engine serves the bank as if it had been built so. The base
-model, whose cache holds the system prompt, a user never seen before, and the same user again are asked in turn. Then
-100 users ask once each, which tells how many tokens each of them adds to the KV cache, and one talks for ten turns.
+For each of `everywhere`, `after_system` and `answer` an engine serves the bank as if it had been built so. First 100
+users ask once each, which tells how many tokens each of them adds to the KV cache, and after which no slot is unused.
+Then the base model, whose cache holds the system prompt, a user never seen before, and the same user again are asked in
+turn, and one talks for ten turns.
 """
 
 from __future__ import annotations
@@ -88,6 +89,11 @@ def _measured(
     engine: Engine, recipes: Iterator[str], system: dict[str, str], pairs: int, users: int
 ) -> Iterator[object]:
     """Yield a line's figures."""
+    _first_token_ms(engine, next(recipes), system)  # who reads what is shared
+    before = _computed(engine)
+    for recipe in itertools.islice(recipes, users):
+        _first_token_ms(engine, recipe, system)
+    computed = round((_computed(engine) - before) / users, 1)
     base, new, seen = list[float](), list[float](), list[float]()
     for _ in range(1 + pairs):
         recipe = next(recipes)
@@ -97,10 +103,7 @@ def _measured(
     yield Spread.of(new[1:])
     yield Spread.ratio(new[1:], base[1:])
     yield Spread.of(seen[1:])
-    before = _computed(engine)
-    for recipe in itertools.islice(recipes, users):
-        _first_token_ms(engine, recipe, system)
-    yield round((_computed(engine) - before) / users, 1)
+    yield computed
     turns, talker = list[dict[str, str]](), next(recipes)
     taken = []
     for _ in range(10):

@@ -228,6 +228,7 @@ def _cpu_environment(settings: Settings, cores: Sequence[int]) -> dict[str, str]
     environment = {
         "TORCHDYNAMO_DISABLE": "1",  # otherwise vLLM compiles helper functions while a request waits
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(settings.kv_cache_gib))),
+        "THP_MEM_ALLOC_ENABLE": "1",  # huge pages: rows that no cache holds are summed in half the time
     }
     if ranks == 1:
         return environment | {"OMP_NUM_THREADS": str(threads), "LD_PRELOAD": preloads(os.environ.get("LD_PRELOAD", ""))}
