@@ -13,7 +13,7 @@ EVAL_INTERVAL = 2  # steps between two evaluations of the held-out loss
 FOLDS = 2
 MAX_SAMPLE_TOKENS = 4096  # of one sample, since the memory of a step grows with the longest
 RIVALS = 5  # at most: merged, the common row, the base model, the adapter in use on its own recipe and on the new one
-SHOWN_TOKENS = 48  # of each of the two answers that show what a job has changed
+SHOWN_TOKENS = 32  # of each of the two answers that show what a job has changed
 MAX_FOLDED = 20  # so many samples are all held out, each in one fold; of more, a share
 
 

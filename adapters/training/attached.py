@@ -83,6 +83,19 @@ def attached(
             model.set_submodule(name, layer, strict=True)
 
 
+@contextmanager
+def half_without(model: Any) -> Iterator[None]:
+    """Let what is attached read the first half of each batch without the trained LoRA; needs `torch.no_grad`."""
+    layers = [layer for layer in model.modules() if isinstance(layer, AdaptedLinear)]
+    for layer in layers:
+        layer.half_without = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.half_without = False
+
+
 class AdaptedLinear(torch.nn.Module):
     """A frozen linear module with a trainable float32 LoRA, `a` and `b`, and optionally a frozen one."""
 
@@ -106,6 +119,7 @@ class AdaptedLinear(torch.nn.Module):
             self._down[: self._first] = frozen[0]
             self._up[:, : self._first] = frozen[1]
         self._copied: tuple[int, int] | None = None
+        self.half_without = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         versions = (self.a._version, self.b._version)
@@ -114,6 +128,10 @@ class AdaptedLinear(torch.nn.Module):
                 self._down[self._first :] = self.a
                 self._up[:, self._first :] = self.b
             self._copied = versions
+        if self.half_without:
+            low = x @ self._down.T
+            low[: len(x) // 2, ..., self._first :] = 0
+            return torch.nn.functional.linear(x, self.base.weight, self.base.bias) + low @ self._up.T
         y: torch.Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
             x, self.a, self.b, self.base.weight, self.base.bias, self._down, self._up
         )

@@ -53,7 +53,7 @@ class TrainingProgress:
     loss: float  # training loss of the step
     phase: str = ""  # short description of the current run
     held_out: float | None = None  # held-out loss, if evaluated after this step
-    shown: tuple[str, ...] = ()  # what `write` returns of a held-out sample on what lies beneath, and the new answer
+    shown: tuple[str, ...] = ()  # what `write` returns of a held-out sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ BeneathWithout = Callable[[Sequence[int]], Beneath]
 
 
 Write = Callable[[int], tuple[str, ...]]
-"""Returns texts about the sample at a place, the last one what the model answers with the adapter attached to it."""
+"""Returns texts about the sample at a place, and how the model answers it without what is trained, and with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,15 +168,11 @@ def _training(
                 rivals[name] = yield from _losses(model, aside, None, now)
         tokens = [example.output_tokens for example in aside]
         yield replace(now, held_out=min(map(sum, rivals.values())) / sum(tokens))
-        kept_below, shown = below if ground is last else None, tuple[str, ...]()
-        asked = min(held, key=lambda place: len(samples[place].ids))
-        if write and number == 0:
-            with attached(model, ground.fused, shared=ground.shared):
-                shown = write(asked)
+        kept_below = below if ground is last else None
         with user_run(model, ground.fused, config, now, kept_below, shared=ground.shared) as run:
             by_step = yield from run.evaluated(kept, aside, steps, stop_early=number == 0)
-            if write and shown:
-                yield replace(run.now, shown=(*shown, *write(asked)[-1:]))
+            if write and number == 0:
+                yield replace(run.now, shown=write(min(held, key=lambda place: len(samples[place].ids))))
             now, below = run.now, run.below
         folds.append(_Fold(tokens, by_step, rivals))
         steps = max(by_step)  # all folds as long as the first

@@ -19,6 +19,7 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, parse_recipe
 from adapters.training.adapt_config import MAX_SAMPLE_TOKENS, SHOWN_TOKENS, AdaptConfig
+from adapters.training.attached import half_without
 from adapters.training.example import Example
 from adapters.training.forward.shared_part import SharedPart, shared_part_of
 from adapters.training.trainer import TrainPlan, initial_lora, train_lora
@@ -160,7 +161,7 @@ class AdapterTrainer:
         def write(place: int) -> tuple[str, ...]:
             turn, output = samples[place].pair
             try:
-                return shortened(turn, SHOWN_CHARS), shortened(output, SHOWN_CHARS), self._answer(examples[place])
+                return shortened(turn, SHOWN_CHARS), shortened(output, SHOWN_CHARS), *self._answers(examples[place])
             except Exception as error:  # it shows what was learnt, and decides nothing
                 log.warning("no answer to show: %s", type(error).__name__)
                 return ()
@@ -169,21 +170,23 @@ class AdapterTrainer:
         return train_user(self.model, beneath, examples, config, judges=judges, write=write if user.shows else None)
 
     @torch.no_grad()
-    def _answer(self, example: Example) -> str:
-        """Return the beginning of the likeliest answer to an example's prompt, with what is attached to the model."""
+    def _answers(self, example: Example) -> tuple[str, ...]:
+        """Return how the likeliest answer to a prompt begins without the adapter in training, and with it."""
         part = shared_part_of(self.model)
         prefix = part.prefix(example) if part else ()
-        ids = torch.tensor([example.ids[: example.loss_from]]).to(self.model.device)
-        made = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=part.cache(self.model, [prefix]) if part and prefix else None,
-            max_new_tokens=SHOWN_TOKENS,
-            do_sample=False,
-            pad_token_id=self.tokenizer.eos_token_id,
+        ids = torch.tensor([example.ids[: example.loss_from]] * 2).to(self.model.device)
+        with half_without(self.model):
+            made = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=part.cache(self.model, [prefix] * 2) if part and prefix else None,
+                max_new_tokens=SHOWN_TOKENS,
+                do_sample=False,
+                pad_token_id=self.tokenizer.eos_token_id,
+            )
+        return tuple(
+            text.strip() for text in self.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
         )
-        text: str = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-        return text.strip()
 
     def _beneath(self, recipe: Callable[[float], FusionRecipe], strength: float, in_use: UserAdapter | None) -> Beneath:
         def fused(recipe: FusionRecipe) -> LoraWeights:

@@ -20,7 +20,7 @@ from adapters.flat import lora_of
 from adapters.lora import LoraWeights, RowLayout
 from adapters.training import user_trainer
 from adapters.training.adapt_config import MAX_FOLDED, AdaptConfig
-from adapters.training.attached import attached
+from adapters.training.attached import attached, half_without
 from adapters.training.example import Example
 from adapters.training.forward import lower_layers
 from adapters.training.forward.attention import Block, use_quick_attention
@@ -115,6 +115,20 @@ def gradient(model: Any, batch: list[Example], frozen: LoraWeights | None = None
 
 
 @torch.no_grad()
+def test_half_of_a_batch_is_read_without_what_is_in_training(model: Any, fused: LoraWeights) -> None:
+    trained = LoraWeights(4, fused.a, {name: b.flip(0) for name, b in fused.b.items()})
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), attached(model, fused):
+        without = model(ids).logits
+    with torch.no_grad(), attached(model, trained, fused):
+        with_it = model(ids).logits
+        with half_without(model):
+            both = model(ids.repeat(2, 1)).logits
+        torch.testing.assert_close(model(ids).logits, with_it)
+    torch.testing.assert_close(both, torch.cat([without, with_it]), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(without, with_it, atol=1e-2)
+
+
 def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, examples: list[Example]) -> None:
     alone = [plain_loss(model, example) for example in examples]
     counts = [example.output_tokens for example in examples]
