@@ -50,6 +50,7 @@ def test_a_user_adapter_is_stacked_and_gone_when_it_is_released() -> None:
     manager.serve(2, STACKED)
     plain, stacked = manager.slot(0), manager.slot(1)
     assert (manager.held(), manager.resident()) == ([STACKED], [PLAIN, STACKED])
+    assert "mta_engine_fuse_seconds_count 2.0" in manager.metrics.text
     whole = stack(fuse(matrix_of(ONE), recipe, DTYPE), own, DTYPE)
     for m, a, b in zip(MODULES, stacked[:2], stacked[2:], strict=True):
         torch.testing.assert_close(a[:10], whole.a[m.name].bfloat16().to(DTYPE), rtol=2**-7, atol=0)

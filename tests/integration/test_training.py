@@ -114,7 +114,6 @@ def gradient(model: Any, batch: list[Example], frozen: LoraWeights | None = None
         return torch.cat([parameter.grad.reshape(-1) for parameter in moving if parameter.grad is not None])
 
 
-@torch.no_grad()
 def test_half_of_a_batch_is_read_without_what_is_in_training(model: Any, fused: LoraWeights) -> None:
     trained = LoraWeights(4, fused.a, {name: b.flip(0) for name, b in fused.b.items()})
     ids = torch.tensor([[5, 6, 7]])
@@ -129,6 +128,7 @@ def test_half_of_a_batch_is_read_without_what_is_in_training(model: Any, fused: 
     assert not torch.allclose(without, with_it, atol=1e-2)
 
 
+@torch.no_grad()
 def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, examples: list[Example]) -> None:
     alone = [plain_loss(model, example) for example in examples]
     counts = [example.output_tokens for example in examples]

@@ -22,6 +22,7 @@ from adapters.recipe import FusionRecipe
 from bank.errors import BankError
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots, Stacks
 from server.engine.gpu.kernel import Cells
+from server.engine.metrics import timed
 
 Matrices = Mapping[str, torch.Tensor]  # A or B by module
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -144,6 +145,7 @@ class DeviceSlots(FusedSlots):
 
     def _write_cells(self, index: int, model: SummedLoRAModel, *, has_shared_a: bool, padding_is_zero: bool) -> None:
         bank = self.banks[model.bank]
-        bank.write(index, model, has_shared_a=has_shared_a)
+        with timed(self.metrics.fuse):  # until it is launched
+            bank.write(index, model, has_shared_a=has_shared_a)
         if not padding_is_zero:
             bank.zero(index, model.rank)
