@@ -31,6 +31,8 @@ from server.engine.cpu.manager import CpuLoRAManager
 from server.engine.cpu.slots import CpuSlots
 from server.engine.fusing.manager import FusingLoRAManager
 from server.engine.fusing.slots import FlatLoRAModel, FusedSlots
+from server.engine.gpu.manager import GpuLoRAManager
+from server.engine.gpu.slots import DeviceSlots, SummedLoRAModel
 from server.engine.parsers import FAMILIES, registered
 from server.gateway.routes.openai.schemas import MAX_REPEATS
 from server.settings import Settings
@@ -38,6 +40,7 @@ from server.settings import Settings
 ROOT = Path(__file__).parents[3]
 OURS = (
     *(FusingLoRAManager, FusedSlots, FlatLoRAModel, FairScheduler, FairAsyncScheduler),
+    *(GpuLoRAManager, DeviceSlots, SummedLoRAModel),
     *((CpuLoRAManager, CpuSlots, CpuLoRA, InProcessExecutor) if is_cpu_build() else ()),
 )
 """All classes of the engine that extend one of vLLM's."""
