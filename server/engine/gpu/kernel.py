@@ -3,11 +3,10 @@
 A row holds the modules one after the other; in a slot each module is a tensor of its own, with room for more ranks.
 `Cells` says where the numbers of each module lie in both:
 
-    row     │ module 0: 2 × 3 │ module 1: 2 × 2 │        H_out 2, rank 3 and 2 (of B; of A likewise with H_in)
-            │ a b c  d e f    │ g h  i j        │
-                                                         width 3, pitch 4       width 2, pitch 4
-    slot                                                 │ a b c · │            │ g h · · │
-                                                         │ d e f · │            │ i j · · │
+    row     │ a b  c d │ e f  g h  i j │    B of two modules, H_out 2 and 3, rank 2
+    slot    │ a b · ·  │ e f · ·       │    room for rank 4: width 2, pitch 4
+            │ c d · ·  │ g h · ·       │
+                       │ i j · ·       │
 """
 
 from __future__ import annotations
