@@ -1,6 +1,7 @@
-"""Runs each test of this folder in a process where Triton interprets kernels for GPUs, or compiles them: without a GPU.
+"""Runs each test of this folder in a process where Triton interprets kernels for GPUs, or compiles them, without a GPU.
 
-vLLM's build for CPUs switches Triton off, so Triton is put in its place before vLLM imports its kernels.
+With a GPU they run on it. vLLM's build for CPUs switches Triton off, so Triton is put in its place before vLLM imports
+its kernels.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import pytest
+import torch
 
 SPLITS = 2  # of H_in, whose products a kernel adds up; vLLM's 64 take the interpreter 7 s a step
 
@@ -24,7 +26,9 @@ def process(*, interprets: bool) -> ProcessPoolExecutor:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if torch.cuda.is_available():
+        return None
     given = {name: pyfuncitem.funcargs[name] for name in signature(pyfuncitem.obj).parameters}
     in_process = process(interprets=getattr(pyfuncitem.module, "INTERPRETED", True))
     in_process.submit(_run, pyfuncitem.obj.__module__, pyfuncitem.obj.__name__, given).result()

@@ -6,6 +6,7 @@ In float16, since Triton's interpreter does not know bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +31,7 @@ from tests.unit.engine.test_slots import SLOTS, bare_layer, make_bare
 
 MODULES = tuple(ModuleShape(name, 40, h_out) for name, h_out in (("q", 48), ("k", 16)))
 DTYPE, ROUNDING = torch.float16, 2**-10
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ONE, OTHER, CAT = "1" * 8, "2" * 8, "3" * 8  # banks
 RANKS = {ONE: 8, OTHER: 4, CAT: 8}
 RECIPES = {1: "c+a00*700+a02*-200", 2: "c+a01*1000", 3: "c+a00*-300+a01*300+a02*300", 4: "c"}
@@ -45,14 +47,19 @@ def matrix_of(bank: str, modules: Sequence[ModuleShape] = MODULES) -> MetaMatrix
     return MetaMatrix(layout, rows.to(DTYPE), 3, True, frozen)
 
 
+def give_slots(layer: Any, widths: Sequence[tuple[int, int]], room: int) -> None:
+    empty = partial(torch.zeros, dtype=DTYPE, device=DEVICE)
+    layer.lora_a_stacked = tuple(empty(SLOTS, 1, room, h_in) for h_in, _ in widths)
+    layer.lora_b_stacked = tuple(empty(SLOTS, 1, h_out, room) for _, h_out in widths)
+
+
 class Slots(DeviceSlots):
     """Of one layer, which has two modules."""
 
     def __init__(self, room: int = 16) -> None:
         layer = bare_layer(MergedColumnParallelLinearWithLoRA, len(MODULES))
         layer.tp_size = 1
-        layer.lora_a_stacked = tuple(torch.zeros(SLOTS, 1, room, m.h_in, dtype=DTYPE) for m in MODULES)
-        layer.lora_b_stacked = tuple(torch.zeros(SLOTS, 1, m.h_out, room, dtype=DTYPE) for m in MODULES)
+        give_slots(layer, [(m.h_in, m.h_out) for m in MODULES], room)
         make_bare(self, {"qk": layer}, {"qk": [m.name for m in MODULES]})
         self.served = 0
 
@@ -86,14 +93,14 @@ def adapted(slots: Slots, x: torch.Tensor, owners: Sequence[int], *, specialised
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
     config = SimpleNamespace(max_loras=SLOTS, specialize_active_lora=specialised)
-    wrapper = PunicaWrapperGPU(len(owners), len(owners), "cpu", lora_config=config)
+    wrapper = PunicaWrapperGPU(len(owners), len(owners), DEVICE, lora_config=config)
     ids = list(range(100, 100 + SLOTS))
     mapping = tuple(ids[owner] if owner >= 0 else 0 for owner in owners)
     wrapper.update_metadata(LoRAMapping(mapping, mapping, is_prefill=True), ids, SLOTS, 100)
     layer, widths = slots.modules["qk"], tuple(m.h_out for m in MODULES)
-    y = torch.zeros(len(owners), sum(widths), dtype=x.dtype)
-    wrapper.add_lora_linear(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, widths)
-    return y
+    y = torch.zeros(len(owners), sum(widths), dtype=x.dtype, device=DEVICE)
+    wrapper.add_lora_linear(y, x.to(DEVICE), layer.lora_a_stacked, layer.lora_b_stacked, 1.0, widths)
+    return y.cpu()
 
 
 def check(
@@ -178,8 +185,7 @@ def test_a_rank_has_its_own_slice_of_each_module() -> None:
     columns.output_slices, columns.output_ids, rows.input_size = tuple(m.h_out // 2 for m in MODULES), (rank, rank), 24
     shapes = {columns: [(40, 24), (40, 8)], rows: [(24, 40)]}
     for layer, widths in shapes.items():
-        layer.lora_a_stacked = tuple(torch.zeros(SLOTS, 1, 16, h_in, dtype=DTYPE) for h_in, _ in widths)
-        layer.lora_b_stacked = tuple(torch.zeros(SLOTS, 1, h_out, 16, dtype=DTYPE) for _, h_out in widths)
+        give_slots(layer, widths, 16)
     slots = DeviceSlots.__new__(DeviceSlots)
     make_bare(slots, {"qk": columns, "o": rows}, {"qk": ["q", "k"]})
     matrix = matrix_of(ONE, parts)
@@ -192,7 +198,7 @@ def test_a_rank_has_its_own_slice_of_each_module() -> None:
     slots.activate_adapter(1)
     whole = stack(fuse(matrix, recipe, DTYPE), UserAdapter(recipe.name, own), DTYPE)
     for layer, place, name in ((columns, 0, "q"), (columns, 1, "k"), (rows, 0, "o")):
-        a, b = layer.lora_a_stacked[place][0, 0], layer.lora_b_stacked[place][0, 0]
+        a, b = layer.lora_a_stacked[place][0, 0].cpu(), layer.lora_b_stacked[place][0, 0].cpu()
         wanted_a = whole.a[name][:, 24:] if name == "o" else whole.a[name]
         wanted_b = whole.b[name] if name == "o" else whole.b[name][len(whole.b[name]) // 2 :]
         torch.testing.assert_close(a[:10], wanted_a, rtol=ROUNDING, atol=0)
@@ -204,6 +210,8 @@ def test_rows_that_do_not_fit_are_refused_in_figures() -> None:
     slots = Slots()
     with (
         patch("torch.empty", side_effect=torch.OutOfMemoryError),
-        pytest.raises(BankError, match=r"rows of bank 11111111 need 0\.0 GiB on cpu, .*: lower MTA_MAX_LORAS, raise"),
+        pytest.raises(
+            BankError, match=r"rows of bank 11111111 need 0\.0 GiB on c.*: lower MTA_MAX_LORAS, raise"
+        ),
     ):
         slots.open_bank(ONE, matrix_of(ONE), {m.name: m.name for m in MODULES})
