@@ -210,8 +210,6 @@ def test_rows_that_do_not_fit_are_refused_in_figures() -> None:
     slots = Slots()
     with (
         patch("torch.empty", side_effect=torch.OutOfMemoryError),
-        pytest.raises(
-            BankError, match=r"rows of bank 11111111 need 0\.0 GiB on c.*: lower MTA_MAX_LORAS, raise"
-        ),
+        pytest.raises(BankError, match=r"rows of bank 11111111 need 0\.0 GiB on c.*: lower MTA_MAX_LORAS, raise"),
     ):
         slots.open_bank(ONE, matrix_of(ONE), {m.name: m.name for m in MODULES})
