@@ -174,12 +174,15 @@ class AdapterTrainer:
         """Return how the likeliest answer to a prompt begins without the adapter in training, and with it."""
         part = shared_part_of(self.model)
         prefix = part.prefix(example) if part else ()
+        known = part.cache(self.model, [prefix]) if part and prefix else None
+        if known:
+            known.batch_repeat_interleave(2)
         ids = torch.tensor([example.ids[: example.loss_from]] * 2).to(self.model.device)
         with half_without(self.model):
             made = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=part.cache(self.model, [prefix] * 2) if part and prefix else None,
+                past_key_values=known,
                 max_new_tokens=SHOWN_TOKENS,
                 do_sample=False,
                 pad_token_id=self.tokenizer.eos_token_id,

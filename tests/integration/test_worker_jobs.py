@@ -441,6 +441,20 @@ def test_samples_are_judged_where_the_adapters_act(trainer: AdapterTrainer, acts
     assert judged.before == pytest.approx(min(losses), rel=1e-5)
 
 
+@pytest.mark.parametrize("acts", list(Acts))
+def test_answers_without_and_with_an_adapter_are_shown_wherever_it_acts(trainer: AdapterTrainer, acts: Acts) -> None:
+    (sample,) = some(1)
+    example = encode_conversation(trainer.tokenizer, list(sample.messages), sample.output)
+    recipe = person_of(trainer).recipe(None, 1)
+    common, merged = (fuse(trainer.matrix, one, torch.float32) for one in (trainer.manifest.common_recipe, recipe))
+    undone = LoraWeights(merged.rank, merged.a, {name: -b for name, b in merged.b.items()})
+    with attached(trainer.model, merged, shared=SharedPart(acts, common)):
+        nothing, moved = trainer._answers(example)
+    with attached(trainer.model, undone, merged, SharedPart(acts, common)):
+        assert trainer._answers(example) == (moved, nothing)
+    assert nothing != moved
+
+
 def test_samples_are_judged_as_answers_with_phrases_would_be(
     trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
