@@ -1,7 +1,7 @@
 """One launch sums rows in float32, rounds the sum once, and stores it into all modules of a slot.
 
 A row holds the modules one after the other; in a slot each module is a tensor of its own, with room for more ranks.
-`Cells` says where the numbers of each module lie in both:
+`Placement` says where the numbers of each module lie in both:
 
     row     │ a b  c d │ e f  g h  i j │    B of two modules, H_out 2 and 3, rank 2
     slot    │ a b · ·  │ e f · ·       │    room for rank 4: width 2, pitch 4
@@ -24,7 +24,7 @@ MAX_STEP = 8  # adjacent 16-bit numbers that a thread can load at once
 
 
 @dataclass(frozen=True, slots=True)
-class Cells:
+class Placement:
     """Where a row's numbers lie in a slot: some rows of the A of each module, or some columns of each B."""
 
     table: torch.Tensor  # [modules, 6] int64: address in slot 0, pitch of slots, count, start in a row, width, pitch
@@ -33,8 +33,8 @@ class Cells:
     like: torch.Tensor  # of the slots' type
 
     @classmethod
-    def of(cls, views: Sequence[torch.Tensor]) -> Cells:
-        """Return the cells of each module's view [S, rows, columns] of its slots, whose columns are adjacent."""
+    def of(cls, views: Sequence[torch.Tensor]) -> Placement:
+        """Return the placement of each module's view [S, rows, columns] of its slots, whose columns are adjacent."""
         fields, start = [], 0
         for view in views:
             _, rows, width = view.shape

@@ -21,7 +21,7 @@ from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
 from bank.errors import BankError
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots, Stacks
-from server.engine.gpu.kernel import Cells
+from server.engine.gpu.kernel import Placement
 from server.engine.metrics import timed
 
 Matrices = Mapping[str, torch.Tensor]  # A or B by module
@@ -49,7 +49,7 @@ class DeviceBank:
     b: torch.Tensor  # [N, R·ΣH_out]
     stacks: Stacks  # slots of its modules
     cut: Callable[[LoraWeights], Pair]  # a user's LoRA to this rank's flat A and B, on the host
-    _cells: dict[tuple[int, int], tuple[Cells, Cells]] = field(default_factory=dict)
+    _placements: dict[tuple[int, int], tuple[Placement, Placement]] = field(default_factory=dict)
 
     @cached_property
     def only(self) -> Pair:
@@ -63,33 +63,33 @@ class DeviceBank:
         weights = async_tensor_h2d([*model.weights], self.a.device, torch.float32)
         first = self.rank
         if model.shares_a:
-            of_a, of_b = self._cells_of(0, self.rank)
+            of_a, of_b = self._placements_of(0, self.rank)
             of_b.write(index, self.b, chosen, weights)
             if not has_shared_a:
                 of_a.write(index, self.a, *self.only)
         else:
             for place, (row, weight) in enumerate(zip(chosen.split(1), weights.split(1), strict=True)):
-                of_a, of_b = self._cells_of(place * self.rank, self.rank)
+                of_a, of_b = self._placements_of(place * self.rank, self.rank)
                 of_a.write(index, self.a, row, self.only[1])
                 of_b.write(index, self.b, row, weight)
             first *= len(chosen)
         if model.own:
-            for cells, flat in zip(self._cells_of(first, model.own.rank), self.cut(model.own), strict=True):
-                cells.write(index, async_tensor_h2d(flat, self.a.device)[None], *self.only)
+            for placement, flat in zip(self._placements_of(first, model.own.rank), self.cut(model.own), strict=True):
+                placement.write(index, async_tensor_h2d(flat, self.a.device)[None], *self.only)
 
     def zero(self, index: int, first: int) -> None:
         """Write zeros beyond the first ranks of a slot."""
         if room := self.stacks[0][0].shape[2] - first:
-            for cells in self._cells_of(first, room):
-                cells.write(index, self.a, self.only[0][:0], self.only[1][:0])
+            for placement in self._placements_of(first, room):
+                placement.write(index, self.a, self.only[0][:0], self.only[1][:0])
 
-    def _cells_of(self, first: int, rank: int) -> tuple[Cells, Cells]:
-        """Return the cells of rows `first` to `first + rank` of each A, and of these columns of each B."""
-        if (first, rank) not in self._cells:
+    def _placements_of(self, first: int, rank: int) -> tuple[Placement, Placement]:
+        """Return where rows `first` to `first + rank` of each A lie, and these columns of each B."""
+        if (first, rank) not in self._placements:
             of_a = [a[:, 0, first : first + rank] for a, _ in self.stacks]
             of_b = [b[:, 0, :, first : first + rank] for _, b in self.stacks]
-            self._cells[first, rank] = Cells.of(of_a), Cells.of(of_b)
-        return self._cells[first, rank]
+            self._placements[first, rank] = Placement.of(of_a), Placement.of(of_b)
+        return self._placements[first, rank]
 
 
 class DeviceSlots(FusedSlots):
@@ -109,11 +109,9 @@ class DeviceSlots(FusedSlots):
 
         rows_of_a = matrix.rows[:, : layout.a_numbers] if matrix.shared_a is None else matrix.shared_a[None]
         rows_of_b = matrix.rows[:, -layout.b_numbers :]
+        device, rank = stacks[0][0].device, layout.rank
         h_in, h_out = sum(a.shape[3] for a, _ in stacks), sum(b.shape[2] for _, b in stacks)
-        device, sizes = (
-            stacks[0][0].device,
-            ((len(rows_of_a), layout.rank * h_in), (len(rows_of_b), layout.rank * h_out)),
-        )
+        sizes = (len(rows_of_a), rank * h_in), (len(rows_of_b), rank * h_out)
         try:
             a, b = (torch.empty(size, dtype=matrix.rows.dtype, device=device) for size in sizes)
         except torch.OutOfMemoryError as error:
@@ -127,7 +125,7 @@ class DeviceSlots(FusedSlots):
             row.copy_(self._cut("slice_lora_a", cut_a(layout, whole), vllm_names))
         for row, whole in zip(b, rows_of_b, strict=True):
             row.copy_(self._cut("slice_lora_b", cut_b(layout, whole), vllm_names))
-        self.banks[bank] = DeviceBank(layout.rank, a, b, stacks, cut)
+        self.banks[bank] = DeviceBank(rank, a, b, stacks, cut)
 
     def _cut(self, how: str, matrices: Matrices, vllm_names: Mapping[str, str]) -> torch.Tensor:
         """Return A or B of all modules as this rank holds them, flat; `how` is the name of a layer's method."""

@@ -22,14 +22,11 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from adapters.flat import FlatLora
-from adapters.lora import ModuleShape, RowLayout
 from bench.rig.processes import PATIENCE_S, wait_until
 from server.engine.cpu.manager import CpuLoRAManager
 from server.engine.cpu.prefetch import MAX_PREFETCHED, FusionPrefetcher
 from server.engine.fusing.slots import FlatLoRAModel, Footprint
 from tests.unit.engine.test_slots import BANK, CPU_TIER, BareSlots
-
-LAYOUT = RowLayout((ModuleShape("q", 8, 6),), 4, shared_a=True)
 
 
 class EmptySlots(BareSlots):
