@@ -44,8 +44,8 @@ class Attached:
         return parameters
 
     def take_b_gradients(self) -> dict[str, torch.Tensor]:
-        """Return the gradient of the trained LoRA's B after a backward pass, on CPU, and clear it."""
-        found = {name: layer.b.grad.cpu() for name, layer in self._trained.items() if layer.b.grad is not None}
+        """Return the gradient of the trained LoRA's B after a backward pass, and clear it."""
+        found = {name: layer.b.grad for name, layer in self._trained.items() if layer.b.grad is not None}
         for layer in self._trained.values():
             layer.b.grad = None
         return found

@@ -22,7 +22,7 @@ from adapters.training.loss import backward
 
 WARM_UP = 0.1
 CLIP_NORM = 1.0
-Gradient = Callable[[Any, Sequence[Example]], Iterable[float]]  # as `backward`
+Gradient = Callable[[Any, Sequence[Example]], Iterable[torch.Tensor]]  # as `backward`
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +109,16 @@ def optimise(
     batches = _batches(len(examples), plan.batch_size, plan.seed)
     for step in range(1, plan.steps + 1):
         batch = [examples[i] for i in next(batches)]
-        loss = 0.0
+        losses = list[torch.Tensor]()
         for part in gradient(model, batch):
-            loss += part
+            losses.append(part)
             yield None
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimiser.step()
         torch.autograd.graph.increment_version(parameters)  # fused AdamW omits this, and `AdaptedLinear` needs it
         schedule.step()
         optimiser.zero_grad()
-        yield StepReport(step, loss, sum(len(example.ids) for example in batch))
+        yield StepReport(step, float(sum(losses)), sum(len(example.ids) for example in batch))
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:

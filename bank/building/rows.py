@@ -126,20 +126,21 @@ class RowTrainer:
         """Return A and B of the common row, flat; all ranks train it together."""
         start = initial_lora(layout.modules, layout.rank, _row_seed(self.options.seed, "A"))
         start = lora_of(layout, _stored(flattened(layout, start.a)), flattened(layout, start.b))
-        lora = self.train(job, start, gradient=partial(_shared_backward, ranks))
+        gradient = backward if ranks.count == 1 else partial(_shared_backward, ranks)
+        lora = self.train(job, start, gradient=gradient)
         return torch.cat([flattened(layout, lora.a), flattened(layout, lora.b)]).numpy()
 
 
-def _shared_backward(ranks: Ranks, model: Any, examples: Sequence[Example]) -> Iterator[float]:
+def _shared_backward(ranks: Ranks, model: Any, examples: Sequence[Example]) -> Iterator[torch.Tensor]:
     """Do the same as `backward`, with packed rows shared among the ranks; their number does not change the sums."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     outputs, sums = output_tokens(examples), list[torch.Tensor]()
 
-    def gradients(row: Row) -> tuple[float, list[torch.Tensor]]:
+    def gradients(row: Row) -> tuple[torch.Tensor, list[torch.Tensor]]:
         for parameter in parameters:
             parameter.grad = None
         row_loss = backward_row(model, row, outputs)
-        return row_loss, [parameter.grad.cpu() for parameter in parameters if parameter.grad is not None]
+        return row_loss.cpu(), [parameter.grad.cpu() for parameter in parameters if parameter.grad is not None]
 
     for row_loss, found in ranks.each(pack(model, examples), gradients):
         yield row_loss

@@ -85,8 +85,8 @@ class Signer:
     def _products(self, gradients: Sequence[torch.Tensor]) -> Vectors:
         """Return −⟨g, rowᵢ⟩ of each gradient, [G, N]."""
         stacked = torch.stack(list(gradients))
-        parts = [stacked @ rows.float().T for rows in torch.split(self._rows, _AT_A_TIME)]
-        found: Vectors = torch.cat(parts, 1).double().numpy()
+        parts = [stacked @ rows.to(stacked.device).float().T for rows in torch.split(self._rows, _AT_A_TIME)]
+        found: Vectors = torch.cat(parts, 1).double().cpu().numpy()
         return -found
 
 

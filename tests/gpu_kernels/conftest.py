@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.gpu_kernels.card import register
+
 SPLITS = 2  # of H_in, whose products a kernel adds up; vLLM's 64 take the interpreter 7 s a step
 
 
@@ -45,6 +47,7 @@ def _switch_triton_on() -> None:
 
 
 def _interpret() -> None:
+    register()
     os.environ["TRITON_INTERPRET"] = "1"
     _switch_triton_on()
     from vllm.lora.ops.triton_ops import lora_shrink_op as shrink
