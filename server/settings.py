@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapters.errors import MtaError, excerpt
+from adapters.training.adapt_config import MAX_SAMPLE_TOKENS
 
 MAX_INT32 = (1 << 31) - 1  # largest token id and token count: engines use 32-bit integers
 MAX_ITEM_BYTES = 64 << 10  # maximum size of a profile item, as JSON
@@ -140,6 +141,11 @@ class Settings(BaseSettings):
     profile_bytes: int = Field(2 << 20, ge=MAX_ITEM_BYTES, description="Maximum bytes of a user's items, as JSON.")
     keep_texts: bool = Field(
         True, description="Whether users' texts stay stored; false: only until signed, or their job ends."
+    )
+    sample_tokens: int = Field(
+        MAX_SAMPLE_TOKENS,
+        gt=0,
+        description="Maximum tokens of a sample; `mta up` lowers it to what its plan leaves the worker of a GPU.",
     )
     job_tokens: int = Field(2_000_000, gt=0, description="Maximum tokens an adapt job reads; an hour on two cores.")
     job_seconds: int = Field(3600, gt=0, description="Longest training time of an adapt job, seconds.")

@@ -144,7 +144,7 @@ async def open_gateway(
         tallies = Tallies(stores.worth)
 
         turns, changing = FairQueue(Shares(lambda: 1)), FairQueue(Shares(lambda: CHANGES_AT_ONCE))  # over all banks
-        checks = SampleChecks(engines, FairQueue(Shares(lambda: 2)))
+        checks = SampleChecks(engines, FairQueue(Shares(lambda: 2)), settings.sample_tokens)
         limit = HistoryLimit(settings.profile_items, settings.profile_bytes)
 
         def parts_over(folder: Path, bank: ServingBank) -> Parts:

@@ -67,7 +67,7 @@ def _open_parts(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
     bank = ServingBank.open(folder, embedder.id)
     model = ensure_base_model(settings.model, settings.cache_dir, bank.manifest.base_model, settings.chat_template)
     check_base_model(model, {folder: bank.manifest})
-    trainer = AdapterTrainer.open(folder, bank.manifest, model, resolve_dtype("auto"))
+    trainer = AdapterTrainer.open(folder, bank.manifest, model, resolve_dtype("auto"), settings.sample_tokens)
     trainer.warm_up()
     return bank, trainer
 

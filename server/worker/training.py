@@ -87,19 +87,33 @@ def pairs_of(items: Sequence[Item], task: Task) -> list[tuple[str, str]]:
 class AdapterTrainer:
     """Trains user adapters of one bank on one base model."""
 
-    def __init__(self, manifest: BankManifest, matrix: MetaMatrix, model: Any, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        manifest: BankManifest,
+        matrix: MetaMatrix,
+        model: Any,
+        tokenizer: Any,
+        sample_tokens: int = MAX_SAMPLE_TOKENS,
+    ) -> None:
         self.manifest = manifest
         self.task = get_task(manifest.task)
         self.matrix = matrix
         self.model = model
         self.tokenizer = tokenizer
-        self._context = min(int(model.config.get_text_config().max_position_embeddings), MAX_SAMPLE_TOKENS)
+        self._context = min(int(model.config.get_text_config().max_position_embeddings), sample_tokens)
         self._vocab_size = int(model.get_input_embeddings().num_embeddings)
 
     @classmethod
-    def open(cls, bank: Path, manifest: BankManifest, model_folder: Path, dtype: str) -> AdapterTrainer:
+    def open(
+        cls,
+        bank: Path,
+        manifest: BankManifest,
+        model_folder: Path,
+        dtype: str,
+        sample_tokens: int = MAX_SAMPLE_TOKENS,
+    ) -> AdapterTrainer:
         """Map the bank and load the base model. Raises BankError when either is damaged."""
-        return cls(manifest, open_matrix(bank, manifest), *load_base(model_folder, dtype))
+        return cls(manifest, open_matrix(bank, manifest), *load_base(model_folder, dtype), sample_tokens)
 
     def warm_up(self) -> None:
         """Train a throw-away LoRA for one step, because the first step of a process is slow."""

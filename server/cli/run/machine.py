@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
-from server.cli.run.needs import CUDA_BYTES, GIB, needs_of
+from server.cli.run.needs import CUDA_BYTES, GIB, Required, needs_of
 from server.engine.command import Share, check_engine, engine_command, is_cpu_build, memory_bytes
 from server.errors import Unavailable
 from server.settings import Settings
@@ -111,11 +111,12 @@ class Card(NamedTuple):
     free: int
 
 
-def plan(cards: Sequence[Card], needs: tuple[int, int], settings: Settings) -> tuple[Settings, str | None, str]:
+def plan(cards: Sequence[Card], needs: Required, settings: Settings) -> tuple[Settings, str | None, str]:
     """Return the settings with the shares of engines and worker, the worker's GPU, if known, and the plan in words.
 
     The first cards are for the engines, an unused one for the worker. Without an unused card the worker shares the last
-    engine's, if the engine keeps what it `needs` and at least half. Shares that the settings have are kept.
+    engine's, if the engine keeps what it `needs` and at least half. Shares that the settings have are kept. Samples may
+    have as many tokens as a job on a GPU has room for.
     """
     engines = settings.replicas * settings.tensor_parallel_size
     fixed, wanted = settings.engine_gpu_share, settings.worker_gpu_share
@@ -125,15 +126,19 @@ def plan(cards: Sequence[Card], needs: tuple[int, int], settings: Settings) -> t
     taken, last = cards[:engines], cards[engines - 1]
     total = min(card.total for card in taken)
     usable = min(min(card.free, int(MAX_GPU_SHARE * card.total)) for card in taken)
-    kept = int(fixed * total) if fixed else max(needs[0], usable // 2)
-    needed = int(wanted * total) + CUDA_BYTES if wanted else needs[1]
-    rooms = [*((card, card.free) for card in cards[engines:]), (last, needed if wanted else usable - kept)]
-    place = next((card for card, room in rooms if room >= needed and wanted != 0), None)
+    kept = int(fixed * total) if fixed else max(needs.engine, usable // 2)
+    needed = int(wanted * total) + CUDA_BYTES if wanted else needs.worker
+    own = [(card, min(card.free, int(MAX_GPU_SHARE * card.total))) for card in cards[engines:]]
+    rooms = [*own, (last, needed if wanted else usable - kept)]
+    place, room = next(((card, room) for card, room in rooms if room >= needed and wanted != 0), (None, 0))
     engine, worker = fixed or (usable - (needed if place is last else 0)) / total, 0.0
     where = f"the CPU (on a GPU it needs {needed / GIB:.1f} GiB beside the engine's {kept / GIB:.1f})"
     if place:
-        worker = wanted or (needed - CUDA_BYTES) / place.total
-        where = f"GPU {place.name}, within {worker:.0%} of its memory"
+        taken_bytes = needed if wanted or place is last else room
+        worker = wanted or (taken_bytes - CUDA_BYTES) / place.total
+        longest = max(0, taken_bytes - needs.worker + needs.job) // needs.token
+        settings = _with(settings, sample_tokens=max(1, min(settings.sample_tokens, longest)))
+        where = f"GPU {place.name}, within {worker:.0%} of its memory, samples of up to {settings.sample_tokens} tokens"
     names = ", ".join(f"GPU {card.name}" for card in taken)
     summary = f"{names}: the engine takes {engine:.0%} of the memory, the worker trains on {where}"
     return _with(settings, engine_gpu_share=engine, worker_gpu_share=worker), place and place.name, summary

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapters.lora import ModuleShape, RowLayout, serving_rank
 from adapters.training.forward.shared_part import MAX_KEPT_BYTES
@@ -21,6 +21,7 @@ BF16 = 2  # bytes of a number in a bank and in a user adapter
 CUDA_BYTES = GIB  # estimate for CUDA and its libraries, per process
 FORWARD_BYTES = 2 * GIB  # estimate for an engine's activations and graphs
 MIN_TRAINING_BYTES = 2 * GIB  # minimum for a job besides the base model; a large model needs a quarter of its size
+KEPT_BYTES = 3  # that training keeps of each number that goes into or comes out of a trained module; Llama's: 2.3
 NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ROWS = 64  # a bank's anchors, or its directions if it has more people
 CONTEXT, SLOTS, USER_RANK, CARDS = 8192, 32, 2, (2, 4, 8)  # of the printed table
@@ -37,8 +38,17 @@ def token_bytes(config: Mapping[str, Any], number: int) -> int:
     return int(2 * layers * (config.get("num_key_value_heads") or heads) * width * number)
 
 
-def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Settings) -> tuple[int, int]:
-    """Estimate the GPU memory of an engine and a worker, in bytes; rather too much than too little."""
+class Required(NamedTuple):
+    """GPU memory of an engine and of a worker, in bytes; of the worker's, that of a job, and of a token in a sample."""
+
+    engine: int
+    worker: int
+    job: int
+    token: int
+
+
+def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Settings) -> Required:
+    """Estimate the GPU memory; rather too much than too little."""
     config, stored = model_config(model_folder), weight_bytes(model_folder)
     number = NUMBER_BYTES.get(settings.dtype, BF16)
     if bits := bits_of(config):  # vLLM keeps weights quantised, training does not
@@ -52,7 +62,8 @@ def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Se
     rows = sum(rows_bytes(manifest.layout, manifest.personal_rows + manifest.common) for manifest in manifests)
     split = (served + context * token_bytes(config, number)) // settings.tensor_parallel_size
     engine = split + slots + rows + FORWARD_BYTES
-    return engine, worker_bytes(weights) + sharing * MAX_KEPT_BYTES
+    token = max(trained_bytes(manifest.layout, _language(config).get("vocab_size", 0)) for manifest in manifests)
+    return Required(engine, worker_bytes(weights) + sharing * MAX_KEPT_BYTES, job_bytes(weights), token)
 
 
 def rows_bytes(layout: RowLayout, rows: int) -> int:
@@ -67,7 +78,17 @@ def _language(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def worker_bytes(parameters: int) -> int:
     """Return the GPU memory of a worker: the base model in bfloat16, room for a job, and CUDA's own."""
-    return BF16 * parameters + max(MIN_TRAINING_BYTES, parameters // 2) + CUDA_BYTES
+    return BF16 * parameters + job_bytes(parameters) + CUDA_BYTES
+
+
+def job_bytes(parameters: int) -> int:
+    return max(MIN_TRAINING_BYTES, parameters // 2)
+
+
+def trained_bytes(layout: RowLayout, words: int) -> int:
+    """Return what training keeps of a token for its gradient: in the upper half of the layers, and of the logits."""
+    numbers = sum(module.h_in + module.h_out for module in layout.modules) // 2
+    return KEPT_BYTES * numbers + 2 * BF16 * words
 
 
 def bits_of(config: Mapping[str, Any]) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from adapters.errors import excerpt
 from adapters.recipe import bank_of
-from adapters.training.adapt_config import MAX_SAMPLE_TOKENS, AdaptConfig, default_config
+from adapters.training.adapt_config import AdaptConfig, default_config
 from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
 from bank.manifest import BankManifest
@@ -210,6 +210,7 @@ class SampleChecks:
 
     engines: Engines
     turns: FairQueue  # of tenants: what they ask of an engine here passes by its queue
+    sample_tokens: int  # maximum of each
     _accepted: set[str] = field(default_factory=set)  # role sequences
 
     async def check_template(self, samples: Sequence[Sample]) -> None:
@@ -231,7 +232,7 @@ class SampleChecks:
 
     async def check_lengths(self, raw_samples: Sequence[bytes]) -> None:
         """Refuse samples that are too long. A token has at least one byte, so few samples need counting."""
-        longest = min(self.engines.context or MAX_SAMPLE_TOKENS, MAX_SAMPLE_TOKENS)
+        longest = min(self.engines.context or self.sample_tokens, self.sample_tokens)
         to_count = {index: raw for index, raw in enumerate(raw_samples) if len(raw) > longest}
         async for index, tokens in _ask_each(self._count_tokens, to_count):
             if tokens is not None and tokens > longest:
@@ -243,7 +244,7 @@ class SampleChecks:
 
     async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
         """Refuse a job that reads more tokens than its configuration allows; `Unavailable` if that is not known now."""
-        token_counts = [min(len(raw), MAX_SAMPLE_TOKENS) for raw in raw_samples]  # upper bounds
+        token_counts = [min(len(raw), self.sample_tokens) for raw in raw_samples]  # upper bounds
         if _fits(config, token_counts):
             return
         uncounted = len(raw_samples)

@@ -16,14 +16,14 @@ from bank.manifest import read_manifest
 from bank.models.load import limit_gpu
 from server.cli.run import machine
 from server.cli.run.machine import MAX_GPU_SHARE, Card, cards, parts_of, plan
-from server.cli.run.needs import CUDA_BYTES, GIB, needs_of, rows_bytes
+from server.cli.run.needs import CUDA_BYTES, GIB, Required, needs_of, rows_bytes, trained_bytes
 from server.cli.shared import prepare_to_train
 from server.engine import command
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 
-SMALL = (3 * GIB, 3 * GIB)  # engine and worker
-LLAMA = (20 * GIB, 21 * GIB)  # of 8 billion weights
+SMALL = Required(3 * GIB, 3 * GIB, job=2 * GIB, token=1 << 18)
+LLAMA = Required(20 * GIB, 21 * GIB, job=4 * GIB, token=9 << 19)  # of 8 billion weights
 
 
 def card(total_gib: float, free_gib: float | None = None, name: str = "0") -> Card:
@@ -41,7 +41,7 @@ LARGE = card(80, 79)
         ([card(8)], SMALL, {}, 0.54, "0"),
         ([card(6)], SMALL, {}, 0.92, None),
         ([card(24)], LLAMA, {}, 0.92, None),
-        ([card(40)], (3 * GIB, 21 * GIB), {}, 0.92, None),  # the engine would keep less than half
+        ([card(40)], LLAMA._replace(engine=3 * GIB), {}, 0.92, None),  # the engine would keep less than half
         ([card(80, 30)], LLAMA, {}, 0.37, None),  # somebody else has the rest
         ([LARGE, card(80, 79, "1"), card(24, 23, "2")], LLAMA, {"replicas": 2}, 0.92, "2"),  # which no engine has
         ([LARGE, card(8, 8, "1")], LLAMA, {}, 0.65, "0"),  # the other one is too small
@@ -55,7 +55,7 @@ LARGE = card(80, 79)
     ],
 )
 def test_who_gets_which_card_and_how_much_of_it(
-    cards: list[Card], needs: tuple[int, int], settings: dict[str, float], engine: float | None, worker_card: str | None
+    cards: list[Card], needs: Required, settings: dict[str, float], engine: float | None, worker_card: str | None
 ) -> None:
     given = Settings(**settings)  # type: ignore[arg-type]
     shares, place, summary = plan(cards, needs, given)
@@ -67,12 +67,33 @@ def test_who_gets_which_card_and_how_much_of_it(
     if "worker_gpu_share" in settings:
         assert shares.worker_gpu_share == settings["worker_gpu_share"]
     elif worker_card:
-        [total] = [one.total for one in cards if one.name == worker_card]
-        assert shares.worker_gpu_share * total <= needs[1] - CUDA_BYTES + 1
+        [own] = [one for one in cards if one.name == worker_card]
+        most = needs.worker if own in cards[: given.replicas] else own.free
+        assert shares.worker_gpu_share * own.total <= most - CUDA_BYTES + 1
+
+
+@pytest.mark.parametrize(
+    ("cards", "needs", "settings", "longest"),
+    [
+        ([LARGE], SMALL, {}, 4096),
+        ([LARGE], LLAMA, {}, 910),
+        ([LARGE], LLAMA, {"sample_tokens": 512}, 512),
+        ([LARGE], LLAMA, {"worker_gpu_share": 0.4}, 3640),
+        ([LARGE, card(80, 40, "1")], LLAMA, {}, 4096),  # all of the other card is the worker's
+        ([LARGE], LLAMA, {"worker_gpu_share": 0.1}, 1),  # nothing fits, and the worker says so
+        ([LARGE], LLAMA, {"worker_gpu_share": 0}, 4096),
+    ],
+)
+def test_samples_fit_what_the_worker_has(
+    cards: list[Card], needs: Required, settings: dict[str, float], longest: int
+) -> None:
+    planned, place, summary = plan(cards, needs, Settings(**settings))  # type: ignore[arg-type]
+    assert planned.sample_tokens == longest
+    assert (f"samples of up to {longest} tokens" in summary) is (place is not None)
 
 
 @pytest.mark.parametrize("needs", [SMALL, LLAMA])
-def test_both_together_never_take_more_than_is_free_and_the_engine_keeps_half(needs: tuple[int, int]) -> None:
+def test_both_together_never_take_more_than_is_free_and_the_engine_keeps_half(needs: Required) -> None:
     for total_gib, free in itertools.product((6, 8, 16, 24, 40, 48, 80, 141), (1.0, 0.97, 0.7, 0.3)):
         one = card(total_gib, free * total_gib)
         shares, usable = plan([one], needs, Settings())[0], min(one.free, MAX_GPU_SHARE * one.total)
@@ -80,7 +101,7 @@ def test_both_together_never_take_more_than_is_free_and_the_engine_keeps_half(ne
         engine, worker = shares.engine_gpu_share * one.total, (shares.worker_gpu_share or 0) * one.total
         assert engine + (worker + CUDA_BYTES if worker else 0) <= usable + 1
         if worker:
-            assert engine >= max(needs[0], usable / 2) - 1
+            assert engine >= max(needs.engine, usable / 2) - 1
 
 
 def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -111,18 +132,19 @@ def test_what_is_needed_follows_the_model(tmp_path: Path, tiny_bank_folder: Path
     (tmp_path / "config.json").write_text(json.dumps(config))
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(16 * GIB)
-    engine, worker = needs_of(tmp_path, manifests, Settings())
+    engine, worker, job, token = needs_of(tmp_path, manifests, Settings())
     assert 18 * GIB < worker < 22 * GIB
+    assert (job, token) == (4 * GIB, trained_bytes(manifests[0].layout, 0))
     assert 19 * GIB < engine < 20 * GIB  # the weights, 1 GiB of cache, 2 to compute in, a little for slots
     [manifest] = manifests
     rows = rows_bytes(manifest.layout, len(manifest.anchors) + 1)
-    assert needs_of(tmp_path, manifests * 2, Settings())[0] == engine + rows
+    assert needs_of(tmp_path, manifests * 2, Settings()).engine == engine + rows
     sharing = [manifest.model_copy(update={"training": {"acts": Acts.AFTER_SYSTEM}}) for manifest in manifests]
-    assert needs_of(tmp_path, sharing, Settings())[1] == worker + GIB // 4  # keys and values that are read once
-    assert needs_of(tmp_path, manifests, Settings(dtype="float32"))[0] > engine + 16 * GIB
-    assert needs_of(tmp_path, manifests, Settings(tensor_parallel_size=2))[0] < engine - 8 * GIB
+    assert needs_of(tmp_path, sharing, Settings()).worker == worker + GIB // 4  # keys and values that are read once
+    assert needs_of(tmp_path, manifests, Settings(dtype="float32")).engine > engine + 16 * GIB
+    assert needs_of(tmp_path, manifests, Settings(tensor_parallel_size=2)).engine < engine - 8 * GIB
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    assert needs_of(tmp_path, manifests, Settings())[0] < engine - 7 * GIB
+    assert needs_of(tmp_path, manifests, Settings()).engine < engine - 7 * GIB
 
 
 @pytest.fixture

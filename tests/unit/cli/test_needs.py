@@ -9,16 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, LlamaConfig
+import torch
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from adapters.lora import ModuleShape
+from adapters.lora import ModuleShape, RowLayout
 from adapters.recipe import FusionRecipe
+from adapters.training.adapt_config import AdaptConfig
+from adapters.training.example import Example
+from adapters.training.forward.packing import pack
+from adapters.training.loss import backward_row
+from adapters.training.trainer import initial_lora, linear_modules
+from adapters.training.user_trainer import TrainingProgress, user_run
 from adapters.user_adapter import encode_user_adapter
 from bank.manifest import MATRIX_FILE, read_manifest
 from bench.rig.user_adapters import random_user_adapter
 from server.cli import app
-from server.cli.run.needs import GIB, KIB, Needs, needs_of
+from server.cli.run.needs import GIB, KIB, Needs, needs_of, trained_bytes
 from server.engine.command import VIEW_BYTES, VIEWS, slot_bytes
 from server.settings import Settings
 
@@ -61,6 +68,24 @@ def test_the_page_has_the_figures_of_the_sizes_that_it_names(size: str, paramete
         assert line.split("|")[column].strip() == figure
 
 
+def test_a_token_in_training_takes_no_more_than_is_planned(tiny_model_folder: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    lora, kept = initial_lora(linear_modules(model), 8, seed=0), dict[int, torch.Tensor]()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with user_run(model.requires_grad_(False), lora, AdaptConfig(), TrainingProgress(0, 0, 0.0)) as run:
+        [row] = pack(model, [Example((5,) * 400, 1)])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            backward_row(model, row, 1, run.below)
+        weights = {each.untyped_storage().data_ptr() for each in model.state_dict().values()}
+    taken = sum(each.untyped_storage().nbytes() for place, each in kept.items() if place not in weights) / 400
+    planned = trained_bytes(RowLayout(linear_modules(model), 8, shared_a=True), model.config.vocab_size)
+    assert taken < planned < 2 * taken
+
+
 def test_each_gpu_holds_its_slices() -> None:
     whole = Needs.of(llama("8B"))
     half = whole.on_each_of(2)
@@ -101,6 +126,6 @@ def test_a_quantised_model_is_served_as_stored_and_trained_in_16_bits(
         file.truncate(4 * GIB)
     for written in (config, nested):
         (tmp_path / "config.json").write_text(json.dumps(written))
-        engine, worker = needs_of(tmp_path, [read_manifest(tiny_bank_folder)], Settings())
+        engine, worker, *_ = needs_of(tmp_path, [read_manifest(tiny_bank_folder)], Settings())
         assert 7 * GIB < engine < 7.5 * GIB  # the weights, 1 GiB of cache, 2 to compute in
         assert worker == (64 // bits + 1) * GIB + max(2, 16 // bits) * GIB
