@@ -65,4 +65,4 @@ def _block(content: Mapping[str, Any]) -> str:
 
 def _machine(machine: Mapping[str, Any]) -> str:
     amx = "with AMX" if machine["amx"] else "without AMX"
-    return f"{machine['cores']} cores of {machine['processor']} {amx}"
+    return ", ".join([*machine.get("gpus", ()), f"{machine['cores']} cores of {machine['processor']} {amx}"])

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -94,8 +95,17 @@ def machine() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "amx": "amx_bf16" in flags,
         "avx512_bf16": "avx512_bf16" in flags,
+        "gpus": _gpus(),
         "versions": versions,
     }
+
+
+def _gpus() -> list[str]:
+    """Return the name, memory and driver of each GPU."""
+    query = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+    return []
 
 
 def command_line() -> str:

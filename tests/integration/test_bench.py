@@ -121,19 +121,18 @@ def test_users_and_anchors_by_the_store_and_the_gateway_themselves(
 
 
 @pytest.mark.acceptance
-def test_the_script_for_gpus_runs_without_one_as_a_person_starts_it(tmp_path: Path) -> None:
+def test_recipes_are_measured_without_a_gpu_as_a_person_starts_it(tmp_path: Path) -> None:
     few = ("--recipes", "1", "--recipes", "2", "--requests", "4", "--clients", "2", "--tokens", "2", "--prompt", "8")
-    command = [sys.executable, "-m", "bench.gpu", "--shape", "tiny", "--anchors", "4", "--pairs", "1", *few]
-    out = ("--out", str(tmp_path / "gpu.json"))
+    command = [sys.executable, "-m", "bench.serving.recipes", "--shape", "tiny", "--anchors", "4", "--pairs", "1", *few]
+    out = ("--out", str(tmp_path / "recipes.json"))
     done = subprocess.run([*command, *out], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    content = written(tmp_path / "gpu.json", done.stdout)
-    assert content["command"].startswith("python -m bench.gpu --shape tiny")
+    content = written(tmp_path / "recipes.json", done.stdout)
+    assert content["command"].startswith("python -m bench.serving.recipes --shape tiny")
     cold, throughput = content["tables"]
     assert [line[0] for line in cold["lines"]] == [*COLD_PATH, *BLOCKING_STEPS]
     compared = [[what, count] for what in ("recipes", "PEFT folders") for count in (1, 2)]
     assert [line[:2] for line in throughput["lines"]] == compared
-    assert content["device"]
 
 
 def first_column(table: str) -> set[str]:

@@ -14,8 +14,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from bench import acceptance
-from bench.acceptance import FUSE, GATEWAY, PACKAGES, SOAK, Figure, Target, judge
+from bench import acceptance, gpu
+from bench.acceptance import FUSE, GATEWAY, PACKAGES, SOAK
+from bench.rig import steps
+from bench.rig.steps import Figure, Outcome, Target, judge
 from deploy import audit
 
 SKIPPED = {"name": "torch", "skip_reason": "Dependency not found and could not be audited: torch (2.13.0+cpu)"}
@@ -46,9 +48,9 @@ def test_a_missed_aim_is_shown_but_fails_nothing(written: Path) -> None:
     written.write_text(json.dumps({"rows": {GATEWAY[0].row: {"median": 4.0, "min": 3, "max": 5}}}))
     figures = judge(written, GATEWAY)
     assert [figure.met for figure in figures] == [False]
-    assert acceptance.Outcome("gateway", "", 0.0, 0, figures).passed
-    assert not acceptance.Outcome("fuse", "", 0.0, 0, [Figure("merge", "4", "5", met=False, binding=True)]).passed
-    assert not acceptance.Outcome("soak", "", 0.0, 1, []).passed
+    assert Outcome("gateway", "", 0.0, 0, figures).passed
+    assert not Outcome("fuse", "", 0.0, 0, [Figure("merge", "4", "5", met=False, binding=True)]).passed
+    assert not Outcome("soak", "", 0.0, 1, []).passed
 
 
 def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_run(
@@ -57,16 +59,16 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
     run = MagicMock(return_value=subprocess.CompletedProcess([], 0, stdout=""))
     monkeypatch.setattr(subprocess, "run", run)
     unready = AssertionError("ended with status 1 before Ready:\nall its output")
-    monkeypatch.setattr(acceptance, "up", MagicMock(side_effect=unready))
+    monkeypatch.setattr(steps, "up", MagicMock(side_effect=unready))
     monkeypatch.setattr(acceptance, "_tiny", lambda _: ())
     monkeypatch.setenv("MTA_MODEL", "another")
     with pytest.raises(typer.Exit):
         acceptance.main(tmp_path, tmp_path / "out")
-    steps = read_steps(tmp_path / "out")
+    ran_steps = read_steps(tmp_path / "out")
     for name in ("gateway", "users", "beside a job"):
-        assert steps[name]["status"] == 1
-        assert steps[name]["figures"][0]["value"] == "ended with status 1 before Ready:"
-    assert steps["quality"]["status"] == 0
+        assert ran_steps[name]["status"] == 1
+        assert ran_steps[name]["figures"][0]["value"] == "ended with status 1 before Ready:"
+    assert ran_steps["quality"]["status"] == 0
     (command,) = (call.args[0] for call in run.call_args_list if "bench.fleet.replicas" in call.args[0])
     assert command[command.index("--model") + 1] == "another"
 
@@ -78,8 +80,8 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
     with pytest.raises(typer.Exit):
         acceptance.main(tmp_path, tmp_path / "out", resume=True)
     assert not ran("eval") and ran("bench.fleet.replicas"), "what passed runs again, or what failed does not"
-    assert list(read_steps(tmp_path / "out")) == list(steps)
-    assert read_steps(tmp_path / "out")["quality"] == steps["quality"]
+    assert list(read_steps(tmp_path / "out")) == list(ran_steps)
+    assert read_steps(tmp_path / "out")["quality"] == ran_steps["quality"]
 
 
 def test_one_step_is_run_by_its_name_and_what_passed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,14 +101,17 @@ def test_every_step_is_a_command_that_its_program_takes(tmp_path: Path, monkeypa
     run = MagicMock(return_value=subprocess.CompletedProcess([], 0, stdout=listed))
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(acceptance.shutil, "which", MagicMock(return_value="/usr/bin/docker"))
-    monkeypatch.setattr(acceptance, "_served", lambda *_: nullcontext(("http://gateway", "http://engine", "key")))
+    monkeypatch.setattr(steps, "_served", lambda *_: nullcontext(("http://gateway", "http://engine", "key")))
     monkeypatch.setattr(acceptance, "_tiny", lambda _: ())
     with pytest.raises(typer.Exit):
         acceptance.main(tmp_path, tmp_path / "out", tmp_path / "python")
+    gpu.main(out=tmp_path / "gpu")
     commands = [call.args[0][2:] for call in run.call_args_list if call.args[0][1] == "-m"]
-    assert len(commands) == len(read_steps(tmp_path / "out"))
+    on_gpu = json.loads((tmp_path / "gpu/bench-gpu.json").read_text("utf-8"))
+    assert len(commands) == len(read_steps(tmp_path / "out")) + len(on_gpu["steps"])
     ours = [(module, arguments) for module, *arguments in commands if module != "pytest"]
-    assert {"server.cli", "deploy.containers", "bench.learning.chats", "bench.serving.users"} <= dict(ours).keys()
+    wanted = {"server.cli", "deploy.containers", "bench.learning.chats", "bench.serving.users", "bench.adapt.wait"}
+    assert wanted <= dict(ours).keys()
     for module, arguments in ours:
         read = CliRunner().invoke(program(module), [*arguments, "--help"])  # reads the options, and does nothing
         assert read.exit_code == 0, read.output

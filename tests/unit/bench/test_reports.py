@@ -10,11 +10,10 @@ import typer
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from adapters.errors import MtaError
-from bench import acceptance
-from bench.acceptance import judge
 from bench.page.__main__ import main, read_results
 from bench.page.markdown import fill
 from bench.page.report import Figures, Spread, command_line, marked, percentile, report, shown, tabulate
+from bench.rig.steps import OWN_VERDICT, judge
 from bench.serving.cost import COLUMNS
 from bench.serving.histograms import Total, means_ms, totals
 
@@ -64,7 +63,7 @@ def test_tables_and_rows_are_written_with_the_machine_and_the_command(tmp_path: 
     content = json.loads(out.read_text("utf-8"))
     assert content["tables"] == [{"title": "A title", "columns": ["what", "ms"], "lines": [["row", values]]}]
     assert (content["bench"], content["pairs"], content["command"]) == ("cost", 3, command_line())
-    assert content["machine"].keys() == {"processor", "cores", "amx", "avx512_bf16", "versions"}
+    assert content["machine"].keys() == {"processor", "cores", "amx", "avx512_bf16", "gpus", "versions"}
     report("A title", [("a", spread), ("b", "text")], out, bench="cold")
     assert json.loads(out.read_text("utf-8"))["rows"] == {"a": values, "b": "text"}
 
@@ -76,7 +75,7 @@ def test_a_value_that_is_wrong_is_marked_and_fails_the_run_once_everything_is_wr
         report("Claims", [("failed", marked(3, False)), ("served", marked("yes", True))], out)
     assert ended.value.exit_code == 1
     assert json.loads(out.read_text("utf-8"))["rows"] == {"failed": "3 ← wrong", "served": "yes"}
-    assert [figure.met for figure in judge(out, [acceptance.OWN_VERDICT])] == [False, True]
+    assert [figure.met for figure in judge(out, [OWN_VERDICT])] == [False, True]
 
 
 def test_means_are_of_what_was_counted_in_between_over_all_labels_of_a_histogram() -> None:
