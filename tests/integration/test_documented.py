@@ -15,12 +15,15 @@ from tests.support.documented import ROOT, Reader, blocks_of
 
 PAGES = (
     "README.md",
+    "docs/api.md",
+    "docs/banks.md",
     "docs/deploying.md",
     "docs/openai.md",
     "docs/scaling.md",
     *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/adopting/*.md")),
 )
 PICTURES = {"mermaid"}
+FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +60,28 @@ def test_a_page_does_what_it_says(page: str, reader: Reader) -> None:
                 raise
 
 
+def test_links_lead_to_pages_and_headings() -> None:
+    pages = {path: path.read_text("utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))}
+    broken = []
+    for page, text in pages.items():
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", FENCED.sub("", text)):
+            path, _, heading = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            if not file.exists() or (heading and heading not in headings(pages[file])):
+                broken.append((page.name, target))
+    assert not broken
+
+
+def headings(page: str) -> set[str]:
+    """The names that a page's headings have in links."""
+    found = re.findall(r"^#+ (.*)$", FENCED.sub("", page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in found}
+
+
 @pytest.mark.parametrize("page", PAGES[1:])
 def test_no_code_hides_from_being_run(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert blocks_of(page)
     assert text.count("```") == 2 * len(blocks_of(page)), "a fence within a list is not found"
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    prose = FENCED.sub("", text)
     assert not re.search(r"^\n {4}\S", prose, re.MULTILINE), "code by indentation is not found"
