@@ -1,6 +1,6 @@
 # Everyday commands. Each makes or updates .venv first; a finished set-up takes no time.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types style format acceptance lock audit images containers-test clean
+.PHONY: help setup demo test check lint types style format acceptance lock openapi audit images containers-test clean
 
 BIN := .venv/bin
 PACKAGES := adapters bank bench mta_client server
@@ -48,6 +48,10 @@ acceptance: setup ## the long checks, in one table (DATA=folder of the real hist
 
 lock: setup ## pin the packages of the images, with hashes, in deploy/locks
 	deploy/locks/lock.sh
+
+openapi: setup ## write the API's description to docs/openapi.json, for reviews of what changed
+	@$(BIN)/python -c 'import json; from server.gateway.app import create_app; from server.settings import Settings; \
+	  print(json.dumps(create_app(Settings()).openapi(), indent=1, ensure_ascii=False))' > docs/openapi.json
 
 audit: setup ## an SBOM of each image in out/sbom, and what is known to be vulnerable in them
 	$(BIN)/python -m deploy.audit

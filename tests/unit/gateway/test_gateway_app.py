@@ -87,6 +87,11 @@ def _closure(root: str) -> set[str]:
 DOCUMENT = create_app(Settings()).openapi()
 
 
+def test_the_committed_description_of_the_api_is_current() -> None:
+    committed = json.loads((ROOT / "docs/openapi.json").read_text("utf-8"))
+    assert committed == json.loads(json.dumps(DOCUMENT)), "make openapi writes it"
+
+
 class Chunk(ChatCompletionChunk):
     model_config = ConfigDict(extra="forbid")
     personalization: PersonalizationAnswer | None = None
