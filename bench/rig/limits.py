@@ -1,4 +1,4 @@
-"""Speed limits: this machine's memory bandwidth and arithmetic, and the amount of both that a model needs."""
+"""Speed limits: the memory bandwidth and arithmetic of GPU or CPU, and the amount of both that a model needs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ _WHILE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Memory bytes per second, and bf16 operations per second in products of a prompt's size, on all cores."""
+    """Memory bytes per second, and bf16 operations per second in products of a prompt's size."""
 
     bytes_per_s: float
     flops_per_s: float
 
     @classmethod
     def measured(cls, model: Model, tokens: int = 400) -> Limits:
-        """Measure this machine; takes a few seconds."""
+        """Measure the GPU, or all cores; takes a few seconds."""
         import torch
 
-        numbers = torch.ones(256 << 20, dtype=torch.uint8).view(torch.int64)  # far beyond any cache
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        numbers = torch.ones(256 << 20, dtype=torch.uint8, device=device).view(torch.int64)  # far beyond any cache
         read_s = _fastest(numbers.sum)
-        rows = torch.randn(tokens, model.hidden, dtype=torch.bfloat16)
-        weights = [torch.randn(model.inner, model.hidden, dtype=torch.bfloat16) for _ in range(8)]
-        product_s = _fastest(lambda: [torch.nn.functional.linear(rows, weight) for weight in weights])
+        rows = torch.randn(tokens, model.hidden, dtype=torch.bfloat16, device=device)
+        weights = torch.randn(8, model.inner, model.hidden, dtype=torch.bfloat16, device=device)
+        product_s = _fastest(lambda: [torch.nn.functional.linear(rows, weight) for weight in weights][-1])
         flops = 2 * tokens * model.hidden * model.inner * len(weights)
         return cls(numbers.numel() * numbers.itemsize / read_s, flops / product_s)
 
@@ -97,6 +98,6 @@ def _fastest(work: Any) -> float:
     times: list[float] = []
     while sum(times) < _WHILE_S or len(times) < 3:
         start_s = time.perf_counter()
-        work()
+        work().flatten()[0].item()  # waits for the device
         times.append(time.perf_counter() - start_s)
     return min(times)
