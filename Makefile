@@ -37,6 +37,8 @@ style:
 	$(BIN)/bandit -q -c pyproject.toml -r $(PACKAGES)
 	@if command -v shellcheck >/dev/null; then echo shellcheck $(SCRIPTS); shellcheck $(SCRIPTS); \
 	 else echo "shellcheck is not installed: the shell scripts are not checked"; fi
+	@if command -v luacheck >/dev/null; then luacheck -q server/store/lua; \
+	 else echo "luacheck is not installed: the store's scripts are not checked"; fi
 
 format: setup ## let ruff format and fix the code
 	$(BIN)/ruff format .

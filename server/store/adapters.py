@@ -19,26 +19,15 @@ from adapters.recipe import UserAdapterId, bank_of
 from server.errors import UserErased
 from server.store.base import Store, corrupt_if_undecodable, decode
 from server.store.profile_record import AdapterNote, Profile, decode_profile, encode_profile
-from server.store.redis import keys, scripts
+from server.store.redis import keys
+from server.store.redis.scripts import script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 
 _BATCH = 100
 
-# KEYS: record, adapter. Returns the record, then fields and values of the adapter without the bytes.
-_READ = """
-local found = {redis.call('GET', KEYS[1]) or ''}
-for _, field in ipairs(redis.call('HKEYS', KEYS[2])) do
-  found[#found + 1] = field
-  found[#found + 1] = string.sub(field, 1, 3) == 'raw' and '' or redis.call('HGET', KEYS[2], field)
-end
-return found
-"""
-
-# KEYS: a set. ARGV: the member. Always writes, because the store does not wait for a script that changes nothing.
-_ADD_MEMBER = """
-redis.call('SREM', KEYS[1], ARGV[1])
-return redis.call('SADD', KEYS[1], ARGV[1])
-"""
+_READ = script("adapters/read")
+_ADD_MEMBER = script("adapters/add_member")
+_SERVE = script("adapters/serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +126,7 @@ class AdapterStore(Store):
         names = (keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key), keys.jobs(user_key))
         record = encode_profile(replace(found.profile, adapter=chosen.note))
         given = (orjson.dumps(found.change(chosen)), found.record, record, keys.job_prefix(user_key))
-        done = await self._connection.write(scripts.SERVE, names, *given)
+        done = await self._connection.write(_SERVE, names, *given)
         await self.settle_adapted(user_key, bank, written=done > 0)
         if done < 0:
             raise UserErased

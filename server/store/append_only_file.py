@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from server.errors import Unavailable
 from server.store.base import Store
 from server.store.redis import keys
-from server.store.redis.scripts import oom_script, script
+from server.store.redis.scripts import script
 from server.store.redis.servers.base import StoreServer
 
 log = logging.getLogger("mta.store")
@@ -30,43 +30,9 @@ ERASE_MS = 60_000  # time from the announcement within which the erasure must ha
 CLOCK_SKEW_MS = 10_000  # maximum clock difference in a cluster: another server's clock judges the deadline
 REWRITE_MS = 600_000  # assumed duration of a rewrite; one that has not succeeded by then is tried again
 
-# KEYS: rewrite, of each server. ARGV: time until the announcement counts (ms). Returns the current time.
-_ANNOUNCE = oom_script("""
-for _, key in ipairs(KEYS) do
-  redis.call('HSETNX', key, 'first', now)
-  redis.call('HSET', key, 'asked', math.max(now + ARGV[1], tonumber(redis.call('HGET', key, 'asked') or 0)))
-end
-return now
-""")
-
-# KEYS: rewrite. ARGV: the server's run id, its number of rewrites, whether the last one succeeded, interval, time to
-# erase, time after which a rewrite is tried again. Returns whether to start one now, and whether the one before failed.
-_UPDATE = oom_script("""
-local run, rewrites, succeeded, interval_ms, erase_ms, retry_ms = unpack(ARGV)
-local function get(field) return redis.call('HGET', KEYS[1], field) end
-local function is_recent(time, ms) return time and tonumber(time) <= now and now - time < tonumber(ms) end
-local tried, before = get('tried'), get('before') or ''
-local number = string.match(before, '^' .. run .. ' (%d+)$')
-if number and tonumber(rewrites) > tonumber(number) and succeeded == '1' and tonumber(tried) <= now then
-  redis.call('HSET', KEYS[1], 'last', tried)
-  redis.call('HDEL', KEYS[1], 'first', 'due', 'tried', 'before')
-  if (get('asked') or 0) + erase_ms > tonumber(tried) then redis.call('HSET', KEYS[1], 'first', tried) end
-end
-local holds_erased = get('first') or get('due')
-if not holds_erased or is_recent(get('last'), interval_ms) or is_recent(get('tried'), retry_ms) then return {0, 0} end
-local has_failed = redis.call('HEXISTS', KEYS[1], 'tried')
-redis.call('HSET', KEYS[1], 'tried', now, 'before', run .. ' ' .. rewrites)
-return {1, has_failed}
-""")
-
-# KEYS: rewrite, of each server. Returns for how long one of the files may have held erased data (ms).
-_AGE = script("""
-local age = 0
-for _, key in ipairs(KEYS) do
-  age = math.max(age, now - tonumber(redis.call('HGET', key, 'first') or redis.call('HGET', key, 'due') or now))
-end
-return age
-""")
+_ANNOUNCE = script("append_only_file/announce", runs_when_full=True)
+_UPDATE = script("append_only_file/update", runs_when_full=True)
+_AGE = script("append_only_file/age")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ from server.store.append_only_file import AppendOnlyFile
 from server.store.base import Store, corrupt_if_undecodable
 from server.store.profile_record import encode_profile
 from server.store.queue import Backlog, UserQueue
-from server.store.redis import keys, scripts
+from server.store.redis import keys
+from server.store.redis.scripts import script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import NO_CURVE, Curve, decode_curve
@@ -45,6 +46,14 @@ _TRIES_EXHAUSTED = (
     "or shorter samples, or give workers more memory. If its record is damaged, send the samples again. The workers' "
     "logs show the cause"
 )
+_SUBMIT = script("jobs/submit")
+_LIST = script("jobs/list")
+_OPEN = script("jobs/open")
+_CANCEL = script("jobs/cancel")
+_CLAIM = script("jobs/claim")
+_RENEW = script("jobs/renew")
+_RELEASE = script("jobs/release")
+_END = script("jobs/end")
 _STRINGS = ("config", "bank", "adapter", "error", "traceparent")
 _INTEGERS = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of", "forgets")
 _LOSSES = ("before", "after", "served")
@@ -178,7 +187,7 @@ class JobStore(Store):
             "max_samples": max_samples,
         }
         names = (keys.jobs(user_key), keys.samples(user_key), keys.epoch(user_key), keys.adapter(user_key))
-        done = await self._connection.write(scripts.SUBMIT, names, orjson.dumps(given), *submission.samples)
+        done = await self._connection.write(_SUBMIT, names, orjson.dumps(given), *submission.samples)
         number, is_new = map(int, done)
         job = await self.job(JobId(user_key, number)) if number > 0 else None
         if job is not None and job.state is JobState.QUEUED:
@@ -202,7 +211,7 @@ class JobStore(Store):
 
     async def jobs(self, user_key: str) -> list[Job]:  # oldest first
         arguments = (keys.job_prefix(user_key), KEPT_JOBS, *_FIELDS)
-        found = await self._connection.evaluate(scripts.JOBS, (keys.jobs(user_key),), *arguments)
+        found = await self._connection.evaluate(_LIST, (keys.jobs(user_key),), *arguments)
         with corrupt_if_undecodable():
             jobs = [_decoded(JobId(user_key, number), values) for number, values in found]
         return [job for job in jobs if job is not None]
@@ -213,7 +222,7 @@ class JobStore(Store):
         Returns no record for a user who has moved to another key.
         """
         names = (keys.job(*job_id), keys.epoch(job_id.user_key))
-        ended = await self._connection.write(scripts.CANCEL, names, secrets.token_hex(16))
+        ended = await self._connection.write(_CANCEL, names, secrets.token_hex(16))
         if ended < 0:
             return None, False
         return await self.job(job_id), bool(ended)
@@ -252,7 +261,7 @@ class JobStore(Store):
         """
         token, lease_ms = token or secrets.token_hex(16), round(lease_s * 1000)
         arguments = (token, lease_ms, MAX_TRIES, _TRIES_EXHAUSTED)
-        if not await self._connection.write(scripts.CLAIM, (keys.job(*job_id),), *arguments):
+        if not await self._connection.write(_CLAIM, (keys.job(*job_id),), *arguments):
             return None
         job = await self.job(job_id)
         if job is None:
@@ -264,7 +273,7 @@ class JobStore(Store):
         """Extend a lease and record progress; False if it is no longer valid. No `curve`: keep the old one."""
         queue, lease_ms = self._queue(lease.job.bank), round(lease_s * 1000)
         shown = (step, of, b"" if curve is None else orjson.dumps(curve))
-        if not await self._connection.write(scripts.RENEW, (keys.job(*lease.job.id),), lease.token, lease_ms, *shown):
+        if not await self._connection.write(_RENEW, (keys.job(*lease.job.id),), lease.token, lease_ms, *shown):
             queue.forget_score(lease.job.id.user_key)
             return False
         await queue.postpone(lease.job.id.user_key, lease_ms)
@@ -273,14 +282,14 @@ class JobStore(Store):
     async def release(self, lease: Lease, *, counts: bool) -> bool:
         """Hand a job to another worker; False if the lease is no longer valid. `counts`: count the run as a try."""
         queue, arguments = self._queue(lease.job.bank), (lease.token, 0 if counts else -1)
-        released = bool(await self._connection.write(scripts.RELEASE, (keys.job(*lease.job.id),), *arguments))
+        released = bool(await self._connection.write(_RELEASE, (keys.job(*lease.job.id),), *arguments))
         await queue.postpone(lease.job.id.user_key, 0)  # also if an earlier call released it, whose answer was lost
         queue.forget_score(lease.job.id.user_key)
         return released
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
         """End a job without an adapter; return False if the lease is no longer valid."""
-        done = bool(await self._connection.write(scripts.END, (keys.job(*lease.job.id),), _outcome(lease, trained)))
+        done = bool(await self._connection.write(_END, (keys.job(*lease.job.id),), _outcome(lease, trained)))
         if done:
             await self._queue(lease.job.bank).remove(lease.job.id.user_key)
         return done
@@ -299,7 +308,7 @@ class JobStore(Store):
         given = _outcome(lease, trained, bank=bank, **found.promotion(made, at_most))
         names = (keys.job(*lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
         raws = (found.record, encode_profile(replace(found.profile, adapter=made.note)), raw)
-        done = bool(await self._connection.write(scripts.END, names, given, *raws))
+        done = bool(await self._connection.write(_END, names, given, *raws))
         await self._adapters.settle_adapted(user_key, bank, written=done)
         if done:
             await self._queue(lease.job.bank).remove(user_key)
@@ -328,7 +337,7 @@ class JobStore(Store):
         if last is None:
             return None, 0
         job_id = JobId(user_key, int(last))  # a key for the script: while a slot moves, the two may be on two servers
-        state, job_bank, held_ms = await self._connection.evaluate(scripts.OPEN_JOB, (keys.job(*job_id),))
+        state, job_bank, held_ms = await self._connection.evaluate(_OPEN, (keys.job(*job_id),))
         if state is None or job_bank != bank.encode():
             return None, 0
         with corrupt_if_undecodable():

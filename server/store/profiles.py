@@ -37,7 +37,7 @@ from server.store.profile_record import (
     encode_vector,
 )
 from server.store.redis import keys
-from server.store.redis.scripts import job_script, oom_script, script
+from server.store.redis.scripts import script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User
@@ -49,105 +49,15 @@ LATE = "erased_late"  # error code: something is stored, and the deadline for it
 # COMMANDLOG exists from Valkey 8.1 on.
 _CLEAR_LOGS = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RESET large-reply")
 
-# KEYS: record, items, vectors, epoch, feedback, samples, learned. ARGV: as named, `stays_s` is 0 if texts are kept; id,
-# item and vector of each put, empty if unchanged; ids to drop before that. Returns 1 if written, 0 if the record has
-# changed, -1 if the user was erased or the write of an unknown one has no mark.
-_COMMIT = script("""
-local expected, record, epoch, stays_s, puts = unpack(ARGV, 1, 5)  -- all of them may be more than Lua's stack
-local current = redis.call('GET', KEYS[1]) or ''
-if current == record then
-  redis.call('SET', KEYS[1], current)
-  return 1
-end
-if erased_since(KEYS[4], epoch) or (current == '' and not string.find(epoch, '+', 1, true)) then return -1 end
-if current ~= expected then return 0 end
-redis.call('SET', KEYS[1], record)
-if current == '' then redis.call('PERSIST', KEYS[5]) end  -- of a person without a profile it expires
-local drops = 6 + 3 * tonumber(puts)
-for i = drops, #ARGV do
-  redis.call('HDEL', KEYS[2], ARGV[i])
-  redis.call('HDEL', KEYS[3], ARGV[i])
-end
-for i = 6, drops - 1, 3 do
-  local id, item, vector = unpack(ARGV, i, i + 2)
-  if item ~= '' then redis.call('HSET', KEYS[2], id, item) end
-  if vector ~= '' then redis.call('HSET', KEYS[3], id, vector) end
-end
-for _, texts in ipairs({KEYS[2], KEYS[7], stays_s ~= '0' and KEYS[6] or nil}) do
-  if stays_s == '0' then redis.call('PERSIST', texts) else redis.call('EXPIRE', texts, stays_s, 'NX') end
-end
-return 1
-""")
+_COMMIT = script("profiles/commit")
+_BEGIN = script("profiles/begin")
+_ERASE = script("profiles/erase", runs_when_full=True)
+_WRITE_AGAIN = script("profiles/write_again")
 
-# KEYS: record, epoch. ARGV: a new mark and its life (s). Returns the epoch, and `+` and the mark of an unknown user.
-_BEGIN = """
-local epoch, mark = unpack(redis.call('HMGET', KEYS[2], 'epoch', 'mark'))
-if redis.call('EXISTS', KEYS[1]) == 1 then return epoch or '' end
-if not mark then
-  mark = ARGV[1]
-  redis.call('HSET', KEYS[2], 'mark', mark)
-end
-if redis.call('TTL', KEYS[2]) < tonumber(ARGV[2]) then redis.call('EXPIRE', KEYS[2], ARGV[2]) end
-return (epoch or '') .. '+' .. mark
-"""
+_LOAD = script("profiles/load")
 
-# KEYS: as `keys.of_user`, the tombstone last. Returns the tombstone's counts, none for an unknown user, or nothing if
-# the user exists and the deadline has passed. It always writes, for it may be repeated (`RedisConnection.write`).
-_ERASE = oom_script("""
-local prefix, kept_jobs, stays_s, epoch, until_ms, rewritten_by = unpack(ARGV)
-local job_numbers, record, items, vectors, samples, feedback, learned = unpack(KEYS)
-local adapter, tombstone = KEYS[#KEYS - 1], KEYS[#KEYS]
-if now > tonumber(until_ms) and redis.call('EXISTS', unpack(KEYS, 1, #KEYS - 1)) > 0 then return {} end
-local _, adapters = string.gsub(table.concat(redis.call('HKEYS', adapter), ' '), 'raw', '')
-local counts = {
-  'items', redis.call('HLEN', items), 'samples', redis.call('LLEN', samples) + redis.call('HLEN', learned),
-  'adapters', adapters, 'feedback', redis.call('HLEN', feedback)
-}
-local jobs, banks, last = 0, {}, tonumber(redis.call('HGET', job_numbers, 'last') or 0)
-for number = math.max(1, last - kept_jobs), last do
-  banks[#banks + 1] = redis.call('HGET', prefix .. number, 'bank') or nil
-  jobs = jobs + redis.call('DEL', prefix .. number)
-end
-local keys = jobs + redis.call('DEL', unpack(KEYS, 1, #KEYS - 1))
-local moved_to = string.match(redis.call('HGET', tombstone, 'epoch') or '', '^>%w+ ') or ''
-redis.call('HSET', tombstone, 'epoch', moved_to .. epoch)
-redis.call('HDEL', tombstone, 'mark')
-if keys > 0 then
-  redis.call('HSET', tombstone, 'jobs', jobs, 'keys', keys, 'rewritten_by', rewritten_by,
-    'banks', table.concat(banks, ' '), unpack(counts))
-  if moved_to ~= '' then redis.call('HSET', tombstone, 'until_ms', now + stays_s * 1000) end
-  if redis.call('TTL', tombstone) < tonumber(stays_s) then redis.call('EXPIRE', tombstone, stays_s) end
-elseif moved_to == '' and redis.call('HEXISTS', tombstone, 'keys') == 0 then
-  redis.call('DEL', tombstone)
-end
-local counted = {'items', 'samples', 'jobs', 'adapters', 'keys', 'feedback'}
-return redis.call('HMGET', tombstone, 'rewritten_by', 'banks', unpack(counted))
-""")
-
-# KEYS: record. Write it again unchanged: waiting for this write also waits for all earlier ones.
-_WRITE_AGAIN = """
-local current = redis.call('GET', KEYS[1])
-if current then redis.call('SET', KEYS[1], current) end
-return 1
-"""
-
-# KEYS: record, epoch.
-_LOAD = "return {redis.call('GET', KEYS[1]), redis.call('HGET', KEYS[2], 'epoch')}"
-
-# KEYS: record, items, vectors, epoch. Read atomically.
-_READ = """
-return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3]),
-  redis.call('HGET', KEYS[4], 'epoch')}
-"""
-
-# KEYS: record, items, vectors, samples, feedback, learned, adapter, jobs. ARGV: prefix of job names. Returns record and
-# bytes, whether there is an adapter and whether one is being trained.
-_MEASURE = job_script("""
-local record, bytes = redis.call('GET', KEYS[1]), 0
-for i = 1, 7 do bytes = bytes + (redis.call('MEMORY', 'USAGE', KEYS[i], 'SAMPLES', 0) or 0) end
-local last = redis.call('HGET', KEYS[8], 'last')
-return {record, bytes, redis.call('EXISTS', KEYS[7]), last and is_open(ARGV[1] .. last) and 1 or 0}
-""")
+_READ = script("profiles/read")
+_MEASURE = script("profiles/measure")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from typing import Any
 from server.errors import Unavailable
 from server.store.base import Store
 from server.store.redis import keys
-from server.store.redis.scripts import oom_script, script
+from server.store.redis.scripts import Script, script
 from server.store.redis.servers.connection import RedisConnection
 
 POLL_S = 0.4  # seconds between polls of an idle worker: one command, no write
@@ -30,103 +30,13 @@ RESERVED_MS = 60_000  # time a request has to create its work after reserving an
 
 # KEYS of every script: foreground set, background set, attempts, turns. Times come from the server's clock alone.
 
-_RESERVE = script("""
-local set, entry, ahead = KEYS[tonumber(ARGV[1])], ARGV[2], ARGV[3]
-redis.call('ZADD', set, now + ahead, entry)
-return now
-""")
+_RESERVE = script("queue/reserve")
 
-# A score is exact up to 2^52: turns from 0 to 2^21 - 1, and seconds. The field `<class>` of the turns is the one being
-# served, `<class>:<tenant>` the tenant's next.
-_TURNS = """
-local turns, turn_length = 2^21, 2^31
-local function turn(field) return tonumber(redis.call('HGET', KEYS[4], field) or 0) end
-"""
-
-# A waiting user keeps their position but gets a new score, so a worker that remembers the old one removes nothing.
-_ADD = script(
-    _TURNS
-    + """
-local class, user, listed, tenant = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
-local score = tonumber(redis.call('ZSCORE', KEYS[class], user) or now + 1)
-if score <= now then
-  score = score + 1
-else
-  local own = class .. ':' .. tenant
-  local mine = math.min(math.max(turn(class), turn(own)), turns - 1)
-  redis.call('HSET', KEYS[4], own, mine + 1)
-  score = (mine - turns) * turn_length + time[1]
-end
-redis.call('ZADD', KEYS[class], score, user)
-redis.call('ZREM', KEYS[3 - class], user)
-redis.call('ZREM', KEYS[class], listed)
-return 1
-"""
-)
-
-# Whoever was taken before and is due again comes first. An entry further in the future than any entry this clock
-# creates was added before the clock was set back.
-_TAKE = oom_script(
-    _TURNS
-    + """
-local grace, furthest = unpack(ARGV)
-for class = 1, 2 do
-  local found = redis.call('ZRANGEBYSCORE', KEYS[class], 0, now, 'LIMIT', 0, 1)[1]
-    or redis.call('ZRANGEBYSCORE', KEYS[class], now + furthest, '+inf', 'LIMIT', 0, 1)[1]
-  if not found then
-    local score
-    found, score = unpack(redis.call('ZRANGEBYSCORE', KEYS[class], '-inf', '(0', 'WITHSCORES', 'LIMIT', 0, 1))
-    if found then redis.call('HSET', KEYS[4], class, math.floor(score / turn_length) + turns) end
-  end
-  if found then
-    local user = string.match(found, '^[^+]+')
-    for each = 1, 2 do redis.call('ZREM', KEYS[each], found, user) end
-    redis.call('ZADD', KEYS[class], now + grace, user)
-    return {user, now + grace}
-  end
-end
-return {}
-"""
-)
-
-# Postpone an entry by the given ms, or remove it if none are given, provided that it has the score the caller saw.
-# Returns its new score, or 0 if there is no entry. In an empty queue the turns begin anew.
-_UPDATE = oom_script("""
-local user, seen, wait = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-if not wait then redis.call('HDEL', KEYS[3], user) end
-for class = 1, 2 do
-  local score = tonumber(redis.call('ZSCORE', KEYS[class], user) or 0)
-  if score ~= 0 and score ~= seen then return score end
-  if score ~= 0 and wait then
-    redis.call('ZADD', KEYS[class], now + wait, user)
-    return now + wait
-  end
-  redis.call('ZREM', KEYS[class], user)
-end
-if redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then redis.call('DEL', KEYS[4]) end
-return 0
-""")
-
-_BACKLOG = script(
-    _TURNS
-    + """
-local all, due, first = 0, 0, now
-for class = 1, 2 do
-  all = all + redis.call('ZCARD', KEYS[class])
-  due = due + redis.call('ZCOUNT', KEYS[class], '-inf', now)
-  local waiting = redis.call('ZRANGEBYSCORE', KEYS[class], '-inf', '(0', 'WITHSCORES', 'LIMIT', 0, 1)[2]
-  local again = redis.call('ZRANGEBYSCORE', KEYS[class], 0, now, 'WITHSCORES', 'LIMIT', 0, 1)[2]
-  first = math.min(first, waiting and waiting % turn_length * 1000 or now, again or now)
-end
-return {all, due, now - first}
-"""
-)
-
-# Do not count a user who has left the queue: nothing would ever remove an erased user's count.
-_COUNT_ATTEMPT = """
-if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
-return redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
-"""
+_ADD = script("queue/add")
+_TAKE = script("queue/take", runs_when_full=True)
+_UPDATE = script("queue/update", runs_when_full=True)
+_BACKLOG = script("queue/backlog")
+_COUNT_ATTEMPT = script("queue/count_attempt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +127,10 @@ class UserQueue(Store):
     async def forget_attempts(self, user_key: str) -> None:
         await self._connection.run(lambda redis: redis.hdel(self._keys[2], user_key))
 
-    async def _write(self, script: str, *arguments: object) -> Any:
+    async def _write(self, script: Script, *arguments: object) -> Any:
         return await self._connection.write(script, self._keys, *arguments)
 
-    async def _run(self, script: str, *arguments: object) -> Any:  # its changes need not be durable
+    async def _run(self, script: Script, *arguments: object) -> Any:  # its changes need not be durable
         return await self._connection.evaluate(script, self._keys, *arguments)
 
     async def _register_bank(self) -> None:

@@ -33,7 +33,7 @@ from server.store.jobs import KEPT_JOBS
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis import keys
-from server.store.redis.scripts import job_script, script
+from server.store.redis.scripts import script
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.holdings import Held, HoldingStore
 from server.store.tenants.user_key import User, UserKeys, check_values
@@ -49,92 +49,10 @@ _IN, _FROM = "in", "from"
 
 # KEYS of the scripts: `keys.of_user`, the last is `epoch`.
 
-# ARGV: new key, expiry of its name (s), time for `_ARRIVE` (ms), prefix of job names, number of kept jobs. Returns
-# `busy` while a worker holds the user's job, `moved` if nothing is left to move; else `left`, the bank of an open job,
-# and what `_ARRIVE` needs to know.
-_LEAVE = job_script("""
-local target, stays_s, within, prefix, kept = unpack(ARGV)
-local left = KEYS[#KEYS]
-local epoch, moved, until_ms = unpack(redis.call('HMGET', left, 'epoch', 'moved', 'until_ms'))
-if moved then return {'moved'} end
-local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
-if string.sub(epoch or '', 1, 1) ~= '>' then
-  if lease_left(prefix .. last) > 0 then return {'busy'} end
-  local ttl = redis.call('PTTL', left)
-  until_ms = ttl > 0 and now + ttl or 0
-  redis.call('HSET', left, 'epoch', '>' .. target .. ' ' .. (epoch or ''), 'until_ms', until_ms)
-end
-redis.call('EXPIRE', left, stays_s)
-local bank = is_open(prefix .. last) and redis.call('HGET', prefix .. last, 'bank') or ''
-local tombstone = cjson.encode(redis.call('HGETALL', left))
-local found = {'left', bank, now + within, tombstone, math.max(0, until_ms - now)}
-local function take(place, key)
-  local raw, ttl, n = redis.call('DUMP', key), math.max(0, redis.call('PTTL', key)), #found
-  if raw then found[n + 1], found[n + 2], found[n + 3] = place, ttl, raw end
-end
-for place = 1, #KEYS - 1 do take('k' .. place, KEYS[place]) end
-for number = math.max(1, last - kept), last do take('j' .. number, prefix .. number) end
-return found
-""")
-
-# ARGV: epoch of this key before step 1 (`leave_mark`), prefix of job names, deadline (ms), fields of the old key's
-# epoch (JSON) and their expiry (ms; 0: none), and of each key its place in KEYS or the number of its job, its expiry
-# and its content. Returns whether the user is here now.
-_ARRIVE = script("""
-local before, prefix, until_ms, tombstone, expiry = unpack(ARGV)
-local here, data = KEYS[#KEYS], {unpack(KEYS, 1, #KEYS - 1)}
-if now > tonumber(until_ms) or not is_as_seen(here, before) then return 0 end
-if string.sub(before, 1, 1) == '>' then
-  redis.call('DEL', unpack(data))  -- what stayed here of a user who moved away and comes back
-elseif redis.call('EXISTS', unpack(data)) > 0 then  -- of an earlier call
-  local record = redis.call('GET', KEYS[2])
-  if record then redis.call('SET', KEYS[2], record) end
-  return 1
-end
-for i = 6, #ARGV, 3 do
-  local kind, number = string.match(ARGV[i], '^(%a)(%d+)$')
-  local key = kind == 'j' and prefix .. number or KEYS[tonumber(number)]
-  redis.call('RESTORE', key, ARGV[i + 1], ARGV[i + 2], 'REPLACE')
-end
-redis.call('DEL', here)
-if tonumber(expiry) > 0 then
-  redis.call('HSET', here, unpack(cjson.decode(tombstone)))
-  redis.call('HSET', here, 'epoch', string.match(redis.call('HGET', here, 'epoch'), ' (.*)$'))
-  redis.call('HDEL', here, 'until_ms')
-  redis.call('PEXPIRE', here, expiry)
-end
-return 1
-""")
-
-# ARGV: time for requests in progress (ms), prefix of job names, number of kept jobs.
-_CLEAR = script("""
-local grace, prefix, kept = unpack(ARGV)
-local left = KEYS[#KEYS]
-local epoch, ttl = redis.call('HGET', left, 'epoch'), redis.call('PTTL', left)
-if epoch then
-  redis.call('DEL', left)
-  redis.call('HSET', left, 'epoch', epoch, 'moved', 1)
-  redis.call('PEXPIRE', left, ttl)
-end
-local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
-for number = math.max(1, last - kept), last do redis.call('DEL', prefix .. number) end
-redis.call('PEXPIRE', KEYS[3], grace)
-redis.call('PEXPIRE', KEYS[#KEYS - 1], grace)
-for place = 1, #KEYS - 1 do
-  if place ~= 3 and place ~= #KEYS - 1 then redis.call('DEL', KEYS[place]) end
-end
-return 1
-""")
-
-# KEYS: the record of the secret. ARGV: check values of the new one and the old one. Returns whether it is news, or -1
-# while users still move from the new one to the old one.
-_BEGIN = script("""
-local of_new, of_old = unpack(ARGV)
-if redis.call('HGET', KEYS[1], 'from') == of_new then return -1 end
-local news = redis.call('HGET', KEYS[1], 'in') ~= of_new
-redis.call('HSET', KEYS[1], 'in', of_new, 'from', of_old)
-return news and 1 or 0
-""")
+_LEAVE = script("rotation/leave")
+_ARRIVE = script("rotation/arrive")
+_CLEAR = script("rotation/clear")
+_BEGIN = script("rotation/begin")
 
 
 @dataclass(slots=True)

@@ -15,46 +15,16 @@ from typing import Self
 from server.store.base import Store, corrupt_if_undecodable
 from server.store.feedback import Feedback, Outcome, Rating
 from server.store.redis import keys
-from server.store.redis.scripts import oom_script, script
+from server.store.redis.scripts import script
 
 WEEK_HOURS = 7 * 24
 TALLY_S = 21 * 24 * 3600  # a week is folded within its next one
 EVER = 0  # the week under which the sums of all weeks are kept
 
-# KEYS: a hash; for a user's also the epoch. ARGV: epoch, expiry (s; 0: none), token of this call (empty: none), then
-# fields with numbers to add to theirs. A call that is repeated, as its answer was lost, adds nothing. Returns whether
-# the user is not erased.
-_ADD = """
-local epoch, expiry_s, token = unpack(ARGV)
-if KEYS[2] and erased_since(KEYS[2], epoch) then return 0 end
-if token ~= '' then
-  if redis.call('HGET', KEYS[1], 'token') == token then return 1 end
-  redis.call('HSET', KEYS[1], 'token', token)
-end
-for i = 4, #ARGV, 2 do
-  local before, sums = string.gmatch(redis.call('HGET', KEYS[1], ARGV[i]) or '', '%S+'), {}
-  for number in string.gmatch(ARGV[i + 1], '%S+') do
-    sums[#sums + 1] = string.format('%.17g', number + (before() or 0))
-  end
-  redis.call('HSET', KEYS[1], ARGV[i], table.concat(sums, ' '))
-end
-if expiry_s ~= '0' then redis.call('EXPIRE', KEYS[1], expiry_s) end
-return 1
-"""
-_ADD_TO_TALLY = script(_ADD)
-_ADD_TO_SUMS = oom_script(_ADD)  # else a full store would lose the tallies that were taken
+_ADD_TO_TALLY = script("worth/add")
+_ADD_TO_SUMS = script("worth/add", runs_when_full=True)  # else a full store would lose the tallies that were taken
 
-# KEYS: tally. ARGV: week. Removes the fields of that week and returns them.
-_TAKE = """
-local all, taken = redis.call('HGETALL', KEYS[1]), {}
-for i = 1, #all, 2 do
-  if string.find(all[i], ARGV[1] .. '.', 1, true) == 1 then
-    taken[#taken + 1], taken[#taken + 2] = all[i], all[i + 1]
-    redis.call('HDEL', KEYS[1], all[i])
-  end
-end
-return taken
-"""
+_TAKE = script("worth/take")
 
 
 @dataclass(frozen=True, slots=True)

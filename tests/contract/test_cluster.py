@@ -18,12 +18,14 @@ from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.processes import paused, wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
+from server.store import jobs as job_store
 from server.store import profiles
 from server.store.durability import Durability
 from server.store.figures import read_figures
 from server.store.jobs import JobState, JobStore, Trained
 from server.store.profiles import ProfileStore
-from server.store.redis import keys, scripts
+from server.store.redis import keys
+from server.store.redis.scripts import Script
 from server.store.redis.servers.base import StoreServer
 from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.connection import REFUSED, RedisConnection
@@ -109,7 +111,7 @@ async def test_a_write_waits_on_its_own_connection(cluster: ValkeyCluster, conne
                 heard = [await anext(seen)]
                 while not heard[-1]["command"].startswith("WAITAOF"):
                     heard.append(await anext(seen))
-        _, wrote = [one for one in heard if one["command"].startswith("EVAL")]  # after a mark, which needs no wait
+        *_, wrote = [one for one in heard if one["command"].startswith("EVAL")]  # after a mark, which needs no wait
         assert key in wrote["command"]
         assert wrote["client_port"] == heard[-1]["client_port"]
 
@@ -122,7 +124,7 @@ async def test_users_are_served_while_their_keys_move(cluster: ValkeyCluster, co
     async with connected(cluster.url) as unaware:
         ask(target, f"CLUSTER SETSLOT {slot} IMPORTING {here}")
         ask(source, f"CLUSTER SETSLOT {slot} MIGRATING {there}")
-        await connection.write("return redis.call('RPUSH', KEYS[1], 'a')", (keys.samples(key),))
+        await connection.write(Script("return redis.call('RPUSH', KEYS[1], 'a')"), (keys.samples(key),))
         assert ask(target, f"CLUSTER COUNTKEYSINSLOT {slot}") == 1  # asked for at the one, written at the other
         # A script on several keys waits for the move to end: no server can tell which of them it has yet.
         sent, reading = calls(target, "asking"), asyncio.create_task(store.read(key))
@@ -258,7 +260,14 @@ async def test_nor_is_one_that_is_sent_again(
     await jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
     await jobs.cancel((await submitted(jobs, user)).id)
     await submitted(jobs, user)
-    said = (profiles._COMMIT, profiles._WRITE_AGAIN, profiles._ERASE, scripts.SUBMIT, scripts.CANCEL, scripts.END)
+    said = (
+        profiles._COMMIT,
+        profiles._WRITE_AGAIN,
+        profiles._ERASE,
+        job_store._SUBMIT,
+        job_store._CANCEL,
+        job_store._END,
+    )
     for script in said:
         wait_until(lambda: all(map(followed.lists_replicas, followed.nodes)), "the replica to be back")
         await to_followed.check()

@@ -67,10 +67,12 @@ async def test_a_durable_server_is_waited_for(start: Start, options: Options, ex
 
         async def calls() -> list[int]:
             stats = await raw.info("commandstats")
-            return [stats.get(f"cmdstat_{command}", {"calls": 0})["calls"] for command in ("eval", "waitaof")]
+            return [stats.get(f"cmdstat_{command}", {"calls": 0})["calls"] for command in ("evalsha", "waitaof")]
 
         assert connection.durability is expected
         store = ProfileStore(connection)
+        await stored(store, "another", change("a"))  # from now on the server knows the scripts
+        await store.erase("another", LATER_MS, 0)
         mark = await store.begin(user)
         for write in (store.commit(user, b"", change("a"), mark), store.erase(user, LATER_MS, 0)):
             evals, waited = await calls()

@@ -18,6 +18,7 @@ from server.gateway.access.keys import REFRESH_INTERVAL_S, Caller, KnownKeys
 from server.gateway.access.limiter import Limiter
 from server.settings import Settings
 from server.store.redis.keys import ACCESS_KEYS
+from server.store.redis.scripts import Script
 from server.store.redis.servers.connection import READ_TIMEOUT_S
 from server.store.tenants import rates as scripts
 from server.store.tenants.access_keys import AccessKey, AccessKeys, Policy, Scope, access_key, new_secret
@@ -274,7 +275,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
     def set_to(now_s: float) -> None:
         time = f"{{{int(now_s)}, {int(now_s % 1 * 1e6)}}}"
-        monkeypatch.setattr(scripts, "_CONSUME", script.replace("redis.call('TIME')", time))
+        monkeypatch.setattr(scripts, "_CONSUME", Script(script.text.replace("redis.call('TIME')", time)))
 
     return set_to
 

@@ -80,7 +80,7 @@ def test_a_trace_says_how_long_the_store_took(
     put(client, user, "old trains").raise_for_status()
     level(client, user)
     gateway.parts.tracing._provider.force_flush()  # type: ignore[attr-defined]
-    for name, stored in (("PUT /users/{user_id}/profile", "store write"), ("POST /generate", "EVAL")):
+    for name, stored in (("PUT /users/{user_id}/profile", "store write"), ("POST /generate", "EVALSHA")):
         request = [span for span in receiver.spans if span.name == name][-1]
         assert stored in {span.name for span in receiver.trace(request.trace_id) if span.parent == request.id}
     raw = b"".join(receiver.bodies)

@@ -88,7 +88,7 @@ def test_traces_lead_through_the_engine_say_what_the_store_did_and_link_answers_
     assert within["POST"].parent == request.id
     assert within["llm_request"].parent == within["prepare"].parent == within["POST"].id
     assert within["llm_request"].attributes["gen_ai.usage.completion_tokens"] > 0
-    for name, command in (("POST /generate", "EVAL"), ("PUT /users/{user_id}/profile", "EVAL")):
+    for name, command in (("POST /generate", "EVALSHA"), ("PUT /users/{user_id}/profile", "EVALSHA")):
         request = spans_of(run, name)[0]
         within = run.receiver.trace(request.trace_id)
         asked = [span for span in within if span.attributes.get("db.system") == "redis"]
@@ -96,7 +96,7 @@ def test_traces_lead_through_the_engine_say_what_the_store_did_and_link_answers_
         assert all(request.start_ns <= span.start_ns <= span.end_ns <= request.end_ns for span in asked)
         assert all(re.fullmatch("[A-Z ]+", span.name) for span in asked)
     [write, *_] = [span for span in within if span.name == "store write"]
-    assert "EVAL" in {span.name for span in asked if span.parent == write.id}
+    assert "EVALSHA" in {span.name for span in asked if span.parent == write.id}
     wait_until(lambda: spans_of(run, "adapt") != [], "the worker's spans")
     [adapt], [request] = spans_of(run, "adapt"), spans_of(run, "POST /users/{user_id}/adapt")
     assert (adapt.service, adapt.trace_id, adapt.parent) == ("mta-worker", request.trace_id, request.id)

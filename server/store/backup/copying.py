@@ -20,6 +20,7 @@ from server.store.backup.folder import Entry
 from server.store.base import Store
 from server.store.jobs import KEPT_JOBS
 from server.store.redis import keys
+from server.store.redis.scripts import script
 from server.store.redis.servers.base import WRITE_TIMEOUT_S, StoreServer
 from server.store.redis.servers.cluster import SLOTS
 from server.store.redis.servers.connection import RedisConnection
@@ -30,31 +31,9 @@ AT_ONCE = 4  # number of users that are read at once; more would delay other com
 WRITTEN_AT_ONCE = 32
 SETTLE_S = 6.0  # longest time until running gateways have noticed an unfinished restore
 
-# KEYS: the names of a user's keys, beginning with `jobs`, or the name of a shared key. ARGV, for a user: prefix of job
-# names, number of kept jobs. Returns name, expiry (ms) and content of each key that exists.
-_DUMP = """
-local names, last, found = {unpack(KEYS)}, 0, {}
-if ARGV[1] then last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0) end
-for number = math.max(1, last - (ARGV[2] or 0)), last do names[#names + 1] = ARGV[1] .. number end
-for _, name in ipairs(names) do
-  local content, at = redis.call('DUMP', name), #found
-  if content then
-    found[at + 1], found[at + 2], found[at + 3] = name, math.max(0, redis.call('PEXPIRETIME', name)), content
-  end
-end
-return found
-"""
-
-# KEYS: keys of one slot. ARGV: expiry (ms) and content of each. Returns the server's error, or an empty string.
-_RESTORE = """
-for i, name in ipairs(KEYS) do
-  local done = redis.pcall('RESTORE', name, ARGV[2 * i - 1], ARGV[2 * i], 'ABSTTL', 'REPLACE')
-  if done.err then return done.err end
-end
-return ''
-"""
-
-_MARK, _UNMARK = "return redis.call('SET', KEYS[1], ARGV[1])", "return redis.call('DEL', KEYS[1])"
+_DUMP = script("backup/dump")
+_RESTORE = script("backup/restore")
+_MARK, _UNMARK = script("backup/mark"), script("backup/unmark")
 
 
 class StoreCopying(Store):

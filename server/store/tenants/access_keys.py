@@ -21,7 +21,7 @@ from adapters.errors import MtaError, excerpt
 from server.errors import Unavailable
 from server.store.base import Store, corrupt_if_undecodable, decode
 from server.store.redis import keys
-from server.store.redis.scripts import oom_script
+from server.store.redis.scripts import Script, script
 from server.store.tenants.rates import NO_OVERRIDES, Allowance, Quota
 
 PREFIX = "mta_"
@@ -126,42 +126,9 @@ def digest_of(secret: bytes) -> str:
 
 _RING, _REVISION, _REVOKED, _BANK, _QUOTA = "ring", "revision", "revoked:", "bank:", "quota:"
 
-# KEYS of every script: the hash, the list of changes. ARGV: id for a new ring, step of the revision, then its own. A
-# repeated call changes nothing.
-_CHANGED = """
-local function changed(field)
-  local before = redis.call('HGET', KEYS[1], 'revision') or '0'
-  redis.call('HINCRBY', KEYS[1], 'revision', ARGV[2])
-  redis.call('HSETNX', KEYS[1], 'ring', ARGV[1])
-  redis.call('RPUSH', KEYS[2], before .. ' ' .. redis.call('HGET', KEYS[1], 'revision') .. ' ' .. field)
-  redis.call('LTRIM', KEYS[2], -100, -1)
-end
-"""
-
-_ADD = """
-local digest, record, only_first = unpack(ARGV, 3)
-local before = redis.call('HGET', KEYS[1], digest)
-if not before and only_first == '1' and redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], digest, before or record)
-if not before then changed(digest) end
-return 1
-"""
-
-_REVOKE = """
-local digest, now = unpack(ARGV, 3)
-if redis.call('HEXISTS', KEYS[1], digest) == 0 then return 0 end
-local before = redis.call('HGET', KEYS[1], 'revoked:' .. digest)
-redis.call('HSET', KEYS[1], 'revoked:' .. digest, before or now)
-if before then return 0 end
-changed('revoked:' .. digest)
-return 1
-"""
-
-_SET = """
-local field, value = unpack(ARGV, 3)
-if value == '' then redis.call('HDEL', KEYS[1], field) else redis.call('HSET', KEYS[1], field, value) end
-changed(field)
-"""
+_ADD = script("access_keys/add", runs_when_full=True)
+_REVOKE = script("access_keys/revoke", runs_when_full=True)
+_SET = script("access_keys/set", runs_when_full=True)
 
 
 class AccessKeys(Store):
@@ -223,9 +190,9 @@ class AccessKeys(Store):
         found = await self._connection.run(methodcaller("hgetall", keys.USED_KEYS))
         return {digest.decode(): int(hour) for digest, hour in found.items()}
 
-    async def _change(self, script: str, *arguments: object) -> object:
+    async def _change(self, script: Script, *arguments: object) -> object:
         given = (secrets.token_hex(8), secrets.randbelow(1 << 32) + 1, *arguments)
-        return await self._connection.write(oom_script(_CHANGED + script), (keys.ACCESS_KEYS, keys.KEY_CHANGES), *given)
+        return await self._connection.write(script, (keys.ACCESS_KEYS, keys.KEY_CHANGES), *given)
 
 
 def _decoded(fields: dict[str, bytes | None]) -> KeyRing:

@@ -13,7 +13,7 @@ from operator import methodcaller
 from server.errors import Unavailable
 from server.store.base import Store
 from server.store.redis import keys
-from server.store.redis.scripts import oom_script
+from server.store.redis.scripts import script
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.rates import Quota, Rates, Use
 from server.store.tenants.user_key import User
@@ -26,23 +26,7 @@ Held = Counter[str]
 """What one person has in the store, or several: `people` of whom anything is stored, `bytes` and `adapters`, also those
 that are being trained."""
 
-# KEYS: count. ARGV: expiry (s), then user keys, each with `<bytes> <adapters>`, empty for an unknown user.
-_NOTE = oom_script("""
-local function add(text, sign)
-  local bytes, adapters = string.match(text or '', '^(%d+) (%d+)$')
-  if not bytes then return end
-  redis.call('HINCRBY', KEYS[1], 'people', sign)
-  redis.call('HINCRBY', KEYS[1], 'bytes', sign * bytes)
-  redis.call('HINCRBY', KEYS[1], 'adapters', sign * adapters)
-end
-for i = 2, #ARGV, 2 do
-  add(redis.call('HGET', KEYS[1], ARGV[i]), -1)
-  add(ARGV[i + 1], 1)
-  redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
-  if ARGV[i + 1] == '' then redis.call('HDEL', KEYS[1], ARGV[i]) end
-end
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-""")
+_NOTE = script("holdings/note", runs_when_full=True)
 
 
 class HoldingStore(Store):

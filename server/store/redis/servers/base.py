@@ -18,10 +18,11 @@ from typing import Any, Protocol, TypeVar
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from server.errors import Unavailable
 from server.store.durability import Durability, Memory
+from server.store.redis.scripts import Script
 
 CONNECTIONS = 64
 CONNECT_TIMEOUT_S = 2.0
@@ -52,7 +53,9 @@ class Servers(Protocol):
 
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any: ...
 
-    async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
+    async def write(
+        self, script: Script, names: Sequence[str], arguments: Sequence[Any], durability: Durability
+    ) -> Any:
         """Run a script on keys of one slot; return its answer once its writes are as durable as `durability` says."""
 
     async def durability(self) -> Durability:
@@ -93,26 +96,31 @@ class SingleServer:
     async def execute(self, *command: object) -> Any:
         return await self.run(lambda client: client.execute_command(*command))
 
-    async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
+    async def write(
+        self, script: Script, names: Sequence[str], arguments: Sequence[Any], durability: Durability
+    ) -> Any:
         confirm = [WAITAOF] if durability is Durability.WAITAOF else []
         answer, confirmed = await self.send(script, names, arguments, confirm)
         check_confirmed(confirmed)
         return answer
 
     async def send(
-        self, script: str, names: Sequence[str], arguments: Sequence[Any], confirm: Sequence[tuple[object, ...]]
+        self, script: Script, names: Sequence[str], arguments: Sequence[Any], confirm: Sequence[tuple[object, ...]]
     ) -> tuple[Any, list[Any]]:
         """Run a script and further commands on one connection; return all answers."""
 
-        async def work() -> tuple[Any, list[Any]]:
+        async def work(*run: str) -> tuple[Any, list[Any]]:
             async with self._client.pipeline(transaction=False) as pipe:
-                pipe.eval(script, len(names), *names, *arguments)
+                pipe.execute_command(*run, len(names), *names, *arguments)
                 for command in confirm:
                     pipe.execute_command(*command)
                 answer, *confirmed = await pipe.execute()
             return answer, confirmed
 
-        return await self._reconnecting(work)
+        try:
+            return await self._reconnecting(lambda: work("EVALSHA", script.sha1))
+        except NoScriptError:  # a server that has not run it yet
+            return await self._reconnecting(lambda: work("EVAL", script.text))
 
     async def durability(self) -> Durability:
         return await self._reconnecting(self._writable_durability)

@@ -23,6 +23,7 @@ from redis.backoff import NoBackoff
 from redis.utils import str_if_bytes
 
 from server.store.durability import Durability
+from server.store.redis.scripts import Script
 from server.store.redis.servers.base import (
     CONNECT_TIMEOUT_S,
     CONNECTIONS,
@@ -117,8 +118,10 @@ class Cluster:
                 await asyncio.sleep(pause_s)  # its keys are moving: the servers redirected the command to each other
         raise AssertionError("unreachable")
 
-    async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
-        command = ("EVAL", script, len(names), *names, *arguments)
+    async def write(
+        self, script: Script, names: Sequence[str], arguments: Sequence[Any], durability: Durability
+    ) -> Any:
+        command = ("EVAL", script.text, len(names), *names, *arguments)
         node, asking, owner = None, False, None
         for pause_s in (*PAUSES_S, None):
             try:

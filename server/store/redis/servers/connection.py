@@ -9,12 +9,13 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from typing import Any
 from urllib.parse import urlsplit
 
-from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
 from server.store.durability import Durability, Memory
 from server.store.redis import keys
+from server.store.redis.scripts import Script
 from server.store.redis.servers.base import (
     CHECK_TIMEOUT_S,
     READ_TIMEOUT_S,
@@ -96,10 +97,17 @@ class RedisConnection:
         return self.durability
 
     async def evaluate(
-        self, script: str, names: Sequence[str], *arguments: Any, timeout_s: float = READ_TIMEOUT_S
+        self, script: Script, names: Sequence[str], *arguments: Any, timeout_s: float = READ_TIMEOUT_S
     ) -> Any:
         """Run a script whose changes need not be durable."""
-        return await self.run(lambda redis: redis.eval(script, len(names), *names, *arguments), timeout_s)
+
+        async def work(redis: Any) -> Any:
+            try:
+                return await redis.evalsha(script.sha1, len(names), *names, *arguments)
+            except NoScriptError:  # a server that has not run it yet
+                return await redis.eval(script.text, len(names), *names, *arguments)
+
+        return await self.run(work, timeout_s)
 
     async def run(self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S) -> Any:
         """Run a command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`."""
@@ -107,7 +115,7 @@ class RedisConnection:
             async with _translated(timeout_s):
                 return await self._servers.run(command)
 
-    async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
+    async def write(self, script: Script, names: Sequence[str], *arguments: Any) -> Any:
         """Run a script on keys of one slot; return its answer once its writes are on disk.
 
         The script runs again if its answer is lost. The second run must return the same answer and repeat the write:

@@ -17,6 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from server.store.durability import Durability
+from server.store.redis.scripts import Script
 from server.store.redis.servers.base import (
     CONNECT_TIMEOUT_S,
     SingleServer,
@@ -69,7 +70,9 @@ class Sentinel:
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
         return await self._with_primary(lambda topology: topology.server.run(command))
 
-    async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
+    async def write(
+        self, script: Script, names: Sequence[str], arguments: Sequence[Any], durability: Durability
+    ) -> Any:
         async def write_to(topology: _Topology) -> Any:
             confirm = confirmations(durability, replicas=bool(topology.replicas))
             answer, confirmed = await topology.server.send(script, names, arguments, confirm)
