@@ -16,8 +16,8 @@ from adapters.errors import MtaError
 from adapters.recipe import parse_recipe
 from server.cli.shared import MOST_DAYS, Data, store_settings, with_stores
 from server.errors import Unavailable
+from server.store.backup.copying import Entry
 from server.store.backup.folder import (
-    Entry,
     Manifest,
     delete_old_copies,
     has_data,

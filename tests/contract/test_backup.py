@@ -18,8 +18,7 @@ from server.cli.backup import _settle
 from server.errors import Unavailable
 from server.settings import Settings
 from server.store.backup import copying
-from server.store.backup.copying import StoreCopying
-from server.store.backup.folder import Entry
+from server.store.backup.copying import Entry, StoreCopying
 from server.store.opening import open_stores
 from server.store.redis import keys
 from server.store.rotation import Rotation

@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.observe.prometheus import BINARY, HERE
-from server.engine.metrics import AdapterMetrics, FusionMetrics
+from server.engine.admission.metrics import AdapterMetrics
+from server.engine.fusing.metrics import FusionMetrics
 from server.gateway.generation.personalizer import Level
 from server.gateway.operating.metrics import Metrics
 from server.worker.loops import WorkerMetrics

@@ -22,11 +22,12 @@ from vllm.renderers.chat_utils import load_chat_template
 from bank.errors import BankError
 from bank.manifest import read_manifest
 from bank.models.folders import prompt_hashes
-from server.engine import metrics
+from server.engine.admission import metrics
 from server.engine.admission.access import AccessMiddleware, Drain
 from server.engine.admission.canary import check_canary
 from server.engine.admission.prepare import AdapterNames, HoldNames, Manifests, Preparer
 from server.engine.admission.user_adapters import SWEEP_S, UserAdapters
+from server.engine.fusing.metrics import timed
 from server.engine.shared_part import CommonRecipes
 from server.engine_protocol import DROP, PLUGIN, RESIDENT, STATUS
 from server.settings import Settings
@@ -110,7 +111,7 @@ class MtaEndpointPlugin:
 
             tracing = SpanTracing()
         prompts = prompt_hashes(Path(engine.model_config.model))
-        check = partial(metrics.timed, adapter_metrics.check)
+        check = partial(timed, adapter_metrics.check)
         tokenizer = engine.get_tokenizer()
         tokenizer.chat_template = load_chat_template(args.chat_template) or tokenizer.chat_template
         Preparer(manifests, names, users, check, tracing, tokenizer).install()

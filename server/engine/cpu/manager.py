@@ -24,8 +24,8 @@ from server.engine.cpu.native import kernels
 from server.engine.cpu.prefetch import FusionPrefetcher
 from server.engine.cpu.slots import CpuSlots
 from server.engine.fusing.manager import FusingLoRAManager
+from server.engine.fusing.metrics import timed
 from server.engine.fusing.slots import FlatLoRAModel
-from server.engine.metrics import timed
 from server.engine.shared_part import CommonRecipes
 from server.settings import Settings
 

@@ -25,8 +25,8 @@ from adapters.recipe import is_recipe_name, parse_recipe
 from adapters.user_adapter import decode_user_adapter, stack_flat
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
+from server.engine.fusing.metrics import timed
 from server.engine.fusing.slots import FlatLoRAModel, FusedLoRAModel, FusedSlots
-from server.engine.metrics import timed
 from server.settings import Settings
 
 

@@ -37,7 +37,7 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from adapters.flat import FlatLora
 from adapters.lora import RowLayout
 from bank.errors import BankError
-from server.engine.metrics import FusionMetrics, timed
+from server.engine.fusing.metrics import FusionMetrics, timed
 
 Footprint = tuple[str, tuple[int, ...]]  # bank and ranks of the blocks of A; if equal, adapters fill the same cells
 Stacks = list[tuple[torch.Tensor, torch.Tensor]]  # A and B over all slots, for each module of a bank

@@ -7,9 +7,9 @@ from adapters.recipe import parse_recipe
 from adapters.user_adapter import decode_user_adapter
 from bank.manifest import BankManifest
 from server.engine.fusing.manager import FusingLoRAManager
+from server.engine.fusing.metrics import timed
 from server.engine.fusing.slots import FusedLoRAModel
 from server.engine.gpu.slots import DeviceSlots, SummedLoRAModel
-from server.engine.metrics import timed
 
 
 class GpuLoRAManager(FusingLoRAManager):

@@ -20,9 +20,9 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
 from bank.errors import BankError
+from server.engine.fusing.metrics import timed
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots, Stacks
 from server.engine.gpu.kernel import Placement
-from server.engine.metrics import timed
 
 Matrices = Mapping[str, torch.Tensor]  # A or B by module
 Pair = tuple[torch.Tensor, torch.Tensor]

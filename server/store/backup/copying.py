@@ -16,7 +16,6 @@ from typing import TypeVar
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
-from server.store.backup.folder import Entry
 from server.store.base import Store
 from server.store.jobs import KEPT_JOBS
 from server.store.redis import keys
@@ -30,6 +29,9 @@ T = TypeVar("T")
 AT_ONCE = 4  # number of users that are read at once; more would delay other commands
 WRITTEN_AT_ONCE = 32
 SETTLE_S = 6.0  # longest time until running gateways have noticed an unfinished restore
+
+Entry = list[tuple[str, int, bytes]]
+"""Keys of one moment, all of a user or one that users share: name, expiry (Unix time, ms; 0: never) and DUMP."""
 
 _DUMP = script("backup/dump")
 _RESTORE = script("backup/restore")

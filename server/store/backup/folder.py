@@ -12,24 +12,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import orjson
 
 from adapters.errors import MtaError
 from bank.manifest import file_sha256
+from server.store.backup.copying import Entry, StoreCopying
 from server.store.redis import keys
 from server.watching.audit import sync
-
-if TYPE_CHECKING:
-    from server.store.backup.copying import StoreCopying
 
 FORMAT = 1
 MANIFEST, DATA = "manifest.json", "store.gz"
 _NAME = "%Y-%m-%dT%H%M%S.%fZ"
-
-Entry = list[tuple[str, int, bytes]]
-"""Keys of one moment, all of a user or one that users share: name, expiry (Unix time, ms; 0: never) and DUMP."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from server.engine import metrics
 from server.engine.admission.access import KEYED_ROUTES, PUBLIC_ROUTES, AccessMiddleware, Drain
 from server.engine.admission.canary import check_canary
 from server.engine.admission.endpoint import _refuse_unsafe
+from server.engine.admission.metrics import AdapterMetrics, RefreshMetrics
 from server.engine.admission.prepare import AdapterNames
-from server.engine.metrics import AdapterMetrics, FusionMetrics, RefreshMetrics
+from server.engine.fusing.metrics import FusionMetrics
 
 KEYS = [b"first-key", b"second-key"]
 

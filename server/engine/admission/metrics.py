@@ -8,59 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-if TYPE_CHECKING:
-    from server.engine.admission.prepare import AdapterNames
+from server.engine.admission.prepare import AdapterNames
+from server.engine.fusing.metrics import FusionMetrics, histogram
 
 log = logging.getLogger("vllm.mta")
 
 REFRESH_TIMEOUT_S = 2.0  # maximum time that `/metrics` waits for a busy worker before it returns the last known values
-BUCKETS_S = (
-    *(5e-05, 0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005),
-    *(0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0),
-)
-
-
-@contextmanager
-def timed(histogram: Histogram) -> Iterator[None]:
-    """Observe the duration of the block, unless it raises."""
-    start = time.perf_counter()
-    yield
-    histogram.observe(time.perf_counter() - start)
-
-
-def _histogram(registry: CollectorRegistry, what: str, meaning: str) -> Histogram:
-    return Histogram(f"mta_engine_{what}_seconds", meaning, buckets=BUCKETS_S, registry=registry)
-
-
-class FusionMetrics:
-    """Metrics of a worker; the API process requests them as text."""
-
-    def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        self.fuse = _histogram(registry, "fuse", "Time to fuse an admitted recipe into weights in memory.")
-        self.load = _histogram(registry, "load", "Time to read and pack an adapter that vLLM loads from a folder.")
-        self.slot_write = _histogram(registry, "slot_write", "Time to copy an adapter into a slot.")
-        waiting = "Time that a step waits for an adapter without a slot: the rest of its fusion or load, and the copy."
-        self.bring_in = _histogram(registry, "bring_in", waiting)
-        evictions = "Number of adapters that lost their slot to another adapter."
-        self.evictions = Counter("mta_engine_slot_evictions", evictions, registry=registry)
-
-    @property
-    def text(self) -> str:
-        return generate_latest(self._registry).decode()
 
 
 @dataclass(eq=False)
@@ -78,7 +42,7 @@ class AdapterMetrics(Collector):
 
     def __post_init__(self) -> None:
         meaning = "Time to check and admit a recipe, without fetching its user adapter."
-        self.check = _histogram(self._registry, "check", meaning)
+        self.check = histogram(self._registry, "check", meaning)
 
     async def refresh(self) -> None:
         """Ask the workers and wait briefly; concurrent calls share one query."""
