@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from bank.errors import BankError
 from bench.rig.processes import PATIENCE_S
-from server.engine import metrics
+from server.engine.admission import metrics
 from server.engine.admission.access import KEYED_ROUTES, PUBLIC_ROUTES, AccessMiddleware, Drain
 from server.engine.admission.canary import check_canary
 from server.engine.admission.endpoint import _refuse_unsafe
