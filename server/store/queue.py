@@ -29,9 +29,7 @@ GRACE_MS = 10_000  # time a worker has to start on a user it has taken before an
 RESERVED_MS = 60_000  # time a request has to create its work after reserving an entry
 
 # KEYS of every script: foreground set, background set, attempts, turns. Times come from the server's clock alone.
-
 _RESERVE = script("queue/reserve")
-
 _ADD = script("queue/add")
 _TAKE = script("queue/take", runs_when_full=True)
 _UPDATE = script("queue/update", runs_when_full=True)

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
+
+from redis.exceptions import NoScriptError
+
+T = TypeVar("T")
 
 FOLDER = Path(__file__).parents[1] / "lua"
 _USES = re.compile(r"-- uses: (.*)\n")
@@ -24,6 +30,14 @@ class Script:
     def sha1(self) -> str:
         """The name by which a server that has run it knows it."""
         return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+    async def run(self, execute: Callable[..., Awaitable[T]], names: Sequence[str], arguments: Sequence[Any]) -> T:
+        """Run it by its hash, or by its text on a server that has not run it; `execute` sends a command."""
+        given = (len(names), *names, *arguments)
+        try:
+            return await execute("EVALSHA", self.sha1, *given)
+        except NoScriptError:
+            return await execute("EVAL", self.text, *given)
 
 
 def script(name: str, *, runs_when_full: bool = False) -> Script:

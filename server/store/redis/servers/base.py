@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from server.errors import Unavailable
 from server.store.durability import Durability, Memory
@@ -109,18 +109,15 @@ class SingleServer:
     ) -> tuple[Any, list[Any]]:
         """Run a script and further commands on one connection; return all answers."""
 
-        async def work(*run: str) -> tuple[Any, list[Any]]:
+        async def work(*command: Any) -> tuple[Any, list[Any]]:
             async with self._client.pipeline(transaction=False) as pipe:
-                pipe.execute_command(*run, len(names), *names, *arguments)
-                for command in confirm:
-                    pipe.execute_command(*command)
+                pipe.execute_command(*command)
+                for confirmation in confirm:
+                    pipe.execute_command(*confirmation)
                 answer, *confirmed = await pipe.execute()
             return answer, confirmed
 
-        try:
-            return await self._reconnecting(lambda: work("EVALSHA", script.sha1))
-        except NoScriptError:  # a server that has not run it yet
-            return await self._reconnecting(lambda: work("EVAL", script.text))
+        return await script.run(lambda *command: self._reconnecting(lambda: work(*command)), names, arguments)
 
     async def durability(self) -> Durability:
         return await self._reconnecting(self._writable_durability)

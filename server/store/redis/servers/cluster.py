@@ -121,18 +121,21 @@ class Cluster:
     async def write(
         self, script: Script, names: Sequence[str], arguments: Sequence[Any], durability: Durability
     ) -> Any:
-        command = ("EVAL", script.text, len(names), *names, *arguments)
+        return await script.run(lambda *command: self._routed(command, names[0], durability), names, arguments)
+
+    async def _routed(self, command: Sequence[Any], name: str, durability: Durability) -> Any:
+        """Send a script to the server that holds a key, wherever the key moves meanwhile."""
         node, asking, owner = None, False, None
         for pause_s in (*PAUSES_S, None):
             try:
                 async with self._connections:
                     await self._refresh()
                     await self._client.initialize()
-                    owner = node or self._client.get_node_from_key(names[0])
+                    owner = node or self._client.get_node_from_key(name)
                     self._client.raise_if_skipped(owner)
-                    return await self._write(owner, command, names[0], durability, asking=asking)
+                    return await self._write(owner, command, name, durability, asking=asking)
             except _TRANSIENT as error:
-                if pause_s is None or (isinstance(error, NodeUnresponsive) and not self._replicas(owner, names[0])):
+                if pause_s is None or (isinstance(error, NodeUnresponsive) and not self._replicas(owner, name)):
                     raise
                 await asyncio.sleep(pause_s)
                 await self._discover(owner)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from typing import Any
 from urllib.parse import urlsplit
 
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisClusterException, RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
@@ -100,14 +100,7 @@ class RedisConnection:
         self, script: Script, names: Sequence[str], *arguments: Any, timeout_s: float = READ_TIMEOUT_S
     ) -> Any:
         """Run a script whose changes need not be durable."""
-
-        async def work(redis: Any) -> Any:
-            try:
-                return await redis.evalsha(script.sha1, len(names), *names, *arguments)
-            except NoScriptError:  # a server that has not run it yet
-                return await redis.eval(script.text, len(names), *names, *arguments)
-
-        return await self.run(work, timeout_s)
+        return await self.run(lambda redis: script.run(redis.execute_command, names, arguments), timeout_s)
 
     async def run(self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S) -> Any:
         """Run a command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`."""
