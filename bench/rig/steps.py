@@ -75,12 +75,11 @@ class Run:
     it passed earlier; empty: all.
     """
 
-    def __init__(self, result: Path, *, resume: bool, only: str, **details: object) -> None:
+    def __init__(self, result: Path, *, resume: bool, only: str) -> None:
         self.outcomes: list[Outcome] = []
         self._names: dict[str, None] = {}  # of all steps
         self._only = only
         self._result = result
-        self._details = details
         self._console = console()
         result.parent.mkdir(parents=True, exist_ok=True)
         earlier = _read(result) if resume or only else []
@@ -149,7 +148,7 @@ class Run:
 
     def _add(self, outcome: Outcome) -> bool:
         self.outcomes.append(outcome)
-        content = {"machine": machine(), **self._details, "steps": [asdict(one) for one in self.outcomes]}
+        content = {"machine": machine(), "steps": [asdict(one) for one in self.outcomes]}
         self._result.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return outcome.passed
 

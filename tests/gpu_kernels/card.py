@@ -88,8 +88,10 @@ def on_gpu(model: torch.nn.Module) -> Iterator[Counter[str] | None]:
     """Move a model to the GPU, if there is one, or to the card, and back; yield what the card's host waits for."""
     if torch.cuda.is_available():
         model.to("cuda")
-        yield None
-        model.to("cpu")
+        try:
+            yield None
+        finally:
+            model.to("cpu")
         return
     held = [
         (owner, name, tensor)

@@ -110,6 +110,11 @@ class Card(NamedTuple):
     total: int
     free: int
 
+    @property
+    def usable(self) -> int:
+        """What all our processes together may take."""
+        return min(self.free, int(MAX_GPU_SHARE * self.total))
+
 
 def plan(cards: Sequence[Card], needs: Required, settings: Settings) -> tuple[Settings, str | None, str]:
     """Return the settings with the shares of engines and worker, the worker's GPU, if known, and the plan in words.
@@ -125,18 +130,17 @@ def plan(cards: Sequence[Card], needs: Required, settings: Settings) -> tuple[Se
         return _with(settings, worker_gpu_share=wanted or 0.0), None, summary
     taken, last = cards[:engines], cards[engines - 1]
     total = min(card.total for card in taken)
-    usable = min(min(card.free, int(MAX_GPU_SHARE * card.total)) for card in taken)
+    usable = min(card.usable for card in taken)
     kept = int(fixed * total) if fixed else max(needs.engine, usable // 2)
     needed = int(wanted * total) + CUDA_BYTES if wanted else needs.worker
-    own = [(card, min(card.free, int(MAX_GPU_SHARE * card.total))) for card in cards[engines:]]
-    rooms = [*own, (last, needed if wanted else usable - kept)]
+    rooms = [*((card, card.usable) for card in cards[engines:]), (last, needed if wanted else usable - kept)]
     place, room = next(((card, room) for card, room in rooms if room >= needed and wanted != 0), (None, 0))
     engine, worker = fixed or (usable - (needed if place is last else 0)) / total, 0.0
     where = f"the CPU (on a GPU it needs {needed / GIB:.1f} GiB beside the engine's {kept / GIB:.1f})"
     if place:
-        taken_bytes = needed if wanted or place is last else room
-        worker = wanted or (taken_bytes - CUDA_BYTES) / place.total
-        longest = max(0, taken_bytes - needs.worker + needs.job) // needs.token
+        given = needed if wanted or place is last else room
+        worker = wanted or (given - CUDA_BYTES) / place.total
+        longest = max(0, given - needs.worker + needs.job) // needs.token
         settings = _with(settings, sample_tokens=max(1, min(settings.sample_tokens, longest)))
         where = f"GPU {place.name}, within {worker:.0%} of its memory, samples of up to {settings.sample_tokens} tokens"
     names = ", ".join(f"GPU {card.name}" for card in taken)
