@@ -121,7 +121,7 @@ def test_users_and_anchors_by_the_store_and_the_gateway_themselves(
 
 
 @pytest.mark.acceptance
-def test_recipes_are_measured_without_a_gpu_as_a_person_starts_it(tmp_path: Path) -> None:
+def test_recipes_are_measured_without_a_gpu(tmp_path: Path) -> None:
     few = ("--recipes", "1", "--recipes", "2", "--requests", "4", "--clients", "2", "--tokens", "2", "--prompt", "8")
     command = [sys.executable, "-m", "bench.serving.recipes", "--shape", "tiny", "--anchors", "4", "--pairs", "1", *few]
     out = ("--out", str(tmp_path / "recipes.json"))

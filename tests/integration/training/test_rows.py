@@ -69,7 +69,7 @@ def test_half_of_a_batch_is_read_without_what_is_in_training(model: Any, fused: 
 
 
 @torch.no_grad()
-def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, examples: list[Example]) -> None:
+def test_examples_in_rows_have_the_losses_they_have_alone(model: Any, examples: list[Example]) -> None:
     alone = [plain_loss(model, example) for example in examples]
     counts = [example.output_tokens for example in examples]
     each = [loss / count for loss, count in zip(alone, counts, strict=True)]
@@ -148,7 +148,7 @@ def test_the_plan_alone_decides_the_weights_and_a_frozen_a_stays(model: Any, exa
     assert any(not torch.equal(one.b[name], other.b[name]) for name in start.b)
 
 
-def test_all_linear_layers_but_the_head_are_adapted_unless_told_and_nothing_to_train_is_refused(model: Any) -> None:
+def test_all_linear_layers_but_the_head_are_adapted(model: Any) -> None:
     kinds = {module.name.rsplit(".", 1)[-1] for module in linear_modules(model)}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert {m.name.rsplit(".", 1)[-1] for m in linear_modules(model, ("q_proj", "v_proj"))} == {"q_proj", "v_proj"}
@@ -158,7 +158,7 @@ def test_all_linear_layers_but_the_head_are_adapted_unless_told_and_nothing_to_t
         train_lora(model, [], PLAN, start=initial_lora(linear_modules(model), 4, seed=0))
 
 
-def test_of_a_model_that_sees_the_language_model_alone_is_adapted() -> None:
+def test_of_a_model_that_sees_the_language_part_is_adapted() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(Gemma3Config(vision_config={"num_hidden_layers": 1}))
     assert "model.vision_tower.encoder.layers.0.mlp.fc1" in dict(model.named_modules())
@@ -182,7 +182,7 @@ def test_blocks_of_any_size_give_what_plain_attention_gives(
         assert [loss for loss, _ in score(quick, taken)] != pytest.approx(expected, rel=1e-3)
 
 
-def test_memory_of_a_backward_pass_grows_with_the_length_and_not_its_square(quick: Any) -> None:
+def test_memory_of_a_backward_pass_is_linear_in_the_length(quick: Any) -> None:
     kept = dict.fromkeys((1024, 2048), 0)
     for length in kept:
 
@@ -195,9 +195,7 @@ def test_memory_of_a_backward_pass_grows_with_the_length_and_not_its_square(quic
     assert kept[2048] < 2.2 * kept[1024]
 
 
-def test_answers_id_by_id_after_padding_on_the_left_are_those_of_plain_attention(
-    model: Any, quick: Any, examples: list[Example]
-) -> None:
+def test_answers_after_padding_are_those_of_plain_attention(model: Any, quick: Any, examples: list[Example]) -> None:
     prompts = [example.ids[: example.loss_from] for example in examples[:3]]
     width = max(len(prompt) for prompt in prompts)
     asked = {
@@ -241,7 +239,7 @@ def test_the_upper_half_learns_as_the_whole_model(quick: Any, fused: LoraWeights
 
 
 @pytest.mark.parametrize(("limit", "reads"), [(0, 3), (100, None), (100_000, 1)])
-def test_lower_layers_run_once_for_an_example_as_far_as_there_is_room(
+def test_lower_layers_run_once_while_there_is_room(
     monkeypatch: pytest.MonkeyPatch, quick: Any, fused: LoraWeights, examples: list[Example], *, limit: int, reads: Any
 ) -> None:
     monkeypatch.setattr(lower_layers, "MAX_IDS", limit)

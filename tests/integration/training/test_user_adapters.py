@@ -84,7 +84,7 @@ def stacked(fused: LoraWeights, judgement: Judgement) -> LoraWeights:
     return stack(fused, UserAdapter("", judgement.weights), torch.float32)
 
 
-def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
+def test_what_is_learnt_is_served_and_the_model_is_restored(
     model: Any, fused: LoraWeights, samples: list[Example], mannered: Callable[..., list[Example]]
 ) -> None:
     before = snapshot(model)
@@ -119,7 +119,7 @@ def test_samples_too_few_to_judge_train_and_promote_nothing(
     assert f"at least {MIN_JUDGES}" in training.judgement.reason
 
 
-def test_what_judges_trains_no_adapter_and_is_no_evidence_beneath(
+def test_what_judges_neither_trains_nor_is_evidence_beneath(
     model: Any, fused: LoraWeights, mannered: Callable[..., list[Example]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples, asked, trained = mannered(MANY), list[set[int]](), list[set[Example]]()
@@ -165,7 +165,7 @@ def test_what_lowers_no_loss_is_rejected(model: Any, fluent: LoraWeights, sample
 
 
 @pytest.mark.parametrize("count", [MIN_JUDGES, 10, MANY])
-def test_the_same_job_twice_gives_the_same_bytes_and_progress_counts_steps_and_shows_life_between(
+def test_a_job_twice_gives_the_same_bytes_and_the_same_steps(
     model: Any, fused: LoraWeights, mannered: Callable[..., list[Example]], count: int
 ) -> None:
     layout, raw = RowLayout(linear_modules(model), 4, shared_a=True), []
@@ -197,7 +197,7 @@ def test_training_ends_when_the_loss_stops_falling(model: Any, fused: LoraWeight
 
 @pytest.mark.parametrize("step", [0, 1])  # after a row that was read before the first step, or after that step
 @pytest.mark.parametrize("count", [10, MANY])
-def test_training_that_is_left_or_interrupted_ends_there_and_detaches(
+def test_training_that_is_left_or_interrupted_detaches(
     model: Any, fused: LoraWeights, mannered: Callable[..., list[Example]], count: int, step: int
 ) -> None:
     names = modules_of(model)
@@ -216,7 +216,7 @@ def test_training_that_is_left_or_interrupted_ends_there_and_detaches(
 
 
 @pytest.mark.parametrize("count", [10, MANY])
-def test_a_run_that_is_put_aside_for_signatures_trains_the_same_bytes(
+def test_signatures_between_change_no_byte_of_a_run(
     quick: Any, fused: LoraWeights, mannered: Callable[..., list[Example]], count: int
 ) -> None:
     layout, raw = RowLayout(linear_modules(quick), 4, shared_a=True), []
@@ -232,7 +232,7 @@ def test_a_run_that_is_put_aside_for_signatures_trains_the_same_bytes(
     assert torch.equal(b_gradient(quick, layout, common, mannered(3)), alone)
 
 
-def test_numbers_that_explode_or_are_none_are_an_error_with_the_step(
+def test_a_loss_that_explodes_or_is_none_names_the_step(
     model: Any, fused: LoraWeights, fluent: LoraWeights, samples: list[Example]
 ) -> None:
     with pytest.raises(TrainingError, match=r"training diverged: the loss is .* lower the learning rate"):

@@ -47,7 +47,7 @@ def slow(short_lease: None, worker: JobLoop) -> JobLoop:
     return worker
 
 
-async def test_a_store_that_restarts_within_the_lease_costs_no_training(
+async def test_a_store_that_restarts_in_time_costs_no_training(
     desk: Desk, worker: JobLoop, store: ValkeyProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     steps: list[int] = []
@@ -122,7 +122,7 @@ async def test_a_lost_answer_changes_nothing(
 
 
 @pytest.mark.usefixtures("short_lease")
-async def test_an_unreadable_job_holds_up_no_other_and_fails_after_the_last_try(
+async def test_an_unreadable_job_fails_and_holds_up_no_other(
     desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("server.store.queue.GRACE_MS", 0)
@@ -176,7 +176,7 @@ async def check_fails(desk: Desk, worker: JobLoop, job_id: JobId, *reasons: str)
         (sample(turn({"image": 1}), {"text": 1}), ""),
     ],
 )
-async def test_a_sample_that_cannot_be_encoded_fails_its_job_and_is_named(
+async def test_a_sample_that_cannot_be_encoded_is_named(
     desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, raw: bytes, reason: str
 ) -> None:
     monkeypatch.setattr(worker.trainer.tokenizer, "chat_template", ALTERNATING)
@@ -221,7 +221,7 @@ async def test_a_damaged_record_fails_its_job_and_the_next_is_trained(desk: Desk
         ("train_user", RuntimeError("CUDA error: an illegal memory access"), JobState.QUEUED),
     ],
 )
-async def test_a_lack_of_memory_ends_the_job_and_another_fault_the_process(
+async def test_a_lack_of_memory_ends_the_job_alone(
     desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, where: str, *, trouble: Any, state: JobState
 ) -> None:
     """What a failed job held is free by then; without a trouble the allocator's own is met."""

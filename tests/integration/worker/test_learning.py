@@ -75,7 +75,7 @@ def ids_read(
 
 
 @pytest.mark.parametrize("count", [MIN_JUDGES, MAX_FOLDED + 5])
-def test_a_job_reads_about_as_many_tokens_as_estimated_and_never_more(
+def test_a_job_reads_at_most_as_many_tokens_as_estimated(
     trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     samples, promoted = some(count), Judgement(None, steps=FEW_STEPS.steps)
@@ -89,7 +89,7 @@ def zero_weights(trainer: AdapterTrainer) -> LoraWeights:
     return initial_lora(trainer.manifest.layout.modules, 1, seed=0)
 
 
-def test_what_was_sent_instead_of_answers_is_trained_on_the_newest_first_within_the_budget(
+def test_texts_sent_instead_train_newest_first_in_the_budget(
     trainer: AdapterTrainer,
 ) -> None:
     first, *others = some(9)
@@ -118,7 +118,7 @@ def test_what_the_adapter_in_use_was_trained_on_does_not_judge(
     assert asked == [judges]
 
 
-def test_both_adapters_are_judged_on_the_new_recipe_and_the_one_in_use_on_its_own_too(
+def test_the_adapter_in_use_is_judged_on_both_recipes(
     trainer: AdapterTrainer,
 ) -> None:
     person = person_of(trainer)
@@ -161,7 +161,7 @@ def test_samples_are_judged_where_the_adapters_act(trainer: AdapterTrainer, acts
 
 
 @pytest.mark.parametrize("acts", list(Acts))
-def test_answers_without_and_with_an_adapter_are_shown_wherever_it_acts(trainer: AdapterTrainer, acts: Acts) -> None:
+def test_both_answers_are_shown_wherever_an_adapter_acts(trainer: AdapterTrainer, acts: Acts) -> None:
     (sample,) = some(1)
     example = encode_conversation(trainer.tokenizer, list(sample.messages), sample.output)
     recipe = person_of(trainer).recipe(None, 1)
@@ -194,7 +194,7 @@ def test_samples_are_judged_as_answers_with_phrases_would_be(
     assert before(mine, gain=unsure) == pytest.approx(plain)
 
 
-async def test_a_job_trains_on_what_was_sent_instead_of_answers_and_has_the_items_where_the_bank_knows_history(
+async def test_a_job_has_texts_sent_instead_and_items_of_history(
     desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noted: list[tuple[int, list[Any]]] = []
