@@ -17,7 +17,7 @@ look that was planned beforehand. It is valid if
   and one of many experiments errs.
 - the share of the arm `lower` stays the same from that moment on; else a trend over time looks like an effect.
 
-`python -m bench.learning` shows how often the interval errs if so.
+`python -m evaluation.studies.holdout` shows how often the interval errs if so.
 """
 
 from __future__ import annotations

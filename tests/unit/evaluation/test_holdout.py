@@ -1,12 +1,12 @@
-"""The simulation of people in two arms, and the table of `bench.learning.predict`."""
+"""The simulation of people in two arms, and the table of `evaluation.studies.learning`."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from bench.learning.predict import WAYS, Learner, picture, table
-from bench.learning.simulate import DAYS, METRICS, Metric, Use, simulate, simulate_numbers
+from evaluation.studies.holdout import DAYS, METRICS, Metric, Use, simulate, simulate_numbers
+from evaluation.studies.learning import WAYS, Learner, picture, table
 
 TEXTS = [("a question", "an answer")]
 LOWER = dict(zip(WAYS, (0.0, 0.25, 0.75, 1.0, 1.125, 1.25), strict=True))

@@ -1,6 +1,6 @@
 """Produce the table of docs/quality.md: build a bank of real people, and evaluate every method on unseen users.
 
-    python -m bench.quality --data ../data --task news_headline
+    python -m evaluation.studies --data ../data --task news_headline
 
 builds a bank and its baselines from `DATA/TASK/anchors.json` with the defaults, and evaluates all methods on
 `DATA/TASK/users.json`. `--folds N` is for tuning: it splits the people of `anchors.json` into N folds, evaluates each
@@ -20,15 +20,15 @@ from typing import Annotated
 
 import typer
 
-from bank.evaluation.methods import DEFAULT, default_methods
-from bank.evaluation.run import RECORDS_FILE
-from bank.evaluation.session import TABLE_FILE
 from bank.items.tasks import get_task
 from bench import script
 from bench.page.report import console
-from bench.quality import mta
 from bench.rig.people import people, write_people
 from bench.rig.tiny import tiny_model
+from evaluation.methods import DEFAULT, default_methods
+from evaluation.run import RECORDS_FILE
+from evaluation.session import TABLE_FILE
+from evaluation.studies import mta
 
 TASKS = {"mail": "chat", "c50": "chat", "blogs": "chat"}
 """Tasks of the folders whose name is not a task."""

@@ -9,15 +9,15 @@ from bank.building.build import EMBED_THREADS, read_inputs
 from bank.building.options import BuildInputs, BuildOptions
 from bank.building.progress import RowProgress
 from bank.building.selection import QUERIES
-from bank.evaluation.methods import Evaluator, Method
-from bank.evaluation.run import MethodRun, evaluate_user
-from bank.evaluation.scoring import OpenBank, Scorer
 from bank.items.histories import History
 from bank.items.tasks import get_task, past_count_range
 from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, LossDifference, Verdict, write_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base
+from evaluation.methods import Evaluator, Method
+from evaluation.run import MethodRun, evaluate_user
+from evaluation.scoring import OpenBank, Scorer
 
 COMMON, MERGED, PRIOR = "common", "merged", "prior"
 WITH_WORDS = Method(MERGED, words=True).name

@@ -12,10 +12,10 @@ from statistics import fmean
 from typing import Any
 
 from bank.errors import BankError
-from bank.evaluation.intervals import LEVEL, Interval, compare_methods, markdown_table, over_users
-from bank.evaluation.run import Record
 from bank.items.histories import History
 from bank.items.tasks import Task
+from evaluation.intervals import LEVEL, Interval, compare_methods, markdown_table, over_users
+from evaluation.run import Record
 
 GOLD = "gold"  # people's own later answers, the upper bound
 DELTA_WORDS = 150  # number of the commonest words

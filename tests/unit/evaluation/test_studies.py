@@ -13,11 +13,11 @@ from unittest.mock import MagicMock
 import pytest
 import typer
 
-from bank.evaluation.methods import parse_methods
-from bank.evaluation.run import RECORDS_FILE, Record
-from bench.quality import __main__ as quality
-from bench.quality import mixed, primary
-from bench.quality.ratings import judged
+from evaluation.methods import parse_methods
+from evaluation.run import RECORDS_FILE, Record
+from evaluation.studies import __main__ as quality
+from evaluation.studies import mixed, primary
+from evaluation.studies.ratings import judged
 
 
 def test_mails_are_written_at_length_by_known_methods_and_the_last_word_is_the_callers(

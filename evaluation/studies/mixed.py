@@ -1,6 +1,6 @@
 """One bank for several kinds of text: does merging find more than a person's kind?
 
-    python -m bench.quality.mixed --data ../data
+    python -m evaluation.studies.mixed --data ../data
 
 builds a bank of bloggers, reporters, mail writers and headline authors, and compares methods on others of each kind,
 whose names begin with their kind. The method `kind` is the mean of the anchors of the person's own kind.
@@ -19,16 +19,16 @@ import typer
 from rich.progress import Progress
 
 from adapters.training.adapt_config import AdaptConfig
-from bank.evaluation.intervals import compare_together
-from bank.evaluation.methods import ADAPTERS, METHODS, Method, parse_methods
-from bank.evaluation.session import EvalInputs, EvalOptions, evaluate
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bench import script
 from bench.page.report import console, report
-from bench.quality import mta
-from bench.quality.primary import Losses, mean_losses
+from evaluation.intervals import compare_together
+from evaluation.methods import ADAPTERS, METHODS, Method, parse_methods
+from evaluation.session import EvalInputs, EvalOptions, evaluate
+from evaluation.studies import mta
+from evaluation.studies.primary import Losses, mean_losses
 from server.settings import load_settings
 
 ANCHORS = {"blogs": 30, "c50": 30, "mail": 22, "news_headline": 26}

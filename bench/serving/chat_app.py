@@ -1,6 +1,6 @@
 """A real chat app before the server, in a real browser: it is personal by its settings, and learns what people write.
 
-    python -m bench.learning.chats --bank BANK --app-python APP/bin/python --out FOLDER
+    python -m bench.serving.chat_app --bank BANK --app-python APP/bin/python --out FOLDER
 
 APP is an environment with Open WebUI alone (`python -m venv APP && APP/bin/pip install open-webui`). Somebody signs up,
 writes some messages, one of them with a file, and waits for the answers and for what the app asks for by itself: title,

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
-from bank.evaluation.verdict import verdict
 from bank.items.tasks import get_task
 from bank.lookup.prior import fit_prior, personal_shares, surprise
 from bank.lookup.summary import verdict_text
@@ -22,6 +21,7 @@ from bank.manifest import (
     read_manifest,
     write_manifest,
 )
+from evaluation.verdict import verdict
 from tests.unit.bank.test_weights import manifest
 
 FILMS = get_task("movie_rating")

@@ -1,6 +1,6 @@
 """How large are phrase tables of few and many items, how long does one take, and what is it worth?
 
-    python -m bench.quality.tables --bank BANK --users DATA/news_headline/anchors.json
+    python -m evaluation.studies.phrase_tables --bank BANK --users DATA/news_headline/anchors.json
 
 Each person's last items are read under the bank's common row, and with the table of so many items before them. People
 with fewer items are left out of a line.
@@ -19,8 +19,6 @@ from rich.progress import track
 
 from adapters.errors import MtaError
 from bank.building.signer import Signer
-from bank.evaluation.intervals import over_users
-from bank.evaluation.scoring import OpenBank
 from bank.items.histories import read_histories
 from bank.items.prompt import answer_ids, encode_pair
 from bank.lookup.embedder import Embedder
@@ -29,6 +27,8 @@ from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
 from bench import script
 from bench.page.report import Figures, console, tabulate
+from evaluation.intervals import over_users
+from evaluation.scoring import OpenBank
 from server.settings import load_settings
 
 MAX_TOKENS = 512  # of an item that is read

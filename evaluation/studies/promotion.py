@@ -1,7 +1,7 @@
 """Measure what promotion is worth: few-shot adapters of people outside the bank, judged as a worker judges them.
 
-    python -m bench.adapt.gate
-    python -m bench.adapt.gate --bank BANK --users DATA/mail/anchors.json --only OUTSIDE.json
+    python -m evaluation.studies.promotion
+    python -m evaluation.studies.promotion --bank BANK --users DATA/mail/anchors.json --only OUTSIDE.json
 
 A person's last items are unseen; the 2, 4, 8 or 16 before them are profile and samples, as of a user whose first
 request is `POST /users/{id}/adapt`. The unseen items' loss with a promoted adapter is compared with that of the merged
@@ -32,7 +32,6 @@ from adapters.training.loss import mean_loss
 from adapters.user_adapter import UserAdapter, stack
 from bank.building.selection import mean_embedding
 from bank.errors import BankError
-from bank.evaluation.intervals import over_users
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.prompt import chat_messages, encode_pair
 from bank.lookup.embedder import Embedder
@@ -44,6 +43,7 @@ from bank.models.load import resolve_dtype
 from bench import script
 from bench.page.report import console, report
 from bench.rig.people import write_people
+from evaluation.intervals import over_users
 from server.cli.demo.bank import build_bank
 from server.cli.demo.manners import MANNERS
 from server.cli.demo.personas import anchors, worlds

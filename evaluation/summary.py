@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
-from bank.evaluation.intervals import LEVEL, Interval, compare_methods, markdown_table
-from bank.evaluation.methods import METHODS
-from bank.evaluation.run import Record
 from bank.items.retrieval import searchable
 from bank.items.tasks import Task
+from evaluation.intervals import LEVEL, Interval, compare_methods, markdown_table
+from evaluation.methods import METHODS
+from evaluation.run import Record
 
 COMPARED = ("prior", "common", "task", "mean", "random", "merged:topic", "merged", "own")  # one column each
 LOWEST, HIGHEST = 1.0, 5.0

@@ -1,6 +1,6 @@
 """Predict, then learn: people's own later texts, in order, as what they send instead of the server's answers.
 
-    python -m bench.learning.predict --bank BANK --users DATA/blogs/users.json --history 1 --out FOLDER
+    python -m evaluation.studies.learning --bank BANK --users DATA/blogs/users.json --history 1 --out FOLDER
 
 starts `mta up`. Everybody begins with an empty profile. Before each of a person's texts, its loss is read from
 `/v1/completions` (`echo`, `logprobs`) under the base model, under the common row, which is trained on all anchors and
@@ -28,7 +28,6 @@ import typer
 from rich.progress import Progress
 
 from adapters.training.example import Example
-from bank.evaluation.intervals import over_users
 from bank.items.histories import read_histories
 from bank.items.lessons import encode_with_memories
 from bank.items.profile import Item
@@ -39,6 +38,7 @@ from bank.models.folders import ensure_base_model
 from bench import script
 from bench.page.report import Figures, tabulate
 from bench.rig.up import up
+from evaluation.intervals import over_users
 from mta_client import Client
 from server.gateway.users.profiles import SIGNED_AT
 from server.settings import load_settings

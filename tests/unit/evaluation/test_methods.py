@@ -16,13 +16,16 @@ from rich.console import Console
 from scipy import stats
 
 from bank.errors import BankError
-from bank.evaluation.authorship import GOLD, authorship, authorship_table
-from bank.evaluation.intervals import Interval, compare_together, holm, over_users, sign_flip_p
-from bank.evaluation.methods import METHODS, Method, curves, default_methods, parse_methods
-from bank.evaluation.pictures import prices_figure
-from bank.evaluation.run import MethodRun, Record, Records
-from bank.evaluation.session import EvalOptions
-from bank.evaluation.summary import (
+from bank.items.histories import History, Query
+from bank.items.profile import Item
+from bank.items.tasks import AnswerKind, get_task
+from evaluation.authorship import GOLD, authorship, authorship_table
+from evaluation.intervals import Interval, compare_together, holm, over_users, sign_flip_p
+from evaluation.methods import METHODS, Method, curves, default_methods, parse_methods
+from evaluation.pictures import prices_figure
+from evaluation.run import MethodRun, Record, Records
+from evaluation.session import EvalOptions
+from evaluation.summary import (
     CAPTION,
     GOLDS,
     MethodRow,
@@ -32,9 +35,6 @@ from bank.evaluation.summary import (
     tables,
     write_lamp_files,
 )
-from bank.items.histories import History, Query
-from bank.items.profile import Item
-from bank.items.tasks import AnswerKind, get_task
 from server.cli.eval import print_tables
 
 MERGED = METHODS["merged"]

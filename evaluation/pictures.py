@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bank.evaluation.methods import METHODS
-from bank.evaluation.run import Record
-from bank.evaluation.summary import MethodRow, user_losses
+from evaluation.methods import METHODS
+from evaluation.run import Record
+from evaluation.summary import MethodRow, user_losses
 
 GAINS_FILE, CURVES_FILE, PRICES_FILE = "gain_per_user.png", "loss_by_k_and_items.png", "loss_by_price.png"
 _INK, _GOOD, _BAD, _PALE = "#1f2933", "#2a9d8f", "#d1495b", "#9aa5b1"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from adapters.errors import excerpt
 from bank.errors import BankError
-from bank.evaluation.methods import Evaluator, Evidence, Method
-from bank.evaluation.scoring import EvalAdapter
 from bank.items.histories import History
+from evaluation.methods import Evaluator, Evidence, Method
+from evaluation.scoring import EvalAdapter
 
 RECORDS_FILE = "records.jsonl"
 NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}  # longest prediction, by kind of answer

@@ -1,11 +1,11 @@
 """Do answers repeat habits, or recite a person's old texts? And whose are they? With phrase tables and without.
 
-    python -m bench.quality.parrot --bank BANK --users DATA/mail/users.json
+    python -m evaluation.studies.recitation --bank BANK --users DATA/mail/users.json
 
 For each person outside of the bank, each of their queries is answered by `merged`, at several temperatures and
 strengths of the anchors, with and without the person's phrase table. An answer recites if twelve words in a row stand
 in one of the person's items alone; it loops if it has six words in a row three times. Two judges
-(`bank.evaluation.authorship`) say whether it sounds like the person. The person's own later texts are measured in the
+(`evaluation.authorship`) say whether it sounds like the person. The person's own later texts are measured in the
 same way; chance is one in the number of people. The loss is that of those texts.
 """
 
@@ -22,10 +22,6 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from bank.evaluation.authorship import GOLD, authorship
-from bank.evaluation.methods import METHODS, Evaluator
-from bank.evaluation.run import Record
-from bank.evaluation.scoring import OpenBank, Scorer
 from bank.items.histories import read_histories
 from bank.items.profile import own_texts
 from bank.lookup.embedder import Embedder
@@ -33,6 +29,10 @@ from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
 from bench import script
 from bench.page.report import Figures, console, tabulate
+from evaluation.authorship import GOLD, authorship
+from evaluation.methods import METHODS, Evaluator
+from evaluation.run import Record
+from evaluation.scoring import OpenBank, Scorer
 from server.settings import load_settings
 
 RECITED, LOOPED, LOOPS = 12, 6, 3  # words in a row; times

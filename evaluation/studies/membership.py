@@ -1,6 +1,6 @@
 """Do a bank and a few-shot adapter tell whose texts they were trained on? A membership test by loss.
 
-    python -m bench.privacy --bank BANK --members anchors.json --others users.json
+    python -m evaluation.studies.membership --bank BANK --members anchors.json --others users.json
 
 A text's score is by how much an adapter lowers its loss, in nats per token; the base model's loss calibrates it, since
 some texts are easy for any model (LoRA-Leak, arXiv 2507.18302). Whoever attacks calls a text a member if its score is
@@ -32,8 +32,6 @@ from scipy.stats import mannwhitneyu
 
 from adapters.training.adapt_config import default_config
 from bank.errors import BankError
-from bank.evaluation.methods import METHODS, Evaluator
-from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from bank.items.histories import History, read_histories
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
@@ -41,6 +39,8 @@ from bank.models.folders import check_base_model, ensure_base_model, ensure_embe
 from bank.models.load import load_base, resolve_dtype
 from bench import script
 from bench.page.report import Figures, console, tabulate
+from evaluation.methods import METHODS, Evaluator
+from evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from server.settings import load_settings
 
 COLUMNS = ("adapter, compared with", "members", "others", "AUC", "from", "to", "found at 1 %", "found at 10 %")

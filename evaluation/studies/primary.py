@@ -1,6 +1,6 @@
 """Test a method against others on several tasks at once, over banks that differ in the seed of their rows.
 
-    python -m bench.quality.primary c50=out/c50-0,out/c50-1,out/c50-2 mail=out/mail-0,out/mail-1,out/mail-2
+    python -m evaluation.studies.primary c50=out/c50-0,out/c50-1,out/c50-2 mail=out/mail-0,out/mail-1,out/mail-2
 
 reads folders of `mta eval`: for each task one or more, each of another bank, over the same people. A person's loss is
 the mean over banks. Holm's correction is over all differences of the table, which must be chosen before they are seen.
@@ -15,11 +15,11 @@ from typing import Annotated
 
 import typer
 
-from bank.evaluation.intervals import Interval, compare_together
-from bank.evaluation.run import RECORDS_FILE, Record, read_records
-from bank.evaluation.summary import user_losses
 from bench import script
 from bench.page.report import report
+from evaluation.intervals import Interval, compare_together
+from evaluation.run import RECORDS_FILE, Record, read_records
+from evaluation.summary import user_losses
 
 Losses = Mapping[str, Mapping[str, float]]
 """Loss of each person, by method."""

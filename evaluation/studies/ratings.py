@@ -20,15 +20,15 @@ from typing import Annotated
 
 import typer
 
-from bank.evaluation.intervals import compare_together
-from bank.evaluation.run import RECORDS_FILE, Record, read_records
 from bank.items.tasks import get_task
 from bank.lookup.prior import SCORES
 from bank.manifest import read_manifest
 from bench import script
 from bench.page.report import report
-from bench.quality import mta
 from bench.rig.subject import ModelOption
+from evaluation.intervals import compare_together
+from evaluation.run import RECORDS_FILE, Record, read_records
+from evaluation.studies import mta
 
 TOKENS = 2
 """Tokens of an answer: the score, and the end of the turn, whose loss is zero."""

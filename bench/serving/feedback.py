@@ -1,6 +1,6 @@
 """Feedbacks a second, and what they do to answers: a gateway, a real engine with a tiny model, two kinds of clients.
 
-    python -m bench.learning.rate
+    python -m bench.serving.feedback
 
 Answers arrive at half of the capacity, alone and beside clients that give feedback without a pause, in turn. Each
 feedback sends another text instead of the answer, so that it becomes an item and a sample.

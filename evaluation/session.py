@@ -12,18 +12,18 @@ from pathlib import Path
 from adapters.errors import excerpt
 from adapters.training.adapt_config import AdaptConfig
 from bank.errors import BankError
-from bank.evaluation.authorship import AuthorshipRow, authorship, authorship_table
-from bank.evaluation.methods import Evaluator, Method, curves
-from bank.evaluation.pictures import draw
-from bank.evaluation.run import MethodRun, Record, Records, evaluate_user
-from bank.evaluation.scoring import OpenBank, Scorer
-from bank.evaluation.summary import LAMP_FOLDER, MethodRow, markdown, summarise, tables, write_lamp_files
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.tasks import AnswerKind, Task
 from bank.lookup.embedder import Embedder
 from bank.lookup.prior import allowed_answers
 from bank.models.folders import check_base_model
 from bank.models.load import load_base, resolve_dtype
+from evaluation.authorship import AuthorshipRow, authorship, authorship_table
+from evaluation.methods import Evaluator, Method, curves
+from evaluation.pictures import draw
+from evaluation.run import MethodRun, Record, Records, evaluate_user
+from evaluation.scoring import OpenBank, Scorer
+from evaluation.summary import LAMP_FOLDER, MethodRow, markdown, summarise, tables, write_lamp_files
 
 TABLE_FILE, SUMMARY_FILE = "table.md", "summary.json"
 

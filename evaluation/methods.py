@@ -16,7 +16,6 @@ from adapters.user_adapter import encode_user_adapter
 from bank.building.selection import mean_embedding
 from bank.building.signer import Signer
 from bank.errors import BankError
-from bank.evaluation.scoring import EvalAdapter, OpenBank, Reading, Scorer
 from bank.items.histories import History, Query
 from bank.items.lessons import encode_with_memories, lessons
 from bank.items.profile import Vectors, own_texts
@@ -30,6 +29,7 @@ from bank.lookup.prior import SCORES, personal_shares, surprise
 from bank.lookup.serving import AnchorWeight, ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.manifest import PosteriorRule
+from evaluation.scoring import EvalAdapter, OpenBank, Reading, Scorer
 
 SHARE_BYTES, HALF_BYTES = 4, 2  # stored bytes per number: histograms; embeddings and signatures
 SIGNATURE_HEADER_BYTES = 20  # bank, tokens, time and length in a profile record

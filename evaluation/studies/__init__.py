@@ -1,4 +1,4 @@
-"""Quality of personal answers: `python -m bench.quality` and `bench.quality.ratings`; both run `mta eval`."""
+"""Studies behind docs/quality.md, privacy.md and operations.md: `python -m evaluation.studies.NAME` runs one."""
 
 from __future__ import annotations
 
