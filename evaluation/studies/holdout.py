@@ -29,7 +29,7 @@ from rich.progress import Progress
 
 from bench import script
 from bench.page.report import Figures, tabulate
-from server.gateway.learning.confidence import Totals, difference, relative
+from server.gateway.experiments.confidence import Totals, difference, relative
 
 Array = npt.NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from server.gateway.access.keys import KnownKeys, caller_name_of
 from server.gateway.access.routes import guard
 from server.gateway.access.shares import FairQueue, Shares
-from server.gateway.generation.personalizer import Level
+from server.gateway.experiments.arms import Level
 from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader
 from server.gateway.http.errors import ErrorAnswer, add_error_handlers
 from server.gateway.operating.metrics import Metrics, RequestLog

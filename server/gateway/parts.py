@@ -29,13 +29,13 @@ from server.gateway.access.quotas import COUNT_INTERVAL_S, RECOUNT_CHECK_S, Quot
 from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
+from server.gateway.experiments.tallies import FOLD_INTERVAL_S, STORE_INTERVAL_S, Tallies
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
 from server.gateway.generation.prompts import INDEX_CACHE_BYTES, HistoryIndexer, IndexCache, PromptBuilder
 from server.gateway.learning.feedback import Feedbacks
 from server.gateway.learning.messages import MessageLearner
 from server.gateway.learning.refreshing import Refreshing
-from server.gateway.learning.tallies import FOLD_INTERVAL_S, STORE_INTERVAL_S, Tallies
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting, SampleChecks
@@ -141,7 +141,7 @@ async def open_gateway(
 
         budget = JobBudget(settings.job_tokens, settings.job_seconds)
         learner = MessageLearner(metrics.learned.inc, lambda why: metrics.unlearned.labels(why).inc())
-        tallies = Tallies(stores.worth)
+        tallies = Tallies(stores.tallies)
 
         turns, changing = FairQueue(Shares(lambda: 1)), FairQueue(Shares(lambda: CHANGES_AT_ONCE))  # over all banks
         checks = SampleChecks(engines, FairQueue(Shares(lambda: 2)), settings.sample_tokens)

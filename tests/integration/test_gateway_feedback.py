@@ -18,9 +18,9 @@ from httpx import Client
 from bank.manifest import BankManifest
 from bench.rig.processes import mta, wait_until
 from bench.rig.valkey import ValkeyProcess
+from server.gateway.experiments.arms import Arm, Level
 from server.gateway.generation import answer_ids
 from server.gateway.generation.answer_ids import answer_id
-from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.learning import messages
 from server.settings import Settings
 from server.store.redis import keys

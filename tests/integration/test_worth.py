@@ -19,7 +19,7 @@ import mta_client
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.cli import app
-from server.gateway.generation.personalizer import Arm, arm_of
+from server.gateway.experiments.arms import Arm, arm_of
 from server.settings import Settings
 from server.store.tenants.access_keys import Policy, Scope, access_key, new_secret
 from server.store.tenants.rates import NO_OVERRIDES

@@ -17,14 +17,14 @@ from adapters.recipe import PER_MILLE, FusionRecipe, anchor_id
 from bank.lookup.serving import AnchorWeight
 from server.errors import ApiError
 from server.gateway.access.limiter import usage_of
+from server.gateway.experiments.arms import Arm, Level
+from server.gateway.experiments.tallies import Person
 from server.gateway.generation.generator import Answer, Timings
-from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.generation.prompts import HISTORY_LATE
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
 from server.gateway.learning.messages import item_of
-from server.gateway.learning.tallies import Person
 from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts
 
@@ -231,7 +231,8 @@ class AnswerResponse(Response):
         user, item = request.user, request.learnt
         if user and request.holdout:
             person = Person(user.tenant, user.key, answer.epoch)
-            self._parts.tallies.count_answer(person, answer.personalization, request.holdout)
+            spoken = answer.personalization
+            self._parts.tallies.count_answer(person, spoken.level, spoken.arm, request.holdout)
         if user and item:
             learn = partial(self._parts.profiles.learn, user, item, answer.epoch, request.caller.policy.keep_texts)
             self._parts.learner.learn(user.tenant, learn, answer.timings.started_s)

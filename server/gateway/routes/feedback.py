@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.gateway.access.keys import caller_of
+from server.gateway.experiments.arms import Arm, Level
 from server.gateway.generation.answer_ids import read_answer_id
-from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.learning.feedback import Final
 from server.gateway.parts import parts_of, user_of, users_of
 from server.gateway.routes.requests import (

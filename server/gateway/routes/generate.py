@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field
 from server.engine_protocol import BASE_MODEL
 from server.gateway.access.keys import Caller, caller_of
 from server.gateway.engines.chat import MOVED, Conversation
+from server.gateway.experiments.arms import Arm, Level
 from server.gateway.generation.generator import Answer
-from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.streaming import DONE, event

@@ -8,13 +8,14 @@ from typing import Any, Self
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.clock import monday
 from server.gateway.access.keys import caller_of
-from server.gateway.generation.personalizer import Arm, Level
-from server.gateway.learning.confidence import SequentialInterval, Totals
-from server.gateway.learning.tallies import SHARE_UNIT, Metric, metrics_of
-from server.gateway.learning.worth import BEGIN, COUNTING, Comparison, comparisons_of, weeks_of
+from server.gateway.experiments.arms import Arm, Level
+from server.gateway.experiments.comparisons import BEGIN, COUNTING, Comparison, comparisons_of, weeks_of
+from server.gateway.experiments.confidence import SequentialInterval, Totals
+from server.gateway.experiments.tallies import SHARE_UNIT, Metric, metrics_of
 from server.gateway.parts import gateway_of
-from server.store.worth import Cell, Counts, monday
+from server.store.tallies import Cell, Counts
 
 
 class ArmAnswer(BaseModel, frozen=True):

@@ -5,10 +5,8 @@ Writes do not wait for the disk: a crash forgets the tallies of the last seconds
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
 from operator import add, attrgetter, methodcaller, sub
 from typing import Self
 
@@ -17,14 +15,13 @@ from server.store.feedback import Feedback, Outcome, Rating
 from server.store.redis import keys
 from server.store.redis.scripts import script
 
-WEEK_HOURS = 7 * 24
 TALLY_S = 21 * 24 * 3600  # a week is folded within its next one
 EVER = 0  # the week under which the sums of all weeks are kept
 
-_ADD_TO_TALLY = script("worth/add")
-_ADD_TO_SUMS = script("worth/add", runs_when_full=True)  # else a full store would lose the tallies that were taken
+_ADD_TO_TALLY = script("tallies/add")
+_ADD_TO_SUMS = script("tallies/add", runs_when_full=True)  # else a full store would lose the tallies that were taken
 
-_TAKE = script("worth/take")
+_TAKE = script("tallies/take")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +95,7 @@ class Counts:
 _NUMBERS = attrgetter(*Counts.__slots__)
 
 
-class WorthStore(Store):
+class TallyStore(Store):
     """Stores tallies and their sums."""
 
     async def add(self, user_key: str, epoch: str, counts: Mapping[Cell, Counts]) -> bool:
@@ -171,21 +168,6 @@ class WorthStore(Store):
         if cells:
             fields = [cell.field for cell in cells]
             await self._connection.run(methodcaller("hdel", keys.folded(tenant), *fields))
-
-
-def this_hour() -> int:
-    """Return the number of hours since 1970."""
-    return int(time.time()) // 3600
-
-
-def week_of(hour: int) -> int:
-    """Return the number of the week, from Monday, of an hour since 1970, which began on a Thursday."""
-    return (hour + 3 * 24) // WEEK_HOURS
-
-
-def monday(week: int) -> date:
-    """Return the first day of a week, by the number that `week_of` gives it."""
-    return date(1970, 1, 1) + timedelta(days=7 * week - 3)
 
 
 def _encoded(sums: Mapping[Cell, Sequence[float]]) -> Iterator[str]:

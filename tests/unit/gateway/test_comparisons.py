@@ -7,13 +7,13 @@ import re
 import pytest
 
 from server.gateway.access.keys import Caller, KnownKeys
-from server.gateway.generation.personalizer import Level
-from server.gateway.learning.confidence import Totals
-from server.gateway.learning.tallies import Metric, sums_of
-from server.gateway.learning.worth import Comparison, comparisons_of
+from server.gateway.experiments.arms import Level
+from server.gateway.experiments.comparisons import Comparison, comparisons_of
+from server.gateway.experiments.confidence import Totals
+from server.gateway.experiments.tallies import Metric, sums_of
 from server.store.feedback import Feedback, Outcome
+from server.store.tallies import EVER, Cell, Counts
 from server.store.tenants.access_keys import Policy
-from server.store.worth import EVER, Cell, Counts
 
 
 def totals(n: int, mean: float) -> Totals:

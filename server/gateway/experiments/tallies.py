@@ -14,10 +14,10 @@ from enum import StrEnum
 from itertools import chain
 from operator import add
 
-from server.gateway.generation.answer_ids import AnswerNote
-from server.gateway.generation.personalizer import Arm, Level, Personalization
+from server.clock import this_hour, week_of
+from server.gateway.experiments.arms import Arm, Level
 from server.store.feedback import Feedback
-from server.store.worth import EVER, Cell, Counts, WorthStore, this_hour, week_of
+from server.store.tallies import EVER, Cell, Counts, TallyStore
 
 STORE_INTERVAL_S = 5.0
 FOLD_INTERVAL_S = 600.0
@@ -61,19 +61,21 @@ class Person:
 
 @dataclass
 class Tallies:
-    store: WorthStore
+    store: TallyStore
     _pending: dict[Person, dict[Cell, Counts]] = field(default_factory=dict)
     _storing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def count_answer(self, person: Person, answer: Personalization, holdout: float) -> None:
+    def count_answer(self, person: Person, level: Level, arm: Arm, holdout: float) -> None:
         """Count a complete answer; `holdout` is the share of users who are held out."""
         share = round(holdout * SHARE_UNIT)
         counts = Counts(answers=1, shares=share, shares_squared=share**2)
-        self._count(person, _cell(this_hour(), answer.level, answer.arm), counts)
+        self._count(person, _cell(this_hour(), level, arm), counts)
 
-    def count_feedback(self, person: Person, note: AnswerNote, now: Feedback, before: Feedback | None) -> None:
-        """Count what feedback changes; `before` is what was known about the answer."""
-        self._count(person, _cell(note.hour, note.level, note.arm), Counts.of(now) - Counts.of(before))
+    def count_feedback(
+        self, person: Person, hour: int, level: Level, arm: Arm, *, now: Feedback, before: Feedback | None
+    ) -> None:
+        """Count what feedback changes on an answer of `hour`; `before` is what was known about it."""
+        self._count(person, _cell(hour, level, arm), Counts.of(now) - Counts.of(before))
 
     def _count(self, person: Person, cell: Cell, counts: Counts) -> None:
         has_room = person in self._pending or len(self._pending) < MAX_PENDING

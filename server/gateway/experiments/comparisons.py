@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from server.gateway.generation.personalizer import Arm, Level
-from server.gateway.learning.confidence import (
+from server.gateway.experiments.arms import Arm, Level
+from server.gateway.experiments.confidence import (
     MIN_PEOPLE_WEEKS,
     SequentialInterval,
     Totals,
@@ -14,8 +14,8 @@ from server.gateway.learning.confidence import (
     people_weeks_needed,
     relative,
 )
-from server.gateway.learning.tallies import Metric
-from server.store.worth import EVER, Cell, Counts
+from server.gateway.experiments.tallies import Metric
+from server.store.tallies import EVER, Cell, Counts
 
 _LEVELS = (Level.STACKED, Level.MERGED)
 _KNOWN = 0.95
