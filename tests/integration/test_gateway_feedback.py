@@ -300,7 +300,7 @@ def test_after_so_many_new_texts_a_user_is_adapted_again(gateway_settings: Setti
         assert job["state"] == "queued"
         client.delete(f"/jobs/{job['id']}").raise_for_status()
         assert not taught(4)  # not yet: a day has to pass
-        at_once = own.parts.settings.model_copy(update={"refresh_hours": 0})
+        at_once = own.opened.settings.model_copy(update={"refresh_hours": 0})
         own.parts.feedbacks.refreshing.settings = at_once
         seen_ms = export(client, user_id)["feedback"][-1]["at_ms"]
         asyncio.run(give_adapter(own, user_id, created_ms=seen_ms))

@@ -10,7 +10,6 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
-from starlette.requests import Request
 
 from bench.rig.processes import wait_until
 from server.gateway import parts
@@ -18,7 +17,6 @@ from server.gateway.http.streaming import event
 from server.gateway.routes import users
 from server.gateway.users.adapting import MAX_CONCURRENT
 from server.settings import Settings
-from server.store.tenants.user_key import User
 from tests.support.calls import ALL, BOTH, NewUser, body_of, either, put, who
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter, metric, wait_until_ready
@@ -233,10 +231,7 @@ class TestClientsThatLeave:
 def test_a_bug_of_the_gateway_is_answered_with_the_requests_id(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(request: Request, user_id: str) -> User:
-        raise RuntimeError(f"no idea what to do with {user_id}")
-
-    monkeypatch.setattr(users, "user_of", fail)
+    monkeypatch.setattr(users, "call_of", Mock(side_effect=RuntimeError("no idea what to do")))
     answers = [httpx.get(client.base_url.join("/users/ada")) for _ in range(2)]  # such a connection may end
     assert {(answer.status_code, answer.json()["error"]["code"]) for answer in answers} == {(500, "internal_error")}
     first, second = (answer.headers["X-Request-Id"] for answer in answers)

@@ -63,7 +63,7 @@ def clients(keyed: Keyed, fake_engine: FakeEngine) -> Iterator[Mapping[str, http
 @pytest.fixture(autouse=True)
 def to_week(keyed: Keyed, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Moves the time by weeks, from a Wednesday on, once everything that was counted is stored."""
-    tallies = keyed.gateway.parts.tallies
+    tallies = keyed.gateway.opened.tallies
     wednesday_s = int(time.time()) // WEEK_S * WEEK_S + 6 * 24 * 3600
 
     def to(weeks: float) -> None:

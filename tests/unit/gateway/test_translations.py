@@ -251,7 +251,8 @@ def answer(values: Sequence[dict[str, Any]]) -> Any:
             yield "", value
 
     return SimpleNamespace(
-        request=SimpleNamespace(learnt=None, sampling={"temperature": 0.2}),
+        request=SimpleNamespace(learnt=None),
+        sampling={"temperature": 0.2},
         pieces=pieces,
         public_id="id-1",
         personalization=Personalization(Level.BASE),
