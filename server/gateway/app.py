@@ -17,9 +17,10 @@ from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.experiments.arms import Level
 from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader
 from server.gateway.http.errors import ErrorAnswer, add_error_handlers
+from server.gateway.opening import open_gateway
 from server.gateway.operating.metrics import Metrics
 from server.gateway.operating.middleware import AuditLog, HeadRequests, RequestLog
-from server.gateway.parts import Gateway, open_gateway
+from server.gateway.parts import Gateway
 from server.gateway.routes import feedback, generate, jobs, operations, rewrite, users, worth
 from server.gateway.routes.console import routes as console
 from server.gateway.routes.openai import messages, responses

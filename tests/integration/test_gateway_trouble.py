@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from bench.rig.processes import wait_until
-from server.gateway import parts
+from server.gateway import opening
 from server.gateway.http.streaming import event
 from server.gateway.routes import users
 from server.gateway.users.adapting import MAX_CONCURRENT
@@ -242,7 +242,7 @@ def test_a_bug_of_the_gateway_is_answered_with_the_requests_id(
 def test_a_search_library_that_does_not_load_is_logged_and_the_gateway_goes_on(
     gateway_settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(parts, "ItemIndex", Mock(side_effect=ImportError("a broken library")))
+    monkeypatch.setattr(opening, "ItemIndex", Mock(side_effect=ImportError("a broken library")))
     with GatewayThread(gateway_settings) as own, own.client() as client:
         wait_until(lambda: "a broken library" in caplog.text, "the failure to be logged")
         generate(client, "ada").raise_for_status()

@@ -48,7 +48,7 @@ def keyed(gateway_settings: Settings, store: ValkeyProcess) -> Iterator[Keyed]:
     asyncio.run(add_off())
     with pytest.MonkeyPatch.context() as patched:
         for constant in ("STORE_INTERVAL_S", "FOLD_INTERVAL_S"):
-            patched.setattr(f"server.gateway.parts.{constant}", 0.05)
+            patched.setattr(f"server.gateway.opening.{constant}", 0.05)
         with GatewayThread(gateway_settings, redis_url=store.url, holdout=HOLDOUT) as gateway:
             yield Keyed(gateway, secrets)
 
@@ -234,7 +234,7 @@ def test_what_is_not_stored_yet_is_stored_at_the_end(
     new_user: NewUser,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.gateway.parts.STORE_INTERVAL_S", 3600)
+    monkeypatch.setattr("server.gateway.opening.STORE_INTERVAL_S", 3600)
     with GatewayThread(gateway_settings, redis_url=store.url, holdout=HOLDOUT) as gateway:
         one = Keyed(gateway, keyed.secrets)
         with one.client("fresh") as client:
