@@ -17,6 +17,7 @@ from bank.models.folders import ensure_embedder
 from bench.fleet.chaos.verdict import Claim
 from bench.page.report import console, report, tabulate
 from bench.rig.tiny import tiny_bank, tiny_model
+from demo.personas import anchors
 from deploy.containers import images as building
 from deploy.containers.keeping import keep
 from deploy.containers.losing import lose
@@ -27,7 +28,6 @@ from deploy.containers.tool import ContainerError, enter_own_network, found_tool
 from deploy.containers.watching import watch
 from mta_client import MtaError as ClientError
 from server.cli.demo.bank import build_bank
-from server.cli.demo.personas import anchors
 from server.settings import load_settings
 from server.watching.background import exit_on_signals
 
