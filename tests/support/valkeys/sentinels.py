@@ -8,9 +8,9 @@ from pathlib import Path
 
 import redis
 
-from bench.rig.cluster import ask
 from bench.rig.processes import wait_until
 from bench.rig.valkey import DURABLE, ValkeyProcess
+from tests.support.valkeys.cluster import ask
 
 SERVICE = "users"
 DOWN_AFTER_MS = 1000
