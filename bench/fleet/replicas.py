@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import script
-from bench.fleet.machine import ENGINES, engine_of, wait_for_router
+from bench.fleet.exercise.machine import ENGINES, engine_of, wait_for_router
 from bench.page.report import marked, report
 from bench.rig.engine import KEY
 from bench.rig.subject import BankOption, ModelOption, configured_subject
