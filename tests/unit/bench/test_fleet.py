@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from bench.acceptance import PERSONAL
 from bench.fleet.exercise import replacing
 from bench.fleet.exercise.asking import End, Outcome
 from bench.fleet.exercise.census import Usage
@@ -19,8 +20,10 @@ from bench.fleet.exercise.claims import Claim, about_keys, about_outages, about_
 from bench.fleet.exercise.faults import Fault, Outage, shuffled
 from bench.fleet.exercise.parts import KINDS
 from bench.fleet.lasting import plan
+from bench.fleet.replicas import Asked, Found
 from bench.fleet.simulate import served, zipf
 from bench.page.pictures import draw
+from bench.page.report import WRONG
 from bench.rig.processes import wait_until
 
 ENGINE_AWAY = Outage(Fault("engine"), 100.0, 120.0)
@@ -108,6 +111,23 @@ def test_a_gateway_that_is_closed_url_is_asked_nothing(monkeypatch: pytest.Monke
     asking.stop()
     assert set(asked) == {"http://other"}
     assert not asking.failures
+
+
+@pytest.mark.parametrize(
+    ("alone", "held", "wrong"),
+    [
+        ("mine", ({"r0"}, {"r1"}), []),
+        ("another", ({"r0"}, {"r1"}), ["answers equal to one engine's"]),
+        ("mine", ({"r0"}, set()), ["recipes"]),
+        ("mine", ({"r0", "r1"}, {"r1"}), ["recipes on both engines"]),
+    ],
+)
+def test_what_two_engines_do_otherwise_is_named(alone: str, held: tuple[set[str], set[str]], wrong: list[str]) -> None:
+    asked = [Asked(f"r{n}", "signature", "?", "mine", "anybody's", "mine" if n else alone) for n in range(2)]
+    rows = Found(asked, dict(zip(("engine-1", "engine-2"), held, strict=True))).rows
+    assert [what for what, value in rows if WRONG in value] == wrong
+    assert dict(rows)["answers unlike the base model's"] == "2 of 2"
+    assert PERSONAL.met(dict(rows)["answers unlike the base model's"]) and not PERSONAL.met("8 of 10")
 
 
 def test_an_engine_keeps_the_recipes_that_were_used_last_and_users_ask_as_zipf_says() -> None:
