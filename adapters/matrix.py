@@ -42,8 +42,8 @@ class MetaMatrix:
                 f"{path} holds rows of shape {tuple(rows.shape)} and type {rows.dtype}, "
                 f"but the manifest says {expected} in bfloat16"
             )
-        if shared_a is not None and (found := shared_a.numel()) != layout.a_numbers:
-            raise FusionError(f"{path}: shared_a has {found} numbers, but the layout says {layout.a_numbers}")
+        if shared_a is not None and (numbers := shared_a.numel()) != layout.a_numbers:
+            raise FusionError(f"{path}: shared_a has {numbers} numbers, but the layout says {layout.a_numbers}")
         return cls(layout, rows, anchors, common, shared_a)
 
     @property

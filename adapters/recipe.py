@@ -124,8 +124,8 @@ class FusionRecipe:
 
     def rows(self, common: int) -> list[tuple[int, float]]:
         """Return the rows to sum and their weights, in the bank's matrix with the common row at index `common`."""
-        found = [(common, 1.0)] * self.common + [(term.anchor, term.weight / PER_MILLE) for term in self.terms]
-        return found + [(row, step / STEPS_PER_DEVIATION) for row, step in enumerate(self.steps) if step]
+        weighted = [(common, 1.0)] * self.common + [(term.anchor, term.weight / PER_MILLE) for term in self.terms]
+        return weighted + [(row, step / STEPS_PER_DEVIATION) for row, step in enumerate(self.steps) if step]
 
     @property
     def plain(self) -> FusionRecipe:

@@ -47,7 +47,7 @@ class Agreement:
 
 def agreements(served: Mapping[str, Vectors], trained: Mapping[str, Vectors], bound: Bound) -> dict[str, Agreement]:
     """Compare log-probabilities [T] by recipe; an adapter's effect is beyond the recipe that its name begins with."""
-    found = {}
+    agreements = {}
     for name, wanted in trained.items():
         under = max((one for one in trained if one != name and name.startswith(one)), key=len, default=BASE)
         gaps, moved = np.abs(served[name] - wanted), wanted - trained[under]
@@ -55,5 +55,5 @@ def agreements(served: Mapping[str, Vectors], trained: Mapping[str, Vectors], bo
         effect = float(added @ moved) / length**2 if length else 1.0
         within = gaps.max() <= bound.largest and gaps.mean() <= bound.mean
         within = within and abs(effect - 1) * length <= bound.share * length + bound.noise
-        found[name] = Agreement(float(gaps.max()), float(gaps.mean()), effect, bool(within))
-    return found
+        agreements[name] = Agreement(float(gaps.max()), float(gaps.mean()), effect, bool(within))
+    return agreements

@@ -330,14 +330,14 @@ def verify_files(folder: Path, manifest: BankManifest, names: tuple[str, ...] | 
         if names is None and name == ROWS_FILE and not path.exists():
             continue
         try:
-            found = file_sha256(path)
+            actual = file_sha256(path)
         except FileNotFoundError:
             raise BankError(f"the bank at {folder} lacks {name}: copy it again or build the bank again") from None
         except OSError as error:
             raise BankError(f"cannot read {path}: {error.strerror}") from error
-        if found != manifest.files.get(name):
+        if actual != manifest.files.get(name):
             raise BankError(
-                f"{path} is damaged: its SHA-256 is {found[:12]}…, but the manifest says "
+                f"{path} is damaged: its SHA-256 is {actual[:12]}…, but the manifest says "
                 f"{str(manifest.files.get(name))[:12]}…. Copy the bank again or build it again"
             )
 

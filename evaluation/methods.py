@@ -124,8 +124,8 @@ class Evaluator:
     ) -> EvalAdapter:
         """Stack a few-shot adapter on the first of what `beneath` makes; return the second if none was promoted."""
         ground, without = beneath(evidence)
-        found = lessons(evidence.user, self.bank.serving.task, self.bank.manifest.history_share, seed=0)
-        unsigned = len(found) - len(evidence.signature_examples)  # older than the newest, which are signed
+        taught = lessons(evidence.user, self.bank.serving.task, self.bank.manifest.history_share, seed=0)
+        unsigned = len(taught) - len(evidence.signature_examples)  # older than the newest, which are signed
 
         def unseen(held: Sequence[int]) -> Beneath:
             if not held:
@@ -136,13 +136,13 @@ class Evaluator:
             rivals = {"without it": served.lora, "the base model": lambda: None}
             if self.bank.manifest.common:
                 rivals["the common row"] = self.common(self.bank).lora
-            texts = [lesson.output for place, lesson in enumerate(found) if place not in held]
+            texts = [lesson.output for place, lesson in enumerate(taught) if place not in held]
             judged = as_served(self.bank.manifest, self.scorer.tokenizer, texts)
             return Beneath(fused.lora(), rivals, judged, self.bank.shared)
 
         key = (ground.recipe.name, seed)
-        if found and key not in evidence.trained:
-            examples = [lesson.example(self.scorer.tokenizer, self.max_tokens) for lesson in found]
+        if taught and key not in evidence.trained:
+            examples = [lesson.example(self.scorer.tokenizer, self.max_tokens) for lesson in taught]
             judgement = train_user(self.scorer.bare(), unseen, examples, replace(self.config, seed=seed)).finish()
             evidence.trained[key] = judgement.weights
         weights = evidence.trained.get(key)

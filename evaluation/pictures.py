@@ -60,10 +60,10 @@ def prices_figure(rows: Sequence[MethodRow]) -> Any:
     figure, panels = _panels(2, size=4.4)
     prices = ((panels[0], lambda row: row.kept_bytes), (panels[1], lambda row: max(0.0, row.prompt_tokens - shortest)))
     for name, (panel, price) in product(adapters, prices):
-        found = sorted(((m.history, price(r), r.loss) for m, r in zip(methods, rows, strict=True) if m.adapter == name))
+        line = sorted(((m.history, price(r), r.loss) for m, r in zip(methods, rows, strict=True) if m.adapter == name))
         colour, above = colours[name], defaultdict[float, list[str]](list)
-        panel.plot([x for _, x, _ in found], [min(loss, top) for *_, loss in found], color=colour, lw=0.8, alpha=0.5)
-        for history, x, loss in found:
+        panel.plot([x for _, x, _ in line], [min(loss, top) for *_, loss in line], color=colour, lw=0.8, alpha=0.5)
+        for history, x, loss in line:
             panel.plot(x, min(loss, top), marks[history], color=colour, ms=6.5, mew=0, alpha=0.85, clip_on=False)
             if loss > top:
                 above[x].append(f"{loss:.2f}")
@@ -92,8 +92,8 @@ def curves_figure(losses: Losses) -> Any:
     for panel, (label, part) in zip(panels, shown.items(), strict=True):
         for adapter, colour in (("merged", _GOOD), ("mean", _BAD)):
             of_it = [(getattr(point, part), name) for name, point in points.items() if point.adapter == adapter]
-            found = sorted((count, float(np.mean(list(losses[name].values())))) for count, name in of_it if count)
-            panel.plot(*zip(*found, strict=True), marker="o", markersize=4, color=colour, label=adapter)
+            curve = sorted((count, float(np.mean(list(losses[name].values())))) for count, name in of_it if count)
+            panel.plot(*zip(*curve, strict=True), marker="o", markersize=4, color=colour, label=adapter)
         if "common" in losses:
             common = np.mean([loss for user, loss in losses["common"].items() if user in sampled])
             panel.axhline(float(common), color=_PALE, linewidth=1, linestyle="--", label="common")

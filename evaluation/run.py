@@ -63,8 +63,8 @@ class Records:
     def has_results(self, user: History, run: MethodRun) -> bool:
         """Whether every query of a user has a record with all requested results."""
         for query in user.queries:
-            found = self._found.get((user.user_id, run.method.name, run.seed, query.id))
-            if found is None or len(found.written) < run.texts or (run.predicted and found.prediction is None):
+            record = self._found.get((user.user_id, run.method.name, run.seed, query.id))
+            if record is None or len(record.written) < run.texts or (run.predicted and record.prediction is None):
                 return False
         return True
 

@@ -50,11 +50,11 @@ class OpenBank:
     def task_bank(self) -> OpenBank:
         """The bank of the task row, which was trained from this bank's common row; BankError if there is none."""
         folder = self.folder / BASELINES
-        found = OpenBank.open(folder, self.manifest.embedder.id) if folder.is_dir() else None
-        if found is None or found.manifest.training.get("of") != self.manifest.fingerprint:
-            reason = "belongs to another bank" if found else "is missing"
+        task_bank = OpenBank.open(folder, self.manifest.embedder.id) if folder.is_dir() else None
+        if task_bank is None or task_bank.manifest.training.get("of") != self.manifest.fingerprint:
+            reason = "belongs to another bank" if task_bank else "is missing"
             raise BankError(f"the task row {reason} ({folder}): build the bank at {self.folder} again with --baselines")
-        return found
+        return task_bank
 
     @cached_property
     def shared(self) -> SharedPart | None:
@@ -122,10 +122,10 @@ class Scorer:
         ids = [self.tokenizer.encode(score, add_special_tokens=False) for score in SCORES] if chances else []
         among = [one[0] for one in ids] if all(len(one) == 1 for one in ids) else []
         model = self._model_with(adapter)
-        found = score(model, examples, among)
-        no_answers: list[Any] = [None] * len(found)
+        scores = score(model, examples, among)
+        no_answers: list[Any] = [None] * len(scores)
         answers = self._generate(model, examples, new_tokens, phrases) if new_tokens else no_answers
-        return [Reading(loss, answer, likely) for (loss, likely), answer in zip(found, answers, strict=True)]
+        return [Reading(loss, answer, likely) for (loss, likely), answer in zip(scores, answers, strict=True)]
 
     def write(
         self,

@@ -146,14 +146,14 @@ def _write(
 ) -> tuple[dict[str, list[MethodRow]], list[AuthorshipRow]]:
     task = bank.serving.task
     rows = summarise(records, task)
-    found = tables(rows, records, task)
-    draw(records, list(found.values())[-1], out)
+    summary = tables(rows, records, task)
+    draw(records, list(summary.values())[-1], out)
     write_lamp_files(records, task, out / LAMP_FOLDER)
     written = {record.user_id for record in records if record.written}
     authors = [person for person in people if person.user_id in written and person.pairs(task)]
     authorship_rows = authorship(authors, records, task) if options.writing and len(authors) > 1 else []
     by_judge = [list(rows) for _, rows in groupby(authorship_rows, lambda row: row.judge)]
-    text = "\n".join([markdown(found), *map(authorship_table, by_judge)])
+    text = "\n".join([markdown(summary), *map(authorship_table, by_judge)])
     (out / TABLE_FILE).write_text(text, encoding="utf-8")
     content = {
         "bank": bank.manifest.fingerprint,
@@ -163,4 +163,4 @@ def _write(
         "authorship": [asdict(row) for row in authorship_rows],
     }
     (out / SUMMARY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return found, authorship_rows
+    return summary, authorship_rows

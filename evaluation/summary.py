@@ -52,19 +52,19 @@ def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
     against = compare_methods(losses, {method for method in losses if METHODS[method].on_curve})
     rows = []
     for method, of_users in losses.items():
-        found = [record for record in records if record.method == method]
-        answers = [record.prediction for record in found if record.prediction is not None]
-        times = [record.first_token_ms for record in found if record.first_token_ms is not None]
+        own = [record for record in records if record.method == method]
+        answers = [record.prediction for record in own if record.prediction is not None]
+        times = [record.first_token_ms for record in own if record.first_token_ms is not None]
         row = MethodRow(
             method,
             users=len(of_users),
             loss=fmean(of_users.values()),
-            metrics=lamp_metrics(task, answers, [r.gold for r in found]) if len(answers) == len(found) else {},
+            metrics=lamp_metrics(task, answers, [r.gold for r in own]) if len(answers) == len(own) else {},
             against=against[method],
-            rejected=fmean(record.rejected for record in found),
-            prompt_tokens=fmean(record.prompt_tokens for record in found),
+            rejected=fmean(record.rejected for record in own),
+            prompt_tokens=fmean(record.prompt_tokens for record in own),
             first_token_ms=median(times) if times else None,
-            kept_bytes=fmean(record.kept_bytes for record in found),
+            kept_bytes=fmean(record.kept_bytes for record in own),
         )
         rows.append(row)
     return sorted(rows, key=lambda row: -row.loss)
@@ -72,10 +72,10 @@ def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
 
 def user_losses(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     """Return each user's mean loss over queries and seeds, by method."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    by_user: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        found[record.method][record.user_id].append(record.loss)
-    return {method: {user: fmean(losses) for user, losses in users.items()} for method, users in found.items()}
+        by_user[record.method][record.user_id].append(record.loss)
+    return {method: {user: fmean(losses) for user, losses in users.items()} for method, users in by_user.items()}
 
 
 def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> dict[str, list[MethodRow]]:
@@ -85,17 +85,17 @@ def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> 
     rows = [row for row in rows if not METHODS[row.method].on_curve]
     shown = [record for record in records if not METHODS[record.method].on_curve]
     everyone = max(row.users for row in rows)
-    found = {f"{everyone} people": [row for row in rows if row.users == everyone]}
+    groups = {f"{everyone} people": [row for row in rows if row.users == everyone]}
     users: dict[str, set[str]] = defaultdict(set)
     answered: dict[str, set[str]] = defaultdict(set)
     for record in shown:
         users[record.method].add(record.user_id)
         if record.prediction is not None:
             answered[record.method].add(record.user_id)
-    sample = set.intersection(*(answered[method] or found for method, found in users.items()))
+    sample = set.intersection(*(answered[method] or groups for method, groups in users.items()))
     if len(sample) < everyone:
-        found[f"{len(sample)} of them"] = summarise([record for record in shown if record.user_id in sample], task)
-    return found
+        groups[f"{len(sample)} of them"] = summarise([record for record in shown if record.user_id in sample], task)
+    return groups
 
 
 def columns(rows: Sequence[MethodRow]) -> tuple[list[str], list[str]]:
@@ -132,9 +132,9 @@ def lamp_metrics(task: Task, predictions: Sequence[str], golds: Sequence[str]) -
         from sklearn.metrics import accuracy_score, f1_score
 
         every = {label: place for place, label in enumerate(task.labels)}
-        wanted, found = ([every.get(text.strip(), -1) for text in texts] for texts in (golds, predictions))
-        f1 = f1_score(wanted, found, labels=list(every.values()), average="macro", zero_division=0)
-        return {"accuracy": float(accuracy_score(wanted, found)), "f1": float(f1)}
+        wanted, guessed = ([every.get(text.strip(), -1) for text in texts] for texts in (golds, predictions))
+        f1 = f1_score(wanted, guessed, labels=list(every.values()), average="macro", zero_division=0)
+        return {"accuracy": float(accuracy_score(wanted, guessed)), "f1": float(f1)}
     if task.kind == "score":
         errors = [_error(text, float(gold)) for text, gold in zip(predictions, golds, strict=True)]
         return {"mae": fmean(errors), "rmse": math.sqrt(fmean(error**2 for error in errors))}

@@ -39,12 +39,12 @@ def judge_bank(
     base = load_base(folder, str(manifest.training["dtype"]))
     bank = OpenBank.open(inputs.out, embedder.id)
     evaluator = Evaluator(bank=bank, scorer=Scorer(*base), embedder=embedder, max_tokens=options.max_tokens)
-    what, found = "measuring on held-out people", list[Losses]()
+    what, losses = "measuring on held-out people", list[Losses]()
     progress.piece(what, 0, len(held_out))
     for person in held_out:
-        found.append(_losses(evaluator, person))
-        progress.piece(what, len(found), len(held_out))
-    judged = verdict(found, past_count_range(bank.serving.task.kind))
+        losses.append(_losses(evaluator, person))
+        progress.piece(what, len(losses), len(held_out))
+    judged = verdict(losses, past_count_range(bank.serving.task.kind))
     return write_manifest(inputs.out, manifest.model_copy(update={"verdict": judged}))
 
 
@@ -55,8 +55,8 @@ def _losses(evaluator: Evaluator, person: History) -> Losses:
     methods += [Method(PRIOR)] if evaluator.bank.manifest.prior else []
     methods += [Method(MERGED, words=True)] if evaluator.bank.manifest.phrases else []
     runs = [MethodRun(method) for method in methods]
-    found = evaluate_user(evaluator, person.with_queries(task, QUERIES), runs)
-    return {records[0].method: fmean(record.loss for record in records) for records in found}
+    evaluated = evaluate_user(evaluator, person.with_queries(task, QUERIES), runs)
+    return {records[0].method: fmean(record.loss for record in records) for records in evaluated}
 
 
 def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:

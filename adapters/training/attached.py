@@ -45,10 +45,10 @@ class Attached:
 
     def take_b_gradients(self) -> dict[str, torch.Tensor]:
         """Return the gradient of the trained LoRA's B after a backward pass, and clear it."""
-        found = {name: layer.b.grad for name, layer in self._trained.items() if layer.b.grad is not None}
+        gradients = {name: layer.b.grad for name, layer in self._trained.items() if layer.b.grad is not None}
         for layer in self._trained.values():
             layer.b.grad = None
-        return found
+        return gradients
 
     def weights(self) -> LoraWeights:
         """Return the trained LoRA, float32 on CPU."""

@@ -105,14 +105,14 @@ def output_log_chances(model: Any, examples: Sequence[Example]) -> torch.Tensor:
 @torch.no_grad()
 def score(model: Any, examples: Sequence[Example], among: Sequence[int] = ()) -> list[tuple[float, list[float]]]:
     """Return each example's mean loss per output token, and the probability of each id in `among` as first output."""
-    found: list[tuple[float, list[float]]] = []
+    read: list[tuple[float, list[float]]] = []
     for row in pack(model, examples):
         logits = _logits(model, row)
         losses = [float(tokens.mean()) for tokens in torch.split(_losses(logits, row).cpu(), row.counts)]
         firsts = [0, *accumulate(row.counts)][:-1]
         chances = logits[firsts].float().softmax(-1)[:, list(among)]
-        found += zip(losses, chances.tolist(), strict=True)
-    return found
+        read += zip(losses, chances.tolist(), strict=True)
+    return read
 
 
 def _losses(logits: torch.Tensor, row: Row) -> torch.Tensor:

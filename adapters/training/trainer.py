@@ -43,16 +43,16 @@ class StepReport:
 def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[ModuleShape, ...]:
     """Return the language model's modules named in `targets`, or all but its output head; FusionError if none match."""
     head, language_model = model.get_output_embeddings(), set(model.get_decoder().modules())
-    found = [
+    modules = [
         ModuleShape(name, module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module in language_model and module is not head
     ]
-    kinds = sorted({module.name.rsplit(".", 1)[-1] for module in found})
+    kinds = sorted({module.name.rsplit(".", 1)[-1] for module in modules})
     unknown = sorted(set(targets or kinds) - set(kinds))
-    if unknown or not found:
+    if unknown or not modules:
         raise FusionError(f"the base model has no linear modules {excerpt(unknown)}; it has {', '.join(kinds)}")
-    return tuple(module for module in found if not targets or module.name.rsplit(".", 1)[-1] in targets)
+    return tuple(module for module in modules if not targets or module.name.rsplit(".", 1)[-1] in targets)
 
 
 def initial_lora(modules: Sequence[ModuleShape], rank: int, seed: int) -> LoraWeights:

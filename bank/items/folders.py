@@ -90,11 +90,11 @@ def read_person(path: Path, task: Task) -> PersonTexts:
                 raise UnusableError("is no folder and no mailbox of a person")
             for place, read in _readers(file):
                 with person.leaving_out(name + place):
-                    found = read()
-                    if isinstance(found, Mail):
-                        mails.append((name + place, found))
+                    text = read()
+                    if isinstance(text, Mail):
+                        mails.append((name + place, text))
                     else:
-                        person.add(found, task)
+                        person.add(text, task)
     own = own_address(person.user_id, {mail.sender for _, mail in mails})
     for where, mail in sorted(mails, key=lambda each: each[1].sent):
         with person.leaving_out(where):

@@ -156,18 +156,18 @@ def _in_folder(path: Path, task: Task, on_left_out: Callable[[LeftOut], None]) -
     people = [read_person(each, task) for each in people_in(path)]
     for left_out in chain.from_iterable(person.left_out for person in people):
         on_left_out(left_out)
-    found = [History(person.user_id, tuple(person.items.values())) for person in people if person.items]
-    if not found:
+    histories = [History(person.user_id, tuple(person.items.values())) for person in people if person.items]
+    if not histories:
         raise BankError(f"{path} holds nobody's texts: give each person a folder or an mbox; see `mta bank check`")
-    if repeated := [id for id, n in Counter(person.user_id for person in found).items() if n > 1]:
+    if repeated := [id for id, n in Counter(person.user_id for person in histories).items() if n > 1]:
         raise BankError(f"{path}: {excerpt(repeated[0])} has a folder and a mailbox: put them together")
-    return found
+    return histories
 
 
 def read_excluded(path: Path) -> frozenset[str]:
     """Read people's ids from a file that is a list of ids or has a layout of `read_histories`."""
-    found = _read(path, list[RawName | StrictStr | StrictInt], "a list of ids, or of people with a user_id or an id")
-    return frozenset(one.user_id if isinstance(one, RawName) else str(one) for one in found)
+    names = _read(path, list[RawName | StrictStr | StrictInt], "a list of ids, or of people with a user_id or an id")
+    return frozenset(one.user_id if isinstance(one, RawName) else str(one) for one in names)
 
 
 def _read(path: Path, kind: Any, shape: str) -> Any:

@@ -106,9 +106,9 @@ def add_memories(
     tokenizer: Any, task: Task, messages: list[dict[str, str]], output: str, *, memories: Sequence[str], max_tokens: int
 ) -> list[dict[str, str]]:
     """Add memories, best first, to the turn that ends a conversation; skip those with which it would be too long."""
-    turn, chosen, found = messages[-1]["content"], list[str](), messages
+    turn, chosen, extended = messages[-1]["content"], list[str](), messages
     for memory in memories:
         longer = [*messages[:-1], *chat_messages(turn_with_memories(task, turn, [*chosen, memory]))]
         if len(encode_conversation(tokenizer, longer, output).ids) <= max_tokens:
-            chosen, found = [*chosen, memory], longer
-    return found
+            chosen, extended = [*chosen, memory], longer
+    return extended

@@ -85,12 +85,12 @@ def _parts(message: EmailMessage) -> tuple[list[str], str]:
     if text.count("\n") > MAX_LINES:
         raise UnusableError(f"has over {MAX_LINES} lines")
     if body.get_content_subtype() == "html":
-        found = quotequail.unwrap_html(text) or {"html_top": text}
-        top, quoted, bottom = (_plain(found.get(name, "")) for name in ("html_top", "html", "html_bottom"))
+        parts = quotequail.unwrap_html(text) or {"html_top": text}
+        top, quoted, bottom = (_plain(parts.get(name, "")) for name in ("html_top", "html", "html_bottom"))
     else:
-        found = quotequail.unwrap(text) or {"text_top": text}
-        top, quoted, bottom = (found.get(name, "") for name in ("text_top", "text", "text_bottom"))
-    forwarded = found.get("type") == "forward"
+        parts = quotequail.unwrap(text) or {"text_top": text}
+        top, quoted, bottom = (parts.get(name, "") for name in ("text_top", "text", "text_bottom"))
+    forwarded = parts.get("type") == "forward"
     own = [top] if forwarded else [top, bottom]
     return [_SIGNATURE.sub("", part) for part in own], "" if forwarded else quoted
 

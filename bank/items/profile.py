@@ -111,8 +111,8 @@ def normalised(text: str) -> str:
 
 def own_texts(items: Iterable[Item], task: Task) -> list[str]:
     """Return what a person wrote themselves: the outputs of pairs, and plain texts."""
-    found = ((_given_pair(item, task) or ("", item.fields.get(PLAIN, "")))[1] for item in items)
-    return [text for text in found if text.strip()]
+    outputs = ((_given_pair(item, task) or ("", item.fields.get(PLAIN, "")))[1] for item in items)
+    return [text for text in outputs if text.strip()]
 
 
 def _given_pair(item: Item, task: Task) -> tuple[str, str] | None:

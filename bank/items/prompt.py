@@ -63,8 +63,8 @@ def opening(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: An
 @lru_cache(1024)
 def _opening(tokenizer: Any, system: str, options: str) -> list[int]:
     messages, given = json.loads(system), json.loads(options)
-    found = [prompt_ids(tokenizer, [*messages, *chat_messages(turn)], **given) for turn in _TURNS]
-    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*found, strict=False))]
+    prompts = [prompt_ids(tokenizer, [*messages, *chat_messages(turn)], **given) for turn in _TURNS]
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))]
 
 
 def answer_ids(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:

@@ -51,8 +51,8 @@ class ItemIndex:
         if self._retriever is not None and words:  # empty if the turn holds only stop words
             scores = self._retriever.get_scores(words)
         best = sorted(range(len(self._memories)), key=lambda place: (-scores[place], -place))
-        found = (self._memories[place] for place in best if usable(self._places[place], self._memories[place]))
-        return list(islice(found, count))
+        memories = (self._memories[place] for place in best if usable(self._places[place], self._memories[place]))
+        return list(islice(memories, count))
 
 
 def searchable(text: str) -> str:

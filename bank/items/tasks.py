@@ -72,8 +72,8 @@ class Task:
     @property
     def labels(self) -> tuple[str, ...]:
         """The allowed answers, which the instruction lists in brackets; empty unless `kind` is labels."""
-        found = re.search(r"\[([^\]]+)\]", self.instruction) if self.kind == "labels" else None
-        return tuple(label.strip() for label in found[1].split(",")) if found else ()
+        listed = re.search(r"\[([^\]]+)\]", self.instruction) if self.kind == "labels" else None
+        return tuple(label.strip() for label in listed[1].split(",")) if listed else ()
 
 
 def _placeholders(template: str) -> tuple[str, ...]:

@@ -70,8 +70,8 @@ class AnchorIndex:
 
     def vectors(self, anchors: Sequence[int]) -> Vectors:
         """Return the embeddings [n, E] of the anchors with these n indices."""
-        found: Vectors = self._index.reconstruct_batch(np.asarray(anchors, np.int64))
-        return found
+        vectors: Vectors = self._index.reconstruct_batch(np.asarray(anchors, np.int64))
+        return vectors
 
     def search(self, embedding: Vectors, k: int) -> list[tuple[int, float]]:
         """Return up to `k` anchors and their inner products with an embedding [E], highest first, ties by anchor."""
@@ -80,8 +80,8 @@ class AnchorIndex:
             raise BankError(f"an embedding of this bank has {self.dim} finite numbers, got shape {query.shape}")
         with _one_thread():  # one query takes less time than waiting for a busy core
             [similarities], [anchors] = self._index.search(query[None], min(k, self.anchor_count))
-        found = [(int(a), float(s)) for a, s in zip(anchors, similarities, strict=True) if a >= 0]  # -1: no anchor
-        return sorted(found, key=lambda pair: (-pair[1], pair[0]))
+        near = [(int(a), float(s)) for a, s in zip(anchors, similarities, strict=True) if a >= 0]  # -1: no anchor
+        return sorted(near, key=lambda pair: (-pair[1], pair[0]))
 
 
 @contextmanager

@@ -139,9 +139,9 @@ class Reader:
 
     def read(self, token: int) -> bool:
         """Go on by a token; return whether a phrase had proposed it."""
-        found = [matching[token] for matching in self._matching() if token in matching]
-        is_proposed = not set(found).isdisjoint(self.proposing())
-        for at in found:
+        continuations = [matching[token] for matching in self._matching() if token in matching]
+        is_proposed = not set(continuations).isdisjoint(self.proposing())
+        for at in continuations:
             self._left[at] -= 1
         self._recent = (*self._recent, token)[-LONGEST:]
         return is_proposed
@@ -176,15 +176,15 @@ class Proposal:
 
 def proposals(table: Phrases, text: Sequence[int]) -> list[Proposal]:
     """Return what a table says of each token of a text that is no part of it."""
-    reader, found = Reader(table), list[Proposal]()
+    reader, proposals = Reader(table), list[Proposal]()
     for token in text:
         places = reader.proposing()
         shares = table["share"][places] / _MOST
         own = shares[table["token"][places] == token]
         length = int(table["length"][places[0]]) if places else 0
-        found.append(Proposal(length, float(own.sum()), float(shares.sum())))
+        proposals.append(Proposal(length, float(own.sum()), float(shares.sum())))
         reader.read(token)
-    return found
+    return proposals
 
 
 def _distinct(texts: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:

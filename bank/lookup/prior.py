@@ -46,9 +46,9 @@ def surprise(shares: Mapping[str, float], answer: str) -> float:
 
 def _loss(prior: AnswerPrior, histories: Sequence[Sequence[str]]) -> float:
     """Return the mean over people of the mean surprise of their last answers; 0 if there are no people."""
-    found = []
+    surprises = []
     for history in histories:
         profile, asked = history[-QUERIES - PROFILE : -QUERIES], history[-QUERIES:]
         shares = personal_shares(prior, profile)
-        found.append(sum(surprise(shares, answer) for answer in asked) / len(asked))
-    return sum(found) / len(found) if found else 0.0
+        surprises.append(sum(surprise(shares, answer) for answer in asked) / len(asked))
+    return sum(surprises) / len(surprises) if surprises else 0.0

@@ -117,14 +117,14 @@ class ServingBank:
 
 def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> tuple[AnchorWeight, ...]:
     """Return the K nearest anchors, nearest first, weighted by cosine if positive; equally if none is positive."""
-    found = index.search(embedding, rule.anchors)
-    evidence = [max(similarity, 0.0) for _, similarity in found]
+    nearest = index.search(embedding, rule.anchors)
+    evidence = [max(similarity, 0.0) for _, similarity in nearest]
     if not any(evidence):
-        evidence = [1.0] * len(found)
+        evidence = [1.0] * len(nearest)
     scale = rule.strength / sum(evidence)
     return tuple(
         AnchorWeight(anchor, share * scale, similarity)
-        for (anchor, similarity), share in zip(found, evidence, strict=True)
+        for (anchor, similarity), share in zip(nearest, evidence, strict=True)
     )
 
 

@@ -29,11 +29,11 @@ def export_embedder(source: Path, target: Path) -> None:
     from safetensors.numpy import load_file
 
     config = json.loads((source / "config.json").read_text("utf-8"))
-    found = tuple(config.get(key) for key in ("model_type", "hidden_act", "position_embedding_type"))
-    if found not in (("bert", "gelu", "absolute"), ("bert", "gelu", None)):
+    kind = tuple(config.get(key) for key in ("model_type", "hidden_act", "position_embedding_type"))
+    if kind not in (("bert", "gelu", "absolute"), ("bert", "gelu", None)):
         raise BankError(
             f"cannot export the embedder at {source}: only BERT encoders with gelu and absolute positions are "
-            f"supported, this is {found}. Set MTA_EMBEDDER to a folder with {MODEL_FILE} and {TOKENIZER_FILE} instead"
+            f"supported, this is {kind}. Set MTA_EMBEDDER to a folder with {MODEL_FILE} and {TOKENIZER_FILE} instead"
         )
     onnx.save(encoder_model(config, load_file(source / "model.safetensors")), target / MODEL_FILE)
     shutil.copyfile(source / TOKENIZER_FILE, target / TOKENIZER_FILE)

@@ -191,10 +191,10 @@ def weight_bytes(model_folder: Path) -> int:
 
 def check_base_model(model_folder: Path, banks: Mapping[Path, BankManifest]) -> None:
     """Raise BankError if one of the banks (by folder) was built for a different base model."""
-    found, prompts = model_hash(model_folder), prompt_hashes(model_folder)
+    actual, prompts = model_hash(model_folder), prompt_hashes(model_folder)
     for folder, manifest in banks.items():
         built_for = manifest.base_model
-        if other := built_for.unlike(prompts) if built_for.hash == found else f"hash, {found[:12]}…":
+        if other := built_for.unlike(prompts) if built_for.hash == actual else f"hash, {actual[:12]}…":
             raise BankError(
                 f"the bank at {folder} is for {built_for.name} (hash {built_for.hash[:12]}…, revision "
                 f"{built_for.revision or 'not known'}), but the model at {model_folder} has another {other}: serve the "

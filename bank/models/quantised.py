@@ -33,18 +33,18 @@ PARTS = {
 
 def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return how a model is quantised, None if it is not; raise BankError if training cannot undo it."""
-    found: dict[str, Any] | None = config.get("quantization_config") or None
-    if found is None:
+    quantisation: dict[str, Any] | None = config.get("quantization_config") or None
+    if quantisation is None:
         return None
-    method, bits = found.get("quant_method"), found.get("bits", found.get("w_bit", BITS))
-    one_sided = method == "gptq" and not found.get("sym", True)
+    method, bits = quantisation.get("quant_method"), quantisation.get("bits", quantisation.get("w_bit", BITS))
+    one_sided = method == "gptq" and not quantisation.get("sym", True)
     if method not in METHODS or bits != BITS or one_sided:
         how = f"{bits} bits" + (", not symmetric" if one_sided else "")
         raise BankError(
             f"the base model is quantised by {method} with {how}, which training cannot undo: use the model "
             f"without quantisation, or quantised by {', '.join(METHODS)} (awq and symmetric gptq with {BITS} bits)"
         )
-    return found
+    return quantisation
 
 
 def plain_weights(folder: Path, quantisation: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -112,10 +112,10 @@ def _common_modules(read: Sequence[PeftAdapter], model_folder: Path) -> tuple[Mo
     names = {name for adapter in read for name in adapter.a}
     for adapter in read:
         for name, a in adapter.a.items():
-            found = (adapter.b[name].shape[0], a.shape[1])
-            if shapes.get(name) != found:
+            shape = (adapter.b[name].shape[0], a.shape[1])
+            if shapes.get(name) != shape:
                 raise BankError(
-                    f"adapter {adapter.name} does not fit the base model: {name} is {found} there, "
+                    f"adapter {adapter.name} does not fit the base model: {name} is {shape} there, "
                     f"{shapes.get(name, 'absent')} in {model_folder}"
                 )
     return tuple(ModuleShape(name, shapes[name][1], shapes[name][0]) for name in sorted(names, key=_natural))
@@ -164,13 +164,13 @@ def read_peft(folder: Path) -> PeftAdapter:
             f"{folder}: init_lora_weights = {excerpt(begun)} has changed the base model: convert the adapter "
             "with PEFT's `path_initial_model_for_weight_conversion`"
         )
-    found: dict[str, dict[str, torch.Tensor]] = {"lora_A": {}, "lora_B": {}}
+    matrices: dict[str, dict[str, torch.Tensor]] = {"lora_A": {}, "lora_B": {}}
     for key, value in tensors.items():
         name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if not key.startswith(PREFIX) or part not in found or value.ndim != 2:
+        if not key.startswith(PREFIX) or part not in matrices or value.ndim != 2:
             raise BankError(f"{folder}: {excerpt(key)} is not a LoRA of a linear layer: a bank cannot hold it")
-        found[part][name] = value.float()
-    a, b = found.values()
+        matrices[part][name] = value.float()
+    a, b = matrices.values()
     if not a or a.keys() != b.keys():
         unpaired = sorted(a.keys() ^ b.keys())
         raise BankError(f"{folder}: every module needs one A and one B; these do not have both: {excerpt(unpaired)}")

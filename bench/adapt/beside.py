@@ -68,8 +68,8 @@ def main(
         for side, readings in (("without", without), ("with", with_job)):
             pooled = list(itertools.chain(*readings))
             late, at = ("p99", 0.99) if len(pooled) >= MANY else ("slowest", 1.0)
-            found = f"{percentile(pooled, 0.5):.0f}, {percentile(pooled, at):.0f}"
-            rows.append((f"{name}: p50 and {late} {side} a job, ms", found))
+            shown = f"{percentile(pooled, 0.5):.0f}, {percentile(pooled, at):.0f}"
+            rows.append((f"{name}: p50 and {late} {side} a job, ms", shown))
     if cancels_ms:
         rows.append(("cancelling a running job: until it says cancelled, ms", Spread.of(cancels_ms)))
     title = f"Answers beside a running adapt job: {pairs} pairs of {requests} streams, {len(USERS)} at a time"

@@ -39,11 +39,11 @@ def main(
     faults = shuffled(random.Random(seed))
     with tempfile.TemporaryDirectory() as scratch:
         with tiny_machine(Path(scratch), seed=seed) as machine:
-            found = under_load(Plan(Path(scratch), faults, seed, LOST_SHARE, 60 * minutes), machine)
+            claims = under_load(Plan(Path(scratch), faults, seed, LOST_SHARE, 60 * minutes), machine)
             family = [machine.up.pid, *descendants(machine.up.pid)]
         left = census.left_over(family)
-        found.append(Claim("processes left behind", f"{len(left)} of {len(family)}", not left))
-    report(f"chaos, seed {seed}, {len(faults)} faults", [claim.row for claim in found], out)
+        claims.append(Claim("processes left behind", f"{len(left)} of {len(family)}", not left))
+    report(f"chaos, seed {seed}, {len(faults)} faults", [claim.row for claim in claims], out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,11 +197,11 @@ class Fairness:
 
     async def _offered(self, what: str, loaders: Sequence[Loader], per_s: float, seconds: float, turn: int) -> None:
         """Run one turn of a load, the same from each loader; compared loads have the same arrivals in the same turn."""
-        found = await asyncio.gather(
+        loads = await asyncio.gather(
             *(loader.open(per_s, seconds, seed=len(loaders) * turn + number) for number, loader in enumerate(loaders))
         )
-        streams = [stream for load in found for stream in load.streams]
-        self.loads.setdefault(what, []).append(Load(streams, max(load.seconds for load in found)))
+        streams = [stream for load in loads for stream in load.streams]
+        self.loads.setdefault(what, []).append(Load(streams, max(load.seconds for load in loads)))
 
     def _ratio(self, whats: Sequence[str], of: Callable[[Load], float]) -> Spread:
         before, beside = (list(map(of, self.loads[what])) for what in whats)

@@ -145,7 +145,7 @@ def main(
         settled, last = reader.readings[int(SETTLED_SHARE * len(reader.readings))], reader.readings[-1]
         lived = {name: used for name, used in settled.parts.items() if settled.pids[name] == last.pids[name]}
         with httpx.Client(base_url=fleet.urls[0], timeout=TIMEOUT_S) as client:
-            found = [
+            own_claims = [
                 *failed,
                 *claims.about_outages(exercise.outages),
                 Claim("lived through the second half", ", ".join(lived), lived.keys() >= OLD),
@@ -158,7 +158,7 @@ def main(
         for one in reader.readings
     ]
     title = f"{lasted_s / 60:.0f} minutes of load, {len(exercise.outages)} parts killed or exchanged, seed {seed}"
-    rows = [claim.row for claim in found]
+    rows = [claim.row for claim in own_claims]
     report(title, rows, out, bench="lasting", readings=readings, events=happened)
 
 

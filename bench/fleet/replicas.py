@@ -128,8 +128,8 @@ def main(
         up(Path(data), *options, environment={"MTA_ENGINE_KEY": KEY}) as started,
     ):
         wait_for_router(started)
-        found = compared(started, people, max_tokens)
-    report(f"{len(people)} users, two engines", found.rows, out)
+        rows = compared(started, people, max_tokens)
+    report(f"{len(people)} users, two engines", rows.rows, out)
 
 
 if __name__ == "__main__":

@@ -84,12 +84,12 @@ def main(
     tables = [Figures(title, columns, [_line(number, users, requests, held, seed) for number in replicas])]
     good = True
     if check:
-        found = checked(seed)
-        good = found.misplaced == 0 and abs(found.warm - found.simulated) <= NEAR
+        checks = checked(seed)
+        good = checks.misplaced == 0 and abs(checks.warm - checks.simulated) <= NEAR
         rows = [
-            ["recipes elsewhere than simulated", found.misplaced],
-            ["share of requests that were warm", found.warm],
-            ["the same, simulated", found.simulated],
+            ["recipes elsewhere than simulated", checks.misplaced],
+            ["share of requests that were warm", checks.warm],
+            ["the same, simulated", checks.simulated],
         ]
         tables.append(Figures(f"two real engines, {CHECKED_REQUESTS} requests", ("", "found"), rows))
     tabulate(tables, out)

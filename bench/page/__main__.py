@@ -26,12 +26,12 @@ def main(
     page: Annotated[Path, typer.Option(help="The page to fill.", dir_okay=False)] = Path("docs/performance.md"),
 ) -> None:
     """Fill a page with the tables of JSON files, and draw their pictures beside it."""
-    found = read_results(results)
+    known = read_results(results)
     if not page.is_file():
         raise MtaError(f"there is no page at {page}: --page names one, docs/performance.md in a checkout")
-    drawn = draw(found, page.parent / "pictures")
+    drawn = draw(known, page.parent / "pictures")
     links = {name: os.path.relpath(path, page.parent) for name, path in drawn.items()}
-    filled = fill(page.read_text("utf-8"), found, links)
+    filled = fill(page.read_text("utf-8"), known, links)
     page.write_text(filled.text, "utf-8")
     said = console()
     said.print(f"{page}: filled {', '.join(filled.names) or 'nothing'}")
@@ -46,17 +46,17 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         MtaError: if there is none, or one cannot be read.
     """
-    found = {}
+    results = {}
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise MtaError(f"{path} is not JSON: {error}") from error
         if "bench" in content:
-            found[path.stem] = content
-    if not found:
+            results[path.stem] = content
+    if not results:
         raise MtaError(f"no results at {folder}: `mta bench cost` and the others write them (--out)")
-    return found
+    return results
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ TRAINING_MS = 300_000
 
 def chromium() -> Path | None:
     """Return the path of the machine's Chromium, if it has one."""
-    found = next(filter(None, map(shutil.which, _NAMES)), None)
-    return Path(found) if found else None
+    program = next(filter(None, map(shutil.which, _NAMES)), None)
+    return Path(program) if program else None
 
 
 @contextmanager

@@ -27,8 +27,8 @@ def authorization() -> dict[str, str]:
 
 def summed(metrics: str, name: str) -> float:
     """Return a time series of the text of `/metrics`, or the sum over all labels if `name` has none; 0 if not there."""
-    found = (line for line in metrics.splitlines() if line.startswith((f"{name} ", f"{name}{{")))
-    return sum(float(line.rpartition(" ")[2]) for line in found)
+    samples = (line for line in metrics.splitlines() if line.startswith((f"{name} ", f"{name}{{")))
+    return sum(float(line.rpartition(" ")[2]) for line in samples)
 
 
 def until_signed(client: Client, users: Iterable[str]) -> set[str]:

@@ -53,21 +53,21 @@ def alive(pid: int) -> bool:
 
 def children(pid: int) -> list[int]:
     """Return the direct children of a process."""
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             fields = stat.read_text("utf-8", "replace").rpartition(")")[2].split()
             if int(fields[1]) == pid and fields[0] not in "ZX":
-                found.append(int(stat.parent.name))
-    return found
+                pids.append(int(stat.parent.name))
+    return pids
 
 
 def descendants(pid: int) -> list[int]:
     """Return all descendants of a process, parents before children."""
-    found = children(pid)
-    for child in found:  # the list grows during the loop
-        found += children(child)
-    return found
+    pids = children(pid)
+    for child in pids:  # the list grows during the loop
+        pids += children(child)
+    return pids
 
 
 @contextmanager

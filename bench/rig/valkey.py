@@ -21,11 +21,11 @@ DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
 def server_binaries() -> dict[str, Path]:
     """Return the available servers: the packaged Valkey, and Redis if it is installed."""
-    found = {"valkey": get_binary_path()}
+    programs = {"valkey": get_binary_path()}
     redis = shutil.which("redis-server")
     if redis:
-        found["redis"] = Path(redis)
-    return found
+        programs["redis"] = Path(redis)
+    return programs
 
 
 class ValkeyProcess:

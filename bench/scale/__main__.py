@@ -54,12 +54,12 @@ def main(
         for name in parts:
             where = Path(scratch) / name
             if name == "users":
-                found = users_part.measure(users, lookups, where, progress)
+                figures = users_part.measure(users, lookups, where, progress)
             elif name == "anchors":
-                found = anchors_part.measure(anchors, lookups, where, progress)
+                figures = anchors_part.measure(anchors, lookups, where, progress)
             else:
-                found = import_part.measure(people, where, progress)
-            tabulate([found], out and out.with_name(f"{out.stem}-{name}.json"), bench="scale")
+                figures = import_part.measure(people, where, progress)
+            tabulate([figures], out and out.with_name(f"{out.stem}-{name}.json"), bench="scale")
 
 
 if __name__ == "__main__":

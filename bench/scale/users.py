@@ -154,9 +154,9 @@ async def _look_up(
         async def look_up() -> float:
             key = keys.key(_name(chance.randrange(users)))
             start_s = time.perf_counter()
-            found = await stores.profiles.load(key)
+            profile = await stores.profiles.load(key)
             taken_ms = (time.perf_counter() - start_s) * 1000
-            if found is None:
+            if profile is None:
                 raise RuntimeError(f"{key} is not in the store")
             progress.advance(bar)
             return taken_ms

@@ -169,8 +169,8 @@ def _is_idle(page: Page, url: str) -> bool:
 def _asked(page: Page, url: str) -> dict[str, Any]:
     """Ask the app as the person who is signed in."""
     token = page.evaluate("localStorage.token")
-    found: dict[str, Any] = page.request.get(url, headers={"Authorization": f"Bearer {token}"}).json()
-    return found
+    answer: dict[str, Any] = page.request.get(url, headers={"Authorization": f"Bearer {token}"}).json()
+    return answer
 
 
 def _checked(ran: Up, key: str, chat: Chat) -> tuple[list[tuple[str, object]], dict[str, object]]:

@@ -146,10 +146,10 @@ def _chosen(rows: Sequence[Case], texts: Sequence[str], slots: int) -> list[Case
     for text in texts:
         if not any(text in case.label for case in rows):
             raise typer.BadParameter(f"no row has the text {text!r}", param_hint="--only")
-    found = [case for case in rows if any(text in case.label for text in texts)]
-    if min(case.recipes for case in found) > slots:
+    cases = [case for case in rows if any(text in case.label for text in texts)]
+    if min(case.recipes for case in cases) > slots:
         raise typer.BadParameter(f"no row of these has as few recipes as {slots}", param_hint="--slots")
-    return found
+    return cases
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +192,8 @@ def _one_engine(
         taken = [(case, asyncio.run(_measure(plan, case, subject, engines, done))) for case in rows]
         if plan.gateway:
             asked = cases(2)[1]
-            found = Readings(*through_gateway(subject, engines[0], plan.gateway, asked.prompt, plan.pairs))
-            taken.append((replace(asked, label=f"{asked.label}, through the gateway"), found))
+            readings = Readings(*through_gateway(subject, engines[0], plan.gateway, asked.prompt, plan.pairs))
+            taken.append((replace(asked, label=f"{asked.label}, through the gateway"), readings))
     return taken
 
 

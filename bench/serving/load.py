@@ -83,10 +83,10 @@ class Loader:
             extra_body={"temperature": 0, "cache_salt": next(self._salts), **ask.body},
             ignore_eos=True,
         )
-        found = await async_request_openai_completions(wanted, self._session)
-        if not found.success:
-            raise RuntimeError(f"{ask.model} was not answered: {found.error}")
-        return Answer(found.ttft * 1000, [gap * 1000 for gap in found.itl], found.output_tokens)
+        output = await async_request_openai_completions(wanted, self._session)
+        if not output.success:
+            raise RuntimeError(f"{ask.model} was not answered: {output.error}")
+        return Answer(output.ttft * 1000, [gap * 1000 for gap in output.itl], output.output_tokens)
 
     async def token_ids(self, ask: Ask) -> list[int]:
         """Return the token ids of an answer."""

@@ -97,8 +97,8 @@ def _measured(
     base, new, seen = list[float](), list[float](), list[float]()
     for _ in range(1 + pairs):
         recipe = next(recipes)
-        for found, model in ((base, BASE_MODEL), (new, recipe), (seen, recipe)):
-            found.append(_first_token_ms(engine, model, system))
+        for series, model in ((base, BASE_MODEL), (new, recipe), (seen, recipe)):
+            series.append(_first_token_ms(engine, model, system))
     yield Spread.of(base[1:])
     yield Spread.of(new[1:])
     yield Spread.ratio(new[1:], base[1:])

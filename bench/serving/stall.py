@@ -57,7 +57,7 @@ def main(
             async def measure() -> dict[str, list[_Block]]:
                 recipes, prompts = (recipe.name for recipe in subject.recipes()), Prompts(subject.model)
                 resident = [next(recipes) for _ in range(RESIDENT)]
-                found: dict[str, list[_Block]] = {kind: [] for kind in KINDS}
+                blocks: dict[str, list[_Block]] = {kind: [] for kind in KINDS}
                 async with loading(engine) as (loader,):
                     for turn in range(pairs + 1):
                         for kind in KINDS:
@@ -74,14 +74,14 @@ def main(
                                 seconds=arrivals / per_s,
                             )
                             if turn:
-                                found[kind].append(_Block(answers, gaps, waited_ms() - before_ms))
+                                blocks[kind].append(_Block(answers, gaps, waited_ms() - before_ms))
                             progress.advance(bar)
-                return found
+                return blocks
 
-            found = asyncio.run(measure())
-    p99 = {kind: [percentile(block.gaps_ms, 0.99) for block in blocks] for kind, blocks in found.items()}
+            measured = asyncio.run(measure())
+    p99 = {kind: [percentile(block.gaps_ms, 0.99) for block in blocks] for kind, blocks in measured.items()}
     lines: list[list[object]] = []
-    for kind, blocks in found.items():
+    for kind, blocks in measured.items():
         firsts = [answer.first_ms for block in blocks for answer in block.answers]
         over = [Spread.ratio(p99[kind], p99[other]) if kind != other else None for other in KINDS[1:]]
         p50, longest = (Spread.of([of(block.gaps_ms) for block in blocks]) for of in (median, max))

@@ -82,14 +82,14 @@ def main(
         load_folders(stock, folders, progress)
         bar = progress.add_task("blocks in turn", total=(rounds + 1) * len(levels) * len(sides))
         load = Load(subject, rounds, clients, requests, prompt, tokens)
-        found = asyncio.run(_measure(sides, names, levels, load, lambda: progress.advance(bar)))
+        measured = asyncio.run(_measure(sides, names, levels, load, lambda: progress.advance(bar)))
     first = levels[0]
-    lines = [_line(count, side, found[side, count], found[side, first]) for count in levels for side in sides]
+    lines = [_line(count, side, measured[side, count], measured[side, first]) for count in levels for side in sides]
     title = (
         f"{subject.title}, {dtype}, {slots} slots, {clients} clients: {rounds} blocks of {requests} requests, "
         f"prompts of {prompt} tokens, answers of {tokens}"
     )
-    raw = {f"{side}, {count}": level.tokens_per_s for (side, count), level in found.items()}
+    raw = {f"{side}, {count}": level.tokens_per_s for (side, count), level in measured.items()}
     columns = (*COLUMNS, f"tokens/s over {first} users'")
     tabulate([Figures(title, columns, lines)], out, bench="thrash", tokens_per_s=raw)
 
@@ -113,16 +113,16 @@ async def _measure(
     load: Load,
     done: Callable[[], object],
 ) -> dict[tuple[str, int], Level]:
-    found = {(side, count): Level() for side in sides for count in levels}
+    levels_by = {(side, count): Level() for side in sides for count in levels}
     prompts = Prompts(load.subject.model)
-    turns = {key: itertools.cycle(range(key[1])) for key in found}  # each block continues with the next user
+    turns = {key: itertools.cycle(range(key[1])) for key in levels_by}  # each block continues with the next user
     async with loading(*sides.values()) as loaders:
         for turn, count in itertools.product(range(load.rounds + 1), levels):
             for side, loader in zip(sides, loaders, strict=True):
                 asks = _asks(names[side], turns[side, count], prompts, load)
-                await _block(loader, asks, load.clients, found[side, count] if turn else Level())
+                await _block(loader, asks, load.clients, levels_by[side, count] if turn else Level())
                 done()
-    return found
+    return levels_by
 
 
 def _asks(names: Sequence[str], turns: Iterator[int], prompts: Prompts, load: Load) -> Iterator[Ask]:

@@ -60,9 +60,9 @@ def replacement(site: Site) -> list[Claim]:
     """Let new images take the place of the running ones under load, in the order that docs/deploying.md gives."""
     know_people(site)
     site.make_next_images()
-    found = replace_all(site)
+    claims = replace_all(site)
     old = site.of_old_images()
-    return [*found, Claim("services that run an old image", ", ".join(old) or "none", not old)]
+    return [*claims, Claim("services that run an old image", ", ".join(old) or "none", not old)]
 
 
 def alerts(site: Site) -> list[Claim]:
@@ -99,6 +99,6 @@ def _alerts(site: Site) -> list[str]:
 
 def _asked(site: Site, service: str, command: tuple[str, ...]) -> list[dict[str, Any]]:
     with suppress(ContainerError, ValueError):  # it has only just been started
-        found: list[dict[str, Any]] = json.loads(site.tool.run("exec", site.container(service), *command))
-        return found
+        targets: list[dict[str, Any]] = json.loads(site.tool.run("exec", site.container(service), *command))
+        return targets
     return []

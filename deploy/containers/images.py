@@ -49,15 +49,15 @@ def stand_ins() -> list[StandIn]:
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]
     base = re.search(r"^ARG PYTHON=(\S+)$", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
     assert base, "Dockerfile names no base image"
-    found = [StandIn(base[1], SUITE, PYTHON_NEEDS, _this_python(base[1]))]
+    stand_ins = [StandIn(base[1], SUITE, PYTHON_NEEDS, _this_python(base[1]))]
     store = ("USER valkey", "VOLUME /data", "WORKDIR /data", 'CMD ["valkey-server"]')
     made = 'chroot "$1" install -d -o valkey -g valkey /data'
-    found.append(StandIn(services["redis"]["image"], SUITE, ("valkey-server", "valkey-tools"), (made,), store))
+    stand_ins.append(StandIn(services["redis"]["image"], SUITE, ("valkey-server", "valkey-tools"), (made,), store))
     for name, program in zip(OBSERVERS, ("prometheus", "prometheus-alertmanager"), strict=True):
         changes = ("USER nobody", f"VOLUME /{name}", f'ENTRYPOINT ["/usr/bin/{program}"]')
         made = f'chroot "$1" install -d -o nobody -g nogroup /{name}'
-        found.append(StandIn(services[name]["image"], SUITE, (program,), (made,), changes))
-    return found
+        stand_ins.append(StandIn(services[name]["image"], SUITE, (program,), (made,), changes))
+    return stand_ins
 
 
 def _this_python(image: str) -> tuple[str, ...]:

@@ -183,11 +183,11 @@ class Site:
 
     def replacements(self) -> Iterator[Replacement]:
         page = (ROOT / "docs" / "deploying.md").read_text("utf-8")
-        found = re.search(r"for part in ([\w -]+); do", page)
-        assert found, "deploying.md names no parts"
+        named = re.search(r"for part in ([\w -]+); do", page)
+        assert named, "deploying.md names no parts"
         gateways = dict(zip(("gateway", "gateway-2"), self.urls, strict=True))
         self.compose("run", "--rm", "models")
-        for name in found[1].split():
+        for name in named[1].split():
             up = partial(self.compose, "up", "-d", "--no-deps", "--wait", name)
             yield Replacement(name, "", up, closed_url=gateways.get(name, ""))
 

@@ -40,14 +40,14 @@ class Prometheus:
 
     def asked(self, expression: str) -> list[dict[str, Any]]:
         """Evaluate an expression now, with one value per series."""
-        found: list[dict[str, Any]] = self._get("query", query=expression)["result"]
-        return found
+        series: list[dict[str, Any]] = self._get("query", query=expression)["result"]
+        return series
 
     def over_time(self, expression: str, start_s: float, end_s: float) -> list[dict[str, Any]]:
         """Evaluate an expression over a time range; replaces Grafana's variable for the rate window."""
         asked = {"query": expression.replace(WINDOW, f"{4 * HURRY_S}s"), "start": start_s, "end": end_s}
-        found: list[dict[str, Any]] = self._get("query_range", **asked, step=HURRY_S)["result"]
-        return found
+        series: list[dict[str, Any]] = self._get("query_range", **asked, step=HURRY_S)["result"]
+        return series
 
     def firing(self) -> set[str]:
         """Return the names of the firing alerts."""
@@ -56,8 +56,8 @@ class Prometheus:
 
     def up(self, job: str) -> bool:
         """Whether a job has targets and the last scrape of all of them succeeded."""
-        found = self.asked(f'min(up{{job="{job}"}})')
-        return bool(found) and found[0]["value"][1] == "1"
+        up = self.asked(f'min(up{{job="{job}"}})')
+        return bool(up) and up[0]["value"][1] == "1"
 
     def looked(self) -> None:
         """Wait until all targets have been scraped twice more."""
@@ -106,6 +106,6 @@ def prometheus(folder: Path, targets: Mapping[str, Target]) -> Iterator[Promethe
         "log.level": "warn",
     }
     with running([BINARY, *(f"--{name}={value}" for name, value in options.items())], {}):
-        found = Prometheus(f"http://{address}")
+        server = Prometheus(f"http://{address}")
         wait_until(lambda: answers(f"http://{address}/-/ready"), "Prometheus to start")
-        yield found
+        yield server

@@ -54,8 +54,8 @@ class Receiver:
     @property
     def spans(self) -> list[Span]:
         """All spans by start time."""
-        found = [span for body in list(self.bodies) for span in _spans(body)]
-        return sorted(found, key=lambda span: span.start_ns)
+        spans = [span for body in list(self.bodies) for span in _spans(body)]
+        return sorted(spans, key=lambda span: span.start_ns)
 
     def trace(self, trace_id: str) -> list[Span]:
         """Return the spans of one trace."""

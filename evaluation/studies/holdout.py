@@ -166,8 +166,8 @@ def main(
                 use = Use(size, weeks, answers, effect)
                 task = progress.add_task(f"{size:,} people, {metric.name}", total=runs)
                 step = partial(progress.advance, task)
-                found = simulate(metric, use, holdout, runs=runs, seed=seed, step=step)
-                for share, (none, some) in zip(holdout, found, strict=True):
+                outcomes = simulate(metric, use, holdout, runs=runs, seed=seed, step=step)
+                for share, (none, some) in zip(holdout, outcomes, strict=True):
                     about = [size, metric.name, share]
                     without.append([*about, round(none.people_weeks), none.wrong, none.wrong_naive])
                     having.append([*about, some.seen, *some.days, some.planned_days, some.wrong, some.wrong_relative])

@@ -62,9 +62,9 @@ class Scores:
     def line(self, name: str) -> list[object]:
         members, others = np.concatenate(self.members), np.concatenate(self.others)
         highest = np.sort(others)[::-1]
-        found = [float((members > highest[int(share * len(highest))]).mean()) for share in (0.01, 0.1)]
+        fractions = [float((members > highest[int(share * len(highest))]).mean()) for share in (0.01, 0.1)]
         low, high = self._interval()
-        return [name, len(members), len(others), auc(members, others), low, high, *found]
+        return [name, len(members), len(others), auc(members, others), low, high, *fractions]
 
     def _interval(self) -> tuple[float, float]:
         """Return the 95 % interval of the AUC over people, by the bootstrap's percentiles."""
@@ -105,12 +105,12 @@ class Attack:
         adapter = self.evaluator.adapter(METHODS["stacked"], self.evaluator.evidence(person), 0)
         if adapter is None or adapter.trained is None:
             return {}
-        trained, found = person.pairs(task), dict[str, Scores]()
+        trained, scores = person.pairs(task), dict[str, Scores]()
         for other, beneath in (("base", None), ("merged", replace(adapter, trained=None))):
             for whose, texts in (("own later texts", asked(person)), ("another person's", asked(stranger))):
                 sides = [[self.losses(beneath, each) - self.losses(adapter, each)] for each in (trained, texts)]
-                found[f"few-shot, {other}; others: {whose}"] = Scores(*sides)
-        return found
+                scores[f"few-shot, {other}; others: {whose}"] = Scores(*sides)
+        return scores
 
 
 def asked(person: History) -> Pairs:

@@ -83,7 +83,7 @@ def people(path: Path, count: int) -> People:
             return {"id": item["id"], "input": task.input.format(**item), "output": task.output.format(**item)}
         return {name: item[name] for name in ("id", "input", "output")}
 
-    found = [
+    chosen = [
         {
             "user_id": f"{kind}-{person['user_id']}",
             "profile": [chat(item) for item in person["profile"][-most:]],
@@ -91,7 +91,7 @@ def people(path: Path, count: int) -> People:
         }
         for person in json.loads(path.read_text("utf-8"))
     ]
-    return sorted(found, key=lambda person: -len(person["profile"]))[:count]
+    return sorted(chosen, key=lambda person: -len(person["profile"]))[:count]
 
 
 def places(counts: Mapping[str, int]) -> dict[str, range]:

@@ -68,11 +68,11 @@ def main(
                 gains.append(float(np.log(kept + added * np.exp(known)).mean()))
             rows[count].append((sum(map(len, texts)), phrases.table.nbytes, ms, float(np.mean(gains))))
     lines = []
-    for count, found in rows.items():
-        if found:
-            tokens, sizes, times, worth = zip(*found, strict=True)
+    for count, measured in rows.items():
+        if measured:
+            tokens, sizes, times, worth = zip(*measured, strict=True)
             cells = (median(tokens), median(sizes), median(times), over_users(list(worth)).cell("+.4f"))
-            lines.append([count, len(found), *cells])
+            lines.append([count, len(measured), *cells])
     tabulate([Figures(f"{users}, {bank}", COLUMNS, lines)], out, bench="tables")
 
 

@@ -41,18 +41,18 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Report loss less the others' with BCa intervals over people; a star is p < 0.05 after Holm's correction."""
-    found = {task: mean_losses(_folders(task, listed)) for task, _, listed in (run.partition("=") for run in runs)}
+    losses = {task: mean_losses(_folders(task, listed)) for task, _, listed in (run.partition("=") for run in runs)}
     pairs = [
         (task, method + history, other + history)
-        for task in found
+        for task in losses
         for history in histories.split(",")
         for other in against.split(",")
     ]
-    differences = {pair: _differences(found[pair[0]], pair) for pair in pairs}
+    differences = {pair: _differences(losses[pair[0]], pair) for pair in pairs}
     tested = compare_together(differences)
     rows = [(f"{task}: {one} less {other}", _row(tested[task, one, other], less))
             for (task, one, other), less in differences.items()]  # fmt: skip
-    report(f"{len(rows)} differences, nats a token", rows, out, losses=found)
+    report(f"{len(rows)} differences, nats a token", rows, out, losses=losses)
 
 
 def mean_losses(folders: Sequence[Path]) -> Losses:
@@ -64,16 +64,16 @@ def mean_losses(folders: Sequence[Path]) -> Losses:
 
 def _records(folder: Path) -> list[Record]:
     """Return a folder's records, the last of each query; refuse a query that two different evaluations have read."""
-    found: dict[tuple[str, str, int, str], Record] = {}
+    records: dict[tuple[str, str, int, str], Record] = {}
     for record in read_records(folder / RECORDS_FILE):
         what = (record.user_id, record.method, record.seed, record.query_id)
-        if found.setdefault(what, record).key != record.key:
+        if records.setdefault(what, record).key != record.key:
             raise typer.BadParameter(
                 f"{folder / RECORDS_FILE} has {record.method} of {record.user_id} by evaluations with different banks, "
                 "settings or data: give each a folder of its own"
             )
-        found[what] = record
-    return list(found.values())
+        records[what] = record
+    return list(records.values())
 
 
 def _folders(task: str, listed: str) -> list[Path]:

@@ -160,13 +160,13 @@ def rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, object]]:
 
 def outsiders(path: Path) -> Path:
     """Write people who answer the questions of another manner's world, which no anchor of their manner has seen."""
-    found = []
+    made_up = []
     for (manner, other), seed in product(permutations(MANNERS, 2), range(len(OUTSIDERS))):
         asked = [pair for topic in worlds()[other.world].values() for pair in topic]
         random.Random(seed).shuffle(asked)
         profile = [{"input": question, "output": manner.write(plain, OUTSIDERS[seed])} for question, plain in asked]
-        found.append({"user_id": f"{manner.world}-{other.world}-{seed}", "profile": profile, "query": []})
-    return write_people(path, found)
+        made_up.append({"user_id": f"{manner.world}-{other.world}-{seed}", "profile": profile, "query": []})
+    return write_people(path, made_up)
 
 
 if __name__ == "__main__":

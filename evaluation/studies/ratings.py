@@ -81,11 +81,11 @@ def judged(records: Sequence[Record], everybody: Chances) -> tuple[Figures, Figu
     habits = {(r.user_id, r.query_id): _shares(r.chances) for r in records if r.method == PRIOR}
     for record in records:
         chances = _shares(record.chances)
-        found = {record.method: chances}
+        judged = {record.method: chances}
         if record.method != PRIOR:
             habit = habits[record.user_id, record.query_id]
-            found[record.method + BIASED] = _biased(chances, habit, everybody)
-        for name, each in found.items():
+            judged[record.method + BIASED] = _biased(chances, habit, everybody)
+        for name, each in judged.items():
             expected = sum(int(score) * chance for score, chance in each.items())
             errors[name][record.user_id].append(abs(expected - int(record.gold)))
             losses[name][record.user_id].append(-math.log(each[record.gold]) / TOKENS)

@@ -85,11 +85,11 @@ def main(
     folder = ensure_base_model(settings.model, settings.cache_dir, opened.manifest.base_model)
     scorer = Scorer(*load_base(folder, resolve_dtype(settings.dtype)))
     evaluator, task = Evaluator(bank=opened, scorer=scorer, embedder=embedder), opened.serving.task
-    found, losses, records = dict[str, list[Text]](), dict[str, list[float]](), list[Record]()
+    by_row, losses, records = dict[str, list[Text]](), dict[str, list[float]](), list[Record]()
     histories = read_histories(users, task, queries=True)[:people]
     for user in track(histories, "writing", console=console()):
         known, items = evaluator.evidence(user), own_texts(user.items, task)
-        found.setdefault(OWN, []).extend(Text.of(query.gold, items) for query in user.queries)
+        by_row.setdefault(OWN, []).extend(Text.of(query.gold, items) for query in user.queries)
         for strength, (what, method) in product(_numbers(strengths), METHODS_READ.items()):
             adapter, phrases = evaluator.fused(known, strength), evaluator.phrases(method, known)
             examples, readings = evaluator.read(method, known, adapter)
@@ -97,7 +97,7 @@ def main(
                 written = scorer.write(adapter, examples, texts, phrases, temperature)
                 name = f"strength {strength:g}, {what} phrases, temperature {temperature:g}"
                 said = [text for each in written for text in each]
-                found.setdefault(name, []).extend(Text.of(text, items) for text in said)
+                by_row.setdefault(name, []).extend(Text.of(text, items) for text in said)
                 losses.setdefault(name, []).append(fmean(reading.loss for reading in readings))
                 records.append(Record(user.user_id, "", name, 0, 0.0, None, "", written=said))
     voices = authorship(histories, records, task)
@@ -114,7 +114,7 @@ def main(
             100 * fmean(row.distinct for row in rows),
             *(named[judge, name].cell(".0%") for judge in judges),
         ]
-        for name, rows in found.items()
+        for name, rows in by_row.items()
     ]
     columns = (*COLUMNS, *map(NAMED.format, judges))
     tabulate([Figures(f"{users}, {bank}", columns, lines)], out, bench="parrot")

@@ -99,9 +99,9 @@ def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> 
 
 def print_authorship(rows: Sequence[AuthorshipRow], console: Console) -> None:
     for judge, group in groupby(rows, lambda row: row.judge):
-        found = list(group)
-        lines = [(row.method, f"{row.named.mean:.1%}", f"{row.rank.mean:.2f}") for row in found]
-        title = f"authorship, {found[0].named.n} people, judged by {judge}"
+        group_rows = list(group)
+        lines = [(row.method, f"{row.named.mean:.1%}", f"{row.rank.mean:.2f}") for row in group_rows]
+        title = f"authorship, {group_rows[0].named.n} people, judged by {judge}"
         console.print(_table(title, ("right person first", "mean rank"), lines))
 
 

@@ -29,8 +29,8 @@ app = typer.Typer(help="Keys for a gateway's HTTP API; each belongs to a tenant.
 
 
 def _parse_amount(text: str) -> int:
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,12})?)([KMGT]?)", text.upper())
-    amount = round(float(found[1]) * 1000.0 ** " KMGT".index(found[2] or " ")) if found else MOST + 1
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,12})?)([KMGT]?)", text.upper())
+    amount = round(float(match[1]) * 1000.0 ** " KMGT".index(match[2] or " ")) if match else MOST + 1
     if amount > MOST:
         raise typer.BadParameter(
             f"{text!r} is not an amount: write a number up to {MOST:,}, or one with k, M, G or T, such as 2.5G"

@@ -87,7 +87,7 @@ class SharedReading:
         """
         if not self._left:
             return ids
-        found, ends = list(ids), np.cumsum(scheduled)
+        owners, ends = list(ids), np.cumsum(scheduled)
         for request_id, (count, common) in list(self._left.items()):
             if (row := rows.get(request_id)) is None:
                 continue
@@ -96,8 +96,8 @@ class SharedReading:
                 del self._left[request_id]
                 continue
             begin = int(ends[row] - scheduled[row])
-            found[begin : begin + shared] = [common] * shared
-        return tuple(found)
+            owners[begin : begin + shared] = [common] * shared
+        return tuple(owners)
 
     def beside(self, active: set[LoRARequest]) -> set[LoRARequest]:
         """Return a step's adapters with the common recipes, which keep their slots so."""

@@ -114,9 +114,9 @@ def with_engines(settings: Settings) -> Settings:
     if settings.model_fields_set & {"engine_url", "engine_urls"} or not (folder / ENGINES).exists():
         return settings
     urls, key, bank = (folder / ENGINES).read_text("utf-8").splitlines()
-    found: dict[str, object] = {"engine_urls": urls, "engine_key": SecretStr(key), "bank": settings.bank or Path(bank)}
-    found["secret"] = settings.secret or SecretStr((folder / "secret").read_text("ascii").strip())
-    return settings.model_copy(update=found)
+    update: dict[str, object] = {"engine_urls": urls, "engine_key": SecretStr(key), "bank": settings.bank or Path(bank)}
+    update["secret"] = settings.secret or SecretStr((folder / "secret").read_text("ascii").strip())
+    return settings.model_copy(update=update)
 
 
 def router_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
@@ -131,11 +131,13 @@ def router_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
 def environment(settings: Iterable[tuple[str, object]] = ()) -> dict[str, str]:
     """Return our environment with these settings in place of its own."""
     others = ("MTA_", "RUST_LOG")  # RUST_LOG would override the router's log level
-    found = {name: value for name, value in os.environ.items() if not name.upper().startswith(others)}
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(others)}
     for name, value in settings:
         if value is not None:
-            found[f"MTA_{name.upper()}"] = str(value.get_secret_value() if isinstance(value, SecretStr) else value)
-    return found
+            environment[f"MTA_{name.upper()}"] = str(
+                value.get_secret_value() if isinstance(value, SecretStr) else value
+            )
+    return environment
 
 
 def free_port() -> int:

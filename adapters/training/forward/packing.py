@@ -68,7 +68,7 @@ class Row:
 
     def blocks(self, size: int = BLOCK_IDS) -> list[Block]:
         """Split the row into attention blocks, each with the ranges of keys that it can attend to."""
-        found, shared, before = [], self.shared, self.keys_before
+        blocks, shared, before = [], self.shared, self.keys_before
         for first in range(0, len(self.ids), size):
             last = min(first + size, len(self.ids))
             spans = [self.spans[owner] for owner in set(self.owners[first:last])]
@@ -76,8 +76,8 @@ class Row:
             near = before + self.owners.index(self.owners[first]), before + last
             if near[0] <= far[1]:  # they are contiguous
                 far, near = (0, 0), (far[0], near[1])
-            found.append(Block(first, last, far, near))
-        return found
+            blocks.append(Block(first, last, far, near))
+        return blocks
 
     def _mask(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the additive mask [1, 1, T, S]: 0 if the row's token may attend to the column's, else about -∞."""

@@ -137,26 +137,24 @@ def check(
     where = settings.model, settings.cache_dir
     inputs = BuildInputs(users, Path(), *where, exclude=exclude, template=settings.chat_template)
     with ConsoleProgress() as progress:
-        found = dry_run(inputs, BuildOptions(task, anchors), progress.say)
-    only = found.teachers - found.candidates - found.held_out
+        plan = dry_run(inputs, BuildOptions(task, anchors), progress.say)
+    only = plan.teachers - plan.candidates - plan.held_out
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row(
         "people",
-        f"{found.people}: {found.candidates} can be anchors ({MIN_ITEMS} lessons or more), {only} teach the common row "
-        f"alone, {found.held_out} are held out to measure the bank, {found.people - found.teachers} teach nothing",
+        f"{plan.people}: {plan.candidates} can be anchors ({MIN_ITEMS} lessons or more), {only} teach the common row "
+        f"alone, {plan.held_out} are held out to measure the bank, {plan.people - plan.teachers} teach nothing",
     )
-    why = f" ({found.untaught})" if found.untaught else ""
-    table.add_row(
-        "items", f"{found.items}: {found.lessons} lessons, {found.items - found.lessons} tell topics alone{why}"
-    )
-    reasons = Counter(each.why for each in found.left_out)
-    examples = {each.why: each.where for each in reversed(found.left_out)}
+    why = f" ({plan.untaught})" if plan.untaught else ""
+    table.add_row("items", f"{plan.items}: {plan.lessons} lessons, {plan.items - plan.lessons} tell topics alone{why}")
+    reasons = Counter(each.why for each in plan.left_out)
+    examples = {each.why: each.where for each in reversed(plan.left_out)}
     table.add_row("left out", "\n".join(f"{n}: {examples[why]} {why}" for why, n in reasons.most_common()) or "nothing")
-    needs = f"{anchors} anchors were asked for, but {found.candidates} people can be anchors: give more, or --anchors N"
-    takes = needs if found.seconds is None else f"about {found.seconds / 60:.0f} min with {anchors} anchors"
+    needs = f"{anchors} anchors were asked for, but {plan.candidates} people can be anchors: give more, or --anchors N"
+    takes = needs if plan.seconds is None else f"about {plan.seconds / 60:.0f} min with {anchors} anchors"
     table.add_row("build", takes)
     Console(highlight=False, markup=False).print(table)
-    if found.seconds is None:
+    if plan.seconds is None:
         raise typer.Exit(1)
 
 

@@ -93,10 +93,15 @@ def trained_bytes(layout: RowLayout, words: int) -> int:
 
 def bits_of(config: Mapping[str, Any]) -> int | None:
     """Return the bits of a quantised model's weights, None if they are plain."""
-    found = config.get("quantization_config") or {}
-    groups = found.get("config_groups") or {}
+    quantisation = config.get("quantization_config") or {}
+    groups = quantisation.get("config_groups") or {}
     bits = [group["weights"]["num_bits"] for group in groups.values() if group.get("weights")]
-    return found.get("bits") or found.get("w_bit") or max(bits, default=None) or (8 if found else None)
+    return (
+        quantisation.get("bits")
+        or quantisation.get("w_bit")
+        or max(bits, default=None)
+        or (8 if quantisation else None)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,24 +86,24 @@ def _of_user(
     adapter = export["adapter"] if user.adapter and not user.adapter["stale"] else None
     recipe = parse_recipe(adapter["recipe"] if adapter else user.recipe)
     manifest.check(recipe)
-    found = {recipe.name: fuse(matrix, recipe, torch.float32)}
+    adapters = {recipe.name: fuse(matrix, recipe, torch.float32)}
     if adapter:
         key = UserKeys(settings.user_secret, settings.tenant).key(user_id)
         own = decode_user_adapter(manifest.layout, base64.b64decode(adapter["stored"]))
-        found[f"{recipe.name}:u-{key}.{adapter['id']}"] = stack(found[recipe.name], own, torch.float32)
+        adapters[f"{recipe.name}:u-{key}.{adapter['id']}"] = stack(adapters[recipe.name], own, torch.float32)
     task = get_task(manifest.task)
     items = [parse_item(raw, task, place) for place, raw in enumerate(export["items"][-MAX_ITEMS:])]
-    return [item_pair(item, task) or (TEXTS[0][0], item_text(item, task)) for item in items], found
+    return [item_pair(item, task) or (TEXTS[0][0], item_text(item, task)) for item in items], adapters
 
 
 def _ask(engine: httpx.Client, example: Example, names: Iterable[str], shared: int) -> dict[str, Vectors]:
     """Return the log-probabilities of an example's output tokens by recipe, as an engine reads it."""
-    found, tokens = {}, list(enumerate(example.ids))[example.loss_from :]
+    by_adapter, tokens = {}, list(enumerate(example.ids))[example.loss_from :]
     options = {"prompt": example.ids, "max_tokens": 1, "prompt_logprobs": 0, "vllm_xargs": {SHARED: shared}}
     for name in names:
         read = _call(engine, "/v1/completions", {"model": name} | options)["choices"][0]["prompt_logprobs"]
-        found[name] = np.array([read[place][str(token)]["logprob"] for place, token in tokens])
-    return found
+        by_adapter[name] = np.array([read[place][str(token)]["logprob"] for place, token in tokens])
+    return by_adapter
 
 
 def _call(engine: httpx.Client, path: str, body: object = None) -> Any:

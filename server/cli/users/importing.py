@@ -151,12 +151,12 @@ def entries(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _from_folder(place: int, path: Path, task: Task) -> PersonEntry:
-    found = read_person(path, task)
-    items = [{"id": item.id, **item.fields} for item in found.items.values()]
-    person = _person(place, {"user_id": found.user_id, "profile": items})
+    history = read_person(path, task)
+    items = [{"id": item.id, **item.fields} for item in history.items.values()]
+    person = _person(place, {"user_id": history.user_id, "profile": items})
     if not items:
-        person = replace(person, fault="; ".join(f"{each.where} {each.why}" for each in found.left_out[:3]))
-    return replace(person, left_out=len(found.left_out))
+        person = replace(person, fault="; ".join(f"{each.where} {each.why}" for each in history.left_out[:3]))
+    return replace(person, left_out=len(history.left_out))
 
 
 def _person(place: int, raw: Any) -> PersonEntry:

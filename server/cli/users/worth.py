@@ -42,8 +42,10 @@ def _comparisons(rows: Any) -> Table:
     for row in rows:
         means = (f"{_percent(row[arm]['mean'])} of {row[arm]['people_weeks']}" for arm in ("lower", "full"))
         difference = "–"
-        if found := row["difference"]:
-            difference = f"{100 * found['estimate']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+        if interval := row["difference"]:
+            difference = (
+                f"{100 * interval['estimate']:+.1f} ({100 * interval['low']:+.1f} to {100 * interval['high']:+.1f})"
+            )
         table.add_row(row["level"], row["metric"], *means, difference)
     return table
 

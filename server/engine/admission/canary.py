@@ -48,4 +48,4 @@ async def _read(engine: Any, names: AdapterNames, canary: Canary, prefix: str, t
     if lora:
         names.release(name)
     tokens = list(zip(last.prompt_logprobs, canary.ids, strict=True))[canary.read_from :]
-    return np.array([found[token].logprob for found, token in tokens])
+    return np.array([logprobs[token].logprob for logprobs, token in tokens])

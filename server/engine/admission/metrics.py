@@ -72,8 +72,8 @@ class AdapterMetrics(Collector):
             self._running_query = None
 
     def _fuses(self) -> int:
-        found = re.search(r"^mta_engine_fuse_seconds_count (\S+)$", self._worker_text, re.MULTILINE)
-        return int(float(found[1])) if found else 0
+        sample = re.search(r"^mta_engine_fuse_seconds_count (\S+)$", self._worker_text, re.MULTILINE)
+        return int(float(sample[1])) if sample else 0
 
     def collect(self) -> Iterator[Metric]:
         for metric in text_string_to_metric_families(generate_latest(self._registry).decode() + self._worker_text):

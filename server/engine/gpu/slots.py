@@ -129,14 +129,14 @@ class DeviceSlots(FusedSlots):
 
     def _cut(self, how: str, matrices: Matrices, vllm_names: Mapping[str, str]) -> torch.Tensor:
         """Return A or B of all modules as this rank holds them, flat; `how` is the name of a layer's method."""
-        found: dict[str, torch.Tensor] = {vllm_names[name]: matrix for name, matrix in matrices.items()}
+        tensors: dict[str, torch.Tensor] = {vllm_names[name]: matrix for name, matrix in matrices.items()}
         for name, layer in self.modules.items():
             parts = self.packed_modules.get(name, [name])
-            if layer.tp_size > 1 and not found.keys().isdisjoint(parts):
-                given = [found.get(part) for part in parts]
+            if layer.tp_size > 1 and not tensors.keys().isdisjoint(parts):
+                given = [tensors.get(part) for part in parts]
                 cut = getattr(layer, how)(given) if len(parts) > 1 else [getattr(layer, how)(given[0])]
-                found |= {part: each for part, each in zip(parts, cut, strict=True) if each is not None}
-        return torch.cat([found[vllm_names[name]].reshape(-1) for name in matrices])
+                tensors |= {part: each for part, each in zip(parts, cut, strict=True) if each is not None}
+        return torch.cat([tensors[vllm_names[name]].reshape(-1) for name in matrices])
 
     def _writes(self, model: FusedLoRAModel) -> bool:
         return isinstance(model, SummedLoRAModel)

@@ -82,13 +82,13 @@ class Quotas:
 
     async def count(self) -> None:
         """Measure those who have changed, and read what all gateways have counted of who asks; of others in turn."""
-        measured, found = dict(islice(self._waiting.items(), _BATCH)), defaultdict[str, dict[str, Held]](dict)
+        measured, held = dict(islice(self._waiting.items(), _BATCH)), defaultdict[str, dict[str, Held]](dict)
         trains = dict[User, bool]()
         for user in measured:
             for key in user.every_key:
-                _, found[user.tenant][key], trained = await self.profiles.measure(key)
+                _, held[user.tenant][key], trained = await self.profiles.measure(key)
                 trains[user] = trained or trains.get(user, False)
-        await self._note(found)
+        await self._note(held)
         for user, admitted in measured.items():
             if self._waiting.get(user) is admitted:  # else they have changed meanwhile
                 del self._waiting[user]
@@ -97,7 +97,7 @@ class Quotas:
         self._turn = (self._turn + 1) % COUNT_TURNS
         quotas = self.keys.quotas
         in_turn = islice(quotas, self._turn, None, COUNT_TURNS)
-        for tenant in quotas.keys() & self._asking.union(found, in_turn, quotas.keys() - self._used.keys()):
+        for tenant in quotas.keys() & self._asking.union(held, in_turn, quotas.keys() - self._used.keys()):
             self._asking.discard(tenant)
             self._used[tenant] = used = await self.store.count(tenant, quotas[tenant])
             for user, admitted in chain(self._waiting.items(), self._writing.values()):

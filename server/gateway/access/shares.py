@@ -258,8 +258,8 @@ class FairQueue:
 
     def _serve(self) -> None:
         """Give the free places to the waiting requests, in turn."""
-        while found := self._next():
-            caller, waiting = found
+        while next_in_line := self._next():
+            caller, waiting = next_in_line
             for other in [*(other for other in self._lines if tenant_of(other) == tenant_of(caller)), caller]:
                 self._lines.move_to_end(other)
             self._remove(caller, waiting)

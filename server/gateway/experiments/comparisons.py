@@ -67,22 +67,24 @@ class Comparison:
 
     @property
     def says(self) -> str:
-        found, saved, needed = self.difference, self.saved, self.needed
+        interval, saved, needed = self.difference, self.saved, self.needed
         about = f"{self.level}, {_SHARE_OF[self.metric]}: not known yet"
         if self.metric is Metric.SILENT and self.lower.sum + self.full.sum == self.lower.n + self.full.n:
             return f"{about}; no answer has feedback, which goes to POST /users/{{user_id}}/feedback"
-        if found is None:
+        if interval is None:
             so_far = f"{self.lower.n} held out and {self.full.n} not so far"
             return f"{about}; it takes {MIN_PEOPLE_WEEKS} people-weeks of each, {so_far}"
-        if not found.excludes():
+        if not interval.excludes():
             if needed is None or needed > _HOPELESS * (self.lower.n + self.full.n):
-                return f"{about}; the level changes it by {-100 * found.high:+.1f} to {-100 * found.low:+.1f} points"
+                return (
+                    f"{about}; the level changes it by {-100 * interval.high:+.1f} to {-100 * interval.low:+.1f} points"
+                )
             return f"{about}, about {_rounded(needed)} more people-weeks"
-        better = found.estimate * _GOOD.get(self.metric, 0)
+        better = interval.estimate * _GOOD.get(self.metric, 0)
         advice = f": {'keep it' if better > 0 else _INSTEAD[self.level]}" if better else ""
         if saved is None:
-            verb = "lowers" if found.estimate > 0 else "raises"
-            return f"{self.level} {verb} the share of {_SHARE_OF[self.metric]} by {_shown(found, 1)} points{advice}"
+            verb = "lowers" if interval.estimate > 0 else "raises"
+            return f"{self.level} {verb} the share of {_SHARE_OF[self.metric]} by {_shown(interval, 1)} points{advice}"
         verb, part = ("saves", "of") if better > 0 else ("adds", "to")
         return f"{self.level} {verb} {_shown(saved, 0, ' %')} {part} {_SAVED[self.metric]}{advice}"
 
@@ -120,10 +122,10 @@ def _totals(numbers: Sequence[float]) -> dict[Metric, Totals]:
     return {metric: Totals(int(n), total, squares) for metric, n, total, squares in triples if n}
 
 
-def _shown(found: SequentialInterval, digits: int, unit: str = "") -> str:
+def _shown(interval: SequentialInterval, digits: int, unit: str = "") -> str:
     """Return the sizes of an estimate and of its interval's ends, the smaller one first, in hundredths."""
-    ends = sorted((abs(found.low), abs(found.high)))
-    estimate, low, high = (f"{100 * size:.{digits}f}" for size in (abs(found.estimate), *ends))
+    ends = sorted((abs(interval.low), abs(interval.high)))
+    estimate, low, high = (f"{100 * size:.{digits}f}" for size in (abs(interval.estimate), *ends))
     return f"{estimate}{unit} ({low} to {high})"
 
 

@@ -76,8 +76,8 @@ class LengthLimits:
             "bytes of tools and template arguments": _template_bytes(request),
         }
         if sum(lengths.values()) > self.max_prompt_chars:
-            found = " and ".join(f"{length} {unit}" for unit, length in lengths.items() if length)
-            message = f"{request.prompt_param} has {found}, at most {self.max_prompt_chars} are allowed"
+            told = " and ".join(f"{length} {unit}" for unit, length in lengths.items() if length)
+            message = f"{request.prompt_param} has {told}, at most {self.max_prompt_chars} are allowed"
             raise InvalidRequest(message, param=request.prompt_param, code="prompt_too_long")
         if self.context_tokens is not None and (request.max_tokens or 0) >= self.context_tokens:
             raise _context_exceeded(

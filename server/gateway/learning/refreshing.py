@@ -55,17 +55,17 @@ class Refreshing:
             return None
 
     async def _refresh(self, user: User, caller: Caller, after: int, epoch: str) -> Job | None:
-        found = await self.stores.adapters.kept(user.key)
-        if found.profile is None:
+        kept = await self.stores.adapters.kept(user.key)
+        if kept.profile is None:
             return None
         learned_ms = await self.stores.feedback.learned_ms(user.key)
         if len(learned_ms) < after:
             return None
-        adapter, seen_ms = found.profile.adapter, 0
+        adapter, seen_ms = kept.profile.adapter, 0
         jobs = await self.stores.jobs.jobs(user.key)
         if adapter and bank_of(adapter.recipe) == self.manifest.short:  # it has not seen what came while it was trained
             seen_ms = next((job.started_ms for job in jobs if job.adapter == adapter.id), adapter.created_ms)
-            seen_ms = max(seen_ms, found.chosen_ms)  # whoever went back to it does not want the others again
+            seen_ms = max(seen_ms, kept.chosen_ms)  # whoever went back to it does not want the others again
         if sum(at_ms > seen_ms for at_ms in learned_ms) < after:
             return None
         now_ms = time.time_ns() // 1_000_000

@@ -173,10 +173,10 @@ class _PartsCollector(Collector):
         of_commands = ("server", "command")
         calls = counter("mta_store_commands", "Commands that a server ran, by name.", labels=of_commands)
         seconds = counter("mta_store_command_seconds", "Time a server took for them.", labels=of_commands)
-        for found in self.metrics.store_servers:
+        for figures in self.metrics.store_servers:
             for name, family in families.items():
-                family.add_metric((found.server,), float(getattr(found, name)))
-            for command, (times, taken_s) in found.commands.items():
-                calls.add_metric((found.server, command), times)
-                seconds.add_metric((found.server, command), taken_s)
+                family.add_metric((figures.server,), float(getattr(figures, name)))
+            for command, (times, taken_s) in figures.commands.items():
+                calls.add_metric((figures.server, command), times)
+                seconds.add_metric((figures.server, command), taken_s)
         yield from (*families.values(), calls, seconds)

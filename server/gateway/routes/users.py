@@ -224,10 +224,10 @@ async def list_adapters(request: Request, user_id: UserIdInPath) -> VersionsAnsw
     """List the kept versions of the user's adapter."""
     call = call_of(request)
     parts = call.parts
-    found = await parts.adapting.versions(call.user(user_id))
-    if found.profile is None:
+    kept = await parts.adapting.versions(call.user(user_id))
+    if kept.profile is None:
         raise _unknown(user_id, "profile")
-    answers = [VersionAnswer.of_version(one, parts, serving=one is found.serving) for one in found.versions]
+    answers = [VersionAnswer.of_version(one, parts, serving=one is kept.serving) for one in kept.versions]
     return VersionsAnswer(adapters=answers)
 
 

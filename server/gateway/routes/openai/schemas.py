@@ -52,10 +52,10 @@ def states_of(pattern: str) -> int:
     It is a number beyond `MAX_STATES` for all that have more, or that repeat a part more than `MAX_REPEATS` times.
     """
     groups, last = [0], 0
-    for found in _ATOM.finditer(pattern):
+    for matched in _ATOM.finditer(pattern):
         if groups[-1] > MAX_STATES:
             return groups[-1]
-        atom, least, most = found[0], found[1], found[2]
+        atom, least, most = matched[0], matched[1], matched[2]
         if least:
             times = max(int(least[:_MAX_DIGITS]), int((most or "0")[:_MAX_DIGITS]))
             if times > MAX_REPEATS:
