@@ -25,7 +25,8 @@ from server.gateway.parts import Parts, gateway_of, parts_of, user_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
 from server.gateway.routes.jobs import JobAnswer, iso
 from server.gateway.routes.requests import Strict, UserIdInPath, UserRoute, epoch_of, with_examples
-from server.gateway.users.profiles import ProfileUpdate, check_size, newest_items
+from server.gateway.users.histories import newest_items
+from server.gateway.users.profiles import ProfileUpdate, check_size
 from server.settings import MAX_INT32
 from server.store.adapters import AdapterVersion
 from server.store.jobs import Job
