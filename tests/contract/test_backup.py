@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from redis.asyncio import Redis
@@ -14,11 +16,11 @@ from redis.crc import key_slot
 from adapters.errors import MtaError
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import ValkeyProcess
-from server.cli.backup import _settle
 from server.errors import Unavailable
 from server.settings import Settings
 from server.store.backup import copying
 from server.store.backup.copying import Entry, StoreCopying
+from server.store.backup.restoring import Restore, Since
 from server.store.opening import open_stores
 from server.store.redis import keys
 from server.store.rotation import Rotation
@@ -139,7 +141,7 @@ async def test_who_is_younger_than_the_copied_queues_is_put_into_them(
     for name in [name async for name in raw.scan_iter() if not keys.user_of(name.decode())]:
         await raw.delete(name)
     async with open_stores(Settings(redis_url=server.url)) as stores:
-        assert await _settle(stores, key, {}, ())
+        assert await Restore(Path(), Mock(), Since(), ()).settle(stores, key)
         assert [user async for user in stores.adapters.adapted_users(BANK)] == [key]
         assert await stores.adapters.adapter_id(key) == adapter
         assert (await stores.jobs.next_job(BANK, 1)).user_key == key
