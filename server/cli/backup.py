@@ -12,7 +12,7 @@ from adapters.errors import MtaError
 from server.cli.shared import MOST_DAYS, Data, store_settings, with_stores
 from server.errors import Unavailable
 from server.store.backup.folder import Manifest, delete_old_copies, write_copy
-from server.store.backup.restoring import Restore, Restored
+from server.store.backup.restoring import Restore
 from server.watching.audit import Act, note
 
 if TYPE_CHECKING:
@@ -80,15 +80,15 @@ def restore(
     work = Restore.of(copy, erased or [], settings.user_secret, partial(typer.echo, err=True))
     manifest = work.manifest
 
-    async def run(stores: Stores) -> Restored:
+    async def run(stores: Stores) -> tuple[int, int]:
         with ConsoleProgress() as progress:
             return await work.run(stores, progress.piece)
 
     what = {"key": "cli", "copy": manifest.sha256[:12]}
     note(Act.RESTORE, "begun", **what)
-    done = with_stores(settings, run, checked=False)
+    users, keys = with_stores(settings, run, checked=False)
     note(Act.RESTORE, "done", **what)
     typer.echo(
-        f"restored: {done.users} users as of {manifest.began}; {manifest.users - done.users} who were erased since "
-        f"stay erased, {done.revoked} API keys stay revoked"
+        f"restored: {users} users as of {manifest.began}; {manifest.users - users} who were erased since stay erased, "
+        f"{keys} API keys stay revoked"
     )

@@ -73,11 +73,6 @@ class HistoryRequest:
     epoch: str | None = None  # the user's when the request began; None: as first read
     keep: bool | None = True  # the API key's `Policy.keep_texts`
 
-    def applied(self, history: StoredItems, limit: HistoryLimit) -> StoredItems:
-        if self.kind == "embed":
-            return history
-        return (replace_history if self.kind == "replace" else add_to_history)(history, self.items, limit)
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -91,19 +86,6 @@ class Plan:
     @property
     def changes_nothing(self) -> bool:
         return not (self.writes.put or self.writes.drop or self.writes.changed)
-
-    @property
-    def embedded_items(self) -> StoredItems:
-        return self.passing.new if self.passing else self.history
-
-    @property
-    def items(self) -> int:
-        """Number of items that count after the change."""
-        return len(self.passing.hashes if self.passing else self.history)
-
-    @property
-    def removed(self) -> int:
-        return self.passing.removed if self.passing else len(self.writes.drop)
 
     def growth(self) -> Held:
         """Return about what the change adds to the store; fewer than 0 bytes if it makes room."""
@@ -227,7 +209,8 @@ class Profiles:
                 if await self.store.commit(user.key, plan.snapshot.version, change, epoch):
                     if not (self.no_evidence and profile.is_signed(self.no_evidence.bank)):
                         await self.request_signature(user)
-                    return ProfileUpdate(profile, plan.writes.changed, plan.removed)
+                    removed = plan.passing.removed if plan.passing else len(plan.writes.drop)
+                    return ProfileUpdate(profile, plan.writes.changed, removed)
                 await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
                 plan = self._plan(request, await self.store.read(user.key))
         raise Unavailable(
@@ -237,8 +220,9 @@ class Profiles:
 
     def _plan(self, request: HistoryRequest, snapshot: Snapshot) -> Plan:
         """Apply a request to the history; UserErased if no item is left to make an embedding from."""
-        before, replaces = snapshot.profile, request.kind == "replace"
-        history = request.applied(snapshot.items, self.limit)
+        before, history, replaces = snapshot.profile, snapshot.items, request.kind == "replace"
+        if request.kind != "embed":
+            history = (replace_history if replaces else add_to_history)(history, request.items, self.limit)
         if not history:
             raise UserErased
         passed = before is not None and not before.keeps_texts
@@ -253,7 +237,8 @@ class Profiles:
 
     async def _embed(self, tenant: str, plan: Plan, embedded: Embedded) -> tuple[Vectors, dict[str, StoredVector]]:
         """Return the profile's embedding [E], and the vectors to store."""
-        vectors, fresh = await self._vectors(tenant, plan.snapshot, plan.embedded_items, embedded)
+        items = plan.passing.new if plan.passing else plan.history
+        vectors, fresh = await self._vectors(tenant, plan.snapshot, items, embedded)
         rows = list(vectors.values())
         if plan.passing:
             fresh = plan.passing.vectors(plan.snapshot, self.embedder.id, rows)
@@ -263,7 +248,8 @@ class Profiles:
     def _record(self, user: User, request: HistoryRequest, plan: Plan, embedding: Vectors) -> Profile:
         """Return the new record. What was learnt in passing keeps the old signature until the next is due."""
         before, passing, none = plan.snapshot.profile, plan.passing, self.no_evidence
-        profile = Profile(user.id, plan.items, 0, self.embedder.id, embedding, keeps_texts=not passing)
+        count = len(passing.hashes if passing else plan.history)
+        profile = Profile(user.id, count, 0, self.embedder.id, embedding, keeps_texts=not passing)
         profile = _carry_over(before, profile, same_items=plan.changes_nothing)
         if passing:
             return replace(profile, signature=profile.signature if passing.counted else None, phrases=b"")

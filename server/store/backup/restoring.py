@@ -56,14 +56,6 @@ def read_logs(manifest: Manifest, logs: Sequence[Path], warn: Callable[[str], No
 
 
 @dataclass(frozen=True, slots=True)
-class Restored:
-    """Numbers of restored users, and of API keys that were revoked again."""
-
-    users: int
-    revoked: int
-
-
-@dataclass(frozen=True, slots=True)
 class Restore:
     """A copy, and what has happened since it began."""
 
@@ -88,8 +80,11 @@ class Restore:
         names = sorted(set(since.erased.values())) if len(secrets) > 1 else ()
         return cls(copy, manifest, since, [UserKeys(secret, name) for name in names])
 
-    async def run(self, stores: Stores, progress: Callable[[str, int, int], None]) -> Restored:
-        """Write the copy to the stores; `progress` gets a phase, and the numbers of users done and of all."""
+    async def run(self, stores: Stores, progress: Callable[[str, int, int], None]) -> tuple[int, int]:
+        """Write the copy to the stores; return the numbers of users, and of API keys that were revoked again.
+
+        `progress` gets a phase, and the numbers of users done and of all.
+        """
         if await stores.copying.begin_restore(self.manifest.sha256):  # an earlier run may not have had all logs
             for user_key in self.since.erased:
                 await _erase(stores, user_key)
@@ -103,7 +98,7 @@ class Restore:
         revoked = await self._revoke(stores)
         await stores.copying.note_copy(self.manifest.began_s)
         await stores.copying.end_restore()
-        return Restored(users, revoked)
+        return users, revoked
 
     async def _write(self, stores: Stores, progress: Callable[[str, int, int], None]) -> list[str]:
         """Write all entries but those of erased people, and return the keys of the users who have data."""
