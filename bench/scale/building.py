@@ -16,7 +16,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from bank.building.assemble import write_bank
+from bank.building.assemble import Anchors, BankRows, Basis, Rules, write_bank
 from bank.building.directions import make_directions
 from bank.building.options import BuildOptions
 from bank.building.progress import RowProgress
@@ -88,21 +88,14 @@ def _build(trainer: RowTrainer, work: Workbench, people: list[History], out: Pat
     examples = trainer.job("one", people[:1], 1, 4).examples
     signer.drawn_products(examples, 0)
     signer.losses(np.ones((2, len(people)), np.float32), examples)
+    directions = make_directions(Curvature.of(np.diag(np.arange(1.0, 1 + len(people)))), 8, 1.0)
     write_bank(
         out,
-        task="chat",
-        base_model=BaseModelId(name="tiny", hash="0" * 64),
-        embedder=EmbedderId(id="e" * 16, dim=4),
-        common=True,
-        user_rank=0,
-        weights=WeightRule(),
-        layout=matrix.layout,
-        rows=list(matrix.rows),
-        shared_a=matrix.shared_a,
-        embeddings=np.eye(len(people), 4, dtype=np.float32),
-        items=[4] * len(people),
+        Basis("chat", BaseModelId(name="tiny", hash="0" * 64), EmbedderId(id="e" * 16, dim=4), user_rank=0),
+        BankRows(matrix.layout, list(matrix.rows), matrix.shared_a, directions=directions),
+        Anchors(np.eye(len(people), 4, dtype=np.float32), [4] * len(people)),
+        Rules(WeightRule()),
         training={},
-        directions=make_directions(Curvature.of(np.diag(np.arange(1.0, 1 + len(people)))), 8, 1.0),
     )
     return matrix.rows.nbytes
 
