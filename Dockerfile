@@ -28,6 +28,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY adapters adapters
 COPY bank bank
 COPY bench bench
+COPY evaluation evaluation
 COPY mta_client mta_client
 COPY server server
 RUN --mount=type=cache,target=/root/.cache uv build --wheel --out-dir /wheel

@@ -1,9 +1,9 @@
 # Everyday commands. Each makes or updates .venv first; a finished set-up takes no time.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types style format acceptance lock openapi audit images containers-test clean
+.PHONY: help setup demo test check lint types style format acceptance lock openapi docs release audit images containers-test clean
 
 BIN := .venv/bin
-PACKAGES := adapters bank bench mta_client server
+PACKAGES := adapters bank bench evaluation mta_client server
 SCRIPTS := deploy/setup.sh deploy/locks/lock.sh deploy/console/vendor.sh .ci/run
 WORKERS := logical --maxprocesses 4
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -54,6 +54,12 @@ lock: setup ## pin the packages of the images, with hashes, in deploy/locks
 openapi: setup ## write the API's description to docs/openapi.json, for reviews of what changed
 	@$(BIN)/python -c 'import json; from server.gateway.app import create_app; from server.settings import Settings; \
 	  print(json.dumps(create_app(Settings()).openapi(), indent=1, ensure_ascii=False))' > docs/openapi.json
+
+docs: setup ## make the site out/site from README and docs/, and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f deploy/site/mkdocs.yml
+
+release: setup ## make what a release consists of in out/release, and publish nothing
+	$(BIN)/python -m deploy.release
 
 audit: setup ## an SBOM of each image in out/sbom, and what is known to be vulnerable in them
 	$(BIN)/python -m deploy.audit

@@ -122,7 +122,7 @@ class PhraseRule(Frozen):
 
 
 class Verdict(Frozen):
-    """A bank's effect on the loss of later answers of people held out of it (`bank/evaluation/verdict.py`)."""
+    """A bank's effect on the loss of later answers of people held out of it (`evaluation/verdict.py`)."""
 
     people: int = Field(ge=1)  # number of held-out people
     losses: dict[str, float]  # mean loss by method, in nats per token

@@ -85,11 +85,11 @@ def main(
             GATEWAY,
         )
         run.step("overload", ("-m", "bench.fleet.overload"), (OWN_VERDICT,))
-        run.step("feedback beside answers", ("-m", "bench.learning.rate"), SERVED)
-        learn = ("-m", "bench.learning.predict", "--users", users, "--bank", bank, "--out", out / "learning")
+        run.step("feedback beside answers", ("-m", "bench.serving.feedback"), SERVED)
+        learn = ("-m", "evaluation.studies.learning", "--users", users, "--bank", bank, "--out", out / "learning")
         run.step("predict, then learn", (*learn, "--people", 4, "--texts", 9, "--refresh", 6))
         if app_python:
-            chat = ("-m", "bench.learning.chats", "--bank", bank, "--app-python", app_python)
+            chat = ("-m", "bench.serving.chat_app", "--bank", bank, "--app-python", app_python)
             run.step("a chat app in a browser", (*chat, "--out", out / "chats"))
         else:
             run.skip("a chat app in a browser", CHAT_APP)

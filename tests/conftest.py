@@ -166,7 +166,7 @@ def gateway_settings(
 ) -> Iterator[Settings]:
     """Settings of a gateway over these parts, which it looks at more often than otherwise: so nobody waits for it."""
     with pytest.MonkeyPatch.context() as patched:
-        for constant in ("operating.health.PROBE_INTERVAL_S", "parts.PROBE_INTERVAL_S", "parts.REFRESH_INTERVAL_S"):
+        for constant in ("operating.health.PROBE_INTERVAL_S", "opening.PROBE_INTERVAL_S", "opening.REFRESH_INTERVAL_S"):
             patched.setattr(f"server.gateway.{constant}", 0.2)
         yield Settings(
             bank=tiny_bank_folder,

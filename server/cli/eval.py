@@ -15,9 +15,9 @@ from rich.table import Table
 from server.cli.shared import Embedder, Model, prepare_to_train
 
 if TYPE_CHECKING:
-    from bank.evaluation.authorship import AuthorshipRow
-    from bank.evaluation.intervals import Interval
-    from bank.evaluation.summary import MethodRow
+    from evaluation.authorship import AuthorshipRow
+    from evaluation.intervals import Interval
+    from evaluation.summary import MethodRow
 
 _OPTIONAL = ("prior", "random", "common", "mean")  # columns to drop on narrow terminals, in this order; rows stay
 
@@ -52,13 +52,13 @@ def evaluate(
     """Compare methods of personalisation on people's own later answers; a lower loss is better."""
     prepare_to_train()
     from adapters.training.adapt_config import AdaptConfig
-    from bank.evaluation.methods import default_methods, parse_methods
-    from bank.evaluation.session import EvalInputs, EvalOptions
-    from bank.evaluation.session import evaluate as run
     from bank.items.tasks import get_task
     from bank.lookup.embedder import Embedder
     from bank.manifest import read_manifest
     from bank.models.folders import ensure_base_model, ensure_embedder
+    from evaluation.methods import default_methods, parse_methods
+    from evaluation.session import EvalInputs, EvalOptions
+    from evaluation.session import evaluate as run
     from server.cli.progress import ConsoleProgress
     from server.settings import load_settings
 
@@ -83,8 +83,8 @@ def evaluate(
 
 def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> None:
     """Print each table of methods under its title, with a table of costs; intervals do not fit on a line."""
-    from bank.evaluation.intervals import LEVEL
-    from bank.evaluation.session import TABLE_FILE
+    from evaluation.intervals import LEVEL
+    from evaluation.session import TABLE_FILE
 
     for title, rows in found.items():
         prices = [(row.method, f"{row.prompt_tokens:.0f}", row.first_ms, f"{row.kept_bytes:,.0f}") for row in rows]
@@ -106,7 +106,7 @@ def print_authorship(rows: Sequence[AuthorshipRow], console: Console) -> None:
 
 
 def _losses(title: str, rows: Sequence[MethodRow], width: int) -> Table:
-    from bank.evaluation.summary import columns
+    from evaluation.summary import columns
 
     metrics, compared = columns(rows)
     names = max(len(row.method) for row in rows) + 1

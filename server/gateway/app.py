@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from server.gateway.access.keys import KnownKeys, caller_name_of
+from server.gateway.access.keys import Caller, KnownKeys, caller_name_of
+from server.gateway.access.limiter import RequestUsage
 from server.gateway.access.routes import guard
 from server.gateway.access.shares import FairQueue, Shares
-from server.gateway.generation.personalizer import Level
+from server.gateway.experiments.arms import Level
 from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader
 from server.gateway.http.errors import ErrorAnswer, add_error_handlers
-from server.gateway.operating.metrics import Metrics, RequestLog
-from server.gateway.parts import open_gateway
+from server.gateway.opening import open_gateway
+from server.gateway.operating.metrics import Metrics
+from server.gateway.operating.middleware import AuditLog, HeadRequests, RequestLog
+from server.gateway.parts import Gateway
 from server.gateway.routes import feedback, generate, jobs, operations, rewrite, users, worth
 from server.gateway.routes.console import routes as console
 from server.gateway.routes.openai import messages, responses
@@ -45,6 +48,10 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         await asyncio.to_thread(tracing.close)
 
+    def counted(caller: Caller, user_id: str | None, *, generates: bool) -> AbstractAsyncContextManager[RequestUsage]:
+        gateway: Gateway = app.state.gateway
+        return gateway.counted(caller, user_id, generates=generates)
+
     app = FastAPIOffline(
         redoc_url=None,
         static_url="/docs/files",
@@ -58,10 +65,12 @@ def create_app(settings: Settings) -> FastAPI:
     large = FairQueue(Shares(lambda: LARGE_AT_ONCE))
     app.state.bodies = BodyReader(lambda request: large.held(caller_name_of(request)))
     app.state.exports = FairQueue(Shares(lambda: EXPORTS_AT_ONCE))
-    app.add_middleware(RequestLog, metrics=metrics, tracing=tracing)
+    app.add_middleware(HeadRequests)
+    app.add_middleware(AuditLog)
+    app.add_middleware(RequestLog, metrics=metrics, tracing=tracing)  # the last one is the outermost
     for part in (generate, rewrite, openai, responses, messages, users, feedback, jobs, worth, operations, console):
         app.include_router(part.router)
-    guard(app, keys, settings.max_requests, metrics.count_refusal)
+    guard(app, keys, settings.max_requests, counted=counted, refused=metrics.count_refusal)
     add_error_handlers(app)
     tracing.watch_app(app)
     return app

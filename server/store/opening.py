@@ -18,10 +18,10 @@ from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
 from server.store.redis.servers.connection import RedisConnection, Span, Timed, untimed
 from server.store.rotation import Rotation
+from server.store.tallies import TallyStore
 from server.store.tenants.access_keys import AccessKeys
 from server.store.tenants.holdings import HoldingStore
 from server.store.tenants.rates import Rates
-from server.store.worth import WorthStore
 
 
 class Stores:
@@ -35,7 +35,7 @@ class Stores:
         self.profiles = ProfileStore(connection)
         self.jobs = JobStore(connection)
         self.feedback = FeedbackStore(connection)
-        self.worth = WorthStore(connection)
+        self.tallies = TallyStore(connection)
         self.adapters = AdapterStore(connection)
         self.signing = partial(UserQueue, connection, "sign")  # by a bank's 8 hex digits
         self.file = AppendOnlyFile(connection)
@@ -46,7 +46,7 @@ class Stores:
     async def leave_shared_keys(self, user_key: str, tenant: str, banks: Iterable[str] = ()) -> None:
         """Remove an erased user from the sets and queues of these banks, and of all banks that were used so far."""
         await self.adapters.remove_adapted(user_key)
-        await self.worth.remove_erased(user_key, tenant)
+        await self.tallies.remove_erased(user_key, tenant)
         for bank in {*banks, *await self.adapters.banks()}:
             await self.jobs.remove_erased(user_key, bank)
             await self.signing(bank).remove_erased(user_key)

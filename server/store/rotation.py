@@ -35,9 +35,9 @@ from server.store.queue import UserQueue
 from server.store.redis import keys
 from server.store.redis.scripts import script
 from server.store.redis.servers.connection import RedisConnection
+from server.store.tallies import TallyStore
 from server.store.tenants.holdings import Held, HoldingStore
 from server.store.tenants.user_key import User, UserKeys, check_values
-from server.store.worth import WorthStore
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class Rotation(Store):
         super().__init__(connection)
         self.profiles = ProfileStore(connection)
         self._adapters = AdapterStore(connection)
-        self._worth = WorthStore(connection)
+        self._tallies = TallyStore(connection)
         self._holdings = HoldingStore(connection)
         self._copying = StoreCopying(connection)
         self._file = AppendOnlyFile(connection)
@@ -183,7 +183,7 @@ class Rotation(Store):
             if await self._adapters.adapter_id(target) is None:
                 await self._adapters.remove_adapted(target)
         await self._adapters.remove_adapted(source)
-        await self._worth.move(source, target, tenant)
+        await self._tallies.move(source, target, tenant)
         if await self._holdings.is_counted(tenant):
             _, held, _ = await self.profiles.measure(target)
             await self._holdings.note(tenant, {source: Held(), target: held})

@@ -19,8 +19,8 @@ from server.store.jobs import JobStore
 from server.store.redis import keys
 from server.store.rotation import Rotation
 from server.store.samples import Sample, encode_sample
+from server.store.tallies import Counts
 from server.store.tenants.user_key import User
-from server.store.worth import Counts
 from tests.support.moving import BOTH, CELL, SECRETS, WORDS
 from tests.support.store_parts import KEYS, TENANT, StoreParts, WorkerSteps, change, stored, submitted
 
@@ -126,7 +126,7 @@ async def old(parts: StoreParts, someone: User) -> str:
     await worker.claim()
     assert await worker.promote()
     await parts.feedback.add(key, "gen-1", Feedback("base", "none"), Sample([], WORDS), "")
-    assert await parts.worth.add(key, "", {CELL: Counts(answers=1)})
+    assert await parts.tallies.add(key, "", {CELL: Counts(answers=1)})
     await parts.holdings.note(TENANT, {key: (await parts.profiles.measure(key))[1]})
-    await parts.worth.add_people(CELL.week, TENANT, [key])
+    await parts.tallies.add_people(CELL.week, TENANT, [key])
     return key

@@ -19,8 +19,8 @@ from server.store.jobs import JobState
 from server.store.profiles import TOMBSTONE_S
 from server.store.redis import keys
 from server.store.rotation import Rotation
+from server.store.tallies import Counts
 from server.store.tenants.user_key import User, UserKeys
-from server.store.worth import Counts
 from tests.support.moving import BOTH, CELL, MOVE_WRITES, SECRETS, WORDS, put
 from tests.support.store_parts import (
     BANK,
@@ -112,7 +112,7 @@ async def test_who_moved_is_found_whatever_the_order_of_secrets_and_refuses_ever
             await submitted(parts.jobs, old, epoch=epoch)
         with pytest.raises(UserErased):
             await parts.feedback.add(old, "gen-2", Feedback("base", "none"), None, epoch)
-        assert not await parts.worth.add(old, epoch, {CELL: Counts(answers=1)})
+        assert not await parts.tallies.add(old, epoch, {CELL: Counts(answers=1)})
     assert await held(raw, someone.keys[0]) == kept
     assert await held(raw, old) == {}
 

@@ -24,10 +24,10 @@ from server.store.queue import UserQueue
 from server.store.redis import keys
 from server.store.rotation import Rotation
 from server.store.samples import Sample
+from server.store.tallies import TALLY_S
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.holdings import Held
 from server.store.tenants.rates import Rate, Use
-from server.store.worth import TALLY_S
 from tests.support.moving import CELL
 from tests.support.store_parts import (
     BANK,
@@ -279,7 +279,7 @@ async def test_whatever_is_written_stands_in_the_table_of_keys(
     await parts.put("bob", "text")
     await UserQueue(parts.connection, "jobs", BANK).reserve(KEYS.key("bob"), background=True)
     await parts.erase("bob")
-    await parts.worth.add_sums(TENANT, "a token", {CELL: (1.0,)})
+    await parts.tallies.add_sums(TENANT, "a token", {CELL: (1.0,)})
     await parts.feedback.add(KEYS.key("cai"), "gen-1", Feedback("base", "none"), None, "")
     await parts.keys.add(access_key(new_secret(), "app", "acme", Scope))
     await parts.keys.note_used(["a digest"], 1)

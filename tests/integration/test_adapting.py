@@ -202,7 +202,7 @@ def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
 
 def test_a_new_bank_merges_until_it_readapts(client: Client, adapted: str, work: Work, gateway: GatewayThread) -> None:
     async def readapt() -> ReadaptTally:
-        async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
+        async with StoreParts.opened(gateway.opened.settings.redis_url) as parts:
             stores, manifest = (parts.jobs, parts.adapters, parts.profiles), gateway.parts.bank.manifest
             return await Readapting(*stores, manifest, 1000, JobBudget(1000, 60)).run()
 
@@ -309,7 +309,7 @@ def test_an_export_has_the_whole_adapter_in_peft_format(
 
 
 async def test_the_rest_of_the_record_and_a_lost_adapter(client: Client, ada: str, gateway: GatewayThread) -> None:
-    async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
+    async with StoreParts.opened(gateway.opened.settings.redis_url) as parts:
         snapshot = await parts.profiles.read(gateway.key(ada))
         made_of = snapshot.profile.updated_ms
         signed = StoredSignature(Signature("9f2c41d0", 7, np.array([0.5, -0.25], "f4")), made_of)

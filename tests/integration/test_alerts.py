@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy.observe.prometheus import BINARY, HERE
 from server.engine.admission.metrics import AdapterMetrics
 from server.engine.fusing.metrics import FusionMetrics
-from server.gateway.generation.personalizer import Level
+from server.gateway.experiments.arms import Level
 from server.gateway.operating.metrics import Metrics
 from server.worker.loops import WorkerMetrics
 

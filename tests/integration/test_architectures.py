@@ -15,7 +15,6 @@ from adapters.recipe import FusionRecipe, Term, UserAdapterId, parse_recipe
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.loss import score
 from adapters.user_adapter import UserAdapter, decode_user_adapter
-from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from bank.items.prompt import encode_pair
 from bank.models.folders import model_config
 from bank.models.load import load_base
@@ -24,6 +23,7 @@ from bench.rig.architectures import ARCHITECTURES, WITHOUT_SYSTEM, tiny_of
 from bench.rig.engine import Engine, running_engine
 from bench.rig.quantised import QUANTISATIONS, quantised
 from bench.rig.valkey import ValkeyProcess
+from evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from server.engine.command import needs_amx
 from server.store.jobs import JobState
 from server.store.samples import Sample, encode_config

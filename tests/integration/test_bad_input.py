@@ -140,11 +140,11 @@ def untouched(gateway: GatewayThread) -> Callable[[Case], bool]:
     with gateway.client() as client:
         put(client, USER, [{"text": "the sea"}])
         wait_until_ready(client)  # from now on the gateway knows the engine's context of 512
-    last = held_by(gateway.parts.settings.redis_url)
+    last = held_by(gateway.opened.settings.redis_url)
 
     def unchanged(case: Case) -> bool:
         nonlocal last
-        before, last = last, held_by(gateway.parts.settings.redis_url)
+        before, last = last, held_by(gateway.opened.settings.redis_url)
         changed = {key for key, _ in before.items() ^ last.items()}
         return all(key.endswith(":epoch") for key in changed)
 

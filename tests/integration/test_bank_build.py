@@ -35,9 +35,6 @@ from bank.building.ranks import Ranks, joined
 from bank.building.resume import WORK_FOLDER, Inputs, workbench
 from bank.building.rows import RowJob, RowTrainer
 from bank.errors import BankError
-from bank.evaluation.methods import METHODS, Evaluator
-from bank.evaluation.scoring import OpenBank, Scorer
-from bank.evaluation.verdict import judge_bank
 from bank.items.histories import History, Query, read_histories
 from bank.items.prompt import encode_pair
 from bank.items.tasks import get_task
@@ -49,6 +46,9 @@ from bank.manifest import BASE, COORDINATES_FILE, MANIFEST_FILE, MATRIX_FILE, RO
 from bank.matrix import open_anchor_rows, shared_part
 from bank.models.load import load_base
 from bench.rig.people import people, write_people
+from evaluation.methods import METHODS, Evaluator
+from evaluation.scoring import OpenBank, Scorer
+from evaluation.verdict import judge_bank
 from server.cli import app
 from tests.support.bank_bench import OPTIONS, Bench, Recorder, flip_a_bit
 from tests.support.dense import dense_adapter, token_logprobs
@@ -345,7 +345,7 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Example]]:
         seen.append(samples)
         return train_user(model, fused, samples, plan)
 
-    monkeypatch.setattr("bank.evaluation.methods.train_user", spying)
+    monkeypatch.setattr("evaluation.methods.train_user", spying)
     return seen
 
 

@@ -17,9 +17,6 @@ import typer
 
 pytest.importorskip("vllm")
 
-from bank.evaluation.pictures import CURVES_FILE, GAINS_FILE, PRICES_FILE
-from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE
-from bank.evaluation.summary import LAMP_FOLDER
 from bench.fleet import fairness
 from bench.rig import limits
 from bench.rig.engine import Engine
@@ -29,6 +26,9 @@ from bench.scale import __main__ as scale
 from bench.scale import importing
 from bench.serving import cost
 from bench.serving.histograms import BLOCKING_STEPS, COLD_PATH
+from evaluation.pictures import CURVES_FILE, GAINS_FILE, PRICES_FILE
+from evaluation.session import SUMMARY_FILE, TABLE_FILE
+from evaluation.summary import LAMP_FOLDER
 
 METHODS = {
     *("base", "common", "task", "mean", "random", "merged", "stacked", "own", "merged:topic", "merged+history@h1"),
@@ -142,7 +142,7 @@ def first_column(table: str) -> set[str]:
 
 @pytest.mark.acceptance
 def test_quality_builds_a_bank_and_evaluates_every_method(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.quality", "--quick", "--seeds", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "evaluation.studies", "--quick", "--seeds", "1", "--out", str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
     out = tmp_path / "quick"

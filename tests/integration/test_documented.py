@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +73,15 @@ def test_links_lead_to_pages_and_headings() -> None:
             if not file.exists() or (heading and heading not in headings(pages[file])):
                 broken.append((page.name, target))
     assert not broken
+
+
+def test_the_site_is_made_without_a_warning(tmp_path: Path) -> None:
+    config, environment = ROOT / "deploy/site/mkdocs.yml", {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    command = (sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", str(config), "-d", str(tmp_path))
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (made.returncode, made.stdout, made.stderr) == (0, "", "")
+    reference = (tmp_path / "reference/index.html").read_text("utf-8")
+    assert "/users/{user_id}/adapt" in reference
 
 
 def headings(page: str) -> set[str]:

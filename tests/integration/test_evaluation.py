@@ -22,10 +22,6 @@ from adapters.training.user_trainer import train_user
 from bank.building.assemble import BASELINES
 from bank.building.build import build_baselines
 from bank.errors import BankError
-from bank.evaluation.methods import DEFAULT, METHODS, Evaluator, parse_methods
-from bank.evaluation.run import RECORDS_FILE
-from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer
-from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, EvalOptions, evaluate
 from bank.items.histories import read_histories
 from bank.items.profile import own_texts
 from bank.items.prompt import answer_ids
@@ -35,9 +31,13 @@ from bank.lookup.prior import SCORES
 from bank.manifest import read_manifest
 from bank.models.load import load_base
 from bench import privacy
-from bench.quality import ratings
 from bench.rig.people import people, write_people
 from bench.rig.tiny import PHRASES
+from evaluation.methods import DEFAULT, METHODS, Evaluator, parse_methods
+from evaluation.run import RECORDS_FILE
+from evaluation.scoring import EvalAdapter, OpenBank, Scorer
+from evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, EvalOptions, evaluate
+from evaluation.studies import ratings
 from server.cli import app
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 
@@ -146,7 +146,7 @@ def test_few_shot_adapters_are_judged_with_the_persons_words(
         judged.append(beneath([0]).served(examples[0]))
         return train_user(model, beneath, examples, config)
 
-    monkeypatch.setattr("bank.evaluation.methods.train_user", noting)
+    monkeypatch.setattr("evaluation.methods.train_user", noting)
     trusting = evaluator.bank.manifest.model_copy(update={"phrases": PHRASES})
     monkeypatch.setattr(evaluator.bank.serving, "manifest", trusting)
     user = read_histories(inputs.users, evaluator.bank.serving.task, queries=True)[0]
@@ -291,7 +291,7 @@ def test_texts_that_were_learnt_by_heart_are_told_from_others(
     members, others = (write_people(tmp_path / f"{n}.json", everybody[n::2]) for n in range(2))
     bench.build("by-heart", inputs={"users": members}, common_steps=20, learning_rate=3e-2, verdict=False)
     monkeypatch.setenv("MTA_MODEL", str(bench.model))
-    monkeypatch.setattr("bank.evaluation.methods.as_served", lambda *given: lambda example: example)  # without tables
+    monkeypatch.setattr("evaluation.methods.as_served", lambda *given: lambda example: example)  # without tables
     monkeypatch.setattr(privacy, "default_config", lambda room: AdaptConfig(rank=2, steps=30, learning_rate=0.02))
     out = tmp_path / "out.json"
     small = {"texts": 8, "adapted": 3, "profile": 10, "later": 4}

@@ -18,9 +18,9 @@ from httpx import Client
 from bank.manifest import BankManifest
 from bench.rig.processes import mta, wait_until
 from bench.rig.valkey import ValkeyProcess
+from server.gateway.experiments.arms import Arm, Level
 from server.gateway.generation import answer_ids
 from server.gateway.generation.answer_ids import answer_id
-from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.learning import messages
 from server.settings import Settings
 from server.store.redis import keys
@@ -300,7 +300,7 @@ def test_after_so_many_new_texts_a_user_is_adapted_again(gateway_settings: Setti
         assert job["state"] == "queued"
         client.delete(f"/jobs/{job['id']}").raise_for_status()
         assert not taught(4)  # not yet: a day has to pass
-        at_once = own.parts.settings.model_copy(update={"refresh_hours": 0})
+        at_once = own.opened.settings.model_copy(update={"refresh_hours": 0})
         own.parts.feedbacks.refreshing.settings = at_once
         seen_ms = export(client, user_id)["feedback"][-1]["at_ms"]
         asyncio.run(give_adapter(own, user_id, created_ms=seen_ms))

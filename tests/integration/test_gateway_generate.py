@@ -70,7 +70,7 @@ def test_when_the_base_model_answers(client: Client, ada: str, new_user: NewUser
 
 async def embedded_by_another(gateway: GatewayThread, user_id: str) -> None:
     """Have a user's embeddings be those of another embedder, as after a change."""
-    async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
+    async with StoreParts.opened(gateway.opened.settings.redis_url) as parts:
         snapshot = await parts.profiles.read(key := gateway.key(user_id))
         assert snapshot.profile
         vectors = {name: replace(stored, embedder="00" * 8) for name, stored in snapshot.vectors.items()}
@@ -394,7 +394,7 @@ def test_usage_and_logprobs_are_streamed_on_request(client: Client, route: str) 
 
 
 def test_everything_in_the_prompt_counts(client: Client, gateway: GatewayThread, fake_engine: FakeEngine) -> None:
-    long = "x" * gateway.parts.settings.max_prompt_chars
+    long = "x" * gateway.opened.settings.max_prompt_chars
     call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": long}}
     for fields in (
         {"messages": [{"role": "user", "content": long + "x"}]},

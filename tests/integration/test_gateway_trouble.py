@@ -10,15 +10,13 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
-from starlette.requests import Request
 
 from bench.rig.processes import wait_until
-from server.gateway import parts
+from server.gateway import opening
 from server.gateway.http.streaming import event
 from server.gateway.routes import users
 from server.gateway.users.adapting import MAX_CONCURRENT
 from server.settings import Settings
-from server.store.tenants.user_key import User
 from tests.support.calls import ALL, BOTH, NewUser, body_of, either, put, who
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter, metric, wait_until_ready
@@ -233,10 +231,7 @@ class TestClientsThatLeave:
 def test_a_bug_of_the_gateway_is_answered_with_the_requests_id(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(request: Request, user_id: str) -> User:
-        raise RuntimeError(f"no idea what to do with {user_id}")
-
-    monkeypatch.setattr(users, "user_of", fail)
+    monkeypatch.setattr(users, "call_of", Mock(side_effect=RuntimeError("no idea what to do")))
     answers = [httpx.get(client.base_url.join("/users/ada")) for _ in range(2)]  # such a connection may end
     assert {(answer.status_code, answer.json()["error"]["code"]) for answer in answers} == {(500, "internal_error")}
     first, second = (answer.headers["X-Request-Id"] for answer in answers)
@@ -247,7 +242,7 @@ def test_a_bug_of_the_gateway_is_answered_with_the_requests_id(
 def test_a_search_library_that_does_not_load_is_logged_and_the_gateway_goes_on(
     gateway_settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(parts, "ItemIndex", Mock(side_effect=ImportError("a broken library")))
+    monkeypatch.setattr(opening, "ItemIndex", Mock(side_effect=ImportError("a broken library")))
     with GatewayThread(gateway_settings) as own, own.client() as client:
         wait_until(lambda: "a broken library" in caplog.text, "the failure to be logged")
         generate(client, "ada").raise_for_status()

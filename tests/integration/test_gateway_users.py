@@ -44,7 +44,7 @@ def counts(answer: dict[str, Any]) -> tuple[int, int, int]:
 
 def dump(gateway: GatewayThread, user_id: str) -> dict[bytes, bytes]:
     """Everything that the store holds of a user."""
-    with redis.from_url(gateway.parts.settings.redis_url) as store:
+    with redis.from_url(gateway.opened.settings.redis_url) as store:
         return {name: store.dump(name) for name in store.keys(f"mta:{{{gateway.key(user_id)}}}:*")}
 
 

@@ -154,11 +154,11 @@ def test_a_fallback_does_not_read_or_search_the_history_again(
     asyncio.run(give_adapter(gateway, user))
     monkeypatch.setattr(ItemIndex, "memories", lambda *given: (searched.append(given), search(*given))[1])
     fake_engine.knobs.user_adapters, fake_engine.knobs.lacks = True, lambda model: level_of(model) in levels[:-1]
-    before = reads(gateway.parts.settings)
+    before = reads(gateway.opened.settings)
     assert who(generate(client, user, prompt=TURN, history=1))["level"] == levels[-1]
     assert [level_of(seen.body["model"]) for seen in fake_engine.seen] == levels
     assert {seen.body["messages"][-1]["content"] for seen in fake_engine.seen} == {QUOTED}
-    assert (reads(gateway.parts.settings) - before, len(searched)) == (1, 1)
+    assert (reads(gateway.opened.settings) - before, len(searched)) == (1, 1)
 
 
 @pytest.mark.parametrize(("route", "history"), [("/generate", "auto"), ("/v1/chat/completions", 1)])

@@ -251,7 +251,7 @@ class TestWithoutTheStore:
             store = stack.enter_context(ValkeyProcess(tmp_path))
             gateway = stack.enter_context(GatewayThread(gateway_settings, redis_url=store.url, **limits))
             client = stack.enter_context(gateway.client())
-            limiter = gateway.parts.limiter
+            limiter = gateway.opened.limiter
             assert (limiter._per_key, limiter._per_user) == (Allowance(1, 10, 2, 1), Allowance(3, 4, 5))
             assert gateway.parts.profiles.limit == HistoryLimit(6, 700)
             assert chat(client, model="base").status_code == 200
@@ -263,7 +263,7 @@ class TestWithoutTheStore:
             assert generate(client, "ada").status_code == 503
 
     def test_no_limits(self, gateway: GatewayThread, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gateway.parts.limiter, "_store", None)
+        monkeypatch.setattr(gateway.opened.limiter, "_store", None)
         assert chat(client, model="base").status_code == 200
 
 
@@ -318,7 +318,7 @@ class TestRequestsInProgress:
             wait_until(lambda: client.get("/v1/models").status_code == 200, "the stream to be over")
 
     def test_after_an_answer_one_may_ask_at_once(self, wide: Keyed, fake_engine: FakeEngine, monkeypatch: Any) -> None:
-        limiter = wide.gateway.parts.limiter
+        limiter = wide.gateway.opened.limiter
         leave = limiter._leave
 
         async def leave_late(*request: str) -> None:
@@ -345,7 +345,7 @@ def test_clients_that_do_not_read(wide: Keyed, fake_engine: FakeEngine, monkeypa
     monkeypatch.setattr(serving, "STALLED_S", 0.5)
     fake_engine.knobs.context = 200_000
     body = json.dumps({"user_id": "ada", "prompt": "x", "max_tokens": 100_000, "stream": True}).encode()
-    few = GatewayThread(wide.gateway.parts.settings, engine_places=2, queue_places=20)
+    few = GatewayThread(wide.gateway.opened.settings, engine_places=2, queue_places=20)
     with few as gateway, ExitStack() as held:
         keyed = Keyed(gateway, wide.secrets)
         for _ in range(MOST // 2):

@@ -79,7 +79,7 @@ def test_a_trace_says_how_long_the_store_took(
     user = somebody(gateway, followed, 1)
     put(client, user, "old trains").raise_for_status()
     level(client, user)
-    gateway.parts.tracing._provider.force_flush()  # type: ignore[attr-defined]
+    gateway.opened.tracing._provider.force_flush()  # type: ignore[attr-defined]
     for name, stored in (("PUT /users/{user_id}/profile", "store write"), ("POST /generate", "EVALSHA")):
         request = [span for span in receiver.spans if span.name == name][-1]
         assert stored in {span.name for span in receiver.trace(request.trace_id) if span.parent == request.id}

@@ -60,11 +60,14 @@ class Person:
             assert self.answer(client)["personalization"]["level"] == "base"
             self.items, self.rated, self.answers, self.job = set(), set(), [], ""
         name = f"i{next(numbers)}"
-        client.post(f"{path}/profile/items", json={"items": [{"id": name, "text": f"about {name}"}]}).raise_for_status()
+        client.post(
+            f"{path}/profile/items", json={"items": [{"id": name, "input": "What is new?", "output": f"about {name}"}]}
+        ).raise_for_status()
         self.items.add(name)
         assert client.get(path).raise_for_status().json()["items"] == len(self.items)
         answer = self.answer(client)
         assert answer["personalization"]["level"] != "base"
+        assert answer["personalization"]["history"] == 1, answer
         if lot.random() < 0.5:
             self.rate(client, self.answers.pop() if self.answers else answer["id"])
         if self.job:
@@ -74,7 +77,7 @@ class Person:
                 assert client.get(f"/jobs/{self.job}").raise_for_status().json()["state"] == "cancelled"
 
     def answer(self, client: httpx.Client) -> dict:
-        return generate(client, self.id).raise_for_status().json()
+        return generate(client, self.id, history=1).raise_for_status().json()
 
     def rate(self, client: httpx.Client, answer: str) -> None:
         body = {"answer": answer, "rating": "up"}

@@ -17,7 +17,8 @@ from uvicorn.server import ServerState
 
 from server.gateway.http import serving
 from server.gateway.http.serving import GatewayServer, allow_connections, uvicorn_config
-from server.gateway.operating.metrics import Metrics, RequestLog
+from server.gateway.operating.metrics import Metrics
+from server.gateway.operating.middleware import RequestLog
 from server.settings import Settings
 from server.watching import open_tracing
 

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.example import Acts
-from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from bank.items.prompt import encode_conversation
 from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, read_manifest
@@ -28,6 +27,7 @@ from bench.rig.processes import PATIENCE_S, running
 from bench.rig.servers import vllm_command
 from bench.rig.subject import Subject
 from bench.rig.tiny import tiny_bank
+from evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from server.cli import app
 from server.supervisor.services import free_port
 from tests.support.dense import token_logprobs, two_part_logprobs

@@ -143,7 +143,7 @@ def test_a_signature_speaks_for_whom_no_topic_is_known_yet(sign: Sign) -> None:
     request = SimpleNamespace(
         user=user, personalize=Personalize.MERGED, strength=1.0, words=False, holdout=0.0, sampling={}
     )
-    (merged,) = Personalizer(bank, profiles).candidates(request, of_another)  # type: ignore[arg-type]
+    (merged,) = Personalizer(bank, profiles).candidates(request, user, of_another)  # type: ignore[arg-type]
     assert (merged.source, merged.recipe) == ("signature", bank.personalise(0 * QUERY, found.signature).recipe)
 
 

@@ -223,7 +223,7 @@ def test_a_bank_without_signatures_stores_no_text(
 
 def test_a_key_keeps_texts_or_drops_what_another_kept(rig: Rig, new_user: Callable[[], str]) -> None:
     """The last test here: from now on the gateway wants keys."""
-    user_id, tenant = new_user(), rig.gateway.parts.settings.tenant
+    user_id, tenant = new_user(), rig.gateway.opened.settings.tenant
     secrets = {keep: new_secret() for keep in (True, False, None)}
 
     async def add_keys() -> None:

@@ -36,7 +36,7 @@ class Traced:
 
     def spans(self, name: str = "") -> list[Span]:
         """All spans so far, or those of a name."""
-        tracing: Any = self.gateway.parts.tracing
+        tracing: Any = self.gateway.opened.tracing
         tracing._provider.force_flush()
         return [span for span in self.receiver.spans if name in ("", span.name)]
 
@@ -93,7 +93,7 @@ def test_looks_at_the_parts_are_no_traces(traced: Traced) -> None:
 def test_an_answer_by_an_adapter_is_linked_to_the_job_that_made_it(traced: Traced, work: Work) -> None:
     job = adapt(traced.client, USER, config={"steps": 6, "learning_rate": 0.05}).json()
     [request] = traced.spans("POST /users/{user_id}/adapt")
-    work(tracing=traced.gateway.parts.tracing)
+    work(tracing=traced.gateway.opened.tracing)
     assert job_of(traced.client, job)["state"] == "succeeded"
     traced.engine.knobs.user_adapters = True
     assert traced.generate()[0].json()["personalization"]["level"] == "stacked"

@@ -25,7 +25,7 @@ _numbers = itertools.count()
 
 
 async def _promote(gateway: GatewayThread, user_id: str, bank: str, *, submits: bool) -> str:
-    async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
+    async with StoreParts.opened(gateway.opened.settings.redis_url) as parts:
         key, worker = gateway.key(user_id), WorkerSteps(parts, bank or gateway.parts.bank.manifest.short)
         if submits:
             sample = encode_sample(Sample([], f"answer {next(_numbers)}")).decode()

@@ -19,7 +19,7 @@ import mta_client
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.cli import app
-from server.gateway.generation.personalizer import Arm, arm_of
+from server.gateway.experiments.arms import Arm, arm_of
 from server.settings import Settings
 from server.store.tenants.access_keys import Policy, Scope, access_key, new_secret
 from server.store.tenants.rates import NO_OVERRIDES
@@ -48,7 +48,7 @@ def keyed(gateway_settings: Settings, store: ValkeyProcess) -> Iterator[Keyed]:
     asyncio.run(add_off())
     with pytest.MonkeyPatch.context() as patched:
         for constant in ("STORE_INTERVAL_S", "FOLD_INTERVAL_S"):
-            patched.setattr(f"server.gateway.parts.{constant}", 0.05)
+            patched.setattr(f"server.gateway.opening.{constant}", 0.05)
         with GatewayThread(gateway_settings, redis_url=store.url, holdout=HOLDOUT) as gateway:
             yield Keyed(gateway, secrets)
 
@@ -63,7 +63,7 @@ def clients(keyed: Keyed, fake_engine: FakeEngine) -> Iterator[Mapping[str, http
 @pytest.fixture(autouse=True)
 def to_week(keyed: Keyed, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Moves the time by weeks, from a Wednesday on, once everything that was counted is stored."""
-    tallies = keyed.gateway.parts.tallies
+    tallies = keyed.gateway.opened.tallies
     wednesday_s = int(time.time()) // WEEK_S * WEEK_S + 6 * 24 * 3600
 
     def to(weeks: float) -> None:
@@ -234,7 +234,7 @@ def test_what_is_not_stored_yet_is_stored_at_the_end(
     new_user: NewUser,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.gateway.parts.STORE_INTERVAL_S", 3600)
+    monkeypatch.setattr("server.gateway.opening.STORE_INTERVAL_S", 3600)
     with GatewayThread(gateway_settings, redis_url=store.url, holdout=HOLDOUT) as gateway:
         one = Keyed(gateway, keyed.secrets)
         with one.client("fresh") as client:

@@ -12,9 +12,10 @@ from playwright.sync_api import Browser, expect
 
 from bench.rig.browser import Looking, looking
 from bench.rig.valkey import ValkeyProcess
-from server.gateway.learning.tallies import sums_of
+from server.clock import week_of
+from server.gateway.experiments.tallies import sums_of
 from server.settings import Settings
-from server.store.worth import Cell, Counts, week_of
+from server.store.tallies import Cell, Counts
 from tests.support.gateway import GatewayThread
 from tests.support.store_parts import StoreParts
 
@@ -37,8 +38,8 @@ async def make_up(url: str) -> None:
             for level, lower in (("stacked", 40), ("merged", 8)):
                 arms = (("lower", lower, 0.6), ("full", 300, 0.3))
                 taken = [tally for arm in arms for tally in tallies(week - before, level, *arm)]
-                await parts.worth.add_sums(TENANT, f"{level} {before}", sums_of(taken))
-        await parts.worth.add_people(week, TENANT, map(str, range(412)))
+                await parts.tallies.add_sums(TENANT, f"{level} {before}", sums_of(taken))
+        await parts.tallies.add_people(week, TENANT, map(str, range(412)))
 
 
 @pytest.fixture(scope="module")

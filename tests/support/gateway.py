@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 
@@ -17,14 +18,16 @@ from bank.lookup.signature import empty_signature
 from bench.rig.client import summed
 from bench.rig.processes import wait_until
 from bench.rig.valkey import free_port
+from server.gateway.access.keys import Caller
 from server.gateway.app import create_app
 from server.gateway.http.serving import GatewayServer, uvicorn_config
-from server.gateway.parts import Parts
+from server.gateway.parts import Call, Gateway, Parts
 from server.settings import Settings
 from server.store.profile_record import AdapterNote, StoredSignature
 from server.store.profiles import Change
 from server.store.tenants.access_keys import Policy, Scope, access_key, digest_of, new_secret
 from server.store.tenants.rates import Allowance
+from server.store.tenants.user_key import Tenants
 from tests.support.store_parts import StoreParts
 
 SECRET = "a secret that only tests know"
@@ -46,12 +49,16 @@ class GatewayThread:
         self._up = threading.Event()
 
     @property
+    def opened(self) -> Gateway:
+        return self.app.state.gateway
+
+    @property
     def parts(self) -> Parts:
-        return self.app.state.gateway.default_parts
+        return self.opened.default_parts
 
     def key(self, user_id: str) -> str:
         """The key of a user of the tenant that there is while no API key exists."""
-        return self.parts.tenants.users(self.parts.settings.tenant).key(user_id)
+        return self.opened.tenants.users(self.opened.settings.tenant).key(user_id)
 
     def client(self, timeout_s: float = 30) -> httpx.Client:
         # The thread may set an environment variable while `trust_env` would iterate over all of them.
@@ -96,6 +103,13 @@ class GatewayThread:
             self._failure = failure
         finally:
             self._up.set()
+
+
+def call_by(tenant: str) -> Call:
+    """A call of a tenant's app at a gateway that is not open."""
+    gateway = MagicMock(settings=Settings(), tenants=Tenants(SECRET, tenant))
+    gateway.parts_of.return_value.bank.manifest.history_default = 0
+    return Call(gateway, Caller(tenant, "", frozenset()))
 
 
 @contextmanager
@@ -190,9 +204,9 @@ async def give_adapter(
     gateway: GatewayThread, user_id: str, tenant: str = "", bank: str = "", *, created_ms: int = 1
 ) -> None:
     """Note in a profile that there is a user adapter, as promotion does."""
-    tenant, bank = tenant or gateway.parts.settings.tenant, bank or gateway.parts.bank.manifest.short
-    key = gateway.parts.tenants.users(tenant).key(user_id)
-    async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
+    tenant, bank = tenant or gateway.opened.settings.tenant, bank or gateway.parts.bank.manifest.short
+    key = gateway.opened.tenants.users(tenant).key(user_id)
+    async with StoreParts.opened(gateway.opened.settings.redis_url) as parts:
         snapshot = await parts.profiles.read(key)
         assert snapshot.profile
         note = AdapterNote("a" * 26, f"mta3:{bank}:shared:c+a01*500", 1, created_ms)
@@ -204,7 +218,7 @@ async def give_adapter(
 async def give_phrases(gateway: GatewayThread, user_id: str, table: bytes, bank: str = "") -> None:
     """Keep a phrase table in a profile beside a signature, as a worker of a bank does."""
     key, manifest = gateway.key(user_id), gateway.parts.bank.manifest
-    async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
+    async with StoreParts.opened(gateway.opened.settings.redis_url) as parts:
         snapshot = await parts.profiles.read(key)
         assert snapshot.profile
         made = empty_signature(bank or manifest.short, manifest.personal_rows)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from server.store.tallies import Cell
 from server.store.tenants.user_key import User, UserKeys
-from server.store.worth import Cell
 from tests.support.store_parts import SECRET, TENANT, StoreParts, change
 
 SECRETS = f"the secret that comes after it,{SECRET}"

@@ -91,8 +91,8 @@ def build(
     from bank.building.build import build_bank, build_baselines
     from bank.building.progress import RowProgress
     from bank.building.ranks import joined
-    from bank.evaluation.verdict import judge_bank
     from bank.lookup.summary import verdict_text
+    from evaluation.verdict import judge_bank
     from server.cli.progress import ConsoleProgress
 
     given = settings.model, settings.cache_dir, outputs, exclude, settings.embedder, force, settings.chat_template

@@ -19,8 +19,8 @@ from adapters.matrix import MetaMatrix
 from adapters.recipe import parse_recipe
 from adapters.training.example import Example
 from adapters.user_adapter import decode_user_adapter, stack
+from bank.agreement import agreements, bound_of
 from bank.building.readings import TEXTS, readings, trial_recipes
-from bank.evaluation.agreement import agreements, bound_of
 from bank.items.profile import Vectors, item_pair, item_text, parse_item
 from bank.items.prompt import encode_pair
 from bank.items.tasks import get_task

@@ -10,8 +10,8 @@ import numpy as np
 from vllm import SamplingParams
 
 from adapters.recipe import FORMAT
+from bank.agreement import agreements, bound_of
 from bank.errors import BankError
-from bank.evaluation.agreement import agreements, bound_of
 from bank.items.profile import Vectors
 from bank.manifest import BASE, BankManifest, Canary
 from server.engine.admission.prepare import AdapterNames

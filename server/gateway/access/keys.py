@@ -10,10 +10,10 @@ from ipaddress import ip_address
 from typing import Any
 
 from adapters.errors import MtaError, excerpt
+from server.clock import this_hour
 from server.errors import Forbidden, Unauthorized
 from server.store.tenants.access_keys import CREATE, USUAL, AccessKeys, Policy, Scope, digest_of
 from server.store.tenants.rates import Quota
-from server.store.worth import this_hour
 
 log = logging.getLogger("mta.gateway")
 

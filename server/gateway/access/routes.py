@@ -6,9 +6,10 @@ They are the caller's share of all requests (`shares.py`), the key's limits (`li
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -17,7 +18,8 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from server.errors import Forbidden, TooMany, Unavailable
-from server.gateway.access.keys import KnownKeys, caller_name_of, caller_of
+from server.gateway.access.keys import Caller, KnownKeys, caller_name_of, caller_of
+from server.gateway.access.limiter import RequestUsage
 from server.gateway.access.shares import Shares
 from server.store.tenants.access_keys import CREATE, Scope
 
@@ -74,7 +76,17 @@ ROUTES: Mapping[str, tuple[Scope | None, RouteKind]] = {
 _SCHEME = "API key"
 
 
-def guard(app: FastAPI, keys: KnownKeys, max_requests: int, refused: Callable[[str], None]) -> None:
+class Counted(Protocol):
+    """Counts a request of a caller, and of the user that its path names, for the duration of a `with` block."""
+
+    def __call__(
+        self, caller: Caller, user_id: str | None, *, generates: bool
+    ) -> AbstractAsyncContextManager[RequestUsage]: ...
+
+
+def guard(
+    app: FastAPI, keys: KnownKeys, max_requests: int, *, counted: Counted, refused: Callable[[str], None]
+) -> None:
     """Put the gates before every route that the application has so far, and add the keys to its OpenAPI document.
 
     `refused` is called with the reason of each refusal. Raise `KeyError` if a route is missing from `ROUTES`.
@@ -88,11 +100,11 @@ def guard(app: FastAPI, keys: KnownKeys, max_requests: int, refused: Callable[[s
         (method,) = methods - {"HEAD"}
         required, kind = ROUTES[f"{method} {route.path}"]
         key_header = getattr(route, "key_header", b"")
-        route.app = _Gates(route.app, keys, required, kind, by_kind.get(kind, [places]), refused, key_header)
+        route.app = _Gates(route.app, keys, required, kind, by_kind.get(kind, [places]), counted, refused, key_header)
         if required is not OPEN and isinstance(route, APIRoute):
             route.openapi_extra = {"security": [{_SCHEME: []}, {}]}  # {}: no key is needed while none exists
     # Unknown paths pass the gates too: a page of another origin must not learn which routes exist.
-    app.router.default = _Gates(app.router.default, keys, OPEN, RouteKind.OPERATION, (), refused)
+    app.router.default = _Gates(app.router.default, keys, OPEN, RouteKind.OPERATION, (), counted, refused)
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -113,6 +125,7 @@ class _Gates:
     required: Scope | None
     kind: RouteKind
     places: Sequence[Shares]
+    counted: Counted
     refused: Callable[[str], None]
     key_header: bytes = b""  # another than `Authorization` that a key may come in
 
@@ -137,11 +150,8 @@ class _Gates:
                 places.release(name)
 
     async def _counted(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        caller, parts = caller_of(scope), scope["app"].state.gateway.default_parts
-        user_id = scope["path_params"].get("user_id")
-        user_key = None if user_id is None else parts.tenants.users(caller.tenant).key(user_id)
-        generates = self.kind is RouteKind.GENERATION
-        async with parts.limiter.counted(caller, user_key, generates=generates) as scope["state"]["usage"]:
+        user_id, generates = scope["path_params"].get("user_id"), self.kind is RouteKind.GENERATION
+        async with self.counted(caller_of(scope), user_id, generates=generates) as scope["state"]["usage"]:
             await self.app(scope, receive, send)
 
     def _acquire(self, places: Shares, caller: str) -> None:

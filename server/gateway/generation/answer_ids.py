@@ -17,10 +17,10 @@ import hmac
 from dataclasses import dataclass
 
 from adapters.errors import excerpt
+from server.clock import this_hour
 from server.errors import Gone, NotFound
-from server.gateway.generation.personalizer import Arm, Level
+from server.gateway.experiments.arms import Arm, Level
 from server.store.tenants.user_key import User, UserKeys
-from server.store.worth import this_hour
 
 VALID_HOURS = 7 * 24  # at most as long as an erasure's tombstone keeps the epoch
 _HOUR_BYTES, _RECIPE_BYTES, _EPOCH_BYTES = 3, 4, 6

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from server.engine_protocol import BASE_MODEL
 from server.errors import ApiError, EngineFailed, Unavailable
@@ -18,6 +19,7 @@ from server.gateway.generation.answer_stream import AnswerStream, SubRequest, sp
 from server.gateway.generation.personalizer import Personalization, Personalizer
 from server.gateway.generation.prompts import PromptBuilder, UserPrompt
 from server.gateway.generation.request import GenerationRequest, LengthLimits
+from server.store.tenants.user_key import User
 from server.watching.logs import request_id
 
 
@@ -44,7 +46,9 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    request: GenerationRequest  # with the user as stored
+    request: GenerationRequest
+    sampling: Mapping[str, Any]  # the request's, with the defaults of the engines
+    user: User | None  # as stored, maybe under another secret than the request's
     id: str  # the request's, for logs
     public_id: str  # for the client: `id`, or an id that feedback can name (`answer_ids.py`)
     personalization: Personalization
@@ -53,7 +57,7 @@ class Answer:
     stream: AnswerStream
     timings: Timings  # complete when `pieces` has ended
     limits: Mapping[str, str]  # response headers with the caller's remaining limits
-    epoch: str  # the user's, as the request found it
+    epoch: str  # the user's when the profile was read
 
     async def pieces(self) -> AsyncIterator[Piece]:
         stream, timings = self.stream, self.timings
@@ -71,12 +75,23 @@ class Answer:
         timings.record("total", ended_s - timings.started_s)
 
 
+class Recorder(Protocol):
+    """What is told of each answer."""
+
+    def begun(self, answer: Answer) -> None:
+        """An engine has begun the answer, or has sent it whole."""
+
+    def ended(self, answer: Answer) -> None:
+        """The answer is complete: no error, and the client has not left."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Generator:
     personalizer: Personalizer
     prompts: PromptBuilder
     engine: EngineClient
     engines: Engines
+    recorder: Recorder
     limiter: Limiter
     queue: EngineQueue
     max_prompt_chars: int  # maximum length of a conversation with its history, in characters
@@ -89,21 +104,20 @@ class Generator:
         The caller has already checked the limits of the API key; `usage` records what the request uses from here on.
         """
         limits = LengthLimits(self.max_prompt_chars, self.engines.context, self.default_max_tokens)
-        # An engine refuses a length above its context.
-        length = {} if limits.context_tokens is None else {"max_tokens": limits.answer_tokens(request)}
-        request = replace(request, sampling={**length, **self.engines.sampling, **request.sampling})
         limits.check(request)
         self.queue.check(request.caller.name, request.patience_s)
         self.limiter.count_body(usage, request.user, lambda: limits.estimate_tokens(request))
         with timings.stage("profile", counts=request.wants_profile):
             user, profile, epoch = await self.personalizer.profile(request)
-            request = replace(request, user=user)
         with timings.stage("recipe", counts=profile):
-            candidates = self.personalizer.candidates(request, profile)
+            candidates = self.personalizer.candidates(request, user, profile)
         await usage.within_limits()
         with timings.stage("history", counts=request.history):
-            prompt = await self.prompts.build(request, profile, limits)
-        engine_request = _engine_request(request, prompt, limits)
+            prompt = await self.prompts.build(request, user, profile, limits)
+        # An engine refuses a length above its context.
+        length = {} if limits.context_tokens is None else {"max_tokens": limits.answer_tokens(request)}
+        sampling = {**length, **self.engines.sampling, **request.sampling}
+        engine_request = _engine_request(request, prompt, sampling, limits)
         parts = split_request(engine_request, self.queue.widest)
         async with (
             self.queue.acquire(usage.caller.name, size=parts[0].sequences, patience_s=prompt.patience_s) as lease,
@@ -113,9 +127,24 @@ class Generator:
             if lease.waited_s:
                 timings.record("queue", lease.waited_s)
             async with stream:
-                served, own_id, left = candidates[skipped], engine_request.request_id, usage.headers()
-                public_id = _public_id(request, epoch, own_id, served)
-                yield Answer(request, own_id, public_id, served, skipped, prompt, stream, timings, left, epoch)
+                served, own_id = candidates[skipped], engine_request.request_id
+                answer = Answer(
+                    request,
+                    sampling,
+                    user,
+                    own_id,
+                    _public_id(request, user, epoch, own_id, served),
+                    served,
+                    fallbacks=skipped,
+                    prompt=prompt,
+                    stream=stream,
+                    timings=timings,
+                    limits=usage.headers(),
+                    epoch=epoch,
+                )
+                self.recorder.begun(answer)
+                yield answer
+        self.recorder.ended(answer)
 
     @asynccontextmanager
     async def _start_answer(
@@ -162,14 +191,18 @@ class Generator:
         raise Unavailable(f"the engine cannot serve this user's recipe: {missing}", code="no_adapter") from missing
 
 
-def _public_id(request: GenerationRequest, epoch: str, request_id: str, served: Personalization) -> str:
-    if request.user is None or not request.wants_profile:
+def _public_id(
+    request: GenerationRequest, user: User | None, epoch: str, request_id: str, served: Personalization
+) -> str:
+    if user is None or not request.wants_profile:
         return request_id
     recipe = served.public_recipe
-    return answer_id(request.users, request.user, epoch, request_id, level=served.level, arm=served.arm, recipe=recipe)
+    return answer_id(request.users, user, epoch, request_id, level=served.level, arm=served.arm, recipe=recipe)
 
 
-def _engine_request(request: GenerationRequest, prompt: UserPrompt, limits: LengthLimits) -> EngineRequest:
+def _engine_request(
+    request: GenerationRequest, prompt: UserPrompt, sampling: Mapping[str, Any], limits: LengthLimits
+) -> EngineRequest:
     # A stream can be refused at its first token, and releases the places of several answers one by one; but the engine
     # parses tool calls better in one piece.
     streamed = request.sequences > 1 or not limits.allow_whole(request, prompt.messages)
@@ -177,9 +210,9 @@ def _engine_request(request: GenerationRequest, prompt: UserPrompt, limits: Leng
         request_id=f"{request.id_prefix}-{request_id.get()}",
         model=BASE_MODEL,  # replaced by each candidate's model
         messages=prompt.messages,
-        sampling=request.sampling,
+        sampling=sampling,
         prompt_param=request.prompt_param,
-        stream=request.stream or (streamed and "tools" not in request.sampling),
+        stream=request.stream or (streamed and "tools" not in sampling),
         prompt=request.prompt,
         cache_salt=request.users.cache_salt,
     )

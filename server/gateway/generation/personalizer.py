@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
 import numpy as np
 
@@ -18,11 +16,11 @@ from bank.lookup.phrases import NO_PHRASES, TrustedPhrases, decode_phrases
 from bank.lookup.serving import AnchorWeight, ServingBank
 from server.engine_protocol import BASE_MODEL
 from server.errors import InvalidRequest, NotFound, Unavailable
+from server.gateway.experiments.arms import Arm, Level, arm_of
 from server.gateway.generation.request import GenerationRequest, Personalize
 from server.gateway.users.profiles import Profiles
 from server.store.profile_record import Profile
 from server.store.tenants.user_key import User
-from server.store.worth import this_hour, week_of
 
 SIGNATURE_REQUEST_INTERVAL_S = 60.0  # until a gateway requests a user's missing signature again
 _MAX_REMEMBERED_USERS = 10_000
@@ -30,23 +28,6 @@ _NOT_EMBEDDED = "the user's items are being embedded anew since the embedder was
 _UNTAUGHT = "none of the user's items can be learnt from, so their topics decide"
 FORGOTTEN = "what was made of the user's texts, which are not kept, is of another embedder or bank: send texts again"
 _HELD_OUT = "this week the user is answered one level lower, for comparison (MTA_HOLDOUT)"
-
-
-class Level(StrEnum):
-    """How personal an answer is."""
-
-    BASE = "base"
-    MERGED = "merged"
-    STACKED = "stacked"
-    COMMON = "common"  # between base and merged: what all users share; for comparison, and for the forgotten
-
-
-class Arm(StrEnum):
-    """How a user is answered this week: a share of users is held out, so that the others can be compared with them."""
-
-    FULL = "full"  # as personally as possible
-    LOWER = "lower"  # one level lower
-    NONE = "none"  # not compared: nobody is held out, the request chose a level, or the engine cannot serve it
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +78,14 @@ class Personalizer:
                 epoch = await self.profiles.rotation.begin_write(user)
         return user, profile, epoch
 
-    def candidates(self, request: GenerationRequest, profile: Profile | None) -> tuple[Personalization, ...]:
+    def candidates(
+        self, request: GenerationRequest, user: User | None, profile: Profile | None
+    ) -> tuple[Personalization, ...]:
         """Return the possible personalizations, most personal first; the first one that the engine can serve is used.
 
         Runs on the event loop: one core needs 30 µs for 12 anchors and 0.6 ms for 10,000 (the maximum for exhaustive
         search), about as much as a round trip to a thread.
         """
-        user = request.user
         if user is None or profile is None:
             return (_without_profile(request),)
         reads_items, is_signed = self.bank.manifest.has_signatures, profile.is_signed(self.bank.manifest.short)
@@ -174,13 +156,6 @@ class Personalizer:
         task = asyncio.create_task(self.profiles.request_signature(user))
         self._request_tasks.add(task)
         task.add_done_callback(self._request_tasks.discard)
-
-
-def arm_of(user_key: str, holdout: float) -> Arm:
-    """Return a user's arm in this week: `holdout` is the share of users in the lower one."""
-    week = week_of(this_hour())
-    drawn = hashlib.sha256(f"{week} {user_key}".encode()).digest()[:8]
-    return Arm.LOWER if int.from_bytes(drawn) < holdout * (1 << 64) else Arm.FULL
 
 
 def _without_profile(request: GenerationRequest) -> Personalization:

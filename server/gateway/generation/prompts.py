@@ -51,19 +51,21 @@ class PromptBuilder:
     histories: HistoryIndexer
     patience_s: float  # maximum wait; a request may set a shorter one
 
-    async def build(self, request: GenerationRequest, profile: Profile | None, limits: LengthLimits) -> UserPrompt:
+    async def build(
+        self, request: GenerationRequest, user: User | None, profile: Profile | None, limits: LengthLimits
+    ) -> UserPrompt:
         """Return the conversation for the engine, with as much of the requested history as certainly fits.
 
         Add no history while the context length is unknown.
         """
         messages, patience_s, room = request.messages, request.patience_s, limits.room_tokens(request)
         needs_history = request.history and messages[-1]["role"] == "user"
-        if not needs_history or request.user is None or profile is None or room is None:
+        if not needs_history or user is None or profile is None or room is None:
             return UserPrompt(messages, 0, None, patience_s)
         if not profile.keeps_texts:
             return UserPrompt(messages, 0, _NOT_KEPT, patience_s)
         patience_s = self.patience_s if patience_s is None else min(patience_s, self.patience_s)
-        index, waited_s = await self.histories.index(request.user, profile, request.caller.name, patience_s / 2)
+        index, waited_s = await self.histories.index(user, profile, request.caller.name, patience_s / 2)
         patience_s = max(0.0, patience_s - waited_s)
         if index is None:
             return UserPrompt(messages, 0, HISTORY_LATE, patience_s)

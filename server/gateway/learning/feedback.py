@@ -11,9 +11,9 @@ from rapidfuzz.distance import Levenshtein
 from bank.items.profile import parse_item
 from server.errors import InvalidRequest
 from server.gateway.access.keys import Caller
+from server.gateway.experiments.tallies import Person, Tallies
 from server.gateway.generation.answer_ids import AnswerNote
 from server.gateway.learning.refreshing import Refreshing
-from server.gateway.learning.tallies import Person, Tallies
 from server.gateway.users.profiles import Profiles, check_size
 from server.store.feedback import Feedback, FeedbackStore, Outcome
 from server.store.jobs import Job
@@ -65,7 +65,8 @@ class Feedbacks:
                     update = await self.profiles.learn(user, item, epoch, caller.policy.keep_texts)
                     kept = sample if update.profile.keeps_texts else None
                 new, before = await self.store.add(user.key, note.request_id, said, kept, epoch)
-            self.tallies.count_feedback(Person(user.tenant, user.key, epoch), note, new, before)
+            person = Person(user.tenant, user.key, epoch)
+            self.tallies.count_feedback(person, note.hour, note.level, note.arm, now=new, before=before)
             job = await self.refreshing.refresh_if_due(user, caller, epoch) if kept else None
             return new, sample is not None, job
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import secrets
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import CLIENT_GONE, Unavailable
+from server.errors import CLIENT_GONE
 from server.gateway.engines.admin import Engines
-from server.gateway.http.errors import error_response
 from server.gateway.operating.health import Health, Readiness
 from server.store.durability import CheckedStore
 from server.store.figures import ServerFigures
-from server.watching.audit import Act, note, room
+from server.watching.audit import room
 from server.watching.background import BUCKETS_S, StoreSeconds
-from server.watching.logs import request_id, traceparent
-from server.watching.tracing import Tracing
 
 log = logging.getLogger("mta.gateway")
 
@@ -188,95 +180,3 @@ class _PartsCollector(Collector):
                 calls.add_metric((found.server, command), times)
                 seconds.add_metric((found.server, command), taken_s)
         yield from (*families.values(), calls, seconds)
-
-
-@dataclass(slots=True)
-class RequestNotes:
-    """What log and metrics report about a request besides its route; filled in by the code that answers it."""
-
-    started_s: float  # time of arrival, by the performance counter
-    answer_id: str = ""  # id of the generation, also in the engine's logs
-    level: str = ""  # personalization level of the generation
-    gone: bool = False  # the client disconnected before the response
-    broken: bool = False  # the stream ended in an error
-    audited: tuple[Act, str] | None = None  # what the request does to which user key, for the audit log
-    generating: bool = False  # an engine is working, so a client that stops reading is disconnected soon
-
-
-def notes_of(scope: Scope) -> RequestNotes:
-    notes: RequestNotes = scope["state"]["notes"]
-    return notes
-
-
-class RequestLog:
-    """Middleware that creates a request's notes, then logs and counts the response; it does not buffer streams.
-
-    It turns HEAD into GET and drops the response body. It logs neither path nor body, because both can identify people.
-    Responses carry the request's id, so that a client's report can be matched with the log.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._tracing = tracing
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        notes, own_id = RequestNotes(time.perf_counter()), secrets.token_hex(12)
-        request_id.set(own_id)
-        traceparent.set(self._tracing.current())
-        self._tracing.note(request=own_id)
-        scope.setdefault("state", {})["notes"] = notes
-        status, ended = 500, False
-        is_head = scope["method"] == "HEAD"
-        inner = {**scope, "method": "GET"} if is_head else scope
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status, ended
-            if ended:
-                return
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", own_id.encode())]
-                try:
-                    await _audit(inner["state"], status)  # before the client can know: a gateway may die now
-                except Unavailable as error:
-                    await error_response(error)(inner, receive, send_with_id)
-                    ended = True
-                    return
-            elif is_head:
-                ended, message = True, {"type": "http.response.body"}  # a stream stops too: `receive` disconnects
-            await send(message)
-
-        try:
-            await self._app(inner, receive, send_with_id)
-        finally:
-            route = getattr(inner.get("route"), "path", "unmatched")
-            method = scope["method"] if scope["method"] in _METHODS else "OTHER"
-            status = CLIENT_GONE if notes.gone else status
-            self._metrics.requests.labels(route, method, status, notes.level).inc()
-            tenant, key = _caller(inner["state"])
-            if method == "POST" and scope["path"] in _GENERATION_PATHS:
-                self._metrics.count_generation(tenant, notes.level, status, broken=notes.broken)
-            took_ms = round((time.perf_counter() - notes.started_s) * 1000, 1)
-            by = {"tenant": tenant, "key": key} if key else {}
-            told = (f"{method} {route} {status} {took_ms} ms", notes.answer_id, notes.level, *map("=".join, by.items()))
-            fields = {"method": method, "route": route, "status": status, "ms": took_ms} | by
-            log.info(" ".join(filter(None, told)), extra={"fields": fields})
-            await _audit(inner["state"], status)
-
-
-def _caller(state: dict[str, Any]) -> tuple[str, str]:
-    """Return tenant and key of a request's caller, empty if there is none."""
-    caller = state.get("caller")
-    return getattr(caller, "tenant", ""), getattr(caller, "key_id", "")
-
-
-async def _audit(state: dict[str, Any], status: int) -> None:
-    """Add a request that is to be audited to the audit log, once."""
-    if audited := state["notes"].audited:
-        state["notes"].audited = None
-        (act, user_key), (tenant, key) = audited, _caller(state)
-        await asyncio.to_thread(note, act, status, tenant=tenant, key=key, user=user_key)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import replace
-from functools import partial
+from contextlib import asynccontextmanager
 from typing import Self
 
 from fastapi import Response
@@ -14,19 +13,19 @@ from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
 from adapters.recipe import PER_MILLE, FusionRecipe, anchor_id
+from bank.items.profile import Item
 from bank.lookup.serving import AnchorWeight
 from server.errors import ApiError
 from server.gateway.access.limiter import usage_of
+from server.gateway.engines.chat import Conversation
+from server.gateway.experiments.arms import Arm, Level
 from server.gateway.generation.generator import Answer, Timings
-from server.gateway.generation.personalizer import Arm, Level
-from server.gateway.generation.prompts import HISTORY_LATE
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
 from server.gateway.learning.messages import item_of
-from server.gateway.learning.tallies import Person
-from server.gateway.operating.metrics import notes_of
-from server.gateway.parts import Parts
+from server.gateway.operating.middleware import notes_of
+from server.gateway.parts import Call
 
 log = logging.getLogger("mta.gateway")
 
@@ -122,14 +121,11 @@ def anchor_answers(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> lis
     return sorted(answers, key=lambda answer: (-abs(answer.weight or 0), answer.id))
 
 
-def with_learning(parts: Parts, request: GenerationRequest, learn: bool | None) -> GenerationRequest:
-    """Return the request as it learns and is compared; None: as its key says."""
-    policy = request.caller.policy
-    holdout = parts.settings.holdout if policy.holdout is None else policy.holdout
-    wanted = policy.learn if learn is None else learn
-    learns = wanted and request.wants_profile and request.messages and parts.learner.has_room(request.users.tenant)
-    learnt = item_of(request.messages, parts.bank.task) if learns else None
-    return replace(request, holdout=holdout, learnt=learnt)
+def learnt_of(call: Call, messages: Conversation, learn: bool | None) -> Item | None:
+    """Return the last user message as an item if it is to be learnt; `learn` None: as the caller's key says."""
+    wanted = call.caller.policy.learn if learn is None else learn
+    has_room = wanted and messages and call.gateway.learner.has_room(call.caller.tenant)
+    return item_of(messages, call.parts.bank.task) if has_room else None
 
 
 class AnswerResponse(Response):
@@ -137,9 +133,9 @@ class AnswerResponse(Response):
 
     ending = DONE  # what follows the last event of a stream
 
-    def __init__(self, parts: Parts, request: GenerationRequest) -> None:
+    def __init__(self, call: Call, request: GenerationRequest) -> None:
         super().__init__()
-        self._parts = parts
+        self._call = call
         self._request = request
         self._answer: Answer | None = None
 
@@ -164,21 +160,19 @@ class AnswerResponse(Response):
         return {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        timings = Timings(notes_of(scope).started_s, self._parts.metrics.inter_token.observe)
+        timings = Timings(notes_of(scope).started_s, self._call.gateway.metrics.inter_token.observe)
         write = self._stream if self._request.stream else self._whole
         try:
             await unless_gone(receive, write(timings, scope, receive, send))
         except ClientGone:
             notes_of(scope).gone = True
-            self._parts.metrics.disconnects.inc()
+            self._call.gateway.metrics.disconnects.inc()
 
     async def _whole(self, timings: Timings, scope: Scope, receive: Receive, send: Send) -> None:
         request: GenerationRequest | None = self._request
         while request:
-            async with self._parts.generator.answer(request, usage_of(scope), timings) as answer:
-                self._begin(scope, answer)
+            async with self._answering(request, timings, scope) as answer:
                 content = await self.whole(answer)
-            self._after(answer)
             request = self.again()
         headers = self._known_headers(timings)
         await Response(content, headers=headers, media_type="application/json")(scope, receive, send)
@@ -187,14 +181,12 @@ class AnswerResponse(Response):
         notes = notes_of(scope)
         async with EventSender(send, lambda: self._known_headers(timings)) as sender:
             try:
-                async with self._parts.generator.answer(self._request, usage_of(scope), timings) as answer:
-                    self._begin(scope, answer)
+                async with self._answering(self._request, timings, scope) as answer:
                     notes.generating = True
                     async for data in self.events(answer):
                         await sender.write(data)
                     notes.generating = False
-                    self._after(answer)
-                    await sender.write(self.ending)
+                await sender.write(self.ending)
             except Exception as error:
                 if not sender.begun:
                     raise
@@ -204,35 +196,18 @@ class AnswerResponse(Response):
                     log.exception("%s failed", notes.answer_id or "a stream")
                     error = ApiError("the gateway failed in the middle of the answer")
                 notes.broken = True
-                self._parts.metrics.broken_streams.labels(error.code).inc()
+                self._call.gateway.metrics.broken_streams.labels(error.code).inc()
                 await sender.write(self.failure(error))
 
-    def _begin(self, scope: Scope, answer: Answer) -> None:
-        self._answer, notes = answer, notes_of(scope)
-        notes.answer_id, notes.level = answer.id, answer.personalization.level.value
-        metrics, stream, timings = self._parts.metrics, answer.stream.first, answer.timings
-        metrics.fallbacks.inc(answer.fallbacks)
-        metrics.histories_left_out.inc(answer.prompt.reason == HISTORY_LATE)
-        if stream.first_token_s is not None:
-            timings.record("engine_ttft", stream.first_token_s - stream.sent_s)
-            metrics.ttft.labels(notes.level).observe(stream.first_token_s - timings.started_s)
-        self._parts.tracing.note(level=notes.level)
-        if made_in := answer.personalization.made_in:
-            self._parts.tracing.link(made_in)
+    @asynccontextmanager
+    async def _answering(self, request: GenerationRequest, timings: Timings, scope: Scope) -> AsyncIterator[Answer]:
+        notes = notes_of(scope)
+        async with self._call.parts.generator.answer(request, usage_of(scope), timings) as answer:
+            self._answer = answer
+            notes.answer_id, notes.level = answer.id, answer.personalization.level.value
+            yield answer
 
     def _known_headers(self, timings: Timings) -> dict[str, str]:
         """Return the headers known so far: a keep-alive comment may start the stream before there is an answer."""
         known = {**self.headers_of(self._answer), **self._answer.limits} if self._answer else {}
         return {"Server-Timing": timings.header()} | known
-
-    def _after(self, answer: Answer) -> None:
-        """Count a complete answer, and learn from the message that it answers."""
-        request = answer.request
-        user, item = request.user, request.learnt
-        if user and request.holdout:
-            person = Person(user.tenant, user.key, answer.epoch)
-            self._parts.tallies.count_answer(person, answer.personalization, request.holdout)
-        if user and item:
-            learn = partial(self._parts.profiles.learn, user, item, answer.epoch, request.caller.policy.keep_texts)
-            self._parts.learner.learn(user.tenant, learn, answer.timings.started_s)
-        self._parts.metrics.observe(answer.timings.ms, answer.personalization.level.value, answer.stream.usage)

@@ -9,11 +9,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.gateway.access.keys import caller_of
+from server.gateway.experiments.arms import Arm, Level
 from server.gateway.generation.answer_ids import read_answer_id
-from server.gateway.generation.personalizer import Arm, Level
 from server.gateway.learning.feedback import Final
-from server.gateway.parts import parts_of, user_of, users_of
+from server.gateway.parts import call_of
 from server.gateway.routes.requests import (
     SampleInput,
     SampleOutput,
@@ -101,13 +100,14 @@ async def give_feedback(request: Request, user_id: UserIdInPath, body: FeedbackR
     later; a repeated request changes nothing. A `final` that differs from the answer becomes an item of the user's
     history and a sample for the next training, beside those sent to `adapt`.
     """
-    parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
-    note = read_answer_id(users_of(request), user, epoch, body.answer)
+    call, epoch = call_of(request), epoch_of(request)
+    parts, user = call.parts, call.user(user_id)
+    note = read_answer_id(call.users, user, epoch, body.answer)
     final = None
     if body.final is not None and body.input is not None:
         task = parts.bank.task
         given = body.text if task.drafted and body.text else body.input  # what was changed is the nearest draft
         final = Final(Sample(sample_messages(given, task), body.final), body.text, body.sha256)
     said = Feedback(note.level.value, note.arm.value, body.outcome, body.rating, None)
-    known, learned, job = await parts.feedbacks.give(user, note, said, final, epoch, caller=caller_of(request))
+    known, learned, job = await parts.feedbacks.give(user, note, said, final, epoch, caller=call.caller)
     return FeedbackAnswer(answer=body.answer, learned=learned, job=str(job.id) if job else None, **asdict(known))

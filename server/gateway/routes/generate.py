@@ -10,18 +10,16 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from server.engine_protocol import BASE_MODEL
-from server.gateway.access.keys import Caller, caller_of
 from server.gateway.engines.chat import MOVED, Conversation
+from server.gateway.experiments.arms import Arm, Level
 from server.gateway.generation.generator import Answer
-from server.gateway.generation.personalizer import Arm, Level
-from server.gateway.generation.request import GenerationRequest
+from server.gateway.generation.request import GenerationRequest, Personalize
 from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.streaming import DONE, event
-from server.gateway.parts import parts_of, users_of
-from server.gateway.routes.answering import AnchorAnswer, AnswerResponse, PersonalizationAnswer, Usage, with_learning
+from server.gateway.parts import Call, call_of
+from server.gateway.routes.answering import AnchorAnswer, AnswerResponse, PersonalizationAnswer, Usage, learnt_of
 from server.gateway.routes.requests import GenerateRequest, QueueTimeout, UserRequest
 from server.settings import Sampling
-from server.store.tenants.user_key import UserKeys
 
 _SAMPLING = {"max_tokens", "stop", "seed", *Sampling.model_fields}
 
@@ -91,36 +89,31 @@ async def generate(request: Request, body: GenerateRequest, x_queue_timeout: Que
     `{"error": …}` without `[DONE]`. While there is nothing to send, a comment (`: keep-alive`) follows every 15
     seconds. An error before the first event or comment is a response with its own status; after it, the status is 200.
     """
-    parts = parts_of(request)
-    default = parts.bank.manifest.history_default
-    users, caller = users_of(request), caller_of(request)
-    generation = request_of(body, body.turns, users, caller, history=default, patience_s=x_queue_timeout)
-    return GenerateResponse(parts, with_learning(parts, generation, body.learn))
+    call = call_of(request)
+    return GenerateResponse(call, request_of(call, body, body.turns, learn=body.learn, patience_s=x_queue_timeout))
 
 
 def request_of(
-    request: UserRequest,
-    messages: Conversation,
-    users: UserKeys,
-    caller: Caller,
-    *,
-    history: int = 0,
-    patience_s: float | None = None,
+    call: Call, request: UserRequest, messages: Conversation, *, learn: bool | None, patience_s: float | None
 ) -> GenerationRequest:
-    """Convert an HTTP request to a generation request; `history` is the number of items for `auto`."""
+    """Convert the body of a call to a generation request."""
+    is_personal = request.personalize is not Personalize.NONE
+    history = call.parts.bank.manifest.history_default if request.history == "auto" else request.history
     return GenerationRequest(
         id_prefix="gen",
-        user=users.user(request.user_id),
+        user=call.user(request.user_id),
         personalize=request.personalize,
         strength=request.strength,
         messages=messages,
         words=request.words,
-        history=history if request.history == "auto" else request.history,
+        history=history,
         max_tokens=request.max_tokens,
         sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
         stream=request.stream,
-        users=users,
-        caller=caller,
+        users=call.users,
+        caller=call.caller,
+        holdout=call.holdout,
+        learnt=learnt_of(call, messages, learn) if is_personal else None,
         patience_s=patience_s,
         user_param="user_id",
         prompt_param=request.prompt_param,

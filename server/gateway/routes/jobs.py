@@ -20,10 +20,9 @@ from bank.items.profile import SHORTEST, text_pair, untaught
 from bank.items.prompt import chat_messages
 from bank.items.tasks import Task
 from server.errors import ApiError, InvalidRequest, NotFound, TooMany, Unavailable
-from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
-from server.gateway.parts import gateway_of, parts_of, user_of, users_of
+from server.gateway.parts import call_of, gateway_of
 from server.gateway.routes.requests import (
     SampleInput,
     SampleOutput,
@@ -211,12 +210,13 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     the user is served without it; that takes a few samples. Samples can also be sent as newline-delimited JSON
     (`application/x-ndjson`), one per line.
     """
-    parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
+    call, epoch = call_of(request), epoch_of(request)
+    parts, user = call.parts, call.user(user_id)
     training = await asyncio.to_thread(_training_request, body, parts.bank.task)
-    training = replace(training, keep=caller_of(request).policy.keep_texts)
+    training = replace(training, keep=call.caller.policy.keep_texts)
     submit = partial(parts.adapting.submit, user, training, epoch)
     try:
-        job = await parts.limiter.take_job(caller_of(request), user.key, submit)
+        job = await call.gateway.limiter.take_job(call.caller, user.key, submit)
     except TooMany:  # the limit is for new jobs: a client that lost the response still gets its job
         if (found := await parts.adapting.find_duplicate(user, training, epoch)) is None:
             raise
@@ -228,13 +228,13 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
 @router.get("/jobs/{job_id}")
 async def read_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
     """Return the job's current state."""
-    return JobAnswer.of(await _stored(request).job(users_of(request), _checked_job_id(job_id)))
+    return JobAnswer.of(await _stored(request).job(call_of(request).users, _checked_job_id(job_id)))
 
 
 @router.delete("/jobs/{job_id}")
 async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
     """Cancel a job that has not ended; training stops within one step and its result is discarded."""
-    return JobAnswer.of(await _stored(request).cancel(users_of(request), _checked_job_id(job_id)))
+    return JobAnswer.of(await _stored(request).cancel(call_of(request).users, _checked_job_id(job_id)))
 
 
 @router.get("/jobs/{job_id}/events", response_class=Response, responses={200: {"content": _EVENTS}})
@@ -244,7 +244,7 @@ async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
     While nothing changes, a comment (`: keep-alive`) is sent every 15 seconds. If the gateway stops before that,
     the stream ends with an event `{"error": …}` of the code `stopping`: follow the job again.
     """
-    read = partial(_stored(request).job, users_of(request))
+    read = partial(_stored(request).job, call_of(request).users)
     return _JobEvents(read, await read(_checked_job_id(job_id)))
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from server.gateway.access.keys import is_admin
 from server.gateway.operating.health import BankPart, EmbedderPart, PartStates, ProbeResult, Readiness, Unseen
 from server.gateway.operating.metrics import CONTENT_TYPE
-from server.gateway.parts import Parts, gateway_of
+from server.gateway.parts import Gateway, gateway_of
 
 router = APIRouter(tags=["operations"])
 
@@ -34,8 +34,8 @@ async def health(request: Request) -> HealthAnswer:
     """Report that the process is alive: always 200. Returns the last known state of the parts without probing them."""
     if not is_admin(request):
         return HealthAnswer()
-    parts = gateway_of(request).default_parts
-    return HealthAnswer(parts=_states(parts, parts.health.last))
+    gateway = gateway_of(request)
+    return HealthAnswer(parts=_states(gateway, gateway.health.last))
 
 
 @router.get(
@@ -49,8 +49,8 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
     ago; the request itself probes nothing. `status` is `not_yet_seen` before the first probe, and `stale` if the last
     probe is too old.
     """
-    parts = gateway_of(request).default_parts
-    last, readiness = parts.health.last, parts.health.readiness
+    gateway = gateway_of(request)
+    last, readiness = gateway.health.last, gateway.health.readiness
     response.status_code = 200 if readiness is Readiness.READY else 503
     if not is_admin(request):
         return ReadyAnswer(status=Readiness.READY if readiness is Readiness.READY else Readiness.NOT_READY)
@@ -59,18 +59,18 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
         status=readiness,
         detail=stale if readiness is Readiness.STALE else last and last.missing,
         seen_s_ago=round(last.age_s, 1) if last else None,
-        parts=_states(parts, last),
+        parts=_states(gateway, last),
     )
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Return metrics in Prometheus's text format."""
-    return Response(gateway_of(request).default_parts.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    return Response(gateway_of(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def _states(parts: Parts, last: ProbeResult | None) -> PartStates:
-    manifest = parts.bank.manifest
+def _states(gateway: Gateway, last: ProbeResult | None) -> PartStates:
+    manifest = gateway.default_parts.bank.manifest
     return PartStates(
         bank=BankPart(fingerprint=manifest.fingerprint, task=manifest.task, anchors=len(manifest.anchors)),
         embedder=EmbedderPart(id=manifest.embedder.id, dim=manifest.embedder.dim),

@@ -25,7 +25,7 @@ from bank.items.tasks import Task
 from server.gateway.generation.request import Personalize
 from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.errors import AS_MESSAGES, AS_TEXT
-from server.gateway.parts import parts_of, user_of
+from server.gateway.parts import call_of
 from server.settings import MAX_INT32, Sampling
 from server.store.samples import MAX_SAMPLES
 from server.store.tenants.user_key import check_user_id
@@ -96,10 +96,11 @@ class UserRoute(JsonRoute):
 
     async def before_body(self, request: Request) -> None:
         try:
-            user = user_of(request, check_user_id(request.path_params["user_id"]))
+            user_id = check_user_id(request.path_params["user_id"])
         except ValueError:
             return  # the handler refuses it
-        request.state.epoch = await parts_of(request).profiles.rotation.begin_write(user)
+        call = call_of(request)
+        request.state.epoch = await call.parts.profiles.rotation.begin_write(call.user(user_id))
 
 
 class UserSamplesRoute(UserRoute):

@@ -13,13 +13,11 @@ from bank.items.drafts import kept
 from bank.items.prompt import chat_messages
 from bank.items.tasks import Task
 from server.errors import ApiError, NotFound
-from server.gateway.access.keys import caller_of
 from server.gateway.engines.chat import Conversation
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.bodies import JsonRoute
-from server.gateway.parts import Parts, parts_of, users_of
-from server.gateway.routes.answering import with_learning
+from server.gateway.parts import Call, call_of
 from server.gateway.routes.generate import GenerateAnswer, GenerateResponse, request_of
 from server.gateway.routes.requests import QueueTimeout, UserRequest, check_not_blank, with_examples
 
@@ -83,10 +81,9 @@ async def rewrite(request: Request, body: RewriteRequest, x_queue_timeout: Queue
     Needs a bank for drafts. Everything is as for `/generate`; the answer, in a stream its last chunk, also says which
     facts of the draft are `kept`, `missing` and `added`.
     """
-    parts, users, caller = parts_of(request), users_of(request), caller_of(request)
-    turns, default = draft_turns(body.whole, parts.bank.task), parts.bank.manifest.history_default
-    generation = request_of(body, turns, users, caller, history=default, patience_s=x_queue_timeout)
-    return _RewriteResponse(parts, with_learning(parts, generation, False), body)
+    call = call_of(request)
+    turns = draft_turns(body.whole, call.parts.bank.task)
+    return _RewriteResponse(call, request_of(call, body, turns, learn=False, patience_s=x_queue_timeout), body)
 
 
 def draft_turns(draft: str, task: Task) -> Conversation:
@@ -111,8 +108,8 @@ def facts_of(draft: str, text: str) -> dict[str, Any]:
 
 
 class _RewriteResponse(GenerateResponse):
-    def __init__(self, parts: Parts, generation: GenerationRequest, body: RewriteRequest) -> None:
-        super().__init__(parts, generation)
+    def __init__(self, call: Call, generation: GenerationRequest, body: RewriteRequest) -> None:
+        super().__init__(call, generation)
         self._draft, self._on_loss = body.whole, body.on_loss
         self._best: RewriteAnswer | None = None
         self._attempts = 0

@@ -18,10 +18,10 @@ from bank.items.profile import Item, item_pair, item_text, parse_item, untaught
 from bank.items.tasks import Task
 from bank.lookup.phrases import decode_phrases
 from server.errors import InvalidRequest, NotFound
-from server.gateway.access.keys import caller_name_of, caller_of
+from server.gateway.access.keys import caller_name_of
 from server.gateway.generation.personalizer import FORGOTTEN
-from server.gateway.operating.metrics import notes_of
-from server.gateway.parts import Parts, gateway_of, parts_of, user_of
+from server.gateway.operating.middleware import notes_of
+from server.gateway.parts import Parts, call_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
 from server.gateway.routes.jobs import JobAnswer, iso
 from server.gateway.routes.requests import Strict, UserIdInPath, UserRoute, epoch_of, with_examples
@@ -159,7 +159,7 @@ async def replace_profile(request: Request, user_id: UserIdInPath, body: ItemsRe
 
     By default, the newest 512 items within 2 MiB are kept. Repeating the request changes nothing.
     """
-    return await _change(request, user_id, body, parts_of(request).profiles.replace)
+    return await _change(request, user_id, body, call_of(request).parts.profiles.replace)
 
 
 @router.post("/profile/items")
@@ -168,14 +168,15 @@ async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest)
 
     Repeating the request changes nothing.
     """
-    return await _change(request, user_id, body, parts_of(request).profiles.add)
+    return await _change(request, user_id, body, call_of(request).parts.profiles.add)
 
 
 @router.get("")
 async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     """Return the user's stored data and the anchors of their recipe."""
-    parts = parts_of(request)
-    user, profile, _ = await parts.profiles.find(user_of(request, user_id))
+    call = call_of(request)
+    parts = call.parts
+    user, profile, _ = await parts.profiles.find(call.user(user_id))
     if profile is None:
         raise _unknown(user_id, "profile")
     adapter = profile.adapter
@@ -204,8 +205,9 @@ async def list_items(
     request: Request, user_id: UserIdInPath, limit: Annotated[int, Query(ge=1, le=MAX_ITEMS)] = 100
 ) -> ItemsAnswer:
     """Return what is known of the user's newest items, without their embeddings."""
-    parts = parts_of(request)
-    user, profile, _ = await parts.profiles.find_at_once(user_of(request, user_id))
+    call = call_of(request)
+    parts = call.parts
+    user, profile, _ = await parts.profiles.find_at_once(call.user(user_id))
     if profile is None:
         raise _unknown(user_id, "profile")
     newest = list((await parts.profiles.store.items(user.key)).items())[: -limit - 1 : -1]
@@ -221,8 +223,9 @@ async def list_items(
 @router.get("/adapters")
 async def list_adapters(request: Request, user_id: UserIdInPath) -> VersionsAnswer:
     """List the kept versions of the user's adapter."""
-    parts = parts_of(request)
-    found = await parts.adapting.versions(user_of(request, user_id))
+    call = call_of(request)
+    parts = call.parts
+    found = await parts.adapting.versions(call.user(user_id))
     if found.profile is None:
         raise _unknown(user_id, "profile")
     answers = [VersionAnswer.of_version(one, parts, serving=one is found.serving) for one in found.versions]
@@ -236,7 +239,8 @@ async def serve_adapter(request: Request, user_id: UserIdInPath, version: Versio
     Training that no client asked for (`MTA_REFRESH_SAMPLES`, `mta readapt`) ends, and refreshing counts texts anew. A
     version of another bank is a 409. Repeating the request changes nothing.
     """
-    parts, user = parts_of(request), user_of(request, user_id)
+    call = call_of(request)
+    parts, user = call.parts, call.user(user_id)
     chosen = await parts.adapting.serve(user, version)
     notes_of(request.scope).audited = (Act.SERVE, user.key)
     return VersionAnswer.of_version(chosen, parts, serving=True)
@@ -263,8 +267,9 @@ async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     `config` and `weights` (base64) of a PEFT folder; `says` describes it, or why it is missing. For a user without a
     profile, of whom there is only feedback, the fields of the record are missing.
     """
-    user = user_of(request, user_id)
-    export = await parts_of(request).exporting.export(user, _exported_job)
+    call = call_of(request)
+    user = call.user(user_id)
+    export = await call.parts.exporting.export(user, _exported_job)
     if export is None:
         raise _unknown(user_id)
     notes_of(request.scope).audited = (Act.EXPORT, user.key)
@@ -277,10 +282,11 @@ async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
 
     No limit applies. But if nothing is stored about the user, the request counts as any request of its API key.
     """
-    gateway, user = gateway_of(request), user_of(request, user_id)
-    parts, notes = gateway.default_parts, notes_of(request.scope)  # the tenant's bank may not be loaded
+    call, notes = call_of(request), notes_of(request.scope)
+    gateway, user = call.gateway, call.user(user_id)
+    parts = gateway.default_parts  # the tenant's bank may not be loaded
     if not any([await parts.profiles.store.is_stored(key) for key in user.every_key]):
-        await parts.limiter.take(caller_of(request), "requests")
+        await gateway.limiter.take(call.caller, "requests")
     notes.audited = (Act.ERASE, user.key)
     erasure = await parts.erasing.erase(user)
     parts.profiles.quotas.changed(user)
@@ -297,12 +303,13 @@ async def _change(
     body: ItemsRequest,
     change: Callable[[User, Sequence[Item], str, bool | None], Awaitable[ProfileUpdate]],
 ) -> ProfileAnswer:
-    parts, user = parts_of(request), user_of(request, user_id)
+    call = call_of(request)
+    parts, user = call.parts, call.user(user_id)
     # Parsing megabytes of items takes a large part of a second, too long for the event loop.
     (items, hint), received = await asyncio.to_thread(_items, parts, body.items), len(body.items)
     body.items.clear()  # megabytes, while many such requests may wait for their turn at the embedder
-    update = await change(user, items, epoch_of(request), caller_of(request).policy.keep_texts)
-    parts.metrics.profile_changes.inc(update.changed + update.removed)
+    update = await change(user, items, epoch_of(request), call.caller.policy.keep_texts)
+    call.gateway.metrics.profile_changes.inc(update.changed + update.removed)
     personal = parts.bank.personalise(update.profile.embedding, update.profile.evidence)
     return ProfileAnswer(
         user_id=user.id,

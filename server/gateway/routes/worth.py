@@ -8,13 +8,13 @@ from typing import Any, Self
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.gateway.access.keys import caller_of
-from server.gateway.generation.personalizer import Arm, Level
-from server.gateway.learning.confidence import SequentialInterval, Totals
-from server.gateway.learning.tallies import SHARE_UNIT, Metric, metrics_of
-from server.gateway.learning.worth import BEGIN, COUNTING, Comparison, comparisons_of, weeks_of
-from server.gateway.parts import gateway_of
-from server.store.worth import Cell, Counts, monday
+from server.clock import monday
+from server.gateway.experiments.arms import Arm, Level
+from server.gateway.experiments.comparisons import BEGIN, COUNTING, Comparison, comparisons_of, weeks_of
+from server.gateway.experiments.confidence import SequentialInterval, Totals
+from server.gateway.experiments.tallies import SHARE_UNIT, Metric, metrics_of
+from server.gateway.parts import call_of
+from server.store.tallies import Cell, Counts
 
 
 class ArmAnswer(BaseModel, frozen=True):
@@ -137,13 +137,13 @@ async def read_worth(request: Request) -> WorthAnswer:
     A share of users (`MTA_HOLDOUT`, or the API key's) is answered one level lower for a week, drawn anew each week. A
     user's answers make one number per week and metric, counted once the week is over.
     """
-    gateway, tenant = gateway_of(request), caller_of(request).tenant
-    parts = gateway.default_parts
-    store = parts.tallies.store
+    call = call_of(request)
+    gateway, tenant = call.gateway, call.caller.tenant
+    store = gateway.tallies.store
     sums = await store.sums(tenant)
     running = [(week, await store.people(week, tenant)) for week in await store.weeks(tenant)]
     comparisons = [ComparisonAnswer.of(known) for known in comparisons_of(sums)]
-    begun = running or gateway.keys.holds_out(tenant, parts.settings.holdout)
+    begun = running or gateway.keys.holds_out(tenant, gateway.settings.holdout)
     return WorthAnswer(
         says=[known.says for known in comparisons] or [COUNTING if begun else BEGIN],
         running=[RunningAnswer(week=monday(week), people=people) for week, people in running],

@@ -16,6 +16,7 @@ from adapters.errors import MtaError
 from adapters.recipe import UserAdapterId, parse_recipe
 from bank.manifest import BankManifest
 from bank.peft.exported import ExportedAdapter
+from server.clock import monday
 from server.errors import Unavailable, UserErased
 from server.store.adapters import StoredAdapter
 from server.store.append_only_file import Rewrite
@@ -25,7 +26,6 @@ from server.store.profile_record import AdapterNote, Profile
 from server.store.profiles import LATE, Erasure
 from server.store.samples import decode_sample
 from server.store.tenants.user_key import User
-from server.store.worth import monday
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Exporting:
         samples = await stores.jobs.samples(key)
         jobs = await stores.jobs.jobs(key)
         feedback = await stores.feedback.entries(key)
-        tally = await stores.worth.tally(key)
+        tally = await stores.tallies.tally(key)
         versions = (await stores.adapters.kept(key)).versions
         note = profile.adapter if profile else None
         stored = await stores.adapters.adapter(UserAdapterId(key, note.id)) if note else None

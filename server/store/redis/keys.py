@@ -9,7 +9,7 @@ Per user (`server/store/tenants/user_key.py`)::
     mta:{<user key>}:samples    list    encoded samples, oldest first                       - (not kept: a day)
     mta:{<user key>}:feedback   hash    answer → time and feedback (`store/feedback.py`)    - (no profile: 3 weeks)
     mta:{<user key>}:learned    hash    answer → encoded sample that feedback brought       -
-    mta:{<user key>}:tally      hash    week, level, arm → counts (`server/store/worth.py`)     3 weeks
+    mta:{<user key>}:tally      hash    week, level, arm → counts (`server/store/tallies.py`)     3 weeks
     mta:{<user key>}:adapter    hash    id, recipe, sha256, raw; of each kept version `facts:<n>`, -
                                         `raw:<n>` unless it serves; `chosen_ms` (`store/adapters.py`)
     mta:{<user key>}:jobs       hash    `last` → number of the newest job                   -

@@ -34,7 +34,7 @@ def gateways(gateway_settings: Settings, store: ValkeyProcess, fake_engine_serve
     secrets |= make_keys(store.url, {"other tokens": ("tokens", Scope, NO_OVERRIDES)})
     with pytest.MonkeyPatch.context() as patched, ExitStack() as stack:
         for constant in ("COUNT_INTERVAL_S", "RECOUNT_CHECK_S"):
-            patched.setattr(f"server.gateway.parts.{constant}", 0.1)
+            patched.setattr(f"server.gateway.opening.{constant}", 0.1)
         yield [
             Keyed(stack.enter_context(GatewayThread(gateway_settings, redis_url=store.url)), secrets) for _ in range(2)
         ]

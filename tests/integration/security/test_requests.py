@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import pytest
@@ -44,7 +45,7 @@ def test_a_route_that_nobody_put_into_the_table_is_not_served() -> None:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/new", lambda: None)
     with pytest.raises(KeyError, match="GET /new"):
-        guard(app, KnownKeys("default"), 1, lambda reason: None)
+        guard(app, KnownKeys("default"), 1, counted=MagicMock(), refused=MagicMock())
 
 
 def test_the_document_says_which_routes_want_a_key(stranger: httpx.Client) -> None:
@@ -97,7 +98,7 @@ def test_open_routes_do_not_reveal_parts(keyed: Keyed, stranger: httpx.Client, r
     answer = ask(stranger, route, keyed.header(key) if key else {})
     assert answer.status_code in ((404,) if route == "GET /docs/files" else (200, 307, 503))
     bank = keyed.gateway.parts.bank.manifest
-    for told in (bank.fingerprint, bank.embedder.id, keyed.gateway.parts.settings.engine_url):
+    for told in (bank.fingerprint, bank.embedder.id, keyed.gateway.opened.settings.engine_url):
         assert told not in answer.text
     if route in ("GET /health", "GET /ready"):
         assert {name: value for name, value in answer.json().items() if value is not None}.keys() == {"status"}
@@ -187,7 +188,7 @@ def test_many_jobs_of_one_tenant_delay_anothers_by_one(
         return str(answer.json()["id"])
 
     async def next_job() -> str:
-        async with StoreParts.opened(keyed.gateway.parts.settings.redis_url) as parts:
+        async with StoreParts.opened(keyed.gateway.opened.settings.redis_url) as parts:
             found = await parts.jobs.next_job(keyed.gateway.parts.bank.manifest.short, 5)
             assert found
             return str(found)
@@ -224,7 +225,7 @@ def test_users_without_keys_belong_to_default(keyed: Keyed, globex: httpx.Client
     with keyed.client("default") as default:
         default.put(f"/users/{user_id}/profile", json=ITEMS).raise_for_status()
     key = UserKeys(SECRET, "default").key(user_id)  # as a gateway without keys names them
-    stored = keyed.gateway.parts.tenants.users("default").key(user_id)
+    stored = keyed.gateway.opened.tenants.users("default").key(user_id)
     assert (stored, globex.get(f"/users/{user_id}").status_code) == (key, httpx.codes.NOT_FOUND)
 
 

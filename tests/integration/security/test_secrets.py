@@ -89,7 +89,7 @@ def test_store_errors_name_no_password(keyed: Keyed, stranger: httpx.Client, mon
     assert found.exit_code != 0
     assert "a-password" not in found.output + str(found.exception)
     detail = stranger.get("/ready", headers=keyed.header("only admin")).text
-    assert keyed.gateway.parts.settings.redis_url not in detail
+    assert keyed.gateway.opened.settings.redis_url not in detail
 
 
 def test_the_store_and_its_files_hold_no_key(keyed: Keyed, store: ValkeyProcess) -> None:

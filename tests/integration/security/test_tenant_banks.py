@@ -75,7 +75,7 @@ def test_ready_once_an_engine_has_each_bank_and_only_admins_and_the_log_name_it(
     assert engine["status"] == "lacks_bank"
     assert lacking.short in engine["detail"]
     [line] = [line for line in caplog.messages if "none of them has the bank" in line and lacking.short in line]
-    assert read_manifest(two_banks.gateway.parts.settings.bank_folder()).short not in line
+    assert read_manifest(two_banks.gateway.opened.settings.bank_folder()).short not in line
 
 
 def test_tenants_own_bank(two_banks: Keyed, named: BankManifest, store: ValkeyProcess, fake_engine: FakeEngine) -> None:
@@ -93,7 +93,7 @@ def test_tenants_own_bank(two_banks: Keyed, named: BankManifest, store: ValkeyPr
 
 
 def test_readapting(two_banks: Keyed, named: BankManifest, second: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = two_banks.gateway.parts.settings.bank_folder()
+    first = two_banks.gateway.opened.settings.bank_folder()
     monkeypatch.setenv("MTA_SECRET", SECRET)
     for user, bank in (("rosa", named.short), ("kai", read_manifest(first).short)):
         for tenant in ("acme", "globex"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank.evaluation.agreement import EXACT, ROUGH, Bound, agreements, bound_of
+from bank.agreement import EXACT, ROUGH, Bound, agreements, bound_of
 from bank.items.profile import Vectors
 from bank.manifest import BASE, read_manifest
 

@@ -22,8 +22,9 @@ from bank.lookup.phrases import TrustedPhrases, phrase_table
 from server.errors import EngineFailed, InvalidRequest
 from server.gateway.access.queue import EngineQueue
 from server.gateway.engines.chat import EngineRequest, EngineStream, Piece, events
+from server.gateway.experiments.arms import Level
 from server.gateway.generation.answer_stream import AnswerStream, split_request
-from server.gateway.generation.personalizer import Level, Personalization
+from server.gateway.generation.personalizer import Personalization
 from server.gateway.generation.prompts import UserPrompt
 from server.gateway.http.streaming import DONE, KEEP_ALIVE, EventSender, event
 from server.gateway.routes.jobs import _JobEvents

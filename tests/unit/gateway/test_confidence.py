@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.gateway.learning.confidence import (
+from server.gateway.experiments.confidence import (
     MIN_PEOPLE_WEEKS,
     SequentialInterval,
     Totals,

@@ -18,7 +18,6 @@ from bank.items.profile import Item
 from bank.items.retrieval import ItemIndex
 from bank.items.tasks import get_task
 from server.errors import Unavailable
-from server.gateway.access.keys import Caller
 from server.gateway.generation.prompts import MAX_QUEUED_BUILDS, HistoryIndexer, IndexCache, PromptBuilder
 from server.gateway.generation.request import LengthLimits
 from server.gateway.routes.generate import request_of
@@ -26,6 +25,7 @@ from server.gateway.routes.requests import GenerateRequest
 from server.gateway.users.histories import HistoryLimit, add_to_history, diff_histories, replace_history
 from server.store.profile_record import Profile, StoredItem
 from server.store.tenants.user_key import User, UserKeys
+from tests.support.gateway import call_by
 from tests.support.watchdog import settled
 
 LIMIT = HistoryLimit(5, 100)
@@ -109,7 +109,7 @@ def test_new_content_under_a_known_id_replaces_it_in_its_place() -> None:
 
 KEYS = UserKeys("a secret that only tests know", "default")
 ASKED = GenerateRequest(user_id="ada", prompt="hello", history=1, max_tokens=4)
-REQUEST = request_of(ASKED, ASKED.turns, KEYS, Caller("app", "default", frozenset()))
+REQUEST = request_of(call_by("app"), ASKED, ASKED.turns, learn=False, patience_s=None)
 
 
 class Held:
@@ -243,12 +243,15 @@ async def test_half_of_a_requests_patience_is_left_for_a_place_when_its_history_
     busy = ask(indexing, "busy")
     await until_read(held, 1)
     request = replace(REQUEST, patience_s=given_s)
-    prompt = await prompts.build(request, profile("ada"), LengthLimits(1000, 512, 300))
+    limits, ada = LengthLimits(1000, 512, 300), (REQUEST.user, profile("ada"))
+    prompt = await prompts.build(request, *ada, limits)
     assert (prompt.messages, prompt.items) == (REQUEST.messages, 0)
     assert prompt.reason
     assert prompt.patience_s is not None
     assert 0 <= prompt.patience_s < left_s + 0.01
-    without = await prompts.build(replace(request, history=0), profile("ada"), LengthLimits(1000, 512, 300))
+    without = await prompts.build(
+        replace(request, history=0), REQUEST.user, profile("ada"), LengthLimits(1000, 512, 300)
+    )
     assert without.patience_s == given_s
     busy.cancel()
 

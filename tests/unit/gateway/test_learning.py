@@ -16,8 +16,9 @@ from bank.items.profile import Item
 from bank.items.tasks import get_task
 from bank.lookup.signature import empty_signature
 from bench.rig.processes import PATIENCE_S
+from server.clock import week_of
 from server.errors import QuotaExceeded, Unavailable, UserErased
-from server.gateway.generation.personalizer import Arm, arm_of
+from server.gateway.experiments.arms import Arm, arm_of
 from server.gateway.http.bodies import LONGEST_WRITE_S
 from server.gateway.learning.messages import MAX_AGE_S, MAX_PENDING, MessageLearner, item_of
 from server.gateway.users.profiles import signature_due
@@ -25,7 +26,6 @@ from server.settings import MAX_ITEM_BYTES
 from server.store.profile_record import Profile, StoredSignature
 from server.store.profiles import MARK_S
 from server.store.tenants.user_key import User
-from server.store.worth import week_of
 
 BANK, DAY_MS = "0123abcd", 24 * 3600 * 1000
 FAULTS = {"erased": UserErased(), "full": QuotaExceeded("x"), "away": Unavailable("x"), "odd": ValueError("x")}

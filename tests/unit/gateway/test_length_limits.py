@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from server.errors import InvalidRequest
-from server.gateway.access.keys import Caller
 from server.gateway.generation.request import (
     WHOLE_TOKENS,
     GenerationRequest,
@@ -17,16 +16,14 @@ from server.gateway.generation.request import (
 )
 from server.gateway.routes.generate import request_of
 from server.gateway.routes.requests import GenerateRequest
-from server.store.tenants.user_key import UserKeys
+from tests.support.gateway import call_by
 
 LIMITS = LengthLimits(max_prompt_chars=10, context_tokens=512, default_max_tokens=300)
 
 
 def ask(**fields: Any) -> GenerationRequest:
     request = GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields)
-    return request_of(
-        request, request.turns, UserKeys("a secret for tests only", "tests"), Caller("tests", "", frozenset())
-    )
+    return request_of(call_by("tests"), request, request.turns, learn=False, patience_s=None)
 
 
 def in_messages(*texts: str) -> dict[str, Any]:

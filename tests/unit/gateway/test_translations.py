@@ -17,7 +17,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter, ValidationError
 
 from server.errors import EngineFailed, InvalidRequest, TooMany, Unavailable
-from server.gateway.generation.personalizer import Level, Personalization
+from server.gateway.experiments.arms import Level
+from server.gateway.generation.personalizer import Personalization
 from server.gateway.generation.prompts import UserPrompt
 from server.gateway.http.errors import fault_of
 from server.gateway.routes.openai.messages import MessagesError, MessagesRequest, MessagesResponse
@@ -250,7 +251,8 @@ def answer(values: Sequence[dict[str, Any]]) -> Any:
             yield "", value
 
     return SimpleNamespace(
-        request=SimpleNamespace(learnt=None, sampling={"temperature": 0.2}),
+        request=SimpleNamespace(learnt=None),
+        sampling={"temperature": 0.2},
         pieces=pieces,
         public_id="id-1",
         personalization=Personalization(Level.BASE),

@@ -14,7 +14,7 @@ from adapters.recipe import PER_MILLE
 from bank.items.tasks import Task
 from bank.lookup.serving import TOPIC_GRAIN
 from bank.manifest import BankManifest
-from server.gateway.parts import parts_of
+from server.gateway.parts import call_of
 
 router = APIRouter()
 
@@ -87,7 +87,7 @@ class BankAnswer(BaseModel, frozen=True):
 @router.get("/bank", tags=["operations"])
 async def read_bank(request: Request) -> BankAnswer:
     """Return the served bank: its anchors on a map and the weight rule in words."""
-    bank = parts_of(request).bank
+    bank = call_of(request).parts.bank
     manifest, atlas = bank.manifest, bank.atlas
     return BankAnswer(
         task=TaskAnswer.of(bank.task),

@@ -17,7 +17,7 @@ from server.gateway.generation.generator import Answer
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http import streaming
 from server.gateway.http.bodies import JsonRoute
-from server.gateway.parts import Parts
+from server.gateway.parts import Call
 from server.gateway.routes.answering import PersonalizationAnswer
 from server.gateway.routes.openai.requests import (
     IGNORED,
@@ -174,8 +174,8 @@ _FIXED = {  # fields that OpenAI's schema demands
 class ResponsesResponse(TranslatedResponse):
     """An answer as a response, or in the events of one, which are numbered."""
 
-    def __init__(self, parts: Parts, generation: GenerationRequest, body: ResponsesRequest) -> None:
-        super().__init__(parts, generation, body)
+    def __init__(self, call: Call, generation: GenerationRequest, body: ResponsesRequest) -> None:
+        super().__init__(call, generation, body)
         self._body = body
         self._created_s = int(time.time())
         self._number = -1  # of the last event
@@ -183,7 +183,7 @@ class ResponsesResponse(TranslatedResponse):
     def value(self, answer: Answer | None, status: str = "", error: dict[str, str] | None = None) -> dict[str, Any]:
         """Return the response; `answer` is None after an error before its beginning."""
         status = status or ("incomplete" if self.finish_reason == "length" else "completed")
-        body, sampling = self._body, answer.request.sampling if answer else {}
+        body, sampling = self._body, answer.sampling if answer else {}
         value = {
             "id": answer.public_id if answer else f"{body.ID_PREFIX}-{request_id.get()}",
             "object": "response",

@@ -18,14 +18,13 @@ from starlette.datastructures import Headers
 from adapters.errors import excerpt
 from server.engine_protocol import BASE_MODEL
 from server.errors import InvalidRequest, NotFound
-from server.gateway.access.keys import caller_of
 from server.gateway.engines.chat import MOVED, Conversation
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.request import GenerationRequest, Personalize
 from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.streaming import event
-from server.gateway.parts import Parts, parts_of, users_of
-from server.gateway.routes.answering import AnswerResponse, PersonalizationAnswer, with_learning
+from server.gateway.parts import Call, call_of
+from server.gateway.routes.answering import AnswerResponse, PersonalizationAnswer, learnt_of
 from server.gateway.routes.openai.requests import (
     PERSONAL_MODEL,
     ChatRequest,
@@ -146,37 +145,40 @@ def answer_to(
         if personalize is Personalize.MERGED:
             raise InvalidRequest("personalize is merged, but the model is base", param="personalize")
         personalize = Personalize.NONE
-    parts, users, caller = parts_of(request), users_of(request), caller_of(request)
-    user_id = _user_id(asked.user, request.headers, parts.settings.user_header_names)
+    call = call_of(request)
+    bank, settings = call.parts.bank, call.gateway.settings
+    user_id = _user_id(asked.user, request.headers, settings.user_header_names)
     messages: Conversation = []
     learn = asked.learn
     history: int | Literal["auto"] = 0
     if isinstance(asked, ChatRequest):
         messages = [message.model_dump(exclude_unset=True) for message in asked.messages]
-        _check_template_arguments(asked.chat_template_kwargs or {}, parts.settings.template_arguments)
+        _check_template_arguments(asked.chat_template_kwargs or {}, settings.template_arguments)
         if asked.draft is not None:
-            messages[-1:], learn = draft_turns(asked.draft, parts.bank.task), False
-        history = asked.history if asked.history is not None else "auto" if caller.policy.history else 0
+            messages[-1:], learn = draft_turns(asked.draft, bank.task), False
+        history = asked.history if asked.history is not None else "auto" if call.caller.policy.history else 0
     generation = GenerationRequest(
         id_prefix=body.ID_PREFIX,
-        user=None if user_id is None else users.user(user_id),
+        user=None if user_id is None else call.user(user_id),
         personalize=personalize,
         strength=asked.strength,
         messages=messages,
         prompt=asked.prompt if isinstance(asked, CompletionRequest) else None,
         words=asked.words,
-        history=parts.bank.manifest.history_default if history == "auto" else history,
+        history=bank.manifest.history_default if history == "auto" else history,
         max_tokens=asked.longest,
         sampling=asked.engine_fields,
         stream=asked.stream,
-        users=users,
-        caller=caller,
+        users=call.users,
+        caller=call.caller,
+        holdout=call.holdout,
+        learnt=learnt_of(call, messages, learn) if user_id and personalize is not Personalize.NONE else None,
         patience_s=patience_s,
         user_param="user",
         prompt_param=body.PROMPT,
         max_tokens_param="max_completion_tokens" if "max_completion_tokens" in body.model_fields_set else body.LONGEST,
     )
-    return response(parts, with_learning(parts, generation, learn), body)
+    return response(call, generation, body)
 
 
 def _checked_model(model: str) -> str:
@@ -216,8 +218,8 @@ def _user_id(user: str | None, headers: Headers, names: Sequence[str]) -> str | 
 class ModelResponse(AnswerResponse):
     """An answer to a request that named a model, with the headers about its personalisation."""
 
-    def __init__(self, parts: Parts, generation: GenerationRequest, body: ModelRequest) -> None:
-        super().__init__(parts, generation)
+    def __init__(self, call: Call, generation: GenerationRequest, body: ModelRequest) -> None:
+        super().__init__(call, generation)
         self._model = body.model
         self._ignored = {"X-MTA-Ignored": ", ".join(body.ignored)} if body.ignored else {}
 
@@ -230,8 +232,8 @@ class ModelResponse(AnswerResponse):
 class OpenAIResponse(ModelResponse):
     """An answer in OpenAI's format."""
 
-    def __init__(self, parts: Parts, generation: GenerationRequest, body: OpenAIRequest) -> None:
-        super().__init__(parts, generation, body)
+    def __init__(self, call: Call, generation: GenerationRequest, body: OpenAIRequest) -> None:
+        super().__init__(call, generation, body)
         self._options = body.stream_options or StreamOptions()
         self._is_chat = isinstance(body, ChatRequest)
         self._draft = body.draft if isinstance(body, ChatRequest) else None

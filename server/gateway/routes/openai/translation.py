@@ -12,7 +12,7 @@ import orjson
 
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.request import GenerationRequest
-from server.gateway.parts import Parts
+from server.gateway.parts import Call
 from server.gateway.routes.openai.requests import TranslatedRequest
 from server.gateway.routes.openai.routes import ModelResponse
 
@@ -73,8 +73,8 @@ Step = tuple[AnswerBlock, str | None]
 class TranslatedResponse(ModelResponse):
     """A chat answer in another format, as blocks one after the other."""
 
-    def __init__(self, parts: Parts, generation: GenerationRequest, body: TranslatedRequest) -> None:
-        super().__init__(parts, generation, body)
+    def __init__(self, call: Call, generation: GenerationRequest, body: TranslatedRequest) -> None:
+        super().__init__(call, generation, body)
         self.blocks: list[AnswerBlock] = []
         self.finish_reason: str | None = None
         self.stop: str | None = None  # the stop text that ended the answer

@@ -1,0 +1,1 @@
+"""Methods of personalisation compared on people's own later answers: `mta eval`, a bank's verdict, and studies."""
