@@ -28,6 +28,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY adapters adapters
 COPY bank bank
 COPY bench bench
+COPY demo demo
 COPY evaluation evaluation
 COPY mta_client mta_client
 COPY server server

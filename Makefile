@@ -3,7 +3,7 @@
 .PHONY: help setup demo test check lint types style format acceptance lock openapi docs release audit images containers-test clean
 
 BIN := .venv/bin
-PACKAGES := adapters bank bench evaluation mta_client server
+PACKAGES := adapters bank bench demo evaluation mta_client server
 SCRIPTS := deploy/setup.sh deploy/locks/lock.sh deploy/console/vendor.sh .ci/run
 WORKERS := logical --maxprocesses 4
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

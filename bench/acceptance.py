@@ -30,6 +30,11 @@ def _counts(value: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", value))
 
 
+def _share(value: str) -> float:
+    part, whole = _counts(value)
+    return part / whole
+
+
 FUSE = (Target("merge over worker", "at least 5", lambda value: value["median"] >= 5),)
 SOAK = (
     Target("answers", "all", lambda value: len(set(_counts(value))) == 1),
@@ -44,6 +49,7 @@ PACKAGES = (
     Target("known vulnerabilities", "none", lambda value: value in ("none", "none in those", "not checked")),
     Target("packages looked up", "all", lambda value: len(set(_counts(value))) == 1, binding=False),
 )
+PERSONAL = Target("answers unlike the base model's", "more than 80 %", lambda value: _share(value) > 0.8)
 SERVED = (Target("answers not served", "0", lambda value: value == 0),)
 NO_IMAGES = "make images (with STAND_INS=1 where no registry of images can be reached)"
 CHAT_APP = "python -m venv APP && APP/bin/pip install open-webui, then set CHAT_APP_PYTHON=APP/bin/python"
@@ -95,12 +101,6 @@ def main(
             run.skip("a chat app in a browser", CHAT_APP)
         # In bfloat16 an answer depends on its batch where two tokens nearly tie, so use float32.
         run.served(
-            "users",
-            (out / "data", (*served, "--dtype", "float32")),
-            lambda url, engine: ("-m", "bench.serving.users", "--users", users, "--url", url, "--engine", engine),
-            (OWN_VERDICT,),
-        )
-        run.served(
             "serving equals training",
             (out / "data", (*served, "--dtype", "float32")),
             lambda _, engine: ("-m", "server.cli", "verify", *served, "--engine-url", engine),
@@ -112,7 +112,7 @@ def main(
             lambda url, _: ("-m", "bench.adapt.beside", "--gateway", url),
             (OWN_VERDICT,),
         )
-        run.step("two engines as one", ("-m", "bench.fleet.replicas", *people), (OWN_VERDICT,))
+        run.step("two engines as one", ("-m", "bench.fleet.replicas", *people), (OWN_VERDICT, PERSONAL))
         run.step("quality", ("-m", "server.cli", "eval", *people, "--out", out / "quality", "--no-predict"))
     run.end("Acceptance")
 

@@ -18,13 +18,13 @@ from xdist.scheduler import LoadFileScheduling
 from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
-from bench.rig.cluster import ValkeyCluster
 from bench.rig.engine import Engine, running_engine
 from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.settings import Settings
 from server.supervisor import services
 from tests.support.fake_engine import KEY, FakeEngine, Knobs
 from tests.support.gateway import SECRET, GatewayThread
+from tests.support.valkeys.cluster import ValkeyCluster
 
 HERE = Path(__file__).parent
 DEAR_FIRST = (

@@ -1,1 +1,1 @@
-"""Cost of few-shot adaptation: `mta bench adapt`, and `python -m bench.adapt.beside` and `bench.adapt.signing`."""
+"""Cost of few-shot adaptation: `mta bench adapt`, and `python -m bench.adapt.beside`."""

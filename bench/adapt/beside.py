@@ -25,8 +25,7 @@ from rich.progress import Progress
 
 from bench import script
 from bench.page.report import Spread, percentile, report
-from bench.rig.client import authorization
-from bench.serving.gateway import stream_chunks
+from bench.rig.client import authorization, has_text, stream_chunks
 
 USERS = ("bench-beside-a", "bench-beside-b")
 TRAINED = "bench-beside-trained"
@@ -157,7 +156,7 @@ async def _stream(session: aiohttp.ClientSession, body: dict[str, Any], block: B
     async with session.post("/generate", json=body | {"stream": True, "temperature": 0}) as response:
         response.raise_for_status()
         async for chunk in stream_chunks(response):
-            if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+            if has_text(chunk):
                 now_s = time.perf_counter()
                 (block.first if first else block.gaps).append((now_s - last_s) * 1000)
                 last_s, first = now_s, False

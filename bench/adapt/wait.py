@@ -18,9 +18,9 @@ from rich.progress import track
 
 from bench import script
 from bench.page.report import Figures, Spread, tabulate
+from bench.rig.people import WORDS
 from bench.rig.subject import BankOption, ModelOption, TinyOption, configured_subject, tiny
 from bench.rig.up import up
-from bench.serving.front import WORDS
 from mta_client import Client
 
 WORDS_EACH = 16

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -29,16 +29,11 @@ import typer
 
 from bench import script
 from bench.fleet.overload import LONG, LONG_PATH, Rows
-from bench.fleet.streams import Load, Loader, loading, reading, user_bodies
+from bench.fleet.streams import Load, Loader, gateways_with_users, loading, reading, user_bodies
 from bench.page.report import Spread, marked, percentile, report
-from bench.rig.engine import KEY
-from bench.rig.processes import wait_until
 from bench.rig.servers import vllm_server
 from bench.rig.subject import Subject, tiny
-from bench.rig.tiny import world
-from bench.rig.up import gateway_url, running_gateway
 from bench.rig.valkey import ValkeyProcess
-from bench.serving.front import SECRET
 from mta_client import Client
 from server.settings import Settings
 from server.store.opening import open_stores
@@ -104,15 +99,13 @@ def pinned_gateway(folder: Path, secrets: Mapping[str, str]) -> Iterator[tuple[S
         os.sched_setaffinity(0, {engines_core})
         with vllm_server(subject, max_num_seqs=PLACES, max_loras=USERS) as engine:
             os.sched_setaffinity(0, others or {engines_core})
-            parts = (subject.bank, store.url, engine.url, KEY, SECRET)
-            with running_gateway(*parts, engine_places=PLACES) as process:  # users share recipes: fewer slots
-                url = gateway_url(process)
-                for secret in secrets.values() or (None,):
-                    with Client(url, key=secret) as client:
-                        wait_until(client.ready, f"{url} to be ready")
-                        for user in range(USERS):
-                            client.put_profile(f"user-{user}", [world(user)])
-                yield subject, url
+            keys: list[str | None] = [*secrets.values()]
+            own: dict[str, Any] = {
+                "keys": keys or [None],
+                "engine_places": PLACES,
+            }  # users share recipes: there are fewer slots
+            with gateways_with_users(subject.bank, store, engine, USERS, **own) as urls:
+                yield subject, urls[0]
 
 
 async def _add_keys(url: str, secrets: Mapping[str, str]) -> None:

@@ -8,16 +8,13 @@ all other processes are old in the end.
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -27,18 +24,16 @@ import redis
 import typer
 
 from bench import script
-from bench.fleet.chaos import census, verdict
-from bench.fleet.chaos.faults import Fault, Outage
-from bench.fleet.chaos.load import TIMEOUT_S, Crowd, ended
-from bench.fleet.machine import is_whole
-from bench.fleet.rolling import CALM_S, PEOPLE, READY_S, SECRET, Replaceable, RollingFleet
+from bench.fleet.exercise import census, claims
+from bench.fleet.exercise.claims import Claim
+from bench.fleet.exercise.crowds import TIMEOUT_S
+from bench.fleet.exercise.faults import Exercise, Fault
+from bench.fleet.exercise.parts import KINDS, Replacement, all_whole, kind_of
+from bench.fleet.exercise.processes import ProcessFleet
+from bench.fleet.exercise.replacing import CALM_S, exchange_secret
 from bench.page.report import console, report
-from bench.rig.processes import mta, wait_until
-from server.store.rotation import GRACE_MS
-from server.supervisor.services import free_port
 
 CROWDS, CROWD = 6, 12
-DEATHS = ("gateway", "engine", "router", "worker", "valkey")
 OLD = {"gateway-2", "engine-2", "router", "worker", "valkey"}
 READ_S = 30.0
 SETTLED_SHARE = 0.5
@@ -57,87 +52,41 @@ class Reading:
     keys: int  # in the store
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Lasting:
-    """The fleet with a worker, and everything that happens to it."""
+    """Everything that happens to a fleet under load."""
 
-    fleet: RollingFleet
-    worker: Replaceable
+    fleet: ProcessFleet
+    exercise: Exercise
     folder: Path
-    outages: list[Outage] = field(default_factory=list)
-
-    def parts(self) -> dict[str, Replaceable]:
-        """All parts that are processes of ours, by name."""
-        numbered = {"gateway": self.fleet.gateways, "engine": self.fleet.engines}
-        named = {f"{kind}-{n}": part for kind, parts in numbered.items() for n, part in enumerate(parts, 1)}
-        return named | {"worker": self.worker}
 
     def die(self, kind: str) -> None:
         """Kill the first part of a kind, start it again as a supervisor would, and wait until it is ready."""
-        begun_s = time.monotonic()
-        if kind == "valkey":
-            self.fleet.store.kill()
-            self.fleet.store.start()
-        elif kind == "router":
-            self.fleet.router.send(signal.SIGKILL)
-            self.fleet.restart_router()
-        else:
-            part = next(part for name, part in self.parts().items() if name.startswith(kind))
-            part.kill()
-            part.start(self.fleet.settings)
-        wait_until(self.is_ready, f"all parts after the death of {kind}", READY_S)
-        self.outages.append(Outage(Fault(kind), begun_s, time.monotonic()))
-
-    def is_ready(self) -> bool:
-        """Whether both gateways miss nothing."""
-        return all(map(is_whole, self.fleet.gateway_urls))
-
-    def read(self, at_s: float) -> Reading:
-        """Read what all parts use now."""
-        pids = {name: part.pid for name, part in self.parts().items()}
-        pids |= {"router": self.fleet.router.process.pid, "valkey": self.fleet.store.pid}
-        used = {name: census.usage_of(pid) for name, pid in pids.items()}
-        return Reading(at_s, used, pids, census.kinds_of_keys(self.fleet.store.url).total())
+        self.exercise.strike(next(name for name in self.fleet.names if kind_of(name) == kind))
 
     def back_up(self) -> None:
-        self._command("backup", "--out", str(self.folder / "backups"))
+        self.fleet.command("backup", "--out", str(self.folder / "backups"))
 
     def change_bank(self) -> None:
         """Roll out the next bank, as docs/scaling.md says."""
-        for what, exchange in self.fleet.steps():
-            self._away(what.partition(",")[0], exchange)
-        self.fleet.settings["MTA_BANK"] = str(self.fleet.next)
-        self.worker.exchange(self.fleet.settings)
+        for step in self.fleet.replacements():
+            self._replace(step)
 
     def change_secret(self) -> None:
-        """Exchange MTA_SECRET, as docs/security.md says."""
-        for secret, then in ((f"{NEW_SECRET},{SECRET}", ("secret", "rotate")), (NEW_SECRET, ())):
-            self.fleet.settings["MTA_SECRET"] = secret
-            for gateway in self.fleet.gateways:
-                self._away("gateway", partial(gateway.exchange, self.fleet.settings))
-            if then:
-                self._command(*then)
-                time.sleep(GRACE_MS / 1000)
+        exchange_secret(self.fleet, NEW_SECRET, self._replace)
 
-    def _away(self, kind: str, exchange: Callable[[], None]) -> None:
-        begun_s = time.monotonic()
-        exchange()
-        self.outages.append(Outage(Fault(kind), begun_s, time.monotonic()))
+    def _replace(self, step: Replacement) -> None:
+        self.exercise.during(Fault(kind_of(step.part)), step.replace)
         time.sleep(CALM_S)
-
-    def _command(self, *words: str) -> None:
-        given = {name: value for name, value in (os.environ | self.fleet.settings).items() if value is not None}
-        done = subprocess.run(mta(*words), env=given, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
 
 
 class Reader(threading.Thread):
     """Reads what the parts use until `stop`."""
 
-    def __init__(self, lasting: Lasting, every_s: float) -> None:
+    def __init__(self, fleet: ProcessFleet, every_s: float) -> None:
         super().__init__(daemon=True)
         self.readings: list[Reading] = []
-        self._lasting, self._every_s = lasting, every_s
+        self._fleet, self._every_s = fleet, every_s
         self._stop_asked = threading.Event()
 
     def stop(self) -> None:
@@ -147,9 +96,15 @@ class Reader(threading.Thread):
     def run(self) -> None:
         begun_s = time.monotonic()
         while not self._stop_asked.wait(self._every_s):
-            if self._lasting.is_ready():
+            if all_whole(self._fleet):
                 with suppress(OSError, redis.RedisError):  # a part has died meanwhile
-                    self.readings.append(self._lasting.read(time.monotonic() - begun_s))
+                    self.readings.append(self._read(time.monotonic() - begun_s))
+
+    def _read(self, at_s: float) -> Reading:
+        pids = {name: self._fleet.processes(name) for name in self._fleet.names}
+        used = {name: census.usage(family) for name, family in pids.items()}
+        keys = census.kinds_of_keys(self._fleet.store.url).total()
+        return Reading(at_s, used, {name: family[0] for name, family in pids.items()}, keys)
 
 
 def main(
@@ -163,19 +118,15 @@ def main(
 ) -> None:
     """Keep a fleet busy for hours; exit status 1 if something is lost or grows. Ctrl-C judges what there is by then."""
     chance = random.Random(seed)
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as parts:
-        lasting = started(Path(scratch), parts)
-        urls, store_url = lasting.fleet.gateway_urls, lasting.fleet.store.url
-        keys_before = census.kinds_of_keys(store_url)
-        crowds = [
-            Crowd(urls[n % len(urls)], f"crowd-{n}", CROWD, f"{chance.random()}", pause_s=pause_s)
-            for n in range(CROWDS)
-        ]
-        reader, begun_s, shown = Reader(lasting, READ_S), time.monotonic(), console()
-        for thread in (*crowds, reader):
-            thread.start()
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as ended:
+        fleet = ProcessFleet(Path(scratch), ended, worker=True)
+        exercise, reader = Exercise(fleet, CROWDS, CROWD, chance, pause_s), Reader(fleet, READ_S)
+        lasting = Lasting(fleet, exercise, Path(scratch))
+        keys_before, begun_s = census.kinds_of_keys(fleet.store.url), time.monotonic()
+        exercise.start()
+        reader.start()
         happened: list[tuple[str, float]] = []
-        failed: list[verdict.Claim] = []
+        failed: list[Claim] = []
         with suppress(KeyboardInterrupt):
             for at_s, what, event in plan(lasting, chance, 60 * minutes, death_s, 60 * backup_minutes):
                 time.sleep(max(0.0, begun_s + at_s - time.monotonic()))
@@ -184,43 +135,31 @@ def main(
                 try:
                     event()
                 except AssertionError as error:
-                    failed.append(verdict.Claim(what, str(error), False))
+                    failed.append(Claim(what, str(error), False))
                     break
-                shown.print(f"{(event_s - begun_s) / 60:6.1f} min  {what}: {time.monotonic() - event_s:.1f} s")
+                taken_s = time.monotonic() - event_s
+                console().print(f"{(event_s - begun_s) / 60:6.1f} min  {what}: {taken_s:.1f} s")
         lasted_s = time.monotonic() - begun_s
-        asked, people = ended(crowds)
+        asked, people = exercise.stop()
         reader.stop()
         settled, last = reader.readings[int(SETTLED_SHARE * len(reader.readings))], reader.readings[-1]
         lived = {name: used for name, used in settled.parts.items() if settled.pids[name] == last.pids[name]}
-        with httpx.Client(base_url=urls[0], timeout=TIMEOUT_S) as client:
-            claims = [
+        with httpx.Client(base_url=fleet.urls[0], timeout=TIMEOUT_S) as client:
+            found = [
                 *failed,
-                *verdict.about_outages(lasting.outages),
-                verdict.Claim("lived through the second half", ", ".join(lived), lived.keys() >= OLD),
-                *verdict.about_requests(asked, lasting.outages),
-                *verdict.about_promises(client, people),
-                verdict.about_jobs(client, people),
-                *verdict.about_growth(lived, last.parts),
-                *verdict.after_erasing(client, people, store_url, keys_before, moved=len(people) + PEOPLE),
+                *claims.about_outages(exercise.outages),
+                Claim("lived through the second half", ", ".join(lived), lived.keys() >= OLD),
+                *claims.about_load(client, asked, people, exercise.outages),
+                *claims.about_growth(lived, last.parts),
+                *claims.after_erasing(client, people, fleet.store.url, keys_before, moved=len(people)),
             ]
     readings = [
         {"at_s": one.at_s, "keys": one.keys, **{f"{name}, MiB": use.memory_mib for name, use in one.parts.items()}}
         for one in reader.readings
     ]
-    title = f"{lasted_s / 60:.0f} minutes of load, {len(lasting.outages)} parts killed or exchanged, seed {seed}"
-    rows = [claim.row for claim in claims]
+    title = f"{lasted_s / 60:.0f} minutes of load, {len(exercise.outages)} parts killed or exchanged, seed {seed}"
+    rows = [claim.row for claim in found]
     report(title, rows, out, bench="lasting", readings=readings, events=happened)
-
-
-def started(folder: Path, parts: ExitStack) -> Lasting:
-    """Start the fleet of `rolling` and a worker."""
-    fleet = RollingFleet(folder, parts)
-    port = free_port()
-    worker = Replaceable(mta("worker"), f"http://127.0.0.1:{port}/metrics")
-    fleet.settings["MTA_METRICS_PORT"] = str(port)
-    worker.start(fleet.settings)
-    parts.callback(worker.stop)
-    return Lasting(fleet, worker, folder)
 
 
 def plan(
@@ -234,7 +173,7 @@ def plan(
     events += [(at * backup_s, "backup", lasting.back_up) for at in range(1, int(lasts_s / backup_s) + 1)]
     at_s = 0.0
     while (at_s := at_s + chance.uniform(0.5, 1.5) * death_s) < lasts_s - death_s / 2:
-        kind = chance.choice(DEATHS if at_s < lasts_s / 2 - death_s else DEATHS[:2])
+        kind = chance.choice(KINDS if at_s < lasts_s / 2 - death_s else KINDS[:2])
         events.append((at_s, f"death of {kind}", partial(lasting.die, kind)))
     yield from sorted(events, key=lambda event: event[0])
     yield lasts_s, "end", lambda: None

@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,18 +25,12 @@ import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.fleet.streams import Load, Loader, OnStream, loading, reading, user_bodies
+from bench.fleet.streams import Load, Loader, OnStream, gateways_with_users, loading, reading, user_bodies
 from bench.page.report import Spread, console, marked, report
 from bench.rig.client import summed
-from bench.rig.engine import KEY
-from bench.rig.processes import wait_until
 from bench.rig.servers import vllm_server
 from bench.rig.subject import Subject, tiny
-from bench.rig.tiny import world
-from bench.rig.up import gateway_url, running_gateway
 from bench.rig.valkey import ValkeyProcess
-from bench.serving.front import SECRET
-from mta_client import Client
 
 PARTS = ("streams", "overload", "readers")
 GATEWAYS = 2
@@ -102,32 +96,14 @@ def main(
 def _fleet(subject: Subject, folder: Path, sequences: int) -> Iterator[list[str]]:
     """Run gateways with an engine for `sequences` and a store with the users; yield the gateways' URLs."""
     folder.mkdir()
+    places = -(-sequences // GATEWAYS)  # users share recipes: there are fewer slots
     with (
         ValkeyProcess(folder / "valkey") as store,
-        vllm_server(subject, max_num_seqs=sequences, max_loras=USERS) as server,
-        ExitStack() as stack,
+        vllm_server(subject, max_num_seqs=sequences, max_loras=USERS) as engine,
+        gateways_with_users(
+            subject.bank, store, engine, USERS, gateways=GATEWAYS, send_timeout_s=SEND_TIMEOUT_S, engine_places=places
+        ) as urls,
     ):
-        gateways = [
-            stack.enter_context(
-                running_gateway(
-                    subject.bank,
-                    store.url,
-                    server.url,
-                    KEY,
-                    SECRET,
-                    send_timeout_s=SEND_TIMEOUT_S,
-                    engine_places=-(-sequences // GATEWAYS),  # users share recipes: there are fewer slots
-                )
-            )
-            for _ in range(GATEWAYS)
-        ]
-        urls = [gateway_url(gateway) for gateway in gateways]
-        for url in urls:
-            with Client(url) as client:
-                wait_until(client.ready, f"{url} to be ready")
-        with Client(urls[0]) as client:
-            for user in range(USERS):
-                client.put_profile(f"user-{user}", [world(user)])
         yield urls
 
 

@@ -6,15 +6,16 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bench import script
-from bench.fleet.machine import ENGINES, engine_of, wait_for_router
+from bench.fleet.exercise.machine import ENGINES, engine_of, wait_for_router
 from bench.page.report import marked, report
+from bench.rig.client import until_signed
 from bench.rig.engine import KEY
 from bench.rig.subject import BankOption, ModelOption, configured_subject
 from bench.rig.up import Up, up
@@ -24,13 +25,33 @@ CONCURRENCY = 4
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """One query and its answers, all greedy."""
+
+    recipe: str
+    source: str | None  # of the recipe
+    text: str
+    through_router: str  # the answer at level merged
+    base: str  # the base model's answer
+    alone: str = ""  # the first engine's answer with the same recipe
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """Results of the comparison."""
 
-    answers: int  # number of answers
-    differing: list[str]  # queries that a single engine answers differently
+    asked: list[Asked]
     resident: Mapping[str, set[str]]  # recipes that each engine held before the single engine served all of them
-    recipes: set[str]  # recipes of all people
+
+    @property
+    def differing(self) -> list[str]:
+        """Queries that a single engine answers differently."""
+        return [one.text for one in self.asked if one.alone != one.through_router]
+
+    @property
+    def recipes(self) -> set[str]:
+        """Recipes of all people."""
+        return {one.recipe for one in self.asked}
 
     @property
     def twice(self) -> set[str]:
@@ -40,12 +61,16 @@ class Found:
     @property
     def rows(self) -> list[tuple[str, str]]:
         """The rows of the report."""
+        total, signed = len(self.asked), {one.recipe for one in self.asked if one.source == "signature"}
+        equal = total - len(self.differing)
+        personal = sum(one.through_router != one.base for one in self.asked)
         held = [(f"recipes on {name}", str(len(held & self.recipes))) for name, held in self.resident.items()]
-        equal = self.answers - len(self.differing)
         everywhere = set.union(*self.resident.values()) >= self.recipes
         return [
-            ("answers equal to one engine's", marked(f"{equal} of {self.answers}", not self.differing)),
+            ("answers equal to one engine's", marked(f"{equal} of {total}", not self.differing)),
+            ("answers unlike the base model's", f"{personal} of {total}"),
             ("recipes", marked(len(self.recipes), everywhere)),
+            ("recipes by signature", str(len(signed))),
             *held,
             ("recipes on both engines", marked(len(self.twice), not self.twice)),
         ]
@@ -59,32 +84,32 @@ def compared(started: Up, people: Sequence[Mapping[str, Any]], max_tokens: int) 
         people: people in LaMP's per-user layout, with their queries.
         max_tokens: maximum tokens per answer.
     """
-    asked: list[tuple[str, str, str]] = []
     greedy = {"max_tokens": max_tokens, "temperature": 0}
 
-    def serve(person: Mapping[str, Any]) -> None:
-        client.put_profile(person["user_id"], person["profile"])
-        for query in person["query"]:
-            answer = client.generate(person["user_id"], query["input"], personalize="merged", history=0, **greedy)
-            assert answer.personalization.recipe
-            asked.append((answer.personalization.recipe, query["input"], answer.text))
+    def ask(user_id: str, text: str) -> Asked:
+        merged, base = (
+            client.generate(user_id, text, personalize=level, history=0, **greedy) for level in ("merged", "none")
+        )
+        who = merged.personalization
+        assert who.recipe
+        return Asked(who.recipe, who.source, text, merged.text, base.text)
 
+    def ask_alone(one: Asked) -> Asked:
+        answer = engine.chat(one.recipe, one.text, **greedy).raise_for_status()
+        return replace(one, alone=answer.json()["choices"][0]["message"]["content"])
+
+    users = [person["user_id"] for person in people]
+    queries = [(person["user_id"], query["input"]) for person in people for query in person["query"]]
     with Client(started.url, timeout_s=600) as client, ThreadPoolExecutor(CONCURRENCY) as pool:
-        list(pool.map(serve, people))
+        list(pool.map(lambda person: client.put_profile(person["user_id"], person["profile"]), people))
+        until_signed(client, users)
+        asked = list(pool.map(lambda query: ask(*query), queries))
     resident = {}
     for name in ENGINES:
         with engine_of(started, name) as engine:
             resident[name] = set(engine.resident()["resident"])
     with engine_of(started, ENGINES[0]) as engine, ThreadPoolExecutor(CONCURRENCY) as pool:
-
-        def alone(recipe: str, text: str) -> str:
-            answer = engine.chat(recipe, text, **greedy).raise_for_status()
-            said: str = answer.json()["choices"][0]["message"]["content"]
-            return said
-
-        again = list(pool.map(lambda one: alone(one[0], one[1]), asked))
-    differing = [text for (_, text, before), after in zip(asked, again, strict=True) if after != before]
-    return Found(len(asked), differing, resident, {recipe for recipe, _, _ in asked})
+        return Found(list(pool.map(ask_alone, asked)), resident)
 
 
 def main(

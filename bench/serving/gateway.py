@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +21,16 @@ from typing import Annotated, Any
 import aiohttp
 import typer
 from rich.progress import Progress
+from tokenizers import Tokenizer
 
 from bench import script
 from bench.page.report import Spread, percentile, report
-from bench.rig.client import authorization
+from bench.rig.client import authorization, has_text, stream_chunks
+from bench.rig.engine import Engine
+from bench.rig.people import WORDS
+from bench.rig.subject import Subject
+from bench.rig.up import running_gateway
+from bench.rig.valkey import ValkeyProcess
 from mta_client import Client
 
 LEVELS = (1, 16)  # concurrent requests
@@ -146,27 +153,55 @@ def _two(readings: Sequence[float]) -> str:
     return f"{percentile(readings, 0.5):.2f}, {percentile(readings, 0.99):.2f}"
 
 
-async def stream_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """Yield the chunks of a stream as they arrive; RuntimeError if the stream breaks."""
-    async for line in response.content:
-        if not line.startswith(b"data: {"):
-            continue
-        chunk: dict[str, Any] = json.loads(line[6:])
-        if "error" in chunk:
-            raise RuntimeError(f"a stream broke: {chunk['error']}")
-        yield chunk
-
-
 async def _first_token(response: aiohttp.ClientResponse, start_s: float) -> tuple[float, dict[str, float] | None]:
     """Read a stream; return the seconds until its first text, and the timings in its last chunk."""
     first_s, timings = None, None
     async for chunk in stream_chunks(response):
         timings = chunk.get("timings_ms", timings)
-        if first_s is None and chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+        if first_s is None and has_text(chunk):
             first_s = time.perf_counter() - start_s
     if first_s is None:
         raise RuntimeError("a stream without text cannot be timed")
     return first_s, timings
+
+
+def through_gateway(
+    subject: Subject, engine: Engine, folder: Path, tokens: int, pairs: int
+) -> tuple[list[float], list[float]]:
+    """Measure pairs of first tokens through a gateway with a running engine, in ms: without and with a person."""
+    with (
+        ValkeyProcess(folder) as store,
+        running_gateway(subject.bank, store.url, engine.url) as gateway,
+    ):
+        with Client(gateway.url) as client:
+            client.put_profile(USER, ITEMS)
+        sampling = {"max_tokens": 1, "temperature": 0, "user_id": USER}  # the answer is only the first token
+        url, levels = f"{gateway.url}/generate", ("none", "merged")
+        nobody, person = (Side(url, {}, sampling | {"personalize": level}, False) for level in levels)
+        return asyncio.run(_in_turn(nobody, person, _texts(subject.model, tokens), pairs))
+
+
+def _texts(model: Path, tokens: int) -> Callable[[], str]:
+    """Return a function that makes distinct texts of about `tokens` tokens."""
+    tokenizer, chance = Tokenizer.from_file(str(model / "tokenizer.json")), random.Random(0)
+
+    def text() -> str:
+        ids = tokenizer.encode(" ".join(chance.choices(WORDS, k=tokens)), add_special_tokens=False).ids
+        cut: str = tokenizer.decode(ids[:tokens])
+        return cut.strip()
+
+    return text
+
+
+async def _in_turn(a: Side, b: Side, text: Callable[[], str], pairs: int) -> tuple[list[float], list[float]]:
+    taken: tuple[list[float], list[float]] = ([], [])
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(keepalive_timeout=4)) as session:
+        for turn in range(pairs + 1):
+            for kept, side in zip(taken, (a, b), strict=True):
+                first_ms = await side.ask(session, text(), False)
+                if turn:
+                    kept.append(first_ms)
+    return taken
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from playwright.sync_api import Page
 
 from bench import script
 from bench.rig.browser import TRAINING_MS, Looking, chromium, looking, running_browser
-from server.cli.demo import adapting
+from demo import adapting
+from demo.personas import PEOPLE, QUESTIONS, anchors
 from server.cli.demo.bank import build_bank
-from server.cli.demo.personas import PEOPLE, QUESTIONS, anchors
 from server.cli.demo.server import DemoError, Server, running_server
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "pictures"

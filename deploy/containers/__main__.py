@@ -14,27 +14,24 @@ import typer
 
 from adapters.errors import MtaError
 from bank.models.folders import ensure_embedder
-from bench.fleet.chaos.verdict import Claim
+from bench.fleet.exercise.claims import Claim
 from bench.page.report import console, report, tabulate
 from bench.rig.tiny import tiny_bank, tiny_model
+from demo.personas import anchors
 from deploy.containers import images as building
-from deploy.containers.keeping import keep
-from deploy.containers.losing import lose
-from deploy.containers.rolling import roll
-from deploy.containers.serving import serve
+from deploy.containers.fleet import alerts, deaths, replacement
+from deploy.containers.single import persistence, restart
 from deploy.containers.site import Site, deployed
 from deploy.containers.tool import ContainerError, enter_own_network, found_tool, served
-from deploy.containers.watching import watch
 from mta_client import MtaError as ClientError
 from server.cli.demo.bank import build_bank
-from server.cli.demo.personas import anchors
 from server.settings import load_settings
 from server.watching.background import exit_on_signals
 
 FOLDER = Path("out/containers")
 Check = Callable[[Site], list[Claim]]
-ON_ONE: dict[str, Check] = {"serving": serve, "keeping": keep}
-ON_FLEET: dict[str, Check] = {"losing": lose, "rolling": roll, "watching": watch}
+ON_ONE: dict[str, Check] = {"restart": restart, "persistence": persistence}
+ON_FLEET: dict[str, Check] = {"deaths": deaths, "replacement": replacement, "alerts": alerts}
 CHECKS = (*ON_ONE, *ON_FLEET)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from bench.fleet.machine import is_whole
-from bench.rig.processes import children, command_line, wait_until
-from deploy.containers.tool import ContainerError, Tool
+from bench.fleet.exercise.parts import Replacement, all_whole
+from bench.rig.processes import children, command_line, descendants, wait_until
+from deploy.containers.images import ENGINE_CPU, GATEWAY
+from deploy.containers.tool import ROOT, ContainerError, Tool
 from mta_client import Client
 from server.supervisor.services import free_port
 
@@ -26,10 +29,17 @@ READY_S = 600.0
 POLL_S, HEALTH_S = 0.5, 3.0
 """Seconds between two looks at the gateways, and between two rounds of health checks."""
 
+NOTICED_S = 3.0
+"""Seconds within which a gateway notices that a part is away: it looks every two."""
+
+STORE = "redis"  # the service; an exercise calls it `valkey`
+NEXT = "mta.check"  # label of images that replace others
+
 
 @dataclass
 class Site:
-    """A deployment on free ports of loopback, in a compose project of its own.
+    """A deployment on free ports of loopback, in a compose project of its own: an exercise's `ReplaceableParts` and
+    `RotatedParts`.
 
     Attributes:
         tool: what runs its containers.
@@ -100,7 +110,7 @@ class Site:
     def wait(self) -> None:
         """Wait until each gateway finds all its parts well."""
         deadline_s = time.monotonic() + READY_S
-        while not all(map(self.whole, self.urls)):
+        while not all_whole(self):
             if time.monotonic() > deadline_s:
                 said = self.compose("ps", "--all") + self.compose("logs", "--tail", 15)
                 raise ContainerError(f"the gateways did not find all parts well in {READY_S:.0f} s\n{said}")
@@ -110,38 +120,76 @@ class Site:
         """Return a client of a gateway, with the operator's key."""
         return Client(self.urls[number], key=self.key, timeout_s=300)
 
-    def container(self, service: str) -> str:
-        """Return the name of a service's container."""
-        return f"{self.project}-{service}-1"
+    def container(self, name: str) -> str:
+        """Return the name of a part's container."""
+        return f"{self.project}-{STORE if name == 'valkey' else name}-1"
 
-    def inspected(self, service: str, what: str) -> str:
-        """Return a field of a container, by a Go template."""
-        return self.tool.run("inspect", "--format", what, self.container(service)).strip()
+    def inspected(self, name: str, what: str) -> str:
+        """Return a field of a part's container, by a Go template."""
+        return self.tool.run("inspect", "--format", what, self.container(name)).strip()
 
-    def pid(self, service: str) -> int:
+    @property
+    def names(self) -> Sequence[str]:
+        pairs = [f"{kind}{number}" for kind in ("engine", "worker", "gateway") for number in ("", "-2")]
+        return [*pairs, "router", "valkey"] if self.fleet else ["engine", "worker", "gateway", "valkey"]
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+    @property
+    def secret(self) -> str:
+        return self.settings["MTA_SECRET"]
+
+    def pid(self, name: str) -> int:
         """Return the pid of a container's program on this machine, and not of the init before it; 0 if it is down."""
-        pid = int(self.inspected(service, "{{.State.Pid}}"))
+        pid = int(self.inspected(name, "{{.State.Pid}}"))
         try:
-            is_init = bool(pid) and any(name in command_line(pid).partition(" ")[0] for name in INITS)
+            is_init = bool(pid) and any(init in command_line(pid).partition(" ")[0] for init in INITS)
         except (FileNotFoundError, ProcessLookupError):  # it has just ended
             return 0
         return next(iter(children(pid)), 0) if is_init else pid
 
-    def kill(self, service: str) -> None:
-        """Kill a container's program, as the kernel does when memory runs out, and wait until it runs again."""
-        before = self.pid(service)
-        assert before, f"{service} does not run"
+    def processes(self, name: str) -> list[int]:
+        pid = self.pid(name)
+        assert pid, f"{name} does not run"
+        return [pid, *descendants(pid)]
+
+    def kill(self, name: str) -> None:
+        """Kill a container's program, as the kernel does when memory runs out."""
+        before, *_ = self.processes(name)
         os.kill(before, signal.SIGKILL)
-        wait_until(lambda: self.pid(service) not in (0, before), f"{service} to be started again", READY_S)
+        wait_until(lambda: self.pid(name) not in (0, before), f"{name} to be started again", READY_S)
+        time.sleep(NOTICED_S)
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """Headers of a request with the operator's key."""
-        return {"Authorization": f"Bearer {self.key}"}
+    def command(self, *words: str) -> str:
+        return self.compose("exec", "-T", "gateway", "mta", *words).strip()
 
-    def whole(self, url: str) -> bool:
-        """Whether a gateway finds all its parts well."""
-        return is_whole(url, self.headers)
+    def with_secret(self, secret: str) -> Iterator[Replacement]:
+        self.settings["MTA_SECRET"] = secret
+        yield Replacement("gateway", "with another secret", self.start)
+
+    def make_next_images(self) -> None:
+        """Give the images' names to other ones, with a label more."""
+        for image in (GATEWAY, ENGINE_CPU):
+            file = self.folder / "next.Dockerfile"
+            file.write_text(f'FROM {image}\nLABEL {NEXT}="{self.project}"\n', "utf-8")
+            self.tool.run("build", "--file", file.resolve(), "--tag", image, self.folder.resolve())
+
+    def of_old_images(self) -> list[str]:
+        """Return the parts that do not run an image of `make_next_images`, except the store."""
+        label = f'{{{{index .Config.Labels "{NEXT}"}}}}'
+        return [name for name in self.names if name != "valkey" and self.inspected(name, label) != self.project]
+
+    def replacements(self) -> Iterator[Replacement]:
+        page = (ROOT / "docs" / "deploying.md").read_text("utf-8")
+        found = re.search(r"for part in ([\w -]+); do", page)
+        assert found, "deploying.md names no parts"
+        gateways = dict(zip(("gateway", "gateway-2"), self.urls, strict=True))
+        self.compose("run", "--rm", "models")
+        for name in found[1].split():
+            up = partial(self.compose, "up", "-d", "--no-deps", "--wait", name)
+            yield Replacement(name, "", up, closed_url=gateways.get(name, ""))
 
 
 @contextmanager

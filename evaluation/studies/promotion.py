@@ -43,10 +43,10 @@ from bank.models.load import resolve_dtype
 from bench import script
 from bench.page.report import console, report
 from bench.rig.people import write_people
+from demo.manners import MANNERS
+from demo.personas import anchors, worlds
 from evaluation.intervals import over_users
 from server.cli.demo.bank import build_bank
-from server.cli.demo.manners import MANNERS
-from server.cli.demo.personas import anchors, worlds
 from server.settings import Settings, load_settings
 from server.store.samples import Sample
 from server.worker.training import AdapterTrainer, JobUser, pairs_of

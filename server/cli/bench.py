@@ -25,7 +25,7 @@ BENCHMARKS = {
     "fairness": ("bench.fleet.fairness", "Effect of one greedy key on the others, such as requests for many answers."),
     "report": ("bench.page.__main__", "Fill docs/performance.md with tables and pictures from the JSON files."),
     "fleet lasting": ("bench.fleet.lasting", "Hours of load with deaths, backups and changes of bank and secret."),
-    "fleet chaos": ("bench.fleet.chaos.__main__", "Check all guarantees while parts are killed and paused under load."),
+    "fleet chaos": ("bench.fleet.chaos", "Check all guarantees while parts are killed and paused under load."),
     "fleet replicas": ("bench.fleet.replicas", "Check that two engines behind the router answer like one."),
     "fleet simulate": ("bench.fleet.simulate", "Warm hits and balance of simulated fleets of 10 to 1,000 engines."),
     "fleet rolling": ("bench.fleet.rolling", "Replace every part and the bank under load without a failed request."),

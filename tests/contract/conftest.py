@@ -11,7 +11,6 @@ import pytest
 import redis.asyncio as redis
 from hypothesis import settings
 
-from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import DURABLE, ValkeyProcess, server_binaries
 from server.store import append_only_file
 from server.store.feedback import Feedback
@@ -23,6 +22,7 @@ from server.store.tallies import Counts
 from server.store.tenants.user_key import User
 from tests.support.moving import BOTH, CELL, SECRETS, WORDS
 from tests.support.store_parts import KEYS, TENANT, StoreParts, WorkerSteps, change, stored, submitted
+from tests.support.valkeys.cluster import ValkeyCluster
 
 _numbers = itertools.count()
 settings.register_profile("long")  # `test_store_model.py` reads which profile was asked for

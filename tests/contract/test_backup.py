@@ -15,7 +15,6 @@ from redis.asyncio import Redis
 from redis.crc import key_slot
 
 from adapters.errors import MtaError
-from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.settings import Settings
@@ -41,6 +40,7 @@ from tests.support.store_parts import (
     submitted,
     users_at,
 )
+from tests.support.valkeys.cluster import ValkeyCluster
 
 USERS = [f"user-{n}" for n in range(40)]
 

@@ -14,7 +14,6 @@ import pytest
 import redis.asyncio as redis
 from redis.crc import key_slot
 
-from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.processes import paused, wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
@@ -44,6 +43,7 @@ from tests.support.store_parts import (
     submitted,
     users_at,
 )
+from tests.support.valkeys.cluster import ValkeyCluster, ask
 
 READS = 200  # more than there are places for, on one connection of the stores
 

@@ -11,13 +11,13 @@ import pytest
 import redis.asyncio as redis
 
 from bench.rig.processes import PATIENCE_S
-from bench.rig.valkey import FAKE_TIME, ValkeyProcess
 from server.errors import Unavailable
 from server.store import queue
 from server.store.jobs import KEPT_JOBS, Backlog, Job, JobState, JobStore, Trained
 from server.store.queue import POLL_S, UserQueue
 from server.store.redis import keys
 from tests.support.store_parts import BANK, KEYS, Fault, StoreParts, claimed, submitted
+from tests.support.valkeys.clock import FAKE_TIME, ClockedValkey
 
 OTHER_BANK = "00000000"
 DUE, BACKGROUND, *_ = keys.queue("jobs", BANK)
@@ -194,7 +194,7 @@ async def test_a_reservation_outlives_an_earlier_job(parts: StoreParts, user: st
 
 @pytest.mark.skipif(FAKE_TIME is None, reason="faketime is not installed: apt-get install faketime")
 async def test_a_job_whose_worker_died_is_found_though_the_clock_was_set_back(tmp_path: Path, user: str) -> None:
-    with ValkeyProcess(tmp_path, clock=True) as server:
+    with ClockedValkey(tmp_path) as server:
         async with StoreParts.opened(server.url) as parts:
             server.set_clock(3600)
             job = await submitted(parts.jobs, user)

@@ -9,7 +9,6 @@ import pytest
 from redis.asyncio import Redis
 
 from adapters.errors import MtaError
-from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
 from server.store import rotation
@@ -37,6 +36,7 @@ from tests.support.store_parts import (
     submitted,
     until_forgotten,
 )
+from tests.support.valkeys.cluster import ValkeyCluster
 
 Servers = ValkeyProcess | ValkeyCluster
 

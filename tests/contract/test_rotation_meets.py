@@ -14,7 +14,6 @@ import pytest
 from redis.asyncio import Redis
 
 from adapters.errors import FusionError
-from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
 from server.gateway.users.privacy import Exporting
@@ -24,6 +23,7 @@ from server.store.rotation import Rotation
 from server.store.tenants.user_key import User
 from tests.support.moving import BOTH, CELL, MOVE_WRITES, SECRETS, put
 from tests.support.store_parts import BANK, TENANT, Fault, StoreParts
+from tests.support.valkeys.cluster import ValkeyCluster
 
 Servers = ValkeyProcess | ValkeyCluster
 ERASE_WRITES = 9  # those that change the user, at the new key, the old one and the new one again

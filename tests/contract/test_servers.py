@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import MtaError
-from bench.rig.cluster import ask
 from bench.rig.processes import paused, wait_until
 from bench.rig.proxy import LossyProxy
 from bench.rig.valkey import DURABLE, ValkeyProcess, free_port, server_binaries
-from bench.rig.watched import SERVICE, WatchedValkey
 from server.errors import Unavailable
 from server.store.append_only_file import AppendOnlyFile
 from server.store.backup.copying import StoreCopying
@@ -38,6 +36,8 @@ from tests.support.store_parts import (
     stored,
     strict_and_lenient,
 )
+from tests.support.valkeys.cluster import ask
+from tests.support.valkeys.sentinels import SERVICE, WatchedValkey
 
 Start, Options = Callable[..., ValkeyProcess], tuple[str, ...]
 EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")

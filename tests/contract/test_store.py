@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from redis.asyncio import Redis
 
-from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
 from server.store import profiles
@@ -46,6 +45,7 @@ from tests.support.store_parts import (
     until_forgotten,
     vector,
 )
+from tests.support.valkeys.cluster import ValkeyCluster, ask
 
 Servers = ValkeyProcess | ValkeyCluster
 Nodes = list[ValkeyProcess]

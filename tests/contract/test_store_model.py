@@ -22,9 +22,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from bench.rig.cluster import ask
-from bench.rig.valkey import FAKE_TIME
-from bench.rig.watched import WatchedValkey
 from server.errors import ApiError, Unavailable, UserErased
 from server.store import append_only_file
 from server.store.jobs import KEPT_JOBS, JobId, JobState, Submission
@@ -32,6 +29,9 @@ from server.store.profiles import Snapshot
 from server.store.redis import keys
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from tests.support.store_parts import BANK, KEYS, REPLICA_TIMEOUT_MS, Fault, StoreParts, WorkerSteps, on_disk, put_of
+from tests.support.valkeys.clock import FAKE_TIME
+from tests.support.valkeys.cluster import ask
+from tests.support.valkeys.sentinels import WatchedValkey
 
 T = TypeVar("T")
 Work = Coroutine[Any, Any, T]

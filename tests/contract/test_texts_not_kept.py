@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from redis.asyncio import Redis
 
-from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import ValkeyProcess
 from server.store.feedback import Feedback
 from server.store.jobs import MAX_TRIES, Job, JobState, Lease, Trained
@@ -23,6 +22,7 @@ from tests.support.store_parts import (
     submitted,
     until_forgotten,
 )
+from tests.support.valkeys.cluster import ValkeyCluster
 
 ENDS = ["promoted", "rejected", "failed", "given up", "cancelled"]
 

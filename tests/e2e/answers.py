@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from demo import adapting
+from demo.answers import MAX_TOKENS, DemoAnswer, ask
+from demo.manners import MANNERS
+from demo.personas import NOBODY, PEOPLE, QUESTIONS, Persona
 from mta_client import Client
-from server.cli.demo import adapting
-from server.cli.demo.answers import MAX_TOKENS, DemoAnswer, ask
-from server.cli.demo.manners import MANNERS
-from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, Persona
 from tests.e2e.conftest import ROOT, Demo
 
 AT_LEAST_AS_SOMEBODY = 4

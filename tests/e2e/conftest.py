@@ -14,9 +14,9 @@ from playwright.sync_api import Browser, expect
 
 from bench.rig.browser import PATIENCE_MS, Looking, looking
 from bench.rig.processes import command_line, descendants
+from demo.answers import DemoAnswer, ask
+from demo.personas import NOBODY, PEOPLE, QUESTIONS
 from mta_client import Client
-from server.cli.demo.answers import DemoAnswer, ask
-from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS
 from tests.support.terminal import Terminal, terminal
 
 DEMO = (sys.executable, "-m", "server.cli", "demo", "--data")

@@ -15,8 +15,8 @@ from playwright.sync_api import Page, Route, expect
 
 from bench.rig.browser import Looking
 from bench.rig.processes import wait_until
+from demo.personas import QUESTIONS
 from mta_client import Client
-from server.cli.demo.personas import QUESTIONS
 from tests.e2e.conftest import Demo
 from tests.e2e.playground import answer, answered
 

@@ -11,9 +11,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from bench.rig.browser import TRAINING_MS, Looking
+from demo import adapting
+from demo.personas import QUESTIONS
 from mta_client import Client, MtaError
-from server.cli.demo import adapting
-from server.cli.demo.personas import QUESTIONS
 from tests.e2e.conftest import Demo
 from tests.e2e.playground import answer, answered
 

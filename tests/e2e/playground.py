@@ -12,8 +12,8 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from bench.rig.browser import Looking, looking
+from demo.personas import QUESTIONS
 from mta_client import Client, MtaError
-from server.cli.demo.personas import QUESTIONS
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import redis
 
 from bank.models.folders import ensure_embedder
-from bench.rig.architectures import tiny_of
 from bench.rig.processes import wait_until
 from bench.rig.tiny import tiny_bank, world
 from bench.rig.up import up
 from server.settings import Settings
 from server.supervisor.services import valkey_url
+from tests.support.architectures import tiny_of
 
 HERE = Path(__file__).resolve().parent
 SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}

@@ -19,9 +19,7 @@ from bank.items.prompt import encode_pair
 from bank.models.folders import model_config
 from bank.models.load import load_base
 from bank.models.process_startup import cpu_flags
-from bench.rig.architectures import ARCHITECTURES, WITHOUT_SYSTEM, tiny_of
 from bench.rig.engine import Engine, running_engine
-from bench.rig.quantised import QUANTISATIONS, quantised
 from bench.rig.valkey import ValkeyProcess
 from evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from server.engine.command import needs_amx
@@ -29,9 +27,11 @@ from server.store.jobs import JobState
 from server.store.samples import Sample, encode_config
 from server.worker.loops import JobLoop
 from server.worker.training import AdapterTrainer
+from tests.support.architectures import ARCHITECTURES, WITHOUT_SYSTEM, tiny_of
 from tests.support.bank_bench import Bench
 from tests.support.dense import dense_adapter, token_logprobs
 from tests.support.desk import Desk, desk_at
+from tests.support.quantised import QUANTISATIONS, quantised
 
 TOLERANCE = 1e-3  # largest difference in log-probability
 ROUGH = 0.1  # mean difference of a quantised model, which vLLM computes in bfloat16 or with quantised inputs

@@ -16,7 +16,6 @@ import pytest
 from redis import ConnectionError, Redis
 
 from adapters.errors import MtaError
-from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
@@ -34,6 +33,7 @@ from server.watching.audit import Act, audit_to, note, read_audit
 from tests.support.calls import mta
 from tests.support.gateway import SECRET, GatewayThread, Keyed, make_keys, metric
 from tests.support.store_parts import StoreParts, WorkerSteps, Writing, change, stored, submitted, until_forgotten
+from tests.support.valkeys.cluster import ValkeyCluster, ask
 
 TENANT = "acme"
 USERS = [f"person-{n}" for n in range(200)]

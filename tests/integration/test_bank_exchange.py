@@ -29,11 +29,11 @@ from bank.peft.exported import export_anchor
 from bank.peft.imported import ImportOptions, import_bank
 from bench.rig.people import people, write_people
 from bench.rig.tiny import tiny_bank
-from bench.rig.user_adapters import random_user_adapter
 from server.cli import app
 from server.gateway.users.privacy import Exporting
 from server.store.adapters import StoredAdapter
 from tests.support.bank_bench import flip_a_bit
+from tests.support.user_adapters import random_user_adapter
 
 Tensors = dict[str, torch.Tensor]
 

@@ -21,10 +21,10 @@ from bank.matrix import open_matrix
 from bench.rig.engine import Engine, running_engine
 from bench.rig.processes import descendants, paused, wait_until
 from bench.rig.tiny import tiny_bank
-from bench.rig.user_adapters import keep_user_adapter, random_user_adapter
 from bench.rig.valkey import ValkeyProcess
 from tests.support.dense import dense_adapter, token_logprobs
 from tests.support.gateway import content_of
+from tests.support.user_adapters import keep_user_adapter, random_user_adapter
 
 SLOTS = 2
 TOLERANCE = 1e-3

@@ -21,7 +21,7 @@ from bank.matrix import open_matrix
 from bank.peft.exported import ExportedAdapter
 from bank.peft.imported import read_peft
 from bench.rig.tiny import tiny_bank
-from bench.rig.user_adapters import random_user_adapter
+from tests.support.user_adapters import random_user_adapter
 
 ROUNDED = 1.01 * 2**-8  # by rounding once to bf16, and a little more by float32 sums in another order
 

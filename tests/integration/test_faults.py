@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from bench.rig.processes import alive, children, command_line, descendants, listening, wait_until
+from bench.rig.processes import alive, children, command_line, descendants, wait_until
 from bench.rig.up import Up, up
 
 PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
@@ -75,3 +77,22 @@ def test_every_socket_of_every_part_is_on_the_loopback_address(machine: Up) -> N
     found = {socket for pid in descendants(machine.pid) for socket in listening(pid)}
     assert len(found) >= 3
     assert {address for address, _ in found} == {"127.0.0.1"}
+
+
+def listening(pid: int) -> set[tuple[str, int]]:
+    """Return address and port of all TCP sockets that a process listens on; IPv6 addresses in the kernel's notation."""
+    inodes = set()
+    for handle in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            kind, _, inode = str(handle.readlink()).partition(":")
+            if kind == "socket":
+                inodes.add(inode.strip("[]"))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text("ascii").splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:  # 0A: listening
+                address, port = fields[1].split(":")
+                readable = socket.inet_ntoa(bytes.fromhex(address)[::-1]) if table == "tcp" else address
+                found.add((readable, int(port, 16)))
+    return found

@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bench.rig.cluster import ValkeyCluster
 from bench.rig.processes import wait_until
 from deploy.observe.receiver import Receiver
 from server.settings import Settings
@@ -19,6 +18,7 @@ from tests.integration.conftest import Work, working
 from tests.support.calls import adapt, job_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate, wait_until_ready
+from tests.support.valkeys.cluster import ValkeyCluster
 
 CONFIG = {"steps": 6, "learning_rate": 0.05}
 _numbers = itertools.count()

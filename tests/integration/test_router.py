@@ -16,13 +16,13 @@ import pytest
 
 from bank.manifest import read_manifest
 from bench.rig.processes import children, command_line, descendants, mta, running, wait_until
-from bench.rig.router import Router, running_router
 from bench.rig.tiny import world
 from server.settings import Settings
 from server.supervisor.services import ROUTER_OPTIONS, free_port
 from tests.support.calls import adapt
 from tests.support.fake_engine import KEY, FakeEngine, Knobs, Seen
 from tests.support.gateway import becomes, chunks_of, generate, serving
+from tests.support.router import Router, running_router
 
 UNSHARE = ("unshare", "--pid", "--fork", "--kill-child")
 ALONE = shutil.which("unshare") and not subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode

@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bench.rig.cluster import ask
 from bench.rig.processes import PATIENCE_S, alive, command_line, descendants, mta, running, wait_until
 from bench.rig.up import READY, Up, up, up_command
 from bench.rig.valkey import ValkeyProcess
@@ -23,6 +22,7 @@ from server.store.backup.folder import open_copy
 from server.store.redis import keys
 from tests.support import calls
 from tests.support.fake_engine import KEY, FakeEngine
+from tests.support.valkeys.cluster import ask
 
 PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
 

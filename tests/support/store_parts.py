@@ -17,7 +17,6 @@ import numpy as np
 import redis
 
 from bank.lookup.signature import Signature
-from bench.rig.cluster import ValkeyCluster
 from bench.rig.processes import PATIENCE_S
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
@@ -31,6 +30,7 @@ from server.store.profiles import Change, Erasure, ProfileStore, Snapshot
 from server.store.redis import keys
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.user_key import UserKeys
+from tests.support.valkeys.cluster import ValkeyCluster
 
 BANK = "9f2c41d0"
 RECIPE = f"mta3:{BANK}:shared:c"

@@ -25,7 +25,7 @@ for place in places:
     assert origin.startswith(folder), origin
     assert re.search(rf"^(def|class) {name}\b", Path(origin).read_text(), re.MULTILINE), place
 from server.cli import app
-from server.cli.demo.personas import anchors
+from demo.personas import anchors
 sys.exit(app(["--version"], standalone_mode=False) or len(anchors()) != 9)
 """
 
@@ -39,7 +39,7 @@ def test_it_has_the_console_the_demo_and_every_other_file_of_the_packages(wheel:
     assert not lacking(wheel)
     with ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {"server/cli/demo/worlds.toml", "server/gateway/routes/console/static/index.html"} <= names
+    assert {"demo/worlds.toml", "server/gateway/routes/console/static/index.html"} <= names
     with ZipFile(tmp_path / "poor.whl", "w") as poor:
         poor.writestr("server/__init__.py", "")
     assert "server/engine/cpu/lora.cpp" in lacking(tmp_path / "poor.whl")

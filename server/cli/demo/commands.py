@@ -20,6 +20,6 @@ def demo(
     In a terminal the server then stays up, with calls to try, until Ctrl-C; elsewhere everything is stopped. Of the
     settings, only MTA_CACHE_DIR and MTA_DTYPE are used.
     """
-    from server.cli.demo.show import show
+    from server.cli.demo.steps import show
 
     raise typer.Exit(show(data or load_settings().cache_dir / "demo" / "data"))

@@ -14,8 +14,8 @@ from bank.errors import BankError
 from bank.models.load import load_base
 from bank.models.quantised import plain_weights, quantisation_of
 from bank.peft.imported import linear_shapes
-from bench.rig.architectures import tiny_of
-from bench.rig.quantised import BLOCK, FP8_MAX, GROUP, INT8_MAX, QUANTISATIONS, quantised
+from tests.support.architectures import tiny_of
+from tests.support.quantised import BLOCK, FP8_MAX, GROUP, INT8_MAX, QUANTISATIONS, quantised
 
 
 @pytest.fixture(scope="module")

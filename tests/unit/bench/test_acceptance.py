@@ -65,7 +65,7 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
     with pytest.raises(typer.Exit):
         acceptance.main(tmp_path, tmp_path / "out")
     ran_steps = read_steps(tmp_path / "out")
-    for name in ("gateway", "users", "beside a job"):
+    for name in ("gateway", "serving equals training", "beside a job"):
         assert ran_steps[name]["status"] == 1
         assert ran_steps[name]["figures"][0]["value"] == "ended with status 1 before Ready:"
     assert ran_steps["quality"]["status"] == 0
@@ -110,7 +110,7 @@ def test_every_step_is_a_command_that_its_program_takes(tmp_path: Path, monkeypa
     on_gpu = json.loads((tmp_path / "gpu/bench-gpu.json").read_text("utf-8"))
     assert len(commands) == len(read_steps(tmp_path / "out")) + len(on_gpu["steps"])
     ours = [(module, arguments) for module, *arguments in commands if module != "pytest"]
-    wanted = {"server.cli", "deploy.containers", "bench.serving.chat_app", "bench.serving.users", "bench.adapt.wait"}
+    wanted = {"server.cli", "deploy.containers", "bench.serving.chat_app", "bench.fleet.replicas", "bench.adapt.wait"}
     assert wanted <= dict(ours).keys()
     for module, arguments in ours:
         read = CliRunner().invoke(program(module), [*arguments, "--help"])  # reads the options, and does nothing

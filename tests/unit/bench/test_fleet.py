@@ -12,14 +12,18 @@ import httpx
 import numpy as np
 import pytest
 
-from bench.fleet import rolling
-from bench.fleet.chaos.asking import End, Outcome
-from bench.fleet.chaos.census import Usage
-from bench.fleet.chaos.faults import PARTS, Fault, Outage, shuffled
-from bench.fleet.chaos.verdict import Claim, about_keys, about_outages, about_requests
-from bench.fleet.lasting import DEATHS, plan
+from bench.acceptance import PERSONAL
+from bench.fleet.exercise import replacing
+from bench.fleet.exercise.asking import End, Outcome
+from bench.fleet.exercise.census import Usage
+from bench.fleet.exercise.claims import Claim, about_keys, about_outages, about_requests
+from bench.fleet.exercise.faults import Fault, Outage, shuffled
+from bench.fleet.exercise.parts import KINDS
+from bench.fleet.lasting import plan
+from bench.fleet.replicas import Asked, Found
 from bench.fleet.simulate import served, zipf
 from bench.page.pictures import draw
+from bench.page.report import WRONG
 from bench.rig.processes import wait_until
 
 ENGINE_AWAY = Outage(Fault("engine"), 100.0, 120.0)
@@ -64,7 +68,7 @@ def test_a_part_is_back_within_a_minute_takes_no_more_and_nothing_is_left_of_the
     assert failing(about_keys(Counter({"epoch": 5, "mta:": 4}), users=5)) == []
     assert failing(about_keys(Counter({"epoch": 5, "profile": 1}), users=5)) != []
     faults = shuffled(random.Random(0))
-    assert {(faults.count(Fault(part)), faults.count(Fault(part, 20.0))) for part in PARTS} == {(3, 1)}
+    assert {(faults.count(Fault(part)), faults.count(Fault(part, 20.0))) for part in KINDS} == {(3, 1)}
 
 
 @pytest.mark.parametrize(
@@ -81,9 +85,9 @@ def test_a_part_is_back_within_a_minute_takes_no_more_and_nothing_is_left_of_the
 def test_what_broke_has_failed_and_who_gets_no_connection_at_one_gateway_asks_the_other(
     error: Exception, failed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rolling, "PAUSE_S", 0.001)
+    monkeypatch.setattr(replacing, "PAUSE_S", 0.001)
     monkeypatch.setattr(httpx.Client, "request", MagicMock(side_effect=itertools.cycle((error, ANSWER))))
-    asking = rolling.Load(["http://one", "http://other"], seed=0)
+    asking = replacing.Load(["http://one", "http://other"], seed=0)
     asking.start()
     wait_until(lambda: asking.recipes.total() > 1 and len(asking.failures) >= 2 * failed, "two of each", 10)
     asking.stop()
@@ -91,22 +95,39 @@ def test_what_broke_has_failed_and_who_gets_no_connection_at_one_gateway_asks_th
     assert all(repr(error) in failure for failure in asking.failures)
 
 
-def test_a_gateway_that_is_left_out_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gateway_that_is_closed_url_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def request(client: httpx.Client, *_: object, **__: object) -> object:
         asked.append(str(client.base_url))
         return ANSWER
 
-    monkeypatch.setattr(rolling, "PAUSE_S", 0.001)
+    monkeypatch.setattr(replacing, "PAUSE_S", 0.001)
     monkeypatch.setattr(httpx.Client, "request", request)
-    asking = rolling.Load(["http://one", "http://other"], seed=0)
-    asking.left_out = "http://one"
+    asking = replacing.Load(["http://one", "http://other"], seed=0)
+    asking.closed_url = "http://one"
     asking.start()
     wait_until(lambda: len(asked) > 10, "some requests", 10)
     asking.stop()
     assert set(asked) == {"http://other"}
     assert not asking.failures
+
+
+@pytest.mark.parametrize(
+    ("alone", "held", "wrong"),
+    [
+        ("mine", ({"r0"}, {"r1"}), []),
+        ("another", ({"r0"}, {"r1"}), ["answers equal to one engine's"]),
+        ("mine", ({"r0"}, set()), ["recipes"]),
+        ("mine", ({"r0", "r1"}, {"r1"}), ["recipes on both engines"]),
+    ],
+)
+def test_what_two_engines_do_otherwise_is_named(alone: str, held: tuple[set[str], set[str]], wrong: list[str]) -> None:
+    asked = [Asked(f"r{n}", "signature", "?", "mine", "anybody's", "mine" if n else alone) for n in range(2)]
+    rows = Found(asked, dict(zip(("engine-1", "engine-2"), held, strict=True))).rows
+    assert [what for what, value in rows if WRONG in value] == wrong
+    assert dict(rows)["answers unlike the base model's"] == "2 of 2"
+    assert PERSONAL.met(dict(rows)["answers unlike the base model's"]) and not PERSONAL.met("8 of 10")
 
 
 def test_an_engine_keeps_the_recipes_that_were_used_last_and_users_ask_as_zipf_says() -> None:
@@ -129,7 +150,7 @@ def test_a_run_of_hours_has_deaths_every_few_minutes_backups_by_the_hour_and_two
     assert (names.count("backup"), names.count("next bank"), names.count("next secret")) == (4, 1, 1)
     assert names.index("next bank") < names.index("next secret")
     deaths = [name.removeprefix("death of ") for name in names if name.startswith("death of ")]
-    assert 70 < len(deaths) < 90 and set(deaths) == set(DEATHS)
+    assert 70 < len(deaths) < 90 and set(deaths) == set(KINDS)
     for _, _, event in events:
         event()
     assert [call.args[0] for call in lasting.die.call_args_list] == deaths

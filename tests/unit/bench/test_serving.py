@@ -37,7 +37,6 @@ from bench.rig.tiny import tiny_bank, weightless_model
 from bench.rig.up import up_command
 from bench.serving import cold, cost, gateway, stall, thrash
 from bench.serving.load import Ask, loading
-from bench.serving.users import Query, judged
 from mta_client import Client
 from server.engine.command import engine_command
 from server.settings import Settings
@@ -207,39 +206,6 @@ def test_the_key_goes_to_the_gateway_and_the_engine_gets_its_own(monkeypatch: py
         sides = gateway._sides("http://gateway", "http://engine", "inner", 4)
         assert sides["gateway"].headers == shown
         assert sides["engine"].headers == {"Authorization": "Bearer inner"}
-
-
-def query(user: str, recipe: str, source: str = "signature", **changes: Any) -> Query:
-    given = {"recipe_again": recipe, "merged": "mine", "none": "anybody's", "again": "mine"} | changes
-    return Query(user, f"q-{user}", "?", "!", "merged", recipe, source, **given)
-
-
-TOPICS, SIGNED = ([query(f"{n}", f"r{n % 2}", source) for n in range(10)] for source in ("topic", "signature"))
-MANY = [query(f"{n}", f"r{n}") for n in range(60)]
-OTHER = {"again": "mine, but otherwise"}
-MOVED = query("b", "r2", "topic", recipe_again="r3", **OTHER)
-CHANGED = query("b", "r", **OTHER)
-
-
-@pytest.mark.parametrize(
-    ("queries", "wrong"),
-    [
-        (TOPICS, []),  # people share recipes by topic, but not by signature
-        (MANY[:10], []),
-        (SIGNED, ["of them by signature"]),
-        ([query(f"{n}", "r", "topic") for n in range(10)], ["distinct recipes"]),
-        # Another recipe explains another answer, and is wrong by itself.
-        ([query("a", "r1"), MOVED], ["answers with the same recipe when asked again"]),
-        # Another answer by the same recipe must be a near tie.
-        ([*MANY, CHANGED], ["unexplained differences"]),
-        ([*MANY, query("b", "r", gap_nats=0.5, **OTHER)], ["unexplained differences"]),
-        ([*MANY, query("b", "r", gap_nats=0.1, **OTHER)], []),
-        ([CHANGED, query("a", "r1")], ["of them equal, alone", "unexplained differences"]),
-    ],
-)
-def test_what_is_wrong_with_answers_is_named(queries: list[Query], wrong: list[str]) -> None:
-    assert [what for what, _, good in judged(queries) if not good] == wrong
-    assert CHANGED.differs and not MOVED.differs
 
 
 PORT = 12_345

@@ -19,12 +19,12 @@ from rich.console import Console
 from bank.items.profile import item_pair, item_text, parse_item, profile_embedding
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
+from demo import adapting, tour
+from demo.answers import DemoAnswer, answers_table, ask, curl_lines
+from demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
+from demo.personas import PEOPLE, QUESTIONS, anchors
 from mta_client import Chunk
-from server.cli.demo import adapting
-from server.cli.demo import show as demo
-from server.cli.demo.answers import DemoAnswer, answers_table, ask, curl_lines
-from server.cli.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
-from server.cli.demo.personas import PEOPLE, QUESTIONS, anchors
+from server.cli.demo import steps as demo
 from server.cli.demo.server import Server
 
 PLAIN = "Boil the water in London. Add the tea and wait."
@@ -166,10 +166,10 @@ def test_without_a_terminal_it_shows_both_tables_and_stops_the_server(
         "run_mta": MagicMock(),
         "build_bank": MagicMock(),
         "running_server": server,
-        "ask": lambda *_: DemoAnswer("said", False, "merged", (("a00", 0.5),), 81.2),
     }.items():
         monkeypatch.setattr(demo, name, stand_in)
-    monkeypatch.setattr(demo.adapting, "train", lambda *_: (job, 9.0))
+    monkeypatch.setattr(tour, "ask", lambda *_: DemoAnswer("said", False, "merged", (("a00", 0.5),), 81.2))
+    monkeypatch.setattr(adapting, "train", lambda *_: (job, 9.0))
     monkeypatch.setattr(signal, "signal", MagicMock())
     assert demo.show(tmp_path) == 0
     (shown,) = stopped

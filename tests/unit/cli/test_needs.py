@@ -23,11 +23,11 @@ from adapters.training.trainer import initial_lora, linear_modules
 from adapters.training.user_trainer import TrainingProgress, user_run
 from adapters.user_adapter import encode_user_adapter
 from bank.manifest import MATRIX_FILE, read_manifest
-from bench.rig.user_adapters import random_user_adapter
 from server.cli import app
 from server.cli.run.needs import GIB, KIB, Needs, needs_of, trained_bytes
 from server.engine.command import VIEW_BYTES, VIEWS, slot_bytes
 from server.settings import Settings
+from tests.support.user_adapters import random_user_adapter
 
 ROOT = Path(__file__).parents[3]
 HEADER_BYTES = 8 * KIB  # most that the header of a safetensors file of a tiny model takes

@@ -18,10 +18,10 @@ from adapters.recipe import FusionMethod, FusionRecipe, Term, parse_recipe
 from adapters.user_adapter import UserAdapter, encode_user_adapter, stack
 from bank.manifest import read_manifest
 from bank.matrix import open_matrix
-from bench.rig.user_adapters import random_user_adapter
 from server.cli.run import verification
 from server.settings import Settings
 from server.store.tenants.user_key import UserKeys
+from tests.support.user_adapters import random_user_adapter
 
 SECRET, ADAPTER = "s" * 32, "b" * 25 + "e"
 ITEMS = [{"id": "1", "text": "too short"}, {"id": "2", "input": "Who?", "output": "Ana"}]

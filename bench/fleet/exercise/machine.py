@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +14,7 @@ import httpx
 
 from bank.models.folders import ensure_embedder
 from bench.rig.engine import KEY, Engine, client_of
-from bench.rig.processes import wait_until
+from bench.rig.processes import descendants, wait_until
 from bench.rig.proxy import LossyProxy
 from bench.rig.tiny import tiny_bank, tiny_model
 from bench.rig.up import Up, up
@@ -19,28 +22,45 @@ from bench.rig.valkey import ValkeyProcess
 from server.settings import load_settings
 
 ENGINES = ("engine-1", "engine-2")
+PATIENCE_S = 300.0
+STORE_AWAY_S = 1.0
+"""Seconds from the kill of the store until it is started again, which `mta up` does not do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The running processes."""
+    """The running processes, as the `Parts` of an exercise."""
 
     up: Up  # `mta up` and its parts
     store: ValkeyProcess  # a separate Valkey, not a part of `mta up`
     lossy: LossyProxy  # the proxy between both
 
-    def whole(self) -> bool:
-        """Whether the gateway reports all parts as ready."""
-        return is_whole(self.up.url)
+    @property
+    def names(self) -> Sequence[str]:
+        return "gateway", *ENGINES, "router", "worker", "valkey"
 
+    @property
+    def urls(self) -> Sequence[str]:
+        return [self.up.url]
 
-def is_whole(url: str, headers: Mapping[str, str] | None = None) -> bool:
-    """Whether the gateway at this URL reports all parts as ready."""
-    try:
-        said = httpx.get(f"{url}/ready", headers=headers, timeout=10).json()
-    except (httpx.HTTPError, ValueError):
-        return False
-    return bool(said["status"] == "ready" and said["detail"] is None)
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {}
+
+    def processes(self, name: str) -> list[int]:
+        pid = self.store.pid if name == "valkey" else self.up.part(name)
+        assert pid, f"{name} does not run"
+        return [pid, *descendants(pid)]
+
+    def kill(self, name: str) -> None:
+        if name == "valkey":
+            self.store.kill()
+            time.sleep(STORE_AWAY_S)
+            self.store.start()
+            return
+        starts = self.up.starts(name)
+        os.kill(self.processes(name)[0], signal.SIGKILL)
+        wait_until(lambda: self.up.starts(name) > starts, f"{name} to be started again", PATIENCE_S)
 
 
 def wait_for_router(up: Up) -> None:

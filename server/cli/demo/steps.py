@@ -6,25 +6,24 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from demo.answers import curl_lines
+from demo.personas import PEOPLE, anchors
+from demo.tour import tour
 from mta_client import MtaError
-from server.cli.demo import adapting
-from server.cli.demo.answers import answers_table, ask, curl_lines
 from server.cli.demo.bank import build_bank
-from server.cli.demo.personas import NOBODY, PEOPLE, QUESTIONS, anchors
 from server.cli.demo.server import DemoError, Server, run_mta, running_server
 from server.watching.background import exit_on_signals
 
-SHOWN_QUESTIONS = QUESTIONS[:2]
 STEPS = 6
 _PLAIN_WIDTH = 100
-_EXCERPT_CHARS = 44
 
 
 def show(data: Path) -> int:
@@ -42,35 +41,20 @@ def show(data: Path) -> int:
 
 
 def _run(console: Console, data: Path) -> None:
-    step, line, people = partial(_step, console), partial(_line, console), anchors()
-    with step(1, "mta models: a base model and an embedder, made once"):
+    numbers, line, people = count(1), partial(_line, console), anchors()
+
+    def step(title: str) -> AbstractContextManager[None]:
+        return _step(console, next(numbers), title)
+
+    with step("mta models: a base model and an embedder, made once"):
         run_mta("models")
-    with step(2, f"mta bank build: {len(people)} made-up people become anchors, once"):
+    with step(f"mta bank build: {len(people)} made-up people become anchors, once"):
         bank = build_bank(people)
     with ExitStack() as stack:
-        with step(3, "mta up: the server"):
+        with step("mta up: the server"):
             server = stack.enter_context(running_server(bank, data, line))
-        with step(4, "Three people who are not anchors, each with a few lines of their writing"):
-            for person in PEOPLE:
-                server.api.forget(person.user_id, missing_ok=True)  # left by an earlier run
-                server.api.put_profile(person.user_id, person.lines)
-                start = " ".join(person.lines[0].split())[:_EXCERPT_CHARS]
-                line(f"PUT /users/{person.user_id}/profile: {len(person.lines)} lines, “{start}…”")
-        marks = {NOBODY: "no profile"} | {person.user_id: person.manner.mark for person in PEOPLE}
-        with step(5, "POST /generate: the same questions, as nobody and as each of them"):
-            ask(server.api, NOBODY, QUESTIONS[-1])  # warm up: the first request is slow
-            asked = [(question, user_id) for question in SHOWN_QUESTIONS for user_id in marks]
-            answers = {(question, user_id): ask(server.api, user_id, question) for question, user_id in asked}
-        console.print(answers_table(SHOWN_QUESTIONS, answers, marks))
-        with step(6, f"POST /users/{adapting.USER}/adapt: {adapting.SAMPLES} samples of a habit that no anchor has"):
-            before = [answers[question, adapting.USER] for question in SHOWN_QUESTIONS]
-            job, seconds = adapting.train(server.api, adapting.USER)
-            if job.error:
-                raise DemoError(f"the training failed: {job.error}")
-            for text in (*adapting.loss_curve(job), adapting.outcome(job, seconds)):
-                line(text)
-            after = [ask(server.api, adapting.USER, question) for question in SHOWN_QUESTIONS]
-        console.print(adapting.before_and_after(before, after))
+        for table in tour(server.api, step, line):
+            console.print(table)
         if sys.stdin.isatty() and sys.stdout.isatty():
             _stay_up(console, server)
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import httpx
 
-from bench.fleet.chaos import census
-from bench.fleet.chaos.asking import End, Outcome
-from bench.fleet.chaos.faults import Outage
-from bench.fleet.chaos.load import Person
+from bench.fleet.exercise import census
+from bench.fleet.exercise.asking import End, Outcome
+from bench.fleet.exercise.crowds import Person
+from bench.fleet.exercise.faults import Outage
 from bench.page.report import marked
 
 MAX_FAILED_SHARE = 0.01
@@ -44,16 +44,23 @@ class Claim:
         return self.what, marked(self.found, self.holds)
 
 
+def about_load(
+    client: httpx.Client, asked: Sequence[Outcome], people: Sequence[Person], outages: Sequence[Outage]
+) -> list[Claim]:
+    """Check how requests ended, and that what was acknowledged to people is kept."""
+    return [*about_requests(asked, outages), *about_promises(client, people), about_jobs(client, people)]
+
+
 def about_requests(asked: Sequence[Outcome], outages: Sequence[Outage]) -> list[Claim]:
     """Check how requests ended, and how many failed while one of two engines was down."""
     ends = Counter(one.end for one in asked)
     unclear = Counter(one.reason for one in asked if one.end is End.UNCLEAR)
-    away = [outage for outage in outages if outage.fault.part == "gateway"]
+    away = [outage for outage in outages if outage.fault.kind == "gateway"]
     cut = [one for one in asked if one.end is End.CUT]
     unexplained = Counter(
         one.reason for one in cut if not any(outage.during(one.begun_s, one.ended_s) for outage in away)
     )
-    engines = [outage for outage in outages if outage.fault.part == "engine"]
+    engines = [outage for outage in outages if outage.fault.kind == "engine"]
     beside = [one for one in asked if any(outage.during(one.begun_s, one.ended_s) for outage in engines)]
     generating = [one for one in beside if one.what.removesuffix(", streamed") in GENERATING]
     waiting = [one for one in generating if not one.streaming or one.end is End.ANSWERED]
@@ -79,13 +86,13 @@ def about_requests(asked: Sequence[Outcome], outages: Sequence[Outage]) -> list[
 def about_outages(outages: Sequence[Outage]) -> list[Claim]:
     """Check the time that parts took to recover."""
     claims = []
-    for part in sorted({outage.fault.part for outage in outages}):
-        of_part = [outage for outage in outages if outage.fault.part == part]
-        kills = [outage.recovery_s for outage in of_part if not outage.fault.pause_s]
-        pauses = [outage.recovery_s for outage in of_part if outage.fault.pause_s]
+    for kind in sorted({outage.fault.kind for outage in outages}):
+        of_kind = [outage for outage in outages if outage.fault.kind == kind]
+        kills = [outage.recovery_s for outage in of_kind if not outage.fault.pause_s]
+        pauses = [outage.recovery_s for outage in of_kind if outage.fault.pause_s]
         said = [f"{len(kills)} kills, whole again after {max(kills):.1f} s at most"] if kills else []
         said += [f"{len(pauses)} pause, after {max(pauses):.1f} s"] if pauses else []
-        claims.append(Claim(f"{part}", "; ".join(said), max([*kills, *pauses]) <= MAX_RECOVERY_S))
+        claims.append(Claim(kind, "; ".join(said), max([*kills, *pauses]) <= MAX_RECOVERY_S))
     return claims
 
 

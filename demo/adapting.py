@@ -10,10 +10,10 @@ from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
+from demo.answers import DemoAnswer
+from demo.manners import NIGHT_OWL
+from demo.personas import QUESTIONS, worlds
 from mta_client import Client, Job
-from server.cli.demo.answers import DemoAnswer
-from server.cli.demo.manners import NIGHT_OWL
-from server.cli.demo.personas import QUESTIONS, worlds
 
 USER = "kai"
 GREETING = "gg friends,"  # opens all texts of this person; nobody in the bank uses it

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from bench.fleet.chaos.asking import End, Outcome, ask, stream
+from bench.fleet.exercise.asking import End, Outcome, ask, stream
 from bench.rig.people import write_people
 from bench.rig.processes import mta
 from bench.rig.tiny import WORLDS, world

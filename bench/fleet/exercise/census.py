@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import redis
 
-from bench.fleet.machine import ENGINES, Machine
-from bench.rig.processes import alive, descendants, memory_mib
+from bench.rig.processes import alive, memory_mib
 
 MEMORY_GROWTH, MEMORY_SLACK_MIB = 1.25, 64.0
 DESCRIPTOR_SLACK = 48
@@ -32,22 +32,8 @@ class Usage:
         return beyond_memory or later.descriptors > self.descriptors + DESCRIPTOR_SLACK
 
 
-def usage(machine: Machine) -> dict[str, Usage]:
-    """Return the current usage of `mta up` and of each part."""
-    found = {"mta up": _of([machine.up.pid])}
-    for name in (*ENGINES, "router", "gateway", "worker"):
-        pid = machine.up.part(name)
-        assert pid, f"{name} does not run"
-        found[name] = usage_of(pid)
-    return found
-
-
-def usage_of(pid: int) -> Usage:
-    """Return the current usage of a process with all its descendants."""
-    return _of([pid, *descendants(pid)])
-
-
-def _of(pids: list[int]) -> Usage:
+def usage(pids: Sequence[int]) -> Usage:
+    """Return what some processes use now, taken together."""
     handles = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
     return Usage(sum(map(memory_mib, pids)), handles)
 

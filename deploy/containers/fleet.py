@@ -1,18 +1,30 @@
-"""A fleet: a real Prometheus reads everybody's metrics, and an alert reaches Alertmanager when an engine dies."""
+"""Checks of a fleet: each container is killed or replaced under load, and an alert tells of an engine that died."""
 
 from __future__ import annotations
 
 import json
+import random
 import time
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from bench.fleet.chaos.verdict import Claim
+import httpx
+
+from bench.fleet.exercise import claims as judging
+from bench.fleet.exercise.asking import End, Outcome
+from bench.fleet.exercise.claims import Claim
+from bench.fleet.exercise.crowds import TIMEOUT_S
+from bench.fleet.exercise.faults import Exercise, Outage
+from bench.fleet.exercise.replacing import know_people, replace_all
+from bench.page.report import console
 from bench.rig.processes import wait_until
 from deploy.containers.images import OBSERVERS
 from deploy.containers.site import Site
 from deploy.containers.tool import ContainerError
 
+PEOPLE, CALM_S = 6, 5.0
 TARGETS = {"gateway": 2, "engine": 2, "router": 1, "worker": 2}
 DEAD, ALERT = "engine-2", "MtaPartGone"
 SEEN_S, ALERT_S, KNOWN_S = 120.0, 600.0, 150.0
@@ -20,11 +32,42 @@ SEEN_S, ALERT_S, KNOWN_S = 120.0, 600.0, 150.0
 median of the last minutes)."""
 
 
-def watch(site: Site) -> list[Claim]:
-    """Start Prometheus and Alertmanager beside a fleet, and let an engine die."""
-    site.settings["MTA_ADMIN_KEY"] = site.compose(
-        "exec", "-T", "gateway", "mta", "keys", "create", "prometheus", "--scope", "admin"
-    ).strip()
+def deaths(site: Site) -> list[Claim]:
+    """Kill the program of each container while two crowds use a gateway each; return what was lost."""
+    exercise = Exercise(site, len(site.urls), PEOPLE, random.Random(0))
+    exercise.start()
+    for name in site.names:
+        time.sleep(CALM_S)
+        outage = exercise.strike(name)
+        console().print(f"killed: {name}, whole again after {outage.recovery_s:.0f} s")
+    time.sleep(CALM_S)
+    asked, people = exercise.stop()
+    asked = [_explained(one, exercise.outages) for one in asked]
+    lost = zip(site.names, exercise.outages, strict=True)
+    with httpx.Client(base_url=site.urls[0], headers=site.headers, timeout=TIMEOUT_S) as client:
+        kept = judging.about_load(client, asked, people, exercise.outages)
+    return [*(Claim(f"killed: {name}", outage.lost(asked), True) for name, outage in lost), *kept]
+
+
+def _explained(one: Outcome, outages: Iterable[Outage]) -> Outcome:
+    """Count a timeout beside the death of a gateway as a lost connection: a container's network goes with it, and so
+    may the last packet that would have told the client."""
+    away = any(outage.fault.kind == "gateway" and outage.during(one.begun_s, one.ended_s) for outage in outages)
+    return replace(one, end=End.CUT) if away and one.reason.startswith("ReadTimeout") else one
+
+
+def replacement(site: Site) -> list[Claim]:
+    """Let new images take the place of the running ones under load, in the order that docs/deploying.md gives."""
+    know_people(site)
+    site.make_next_images()
+    found = replace_all(site)
+    old = site.of_old_images()
+    return [*found, Claim("services that run an old image", ", ".join(old) or "none", not old)]
+
+
+def alerts(site: Site) -> list[Claim]:
+    """Let Prometheus read everybody's metrics, and an alert reach Alertmanager when an engine dies."""
+    site.settings["MTA_ADMIN_KEY"] = site.command("keys", "create", "prometheus", "--scope", "admin")
     site.compose("--profile", "fleet", "--profile", "observe", "up", "-d", "--no-deps", *OBSERVERS)
     wait_until(lambda: _up(site) == TARGETS, "Prometheus to read everybody's metrics", SEEN_S)
     claims = [Claim("read by Prometheus", ", ".join(f"{n} {job}" for job, n in TARGETS.items()), True)]

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from server.cli.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
+from demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
 
 WORLDS_FILE = Path(__file__).with_name("worlds.toml")
 NOBODY = "nobody"  # a user id that is unknown to the server

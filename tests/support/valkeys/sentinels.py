@@ -8,9 +8,10 @@ from pathlib import Path
 
 import redis
 
-from bench.rig.cluster import ask
 from bench.rig.processes import wait_until
 from bench.rig.valkey import DURABLE, ValkeyProcess
+from tests.support.valkeys.clock import ClockedValkey
+from tests.support.valkeys.cluster import ask
 
 SERVICE = "users"
 DOWN_AFTER_MS = 1000
@@ -27,9 +28,8 @@ class WatchedValkey:
         self, folder: Path, options: Sequence[str] = DURABLE, *, sentinels: int = 1, clock: bool = False
     ) -> None:
         self._folder = folder
-        self.servers = [
-            ValkeyProcess(folder / name, (*options, *_FAST_REPLICATION), clock=clock) for name in ("first", "second")
-        ]
+        made = ClockedValkey if clock else ValkeyProcess
+        self.servers = [made(folder / name, (*options, *_FAST_REPLICATION)) for name in ("first", "second")]
         self.sentinels = [_Sentinel(folder / f"sentinel-{n}") for n in range(sentinels)]
         self.primary, self.replica = self.servers
 
@@ -56,6 +56,7 @@ class WatchedValkey:
     def set_clock(self, ahead_s: float) -> None:
         """Set both servers' clocks this far ahead of the machine's."""
         for server in self.servers:
+            assert isinstance(server, ClockedValkey)
             server.set_clock(ahead_s)
 
     def kill(self) -> None:
@@ -109,7 +110,7 @@ class _Sentinel(ValkeyProcess):
         self.folder.mkdir(parents=True)
         file = self.folder / "sentinel.conf"
         file.write_text(f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n", "ascii")
-        return self.run([str(self.binary), str(file), "--sentinel"], {})
+        return self.run([str(self.binary), str(file), "--sentinel"])
 
     def watch(self, primary: int, quorum: int) -> None:
         """Watch the server at a port, and no other."""
