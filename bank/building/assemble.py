@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,92 +57,136 @@ def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, u
         raise BankError(str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a bank is made for; `user_rank` is the rank that is left for users' own adapters."""
+
+    task: str
+    base_model: BaseModelId
+    embedder: EmbedderId
+    user_rank: int
+
+    @classmethod
+    def of(cls, manifest: BankManifest) -> Basis:
+        return cls(manifest.task, manifest.base_model, manifest.embedder, manifest.user_rank)
+
+
+@dataclass(frozen=True, slots=True)
+class BankRows:
+    """The anchors' rows, each flat [D], and after them the common one; `directions` are served instead, if given."""
+
+    layout: RowLayout
+    rows: Sequence[torch.Tensor]
+    shared_a: torch.Tensor | None
+    common: bool = True
+    directions: DirectionRows | None = None
+
+    @property
+    def method(self) -> FusionMethod:
+        return FusionMethod.SHARED if self.layout.shared_a else FusionMethod.CAT
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """What is known of the anchors, in the order of their rows."""
+
+    embeddings: Vectors  # [N, E]
+    items: Sequence[int]  # how many each was trained on
+    words: Sequence[tuple[str, ...]] = ()
+
+    def entries(self) -> tuple[AnchorEntry, ...]:
+        words = self.words or [()] * len(self.items)
+        given = enumerate(zip(self.items, words, strict=True))
+        return tuple(AnchorEntry(id=anchor_id(i), items=items, words=said) for i, (items, said) in given)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What turns a user's evidence into weights and words; `curvature` is H [N, N] along the anchors' rows."""
+
+    weights: WeightRule
+    curvature: Vectors | None = None
+    prior: AnswerPrior | None = None
+    phrases: PhraseRule | None = None
+
+
 def write_bank(
     out: Path,
+    basis: Basis,
+    rows: BankRows,
+    anchors: Anchors,
+    rules: Rules,
     *,
-    task: str,
-    base_model: BaseModelId,
-    embedder: EmbedderId,
-    common: bool,
-    user_rank: int,
-    weights: WeightRule,
-    layout: RowLayout,
-    rows: Sequence[torch.Tensor],
-    shared_a: torch.Tensor | None,
-    embeddings: Vectors,
-    items: Sequence[int],
     training: dict[str, int | float | str | bool | None],
-    prior: AnswerPrior | None = None,
-    curvature: Vectors | None = None,
-    words: Sequence[tuple[str, ...]] = (),
-    directions: DirectionRows | None = None,
-    phrases: PhraseRule | None = None,
     record: Callable[[Path, BankManifest], Canary] | None = None,
 ) -> BankManifest:
     """Write drafts of a bank's files, then rename them, the manifest last: a folder with a manifest is complete.
 
-    If a draft cannot be written, a bank in the folder stays as it was; engines keep what they have mapped of it. `rows`
-    are flat [D], the common row last. `embeddings` [N, E], `items` (how many trained) and `words` are in anchor order;
-    `curvature` is H [N, N]. With `directions`, those are served, and the anchors' rows kept beside them. `record` reads
-    the canary with what is in a folder.
+    If a draft cannot be written, a bank in the folder stays as it was; engines keep what they have mapped of it.
+    `record` reads the canary with what is in a folder.
     """
-    from adapters.matrix import write_matrix
-
-    method = FusionMethod.SHARED if layout.shared_a else FusionMethod.CAT
-    rank = bank_rank(method, layout.rank, weights, common, user_rank)
+    serving = bank_rank(rows.method, rows.layout.rank, rules.weights, rows.common, basis.user_rank)
     drafts = out / _DRAFTS
     try:
         shutil.rmtree(drafts, ignore_errors=True)  # of a build that was killed
         drafts.mkdir(parents=True)
-        arrays = {CURVATURE_FILE: curvature}
-        served, count = iter(rows), len(rows)
-        if directions is not None:
-            write_matrix(drafts / ROWS_FILE, layout, count, rows, shared_a)
-            arrays = {CURVATURE_FILE: directions.curvature, COORDINATES_FILE: directions.coordinates}
-            served, count = chain(directions.mixed(rows[:-1]), rows[-1:]), len(directions.mixing) + 1
-        write_matrix(drafts / MATRIX_FILE, layout, count, served, shared_a)
-        AnchorIndex.build(embeddings).save(drafts / INDEX_FILE)
-        Atlas.of(embeddings).save(drafts / MAP_FILE)
-        for name, array in arrays.items():
-            if array is not None:
-                np.save(drafts / name, array)
-        files = sorted(drafts.iterdir())
-        for path in files:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        _write_files(drafts, rows, anchors.embeddings, rules.curvature)
         manifest = BankManifest(
-            task=task,
-            base_model=base_model,
-            embedder=embedder,
-            method=method,
-            common=common,
-            rank=layout.rank,
-            user_rank=user_rank,
-            serving_rank=rank,
-            weights=weights,
-            target_modules=tuple(sorted({m.name.rsplit(".", 1)[-1] for m in layout.modules})),
-            modules=layout.modules,
-            anchors=tuple(
-                AnchorEntry(id=anchor_id(i), items=n, words=words[i] if words else ()) for i, n in enumerate(items)
-            ),
-            directions=len(directions.mixing) if directions is not None else None,
-            prior=prior,
-            phrases=phrases,
+            task=basis.task,
+            base_model=basis.base_model,
+            embedder=basis.embedder,
+            user_rank=basis.user_rank,
+            method=rows.method,
+            common=rows.common,
+            rank=rows.layout.rank,
+            serving_rank=serving,
+            weights=rules.weights,
+            target_modules=tuple(sorted({m.name.rsplit(".", 1)[-1] for m in rows.layout.modules})),
+            modules=rows.layout.modules,
+            anchors=anchors.entries(),
+            directions=len(rows.directions.mixing) if rows.directions else None,
+            prior=rules.prior,
+            phrases=rules.phrases,
             training=training,
-            files={path.name: file_sha256(path) for path in files},
+            files={path.name: file_sha256(path) for path in sorted(drafts.iterdir())},
         )
         written = write_manifest(drafts, manifest)
         if record is not None:
             written = write_manifest(drafts, written.model_copy(update={"canary": record(drafts, written)}))
-        # From here on nothing takes room on the disk, and until the end the folder is not a bank.
-        (out / MANIFEST_FILE).unlink(missing_ok=True)
-        for stale in {CURVATURE_FILE, COORDINATES_FILE, ROWS_FILE}.difference(manifest.files):
-            (out / stale).unlink(missing_ok=True)
-        shutil.rmtree(out / BASELINES, ignore_errors=True)
-        for name in (*manifest.files, MANIFEST_FILE):
-            (drafts / name).replace(out / name)
+        _publish(drafts, out, written)
         return written
     except (OSError, RuntimeError) as error:  # the latter is faiss's
         raise BankError(f"cannot write the bank to {out}: {error}") from error
     finally:
         shutil.rmtree(drafts, ignore_errors=True)
+
+
+def _write_files(folder: Path, bank: BankRows, embeddings: Vectors, curvature: Vectors | None) -> None:
+    """Write all files but the manifest, and wait until they are on the disk."""
+    from adapters.matrix import write_matrix
+
+    arrays = {CURVATURE_FILE: curvature}
+    served, count = iter(bank.rows), len(bank.rows)
+    if (directions := bank.directions) is not None:
+        write_matrix(folder / ROWS_FILE, bank.layout, count, bank.rows, bank.shared_a)
+        arrays = {CURVATURE_FILE: directions.curvature, COORDINATES_FILE: directions.coordinates}
+        served, count = chain(directions.mixed(bank.rows[:-1]), bank.rows[-1:]), len(directions.mixing) + 1
+    write_matrix(folder / MATRIX_FILE, bank.layout, count, served, bank.shared_a)
+    AnchorIndex.build(embeddings).save(folder / INDEX_FILE)
+    Atlas.of(embeddings).save(folder / MAP_FILE)
+    for name, array in arrays.items():
+        if array is not None:
+            np.save(folder / name, array)
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _publish(drafts: Path, out: Path, manifest: BankManifest) -> None:
+    """Move the drafts to their folder. It takes no room on the disk, and until the end the folder is not a bank."""
+    (out / MANIFEST_FILE).unlink(missing_ok=True)
+    for stale in {CURVATURE_FILE, COORDINATES_FILE, ROWS_FILE}.difference(manifest.files):
+        (out / stale).unlink(missing_ok=True)
+    shutil.rmtree(out / BASELINES, ignore_errors=True)
+    for name in (*manifest.files, MANIFEST_FILE):
+        (drafts / name).replace(out / name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch
 from adapters.flat import flattened
 from adapters.fusion import fuse
 from adapters.recipe import MAX_DIRECTIONS, MAX_TERMS, FusionMethod, anchor_id
-from bank.building.assemble import BASELINES, bank_rank, write_bank
+from bank.building.assemble import BASELINES, Anchors, BankRows, Basis, Rules, bank_rank, write_bank
 from bank.building.directions import DirectionRows, make_directions
 from bank.building.drafting import made_by
 from bank.building.options import BuildInputs, BuildOptions
@@ -31,7 +32,7 @@ from bank.building.selection import (
     select_anchors,
     spread,
 )
-from bank.building.signer import MeasuredPerson, Signer, fit_rule, judges_of, measure_curvature, measured_people
+from bank.building.signer import MeasuredPeople, Signer, fit_rule, judges_of, measure_curvature, measured_people
 from bank.building.words import likelier_words
 from bank.errors import BankError
 from bank.items.folders import LeftOut
@@ -42,7 +43,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.index import AnchorIndex
 from bank.lookup.prior import fit_prior
 from bank.lookup.signature import Curvature
-from bank.manifest import INDEX_FILE, BankManifest, EmbedderId, PhraseRule, WeightRule, read_manifest
+from bank.manifest import INDEX_FILE, BankManifest, BaseModelId, EmbedderId, WeightRule, read_manifest
 from bank.matrix import open_matrix
 from bank.models.folders import base_model_id, ensure_base_model, ensure_embedder
 from bank.models.load import load_base
@@ -52,115 +53,170 @@ EMBEDDED_AT_ONCE = 16  # people whose embeddings are one piece of work
 KEPT = 0.95  # share of the gain that chosen directions keep
 
 
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What a bank is built on."""
+
+    folder: Path  # of the base model
+    base: BaseModelId
+    embedder: Embedder
+
+    @property
+    def hashes(self) -> Sequence[str]:
+        return self.base.hash, *self.base.prompts.values(), self.embedder.id
+
+
 def build_bank(
     inputs: BuildInputs, options: BuildOptions, progress: RowProgress, ranks: Ranks | None = None
 ) -> BankManifest:
     """Build a bank, continue an interrupted build, or return the finished one; BankError before training if invalid."""
-    ranks = ranks or Ranks()
-    task = get_task(options.task)
-    bank_rank(FusionMethod.SHARED, options.rank, options.rule(), True, options.user_rank)
-    if (options.directions or 0) > options.anchors:
-        raise BankError(f"--directions: at most --anchors {options.anchors}, got {options.directions}")
-    if not options.wants_directions and options.anchors > MAX_TERMS:
-        raise BankError(f"--directions 0: a recipe names at most {MAX_TERMS} anchors, got --anchors {options.anchors}")
-    left_out = list[LeftOut]()
-    people, held_out = read_inputs(inputs, task, options, progress.say, left_out.append)
-    if left_out:
-        first = f"{left_out[0].where} {left_out[0].why}"
-        progress.say(f"{len(left_out)} files, mails or lines are left out ({first}): `mta bank check` counts them")
-    candidates = [person for person in people if len(person.pairs(task)) >= MIN_ITEMS]
-    progress.say(f"{len(people)} people, {len(candidates)} of them with at least {MIN_ITEMS} items to train on")
-    if len(candidates) < options.anchors:
-        raise BankError(
-            f"{options.anchors} anchors were asked for, but only {len(candidates)} people have at least {MIN_ITEMS} "
-            "items to train on: ask for fewer with --anchors, or give more people"
-        )
-    progress.say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
-    model_folder = ensure_base_model(inputs.model, inputs.cache_dir, template=inputs.template)
-    embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
-    base = base_model_id(inputs.model, model_folder)
-    asked = build_inputs(options, task, people, held_out, (base.hash, *base.prompts.values(), embedder.id))
+    ranks, task = ranks or Ranks(), get_task(options.task)
+    _check_options(options)
+    people, held_out = _read_people(inputs, task, options, progress.say)
+    candidates = _candidates(people, task, options.anchors, progress.say)
+    models = _find_models(inputs, progress.say)
+    asked = build_inputs(options, task, people, held_out, models.hashes)
     if (built := ranks.first(lambda: finished_bank(inputs.out, asked, force=inputs.force))) is not None:
         progress.say(f"{inputs.out} already holds this bank")
         return built
     with workbench(inputs.out, asked, ranks, force=inputs.force) as (work, begun):
         options = replace(options, dtype=begun["dtype"])
-        lengths = [len(person.pairs(task)) for person in candidates]
-        sampled = None
-        if options.anchors_by == "topics":
-            progress.say(f"embedding the histories of {len(candidates)} people")
-            sampled = _embeddings(
-                "candidates", candidates, lambda one: mean_embedding(spread(one.items), task, embedder), work
-            )
-        chosen = select_anchors(sampled, lengths, options.anchors, options.seed)
-        progress.say("anchors: " + ", ".join(f"{anchor_id(i)} ({lengths[at]} items)" for i, at in enumerate(chosen)))
-        anchors = [candidates[at] for at in chosen]
-        embeddings = _embeddings("anchors", anchors, lambda one: person_embedding(one, task, embedder), work)
+        chosen, anchors = _choose_anchors(candidates, models.embedder, options, progress.say, work)
         progress.say(f"loading the base model ({options.dtype})")
-        model, tokenizer = load_base(model_folder, options.dtype)
+        model, tokenizer = load_base(models.folder, options.dtype)
         trainer = RowTrainer(model, tokenizer, task, options, progress)
-        measured, judges = measured_people(people, anchors, trainer)
-        few = "too few people to leave any out: the decay is chosen on some in the common row, and may be too high"
-        progress.say(f"the common row does not see {judges} people, on whom the decay is chosen" if judges else few)
-        unseen = {person.user_id for person in measured[:judges]}
-        matrix = trainer.rows(work, [person for person in people if person.user_id not in unseen], anchors)
-        progress.say("measuring the curvature of the loss along the anchors' rows")
+        measured = measured_people(people, chosen, trainer)
+        matrix = trainer.rows(work, _seen_by_common_row(people, measured, progress.say), chosen)
         signer = Signer(model, matrix, options.acts)
-        rule, curvature, directions, phrases = _measured(signer, measured, judges, trainer, work)
-        words = likelier_words(signer, len(anchors), trainer, work)
+        rules, directions = _measure(signer, measured, trainer, work)
+        words = likelier_words(signer, len(chosen), trainer, work)
+        answers = [[gold for _, gold in person.pairs(task)] for person in people]
+        embedder = EmbedderId(id=models.embedder.id, dim=models.embedder.dim)
         return ranks.first(
             lambda: write_bank(
                 inputs.out,
-                task=task.name,
-                base_model=base,
-                embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
-                common=True,
-                user_rank=options.user_rank,
-                weights=rule,
-                layout=matrix.layout,
-                rows=list(matrix.rows),
-                shared_a=matrix.shared_a,
-                embeddings=embeddings,
-                items=[lengths[at] for at in chosen],
-                training={**begun, **made_by(inputs.users), "people": len(people), "unseen_judges": judges},
-                prior=fit_prior(task, [[gold for _, gold in person.pairs(task)] for person in people]),
-                curvature=curvature,
-                words=words,
-                directions=directions,
-                phrases=phrases,
+                Basis(task.name, models.base, embedder, options.user_rank),
+                BankRows(matrix.layout, list(matrix.rows), matrix.shared_a, directions=directions),
+                replace(anchors, words=words),
+                replace(rules, prior=fit_prior(task, answers)),
+                training={
+                    **begun,
+                    **made_by(inputs.users),
+                    "people": len(people),
+                    "unseen_judges": len(measured.unseen),
+                },
                 record=partial(record_canary, model, tokenizer),
             )
         )
 
 
+def _check_options(options: BuildOptions) -> None:
+    bank_rank(FusionMethod.SHARED, options.rank, options.rule(), True, options.user_rank)
+    if (options.directions or 0) > options.anchors:
+        raise BankError(f"--directions: at most --anchors {options.anchors}, got {options.directions}")
+    if not options.wants_directions and options.anchors > MAX_TERMS:
+        raise BankError(f"--directions 0: a recipe names at most {MAX_TERMS} anchors, got --anchors {options.anchors}")
+
+
+def _read_people(
+    inputs: BuildInputs, task: Task, options: BuildOptions, say: Callable[[str], None]
+) -> tuple[list[History], list[History]]:
+    """Do as `read_inputs`, and say what is left out."""
+    left_out = list[LeftOut]()
+    people, held_out = read_inputs(inputs, task, options, say, left_out.append)
+    if left_out:
+        first = f"{left_out[0].where} {left_out[0].why}"
+        say(f"{len(left_out)} files, mails or lines are left out ({first}): `mta bank check` counts them")
+    return people, held_out
+
+
+def _candidates(people: Sequence[History], task: Task, wanted: int, say: Callable[[str], None]) -> list[History]:
+    """Return the people who have enough items to be anchors; BankError if they are fewer than `wanted`."""
+    candidates = [person for person in people if len(person.pairs(task)) >= MIN_ITEMS]
+    say(f"{len(people)} people, {len(candidates)} of them with at least {MIN_ITEMS} items to train on")
+    if len(candidates) < wanted:
+        raise BankError(
+            f"{wanted} anchors were asked for, but only {len(candidates)} people have at least {MIN_ITEMS} "
+            "items to train on: ask for fewer with --anchors, or give more people"
+        )
+    return candidates
+
+
+def _find_models(inputs: BuildInputs, say: Callable[[str], None]) -> Models:
+    say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
+    folder = ensure_base_model(inputs.model, inputs.cache_dir, template=inputs.template)
+    embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
+    return Models(folder, base_model_id(inputs.model, folder), embedder)
+
+
+def _choose_anchors(
+    candidates: Sequence[History],
+    embedder: Embedder,
+    options: BuildOptions,
+    say: Callable[[str], None],
+    work: Workbench,
+) -> tuple[list[History], Anchors]:
+    task, sampled = get_task(options.task), None
+    lengths = [len(person.pairs(task)) for person in candidates]
+    if options.anchors_by == "topics":
+        say(f"embedding the histories of {len(candidates)} people")
+        sampled = _embeddings(
+            "candidates", candidates, lambda one: mean_embedding(spread(one.items), task, embedder), work
+        )
+    chosen = select_anchors(sampled, lengths, options.anchors, options.seed)
+    say("anchors: " + ", ".join(f"{anchor_id(i)} ({lengths[at]} items)" for i, at in enumerate(chosen)))
+    people = [candidates[at] for at in chosen]
+    embeddings = _embeddings("anchors", people, lambda one: person_embedding(one, task, embedder), work)
+    return people, Anchors(embeddings, [lengths[at] for at in chosen])
+
+
 def _embeddings(name: str, people: Sequence[History], embed: Callable[[History], Vectors], work: Workbench) -> Vectors:
     """Return the embedding of each person, [P, E]; each piece of work has a few people."""
     parts = [people[first : first + EMBEDDED_AT_ONCE] for first in range(0, len(people), EMBEDDED_AT_ONCE)]
-    names = [f"{name}-{place:04d}" for place in range(len(parts))]
-    return np.concatenate(work.pieces(names, lambda place: np.stack([embed(person) for person in parts[place]])))
+    names = [f"{name}-{index:04d}" for index in range(len(parts))]
+    return np.concatenate(work.pieces(names, lambda index: np.stack([embed(person) for person in parts[index]])))
 
 
-def _measured(
-    signer: Signer, measured: Sequence[MeasuredPerson], judges: int, trainer: RowTrainer, work: Workbench
-) -> tuple[WeightRule, Vectors, DirectionRows | None, PhraseRule | None]:
-    """Return the bank's rule, the curvature along the anchors' rows, the directions if it has them, and the trust."""
+def _seen_by_common_row(
+    people: Sequence[History], measured: MeasuredPeople, say: Callable[[str], None]
+) -> list[History]:
+    unseen = {person.user_id for person in measured.unseen}
+    few = "too few people to leave any out: the decay is chosen on some in the common row, and may be too high"
+    say(f"the common row does not see {len(unseen)} people, on whom the decay is chosen" if unseen else few)
+    return [person for person in people if person.user_id not in unseen]
+
+
+def _measure(
+    signer: Signer, measured: MeasuredPeople, trainer: RowTrainer, work: Workbench
+) -> tuple[Rules, DirectionRows | None]:
+    """Measure the loss around the common row: return what follows for users, and the directions if the bank has them.
+
+    The curvature is that along the anchors' rows.
+    """
     options, say = trainer.options, trainer.progress.say
-    curvature = measure_curvature(signer, measured, trainer, work)
+    say("measuring the curvature of the loss along the anchors' rows")
+    curvature = measure_curvature(signer, measured.people, trainer, work)
     known = Curvature.of(curvature)  # raises BankError now if the bank could not serve with this curvature
-    judging = measured[:judges] or measured
-    decay, kept = fit_rule(signer, known, judging, trainer, work)
-    rule = options.rule(decay)
-    phrases = fit_phrases(signer, known, judges_of(known, judging), trainer, work, decay=decay)
-    if not options.wants_directions:
-        return rule, curvature, None, phrases
-    count = min(options.directions or int(np.argmax(kept >= KEPT)) + 1, MAX_DIRECTIONS)
+    decay, kept = fit_rule(signer, known, measured.judges, trainer, work)
+    weights = options.rule(decay)
+    phrases = fit_phrases(signer, known, judges_of(known, measured.judges), trainer, work, decay=decay)
+    directions = None
+    if options.wants_directions:
+        directions = _directions(known, decay, kept, options.directions, say)
+        weights = weights.model_copy(update={"posterior": directions.rule})
+    return Rules(weights, curvature, phrases=phrases), directions
+
+
+def _directions(
+    known: Curvature, decay: float, kept: Vectors, wanted: int | None, say: Callable[[str], None]
+) -> DirectionRows:
+    """Make the `wanted` directions, or those that keep most of the gain; `kept` is its share by their number, [N]."""
+    count = min(wanted or int(np.argmax(kept >= KEPT)) + 1, MAX_DIRECTIONS)
     told = ", ".join(
         f"{kept[k - 1]:.0%} of the gain with {k}" for k in (8, 16, 32, 64, 128, 256, 384) if k <= len(kept)
     )
     say(f"the rows are {count} directions of {len(kept)} anchors and keep {kept[count - 1]:.0%} of the gain; {told}")
-    deviation = float(known.eigenvalues.mean() * decay) ** -0.5
-    directions = make_directions(known, count, deviation)
-    return rule.model_copy(update={"posterior": directions.rule}), curvature, directions, phrases
+    return make_directions(known, count, deviation=float(known.eigenvalues.mean() * decay) ** -0.5)
 
 
 def read_inputs(
@@ -209,16 +265,9 @@ def build_baselines(
     row = flattened(manifest.layout, trained.b)
     return write_bank(
         out,
-        task=manifest.task,
-        base_model=manifest.base_model,
-        embedder=manifest.embedder,
-        common=True,
-        user_rank=manifest.user_rank,
-        weights=WeightRule(anchors=1),
-        layout=manifest.layout,
-        rows=[torch.zeros_like(row), row],
-        shared_a=flattened(manifest.layout, trained.a),
-        embeddings=AnchorIndex.load(inputs.out / INDEX_FILE).vectors([0]),
-        items=[0],
+        Basis.of(manifest),
+        BankRows(manifest.layout, [torch.zeros_like(row), row], flattened(manifest.layout, trained.a)),
+        Anchors(AnchorIndex.load(inputs.out / INDEX_FILE).vectors([0]), [0]),
+        Rules(WeightRule(anchors=1)),
         training={"of": manifest.fingerprint, "steps": steps},
     )

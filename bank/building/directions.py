@@ -28,8 +28,8 @@ class DirectionRows:
         width = max(1, READ_NUMBERS // len(rows))
         for weights in torch.split(self.mixing, MIXED_AT_ONCE):
             found = torch.empty(len(weights), rows[0].numel())
-            for place, columns in enumerate(torch.split(found, width, dim=1)):
-                read = [row[place * width :][:width] for row in rows]
+            for index, columns in enumerate(torch.split(found, width, dim=1)):
+                read = [row[index * width :][:width] for row in rows]
                 torch.mm(weights, torch.stack(read).float(), out=columns)
             yield from found
 

@@ -77,10 +77,11 @@ def _seconds(
     rows = [
         trainer.job(anchor_id(at), [anchor], options.steps, options.batch_size) for at, anchor in enumerate(anchors)
     ]
-    measured, judges = measured_people(people, anchors, trainer)
-    sizes = [sum(len(example.ids) for example in person.examples) for person in measured]
+    measured = measured_people(people, anchors, trainer)
     tokens = (
-        sum(job.work_tokens for job in (common, *rows)) + DRAWN * sum(sizes) + JUDGED * sum(sizes[: judges or None])
+        sum(job.work_tokens for job in (common, *rows))
+        + DRAWN * sum(person.tokens for person in measured.people)
+        + JUDGED * sum(person.tokens for person in measured.judges)
     )
     step = replace(common, examples=common.examples[:TIMED], plan=replace(common.plan, steps=1, batch_size=TIMED))
     start = initial_lora(linear_modules(model, options.target_modules), options.rank, options.seed)

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 class Ranks:
-    """This process's place among the ranks; rank 0 writes the bank and shows progress."""
+    """This process as one of the ranks; rank 0 writes the bank and shows progress."""
 
     def __init__(self, rank: int = 0, count: int = 1) -> None:
         self.rank, self.count = rank, count

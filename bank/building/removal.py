@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from adapters.errors import excerpt
-from bank.building.assemble import write_bank
+from bank.building.assemble import Anchors, BankRows, Basis, Rules, write_bank
 from bank.building.directions import make_directions
 from bank.errors import BankError
 from bank.lookup.index import AnchorIndex
@@ -56,24 +56,18 @@ def remove_anchor(folder: Path, anchor: str, out: Path) -> BankManifest:
             curvature = curvature[kept][:, kept]
             rule = PosteriorRule(decay=float(prior / np.diagonal(curvature).mean()))
         weights = weights.model_copy(update={"posterior": rule})
+    rows = [matrix.rows[i] for i in (*kept, *range(len(manifest.anchors), len(matrix.rows)))]
+    weights = weights.model_copy(update={"anchors": min(weights.anchors, len(kept))})
     written = write_bank(
         out,
-        task=manifest.task,
-        base_model=manifest.base_model,
-        embedder=manifest.embedder,
-        common=manifest.common,
-        user_rank=manifest.user_rank,
-        weights=weights.model_copy(update={"anchors": min(weights.anchors, len(kept))}),
-        layout=manifest.layout,
-        rows=[matrix.rows[i] for i in (*kept, *range(len(manifest.anchors), len(matrix.rows)))],
-        shared_a=matrix.shared_a,
-        embeddings=AnchorIndex.load(folder / INDEX_FILE).vectors(kept),
-        items=[manifest.anchors[i].items for i in kept],
+        Basis.of(manifest),
+        BankRows(manifest.layout, rows, matrix.shared_a, manifest.common, directions),
+        Anchors(
+            AnchorIndex.load(folder / INDEX_FILE).vectors(kept),
+            [manifest.anchors[i].items for i in kept],
+            [manifest.anchors[i].words for i in kept],
+        ),
+        Rules(weights, curvature, manifest.prior, manifest.phrases),
         training={**manifest.training, "inputs": None, "removed_from": manifest.fingerprint},
-        prior=manifest.prior,
-        phrases=manifest.phrases,
-        curvature=curvature,
-        words=[manifest.anchors[i].words for i in kept],
-        directions=directions,
     )
     return write_manifest(out, written.model_copy(update={"verdict": manifest.verdict}))

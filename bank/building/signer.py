@@ -70,7 +70,7 @@ class Signer:
         return [losses.numpy() for model in self._after(step[None]) for losses in example_losses(model, examples)]
 
     def log_chances(self, steps: Vectors, examples: Sequence[Example]) -> Iterator[Vectors]:
-        """Yield the log-probability of each token at each place of the outputs, [T, V], after each step of [S, N]."""
+        """Yield each token's log-probability at each position of the outputs, [T, V], after each step of [S, N]."""
         for model in self._after(steps):
             yield output_log_chances(model, examples).numpy()
 
@@ -99,16 +99,30 @@ class MeasuredPerson:
     examples: list[Example]
 
     @property
+    def tokens(self) -> int:
+        return sum(len(example.ids) for example in self.examples)
+
+    @property
     def halves(self) -> tuple[list[Example], list[Example]]:
         """The earlier items and the later ones."""
         half = len(self.examples) // 2
         return self.examples[:half], self.examples[half:]
 
 
-def measured_people(
-    people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer
-) -> tuple[list[MeasuredPerson], int]:
-    """Choose random people; return also how many, from the first, judge the decays unseen; 0 if people are few."""
+@dataclass(frozen=True, slots=True)
+class MeasuredPeople:
+    """Random people who measure the bank; if there are enough, the common row does not see the first of them."""
+
+    people: Sequence[MeasuredPerson]
+    unseen: Sequence[MeasuredPerson]
+
+    @property
+    def judges(self) -> Sequence[MeasuredPerson]:
+        """Those whose later items choose the bank's constants."""
+        return self.unseen or self.people
+
+
+def measured_people(people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer) -> MeasuredPeople:
     wanted, rows = max(MEASURED_ITEMS, 4 * len(anchors)), {person.user_id: i for i, person in enumerate(anchors)}
     found = list[MeasuredPerson]()
     for person in random.Random(trainer.options.seed).sample(list(people), len(people)):
@@ -120,7 +134,7 @@ def measured_people(
             found.append(MeasuredPerson(person.user_id, rows.get(person.user_id), examples))
             wanted -= len(pairs)
     judges = min(JUDGES, len(people) // PEOPLE_PER_HELD_OUT, len(found))
-    return found, judges if judges >= MIN_HELD_OUT else 0
+    return MeasuredPeople(found, found[:judges] if judges >= MIN_HELD_OUT else [])
 
 
 def measure_curvature(
@@ -128,8 +142,8 @@ def measure_curvature(
 ) -> Vectors:
     """Measure H [N, N]: the covariance of one token's products, for outputs that the model draws."""
     drawn = work.pieces(
-        [f"drawn-{place:04d}" for place in range(len(people))],
-        lambda place: signer.drawn_products(people[place].examples, seed=trainer.options.seed + place),
+        [f"drawn-{index:04d}" for index in range(len(people))],
+        lambda index: signer.drawn_products(people[index].examples, seed=trainer.options.seed + index),
         lambda done: trainer.progress.piece("measuring the curvature", done, len(people)),
     )
     products = np.concatenate(drawn)
@@ -150,8 +164,8 @@ def fit_rule(
     if not judges:
         return PosteriorRule().decay, evenly
     judged = work.pieces(
-        [f"judge-{place:02d}" for place in range(len(judges))],
-        lambda place: _judge(signer, curvature, judges[place], directions=trainer.options.wants_directions),
+        [f"judge-{index:02d}" for index in range(len(judges))],
+        lambda index: _judge(signer, curvature, judges[index], directions=trainer.options.wants_directions),
         lambda done: trainer.progress.piece("fitting the rule", done, len(judges)),
     )
     gains = np.mean(judged, axis=0)

@@ -19,7 +19,7 @@ _STARTS, _LETTERS = ("Ġ", "▁"), 3  # how tokenizers mark the first token of a
 def likelier_words(signer: Signer, anchors: int, trainer: RowTrainer, work: Workbench) -> list[tuple[str, ...]]:
     """Return each anchor's words, the one with most weight in p·log(p/q) first; none where answers are labels.
 
-    p is a word's chance with the anchor's row, and q without it, mean over the places of the texts. Only whole words in
+    p is a word's chance with the anchor's row, and q without it, mean over the texts' positions. Only whole words in
     lower case count, which are no names.
     """
     known = _words_of(trainer)

@@ -16,7 +16,7 @@ from adapters.errors import excerpt
 from adapters.flat import flattened
 from adapters.lora import ModuleShape, RowLayout
 from adapters.recipe import FusionMethod
-from bank.building.assemble import bank_rank, write_bank
+from bank.building.assemble import Anchors, BankRows, Basis, Rules, bank_rank, write_bank
 from bank.building.options import ImportOptions
 from bank.building.selection import person_embedding
 from bank.errors import BankError
@@ -91,17 +91,18 @@ def import_bank(
     bank_rank(FusionMethod.CAT, layout.rank, rule, False, options.user_rank)
     return write_bank(
         out,
-        task=task.name,
-        base_model=base_model_id(base_model, model_folder),
-        embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
-        common=False,
-        user_rank=options.user_rank,
-        weights=rule,
-        layout=layout,
-        rows=[adapter.row(layout) for adapter in read],
-        shared_a=None,
-        embeddings=np.stack([person_embedding(person, task, embedder) for person in people]),
-        items=[len(person.items) for person in people],
+        Basis(
+            task.name,
+            base_model_id(base_model, model_folder),
+            EmbedderId(id=embedder.id, dim=embedder.dim),
+            options.user_rank,
+        ),
+        BankRows(layout, [adapter.row(layout) for adapter in read], shared_a=None, common=False),
+        Anchors(
+            np.stack([person_embedding(person, task, embedder) for person in people]),
+            [len(person.items) for person in people],
+        ),
+        Rules(rule),
         training={"imported": True},
     )
 

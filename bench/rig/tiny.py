@@ -16,7 +16,7 @@ from adapters.lora import RowLayout
 from adapters.recipe import FusionMethod
 from adapters.training.example import Acts
 from adapters.training.trainer import linear_modules
-from bank.building.assemble import write_bank
+from bank.building.assemble import Anchors, BankRows, Basis, Rules, write_bank
 from bank.building.directions import make_directions
 from bank.building.readings import record_canary
 from bank.items.profile import Vectors
@@ -162,21 +162,11 @@ def tiny_bank(
         posterior = made.rule
     write_bank(
         folder,
-        task=task,
-        base_model=base_model_id(name, model_folder),
-        embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
-        common=common,
-        user_rank=user_rank,
-        weights=WeightRule(anchors=k, posterior=posterior),
-        layout=layout,
-        rows=rows,
-        shared_a=shared_a,
-        embeddings=embedder.embed([world(i) for i in range(anchors)]) if embeddings is None else embeddings,
-        items=[12] * anchors,
+        Basis(task, base_model_id(name, model_folder), EmbedderId(id=embedder.id, dim=embedder.dim), user_rank),
+        BankRows(layout, rows, shared_a, common, made),
+        Anchors(embedder.embed(list(map(world, range(anchors)))) if embeddings is None else embeddings, [12] * anchors),
+        Rules(WeightRule(anchors=k, posterior=posterior), curvature, phrases=PHRASES),
         training={"seed": seed, "acts": acts, "dtype": "float32"},
-        curvature=curvature,
-        directions=made,
-        phrases=PHRASES,
         record=partial(record_canary, *load_base(model_folder, "float32")) if canary else None,
     )
     return folder

@@ -81,9 +81,9 @@ async def _rotate(settings: Settings, tenants: list[str]) -> None:
                     break
                 await asyncio.sleep(PAUSE_S)
         typer.echo(f"{moved} users moved to the new secret")
-        if sweep.strange:
+        if sweep.unknown:
             raise MtaError(
-                f"{sweep.strange} users belong to none of the tenants {', '.join(names)}, or their record cannot be "
+                f"{sweep.unknown} users belong to none of the tenants {', '.join(names)}, or their record cannot be "
                 "read: keep OLD, and name their tenant with --tenant"
             )
         nameless = await rotation.let_nameless_expire()

@@ -39,8 +39,9 @@ from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.parts import Gateway, Parts
 from server.gateway.users.adapting import Adapting, SampleChecks
+from server.gateway.users.histories import HistoryLimit
 from server.gateway.users.privacy import Erasing, Exporting
-from server.gateway.users.profiles import CHANGES_AT_ONCE, HistoryLimit, Profiles
+from server.gateway.users.profiles import CHANGES_AT_ONCE, Profiles
 from server.settings import Settings
 from server.store.append_only_file import REWRITE_CHECK_S, AppendOnlyFile
 from server.store.figures import FIGURES_INTERVAL_S

@@ -17,7 +17,7 @@ import orjson
 
 from adapters.recipe import UserAdapterId, bank_of
 from server.errors import UserErased
-from server.store.base import Store, corrupt_if_undecodable, decode
+from server.store.base import Store, corrupt_if_undecodable, decode, pairs
 from server.store.profile_record import AdapterNote, Profile, decode_profile, encode_profile
 from server.store.redis import keys
 from server.store.redis.scripts import script
@@ -101,7 +101,7 @@ class AdapterStore(Store):
     async def kept(self, user_key: str) -> KeptVersions:
         names = (keys.profile(user_key), keys.adapter(user_key))
         record, *flat = await self._connection.evaluate(_READ, names)
-        fields = {name.decode(): value for name, value in zip(flat[::2], flat[1::2], strict=True)}
+        fields = {name.decode(): value for name, value in pairs(flat).items()}
         with corrupt_if_undecodable():
             profile = decode_profile(record) if record else None
             note, serving = profile.adapter if profile else None, None

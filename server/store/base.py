@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
@@ -31,6 +31,11 @@ def decode(kind: type[T], raw: bytes | str) -> T:
     """Decode JSON as a dataclass; ignore fields that only a later version knows. Raises `ValueError` if invalid."""
     decoded: T = _type_adapter(kind).validate_json(raw)  # type: ignore[arg-type]  # to mypy, types have no hash
     return decoded
+
+
+def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    """Return the hash that a script returned as field, value, field, value …"""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 @contextmanager

@@ -47,6 +47,7 @@ _TRIES_EXHAUSTED = (
     "logs show the cause"
 )
 _SUBMIT = script("jobs/submit")
+_FIND = script("jobs/find")
 _LIST = script("jobs/list")
 _OPEN = script("jobs/open")
 _CANCEL = script("jobs/cancel")
@@ -177,12 +178,9 @@ class JobStore(Store):
             await AppendOnlyFile(self._connection).announce(user_key, submission.forgets_s * 1000)
         # Reserve first: an entry without a job is harmless, but a job without an entry would never be trained.
         reservation = await queue.reserve(user_key, background=submission.background)
-        given = asdict(replace(submission, samples=())) | {
-            "prefix": keys.job_prefix(user_key),
+        given = _as_given(user_key, submission) | {
             "number_before": secrets.randbelow(_FIRST_NUMBER_RANGE),
-            "kept": KEPT_JOBS,
             "until_ms": reservation.until_ms,
-            "token": submission.token,
             "call": secrets.token_hex(8),
             "max_samples": max_samples,
         }
@@ -201,8 +199,13 @@ class JobStore(Store):
         return job and replace(job, is_new=bool(is_new))
 
     async def find_duplicate(self, user_key: str, submission: Submission) -> Job | None:
-        """Return the existing job for a repeated submission of samples, or None. Raises as `submit` does."""
-        return await self.submit(user_key, submission, max_samples=0)  # the limit forbids only a new job
+        """Return the job that an earlier copy of a submission created, or None. Raises UserErased as `submit` does."""
+        names = (keys.jobs(user_key), keys.epoch(user_key), keys.adapter(user_key))
+        number = int(await self._connection.write(_FIND, names, orjson.dumps(_as_given(user_key, submission))))
+        job = await self.job(JobId(user_key, number)) if number > 0 else None
+        if job is None and number == _ERASED:
+            raise UserErased
+        return job
 
     async def job(self, job_id: JobId) -> Job | None:
         values = await self._connection.run(lambda redis: redis.hmget(keys.job(*job_id), _FIELDS))
@@ -343,6 +346,12 @@ class JobStore(Store):
         with corrupt_if_undecodable():
             ended = JobState(state.decode()).ended
         return None if ended else job_id, held_ms
+
+
+def _as_given(user_key: str, submission: Submission) -> dict[str, Any]:
+    """Return a submission without its samples, as the scripts take it."""
+    more = {"prefix": keys.job_prefix(user_key), "kept": KEPT_JOBS, "token": submission.token}
+    return asdict(replace(submission, samples=())) | more
 
 
 def _outcome(lease: Lease, trained: Trained, **of_adapter: Any) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 
@@ -42,6 +42,14 @@ class Stores:
         self.figures = partial(read_figures, connection)
         self.copying = StoreCopying(connection)
         self.rotation = Rotation(connection, secret)
+
+    async def leave_shared_keys(self, user_key: str, tenant: str, banks: Iterable[str] = ()) -> None:
+        """Remove an erased user from the sets and queues of these banks, and of all banks that were used so far."""
+        await self.adapters.remove_adapted(user_key)
+        await self.tallies.remove_erased(user_key, tenant)
+        for bank in {*banks, *await self.adapters.banks()}:
+            await self.jobs.remove_erased(user_key, bank)
+            await self.signing(bank).remove_erased(user_key)
 
 
 @asynccontextmanager

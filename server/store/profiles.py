@@ -23,7 +23,7 @@ from operator import methodcaller
 
 from server.errors import Unavailable, UserErased
 from server.store.append_only_file import AppendOnlyFile
-from server.store.base import Store, corrupt_if_undecodable
+from server.store.base import Store, corrupt_if_undecodable, pairs
 from server.store.jobs import KEPT_JOBS
 from server.store.profile_record import (
     Profile,
@@ -119,8 +119,8 @@ class ProfileStore(Store):
                 version=record or b"",
                 epoch=split_epoch(epoch)[1],
                 profile=decode_profile(record) if record else None,
-                items=_in_order(_pairs(raw_items)),
-                vectors={name.decode(): decode_vector(raw) for name, raw in _pairs(raw_vectors).items()},
+                items=_in_order(pairs(raw_items)),
+                vectors={name.decode(): decode_vector(raw) for name, raw in pairs(raw_vectors).items()},
             )
 
     async def find(self, user: User) -> tuple[User, Profile | None, str]:
@@ -141,6 +141,10 @@ class ProfileStore(Store):
         record, epoch = await self._connection.evaluate(_LOAD, (keys.profile(key), keys.epoch(key)))
         with corrupt_if_undecodable():
             return decode_profile(record) if record else None, *split_epoch(epoch)
+
+    async def moved_to(self, key: str) -> str:
+        """Return the key that the user moved to; empty if they did not."""
+        return (await self.state(key))[1]
 
     async def items(self, key: str) -> Mapping[str, StoredItem]:
         """Return the items by id, oldest first; empty for an unknown user."""
@@ -232,10 +236,6 @@ def split_epoch(epoch: bytes | None) -> tuple[str, str]:
     text = (epoch or b"").decode()
     moved_to, _, before = text.removeprefix(">").partition(" ") if text.startswith(">") else ("", "", text)
     return moved_to, before
-
-
-def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:  # Lua returns a hash as field, value, field, value
-    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _in_order(raw_items: Mapping[bytes, bytes]) -> dict[str, StoredItem]:

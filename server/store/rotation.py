@@ -61,7 +61,7 @@ class Sweep:
 
     moved: int = 0
     busy: int = 0  # they stay until their training ends
-    strange: int = 0  # of no known tenant, or with a record that this version cannot read
+    unknown: int = 0  # of no known tenant, or with a record that this version cannot read
 
 
 class Rotation(Store):
@@ -124,19 +124,19 @@ class Rotation(Store):
 
     async def at(self, user: User, act: Callable[[User], Awaitable[T]], *, writes: bool = True) -> T:
         """Call `act` with the user's key; once more if the user moves meanwhile, so it must be safe to repeat."""
-        place = await self._place(user, writes)
+        located = await self._locate(user, writes)
         try:
-            done = await act(place)
+            done = await act(located)
         except UserErased:
-            now = await self._place(user, writes)
-            if now.key == place.key:
+            now = await self._locate(user, writes)
+            if now.key == located.key:
                 raise
             done = await act(now)
         if writes:  # a whole exchange may have passed since: a slow write of a new user would be left behind
-            await self._place(user, writes)
+            await self._locate(user, writes)
         return done
 
-    async def _place(self, user: User, writes: bool) -> User:
+    async def _locate(self, user: User, writes: bool) -> User:
         """Return the user with the key to read; one who `writes` and may move has moved by then."""
         if not user.keys:
             return user
@@ -204,7 +204,7 @@ class Rotation(Store):
         except Unavailable as error:
             if error.code != "store_corrupt":
                 raise
-            sweep.strange += 1
+            sweep.unknown += 1
             return
         if profile is None:
             return
@@ -216,7 +216,7 @@ class Rotation(Store):
                 moved = await self.move(second, first, users.tenant)
                 sweep.moved, sweep.busy = sweep.moved + moved, sweep.busy + (not moved)
                 return
-        sweep.strange += 1
+        sweep.unknown += 1
 
     async def let_nameless_expire(self) -> int:
         """Count feedback without a profile that says whose it is; also what an earlier version left expires then."""

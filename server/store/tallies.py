@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from operator import add, attrgetter, methodcaller, sub
 from typing import Self
 
-from server.store.base import Store, corrupt_if_undecodable
+from server.store.base import Store, corrupt_if_undecodable, pairs
 from server.store.feedback import Feedback, Outcome, Rating
 from server.store.redis import keys
 from server.store.redis.scripts import script
@@ -111,8 +111,7 @@ class TallyStore(Store):
     async def take(self, user_key: str, week: int) -> Mapping[Cell, Counts]:
         """Remove a person's tally of a week and return it: of several callers, one gets it."""
         raw = await self._connection.evaluate(_TAKE, (keys.tally(user_key),), week)
-        taken = _decoded(dict(zip(raw[::2], raw[1::2], strict=True)))
-        return {cell: Counts(*numbers) for cell, numbers in taken.items()}
+        return {cell: Counts(*numbers) for cell, numbers in _decoded(pairs(raw)).items()}
 
     async def add_people(self, week: int, tenant: str, user_keys: Iterable[str]) -> None:
         """Note people who have a tally of a week."""

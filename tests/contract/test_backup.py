@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from redis.asyncio import Redis
@@ -13,12 +16,14 @@ from redis.crc import key_slot
 
 from adapters.errors import MtaError
 from bench.rig.valkey import ValkeyProcess
-from server.cli.backup import _settle
 from server.errors import Unavailable
 from server.settings import Settings
 from server.store.backup import copying
 from server.store.backup.copying import Entry, StoreCopying
+from server.store.backup.restoring import Restore, Since
 from server.store.opening import open_stores
+from server.store.profile_record import AdapterNote
+from server.store.profiles import Change
 from server.store.redis import keys
 from server.store.rotation import Rotation
 from server.store.tenants.access_keys import Scope, access_key, new_secret
@@ -139,11 +144,24 @@ async def test_who_is_younger_than_the_copied_queues_is_put_into_them(
     for name in [name async for name in raw.scan_iter() if not keys.user_of(name.decode())]:
         await raw.delete(name)
     async with open_stores(Settings(redis_url=server.url)) as stores:
-        assert await _settle(stores, key, {}, ())
+        assert await Restore(Path(), Mock(), Since(), ()).settle(stores, key)
         assert [user async for user in stores.adapters.adapted_users(BANK)] == [key]
         assert await stores.adapters.adapter_id(key) == adapter
         assert (await stores.jobs.next_job(BANK, 1)).user_key == key
         assert await stores.signing(BANK).take(1) == key
+
+
+async def test_a_user_with_an_adapter_of_a_former_format_is_restored(
+    parts: StoreParts, server: ValkeyProcess | ValkeyCluster
+) -> None:
+    key, note = KEYS.key("ada"), AdapterNote("a" * 26, f"mta2:{BANK}:shared:c", 1, 1)
+    await parts.put("ada", "a text")
+    snapshot = await parts.profiles.read(key)
+    adapted = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
+    assert await parts.profiles.commit(key, snapshot.version, adapted)
+    async with open_stores(Settings(redis_url=server.url)) as stores:
+        assert await Restore(Path(), Mock(), Since(), ()).settle(stores, key)
+        assert [user async for user in stores.adapters.adapted_users(BANK)] == [key]
 
 
 async def test_an_unfinished_restore_keeps_everybody_out_until_it_is_done_again(

@@ -228,7 +228,7 @@ async def test_one_pass_moves_everybody_of_these_tenants_and_names_the_others(
     await parts.feedback.add(rated, "gen-1", Feedback("base", "none"), None, "")
     tenants = [UserKeys(SECRETS, "empty"), BOTH]
     sweep = await begun.sweep(tenants, lambda _: None)
-    assert (sweep.moved, sweep.busy, sweep.strange) == (40, 0, 1)
+    assert (sweep.moved, sweep.busy, sweep.unknown) == (40, 0, 1)
     assert (await begun.sweep(tenants, lambda _: None)).moved == 0
     for number in range(40):
         new, former = BOTH.keys(f"person-{number}")

@@ -130,7 +130,7 @@ def test_who_is_in_a_log_that_only_the_second_run_of_a_restore_has_stays_erased(
         (copy,) = (tmp_path / "copies").iterdir()
         ask(server, "FLUSHALL")
         with monkeypatch.context() as patched, pytest.raises(MtaError, match="broken off"):
-            patched.setattr("server.cli.backup._settle", Mock(side_effect=MtaError("broken off")))
+            patched.setattr("server.store.backup.restoring.Restore.settle", Mock(side_effect=MtaError("broken off")))
             mta("restore", copy, "--without-erasures", MTA_REDIS_URL=server.url)
         note(Act.ERASE, httpx.codes.OK.value, tenant=TENANT, user=user_key(USERS[0]))
         assert "restored: 1 users" in mta("restore", copy, "--erased", log, MTA_REDIS_URL=server.url)

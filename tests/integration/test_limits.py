@@ -19,7 +19,7 @@ from server.errors import Unavailable
 from server.gateway.http import bodies, serving
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.gateway.users.adapting import Adapting
-from server.gateway.users.profiles import HistoryLimit
+from server.gateway.users.histories import HistoryLimit
 from server.settings import Settings
 from server.store.jobs import Job, JobStore
 from server.store.tenants.access_keys import Scope

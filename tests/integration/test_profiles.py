@@ -19,7 +19,8 @@ from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.gateway.access.shares import FairQueue, Shares
-from server.gateway.users.profiles import EMBED_BATCH, HistoryLimit, Profiles, ProfileUpdate
+from server.gateway.users.histories import HistoryLimit
+from server.gateway.users.profiles import EMBED_BATCH, Profiles, ProfileUpdate
 from server.store.profile_record import AdapterNote, Profile
 from server.store.profiles import Change, ProfileStore
 from server.store.queue import UserQueue

@@ -56,10 +56,9 @@ class Quotas:
             return
         self._asking.add(user.tenant)
         used, more = self._used.setdefault(user.tenant, Held()), +wanted()
-        for what, most in quota.limits.items():
-            if more[what] > 0 and used[what] + more[what] > most:
-                self.refused("quota")
-                raise quota_exceeded(user.tenant, what, used[what], most, more[what])
+        for what, most in _exceeded(quota, used, more):
+            self.refused("quota")
+            raise quota_exceeded(user.tenant, what, used[what], most, more[what])
         used.update(more)
         self._writing[token := object()] = (user, more)
         try:
@@ -67,6 +66,11 @@ class Quotas:
         finally:
             del self._writing[token]
             self.changed(user, more)
+
+    def have_room(self, user: User, wanted: Held) -> bool:
+        """Return whether `admit` would accept this now."""
+        quota, used = self.keys.quotas.get(user.tenant, Quota()), self._used.get(user.tenant, Held())
+        return not any(_exceeded(quota, used, wanted))
 
     def changed(self, user: User, admitted: Held | None = None) -> None:
         """Have a user measured soon, since their data has changed."""
@@ -131,3 +135,10 @@ class Quotas:
     async def _note(self, found: Mapping[str, Mapping[str, Held]]) -> None:
         for tenant, people in found.items():
             await self.store.note(tenant, people)
+
+
+def _exceeded(quota: Quota, used: Held, more: Held) -> Iterator[tuple[str, int]]:
+    """Yield the limits that `more` would exceed; what makes room exceeds none."""
+    for what, most in quota.limits.items():
+        if more[what] > 0 and used[what] + more[what] > most:
+            yield what, most

@@ -25,7 +25,8 @@ from server.gateway.parts import Parts, call_of
 from server.gateway.routes.answering import AnchorAnswer, anchor_answers
 from server.gateway.routes.jobs import JobAnswer, iso
 from server.gateway.routes.requests import Strict, UserIdInPath, UserRoute, epoch_of, with_examples
-from server.gateway.users.profiles import ProfileUpdate, check_size, newest_items
+from server.gateway.users.histories import newest_items
+from server.gateway.users.profiles import ProfileUpdate, check_size
 from server.settings import MAX_INT32
 from server.store.adapters import AdapterVersion
 from server.store.jobs import Job
@@ -284,7 +285,7 @@ async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
     call, notes = call_of(request), notes_of(request.scope)
     gateway, user = call.gateway, call.user(user_id)
     parts = gateway.default_parts  # the tenant's bank may not be loaded
-    if not await parts.profiles.quotas.store.has_any(user):
+    if not any([await parts.profiles.store.is_stored(key) for key in user.every_key]):
         await gateway.limiter.take(call.caller, "requests")
     notes.audited = (Act.ERASE, user.key)
     erasure = await parts.erasing.erase(user)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -14,12 +14,13 @@ from adapters.training.adapt_config import AdaptConfig, default_config
 from bank.items.profile import Item, parse_item
 from bank.items.tasks import Task
 from bank.manifest import BankManifest
-from server.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded, Unavailable
+from server.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from server.gateway.access.shares import FairQueue
 from server.gateway.engines.admin import Engines
 from server.gateway.users.profiles import MAX_ATTEMPTS, Profiles, check_size
 from server.store.adapters import AdapterStore, AdapterVersion, KeptVersions
 from server.store.jobs import Job, JobId, JobStore, Submission
+from server.store.profile_record import Profile
 from server.store.profiles import PASSING_S
 from server.store.samples import MAX_SAMPLES, JobBudget, Sample, decode_sample, encode_config, encode_sample
 from server.store.tenants.holdings import Held
@@ -85,35 +86,34 @@ class Adapting:
         return await self.profiles.rotation.at(user, lambda user: self.jobs.find_duplicate(user.key, submission))
 
     async def _submit(self, user: User, request: TrainingRequest, submission: Submission) -> Job | None:
-        # Workers fail a job without a profile, so the profile comes first.
         _, profile, _ = await self.profiles.find(user)
-        is_first = profile is None or profile.adapter is None
-        wanted = Held(bytes=sum(map(len, submission.samples)), adapters=is_first)
-        if user.tenant in self.profiles.quotas.keys.quotas and not request.append:
-            wanted["bytes"] -= sum(map(len, await self.jobs.samples(user.key)))  # which these replace
-        with ExitStack() as admitted:
-            try:
-                admitted.enter_context(self.profiles.quotas.admit(user, lambda: wanted))
-            except QuotaExceeded:  # the client may have lost the response, or replace its job, whose adapter is counted
-                if (job := await self.jobs.find_duplicate(user.key, submission)) is not None:
-                    return job
-                jobs = await self.jobs.jobs(user.key)
-                if not jobs or jobs[-1].state.ended:
-                    raise
-                admitted.enter_context(self.profiles.quotas.admit(user, lambda: Held(bytes=wanted["bytes"])))
-            if profile is None or self.profiles.is_forgotten(profile):
+        added = await self._added(user, profile, submission)
+        quotas = self.profiles.quotas
+        if not quotas.have_room(user, added) and (job := await self.jobs.find_duplicate(user.key, submission)):
+            return job  # the client may have lost the response
+        with quotas.admit(user, lambda: added):
+            if profile is None or self.profiles.is_forgotten(profile):  # workers fail a job without a profile
                 items = await asyncio.to_thread(_items_from_samples, request.samples, self.profiles.task)
                 await self.profiles.add(user, items, submission.epoch, request.keep)
             if not self.profiles.keeps_texts(profile, request.keep):
                 submission = replace(submission, forgets_s=PASSING_S)
-            job = await self.jobs.submit(user.key, submission, MAX_SAMPLES)
-        self.profiles.quotas.changed(user)
-        return job
+            return await self.jobs.submit(user.key, submission, MAX_SAMPLES)
+
+    async def _added(self, user: User, profile: Profile | None, submission: Submission) -> Held:
+        """Return what a job adds to what its tenant holds; fewer than 0 bytes if its samples replace more."""
+        added = Held(bytes=sum(map(len, submission.samples)), adapters=profile is None or profile.adapter is None)
+        if user.tenant not in self.profiles.quotas.keys.quotas:  # of which nothing is counted
+            return added
+        if not submission.append:
+            added["bytes"] -= sum(map(len, await self.jobs.samples(user.key)))
+        if added["adapters"] and (jobs := await self.jobs.jobs(user.key)) and not jobs[-1].state.ended:
+            added["adapters"] = 0  # that of the open job, which this one replaces, is counted
+        return added
 
     async def job(self, users: UserKeys, job_id: JobId) -> Job:
         """Return a tenant's job; raise NotFound if the tenant has no such job."""
         job, owner = await asyncio.gather(self.jobs.job(job_id), self.profiles.store.load(job_id.user_key))
-        if job is None and (moved_to := (await self.profiles.store.state(job_id.user_key))[1]):
+        if job is None and (moved_to := await self.profiles.store.moved_to(job_id.user_key)):
             return await self.job(users, JobId(moved_to, job_id.number))
         if job is None or owner is None or job_id.user_key not in users.keys(owner.user_id):
             raise _unknown_job(job_id)
@@ -123,7 +123,7 @@ class Adapting:
         """Cancel a job; a running job stops at its next training step. Raise Conflict if the job has already ended."""
         job_id = (await self.job(users, job_id)).id
         job, ended = await self.jobs.cancel(job_id)
-        if job is None and (moved_to := (await self.profiles.store.state(job_id.user_key))[1]):
+        if job is None and (moved_to := await self.profiles.store.moved_to(job_id.user_key)):
             await self.profiles.rotation.move(job_id.user_key, moved_to, users.tenant)
             return await self.cancel(users, JobId(moved_to, job_id.number))
         if job is None:
@@ -141,17 +141,19 @@ class Adapting:
 
     async def _serve(self, user: User, number: int) -> AdapterVersion:
         for _ in range(MAX_ATTEMPTS):
-            found = await self.adapters.kept(user.key)
-            chosen = next((version for version in found.versions if version.number == number), None)
+            kept = await self.adapters.kept(user.key)
+            chosen = next((version for version in kept.versions if version.number == number), None)
             if chosen is None:
-                kept = ", ".join(str(version.number) for version in found.versions) or "none"
-                message = f"version {number} of this user's adapter is not kept: choose one of those that are ({kept})"
+                numbers = ", ".join(str(version.number) for version in kept.versions) or "none"
+                message = (
+                    f"version {number} of this user's adapter is not kept: choose one of those that are ({numbers})"
+                )
                 raise NotFound(message, param="version", code="unknown_version")
             if (bank := bank_of(chosen.note.recipe)) != self.manifest.short:
                 why = f"version {number} of this user's adapter belongs to bank {bank}, not to the one that is served"
                 remedy = f"adapt the user again (POST /users/{{id}}/adapt, `mta readapt`), or serve bank {bank} again"
                 raise Conflict(f"{why}: {remedy}", param="version", code="other_bank")
-            if await self.adapters.serve(user.key, found, chosen):
+            if await self.adapters.serve(user.key, kept, chosen):
                 return chosen
         raise Unavailable("too many other requests are changing this user: try again later", code="contention")
 

@@ -113,8 +113,8 @@ class Erasing:
         end both keys are in the same epoch, for it is read at one of them and the user may be stored at the other.
         """
         first, last = secrets.token_hex(8), secrets.token_hex(8)
-        places = (user.every_key[0], first), *((key, last) for key in (*user.keys[1:], *user.keys[:1]))
-        known = list(filter(None, [await self._erase(key, user.tenant, epoch) for key, epoch in places]))
+        epochs = (user.every_key[0], first), *((key, last) for key in (*user.keys[1:], *user.keys[:1]))
+        known = list(filter(None, [await self._erase(key, user.tenant, epoch) for key, epoch in epochs]))
         until_ms = max((erasure.rewritten_by_ms for erasure in known), default=0)
         return replace(max(known, key=lambda erasure: erasure.erased.keys), rewritten_by_ms=until_ms) if known else None
 
@@ -129,21 +129,12 @@ class Erasing:
             return await self._erase(key, tenant, epoch)  # something has been stored meanwhile
         if erasure is None:
             return None
-        await leave_shared_keys(self.stores, key, tenant, (self.bank, *erasure.banks))
+        await self.stores.leave_shared_keys(key, tenant, (self.bank, *erasure.banks))
         if erasure.erased.adapters:
             task = asyncio.create_task(self.drop(key))
             self._dropping.add(task)
             task.add_done_callback(self._dropping.discard)
         return erasure
-
-
-async def leave_shared_keys(stores: Stores, user_key: str, tenant: str, banks: Iterable[str] = ()) -> None:
-    """Remove an erased user from the sets and queues of these banks, and of all banks that were used so far."""
-    await stores.adapters.remove_adapted(user_key)
-    await stores.tallies.remove_erased(user_key, tenant)
-    for bank in {*banks, *await stores.adapters.banks()}:
-        await stores.jobs.remove_erased(user_key, bank)
-        await stores.signing(bank).remove_erased(user_key)
 
 
 def _profile_fields(profile: Profile) -> dict[str, Any]:

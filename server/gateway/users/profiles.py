@@ -1,7 +1,6 @@
 """Change users' item histories and the embeddings made from them; each change is atomic.
 
-Changes are idempotent: an item that is stored with the same content keeps its position, and a full history drops older
-items before the new ones.
+`Profiles._change_at` shows the steps of a change: plan what to write, embed, make the record, commit.
 """
 
 from __future__ import annotations
@@ -10,16 +9,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
-import orjson
 
 from adapters.errors import excerpt
 from bank.items.profile import Item, Vectors, item_text, profile_embedding
@@ -29,17 +26,18 @@ from bank.lookup.signature import Signature
 from server.errors import ApiError, InvalidRequest, Unavailable, UserErased
 from server.gateway.access.quotas import Quotas
 from server.gateway.access.shares import FairQueue
+from server.gateway.users.histories import (
+    HistoryDiff,
+    HistoryLimit,
+    StoredItems,
+    add_to_history,
+    diff_histories,
+    replace_history,
+    stored_bytes,
+)
 from server.gateway.users.passing import MEAN, Passing
 from server.settings import MAX_ITEM_BYTES
-from server.store.profile_record import (
-    OtherEmbedding,
-    Profile,
-    StoredItem,
-    StoredSignature,
-    StoredVector,
-    as_stored,
-    encode_item,
-)
+from server.store.profile_record import OtherEmbedding, Profile, StoredSignature, StoredVector, as_stored
 from server.store.profiles import Change, ProfileStore, Snapshot
 from server.store.queue import UserQueue
 from server.store.rotation import Rotation
@@ -55,25 +53,8 @@ MAX_REFRESHING = 16  # profiles that are embedded in the background; beyond, the
 SIGNED_AT = (4, 8, 16, 32)  # numbers of learnt items at which a signature is made; then the first of each day
 _DAY_MS = 24 * 3600 * 1000
 _MAX_PAUSE_S = 0.05  # longest pause between two attempts
-_ITEM_BYTES = 1000  # of an item in the store besides its text: its embedding, and the hashes' own
 
-StoredItems = Mapping[str, StoredItem]  # by id, oldest first
-Kind = Literal["replace", "add", "learn", "embed"]  # of a change
-
-
-@dataclass(frozen=True, slots=True)
-class HistoryLimit:
-    items: int
-    size_bytes: int  # total size of all fields as JSON
-
-
-@dataclass(frozen=True, slots=True)
-class HistoryDiff:
-    """The writes that turn one history into another."""
-
-    put: StoredItems  # new, replaced and moved items
-    drop: tuple[str, ...]  # ids of removed items
-    changed: int  # number of items added or with new content; moved items do not count
+Embedded = dict[tuple[str, str], Vectors]  # embeddings [E] by item id and text
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +62,35 @@ class ProfileUpdate:
     profile: Profile  # after the change
     changed: int  # as in `HistoryDiff`
     removed: int  # number of older items that had to go
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryRequest:
+    """A change that was asked for; `embed` changes no item, and makes the embedding anew."""
+
+    kind: Literal["replace", "add", "learn", "embed"]
+    items: Sequence[Item] = ()
+    epoch: str | None = None  # the user's when the request began; None: as first read
+    keep: bool | None = True  # the API key's `Policy.keep_texts`
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request makes of a user's data as they were read."""
+
+    snapshot: Snapshot
+    history: StoredItems  # the texts that are stored after it
+    writes: HistoryDiff
+    passing: Passing | None = None  # if texts are not kept
+
+    @property
+    def changes_nothing(self) -> bool:
+        return not (self.writes.put or self.writes.drop or self.writes.changed)
+
+    def growth(self) -> Held:
+        """Return about what the change adds to the store; fewer than 0 bytes if it makes room."""
+        added_bytes = stored_bytes(self.history) - stored_bytes(self.snapshot.items)
+        return Held(people=self.snapshot.profile is None, bytes=added_bytes)
 
 
 @dataclass
@@ -134,11 +144,11 @@ class Profiles:
         `keep` is the API key's `Policy.keep_texts`. Raises UserErased, and writes nothing, if the user is erased before
         the change is written.
         """
-        return await self._change(user, "replace", items, epoch, keep)
+        return await self._change(user, HistoryRequest("replace", items, epoch, keep))
 
     async def add(self, user: User, items: Sequence[Item], epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Add items to the history, replacing items with the same id. Otherwise like `replace`."""
-        return await self._change(user, "add", items, epoch, keep)
+        return await self._change(user, HistoryRequest("add", items, epoch, keep))
 
     async def learn(self, user: User, item: Item, epoch: str, keep: bool | None = None) -> ProfileUpdate:
         """Add an item that was seen in passing. A signature is made at `SIGNED_AT` items and then daily.
@@ -146,7 +156,7 @@ class Profiles:
         Each signature gives a new recipe, which finds no prefix in the engines' caches. Texts that are not kept cannot
         wait: they are signed at once. Otherwise like `replace`.
         """
-        return await self._change(user, "learn", [item], epoch, keep)
+        return await self._change(user, HistoryRequest("learn", [item], epoch, keep))
 
     async def request_signature(self, user: User) -> None:
         """Request a user's signature unless it is requested already; after a failure, the next answer tries again."""
@@ -166,7 +176,7 @@ class Profiles:
 
     async def _refresh(self, user: User) -> Profile | None:
         try:
-            return (await self._change(user, "embed")).profile
+            return (await self._change(user, HistoryRequest("embed"))).profile
         except UserErased:
             return None
         except Exception as error:
@@ -175,76 +185,80 @@ class Profiles:
         finally:
             del self._refreshing[user.key]
 
-    async def _change(
-        self, user: User, kind: Kind, items: Sequence[Item] = (), epoch: str | None = None, keep: bool | None = True
-    ) -> ProfileUpdate:
+    async def _change(self, user: User, request: HistoryRequest) -> ProfileUpdate:
         line: asyncio.Lock | nullcontext[None] = nullcontext()
-        if len(items) > EMBED_BATCH:  # a tenant's follow each other: else the first of many is done as late as the last
+        if len(request.items) > EMBED_BATCH:  # a tenant's follow each other: else the first is done as late as the last
             line = self._long.setdefault(user.tenant, asyncio.Lock())
         async with line, self.places.held(user.tenant):
-            return await self.rotation.at(user, lambda user: self._change_at(user, kind, items, epoch, keep))
+            return await self.rotation.at(user, lambda user: self._change_at(user, request))
 
-    async def _change_at(
-        self, user: User, kind: Kind, items: Sequence[Item], epoch: str | None, keep: bool | None
-    ) -> ProfileUpdate:
-        """Read, apply, embed new items, and commit; start over if another request commits first."""
-        key = user.key
-        embedded: dict[tuple[str, str], Vectors] = {}  # by id and text; reused when an attempt starts over
-        with ExitStack() as admitted:
+    async def _change_at(self, user: User, request: HistoryRequest) -> ProfileUpdate:
+        """Read and plan, embed new items, make the record, commit; start over if another request commits first."""
+        plan = self._plan(request, await self.store.read(user.key))
+        epoch = plan.snapshot.epoch if request.epoch is None else request.epoch
+        embedded: Embedded = {}  # reused when an attempt starts over
+        with self.quotas.admit(user, plan.growth):
             for attempt in range(MAX_ATTEMPTS):
-                snapshot = await self.store.read(key)
-                epoch = snapshot.epoch if epoch is None else epoch
-                before, history = snapshot.profile, snapshot.items
-                if kind != "embed":
-                    make = replace_history if kind == "replace" else add_to_history
-                    history = make(snapshot.items, items, self.limit)
-                if not history:  # nothing to make an embedding from
-                    raise UserErased
-                passing, step = None, diff_histories(snapshot.items, history)
-                if not self.keeps_texts(None if kind == "replace" else before, keep):
-                    is_ours = before is not None and not before.keeps_texts and not self.is_forgotten(before)
-                    passing = Passing.of(
-                        snapshot, history, self.limit.items, is_ours=is_ours, replaces=kind == "replace"
-                    )
-                    history = passing.texts if self.signing else {}
-                    step = HistoryDiff(passing.put if self.signing else {}, passing.drop, len(passing.new))
-                elif before and not before.keeps_texts:
-                    step = replace(step, drop=(*step.drop, *snapshot.vectors))
-                same = not (step.put or step.drop or step.changed)
-                current = before and before.with_embedder(self.embedder.id)
-                if current and same:
-                    await self.store.wait_until_durable(key)
+                before = plan.snapshot.profile
+                if plan.changes_nothing and before and (current := before.with_embedder(self.embedder.id)):
+                    await self.store.wait_until_durable(user.key)
                     return ProfileUpdate(current, 0, 0)
-                if attempt == 0 and not same:
-                    admitted.enter_context(self.quotas.admit(user, partial(_growth, snapshot, history)))
-                embeds = passing.new if passing else history
-                vectors, fresh = await self._vectors(user.tenant, snapshot, embeds, embedded)
-                rows, count = list(vectors.values()), len(history)
-                if passing:
-                    fresh = passing.vectors(snapshot, self.embedder.id, rows)
-                    rows, count = [fresh[MEAN].vector], len(passing.hashes)
-                embedding = as_stored(profile_embedding(np.stack(rows)))
-                profile = Profile(user.id, count, 0, self.embedder.id, embedding, keeps_texts=not passing)
-                profile = _carry_over(before, profile, same_items=same)
-                if passing:
-                    profile = replace(profile, signature=profile.signature if passing.counted else None, phrases=b"")
-                none = self.no_evidence
-                put_off = kind == "learn" and not passing and none and not signature_due(before, profile, none.bank)
-                if put_off and none:
-                    profile = replace(profile, signature=StoredSignature(profile.evidence or none, profile.updated_ms))
-                change = Change(profile, step.put, fresh, step.drop)
-                if await self.store.commit(key, snapshot.version, change, epoch):
-                    if not put_off:
+                embedding, vectors = await self._embed(user.tenant, plan, embedded)
+                profile = self._record(user, request, plan, embedding)
+                change = Change(profile, plan.writes.put, vectors, plan.writes.drop)
+                if await self.store.commit(user.key, plan.snapshot.version, change, epoch):
+                    if not (self.no_evidence and profile.is_signed(self.no_evidence.bank)):
                         await self.request_signature(user)
-                    return ProfileUpdate(profile, step.changed, passing.removed if passing else len(step.drop))
+                    removed = plan.passing.removed if plan.passing else len(plan.writes.drop)
+                    return ProfileUpdate(profile, plan.writes.changed, removed)
                 await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
+                plan = self._plan(request, await self.store.read(user.key))
         raise Unavailable(
             f"too many other requests are changing this profile: gave up after {MAX_ATTEMPTS} attempts",
             code="contention",
         )
 
+    def _plan(self, request: HistoryRequest, snapshot: Snapshot) -> Plan:
+        """Apply a request to the history; UserErased if no item is left to make an embedding from."""
+        before, history, replaces = snapshot.profile, snapshot.items, request.kind == "replace"
+        if request.kind != "embed":
+            history = (replace_history if replaces else add_to_history)(history, request.items, self.limit)
+        if not history:
+            raise UserErased
+        passed = before is not None and not before.keeps_texts
+        if self.keeps_texts(None if replaces else before, request.keep):
+            writes = diff_histories(snapshot.items, history)
+            drop = (*writes.drop, *snapshot.vectors) if passed else writes.drop  # with the mean and the hashes
+            return Plan(snapshot, history, replace(writes, drop=drop))
+        is_ours = before is not None and passed and not self.is_forgotten(before)
+        passing = Passing.of(snapshot, history, self.limit.items, is_ours=is_ours, replaces=replaces)
+        texts, put = (passing.texts, passing.put) if self.signing else ({}, {})
+        return Plan(snapshot, texts, HistoryDiff(put, passing.drop, len(passing.new)), passing)
+
+    async def _embed(self, tenant: str, plan: Plan, embedded: Embedded) -> tuple[Vectors, dict[str, StoredVector]]:
+        """Return the profile's embedding [E], and the vectors to store."""
+        items = plan.passing.new if plan.passing else plan.history
+        vectors, fresh = await self._vectors(tenant, plan.snapshot, items, embedded)
+        rows = list(vectors.values())
+        if plan.passing:
+            fresh = plan.passing.vectors(plan.snapshot, self.embedder.id, rows)
+            rows = [fresh[MEAN].vector]
+        return as_stored(profile_embedding(np.stack(rows))), fresh
+
+    def _record(self, user: User, request: HistoryRequest, plan: Plan, embedding: Vectors) -> Profile:
+        """Return the new record. What was learnt in passing keeps the old signature until the next is due."""
+        before, passing, none = plan.snapshot.profile, plan.passing, self.no_evidence
+        count = len(passing.hashes if passing else plan.history)
+        profile = Profile(user.id, count, 0, self.embedder.id, embedding, keeps_texts=not passing)
+        profile = _carry_over(before, profile, same_items=plan.changes_nothing)
+        if passing:
+            return replace(profile, signature=profile.signature if passing.counted else None, phrases=b"")
+        if request.kind == "learn" and none and not signature_due(before, profile, none.bank):
+            return replace(profile, signature=StoredSignature(profile.evidence or none, profile.updated_ms))
+        return profile
+
     async def _vectors(
-        self, tenant: str, snapshot: Snapshot, history: StoredItems, embedded: dict[tuple[str, str], Vectors]
+        self, tenant: str, snapshot: Snapshot, history: StoredItems, embedded: Embedded
     ) -> tuple[dict[str, Vectors], dict[str, StoredVector]]:
         """Return the embedding of every item [E], and those embeddings that are not stored yet."""
         texts = {name: item_text(Item(name, item.fields), self.task) for name, item in history.items()}
@@ -293,66 +307,8 @@ def _carry_over(before: Profile | None, profile: Profile, *, same_items: bool) -
     return replace(kept, updated_ms=before.updated_ms, other=other)
 
 
-def replace_history(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
-    """Return the newest given items within the limit, in the given order."""
-    fresh = _newest(_distinct(given), limit)
-    if list(fresh) == list(current):  # same items, same order: keep the stored positions
-        return {name: StoredItem(current[name].order, fields) for name, fields in fresh.items()}
-    return {name: StoredItem(order, fields) for order, (name, fields) in enumerate(fresh.items())}
-
-
-def add_to_history(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
-    """Return the history with the given items added; beyond the limit, drop older items before given ones."""
-    distinct = _distinct(given)
-    untouched = {name: item.fields for name, item in current.items() if name not in distinct}
-    kept = _newest(untouched | distinct, limit)
-    merged = {name: StoredItem(item.order, kept[name]) for name, item in current.items() if name in kept}
-    order = max((item.order for item in current.values()), default=-1) + 1
-    new = [name for name in kept if name not in merged]
-    return merged | {name: StoredItem(order, kept[name]) for order, name in enumerate(new, order)}
-
-
-def diff_histories(before: StoredItems, after: StoredItems) -> HistoryDiff:
-    put = {name: item for name, item in after.items() if before.get(name) != item}
-    drop = tuple(name for name in before if name not in after)
-    moved = sum(name in before and before[name].fields == item.fields for name, item in put.items())
-    return HistoryDiff(put, drop, len(put) - moved)
-
-
-def _growth(snapshot: Snapshot, history: StoredItems) -> Held:
-    """Return about what a change adds to the store; fewer than 0 bytes if it makes room."""
-    before, after = (sum(len(encode_item(item)) for item in items.values()) for items in (snapshot.items, history))
-    more_items = len(history) - len(snapshot.items)
-    return Held(people=snapshot.profile is None, bytes=after - before + _ITEM_BYTES * more_items)
-
-
 def check_size(param: str, raw: bytes, shown: object, *, named: str = "", code: str = "sample_too_large") -> None:
     """Raise InvalidRequest if an item or sample is too large as JSON; `named` is what the message calls `param`."""
     if len(raw) > MAX_ITEM_BYTES:
         message = f"{named or param} has {len(raw)} bytes as JSON, at most {MAX_ITEM_BYTES} are allowed"
         raise InvalidRequest(f"{message}: {excerpt(shown)}", param=param, code=code)
-
-
-def newest_items(items: Sequence[Item], limit: HistoryLimit) -> list[Item]:
-    """Return the last items within the limit, of those with the same id the last one."""
-    return [Item(name, fields) for name, fields in _newest(_distinct(items), limit).items()]
-
-
-def _distinct(given: Sequence[Item]) -> dict[str, Mapping[str, str]]:
-    """Return fields by id; of items with the same id, keep the last one and its position."""
-    distinct: dict[str, Mapping[str, str]] = {}
-    for item in given:
-        distinct.pop(item.id, None)
-        distinct[item.id] = item.fields
-    return distinct
-
-
-def _newest(items: Mapping[str, Mapping[str, str]], limit: HistoryLimit) -> dict[str, Mapping[str, str]]:
-    kept: list[str] = []
-    room_bytes = limit.size_bytes
-    for name in reversed(list(items)[-limit.items :]):
-        room_bytes -= len(orjson.dumps(dict(items[name])))
-        if room_bytes < 0:
-            break
-        kept.append(name)
-    return {name: items[name] for name in reversed(kept)}

@@ -16,7 +16,6 @@ from server.store.redis import keys
 from server.store.redis.scripts import script
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.rates import Quota, Rates, Use
-from server.store.tenants.user_key import User
 
 KEPT_S = 7 * 24 * 3600  # after the last change, as when a tenant no longer has a quota
 SCANNED = 100  # keys that one step of a scan looks at
@@ -42,11 +41,6 @@ class HoldingStore(Store):
         for user_key, held in people.items():
             told += (user_key, f"{held['bytes']} {held['adapters']}" if held["people"] else "")
         await self._connection.evaluate(_NOTE, (keys.count(tenant),), *told)
-
-    async def has_any(self, user: User) -> bool:
-        """Return whether anything is stored about a user, apart from an erasure."""
-        names = (keys.of_user(key)[:-1] for key in user.every_key)
-        return any([await self._connection.run(methodcaller("exists", *of_key)) for of_key in names])
 
     async def is_counted(self, tenant: str) -> bool:
         return bool(await self._connection.run(methodcaller("exists", keys.count(tenant))))

@@ -68,7 +68,7 @@ class Building:
         self.judges = [person.user_id for person in judges]
         return 250.0, np.ones(3)
 
-    def _write_bank(self, out: Path, *, training: dict[str, Any], **_: object) -> Any:
+    def _write_bank(self, *_: object, training: dict[str, Any], **__: object) -> Any:
         self.record = training
         raise Stopped
 

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from adapters.errors import MtaError
 from server.cli import app
-from server.cli.backup import _read_logs, _Since
 from server.store.backup.folder import (
     DATA,
     MANIFEST,
@@ -26,6 +25,7 @@ from server.store.backup.folder import (
     user_of,
     write_copy,
 )
+from server.store.backup.restoring import Since, read_logs
 from server.store.tenants.user_key import check_values
 from server.watching.audit import audit_to
 
@@ -121,10 +121,8 @@ def test_a_data_folder_that_cannot_be_read_is_named(copy: Path, monkeypatch: pyt
     assert "Not a directory. Be the user who runs `mta up`" in said
 
 
-def test_what_the_logs_say_counts_from_shortly_before_the_copy(
-    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    manifest = open_copy(copy)
+def test_what_the_logs_say_counts_from_shortly_before_the_copy(copy: Path, tmp_path: Path) -> None:
+    manifest, told = open_copy(copy), list[str]()
     began = datetime.fromisoformat(manifest.began)
 
     def log(name: str, *acts: tuple[str, int, str, str]) -> Path:
@@ -143,12 +141,11 @@ def test_what_the_logs_say_counts_from_shortly_before_the_copy(
         *(("key_revoked", 3, "done", "0" * 12), ("key_created", 3, "done", "1" * 12), ("export", 4, "200", "x")),
     )
     gone = dict.fromkeys(("perhaps before", "erased", "unknown", "perhaps erased"), "acme")
-    assert _read_logs(manifest, [rotated, newest]) == _Since(gone, {"0" * 12}, exchanged=False)
-    told = capsys.readouterr().err
-    assert f"{newest} has no entry from before the copy" in told
-    assert str(rotated) not in told
-    assert _read_logs(manifest, [newest.parent]) == _Since(gone, {"0" * 12}, exchanged=False)
-    assert capsys.readouterr().err == ""
+    assert read_logs(manifest, [rotated, newest], told.append) == Since(gone, {"0" * 12}, exchanged=False)
+    (warning,) = told
+    assert f"{newest} has no entry from before the copy" in warning
+    assert read_logs(manifest, [newest.parent], told.append) == Since(gone, {"0" * 12}, exchanged=False)
+    assert told == [warning]
     (tmp_path / "no logs").mkdir()
     assert "no audit log" in refusal("restore", copy, "--erased", tmp_path / "no logs")
 

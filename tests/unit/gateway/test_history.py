@@ -22,7 +22,7 @@ from server.gateway.generation.prompts import MAX_QUEUED_BUILDS, HistoryIndexer,
 from server.gateway.generation.request import LengthLimits
 from server.gateway.routes.generate import request_of
 from server.gateway.routes.requests import GenerateRequest
-from server.gateway.users.profiles import HistoryLimit, add_to_history, diff_histories, replace_history
+from server.gateway.users.histories import HistoryLimit, add_to_history, diff_histories, replace_history
 from server.store.profile_record import Profile, StoredItem
 from server.store.tenants.user_key import User, UserKeys
 from tests.support.gateway import call_by

@@ -1,4 +1,4 @@
--- uses: prelude, jobs/lease
+-- uses: prelude, jobs/lease, jobs/repeated
 -- KEYS: jobs, samples, epoch, adapter. ARGV: JSON (`JobStore.submit`), then the samples. Returns the job's number and
 -- whether this call made it; instead of a number 0 for too many samples or an open job that is not to be replaced, -1
 -- if the user was erased, -2 if the deadline has passed.
@@ -6,23 +6,14 @@ local given = cjson.decode(ARGV[1])
 if erased_since(KEYS[3], given.epoch) then return {-1, 0} end
 
 local last = tonumber(redis.call('HGET', KEYS[1], 'last') or given.number_before)
-local oldest = math.max(1, last - given.kept + 1)
 local function name(number) return given.prefix .. number end
-local function known(number)
+local known = repeated(given, last, KEYS[4])
+if known then
   redis.call('HSET', KEYS[1], 'last', last)
-  return {number, redis.call('HGET', name(number), 'made_by') == given.call and 1 or 0}
+  return {known, redis.call('HGET', name(known), 'made_by') == given.call and 1 or 0}
 end
-if given.idempotency_key ~= '' then
-  for number = last, oldest, -1 do
-    if redis.call('HGET', name(number), 'key') == given.idempotency_key then return known(number) end
-  end
-else
-  local token, bank, made = unpack(redis.call('HMGET', name(last), 'token', 'bank', 'adapter'))
-  local open = is_open(name(last))
-  -- a background job is alike each time, for what it learns from is in the store
-  local serves = not given.background and (made or '') ~= '' and made == redis.call('HGET', KEYS[4], 'id')
-  if (open or serves) and token == given.token then return known(last) end
-  if open and given.background and bank == given.bank then return {0, 0} end
+if given.background and is_open(name(last)) and redis.call('HGET', name(last), 'bank') == given.bank then
+  return {0, 0}
 end
 if now > given.until_ms then return {-2, 0} end
 redis.call('EXISTS', name(last + 1))  -- a server whose slot moves refuses new keys: here, before anything is written

@@ -136,8 +136,8 @@ class SingleServer:
         """Raise `ReadOnlyError` for a replica, even a writable one, since it loses writes."""
         replication = await self._client.info("replication")
         if replication["role"] != "master":
-            place = f"{replication.get('master_host')}:{replication.get('master_port')}"
-            raise ReadOnlyError(f"it is a replica of {place} and takes no writes")
+            primary = f"{replication.get('master_host')}:{replication.get('master_port')}"
+            raise ReadOnlyError(f"it is a replica of {primary} and takes no writes")
         return await durability_of(self._client.execute_command)
 
     async def _reconnecting(self, work: Callable[[], Awaitable[T]]) -> T:

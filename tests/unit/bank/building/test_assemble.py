@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adapters.lora import ModuleShape, RowLayout
-from bank.building.assemble import write_bank
+from bank.building.assemble import Anchors, BankRows, Basis, Rules, write_bank
 from bank.building.directions import make_directions
 from bank.building.ranks import Ranks
 from bank.building.resume import Workbench
@@ -80,19 +80,11 @@ def test_rows_are_kept_mixed_and_written_in_little_memory(tmp_path: Path) -> Non
         rows = Workbench(work, Ranks()).rows(count + 1, width, lambda place: torch.full((width,), place % 7 + 1.0))
         manifest = write_bank(
             tmp_path / "bank",
-            task="chat",
-            base_model=BaseModelId(name="none", hash="0" * 64),
-            embedder=EmbedderId(id="e" * 16, dim=4),
-            common=True,
-            user_rank=0,
-            weights=WeightRule(),
-            layout=layout,
-            rows=list(rows),
-            shared_a=torch.ones(layout.a_numbers),
-            embeddings=embeddings,
-            items=[11] * count,
+            Basis("chat", BaseModelId(name="none", hash="0" * 64), EmbedderId(id="e" * 16, dim=4), user_rank=0),
+            BankRows(layout, list(rows), torch.ones(layout.a_numbers), directions=make_directions(curvature, 3, 1.0)),
+            Anchors(embeddings, [11] * count),
+            Rules(WeightRule()),
             training={},
-            directions=make_directions(curvature, 3, 1.0),
         )
     found = open_matrix(tmp_path / "bank", manifest).rows
     leading = [(place % 7) + 1.0 for place in (47, 46, 45)]  # the last rows bend most
