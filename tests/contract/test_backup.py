@@ -84,7 +84,7 @@ async def contents(raw: Redis) -> dict[str, tuple[Any, int]]:
     return found
 
 
-async def test_every_key_comes_back_as_it_was_but_for_limits_and_rewrites(full: StoreParts, raw: Redis) -> None:
+async def test_restore_returns_every_key_except_limits_and_rewrites(full: StoreParts, raw: Redis) -> None:
     before = await contents(raw)
     store = StoreCopying(full.connection)
     entries = await copied(store)
@@ -164,7 +164,7 @@ async def test_a_user_with_an_adapter_of_a_former_format_is_restored(
         assert [user async for user in stores.adapters.adapted_users(BANK)] == [key]
 
 
-async def test_an_unfinished_restore_keeps_everybody_out_until_it_is_done_again(
+async def test_unfinished_restore_refuses_access_until_repeated(
     full: StoreParts, raw: Redis, server: ValkeyProcess | ValkeyCluster
 ) -> None:
     entries = await copied(StoreCopying(full.connection))
@@ -193,7 +193,7 @@ async def test_an_unfinished_restore_keeps_everybody_out_until_it_is_done_again(
     await full.keys.set_bank("acme", "")
 
 
-async def test_what_a_gateway_accepts_before_it_knows_of_a_restore_is_kept(
+async def test_restore_keeps_profile_written_while_it_begins(
     parts: StoreParts, server: ValkeyProcess | ValkeyCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with connected(server.url, require_durable=False) as connection:

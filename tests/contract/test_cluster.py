@@ -277,7 +277,7 @@ async def test_nor_is_one_that_is_sent_again(
                 await write(script, *written[script])
 
 
-async def test_replicas_that_a_redirection_made_the_client_forget_are_found_again(to_followed: RedisConnection) -> None:
+async def test_check_finds_replicas_lost_to_a_redirection(to_followed: RedisConnection) -> None:
     manager = to_followed._servers._client.nodes_manager  # type: ignore[attr-defined]
     manager.slots_cache[1] = manager.slots_cache[1][:1]  # what redis-py makes of a slot when a read is sent elsewhere
     await to_followed.check()
@@ -286,7 +286,7 @@ async def test_replicas_that_a_redirection_made_the_client_forget_are_found_agai
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])
-async def test_what_was_acknowledged_is_there_after_a_replica_took_over(
+async def test_acknowledged_writes_survive_a_replica_takeover(
     followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch, *, silent: bool
 ) -> None:
     monkeypatch.setattr("server.store.redis.servers.connection.WRITE_TIMEOUT_S", 3.0)
@@ -358,7 +358,7 @@ async def test_a_cluster_that_serves_a_third_is_no_store(followed: ValkeyCluster
     wait_until(lambda: {state(node) for node in cluster.nodes} == {"ok"}, "peace")
 
 
-async def test_every_server_reports_its_figures_and_one_that_refuses_is_left_out(
+async def test_read_figures_reports_each_server_but_a_refusing_one(
     cluster: ValkeyCluster, connection: RedisConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = "words-that-nobody-shall-find-in-a-figure"

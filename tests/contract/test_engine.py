@@ -100,9 +100,7 @@ def engines(subject: Subject, session: aiohttp.ClientSession) -> Engines:
     return Engines(session, [subject.url], KEY)
 
 
-async def test_whole_and_streamed_answers_agree_and_tell_reason_and_usage(
-    client: EngineClient, subject: Subject
-) -> None:
+async def test_whole_and_streamed_answers_agree_on_reason_and_usage(client: EngineClient, subject: Subject) -> None:
     tokens = 200  # vLLM joins what a busy client has not read yet
     request = ask(subject.recipe().name, max_tokens=tokens)
     async with client.generate(request) as stream:
@@ -168,7 +166,7 @@ async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subj
         (("system", "user", "assistant", "assistant", "user"), "after assistant comes another role"),
     ],
 )
-async def test_a_conversation_that_the_chat_template_refuses_is_the_conversations_fault(
+async def test_chat_template_refusal_is_an_invalid_request(
     client: EngineClient, subject: Subject, engines: Engines, roles: tuple[str, ...], reason: str
 ) -> None:
     messages = [{"role": role, "content": "hello"} for role in roles]
@@ -232,7 +230,7 @@ async def test_a_table_that_is_none_is_refused(
 
 
 @pytest.mark.parametrize("prompt", [None, "x" * 400])
-async def test_a_length_up_to_the_context_is_cut_to_what_the_prompt_leaves(
+async def test_max_tokens_up_to_context_is_cut_to_the_room_left(
     client: EngineClient, subject: Subject, prompt: str | None
 ) -> None:
     request = replace(ask(subject.recipe().name, max_tokens=CONTEXT, text="x" * 400), prompt=prompt, stream=False)
@@ -245,7 +243,7 @@ async def test_a_length_up_to_the_context_is_cut_to_what_the_prompt_leaves(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_prompt_length_is_known_at_the_first_token_and_leaving_early_aborts(
+async def test_prompt_length_comes_first_and_leaving_early_aborts(
     client: EngineClient, subject: Subject, stream: bool
 ) -> None:
     before = subject.generated()
@@ -285,9 +283,7 @@ async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> No
     assert await silent.count_tokens(messages) is None
 
 
-async def test_its_status_is_understood_and_a_wrong_key_blames_the_gateway(
-    subject: Subject, session: aiohttp.ClientSession
-) -> None:
+async def test_probe_reads_status_and_reports_a_wrong_key(subject: Subject, session: aiohttp.ClientSession) -> None:
     for wrong in ("wrong", None):
         error = await refusal(client_of(session, subject.url, wrong), ask("base"), EngineFailed)
         assert error.code == "engine_key"
@@ -301,7 +297,7 @@ async def test_its_status_is_understood_and_a_wrong_key_blames_the_gateway(
         assert engines.sampling == (SAMPLING if context else {})
 
 
-async def test_what_engines_have_together_stays_known_while_they_are_away(session: aiohttp.ClientSession) -> None:
+async def test_engine_limits_stay_known_while_engines_are_away(session: aiohttp.ClientSession) -> None:
     """Whose recipe finds no slot waits inside the engine, where no turn and no patience counts."""
     told = [(3, 32, 8), (2, 4, 8), (1, 5, None)]
     fakes = [

@@ -59,7 +59,7 @@ async def test_feedback_is_kept_by_answer_with_the_time_of_its_text(parts: Store
     assert await samples(parts) == [SAID]  # without a text, the earlier one stays
 
 
-async def test_a_text_that_comes_during_a_training_is_new_to_its_adapter(parts: StoreParts) -> None:
+async def test_text_sent_during_training_counts_for_next_refresh(parts: StoreParts) -> None:
     """Jobs and texts have the store's times; the adapter has one of the worker's clock, which may be ahead."""
     user, worker, manifest = KEYS.user("somebody"), WorkerSteps(parts), Mock(short=BANK, room=2, common=True)
     quotas, budget = Mock(admit=lambda *_: nullcontext()), JobBudget(1000, 60)
@@ -103,7 +103,7 @@ async def test_the_newest_entries_are_kept(parts: StoreParts, monkeypatch: pytes
     assert len(await samples(parts)) == 3
 
 
-async def test_an_erasure_takes_feedback_along_and_refuses_what_was_begun_before(parts: StoreParts) -> None:
+async def test_erasure_deletes_feedback_and_refuses_earlier_writes(parts: StoreParts) -> None:
     await parts.feedback.add(KEYS.key("ada"), "gen-1", merged(rating=Rating.UP), SAID, "")
     erasure = await parts.erase("ada")
     assert erasure is not None
@@ -113,7 +113,7 @@ async def test_an_erasure_takes_feedback_along_and_refuses_what_was_begun_before
     assert await parts.feedback.entries(KEYS.key("ada")) == {}
 
 
-def test_later_feedback_adds_to_earlier_and_replaces_what_both_say() -> None:
+def test_later_feedback_merges_over_earlier_feedback() -> None:
     before = merged(rating=Rating.UP, outcome=Outcome.EDITED, changed=0.5)
     assert merged(rating=Rating.DOWN).over(before) == merged(rating=Rating.DOWN, outcome=Outcome.EDITED, changed=0.5)
     assert merged(outcome=Outcome.DISCARDED).over(before) == merged(rating=Rating.UP, outcome=Outcome.DISCARDED)

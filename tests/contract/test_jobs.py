@@ -42,7 +42,7 @@ REJECTED = Trained(JobState.REJECTED, 1.0, 1.0)
 BETTER = Trained(JobState.SUCCEEDED, 2.0, 1.5)
 
 
-async def test_a_job_is_queued_with_samples_which_are_replaced_or_added(jobs: JobStore, user: str) -> None:
+async def test_job_is_queued_and_samples_are_replaced_or_appended(jobs: JobStore, user: str) -> None:
     job = await submitted(jobs, user, "a", "b", config='{"rank":2}')
     assert (job.id.user_key, job.state, job.config, job.tries) == (user, JobState.QUEUED, '{"rank":2}', 0)
     assert job.created_ms > 0
@@ -79,7 +79,7 @@ async def test_an_ended_job_stays_with_its_figures(jobs: JobStore, user: str, ra
     assert await raw.ttl(keys.job(*lease.job.id)) == -1
 
 
-async def test_the_same_idempotency_key_is_the_same_job_while_that_is_remembered(jobs: JobStore, user: str) -> None:
+async def test_remembered_idempotency_key_returns_the_same_job(jobs: JobStore, user: str) -> None:
     assert await jobs.jobs(user) == []
     all_jobs = [(await submitted(jobs, user, idempotency_key=f"key {i}")).id for i in range(KEPT_JOBS + 3)]
     assert len(set(all_jobs)) == KEPT_JOBS + 3
@@ -91,7 +91,7 @@ async def test_the_same_idempotency_key_is_the_same_job_while_that_is_remembered
     assert (await submitted(jobs, user, idempotency_key="key 0")).id not in all_jobs
 
 
-async def test_a_job_that_nobody_asked_for_replaces_no_open_one_of_its_bank(jobs: JobStore, user: str) -> None:
+async def test_background_job_replaces_no_open_job_of_its_bank(jobs: JobStore, user: str) -> None:
     asked = await submitted(jobs, user)
     unasked = Submission([], append=True, config="{}", bank=BANK, background=True)
     assert await jobs.submit(user, unasked, 100) is None
@@ -100,7 +100,7 @@ async def test_a_job_that_nobody_asked_for_replaces_no_open_one_of_its_bank(jobs
     assert (await submitted(jobs, user, background=True)).id != asked.id
 
 
-async def test_a_search_for_a_duplicate_finds_the_job_and_stores_nothing(jobs: JobStore, user: str) -> None:
+async def test_find_duplicate_returns_the_job_and_stores_nothing(jobs: JobStore, user: str) -> None:
     repeated, new = (Submission([text], append=False, config="{}", bank=BANK) for text in (b"a", b"b"))
     assert await jobs.find_duplicate(user, repeated) is None
     job = await submitted(jobs, user, "a")
@@ -140,7 +140,7 @@ async def test_a_curve_stays_until_another_is_given_or_the_lease_ends(jobs: JobS
     assert [(job.state, job.curve) for job in await jobs.jobs(user)] == [(JobState.REJECTED, curve)]
 
 
-async def test_a_silent_worker_s_job_goes_to_another_until_the_last_try(jobs: JobStore, user: str) -> None:
+async def test_job_of_a_silent_worker_is_reclaimed_until_last_try(jobs: JobStore, user: str) -> None:
     job_id = (await submitted(jobs, user)).id
     leases = []
     for _ in range(MAX_TRIES):
@@ -203,7 +203,7 @@ async def test_an_adapter_replaces_the_last_in_one_step(parts: StoreParts, user:
     assert await parts.adapters.adapter_id(user) == made("second").id
 
 
-async def test_nothing_is_promoted_for_another_record_lease_bank_or_user(parts: StoreParts, user: str) -> None:
+async def test_promotion_refuses_other_record_lease_bank_or_user(parts: StoreParts, user: str) -> None:
     jobs = parts.jobs
     lease = await claimed(jobs, (await submitted(jobs, user)).id)
     assert not await promoted(jobs, lease, "a")  # there is no profile
@@ -375,7 +375,7 @@ async def test_whoever_moves_back_and_forth_is_adapted_each_time(adapted: StoreP
         assert await readapted(adapted, bank) == ReadaptTally()
 
 
-async def test_a_job_that_came_to_nothing_is_tried_again_until_the_user_is_erased(adapted: StoreParts) -> None:
+async def test_readapt_retries_rejected_job_until_user_is_erased(adapted: StoreParts) -> None:
     (before,) = await adapted.jobs.jobs(ADA)
     with pytest.raises(BankError, match=f"bank {B} leaves users no rank.*--user-rank"):
         await readapted(adapted, B, room=0)

@@ -193,7 +193,7 @@ async def test_a_reservation_outlives_an_earlier_job(parts: StoreParts, user: st
 
 
 @pytest.mark.skipif(FAKE_TIME is None, reason="faketime is not installed: apt-get install faketime")
-async def test_a_job_whose_worker_died_is_found_though_the_clock_was_set_back(tmp_path: Path, user: str) -> None:
+async def test_job_of_a_dead_worker_is_found_after_clock_set_back(tmp_path: Path, user: str) -> None:
     with ClockedValkey(tmp_path) as server:
         async with StoreParts.opened(server.url) as parts:
             server.set_clock(3600)

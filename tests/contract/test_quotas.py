@@ -88,7 +88,7 @@ async def test_a_quota_travels_with_the_keys_until_it_is_removed(
     assert gateways[0].used() == {}
 
 
-async def test_people_are_counted_for_all_gateways_and_no_more_are_let_in(gateways: tuple[Gateway, Gateway]) -> None:
+async def test_all_gateways_count_people_and_refuse_above_quota(gateways: tuple[Gateway, Gateway]) -> None:
     here, there = gateways
     for name in ("ada", "bob"):
         await here.put(name)
@@ -189,7 +189,7 @@ async def test_samples_that_replace_more_need_no_room(gateways: tuple[Gateway, G
     assert 20_000 < here.used()["bytes"] < 30_000
 
 
-async def test_an_adapter_counts_from_its_job_on_and_not_once_that_failed(gateways: tuple[Gateway, Gateway]) -> None:
+async def test_adapter_counts_from_its_job_until_the_job_fails(gateways: tuple[Gateway, Gateway]) -> None:
     here, there = gateways
     worker = WorkerSteps(here.parts)
     for ends, adapters in ((worker.reject, 0), (worker.promote, 1)):

@@ -90,7 +90,7 @@ async def test_a_user_moves_with_all_that_is_stored(
     assert await held(raw, new) == again
 
 
-async def test_who_moved_is_found_whatever_the_order_of_secrets_and_refuses_every_write_at_the_old_key(
+async def test_moved_user_is_found_and_old_key_refuses_all_writes(
     begun: Rotation, parts: StoreParts, raw: Redis, someone: User, old: str
 ) -> None:
     other_order = replace(someone, key=old, keys=someone.keys[::-1])
@@ -141,7 +141,7 @@ async def test_a_move_may_stop_anywhere_and_goes_on(
         assert await raw.smembers(shared) == {someone.keys[0].encode()}
 
 
-async def test_a_write_that_began_before_the_exchange_is_made_at_the_new_key(
+async def test_write_begun_before_exchange_lands_at_the_new_key(
     moving: Rotation, parts: StoreParts, someone: User, old: str
 ) -> None:
     await moving.check()
@@ -159,7 +159,7 @@ async def test_a_write_that_began_before_the_exchange_is_made_at_the_new_key(
     assert set(await parts.profiles.items(someone.keys[0])) == set("abcz")
 
 
-async def test_who_is_stored_by_a_write_that_outlasts_the_exchange_is_not_left_behind(
+async def test_user_written_across_the_exchange_ends_at_new_key(
     moving: Rotation, parts: StoreParts, someone: User
 ) -> None:
     await moving.check()
@@ -175,7 +175,7 @@ async def test_who_is_stored_by_a_write_that_outlasts_the_exchange_is_not_left_b
 
 
 @pytest.mark.usefixtures("old", "quick_rewrites")
-async def test_after_the_exchange_the_words_leave_the_files_of_the_former_server(
+async def test_erased_words_leave_the_files_of_the_former_server(
     begun: Rotation, parts: StoreParts, nodes: list[ValkeyProcess], someone: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rotation, "GRACE_MS", 300)
@@ -196,7 +196,7 @@ async def test_two_who_move_one_user_do_it_once(server: Servers, raw: Redis, som
     assert (await held(raw, someone.keys[0]), await held(raw, old)) == (before, {})
 
 
-async def test_a_user_stays_while_a_worker_trains_and_takes_a_waiting_job_along(
+async def test_move_waits_for_training_and_takes_the_waiting_job(
     begun: Rotation, parts: StoreParts, someone: User, old: str
 ) -> None:
     epoch = await parts.profiles.begin(old)
@@ -217,7 +217,7 @@ async def test_a_user_stays_while_a_worker_trains_and_takes_a_waiting_job_along(
     assert (await parts.jobs.job(worker.lease.job.id)).state is JobState.SUCCEEDED
 
 
-async def test_one_pass_moves_everybody_of_these_tenants_and_names_the_others(
+async def test_sweep_moves_all_users_of_tenants_and_counts_strangers(
     begun: Rotation, parts: StoreParts, raw: Redis
 ) -> None:
     for number in range(40):
@@ -273,7 +273,7 @@ async def test_where_people_are_stored_says_the_store(parts: StoreParts, someone
     assert await places() == [someone.keys[1]] * 2
 
 
-async def test_whoever_moves_back_at_once_has_all_that_was_written_meanwhile(
+async def test_move_back_keeps_everything_written_meanwhile(
     begun: Rotation, parts: StoreParts, raw: Redis, someone: User, old: str
 ) -> None:
     new = someone.keys[0]

@@ -73,7 +73,7 @@ async def test_who_is_erased_during_a_move_stays_erased(
         assert await gateway.profiles.load(old) is None
 
 
-async def test_who_was_erased_before_the_exchange_may_come_back_after_it(
+async def test_user_erased_before_the_exchange_can_return_after_it(
     begun: Rotation, parts: StoreParts, someone: User, old: str
 ) -> None:
     assert await parts.erase(someone.id, BOTH)
@@ -85,7 +85,7 @@ async def test_who_was_erased_before_the_exchange_may_come_back_after_it(
     assert (await begun.profiles.find(someone))[0].key == someone.keys[0]
 
 
-async def test_who_came_after_the_exchange_and_was_erased_may_come_back_once_the_old_keys_tombstone_is_over(
+async def test_erased_user_returns_once_old_key_tombstone_expires(
     begun: Rotation, parts: StoreParts, someone: User, raw: Redis
 ) -> None:
     await begun.end()

@@ -100,7 +100,7 @@ async def test_a_server_that_may_lose_or_evict_is_refused(start: Start, options:
         assert await stored(ProfileStore(lenient), user, change("a"))
 
 
-async def test_a_server_that_begins_to_evict_or_was_restarted_is_noticed(start: Start, user: str) -> None:
+async def test_evicting_or_restarted_server_is_noticed(start: Start, user: str) -> None:
     server = start(*DURABLE)
     async with connected(server.url) as connection:
         store = ProfileStore(connection)
@@ -137,7 +137,7 @@ async def test_who_is_cancelled_amid_a_call_ends(server: ValkeyProcess) -> None:
         assert not left
 
 
-async def test_a_replica_is_no_store_and_another_address_is_followed_to_the_new_primary(tmp_path: Path) -> None:
+async def test_replica_is_refused_and_failover_address_is_followed(tmp_path: Path) -> None:
     options = (*DURABLE, "--repl-diskless-sync-delay", "0", "--repl-diskless-load", "swapdb")
     primary, replica = (ValkeyProcess(tmp_path / name, options).start() for name in ("primary", "replica"))
     ask(replica, "REPLICAOF", "127.0.0.1", primary.port)

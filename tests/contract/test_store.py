@@ -62,7 +62,7 @@ async def test_a_long_history_is_stored_in_one_step(store: ProfileStore, user: s
     assert (await store.read(user)).items == many
 
 
-async def test_an_unknown_user_has_nothing_and_one_without_items_takes_little(store: ProfileStore, user: str) -> None:
+async def test_unknown_user_is_empty_and_one_without_items_is_small(store: ProfileStore, user: str) -> None:
     snapshot = await store.read(user)
     assert await store.load(user) is None
     assert (snapshot.version, snapshot.profile, snapshot.items, snapshot.vectors) == (b"", None, {}, {})
@@ -99,7 +99,7 @@ async def test_a_change_from_an_old_version_writes_nothing(store: ProfileStore, 
     assert list(snapshot.items) == list(snapshot.vectors) == ["b"]
 
 
-async def test_one_of_two_changes_is_written_and_a_snapshot_is_of_one_moment(server: Servers, user: str) -> None:
+async def test_one_of_two_commits_wins_and_snapshots_are_consistent(server: Servers, user: str) -> None:
     async with opened(server.url) as one, opened(server.url) as other:
         epoch = await one.begin(user)
         for _ in range(20):

@@ -79,7 +79,7 @@ async def test_people_are_known_by_week_until_they_are_popped(parts: StoreParts)
     assert await parts.tallies.all_weeks() == [(2960, TENANT)]
 
 
-async def test_an_erasure_takes_the_tally_along_and_refuses_what_was_counted_before(parts: StoreParts) -> None:
+async def test_erasure_deletes_the_tally_and_refuses_earlier_counts(parts: StoreParts) -> None:
     tallies, key = Tallies(parts.tallies), KEYS.key("ada")
     spoken = Level.MERGED, Arm.FULL
     tallies.count_answer(person("ada"), *spoken, HOLDOUT)
@@ -97,7 +97,7 @@ async def test_an_erasure_takes_the_tally_along_and_refuses_what_was_counted_bef
     assert await parts.tallies.people(week, TENANT) == 1
 
 
-async def test_several_gateways_fold_each_person_once_when_their_week_is_over(
+async def test_gateways_fold_each_person_once_after_the_week(
     parts: StoreParts, monkeypatch: pytest.MonkeyPatch, week: int
 ) -> None:
     gateways = [Tallies(parts.tallies) for _ in range(3)]
@@ -164,7 +164,7 @@ async def test_a_fold_or_a_flush_that_fails_counts_nobody_twice(
     assert await parts.tallies.all_weeks() == []
 
 
-async def test_old_weeks_are_dropped_and_so_are_shares_that_nobody_is_held_out_by_any_more(
+async def test_fold_drops_old_weeks_and_unused_holdout_shares(
     parts: StoreParts, monkeypatch: pytest.MonkeyPatch, week: int
 ) -> None:
     tallies, spoken = Tallies(parts.tallies), (Level.STACKED, Arm.FULL)

@@ -63,7 +63,7 @@ def refused(keys: KnownKeys, headers: list[tuple[bytes, bytes]]) -> str:
     return found.code
 
 
-async def test_a_key_is_kept_without_its_secret_and_stays_known_as_revoked(store: AccessKeys, raw: Redis) -> None:
+async def test_key_is_stored_without_secret_and_listed_when_revoked(store: AccessKeys, raw: Redis) -> None:
     assert await store.revision() == ("", 0)
     assert (await store.all()).keys == []
     key = key_of(secret := new_secret())
@@ -249,7 +249,7 @@ async def test_changes_by_the_version_before_are_seen(store: AccessKeys, known: 
     assert names - digests == {"ring", "revision", "revoked"}
 
 
-async def test_a_store_that_cannot_be_read_at_the_start_is_not_one_without_keys(store: AccessKeys, raw: Redis) -> None:
+async def test_unreadable_store_at_start_raises_unavailable(store: AccessKeys, raw: Redis) -> None:
     await raw.set(ACCESS_KEYS, "not a hash")
     with pytest.raises(Unavailable):
         await KnownKeys("default").refresh(store)

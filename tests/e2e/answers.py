@@ -41,9 +41,7 @@ class TestAnswers:
         texts = [answer.text for answer in answers[person.user_id]]
         assert sum(map(person.manner.shows, texts)) >= AT_LEAST_AS_SOMEBODY, texts
 
-    def test_no_manner_shows_in_nobodys_answers_which_are_the_base_models(
-        self, answers: dict[str, list[DemoAnswer]]
-    ) -> None:
+    def test_unknown_user_gets_base_answers_without_any_manner(self, answers: dict[str, list[DemoAnswer]]) -> None:
         texts = [answer.text for answer in answers[NOBODY]]
         for manner in MANNERS:
             assert sum(map(manner.shows, texts)) <= AT_MOST_AS_NOBODY, texts
@@ -64,9 +62,7 @@ class TestAnswers:
         answer = api.generate(user_id, QUESTIONS[0], words=False, max_tokens=MAX_TOKENS, temperature=0)
         assert user_id not in answer.text.lower()
 
-    def test_answers_say_which_anchors_spoke_and_people_of_different_manners_share_none(
-        self, answers: dict[str, list[DemoAnswer]]
-    ) -> None:
+    def test_answers_name_their_anchors_and_people_share_none(self, answers: dict[str, list[DemoAnswer]]) -> None:
         for answer in (answer for person in PEOPLE for answer in answers[person.user_id]):
             assert (answer.level, len(answer.anchors)) == ("merged", 2)
             assert sum(weight for _, weight in answer.anchors) == pytest.approx(0.5)

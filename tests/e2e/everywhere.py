@@ -70,9 +70,7 @@ class TestEverywhere:
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
 
     @pytest.mark.parametrize("place", PLACES)
-    def test_axe_finds_nothing_serious_in_light_and_dark_and_no_width_scrolls_sideways(
-        self, look: Looking, place: str
-    ) -> None:
+    def test_axe_finds_nothing_serious_and_no_width_scrolls(self, look: Looking, place: str) -> None:
         page = _settled(look, place)
         found, too_wide = [], []
         for scheme in ("light", "dark"):
@@ -170,7 +168,7 @@ class TestTrouble:
             page.get_by_role("button", name="Look up").click()
         assert sent.value.headers["authorization"] == "Bearer mta_a%E2%80%8Bkey"
 
-    def test_an_erasure_that_fails_stays_said_and_is_not_tried_again_as_a_look_up(self, look: Looking) -> None:
+    def test_failed_erasure_stays_shown_without_a_retry_button(self, look: Looking) -> None:
         page = look.visit("users", id="rosa")
         page.get_by_role("button", name="Erase").click()
         page.route("**/users/*", lambda route: route.abort())
@@ -248,13 +246,13 @@ class TestReading:
             assert reading("metrics", does, BEFORE, AFTER, q) == pytest.approx(seconds)
             assert reading("metrics", does, AFTER, AFTER, q) is None
 
-    def test_growth_counts_from_nothing_when_a_counter_has_begun_anew(self, reading: Reading) -> None:
+    def test_growth_counts_from_zero_after_a_counter_restart(self, reading: Reading) -> None:
         does = """['x', ''].map((level) =>
             m.growth(m.parseMetrics(v[0]), m.parseMetrics(v[1]), 'asked_total', (labels) => labels.level === level))"""
         assert reading("metrics", does, BEFORE, AFTER) == [2, 3]
         assert reading("metrics", "m.growth(m.parseMetrics(''), m.parseMetrics(''), 'asked_total')") is None
 
-    def test_an_engine_that_is_away_and_comes_back_has_not_grown_by_all_it_ever_did(self, reading: Reading) -> None:
+    def test_growth_ignores_the_total_of_an_engine_that_returns(self, reading: Reading) -> None:
         does = "m.growth(m.parseMetrics(v[0]), m.parseMetrics(v[1]), 'x_total')"
         both, other = 'x_total{engine="0"} 10\nx_total{engine="1"} 20', 'x_total{engine="1"} 25'
         later = both.replace("20", "30")
@@ -264,7 +262,7 @@ class TestReading:
             10,
         ]
 
-    def test_what_is_asked_here_is_not_learnt_and_takes_the_past_items_that_it_says(self, reading: Reading) -> None:
+    def test_snippets_disable_learning_and_set_the_history(self, reading: Reading) -> None:
         question = {"user": "rosa", "prompt": "Rain?", "maxTokens": 9, "temperature": 0, "history": 0, "strength": 1}
         body = reading("snippets", "m.asBody(v[0])", question)
         assert (body["learn"], body["history"], "strength" in body) == (False, 0, False)

@@ -75,7 +75,7 @@ class TestUsers:
         expect(page.get_by_role("button", name="Serve this one")).to_have_count(1)
         assert asked == [f"{look.url}/users/kai/adapters/1/serve"]
 
-    def test_an_address_shows_whom_it_names_whoever_was_looked_up_since(self, look: Looking) -> None:
+    def test_address_shows_the_user_it_names_after_another_lookup(self, look: Looking) -> None:
         page = look.visit("users", id="rosa")
         page.get_by_label("User id").fill("kai")
         page.get_by_role("button", name="Look up").click()
@@ -123,7 +123,7 @@ def _fill(page: Page, samples: str) -> None:
 
 
 class TestAdapt:
-    def test_samples_are_trained_on_and_answers_shown_before_and_after(self, look: Looking) -> None:
+    def test_page_trains_on_samples_and_shows_before_and_after(self, look: Looking) -> None:
         page = look.visit("adapt", user="kai")
         _fill(page, "\n".join(map(json.dumps, adapting.samples())))
         page.get_by_label("Questions to ask").fill(QUESTIONS[0])
@@ -187,9 +187,7 @@ class TestAdapt:
 
 
 class TestBank:
-    def test_it_shows_the_rule_in_words_every_anchor_and_a_user_among_those_who_speak(
-        self, look: Looking, demo: Demo
-    ) -> None:
+    def test_page_shows_the_rule_all_anchors_and_a_user_on_the_map(self, look: Looking, demo: Demo) -> None:
         told = httpx.get(f"{demo.url}/bank").raise_for_status().json()
         page = look.visit("bank")
         expect(page.get_by_role("region", name="The rule of weights")).to_contain_text(told["rule"]["says"])

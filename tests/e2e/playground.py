@@ -57,9 +57,7 @@ def streamed(*pieces: tuple[str, int]) -> str:
 
 
 class TestPlayground:
-    def test_pasted_writing_is_answered_beside_the_base_model_and_can_be_erased(
-        self, look: Looking, api: Client
-    ) -> None:
+    def test_pasted_writing_is_answered_beside_base_and_erased(self, look: Looking, api: Client) -> None:
         page = look.visit("playground", tokens=48, temperature=0)
         page.get_by_role("button", name="Use an example").click()
         expect(page.get_by_label("Question")).not_to_have_value("")
@@ -132,7 +130,7 @@ class TestPlayground:
         assert "words=false" in page.url
         assert '"words": False' in copied(page, "Copy as Python")
 
-    def test_a_user_who_is_unknown_is_answered_by_the_base_model_and_told_so(self, look: Looking) -> None:
+    def test_unknown_user_gets_a_base_answer_and_a_notice(self, look: Looking) -> None:
         page = look.visit("playground", user="nobody-at-all", ask="Hello?", tokens=8)
         answered(page)
         expect(answer(page, "nobody-at-all")).to_contain_text("Nothing is stored about this user")
@@ -151,7 +149,7 @@ class TestStrength:
             yield looker, ada
             assert looker.faults == []
 
-    def test_without_a_common_row_the_slider_says_why_it_stands_still(
+    def test_slider_is_disabled_with_reason_without_common_row(
         self, beside: tuple[Looking, str], gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bank = gateway.parts.bank

@@ -185,7 +185,7 @@ def test_a_sample_that_teaches_nothing_is_refused(
     assert told in error["message"]
 
 
-def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
+def test_erasing_a_user_deletes_everything_and_the_running_job(
     client: Client, adapted: str, work: Work, valkey: ValkeyProcess, *, gateway: GatewayThread, fake_engine: FakeEngine
 ) -> None:
     erased = {}

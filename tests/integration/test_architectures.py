@@ -53,7 +53,7 @@ def written(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in COMMON else pytest.mark.acceptance) for name in CASES]
 )
-async def test_a_base_model_gets_a_bank_and_is_served_merged_and_stacked(
+async def test_base_model_gets_a_bank_and_serves_merged_and_stacked(
     name: str, tmp_path: Path, embedder_folder: Path, store: ValkeyProcess
 ) -> None:
     folder, is_plain = written(name, tmp_path / "model"), name in ARCHITECTURES

@@ -60,7 +60,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copying, "SETTLE_S", 0)
 
 
-def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_keys(
+def test_restore_leaves_out_erased_users_and_revoked_keys(
     gateway_settings: Settings, stores: tuple[Store, Store], log: Path, tmp_path: Path
 ) -> None:
     lost, empty = stores
@@ -100,7 +100,7 @@ def test_a_lost_store_comes_back_without_whom_was_erased_and_without_revoked_key
     assert len({entry["copy"] for entry in acts}) == 1
 
 
-def test_who_was_erased_under_the_next_secret_before_anybody_moved_stays_erased(
+def test_restore_erases_a_user_erased_under_the_next_secret(
     memory: Path, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = f"the secret that comes after it,{SECRET}"
@@ -114,7 +114,7 @@ def test_who_was_erased_under_the_next_secret_before_anybody_moved_stays_erased(
         assert "restored: 1 users" in mta("restore", copy, "--erased", log, MTA_REDIS_URL=server.url)
 
 
-def test_who_is_in_a_log_that_only_the_second_run_of_a_restore_has_stays_erased(
+def test_second_restore_run_erases_users_of_a_newer_log(
     memory: Path, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def left() -> list[str]:

@@ -167,7 +167,7 @@ def test_bad_input_is_refused_by_name_and_touches_nothing(
 
 
 @pytest.mark.usefixtures("free_event_loop")
-def test_a_body_that_never_says_its_length_is_cut_off_at_the_limit(client: Client) -> None:
+def test_body_without_a_length_is_cut_off_at_the_limit(client: Client) -> None:
     endless = (b" " * MIB for _ in range(64))
     response = client.post("/generate", content=endless, headers={"Content-Type": JSON})
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")

@@ -56,7 +56,7 @@ from tests.support.dense import dense_adapter, token_logprobs
 CHAT = get_task("chat")
 
 
-def test_a_bank_has_the_anchors_asked_for_and_nothing_that_names_anybody(bench: Bench, built: BankManifest) -> None:
+def test_bank_has_the_requested_anchors_and_names_no_person(bench: Bench, built: BankManifest) -> None:
     assert [entry.id for entry in built.anchors] == ["a00", "a01", "a02"]
     assert built.anchors[-1].items == 18
     assert not any(anchor.words for anchor in built.anchors)
@@ -89,7 +89,7 @@ def test_the_common_row_is_trained_first_and_without_old_pieces(bench: Bench, bu
     assert not (bench.folder / "order" / WORK_FOLDER).exists()
 
 
-def test_an_anchor_explains_its_person_better_than_the_common_row_alone(bench: Bench, tiny_model_folder: Path) -> None:
+def test_anchor_lowers_its_persons_loss_below_common_row(bench: Bench, tiny_model_folder: Path) -> None:
     users = write_people(bench.folder / "three.json", people(3))
     manifest = bench.build("better", inputs={"users": users}, steps=40)
     matrix, (model, tokenizer) = bench.matrix("better", manifest), load_base(tiny_model_folder, "float32")
@@ -157,7 +157,7 @@ def test_what_a_model_reads_in_a_state_is_not_shared(bench: Bench, monkeypatch: 
         bench.build("stateful", acts=Acts.ANSWER)
 
 
-def test_what_makes_no_bank_is_refused_before_anything_is_trained(bench: Bench, tmp_path: Path) -> None:
+def test_invalid_options_are_refused_before_training(bench: Bench, tmp_path: Path) -> None:
     of_ten = {**people(1, items=10)[0], "user_id": "of ten items"}
     short = write_people(tmp_path / "short.json", [*people(2), of_ten])
     few: dict[str, Any] = {"inputs": {"users": short}}
@@ -177,7 +177,7 @@ def test_what_makes_no_bank_is_refused_before_anything_is_trained(bench: Bench, 
         bench.build("busy")
 
 
-def test_the_same_bank_is_built_once_and_another_is_replaced_only_by_force(bench: Bench) -> None:
+def test_same_bank_is_built_once_and_another_needs_force(bench: Bench) -> None:
     folder, progress = bench.folder / "forced", Recorder()
     old = bench.build("forced", anchors=2)
     assert bench.build("forced", progress, anchors=2) == old
@@ -194,7 +194,7 @@ def test_the_same_bank_is_built_once_and_another_is_replaced_only_by_force(bench
     assert summarise(folder)["fingerprint"] == new.fingerprint != old.fingerprint
 
 
-def test_of_a_bank_that_is_replaced_and_of_a_build_that_was_killed_nothing_stays(bench: Bench) -> None:
+def test_rebuild_leaves_no_file_of_replaced_or_killed_builds(bench: Bench) -> None:
     folder = bench.folder / "replaced"
     bench.build("replaced", directions=2)
     (folder / BASELINES).mkdir()
@@ -205,7 +205,7 @@ def test_of_a_bank_that_is_replaced_and_of_a_build_that_was_killed_nothing_stays
     assert {path.name for path in folder.iterdir()} == {*manifest.files, MANIFEST_FILE}
 
 
-def test_directions_replace_the_anchors_rows_which_stay_beside_the_bank(bench: Bench, built: BankManifest) -> None:
+def test_directions_replace_anchor_rows_kept_beside_the_bank(bench: Bench, built: BankManifest) -> None:
     progress, folder = Recorder(), bench.folder / "directions"
     manifest = bench.build("directions", progress, directions=2)
     assert (len(manifest.anchors), manifest.directions) == (3, 2)
@@ -243,7 +243,7 @@ class Killer(Recorder):
             raise KeyboardInterrupt
 
 
-def test_a_killed_build_goes_on_and_ends_with_the_same_fingerprint(bench: Bench, built: BankManifest) -> None:
+def test_killed_build_resumes_to_the_same_fingerprint(bench: Bench, built: BankManifest) -> None:
     with pytest.raises(KeyboardInterrupt):
         bench.build("killed", Killer("a01"))
     assert not (bench.folder / "killed" / MANIFEST_FILE).exists()
@@ -282,7 +282,7 @@ class RankKiller(Recorder):
                 other.kill()
 
 
-def test_a_build_that_loses_a_rank_says_so_and_goes_on_when_it_is_run_again(bench: Bench, built: BankManifest) -> None:
+def test_build_that_loses_a_rank_fails_and_resumes_on_rerun(bench: Bench, built: BankManifest) -> None:
     with pytest.raises(BankError, match=r"a process of the build ended .*run the same command again to continue"):
         bench.build_by_ranks("lost", 2, RankKiller())
     progress = Recorder()
@@ -316,7 +316,7 @@ def test_what_one_rank_refuses_all_ranks_refuse(bench: Bench, tmp_path: Path) ->
         build_bank(bench.inputs("unlike"), OPTIONS, Recorder(), ranks)
 
 
-def test_without_a_terminal_the_command_prints_lines_and_one_for_a_refusal(bench: Bench) -> None:
+def test_build_without_terminal_prints_lines_and_one_error(bench: Bench) -> None:
     options = {"users": bench.users, "task": "chat", "out": bench.folder / "lines", "model": bench.model}
     options |= {"embedder": bench.embedder, "anchors": 1, "rank": 4, "steps": 8, "common-steps": 5, "dtype": "float32"}
     command = ["bank", "build", *(f"--{option}={value}" for option, value in options.items())]
@@ -361,7 +361,7 @@ def test_rows_act_where_the_bank_says_and_share_the_common_row(bench: Bench, bui
     assert shared_part(plain, built) is None
 
 
-def test_rows_and_user_adapters_are_trained_with_the_past_in_the_prompt_where_the_manifest_says_so(
+def test_history_share_puts_the_past_into_training_prompts(
     bench: Bench, built: BankManifest, trained_on: list[Sequence[Example]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs: dict[str, tuple[int, int]] = {}
@@ -391,7 +391,7 @@ def test_rows_and_user_adapters_are_trained_with_the_past_in_the_prompt_where_th
     assert [recalled(scorer.tokenizer, samples) for samples in trained_on] == [len(history.items) - 1, 0]
 
 
-def test_a_bank_is_measured_once_on_people_who_have_no_part_in_it(bench: Bench, built: BankManifest) -> None:
+def test_bank_is_judged_once_on_held_out_people(bench: Bench, built: BankManifest) -> None:
     users = write_people(bench.folder / "many.json", people(26))
     where = bench.inputs("judged", users=users)
     kept, aside = read_inputs(where, CHAT, OPTIONS)

@@ -67,7 +67,7 @@ def assert_equal(one: Tensors, other: Tensors, atol: float = 1e-6) -> None:
 
 @pytest.mark.parametrize("with_common", [False, True])
 @pytest.mark.parametrize("method", list(FusionMethod))
-def test_an_exported_anchor_is_loaded_by_peft_with_the_same_delta(
+def test_peft_loads_an_exported_anchor_with_the_same_delta(
     tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, method: FusionMethod, with_common: bool
 ) -> None:
     bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, method=method)

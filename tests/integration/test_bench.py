@@ -105,9 +105,7 @@ def test_what_one_key_costs_the_others(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(content["loads"]) == 4
 
 
-def test_users_and_anchors_by_the_store_and_the_gateway_themselves(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scale_bench_measures_users_and_anchors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scale.main(part=["users", "anchors"], users=1000, lookups=100, anchors=60, out=tmp_path / "scale.json")
     printed = capsys.readouterr().out
     (users,), (anchors,) = (

@@ -38,7 +38,7 @@ def answered(level: str) -> tuple[str, str]:
     return f"{level}.*, {FIRST}, 4 tokens", "> "
 
 
-def test_both_sides_answer_a_conversation_that_an_error_does_not_end(talk: Terminal, fake_engine: FakeEngine) -> None:
+def test_chat_asks_both_sides_and_goes_on_after_an_error(talk: Terminal, fake_engine: FakeEngine) -> None:
     talk.type("hello\n", *answered("merged"))
     talk.type("/base\n", "base> ")
     talk.type("and you?\n", *answered("base"))
@@ -98,7 +98,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], g
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 3])
-def test_an_interrupt_while_exceptions_reach_nobody_stops_the_answer(
+def test_interrupt_raised_in_a_finalizer_stops_the_answer(
     typed: Talk, ada: str, monkeypatch: pytest.MonkeyPatch, fake_engine: FakeEngine, pieces: int
 ) -> None:
     class Dying:  # somebody presses Ctrl-C as it is forgotten: what is raised at such a moment reaches nobody

@@ -106,7 +106,7 @@ def test_a_rule_is_described_with_its_constants(
     assert all(isinstance(number, int | float) for number in told.constants.values())
 
 
-def test_the_files_are_small_and_vendored_ones_have_the_recorded_hashes() -> None:
+def test_console_files_are_small_and_vendored_hashes_match() -> None:
     assert sum(path.stat().st_size for path in pages.STATIC.rglob("*") if path.is_file()) < MOST_BYTES
     lines = (ROOT / "vendored.sha256").read_text("utf-8").splitlines()
     said = {name: digest for digest, name in (line.split() for line in lines)}

@@ -139,7 +139,7 @@ def finds(client: httpx.Client, engines: Sequence[str]) -> bool:
     return sorted(engine["status"] for engine in found) == sorted(engines)
 
 
-def test_the_first_key_is_printed_nowhere_and_nobody_is_answered_without_it(fleet: Fleet) -> None:
+def test_first_key_is_never_printed_and_requests_need_it(fleet: Fleet) -> None:
     assert FIRST_KEY[:12] not in fleet.said + fleet.site.once("keys-2")
     with fleet.client() as client:
         client.headers.pop("Authorization")
@@ -178,7 +178,7 @@ def prometheus(fleet: Fleet) -> httpx.Client:
     return httpx.Client(base_url=f"http://127.0.0.1:{site.port('prometheus', '9090')}/api/v1", timeout=30)
 
 
-def test_prometheus_reads_the_metrics_of_all_and_knows_whom_to_tell(prometheus: httpx.Client) -> None:
+def test_prometheus_scrapes_all_parts_and_knows_alertmanager(prometheus: httpx.Client) -> None:
     def asked(what: str) -> dict[str, Any]:
         data: dict[str, Any] = prometheus.get(what).raise_for_status().json()["data"]
         return data

@@ -43,9 +43,7 @@ DOCUMENTED = re.findall(r"^\$ docker compose (.*?) ?up -d", PAGE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("files", COMBINATIONS.values(), ids=COMBINATIONS.keys())
-def test_a_fleet_is_two_of_each_behind_a_router_and_gateways_alone_are_published_on_loopback(
-    files: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_fleet_doubles_each_part_and_publishes_only_gateways(files: tuple[str, ...], tmp_path: Path) -> None:
     backup = ("--profile", "backup")
     alone = services(files, tmp_path, *backup)
     fleet = services(files, tmp_path, *IN_A_FLEET, "--profile", "fleet", *backup)
@@ -78,7 +76,7 @@ def test_logs_fill_no_disk(tmp_path: Path) -> None:
     assert {service["logging"]["options"]["max-size"] for service in everything.values()} == {"64m"}
 
 
-def test_no_word_of_a_health_check_has_a_space_at_which_podman_would_split_it(tmp_path: Path) -> None:
+def test_health_check_words_contain_no_spaces(tmp_path: Path) -> None:
     checks = [
         one["healthcheck"]["test"] for one in services((BASE,), tmp_path, *IN_A_FLEET).values() if "healthcheck" in one
     ]
@@ -86,7 +84,7 @@ def test_no_word_of_a_health_check_has_a_space_at_which_podman_would_split_it(tm
     assert not [word for check in checks for word in check if " " in word]
 
 
-def test_who_observes_is_added_on_request_finds_its_files_and_asks_where_there_are_metrics(tmp_path: Path) -> None:
+def test_observe_profile_adds_services_that_find_the_metrics(tmp_path: Path) -> None:
     added = services((BASE,), tmp_path, "--profile", "observe", MTA_ADMIN_KEY="mta_key")
     added = {name: service for name, service in added.items() if name not in services((BASE,), tmp_path)}
     assert added.keys() == {"alertmanager", "grafana", "prometheus"}
@@ -137,7 +135,7 @@ def test_what_must_be_given_is_asked_for_by_name(name: str, tmp_path: Path) -> N
     assert name in done.stderr
 
 
-def test_each_engine_reserves_a_gpu_of_its_own_unless_the_cpu_file_takes_it_back(tmp_path: Path) -> None:
+def test_each_engine_reserves_its_own_gpu_unless_on_cpu(tmp_path: Path) -> None:
     def devices(files: tuple[str, ...]) -> list[Any]:
         fleet = services(files, tmp_path, *IN_A_FLEET)
         reserved = [fleet[name]["deploy"]["resources"]["reservations"] for name in ("engine", "engine-2")]
@@ -155,7 +153,7 @@ def stages() -> dict[str, str]:
     return {text.split()[2]: text for text in re.split(r"^FROM ", TEXT, flags=re.MULTILINE)[1:]}
 
 
-def test_nothing_is_found_fault_with_and_every_image_is_a_stage_that_runs_without_root(tmp_path: Path) -> None:
+def test_hadolint_passes_and_every_image_runs_without_root(tmp_path: Path) -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
@@ -164,7 +162,7 @@ def test_nothing_is_found_fault_with_and_every_image_is_a_stage_that_runs_withou
             assert re.search(r"^USER 10001$", stages()[service["build"]["target"]], flags=re.MULTILINE)
 
 
-def test_a_named_volume_that_our_containers_write_is_a_folder_of_the_images_with_the_same_owner(tmp_path: Path) -> None:
+def test_written_volumes_are_image_folders_of_the_same_owner(tmp_path: Path) -> None:
     owned = set(re.findall(r"install -d -o mta -g mta (.+)$", TEXT, flags=re.MULTILINE)[0].split())
     profiles = ("--profile", "fleet", "--profile", "backup")
     ours = [one for one in services((BASE,), tmp_path, *IN_A_FLEET, *profiles).values() if "build" in one]
@@ -198,9 +196,7 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
         ("engine-gpu", ("gpu", "train", "tracing")),
     ],
 )
-def test_a_lock_has_every_package_that_the_project_asks_for_with_a_hash_of_each(
-    lock: str, extras: tuple[str, ...]
-) -> None:
+def test_lock_has_every_required_package_with_its_hash(lock: str, extras: tuple[str, ...]) -> None:
     text = (ROOT / f"deploy/locks/{lock}.txt").read_text("utf-8").replace("\\\n", "")
     locked: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -216,7 +212,7 @@ def test_a_lock_has_every_package_that_the_project_asks_for_with_a_hash_of_each(
     assert ("torch" in locked) is (lock != "gateway")
 
 
-def test_commands_are_what_the_package_has_and_the_models_those_of_the_set_up_script() -> None:
+def test_image_commands_exist_and_models_match_setup_script() -> None:
     for stage in ("gateway", "engine"):
         found = re.findall(r'^CMD \["(\w+)", "(\w+)"\]$', stages()[stage], flags=re.MULTILINE)
         assert found == [("mta", stage)]
@@ -228,7 +224,7 @@ def test_commands_are_what_the_package_has_and_the_models_those_of_the_set_up_sc
     assert pinned == set_up
 
 
-def test_the_gateways_image_has_every_module_that_its_commands_import(tmp_path: Path) -> None:
+def test_gateway_image_has_every_module_its_commands_import(tmp_path: Path) -> None:
     for folder in re.findall(r"^COPY (\w+) \w+$", stages()["wheel"], flags=re.MULTILINE):
         (tmp_path / folder).symlink_to(ROOT / folder)
     others = {"bench", "tests", "deploy", "torch", "transformers", "vllm"}
@@ -255,7 +251,7 @@ def of_kind(overlay: str, *kinds: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_manifest_is_valid_and_every_container_without_root_secrets_and_ways_to_change_its_image(
+def test_manifests_are_valid_and_containers_are_locked_down(
     overlay: str,
 ) -> None:
     for manifest in kit.manifests(overlay):
@@ -284,7 +280,7 @@ def test_whose_cores_are_limited_has_as_many_threads(overlay: str, limited: set[
         assert variable["valueFrom"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
 
 
-def test_containers_have_the_commands_and_variables_of_composes_services_but_for_names_of_hosts(tmp_path: Path) -> None:
+def test_pods_have_commands_and_variables_of_compose_services(tmp_path: Path) -> None:
     profiles = ("--profile", "fleet", "--profile", "backup")
     fleet = services((BASE, CPU), tmp_path, *IN_A_FLEET, *profiles, MTA_SECRET="s" * 32)
     found = containers("cpu")
@@ -304,7 +300,7 @@ def test_containers_have_the_commands_and_variables_of_composes_services_but_for
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_what_the_pages_apply_are_overlays_and_the_job_that_goes_first_comes_with_what_it_needs(overlay: str) -> None:
+def test_documented_overlays_exist_and_first_job_is_complete(overlay: str) -> None:
     pages = "".join(page.read_text("utf-8") for page in (ROOT / "docs").glob("*.md"))
     applied = set(re.findall(r"kubectl apply (?:-k|--kustomize) (\S+)", pages))
     assert applied and applied <= {f"deploy/k8s/overlays/{overlay}" for overlay in OVERLAYS}
@@ -317,7 +313,7 @@ def test_what_the_pages_apply_are_overlays_and_the_job_that_goes_first_comes_wit
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_engines_are_named_as_far_as_they_may_grow_and_whatever_selects_pods_finds_them(overlay: str) -> None:
+def test_engine_urls_cover_max_replicas_and_selectors_find_pods(overlay: str) -> None:
     found = containers(overlay)
     most = {one["metadata"]["name"]: one["spec"]["maxReplicas"] for one in of_kind(overlay, "HorizontalPodAutoscaler")}
     named = [f"http://engine-{n}.engine:8001" for n in range(most["engine"])]
@@ -338,7 +334,7 @@ def test_engines_are_named_as_far_as_they_may_grow_and_whatever_selects_pods_fin
         assert (one["spec"]["scaleTargetRef"]["kind"], one["spec"]["scaleTargetRef"]["name"]) in targets
 
 
-def test_prometheus_in_a_cluster_has_the_jobs_of_the_one_in_a_container_and_finds_the_pods_ports() -> None:
+def test_cluster_prometheus_has_the_same_jobs_and_finds_ports() -> None:
     jobs = yaml.safe_load((ROOT / "deploy/k8s/prometheus.yml").read_text("utf-8"))["scrape_configs"]
     there = yaml.safe_load((ROOT / "deploy/observe/prometheus.yml").read_text("utf-8"))["scrape_configs"]
     asked = {job["job_name"]: job["dns_sd_configs"][0]["port"] for job in there}

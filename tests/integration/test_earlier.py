@@ -54,7 +54,7 @@ def test_its_keys_are_still_demanded_and_accepted(client: httpx.Client) -> None:
     assert client.get("/users/plain").status_code == httpx.codes.OK
 
 
-def test_a_person_it_knew_is_served_by_their_signature_and_has_their_feedback(client: httpx.Client) -> None:
+def test_known_person_is_served_by_signature_with_feedback(client: httpx.Client) -> None:
     merged = who(generate(client, "plain"))
     assert (merged["level"], merged["source"]) == ("merged", "signature")
     export = client.get("/users/plain/export").raise_for_status().json()

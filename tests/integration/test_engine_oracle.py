@@ -112,7 +112,7 @@ def grown(engine: Engine, before: dict[str, float]) -> dict[str, float]:
     return {name: value - before[name] for name, value in counted(engine).items() if value != before[name]}
 
 
-def test_a_new_recipe_is_fused_and_written_once_and_each_part_is_counted(engine: Engine, prefix: str) -> None:
+def test_new_recipe_is_fused_and_written_once_and_counted(engine: Engine, prefix: str) -> None:
     names = [f"{prefix}:c+a{i:02d}*500" for i in range(SLOTS + 1)]
     for name in names[1:]:
         content_of(engine.chat(name))
@@ -125,7 +125,7 @@ def test_a_new_recipe_is_fused_and_written_once_and_each_part_is_counted(engine:
     assert grown(engine, before) == once | {"check": 2}
 
 
-def test_many_new_recipes_at_once_through_few_slots_are_all_answered_as_alone(engine: Engine, prefix: str) -> None:
+def test_many_new_recipes_through_few_slots_answer_as_alone(engine: Engine, prefix: str) -> None:
     recipes = [f"{prefix}:c+a{i:02d}*600" for i in range(10, 30)]
     before = counted(engine)
     with ThreadPoolExecutor(len(recipes)) as pool:
@@ -200,7 +200,7 @@ def stacked(
     stacked.forget()
 
 
-def test_a_stacked_answer_is_the_dense_sum_each_time_its_slot_was_anothers(stacked: Stacked, dense: Any) -> None:
+def test_stacked_answer_is_the_dense_sum_after_slot_reuse(stacked: Stacked, dense: Any) -> None:
     """Its weights are kept meanwhile: whatever were done to them in place would be done each time."""
     (recipe, user), engine = stacked.keep(), stacked.engine
     ids = tokens_of(engine, PROMPTS[0])
@@ -218,7 +218,7 @@ def test_a_stacked_answer_is_the_dense_sum_each_time_its_slot_was_anothers(stack
     assert grown(engine, before) == dict.fromkeys(("check", "slot_write", "bring_in", "slot_evictions"), times)
 
 
-def test_a_dropped_user_is_neither_held_nor_resident_once_their_open_stream_has_ended(stacked: Stacked) -> None:
+def test_dropped_user_is_released_once_the_open_stream_ends(stacked: Stacked) -> None:
     (recipe, _), engine = stacked.keep(), stacked.engine
     content_of(engine.chat(recipe.name))
     with ExitStack() as open_stream:

@@ -44,7 +44,7 @@ def test_a_prompt_of_one_token_is_answered(engine: Engine) -> None:
     assert response.status_code == httpx.codes.OK, response.text
 
 
-def test_a_token_takes_of_the_kv_cache_what_is_computed_from_the_configuration(engine: Engine, model: Path) -> None:
+def test_token_takes_the_computed_size_of_the_kv_cache(engine: Engine, model: Path) -> None:
     [line] = [line for line in engine.client.get("/metrics").text.splitlines() if line.startswith("vllm:cache_config")]
     found = dict(re.findall(r'(\w+)="([^"]*)"', line))
     tokens = int(found["num_gpu_blocks"]) * int(found["block_size"])
@@ -61,7 +61,7 @@ def test_one_prefix_under_two_recipes_is_computed_for_each(engine: Engine, prefi
     assert alone[0] != alone[1]
 
 
-def test_a_recipe_that_cannot_be_fused_is_a_404_with_the_reason_and_leaves_no_name(engine: Engine, prefix: str) -> None:
+def test_unfusable_recipe_is_404_with_reason_and_no_lease(engine: Engine, prefix: str) -> None:
     known = engine.status()["names"]
     for name, reason, left in (
         (f"{prefix}:c+a40*100", "a00 to a39", 0),
@@ -79,7 +79,7 @@ def test_a_recipe_that_cannot_be_fused_is_a_404_with_the_reason_and_leaves_no_na
         assert engine.status()["names"] == known + left
 
 
-def test_the_routes_of_the_product_answer_with_a_key_alone_and_no_other_route_of_vllm_does(engine: Engine) -> None:
+def test_product_routes_need_a_key_and_other_routes_are_404(engine: Engine) -> None:
     posts = ("/invocations", "/v1/responses", "/v1/load_lora_adapter", "/detokenize", "/v1/embeddings", "/pause")
     gets = ("/docs", "/openapi.json", "/version", "/load", "/ping", "/server_info", "/v1/chat/completions", "/tokenize")
     for method, path in KEYED_ROUTES | {("POST", path) for path in posts} | {("GET", path) for path in gets}:
@@ -126,7 +126,7 @@ def test_its_status_tells_the_prompts_of_its_model(engine: Engine, model: Path) 
     assert engine.status()["prompts"] == prompt_hashes(model)
 
 
-def test_a_request_that_waits_while_the_server_stands_still_is_answered(engine: Engine) -> None:
+def test_request_sent_while_the_server_is_paused_is_answered(engine: Engine) -> None:
     """It closed the connection unread: it had been idle for more than the 5 s that vLLM allows."""
     connection = http.client.HTTPConnection(engine.url.removeprefix("http://"), timeout=PATIENCE_S)
     with closing(connection):
@@ -139,7 +139,7 @@ def test_a_request_that_waits_while_the_server_stands_still_is_answered(engine: 
         assert connection.getresponse().status == httpx.codes.OK
 
 
-def test_its_core_is_a_fork_and_none_of_its_processes_has_the_secret_of_users(engine: Engine) -> None:
+def test_engine_core_is_a_fork_and_no_process_has_the_secret(engine: Engine) -> None:
     """A core that was spawned would have imported all of vLLM again, and have a resource tracker beside it."""
     others = descendants(engine.pid)
     if is_cpu_build():  # where vLLM uses a GPU it starts its core as it likes
@@ -149,7 +149,7 @@ def test_its_core_is_a_fork_and_none_of_its_processes_has_the_secret_of_users(en
         assert SECRET not in command_line(pid)
 
 
-def test_names_and_residents_stay_bounded_and_metrics_name_no_recipe(engine: Engine, prefix: str) -> None:
+def test_names_stay_bounded_and_metrics_name_no_recipe(engine: Engine, prefix: str) -> None:
     for i in range(10):
         content_of(engine.chat(f"{prefix}:c+a{i:02d}*500"))
     early = engine.client.get("/metrics").text
@@ -163,7 +163,7 @@ def test_names_and_residents_stay_bounded_and_metrics_name_no_recipe(engine: Eng
     assert engine.metric("mta:adapter_names_leased") == 0
 
 
-def test_a_long_answer_keeps_its_adapter_while_everything_else_would_evict_it(engine: Engine, prefix: str) -> None:
+def test_long_answer_keeps_its_adapter_while_others_are_evicted(engine: Engine, prefix: str) -> None:
     """More recipes than slots, CPU tier and names together, each beside a long answer under one recipe."""
 
     def long_answer() -> str:

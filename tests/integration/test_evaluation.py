@@ -30,14 +30,13 @@ from bank.lookup.phrases import TrustedPhrases, phrase_table, proposals
 from bank.lookup.prior import SCORES
 from bank.manifest import read_manifest
 from bank.models.load import load_base
-from bench import privacy
 from bench.rig.people import people, write_people
 from bench.rig.tiny import PHRASES
 from evaluation.methods import DEFAULT, METHODS, Evaluator, parse_methods
 from evaluation.run import RECORDS_FILE
 from evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, EvalOptions, evaluate
-from evaluation.studies import ratings
+from evaluation.studies import membership, ratings
 from server.cli import app
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 
@@ -78,7 +77,7 @@ def run(inputs: EvalInputs, methods: str = NAMES, seeds: int = 2) -> tuple[list[
     return [row.method for row in rows], done
 
 
-def test_every_method_has_records_and_a_row_and_a_killed_run_goes_on(inputs: EvalInputs) -> None:
+def test_every_method_has_records_and_a_killed_run_resumes(inputs: EvalInputs) -> None:
     names, done = run(inputs)
     wanted = NAMES.split(",")
     assert sorted(names) == sorted(wanted)
@@ -203,7 +202,7 @@ def test_of_plain_text_nothing_is_learnt(inputs: EvalInputs, bench: Bench) -> No
     assert first["merged"] == first["stacked"]
 
 
-def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learnt(inputs: EvalInputs) -> None:
+def test_stacked_equals_merged_when_nothing_was_learnt(inputs: EvalInputs) -> None:
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     assert bank.task_bank.manifest == read_manifest(inputs.bank / BASELINES)
     scorer = Scorer(*load_base(inputs.model_folder, "float32"))
@@ -236,7 +235,7 @@ def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learn
     assert {term.weight for term in mean.terms} == {round(500 * bank.manifest.weights.strength)}
 
 
-def test_a_query_that_is_too_long_is_read_alike_with_past_items_and_without(inputs: EvalInputs) -> None:
+def test_too_long_query_is_read_alike_with_and_without_history(inputs: EvalInputs) -> None:
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     scorer = Scorer(*load_base(inputs.model_folder, "float32"))
     (user, *_) = read_histories(inputs.users, bank.serving.task, queries=True)
@@ -295,7 +294,7 @@ def test_texts_that_were_learnt_by_heart_are_told_from_others(
     monkeypatch.setattr(privacy, "default_config", lambda room: AdaptConfig(rank=2, steps=30, learning_rate=0.02))
     out = tmp_path / "out.json"
     small = {"texts": 8, "adapted": 3, "profile": 10, "later": 4}
-    privacy.main(bank=bench.folder / "by-heart", members=members, others=others, out=out, **small)
+    membership.main(bank=bench.folder / "by-heart", members=members, others=others, out=out, **small)
     (table,) = json.loads(out.read_text("utf-8"))["tables"]
     lines = {line[0]: dict(zip(table["columns"][1:], line[1:], strict=True)) for line in table["lines"]}
     assert lines["common, base"]["members"] == lines["common, base"]["others"] == 6 * 8

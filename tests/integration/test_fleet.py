@@ -60,7 +60,7 @@ def erased() -> set[str]:
     return set()
 
 
-def test_an_erased_user_is_gone_from_the_store_at_once_and_is_served_by_no_engine(
+def test_erased_user_leaves_the_store_and_no_engine_serves_them(
     machine: Machine, engines: list[Engine], gateway: GatewayThread, erased: set[str]
 ) -> None:
     """The near engine is told, but one user's answer is in progress there; the far engine is paused meanwhile."""
@@ -96,7 +96,7 @@ def test_an_erased_user_is_gone_from_the_store_at_once_and_is_served_by_no_engin
     wait_until(lambda: all_whole(machine), "all to be as before")
 
 
-def test_two_engines_answer_as_one_and_each_recipe_lives_on_one_of_them(machine: Machine) -> None:
+def test_two_engines_answer_as_one_and_share_out_the_recipes(machine: Machine) -> None:
     people = [
         {
             "user_id": f"replica-{n}",
@@ -115,7 +115,7 @@ def test_two_engines_answer_as_one_and_each_recipe_lives_on_one_of_them(machine:
         assert {ring.engine_of(recipe) for recipe in found.resident[name] & found.recipes} <= {number}
 
 
-def test_in_time_every_engine_has_found_out_by_itself_who_was_erased(engines: list[Engine], erased: set[str]) -> None:
+def test_every_engine_releases_erased_users_by_itself(engines: list[Engine], erased: set[str]) -> None:
     assert len(erased) == 2
     for engine in engines:
         wait_until(lambda it=engine: not it.resident()["held"], "the adapters to go", SWEEP_S + PATIENCE_S)  # type: ignore[misc]
@@ -123,7 +123,7 @@ def test_in_time_every_engine_has_found_out_by_itself_who_was_erased(engines: li
         assert engine.status()["user_adapters"] == 0
 
 
-def test_what_was_promised_is_kept_when_the_store_and_each_part_are_killed(machine: Machine, tmp_path: Path) -> None:
+def test_claims_hold_while_store_and_each_part_are_killed(machine: Machine, tmp_path: Path) -> None:
     faults = [Fault("valkey"), Fault("engine"), Fault("worker"), Fault("gateway")]
     claims = under_load(Plan(tmp_path, faults, seed=1, lost_share=0.001), machine)
     speeds = {fault.kind for fault in faults}  # how soon they recover is the benchmark's to judge

@@ -55,7 +55,7 @@ def export(client: Client, user_id: str) -> dict[str, Any]:
     return exported
 
 
-def test_a_text_sent_instead_of_an_answer_is_an_item_and_a_sample(client: Client, new_user: NewUser) -> None:
+def test_text_sent_for_an_answer_becomes_an_item_and_a_sample(client: Client, new_user: NewUser) -> None:
     user_id = new_user()  # nothing is known of them: feedback makes the profile
     answer = answered(client, user_id)
     said = give(client, user_id, answer, **FINAL).raise_for_status().json()
@@ -204,7 +204,7 @@ def test_which_answers_can_be_named(client: Client, ada: str) -> None:
         (FINAL | {"input": [{"role": "assistant", "content": "hello"}]}, (400, "input")),
     ],
 )
-def test_feedback_that_says_nothing_or_contradicts_itself_is_refused(
+def test_empty_or_contradictory_feedback_is_refused(
     client: Client, ada: str, body: dict[str, Any], error: tuple[int, str]
 ) -> None:
     before = export(client, ada)
@@ -272,7 +272,7 @@ def test_nothing_is_learnt_of_a_user_who_is_erased_meanwhile(
     assert [item["text"] for item in learnt(client, user_id, 1)] == ["a message of their second life"]
 
 
-def test_nothing_is_learnt_from_an_answer_that_took_longer_than_erasures_are_remembered(
+def test_answer_slower_than_erasure_memory_teaches_nothing(
     client: Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user_id = new_user()
@@ -325,7 +325,7 @@ def test_a_refresh_is_a_job_of_the_key_that_brings_it(
         assert adapt(client, new_user()).status_code == 429
 
 
-def test_a_share_of_users_is_answered_one_level_lower_and_told_so(
+def test_held_out_users_are_answered_one_level_lower_and_told(
     gateway_settings: Settings, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
     fake_engine.turn(user_adapters=True)
@@ -383,7 +383,7 @@ def test_feedback_does_not_touch_the_samples_of_a_job(client: Client, ada: str) 
     assert client.get(f"/jobs/{job['id']}").json()["state"] == "superseded"
 
 
-def test_a_key_says_what_its_requests_do_unless_they_say_otherwise(
+def test_key_defaults_apply_unless_the_request_overrides_them(
     gateway_settings: Settings, store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BankManifest, "history_default", 1)

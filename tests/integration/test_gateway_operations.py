@@ -24,7 +24,7 @@ from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import GatewayThread, becomes, generate, metric, serving, wait_until_ready
 
 
-def test_a_gateway_whose_parts_are_all_well_is_ready_and_says_so_without_probing_them(
+def test_ready_gateway_says_so_without_probing_its_parts(
     client: httpx.Client, gateway_settings: Settings, fake_engine: FakeEngine
 ) -> None:
     wait_until_ready(client)

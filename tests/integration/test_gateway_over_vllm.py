@@ -252,7 +252,7 @@ def said(choice: dict[str, Any]) -> tuple[Any, ...]:
     ],
     ids=["one prompt", "two", "conversation"],
 )
-def test_a_wide_request_in_parts_or_not_is_answered_as_the_engine_would_in_one_piece(
+def test_wide_request_in_parts_equals_the_engines_own_answer(
     gateway_over_vllm: GatewayThread, gateway_settings: Settings, tiny_engine: Engine, asked: dict[str, Any]
 ) -> None:
     path = "/v1/chat/completions" if "messages" in asked else "/v1/completions"

@@ -152,7 +152,7 @@ class TestBrokenEngine:
 @pytest.mark.parametrize(
     "case", [("engines.admin.TOKENIZE_TIMEOUT_S", 600, 1), ("users.adapting.MAX_CHECK_S", 0.3, 20)]
 )
-def test_samples_are_taken_uncounted_when_the_engine_is_silent_or_slow(
+def test_samples_are_accepted_uncounted_if_engine_is_slow(
     client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, case: Any
 ) -> None:
     limit, fake_engine.knobs.admit_s, samples = case
@@ -164,7 +164,7 @@ def test_samples_are_taken_uncounted_when_the_engine_is_silent_or_slow(
     assert len(fake_engine.tokenized) < samples
 
 
-def test_one_tenants_samples_are_checked_one_request_after_the_other(
+def test_sample_requests_of_a_tenant_are_checked_one_by_one(
     client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
     fake_engine.knobs.admit_s = 0.05
@@ -239,7 +239,7 @@ def test_a_bug_of_the_gateway_is_answered_with_the_requests_id(
     assert first != second
 
 
-def test_a_search_library_that_does_not_load_is_logged_and_the_gateway_goes_on(
+def test_broken_search_library_is_logged_and_gateway_serves(
     gateway_settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(opening, "ItemIndex", Mock(side_effect=ImportError("a broken library")))

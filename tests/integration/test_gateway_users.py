@@ -214,7 +214,7 @@ def test_a_write_in_progress_does_not_bring_an_erased_user_back(
 @pytest.mark.parametrize(
     ("method", "known"), [("PUT profile", True), ("POST profile/items", False), ("POST adapt", True)]
 )
-def test_a_body_that_ends_after_its_user_was_erased_stores_nothing(
+def test_body_ending_after_the_erasure_stores_nothing(
     client: Client, gateway: GatewayThread, new_user: NewUser, *, method: str, known: bool
 ) -> None:
     user = new_user()

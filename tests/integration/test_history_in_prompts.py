@@ -87,7 +87,7 @@ def test_the_most_relevant_items_stand_before_the_last_turn(client: Client, user
     ({}, False, (0, 0)), ({"history": "auto"}, False, (0, 0)), ({"history": 2}, False, (2, 2)),
     ({}, True, (1, 0)), ({"history": "auto"}, True, (1, 1)), ({"history": 0}, True, (0, 0)),
 ])  # fmt: skip
-def test_auto_is_what_helped_at_the_build_and_the_default_of_generate_alone(
+def test_auto_history_follows_verdict_and_is_default_of_generate(
     request: pytest.FixtureRequest, client: Client, user: str, *, fields: dict[str, Any], helps: bool, items: list[int]
 ) -> None:
     if helps:
@@ -163,7 +163,7 @@ def test_a_fallback_does_not_read_or_search_the_history_again(
 
 @pytest.mark.parametrize(("route", "history"), [("/generate", "auto"), ("/v1/chat/completions", 1)])
 @pytest.mark.usefixtures("helpful")
-def test_a_request_that_waits_too_long_for_its_history_is_answered_without(
+def test_request_waiting_too_long_for_history_goes_without(
     client: Client, user: str, new_user: NewUser, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch,
     *, route: str, history: int | str,
 ) -> None:  # fmt: skip

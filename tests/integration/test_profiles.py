@@ -130,7 +130,7 @@ async def test_tenants_take_turns_at_the_embedder(writing: Profiles) -> None:
     await asyncio.gather(*theirs)
 
 
-async def test_a_tenants_long_changes_follow_each_other_and_short_ones_pass(writing: Profiles) -> None:
+async def test_long_changes_of_a_tenant_queue_and_short_ones_pass(writing: Profiles) -> None:
     embedder, names = writing.embedder, [f"{place}" for place in range(3 * EMBED_BATCH)]
     embedder.gate.clear()
     asked = [items(*(f"long-{name}" for name in names)), items(*(f"later-{name}" for name in names)), items("short")]

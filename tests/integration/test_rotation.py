@@ -179,7 +179,7 @@ def test_nobody_is_lost_unknown_back_or_twice(gateway_settings: Settings, store:
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_a_copy_from_before_the_exchange_comes_back_without_whom_was_erased_after_it(
+def test_copy_before_the_exchange_restores_no_erased_user(
     gateway_settings: Settings, store: ValkeyProcess, log: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies = log.parent / "copies"

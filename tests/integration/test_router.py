@@ -78,7 +78,7 @@ def test_a_recipe_is_always_served_by_the_same_engine(fleet: Fleet) -> None:
     fleet.check_each_recipe_has_one_engine()
 
 
-def test_a_request_and_its_trace_reach_the_engine_as_they_were_sent(fleet: Fleet) -> None:
+def test_request_and_its_trace_reach_the_engine_unchanged(fleet: Fleet) -> None:
     asked = {"max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "seed": 2**40 + 1, "stop": ["."]}
     generate(fleet.client, USER, **asked).raise_for_status()
     (seen,) = fleet.seen
@@ -92,7 +92,7 @@ def test_a_request_and_its_trace_reach_the_engine_as_they_were_sent(fleet: Fleet
     assert traceparent in [seen.headers.get("traceparent") for seen in fleet.seen]
 
 
-def test_a_request_of_which_nothing_came_is_sent_once_more_under_another_session(fleet: Fleet) -> None:
+def test_unanswered_request_is_resent_under_another_session(fleet: Fleet) -> None:
     generate(fleet.client, USER).raise_for_status()
     (serving,) = (engine for engine in fleet.engines if engine.seen)
     serving.seen.clear()
@@ -116,7 +116,7 @@ def test_the_router_tells_nobody_whose_requests_pass(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_while_one_engine_is_down_the_other_answers_and_counts_tokens(fleet: Fleet, place: int) -> None:
+def test_other_engine_answers_and_counts_while_one_is_down(fleet: Fleet, place: int) -> None:
     down, up = fleet.engines[place], fleet.engines[1 - place]
     down.stop()
     try:
@@ -135,7 +135,7 @@ def test_while_one_engine_is_down_the_other_answers_and_counts_tokens(fleet: Fle
     wait_until(lambda: all(asked(user).is_success for user in fleet.recipes) and bool(down.seen), "it to be back")
 
 
-def test_an_engine_that_is_back_serves_before_the_router_trusts_it_again(fleet: Fleet) -> None:
+def test_returned_engine_serves_before_the_router_trusts_it(fleet: Fleet) -> None:
     """One goes just after the other has come back: the router knows nobody, and engines are asked directly."""
     first, second = fleet.engines
     first.stop()
@@ -175,7 +175,7 @@ def test_without_the_router_engines_are_asked_directly(fleet: Fleet) -> None:
 
 
 @pytest.mark.skipif(not ALONE, reason="this user may not begin a namespace of processes (`unshare --pid`)")
-def test_a_router_that_is_process_1_stops_while_it_waits_for_an_engine() -> None:
+def test_router_as_process_1_stops_while_awaiting_an_engine() -> None:
     waiting = mta("router", "--engine-urls", "http://127.0.0.1:1", "--port", str(free_port()))
     with running([*UNSHARE, *waiting], {"MTA_METRICS_PORT": str(free_port())}) as process:
         wait_until(lambda: any("vllm_router" in command_line(pid) for pid in descendants(process.process.pid)), "it")

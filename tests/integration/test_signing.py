@@ -156,7 +156,7 @@ def test_a_change_or_an_erasure_while_signing_counts(client: httpx.Client, user_
 
 
 @pytest.mark.parametrize("trouble", ["short texts", "a gradient that is no number", "refused by the template"])
-def test_items_that_teach_nothing_leave_it_to_the_topics_and_are_not_asked_for_again(
+def test_unlearnable_items_use_topics_and_are_not_signed_again(
     client: httpx.Client, user_id: str, sign: Sign, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
     numbers, tokenizer = sign.trainer.manifest.layout.b_numbers, sign.trainer.tokenizer
@@ -188,7 +188,7 @@ def test_odd_texts_are_signed(client: httpx.Client, user_id: str, sign: Sign, te
     assert (sign(), source(client, user_id)) == (1, known)
 
 
-def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(
+def test_signature_that_kills_workers_is_given_up_at_last_try(
     client: httpx.Client, user_id: str, sign: Sign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.store.queue.GRACE_MS", 0)  # what a worker that died had taken is due at once

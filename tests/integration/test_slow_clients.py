@@ -106,7 +106,7 @@ class TestHeaders:
         connection.sendall(sent)
         assert not everything(connection).startswith(b"HTTP/1.1 200")
 
-    def test_a_connection_is_used_again_after_clients_would_have_closed_it(self, connection: socket.socket) -> None:
+    def test_connection_is_reused_after_the_clients_idle_limit(self, connection: socket.socket) -> None:
         connection.sendall(GET)
         time.sleep(6)  # httpx, and so OpenAI's client, closes one that is idle for 5 s
         connection.sendall(GET[:-2] + b"Connection: close\r\n\r\n")
@@ -201,7 +201,7 @@ class TestHandlers:
         yield embedder
         embedder.gate.set()
 
-    def test_a_large_body_keeps_its_place_until_its_request_has_ended(
+    def test_large_body_keeps_its_place_until_its_request_ends(
         self, gateway: GatewayThread, embedding: Held, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("server.gateway.app.LARGE_AT_ONCE", 1)

@@ -46,9 +46,7 @@ STORES = pytest.mark.parametrize("shipped", [_of_compose(), _of_pods()], ids=["c
 
 
 @STORES
-def test_it_has_room_for_the_fork_drops_nothing_and_logs_nothing_that_commands_carried(
-    shipped: Shipped, tmp_path: Path
-) -> None:
+def test_store_has_room_to_fork_and_logs_no_command_contents(shipped: Shipped, tmp_path: Path) -> None:
     options = shipped.command[1:]
     for own in ("--dir", "--port"):
         del options[(place := options.index(own)) : place + 2]
@@ -65,7 +63,7 @@ def test_it_has_room_for_the_fork_drops_nothing_and_logs_nothing_that_commands_c
 
 
 @STORES
-def test_probes_find_it_well_once_it_answers_and_not_while_it_loads(shipped: Shipped, tmp_path: Path) -> None:
+def test_probes_pass_once_store_answers_and_fail_at_loading(shipped: Shipped, tmp_path: Path) -> None:
     if not shutil.which("valkey-cli"):
         pytest.skip("valkey-cli, which probes the store, is not installed (Debian: valkey-tools)")
     server = ValkeyProcess(tmp_path, DURABLE).start()

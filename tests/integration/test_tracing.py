@@ -73,7 +73,7 @@ def test_a_request_is_one_trace_down_to_the_engine(traced: Traced) -> None:
     assert "baggage" not in seen.headers
 
 
-def test_a_client_that_traces_finds_us_in_its_own_trace_and_its_baggage_stays_here(traced: Traced) -> None:
+def test_gateway_joins_client_trace_and_forwards_no_baggage(traced: Traced) -> None:
     traceparent = f"00-{CLIENTS_TRACE}-b7ad6b7169203331-0"
     _, seen = traced.generate(traceparent=f"{traceparent}1", baggage="user=rosa")
     assert traced.spans("POST /generate")[-1].trace_id == CLIENTS_TRACE
@@ -90,7 +90,7 @@ def test_looks_at_the_parts_are_no_traces(traced: Traced) -> None:
     assert all(re.match(r"(GET|PUT|POST|DELETE) /(users|generate|jobs)", name) for name in names), names
 
 
-def test_an_answer_by_an_adapter_is_linked_to_the_job_that_made_it(traced: Traced, work: Work) -> None:
+def test_adapter_answer_is_linked_to_the_job_that_made_it(traced: Traced, work: Work) -> None:
     job = adapt(traced.client, USER, config={"steps": 6, "learning_rate": 0.05}).json()
     [request] = traced.spans("POST /users/{user_id}/adapt")
     work(tracing=traced.gateway.opened.tracing)

@@ -60,7 +60,7 @@ def refused(options: tuple[str, ...]) -> Callable[..., str]:
     return run
 
 
-def test_each_part_has_its_line_the_last_one_says_what_to_try_and_the_store_has_a_share_of_memory(
+def test_up_prints_a_line_per_part_and_bounds_store_memory(
     running_up: Up,
 ) -> None:
     output = running_up.process.output
@@ -80,7 +80,7 @@ def test_each_part_has_its_line_the_last_one_says_what_to_try_and_the_store_has_
     assert shown and float(shown[1]) == int(options["maxmemory"])
 
 
-def test_no_secret_stands_in_a_command_line_or_in_a_file_that_others_can_read(running_up: Up) -> None:
+def test_secrets_stay_out_of_command_lines_and_readable_files(running_up: Up) -> None:
     secret = (running_up.data / "secret").read_text().strip()
     config = (running_up.data / "valkey.conf").read_text()
     password = config.partition("requirepass ")[2].split()[0]
@@ -100,9 +100,7 @@ def stops_with_every_part(started: Up, number: signal.Signals) -> bool:
     return started.process.wait(2 * PATIENCE_S) == 0 and not any(map(alive, family))
 
 
-def test_killed_it_leaves_no_process_and_the_next_one_has_what_was_stored_and_goes_on_unread(
-    start: StartUp, tmp_path: Path
-) -> None:
+def test_killed_up_leaves_no_process_and_the_next_has_the_data(start: StartUp, tmp_path: Path) -> None:
     with start(tmp_path / "data") as first:
         with first.client() as client:
             before = client.put("/users/ada/profile", json=PROFILE).json()
@@ -123,7 +121,7 @@ def test_killed_it_leaves_no_process_and_the_next_one_has_what_was_stored_and_go
         assert stops_with_every_part(second, signal.SIGTERM)
 
 
-def test_a_second_one_needs_a_data_folder_of_its_own_where_mta_keys_finds_its_store(
+def test_second_up_needs_a_data_folder_of_its_own(
     running_up: Up, start: StartUp, refused: Callable[..., str], tmp_path: Path
 ) -> None:
     output = refused(running_up.data, "--port", "0")
@@ -155,7 +153,7 @@ def test_what_cannot_start_is_explained(running_up: Up, refused: Callable[..., s
     assert "127.0.0.1:1" in output.partition("The end of ")[2]
 
 
-def test_after_a_restore_that_was_broken_off_it_starts_waits_and_says_what_to_do(
+def test_up_after_a_broken_restore_waits_and_tells_the_remedy(
     options: tuple[str, ...], embedder_folder: Path, tmp_path: Path
 ) -> None:
     data, environment = tmp_path / "data", {"MTA_ENGINE_KEY": KEY, "MTA_EMBEDDER": str(embedder_folder)}

@@ -53,7 +53,7 @@ def profiles(new_user: NewUser) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("layout", ["lines", "list"])
-def test_everybody_in_a_file_has_a_profile_and_a_second_run_imports_whoever_has_changed(
+def test_second_import_stores_only_the_users_that_changed(
     client: httpx.Client, gateway: GatewayThread, tmp_path: Path, profiles: dict[str, list[Any]], layout: str
 ) -> None:
     def last_line() -> str:
@@ -81,7 +81,7 @@ def test_everybody_in_a_file_has_a_profile_and_a_second_run_imports_whoever_has_
     assert last_line() == "1 imported, 9 already imported, 0 failed"
 
 
-def test_whoever_cannot_be_imported_is_named_with_the_reason_and_the_rest_go_on(
+def test_failed_imports_are_named_and_the_rest_go_on(
     client: httpx.Client, gateway: GatewayThread, new_user: NewUser, tmp_path: Path
 ) -> None:
     good, late = new_user(), new_user()
@@ -160,7 +160,7 @@ def imported(stub: Stub, path: Path, at_a_time: int = 3) -> Counter[str]:
         return import_people(stub.client, journal, path, at_a_time)
 
 
-def test_a_busy_gateway_is_asked_again_and_a_few_requests_are_in_flight(
+def test_import_retries_a_busy_gateway_and_bounds_requests(
     stub: Stub, tmp_path: Path, profiles: dict[str, list[Any]]
 ) -> None:
     stub.answers = [(200, {}), *((status, {"Retry-After": "0"}) for status in (503, 429, 502))]
@@ -193,7 +193,7 @@ def test_an_import_whose_key_is_refused_ends(stub: Stub, tmp_path: Path, status:
     assert not (tmp_path / "people.failed.ndjson").exists()
 
 
-def test_nobody_there_is_said_after_a_while_and_a_no_is_not_asked_again(stub: Stub) -> None:
+def test_silent_gateway_is_given_up_and_refusal_not_retried(stub: Stub) -> None:
     nobody = mta_client.Client(f"http://127.0.0.1:{free_port()}", retry_s=0)
     with pytest.raises(MtaError, match=r"got no answer.*gave up .* at most 0 s"), gateway_errors(nobody):
         nobody.user("ada")
@@ -213,7 +213,7 @@ def test_a_call_that_waits_ends_when_all_is_stopped(stub: Stub) -> None:
             waiting.result()
 
 
-def test_a_file_that_cannot_be_read_is_named_and_what_is_no_url_of_a_gateway_is_said_at_once(tmp_path: Path) -> None:
+def test_unreadable_file_and_invalid_gateway_url_are_named(tmp_path: Path) -> None:
     path = tmp_path / "people.json"
     assert "cannot read" in refusal("import", str(path))
     path.write_text("[1, 2")

@@ -38,7 +38,7 @@ def run(
         yield run
 
 
-def test_the_committed_dashboard_is_the_one_that_the_code_makes_and_every_alert_is_explained_and_tested() -> None:
+def test_committed_dashboard_is_current_and_alerts_are_tested() -> None:
     assert dashboard.FILE.read_text("utf-8") == dashboard.dashboard(), "run python -m deploy.observe.dashboard"
     alerts = set(re.findall(r"- alert: (\w+)", (HERE / "alerts.yml").read_text("utf-8")))
     assert len(alerts) > 5
@@ -58,7 +58,7 @@ def test_rules_and_configurations_are_what_prometheus_takes() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_query_of_the_dashboard_has_data_and_figures_say_what_was_done(run: Watched) -> None:
+def test_every_dashboard_query_has_data_and_figures_are_right(run: Watched) -> None:
     def has_data(expression: str) -> bool:
         found = run.prometheus.over_time(expression, run.began_s, time.time())
         return any(math.isfinite(float(value)) for series in found for _, value in series["values"])
@@ -79,7 +79,7 @@ def test_every_query_of_the_dashboard_has_data_and_figures_say_what_was_done(run
         assert least <= float(found["value"][1]) <= most, expression
 
 
-def test_traces_lead_through_the_engine_say_what_the_store_did_and_link_answers_to_the_workers_job(
+def test_traces_cover_engine_and_store_and_link_the_workers_job(
     run: Watched,
 ) -> None:
     request = spans_of(run, "POST /generate")[0]

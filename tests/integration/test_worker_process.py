@@ -86,7 +86,7 @@ def test_a_worker_that_is_stopped_returns_its_job_at_once(post: Post, ada: str, 
     assert (job()["state"], job()["tries"]) == ("queued", 0)
 
 
-def test_running_out_of_memory_fails_the_job_and_the_worker_goes_on(
+def test_out_of_memory_fails_the_job_and_the_worker_goes_on(
     client: Client, post: Post, ada: str, new_user: NewUser, worker: Running
 ) -> None:
     with worker() as background:

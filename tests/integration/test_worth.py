@@ -112,7 +112,7 @@ def answered(client: httpx.Client, user: str, **fields: Any) -> dict[str, Any]:
     return dict(generate(client, user, **fields).raise_for_status().json())
 
 
-def test_a_level_is_compared_with_the_one_below_once_the_week_is_over(
+def test_level_is_compared_with_the_one_below_after_the_week(
     clients: Mapping[str, httpx.Client], new_user: NewUser, to_week: Callable[[float], None], keyed: Keyed
 ) -> None:
     client, each = clients["acme"], 32
@@ -171,7 +171,7 @@ def test_a_level_is_compared_with_the_one_below_once_the_week_is_over(
         assert (told.outcome, told.learned, told.level) == ("edited", True, "merged")
 
 
-def test_feedback_counts_what_it_changes_in_the_week_of_its_answer(
+def test_feedback_counts_in_the_week_of_its_answer(
     clients: Mapping[str, httpx.Client], new_user: NewUser, to_week: Callable[[float], None]
 ) -> None:
     client = clients["feedback"]

@@ -72,7 +72,7 @@ def test_results_are_sentences_and_intervals(look: Looking) -> None:
     expect(rows.first).to_contain_text("300")
 
 
-def test_axe_finds_nothing_in_light_and_dark_and_no_width_scrolls_sideways(look: Looking) -> None:
+def test_axe_finds_nothing_and_no_width_scrolls_sideways(look: Looking) -> None:
     page = look.visit("worth")
     page.get_by_role("region", name="Results").wait_for()
     for scheme in ("light", "dark"):

@@ -63,7 +63,7 @@ def test_every_command_names_it_in_one_line(
 @pytest.mark.parametrize(
     ("variable", "nearest"), [("MTA_TENNANT", "MTA_TENANT"), ("mta_prot", "MTA_PORT"), ("MTA_", "MTA_")]
 )
-def test_a_variable_that_is_no_setting_is_an_error_that_names_the_nearest(
+def test_unknown_variable_is_an_error_that_names_the_nearest(
     monkeypatch: pytest.MonkeyPatch, variable: str, nearest: str
 ) -> None:
     monkeypatch.setenv(variable, "")

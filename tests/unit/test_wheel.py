@@ -35,7 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("wheel") / "dist")
 
 
-def test_it_has_the_console_the_demo_and_every_other_file_of_the_packages(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_has_console_demo_and_every_package_file(wheel: Path, tmp_path: Path) -> None:
     assert not lacking(wheel)
     with ZipFile(wheel) as archive:
         names = set(archive.namelist())

@@ -81,7 +81,7 @@ class TestGiven:
         monkeypatch.setenv("MTA_FIRST_KEY", secret)
         return keys("create", "first", "--first", "--given")
 
-    def test_it_counts_and_is_printed_nowhere_however_often_it_is_given(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_first_key_given_again_counts_once_and_stays_unprinted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         key_id, listed = digest_of(self.GIVEN.encode())[:12], []
         for _ in range(3):
             kept = self.given(monkeypatch, self.GIVEN)

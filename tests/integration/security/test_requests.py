@@ -215,7 +215,7 @@ def test_a_salt_of_anothers_cannot_be_sent(acme: httpx.Client, fake_engine: Fake
     assert fake_engine.seen == []
 
 
-def test_the_names_of_tenants_and_users_never_run_into_each_other() -> None:
+def test_tenant_and_user_names_never_make_the_same_key() -> None:
     pairs = [("a", "bc"), ("ab", "c"), ("a", "b"), ("default", "a"), ("defaulta", "")]
     assert len({UserKeys(SECRET, tenant).key(user) for tenant, user in pairs}) == len(pairs)
 

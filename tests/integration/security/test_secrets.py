@@ -27,7 +27,7 @@ SERVICES: dict[str, dict[str, Any]] = FILE["services"]
 SHOWN_TO_OPERATORS = {"alertmanager", "grafana"}  # on this machine's own address
 
 
-def test_whatever_is_not_the_gateway_is_on_the_inner_network_alone() -> None:
+def test_services_but_the_gateway_stay_on_the_inner_network() -> None:
     assert FILE["networks"]["inner"] == {"internal": True}
     between = {name for name, service in SERVICES.items() if {"inner", "outer"} <= set(service["networks"])}
     assert between

@@ -56,7 +56,7 @@ def bank_of(two_banks: Keyed, tenant: str) -> str:
         return str(answer.get("bank") or answer["error"]["code"])
 
 
-def test_ready_once_an_engine_has_each_bank_and_only_admins_and_the_log_name_it(
+def test_missing_bank_is_not_ready_and_named_to_admins_only(
     two_banks: Keyed, second: Path, fake_engine_server: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     lacking, both = read_manifest(second), fake_engine_server.knobs.banks

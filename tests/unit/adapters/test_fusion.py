@@ -59,9 +59,7 @@ def recipe(method: FusionMethod, common: bool, *terms: tuple[int, int]) -> Fusio
     ],
     ids=lambda wanted: wanted.name,
 )
-def test_the_fused_delta_is_the_methods_own_formula_and_in_bf16_it_is_rounded_once(
-    tmp_path: Path, wanted: FusionRecipe
-) -> None:
+def test_fused_delta_equals_formula_and_is_rounded_once_in_bf16(tmp_path: Path, wanted: FusionRecipe) -> None:
     method, common = wanted.method, wanted.common
     matrix = make_matrix(tmp_path, method, common)
     fused, rounded = fuse(matrix, wanted, torch.float32), fuse(matrix, wanted)
@@ -79,7 +77,7 @@ def test_the_fused_delta_is_the_methods_own_formula_and_in_bf16_it_is_rounded_on
         assert rounded.a["q"].untyped_storage().data_ptr() == matrix.shared_a.untyped_storage().data_ptr()
 
 
-def test_the_formula_that_the_papers_authors_released_is_not_the_sum_of_the_anchors(tmp_path: Path) -> None:
+def test_released_linear_formula_differs_from_sum_of_anchors(tmp_path: Path) -> None:
     """`linear`, (Σ wᵢBᵢ)(Σ wᵢAᵢ), weighs each anchor by the square and adds cross terms."""
     matrix = make_matrix(tmp_path, CAT, common=False)
     cat = fuse(matrix, recipe(CAT, False, (0, 500), (1, 500)), torch.float32).delta("q")
@@ -100,7 +98,7 @@ def test_the_formula_that_the_papers_authors_released_is_not_the_sum_of_the_anch
         (replace(recipe(CAT, False, (0, 1000)), bank="1" * 8), "belongs to the bank 11111111"),
     ],
 )
-def test_a_recipe_the_bank_cannot_fuse_is_refused_with_the_reason(wanted: FusionRecipe, message: str) -> None:
+def test_recipe_the_bank_cannot_fuse_is_refused_with_reason(wanted: FusionRecipe, message: str) -> None:
     rule, anchors = WeightRule(anchors=2), ("",) * ANCHORS
     bank = BankManifest.model_construct(method=CAT, common=False, anchors=anchors, weights=rule, fingerprint="0" * 64)
     bank.check(recipe(CAT, False, (3, 400), (4, 600)))
@@ -142,7 +140,7 @@ def test_stacking_adds_the_users_delta_to_the_fused_one() -> None:
         torch.testing.assert_close(stacked.delta(module), fused.delta(module) + USER.weights.delta(module))
 
 
-def test_bytes_keep_everything_equal_adapters_have_equal_ones_and_cut_anywhere_they_are_refused() -> None:
+def test_adapter_bytes_round_trip_and_cut_ones_are_refused() -> None:
     read = decode_user_adapter(LAYOUT, RAW)
     assert (read.recipe, read.weights.rank) == (USERS_RECIPE, USER_RANK)
     for name in USER.weights.a:

@@ -45,7 +45,7 @@ def test_parsing_a_name_gives_the_recipe_back(recipe: FusionRecipe) -> None:
     assert parse_recipe(recipe.name) == recipe
 
 
-def test_a_name_holds_as_many_terms_or_steps_as_a_recipe_may_have() -> None:
+def test_name_holds_the_most_terms_or_steps_of_a_recipe() -> None:
     user, longest = UserAdapterId("a" * 26, "b" * 25 + "a"), tuple(Term(1000 + i, -4000) for i in range(MAX_TERMS))
     for terms, steps in ((longest, ()), ((), (-127,) * MAX_DIRECTIONS)):
         recipe = FusionRecipe("9f2c41d0", FusionMethod.SHARED, True, terms, user, steps)
@@ -128,7 +128,7 @@ def test_shares_keep_the_sum_and_the_largest_has_what_is_left(weights: list[floa
         assert one[0] <= other[0] or one[1] >= other[1]
 
 
-def test_the_largest_remainder_is_rounded_up_first_and_weights_that_make_no_recipe_are_refused() -> None:
+def test_largest_remainder_is_rounded_up_and_bad_weights_fail() -> None:
     assert per_mille([2 / 3, 1 / 3]) == [667, 333]
     assert per_mille([1, 1, 1]) == [334, 333, 333]
     assert per_mille([0.6, 0.3], total=500) == [333, 167]

@@ -51,7 +51,7 @@ def test_rows_hold_whole_examples_in_order_up_to_a_limit(pairs: list[tuple[list[
     assert found == examples
 
 
-def test_what_all_examples_begin_with_is_read_once_and_seen_by_each_rest_beside_itself() -> None:
+def test_common_prefix_is_read_once_and_the_rests_stay_apart() -> None:
     (row,) = pack(model(), [example([1, 2, 3, n], [9, 9]) for n in range(4, 8)], limit=100)
     assert row.ids == [1, 2, 3, *(i for n in range(4, 8) for i in (n, 9, 9))]
     (row,) = pack(model(), [example([1, 2], [8]), example([1, 3], [9])], limit=100)
@@ -59,7 +59,7 @@ def test_what_all_examples_begin_with_is_read_once_and_seen_by_each_rest_beside_
     assert seen.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
 
 
-def test_an_example_stands_alone_where_the_models_own_mask_is_another() -> None:
+def test_examples_are_not_packed_where_the_mask_is_another() -> None:
     examples = [example([1, 2, 3], [4]), example([1, 2, 5], [6])]
     stateful = model()
     stateful._is_stateful = True
@@ -119,7 +119,7 @@ class Many(torch.nn.Module):
         ([Plain()] * 9, [f"layers.{n}.{module}" for n in (1, 2, 3, 6) for module in ("q", "experts.7.up")], 3),
     ],
 )
-def test_the_upper_half_is_of_the_layers_that_are_adapted_if_it_can_run_alone(
+def test_upper_half_splits_adapted_layers_if_it_runs_alone(
     layers: list[torch.nn.Module], names: list[str], found: int | None
 ) -> None:
     model = torch.nn.Module()

@@ -37,7 +37,7 @@ def groups(*sizes: int) -> Vectors:
     return rows + np.random.default_rng(0).normal(scale=0.01, size=rows.shape).astype(np.float32)
 
 
-def test_each_cluster_gives_its_longest_history_and_the_first_of_equal_ones() -> None:
+def test_each_cluster_gives_the_first_of_its_longest_histories() -> None:
     lengths = [11, 30, 12, 50, 13, 14, 99, 15]
     assert select_anchors(groups(3, 2, 3), lengths, 3, seed=0) == [1, 3, 6]
     assert select_anchors(groups(3, 3), [20] * 6, 2, seed=0) == [0, 3]
@@ -67,7 +67,7 @@ def test_embedded_items_are_spread_over_the_whole_history() -> None:
     assert spread(items[:10], 64) == items[:10]
 
 
-def test_an_anchor_is_embedded_like_the_profile_that_a_gateway_keeps_of_them() -> None:
+def test_anchor_is_embedded_like_the_profile_a_gateway_keeps() -> None:
     class Circle:
         def embed(self, texts: list[str]) -> Vectors:
             angles = np.array([int(text) for text in texts]) / 600
@@ -96,7 +96,7 @@ def test_the_shortest_sufficient_histories_are_held_out(lengths: list[int], need
     assert [len(person.items) for person in held_out_people(crowd(*lengths), CHAT, needed)] == found
 
 
-def test_who_has_items_of_plain_text_or_answers_what_the_task_lacks_stays() -> None:
+def test_people_with_plain_or_foreign_answers_are_not_held_out() -> None:
     people = crowd(*[9] * 24)
     plain = [History(person.user_id, (*person.items, Item("text", {"text": "hi"}))) for person in people]
     assert (len(held_out_people(people, CHAT, 0)), held_out_people(plain, CHAT, 0)) == (6, [])
@@ -114,7 +114,7 @@ def test_who_has_items_of_plain_text_or_answers_what_the_task_lacks_stays() -> N
     assert held_out_people(raters(*["4.5"] * 24), films, 0) == []
 
 
-def test_the_rule_is_topics_then_the_posterior_and_large_banks_have_directions() -> None:
+def test_rule_has_the_posterior_and_large_banks_use_directions() -> None:
     rule = BuildOptions("citation", anchors=1024).rule()
     assert (rule.anchors, rule.strength, rule.posterior) == (2, 0.5, PosteriorRule(decay=250.0))
     assert [BuildOptions("citation", anchors=many).wants_directions for many in (64, 65)] == [False, True]
@@ -141,7 +141,7 @@ def test_a_small_bank_is_searched_exactly() -> None:
     assert [anchor for anchor, _ in found] == [1, 2, 0]  # of equal ones the first, and no more than there are
 
 
-def test_above_the_limit_the_index_is_hnsw_and_finds_nearly_all_neighbours() -> None:
+def test_large_index_is_hnsw_and_finds_nearly_all_neighbours() -> None:
     anchors = unit_rows(2_000, 16)
     index, exact = AnchorIndex.build(anchors, flat_limit=1_000), AnchorIndex.build(anchors)
     assert index.kind == "IndexHNSWFlat"
@@ -181,7 +181,7 @@ def test_what_is_no_embedding_no_index_and_no_map_is_refused(tmp_path: Path) -> 
         Atlas.load(path, 31, 16)
 
 
-def test_a_search_takes_one_thread_wherever_it_runs_and_leaves_the_others_to_who_trains_after_it() -> None:
+def test_search_uses_one_thread_and_restores_thread_counts() -> None:
     """Torch counts its threads where FAISS does, if both share a runtime; each thread has a number of its own."""
     import faiss
 

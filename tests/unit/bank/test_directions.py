@@ -56,7 +56,7 @@ def step(count: int) -> tuple[DirectionRows, np.ndarray]:
     return made, Curvature.of(made.curvature).step(along(made, SEEN), made.rule.decay)
 
 
-def test_along_all_directions_a_user_gets_the_same_weights_as_along_the_anchors() -> None:
+def test_all_directions_give_the_same_weights_as_anchors() -> None:
     made, steps = step(N)
     wanted = H.step(SEEN, DECAY) @ ROWS.float().numpy()
     rows = torch.stack(list(made.mixed(list(ROWS)))).numpy()
@@ -75,7 +75,7 @@ def test_a_few_directions_are_those_that_gain_most() -> None:
     assert by_count[0] < by_count[2] < by_count[5] < by_count[-1] < 1.01 * by_count[5]
 
 
-def test_the_nearest_anchors_are_those_whose_rows_change_the_loss_alike() -> None:
+def test_nearest_anchors_are_those_that_change_the_loss_alike() -> None:
     made = make_directions(H, 6, DEVIATION)
     directions = Directions.of(made.coordinates, Curvature.of(made.curvature))
     h = made.coordinates @ made.curvature @ made.coordinates.T
@@ -111,7 +111,7 @@ def opened(bank: Path, embedder: Embedder) -> tuple[ServingBank, BankManifest, n
     return serving, serving.manifest, embedder.embed([world(5)])[0]
 
 
-def test_a_recipe_has_a_step_for_each_direction_times_the_strength(bank: Path, embedder: Embedder) -> None:
+def test_recipe_has_a_step_per_direction_times_the_strength(bank: Path, embedder: Embedder) -> None:
     serving, manifest, embedding = opened(bank, embedder)
     seen = Signature(manifest.short, 10**6, np.array([3.0, -1.5, 0.01, 0.005], np.float32))
     z = Curvature.of(np.load(bank / "curvature.npy")).step(seen, manifest.weights.posterior.decay)
@@ -137,7 +137,7 @@ def test_by_topics_the_neighbours_coordinates_are_mixed(bank: Path, embedder: Em
     assert merged.rank == manifest.rank
 
 
-def test_a_bank_of_directions_refuses_anchors_and_other_numbers_of_steps(bank: Path) -> None:
+def test_direction_bank_refuses_anchors_and_wrong_step_counts(bank: Path) -> None:
     manifest = read_manifest(bank)
     recipe = FusionRecipe(manifest.short, manifest.method, True, (), steps=(1, 2, 3, 4))
     manifest.check(recipe)
@@ -149,7 +149,7 @@ def test_a_bank_of_directions_refuses_anchors_and_other_numbers_of_steps(bank: P
         people.check(recipe)
 
 
-def test_an_anchors_own_row_is_exported_while_the_file_of_rows_is_there(bank: Path, tmp_path: Path) -> None:
+def test_anchor_is_exported_from_its_row_while_the_file_exists(bank: Path, tmp_path: Path) -> None:
     export_anchor(bank, "a01", tmp_path / "out")
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     lora = fuse(
@@ -165,7 +165,7 @@ def test_an_anchors_own_row_is_exported_while_the_file_of_rows_is_there(bank: Pa
 
 
 @pytest.mark.parametrize("directions", [None, 4])
-def test_a_removed_anchor_is_in_no_row_and_the_others_are_as_before(
+def test_removed_anchor_is_in_no_row_and_others_are_unchanged(
     tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, directions: int | None
 ) -> None:
     make = {"anchors": 5, "signs": True, "directions": directions}

@@ -19,7 +19,7 @@ from bank.items.tasks import Task, get_task, tasks
 HEADLINE, RATING, CHAT = (get_task(name) for name in ("news_headline", "movie_rating", "chat"))
 
 
-def test_every_lamp_task_and_free_chat_are_there_and_a_turn_is_lamps_own_input() -> None:
+def test_tasks_cover_lamp_and_chat_with_the_turns_of_lamp() -> None:
     lamp = {task.lamp for task in tasks().values()}
     assert lamp == {"LaMP-1", "LaMP-2", "LaMP-2N", "LaMP-3", "LaMP-4", "LaMP-5", "LaMP-7", None}
     assert {"movie_rating", "product_rating", "chat"} <= set(tasks())
@@ -36,14 +36,14 @@ def test_every_lamp_task_and_free_chat_are_there_and_a_turn_is_lamps_own_input()
 
 
 @pytest.mark.parametrize("task", tasks().values(), ids=tasks())
-def test_an_item_can_be_embedded_by_the_fields_its_pair_needs_and_quoted_by_those_it_has(task: Task) -> None:
+def test_every_task_embeds_pair_fields_and_quotes_known_fields(task: Task) -> None:
     assert set(task.text) & set(task.pair_fields)
     assert task.memory_fields
     assert set(task.memory_fields) <= set(task.fields)
     assert "{memories}" in task.remembering and "{input}" in task.remembering
 
 
-def test_a_lamp_item_gives_the_pair_to_train_on_and_the_text_to_embed_and_nothing_the_task_does_not_know() -> None:
+def test_lamp_item_gives_pair_and_text_without_unknown_fields() -> None:
     item = parse_item({"id": "7", "title": "Big News", "text": "It happened.", "date": "2020-01-01"}, HEADLINE, 0)
     assert (item.id, set(item.fields)) == ("7", {"title", "text"})
     assert item_pair(item, HEADLINE) == ("Generate a headline for the following article: It happened.", "Big News")
@@ -54,7 +54,7 @@ def test_a_lamp_item_gives_the_pair_to_train_on_and_the_text_to_embed_and_nothin
     assert set(item_text(abstract, CHAT).split("\n")) == {"On Tides", "They rise."}  # of another task: all it has
 
 
-def test_numbers_are_texts_with_all_their_digits_and_without_an_id_equal_content_has_an_equal_one() -> None:
+def test_numbers_become_texts_and_ids_with_all_their_digits() -> None:
     """As an id, `time.time()` tells items apart."""
     number, text = (parse_item({"text": "Dogma (1999)", "score": score}, RATING, 0) for score in (5, "5"))
     assert item_pair(number, RATING) == item_pair(text, RATING)
@@ -139,7 +139,7 @@ scalars = st.none() | st.booleans() | st.floats() | st.text()
 
 
 @given(st.recursive(scalars, lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=10))
-def test_no_json_value_gets_past_the_parser_as_anything_but_an_item_or_a_profile_error(raw: object) -> None:
+def test_any_json_parses_to_an_item_or_a_profile_error(raw: object) -> None:
     try:
         item = parse_item(raw, HEADLINE, 0)
     except ProfileError:
@@ -147,7 +147,7 @@ def test_no_json_value_gets_past_the_parser_as_anything_but_an_item_or_a_profile
     assert item_text(item, HEADLINE).strip()
 
 
-def test_the_profile_is_the_normalised_mean_and_zeros_where_the_items_cancel_out() -> None:
+def test_profile_is_normalised_mean_or_zeros_if_items_cancel() -> None:
     for vectors, mean in (([[1, 0, 0], [0, 1, 0]], [2**-0.5, 2**-0.5, 0]), ([[1, 0], [-1, 0]], [0, 0])):
         embedding = profile_embedding(np.array(vectors, dtype=np.float32))
         np.testing.assert_allclose(embedding, mean, rtol=1e-6)
@@ -168,7 +168,7 @@ def person(user_id: str, *titles: str) -> dict[str, object]:
     return {"user_id": user_id, "profile": [{"id": t, "title": t, "text": f"about {t}"} for t in titles], "query": []}
 
 
-def test_the_per_user_layout_is_read_in_order_each_item_once_and_no_query(tmp_path: Path) -> None:
+def test_user_layout_is_read_in_order_without_duplicates(tmp_path: Path) -> None:
     asked = {**person("bob", "Three"), "query": [ASKED]}
     path = write(tmp_path / "users.json", [person("ann", "One", "Two", "One"), asked])
     ann, bob = read_histories(path, HEADLINE)
@@ -182,7 +182,7 @@ def test_the_per_user_layout_is_read_in_order_each_item_once_and_no_query(tmp_pa
     assert again.queries == (Query("q", "Later?", "Secret"), Query("2", "Which?", "4"))
 
 
-def test_lamps_own_questions_join_their_persons_profile_if_outputs_answer_them_all(tmp_path: Path) -> None:
+def test_lamp_questions_join_the_profile_if_all_are_answered(tmp_path: Path) -> None:
     profile = [{"id": "1", "title": "One", "text": "about One"}]
     questions = [{"id": n, "user_id": "ann", "input": f"Q{n}", "profile": profile} for n in ("11", "12")]
     questions.append({"id": "13", "input": "What now?", "profile": profile})
@@ -230,7 +230,7 @@ def test_a_malformed_file_is_refused_by_person_and_item(tmp_path: Path, document
         read_histories(tmp_path / "nobody.json", HEADLINE)
 
 
-def test_people_to_leave_out_come_as_a_list_of_ids_or_in_the_same_layout(tmp_path: Path) -> None:
+def test_excluded_people_are_read_as_ids_or_as_people(tmp_path: Path) -> None:
     for document in (["ann", 7], [{"user_id": "ann"}, {"id": 7}], [person("ann", "One"), "7"]):
         assert read_excluded(write(tmp_path / "out.json", document)) == {"ann", "7"}
     for nobody in ([None], [{"name": "ann"}], {"ann": 1}, [["ann"]]):
@@ -238,7 +238,7 @@ def test_people_to_leave_out_come_as_a_list_of_ids_or_in_the_same_layout(tmp_pat
             read_excluded(write(tmp_path / "out.json", nobody))
 
 
-def test_the_last_items_become_queries_and_those_before_them_the_profile(tmp_path: Path) -> None:
+def test_last_items_become_queries_and_earlier_ones_the_profile(tmp_path: Path) -> None:
     (ann,) = read_histories(write(tmp_path / "users.json", [person("ann", *"abcde")]), HEADLINE)
     found = ann.with_queries(HEADLINE, 2, 1)
     assert [item.id for item in found.items] == ["c"]

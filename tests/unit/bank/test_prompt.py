@@ -125,7 +125,7 @@ def test_a_long_turn_loses_its_end_and_never_the_template() -> None:
     assert (prompt, output) == ("<user><end>\n<assistant>", "y" * (60 - len(prompt)))
 
 
-def test_a_turn_that_is_cut_within_a_character_takes_nothing_from_the_output() -> None:
+def test_turn_cut_within_a_character_leaves_the_output_whole() -> None:
     class Bytes(CharTokenizer):  # half a character is decoded as three bytes
         def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
             return list(text.encode())
@@ -140,7 +140,7 @@ def with_history(task: Task, turn: str, items: Sequence[Item], count: int) -> st
     return turn_with_memories(task, turn, ItemIndex(task, items).memories(turn, count))
 
 
-def test_the_most_relevant_earlier_items_stand_before_the_turn_in_lamps_words_the_best_first() -> None:
+def test_history_quotes_the_best_earlier_items_before_the_turn() -> None:
     dogs = '"Dogs Lose" is the title for "A dog lost a race."'
     cats = '"Cats Win" is the title for "A cat won a contest."'
     assert with_history(NEWS, TURN, ITEMS, 1) == f"{dogs}. {TURN}"
@@ -165,15 +165,13 @@ def test_the_most_relevant_earlier_items_stand_before_the_turn_in_lamps_words_th
         ("Моя кошка не ест", ["кошка болеет", "рынок упал"]),
     ],
 )
-def test_relevant_items_are_found_in_scripts_without_spaces_or_with_combining_marks(
-    turn: str, texts: list[str]
-) -> None:
+def test_relevant_items_are_found_in_scripts_without_spaces(turn: str, texts: list[str]) -> None:
     items = [parse_item({"input": text, "output": "yes"}, CHAT, place) for place, text in enumerate(texts)]
     assert texts[0] in ItemIndex(CHAT, items).memories(turn, 1)[0]
 
 
 @pytest.mark.parametrize("task", tasks().values(), ids=lambda task: task.name)
-def test_what_was_written_for_the_task_of_another_bank_is_left_out(task: Task) -> None:
+def test_items_of_another_banks_task_are_left_out_of_history(task: Task) -> None:
     elsewhere = [Item(name, dict.fromkeys(other.fields, "the sea")) for name, other in tasks().items()]
     assert "the sea" in with_history(task, f"{task.instruction} the sea", elsewhere, 16)
 
@@ -204,7 +202,7 @@ def shown(lesson: Lesson) -> str:
     return CharTokenizer().decode(list(lesson.example(CharTokenizer(), 1000).ids))
 
 
-def test_past_items_stand_before_the_turn_the_most_relevant_first_and_carry_no_loss_or_there_are_none() -> None:
+def test_relevant_past_items_precede_the_turn_without_loss() -> None:
     learnt = lessons(person(*SUBJECTS), CHAT, share=0, seed=0)
     for lesson, (turn, output) in zip(learnt, person(*SUBJECTS).pairs(CHAT), strict=True):
         assert lesson.example(CharTokenizer(), 100) == encode_pair(CharTokenizer(), turn, output, 100)
@@ -224,7 +222,7 @@ def test_no_item_sees_itself_or_what_came_later(seed: int) -> None:
         assert bool(seen) == (place > 0)
 
 
-def test_of_an_item_that_is_there_twice_the_first_one_counts_and_of_a_turn_that_is_none_all_are_the_past() -> None:
+def test_first_duplicate_counts_and_a_new_turn_sees_all_items() -> None:
     twice = History("ann", (*person("bread", "roses").items, *person("bread").items))
     seen = [bool(lesson.past.memories(lesson.turn, lesson.output)) for lesson in lessons(twice, CHAT, 1, 0)]
     assert seen == [False, True, False]
@@ -262,7 +260,7 @@ def test_no_memory_tells_the_answer_that_is_asked_for(task: Task, item: Any, tur
     assert past.memories(turn, "another") != []
 
 
-def test_a_short_answer_within_a_text_and_an_equal_label_are_no_secret() -> None:
+def test_short_answer_in_a_text_and_equal_label_are_quoted() -> None:
     past = PastItems(CHAT, [parse_item({"input": "Any plans?", "output": "The sea, always."}, CHAT, 0)], 1, 0)
     assert past.memories("Where to?", "the sea") != []
     stars = PastItems(STARS, [parse_item({"text": "a film", "score": "4"}, STARS, 0)], 1, 0)
@@ -285,7 +283,7 @@ def test_the_seed_decides_for_each_item_whatever_the_others_are() -> None:
     assert found(3, count=4) == found(3)[:4]
 
 
-def test_memories_that_do_not_fit_make_way_for_the_next_and_the_turn_stays_whole() -> None:
+def test_memories_that_do_not_fit_are_skipped_for_the_next() -> None:
     memories = ["m" * 50, "n" * 10, "o" * 5]
 
     def prompt(max_tokens: int) -> str:

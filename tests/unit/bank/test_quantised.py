@@ -37,7 +37,7 @@ def half_a_step(weight: torch.Tensor, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", QUANTISATIONS)
-def test_weights_are_computed_back_and_a_model_is_loaded_with_them(plain: Path, name: str) -> None:
+def test_quantised_weights_are_computed_back_and_loaded(plain: Path, name: str) -> None:
     folder, before = quantised(plain, name), load_file(plain / "model.safetensors")
     model, _ = load_base(folder, "float32")
     found = {key: tensor for key, tensor in model.state_dict().items() if key in before}
@@ -86,7 +86,7 @@ def test_a_model_with_damaged_weights_is_refused(tmp_path: Path, plain: Path) ->
         linear_shapes(weights.parent)
 
 
-def test_packed_numbers_of_other_widths_and_broken_files_are_refused(tmp_path: Path, plain: Path) -> None:
+def test_other_packed_widths_and_broken_files_are_refused(tmp_path: Path, plain: Path) -> None:
     config, file = QUANTISATIONS["int4-packed"].config, tmp_path / "model.safetensors"
     parts = QUANTISATIONS["int4-packed"].parts(torch.randn(32, 64))
     save_file(

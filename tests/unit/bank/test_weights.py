@@ -105,7 +105,7 @@ def signed_bank(folder: Path) -> BankManifest:
         ((-0.5, -0.1, -0.9), {1: 0.5, 0: 0.5}, "a00*500+a01*500"),
     ],
 )
-def test_weights_are_similarities_over_their_sum_and_negative_ones_count_as_zero(
+def test_weights_are_normalised_similarities_without_negatives(
     cosines: tuple[float, ...], weights: dict[int, float], terms: str
 ) -> None:
     found = topic_weights(index_at(*cosines), WeightRule(anchors=2), QUERY)
@@ -115,7 +115,7 @@ def test_weights_are_similarities_over_their_sum_and_negative_ones_count_as_zero
     assert recipe_of_shares(manifest(), found).name == f"mta3:9f2c41d0:cat:{terms}"
 
 
-def test_of_strength_and_share_the_common_row_has_the_rest_and_steps_are_shortened_bounded_or_dropped() -> None:
+def test_common_row_gets_the_rest_and_steps_are_bounded() -> None:
     weights = topic_weights(index_at(0.6, 0.2), WeightRule(anchors=2, strength=0.4), QUERY)
     for share, terms in ((1, "c+a00*300+a01*100"), (0.5, "c+a00*150+a01*50"), (0, "c")):
         assert recipe_of_shares(manifest(common=True), weights, share).name == f"mta3:9f2c41d0:cat:{terms}"
@@ -224,7 +224,7 @@ def trainer() -> RowTrainer:
 
 
 @pytest.mark.parametrize("far", [0.3, 0.03])
-def test_the_curvature_is_found_in_drawn_answers_and_the_decay_in_how_far_people_differ(
+def test_curvature_and_decay_are_fitted_near_the_true_values(
     far: float, trainer: RowTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signer, "JUDGES", 300)
@@ -238,9 +238,7 @@ def test_the_curvature_is_found_in_drawn_answers_and_the_decay_in_how_far_people
     assert best / 4 < decay < best * 4
 
 
-def test_a_persons_own_row_has_no_part_in_the_decay_and_a_bank_of_one_keeps_the_default(
-    trainer: RowTrainer, tmp_path: Path
-) -> None:
+def test_decay_ignores_own_row_and_bank_of_one_keeps_default(trainer: RowTrainer, tmp_path: Path) -> None:
     bowl: Any = Quadratic()
     person = bowl.person(np.array([5.0, 0.0, 0.0, 0.0]))
     anchor = replace(person, own_row=0)
@@ -254,7 +252,7 @@ def test_a_persons_own_row_has_no_part_in_the_decay_and_a_bank_of_one_keeps_the_
 
 
 @pytest.mark.parametrize("own_row", [None, 0])
-def test_the_share_of_the_gain_that_the_leading_directions_keep_is_predicted(
+def test_gain_kept_by_the_leading_directions_is_predicted(
     own_row: int | None, trainer: RowTrainer, tmp_path: Path
 ) -> None:
     bowl: Any = Quadratic()
@@ -288,7 +286,7 @@ def test_the_first_items_move_a_user_on_from_their_topics(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-def test_a_signature_that_holds_what_is_no_number_is_as_good_as_none(tmp_path: Path, number: float) -> None:
+def test_signature_with_a_non_finite_number_is_ignored(tmp_path: Path, number: float) -> None:
     written, bank = signed_bank(tmp_path), opened(tmp_path)
     products = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
     assert bank.personalise(QUERY, Signature(written.short, 9, products)).source == "signature"
@@ -306,7 +304,7 @@ def test_a_signature_that_holds_what_is_no_number_is_as_good_as_none(tmp_path: P
         *((file, "damaged") for file in (INDEX_FILE, MAP_FILE, CURVATURE_FILE)),
     ],
 )
-def test_a_bank_that_does_not_fit_is_of_before_or_has_a_flipped_bit_is_refused(
+def test_mismatched_older_or_damaged_bank_is_refused(
     tmp_path: Path, changes: dict[str, object] | str, message: str
 ) -> None:
     if isinstance(changes, str):

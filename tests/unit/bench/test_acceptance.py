@@ -53,9 +53,7 @@ def test_a_missed_aim_is_shown_but_fails_nothing(written: Path) -> None:
     assert not Outcome("soak", "", 0.0, 1, []).passed
 
 
-def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_that_does_not_start_fails_its_steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = MagicMock(return_value=subprocess.CompletedProcess([], 0, stdout=""))
     monkeypatch.setattr(subprocess, "run", run)
     unready = AssertionError("ended with status 1 before Ready:\nall its output")

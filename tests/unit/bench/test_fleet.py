@@ -51,16 +51,14 @@ def failing(claims: list[Claim]) -> list[str]:
         ([asked(End.UNCLEAR, 300.0)], "requests with neither answer nor clear error"),
     ],
 )
-def test_of_a_hundred_requests_while_an_engine_is_down_one_may_fail_and_none_without_a_reason(
-    more: list[Outcome], wrong: str
-) -> None:
+def test_one_in_a_hundred_requests_may_fail_during_an_outage(more: list[Outcome], wrong: str) -> None:
     many = [asked(End.ANSWERED, 110.0)] * 100
     found = failing(about_requests([*many, *more], [ENGINE_AWAY, GATEWAY_AWAY]))
     assert len(found) == bool(wrong)
     assert all(claim.startswith(wrong) for claim in found)
 
 
-def test_a_part_is_back_within_a_minute_takes_no_more_and_nothing_is_left_of_the_erased_but_tombstones() -> None:
+def test_claims_on_outages_usage_and_leftover_keys_are_judged() -> None:
     assert failing(about_outages([Outage(Fault("worker", 20.0), 0.0, 79.0)])) == []  # its pause does not count
     assert failing(about_outages([Outage(Fault("worker"), 0.0, 61.0)])) == ["worker"]
     later = [Usage(310, 90), Usage(320, 60), Usage(200, 99)]
@@ -82,7 +80,7 @@ def test_a_part_is_back_within_a_minute_takes_no_more_and_nothing_is_left_of_the
         (httpx.RemoteProtocolError("Server disconnected without sending a response."), True),
     ],
 )
-def test_what_broke_has_failed_and_who_gets_no_connection_at_one_gateway_asks_the_other(
+def test_load_asks_other_gateway_only_when_no_connection_is_made(
     error: Exception, failed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replacing, "PAUSE_S", 0.001)
@@ -130,7 +128,7 @@ def test_what_two_engines_do_otherwise_is_named(alone: str, held: tuple[set[str]
     assert PERSONAL.met(dict(rows)["answers unlike the base model's"]) and not PERSONAL.met("8 of 10")
 
 
-def test_an_engine_keeps_the_recipes_that_were_used_last_and_users_ask_as_zipf_says() -> None:
+def test_engine_keeps_latest_recipes_and_users_ask_by_zipf() -> None:
     asking, engines = np.array([1, 2, 1, 3, 2, 1]), np.zeros(6, dtype=np.int64)
     assert served(asking, engines, 1, held=2).warm == pytest.approx(1 / 6)
     assert served(asking, engines, 1, held=3).warm == pytest.approx(3 / 6)
@@ -141,7 +139,7 @@ def test_an_engine_keeps_the_recipes_that_were_used_last_and_users_ask_as_zipf_s
     assert counts[0] / counts[99] == pytest.approx(100, rel=0.4)
 
 
-def test_a_run_of_hours_has_deaths_every_few_minutes_backups_by_the_hour_and_two_changes() -> None:
+def test_long_plan_has_deaths_hourly_backups_and_two_changes() -> None:
     lasting = MagicMock()
     events = list(plan(lasting, random.Random(1), 4 * 3600, 180, 3600))
     times = [at_s for at_s, _, _ in events]

@@ -33,7 +33,7 @@ not measured yet
 """
 
 
-def test_a_ratio_is_taken_pair_by_pair_and_a_percentile_is_one_of_the_readings() -> None:
+def test_ratio_is_taken_by_pairs_and_percentile_is_a_reading() -> None:
     ratio = Spread.ratio([10.0, 30.0, 20.0], [10.0, 10.0, 40.0])
     assert (ratio.median, ratio.min, ratio.max, ratio.n) == (1.0, 0.5, 3.0, 3)
     with pytest.raises(ValueError, match="longer"):
@@ -56,7 +56,7 @@ def test_values_are_shown_with_a_few_digits(value: object, text: str) -> None:
     assert shown(value) == text
 
 
-def test_tables_and_rows_are_written_with_the_machine_and_the_command(tmp_path: Path) -> None:
+def test_tables_and_rows_are_written_with_machine_and_command(tmp_path: Path) -> None:
     spread, out = Spread.of([1.0, 2.0, 4.0]), tmp_path / "made" / "cost.json"
     values = {"median": 2.0, "min": 1.0, "max": 4.0, "n": 3}
     tabulate([Figures("A title", ("what", "ms"), [["row", spread]])], out, bench="cost", pairs=3)
@@ -68,7 +68,7 @@ def test_tables_and_rows_are_written_with_the_machine_and_the_command(tmp_path: 
     assert json.loads(out.read_text("utf-8"))["rows"] == {"a": values, "b": "text"}
 
 
-def test_a_value_that_is_wrong_is_marked_and_fails_the_run_once_everything_is_written(tmp_path: Path) -> None:
+def test_wrong_value_is_marked_and_fails_the_run_after_writing(tmp_path: Path) -> None:
     out = tmp_path / "claims.json"
     report("Claims", [("failed", marked(0, True)), ("served", marked("yes", True))], out)
     with pytest.raises(typer.Exit) as ended:
@@ -78,7 +78,7 @@ def test_a_value_that_is_wrong_is_marked_and_fails_the_run_once_everything_is_wr
     assert [figure.met for figure in judge(out, [OWN_VERDICT])] == [False, True]
 
 
-def test_means_are_of_what_was_counted_in_between_over_all_labels_of_a_histogram() -> None:
+def test_means_cover_the_interval_and_all_histogram_labels() -> None:
     names = {"fuse": "mta_engine_fuse_seconds", "load": "mta_engine_load_seconds"}
     registry = CollectorRegistry()
     fuse = Histogram(names["fuse"], "Fusing.", ["kind"], registry=registry)
@@ -105,7 +105,7 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_block_gets_its_table_without_empty_columns_and_the_rest_of_the_page_stays(results: Path) -> None:
+def test_block_gets_its_table_and_the_rest_of_the_page_stays(results: Path) -> None:
     found = read_results(results)
     assert set(found) == {"cost", "cold"}  # `other.json` is another program's
     filled = fill(PAGE, found)

@@ -104,7 +104,7 @@ def table(out: Path) -> list[dict[str, Any]]:
     return [dict(zip(found["columns"], line, strict=True)) for line in found["lines"]]
 
 
-async def test_a_stream_has_a_first_token_and_gaps_and_a_failure_ends_the_run(stand: dict[str, Streaming]) -> None:
+async def test_stream_has_first_token_and_gaps_and_failure_ends_run(stand: dict[str, Streaming]) -> None:
     async with loading(stand["ours"].engine) as (loader,):
         answer = await loader.stream(Ask("a", [5, 6, 7], 4))
         assert (answer.tokens, len(answer.gaps_ms)) == (4, 3)
@@ -164,7 +164,7 @@ def test_cost_refuses_what_it_would_ignore(given: dict[str, Any], hint: str, mon
     assert refused.value.param_hint == hint
 
 
-def test_the_wait_is_over_when_all_are_signed_who_can_be_by_a_bank_with_signatures(
+def test_wait_ends_when_all_users_who_can_be_are_signed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rule, looks, keys = ["signature"], Counter[str](), set[str | None]()
@@ -217,9 +217,7 @@ def subject(tiny_bank_folder: Path, tiny_model_folder: Path) -> Subject:
 
 
 @pytest.mark.parametrize("rule", [WeightRule(), WeightRule(posterior=PosteriorRule())])
-def test_recipes_are_fused_by_the_bank_never_the_same_and_last_as_long_as_a_run_needs(
-    subject: Subject, rule: WeightRule
-) -> None:
+def test_recipe_names_are_fusible_distinct_and_enough(subject: Subject, rule: WeightRule) -> None:
     subject = replace(subject, manifest=subject.manifest.model_copy(update={"weights": rule}))
     names = subject.names(3000)
     assert len(set(names)) == 3000
@@ -229,7 +227,7 @@ def test_recipes_are_fused_by_the_bank_never_the_same_and_last_as_long_as_a_run_
         assert len(recipe.terms) == (len(subject.manifest.anchors) if rule.posterior else rule.anchors)
 
 
-def test_a_bank_with_too_few_anchors_says_so_and_no_bank_names_the_setting(
+def test_too_few_anchors_and_a_missing_bank_are_explained(
     tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lonely = tiny_bank(tmp_path, tiny_model_folder, embedder_folder, anchors=1, k=1)
@@ -240,7 +238,7 @@ def test_a_bank_with_too_few_anchors_says_so_and_no_bank_names_the_setting(
         configured_subject(None, None)
 
 
-def test_a_random_bank_has_its_rank_and_a_model_may_be_without_weights(
+def test_random_bank_has_its_rank_and_model_needs_no_weights(
     tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path
 ) -> None:
     made = random_subject(tmp_path, str(tiny_model_folder), 16, anchors=3)
@@ -259,7 +257,7 @@ def test_a_random_bank_has_its_rank_and_a_model_may_be_without_weights(
     assert (sizes["k_proj"], sizes["down_proj"]) == ((32, 16), (48, 32))
 
 
-def test_what_a_model_needs_for_a_step_and_a_prompt_is_what_is_counted_on_it(subject: Subject) -> None:
+def test_step_bytes_and_prompt_flops_equal_counts_on_a_model(subject: Subject) -> None:
     shape, manifest = Model.read(subject.model), subject.manifest
     layout, model = manifest.layout, AutoModelForCausalLM.from_pretrained(subject.model)
     assert shape.weights == sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -275,7 +273,7 @@ def test_what_a_model_needs_for_a_step_and_a_prompt_is_what_is_counted_on_it(sub
     assert shape.prompt_flops(50, manifest) - shape.prompt_flops(50) == adapter
 
 
-def test_ours_is_the_product_s_command_stock_loads_as_vllm_does_and_plain_knows_nothing_of_lora(
+def test_ours_is_the_product_command_and_plain_has_no_lora(
     subject: Subject,
 ) -> None:
     settings = Settings(bank=subject.bank, engine_port=PORT, engine_key=KEY, max_num_seqs=16, max_loras=3)  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ def test_a_copy_is_read_as_it_was_written_and_by_its_owner_alone(copy: Path) -> 
     assert SECRET not in (copy / MANIFEST).read_text()
 
 
-def test_a_copy_that_is_incomplete_damaged_or_not_a_copy_is_refused(copy: Path) -> None:
+def test_incomplete_damaged_or_foreign_copy_is_refused(copy: Path) -> None:
     said = refusal("restore", copy.parent, "--without-erasures")
     assert f"It contains the copies {copy.name}: name one" in said
     raw = (copy / DATA).read_bytes()
@@ -102,7 +102,7 @@ def test_another_secret_and_none_are_refused(copy: Path, monkeypatch: pytest.Mon
     assert "MTA_SECRET is not set" in refusal("restore", copy, "--without-erasures")
 
 
-def test_a_store_that_does_not_answer_leaves_no_copy_and_a_line_in_the_audit_log(
+def test_silent_store_leaves_no_copy_and_an_audit_line(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MTA_AUDIT", str(tmp_path / "audit.jsonl"))

@@ -93,7 +93,7 @@ def test_samples_fit_what_the_worker_has(
 
 
 @pytest.mark.parametrize("needs", [SMALL, LLAMA])
-def test_both_together_never_take_more_than_is_free_and_the_engine_keeps_half(needs: Required) -> None:
+def test_gpu_plan_fits_free_memory_and_engine_keeps_half(needs: Required) -> None:
     for total_gib, free in itertools.product((6, 8, 16, 24, 40, 48, 80, 141), (1.0, 0.97, 0.7, 0.3)):
         one = card(total_gib, free * total_gib)
         shares, usable = plan([one], needs, Settings())[0], min(one.free, MAX_GPU_SHARE * one.total)
@@ -174,7 +174,7 @@ def test_up_prints_the_plan_and_starts_both_by_it(
     assert (share < 0.9) is on_card
 
 
-def test_a_worker_without_a_share_sees_no_gpu_and_one_with_a_share_keeps_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_keeps_to_its_gpu_share_or_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")

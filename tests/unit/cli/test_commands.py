@@ -90,9 +90,7 @@ def test_it_says_its_version() -> None:
 
 
 @pytest.mark.parametrize(("kind", "command"), [(BuildOptions, commands.build), (ImportOptions, commands.import_)])
-def test_a_command_has_every_option_and_gives_what_is_typed_and_the_options_own_defaults(
-    kind: type, command: Callable[..., None]
-) -> None:
+def test_command_has_every_option_with_its_own_default(kind: type, command: Callable[..., None]) -> None:
     defaults, parameters = kind("chat"), inspect.signature(command).parameters
     given = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(kind)}
     assert given.keys() <= parameters.keys()
@@ -141,13 +139,13 @@ def test_texts_are_asked_for_where_answers_have_a_voice(tmp_path: Path) -> None:
     assert "this bank's answers are score" in " ".join(refused.output.replace("│", " ").split())
 
 
-def test_a_store_that_cannot_be_reached_is_told_with_the_cause_and_the_setting(tmp_path: Path) -> None:
+def test_unreachable_store_is_told_with_cause_and_setting(tmp_path: Path) -> None:
     write_manifest(tmp_path, manifest())
     failed = mta("readapt", "--bank", str(tmp_path), "--redis-url", "redis://127.0.0.1:1").exception
     assert re.search("connecting to 127.0.0.1:1.* MTA_REDIS_URL is correct", str(failed))
 
 
-def test_each_benchmark_shows_its_own_options_and_all_are_listed_and_have_a_main() -> None:
+def test_each_benchmark_is_listed_with_its_options_and_a_main() -> None:
     for name, option in BENCH_OPTIONS.items():
         result = mta("bench", name, "--help")
         assert result.exit_code == 0
@@ -162,7 +160,7 @@ def test_each_benchmark_shows_its_own_options_and_all_are_listed_and_have_a_main
         assert "\ndef main(" in Path(spec.origin).read_text("utf-8"), module
 
 
-def test_a_benchmark_asks_for_a_bank_and_refuses_an_unknown_option(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_needs_a_bank_and_refuses_unknown_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MTA_BANK", raising=False)
     for name in ("cost", "cold", "thrash", "stall", "adapt"):
         failed = mta("bench", name).exception
@@ -187,9 +185,7 @@ def test_a_signal_while_exceptions_reach_nobody_ends_a_command(number: str, stat
         ("raise KeyboardInterrupt", 130, "KeyboardInterrupt\n"),
     ],
 )
-def test_a_process_full_of_heavy_imports_ends_with_its_status_and_lists_no_leaks(
-    end: str, status: int, said: str
-) -> None:
+def test_heavy_process_ends_with_its_status_and_lists_no_leaks(end: str, status: int, said: str) -> None:
     pytest.importorskip("triton")
     done = ran(FROZEN.replace("END", end))
     assert (done.returncode, done.stdout) == (status, "all is done\n")
@@ -219,7 +215,7 @@ def test_a_path_is_told_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_rows_then_pieces_of_other_work_then_another_row_are_all_shown(terminal: bool) -> None:
+def test_progress_shows_rows_then_pieces_then_another_row(terminal: bool) -> None:
     with Shown(force_terminal=terminal) as progress:
         progress.begin({"common": 10})
         progress.step("common", 1, StepReport(1, 2.5, 10))
@@ -231,14 +227,14 @@ def test_rows_then_pieces_of_other_work_then_another_row_are_all_shown(terminal:
 
 
 @pytest.mark.parametrize("begun", [0, 2])
-def test_the_time_left_of_pieces_is_that_of_those_to_be_made_at_the_pace_of_those_made(begun: int) -> None:
+def test_time_left_uses_the_pace_of_pieces_made_in_this_run(begun: int) -> None:
     with Shown() as progress:  # pieces that an earlier run made took no time in this one
         lines = progress.pieces(*range(begun, begun + 6), of=32, each_s=6)
     left_s = 6 * (32 - begun - 5)
     assert lines[-1] == f"measuring: {begun + 5} of 32  about {left_s // 60}:{left_s % 60:02d} min left"
 
 
-def test_on_a_terminal_a_bar_begins_empty_and_shows_the_time_left() -> None:
+def test_terminal_bar_begins_empty_and_shows_the_time_left() -> None:
     with Shown(force_terminal=True, color_system=None) as progress:
         progress.piece("measuring", 0, 8)
         assert "measuring: 0 of 8" in progress.text.getvalue()
@@ -247,7 +243,7 @@ def test_on_a_terminal_a_bar_begins_empty_and_shows_the_time_left() -> None:
     assert re.search("━{10} +measuring: 2 of 8  about 3:00 min left", progress.text.getvalue())  # a quarter of 40
 
 
-def test_without_a_terminal_lines_are_some_seconds_apart_and_the_last_is_always_there() -> None:
+def test_lines_without_a_terminal_are_spaced_and_include_last() -> None:
     with Shown() as progress:
         lines = progress.pieces(*range(13), of=12, each_s=2)
     assert [line.split("  ")[0] for line in lines] == [f"measuring: {done} of 12" for done in (3, 6, 9, 12)]

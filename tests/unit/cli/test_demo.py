@@ -76,7 +76,7 @@ def test_every_item_of_an_anchor_bears_its_mark_alone_and_trains() -> None:
         assert all(_manner_of(user).shows(output) for _, output in pairs)
 
 
-def test_each_of_the_three_has_a_manner_with_anchors_enough_and_nothing_of_theirs_trained_the_bank() -> None:
+def test_demo_people_have_anchors_and_untrained_sentences() -> None:
     assert {person.manner for person in PEOPLE} == set(MANNERS)
     for manner in MANNERS:
         assert sum(_manner_of(user) is manner for user in ANCHORS) > 2
@@ -150,7 +150,7 @@ def test_each_call_to_try_is_one_shell_command_with_json() -> None:
     assert [body.get("user_id") for body in bodies] == ["kai", None, "me"]
 
 
-def test_without_a_terminal_it_shows_both_tables_and_stops_the_server(
+def test_demo_without_terminal_shows_tables_and_stops_server(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     stopped: list[str] = []

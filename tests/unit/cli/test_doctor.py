@@ -151,9 +151,7 @@ def test_a_port_in_use_and_folders_that_are_full_or_not_writable(
     )
 
 
-def test_requirements_that_are_missing_or_of_another_version_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_or_mismatched_requirements_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "dough", "1.4")
     wanted = ("dough<2", "dough>=1.5", "sugar", 'butter==3; extra == "cake"', 'pan[cake]; extra == "bun"')
     install(tmp_path, "pan", "1", *wanted, 'never; python_version < "3"')
@@ -184,9 +182,7 @@ def test_an_engine_that_is_missing_or_installed_twice(
     assert (found.state, found.remedy[: len(remedy)]) == (state, remedy)
 
 
-def test_a_gpu_that_is_missing_or_not_used_and_a_missing_compiler(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_reports_missing_or_unused_gpu_and_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, found = Settings(cache_dir=tmp_path), list[Card]()
     monkeypatch.setattr(machine, "cards", lambda: found)
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
@@ -244,9 +240,7 @@ def test_the_kernel_names_the_processors_instruction_sets(
     assert cpu_flags() == set()
 
 
-def test_a_package_that_cannot_be_imported_is_named_and_broken_audio_is_only_advice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_import_is_named_and_broken_audio_is_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "torchaudio", "2.11", code=BROKEN)
     install(tmp_path, "fine", "1", code="try:\n import torchaudio\nexcept ModuleNotFoundError:\n pass\n")
     install(tmp_path, "broken", "1", code=BROKEN)

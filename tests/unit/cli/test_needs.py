@@ -41,9 +41,7 @@ def llama(size: str) -> LlamaConfig:
     return LlamaConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, **LLAMA[size])
 
 
-def test_what_is_computed_is_what_the_files_of_a_small_model_take(
-    tiny_model_folder: Path, tiny_bank_folder: Path
-) -> None:
+def test_computed_needs_equal_the_file_sizes_of_a_small_model(tiny_model_folder: Path, tiny_bank_folder: Path) -> None:
     needs, manifest = Needs.of(AutoConfig.from_pretrained(tiny_model_folder)), read_manifest(tiny_bank_folder)
     user = random_user_adapter(manifest, FusionRecipe(manifest.short, manifest.method, True, ()), rank=2)
     for computed, measured in (
@@ -117,7 +115,7 @@ def test_the_command_prints_them_without_weights(tmp_path: Path) -> None:
     ],
     ids=["awq", "fp8", "compressed-tensors"],
 )
-def test_a_quantised_model_is_served_as_stored_and_trained_in_16_bits(
+def test_quantised_model_is_served_as_is_and_trained_in_16_bits(
     tmp_path: Path, tiny_bank_folder: Path, quantised: dict[str, Any], bits: int
 ) -> None:
     config = llama("8B").to_dict() | {"quantization_config": quantised, "dtype": "bfloat16"}

@@ -70,7 +70,7 @@ print(process.exitcode)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core leaves no choice")
-def test_a_core_forked_after_computing_can_compute_and_a_whole_team_has_a_core_for_each_thread() -> None:
+def test_forked_core_computes_and_each_thread_has_its_own_core() -> None:
     command = [sys.executable, "-c", PROGRAM]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False)
     cores = sorted(os.sched_getaffinity(0))
@@ -86,7 +86,7 @@ def test_a_core_forked_after_computing_can_compute_and_a_whole_team_has_a_core_f
     ), ran.stderr
 
 
-def test_an_engine_gets_the_openmp_that_torch_has_unless_it_was_given_one() -> None:
+def test_engine_preloads_openmp_of_torch_unless_given_one() -> None:
     for given in ("/lib/libgomp.so.1", "/lib/libiomp5.so"):
         assert [name for name in preloads(given).split(":") if "omp" in name] == [given]
     given, *more = preloads("/lib/libother.so").split(":")
@@ -101,7 +101,7 @@ def generator_of(generator: torch.Generator | None) -> torch.Generator | None:
     return made.generator
 
 
-def test_a_draw_that_is_taken_back_does_not_change_what_a_seed_gives() -> None:
+def test_withdrawn_draw_does_not_change_what_a_seed_gives() -> None:
     def drawn(generator: Any) -> list[float]:
         return torch.empty(4).exponential_(generator=generator).tolist()
 
@@ -174,7 +174,7 @@ def only_slots_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("only_slots_count")
-def test_a_recipe_gets_its_slot_however_many_keep_coming_for_the_others() -> None:
+def test_waiting_recipe_gets_a_slot_despite_steady_requests() -> None:
     """Each step ends one running request of every recipe, and brings a new one for every slot."""
     steps, late = 0, Asked(9, LONG)
     fair = Bare([late], FULL * 2)
@@ -244,7 +244,7 @@ def test_requests_whose_fusion_fails_twice_end_alone(running: list[Any]) -> None
     assert Counter(manager.fused) == {request_of(9).lora_name: 2, request_of(10).lora_name: 1}
 
 
-def test_an_arriving_request_starts_its_fusion_in_the_engine_core(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arriving_request_starts_its_fusion_in_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
     before = EngineCore.preprocess_add_request
     seen: list[str] = []
     manager: Any = SimpleNamespace(prefetch=seen.append)

@@ -127,7 +127,7 @@ def test_each_row_gets_the_dense_product_of_its_own_adapter(step: Step) -> None:
             assert ((made.double() - wanted[: len(made)]).abs() <= allowed[: len(made)]).all()
 
 
-def test_numbers_that_are_none_do_not_spread_and_without_adapters_nothing_is_added() -> None:
+def test_nan_does_not_spread_and_no_adapter_adds_nothing() -> None:
     step = Step((0, 1, -1, 0), ((2, False), (2, False)), 8, 32, (32, 5), dtype=torch.bfloat16)
     layer, wrapper = layer_of(step), wrapper_of(step)
     fresh = CpuLoRA(64, max_batches=64, device=torch.device("cpu"))  # before any step
@@ -153,7 +153,7 @@ def test_a_layer_without_a_steps_rows_or_outputs_is_refused(rows: int, outputs: 
         wrapper_of(step).add_lora_linear(y, x, *layer_of(step), 1.0, step.h_out)
 
 
-def test_a_vllm_with_an_operation_that_nobody_knows_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_with_an_unknown_operation_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PunicaWrapperCPU, "add_lora_convolution", lambda self: None, raising=False)
     with pytest.raises(BankError, match=r"has \['add_lora_convolution'\]"):
         lora.install()
@@ -218,9 +218,7 @@ def test_it_is_the_exact_sum_rounded_once(compiled: Any, rank: int, h_out: list[
 
 @settings(max_examples=40)
 @given(rank=st.sampled_from([1, 3, 8]), h_out=st.integers(1, 700) | st.just(2100), seed=st.integers(0, 1000))
-def test_rows_in_int8_are_summed_as_their_numbers_say_and_the_common_row_exactly(
-    compiled: Any, rank: int, h_out: int, seed: int
-) -> None:
+def test_int8_rows_sum_as_stored_and_common_row_exactly(compiled: Any, rank: int, h_out: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     layout = RowLayout((ModuleShape("m", 4, h_out),), rank, shared_a=True)
     rows = torch.randn(20, layout.row_numbers, generator=generator).bfloat16()
@@ -248,7 +246,7 @@ def test_rows_in_int8_are_summed_as_their_numbers_say_and_the_common_row_exactly
             compiled.weighted_sum_transposed(rows, [0], [1.0], rank, *wrong)
 
 
-def test_a_row_alone_comes_back_as_it_is_what_is_not_a_number_too_and_what_is_not_there_is_refused(
+def test_single_row_comes_back_as_it_is_and_absent_is_refused(
     compiled: Any,
 ) -> None:
     rows = torch.tensor([[1.0, -2.0, float("inf"), float("nan"), 0.5, 3.0]]).bfloat16()

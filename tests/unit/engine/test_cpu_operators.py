@@ -93,7 +93,7 @@ def _starts(step: Step) -> list[int]:
 
 
 @pytest.mark.parametrize("rows", [FEW + 1, 2 * FEW])
-def test_of_many_rows_the_layer_alone_is_computed_and_adapters_as_vllm_does(rows: int) -> None:
+def test_many_rows_compute_the_layer_and_leave_lora_to_vllm(rows: int) -> None:
     step = Step(owners=(0,) * rows, tenants=((8, False),), slot_rank=8, h_in=64, h_out=(144,), dtype=torch.bfloat16)
     layer, base, weight = layer_with(step)
     x, vllms = random(step, rows, 64), MagicMock()

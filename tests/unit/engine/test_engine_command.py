@@ -155,7 +155,7 @@ def test_slots_fit_a_share_of_memory(on_cpu: bool, monkeypatch: pytest.MonkeyPat
 
 
 @gpu
-def test_on_a_gpu_every_request_of_a_batch_may_have_its_own_recipe_unless_one_asks_for_less(on_cpu: bool) -> None:
+def test_gpu_batch_has_a_recipe_per_request_by_default(on_cpu: bool) -> None:
     for sequences in ("4", "100"):
         started = command(max_num_seqs=sequences)
         assert started["max-loras"] == started["max-num-seqs"] == sequences
@@ -183,7 +183,7 @@ def test_phrases_are_mixed_by_the_class_of_the_runner(on_cpu: bool, monkeypatch:
     assert found == [first if on_cpu else second, first]
 
 
-def test_it_traces_to_where_its_gateway_does_and_logs_as_it_does_only_if_they_are_to() -> None:
+def test_engine_traces_and_logs_like_its_gateway_if_asked() -> None:
     started = command()
     assert "--otlp-traces-endpoint" not in started.argv
     assert not {"VLLM_LOGGING_CONFIG_PATH", "OTEL_SERVICE_NAME"} & started.environment.keys()
@@ -231,7 +231,7 @@ BIND, OMP = "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
     ],
 )
 @pytest.mark.usefixtures("on_cpu")
-def test_threads_keep_to_its_share_of_the_cores_and_to_what_it_is_told(
+def test_threads_keep_to_the_share_of_cores_or_given_number(
     monkeypatch: pytest.MonkeyPatch, ranks: int, share: Share | None, threads: str | None, expected: dict[str, str]
 ) -> None:
     if threads:
@@ -251,7 +251,7 @@ def test_one_of_several_engines_keeps_to_its_share_of_the_gpus(on_cpu: bool, mon
     assert visible(1) == "6,7"
 
 
-def test_a_containers_limit_counts_where_it_is_below_the_machines_memory(tmp_path: Path) -> None:
+def test_container_limit_below_the_machine_memory_counts(tmp_path: Path) -> None:
     limit = tmp_path / "memory.max"
     machine = engine.memory_bytes([limit])
     for written, memory in (("max", machine), ("123456", 123456)):

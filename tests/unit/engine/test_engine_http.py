@@ -42,7 +42,7 @@ async def knock(method: str, path: str, authorization: bytes | None = None, **ch
 
 
 @pytest.mark.parametrize(("method", "path"), sorted(KEYED_ROUTES))
-async def test_a_route_of_the_product_opens_to_each_key_and_to_nothing_else(method: str, path: str) -> None:
+async def test_product_route_opens_to_each_valid_key_only(method: str, path: str) -> None:
     for right in (scheme + key for scheme in (b"Bearer ", b"bearer ") for key in KEYS):
         assert await knock(method, path, right) == 200
     almost = (b"Bearer first-key ", b"Bearer FIRST-KEY", b"first-key", b"\xff\xfe")
@@ -75,7 +75,7 @@ async def test_a_websocket_is_refused_as_soon_as_it_knocks() -> None:
         ({"specialize_active_lora": True}, "--specialize-active-lora counts no common recipe"),
     ],
 )
-def test_options_that_recipes_cannot_be_served_with_end_the_start(changed: dict[str, Any], words: str) -> None:
+def test_options_that_cannot_serve_recipes_end_the_start(changed: dict[str, Any], words: str) -> None:
     needed = {"enable_lora": True, "lora_modules": None, "max_loras": 8, "max_cpu_loras": 64, "max_lora_rank": 8}
     bank: Any = SimpleNamespace(serving_rank=8, shares_prompts=True)
     engine = AsyncMock(**{"vllm_config.use_v2_model_runner": False})
@@ -101,7 +101,7 @@ async def test_an_engine_that_is_to_stop_sends_everybody_on_to_another() -> None
 
 
 @pytest.mark.parametrize("timeout_s", [10 * PATIENCE_S, 0.01])
-async def test_it_stops_once_what_it_had_begun_is_done_or_its_time_is_up(timeout_s: float) -> None:
+async def test_drain_stops_when_requests_end_or_time_is_up(timeout_s: float) -> None:
     stopped = asyncio.Event()
     drain = Drain(timeout_s, stop=stopped.set)
     with drain.request():
@@ -170,7 +170,7 @@ async def test_everything_is_shown_before_a_worker_has_said_anything(worker: Wor
     assert not any(first.values())
 
 
-async def test_requests_under_one_name_at_once_share_a_slot_and_names_are_counted(worker: Worker) -> None:
+async def test_requests_of_one_name_share_a_slot_and_are_counted(worker: Worker) -> None:
     for name in ("a", "b", "a", "a"):
         worker.names.lease(name)
     for name in ("a", "a", "a"):
@@ -201,7 +201,7 @@ async def test_a_busy_or_failing_worker_leaves_the_last_known_values(
     assert shown(worker.published)["mta_engine_load_seconds_count"] == 2
 
 
-async def test_a_gateway_is_told_in_brief_what_was_said_last_and_waits_for_nothing(worker: Worker) -> None:
+async def test_summary_gives_the_latest_figures_without_waiting(worker: Worker) -> None:
     worker.gate.clear()
     for figure in (worker.metrics.fuse, worker.published.check, worker.published.check):
         figure.observe(0.1)
@@ -214,7 +214,7 @@ async def test_a_gateway_is_told_in_brief_what_was_said_last_and_waits_for_nothi
     assert worker.asked == 2
 
 
-async def test_a_recipe_that_is_fused_later_than_it_was_checked_makes_no_counter_fall(worker: Worker) -> None:
+async def test_warm_counter_never_falls_when_fusion_follows_check(worker: Worker) -> None:
     warm = []
     for observed in (worker.published.check, worker.metrics.fuse, worker.published.check):
         observed.observe(0.1)

@@ -160,7 +160,7 @@ def test_what_is_released_is_held_nowhere_any_more(manager: CountingManager) -> 
     assert manager.held() == manager.resident() == manager._prefetcher.names == []
 
 
-def test_two_requests_for_a_recipe_that_nobody_asked_for_before_fuse_it_once(manager: CountingManager) -> None:
+def test_two_requests_for_a_new_recipe_fuse_it_once(manager: CountingManager) -> None:
     manager.arrive(recipe(1), recipe(1))
     with manager.meanwhile(manager._apply_adapters, {recipe(1)}):
         manager.prefetch(recipe(1))
@@ -171,7 +171,7 @@ def test_two_requests_for_a_recipe_that_nobody_asked_for_before_fuse_it_once(man
     assert (footprint, thread[:8]) == ((BANK, ()), "mta-fuse")
 
 
-def test_a_fusion_under_way_when_its_slot_is_needed_is_waited_for(manager: CountingManager) -> None:
+def test_step_waits_for_a_fusion_already_under_way(manager: CountingManager) -> None:
     """Both slots are taken, by one that the step uses and one that it does not."""
     manager._apply_adapters({recipe(1), recipe(2)})
     manager.arrive(recipe(3))
@@ -181,7 +181,7 @@ def test_a_fusion_under_way_when_its_slot_is_needed_is_waited_for(manager: Count
     assert counted(manager) == {"fuse": 3, "bring_in": 3, "slot_write": 3, "slot_evictions": 1}
 
 
-def test_who_is_erased_while_their_adapter_is_being_fused_leaves_nothing(manager: CountingManager) -> None:
+def test_user_erased_during_the_fusion_leaves_nothing(manager: CountingManager) -> None:
     name = stacked("a").lora_name
     manager.gate.clear()
     manager.hold(name, b"")
@@ -192,7 +192,7 @@ def test_who_is_erased_while_their_adapter_is_being_fused_leaves_nothing(manager
     assert manager.held() == manager._prefetcher.names == manager.resident() == []
 
 
-def test_the_fusing_thread_computes_alone_also_where_vllm_has_disabled_the_setting(
+def test_fusing_thread_uses_one_thread_if_vllm_disables_setting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads = torch.get_num_threads()
@@ -205,7 +205,7 @@ def test_the_fusing_thread_computes_alone_also_where_vllm_has_disabled_the_setti
         torch._C.set_num_threads(threads)
 
 
-def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for() -> None:
+def test_awaited_fusions_displace_those_without_a_waiter() -> None:
     prefetcher = FusionPrefetcher(str.upper)
     for number in range(MAX_PREFETCHED):
         prefetcher.start(f"old {number}")
@@ -219,7 +219,7 @@ def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for()
     assert len(prefetcher.names) == MAX_PREFETCHED
 
 
-def test_of_more_that_wait_than_are_kept_the_first_are_fused_and_the_next_as_they_are_taken() -> None:
+def test_first_waiting_recipes_are_fused_and_the_rest_in_turn() -> None:
     prefetcher, waiting = FusionPrefetcher(str.upper), [f"{number}" for number in range(2 * MAX_PREFETCHED)]
     for taken in range(MAX_PREFETCHED):
         prefetcher.unfinished(waiting[taken:])
@@ -230,7 +230,7 @@ def test_of_more_that_wait_than_are_kept_the_first_are_fused_and_the_next_as_the
         prefetcher.discard(waiting[taken])
 
 
-def test_a_step_waits_for_its_own_fusions_and_for_none_that_is_only_in_the_line(manager: CountingManager) -> None:
+def test_step_waits_for_its_own_fusions_and_not_for_queued_ones(manager: CountingManager) -> None:
     manager.arrive(*map(recipe, range(1, 6)))
     with manager.meanwhile(manager._apply_adapters, dict.fromkeys((recipe(5), recipe(4)))):
         wait_until(lambda: manager._prefetcher.names[:1] == names_of(5), "the step to wait")

@@ -37,7 +37,7 @@ def make_names(capacity: int, in_flight: set[str] | None = None, next_id: int = 
     return AdapterNames({}, capacity=capacity, in_flight=lambda: in_flight or set(), next_id=next_id)
 
 
-def test_the_least_recently_used_name_goes_first_that_is_not_in_flight_inside_the_engine() -> None:
+def test_least_recent_name_not_in_flight_is_evicted_first() -> None:
     names = make_names(8, in_flight={"b"})
     ids = {name: names.lease(name).lora_int_id for name in "abcdefgh"}
     for name in ids:
@@ -182,14 +182,14 @@ async def test_unservable_adapters_are_refused(
     assert (world.told, len(world.adapters)) == ([], 0)
 
 
-async def test_beyond_their_room_the_least_recently_used_go_and_never_what_is_in_use() -> None:
+async def test_full_room_evicts_least_recent_adapters_not_in_use() -> None:
     world = World(room=2)
     world.in_use.add(recipe("b").name)
     await world.hold("b", "c", "d")
     assert (world.held, len(world.adapters)) == ({"b", "d"}, 2)
 
 
-async def test_what_the_store_no_longer_has_is_released_once_nobody_uses_it(world: World) -> None:
+async def test_adapter_gone_from_the_store_is_released_once_unused(world: World) -> None:
     await world.hold("b", "c")
     del world.kept["b" * 25 + "e"]
     world.keep("c", "d")  # replaced
@@ -208,7 +208,7 @@ async def test_what_the_store_no_longer_has_is_released_once_nobody_uses_it(worl
     assert not world.held
 
 
-async def test_dropping_a_user_says_how_much_is_still_in_use_and_outlives_its_client(world: World) -> None:
+async def test_drop_counts_uses_left_and_goes_on_without_its_client(world: World) -> None:
     await world.hold("b", "c", "d")
     world.in_use.add(recipe("b").name)
     assert await world.drop("b") == 1
@@ -260,7 +260,7 @@ async def left(asking: asyncio.Task[None]) -> None:
 
 
 @pytest.mark.parametrize("let_go", ["sweep", "drop"])
-async def test_a_client_that_leaves_meanwhile_leaves_nothing_unknown_in_the_workers(world: World, let_go: str) -> None:
+async def test_workers_release_the_adapter_of_a_departed_client(world: World, let_go: str) -> None:
     await left(await begun(world, "b"))
     world.kept.clear()
     going: Any = asyncio.ensure_future(world.adapters.sweep() if let_go == "sweep" else world.drop("b"))
@@ -285,7 +285,7 @@ async def test_a_second_request_waits_until_the_workers_have_it(world: World) ->
     assert (world.held, world.told) == ({"b"}, ["hold", "held"])
 
 
-async def test_what_the_workers_could_not_take_is_released_and_tried_anew(world: World) -> None:
+async def test_adapter_the_workers_refuse_is_released_and_retried(world: World) -> None:
     world.failure = RuntimeError("a rank is gone")
     with pytest.raises(RuntimeError, match="a rank is gone"):
         await world.hold("b")
@@ -295,7 +295,7 @@ async def test_what_the_workers_could_not_take_is_released_and_tried_anew(world:
     assert world.held == {"b"}
 
 
-async def test_what_fails_once_its_client_has_left_is_no_error_of_the_event_loop(world: World) -> None:
+async def test_failure_after_the_client_left_is_no_loop_error(world: World) -> None:
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
     await left(await begun(world, "b"))

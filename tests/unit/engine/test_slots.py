@@ -124,7 +124,7 @@ class BareSlots(CpuSlots):
         return [sums(self.modules["q"], index)[0] for index in range(SLOTS)]
 
 
-def test_vllm_gives_a_slot_the_bytes_that_are_computed_from_its_widths() -> None:
+def test_vllm_gives_a_slot_the_bytes_computed_from_its_widths() -> None:
     layer: Any = ReplicatedLinearWithLoRA.__new__(ReplicatedLinearWithLoRA)
     base: Any = ReplicatedLinear.__new__(ReplicatedLinear)
     for module in (layer, base):
@@ -142,7 +142,7 @@ def slots() -> BareSlots:
     return BareSlots()
 
 
-def test_weights_are_wiped_while_they_lie_in_a_slot_and_no_others(slots: BareSlots) -> None:
+def test_wipe_clears_the_named_weights_in_slots_and_no_others(slots: BareSlots) -> None:
     slots.serve(1, "ann", 1.0)
     slots.serve(2, "bob", 2.0)
     slots.remove_adapter(1)
@@ -156,7 +156,7 @@ def test_weights_are_wiped_while_they_lie_in_a_slot_and_no_others(slots: BareSlo
     assert (slots.numbers, slots.written_recipes) == ([(A, 3 * B), (A, 4 * B)], {"cid", "dan"})
 
 
-def test_a_stacked_adapter_is_written_whole_and_overwritten_without_a_trace(slots: BareSlots) -> None:
+def test_stacked_adapter_is_written_whole_over_the_former_one(slots: BareSlots) -> None:
     for lora_id, (number, own) in enumerate(((3.0, 1), (2.0, 0), (1.0, 1)), 1):
         slots.serve(lora_id, f"user {lora_id}", number, own=bool(own))
         assert slots.numbers[0] == (A + number * own * OWN * HIDDEN, number * HIDDEN * (RANK + own * OWN))
@@ -186,7 +186,7 @@ def test_what_vllm_slices_first_is_written_by_vllm(slots: BareSlots) -> None:
     assert slots.numbers[0] == (A, B)
 
 
-def test_what_vllm_packed_is_the_same_each_time_it_is_brought_back(slots: BareSlots) -> None:
+def test_packed_adapter_is_unchanged_each_time_it_returns(slots: BareSlots) -> None:
     """Packing folds alpha over rank into B, in place, and vLLM packs an adapter whenever it comes into a slot."""
     slots.modules, slots.packed_modules = {"qv": bare_layer(MergedColumnParallelLinearWithLoRA, 2)}, {"qv": ["q", "v"]}
     flat = FlatLora((Q, V), (torch.ones(RANK * 2 * HIDDEN),), torch.full((2 * HIDDEN, RANK), 3.0))
@@ -202,7 +202,7 @@ def test_what_vllm_packed_is_the_same_each_time_it_is_brought_back(slots: BareSl
     assert (flat.b == 3).all()
 
 
-def test_what_the_cpu_tier_holds_under_an_id_is_known_until_it_lets_go_of_it(slots: BareSlots) -> None:
+def test_recipe_in_the_cpu_tier_is_known_by_id_until_removed(slots: BareSlots) -> None:
     for lora_id, name in enumerate(("ann", "bob", "cid"), 1):
         slots.serve(lora_id, name, 1.0)
     slots.deactivate_adapter(3)

@@ -84,7 +84,7 @@ def offered(ours: type) -> set[str]:
 
 
 @pytest.mark.parametrize("patch", list(replaced()))
-def test_what_the_engine_replaces_is_there_with_the_parameters_of_the_table(patch: patches.Patch) -> None:
+def test_each_replaced_vllm_function_has_the_table_parameters(patch: patches.Patch) -> None:
     patch.find()
 
 
@@ -101,7 +101,7 @@ def test_what_a_class_uses_of_the_one_that_it_extends_is_there(ours: type) -> No
 
 
 @pytest.mark.parametrize("ours", OURS)
-def test_every_method_of_vllm_that_is_overridden_stands_in_the_table(ours: type) -> None:
+def test_every_overridden_vllm_method_is_in_the_table(ours: type) -> None:
     table = {patch.name.rpartition(".")[2] for of_process in patches.PATCHES.values() for patch in of_process}
     mine = {name for base in ours.__mro__ if base.__module__.startswith("server.") for name in vars(base)}
     theirs = {name for base in ours.__mro__ if base.__module__.startswith("vllm.") for name in vars(base)}

@@ -52,7 +52,7 @@ def person(name: str, texts: int, step: float) -> Learner:
     return learner
 
 
-def test_losses_are_means_over_people_and_differences_are_within_people() -> None:
+def test_losses_are_means_over_and_differences_within_people() -> None:
     people = [person("ada", 16, 0.1), person("bob", 16, 0.1), person("cai", 6, 0.2)]
     lines = {str(line[0]): line[1:] for line in table(people).lines}
     assert list(lines) == ["1 to 3", "4 to 7", "8 to 11", "12 to 15"]

@@ -64,7 +64,7 @@ def test_what_is_no_method_is_named_with_those_that_are(name: str) -> None:
         parse_methods(f"base,{name}")
 
 
-def test_a_habit_is_a_rival_of_labels_history_is_one_everywhere_and_curves_end_before_all_items() -> None:
+def test_default_methods_and_curves_fit_the_kind_of_answers() -> None:
     text, score = ([method.name for method in default_methods(kind)] for kind in ("text", "score"))
     plain = [name for name in text if not name.endswith("+words")]
     assert score == ["prior", *(name.replace("@h3", "@h9") for name in plain)]  # a rating says less than a text
@@ -90,7 +90,7 @@ def test_a_habit_is_a_rival_of_labels_history_is_one_everywhere_and_curves_end_b
         (2, "text", 1, "random", "", ""),
     ],
 )
-def test_what_is_costly_is_for_the_sample_and_another_seed_for_what_is_random(
+def test_costly_runs_use_the_sample_and_random_ones_more_seeds(
     *, place: int, kind: AnswerKind, seed: int, methods: str, predicted: str, writing: str
 ) -> None:
     runs = [run for run in OPTIONS.runs(place, kind) if run.seed == seed]
@@ -103,7 +103,7 @@ def test_what_is_costly_is_for_the_sample_and_another_seed_for_what_is_random(
     assert not any(run.predicted for run in everybody.runs(9, "score"))
 
 
-def test_what_a_record_lacks_is_made_again_and_the_later_one_counts(tmp_path: Path) -> None:
+def test_incomplete_record_is_made_again_and_the_later_counts(tmp_path: Path) -> None:
     records, record = Records(tmp_path, "key"), Record("u", "u-0", "merged", 0, 0.5, None, "3", written=["once"])
     user = History("u", (), (Query("u-0", "?", "3"),))
     plain, answering, writing = MethodRun(MERGED), MethodRun(MERGED, predicted=True), MethodRun(MERGED, texts=3)
@@ -136,14 +136,14 @@ def shown(records: Sequence[Record]) -> list[list[str]]:
     return [block.splitlines() for block in table.strip().split("\n\n")]
 
 
-def test_errors_of_scores_are_means_over_all_queries_and_what_is_no_number_is_as_wrong_as_can_be() -> None:
+def test_score_errors_are_means_and_non_numbers_are_worst() -> None:
     for prediction, gold, error in (("4", 2, 2), (" 3.5\n", 2, 1.5), ("four", 2, 3), ("", 4, 3), ("nan", 5, 4)):
         assert lamp_metrics(FILMS, [prediction], [str(gold)])["mae"] == error
     found = lamp_metrics(FILMS, ["4", "2", "no idea"], ["5", "2", "1"])
     assert found == {"mae": pytest.approx((1 + 0 + 4) / 3), "rmse": pytest.approx(math.sqrt((1 + 0 + 16) / 3))}
 
 
-def test_labels_are_those_that_the_instruction_lists_any_other_is_wrong_and_macro_f1_is_over_all() -> None:
+def test_labels_come_from_the_instruction_and_others_are_wrong() -> None:
     assert TAGS.labels[:2] == ("sci-fi", "based on a book")
     assert len(TAGS.labels) == len(get_task("news_category").labels) == 15
     assert NEWS.labels == FILMS.labels == ()
@@ -164,7 +164,7 @@ def test_rouge_stems_and_counts_subsequences() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_an_interval_is_the_same_every_time_changes_sides_with_the_differences_and_may_be_the_mean_alone() -> None:
+def test_interval_is_reproducible_and_mirrors_with_the_sign() -> None:
     differences = np.random.default_rng(2).exponential(size=12)
     found, other = over_users(differences), over_users(-differences)
     assert found == over_users(differences)
@@ -178,7 +178,7 @@ def test_an_interval_is_the_same_every_time_changes_sides_with_the_differences_a
         assert found.mean == pytest.approx(alike[0])
 
 
-def test_sign_flips_of_few_users_are_counted_exactly_and_of_many_agree_with_the_t_test() -> None:
+def test_sign_flips_are_exact_for_few_and_like_t_test_for_many() -> None:
     sums = np.array(list(product((-1, 1), repeat=5))) @ (1, -2, 3, 4, 5)
     extreme = float(np.mean(np.abs(sums) >= 11))
     rows = ([1, -2, 3, 4, 5], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0])
@@ -188,7 +188,7 @@ def test_sign_flips_of_few_users_are_counted_exactly_and_of_many_agree_with_the_
     assert sign_flip_p(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.01)
 
 
-def test_by_holm_a_difference_that_is_sure_alone_is_not_among_many_and_p_never_goes_down() -> None:
+def test_holm_makes_a_lone_sure_difference_unsure_among_many() -> None:
     # 0.01 × 4, 0.02 × 3, then 0.03 × 2 = 0.06 and 0.04 × 1, which is raised to the one before.
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert (holm([0.6, 0.7]), holm([])) == ([1.0, 1.0], [])
@@ -203,7 +203,7 @@ def test_by_holm_a_difference_that_is_sure_alone_is_not_among_many_and_p_never_g
     assert "*" in str(alone) and "*" not in str(among)
 
 
-def test_a_column_is_tested_together_without_the_points_of_curves() -> None:
+def test_column_is_tested_together_without_curve_points() -> None:
     chance = np.random.default_rng(3)
     losses = {name: chance.normal(1, 0.3, 10) for name in ("task", "mean", "merged", "merged@k2", "base")}
     losses["stacked"] = losses["merged"][:4]
@@ -216,7 +216,7 @@ def test_a_column_is_tested_together_without_the_points_of_curves() -> None:
     assert rows["stacked"].against["merged"] == Interval(0, 0, 0, 4)
 
 
-def test_a_table_is_bold_where_a_difference_is_sure_and_says_what_that_means() -> None:
+def test_table_is_bold_for_sure_differences_and_explains_it() -> None:
     chance = np.random.default_rng(4)
     task = chance.normal(1, 0.3, 12)
     losses = {"task": task, "merged": task - 0.3 + chance.normal(0, 0.1, 12), "own": task + chance.normal(0, 0.1, 12)}
@@ -228,7 +228,7 @@ def test_a_table_is_bold_where_a_difference_is_sure_and_says_what_that_means() -
     assert caption == [CAPTION]
 
 
-def test_a_second_table_has_all_methods_over_the_sample_and_metrics_where_everybody_was_answered() -> None:
+def test_second_table_covers_the_sample_with_its_metrics() -> None:
     everyone = [record(user, method, 1.0, "3") for user in "abc" for method in ("base", "merged")]
     first, _, second, rows, _ = shown([*everyone, *(record(user, "stacked", 0.5, "3") for user in "ab")])
     assert (first, second) == (["**3 people**"], ["**2 of them**"])
@@ -239,7 +239,7 @@ def test_a_second_table_has_all_methods_over_the_sample_and_metrics_where_everyb
     assert ("mae" in table[0], "mae" in rows[0], "| 0.5000 |" in rows[2]) == (False, True, True)
 
 
-def test_a_terminal_shows_all_columns_in_eighty_and_stars_what_counts() -> None:
+def test_terminal_table_fits_80_columns_and_stars_sure_gains() -> None:
     methods = ("base", "task", "mean", "random", "merged:topic", "merged", "stacked", "own")
     losses = [(user, method, place + ord(user) / 100) for place, method in enumerate(methods) for user in "abcdefghi"]
     records = [record(user, method, loss, "3") for user, method, loss in losses]
@@ -253,7 +253,7 @@ def test_a_terminal_shows_all_columns_in_eighty_and_stars_what_counts() -> None:
     assert merged.split()[1:] == ["6.010", "0.000", "0.000", "+4.000*", "+3.000*", "+2.000*", "+1.000*", "-2.000*"]
 
 
-def test_the_leaderboard_gets_empty_answers_and_none_that_were_not_asked_for(tmp_path: Path) -> None:
+def test_leaderboard_gets_empty_answers_and_no_unasked_ones(tmp_path: Path) -> None:
     write_lamp_files([record("a", "merged:topic", 1.0, ""), record("b", "merged:topic")], FILMS, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{GOLDS}.json", "merged-topic.json"]
     assert "b-0" not in (tmp_path / "merged-topic.json").read_text("utf-8")
@@ -266,7 +266,7 @@ def row(method: str, loss: float, tokens: float = 90.0) -> MethodRow:
     return MethodRow(method, 9, loss, {}, {}, 0.0, tokens, None, 800.0)
 
 
-def test_the_base_model_does_not_stretch_the_scale_of_losses_and_may_stand_alone() -> None:
+def test_base_model_does_not_stretch_the_scale_of_losses() -> None:
     rows = [row("base", 9.0), row("common", 3.6), row("common+history@h1", 3.4, 270), row("merged", 3.5)]
     panels = prices_figure(rows).axes
     assert all(panel.get_ylim()[0] < 3.4 and 3.6 < panel.get_ylim()[1] < 4 for panel in panels)

@@ -20,9 +20,7 @@ from evaluation.studies import mixed, primary
 from evaluation.studies.ratings import judged
 
 
-def test_mails_are_written_at_length_by_known_methods_and_the_last_word_is_the_callers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mail_study_writes_texts_and_the_callers_option_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = MagicMock(return_value=subprocess.CompletedProcess([], 0))
     monkeypatch.setattr(subprocess, "run", run)
     quality.main(data=tmp_path, task="mail", out=tmp_path, seeds=1, evaluate="--write merged")
@@ -33,7 +31,7 @@ def test_mails_are_written_at_length_by_known_methods_and_the_last_word_is_the_c
     assert set(parse_methods(written[0])) <= set(parse_methods(evaluation[evaluation.index("--methods") + 1]))
 
 
-def test_a_habit_moves_each_score_by_how_much_likelier_it_makes_it_than_everybodys() -> None:
+def test_habit_moves_scores_by_its_ratio_to_the_shares_of_all() -> None:
     def record(method: str, *chances: float) -> Record:
         return Record("u", "q", method, 0, 0.0, None, "5", chances=chances)
 
@@ -47,7 +45,7 @@ def test_a_habit_moves_each_score_by_how_much_likelier_it_makes_it_than_everybod
     assert set(losses) == {"prior", "common", "common+prior"}
 
 
-def test_a_primary_difference_is_of_means_over_banks_and_is_corrected_for_all_of_the_table(tmp_path: Path) -> None:
+def test_primary_difference_is_a_mean_over_banks_and_corrected(tmp_path: Path) -> None:
     for bank, gain in enumerate((0.1, 0.3)):
         (tmp_path / f"bank-{bank}").mkdir()
         lines = [
@@ -67,7 +65,7 @@ def test_a_primary_difference_is_of_means_over_banks_and_is_corrected_for_all_of
         primary.main(runs=[run], histories="", against="own")
 
 
-def test_a_mixed_bank_has_the_longest_of_each_kind_and_is_judged_by_kind(tmp_path: Path) -> None:
+def test_mixed_bank_takes_the_longest_and_is_judged_by_kind(tmp_path: Path) -> None:
     def written(kind: str, *histories: list[dict[str, str]]) -> Path:
         path = tmp_path / kind / "anchors.json"
         path.parent.mkdir()
@@ -89,7 +87,7 @@ def test_a_mixed_bank_has_the_longest_of_each_kind_and_is_judged_by_kind(tmp_pat
     assert rows["all"] == "kind 2.000, merged 1.375"
 
 
-def test_a_folder_counts_the_last_record_of_a_query_and_has_each_of_one_evaluation(tmp_path: Path) -> None:
+def test_last_record_of_a_query_counts_in_one_evaluation(tmp_path: Path) -> None:
     def losses(*records: Record) -> primary.Losses:
         (tmp_path / RECORDS_FILE).write_text("".join(f"{json.dumps(asdict(record))}\n" for record in records))
         return primary.mean_losses([tmp_path])

@@ -42,7 +42,7 @@ def measured(
     return verdict(people, (1, 3))
 
 
-def test_an_interval_says_what_the_signed_ranks_of_the_differences_say() -> None:
+def test_interval_agrees_with_signed_ranks_of_differences() -> None:
     found = LossDifference.of([0.1, 0.2, 0.3, 0.4, 0.5, 0.7])
     assert (found.mean, found.low, found.high) == pytest.approx((0.35, 0.1, 0.7))
     assert found.is_higher
@@ -83,7 +83,7 @@ def test_the_words_say_whether_to_serve_it(losses: tuple[float, ...], judgement:
     assert ("histogram" in words) == (found.prior is not None) == (len(losses) == 5)
 
 
-def test_a_verdict_is_kept_in_the_manifest_and_decides_how_much_history_prompts_get(tmp_path: Path) -> None:
+def test_verdict_is_kept_in_the_manifest_and_sets_the_history(tmp_path: Path) -> None:
     found = measured(2.9, 2.8, 2.7)
     plain = manifest(3)
     kept = write_manifest(tmp_path, plain.model_copy(update={"verdict": found, "training": {"history_share": 0.5}}))
@@ -107,7 +107,7 @@ def test_words_are_the_default_where_they_surely_helped() -> None:
     assert trusting.model_copy(update={"verdict": measured(2.9, 3.1, 3.0)}).words_default
 
 
-def test_everybodys_shares_weigh_little_beside_people_who_answer_alike_and_smooth_a_persons_own_counts() -> None:
+def test_prior_weighs_less_for_alike_answers_and_smooths_counts() -> None:
     prior = fit_prior(FILMS, [["4", "4", "5"], ["4", "not a star"]])
     assert prior is not None
     assert prior.shares == {"1": 1 / 9, "2": 1 / 9, "3": 1 / 9, "4": 4 / 9, "5": 2 / 9}

@@ -62,7 +62,7 @@ class Engine:
         return 0, EngineStream(Chunks(), 0.0, chat=False)
 
 
-async def test_until_the_end_the_usage_is_the_sum_of_what_chunks_say_of_their_own_answers() -> None:
+async def test_usage_is_the_sum_of_chunks_until_the_end() -> None:
     told = [(0, 5, 1), (1, 5, 1), (2, 7, 1), (0, 5, 2), (3, 7, 9)]  # answer, its prompt's tokens, its own
     usages = [{"prompt_tokens": prompt, "completion_tokens": own, "total_tokens": 0} for _, prompt, own in told]
     values = [piece(index, "x") | {"usage": usage} for (index, *_), usage in zip(told, usages, strict=True)]
@@ -195,7 +195,7 @@ async def test_who_leaves_or_fails_takes_all_parts_along(fails: bool) -> None:
     assert (queue.taken, queue.waiting) == (0, 0)
 
 
-def test_a_conversation_s_chunks_become_the_message_that_the_engine_would_have_sent() -> None:
+def test_chat_chunks_are_joined_into_the_message_of_the_engine() -> None:
     def chunk(index: int, reason: str | None = None, **delta: str) -> dict[str, Any]:
         logprobs = {"content": [{"token": delta["content"], "logprob": -1.0}]} if delta.get("content") else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
@@ -224,7 +224,7 @@ def test_an_answer_is_joined_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("top", [0, 5])
-async def test_a_long_answer_takes_little_more_memory_than_what_will_be_sent(top: int) -> None:
+async def test_long_answer_takes_little_more_memory_than_its_bytes(top: int) -> None:
     logprobs = {"content": [{"token": "sea", "logprob": -0.5, "top_logprobs": [{"token": "rye"}] * top}]}
     choice = {"delta": {"content": "sea "}, "logprobs": logprobs if top else None}
     taken_bytes = 0
@@ -312,7 +312,7 @@ async def test_a_sender_begins_once_and_says_nothing_after_the_end(monkeypatch: 
     assert b"content-length" not in head
 
 
-async def test_the_events_of_a_waiting_job_keep_the_stream_alive_until_it_is_cancelled(
+async def test_events_of_a_waiting_job_keep_the_stream_alive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("server.gateway.http.streaming.KEEP_ALIVE_S", 0.005)

@@ -91,7 +91,7 @@ def test_comparisons_are_of_the_shares_of_the_newest_week() -> None:
         ),
     ],
 )
-def test_what_was_sent_is_unchanged_and_edits_of_unknown_size_are_not_left_out(
+def test_sent_counts_as_unchanged_and_unsized_edit_as_unknown(
     feedback: tuple[Feedback, ...], share: float | None
 ) -> None:
     counts = sum(map(Counts.of, feedback), Counts(answers=2, shares=1000, shares_squared=500_000))

@@ -56,7 +56,7 @@ def test_changing_places_changes_the_sign(lower: Totals, full: Totals) -> None:
     assert (one.low, one.estimate, one.high) == pytest.approx((-two.high, -two.estimate, -two.low))
 
 
-def test_the_interval_shrinks_with_people_but_more_slowly_than_that_of_one_look() -> None:
+def test_interval_shrinks_with_people_slower_than_for_one_look() -> None:
     sizes = (60, 300, 3000, 30_000)
     widths = [width(difference(arm(n, n // 3), arm(n, n // 3))) for n in sizes]
     assert widths == sorted(widths, reverse=True)
@@ -78,7 +78,7 @@ def test_equal_numbers_do_not_make_it_sure(ones: int) -> None:
     assert not found(difference(arm(30, 0), arm(600, 12))).excludes()  # 2 % against none of 30 people
 
 
-def test_the_relative_difference_is_as_wide_as_its_first_order_at_many_people() -> None:
+def test_relative_width_is_its_first_order_at_many_people() -> None:
     lower, full = arm(100_000, 30_000), arm(100_000, 25_000)
     saved = found(relative(lower, full))
     assert saved.estimate == pytest.approx(1 / 6)
@@ -88,7 +88,7 @@ def test_the_relative_difference_is_as_wide_as_its_first_order_at_many_people() 
 
 
 @given(ARMS, ARMS)
-def test_the_relative_difference_is_sure_exactly_when_the_difference_is(lower: Totals, full: Totals) -> None:
+def test_relative_difference_is_sure_when_the_difference_is(lower: Totals, full: Totals) -> None:
     saved, plain = relative(lower, full), found(difference(lower, full))
     if saved is not None:
         assert saved.low <= saved.estimate <= saved.high <= 1
@@ -112,7 +112,7 @@ def test_as_many_people_weeks_as_needed_exclude_0(shares: tuple[int, int]) -> No
         assert found(difference(*arms)).excludes() is seen
 
 
-def test_nothing_more_is_needed_once_it_is_seen_and_nothing_would_do_without_an_effect() -> None:
+def test_people_weeks_needed_is_zero_if_seen_none_if_no_effect() -> None:
     assert people_weeks_needed(arm(1000, 500), arm(1000, 100)) == 0
     assert people_weeks_needed(arm(1000, 500), arm(1000, 500)) is None
 

@@ -50,7 +50,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name, module in sys.modules.
 """
 
 
-def test_the_gateway_starts_where_only_its_own_requirements_are_installed_and_loads_nothing_heavy() -> None:
+def test_gateway_starts_on_own_requirements_and_loads_none_heavy() -> None:
     image = _closure("mta-server")
     found = packages_distributions()
     outside = {module for module, origins in found.items() if image.isdisjoint(map(canonicalize_name, origins))}

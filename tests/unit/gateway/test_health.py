@@ -116,7 +116,7 @@ async def test_a_full_or_partial_store_leaves_a_gateway_ready(
     assert (found.missing or "").startswith(missing) and bool(found.missing) == bool(missing)
 
 
-async def test_a_missing_bank_is_logged_once_and_only_while_engines_answer(caplog: pytest.LogCaptureFixture) -> None:
+async def test_missing_bank_is_logged_once_while_engines_answer(caplog: pytest.LogCaptureFixture) -> None:
     health = watching(store(), None)
     engines: Any = health.engines
     for banks, lines in ((None, 0), ((ONE,), 1), ((ONE,), 1), ((ONE, OTHER), 1), ((ONE,), 2), ((OTHER,), 3)):
@@ -128,7 +128,7 @@ async def test_a_missing_bank_is_logged_once_and_only_while_engines_answer(caplo
     assert "has the bank a1a1a1a1:" in said[2]
 
 
-def test_tenants_that_nobody_named_share_a_label_and_outcomes_follow_the_status() -> None:
+def test_unnamed_tenants_share_a_label_and_status_sets_outcome() -> None:
     metrics = Metrics({"acme"})
     unseen = 'mta_generations_total{level="",outcome="unavailable",tenant="acme"} 0.0'
     assert unseen in metrics.text().decode()  # so that a first failure is an increase

@@ -86,7 +86,7 @@ def test_replacing_keeps_the_newest_given_in_their_order(history: dict[str, Stor
     assert [(name, item.fields) for name, item in after.items()] == list(expected.items())
 
 
-def test_an_older_item_does_not_stay_where_a_newer_one_has_no_room() -> None:
+def test_older_item_is_dropped_where_a_newer_has_no_room() -> None:
     history = add_to_history({}, [Item("small", {"text": "x"})], LIMIT)
     after = add_to_history(history, [Item("large", {"text": "x" * 60}), Item("larger", {"text": "x" * 70})], LIMIT)
     assert list(after) == ["larger"]
@@ -236,7 +236,7 @@ async def test_builds_do_not_overlap(indexing: HistoryIndexer, held: Held, monke
 
 
 @pytest.mark.parametrize(("given_s", "left_s"), [(None, 0.2), (0.1, 0.05), (60, 0.2)])
-async def test_half_of_a_requests_patience_is_left_for_a_place_when_its_history_is_not(
+async def test_half_of_the_patience_is_left_if_history_is_late(
     indexing: HistoryIndexer, held: Held, given_s: float | None, left_s: float
 ) -> None:
     prompts = PromptBuilder(get_task("chat"), None, indexing, patience_s=0.4)  # nobody is asked to count tokens
@@ -274,7 +274,7 @@ async def test_what_was_put_is_found_in_the_same_version_alone() -> None:
         assert cache.size_bytes == 0  # what is out of date is not kept
 
 
-async def test_it_never_takes_more_than_its_bytes_and_the_least_recently_used_goes_first() -> None:
+async def test_cache_keeps_to_its_bytes_and_evicts_least_recent() -> None:
     cache = IndexCache(3 * small_index().size_bytes)
     for name in ("ada", "bob", "cyd"):
         cache.put(name, ONE, small_index())

@@ -34,7 +34,7 @@ ITEM = Item("a", {"text": SAID})
 ANSWERED = {"role": "assistant", "content": "How was the sea?"}
 
 
-def test_an_item_is_the_last_message_of_the_user_after_what_it_answers() -> None:
+def test_item_is_the_last_user_message_and_what_it_answers() -> None:
     task = get_task("chat")
     last = {"role": "user", "content": SAID}
     alone = item_of([last], task)
@@ -111,7 +111,7 @@ async def test_a_tenants_messages_wait_for_none_of_anothers() -> None:
     assert said.stored == ["calm", "loud"]
 
 
-async def test_what_was_accepted_is_stored_however_many_were_accepted_at_once() -> None:
+async def test_all_accepted_messages_are_stored_when_many_at_once() -> None:
     said = Said()
     for _ in range(2 * MAX_PENDING):  # had room when they were accepted, and ended together
         said.say("loud")
@@ -132,7 +132,7 @@ async def test_every_message_that_is_dropped_is_counted() -> None:
     assert said.stored == []
 
 
-def test_signatures_of_learnt_items_are_made_at_a_few_numbers_and_then_daily() -> None:
+def test_signatures_are_due_at_a_few_counts_and_then_daily() -> None:
     def of(items: int, at_ms: int = 5 * DAY_MS, signed: bool = True) -> Profile:
         made = StoredSignature(empty_signature(BANK, 3), at_ms) if signed else None
         return Profile("ada", items, at_ms, "0" * 16, np.ones(4, "f4"), signature=made)

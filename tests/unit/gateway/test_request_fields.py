@@ -321,7 +321,7 @@ def test_prompts_are_texts_or_token_ids_and_at_most_128_answers() -> None:
         (")a{99999999999}", 1_000_001_999),
     ],
 )
-def test_the_states_of_a_pattern_are_those_of_its_repeats_written_out(pattern: str, states: int) -> None:
+def test_pattern_states_equal_those_of_written_out_repeats(pattern: str, states: int) -> None:
     assert states_of(pattern) == states
     accepted = states < 100
     with nullcontext() if accepted else pytest.raises(ValidationError, match="must have patterns that repeat"):

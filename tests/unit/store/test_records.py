@@ -47,7 +47,7 @@ def reread(profile: Profile) -> Profile:
         {"phrases": phrase_table([[7, 8, 9]] * 2).tobytes()},
     ],
 )
-def test_a_record_comes_back_as_it_was_with_parts_that_are_not_known(changes: dict[str, object]) -> None:
+def test_record_round_trips_with_unknown_parts(changes: dict[str, object]) -> None:
     written = profile(embedding=records.as_stored(VECTOR), **changes)
     read = reread(written)
     assert np.array_equal(read.embedding, written.embedding)
@@ -72,7 +72,7 @@ def test_an_empty_signature_counts_while_items_teach_the_same() -> None:
 
 
 @pytest.mark.parametrize("wrong", [(1, np.nan), (1, np.inf), (1, -np.inf), (3e38, 3e38)])
-def test_a_signature_without_a_finite_length_written_or_kept_says_nothing(wrong: tuple[float, float]) -> None:
+def test_signature_without_a_finite_length_is_read_as_empty(wrong: tuple[float, float]) -> None:
     written = StoredSignature(Signature("9f2c41d0", 184, np.array(wrong, np.float32)), made_of_ms=7)
     kept = struct.pack("<4sIQf2e", bytes.fromhex("9f2c41d0"), 184, 7, np.nan, np.nan, np.nan)
     for record in (profile(signature=written), profile(extra={8: kept})):
@@ -94,7 +94,7 @@ def test_a_damaged_phrase_table_is_refused_as_part_of_the_record(damaged: bytes)
         reread(profile(phrases=damaged))
 
 
-def test_a_profile_is_seen_by_both_embedders_while_the_items_are_the_same() -> None:
+def test_profile_is_read_by_both_embedders_for_the_same_items() -> None:
     mine, theirs = (np.eye(DIM, dtype="f4")[place] for place in (0, 1))
     both = profile(embedding=mine, other=OtherEmbedding("22" * 8, theirs, profile().updated_ms))
     read = reread(both)
@@ -139,7 +139,7 @@ def test_a_job_id_comes_back_from_its_text_and_from_no_other() -> None:
         assert (text, parse_job_id(text), parse_job_id(text.replace("a", USER, 1))) == (text, None, None)
 
 
-def test_a_configuration_comes_back_as_it_was_and_one_of_an_earlier_gateway_gets_the_usual_budget() -> None:
+def test_config_round_trips_and_an_old_one_gets_default_budget() -> None:
     config = AdaptConfig(rank=1, steps=3, max_tokens=1000, max_seconds=60)
     assert decode_config(encode_config(config)) == config
     old, usual = decode_config(OLD), AdaptConfig()
@@ -217,7 +217,7 @@ def test_a_name_is_one_user_however_its_characters_are_composed(name: str) -> No
     assert keys.key("José") == "aga2tyuycnypt6ddapyui5nixe"  # as it always was
 
 
-def test_a_key_depends_on_secret_and_tenant_as_the_cache_salt_does_which_is_no_users() -> None:
+def test_key_and_cache_salt_depend_on_secret_and_tenant() -> None:
     keys = UserKeys(SECRET, "a")
     assert keys.cache_salt == UserKeys(SECRET, "a").cache_salt
     found = [(each.key("ada"), each.cache_salt) for each in (keys, UserKeys(SECRET, "b"), UserKeys(SECRET + "x", "a"))]
@@ -225,6 +225,6 @@ def test_a_key_depends_on_secret_and_tenant_as_the_cache_salt_does_which_is_no_u
 
 
 @pytest.mark.parametrize(("secret", "tenant"), [(None, "a"), ("", "a"), ("short", "a"), (SECRET, ""), (SECRET, "a\0b")])
-def test_a_short_secret_and_a_tenant_that_could_be_mistaken_are_refused(secret: str | None, tenant: str) -> None:
+def test_short_secret_and_ambiguous_tenant_are_refused(secret: str | None, tenant: str) -> None:
     with pytest.raises(MtaError, match="MTA_TENANT" if secret == SECRET else "MTA_SECRET"):
         UserKeys(secret, tenant)

@@ -20,7 +20,7 @@ from server.supervisor.data_folder import DataFolder, StartError
 from server.supervisor.supervisor import end, spawn
 
 
-def test_a_data_folder_has_one_user_at_a_time_and_one_private_secret_for_ever(tmp_path: Path) -> None:
+def test_data_folder_has_one_process_and_one_lasting_secret(tmp_path: Path) -> None:
     first = DataFolder.open(tmp_path / "data")
     with pytest.raises(StartError, match=rf"in use by another `mta up` \(process {os.getpid()}\)"):
         DataFolder.open(first.path)
@@ -35,7 +35,7 @@ def test_a_data_folder_has_one_user_at_a_time_and_one_private_secret_for_ever(tm
         DataFolder.open(first.path)
 
 
-async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path) -> None:
+async def test_valkey_is_durable_and_bounded_and_hides_its_password(tmp_path: Path) -> None:
     data = DataFolder.open(tmp_path / 'a "quoted" folder')
     (data.path / "valkey/temp-rewriteaof-7.aof").write_text("words of somebody who is erased")
     part, url = services.valkey_part(data, 100 << 20), services.valkey_url(data.path)
@@ -67,7 +67,7 @@ async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 5])
-def test_parts_that_have_to_be_killed_are_gone_in_the_time_that_the_page_says(replicas: int) -> None:
+def test_killed_parts_end_within_the_documented_time(replicas: int) -> None:
     page = (Path(__file__).parents[3] / "docs/running.md").read_text("utf-8")
     said = re.search(r"all within (\d+) s\s\(with `--replicas`, (\d+) s more for each engine\)", page)
     assert said
@@ -77,7 +77,7 @@ def test_parts_that_have_to_be_killed_are_gone_in_the_time_that_the_page_says(re
     assert parts * (services.DRAIN_S + services.STOP_MARGIN_S) < services.STOP_S + int(said[2]) * replicas * several
 
 
-def test_each_part_gets_the_secrets_that_it_needs_and_none_by_argv(
+def test_each_part_gets_its_secrets_and_none_by_argv(
     data: DataFolder,
     monkeypatch: pytest.MonkeyPatch,
     tiny_bank_folder: Path,

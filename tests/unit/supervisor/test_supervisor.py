@@ -147,7 +147,7 @@ def after(name: str, folder: Path) -> str:
     return f"while not os.path.exists({str(folder / f'{name}.pid')!r}): pass\n"
 
 
-async def test_parts_start_once_those_they_need_are_ready_and_stop_in_reverse(tmp_path: Path, data: DataFolder) -> None:
+async def test_parts_start_after_those_they_need_and_stop_in_reverse(tmp_path: Path, data: DataFolder) -> None:
     """As a worker does: after the engine whose card it shares; a store elsewhere is none of the parts."""
     engine = python_part("engine", tmp_path, after("quick", tmp_path))
     worker = replace(python_part("worker", tmp_path, ""), needs=("valkey", "engine"))
@@ -176,7 +176,7 @@ async def test_a_part_may_stand_back_behind_the_others(tmp_path: Path, data: Dat
     assert found["back"] in ((min(usual + 5, 19), ""), (min(usual + 5, 19), "5"))
 
 
-async def test_a_part_that_takes_too_long_is_gone_and_fails_the_start_unless_it_is_spare(
+async def test_part_that_starts_too_slowly_fails_unless_optional(
     tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     witness = tmp_path / "slow.started"
@@ -202,7 +202,7 @@ async def test_a_part_that_takes_too_long_is_gone_and_fails_the_start_unless_it_
 @pytest.mark.parametrize(
     ("forgiven_s", "delays"), [(0.0, ["0.01", "0.01", "0.01", "0.01"]), (600.0, ["0.01", "0.02", "0.04", "0.05"])]
 )
-async def test_the_wait_before_a_restart_doubles_up_to_its_limit_unless_the_part_stayed_up_long_enough(
+async def test_restart_delay_doubles_to_its_limit_unless_stable(
     tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch, forgiven_s: float, delays: list[str]
 ) -> None:
     monkeypatch.setattr(supervisor, "STABLE_AFTER_S", forgiven_s)
@@ -213,7 +213,7 @@ async def test_the_wait_before_a_restart_doubles_up_to_its_limit_unless_the_part
 
 @pytest.mark.parametrize("starts", [True, False])
 @pytest.mark.parametrize("optional", [True, False])
-async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_only_if_they_need_it(
+async def test_part_that_keeps_dying_is_given_up_or_ends_the_run(
     tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch, *, optional: bool, starts: bool
 ) -> None:
     monkeypatch.setattr(supervisor, "MAX_DEATHS", 3)
@@ -249,7 +249,7 @@ if open({str(starts)!r}).read() == "xx": raise SystemExit("not now")
     assert record.count("steady", "starting") == 1
 
 
-async def test_a_part_that_cannot_be_started_again_at_once_ends_nothing(
+async def test_failed_restart_of_a_part_is_tried_again(
     tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spawn, tried = supervisor.spawn, list[str]()
@@ -266,7 +266,7 @@ async def test_a_part_that_cannot_be_started_again_at_once_ends_nothing(
 
 
 @pytest.mark.parametrize(("patience_s", "hurry"), [(0.1, False), (10 * PATIENCE_S, True)])
-async def test_a_stubborn_part_is_killed_when_its_time_is_up_or_a_second_signal_comes(
+async def test_stubborn_part_is_killed_at_timeout_or_second_signal(
     tmp_path: Path, data: DataFolder, *, patience_s: float, hurry: bool
 ) -> None:
     part = python_part("stubborn", tmp_path, STUBBORN)
@@ -291,7 +291,7 @@ async def test_a_hangup_that_nohup_ignores_stops_nothing(tmp_path: Path, data: D
     assert stopping == [0, 0, 0]
 
 
-async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_newest(
+async def test_log_of_a_long_running_part_stays_small_and_recent(
     tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.supervisor.data_folder.MAX_LOG_BYTES", LIMIT)
@@ -314,7 +314,7 @@ async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_ne
     assert numbers[0] > 3 * LIMIT // 200
 
 
-async def test_a_part_that_waits_for_its_operator_has_time_and_says_so_once(tmp_path: Path, data: DataFolder) -> None:
+async def test_part_held_up_for_its_operator_waits_and_says_so_once(tmp_path: Path, data: DataFolder) -> None:
     asked: list[str] = []
 
     async def held_up() -> str:
@@ -328,7 +328,7 @@ async def test_a_part_that_waits_for_its_operator_has_time_and_says_so_once(tmp_
     assert record.states.index(("held", "ready")) < record.states.index(("other", "starting"))
 
 
-async def test_each_run_has_a_log_of_its_own_and_is_ready_once_it_says_so(tmp_path: Path, data: DataFolder) -> None:
+async def test_each_run_has_its_own_log_and_is_ready_when_it_says_so(tmp_path: Path, data: DataFolder) -> None:
     log = data.log("brief")
     for said, expected in (("ready: now", True), ("not yet", False)):
         part = replace(python_part("brief", tmp_path, f"print({said!r}, flush=True)"), ready="ready: now")
@@ -347,9 +347,7 @@ async def test_each_run_has_a_log_of_its_own_and_is_ready_once_it_says_so(tmp_pa
     await run_until(at_once, data, python_part("brief", tmp_path, ""))
 
 
-async def test_what_a_part_leaves_behind_dies_with_it_and_a_killed_guard_takes_its_part_along(
-    tmp_path: Path, data: DataFolder
-) -> None:
+async def test_children_die_with_their_part_and_it_with_its_guard(tmp_path: Path, data: DataFolder) -> None:
     process = await spawn(python_part("family", tmp_path, FAMILY), data, PATIENCE_S)
     family = descendants(await _guard_of("family", tmp_path))
     assert len(family) == FAMILY_SIZE
@@ -377,7 +375,7 @@ async def _guard_of(name: str, folder: Path) -> int:
     return int(Path(f"/proc/{pid_of(name, folder)}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_a_killed_supervisor_leaves_no_process_and_frees_its_data_folder_once_they_are_gone(tmp_path: Path) -> None:
+def test_killed_supervisor_leaves_no_process_and_frees_folder(tmp_path: Path) -> None:
     background = Background([sys.executable, "-c", SUPERVISE, str(tmp_path)])
     background.wait_for("^started$")
     family = descendants(background.process.pid)

@@ -39,7 +39,7 @@ async def test_a_line_has_its_ids_once_for_machines_and_for_people() -> None:
     assert TextFormatter().format(line("gen-abc123 broke")).endswith(f"gen-abc123 broke trace={TRACE}")
 
 
-def test_outside_of_requests_there_are_no_ids_and_a_traceback_is_in_the_object() -> None:
+def test_log_outside_requests_has_no_ids_and_keeps_traceback() -> None:
     assert TextFormatter().format(line("x")).endswith("WARNING mta.test x")
     error = KeyError("lost")
     read = json.loads(JsonFormatter().format(line("x", exc_info=(type(error), error, None))))

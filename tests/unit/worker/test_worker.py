@@ -89,7 +89,7 @@ def held(at_first_step: Callable[[], object]) -> Any:
     return SimpleNamespace(renew=renew, lease=SimpleNamespace(job=SimpleNamespace(id="a.1")))
 
 
-async def test_training_ends_with_the_step_in_progress_if_the_lease_is_lost(run: Run) -> None:
+async def test_training_ends_after_its_step_when_the_lease_is_lost(run: Run) -> None:
     def lose() -> None:
         threading.Timer(0.1, run.may_go_on.set).start()
         raise LeaseLost
@@ -99,7 +99,7 @@ async def test_training_ends_with_the_step_in_progress_if_the_lease_is_lost(run:
     assert (run.steps, run.left) == (2, True)
 
 
-async def test_a_cancellation_does_not_wait_for_the_step_in_progress_which_is_the_last(run: Run) -> None:
+async def test_cancellation_does_not_wait_for_the_last_step(run: Run) -> None:
     renewed = asyncio.Event()
     holding = asyncio.create_task(train_with_lease(held(renewed.set), 60, run.training, asyncio.Lock()))
     await renewed.wait()
@@ -128,7 +128,7 @@ async def test_hung_training_is_not_awaited(run: Run, monkeypatch: pytest.Monkey
     run.may_go_on.set()
 
 
-async def test_whoever_waits_for_the_model_has_it_after_the_step_in_progress(run: Run) -> None:
+async def test_waiter_gets_the_model_after_the_step_in_progress(run: Run) -> None:
     lock, seen, waiting = asyncio.Lock(), list[int](), set[asyncio.Task[None]]()
 
     async def use_model() -> None:
@@ -177,7 +177,7 @@ async def test_a_lease_is_renewed_while_other_work_of_its_job_runs() -> None:
         (OSError(errno.ENOMEM, "Cannot allocate memory"), RuntimeError),
     ],
 )
-async def test_a_store_call_is_retried_unless_this_process_lacks_memory_or_threads(
+async def test_store_call_is_retried_unless_memory_or_threads_run_out(
     cause: Exception | None, becomes: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=itertools.count().__next__))
@@ -206,7 +206,7 @@ def test_a_thinned_curve_is_evenly_spaced_up_to_the_last_point(count: int) -> No
     assert len({after[0] - before[0] for before, after in itertools.pairwise(kept[:-1])}) <= 1
 
 
-def test_a_curve_has_one_finite_loss_a_step_and_all_held_out_losses() -> None:
+def test_curve_has_one_finite_loss_a_step_and_held_out_losses() -> None:
     log = ProgressLog()
     assert (log.curve.phase, log.curve.loss, log.curve.held_out) == ("", (), ())
     for progress in (
@@ -233,7 +233,7 @@ def shown(port: int) -> dict[str, float]:
     return {name: float(value) for name, _, value in parts}
 
 
-def test_a_jobs_wait_is_counted_at_its_first_try_and_its_time_at_each() -> None:
+def test_job_wait_is_counted_once_and_job_time_at_each_try() -> None:
     figures, port = WorkerMetrics(), free_port()
     figures.publish(Settings(metrics_port=port))
     assert shown(port)['mta_worker_jobs_total{outcome="failed"}'] == 0
@@ -290,9 +290,7 @@ SIGNED = ("count_attempt, busy", "read, busy", "commit, busy", "remove, busy")
 
 
 @pytest.mark.parametrize(("is_stored", "more"), [(True, []), (False, ["add, busy"])])
-async def test_a_try_counts_once_the_model_is_free_and_a_changed_user_is_signed_again(
-    is_stored: bool, more: list[str]
-) -> None:
+async def test_signing_try_counts_only_once_the_model_is_free(is_stored: bool, more: list[str]) -> None:
     """While a worker waits for the model, others take its user again, which must not count."""
     steps = list[str]()
     assert await signing(steps, commit=is_stored).work_once(0)
@@ -317,7 +315,7 @@ async def test_all_who_wait_are_signed_in_one_turn_of_bounded_time(
         ("commit", ["count_attempt, busy", "read, busy", "commit, busy", "forget_attempts, busy"]),
     ],
 )
-async def test_a_user_whose_server_is_gone_is_left_to_later_which_is_no_try(
+async def test_user_of_a_lost_server_is_left_for_later_without_a_try(
     gone: str, left: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.worker.loops.MAX_TURN_S", 0)
@@ -327,7 +325,7 @@ async def test_a_user_whose_server_is_gone_is_left_to_later_which_is_no_try(
     assert steps == ["take, free", *left]
 
 
-async def test_a_user_whose_data_is_damaged_leaves_the_queue_until_they_come_again() -> None:
+async def test_user_with_damaged_data_leaves_the_queue() -> None:
     steps = list[str]()
     assert await signing(steps, read=Unavailable("a damaged item", code="store_corrupt")).work_once(0)
     assert steps == ["take, free", "count_attempt, busy", "read, busy", "remove, busy", "take, busy"]
