@@ -88,11 +88,11 @@ def to_bits(numbers: npt.NDArray[np.float32]) -> Bits:
 def file_head(shapes: Iterable[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """Return the length and header of a bf16 file; the tensors' bytes must follow in this order, without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    place = 0
+    offset = 0
     for name, shape in shapes:
-        end = place + 2 * int(np.prod(shape))
-        header[name] = {"dtype": _DTYPE, "shape": list(shape), "data_offsets": [place, end]}
-        place = end
+        end = offset + 2 * int(np.prod(shape))
+        header[name] = {"dtype": _DTYPE, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % _LENGTH_BYTES)
     return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw

@@ -41,7 +41,7 @@ def stack_flat(fused: FlatLora, user: UserAdapter, dtype: torch.dtype = torch.bf
 
 def encode_user_adapter(layout: RowLayout, user: UserAdapter, samples: Collection[str] = ()) -> bytes:
     """Serialise a user adapter in bf16, from the first module that it changes on, with the hashes of its samples."""
-    first = next((place for place, module in enumerate(layout.modules) if user.weights.b[module.name].any()), 0)
+    first = next((position for position, module in enumerate(layout.modules) if user.weights.b[module.name].any()), 0)
     changed = replace(layout, modules=layout.modules[first:])
     weights = {"a": flattened(changed, user.weights.a).bfloat16(), "b": flattened(changed, user.weights.b).bfloat16()}
     about = {"kind": USER_KIND, "rank": user.weights.rank, "recipe": user.recipe, "first": first}

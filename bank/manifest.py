@@ -51,7 +51,7 @@ class BaseModelId(Frozen):
 
     def unlike(self, prompts: Mapping[str, str]) -> str:
         """Name those of `prompts` that this model has otherwise; empty if nothing is known of either."""
-        return " and ".join(part for part, found in prompts.items() if self.prompts.get(part, found) != found)
+        return " and ".join(part for part, hashed in prompts.items() if self.prompts.get(part, hashed) != hashed)
 
 
 class EmbedderId(Frozen):

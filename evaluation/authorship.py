@@ -45,16 +45,16 @@ def authorship(people: Sequence[History], records: Sequence[Record], task: Task)
 
 
 def _judged(name: str, judge: Judge, texts: Mapping[str, Mapping[str, Sequence[str]]]) -> list[AuthorshipRow]:
-    shares: dict[str, dict[str, float]] = {}  # by method and person: share of texts with rank 1
+    fractions: dict[str, dict[str, float]] = {}  # by method and person: share of texts with rank 1
     mean_ranks: dict[str, list[float]] = {}
     for method, written in texts.items():
-        ranks = {person: _ranks(judge(own), place) for place, (person, own) in enumerate(written.items())}
-        shares[method] = {person: fmean(rank == 1 for rank in own) for person, own in ranks.items()}
+        ranks = {person: _ranks(judge(own), position) for position, (person, own) in enumerate(written.items())}
+        fractions[method] = {person: fmean(rank == 1 for rank in own) for person, own in ranks.items()}
         mean_ranks[method] = [fmean(own) for own in ranks.values()]
-    against = compare_methods({method: share for method, share in shares.items() if method != GOLD})
+    against = compare_methods({method: fraction for method, fraction in fractions.items() if method != GOLD})
     rows = []
-    for method, share in shares.items():
-        named, rank = over_users(list(share.values())), over_users(mean_ranks[method])
+    for method, fraction in fractions.items():
+        named, rank = over_users(list(fraction.values())), over_users(mean_ranks[method])
         rows.append(AuthorshipRow(name, method, named, rank, against.get(method, {})))
     return sorted(rows, key=lambda row: row.named.mean)
 
@@ -91,7 +91,7 @@ def _n_grams(known: Sequence[Sequence[str]]) -> Judge:
 
     n_grams = TfidfVectorizer(analyzer="char", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
     classifier = make_pipeline(n_grams, LogisticRegression(C=30.0, max_iter=2000))
-    whose = [place for place, own in enumerate(known) for _ in own]
+    whose = [position for position, own in enumerate(known) for _ in own]
     judge: Judge = classifier.fit([text for own in known for text in own], whose).predict_proba
     return judge
 
@@ -112,5 +112,5 @@ def _delta(known: Sequence[Sequence[str]]) -> Judge:
     return lambda texts: -pairwise_distances(scaler.transform(frequencies(texts)), people, "manhattan")
 
 
-def _ranks(alike: Any, place: int) -> list[int]:
-    return [int(rank) for rank in 1 + (alike > alike[:, place, None]).sum(axis=1)]
+def _ranks(alike: Any, position: int) -> list[int]:
+    return [int(rank) for rank in 1 + (alike > alike[:, position, None]).sum(axis=1)]

@@ -77,8 +77,8 @@ class Evaluator:
         serving, rule = self.bank.serving, self.bank.manifest.weights
         if serving.directions:
             raise BankError("merged@k needs a bank whose rows are its anchors' own: build it with --directions 0")
-        share = count / serving.index.anchor_count
-        posterior = rule.posterior and PosteriorRule(decay=rule.posterior.decay * share)
+        fraction = count / serving.index.anchor_count
+        posterior = rule.posterior and PosteriorRule(decay=rule.posterior.decay * fraction)
         rule = rule.model_copy(update={"anchors": min(rule.anchors, count), "posterior": posterior})
         index = AnchorIndex.build(serving.index.vectors(range(count)))
         curvature = serving.curvature and serving.curvature.first(count)
@@ -100,8 +100,8 @@ class Evaluator:
         recipe = self.bank.serving.merge([AnchorWeight(anchor, weight, 0.0) for anchor in anchors])
         return EvalAdapter(self.bank, recipe)
 
-    def fused(self, evidence: Evidence, share: float = 1.0, serving: ServingBank | None = None) -> EvalAdapter:
-        """Return the adapter that serving would fuse for the user; `share` as in `ServingBank.personalise`."""
+    def fused(self, evidence: Evidence, scale: float = 1.0, serving: ServingBank | None = None) -> EvalAdapter:
+        """Return the adapter that serving would fuse for the user; `scale` as in `ServingBank.personalise`."""
         serving = serving or self.bank.serving
         if serving.manifest.has_signatures and evidence.signature is None:
             model = self.scorer.bare()
@@ -109,7 +109,7 @@ class Evaluator:
             evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signature_examples)
         if signature := evidence.signature:
             signature = replace(signature, products=signature.products[: serving.index.anchor_count])
-        return EvalAdapter(self.bank, serving.personalise(evidence.embedding, signature, share).recipe)
+        return EvalAdapter(self.bank, serving.personalise(evidence.embedding, signature, scale).recipe)
 
     def stacked(self, evidence: Evidence, seed: int) -> EvalAdapter:
         return self.trained(lambda known: (self.fused(known, self.config.strength), self.fused(known)), evidence, seed)
@@ -131,12 +131,12 @@ class Evaluator:
             if not held:
                 return Beneath(ground.lora(), {}, shared=self.bank.shared)
             signed = enumerate(evidence.signature_examples, unsigned)
-            kept = [example for place, example in signed if place not in held]
+            kept = [example for position, example in signed if position not in held]
             fused, served = beneath(Evidence(evidence.user, kept, evidence.embedding))
             rivals = {"without it": served.lora, "the base model": lambda: None}
             if self.bank.manifest.common:
                 rivals["the common row"] = self.common(self.bank).lora
-            texts = [lesson.output for place, lesson in enumerate(taught) if place not in held]
+            texts = [lesson.output for position, lesson in enumerate(taught) if position not in held]
             judged = as_served(self.bank.manifest, self.scorer.tokenizer, texts)
             return Beneath(fused.lora(), rivals, judged, self.bank.shared)
 
@@ -205,11 +205,11 @@ class Evaluator:
                 f"this bank has no histogram of answers, because the answers of {task.name} are free text or its "
                 "adapters were imported: leave out `prior`"
             )
-        shares = personal_shares(prior, [gold for _, gold in user.pairs(task)])
-        likeliest = max(shares, key=lambda answer: shares[answer])
-        chances = [shares[score] for score in SCORES] if task.kind == "score" else []
+        fractions = personal_shares(prior, [gold for _, gold in user.pairs(task)])
+        likeliest = max(fractions, key=lambda answer: fractions[answer])
+        chances = [fractions[score] for score in SCORES] if task.kind == "score" else []
         return [
-            Reading(surprise(shares, query.gold) / example.output_tokens, likeliest, chances)
+            Reading(surprise(fractions, query.gold) / example.output_tokens, likeliest, chances)
             for query, example in zip(user.queries, examples, strict=True)
         ]
 

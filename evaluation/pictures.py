@@ -52,8 +52,8 @@ def prices_figure(rows: Sequence[MethodRow]) -> Any:
     """Draw the loss of each method against its costs: bytes stored per user, and additional prompt tokens."""
     methods = [METHODS[row.method] for row in rows]
     adapters = list(dict.fromkeys(method.adapter for method in methods))
-    colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(reversed(adapters))}
-    marks = {n: _MARKS[min(place, 3)] for place, n in enumerate(sorted({method.history for method in methods}))}
+    colours = {name: _COLOURS[position % len(_COLOURS)] for position, name in enumerate(reversed(adapters))}
+    marks = {n: _MARKS[min(position, 3)] for position, n in enumerate(sorted({method.history for method in methods}))}
     shortest = min((row.prompt_tokens for row in rows if row.prompt_tokens), default=0.0)
     # A base model above all others is drawn at the upper edge with its loss, so as not to stretch the scale.
     top = max([row.loss for row in rows if not row.method.startswith("base")] or [row.loss for row in rows])

@@ -56,9 +56,9 @@ class EvalOptions:
     writing: tuple[Method, ...] = ()  # methods that sample texts for the authorship test, if answers are free text
     texts: int = 3  # number of texts per query
 
-    def runs(self, place: int, kind: AnswerKind) -> Iterator[MethodRun]:
+    def runs(self, position: int, kind: AnswerKind) -> Iterator[MethodRun]:
         """Yield the runs for the user at index `place`, in a task with answers of this kind."""
-        sampled = self.sample is None or place < self.sample
+        sampled = self.sample is None or position < self.sample
         for seed in range(self.seeds):
             for method in self.methods:
                 costly = method.trained or method.on_curve
@@ -91,7 +91,7 @@ def evaluate(
         _ = bank.task_bank  # raises BankError now if there is none
     scorer = Scorer(*load_base(inputs.model_folder, dtype))
     evaluator = Evaluator(bank=bank, scorer=scorer, embedder=inputs.embedder, config=config)
-    wanted = [list(options.runs(place, task.kind)) for place in range(len(people))]
+    wanted = [list(options.runs(position, task.kind)) for position in range(len(people))]
     done, total = 0, sum(map(len, wanted))
     for user, runs in zip(people, wanted, strict=True):
         waiting = [run for run in runs if not records.has_results(user, run)]

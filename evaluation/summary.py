@@ -131,7 +131,7 @@ def lamp_metrics(task: Task, predictions: Sequence[str], golds: Sequence[str]) -
     if task.kind == "labels":
         from sklearn.metrics import accuracy_score, f1_score
 
-        every = {label: place for place, label in enumerate(task.labels)}
+        every = {label: position for position, label in enumerate(task.labels)}
         wanted, guessed = ([every.get(text.strip(), -1) for text in texts] for texts in (golds, predictions))
         f1 = f1_score(wanted, guessed, labels=list(every.values()), average="macro", zero_division=0)
         return {"accuracy": float(accuracy_score(wanted, guessed)), "f1": float(f1)}

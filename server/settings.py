@@ -269,7 +269,7 @@ def load_settings(**given: object) -> Settings:
         return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
-        place, *inside = first["loc"] or ("*",)
-        variable = ".".join([f"MTA_{place}".upper(), *map(str, inside)])
+        field, *inside = first["loc"] or ("*",)
+        variable = ".".join([f"MTA_{field}".upper(), *map(str, inside)])
         shown = "" if "secret" in variable.lower() or "key" in variable.lower() else f", got {excerpt(first['input'])}"
         raise MtaError(f"{variable}: {first['msg']}{shown} (`mta settings` lists all)") from None

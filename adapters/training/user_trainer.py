@@ -157,11 +157,11 @@ def _training(
     below: LowerLayers | None = None
     for number in range(FOLDS):
         held = sorted(order[number::FOLDS])
-        kept = [sample for place, sample in enumerate(samples) if place not in held]
+        kept = [sample for position, sample in enumerate(samples) if position not in held]
         now = replace(now, phase=f"fold {number + 1} of {FOLDS}")
         last, ground = ground, beneath(held)
         yield now
-        aside = [ground.served(samples[place]) for place in held]
+        aside = [ground.served(samples[position]) for position in held]
         rivals = {}
         for name, make in ground.rivals.items():
             with attached(model, lora, shared=ground.shared) if (lora := make()) else nullcontext():
@@ -172,7 +172,7 @@ def _training(
         with user_run(model, ground.fused, config, now, kept_below, shared=ground.shared) as run:
             by_step = yield from run.evaluated(kept, aside, steps, stop_early=number == 0)
             if write and number == 0:
-                yield replace(run.now, shown=write(min(held, key=lambda place: len(samples[place].ids))))
+                yield replace(run.now, shown=write(min(held, key=lambda position: len(samples[position].ids))))
             now, below = run.now, run.below
         folds.append(_Fold(tokens, by_step, rivals))
         steps = max(by_step)  # all folds as long as the first

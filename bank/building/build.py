@@ -250,8 +250,8 @@ def build_baselines(
     """
     out = inputs.out / BASELINES
     with suppress(BankError):  # no task row yet, or one in an older format
-        if (found := read_manifest(out)).training.get("of") == manifest.fingerprint:
-            return found
+        if (former := read_manifest(out)).training.get("of") == manifest.fingerprint:
+            return former
     task = get_task(options.task)
     people, _ = read_inputs(inputs, task, options)
     folder = ensure_base_model(inputs.model, inputs.cache_dir, manifest.base_model, inputs.template)

@@ -27,11 +27,11 @@ class DirectionRows:
         """Yield each direction's row [D], given the anchors' [N, D]: a few at a time, and so of few columns."""
         width = max(1, READ_NUMBERS // len(rows))
         for weights in torch.split(self.mixing, MIXED_AT_ONCE):
-            found = torch.empty(len(weights), rows[0].numel())
-            for index, columns in enumerate(torch.split(found, width, dim=1)):
+            rotated = torch.empty(len(weights), rows[0].numel())
+            for index, columns in enumerate(torch.split(rotated, width, dim=1)):
                 read = [row[index * width :][:width] for row in rows]
                 torch.mm(weights, torch.stack(read).float(), out=columns)
-            yield from found
+            yield from rotated
 
     @property
     def rule(self) -> PosteriorRule:

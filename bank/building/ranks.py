@@ -52,10 +52,10 @@ class Ranks:
             results = [result] * self.count
             if self.count > 1:
                 group.all_gather_object(results, result)
-            for found in results[: len(at_once)]:
-                if isinstance(found, MtaError):
-                    raise found
-                yield found  # type: ignore[misc]  # only ranks without a piece have no result
+            for outcome in results[: len(at_once)]:
+                if isinstance(outcome, MtaError):
+                    raise outcome
+                yield outcome  # type: ignore[misc]  # only ranks without a piece have no result
 
 
 @contextmanager

@@ -30,25 +30,25 @@ _TOKENS = 24  # of the canary: few, since every engine reads them when it starts
 
 def trial_recipes(manifest: BankManifest) -> list[FusionRecipe]:
     """Return the common recipe, if there is one, one of steps in both directions and one of weights as by topics."""
-    found, last = [manifest.common_recipe] * manifest.common, len(manifest.anchors) - 1
+    recipes, last = [manifest.common_recipe] * manifest.common, len(manifest.anchors) - 1
     for weights in ((900, -700), (300, 200)):
         steps = tuple(weight // 150 for weight in weights) * (manifest.directions or 0)
         terms = () if steps else tuple(map(Term, sorted({0, last})[: manifest.weights.anchors], weights))
         steps = steps[: manifest.directions]
-        found.append(FusionRecipe(manifest.short, manifest.method, manifest.common, terms, steps=steps))
-    return found
+        recipes.append(FusionRecipe(manifest.short, manifest.method, manifest.common, terms, steps=steps))
+    return recipes
 
 
 def readings(
     model: Any, examples: Sequence[Example], adapters: Mapping[str, LoraWeights], shared: SharedPart | None
 ) -> list[dict[str, Vectors]]:
     """Return the log-probabilities of each example's output tokens: the base model's, and by name those of adapters."""
-    found = [{BASE: -losses.numpy()} for losses in example_losses(model, examples)]
+    by_example = [{BASE: -losses.numpy()} for losses in example_losses(model, examples)]
     for name, lora in adapters.items():
         with attached(model, lora, shared=shared) as here:
-            for read, losses in zip(found, example_losses(here.model, examples), strict=True):
+            for read, losses in zip(by_example, example_losses(here.model, examples), strict=True):
                 read[name] = -losses.numpy()
-    return found
+    return by_example
 
 
 def record_canary(model: Any, tokenizer: Any, folder: Path, manifest: BankManifest) -> Canary:
@@ -57,7 +57,7 @@ def record_canary(model: Any, tokenizer: Any, folder: Path, manifest: BankManife
     example = Example(tuple(ids), 8, system=4)
     matrix = open_matrix(folder, manifest)
     adapters = {recipe.name: fuse(matrix, recipe, torch.float32) for recipe in trial_recipes(manifest)[:2]}
-    (found,) = readings(model, [example], adapters, shared_part(matrix, manifest))
-    read = {name.split(":", 3)[-1]: tuple(part.astype(float).round(3).tolist()) for name, part in found.items()}
+    (reading,) = readings(model, [example], adapters, shared_part(matrix, manifest))
+    read = {name.split(":", 3)[-1]: tuple(part.astype(float).round(3).tolist()) for name, part in reading.items()}
     shared = example.personal_from(manifest.acts)
     return Canary(ids=example.ids, read_from=example.loss_from, shared=shared, read=read)

@@ -126,9 +126,9 @@ def _begin(root: Path, inputs: Inputs, lock: ExitStack, *, force: bool) -> Input
     """Take the lock, record the inputs unless the folder has pieces of the same, and return them with their dtype."""
     root.mkdir(parents=True, exist_ok=True)
     lock.enter_context(locked(root / "lock", wait=False))
-    found = _recorded(root)
-    if not (other := _differences(found, inputs)):
-        return {**inputs, "dtype": found["dtype"]}
+    recorded = _recorded(root)
+    if not (other := _differences(recorded, inputs)):
+        return {**inputs, "dtype": recorded["dtype"]}
     if not force and any(root.glob("*/*.npy")):
         raise BankError(
             f"{root.parent} holds the unfinished build of another bank ({other}): run that again, name another --out, "
@@ -150,14 +150,14 @@ def _recorded(root: Path) -> Inputs:
         return {}
 
 
-def _differences(found: Inputs, inputs: Inputs) -> str:
+def _differences(recorded: Inputs, inputs: Inputs) -> str:
     """Say how inputs differ from those that were recorded; empty if both make the same bank."""
     changed = [
-        f"--{name.replace('_', '-')} was {found[name]}, is {value}"
+        f"--{name.replace('_', '-')} was {recorded[name]}, is {value}"
         for name, value in inputs.items()
-        if name in found and name not in (INPUTS, "verdict") and value not in (found[name], "auto")
+        if name in recorded and name not in (INPUTS, "verdict") and value not in (recorded[name], "auto")
     ]  # the verdict only decides which people are held out, and those are hashed
-    same = changed or found.get(INPUTS) == inputs[INPUTS]
+    same = changed or recorded.get(INPUTS) == inputs[INPUTS]
     return ", ".join(changed) if same else "other people, texts or models, or another version of this program"
 
 
@@ -171,12 +171,12 @@ def finished_bank(out: Path, inputs: Inputs, *, force: bool) -> BankManifest | N
             verify_files(out, manifest)
             shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # left by a build that was killed at its end
             return manifest
-        found = f"another bank, {manifest.short} ({other})"
+        what = f"another bank, {manifest.short} ({other})"
     except BankError as error:
-        found = f"a bank that cannot be used ({error})"
+        what = f"a bank that cannot be used ({error})"
     if force:
         return None
-    raise BankError(f"{out} holds {found}: name another --out, or replace it with --force")
+    raise BankError(f"{out} holds {what}: name another --out, or replace it with --force")
 
 
 def build_inputs(

@@ -142,9 +142,9 @@ def _shared_backward(ranks: Ranks, model: Any, examples: Sequence[Example]) -> I
         row_loss = backward_row(model, row, outputs)
         return row_loss.cpu(), [parameter.grad.cpu() for parameter in parameters if parameter.grad is not None]
 
-    for row_loss, found in ranks.each(pack(model, examples), gradients):
+    for row_loss, of_row in ranks.each(pack(model, examples), gradients):
         yield row_loss
-        sums = [one + other for one, other in zip(sums, found, strict=True)] if sums else found
+        sums = [one + other for one, other in zip(sums, of_row, strict=True)] if sums else of_row
     for parameter, gradient in zip(parameters, sums, strict=True):
         parameter.grad = gradient.to(parameter.device)
 

@@ -86,8 +86,8 @@ class Signer:
         """Return −⟨g, rowᵢ⟩ of each gradient, [G, N]."""
         stacked = torch.stack(list(gradients))
         parts = [stacked @ rows.to(stacked.device).float().T for rows in torch.split(self._rows, _AT_A_TIME)]
-        found: Vectors = torch.cat(parts, 1).double().cpu().numpy()
-        return -found
+        products: Vectors = torch.cat(parts, 1).double().cpu().numpy()
+        return -products
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +124,17 @@ class MeasuredPeople:
 
 def measured_people(people: Sequence[History], anchors: Sequence[History], trainer: RowTrainer) -> MeasuredPeople:
     wanted, rows = max(MEASURED_ITEMS, 4 * len(anchors)), {person.user_id: i for i, person in enumerate(anchors)}
-    found = list[MeasuredPerson]()
+    measured = list[MeasuredPerson]()
     for person in random.Random(trainer.options.seed).sample(list(people), len(people)):
         if wanted <= 0:
             break
         pairs = person.pairs(trainer.task)[-MOST:]
         if len(pairs) >= FEWEST:
             examples = [encode_pair(trainer.tokenizer, *pair, trainer.options.max_tokens) for pair in pairs]
-            found.append(MeasuredPerson(person.user_id, rows.get(person.user_id), examples))
+            measured.append(MeasuredPerson(person.user_id, rows.get(person.user_id), examples))
             wanted -= len(pairs)
-    judges = min(JUDGES, len(people) // PEOPLE_PER_HELD_OUT, len(found))
-    return MeasuredPeople(found, found[:judges] if judges >= MIN_HELD_OUT else [])
+    judges = min(JUDGES, len(people) // PEOPLE_PER_HELD_OUT, len(measured))
+    return MeasuredPeople(measured, measured[:judges] if judges >= MIN_HELD_OUT else [])
 
 
 def measure_curvature(
@@ -194,8 +194,8 @@ def _judge(signer: Signer, curvature: Curvature, person: MeasuredPerson, *, dire
     seen = signer.signature("", earlier)
     steps = [curvature.step(seen, decay, own) for decay in DECAYS]
     losses = signer.losses(np.stack([np.zeros_like(steps[0]), *steps]), later)
-    found: Vectors = (losses[0] - losses[1:])[:, None]
+    gained: Vectors = (losses[0] - losses[1:])[:, None]
     if not directions:
-        return found
+        return gained
     wanted = signer.signature("", later)
-    return np.concatenate([found, np.stack([curvature.gains(step, wanted, own) for step in steps])], axis=1)
+    return np.concatenate([gained, np.stack([curvature.gains(step, wanted, own) for step in steps])], axis=1)

@@ -37,8 +37,8 @@ def likelier_words(signer: Signer, anchors: int, trainer: RowTrainer, work: Work
 
     said = trainer.progress.piece
     names = [f"words-{anchor:04d}" for anchor in range(anchors)]
-    found = work.pieces(names, likelier, lambda done: said("describing the anchors", done, anchors))
-    return [tuple(known[int(token)] for token in tokens) for tokens in found]
+    words = work.pieces(names, likelier, lambda done: said("describing the anchors", done, anchors))
+    return [tuple(known[int(token)] for token in tokens) for tokens in words]
 
 
 def _words_of(trainer: RowTrainer) -> dict[int, str]:

@@ -41,13 +41,13 @@ def kept(draft: str, answer: str) -> tuple[dict[str, str], list[str], list[str]]
     """
     counts, missing, added = dict[str, str](), list[str](), list[str]()
     words = [set(map(str.casefold, _NAME.findall(text))) for text in (draft, answer)]
-    for (kind, wanted), (_, found) in zip(_facts(draft), _facts(answer), strict=True):
-        in_draft, in_answer = words if kind == "names" else (wanted, found)
+    for (kind, wanted), (_, present) in zip(_facts(draft), _facts(answer), strict=True):
+        in_draft, in_answer = words if kind == "names" else (wanted, present)
         lost = [shown for fact, shown in wanted.items() if fact not in in_answer]
         if wanted:
             counts[kind] = f"{len(wanted) - len(lost)} of {len(wanted)}"
         missing += lost
-        added += [shown for fact, shown in found.items() if fact not in in_draft]
+        added += [shown for fact, shown in present.items() if fact not in in_draft]
     return counts, missing, added
 
 

@@ -88,11 +88,11 @@ def read_person(path: Path, task: Task) -> PersonTexts:
         with person.leaving_out(name):
             if file is path and not is_mailbox:
                 raise UnusableError("is no folder and no mailbox of a person")
-            for place, read in _readers(file):
-                with person.leaving_out(name + place):
+            for source, read in _readers(file):
+                with person.leaving_out(name + source):
                     text = read()
                     if isinstance(text, Mail):
-                        mails.append((name + place, text))
+                        mails.append((name + source, text))
                     else:
                         person.add(text, task)
     own = own_address(person.user_id, {mail.sender for _, mail in mails})

@@ -64,7 +64,7 @@ class History:
 
     def with_queries(self, task: Task, count: int, profile: int | None = None) -> History:
         """Return the person with the last `count` items, all pairs, as queries, and the `profile` items before them."""
-        asked = [Query(f"{self.user_id}-{place}", *pair) for place, pair in enumerate(self.pairs(task)[-count:])]
+        asked = [Query(f"{self.user_id}-{position}", *pair) for position, pair in enumerate(self.pairs(task)[-count:])]
         earlier = self.items[:-count]
         return History(self.user_id, earlier if profile is None else earlier[-profile:], tuple(asked))
 
@@ -129,9 +129,9 @@ def _in_file(path: Path, task: Task, outputs: Path | None, *, queries: bool) -> 
                 raise BankError(f"{path}: question {excerpt(raw.id)} has no gold in {outputs}")
             entries.append({"id": f"question {raw.id}", "input": raw.input, "output": golds[raw.id]})
         items = people.setdefault(raw.user_id, {})
-        for place, entry in enumerate(entries):
+        for position, entry in enumerate(entries):
             try:
-                item = parse_item(entry, task, place)
+                item = parse_item(entry, task, position)
             except ProfileError as error:
                 raise BankError(f"{who}: {error}") from error
             items[item.id] = item

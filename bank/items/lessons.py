@@ -25,11 +25,11 @@ QUOTED_WORDS = 8  # length from which on an answer is recognised within a longer
 
 @dataclass(frozen=True, eq=False)
 class PastItems:
-    """A person's items, oldest first, put into prompts for a `share` of the turns, 0 to 1, which the seed decides."""
+    """A person's items, oldest first, put into prompts for a `fraction` (0 to 1) of the turns, drawn by the seed."""
 
     task: Task
     items: Sequence[Item]
-    share: float
+    fraction: float
     seed: int
 
     def memories(self, turn: str, output: str) -> list[str]:
@@ -39,15 +39,15 @@ class PastItems:
         answers are texts, none is used that tells this one. Labels recur, and leaving them out would tell them.
         """
         chance = random.Random(f"{self.seed}:{turn}:{output}")
-        if chance.random() >= self.share:
+        if chance.random() >= self.fraction:
             return []
         asked = normalised(output)
         is_text, is_long = self.task.kind == "text", len(searchable(asked).split()) >= QUOTED_WORDS
         first = self._places.get((normalised(turn), asked), len(self._pairs))
 
-        def usable(place: int, memory: str) -> bool:
-            tells = is_text and (self._pairs[place][1] == asked or (is_long and asked in normalised(memory)))
-            return place < first and not tells
+        def usable(position: int, memory: str) -> bool:
+            tells = is_text and (self._pairs[position][1] == asked or (is_long and asked in normalised(memory)))
+            return position < first and not tells
 
         return self._index.memories(turn, chance.choice(PAST_COUNTS[self.task.kind]), usable)
 
@@ -64,7 +64,7 @@ class PastItems:
     @cached_property
     def _places(self) -> dict[tuple[str, str], int]:
         """Index of each pair's first occurrence among the items."""
-        return {pair: place for place, pair in reversed(list(enumerate(self._pairs)))}
+        return {pair: position for position, pair in reversed(list(enumerate(self._pairs)))}
 
 
 def lesson_key(task: Task, turn: str, output: str) -> tuple[str, str]:
@@ -88,9 +88,9 @@ class Lesson:
         return encode_with_memories(tokenizer, task, turn, output, memories=memories, max_tokens=max_tokens)
 
 
-def lessons(history: History, task: Task, share: float, seed: int) -> list[Lesson]:
-    """Return a person's items to train on; `share` and `seed` as in `PastItems`."""
-    past = PastItems(task, history.items, share, seed)
+def lessons(history: History, task: Task, fraction: float, seed: int) -> list[Lesson]:
+    """Return a person's items to train on; `fraction` and `seed` as in `PastItems`."""
+    past = PastItems(task, history.items, fraction, seed)
     return [Lesson(past, *pair) for pair in history.pairs(task)]
 
 

@@ -83,5 +83,5 @@ def _end_of_turn(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """Return what the template writes after an answer, without white space, which is not generated."""
     answered = [*messages, {"role": "assistant", "content": _ANSWER}]
     whole: str = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
-    _, found, after = whole.rpartition(_ANSWER)
-    return (after.strip() if found else "") or str(tokenizer.eos_token or "")
+    _, answer, after = whole.rpartition(_ANSWER)
+    return (after.strip() if answer else "") or str(tokenizer.eos_token or "")

@@ -25,10 +25,10 @@ class ItemIndex:
     def __init__(self, task: Task, items: Sequence[Item]) -> None:
         import bm25s
 
-        rendered = [(place, item_text(item, task), _memory(task, item)) for place, item in enumerate(items)]
-        known = [(place, text, memory) for place, text, memory in rendered if memory is not None]
+        rendered = [(position, item_text(item, task), _memory(task, item)) for position, item in enumerate(items)]
+        known = [(position, text, memory) for position, text, memory in rendered if memory is not None]
         self._task = task
-        self._places = [place for place, _, _ in known]
+        self._places = [position for position, _, _ in known]
         self._memories = [memory for _, _, memory in known]
         self._retriever = None
         self.size_bytes = sum(map(sys.getsizeof, self._memories))  # approximate memory of the index
@@ -40,7 +40,7 @@ class ItemIndex:
             self.size_bytes += _POSTING_BYTES * sum(map(len, words.ids))
 
     def memories(
-        self, turn: str, count: int, usable: Callable[[int, str], bool] = lambda place, memory: True
+        self, turn: str, count: int, usable: Callable[[int, str], bool] = lambda position, memory: True
     ) -> list[str]:
         """Return up to `count` items as prompts quote them, best, then newest first; `usable` gets index and text."""
         import bm25s
@@ -50,8 +50,10 @@ class ItemIndex:
         scores: Sequence[float] = [0.0] * len(self._memories)
         if self._retriever is not None and words:  # empty if the turn holds only stop words
             scores = self._retriever.get_scores(words)
-        best = sorted(range(len(self._memories)), key=lambda place: (-scores[place], -place))
-        memories = (self._memories[place] for place in best if usable(self._places[place], self._memories[place]))
+        best = sorted(range(len(self._memories)), key=lambda position: (-scores[position], -position))
+        memories = (
+            self._memories[position] for position in best if usable(self._places[position], self._memories[position])
+        )
         return list(islice(memories, count))
 
 
@@ -64,7 +66,7 @@ def searchable(text: str) -> str:
 
 
 def _pairs(run: str) -> list[str]:
-    return [run[place : place + 2] for place in range(max(1, len(run) - 1))]
+    return [run[start : start + 2] for start in range(max(1, len(run) - 1))]
 
 
 def turn_with_memories(task: Task, turn: str, memories: Sequence[str]) -> str:

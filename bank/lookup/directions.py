@@ -61,7 +61,7 @@ class Directions:
         return self._search(np.asarray(steps, np.float32).tobytes())
 
 
-def recipe_of_directions(manifest: BankManifest, steps: Vectors, share: float = 1.0) -> FusionRecipe:
-    """Multiply each step by `share`, 0 to 1, and round it to a sixteenth; without steps the common row remains."""
-    rounded = np.clip(np.rint(share * STEPS_PER_DEVIATION * steps), -MAX_STEP, MAX_STEP).astype(int).tolist()
+def recipe_of_directions(manifest: BankManifest, steps: Vectors, scale: float = 1.0) -> FusionRecipe:
+    """Multiply each step by `scale`, 0 to 1, and round it to a sixteenth; without steps the common row remains."""
+    rounded = np.clip(np.rint(scale * STEPS_PER_DEVIATION * steps), -MAX_STEP, MAX_STEP).astype(int).tolist()
     return FusionRecipe(manifest.short, manifest.method, True, (), steps=tuple(rounded) if any(rounded) else ())

@@ -56,25 +56,25 @@ def phrase_table(texts: Sequence[Sequence[int]], max_bytes: int = MAX_BYTES) -> 
     sizes = np.cumsum([len(text) for text in texts])
     texts = texts[: int(np.searchsorted(sizes, MAX_TOKENS, "right"))]
     keys, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for place, text in enumerate(_distinct(texts)):
+    for position, text in enumerate(_distinct(texts)):
         ids = np.array([NOTHING] * (LONGEST - 1) + [START, *text], np.int64)
         for k in range(1, LONGEST + 1):
             before = [ids[LONGEST - back : len(ids) - back] for back in range(k, 0, -1)]
             known = before[0] != NOTHING
             pair = suffix_hash(before, k) << _TOKEN_BITS | ids[LONGEST:]
-            keys.append((pair << _TEXT_BITS | place)[known])
+            keys.append((pair << _TEXT_BITS | position)[known])
             lengths.append(np.full(int(known.sum()), k))
     in_text, first, counts = np.unique(np.concatenate(keys), return_index=True, return_counts=True)
     pairs, begin, stands = np.unique(in_text >> _TEXT_BITS, return_index=True, return_counts=True)
     length, occurs = np.concatenate(lengths)[first][begin], _reduced(np.add, counts, begin)
     _, of_suffix = np.unique(pairs >> _TOKEN_BITS, return_index=True)
-    share = occurs / np.repeat(_reduced(np.add, occurs, of_suffix), np.diff([*of_suffix, len(pairs)]))
+    fraction = occurs / np.repeat(_reduced(np.add, occurs, of_suffix), np.diff([*of_suffix, len(pairs)]))
     kept = np.flatnonzero(stands > 1)
-    order = np.lexsort((-share[kept], -length[kept], -stands[kept]))
+    order = np.lexsort((-fraction[kept], -length[kept], -stands[kept]))
     best = np.sort(kept[order[: max_bytes // _PHRASE.itemsize]])
     table = np.zeros(len(best), _PHRASE)
     table["suffix"], table["token"] = pairs[best] >> _TOKEN_BITS, pairs[best] & ((1 << _TOKEN_BITS) - 1)
-    table["length"], table["share"] = length[best], np.maximum(1, np.round(share[best] * _MOST))
+    table["length"], table["share"] = length[best], np.maximum(1, np.round(fraction[best] * _MOST))
     table["limit"] = np.minimum(_MOST, _reduced(np.maximum, counts, begin)[best])
     return table
 
@@ -129,8 +129,8 @@ class Reader:
         self._recent: tuple[int, ...] = (START,)
         self._left = table["limit"].tolist()
         self._places = defaultdict[int, dict[int, int]](dict)  # of phrases, by suffix, then by token
-        for place, (suffix, token) in enumerate(zip(table["suffix"].tolist(), table["token"].tolist(), strict=True)):
-            self._places[suffix][token] = place
+        for position, (suffix, token) in enumerate(zip(table["suffix"].tolist(), table["token"].tolist(), strict=True)):
+            self._places[suffix][token] = position
 
     def proposing(self) -> list[int]:
         """Return the places of the phrases that propose the next token; empty if there are none."""
@@ -191,12 +191,12 @@ def _distinct(texts: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
     """Yield the texts, leaving out long ones that share half of their runs of tokens with another."""
     owner: dict[tuple[int, ...], int] = {}
     sizes: dict[int, int] = {}
-    for place, text in enumerate(texts):
+    for position, text in enumerate(texts):
         runs = {tuple(text[at : at + _GRAM]) for at in range(len(text) - _GRAM + 1)}
         shared = Counter(owner[run] for run in runs if run in owner)
         copies = (other for other, count in shared.items() if 2 * count >= len(runs) + sizes[other] - count)
         if len(text) >= _LONG and next(copies, None) is not None:
             continue
-        sizes[place] = len(runs)
-        owner |= {run: place for run in runs if run not in owner}
+        sizes[position] = len(runs)
+        owner |= {run: position for run in runs if run not in owner}
         yield text

@@ -27,8 +27,8 @@ def fit_prior(task: Task, histories: Sequence[Sequence[str]]) -> AnswerPrior | N
     known = [[answer for answer in history if answer in allowed] for history in histories]
     counts = Counter(answer for history in known for answer in history)
     total = sum(counts.values()) + len(allowed)  # add-one smoothing, so that no share is zero
-    shares = {answer: (counts[answer] + 1) / total for answer in allowed}
-    tried = [AnswerPrior(weight=weight, shares=shares) for weight in WEIGHTS]
+    fractions = {answer: (counts[answer] + 1) / total for answer in allowed}
+    tried = [AnswerPrior(weight=weight, shares=fractions) for weight in WEIGHTS]
     return min(tried, key=lambda prior: _loss(prior, [history for history in known if len(history) > QUERIES]))
 
 
@@ -36,12 +36,12 @@ def personal_shares(prior: AnswerPrior, answers: Sequence[str]) -> Mapping[str, 
     """Return the probability of each answer for a person with these past answers; they sum to 1."""
     counts = Counter(answer for answer in answers if answer in prior.shares)
     total = sum(counts.values()) + prior.weight
-    return {answer: (counts[answer] + prior.weight * share) / total for answer, share in prior.shares.items()}
+    return {answer: (counts[answer] + prior.weight * fraction) / total for answer, fraction in prior.shares.items()}
 
 
-def surprise(shares: Mapping[str, float], answer: str) -> float:
+def surprise(fractions: Mapping[str, float], answer: str) -> float:
     """Return −log of an answer's share, in nats."""
-    return -math.log(shares[answer])
+    return -math.log(fractions[answer])
 
 
 def _loss(prior: AnswerPrior, histories: Sequence[Sequence[str]]) -> float:
@@ -49,6 +49,6 @@ def _loss(prior: AnswerPrior, histories: Sequence[Sequence[str]]) -> float:
     surprises = []
     for history in histories:
         profile, asked = history[-QUERIES - PROFILE : -QUERIES], history[-QUERIES:]
-        shares = personal_shares(prior, profile)
-        surprises.append(sum(surprise(shares, answer) for answer in asked) / len(asked))
+        fractions = personal_shares(prior, profile)
+        surprises.append(sum(surprise(fractions, answer) for answer in asked) / len(asked))
     return sum(surprises) / len(surprises) if surprises else 0.0

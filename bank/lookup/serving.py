@@ -87,11 +87,11 @@ class ServingBank:
             directions = Directions.load(folder / COORDINATES_FILE, manifest, curvature)
         return cls(manifest, get_task(manifest.task), index, atlas, curvature, directions)
 
-    def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
+    def personalise(self, embedding: Vectors, signature: Signature | None = None, scale: float = 1.0) -> UserRecipe:
         """Return a user's recipe, and its anchors with the strongest evidence first.
 
         The embedding [E] has unit length; without topics it is 0, and its recipe the common row. An unusable signature
-        is ignored. Weights are multiplied by `share`, 0 to 1.
+        is ignored. Weights are multiplied by `scale`, 0 to 1.
         """
         rule, curvature = self.manifest.weights, self.curvature
         weights = topic_weights(self.index, rule, embedding)
@@ -100,15 +100,15 @@ class ServingBank:
             if self.directions:
                 steps = curvature.step(signature, rule.posterior.decay, topics=topics @ self.directions.coordinates)
                 near = tuple(AnchorWeight(anchor, 0.0, cosine) for anchor, cosine in self.directions.nearest(steps))
-                return UserRecipe(recipe_of_directions(self.manifest, steps, share), near, "signature")
+                return UserRecipe(recipe_of_directions(self.manifest, steps, scale), near, "signature")
             steps = curvature.step(signature, rule.posterior.decay, topics=topics)
             weights = posterior_weights(self.index, steps, embedding, signature)
-            return UserRecipe(recipe_of_steps(self.manifest, weights, share), weights, "signature")
-        return UserRecipe(self.merge(weights, share * bool(embedding.any()), TOPIC_GRAIN), weights, "topic")
+            return UserRecipe(recipe_of_steps(self.manifest, weights, scale), weights, "signature")
+        return UserRecipe(self.merge(weights, scale * bool(embedding.any()), TOPIC_GRAIN), weights, "topic")
 
-    def merge(self, weights: Sequence[AnchorWeight], share: float = 1.0, grain: int = 1) -> FusionRecipe:
+    def merge(self, weights: Sequence[AnchorWeight], scale: float = 1.0, grain: int = 1) -> FusionRecipe:
         """Return the recipe of anchors with non-negative weights, rounded as by `recipe_of_shares`."""
-        recipe = recipe_of_shares(self.manifest, weights, share, grain)
+        recipe = recipe_of_shares(self.manifest, weights, scale, grain)
         if not self.directions or not recipe.terms:
             return recipe
         rows = [term.weight / PER_MILLE * self.directions.coordinates[term.anchor] for term in recipe.terms]
@@ -123,8 +123,8 @@ def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> t
         evidence = [1.0] * len(nearest)
     scale = rule.strength / sum(evidence)
     return tuple(
-        AnchorWeight(anchor, share * scale, similarity)
-        for (anchor, similarity), share in zip(nearest, evidence, strict=True)
+        AnchorWeight(anchor, part * scale, similarity)
+        for (anchor, similarity), part in zip(nearest, evidence, strict=True)
     )
 
 
@@ -148,21 +148,21 @@ def posterior_weights(
     )
 
 
-def recipe_of_steps(manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0) -> FusionRecipe:
-    """Multiply each step by `share`, 0 to 1, and round it to per mille; drop steps that round to zero."""
-    steps = {w.anchor: round(share * w.weight * PER_MILLE) for w in sorted(weights, key=lambda w: w.anchor)}
+def recipe_of_steps(manifest: BankManifest, weights: Sequence[AnchorWeight], scale: float = 1.0) -> FusionRecipe:
+    """Multiply each step by `scale`, 0 to 1, and round it to per mille; drop steps that round to zero."""
+    steps = {w.anchor: round(scale * w.weight * PER_MILLE) for w in sorted(weights, key=lambda w: w.anchor)}
     terms = tuple(Term(anchor, max(-MAX_WEIGHT, min(MAX_WEIGHT, step))) for anchor, step in steps.items() if step)
     return FusionRecipe(manifest.short, manifest.method, True, terms)
 
 
 def recipe_of_shares(
-    manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0, grain: int = 1
+    manifest: BankManifest, weights: Sequence[AnchorWeight], scale: float = 1.0, grain: int = 1
 ) -> FusionRecipe:
     """Round non-negative weights to multiples of `grain` per mille that keep their sum; drop weights of zero.
 
-    The sum is multiplied by `share`, 0 to 1. Without a common row to take the rest, it is always 1000.
+    The sum is multiplied by `scale`, 0 to 1. Without a common row to take the rest, it is always 1000.
     """
-    total = round(share * sum(w.weight for w in weights) * PER_MILLE) if manifest.common else PER_MILLE
+    total = round(scale * sum(w.weight for w in weights) * PER_MILLE) if manifest.common else PER_MILLE
     ordered = sorted(weights, key=lambda w: w.anchor)
     rounded = per_mille([w.weight for w in ordered], total, grain)
     terms = tuple(Term(w.anchor, mille) for w, mille in zip(ordered, rounded, strict=True) if mille)

@@ -39,8 +39,8 @@ class Signature:
         """Return the signature of these items and the other's; the other's alone if this is for another bank."""
         if self.bank != other.bank or not self.tokens:
             return other
-        share, tokens = np.float32(other.tokens / (self.tokens + other.tokens)), self.tokens + other.tokens
-        return Signature(self.bank, tokens, self.products + share * (other.products - self.products))
+        weight, tokens = np.float32(other.tokens / (self.tokens + other.tokens)), self.tokens + other.tokens
+        return Signature(self.bank, tokens, self.products + weight * (other.products - self.products))
 
     @property
     def length(self) -> float:

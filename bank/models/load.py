@@ -54,10 +54,10 @@ def attention_of(config: Any, device: str) -> str:
     return "sdpa" if device == "cuda" and not soft_cap else "eager"
 
 
-def limit_gpu(share: float | None) -> None:
+def limit_gpu(fraction: float | None) -> None:
     """Limit this process to a share of the GPU's memory, CUDA's own memory not counted; None for no limit."""
-    if share and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(share)
+    if fraction and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(fraction)
 
 
 def resolve_dtype(dtype: str) -> str:

@@ -57,8 +57,8 @@ class PhraseSlots:
                 return
             rows, slots, proposing = rows[some], slots[some], proposing[some]
         part, tokens = logits[rows], self._tokens[slots]
-        shares = self._weights[slots] * proposing
-        odds = shares / (1 - shares.sum(1, keepdim=True))
+        weights = self._weights[slots] * proposing
+        odds = weights / (1 - weights.sum(1, keepdim=True))
         before = part.gather(1, tokens)
         mixed = torch.logaddexp(before, part.logsumexp(1, keepdim=True) + odds.log())
         mixed = torch.where(before.isneginf(), before, mixed)  # a grammar's mask, `min_tokens` and bad words win

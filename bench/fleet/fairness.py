@@ -222,7 +222,7 @@ class Fairness:
         """Run all actions of the greedy key until the block ends."""
         key = self._keys[-1]
         numbers = itertools.count()
-        place = urlsplit(self._url)
+        address = urlsplit(self._url)
 
         async def follow(session: aiohttp.ClientSession) -> int:
             async with session.get(f"{self._url}/jobs/{self._job}/events") as response:
@@ -234,9 +234,9 @@ class Fairness:
                 return response.status
 
         async def trickle(session: aiohttp.ClientSession) -> int:
-            reader, writer = await asyncio.open_connection(place.hostname, place.port)
+            reader, writer = await asyncio.open_connection(address.hostname, address.port)
             try:
-                head = f"PUT /users/user-0/profile HTTP/1.1\r\nHost: {place.netloc}\r\n"
+                head = f"PUT /users/user-0/profile HTTP/1.1\r\nHost: {address.netloc}\r\n"
                 head += f"Authorization: {key['Authorization']}\r\nContent-Type: application/json\r\n"
                 writer.write(f"{head}Content-Length: 200000\r\n\r\n".encode() + b" " * (SMALL_BODY + 1))
                 answer = asyncio.create_task(reader.readline())

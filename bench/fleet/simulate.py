@@ -46,8 +46,8 @@ class Spread:
 
 def zipf(users: int, requests: int, exponent: float, generator: np.random.Generator) -> Numbers:
     """Draw the user of each request: user n asks about 1/n^exponent as often as the first."""
-    shares = np.cumsum(1.0 / np.arange(1, users + 1) ** exponent)
-    who: Numbers = np.searchsorted(shares, generator.random(requests) * shares[-1]).astype(np.int64)
+    fractions = np.cumsum(1.0 / np.arange(1, users + 1) ** exponent)
+    who: Numbers = np.searchsorted(fractions, generator.random(requests) * fractions[-1]).astype(np.int64)
     return who
 
 

@@ -82,13 +82,13 @@ class Load:
         """Counts of other statuses than 200 and 429, with their error codes."""
         return Counter(f"{stream.status} {stream.error}" for stream in self.streams if stream.status not in (200, 429))
 
-    def whole_ms(self, share: float) -> float:
-        """Return the percentile `share` of the time to the last byte of complete streams."""
-        return 1000 * percentile([stream.whole_s for stream in self.served], share)
+    def whole_ms(self, fraction: float) -> float:
+        """Return the percentile `fraction` of the time to the last byte of complete streams."""
+        return 1000 * percentile([stream.whole_s for stream in self.served], fraction)
 
-    def first_ms(self, share: float) -> float:
-        """Return the percentile `share` of the time to the first byte of complete streams."""
-        return 1000 * percentile([stream.first_s for stream in self.served], share)
+    def first_ms(self, fraction: float) -> float:
+        """Return the percentile `fraction` of the time to the first byte of complete streams."""
+        return 1000 * percentile([stream.first_s for stream in self.served], fraction)
 
 
 class Loader:
@@ -208,14 +208,14 @@ async def reading(
 
 
 async def _reader(url: str, path: str, body: bytes, per_s: float, key: Mapping[str, str]) -> None:
-    place = urlsplit(url)
-    head = f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    address = urlsplit(url)
+    head = f"POST {path} HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\nContent-Type: application/json\r\n"
     head += "".join(f"{name}: {value}\r\n" for name, value in key.items())
     while True:
         with socket.socket() as plain:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             plain.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(plain, (place.hostname, place.port))
+            await asyncio.get_running_loop().sock_connect(plain, (address.hostname, address.port))
             reader, writer = await asyncio.open_connection(sock=plain, limit=4096)
             writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             try:

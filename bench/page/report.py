@@ -69,10 +69,10 @@ class Figures:
         return {"title": self.title, "columns": list(self.columns), "lines": lines}
 
 
-def percentile(readings: Sequence[float], share: float) -> float:
-    """Return the percentile `share` (0 to 1) of the readings, by nearest rank."""
+def percentile(readings: Sequence[float], fraction: float) -> float:
+    """Return the percentile `fraction` (0 to 1) of the readings, by nearest rank."""
     ordered = sorted(readings)
-    return ordered[max(0, ceil(share * len(ordered)) - 1)]
+    return ordered[max(0, ceil(fraction * len(ordered)) - 1)]
 
 
 def processor() -> str:

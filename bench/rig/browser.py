@@ -57,11 +57,11 @@ class Looking:
     refusals: list[int] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
 
-    def visit(self, place: str, **params: Any) -> Page:
+    def visit(self, page_name: str, **params: Any) -> Page:
         """Load a page of the console anew."""
         self.page.goto("about:blank")
         query = f"?{urlencode(params)}" if params else ""
-        self.page.goto(f"{self.url}/console#/{place}{query}")
+        self.page.goto(f"{self.url}/console#/{page_name}{query}")
         self.page.get_by_role("heading", level=1).wait_for()
         return self.page
 

@@ -174,8 +174,8 @@ def tiny_bank(
 
 def world(index: int) -> str:
     """Return the text that anchor `index` embeds: a user who writes it is nearest to that anchor."""
-    turn, place = divmod(index, len(WORLDS))
-    return WORLDS[place] if not turn else f"{WORLDS[place]}, chapter {turn}"
+    turn, world = divmod(index, len(WORLDS))
+    return WORLDS[world] if not turn else f"{WORLDS[world]}, chapter {turn}"
 
 
 def byte_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:

@@ -74,7 +74,9 @@ def measure(users: int, lookups: int, folder: Path, progress: Progress) -> Figur
         ["users written a second, in pipelines, every write on disk", users / written_s],
     ]
     for how, taken in (("one after the other", alone), (f"arriving {ARRIVALS_PER_S:,} a second", arriving)):
-        lines += [[f"lookups {how}: p{round(100 * share)}, ms", percentile(taken, share)] for share in (0.5, 0.99)]
+        lines += [
+            [f"lookups {how}: p{round(100 * fraction)}, ms", percentile(taken, fraction)] for fraction in (0.5, 0.99)
+        ]
     lines.append([f"lookups a second by one client process, {CONCURRENCY} at a time", per_s])
     lines += [[f"a gateway's memory after {seen:,} different users, MiB", mib] for seen, mib in memory_after.items()]
     title = f"{users:,} users in Valkey, 50 % of them with a signature"

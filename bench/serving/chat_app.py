@@ -149,10 +149,10 @@ def _chat(page: Page, url: str, scratch: Path, picture: Path) -> Chat:
         page.keyboard.insert_text(message)
         page.keyboard.press("Enter")
         page.get_by_role("button", name="Good Response").nth(count - 1).wait_for()
-        place = page.url.rpartition("/")[2]
-        wait_until(partial(_is_idle, page, f"{url}/api/tasks/chat/{place}"), "the app's own questions", ANSWER_S)
+        chat_id = page.url.rpartition("/")[2]
+        wait_until(partial(_is_idle, page, f"{url}/api/tasks/chat/{chat_id}"), "the app's own questions", ANSWER_S)
     page.screenshot(path=picture)
-    stored = _asked(page, f"{url}/api/v1/chats/{place}")["chat"]["history"]
+    stored = _asked(page, f"{url}/api/v1/chats/{chat_id}")["chat"]["history"]
     turns, at = [], stored["currentId"]
     while at:
         turns.append(stored["messages"][at])

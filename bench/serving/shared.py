@@ -59,13 +59,13 @@ def main(
         subject = tiny(Path(scratch)) if tiny_model else configured_subject(bank, model)
         tokenizer = AutoTokenizer.from_pretrained(subject.model)
         prompts = [_system(tokenizer, int(count)) for count in system.split(",")]
-        for place in map(Acts, acts.split(",")):
-            served = _acting(subject, place, Path(scratch) / place)
+        for acts_from in map(Acts, acts.split(",")):
+            served = _acting(subject, acts_from, Path(scratch) / acts_from)
             with vllm_server(served, dtype=dtype, arguments=arguments) as engine:
                 recipes = (recipe.name for recipe in served.recipes())
-                for prompt in track(prompts, place):
+                for prompt in track(prompts, acts_from):
                     measured = _measured(engine, recipes, prompt, pairs, users)
-                    lines.append([place, len(opening(tokenizer, [prompt])), *measured])
+                    lines.append([acts_from, len(opening(tokenizer, [prompt])), *measured])
     tabulate(
         [Figures(f"{subject.title}, {dtype}, blocks of {block or 'its own size'}", COLUMNS, lines)], out, bench="shared"
     )

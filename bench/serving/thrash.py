@@ -139,7 +139,7 @@ async def _block(loader: Loader, asks: Iterator[Ask], clients: int, level: Level
 
 def _line(users: int, side: str, level: Level, first: Level) -> list[object]:
     """Return a row of the table; the last column compares the blocks of a round."""
-    latencies = [percentile(kept, share) for kept in (level.first_ms, level.gaps_ms) for share in (0.5, 0.99)]
+    latencies = [percentile(kept, fraction) for kept in (level.first_ms, level.gaps_ms) for fraction in (0.5, 0.99)]
     rate = Spread.of(level.tokens_per_s)
     return [users, side, *latencies, rate, Spread.ratio(level.tokens_per_s, first.tokens_per_s)]
 

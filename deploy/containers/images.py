@@ -130,7 +130,7 @@ def _mounts(folder: Path) -> list[str]:
     uv.write_text(f"system-certs = true\nfind-links = {json.dumps(wheels)}\n", "utf-8")
     seen = {uv: "/etc/uv/uv.toml", Path("/etc/pip.conf"): "/etc/pip.conf", **{Path(one): one for one in wheels}}
     seen[Path(os.environ.get("SSL_CERT_FILE", CERTIFICATES))] = CERTIFICATES
-    return [f"--volume={path.resolve()}:{place}:ro" for path, place in seen.items() if path.exists()]
+    return [f"--volume={path.resolve()}:{target}:ro" for path, target in seen.items() if path.exists()]
 
 
 def sizes(tool: Tool, names: Sequence[str]) -> Figures:

@@ -43,12 +43,12 @@ def _rate(metric: str, by: str = "") -> str:
     return f"sum{f' by ({by})' if by else ''} (rate({metric}[{WINDOW}]))"
 
 
-def _quantile(share: float, metric: str, by: str = "") -> str:
-    return f"histogram_quantile({share}, {_rate(f'{metric}_bucket', f'le, {by}' if by else 'le')})"
+def _quantile(fraction: float, metric: str, by: str = "") -> str:
+    return f"histogram_quantile({fraction}, {_rate(f'{metric}_bucket', f'le, {by}' if by else 'le')})"
 
 
 def _quantiles(metric: str) -> tuple[Query, ...]:
-    return tuple(Query(_quantile(share, metric), f"p{share * 100:.0f}") for share in (0.5, 0.95, 0.99))
+    return tuple(Query(_quantile(fraction, metric), f"p{fraction * 100:.0f}") for fraction in (0.5, 0.95, 0.99))
 
 
 def _of_commands(what: str = "") -> str:
@@ -227,9 +227,9 @@ def _panel(graph: Graph) -> TimeSeries:
         .legend(legend)
         .show_points(VisibilityMode.NEVER)
     )
-    for place, query in enumerate(graph.queries):
+    for position, query in enumerate(graph.queries):
         panel.with_target(
-            Dataquery().expr(query.expression).legend_format(query.legend).ref_id(chr(ord("A") + place)).range()
+            Dataquery().expr(query.expression).legend_format(query.legend).ref_id(chr(ord("A") + position)).range()
         )
     return panel
 

@@ -167,8 +167,8 @@ def main(
                 task = progress.add_task(f"{size:,} people, {metric.name}", total=runs)
                 step = partial(progress.advance, task)
                 outcomes = simulate(metric, use, holdout, runs=runs, seed=seed, step=step)
-                for share, (none, some) in zip(holdout, outcomes, strict=True):
-                    about = [size, metric.name, share]
+                for fraction, (none, some) in zip(holdout, outcomes, strict=True):
+                    about = [size, metric.name, fraction]
                     without.append([*about, round(none.people_weeks), none.wrong, none.wrong_naive])
                     having.append([*about, some.seen, *some.days, some.planned_days, some.wrong, some.wrong_relative])
     title = f"{runs:,} runs, {weeks} weeks, a look each day"
@@ -276,7 +276,7 @@ def _with(tally: _Tally, runs: int) -> With:
     typical = np.median(tally.variances, axis=0)
     enough = np.flatnonzero((TWO_SIDED + POWER) * np.sqrt(typical) <= abs(float(np.mean(tally.truths))))
     ordered = sorted(tally.days)
-    reached = [ordered[ceil(share * runs) - 1] for share in (0.1, 0.5, 0.8, 0.9)]
+    reached = [ordered[ceil(fraction * runs) - 1] for fraction in (0.1, 0.5, 0.8, 0.9)]
     return With(
         seen=sum(day < inf for day in ordered) / runs,
         days=tuple(None if day == inf else int(day) for day in reached),

@@ -78,18 +78,18 @@ class Reader:
 
     def learn(self, person: Learner, on_text: Callable[[], object]) -> None:
         """Let the server learn from a person's texts, one after the other, and read the losses before each."""
-        for place in range(len(person.texts)):
-            self._read(person, place)
+        for position in range(len(person.texts)):
+            self._read(person, position)
             on_text()
-            if place + 1 < len(person.texts):
-                self._teach(person, place)
+            if position + 1 < len(person.texts):
+                self._teach(person, position)
 
-    def _read(self, person: Learner, place: int) -> None:
-        turn, text = person.texts[place]
+    def _read(self, person: Learner, position: int) -> None:
+        turn, text = person.texts[position]
         past = [
             Item(f"{number}", {"input": asked, "output": said}) for number, (asked, said) in enumerate(person.texts)
         ]
-        memories = ItemIndex(self.task, past[:place]).memories(turn, self.history) if place else []
+        memories = ItemIndex(self.task, past[:position]).memories(turn, self.history) if position else []
         for way in WAYS:
             shown = memories if way.endswith("+history") else ()
             example = encode_with_memories(self.tokenizer, self.task, turn, text, memories=shown, max_tokens=MAX_TOKENS)
@@ -97,15 +97,15 @@ class Reader:
             person.losses[way].append(loss)
         person.levels.append(level)
 
-    def _teach(self, person: Learner, place: int) -> None:
+    def _teach(self, person: Learner, position: int) -> None:
         """Send a text instead of an answer, and wait for the signature and the training that it brings."""
-        turn, text = person.texts[place]
-        before = self.client.user(person.user_id).recipe if place else ""
+        turn, text = person.texts[position]
+        before = self.client.user(person.user_id).recipe if position else ""
         asked = {"user_id": person.user_id, "prompt": turn, "max_tokens": _ANSWER_TOKENS, "temperature": 0}
         answer = self._post("/generate", asked)
         said = {"answer": answer["id"], "input": turn, "text": answer["text"], "final": text}
         job = self._post(f"/users/{person.user_id}/feedback", said)["job"]
-        if place + 1 in SIGNED_AT:
+        if position + 1 in SIGNED_AT:
             self._until_signed(person.user_id, before)
         if job:
             person.jobs.append(f"{self.client.wait(job, timeout_s=3600, poll_s=_POLL_S).state}")
@@ -208,8 +208,8 @@ def table(learners: Sequence[Learner]) -> Figures:
             str(over_users([a - b for a, b in zip(means[one], means[other], strict=True)])) for one, other in PAIRS
         ]
         levels = [level for person in kept for level in person.levels[first:last]]
-        shares = ", ".join(f"{levels.count(level) / len(levels):.0%} {level}" for level in dict.fromkeys(levels))
-        lines.append((f"{first} to {last - 1}", *(f"{fmean(means[way]):.3f}" for way in WAYS), *gains, shares))
+        fractions = ", ".join(f"{levels.count(level) / len(levels):.0%} {level}" for level in dict.fromkeys(levels))
+        lines.append((f"{first} to {last - 1}", *(f"{fmean(means[way]):.3f}" for way in WAYS), *gains, fractions))
     columns = ("texts learnt from", *WAYS, *(f"{one} less {other}" for one, other in PAIRS), "levels")
     return Figures("Loss of the next text, nats a token", columns, lines)
 
@@ -222,8 +222,10 @@ def picture(learners: Sequence[Learner]) -> Any:
     rounds = range(1, max(len(person.texts) for person in learners))
     for one, other in (("served", "common"), ("served+history", "common+history")):
         gains = [
-            over_users([p.losses[one][place] - p.losses[other][place] for p in learners if place < len(p.texts)])
-            for place in rounds
+            over_users(
+                [p.losses[one][position] - p.losses[other][position] for p in learners if position < len(p.texts)]
+            )
+            for position in rounds
         ]
         axis.plot(rounds, [gain.mean for gain in gains], label=f"{one} less {other}")
         axis.fill_between(rounds, [gain.low for gain in gains], [gain.high for gain in gains], alpha=0.15)

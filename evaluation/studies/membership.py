@@ -62,7 +62,7 @@ class Scores:
     def line(self, name: str) -> list[object]:
         members, others = np.concatenate(self.members), np.concatenate(self.others)
         highest = np.sort(others)[::-1]
-        fractions = [float((members > highest[int(share * len(highest))]).mean()) for share in (0.01, 0.1)]
+        fractions = [float((members > highest[int(fraction * len(highest))]).mean()) for fraction in (0.01, 0.1)]
         low, high = self._interval()
         return [name, len(members), len(others), auc(members, others), low, high, *fractions]
 
@@ -154,8 +154,8 @@ def main(
     long = long[: adapted if opened.manifest.room and len(long) > 1 else 0]
     split = [person.with_queries(task, later, profile) for person in long]
     few_shot, promoted = defaultdict[str, Scores](Scores), 0
-    for place, person in enumerate(track(split, "adapting", console=console())):
-        made = attack.of_few_shot(person, split[place - 1])
+    for position, person in enumerate(track(split, "adapting", console=console())):
+        made = attack.of_few_shot(person, split[position - 1])
         promoted += bool(made)
         for name, each in made.items():
             few_shot[name].members += each.members

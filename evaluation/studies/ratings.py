@@ -96,8 +96,8 @@ def _rows(what: str, found: Figures) -> list[tuple[str, object]]:
     """Return rows with each method's mean over people, then with its differences to the earlier methods."""
     means = {name: [fmean(queries) for queries in people.values()] for name, people in found.items()}
     rows: list[tuple[str, object]] = [(f"{name}: {what}", f"{fmean(each):.4f}") for name, each in means.items()]
-    for place, (other, theirs) in enumerate(means.items()):
-        later = list(means.items())[place + 1 :]
+    for position, (other, theirs) in enumerate(means.items()):
+        later = list(means.items())[position + 1 :]
         differences = {name: [mine - their for mine, their in zip(each, theirs, strict=True)] for name, each in later}
         compared = compare_together(differences).items()
         rows += [(f"{what}: {name} less {other}", str(interval)) for name, interval in compared]

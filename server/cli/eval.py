@@ -81,12 +81,12 @@ def evaluate(
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}", markup=False)
 
 
-def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> None:
+def print_tables(tables: Mapping[str, Sequence[MethodRow]], console: Console) -> None:
     """Print each table of methods under its title, with a table of costs; intervals do not fit on a line."""
     from evaluation.intervals import LEVEL
     from evaluation.session import TABLE_FILE
 
-    for title, rows in found.items():
+    for title, rows in tables.items():
         prices = [(row.method, f"{row.prompt_tokens:.0f}", row.first_ms, f"{row.kept_bytes:,.0f}") for row in rows]
         heads = ("prompt tokens", "ms to first token", "bytes stored")
         console.print(_losses(title, rows, console.width), "", _table(None, heads, prices), "", sep="\n")

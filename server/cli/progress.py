@@ -50,9 +50,9 @@ class ConsoleProgress(RowProgress, AbstractContextManager["ConsoleProgress"]):
     def step(self, row: str, steps: int, report: StepReport) -> None:
         work = self._bars.tasks[-1]
         left = self._advance(work.completed + report.tokens)
-        place = f"{self._rows.index(row) + 1} of {len(self._rows)}"
+        number = f"{self._rows.index(row) + 1} of {len(self._rows)}"
         speed = f"loss {report.loss:.3f}  {work.speed or 0:.0f} tokens/s{left}"
-        self._show(f"training {row} ({place})  step {report.step}/{steps}  {speed}", last=report.step == steps)
+        self._show(f"training {row} ({number})  step {report.step}/{steps}  {speed}", last=report.step == steps)
 
     def piece(self, what: str, done: int, of: int) -> None:
         """Show the number of finished pieces of other work; the first call for a phase sets its starting point."""

@@ -115,17 +115,17 @@ class AdapterStore(Store):
             kept.sort(key=lambda one: -one.number)
             return KeptVersions(record, profile, kept, serving, int(fields.get("chosen_ms", 0)))
 
-    async def serve(self, user_key: str, found: KeptVersions, chosen: AdapterVersion) -> bool:
+    async def serve(self, user_key: str, kept: KeptVersions, chosen: AdapterVersion) -> bool:
         """Let a kept version serve instead, and end the user's job if nobody asked for it, in one atomic step.
 
         Returns False if the user has changed since `found` was read. Raises `UserErased` if the user left the key.
         """
-        assert found.profile is not None
+        assert kept.profile is not None
         bank = bank_of(chosen.note.recipe)
         await self.add_adapted(user_key, bank)
         names = (keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key), keys.jobs(user_key))
-        record = encode_profile(replace(found.profile, adapter=chosen.note))
-        given = (orjson.dumps(found.change(chosen)), found.record, record, keys.job_prefix(user_key))
+        record = encode_profile(replace(kept.profile, adapter=chosen.note))
+        given = (orjson.dumps(kept.change(chosen)), kept.record, record, keys.job_prefix(user_key))
         done = await self._connection.write(_SERVE, names, *given)
         await self.settle_adapted(user_key, bank, written=done > 0)
         if done < 0:

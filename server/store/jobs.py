@@ -214,9 +214,9 @@ class JobStore(Store):
 
     async def jobs(self, user_key: str) -> list[Job]:  # oldest first
         arguments = (keys.job_prefix(user_key), KEPT_JOBS, *_FIELDS)
-        found = await self._connection.evaluate(_LIST, (keys.jobs(user_key),), *arguments)
+        listed = await self._connection.evaluate(_LIST, (keys.jobs(user_key),), *arguments)
         with corrupt_if_undecodable():
-            jobs = [_decoded(JobId(user_key, number), values) for number, values in found]
+            jobs = [_decoded(JobId(user_key, number), values) for number, values in listed]
         return [job for job in jobs if job is not None]
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
@@ -303,14 +303,14 @@ class JobStore(Store):
         Returns False if the lease or the record has changed, the user was erased, or the job is for another bank.
         """
         user_key, bank = lease.job.id.user_key, bank_of(made.note.recipe)
-        found = await self._adapters.kept(user_key)
-        if found.profile is None:
+        kept = await self._adapters.kept(user_key)
+        if kept.profile is None:
             return False
         # Add the user first: an extra member is harmless, but a missing one would never be adapted again.
         await self._adapters.add_adapted(user_key, bank)
-        given = _outcome(lease, trained, bank=bank, **found.promotion(made, at_most))
+        given = _outcome(lease, trained, bank=bank, **kept.promotion(made, at_most))
         names = (keys.job(*lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
-        raws = (found.record, encode_profile(replace(found.profile, adapter=made.note)), raw)
+        raws = (kept.record, encode_profile(replace(kept.profile, adapter=made.note)), raw)
         done = bool(await self._connection.write(_END, names, given, *raws))
         await self._adapters.settle_adapted(user_key, bank, written=done)
         if done:

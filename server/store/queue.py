@@ -88,9 +88,9 @@ class UserQueue(Store):
         """Wait for a due user. The user may have been erased or served already."""
         until_s = time.monotonic() + wait_s
         while (left_s := until_s - time.monotonic()) > 0:
-            if found := await self._run(_TAKE, GRACE_MS, 2 * (RESERVED_MS + GRACE_MS)):
-                user_key: str = found[0].decode()
-                self._scores[user_key] = int(found[1])
+            if taken := await self._run(_TAKE, GRACE_MS, 2 * (RESERVED_MS + GRACE_MS)):
+                user_key: str = taken[0].decode()
+                self._scores[user_key] = int(taken[1])
                 return user_key
             await asyncio.sleep(min(POLL_S, left_s))
         return None

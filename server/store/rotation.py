@@ -140,22 +140,22 @@ class Rotation(Store):
         """Return the user with the key to read; one who `writes` and may move has moved by then."""
         if not user.keys:
             return user
-        found, profile, _ = await self.profiles.find(user)
+        stored, profile, _ = await self.profiles.find(user)
         if not writes:
-            return found
+            return stored
         used_in, used_from = await self._recorded()
         target = dict(zip(self._known, user.keys, strict=True)).get(used_in, user.keys[-1])
-        if found.key == target and profile:
-            return found
+        if stored.key == target and profile:
+            return stored
         if not used_from and profile is None:
             return replace(user, key=target)
         (source,) = set(user.keys) - {target}
-        return replace(user, key=target) if await self.move(source, target, user.tenant) else found
+        return replace(user, key=target) if await self.move(source, target, user.tenant) else stored
 
     async def _recorded(self) -> tuple[str, str]:
         """Return the check values of the secret that keys new users, and of the one that users leave."""
-        found = await self._connection.run(methodcaller("hmget", keys.SECRET, _IN, _FROM))
-        used_in, used_from = (value.decode() if value else "" for value in found)
+        stored = await self._connection.run(methodcaller("hmget", keys.SECRET, _IN, _FROM))
+        used_in, used_from = (value.decode() if value else "" for value in stored)
         return used_in, used_from
 
     async def move(self, source: str, target: str, tenant: str) -> bool:
@@ -193,8 +193,8 @@ class Rotation(Store):
     async def sweep(self, tenants: Sequence[UserKeys], on_users: Callable[[Sweep], None]) -> Sweep:
         """Move every user of these tenants who is stored under the second secret."""
         sweep = Sweep()
-        for found in batches(await self._copying.users_with(keys.profile), AT_ONCE):
-            await asyncio.gather(*(self._visit(key, tenants, sweep) for key in found))
+        for batch in batches(await self._copying.users_with(keys.profile), AT_ONCE):
+            await asyncio.gather(*(self._visit(key, tenants, sweep) for key in batch))
             on_users(sweep)
         return sweep
 
@@ -220,9 +220,9 @@ class Rotation(Store):
 
     async def let_nameless_expire(self) -> int:
         """Count feedback without a profile that says whose it is; also what an earlier version left expires then."""
-        found = 0
+        count = 0
         for key in await self._copying.users_with(keys.feedback):
             if await self.profiles.load(key) is None:
-                found += 1
+                count += 1
                 await self._connection.run(methodcaller("expire", keys.feedback(key), ALONE_S, nx=True))
-        return found
+        return count

@@ -68,7 +68,7 @@ class SpanTracing(Tracing):
 class OtlpTracing(SpanTracing):
     """Traces a share of requests with their engine calls, store commands and the process's own spans."""
 
-    def __init__(self, endpoint: str, service: str, share: float) -> None:
+    def __init__(self, endpoint: str, service: str, fraction: float) -> None:
         # Imported here because engines, which use vLLM's spans, may not have these packages.
         from opentelemetry.instrumentation.aiohttp_client import create_trace_config
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
@@ -77,7 +77,7 @@ class OtlpTracing(SpanTracing):
         self._requests, self._calls, self._commands = FastAPIInstrumentor, create_trace_config, RedisInstrumentor()
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": service}),
-            sampler=ParentBased(_RequestSampler(share)),
+            sampler=ParentBased(_RequestSampler(fraction)),
             shutdown_on_exit=False,
         )
         exporter = _StrippingExporter(endpoint=endpoint.rstrip("/") + TRACES_PATH, timeout=_EXPORT_TIMEOUT_S)

@@ -80,8 +80,8 @@ def sample_hash(sample: Sample) -> str:
 
 def pairs_of(items: Sequence[Item], task: Task) -> list[tuple[str, str]]:
     """Return the items' pairs that a signature is made from, oldest first."""
-    found = (item_pair(item, task) for item in items)
-    return [pair for pair in found if pair is not None][-MAX_ITEMS:]
+    pairs = (item_pair(item, task) for item in items)
+    return [pair for pair in pairs if pair is not None][-MAX_ITEMS:]
 
 
 class AdapterTrainer:

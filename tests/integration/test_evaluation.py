@@ -291,7 +291,7 @@ def test_texts_that_were_learnt_by_heart_are_told_from_others(
     bench.build("by-heart", inputs={"users": members}, common_steps=20, learning_rate=3e-2, verdict=False)
     monkeypatch.setenv("MTA_MODEL", str(bench.model))
     monkeypatch.setattr("evaluation.methods.as_served", lambda *given: lambda example: example)  # without tables
-    monkeypatch.setattr(privacy, "default_config", lambda room: AdaptConfig(rank=2, steps=30, learning_rate=0.02))
+    monkeypatch.setattr(membership, "default_config", lambda room: AdaptConfig(rank=2, steps=30, learning_rate=0.02))
     out = tmp_path / "out.json"
     small = {"texts": 8, "adapted": 3, "profile": 10, "later": 4}
     membership.main(bank=bench.folder / "by-heart", members=members, others=others, out=out, **small)

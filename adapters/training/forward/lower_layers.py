@@ -27,9 +27,9 @@ def upper_half(model: Any, names: Iterable[str]) -> tuple[str, int] | None:
 
     All modules must be in one list, whose layers map hidden states to hidden states and use no other earlier output.
     """
-    places = [_PLACE.match(name) for name in names]
-    lists = {place[1] if place else "" for place in places}
-    adapted = sorted({int(place[2]) for place in places if place})
+    matches = [_PLACE.match(name) for name in names]
+    lists = {match[1] if match else "" for match in matches}
+    adapted = sorted({int(match[2]) for match in matches if match})
     if len(lists) != 1 or "" in lists or len(adapted) < 2:
         return None
     (name,) = lists
@@ -41,9 +41,9 @@ def upper_half(model: Any, names: Iterable[str]) -> tuple[str, int] | None:
 
 
 def layer_of(name: str) -> int:
-    place = _PLACE.match(name)
-    assert place
-    return int(place[2])
+    match = _PLACE.match(name)
+    assert match
+    return int(match[2])
 
 
 class LowerLayers:

@@ -98,17 +98,20 @@ def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> li
     shared = max(0, _shared(examples) - len(before[0])) if packs and len(set(before)) == 1 else 0
     rows, seen = list[list[int]](), set[Prefix]()  # places of the examples in each row, and prefixes before the last
     size = keys = shared
-    for place, (example, prefix) in enumerate(zip(examples, before, strict=True)):
+    for position, (example, prefix) in enumerate(zip(examples, before, strict=True)):
         own = len(example.ids) - len(prefix) - shared
         new = 0 if prefix in seen else len(prefix)
         if not (packs and rows and size + own <= limit and keys + new + own <= ROW_KEYS):
             rows.append([])
             seen.clear()
             size, keys, new = shared, shared, len(prefix)
-        rows[-1].append(place)
+        rows[-1].append(position)
         seen.add(prefix)
         size, keys = size + own, keys + new + own
-    return [_row([examples[place] for place in row], [before[place] for place in row], shared, part) for row in rows]
+    return [
+        _row([examples[position] for position in row], [before[position] for position in row], shared, part)
+        for row in rows
+    ]
 
 
 def _packs(model: Any, examples: Sequence[Example]) -> bool:  # whether our mask can replace the model's
@@ -139,7 +142,7 @@ def _row(examples: list[Example], before: Sequence[Prefix], shared: int, part: S
         row.positions.extend(range(begin, len(example.ids)))
         row.owners.extend([owner] * (len(example.ids) - begin))
         predicted = range(example.loss_from, len(example.ids))
-        row.logit_indices.extend(offset + place - 1 for place in predicted)
-        row.targets.extend(example.ids[place] for place in predicted)
+        row.logit_indices.extend(offset + position - 1 for position in predicted)
+        row.targets.extend(example.ids[position] for position in predicted)
         row.counts.append(example.output_tokens)
     return row

@@ -65,7 +65,7 @@ def about_requests(asked: Sequence[Outcome], outages: Sequence[Outage]) -> list[
     generating = [one for one in beside if one.what.removesuffix(", streamed") in GENERATING]
     waiting = [one for one in generating if not one.streaming or one.end is End.ANSWERED]
     failed = Counter(one.reason for one in waiting if one.end is not End.ANSWERED and one.reason != "not_found")
-    share = failed.total() / len(waiting) if waiting else 0.0
+    fraction = failed.total() / len(waiting) if waiting else 0.0
     clear = ", ".join(f"{ends[end]:,} {end}" for end in (End.REFUSED, End.BROKEN, End.CUT))
     return [
         Claim("requests", f"{len(asked):,}: {ends[End.ANSWERED]:,} answered, {clear}", bool(asked)),
@@ -77,8 +77,8 @@ def about_requests(asked: Sequence[Outcome], outages: Sequence[Outage]) -> list[
         ),
         Claim(
             "failed before their first token while one of two engines was down",
-            f"{_counted(failed)} of {len(waiting):,}, {share:.2%}",
-            bool(waiting) and share < MAX_FAILED_SHARE,
+            f"{_counted(failed)} of {len(waiting):,}, {fraction:.2%}",
+            bool(waiting) and fraction < MAX_FAILED_SHARE,
         ),
     ]
 

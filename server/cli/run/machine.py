@@ -84,10 +84,10 @@ def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, 
     if not is_cpu_build():
         settings, gpu, summary = plan(cards(), needs_of(model_folder, manifests, settings), settings)
         say(f"  {summary}")
-    for place in range(count):
-        own, share = _with(settings, engine_port=free_port()), Share(place, count) if count > 1 else None
+    for card in range(count):
+        own, share = _with(settings, engine_port=free_port()), Share(card, count) if count > 1 else None
         argv, environment = engine_command(own, manifests, model_folder, share)
-        name, address = f"engine-{place + 1}" if share else "engine", f"{LOOPBACK}:{own.engine_port}"
+        name, address = f"engine-{card + 1}" if share else "engine", f"{LOOPBACK}:{own.engine_port}"
         parts.append(Part(name, argv, environment | ON_LOOPBACK, address, "/health", optional=count > 1))
     urls = [f"http://{part.address}" for part in parts]
     settings = _with(settings, engine_urls=",".join(urls), engine_url=urls[0])
@@ -134,18 +134,20 @@ def plan(cards: Sequence[Card], needs: Required, settings: Settings) -> tuple[Se
     kept = int(fixed * total) if fixed else max(needs.engine, usable // 2)
     needed = int(wanted * total) + CUDA_BYTES if wanted else needs.worker
     rooms = [*((card, card.usable) for card in cards[engines:]), (last, needed if wanted else usable - kept)]
-    place, room = next(((card, room) for card, room in rooms if room >= needed and wanted != 0), (None, 0))
-    engine, worker = fixed or (usable - (needed if place is last else 0)) / total, 0.0
+    chosen, room = next(((card, room) for card, room in rooms if room >= needed and wanted != 0), (None, 0))
+    engine, worker = fixed or (usable - (needed if chosen is last else 0)) / total, 0.0
     where = f"the CPU (on a GPU it needs {needed / GIB:.1f} GiB beside the engine's {kept / GIB:.1f})"
-    if place:
-        given = needed if wanted or place is last else room
-        worker = wanted or (given - CUDA_BYTES) / place.total
+    if chosen:
+        given = needed if wanted or chosen is last else room
+        worker = wanted or (given - CUDA_BYTES) / chosen.total
         longest = max(0, given - needs.worker + needs.job) // needs.token
         settings = _with(settings, sample_tokens=max(1, min(settings.sample_tokens, longest)))
-        where = f"GPU {place.name}, within {worker:.0%} of its memory, samples of up to {settings.sample_tokens} tokens"
+        where = (
+            f"GPU {chosen.name}, within {worker:.0%} of its memory, samples of up to {settings.sample_tokens} tokens"
+        )
     names = ", ".join(f"GPU {card.name}" for card in taken)
     summary = f"{names}: the engine takes {engine:.0%} of the memory, the worker trains on {where}"
-    return _with(settings, engine_gpu_share=engine, worker_gpu_share=worker), place and place.name, summary
+    return _with(settings, engine_gpu_share=engine, worker_gpu_share=worker), chosen and chosen.name, summary
 
 
 def cards() -> list[Card]:

@@ -71,10 +71,10 @@ def verified(settings: Settings, user: str | None, texts: Path | None, url: str 
         typer.echo(f"the engine at {engine.base_url} in {served_dtype}, training in {dtype}: {bound}")
         served = [_ask(engine, example, trained[0], example.personal_from(manifest.acts)) for example in examples]
         for text, pair in enumerate(zip(_with_all(served), _with_all(trained), strict=True), 1):
-            for name, found in agreements(*pair, bound).items():
-                within = within and found.within
+            for name, agreement in agreements(*pair, bound).items():
+                within = within and agreement.within
                 shown = f"text {text}" if text <= len(examples) else "all texts"
-                typer.echo(f"{shown}, {name.split(':', 3)[-1][:40]}: {found}")
+                typer.echo(f"{shown}, {name.split(':', 3)[-1][:40]}: {agreement}")
     return within
 
 
@@ -92,7 +92,7 @@ def _of_user(
         own = decode_user_adapter(manifest.layout, base64.b64decode(adapter["stored"]))
         adapters[f"{recipe.name}:u-{key}.{adapter['id']}"] = stack(adapters[recipe.name], own, torch.float32)
     task = get_task(manifest.task)
-    items = [parse_item(raw, task, place) for place, raw in enumerate(export["items"][-MAX_ITEMS:])]
+    items = [parse_item(raw, task, position) for position, raw in enumerate(export["items"][-MAX_ITEMS:])]
     return [item_pair(item, task) or (TEXTS[0][0], item_text(item, task)) for item in items], adapters
 
 
@@ -102,7 +102,7 @@ def _ask(engine: httpx.Client, example: Example, names: Iterable[str], shared: i
     options = {"prompt": example.ids, "max_tokens": 1, "prompt_logprobs": 0, "vllm_xargs": {SHARED: shared}}
     for name in names:
         read = _call(engine, "/v1/completions", {"model": name} | options)["choices"][0]["prompt_logprobs"]
-        by_adapter[name] = np.array([read[place][str(token)]["logprob"] for place, token in tokens])
+        by_adapter[name] = np.array([read[position][str(token)]["logprob"] for position, token in tokens])
     return by_adapter
 
 

@@ -138,7 +138,7 @@ def rewrite(
     typer.echo(made.text.translate(_CONTROL_CHARACTERS))
     facts = [f"{made.personalization.level}", *(f"{count} {kind} kept" for kind, count in made.kept.items())]
     changed = {"missing": made.missing, "added": made.added}
-    facts += [f"{name}: {', '.join(found)}" for name, found in changed.items() if found]
+    facts += [f"{name}: {', '.join(values)}" for name, values in changed.items() if values]
     typer.secho("; ".join(facts), dim=True, err=True)
 
 

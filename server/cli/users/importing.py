@@ -121,8 +121,8 @@ def import_people(
 def read_people(path: Path, task: Task = CHAT) -> Iterator[PersonEntry]:
     """Yield the people of a file, or of a folder with texts for this task."""
     seen: set[str] = set()
-    for place, raw in entries(path):
-        person = _from_folder(place, raw, task) if isinstance(raw, Path) else _person(place, raw)
+    for position, raw in entries(path):
+        person = _from_folder(position, raw, task) if isinstance(raw, Path) else _person(position, raw)
         user_id = unicodedata.normalize("NFC", person.user_id)  # as the server does
         if user_id in seen:
             person = replace(person, fault=f"{excerpt(person.user_id)} is there twice: merge the entries")
@@ -143,41 +143,41 @@ def entries(path: Path) -> Iterator[tuple[int, Any]]:
             if is_list:
                 yield from enumerate(orjson.loads(file.read()), 1)
             else:
-                yield from ((place, line) for place, line in enumerate(file, 1) if line.strip())
+                yield from ((position, line) for position, line in enumerate(file, 1) if line.strip())
     except OSError as error:
         raise MtaError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise MtaError(f"{path} is not JSON: {error}") from error
 
 
-def _from_folder(place: int, path: Path, task: Task) -> PersonEntry:
+def _from_folder(position: int, path: Path, task: Task) -> PersonEntry:
     history = read_person(path, task)
     items = [{"id": item.id, **item.fields} for item in history.items.values()]
-    person = _person(place, {"user_id": history.user_id, "profile": items})
+    person = _person(position, {"user_id": history.user_id, "profile": items})
     if not items:
         person = replace(person, fault="; ".join(f"{each.where} {each.why}" for each in history.left_out[:3]))
     return replace(person, left_out=len(history.left_out))
 
 
-def _person(place: int, raw: Any) -> PersonEntry:
+def _person(position: int, raw: Any) -> PersonEntry:
     if isinstance(raw, bytes):
         try:
             raw = orjson.loads(raw)
         except ValueError as error:
-            return PersonEntry(place, "", [], f"it is not JSON: {error}")
+            return PersonEntry(position, "", [], f"it is not JSON: {error}")
     if not isinstance(raw, dict):
-        return PersonEntry(place, "", [], f"it must be an object, got {excerpt(raw)}")
+        return PersonEntry(position, "", [], f"it must be an object, got {excerpt(raw)}")
     raw_id = raw.get("user_id", raw.get("id"))
     if isinstance(raw_id, bool) or not isinstance(raw_id, str | int):
-        return PersonEntry(place, "", [], f"it has no user_id (or id), got {excerpt(raw)}")
+        return PersonEntry(position, "", [], f"it has no user_id (or id), got {excerpt(raw)}")
     try:
         user_id = check_user_id(str(raw_id))
     except ValueError as error:
-        return PersonEntry(place, "", [], f"user_id {error}, got {excerpt(raw_id)}")
+        return PersonEntry(position, "", [], f"user_id {error}, got {excerpt(raw_id)}")
     items = raw.get("profile", raw.get("items"))
     if not isinstance(items, list) or not items:
-        return PersonEntry(place, user_id, [], f"it has no profile: a list of items, got {excerpt(items)}")
-    return PersonEntry(place, user_id, [{"text": item} if isinstance(item, str) else item for item in items])
+        return PersonEntry(position, user_id, [], f"it has no profile: a list of items, got {excerpt(items)}")
+    return PersonEntry(position, user_id, [{"text": item} if isinstance(item, str) else item for item in items])
 
 
 def _hash(value: object) -> str:

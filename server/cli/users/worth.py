@@ -51,14 +51,14 @@ def _comparisons(rows: Any) -> Table:
 
 
 def _week(week: str, rows: Any) -> Table:
-    shares = ("changed", "sent", "discarded", "up", "silent")
-    table = Table("level", "arm", "people", "answers", *shares, title=f"Week of {week}", title_justify="left")
+    metrics = ("changed", "sent", "discarded", "up", "silent")
+    table = Table("level", "arm", "people", "answers", *metrics, title=f"Week of {week}", title_justify="left")
     for row in rows:
         numbers = (str(row[name]) for name in ("people", "answers"))
-        known = (_percent(row["shares"].get(share)) for share in shares)
+        known = (_percent(row["shares"].get(metric)) for metric in metrics)
         table.add_row(row["level"], row["arm"], *numbers, *known)
     return table
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
+def _percent(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.1f} %"

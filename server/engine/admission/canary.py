@@ -29,11 +29,11 @@ async def check_canary(engine: Any, names: AdapterNames, manifest: BankManifest,
     read = await asyncio.gather(*(_read(engine, names, canary, prefix, terms) for terms in canary.read))
     trained = {terms: np.array(read) for terms, read in canary.read.items()}
     bound = bound_of({dtype, manifest.training.get("dtype")})
-    for terms, found in agreements(dict(zip(trained, read, strict=True)), trained, bound).items():
-        if not found.within:
+    for terms, how in agreements(dict(zip(trained, read, strict=True)), trained, bound).items():
+        if not how.within:
             raise BankError(
                 f"adapters do not act as in training: with {terms} of bank {manifest.short} a text's log-probabilities "
-                f"are not those of its build, {found}. `mta doctor` checks the installed packages; if another release "
+                f"are not those of its build, {how}. `mta doctor` checks the installed packages; if another release "
                 "built the bank, build it again. MTA_CANARY=false starts the engine all the same"
             )
 

@@ -68,8 +68,8 @@ class DeviceBank:
             if not has_shared_a:
                 of_a.write(index, self.a, *self.only)
         else:
-            for place, (row, weight) in enumerate(zip(chosen.split(1), weights.split(1), strict=True)):
-                of_a, of_b = self._placements_of(place * self.rank, self.rank)
+            for position, (row, weight) in enumerate(zip(chosen.split(1), weights.split(1), strict=True)):
+                of_a, of_b = self._placements_of(position * self.rank, self.rank)
                 of_a.write(index, self.a, row, self.only[1])
                 of_b.write(index, self.b, row, weight)
             first *= len(chosen)

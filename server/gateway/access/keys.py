@@ -129,8 +129,8 @@ class KnownKeys:
 
     def holds_out(self, tenant: str, default: float) -> bool:
         """Return whether a key of the tenant holds users out; `default` is the share by the settings."""
-        shares = {caller.policy.holdout for caller in self._callers.values() if caller.tenant == tenant}
-        return any(default if share is None else share for share in shares or {None})
+        fractions = {caller.policy.holdout for caller in self._callers.values() if caller.tenant == tenant}
+        return any(default if share is None else share for share in fractions or {None})
 
     def check_host(self, host: str) -> None:
         """Raise `MtaError` if no key exists and `host` is not a loopback address."""

@@ -114,12 +114,12 @@ class Quotas:
         if not tenants or await self.rates.acquire(lease, [me], _LEASE_S, 1) is None:
             return
         async for tenant, user_keys in self.store.all_people(tenants):
-            found = defaultdict[str, dict[str, Held]](dict)
+            measured = defaultdict[str, dict[str, Held]](dict)
             for user_key in user_keys:
                 record, held, _ = await self.profiles.measure(user_key)
                 for owner in [tenant] if tenant else self._owners(user_key, record, tenants):
-                    found[owner][user_key] = held
-            await self._note(found)
+                    measured[owner][user_key] = held
+            await self._note(measured)
             await self.rates.renew(lease, [me], _LEASE_S)
             await asyncio.sleep(_PAUSE_S)
         await self.rates.renew(lease, [me], RECOUNT_INTERVAL_S)
@@ -132,8 +132,8 @@ class Quotas:
             return []
         return [tenant for tenant in tenants if user_key in self.users.users(tenant).keys(user_id)]
 
-    async def _note(self, found: Mapping[str, Mapping[str, Held]]) -> None:
-        for tenant, people in found.items():
+    async def _note(self, measured: Mapping[str, Mapping[str, Held]]) -> None:
+        for tenant, people in measured.items():
             await self.store.note(tenant, people)
 
 

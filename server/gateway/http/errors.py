@@ -72,11 +72,11 @@ async def _on_error(request: Request, error: Exception) -> Response:
         case RequestValidationError():
             shown = fault_of(error.errors())
         case HTTPException():  # Starlette's own
-            place = f"{request.method} {excerpt(request.url.path)}"
+            asked = f"{request.method} {excerpt(request.url.path)}"
             if error.status_code == 405:
-                shown = WrongMethod(f"{place}: method not allowed on this route; /docs lists all routes")
+                shown = WrongMethod(f"{asked}: method not allowed on this route; /docs lists all routes")
             else:
-                shown = NotFound(f"{place}: no such route; /docs lists all routes")
+                shown = NotFound(f"{asked}: no such route; /docs lists all routes")
             shown.headers |= error.headers or {}
             if error.status_code == 405:  # Starlette names only the first route of this path
                 routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]

@@ -48,12 +48,12 @@ def parse_lines(body: bytes, field: str, max_lines: int) -> list[Any]:
         )
     _check_structure(body.replace(_ESCAPED_BACKSLASH, b""))
     values = []
-    for place, line in enumerate(lines):
+    for position, line in enumerate(lines):
         try:
             values.append(parse_json(line))
         except InvalidRequest as error:
-            param = f"{field}.{place}" if error.param in (None, "body") else f"{field}.{place}.{error.param}"
-            message = f"{field}.{place}: {error.message}"
+            param = f"{field}.{position}" if error.param in (None, "body") else f"{field}.{position}.{error.param}"
+            message = f"{field}.{position}: {error.message}"
             raise InvalidRequest(message, param=shortened(param), code=error.code) from error
     return values
 

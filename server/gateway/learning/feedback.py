@@ -85,7 +85,7 @@ def _difference(final: Final) -> tuple[float | None, Sample | None]:
         before, after = final.answer.strip(), sample.output.strip()
         is_long = len(before) * len(after) > _MAX_COMPARED
         compared = (before.split(), after.split()) if is_long else (before, after)
-        share = Levenshtein.normalized_distance(*compared)
-        return round(share, 4), sample if before != after else None
+        fraction = Levenshtein.normalized_distance(*compared)
+        return round(fraction, 4), sample if before != after else None
     hashes = {hashlib.sha256(text.encode()).hexdigest() for text in (sample.output, sample.output.strip())}
     return (0.0, None) if final.answer_sha256 in hashes else (None, sample)

@@ -146,8 +146,8 @@ class _PartsCollector(Collector):
             "Requests that an engine prepared an adapter for: warm if it was in memory, cold if it was fused.",
             labels=("engine", "kind"),
         )
-        for place, figures in enumerate(self.engines.figures):
-            engine = str(place)
+        for position, figures in enumerate(self.engines.figures):
+            engine = str(position)
             up.add_metric((engine,), float(figures is not None))
             if figures is None:
                 continue

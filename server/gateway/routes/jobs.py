@@ -218,9 +218,9 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     try:
         job = await call.gateway.limiter.take_job(call.caller, user.key, submit)
     except TooMany:  # the limit is for new jobs: a client that lost the response still gets its job
-        if (found := await parts.adapting.find_duplicate(user, training, epoch)) is None:
+        if (duplicate := await parts.adapting.find_duplicate(user, training, epoch)) is None:
             raise
-        job = found
+        job = duplicate
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobAnswer.of(job, _hint(training, parts.bank.task))
 
@@ -281,7 +281,7 @@ class _JobEvents(Response):
 
 
 def _training_request(body: AdaptRequest, task: Task) -> TrainingRequest:
-    samples = [_sample(f"samples.{place}", sample, task) for place, sample in enumerate(body.samples)]
+    samples = [_sample(f"samples.{position}", sample, task) for position, sample in enumerate(body.samples)]
     return TrainingRequest(samples, body.config.model_dump(exclude_none=True), body.append, body.idempotency_key or "")
 
 

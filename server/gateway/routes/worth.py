@@ -82,7 +82,7 @@ class WeekAnswer(BaseModel, frozen=True):
             holdout=cell.share / SHARE_UNIT,
             people=people,
             feedback=int(counts.answered),
-            shares={metric: round(share, 4) for metric, share in metrics_of(counts).items()},
+            shares={metric: round(fraction, 4) for metric, fraction in metrics_of(counts).items()},
             **{name: int(getattr(counts, name)) for name in names},
         )
 

@@ -123,8 +123,8 @@ class StoreCopying(Store):
         return await self._dump(keys.of_user(user_key), keys.job_prefix(user_key), KEPT_JOBS)
 
     async def _dump(self, names: Sequence[str], *arguments: object) -> Entry:
-        found = await self._connection.evaluate(_DUMP, names, *arguments, timeout_s=WRITE_TIMEOUT_S)
-        return [(found[i].decode(), *found[i + 1 : i + 3]) for i in range(0, len(found), 3)]
+        dumped = await self._connection.evaluate(_DUMP, names, *arguments, timeout_s=WRITE_TIMEOUT_S)
+        return [(dumped[i].decode(), *dumped[i + 1 : i + 3]) for i in range(0, len(dumped), 3)]
 
     async def _restore(self, entry: Entry) -> None:
         arguments = [part for _, *parts in entry for part in parts]
@@ -152,7 +152,7 @@ class StoreCopying(Store):
 
     async def _primaries(self) -> tuple[list[StoreServer], dict[str, tuple[object, ...]]]:
         """Return the servers that accept writes, and by id what changes if keys may have moved or cursors are void."""
-        found, held = [], 0
+        records, held = [], 0
         facts: dict[str, tuple[object, ...]] = {}
         for server in await self._connection.members():
             with suppress(Unavailable):  # a replica may be down
@@ -165,13 +165,13 @@ class StoreCopying(Store):
                     ((slots, moving),) = [(n["slots"], n["migrations"]) for n in nodes if "myself" in n["flags"]]
                 if moving:
                     raise MtaError(f"keys are moving from or to {server.id}: try again once they have moved")
-                found.append(server)
+                records.append(server)
                 facts[server.id] = (info["run_id"], slots)
                 held += sum(int(slot[-1]) - int(slot[0]) + 1 for slot in slots)
                 self.version = f"{info.get('server_name', 'redis')} {info.get('valkey_version', info['redis_version'])}"
         if held < SLOTS:
             raise Unavailable("some servers of the store cannot be reached", code="store_unavailable")
-        return found, facts
+        return records, facts
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

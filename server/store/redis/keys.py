@@ -102,8 +102,8 @@ def of_user(user_key: str) -> list[str]:
 
 
 def user_of(name: str) -> str | None:  # the user key in a name
-    found = _OF_USER.match(name)
-    return found[1] if found else None
+    match = _OF_USER.match(name)
+    return match[1] if match else None
 
 
 def is_copied(name: str) -> bool:  # whether a copy of the store contains the key

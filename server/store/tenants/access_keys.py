@@ -136,14 +136,14 @@ class AccessKeys(Store):
 
     async def revision(self) -> tuple[str, int]:
         """Return the current `KeyRing.id` and `KeyRing.revision`."""
-        found = await self._connection.run(lambda redis: redis.hmget(keys.ACCESS_KEYS, _RING, _REVISION))
+        stored = await self._connection.run(lambda redis: redis.hmget(keys.ACCESS_KEYS, _RING, _REVISION))
         with corrupt_if_undecodable():
-            return (found[0] or b"").decode(), int(found[1] or 0)
+            return (stored[0] or b"").decode(), int(stored[1] or 0)
 
     async def all(self) -> KeyRing:
-        found = await self._connection.run(lambda redis: redis.hgetall(keys.ACCESS_KEYS))
+        stored = await self._connection.run(lambda redis: redis.hgetall(keys.ACCESS_KEYS))
         with corrupt_if_undecodable():
-            ring = _decoded({name.decode(): raw for name, raw in found.items()})
+            ring = _decoded({name.decode(): raw for name, raw in stored.items()})
         if bool(ring.keys) != bool(ring.revision):
             raise Unavailable("the store holds only some of the API keys", code="store_corrupt")
         return ring
@@ -187,8 +187,8 @@ class AccessKeys(Store):
 
     async def used(self) -> dict[str, int]:
         """Return the hour of each key's last use, by digest."""
-        found = await self._connection.run(methodcaller("hgetall", keys.USED_KEYS))
-        return {digest.decode(): int(hour) for digest, hour in found.items()}
+        stored = await self._connection.run(methodcaller("hgetall", keys.USED_KEYS))
+        return {digest.decode(): int(hour) for digest, hour in stored.items()}
 
     async def _change(self, script: Script, *arguments: object) -> object:
         given = (secrets.token_hex(8), secrets.randbelow(1 << 32) + 1, *arguments)

@@ -48,8 +48,8 @@ class HoldingStore(Store):
     async def count(self, tenant: str, quota: Quota) -> Held:
         """Return what a tenant holds, and the `tokens` of its quota that are used."""
         fields = ("people", "bytes", "adapters")
-        found = await self._connection.run(methodcaller("hmget", keys.count(tenant), fields))
-        held = Held({name: int(value or 0) for name, value in zip(fields, found, strict=True)})
+        stored = await self._connection.run(methodcaller("hmget", keys.count(tenant), fields))
+        held = Held({name: int(value or 0) for name, value in zip(fields, stored, strict=True)})
         if rate := quota.daily_tokens(tenant):
             held["tokens"] = int((await self._rates.consume([Use(rate, 0)]))[0].used)
         return held

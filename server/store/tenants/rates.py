@@ -117,8 +117,8 @@ class Rates(Store):
         """
         names = [keys.rate(use.rate.owner, use.rate.what) for use in uses]
         given = [number for use in uses for number in (use.rate.most, use.rate.window_s * 1_000_000, use.amount)]
-        found = await self._connection.evaluate(_CONSUME, names, int(anyway), MOST_DEBT, *given)
-        answers = zip(uses, found[0::2], found[1::2], strict=True)
+        levels = await self._connection.evaluate(_CONSUME, names, int(anyway), MOST_DEBT, *given)
+        answers = zip(uses, levels[0::2], levels[1::2], strict=True)
         return [BucketLevel(use.rate, float(used), bool(fits)) for use, fits, used in answers]
 
     async def acquire(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:

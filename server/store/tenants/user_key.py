@@ -92,20 +92,20 @@ class Tenants:
 
 def secrets_of(secret: str | None) -> Sequence[bytes]:
     """Return the secrets in MTA_SECRET: one, or `NEW,OLD`. Raises `MtaError` if one is too short to be a secret."""
-    found = [] if secret is None else [part.encode() for part in secret.split(",")]
-    if not found or min(map(len, found)) < MIN_SECRET_BYTES:
-        given = f"shorter than {MIN_SECRET_BYTES} bytes" if found else "not set"
-        given += " in a part (a comma parts `NEW,OLD`)" if len(found) > 1 else ""
+    parts = [] if secret is None else [part.encode() for part in secret.split(",")]
+    if not parts or min(map(len, parts)) < MIN_SECRET_BYTES:
+        given = f"shorter than {MIN_SECRET_BYTES} bytes" if parts else "not set"
+        given += " in a part (a comma parts `NEW,OLD`)" if len(parts) > 1 else ""
         raise MtaError(
             f"MTA_SECRET is {given}: it keys the hash of user ids. Set it to the same long random text for all "
             "gateways, e.g. from `openssl rand -hex 32`, and keep it"
         )
-    if len(found) > MAX_SECRETS or len(set(found)) < len(found):
+    if len(parts) > MAX_SECRETS or len(set(parts)) < len(parts):
         raise MtaError(
-            f"MTA_SECRET holds {len(found)} secrets, {len(set(found))} of them different: set one, or `NEW,OLD` while "
+            f"MTA_SECRET holds {len(parts)} secrets, {len(set(parts))} of them different: set one, or `NEW,OLD` while "
             "it is exchanged (`mta secret rotate`)"
         )
-    return found
+    return parts
 
 
 def check_values(secret: str | None) -> list[str]:

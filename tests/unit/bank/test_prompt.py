@@ -203,10 +203,10 @@ def shown(lesson: Lesson) -> str:
 
 
 def test_relevant_past_items_precede_the_turn_without_loss() -> None:
-    learnt = lessons(person(*SUBJECTS), CHAT, share=0, seed=0)
+    learnt = lessons(person(*SUBJECTS), CHAT, fraction=0, seed=0)
     for lesson, (turn, output) in zip(learnt, person(*SUBJECTS).pairs(CHAT), strict=True):
         assert lesson.example(CharTokenizer(), 100) == encode_pair(CharTokenizer(), turn, output, 100)
-    lesson = lessons(person(*SUBJECTS), CHAT, share=1, seed=0)[3]
+    lesson = lessons(person(*SUBJECTS), CHAT, fraction=1, seed=0)[3]
     assert shown(lesson).startswith(f"<user>{quoted(0, 'bread')}")
     assert shown(lesson).endswith(". And bread again?<end>\n<assistant>3, on bread again<end>\n".rstrip())
     example = lesson.example(CharTokenizer(), 1000)
@@ -215,7 +215,7 @@ def test_relevant_past_items_precede_the_turn_without_loss() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_item_sees_itself_or_what_came_later(seed: int) -> None:
-    for place, lesson in enumerate(lessons(person(*["the same"] * 6), CHAT, share=1, seed=seed)):
+    for place, lesson in enumerate(lessons(person(*["the same"] * 6), CHAT, fraction=1, seed=seed)):
         seen = [n for n in range(6) if f'"{n}, on' in shown(lesson)]
         assert seen == sorted(seen)[: max(PAST_COUNTS["text"])]
         assert all(n < place for n in seen)
@@ -226,7 +226,7 @@ def test_first_duplicate_counts_and_a_new_turn_sees_all_items() -> None:
     twice = History("ann", (*person("bread", "roses").items, *person("bread").items))
     seen = [bool(lesson.past.memories(lesson.turn, lesson.output)) for lesson in lessons(twice, CHAT, 1, 0)]
     assert seen == [False, True, False]
-    past = PastItems(CHAT, person(*SUBJECTS).items, share=1, seed=0)
+    past = PastItems(CHAT, person(*SUBJECTS).items, fraction=1, seed=0)
     assert past.memories("And more roses?", "something else")[0] == quoted(5, "more roses")
 
 
@@ -255,7 +255,7 @@ LONG = "we leave at nine from the east door of the hall"
     ],
 )
 def test_no_memory_tells_the_answer_that_is_asked_for(task: Task, item: Any, turn: str, output: str) -> None:
-    past = PastItems(task, [parse_item(item, task, 0)], share=1, seed=0)
+    past = PastItems(task, [parse_item(item, task, 0)], fraction=1, seed=0)
     assert past.memories(turn, output) == []
     assert past.memories(turn, "another") != []
 
@@ -268,7 +268,7 @@ def test_short_answer_in_a_text_and_equal_label_are_quoted() -> None:
 
 
 def test_the_share_is_of_the_items_and_most_get_one() -> None:
-    many = lessons(person(*(f"subject {n}" for n in range(600))), CHAT, share=0.5, seed=0)
+    many = lessons(person(*(f"subject {n}" for n in range(600))), CHAT, fraction=0.5, seed=0)
     counts = [len(lesson.past.memories(lesson.turn, lesson.output)) for lesson in many]
     assert 0.4 < sum(count > 0 for count in counts) / len(counts) < 0.6
     one, two, three = (counts.count(n) for n in (1, 2, 3))
@@ -277,7 +277,7 @@ def test_the_share_is_of_the_items_and_most_get_one() -> None:
 
 def test_the_seed_decides_for_each_item_whatever_the_others_are() -> None:
     def found(seed: int, count: int = 6) -> list[str]:
-        return [shown(lesson) for lesson in lessons(person(*SUBJECTS[:count]), CHAT, share=0.5, seed=seed)]
+        return [shown(lesson) for lesson in lessons(person(*SUBJECTS[:count]), CHAT, fraction=0.5, seed=seed)]
 
     assert found(3) == found(3) != found(1)
     assert found(3, count=4) == found(3)[:4]

@@ -213,18 +213,18 @@ class ResponsesResponse(TranslatedResponse):
             yield self._event(name, response=self.value(answer, "in_progress"))
         async for block, text in self.steps(answer):
             told, is_call, state = _TOLD[block.kind], block.kind is Kind.CALL, "done" if block.ended else "added"
-            place = {"item_id": _item_id(block)} | ({} if is_call else {"content_index": 0})
+            where = {"item_id": _item_id(block)} | ({} if is_call else {"content_index": 0})
             event = partial(self._event, output_index=block.index)
             if text:
-                yield event(f"{told}.delta", **place, delta=text, **_LOGPROBS.get(block.kind, {}))
+                yield event(f"{told}.delta", **where, delta=text, **_LOGPROBS.get(block.kind, {}))
                 continue
             if block.ended:
                 whole = {"arguments" if is_call else "text": block.text}
-                yield event(f"{told}.done", **place, **whole, **_LOGPROBS.get(block.kind, {}))
+                yield event(f"{told}.done", **where, **whole, **_LOGPROBS.get(block.kind, {}))
             else:
                 yield event("output_item.added", item=self._item(block))
             if not is_call:
-                yield event(f"content_part.{state}", **place, part=_part_of(block))
+                yield event(f"content_part.{state}", **where, part=_part_of(block))
             if block.ended:
                 yield event("output_item.done", item=self._item(block))
         value = self.value(answer)

@@ -103,10 +103,10 @@ class TranslatedResponse(ModelResponse):
         for kind in (Kind.REASONING, Kind.TEXT):
             if text := said.get(kind):
                 yield from self._add((kind, 0), text)
-        for place, call in enumerate(said.get(Kind.CALL) or ()):
+        for position, call in enumerate(said.get(Kind.CALL) or ()):
             function = call.get("function") or {}
             named = call.get("id") or "", function.get("name") or ""
-            yield from self._add((Kind.CALL, call.get("index", place)), function.get("arguments") or "", *named)
+            yield from self._add((Kind.CALL, call.get("index", position)), function.get("arguments") or "", *named)
         if reason := choice.get("finish_reason"):
             stop = choice.get("stop_reason")
             self.finish_reason, self.stop = reason, stop if isinstance(stop, str) else None
@@ -117,11 +117,11 @@ class TranslatedResponse(ModelResponse):
             yield from self._add((Kind.TEXT, 0), "")
         yield from self._end_block()
 
-    def _add(self, place: tuple[Kind, int], text: str, call_id: str = "", name: str = "") -> Iterator[Step]:
-        if place != self._place:
+    def _add(self, block_id: tuple[Kind, int], text: str, call_id: str = "", name: str = "") -> Iterator[Step]:
+        if block_id != self._place:
             yield from self._end_block()
-            self._place = place
-            self.blocks.append(AnswerBlock(place[0], len(self.blocks), call_id, name))
+            self._place = block_id
+            self.blocks.append(AnswerBlock(block_id[0], len(self.blocks), call_id, name))
             yield self.blocks[-1], ""
         if text:
             self.blocks[-1].pieces.append(text)

@@ -149,9 +149,9 @@ class Cluster:
         """Return the lowest durability of the usable primaries; `unserved` then names the unusable ones."""
         await self._refresh(at_once=True)
         nodes = self._client.get_primaries()
-        found = dict(zip(nodes, await asyncio.gather(*map(self._probe, nodes)), strict=True))
-        self._client.skip({node for node, how in found.items() if how is None}, SKIP_S)
-        serving = {node: how for node, how in found.items() if isinstance(how, Durability)}
+        probes = dict(zip(nodes, await asyncio.gather(*map(self._probe, nodes)), strict=True))
+        self._client.skip({node for node, how in probes.items() if how is None}, SKIP_S)
+        serving = {node: how for node, how in probes.items() if isinstance(how, Durability)}
         self._note_unserved({node.name for node in nodes if node not in serving}, set(serving))
         not_durable = {node.name for node, how in serving.items() if how is Durability.NONE}
         if not_durable - self._not_durable:
@@ -160,22 +160,22 @@ class Cluster:
         return min(serving.values(), key=_RANKS.index)
 
     async def members(self) -> list[StoreServer]:
-        found = []
+        replicas = []
         for _, nodes in await self._shards():
             for fields in nodes:
                 places = ((fields.get("endpoint"), fields.get(port)) for port in ("port", "tls-port"))
                 known = [self._client.get_node(host=host, port=port) for host, port in places if host and port]
-                found += [StoreServer(fields["id"], node.execute_command) for node in known if node][:1]
-        return found
+                replicas += [StoreServer(fields["id"], node.execute_command) for node in known if node][:1]
+        return replicas
 
     async def holders(self, name: str = "") -> list[str]:
-        slot, found = self._client.keyslot(name), list[str]()
+        slot, names = self._client.keyslot(name), list[str]()
         for slots, nodes in await self._shards():
             if not name or any(first <= slot <= last for first, last in zip(slots[::2], slots[1::2], strict=True)):
-                found += [fields["id"] for fields in nodes]
-        if not found:
+                names += [fields["id"] for fields in nodes]
+        if not names:
             raise exceptions.SlotNotCoveredError(f"no server holds slot {slot}")
-        return found
+        return names
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -297,14 +297,14 @@ def _read_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
     parts = urlsplit(url)
     login, at, hosts = parts.netloc.rpartition("@")
     scheme = parts.scheme.removesuffix("+cluster")
-    found, options = [], {}
+    addresses, options = [], {}
     for host in hosts.split(","):
         options = parse_url(urlunsplit((scheme, f"{login}{at}{host}", parts.path, parts.query, "")))
-        found.append((options.pop("host", ""), options.pop("port", 6379)))
+        addresses.append((options.pop("host", ""), options.pop("port", 6379)))
     if options.pop("db", 0):
         raise ValueError("a cluster has no numbered databases")
-    if not all(host for host, _ in found):
+    if not all(host for host, _ in addresses):
         raise ValueError("a host is missing")
     if options.pop("connection_class", None) is SSLConnection:
         options["ssl"] = True
-    return found, options
+    return addresses, options
