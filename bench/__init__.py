@@ -9,7 +9,7 @@ from collections.abc import Callable
 import typer
 
 from adapters.errors import MtaError
-from server.watching.background import exit_on_signals
+from server.observability.background import exit_on_signals
 
 
 def script(main: Callable[..., object]) -> None:

@@ -79,7 +79,7 @@ def pytest_unconfigure() -> None:
 def one_priority() -> Iterator[None]:
     """A command that tests call in this process lowers its own priority: not that of all tests after it."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("server.watching.background.lower_priority", lambda: None)
+        patched.setattr("server.observability.background.lower_priority", lambda: None)
         yield
 
 

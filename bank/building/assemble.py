@@ -16,8 +16,8 @@ from adapters.lora import RowLayout, serving_rank
 from adapters.recipe import FusionMethod, anchor_id
 from bank.errors import BankError
 from bank.items.profile import Vectors
-from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
+from bank.lookup.projection import Projection
 from bank.manifest import (
     COORDINATES_FILE,
     CURVATURE_FILE,
@@ -173,7 +173,7 @@ def _write_files(folder: Path, bank: BankRows, embeddings: Vectors, curvature: V
         served, count = chain(directions.mixed(bank.rows[:-1]), bank.rows[-1:]), len(directions.mixing) + 1
     write_matrix(folder / MATRIX_FILE, bank.layout, count, served, bank.shared_a)
     AnchorIndex.build(embeddings).save(folder / INDEX_FILE)
-    Atlas.of(embeddings).save(folder / MAP_FILE)
+    Projection.of(embeddings).save(folder / MAP_FILE)
     for name, array in arrays.items():
         if array is not None:
             np.save(folder / name, array)

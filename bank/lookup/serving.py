@@ -12,9 +12,9 @@ from adapters.recipe import MAX_WEIGHT, PER_MILLE, FusionRecipe, Term, per_mille
 from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
-from bank.lookup.atlas import Atlas
 from bank.lookup.directions import Directions, recipe_of_directions
 from bank.lookup.index import AnchorIndex
+from bank.lookup.projection import Projection
 from bank.lookup.signature import Curvature, Signature
 from bank.manifest import (
     COORDINATES_FILE,
@@ -58,7 +58,7 @@ class ServingBank:
     manifest: BankManifest
     task: Task
     index: AnchorIndex
-    atlas: Atlas
+    projection: Projection
     curvature: Curvature | None = None
     directions: Directions | None = None
 
@@ -80,12 +80,12 @@ class ServingBank:
                 f"the index of the bank at {folder} holds {index.anchor_count} anchors of {index.dim} dimensions, but "
                 f"its manifest says {len(manifest.anchors)} of {manifest.embedder.dim}: build the bank again"
             )
-        atlas = Atlas.load(folder / MAP_FILE, index.anchor_count, index.dim)
+        projection = Projection.load(folder / MAP_FILE, index.anchor_count, index.dim)
         curvature = Curvature.load(folder / CURVATURE_FILE) if manifest.has_signatures else None
         directions = None
         if manifest.directions and curvature:
             directions = Directions.load(folder / COORDINATES_FILE, manifest, curvature)
-        return cls(manifest, get_task(manifest.task), index, atlas, curvature, directions)
+        return cls(manifest, get_task(manifest.task), index, projection, curvature, directions)
 
     def personalise(self, embedding: Vectors, signature: Signature | None = None, scale: float = 1.0) -> UserRecipe:
         """Return a user's recipe, and its anchors with the strongest evidence first.

@@ -25,8 +25,8 @@ from deploy.containers.site import Site, deployed
 from deploy.containers.tool import ContainerError, enter_own_network, found_tool, served
 from mta_client import MtaError as ClientError
 from server.cli.demo.bank import build_bank
+from server.observability.background import exit_on_signals
 from server.settings import load_settings
-from server.watching.background import exit_on_signals
 
 FOLDER = Path("out/containers")
 Check = Callable[[Site], list[Claim]]

@@ -11,10 +11,10 @@ import typer
 from rich.table import Table
 
 from server.cli.shared import table_console
+from server.observability.audit import Act, read_audit
 from server.settings import load_settings
 from server.store.tenants.user_key import UserKeys
 from server.supervisor.data_folder import AUDIT_LOG
-from server.watching.audit import Act, read_audit
 
 _COLUMNS = ("time", "act", "outcome", "tenant", "key", "user", "of_key", "bank", "quota", "copy", "request")
 

@@ -11,9 +11,9 @@ import typer
 from adapters.errors import MtaError
 from server.cli.shared import MOST_DAYS, Data, store_settings, with_stores
 from server.errors import Unavailable
+from server.observability.audit import Act, note
 from server.store.backup.folder import Manifest, delete_old_copies, write_copy
 from server.store.backup.restoring import Restore
-from server.watching.audit import Act, note
 
 if TYPE_CHECKING:
     from server.store.opening import Stores  # commands start without redis-py
@@ -33,7 +33,7 @@ def backup(
     later, so delete it in time. MTA_SECRET is not in it and not needed; neither are banks, which are files.
     """
     from server.cli.progress import ConsoleProgress
-    from server.watching.background import lower_priority
+    from server.observability.background import lower_priority
 
     lower_priority()
 

@@ -7,7 +7,7 @@ from importlib import import_module
 import typer
 
 from adapters.errors import MtaError
-from server.watching.background import exit_on_signals
+from server.observability.background import exit_on_signals
 
 app = typer.Typer(name="bench", help="Measure this machine: tables, JSON, pictures.", no_args_is_help=True)
 fleet = typer.Typer(name="fleet", help="Several engines behind a router, and simulated fleets.", no_args_is_help=True)

@@ -13,10 +13,10 @@ from rich.table import Column, Table
 
 from adapters.errors import MtaError, excerpt
 from server.cli.shared import MOST_DAYS, Data, setting, store_settings, table_console, with_stores
+from server.observability.audit import Act, note
 from server.store.tenants import access_keys
 from server.store.tenants.access_keys import CREATE, AccessKey, KeyRing, Policy, Scope
 from server.store.tenants.rates import Allowance, Quota
-from server.watching.audit import Act, note
 
 if TYPE_CHECKING:
     from server.store.opening import Stores  # commands start without redis-py

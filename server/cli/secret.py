@@ -10,9 +10,9 @@ import typer
 
 from adapters.errors import MtaError
 from server.cli.shared import Data, store_settings
+from server.observability.audit import Act, note
 from server.settings import Settings
 from server.store.tenants.user_key import UserKeys, secrets_of
-from server.watching.audit import Act, note
 
 if TYPE_CHECKING:
     from server.store.rotation import Sweep

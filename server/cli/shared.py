@@ -15,8 +15,8 @@ from pydantic import SecretStr
 from rich.console import Console
 
 from adapters.errors import MtaError
+from server.observability.audit import audit_to
 from server.settings import Settings, load_settings
-from server.watching.audit import audit_to
 
 if TYPE_CHECKING:
     from server.store.opening import Stores  # commands start without redis-py

@@ -21,9 +21,9 @@ from bank.models.process_startup import cpu_flags
 from server.engine.cpu import native
 from server.engine.parsers import check_parsers, parser_options
 from server.engine_protocol import BASE_MODEL, PLUGIN
+from server.observability.logs import VLLM_CONFIG
+from server.observability.tracing import TRACES_PATH
 from server.settings import Settings
-from server.watching.logs import VLLM_CONFIG
-from server.watching.tracing import TRACES_PATH
 
 T = TypeVar("T")
 

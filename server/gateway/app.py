@@ -26,8 +26,8 @@ from server.gateway.routes.console import routes as console
 from server.gateway.routes.openai import messages, responses
 from server.gateway.routes.openai import routes as openai
 from server.gateway.routes.users import EXPORTS_AT_ONCE
+from server.observability import open_tracing
 from server.settings import Settings
-from server.watching import open_tracing
 
 DESCRIPTION = """\
 Text in each user's own style, from one base model. `PUT /users/{user_id}/profile` stores what is known about a user;

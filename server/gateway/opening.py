@@ -42,6 +42,8 @@ from server.gateway.users.adapting import Adapting, SampleChecks
 from server.gateway.users.histories import HistoryLimit
 from server.gateway.users.privacy import Erasing, Exporting
 from server.gateway.users.profiles import CHANGES_AT_ONCE, Profiles
+from server.observability.background import forever, lower_priority
+from server.observability.tracing import Tracing
 from server.settings import Settings
 from server.store.append_only_file import REWRITE_CHECK_S, AppendOnlyFile
 from server.store.figures import FIGURES_INTERVAL_S
@@ -49,8 +51,6 @@ from server.store.jobs import JobStore
 from server.store.opening import Stores, open_stores
 from server.store.samples import JobBudget
 from server.store.tenants.user_key import Tenants
-from server.watching.background import forever, lower_priority
-from server.watching.tracing import Tracing
 
 log = logging.getLogger("mta.gateway")
 

@@ -21,9 +21,9 @@ from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.privacy import Erasing, Exporting
 from server.gateway.users.profiles import Profiles
+from server.observability.tracing import Tracing
 from server.settings import Settings
 from server.store.tenants.user_key import Tenants, User, UserKeys
-from server.watching.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import MtaError
-from server.watching.audit import sync
+from server.observability.audit import sync
 
 AUDIT_LOG = "audit.jsonl"
 MAX_LOG_BYTES = 64 << 20  # size at which the log of a running part is rotated

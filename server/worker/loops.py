@@ -28,6 +28,9 @@ from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature, empty_signature
 from server.errors import ApiError, UserErased
+from server.observability.background import StoreSeconds
+from server.observability.logs import traceparent
+from server.observability.tracing import Tracing
 from server.settings import Settings
 from server.store.adapters import AdapterStore, AdapterVersion, new_adapter_id
 from server.store.feedback import FeedbackStore
@@ -36,9 +39,6 @@ from server.store.profile_record import AdapterNote, StoredSignature
 from server.store.profiles import Change, ProfileStore
 from server.store.queue import UserQueue
 from server.store.samples import decode_config, decode_sample
-from server.watching.background import StoreSeconds
-from server.watching.logs import traceparent
-from server.watching.tracing import Tracing
 from server.worker.lease import (
     LEASE_S,
     HeldLease,

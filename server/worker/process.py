@@ -15,9 +15,9 @@ from bank.models.folders import check_base_model, ensure_base_model, ensure_embe
 from bank.models.load import limit_gpu, resolve_dtype
 from bank.models.process_startup import heavy_imports
 from server.errors import ApiError
+from server.observability import open_tracing
 from server.settings import Settings
 from server.store.opening import open_stores
-from server.watching import open_tracing
 from server.worker.lease import on_model_thread
 from server.worker.loops import JobLoop, SigningLoop, WorkerMetrics
 from server.worker.training import AdapterTrainer

@@ -195,15 +195,15 @@ class TestBank:
         rows = page.get_by_role("region", name="Anchors", exact=True).locator("tbody tr")
         expect(rows).to_have_count(len(told["anchors"]))
         expect(rows.first).to_contain_text(str(told["anchors"][0]["items"]))
-        atlas = page.get_by_role("region", name="Map of the anchors")
-        expect(atlas.locator(".anchor")).to_have_count(len(told["anchors"]))
+        projection = page.get_by_role("region", name="Map of the anchors")
+        expect(projection.locator(".anchor")).to_have_count(len(told["anchors"]))
         page.get_by_label("Show a user").fill("rosa")
         page.get_by_role("button", name="Show", exact=True).click()
-        expect(atlas.locator("line")).to_have_count(2)
-        expect(atlas.locator(".speaks")).to_have_count(2)
-        expect(atlas.locator(".person")).to_have_count(1)
+        expect(projection.locator("line")).to_have_count(2)
+        expect(projection.locator(".speaks")).to_have_count(2)
+        expect(projection.locator(".person")).to_have_count(1)
         speaking = [anchor["id"] for anchor in httpx.get(f"{demo.url}/users/rosa").json()["anchors"]]
-        drawn = atlas.get_by_role("img").get_attribute("aria-label") or ""
+        drawn = projection.get_by_role("img").get_attribute("aria-label") or ""
         assert all(name in drawn for name in ("rosa", *speaking))
         assert page.url.endswith("#/bank?user=rosa")
 

@@ -17,9 +17,9 @@ from bank.manifest import BankManifest, LossDifference, Verdict, read_manifest
 from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
 from deploy.observe.receiver import Receiver, receiving
+from server.observability.audit import audit_to
+from server.observability.tracing import Tracing
 from server.settings import Settings
-from server.watching.audit import audit_to
-from server.watching.tracing import Tracing
 from server.worker.loops import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench

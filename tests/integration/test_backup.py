@@ -18,6 +18,7 @@ from redis import ConnectionError, Redis
 from adapters.errors import MtaError
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
+from server.observability.audit import Act, audit_to, note, read_audit
 from server.settings import Settings
 from server.store import append_only_file
 from server.store.backup import copying
@@ -29,7 +30,6 @@ from server.store.tenants.rates import NO_OVERRIDES
 from server.store.tenants.user_key import UserKeys
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.services import valkey_part, valkey_url
-from server.watching.audit import Act, audit_to, note, read_audit
 from tests.support.calls import mta
 from tests.support.gateway import SECRET, GatewayThread, Keyed, make_keys, metric
 from tests.support.store_parts import StoreParts, WorkerSteps, Writing, change, stored, submitted, until_forgotten

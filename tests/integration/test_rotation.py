@@ -24,10 +24,10 @@ from pydantic import SecretStr
 from adapters.errors import MtaError
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
+from server.observability.audit import audit_to
 from server.settings import Settings
 from server.store.redis import keys
 from server.store.tenants.user_key import UserKeys
-from server.watching.audit import audit_to
 from tests.support.calls import mta
 from tests.support.gateway import SECRET, generate, serving
 

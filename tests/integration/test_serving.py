@@ -19,8 +19,8 @@ from server.gateway.http import serving
 from server.gateway.http.serving import GatewayServer, allow_connections, uvicorn_config
 from server.gateway.operating.metrics import Metrics
 from server.gateway.operating.middleware import RequestLog
+from server.observability import open_tracing
 from server.settings import Settings
-from server.watching import open_tracing
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"

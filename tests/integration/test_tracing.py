@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from deploy.observe.receiver import Receiver, Span
+from server.observability import open_tracing
 from server.settings import Settings
-from server.watching import open_tracing
 from tests.integration.conftest import Work
 from tests.support.calls import adapt, job_of
 from tests.support.fake_engine import FakeEngine, Seen
@@ -129,7 +129,7 @@ def test_nothing_of_a_user_is_in_what_is_sent(traced: Traced) -> None:
 
 
 def test_dead_collector(gateway_settings: Settings, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.watching.otlp._EXPORT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("server.observability.otlp._EXPORT_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with GatewayThread(gateway_settings, otlp_endpoint=url) as gateway, gateway.client() as client:

@@ -20,7 +20,7 @@ from demo.tour import tour
 from mta_client import MtaError
 from server.cli.demo.bank import build_bank
 from server.cli.demo.server import DemoError, Server, run_mta, running_server
-from server.watching.background import exit_on_signals
+from server.observability.background import exit_on_signals
 
 STEPS = 6
 _PLAIN_WIDTH = 100

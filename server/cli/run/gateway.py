@@ -10,9 +10,9 @@ import socket
 from typing import Annotated
 
 from server.cli.shared import Bank, Embedder, RedisUrl, end_on_signals, setting
+from server.observability.audit import audit_to
+from server.observability.logs import log_to_stderr
 from server.settings import Settings, load_settings
-from server.watching.audit import audit_to
-from server.watching.logs import log_to_stderr
 
 log = logging.getLogger("mta.gateway")
 

@@ -14,8 +14,8 @@ import typer
 
 from bank.models.process_startup import heavy_imports
 from server.cli.shared import Bank, Embedder, Model, RedisUrl, end_on_signals, prepare_to_train, setting
+from server.observability.logs import log_to_stderr
 from server.settings import load_settings
-from server.watching.logs import log_to_stderr
 
 Host = Annotated[str | None, setting("inner_host", "--host")]
 

@@ -53,7 +53,7 @@ def import_(
     from server.cli.progress import ConsoleProgress
     from server.cli.users.gateway import gateway_client
     from server.cli.users.importing import Journal, entries, import_people
-    from server.watching.background import lower_priority
+    from server.observability.background import lower_priority
 
     lower_priority()
     total = sum(1 for _ in entries(file))

@@ -30,11 +30,11 @@ from server.engine.admission.user_adapters import SWEEP_S, UserAdapters
 from server.engine.fusing.metrics import timed
 from server.engine.shared_part import CommonRecipes
 from server.engine_protocol import DROP, PLUGIN, RESIDENT, STATUS
+from server.observability.background import StoreSeconds, forever
+from server.observability.logs import RequestIds
+from server.observability.tracing import Tracing
 from server.settings import Settings
 from server.store.opening import open_stores
-from server.watching.background import StoreSeconds, forever
-from server.watching.logs import RequestIds
-from server.watching.tracing import Tracing
 
 IDLE_ADAPTER_BYTES = 256 << 20  # maximum size of the user adapters that an engine keeps, unless more are in use
 NAMES_PER_ADAPTER = 4  # idle recipes whose ids an engine remembers, for each adapter that its workers can hold
@@ -107,7 +107,7 @@ class MtaEndpointPlugin:
         self._metrics = adapter_metrics = metrics.publish(engine, names, slots)
         tracing = Tracing()
         if settings.otlp_endpoint:
-            from server.watching.otlp import SpanTracing
+            from server.observability.otlp import SpanTracing
 
             tracing = SpanTracing()
         prompts = prompt_hashes(Path(engine.model_config.model))

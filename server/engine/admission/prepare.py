@@ -27,8 +27,8 @@ from server.engine import patches
 from server.engine.admission.user_adapters import UserAdapters
 from server.engine.shared_part import ALL, MAX_ID
 from server.engine_protocol import SHARED
-from server.watching.logs import traceparent
-from server.watching.tracing import Tracing
+from server.observability.logs import traceparent
+from server.observability.tracing import Tracing
 
 Manifests = Mapping[str, BankManifest]  # by the 8 hex digits in recipe names; two while a fleet moves to a new bank
 

@@ -19,8 +19,8 @@ from server.gateway.generation.answer_stream import AnswerStream, SubRequest, sp
 from server.gateway.generation.personalizer import Personalization, Personalizer
 from server.gateway.generation.prompts import PromptBuilder, UserPrompt
 from server.gateway.generation.request import GenerationRequest, LengthLimits
+from server.observability.logs import request_id
 from server.store.tenants.user_key import User
-from server.watching.logs import request_id
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from starlette.routing import Match
 
 from adapters.errors import excerpt, shortened
 from server.errors import ApiError, InvalidRequest, NotFound, WrongMethod
-from server.watching.logs import request_id
+from server.observability.logs import request_id
 
 log = logging.getLogger("mta.gateway")
 

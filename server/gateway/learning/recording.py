@@ -11,7 +11,7 @@ from server.gateway.generation.prompts import HISTORY_LATE
 from server.gateway.learning.messages import MessageLearner
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.profiles import Profiles
-from server.watching.tracing import Tracing
+from server.observability.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,8 +12,8 @@ from typing import Literal
 from bank.manifest import BaseModelId
 from server.errors import ApiError
 from server.gateway.engines.admin import AddressState, Engines, EngineState
+from server.observability.background import forever
 from server.store.durability import CheckedStore, Durability
-from server.watching.background import forever
 
 log = logging.getLogger("mta.gateway")
 

@@ -15,10 +15,10 @@ from prometheus_client.registry import Collector
 from server.errors import CLIENT_GONE
 from server.gateway.engines.admin import Engines
 from server.gateway.operating.health import Health, Readiness
+from server.observability.audit import room
+from server.observability.background import BUCKETS_S, StoreSeconds
 from server.store.durability import CheckedStore
 from server.store.figures import ServerFigures
-from server.watching.audit import room
-from server.watching.background import BUCKETS_S, StoreSeconds
 
 log = logging.getLogger("mta.gateway")
 

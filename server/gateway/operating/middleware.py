@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import CLIENT_GONE, Unavailable
 from server.gateway.http.errors import error_response
 from server.gateway.operating.metrics import Metrics
-from server.watching.audit import Act, note
-from server.watching.logs import request_id, traceparent
-from server.watching.tracing import Tracing
+from server.observability.audit import Act, note
+from server.observability.logs import request_id, traceparent
+from server.observability.tracing import Tracing
 
 log = logging.getLogger("mta.gateway")
 

@@ -27,13 +27,13 @@ from server.gateway.routes.jobs import JobAnswer, iso
 from server.gateway.routes.requests import Strict, UserIdInPath, UserRoute, epoch_of, with_examples
 from server.gateway.users.histories import newest_items
 from server.gateway.users.profiles import ProfileUpdate, check_size
+from server.observability.audit import Act
 from server.settings import MAX_INT32
 from server.store.adapters import AdapterVersion
 from server.store.jobs import Job
 from server.store.profile_record import AdapterNote
 from server.store.profiles import Erased
 from server.store.tenants.user_key import User
-from server.watching.audit import Act
 
 MAX_ITEMS = 10_000
 SHOWN_CHARS = 300  # of an item in the list
@@ -192,7 +192,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
         recipe=recipe.name,
         source=personal.source,
         anchors=anchor_answers(recipe, personal.weights),
-        at=parts.bank.atlas.at(profile.embedding),
+        at=parts.bank.projection.at(profile.embedding),
         phrases=len(decode_phrases(profile.phrases)) if profile.is_signed(parts.bank.manifest.short) else None,
         adapter=adapter and AdapterAnswer.of(adapter, parts),
         keeps_texts=profile.keeps_texts,

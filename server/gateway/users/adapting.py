@@ -18,6 +18,7 @@ from server.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from server.gateway.access.shares import FairQueue
 from server.gateway.engines.admin import Engines
 from server.gateway.users.profiles import MAX_ATTEMPTS, Profiles, check_size
+from server.observability.tracing import Tracing
 from server.store.adapters import AdapterStore, AdapterVersion, KeptVersions
 from server.store.jobs import Job, JobId, JobStore, Submission
 from server.store.profile_record import Profile
@@ -25,7 +26,6 @@ from server.store.profiles import PASSING_S
 from server.store.samples import MAX_SAMPLES, JobBudget, Sample, decode_sample, encode_config, encode_sample
 from server.store.tenants.holdings import Held
 from server.store.tenants.user_key import User, UserKeys
-from server.watching.tracing import Tracing
 
 MAX_CONCURRENT = 8  # engine requests in flight for one adapt request
 MAX_CHECK_S = 10.0  # time after which no further batch of engine requests starts

@@ -17,9 +17,9 @@ import orjson
 
 from adapters.errors import MtaError
 from bank.manifest import file_sha256
+from server.observability.audit import sync
 from server.store.backup.copying import Entry, StoreCopying
 from server.store.redis import keys
-from server.watching.audit import sync
 
 FORMAT = 1
 MANIFEST, DATA = "manifest.json", "store.gz"

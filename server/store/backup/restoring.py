@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Self
 from adapters.errors import MtaError
 from adapters.recipe import bank_of
 from server.errors import Unavailable
+from server.observability.audit import Act, read_audit
 from server.store.backup.copying import Entry
 from server.store.backup.folder import Manifest, has_data, open_copy, read_entries, user_of
 from server.store.tenants.user_key import UserKeys, check_values
-from server.watching.audit import Act, read_audit
 
 if TYPE_CHECKING:
     from server.store.opening import Stores  # commands start without the other stores

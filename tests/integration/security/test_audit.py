@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from adapters.errors import MtaError
 from server.cli import app
+from server.observability.audit import audit_to
 from server.store.tenants.access_keys import digest_of
 from server.store.tenants.user_key import UserKeys
-from server.watching.audit import audit_to
 from tests.integration.security.conftest import create, keys
 from tests.support.calls import put
 from tests.support.gateway import SECRET, Keyed

@@ -23,8 +23,8 @@ from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.profile import Item, Vectors, profile_embedding
 from bank.items.tasks import get_task
-from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
+from bank.lookup.projection import Projection
 from bank.manifest import PosteriorRule
 from server.settings import Settings
 
@@ -175,10 +175,10 @@ def test_what_is_no_embedding_no_index_and_no_map_is_refused(tmp_path: Path) -> 
         if content is not None:
             path.write_text(content)
         with pytest.raises(BankError, match=r"map\.json"):
-            Atlas.load(path, 30, 16)
-    Atlas.of(unit_rows(30, 16)).save(path)
+            Projection.load(path, 30, 16)
+    Projection.of(unit_rows(30, 16)).save(path)
     with pytest.raises(BankError, match="not a map of 31 anchors"):
-        Atlas.load(path, 31, 16)
+        Projection.load(path, 31, 16)
 
 
 def test_search_uses_one_thread_and_restores_thread_counts() -> None:
@@ -214,26 +214,26 @@ def test_search_uses_one_thread_and_restores_thread_counts() -> None:
 
 def test_a_map_is_what_a_singular_value_decomposition_says() -> None:
     vectors = unit_rows(40, 16, spread=3)
-    atlas = Atlas.of(vectors)
+    projection = Projection.of(vectors)
     left, values, _ = np.linalg.svd(vectors.astype(np.float64) - vectors.mean(axis=0), full_matrices=False)
     wanted = left[:, :2] * values[:2]
     for axis in range(2):
-        places = atlas.anchors[:, axis]
+        places = projection.anchors[:, axis]
         assert abs(places @ wanted[:, axis]) == pytest.approx(places @ places, rel=1e-4)
-    assert atlas.explained == pytest.approx(values[:2] ** 2 / (values**2).sum(), abs=1e-5)
-    assert atlas.at(vectors[3]) == pytest.approx(tuple(atlas.anchors[3]), abs=1e-5)
-    assert atlas.at(-vectors[3]) != pytest.approx(tuple(atlas.anchors[3]), abs=0.1)
+    assert projection.explained == pytest.approx(values[:2] ** 2 / (values**2).sum(), abs=1e-5)
+    assert projection.at(vectors[3]) == pytest.approx(tuple(projection.anchors[3]), abs=1e-5)
+    assert projection.at(-vectors[3]) != pytest.approx(tuple(projection.anchors[3]), abs=0.1)
 
 
 @pytest.mark.parametrize(("count", "axes"), [(1, 0), (2, 1), (3, 2), (30, 2)])
 def test_few_anchors_have_a_map_too_and_always_the_same_file(count: int, axes: int, tmp_path: Path) -> None:
-    atlas = Atlas.of(unit_rows(count, 16, spread=3))
-    assert sum(share > 0 for share in atlas.explained) == axes
-    assert count > 3 or sum(atlas.explained) == pytest.approx(min(axes, 1), abs=1e-5)
-    assert atlas.anchors.shape == (count, 2)
+    projection = Projection.of(unit_rows(count, 16, spread=3))
+    assert sum(share > 0 for share in projection.explained) == axes
+    assert count > 3 or sum(projection.explained) == pytest.approx(min(axes, 1), abs=1e-5)
+    assert projection.anchors.shape == (count, 2)
     for name in ("one", "two"):
-        Atlas.of(unit_rows(count, 16, spread=3)).save(tmp_path / name)
+        Projection.of(unit_rows(count, 16, spread=3)).save(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    read = Atlas.load(tmp_path / "one", count, 16)
-    assert read.explained == atlas.explained
-    assert all(np.array_equal(getattr(read, name), getattr(atlas, name)) for name in ("mean", "axes", "anchors"))
+    read = Projection.load(tmp_path / "one", count, 16)
+    assert read.explained == projection.explained
+    assert all(np.array_equal(getattr(read, name), getattr(projection, name)) for name in ("mean", "axes", "anchors"))

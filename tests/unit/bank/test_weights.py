@@ -24,8 +24,8 @@ from bank.building.signer import MeasuredPerson, _judge, fit_rule, measure_curva
 from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.items.tasks import get_task
-from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
+from bank.lookup.projection import Projection
 from bank.lookup.serving import (
     AnchorWeight,
     ServingBank,
@@ -83,7 +83,7 @@ def index_at(*cosines: float) -> AnchorIndex:
 def saved_bank(folder: Path, **changes: object) -> BankManifest:
     index = index_at(0.9, 0.3, -0.2, 0.1)
     index.save(folder / INDEX_FILE)
-    Atlas.of(index.vectors(range(N))).save(folder / MAP_FILE)
+    Projection.of(index.vectors(range(N))).save(folder / MAP_FILE)
     np.save(folder / CURVATURE_FILE, np.diag([1.0, 2.0, 3.0, 4.0]))
     files = {name: file_sha256(folder / name) for name in (INDEX_FILE, MAP_FILE, CURVATURE_FILE)}
     return write_manifest(folder, manifest().model_copy(update={"files": files, **changes}))

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from adapters.errors import MtaError
 from server.cli import app
+from server.observability.audit import audit_to
 from server.store.backup.folder import (
     DATA,
     MANIFEST,
@@ -27,7 +28,6 @@ from server.store.backup.folder import (
 )
 from server.store.backup.restoring import Since, read_logs
 from server.store.tenants.user_key import check_values
-from server.watching.audit import audit_to
 
 SECRET, USER = "a secret of sixteen bytes", "a" * 26
 ENTRIES = [

@@ -42,7 +42,7 @@ BENCH_OPTIONS = {
 SWALLOWED = """
 import signal, sys, time
 from server import cli
-from server.watching.background import exit_on_signals
+from server.observability.background import exit_on_signals
 
 class Dying:
     def __del__(self):

@@ -88,7 +88,7 @@ class BankAnswer(BaseModel, frozen=True):
 async def read_bank(request: Request) -> BankAnswer:
     """Return the served bank: its anchors on a map and the weight rule in words."""
     bank = call_of(request).parts.bank
-    manifest, atlas = bank.manifest, bank.atlas
+    manifest, projection = bank.manifest, bank.projection
     return BankAnswer(
         task=TaskAnswer.of(bank.task),
         bank=manifest.short,
@@ -102,9 +102,9 @@ async def read_bank(request: Request) -> BankAnswer:
         phrases=manifest.phrases is not None,
         anchors=[
             AnchorOnMap(id=entry.id, items=entry.items, at=place, words=list(entry.words))
-            for entry, place in zip(manifest.anchors, atlas.anchors.tolist(), strict=True)
+            for entry, place in zip(manifest.anchors, projection.anchors.tolist(), strict=True)
         ],
-        map=MapAnswer(explained=(atlas.explained[0], atlas.explained[1])),
+        map=MapAnswer(explained=(projection.explained[0], projection.explained[1])),
     )
 
 

@@ -30,8 +30,8 @@ from server.gateway.routes.openai.translation import (
     tool_call,
 )
 from server.gateway.routes.requests import MAX_MESSAGES, QueueTimeout, Stops, Strict, UserId
+from server.observability.logs import request_id
 from server.settings import MAX_INT32
-from server.watching.logs import request_id
 
 _ERRORS = {  # types by status
     **{401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"},

@@ -38,8 +38,8 @@ from server.gateway.routes.openai.translation import (
     tool_call,
 )
 from server.gateway.routes.requests import MAX_MESSAGES, QueueTimeout, Strict
+from server.observability.logs import request_id
 from server.settings import MAX_INT32
-from server.watching.logs import request_id
 
 _STORED = ("store", "previous_response_id", "conversation", "prompt", "background")
 _NOTHING_STORED = "nothing is stored here: send the whole conversation as `input`, and `store` false or not at all"

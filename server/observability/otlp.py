@@ -20,7 +20,7 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.trace.status import Status
 
-from server.watching.tracing import TRACES_PATH, Tracing
+from server.observability.tracing import TRACES_PATH, Tracing
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

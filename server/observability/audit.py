@@ -16,7 +16,7 @@ from pathlib import Path
 
 from adapters.errors import MtaError, excerpt
 from server.errors import Unavailable
-from server.watching.logs import request_id
+from server.observability.logs import request_id
 
 _path: Path | None = None
 

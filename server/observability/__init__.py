@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from adapters.errors import MtaError
+from server.observability.tracing import Tracing
 from server.settings import Settings
-from server.watching.tracing import Tracing
 
 
 def open_tracing(settings: Settings, service: str) -> Tracing:
@@ -12,7 +12,7 @@ def open_tracing(settings: Settings, service: str) -> Tracing:
     if not settings.otlp_endpoint:
         return Tracing()
     try:
-        from server.watching.otlp import OtlpTracing
+        from server.observability.otlp import OtlpTracing
 
         return OtlpTracing(settings.otlp_endpoint, service, settings.trace_share)
     except ImportError as error:

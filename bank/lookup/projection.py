@@ -19,7 +19,7 @@ Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Atlas:
+class Projection:
     """A map: the anchors' mean embedding [E], the first two principal components [2, E], and the anchors [N, 2]."""
 
     mean: Numbers
@@ -28,7 +28,7 @@ class Atlas:
     anchors: Numbers
 
     @classmethod
-    def of(cls, embeddings: Vectors) -> Atlas:
+    def of(cls, embeddings: Vectors) -> Projection:
         vectors = np.asarray(embeddings, np.float64)
         mean = vectors.mean(axis=0)
         centred = vectors - mean
@@ -44,7 +44,7 @@ class Atlas:
         return cls(mean.round(_DIGITS), axes, tuple(explained), (centred @ axes.T).round(_DIGITS))
 
     @classmethod
-    def load(cls, path: Path, anchors: int, dim: int) -> Atlas:
+    def load(cls, path: Path, anchors: int, dim: int) -> Projection:
         """Load a map; BankError unless it has N = `anchors` and E = `dim`."""
         try:
             read = json.loads(path.read_text("utf-8"))

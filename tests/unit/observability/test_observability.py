@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from server.errors import Unavailable
-from server.watching import logs
-from server.watching.background import forever
-from server.watching.logs import JsonFormatter, RequestIds, TextFormatter, request_id, traceparent
+from server.observability import logs
+from server.observability.background import forever
+from server.observability.logs import JsonFormatter, RequestIds, TextFormatter, request_id, traceparent
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
