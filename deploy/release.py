@@ -68,7 +68,9 @@ def check_names(root: Path, version: str) -> None:
 
 def notes_of(changelog: str, version: str) -> str:
     """Return a version's lines of the changelog; MtaError if it has none, or lines that no version has yet."""
-    sections = dict(re.findall(r"^## \[([^\]]+)\][^\n]*\n(.*?)(?=^## \[|\Z)", changelog, re.DOTALL | re.MULTILINE))
+    sections: dict[str, str] = dict(
+        re.findall(r"^## \[([^\]]+)\][^\n]*\n(.*?)(?=^## \[|\Z)", changelog, re.DOTALL | re.MULTILINE)
+    )
     if sections.get("Unreleased", "").strip():
         raise MtaError(f"CHANGELOG.md has unreleased changes: move them under [{version}]")
     if not (notes := sections.get(version, "").strip()):

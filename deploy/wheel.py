@@ -36,7 +36,8 @@ PYTHONS = ("python3.11", "python3.12", "python3.13")
 ROSA = ["Dear friend,\nThe first roses are open along the south wall.\n\nWith love from the garden"]
 ENGINE_KEY = "the-engines-key"
 KEPT = ("pip_", "uv_", "http_proxy", "https_proxy", "no_proxy", "ssl_cert")  # how packages are fetched here
-PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mypy"]["packages"]
+_FOUND = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]["find"]
+PACKAGES = [pattern.removesuffix("*") for pattern in _FOUND["include"]]
 INSTALL_S, DEMO_S, START_S = 3600.0, 3600.0, 900.0
 _BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 

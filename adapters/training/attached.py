@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from adapters.lora import LoraWeights
-
-if TYPE_CHECKING:
-    from adapters.training.forward.shared_part import SharedPart
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,12 @@ class Attached:
 
 @contextmanager
 def attached(
-    model: Any, trained: LoraWeights, frozen: LoraWeights | None = None, shared: SharedPart | None = None
+    model: Any, trained: LoraWeights, frozen: LoraWeights | None = None, shared: Any = None
 ) -> Iterator[Attached]:
     """Attach a LoRA that starts at `trained`, and a frozen LoRA if given, which may adapt more modules; then detach.
 
-    With a `shared` part they read what comes after it. What was attached before is put aside meanwhile.
+    With a `shared` part (`forward/shared_part.py`) they read what comes after it. What was attached before is put
+    aside meanwhile.
     """
     aside = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
     bases = {name: layer.base for name, layer in aside.items()}
@@ -104,7 +102,7 @@ class AdaptedLinear(torch.nn.Module):
         base: torch.nn.Linear,
         rank: int,
         frozen: tuple[torch.Tensor, torch.Tensor] | None,
-        shared: SharedPart | None,
+        shared: Any,
     ) -> None:
         super().__init__()
         weight = base.weight

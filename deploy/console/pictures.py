@@ -19,9 +19,8 @@ from playwright.sync_api import Page
 from bench import script
 from bench.rig.browser import TRAINING_MS, Looking, chromium, looking, running_browser
 from demo import adapting
-from demo.personas import PEOPLE, QUESTIONS, anchors
-from server.cli.demo.bank import build_bank
-from server.cli.demo.server import DemoError, Server, running_server
+from demo.personas import PEOPLE, QUESTIONS
+from server.cli.demo.server import DemoError, Server, demo_bank, running_server
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "pictures"
 QUESTION = QUESTIONS[3]
@@ -121,7 +120,10 @@ def _save(page: Page, path: Path) -> None:
 def main(out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = OUT) -> None:
     """Take pictures of the console's pages, with the demo's bank and a real engine."""
     out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as data, running_server(build_bank(anchors()), Path(data) / "data", print) as server:
+    with (
+        TemporaryDirectory() as data,
+        running_server(demo_bank(), Path(data) / "data", print) as server,
+    ):
         for person in PEOPLE:
             server.api.put_profile(person.user_id, person.lines)
         take(server, out)

@@ -17,14 +17,13 @@ from bank.models.folders import ensure_embedder
 from bench.fleet.exercise.claims import Claim
 from bench.page.report import console, report, tabulate
 from bench.rig.tiny import tiny_bank, tiny_model
-from demo.personas import anchors
 from deploy.containers import images as building
 from deploy.containers.fleet import alerts, deaths, replacement
 from deploy.containers.single import persistence, restart
 from deploy.containers.site import Site, deployed
 from deploy.containers.tool import ContainerError, enter_own_network, found_tool, served
 from mta_client import MtaError as ClientError
-from server.cli.demo.bank import build_bank
+from server.cli.demo.server import demo_bank
 from server.observability.background import exit_on_signals
 from server.settings import load_settings
 
@@ -75,7 +74,7 @@ def test(
         folder = Path(scratch)
         folder.chmod(0o755)  # containers read models and banks below it
         if chosen & ON_ONE.keys():
-            people = shutil.copytree(bank or build_bank(anchors()), folder / "people")
+            people = shutil.copytree(bank or demo_bank(), folder / "people")
             with deployed(Site(tool, folder / "one", readable(people))) as site:
                 claims += found_by(ON_ONE, chosen, site)
         if chosen & ON_FLEET.keys():

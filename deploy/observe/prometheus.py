@@ -45,7 +45,7 @@ class Prometheus:
 
     def over_time(self, expression: str, start_s: float, end_s: float) -> list[dict[str, Any]]:
         """Evaluate an expression over a time range; replaces Grafana's variable for the rate window."""
-        asked = {"query": expression.replace(WINDOW, f"{4 * HURRY_S}s"), "start": start_s, "end": end_s}
+        asked: dict[str, Any] = {"query": expression.replace(WINDOW, f"{4 * HURRY_S}s"), "start": start_s, "end": end_s}
         series: list[dict[str, Any]] = self._get("query_range", **asked, step=HURRY_S)["result"]
         return series
 

@@ -43,10 +43,11 @@ from bank.models.load import resolve_dtype
 from bench import script
 from bench.page.report import console, report
 from bench.rig.people import write_people
+from demo.bank import cached_bank
 from demo.manners import MANNERS
 from demo.personas import anchors, worlds
 from evaluation.intervals import over_users
-from server.cli.demo.bank import build_bank
+from evaluation.studies import mta
 from server.settings import Settings, load_settings
 from server.store.samples import Sample
 from server.worker.training import AdapterTrainer, JobUser, pairs_of
@@ -80,7 +81,8 @@ def main(
     torch.set_num_threads(1)
     settings = load_settings()
     if bank is None or users is None:
-        bank, users = build_bank(anchors()), outsiders(settings.cache_dir / "demo" / "outside.json")
+        bank = cached_bank(anchors(), settings.cache_dir, mta)
+        users = outsiders(settings.cache_dir / "demo" / "outside.json")
     gate = Gate.open(bank, settings, strength)
     people = read_histories(users, gate.trainer.task, queries=False)
     if only:

@@ -59,4 +59,5 @@ class SharedPart:
 
 def shared_part_of(model: Any) -> SharedPart | None:
     """Return what reads the shared tokens for the adapter that is attached to the model, if anything does."""
-    return next((layer.shared for layer in model.modules() if isinstance(layer, AdaptedLinear)), None)
+    shared: SharedPart | None = next((one.shared for one in model.modules() if isinstance(one, AdaptedLinear)), None)
+    return shared

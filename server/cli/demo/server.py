@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import MtaError
+from demo.bank import cached_bank
+from demo.personas import anchors
 from mta_client import Client
 from server.settings import Settings
 from server.supervisor.data_folder import StartError
@@ -68,6 +70,11 @@ def run_mta(*arguments: str) -> None:
         status = child.wait()
     if status != 0:
         raise DemoError(f"`mta {arguments[0]}` ended with status {status}; its message is above")
+
+
+def demo_bank() -> Path:
+    """Return the demo's bank; build it if it is missing. DemoError if it cannot be built."""
+    return cached_bank(anchors(), Settings().cache_dir, run_mta)
 
 
 @contextmanager

@@ -18,8 +18,7 @@ from demo.answers import curl_lines
 from demo.personas import PEOPLE, anchors
 from demo.tour import tour
 from mta_client import MtaError
-from server.cli.demo.bank import build_bank
-from server.cli.demo.server import DemoError, Server, run_mta, running_server
+from server.cli.demo.server import DemoError, Server, demo_bank, run_mta, running_server
 from server.observability.background import exit_on_signals
 
 STEPS = 6
@@ -41,15 +40,15 @@ def show(data: Path) -> int:
 
 
 def _run(console: Console, data: Path) -> None:
-    numbers, line, people = count(1), partial(_line, console), anchors()
+    numbers, line = count(1), partial(_line, console)
 
     def step(title: str) -> AbstractContextManager[None]:
         return _step(console, next(numbers), title)
 
     with step("mta models: a base model and an embedder, made once"):
         run_mta("models")
-    with step(f"mta bank build: {len(people)} made-up people become anchors, once"):
-        bank = build_bank(people)
+    with step(f"mta bank build: {len(anchors())} made-up people become anchors, once"):
+        bank = demo_bank()
     with ExitStack() as stack:
         with step("mta up: the server"):
             server = stack.enter_context(running_server(bank, data, line))

@@ -164,7 +164,7 @@ def test_demo_without_terminal_shows_tables_and_stops_server(
     job = MagicMock(state="succeeded", error=None, progress=progress, held_out={"before": 3.0, "after": 2.0})
     for name, stand_in in {
         "run_mta": MagicMock(),
-        "build_bank": MagicMock(),
+        "demo_bank": MagicMock(),
         "running_server": server,
     }.items():
         monkeypatch.setattr(demo, name, stand_in)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from bank.models.folders import locked
-from server.cli.demo.server import run_mta
-from server.settings import Settings
 
 BUILD_OPTIONS = (
     *("--task", "chat"),
@@ -21,18 +18,19 @@ BUILD_OPTIONS = (
 )
 
 
-def build_bank(people: Sequence[dict[str, object]]) -> Path:
-    """Return the bank of these anchors, in LaMP's per-user layout; train it if it is missing or out of date.
+def cached_bank(people: Sequence[dict[str, object]], cache: Path, mta: Callable[..., None]) -> Path:
+    """Return the bank of these anchors, in LaMP's per-user layout; build it if it is missing or out of date.
 
-    A concurrent call waits for the first, and then finds the bank. DemoError if it cannot be built.
+    `mta` runs a command. A concurrent call waits for the first, and uses its bank.
     """
     text = json.dumps(people, indent=1, ensure_ascii=False)
     key = hashlib.sha256("\0".join((text, *BUILD_OPTIONS)).encode()).hexdigest()[:16]
-    kept = Settings().cache_dir / "demo" / key
+    kept = cache / "demo" / key
     kept.mkdir(parents=True, exist_ok=True)
     users, bank = kept / "anchors.json", kept / "bank"
-    with locked(kept / ".lock"):
+    with (kept / ".lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         users.write_text(text, encoding="utf-8")
         files = ("--users", str(users), "--out", str(bank))
-        run_mta("bank", "build", *files, "--anchors", str(len(people)), *BUILD_OPTIONS)
+        mta("bank", "build", *files, "--anchors", str(len(people)), *BUILD_OPTIONS)
     return bank
