@@ -81,15 +81,18 @@ class TestPlayground:
             api.user(kept[0])
 
     def test_a_permalink_asks_the_same_again(self, look: Looking) -> None:
+        asked = list[str]()
+        look.page.on("request", lambda sent: asked.append(sent.post_data or "") if "/generate" in sent.url else None)
         page = look.visit("playground", user="rosa", ask=QUESTIONS[3], tokens=24, temperature=0)
         answered(page)
-        first = text_of(answer(page, "rosa"))
-        link = copied(page, "Copy link")
+        first, link = sorted(asked), copied(page, "Copy link")
+        asked.clear()
         page.goto("about:blank")
         page.goto(link)
         answered(page)
         assert page.get_by_label("Question").input_value() == QUESTIONS[3]
-        assert text_of(answer(page, "rosa")) == first
+        assert sorted(asked) == first  # not the answers: in bfloat16 they depend on what the cache holds
+        assert len(first) == 2  # as the base model and as rosa
 
     def test_the_question_as_code_runs(self, look: Looking) -> None:
         page = look.visit("playground", user="rosa", ask='What\'s a "good" day?', tokens=8)
