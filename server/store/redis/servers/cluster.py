@@ -170,8 +170,8 @@ class Cluster:
 
     async def holders(self, name: str = "") -> list[str]:
         slot, names = self._client.keyslot(name), list[str]()
-        for slots, nodes in await self._shards():
-            if not name or any(first <= slot <= last for first, last in zip(slots[::2], slots[1::2], strict=True)):
+        for ranges, nodes in await self._shards():
+            if not name or any(first <= slot <= last for first, last in ranges):
                 names += [fields["id"] for fields in nodes]
         if not names:
             raise exceptions.SlotNotCoveredError(f"no server holds slot {slot}")
@@ -282,10 +282,15 @@ class Cluster:
                     return False
         return True
 
-    async def _shards(self) -> list[tuple[list[int], list[dict[str, Any]]]]:
-        """Return for each shard its slot ranges (first, last, first, …) and the fields of its servers."""
+    async def _shards(self) -> list[tuple[list[tuple[int, int]], list[dict[str, Any]]]]:
+        """Return for each shard its slot ranges (first, last) and the fields of its servers."""
         _, shards = await self._ask_any("CLUSTER SHARDS")
-        return [(shard["slots"], list(map(_decoded, shard["nodes"]))) for shard in shards]
+        return [(_ranges(shard["slots"]), list(map(_decoded, shard["nodes"]))) for shard in shards]
+
+
+def _ranges(slots: list[Any]) -> list[tuple[int, int]]:
+    """Return the pairs of redis-py from 8.2 on as they are, and pair the flat list of earlier ones."""
+    return slots if slots and isinstance(slots[0], tuple) else list(zip(slots[::2], slots[1::2], strict=True))
 
 
 def _decoded(fields: Mapping[Any, Any]) -> dict[str, Any]:
