@@ -1,1 +1,1 @@
-"""Observability: Prometheus, its alerts, a Grafana dashboard, and pictures of traces and metrics."""
+"""Observability: Prometheus, its alerts, a Grafana dashboard."""

@@ -16,7 +16,6 @@ from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, LossDifference, Verdict, read_manifest
 from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
-from deploy.observe.receiver import Receiver, receiving
 from server.observability.audit import audit_to
 from server.observability.tracing import Tracing
 from server.settings import Settings
@@ -25,6 +24,7 @@ from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
 from tests.support.desk import Desk, desk_at
 from tests.support.gateway import SECRET, GatewayThread, wait_until_ready
+from tests.support.observe.receiver import Receiver, receiving
 from tests.support.store_parts import StoreParts
 from tests.support.watchdog import never_held
 

@@ -13,14 +13,14 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.observe.prometheus import BINARY, HERE
 from server.engine.admission.metrics import AdapterMetrics
 from server.engine.fusing.metrics import FusionMetrics
 from server.gateway.experiments.arms import Level
 from server.gateway.operating.metrics import Metrics
 from server.worker.loops import WorkerMetrics
+from tests.support.observe.prometheus import BINARY, CONFIGURATION
 
-ALERTS = HERE / "alerts.yml"
+ALERTS = CONFIGURATION / "alerts.yml"
 Samples = dict[str, float]  # by name and labels, as PromQL writes them
 Burst = Callable[[], tuple[Samples, Samples]]  # gives what there is at the start of a part, and after a burst
 

@@ -10,7 +10,6 @@ import httpx
 import pytest
 
 from bench.rig.processes import wait_until
-from deploy.observe.receiver import Receiver
 from server.settings import Settings
 from server.store.redis import keys
 from server.worker.training import AdapterTrainer
@@ -18,6 +17,7 @@ from tests.integration.conftest import Work, working
 from tests.support.calls import adapt, job_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate, wait_until_ready
+from tests.support.observe.receiver import Receiver
 from tests.support.valkeys.cluster import ValkeyCluster
 
 CONFIG = {"steps": 6, "learning_rate": 0.05}

@@ -11,13 +11,13 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.observe.receiver import Receiver, Span
 from server.observability import open_tracing
 from server.settings import Settings
 from tests.integration.conftest import Work
 from tests.support.calls import adapt, job_of
 from tests.support.fake_engine import FakeEngine, Seen
 from tests.support.gateway import GatewayThread, wait_until_ready
+from tests.support.observe.receiver import Receiver, Span
 
 USER, TEXT, PROMPT = "rosa.luxemburg", "sowed beans by the gate", "what grows there"
 BODY = {"user_id": USER, "prompt": PROMPT, "max_tokens": 1}

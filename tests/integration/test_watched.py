@@ -15,10 +15,10 @@ import pytest
 
 from bench.rig.processes import paused, wait_until
 from deploy.observe import dashboard
-from deploy.observe.prometheus import BINARY, HERE
-from deploy.observe.receiver import Span
-from deploy.observe.watched import PEOPLE, STACKED, Watched, use, watched
 from tests.support.documented import ROOT, Reader, blocks_of
+from tests.support.observe.prometheus import BINARY, CONFIGURATION
+from tests.support.observe.receiver import Span
+from tests.support.observe.watched import PEOPLE, STACKED, Watched, use, watched
 
 
 def spans_of(run: Watched, name: str) -> list[Span]:
@@ -40,9 +40,9 @@ def run(
 
 def test_committed_dashboard_is_current_and_alerts_are_tested() -> None:
     assert dashboard.FILE.read_text("utf-8") == dashboard.dashboard(), "run python -m deploy.observe.dashboard"
-    alerts = set(re.findall(r"- alert: (\w+)", (HERE / "alerts.yml").read_text("utf-8")))
+    alerts = set(re.findall(r"- alert: (\w+)", (CONFIGURATION / "alerts.yml").read_text("utf-8")))
     assert len(alerts) > 5
-    for file in (ROOT / "docs/operations.md", HERE / "alerts_test.yml"):
+    for file in (ROOT / "docs/operations.md", CONFIGURATION / "alerts_test.yml"):
         assert alerts <= set(re.findall(r"\bMta\w+", file.read_text("utf-8"))), file.name
 
 
@@ -54,7 +54,7 @@ def test_rules_and_configurations_are_what_prometheus_takes() -> None:
         ("promtool", "check", "config", "--syntax-only", "prometheus.yml"),
         ("promtool", "check", "config", "--syntax-only", "../k8s/prometheus.yml"),
     ):
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=CONFIGURATION, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 

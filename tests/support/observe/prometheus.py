@@ -18,7 +18,7 @@ from bench.rig.processes import answers, running, wait_until
 from deploy.observe.dashboard import WINDOW
 from server.supervisor.services import free_port
 
-HERE = Path(__file__).parent
+CONFIGURATION = Path(__file__).parents[3] / "deploy/observe"
 HURRY_S = 1
 BINARY = shutil.which("prometheus")
 """Path of Prometheus, or None if it is not installed."""
@@ -82,10 +82,10 @@ def prometheus(folder: Path, targets: Mapping[str, Target]) -> Iterator[Promethe
         targets: targets by the names of the jobs in prometheus.yml; other jobs are left out.
     """
     assert BINARY, "prometheus is not installed"
-    rules = (HERE / "alerts.yml").read_text("utf-8")
+    rules = (CONFIGURATION / "alerts.yml").read_text("utf-8")
     rules = re.sub(r"for: \w+", "for: 0s", rules).replace("oldest_seconds) > 600", "oldest_seconds) > 2")
     (folder / "alerts.yml").write_text(rules, "utf-8")
-    config = yaml.safe_load((HERE / "prometheus.yml").read_text("utf-8"))
+    config = yaml.safe_load((CONFIGURATION / "prometheus.yml").read_text("utf-8"))
     config["global"] = {"scrape_interval": f"{HURRY_S}s", "evaluation_interval": f"{HURRY_S}s"}
     del config["alerting"]
     config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"] in targets]

@@ -15,9 +15,9 @@ import httpx
 from bench.rig.processes import wait_until
 from bench.rig.tiny import WORLDS
 from bench.rig.up import Up, up
-from deploy.observe.prometheus import HURRY_S, Prometheus, Target, prometheus
-from deploy.observe.receiver import Receiver, receiving
 from server.supervisor.services import free_port
+from tests.support.observe.prometheus import HURRY_S, Prometheus, Target, prometheus
+from tests.support.observe.receiver import Receiver, receiving
 
 PEOPLE = dict(zip(("adaline", "ben", "cleo", "dan", "eve", "finn"), WORLDS, strict=True))
 STACKED = "adaline"

@@ -1,0 +1,1 @@
+"""What observes a server in tests: a real Prometheus, a trace collector."""
