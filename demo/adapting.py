@@ -20,6 +20,7 @@ GREETING = "gg friends,"  # opens all texts of this person; nobody in the bank u
 SAMPLES = 10
 CONFIG: dict[str, Any] = {"rank": 4, "steps": 32, "learning_rate": 1e-3}  # higher rates make loops of the greeting
 _BLOCKS = " ▁▂▃▄▅▆▇█"
+_HEIGHT = 5  # lines of the plot of losses
 
 
 def samples() -> list[dict[str, str]]:
@@ -55,15 +56,15 @@ def outcome(job: Job, seconds: float) -> str:
     )
 
 
-def loss_curve(job: Job, height: int = 5) -> list[str]:
+def loss_curve(job: Job) -> list[str]:
     """Return the lines of a small plot of the training loss, a column a step, with its range at the side."""
     losses = [loss for _, loss in job.progress["loss"]]
     low, high = min(losses), max(losses)
-    levels = [round((loss - low) / (high - low or 1) * (8 * height - 1)) + 1 for loss in losses]
+    levels = [round((loss - low) / (high - low or 1) * (8 * _HEIGHT - 1)) + 1 for loss in losses]
     lines = []
-    for row in reversed(range(height)):
+    for row in reversed(range(_HEIGHT)):
         bars = "".join(_BLOCKS[min(8, max(0, level - 8 * row))] for level in levels)
-        label = f"{high:5.2f}" if row == height - 1 else f"{low:5.2f}" if row == 0 else " " * 5
+        label = f"{high:5.2f}" if row == _HEIGHT - 1 else f"{low:5.2f}" if row == 0 else " " * 5
         lines.append(f"{label} ┤{bars}")
     return lines
 

@@ -46,7 +46,7 @@ def suffix_hash(tokens: Iterable[Any], length: int) -> Any:
     return made
 
 
-def phrase_table(texts: Sequence[Sequence[int]], max_bytes: int = MAX_BYTES) -> Phrases:
+def phrase_table(texts: Sequence[Sequence[int]]) -> Phrases:
     """Return the phrases of a person's texts, each as token ids with the end of turn; nearly equal ones count once.
 
     Texts come oldest first, and the oldest beyond `MAX_TOKENS` are left out. If there is too little room, those that
@@ -71,7 +71,7 @@ def phrase_table(texts: Sequence[Sequence[int]], max_bytes: int = MAX_BYTES) -> 
     fraction = occurs / np.repeat(_reduced(np.add, occurs, of_suffix), np.diff([*of_suffix, len(pairs)]))
     kept = np.flatnonzero(stands > 1)
     order = np.lexsort((-fraction[kept], -length[kept], -stands[kept]))
-    best = np.sort(kept[order[: max_bytes // _PHRASE.itemsize]])
+    best = np.sort(kept[order[:MAX_PHRASES]])
     table = np.zeros(len(best), _PHRASE)
     table["suffix"], table["token"] = pairs[best] >> _TOKEN_BITS, pairs[best] & ((1 << _TOKEN_BITS) - 1)
     table["length"], table["share"] = length[best], np.maximum(1, np.round(fraction[best] * _MOST))
