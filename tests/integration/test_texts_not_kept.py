@@ -239,11 +239,11 @@ def test_a_key_keeps_texts_or_drops_what_another_kept(rig: Rig, new_user: Callab
 
     wait_until(all_count, "all keys to count")
 
-    def keeps_after(keep: bool | None, method: str, path: str, number: int) -> bool:
+    def keeps_after(keep: bool | None, method: str, path: str, number: int, removed: int = 0) -> bool:
         headers = {"Authorization": f"Bearer {secrets[keep]}"}
         items = [{"id": str(n), **item} for n, item in enumerate(ITEMS[:number])]
         asked = rig.client.request(method, f"/users/{user_id}/{path}", json={"items": items}, headers=headers)
-        asked.raise_for_status()
+        assert asked.raise_for_status().json()["removed"] == removed
         rig.work()
         stays = rig.profile(user_id).keeps_texts
         assert bool(rig.holds()) == stays
@@ -254,7 +254,7 @@ def test_a_key_keeps_texts_or_drops_what_another_kept(rig: Rig, new_user: Callab
     assert rig.close_to(user_id, *ITEMS[:2])
     assert not keeps_after(True, "POST", "profile/items", 4)
     assert rig.close_to(user_id, *ITEMS)
-    assert keeps_after(True, "PUT", "profile", 3)
+    assert keeps_after(True, "PUT", "profile", 3, removed=1)
     assert rig.close_to(user_id, *ITEMS[:3])
-    assert not keeps_after(False, "PUT", "profile", 3)
-    assert rig.close_to(user_id, *ITEMS[:3])
+    assert not keeps_after(False, "PUT", "profile", 2, removed=1)
+    assert rig.close_to(user_id, *ITEMS[:2])

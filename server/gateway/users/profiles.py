@@ -61,7 +61,7 @@ Embedded = dict[tuple[str, str], Vectors]  # embeddings [E] by item id and text
 class ProfileUpdate:
     profile: Profile  # after the change
     changed: int  # as in `HistoryDiff`
-    removed: int  # number of older items that had to go
+    removed: int  # as in `Plan`
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ class Plan:
     snapshot: Snapshot
     history: StoredItems  # the texts that are stored after it
     writes: HistoryDiff
+    removed: int  # number of earlier items that no longer count
     passing: Passing | None = None  # if texts are not kept
 
     @property
@@ -209,8 +210,7 @@ class Profiles:
                 if await self.store.commit(user.key, plan.snapshot.version, change, epoch):
                     if not (self.no_evidence and profile.is_signed(self.no_evidence.bank)):
                         await self.request_signature(user)
-                    removed = plan.passing.removed if plan.passing else len(plan.writes.drop)
-                    return ProfileUpdate(profile, plan.writes.changed, removed)
+                    return ProfileUpdate(profile, plan.writes.changed, plan.removed)
                 await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
                 plan = self._plan(request, await self.store.read(user.key))
         raise Unavailable(
@@ -226,14 +226,19 @@ class Profiles:
         if not history:
             raise UserErased
         passed = before is not None and not before.keeps_texts
-        if self.keeps_texts(None if replaces else before, request.keep):
-            writes = diff_histories(snapshot.items, history)
-            drop = (*writes.drop, *snapshot.vectors) if passed else writes.drop  # with the mean and the hashes
-            return Plan(snapshot, history, replace(writes, drop=drop))
+        writes, keeps = (
+            diff_histories(snapshot.items, history),
+            self.keeps_texts(None if replaces else before, request.keep),
+        )
+        if keeps and not passed:
+            return Plan(snapshot, history, writes, len(writes.drop))
         is_ours = before is not None and passed and not self.is_forgotten(before)
         passing = Passing.of(snapshot, history, self.limit.items, is_ours=is_ours, replaces=replaces)
+        removed = passing.removed if passed else len(writes.drop)
+        if keeps:  # from now on: the mean and the hashes go
+            return Plan(snapshot, history, replace(writes, drop=(*writes.drop, *snapshot.vectors)), removed)
         texts, put = (passing.texts, passing.put) if self.signing else ({}, {})
-        return Plan(snapshot, texts, HistoryDiff(put, passing.drop, len(passing.new)), passing)
+        return Plan(snapshot, texts, HistoryDiff(put, passing.drop, len(passing.new)), removed, passing)
 
     async def _embed(self, tenant: str, plan: Plan, embedded: Embedded) -> tuple[Vectors, dict[str, StoredVector]]:
         """Return the profile's embedding [E], and the vectors to store."""
