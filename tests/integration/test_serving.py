@@ -210,6 +210,24 @@ class TestStopping:
         assert b'"code":"stopping"' in answer
         assert b"connection: close" in answer
 
+    async def test_what_takes_longer_than_it_waits_is_refused(self) -> None:
+        metrics, asked = Metrics(), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        async with started(RequestLog(app, metrics, open_tracing(Settings(), "test"))) as (server, listener):
+            server.config.timeout_graceful_shutdown = 0
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(GET)
+            await asked.wait()
+            await server.shutdown([listener])
+            answer = await everything(reader)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b'"code":"stopping"' in answer
+        assert b'status="503"} 1.0' in metrics.text()
+
     async def test_idle_connections_do_not_delay_it(self) -> None:
         async with started(streaming(b"here")) as (server, listener):
             reader, writer = await asyncio.open_connection(*listener.getsockname())

@@ -65,7 +65,7 @@ class RequestLog:
         traceparent.set(self._tracing.current())
         self._tracing.note(request=own_id)
         scope.setdefault("state", {})["notes"] = notes
-        status = 500
+        status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -76,8 +76,13 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # a stopping gateway waits no longer
+            if status:
+                raise
+            error = Unavailable("this gateway has stopped: try again", code="stopping", retry_after_s=1)
+            await error_response(error)(scope, receive, send_with_id)
         finally:
-            self._note(scope, method, CLIENT_GONE if notes.gone else status)
+            self._note(scope, method, CLIENT_GONE if notes.gone else status or 500)
 
     def _note(self, scope: Scope, method: str, status: int) -> None:
         notes, route = notes_of(scope), getattr(scope.get("route"), "path", "unmatched")
