@@ -45,16 +45,18 @@ def authorship(people: Sequence[History], records: Sequence[Record], task: Task)
 
 
 def _judged(name: str, judge: Judge, texts: Mapping[str, Mapping[str, Sequence[str]]]) -> list[AuthorshipRow]:
-    fractions: dict[str, dict[str, float]] = {}  # by method and person: share of texts with rank 1
-    mean_ranks: dict[str, list[float]] = {}
-    for method, written in texts.items():
-        ranks = {person: _ranks(judge(own), position) for position, (person, own) in enumerate(written.items())}
-        fractions[method] = {person: fmean(rank == 1 for rank in own) for person, own in ranks.items()}
-        mean_ranks[method] = [fmean(own) for own in ranks.values()]
+    ranks = {  # by method and person
+        method: {person: _ranks(judge(own), position) for position, (person, own) in enumerate(written.items())}
+        for method, written in texts.items()
+    }
+    fractions = {  # of texts with rank 1
+        method: {person: fmean(rank == 1 for rank in own) for person, own in each.items()}
+        for method, each in ranks.items()
+    }
     against = compare_methods({method: fraction for method, fraction in fractions.items() if method != GOLD})
     rows = []
     for method, fraction in fractions.items():
-        named, rank = over_users(list(fraction.values())), over_users(mean_ranks[method])
+        named, rank = over_users(list(fraction.values())), over_users([fmean(own) for own in ranks[method].values()])
         rows.append(AuthorshipRow(name, method, named, rank, against.get(method, {})))
     return sorted(rows, key=lambda row: row.named.mean)
 

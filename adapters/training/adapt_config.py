@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from adapters.errors import TrainingError, excerpt
 
@@ -14,7 +15,7 @@ FOLDS = 2
 MAX_SAMPLE_TOKENS = 4096  # of one sample, since the memory of a step grows with the longest
 RIVALS = 5  # at most: merged, the common row, the base model, the adapter in use on its own recipe and on the new one
 SHOWN_TOKENS = 32  # of each of the two answers that show what a job has changed
-MAX_FOLDED = 20  # so many samples are all held out, each in one fold; of more, a share
+MAX_FOLDED = 20  # up to so many samples, all are held out, each in one fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class AdaptConfig:
     rank: int = 2
     steps: int = 6  # maximum per run; a run stops early when the held-out loss no longer falls
     learning_rate: float = 1.4e-3  # after the warm-up
-    holdout: float = 0.2  # share of samples that are held out, each in one fold, of more than `MAX_FOLDED`
+    holdout: float = 0.2  # fraction of the samples that are held out, if they are more than `MAX_FOLDED`
     strength: float = 1.0  # factor on the anchors' merged weights; below 1 only with a common row
     seed: int = 0
     max_tokens: int = 2_000_000  # maximum tokens that all runs read, including held-out samples
@@ -68,7 +69,7 @@ class AdaptConfig:
         return folds + looks * judges + self.steps * min(BATCH_SIZE, count) + 2  # which is answered twice
 
 
-def default_config(room: int) -> AdaptConfig:
-    """Return the default settings for a bank with `room` ranks for user adapters."""
+def default_config(room: int, **given: Any) -> AdaptConfig:
+    """Return the default settings for a bank with `room` ranks for user adapters, but for those that are given."""
     usual = AdaptConfig()
-    return replace(usual, rank=max(1, min(usual.rank, room)))
+    return replace(usual, **{"rank": max(1, min(usual.rank, room))} | given)

@@ -58,7 +58,7 @@ class Attached:
 def attached(
     model: Any, trained: LoraWeights, frozen: LoraWeights | None = None, shared: Any = None
 ) -> Iterator[Attached]:
-    """Attach a LoRA that starts at `trained`, and a frozen LoRA if given, which may adapt more modules; then detach.
+    """Attach a LoRA that starts at `trained`, and perhaps a frozen one, of the same modules or more; then detach.
 
     With a `shared` part (`forward/shared_part.py`) they read what comes after it. What was attached before is put
     aside meanwhile.
@@ -66,7 +66,7 @@ def attached(
     aside = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
     bases = {name: layer.base for name, layer in aside.items()}
     layers = {}
-    for name in {**(frozen.a if frozen else {}), **trained.a}:
+    for name in (frozen or trained).a:
         base = bases.setdefault(name, model.get_submodule(name))
         beside = (frozen.a[name], frozen.b[name]) if frozen else None
         layers[name] = AdaptedLinear(base, trained.rank if name in trained.a else 0, beside, shared)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,7 +22,9 @@ T = TypeVar("T")
 
 
 def _split_names(given: object) -> object:
-    return tuple(part.strip() for part in given.split(",")) if given and isinstance(given, str) else given or None
+    if given and isinstance(given, str):
+        return tuple(part.strip() for part in given.split(","))
+    return given or None
 
 
 class _Checked:
@@ -74,7 +75,7 @@ class BuildOptions(_Checked):
 
     def record(self) -> dict[str, int | float | str | bool | None]:
         """Return all options as the manifest's field `training` has them."""
-        return {**dataclasses.asdict(self), "target_modules": ",".join(self.target_modules or ()) or None}
+        return asdict(self) | {"target_modules": ",".join(self.target_modules or ()) or None}
 
 
 @checked_dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ JOIN = ", and "
 _UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
 )  # Thai, Lao, Burmese, Khmer, Japanese, Chinese
-_POSTING_BYTES = 8  # memory per word in a text: a score and the text's index
+_POSTING_BYTES = 8  # memory per word in a text: a score and the text's position
 _WORD_BYTES = 128  # memory per vocabulary word beyond its string: its id, a dictionary entry and a set entry
 
 
@@ -25,14 +25,13 @@ class ItemIndex:
     def __init__(self, task: Task, items: Sequence[Item]) -> None:
         import bm25s
 
-        rendered = [(position, item_text(item, task), _memory(task, item)) for position, item in enumerate(items)]
-        known = [(position, text, memory) for position, text, memory in rendered if memory is not None]
+        known = [(at, item, memory) for at, item in enumerate(items) if (memory := _memory(task, item)) is not None]
         self._task = task
-        self._places = [position for position, _, _ in known]
+        self._positions = [position for position, _, _ in known]
         self._memories = [memory for _, _, memory in known]
         self._retriever = None
         self.size_bytes = sum(map(sys.getsizeof, self._memories))  # approximate memory of the index
-        words = bm25s.tokenize([searchable(text) for _, text, _ in known], show_progress=False)
+        words = bm25s.tokenize([searchable(item_text(item, task)) for _, item, _ in known], show_progress=False)
         if words.vocab:  # empty if the texts hold only stop words
             self._retriever = bm25s.BM25()
             self._retriever.index(words, show_progress=False)
@@ -42,7 +41,7 @@ class ItemIndex:
     def memories(
         self, turn: str, count: int, usable: Callable[[int, str], bool] = lambda position, memory: True
     ) -> list[str]:
-        """Return up to `count` items as prompts quote them, best, then newest first; `usable` gets index and text."""
+        """Return up to `count` items as prompts quote them, the best first; `usable` gets position and text."""
         import bm25s
 
         query = searchable(turn.removeprefix(self._task.instruction))
@@ -51,9 +50,7 @@ class ItemIndex:
         if self._retriever is not None and words:  # empty if the turn holds only stop words
             scores = self._retriever.get_scores(words)
         best = sorted(range(len(self._memories)), key=lambda position: (-scores[position], -position))
-        memories = (
-            self._memories[position] for position in best if usable(self._places[position], self._memories[position])
-        )
+        memories = (self._memories[each] for each in best if usable(self._positions[each], self._memories[each]))
         return list(islice(memories, count))
 
 

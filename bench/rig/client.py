@@ -12,6 +12,7 @@ import aiohttp
 import httpx
 
 from mta_client import Client
+from server.engine_protocol import key_header
 
 PATIENCE_S = 120.0
 """Maximum seconds for one user's signature; another user's job may come first."""
@@ -20,9 +21,8 @@ POLL_S = 0.5
 
 
 def authorization() -> dict[str, str]:
-    """Return the header with the API key from MTA_API_KEY, as `mta_client` sends it; empty without a key."""
-    key = os.environ.get("MTA_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    """Return the header with the API key from MTA_API_KEY, empty without one."""
+    return key_header(os.environ.get("MTA_API_KEY"))
 
 
 def summed(metrics: str, name: str) -> float:
@@ -32,20 +32,9 @@ def summed(metrics: str, name: str) -> float:
 
 
 def until_signed(client: Client, users: Iterable[str]) -> set[str]:
-    """Wait until users are served by their signatures, if the server's bank has them: until then their recipes change.
+    """Wait until users are served by their signatures, if the bank has them; return those who are served by topic.
 
-    Users whose items give no signature, such as plain texts, stay with their topics: the wait ends when nobody got a
-    signature for `PATIENCE_S`.
-
-    Args:
-        client: a client of the server.
-        users: users with a profile.
-
-    Returns:
-        The users who are still served by topic.
-
-    Raises:
-        httpx.HTTPError: if the server does not describe its bank.
+    The wait ends when nobody got a signature for `PATIENCE_S`, since some texts give none.
     """
     left, last_s = set(users), time.monotonic()
     answer = httpx.get(f"{client.url}/bank", headers=authorization(), timeout=60)

@@ -122,7 +122,7 @@ def main(
     bank: Annotated[Path, typer.Option(help="The bank.", exists=True)],
     members: Annotated[Path, typer.Option(help="People the bank was built from.", exists=True)],
     others: Annotated[Path, typer.Option(help="People whom it has not seen.", exists=True)],
-    people: Annotated[int | None, typer.Option(help="At most so many people of each file.")] = None,
+    people: Annotated[int | None, typer.Option(help="At most so many people of each file.", min=1)] = None,
     texts: Annotated[int, typer.Option(help="Each person's newest texts, for the bank's test.", min=1)] = 16,
     adapted: Annotated[int, typer.Option(help="At most so many people get a few-shot adapter.", min=0)] = 24,
     profile: Annotated[int, typer.Option(help="Texts that it is trained on.", min=2)] = 10,
@@ -162,7 +162,7 @@ def main(
             few_shot[name].others += each.others
     lines += [each.line(name) for name, each in few_shot.items()]
     title = f"{bank}: {len(known)} members, {len(unknown)} others; {promoted} of {len(split)} adapters promoted"
-    tabulate([Figures(title, COLUMNS, lines)], out, bench="privacy")
+    tabulate([Figures(title, COLUMNS, lines)], out, bench="membership")
 
 
 if __name__ == "__main__":

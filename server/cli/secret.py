@@ -65,8 +65,8 @@ async def _rotate(settings: Settings, tenants: list[str]) -> None:
         settled_s = time.monotonic() + (SETTLE_S if await rotation.begin() else 0)
         note(Act.SECRET_EXCHANGED, "begun", key="cli")
         moved = 0
-        columns, told = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()), Console(stderr=True)
-        with Progress(*columns, console=told) as progress:
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("moving users")
 
             def show(sweep: Sweep) -> None:

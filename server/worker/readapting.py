@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from adapters.recipe import bank_of
 from adapters.training.adapt_config import default_config
@@ -89,8 +89,7 @@ class Readapting:
         else:
             while (await self.jobs.backlog(self.manifest.short)).open >= self.at_a_time:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(POLL_S)
-            defaults = default_config(self.manifest.room)
-            config = encode_config(replace(defaults, **asdict(self.budget)))
+            config = encode_config(default_config(self.manifest.room, **asdict(self.budget)))
             submission = Submission([], True, config, bank=self.manifest.short, epoch=epoch, background=True)
             with suppress(UserErased):
                 await self.jobs.submit(user_key, submission, MAX_SAMPLES)

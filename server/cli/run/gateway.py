@@ -54,5 +54,6 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         gc.enable()
         gc.freeze()  # exclude the loaded modules from collections, which block the event loop
         host, port = listener.getsockname()[:2]
-        log.info("listening on http://%s:%d (console: http://%s:%d/console)", host, port, host, port)
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        log.info("listening on %s (console: %s/console)", url, url)
         await server.serve(sockets=[listener])

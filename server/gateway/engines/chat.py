@@ -186,14 +186,7 @@ class EngineClient:
         try:
             if response.status != 200:
                 raise await _error_from(response, request)
-            stream = EngineStream(
-                response.content,
-                sent_s,
-                streamed=request.stream,
-                chat=request.prompt is None,
-                answers=request.sampling.get("n") or 1,
-                phrases=request.phrases,
-            )
+            stream = EngineStream(response.content, sent_s, request)
             try:
                 await stream.begin()
             except ErrorEvent as event:  # vLLM answers 200 before it looks at the request
@@ -212,16 +205,7 @@ class EngineStream:
     `EngineFailed` if the engine stops early or sends something that is not an answer.
     """
 
-    def __init__(
-        self,
-        chunks: aiohttp.StreamReader,
-        sent_s: float,
-        *,
-        streamed: bool = True,
-        chat: bool = True,
-        answers: int = 1,
-        phrases: TrustedPhrases = NO_PHRASES,
-    ) -> None:
+    def __init__(self, chunks: aiohttp.StreamReader, sent_s: float, request: EngineRequest) -> None:
         self.sent_s = sent_s  # time of sending by the performance counter
         self.first_token_s: float | None = None  # None if the answer is not streamed
         self.prompt_tokens: int | None = None  # None if the first piece does not report it
@@ -229,17 +213,16 @@ class EngineStream:
         self.usage: dict[str, int] = {}
         self.moved = 0  # number of tokens that a phrase had proposed
         self.complete = False
-        self._readers = defaultdict[int, Reader](lambda: Reader(phrases.table))  # by choice
-        self._streamed = streamed
-        self._answers = answers  # to each prompt
+        self._readers = defaultdict[int, Reader](lambda: Reader(request.phrases.table))  # by choice
+        self._streamed = request.stream
+        self._answers = request.sampling.get("n") or 1  # to each prompt
         self._prompts, self._written = dict[int, int](), dict[int, int]()  # tokens of each prompt, of each answer
-        self._field = ("delta" if streamed else "message") if chat else "text"
-        self._values = events(chunks) if streamed else _single_value(chunks)
+        self._field = "text" if request.prompt is not None else "delta" if request.stream else "message"
+        self._values = events(chunks) if request.stream else _single_value(chunks)
         self._first: Piece | None = None
 
     async def begin(self) -> None:
-        with contextlib.suppress(StopAsyncIteration):
-            self._first = await self._next()
+        self._first = await self._next()
         if self._streamed:
             self.first_token_s = time.perf_counter()
         self.prompt_tokens = self.usage.get("prompt_tokens")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 from adapters.recipe import bank_of
@@ -63,16 +63,15 @@ class Refreshing:
             return None
         adapter, seen_ms = kept.profile.adapter, 0
         jobs = await self.stores.jobs.jobs(user.key)
-        if adapter and bank_of(adapter.recipe) == self.manifest.short:  # it has not seen what came while it was trained
+        if adapter and bank_of(adapter.recipe) == self.manifest.short:  # texts from while it was trained are new to it
             seen_ms = next((job.started_ms for job in jobs if job.adapter == adapter.id), adapter.created_ms)
-            seen_ms = max(seen_ms, kept.chosen_ms)  # whoever went back to it does not want the others again
+            seen_ms = max(seen_ms, kept.chosen_ms)  # who went back to an older one does not want earlier texts again
         if sum(at_ms > seen_ms for at_ms in learned_ms) < after:
             return None
         now_ms = time.time_ns() // 1_000_000
         if jobs and (not jobs[-1].state.ended or now_ms < jobs[-1].created_ms + self.settings.refresh_hours * _HOUR_MS):
             return None
-        usual = default_config(self.manifest.room)
-        config = encode_config(replace(usual, **asdict(self.budget)))
+        config = encode_config(default_config(self.manifest.room, **asdict(self.budget)))
         bank, tenant = self.manifest.short, user.tenant
         submission = Submission([], True, config, bank=bank, epoch=epoch, tenant=tenant, background=True)
         with self.quotas.admit(user, lambda: Held(adapters=adapter is None)):

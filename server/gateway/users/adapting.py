@@ -122,13 +122,13 @@ class Adapting:
     async def cancel(self, users: UserKeys, job_id: JobId) -> Job:
         """Cancel a job; a running job stops at its next training step. Raise Conflict if the job has already ended."""
         job_id = (await self.job(users, job_id)).id
-        job, ended = await self.jobs.cancel(job_id)
+        job, is_cancelled = await self.jobs.cancel(job_id)
         if job is None and (moved_to := await self.profiles.store.moved_to(job_id.user_key)):
             await self.profiles.rotation.move(job_id.user_key, moved_to, users.tenant)
             return await self.cancel(users, JobId(moved_to, job_id.number))
         if job is None:
             raise _unknown_job(job_id)
-        if not ended:
+        if not is_cancelled:
             raise Conflict(f"job {job_id} has already ended: it is {job.state.value}", param="job_id", code="job_ended")
         return job
 
@@ -145,10 +145,8 @@ class Adapting:
             chosen = next((version for version in kept.versions if version.number == number), None)
             if chosen is None:
                 numbers = ", ".join(str(version.number) for version in kept.versions) or "none"
-                message = (
-                    f"version {number} of this user's adapter is not kept: choose one of those that are ({numbers})"
-                )
-                raise NotFound(message, param="version", code="unknown_version")
+                why = f"version {number} of this user's adapter is not kept"
+                raise NotFound(f"{why}: choose one that is ({numbers})", param="version", code="unknown_version")
             if (bank := bank_of(chosen.note.recipe)) != self.manifest.short:
                 why = f"version {number} of this user's adapter belongs to bank {bank}, not to the one that is served"
                 remedy = f"adapt the user again (POST /users/{{id}}/adapt, `mta readapt`), or serve bank {bank} again"
@@ -189,7 +187,7 @@ def _encode_samples(samples: Sequence[Sample]) -> list[bytes]:
 def training_config(manifest: BankManifest, options: Mapping[str, Any]) -> AdaptConfig:
     """Fill in defaults for missing options; raise InvalidRequest if the bank does not support an option."""
     room = manifest.room
-    config = replace(default_config(room), **options)
+    config = default_config(room, **options)
     if config.rank > room:
         raise InvalidRequest(
             f"config.rank {config.rank} does not fit: this bank leaves a rank of {room} for users", param="config.rank"

@@ -23,7 +23,7 @@ from server.store.redis import keys
 
 FORMAT = 1
 MANIFEST, DATA = "manifest.json", "store.gz"
-_NAME = "%Y-%m-%dT%H%M%S.%fZ"
+_NAME, _DATED = "%Y-%m-%dT%H%M%S.%fZ", "[0-9]*T*Z"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +104,11 @@ def has_data(entry: Entry) -> bool:  # of a user; somebody who was erased has a 
 
 
 def delete_old_copies(copies: Path, days: int) -> list[Path]:
-    """Delete the copies, also unfinished ones, that began more than `days` days ago, and return their folders.
-
-    The newest complete copy stays.
-    """
-    newest = max((path.parent for path in copies.glob(f"*/{MANIFEST}")), default=None)
+    """Delete and return the copies, also unfinished ones, older than `days` days, but not the newest complete one."""
+    newest = max((path.parent for path in copies.glob(f"{_DATED}/{MANIFEST}")), default=None)
     oldest = (datetime.now(UTC) - timedelta(days=days)).strftime(_NAME)
-    old = [path.parent for path in sorted(copies.glob(f"[0-9]*T*Z/{DATA}")) if path.parent.name < oldest]
-    old = [folder for folder in old if folder != newest]
+    dated = sorted(path.parent for path in copies.glob(f"{_DATED}/{DATA}"))
+    old = [folder for folder in dated if folder.name < oldest and folder != newest]
     try:
         for folder in old:
             shutil.rmtree(folder)

@@ -59,7 +59,7 @@ class Engine:
                     yield await said.get()
 
         stack.callback(self.left.append, wanted.request_id)
-        return 0, EngineStream(Chunks(), 0.0, chat=False)
+        return 0, EngineStream(Chunks(), 0.0, replace(wanted, prompt="x"))
 
 
 async def test_usage_is_the_sum_of_chunks_until_the_end() -> None:
@@ -72,7 +72,7 @@ async def test_usage_is_the_sum_of_chunks_until_the_end() -> None:
             for value in [*values, {"choices": [], "usage": usages[-1] | {"completion_tokens": 15}}]:
                 yield event(value)
 
-    stream: Any = EngineStream(Chunks(), 0.0, chat=False, answers=2)  # type: ignore[arg-type]
+    stream: Any = EngineStream(Chunks(), 0.0, request("x", n=2))  # type: ignore[arg-type]
     counted = [tuple(stream.usage.values()) for _ in range(len(told) + 1) if await stream._next()]
     assert counted == [(5, 1, 6), (5, 2, 7), (12, 3, 15), (12, 4, 16), (12, 13, 25), (7, 15, 22)]
 
@@ -87,7 +87,8 @@ async def test_each_choice_is_read_from_its_own_beginning() -> None:
                 yield event(value)
 
     phrases = TrustedPhrases(phrase_table([[1, 2], [1, 2]]), ())
-    stream: Any = EngineStream(Chunks(), 0.0, chat=False, answers=2, phrases=phrases)  # type: ignore[arg-type]
+    asked = replace(request("x", n=2), phrases=phrases)
+    stream: Any = EngineStream(Chunks(), 0.0, asked)  # type: ignore[arg-type]
     choices = [(await stream._next())[1]["choices"][0] for _ in said]
     assert [choice.get("moved") for choice in choices] == [1, 1, 0, 1, None]
     assert (stream.moved, [choice for choice in choices if "token_ids" in choice]) == (3, [])
