@@ -104,7 +104,8 @@ def test_the_bank_is_measured() -> None:
 
 @pytest.mark.parametrize("acts", Acts)
 def test_both_answers_of_a_job_are_written(acts: Acts) -> None:
-    job: Any = SimpleNamespace(model=model(), tokenizer=SimpleNamespace(eos_token_id=0, batch_decode=str_ids))
+    tokenizer = SimpleNamespace(eos_token_id=0, batch_decode=lambda ids, **_: list(map(str, ids.cpu().tolist())))
+    job: Any = SimpleNamespace(model=model(), tokenizer=tokenizer)
 
     def written() -> tuple[str, ...]:
         with attached(model(), lora(3), lora(1), SharedPart(acts, lora(1))):
@@ -114,7 +115,3 @@ def test_both_answers_of_a_job_are_written(acts: Acts) -> None:
     with on_gpu(model()):
         assert written() == wanted
     assert len(set(wanted)) == 2
-
-
-def str_ids(ids: torch.Tensor, **_: Any) -> list[str]:
-    return [str(each) for each in ids.cpu().tolist()]

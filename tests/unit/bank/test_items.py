@@ -226,6 +226,9 @@ def test_lamp_questions_join_the_profile_if_all_are_answered(tmp_path: Path) -> 
 def test_a_malformed_file_is_refused_by_person_and_item(tmp_path: Path, document: object, message: str) -> None:
     with pytest.raises(BankError, match=message):
         read_histories(write(tmp_path / "users.json", document), HEADLINE, queries="quer" in message)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(BankError, match=r"cannot read .*nobody\.json"):
         read_histories(tmp_path / "nobody.json", HEADLINE)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import httpx
@@ -22,7 +21,6 @@ from bench.fleet.exercise.parts import KINDS
 from bench.fleet.lasting import plan
 from bench.fleet.replicas import Asked, Found
 from bench.fleet.simulate import served, zipf
-from bench.page.pictures import draw
 from bench.page.report import WRONG
 from bench.rig.processes import wait_until
 
@@ -93,7 +91,7 @@ def test_load_asks_other_gateway_only_when_no_connection_is_made(
     assert all(repr(error) in failure for failure in asking.failures)
 
 
-def test_a_gateway_that_is_closed_url_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_gateway_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def request(client: httpx.Client, *_: object, **__: object) -> object:
@@ -152,10 +150,3 @@ def test_long_plan_has_deaths_hourly_backups_and_two_changes() -> None:
     for _, _, event in events:
         event()
     assert [call.args[0] for call in lasting.die.call_args_list] == deaths
-
-
-def test_its_picture_shows_memory_and_keys_over_time(tmp_path: Path) -> None:
-    readings = [{"at_s": 30.0 * n, "keys": 7, "gateway-1, MiB": 90.0 + n, "valkey, MiB": 20.0} for n in range(4)]
-    content = {"bench": "lasting", "readings": readings, "events": [["backup", 60.0]]}
-    drawn = draw({"lasting": content}, tmp_path)
-    assert drawn["lasting"].stat().st_size > 1000
