@@ -173,8 +173,8 @@ def _choose_anchors(
 def _embeddings(name: str, people: Sequence[History], embed: Callable[[History], Vectors], work: Workbench) -> Vectors:
     """Return the embedding of each person, [P, E]; each piece of work has a few people."""
     parts = [people[first : first + EMBEDDED_AT_ONCE] for first in range(0, len(people), EMBEDDED_AT_ONCE)]
-    names = [f"{name}-{index:04d}" for index in range(len(parts))]
-    return np.concatenate(work.pieces(names, lambda index: np.stack([embed(person) for person in parts[index]])))
+    names = [f"{name}-{position:04d}" for position in range(len(parts))]
+    return np.concatenate(work.pieces(names, lambda position: np.stack([embed(person) for person in parts[position]])))
 
 
 def _seen_by_common_row(

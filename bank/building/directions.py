@@ -28,8 +28,8 @@ class DirectionRows:
         width = max(1, READ_NUMBERS // len(rows))
         for weights in torch.split(self.mixing, MIXED_AT_ONCE):
             rotated = torch.empty(len(weights), rows[0].numel())
-            for index, columns in enumerate(torch.split(rotated, width, dim=1)):
-                read = [row[index * width :][:width] for row in rows]
+            for position, columns in enumerate(torch.split(rotated, width, dim=1)):
+                read = [row[position * width :][:width] for row in rows]
                 torch.mm(weights, torch.stack(read).float(), out=columns)
             yield from rotated
 

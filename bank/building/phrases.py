@@ -33,8 +33,8 @@ def fit_phrases(
     if not judges:
         return None
     gains = work.pieces(
-        [f"phrases-{index:02d}" for index in range(len(judges))],
-        lambda index: _gains(signer, curvature, decay, judges[index]),
+        [f"phrases-{position:02d}" for position in range(len(judges))],
+        lambda position: _gains(signer, curvature, decay, judges[position]),
         lambda done: trainer.progress.piece("fitting the trust in phrases", done, len(judges)),
     )
     rule = chosen(np.stack(gains))

@@ -56,10 +56,10 @@ class Workbench:
         """
         missing = self.waiting(names)
         done(len(names) - len(missing))
-        for index, piece in enumerate(self.ranks.each([names.index(name) for name in missing], make)):
+        for position, piece in enumerate(self.ranks.each([names.index(name) for name in missing], make)):
             if not self.ranks.rank:
-                self._write(missing[index], piece)
-            done(len(names) - len(missing) + index + 1)
+                self._write(missing[position], piece)
+            done(len(names) - len(missing) + position + 1)
         self.ranks.first(lambda: None)  # the last piece is on the disk
         return [np.load(self._path(name)) for name in names]
 
@@ -73,10 +73,10 @@ class Workbench:
         Rows are appended in order, so that the file's length tells how many are finished.
         """
         path, finished = self._folder / _ROWS_FILE, self.finished_rows(width)
-        for index, row in enumerate(self.ranks.each(range(finished, count), make), finished):
+        for position, row in enumerate(self.ranks.each(range(finished, count), make), finished):
             if not self.ranks.rank:
                 with path.open("ab") as file:
-                    file.truncate(BF16_BYTES * width * index)  # a run may have been killed within a row
+                    file.truncate(BF16_BYTES * width * position)  # a run may have been killed within a row
                     file.write(stored(row))
                     file.flush()
                     os.fsync(file.fileno())

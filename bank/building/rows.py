@@ -75,24 +75,26 @@ class RowTrainer:
         if not waiting:
             self.progress.say(f"{1 + finished} of {1 + len(anchors)} rows were finished in an earlier run")
         own = range(finished, len(anchors))[work.ranks.rank :: work.ranks.count]
-        jobs = (self._anchor_job(index, anchors) for index in own)
+        jobs = (self._anchor_job(position, anchors) for position in own)
         self.progress.begin({job.name: job.work_tokens for job in chain([first] if waiting else [], jobs)})
         made = [self._common_row(layout, first, work.ranks) for _ in waiting]  # by all ranks together
         (numbers,) = map(torch.from_numpy, work.pieces([first.name], made.__getitem__))
         a, b = torch.split(numbers, [layout.a_numbers, layout.b_numbers])
         common = lora_of(layout, _stored(a), _stored(b))
 
-        def make(index: int) -> torch.Tensor:
-            if index == len(anchors):
+        def make(position: int) -> torch.Tensor:
+            if position == len(anchors):
                 return b
-            trained = self.train(self._anchor_job(index, anchors), common, shared=SharedPart(self.options.acts, common))
+            trained = self.train(
+                self._anchor_job(position, anchors), common, shared=SharedPart(self.options.acts, common)
+            )
             return (flattened(layout, trained.b) - flattened(layout, common.b)).to(torch.bfloat16)
 
         rows = work.rows(len(anchors) + 1, layout.row_numbers, make)
         return MetaMatrix(layout, rows, len(anchors), True, a.to(torch.bfloat16))
 
-    def _anchor_job(self, index: int, anchors: Sequence[History]) -> RowJob:
-        return self.job(anchor_id(index), [anchors[index]], self.options.steps, self.options.batch_size)
+    def _anchor_job(self, position: int, anchors: Sequence[History]) -> RowJob:
+        return self.job(anchor_id(position), [anchors[position]], self.options.steps, self.options.batch_size)
 
     def job(self, name: str, people: Sequence[History], steps: int, batch_size: int) -> RowJob:
         """Choose a row's examples, at most as many as training reads; with its own seed it depends on no other row."""

@@ -142,8 +142,8 @@ def measure_curvature(
 ) -> Vectors:
     """Measure H [N, N]: the covariance of one token's products, for outputs that the model draws."""
     drawn = work.pieces(
-        [f"drawn-{index:04d}" for index in range(len(people))],
-        lambda index: signer.drawn_products(people[index].examples, seed=trainer.options.seed + index),
+        [f"drawn-{position:04d}" for position in range(len(people))],
+        lambda position: signer.drawn_products(people[position].examples, seed=trainer.options.seed + position),
         lambda done: trainer.progress.piece("measuring the curvature", done, len(people)),
     )
     products = np.concatenate(drawn)
@@ -164,8 +164,8 @@ def fit_rule(
     if not judges:
         return PosteriorRule().decay, evenly
     judged = work.pieces(
-        [f"judge-{index:02d}" for index in range(len(judges))],
-        lambda index: _judge(signer, curvature, judges[index], directions=trainer.options.wants_directions),
+        [f"judge-{position:02d}" for position in range(len(judges))],
+        lambda position: _judge(signer, curvature, judges[position], directions=trainer.options.wants_directions),
         lambda done: trainer.progress.piece("fitting the rule", done, len(judges)),
     )
     gains = np.mean(judged, axis=0)

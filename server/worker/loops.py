@@ -203,8 +203,8 @@ class JobLoop:
             config = decode_config(lease.job.config)
             max_s = float(config.max_seconds)
         samples = []
-        for index, raw in enumerate(await held.retry(self.jobs.samples, key)):
-            with as_training_error(f"samples.{index}", SAMPLE_REMEDY):
+        for position, raw in enumerate(await held.retry(self.jobs.samples, key)):
+            with as_training_error(f"samples.{position}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
         learned = [e.sample for e in (await held.retry(self.feedback.entries, key)).values() if e.sample]
         in_use = None

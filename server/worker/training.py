@@ -133,8 +133,8 @@ class AdapterTrainer:
         if config.rank > room:
             raise TrainingError(f"rank {config.rank} does not fit: the bank leaves rank {room} for users")
         examples = [
-            self._example(f"samples.{index}", encode_conversation, list(sample.messages), sample.output)
-            for index, sample in enumerate(samples)
+            self._example(f"samples.{position}", encode_conversation, list(sample.messages), sample.output)
+            for position, sample in enumerate(samples)
         ]
         kept = self._learned(learned, examples, config)
         samples = [*samples, *(sample for sample, _ in kept)]
@@ -143,39 +143,39 @@ class AdapterTrainer:
             raise TrainingError("no sample can be used: too long, or refused by the model's chat template")
         past = PastItems(self.task, user.items, self.manifest.history_share, config.seed)
         left = config.room_for_past([len(example.ids) for example in examples])
-        for index, sample in enumerate(samples):
+        for position, sample in enumerate(samples):
             if left and (memories := past.memories(*sample.pair)):
-                what, alone = f"samples.{index}", len(examples[index].ids)
+                what, alone = f"samples.{position}", len(examples[position].ids)
                 messages, max_tokens = list(sample.messages), min(alone + left, self._context)
                 with as_training_error(what, SAMPLE_REMEDY):
                     messages = add_memories(
                         self.tokenizer, past.task, messages, sample.output, memories=memories, max_tokens=max_tokens
                     )
-                examples[index] = self._example(what, encode_conversation, messages, sample.output)
-                left -= len(examples[index].ids) - alone
+                examples[position] = self._example(what, encode_conversation, messages, sample.output)
+                left -= len(examples[position].ids) - alone
         in_use, known = None, frozenset[str]()
         if user.in_use:
             in_use, known = decode_user_adapter(self.manifest.layout, user.in_use.raw), samples_of(user.in_use.raw)
-        new = [index for index, sample in enumerate(samples) if sample_hash(sample) not in known]
+        new = [position for position, sample in enumerate(samples) if sample_hash(sample) not in known]
         pairs = [item_pair(item, self.task) for item in user.items]
         keys = [pair and lesson_key(self.task, *pair) for pair in pairs]
 
         @lru_cache(1)
         def made_of(unseen: tuple[int, ...]) -> Beneath:
-            signature, items = user.signature, [user.items[index] for index in unseen]
+            signature, items = user.signature, [user.items[position] for position in unseen]
             if signature and len(unseen) < len(pairs):
                 signature = self.signature(pairs_of(items, self.task))
             beneath = self._beneath(partial(user.recipe, signature), config.strength, in_use)
             return replace(beneath, served=as_served(self.manifest, self.tokenizer, own_texts(items, self.task)))
 
         def beneath(held: Sequence[int]) -> Beneath:
-            seen = {lesson_key(self.task, *samples[index].pair) for index in held}
-            return made_of(tuple(index for index, key in enumerate(keys) if key not in seen))
+            seen = {lesson_key(self.task, *samples[position].pair) for position in held}
+            return made_of(tuple(position for position, key in enumerate(keys) if key not in seen))
 
-        def write(index: int) -> tuple[str, ...]:
-            turn, output = samples[index].pair
+        def write(position: int) -> tuple[str, ...]:
+            turn, output = samples[position].pair
             try:
-                return shortened(turn, SHOWN_CHARS), shortened(output, SHOWN_CHARS), *self._answers(examples[index])
+                return shortened(turn, SHOWN_CHARS), shortened(output, SHOWN_CHARS), *self._answers(examples[position])
             except Exception as error:  # it shows what was learnt, and decides nothing
                 log.warning("no answer to show: %s", type(error).__name__)
                 return ()
@@ -244,7 +244,9 @@ class AdapterTrainer:
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
         """Return the signature of a user's items; an empty one if the items have nothing to learn from."""
         max_tokens = min(MAX_SIGNED_TOKENS, self._context)
-        examples = [self._example(f"items.{index}", encode_pair, *pair, max_tokens) for index, pair in enumerate(pairs)]
+        examples = [
+            self._example(f"items.{position}", encode_pair, *pair, max_tokens) for position, pair in enumerate(pairs)
+        ]
         return self._signer.signature(self.manifest.short, examples)
 
     def phrases(self, items: Sequence[Item]) -> bytes:

@@ -155,20 +155,20 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         if len(self._active_adapters) >= self.lora_slots:
             self._active_adapters.remove_oldest()
             self.metrics.evictions.inc()
-        index = self.lora_index_to_id.index(None)
+        position = self.lora_index_to_id.index(None)
         with timed(self.metrics.slot_write):
-            self._write(index, self._registered_adapters[lora_id])
+            self._write(position, self._registered_adapters[lora_id])
         return True
 
-    def _write(self, index: int, model: LoRAModel) -> None:
+    def _write(self, position: int, model: LoRAModel) -> None:
         """Write an adapter into a free slot and register it with vLLM."""
-        before = self._contents[index].footprint
+        before = self._contents[position].footprint
         content = SlotContent(model.rank, getattr(model, "recipe", None), getattr(model, "shared_a_key", None))
-        self._record(index, content)
+        self._record(position, content)
         if isinstance(model, FusedLoRAModel) and self._writes(model):
             self._active_adapters[model.id] = None
-            self.lora_index_to_id[index] = model.id
-            self._overwrite(index, model, before)
+            self.lora_index_to_id[position] = model.id
+            self._overwrite(position, model, before)
             content.footprint = model.footprint  # set last, as a write may fail midway
             return
         if isinstance(model, FlatLoRAModel):
@@ -176,34 +176,34 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             super()._add_adapter(model)
         super().activate_adapter(model.id)  # uses the same slot, the first free one
 
-    def _overwrite(self, index: int, model: FusedLoRAModel, before: Footprint | None) -> None:
+    def _overwrite(self, position: int, model: FusedLoRAModel, before: Footprint | None) -> None:
         same_bank = before is not None and before[0] == model.bank
         if not same_bank:
-            self._clear(index)
+            self._clear(position)
         is_clear = not same_bank or before == model.footprint
-        self._write_cells(index, model, has_shared_a=same_bank and model.shares_a, padding_is_zero=is_clear)
+        self._write_cells(position, model, has_shared_a=same_bank and model.shares_a, padding_is_zero=is_clear)
 
     @abstractmethod
     def _writes(self, model: FusedLoRAModel) -> bool:
         """Return whether `_write_cells` writes such adapters, and not vLLM."""
 
     @abstractmethod
-    def _write_cells(self, index: int, model: Any, *, has_shared_a: bool, padding_is_zero: bool) -> None:
+    def _write_cells(self, position: int, model: Any, *, has_shared_a: bool, padding_is_zero: bool) -> None:
         """Write an adapter; skip the first block of A or the padding if the slot already has the right values."""
 
-    def _record(self, index: int, content: SlotContent) -> None:
-        self._contents[index] = content
+    def _record(self, position: int, content: SlotContent) -> None:
+        self._contents[position] = content
 
     def wipe(self, recipes: Set[str]) -> None:
         """Zero every slot that holds weights of one of these recipes; the next adapter is written completely."""
-        for index, content in enumerate(self._contents):
+        for position, content in enumerate(self._contents):
             if content.recipe in recipes:
-                self._record(index, SlotContent())
-                self._clear(index)
+                self._record(position, SlotContent())
+                self._clear(position)
 
-    def _clear(self, index: int) -> None:
+    def _clear(self, position: int) -> None:
         for module in self.modules.values():
-            module.reset_lora(index)
+            module.reset_lora(position)
 
     def stacks(self, names: Sequence[str], *, sliced: bool = False) -> Stacks:
         """Return the tensors over all slots of modules by vLLM's names; empty if one is not plain.

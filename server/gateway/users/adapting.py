@@ -174,13 +174,13 @@ class Adapting:
 def _items_from_samples(samples: Sequence[Sample], task: Task) -> list[Item]:
     """Return one profile item per sample: the user's last turn and the output."""
     pairs = [{"input": sample.messages[-1]["content"], "output": sample.output} for sample in samples]
-    return [parse_item(pair, task, index) for index, pair in enumerate(pairs)]
+    return [parse_item(pair, task, position) for position, pair in enumerate(pairs)]
 
 
 def _encode_samples(samples: Sequence[Sample]) -> list[bytes]:
     encoded = list(map(encode_sample, samples))
-    for index, raw in enumerate(encoded):
-        check_size(f"samples.{index}", raw, samples[index].output)
+    for position, raw in enumerate(encoded):
+        check_size(f"samples.{position}", raw, samples[position].output)
     return encoded
 
 
@@ -215,30 +215,30 @@ class SampleChecks:
 
     async def check_template(self, samples: Sequence[Sample]) -> None:
         """Refuse samples that the chat template refuses. Only roles matter, so each role sequence is checked once."""
-        unchecked: dict[str, int] = {}  # index of the first sample, by role sequence
-        for index, sample in enumerate(samples):
+        unchecked: dict[str, int] = {}  # position of the first sample, by role sequence
+        for position, sample in enumerate(samples):
             if (roles := _role_sequence(sample)) not in self._accepted:
-                unchecked.setdefault(roles, index)
-        conversations = {index: _conversation(samples[index]) for index in unchecked.values()}
+                unchecked.setdefault(roles, position)
+        conversations = {position: _conversation(samples[position]) for position in unchecked.values()}
         with suppress(Unavailable):
-            async for index, reason in _ask_each(self.engines.template_refusal, conversations):
+            async for position, reason in _ask_each(self.engines.template_refusal, conversations):
                 if reason is not None:
-                    param = f"samples.{index}.input"
+                    param = f"samples.{position}.input"
                     message = f"{param}: the model's chat template refuses these messages: {excerpt(reason, 300)}"
                     raise InvalidRequest(message, param=param, code="refused_by_template")
                 if len(self._accepted) >= MAX_ACCEPTED:
                     self._accepted.clear()
-                self._accepted.add(_role_sequence(samples[index]))
+                self._accepted.add(_role_sequence(samples[position]))
 
     async def check_lengths(self, raw_samples: Sequence[bytes]) -> None:
         """Refuse samples that are too long. A token has at least one byte, so few samples need counting."""
         longest = min(self.engines.context or self.sample_tokens, self.sample_tokens)
-        to_count = {index: raw for index, raw in enumerate(raw_samples) if len(raw) > longest}
-        async for index, tokens in _ask_each(self._count_tokens, to_count):
+        to_count = {position: raw for position, raw in enumerate(raw_samples) if len(raw) > longest}
+        async for position, tokens in _ask_each(self._count_tokens, to_count):
             if tokens is not None and tokens > longest:
                 raise InvalidRequest(
-                    f"samples.{index} has {tokens} tokens, but a sample may have at most {longest}: shorten it",
-                    param=f"samples.{index}",
+                    f"samples.{position} has {tokens} tokens, but a sample may have at most {longest}: shorten it",
+                    param=f"samples.{position}",
                     code="context_length_exceeded",
                 )
 
@@ -248,9 +248,9 @@ class SampleChecks:
         if _fits(config, token_counts):
             return
         uncounted = len(raw_samples)
-        async for index, tokens in _ask_each(self._count_tokens, dict(enumerate(raw_samples))):
+        async for position, tokens in _ask_each(self._count_tokens, dict(enumerate(raw_samples))):
             if tokens is not None:
-                token_counts[index] = min(token_counts[index], tokens)
+                token_counts[position] = min(token_counts[position], tokens)
                 uncounted -= 1
         if _fits(config, token_counts):
             return
@@ -287,17 +287,17 @@ def _fits(config: AdaptConfig, token_counts: Sequence[int]) -> bool:
 
 
 async def _ask_each(ask: Callable[[T], Awaitable[A]], values: Mapping[int, T]) -> AsyncIterator[tuple[int, A]]:
-    """Yield each value's index and answer, in order, with bounded concurrency; stop early after `MAX_CHECK_S`."""
+    """Yield each value's position and answer, in order, with bounded concurrency; stop early after `MAX_CHECK_S`."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + MAX_CHECK_S
-    indices = list(values)
-    for start in range(0, len(indices), MAX_CONCURRENT):
+    positions = list(values)
+    for start in range(0, len(positions), MAX_CONCURRENT):
         if loop.time() > deadline_s:
             return
-        batch = indices[start : start + MAX_CONCURRENT]
-        answers = await asyncio.gather(*(ask(values[index]) for index in batch))
-        for index, answer in zip(batch, answers, strict=True):
-            yield index, answer
+        batch = positions[start : start + MAX_CONCURRENT]
+        answers = await asyncio.gather(*(ask(values[position]) for position in batch))
+        for position, answer in zip(batch, answers, strict=True):
+            yield position, answer
 
 
 def _conversation(sample: Sample) -> list[dict[str, str]]:
