@@ -69,11 +69,14 @@ class Readings:
     plain: list[float] = field(default_factory=list)
 
 
+LONG = Case("first token, prompt of 400 tokens", 1, 1, 400, 1, "first")
+
+
 def cases(tokens: int) -> list[Case]:
     """Return all rows; answers of the decode rows have `tokens` tokens."""
     return [
         Case("first token, prompt of 150 tokens", 1, 1, 150, 1, "first"),
-        Case("first token, prompt of 400 tokens", 1, 1, 400, 1, "first"),
+        LONG,
         Case("a token, 1 stream", 1, 1, SHORT, tokens, "gap"),
         Case("a token, 8 streams of one recipe", 8, 1, SHORT, tokens, "gap"),
         Case("first token, 8 streams of one recipe", 8, 1, SHORT, 2, "first"),
@@ -146,15 +149,15 @@ def _chosen(rows: Sequence[Case], texts: Sequence[str], slots: int) -> list[Case
     for text in texts:
         if not any(text in case.label for case in rows):
             raise typer.BadParameter(f"no row has the text {text!r}", param_hint="--only")
-    cases = [case for case in rows if any(text in case.label for text in texts)]
-    if min(case.recipes for case in cases) > slots:
+    chosen = [case for case in rows if any(text in case.label for text in texts)]
+    if min(case.recipes for case in chosen) > slots:
         raise typer.BadParameter(f"no row of these has as few recipes as {slots}", param_hint="--slots")
-    return cases
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The measurements for each engine; `gateway` is the folder for the gateway's store."""
+    """What is measured on each engine; `gateway` is the folder for the gateway's store, None without it."""
 
     cases: Sequence[Case]
     pairs: int
@@ -191,9 +194,8 @@ def _one_engine(
         done = partial(progress.advance, bar)
         taken = [(case, asyncio.run(_measure(plan, case, subject, engines, done))) for case in rows]
         if plan.gateway:
-            asked = cases(2)[1]
-            readings = Readings(*through_gateway(subject, engines[0], plan.gateway, asked.prompt, plan.pairs))
-            taken.append((replace(asked, label=f"{asked.label}, through the gateway"), readings))
+            readings = Readings(*through_gateway(subject, engines[0], plan.gateway, LONG.prompt, plan.pairs))
+            taken.append((replace(LONG, label=f"{LONG.label}, through the gateway"), readings))
     return taken
 
 

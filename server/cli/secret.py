@@ -53,7 +53,7 @@ async def _rotate(settings: Settings, tenants: list[str]) -> None:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from server.store.feedback import ALONE_S
+    from server.store.feedback import NO_PROFILE_S
     from server.store.opening import open_stores
     from server.store.rotation import GRACE_MS
 
@@ -96,5 +96,5 @@ async def _rotate(settings: Settings, tenants: list[str]) -> None:
         if nameless:
             typer.echo(
                 f"people without a profile, of whom there are only ratings: {nameless}. Nothing says whose these are. "
-                f"They expire within {ALONE_S // 86_400} days; until then an erasure finds them only with OLD"
+                f"They expire within {NO_PROFILE_S // 86_400} days; until then an erasure finds them only with OLD"
             )

@@ -20,7 +20,7 @@ from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.samples import Sample, decode_sample, encode_sample
 
 KEPT_FEEDBACK = 1000  # entries per user
-ALONE_S = 21 * 24 * 3600  # from the last feedback of a person without a profile; after 7 days none is accepted
+NO_PROFILE_S = 21 * 24 * 3600  # how long feedback of a person without a profile stays, from their last one on
 
 _PUT = script("feedback/put")
 
@@ -83,7 +83,9 @@ class FeedbackStore(Store):
             before = _entry(seen).feedback if seen else None
             new = feedback.over(before)
             raw = orjson.dumps(asdict(new))
-            written = await self._connection.write(_PUT, names, epoch, answer, seen, raw, said, KEPT_FEEDBACK, ALONE_S)
+            written = await self._connection.write(
+                _PUT, names, epoch, answer, seen, raw, said, KEPT_FEEDBACK, NO_PROFILE_S
+            )
             if written < 0:
                 raise UserErased
             if written:

@@ -28,7 +28,7 @@ from server.store.adapters import AdapterStore
 from server.store.append_only_file import AppendOnlyFile
 from server.store.backup.copying import AT_ONCE, StoreCopying, batches
 from server.store.base import Store
-from server.store.feedback import ALONE_S
+from server.store.feedback import NO_PROFILE_S
 from server.store.jobs import KEPT_JOBS
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
@@ -224,5 +224,5 @@ class Rotation(Store):
         for key in await self._copying.users_with(keys.feedback):
             if await self.profiles.load(key) is None:
                 count += 1
-                await self._connection.run(methodcaller("expire", keys.feedback(key), ALONE_S, nx=True))
+                await self._connection.run(methodcaller("expire", keys.feedback(key), NO_PROFILE_S, nx=True))
         return count

@@ -16,7 +16,7 @@ from server.gateway.access.limiter import Limiter
 from server.gateway.learning.refreshing import Refreshing
 from server.settings import Settings
 from server.store import feedback as feedback_module
-from server.store.feedback import ALONE_S, Feedback, Outcome, Rating
+from server.store.feedback import NO_PROFILE_S, Feedback, Outcome, Rating
 from server.store.redis import keys
 from server.store.samples import JobBudget, Sample
 from server.store.tenants.access_keys import Scope
@@ -125,7 +125,7 @@ async def test_feedback_without_a_profile_is_counted_and_expires(parts: StorePar
     _, held, _ = await parts.profiles.measure(user)
     assert held["people"] == 1
     assert held["bytes"] > 0
-    assert 0 < await raw.ttl(keys.feedback(user)) <= ALONE_S
+    assert 0 < await raw.ttl(keys.feedback(user)) <= NO_PROFILE_S
     assert await stored(parts.profiles, user, change("a"))
     assert await raw.ttl(keys.feedback(user)) == -1
     await parts.feedback.add(user, "gen-2", merged(rating=Rating.UP), None, "")

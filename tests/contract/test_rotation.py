@@ -13,7 +13,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
 from server.store import rotation
 from server.store.backup.copying import StoreCopying
-from server.store.feedback import ALONE_S, Feedback
+from server.store.feedback import NO_PROFILE_S, Feedback
 from server.store.jobs import JobState
 from server.store.profiles import TOMBSTONE_S
 from server.store.redis import keys
@@ -236,7 +236,7 @@ async def test_sweep_moves_all_users_of_tenants_and_counts_strangers(
         assert await parts.profiles.load(former) is None
     await raw.persist(keys.feedback(rated))  # as the version before left it
     assert await begun.let_nameless_expire() == 1
-    assert 0 < await raw.ttl(keys.feedback(rated)) <= ALONE_S
+    assert 0 < await raw.ttl(keys.feedback(rated)) <= NO_PROFILE_S
 
 
 async def test_where_people_are_stored_says_the_store(parts: StoreParts, someone: User) -> None:
