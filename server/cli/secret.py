@@ -62,7 +62,8 @@ async def _rotate(settings: Settings, tenants: list[str]) -> None:
         await rotation.check()
         names = sorted({settings.tenant, *tenants, *(key.tenant for key in ring.keys)})
         users = [UserKeys(settings.user_secret, name) for name in names]
-        settled_s = time.monotonic() + (SETTLE_S if await rotation.begin() else 0)
+        await rotation.begin()
+        settled_s = time.monotonic() + SETTLE_S  # anew each time: a run before may have stopped too early
         note(Act.SECRET_EXCHANGED, "begun", key="cli")
         moved = 0
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()

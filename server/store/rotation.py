@@ -103,15 +103,13 @@ class Rotation(Store):
             )
         return used_in
 
-    async def begin(self) -> bool:
-        """Make new users, and those who write, go to the first secret; return whether they went to another before.
+    async def begin(self) -> None:
+        """Make new users, and those who write, go to the first secret.
 
         Raises `MtaError` while users still move in the other direction.
         """
-        news = await self._connection.write(_BEGIN, (keys.SECRET,), *self._known)
-        if news < 0:
+        if not await self._connection.write(_BEGIN, (keys.SECRET,), *self._known):
             raise MtaError("users still move from the first secret in MTA_SECRET to the second: swap the two")
-        return bool(news)
 
     async def end(self) -> None:
         """Note that nobody is left under the second secret, and have what they left there leave the files."""
