@@ -15,7 +15,7 @@ from server.settings import Settings
 from server.store.tenants.user_key import UserKeys, secrets_of
 
 if TYPE_CHECKING:
-    from server.store.rotation import Sweep
+    from server.store.rotation import Rotation, Sweep
 
 SETTLE_S = 10.0  # a request that began before may still store somebody under the old secret
 PAUSE_S = 1.0  # between two passes over the store
@@ -50,9 +50,6 @@ def rotate(
 
 
 async def _rotate(settings: Settings, tenants: list[str]) -> None:
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from server.store.feedback import NO_PROFILE_S
     from server.store.opening import open_stores
     from server.store.rotation import GRACE_MS
@@ -61,30 +58,12 @@ async def _rotate(settings: Settings, tenants: list[str]) -> None:
         rotation, ring = stores.rotation, await stores.keys.all()
         await rotation.check()
         names = sorted({settings.tenant, *tenants, *(key.tenant for key in ring.keys)})
-        users = [UserKeys(settings.user_secret, name) for name in names]
         await rotation.begin()
-        settled_s = time.monotonic() + SETTLE_S  # anew each time: a run before may have stopped too early
         note(Act.SECRET_EXCHANGED, "begun", key="cli")
-        moved = 0
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("moving users")
-
-            def show(sweep: Sweep) -> None:
-                waits = f", {sweep.busy} when their training ends" if sweep.busy else ""
-                progress.update(task, description=f"moving users: {moved + sweep.moved}{waits}")
-
-            while True:
-                is_last = time.monotonic() >= settled_s
-                sweep = await rotation.sweep(users, show)
-                moved += sweep.moved
-                if is_last and not sweep.moved and not sweep.busy:
-                    break
-                await asyncio.sleep(PAUSE_S)
-        typer.echo(f"{moved} users moved to the new secret")
-        if sweep.unknown:
+        unknown = await _move(rotation, [UserKeys(settings.user_secret, name) for name in names])
+        if unknown:
             raise MtaError(
-                f"{sweep.unknown} users belong to none of the tenants {', '.join(names)}, or their record cannot be "
+                f"{unknown} users belong to none of the tenants {', '.join(names)}, or their record cannot be "
                 "read: keep OLD, and name their tenant with --tenant"
             )
         nameless = await rotation.let_nameless_expire()
@@ -99,3 +78,29 @@ async def _rotate(settings: Settings, tenants: list[str]) -> None:
                 f"people without a profile, of whom there are only ratings: {nameless}. Nothing says whose these are. "
                 f"They expire within {NO_PROFILE_S // 86_400} days; until then an erasure finds them only with OLD"
             )
+
+
+async def _move(rotation: Rotation, users: list[UserKeys]) -> int:
+    """Sweep until nobody moves any more; return how many users cannot be moved."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    settled_s = time.monotonic() + SETTLE_S  # in every run: the one before may have stopped too early
+    moved = 0
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("moving users")
+
+        def show(sweep: Sweep) -> None:
+            waits = f", {sweep.busy} when their training ends" if sweep.busy else ""
+            progress.update(task, description=f"moving users: {moved + sweep.moved}{waits}")
+
+        while True:
+            is_last = time.monotonic() >= settled_s
+            sweep = await rotation.sweep(users, show)
+            moved += sweep.moved
+            if is_last and not sweep.moved and not sweep.busy:
+                break
+            await asyncio.sleep(PAUSE_S)
+    typer.echo(f"{moved} users moved to the new secret")
+    return sweep.unknown
