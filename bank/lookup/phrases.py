@@ -68,13 +68,14 @@ def phrase_table(texts: Sequence[Sequence[int]]) -> Phrases:
     pairs, begin, stands = np.unique(in_text >> _TEXT_BITS, return_index=True, return_counts=True)
     length, occurs = np.concatenate(lengths)[first][begin], _reduced(np.add, counts, begin)
     _, of_suffix = np.unique(pairs >> _TOKEN_BITS, return_index=True)
-    fraction = occurs / np.repeat(_reduced(np.add, occurs, of_suffix), np.diff([*of_suffix, len(pairs)]))
-    kept = np.flatnonzero(stands > 1)
-    order = np.lexsort((-fraction[kept], -length[kept], -stands[kept]))
+    totals = np.repeat(_reduced(np.add, occurs, of_suffix), np.diff([*of_suffix, len(pairs)]))
+    share = _MOST * occurs // totals  # rounded down: the shares of a suffix must not add up to more than 1
+    kept = np.flatnonzero((stands > 1) & (share > 0))
+    order = np.lexsort((-share[kept], -length[kept], -stands[kept]))
     best = np.sort(kept[order[:MAX_PHRASES]])
     table = np.zeros(len(best), _PHRASE)
     table["suffix"], table["token"] = pairs[best] >> _TOKEN_BITS, pairs[best] & ((1 << _TOKEN_BITS) - 1)
-    table["length"], table["share"] = length[best], np.maximum(1, np.round(fraction[best] * _MOST))
+    table["length"], table["share"] = length[best], share[best]
     table["limit"] = np.minimum(_MOST, _reduced(np.maximum, counts, begin)[best])
     return table
 

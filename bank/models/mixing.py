@@ -58,7 +58,8 @@ class PhraseSlots:
             rows, slots, proposing = rows[some], slots[some], proposing[some]
         part, tokens = logits[rows], self._tokens[slots]
         weights = self._weights[slots] * proposing
-        odds = weights / (1 - weights.sum(1, keepdim=True))
+        rest = 1 - weights.sum(1, keepdim=True)
+        odds = weights / rest.clamp(min=0.01)  # shares that version 0.2 stored may add up to more than 1
         before = part.gather(1, tokens)
         mixed = torch.logaddexp(before, part.logsumexp(1, keepdim=True) + odds.log())
         mixed = torch.where(before.isneginf(), before, mixed)  # a grammar's mask, `min_tokens` and bad words win

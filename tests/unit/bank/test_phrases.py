@@ -60,6 +60,13 @@ def test_a_table_has_what_stands_in_two_texts(texts: list[list[int]]) -> None:
         assert each["share"] / 255 == pytest.approx(share, abs=1 / 255)
 
 
+@pytest.mark.parametrize("count", [2, 6, 34, 300])
+def test_shares_of_a_suffix_add_up_to_at_most_one(count: int) -> None:
+    table = phrase_table([[HELLO, 100 + name] for name in range(count) for _ in range(2)])
+    after_hello = table[table["suffix"] == suffix_hash([HELLO], 1)]
+    assert int(after_hello["share"].astype(int).sum()) <= 255
+
+
 def test_a_long_text_and_its_copy_count_once() -> None:
     mail = list(range(100, 140))
     assert len(phrase_table([mail, [*mail, END]])) == 0
@@ -75,7 +82,7 @@ def test_a_full_table_keeps_what_stands_in_most_texts() -> None:
     table = phrase_table([*rare[:500], *rare[:500], [HELLO, END], [HELLO, END], [HELLO, END]])
     assert len(table) == MAX_PHRASES
     assert len(table.tobytes()) <= MAX_BYTES
-    assert HELLO in table["token"]
+    assert suffix_hash([HELLO], 1) in table["suffix"]
 
 
 def test_a_table_of_very_many_texts_is_of_the_newest() -> None:

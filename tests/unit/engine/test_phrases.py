@@ -104,6 +104,14 @@ class SecondRunner:
         return self.processor.apply(logits.clone(), context).softmax(-1)
 
 
+def test_shares_of_more_than_one_leave_numbers() -> None:
+    table = phrase_table([[1, 2], [1, 2], [1, 3], [1, 3]])
+    table["share"] = 255
+    runner = FirstRunner()
+    runner.add(0, table, [1])
+    assert runner.probabilities(torch.zeros(1, VOCABULARY)).isfinite().all()
+
+
 @given(texts=TEXTS, answer=ANSWER, seed=st.integers(0, 99))
 def test_the_mixture_is_the_dense_one_in_both_runners(texts: list[list[int]], answer: list[int], seed: int) -> None:
     table, first, second = phrase_table(texts), FirstRunner(), SecondRunner()
