@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from bench.page.report import Figures
+from deploy.containers import stand_in_driver
 from deploy.containers.tool import ROOT, ContainerError, Tool
 
 GATEWAY, ENGINE_CPU, ENGINE_GPU = "mta-gateway", "mta-engine-cpu", "mta-engine"
@@ -102,6 +103,8 @@ def make_stand_ins(tool: Tool) -> Iterator[str]:
 def build(tool: Tool, folder: Path, *, gpu: bool = False) -> list[str]:
     """Build both images, with what this machine's package installers are told; return their names.
 
+    An image for GPUs is checked: everything in it must import, with a stand-in for NVIDIA's driver.
+
     Args:
         tool: what builds them.
         folder: folder for files that builds read.
@@ -109,11 +112,15 @@ def build(tool: Tool, folder: Path, *, gpu: bool = False) -> list[str]:
     """
     engine = ENGINE_GPU if gpu else ENGINE_CPU
     arguments = [] if gpu else ["--build-arg", "ENGINE=cpu"]
-    if not gpu and any(Path(wheels).glob("torch-*+cpu-*.whl") for wheels in _wheel_folders()):
+    wheels = [] if gpu else _wheel_folders()  # a build of torch for CPUs has a newer version than the one for GPUs
+    if any(Path(one).glob("torch-*+cpu-*.whl") for one in wheels):
         arguments += ["--build-arg", "TORCH_BACKEND="]
-    local = _mounts(folder) if tool.is_podman else []
+    local = _mounts(folder, wheels) if tool.is_podman else []
     for target, name, own in (("gateway", GATEWAY, []), ("engine", engine, arguments)):
         tool.run("build", "--network=host", *local, "--target", target, "--tag", name, *own, ROOT, shown=True)
+    if gpu:
+        script = f"--volume={Path(stand_in_driver.__file__)}:/check.py:ro"
+        tool.run("run", "--rm", "--network=none", script, ENGINE_GPU, "python", "/check.py", shown=True)
     return [GATEWAY, engine]
 
 
@@ -121,10 +128,8 @@ def _wheel_folders() -> list[str]:
     return [folder for folder in os.environ.get("PIP_FIND_LINKS", "").split() if Path(folder).is_dir()]
 
 
-def _mounts(folder: Path) -> list[str]:
-    """Options that show builds, and no image, this machine's certificates, its folders of wheels, and where to find
-    them."""
-    wheels = _wheel_folders()
+def _mounts(folder: Path, wheels: Sequence[str]) -> list[str]:
+    """Options that show builds, and no image, this machine's certificates and folders of wheels."""
     folder.mkdir(parents=True, exist_ok=True)
     uv = folder / "uv.toml"
     uv.write_text(f"system-certs = true\nfind-links = {json.dumps(wheels)}\n", "utf-8")
