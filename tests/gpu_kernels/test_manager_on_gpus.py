@@ -15,6 +15,7 @@ from vllm.lora.request import LoRARequest
 from adapters.fusion import fuse
 from adapters.recipe import parse_recipe
 from adapters.user_adapter import UserAdapter, encode_user_adapter, stack
+from bank.errors import BankError
 from server.engine.gpu.manager import GpuLoRAManager
 from tests.gpu_kernels.test_slots_on_gpus import DTYPE, MODULES, ONE, ROUNDING, Slots, matrix_of, own_lora
 
@@ -69,3 +70,9 @@ def test_where_vllm_must_write_rows_are_summed_on_the_host() -> None:
     for theirs, ours in zip(by_vllm.slot(0), by_us.slot(0), strict=True):
         assert ours.any()
         torch.testing.assert_close(theirs, ours, rtol=ROUNDING, atol=1e-6)
+
+
+def test_stages_of_a_model_are_refused() -> None:
+    two: Any = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=2))
+    with pytest.raises(BankError, match="--pipeline-parallel-size is 2: .* use --tensor-parallel-size 2"):
+        BareManager().create_lora_manager(torch.nn.Module(), two)

@@ -23,6 +23,7 @@ from adapters.fusion import TransposedSum, fuse_flat
 from adapters.matrix import MetaMatrix
 from adapters.recipe import is_recipe_name, parse_recipe
 from adapters.user_adapter import decode_user_adapter, stack_flat
+from bank.errors import BankError
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
 from server.engine.fusing.metrics import timed
@@ -40,6 +41,11 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Wrap the model's layers as vLLM does, then open the banks; raise BankError if a bank is broken or unfit."""
+        if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
+            raise BankError(
+                f"--pipeline-parallel-size is {stages}: a bank's row needs all layers of the model in each worker: use "
+                f"--tensor-parallel-size {stages}"
+            )
         wrapped = super().create_lora_manager(model, vllm_config)
         self._users: dict[str, bytes] = {}  # serialised user adapters by the name of the stacked recipe
         self.metrics = self._adapter_manager.metrics
