@@ -31,7 +31,7 @@ MAX_TOKENS = 1 << 16  # of the texts of a table: half a second's work
 MAX_PHRASES = MAX_BYTES // _PHRASE.itemsize
 _MOST = 255  # in a byte
 _GRAM, _LONG = 8, 16  # tokens that are compared at once; length from which on two texts can be copies of one
-_TOKEN_BITS, _TEXT_BITS = 19, 12  # of a token id, and of a text's place, beside 32 of a hash
+_TOKEN_BITS, _TEXT_BITS = 19, 12  # of a token id, and of a text's position, beside 32 of a hash
 _MULTIPLIER, _MASK = 1_000_003, 0xFFFF_FFFF
 
 Phrases = npt.NDArray[np.void]
@@ -129,12 +129,12 @@ class Reader:
     def __init__(self, table: Phrases) -> None:
         self._recent: tuple[int, ...] = (START,)
         self._left = table["limit"].tolist()
-        self._places = defaultdict[int, dict[int, int]](dict)  # of phrases, by suffix, then by token
+        self._by_suffix = defaultdict[int, dict[int, int]](dict)  # positions of phrases, by suffix, then token
         for position, (suffix, token) in enumerate(zip(table["suffix"].tolist(), table["token"].tolist(), strict=True)):
-            self._places[suffix][token] = position
+            self._by_suffix[suffix][token] = position
 
     def proposing(self) -> list[int]:
-        """Return the places of the phrases that propose the next token; empty if there are none."""
+        """Return the positions of the phrases that propose the next token; empty if there are none."""
         free = ([at for at in matching.values() if self._left[at] > 0] for matching in self._matching())
         return next(filter(None, free), [])
 
@@ -150,7 +150,7 @@ class Reader:
     def _matching(self) -> Iterator[dict[int, int]]:
         """Yield the phrases whose suffix the answer ends in, those with the longest first."""
         for length in range(len(self._recent), 0, -1):
-            if matching := self._places.get(suffix_hash(self._recent[-length:], length)):
+            if matching := self._by_suffix.get(suffix_hash(self._recent[-length:], length)):
                 yield matching
 
 
@@ -179,10 +179,10 @@ def proposals(table: Phrases, text: Sequence[int]) -> list[Proposal]:
     """Return what a table says of each token of a text that is no part of it."""
     reader, proposals = Reader(table), list[Proposal]()
     for token in text:
-        places = reader.proposing()
-        shares = table["share"][places] / _MOST
-        own = shares[table["token"][places] == token]
-        length = int(table["length"][places[0]]) if places else 0
+        positions = reader.proposing()
+        shares = table["share"][positions] / _MOST
+        own = shares[table["token"][positions] == token]
+        length = int(table["length"][positions[0]]) if positions else 0
         proposals.append(Proposal(length, float(own.sum()), float(shares.sum())))
         reader.read(token)
     return proposals

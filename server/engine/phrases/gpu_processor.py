@@ -75,8 +75,8 @@ class GpuPhraseProcessor(LogitsProcessor):  # type: ignore[misc]
 
         from bank.models.mixing import WINDOW
 
-        places = lengths[:, None] + torch.arange(-WINDOW, 0, device=lengths.device)
+        positions = lengths[:, None] + torch.arange(-WINDOW, 0, device=lengths.device)
         begin = self._states.prompt_len.gpu[slots].long()[:, None]
-        tokens = self._states.all_token_ids.gpu[slots[:, None], places.clamp(min=0)].long()
-        before = torch.where(places == begin - 1, START, NOTHING)
-        return torch.where(places >= begin, tokens, before)
+        tokens = self._states.all_token_ids.gpu[slots[:, None], positions.clamp(min=0)].long()
+        before = torch.where(positions == begin - 1, START, NOTHING)
+        return torch.where(positions >= begin, tokens, before)
