@@ -95,7 +95,7 @@ def main(
         learn = ("-m", "evaluation.studies.learning", "--users", users, "--bank", bank, "--out", out / "learning")
         run.step("predict, then learn", (*learn, "--people", 4, "--texts", 9, "--refresh", 6))
         if app_python:
-            chat = ("-m", "bench.serving.chat_app", "--bank", bank, "--app-python", app_python)
+            chat = ("-m", "deploy.console.chat_app", "--bank", bank, "--app-python", app_python)
             run.step("a chat app in a browser", (*chat, "--out", out / "chats"))
         else:
             run.skip("a chat app in a browser", CHAT_APP)

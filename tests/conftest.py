@@ -211,7 +211,7 @@ def ada(client: httpx.Client, new_user: Callable[[], str]) -> str:
 @pytest.fixture(scope="module")  # asyncio is not to be had while it runs
 def browser() -> Iterator[Any]:
     """A headless Chromium."""
-    from bench.rig.browser import chromium, running_browser  # imports Playwright
+    from deploy.console.browser import chromium, running_browser  # imports Playwright
 
     executable = chromium()
     if executable is None:

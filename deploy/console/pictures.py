@@ -17,9 +17,9 @@ from PIL import Image
 from playwright.sync_api import Page
 
 from bench import script
-from bench.rig.browser import TRAINING_MS, Looking, chromium, looking, running_browser
 from demo import adapting
 from demo.personas import PEOPLE, QUESTIONS
+from deploy.console.browser import TRAINING_MS, Looking, chromium, looking, running_browser
 from server.cli.demo.server import DemoError, Server, demo_bank, running_server
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "pictures"

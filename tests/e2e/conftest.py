@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from bench.rig.browser import PATIENCE_MS, Looking, looking
 from bench.rig.processes import command_line, descendants
 from demo.answers import DemoAnswer, ask
 from demo.personas import NOBODY, PEOPLE, QUESTIONS
+from deploy.console.browser import PATIENCE_MS, Looking, looking
 from mta_client import Client
 from tests.support.terminal import Terminal, terminal
 

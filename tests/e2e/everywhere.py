@@ -13,9 +13,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect
 
-from bench.rig.browser import Looking
 from bench.rig.processes import wait_until
 from demo.personas import QUESTIONS
+from deploy.console.browser import Looking
 from mta_client import Client
 from tests.e2e.conftest import Demo
 from tests.e2e.playground import answer, answered

@@ -10,9 +10,9 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from bench.rig.browser import TRAINING_MS, Looking
 from demo import adapting
 from demo.personas import QUESTIONS
+from deploy.console.browser import TRAINING_MS, Looking
 from mta_client import Client, MtaError
 from tests.e2e.conftest import Demo
 from tests.e2e.playground import answer, answered

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
-from bench.rig.browser import Looking, looking
 from demo.personas import QUESTIONS
+from deploy.console.browser import Looking, looking
 from mta_client import Client, MtaError
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready

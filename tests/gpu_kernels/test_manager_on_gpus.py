@@ -74,5 +74,5 @@ def test_where_vllm_must_write_rows_are_summed_on_the_host() -> None:
 
 def test_stages_of_a_model_are_refused() -> None:
     two: Any = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=2))
-    with pytest.raises(BankError, match="--pipeline-parallel-size is 2: .* use --tensor-parallel-size 2"):
+    with pytest.raises(BankError, match=r"--pipeline-parallel-size is 2: .* use --tensor-parallel-size 2"):
         BareManager().create_lora_manager(torch.nn.Module(), two)

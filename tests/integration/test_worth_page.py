@@ -10,8 +10,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 
-from bench.rig.browser import Looking, looking
 from bench.rig.valkey import ValkeyProcess
+from deploy.console.browser import Looking, looking
 from server.clock import week_of
 from server.gateway.experiments.tallies import sums_of
 from server.settings import Settings

@@ -108,7 +108,7 @@ def test_every_step_is_a_command_that_its_program_takes(tmp_path: Path, monkeypa
     on_gpu = json.loads((tmp_path / "gpu/bench-gpu.json").read_text("utf-8"))
     assert len(commands) == len(read_steps(tmp_path / "out")) + len(on_gpu["steps"])
     ours = [(module, arguments) for module, *arguments in commands if module != "pytest"]
-    wanted = {"server.cli", "deploy.containers", "bench.serving.chat_app", "bench.fleet.replicas", "bench.adapt.wait"}
+    wanted = {"server.cli", "deploy.containers", "deploy.console.chat_app", "bench.fleet.replicas", "bench.adapt.wait"}
     assert wanted <= dict(ours).keys()
     for module, arguments in ours:
         read = CliRunner().invoke(program(module), [*arguments, "--help"])  # reads the options, and does nothing

@@ -1,6 +1,6 @@
 """A real chat app before the server, in a real browser: it is personal by its settings, and learns what people write.
 
-    python -m bench.serving.chat_app --bank BANK --app-python APP/bin/python --out FOLDER
+    python -m deploy.console.chat_app --bank BANK --app-python APP/bin/python --out FOLDER
 
 APP is an environment with Open WebUI alone (`python -m venv APP && APP/bin/pip install open-webui`). Somebody signs up,
 writes some messages, one of them with a file, and waits for the answers and for what the app asks for by itself: title,
@@ -28,9 +28,9 @@ from playwright.sync_api import Page
 from adapters.errors import MtaError
 from bench import script
 from bench.page.report import marked, report
-from bench.rig.browser import HEIGHT, WIDTH, chromium, running_browser
 from bench.rig.processes import answers, mta, running, wait_until
 from bench.rig.up import Up, up
+from deploy.console.browser import HEIGHT, WIDTH, chromium, running_browser
 from mta_client import Client
 from server.supervisor.services import free_port
 
